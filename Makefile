@@ -1,0 +1,52 @@
+# `make demo` and `make test` need Python 3.11 or newer with its venv module, git and make; the rest they set up.
+
+# The first of these that is new enough; choose another with `make PYTHON=/path/to/python ...`.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+# Installing one extra also installs those inside it.
+HOLDS_demo := demo
+HOLDS_test := demo test
+HOLDS_dev := demo test dev
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+demo: $(VENV)/.ready-demo ## Set up, then answer the three questions on real data and write a report
+	$(RUN) examples/demo.py $(ARGS)
+
+test: $(VENV)/.ready-test ## Set up, then run the tests (pass more to pytest with ARGS="...")
+	$(RUN) -m pytest -q $(ARGS)
+
+test-all: $(VENV)/.ready-test ## The tests, the slow ones too
+	$(RUN) -m pytest -q -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.ready-dev ## Check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright
+
+format: $(VENV)/.ready-dev ## Put style right where that can be done by machine
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## Remove the environment, caches, build outputs and the report
+	rm -rf $(VENV) build dist report .pytest_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with 'make PYTHON=/path/to/python'."; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.ready-%: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing jacops[$*] into $(VENV); the first time this takes some minutes."
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $(HOLDS_$*:%=$(VENV)/.ready-%)

@@ -1,0 +1,49 @@
+"""When do two routes agree? One tolerance per dtype, and sizes measured so that noise in a tiny part is no alarm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
+_COARSE = 8e-2
+_FLOOR = 1e-2
+
+
+def tolerance(dtypes: Iterable[torch.dtype]) -> float:
+    """Return how far two right answers in these dtypes may differ, relative to their size."""
+    real = [torch.empty(0, dtype=d).real.dtype if d.is_complex else d for d in dtypes]
+    return max((_TOLERANCE.get(d, _COARSE) for d in real), default=_COARSE)
+
+
+def size(tensor: Tensor) -> float:
+    """Return the Euclidean norm as a number, in a precision that does not overflow."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor.detach().to(wide)))
+
+
+def worst_disagreement(pairs: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float] | None = None) -> float:
+    """Return the largest relative distance over pairs of tensors.
+
+    Each pair is measured by its own size and a hundredth of the size of all of them together: parts that are
+    mathematically zero hold only rounding of the rest. NaN anywhere gives NaN.
+    """
+    sizes = list(scales) if scales is not None else [max(size(a), size(b)) for a, b in pairs]
+    floor = _FLOOR * math.sqrt(sum(s * s for s in sizes))
+    worst = 0.0
+    for (a, b), own in zip(pairs, sizes, strict=True):
+        distance = size(a.detach() - b.detach())
+        if not math.isfinite(distance):
+            return math.nan
+        worst = max(worst, distance / (own + floor) if own + floor else 0.0)
+    return worst
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the real inner products of rows: a `(*shape)` with b `(k, *shape)` gives `(k,)`."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    product = a.detach().to(wide).conj() * b.detach().to(wide)
+    return product.real.flatten(1).sum(1, dtype=torch.float64)

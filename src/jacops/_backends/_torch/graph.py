@@ -1,0 +1,53 @@
+"""Reading a recorded graph: which Python Functions it holds, and which leaves it ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+_REENTRANT = "CheckpointFunctionBackward"
+_TWICE_REFUSED = "Error"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one walk over a graph saw.
+
+    Attributes:
+        functions: Names of custom autograd Functions.
+        reentrant: A reentrant checkpoint is among them, which answers `backward()` only.
+        refuses_twice: A node stands where a `once_differentiable` backward cut the graph.
+        leaves: Identities of the leaf tensors the graph ends in.
+        nodes: All nodes, to look up where a tensor that is no leaf was made.
+    """
+
+    functions: tuple[str, ...]
+    reentrant: bool
+    refuses_twice: bool
+    leaves: frozenset[int]
+    nodes: frozenset[object]
+
+
+def survey(tensors: Iterable[Tensor]) -> Survey:
+    """Walk the graph behind `tensors` once."""
+    stack = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen, functions, leaves = set(stack), {}, set()
+    refuses = False
+    while stack:
+        node = stack.pop()
+        if isinstance(node, BackwardCFunction):
+            functions[node.name()] = None
+        elif node.name() == _TWICE_REFUSED:
+            refuses = True
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    named = tuple(name.removesuffix("Backward") for name in functions)
+    return Survey(named, _REENTRANT in functions, refuses, frozenset(leaves), frozenset(seen))

@@ -1,0 +1,101 @@
+"""Whole Jacobians from a tape: rows or columns, whichever are fewer, written in place.
+
+Complex numbers have one convention on every route: `df = J dz` for holomorphic outputs and `df = Re(J dz)` for real
+ones, so `J` is the conjugate of what `autograd.grad` returns. A complex function of a complex parameter that is not
+holomorphic has no such `J` and is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import NotDifferentiableError
+from .agreement import size
+from .tape import Rows, Tape, basis
+
+Blocks = list[list[Tensor]]
+
+
+def jacobian_blocks(
+    tape: Tape, create_graph: bool = False, columns: bool | None = None, chunk_size: int | None = None
+) -> Blocks:
+    """Return `J[output][leaf]`, each `(output entries, *leaf)`.
+
+    Args:
+        tape: Where the function was linearised.
+        create_graph: Keep the result differentiable.
+        columns: True for a push per input entry, False for a pull per output entry, None for the fewer.
+        chunk_size: Rows or columns per batched pass; by default by size.
+    """
+    if columns is None:
+        columns = tape.domain.dim + 1 < tape.codomain.dim and not tape.trust.refused("push", "dual")
+    fill = _fill_columns if columns else _fill_rows
+    if create_graph:
+        return _joined(tape, list(fill(tape, True, chunk_size)), columns)
+    blocks = [[_empty(o, leaf) for leaf in tape.leaves] for o in tape.outputs]
+    for index, leaf, where, part in fill(tape, False, chunk_size):
+        target = blocks[index][leaf]
+        if part.dtype != target.dtype and part.is_complex():
+            blocks[index][leaf] = target = target.to(part.dtype)
+        if columns:
+            target.view(target.shape[0], -1)[:, where] = part
+        else:
+            target[where] = part
+    return blocks
+
+
+def _empty(output: Tensor, leaf: Tensor) -> Tensor:
+    return torch.zeros(output.numel(), *leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def _fill_rows(tape: Tape, create_graph: bool, chunk_size: int | None):  # noqa: ANN202
+    for index, where, rows in tape.rows(create_graph, chunk_size):
+        for leaf, part in enumerate(rows):
+            yield index, leaf, where, part.conj().resolve_conj() if part.is_complex() else part
+
+
+def _fill_columns(tape: Tape, create_graph: bool, chunk_size: int | None):  # noqa: ANN202
+    for leaf, array in enumerate(tape.leaves):
+        chunk = chunk_size or tape.chunk(array.numel())
+        for start in range(0, array.numel(), chunk):
+            where = slice(start, min(start + chunk, array.numel()))
+            for index, part in enumerate(_columns(tape, leaf, where, create_graph)):
+                yield index, leaf, where, part
+
+
+def _columns(tape: Tape, leaf: int, where: slice, create_graph: bool) -> Rows:
+    """Return `(output entries, columns)` per output."""
+    pushed = _push_basis(tape, leaf, where, 1.0, create_graph)
+    if not tape.leaves[leaf].is_complex():
+        return [p.flatten(1).T for p in pushed]
+    turned = _push_basis(tape, leaf, where, 1j, create_graph)
+    for index, (a, b) in enumerate(zip(pushed, turned, strict=True)):
+        if a.is_complex() and size(b - 1j * a) > max(tape.tolerance, 1e-6) * (size(a) + size(b)):
+            raise NotDifferentiableError(
+                f"{tape.call}: {tape.codomain.names[index]} is not a holomorphic function of {tape.domain.names[leaf]}, so it "
+                "has no complex Jacobian. Use torch.view_as_real on the parameter and the output and ask for the real one."
+            )
+    return [(a if a.is_complex() else torch.complex(a, -b)).flatten(1).T for a, b in zip(pushed, turned, strict=True)]
+
+
+def _push_basis(tape: Tape, leaf: int, where: slice, unit: complex, create_graph: bool) -> Rows:
+    many = where.stop - where.start
+    tangents = [
+        basis(array, where) * unit if j == leaf else torch.zeros(many, *array.shape, dtype=array.dtype, device=array.device)
+        for j, array in enumerate(map(torch.Tensor.detach, tape.leaves))
+    ]
+    return tape.push_rows(tangents, create_graph)
+
+
+def _joined(tape: Tape, parts: list[tuple[int, int, slice, Tensor]], columns: bool) -> Blocks:
+    """Put chunks together without in-place writes, which a graph would have to remember one by one."""
+    blocks = []
+    for index, output in enumerate(tape.outputs):
+        row = []
+        for leaf, array in enumerate(tape.leaves):
+            own = [part for i, j, _, part in parts if (i, j) == (index, leaf)]
+            whole = torch.cat(own, 1 if columns else 0) if own else _empty(output, array)
+            row.append(whole.reshape(output.numel(), *array.shape))
+        blocks.append(row)
+    return blocks

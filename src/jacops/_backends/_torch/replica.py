@@ -1,0 +1,199 @@
+"""A private copy of a model's structure: the same forward over its own parameters, buffers, modes and attributes.
+
+Swapping parameters inside the caller's module (as `functional_call` does) is not safe between threads and lets
+forwards write into the caller's buffers; a deep copy copies the weights and fails on locks and cached activations.
+A replica copies the skeleton only: modules, the containers that hold them, and bound methods of them. Weights are
+shared in memory, buffers are cloned, anything else is shared as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputTypeError, ModelStateError, explain
+from .surroundings import out_of_inference
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A model one may call and change at will.
+
+    Attributes:
+        module: The copy.
+        parameters: Its private parameters by the caller's first name for each, those asked to be differentiated
+            requiring grad.
+        originals: The caller's parameters behind them, by the same names.
+    """
+
+    module: nn.Module
+    parameters: dict[str, Tensor]
+    originals: dict[str, Tensor]
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the forward."""
+        return self.module(*args, **kwargs)
+
+
+def bare(model: Any) -> nn.Module:
+    """Return the module behind wrappers that do not change what it computes.
+
+    Raises:
+        InputTypeError: `model` is not a module.
+        ModelStateError: The wrapper spreads the parameters over processes.
+    """
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise InputTypeError(explain("model", f"the class {model.__name__}", "a module is needed",
+                                     f"Did you mean {model.__name__}()?"))  # fmt: skip
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(explain("model", f"a {type(model).__name__}", "a torch.nn.Module is needed"))
+    kind = type(model).__name__
+    if kind in ("DataParallel", "DistributedDataParallel"):
+        return bare(model.module)
+    if kind == "OptimizedModule":
+        return bare(model._orig_mod)
+    if kind == "FullyShardedDataParallel":
+        raise ModelStateError(explain("model", "wrapped in FullyShardedDataParallel", "its parameters must be whole",
+                                      "Gather them into an unwrapped module first."))  # fmt: skip
+    return model
+
+
+def check_state(model: nn.Module) -> None:
+    """Refuse parameters that have no values yet.
+
+    Raises:
+        ModelStateError: A parameter or buffer is lazy or on the meta device.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            owner = _owner(model, name)
+            raise ModelStateError(explain(name, f"not initialised ({owner} is lazy)", "a parameter needs its values",
+                                          "Run one forward pass first."))  # fmt: skip
+        if tensor.is_meta:
+            raise ModelStateError(explain(name, "on the meta device", "a derivative needs values",
+                                          "Load or initialise the weights first."))  # fmt: skip
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    path = name.rpartition(".")[0]
+    return f"module '{path}' ({type(model.get_submodule(path)).__name__})"
+
+
+def parameter_names(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that can be differentiated, tied ones once, by their first names."""
+    return {n: p for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+
+
+def replicate(
+    model: nn.Module,
+    *,
+    wrt: Callable[[str, Tensor], bool] = lambda name, parameter: False,
+    training: bool | None = None,
+    connected: bool = False,
+    cloned: bool = False,
+) -> Replica:
+    """Return a replica of `model`.
+
+    Args:
+        model: The caller's module, not changed.
+        wrt: Which parameters are differentiated, by name and value.
+        training: Mode for every module; None keeps each one's own.
+        connected: Keep the copies connected to the caller's parameters in the graph, instead of fresh leaves.
+        cloned: Copy the weights too, for forwards that write into them.
+    """
+    model = bare(model)
+    check_state(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        return _scripted(model, wrt, training)
+    originals = parameter_names(model)
+    names = {id(p): n for n, p in originals.items()}
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        name = names.get(id(parameter), "")
+        memo[id(parameter)] = _copied(parameter, bool(name) and wrt(name, parameter), connected, cloned)
+    builder = _Builder(memo, training)
+    with torch.inference_mode(False):
+        module = builder.build(model)
+    return Replica(module, {n: memo[id(p)] for n, p in originals.items()}, originals)
+
+
+def _copied(parameter: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:
+    with torch.inference_mode(False):
+        parameter = out_of_inference(parameter)
+        if connected and differentiated and parameter.requires_grad:
+            with torch.enable_grad():
+                return parameter.clone() if cloned else parameter.view_as(parameter)
+        private = parameter.detach().clone() if cloned else parameter.detach()
+        if type(parameter) in (nn.Parameter, Tensor):
+            return nn.Parameter(private, requires_grad=differentiated)
+        return private.requires_grad_(differentiated)
+
+
+def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bool | None) -> Replica:
+    """TorchScript modules live outside Python: only their own deep copy copies them."""
+    module, originals = copy.deepcopy(model), parameter_names(model)
+    private = parameter_names(module)
+    for name, parameter in private.items():
+        parameter.requires_grad_(wrt(name, originals[name]))
+    return Replica(module if training is None else module.train(training), private, originals)
+
+
+class _Builder:
+    """Copies modules and whatever plain containers and methods lead to them, each object once."""
+
+    def __init__(self, memo: dict[int, Any], training: bool | None) -> None:
+        self.memo, self.training = memo, training
+
+    def build(self, value: Any) -> Any:
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if type(value) in (list, tuple, set, dict, OrderedDict, defaultdict):
+            return self._container(value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, self.build(value.__self__))
+        if type(value) is partial:
+            return partial(self.build(value.func), *self.build(value.args), **self.build(value.keywords))
+        return value
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        if type(module).__name__ == "OptimizedModule":
+            return self.build(module._orig_mod)
+        if isinstance(module, torch.jit.ScriptModule):
+            return copy.deepcopy(module, {id(p): self.memo[id(p)] for p in module.parameters()})
+        twin = module.__class__.__new__(module.__class__)
+        self.memo[id(module)] = twin
+        twin.__dict__ = {key: self.build(value) for key, value in module.__dict__.items()}
+        if self.training is not None:
+            twin.__dict__["training"] = self.training
+        return twin
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        """Clone what a forward may write into; keep a recorded or shared graph tensor as it is."""
+        if tensor.requires_grad:
+            return tensor
+        with torch.no_grad():
+            self.memo[id(tensor)] = twin = tensor.clone()
+        return twin
+
+    def _container(self, value: Any) -> Any:
+        if isinstance(value, tuple | set):
+            return type(value)(self.build(item) for item in value)
+        self.memo[id(value)] = twin = copy.copy(value)
+        if isinstance(value, list):
+            twin[:] = [self.build(item) for item in value]
+        else:
+            for key, item in value.items():
+                twin[key] = self.build(item)
+        return twin

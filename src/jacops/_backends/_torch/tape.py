@@ -1,0 +1,402 @@
+"""A tape: one linearisation point, and the ladder of routes for sweeps over it.
+
+`pull` is a backward pass (cotangents to gradients), `push` its transpose (tangents to changes of the output). Plain
+`autograd.grad`, one cotangent at a time, defines what is right. Faster routes are taken where they apply and agree:
+
+- many cotangents in one batched pass, held against one plain pass over a random mix of them;
+- pushes by differentiating a pull, `J v = d<Jᵀu, v>/du` (Griewank and Walther, 2008, §5), held against the adjoint
+  identity `<u, J v> = <Jᵀu, v>` at the random `u` that the pull was recorded with, which costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import NotDifferentiableError, warn
+from ...space import Space
+from .agreement import inner, size, tolerance, worst_disagreement
+from .graph import Survey, survey
+from .surroundings import is_memory_error, private_noise, sweeping
+from .trust import Trust
+
+Rows = list[Tensor]
+_CHUNK_ENTRIES = 2**22
+_CHUNK_ROWS = 64
+
+
+class RouteFailedError(Exception):
+    """A fast route does not apply here; the reason is its message."""
+
+
+class RouteLiesError(RouteFailedError):
+    """A fast route gave numbers that the plain one does not confirm."""
+
+
+class Tape:
+    """One recorded point and the sweeps over it.
+
+    Args:
+        leaves: What is differentiated by, one tensor each.
+        outputs: What is differentiated.
+        leaf_names: How messages call the leaves.
+        output_names: How messages call the outputs.
+        call: The public call on whose behalf this is done.
+        twins: More tensors that stand for leaf `j` (the caller's own parameter, where a private copy was not enough).
+        private: Nobody but this tape holds the leaves, so `.backward` may write into them.
+        trust: What earlier calls proved.
+        fallback: `"warn"`, `"silent"` or `"error"` when a fast route is left.
+        coarse: Values were computed in lower precision than their dtypes say (autocast).
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        *,
+        leaf_names: Sequence[str],
+        output_names: Sequence[str],
+        call: str,
+        twins: Sequence[tuple[int, Tensor]] = (),
+        private: bool = False,
+        trust: Trust | None = None,
+        fallback: str = "warn",
+        coarse: bool = False,
+    ) -> None:
+        self.leaves, self.outputs = list(leaves), list(outputs)
+        device = self.outputs[0].device if self.outputs else None
+        self.domain = Space.of(self.leaves, leaf_names, device)
+        self.codomain = Space.of(self.outputs, output_names, device)
+        self.call, self.twins, self.private = call, tuple(twins), private
+        self.trust, self.fallback = trust or Trust(), fallback
+        self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *([torch.bfloat16] if coarse else [])])
+        self.routes: dict[str, str] = {}
+        self.protected: Sequence[Tensor] = ()
+        self.sweeps = 0
+        self._dual: tuple[Rows, list[Tensor | None]] | None = None
+        self._survey: Survey | None = None
+
+    @property
+    def survey(self) -> Survey:
+        """What the graph holds; read once."""
+        if self._survey is None:
+            self._survey = survey(self.outputs)
+        return self._survey
+
+    def is_connected(self) -> bool:
+        """Say whether a path leads from an output to any leaf, as far as a walk over the graph can see."""
+        targets = [*self.leaves, *(t for _, t in self.twins)]
+        nodes = {t.grad_fn for t in targets if t.grad_fn is not None}
+        reached = any(id(t) in self.survey.leaves for t in targets) or bool(nodes & self.survey.nodes)
+        return reached or self.survey.reentrant
+
+    # ---- one backward pass -----------------------------------------------------------------------------------
+
+    def pull(self, cotangents: Sequence[Tensor | None], create_graph: bool = False, batched: bool = False) -> list[Tensor | None]:
+        """Return one gradient per leaf by one backward pass; None where no path leads to the leaf."""
+        live = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        targets = [*self.leaves, *(tensor for _, tensor in self.twins)]
+        if not live or not targets:
+            return [None] * len(self.leaves)
+        outputs, seeds = [o for o, _ in live], [c for _, c in live]
+        self.sweeps += 1
+        with sweeping(outputs[0]):
+            if self.survey.reentrant:
+                grads = self._pull_by_backward(outputs, seeds, targets, create_graph, batched)
+            else:
+                grads = torch.autograd.grad(
+                    outputs, targets, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True,
+                    is_grads_batched=batched,
+                )  # fmt: skip
+        return self._merged([g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads])
+
+    def _merged(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        merged = list(grads[: len(self.leaves)])
+        for (index, _), extra in zip(self.twins, grads[len(self.leaves) :], strict=True):
+            own = merged[index]
+            merged[index] = extra if own is None else own if extra is None else own + extra
+        return merged
+
+    def _pull_by_backward(
+        self, outputs: Rows, seeds: Rows, targets: Rows, create_graph: bool, batched: bool
+    ) -> list[Tensor | None]:
+        """Reentrant checkpoints answer `.backward()` only: let it write into leaves nobody else holds."""
+        if not self.private:
+            raise NotDifferentiableError(
+                f"{self.call}: the graph holds a reentrant activation checkpoint, which cannot answer for tensors of the "
+                "caller's. Use checkpoint(…, use_reentrant=False), or the call that takes the model instead of a closure."
+            )
+        if create_graph:
+            raise NotDifferentiableError(
+                f"{self.call}: a reentrant activation checkpoint has no second derivative. Use checkpoint(…, use_reentrant=False)."
+            )
+        if batched:
+            raise RouteFailedError("a reentrant activation checkpoint takes one cotangent at a time")
+        kept = [(p, p.grad) for p in self.protected]
+        for p, _ in kept:
+            p.grad = None
+        try:
+            torch.autograd.backward(outputs, seeds, retain_graph=True)
+            return [t.grad for t in targets]
+        finally:
+            for t in targets:
+                t.grad = None
+            for p, grad in kept:
+                p.grad = grad
+
+    # ---- many cotangents -------------------------------------------------------------------------------------
+
+    def pull_rows(self, cotangents: Sequence[Tensor | None], create_graph: bool = False) -> Rows:
+        """Return `(k, *leaf)` per leaf from `(k, *output)` per output (None: zero)."""
+        many = next(c.shape[0] for c in cotangents if c is not None)
+        if many > 1 and self._may("pull", "batched"):
+            try:
+                return self._pull_batched(cotangents, many, create_graph)
+            except RouteFailedError as reason:
+                self._leave("pull", "one cotangent at a time", reason)
+        self.routes.setdefault("pull", "autograd.grad, one cotangent at a time")
+        rows = [self.pull([None if c is None else c[i] for c in cotangents], create_graph) for i in range(many)]
+        return [self._stacked([row[j] for row in rows], j, many) for j in range(len(self.leaves))]
+
+    def _stacked(self, grads: list[Tensor | None], leaf: int, many: int) -> Tensor:
+        shape, dtype, device = self.domain.shapes[leaf], self.domain.dtypes[leaf], self.domain.device
+        if all(g is None for g in grads):
+            return torch.zeros(many, *shape, dtype=dtype, device=device)
+        full = [torch.zeros(shape, dtype=dtype, device=device) if g is None else plain(g) for g in grads]
+        return full[0].unsqueeze(0) if many == 1 else torch.stack(full)
+
+    def _pull_batched(self, cotangents: Sequence[Tensor | None], many: int, create_graph: bool) -> Rows:
+        grads = attempt(lambda: self.pull(cotangents, create_graph, batched=True))
+        shapes = self.domain.shapes
+        rows = [
+            torch.zeros(many, *shapes[j], dtype=self.domain.dtypes[j], device=self.domain.device) if g is None else plain(g)
+            for j, g in enumerate(grads)
+        ]
+        if self.trust.needs("batched pull", many):
+            self._check_batched(cotangents, rows, many)
+            self.trust.remember("batched pull", many)
+        self.routes["pull"] = f"{many} cotangents in one batched pass, checked against a plain one"
+        return rows
+
+    def _check_batched(self, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> None:
+        weights = private_noise(torch.empty(many, dtype=torch.float64, device=self.domain.device))
+        plain_rows = self.pull([None if c is None else _mixed(weights, c) for c in cotangents])
+        pairs = [
+            (_mixed(weights, rows[j]), torch.zeros_like(rows[j][0]) if g is None else plain(g)) for j, g in enumerate(plain_rows)
+        ]
+        scales = [float(weights.abs().max()) * size(row) for row in rows]
+        error = worst_disagreement(pairs, scales)
+        if not error <= self.tolerance:
+            cause = f"they differ by {error:.1e}" if math.isfinite(error) else "values are not finite"
+            raise RouteLiesError(f"a batched backward pass disagrees with the plain one ({cause})")
+
+    # ---- tangents --------------------------------------------------------------------------------------------
+
+    def push_rows(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
+        """Return `(k, *output)` per output from `(k, *leaf)` per leaf."""
+        many = tangents[0].shape[0] if tangents else 1
+        live = sum(o.numel() for o in self.outputs if o.requires_grad)
+        if live > max(many, 1) and self._may("push", "dual"):
+            try:
+                return self.push_dual(tangents, create_graph)
+            except RouteFailedError as reason:
+                self._leave("push", f"row by row, {live} backward passes", reason)
+        self.routes.setdefault("push", "row by row, fewer outputs than tangents")
+        return self._push_by_rows(tangents, many, create_graph)
+
+    def push_dual(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
+        """Return `(k, *output)` per output by the differentiated backward pass alone.
+
+        Raises:
+            RouteFailedError: The function has no such route, or it fails its check.
+        """
+        many = tangents[0].shape[0]
+        if not self._live_outputs():
+            return [_zeros(many, o) for o in self.outputs]
+        seeds, grads = self._dual_graph()
+        index = [*range(len(self.leaves)), *(j for j, _ in self.twins)]
+        live = [(g, tangents[j]) for g, j in zip(grads, index, strict=True) if g is not None and g.requires_grad]
+        results: list[Tensor | None] = [None] * len(seeds)
+        if live:
+            results = self._differentiate_dual([g for g, _ in live], seeds, [t for _, t in live], many, create_graph)
+        pushed = [
+            torch.zeros(many, *o.shape, dtype=o.dtype, device=o.device) if r is None else plain(r)
+            for o, r in zip(self._live_outputs(), results, strict=True)
+        ]
+        self._check_adjoint(seeds, grads, index, tangents, pushed)
+        self.routes["push"] = "differentiated backward pass, adjoint identity checked"
+        each = iter(pushed)
+        return [next(each) if o.requires_grad else _zeros(many, o) for o in self.outputs]
+
+    def _live_outputs(self) -> Rows:
+        return [o for o in self.outputs if o.requires_grad]
+
+    def _dual_graph(self) -> tuple[Rows, list[Tensor | None]]:
+        """Record one backward pass from a random cotangent, as a function of that cotangent."""
+        if self._dual is None:
+            outputs = self._live_outputs()
+            targets = [*self.leaves, *(tensor for _, tensor in self.twins)]
+            if self.survey.reentrant:
+                raise RouteFailedError("a reentrant activation checkpoint answers plain backward passes only")
+            with sweeping(outputs[0]):
+                seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(outputs)]
+                self.sweeps += 1
+                grads = attempt(
+                    lambda: torch.autograd.grad(outputs, targets, seeds, create_graph=True, retain_graph=True, allow_unused=True)
+                )
+            if any(g is not None and g.layout is not torch.strided for g in grads):
+                raise RouteFailedError("a sparse gradient has no second derivative")
+            self._dual = seeds, list(grads)
+        return self._dual
+
+    def _differentiate_dual(
+        self, grads: Rows, seeds: Rows, tangents: Rows, many: int, create_graph: bool
+    ) -> list[Tensor | None]:
+        def sweep(rows: Rows, batched: bool) -> tuple[Tensor | None, ...]:
+            self.sweeps += 1
+            return torch.autograd.grad(
+                grads, seeds, rows, retain_graph=True, create_graph=create_graph, allow_unused=True, is_grads_batched=batched
+            )
+
+        with sweeping(seeds[0]):
+            if many > 1 and self._may("push", "batched"):
+                try:
+                    return list(attempt(lambda: sweep(tangents, True)))
+                except RouteFailedError:
+                    self.trust.refuse("push", "batched")
+            each = [attempt(lambda i=i: sweep([t[i] for t in tangents], False)) for i in range(many)]
+        columns = zip(*each, strict=True)
+        return [None if all(c is None for c in column) else torch.stack([plain(c) for c in column]) for column in columns]
+
+    def _check_adjoint(
+        self, seeds: Rows, grads: list[Tensor | None], index: list[int], tangents: Sequence[Tensor], pushed: Rows
+    ) -> None:
+        left = sum((inner(u, r) for u, r in zip(seeds, pushed, strict=True)), torch.zeros(()))
+        right = sum((inner(g, tangents[j]) for g, j in zip(grads, index, strict=True) if g is not None), torch.zeros(()))
+        reach = [(size(g) / math.sqrt(max(g.numel(), 1)), rows_size(tangents[j])) for g, j in zip(grads, index, strict=True) if g is not None]
+        scale = sum((mean * length for mean, length in reach), torch.zeros(())) + sum((rows_size(r) for r in pushed), torch.zeros(()))
+        error = float(((left - right).abs() / (scale.to(left) + torch.finfo(torch.float64).tiny)).max()) if pushed else 0.0
+        if not error <= self.tolerance:
+            names = self.survey.functions
+            blame = f", perhaps by the custom Function {', '.join(names)}" if names else ""
+            cause = f"off by {error:.1e}" if math.isfinite(error) else "values are not finite"
+            raise RouteFailedError(f"the differentiated backward pass fails the adjoint identity ({cause}){blame}")
+
+    def _push_by_rows(self, tangents: Sequence[Tensor], many: int, create_graph: bool) -> Rows:
+        pushed: list[list[Tensor]] = [[] for _ in self.outputs]
+        for index, _, blocks in self.rows(create_graph):
+            pushed[index].append(_contracted(blocks, tangents, many, self.outputs[index]))
+        return [
+            torch.cat(parts, 1).reshape(many, *o.shape) if parts else _zeros(many, o)
+            for parts, o in zip(pushed, self.outputs, strict=True)
+        ]
+
+    # ---- whole matrices --------------------------------------------------------------------------------------
+
+    def rows(self, create_graph: bool = False, chunk_size: int | None = None) -> Iterator[tuple[int, slice, Rows]]:
+        """Yield `(output index, entries, (k, *leaf) per leaf)` over all outputs; of complex outputs see `basis`.
+
+        A row is what `autograd.grad` returns for a unit cotangent.
+        """
+        for index, output in enumerate(self.outputs):
+            chunk = chunk_size or self.chunk(output.numel())
+            for start in range(0, output.numel(), chunk):
+                where = slice(start, min(start + chunk, output.numel()))
+                seeds = [basis(output, where) if i == index else None for i in range(len(self.outputs))]
+                if output.is_complex():
+                    yield index, where, self._complex_rows(seeds, index, create_graph)
+                else:
+                    yield index, where, self.pull_rows(seeds, create_graph)
+
+    def _complex_rows(self, seeds: list[Tensor | None], index: int, create_graph: bool) -> Rows:
+        """Rows of a complex output: `conj(df/dz)` for complex leaves, `conj(df/dx)` in the output's dtype for real ones."""
+        real = self.pull_rows(seeds, create_graph)
+        imaginary = self.pull_rows([None if s is None else s * 1j for s in seeds], create_graph)
+        rows = []
+        for name, a, b in zip(self.domain.names, real, imaginary, strict=True):
+            if not a.is_complex():
+                rows.append(torch.complex(a, -b))
+                continue
+            if size(b - 1j * a) > max(self.tolerance, 1e-6) * (size(a) + size(b)):
+                raise NotDifferentiableError(
+                    f"{self.call}: {self.codomain.names[index]} is not a holomorphic function of {name}, so it has no complex "
+                    "Jacobian. Use torch.view_as_real on the parameter and the output and ask for the real one."
+                )
+            rows.append(a)
+        return rows
+
+    def chunk(self, rows: int) -> int:
+        """Return how many cotangents go into one batched pass."""
+        entries = max(1, self.domain.dim + self.codomain.dim)
+        return max(1, min(rows, _CHUNK_ROWS, _CHUNK_ENTRIES // entries))
+
+    # ---- the ladder ------------------------------------------------------------------------------------------
+
+    def _may(self, sweep: str, route: str) -> bool:
+        return not self.trust.refused(sweep, route)
+
+    def _leave(self, sweep: str, route: str, reason: RouteFailedError) -> None:
+        self.trust.refuse(sweep, "batched" if sweep == "pull" else "dual")
+        self.routes[sweep] = f"{route} (because {reason})"
+        if self.fallback == "error":
+            raise NotDifferentiableError(f"{self.call}: {reason}, and fallback='error' forbids the plain route.")
+        # One cotangent at a time is the plain route, slower by a constant; many rows for one tangent are worth a word.
+        if self.fallback == "warn" and (sweep == "push" or isinstance(reason, RouteLiesError)):
+            warn(f"{self.call} went {route}: {reason}.")
+
+
+def attempt(sweep: Callable[[], Sequence[Tensor | None]]) -> Sequence[Tensor | None]:
+    """Run a fast sweep; whatever torch or a custom backward raises is a reason to leave the route.
+
+    Raises:
+        RouteFailedError: The sweep raised; memory errors pass through.
+    """
+    try:
+        return sweep()
+    except (RouteFailedError, NotDifferentiableError):
+        raise
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RouteFailedError(first[:200]) from error
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor without its subclass: derivatives of LieTensors are plain numbers."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def rows_size(rows: Tensor) -> Tensor:
+    """Return the norms of rows `(k, …)` as `(k,)` in float64."""
+    return torch.linalg.vector_norm(plain(rows.detach()).flatten(1).to(torch.complex128 if rows.is_complex() else torch.float64), dim=1)
+
+
+def basis(like: Tensor, where: slice) -> Tensor:
+    """Return unit vectors `(k, *like)` for the flat entries `where`."""
+    many = where.stop - where.start
+    rows = torch.zeros(many, like.numel(), dtype=like.dtype, device=like.device)
+    rows[torch.arange(many), torch.arange(where.start, where.stop)] = 1
+    return rows.reshape(many, *like.shape)
+
+
+def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return torch.tensordot(weights.to(wide), rows.detach().to(wide), 1).to(rows.dtype)
+
+
+def _zeros(many: int, output: Tensor) -> Tensor:
+    return torch.zeros(many, *output.shape, dtype=output.dtype, device=output.device)
+
+
+def _contracted(blocks: Rows, tangents: Sequence[Tensor], many: int, output: Tensor) -> Tensor:
+    """Return `(k, rows)`: what each tangent changes in the outputs whose gradients are `blocks`."""
+    total = torch.zeros(many, blocks[0].shape[0] if blocks else 0, dtype=output.dtype, device=output.device)
+    for rows, tangent in zip(blocks, tangents, strict=True):
+        wide = torch.promote_types(rows.dtype, tangent.dtype)
+        part = plain(tangent).reshape(many, -1).to(wide) @ rows.flatten(1).to(wide).conj().T
+        total = total + (part if output.is_complex() or not part.is_complex() else part.real).to(output.dtype)
+    return total

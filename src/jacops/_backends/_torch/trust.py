@@ -1,0 +1,64 @@
+"""What earlier calls proved about a function, so that a check is paid once per shape and not once per call."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Hashable
+from typing import Any
+
+from ...errors import InputError, explain
+
+CHECKS = ("first", "always", "never")
+
+
+class Trust:
+    """Verdicts about one function in one setting (shapes, dtypes, modes).
+
+    Args:
+        checks: `"first"` checks a route once per shape, `"always"` each time, `"never"` not at all.
+    """
+
+    def __init__(self, checks: str = "first") -> None:
+        self.checks = checks
+        self._proved: set[tuple[Hashable, ...]] = set()
+        self._refused: set[tuple[str, str]] = set()
+        self.notes: dict[str, Any] = {}
+
+    def needs(self, *route: Hashable) -> bool:
+        """Say whether `route` still has to be checked."""
+        return self.checks == "always" or (self.checks == "first" and route not in self._proved)
+
+    def remember(self, *route: Hashable) -> None:
+        """Note that `route` was right."""
+        self._proved.add(route)
+
+    def refuse(self, sweep: str, route: str) -> None:
+        """Note that `route` failed and should not be tried again."""
+        self._refused.add((sweep, route))
+
+    def refused(self, sweep: str, route: str) -> bool:
+        """Say whether `route` failed before."""
+        return (sweep, route) in self._refused
+
+
+_known: weakref.WeakKeyDictionary[Any, dict[Hashable, Trust]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def trust_in(function: Any, setting: Hashable, checks: str) -> Trust:
+    """Return what is known of `function` in `setting`, empty at first.
+
+    Raises:
+        InputError: `checks` is not one of the known words.
+    """
+    if checks not in CHECKS:
+        raise InputError(explain("checks", repr(checks), f"one of {CHECKS} is needed"))
+    if checks == "always":
+        return Trust(checks)
+    with _lock:
+        try:
+            store = _known.setdefault(function, {})
+        except TypeError:
+            return Trust(checks)
+        return store.setdefault((setting, checks), Trust(checks))

@@ -1,0 +1,100 @@
+"""What a forward does besides arithmetic: values read out of tensors, random draws, writes into weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_READS_OUTSIDE_DISPATCH = ("tolist", "numpy", "__array__", "__dlpack__")
+
+
+class WritesState(Exception):
+    """A forward is about to write into a guarded tensor; nothing was written yet."""
+
+
+class Watch:
+    """A context in which a forward's habits are noted down.
+
+    Attributes:
+        reads: Operations that read values out of tensors (`.item()`, `if tensor:`, `nonzero` …), so that the next
+            input may take another path.
+        draws: Random operations.
+    """
+
+    def __init__(self, guarded: Iterable[Tensor] = ()) -> None:
+        self.reads: dict[str, None] = {}
+        self.draws: dict[str, None] = {}
+        self.guarded = {_storage(tensor) for tensor in guarded}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Watch:
+        self._stack.enter_context(_Functions(self))
+        self._stack.enter_context(_Dispatch(self))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def note(self, operation: Any, args: tuple[Any, ...]) -> None:
+        tags = operation.tags
+        if torch.Tag.nondeterministic_seeded in tags and not _is_idle_dropout(operation, args):
+            self.draws[str(operation)] = None
+        if torch.Tag.data_dependent_output in tags or (torch.Tag.dynamic_output_shape in tags and _reads(operation, args)):
+            self.reads[str(operation)] = None
+        if self.guarded and operation._schema.is_mutable:
+            self._check_write(operation, args)
+
+    def _check_write(self, operation: Any, args: tuple[Any, ...]) -> None:
+        for argument, value in zip(operation._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, Tensor) and _storage(value) in self.guarded:
+                raise WritesState(str(operation))
+
+
+class _Dispatch(TorchDispatchMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.watch.note(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS_OUTSIDE_DISPATCH:
+            self.watch.reads[func.__name__] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _reads(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Indexing with integers has a known shape; only masks read values."""
+    if operation.overloadpacket not in (torch.ops.aten.index, torch.ops.aten.index_put):
+        return True
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _is_idle_dropout(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Fused kernels carry the random tag also where their dropout probability is zero or training is off."""
+    named = {a.name: v for a, v in zip(operation._schema.arguments, args, strict=False)}
+    if operation.overloadpacket is torch.ops.aten.native_dropout:
+        return named.get("train") is False
+    idle = {"dropout_p": 0.0, "dropout": 0.0}
+    return any(name in named and named[name] == value for name, value in idle.items()) or (
+        "train" in named and named["train"] is False
+    )

@@ -1,0 +1,64 @@
+"""Nothing non-finite comes back quietly: where NaN or Inf was seen first, and in what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Say whether every entry is finite, reading the tensor once and allocating nothing of its size."""
+    tensor = tensor.detach()
+    if tensor.numel() == 0:
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    # A sum is finite unless an entry is not, or it overflows: only then look at each entry.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32))) or bool(
+        torch.isfinite(tensor).all()
+    )
+
+
+def where_first(tensor: Tensor) -> str:
+    """Return index and count of the entries that are not finite, for a message."""
+    bad = (~torch.isfinite(tensor.detach())).nonzero()
+    return f"{bad.shape[0]} of {tensor.numel()} entries are NaN or Inf, the first at index {tuple(bad[0].tolist())}"
+
+
+def check_vector(call: str, argument: str, vectors: Iterable[Tensor]) -> None:
+    """Refuse a given vector with NaN or Inf.
+
+    Raises:
+        NonFiniteError: It has some; the message says where.
+    """
+    for i, vector in enumerate(vectors):
+        if not is_finite(vector):
+            raise NonFiniteError(f"{call}: in `{argument}`, tensor {i}, {where_first(vector)}. Nothing was computed.")
+
+
+def check_finite(call: str, results: Sequence[Tensor], names: Sequence[str], recorded: Any, todo: str = "") -> None:
+    """Refuse an output or a derivative with NaN or Inf.
+
+    Raises:
+        NonFiniteError: There is some; the message names the output, or the tensor whose derivative it is.
+    """
+    check_outputs(call, recorded.tape.outputs, recorded.tape.codomain.names, todo)
+    for result, name in zip(results, names, strict=True):
+        if not is_finite(result):
+            raise NonFiniteError(f"{call}: in the derivative's part for {name}, {where_first(result)}; the output itself is finite.{todo}")
+
+
+def check_outputs(call: str, outputs: Sequence[Tensor], names: Sequence[str], todo: str = "") -> None:
+    """Refuse an output with NaN or Inf: a finite derivative of it would mislead.
+
+    Raises:
+        NonFiniteError: There is some; the message names the output and the first row.
+    """
+    for output, name in zip(outputs, names, strict=True):
+        if not is_finite(output):
+            raise NonFiniteError(f"{call}: in {name}, {where_first(output)} (first axis: row of the batch).{todo}")

@@ -1,0 +1,268 @@
+"""Whole Jacobians as tensors: "what is the derivative matrix?" by inputs, by tensors of yours, or by parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._backends._torch.matrix import Blocks, jacobian_blocks
+from ._backends._torch.record import At, Recorded, record_closure, record_model
+from ._backends._torch.samples import Samples
+from ._finite import check_outputs, is_finite, where_first
+from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
+from .products import Params, say_if_unconnected
+from .trees import Selector
+
+_FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
+
+
+def compute_jacobian(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    *,
+    outputs: Selector = None,
+    at: At = None,
+    checks: str = "first",
+    fallback: str = "warn",
+    check_finite: bool = True,
+    progress: bool | None = None,
+) -> Any:
+    r"""Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
+
+    It is the derivative of the model in eval mode on a batch of one: $J_{n} = \partial f(x_n) / \partial x_n$. Where
+    samples provably do not mix, all samples of a batch share min(outputs, inputs) sweeps; where they do, where the
+    forward reads values out of tensors, or where it is random, every sample is differentiated alone and a
+    `JacopsWarning` says why. Random layers draw what they would draw for that sample in the caller's random state.
+
+    Args:
+        model: A module (its copy is put in eval mode, the caller's is not touched), or a plain function.
+        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
+        batch_size: Samples to a sweep.
+        outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
+            the output. One logit of 50,000 costs one sweep.
+        at: A submodule's path: differentiate by its output instead of by `x`. A pair `(source, target)` goes from
+            one hidden layer (None: the input) to another (None: the output).
+        checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"`, `"never"`.
+        fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
+        check_finite: Raise if an output or a derivative is NaN or Inf.
+        progress: Force the progress bar on or off.
+
+    Returns:
+        A tensor `(n, *out, *in)` with the dtype and device of the output, never requiring grad; `(0, *out, *in)` for
+        no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict inputs that structure
+        inside, with None at integer entries.
+
+    Raises:
+        InputTypeError: `model` or `x` is of the wrong kind.
+        InputError: `batch_size` is not a positive integer, or `x` does not fit the model.
+        ModelStateError: Parameters are lazy or without values, or `at` does not fit the forward.
+        NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
+        NonFiniteError: An output or a derivative is NaN or Inf.
+
+    Example:
+        >>> compute_jacobian(torch.nn.PReLU(), torch.tensor([[-1.0, -2.0], [3.0, -4.0]]))[1]
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.2500]])
+    """
+    _check_positive("batch_size", batch_size)
+    samples = Samples(model, x, call="compute_jacobian", outputs=outputs, at=at, checks=checks, fallback=fallback)
+    found = samples.jacobians(batch_size, progress)
+    if check_finite:
+        names = found.output_tree.names
+        check_outputs("compute_jacobian", found.output, names, _FINITE_TODO)
+        for name, row in zip(names, found.blocks, strict=True):
+            for block in row:
+                _check_block("compute_jacobian", block, name, "x")
+    rows = []
+    for row in found.blocks:
+        leaves: list[Tensor | None] = [None] * len(found.input_tree.names)
+        for position, block in zip(found.inputs, row, strict=True):
+            leaves[position] = block
+        rows.append(found.input_tree.build(leaves))
+    return found.output_tree.build(rows)
+
+
+def full_jacobian(
+    func: Callable[[], Any], params: Params, create_graph: bool = False, *, outputs: Selector = None, chunk_size: int | None = None
+) -> list[Tensor]:
+    """Return the Jacobian of `func()` by each parameter, a list of `(output_dim, *param.shape)`.
+
+    One sweep per output row at most, or per column where those are fewer. (The original returned both axes
+    flattened; its page promises the parameter's shape.) For complex parameters `df = J dz` holds for holomorphic
+    outputs and `df = Re(J dz)` for real ones.
+
+    Args:
+        func: Called once, without arguments; the rows of a tree of outputs follow one another.
+        params: One tensor or any iterable of tensors that `func` uses.
+        create_graph: Keep the result differentiable, to any order.
+        outputs: Part of the output, as in `compute_jacobian`.
+        chunk_size: Rows (or columns) per batched pass; by default by size.
+
+    Returns:
+        One tensor per parameter; `output_dim` is the number of entries of `func()`.
+
+    Raises:
+        InputError: A parameter is repeated or frozen.
+        NotDifferentiableError: The output has no derivative.
+        NonFiniteError: An output or a derivative is NaN or Inf.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> full_jacobian(lambda: torch.stack([x[0] ** 2, 3 * x[1] ** 2]), [x])
+        [tensor([[ 2.,  0.],
+                [ 0., 12.]])]
+    """
+    from .trees import select
+
+    if chunk_size is not None:
+        _check_positive("chunk_size", chunk_size)
+    recorded = record_closure(lambda: select(func(), outputs), params, "full_jacobian") if callable(func) else record_closure(func, params, "")
+    if not recorded.tape.leaves:
+        return []
+    say_if_unconnected(recorded)
+    blocks = jacobian_blocks(recorded.tape, create_graph, chunk_size=chunk_size)
+    _check_blocks("full_jacobian", recorded, blocks)
+    columns = zip(*blocks, strict=True)
+    return [_given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
+
+
+def modjac(
+    model: nn.Module,
+    input: Any = None,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: Literal["reverse-mode", "forward-mode"] = "reverse-mode",
+    flatten: bool = False,
+    *,
+    trainable_only: bool = False,
+    tangent: bool = False,
+    outputs: Selector = None,
+    check_finite: bool = True,
+) -> Any:
+    r"""Return the Jacobian of a model's output by its parameters.
+
+    The function is differentiated as it stands: batch statistics in train mode, one dropout mask; nothing of the
+    model changes. Frozen parameters are included, as the page says. (The original returned a 1-tuple for one
+    parameter and one output, where its page promises a tensor; here it is the tensor.)
+
+    Args:
+        model: A module with tensors, LieTensors (PyPose) or a tree of them as output.
+        input: A tuple is unpacked into positional arguments, a mapping into keyword arguments; anything else is the
+            one argument; None is no argument.
+        create_graph: Keep the result differentiable by the model's trainable parameters.
+        strict: Raise if an output does not depend on a parameter at all.
+        vectorize: Many rows in one batched sweep; the numbers are the same either way.
+        strategy: `"reverse-mode"` sweeps over output entries, `"forward-mode"` over parameter entries.
+        flatten: Return one matrix, all outputs by all parameters, columns in `named_parameters()` order.
+        trainable_only: Leave frozen parameters out.
+        tangent: For LieTensor parameters and outputs: tangent width, without the zero columns of storage width.
+        outputs: Part of the output, as in `compute_jacobian`.
+        check_finite: Raise if an output or a derivative is NaN or Inf.
+
+    Returns:
+        For one parameter and one output tensor `(*out, *param)`; for several parameters a tuple of such; for a tuple
+        or dict of outputs the same structure of tuples, `J[output][parameter]`. With `flatten` one matrix. The dtype
+        is the parameter's, in forward mode the output's. For complex parameters `df = J dz` holds for holomorphic
+        outputs and `df = Re(J dz)` for real ones, on every route.
+
+    Raises:
+        ModelStateError: The model has no parameters (or none that are trainable).
+        InputError: `strategy` is unknown or the input does not fit the model.
+        NotDifferentiableError: `strict` and an output is independent of a parameter, or there is no derivative.
+        NonFiniteError: An output or a derivative is NaN or Inf; the message names output and parameter.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> modjac(model, torch.tensor([[1.0, 2.0]])).shape
+        torch.Size([1, 1, 1, 2])
+    """
+    forward = _check_strategy(strategy)
+    recorded = record_model(
+        model, input, call="modjac", parameters=lambda name, p: p.requires_grad or not trainable_only, outputs=outputs,
+        connected=create_graph,
+    )  # fmt: skip
+    lie = _lie_layout(recorded, tangent)
+    if strict:
+        _check_dependence(recorded)
+    else:
+        say_if_unconnected(recorded)
+    blocks = jacobian_blocks(recorded.tape, create_graph, columns=forward, chunk_size=None if vectorize or forward else 1)
+    if check_finite:
+        _check_blocks("modjac", recorded, blocks, _FINITE_TODO)
+    blocks = lie(blocks) if lie else [[_shaped(b, o, p) for b, p in zip(row, recorded.tape.leaves, strict=True)]
+                                      for row, o in zip(blocks, recorded.tape.outputs, strict=True)]  # fmt: skip
+    if forward:
+        blocks = [[b.to(torch.promote_types(b.dtype, o.dtype) if b.is_complex() else o.dtype) for b in row]
+                  for row, o in zip(blocks, recorded.tape.outputs, strict=True)]  # fmt: skip
+    return _arranged(recorded, [[_given(b, create_graph) for b in row] for row in blocks], flatten)
+
+
+def _arranged(recorded: Recorded, blocks: Blocks, flat: bool) -> Any:
+    if flat:
+        rows = [torch.cat([_matrix(b, o) for b in row], 1) for row, o in zip(blocks, recorded.tape.outputs, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    if recorded.tree.single:
+        return blocks[0][0] if len(blocks[0]) == 1 else tuple(blocks[0])
+    return recorded.tree.build([tuple(row) for row in blocks])
+
+
+def _matrix(block: Tensor, output: Tensor) -> Tensor:
+    """Return a block as rows by columns, whatever its axes and however empty."""
+    return block.reshape(block.shape[: output.ndim].numel(), block.shape[output.ndim :].numel())
+
+
+def _shaped(block: Tensor, output: Tensor, param: Tensor) -> Tensor:
+    return block.reshape(*output.shape, *param.shape)
+
+
+def _check_strategy(strategy: str) -> bool:
+    if strategy not in ("reverse-mode", "forward-mode"):
+        raise InputError(explain("strategy", repr(strategy), "'reverse-mode' or 'forward-mode' is needed"))
+    return strategy == "forward-mode"
+
+
+def _check_dependence(recorded: Recorded) -> None:
+    tape = recorded.tape
+    for index, (name, output) in enumerate(zip(tape.codomain.names, tape.outputs, strict=True)):
+        seeds = [torch.ones_like(o) if i == index else None for i, o in enumerate(tape.outputs)]
+        for parameter, grad in zip(tape.domain.names, tape.pull(seeds), strict=True):
+            if grad is None and output.numel():
+                raise NotDifferentiableError(
+                    f"modjac: {name} does not depend on parameter {parameter}, and strict=True asks that it does. "
+                    "Leave strict out to get zeros."
+                )
+
+
+def _lie_layout(recorded: Recorded, tangent: bool) -> Callable[[Blocks], Blocks] | None:
+    """Return how blocks of LieTensors are laid out; None where there are none, so that nobody pays for PyPose."""
+    from .extras.lie import layout
+
+    return layout(recorded, tangent)
+
+
+def _check_blocks(call: str, recorded: Recorded, blocks: Blocks, todo: str = "") -> None:
+    check_outputs(call, recorded.tape.outputs, recorded.tape.codomain.names, todo)
+    for output, row in zip(recorded.tape.codomain.names, blocks, strict=True):
+        for parameter, block in zip(recorded.tape.domain.names, row, strict=True):
+            _check_block(call, block, output, parameter)
+
+
+def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
+    if not is_finite(block):
+        raise NonFiniteError(
+            f"{call}: in the Jacobian of {output} by {by}, {where_first(block)}; the output itself is finite.{_FINITE_TODO}"
+        )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(explain(name, repr(value), "a positive whole number is needed"))
+
+
+def _given(result: Tensor, create_graph: bool) -> Tensor:
+    return result if create_graph else result.detach()

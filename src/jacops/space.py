@@ -1,0 +1,149 @@
+"""Space: what one axis of an operator means, as named arrays laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, InputTypeError, explain
+
+
+@dataclass(frozen=True)
+class Space:
+    """Named arrays laid end to end: the meaning of one axis of an `Operator`.
+
+    Attributes:
+        names: One name per array, in order.
+        shapes: Their shapes.
+        dtypes: Their dtypes; a flat vector has the promoted one.
+        device: Where they live.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], names: Iterable[str], device: torch.device | None = None) -> Space:
+        """Return the space in which these tensors live."""
+        tensors = list(tensors)
+        where = tensors[0].device if tensors else device or torch.device("cpu")
+        return cls(tuple(names), tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors), where)
+
+    @classmethod
+    def flat(cls, size: int, name: str, like: Tensor) -> Space:
+        """Return the space of one vector with `size` entries."""
+        return cls((name,), (torch.Size([size]),), (like.dtype,), like.device)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each array."""
+        return tuple(shape.numel() for shape in self.shapes)
+
+    @cached_property
+    def dim(self) -> int:
+        """Number of entries altogether."""
+        return sum(self.sizes)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of a flat vector: the promotion of all dtypes."""
+        return reduce(torch.promote_types, self.dtypes) if self.dtypes else torch.get_default_dtype()
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each array stands in a flat vector."""
+        ends = list(accumulate(self.sizes, initial=0))
+        return tuple(slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True))
+
+    def flatten(self, tree: Sequence[Tensor] | Mapping[str, Tensor] | Tensor, argument: str = "v") -> Tensor:
+        """Return one flat vector `(dim,)` from one tensor per array (a list, or a dict by name).
+
+        Raises:
+            InputError: An array is missing, or has another shape, dtype or device than the space's.
+        """
+        return self.join([t.unsqueeze(0) for t in self.check(tree, argument)])[0]
+
+    def unflatten(self, flat: Tensor) -> list[Tensor]:
+        """Return one tensor per array from a flat vector `(dim,)`, each in its own dtype."""
+        return [part[0] for part in self.split(flat.unsqueeze(0))]
+
+    def join(self, arrays: Sequence[Tensor]) -> Tensor:
+        """Return rows `(k, dim)` from one `(k, *shape)` tensor per array."""
+        if len(arrays) == 1:
+            return arrays[0].flatten(1) if arrays[0].ndim > 1 else arrays[0].unsqueeze(1)
+        rows = [a.reshape(a.shape[0], size).to(self.dtype) for a, size in zip(arrays, self.sizes, strict=True)]
+        return torch.cat(rows, 1)
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Return one `(k, *shape)` tensor per array from rows `(k, dim)`."""
+        parts = zip(self.slices, self.shapes, self.dtypes, strict=True)
+        return [rows[:, where].reshape(-1, *shape).to(dtype) for where, shape, dtype in parts]
+
+    def check(self, tree: Any, argument: str, batch: bool = False) -> list[Tensor]:
+        """Return `tree` as one tensor per array, every shape, dtype and device held against the space.
+
+        Args:
+            tree: A tensor where there is one array, else a list or tuple in order, or a dict by name.
+            argument: How error messages call it.
+            batch: True where every tensor has one more leading axis, the same for all.
+
+        Raises:
+            InputTypeError: `tree` or an entry is of the wrong kind.
+            InputError: Count, shape, dtype, device or leading axis do not match. Nothing is broadcast or cast.
+        """
+        tensors = self._listed(tree, argument)
+        many = None
+        for tensor, name, shape, dtype in zip(tensors, self.names, self.shapes, self.dtypes, strict=True):
+            label = f"{argument} for {name}" if len(self.names) > 1 else argument
+            self._check_one(tensor, label, shape, dtype, batch)
+            if batch and many is not None and tensor.shape[0] != many:
+                raise InputError(explain(label, f"a batch of {tensor.shape[0]}", f"the first tensor is a batch of {many}"))
+            many = tensor.shape[0] if batch else None
+        return tensors
+
+    def _listed(self, tree: Any, argument: str) -> list[Tensor]:
+        if isinstance(tree, Tensor):
+            tree = [tree]
+        if isinstance(tree, Mapping):
+            unknown, missing = [k for k in tree if k not in self.names], [n for n in self.names if n not in tree]
+            if unknown or missing:
+                came = f"a dict with unknown names {unknown} and without {missing}"
+                raise InputError(explain(argument, came, f"one tensor per name is needed: {self.layout}"))
+            tree = [tree[name] for name in self.names]
+        if not isinstance(tree, list | tuple):
+            raise InputTypeError(explain(argument, f"a {type(tree).__name__}", "a tensor or a list of tensors is needed"))
+        if len(tree) != len(self.names):
+            missing = f"; the first one missing is {self.names[len(tree)]}" if len(tree) < len(self.names) else ""
+            raise InputError(explain(argument, f"{len(tree)} tensor(s){missing}", f"{len(self.names)} are needed: {self.layout}",
+                                     "Pass one tensor for each."))  # fmt: skip
+        return list(tree)
+
+    def _check_one(self, tensor: Any, label: str, shape: torch.Size, dtype: torch.dtype, batch: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            raise InputTypeError(explain(label, f"a {type(tensor).__name__}", f"a tensor of shape {tuple(shape)} is needed"))
+        wanted = f"(batch, {', '.join(map(str, shape))})" if batch else str(tuple(shape))
+        came = tensor.shape[1:] if batch and tensor.ndim else tensor.shape
+        if came != shape or (batch and not tensor.ndim):
+            raise InputError(explain(label, f"of shape {tuple(tensor.shape)}", f"shape {wanted} is needed",
+                                     f"The layout is {self.layout}; nothing is broadcast or reshaped."))  # fmt: skip
+        if tensor.dtype != dtype:
+            raise InputError(explain(label, f"of dtype {tensor.dtype}", f"dtype {dtype} is needed", f"Call `.to({dtype})` on it."))
+        if tensor.device != self.device:
+            raise InputError(explain(label, f"on device {tensor.device}", f"device {self.device} is needed"))
+
+    @property
+    def layout(self) -> str:
+        """Names and shapes in one line, for people."""
+        parts = [f"{name} {tuple(shape)}" for name, shape in zip(self.names, self.shapes, strict=True)]
+        return ", ".join(parts if len(parts) <= 6 else [*parts[:3], f"… {len(parts) - 4} more …", parts[-1]])
+
+    def __repr__(self) -> str:
+        return f"Space({self.dim}: {self.layout})"

@@ -1,0 +1,112 @@
+"""Trees of tensors: tuples, lists, dicts and whatever torch's own pytree registry knows (transformers' outputs too).
+
+A tree is flattened once into named leaves at the edge of a call; everything inside works on flat lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from .errors import InputError, InputTypeError, NotDifferentiableError, explain
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The shape of a tree: its leaves' names and how to build it again.
+
+    Attributes:
+        names: One readable path per leaf, such as `output['logits']`.
+        single: True where the tree is one bare leaf.
+        spec: torch's own description of the structure.
+    """
+
+    names: tuple[str, ...]
+    single: bool
+    spec: pytree.TreeSpec
+
+    def build(self, leaves: Iterable[Any]) -> Any:
+        """Return the tree with these leaves in place of its own."""
+        return pytree.tree_unflatten(list(leaves), self.spec)
+
+
+def flatten(tree: Any, name: str) -> tuple[list[Any], Tree]:
+    """Return the leaves of `tree` and its shape; paths in error messages start with `name`."""
+    paths, spec = pytree.tree_flatten_with_path(tree)
+    names = tuple(name + pytree.keystr(path) for path, _ in paths)
+    return [leaf for _, leaf in paths], Tree(names, len(paths) == 1 and not paths[0][0], spec)
+
+
+def is_differentiable(value: Any) -> bool:
+    """Say whether `value` is a tensor of a dtype that has derivatives."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def output_leaves(output: Any, name: str = "output") -> tuple[list[Tensor], Tree]:
+    """Return the tensors of a model's output and its shape.
+
+    Raises:
+        InputTypeError: A leaf is not a tensor; the message names it.
+        NotDifferentiableError: A leaf is of an integer dtype.
+    """
+    leaves, tree = flatten(output, name)
+    if not leaves:
+        raise InputTypeError(explain(name, type(output).__name__, "a tensor or a tree of tensors is needed"))
+    for leaf, path in zip(leaves, tree.names, strict=True):
+        if not isinstance(leaf, Tensor):
+            todo = "Pick the tensors with `outputs=` (a key, an index or a callable)."
+            raise InputTypeError(explain(path, f"a {type(leaf).__name__}", "every leaf must be a tensor", todo))
+        if not is_differentiable(leaf):
+            raise NotDifferentiableError(
+                explain(path, f"of dtype {leaf.dtype}", "a derivative needs a floating-point output",
+                        "Return scores rather than labels, or pick another output with `outputs=`.")
+            )  # fmt: skip
+        if leaf.layout is not torch.strided:
+            raise InputError(explain(path, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it."))
+    return leaves, tree
+
+
+Selector = None | int | str | slice | Sequence[int] | Tensor | Callable[[Any], Any]
+
+
+def select(output: Any, outputs: Selector, name: str = "output") -> Any:
+    """Return the part of `output` that `outputs` picks.
+
+    A callable is applied to the output. For a tuple or a mapping, an index or a name picks an entry; a tensor is
+    indexed along its last axis, an integer dropping that axis as in NumPy.
+
+    Raises:
+        InputError: There is no such entry; the message lists what there is.
+    """
+    if outputs is None:
+        return output
+    if callable(outputs):
+        return outputs(output)
+    if isinstance(output, Tensor):
+        return _select_last(output, outputs, name)
+    try:
+        if isinstance(outputs, list | tuple) and isinstance(output, Mapping):
+            return {key: output[key] for key in outputs}
+        if isinstance(outputs, list | tuple):
+            return tuple(output[key] for key in outputs)
+        return output[outputs]
+    except (KeyError, IndexError, TypeError):
+        known = list(output) if isinstance(output, Mapping) else range(len(output)) if hasattr(output, "__len__") else "?"
+        raise InputError(explain("outputs", repr(outputs), f"{name} has {known}")) from None
+
+
+def _select_last(output: Tensor, outputs: Any, name: str) -> Tensor:
+    if isinstance(outputs, str):
+        raise InputError(explain("outputs", repr(outputs), f"{name} is one tensor, which has no names",
+                                 "Pass indices along its last axis, or a callable."))  # fmt: skip
+    if output.ndim == 0:
+        raise InputError(explain("outputs", repr(outputs), f"{name} is a scalar, which has no axis to pick from"))
+    try:
+        return output[..., outputs if isinstance(outputs, int | slice | Tensor) else list(outputs)]
+    except IndexError:
+        raise InputError(explain("outputs", repr(outputs), f"the last axis of {name} has {output.shape[-1]} entries")) from None

@@ -1,0 +1,149 @@
+"""The house rules that a machine can keep: layers, cycles, optional packages, docstrings, file size."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import jacops
+
+SRC = Path(__file__).parents[1] / "src"
+LAYERS = [  # imports point downwards only: from a later row to an earlier one, or within a row without a cycle
+    {"errors", "space", "_progress", "trees", "_backends"},  # 0 ground
+    {"operators", "derivatives", "sparsity"},  # 1 linear
+    {"solvers", "estimators", "planning", "checks"},  # 2 methods
+    {"problem"},  # 3 problem
+    {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
+    {"__init__"},
+]
+OPTIONAL = {"sklearn", "matplotlib", "jinja2", "pypose", "zarr", "jax", "pandas", "transformers"}
+MAX_LINES = 400
+
+
+class Import(NamedTuple):
+    target: str  # dotted, absolute
+    where: str  # path:line
+    when: str  # "load": when the module is imported; "call": inside a function; "types": only for the type checker
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_name(path): path for path in sorted(SRC.glob("jacops/**/*.py"))}
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+
+def imports(module: str, node: ast.AST, when: str = "load") -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        where = f"{FILES[module].relative_to(SRC)}:{getattr(child, 'lineno', 0)}"
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, where, when) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            dots = child.level - (FILES[module].name == "__init__.py")  # how many names a relative import drops
+            parents = module.split(".")[: len(module.split(".")) - dots] if child.level else []
+            base = [*parents, *filter(None, [child.module])]
+            yield from (Import(".".join([*base, alias.name]), where, when) for alias in child.names)
+        elif isinstance(child, ast.If) and ast.unparse(child.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+            yield from imports(module, ast.Module(child.body, []), "types")
+            yield from imports(module, ast.Module(child.orelse, []), when)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and when == "load":
+            yield from imports(module, child, "call")
+        else:
+            yield from imports(module, child, when)
+
+
+def part(module: str) -> str:
+    """Where a module stands in LAYERS: `jacops.operators._base` -> `operators`, `jacops` -> `__init__`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def home(target: str) -> str | None:
+    """The module a dotted name lives in: `jacops.operators.Matrix` -> `jacops.operators`; None outside jacops."""
+    while target and target not in FILES:
+        target = target.rpartition(".")[0]
+    return target or None
+
+
+IMPORTS = [(module, found) for module, tree in TREES.items() for found in imports(module, tree)]
+INNER = [(module, to, found) for module, found in IMPORTS if (to := home(found.target))]
+
+
+def check_acyclic(edges: list[tuple[str, str]]) -> None:
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for source, target in edges:
+        sorter.add(source, target)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise AssertionError("import cycle: " + " <- ".join(error.args[1])) from None
+
+
+def test_every_module_has_a_place() -> None:
+    lost = sorted({part(module) for module in FILES} - set(LEVEL))
+    assert not lost, f"place {lost} in LAYERS of tests/test_architecture.py"
+
+
+def test_imports_point_downwards() -> None:
+    upward = [
+        f"{found.where}: {part(module)} imports {part(to)}, which stands above it"
+        for module, to, found in INNER
+        if LEVEL.get(part(to), 0) > LEVEL.get(part(module), len(LAYERS))
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_no_import_cycle() -> None:
+    """Inside one package a late import may close a loop (an operator builds its sum); between two parts none may."""
+    check_acyclic([(part(module), part(to)) for module, to, _ in INNER if part(module) != part(to)])
+    check_acyclic([(module, to) for module, to, found in INNER if found.when == "load"])
+
+
+def test_optional_packages_stay_at_home() -> None:
+    strays = []
+    for module, found in IMPORTS:
+        package = found.target.split(".")[0]
+        if package == "jax" and "jax" not in module:  # its own modules load only for who has it
+            strays.append(f"{found.where}: jax outside the modules named after it")
+        elif package in OPTIONAL - {"jax"} and found.when == "load":
+            strays.append(f"{found.where}: {package} is optional, import it inside the function that needs it")
+    assert not strays, "\n".join(strays)
+
+
+def test_import_loads_no_optional_package() -> None:
+    code = f"import sys, jacops; print(sorted(set(sys.modules) & {OPTIONAL!r}))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_no_assert_in_src() -> None:
+    asserts = [
+        f"{FILES[module].relative_to(SRC)}:{node.lineno}: raise a typed error instead of assert"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ]
+    assert not asserts, "\n".join(asserts)
+
+
+def test_files_stay_short() -> None:
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in FILES.items()}
+    long = {module: length for module, length in lengths.items() if length > MAX_LINES}
+    assert not long, f"more than {MAX_LINES} lines, split by meaning: {long}"
+
+
+def test_public_names_have_docstrings() -> None:
+    def silent(name: str) -> bool:
+        thing = getattr(jacops, name)
+        text = (thing.__doc__ or "").strip()
+        from_dataclass = inspect.isclass(thing) and text.startswith(f"{name}(")
+        return (inspect.isclass(thing) or inspect.isroutine(thing)) and (not text or from_dataclass)
+
+    assert jacops.__all__, "jacops/__init__.py names nothing in __all__"
+    mute = sorted(filter(silent, jacops.__all__))
+    assert not mute, f"public names without a docstring: {mute}"
