@@ -237,23 +237,32 @@ def parameter_jacobian_by_differences(
     model: nn.Module, inputs: Any, copier: Copier = copy.deepcopy, step: float = 1e-5
 ) -> Blocks:
     """The same blocks from two calls per entry of each parameter; right to about 1e-8."""
-    blocks = [[] for _ in leaves(_fresh_call(model, inputs, copier))]
-    for index, parameter in enumerate(model.parameters()):
-        columns = [[] for _ in blocks]
-        for entry in range(parameter.numel()):
-            up, down = (leaves(_fresh_call(model, inputs, copier, index, entry, s)) for s in (step, -step))
-            for column, above, below in zip(columns, up, down, strict=True):
-                column.append((above - below) / (2 * step))
-        for block, column, output in zip(blocks, columns, up, strict=True):
-            block.append(torch.stack(column, -1).reshape(*output.shape, *parameter.shape))
-    return blocks
+
+    def moved(index: int, parameter: Tensor, entry: int) -> list[Tensor]:
+        nudge = in_double(torch.zeros_like(parameter)).flatten()
+        nudge[entry] = step
+        above, below = (_nudged_call(model, inputs, copier, index, s * nudge) for s in (1, -1))
+        return [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
+
+    def columns(index: int, parameter: Tensor) -> list[Tensor]:
+        found = [moved(index, parameter, entry) for entry in range(parameter.numel())]
+        return [
+            torch.stack([change[i] for change in found], -1).reshape(*output.shape, *parameter.shape)
+            if found
+            else output.new_zeros(*output.shape, *parameter.shape)
+            for i, output in enumerate(outputs)
+        ]
+
+    outputs = _nudged_call(model, inputs, copier, 0, None)
+    by_parameter = [columns(index, parameter) for index, parameter in enumerate(model.parameters())]
+    return [list(line) for line in zip(*by_parameter, strict=True)]
 
 
-def _fresh_call(
-    model: nn.Module, inputs: Any, copier: Copier, index: int = 0, entry: int = 0, nudge: float = 0.0
-) -> Any:
-    """One call of a new copy with one entry of one parameter nudged, at the present random state."""
+def _nudged_call(model: nn.Module, inputs: Any, copier: Copier, index: int, nudge: Tensor | None) -> list[Tensor]:
+    """One call of a new copy with one parameter nudged, at the present random state."""
     with same_draws(), torch.no_grad():
         twin = copier(model).double()
-        list(twin.parameters())[index].view(-1)[entry] += nudge
-        return called(twin, mapped(in_double, inputs))
+        if nudge is not None:
+            parameter = list(twin.parameters())[index]
+            parameter += nudge.reshape(parameter.shape)
+        return leaves(called(twin, mapped(in_double, inputs)))

@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from oracle import called, mapped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import jacops
+from oracle import called, mapped
 
 SEED = 20_240  # of the global generator, which seeds models and which random forwards draw from
 ROWS = 3  # vectors in a batch of tangents or cotangents
@@ -97,7 +97,8 @@ class Case:
 
     def output(self, dtype: torch.dtype | None = None) -> Any:
         """Return what the model answers: one plain call of a new model, the random state left alone."""
-        with seeded(), torch.no_grad():
+        with seeded(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a checkpoint without a gradient to come says so
             return called(self.model(dtype), self.x(dtype))
 
     def y(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,7 +131,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
     """Normal numbers from a private generator, in float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def like(tensor: Tensor, seed: int, *axes: int) -> Tensor:
@@ -214,7 +215,7 @@ def _hessian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> C
 
 def directions(model: nn.Module) -> Tensor:
     """Rows of numbers for the trainable parameters, (2, P)."""
-    return torch.cat([v.reshape(2, -1) for v in tangents(model, 2, trainable=True)] or [torch.ones(2, 1)], 1)
+    return torch.cat([v.reshape(2, v[0].numel()) for v in tangents(model, 2, trainable=True)] or [torch.ones(2, 1)], 1)
 
 
 def _mvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
@@ -440,7 +441,7 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x.add_(1.0)
-        return torch.tanh(self.linear(x)).mul_(2.0)
+        return self.linear(x).mul_(2.0).tanh()
 
 
 class Cube(torch.autograd.Function):
@@ -910,8 +911,7 @@ PARAMETERS = [
         "all_frozen",
         frozen(""),
         points(),
-        expect=refuse("InputError", "requires_grad", *CLOSURES)
-        | refuse("ModelStateError", "requires_grad", *TWICE),
+        expect=refuse("InputError", "requires_grad", *CLOSURES) | refuse("ModelStateError", "requires_grad", *TWICE),
     ),
     Case(
         "no_parameters",

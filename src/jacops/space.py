@@ -78,14 +78,14 @@ class Space:
     def join(self, arrays: Sequence[Tensor]) -> Tensor:
         """Return rows `(k, dim)` from one `(k, *shape)` tensor per array."""
         if len(arrays) == 1:
-            return arrays[0].flatten(1) if arrays[0].ndim > 1 else arrays[0].unsqueeze(1)
+            return arrays[0].reshape(arrays[0].shape[0], self.dim)
         rows = [a.reshape(a.shape[0], size).to(self.dtype) for a, size in zip(arrays, self.sizes, strict=True)]
         return torch.cat(rows, 1)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Return one `(k, *shape)` tensor per array from rows `(k, dim)`."""
         parts = zip(self.slices, self.shapes, self.dtypes, strict=True)
-        return [rows[:, where].reshape(-1, *shape).to(dtype) for where, shape, dtype in parts]
+        return [rows[:, where].reshape(rows.shape[0], *shape).to(dtype) for where, shape, dtype in parts]
 
     def check(self, tree: Any, argument: str, batch: bool = False) -> list[Tensor]:
         """Return `tree` as one tensor per array, every shape, dtype and device held against the space.

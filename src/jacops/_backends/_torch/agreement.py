@@ -46,4 +46,9 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the real inner products of rows: a `(*shape)` with b `(k, *shape)` gives `(k,)`."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     product = a.detach().to(wide).conj() * b.detach().to(wide)
-    return product.real.flatten(1).sum(1, dtype=torch.float64)
+    return as_rows(product.real).sum(1, dtype=torch.float64)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """Return `(k, …)` as `(k, entries)`, also where there are none."""
+    return tensor.reshape(tensor.shape[0], tensor.shape[1:].numel())

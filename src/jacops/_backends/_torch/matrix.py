@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import NotDifferentiableError
-from .agreement import size
+from .agreement import as_rows, size
 from .tape import Rows, Tape, basis
 
 Blocks = list[list[Tensor]]
@@ -39,7 +39,7 @@ def jacobian_blocks(
         if part.dtype != target.dtype and part.is_complex():
             blocks[index][leaf] = target = target.to(part.dtype)
         if columns:
-            target.view(target.shape[0], -1)[:, where] = part
+            as_rows(target)[:, where] = part
         else:
             target[where] = part
     return blocks
@@ -68,7 +68,7 @@ def _columns(tape: Tape, leaf: int, where: slice, create_graph: bool) -> Rows:
     """Return `(output entries, columns)` per output."""
     pushed = _push_basis(tape, leaf, where, 1.0, create_graph)
     if not tape.leaves[leaf].is_complex():
-        return [p.flatten(1).T for p in pushed]
+        return [as_rows(p).T for p in pushed]
     turned = _push_basis(tape, leaf, where, 1j, create_graph)
     for index, (a, b) in enumerate(zip(pushed, turned, strict=True)):
         if a.is_complex() and size(b - 1j * a) > max(tape.tolerance, 1e-6) * (size(a) + size(b)):
@@ -76,7 +76,7 @@ def _columns(tape: Tape, leaf: int, where: slice, create_graph: bool) -> Rows:
                 f"{tape.call}: {tape.codomain.names[index]} is not a holomorphic function of {tape.domain.names[leaf]}, so it "
                 "has no complex Jacobian. Use torch.view_as_real on the parameter and the output and ask for the real one."
             )
-    return [(a if a.is_complex() else torch.complex(a, -b)).flatten(1).T for a, b in zip(pushed, turned, strict=True)]
+    return [as_rows(a if a.is_complex() else torch.complex(a, -b)).T for a, b in zip(pushed, turned, strict=True)]
 
 
 def _push_basis(tape: Tape, leaf: int, where: slice, unit: complex, create_graph: bool) -> Rows:

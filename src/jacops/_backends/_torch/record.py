@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Recorded:
     Attributes:
         tape: The linearisation point.
         tree: The output's structure.
-        output: The output itself, detached, as the user's function gave it.
+        output: The output itself, as the user's function gave it.
+        inputs: For each input of the caller's that has derivatives, by identity: itself and the leaf that stood for it.
     """
 
     tape: Tape
     tree: Tree
     output: Any
+    inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def record_closure(func: Callable[[], Any], params: Any, call: str, fallback: str = "warn") -> Recorded:
@@ -110,10 +112,11 @@ def split_input(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (value,), {}
 
 
-def private_inputs(value: Any, recorded: bool) -> tuple[Any, list[tuple[str, Tensor]], list[Tensor]]:
-    """Return a copy of the inputs, the leaves in it that have derivatives, and all tensors of the caller's in it.
+def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
+    """Return a copy of the inputs, and the leaves in it that have derivatives.
 
-    Leaves are used through a clone, so that a forward may write into its input.
+    Leaves are used through a clone, so that a forward may write into its input. With `connected`, an input of the
+    caller's that requires grad is its own leaf.
     """
     values, tree = flatten(value, "input")
     leaves: list[tuple[str, Tensor]] = []
@@ -123,13 +126,13 @@ def private_inputs(value: Any, recorded: bool) -> tuple[Any, list[tuple[str, Ten
             copies.append(item)
             continue
         item = out_of_inference(item)
-        if not is_differentiable(item) or not recorded:
+        if not is_differentiable(item):
             copies.append(item.detach().clone() if item.layout is torch.strided else item)
             continue
-        leaf = item.detach().requires_grad_()
+        leaf = item if connected and item.requires_grad else item.detach().requires_grad_()
         leaves.append((name, leaf))
         copies.append(leaf.clone())
-    return tree.build(copies), leaves, [v for v in values if isinstance(v, Tensor)]
+    return tree.build(copies), leaves
 
 
 class Hooked:
@@ -250,6 +253,7 @@ def record_model(
     training: bool | None = None,
     finish: Callable[[Any], Any] | None = None,
     connected: bool = False,
+    shift: Mapping[str, Tensor] | None = None,
 ) -> Recorded:
     """Run a model once on private copies and record it.
 
@@ -265,6 +269,7 @@ def record_model(
         training: A mode for all modules, None for their own.
         finish: Applied to the output last (a loss).
         connected: Keep the result connected to the caller's trainable parameters, for derivatives of derivatives.
+        shift: Added to the private copies of parameters, by name, for finite differences.
 
     Raises:
         ModelStateError: The model has no parameters to differentiate.
@@ -283,7 +288,9 @@ def record_model(
 
     def run(replica: Replica) -> Any:
         # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks for one.
-        copied, kept["inputs"], _ = private_inputs(value, recorded=True)
+        copied, kept["inputs"] = private_inputs(value, connected)
+        for name, change in (shift or {}).items():
+            replica.parameters[name].data = replica.originals[name].detach() + change
         hooked = Hooked(replica.module, at)
         args, kwargs = split_input(copied)
         with hooked.active(), forward_explained(module, tensors):
@@ -304,7 +311,8 @@ def record_model(
     tape.protected = [p for p in module.parameters() if p.requires_grad]
     # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
     tape.twins = tuple((i, p) for i, p in twins if id(p) in tape.survey.leaves and not connected)
-    return Recorded(tape, tree, output)
+    given = dict(zip(flatten(value, "input")[1].names, flatten(value, "input")[0], strict=True))
+    return Recorded(tape, tree, output, {id(given[name]): (given[name], leaf) for name, leaf in kept["inputs"]})
 
 
 def _leaves(

@@ -177,6 +177,8 @@ class _Builder:
         twin.__dict__ = {key: self.build(value) for key, value in module.__dict__.items()}
         if self.training is not None:
             twin.__dict__["training"] = self.training
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            twin.__dict__["sparse"] = False  # the same function; sparse gradients have no second derivative
         return twin
 
     def _tensor(self, tensor: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class Samples:
     def _recorded(self, values: Sequence[Tensor], trust: Trust, habits: Habits | None, cloned: bool) -> _Run:
         with recording(), random_state_kept():
             module = replicate(self.model, training=False, cloned=cloned).module if isinstance(self.model, nn.Module) else None
-            copied, leaves, _ = private_inputs(self.input_tree.build(values), recorded=True)
+            copied, leaves = private_inputs(self.input_tree.build(values))
             args, kwargs = split_input(copied)
             with forward_explained(self.model, values):
                 if module is None:

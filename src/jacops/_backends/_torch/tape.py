@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...errors import NotDifferentiableError, warn
+from ...errors import JacopsError, NotDifferentiableError, warn
 from ...space import Space
-from .agreement import inner, size, tolerance, worst_disagreement
+from .agreement import as_rows, inner, size, tolerance, worst_disagreement
 from .graph import Survey, survey
 from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
@@ -107,11 +107,22 @@ class Tape:
             if self.survey.reentrant:
                 grads = self._pull_by_backward(outputs, seeds, targets, create_graph, batched)
             else:
-                grads = torch.autograd.grad(
-                    outputs, targets, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True,
-                    is_grads_batched=batched,
-                )  # fmt: skip
+                grads = self._grad(outputs, targets, seeds, create_graph, batched)
         return self._merged([g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads])
+
+    def _grad(
+        self, outputs: Rows, targets: Rows, seeds: Rows, create_graph: bool, batched: bool
+    ) -> tuple[Tensor | None, ...]:
+        try:
+            return torch.autograd.grad(
+                outputs, targets, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True, is_grads_batched=batched
+            )
+        except RuntimeError as error:
+            if batched or is_memory_error(error) or isinstance(error, JacopsError):
+                raise
+            names = ", ".join(self.survey.functions)
+            where = f" (custom Functions in the graph: {names})" if names else ""
+            raise NotDifferentiableError(f"{self.call}: torch.autograd cannot take this derivative{where}: {error}") from error
 
     def _merged(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         merged = list(grads[: len(self.leaves)])
@@ -372,7 +383,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 def rows_size(rows: Tensor) -> Tensor:
     """Return the norms of rows `(k, …)` as `(k,)` in float64."""
-    return torch.linalg.vector_norm(plain(rows.detach()).flatten(1).to(torch.complex128 if rows.is_complex() else torch.float64), dim=1)
+    return torch.linalg.vector_norm(as_rows(plain(rows.detach())).to(torch.complex128 if rows.is_complex() else torch.float64), dim=1)
 
 
 def basis(like: Tensor, where: slice) -> Tensor:
@@ -397,6 +408,6 @@ def _contracted(blocks: Rows, tangents: Sequence[Tensor], many: int, output: Ten
     total = torch.zeros(many, blocks[0].shape[0] if blocks else 0, dtype=output.dtype, device=output.device)
     for rows, tangent in zip(blocks, tangents, strict=True):
         wide = torch.promote_types(rows.dtype, tangent.dtype)
-        part = plain(tangent).reshape(many, -1).to(wide) @ rows.flatten(1).to(wide).conj().T
+        part = as_rows(plain(tangent)).to(wide) @ as_rows(rows).to(wide).conj().T
         total = total + (part if output.is_complex() or not part.is_complex() else part.real).to(output.dtype)
     return total

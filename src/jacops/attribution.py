@@ -1,0 +1,305 @@
+"""Attribution by input Jacobian: "which feature does this output rest on?", exact and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._backends._torch.homogeneous import bias_part
+from ._finite import is_finite, where_first
+from .errors import InputError, InputTypeError, NonFiniteError, explain
+from .jacobians import compute_jacobian
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any] | Tensor
+
+
+@dataclass
+class JacobianVerification:
+    """How well `Z = J X` holds.
+
+    Attributes:
+        z_range: Smallest and largest entry of `Z`.
+        reconstruction_range: Smallest and largest entry of `J X`.
+        max_error: Largest absolute difference, in the units of `Z`.
+        mean_error: Mean absolute difference, in the units of `Z`.
+        relative_error: `max_error` over the largest absolute entry of `Z`, right at any scale; if that is 0, 0 for no
+            error and inf for any.
+    """
+
+    z_range: tuple[float, float]
+    reconstruction_range: tuple[float, float]
+    max_error: float
+    mean_error: float
+    relative_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A linear map from original features to the model's input: `input = matrix @ (features - mean)`.
+
+    Attributes:
+        matrix: `(inputs, features)`.
+        mean: What is taken off the features first, `(features,)`.
+    """
+
+    matrix: Tensor
+    mean: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the model's input for rows of features."""
+        return (features - self.mean) @ self.matrix.T
+
+
+def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
+    r"""Return what a fitted scikit-learn `PCA` does to features, whitened or not.
+
+    Without whitening the matrix is `components_`, with it $C / \sqrt{\lambda}$ row by row: the derivative of the
+    reduced input by the original features, which is what the chain rule needs.
+
+    Args:
+        pca: A fitted `sklearn.decomposition.PCA`.
+        dtype: Of the result.
+
+    Raises:
+        InputTypeError: `pca` is not a fitted PCA.
+    """
+    if not hasattr(pca, "components_") or not hasattr(pca, "mean_"):
+        raise InputTypeError(explain("pca", f"a {type(pca).__name__} without components_", "a fitted scikit-learn PCA is needed",
+                                     "Call `.fit(features)` first."))  # fmt: skip
+    matrix = np.asarray(pca.components_)
+    if getattr(pca, "whiten", False):
+        # scikit-learn never divides by less than the precision of the data.
+        scale = np.sqrt(np.asarray(pca.explained_variance_))[:, None]
+        scale = np.maximum(scale, np.finfo(scale.dtype).eps)
+        matrix = matrix / scale
+    return Projection(torch.as_tensor(matrix).to(dtype), torch.as_tensor(np.asarray(pca.mean_)).to(dtype))
+
+
+def project_jacobian(jacobian: Array, proj_tensor: Array) -> Array:
+    """Return a Jacobian by reduced inputs as one by original features: `(n, out, r) · (r, d) -> (n, out, d)`.
+
+    `proj_tensor` is the derivative of the reduced input by the original features. For a whitened PCA that is not
+    `pca.components_`: take `pca_projection(pca).matrix`.
+
+    Args:
+        jacobian: `(n, out, r)`, torch or NumPy; gradients flow through it.
+        proj_tensor: `(r, d)`, of the same kind and dtype.
+
+    Raises:
+        InputTypeError: One is torch and the other NumPy, or neither.
+        InputError: Shapes, dtypes or devices do not match exactly.
+
+    Example:
+        >>> project_jacobian(torch.ones(1, 1, 2), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]))
+        tensor([[[1., 3., 3.]]])
+    """
+    kinds = Tensor if isinstance(jacobian, Tensor) else np.ndarray
+    for name, value, axes in (("jacobian", jacobian, 3), ("proj_tensor", proj_tensor, 2)):
+        if not isinstance(value, kinds):
+            raise InputTypeError(explain(name, f"a {type(value).__name__}", "both must be torch tensors, or both NumPy arrays"))
+        if value.ndim != axes:
+            raise InputError(explain(name, f"of shape {tuple(value.shape)}", f"{axes} axes are needed"))
+    if jacobian.shape[2] != proj_tensor.shape[0]:
+        raise InputError(explain("proj_tensor", f"of shape {tuple(proj_tensor.shape)}",
+                                 f"its first axis must be the Jacobian's last, {jacobian.shape[2]}"))  # fmt: skip
+    if jacobian.dtype != proj_tensor.dtype or getattr(jacobian, "device", None) != getattr(proj_tensor, "device", None):
+        raise InputError(explain("proj_tensor", f"of dtype {proj_tensor.dtype}", f"the Jacobian has {jacobian.dtype}", "Cast one of them."))
+    return jacobian @ proj_tensor
+
+
+def reduce_contributions(contributions: Array, method: Literal["l2", "l1", "max"] = "l2") -> Array:
+    r"""Return one size per sample and feature, `(n, c, f, ...) -> (n, f, ...)`.
+
+    With `"l2"` this is $\sqrt{\sum_o c_{nof}^2}$, the length of what feature $f$ adds to the embedding of sample $n$;
+    it does not depend on how the embedding is rotated. `"l1"` sums absolute values, `"max"` takes the largest.
+
+    Args:
+        contributions: What each feature adds to each output, `(n, outputs, features, ...)`. NumPy, torch, or lists.
+        method: How to measure a contribution across outputs.
+
+    Returns:
+        Sizes in the units of the output, of the dtype given (integers become float64). A torch tensor without grad
+        comes back as NumPy, as the page's type says; one that requires grad stays a tensor, with its graph.
+
+    Raises:
+        InputError: `method` is unknown, or there are fewer than 3 axes.
+
+    Example:
+        >>> reduce_contributions(np.array([[[3.0, 0.0], [4.0, 1.0]]]))
+        array([[5., 1.]])
+    """
+    if method not in ("l2", "l1", "max"):
+        raise InputError(explain("method", repr(method), "one of 'l2', 'l1', 'max' is needed"))
+    if isinstance(contributions, Tensor) and contributions.requires_grad:
+        _three_axes(contributions.shape)
+        wide = contributions.to(torch.promote_types(contributions.dtype, torch.float32))
+        order = {"l2": 2, "l1": 1, "max": torch.inf}[method]
+        return torch.linalg.vector_norm(wide, ord=order, dim=1).to(contributions.dtype)
+    if isinstance(contributions, Tensor) and contributions.dtype == torch.bfloat16:
+        contributions = contributions.float()
+    given = np.asarray(contributions)
+    _three_axes(given.shape)
+    kind = given.dtype if np.issubdtype(given.dtype, np.floating) else np.dtype(np.float64)
+    sizes = np.abs(given.astype(np.promote_types(kind, np.float32), copy=False))
+    largest = sizes.max(axis=1, initial=0)
+    if method == "max":
+        return largest.astype(kind)
+    if method == "l1":
+        return sizes.sum(axis=1).astype(kind)
+    safe = np.where((largest > 0) & np.isfinite(largest), largest, 1)
+    return (safe * np.sqrt(((sizes / np.expand_dims(safe, 1)) ** 2).sum(axis=1))).astype(kind)
+
+
+def _three_axes(shape: Any) -> None:
+    if len(shape) < 3:
+        raise InputError(explain("contributions", f"of shape {tuple(shape)}", "at least 3 axes (samples, outputs, features) are needed"))
+
+
+def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # noqa: N803
+    """Return how well `Z = J X` holds, sample by sample.
+
+    The identity holds for piecewise-linear models without biases (take `contributions` for models with them). Data
+    that went through a PCA must be centred first: `Z = J (x - mean)`.
+
+    Args:
+        Z: Outputs, `(n, out)`.
+        J: Jacobians, `(n, out, in)`.
+        X: Inputs, `(n, in)`.
+
+    Raises:
+        InputError: Shapes do not match exactly, or there are no samples.
+        NonFiniteError: An argument holds NaN or Inf.
+
+    Example:
+        >>> verify_jacobian(np.array([[2.0]]), np.array([[[1.0, 1.0]]]), np.array([[1.0, 1.0]])).max_error
+        0.0
+    """
+    z, j, x = (_as_float(name, value) for name, value in (("Z", Z), ("J", J), ("X", X)))
+    if z.ndim != 2 or j.shape != (*z.shape, *x.shape[1:]) or x.ndim != 2 or x.shape[0] != z.shape[0]:
+        raise InputError(f"`Z`, `J`, `X` have shapes {z.shape}, {j.shape}, {x.shape}, but (n, out), (n, out, in), (n, in) are needed.")
+    if z.size == 0:
+        raise InputError(explain("Z", f"of shape {z.shape}", "at least one sample and one output are needed"))
+    rebuilt = np.einsum("noi,ni->no", j, x)
+    error = np.abs(z - rebuilt)
+    worst, scale = float(error.max()), float(np.abs(z).max())
+    relative = worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
+    return JacobianVerification(_range(z), _range(rebuilt), worst, float(error.mean()), relative)
+
+
+def _as_float(name: str, value: Any) -> NDArray[np.float64]:
+    array = np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise NonFiniteError(f"`{name}`: {where_first(torch.from_numpy(array))}.")
+    return array
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Contributions:
+    """What every feature adds to every output, what none of them does, and whether that is all.
+
+    Attributes:
+        values: Feature f adds `J[n, o, f] * x[n, f]` to output o, in the units of the output, `(n, out, features)`.
+        bias: What the model's constants add, computed without the output, `(n, out)`.
+        output: The model's output, `(n, out)`.
+        jacobian: By the features that `values` speaks of, `(n, out, features)`.
+        verification: `output - bias` against the sum of `values`; small means that nothing is missing.
+        notes: Remarks: operations that are not piecewise linear, what was centred.
+    """
+
+    values: Tensor
+    bias: Tensor
+    output: Tensor
+    jacobian: Tensor
+    verification: JacobianVerification
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        n, out, features = self.values.shape
+        notes = "".join(f"\n  {note}" for note in self.notes)
+        share = float(self.bias.abs().sum() / (self.bias.abs().sum() + self.values.sum(-1).abs().sum() + 1e-300))
+        return (
+            f"Contributions({n} samples, {out} outputs, {features} features)\n  output = features + bias up to "
+            f"{self.verification.relative_error:.1e} of its range; the bias part is {share:.0%} of it{notes}"
+        )
+
+
+def contributions(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    projection: Projection | None = None,
+    features: Tensor | None = None,
+    batch_size: int = 1024,
+    **options: Any,
+) -> Contributions:
+    r"""Return what each feature adds to each output, with the part that is due to biases, verified.
+
+    For a piecewise-linear model, biases included, $f(x) = J(x)\,x + b(x)$ holds exactly. The bias part is the
+    derivative by a factor on all additive constants (homogeneity of degree one), computed without $f(x)$ and only
+    then compared with it; `notes` names operations for which the identity does not hold.
+
+    Args:
+        model: A module, evaluated in eval mode on samples alone; its output is `(n, out)`.
+        x: The model's inputs, `(n, in)`.
+        projection: How `x` came from original features, such as `pca_projection(pca)`; contributions then are by
+            those features.
+        features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
+            mean counts to none of them: contributions are of `features - mean`.
+        batch_size: Samples to a sweep.
+        options: As in `compute_jacobian`.
+
+    Raises:
+        InputError: Shapes do not fit, or `features` is missing.
+        ModelStateError: As in `compute_jacobian`.
+        NonFiniteError: As in `compute_jacobian`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double()
+        >>> contributions(model, torch.ones(5, 3, dtype=torch.float64)).verification.relative_error < 1e-12
+        True
+    """
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise InputError(explain("x", came, "a tensor (n, in) is needed"))
+    basis = _check_features(x, projection, features)
+    output, bias, smooth = bias_part(model, x, batch_size)
+    jacobian = compute_jacobian(model, x, batch_size, **options)
+    if jacobian.ndim != 3:
+        raise InputError(explain("model", f"giving outputs of shape {tuple(output.shape)}", "an output (n, out) is needed"))
+    if projection is not None:
+        jacobian = project_jacobian(jacobian, projection.matrix.to(jacobian.dtype))
+    values = jacobian * basis.to(jacobian.dtype)[:, None, :]
+    if not is_finite(bias):
+        raise NonFiniteError(f"contributions: in the bias part, {where_first(bias)}.")
+    verification = verify_jacobian((output - bias).detach(), jacobian, basis)
+    notes = [f"not piecewise linear, so output = features + bias need not hold: {', '.join(smooth)}"] if smooth else []
+    if projection is not None:
+        notes.append("contributions are of features minus their mean")
+    return Contributions(values, bias, output, jacobian, verification, tuple(notes))
+
+
+def _check_features(x: Tensor, projection: Projection | None, features: Tensor | None) -> Tensor:
+    if projection is None:
+        return x.detach()
+    if features is None:
+        raise InputError(explain("features", "missing", "with `projection` the original rows behind `x` are needed"))
+    if features.shape != (x.shape[0], projection.matrix.shape[1]):
+        needed = (x.shape[0], projection.matrix.shape[1])
+        raise InputError(explain("features", f"of shape {tuple(features.shape)}", f"shape {needed} is needed"))
+    centred = features.detach().to(projection.mean.dtype) - projection.mean
+    rebuilt = centred @ projection.matrix.T
+    off = (rebuilt - x.to(rebuilt.dtype)).abs().max() if x.numel() else torch.zeros(())
+    if float(off) > 1e-3 * max(1.0, float(rebuilt.abs().max()) if x.numel() else 1.0):
+        raise InputError(f"`x` is not what `projection` makes of `features`: they differ by {float(off):.1e}. Pass the rows `x` came from.")
+    return centred

@@ -1,0 +1,345 @@
+r"""Functions that build operators: Jacobian, Hessian, generalised Gauss-Newton, empirical Fisher.
+
+Everything is a Jacobian of something: the Hessian is the Jacobian of the gradient, the Gauss-Newton matrix is
+$J^\top H_{loss} J$, the empirical Fisher $G^\top G / N$ with per-sample gradients as rows of $G$.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._backends._torch.agreement import size
+from ._backends._torch.record import At, call_loss, record_model
+from ._backends._torch.record import Recorded as Recording
+from ._backends._torch.replica import bare
+from ._backends._torch.surroundings import private_noise, recording, sweeping
+from ._backends._torch.tape import Tape
+from .errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain
+from .operators import Matrix, Operator, Recorded
+from .space import Space
+from .trees import Selector, flatten
+
+Loss = Callable[[Any, Any], Tensor]
+Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
+_SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
+_CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss)
+_CONVEX_FUNCTIONS = ("mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "smooth_l1_loss")
+
+
+def trainable(name: str, parameter: Tensor) -> bool:
+    """Say whether a parameter requires grad: the default set for curvature."""
+    return parameter.requires_grad
+
+
+def jacobian(
+    model: nn.Module,
+    inputs: Any,
+    wrt: Wrt = "parameters",
+    *,
+    outputs: Selector = None,
+    at: At = None,
+    checks: str = "first",
+    fallback: str = "warn",
+    allow_zero: bool = False,
+) -> Recorded:
+    """Return the Jacobian of a model's output on one batch, as an operator.
+
+    The model runs once, as it stands (train or eval mode), on private copies; products are sweeps over that graph.
+
+    Args:
+        model: A module.
+        inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
+        wrt: `"parameters"` (those that require grad), `"inputs"` (those of floating point), or a function of name and
+            parameter that picks parameters.
+        outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable.
+        at: A submodule's path to differentiate by its output, or a pair `(source, target)`; needs `wrt="inputs"`.
+        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
+        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
+        allow_zero: Accept an output that nothing connects to what it is differentiated by.
+
+    Returns:
+        An operator from the space of parameters (or inputs) to the space of outputs.
+
+    Raises:
+        NotDifferentiableError: No path leads from the output to anything it is differentiated by.
+        InputError: An argument does not fit.
+        ModelStateError: There are no parameters to differentiate, or they have no values.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 3, bias=False)
+        >>> J = jacobian(model, torch.ones(4, 2))
+        >>> J.shape
+        (12, 6)
+    """
+    picks = _picked(wrt)
+    found = record_model(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, checks=checks, fallback=fallback)
+    _real_only(found.tape)
+    if not allow_zero and not found.tape.is_connected():
+        raise NotDifferentiableError(
+            f"jacobian: no path leads from {found.tape.codomain.layout} to any of {found.tape.domain.layout}; "
+            "the derivative is zero everywhere. Pass `allow_zero=True` if that is meant."
+        )
+    return Recorded(found.tape, found.output)
+
+
+def _picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
+    if callable(wrt):
+        return wrt
+    if wrt not in ("parameters", "inputs"):
+        raise InputError(explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed"))
+    return trainable if wrt == "parameters" else None
+
+
+def _real_only(tape: Tape) -> None:
+    for space in (tape.domain, tape.codomain):
+        for name, dtype in zip(space.names, space.dtypes, strict=True):
+            if dtype.is_complex:
+                raise NotDifferentiableError(explain(name, f"of dtype {dtype}", "operators are real",
+                                                     "Use torch.view_as_real, or the calls that return tensors (modjac, jvp)."))  # fmt: skip
+
+
+def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
+    """Record the loss of one batch by the parameters that are asked for.
+
+    Raises:
+        InputTypeError: `loss` is not callable or does not return a tensor.
+        InputError: The loss is not one number.
+    """
+    if not callable(loss):
+        raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+    options.setdefault("parameters", trainable)
+    found = record_model(model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), **options)
+    _real_only(found.tape)
+    return found
+
+
+def _checked(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise NotDifferentiableError(explain("the loss", f"a {type(value).__name__}", "a tensor with a graph is needed",
+                                             "Drop `.item()` and `float()` from it."))  # fmt: skip
+    if value.ndim > 0:
+        raise InputError(explain("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed",
+                                 "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it."))  # fmt: skip
+    return value
+
+
+def gradient_tape(found: Recording, call: str) -> Tape:
+    """Return the tape of a loss's gradient, ready to be differentiated again.
+
+    Raises:
+        NotDifferentiableError: A `once_differentiable` Function cut the graph.
+    """
+    tape = found.tape
+    # A seed that requires grad makes once_differentiable backwards leave a mark instead of dropping their part.
+    seed = torch.ones_like(tape.outputs[0]).requires_grad_()
+    with sweeping(seed):
+        grads = tape.pull([seed], create_graph=True)
+    full = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, tape.leaves, strict=True)]
+    names = [f"d loss / d {name}" for name in tape.domain.names]
+    gradient = Tape(tape.leaves, full, leaf_names=tape.domain.names, output_names=names, call=call, twins=tape.twins, private=True,
+                    trust=tape.trust, fallback=tape.fallback)  # fmt: skip
+    gradient.protected = tape.protected
+    if gradient.survey.refuses_twice:
+        raise NotDifferentiableError(
+            f"{call}: the graph holds {', '.join(tape.survey.functions)}, whose backward is marked once_differentiable: its second "
+            "derivative does not exist, and torch would drop it silently. Write its backward with differentiable operations."
+        )
+    return gradient
+
+
+def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Recorded:
+    r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
+
+    A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
+    Functions, one product is held against a central difference of gradients first, since torch does not notice a
+    second derivative that a backward drops.
+
+    Args:
+        model: A module, differentiated as it stands.
+        loss: `loss(output, y)`, one number; the objective as you reduce it.
+        x: The model's input, as in `jacobian`.
+        y: The target, passed to the loss as it is.
+        options: `parameters=` (a function of name and parameter), `checks=`, `fallback=`.
+
+    Returns:
+        A symmetric operator on the space of parameters.
+
+    Raises:
+        NotDifferentiableError: There is no second derivative; the message names the cause.
+        InputError: The loss is not one number, or `y` would broadcast.
+        ModelStateError: No parameter requires grad.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> H = hessian(model, torch.nn.functional.mse_loss, torch.eye(2), torch.zeros(2, 1))
+        >>> H.dense()
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    found = record_loss(model, loss, x, y, "hessian", **options)
+    tape = gradient_tape(found, "hessian")
+    operator = Recorded(tape, found.output, symmetric=True)
+    if found.tape.survey.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in tape.leaves):
+        _spot_check(operator, found, lambda shift: _shifted_gradient(model, loss, x, y, shift, options))
+    return operator
+
+
+def _shifted_gradient(model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+    found = record_loss(model, loss, x, y, "hessian", shift=shift, **options)
+    tape = found.tape
+    return tape.domain.join(tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)]))[0]
+
+
+def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[str, Tensor]], Tensor]) -> None:
+    """Hold one product against a central difference of gradients along a random direction."""
+    space = operator.domain
+    direction = private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device))
+    direction = direction / size(direction)
+    step = torch.finfo(space.dtype).eps ** (1 / 3)
+    moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
+    difference = (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
+    product = operator @ direction
+    error = size(product - difference) / max(size(product), size(difference), math.sqrt(torch.finfo(space.dtype).eps))
+    if error > _SPOT_TOLERANCE.get(space.dtype, 0.5):
+        raise NotDifferentiableError(
+            f"{operator.tape.call}: a product with the Hessian and a central difference of gradients disagree by {error:.1e}, probably "
+            f"because the backward of {', '.join(found.tape.survey.functions)} drops a second derivative. Write it with "
+            "differentiable operations on ctx.saved_tensors."
+        )
+
+
+def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
+    r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
+
+    Args:
+        model: A module, differentiated as it stands.
+        loss: `loss(output, y)`, one number, twice differentiable in the output.
+        x: The model's input, as in `jacobian`.
+        y: The target.
+        options: As in `hessian`.
+
+    Returns:
+        A symmetric operator on the space of parameters, marked positive for torch's convex losses.
+
+    Raises:
+        NotDifferentiableError: As in `hessian`.
+        InputError: As in `hessian`.
+        ModelStateError: As in `hessian`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> ggn(model, torch.nn.functional.mse_loss, torch.eye(2), torch.zeros(2, 1)).dense()
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    options.setdefault("parameters", trainable)
+    found = record_model(model, x, call="ggn", **options)
+    _real_only(found.tape)
+    J = Recorded(found.tape, found.output)
+    with recording():
+        leaves = [o.detach().requires_grad_() for o in found.tape.outputs]
+        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), y))
+    names = found.tape.codomain.names
+    outer = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call="ggn", private=True)
+    H = Recorded(gradient_tape(Recording(outer, flatten(value, "loss")[1], value), "ggn"), value, symmetric=True, positive=_is_convex(loss))
+    return J.T @ H @ J
+
+
+def _is_convex(loss: Loss) -> bool:
+    return isinstance(loss, _CONVEX) or getattr(loss, "__name__", "") in _CONVEX_FUNCTIONS
+
+
+def sample_gradients(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Matrix:
+    """Return the gradients of the loss of every sample alone, as rows of an operator `(n, P)`.
+
+    Each is the gradient of `loss(model(x[i:i+1]), y[i:i+1])`: a mean over one sample is that sample's loss.
+
+    Args:
+        model: A module in which no module mixes or randomises samples in its mode.
+        loss: `loss(output, y)`, one number.
+        x: A tensor, tuple or mapping of tensors with one leading axis.
+        y: A tensor with the same leading axis.
+        options: As in `hessian`.
+
+    Returns:
+        A matrix operator from the space of parameters to one row per sample.
+
+    Raises:
+        ModelStateError: Batch statistics or dropout are in train mode; the message names the module.
+        InputError: The leading axes differ.
+    """
+    refuse_mixing_modules(model)
+    values, tree = flatten((x, y), "(x, y)")
+    lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else None for v in values}
+    if len(lengths) != 1 or None in lengths:
+        raise InputError(explain("x, y", f"of lengths {sorted(map(str, lengths))}", "all need one row per sample"))
+    rows, space = [], None
+    for i in range(lengths.pop()):
+        one_x, one_y = tree.build([v[i : i + 1] for v in values])
+        tape = record_loss(model, loss, one_x, one_y, "sample_gradients", **options).tape
+        space = tape.domain
+        rows.append(space.join(tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)]))[0])
+    if space is None:
+        picks = options.get("parameters", trainable)
+        named = {n: p for n, p in bare(model).named_parameters() if picks(n, p)}
+        space = Space.of(named.values(), named)
+        return Matrix(torch.zeros(0, space.dim, dtype=space.dtype, device=space.device), domain=space)
+    return Matrix(torch.stack(rows), domain=space)
+
+
+def refuse_mixing_modules(model: nn.Module) -> None:
+    """Refuse modules that make a per-sample quantity ill-posed in train mode.
+
+    Raises:
+        ModelStateError: The message names the module and the switch to flip.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        label = f"module '{name}' ({type(module).__name__})"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ModelStateError(f"{label} is in train mode, where samples of a batch influence each other. Call model.eval().")
+        chance = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+        if isinstance(module, nn.RReLU) or (isinstance(chance, float) and chance > 0):
+            raise ModelStateError(f"{label} is in train mode and random (p={chance}). Call model.eval().")
+
+
+def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
+    r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients (Kunstner et al., 2019).
+
+    Args:
+        model: As in `sample_gradients`.
+        loss: As in `sample_gradients`; a mean over one sample, the negative log-likelihood of it.
+        x: As in `sample_gradients`.
+        y: As in `sample_gradients`.
+        options: As in `hessian`.
+
+    Returns:
+        A positive operator on the space of parameters.
+
+    Raises:
+        ModelStateError: As in `sample_gradients`.
+        InputError: There are no samples.
+    """
+    G = sample_gradients(model, loss, x, y, **options)
+    if G.shape[0] == 0:
+        raise InputError(explain("x", "empty", "a mean over samples needs at least one"))
+    return (1.0 / G.shape[0]) * (G.T @ G)
+
+
+def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Any) -> Any:
+    """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name."""
+    return hessian(model, loss, x, y, **options) @ v
+
+
+def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Any) -> Any:
+    """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`."""
+    return ggn(model, loss, x, y, **options) @ v
+
+
+__all__ = ["empirical_fisher", "ggn", "ggnvp", "hessian", "hvp", "jacobian", "sample_gradients"]

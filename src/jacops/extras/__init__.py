@@ -1,0 +1,1 @@
+"""Parts that need an optional package; nothing here is imported by `import jacops`."""

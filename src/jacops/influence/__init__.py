@@ -1,0 +1,28 @@
+"""Influence: "which training point moved this prediction?" and the twice-differentiable interface it rests on."""
+
+from ._influences import InfluenceFactors, Influences, compute_influence_factors, compute_influences, self_influences
+from ._torch import TorchTensorUtilities, TorchTwiceDifferentiable
+from ._twice_differentiable import (
+    DataLoaderType,
+    InverseHvpResult,
+    ModelType,
+    TensorType,
+    TensorUtilities,
+    TwiceDifferentiable,
+)
+
+__all__ = [
+    "DataLoaderType",
+    "InfluenceFactors",
+    "Influences",
+    "InverseHvpResult",
+    "ModelType",
+    "TensorType",
+    "TensorUtilities",
+    "TorchTensorUtilities",
+    "TorchTwiceDifferentiable",
+    "TwiceDifferentiable",
+    "compute_influence_factors",
+    "compute_influences",
+    "self_influences",
+]

@@ -1,0 +1,323 @@
+r"""Influence functions by a direct solve (Koh and Liang, 2017): rows are samples, never batches.
+
+The influence of training sample i on test sample t is $g_t^\top (A + \lambda I)^{-1} g_i$, with gradients $g$ of
+single losses, the curvature $A$ of the training objective, and damping $\lambda$. The sign is `+ s_test · grad`:
+positive where weighting sample i up lowers the loss of t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._backends._torch.agreement import size
+from .._backends._torch.replica import bare, parameter_names
+from ..derivatives import ggn, hessian, record_loss, refuse_mixing_modules, sample_gradients
+from ..errors import DataError, InputError, InputTypeError, SolveError, explain
+from ._data import Batches
+from ._torch import TorchTwiceDifferentiable
+from ._twice_differentiable import InverseHvpResult
+
+Reduction = Literal["mean", "sum"]
+Curvature = Literal["hessian", "ggn"]
+_CONVENTION = "s_test · grad: positive where weighting the training sample up lowers the test loss"
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a curvature stands for, checked."""
+
+    model: TorchTwiceDifferentiable
+    data: Batches
+    damping: float
+    curvature: Curvature
+    reduction: Reduction
+    on_failure: Literal["raise", "return"]
+    progress: bool | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InfluenceFactors(InverseHvpResult[Tensor]):
+    """Solutions `(A + damping I) x = g_test`, one row per test sample.
+
+    Attributes:
+        x: The solutions, `(n_test, P)`.
+        info: What happened: status, true residual per row, damping, curvature, rows of data, parameters covered.
+    """
+
+    def __repr__(self) -> str:
+        return f"InfluenceFactors({tuple(self.x.shape)}: {_told(self.info)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Influences:
+    """Influences of training samples on test samples, and how they were made.
+
+    Attributes:
+        values: `(n_test, n_train)` for `"up"`, `(n_test, n_train, *x)` for `"perturbation"`.
+        influence_type: Which of the two.
+        sign: The convention, in words.
+        units: What a number means.
+        info: As in `InfluenceFactors`.
+    """
+
+    values: Tensor
+    influence_type: str
+    sign: str
+    units: str
+    info: dict[str, Any]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the values."""
+        return self.values.shape
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Index the values."""
+        return self.values[key]
+
+    def to_numpy(self) -> Any:
+        """Return the values as a NumPy array."""
+        return self.values.cpu().numpy()
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the `k` training samples of largest influence for every test sample, `(values, indices)`.
+
+        Raises:
+            InputError: There are fewer training samples, or these are perturbation influences.
+        """
+        if self.values.ndim != 2 or not 0 < k <= self.values.shape[1]:
+            raise InputError(explain("k", k, f"influences of shape {tuple(self.shape)} need 0 < k <= {self.values.shape[1]} and two axes"))
+        return tuple(self.values.topk(k, dim=1))
+
+    def __repr__(self) -> str:
+        return f"Influences({self.influence_type}, {tuple(self.shape)}: {_told(self.info)}; sign {self.sign}; in {self.units})"
+
+
+def _told(info: dict[str, Any]) -> str:
+    return (
+        f"{info['method']} with {info['curvature']}, damping {info['damping']:g}, {info['status']}, worst residual "
+        f"{max(info['residual'], default=0.0):.1e}, {info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
+    )
+
+
+def compute_influence_factors(
+    differentiable_model: TorchTwiceDifferentiable,
+    training_data: Any,
+    test_data: Any,
+    *,
+    inversion_method: Literal["direct"] = "direct",
+    damping: float = 0.0,
+    curvature: Curvature = "hessian",
+    reduction: Reduction | None = None,
+    on_failure: Literal["raise", "return"] = "raise",
+    progress: bool | None = None,
+) -> InfluenceFactors:
+    r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
+
+    Args:
+        differentiable_model: Model and loss; no module may mix or randomise samples in its mode.
+        training_data: A loader of pairs `(x, y)` in a fixed order; its objective's curvature is $A$.
+        test_data: A loader of pairs; one right-hand side per row.
+        inversion_method: `"direct"`, a Cholesky factorisation of the dense matrix.
+        damping: $\lambda \ge 0$, added to the curvature of the objective as it is reduced.
+        curvature: `"hessian"`, or `"ggn"`, which is positive semi-definite for convex losses.
+        reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean. It is verified.
+        on_failure: `"raise"`, or `"return"` to get the result with its status.
+        progress: Force progress bars on or off.
+
+    Raises:
+        SolveError: The damped curvature is not positive definite; the message names the damping that would make it so.
+        DataError: A loader shuffles, runs dry, or gives something else than pairs.
+        InputError: An argument is out of range, or the loss is not reduced as said.
+        ModelStateError: Batch statistics or dropout are in train mode.
+    """
+    if inversion_method != "direct":
+        raise InputError(explain("inversion_method", repr(inversion_method), "'direct' is needed"))
+    setting = _checked(differentiable_model, training_data, damping, curvature, reduction, on_failure, progress)
+    matrix, rows = _curvature(setting)
+    right = _all_gradients(setting, Batches(test_data, "test_data"), "test gradients")
+    return _solved(setting, matrix, rows, right)
+
+
+def compute_influences(
+    differentiable_model: TorchTwiceDifferentiable,
+    training_data: Any,
+    *,
+    test_data: Any = None,
+    input_data: Any = None,
+    influence_type: Literal["up", "perturbation"] = "up",
+    **options: Any,
+) -> Influences:
+    r"""Return influences of training samples on test samples.
+
+    Args:
+        differentiable_model: As in `compute_influence_factors`.
+        training_data: As in `compute_influence_factors`.
+        test_data: A loader of pairs; the training data where it is left out.
+        input_data: The samples whose influence is asked; the training data where it is left out.
+        influence_type: `"up"` weights a sample up, `(n_test, n_input)`; `"perturbation"` moves its input,
+            `(n_test, n_input, *x)`.
+        options: `damping=`, `curvature=`, … as in `compute_influence_factors`.
+
+    Returns:
+        Values with sign, units, damping and coverage. With $N$ samples in a mean-reduced objective, leaving one out
+        changes the test loss by about its value / N.
+
+    Raises:
+        InputError: `influence_type` is unknown, or as in `compute_influence_factors`.
+        SolveError: As in `compute_influence_factors`.
+        DataError: As in `compute_influence_factors`.
+    """
+    if influence_type not in ("up", "perturbation"):
+        raise InputError(explain("influence_type", repr(influence_type), "'up' or 'perturbation' is needed"))
+    factors = compute_influence_factors(differentiable_model, training_data, training_data if test_data is None else test_data, **options)
+    setting = _checked(differentiable_model, training_data, 0.0, "hessian", options.get("reduction"), "raise", options.get("progress"))
+    asked = setting.data if input_data is None else Batches(input_data, "input_data")
+    if influence_type == "up":
+        values = factors.x @ _all_gradients(setting, asked, "training gradients").T
+        units = "test loss per unit of weight of the training sample"
+    else:
+        values = _perturbations(setting, asked, factors.x)
+        units = "test loss per unit of weight and unit of the training input"
+    return Influences(values, influence_type, _CONVENTION, units, factors.info)
+
+
+def self_influences(differentiable_model: TorchTwiceDifferentiable, training_data: Any, **options: Any) -> Tensor:
+    r"""Return $g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
+
+    Large values are samples that only themselves speak for: mislabelled ones come first.
+
+    Args:
+        differentiable_model: As in `compute_influence_factors`.
+        training_data: As in `compute_influence_factors`.
+        options: `damping=`, `curvature=`, … as in `compute_influence_factors`.
+    """
+    factors = compute_influence_factors(differentiable_model, training_data, training_data, **options)
+    setting = _checked(differentiable_model, training_data, 0.0, "hessian", options.get("reduction"), "raise", options.get("progress"))
+    return (factors.x * _all_gradients(setting, setting.data, "training gradients")).sum(1)
+
+
+def _checked(
+    model: Any, data: Any, damping: Any, curvature: Any, reduction: Any, on_failure: Any, progress: bool | None
+) -> _Setting:
+    if not isinstance(model, TorchTwiceDifferentiable):
+        raise InputTypeError(explain("differentiable_model", f"a {type(model).__name__}", "a TorchTwiceDifferentiable is needed"))
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
+        raise InputError(explain("damping", repr(damping), "a finite number that is not negative is needed"))
+    reduction = reduction or getattr(model.loss, "reduction", "mean")
+    for name, value, known in (
+        ("curvature", curvature, ("hessian", "ggn")),
+        ("reduction", reduction, ("mean", "sum")),
+        ("on_failure", on_failure, ("raise", "return")),
+    ):
+        if value not in known:
+            raise InputError(explain(name, repr(value), f"one of {known} is needed"))
+    refuse_mixing_modules(bare(model.model))
+    return _Setting(model, Batches(data, "training_data"), float(damping), curvature, reduction, on_failure, progress)
+
+
+def _curvature(setting: _Setting) -> tuple[Tensor, int]:
+    """Return the dense curvature of the whole objective and the number of rows: batches weigh by their rows."""
+    build: Callable[..., Any] = hessian if setting.curvature == "hessian" else ggn
+    model, loss = setting.model.model, setting.model.loss
+    total: Tensor | None = None
+    count = 0
+    for (x, y), rows in setting.data.tracked("curvature", setting.progress):
+        if count == 0:
+            _check_reduction(setting, x, y, rows)
+        weight = rows if setting.reduction == "mean" else 1
+        part = build(model, loss, x, y).dense().mul_(weight)
+        total = part if total is None else total.add_(part)
+        count += rows
+    if total is None or count == 0:
+        raise DataError(explain("training_data", "without rows", "at least one is needed"))
+    return total.div_(count if setting.reduction == "mean" else 1), count
+
+
+def _check_reduction(setting: _Setting, x: Any, y: Any, rows: int) -> None:
+    """Hold the loss of a batch against the losses of its rows alone."""
+    from ..trees import flatten
+
+    values, tree = flatten((x, y), "batch")
+
+    def value(where: slice) -> float:
+        part_x, part_y = tree.build([v[where] for v in values])
+        return float(record_loss(setting.model.model, setting.model.loss, part_x, part_y, "influence").tape.outputs[0].detach())
+
+    few = min(rows, 16)
+    alone = [value(slice(i, i + 1)) for i in range(few)]
+    together, expected = value(slice(0, few)), sum(alone) / (few if setting.reduction == "mean" else 1)
+    scale = max(sum(map(abs, alone)) / few, 1e-30)
+    if abs(together - expected) > 1e-3 * max(scale, abs(expected)):
+        raise InputError(
+            f"`reduction` is {setting.reduction!r}, but the loss of {few} rows together is {together:.6g} and the {setting.reduction} of "
+            f"their losses alone is {expected:.6g}. Say `reduction='sum'`, or take class weights and ignored targets out of the loss."
+        )
+
+
+def _all_gradients(setting: _Setting, data: Batches, what: str) -> Tensor:
+    parts = [sample_gradients(setting.model.model, setting.model.loss, x, y).matrix for (x, y), _ in data.tracked(what, setting.progress)]
+    return torch.cat(parts)
+
+
+def _perturbations(setting: _Setting, data: Batches, factors: Tensor) -> Tensor:
+    from ..trees import flatten
+
+    columns = []
+    for (x, y), rows in data.tracked("perturbations", setting.progress):
+        if not isinstance(x, Tensor):
+            raise InputError(explain("input_data", f"giving x as a {type(x).__name__}", "perturbations need x as one tensor"))
+        values, tree = flatten((x, y), "batch")
+        for i in range(rows):
+            one_x, one_y = tree.build([v[i : i + 1] for v in values])
+            gradient = setting.model.grad(one_x, one_y, create_graph=True)
+            moved = setting.model.mvp(gradient, factors, backprop_on=one_x)
+            columns.append(moved.reshape(factors.shape[0], *x.shape[1:]))
+    return torch.stack(columns, 1)
+
+
+def _solved(setting: _Setting, matrix: Tensor, rows: int, right: Tensor) -> InfluenceFactors:
+    damped = matrix.clone()
+    damped.diagonal().add_(setting.damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    lowest: float | None = None
+    status = "converged"
+    if int(failed):
+        lowest, highest = (float(e) for e in torch.linalg.eigvalsh(damped)[[0, -1]])
+        level = damped.shape[0] * torch.finfo(damped.dtype).eps * max(abs(lowest), abs(highest))
+        status = "singular" if abs(lowest) <= level else "negative_curvature"
+        solution = torch.full_like(right, math.nan)
+    else:
+        solution = torch.cholesky_solve(right.T, factor).T
+    residual = ((solution @ damped - right).norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)).tolist()
+    reach = 1e-8 if damped.dtype == torch.float64 else 1e-4
+    attainable = torch.finfo(damped.dtype).eps * size(damped) * max((size(s) / max(size(b), 1e-300) for s, b in zip(solution, right, strict=True)), default=0.0)
+    if status == "converged" and max(residual, default=0.0) > max(reach, attainable):
+        status = "stagnated"
+    parameters = parameter_names(bare(setting.model.model)).values()
+    info = {
+        "method": "direct", "curvature": setting.curvature, "status": status, "converged": status == "converged", "residual": residual,
+        "damping": setting.damping, "lowest_eigenvalue": lowest, "rows": rows, "reduction": setting.reduction,
+        "covered": setting.model.num_params, "parameters": sum(p.numel() for p in parameters),
+    }  # fmt: skip
+    result = InfluenceFactors(solution, info)
+    if status != "converged" and setting.on_failure == "raise":
+        raise SolveError(_advice(setting, status, lowest, residual), result)
+    return result
+
+
+def _advice(setting: _Setting, status: str, lowest: float | None, residual: list[float]) -> str:
+    if lowest is None:
+        return f"the direct solve left a relative residual of {max(residual):.1e} ({status}). Run the problem in float64 or raise `damping`."
+    needed = setting.damping - 2 * min(lowest, 0.0) or 1e-6
+    switch = "" if setting.curvature == "ggn" else ", or take `curvature='ggn'`"
+    return (
+        f"the {setting.curvature} plus damping {setting.damping:g} is not positive definite ({status}): its lowest eigenvalue is {lowest:.3g}. "
+        f"Raise `damping` to {needed:.1g} or more{switch}."
+    )

@@ -1,0 +1,253 @@
+"""Torch models that can be differentiated twice, and torch's tensor utilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._backends._torch.replica import bare, parameter_names
+from .._backends._torch.surroundings import sweeping
+from .._backends._torch.tape import Tape
+from .._finite import check_finite, check_vector
+from .._progress import track
+from ..derivatives import gradient_tape, hessian, record_loss
+from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain
+from ._twice_differentiable import TensorUtilities, TwiceDifferentiable
+
+_ORIGIN = "_jacops_private_inputs"
+
+
+class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):
+    """A torch model with its loss; `loss(model(x), y)` is called just so, everywhere.
+
+    The model is differentiated as it stands, on private copies: its buffers, modes, gradients and the caller's `x`
+    stay as they are. Parameters that do not require grad are left out.
+
+    Args:
+        model: A module with at least one parameter that requires grad.
+        loss: `loss(output, y)`, one number.
+
+    Raises:
+        InputTypeError: `model` is not a module or `loss` not callable.
+        ModelStateError: No parameter requires grad.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
+        self.model = model
+        if not callable(loss):
+            raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+        self.loss = loss
+        if not self.parameters:
+            raise ModelStateError(explain("model", f"a {type(bare(model)).__name__} in which no parameter requires grad",
+                                          "there is nothing to differentiate", "Call `.requires_grad_()` on some."))  # fmt: skip
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The model's own parameters that require grad, tied ones once."""
+        return [p for p in parameter_names(bare(self.model)).values() if p.requires_grad]
+
+    @property
+    def num_params(self) -> int:
+        """Number of entries of all of them."""
+        return sum(p.numel() for p in self.parameters)
+
+    def grad(self, x: Any, y: Any, create_graph: bool = False) -> Tensor:
+        """Return the gradient `[P]` of the loss by the parameters.
+
+        Args:
+            x: The model's input: a tensor, a tuple of positional or a mapping of keyword arguments. Not changed.
+            y: The target, passed to the loss as it is.
+            create_graph: Return a gradient with a graph, connected to the model's own parameters and to `x`, for `mvp`.
+
+        Raises:
+            InputError: The loss is not one number, or `y` would broadcast against the output.
+            NonFiniteError: The loss or its gradient is NaN or Inf.
+            NotDifferentiableError: With `create_graph`, there is no second derivative.
+        """
+        found = record_loss(self.model, self.loss, x, y, "grad", connected=create_graph)
+        tape = found.tape
+        if not create_graph:
+            rows = tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)])
+            check_finite("grad", rows, tape.domain.names, found)
+            return tape.domain.join(rows)[0].detach()
+        gradient = gradient_tape(found, "grad(create_graph=True)")
+        with sweeping(tape.outputs[0]):
+            flat = tape.domain.join([g.unsqueeze(0) for g in gradient.outputs])[0]
+            if not flat.requires_grad:
+                # A loss linear in the parameters: its gradient is constant, which mvp must tell from a lost graph.
+                flat = flat + sum(leaf.flatten()[:0].sum() for leaf in tape.leaves).to(flat.dtype)
+        check_finite("grad", [flat], ["the parameters"], found)
+        setattr(flat, _ORIGIN, found.inputs)
+        return flat
+
+    def hessian(self, x: Any, y: Any) -> Tensor:
+        """Return the Hessian `[P, P]` of the loss by the parameters, for one batch.
+
+        Args:
+            x: As in `grad`.
+            y: As in `grad`.
+
+        Raises:
+            InputError: As in `grad`.
+            NonFiniteError: The loss or its Hessian is NaN or Inf.
+            NotDifferentiableError: There is no second derivative; the message names the cause.
+        """
+        operator = hessian(self.model, self.loss, x, y)
+        matrix = operator.dense()
+        check_finite("hessian", [matrix], ["the parameters"], _Outputs(operator.tape))
+        return matrix
+
+    @staticmethod
+    def mvp(grad_xy: Tensor, v: Any, backprop_on: Any, *, progress: bool = False) -> Tensor:
+        """Return the derivative of `grad_xy` by `backprop_on`, along directions: `[D, P]` gives `[D, M]`.
+
+        All directions go in one batched pass where that agrees with plain ones.
+
+        Args:
+            grad_xy: What `grad(x, y, create_graph=True)` returned.
+            v: Directions `[D, P]`, or one `[P]`; torch or NumPy, in the gradient's dtype.
+            backprop_on: The model's parameters (a tensor or several), or the `x` that went into `grad`.
+            progress: Show a progress bar.
+
+        Returns:
+            `[D, M]`, detached; `M` counts the entries of `backprop_on`. A zero second derivative gives zeros.
+
+        Raises:
+            InputError: Shapes or dtypes do not match exactly, or `backprop_on` was not part of the computation.
+            NotDifferentiableError: `grad_xy` has no graph: `create_graph=True` was forgotten.
+        """
+        if not isinstance(grad_xy, Tensor) or grad_xy.ndim != 1:
+            raise InputTypeError(explain("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed"))
+        if not grad_xy.requires_grad:
+            raise NotDifferentiableError("`grad_xy` has no graph. Make it with `grad(x, y, create_graph=True)`.")
+        directions = _directions(v, grad_xy)
+        targets = _targets(backprop_on, grad_xy)
+        names = [f"backprop_on[{i}]" for i in range(len(targets))]
+        tape = Tape(targets, [grad_xy], leaf_names=names, output_names=["grad_xy"], call="mvp")
+        chunk = tape.chunk(max(1, directions.shape[0]))
+        result = torch.zeros(directions.shape[0], tape.domain.dim, dtype=tape.domain.dtype, device=grad_xy.device)
+        for start in track(range(0, directions.shape[0], chunk), "mvp", enabled=progress):
+            rows = tape.pull_rows([directions[start : start + chunk]])
+            result[start : start + chunk] = tape.domain.join(rows).detach()
+        return result
+
+
+class _Outputs:
+    """A tape where a recording is expected."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+
+def _directions(v: Any, grad_xy: Tensor) -> Tensor:
+    if not isinstance(v, Tensor):
+        try:
+            v = torch.as_tensor(v)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputTypeError(explain("v", f"a {type(v).__name__}", "directions as a tensor `[D, P]` are needed")) from None
+    P = grad_xy.shape[0]  # noqa: N806
+    rows = v.unsqueeze(0) if v.ndim == 1 else v
+    if rows.ndim != 2 or rows.shape[1] != P:
+        raise InputError(explain("v", f"of shape {tuple(v.shape)}", f"shape [D, {P}] or [{P}] is needed; nothing is broadcast"))
+    if rows.dtype != grad_xy.dtype or rows.device != grad_xy.device:
+        raise InputError(explain("v", f"{rows.dtype} on {rows.device}", f"the gradient is {grad_xy.dtype} on {grad_xy.device}"))
+    check_vector("mvp", "v", [rows])
+    return rows.detach()
+
+
+def _targets(backprop_on: Any, grad_xy: Tensor) -> list[Tensor]:
+    listed = [backprop_on] if isinstance(backprop_on, Tensor) else list(backprop_on)
+    origin: dict[int, tuple[Tensor, Tensor]] = getattr(grad_xy, _ORIGIN, {})
+    targets = []
+    for i, tensor in enumerate(listed):
+        name = f"backprop_on[{i}]"
+        if not isinstance(tensor, Tensor):
+            raise InputTypeError(explain(name, f"a {type(tensor).__name__}", "a tensor is needed"))
+        if id(tensor) in origin:
+            tensor = origin[id(tensor)][1]
+        elif not tensor.requires_grad:
+            raise InputError(explain(name, "neither a parameter that requires grad nor an input of `grad`",
+                                     "the gradient must have been computed from it"))  # fmt: skip
+        targets.append(tensor)
+    if not targets:
+        raise InputError(explain("backprop_on", "empty", "at least one tensor is needed"))
+    return targets
+
+
+class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):
+    """Torch's tensor operations."""
+
+    twice_differentiable_type = TorchTwiceDifferentiable
+
+    @staticmethod
+    def einsum(equation: str, *operands: Tensor) -> Tensor:
+        """Sum products of entries, by Einstein's convention."""
+        return torch.einsum(equation, *operands)
+
+    @staticmethod
+    def cat(a: Sequence[Tensor], **kwargs: Any) -> Tensor:
+        """Join tensors along an axis there is (`dim=`)."""
+        return torch.cat(list(a), **kwargs)
+
+    @staticmethod
+    def stack(a: Sequence[Tensor], **kwargs: Any) -> Tensor:
+        """Join tensors along a new axis (`dim=`)."""
+        return torch.stack(list(a), **kwargs)
+
+    @staticmethod
+    def unsqueeze(x: Tensor, dim: int) -> Tensor:
+        """Insert an axis of length one."""
+        return x.unsqueeze(dim)
+
+    @staticmethod
+    def get_element(x: Tensor, idx: int) -> Tensor:
+        """Return an element along the first axis that is longer than one; axes before it are dropped.
+
+        Raises:
+            InputError: There is no such element.
+        """
+        while x.ndim > 1 and x.shape[0] == 1:
+            x = x[0]
+        if x.ndim == 0 or not -x.shape[0] <= idx < x.shape[0]:
+            raise InputError(explain("idx", idx, f"the first axis that is longer than one has {x.shape[0] if x.ndim else 0} elements"))
+        return x[idx]
+
+    @staticmethod
+    def slice(x: Tensor, start: int, stop: int, axis: int = 0) -> Tensor:
+        """Return the entries from `start` to `stop` along an axis."""
+        return x[(slice(None),) * (axis % x.ndim) + (slice(start, stop),)]
+
+    @staticmethod
+    def shape(x: Tensor) -> tuple[int, ...]:
+        """Return the shape."""
+        return tuple(x.shape)
+
+    @staticmethod
+    def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the same entries in another shape."""
+        return x.reshape(shape)
+
+    @staticmethod
+    def cat_gen(a: Iterator[Tensor] | Iterable[Tensor], resulting_shape: tuple[int, ...], model: TorchTwiceDifferentiable) -> Tensor:
+        """Join tensors from a generator along the first axis, in the dtype and on the device of the model.
+
+        Raises:
+            InputError: The generator gives fewer or more rows than promised, or rows of another shape.
+        """
+        like = model.parameters[0]
+        result = torch.empty(resulting_shape, dtype=like.dtype, device=like.device)
+        filled = 0
+        for part in a:
+            if tuple(part.shape[1:]) != tuple(resulting_shape[1:]) or filled + part.shape[0] > resulting_shape[0]:
+                raise InputError(explain("a", f"giving a tensor {tuple(part.shape)} at row {filled}", f"{tuple(resulting_shape)} was promised"))
+            result[filled : filled + part.shape[0]] = part.detach()
+            filled += part.shape[0]
+        if filled != resulting_shape[0]:
+            raise InputError(explain("a", f"giving {filled} rows", f"{tuple(resulting_shape)} was promised"))
+        return result
+
+
+__all__ = ["TorchTensorUtilities", "TorchTwiceDifferentiable"]

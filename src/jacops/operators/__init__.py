@@ -1,0 +1,7 @@
+"""Operators: lazy linear maps between named spaces, and the algebra that makes code read as the formula."""
+
+from ._algebra import Diagonal, Identity, Matrix, Product, Scaled, Sum, Transposed
+from ._base import Operator
+from ._recorded import Recorded
+
+__all__ = ["Diagonal", "Identity", "Matrix", "Operator", "Product", "Recorded", "Scaled", "Sum", "Transposed"]

@@ -1,0 +1,283 @@
+"""The algebra of operators: sums, products, scalings, the one transpose, and the plain matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from ..space import Space
+from ._base import Operator, check_same
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Transposed(Operator):
+    """An operator the other way round.
+
+    Attributes:
+        of: The operator.
+    """
+
+    of: Operator
+
+    @property
+    def domain(self) -> Space:
+        """The codomain of the operator."""
+        return self.of.codomain
+
+    @property
+    def codomain(self) -> Space:
+        """The domain of the operator."""
+        return self.of.domain
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """The operator itself."""
+        return self.of
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.of._apply_transpose(rows)
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.of._apply(rows)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Product(Operator):
+    """`left @ right`: first right, then left.
+
+    Attributes:
+        left: Applied last.
+        right: Applied first.
+    """
+
+    left: Operator
+    right: Operator
+
+    def __post_init__(self) -> None:
+        """Hold the inner spaces against each other."""
+        check_same(self.left.domain, self.right.codomain, "a product")
+
+    @property
+    def domain(self) -> Space:
+        """What the right factor takes."""
+        return self.right.domain
+
+    @property
+    def codomain(self) -> Space:
+        """What the left factor gives."""
+        return self.left.codomain
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether this is known to be a congruence `B.T @ A @ B` with symmetric A."""
+        return self._is_congruence("symmetric")
+
+    @property
+    def positive(self) -> bool:
+        """Whether this is known to be a congruence of a positive operator."""
+        return self._is_congruence("positive")
+
+    def _is_congruence(self, mark: str) -> bool:
+        factors = _factors(self)
+        while len(factors) >= 2 and _is_transpose(factors[0], factors[-1]):
+            factors = factors[1:-1]
+        return not factors or (len(factors) == 1 and getattr(factors[0], mark))
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.left._apply(self.right._apply(rows))
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.right._apply_transpose(self.left._apply_transpose(rows))
+
+
+def _factors(operator: Operator) -> list[Operator]:
+    return [*_factors(operator.left), *_factors(operator.right)] if isinstance(operator, Product) else [operator]
+
+
+def _is_transpose(a: Operator, b: Operator) -> bool:
+    return (isinstance(a, Transposed) and a.of is b) or (isinstance(b, Transposed) and b.of is a) or (a is b and a.symmetric)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(Operator):
+    """`left + right`, between the same spaces.
+
+    Attributes:
+        left: One.
+        right: The other.
+    """
+
+    left: Operator
+    right: Operator
+
+    def __post_init__(self) -> None:
+        """Hold the spaces against each other."""
+        check_same(self.left.domain, self.right.domain, "a sum")
+        check_same(self.left.codomain, self.right.codomain, "a sum")
+
+    @property
+    def domain(self) -> Space:
+        """What both take."""
+        return self.left.domain
+
+    @property
+    def codomain(self) -> Space:
+        """What both give."""
+        return self.left.codomain
+
+    @property
+    def symmetric(self) -> bool:
+        """Both are."""
+        return self.left.symmetric and self.right.symmetric
+
+    @property
+    def positive(self) -> bool:
+        """Both are."""
+        return self.left.positive and self.right.positive
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.left._apply(rows) + self.right._apply(rows)
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.left._apply_transpose(rows) + self.right._apply_transpose(rows)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Scaled(Operator):
+    """An operator times a number.
+
+    Attributes:
+        of: The operator.
+        factor: The number.
+    """
+
+    of: Operator
+    factor: float
+
+    @property
+    def domain(self) -> Space:
+        """The operator's."""
+        return self.of.domain
+
+    @property
+    def codomain(self) -> Space:
+        """The operator's."""
+        return self.of.codomain
+
+    @property
+    def symmetric(self) -> bool:
+        """As the operator is."""
+        return self.of.symmetric
+
+    @property
+    def positive(self) -> bool:
+        """As the operator is, for a factor that is not negative."""
+        return self.of.positive and self.factor >= 0
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.factor * self.of._apply(rows)
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.factor * self.of._apply_transpose(rows)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Identity(Operator):
+    """The map that changes nothing; `damping * Identity(space)` is how damping is written.
+
+    Attributes:
+        space: Where it acts.
+    """
+
+    space: Space
+    symmetric = True
+    positive = True
+
+    @property
+    def domain(self) -> Space:
+        """Where it acts."""
+        return self.space
+
+    @property
+    def codomain(self) -> Space:
+        """Where it acts."""
+        return self.space
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows
+
+    _apply_transpose = _apply
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Matrix(Operator):
+    """A matrix in memory.
+
+    Attributes:
+        matrix: Its entries, (m, n).
+        domain: What the columns mean; by default one flat array.
+        codomain: What the rows mean; by default one flat array.
+        symmetric: Whether it is known to be symmetric.
+        positive: Whether it is known to be positive semi-definite.
+    """
+
+    matrix: Tensor
+    domain: Space = None  # type: ignore[assignment]
+    codomain: Space = None  # type: ignore[assignment]
+    symmetric: bool = False
+    positive: bool = False
+
+    def __post_init__(self) -> None:
+        """Name the axes that were not named."""
+        for axis, (side, name) in enumerate((("codomain", "rows"), ("domain", "columns"))):
+            if getattr(self, side) is None:
+                object.__setattr__(self, side, Space.flat(self.matrix.shape[axis], name, self.matrix))
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix.T
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Diagonal(Operator):
+    """A diagonal matrix.
+
+    Attributes:
+        entries: The diagonal, (n,).
+        space: Where it acts; by default one flat array.
+    """
+
+    entries: Tensor
+    space: Space | None = None
+    symmetric = True
+
+    @property
+    def positive(self) -> bool:
+        """Whether no entry is negative."""
+        return bool((self.entries >= 0).all())
+
+    @property
+    def domain(self) -> Space:
+        """Where it acts."""
+        return self.space or Space.flat(self.entries.shape[0], "entries", self.entries)
+
+    @property
+    def codomain(self) -> Space:
+        """Where it acts."""
+        return self.domain
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows * self.entries
+
+    _apply_transpose = _apply

@@ -1,0 +1,58 @@
+"""Recorded: the Jacobian of a function at the point where it was run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from .._backends._torch.tape import Tape
+from ..space import Space
+from ._base import Operator
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Recorded(Operator):
+    """The Jacobian at one linearisation point, by forward and backward sweeps over a recorded graph.
+
+    The function ran once; products only sweep. The repr says which route they took and why.
+
+    Attributes:
+        tape: The recorded graph.
+        output: What the function returned there, detached.
+        symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
+        positive: It is known to be positive semi-definite.
+        spot_check: Called before the first product where the graph holds custom Functions.
+    """
+
+    tape: Tape
+    output: Any = None
+    symmetric: bool = False
+    positive: bool = False
+    spot_check: Callable[[], None] | None = None
+
+    @property
+    def domain(self) -> Space:
+        """What the function was differentiated by."""
+        return self.tape.domain
+
+    @property
+    def codomain(self) -> Space:
+        """The function's output."""
+        return self.tape.codomain
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        if self.symmetric:
+            return self._apply_transpose(rows)
+        return self.codomain.join(self.tape.push_rows(self.domain.split(rows))).detach()
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.domain.join(self.tape.pull_rows(self.codomain.split(rows))).detach()
+
+    def __repr__(self) -> str:
+        routes = "".join(f"\n  {sweep}: {route}" for sweep, route in self.tape.routes.items())
+        head = super().__repr__().removesuffix(")")
+        return f"{head}: {self.codomain.layout} by {self.domain.layout}){routes or ' not yet used'}"

@@ -1,0 +1,58 @@
+"""The laws every operator keeps, public so that yours can be held to them too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._backends._torch.agreement import size, tolerance
+from ._backends._torch.surroundings import private_noise
+from .checks import adjoint_check
+from .operators import Operator
+
+
+class LawBrokenError(AssertionError):
+    """An operator breaks a law of linear maps."""
+
+
+def check_operator(operator: Operator, *, seed: int = 0, rows: int = 3) -> None:
+    r"""Hold an operator to the laws: adjoint, linearity, dense = products, and the marks it carries.
+
+    It checks $\langle A v, u\rangle = \langle v, A^\top u\rangle$, $A(2v + w) = 2Av + Aw$, that `dense()` gives what
+    products with random vectors give on both sides, that many rows at once give what one by one gives, and that
+    `symmetric` and `positive` are true on random vectors.
+
+    Args:
+        operator: Any operator small enough for `dense()`.
+        seed: Of the random vectors; the global state is not drawn from.
+        rows: How many vectors at once.
+
+    Raises:
+        LawBrokenError: A law does not hold; the message names it and by how much.
+    """
+    allowed = tolerance([operator.domain.dtype, operator.codomain.dtype])
+    adjoint = adjoint_check(operator, seed)
+    if not adjoint.error <= allowed:
+        raise LawBrokenError(f"{operator!r}: <Av, u> and <v, A'u> differ by {adjoint.error:.1e} (relative)")
+    v, w = _draw(operator, rows, seed), _draw(operator, rows, seed + 10)
+    u = _draw(operator.T, rows, seed + 20)
+    image, dense = operator._apply(v), operator.dense()
+    _same("A(2v + w) = 2Av + Aw", operator, operator._apply(2 * v + w), 2 * image + operator._apply(w), allowed)
+    _same("dense() = products", operator, image, v @ dense.T, allowed)
+    _same("dense() = transposed products", operator, operator._apply_transpose(u), u @ dense, allowed)
+    _same("many rows = one by one", operator, image, torch.cat([operator._apply(row.unsqueeze(0)) for row in v]), allowed)
+    if operator.symmetric:
+        _same("symmetric", operator, dense, dense.T, allowed)
+    if operator.positive and float((v * image).sum(1).min()) < -allowed * size(v) * max(size(image), 1.0):
+        raise LawBrokenError(f"{operator!r}: marked positive, but v'Av is {float((v * image).sum(1).min()):.1e}")
+
+
+def _draw(operator: Operator, rows: int, seed: int) -> Tensor:
+    space = operator.domain
+    return private_noise(torch.empty(rows, space.dim, dtype=space.dtype, device=space.device), seed)
+
+
+def _same(law: str, operator: Operator, a: Tensor, b: Tensor, allowed: float) -> None:
+    scale = max(size(a), size(b))
+    if a.shape != b.shape or not size(a - b) <= allowed * scale + torch.finfo(a.dtype).tiny:
+        raise LawBrokenError(f"{operator!r}: '{law}' fails by {size(a - b) / max(scale, 1e-300):.1e} (relative)")
