@@ -68,7 +68,7 @@ def main() -> None:
         "Which features does an output rest on? Which training points moved a prediction? Which step shrinks a "
         "residual? Each is a product with a Jacobian or a Hessian, taken exactly, with the figures that vouch for it.",
     )
-    print("jacops: three questions, answered by derivatives".ljust(WIDTH))
+    print("jacops: three questions, answered by derivatives")
     print("=" * WIDTH)
     answers = []
     for number, question in enumerate((features, labels, fit), start=1):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 Copier = Callable[[nn.Module], nn.Module]
 Loss = Callable[[Any, Any], Tensor]
@@ -207,8 +208,8 @@ def mixed(model: nn.Module, loss: Loss, inputs: Any, y: Any, copier: Copier = co
 def second_derivatives(
     model: nn.Module, loss: Loss, inputs: Any, y: Any, copier: Copier = copy.deepcopy
 ) -> tuple[Tensor, Tensor]:
-    """By parameters twice (P, P), and by parameters and inputs (P, M); attention on its twice differentiable kernel."""
-    with same_draws(), sdpa_kernel(SDPBackend.MATH):
+    """By parameters twice (P, P), and by parameters and inputs (P, M)."""
+    with same_draws(), sdpa_kernel(SDPBackend.MATH), WeightNormInSteps():
         twin = copier(model).double()
         wrt = _trainable(twin)
         leaf = mapped(lambda tensor: in_double(tensor).requires_grad_(tensor.is_floating_point()), inputs)
@@ -220,6 +221,16 @@ def second_derivatives(
     by_parameters = torch.stack([_flat(line[: len(wrt)]) for line in lines])
     by_inputs = torch.stack([_flat(line[len(wrt) :]) for line in lines]) if floats else by_parameters.new_zeros(0, 0)
     return by_parameters, by_inputs
+
+
+class WeightNormInSteps(TorchFunctionMode):
+    """Norms weights by elementary operations: the second derivative of torch's fused kernel is wrong (2.13)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch._weight_norm:
+            direction, size, axis = args
+            return direction * (size / torch.norm_except_dim(direction, 2, axis))
+        return func(*args, **(kwargs or {}))
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch.nn.modules import module as module_globals
 
 import jacops
 import zoo
+from jacops import errors
 from oracle import called, leaves
 from zoo import BY_NAME, CLOSURES, ZOO, Case
 
@@ -212,7 +213,7 @@ def error_of(asked: Any) -> Exception | None:
 def expected(outcome: Exception | None, case: Case, call: str) -> bool:
     """Whether the cell is stated to end so."""
     stated = case.expect.get(call)
-    return outcome is None if stated is None else isinstance(outcome, getattr(jacops, stated.error))
+    return outcome is None if stated is None else isinstance(outcome, getattr(errors, stated.error))
 
 
 # The laws

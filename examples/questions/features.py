@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from questions import Answer, look
 from sklearn.datasets import load_breast_cancer
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import jacops
 from jacops.extras.report import Report
+from questions import Answer, look
 
 QUESTION = "Which features does each coordinate rest on?"
 COMPONENTS = 8
@@ -98,7 +98,8 @@ def draw_plane(tumours: Tumours, embedded: np.ndarray, chosen: int) -> look.Figu
     drawn = np.linalg.norm(embedded[pairs[0]] - embedded[pairs[1]], axis=1)
     right.scatter(far, drawn, s=6, color=look.GREY, alpha=0.5, linewidth=0)
     right.plot([0, far.max()], [0, far.max()], color="black", linewidth=1)
-    right.set(title="distances kept", xlabel="distance between two tumours, 30 measurements", ylabel="on the plane")
+    right.set(title="distances kept", xlabel="distance in 30 measurements (standard deviations)")
+    right.set(ylabel="distance on the plane", xlim=(0, None), ylim=(0, None))
     for axes in (left, right):
         axes.grid(True)
     return figure
@@ -178,7 +179,8 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
         for o in range(2)
     )
     answer.certificate = {
-        "features + biases = output": f"largest error {seen.max_error:.1e}, {seen.relative_error:.1e} of the largest output",
+        "features + biases = output": f"largest error {seen.max_error:.1e}, "
+        f"{seen.relative_error:.1e} of the largest output",
         "bias part": "computed on its own, without the output: so the check above can fail",
         "the same sum without biases": f"misses by {without.relative_error:.1%} of the largest output",
         "coverage": f"{len(parts)} of {len(tumours.rows)} tumours, {parts.shape[2]} features, both coordinates",
@@ -188,7 +190,7 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
 
     report.section(QUESTION, answer.finding)
     report.text(
-        f"Each of {len(parts)} breast tumours comes with {len(names)} measurements, standardised to deviation 1. "
+        f"Each of {len(parts)} breast tumours comes with {len(names)} measurements, standardised to deviation 1; "
         f"{COMPONENTS} whitened principal components of them enter a small network with biases and PReLU units, "
         "trained to place tumours so that distances on the plane equal distances between the measurements. It "
         f"never sees the diagnosis. Its distances are off by {plane:.0%} (root mean square); the best flat "

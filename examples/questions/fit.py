@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from questions import Answer, look
 from scipy.optimize import least_squares
 from torch import Tensor, nn
 
 import jacops
 from jacops.extras.report import Report
+from questions import Answer, look
 
 QUESTION = "Which step shrinks a residual?"
 NAMES = {"fast": "fast part (mV)", "fast_rate": "its rate (1/s)", "slow": "slow part (mV)",

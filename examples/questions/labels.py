@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from questions import Answer, look
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import jacops
 from jacops.extras.report import Report
+from questions import Answer, look
 
 QUESTION = "Which training points moved a prediction, which labels are wrong?"
 DECAY = 3e-3  # the L2 penalty of training; the same number damps the Hessian, so the curvature is the objective's own
@@ -74,8 +74,8 @@ def gradient_of(net: nn.Module, digits: Digits, weights: Tensor) -> Tensor:
     return nn.utils.parameters_to_vector(torch.autograd.grad(objective(net, digits, weights), list(net.parameters())))
 
 
-def descend(value: Callable[[], Tensor], params: list[Tensor]) -> None:
-    """Minimise `value` over `params` until its gradient is nearly zero."""
+def descend(value: Callable[[], Tensor], params: list[Tensor], tolerance: float = 1e-7) -> None:
+    """Minimise `value` over `params` until no entry of its gradient is above `tolerance`."""
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -84,7 +84,7 @@ def descend(value: Callable[[], Tensor], params: list[Tensor]) -> None:
         return now
 
     optimiser = torch.optim.LBFGS(
-        params, max_iter=3000, tolerance_grad=1e-7, tolerance_change=1e-14, history_size=50,
+        params, max_iter=3000, tolerance_grad=tolerance, tolerance_change=1e-13, history_size=50,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
     optimiser.step(closure)
@@ -108,18 +108,19 @@ def retrain(net: nn.Module, digits: Digits, row: int, root: Tensor) -> nn.Module
     weights[row] = 0
     start = nn.utils.parameters_to_vector(net.parameters()).detach()
     moved = torch.zeros_like(start, requires_grad=True)
+    sizes = [param.numel() for param in net.parameters()]
 
     def at() -> Tensor:
         return start + torch.linalg.solve_triangular(root.T, moved[:, None], upper=True)[:, 0]
 
     def value() -> Tensor:
-        sizes = [param.numel() for param in net.parameters()]
-        parts = zip(net.named_parameters(), at().split(sizes), strict=True)
+        flat = at()
+        parts = zip(net.named_parameters(), flat.split(sizes), strict=True)
         values = {name: part.view_as(param) for (name, param), part in parts}
         loss = cross_entropy(functional_call(net, values, digits.x), digits.given, reduction="none")
-        return weights @ loss + DECAY / 2 * at().square().sum()
+        return weights @ loss + DECAY / 2 * flat.square().sum()
 
-    descend(value, [moved])
+    descend(value, [moved], tolerance=1e-6)
     nn.utils.vector_to_parameters(at().detach(), other.parameters())
     return other
 
@@ -151,7 +152,7 @@ def draw_curves(curves: dict[str, np.ndarray], n: int, flipped: int) -> look.Fig
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(True)
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     return figure
 
 
@@ -160,12 +161,14 @@ def draw_worst(digits: Digits, order: np.ndarray) -> look.Figure:
     figure = look.Figure(figsize=(8.6, 4.1), layout="constrained")
     for axes, row in zip(figure.subplots(3, 10).flat, order, strict=False):
         given, true = int(digits.given[row]), int(digits.true[row])
-        title, frame = (f"given {given}\nis {true}", look.RED) if given != true else (f"given {given}\nright", look.GREY)
-        look.show_digit(axes, digits.x[row].reshape(8, 8), title, frame)
+        title = f"given {given}\n" + ("right" if given == true else f"is {true}")
+        look.show_digit(axes, digits.x[row].reshape(8, 8), title, look.GREY if given == true else look.RED)
     return figure
 
 
-def draw_teachers(digits: Digits, x: Tensor, title: str, groups: dict[str, np.ndarray], moved: np.ndarray) -> look.Figure:
+def draw_teachers(
+    digits: Digits, x: Tensor, title: str, groups: dict[str, np.ndarray], moved: np.ndarray
+) -> look.Figure:
     """One misread test digit beside the training digits that helped and harmed it most."""
     figure = look.Figure(figsize=(8.6, 3.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
@@ -233,8 +236,8 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     agreement = float(np.corrcoef(first[tried], happened)[0, 1])
 
     answer.finding = (
-        f"Looking at the worst-scored 10 % of the training digits finds {curves['self-influence'][at[0.1]]:.0%} of "
-        f"the wrong labels by self-influence, {curves['loss'][at[0.1]]:.0%} by plain loss (10 % by chance). Of the ten "
+        f"Looking at the worst-scored 10% of the training digits finds {curves['self-influence'][at[0.1]]:.0%} of "
+        f"the wrong labels by self-influence, {curves['loss'][at[0.1]]:.0%} by plain loss (10% by chance). Of the ten "
         f"training digits that harmed a misread test digit most, {guilty:.0%} carry a wrong label."
     )
     answer.certificate = {
@@ -251,20 +254,21 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     hidden, size = net[0].out_features, sum(param.numel() for param in net.parameters())
     report.text(
         f"A classifier with {hidden} hidden units ({size:,} parameters) learns {n} digits of 8 × 8 pixels; "
-        f"{flipped.sum()} of them, drawn at random, were given a wrong label. Trained to a minimum, it reads {accuracy:.1%} of "
-        f"{len(read)} untouched test digits right. Influence asks how the minimum would move if one training "
-        "digit weighed a little less: one gradient, one solve with the Hessian of the whole objective, one gradient."
+        f"{flipped.sum()} of them, drawn at random, were given a wrong label. Trained to a minimum, it reads "
+        f"{accuracy:.1%} of {len(read)} untouched test digits right. Influence asks how the minimum would move if "
+        "one training digit weighed a little less: one gradient, one solve with the Hessian of the whole "
+        "objective, one gradient."
     )
     report.table(
-        ["score", "wrong labels in the worst 10 %", "in the worst 20 %"],
+        ["score", "wrong labels in the worst 10%", "in the worst 20%"],
         [[name, *(f"{curve[at[share]]:.0%}" for share in at)] for name, curve in curves.items()]
         + [["by chance", "10%", "20%"]],
         "Share of all wrong labels found. Self-influence: how much a digit's own loss would rise if it were left out.",
     )
     report.figure(
         draw_curves(curves, n, int(flipped.sum())),
-        "Wrong labels found when the training digits are looked at in order of their score. On a network at a "
-        "good minimum the plain loss ranks labels nearly as well; it cannot say who taught a mistake, as below.",
+        "Wrong labels found when the training digits are looked at in order of their score. The plain loss is a "
+        "strong rival here; but it cannot say which training digits are behind a mistake, as below.",
     )
     report.figure(
         draw_worst(digits, np.argsort(-scores, kind="stable")[:30]),
@@ -283,8 +287,8 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     report.figure(
         draw_truth(first[tried], happened),
         f"Foretold and real: {len(tried)} training digits (the most helpful, the most harmful, some at random) were "
-        "left out one at a time and the network was trained again to its minimum.",
+        "left out one at a time and the network was trained on to its new minimum. Influence is a forecast of first "
+        "order, so the largest changes stray from the line.",
     )
     report.certificate(answer.certificate)
     return answer
-

@@ -19,9 +19,9 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     # A sum is finite unless an entry is not, or it overflows: only then look at each entry.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32))) or bool(
-        torch.isfinite(tensor).all()
-    )
+    return bool(
+        torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32))
+    ) or bool(torch.isfinite(tensor).all())
 
 
 def where_first(tensor: Tensor) -> str:
@@ -50,7 +50,10 @@ def check_finite(call: str, results: Sequence[Tensor], names: Sequence[str], rec
     check_outputs(call, recorded.tape.outputs, recorded.tape.codomain.names, todo)
     for result, name in zip(results, names, strict=True):
         if not is_finite(result):
-            raise NonFiniteError(f"{call}: in the derivative's part for {name}, {where_first(result)}; the output itself is finite.{todo}")
+            raise NonFiniteError(
+                f"{call}: in the derivative's part for {name}, {where_first(result)}; the output itself is "
+                f"finite.{todo}"
+            )
 
 
 def check_outputs(call: str, outputs: Sequence[Tensor], names: Sequence[str], todo: str = "") -> None:

@@ -71,8 +71,14 @@ def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
         InputTypeError: `pca` is not a fitted PCA.
     """
     if not hasattr(pca, "components_") or not hasattr(pca, "mean_"):
-        raise InputTypeError(explain("pca", f"a {type(pca).__name__} without components_", "a fitted scikit-learn PCA is needed",
-                                     "Call `.fit(features)` first."))  # fmt: skip
+        raise InputTypeError(
+            explain(
+                "pca",
+                f"a {type(pca).__name__} without components_",
+                "a fitted scikit-learn PCA is needed",
+                "Call `.fit(features)` first.",
+            )
+        )
     matrix = np.asarray(pca.components_)
     if getattr(pca, "whiten", False):
         # scikit-learn never divides by less than the precision of the data.
@@ -103,14 +109,28 @@ def project_jacobian(jacobian: Array, proj_tensor: Array) -> Array:
     kinds = Tensor if isinstance(jacobian, Tensor) else np.ndarray
     for name, value, axes in (("jacobian", jacobian, 3), ("proj_tensor", proj_tensor, 2)):
         if not isinstance(value, kinds):
-            raise InputTypeError(explain(name, f"a {type(value).__name__}", "both must be torch tensors, or both NumPy arrays"))
+            raise InputTypeError(
+                explain(name, f"a {type(value).__name__}", "both must be torch tensors, or both NumPy arrays")
+            )
         if value.ndim != axes:
             raise InputError(explain(name, f"of shape {tuple(value.shape)}", f"{axes} axes are needed"))
     if jacobian.shape[2] != proj_tensor.shape[0]:
-        raise InputError(explain("proj_tensor", f"of shape {tuple(proj_tensor.shape)}",
-                                 f"its first axis must be the Jacobian's last, {jacobian.shape[2]}"))  # fmt: skip
+        raise InputError(
+            explain(
+                "proj_tensor",
+                f"of shape {tuple(proj_tensor.shape)}",
+                f"its first axis must be the Jacobian's last, {jacobian.shape[2]}",
+            )
+        )
     if jacobian.dtype != proj_tensor.dtype or getattr(jacobian, "device", None) != getattr(proj_tensor, "device", None):
-        raise InputError(explain("proj_tensor", f"of dtype {proj_tensor.dtype}", f"the Jacobian has {jacobian.dtype}", "Cast one of them."))
+        raise InputError(
+            explain(
+                "proj_tensor",
+                f"of dtype {proj_tensor.dtype}",
+                f"the Jacobian has {jacobian.dtype}",
+                "Cast one of them.",
+            )
+        )
     return jacobian @ proj_tensor
 
 
@@ -159,7 +179,11 @@ def reduce_contributions(contributions: Array, method: Literal["l2", "l1", "max"
 
 def _three_axes(shape: Any) -> None:
     if len(shape) < 3:
-        raise InputError(explain("contributions", f"of shape {tuple(shape)}", "at least 3 axes (samples, outputs, features) are needed"))
+        raise InputError(
+            explain(
+                "contributions", f"of shape {tuple(shape)}", "at least 3 axes (samples, outputs, features) are needed"
+            )
+        )
 
 
 def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # noqa: N803
@@ -183,7 +207,10 @@ def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # no
     """
     z, j, x = (_as_float(name, value) for name, value in (("Z", Z), ("J", J), ("X", X)))
     if z.ndim != 2 or j.shape != (*z.shape, *x.shape[1:]) or x.ndim != 2 or x.shape[0] != z.shape[0]:
-        raise InputError(f"`Z`, `J`, `X` have shapes {z.shape}, {j.shape}, {x.shape}, but (n, out), (n, out, in), (n, in) are needed.")
+        raise InputError(
+            f"`Z`, `J`, `X` have shapes {z.shape}, {j.shape}, {x.shape}, but (n, out), (n, out, in), (n, in) "
+            "are needed."
+        )
     if z.size == 0:
         raise InputError(explain("Z", f"of shape {z.shape}", "at least one sample and one output are needed"))
     rebuilt = np.einsum("noi,ni->no", j, x)
@@ -276,9 +303,11 @@ def contributions(
     output, bias, smooth = bias_part(model, x, batch_size)
     jacobian = compute_jacobian(model, x, batch_size, **options)
     if jacobian.ndim != 3:
-        raise InputError(explain("model", f"giving outputs of shape {tuple(output.shape)}", "an output (n, out) is needed"))
+        raise InputError(
+            explain("model", f"giving outputs of shape {tuple(output.shape)}", "an output (n, out) is needed")
+        )
     if projection is not None:
-        jacobian = project_jacobian(jacobian, projection.matrix.to(jacobian.dtype))
+        jacobian = torch.as_tensor(project_jacobian(jacobian, projection.matrix.to(jacobian.dtype)))
     values = jacobian * basis.to(jacobian.dtype)[:, None, :]
     if not is_finite(bias):
         raise NonFiniteError(f"contributions: in the bias part, {where_first(bias)}.")
@@ -301,5 +330,8 @@ def _check_features(x: Tensor, projection: Projection | None, features: Tensor |
     rebuilt = centred @ projection.matrix.T
     off = (rebuilt - x.to(rebuilt.dtype)).abs().max() if x.numel() else torch.zeros(())
     if float(off) > 1e-3 * max(1.0, float(rebuilt.abs().max()) if x.numel() else 1.0):
-        raise InputError(f"`x` is not what `projection` makes of `features`: they differ by {float(off):.1e}. Pass the rows `x` came from.")
+        raise InputError(
+            f"`x` is not what `projection` makes of `features`: they differ by {float(off):.1e}. Pass the rows "
+            "`x` came from."
+        )
     return centred

@@ -48,7 +48,9 @@ def adjoint_check(operator: Operator, seed: int = 0) -> Check:
     return Check("adjoint", abs(left - right) / scale, tolerance([domain.dtype, codomain.dtype]))
 
 
-def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Callable[[str, Tensor], bool] = trainable) -> Check:
+def check(
+    model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Callable[[str, Tensor], bool] = trainable
+) -> Check:
     r"""Return how far a Jacobian-vector product is from a central difference along one random direction.
 
     It finds what autograd itself is silent about: a wrong backward, `.item()` or `detach()` in the forward, a value

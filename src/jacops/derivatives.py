@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.agreement import size
-from ._backends._torch.record import At, call_loss, record_model
+from ._backends._torch.cut import At
+from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
+from ._backends._torch.record import record_model
 from ._backends._torch.replica import bare
 from ._backends._torch.surroundings import private_noise, recording, sweeping
 from ._backends._torch.tape import Tape
@@ -77,7 +79,9 @@ def jacobian(
         (12, 6)
     """
     picks = _picked(wrt)
-    found = record_model(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, checks=checks, fallback=fallback)
+    found = record_model(
+        model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, checks=checks, fallback=fallback
+    )
     _real_only(found.tape)
     if not allow_zero and not found.tape.is_connected():
         raise NotDifferentiableError(
@@ -91,7 +95,9 @@ def _picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
     if callable(wrt):
         return wrt
     if wrt not in ("parameters", "inputs"):
-        raise InputError(explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed"))
+        raise InputError(
+            explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
+        )
     return trainable if wrt == "parameters" else None
 
 
@@ -99,8 +105,14 @@ def _real_only(tape: Tape) -> None:
     for space in (tape.domain, tape.codomain):
         for name, dtype in zip(space.names, space.dtypes, strict=True):
             if dtype.is_complex:
-                raise NotDifferentiableError(explain(name, f"of dtype {dtype}", "operators are real",
-                                                     "Use torch.view_as_real, or the calls that return tensors (modjac, jvp)."))  # fmt: skip
+                raise NotDifferentiableError(
+                    explain(
+                        name,
+                        f"of dtype {dtype}",
+                        "operators are real",
+                        "Use torch.view_as_real, or the calls that return tensors (modjac, jvp).",
+                    )
+                )
 
 
 def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
@@ -120,11 +132,23 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
 
 def _checked(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise NotDifferentiableError(explain("the loss", f"a {type(value).__name__}", "a tensor with a graph is needed",
-                                             "Drop `.item()` and `float()` from it."))  # fmt: skip
+        raise NotDifferentiableError(
+            explain(
+                "the loss",
+                f"a {type(value).__name__}",
+                "a tensor with a graph is needed",
+                "Drop `.item()` and `float()` from it.",
+            )
+        )
     if value.ndim > 0:
-        raise InputError(explain("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed",
-                                 "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it."))  # fmt: skip
+        raise InputError(
+            explain(
+                "the loss",
+                f"of shape {tuple(value.shape)}",
+                "one number, shape (), is needed",
+                "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it.",
+            )
+        )
     return value
 
 
@@ -141,13 +165,24 @@ def gradient_tape(found: Recording, call: str) -> Tape:
         grads = tape.pull([seed], create_graph=True)
     full = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, tape.leaves, strict=True)]
     names = [f"d loss / d {name}" for name in tape.domain.names]
-    gradient = Tape(tape.leaves, full, leaf_names=tape.domain.names, output_names=names, call=call, twins=tape.twins, private=True,
-                    trust=tape.trust, fallback=tape.fallback)  # fmt: skip
+    gradient = Tape(
+        tape.leaves,
+        full,
+        leaf_names=tape.domain.names,
+        output_names=names,
+        call=call,
+        twins=tape.twins,
+        private=True,
+        trust=tape.trust,
+        fallback=tape.fallback,
+    )
     gradient.protected = tape.protected
     if gradient.survey.refuses_twice:
         raise NotDifferentiableError(
-            f"{call}: the graph holds {', '.join(tape.survey.functions)}, whose backward is marked once_differentiable: its second "
-            "derivative does not exist, and torch would drop it silently. Write its backward with differentiable operations."
+            f"{call}: the graph holds {', '.join(tape.survey.functions)}, whose backward is marked "
+            "once_differentiable: its second "
+            "derivative does not exist, and torch would drop it silently. Write its backward with "
+            "differentiable operations."
         )
     return gradient
 
@@ -189,7 +224,9 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
     return operator
 
 
-def _shifted_gradient(model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+def _shifted_gradient(
+    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: dict[str, Any]
+) -> Tensor:
     found = record_loss(model, loss, x, y, "hessian", shift=shift, **options)
     tape = found.tape
     return tape.domain.join(tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)]))[0]
@@ -207,8 +244,10 @@ def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[s
     error = size(product - difference) / max(size(product), size(difference), math.sqrt(torch.finfo(space.dtype).eps))
     if error > _SPOT_TOLERANCE.get(space.dtype, 0.5):
         raise NotDifferentiableError(
-            f"{operator.tape.call}: a product with the Hessian and a central difference of gradients disagree by {error:.1e}, probably "
-            f"because the backward of {', '.join(found.tape.survey.functions)} drops a second derivative. Write it with "
+            f"{operator.tape.call}: a product with the Hessian and a central difference of gradients disagree "
+            f"by {error:.1e}, probably "
+            f"because the backward of {', '.join(found.tape.survey.functions)} drops a second derivative. "
+            "Write it with "
             "differentiable operations on ctx.saved_tensors."
         )
 
@@ -246,7 +285,12 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operato
         value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), y))
     names = found.tape.codomain.names
     outer = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call="ggn", private=True)
-    H = Recorded(gradient_tape(Recording(outer, flatten(value, "loss")[1], value), "ggn"), value, symmetric=True, positive=_is_convex(loss))
+    H = Recorded(
+        gradient_tape(Recording(outer, flatten(value, "loss")[1], value), "ggn"),
+        value,
+        symmetric=True,
+        positive=_is_convex(loss),
+    )
     return J.T @ H @ J
 
 
@@ -275,9 +319,9 @@ def sample_gradients(model: nn.Module, loss: Loss, x: Any, y: Any, **options: An
     """
     refuse_mixing_modules(model)
     values, tree = flatten((x, y), "(x, y)")
-    lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else None for v in values}
-    if len(lengths) != 1 or None in lengths:
-        raise InputError(explain("x, y", f"of lengths {sorted(map(str, lengths))}", "all need one row per sample"))
+    lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else -1 for v in values}
+    if len(lengths) != 1 or -1 in lengths:
+        raise InputError(explain("x, y", f"of lengths {sorted(lengths)}", "all need one row per sample"))
     rows, space = [], None
     for i in range(lengths.pop()):
         one_x, one_y = tree.build([v[i : i + 1] for v in values])
@@ -303,14 +347,22 @@ def refuse_mixing_modules(model: nn.Module) -> None:
             continue
         label = f"module '{name}' ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ModelStateError(f"{label} is in train mode, where samples of a batch influence each other. Call model.eval().")
-        chance = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+            raise ModelStateError(
+                f"{label} is in train mode, where samples of a batch influence each other. Call model.eval()."
+            )
+        chance = (
+            getattr(module, "p", 0.0)
+            if isinstance(module, nn.modules.dropout._DropoutNd)
+            else getattr(module, "dropout", 0.0)
+        )
         if isinstance(module, nn.RReLU) or (isinstance(chance, float) and chance > 0):
             raise ModelStateError(f"{label} is in train mode and random (p={chance}). Call model.eval().")
 
 
 def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
-    r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients (Kunstner et al., 2019).
+    r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
+
+    Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's.
 
     Args:
         model: As in `sample_gradients`.

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ._backends._torch.cut import At
 from ._backends._torch.matrix import Blocks, jacobian_blocks
-from ._backends._torch.record import At, Recorded, record_closure, record_model
+from ._backends._torch.record import Recorded, record_closure, record_model
 from ._backends._torch.samples import Samples
 from ._finite import check_outputs, is_finite, where_first
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
@@ -87,7 +88,12 @@ def compute_jacobian(
 
 
 def full_jacobian(
-    func: Callable[[], Any], params: Params, create_graph: bool = False, *, outputs: Selector = None, chunk_size: int | None = None
+    func: Callable[[], Any],
+    params: Params,
+    create_graph: bool = False,
+    *,
+    outputs: Selector = None,
+    chunk_size: int | None = None,
 ) -> list[Tensor]:
     """Return the Jacobian of `func()` by each parameter, a list of `(output_dim, *param.shape)`.
 
@@ -120,7 +126,11 @@ def full_jacobian(
 
     if chunk_size is not None:
         _check_positive("chunk_size", chunk_size)
-    recorded = record_closure(lambda: select(func(), outputs), params, "full_jacobian") if callable(func) else record_closure(func, params, "")
+    recorded = (
+        record_closure(lambda: select(func(), outputs), params, "full_jacobian")
+        if callable(func)
+        else record_closure(func, params, "")
+    )
     if not recorded.tape.leaves:
         return []
     say_if_unconnected(recorded)
@@ -183,28 +193,44 @@ def modjac(
     """
     forward = _check_strategy(strategy)
     recorded = record_model(
-        model, input, call="modjac", parameters=lambda name, p: p.requires_grad or not trainable_only, outputs=outputs,
+        model,
+        input,
+        call="modjac",
+        parameters=lambda name, p: p.requires_grad or not trainable_only,
+        outputs=outputs,
         connected=create_graph,
-    )  # fmt: skip
+    )
     lie = _lie_layout(recorded, tangent)
     if strict:
         _check_dependence(recorded)
     else:
         say_if_unconnected(recorded)
-    blocks = jacobian_blocks(recorded.tape, create_graph, columns=forward, chunk_size=None if vectorize or forward else 1)
+    blocks = jacobian_blocks(
+        recorded.tape, create_graph, columns=forward, chunk_size=None if vectorize or forward else 1
+    )
     if check_finite:
         _check_blocks("modjac", recorded, blocks, _FINITE_TODO)
-    blocks = lie(blocks) if lie else [[_shaped(b, o, p) for b, p in zip(row, recorded.tape.leaves, strict=True)]
-                                      for row, o in zip(blocks, recorded.tape.outputs, strict=True)]  # fmt: skip
+    blocks = (
+        lie(blocks)
+        if lie
+        else [
+            [_shaped(b, o, p) for b, p in zip(row, recorded.tape.leaves, strict=True)]
+            for row, o in zip(blocks, recorded.tape.outputs, strict=True)
+        ]
+    )
     if forward:
-        blocks = [[b.to(torch.promote_types(b.dtype, o.dtype) if b.is_complex() else o.dtype) for b in row]
-                  for row, o in zip(blocks, recorded.tape.outputs, strict=True)]  # fmt: skip
+        blocks = [
+            [b.to(torch.promote_types(b.dtype, o.dtype) if b.is_complex() else o.dtype) for b in row]
+            for row, o in zip(blocks, recorded.tape.outputs, strict=True)
+        ]
     return _arranged(recorded, [[_given(b, create_graph) for b in row] for row in blocks], flatten)
 
 
 def _arranged(recorded: Recorded, blocks: Blocks, flat: bool) -> Any:
     if flat:
-        rows = [torch.cat([_matrix(b, o) for b in row], 1) for row, o in zip(blocks, recorded.tape.outputs, strict=True)]
+        rows = [
+            torch.cat([_matrix(b, o) for b in row], 1) for row, o in zip(blocks, recorded.tape.outputs, strict=True)
+        ]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
     if recorded.tree.single:
         return blocks[0][0] if len(blocks[0]) == 1 else tuple(blocks[0])
@@ -255,7 +281,8 @@ def _check_blocks(call: str, recorded: Recorded, blocks: Blocks, todo: str = "")
 def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
     if not is_finite(block):
         raise NonFiniteError(
-            f"{call}: in the Jacobian of {output} by {by}, {where_first(block)}; the output itself is finite.{_FINITE_TODO}"
+            f"{call}: in the Jacobian of {output} by {by}, {where_first(block)}; the output itself is "
+            f"finite.{_FINITE_TODO}"
         )
 
 

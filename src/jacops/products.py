@@ -1,4 +1,4 @@
-"""Jacobians times vectors: "what does the output do if the parameters move so, and the other way round?"
+"""Jacobians times vectors: what does the output do if the parameters move so, and the other way round.
 
 `func()` takes no argument and closes over `params`; it is called once, and whatever was recorded before the call
 counts too. `J v` costs one forward and two backward sweeps, whatever the size of the output.
@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._backends._torch.record import Recorded, record_closure, record_model
 from ._backends._torch.surroundings import out_of_inference
-from ._backends._torch.tape import Rows
 from ._finite import check_finite, check_vector
 from .errors import ModelStateError, explain, warn
 
@@ -22,7 +20,9 @@ Params = Tensor | Iterable[Tensor]
 Vectors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
-def jvp(func: Callable[[], Any], params: Params, v: Vectors, create_graph: bool = False, *, fallback: str = "warn") -> Any:
+def jvp(
+    func: Callable[[], Any], params: Params, v: Vectors, create_graph: bool = False, *, fallback: str = "warn"
+) -> Any:
     r"""Return $J v$, what a change `v` of the parameters does to the output, shaped like `func()`.
 
     $J v$ is the derivative of $J^\top u$ with respect to $u$ (Griewank and Walther, 2008): one forward and two
@@ -53,7 +53,9 @@ def jvp(func: Callable[[], Any], params: Params, v: Vectors, create_graph: bool 
     return _push(record_closure(func, params, "jvp", fallback), v, create_graph, batch=False)
 
 
-def batch_jvp(func: Callable[[], Any], params: Params, vs: Vectors, create_graph: bool = False, *, fallback: str = "warn") -> Any:
+def batch_jvp(
+    func: Callable[[], Any], params: Params, vs: Vectors, create_graph: bool = False, *, fallback: str = "warn"
+) -> Any:
     """Return $J v$ for a batch of directions, `(B, *out)`, all at one linearisation point.
 
     Args:
@@ -186,10 +188,14 @@ def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> T
 
 
 def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback: str) -> Recorded:
-    recorded = record_model(model, x, call=call, parameters=lambda name, p: True, fallback=fallback, connected=create_graph)
+    recorded = record_model(
+        model, x, call=call, parameters=lambda name, p: True, fallback=fallback, connected=create_graph
+    )
     integers = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
     if integers:
-        raise ModelStateError(explain(integers[0], "an integer parameter", "only floating-point parameters have derivatives"))
+        raise ModelStateError(
+            explain(integers[0], "an integer parameter", "only floating-point parameters have derivatives")
+        )
     return recorded
 
 
@@ -225,4 +231,7 @@ def say_if_unconnected(recorded: Recorded) -> None:
     """Warn once if no path leads from the output to any parameter: zeros are the derivative, and rarely the wish."""
     tape = recorded.tape
     if tape.leaves and not tape.is_connected():
-        warn(f"{tape.call}: no path leads from the output to any of {tape.domain.layout}; the derivative is zero everywhere.")
+        warn(
+            f"{tape.call}: no path leads from the output to any of {tape.domain.layout}; the derivative is "
+            "zero everywhere."
+        )

@@ -105,7 +105,9 @@ class Space:
             label = f"{argument} for {name}" if len(self.names) > 1 else argument
             self._check_one(tensor, label, shape, dtype, batch)
             if batch and many is not None and tensor.shape[0] != many:
-                raise InputError(explain(label, f"a batch of {tensor.shape[0]}", f"the first tensor is a batch of {many}"))
+                raise InputError(
+                    explain(label, f"a batch of {tensor.shape[0]}", f"the first tensor is a batch of {many}")
+                )
             many = tensor.shape[0] if batch else None
         return tensors
 
@@ -119,23 +121,41 @@ class Space:
                 raise InputError(explain(argument, came, f"one tensor per name is needed: {self.layout}"))
             tree = [tree[name] for name in self.names]
         if not isinstance(tree, list | tuple):
-            raise InputTypeError(explain(argument, f"a {type(tree).__name__}", "a tensor or a list of tensors is needed"))
+            raise InputTypeError(
+                explain(argument, f"a {type(tree).__name__}", "a tensor or a list of tensors is needed")
+            )
         if len(tree) != len(self.names):
             missing = f"; the first one missing is {self.names[len(tree)]}" if len(tree) < len(self.names) else ""
-            raise InputError(explain(argument, f"{len(tree)} tensor(s){missing}", f"{len(self.names)} are needed: {self.layout}",
-                                     "Pass one tensor for each."))  # fmt: skip
+            raise InputError(
+                explain(
+                    argument,
+                    f"{len(tree)} tensor(s){missing}",
+                    f"{len(self.names)} are needed: {self.layout}",
+                    "Pass one tensor for each.",
+                )
+            )
         return list(tree)
 
     def _check_one(self, tensor: Any, label: str, shape: torch.Size, dtype: torch.dtype, batch: bool) -> None:
         if not isinstance(tensor, Tensor):
-            raise InputTypeError(explain(label, f"a {type(tensor).__name__}", f"a tensor of shape {tuple(shape)} is needed"))
+            raise InputTypeError(
+                explain(label, f"a {type(tensor).__name__}", f"a tensor of shape {tuple(shape)} is needed")
+            )
         wanted = f"(batch, {', '.join(map(str, shape))})" if batch else str(tuple(shape))
         came = tensor.shape[1:] if batch and tensor.ndim else tensor.shape
         if came != shape or (batch and not tensor.ndim):
-            raise InputError(explain(label, f"of shape {tuple(tensor.shape)}", f"shape {wanted} is needed",
-                                     f"The layout is {self.layout}; nothing is broadcast or reshaped."))  # fmt: skip
+            raise InputError(
+                explain(
+                    label,
+                    f"of shape {tuple(tensor.shape)}",
+                    f"shape {wanted} is needed",
+                    f"The layout is {self.layout}; nothing is broadcast or reshaped.",
+                )
+            )
         if tensor.dtype != dtype:
-            raise InputError(explain(label, f"of dtype {tensor.dtype}", f"dtype {dtype} is needed", f"Call `.to({dtype})` on it."))
+            raise InputError(
+                explain(label, f"of dtype {tensor.dtype}", f"dtype {dtype} is needed", f"Call `.to({dtype})` on it.")
+            )
         if tensor.device != self.device:
             raise InputError(explain(label, f"on device {tensor.device}", f"device {self.device} is needed"))
 

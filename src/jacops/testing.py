@@ -40,7 +40,9 @@ def check_operator(operator: Operator, *, seed: int = 0, rows: int = 3) -> None:
     _same("A(2v + w) = 2Av + Aw", operator, operator._apply(2 * v + w), 2 * image + operator._apply(w), allowed)
     _same("dense() = products", operator, image, v @ dense.T, allowed)
     _same("dense() = transposed products", operator, operator._apply_transpose(u), u @ dense, allowed)
-    _same("many rows = one by one", operator, image, torch.cat([operator._apply(row.unsqueeze(0)) for row in v]), allowed)
+    _same(
+        "many rows = one by one", operator, image, torch.cat([operator._apply(row.unsqueeze(0)) for row in v]), allowed
+    )
     if operator.symmetric:
         _same("symmetric", operator, dense, dense.T, allowed)
     if operator.positive and float((v * image).sum(1).min()) < -allowed * size(v) * max(size(image), 1.0):

@@ -63,9 +63,13 @@ def output_leaves(output: Any, name: str = "output") -> tuple[list[Tensor], Tree
             raise InputTypeError(explain(path, f"a {type(leaf).__name__}", "every leaf must be a tensor", todo))
         if not is_differentiable(leaf):
             raise NotDifferentiableError(
-                explain(path, f"of dtype {leaf.dtype}", "a derivative needs a floating-point output",
-                        "Return scores rather than labels, or pick another output with `outputs=`.")
-            )  # fmt: skip
+                explain(
+                    path,
+                    f"of dtype {leaf.dtype}",
+                    "a derivative needs a floating-point output",
+                    "Return scores rather than labels, or pick another output with `outputs=`.",
+                )
+            )
         if leaf.layout is not torch.strided:
             raise InputError(explain(path, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it."))
     return leaves, tree
@@ -96,17 +100,27 @@ def select(output: Any, outputs: Selector, name: str = "output") -> Any:
             return tuple(output[key] for key in outputs)
         return output[outputs]
     except (KeyError, IndexError, TypeError):
-        known = list(output) if isinstance(output, Mapping) else range(len(output)) if hasattr(output, "__len__") else "?"
+        known = (
+            list(output) if isinstance(output, Mapping) else range(len(output)) if hasattr(output, "__len__") else "?"
+        )
         raise InputError(explain("outputs", repr(outputs), f"{name} has {known}")) from None
 
 
 def _select_last(output: Tensor, outputs: Any, name: str) -> Tensor:
     if isinstance(outputs, str):
-        raise InputError(explain("outputs", repr(outputs), f"{name} is one tensor, which has no names",
-                                 "Pass indices along its last axis, or a callable."))  # fmt: skip
+        raise InputError(
+            explain(
+                "outputs",
+                repr(outputs),
+                f"{name} is one tensor, which has no names",
+                "Pass indices along its last axis, or a callable.",
+            )
+        )
     if output.ndim == 0:
         raise InputError(explain("outputs", repr(outputs), f"{name} is a scalar, which has no axis to pick from"))
     try:
         return output[..., outputs if isinstance(outputs, int | slice | Tensor) else list(outputs)]
     except IndexError:
-        raise InputError(explain("outputs", repr(outputs), f"the last axis of {name} has {output.shape[-1]} entries")) from None
+        raise InputError(
+            explain("outputs", repr(outputs), f"the last axis of {name} has {output.shape[-1]} entries")
+        ) from None

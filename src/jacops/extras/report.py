@@ -164,11 +164,11 @@ def _shown(cell: Cell) -> str:
 
 
 def _visible(value: object) -> str:
-    """Spell out what a reader cannot see: control characters, reordering marks, half surrogates.
+    r"""Spell out what a reader cannot see: control characters, reordering marks, half surrogates.
 
     Example:
         >>> print(_visible("a" + chr(0) + "b" + chr(0x202E)))
-        a\\u0000b\\u202e
+        a\u0000b\u202e
     """
 
     def hidden(mark: str) -> bool:

@@ -35,8 +35,14 @@ class Batches:
         if not isinstance(loader, Iterable):
             raise InputTypeError(explain(name, f"a {type(loader).__name__}", "an iterable of batches (x, y) is needed"))
         if isinstance(loader, Iterator):
-            raise DataError(explain(name, "a generator, which can be read once", "several passes are needed",
-                                    "Pass a list, a Dataset or a DataLoader."))  # fmt: skip
+            raise DataError(
+                explain(
+                    name,
+                    "a generator, which can be read once",
+                    "several passes are needed",
+                    "Pass a list, a Dataset or a DataLoader.",
+                )
+            )
         _refuse_random(loader, name)
         self.loader, self.name = loader, name
         self._digests: list[int] | None = None
@@ -57,7 +63,9 @@ class Batches:
         if not digests:
             raise DataError(explain(self.name, "empty", "at least one batch is needed"))
         if self._digests is not None and len(digests) != len(self._digests):
-            raise DataError(explain(self.name, f"{len(digests)} batches in this pass", f"the first pass had {len(self._digests)}"))
+            raise DataError(
+                explain(self.name, f"{len(digests)} batches in this pass", f"the first pass had {len(self._digests)}")
+            )
         self._digests = digests
 
     def tracked(self, what: str, enabled: bool | None = None) -> Iterable[tuple[Batch, int]]:
@@ -66,17 +74,33 @@ class Batches:
 
     def _compare(self, number: int, digest: int) -> None:
         if self._digests is not None and (number >= len(self._digests) or self._digests[number] != digest):
-            raise DataError(explain(self.name, f"different in batch {number} from the first pass", "all passes must be the same",
-                                    "Take shuffling and random augmentation out of it."))  # fmt: skip
+            raise DataError(
+                explain(
+                    self.name,
+                    f"different in batch {number} from the first pass",
+                    "all passes must be the same",
+                    "Take shuffling and random augmentation out of it.",
+                )
+            )
 
     def _read(self, batch: Any, number: int) -> tuple[Batch, int, int]:
         if not isinstance(batch, list | tuple) or len(batch) != 2:
-            came = f"batch {number} with keys {list(batch)}" if isinstance(batch, dict) else f"a {type(batch).__name__} as batch {number}"
+            came = (
+                f"batch {number} with keys {list(batch)}"
+                if isinstance(batch, dict)
+                else f"a {type(batch).__name__} as batch {number}"
+            )
             raise DataError(explain(self.name, f"giving {came}", "pairs (x, y) are needed"))
         tensors = [t for t in flatten(batch, "batch")[0] if isinstance(t, Tensor)]
         lengths = {t.shape[0] if t.ndim else None for t in tensors}
         if len(lengths) != 1 or None in lengths:
-            raise DataError(explain(self.name, f"giving lengths {sorted(map(str, lengths))} in batch {number}", "x and y need one row per sample"))
+            raise DataError(
+                explain(
+                    self.name,
+                    f"giving lengths {sorted(map(str, lengths))} in batch {number}",
+                    "x and y need one row per sample",
+                )
+            )
         digest = 0
         for tensor in tensors:
             raw = tensor.detach().cpu().contiguous()
@@ -92,5 +116,11 @@ def _refuse_random(loader: Any, name: str) -> None:
     samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
     for sampler in samplers:
         if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
-            raise DataError(explain(name, f"a loader with a {type(sampler).__name__}", "rows and columns of the result need one order",
-                                    "Make it with shuffle=False."))  # fmt: skip
+            raise DataError(
+                explain(
+                    name,
+                    f"a loader with a {type(sampler).__name__}",
+                    "rows and columns of the result need one order",
+                    "Make it with shuffle=False.",
+                )
+            )

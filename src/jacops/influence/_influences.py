@@ -42,7 +42,7 @@ class _Setting:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InfluenceFactors(InverseHvpResult[Tensor]):
+class InfluenceFactors(InverseHvpResult[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
     """Solutions `(A + damping I) x = g_test`, one row per test sample.
 
     Attributes:
@@ -92,17 +92,24 @@ class Influences:
             InputError: There are fewer training samples, or these are perturbation influences.
         """
         if self.values.ndim != 2 or not 0 < k <= self.values.shape[1]:
-            raise InputError(explain("k", k, f"influences of shape {tuple(self.shape)} need 0 < k <= {self.values.shape[1]} and two axes"))
-        return tuple(self.values.topk(k, dim=1))
+            raise InputError(
+                explain(
+                    "k", k, f"influences of shape {tuple(self.shape)} need 0 < k <= {self.values.shape[1]} and two axes"
+                )
+            )
+        values, indices = self.values.topk(k, dim=1)
+        return values, indices
 
     def __repr__(self) -> str:
-        return f"Influences({self.influence_type}, {tuple(self.shape)}: {_told(self.info)}; sign {self.sign}; in {self.units})"
+        told = f"{_told(self.info)}; sign {self.sign}; in {self.units}"
+        return f"Influences({self.influence_type}, {tuple(self.shape)}: {told})"
 
 
 def _told(info: dict[str, Any]) -> str:
     return (
         f"{info['method']} with {info['curvature']}, damping {info['damping']:g}, {info['status']}, worst residual "
-        f"{max(info['residual'], default=0.0):.1e}, {info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
+        f"{max(info['residual'], default=0.0):.1e}, {info['rows']} training rows, {info['covered']} of "
+        f"{info['parameters']} parameters"
     )
 
 
@@ -176,8 +183,12 @@ def compute_influences(
     """
     if influence_type not in ("up", "perturbation"):
         raise InputError(explain("influence_type", repr(influence_type), "'up' or 'perturbation' is needed"))
-    factors = compute_influence_factors(differentiable_model, training_data, training_data if test_data is None else test_data, **options)
-    setting = _checked(differentiable_model, training_data, 0.0, "hessian", options.get("reduction"), "raise", options.get("progress"))
+    factors = compute_influence_factors(
+        differentiable_model, training_data, training_data if test_data is None else test_data, **options
+    )
+    setting = _checked(
+        differentiable_model, training_data, 0.0, "hessian", options.get("reduction"), "raise", options.get("progress")
+    )
     asked = setting.data if input_data is None else Batches(input_data, "input_data")
     if influence_type == "up":
         values = factors.x @ _all_gradients(setting, asked, "training gradients").T
@@ -199,7 +210,9 @@ def self_influences(differentiable_model: TorchTwiceDifferentiable, training_dat
         options: `damping=`, `curvature=`, … as in `compute_influence_factors`.
     """
     factors = compute_influence_factors(differentiable_model, training_data, training_data, **options)
-    setting = _checked(differentiable_model, training_data, 0.0, "hessian", options.get("reduction"), "raise", options.get("progress"))
+    setting = _checked(
+        differentiable_model, training_data, 0.0, "hessian", options.get("reduction"), "raise", options.get("progress")
+    )
     return (factors.x * _all_gradients(setting, setting.data, "training gradients")).sum(1)
 
 
@@ -207,7 +220,9 @@ def _checked(
     model: Any, data: Any, damping: Any, curvature: Any, reduction: Any, on_failure: Any, progress: bool | None
 ) -> _Setting:
     if not isinstance(model, TorchTwiceDifferentiable):
-        raise InputTypeError(explain("differentiable_model", f"a {type(model).__name__}", "a TorchTwiceDifferentiable is needed"))
+        raise InputTypeError(
+            explain("differentiable_model", f"a {type(model).__name__}", "a TorchTwiceDifferentiable is needed")
+        )
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
         raise InputError(explain("damping", repr(damping), "a finite number that is not negative is needed"))
     reduction = reduction or getattr(model.loss, "reduction", "mean")
@@ -248,7 +263,9 @@ def _check_reduction(setting: _Setting, x: Any, y: Any, rows: int) -> None:
 
     def value(where: slice) -> float:
         part_x, part_y = tree.build([v[where] for v in values])
-        return float(record_loss(setting.model.model, setting.model.loss, part_x, part_y, "influence").tape.outputs[0].detach())
+        return float(
+            record_loss(setting.model.model, setting.model.loss, part_x, part_y, "influence").tape.outputs[0].detach()
+        )
 
     few = min(rows, 16)
     alone = [value(slice(i, i + 1)) for i in range(few)]
@@ -256,13 +273,18 @@ def _check_reduction(setting: _Setting, x: Any, y: Any, rows: int) -> None:
     scale = max(sum(map(abs, alone)) / few, 1e-30)
     if abs(together - expected) > 1e-3 * max(scale, abs(expected)):
         raise InputError(
-            f"`reduction` is {setting.reduction!r}, but the loss of {few} rows together is {together:.6g} and the {setting.reduction} of "
-            f"their losses alone is {expected:.6g}. Say `reduction='sum'`, or take class weights and ignored targets out of the loss."
+            f"`reduction` is {setting.reduction!r}, but the loss of {few} rows together is {together:.6g} and "
+            f"the {setting.reduction} of "
+            f"their losses alone is {expected:.6g}. Say `reduction='sum'`, or take class weights and ignored "
+            "targets out of the loss."
         )
 
 
 def _all_gradients(setting: _Setting, data: Batches, what: str) -> Tensor:
-    parts = [sample_gradients(setting.model.model, setting.model.loss, x, y).matrix for (x, y), _ in data.tracked(what, setting.progress)]
+    parts = [
+        sample_gradients(setting.model.model, setting.model.loss, x, y).matrix
+        for (x, y), _ in data.tracked(what, setting.progress)
+    ]
     return torch.cat(parts)
 
 
@@ -272,7 +294,9 @@ def _perturbations(setting: _Setting, data: Batches, factors: Tensor) -> Tensor:
     columns = []
     for (x, y), rows in data.tracked("perturbations", setting.progress):
         if not isinstance(x, Tensor):
-            raise InputError(explain("input_data", f"giving x as a {type(x).__name__}", "perturbations need x as one tensor"))
+            raise InputError(
+                explain("input_data", f"giving x as a {type(x).__name__}", "perturbations need x as one tensor")
+            )
         values, tree = flatten((x, y), "batch")
         for i in range(rows):
             one_x, one_y = tree.build([v[i : i + 1] for v in values])
@@ -295,17 +319,31 @@ def _solved(setting: _Setting, matrix: Tensor, rows: int, right: Tensor) -> Infl
         solution = torch.full_like(right, math.nan)
     else:
         solution = torch.cholesky_solve(right.T, factor).T
-    residual = ((solution @ damped - right).norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)).tolist()
+    residual = (
+        (solution @ damped - right).norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
+    ).tolist()
     reach = 1e-8 if damped.dtype == torch.float64 else 1e-4
-    attainable = torch.finfo(damped.dtype).eps * size(damped) * max((size(s) / max(size(b), 1e-300) for s, b in zip(solution, right, strict=True)), default=0.0)
+    attainable = (
+        torch.finfo(damped.dtype).eps
+        * size(damped)
+        * max((size(s) / max(size(b), 1e-300) for s, b in zip(solution, right, strict=True)), default=0.0)
+    )
     if status == "converged" and max(residual, default=0.0) > max(reach, attainable):
         status = "stagnated"
     parameters = parameter_names(bare(setting.model.model)).values()
     info = {
-        "method": "direct", "curvature": setting.curvature, "status": status, "converged": status == "converged", "residual": residual,
-        "damping": setting.damping, "lowest_eigenvalue": lowest, "rows": rows, "reduction": setting.reduction,
-        "covered": setting.model.num_params, "parameters": sum(p.numel() for p in parameters),
-    }  # fmt: skip
+        "method": "direct",
+        "curvature": setting.curvature,
+        "status": status,
+        "converged": status == "converged",
+        "residual": residual,
+        "damping": setting.damping,
+        "lowest_eigenvalue": lowest,
+        "rows": rows,
+        "reduction": setting.reduction,
+        "covered": setting.model.num_params,
+        "parameters": sum(p.numel() for p in parameters),
+    }
     result = InfluenceFactors(solution, info)
     if status != "converged" and setting.on_failure == "raise":
         raise SolveError(_advice(setting, status, lowest, residual), result)
@@ -314,10 +352,12 @@ def _solved(setting: _Setting, matrix: Tensor, rows: int, right: Tensor) -> Infl
 
 def _advice(setting: _Setting, status: str, lowest: float | None, residual: list[float]) -> str:
     if lowest is None:
-        return f"the direct solve left a relative residual of {max(residual):.1e} ({status}). Run the problem in float64 or raise `damping`."
+        worst = f"{max(residual):.1e} ({status})"
+        return f"the direct solve left a relative residual of {worst}. Run the problem in float64 or raise `damping`."
     needed = setting.damping - 2 * min(lowest, 0.0) or 1e-6
     switch = "" if setting.curvature == "ggn" else ", or take `curvature='ggn'`"
     return (
-        f"the {setting.curvature} plus damping {setting.damping:g} is not positive definite ({status}): its lowest eigenvalue is {lowest:.3g}. "
+        f"the {setting.curvature} plus damping {setting.damping:g} is not positive definite ({status}): its "
+        f"lowest eigenvalue is {lowest:.3g}. "
         f"Raise `damping` to {needed:.1g} or more{switch}."
     )

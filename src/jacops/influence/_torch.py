@@ -20,7 +20,7 @@ from ._twice_differentiable import TensorUtilities, TwiceDifferentiable
 _ORIGIN = "_jacops_private_inputs"
 
 
-class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):
+class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
     """A torch model with its loss; `loss(model(x), y)` is called just so, everywhere.
 
     The model is differentiated as it stands, on private copies: its buffers, modes, gradients and the caller's `x`
@@ -41,8 +41,14 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):
             raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
         self.loss = loss
         if not self.parameters:
-            raise ModelStateError(explain("model", f"a {type(bare(model)).__name__} in which no parameter requires grad",
-                                          "there is nothing to differentiate", "Call `.requires_grad_()` on some."))  # fmt: skip
+            raise ModelStateError(
+                explain(
+                    "model",
+                    f"a {type(bare(model)).__name__} in which no parameter requires grad",
+                    "there is nothing to differentiate",
+                    "Call `.requires_grad_()` on some.",
+                )
+            )
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -78,7 +84,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):
             flat = tape.domain.join([g.unsqueeze(0) for g in gradient.outputs])[0]
             if not flat.requires_grad:
                 # A loss linear in the parameters: its gradient is constant, which mvp must tell from a lost graph.
-                flat = flat + sum(leaf.flatten()[:0].sum() for leaf in tape.leaves).to(flat.dtype)
+                for leaf in tape.leaves:
+                    flat = flat + leaf.flatten()[:0].sum().to(flat.dtype)
         check_finite("grad", [flat], ["the parameters"], found)
         setattr(flat, _ORIGIN, found.inputs)
         return flat
@@ -120,7 +127,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):
             NotDifferentiableError: `grad_xy` has no graph: `create_graph=True` was forgotten.
         """
         if not isinstance(grad_xy, Tensor) or grad_xy.ndim != 1:
-            raise InputTypeError(explain("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed"))
+            raise InputTypeError(
+                explain("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed")
+            )
         if not grad_xy.requires_grad:
             raise NotDifferentiableError("`grad_xy` has no graph. Make it with `grad(x, y, create_graph=True)`.")
         directions = _directions(v, grad_xy)
@@ -147,13 +156,19 @@ def _directions(v: Any, grad_xy: Tensor) -> Tensor:
         try:
             v = torch.as_tensor(v)
         except (TypeError, ValueError, RuntimeError):
-            raise InputTypeError(explain("v", f"a {type(v).__name__}", "directions as a tensor `[D, P]` are needed")) from None
+            raise InputTypeError(
+                explain("v", f"a {type(v).__name__}", "directions as a tensor `[D, P]` are needed")
+            ) from None
     P = grad_xy.shape[0]  # noqa: N806
     rows = v.unsqueeze(0) if v.ndim == 1 else v
     if rows.ndim != 2 or rows.shape[1] != P:
-        raise InputError(explain("v", f"of shape {tuple(v.shape)}", f"shape [D, {P}] or [{P}] is needed; nothing is broadcast"))
+        raise InputError(
+            explain("v", f"of shape {tuple(v.shape)}", f"shape [D, {P}] or [{P}] is needed; nothing is broadcast")
+        )
     if rows.dtype != grad_xy.dtype or rows.device != grad_xy.device:
-        raise InputError(explain("v", f"{rows.dtype} on {rows.device}", f"the gradient is {grad_xy.dtype} on {grad_xy.device}"))
+        raise InputError(
+            explain("v", f"{rows.dtype} on {rows.device}", f"the gradient is {grad_xy.dtype} on {grad_xy.device}")
+        )
     check_vector("mvp", "v", [rows])
     return rows.detach()
 
@@ -169,15 +184,20 @@ def _targets(backprop_on: Any, grad_xy: Tensor) -> list[Tensor]:
         if id(tensor) in origin:
             tensor = origin[id(tensor)][1]
         elif not tensor.requires_grad:
-            raise InputError(explain(name, "neither a parameter that requires grad nor an input of `grad`",
-                                     "the gradient must have been computed from it"))  # fmt: skip
+            raise InputError(
+                explain(
+                    name,
+                    "neither a parameter that requires grad nor an input of `grad`",
+                    "the gradient must have been computed from it",
+                )
+            )
         targets.append(tensor)
     if not targets:
         raise InputError(explain("backprop_on", "empty", "at least one tensor is needed"))
     return targets
 
 
-class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):
+class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):  # pyright: ignore[reportInvalidTypeArguments]
     """Torch's tensor operations."""
 
     twice_differentiable_type = TorchTwiceDifferentiable
@@ -212,7 +232,11 @@ class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):
         while x.ndim > 1 and x.shape[0] == 1:
             x = x[0]
         if x.ndim == 0 or not -x.shape[0] <= idx < x.shape[0]:
-            raise InputError(explain("idx", idx, f"the first axis that is longer than one has {x.shape[0] if x.ndim else 0} elements"))
+            raise InputError(
+                explain(
+                    "idx", idx, f"the first axis that is longer than one has {x.shape[0] if x.ndim else 0} elements"
+                )
+            )
         return x[idx]
 
     @staticmethod
@@ -231,7 +255,9 @@ class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):
         return x.reshape(shape)
 
     @staticmethod
-    def cat_gen(a: Iterator[Tensor] | Iterable[Tensor], resulting_shape: tuple[int, ...], model: TorchTwiceDifferentiable) -> Tensor:
+    def cat_gen(
+        a: Iterator[Tensor] | Iterable[Tensor], resulting_shape: tuple[int, ...], model: TorchTwiceDifferentiable
+    ) -> Tensor:
         """Join tensors from a generator along the first axis, in the dtype and on the device of the model.
 
         Raises:
@@ -242,7 +268,13 @@ class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):
         filled = 0
         for part in a:
             if tuple(part.shape[1:]) != tuple(resulting_shape[1:]) or filled + part.shape[0] > resulting_shape[0]:
-                raise InputError(explain("a", f"giving a tensor {tuple(part.shape)} at row {filled}", f"{tuple(resulting_shape)} was promised"))
+                raise InputError(
+                    explain(
+                        "a",
+                        f"giving a tensor {tuple(part.shape)} at row {filled}",
+                        f"{tuple(resulting_shape)} was promised",
+                    )
+                )
             result[filled : filled + part.shape[0]] = part.detach()
             filled += part.shape[0]
         if filled != resulting_shape[0]:

@@ -97,7 +97,8 @@ class TensorUtilities(ABC, Generic[TensorType, ModelType]):
         kind = getattr(cls, "twice_differentiable_type", None)
         if not (isinstance(kind, type) and issubclass(kind, TwiceDifferentiable)):
             raise TypeError(
-                f"`twice_differentiable_type` of {cls.__name__} is {kind!r}, but a subclass of TwiceDifferentiable is needed. "
+                f"`twice_differentiable_type` of {cls.__name__} is {kind!r}, but a subclass of "
+                "TwiceDifferentiable is needed. "
                 "Set it as a class attribute."
             )
         TensorUtilities.registry.setdefault(kind, cls)
@@ -163,5 +164,10 @@ class TensorUtilities(ABC, Generic[TensorType, ModelType]):
 
 def _is_abstract(cls: type) -> bool:
     """Say whether a class leaves methods open; `__abstractmethods__` is not set yet in `__init_subclass__`."""
-    names = {name for base in cls.__mro__ for name, value in vars(base).items() if getattr(value, "__isabstractmethod__", False)}
+    names = {
+        name
+        for base in cls.__mro__
+        for name, value in vars(base).items()
+        if getattr(value, "__isabstractmethod__", False)
+    }
     return any(getattr(inspect.getattr_static(cls, name), "__isabstractmethod__", False) for name in names)

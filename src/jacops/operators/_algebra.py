@@ -99,7 +99,11 @@ def _factors(operator: Operator) -> list[Operator]:
 
 
 def _is_transpose(a: Operator, b: Operator) -> bool:
-    return (isinstance(a, Transposed) and a.of is b) or (isinstance(b, Transposed) and b.of is a) or (a is b and a.symmetric)
+    return (
+        (isinstance(a, Transposed) and a.of is b)
+        or (isinstance(b, Transposed) and b.of is a)
+        or (a is b and a.symmetric)
+    )
 
 
 @final

@@ -74,11 +74,22 @@ class Operator(ABC):
             image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
             return dict(zip(names, image, strict=True)) if isinstance(other, Mapping) else image
         if not isinstance(other, Tensor):
-            raise InputTypeError(explain("the right-hand side of @", f"a {type(other).__name__}",
-                                         "a tensor, a tree of tensors or an operator is needed"))  # fmt: skip
+            raise InputTypeError(
+                explain(
+                    "the right-hand side of @",
+                    f"a {type(other).__name__}",
+                    "a tensor, a tree of tensors or an operator is needed",
+                )
+            )
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
-            raise InputError(explain("v", f"of shape {tuple(other.shape)}", f"its first axis needs {self.domain.dim} entries: "
-                                     f"{self.domain.layout}", "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."))  # fmt: skip
+            raise InputError(
+                explain(
+                    "v",
+                    f"of shape {tuple(other.shape)}",
+                    f"its first axis needs {self.domain.dim} entries: {self.domain.layout}",
+                    "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`.",
+                )
+            )
         return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
 
     def apply(self, rows: Tensor) -> Tensor:
@@ -91,7 +102,9 @@ class Operator(ABC):
         space = self.domain
         if rows.ndim != 2 or rows.shape[1] != space.dim or rows.dtype != space.dtype or rows.device != space.device:
             came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
-            raise InputError(explain("v", came, f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast"))
+            raise InputError(
+                explain("v", came, f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast")
+            )
         check_vector(type(self).__name__, "v", [rows])
         return self._apply(rows)
 
@@ -152,7 +165,6 @@ class Operator(ABC):
         return f"{type(self).__name__}({m} × {n}{', ' + marks if marks else ''})"
 
 
-
 def check_same(left: Space, right: Space, what: str) -> None:
     """Refuse to join operators whose axes differ.
 
@@ -160,6 +172,9 @@ def check_same(left: Space, right: Space, what: str) -> None:
         InputError: The spaces differ in shapes, dtypes or device.
     """
     if (left.shapes, left.dtypes, left.device) != (right.shapes, right.dtypes, right.device) and not (
-        left.dim == right.dim and left.dtype == right.dtype and left.device == right.device and 1 in (len(left.names), len(right.names))
+        left.dim == right.dim
+        and left.dtype == right.dtype
+        and left.device == right.device
+        and 1 in (len(left.names), len(right.names))
     ):
         raise InputError(explain(what, f"between {left} and {right}", "the spaces must be the same"))

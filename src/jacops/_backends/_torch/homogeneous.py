@@ -21,9 +21,45 @@ from .surroundings import random_state_kept, recording
 from .tape import Tape
 
 SMOOTH = frozenset(
-    "gelu silu mish tanh sigmoid softplus elu celu selu softmax log_softmax exp log sqrt rsqrt sin cos layer_norm group_norm "
-    "instance_norm rms_norm scaled_dot_product_attention multi_head_attention_forward logsigmoid softsign pow square norm "
-    "hardswish lstm gru rnn_tanh rnn_relu normalize cosine_similarity erf tanhshrink".split()
+    [
+        "gelu",
+        "silu",
+        "mish",
+        "tanh",
+        "sigmoid",
+        "softplus",
+        "elu",
+        "celu",
+        "selu",
+        "softmax",
+        "log_softmax",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "sin",
+        "cos",
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+        "rms_norm",
+        "scaled_dot_product_attention",
+        "multi_head_attention_forward",
+        "logsigmoid",
+        "softsign",
+        "pow",
+        "square",
+        "norm",
+        "hardswish",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "normalize",
+        "cosine_similarity",
+        "erf",
+        "tanhshrink",
+    ]
 )
 
 
@@ -134,7 +170,8 @@ def _clamped(low: str, high: str, defaults: tuple[float | None, float | None]) -
 
     def rule(mode: Homogeneous, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         limits = [
-            args[i] if len(args) > i else kwargs.get(key, default) for i, key, default in ((1, low, defaults[0]), (2, high, defaults[1]))
+            args[i] if len(args) > i else kwargs.get(key, default)
+            for i, key, default in ((1, low, defaults[0]), (2, high, defaults[1]))
         ]
         x = args[0]
         for limit, cut in zip(limits, (torch.maximum, torch.minimum), strict=True):

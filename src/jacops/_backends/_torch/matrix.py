@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...errors import NotDifferentiableError
 from .agreement import as_rows, size
-from .tape import Rows, Tape, basis
+from .rows import Rows, basis
+from .tape import Tape
 
 Blocks = list[list[Tensor]]
 
@@ -73,8 +74,10 @@ def _columns(tape: Tape, leaf: int, where: slice, create_graph: bool) -> Rows:
     for index, (a, b) in enumerate(zip(pushed, turned, strict=True)):
         if a.is_complex() and size(b - 1j * a) > max(tape.tolerance, 1e-6) * (size(a) + size(b)):
             raise NotDifferentiableError(
-                f"{tape.call}: {tape.codomain.names[index]} is not a holomorphic function of {tape.domain.names[leaf]}, so it "
-                "has no complex Jacobian. Use torch.view_as_real on the parameter and the output and ask for the real one."
+                f"{tape.call}: {tape.codomain.names[index]} is not a holomorphic function of "
+                f"{tape.domain.names[leaf]}, so it "
+                "has no complex Jacobian. Use torch.view_as_real on the parameter and the output and ask for "
+                "the real one."
             )
     return [as_rows(a if a.is_complex() else torch.complex(a, -b)).T for a, b in zip(pushed, turned, strict=True)]
 
@@ -82,7 +85,9 @@ def _columns(tape: Tape, leaf: int, where: slice, create_graph: bool) -> Rows:
 def _push_basis(tape: Tape, leaf: int, where: slice, unit: complex, create_graph: bool) -> Rows:
     many = where.stop - where.start
     tangents = [
-        basis(array, where) * unit if j == leaf else torch.zeros(many, *array.shape, dtype=array.dtype, device=array.device)
+        basis(array, where) * unit
+        if j == leaf
+        else torch.zeros(many, *array.shape, dtype=array.dtype, device=array.device)
         for j, array in enumerate(map(torch.Tensor.detach, tape.leaves))
     ]
     return tape.push_rows(tangents, create_graph)

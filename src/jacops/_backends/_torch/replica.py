@@ -51,8 +51,9 @@ def bare(model: Any) -> nn.Module:
         ModelStateError: The wrapper spreads the parameters over processes.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
-        raise InputTypeError(explain("model", f"the class {model.__name__}", "a module is needed",
-                                     f"Did you mean {model.__name__}()?"))  # fmt: skip
+        raise InputTypeError(
+            explain("model", f"the class {model.__name__}", "a module is needed", f"Did you mean {model.__name__}()?")
+        )
     if not isinstance(model, nn.Module):
         raise InputTypeError(explain("model", f"a {type(model).__name__}", "a torch.nn.Module is needed"))
     kind = type(model).__name__
@@ -61,8 +62,14 @@ def bare(model: Any) -> nn.Module:
     if kind == "OptimizedModule":
         return bare(model._orig_mod)
     if kind == "FullyShardedDataParallel":
-        raise ModelStateError(explain("model", "wrapped in FullyShardedDataParallel", "its parameters must be whole",
-                                      "Gather them into an unwrapped module first."))  # fmt: skip
+        raise ModelStateError(
+            explain(
+                "model",
+                "wrapped in FullyShardedDataParallel",
+                "its parameters must be whole",
+                "Gather them into an unwrapped module first.",
+            )
+        )
     return model
 
 
@@ -75,11 +82,20 @@ def check_state(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(tensor):
             owner = _owner(model, name)
-            raise ModelStateError(explain(name, f"not initialised ({owner} is lazy)", "a parameter needs its values",
-                                          "Run one forward pass first."))  # fmt: skip
+            raise ModelStateError(
+                explain(
+                    name,
+                    f"not initialised ({owner} is lazy)",
+                    "a parameter needs its values",
+                    "Run one forward pass first.",
+                )
+            )
         if tensor.is_meta:
-            raise ModelStateError(explain(name, "on the meta device", "a derivative needs values",
-                                          "Load or initialise the weights first."))  # fmt: skip
+            raise ModelStateError(
+                explain(
+                    name, "on the meta device", "a derivative needs values", "Load or initialise the weights first."
+                )
+            )
 
 
 def _owner(model: nn.Module, name: str) -> str:

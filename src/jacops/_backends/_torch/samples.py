@@ -8,7 +8,6 @@ for a random cotangent, with exact zeros where the cotangent has them. Otherwise
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +18,17 @@ from torch import Tensor, nn
 from ..._progress import track
 from ...errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain, warn
 from ...trees import Selector, Tree, flatten, is_differentiable, output_leaves, select
-from .agreement import tolerance, worst_disagreement
+from .cut import At, Cut
+from .inputs import check_fallback, forward_explained, private_inputs, split_input
 from .matrix import jacobian_blocks
-from .record import At, Habits, Hooked, check_fallback, forward_explained, private_inputs, setting, split_input
+from .mixing import coupled, differs, unbatchable
+from .record import setting
 from .replica import bare, replicate
-from .surroundings import private_noise, random_state_kept, recording
-from .tape import RouteFailedError, Tape, plain
+from .sample_sweeps import sweep
+from .surroundings import random_state_kept, recording
+from .tape import Tape
 from .trust import Trust, trust_in
-from .watch import Watch, WritesState
+from .watch import Habits, Watch, WritesState
 
 
 @dataclass(frozen=True)
@@ -73,34 +75,66 @@ class Samples:
     """
 
     def __init__(
-        self, model: Any, x: Any, *, call: str, outputs: Selector = None, at: At = None, checks: str = "first", fallback: str = "warn"
+        self,
+        model: Any,
+        x: Any,
+        *,
+        call: str,
+        outputs: Selector = None,
+        at: At = None,
+        checks: str = "first",
+        fallback: str = "warn",
     ) -> None:
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
         self.model, self.call, self.outputs, self.at, self.checks = model, call, outputs, at, checks
         self.fallback = check_fallback(fallback)
         if at is not None and not isinstance(model, nn.Module):
-            raise InputTypeError(explain("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module."))
+            raise InputTypeError(
+                explain("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
+            )
         self.values, self.input_tree = flatten(x, "x")
         self.count = self._check_inputs(x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
-            raise NotDifferentiableError(explain("x", "without floating-point tensors", "integer inputs have no derivative",
-                                                 "Differentiate by the embedding's output with `at='path.to.embedding'`."))  # fmt: skip
+            raise NotDifferentiableError(
+                explain(
+                    "x",
+                    "without floating-point tensors",
+                    "integer inputs have no derivative",
+                    "Differentiate by the embedding's output with `at='path.to.embedding'`.",
+                )
+            )
 
     def _check_inputs(self, x: Any) -> int:
         if not isinstance(x, Tensor | tuple | dict) or not self.values:
-            raise InputTypeError(explain("x", f"a {type(x).__name__}", "a tensor is needed (or a tuple or dict of tensors)",
-                                         "Convert it with torch.as_tensor(x)."))  # fmt: skip
+            raise InputTypeError(
+                explain(
+                    "x",
+                    f"a {type(x).__name__}",
+                    "a tensor is needed (or a tuple or dict of tensors)",
+                    "Convert it with torch.as_tensor(x).",
+                )
+            )
         lengths = {}
         for name, value in zip(self.input_tree.names, self.values, strict=True):
             if not isinstance(value, Tensor):
-                raise InputTypeError(explain(name, f"a {type(value).__name__}", "a tensor is needed", "Convert it with torch.as_tensor."))
+                raise InputTypeError(
+                    explain(name, f"a {type(value).__name__}", "a tensor is needed", "Convert it with torch.as_tensor.")
+                )
             if value.is_complex():
-                raise NotDifferentiableError(explain(name, "complex", "a Jacobian by samples is real",
-                                                     "Pass torch.view_as_real(x) and rebuild it inside the model."))  # fmt: skip
+                raise NotDifferentiableError(
+                    explain(
+                        name,
+                        "complex",
+                        "a Jacobian by samples is real",
+                        "Pass torch.view_as_real(x) and rebuild it inside the model.",
+                    )
+                )
             if value.layout is not torch.strided:
-                raise InputError(explain(name, f"of layout {value.layout}", "it must be dense", "Call `.to_dense()` on it."))
+                raise InputError(
+                    explain(name, f"of layout {value.layout}", "it must be dense", "Call `.to_dense()` on it.")
+                )
             if value.ndim == 0:
                 raise InputError(explain(name, "a scalar", "its first axis must run over samples"))
             lengths[name] = value.shape[0]
@@ -140,24 +174,42 @@ class Samples:
 
     def _recorded(self, values: Sequence[Tensor], trust: Trust, habits: Habits | None, cloned: bool) -> _Run:
         with recording(), random_state_kept():
-            module = replicate(self.model, training=False, cloned=cloned).module if isinstance(self.model, nn.Module) else None
+            module = (
+                replicate(self.model, training=False, cloned=cloned).module
+                if isinstance(self.model, nn.Module)
+                else None
+            )
             copied, leaves = private_inputs(self.input_tree.build(values))
             args, kwargs = split_input(copied)
             with forward_explained(self.model, values):
                 if module is None:
                     output, hidden = self.model(*args, **kwargs), []
                 else:
-                    hooked = Hooked(module, self.at)
+                    hooked = Cut(module, self.at)
                     with hooked.active():
                         output = hooked.result(module(*args, **kwargs))
                     hidden = hooked.leaves
             tensors, tree = output_leaves(select(output, self.outputs))
         if any(t.is_complex() for t in tensors):
-            raise NotDifferentiableError(explain("the model's output", "complex", "a Jacobian by samples is real",
-                                                 "Return torch.view_as_real(output)."))  # fmt: skip
+            raise NotDifferentiableError(
+                explain(
+                    "the model's output",
+                    "complex",
+                    "a Jacobian by samples is real",
+                    "Return torch.view_as_real(output).",
+                )
+            )
         named = [(str(self.at), leaf) for leaf in hidden] or leaves
-        tape = Tape([leaf for _, leaf in named], tensors, leaf_names=[n for n, _ in named], output_names=tree.names,
-                    call=self.call, private=True, trust=trust, fallback=self.fallback)  # fmt: skip
+        tape = Tape(
+            [leaf for _, leaf in named],
+            tensors,
+            leaf_names=[n for n, _ in named],
+            output_names=tree.names,
+            call=self.call,
+            private=True,
+            trust=trust,
+            fallback=self.fallback,
+        )
         tape.protected = [p for p in self._guarded() if p.requires_grad]
         return _Run(tape, tree, habits or Habits((), (), cloned))
 
@@ -206,7 +258,7 @@ class Samples:
         run = self.run(values)
         trust, many = run.tape.trust, where.stop - where.start
         reason = trust.notes.get("mixes") if self.checks != "always" else None
-        reason = reason or _unbatchable(run, many)
+        reason = reason or unbatchable(run.tape, run.habits, many)
         fresh = trust.needs("samples apart", many)
         if reason is None and fresh:
             reason = self._differs_alone(run, values, many)
@@ -214,9 +266,9 @@ class Samples:
             trust.notes["mixes"] = reason
             return reason
         result.prepare(_batch_shapes(run))
-        result.direction = _sweep(run.tape, result, where)
+        result.direction = sweep(run.tape, result.blocks, where)
         if fresh:
-            reason = _coupled(run.tape, result, where)
+            reason = coupled(run.tape, result.blocks, where)
             if reason is not None:
                 trust.notes["mixes"] = reason
                 return reason
@@ -229,14 +281,13 @@ class Samples:
         """Compare outputs in the batch with outputs of one sample and of a random half."""
         order = torch.randperm(many, generator=torch.Generator().manual_seed(0))
         for picked in (order[:1], order[: max(1, many // 2)].sort().values):
-            part = self._recorded([v[picked.to(v.device)] for v in values], Trust("never"), run.habits, run.habits.writes)
+            part = self._recorded(
+                [v[picked.to(v.device)] for v in values], Trust("never"), run.habits, run.habits.writes
+            )
             for whole, alone in zip(run.tape.outputs, part.tape.outputs, strict=True):
-                expected = whole.detach()[picked.to(whole.device)]
-                if alone.numel() != expected.numel():
-                    return f"the output's shape depends on the batch ({tuple(expected.shape)} or {tuple(alone.shape)})"
-                error = worst_disagreement([(expected, alone.detach().reshape(expected.shape))])
-                if error > tolerance([whole.dtype]):
-                    return f"samples mix: outputs alone and in a batch differ by {error:.1e}"
+                reason = differs(whole, alone, picked)
+                if reason is not None:
+                    return reason
         return None
 
 
@@ -270,8 +321,13 @@ class _Result:
         """Allocate at the first sight of the shapes; refuse shapes that change from sample to sample."""
         if self.shapes is not None:
             if self.shapes.outputs != shapes.outputs:
-                raise ModelStateError(explain("model", f"returning {shapes.outputs} after {self.shapes.outputs}",
-                                              "all samples must have outputs of one shape"))  # fmt: skip
+                raise ModelStateError(
+                    explain(
+                        "model",
+                        f"returning {shapes.outputs} after {self.shapes.outputs}",
+                        "all samples must have outputs of one shape",
+                    )
+                )
             return
         n, tape = self.samples.count, shapes.run.tape
         self.shapes = shapes
@@ -290,85 +346,3 @@ class _Result:
         if self.samples.at is not None and not (isinstance(self.samples.at, tuple) and self.samples.at[0] is None):
             tree, inputs = flatten(0, "at")[1], [0]
         return SampleJacobians(self.blocks, self.shapes.run.tree, tree, inputs, route, self.outputs)
-
-
-def _unbatchable(run: _Run, many: int) -> str | None:
-    if run.habits.reads:
-        return f"the forward reads values out of tensors ({', '.join(run.habits.reads)})"
-    if run.habits.draws:
-        return f"the forward is random in eval mode ({', '.join(run.habits.draws)})"
-    for name, output in zip(run.tape.codomain.names, run.tape.outputs, strict=True):
-        if output.ndim == 0 or output.shape[0] != many:
-            return f"{name} has shape {tuple(output.shape)} and no axis of {many} samples first"
-    for name, leaf in zip(run.tape.domain.names, run.tape.leaves, strict=True):
-        if leaf.ndim == 0 or leaf.shape[0] != many:
-            return f"{name} has shape {tuple(leaf.shape)} and no axis of {many} samples first"
-    return None
-
-
-def _sweep(tape: Tape, result: _Result, where: slice) -> str:
-    """Fill one batch's blocks: a pull per output entry, or a push per input entry where those are fewer."""
-    rows = sum(o[0].numel() for o in tape.outputs)
-    columns = sum(leaf[0].numel() for leaf in tape.leaves)
-    if columns + 1 < rows and not tape.trust.refused("push", "dual"):
-        try:
-            _sweep_columns(tape, result, where)
-            return f"forward, {columns} pushes"
-        except RouteFailedError:
-            tape.trust.refuse("push", "dual")
-    _sweep_rows(tape, result, where)
-    return f"reverse, {rows} pulls"
-
-
-def _sweep_rows(tape: Tape, result: _Result, where: slice) -> None:
-    for out, output in enumerate(tape.outputs):
-        seed = torch.zeros(output.shape[0], output[0].numel(), dtype=output.dtype, device=output.device)
-        targets = [block[where].view(seed.shape[0], seed.shape[1], *leaf.shape[1:]) for block, leaf in zip(result.blocks[out], tape.leaves, strict=True)]
-        for entry in range(seed.shape[1]):
-            seed[:, entry] = 1
-            grads = tape.pull([seed.view(output.shape) if i == out else None for i in range(len(tape.outputs))])
-            seed[:, entry] = 0
-            for target, grad in zip(targets, grads, strict=True):
-                if grad is not None:
-                    target[:, entry] = plain(grad)
-
-
-def _sweep_columns(tape: Tape, result: _Result, where: slice) -> None:
-    for j, leaf in enumerate(tape.leaves):
-        tangents = [torch.zeros((1, *other.shape), dtype=other.dtype, device=other.device) for other in tape.leaves]
-        flat = tangents[j].view(leaf.shape[0], -1)
-        for entry in range(flat.shape[1]):
-            flat[:, entry] = 1
-            pushed = tape.push_dual(tangents)
-            flat[:, entry] = 0
-            for out, change in enumerate(pushed):
-                result.blocks[out][j][where].view(*change.shape[1:], -1)[..., entry] = change[0]
-
-
-def _coupled(tape: Tape, result: _Result, where: slice) -> str | None:
-    """Hold the batch's blocks against plain backward passes: over all samples, and over half of them."""
-    seeds = [private_noise(o, seed=i) for i, o in enumerate(tape.outputs)]
-    half = torch.rand(where.stop - where.start, generator=torch.Generator().manual_seed(1)) < 0.5
-    half[0], half[-1] = True, False
-    for mask in (torch.ones_like(half), half):
-        masked = [s * mask.to(s.device, s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in seeds]
-        grads = [torch.zeros_like(leaf) if g is None else plain(g) for leaf, g in zip(tape.leaves, tape.pull(masked), strict=True)]
-        if not bool(mask.all()) and any(bool((g[~mask.to(g.device)] != 0).any()) for g in grads):
-            return "samples mix: the output of one depends on another"
-        pairs = [(grad, _applied(result, where, masked, j, grad)) for j, grad in enumerate(grads)]
-        error = worst_disagreement(pairs)
-        if not error <= tape.tolerance:
-            return "values are not finite" if math.isnan(error) else f"samples mix: their shared sweep is off by {error:.1e}"
-    return None
-
-
-def _applied(result: _Result, where: slice, seeds: list[Tensor], leaf: int, like: Tensor) -> Tensor:
-    """Return what the blocks say the gradient of `seeds` is."""
-    total = torch.zeros_like(like)
-    for blocks, seed in zip(result.blocks, seeds, strict=True):
-        many, entries = seed.shape[0], seed[0].numel()
-        block = blocks[leaf][where].reshape(many, entries, -1)
-        total += torch.bmm(seed.reshape(many, 1, entries).to(block.dtype), block).reshape(like.shape).to(like.dtype)
-    return total
-
-

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from ...errors import NotDifferentiableError
 
@@ -47,7 +48,7 @@ def recording() -> Iterator[None]:
     Raises:
         NotDifferentiableError: A `torch.func` transform of the caller is at work around the call.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if functorch.peek_interpreter_stack() is not None:
         raise NotDifferentiableError(
             "jacops was called inside a torch.func transform (vmap, grad, jvp …), whose tensors it cannot record. "
             "Call it outside, or ask for `create_graph=True` and differentiate its result with torch.autograd."

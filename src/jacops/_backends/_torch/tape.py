@@ -2,38 +2,30 @@
 
 `pull` is a backward pass (cotangents to gradients), `push` its transpose (tangents to changes of the output). Plain
 `autograd.grad`, one cotangent at a time, defines what is right. Faster routes are taken where they apply and agree:
-
-- many cotangents in one batched pass, held against one plain pass over a random mix of them;
-- pushes by differentiating a pull, `J v = d<Jᵀu, v>/du` (Griewank and Walther, 2008, §5), held against the adjoint
-  identity `<u, J v> = <Jᵀu, v>` at the random `u` that the pull was recorded with, which costs nothing.
+many cotangents in one batched pass, held against one plain pass over a random mix of them; and pushes by a
+differentiated pull (`dual`), which carries its own certificate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ...errors import JacopsError, NotDifferentiableError, warn
 from ...space import Space
-from .agreement import as_rows, inner, size, tolerance, worst_disagreement
+from .agreement import size, tolerance, worst_disagreement
+from .dual import Dual
 from .graph import Survey, survey
+from .ladder import RouteFailedError, RouteLiesError, attempt
+from .rows import Rows, basis, contracted, mixed, plain, zero_rows
 from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
 
-Rows = list[Tensor]
 _CHUNK_ENTRIES = 2**22
 _CHUNK_ROWS = 64
-
-
-class RouteFailedError(Exception):
-    """A fast route does not apply here; the reason is its message."""
-
-
-class RouteLiesError(RouteFailedError):
-    """A fast route gave numbers that the plain one does not confirm."""
 
 
 class Tape:
@@ -76,7 +68,7 @@ class Tape:
         self.routes: dict[str, str] = {}
         self.protected: Sequence[Tensor] = ()
         self.sweeps = 0
-        self._dual: tuple[Rows, list[Tensor | None]] | None = None
+        self._dual: Dual | None = None
         self._survey: Survey | None = None
 
     @property
@@ -95,7 +87,9 @@ class Tape:
 
     # ---- one backward pass -----------------------------------------------------------------------------------
 
-    def pull(self, cotangents: Sequence[Tensor | None], create_graph: bool = False, batched: bool = False) -> list[Tensor | None]:
+    def pull(
+        self, cotangents: Sequence[Tensor | None], create_graph: bool = False, batched: bool = False
+    ) -> list[Tensor | None]:
         """Return one gradient per leaf by one backward pass; None where no path leads to the leaf."""
         live = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
         targets = [*self.leaves, *(tensor for _, tensor in self.twins)]
@@ -115,14 +109,22 @@ class Tape:
     ) -> tuple[Tensor | None, ...]:
         try:
             return torch.autograd.grad(
-                outputs, targets, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True, is_grads_batched=batched
+                outputs,
+                targets,
+                seeds,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
             )
         except RuntimeError as error:
             if batched or is_memory_error(error) or isinstance(error, JacopsError):
                 raise
             names = ", ".join(self.survey.functions)
             where = f" (custom Functions in the graph: {names})" if names else ""
-            raise NotDifferentiableError(f"{self.call}: torch.autograd cannot take this derivative{where}: {error}") from error
+            raise NotDifferentiableError(
+                f"{self.call}: torch.autograd cannot take this derivative{where}: {error}"
+            ) from error
 
     def _merged(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         merged = list(grads[: len(self.leaves)])
@@ -137,12 +139,15 @@ class Tape:
         """Reentrant checkpoints answer `.backward()` only: let it write into leaves nobody else holds."""
         if not self.private:
             raise NotDifferentiableError(
-                f"{self.call}: the graph holds a reentrant activation checkpoint, which cannot answer for tensors of the "
-                "caller's. Use checkpoint(…, use_reentrant=False), or the call that takes the model instead of a closure."
+                f"{self.call}: the graph holds a reentrant activation checkpoint, which cannot answer for "
+                "tensors of the "
+                "caller's. Use checkpoint(…, use_reentrant=False), or the call that takes the model instead of "
+                "a closure."
             )
         if create_graph:
             raise NotDifferentiableError(
-                f"{self.call}: a reentrant activation checkpoint has no second derivative. Use checkpoint(…, use_reentrant=False)."
+                f"{self.call}: a reentrant activation checkpoint has no second derivative. Use checkpoint(…, "
+                "use_reentrant=False)."
             )
         if batched:
             raise RouteFailedError("a reentrant activation checkpoint takes one cotangent at a time")
@@ -183,7 +188,9 @@ class Tape:
         grads = attempt(lambda: self.pull(cotangents, create_graph, batched=True))
         shapes = self.domain.shapes
         rows = [
-            torch.zeros(many, *shapes[j], dtype=self.domain.dtypes[j], device=self.domain.device) if g is None else plain(g)
+            torch.zeros(many, *shapes[j], dtype=self.domain.dtypes[j], device=self.domain.device)
+            if g is None
+            else plain(g)
             for j, g in enumerate(grads)
         ]
         if self.trust.needs("batched pull", many):
@@ -194,9 +201,10 @@ class Tape:
 
     def _check_batched(self, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> None:
         weights = private_noise(torch.empty(many, dtype=torch.float64, device=self.domain.device))
-        plain_rows = self.pull([None if c is None else _mixed(weights, c) for c in cotangents])
+        plain_rows = self.pull([None if c is None else mixed(weights, c) for c in cotangents])
         pairs = [
-            (_mixed(weights, rows[j]), torch.zeros_like(rows[j][0]) if g is None else plain(g)) for j, g in enumerate(plain_rows)
+            (mixed(weights, rows[j]), torch.zeros_like(rows[j][0]) if g is None else plain(g))
+            for j, g in enumerate(plain_rows)
         ]
         scales = [float(weights.abs().max()) * size(row) for row in rows]
         error = worst_disagreement(pairs, scales)
@@ -224,84 +232,18 @@ class Tape:
         Raises:
             RouteFailedError: The function has no such route, or it fails its check.
         """
-        many = tangents[0].shape[0]
-        if not self._live_outputs():
-            return [_zeros(many, o) for o in self.outputs]
-        seeds, grads = self._dual_graph()
-        index = [*range(len(self.leaves)), *(j for j, _ in self.twins)]
-        live = [(g, tangents[j]) for g, j in zip(grads, index, strict=True) if g is not None and g.requires_grad]
-        results: list[Tensor | None] = [None] * len(seeds)
-        if live:
-            results = self._differentiate_dual([g for g, _ in live], seeds, [t for _, t in live], many, create_graph)
-        pushed = [
-            torch.zeros(many, *o.shape, dtype=o.dtype, device=o.device) if r is None else plain(r)
-            for o, r in zip(self._live_outputs(), results, strict=True)
-        ]
-        self._check_adjoint(seeds, grads, index, tangents, pushed)
-        self.routes["push"] = "differentiated backward pass, adjoint identity checked"
-        each = iter(pushed)
-        return [next(each) if o.requires_grad else _zeros(many, o) for o in self.outputs]
-
-    def _live_outputs(self) -> Rows:
-        return [o for o in self.outputs if o.requires_grad]
-
-    def _dual_graph(self) -> tuple[Rows, list[Tensor | None]]:
-        """Record one backward pass from a random cotangent, as a function of that cotangent."""
         if self._dual is None:
-            outputs = self._live_outputs()
-            targets = [*self.leaves, *(tensor for _, tensor in self.twins)]
-            if self.survey.reentrant:
-                raise RouteFailedError("a reentrant activation checkpoint answers plain backward passes only")
-            with sweeping(outputs[0]):
-                seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(outputs)]
-                self.sweeps += 1
-                grads = attempt(
-                    lambda: torch.autograd.grad(outputs, targets, seeds, create_graph=True, retain_graph=True, allow_unused=True)
-                )
-            if any(g is not None and g.layout is not torch.strided for g in grads):
-                raise RouteFailedError("a sparse gradient has no second derivative")
-            self._dual = seeds, list(grads)
-        return self._dual
-
-    def _differentiate_dual(
-        self, grads: Rows, seeds: Rows, tangents: Rows, many: int, create_graph: bool
-    ) -> list[Tensor | None]:
-        def sweep(rows: Rows, batched: bool) -> tuple[Tensor | None, ...]:
-            self.sweeps += 1
-            return torch.autograd.grad(
-                grads, seeds, rows, retain_graph=True, create_graph=create_graph, allow_unused=True, is_grads_batched=batched
-            )
-
-        with sweeping(seeds[0]):
-            if many > 1 and self._may("push", "batched"):
-                try:
-                    return list(attempt(lambda: sweep(tangents, True)))
-                except RouteFailedError:
-                    self.trust.refuse("push", "batched")
-            each = [attempt(lambda i=i: sweep([t[i] for t in tangents], False)) for i in range(many)]
-        columns = zip(*each, strict=True)
-        return [None if all(c is None for c in column) else torch.stack([plain(c) for c in column]) for column in columns]
-
-    def _check_adjoint(
-        self, seeds: Rows, grads: list[Tensor | None], index: list[int], tangents: Sequence[Tensor], pushed: Rows
-    ) -> None:
-        left = sum((inner(u, r) for u, r in zip(seeds, pushed, strict=True)), torch.zeros(()))
-        right = sum((inner(g, tangents[j]) for g, j in zip(grads, index, strict=True) if g is not None), torch.zeros(()))
-        reach = [(size(g) / math.sqrt(max(g.numel(), 1)), rows_size(tangents[j])) for g, j in zip(grads, index, strict=True) if g is not None]
-        scale = sum((mean * length for mean, length in reach), torch.zeros(())) + sum((rows_size(r) for r in pushed), torch.zeros(()))
-        error = float(((left - right).abs() / (scale.to(left) + torch.finfo(torch.float64).tiny)).max()) if pushed else 0.0
-        if not error <= self.tolerance:
-            names = self.survey.functions
-            blame = f", perhaps by the custom Function {', '.join(names)}" if names else ""
-            cause = f"off by {error:.1e}" if math.isfinite(error) else "values are not finite"
-            raise RouteFailedError(f"the differentiated backward pass fails the adjoint identity ({cause}){blame}")
+            self._dual = Dual(self)
+        pushed = self._dual.push(tangents, create_graph)
+        self.routes["push"] = "differentiated backward pass, adjoint identity checked"
+        return pushed
 
     def _push_by_rows(self, tangents: Sequence[Tensor], many: int, create_graph: bool) -> Rows:
         pushed: list[list[Tensor]] = [[] for _ in self.outputs]
         for index, _, blocks in self.rows(create_graph):
-            pushed[index].append(_contracted(blocks, tangents, many, self.outputs[index]))
+            pushed[index].append(contracted(blocks, tangents, many, self.outputs[index]))
         return [
-            torch.cat(parts, 1).reshape(many, *o.shape) if parts else _zeros(many, o)
+            torch.cat(parts, 1).reshape(many, *o.shape) if parts else zero_rows(many, o)
             for parts, o in zip(pushed, self.outputs, strict=True)
         ]
 
@@ -323,7 +265,7 @@ class Tape:
                     yield index, where, self.pull_rows(seeds, create_graph)
 
     def _complex_rows(self, seeds: list[Tensor | None], index: int, create_graph: bool) -> Rows:
-        """Rows of a complex output: `conj(df/dz)` for complex leaves, `conj(df/dx)` in the output's dtype for real ones."""
+        """Return `conj(df/dz)` for complex leaves, and for real ones `conj(df/dx)` in the output's dtype."""
         real = self.pull_rows(seeds, create_graph)
         imaginary = self.pull_rows([None if s is None else s * 1j for s in seeds], create_graph)
         rows = []
@@ -333,7 +275,8 @@ class Tape:
                 continue
             if size(b - 1j * a) > max(self.tolerance, 1e-6) * (size(a) + size(b)):
                 raise NotDifferentiableError(
-                    f"{self.call}: {self.codomain.names[index]} is not a holomorphic function of {name}, so it has no complex "
+                    f"{self.call}: {self.codomain.names[index]} is not a holomorphic function of {name}, so it "
+                    "has no complex "
                     "Jacobian. Use torch.view_as_real on the parameter and the output and ask for the real one."
                 )
             rows.append(a)
@@ -357,57 +300,3 @@ class Tape:
         # One cotangent at a time is the plain route, slower by a constant; many rows for one tangent are worth a word.
         if self.fallback == "warn" and (sweep == "push" or isinstance(reason, RouteLiesError)):
             warn(f"{self.call} went {route}: {reason}.")
-
-
-def attempt(sweep: Callable[[], Sequence[Tensor | None]]) -> Sequence[Tensor | None]:
-    """Run a fast sweep; whatever torch or a custom backward raises is a reason to leave the route.
-
-    Raises:
-        RouteFailedError: The sweep raised; memory errors pass through.
-    """
-    try:
-        return sweep()
-    except (RouteFailedError, NotDifferentiableError):
-        raise
-    except Exception as error:
-        if is_memory_error(error):
-            raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RouteFailedError(first[:200]) from error
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Return a tensor without its subclass: derivatives of LieTensors are plain numbers."""
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
-
-
-def rows_size(rows: Tensor) -> Tensor:
-    """Return the norms of rows `(k, …)` as `(k,)` in float64."""
-    return torch.linalg.vector_norm(as_rows(plain(rows.detach())).to(torch.complex128 if rows.is_complex() else torch.float64), dim=1)
-
-
-def basis(like: Tensor, where: slice) -> Tensor:
-    """Return unit vectors `(k, *like)` for the flat entries `where`."""
-    many = where.stop - where.start
-    rows = torch.zeros(many, like.numel(), dtype=like.dtype, device=like.device)
-    rows[torch.arange(many), torch.arange(where.start, where.stop)] = 1
-    return rows.reshape(many, *like.shape)
-
-
-def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return torch.tensordot(weights.to(wide), rows.detach().to(wide), 1).to(rows.dtype)
-
-
-def _zeros(many: int, output: Tensor) -> Tensor:
-    return torch.zeros(many, *output.shape, dtype=output.dtype, device=output.device)
-
-
-def _contracted(blocks: Rows, tangents: Sequence[Tensor], many: int, output: Tensor) -> Tensor:
-    """Return `(k, rows)`: what each tangent changes in the outputs whose gradients are `blocks`."""
-    total = torch.zeros(many, blocks[0].shape[0] if blocks else 0, dtype=output.dtype, device=output.device)
-    for rows, tangent in zip(blocks, tangents, strict=True):
-        wide = torch.promote_types(rows.dtype, tangent.dtype)
-        part = as_rows(plain(tangent)).to(wide) @ as_rows(rows).to(wide).conj().T
-        total = total + (part if output.is_complex() or not part.is_complex() else part.real).to(output.dtype)
-    return total

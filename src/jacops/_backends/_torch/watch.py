@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ _READS_OUTSIDE_DISPATCH = ("tolist", "numpy", "__array__", "__dlpack__")
 
 class WritesState(Exception):
     """A forward is about to write into a guarded tensor; nothing was written yet."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a forward was seen to do; kept with the trust in it.
+
+    Attributes:
+        reads: Operations that read values out of tensors.
+        draws: Random operations.
+        writes: It writes into its weights.
+    """
+
+    reads: tuple[str, ...]
+    draws: tuple[str, ...]
+    writes: bool
 
 
 class Watch:
@@ -45,7 +61,9 @@ class Watch:
         tags = operation.tags
         if torch.Tag.nondeterministic_seeded in tags and not _is_idle_dropout(operation, args):
             self.draws[str(operation)] = None
-        if torch.Tag.data_dependent_output in tags or (torch.Tag.dynamic_output_shape in tags and _reads(operation, args)):
+        if torch.Tag.data_dependent_output in tags or (
+            torch.Tag.dynamic_output_shape in tags and _reads(operation, args)
+        ):
             self.reads[str(operation)] = None
         if self.guarded and operation._schema.is_mutable:
             self._check_write(operation, args)

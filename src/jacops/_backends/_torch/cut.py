@@ -1,0 +1,84 @@
+"""Cutting a forward at submodules: Jacobians from or to a hidden layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import InputError, ModelStateError, explain
+from ...trees import is_differentiable
+
+At = None | str | tuple[str | None, str | None]
+
+
+class Cut:
+    """A forward cut at submodules: `source`'s output becomes a leaf, `target`'s output the result.
+
+    Raises:
+        InputError: The path names no submodule.
+        ModelStateError: The submodule was not reached, or more than once, or its output is no tensor.
+    """
+
+    def __init__(self, module: nn.Module, at: At) -> None:
+        self.source, self.target = (at, None) if isinstance(at, str) or at is None else at
+        self.module, self.leaves, self.captured = module, [], []
+        for path in (self.source, self.target):
+            if path is not None:
+                self._submodule(path)
+
+    def _submodule(self, path: str) -> nn.Module:
+        try:
+            return self.module.get_submodule(path)
+        except AttributeError:
+            known = [n for n, _ in self.module.named_modules() if n]
+            near = get_close_matches(path, known, 3) or known[:5]
+            raise InputError(explain("at", repr(path), f"the model has no such submodule; near it: {near}")) from None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Cut the forward while inside; the module is a replica, so hooks on it are nobody's business."""
+        handles = []
+        if self.source is not None:
+            handles.append(self._submodule(self.source).register_forward_hook(self._cut))
+        if self.target is not None:
+            handles.append(self._submodule(self.target).register_forward_hook(self._keep))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
+        tensor = _first_tensor(output, self.source)
+        if self.leaves:
+            raise ModelStateError(
+                explain("at", repr(self.source), "the forward must use that submodule once, not more often")
+            )
+        leaf = tensor.detach().requires_grad_()
+        self.leaves.append(leaf)
+        return leaf.clone() if isinstance(output, Tensor) else (leaf.clone(), *output[1:])
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.captured.append(_first_tensor(output, self.target))
+
+    def result(self, output: Any) -> Any:
+        """Return what stands for the output: the target's if there is one."""
+        for path, found in ((self.source, self.leaves), (self.target, self.captured)):
+            if path is not None and len(found) != 1:
+                raise ModelStateError(
+                    explain("at", repr(path), f"the forward must use that submodule once; it did {len(found)} times")
+                )
+        return self.captured[0] if self.target is not None else output
+
+
+def _first_tensor(output: Any, path: str | None) -> Tensor:
+    tensor = output[0] if isinstance(output, tuple) and output else output
+    if not is_differentiable(tensor):
+        raise ModelStateError(
+            explain("at", repr(path), f"its output is a {type(output).__name__}, not a floating-point tensor")
+        )
+    return tensor  # pyright: ignore[reportReturnType]

@@ -1,0 +1,123 @@
+"""What comes in: parameters of a closure and inputs of a model, checked and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError, InputTypeError, JacopsError, explain
+from ...trees import flatten, is_differentiable
+from .surroundings import out_of_inference
+
+
+def check_fallback(fallback: str) -> str:
+    """Return `fallback` if it is one of the known words.
+
+    Raises:
+        InputError: It is not.
+    """
+    if fallback not in ("warn", "silent", "error"):
+        raise InputError(explain("fallback", repr(fallback), "one of 'warn', 'silent', 'error' is needed"))
+    return fallback
+
+
+def check_params(params: Any) -> list[Tensor]:
+    """Return `params` as a list: one tensor, or any iterable of tensors, read once.
+
+    Raises:
+        InputTypeError: An entry is not a tensor.
+        InputError: An entry is repeated, frozen, made in inference mode or sparse.
+    """
+    try:
+        leaves = (
+            [params] if isinstance(params, Tensor) else list(params.values() if isinstance(params, Mapping) else params)
+        )
+    except TypeError:
+        raise InputTypeError(
+            explain("params", f"a {type(params).__name__}", "a tensor or an iterable of tensors is needed")
+        ) from None
+    seen: dict[int, int] = {}
+    for i, leaf in enumerate(leaves):
+        name = f"params[{i}]"
+        if not isinstance(leaf, Tensor):
+            raise InputTypeError(explain(name, f"a {type(leaf).__name__}", "a tensor is needed"))
+        if id(leaf) in seen:
+            raise InputError(explain(name, f"the same tensor as params[{seen[id(leaf)]}]", "each may stand there once"))
+        if not leaf.requires_grad:
+            todo = "Call `.requires_grad_()` on it before the function uses it, leave it out, or use the model_* calls."
+            if leaf.is_inference():
+                todo = "Make it outside torch.inference_mode(), or use the calls that take the model."
+            raise InputError(
+                explain(
+                    name, f"a tensor {tuple(leaf.shape)} that does not require grad", "its uses must be recorded", todo
+                )
+            )
+        if leaf.layout is not torch.strided:
+            raise InputError(explain(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it."))
+        seen[id(leaf)] = i
+    return leaves
+
+
+def split_input(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments: a tuple or a mapping is unpacked, None is no argument."""
+    if value is None:
+        return (), {}
+    if isinstance(value, tuple):
+        return value, {}
+    if isinstance(value, Mapping):
+        return (), dict(value)
+    return (value,), {}
+
+
+def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
+    """Return a copy of the inputs, and the leaves in it that have derivatives.
+
+    Leaves are used through a clone, so that a forward may write into its input. With `connected`, an input of the
+    caller's that requires grad is its own leaf.
+    """
+    values, tree = flatten(value, "input")
+    leaves: list[tuple[str, Tensor]] = []
+    copies = []
+    for name, item in zip(tree.names, values, strict=True):
+        if not isinstance(item, Tensor):
+            copies.append(item)
+            continue
+        item = out_of_inference(item)
+        if not is_differentiable(item):
+            copies.append(item.detach().clone() if item.layout is torch.strided else item)
+            continue
+        leaf = item if connected and item.requires_grad else item.detach().requires_grad_()
+        leaves.append((name, leaf))
+        copies.append(leaf.clone())
+    return tree.build(copies), leaves
+
+
+@contextmanager
+def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Say what does not fit when a forward fails because an input has another dtype or device than the weights."""
+    try:
+        yield
+    except RuntimeError as error:
+        weight = (
+            next((p for p in module.parameters() if p.is_floating_point()), None)
+            if isinstance(module, nn.Module)
+            else None
+        )
+        if weight is None or isinstance(error, JacopsError):
+            raise
+        for tensor in tensors:
+            if tensor.device != weight.device:
+                todo = f"Call `.to('{weight.device}')` on one of them."
+                raise InputError(
+                    explain("input", f"on {tensor.device}", f"the model is on {weight.device}", todo)
+                ) from error
+            if tensor.is_floating_point() and tensor.dtype != weight.dtype:
+                todo = "Cast one of them; nothing is cast silently."
+                raise InputError(
+                    explain("input", f"of {tensor.dtype}", f"the model is of {weight.dtype}", todo)
+                ) from error
+        raise

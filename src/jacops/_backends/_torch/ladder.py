@@ -1,0 +1,35 @@
+"""The ladder's steps: what it means that a fast route does not apply, or lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ...errors import NotDifferentiableError
+from .surroundings import is_memory_error
+
+
+class RouteFailedError(Exception):
+    """A fast route does not apply here; the reason is its message."""
+
+
+class RouteLiesError(RouteFailedError):
+    """A fast route gave numbers that the plain one does not confirm."""
+
+
+def attempt(sweep: Callable[[], Sequence[Tensor | None]]) -> Sequence[Tensor | None]:
+    """Run a fast sweep; whatever torch or a custom backward raises is a reason to leave the route.
+
+    Raises:
+        RouteFailedError: The sweep raised; memory errors pass through.
+    """
+    try:
+        return sweep()
+    except (RouteFailedError, NotDifferentiableError):
+        raise
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RouteFailedError(first[:200]) from error

@@ -1,0 +1,68 @@
+"""Do samples mix? The evidence, each piece able to fail."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .agreement import tolerance, worst_disagreement
+from .rows import plain
+from .surroundings import private_noise
+from .tape import Tape
+from .watch import Habits
+
+
+def unbatchable(tape: Tape, habits: Habits, many: int) -> str | None:
+    """Return why a batch cannot be swept at all: values read, random draws, no batch axis; None if it can."""
+    if habits.reads:
+        return f"the forward reads values out of tensors ({', '.join(habits.reads)})"
+    if habits.draws:
+        return f"the forward is random in eval mode ({', '.join(habits.draws)})"
+    for space, tensors in ((tape.codomain, tape.outputs), (tape.domain, tape.leaves)):
+        for name, tensor in zip(space.names, tensors, strict=True):
+            if tensor.ndim == 0 or tensor.shape[0] != many:
+                return f"{name} has shape {tuple(tensor.shape)} and no axis of {many} samples first"
+    return None
+
+
+def differs(whole: Tensor, alone: Tensor, picked: Tensor) -> str | None:
+    """Return how the outputs of some samples alone differ from those in the batch."""
+    expected = whole.detach()[picked.to(whole.device)]
+    if alone.numel() != expected.numel():
+        return f"the output's shape depends on the batch ({tuple(expected.shape)} or {tuple(alone.shape)})"
+    error = worst_disagreement([(expected, alone.detach().reshape(expected.shape))])
+    mixed = error > tolerance([whole.dtype])
+    return f"samples mix: outputs alone and in a batch differ by {error:.1e}" if mixed else None
+
+
+def coupled(tape: Tape, blocks: list[list[Tensor]], where: slice) -> str | None:
+    """Hold a batch's blocks against two plain backward passes, over all samples and over half of them.
+
+    A cotangent on half of the samples must leave exact zeros on the others, however small a coupling is.
+    """
+    seeds = [private_noise(o, seed=i) for i, o in enumerate(tape.outputs)]
+    half = torch.rand(where.stop - where.start, generator=torch.Generator().manual_seed(1)) < 0.5
+    half[0], half[-1] = True, False
+    for mask in (torch.ones_like(half), half):
+        masked = [s * mask.to(s.device, s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in seeds]
+        pulled = zip(tape.leaves, tape.pull(masked), strict=True)
+        grads = [torch.zeros_like(leaf) if g is None else plain(g) for leaf, g in pulled]
+        if any(bool((g[~mask.to(g.device)] != 0).any()) for g in grads):
+            return "samples mix: the output of one depends on another"
+        error = worst_disagreement([(g, _applied(blocks, where, masked, j, g)) for j, g in enumerate(grads)])
+        if not error <= tape.tolerance:
+            finite = math.isfinite(error)
+            return f"samples mix: their shared sweep is off by {error:.1e}" if finite else "values are not finite"
+    return None
+
+
+def _applied(blocks: list[list[Tensor]], where: slice, seeds: list[Tensor], leaf: int, like: Tensor) -> Tensor:
+    """Return what the blocks say the gradient of `seeds` is."""
+    total = torch.zeros_like(like)
+    for row, seed in zip(blocks, seeds, strict=True):
+        many, entries = seed.shape[0], seed.shape[1:].numel()
+        block = row[leaf][where].reshape(many, entries, like.shape[1:].numel())
+        total += torch.bmm(seed.reshape(many, 1, entries).to(block.dtype), block).reshape(like.shape).to(like.dtype)
+    return total

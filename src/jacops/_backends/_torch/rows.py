@@ -1,0 +1,51 @@
+"""Rows: `k` vectors at once as `(k, *shape)`, and the few things done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .agreement import as_rows
+
+Rows = list[Tensor]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor without its subclass: derivatives of LieTensors are plain numbers."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def rows_size(rows: Tensor) -> Tensor:
+    """Return the norms of rows `(k, …)` as `(k,)` in float64."""
+    return torch.linalg.vector_norm(
+        as_rows(plain(rows.detach())).to(torch.complex128 if rows.is_complex() else torch.float64), dim=1
+    )
+
+
+def basis(like: Tensor, where: slice) -> Tensor:
+    """Return unit vectors `(k, *like)` for the flat entries `where`."""
+    many = where.stop - where.start
+    rows = torch.zeros(many, like.numel(), dtype=like.dtype, device=like.device)
+    rows[torch.arange(many), torch.arange(where.start, where.stop)] = 1
+    return rows.reshape(many, *like.shape)
+
+
+def mixed(weights: Tensor, rows: Tensor) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return torch.tensordot(weights.to(wide), rows.detach().to(wide), 1).to(rows.dtype)
+
+
+def zero_rows(many: int, output: Tensor) -> Tensor:
+    return torch.zeros(many, *output.shape, dtype=output.dtype, device=output.device)
+
+
+def contracted(blocks: Rows, tangents: Sequence[Tensor], many: int, output: Tensor) -> Tensor:
+    """Return `(k, rows)`: what each tangent changes in the outputs whose gradients are `blocks`."""
+    total = torch.zeros(many, blocks[0].shape[0] if blocks else 0, dtype=output.dtype, device=output.device)
+    for rows, tangent in zip(blocks, tangents, strict=True):
+        wide = torch.promote_types(rows.dtype, tangent.dtype)
+        part = as_rows(plain(tangent)).to(wide) @ as_rows(rows).to(wide).conj().T
+        total = total + (part if output.is_complex() or not part.is_complex() else part.real).to(output.dtype)
+    return total
