@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the matrices are small: a second thread would mostly wait
 
 import argparse
 import platform
+import sys
 import textwrap
 import time
 from importlib.metadata import version
@@ -45,11 +46,11 @@ def close(report: Report, answers: list[Answer], seconds: float) -> None:
         ]
         + [["", "all, with figures", f"{seconds:.2f}"]],
     )
+    machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores used"
     packages = ["jacops", "torch", "numpy", "scipy", "scikit-learn", "matplotlib"]
     report.table(
         ["part", "version"],
-        [["Python", platform.python_version()], *([name, version(name)] for name in packages)]
-        + [["machine", f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"]],
+        [["Python", platform.python_version()], *([name, version(name)] for name in packages)] + [["machine", machine]],
     )
 
 
@@ -60,7 +61,8 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="smaller data and networks: a few seconds, for tests")
     chosen = options.parse_args()
     start = time.perf_counter()
-    torch.set_num_threads(2)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign shows another
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     look.use_style()
 
     report = Report(
@@ -76,9 +78,11 @@ def main() -> None:
         say(answers[-1], number)
     seconds = time.perf_counter() - start
     close(report, answers, seconds)
-    path = report.write(chosen.output)
+    path = report.write(chosen.output).resolve()
+    here = Path.cwd().resolve()
     print("\n" + "=" * WIDTH)
-    print(f"{seconds:.0f} s in all. The report, with figures:\n{os.path.relpath(path)}")
+    print(f"{seconds:.0f} s in all. The report, with figures:")
+    print(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 if __name__ == "__main__":

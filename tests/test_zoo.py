@@ -207,6 +207,18 @@ def refuses(case: Case, call: str) -> None:
     assert re.search(refusal.names, str(caught.value)), f"message does not name {refusal.names!r}: {caught.value}"
 
 
+GRADED = [case for case in ZOO if "grad" not in case.expect and "mvp" not in case.expect]
+
+
+@pytest.mark.parametrize("case", GRADED, ids=lambda case: case.name)
+def test_a_gradient_with_a_graph_has_the_same_numbers(case: Case) -> None:
+    model, inputs, y = case.model(), case.x(), case.y()
+    with told(False, False, case.name), zoo.seeded():
+        slope = jacops.TorchTwiceDifferentiable(model, case.loss).grad(inputs, y, create_graph=True)
+    assert slope.requires_grad, "create_graph=True gave a gradient without a graph"
+    same(slope.detach(), right(case.name, "grad"), case.tolerance, "grad", case.dtype)
+
+
 @pytest.mark.parametrize("call", CLOSURES)
 @pytest.mark.parametrize("name", ["frozen"])
 def test_closures_work_over_the_parameters_that_are_trained(name: str, call: str) -> None:
@@ -371,6 +383,7 @@ def test_a_gradient_without_curvature_still_has_a_graph_and_its_products_are_zer
     same(twice.hessian(x, y), torch.zeros(8, 8, dtype=torch.float64), 0.0, "hessian", torch.float64)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 @pytest.mark.parametrize("kind", ["input", "output"])
 def test_complex_numbers_are_refused_by_compute_jacobian(kind: str) -> None:
     model, x = nn.Linear(3, 2).to(torch.complex128), zoo.draw(2, 3)

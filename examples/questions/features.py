@@ -19,8 +19,15 @@ import jacops
 from jacops.extras.report import Report
 from questions import Answer, look
 
-QUESTION = "Which features does each coordinate rest on?"
+QUESTION = "Which features does each embedding coordinate rest on?"
 COMPONENTS = 8
+CODE = """
+back = jacops.pca_projection(pca)
+found = jacops.contributions(net, reduced, projection=back, features=rows)
+found.values         # (569, 2, 30): what each measurement adds to each coordinate
+found.bias           # (569, 2): what the biases add
+found.verification   # values + bias against the output
+"""
 
 
 @dataclass
@@ -130,8 +137,8 @@ def draw_one(names: list[str], parts: np.ndarray, bias: float, output: float, ti
     axes.barh(labels, steps, left=starts, color=colours, height=0.7)
     axes.barh(["output of the network"], output, color="black", height=0.7)
     for y, (start, step) in enumerate(zip(starts, steps, strict=True)):
-        axes.annotate(f"{step:+.2f}", (max(start, start + step), y), (4, 0), textcoords="offset points", va="center")
-    axes.annotate(f"{output:+.2f}", (max(output, 0), len(labels)), (4, 0), textcoords="offset points", va="center")
+        axes.annotate(look.signed(step), (max(start, start + step), y), (4, 0), textcoords="offset points", va="center")
+    axes.annotate(look.signed(output), (max(output, 0), len(labels)), (4, 0), textcoords="offset points", va="center")
     axes.axvline(0, color="black", linewidth=0.7)
     axes.margins(x=0.1)
     axes.invert_yaxis()
@@ -172,12 +179,13 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     straight = stress(torch.from_numpy(PCA(2).fit_transform(tumours.rows.numpy())), tumours.rows)
     chosen = odd_one(embedded, tumours.malignant)
 
-    answer.finding = " ".join(
-        f"Coordinate {o + 1} rests most on {names[best[o, 0]]} ({shares[o, best[o, 0]]:.0%}), {names[best[o, 1]]} "
-        f"({shares[o, best[o, 1]]:.0%}) and {names[best[o, 2]]} ({shares[o, best[o, 2]]:.0%}); "
-        f"biases carry {bias_shares[o]:.0%}."
+    answer.finding = "By mean size of the contributions, " + "; ".join(
+        f"coordinate {o + 1} rests most on "
+        + ", ".join(f"{names[f]} ({shares[o, f]:.1%})" for f in best[o, :3])
+        + f", with {bias_shares[o]:.1%} left to the biases"
         for o in range(2)
     )
+    answer.finding += "."
     answer.certificate = {
         "features + biases = output": f"largest error {seen.max_error:.1e}, "
         f"{seen.relative_error:.1e} of the largest output",
@@ -190,12 +198,13 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
 
     report.section(QUESTION, answer.finding)
     report.text(
-        f"Each of {len(parts)} breast tumours comes with {len(names)} measurements, standardised to deviation 1; "
-        f"{COMPONENTS} whitened principal components of them enter a small network with biases and PReLU units, "
-        "trained to place tumours so that distances on the plane equal distances between the measurements. It "
-        f"never sees the diagnosis. Its distances are off by {plane:.0%} (root mean square); the best flat "
-        f"projection, two principal components, is off by {straight:.0%}."
+        f'Each of {len(parts)} breast tumours comes with {len(names)} measurements of its cell nuclei ("worst": '
+        f"the mean of the three largest), standardised to deviation 1; {COMPONENTS} whitened principal components "
+        "of them enter a small network with biases and PReLU units, trained to place tumours so that distances on "
+        "the plane equal distances between the measurements. It never sees the diagnosis. Its distances are off by "
+        f"{plane:.0%} (root mean square); the best flat projection, two principal components, is off by {straight:.0%}."
     )
+    report.code(CODE)
     report.figure(
         draw_plane(tumours, embedded, chosen),
         "Left: the embedding, one dot per tumour. The ringed one is malignant and lies deepest among the benign; it is "
@@ -217,8 +226,8 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     report.table(
         ["feature", "coordinate 1", "slope 1", "coordinate 2", "slope 2", "both (length)"],
         [
-            [names[f], f"{shares[0, f]:.1%}", f"{slopes[0, f]:+.3f}", f"{shares[1, f]:.1%}", f"{slopes[1, f]:+.3f}",
-             f"{lengths[f]:.3f}"]
+            [names[f], f"{shares[0, f]:.1%}", look.signed(slopes[0, f], 3),
+             f"{shares[1, f]:.1%}", look.signed(slopes[1, f], 3), f"{lengths[f]:.3f}"]
             for f in np.argsort(-lengths)[:10]
         ],
         "The ten features that move the embedding most. Coordinate: share of all mean |contributions|. Slope: mean "

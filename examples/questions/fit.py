@@ -18,8 +18,12 @@ from jacops.extras.report import Report
 from questions import Answer, look
 
 QUESTION = "Which step shrinks a residual?"
-NAMES = {"fast": "fast part (mV)", "fast_rate": "its rate (1/s)", "slow": "slow part (mV)",
-         "slow_rate": "its rate (1/s)", "offset": "offset (mV)"}  # fmt: skip
+CODE = """
+J = jacops.modjac(model, t, flatten=True)   # (measurements, parameters)
+step = torch.linalg.lstsq(J, -residual[:, None]).solution
+"""
+NAMES = {"fast": "fast part (mV)", "fast_rate": "fast rate (1/s)", "slow": "slow part (mV)",
+         "slow_rate": "slow rate (1/s)", "offset": "offset (mV)"}  # fmt: skip
 TRUTH = (6.0, 2.5, 3.0, 0.35, 0.8)
 START = (3.0, 1.0, 3.0, 0.1, 0.0)
 NOISE = 0.08  # mV
@@ -96,7 +100,7 @@ def draw_fit(t: Tensor, y: Tensor, start: nn.Module, fitted: nn.Module) -> look.
     below.axhspan(-2 * NOISE, 2 * NOISE, color=look.GREY, alpha=0.2, linewidth=0)
     below.axhline(0, color="black", linewidth=0.7)
     below.scatter(t, residual_of(fitted, t, y), s=12, color=look.ORANGE, alpha=0.9, linewidth=0)
-    below.set(xlabel="time (s)", ylabel="fit - data (mV)")
+    below.set(xlabel="time (s)", ylabel="fit \N{MINUS SIGN} data (mV)")
     for axes in (above, below):
         axes.grid(True)
     return figure
@@ -162,6 +166,7 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
         "with J its Jacobian with respect to the parameters, one row per measurement. The step s that makes this "
         "smallest solves a linear least-squares problem; it is halved while it does not shrink the real residual."
     )
+    report.code(CODE)
     report.figure(
         draw_fit(t, y, start, model),
         "Above: the data, the first guess and the fit. Below: what the fit leaves; the band is two standard "

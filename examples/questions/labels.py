@@ -23,7 +23,14 @@ import jacops
 from jacops.extras.report import Report
 from questions import Answer, look
 
-QUESTION = "Which training points moved a prediction, which labels are wrong?"
+QUESTION = "Which training points moved a prediction?"
+CODE = """
+problem = jacops.TorchTwiceDifferentiable(net, cross_entropy)
+scores = jacops.self_influences(problem, train_loader, damping=decay)
+moved = jacops.compute_influences(
+    problem, train_loader, test_data=misread_loader, damping=decay
+)
+"""
 DECAY = 3e-3  # the L2 penalty of training; the same number damps the Hessian, so the curvature is the objective's own
 
 
@@ -179,7 +186,7 @@ def draw_teachers(
             wrong = bool(digits.flipped[row])
             label = f"given {int(digits.given[row])}" + (f", is {int(digits.true[row])}" if wrong else "")
             look.show_digit(axes, digits.x[row].reshape(8, 8), label, look.RED if wrong else look.GREY)
-            axes.set_xlabel(f"{moved[row]:+.3f}", fontsize=8.5)
+            axes.set_xlabel(look.signed(moved[row], 3), fontsize=8.5)
     return figure
 
 
@@ -218,7 +225,8 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
             problem, training_data=digits.loader(), test_data=mistakes, influence_type="up",
             inversion_method="direct", damping=DECAY,
         )  # fmt: skip
-    moved = np.asarray(influences.values) / n  # what leaving a training digit out does to a test digit's loss
+    info = influences.info
+    moved = influences.to_numpy() / n  # what leaving a training digit out does to a test digit's loss
 
     curves = {"self-influence": found_by(scores, flipped), "loss": found_by(losses, flipped)}
     at = {share: int(share * n) - 1 for share in (0.1, 0.2)}
@@ -241,12 +249,15 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
         f"training digits that harmed a misread test digit most, {guilty:.0%} carry a wrong label."
     )
     answer.certificate = {
-        "sign": f"{influences.sign}: positive means that leaving the digit out raises the test loss",
-        "damping": f"{influences.damping:g}, the L2 penalty of training: the curvature is that of the objective itself",
+        "sign": influences.sign,
+        "damping": f"{info['damping']:g}, the L2 penalty of training: the curvature is that of the objective itself",
+        "solve": f"{info['method']}, {info['status']}; worst true residual {max(info['residual']):.1e}, "
+        "relative to its right side",
         "against retraining": f"correlation {agreement:.3f} with the real change over {len(tried)} digits left out",
-        "training": "ended at a minimum: Hessian + damping has a Cholesky root, gradient "
-        f"{float(gradient_of(net, digits, digits.weights()).norm()):.1e}",
-        "coverage": f"all {n} training digits (batches of 256, the last one uneven), {len(wrong)} misread test digits",
+        "training": f"gradient {float(gradient_of(net, digits, digits.weights()).norm()):.1e} at the end; "
+        "Hessian + damping has a Cholesky root: a minimum",
+        "coverage": f"{info['rows']} of {n} training digits in uneven batches, {info['covered']:,} of "
+        f"{info['parameters']:,} parameters, all {len(wrong)} misread test digits",
     }
 
     report.section(QUESTION, answer.finding)
@@ -259,6 +270,7 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
         "one training digit weighed a little less: one gradient, one solve with the Hessian of the whole "
         "objective, one gradient."
     )
+    report.code(CODE)
     report.table(
         ["score", "wrong labels in the worst 10%", "in the worst 20%"],
         [[name, *(f"{curve[at[share]]:.0%}" for share in at)] for name, curve in curves.items()]

@@ -29,6 +29,11 @@ STYLE: dict[str, Any] = {
 }
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign, and a minus as wide as the plus."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def use_style() -> None:
     """Let every figure drawn from here on look the same."""
     mpl.rcParams.update(STYLE)

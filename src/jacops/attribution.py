@@ -159,9 +159,8 @@ def reduce_contributions(contributions: Array, method: Literal["l2", "l1", "max"
         raise InputError(explain("method", repr(method), "one of 'l2', 'l1', 'max' is needed"))
     if isinstance(contributions, Tensor) and contributions.requires_grad:
         _three_axes(contributions.shape)
-        wide = contributions.to(torch.promote_types(contributions.dtype, torch.float32))
         order = {"l2": 2, "l1": 1, "max": torch.inf}[method]
-        return torch.linalg.vector_norm(wide, ord=order, dim=1).to(contributions.dtype)
+        return torch.linalg.vector_norm(contributions.double(), ord=order, dim=1).to(contributions.dtype)
     if isinstance(contributions, Tensor) and contributions.dtype == torch.bfloat16:
         contributions = contributions.float()
     given = np.asarray(contributions)

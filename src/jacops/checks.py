@@ -48,6 +48,10 @@ def adjoint_check(operator: Operator, seed: int = 0) -> Check:
     return Check("adjoint", abs(left - right) / scale, tolerance([domain.dtype, codomain.dtype]))
 
 
+def _typical(tensor: Tensor) -> float:
+    return size(tensor) / max(tensor.numel(), 1) ** 0.5
+
+
 def check(
     model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Callable[[str, Tensor], bool] = trainable
 ) -> Check:
@@ -73,11 +77,10 @@ def check(
     tape = found.tape
     if not tape.is_connected():
         raise NotDifferentiableError("check: no path leads from the output to any parameter.")
-    direction = [private_noise(leaf, seed + i) for i, leaf in enumerate(tape.leaves)]
-    length = sum(size(d) ** 2 for d in direction) ** 0.5
-    reach = max(1.0, sum(size(leaf) ** 2 for leaf in tape.leaves) ** 0.5)
+    # Every tensor moves by the same share of its own typical entry.
+    direction = [private_noise(leaf, seed + i) * (_typical(leaf) or 1.0) for i, leaf in enumerate(tape.leaves)]
     eps = max(torch.finfo(d).eps for d in (*tape.domain.dtypes, *tape.codomain.dtypes))
-    step = eps ** (1 / 3) * reach / length
+    step = eps ** (1 / 3)
     product = tape.push_rows([d.unsqueeze(0) for d in direction])
     moved = []
     for sign in (1, -1):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.agreement import size
+from ._backends._torch.agreement import inner, size
 from ._backends._torch.cut import At
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
@@ -59,7 +59,8 @@ def jacobian(
         wrt: `"parameters"` (those that require grad), `"inputs"` (those of floating point), or a function of name and
             parameter that picks parameters.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable.
-        at: A submodule's path to differentiate by its output, or a pair `(source, target)`; needs `wrt="inputs"`.
+        at: A submodule's path to differentiate by its output, or a pair `(source, target)`; a source needs
+            `wrt="inputs"`.
         checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
         allow_zero: Accept an output that nothing connects to what it is differentiated by.
@@ -79,6 +80,11 @@ def jacobian(
         (12, 6)
     """
     picks = _picked(wrt)
+    if picks is not None and (at[0] if isinstance(at, tuple) else at) is not None:
+        todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
+        raise InputError(
+            explain("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
+        )
     found = record_model(
         model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, checks=checks, fallback=fallback
     )
@@ -127,6 +133,12 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     options.setdefault("parameters", trainable)
     found = record_model(model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), **options)
     _real_only(found.tape)
+    if not found.tape.is_connected():
+        raise NotDifferentiableError(
+            f"{call}: no path leads from the loss to any of the parameters {found.tape.domain.layout}; its "
+            "derivative is zero "
+            "everywhere."
+        )
     return found
 
 
@@ -163,7 +175,7 @@ def gradient_tape(found: Recording, call: str) -> Tape:
     seed = torch.ones_like(tape.outputs[0]).requires_grad_()
     with sweeping(seed):
         grads = tape.pull([seed], create_graph=True)
-    full = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, tape.leaves, strict=True)]
+    full = [_or_zero(g, leaf) for g, leaf in zip(grads, tape.leaves, strict=True)]
     names = [f"d loss / d {name}" for name in tape.domain.names]
     gradient = Tape(
         tape.leaves,
@@ -177,14 +189,50 @@ def gradient_tape(found: Recording, call: str) -> Tape:
         fallback=tape.fallback,
     )
     gradient.protected = tape.protected
+    gradient.tolerance = max(gradient.tolerance, tape.tolerance)
+    _check_twice(tape, gradient, call)
+    return gradient
+
+
+def _check_twice(tape: Tape, gradient: Tape, call: str) -> None:
+    """Refuse a gradient whose own derivative torch drops or gets wrong, as far as two sweeps can tell.
+
+    Raises:
+        NotDifferentiableError: A backward is marked once_differentiable, or the Hessian is not symmetric.
+    """
     if gradient.survey.refuses_twice:
         raise NotDifferentiableError(
             f"{call}: the graph holds {', '.join(tape.survey.functions)}, whose backward is marked "
-            "once_differentiable: its second "
-            "derivative does not exist, and torch would drop it silently. Write its backward with "
+            "once_differentiable: "
+            "its second derivative does not exist, and torch would drop it silently. Write its backward with "
             "differentiable operations."
         )
-    return gradient
+    if not gradient.trust.needs("symmetric"):
+        return
+    u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))
+    along_u, along_v = (_pulled(gradient, w) for w in (u, v))
+    left, right = (
+        sum(float(inner(a, b.unsqueeze(0))) for a, b in zip(*pair, strict=True))
+        for pair in ((v, along_u), (u, along_v))
+    )
+    scale = math.sqrt(sum(size(g) ** 2 for g in (*along_u, *along_v)))
+    if abs(left - right) > gradient.tolerance * scale:
+        names = ", ".join(tape.survey.functions)
+        suspects = f", perhaps of the custom Function {names}" if names else ""
+        raise NotDifferentiableError(
+            f"{call}: the second derivative that torch gives is not symmetric (off by "
+            f"{abs(left - right) / scale:.1e}), so "
+            f"it is wrong for some operation of this model{suspects}. Write that operation out with elementary ones."
+        )
+    gradient.trust.remember("symmetric")
+
+
+def _pulled(tape: Tape, cotangents: list[Tensor]) -> list[Tensor]:
+    return [_or_zero(g, leaf) for g, leaf in zip(tape.pull(cotangents), tape.leaves, strict=True)]
+
+
+def _or_zero(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if grad is None else grad
 
 
 def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Recorded:

@@ -126,11 +126,8 @@ def full_jacobian(
 
     if chunk_size is not None:
         _check_positive("chunk_size", chunk_size)
-    recorded = (
-        record_closure(lambda: select(func(), outputs), params, "full_jacobian")
-        if callable(func)
-        else record_closure(func, params, "")
-    )
+    picked = (lambda: select(func(), outputs)) if callable(func) and outputs is not None else func
+    recorded = record_closure(picked, params, "full_jacobian", empty=True)
     if not recorded.tape.leaves:
         return []
     say_if_unconnected(recorded)
@@ -200,7 +197,7 @@ def modjac(
         outputs=outputs,
         connected=create_graph,
     )
-    lie = _lie_layout(recorded, tangent)
+    lie = _lie_layout(recorded, tangent, create_graph)
     if strict:
         _check_dependence(recorded)
     else:
@@ -264,11 +261,11 @@ def _check_dependence(recorded: Recorded) -> None:
                 )
 
 
-def _lie_layout(recorded: Recorded, tangent: bool) -> Callable[[Blocks], Blocks] | None:
+def _lie_layout(recorded: Recorded, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:
     """Return how blocks of LieTensors are laid out; None where there are none, so that nobody pays for PyPose."""
     from .extras.lie import layout
 
-    return layout(recorded, tangent)
+    return layout(recorded, tangent, create_graph)
 
 
 def _check_blocks(call: str, recorded: Recorded, blocks: Blocks, todo: str = "") -> None:

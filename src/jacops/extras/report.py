@@ -38,7 +38,7 @@ _THEME_CSS = (
 
 @dataclass(frozen=True)
 class _Block:
-    kind: str  # "text", "table", "figure" or "certificate": which part of the template draws it
+    kind: str  # "text", "code", "table", "figure" or "certificate": which part of the template draws it
     content: Mapping[str, object]
 
 
@@ -76,6 +76,10 @@ class Report:
     def text(self, text: str) -> None:
         """Add plain text; a blank line begins a new paragraph."""
         self._add("text", paragraphs=[part for part in re.split(r"\n\s*\n", text.strip()) if part])
+
+    def code(self, source: str) -> None:
+        """Add a few lines of code, shown as they are."""
+        self._add("code", source=source.strip("\n"))
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str = "") -> None:
         """Add a table; numbers stand right-aligned, floats with four digits, None as a dash.

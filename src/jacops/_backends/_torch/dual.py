@@ -15,11 +15,14 @@ from torch import Tensor
 
 from .agreement import inner, size
 from .ladder import RouteFailedError, attempt
-from .rows import Rows, plain, rows_size, zero_rows
+from .rows import Rows, dense, plain, rows_size, zero_rows
 from .surroundings import private_noise, sweeping
 
 if TYPE_CHECKING:
     from .tape import Tape
+
+
+_FLOOR = 1e-2
 
 
 class Dual:
@@ -49,7 +52,8 @@ class Dual:
             self.seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(self.live)]
             self.tape.sweeps += 1
             options = {"create_graph": True, "retain_graph": True, "allow_unused": True}
-            self.grads = list(attempt(lambda: torch.autograd.grad(self.live, targets, self.seeds, **options)))
+            grads = attempt(lambda: torch.autograd.grad(self.live, targets, self.seeds, **options))
+            self.grads = [dense(g) for g in grads]
 
     def push(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
         """Return `(k, *output)` per output from `(k, *leaf)` per leaf.
@@ -91,8 +95,11 @@ class Dual:
         nothing = torch.zeros(pushed[0].shape[0], dtype=torch.float64, device=pushed[0].device)
         left = sum((inner(u, r) for u, r in zip(self.seeds, pushed, strict=True)), nothing)
         right = sum((inner(g, t) for g, t in paired), nothing)
-        # The size of <g, v> is about that of v times a typical entry of g, whatever cancels in it.
-        scale = sum((rows_size(t) * (size(g) / math.sqrt(max(g.numel(), 1))) for g, t in paired), nothing)
+        # The size of <g, v> is about that of v times a typical entry of g, whatever cancels in it; a gradient that is
+        # zero but for rounding is measured by the typical entry of all.
+        entries = sum(g.numel() for g, _ in paired)
+        typical = _FLOOR * math.sqrt(sum(size(g) ** 2 for g, _ in paired) / max(entries, 1))
+        scale = sum((rows_size(t) * (size(g) / math.sqrt(max(g.numel(), 1)) + typical) for g, t in paired), nothing)
         scale = scale + sum((rows_size(r) for r in pushed), nothing)
         error = float(((left - right).abs() / (scale + torch.finfo(torch.float64).tiny)).max())
         if not error <= self.tape.tolerance:

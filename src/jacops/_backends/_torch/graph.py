@@ -33,14 +33,16 @@ class Survey:
 
 def survey(tensors: Iterable[Tensor]) -> Survey:
     """Walk the graph behind `tensors` once."""
+    tensors = list(tensors)
     stack = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen, functions, leaves = set(stack), {}, set()
+    seen, functions = set(stack), {}
+    leaves = {id(t) for t in tensors if t.requires_grad and t.grad_fn is None}
     refuses = False
     while stack:
         node = stack.pop()
         if isinstance(node, BackwardCFunction):
             functions[node.name()] = None
-        elif node.name() == _TWICE_REFUSED:
+        elif node.name().rpartition("::")[2] == _TWICE_REFUSED:
             refuses = True
         variable = getattr(node, "variable", None)
         if variable is not None:

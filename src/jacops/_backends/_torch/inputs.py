@@ -25,12 +25,12 @@ def check_fallback(fallback: str) -> str:
     return fallback
 
 
-def check_params(params: Any) -> list[Tensor]:
+def check_params(params: Any, empty: bool = False) -> list[Tensor]:
     """Return `params` as a list: one tensor, or any iterable of tensors, read once.
 
     Raises:
         InputTypeError: An entry is not a tensor.
-        InputError: An entry is repeated, frozen, made in inference mode or sparse.
+        InputError: There are none where `empty` does not allow it, or an entry is repeated, frozen or sparse.
     """
     try:
         leaves = (
@@ -40,6 +40,9 @@ def check_params(params: Any) -> list[Tensor]:
         raise InputTypeError(
             explain("params", f"a {type(params).__name__}", "a tensor or an iterable of tensors is needed")
         ) from None
+    if not leaves and not empty:
+        todo = "A generator such as `model.parameters()` can be read once; pass a list to use it again."
+        raise InputError(explain("params", "empty", "at least one tensor is needed", todo))
     seen: dict[int, int] = {}
     for i, leaf in enumerate(leaves):
         name = f"params[{i}]"

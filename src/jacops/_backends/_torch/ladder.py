@@ -19,7 +19,7 @@ class RouteLiesError(RouteFailedError):
 
 
 def attempt(sweep: Callable[[], Sequence[Tensor | None]]) -> Sequence[Tensor | None]:
-    """Run a fast sweep; whatever torch or a custom backward raises is a reason to leave the route.
+    """Run a fast sweep; what torch raises is a reason to leave the route, what else a model raises passes through.
 
     Raises:
         RouteFailedError: The sweep raised; memory errors pass through.
@@ -28,8 +28,8 @@ def attempt(sweep: Callable[[], Sequence[Tensor | None]]) -> Sequence[Tensor | N
         return sweep()
     except (RouteFailedError, NotDifferentiableError):
         raise
-    except Exception as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if is_memory_error(error):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RouteFailedError(first[:200]) from error

@@ -7,15 +7,19 @@ holomorphic has no such `J` and is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ...errors import NotDifferentiableError
 from .agreement import as_rows, size
+from .ladder import RouteFailedError
 from .rows import Rows, basis
 from .tape import Tape
 
 Blocks = list[list[Tensor]]
+Part = tuple[int, int, slice, Tensor]
 
 
 def jacobian_blocks(
@@ -31,6 +35,15 @@ def jacobian_blocks(
     """
     if columns is None:
         columns = tape.domain.dim + 1 < tape.codomain.dim and not tape.trust.refused("push", "dual")
+    if columns:
+        try:
+            return _collected(tape, create_graph, True, chunk_size)
+        except RouteFailedError as reason:
+            tape.leave("push", f"row by row, {tape.codomain.dim} backward passes", reason)
+    return _collected(tape, create_graph, False, chunk_size)
+
+
+def _collected(tape: Tape, create_graph: bool, columns: bool, chunk_size: int | None) -> Blocks:
     fill = _fill_columns if columns else _fill_rows
     if create_graph:
         return _joined(tape, list(fill(tape, True, chunk_size)), columns)
@@ -50,13 +63,31 @@ def _empty(output: Tensor, leaf: Tensor) -> Tensor:
     return torch.zeros(output.numel(), *leaf.shape, dtype=leaf.dtype, device=leaf.device)
 
 
-def _fill_rows(tape: Tape, create_graph: bool, chunk_size: int | None):  # noqa: ANN202
-    for index, where, rows in tape.rows(create_graph, chunk_size):
+def _fill_rows(tape: Tape, create_graph: bool, chunk_size: int | None) -> Iterator[Part]:
+    for index, where, rows, turned in tape.rows(create_graph, chunk_size):
         for leaf, part in enumerate(rows):
+            if turned is not None and part.is_complex():
+                _refuse_not_holomorphic(tape, index, leaf, part, -turned[leaf])
+            elif turned is not None:
+                part = torch.complex(part, -turned[leaf])
             yield index, leaf, where, part.conj().resolve_conj() if part.is_complex() else part
 
 
-def _fill_columns(tape: Tape, create_graph: bool, chunk_size: int | None):  # noqa: ANN202
+def _refuse_not_holomorphic(tape: Tape, index: int, leaf: int, straight: Tensor, turned: Tensor) -> None:
+    """Refuse a complex function whose derivative along `i v` is not `i` times that along `v`.
+
+    Raises:
+        NotDifferentiableError: It is not; the message names the output and the parameter.
+    """
+    if size(turned + 1j * straight) > max(tape.tolerance, 1e-6) * (size(straight) + size(turned)):
+        raise NotDifferentiableError(
+            f"{tape.call}: {tape.codomain.names[index]} is not a holomorphic function of "
+            f"{tape.domain.names[leaf]}, so it "
+            "has no complex Jacobian. Use torch.view_as_real on both and ask for the real one."
+        )
+
+
+def _fill_columns(tape: Tape, create_graph: bool, chunk_size: int | None) -> Iterator[Part]:
     for leaf, array in enumerate(tape.leaves):
         chunk = chunk_size or tape.chunk(array.numel())
         for start in range(0, array.numel(), chunk):
@@ -71,15 +102,12 @@ def _columns(tape: Tape, leaf: int, where: slice, create_graph: bool) -> Rows:
     if not tape.leaves[leaf].is_complex():
         return [as_rows(p).T for p in pushed]
     turned = _push_basis(tape, leaf, where, 1j, create_graph)
+    columns = []
     for index, (a, b) in enumerate(zip(pushed, turned, strict=True)):
-        if a.is_complex() and size(b - 1j * a) > max(tape.tolerance, 1e-6) * (size(a) + size(b)):
-            raise NotDifferentiableError(
-                f"{tape.call}: {tape.codomain.names[index]} is not a holomorphic function of "
-                f"{tape.domain.names[leaf]}, so it "
-                "has no complex Jacobian. Use torch.view_as_real on the parameter and the output and ask for "
-                "the real one."
-            )
-    return [as_rows(a if a.is_complex() else torch.complex(a, -b)).T for a, b in zip(pushed, turned, strict=True)]
+        if a.is_complex():
+            _refuse_not_holomorphic(tape, index, leaf, a, -b)
+        columns.append(as_rows(a if a.is_complex() else torch.complex(a, -b)).T)
+    return columns
 
 
 def _push_basis(tape: Tape, leaf: int, where: slice, unit: complex, create_graph: bool) -> Rows:
@@ -90,10 +118,10 @@ def _push_basis(tape: Tape, leaf: int, where: slice, unit: complex, create_graph
         else torch.zeros(many, *array.shape, dtype=array.dtype, device=array.device)
         for j, array in enumerate(map(torch.Tensor.detach, tape.leaves))
     ]
-    return tape.push_rows(tangents, create_graph)
+    return tape.push_dual(tangents, create_graph)
 
 
-def _joined(tape: Tape, parts: list[tuple[int, int, slice, Tensor]], columns: bool) -> Blocks:
+def _joined(tape: Tape, parts: list[Part], columns: bool) -> Blocks:
     """Put chunks together without in-place writes, which a graph would have to remember one by one."""
     blocks = []
     for index, output in enumerate(tape.outputs):

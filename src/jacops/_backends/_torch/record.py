@@ -13,8 +13,8 @@ from ...errors import InputTypeError, ModelStateError, NotDifferentiableError, e
 from ...trees import Selector, Tree, flatten, output_leaves, select
 from .cut import At, Cut
 from .inputs import check_fallback, check_params, forward_explained, private_inputs, split_input
-from .replica import Replica, bare, parameter_names, replicate
-from .surroundings import random_state_kept, recording
+from .replica import Replica, bare, check_state, parameter_names, replicate
+from .surroundings import autocast_on, random_state_kept, recording
 from .tape import Tape
 from .trust import Trust, trust_in
 from .watch import Habits, Watch, WritesState
@@ -37,7 +37,9 @@ class Recorded:
     inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def record_closure(func: Callable[[], Any], params: Any, call: str, fallback: str = "warn") -> Recorded:
+def record_closure(
+    func: Callable[[], Any], params: Any, call: str, fallback: str = "warn", empty: bool = False
+) -> Recorded:
     """Call `func` once and record it over the caller's own tensors.
 
     Raises:
@@ -53,7 +55,7 @@ def record_closure(func: Callable[[], Any], params: Any, call: str, fallback: st
                 "Write `lambda: model(x)`.",
             )
         )
-    leaves = check_params(params)
+    leaves = check_params(params, empty)
     with recording():
         output = func()
     tensors, tree = output_leaves(output, "func()")
@@ -65,7 +67,7 @@ def record_closure(func: Callable[[], Any], params: Any, call: str, fallback: st
         output_names=tree.names,
         call=call,
         fallback=check_fallback(fallback),
-        coarse=_autocast_on(tensors),
+        coarse=autocast_on(tensors),
     )
     return Recorded(tape, tree, output)
 
@@ -143,6 +145,7 @@ def record_model(
         NotDifferentiableError: Nothing among the inputs has a derivative.
     """
     module = bare(model)
+    check_state(module)
     check_fallback(fallback)
     chosen = {n: p for n, p in parameter_names(module).items() if parameters is not None and parameters(n, p)}
     if parameters is not None and not chosen:
@@ -179,7 +182,7 @@ def record_model(
         training=training,
         connected=connected,
     )
-    leaves, names, twins = _leaves(replica, chosen, kept, at)
+    leaves, names, twins = _leaves(replica, chosen, kept, at, connected)
     outputs_flat, tree = output_leaves(output)
     tape = Tape(
         leaves,
@@ -187,25 +190,27 @@ def record_model(
         leaf_names=names,
         output_names=tree.names,
         call=call,
-        twins=(),
         private=True,
         trust=trust,
         fallback=fallback,
-        coarse=_autocast_on(outputs_flat),
+        coarse=autocast_on(outputs_flat),
     )
     tape.protected = [p for p in module.parameters() if p.requires_grad]
     # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
-    tape.twins = tuple((i, p) for i, p in twins if id(p) in tape.survey.leaves and not connected)
+    tape.twins = tuple((i, p) for i, p in twins if id(p) in tape.survey.leaves)
     given = dict(zip(flatten(value, "input")[1].names, flatten(value, "input")[0], strict=True))
     return Recorded(tape, tree, output, {id(given[name]): (given[name], leaf) for name, leaf in kept["inputs"]})
 
 
 def _leaves(
-    replica: Replica, chosen: dict[str, Tensor], kept: dict[str, Any], at: At
+    replica: Replica, chosen: dict[str, Tensor], kept: dict[str, Any], at: At, connected: bool
 ) -> tuple[list[Tensor], list[str], list[tuple[int, Tensor]]]:
     if chosen:
         names = list(chosen)
-        return [replica.parameters[n] for n in names], names, [(i, replica.originals[n]) for i, n in enumerate(names)]
+        # A connected copy leads back to the caller's parameter, which then is the leaf for every use of it.
+        own = {n for n in names if connected and chosen[n].requires_grad and not chosen[n].is_inference()}
+        leaves = [chosen[n] if n in own else replica.parameters[n] for n in names]
+        return leaves, names, [(i, chosen[n]) for i, n in enumerate(names) if n not in own]
     if kept["hidden"]:
         return kept["hidden"], [at if isinstance(at, str) else str(at and at[0])], []
     if not kept["inputs"]:
@@ -218,8 +223,3 @@ def _leaves(
             )
         )
     return [leaf for _, leaf in kept["inputs"]], [name for name, _ in kept["inputs"]], []
-
-
-def _autocast_on(tensors: Sequence[Tensor]) -> bool:
-    kind = tensors[0].device.type if tensors else "cpu"
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

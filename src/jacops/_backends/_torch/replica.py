@@ -126,7 +126,6 @@ def replicate(
         cloned: Copy the weights too, for forwards that write into them.
     """
     model = bare(model)
-    check_state(model)
     if isinstance(model, torch.jit.ScriptModule):
         return _scripted(model, wrt, training)
     originals = parameter_names(model)

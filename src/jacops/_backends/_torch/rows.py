@@ -17,6 +17,11 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
+def dense(grad: Tensor | None) -> Tensor | None:
+    """Return a gradient in dense layout (embeddings may give sparse ones)."""
+    return grad.to_dense() if grad is not None and grad.layout is not torch.strided else grad
+
+
 def rows_size(rows: Tensor) -> Tensor:
     """Return the norms of rows `(k, …)` as `(k,)` in float64."""
     return torch.linalg.vector_norm(
@@ -41,11 +46,13 @@ def zero_rows(many: int, output: Tensor) -> Tensor:
     return torch.zeros(many, *output.shape, dtype=output.dtype, device=output.device)
 
 
-def contracted(blocks: Rows, tangents: Sequence[Tensor], many: int, output: Tensor) -> Tensor:
-    """Return `(k, rows)`: what each tangent changes in the outputs whose gradients are `blocks`."""
-    total = torch.zeros(many, blocks[0].shape[0] if blocks else 0, dtype=output.dtype, device=output.device)
+def contracted(blocks: Rows, tangents: Sequence[Tensor], many: int) -> Tensor:
+    """Return real inner products `(k, rows)` of each tangent with each row of gradients."""
+    total = torch.zeros(
+        many, 1, device=blocks[0].device if blocks else None, dtype=blocks[0].real.dtype if blocks else None
+    )
     for rows, tangent in zip(blocks, tangents, strict=True):
         wide = torch.promote_types(rows.dtype, tangent.dtype)
         part = as_rows(plain(tangent)).to(wide) @ as_rows(rows).to(wide).conj().T
-        total = total + (part if output.is_complex() or not part.is_complex() else part.real).to(output.dtype)
+        total = total + part.real
     return total

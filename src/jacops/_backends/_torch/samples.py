@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..._progress import track
-from ...errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain, warn
+from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
 from ...trees import Selector, Tree, flatten, is_differentiable, output_leaves, select
 from .cut import At, Cut
 from .inputs import check_fallback, forward_explained, private_inputs, split_input
 from .matrix import jacobian_blocks
 from .mixing import coupled, differs, unbatchable
 from .record import setting
-from .replica import bare, replicate
+from .replica import bare, check_state, replicate
 from .sample_sweeps import sweep
-from .surroundings import random_state_kept, recording
+from .surroundings import autocast_on, is_memory_error, random_state_kept, recording
 from .tape import Tape
 from .trust import Trust, trust_in
 from .watch import Habits, Watch, WritesState
@@ -87,6 +87,7 @@ class Samples:
     ) -> None:
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
+            check_state(model)
         self.model, self.call, self.outputs, self.at, self.checks = model, call, outputs, at, checks
         self.fallback = check_fallback(fallback)
         if at is not None and not isinstance(model, nn.Module):
@@ -209,6 +210,7 @@ class Samples:
             private=True,
             trust=trust,
             fallback=self.fallback,
+            coarse=autocast_on(tensors),
         )
         tape.protected = [p for p in self._guarded() if p.requires_grad]
         return _Run(tape, tree, habits or Habits((), (), cloned))
@@ -255,7 +257,14 @@ class Samples:
     def _chunk(self, result: _Result, where: slice) -> str | None:
         """Fill in one batch by shared sweeps; return why not if samples mix."""
         values = [v[where] for v in self.values]
-        run = self.run(values)
+        try:
+            run = self.run(values)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, JacopsError) or is_memory_error(error):
+                raise
+            return (
+                f"the forward takes no batch of {where.stop - where.start} ({type(error).__name__}: {str(error)[:100]})"
+            )
         trust, many = run.tape.trust, where.stop - where.start
         reason = trust.notes.get("mixes") if self.checks != "always" else None
         reason = reason or unbatchable(run.tape, run.habits, many)
@@ -272,7 +281,8 @@ class Samples:
             if reason is not None:
                 trust.notes["mixes"] = reason
                 return reason
-            trust.remember("samples apart", many)
+            if any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: alone and together agree
+                trust.remember("samples apart", many)
         for out, tensor in enumerate(run.tape.outputs):
             result.outputs[out][where] = tensor.detach()
         return None

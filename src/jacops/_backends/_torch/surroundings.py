@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.overrides import TorchFunctionMode
 
 from ...errors import NotDifferentiableError
 
@@ -41,6 +43,16 @@ class _MathAttention:
 math_attention = _MathAttention()
 
 
+class _RightKernels(TorchFunctionMode):
+    """Write out fused kernels whose second derivative torch gets wrong: weight norm (its gradgradcheck fails)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
+            v, g, *dim = args
+            return v * (g / torch.norm_except_dim(v, 2, *dim))
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def recording() -> Iterator[None]:
     """Record a graph whatever the caller's modes are: `no_grad`, inference mode or autocast's weight cache.
@@ -53,7 +65,7 @@ def recording() -> Iterator[None]:
             "jacops was called inside a torch.func transform (vmap, grad, jvp …), whose tensors it cannot record. "
             "Call it outside, or ask for `create_graph=True` and differentiate its result with torch.autograd."
         )
-    with torch.inference_mode(False), torch.enable_grad(), math_attention:
+    with torch.inference_mode(False), torch.enable_grad(), math_attention, _RightKernels():
         # A weight cast under no_grad inside the caller's autocast would be reused here without its graph.
         torch.clear_autocast_cache()
         try:
@@ -74,17 +86,54 @@ def sweeping(like: Tensor) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the global random states back afterwards, those of devices included."""
-    before = torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
+class _RandomState:
+    """The global random states put back afterwards, those of devices included.
+
+    They belong to the whole process: with several threads inside, the first to enter saves them and the last to leave
+    puts them back. A context inside another one of its own thread puts back what it found itself.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._threads, self._saved = threading.Lock(), 0, _random_states()
+        self._own = threading.local()
+
+    def __enter__(self) -> None:
+        stack = self._own.__dict__.setdefault("stack", [])
+        found = _random_states()
+        if not stack:
+            with self._lock:
+                if self._threads == 0:
+                    self._saved = found
+                self._threads += 1
+        stack.append(found)
+
+    def __exit__(self, *_: object) -> None:
+        found = self._own.stack.pop()
+        if self._own.stack:
+            _restore(found)
+            return
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                _restore(self._saved)
+
+
+def _random_states() -> tuple[Tensor, list[Tensor] | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def _restore(states: tuple[Tensor, list[Tensor] | None]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state_all(states[1])
+
+
+_random_state = _RandomState()
+
+
+def random_state_kept() -> _RandomState:
+    """Return a context that puts the global random states back afterwards."""
+    return _random_state
 
 
 def out_of_inference(tensor: Tensor) -> Tensor:
@@ -93,6 +142,12 @@ def out_of_inference(tensor: Tensor) -> Tensor:
         return tensor
     with torch.inference_mode(False), torch.no_grad():
         return tensor.clone()
+
+
+def autocast_on(tensors: Sequence[Tensor]) -> bool:
+    """Say whether the caller's autocast is at work where these tensors live."""
+    kind = tensors[0].device.type if tensors else "cpu"
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def is_memory_error(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from .agreement import size, tolerance, worst_disagreement
 from .dual import Dual
 from .graph import Survey, survey
 from .ladder import RouteFailedError, RouteLiesError, attempt
-from .rows import Rows, basis, contracted, mixed, plain, zero_rows
+from .rows import Rows, basis, contracted, dense, mixed, plain, zero_rows
 from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
 
@@ -102,7 +102,7 @@ class Tape:
                 grads = self._pull_by_backward(outputs, seeds, targets, create_graph, batched)
             else:
                 grads = self._grad(outputs, targets, seeds, create_graph, batched)
-        return self._merged([g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads])
+        return self._merged([dense(g) for g in grads])
 
     def _grad(
         self, outputs: Rows, targets: Rows, seeds: Rows, create_graph: bool, batched: bool
@@ -168,11 +168,13 @@ class Tape:
     def pull_rows(self, cotangents: Sequence[Tensor | None], create_graph: bool = False) -> Rows:
         """Return `(k, *leaf)` per leaf from `(k, *output)` per output (None: zero)."""
         many = next(c.shape[0] for c in cotangents if c is not None)
+        if many == 0:
+            return [zero_rows(0, leaf) for leaf in self.leaves]
         if many > 1 and self._may("pull", "batched"):
             try:
                 return self._pull_batched(cotangents, many, create_graph)
             except RouteFailedError as reason:
-                self._leave("pull", "one cotangent at a time", reason)
+                self.leave("pull", "one cotangent at a time", reason)
         self.routes.setdefault("pull", "autograd.grad, one cotangent at a time")
         rows = [self.pull([None if c is None else c[i] for c in cotangents], create_graph) for i in range(many)]
         return [self._stacked([row[j] for row in rows], j, many) for j in range(len(self.leaves))]
@@ -217,12 +219,14 @@ class Tape:
     def push_rows(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
         """Return `(k, *output)` per output from `(k, *leaf)` per leaf."""
         many = tangents[0].shape[0] if tangents else 1
+        if many == 0:
+            return [zero_rows(0, o) for o in self.outputs]
         live = sum(o.numel() for o in self.outputs if o.requires_grad)
         if live > max(many, 1) and self._may("push", "dual"):
             try:
                 return self.push_dual(tangents, create_graph)
             except RouteFailedError as reason:
-                self._leave("push", f"row by row, {live} backward passes", reason)
+                self.leave("push", f"row by row, {live} backward passes", reason)
         self.routes.setdefault("push", "row by row, fewer outputs than tangents")
         return self._push_by_rows(tangents, many, create_graph)
 
@@ -240,8 +244,10 @@ class Tape:
 
     def _push_by_rows(self, tangents: Sequence[Tensor], many: int, create_graph: bool) -> Rows:
         pushed: list[list[Tensor]] = [[] for _ in self.outputs]
-        for index, _, blocks in self.rows(create_graph):
-            pushed[index].append(contracted(blocks, tangents, many, self.outputs[index]))
+        for index, _, rows, turned in self.rows(create_graph):
+            part = contracted(rows, tangents, many)
+            whole = part if turned is None else torch.complex(part, contracted(turned, tangents, many))
+            pushed[index].append(whole.to(self.outputs[index].dtype))
         return [
             torch.cat(parts, 1).reshape(many, *o.shape) if parts else zero_rows(many, o)
             for parts, o in zip(pushed, self.outputs, strict=True)
@@ -249,38 +255,22 @@ class Tape:
 
     # ---- whole matrices --------------------------------------------------------------------------------------
 
-    def rows(self, create_graph: bool = False, chunk_size: int | None = None) -> Iterator[tuple[int, slice, Rows]]:
-        """Yield `(output index, entries, (k, *leaf) per leaf)` over all outputs; of complex outputs see `basis`.
+    def rows(
+        self, create_graph: bool = False, chunk_size: int | None = None
+    ) -> Iterator[tuple[int, slice, Rows, Rows | None]]:
+        """Yield what `autograd.grad` gives for unit cotangents, over all entries of all outputs.
 
-        A row is what `autograd.grad` returns for a unit cotangent.
+        Each item is the output's index, the entries, `(k, *leaf)` per leaf, and for a complex output the same for
+        cotangents of size i, else None.
         """
         for index, output in enumerate(self.outputs):
             chunk = chunk_size or self.chunk(output.numel())
             for start in range(0, output.numel(), chunk):
                 where = slice(start, min(start + chunk, output.numel()))
                 seeds = [basis(output, where) if i == index else None for i in range(len(self.outputs))]
-                if output.is_complex():
-                    yield index, where, self._complex_rows(seeds, index, create_graph)
-                else:
-                    yield index, where, self.pull_rows(seeds, create_graph)
-
-    def _complex_rows(self, seeds: list[Tensor | None], index: int, create_graph: bool) -> Rows:
-        """Return `conj(df/dz)` for complex leaves, and for real ones `conj(df/dx)` in the output's dtype."""
-        real = self.pull_rows(seeds, create_graph)
-        imaginary = self.pull_rows([None if s is None else s * 1j for s in seeds], create_graph)
-        rows = []
-        for name, a, b in zip(self.domain.names, real, imaginary, strict=True):
-            if not a.is_complex():
-                rows.append(torch.complex(a, -b))
-                continue
-            if size(b - 1j * a) > max(self.tolerance, 1e-6) * (size(a) + size(b)):
-                raise NotDifferentiableError(
-                    f"{self.call}: {self.codomain.names[index]} is not a holomorphic function of {name}, so it "
-                    "has no complex "
-                    "Jacobian. Use torch.view_as_real on the parameter and the output and ask for the real one."
-                )
-            rows.append(a)
-        return rows
+                rows = self.pull_rows(seeds, create_graph)
+                turned = [None if s is None else s * 1j for s in seeds] if output.is_complex() else None
+                yield index, where, rows, None if turned is None else self.pull_rows(turned, create_graph)
 
     def chunk(self, rows: int) -> int:
         """Return how many cotangents go into one batched pass."""
@@ -292,7 +282,8 @@ class Tape:
     def _may(self, sweep: str, route: str) -> bool:
         return not self.trust.refused(sweep, route)
 
-    def _leave(self, sweep: str, route: str, reason: RouteFailedError) -> None:
+    def leave(self, sweep: str, route: str, reason: RouteFailedError) -> None:
+        """Go on by another route, saying so as `fallback` asks."""
         self.trust.refuse(sweep, "batched" if sweep == "pull" else "dual")
         self.routes[sweep] = f"{route} (because {reason})"
         if self.fallback == "error":

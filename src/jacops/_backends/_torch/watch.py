@@ -59,7 +59,7 @@ class Watch:
 
     def note(self, operation: Any, args: tuple[Any, ...]) -> None:
         tags = operation.tags
-        if torch.Tag.nondeterministic_seeded in tags and not _is_idle_dropout(operation, args):
+        if torch.Tag.nondeterministic_seeded in tags and not _is_idle(operation, args):
             self.draws[str(operation)] = None
         if torch.Tag.data_dependent_output in tags or (
             torch.Tag.dynamic_output_shape in tags and _reads(operation, args)
@@ -107,12 +107,11 @@ def _reads(operation: Any, args: tuple[Any, ...]) -> bool:
     return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
-def _is_idle_dropout(operation: Any, args: tuple[Any, ...]) -> bool:
-    """Fused kernels carry the random tag also where their dropout probability is zero or training is off."""
-    named = {a.name: v for a, v in zip(operation._schema.arguments, args, strict=False)}
-    if operation.overloadpacket is torch.ops.aten.native_dropout:
-        return named.get("train") is False
-    idle = {"dropout_p": 0.0, "dropout": 0.0}
-    return any(name in named and named[name] == value for name, value in idle.items()) or (
-        "train" in named and named["train"] is False
-    )
+def _is_idle(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Say whether a random operation draws nothing: training is off, or its dropout probability is zero."""
+    arguments = operation._schema.arguments
+    named = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    named |= {a.name: v for a, v in zip(arguments, args, strict=False)}
+    if any(named.get(name) is False for name in ("train", "training")):
+        return True
+    return any(name in named and named[name] == 0 for name in ("dropout_p", "dropout"))
