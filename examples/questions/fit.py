@@ -183,8 +183,8 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     )  # fmt: skip
     report.figure(
         draw_descent(history, optimum),
-        "Left: the sum of squares, as excess over the optimum found by scipy. Right: the gradient; both fall faster "
-        "and faster once the model is nearly straight along the step.",
+        "Left: the sum of squares, as excess over the optimum found by scipy. Right: the gradient. Both fall by "
+        "orders of magnitude a step once the model is nearly straight along it.",
     )
     report.table(
         ["parameter", "truth", "fitted", "standard error", "scipy"],

@@ -11,8 +11,20 @@ from .attribution import (
     verify_jacobian,
 )
 from .checks import check
-from .derivatives import empirical_fisher, ggn, ggnvp, hessian, hvp, jacobian, sample_gradients
-from .errors import JacopsError, JacopsWarning
+from .derivatives import ggn, ggnvp, hessian, hvp, jacobian
+from .errors import (
+    DataError,
+    InputError,
+    InputTypeError,
+    JacopsError,
+    JacopsWarning,
+    MemoryBudgetError,
+    MissingExtraError,
+    ModelStateError,
+    NonFiniteError,
+    NotDifferentiableError,
+    SolveError,
+)
 from .estimators import diagonal, trace
 from .influence import (
     DataLoaderType,
@@ -31,6 +43,7 @@ from .influence import (
 )
 from .jacobians import compute_jacobian, full_jacobian, modjac
 from .operators import Diagonal, Identity, Matrix, Operator
+from .per_sample import empirical_fisher, sample_gradients
 from .products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
 from .space import Space
 
@@ -38,19 +51,28 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Contributions",
+    "DataError",
     "DataLoaderType",
     "Diagonal",
     "Identity",
     "InfluenceFactors",
     "Influences",
+    "InputError",
+    "InputTypeError",
     "InverseHvpResult",
     "JacobianVerification",
     "JacopsError",
     "JacopsWarning",
     "Matrix",
+    "MemoryBudgetError",
+    "MissingExtraError",
+    "ModelStateError",
     "ModelType",
+    "NonFiniteError",
+    "NotDifferentiableError",
     "Operator",
     "Projection",
+    "SolveError",
     "Space",
     "TensorType",
     "TensorUtilities",

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .._backends._torch.agreement import size
 from .._backends._torch.replica import bare, parameter_names
-from ..derivatives import ggn, hessian, record_loss, refuse_mixing_modules, sample_gradients
+from ..derivatives import ggn, hessian, record_loss
 from ..errors import DataError, InputError, InputTypeError, SolveError, explain
+from ..per_sample import refuse_mixing_modules, sample_gradients
+from ..trees import flatten
 from ._data import Batches
 from ._torch import TorchTwiceDifferentiable
 from ._twice_differentiable import InverseHvpResult
@@ -257,8 +259,6 @@ def _curvature(setting: _Setting) -> tuple[Tensor, int]:
 
 def _check_reduction(setting: _Setting, x: Any, y: Any, rows: int) -> None:
     """Hold the loss of a batch against the losses of its rows alone."""
-    from ..trees import flatten
-
     values, tree = flatten((x, y), "batch")
 
     def value(where: slice) -> float:
@@ -289,8 +289,6 @@ def _all_gradients(setting: _Setting, data: Batches, what: str) -> Tensor:
 
 
 def _perturbations(setting: _Setting, data: Batches, factors: Tensor) -> Tensor:
-    from ..trees import flatten
-
     columns = []
     for (x, y), rows in data.tracked("perturbations", setting.progress):
         if not isinstance(x, Tensor):

@@ -1,0 +1,162 @@
+"""What calls cost, in forward and backward passes, counted and not timed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacops
+from cases import F64
+
+
+@dataclass
+class Counter:
+    """Forward passes of a model, and backward passes through its output."""
+
+    forwards: list[int] = field(default_factory=list)
+    backwards: list[int] = field(default_factory=list)
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        return len(self.forwards), len(self.backwards)
+
+    def reset(self) -> None:
+        self.forwards.clear()
+        self.backwards.clear()
+
+
+@contextmanager
+def counting(module: nn.Module) -> Iterator[Counter]:
+    """Count how often the module's forward runs and how many sweeps start at its output."""
+    counter = Counter()
+
+    def seen(module: nn.Module, args: object, output: Tensor) -> None:
+        counter.forwards.append(1)
+        if output.requires_grad:
+            output.register_hook(lambda grad: counter.backwards.append(1))
+
+    handle = module.register_forward_hook(seen)
+    try:
+        yield counter
+    finally:
+        handle.remove()
+
+
+def net(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs)).to(F64)
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 50, 400])
+def test_a_jvp_is_one_forward_and_two_backward_sweeps_whatever_the_output_size(outputs: int) -> None:
+    model, x = net(3, outputs), torch.randn(5, 3, dtype=F64)
+    params = list(model.parameters())
+    with counting(model) as counter:
+        jacops.jvp(lambda: model(x), params, [torch.randn_like(p) for p in params])
+        assert counter.counted[0] == 1
+        assert counter.counted[1] <= 2
+        counter.reset()
+        jacops.model_jvp(model, x, [torch.randn_like(p) for p in params])
+        assert counter.counted[0] == 1
+        assert counter.counted[1] <= 2
+
+
+@pytest.mark.parametrize("batch", [1, 2, 20])
+def test_batched_products_linearise_once(batch: int) -> None:
+    model, x = net(3, 50), torch.randn(5, 3, dtype=F64)
+    params = list(model.parameters())
+    with counting(model) as counter:
+        jacops.batch_jvp(lambda: model(x), params, [torch.randn(batch, *p.shape, dtype=F64) for p in params])
+        assert counter.counted[0] == 1
+        assert counter.counted[1] <= batch + 2
+        counter.reset()
+        jacops.batch_vjp(lambda: model(x), params, torch.randn(batch, 5, 50, dtype=F64))
+        assert counter.counted[0] == 1
+        assert counter.counted[1] <= batch + 1
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 2), (3, 40), (1, 300)])
+def test_a_full_jacobian_is_a_sweep_per_row_or_per_column(inputs: int, outputs: int) -> None:
+    p = torch.randn(inputs, dtype=F64, requires_grad=True)
+    matrix = torch.randn(outputs, inputs, dtype=F64)
+    sweeps = []
+
+    def func() -> Tensor:
+        y = matrix @ p.sin()
+        y.register_hook(lambda grad: sweeps.append(1))
+        return y
+
+    jacops.full_jacobian(func, p)
+    assert len(sweeps) <= min(outputs, inputs) + 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "n"), [(6, 2, 1), (6, 2, 9), (2, 30, 9), (6, 2, 200), (1, 5, 64)]
+)
+def test_an_input_jacobian_shares_its_sweeps_over_all_samples(inputs: int, outputs: int, n: int) -> None:
+    model, x = net(inputs, outputs), torch.randn(n, inputs, dtype=F64)
+    fewest, check = min(inputs, outputs), 4
+    with counting(model.eval()) as counter:
+        jacops.compute_jacobian(model, x)
+        assert counter.counted[0] <= 1 + 2
+        assert counter.counted[1] <= fewest + check
+        counter.reset()
+        jacops.compute_jacobian(model, x)
+        assert counter.counted[0] == 1
+        assert counter.counted[1] <= fewest + 1
+
+
+def test_checks_are_paid_again_only_where_asked() -> None:
+    model, x = net(6, 2), torch.randn(9, 6, dtype=F64)
+    with counting(model) as counter:
+        sweeps: dict[str, int] = {}
+        for checks in ("never", "always", "always"):
+            counter.reset()
+            jacops.compute_jacobian(model, x, checks=checks)
+            sweeps[checks] = counter.counted[1]
+        assert sweeps["never"] == 2
+        assert sweeps["always"] > 2
+
+
+def test_samples_that_mix_go_one_at_a_time_with_a_warning() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(0)) ** 2
+
+    model, x = Centred(), torch.randn(7, 3, dtype=F64)
+    with counting(model) as counter:
+        with pytest.warns(jacops.JacopsWarning, match="samples mix"):
+            found = jacops.compute_jacobian(model, x)
+        assert counter.counted[0] >= 7
+    assert not found.any()
+
+
+PICKS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "compute_jacobian": lambda model, x: jacops.compute_jacobian(model, x, outputs=[31_337], checks="never"),
+    "modjac": lambda model, x: jacops.modjac(model, x[:1], outputs=[31_337], flatten=True),
+    "jacobian": lambda model, x: jacops.jacobian(model, x[:1], outputs=31_337).dense(),
+    "full_jacobian": lambda model, x: jacops.full_jacobian(lambda: model(x[:1]), model[0].weight, outputs=31_337)[0],
+}
+
+
+@pytest.mark.parametrize("call", PICKS)
+def test_one_logit_of_fifty_thousand_costs_one_sweep(call: str) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 50_000)).to(F64), torch.randn(3, 3, dtype=F64)
+    with counting(model) as counter:
+        PICKS[call](model, x)
+        assert counter.counted == (1, 1)
+
+
+def test_a_repeated_product_with_a_hessian_is_one_sweep_over_the_gradient() -> None:
+    model, x, y = net(3, 2), torch.randn(5, 3, dtype=F64), torch.randn(5, 2, dtype=F64)
+    with counting(model) as counter:
+        H = jacops.hessian(model, nn.functional.mse_loss, x, y)
+        v = torch.randn(H.shape[1], dtype=F64)
+        H @ v
+        forwards = counter.counted[0]
+        before = H.tape.sweeps
+        H @ v
+        assert H.tape.sweeps == before + 1
+        assert counter.counted[0] == forwards == 1

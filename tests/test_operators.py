@@ -1,0 +1,202 @@
+"""Laws over all operators, and what they are worth against an oracle that shares no code with the library."""
+
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import jacops
+import oracle
+from cases import F64, OPERATORS, data, net
+from jacops import Identity, Matrix, Operator
+from jacops.errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
+from jacops.testing import LawBrokenError, check_operator
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_keeps_the_laws(name: str) -> None:
+    check_operator(OPERATORS[name]())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_transpose_of_transpose_and_repr(name: str) -> None:
+    operator = OPERATORS[name]()
+    assert operator.T.T.shape == operator.shape == operator.T.shape[::-1]
+    assert f"{operator.shape[0]} × {operator.shape[1]}" in repr(operator)
+
+
+def test_a_broken_operator_is_caught() -> None:
+    class Wrong(Operator):
+        domain = codomain = Identity(Matrix(torch.eye(3, dtype=F64)).domain).space
+
+        def _apply(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows.cumsum(1)
+
+        def _apply_transpose(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows.cumsum(1)
+
+    with pytest.raises(LawBrokenError, match="<Av, u>"):
+        check_operator(Wrong())
+
+
+@pytest.mark.parametrize("mark", ["symmetric", "positive"])
+def test_a_false_mark_is_caught(mark: str) -> None:
+    with pytest.raises(LawBrokenError, match=mark):
+        check_operator(Matrix(-torch.eye(3, dtype=F64).cumsum(0), **{mark: True}))
+
+
+def parameters_matrix(blocks: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Return the oracle's blocks `[output][parameter]` of one output as a matrix."""
+    (row,) = blocks
+    return torch.cat([block.reshape(data()[0].shape[0] * 2, -1) for block in row], 1)
+
+
+def test_jacobian_is_the_oracles() -> None:
+    model, (x, _) = net(), data()
+    expected = parameters_matrix(oracle.parameter_jacobian(model, x))
+    torch.testing.assert_close(jacops.jacobian(model, x).dense(), expected)
+
+
+def test_hessian_is_the_oracles() -> None:
+    model, (x, y) = net(), data()
+    torch.testing.assert_close(jacops.hessian(model, F.mse_loss, x, y).dense(), oracle.hessian(model, F.mse_loss, x, y))
+
+
+def test_gauss_newton_of_a_linear_model_is_its_hessian() -> None:
+    model, (x, y) = nn.Linear(3, 2).to(F64), data()
+    ggn = jacops.ggn(model, F.mse_loss, x, y)
+    torch.testing.assert_close(ggn.dense(), jacops.hessian(model, F.mse_loss, x, y).dense())
+    assert ggn.symmetric
+    assert ggn.positive
+
+
+def test_gauss_newton_is_j_transposed_h_j() -> None:
+    model, (x, y) = net(), data()
+    J = parameters_matrix(oracle.parameter_jacobian(model, x))
+    torch.testing.assert_close(jacops.ggn(model, F.mse_loss, x, y).dense(), J.T @ J * (2 / y.numel()))
+
+
+def test_empirical_fisher_is_the_mean_of_squares_not_the_square_of_the_mean() -> None:
+    model, (x, y) = net(), data()
+    rows = torch.stack([oracle.gradient(model, F.mse_loss, x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
+    fisher = jacops.empirical_fisher(model, F.mse_loss, x, y)
+    torch.testing.assert_close(jacops.diagonal(fisher), (rows**2).mean(0))
+
+
+def test_products_answer_in_kind() -> None:
+    J, (x, _) = jacops.jacobian(net(), data()[0]), data()
+    trees = [torch.ones(shape, dtype=F64) for shape in J.domain.shapes]
+    flat = J.domain.flatten(trees)
+    named = dict(zip(J.domain.names, trees, strict=True))
+    torch.testing.assert_close((J @ trees)[0], (J @ flat).reshape(x.shape[0], 2))
+    torch.testing.assert_close((J @ named)["output"], (J @ trees)[0])
+    torch.testing.assert_close((J @ flat[:, None].expand(-1, 3))[:, 1], J @ flat)
+
+
+def test_repeated_products_run_the_model_once() -> None:
+    calls = []
+    model = net()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    J = jacops.jacobian(model, data()[0])
+    for _ in range(5):
+        J @ torch.ones(J.shape[1], dtype=F64)
+        J.T @ torch.ones(J.shape[0], dtype=F64)
+    assert len(calls) == 1
+
+
+def test_the_repr_says_which_route_was_taken_and_why() -> None:
+    class NoSecond(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(5, 3).to(F64)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.bag(ids)
+
+    J = jacops.jacobian(NoSecond(), torch.tensor([[0, 1], [2, 3]]))
+    assert "not yet used" in repr(J)
+    with pytest.warns(jacops.JacopsWarning, match="row by row"):
+        J @ torch.ones(J.shape[1], dtype=F64)
+    assert "because" in repr(J)
+    assert "embedding_bag" in repr(J)
+    with pytest.raises(NotDifferentiableError, match="fallback"):
+        strict = jacops.jacobian(NoSecond(), torch.tensor([[0, 1], [2, 3]]), fallback="error", checks="always")
+        strict @ torch.ones(J.shape[1], dtype=F64)
+
+
+@hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
+@hypothesis.given(n=st.integers(0, 5), inputs=st.integers(1, 4), outputs=st.integers(1, 5), batch=st.integers(1, 6))
+def test_input_jacobians_of_any_shape_are_the_oracles(n: int, inputs: int, outputs: int, batch: int) -> None:
+    model = nn.Sequential(nn.Linear(inputs, 3), nn.Tanh(), nn.Linear(3, outputs)).to(F64)
+    x = torch.randn(n, inputs, dtype=F64)
+    found = jacops.compute_jacobian(model, x, batch_size=batch)
+    assert found.shape == (n, outputs, inputs)
+    if n:
+        torch.testing.assert_close(found, oracle.input_jacobian(model, x))
+
+
+@hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
+@hypothesis.given(shape=st.lists(st.integers(0, 3), max_size=3), outer=st.integers(0, 4))
+def test_closures_over_any_shape_agree_with_each_other(shape: list[int], outer: int) -> None:
+    p = torch.randn(shape, dtype=F64, requires_grad=True)
+    weights = torch.randn(outer, *shape, dtype=F64)
+
+    def func() -> torch.Tensor:
+        return (weights * p.sin()).reshape(outer, math.prod(shape)).sum(1)
+
+    (J,) = jacops.full_jacobian(func, p)
+    v = torch.randn(shape, dtype=F64)
+    assert J.shape == (outer, *shape)
+    torch.testing.assert_close(J, weights * p.detach().cos())
+    torch.testing.assert_close(jacops.jvp(func, p, v), (J * v).reshape(outer, math.prod(shape)).sum(1))
+
+
+def test_trace_is_exact_or_says_how_far_off_it_may_be() -> None:
+    operator = OPERATORS["hessian"]()
+    exact = jacops.trace(operator)
+    assert exact.standard_error == 0
+    assert exact.value == pytest.approx(float(operator.dense().trace()))
+    estimate = jacops.trace(operator, probes=400)
+    assert abs(estimate.value - exact.value) < 5 * estimate.standard_error
+    with pytest.raises(InputError, match="square"):
+        jacops.trace(OPERATORS["matrix wide"]())
+
+
+@pytest.mark.parametrize(
+    ("v", "error", "needed"),
+    [
+        (torch.ones(4, dtype=F64), InputError, "26 entries"),
+        (torch.ones(26), InputError, "float64"),
+        (torch.full((26,), math.nan, dtype=F64), NonFiniteError, "NaN"),
+        (3.0, InputTypeError, "float"),
+        ([torch.ones(4, 3, dtype=F64)], InputError, "0.bias"),
+    ],
+)
+def test_a_wrong_vector_is_named(v: object, error: type[Exception], needed: str) -> None:
+    with pytest.raises(error, match=needed):
+        jacops.jacobian(net(), data()[0]) @ v
+
+
+def test_operators_between_other_spaces_do_not_join() -> None:
+    with pytest.raises(InputError, match="product"):
+        OPERATORS["matrix wide"]() @ OPERATORS["matrix wide"]()
+    with pytest.raises(InputError, match="sum"):
+        OPERATORS["matrix wide"]() + OPERATORS["matrix tall"]()
+
+
+def test_an_output_without_a_path_raises_unless_zeros_are_allowed() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2).to(F64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).detach()
+
+    with pytest.raises(NotDifferentiableError, match="allow_zero"):
+        jacops.jacobian(Cut(), data()[0])
+    assert not jacops.jacobian(Cut(), data()[0], allow_zero=True).dense().any()
