@@ -18,7 +18,7 @@ from ._backends._torch.cut import At
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
-from ._backends._torch.surroundings import private_noise, recording, sweeping
+from ._backends._torch.surroundings import out_of_inference, private_noise, recording, sweeping
 from ._backends._torch.tape import Tape
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
 from .operators import Operator, Recorded
@@ -129,15 +129,22 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     if not callable(loss):
         raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
     options.setdefault("parameters", trainable)
+    y = _recordable(y)
     found = record_model(model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), **options)
     _real_only(found.tape)
     if not found.tape.is_connected():
         raise NotDifferentiableError(
             f"{call}: no path leads from the loss to any of the parameters {found.tape.domain.layout}; its "
-            "derivative is zero "
-            "everywhere."
+            "derivative is "
+            "zero everywhere."
         )
     return found
+
+
+def _recordable(y: Any) -> Any:
+    """Return a target whose tensors may take part in a recorded computation."""
+    leaves, tree = flatten(y, "y")
+    return tree.build([out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 def _checked(value: Any) -> Tensor:
@@ -170,8 +177,8 @@ def gradient_tape(found: Recording, call: str) -> Tape:
     """
     tape = found.tape
     # A seed that requires grad makes once_differentiable backwards leave a mark instead of dropping their part.
-    seed = torch.ones_like(tape.outputs[0]).requires_grad_()
-    with sweeping(seed):
+    with sweeping(tape.outputs[0]):
+        seed = torch.ones_like(tape.outputs[0]).requires_grad_()
         grads = tape.pull([seed], create_graph=True)
     full = [_or_zero(g, leaf) for g, leaf in zip(grads, tape.leaves, strict=True)]
     names = [f"d loss / d {name}" for name in tape.domain.names]
@@ -328,7 +335,7 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operato
     J = Recorded(found.tape, found.output)
     with recording():
         leaves = [o.detach().requires_grad_() for o in found.tape.outputs]
-        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), y))
+        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), _recordable(y)))
     names = found.tape.codomain.names
     outer = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call="ggn", private=True)
     H = Recorded(

@@ -12,6 +12,7 @@ from ._backends._torch.cut import At
 from ._backends._torch.matrix import Blocks, jacobian_blocks
 from ._backends._torch.record import Recorded, record_closure, record_model
 from ._backends._torch.samples import Samples
+from ._backends._torch.surroundings import arithmetic
 from ._finite import check_outputs, is_finite, where_first
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .products import Params, say_if_unconnected
@@ -131,10 +132,11 @@ def full_jacobian(
     if not recorded.tape.leaves:
         return []
     say_if_unconnected(recorded)
-    blocks = jacobian_blocks(recorded.tape, create_graph, chunk_size=chunk_size)
-    _check_blocks("full_jacobian", recorded, blocks)
-    columns = zip(*blocks, strict=True)
-    return [_given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
+    with arithmetic(create_graph):
+        blocks = jacobian_blocks(recorded.tape, create_graph, chunk_size=chunk_size)
+        _check_blocks("full_jacobian", recorded, blocks)
+        columns = zip(*blocks, strict=True)
+        return [_given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
 
 
 def modjac(
@@ -163,7 +165,7 @@ def modjac(
             one argument; None is no argument.
         create_graph: Keep the result differentiable by the model's trainable parameters.
         strict: Raise if an output does not depend on a parameter at all.
-        vectorize: Many rows in one batched sweep; the numbers are the same either way.
+        vectorize: Accepted for the page's sake: rows are batched wherever that agrees with one by one, either way.
         strategy: `"reverse-mode"` sweeps over output entries, `"forward-mode"` over parameter entries.
         flatten: Return one matrix, all outputs by all parameters, columns in `named_parameters()` order.
         trainable_only: Leave frozen parameters out.
@@ -202,25 +204,15 @@ def modjac(
         _check_dependence(recorded)
     else:
         say_if_unconnected(recorded)
-    blocks = jacobian_blocks(
-        recorded.tape, create_graph, columns=forward, chunk_size=None if vectorize or forward else 1
-    )
-    if check_finite:
-        _check_blocks("modjac", recorded, blocks, _FINITE_TODO)
-    blocks = (
-        lie(blocks)
-        if lie
-        else [
-            [_shaped(b, o, p) for b, p in zip(row, recorded.tape.leaves, strict=True)]
-            for row, o in zip(blocks, recorded.tape.outputs, strict=True)
-        ]
-    )
-    if forward:
-        blocks = [
-            [b.to(torch.promote_types(b.dtype, o.dtype) if b.is_complex() else o.dtype) for b in row]
-            for row, o in zip(blocks, recorded.tape.outputs, strict=True)
-        ]
-    return _arranged(recorded, [[_given(b, create_graph) for b in row] for row in blocks], flatten)
+    with arithmetic(create_graph):
+        blocks = jacobian_blocks(recorded.tape, create_graph, columns=forward)
+        if check_finite:
+            _check_blocks("modjac", recorded, blocks, _FINITE_TODO)
+        shaped = lie(blocks) if lie else _shaped(recorded, blocks)
+        if forward:
+            pairs = zip(shaped, recorded.tape.outputs, strict=True)
+            shaped = [[b if b.is_complex() else b.to(o.dtype) for b in row] for row, o in pairs]
+        return _arranged(recorded, [[_given(b, create_graph) for b in row] for row in shaped], flatten)
 
 
 def _arranged(recorded: Recorded, blocks: Blocks, flat: bool) -> Any:
@@ -239,8 +231,13 @@ def _matrix(block: Tensor, output: Tensor) -> Tensor:
     return block.reshape(block.shape[: output.ndim].numel(), block.shape[output.ndim :].numel())
 
 
-def _shaped(block: Tensor, output: Tensor, param: Tensor) -> Tensor:
-    return block.reshape(*output.shape, *param.shape)
+def _shaped(recorded: Recorded, blocks: Blocks) -> Blocks:
+    """Return blocks `(output entries, *parameter)` as `(*output, *parameter)`."""
+    params, outputs = recorded.tape.leaves, recorded.tape.outputs
+    return [
+        [block.reshape(*output.shape, *param.shape) for block, param in zip(row, params, strict=True)]
+        for row, output in zip(blocks, outputs, strict=True)
+    ]
 
 
 def _check_strategy(strategy: str) -> bool:

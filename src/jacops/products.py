@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._backends._torch.record import Recorded, record_closure, record_model
-from ._backends._torch.surroundings import out_of_inference
+from ._backends._torch.surroundings import arithmetic, out_of_inference
 from ._finite import check_finite, check_vector
 from .errors import ModelStateError, explain, warn
 
@@ -204,9 +204,10 @@ def _push(recorded: Recorded, v: Vectors, create_graph: bool, batch: bool) -> An
     vectors = [out_of_inference(t) for t in tape.domain.check(v, "vs" if batch else "v", batch=batch)]
     check_vector(tape.call, "vs" if batch else "v", vectors)
     say_if_unconnected(recorded)
-    rows = tape.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
-    check_finite(tape.call, rows, tape.codomain.names, recorded)
-    return recorded.tree.build([_given(r if batch else r[0], create_graph) for r in rows])
+    with arithmetic(create_graph):
+        rows = tape.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
+        check_finite(tape.call, rows, tape.codomain.names, recorded)
+        return recorded.tree.build([_given(r if batch else r[0], create_graph) for r in rows])
 
 
 def _pull(recorded: Recorded, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
@@ -218,9 +219,10 @@ def _pull(recorded: Recorded, v: Any, create_graph: bool, batch: bool) -> list[T
     vectors = [out_of_inference(t) for t in tape.codomain.check(v, name, batch=batch)]
     check_vector(tape.call, name, vectors)
     say_if_unconnected(recorded)
-    rows = tape.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
-    check_finite(tape.call, rows, tape.domain.names, recorded)
-    return [_given(r if batch else r[0], create_graph) for r in rows]
+    with arithmetic(create_graph):
+        rows = tape.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
+        check_finite(tape.call, rows, tape.domain.names, recorded)
+        return [_given(r if batch else r[0], create_graph) for r in rows]
 
 
 def _given(result: Tensor, create_graph: bool) -> Tensor:

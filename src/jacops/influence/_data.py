@@ -29,6 +29,11 @@ class Batches:
         InputTypeError: It is not iterable.
     """
 
+    @classmethod
+    def of(cls, loader: Any, name: str) -> Batches:
+        """Return `loader` as batches; one that is already stays, and goes on comparing its passes."""
+        return loader if isinstance(loader, Batches) else cls(loader, name)
+
     def __init__(self, loader: Any, name: str) -> None:
         if isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[1], Tensor):
             loader = [loader]

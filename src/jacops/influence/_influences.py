@@ -27,7 +27,7 @@ from ._twice_differentiable import InverseHvpResult
 
 Reduction = Literal["mean", "sum"]
 Curvature = Literal["hessian", "ggn"]
-_CONVENTION = "s_test · grad: positive where weighting the training sample up lowers the test loss"
+SIGN = "+ s_test · grad: positive where weighting the training sample up lowers the test loss"
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Influences:
         influence_type: Which of the two.
         sign: The convention, in words.
         units: What a number means.
+        damping: Added to the curvature.
         info: As in `InfluenceFactors`.
     """
 
@@ -72,6 +73,7 @@ class Influences:
     influence_type: str
     sign: str
     units: str
+    damping: float
     info: dict[str, Any]
 
     @property
@@ -149,9 +151,9 @@ def compute_influence_factors(
     if inversion_method != "direct":
         raise InputError(explain("inversion_method", repr(inversion_method), "'direct' is needed"))
     setting = _checked(differentiable_model, training_data, damping, curvature, reduction, on_failure, progress)
+    test = setting.data if test_data is training_data else Batches.of(test_data, "test_data")
     matrix, rows = _curvature(setting)
-    right = _all_gradients(setting, Batches(test_data, "test_data"), "test gradients")
-    return _solved(setting, matrix, rows, right)
+    return _solved(setting, matrix, rows, _all_gradients(setting.model, test, "test gradients", progress))
 
 
 def compute_influences(
@@ -185,20 +187,18 @@ def compute_influences(
     """
     if influence_type not in ("up", "perturbation"):
         raise InputError(explain("influence_type", repr(influence_type), "'up' or 'perturbation' is needed"))
-    factors = compute_influence_factors(
-        differentiable_model, training_data, training_data if test_data is None else test_data, **options
-    )
-    setting = _checked(
-        differentiable_model, training_data, 0.0, "hessian", options.get("reduction"), "raise", options.get("progress")
-    )
-    asked = setting.data if input_data is None else Batches(input_data, "input_data")
+    train = Batches.of(training_data, "training_data")
+    test = train if test_data is None or test_data is training_data else Batches.of(test_data, "test_data")
+    asked = train if input_data is None or input_data is training_data else Batches.of(input_data, "input_data")
+    factors = compute_influence_factors(differentiable_model, train, test, **options)
     if influence_type == "up":
-        values = factors.x @ _all_gradients(setting, asked, "training gradients").T
+        gradients = _all_gradients(differentiable_model, asked, "training gradients", options.get("progress"))
+        values = factors.x @ gradients.T
         units = "test loss per unit of weight of the training sample"
     else:
-        values = _perturbations(setting, asked, factors.x)
+        values = _perturbations(differentiable_model, asked, factors.x, options.get("progress"))
         units = "test loss per unit of weight and unit of the training input"
-    return Influences(values, influence_type, _CONVENTION, units, factors.info)
+    return Influences(values, influence_type, SIGN, units, factors.info["damping"], factors.info)
 
 
 def self_influences(differentiable_model: TorchTwiceDifferentiable, training_data: Any, **options: Any) -> Tensor:
@@ -211,11 +211,10 @@ def self_influences(differentiable_model: TorchTwiceDifferentiable, training_dat
         training_data: As in `compute_influence_factors`.
         options: `damping=`, `curvature=`, … as in `compute_influence_factors`.
     """
-    factors = compute_influence_factors(differentiable_model, training_data, training_data, **options)
-    setting = _checked(
-        differentiable_model, training_data, 0.0, "hessian", options.get("reduction"), "raise", options.get("progress")
-    )
-    return (factors.x * _all_gradients(setting, setting.data, "training gradients")).sum(1)
+    train = Batches.of(training_data, "training_data")
+    factors = compute_influence_factors(differentiable_model, train, train, **options)
+    gradients = _all_gradients(differentiable_model, train, "training gradients", options.get("progress"))
+    return (factors.x * gradients).sum(1)
 
 
 def _checked(
@@ -236,7 +235,9 @@ def _checked(
         if value not in known:
             raise InputError(explain(name, repr(value), f"one of {known} is needed"))
     refuse_mixing_modules(bare(model.model))
-    return _Setting(model, Batches(data, "training_data"), float(damping), curvature, reduction, on_failure, progress)
+    return _Setting(
+        model, Batches.of(data, "training_data"), float(damping), curvature, reduction, on_failure, progress
+    )
 
 
 def _curvature(setting: _Setting) -> tuple[Tensor, int]:
@@ -271,7 +272,7 @@ def _check_reduction(setting: _Setting, x: Any, y: Any, rows: int) -> None:
     alone = [value(slice(i, i + 1)) for i in range(few)]
     together, expected = value(slice(0, few)), sum(alone) / (few if setting.reduction == "mean" else 1)
     scale = max(sum(map(abs, alone)) / few, 1e-30)
-    if abs(together - expected) > 1e-3 * max(scale, abs(expected)):
+    if not abs(together - expected) <= 1e-3 * max(scale, abs(expected)):
         raise InputError(
             f"`reduction` is {setting.reduction!r}, but the loss of {few} rows together is {together:.6g} and "
             f"the {setting.reduction} of "
@@ -280,26 +281,24 @@ def _check_reduction(setting: _Setting, x: Any, y: Any, rows: int) -> None:
         )
 
 
-def _all_gradients(setting: _Setting, data: Batches, what: str) -> Tensor:
-    parts = [
-        sample_gradients(setting.model.model, setting.model.loss, x, y).matrix
-        for (x, y), _ in data.tracked(what, setting.progress)
-    ]
-    return torch.cat(parts)
+def _all_gradients(model: TorchTwiceDifferentiable, data: Batches, what: str, progress: bool | None) -> Tensor:
+    return torch.cat(
+        [sample_gradients(model.model, model.loss, x, y).matrix for (x, y), _ in data.tracked(what, progress)]
+    )
 
 
-def _perturbations(setting: _Setting, data: Batches, factors: Tensor) -> Tensor:
+def _perturbations(model: TorchTwiceDifferentiable, data: Batches, factors: Tensor, progress: bool | None) -> Tensor:
     columns = []
-    for (x, y), rows in data.tracked("perturbations", setting.progress):
+    for (x, y), rows in data.tracked("perturbations", progress):
         if not isinstance(x, Tensor):
             raise InputError(
-                explain("input_data", f"giving x as a {type(x).__name__}", "perturbations need x as one tensor")
+                explain("input_data", f"giving x as a {type(x).__name__}", "perturbations need one tensor")
             )
         values, tree = flatten((x, y), "batch")
         for i in range(rows):
             one_x, one_y = tree.build([v[i : i + 1] for v in values])
-            gradient = setting.model.grad(one_x, one_y, create_graph=True)
-            moved = setting.model.mvp(gradient, factors, backprop_on=one_x)
+            gradient = model.grad(one_x, one_y, create_graph=True)
+            moved = model.mvp(gradient, factors, backprop_on=one_x)
             columns.append(moved.reshape(factors.shape[0], *x.shape[1:]))
     return torch.stack(columns, 1)
 
@@ -308,8 +307,7 @@ def _solved(setting: _Setting, matrix: Tensor, rows: int, right: Tensor) -> Infl
     damped = matrix.clone()
     damped.diagonal().add_(setting.damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    lowest: float | None = None
-    status = "converged"
+    status, lowest = "converged", None
     if int(failed):
         lowest, highest = (float(e) for e in torch.linalg.eigvalsh(damped)[[0, -1]])
         level = damped.shape[0] * torch.finfo(damped.dtype).eps * max(abs(lowest), abs(highest))
@@ -317,17 +315,11 @@ def _solved(setting: _Setting, matrix: Tensor, rows: int, right: Tensor) -> Infl
         solution = torch.full_like(right, math.nan)
     else:
         solution = torch.cholesky_solve(right.T, factor).T
-    residual = (
-        (solution @ damped - right).norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
-    ).tolist()
-    reach = 1e-8 if damped.dtype == torch.float64 else 1e-4
-    attainable = (
-        torch.finfo(damped.dtype).eps
-        * size(damped)
-        * max((size(s) / max(size(b), 1e-300) for s, b in zip(solution, right, strict=True)), default=0.0)
-    )
-    if status == "converged" and max(residual, default=0.0) > max(reach, attainable):
-        status = "stagnated"
+    condition = float("inf") if int(failed) else float((factor.diagonal().max() / factor.diagonal().min()) ** 2)
+    tiny = torch.finfo(right.dtype).tiny
+    residual = ((solution @ damped - right).norm(dim=1) / right.norm(dim=1).clamp_min(tiny)).tolist()
+    if status == "converged":
+        status = _judged(damped, solution, right, condition, max(residual, default=0.0))
     parameters = parameter_names(bare(setting.model.model)).values()
     info = {
         "method": "direct",
@@ -337,6 +329,7 @@ def _solved(setting: _Setting, matrix: Tensor, rows: int, right: Tensor) -> Infl
         "residual": residual,
         "damping": setting.damping,
         "lowest_eigenvalue": lowest,
+        "condition": condition,
         "rows": rows,
         "reduction": setting.reduction,
         "covered": setting.model.num_params,
@@ -348,7 +341,19 @@ def _solved(setting: _Setting, matrix: Tensor, rows: int, right: Tensor) -> Infl
     return result
 
 
+def _judged(damped: Tensor, solution: Tensor, right: Tensor, condition: float, worst: float) -> str:
+    """Return a status from a lower bound of the condition number and the true residual."""
+    double = damped.dtype == torch.float64
+    if condition > (1e14 if double else 1e6):
+        return "singular"
+    reach = [size(s) / max(size(b), 1e-300) for s, b in zip(solution, right, strict=True)]
+    attainable = torch.finfo(damped.dtype).eps * size(damped) * max(reach, default=0.0)
+    return "converged" if worst <= max(1e-8 if double else 1e-4, attainable) else "stagnated"
+
+
 def _advice(setting: _Setting, status: str, lowest: float | None, residual: list[float]) -> str:
+    if lowest is None and status == "singular":
+        return f"{setting.curvature} plus damping {setting.damping:g} is singular to rounding. Raise `damping`."
     if lowest is None:
         worst = f"{max(residual):.1e} ({status})"
         return f"the direct solve left a relative residual of {worst}. Run the problem in float64 or raise `damping`."

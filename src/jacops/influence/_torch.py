@@ -174,6 +174,9 @@ def _directions(v: Any, grad_xy: Tensor) -> Tensor:
 
 
 def _targets(backprop_on: Any, grad_xy: Tensor) -> list[Tensor]:
+    if not isinstance(backprop_on, Tensor | Iterable):
+        came = f"a {type(backprop_on).__name__}"
+        raise InputTypeError(explain("backprop_on", came, "a tensor or several tensors are needed"))
     listed = [backprop_on] if isinstance(backprop_on, Tensor) else list(backprop_on)
     origin: dict[int, tuple[Tensor, Tensor]] = getattr(grad_xy, _ORIGIN, {})
     targets = []

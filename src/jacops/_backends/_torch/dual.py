@@ -62,6 +62,8 @@ class Dual:
             RouteFailedError: The function has no derivative of its backward, or it fails the adjoint identity.
         """
         many = tangents[0].shape[0]
+        if not self.live:
+            return [zero_rows(many, o) for o in self.tape.outputs]
         paired = [(g, tangents[j]) for g, j in zip(self.grads, self.index, strict=True) if g is not None]
         results: list[Tensor | None] = [None] * len(self.seeds)
         recorded = [(g, t) for g, t in paired if g.requires_grad]
@@ -90,8 +92,6 @@ class Dual:
         return [None if column[0] is None else torch.stack([plain(c) for c in column]) for column in columns]
 
     def _check_adjoint(self, paired: list[tuple[Tensor, Tensor]], pushed: Rows) -> None:
-        if not pushed:
-            return
         nothing = torch.zeros(pushed[0].shape[0], dtype=torch.float64, device=pushed[0].device)
         left = sum((inner(u, r) for u, r in zip(self.seeds, pushed, strict=True)), nothing)
         right = sum((inner(g, t) for g, t in paired), nothing)

@@ -86,6 +86,13 @@ def sweeping(like: Tensor) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def arithmetic(create_graph: bool) -> Iterator[None]:
+    """Put results together in the gradient mode that the call asks for, whatever the caller's is."""
+    with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
+        yield
+
+
 class _RandomState:
     """The global random states put back afterwards, those of devices included.
 
