@@ -870,8 +870,8 @@ def test_refusals_a_singular_or_indefinite_system_carries_its_solution_and_advic
         compute_influences(indefinite, [(draw(5, 2), draw(5, 1))], damping=0.01)
     assert error.value.solution.info["lowest_eigenvalue"] < 0
     kept = compute_influence_factors(case.wrapped(), data, data, on_failure="return")
+    assert kept.info["status"] == "singular"
     assert not kept.info["converged"]
-    assert not kept.x.isfinite().any()
 
 
 @pytest.mark.parametrize("shape", [(5,), (1,), (5, 2)], ids=str)

@@ -819,10 +819,13 @@ def test_shapes_a_batch_of_no_directions_is_empty():
     assert found.shape == (0, 3, 2)
 
 
-def test_shapes_no_parameters():
+def test_shapes_no_parameters_have_no_columns_and_a_used_up_generator_is_no_parameters():
     assert full_jacobian(lambda: torch.ones(3), []) == []
-    assert torch.equal(jvp(lambda: torch.ones(3), [], []), torch.zeros(3))
-    assert vjp(lambda: torch.ones(3), [], torch.ones(3)) == []
+    used = iter([weight(3)])
+    next(used)
+    for call, v in ((jvp, []), (vjp, torch.ones(3)), (batch_jvp, []), (batch_vjp, torch.ones(2, 3))):
+        with pytest.raises(InputError, match="`params` is empty.*generator"):
+            call(lambda: torch.ones(3), used, v)
 
 
 @pytest.mark.parametrize("container", [tuple, list, dict])

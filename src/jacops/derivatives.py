@@ -130,7 +130,9 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
         raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
     options.setdefault("parameters", trainable)
     y = _recordable(y)
-    found = record_model(model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), **options)
+    found = record_model(
+        model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
+    )
     _real_only(found.tape)
     if not found.tape.is_connected():
         raise NotDifferentiableError(

@@ -59,7 +59,7 @@ def refuse_mixing_modules(model: nn.Module) -> None:
     Raises:
         ModelStateError: The message names the module and the switch to flip.
     """
-    for name, module in model.named_modules():
+    for name, module in bare(model).named_modules():
         if not module.training:
             continue
         label = f"module '{name}' ({type(module).__name__})"

@@ -82,7 +82,7 @@ class Dual:
 
         trust = self.tape.trust
         with sweeping(self.seeds[0]):
-            if many > 1 and not trust.refused("push", "batched"):
+            if many > 1 and self.tape.may_batch("push", create_graph):
                 try:
                     return list(attempt(lambda: sweep(tangents, True)))
                 except RouteFailedError:

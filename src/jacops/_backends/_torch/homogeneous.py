@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .replica import replicate
+from .replica import bare, check_state, replicate
 from .surroundings import random_state_kept, recording
 from .tape import Tape
 
@@ -228,6 +228,7 @@ def bias_part(model: Any, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor, t
     """
     outputs, parts, smooth = [], [], {}
     for start in range(0, max(x.shape[0], 1), batch_size):
+        check_state(bare(model))
         module = replicate(model, training=False)
         with recording(), random_state_kept():
             t = torch.ones((), dtype=x.dtype, device=x.device, requires_grad=True)

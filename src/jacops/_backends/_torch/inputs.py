@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -101,26 +102,46 @@ def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple
 
 @contextmanager
 def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Say what does not fit when a forward fails because an input has another dtype or device than the weights."""
+    """Say what does not fit when a forward fails because an input has another dtype or device than the weights.
+
+    Raises:
+        InputError: That is so; torch's own error is its cause.
+    """
     try:
         yield
     except RuntimeError as error:
-        weight = (
-            next((p for p in module.parameters() if p.is_floating_point()), None)
-            if isinstance(module, nn.Module)
-            else None
-        )
+        params = module.parameters() if isinstance(module, nn.Module) else iter(())
+        weight = next((p for p in params if p.is_floating_point()), None)
         if weight is None or isinstance(error, JacopsError):
             raise
         for tensor in tensors:
             if tensor.device != weight.device:
                 todo = f"Call `.to('{weight.device}')` on one of them."
-                raise InputError(
-                    explain("input", f"on {tensor.device}", f"the model is on {weight.device}", todo)
-                ) from error
-            if tensor.is_floating_point() and tensor.dtype != weight.dtype:
+                needed = f"the model is on {weight.device}"
+                raise InputError(explain("input", f"on {tensor.device}", needed, todo)) from error
+            if tensor.dtype != weight.dtype and (tensor.is_floating_point() or "dtype" in str(error)):
                 todo = "Cast one of them; nothing is cast silently."
-                raise InputError(
-                    explain("input", f"of {tensor.dtype}", f"the model is of {weight.dtype}", todo)
-                ) from error
+                needed = f"the model is of {weight.dtype}"
+                raise InputError(explain("input", f"of {tensor.dtype}", needed, todo)) from error
         raise
+
+
+def refuse_arrays(value: Any) -> None:
+    """Refuse NumPy arrays and bare numbers where a model's input is expected.
+
+    Raises:
+        InputTypeError: There is one; the message names it.
+    """
+    for leaf, name in zip(*_named(value), strict=True):
+        if isinstance(leaf, np.ndarray) or (isinstance(value, list) and isinstance(leaf, int | float)):
+            came = "an array" if isinstance(leaf, np.ndarray) else "a number in a list"
+            raise InputTypeError(
+                explain(
+                    name, f"{came} ({type(leaf).__name__})", "a tensor is needed", "Convert it with torch.as_tensor."
+                )
+            )
+
+
+def _named(value: Any) -> tuple[list[Any], tuple[str, ...]]:
+    leaves, tree = flatten(value, "input")
+    return leaves, tree.names

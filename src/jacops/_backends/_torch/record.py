@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError, explain
 from ...trees import Selector, Tree, flatten, output_leaves, select
 from .cut import At, Cut
-from .inputs import check_fallback, check_params, forward_explained, private_inputs, split_input
+from .inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
 from .replica import Replica, bare, check_state, parameter_names, replicate
 from .surroundings import autocast_on, random_state_kept, recording
 from .tape import Tape
-from .trust import Trust, trust_in
+from .trust import Trust, told_apart, trust_in
 from .watch import Habits, Watch, WritesState
 
 
@@ -120,6 +120,7 @@ def record_model(
     fallback: str = "warn",
     training: bool | None = None,
     finish: Callable[[Any], Any] | None = None,
+    purpose: Any = None,
     connected: bool = False,
     shift: Mapping[str, Tensor] | None = None,
 ) -> Recorded:
@@ -136,6 +137,7 @@ def record_model(
         fallback: What happens when a fast route is left.
         training: A mode for all modules, None for their own.
         finish: Applied to the output last (a loss).
+        purpose: Tells one `finish` from another in what is remembered.
         connected: Keep the result connected to the caller's trainable parameters, for derivatives of derivatives.
         shift: Added to the private copies of parameters, by name, for finite differences.
 
@@ -147,6 +149,7 @@ def record_model(
     module = bare(model)
     check_state(module)
     check_fallback(fallback)
+    refuse_arrays(value)
     chosen = {n: p for n, p in parameter_names(module).items() if parameters is not None and parameters(n, p)}
     if parameters is not None and not chosen:
         raise ModelStateError(
@@ -157,7 +160,8 @@ def record_model(
             )
         )
     tensors = [t for t in flatten(value, "input")[0] if isinstance(t, Tensor)]
-    trust = trust_in(module, setting(module, tensors, "whole", training, at, repr(outputs)), checks)
+    key = setting(module, tensors, "whole", training, at, told_apart(outputs), told_apart(purpose))
+    trust = trust_in(module, key, checks)
     kept: dict[str, Any] = {}
 
     def run(replica: Replica) -> Any:

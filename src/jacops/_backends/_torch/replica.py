@@ -154,7 +154,8 @@ def _copied(parameter: Tensor, differentiated: bool, connected: bool, cloned: bo
 
 def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bool | None) -> Replica:
     """TorchScript modules live outside Python: only their own deep copy copies them."""
-    module, originals = copy.deepcopy(model), parameter_names(model)
+    with torch.inference_mode(False), torch.no_grad():  # in this order: the first one switches gradients on
+        module, originals = copy.deepcopy(model), parameter_names(model)
     private = parameter_names(module)
     for name, parameter in private.items():
         parameter.requires_grad_(wrt(name, originals[name]))
@@ -186,7 +187,7 @@ class _Builder:
         if type(module).__name__ == "OptimizedModule":
             return self.build(module._orig_mod)
         if isinstance(module, torch.jit.ScriptModule):
-            return copy.deepcopy(module, {id(p): self.memo[id(p)] for p in module.parameters()})
+            return self._scripted(module)
         twin = module.__class__.__new__(module.__class__)
         self.memo[id(module)] = twin
         twin.__dict__ = {key: self.build(value) for key, value in module.__dict__.items()}
@@ -195,6 +196,15 @@ class _Builder:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             twin.__dict__["sparse"] = False  # the same function; sparse gradients have no second derivative
         return twin
+
+    def _scripted(self, module: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            twin = copy.deepcopy(module)
+        for own, other in zip(module.parameters(), twin.parameters(), strict=True):
+            other.requires_grad_(self.memo[id(own)].requires_grad)
+            self.memo[id(own)] = other
+        self.memo[id(module)] = twin
+        return twin if self.training is None else twin.train(self.training)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         """Clone what a forward may write into; keep a recorded or shared graph tensor as it is."""

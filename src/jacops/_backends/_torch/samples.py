@@ -27,7 +27,7 @@ from .replica import bare, check_state, replicate
 from .sample_sweeps import sweep
 from .surroundings import autocast_on, is_memory_error, random_state_kept, recording
 from .tape import Tape
-from .trust import Trust, trust_in
+from .trust import Trust, told_apart, trust_in
 from .watch import Habits, Watch, WritesState
 
 
@@ -165,9 +165,9 @@ class Samples:
 
     def _trust(self, values: Sequence[Tensor]) -> Trust:
         if isinstance(self.model, nn.Module):
-            key = setting(self.model, values, "samples", self.at, repr(self.outputs))
+            key = setting(self.model, values, "samples", self.at, told_apart(self.outputs))
         else:
-            key = ("samples", tuple((v.shape, v.dtype, v.device) for v in values), repr(self.outputs))
+            key = ("samples", tuple((v.shape, v.dtype, v.device) for v in values), told_apart(self.outputs))
         return trust_in(self.model, key, self.checks)
 
     def _guarded(self) -> list[Tensor]:
@@ -262,6 +262,7 @@ class Samples:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, JacopsError) or is_memory_error(error):
                 raise
+            self.run([v[:1] for v in values])  # where it fails alone too, that is the error to see
             return (
                 f"the forward takes no batch of {where.stop - where.start} ({type(error).__name__}: {str(error)[:100]})"
             )

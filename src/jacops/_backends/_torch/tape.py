@@ -170,7 +170,7 @@ class Tape:
         many = next(c.shape[0] for c in cotangents if c is not None)
         if many == 0:
             return [zero_rows(0, leaf) for leaf in self.leaves]
-        if many > 1 and self._may("pull", "batched"):
+        if many > 1 and self.may_batch("pull", create_graph):
             try:
                 return self._pull_batched(cotangents, many, create_graph)
             except RouteFailedError as reason:
@@ -211,8 +211,9 @@ class Tape:
         scales = [float(weights.abs().max()) * size(row) for row in rows]
         error = worst_disagreement(pairs, scales)
         if not error <= self.tolerance:
-            cause = f"they differ by {error:.1e}" if math.isfinite(error) else "values are not finite"
-            raise RouteLiesError(f"a batched backward pass disagrees with the plain one ({cause})")
+            if not math.isfinite(error):
+                raise RouteFailedError("values are not finite")
+            raise RouteLiesError(f"a batched backward pass disagrees with the plain one (by {error:.1e})")
 
     # ---- tangents --------------------------------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ class Tape:
         if many == 0:
             return [zero_rows(0, o) for o in self.outputs]
         live = sum(o.numel() for o in self.outputs if o.requires_grad)
-        if live > max(many, 1) and self._may("push", "dual"):
+        if live > max(many, 1) and not self.trust.refused("push", "dual"):
             try:
                 return self.push_dual(tangents, create_graph)
             except RouteFailedError as reason:
@@ -279,8 +280,12 @@ class Tape:
 
     # ---- the ladder ------------------------------------------------------------------------------------------
 
-    def _may(self, sweep: str, route: str) -> bool:
-        return not self.trust.refused(sweep, route)
+    def may_batch(self, sweep: str, create_graph: bool) -> bool:
+        """Say whether many vectors may share a sweep.
+
+        Under vmap a custom Function can lose the graph of its result, which a check of values would not see.
+        """
+        return not self.trust.refused(sweep, "batched") and not (create_graph and self.survey.functions)
 
     def leave(self, sweep: str, route: str, reason: RouteFailedError) -> None:
         """Go on by another route, saying so as `fallback` asks."""

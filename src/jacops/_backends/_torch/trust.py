@@ -42,6 +42,29 @@ class Trust:
         return (sweep, route) in self._refused
 
 
+class SameObject:
+    """A key that equals another one while both stand for the same living object, and keeps it not alive."""
+
+    def __init__(self, value: Any) -> None:
+        self._hash = id(value)
+        try:
+            self._reference: Any = weakref.ref(value)
+        except TypeError:
+            self._reference = lambda: None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        own = self._reference()
+        return own is not None and isinstance(other, SameObject) and own is other._reference()
+
+
+def told_apart(value: Any) -> Hashable:
+    """Return a key for a selector or a loss: functions by identity, values by what they say."""
+    return SameObject(value) if callable(value) else repr(value)
+
+
 _known: weakref.WeakKeyDictionary[Any, dict[Hashable, Trust]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
