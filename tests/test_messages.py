@@ -447,7 +447,9 @@ def shape_only(model: nn.Module, x: Any, call: str) -> Any:
 def test_input_of_another_dtype_names_both(call: str, own: torch.dtype, given: torch.dtype):
     model, x = small_net().to(own), torch.ones(5, 3).to(given)
     if call == "compute_jacobian" and given is torch.int64:
-        pytest.skip("an integer input has no derivative at all")
+        with pytest.raises(NotDifferentiableError, match="integer inputs have no derivative"):
+            compute_jacobian(model, x)
+        return
     with pytest.raises(InputError) as error:
         shape_only(model, x, call)
     says(error.value, "`input`", str(own), str(given), "Cast one of them")
@@ -694,6 +696,34 @@ def test_plain_class_in_place_of_a_model_is_asked_back(call: str):
     with pytest.raises(InputTypeError) as error:
         FUNCTION_CALLS.get(call, lambda model: compute_jacobian(model, draw(5, 3)))(nn.Linear)
     says(error.value, "`model`", "the class Linear", "Did you mean Linear()?")
+
+
+# Words that choose a route
+
+
+@pytest.mark.parametrize("argument", ["checks", "fallback"])
+def test_unknown_words_come_with_the_known_ones(argument: str):
+    known = {"checks": ("'first'", "'always'", "'never'"), "fallback": ("'warn'", "'silent'", "'error'")}[argument]
+    model, x, y = small_net(), draw(5, 3), draw(5, 2)
+    word = {argument: "sometimes"}
+    for call in (
+        lambda: compute_jacobian(model, x, **word),
+        lambda: jacops.jacobian(model, x, **word),
+        lambda: jacops.hessian(model, F.mse_loss, x, y, **word),
+        lambda: jacops.ggn(model, F.mse_loss, x, y, **word),
+    ):
+        with pytest.raises(InputError) as error:
+            call()
+        says(error.value, f"`{argument}`", "'sometimes'", *known)
+
+
+@pytest.mark.parametrize("call", ["jvp", "batch_jvp"])
+def test_unknown_fallback_of_a_closure_is_named_before_it_runs(call: str):
+    runs: list[int] = []
+    W = draw(3).requires_grad_()
+    with pytest.raises(InputError, match="`fallback` is 'maybe'"):
+        getattr(jacops, call)(lambda: runs.append(1) or W**2, [W], draw(*([2] * (call != "jvp")), 3), fallback="maybe")
+    assert not runs
 
 
 # The errors themselves

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.homogeneous import bias_part
+from ._backends._torch.surroundings import eager
 from ._finite import is_finite, where_first
 from .errors import InputError, InputTypeError, NonFiniteError, explain
 from .jacobians import compute_jacobian
@@ -260,6 +261,7 @@ class Contributions:
         )
 
 
+@eager
 def contributions(
     model: nn.Module,
     x: Tensor,

@@ -18,7 +18,7 @@ from ._backends._torch.cut import At
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
-from ._backends._torch.surroundings import out_of_inference, private_noise, recording, sweeping
+from ._backends._torch.surroundings import eager, out_of_inference, private_noise, recording, sweeping
 from ._backends._torch.tape import Tape
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
 from .operators import Operator, Recorded
@@ -36,6 +36,7 @@ def trainable(name: str, parameter: Tensor) -> bool:
     return parameter.requires_grad
 
 
+@eager
 def jacobian(
     model: nn.Module,
     inputs: Any,
@@ -168,6 +169,11 @@ def _checked(value: Any) -> Tensor:
                 "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it.",
             )
         )
+    if not value.is_floating_point():
+        todo = "Take scores rather than labels or counts."
+        raise NotDifferentiableError(
+            explain("the loss", f"of dtype {value.dtype}", "a floating-point number is needed", todo)
+        )
     return value
 
 
@@ -242,6 +248,7 @@ def _or_zero(grad: Tensor | None, leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if grad is None else grad
 
 
+@eager
 def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Recorded:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
 
@@ -307,6 +314,7 @@ def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[s
         )
 
 
+@eager
 def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 

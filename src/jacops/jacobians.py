@@ -12,7 +12,7 @@ from ._backends._torch.cut import At
 from ._backends._torch.matrix import Blocks, jacobian_blocks
 from ._backends._torch.record import Recorded, record_closure, record_model
 from ._backends._torch.samples import Samples
-from ._backends._torch.surroundings import arithmetic
+from ._backends._torch.surroundings import arithmetic, eager
 from ._finite import check_outputs, is_finite, where_first
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .products import Params, say_if_unconnected
@@ -21,6 +21,7 @@ from .trees import Selector
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
 
+@eager
 def compute_jacobian(
     model: nn.Module | Callable[..., Any],
     x: Any,
@@ -88,6 +89,7 @@ def compute_jacobian(
     return found.output_tree.build(rows)
 
 
+@eager
 def full_jacobian(
     func: Callable[[], Any],
     params: Params,
@@ -139,6 +141,7 @@ def full_jacobian(
         return [_given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
 
 
+@eager
 def modjac(
     model: nn.Module,
     input: Any = None,

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ._backends._torch.replica import bare
+from ._backends._torch.surroundings import eager, seeded
 from .derivatives import Loss, record_loss, trainable
 from .errors import InputError, ModelStateError, explain
 from .operators import Matrix, Operator
 from .space import Space
 from .trees import flatten
 
+Randomness = Literal["error", "same"]
 
-def sample_gradients(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Matrix:
+
+@eager
+def sample_gradients(
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    *,
+    randomness: Randomness = "error",
+    seed: int | None = None,
+    **options: Any,
+) -> Matrix:
     """Return the gradients of the loss of every sample alone, as rows of an operator `(n, P)`.
 
     Each is the gradient of `loss(model(x[i:i+1]), y[i:i+1])`: a mean over one sample is that sample's loss.
@@ -25,6 +38,8 @@ def sample_gradients(model: nn.Module, loss: Loss, x: Any, y: Any, **options: An
         loss: `loss(output, y)`, one number.
         x: A tensor, tuple or mapping of tensors with one leading axis.
         y: A tensor with the same leading axis.
+        randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
+        seed: Of those masks; needed with `randomness="same"`.
         options: As in `hessian`.
 
     Returns:
@@ -34,7 +49,8 @@ def sample_gradients(model: nn.Module, loss: Loss, x: Any, y: Any, **options: An
         ModelStateError: Batch statistics or dropout are in train mode; the message names the module.
         InputError: The leading axes differ.
     """
-    refuse_mixing_modules(model)
+    seed = checked_seed(randomness, seed)
+    refuse_mixing_modules(model, random=seed is None)
     values, tree = flatten((x, y), "(x, y)")
     lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else -1 for v in values}
     if len(lengths) != 1 or -1 in lengths:
@@ -42,7 +58,8 @@ def sample_gradients(model: nn.Module, loss: Loss, x: Any, y: Any, **options: An
     rows, space = [], None
     for i in range(lengths.pop()):
         one_x, one_y = tree.build([v[i : i + 1] for v in values])
-        tape = record_loss(model, loss, one_x, one_y, "sample_gradients", **options).tape
+        with seeded(seed):
+            tape = record_loss(model, loss, one_x, one_y, "sample_gradients", **options).tape
         space = tape.domain
         rows.append(space.join(tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)]))[0])
     if space is None:
@@ -53,8 +70,25 @@ def sample_gradients(model: nn.Module, loss: Loss, x: Any, y: Any, **options: An
     return Matrix(torch.stack(rows), domain=space)
 
 
-def refuse_mixing_modules(model: nn.Module) -> None:
+def checked_seed(randomness: Randomness, seed: int | None) -> int | None:
+    """Return the seed that random layers draw from, None where they are refused.
+
+    Raises:
+        InputError: `randomness` is unknown, or `"same"` without a seed.
+    """
+    if randomness not in ("error", "same"):
+        raise InputError(explain("randomness", repr(randomness), "'error' or 'same' is needed"))
+    if randomness == "same" and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise InputError(explain("seed", repr(seed), "`randomness='same'` needs a whole number"))
+    return seed if randomness == "same" else None
+
+
+def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
     """Refuse modules that make a per-sample quantity ill-posed in train mode.
+
+    Args:
+        model: As in `sample_gradients`.
+        random: Refuse random modules too, not only batch statistics.
 
     Raises:
         ModelStateError: The message names the module and the switch to flip.
@@ -72,8 +106,11 @@ def refuse_mixing_modules(model: nn.Module) -> None:
             if isinstance(module, nn.modules.dropout._DropoutNd)
             else getattr(module, "dropout", 0.0)
         )
-        if isinstance(module, nn.RReLU) or (isinstance(chance, float) and chance > 0):
-            raise ModelStateError(f"{label} is in train mode and random (p={chance}). Call model.eval().")
+        if random and (isinstance(module, nn.RReLU) or (isinstance(chance, float) and chance > 0)):
+            raise ModelStateError(
+                f"{label} is in train mode and random (p={chance}). Call model.eval(), or pass "
+                "`randomness='same', seed=`."
+            )
 
 
 def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:

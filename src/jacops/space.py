@@ -141,6 +141,10 @@ class Space:
             raise InputTypeError(
                 explain(label, f"a {type(tensor).__name__}", f"a tensor of shape {tuple(shape)} is needed")
             )
+        if tensor.layout is not torch.strided:
+            raise InputError(
+                explain(label, f"of layout {tensor.layout}", "it must be dense", "Call `.to_dense()` on it.")
+            )
         wanted = f"(batch, {', '.join(map(str, shape))})" if batch else str(tuple(shape))
         came = tensor.shape[1:] if batch and tensor.ndim else tensor.shape
         if came != shape or (batch and not tensor.ndim):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import random_state_kept
+from .._backends._torch.surroundings import random_state_kept, refuse_transforms
 from .._progress import track
 from ..errors import DataError, InputTypeError, explain
 from ..trees import flatten
@@ -58,6 +58,7 @@ class Batches:
         Raises:
             DataError: There are no batches, or a pass differs from the first one.
         """
+        refuse_transforms()
         digests: list[int] = []
         with random_state_kept():
             for number, batch in enumerate(self.loader):

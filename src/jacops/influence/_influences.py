@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .._backends._torch.agreement import size
 from .._backends._torch.replica import bare, parameter_names
+from .._backends._torch.surroundings import eager, seeded
 from ..derivatives import ggn, hessian, record_loss
 from ..errors import DataError, InputError, InputTypeError, SolveError, explain
-from ..per_sample import refuse_mixing_modules, sample_gradients
+from ..per_sample import Randomness, checked_seed, refuse_mixing_modules, sample_gradients
 from ..trees import flatten
 from ._data import Batches
 from ._torch import TorchTwiceDifferentiable
@@ -41,6 +42,12 @@ class _Setting:
     reduction: Reduction
     on_failure: Literal["raise", "return"]
     progress: bool | None
+    randomness: Randomness
+    seed: int | None
+
+    def gradients(self, data: Batches, what: str) -> Tensor:
+        """Return the gradients of all rows of some data."""
+        return _all_gradients(self.model, data, what, self.progress, self.randomness, self.seed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -117,6 +124,7 @@ def _told(info: dict[str, Any]) -> str:
     )
 
 
+@eager
 def compute_influence_factors(
     differentiable_model: TorchTwiceDifferentiable,
     training_data: Any,
@@ -127,6 +135,8 @@ def compute_influence_factors(
     curvature: Curvature = "hessian",
     reduction: Reduction | None = None,
     on_failure: Literal["raise", "return"] = "raise",
+    randomness: Randomness = "error",
+    seed: int | None = None,
     progress: bool | None = None,
 ) -> InfluenceFactors:
     r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
@@ -140,6 +150,8 @@ def compute_influence_factors(
         curvature: `"hessian"`, or `"ggn"`, which is positive semi-definite for convex losses.
         reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean. It is verified.
         on_failure: `"raise"`, or `"return"` to get the result with its status.
+        randomness: As in `sample_gradients`.
+        seed: As in `sample_gradients`.
         progress: Force progress bars on or off.
 
     Raises:
@@ -150,12 +162,19 @@ def compute_influence_factors(
     """
     if inversion_method != "direct":
         raise InputError(explain("inversion_method", repr(inversion_method), "'direct' is needed"))
-    setting = _checked(differentiable_model, training_data, damping, curvature, reduction, on_failure, progress)
+    reduced: Reduction = reduction or getattr(getattr(differentiable_model, "loss", None), "reduction", "mean")
+    _check_arguments(differentiable_model, damping, curvature, reduced, on_failure)
+    refuse_mixing_modules(differentiable_model.model, random=checked_seed(randomness, seed) is None)
+    train = Batches.of(training_data, "training_data")
+    setting = _Setting(
+        differentiable_model, train, float(damping), curvature, reduced, on_failure, progress, randomness, seed
+    )
     test = setting.data if test_data is training_data else Batches.of(test_data, "test_data")
     matrix, rows = _curvature(setting)
-    return _solved(setting, matrix, rows, _all_gradients(setting.model, test, "test gradients", progress))
+    return _solved(setting, matrix, rows, setting.gradients(test, "test gradients"))
 
 
+@eager
 def compute_influences(
     differentiable_model: TorchTwiceDifferentiable,
     training_data: Any,
@@ -192,7 +211,7 @@ def compute_influences(
     asked = train if input_data is None or input_data is training_data else Batches.of(input_data, "input_data")
     factors = compute_influence_factors(differentiable_model, train, test, **options)
     if influence_type == "up":
-        gradients = _all_gradients(differentiable_model, asked, "training gradients", options.get("progress"))
+        gradients = _all_gradients(differentiable_model, asked, "training gradients", **_drawn(options))
         values = factors.x @ gradients.T
         units = "test loss per unit of weight of the training sample"
     else:
@@ -201,6 +220,7 @@ def compute_influences(
     return Influences(values, influence_type, SIGN, units, factors.info["damping"], factors.info)
 
 
+@eager
 def self_influences(differentiable_model: TorchTwiceDifferentiable, training_data: Any, **options: Any) -> Tensor:
     r"""Return $g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
 
@@ -213,20 +233,21 @@ def self_influences(differentiable_model: TorchTwiceDifferentiable, training_dat
     """
     train = Batches.of(training_data, "training_data")
     factors = compute_influence_factors(differentiable_model, train, train, **options)
-    gradients = _all_gradients(differentiable_model, train, "training gradients", options.get("progress"))
+    gradients = _all_gradients(differentiable_model, train, "training gradients", **_drawn(options))
     return (factors.x * gradients).sum(1)
 
 
-def _checked(
-    model: Any, data: Any, damping: Any, curvature: Any, reduction: Any, on_failure: Any, progress: bool | None
-) -> _Setting:
+def _drawn(options: dict[str, Any]) -> dict[str, Any]:
+    defaults = {"progress": None, "randomness": "error", "seed": None}
+    return {name: options.get(name, value) for name, value in defaults.items()}
+
+
+def _check_arguments(model: Any, damping: Any, curvature: Any, reduction: Any, on_failure: Any) -> None:
     if not isinstance(model, TorchTwiceDifferentiable):
-        raise InputTypeError(
-            explain("differentiable_model", f"a {type(model).__name__}", "a TorchTwiceDifferentiable is needed")
-        )
+        came = f"a {type(model).__name__}"
+        raise InputTypeError(explain("differentiable_model", came, "a TorchTwiceDifferentiable is needed"))
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
         raise InputError(explain("damping", repr(damping), "a finite number that is not negative is needed"))
-    reduction = reduction or getattr(model.loss, "reduction", "mean")
     for name, value, known in (
         ("curvature", curvature, ("hessian", "ggn")),
         ("reduction", reduction, ("mean", "sum")),
@@ -234,10 +255,6 @@ def _checked(
     ):
         if value not in known:
             raise InputError(explain(name, repr(value), f"one of {known} is needed"))
-    refuse_mixing_modules(bare(model.model))
-    return _Setting(
-        model, Batches.of(data, "training_data"), float(damping), curvature, reduction, on_failure, progress
-    )
 
 
 def _curvature(setting: _Setting) -> tuple[Tensor, int]:
@@ -247,10 +264,13 @@ def _curvature(setting: _Setting) -> tuple[Tensor, int]:
     total: Tensor | None = None
     count = 0
     for (x, y), rows in setting.data.tracked("curvature", setting.progress):
+        if rows == 0:
+            continue
         if count == 0:
             _check_reduction(setting, x, y, rows)
         weight = rows if setting.reduction == "mean" else 1
-        part = build(model, loss, x, y).dense().mul_(weight)
+        with seeded(setting.seed):
+            part = build(model, loss, x, y).dense().mul_(weight)
         total = part if total is None else total.add_(part)
         count += rows
     if total is None or count == 0:
@@ -281,10 +301,17 @@ def _check_reduction(setting: _Setting, x: Any, y: Any, rows: int) -> None:
         )
 
 
-def _all_gradients(model: TorchTwiceDifferentiable, data: Batches, what: str, progress: bool | None) -> Tensor:
-    return torch.cat(
-        [sample_gradients(model.model, model.loss, x, y).matrix for (x, y), _ in data.tracked(what, progress)]
-    )
+def _all_gradients(
+    model: TorchTwiceDifferentiable,
+    data: Batches,
+    what: str,
+    progress: bool | None,
+    randomness: Randomness = "error",
+    seed: int | None = None,
+) -> Tensor:
+    options: dict[str, Any] = {"randomness": randomness, "seed": seed}
+    batches = data.tracked(what, progress)
+    return torch.cat([sample_gradients(model.model, model.loss, x, y, **options).matrix for (x, y), _ in batches])
 
 
 def _perturbations(model: TorchTwiceDifferentiable, data: Batches, factors: Tensor, progress: bool | None) -> Tensor:

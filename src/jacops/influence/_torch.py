@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._backends._torch.replica import bare, parameter_names
-from .._backends._torch.surroundings import sweeping
+from .._backends._torch.surroundings import eager, sweeping
 from .._backends._torch.tape import Tape
 from .._finite import check_finite, check_vector
 from .._progress import track
@@ -60,6 +61,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         """Number of entries of all of them."""
         return sum(p.numel() for p in self.parameters)
 
+    @eager
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> Tensor:
         """Return the gradient `[P]` of the loss by the parameters.
 
@@ -90,6 +92,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         setattr(flat, _ORIGIN, found.inputs)
         return flat
 
+    @eager
     def hessian(self, x: Any, y: Any) -> Tensor:
         """Return the Hessian `[P, P]` of the loss by the parameters, for one batch.
 
@@ -108,6 +111,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         return matrix
 
     @staticmethod
+    @eager
     def mvp(grad_xy: Tensor, v: Any, backprop_on: Any, *, progress: bool = False) -> Tensor:
         """Return the derivative of `grad_xy` by `backprop_on`, along directions: `[D, P]` gives `[D, M]`.
 
@@ -154,7 +158,7 @@ class _Outputs:
 def _directions(v: Any, grad_xy: Tensor) -> Tensor:
     if not isinstance(v, Tensor):
         try:
-            v = torch.as_tensor(v)
+            v = torch.as_tensor(np.array(v))  # a copy, whatever its strides
         except (TypeError, ValueError, RuntimeError):
             raise InputTypeError(
                 explain("v", f"a {type(v).__name__}", "directions as a tensor `[D, P]` are needed")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._backends._torch.surroundings import eager
 from .._finite import check_vector
 from ..errors import InputError, InputTypeError, explain
 from ..space import Space
@@ -92,6 +93,7 @@ class Operator(ABC):
             )
         return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
 
+    @eager
     def apply(self, rows: Tensor) -> Tensor:
         """Map rows `(k, n)` to rows `(k, m)`, checking dtype, device and finiteness first.
 
@@ -130,6 +132,7 @@ class Operator(ABC):
         """Subtract an operator between the same spaces."""
         return self + (-other) if isinstance(other, Operator) else NotImplemented
 
+    @eager
     def dense(self, out: Tensor | None = None) -> Tensor:
         """Return the matrix `(m, n)`, by rows or by columns, whichever are fewer, written in place.
 

@@ -137,7 +137,10 @@ def refuse_arrays(value: Any) -> None:
             came = "an array" if isinstance(leaf, np.ndarray) else "a number in a list"
             raise InputTypeError(
                 explain(
-                    name, f"{came} ({type(leaf).__name__})", "a tensor is needed", "Convert it with torch.as_tensor."
+                    name,
+                    f"{came} ({type(leaf).__name__})",
+                    "a tensor is needed",
+                    "Convert it with torch.as_tensor(array.copy()).",
                 )
             )
 

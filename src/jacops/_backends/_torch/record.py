@@ -55,6 +55,7 @@ def record_closure(
                 "Write `lambda: model(x)`.",
             )
         )
+    check_fallback(fallback)
     leaves = check_params(params, empty)
     with recording():
         output = func()
@@ -66,7 +67,7 @@ def record_closure(
         leaf_names=names,
         output_names=tree.names,
         call=call,
-        fallback=check_fallback(fallback),
+        fallback=fallback,
         coarse=autocast_on(tensors),
     )
     return Recorded(tape, tree, output)

@@ -61,11 +61,12 @@ def bare(model: Any) -> nn.Module:
         return bare(model.module)
     if kind == "OptimizedModule":
         return bare(model._orig_mod)
-    if kind == "FullyShardedDataParallel":
+    sharded = kind.startswith("FSDP") or any(type(p).__name__ == "DTensor" for p in model.parameters())
+    if kind == "FullyShardedDataParallel" or sharded:
         raise ModelStateError(
             explain(
                 "model",
-                "wrapped in FullyShardedDataParallel",
+                f"a {kind}, sharded over processes (FullyShardedDataParallel)",
                 "its parameters must be whole",
                 "Gather them into an unwrapped module first.",
             )
@@ -89,6 +90,11 @@ def check_state(model: nn.Module) -> None:
                     "a parameter needs its values",
                     "Run one forward pass first.",
                 )
+            )
+        if tensor.layout is not torch.strided:
+            todo = "Make it dense with `.to_dense()`."
+            raise ModelStateError(
+                explain(name, f"of layout {tensor.layout}", "parameters and buffers must be dense", todo)
             )
         if tensor.is_meta:
             raise ModelStateError(

@@ -114,14 +114,19 @@ class Samples:
                     "x",
                     f"a {type(x).__name__}",
                     "a tensor is needed (or a tuple or dict of tensors)",
-                    "Convert it with torch.as_tensor(x).",
+                    "Convert it with torch.as_tensor(x.copy()).",
                 )
             )
         lengths = {}
         for name, value in zip(self.input_tree.names, self.values, strict=True):
             if not isinstance(value, Tensor):
                 raise InputTypeError(
-                    explain(name, f"a {type(value).__name__}", "a tensor is needed", "Convert it with torch.as_tensor.")
+                    explain(
+                        name,
+                        f"a {type(value).__name__}",
+                        "a tensor is needed",
+                        "Convert it with torch.as_tensor(array.copy()).",
+                    )
                 )
             if value.is_complex():
                 raise NotDifferentiableError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,37 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.overrides import TorchFunctionMode
 
 from ...errors import NotDifferentiableError
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Run `function` as it is also inside code that the caller compiles: a trace cannot hold sweeps over graphs."""
+    disabled: list[Callable[Arguments, Result]] = []
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if "torch._dynamo" not in sys.modules:  # nobody compiles, and importing it takes long
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # pyright: ignore[reportArgumentType]
+        return disabled[0](*args, **kwargs)
+
+    return call
+
+
+def refuse_transforms() -> None:
+    """Refuse to run inside a `torch.func` transform of the caller's.
+
+    Raises:
+        NotDifferentiableError: One is at work.
+    """
+    if functorch.peek_interpreter_stack() is not None:
+        raise NotDifferentiableError(
+            "jacops was called inside a torch.func transform (vmap, grad, jvp …), whose tensors it cannot record. "
+            "Call it outside, or ask for `create_graph=True` and differentiate its result with torch.autograd."
+        )
 
 
 class _MathAttention:
@@ -60,11 +93,7 @@ def recording() -> Iterator[None]:
     Raises:
         NotDifferentiableError: A `torch.func` transform of the caller is at work around the call.
     """
-    if functorch.peek_interpreter_stack() is not None:
-        raise NotDifferentiableError(
-            "jacops was called inside a torch.func transform (vmap, grad, jvp …), whose tensors it cannot record. "
-            "Call it outside, or ask for `create_graph=True` and differentiate its result with torch.autograd."
-        )
+    refuse_transforms()
     with torch.inference_mode(False), torch.enable_grad(), math_attention, _RightKernels():
         # A weight cast under no_grad inside the caller's autocast would be reused here without its graph.
         torch.clear_autocast_cache()
@@ -136,6 +165,15 @@ def _restore(states: tuple[Tensor, list[Tensor] | None]) -> None:
 
 
 _random_state = _RandomState()
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw from `seed` inside, where there is one, and put the global random states back afterwards."""
+    with _random_state:
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def random_state_kept() -> _RandomState:
