@@ -1,0 +1,1 @@
+"""Named rivals side by side in one run: the same answer first, then the clock and the peak memory, as ratios."""
