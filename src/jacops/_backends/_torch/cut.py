@@ -18,6 +18,11 @@ At = None | str | tuple[str | None, str | None]
 class Cut:
     """A forward cut at submodules: `source`'s output becomes a leaf, `target`'s output the result.
 
+    Attributes:
+        leaves: What stands for the source's output.
+        before: The source's output itself, with its graph.
+        captured: The target's output.
+
     Raises:
         InputError: The path names no submodule.
         ModelStateError: The submodule was not reached, or more than once, or its output is no tensor.
@@ -25,7 +30,7 @@ class Cut:
 
     def __init__(self, module: nn.Module, at: At) -> None:
         self.source, self.target = (at, None) if isinstance(at, str) or at is None else at
-        self.module, self.leaves, self.captured = module, [], []
+        self.module, self.leaves, self.captured, self.before = module, [], [], []
         for path in (self.source, self.target):
             if path is not None:
                 self._submodule(path)
@@ -60,6 +65,7 @@ class Cut:
             )
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
+        self.before.append(tensor)
         return leaf.clone() if isinstance(output, Tensor) else (leaf.clone(), *output[1:])
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -35,8 +35,7 @@ def _rows(tape: Tape, blocks: list[list[Tensor]], where: slice) -> None:
             grads = tape.pull([seed.view(output.shape) if i == out else None for i in range(len(tape.outputs))])
             seed[:, entry] = 0
             for target, grad in zip(targets, grads, strict=True):
-                if grad is not None:
-                    target[:, entry] = plain(grad)
+                target[:, entry] = 0 if grad is None else plain(grad)
 
 
 def _columns(tape: Tape, blocks: list[list[Tensor]], where: slice) -> None:

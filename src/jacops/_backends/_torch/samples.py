@@ -17,18 +17,17 @@ from torch import Tensor, nn
 
 from ..._progress import track
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
-from ...trees import Selector, Tree, flatten, is_differentiable, output_leaves, select
-from .cut import At, Cut
-from .inputs import check_fallback, forward_explained, private_inputs, split_input
+from ...trees import Selector, Tree, flatten, is_differentiable
+from .bottleneck import narrowest, sweep_split
+from .cut import At
+from .inputs import check_fallback
 from .matrix import jacobian_blocks
 from .mixing import coupled, differs, unbatchable
-from .record import setting
-from .replica import bare, check_state, replicate
+from .replica import bare, check_state
+from .sample_runs import Run, Runner
 from .sample_sweeps import sweep
-from .surroundings import autocast_on, is_memory_error, random_state_kept, recording
-from .tape import Tape
-from .trust import Trust, told_apart, trust_in
-from .watch import Habits, Watch, WritesState
+from .surroundings import is_memory_error
+from .trust import Trust
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,6 @@ class SampleJacobians:
     inputs: list[int]
     route: str
     output: list[Tensor]
-
-
-@dataclass
-class _Run:
-    """One recorded forward over some samples."""
-
-    tape: Tape
-    tree: Tree
-    habits: Habits
 
 
 class Samples:
@@ -88,13 +78,13 @@ class Samples:
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
             check_state(model)
-        self.model, self.call, self.outputs, self.at, self.checks = model, call, outputs, at, checks
-        self.fallback = check_fallback(fallback)
+        self.call, self.at, self.checks, self.fallback = call, at, checks, check_fallback(fallback)
         if at is not None and not isinstance(model, nn.Module):
             raise InputTypeError(
                 explain("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
             )
         self.values, self.input_tree = flatten(x, "x")
+        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
         self.count = self._check_inputs(x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
@@ -148,85 +138,13 @@ class Samples:
             raise InputError(explain("x", f"of lengths {lengths}", "all inputs must have one row per sample"))
         return next(iter(lengths.values()))
 
-    # ---- one forward -----------------------------------------------------------------------------------------
-
-    def run(self, values: Sequence[Tensor]) -> _Run:
-        """Record one forward over some samples, in eval mode, on private copies."""
-        trust = self._trust(values)
-        habits: Habits | None = trust.notes.get("habits") if self.checks != "always" else None
-        if habits is not None and not habits.reads:
-            return self._recorded(values, trust, habits, habits.writes)
-        watch = Watch(self._guarded())
-        try:
-            with watch:
-                done = self._recorded(values, trust, None, False)
-        except WritesState:
-            watch = Watch()
-            with watch:
-                done = self._recorded(values, trust, None, True)
-            done.habits = Habits((), (), True)
-        done.habits = trust.notes["habits"] = Habits(tuple(watch.reads), tuple(watch.draws), done.habits.writes)
-        return done
-
-    def _trust(self, values: Sequence[Tensor]) -> Trust:
-        if isinstance(self.model, nn.Module):
-            key = setting(self.model, values, "samples", self.at, told_apart(self.outputs))
-        else:
-            key = ("samples", tuple((v.shape, v.dtype, v.device) for v in values), told_apart(self.outputs))
-        return trust_in(self.model, key, self.checks)
-
-    def _guarded(self) -> list[Tensor]:
-        return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
-
-    def _recorded(self, values: Sequence[Tensor], trust: Trust, habits: Habits | None, cloned: bool) -> _Run:
-        with recording(), random_state_kept():
-            module = (
-                replicate(self.model, training=False, cloned=cloned).module
-                if isinstance(self.model, nn.Module)
-                else None
-            )
-            copied, leaves = private_inputs(self.input_tree.build(values))
-            args, kwargs = split_input(copied)
-            with forward_explained(self.model, values):
-                if module is None:
-                    output, hidden = self.model(*args, **kwargs), []
-                else:
-                    hooked = Cut(module, self.at)
-                    with hooked.active():
-                        output = hooked.result(module(*args, **kwargs))
-                    hidden = hooked.leaves
-            tensors, tree = output_leaves(select(output, self.outputs))
-        if any(t.is_complex() for t in tensors):
-            raise NotDifferentiableError(
-                explain(
-                    "the model's output",
-                    "complex",
-                    "a Jacobian by samples is real",
-                    "Return torch.view_as_real(output).",
-                )
-            )
-        named = [(str(self.at), leaf) for leaf in hidden] or leaves
-        tape = Tape(
-            [leaf for _, leaf in named],
-            tensors,
-            leaf_names=[n for n, _ in named],
-            output_names=tree.names,
-            call=self.call,
-            private=True,
-            trust=trust,
-            fallback=self.fallback,
-            coarse=autocast_on(tensors),
-        )
-        tape.protected = [p for p in self._guarded() if p.requires_grad]
-        return _Run(tape, tree, habits or Habits((), (), cloned))
-
     # ---- all samples -----------------------------------------------------------------------------------------
 
     def jacobians(self, batch_size: int, progress: bool | None = None) -> SampleJacobians:
         """Return the Jacobians of all samples, `batch_size` of them to a sweep."""
         result = _Result(self)
         if self.count == 0:
-            result.prepare(_single_shapes(self.run([v.new_zeros((1, *v.shape[1:])) for v in self.values])))
+            result.prepare(_single_shapes(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values])))
             return result.finished("no samples")
         reason = "one sample" if self.count == 1 else None
         chunks = range(0, self.count, batch_size)
@@ -250,7 +168,7 @@ class Samples:
             warn(message)
 
     def _alone(self, result: _Result, i: int) -> None:
-        run = self.run([v[i : i + 1] for v in self.values])
+        run = self.runner.run([v[i : i + 1] for v in self.values])
         shapes = _single_shapes(run)
         result.prepare(shapes)
         blocks = jacobian_blocks(run.tape)
@@ -263,11 +181,11 @@ class Samples:
         """Fill in one batch by shared sweeps; return why not if samples mix."""
         values = [v[where] for v in self.values]
         try:
-            run = self.run(values)
+            run = self.runner.run(values)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, JacopsError) or is_memory_error(error):
                 raise
-            self.run([v[:1] for v in values])  # where it fails alone too, that is the error to see
+            self.runner.run([v[:1] for v in values])  # where it fails alone too, that is the error to see
             return (
                 f"the forward takes no batch of {where.stop - where.start} ({type(error).__name__}: {str(error)[:100]})"
             )
@@ -277,29 +195,48 @@ class Samples:
         fresh = trust.needs("samples apart", many)
         if reason is None and fresh:
             reason = self._differs_alone(run, values, many)
+        if reason is None:
+            result.prepare(_batch_shapes(run))
+            reason = self._filled(result, where, run, values, fresh)
         if reason is not None:
             trust.notes["mixes"] = reason
             return reason
-        result.prepare(_batch_shapes(run))
-        result.direction = sweep(run.tape, result.blocks, where)
-        if fresh:
-            reason = coupled(run.tape, result.blocks, where)
-            if reason is not None:
-                trust.notes["mixes"] = reason
-                return reason
-            if any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: alone and together agree
-                trust.remember("samples apart", many)
+        if fresh and any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: they agree anyway
+            trust.remember("samples apart", many)
         for out, tensor in enumerate(run.tape.outputs):
             result.outputs[out][where] = tensor.detach()
         return None
 
-    def _differs_alone(self, run: _Run, values: Sequence[Tensor], many: int) -> str | None:
+    def _filled(self, result: _Result, where: slice, run: Run, values: Sequence[Tensor], fresh: bool) -> str | None:
+        """Fill in one batch, split at a narrow layer where that saves sweeps; return why not if samples mix."""
+        split = self._split(run, values)
+        if split is not None and split.head is not None:
+            result.direction = sweep_split(split.head, split.tape, result.blocks, where)
+            if not fresh or coupled(run.tape, result.blocks, where) is None:
+                return None
+            run.tape.trust.notes["split"] = None
+        result.direction = sweep(run.tape, result.blocks, where)
+        return coupled(run.tape, result.blocks, where) if fresh else None
+
+    def _split(self, run: Run, values: Sequence[Tensor]) -> Run | None:
+        """Return the run cut at the narrowest layer that saves sweeps; None where there is none."""
+        tape, notes = run.tape, run.tape.trust.notes
+        if "split" not in notes:
+            simple = self.at is None and len(tape.outputs) == len(tape.leaves) == 1 and bool(run.widths)
+            rows, columns = tape.outputs[0].shape[1:].numel(), tape.leaves[0].shape[1:].numel()
+            notes["split"] = narrowest(run.widths, rows, columns) if simple else None
+        if notes["split"] is None:
+            return None
+        split = self.runner.split(values, tape.trust, run.habits, notes["split"])
+        if split is None:
+            notes["split"] = None
+        return split
+
+    def _differs_alone(self, run: Run, values: Sequence[Tensor], many: int) -> str | None:
         """Compare outputs in the batch with outputs of one sample and of a random half."""
         order = torch.randperm(many, generator=torch.Generator().manual_seed(0))
         for picked in (order[:1], order[: max(1, many // 2)].sort().values):
-            part = self._recorded(
-                [v[picked.to(v.device)] for v in values], Trust("never"), run.habits, run.habits.writes
-            )
+            part = self.runner.record([v[picked.to(v.device)] for v in values], Trust("never"), run.habits)
             for whole, alone in zip(run.tape.outputs, part.tape.outputs, strict=True):
                 reason = differs(whole, alone, picked)
                 if reason is not None:
@@ -311,16 +248,16 @@ class Samples:
 class _Shapes:
     outputs: list[torch.Size]
     inputs: list[torch.Size]
-    run: _Run
+    run: Run
 
 
-def _single_shapes(run: _Run) -> _Shapes:
+def _single_shapes(run: Run) -> _Shapes:
     """Shapes of one sample from a batch of one; an output that squeezed its batch axis away has none to remove."""
     outputs = [o.shape[1:] if o.ndim and o.shape[0] == 1 else o.shape for o in run.tape.outputs]
     return _Shapes(outputs, [leaf.shape[1:] for leaf in run.tape.leaves], run)
 
 
-def _batch_shapes(run: _Run) -> _Shapes:
+def _batch_shapes(run: Run) -> _Shapes:
     return _Shapes([o.shape[1:] for o in run.tape.outputs], [leaf.shape[1:] for leaf in run.tape.leaves], run)
 
 
@@ -349,11 +286,11 @@ class _Result:
         self.shapes = shapes
         kinds = [(o.dtype, o.device) for o in tape.outputs]
         self.blocks = [
-            [torch.zeros(n, *out, *inp, dtype=dtype, device=device) for inp in shapes.inputs]
+            [torch.empty(n, *out, *inp, dtype=dtype, device=device) for inp in shapes.inputs]
             for out, (dtype, device) in zip(shapes.outputs, kinds, strict=True)
         ]
         pairs = zip(shapes.outputs, kinds, strict=True)
-        self.outputs = [torch.zeros(n, *out, dtype=dtype, device=device) for out, (dtype, device) in pairs]
+        self.outputs = [torch.empty(n, *out, dtype=dtype, device=device) for out, (dtype, device) in pairs]
 
     def finished(self, route: str) -> SampleJacobians:
         if self.shapes is None:
