@@ -14,7 +14,7 @@ HOLDS_dev := demo test dev
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format clean
+.PHONY: help demo test test-all bench lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -27,6 +27,9 @@ test: $(VENV)/.ready-test ## Set up, then run the tests (pass more to pytest wit
 
 test-all: $(VENV)/.ready-test ## The tests, the slow ones too
 	$(RUN) -m pytest -q -m "slow or not slow" $(ARGS)
+
+bench: $(VENV)/.ready-test ## Time named rivals on the same work (choose with ARGS="pose_graphs")
+	$(RUN) -W ignore -m benchmarks $(ARGS)
 
 lint: $(VENV)/.ready-dev ## Check style and types
 	$(RUN) -m ruff check .

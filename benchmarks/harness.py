@@ -1,4 +1,4 @@
-"""How a workload is measured: answers compared first, rivals interleaved, medians and peak memory written as JSON lines."""
+"""How a workload is measured: answers compared, rivals interleaved, medians and peak memory as JSON lines."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ The adjoint identity `<u, J v> = <Jᵀu, v>` then holds the push against the pla
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ class Dual:
         self.index = [*range(len(tape.leaves)), *(j for j, _ in tape.twins)]
         self.seeds: Rows = []
         self.grads: list[Tensor | None] = []
+        self.seconds = 0.0
         if self.live:
             self._record()
 
@@ -52,7 +54,9 @@ class Dual:
             self.seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(self.live)]
             self.tape.sweeps += 1
             options = {"create_graph": True, "retain_graph": True, "allow_unused": True}
+            started = time.perf_counter()
             grads = attempt(lambda: torch.autograd.grad(self.live, targets, self.seeds, **options))
+            self.seconds = time.perf_counter() - started  # about what one push takes
             self.grads = [dense(g) for g in grads]
 
     def push(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
@@ -83,8 +87,11 @@ class Dual:
         trust = self.tape.trust
         with sweeping(self.seeds[0]):
             if many > 1 and self.tape.may_batch("push", create_graph):
+                started = time.perf_counter()
                 try:
-                    return list(attempt(lambda: sweep(tangents, True)))
+                    pushed = list(attempt(lambda: sweep(tangents, True)))
+                    self.tape.settle("push", time.perf_counter() - started, many * self.seconds)
+                    return pushed
                 except RouteFailedError:
                     trust.refuse("push", "batched")
             each = [attempt(lambda i=i: sweep([t[i] for t in tangents], False)) for i in range(many)]

@@ -9,6 +9,7 @@ differentiated pull (`dual`), which carries its own certificate.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -187,7 +188,9 @@ class Tape:
         return full[0].unsqueeze(0) if many == 1 else torch.stack(full)
 
     def _pull_batched(self, cotangents: Sequence[Tensor | None], many: int, create_graph: bool) -> Rows:
+        started = time.perf_counter()
         grads = attempt(lambda: self.pull(cotangents, create_graph, batched=True))
+        seconds = time.perf_counter() - started
         shapes = self.domain.shapes
         rows = [
             torch.zeros(many, *shapes[j], dtype=self.domain.dtypes[j], device=self.domain.device)
@@ -195,15 +198,29 @@ class Tape:
             else plain(g)
             for j, g in enumerate(grads)
         ]
-        if self.trust.needs("batched pull", many):
-            self._check_batched(cotangents, rows, many)
-            self.trust.remember("batched pull", many)
         self.routes["pull"] = f"{many} cotangents in one batched pass, checked against a plain one"
+        if self.trust.needs("batched pull", many):
+            alone = many * self._check_batched(cotangents, rows, many)
+            self.trust.remember("batched pull", many)
+            self.settle("pull", seconds, alone)
         return rows
 
-    def _check_batched(self, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> None:
+    def settle(self, sweep: str, batched: float, alone: float) -> None:
+        """Go on one by one where batched sweeps were measured to be slower, on the processor."""
+        if self.domain.device.type == "cpu" and self.trust.compare(sweep, batched, alone):
+            self.routes[sweep] = "one vector at a time: batched passes were measured slower"
+
+    def _check_batched(self, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> float:
+        """Hold a batched pass against a plain one; return the seconds that one took.
+
+        Raises:
+            RouteFailedError: They disagree, or values are not finite.
+        """
         weights = private_noise(torch.empty(many, dtype=torch.float64, device=self.domain.device))
-        plain_rows = self.pull([None if c is None else mixed(weights, c) for c in cotangents])
+        seeds = [None if c is None else mixed(weights, c) for c in cotangents]
+        started = time.perf_counter()
+        plain_rows = self.pull(seeds)
+        seconds = time.perf_counter() - started
         pairs = [
             (mixed(weights, rows[j]), torch.zeros_like(rows[j][0]) if g is None else plain(g))
             for j, g in enumerate(plain_rows)
@@ -214,6 +231,7 @@ class Tape:
             if not math.isfinite(error):
                 raise RouteFailedError("values are not finite")
             raise RouteLiesError(f"a batched backward pass disagrees with the plain one (by {error:.1e})")
+        return seconds
 
     # ---- tangents --------------------------------------------------------------------------------------------
 
@@ -240,7 +258,8 @@ class Tape:
         if self._dual is None:
             self._dual = Dual(self)
         pushed = self._dual.push(tangents, create_graph)
-        self.routes["push"] = "differentiated backward pass, adjoint identity checked"
+        slow = ", one at a time: batched passes were measured slower" if self.trust.slow("push") else ""
+        self.routes["push"] = f"differentiated backward pass, adjoint identity checked{slow}"
         return pushed
 
     def _push_by_rows(self, tangents: Sequence[Tensor], many: int, create_graph: bool) -> Rows:

@@ -37,6 +37,21 @@ class Trust:
         """Note that `route` failed and should not be tried again."""
         self._refused.add((sweep, route))
 
+    def compare(self, sweep: str, batched: float, alone: float) -> bool:
+        """Note seconds of a batched sweep and of as many single ones; refuse batches that were slower twice.
+
+        Once is no proof: the first batched sweep of a process also sets up what it needs.
+        """
+        if batched > alone:
+            self.notes[f"slow {sweep}"] = self.notes.get(f"slow {sweep}", 0) + 1
+            if self.slow(sweep):
+                self.refuse(sweep, "batched")
+        return self.slow(sweep)
+
+    def slow(self, sweep: str) -> bool:
+        """Say whether batches were measured slower."""
+        return self.notes.get(f"slow {sweep}", 0) >= 2
+
     def refused(self, sweep: str, route: str) -> bool:
         """Say whether `route` failed before."""
         return (sweep, route) in self._refused
