@@ -33,9 +33,9 @@ def _rows(tape: Tape, blocks: list[list[Tensor]], where: slice) -> None:
         for entry in range(entries):
             seed[:, entry] = 1
             grads = tape.pull([seed.view(output.shape) if i == out else None for i in range(len(tape.outputs))])
-            seed[:, entry] = 0
             for target, grad in zip(targets, grads, strict=True):
                 target[:, entry] = 0 if grad is None else plain(grad)
+            seed[:, entry] = 0  # only now: a gradient may be the cotangent itself
 
 
 def _columns(tape: Tape, blocks: list[list[Tensor]], where: slice) -> None:
@@ -45,7 +45,7 @@ def _columns(tape: Tape, blocks: list[list[Tensor]], where: slice) -> None:
         for entry in range(flat.shape[1]):
             flat[:, entry] = 1
             pushed = tape.push_dual(tangents)
-            flat[:, entry] = 0
             for out, change in enumerate(pushed):
                 target = blocks[out][j][where]
                 target.view(*change.shape[1:], flat.shape[1])[..., entry] = change[0]
+            flat[:, entry] = 0  # only now: a push may be the tangent itself
