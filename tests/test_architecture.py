@@ -14,13 +14,13 @@ import jacops
 SRC = Path(__file__).parents[1] / "src"
 LAYERS = [  # imports point downwards only: from a later row to an earlier one, or within a row without a cycle
     {"errors", "space", "_progress", "_finite", "trees", "_backends"},  # 0 ground
-    {"operators", "derivatives", "per_sample", "sparsity"},  # 1 linear
+    {"operators", "derivatives", "per_sample", "sparsity", "charts"},  # 1 linear
     {"solvers", "estimators", "planning", "checks"},  # 2 methods
     {"problem"},  # 3 problem
     {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
     {"__init__"},
 ]
-OPTIONAL = {"sklearn", "matplotlib", "jinja2", "pypose", "zarr", "jax", "pandas", "transformers"}
+OPTIONAL = {"sklearn", "matplotlib", "jinja2", "pypose", "zarr", "jax", "pandas", "transformers", "qdldl"}
 MAX_LINES = 400
 
 

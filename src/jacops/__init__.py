@@ -10,6 +10,7 @@ from .attribution import (
     reduce_contributions,
     verify_jacobian,
 )
+from .charts import SE2, SE3, SO2, SO3, Chart
 from .checks import check
 from .derivatives import ggn, ggnvp, hessian, hvp, jacobian
 from .errors import (
@@ -26,6 +27,7 @@ from .errors import (
     SolveError,
 )
 from .estimators import diagonal, trace
+from .extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
 from .influence import (
     DataLoaderType,
     InfluenceFactors,
@@ -42,14 +44,25 @@ from .influence import (
     self_influences,
 )
 from .jacobians import compute_jacobian, full_jacobian, modjac
+from .least_squares import LeastSquaresResult, gauss_newton, levenberg_marquardt
 from .operators import Diagonal, Identity, Matrix, Operator
 from .per_sample import empirical_fisher, sample_gradients
 from .products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
 from .space import Space
+from .sparsity import (
+    Pattern,
+    SparseJacobian,
+    SparsePlan,
+    detect_pattern,
+    samples_apart,
+    sparse,
+    sparse_plan,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chart",
     "Contributions",
     "DataError",
     "DataLoaderType",
@@ -63,6 +76,7 @@ __all__ = [
     "JacobianVerification",
     "JacopsError",
     "JacopsWarning",
+    "LeastSquaresResult",
     "Matrix",
     "MemoryBudgetError",
     "MissingExtraError",
@@ -71,9 +85,16 @@ __all__ = [
     "NonFiniteError",
     "NotDifferentiableError",
     "Operator",
+    "Pattern",
     "Projection",
+    "SE2",
+    "SE3",
+    "SO2",
+    "SO3",
     "SolveError",
     "Space",
+    "SparseJacobian",
+    "SparsePlan",
     "TensorType",
     "TensorUtilities",
     "TorchTensorUtilities",
@@ -86,15 +107,18 @@ __all__ = [
     "compute_influences",
     "compute_jacobian",
     "contributions",
+    "detect_pattern",
     "diagonal",
     "empirical_fisher",
     "full_jacobian",
+    "gauss_newton",
     "ggn",
     "ggnvp",
     "hessian",
     "hvp",
     "jacobian",
     "jvp",
+    "levenberg_marquardt",
     "model_jvp",
     "model_vjp",
     "modjac",
@@ -102,7 +126,10 @@ __all__ = [
     "project_jacobian",
     "reduce_contributions",
     "sample_gradients",
+    "samples_apart",
     "self_influences",
+    "sparse",
+    "sparse_plan",
     "trace",
     "verify_jacobian",
     "vjp",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.cut import At
+from ._backends._torch.layer_factors import by_layers
 from ._backends._torch.matrix import Blocks, jacobian_blocks
 from ._backends._torch.record import Recorded, record_closure, record_model
 from ._backends._torch.samples import Samples
@@ -16,6 +17,7 @@ from ._backends._torch.surroundings import arithmetic, eager
 from ._finite import check_outputs, is_finite, where_first
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .products import Params, say_if_unconnected
+from .sparsity import sparse_plan
 from .trees import Selector
 
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
@@ -153,6 +155,7 @@ def modjac(
     *,
     trainable_only: bool = False,
     tangent: bool = False,
+    sparse: bool = False,
     outputs: Selector = None,
     check_finite: bool = True,
 ) -> Any:
@@ -173,6 +176,8 @@ def modjac(
         flatten: Return one matrix, all outputs by all parameters, columns in `named_parameters()` order.
         trainable_only: Leave frozen parameters out.
         tangent: For LieTensor parameters and outputs: tangent width, without the zero columns of storage width.
+        sparse: Return one `torch.sparse_csr` matrix as `flatten` arranges it, in a few coloured sweeps, its pattern
+            detected and checked. Keep a `sparse_plan` to pay for detection once.
         outputs: Part of the output, as in `compute_jacobian`.
         check_finite: Raise if an output or a derivative is NaN or Inf.
 
@@ -194,6 +199,9 @@ def modjac(
         torch.Size([1, 1, 1, 2])
     """
     forward = _check_strategy(strategy)
+    if sparse:
+        _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward)
+        return _sparse(model, input, trainable_only, tangent, outputs, check_finite)
     recorded = record_model(
         model,
         input,
@@ -201,6 +209,7 @@ def modjac(
         parameters=lambda name, p: p.requires_grad or not trainable_only,
         outputs=outputs,
         connected=create_graph,
+        sites=not (create_graph or forward),
     )
     lie = _lie_layout(recorded, tangent, create_graph)
     if strict:
@@ -208,7 +217,8 @@ def modjac(
     else:
         say_if_unconnected(recorded)
     with arithmetic(create_graph):
-        blocks = jacobian_blocks(recorded.tape, create_graph, columns=forward)
+        blocks = None if create_graph or forward or lie else by_layers(recorded.tape, recorded.sites)
+        blocks = blocks or jacobian_blocks(recorded.tape, create_graph, columns=forward)
         if check_finite:
             _check_blocks("modjac", recorded, blocks, _FINITE_TODO)
         shaped = lie(blocks) if lie else _shaped(recorded, blocks)
@@ -216,6 +226,26 @@ def modjac(
             pairs = zip(shaped, recorded.tape.outputs, strict=True)
             shaped = [[b if b.is_complex() else b.to(o.dtype) for b in row] for row, o in pairs]
         return _arranged(recorded, [[_given(b, create_graph) for b in row] for row in shaped], flatten)
+
+
+def _refuse_with_sparse(**given: bool) -> None:
+    for name, value in given.items():
+        if value:
+            raise InputError(
+                explain(name, "asked for together with `sparse=True`", "a sparse result has no such variant")
+            )
+
+
+def _sparse(
+    model: nn.Module, input: Any, trainable_only: bool, tangent: bool, outputs: Selector, check_finite: bool
+) -> Tensor:
+    plan = sparse_plan(
+        model, input, wrt=lambda name, p: p.requires_grad or not trainable_only, outputs=outputs, tangent=tangent
+    )
+    found = plan.evaluate(model, input, layout="csr")
+    if check_finite:
+        _check_block("modjac", found.matrix.values(), "the output", "the parameters")
+    return found.matrix
 
 
 def _arranged(recorded: Recorded, blocks: Blocks, flat: bool) -> Any:

@@ -1,1 +1,1 @@
-"""Parts that need an optional package; nothing here is imported by `import jacops`."""
+"""Parts that need an optional package, which is imported when they are called and never before."""

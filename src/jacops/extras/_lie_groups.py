@@ -78,17 +78,29 @@ def exact_series(function: str, vectors: Tensor, noise: float) -> Tensor | None:
     if algebra not in ("se3", "sim3") or not vectors.numel() or not bool(torch.isfinite(vectors).all()):
         return None
     radii = vectors.detach()[..., 3:].norm(dim=-1)
-    if noise and algebra == "se3" and float(radii.min()) > _SMALL:
+    # On SE3 only small angles lose digits; everything is summed where the sum itself is to be differentiated.
+    off = radii <= _SMALL if noise and algebra == "se3" else torch.ones_like(radii, dtype=torch.bool)
+    if not bool(off.any()):
         return None
-    theirs = getattr(operation, f"{algebra}_Jl" + ("_inv" if verb == "log" else ""))(vectors.detach())
-    bracket = getattr(operation, f"{algebra}_adj")(vectors.double())
+    theirs = getattr(operation, f"{algebra}_Jl" + ("_inv" if verb == "log" else ""))
+    total = _summed(getattr(operation, f"{algebra}_adj")(vectors[off].double()), float(radii[off].max()), verb == "log")
+    error = (theirs(vectors.detach()[off]) - total).norm(dim=(-2, -1)) / total.norm(dim=(-2, -1))
+    if not bool((error >= noise).any()):
+        return None
+    if bool(off.all()):
+        return total.reshape(*radii.shape, *total.shape[-2:]).to(vectors.dtype)
+    exact = theirs(vectors.detach()).clone()
+    exact[off] = total.to(vectors.dtype)
+    return exact
+
+
+def _summed(bracket: Tensor, radius: float, inverse: bool) -> Tensor:
+    """Return the left Jacobian, or its inverse, by its series in the bracket, up to angles of `radius`."""
     one = torch.eye(bracket.shape[-1], dtype=bracket.dtype, device=bracket.device)
     total = one
-    for k in range(24 + math.ceil(4 * float(radii.max())), 0, -1):
+    for k in range(12 if radius <= _SMALL else 24 + math.ceil(4 * radius), 0, -1):
         total = one + bracket @ total / (k + 1)
-    total = torch.linalg.inv(total) if verb == "log" else total
-    error = (theirs - total).norm(dim=(-2, -1)) / total.norm(dim=(-2, -1))
-    return total.to(vectors.dtype) if bool((error >= noise).any()) else None
+    return torch.linalg.inv(total) if inverse else total
 
 
 class Mended:

@@ -80,6 +80,10 @@ def _root(lead: list[int], i: int) -> int:
 class PoseGraphResidual(nn.Module):
     """One row per edge: how the target's pose differs from what was measured from the source, in tangent numbers."""
 
+    source: Tensor
+    target: Tensor
+    expected: Tensor
+
     def __init__(self, graph: PoseGraph) -> None:
         super().__init__()
         self.chart = graph.chart
@@ -123,6 +127,10 @@ class Bundle:
 
 class BundleResidual(nn.Module):
     """One row per observation: where the point is seen, less where it was seen."""
+
+    camera: Tensor
+    point: Tensor
+    observed: Tensor
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NotDifferentiableError
+from ..sparsity import inspectors
 from ._lie_groups import group_of, storage_jacobian, storage_width
 from ._lie_walk import OPERATIONS, Walk
 
@@ -39,14 +41,8 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
         NotDifferentiableError: PyPose's derivative is wrong for how the function uses a LieTensor; the message names
             the operation and the parameter.
     """
-    if "pypose" not in sys.modules:
-        return None
-    from pypose import LieTensor
-
     tape = recorded.tape
-    if not any(isinstance(t, LieTensor) for t in (*tape.leaves, *tape.outputs)) and OPERATIONS.isdisjoint(
-        tape.survey.functions
-    ):
+    if not _involved(tape):
         return None
     walk = Walk.over(tape)
     kinds = walk.kinds(tape.outputs)
@@ -69,6 +65,39 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
         return done
 
     return laid_out
+
+
+def _involved(tape: Any) -> bool:
+    if "pypose" not in sys.modules:
+        return False
+    from pypose import LieTensor
+
+    if any(isinstance(t, LieTensor) for t in (*tape.leaves, *tape.outputs)):
+        return True
+    return not OPERATIONS.isdisjoint(tape.survey.functions)
+
+
+def inspect(recorded: Any) -> None:
+    """Hold a recording that will be swept in a sparse way to the same walk: refuse what is wrong, mend what can be.
+
+    Raises:
+        NotDifferentiableError: As in `layout`; also for an output that is an element of a group.
+    """
+    tape = recorded.tape
+    if not _involved(tape):
+        return
+    walk = Walk.over(tape)
+    kinds = walk.kinds(tape.outputs)
+    walk.check_outputs(kinds, tape.outputs)
+    for kind, name in zip(kinds, tape.codomain.names, strict=True):
+        if kind is not None and kind.group:
+            raise NotDifferentiableError(
+                f"{tape.call}: {name} is an element of {kind.group}, whose rows have no sparse form. Take its `.Log()`."
+            )
+    walk.mend(private=not tape.twins)
+
+
+inspectors.append(inspect)
 
 
 def _columns(block: Tensor, output: Tensor, leaf: Tensor, tangent: bool) -> Tensor:

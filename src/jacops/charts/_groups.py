@@ -1,0 +1,171 @@
+"""The four groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, explain
+from ._angles import (
+    conjugate,
+    cotangent_rest,
+    cross,
+    dot,
+    product,
+    quarter_turn,
+    quaternion_exp,
+    quaternion_log,
+    sinc,
+    sine_rest,
+    turned,
+    turned_2d,
+    versine,
+    wrapped,
+)
+from ._base import Chart
+
+
+def _check_unit(name: str, argument: str, q: Tensor) -> None:
+    lengths = q.detach().norm(dim=-1)
+    tolerance = 1e-3 if q.dtype in (torch.float32, torch.float64) else 5e-2
+    if lengths.numel() and not bool(((lengths - 1).abs() <= tolerance).all()):
+        worst = int((lengths - 1).abs().nan_to_num(torch.inf).argmax())
+        came = f"holding a quaternion of length {float(lengths.reshape(-1)[worst]):.3g} (element {worst})"
+        raise InputError(explain(argument, came, f"{name} needs length one", f"Call `{name}.normalize` on it."))
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _SO2(Chart):
+    def storage_jacobian(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x).unsqueeze(-1)
+
+    def _exp(self, d: Tensor) -> Tensor:
+        return d.clone()
+
+    def _log(self, x: Tensor) -> Tensor:
+        return wrapped(x)
+
+    def _compose(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return -x
+
+    def _act(self, x: Tensor, p: Tensor) -> Tensor:
+        return turned_2d(x, p)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _SE2(Chart):
+    def storage_jacobian(self, x: Tensor) -> Tensor:
+        move = torch.eye(3, dtype=x.dtype, device=x.device).expand(*x.shape, 3).clone()
+        move[..., :2, 2] = quarter_turn(x[..., :2])
+        return move
+
+    def _exp(self, d: Tensor) -> Tensor:
+        step, angle = d[..., :2], d[..., 2:]
+        squared = angle * angle
+        return torch.cat([sinc(squared) * step + versine(squared) * angle * quarter_turn(step), angle], -1)
+
+    def _log(self, x: Tensor) -> Tensor:
+        angle, moved = wrapped(x[..., 2:]), x[..., :2]
+        squared = angle * angle
+        step = (1 - squared * cotangent_rest(squared)) * moved - angle / 2 * quarter_turn(moved)
+        return torch.cat([step, angle], -1)
+
+    def _compose(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a[..., :2] + turned_2d(a[..., 2:], b[..., :2]), a[..., 2:] + b[..., 2:]], -1)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return torch.cat([-turned_2d(-x[..., 2:], x[..., :2]), -x[..., 2:]], -1)
+
+    def _act(self, x: Tensor, p: Tensor) -> Tensor:
+        return x[..., :2] + turned_2d(x[..., 2:], p)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _SO3(Chart):
+    def normalize(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=-1, keepdim=True)
+
+    def check(self, x: Any, argument: str = "x") -> None:
+        super().check(x, argument)
+        _check_unit(self.name, argument, x)
+
+    def storage_jacobian(self, x: Tensor) -> Tensor:
+        turn = torch.eye(3, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], 3, 3)
+        v, w = x[..., None, :3].expand_as(turn), x[..., None, 3:]
+        return torch.cat([turn * w + cross(turn, v), -x[..., :3].unsqueeze(-1)], -1).mT / 2
+
+    def _exp(self, d: Tensor) -> Tensor:
+        return quaternion_exp(d)
+
+    def _log(self, x: Tensor) -> Tensor:
+        return quaternion_log(x)
+
+    def _compose(self, a: Tensor, b: Tensor) -> Tensor:
+        return product(a, b)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return conjugate(x)
+
+    def _act(self, x: Tensor, p: Tensor) -> Tensor:
+        return turned(x, p)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _SE3(Chart):
+    def normalize(self, x: Tensor) -> Tensor:
+        return torch.cat([x[..., :3], SO3.normalize(x[..., 3:])], -1)
+
+    def check(self, x: Any, argument: str = "x") -> None:
+        super().check(x, argument)
+        _check_unit(self.name, argument, x[..., 3:])
+
+    def storage_jacobian(self, x: Tensor) -> Tensor:
+        move = torch.zeros(*x.shape, 6, dtype=x.dtype, device=x.device)
+        eye = torch.eye(3, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], 3, 3)
+        move[..., :3, :3] = eye
+        move[..., :3, 3:] = cross(eye, x[..., None, :3].expand_as(eye)).mT
+        move[..., 3:, 3:] = SO3.storage_jacobian(x[..., 3:])
+        return move
+
+    def _exp(self, d: Tensor) -> Tensor:
+        step, turn = d[..., :3], d[..., 3:]
+        squared = dot(turn, turn)
+        once = cross(turn, step)
+        moved = step + versine(squared) * once + sine_rest(squared) * cross(turn, once)
+        return torch.cat([moved, quaternion_exp(turn)], -1)
+
+    def _log(self, x: Tensor) -> Tensor:
+        moved, turn = x[..., :3], quaternion_log(x[..., 3:])
+        once = cross(turn, moved)
+        step = moved - once / 2 + cotangent_rest(dot(turn, turn)) * cross(turn, once)
+        return torch.cat([step, turn], -1)
+
+    def _compose(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a[..., :3] + turned(a[..., 3:], b[..., :3]), product(a[..., 3:], b[..., 3:])], -1)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        back = conjugate(x[..., 3:])
+        return torch.cat([-turned(back, x[..., :3]), back], -1)
+
+    def _act(self, x: Tensor, p: Tensor) -> Tensor:
+        return x[..., :3] + turned(x[..., 3:], p)
+
+
+SO2: Chart = _SO2("SO2", 1, 1, 2)
+"""Rotations of the plane, stored as an angle `(*, 1)`."""
+SE2: Chart = _SE2("SE2", 3, 3, 2)
+"""Poses in the plane, stored as `(x, y, angle)`; tangent `(step, turn)`."""
+SO3: Chart = _SO3("SO3", 4, 3, 3)
+"""Rotations of space, stored as unit quaternions `(x, y, z, w)`; tangent: rotation vectors."""
+SE3: Chart = _SE3("SE3", 7, 6, 3)
+"""Poses in space, stored as translation and unit quaternion; tangent `(step, turn)`."""

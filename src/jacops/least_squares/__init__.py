@@ -1,0 +1,36 @@
+"""Least squares: "which step makes the residual smaller?" Gauss-Newton and Levenberg-Marquardt, dense and sparse."""
+
+from ._fit import gauss_newton, levenberg_marquardt
+from ._kernels import Arctan, Cauchy, Huber, Kernel, PseudoHuber, Scale, SoftLOne, Tolerant
+from ._result import LeastSquaresResult, StepRecord
+from ._solvers import LSTSQ, PCG, QDLDL, QR, Auto, Cholesky, Solver, SparseLU
+from ._strategies import Adaptive, Constant, Marquardt, Nielsen, Strategy, TrustRegion
+
+__all__ = [
+    "LSTSQ",
+    "PCG",
+    "QDLDL",
+    "QR",
+    "Adaptive",
+    "Arctan",
+    "Auto",
+    "Cauchy",
+    "Cholesky",
+    "Constant",
+    "Huber",
+    "Kernel",
+    "LeastSquaresResult",
+    "Marquardt",
+    "Nielsen",
+    "PseudoHuber",
+    "Scale",
+    "SoftLOne",
+    "Solver",
+    "SparseLU",
+    "StepRecord",
+    "Strategy",
+    "Tolerant",
+    "TrustRegion",
+    "gauss_newton",
+    "levenberg_marquardt",
+]

@@ -1,0 +1,233 @@
+"""The two calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, SolveError, explain
+from ._loop import Ended, Rules, run
+from ._problem import FunctionModule, Problem, function_module
+from ._result import LeastSquaresResult, as_given
+from ._solvers import Solver, solver_of
+from ._strategies import Strategy, strategy_of
+
+
+def levenberg_marquardt(
+    model: nn.Module | Callable[..., Any],
+    input: Any = None,
+    target: Any = None,
+    *,
+    params: Any = None,
+    manifolds: Any = None,
+    fixed: Any = None,
+    weight: Any = None,
+    sqrt_weight: Any = None,
+    kernel: Any = None,
+    f_scale: float = 1.0,
+    corrector: str = "triggs",
+    strategy: str | Strategy = "nielsen",
+    damping: float | None = None,
+    solver: str | Solver = "auto",
+    jacobian: Any = "auto",
+    ftol: float | None = 1e-8,
+    xtol: float | None = 1e-8,
+    gtol: float | None = 1e-8,
+    max_steps: int = 100,
+    max_nfev: int | None = None,
+    inplace: bool | None = None,
+    on_failure: str = "raise",
+    progress: bool | None = None,
+) -> LeastSquaresResult:
+    r"""Make $\tfrac12 \sum_k \rho(\lVert S_k (f_k - y_k) \rVert^2)$ small, $f$ a model's output, $y$ the target.
+
+    Every step solves $(J^\top J + \lambda D) p = -J^\top r$ for residual and Jacobian of one and the same run of the
+    model: batch statistics, dropout masks and random draws are those of one fixed function during the whole call, and
+    buffers and random states are as they were afterwards.
+
+    Args:
+        model: A module, whose parameters that require grad are moved; or a function `f(*params, *input)` (with a dict
+            of `params`: `f(*input, **params)`).
+        input: The model's input: a tuple is unpacked, a mapping gives keyword arguments, None is no argument.
+        target: Taken off the output, of its very shape; a tree like the output's where that is one.
+        params: For a function: a tensor, or a list or dict of tensors, where the search starts.
+        manifolds: Charts by parameter name, such as `{"poses": SE3}`: that parameter's last axis holds elements, moved
+            by `chart.retract`. LieTensors of PyPose move by their own retraction, $\exp(d) X$; all else by addition.
+        fixed: By parameter name, an index or a mask of elements that stay where they are: `{"poses": 0}`.
+        weight: What squares are multiplied by: a number; per entry or per block (blocks are the last axes of an
+            output); or information matrices `(d, d)` or `(*blocks, d, d)`. A tree of these for several outputs.
+        sqrt_weight: The same as square roots: residuals are multiplied by it from the left.
+        kernel: A robust kernel of squared lengths: `"huber"`, `"soft_l1"`, `"cauchy"`, `"arctan"` with the scale
+            `f_scale` as in SciPy, a `Kernel`, or a function of a tensor. It sees the length of a weighted block, in a
+            vector that of an entry. A list or dict for several outputs.
+        f_scale: Scale of a kernel that is given by name.
+        corrector: `"triggs"` takes the kernel's curvature into account, `"first_order"` its slope only.
+        strategy: `"nielsen"`, `"marquardt"`, `"adaptive"`, `"constant"`, `"trust_region"` (dogleg) or a `Strategy`.
+        damping: The first $\lambda$, in units of the diagonal of $J^\top J$; the only one with `"constant"`.
+        solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"splu"`, `"qdldl"`, `"pcg"` or a `Solver`.
+        jacobian: `"auto"`, `"dense"`, `"sparse"`, or a plan, such as an earlier result's `plan`.
+        ftol: Stop when the objective changes by no more than this part of itself; None to switch off.
+        xtol: Stop when a step is no longer than this part of the parameters.
+        gtol: Stop when the scaled gradient is no larger: the largest cosine between residual and a Jacobian's column.
+        max_steps: How many steps may be tried.
+        max_nfev: How many forward passes may be made.
+        inplace: Write the result into the tensors given. By default a module's parameters are written and tensors in
+            `params` are not. An exception leaves everything untouched.
+        on_failure: `"raise"` a `SolveError` where no rule was met (its `.solution` is the result), or `"return"`.
+        progress: Force the progress bar on or off.
+
+    Returns:
+        A result: parameters, objective, why it stopped, one log record per step; its repr tells.
+
+    Raises:
+        SolveError: No stop rule was met, and `on_failure="raise"`.
+        InputError: An argument does not fit.
+        InputTypeError: An argument is of the wrong kind.
+        ModelStateError: No parameter requires grad.
+        NonFiniteError: The residual at the start, or a Jacobian, is NaN or Inf.
+        NotDifferentiableError: The residual has no derivative.
+        MemoryBudgetError: A dense Jacobian would not fit into the machine's memory.
+
+    Example:
+        >>> t = torch.linspace(0, 2, 20).double()
+        >>> decay = lambda x: x[0] * torch.exp(-x[1] * t)
+        >>> fit = levenberg_marquardt(decay, target=3 * torch.exp(-1.5 * t), params=torch.ones(2).double())
+        >>> fit.x
+        tensor([3.0000, 1.5000], dtype=torch.float64)
+        >>> fit.success
+        True
+    """
+    recipe = strategy_of(strategy, damping)
+    options = {k: v for k, v in locals().items() if k not in ("model", "strategy", "damping", "recipe")}
+    return _fit(model, "levenberg_marquardt", recipe, options)
+
+
+def gauss_newton(
+    model: nn.Module | Callable[..., Any],
+    input: Any = None,
+    target: Any = None,
+    *,
+    params: Any = None,
+    manifolds: Any = None,
+    fixed: Any = None,
+    weight: Any = None,
+    sqrt_weight: Any = None,
+    kernel: Any = None,
+    f_scale: float = 1.0,
+    corrector: str = "first_order",
+    solver: str | Solver = "auto",
+    jacobian: Any = "auto",
+    ftol: float | None = 1e-8,
+    xtol: float | None = 1e-8,
+    gtol: float | None = 1e-8,
+    max_steps: int = 50,
+    max_nfev: int | None = None,
+    inplace: bool | None = None,
+    on_failure: str = "raise",
+    progress: bool | None = None,
+) -> LeastSquaresResult:
+    r"""Make the objective of `levenberg_marquardt` small by whole Gauss-Newton steps, $J^\top J p = -J^\top r$.
+
+    Quick near a solution, and blind to a step that leads uphill. Where a dense Jacobian has no full rank, the shortest
+    step is taken; a sparse one is refused then (hold something `fixed`). Kernels are corrected in the first order by
+    default (iteratively reweighted least squares), which needs no damping.
+
+    Args:
+        model: As in `levenberg_marquardt`, like all that follow.
+        input: The model's input.
+        target: Taken off the output.
+        params: Where the search starts, for a function.
+        manifolds: Charts by parameter name.
+        fixed: What stays where it is, by parameter name.
+        weight: Weights or information matrices.
+        sqrt_weight: Their square roots.
+        kernel: A robust kernel.
+        f_scale: Scale of a kernel that is given by name.
+        corrector: `"first_order"` or `"triggs"`.
+        solver: How the equations of a step are solved.
+        jacobian: `"auto"`, `"dense"`, `"sparse"` or a plan.
+        ftol: Stop by the objective.
+        xtol: Stop by the length of a step.
+        gtol: Stop by the scaled gradient.
+        max_steps: How many steps may be taken.
+        max_nfev: How many forward passes may be made.
+        inplace: Write the result into the tensors given.
+        on_failure: `"raise"` or `"return"`.
+        progress: Force the progress bar on or off.
+
+    Returns:
+        As `levenberg_marquardt`.
+
+    Raises:
+        SolveError: No stop rule was met, and `on_failure="raise"`.
+        InputError: An argument does not fit.
+        InputTypeError: An argument is of the wrong kind.
+        ModelStateError: No parameter requires grad.
+        NonFiniteError: The residual at the start, or a Jacobian, is NaN or Inf.
+        NotDifferentiableError: The residual has no derivative.
+        MemoryBudgetError: A dense Jacobian would not fit into the machine's memory.
+
+    Example:
+        >>> gauss_newton(lambda x: x * x, target=torch.tensor([9.0]).double(), params=torch.tensor([2.0]).double()).x
+        tensor([3.], dtype=torch.float64)
+    """
+    options = {k: v for k, v in locals().items() if k != "model"}
+    return _fit(model, "gauss_newton", None, options)
+
+
+def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult:
+    solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
+    if on_failure not in ("raise", "return"):
+        raise InputError(explain("on_failure", repr(on_failure), "'raise' or 'return' is needed"))
+    rules = Rules(*(options[key] for key in ("ftol", "xtol", "gtol", "max_steps", "max_nfev")))
+    module: Any = model
+    if not isinstance(model, nn.Module) and not isinstance(model, type):
+        module = function_module(model, params)
+    elif params is not None:
+        needed = "a module brings its own parameters"
+        raise InputError(explain("params", "given", needed, "Freeze those that are to stay as they are."))
+    problem = Problem(module, options["input"], call, options)
+    ended = run(problem, solver, strategy, rules, options["progress"])
+    result = _result(problem, ended, type(params) if isinstance(module, FunctionModule) else None)
+    if not result.success and on_failure == "raise":
+        raise SolveError(f"{call}: {ended.message}. The error's `.solution` has what was reached.\n{result}", result)
+    inplace = options["inplace"]
+    if inplace if inplace is not None else not isinstance(module, FunctionModule):
+        _write(_originals(module, problem, params), ended.point.values)
+    return result
+
+
+def _originals(module: Any, problem: Problem, params: Any) -> dict[str, Tensor]:
+    if not isinstance(module, FunctionModule):
+        return problem.original
+    tensors = [params] if isinstance(params, Tensor) else params.values() if isinstance(params, dict) else params
+    return dict(zip(module.names, tensors, strict=True))
+
+
+def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Put values into the caller's tensors, which have the same shapes."""
+    for name, value in values.items():
+        target = originals[name].detach().as_subclass(Tensor)
+        with torch.inference_mode(target.is_inference()), torch.no_grad():
+            target.copy_(value.as_subclass(Tensor))
+
+
+def _result(problem: Problem, ended: Ended, kind: type | None) -> LeastSquaresResult:
+    point = ended.point
+    return LeastSquaresResult(
+        x=as_given(point.values, kind),
+        cost=point.cost,
+        fun=torch.from_numpy(point.raw),
+        optimality=point.optimality,
+        status=ended.status,
+        message=ended.message,
+        log=ended.log,
+        nfev=problem.evaluations,
+        njev=problem.linearisations,
+        route=problem.route,
+        plan=problem.plan,
+        _system=point.system,
+    )

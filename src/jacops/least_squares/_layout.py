@@ -1,0 +1,202 @@
+"""Layout: which parameters move, on which chart, and where each stands in the flat step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..charts import Chart
+from ..errors import InputError, InputTypeError, explain
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        chart: The group its elements are in; None for ordinary numbers and LieTensors.
+        group: PyPose's name of a LieTensor's group, else empty.
+        free: Which columns of its tangent move, as positions; None for all.
+    """
+
+    name: str
+    shape: torch.Size
+    chart: Chart | None
+    group: str
+    free: np.ndarray | None
+
+    @property
+    def width(self) -> int:
+        """Tangent directions per element; one number is an element where there is no chart."""
+        return self.chart.tangent if self.chart else self.shape[-1] - 1 if self.group else 1
+
+    @property
+    def elements(self) -> int:
+        """How many elements there are."""
+        return self.shape[:-1].numel() if self.chart or self.group else self.shape.numel()
+
+    @property
+    def columns(self) -> int:
+        """How many tangent columns there are, fixed ones included."""
+        return self.elements * self.width
+
+    def moved(self, value: Tensor, step: np.ndarray) -> Tensor:
+        """Return the parameter moved by a flat step over its free columns."""
+        full = step
+        if self.free is not None:
+            full = np.zeros(self.columns)
+            full[self.free] = step
+        d = torch.from_numpy(full).to(value.device, value.dtype)
+        if self.chart is not None:
+            return self.chart.retract(value, d.reshape(*self.shape[:-1], self.width))
+        if self.group:
+            return _retracted(value, d.reshape(*self.shape[:-1], self.width))
+        return value + d.reshape(self.shape)
+
+    @property
+    def preferred_block(self) -> int:
+        """How many neighbouring columns belong together, for block-Jacobi."""
+        if self.chart or self.group:
+            return self.width
+        return self.shape[-1] if len(self.shape) > 1 and self.shape[-1] <= 16 else 1
+
+
+def _retracted(value: Tensor, d: Tensor) -> Tensor:
+    """Return PyPose's own retraction, `Exp(d) X`."""
+    from pypose import LieTensor
+
+    element: Any = value
+    algebra = type(element.ltype).__name__.removesuffix("Type").lower()
+    import pypose
+
+    return LieTensor(d, ltype=getattr(pypose, f"{algebra}_type")).Exp() @ element
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All parameters, in the order of the columns."""
+
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Free columns per parameter."""
+        return [p.columns if p.free is None else len(p.free) for p in self.parts]
+
+    @cached_property
+    def columns(self) -> int:
+        """Free columns altogether."""
+        return sum(self.sizes)
+
+    @cached_property
+    def kept(self) -> np.ndarray | None:
+        """Positions of the free columns among all; None if all are free."""
+        if all(p.free is None for p in self.parts):
+            return None
+        starts = np.cumsum([0, *(p.columns for p in self.parts)])
+        return np.concatenate(
+            [
+                start + (np.arange(p.columns) if p.free is None else p.free)
+                for start, p in zip(starts, self.parts, strict=False)
+            ]
+        )
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """For every free column the number of the block it is in, rising."""
+        ids, start = [], 0
+        for part in self.parts:
+            own = np.arange(part.columns) // part.preferred_block
+            own = own if part.free is None else own[part.free]
+            ids.append(own + start)
+            start += part.columns
+        return np.unique(np.concatenate(ids), return_inverse=True)[1] if ids else np.zeros(0, dtype=np.int64)
+
+    def moved(self, values: Values, step: np.ndarray) -> Values:
+        """Return all parameters moved by a flat step."""
+        cuts = np.split(step, np.cumsum(self.sizes)[:-1])
+        with torch.inference_mode(False), torch.no_grad():
+            return {p.name: p.moved(values[p.name], cut) for p, cut in zip(self.parts, cuts, strict=True)}
+
+    def size_of(self, values: Values) -> float:
+        """Return the length of all free parameters, for the rule on the length of a step."""
+        return float(sum(float(v.detach().double().as_subclass(Tensor).square().sum()) for v in values.values())) ** 0.5
+
+
+def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> Layout:
+    """Return the layout of parameters, charts by name, and what stays fixed by name.
+
+    Raises:
+        InputTypeError: An argument is of the wrong kind, or a parameter is complex.
+        InputError: A name is unknown, or a chart or a selection does not fit.
+    """
+    charts, held = _by_name("manifolds", manifolds, parameters), _by_name("fixed", fixed, parameters)
+    parts = []
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            needed = "least squares need real numbers"
+            raise InputTypeError(explain(name, f"of dtype {parameter.dtype}", needed, "Use torch.view_as_real."))
+        chart, group = charts.get(name), _group(parameter)
+        if chart is not None:
+            if not isinstance(chart, Chart):
+                came = f"{chart!r} for '{name}'"
+                raise InputTypeError(explain("manifolds", came, "a chart such as jacops.charts.SE3 is needed"))
+            if group:
+                needed = "a LieTensor brings its own retraction"
+                raise InputError(explain("manifolds", f"{chart} for the LieTensor '{name}'", needed, "Leave it out."))
+            chart.check(parameter.detach(), name)
+        part = Part(name, parameter.shape, chart, group, None)
+        if name in held:
+            part = Part(name, parameter.shape, chart, group, _free(part, held[name]))
+        parts.append(part)
+    layout = Layout(tuple(parts))
+    if not layout.columns:
+        raise InputError(explain("fixed", "everything", "something must be left to move"))
+    return layout
+
+
+def _group(parameter: Tensor) -> str:
+    from ..extras._lie_groups import group_of
+
+    return group_of(parameter)
+
+
+def _by_name(argument: str, given: Any, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    names = list(parameters)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        if len(names) == 1:
+            return {names[0]: given}
+        came = f"a {type(given).__name__}"
+        raise InputTypeError(explain(argument, came, f"a dict by parameter name is needed, the names being {names}"))
+    found: dict[Any, Any] = {names[k] if isinstance(k, int) and 0 <= k < len(names) else k: v for k, v in given.items()}
+    for name in found:
+        if name not in parameters:
+            raise InputError(explain(argument, f"naming {name!r}", f"the parameters that move are {names}"))
+    return found
+
+
+def _free(part: Part, fixed: Any) -> np.ndarray:
+    """Return the columns that are left when the elements that `fixed` indexes stay where they are."""
+    lead = part.shape[:-1] if part.chart or part.group else part.shape
+    mask = torch.zeros(lead, dtype=torch.bool)
+    if isinstance(fixed, Tensor):
+        fixed = fixed.detach().cpu()
+    try:
+        mask[fixed] = True
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        came = f"{fixed!r} for '{part.name}'"
+        needed = f"an index or a mask over its elements {tuple(lead)} is needed ({error})"
+        raise InputError(explain("fixed", came, needed)) from None
+    return np.repeat(~mask.reshape(-1).numpy(), part.width).nonzero()[0]

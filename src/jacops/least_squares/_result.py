@@ -1,0 +1,183 @@
+"""What a least-squares call gives back: where it ended, why it stopped, and what happened on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, SolveError, explain
+from ._solvers import LEAST_PIVOT, factorised
+from ._system import Singular, System
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, taken or not.
+
+    Attributes:
+        step: Its number, from 1.
+        objective: The objective before it.
+        tried: The objective after it, had it been taken.
+        optimality: The scaled gradient before it.
+        length: Its length.
+        damping: The damping (for a trust region the radius) it was made with; 0 without.
+        ratio: Actual by foretold reduction.
+        accepted: Whether it was taken.
+        inner_residual: True relative residual of its linear equations.
+        inner_steps: Iterations of the linear solver.
+        solver: Which linear solver, and why where it was chosen.
+        seconds: Its time, the Jacobian for it included.
+    """
+
+    step: int
+    objective: float
+    tried: float
+    optimality: float
+    length: float
+    damping: float
+    ratio: float
+    accepted: bool
+    inner_residual: float
+    inner_steps: int
+    solver: str
+    seconds: float
+
+    def __repr__(self) -> str:
+        mark = "" if self.accepted else " rejected"
+        return (
+            f"{self.step:3d}: {self.objective:.6e} -> {self.tried:.6e}{mark}, gradient {self.optimality:.1e}, "
+            f"step {self.length:.1e}, damping {self.damping:.1e}, inner {self.inner_residual:.1e}, {self.seconds:.2f} s"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LeastSquaresResult:
+    r"""Where a least-squares call ended.
+
+    Attributes:
+        x: The parameters found: by name for a module, else in the form of `params`.
+        cost: The objective $\tfrac12 \sum_k \rho(\lVert r_k \rVert^2)$ there.
+        fun: Output minus target there, flat, neither weighted nor corrected.
+        optimality: Scaled gradient: the largest cosine between the residual and a column of the Jacobian.
+        status: `"gradient"`, `"objective"`, `"step"` (the rules gtol, ftol, xtol), or `"max_steps"`, `"max_nfev"`,
+            `"stalled"`, `"singular"`, `"diverged"`.
+        message: The status in words.
+        log: One record per step tried.
+        nfev: Forward passes.
+        njev: Jacobians.
+        route: How Jacobians were taken, and why.
+        plan: The sparse plan, to be given to a later call.
+    """
+
+    x: Any
+    cost: float
+    fun: Tensor
+    optimality: float
+    status: str
+    message: str
+    log: list[StepRecord]
+    nfev: int
+    njev: int
+    route: str
+    plan: Any = None
+    _system: System | None = field(default=None, repr=False)
+
+    @property
+    def success(self) -> bool:
+        """Whether a stop rule for convergence was met."""
+        return self.status in ("gradient", "objective", "step")
+
+    @property
+    def jac(self) -> Any:
+        """The Jacobian at the end, weighted and corrected, by tangent columns: an array or a SciPy CSR array."""
+        return None if self._system is None else self._system.J
+
+    @property
+    def grad(self) -> np.ndarray | None:
+        """The gradient of the objective at the end, by tangent columns."""
+        return None if self._system is None else self._system.gradient
+
+    def covariance(self, columns: Sequence[int] | None = None, *, absolute: bool = False) -> np.ndarray:
+        r"""Return the covariance of the parameters found, $\sigma^2 (J^\top J)^{-1}$, over tangent columns.
+
+        Args:
+            columns: Positions among the free tangent columns (parameters in order, fixed ones left out); by default
+                all of them.
+            absolute: True where weights are inverse variances: $\sigma^2 = 1$. Otherwise it is twice the objective
+                over the degrees of freedom, as in `scipy.optimize.curve_fit`.
+
+        Raises:
+            SolveError: The Jacobian has no full rank, so that some direction has no variance.
+            InputError: A position is out of range, or there are no degrees of freedom to estimate the variance from.
+
+        Example:
+            >>> from jacops.least_squares import gauss_newton
+            >>> fit = gauss_newton(lambda x: x - torch.tensor([1.0, 3.0]), params=torch.zeros(1))
+            >>> fit.covariance()
+            array([[1.]])
+        """
+        if self._system is None:
+            raise SolveError("there is no Jacobian at the end of this call, so no covariance", self)
+        rows, size = self._system.J.shape
+        wanted = np.arange(size) if columns is None else np.asarray(list(columns), dtype=np.int64)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < size):
+            raise InputError(explain("columns", f"reaching from {wanted.min()} to {wanted.max()}", f"there are {size}"))
+        if not absolute and rows <= size:
+            came = f"of {rows} residuals for {size} columns"
+            todo = "Pass `absolute=True` if weights are inverse variances."
+            raise InputError(explain("the problem", came, "the variance is estimated from what is left over", todo))
+        inverse = _inverse_part(self._system, wanted, self)
+        return inverse if absolute else inverse * (2 * self.cost / (rows - size))
+
+    def __repr__(self) -> str:
+        first = self.log[0].objective if self.log else self.cost
+        taken = sum(r.accepted for r in self.log)
+        head = f"LeastSquaresResult({self.status}: {self.message})"
+        body = (
+            f"  objective {first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}",
+            f"  {taken} of {len(self.log)} steps taken, {self.nfev} forward passes, {self.njev} Jacobians "
+            f"({self.route}), {sum(r.seconds for r in self.log):.2f} s",
+        )
+        return "\n".join((head, *body))
+
+
+def _inverse_part(system: System, wanted: np.ndarray, result: Any) -> np.ndarray:
+    scale = system.scale
+    unit = np.zeros((len(scale), len(wanted)))
+    unit[wanted, np.arange(len(wanted))] = 1 / scale[wanted]
+    failure = "the Jacobian at the end has no full rank: some direction has no variance. Fix it with `fixed=`."
+    if system.is_sparse:
+        try:
+            factor = factorised(system)
+        except Singular:
+            raise SolveError(failure, result) from None
+        if not factor.U.diagonal().min() > LEAST_PIVOT:
+            raise SolveError(failure, result)
+        solved = factor.solve(unit)
+    else:
+        if system.J.shape[0] < system.J.shape[1]:
+            raise SolveError(failure, result)
+        R = torch.geqrf(torch.from_numpy(system.J / scale))[0][: len(scale)].triu()
+        pivots = R.diagonal().abs()
+        if not pivots.min() > 1e-13 * len(system.J) * pivots.max():
+            raise SolveError(failure, result)
+        half = torch.linalg.solve_triangular(R.T, torch.from_numpy(unit), upper=False)
+        solved = torch.linalg.solve_triangular(R, half, upper=True).numpy()
+    found = (solved / scale[:, None])[wanted]
+    if not (np.isfinite(found).all() and (np.diag(found) >= 0).all()):
+        raise SolveError(failure, result)
+    return (found + found.T) / 2
+
+
+def as_given(values: dict[str, Tensor], kind: type | None) -> Any:
+    """Return the parameters in the form they were given in: a tensor, a list, or a dict by name."""
+    with torch.inference_mode(False):
+        detached = {name: value.detach().clone() for name, value in values.items()}
+    if kind is None or issubclass(kind, dict):
+        return detached
+    return next(iter(detached.values())) if issubclass(kind, Tensor) else kind(detached.values())

@@ -1,0 +1,215 @@
+"""Strategies: how long the next step may be, given how well the last one did as foretold."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, final
+
+import numpy as np
+
+from ..errors import InputError, InputTypeError, explain
+from ._solvers import Solver
+from ._system import Singular, Solved, System
+
+_MOST, _LEAST = 1e32, 1e-16
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    r"""A recipe for steps. `level` is its one number: the damping, or the radius of a trust region.
+
+    Dampings solve $(J^\top J + \lambda D) p = -J^\top r$, $D$ the diagonal of $J^\top J$ (Marquardt, 1963).
+    """
+
+    @abstractmethod
+    def begin(self) -> float | None:
+        """Return the first level; None to take it from the first step."""
+
+    @abstractmethod
+    def step(self, system: System, solver: Solver, level: float | None) -> tuple[Solved, float]:
+        """Return a step for this level, and the level it was made for."""
+
+    @abstractmethod
+    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
+        """Return the next level.
+
+        Args:
+            level: The one just tried.
+            ratio: Actual by foretold reduction of the objective; below zero for a step uphill.
+            rejections: How many steps in a row were rejected, this one included.
+            length: The length of the step in units of the scaled parameters.
+        """
+
+
+@dataclass(frozen=True)
+class _Damped(Strategy):
+    damping: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.damping, bool) or not isinstance(self.damping, float | int):
+            raise InputTypeError(explain("damping", repr(self.damping), "a number is needed"))
+        if not (self.damping > 0 and isfinite(self.damping)):
+            raise InputError(explain("damping", repr(self.damping), "a positive number is needed"))
+
+    def begin(self) -> float | None:
+        return float(self.damping)
+
+    def step(self, system: System, solver: Solver, level: float | None) -> tuple[Solved, float]:
+        level = self.damping if level is None else level
+        return solver.solve(system, level * system.scale**2), level
+
+
+@final
+@dataclass(frozen=True)
+class Constant(_Damped):
+    """The same damping for every step; a step uphill ends the call, since the next one would be the same."""
+
+    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
+        """Return the same level."""
+        return level
+
+
+@final
+@dataclass(frozen=True)
+class Adaptive(_Damped):
+    """Damping times `down` after a ratio above `high`, times `up` after one below `low`, as PyPose's of this name."""
+
+    high: float = 0.5
+    low: float = 1e-3
+    up: float = 2.0
+    down: float = 0.5
+
+    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
+        """Return the next level; rejections in a row double the exponent, or many steps would be wasted."""
+        if ratio > self.high:
+            return max(level * self.down, _LEAST)
+        return min(level * self.up ** max(1, rejections), _MOST) if ratio < self.low else level
+
+
+@final
+@dataclass(frozen=True)
+class Marquardt(_Damped):
+    """Damping by ten after every good step, times ten after every bad one (Marquardt, 1963)."""
+
+    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
+        """Return the next level."""
+        return min(level * 10, _MOST) if rejections else max(level / 10, _LEAST)
+
+
+@final
+@dataclass(frozen=True)
+class Nielsen(_Damped):
+    r"""Damping times $\max(1/3, 1 - (2\varrho - 1)^3)$; $\times 2, 4, 8 \dots$ while steps are bad (Nielsen, 1999)."""
+
+    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
+        """Return the next level."""
+        if rejections:
+            return min(level * 2.0 ** min(rejections, 60), _MOST)
+        return max(level * max(1 / 3, 1 - (2 * ratio - 1) ** 3), _LEAST)
+
+
+@final
+@dataclass(frozen=True)
+class TrustRegion(Strategy):
+    """Powell's dogleg (1970): a path from the steepest descent to the Gauss-Newton step, cut off at `radius`.
+
+    Needs one factorisation per accepted step. Lengths are measured with the diagonal of the normal matrix.
+
+    Attributes:
+        radius: The first radius; None for the length of the first Gauss-Newton step.
+    """
+
+    radius: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a radius that is not positive.
+
+        Raises:
+            InputError: It is not.
+        """
+        if self.radius is not None and not (self.radius > 0 and isfinite(self.radius)):
+            raise InputError(explain("radius", repr(self.radius), "a positive number is needed"))
+
+    def begin(self) -> float | None:
+        """Return the first radius."""
+        return self.radius
+
+    def step(self, system: System, solver: Solver, level: float | None) -> tuple[Solved, float]:
+        """Return the dogleg step."""
+        scale = system.scale
+        newton = system.memory.get("newton")
+        if newton is None:
+            newton = system.memory["newton"] = _newton(system, solver)
+        full = newton.step * scale
+        length = float(np.linalg.norm(full))
+        level = length if level is None else level
+        if length <= level:
+            return newton, level
+        slope = system.gradient / scale
+        steepest = float(slope @ slope) / max(float(np.sum(system.push(slope / scale) ** 2)), np.finfo(float).tiny)
+        cauchy = -steepest * slope
+        reach = float(np.linalg.norm(cauchy))
+        if reach >= level:
+            path = cauchy * (level / reach)
+        else:
+            leg = full - cauchy
+            a, b, c = float(leg @ leg), float(cauchy @ leg), reach**2 - level**2
+            path = cauchy + leg * (-c / (b + np.sqrt(b * b - a * c)))
+        return Solved(path / scale, newton.residual, newton.steps, newton.solver, f"{newton.note}dogleg"), level
+
+    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
+        """Return the next radius."""
+        if rejections or ratio < 0.25:
+            return max(min(length, level) / 4, _LEAST)
+        return min(max(level, 3 * length), _MOST) if ratio > 0.75 else level
+
+
+def _newton(system: System, solver: Solver) -> Solved:
+    """Return the Gauss-Newton step, with as little damping as the matrix needs to be solved."""
+    damping = 0.0
+    while True:
+        try:
+            solved = solver.solve(system, damping * system.scale**2 if damping else None)
+            if float(system.gradient @ solved.step) < 0 or not system.gradient.any():
+                return Solved(*solved.fields[:-1], f"damped by {damping:.0e}, " if damping else "")
+        except Singular:
+            if damping >= 1.0:
+                raise
+        damping = max(damping * 100, 1e-12)
+        if damping > 1.0:
+            raise Singular("the normal matrix is singular, however damped")
+
+
+_NAMES: dict[str, type[Strategy]] = {
+    "constant": Constant,
+    "adaptive": Adaptive,
+    "marquardt": Marquardt,
+    "nielsen": Nielsen,
+    "trust_region": TrustRegion,
+}
+
+
+def strategy_of(strategy: Any, damping: float | None) -> Strategy:
+    """Return the strategy meant by a name or a recipe, and a first damping.
+
+    Raises:
+        InputError: The name is unknown, or a damping is given where there is none.
+        InputTypeError: It is neither a name nor a recipe.
+    """
+    if isinstance(strategy, str):
+        if strategy not in _NAMES:
+            raise InputError(explain("strategy", repr(strategy), f"one of {list(_NAMES)} or a Strategy is needed"))
+        if damping is None:
+            return _NAMES[strategy]()
+        if strategy == "trust_region":
+            todo = "Set the first radius with `strategy=TrustRegion(radius)`."
+            raise InputError(explain("damping", repr(damping), "a trust region has none", todo))
+        return _NAMES[strategy](damping)  # pyright: ignore[reportCallIssue]
+    if not isinstance(strategy, Strategy):
+        came = f"a {type(strategy).__name__}"
+        raise InputTypeError(explain("strategy", came, f"one of {list(_NAMES)} or a Strategy is needed"))
+    if damping is not None:
+        raise InputError(explain("damping", repr(damping), "the strategy has its own", "Set it there."))
+    return strategy

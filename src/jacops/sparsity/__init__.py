@@ -1,0 +1,20 @@
+"""Sparse Jacobians: detect, lift, colour, compress, certify."""
+
+from ._point import inspectors
+from .detect import detect_pattern
+from .pattern import Pattern
+from .plan import SparseJacobian, SparsePlan, sparse_plan
+from .separable import Separation, samples_apart
+from .sparse import sparse
+
+__all__ = [
+    "Pattern",
+    "Separation",
+    "SparseJacobian",
+    "SparsePlan",
+    "detect_pattern",
+    "inspectors",
+    "samples_apart",
+    "sparse",
+    "sparse_plan",
+]

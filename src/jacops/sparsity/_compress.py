@@ -1,0 +1,226 @@
+"""Compressed evaluation: a few sweeps over sums of rows or columns, and every entry read off them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import gammaincinv
+from torch import Tensor
+
+from .._backends._torch.agreement import tolerance
+from .._backends._torch.surroundings import private_noise
+from .._backends._torch.tape import Tape
+from ..errors import NotDifferentiableError
+from ..operators import Operator
+from ._coloring import Coloring, reading
+from ._matrix import Csr, csr
+from ._pool import Array
+
+_CHUNK_ENTRIES = 2**24
+_CHUNK_ROWS = 64
+_CONFIDENCE = 1e-3
+_PROBE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True, eq=False)
+class Sweeper:
+    """The two products everything is evaluated with.
+
+    Attributes:
+        pull: Rows `(k, m)` to rows `(k, n)`.
+        push: Rows `(k, n)` to rows `(k, m)`.
+        shape: `(m, n)`.
+        rows: A tensor in the dtype and on the device of cotangents.
+        columns: The same for tangents.
+    """
+
+    pull: Callable[[Tensor], Tensor]
+    push: Callable[[Tensor], Tensor]
+    shape: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def over(cls, operator: Operator) -> Sweeper:
+        """Return the products of an operator."""
+        rows = torch.empty(0, dtype=operator.codomain.dtype, device=operator.codomain.device)
+        columns = torch.empty(0, dtype=operator.domain.dtype, device=operator.domain.device)
+        return cls(operator._apply_transpose, operator._apply, operator.shape, rows, columns)
+
+    @classmethod
+    def on(cls, tape: Tape) -> Sweeper:
+        """Return the sweeps of a tape."""
+        domain, codomain = tape.domain, tape.codomain
+
+        def pull(rows: Tensor) -> Tensor:
+            return domain.join(tape.pull_rows(codomain.split(rows))).detach()
+
+        def push(rows: Tensor) -> Tensor:
+            return codomain.join(tape.push_rows(domain.split(rows))).detach()
+
+        rows = torch.empty(0, dtype=codomain.dtype, device=codomain.device)
+        columns = torch.empty(0, dtype=domain.dtype, device=domain.device)
+        return cls(pull, push, (codomain.dim, domain.dim), rows, columns)
+
+    @property
+    def tolerance(self) -> float:
+        """How far two right answers may differ, relative to their size: rounding only, since no sum is left out."""
+        dtypes = [self.rows.dtype, self.columns.dtype]
+        return max(_PROBE.get(dtype, tolerance([dtype])) for dtype in dtypes)
+
+    def swept(self, seeds: Tensor, push: bool) -> Tensor:
+        """Return the products of all seeds, a chunk at a time."""
+        chunk = max(1, min(_CHUNK_ROWS, _CHUNK_ENTRIES // max(1, sum(self.shape))))
+        product = self.push if push else self.pull
+        parts = [product(part) for part in seeds.split(chunk)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """How sweeps become a matrix in CSR order.
+
+    Attributes:
+        shape: Of the matrix.
+        ends: CSR row pointers.
+        columns: CSR column indices, sorted within rows.
+        pulled: For each term its place in the flat `(pulls, columns of the sweeper)`, or -1.
+        pushed: For each term its place in the flat `(pushes, rows of the sweeper)`, or -1; None where none is.
+        start: Where the terms of each entry start; None where every entry has one term.
+    """
+
+    shape: tuple[int, int]
+    ends: NDArray[np.int32]
+    columns: NDArray[np.int32]
+    pulled: Array
+    pushed: Array | None
+    start: Array | None
+
+    @classmethod
+    def of(cls, matrix: Csr, coloring: Coloring, column_of: Array, width: int) -> Assembly:
+        """Return the assembly of a pattern whose columns are copies of the columns of a narrower matrix.
+
+        Args:
+            matrix: Pattern over the sweeper's columns.
+            coloring: Its colouring.
+            column_of: Which final column each of its columns copies.
+            width: Number of final columns.
+        """
+        m, wide = matrix.shape
+        rows = np.repeat(np.arange(m), np.diff(matrix.indptr))
+        inner = matrix.indices.astype(np.int64)
+        found = reading(rows, inner, coloring)
+        if found is None:
+            raise NotDifferentiableError(
+                "sparse: a colouring does not tell all entries apart; this is a fault in jacops."
+            )
+        keys = rows * width + column_of[inner]
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        first = np.r_[True, keys[1:] != keys[:-1]][: len(keys)]
+        start = None if first.all() else np.flatnonzero(first)
+        entries = keys[first]
+        ends = np.searchsorted(entries, np.arange(m + 1) * width).astype(np.int32)
+        pushes = found.pushed.any()
+        pulled = found.sweep * wide + found.at
+        pushed = np.where(found.pushed, found.sweep * m + found.at, -1)[order] if pushes else None
+        pulled = (np.where(found.pushed, -1, pulled) if pushes else pulled)[order]
+        return cls((m, width), ends, (entries % width).astype(np.int32), pulled, pushed, start)
+
+    def values(self, pulled: Tensor | None, pushed: Tensor | None, like: Tensor) -> Tensor:
+        """Return the entries in CSR order from what the sweeps gave; `like` has their dtype where there are none."""
+        parts = []
+        for swept, places in ((pulled, self.pulled), (pushed, self.pushed)):
+            if swept is None or places is None or not swept.numel():
+                continue
+            index = torch.from_numpy(places).to(swept.device)
+            part = swept.reshape(-1)[index if places.min(initial=0) >= 0 else index.clamp(min=0)]
+            parts.append(part if places.min(initial=0) >= 0 else part.masked_fill(index < 0, 0))
+        if not parts:
+            return like.new_zeros(0)
+        terms = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        if self.start is None:
+            return terms
+        # Copies of one entry add up: the forward read it more than once.
+        entry = torch.from_numpy(np.repeat(np.arange(len(self.start)), np.diff(np.r_[self.start, len(terms)])))
+        return terms.new_zeros(len(self.start)).index_add_(0, entry.to(terms.device), terms)
+
+    def matrix(self, values: Tensor) -> Csr:
+        """Return the matrix with these entries; NumPy has no bfloat16, which comes as float32."""
+        values = values.float() if values.dtype is torch.bfloat16 else values
+        return csr((values.cpu().numpy(), self.columns, self.ends), shape=self.shape)
+
+
+def seeds(colors: Array, like: Tensor) -> Tensor:
+    """Return one row per colour, one where a row or column has it."""
+    many = int(colors.max(initial=-1)) + 1
+    rows = torch.zeros(many, len(colors), dtype=like.dtype, device=like.device)
+    held = np.flatnonzero(colors >= 0)
+    rows[torch.from_numpy(colors[held]), torch.from_numpy(held)] = 1
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A Jacobian from few sweeps.
+
+    Attributes:
+        values: Its entries in CSR order.
+        matrix: Itself, in scipy.
+        error: How far random probes are off, relative to its size; NaN without probes.
+        bound: With probability 99.9 % at most so much is missing or wrong, in the Frobenius norm; NaN without probes.
+        sweeps: Pulls and pushes, probes included.
+    """
+
+    values: Tensor
+    matrix: Csr
+    error: float
+    bound: float
+    sweeps: int
+
+
+def compress(sweeper: Sweeper, assembly: Assembly, coloring: Coloring, column_of: Array, certify: int) -> Compressed:
+    r"""Return the matrix, certified by random probes in the same batch of sweeps.
+
+    For normal `u` the expected square of $\|(J - \hat J)^\top u\|$ is $\|J - \hat J\|_F^2$, and an error of rank one
+    is the worst case, so with k probes $\|J - \hat J\|_F \le \sqrt{k / q_k}\, \mathrm{rms}$ with probability 99.9 %,
+    $q_k$ being the 0.1 % quantile of $\chi^2_k$.
+    """
+    m, _ = sweeper.shape
+    probes = [private_noise(sweeper.rows.new_empty(m), seed=7000 + i) for i in range(certify)]
+    start = seeds(coloring.rows, sweeper.rows)
+    start = torch.cat([start, torch.stack(probes)]) if probes else start
+    pulled = sweeper.swept(start, push=False) if len(start) else None
+    forward = seeds(coloring.columns, sweeper.columns)
+    pushed = sweeper.swept(forward, push=True) if len(forward) else None
+    values = assembly.values(pulled[: coloring.pulls] if pulled is not None else None, pushed, sweeper.columns)
+    matrix = assembly.matrix(values)
+    sweeps = len(start) + len(forward)
+    if pulled is None or not probes:
+        return Compressed(values, matrix, math.nan, math.nan, sweeps)
+    off, size = _off(matrix, probes, pulled[coloring.pulls :], column_of)
+    rms = math.sqrt(sum(d * d for d in off) / len(off))
+    error = (max(off) / size if size else 0.0) if all(map(math.isfinite, off)) else math.nan
+    return Compressed(values, matrix, error, rms * probe_factor(certify), sweeps)
+
+
+def _off(matrix: Csr, probes: list[Tensor], pulled: Tensor, column_of: Array) -> tuple[list[float], float]:
+    """Return how far each probe is off, and the size of what it is held against."""
+    width = matrix.shape[1]
+    off, size = [], float(np.linalg.norm(matrix.data.astype(np.float64)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for u, g in zip(probes, pulled, strict=True):
+            given = np.bincount(column_of, g.double().cpu().numpy(), minlength=width)[:width]
+            off.append(float(np.linalg.norm(given - matrix.T @ u.double().cpu().numpy())))
+            size = max(size, float(np.linalg.norm(given)))
+    return off, size
+
+
+def probe_factor(probes: int) -> float:
+    """Return $c_k$: 798, 31.6, 11.1, 4.9, 2.6 for k = 1, 2, 3, 5, 10."""
+    return math.sqrt(probes / (2 * float(gammaincinv(probes / 2, _CONFIDENCE))))

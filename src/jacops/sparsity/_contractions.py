@@ -1,0 +1,228 @@
+"""Rules for matrix products and convolutions, which mix entries along known axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._pool import Array
+from ._trace import Call, Rule, Tracer
+
+_EXPANDED = 20_000_000
+
+
+def product(tracer: Tracer, left: Tensor, right: Tensor) -> Array:
+    """Return ids of `left @ right` for (b, m, k) and (b, k, n)."""
+    if not tracer.tracks(right):
+        return _one_sided(tracer, tracer.array(left), tracer.nonzero(right))
+    if not tracer.tracks(left):
+        turned = tracer.nonzero(left)
+        ids = tracer.array(right.transpose(1, 2))
+        return _one_sided(tracer, ids, None if turned is None else turned.transpose(0, 2, 1)).transpose(0, 2, 1)
+    rows = _one_sided(tracer, tracer.array(left), None)
+    columns = _one_sided(tracer, tracer.array(right.transpose(1, 2)), None).transpose(0, 2, 1)
+    shape = (left.shape[0], left.shape[1], right.shape[2])
+    return tracer.union([rows, columns], shape)
+
+
+def _one_sided(tracer: Tracer, ids: Array, nonzero: NDArray[np.bool_] | None) -> Array:
+    """Return ids (b, m, n), or (b, m, 1) where all columns agree, of `left @ right` with a constant right."""
+    b, m, k = ids.shape
+    if nonzero is None:
+        return tracer.group(np.repeat(np.arange(b * m), k), ids, b * m).reshape(b, m, 1)
+    n = nonzero.shape[2]
+    if b > 1 and b * m * n * k <= _EXPANDED:
+        each = np.broadcast_to(ids[:, :, None, :], (b, m, n, k))
+        taken = np.broadcast_to(nonzero.transpose(0, 2, 1)[:, None], (b, m, n, k)) & (each != 0)
+        groups = np.broadcast_to(np.arange(b * m * n).reshape(b, m, n, 1), (b, m, n, k))
+        return tracer.group(groups[taken], each[taken], b * m * n).reshape(b, m, n)
+    return np.stack([_masked(tracer, ids[i], nonzero[i]) for i in range(b)])
+
+
+def _masked(tracer: Tracer, ids: Array, nonzero: NDArray[np.bool_]) -> Array:
+    """Return ids of one product; equal rows of ids and equal columns of the mask are worked out once."""
+    masks, mask_of = np.unique(nonzero.T, axis=0, return_inverse=True)
+    rows, row_of = np.unique(ids, axis=0, return_inverse=True)
+    mask, column = np.nonzero(masks)
+    groups = np.arange(len(rows))[:, None] * len(masks) + mask[None, :]
+    done = tracer.group(groups, rows[:, column], len(rows) * len(masks)).reshape(len(rows), len(masks))
+    return done[row_of.ravel()][:, mask_of.ravel()]
+
+
+def _mm(tracer: Tracer, call: Call) -> Any:
+    left, right = call.args[:2]
+    return product(tracer, left[None], right[None])[0]
+
+
+def _bmm(tracer: Tracer, call: Call) -> Any:
+    return product(tracer, *call.args[:2])
+
+
+def _mv(tracer: Tracer, call: Call) -> Any:
+    matrix, vector = call.args[:2]
+    return product(tracer, matrix[None], vector[None, :, None])[0, :, 0]
+
+
+def _dot(tracer: Tracer, call: Call) -> Any:
+    left, right = call.args[:2]
+    return product(tracer, left[None, None], right[None, :, None])[0, 0, 0]
+
+
+def _added(tracer: Tracer, call: Call) -> Any:
+    """Follow `bias + left @ right`, matrices or batches of them."""
+    bias, left, right = call.args[:3]
+    shape = call.outs[0].shape
+    ids = [tracer.ids(bias).numpy()]
+    if tracer.tracks(left) or tracer.tracks(right):
+        if call.base == "addmv":
+            ids.append(product(tracer, left[None], right[None, :, None])[0, :, 0])
+        elif left.ndim == 3:
+            ids.append(product(tracer, left, right))
+        else:
+            ids.append(product(tracer, left[None], right[None])[0])
+    return tracer.union(ids, shape)
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------
+
+
+class _Windows:
+    """Which entries of the larger side each entry of the smaller side sees.
+
+    Attributes:
+        small: Flat places on the smaller side, one per pair.
+        large: Flat places on the larger side, one per pair.
+    """
+
+    def __init__(
+        self, large: Sequence[int], kernel: Sequence[int], small: Sequence[int], named: dict[str, Any]
+    ) -> None:
+        rank = len(large)
+        stride, padding, dilation = (_each(named[k], rank) for k in ("stride", "padding", "dilation"))
+        self.small = self.large = np.zeros(1, np.int64)
+        for d in range(rank):
+            seen = np.arange(small[d])[:, None] * stride[d] - padding[d] + np.arange(kernel[d])[None] * dilation[d]
+            place, tap = np.nonzero((seen >= 0) & (seen < large[d]))
+            self.small = (self.small[:, None] * small[d] + place[None]).ravel()
+            self.large = (self.large[:, None] * large[d] + seen[place, tap][None]).ravel()
+
+
+def _each(value: Sequence[int] | int, rank: int) -> list[int]:
+    value = [value] if isinstance(value, int) else list(value)
+    return value * rank if len(value) == 1 else value
+
+
+def _through(tracer: Tracer, ids: Array, groups: int, take: Array, give: Array, count: int) -> Array:
+    """Return (N, groups, count) from ids (N, C, S): channels of a group united, then moved from `take` to `give`."""
+    many, channels, size = ids.shape
+    parts = ids.reshape(many, groups, channels // groups, size)
+    place = np.arange(many * groups).reshape(many, groups, 1, 1) * size + np.arange(size)
+    united = tracer.group(np.broadcast_to(place, parts.shape), parts, many * groups * size).reshape(-1, size)
+    place = np.arange(many * groups)[:, None] * count + give[None]
+    return tracer.group(place, united[:, take], many * groups * count).reshape(many, groups, count)
+
+
+def _flat(array: Array) -> Array:
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _convolution(tracer: Tracer, call: Call) -> Any:
+    named, out = call.named, call.outs[0]
+    x, weight, bias, groups = named["input"], named["weight"], named["bias"], named["groups"]
+    kernel, space, seen = weight.shape[2:], out.shape[2:], x.shape[2:]
+    parts = []
+    if tracer.tracks(x):
+        if named["transposed"]:
+            windows = _Windows(space, kernel, seen, named)
+            take, give = windows.small, windows.large
+        else:
+            windows = _Windows(seen, kernel, space, named)
+            take, give = windows.large, windows.small
+        ids = _through(tracer, _flat(tracer.array(x)), groups, take, give, math.prod(space))
+        parts.append(np.repeat(ids, out.shape[1] // groups, axis=1).reshape(tuple(out.shape)))
+    if tracer.tracks(weight):
+        if named["transposed"]:
+            parts.append(np.full((1,) * out.ndim, tracer.pool.union(tracer.array(weight))))
+        else:
+            parts.append(_per_channel(tracer, tracer.array(weight), 0).reshape(1, -1, *[1] * len(space)))
+    if isinstance(bias, Tensor) and tracer.tracks(bias):
+        parts.append(tracer.array(bias).reshape(1, -1, *[1] * len(space)))
+    return tracer.union(parts, out.shape)
+
+
+def _per_channel(tracer: Tracer, ids: Array, axis: int) -> Array:
+    many = ids.shape[axis]
+    place = np.arange(many).reshape([-1 if i == axis else 1 for i in range(ids.ndim)])
+    return tracer.group(np.broadcast_to(place, ids.shape), ids, many)
+
+
+def _convolution_backward(tracer: Tracer, call: Call) -> Any:
+    named = call.named
+    grad, x, weight, groups = (named[k] for k in ("grad_output", "input", "weight", "groups"))
+    mask = named["output_mask"]
+    if tracer.tracks(x) or tracer.tracks(weight):
+        return tracer.everything(call)
+    ids = tracer.array(grad)
+    per_channel = _per_channel(tracer, ids, 1)
+    found: list[Any] = []
+    if mask[0]:
+        kernel, space, seen = weight.shape[2:], grad.shape[2:], x.shape[2:]
+        if named["transposed"]:
+            windows = _Windows(space, kernel, seen, named)
+            take, give = windows.large, windows.small
+        else:
+            windows = _Windows(seen, kernel, space, named)
+            take, give = windows.small, windows.large
+        back = _through(tracer, _flat(ids), groups, take, give, math.prod(seen))
+        found.append(np.repeat(back, x.shape[1] // groups, axis=1).reshape(tuple(x.shape)))
+    if mask[1]:
+        if named["transposed"]:
+            per_group = tracer.group(np.arange(len(per_channel)) // (len(per_channel) // groups), per_channel, groups)
+            own = np.repeat(per_group, weight.shape[0] // groups)
+        else:
+            own = per_channel
+        found.append(own.reshape(-1, *[1] * (weight.ndim - 1)))
+    if mask[2]:
+        found.append(per_channel)
+    return found
+
+
+def _pooled(tracer: Tracer, call: Call) -> Any:
+    """Follow an average over windows, forwards or backwards."""
+    named, out = call.named, call.outs[0]
+    backward = call.base.endswith("_backward")
+    large, small = (named["self"], named["grad_output"]) if backward else (named["self"], out)
+    given = small if backward else large
+    rank = 1 if "1d" in call.base else 2 if "2d" in call.base else 3
+    kernel = _each(named["kernel_size"], rank)
+    shape = {"stride": named["stride"] or kernel, "padding": named["padding"], "dilation": 1}
+    windows = _Windows(large.shape[-rank:], kernel, small.shape[-rank:], shape)
+    take, give = (windows.small, windows.large) if backward else (windows.large, windows.small)
+    ids = tracer.array(given)
+    ids = ids.reshape(1, -1, math.prod(given.shape[-rank:]))
+    moved = _through(tracer, ids, ids.shape[1], take, give, math.prod(out.shape[-rank:]))
+    return moved.reshape(tuple(out.shape))
+
+
+CONTRACTIONS: dict[str, Rule] = {
+    "mm": _mm,
+    "bmm": _bmm,
+    "mv": _mv,
+    "dot": _dot,
+    "vdot": _dot,
+    "addmm": _added,
+    "addmv": _added,
+    "baddbmm": _added,
+    "convolution": _convolution,
+    "_convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    "avg_pool2d": _pooled,
+    "avg_pool3d": _pooled,
+    "avg_pool2d_backward": _pooled,
+    "avg_pool3d_backward": _pooled,
+}

@@ -1,0 +1,121 @@
+"""Lifting: a pure selection of a parameter (`p[i]`, a slice, a view, an embedding) becomes a leaf of its own.
+
+Then `J = sum_k J_k S_k`, where `S_k` says which entry each entry of leaf k is a copy of. In residual models every
+residual reads its own copies, so `J_k` is block diagonal and takes as many sweeps as a residual has rows, however many
+parameters and residuals there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .._backends._torch.rows import plain
+from ._trace import storage_key
+
+_SELECTIONS = set(
+    """
+    __getitem__ index_select gather take take_along_dim roll flip narrow select unbind split chunk tensor_split
+    split_with_sizes expand expand_as broadcast_to repeat tile repeat_interleave view reshape flatten unflatten
+    transpose permute movedim swapaxes swapdims squeeze unsqueeze diagonal unfold masked_select ravel contiguous clone
+    embedding
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A leaf that copies entries of a parameter.
+
+    Attributes:
+        source: Number of the parameter.
+        positions: Which of its entries each entry of the leaf is, flat.
+        leaf: The copy.
+        version: How often its memory had been written when it was made.
+    """
+
+    source: int
+    positions: Tensor
+    leaf: Tensor
+    version: int
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody wrote into it since."""
+        return self.leaf._version == self.version
+
+
+class Lift(TorchFunctionMode):
+    """A mode in which selections of parameters come back as leaves.
+
+    Args:
+        sources: The parameters; copies that share their memory are known by it.
+
+    Attributes:
+        selections: What was lifted, in order.
+    """
+
+    def __init__(self, sources: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._sources = list(sources)
+        self._roots = {_place(t): i for i, t in enumerate(self._sources)}
+        self._known: dict[int, tuple[int, Tensor]] = {}
+        self.selections: list[Selection] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in _SELECTIONS or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        at = _source_argument(name, args, kwargs)
+        found = None if at is None else self._find(args[at])
+        if at is None or found is None:
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            out = func(*args, **kwargs)
+            where = func(*args[:at], found[1], *args[at + 1 :], **kwargs)
+        one = isinstance(out, Tensor)
+        leaves = [
+            self._leaf(found[0], o, w) for o, w in zip([out] if one else out, [where] if one else where, strict=True)
+        ]
+        return leaves[0] if one else type(out)(leaves)
+
+    def _find(self, value: Any) -> tuple[int, Tensor] | None:
+        """Return which parameter a tensor is or copies, and where its entries stand in it."""
+        if not isinstance(value, Tensor) or not value.requires_grad or not value.is_leaf:
+            return None
+        if id(value) in self._known:
+            return self._known[id(value)]
+        index = self._roots.get(_place(value))
+        if index is None or value.shape != self._sources[index].shape:
+            return None
+        return index, torch.arange(value.numel(), device=value.device).reshape(value.shape)
+
+    def _leaf(self, source: int, out: Tensor, where: Tensor) -> Tensor:
+        leaf = out.detach().requires_grad_()
+        self._known[id(leaf)] = source, where
+        self.selections.append(Selection(source, where.reshape(-1), leaf, leaf._version))
+        return leaf
+
+
+def _place(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    tensor = plain(tensor)
+    if tensor.layout is not torch.strided:
+        return (0, 0, ())
+    return storage_key(tensor), int(tensor.storage_offset()), tuple(tensor.stride())
+
+
+def _source_argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Return which argument is selected from; None where the call is no pure selection."""
+    if name != "embedding":
+        return 0 if args else None
+    # F.embedding(input, weight, …) and torch.embedding(weight, indices, …); both may scale or cut gradients.
+    special = [v for v in (*args[2:], *kwargs.values()) if v is not None and v is not False and v != -1 and v != 2.0]
+    if len(args) < 2 or special:
+        return None
+    return 1 if not args[0].is_floating_point() else 0

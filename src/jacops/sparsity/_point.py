@@ -1,0 +1,208 @@
+"""A point to plan at or to evaluate at: the model recorded with its selections lifted, and what its columns mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._backends._torch.record import Recorded as Recording
+from .._backends._torch.record import bare, parameter_names, record_model
+from .._backends._torch.rows import plain
+from .._backends._torch.surroundings import private_noise
+from .._backends._torch.tape import Tape
+from .._backends._torch.trust import Trust
+from ..derivatives import Wrt
+from ..errors import NotDifferentiableError, explain
+from ..trees import Selector, flatten
+from ._lift import Lift, Selection
+from ._pool import Array
+from ._trace import Taint
+from .detect import check_usable, picked
+
+inspectors: list[Callable[[Recording], None]] = []
+"""Called with every recording before it is swept: an extra may refuse or mend what it knows better (LieTensors)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A recorded model, ready to be swept.
+
+    Attributes:
+        recording: What was recorded.
+        tape: The tape to sweep: its leaves are the parameters, then the selections that were lifted.
+        selections: Those.
+        taint: What depends on the point, where that was asked for.
+    """
+
+    recording: Recording
+    tape: Tape
+    selections: list[Selection]
+    taint: Taint | None
+
+    @property
+    def output(self) -> Any:
+        """What the model gave, detached."""
+        return self.recording.tree.build([o.detach() for o in self.recording.tape.outputs])
+
+    def structure(self) -> list[tuple[int, int]]:
+        """Return source and size of every lifted selection."""
+        return [(s.source, s.positions.numel()) for s in self.selections]
+
+    def storage_columns(self) -> Array:
+        """Return, for each entry of the tape's leaves, which stored entry of a parameter it is."""
+        offsets = [where.start for where in self.recording.tape.domain.slices]
+        direct = np.arange(self.recording.tape.domain.dim)
+        lifted = [s.positions.cpu().numpy() + offsets[s.source] for s in self.selections]
+        return np.concatenate([direct, *lifted])
+
+    def widths(self, tangent: bool) -> tuple[Array, int]:
+        """Return the final column of each stored entry, and their number; padding comes last, beyond that number.
+
+        A LieTensor of a group stores one number more than it can move; autograd pads its gradient with a zero.
+        """
+        kept = []
+        for leaf in self.recording.tape.leaves:
+            stored, free = lie_widths(leaf)
+            held = np.ones(leaf.numel(), bool)
+            if tangent and free < stored:
+                held = np.arange(leaf.numel()) % stored < free
+            kept.append(held)
+        held = np.concatenate(kept)
+        many = int(held.sum())
+        return np.where(held, np.cumsum(held) - 1, many), many
+
+
+def lie_widths(tensor: Tensor) -> tuple[int, int]:
+    """Return how many numbers an element of a LieTensor is stored in, and how many it can move in."""
+    kind: Any = getattr(tensor, "ltype", None)
+    if kind is None:
+        return 1, 1
+    return int(kind.dimension[0]), int(kind.manifold[0])
+
+
+def record_point(
+    model: nn.Module,
+    inputs: Any,
+    call: str,
+    wrt: Wrt,
+    outputs: Selector,
+    *,
+    lift: bool = True,
+    watch: bool = False,
+    trust: Trust | None = None,
+) -> Point:
+    """Record a model with its selections lifted where that is sound.
+
+    Args:
+        model: A module.
+        inputs: Its input.
+        call: The public call on whose behalf this is done.
+        wrt: What to differentiate by.
+        outputs: Part of the output.
+        lift: Whether to lift.
+        watch: Note which constants depend on the point.
+        trust: What earlier evaluations proved.
+    """
+    parameters = picked(wrt)
+    module = bare(model)
+    given = [t for t in flatten(inputs, "input")[0] if isinstance(t, Tensor)]
+    named = parameter_names(module)
+    chosen = [p for n, p in named.items() if parameters(n, p)] if parameters else [
+        t for t in given if t.is_floating_point()
+    ]  # fmt: skip
+    options = {"call": call, "parameters": parameters, "outputs": outputs}
+    taint = Taint([*given, *chosen]) if watch else None
+    selections: list[Selection] = []
+    recording = None
+    if lift and not any(t.is_inference() for t in chosen):
+        mode = Lift(chosen)
+        try:
+            with mode:
+                recording = _recorded(model, inputs, taint, options)
+            selections = _sound(mode.selections, recording.tape)
+        except (RuntimeError, _LiftFailedError):
+            recording = None  # it writes into what it selected: the plain forward says whether that is an error
+    if recording is None:
+        selections = []
+        recording = _recorded(model, inputs, taint, options)
+    _check_outputs(recording)
+    tape = _lifted_tape(recording.tape, selections, trust)
+    for inspect in inspectors:
+        inspect(replace(recording, tape=tape))
+    return Point(recording, tape, selections, taint)
+
+
+class _LiftFailedError(Exception):
+    """A lifted selection was written into."""
+
+
+def _recorded(model: nn.Module, inputs: Any, taint: Taint | None, options: dict[str, Any]) -> Recording:
+    if taint is None:
+        return record_model(model, inputs, **options)
+    with taint:
+        return record_model(model, inputs, **options)
+
+
+def _sound(selections: list[Selection], tape: Tape) -> list[Selection]:
+    """Return the selections that the output depends on.
+
+    Raises:
+        _LiftFailedError: Someone wrote into one, so copies no longer agree with each other.
+    """
+    if not all(s.untouched for s in selections):
+        raise _LiftFailedError
+    return [s for s in selections if id(s.leaf) in tape.survey.leaves]
+
+
+def _lifted_tape(tape: Tape, selections: list[Selection], trust: Trust | None) -> Tape:
+    leaves = [*tape.leaves, *(s.leaf for s in selections)]
+    names = [*tape.domain.names, *(f"{tape.domain.names[s.source]} (selection {i})" for i, s in enumerate(selections))]
+    lifted = Tape(
+        leaves,
+        tape.outputs,
+        leaf_names=names,
+        output_names=tape.codomain.names,
+        call=tape.call,
+        twins=tape.twins,
+        private=True,
+        trust=trust,
+        fallback="silent",
+    )
+    lifted.protected = tape.protected
+    lifted.tolerance = tape.tolerance
+    check_usable(lifted)
+    return lifted
+
+
+def _check_outputs(recording: Recording) -> None:
+    for name, output in zip(recording.tape.codomain.names, recording.tape.outputs, strict=True):
+        stored, free = lie_widths(output)
+        if free < stored:
+            todo = "Return `.Log().tensor()` of it, whose rows are tangent."
+            raise NotDifferentiableError(
+                explain(name, "an element of a Lie group", "a sparse Jacobian needs rows of numbers", todo)
+            )
+
+
+def gradients_agree(point: Point, plain_point: Point) -> bool:
+    """Say whether a backward pass through lifted selections gives what one without lifting gives."""
+    seeds = [private_noise(plain(o.detach()), 31 + i) for i, o in enumerate(point.tape.outputs)]
+    found = _summed(point, seeds)
+    right = _summed(plain_point, seeds)
+    scale = float(torch.linalg.vector_norm(right))
+    return found.shape == right.shape and float(torch.linalg.vector_norm(found - right)) <= point.tape.tolerance * scale
+
+
+def _summed(point: Point, seeds: list[Tensor]) -> Tensor:
+    grads = point.tape.pull(list(seeds))
+    flat = [
+        torch.zeros(leaf.numel()).double() if g is None else plain(g).detach().reshape(-1).double().cpu()
+        for g, leaf in zip(grads, point.tape.leaves, strict=True)
+    ]
+    total = torch.zeros(point.recording.tape.domain.dim, dtype=torch.float64)
+    return total.index_add_(0, torch.from_numpy(point.storage_columns()), torch.cat(flat))

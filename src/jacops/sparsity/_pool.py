@@ -1,0 +1,152 @@
+"""Index sets, each kept once: the values that detection computes with.
+
+A set of outputs is stored once and named by a number, its id, so that a dense layer costs one set and not one per
+entry. Sets are told apart by a 64-bit sum of random keys (Zobrist, 1970): with a million sets, two different ones are
+taken for the same with probability 3e-8.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._matrix import Csr, csr
+
+Array = NDArray[np.int64]
+_MIX = np.uint64(0xBF58476D1CE4E5B9)  # an odd constant of splitmix64 (Steele, Lea and Flood, 2014)
+
+
+class Pool:
+    """Sets over `range(size)`; id 0 is the empty set.
+
+    Args:
+        size: How many different members there may be.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._keys = np.random.default_rng(0).integers(1, 2**63 - 1, size=max(size, 1), dtype=np.uint64)
+        self._ends = np.zeros(2, np.int64)  # set i holds members[ends[i]:ends[i + 1]]
+        self._members = np.zeros(1024, np.int32)
+        self._hashes = np.zeros(1, np.uint64)  # sorted, with the ids they belong to
+        self._ids = np.zeros(1, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def singletons(self, members: Array) -> Array:
+        """Return the ids of `{m}` for each given member."""
+        members = np.asarray(members, np.int64)
+        return self._interned(np.arange(len(members) + 1), members, self._keys[members])
+
+    def sizes(self, ids: Array) -> Array:
+        """Return how many members each set has."""
+        return self._ends[ids + 1] - self._ends[ids]
+
+    def union(self, ids: Array) -> int:
+        """Return the id of the union of all these sets."""
+        ids = distinct(np.ravel(ids))
+        return int(self.union_groups(np.zeros(len(ids), np.int64), ids, 1)[0])
+
+    def union_pairs(self, left: Array, right: Array) -> Array:
+        """Return unions entry by entry of two arrays of one shape."""
+        if left is right or np.array_equal(left, right):
+            return left
+        if not right.any():
+            return left
+        if not left.any():
+            return right
+        bits = _bits(len(self))
+        pairs, where = np.unique((left.ravel() << bits) | right.ravel(), return_inverse=True)
+        group = np.arange(len(pairs))
+        ids = self.union_groups(np.r_[group, group], np.r_[pairs >> bits, pairs & _mask(bits)], len(pairs))
+        return ids[where.ravel()].reshape(left.shape)
+
+    def union_groups(self, groups: Array, ids: Array, count: int) -> Array:
+        """Return, for each of `count` groups, the id of the union of the sets that carry its number."""
+        out = np.zeros(count, np.int64)
+        held = ids != 0
+        bits = _bits(len(self))
+        keys = distinct((groups[held] << bits) | ids[held])
+        if not len(keys):
+            return out
+        groups, ids = keys >> bits, keys & _mask(bits)
+        start = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
+        count_of = np.diff(np.r_[start, len(groups)])
+        alone = count_of == 1
+        out[groups[start[alone]]] = ids[start[alone]]
+        several = np.flatnonzero(~alone)
+        if len(several):
+            out[groups[start[several]]] = self._unions(ids, start, count_of, several)
+        return out
+
+    def _unions(self, ids: Array, start: Array, count_of: Array, several: Array) -> Array:
+        """Return the unions of runs of ids; runs that hold the same ids are worked out once."""
+        mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX
+        marks = np.add.reduceat(mixed, start)[several]
+        _, first, where = np.unique(marks, return_index=True, return_inverse=True)
+        runs = several[first]
+        members_of = ids[spans(start[runs], count_of[runs])]
+        sizes = self.sizes(members_of)
+        rows = np.repeat(np.repeat(np.arange(len(runs)), count_of[runs]), sizes)
+        bits = _bits(self.size)
+        keys = distinct((rows << bits) | self._members[spans(self._ends[members_of], sizes)])
+        rows, members = keys >> bits, keys & _mask(bits)
+        ends = np.searchsorted(rows, np.arange(len(runs) + 1))
+        return self._interned(ends, members, np.add.reduceat(self._keys[members], ends[:-1]))[where.ravel()]
+
+    def _interned(self, ends: Array, members: Array, hashes: NDArray[np.uint64]) -> Array:
+        """Return the ids of these sets, of the same ones stored before where there are any."""
+        fresh, first, where = np.unique(hashes, return_index=True, return_inverse=True)
+        place = np.searchsorted(self._hashes, fresh)
+        known = self._hashes[np.minimum(place, len(self._hashes) - 1)] == fresh
+        ids = np.where(known, self._ids[np.minimum(place, len(self._ids) - 1)], 0)
+        new = np.flatnonzero(~known)
+        if len(new):
+            ids[new] = len(self) + np.arange(len(new))
+            sizes = np.diff(ends)[first[new]]
+            self._append(members[spans(ends[:-1][first[new]], sizes)], sizes)
+            self._hashes = np.insert(self._hashes, place[new], fresh[new])
+            self._ids = np.insert(self._ids, place[new], ids[new])
+        return ids[where.ravel()]
+
+    def _append(self, members: Array, sizes: Array) -> None:
+        used = int(self._ends[-1])
+        if used + len(members) > len(self._members):
+            grown = np.zeros(max(2 * len(self._members), used + len(members)), np.int32)
+            grown[:used] = self._members[:used]
+            self._members = grown
+        self._members[used : used + len(members)] = members
+        self._ends = np.concatenate([self._ends, used + np.cumsum(sizes)])
+
+    def matrix(self, ids: Array) -> Csr:
+        """Return a boolean matrix `(len(ids), size)` with a row per set."""
+        sizes = self.sizes(ids)
+        members = self._members[spans(self._ends[ids], sizes)]
+        ends = np.r_[0, np.cumsum(sizes)]
+        return csr((np.ones(len(members), bool), members, ends), shape=(len(ids), self.size))
+
+
+def spans(start: Array, length: Array) -> Array:
+    """Return `arange(start[k], start[k] + length[k])` for all k, one after another."""
+    total = int(length.sum())
+    if not total:
+        return np.zeros(0, np.int64)
+    return np.arange(total) + np.repeat(start - np.r_[0, np.cumsum(length)[:-1]], length)
+
+
+def distinct(values: Array) -> Array:
+    """Return the different values, sorted."""
+    if len(values) < 2:
+        return values
+    ordered = values if bool((values[1:] >= values[:-1]).all()) else np.sort(values)
+    return ordered[np.r_[True, ordered[1:] != ordered[:-1]]]
+
+
+def _bits(count: int) -> int:
+    return max(1, int(count).bit_length())
+
+
+def _mask(bits: int) -> int:
+    return (1 << bits) - 1

@@ -1,0 +1,267 @@
+"""What each operation does to index sets: by torch's tags, by lists of names, or by a rule of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ._contractions import CONTRACTIONS
+from ._pool import Array
+from ._scatters import SCATTERS
+from ._trace import Call, Decomposed, Rule, Tracer
+
+# Operations that move entries without mixing them: the same operation on the ids says where they go.
+_MOVES = set(
+    """
+    index gather index_select cat stack flip roll repeat constant_pad_nd slice_backward select_backward slice_scatter
+    select_scatter diagonal_backward diagonal_scatter embedding im2col triu tril diag_embed diag reflection_pad1d
+    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle
+    pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d masked_select take repeat_interleave _unsafe_view reshape
+    _reshape_alias expand_copy view_copy unfold_copy rot90 scatter masked_scatter masked_scatter_backward index_copy
+    index_fill _unsafe_index block_diag tril_indices trace_backward lift_fresh_copy _unsafe_masked_index
+    split_copy unbind_copy unsafe_split unsafe_chunk unsafe_split_with_sizes select_copy slice_copy squeeze_copy
+    unsqueeze_copy permute_copy transpose_copy t_copy alias_copy detach_copy diagonal_copy as_strided_copy
+    """.split()  # noqa: SIM905
+)
+_SAME = {"clone", "_to_copy", "contiguous", "lift_fresh", "detach", "alias", "copy", "_conj_physical", "resolve_conj"}
+_FRESH = set(
+    """
+    zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided rand_like
+    randn_like bernoulli randint_like zero empty_strided resize resize_as
+    """.split()  # noqa: SIM905
+)
+_POINTWISE = set(
+    """
+    softplus_backward elu_backward leaky_relu_backward hardtanh_backward hardswish_backward hardsigmoid_backward
+    log_sigmoid_backward mish_backward glu_jvp rsub smooth_l1_loss_backward mse_loss_backward huber_loss_backward
+    binary_cross_entropy_backward _prelu_kernel _prelu_kernel_backward softplus elu leaky_relu celu
+    native_dropout_backward polygamma nan_to_num lerp threshold_backward gelu_backward silu_backward
+    tanh_backward sigmoid_backward logit_backward addcmul addcdiv clamp hardshrink_backward softshrink_backward
+    rrelu_with_noise_backward infinitely_differentiable_gelu_backward _conj conj real imag polar complex
+    masked_fill_scalar _add_relu
+    """.split()  # noqa: SIM905
+)
+_ALONG = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "cumprod", "logcumsumexp",
+          "cummax", "cummin", "sort", "_fft_c2c", "renorm"}  # fmt: skip
+_REDUCE = set(
+    """
+    sum mean amax amin prod var std norm linalg_vector_norm logsumexp max min nansum median nanmedian var_mean std_mean
+    count_nonzero any all aminmax mode kthvalue
+    """.split()  # noqa: SIM905
+)
+_MATRICES = set(
+    """
+    linalg_inv_ex inverse linalg_cholesky_ex cholesky linalg_solve_ex _linalg_solve_ex triangular_solve
+    linalg_solve_triangular linalg_det _linalg_det _linalg_eigh linalg_eig _linalg_svd linalg_qr linalg_lu_factor_ex
+    linalg_lu_solve linalg_lu cholesky_inverse cholesky_solve linalg_ldl_factor_ex linalg_ldl_solve matrix_exp
+    linalg_matrix_exp linalg_eigvals _linalg_slogdet trace
+    """.split()  # noqa: SIM905
+)
+_LONG = 512
+
+
+def rule_for(func: Any, base: str) -> Rule | Decomposed | None:
+    """Return how an operation is followed; None where nothing is known about it."""
+    if func.namespace != "aten":
+        return _composite(func)
+    if base in _OWN:
+        return _OWN[base]
+    if base in _FRESH:
+        return _nothing
+    if torch.Tag.pointwise in func.tags or base in _POINTWISE:
+        return _pointwise
+    for names, rule in _NAMED:
+        if base in names:
+            return rule
+    return _composite(func)
+
+
+def _composite(func: Any) -> Decomposed | None:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return Decomposed(func.decompose, exact=True)
+    from torch._decomp import decomposition_table
+
+    written_out: Callable[..., Any] | None = decomposition_table.get(func)
+    return None if written_out is None else Decomposed(written_out)
+
+
+def _nothing(tracer: Tracer, call: Call) -> Any:
+    return 0
+
+
+def _same(tracer: Tracer, call: Call) -> Any:
+    named = call.named
+    return tracer.ids(named["src"] if call.base == "copy" and "src" in named else call.tensors[0])
+
+
+def _where(tracer: Tracer, call: Call) -> Any:
+    condition, *branches = call.args
+    if len(branches) != 2:
+        raise NotImplementedError
+    a, b = (tracer.ids(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.int64) for x in branches)
+    return _or(tracer, torch.where(condition.cpu(), a, b), condition)
+
+
+def _masked_fill(tracer: Tracer, call: Call) -> Any:
+    named = call.named
+    value, mask = named["value"], named["mask"]
+    filled = tracer.ids(value) if isinstance(value, Tensor) else torch.zeros((), dtype=torch.int64)
+    return _or(tracer, torch.where(mask.cpu(), filled, tracer.ids(named["self"])), mask)
+
+
+def _or(tracer: Tracer, ids: Tensor, condition: Tensor) -> Any:
+    """Add what the condition itself depends on, which is nothing in a backward pass that is linear."""
+    extra = tracer.read(condition)
+    return ids if extra is None else tracer.union([ids.numpy(), extra.numpy()], ids.shape)
+
+
+def _pointwise(tracer: Tracer, call: Call) -> Any:
+    arrays = [found.numpy() for t in call.tensors if (found := tracer.read(t)) is not None]
+    shape = call.outs[0].shape
+    ids = tracer.union(arrays, shape)
+    constants = [t for t in call.tensors if not tracer.tracks(t)]
+    zero = call.zero if len(call.outs) == 1 and not call.outs[0].is_complex() else None
+    if zero is not None and tracer.is_constant(constants):
+        # Linear in its one operand: zero from nonzero means that the factor is zero here.
+        pruned = (call.outs[0].detach() == 0).cpu().numpy() & ~np.broadcast_to(zero.cpu().numpy(), shape)
+        if pruned.any():
+            ids = np.where(pruned, 0, ids)
+    return ids
+
+
+def _move(tracer: Tracer, call: Call) -> Any:
+    """Run the operation on ids; kernels without integers get them as float64, which holds them exactly."""
+    named = dict(call.named)
+    if "value" in named and not isinstance(named["value"], Tensor):
+        named["value"] = 0
+    named.pop("out", None)
+    for dtype in (torch.int64, torch.float64):
+        given = tree_map(lambda v, dtype=dtype: _moved_argument(tracer, v, dtype), named)
+        arguments = call.func._schema.arguments
+        args = [given[a.name] for a in arguments if not a.kwarg_only and a.name in given]
+        kwargs = {a.name: given[a.name] for a in arguments if a.kwarg_only and a.name in given}
+        try:
+            moved = call.func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):
+            if dtype is torch.float64:
+                raise
+            continue
+        parts = list(moved) if isinstance(moved, tuple | list) else [moved]
+        return [part.to(torch.int64) for part in parts]
+    raise NotImplementedError
+
+
+def _moved_argument(tracer: Tracer, value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        if tracer.tracks(value):
+            return tracer.ids(value).to(dtype).clone()
+        if value.is_floating_point() or value.is_complex():
+            return torch.zeros(value.shape, dtype=dtype)
+        return value.cpu()
+    return dtype if isinstance(value, torch.dtype) and dtype != value else value
+
+
+def _source(tracer: Tracer, call: Call) -> tuple[Array, tuple[int, ...]]:
+    """Return the union of all operands in the shape of the largest."""
+    shape = tuple(max((t.shape for t in call.tensors), key=lambda s: s.numel()))
+    return tracer.union([found.numpy() for t in call.tensors if (found := tracer.read(t)) is not None], shape), shape
+
+
+def _dims(call: Call, ndim: int) -> list[int]:
+    dims = call.named.get("dim")
+    dims = list(range(ndim)) if dims is None or dims == [] else dims
+    return [d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _over_dims(tracer: Tracer, call: Call) -> tuple[Array, list[int]]:
+    source, shape = _source(tracer, call)
+    dims = _dims(call, len(shape))
+    kept = [1 if i in dims else size for i, size in enumerate(shape)]
+    count = math.prod(kept)
+    groups = np.broadcast_to(np.arange(count).reshape(kept), shape)
+    return tracer.group(groups, source, count), kept
+
+
+def _reduce(tracer: Tracer, call: Call) -> Any:
+    ids, _ = _over_dims(tracer, call)
+    return [ids.reshape(tuple(out.shape)) for out in call.outs]
+
+
+def _along(tracer: Tracer, call: Call) -> Any:
+    ids, kept = _over_dims(tracer, call)
+    return [ids.reshape(kept) for _ in call.outs]
+
+
+def _softmax_backward(tracer: Tracer, call: Call) -> Any:
+    """Leave out where the softmax itself is zero for good: masked attention."""
+    grad, output = call.args[:2]
+    if tracer.tracks(output) or (nonzero := tracer.nonzero(output)) is None:
+        return _along(tracer, call)
+    dims = _dims(call, grad.ndim)
+    kept = [1 if i in dims else size for i, size in enumerate(grad.shape)]
+    groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), grad.shape)
+    ids = tracer.group(groups, np.where(nonzero, tracer.array(grad), 0), math.prod(kept)).reshape(kept)
+    return np.where(nonzero, ids, 0)
+
+
+def _fill(tracer: Tracer, call: Call) -> Any:
+    value = call.named["value"]
+    return tracer.ids(value) if isinstance(value, Tensor) else 0
+
+
+def _cumsum(tracer: Tracer, call: Call) -> Any:
+    source, shape = _source(tracer, call)
+    if not shape or shape[call.named["dim"]] > _LONG:
+        return _along(tracer, call)
+    rows = np.moveaxis(source, call.named["dim"], 0)
+    done = [rows[0]] if len(rows) else []
+    for row in rows[1:]:
+        done.append(tracer.pool.union_pairs(done[-1], np.ascontiguousarray(row)))
+    return np.moveaxis(np.stack(done), 0, call.named["dim"]) if done else source
+
+
+def _matrices(tracer: Tracer, call: Call) -> Any:
+    """Mix the last two axes of everything, each member of the batch for itself."""
+    batch = tuple(max((t.shape[:-2] for t in call.tensors if t.ndim >= 2), key=len, default=()))
+    count = math.prod(batch)
+    groups, ids = [], []
+    for tensor in call.tensors:
+        if not tracer.tracks(tensor):
+            continue
+        array = tracer.array(tensor)
+        if tensor.shape[: len(batch)] != batch:
+            array = np.broadcast_to(array, batch + array.shape[max(array.ndim - 2, 0) :])
+        groups.append(np.repeat(np.arange(count), array.size // max(count, 1)))
+        ids.append(array.ravel())
+    mixed = tracer.group(np.concatenate(groups), np.concatenate(ids), count)
+    shaped = [out.shape[: len(batch)] == batch for out in call.outs]
+    whole = tracer.everything(call)
+    return [
+        mixed.reshape(batch + (1,) * (out.ndim - len(batch))) if fits else whole
+        for out, fits in zip(call.outs, shaped, strict=True)
+    ]
+
+
+_OWN: dict[str, Rule] = {
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "fill": _fill,
+    "cumsum": _cumsum,
+    "_softmax_backward_data": _softmax_backward,
+    **SCATTERS,
+    **CONTRACTIONS,
+}
+_NAMED: list[tuple[Container[str], Rule]] = [
+    (_SAME, _same),
+    (_MOVES, _move),
+    (_ALONG, _along),
+    (_REDUCE, _reduce),
+    (_MATRICES, _matrices),
+]

@@ -1,0 +1,376 @@
+"""Follows index sets through the operations of a backward pass.
+
+The abstract value of a tensor is a tensor of set ids on the same storage, so views cost nothing and writes in place
+are right by construction. An operation has a rule of its own, is pointwise by torch's tags, is decomposed, or is
+unknown: then everything it gives depends on everything it took, which is safe, and its name is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ._pool import Array, Pool
+
+_PURGE_EVERY = 64
+_ESCAPES = ("tolist", "numpy", "__array__", "__dlpack__")
+
+
+class CannotFollowError(Exception):
+    """Values leave the sight of detection here: all that is safe to say is that everything depends on everything."""
+
+
+@dataclass
+class Call:
+    """One operation at work.
+
+    Attributes:
+        func: The operation.
+        base: Its name, without the mark of those that write in place.
+        args: What it was given by position.
+        kwargs: What it was given by name.
+        outs: The tensors it gave.
+        places: Where they stand among all it gave.
+        zero: For pointwise operations: where the one operand that carries sets was zero before.
+    """
+
+    func: Any
+    base: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: list[Tensor]
+    zero: Tensor | None = None
+    places: list[int] = field(default_factory=list)
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """All arguments by name, defaults included."""
+        arguments = self.func._schema.arguments
+        named = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        named |= {a.name: value for a, value in zip(arguments, self.args, strict=False)}
+        return named | self.kwargs
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """The tensors it was given, without those it was told to write its result into."""
+        given = {k: v for k, v in self.kwargs.items() if k != "out"}
+        return [t for t in tree_leaves((self.args, given)) if isinstance(t, Tensor)]
+
+
+Rule = Callable[["Tracer", Call], Any]  # ids as a tensor or array that broadcasts to the output; a list for several
+
+
+class Tracer(TorchDispatchMode):
+    """A mode in which index sets flow along.
+
+    Args:
+        pool: Where sets are kept.
+        taint: What was seen to depend on the point, whose zeros do not count; None lets all zeros count.
+
+    Attributes:
+        unknown: Operations that no rule is known for, and how often they were met.
+    """
+
+    def __init__(self, pool: Pool, taint: Taint | None = None) -> None:
+        super().__init__()
+        self.pool, self.taint = pool, taint
+        self.unknown: dict[str, int] = {}
+        self._held: dict[int, tuple[StorageWeakRef, int, Tensor]] = {}
+        self._calls = 0
+        self._loose = 0  # inside a written-out form, whose zeros are not those of the operation
+
+    # ---- ids on storages ---------------------------------------------------------------------------------------
+
+    def tracks(self, tensor: Tensor) -> bool:
+        """Say whether sets are kept for the storage of a tensor."""
+        return tensor.layout is torch.strided and storage_key(tensor) in self._held
+
+    def read(self, tensor: Tensor) -> Tensor | None:
+        """Return the ids of a tensor's entries, shaped like it; None where there are none."""
+        if not self.tracks(tensor):
+            return None
+        _, size, ids = self._held[storage_key(tensor)]
+        wanted = tensor.element_size()
+        if wanted == 2 * size:  # real numbers seen as complex ones
+            first, second = np.ascontiguousarray(ids.numpy().reshape(-1, 2).T)
+            ids = torch.from_numpy(self.pool.union_pairs(first, second).copy())
+        elif size == 2 * wanted:
+            ids = ids.repeat_interleave(2)
+        elif size != wanted:
+            return torch.full(tensor.shape, self.pool.union(ids.numpy()))
+        return ids.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def ids(self, tensor: Tensor) -> Tensor:
+        """Return the ids of a tensor's entries, zeros where there are none."""
+        found = self.read(tensor)
+        return torch.zeros(tensor.shape, dtype=torch.int64) if found is None else found
+
+    def array(self, tensor: Tensor) -> Array:
+        """Return `ids` as a contiguous array."""
+        return self.ids(tensor).contiguous().numpy()
+
+    def write(self, tensor: Tensor, ids: Any) -> None:
+        """Give a tensor's entries these ids, an array or tensor that broadcasts to it."""
+        if tensor.layout is not torch.strided:
+            raise CannotFollowError(f"a result of layout {tensor.layout}")
+        ids = torch.from_numpy(np.array(ids)) if isinstance(ids, np.ndarray) else torch.as_tensor(ids)
+        key = storage_key(tensor)
+        if key not in self._held:
+            if not bool(ids.any()):
+                return
+            storage = tensor.untyped_storage()
+            blank = torch.zeros(storage.nbytes() // tensor.element_size(), dtype=torch.int64)
+            self._held[key] = (StorageWeakRef(storage), tensor.element_size(), blank)
+        _, size, held = self._held[key]
+        if size != tensor.element_size() or any(
+            step == 0 and many > 1 for step, many in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            held.fill_(self.pool.union(np.r_[held.numpy(), ids.numpy().ravel()]))
+        else:
+            held.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
+
+    def _purge(self) -> None:
+        """Forget storages that are gone; the weak reference kept their address from being used again till now."""
+        for key in [key for key, (alive, _, _) in self._held.items() if alive.expired()]:
+            del self._held[key]
+
+    # ---- what rules ask for ------------------------------------------------------------------------------------
+
+    def union(self, arrays: Iterable[Any], shape: Iterable[int]) -> Array:
+        """Return unions entry by entry of arrays that broadcast to `shape`."""
+        total: Array | None = None
+        for array in arrays:
+            part = np.broadcast_to(np.asarray(array), tuple(shape))
+            total = part if total is None else self.pool.union_pairs(total, part)
+        return np.zeros(tuple(shape), np.int64) if total is None else total
+
+    def group(self, groups: Any, ids: Any, count: int) -> Array:
+        """Return the union over each of `count` groups."""
+        return self.pool.union_groups(np.ravel(np.asarray(groups)), np.ravel(np.asarray(ids)), count)
+
+    def everything(self, call: Call) -> int:
+        """Return the union of all sets that an operation was given."""
+        parts = [np.unique(self.array(t)) for t in call.tensors if self.tracks(t)]
+        return self.pool.union(np.concatenate(parts)) if parts else 0
+
+    def nonzero(self, tensor: Tensor) -> NDArray[np.bool_] | None:
+        """Return where a constant is not zero, None if it has to count as nonzero everywhere."""
+        if not self.is_constant([tensor]):
+            return None
+        mask = (tensor.detach() != 0).cpu().numpy()
+        return None if mask.all() else mask
+
+    def is_constant(self, tensors: Iterable[Tensor]) -> bool:
+        """Say whether zeros in these tensors are zeros for good (or at this point, if that is all that is asked)."""
+        return not self._loose and (self.taint is None or not any(self.taint.holds(t) for t in tensors))
+
+    # ---- dispatch ----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from ._rules import rule_for
+
+        call = Call(func, _base(func), args, kwargs or {}, [])
+        live = [t for t in call.tensors if self.tracks(t)]
+        if not live:
+            out = func(*args, **call.kwargs)
+            if self.taint is not None:
+                self.taint.passes(func, call.tensors, out)
+            self._clear(call)
+            return out
+        self._calls += 1
+        if self._calls % _PURGE_EVERY == 0:
+            self._purge()
+        if _is_view(func) or torch.Tag.inplace_view in func.tags:
+            return func(*args, **call.kwargs)
+        if torch.Tag.data_dependent_output in func.tags:
+            raise CannotFollowError(f"{func} (reads a value)")
+        rule = rule_for(func, call.base)
+        if isinstance(rule, Decomposed):
+            if rule.exact or func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+                with self:
+                    return rule.run(*args, **call.kwargs)
+            rule = self._written_out(rule, call)
+        if rule is not None and len(live) == 1:
+            call.zero = live[0].detach() == 0
+        out = func(*args, **call.kwargs)
+        self._follow(call, rule, out)
+        return out
+
+    def _written_out(self, form: Decomposed, call: Call) -> Rule | None:
+        """Return a rule that takes the ids a written-out form gives; its values are rounded otherwise and dropped."""
+        self._loose += 1
+        try:
+            with self:
+                shadows = tree_leaves(form.run(*call.args, **call.kwargs))
+            found = [self.ids(t).clone() if isinstance(t, Tensor) else None for t in shadows]
+        except Exception:  # noqa: BLE001 - a form that does not fit this use of its operation is none
+            return None
+        finally:
+            self._loose -= 1
+        return lambda tracer, same: tracer.of_shadows([found[i] for i in same.places], same.outs)
+
+    def of_shadows(self, found: list[Tensor | None], outs: list[Tensor]) -> list[Array]:
+        """Return ids found beside an operation for what it gave itself, its own zeros left out."""
+        kept = []
+        for ids, out in zip(found, outs, strict=True):
+            if ids is None or ids.shape != out.shape:
+                raise NotImplementedError
+            array = ids.numpy()
+            if self.taint is None and not self._loose:
+                # One member: the entry is that member's factor times a number of size one or more.
+                array = np.where((out.detach() == 0).cpu().numpy() & (self.pool.sizes(array) == 1), 0, array)
+            kept.append(array)
+        return kept
+
+    def _clear(self, call: Call) -> None:
+        """Values without sets that are written into a storage replace what it held."""
+        out = call.kwargs.get("out")
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and self.tracks(tensor):
+                self.write(tensor, 0)
+
+    def _follow(self, call: Call, rule: Rule | None, out: Any) -> None:
+        leaves = tree_leaves(out)
+        call.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        call.outs = [leaves[i] for i in call.places]
+        written = call.outs + [t for t in _written(call) if not any(t is o for o in call.outs)]
+        found: Any = None
+        if rule is not None:
+            try:
+                found = rule(self, call)
+            except CannotFollowError:
+                raise
+            except Exception:  # noqa: BLE001 - a rule that does not fit this use of its operation is no rule
+                rule = None
+        if rule is None:
+            self.unknown[str(call.func)] = self.unknown.get(str(call.func), 0) + 1
+            everything = self.everything(call)
+            found = [everything] * len(written)
+        parts = found if isinstance(found, list) else [found] * len(written)
+        for tensor, ids in zip(written, parts, strict=False):
+            if ids is not None:
+                self.write(tensor, ids)
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """An operation that torch itself writes out with simpler ones.
+
+    Attributes:
+        run: The written-out form.
+        exact: It is what torch runs itself, so its values are the operation's.
+    """
+
+    run: Callable[..., Any]
+    exact: bool = False
+
+
+class Escapes(TorchFunctionMode):
+    """Notices values with sets leaving for NumPy or Python, where nobody can follow them.
+
+    Only backward passes written in Python can do that; torch leaves function modes before it runs them, so hooks
+    enter this one around each.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _ESCAPES and args and isinstance(args[0], Tensor) and self.tracer.tracks(args[0]):
+            raise CannotFollowError(f"Tensor.{name}")
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def around(self, nodes: Iterable[Any]) -> Iterator[None]:
+        """Be there while the Python ones of these nodes of a graph run; torch puts its state back if one fails."""
+        hooks: list[Any] = []
+        for node in nodes:
+            if isinstance(node, BackwardCFunction):
+                hooks.append(node.register_prehook(lambda grads: self._enter()))
+                hooks.append(node.register_hook(lambda inputs, outputs: self._leave()))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self) -> None:
+        self.__enter__()
+
+    def _leave(self) -> None:
+        self.__exit__(None, None, None)
+
+
+class Taint(TorchDispatchMode):
+    """Notes which storages hold values that depend on the point, so that their zeros are not taken for constants.
+
+    Args:
+        sources: The tensors that make up the point.
+    """
+
+    def __init__(self, sources: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._held: dict[int, StorageWeakRef] = {}
+        self._read_out = False
+        for tensor in sources:
+            self._mark(tensor)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Say whether a tensor depends on the point; everything may once a value was read into Python."""
+        return self._read_out or tensor.layout is not torch.strided or storage_key(tensor) in self._held
+
+    def passes(self, func: Any, tensors: Iterable[Tensor], out: Any) -> None:
+        """Note what came of an operation; what it draws at random is not a constant either."""
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if random or any(self.holds(t) for t in tensors):
+            self._read_out = self._read_out or torch.Tag.data_dependent_output in func.tags
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self._mark(tensor)
+
+    def _mark(self, tensor: Tensor) -> None:
+        if tensor.layout is torch.strided:
+            self._held.setdefault(storage_key(tensor), StorageWeakRef(tensor.untyped_storage()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.passes(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], out)
+        return out
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return what tells storages apart."""
+    return tensor.untyped_storage()._cdata
+
+
+def _base(func: Any) -> str:
+    name = func._schema.name.partition("::")[2]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    info = returns[0].alias_info if returns else None
+    return info is not None and not info.is_write
+
+
+def _written(call: Call) -> list[Tensor]:
+    """Return the arguments that an operation writes into."""
+    arguments = call.func._schema.arguments
+    marked = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [t for name in marked for t in tree_leaves(call.named.get(name)) if isinstance(t, Tensor)]

@@ -1,0 +1,200 @@
+"""Detection: which output depends on which input, from one traced backward pass.
+
+Tracing the backward pass and not the forward one gives the pattern in autograd's own convention: for LieTensors, whose
+stored numbers are not what their gradients count, and for every custom Function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._backends._torch.record import Recorded as Recording
+from .._backends._torch.record import bare, record_model
+from .._backends._torch.rows import plain
+from .._backends._torch.surroundings import math_attention, private_noise
+from .._backends._torch.tape import Tape
+from ..derivatives import Wrt, trainable
+from ..errors import InputError, MemoryBudgetError, NotDifferentiableError, explain
+from ..trees import Selector, flatten
+from ._matrix import Csr, csr
+from ._pool import Array, Pool
+from ._trace import CannotFollowError, Escapes, Taint, Tracer
+from .pattern import Pattern
+
+_MOST = 2**27  # entries of a pattern; beyond, it is as good as dense
+
+
+def detect_pattern(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    wrt: Wrt = "parameters",
+    outputs: Selector = None,
+    local: bool = False,
+) -> Pattern:
+    """Return where the Jacobian of a model may be nonzero, without computing it.
+
+    One forward and one backward pass are run, with index sets following the backward one. The pattern never lacks a
+    nonzero entry. Operations without a rule count as dense and are named in the result.
+
+    Args:
+        model: A module.
+        inputs: Its input, as in `jacobian`.
+        wrt: `"parameters"`, `"inputs"` or a function that picks parameters, as in `jacobian`.
+        outputs: Part of the output, as in `jacobian`.
+        local: Leave out what is zero at this very point (a ReLU that is off); the pattern then holds here only.
+
+    Returns:
+        Rows are entries of the output, columns entries of what it is differentiated by, as they are stored.
+
+    Raises:
+        NotDifferentiableError: No path leads from the output to what it is differentiated by.
+        MemoryBudgetError: The pattern would have more than 134 million entries.
+
+    Example:
+        >>> model = torch.nn.Conv1d(1, 1, 3, padding=1)
+        >>> detect_pattern(model, torch.randn(1, 1, 5), wrt="inputs").nnz
+        13
+    """
+    found, taint = record_tainted(model, inputs, "detect_pattern", wrt, outputs, local)
+    transposed, unknown = traced(found.tape, taint)
+    return Pattern(csr(transposed.T), local, unknown)
+
+
+def picked(wrt: Wrt) -> Any:
+    """Return which parameters are meant, None for the inputs.
+
+    Raises:
+        InputError: `wrt` is none of the known.
+    """
+    if callable(wrt):
+        return wrt
+    if wrt not in ("parameters", "inputs"):
+        raise InputError(
+            explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
+        )
+    return trainable if wrt == "parameters" else None
+
+
+def record_tainted(
+    model: nn.Module, inputs: Any, call: str, wrt: Wrt, outputs: Selector, local: bool
+) -> tuple[Recording, Taint | None]:
+    """Record a model and note which constants of its graph depend on the point (for a pattern that is reused).
+
+    Raises:
+        NotDifferentiableError: It is complex, or not connected.
+    """
+    parameters = picked(wrt)
+    if local:
+        found, taint = record_model(model, inputs, call=call, parameters=parameters, outputs=outputs), None
+    else:
+        module = bare(model)
+        given = [t for t in flatten(inputs, "input")[0] if isinstance(t, Tensor)]
+        given += [p for n, p in module.named_parameters() if parameters is not None and parameters(n, p)]
+        with Taint(given) as taint:
+            found = record_model(model, inputs, call=call, parameters=parameters, outputs=outputs)
+    check_usable(found.tape)
+    return found, taint
+
+
+def check_usable(tape: Tape) -> None:
+    """Refuse what has no real Jacobian to be sparse.
+
+    Raises:
+        NotDifferentiableError: An output or a leaf is complex, or no path leads to any leaf.
+    """
+    for space in (tape.domain, tape.codomain):
+        for name, dtype in zip(space.names, space.dtypes, strict=True):
+            if dtype.is_complex:
+                todo = "Use torch.view_as_real."
+                raise NotDifferentiableError(explain(name, f"of dtype {dtype}", "sparse Jacobians are real", todo))
+    if not tape.is_connected():
+        raise NotDifferentiableError(
+            f"{tape.call}: no path leads from {tape.codomain.layout} to any of {tape.domain.layout}; the derivative is "
+            "zero everywhere."
+        )
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Index sets that arrived at the leaves of a tape.
+
+    Attributes:
+        pool: Where the sets are.
+        ids: One array of ids per leaf, in its shape; None where nothing arrived.
+        unknown: Operations without a rule.
+    """
+
+    pool: Pool
+    ids: list[Array | None]
+    unknown: dict[str, int]
+
+
+def trace(tape: Tape, members: Array, size: int, taint: Taint | None) -> Traced:
+    """Send sets through one backward pass: entry i of the flat output starts as `{members[i]}`.
+
+    Raises:
+        CannotFollowError: Values leave for Python or NumPy on the way, or have a layout without storage.
+    """
+    pool = Pool(size)
+    tracer = Tracer(pool, taint)
+    seeds = [_cotangent(o, i) for i, o in enumerate(tape.outputs)]
+    starts = torch.from_numpy(pool.singletons(members))
+    for seed, where in zip(seeds, tape.codomain.slices, strict=True):
+        tracer.write(seed, starts[where].reshape(seed.shape))
+    with math_attention, Escapes(tracer).around(tape.survey.nodes), tracer:
+        grads = tape.pull(list(seeds))
+    ids: list[Array | None] = []
+    for grad in grads:
+        found = None if grad is None else tracer.read(plain(grad))
+        ids.append(None if found is None else found.contiguous().numpy())
+        if grad is not None and _has_hole(plain(grad.detach()), ids[-1]):
+            raise CannotFollowError("a backward pass that leaves torch")
+    return Traced(pool, ids, tracer.unknown)
+
+
+def _has_hole(grad: Tensor, ids: Array | None) -> bool:
+    """Say whether a gradient is nonzero where nothing should have reached it."""
+    nonzero = ((grad != 0) & grad.isfinite()).cpu().numpy()
+    return bool(nonzero.any() if ids is None else (nonzero & (ids == 0)).any())
+
+
+def _cotangent(output: Tensor, seed: int) -> Tensor:
+    """Return random numbers of size one or more: nothing cancels or falls below the smallest number by accident."""
+    noise = private_noise(plain(output.detach()), seed)
+    return (noise + torch.where(noise < 0, -1.0, 1.0).to(noise.dtype)).contiguous()
+
+
+def traced(tape: Tape, taint: Taint | None) -> tuple[Csr, dict[str, int]]:
+    """Return the transposed pattern of a tape, `(leaf entries, output entries)`, and the operations without a rule.
+
+    Raises:
+        MemoryBudgetError: It is too full to be held.
+    """
+    m = tape.codomain.dim
+    try:
+        found = trace(tape, np.arange(m), m, taint)
+    except CannotFollowError as reason:
+        _check_size(tape, tape.domain.dim * m, {str(reason): 1})
+        return csr(np.ones((tape.domain.dim, m), bool)), {str(reason): 1}
+    ids = [
+        np.zeros(size, np.int64) if part is None else part.ravel()
+        for part, size in zip(found.ids, tape.domain.sizes, strict=True)
+    ]
+    flat = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+    _check_size(tape, int(found.pool.sizes(flat).sum()), found.unknown)
+    return found.pool.matrix(flat), found.unknown
+
+
+def _check_size(tape: Tape, entries: int, unknown: dict[str, int]) -> None:
+    if entries > _MOST:
+        names = f" Operations without a rule count as dense: {', '.join(unknown)}." if unknown else ""
+        raise MemoryBudgetError(
+            f"{tape.call}: the pattern of {tape.codomain.dim} × {tape.domain.dim} would have {entries} entries.{names} "
+            "Pass `pattern=` where you know it to be sparse, or use products (`jacobian(...) @ v`)."
+        )

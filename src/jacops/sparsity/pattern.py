@@ -1,0 +1,111 @@
+"""Pattern: where a Jacobian may hold something other than zero, and a small picture of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from torch import Tensor
+
+from ..errors import InputError, InputTypeError, explain
+from ._matrix import Csr, csr
+
+_DOTS = 48  # at most so many dots each way; a braille character holds two by four
+_BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pattern:
+    """Where a Jacobian may hold something other than zero.
+
+    It never lacks an entry that is not zero; it may hold some that are. Routes that depend on values (`where`, sorting,
+    pooling by maxima, indices) are those taken at the point it was made at, in either kind.
+
+    Attributes:
+        matrix: True where an entry may be nonzero, (m, n), scipy CSR.
+        local: It holds at this point only, entries that are zero here left out; otherwise zeros that depend on the
+            point are kept, and it can be used again at others.
+        unknown: Operations no rule was known for, so that all they gave counts as depending on all they took, with how
+            often they were met.
+    """
+
+    matrix: Csr
+    local: bool = False
+    unknown: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, `(m, n)`."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries that may be nonzero."""
+        return int(self.matrix.nnz)
+
+    def spy(self) -> str:
+        """Return a picture of at most 12 lines, a dot where there is an entry."""
+        coordinates = self.matrix.tocoo()
+        return picture(coordinates.row, coordinates.col, self.shape)
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        share = self.nnz / max(m * n, 1)
+        kind = "local" if self.local else "reusable"
+        names = f", unknown: {', '.join(self.unknown)}" if self.unknown else ""
+        return f"Pattern({m:,} × {n:,}, {self.nnz:,} entries ({share:.2g}), {kind}{names})\n{self.spy()}"
+
+
+def picture(rows: Any, columns: Any, shape: tuple[int, int]) -> str:
+    """Return entries of a matrix as braille dots, several to a dot where the matrix is large."""
+    m, n = shape
+    if not m or not n:
+        return ""
+    high, wide = min(m, _DOTS), min(n, _DOTS)
+    dots = np.zeros((-(-high // 4) * 4, -(-wide // 2) * 2), bool)
+    dots[np.asarray(rows, np.int64) * high // m, np.asarray(columns, np.int64) * wide // n] = True
+    cells = dots.reshape(dots.shape[0] // 4, 4, dots.shape[1] // 2, 2).transpose(0, 2, 1, 3)
+    codes = 0x2800 + (cells * _BRAILLE).sum((2, 3))
+    return "\n".join("".join(map(chr, line)) for line in codes)
+
+
+def declared(value: Any, shape: tuple[int, int]) -> Pattern:
+    """Return a pattern from what a user declares: a `Pattern`, or a scipy, torch or NumPy matrix.
+
+    Raises:
+        InputTypeError: It is none of these.
+        InputError: It has another shape than the Jacobian.
+    """
+    if isinstance(value, Pattern):
+        matrix = value.matrix
+    elif sp.issparse(value):
+        matrix = _stored(value.tocoo())
+    elif isinstance(value, Tensor):
+        matrix = _from_torch(value)
+    elif isinstance(value, np.ndarray):
+        matrix = csr(value != 0)
+    else:
+        raise InputTypeError(
+            explain("pattern", f"a {type(value).__name__}", "a scipy or torch sparse matrix or a Pattern is needed")
+        )
+    if tuple(matrix.shape) != shape:
+        raise InputError(explain("pattern", f"of shape {tuple(matrix.shape)}", f"the Jacobian has shape {shape}"))
+    return value if isinstance(value, Pattern) else Pattern(matrix)
+
+
+def _stored(entries: sp.coo_array) -> Csr:
+    """Return every stored entry as True, explicit zeros too: they are declared as well."""
+    ones = np.ones(len(entries.row), bool)
+    return csr(sp.coo_array((ones, (entries.row, entries.col)), shape=entries.shape))
+
+
+def _from_torch(value: Tensor) -> Csr:
+    if value.ndim != 2:
+        raise InputError(explain("pattern", f"of shape {tuple(value.shape)}", "two axes are needed"))
+    value = value.detach().cpu()
+    entries = (value if value.is_sparse else value.to_sparse(2)).coalesce()
+    row, column = entries.indices().numpy()
+    return csr(sp.coo_array((np.ones(len(row), bool), (row, column)), shape=tuple(value.shape)))

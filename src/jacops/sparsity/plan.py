@@ -1,0 +1,383 @@
+"""SparsePlan: pattern, colours and decompression, made once and used at every point."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import nn
+
+from .._backends._torch.ladder import RouteFailedError
+from .._backends._torch.tape import Tape
+from .._backends._torch.trust import Trust
+from .._finite import check_outputs, is_finite, where_first
+from ..derivatives import Wrt
+from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
+from ..trees import Selector
+from ._coloring import Coloring, color, least_cost
+from ._compress import Assembly, Compressed, Sweeper, compress
+from ._matrix import Csr, csr
+from ._point import Point, gradients_agree, record_point
+from ._pool import Array
+from .detect import traced
+from .layouts import Layout, arranged, block_shape, check_layout
+from .pattern import Pattern, declared
+
+
+@dataclass(frozen=True, eq=False)
+class SparseJacobian:
+    """A sparse Jacobian, and the output at the same point.
+
+    Attributes:
+        matrix: In the layout asked for.
+        output: What the model gave, detached: the residual of the same linearisation.
+        error_bound: With probability 99.9 % the Frobenius norm of what is missing or wrong is at most this, by
+            random probes; NaN with `certify=0`.
+        sweeps: Backward and forward sweeps taken, probes included.
+    """
+
+    matrix: Any
+    output: Any
+    error_bound: float
+    sweeps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Scheme:
+    """What is kept of detection and colouring.
+
+    Attributes:
+        matrix: Pattern over the leaves that are swept: parameters, then lifted selections.
+        coloring: Its colouring.
+        structure: Source and size of each lifted selection.
+        columns: For each column, which stored entry of all parameters it is or copies.
+    """
+
+    matrix: Csr
+    coloring: Coloring
+    structure: list[tuple[int, int]]
+    columns: Array
+
+
+class SparsePlan:
+    """How to evaluate the sparse Jacobian of a model in few sweeps; made by `sparse_plan`, `SparsePlan.load`.
+
+    Attributes:
+        pattern: Where the Jacobian may be nonzero.
+        shape: Rows (entries of the output) and columns (entries of what it is differentiated by).
+        sweeps: Sweeps per evaluation, probes left out.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        final: Array,
+        *,
+        wrt: Wrt,
+        outputs: Selector,
+        tangent: bool,
+        local: bool,
+        unknown: dict[str, int],
+        names: tuple[str, ...],
+    ) -> None:
+        self._scheme, self.shape, self._final, self._names = scheme, shape, final, names
+        self._wrt: Wrt = wrt
+        self._outputs, self._tangent = outputs, tangent
+        self._local, self._unknown = local, unknown
+        self._trust = Trust()
+        self._assembly: Assembly | None = None
+
+    # ---- what it knows -----------------------------------------------------------------------------------------
+
+    @property
+    def _column_of(self) -> Array:
+        return self._final[self._scheme.columns]
+
+    @property
+    def assembly(self) -> Assembly:
+        """How sweeps become the matrix."""
+        if self._assembly is None:
+            scheme = self._scheme
+            self._assembly = Assembly.of(scheme.matrix, scheme.coloring, self._column_of, self.shape[1])
+        return self._assembly
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where the Jacobian may be nonzero."""
+        found = self.assembly
+        ones = np.ones(len(found.columns), bool)
+        return Pattern(csr((ones, found.columns, found.ends), shape=self.shape), self._local, self._unknown)
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps per evaluation, probes left out."""
+        return self._scheme.coloring.pulls + self._scheme.coloring.pushes
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        pushes = self._scheme.coloring.pushes
+        kinds = f" ({self._scheme.coloring.pulls} backward, {pushes} forward)" if pushes else ""
+        lifted = f"\n  lifted at {len(self._scheme.structure)} selections" if self._scheme.structure else ""
+        few = f"{self.sweeps} sweep{'s' * (self.sweeps != 1)}"
+        head = f"SparsePlan({m:,} × {n:,}): {few} instead of {min(m, n):,}{kinds}"
+        return f"{head}{lifted}\n{self.pattern!r}"
+
+    # ---- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, inputs: Any, *, certify: int = 1, layout: Layout = "scipy") -> SparseJacobian:
+        """Return the sparse Jacobian and the output at the model's present parameters and these inputs.
+
+        One random probe proves that the pattern still holds; where it does not, the pattern is detected again, with
+        a `JacopsWarning`, and the plan keeps what it learned.
+
+        Args:
+            model: The model, of the same structure as the plan was made with.
+            inputs: Its input.
+            certify: Number of random probes: 1 to notice a pattern that no longer holds, 5 for an error bound within
+                a factor 5 of what was seen, 0 for none.
+            layout: `"scipy"` (CSR), or torch's `"coo"`, `"csr"`, `"bsr"`.
+
+        Returns:
+            The matrix, the output, the error bound and the number of sweeps.
+
+        Raises:
+            InputError: Shapes do not fit the plan.
+            NonFiniteError: The output or the Jacobian holds NaN or Inf.
+            NotDifferentiableError: The derivative does not answer to any pattern (it is random).
+        """
+        check_layout(layout)
+        if isinstance(certify, bool) or not isinstance(certify, int) or certify < 0:
+            raise InputError(explain("certify", repr(certify), "a number of probes, 0 or more, is needed"))
+        lifted = bool(self._scheme.structure)
+        point = record_point(model, inputs, "SparsePlan", self._wrt, self._outputs, lift=lifted, trust=self._trust)
+        self._check_fits(point)
+        if point.structure() != self._scheme.structure:
+            warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
+            self._replan(model, inputs)
+            return self.evaluate(model, inputs, certify=certify, layout=layout)
+        columns = point.storage_columns()
+        if not np.array_equal(columns, self._scheme.columns):
+            # Other indices into the same parameters: the same sweeps, read off into other columns.
+            self._use(Scheme(self._scheme.matrix, self._scheme.coloring, self._scheme.structure, columns))
+        found = self._compressed(point, certify)
+        check_outputs("SparsePlan", point.tape.outputs, point.tape.codomain.names)
+        if certify and not self._holds(found, point):
+            found = self._again(point, certify)
+        if not is_finite(found.values):
+            raise NonFiniteError(f"SparsePlan: of the Jacobian's entries, {where_first(found.values)}.")
+        matrix = arranged(self.assembly, found, layout, block_shape(point.recording.tape, self._tangent))
+        return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
+
+    def _compressed(self, point: Point, certify: int) -> Compressed:
+        return compress(Sweeper.on(point.tape), self.assembly, self._scheme.coloring, self._column_of, certify)
+
+    def _holds(self, found: Compressed, point: Point) -> bool:
+        return found.error <= Sweeper.on(point.tape).tolerance or not math.isfinite(found.error)
+
+    def _again(self, point: Point, certify: int) -> Compressed:
+        """Detect at this point and add what is new to the pattern.
+
+        Raises:
+            NotDifferentiableError: The probe fails all the same.
+        """
+        warn("SparsePlan: the pattern no longer holds at this point; it was detected again and is kept.")
+        transposed, unknown = traced(point.tape, None)
+        both = csr((self._scheme.matrix + csr(transposed.T)).astype(bool))
+        self._unknown = {**self._unknown, **unknown}
+        coloring = colored(both, point.tape)
+        self._use(Scheme(both, coloring, self._scheme.structure, self._scheme.columns))
+        found = self._compressed(point, certify)
+        if not self._holds(found, point):
+            raise NotDifferentiableError(
+                f"SparsePlan: two backward passes over the same graph disagree by {found.error:.1e}, so no pattern "
+                "holds. Is a backward pass random, or does it read values?"
+            )
+        return found
+
+    def _use(self, scheme: Scheme) -> None:
+        self._scheme, self._assembly = scheme, None
+
+    def _check_fits(self, point: Point) -> None:
+        final, width = point.widths(self._tangent)
+        shape = (point.recording.tape.codomain.dim, width)
+        if shape != self.shape or not np.array_equal(final, self._final):
+            raise InputError(explain("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}"))
+
+    def _replan(self, model: nn.Module, inputs: Any) -> None:
+        other = sparse_plan(
+            model, inputs, wrt=self._wrt, outputs=self._outputs, tangent=self._tangent, local=self._local
+        )
+        self._trust = Trust()
+        self._unknown = other._unknown
+        self._use(other._scheme)
+
+    # ---- on disk -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file (NumPy's npz), to be read by `SparsePlan.load`."""
+        from .storage import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | Path, *, outputs: Selector = None) -> SparsePlan:
+        """Return a plan from a file.
+
+        Args:
+            path: Where `save` wrote it.
+            outputs: Again, where it was given and is no name, index or list of them.
+
+        Raises:
+            DataError: The file is no plan, of another version, or damaged.
+        """
+        from .storage import load
+
+        return load(path, outputs)
+
+
+def sparse_plan(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    wrt: Wrt = "parameters",
+    outputs: Selector = None,
+    tangent: bool = True,
+    pattern: Any = None,
+    local: bool = False,
+    lift: bool = True,
+) -> SparsePlan:
+    """Return a plan for the sparse Jacobian of a model: how few sweeps give all of it.
+
+    The pattern is detected from one traced backward pass (`detect_pattern`), selections of parameters are lifted into
+    leaves of their own where that saves sweeps, and rows, columns or both are coloured. Zeros of the inputs and of what
+    is differentiated by do not count as zeros; those of buffers and frozen weights do.
+
+    Args:
+        model: A module.
+        inputs: Its input, as in `jacobian`.
+        wrt: `"parameters"`, `"inputs"` or a function that picks parameters, as in `jacobian`.
+        outputs: Part of the output, as in `jacobian`.
+        tangent: For LieTensor parameters: tangent width, without columns of zeros.
+        pattern: Where you know it: a scipy or torch sparse matrix, or a `Pattern`; verified by a random probe.
+        local: The pattern at this very point, which may be emptier and must be detected again elsewhere.
+        lift: Whether selections of parameters may be lifted.
+
+    Returns:
+        A plan, for `plan.evaluate(model, inputs)`.
+
+    Raises:
+        NotDifferentiableError: No path leads from the output to what it is differentiated by.
+        InputError: A declared pattern has another shape, or lacks entries.
+        MemoryBudgetError: The Jacobian is not sparse.
+
+    Example:
+        >>> class Chain(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x[1:] - x[:-1] ** 2
+        >>> plan = sparse_plan(Chain(), torch.randn(1000), wrt="inputs")
+        >>> plan.shape, plan.sweeps
+        ((999, 1000), 1)
+    """
+    options: dict[str, Any] = {"wrt": wrt, "outputs": outputs, "tangent": tangent, "local": local}
+    if pattern is not None:
+        return _from_declared(model, inputs, pattern, options)
+    point = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=lift, watch=not local)
+    if point.selections:
+        unlifted = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=False, watch=not local)
+        point = point if gradients_agree(point, unlifted) else unlifted
+        del unlifted
+    matrix, unknown = _pattern_of(point)
+    final, width = point.widths(tangent)
+    columns = point.storage_columns()
+    _check_padding(matrix, final[columns], width, point)
+    scheme = Scheme(matrix, colored(matrix, point.tape), point.structure(), columns)
+    if point.selections:
+        scheme = _unlifted(scheme, point.tape, point.recording.tape.domain.dim) or scheme
+    names = point.recording.tape.domain.names
+    del point  # and the graph with it
+    plan = SparsePlan(scheme, (matrix.shape[0], width), final, unknown=unknown, names=names, **options)
+    plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
+    return plan
+
+
+def colored(matrix: Csr, tape: Tape) -> Coloring:
+    """Return a colouring, by rows alone where the tape has no pushes but row by row."""
+    found = color(matrix)
+    if found is not None and found.pushes and not _can_push(tape):
+        found = color(matrix, columns=False)
+    return found or Coloring(np.full(matrix.shape[0], -1), np.full(matrix.shape[1], -1))
+
+
+def _can_push(tape: Tape) -> bool:
+    tangents = [torch.zeros(1, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in tape.leaves]
+    try:
+        tape.push_dual(tangents)
+    except RouteFailedError:
+        return False
+    return True
+
+
+def _pattern_of(point: Point) -> tuple[Csr, dict[str, int]]:
+    transposed, unknown = traced(point.tape, point.taint)
+    return csr(transposed.T), unknown
+
+
+def _unlifted(scheme: Scheme, tape: Tape, width: int) -> Scheme | None:
+    """Return a scheme without lifting where that takes no more sweeps."""
+    limit = scheme.coloring.cost + 0.5
+    copies = 1 + len(scheme.structure)  # so many entries at most fall onto one
+    per_row = np.diff(scheme.matrix.indptr)
+    per_column = np.bincount(scheme.columns[scheme.matrix.indices], minlength=width)
+    if least_cost(-(-per_row // copies), -(-per_column // copies)) >= limit:
+        return None
+    merged = _merged(scheme.matrix, scheme.columns, width)
+    coloring = color(merged, limit=limit)
+    if coloring is not None and coloring.pushes and not _can_push(tape):
+        coloring = color(merged, columns=False, limit=limit)
+    return None if coloring is None else Scheme(merged, coloring, [], np.arange(width))
+
+
+def _merged(matrix: Csr, columns: Array, width: int) -> Csr:
+    entries = matrix.tocoo()
+    merged = sp.coo_array((entries.data, (entries.row, columns[entries.col])), shape=(matrix.shape[0], width))
+    return csr(merged).astype(bool)
+
+
+def _check_padding(matrix: Csr, column_of: Array, width: int, point: Point) -> None:
+    """Refuse entries in columns that pad a LieTensor.
+
+    Raises:
+        NotDifferentiableError: There are some, so stored numbers were read as if they were free.
+    """
+    padded = column_of >= width
+    if padded.any() and padded[matrix.indices].any():
+        names = point.recording.tape.domain.layout
+        raise NotDifferentiableError(
+            f"sparse_plan: the model reads the stored numbers of a LieTensor among {names}, whose gradients are not "
+            "tangent ones. Use Act, Log, matrix() or rotation().matrix(), or pass `tangent=False`."
+        )
+
+
+def _from_declared(model: nn.Module, inputs: Any, pattern: Any, options: dict[str, Any]) -> SparsePlan:
+    point = record_point(model, inputs, "sparse_plan", options["wrt"], options["outputs"], lift=False)
+    final, width = point.widths(options["tangent"])
+    shape = (point.recording.tape.codomain.dim, width)
+    known = declared(pattern, shape)
+    stored = np.flatnonzero(final < width)
+    entries = known.matrix.tocoo()
+    wide = sp.coo_array((entries.data, (entries.row, stored[entries.col])), shape=(shape[0], len(final)))
+    matrix = csr(wide).astype(bool)
+    scheme = Scheme(matrix, colored(matrix, point.tape), [], np.arange(len(final)))
+    names = point.recording.tape.domain.names
+    plan = SparsePlan(scheme, shape, final, unknown=dict(known.unknown), names=names, **options)
+    found = plan._compressed(point, 1)
+    if not plan._holds(found, point):
+        came = f"lacking entries (a random probe is off by {found.error:.1e})"
+        raise InputError(explain("pattern", came, "it must hold all", "Leave it out to have it detected."))
+    return plan

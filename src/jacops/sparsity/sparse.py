@@ -1,0 +1,83 @@
+"""The verb `sparse`: any operator as a sparse matrix, by few products."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, NotDifferentiableError, explain
+from ..operators import Operator, Recorded
+from ..space import Space
+from ._coloring import Coloring, color
+from ._compress import Assembly, Sweeper, compress
+from ._matrix import Csr, csr
+from .detect import traced
+from .layouts import Layout, arranged, check_layout
+from .pattern import Pattern, declared
+from .plan import SparseJacobian
+
+
+def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pattern: Any = None) -> SparseJacobian:
+    """Return an operator as a sparse matrix, by as many products as its colours.
+
+    For a recorded Jacobian or Hessian (`jacobian`, `hessian`) the pattern at this point is detected; a Hessian needs
+    fewer sweeps, since an entry may be read from its mirror. Any other operator needs `pattern=`. Random probes hold
+    the matrix against the operator.
+
+    Args:
+        operator: What is wanted.
+        layout: torch's `"csr"`, `"coo"` or `"bsr"`, or `"scipy"`.
+        certify: Number of random probes; 5 give a useful `error_bound`, 0 none.
+        pattern: Where entries may be nonzero: a scipy or torch sparse matrix, or a `Pattern`.
+
+    Returns:
+        The matrix with its error bound and sweeps; `output` is the function's where the operator was recorded.
+
+    Raises:
+        InputError: A pattern is missing, has another shape or lacks entries.
+        NotDifferentiableError: The operator is no linear map.
+
+    Example:
+        >>> from jacops import jacobian
+        >>> J = jacobian(torch.nn.Conv1d(1, 1, 3, padding=1), torch.randn(1, 1, 100), wrt="inputs")
+        >>> found = sparse(J)
+        >>> found.matrix.shape, found.sweeps
+        (torch.Size([100, 100]), 4)
+    """
+    check_layout(layout)
+    if pattern is not None:
+        known = declared(pattern, operator.shape)
+    elif isinstance(operator, Recorded):
+        transposed, unknown = traced(operator.tape, None)
+        known = Pattern(csr(transposed.T), True, unknown)
+    else:
+        todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
+        raise InputError(explain("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo))
+    matrix = _mirrored(known.matrix) if operator.symmetric else known.matrix
+    empty = Coloring(np.full(operator.shape[0], -1), np.full(operator.shape[1], -1))
+    coloring = color(matrix, symmetric=operator.symmetric) or empty
+    columns = np.arange(operator.shape[1])
+    assembly = Assembly.of(matrix, coloring, columns, operator.shape[1])
+    sweeper = Sweeper.over(operator)
+    found = compress(sweeper, assembly, coloring, columns, certify)
+    if math.isfinite(found.error) and found.error > sweeper.tolerance:
+        if pattern is not None:
+            came = f"lacking entries (a random probe is off by {found.error:.1e})"
+            raise InputError(explain("pattern", came, "it must hold all that are not zero"))
+        raise NotDifferentiableError(
+            f"sparse: products with {operator!r} disagree by {found.error:.1e} with each other. Is a backward pass "
+            "random, or does it read values?"
+        )
+    block = _last(operator.codomain), _last(operator.domain)
+    result = arranged(assembly, found, layout, block)
+    return SparseJacobian(result, getattr(operator, "output", None), found.bound, found.sweeps)
+
+
+def _mirrored(matrix: Csr) -> Csr:
+    return csr(matrix + matrix.T).astype(bool)
+
+
+def _last(space: Space) -> int:
+    return math.gcd(*(shape[-1] if len(shape) > 1 else shape.numel() for shape in space.shapes)) or 1
