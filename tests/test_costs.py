@@ -92,9 +92,7 @@ def test_a_full_jacobian_is_a_sweep_per_row_or_per_column(inputs: int, outputs: 
     assert len(sweeps) <= min(outputs, inputs) + 3
 
 
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "n"), [(6, 2, 1), (6, 2, 9), (2, 30, 9), (6, 2, 200), (1, 5, 64)]
-)
+@pytest.mark.parametrize(("inputs", "outputs", "n"), [(6, 2, 1), (6, 2, 9), (2, 30, 9), (6, 2, 200), (1, 5, 64)])
 def test_an_input_jacobian_shares_its_sweeps_over_all_samples(inputs: int, outputs: int, n: int) -> None:
     model, x = net(inputs, outputs), torch.randn(n, inputs, dtype=F64)
     fewest, check = min(inputs, outputs), 4
@@ -160,3 +158,29 @@ def test_a_repeated_product_with_a_hessian_is_one_sweep_over_the_gradient() -> N
         H @ v
         assert H.tape.sweeps == before + 1
         assert counter.counted[0] == forwards == 1
+
+
+class Leak(nn.Module):
+    """One sample's output depends on another sample, by less than any probe can see."""
+
+    def __init__(self, reads: int, writes: int) -> None:
+        super().__init__()
+        self.reads, self.writes = reads, writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        leak = torch.zeros_like(x)
+        if len(x) > max(self.reads, self.writes):
+            leak[self.writes] = 1e-14 * x[self.reads]
+        return x.sin() + leak
+
+
+@pytest.mark.parametrize("reads", range(6))
+@pytest.mark.parametrize("writes", range(6))
+def test_strict_checks_tell_every_pair_of_samples_apart(reads: int, writes: int) -> None:
+    model, x = Leak(reads, writes), torch.randn(6, 2, dtype=F64)
+    if reads == writes:
+        jacops.compute_jacobian(model, x, checks="strict")
+        return
+    with pytest.warns(jacops.JacopsWarning, match="samples mix"):
+        found = jacops.compute_jacobian(model, x, checks="strict")
+    torch.testing.assert_close(found, torch.diag_embed(x.cos()))

@@ -51,7 +51,8 @@ def compute_jacobian(
             the output. One logit of 50,000 costs one sweep.
         at: A submodule's path: differentiate by its output instead of by `x`. A pair `(source, target)` goes from
             one hidden layer (None: the input) to another (None: the output).
-        checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"`, `"never"`.
+        checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"` does so in
+            every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
         fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
         check_finite: Raise if an output or a derivative is NaN or Inf.
         progress: Force the progress bar on or off.

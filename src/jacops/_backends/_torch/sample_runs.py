@@ -66,7 +66,7 @@ class Runner:
     def run(self, values: Sequence[Tensor]) -> Run:
         """Record one forward; the first one in its setting is watched."""
         trust = self.trust(values)
-        habits: Habits | None = trust.notes.get("habits") if self.checks != "always" else None
+        habits: Habits | None = trust.notes.get("habits") if self.checks not in ("always", "strict") else None
         if habits is not None and not habits.reads:
             return self.record(values, trust, habits)
         for cloned in (False, True):

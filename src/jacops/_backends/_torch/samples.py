@@ -190,7 +190,7 @@ class Samples:
                 f"the forward takes no batch of {where.stop - where.start} ({type(error).__name__}: {str(error)[:100]})"
             )
         trust, many = run.tape.trust, where.stop - where.start
-        reason = trust.notes.get("mixes") if self.checks != "always" else None
+        reason = trust.notes.get("mixes") if self.checks not in ("always", "strict") else None
         reason = reason or unbatchable(run.tape, run.habits, many)
         fresh = trust.needs("samples apart", many)
         if reason is None and fresh:
@@ -212,11 +212,11 @@ class Samples:
         split = self._split(run, values)
         if split is not None and split.head is not None:
             result.direction = sweep_split(split.head, split.tape, result.blocks, where)
-            if not fresh or coupled(run.tape, result.blocks, where) is None:
+            if not fresh or coupled(run.tape, result.blocks, where, self.checks == "strict") is None:
                 return None
             run.tape.trust.notes["split"] = None
         result.direction = sweep(run.tape, result.blocks, where)
-        return coupled(run.tape, result.blocks, where) if fresh else None
+        return coupled(run.tape, result.blocks, where, self.checks == "strict") if fresh else None
 
     def _split(self, run: Run, values: Sequence[Tensor]) -> Run | None:
         """Return the run cut at the narrowest layer that saves sweeps; None where there is none."""

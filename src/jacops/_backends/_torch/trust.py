@@ -9,14 +9,15 @@ from typing import Any
 
 from ...errors import InputError, explain
 
-CHECKS = ("first", "always", "never")
+CHECKS = ("first", "always", "strict", "never")
 
 
 class Trust:
     """Verdicts about one function in one setting (shapes, dtypes, modes).
 
     Args:
-        checks: `"first"` checks a route once per shape, `"always"` each time, `"never"` not at all.
+        checks: `"first"` checks a route once per shape, `"always"` each time, `"strict"` each time and every pair of
+            samples, `"never"` not at all.
     """
 
     def __init__(self, checks: str = "first") -> None:
@@ -27,7 +28,7 @@ class Trust:
 
     def needs(self, *route: Hashable) -> bool:
         """Say whether `route` still has to be checked."""
-        return self.checks == "always" or (self.checks == "first" and route not in self._proved)
+        return self.checks in ("always", "strict") or (self.checks == "first" and route not in self._proved)
 
     def remember(self, *route: Hashable) -> None:
         """Note that `route` was right."""
@@ -92,7 +93,7 @@ def trust_in(function: Any, setting: Hashable, checks: str) -> Trust:
     """
     if checks not in CHECKS:
         raise InputError(explain("checks", repr(checks), f"one of {CHECKS} is needed"))
-    if checks == "always":
+    if checks in ("always", "strict"):
         return Trust(checks)
     with _lock:
         try:
