@@ -123,3 +123,13 @@ def test_it_costs_a_sweep_per_output_entry_and_two_to_check() -> None:
         by_layers(found.tape, found.sites)
         sweeps.append(found.tape.sweeps)
     assert sweeps == [3 + 2, 3]
+
+
+def test_mixed_precision_and_sparse_inputs_are_left_to_plain_sweeps() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not taken(model, x)
+        assert jacops.modjac(model, x)[0].dtype is torch.float32
+    sparse = torch.eye(4).to_sparse()
+    (weight, _), (expected, _) = jacops.modjac(model, sparse), jacops.modjac(model, torch.eye(4))
+    torch.testing.assert_close(weight, expected)

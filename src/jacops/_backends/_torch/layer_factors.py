@@ -109,6 +109,9 @@ _RULES: dict[type[nn.Module], tuple[Callable[[Any, Tensor], Tensor], Callable[..
 def _has_rule(module: nn.Module, a: Tensor, output: Tensor, many: int) -> bool:
     if a.ndim < 2 or a.shape[0] != many or output.shape[0] != many:
         return False
+    plainly = a.layout is torch.strided and type(a) is Tensor and type(output) is Tensor
+    if not plainly or any(t.dtype != output.dtype for t in (a, *module.parameters(recurse=False))):
+        return False
     if isinstance(module, nn.Conv2d):
         return (
             module.groups == 1
