@@ -49,6 +49,8 @@ def draw(graph: PoseGraph, after: torch.Tensor, costs: tuple[float, float], file
         _lines(axes, ties.numpy(), flat)
         axes.plot(*at.T.numpy(), color="#1f5fa8", linewidth=0.9)
         axes.set_title(f"{title}: objective {costs[i]:.4g}")
+        axes.set_xlabel("x (units of the file)")
+        axes.set_ylabel("y")
         axes.set_aspect("equal")
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
