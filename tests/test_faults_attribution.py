@@ -26,10 +26,7 @@ from jacops.errors import (
     NonFiniteError,
     NotDifferentiableError,
 )
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from small import draw
 
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -36,27 +36,12 @@ from jacops.errors import (
     NotDifferentiableError,
     SolveError,
 )
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from small import draw, settled, small_net
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
     assert actual.shape == expected.shape, f"shape {tuple(expected.shape)} expected, got {tuple(actual.shape)}"
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
-
-
-def settled(model: nn.Module) -> nn.Module:
-    model = model.double()
-    for index, parameter in enumerate(model.parameters()):
-        with torch.no_grad():
-            parameter.copy_(0.5 * draw(*parameter.shape, seed=index))
-    return model
-
-
-def small_net() -> nn.Sequential:
-    return settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
 
 
 def batches(x: Tensor, y: Tensor, *sizes: int) -> list[tuple[Tensor, Tensor]]:

@@ -20,15 +20,12 @@ import jacops
 import oracle
 from jacops import JacopsWarning, modjac
 from jacops.errors import InputError, InputTypeError, ModelStateError, NonFiniteError, NotDifferentiableError
+from small import draw, small_net
 
 ROUTES = list(itertools.product(("reverse-mode", "forward-mode"), (False, True)))
 routes = pytest.mark.parametrize(
     ("strategy", "vectorize"), ROUTES, ids=[f"{s}-{v and 'vectorized'}" for s, v in ROUTES]
 )
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
@@ -48,10 +45,6 @@ def settled(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             parameter.copy_(0.5 * draw(*parameter.shape, seed=index, dtype=parameter.dtype))
     return model
-
-
-def small_net() -> nn.Sequential:
-    return settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
 
 
 def flat(blocks: list[list[Tensor]], params: list[Tensor]) -> Tensor:

@@ -19,10 +19,7 @@ import jacops
 import oracle
 from jacops import JacopsWarning, batch_jvp, batch_vjp, full_jacobian, jvp, model_jvp, model_vjp, vjp
 from jacops.errors import InputError, InputTypeError, ModelStateError, NonFiniteError, NotDifferentiableError
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from small import draw, settled
 
 
 def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -32,14 +29,6 @@ def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
     assert actual.shape == expected.shape, f"shape {tuple(expected.shape)} expected, got {tuple(actual.shape)}"
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
-
-
-def settled(model: nn.Module) -> nn.Module:
-    model = model.double()
-    for index, parameter in enumerate(model.parameters()):
-        with torch.no_grad():
-            parameter.copy_(0.5 * draw(*parameter.shape, seed=index))
-    return model
 
 
 def small_net() -> nn.Module:

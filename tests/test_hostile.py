@@ -29,6 +29,7 @@ from jacops.errors import (
     NonFiniteError,
     NotDifferentiableError,
 )
+from small import Calls, draw, settled, small_net
 
 Row = Callable[[], None]
 ROWS: dict[str, Row] = {}
@@ -45,10 +46,6 @@ def row(label: str) -> Callable[[Row], Row]:
     return enter
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def close(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
     for a, b in zip(oracle.leaves(actual), oracle.leaves(expected), strict=True):
         assert a.shape == b.shape, f"shape {tuple(b.shape)} expected, got {tuple(a.shape)}"
@@ -63,30 +60,6 @@ def refused(kind: type[JacopsError], call: Callable[[], Any], *parts: str) -> No
             call()
     for part in parts:
         assert part in str(error.value), f"{part!r} is missing in: {error.value}"
-
-
-def settled(model: nn.Module) -> nn.Module:
-    model = model.double()
-    for index, parameter in enumerate(model.parameters()):
-        with torch.no_grad():
-            parameter.copy_(0.5 * draw(*parameter.shape, seed=index))
-    return model
-
-
-def small_net() -> nn.Sequential:
-    return settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-
-
-class Calls(nn.Module):
-    """A function of its weights and its input."""
-
-    def __init__(self, function: Callable[..., Any], *shapes: tuple[int, ...]):
-        super().__init__()
-        self.function = function
-        self.weights = nn.ParameterList(nn.Parameter(draw(*shape, seed=i)) for i, shape in enumerate(shapes))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*self.weights, *args, **kwargs)
 
 
 def square(output: Tensor, y: Tensor) -> Tensor:

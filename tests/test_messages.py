@@ -19,12 +19,9 @@ import jacops
 import oracle
 from jacops import JacopsWarning, TorchTwiceDifferentiable, compute_jacobian, errors, modjac
 from jacops.errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, SolveError
+from small import Calls, draw, settled, small_net
 
 STRATEGIES = list(itertools.product(("reverse-mode", "forward-mode"), (False, True)))
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def close(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
@@ -38,30 +35,6 @@ def says(error: BaseException, *parts: str) -> None:
     assert isinstance(error, JacopsError)
     for part in parts:
         assert part in str(error), f"{part!r} is missing in: {error}"
-
-
-def settled(model: nn.Module) -> nn.Module:
-    model = model.double()
-    for index, parameter in enumerate(model.parameters()):
-        with torch.no_grad():
-            parameter.copy_(0.5 * draw(*parameter.shape, seed=index))
-    return model
-
-
-def small_net() -> nn.Sequential:
-    return settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-
-
-class Calls(nn.Module):
-    """A function of its weights and its input."""
-
-    def __init__(self, function: Callable[..., Any], *shapes: tuple[int, ...]):
-        super().__init__()
-        self.function = function
-        self.weights = nn.ParameterList(nn.Parameter(draw(*shape, seed=i)) for i, shape in enumerate(shapes))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*self.weights, *args, **kwargs)
 
 
 def tangents(model: nn.Module) -> list[Tensor]:
