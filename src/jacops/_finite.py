@@ -41,13 +41,13 @@ def check_vector(call: str, argument: str, vectors: Iterable[Tensor]) -> None:
             raise NonFiniteError(f"{call}: in `{argument}`, tensor {i}, {where_first(vector)}. Nothing was computed.")
 
 
-def check_finite(call: str, results: Sequence[Tensor], names: Sequence[str], recorded: Any, todo: str = "") -> None:
+def check_finite(call: str, results: Sequence[Tensor], names: Sequence[str], tape: Any, todo: str = "") -> None:
     """Refuse an output or a derivative with NaN or Inf.
 
     Raises:
         NonFiniteError: There is some; the message names the output, or the tensor whose derivative it is.
     """
-    check_outputs(call, recorded.tape.outputs, recorded.tape.codomain.names, todo)
+    check_outputs(call, tape.outputs, tape.codomain.names, todo)
     for result, name in zip(results, names, strict=True):
         if not is_finite(result):
             raise NonFiniteError(

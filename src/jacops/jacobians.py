@@ -16,7 +16,7 @@ from ._backends._torch.samples import Samples
 from ._backends._torch.surroundings import arithmetic, eager
 from ._finite import check_outputs, is_finite, where_first
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
-from .products import Params, say_if_unconnected
+from .products import Params, given, say_if_unconnected
 from .sparsity import sparse_plan
 from .trees import Selector
 
@@ -141,7 +141,7 @@ def full_jacobian(
         blocks = jacobian_blocks(recorded.tape, create_graph, chunk_size=chunk_size)
         _check_blocks("full_jacobian", recorded, blocks)
         columns = zip(*blocks, strict=True)
-        return [_given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
+        return [given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
 
 
 @eager
@@ -226,7 +226,7 @@ def modjac(
         if forward:
             pairs = zip(shaped, recorded.tape.outputs, strict=True)
             shaped = [[b if b.is_complex() else b.to(o.dtype) for b in row] for row, o in pairs]
-        return _arranged(recorded, [[_given(b, create_graph) for b in row] for row in shaped], flatten)
+        return _arranged(recorded, [[given(b, create_graph) for b in row] for row in shaped], flatten)
 
 
 def _refuse_with_sparse(**given: bool) -> None:
@@ -317,7 +317,3 @@ def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(explain(name, repr(value), "a positive whole number is needed"))
-
-
-def _given(result: Tensor, create_graph: bool) -> Tensor:
-    return result if create_graph else result.detach()

@@ -212,8 +212,8 @@ def _push(recorded: Recorded, v: Vectors, create_graph: bool, batch: bool) -> An
     say_if_unconnected(recorded)
     with arithmetic(create_graph):
         rows = tape.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
-        check_finite(tape.call, rows, tape.codomain.names, recorded)
-        return recorded.tree.build([_given(r if batch else r[0], create_graph) for r in rows])
+        check_finite(tape.call, rows, tape.codomain.names, tape)
+        return recorded.tree.build([given(r if batch else r[0], create_graph) for r in rows])
 
 
 def _pull(recorded: Recorded, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
@@ -227,11 +227,12 @@ def _pull(recorded: Recorded, v: Any, create_graph: bool, batch: bool) -> list[T
     say_if_unconnected(recorded)
     with arithmetic(create_graph):
         rows = tape.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
-        check_finite(tape.call, rows, tape.domain.names, recorded)
-        return [_given(r if batch else r[0], create_graph) for r in rows]
+        check_finite(tape.call, rows, tape.domain.names, tape)
+        return [given(r if batch else r[0], create_graph) for r in rows]
 
 
-def _given(result: Tensor, create_graph: bool) -> Tensor:
+def given(result: Tensor, create_graph: bool) -> Tensor:
+    """Return a result as it is given out: with its graph where that was asked for, else without."""
     return result if create_graph else result.detach()
 
 

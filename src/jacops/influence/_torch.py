@@ -79,7 +79,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         tape = found.tape
         if not create_graph:
             rows = tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)])
-            check_finite("grad", rows, tape.domain.names, found)
+            check_finite("grad", rows, tape.domain.names, tape)
             return tape.domain.join(rows)[0].detach()
         gradient = gradient_tape(found, "grad(create_graph=True)")
         with sweeping(tape.outputs[0]):
@@ -88,7 +88,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
                 # A loss linear in the parameters: its gradient is constant, which mvp must tell from a lost graph.
                 for leaf in tape.leaves:
                     flat = flat + leaf.flatten()[:0].sum().to(flat.dtype)
-        check_finite("grad", [flat], ["the parameters"], found)
+        check_finite("grad", [flat], ["the parameters"], tape)
         setattr(flat, _ORIGIN, found.inputs)
         return flat
 
@@ -107,7 +107,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         """
         operator = hessian(self.model, self.loss, x, y)
         matrix = operator.dense()
-        check_finite("hessian", [matrix], ["the parameters"], _Outputs(operator.tape))
+        check_finite("hessian", [matrix], ["the parameters"], operator.tape)
         return matrix
 
     @staticmethod
@@ -146,13 +146,6 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             rows = tape.pull_rows([directions[start : start + chunk]])
             result[start : start + chunk] = tape.domain.join(rows).detach()
         return result
-
-
-class _Outputs:
-    """A tape where a recording is expected."""
-
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
 
 
 def _directions(v: Any, grad_xy: Tensor) -> Tensor:

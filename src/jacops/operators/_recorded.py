@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -25,14 +24,12 @@ class Recorded(Operator):
         output: What the function returned there, detached.
         symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
         positive: It is known to be positive semi-definite.
-        spot_check: Called before the first product where the graph holds custom Functions.
     """
 
     tape: Tape
     output: Any = None
     symmetric: bool = False
     positive: bool = False
-    spot_check: Callable[[], None] | None = None
 
     @property
     def domain(self) -> Space:

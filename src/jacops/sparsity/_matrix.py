@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 import scipy.sparse as sp
 
 Csr: TypeAlias = Any
-Coo: TypeAlias = Any
 
 
 def csr(given: Any, shape: Any = None, copy: bool = False) -> Csr:

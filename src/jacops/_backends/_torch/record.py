@@ -166,7 +166,8 @@ def record_model(
                 "at least one must be a floating-point parameter that is asked for",
             )
         )
-    tensors = [t for t in flatten(value, "input")[0] if isinstance(t, Tensor)]
+    values, input_tree = flatten(value, "input")
+    tensors = [t for t in values if isinstance(t, Tensor)]
     key = setting(module, tensors, "whole", training, at, told_apart(outputs), told_apart(purpose))
     trust = trust_in(module, key, checks)
     kept: dict[str, Any] = {}
@@ -211,7 +212,7 @@ def record_model(
     tape.protected = [p for p in module.parameters() if p.requires_grad]
     # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
     tape.twins = tuple((i, p) for i, p in twins if id(p) in tape.survey.leaves)
-    given = dict(zip(flatten(value, "input")[1].names, flatten(value, "input")[0], strict=True))
+    given = dict(zip(input_tree.names, values, strict=True))
     inputs = {id(given[name]): (given[name], leaf) for name, leaf in kept["inputs"]}
     return Recorded(tape, tree, output, inputs, kept["sites"])
 
