@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -28,7 +29,7 @@ class Survey:
     reentrant: bool
     refuses_twice: bool
     leaves: frozenset[int]
-    nodes: frozenset[object]
+    nodes: frozenset[Any]
 
 
 def survey(tensors: Iterable[Tensor]) -> Survey:

@@ -1,0 +1,295 @@
+"""Where parameters enter a recorded graph, and what multiplies them there.
+
+A row of a parameter Jacobian never needs a sweep down to the parameter. Where a weight enters by `z = W a`, the
+gradient of anything by `W` is the cotangent at `z` times `a`, sample by sample (Goodfellow, 2015). The graph itself
+says where that happens: each node that a leaf leads into is one `Use`, whoever wrote the forward (a layer, a
+functional call, the projections inside attention, a weight used twice). A leaf with a use that no rule covers is left
+to ordinary sweeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .surroundings import private_noise, sweeping
+from .tape import Tape
+
+Kind = Literal["outer", "lookup", "vector"]
+Order = Literal["sample first", "sample second"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How cotangents at an operation's output become gradients by a leaf.
+
+    Attributes:
+        kind: How they are put together; see `Use`.
+        operand: The operation's saved tensors -> what multiplies the leaf, with its graph.
+        rows: Operation, cotangent, leaf and operand -> one entry per sample and position along the first axis.
+    """
+
+    kind: Kind
+    operand: Callable[[Any], Tensor | None]
+    rows: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One place where a leaf enters.
+
+    With R rows, which are samples times positions (tokens, pixels), the gradient by the leaf is
+
+    - `"outer"`: the sum of `delta[r, g] outer operand[r, g]`, delta `(R, g, out)` and operand `(R, g, in)` in g groups;
+    - `"lookup"`: `delta[r]` added to row `operand[r]` of the table, delta `(R, width)`, operand `(R,)`;
+    - `"vector"`: the sum of `delta[r]`, shaped as the leaf.
+
+    Attributes:
+        leaf: Which of the tape's leaves.
+        kind: Which of the three.
+        node: The operation; `edge` is its output, where cotangents are asked for.
+        turned: The leaf is the transposed sum of outer products.
+        shape: Of the operation's output.
+    """
+
+    leaf: int
+    kind: Kind
+    node: Any
+    turned: bool
+    shape: torch.Size
+    _rule: Rule
+    _tensor: Tensor
+
+    @property
+    def edge(self) -> GradientEdge:
+        """The operation's output."""
+        return GradientEdge(self.node, 0)
+
+    @cached_property
+    def attached(self) -> Tensor | None:
+        """What multiplies the leaf, `(R, …)`, with its graph."""
+        return self._rule.operand(self.node)
+
+    @cached_property
+    def operand(self) -> Tensor | None:
+        """What multiplies the leaf, `(R, …)`, as numbers."""
+        with torch.no_grad():
+            found = self._rule.operand(self.node)
+            return None if found is None else found.detach()
+
+    def rows(self, delta: Tensor, attached: bool = False) -> Tensor:
+        """Return a cotangent at the operation's output as rows `(R, …)` of what `kind` says."""
+        return self._rule.rows(self.node, delta, self._tensor, self.attached if attached else self.operand)
+
+
+# ---- rules: a node's saved tensors -> operand; a cotangent at its output -> rows ----------------------------------
+
+
+def _trailing(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) -> Tensor:
+    """Return `(R, *leaf)` where the leaf broadcast along leading axes, and along its own axes of length one."""
+    lead = _leading(delta.shape, leaf.shape)
+    flat = delta.flatten(0, lead - 1)
+    flat = flat if operand is None else flat * operand.reshape(-1, *operand.shape[lead:])
+    inner = leaf.shape[leaf.ndim - (delta.ndim - lead) :]
+    summed = [i + 1 for i, size in enumerate(inner) if size == 1 != flat.shape[i + 1]]
+    return (flat.sum(summed, keepdim=True) if summed else flat).reshape(-1, *leaf.shape)
+
+
+def _leading(output: Sequence[int], leaf: Sequence[int]) -> int:
+    """Return how many leading axes of an operation's output a leaf knows nothing of."""
+    lead = len(output) - len(leaf)
+    return lead if lead > 0 else int(lead == 0 and len(leaf) > 0 and leaf[0] == 1)
+
+
+def _channels(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) -> Tensor:
+    value = delta if operand is None else delta * operand
+    return value.flatten(2).sum(2) if value.ndim > 2 else value
+
+
+def _patches(node: Any) -> Tensor:
+    """Return the patches under a convolution's kernel, `(n * positions, groups, in)`."""
+    a, kernel = node._saved_input, tuple(node._saved_weight.shape[2:])
+    dilation, padding, stride = (
+        tuple(int(i) for i in s) for s in (node._saved_dilation, node._saved_padding, node._saved_stride)
+    )
+    if len(kernel) == 1:
+        a, kernel, dilation, padding, stride = a.unsqueeze(2), (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
+    patches = F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
+    return patches.unflatten(2, (int(node._saved_groups), -1)).flatten(0, 1)
+
+
+def _pixels(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) -> Tensor:
+    return delta.flatten(2).transpose(1, 2).unflatten(2, (int(node._saved_groups), -1)).flatten(0, 1)
+
+
+def _looked_up(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) -> Tensor:
+    """Return `(R, width)`, zero where the entry that stands for padding was looked up."""
+    padding = int(node._saved_padding_idx)
+    padding = padding if padding < 2**63 else -1  # "none" comes back as an unsigned number
+    return delta.flatten(0, -2) * (node._saved_indices.flatten() != padding).to(delta.dtype).unsqueeze(1)
+
+
+def _standardised(node: Any) -> Tensor:
+    """Return a normalisation's input with the mean taken off and the spread divided out."""
+    a, name = node._saved_input, node.name()
+    if name == "NativeLayerNormBackward0":
+        return (a - node._saved_result1) * node._saved_result2
+    if name == "NativeGroupNormBackward0":
+        grouped = a.reshape(a.shape[0], int(node._saved_group), -1)
+        return ((grouped - node._saved_result1.unsqueeze(2)) * node._saved_result2.unsqueeze(2)).reshape(a.shape)
+    axes = (1, -1, *[1] * (a.ndim - 2))
+    spread = (node._saved_running_var + node._saved_eps).rsqrt()
+    return (a - node._saved_running_mean.view(axes)) * spread.view(axes)
+
+
+_BIAS = Rule("vector", lambda node: None, _trailing)
+_OFFSET = Rule("vector", lambda node: None, _channels)
+_GAIN = Rule("vector", _standardised, _channels)
+_RULES: dict[tuple[str, int], Rule] = {
+    ("AddmmBackward0", 0): _BIAS,
+    ("AddBackward0", 0): _BIAS,
+    ("AddBackward0", 1): _BIAS,
+    ("MulBackward0", 0): Rule("vector", lambda node: node._saved_other, _trailing),
+    ("MulBackward0", 1): Rule("vector", lambda node: node._saved_self, _trailing),
+    ("AddmmBackward0", 2): Rule("outer", lambda node: node._saved_mat1.unsqueeze(1), lambda *a: a[1].unsqueeze(1)),
+    ("MmBackward0", 1): Rule("outer", lambda node: node._saved_self.unsqueeze(1), lambda *a: a[1].unsqueeze(1)),
+    ("ConvolutionBackward0", 1): Rule("outer", _patches, _pixels),
+    ("ConvolutionBackward0", 2): _OFFSET,
+    ("EmbeddingBackward0", 0): Rule("lookup", lambda node: node._saved_indices.flatten(), _looked_up),
+    ("NativeLayerNormBackward0", 1): Rule("vector", _standardised, _trailing),
+    ("NativeLayerNormBackward0", 2): _BIAS,
+    ("NativeGroupNormBackward0", 1): _GAIN,
+    ("NativeGroupNormBackward0", 2): _OFFSET,
+    ("NativeBatchNormBackward0", 1): _GAIN,
+    ("NativeBatchNormBackward0", 2): _OFFSET,
+}
+_TURNS = ("TBackward0", "TransposeBackward0")
+
+
+def find_uses(tape: Tape) -> dict[int, list[Use]]:
+    """Return the uses of every leaf all of whose uses have a rule, by the leaf's index.
+
+    A leaf that is missing enters in some other way; a leaf with an empty list does not enter at all.
+    """
+    if tape.twins or tape.survey.reentrant or tape.survey.functions:
+        return {}
+    index = {id(leaf): i for i, leaf in enumerate(tape.leaves)}
+    found: dict[int, list[Use]] = {i: [] for i in range(len(tape.leaves))}
+    for i, leaf in enumerate(tape.leaves):
+        if any(leaf is output for output in tape.outputs):
+            del found[i]
+    turns = {
+        node: index[id(node.next_functions[0][0].variable)]
+        for node in tape.survey.nodes
+        if node.name() in _TURNS and id(getattr(node.next_functions[0][0], "variable", None)) in index
+    }
+    for node in tape.survey.nodes:
+        for place, (parent, _) in enumerate(node.next_functions):
+            leaf = turns.get(parent, index.get(id(getattr(parent, "variable", None))))
+            if leaf is None or node in turns or leaf not in found:
+                continue
+            use = _use(tape, node, place, leaf, through_turn=parent in turns)
+            if use is None:
+                del found[leaf]
+            else:
+                found[leaf].append(use)
+    for uses in found.values():
+        uses.sort(key=lambda use: use.node._sequence_nr())  # the same order in every run
+    return found
+
+
+def _use(tape: Tape, node: Any, place: int, leaf: int, through_turn: bool) -> Use | None:
+    rule, tensor = _RULES.get((node.name(), place)), tape.leaves[leaf]
+    if rule is None or (rule.kind == "vector" and through_turn) or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return None
+    turned = rule.kind == "outer" and "Convolution" not in node.name() and not through_turn
+    meta = node._input_metadata[0]
+    shape = torch.Size(int(size) for size in meta.shape)
+    plainly = meta.dtype == tensor.dtype and not tensor.is_complex() and len(shape) > 0
+    if not plainly or not _is_plain(node, rule, shape, tensor):
+        return None
+    return Use(leaf, rule.kind, node, turned, shape, rule, tensor)
+
+
+def _is_plain(node: Any, rule: Rule, shape: torch.Size, leaf: Tensor) -> bool:
+    """Say whether an operation is the one its rule describes: no factors, no transposition, values unspoiled."""
+    name = node.name()
+    if any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta")):
+        return False
+    if name == "ConvolutionBackward0":
+        padding = [int(p) for p in node._saved_output_padding]
+        if node._saved_transposed or any(padding) or leaf.ndim not in (1, 3, 4) or len(shape) not in (3, 4):
+            return False
+    if name == "EmbeddingBackward0" and node._saved_scale_grad_by_freq:
+        return False
+    if name == "NativeBatchNormBackward0" and (node._saved_training or node._saved_running_mean is None):
+        return False
+    if rule.rows is _trailing and _leading(shape, leaf.shape) == 0:
+        return False
+    try:
+        operand = rule.operand(node)
+    except RuntimeError:  # a saved tensor was written into since
+        return False
+    if rule.kind == "vector" and name == "MulBackward0":
+        return operand is not None and operand.shape == shape
+    return rule.kind == "vector" or (
+        operand is not None
+        and type(operand) is Tensor
+        and (not operand.is_floating_point() or operand.dtype == leaf.dtype)
+    )
+
+
+# ---- which sample a row belongs to ---------------------------------------------------------------------------------
+
+
+def find_orders(tape: Tape, uses: Iterable[Use]) -> list[Order | None]:
+    """Say for each use how its rows belong to samples, by one sweep; None where samples mix or the order is another.
+
+    A random cotangent on half of the samples leaves exact zeros in the rows of the others.
+    """
+    (output,) = tape.outputs
+    uses, many = list(uses), output.shape[0]
+    kept = torch.randperm(many, generator=torch.Generator().manual_seed(0)).to(output.device) < (many + 1) // 2
+    seed = private_noise(output) * kept.to(output.dtype).view(-1, *[1] * (output.ndim - 1))
+    tape.sweeps += 1
+    return [_order(delta, use, kept) for use, delta in zip(uses, cotangents(tape, uses, [seed]), strict=True)]
+
+
+def _order(delta: Tensor, use: Use, kept: Tensor) -> Order | None:
+    rows = use.rows(delta)
+    if rows.shape[0] % kept.shape[0]:
+        return None
+    orders: tuple[Order, ...] = ("sample first", "sample second")
+    return next((o for o in orders if not bool(by_sample(rows, kept.shape[0], o)[~kept].any())), None)
+
+
+def by_sample(rows: Tensor, many: int, order: Order) -> Tensor:
+    """Return rows `(R, …)` as `(samples, positions, …)`."""
+    if order == "sample first":
+        return rows.unflatten(0, (many, -1))
+    return rows.unflatten(0, (-1, many)).transpose(0, 1)
+
+
+def cotangents(
+    tape: Tape, uses: Sequence[Use], seeds: Sequence[Tensor], create_graph: bool = False, batched: bool = False
+) -> tuple[Tensor, ...]:
+    """Return the cotangents at the outputs of all uses, by one sweep that forms no gradient of a leaf."""
+    if not uses:
+        return ()
+    with sweeping(tape.outputs[0]):
+        return torch.autograd.grad(
+            tape.outputs,
+            [use.edge for use in uses],
+            seeds,
+            retain_graph=True,
+            create_graph=create_graph,
+            is_grads_batched=batched,
+            materialize_grads=True,
+        )
