@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parent)
@@ -55,6 +56,101 @@ class SolveError(JacopsError, RuntimeError):
 
 class MemoryBudgetError(JacopsError, MemoryError):
     """The result would not fit the memory budget; nothing was allocated."""
+
+
+class StoreError(JacopsError, RuntimeError):
+    """A stored run cannot go on or be read.
+
+    Attributes:
+        path: The store.
+    """
+
+    def __init__(self, path: object, message: str) -> None:
+        super().__init__(f"store {str(path)!r}: {message}")
+        self.path = str(path)
+
+
+class StoreMismatchError(StoreError):
+    """The store belongs to another computation: resuming it would mix two results.
+
+    Attributes:
+        differences: What the store has and what this run has, for every field that differs; None where one lacks it.
+    """
+
+    def __init__(self, path: object, differences: Mapping[str, tuple[str | None, str | None]]) -> None:
+        told = [
+            f"{name}: the store has {_cut(there)}, this run has {_cut(here)}"
+            for name, (there, here) in differences.items()
+        ]
+        super().__init__(path, f"it belongs to another run. {'; '.join(told)}. Nothing was changed; take a new folder.")
+        self.differences = dict(differences)
+
+
+class StoreDamagedError(StoreError):
+    """A part of a store is not what its run wrote.
+
+    Attributes:
+        array: The array, or None where the store's own metadata is damaged.
+        index: The tile, or None where the array's metadata is damaged.
+        reason: How it differs.
+    """
+
+    def __init__(
+        self, path: object, reason: str, array: str | None = None, index: tuple[int, ...] | None = None
+    ) -> None:
+        place = (
+            "its metadata" if array is None else f"array {array!r}" if index is None else f"tile {array}{list(index)}"
+        )
+        todo = "" if index is None else " Run it again: the writer computes damaged tiles anew."
+        super().__init__(path, f"{place} is damaged: {reason}.{todo}")
+        self.array, self.index, self.reason = array, index, reason
+
+
+class StoreIncompleteError(StoreError):
+    """A run has not finished, and what it has so far was not asked for.
+
+    Attributes:
+        missing: For every array that lacks some, how many tiles.
+    """
+
+    def __init__(self, path: object, missing: Mapping[str, int]) -> None:
+        told = ", ".join(f"{count} tiles of {name!r}" for name, count in missing.items()) or "its last mark"
+        super().__init__(path, f"the run has not finished: it lacks {told}. Resume it, or read with partial=True.")
+        self.missing = dict(missing)
+
+
+class StoreBusyError(StoreError):
+    """Another process, or another run of this one, is writing the store.
+
+    Attributes:
+        pid: The holder's process id, None where it cannot be told.
+    """
+
+    def __init__(self, path: object, pid: int | None = None) -> None:
+        holder = "another run" if pid is None else f"process {pid}"
+        super().__init__(path, f"{holder} is writing it. Wait for its end, or write to another folder.")
+        self.pid = pid
+
+
+class StoreFileError(StoreError, OSError):
+    """The file system refused: disk full, read-only, no permission, vanished. Finished tiles are safe; run it again.
+
+    Attributes:
+        file: The file inside the store.
+        array: The array being worked on, if any.
+        index: The tile being worked on, if any.
+    """
+
+    def __init__(
+        self, path: object, file: str, reason: str, array: str | None = None, index: tuple[int, ...] | None = None
+    ) -> None:
+        tile = f"tile {array}{list(index)}, " if array is not None and index is not None else ""
+        super().__init__(path, f"{tile}file {file!r}: {reason}. Finished tiles are kept; the same run resumes.")
+        self.file, self.array, self.index = file, array, index
+
+
+def _cut(text: str | None) -> str:
+    return "nothing" if text is None else repr(text if len(text) <= 64 else text[:61] + "...")
 
 
 class MissingExtraError(JacopsError, ImportError):
