@@ -1,4 +1,4 @@
-"""Parameter Jacobians by the outputs of layers: taken where they are right, and only there."""
+"""Whole parameter Jacobians by where parameters enter: taken where they are right, and only there."""
 
 from collections.abc import Callable
 
@@ -65,22 +65,23 @@ TAKEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3)).eval(),
         (6, 4),
     ),
+    "used twice": (Again, (6, 4)),
+    "used aside": (Aside, (6, 4)),
+    "written into": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)), (6, 4)),
+    "grouped": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 2)), (4, 2, 4, 4)),
+    "circular": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Flatten()),
+        (4, 2, 4, 4),
+    ),
 }
 LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch norm in train mode": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3)),
         (6, 4),
     ),
-    "used twice": (Again, (6, 4)),
-    "used aside": (Aside, (6, 4)),
     "mixing": (Mixing, (6, 4)),
-    "written into": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)), (6, 4)),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (6, 4)),
     "no rule": (lambda: nn.Sequential(nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3)), (6, 4)),
-    "grouped": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 2)), (4, 2, 4, 4)),
-    "circular": (
-        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Flatten()),
-        (4, 2, 4, 4),
-    ),
     "one sample": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (1, 4)),
 }
 
@@ -91,8 +92,8 @@ def case(made: tuple[Callable[[], nn.Module], tuple[int, ...]]) -> tuple[nn.Modu
 
 
 def taken(model: nn.Module, x: Tensor) -> bool:
-    found = record_model(model, x, call="test", parameters=lambda name, p: True, sites=True, checks="always")
-    return by_layers(found.tape, found.sites) is not None
+    found = record_model(model, x, call="test", parameters=lambda name, p: True, checks="always")
+    return by_layers(found.tape) is not None
 
 
 @pytest.mark.parametrize("name", [*TAKEN, *LEFT])
@@ -119,8 +120,8 @@ def test_it_costs_a_sweep_per_output_entry_and_two_to_check() -> None:
     model, x = case(TAKEN["mlp"])
     sweeps = []
     for _ in range(2):
-        found = record_model(model, x, call="test", parameters=lambda name, p: True, sites=True)
-        by_layers(found.tape, found.sites)
+        found = record_model(model, x, call="test", parameters=lambda name, p: True)
+        by_layers(found.tape)
         sweeps.append(found.tape.sweeps)
     assert sweeps == [3 + 2, 3]
 
@@ -133,3 +134,21 @@ def test_mixed_precision_and_sparse_inputs_are_left_to_plain_sweeps() -> None:
     sparse = torch.eye(4).to_sparse()
     (weight, _), (expected, _) = jacops.modjac(model, sparse), jacops.modjac(model, torch.eye(4))
     torch.testing.assert_close(weight, expected)
+
+
+def test_entries_that_overflow_are_still_found() -> None:
+    model, x = nn.Linear(1, 1, bias=False), torch.full((3, 1), 1e30)
+    with torch.no_grad():
+        model.weight.fill_(1e-30)
+
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e20 * self.layer(x)
+
+    assert torch.isfinite(Steep()(x)).all()
+    with pytest.raises(jacops.NonFiniteError, match=r"layer\.weight"):
+        jacops.modjac(Steep(), x)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,13 +17,15 @@ from torch import Tensor, nn
 
 from ._backends._torch.agreement import inner, size
 from ._backends._torch.cut import At
+from ._backends._torch.layer_curvature import ByLayers, add_hessian
+from ._backends._torch.layer_gauss_newton import add_gauss_newton
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
 from ._backends._torch.surroundings import eager, out_of_inference, private_noise, recording, sweeping
 from ._backends._torch.tape import Tape
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
-from .operators import Operator, Recorded
+from .operators import Operator, Product, Recorded
 from .trees import Selector, flatten
 
 Loss = Callable[[Any, Any], Tensor]
@@ -281,6 +285,8 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
     found = record_loss(model, loss, x, y, "hessian", **options)
     tape = gradient_tape(found, "hessian")
     operator = Recorded(tape, found.output, symmetric=True)
+    add = partial(add_hessian, found.tape, _leading(x, y), operator._apply)
+    operator = replace(operator, formed=ByLayers(found.tape, "Hessian by layers", add, operator._apply, tape.routes))
     if found.tape.survey.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in tape.leaves):
         _spot_check(operator, found, lambda shift: _shifted_gradient(model, loss, x, y, shift, options))
     return operator
@@ -354,7 +360,16 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operato
         symmetric=True,
         positive=_is_convex(loss),
     )
-    return J.T @ H @ J
+    product = Product(Product(J.T, H), J)
+    add = partial(add_gauss_newton, found.tape, H._apply, product._apply)
+    name = "Gauss-Newton matrix by layers"
+    return replace(product, formed=ByLayers(found.tape, name, add, product._apply, found.tape.routes))
+
+
+def _leading(x: Any, y: Any) -> list[int]:
+    """Return how many samples a batch may hold: the lengths of its tensors."""
+    tensors = [v for part in (x, y) for v in flatten(part, "x, y")[0] if isinstance(v, Tensor) and v.ndim]
+    return [tensor.shape[0] for tensor in tensors if tensor.shape[0]]
 
 
 def _is_convex(loss: Loss) -> bool:

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from ._backends._torch.cut import At
 from ._backends._torch.layer_factors import by_layers
 from ._backends._torch.matrix import Blocks, jacobian_blocks
+from ._backends._torch.matrix_places import Places, by_leaf, flat, is_plain, separate
+from ._backends._torch.matrix_plan import fitted_chunk
+from ._backends._torch.memory import Budget, given_tensors
 from ._backends._torch.record import Recorded, record_closure, record_model
 from ._backends._torch.samples import Samples
 from ._backends._torch.surroundings import arithmetic, eager
+from ._backends._torch.tape import Tape
 from ._finite import check_outputs, is_finite, where_first
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
+from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
 from .sparsity import sparse_plan
 from .trees import Selector
@@ -23,6 +28,7 @@ from .trees import Selector
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
 
+@planned_by(plan_samples)
 @eager
 def compute_jacobian(
     model: nn.Module | Callable[..., Any],
@@ -31,6 +37,9 @@ def compute_jacobian(
     *,
     outputs: Selector = None,
     at: At = None,
+    mode: Literal["auto", "reverse", "forward", "split"] = "auto",
+    budget: Budget = None,
+    out: Any = None,
     checks: str = "first",
     fallback: str = "warn",
     check_finite: bool = True,
@@ -46,11 +55,17 @@ def compute_jacobian(
     Args:
         model: A module (its copy is put in eval mode, the caller's is not touched), or a plain function.
         x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
-        batch_size: Samples to a sweep.
+        batch_size: Most samples to a sweep; fewer where the budget asks for it.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
             the output. One logit of 50,000 costs one sweep.
         at: A submodule's path: differentiate by its output instead of by `x`. A pair `(source, target)` goes from
             one hidden layer (None: the input) to another (None: the output).
+        mode: `"reverse"` sweeps by output entries, `"forward"` by input entries, `"split"` at the narrowest layer that
+            everything passes through and multiplies the parts; `"auto"` takes the fewest, timed where that is close.
+        budget: Bytes that result and working memory may take, or a text such as `"2GiB"`; by default half of what is
+            free. `jacops.plan` tells beforehand.
+        out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, which is then
+            not part of the budget; for several outputs or inputs a tuple or list of them.
         checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"` does so in
             every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
         fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
@@ -65,6 +80,7 @@ def compute_jacobian(
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind.
         InputError: `batch_size` is not a positive integer, or `x` does not fit the model.
+        MemoryBudgetError: The result and one sample's sweep do not fit the budget; nothing was allocated.
         ModelStateError: Parameters are lazy or without values, or `at` does not fit the forward.
         NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
         NonFiniteError: An output or a derivative is NaN or Inf.
@@ -76,11 +92,11 @@ def compute_jacobian(
     """
     _check_positive("batch_size", batch_size)
     samples = Samples(model, x, call="compute_jacobian", outputs=outputs, at=at, checks=checks, fallback=fallback)
-    found = samples.jacobians(batch_size, progress)
+    found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
         names = found.output_tree.names
         check_outputs("compute_jacobian", found.output, names, _FINITE_TODO)
-        for name, row in zip(names, found.blocks, strict=True):
+        for name, row in zip(names, [] if found.sure else found.blocks, strict=False):
             for block in row:
                 _check_block("compute_jacobian", block, name, "x")
     rows = []
@@ -92,6 +108,7 @@ def compute_jacobian(
     return found.output_tree.build(rows)
 
 
+@planned_by(plan_full_jacobian)
 @eager
 def full_jacobian(
     func: Callable[[], Any],
@@ -100,6 +117,8 @@ def full_jacobian(
     *,
     outputs: Selector = None,
     chunk_size: int | None = None,
+    budget: Budget = None,
+    out: Any = None,
 ) -> list[Tensor]:
     """Return the Jacobian of `func()` by each parameter, a list of `(output_dim, *param.shape)`.
 
@@ -112,13 +131,16 @@ def full_jacobian(
         params: One tensor or any iterable of tensors that `func` uses.
         create_graph: Keep the result differentiable, to any order.
         outputs: Part of the output, as in `compute_jacobian`.
-        chunk_size: Rows (or columns) per batched pass; by default by size.
+        chunk_size: Most rows (or columns) per batched pass; by default by size, and fewer where the budget asks for it.
+        budget: Bytes that result and working memory may take, as in `compute_jacobian`.
+        out: Where to write, as in `compute_jacobian`: one tensor or array per parameter.
 
     Returns:
         One tensor per parameter; `output_dim` is the number of entries of `func()`.
 
     Raises:
-        InputError: A parameter is repeated or frozen.
+        InputError: A parameter is repeated or frozen, or `out` does not fit.
+        MemoryBudgetError: The result does not fit the budget; it was not allocated.
         NotDifferentiableError: The output has no derivative.
         NonFiniteError: An output or a derivative is NaN or Inf.
 
@@ -138,12 +160,20 @@ def full_jacobian(
         return []
     say_if_unconnected(recorded)
     with arithmetic(create_graph):
-        blocks = jacobian_blocks(recorded.tape, create_graph, chunk_size=chunk_size)
+        tape = recorded.tape
+        _check_out(tape, out, create_graph)
+        chunk_size = fitted_chunk(tape, budget, chunk_size=chunk_size, out=out is not None)
+        places = by_leaf(tape, given_tensors(out)) if is_plain(tape) and not create_graph else None
+        into = places.blocks if places else None
+        blocks = jacobian_blocks(tape, create_graph, chunk_size=chunk_size, into=into)
         _check_blocks("full_jacobian", recorded, blocks)
+        if places:
+            return places.wholes
         columns = zip(*blocks, strict=True)
         return [given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
 
 
+@planned_by(plan_modjac)
 @eager
 def modjac(
     model: nn.Module,
@@ -158,6 +188,8 @@ def modjac(
     tangent: bool = False,
     sparse: bool = False,
     outputs: Selector = None,
+    budget: Budget = None,
+    out: Any = None,
     check_finite: bool = True,
 ) -> Any:
     r"""Return the Jacobian of a model's output by its parameters.
@@ -180,6 +212,8 @@ def modjac(
         sparse: Return one `torch.sparse_csr` matrix as `flatten` arranges it, in a few coloured sweeps, its pattern
             detected and checked. Keep a `sparse_plan` to pay for detection once.
         outputs: Part of the output, as in `compute_jacobian`.
+        budget: Bytes that result and working memory may take, as in `compute_jacobian`.
+        out: Where to write, as in `compute_jacobian`: of the structure that the result has, one matrix with `flatten`.
         check_finite: Raise if an output or a derivative is NaN or Inf.
 
     Returns:
@@ -190,7 +224,8 @@ def modjac(
 
     Raises:
         ModelStateError: The model has no parameters (or none that are trainable).
-        InputError: `strategy` is unknown or the input does not fit the model.
+        InputError: `strategy` is unknown, or the input does not fit the model, or `out` the result.
+        MemoryBudgetError: The result does not fit the budget; it was not allocated.
         NotDifferentiableError: `strict` and an output is independent of a parameter, or there is no derivative.
         NonFiniteError: An output or a derivative is NaN or Inf; the message names output and parameter.
 
@@ -201,7 +236,7 @@ def modjac(
     """
     forward = _check_strategy(strategy)
     if sparse:
-        _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward)
+        _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
         return _sparse(model, input, trainable_only, tangent, outputs, check_finite)
     recorded = record_model(
         model,
@@ -210,23 +245,52 @@ def modjac(
         parameters=lambda name, p: p.requires_grad or not trainable_only,
         outputs=outputs,
         connected=create_graph,
-        sites=not (create_graph or forward),
     )
     lie = _lie_layout(recorded, tangent, create_graph)
     if strict:
         _check_dependence(recorded)
     else:
         say_if_unconnected(recorded)
+    tape = recorded.tape
     with arithmetic(create_graph):
-        blocks = None if create_graph or forward or lie else by_layers(recorded.tape, recorded.sites)
-        blocks = blocks or jacobian_blocks(recorded.tape, create_graph, columns=forward)
+        _check_out(tape, out, create_graph or lie is not None)
+        chunk_size = fitted_chunk(tape, budget, forward, out=out is not None)
+        places = None
+        if not (create_graph or lie) and (flatten or out is not None) and is_plain(tape):
+            places = (flat if flatten else separate)(tape, given_tensors(out))
+        into = places.blocks if places else None
+        layers = not (create_graph or forward or lie) and (places is None or budget is None)
+        found = by_layers(tape, into) if layers else None
+        blocks = found.blocks if found else jacobian_blocks(tape, create_graph, forward, chunk_size, into)
         if check_finite:
-            _check_blocks("modjac", recorded, blocks, _FINITE_TODO)
+            _check_blocks("modjac", recorded, blocks, _FINITE_TODO, sure=found is not None and found.finite)
+        if places:
+            return _placed(recorded, places, blocks, flatten)
         shaped = lie(blocks) if lie else _shaped(recorded, blocks)
         if forward:
-            pairs = zip(shaped, recorded.tape.outputs, strict=True)
+            pairs = zip(shaped, tape.outputs, strict=True)
             shaped = [[b if b.is_complex() else b.to(o.dtype) for b in row] for row, o in pairs]
         return _arranged(recorded, [[given(b, create_graph) for b in row] for row in shaped], flatten)
+
+
+def _placed(recorded: Recorded, places: Places, blocks: Blocks, flatten: bool) -> Any:
+    """Return the result in its places, copied there if it was made elsewhere."""
+    if blocks is not places.blocks:
+        for row, targets in zip(blocks, places.blocks, strict=True):
+            for block, target in zip(row, targets, strict=True):
+                target.copy_(block)
+    if flatten:
+        return places.wholes[0]
+    many = len(recorded.tape.leaves)
+    rows = [places.wholes[i : i + many] for i in range(0, len(places.wholes), many)]
+    return _arranged(recorded, rows, False)
+
+
+def _check_out(tape: Tape, out: Any, connected: bool) -> None:
+    """Refuse places that could not be written to in the result's own dtype, or without losing its graph."""
+    if out is not None and (connected or not is_plain(tape)):
+        needed = "the result must be real, of one dtype, without a graph and without LieTensors"
+        raise InputError(explain("out", "given", needed, "Leave it out."))
 
 
 def _refuse_with_sparse(**given: bool) -> None:
@@ -299,8 +363,10 @@ def _lie_layout(recorded: Recorded, tangent: bool, create_graph: bool) -> Callab
     return layout(recorded, tangent, create_graph)
 
 
-def _check_blocks(call: str, recorded: Recorded, blocks: Blocks, todo: str = "") -> None:
+def _check_blocks(call: str, recorded: Recorded, blocks: Blocks, todo: str = "", sure: bool = False) -> None:
     check_outputs(call, recorded.tape.outputs, recorded.tape.codomain.names, todo)
+    if sure:
+        return
     for output, row in zip(recorded.tape.codomain.names, blocks, strict=True):
         for parameter, block in zip(recorded.tape.domain.names, row, strict=True):
             _check_block(call, block, output, parameter)

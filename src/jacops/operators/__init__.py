@@ -2,6 +2,18 @@
 
 from ._algebra import Diagonal, Identity, Matrix, Product, Scaled, Sum, Transposed
 from ._base import Operator
+from ._factors import LayerFactors
 from ._recorded import Recorded
 
-__all__ = ["Diagonal", "Identity", "Matrix", "Operator", "Product", "Recorded", "Scaled", "Sum", "Transposed"]
+__all__ = [
+    "Diagonal",
+    "Identity",
+    "LayerFactors",
+    "Matrix",
+    "Operator",
+    "Product",
+    "Recorded",
+    "Scaled",
+    "Sum",
+    "Transposed",
+]

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from ..space import Space
-from ._base import Operator, check_same
+from ._base import Formed, Operator, check_same
 
 
 @final
@@ -52,10 +52,12 @@ class Product(Operator):
     Attributes:
         left: Applied last.
         right: Applied first.
+        formed: A cheaper way to its matrix than products, if there is one.
     """
 
     left: Operator
     right: Operator
+    formed: Formed | None = None
 
     def __post_init__(self) -> None:
         """Hold the inner spaces against each other."""

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .._backends._torch.memory import SMALL, Budget
 from .._backends._torch.surroundings import eager
 from .._finite import check_vector
 from ..errors import InputError, InputTypeError, explain
 from ..space import Space
+from ._dense import CHUNK_ENTRIES, dense_plan, fitted, matrix_place
 
-_CHUNK_ENTRIES = 2**22
+
+class Formed(Protocol):
+    """A way to a symmetric operator's matrix that is cheaper than products; it checks itself."""
+
+    def write(self, matrix: Tensor) -> bool:
+        """Fill the matrix; False, with nothing of use in it, where this way is closed."""
+        ...
+
+    def add_half(self, matrix: Tensor, weight: float) -> bool:
+        """Add X times `weight`, X + Xᵀ the matrix; False, with nothing changed, where this way is closed."""
+        ...
+
+
+_GRAM_ENTRIES = 2**26
 
 
 class Operator(ABC):
@@ -29,10 +44,12 @@ class Operator(ABC):
         codomain: What the rows mean.
         symmetric: The operator is known to equal its transpose.
         positive: It is known to be positive semi-definite.
+        formed: A cheaper way to its matrix than products, if there is one.
     """
 
     symmetric: bool = False
     positive: bool = False
+    formed: Formed | None = None
 
     @property
     @abstractmethod
@@ -56,6 +73,11 @@ class Operator(ABC):
     def shape(self) -> tuple[int, int]:
         """Rows and columns, `(m, n)`."""
         return self.codomain.dim, self.domain.dim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps in memory: matrices, factors, recorded values."""
+        return sum(part.nbytes for part in vars(self).values() if isinstance(part, Operator | Tensor))
 
     @property
     def T(self) -> Operator:  # noqa: N802
@@ -133,21 +155,26 @@ class Operator(ABC):
         return self + (-other) if isinstance(other, Operator) else NotImplemented
 
     @eager
-    def dense(self, out: Tensor | None = None) -> Tensor:
+    def dense(self, out: Any = None, *, budget: Budget = None) -> Tensor:
         """Return the matrix `(m, n)`, by rows or by columns, whichever are fewer, written in place.
 
         Args:
-            out: Where to write it; a new tensor otherwise.
+            out: Where to write it, a tensor or an array (a `numpy.memmap` too); a new tensor otherwise.
+            budget: Bytes that the matrix and the products may take, or a text such as `"2GiB"`; by default half of
+                what is free.
 
         Raises:
             InputError: `out` has another shape.
+            MemoryBudgetError: The matrix and one product do not fit the budget; nothing was allocated.
         """
         m, n = self.shape
-        if out is not None and tuple(out.shape) != (m, n):
-            raise InputError(explain("out", f"of shape {tuple(out.shape)}", f"shape {(m, n)} is needed"))
         space = self.domain if n <= m else self.codomain
-        matrix = torch.empty(m, n, dtype=self.codomain.dtype, device=space.device) if out is None else out
-        chunk = max(1, min(64, space.dim, _CHUNK_ENTRIES // max(1, m + n)))
+        chunk = max(1, min(64, space.dim, CHUNK_ENTRIES // max(1, m + n)))
+        if budget is not None or m * n * self.codomain.dtype.itemsize >= SMALL:
+            chunk = fitted(self, dense_plan(self, budget, out))
+        matrix = matrix_place(self, out, budget)
+        if self.formed is not None and self.formed.write(matrix):
+            return matrix
         for start in range(0, space.dim, chunk):
             where = slice(start, min(start + chunk, space.dim))
             unit = torch.zeros(where.stop - start, space.dim, dtype=space.dtype, device=space.device)
@@ -158,6 +185,21 @@ class Operator(ABC):
                 matrix[where] = self._apply_transpose(unit)
         return matrix
 
+    def gram(self) -> Tensor:
+        r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large."""
+        m, n = self.shape
+        if m * n <= _GRAM_ENTRIES:
+            matrix = self.dense()
+            return matrix @ matrix.T
+        space = self.codomain
+        gram = torch.empty(m, m, dtype=space.dtype, device=space.device)
+        step = max(1, _GRAM_ENTRIES // (8 * n))
+        for start in range(0, m, step):
+            unit = gram.new_zeros(min(step, m - start), m)
+            unit[:, start : start + step].fill_diagonal_(1)
+            gram[start : start + step] = self._apply(self._apply_transpose(unit))
+        return gram
+
     def tree(self, flat: Tensor) -> list[Tensor]:
         """Return a flat vector of the codomain as one tensor per array."""
         return self.codomain.unflatten(flat)
@@ -166,6 +208,15 @@ class Operator(ABC):
         m, n = self.shape
         marks = " ".join(word for word in ("symmetric", "positive") if getattr(self, word))
         return f"{type(self).__name__}({m} × {n}{', ' + marks if marks else ''})"
+
+
+def add_half(matrix: Tensor, operator: Operator, weight: float = 1.0) -> None:
+    """Add X times `weight` to `matrix`, in place, where X + Xᵀ is the matrix of a symmetric operator.
+
+    Sums over batches of data are added up so without a matrix per batch; `mirror` makes the sum whole in the end.
+    """
+    if operator.formed is None or not operator.formed.add_half(matrix, weight):
+        matrix.add_(operator.dense(), alpha=0.5 * weight)
 
 
 def check_same(left: Space, right: Space, what: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._backends._torch.tape import Tape
 from ..space import Space
-from ._base import Operator
+from ._base import Formed, Operator
 
 
 @final
@@ -24,12 +24,14 @@ class Recorded(Operator):
         output: What the function returned there, detached.
         symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
         positive: It is known to be positive semi-definite.
+        formed: A cheaper way to its matrix than products, if there is one.
     """
 
     tape: Tape
     output: Any = None
     symmetric: bool = False
     positive: bool = False
+    formed: Formed | None = None
 
     @property
     def domain(self) -> Space:
@@ -40,6 +42,11 @@ class Recorded(Operator):
     def codomain(self) -> Space:
         """The function's output."""
         return self.tape.codomain
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values that the graph keeps for its sweeps."""
+        return self.tape.held_bytes
 
     def _apply(self, rows: Tensor) -> Tensor:
         if self.symmetric:

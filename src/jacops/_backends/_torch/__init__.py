@@ -5,5 +5,7 @@ can change, `inputs` checks and copies what goes in, `watch` sees what a forward
 `record` and `losses` run it. What sweeps: `graph` reads a recorded graph, `tape` pulls and pushes over it, `dual` is a
 push, `ladder` and `trust` say when a fast route is left or believed, `agreement` when two agree, `rows` and `matrix`
 hold what comes out. By samples: `samples` runs a batch (`sample_runs`, `sample_sweeps`), `mixing` tells samples apart,
-`bottleneck` splits at a narrow layer, `layer_factors` goes by layers, `homogeneous` finds the part due to biases.
+`bottleneck` splits at a narrow layer, `homogeneous` finds the part due to biases. By parameters: `uses` finds where
+they enter, `layer_factors` sweeps to there, `parts` are rows as factors, `collected` those of many samples, which
+`sample_factors` takes together or alone; `row_cotangents` are a loss's, row by row.
 """

@@ -45,10 +45,11 @@ def worst_disagreement(pairs: Sequence[tuple[Tensor, Tensor]], scales: Sequence[
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the real inner products of rows: a `(*shape)` with b `(k, *shape)` gives `(k,)`."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    product = a.detach().to(wide).conj() * b.detach().to(wide)
-    return as_rows(product.real).sum(1, dtype=torch.float64)
+    # A product of a matrix and a vector: a sum in another dtype would copy what it sums.
+    return torch.mv(as_rows(b.detach()).to(wide), a.detach().to(wide).reshape(-1).conj()).real.to(torch.float64)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
     """Return `(k, …)` as `(k, entries)`, also where there are none."""
-    return tensor.reshape(tensor.shape[0], tensor.shape[1:].numel())
+    bare = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)  # a LieTensor minds its shape
+    return bare.reshape(bare.shape[0], bare.shape[1:].numel())

@@ -19,7 +19,7 @@ from .graph import survey
 from .sample_sweeps import sweep
 from .tape import Tape
 
-_GAIN = 1.5
+GAIN = 1.5
 
 
 @contextmanager
@@ -42,13 +42,13 @@ def widths_noted(module: nn.Module, many: int, found: dict[str, int | None]) -> 
             handle.remove()
 
 
-def narrowest(widths: dict[str, int | None], rows: int, columns: int) -> str | None:
-    """Return the submodule at which a cut saves sweeps, None where none does."""
+def narrowest(widths: dict[str, int | None], rows: int, columns: int, gain: float = GAIN) -> str | None:
+    """Return the submodule at which a cut saves sweeps by a factor `gain`, None where none does."""
     places = [(width, path) for path, width in widths.items() if width]
     if not places:
         return None
     width, path = min(places)
-    return path if 2 * (width + 1) * _GAIN < min(rows, columns) else None
+    return path if 2 * (width + 1) * gain < min(rows, columns) else None
 
 
 def separates(tail: Tape, inputs: list[Tensor]) -> bool:
@@ -56,16 +56,26 @@ def separates(tail: Tape, inputs: list[Tensor]) -> bool:
     return not any(id(leaf) in survey(tail.outputs).leaves for leaf in inputs)
 
 
-def sweep_split(head: Tape, tail: Tape, blocks: list[list[Tensor]], where: slice) -> str:
-    """Fill `blocks[0][0][where]` with the product of the two parts' Jacobians, and say how."""
+def sweep_split(
+    head: Tape, tail: Tape, blocks: list[list[Tensor]], where: slice, limit: int | None = None
+) -> tuple[str, bool]:
+    """Fill `blocks[0][0][where]` with the product of the two parts' Jacobians.
+
+    Returns:
+        How, and whether the factors are so small that no entry of their product can be NaN or Inf.
+    """
     (hidden,), (output,), (leaf,) = head.outputs, tail.outputs, head.leaves
     many = output.shape[0]
     options = {"dtype": output.dtype, "device": output.device}
     first = torch.empty(many, *hidden.shape[1:], *leaf.shape[1:], **options)
     last = torch.empty(many, *output.shape[1:], *hidden.shape[1:], **options)
     everything = slice(0, many)
-    ways = sweep(head, [[first]], everything), sweep(tail, [[last]], everything)
+    # Each part has its own prices, and the trust in the whole is no place for them.
+    ways = [sweep(part, [[target]], everything, "by number", limit) for part, target in ((head, first), (tail, last))]
     rows, width, columns = (t.shape[1:].numel() for t in (output, hidden, leaf))
-    target = blocks[0][0][where].view(many, rows, columns)
-    torch.bmm(last.view(many, rows, width), first.view(many, width, columns), out=target)
-    return f"split at {head.codomain.names[0]} ({width} numbers): {ways[0]}, then {ways[1]}"
+    if limit is None:
+        target = blocks[0][0][where].view(many, rows, columns)
+        torch.bmm(last.view(many, rows, width), first.view(many, width, columns), out=target)
+    sizes = [float(torch.linalg.vector_norm(part, ord=torch.inf)) if limit is None else 0.0 for part in (first, last)]
+    sure = width * sizes[0] * sizes[1] < torch.finfo(output.dtype).max / 2
+    return f"split at {head.codomain.names[0]} ({width} numbers): {ways[0]}, then {ways[1]}", sure

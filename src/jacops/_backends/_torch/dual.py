@@ -95,6 +95,8 @@ class Dual:
                 except RouteFailedError:
                     trust.refuse("push", "batched")
             each = [attempt(lambda i=i: sweep([t[i] for t in tangents], False)) for i in range(many)]
+        if many == 1:
+            return [None if r is None else plain(r).unsqueeze(0) for r in each[0]]
         columns = list(zip(*each, strict=True))
         return [None if column[0] is None else torch.stack([plain(c) for c in column]) for column in columns]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
@@ -54,3 +55,24 @@ def survey(tensors: Iterable[Tensor]) -> Survey:
                 stack.append(parent)
     named = tuple(name.removesuffix("Backward") for name in functions)
     return Survey(named, _REENTRANT in functions, refuses, frozenset(leaves), frozenset(seen))
+
+
+def saved_bytes(nodes: Iterable[Any], apart_from: Iterable[Tensor] = ()) -> int:
+    """Return the bytes of memory that the nodes' saved tensors keep, each piece counted once."""
+    known = {t.untyped_storage().data_ptr() for t in apart_from}
+    total = 0
+    for node in nodes:
+        for name in dir(node):
+            if not name.startswith("_saved_"):
+                continue
+            try:
+                value = getattr(node, name)
+            except RuntimeError:  # freed, or written into since
+                continue
+            for tensor in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                    storage = tensor.untyped_storage()
+                    if storage.data_ptr() not in known:
+                        known.add(storage.data_ptr())
+                        total += storage.nbytes()
+    return total

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from torch import Tensor
+from collections.abc import Callable
+from typing import TypeVar
 
 from ...errors import NotDifferentiableError
 from .surroundings import is_memory_error
+
+Result = TypeVar("Result")
 
 
 class RouteFailedError(Exception):
@@ -18,7 +19,7 @@ class RouteLiesError(RouteFailedError):
     """A fast route gave numbers that the plain one does not confirm."""
 
 
-def attempt(sweep: Callable[[], Sequence[Tensor | None]]) -> Sequence[Tensor | None]:
+def attempt(sweep: Callable[[], Result]) -> Result:
     """Run a fast sweep; what torch raises is a reason to leave the route, what else a model raises passes through.
 
     Raises:

@@ -1,218 +1,232 @@
-"""Parameter Jacobians of every sample at once, through the outputs of layers.
+"""Rows of a parameter Jacobian for every sample at once, from the places where parameters enter.
 
-A layer's weight enters by `z_n = W a_n + b`, so a row of the Jacobian for sample n is the outer product of the
-cotangent at `z_n` with `a_n` (Goodfellow, 2015). One sweep per output entry, shared by all samples, gives the
-cotangents at all layers; no gradient of a weight is ever formed. That holds where samples do not mix and every weight
-is used once, by its own layer; a plain sweep over a random cotangent says whether it does.
+One sweep per output entry, shared by all samples, gives the cotangents at all uses of all parameters (`uses`); no
+gradient of a weight is ever formed. That is right where samples do not mix, each use's rows belong to samples in a
+known order, and every rule holds; exact zeros under a masked cotangent say the first, and a plain sweep over a random
+cotangent the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 from .agreement import worst_disagreement
+from .ladder import RouteFailedError, attempt
+from .parts import Lookup, Outer, Part, Rows
 from .rows import plain
-from .surroundings import private_noise, sweeping
+from .surroundings import private_noise
 from .tape import Tape
+from .uses import Order, Use, by_sample, cotangents, find_orders, find_uses
 
 Blocks = list[list[Tensor]]
 
 
-@dataclass
-class Sites:
-    """Where the parameters of a model enter its forward.
+@dataclass(frozen=True, eq=False)
+class SampleUse:
+    """A use whose rows are known to belong to samples.
 
     Attributes:
-        uses: For each layer with a rule: the layer, its input and its output.
-        versions: Those tensors as they were: one that was written into since is of no use.
-        spoiled: A layer ran more than once, or under conditions that no rule covers.
+        use: Where a parameter enters.
+        order: How its rows are laid out.
+        samples: How many.
     """
 
-    uses: dict[str, tuple[nn.Module, Tensor, Tensor]] = field(default_factory=dict)
-    versions: list[tuple[Tensor, int]] = field(default_factory=list)
-    spoiled: bool = False
+    use: Use
+    order: Order
+    samples: int
 
-    @contextmanager
-    def noted(self, module: nn.Module) -> Iterator[None]:
-        """Note inputs and outputs of layers while `module`, a replica, runs."""
-        handles = [
-            part.register_forward_hook(lambda m, args, output, path=path: self._note(path, m, args, output))
-            for path, part in module.named_modules()
-            if type(part) in _RULES
+    @property
+    def _by_pixel(self) -> bool:
+        """A convolution's first axis is the samples' own, so that nothing need be copied."""
+        convolution = self.use.kind == "outer" and "Convolution" in self.use.node.name()
+        return convolution and self.order == "sample first" and self.use.shape[0] == self.samples
+
+    def operand(self) -> Tensor | None:
+        """Return what multiplies the parameter, `(n, T, …)`."""
+        if self._by_pixel:
+            return self.use.patches()
+        operand = None if self.use.kind == "vector" else self.use.operand
+        return None if operand is None else by_sample(operand, self.samples, self.order)
+
+    def delta(self, cotangent: Tensor) -> Tensor:
+        """Return a cotangent at the use as `(n, T, …)`."""
+        if self._by_pixel:
+            return self.use.pixels(cotangent)
+        return by_sample(self.use.rows(cotangent), self.samples, self.order)
+
+    def part(self, operand: Tensor | None, delta: Tensor, shape: Sequence[int]) -> Part:
+        """Return rows from cotangents `(n, k, T, …)`, the parameter seen as a matrix of this shape."""
+        if self.use.kind == "vector":
+            return Rows(delta.sum(2).view(*delta.shape[:2], *shape))
+        if operand is None:
+            raise ValueError("only vectors have no operand")
+        return Outer(delta, operand, self.use.turned) if self.use.kind == "outer" else Lookup(delta, operand, shape[0])
+
+
+class Layers:
+    """The uses of a recorded model's parameters, sample by sample.
+
+    Args:
+        tape: A model's outputs, first axis samples, by its parameters; with one sample, anything of that sample.
+        samples: How many.
+        plainly: Take no parameter to be covered.
+
+    Attributes:
+        uses: All uses that were found.
+        sites: Those of the leaves that are covered.
+        missing: Leaves that enter in a way that has no rule, or whose rows could not be told apart.
+    """
+
+    def __init__(self, tape: Tape, samples: int, plainly: bool = False) -> None:
+        self.tape, self.samples = tape, samples
+        found = {} if plainly else find_uses(tape)
+        self.uses = [use for leaf in sorted(found) for use in found[leaf]]
+        orders = self._orders(self.uses)
+        lost = {use.leaf for use, order in zip(self.uses, orders, strict=True) if order is None}
+        # A parameter without entries has rows without entries, wherever it enters.
+        self.missing = [j for j, t in enumerate(tape.leaves) if t.numel() and (j not in found or j in lost)]
+        pairs = zip(self.uses, orders, strict=True)
+        self.sites = [
+            SampleUse(use, order, samples)
+            for use, order in pairs
+            if order and use.leaf not in lost and tape.leaves[use.leaf].numel()
         ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _note(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        fits = len(args) == 1 and isinstance(output, Tensor) and output.requires_grad and path not in self.uses
-        self.spoiled |= not fits
-        if fits:
-            self.uses[path] = (module, args[0], output)
-            self.versions += [(t, t._version) for t in (args[0], output)]
+    def _orders(self, uses: Sequence[Use]) -> Sequence[Order | None]:
+        if self.samples == 1:
+            alone: list[Order | None] = ["sample first"]  # any order is right
+            return alone * len(uses)
+        trust, key = self.tape.trust, f"orders of {len(uses)} uses of {self.tape.domain.names}"
+        if key in trust.notes and not trust.needs(key):
+            return trust.notes[key]
+        found = attempt(lambda: find_orders(self.tape, uses)) if uses else []
+        if None not in found:
+            trust.notes[key] = found
+            trust.remember(key)
+        return found
 
+    def sweep(self, seeds: Sequence[Tensor]) -> list[Tensor]:
+        """Return `(n, T, …)` at every site by one sweep.
 
-def _tokens(module: Any, a: Tensor) -> Tensor:
-    return a.reshape(a.shape[0], -1, a.shape[-1])
+        Raises:
+            RouteFailedError: Torch cannot take it.
+        """
+        self.tape.sweeps += bool(self.sites)
+        found = attempt(lambda: cotangents(self.tape, [site.use for site in self.sites], seeds))
+        return [site.delta(plain(delta)) for site, delta in zip(self.sites, found, strict=True)]
 
-
-def _patches(module: Any, a: Tensor) -> Tensor:
-    options = {"dilation": module.dilation, "padding": module.padding, "stride": module.stride}
-    return F.unfold(a, module.kernel_size, **options).transpose(1, 2)
-
-
-def _normal(module: Any, a: Tensor) -> Tensor:
-    return F.layer_norm(a, module.normalized_shape, None, None, module.eps)
-
-
-def _linear(rows: Tensor, delta: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    deltas = delta.reshape(delta.shape[0], -1, delta.shape[-1])
-    if weight is not None and rows.shape[1] == 1:
-        torch.mul(deltas.transpose(1, 2), rows, out=weight)
-    elif weight is not None:
-        weight.copy_(torch.bmm(deltas.transpose(1, 2), rows))
-    if bias is not None:
-        bias.copy_(deltas.sum(1))
+    def by_leaf(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield every covered leaf and which sites are its."""
+        for leaf in range(len(self.tape.leaves)):
+            if leaf not in self.missing:
+                yield leaf, [i for i, site in enumerate(self.sites) if site.use.leaf == leaf]
 
 
-def _conv2d(patches: Tensor, delta: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    if weight is not None:
-        weight.copy_(torch.bmm(delta.flatten(2), patches).view(weight.shape))
-    if bias is not None:
-        bias.copy_(delta.flatten(2).sum(2))
+def matrix_shape(leaf: Tensor) -> tuple[int, int]:
+    """Return the parameter's first axis and the others laid end to end, as `Part` sees it."""
+    long = leaf.shape[0] if leaf.ndim else 1
+    return long, leaf.shape[1:].numel()
 
 
-def _layer_norm(normal: Tensor, delta: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    for target, value in ((weight, delta * normal), (bias, delta)):
-        if target is not None:
-            extra = tuple(range(1, delta.ndim - target.ndim + 1))
-            target.copy_(value.sum(extra) if extra else value)
+def add_rows(layers: Layers, operands: Sequence[Tensor | None], deltas: Sequence[Tensor], sites: Iterable[int],
+             target: Tensor) -> None:  # fmt: skip
+    """Write one leaf's rows for one output entry into `(n, 1, F, W)`."""
+    add = False
+    for i in sites:
+        layers.sites[i].part(operands[i], deltas[i].unsqueeze(1), target.shape[2:]).into(target, add)
+        add = True
+    if not add:
+        target.zero_()
 
 
-# What a layer does to its input once, and how cotangents at its output then become rows.
-_RULES: dict[type[nn.Module], tuple[Callable[[Any, Tensor], Tensor], Callable[..., None]]] = {
-    nn.Linear: (_tokens, _linear),
-    nn.Conv2d: (_patches, _conv2d),
-    nn.LayerNorm: (_normal, _layer_norm),
-}
+# ---- whole matrices ------------------------------------------------------------------------------------------------
 
 
-def _has_rule(module: nn.Module, a: Tensor, output: Tensor, many: int) -> bool:
-    if a.ndim < 2 or a.shape[0] != many or output.shape[0] != many:
-        return False
-    plainly = a.layout is torch.strided and type(a) is Tensor and type(output) is Tensor
-    if not plainly or any(t.dtype != output.dtype for t in (a, *module.parameters(recurse=False))):
-        return False
-    if isinstance(module, nn.Conv2d):
-        return (
-            module.groups == 1
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
-            and a.ndim == 4
-        )
-    return True
+@dataclass(frozen=True)
+class LayerBlocks:
+    """Whole Jacobians by layers.
+
+    Attributes:
+        blocks: `J[0][leaf]`, `(n * k, *leaf)`.
+        finite: The factors are so small that no entry can be NaN or Inf.
+    """
+
+    blocks: Blocks
+    finite: bool
 
 
-def by_layers(tape: Tape, sites: Sites) -> Blocks | None:
-    """Return `per_sample_blocks` where they were or can be proved right; None elsewhere."""
-    if tape.trust.refused("pull", "by layers"):
-        return None
-    fresh = tape.trust.needs("by layers")
-    blocks = per_sample_blocks(tape, sites, fresh)
-    if blocks is None:
-        tape.trust.refuse("pull", "by layers")
-        return None
-    tape.trust.remember("by layers")
-    tape.routes["pull"] = (
-        f"all {tape.outputs[0].shape[0]} samples to a sweep, by the outputs of {len(sites.uses)} layers"
-    )
-    return blocks
-
-
-def per_sample_blocks(tape: Tape, sites: Sites, fresh: bool) -> Blocks | None:
-    """Return `J[0][leaf]`, `(n * k, *leaf)`, by one sweep per output entry for all samples; None where that fails.
+def by_layers(tape: Tape, into: Blocks | None = None) -> LayerBlocks | None:
+    """Return the Jacobians where the route was or can be proved right; None elsewhere.
 
     Args:
         tape: A model's output, first axis samples, by its parameters.
-        sites: Where they enter.
-        fresh: Hold the result against a plain sweep.
+        into: Where to write, `J[0][leaf]`; the result then is this very list.
     """
-    places = _placed(tape, sites)
-    if places is None:
+    if tape.trust.refused("pull", "by layers"):
         return None
-    (output,) = tape.outputs
-    many, entries = output.shape[0], output.shape[1:].numel()
-    blocks = [torch.empty(many, entries, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in tape.leaves]
-    layers = list(places.values())
-    if fresh and not _apart(tape, [z for _, _, z, _ in layers]):
+    try:
+        found = _whole(tape, into)
+    except RouteFailedError:
+        found = None
+    if found is None or (tape.trust.needs("by layers", tape.domain.names) and not _confirmed(tape, found.blocks[0])):
+        tape.trust.refuse("pull", "by layers")
         return None
-    prepared = [_RULES[type(module)][0](module, a.detach()) for module, a, _, _ in layers]
-    seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
-    for entry in range(entries):
-        seed[:, entry] = 1
-        with sweeping(output):
-            deltas = torch.autograd.grad(
-                output, [z for _, _, z, _ in layers], seed.view(output.shape), retain_graph=True, materialize_grads=True
-            )
-        tape.sweeps += 1
-        for (module, _, _, indices), ready, delta in zip(layers, prepared, deltas, strict=True):
-            weight, bias = (None if i is None else blocks[i][:, entry] for i in indices)
-            _RULES[type(module)][1](ready, plain(delta), weight, bias)
-        seed[:, entry] = 0  # only now: the cotangent at the last layer may be this very tensor
-    found = [[block.view(many * entries, *block.shape[2:]) for block in blocks]]
-    return found if not fresh or _confirmed(tape, found) else None
+    tape.trust.remember("by layers", tape.domain.names)
+    tape.routes["pull"] = f"all {tape.outputs[0].shape[0]} samples to a sweep, by where parameters enter"
+    return found
 
 
-def _placed(tape: Tape, sites: Sites) -> dict[str, Any] | None:
-    """Match parameters with layers; None unless every parameter is the weight or bias of one layer with a rule."""
-    if sites.spoiled or any(t._version != version for t, version in sites.versions):
-        return None
-    if len(tape.outputs) != 1 or tape.twins or tape.survey.reentrant:
+def _whole(tape: Tape, into: Blocks | None) -> LayerBlocks | None:
+    if len(tape.outputs) != 1 or not tape.leaves:
         return None
     (output,) = tape.outputs
     if output.ndim < 1 or output.shape[0] < 2 or not output.requires_grad or output.is_complex():
         return None
-    index = {id(leaf): i for i, leaf in enumerate(tape.leaves)}
-    places: dict[str, Any] = {}
-    covered: list[int] = []
-    for path, (module, a, z) in sites.uses.items():
-        indices = [index.get(id(module._parameters.get(name))) for name in ("weight", "bias")]
-        if indices == [None, None]:
-            continue
-        if not _has_rule(module, a, z, output.shape[0]):
-            return None
-        covered += [i for i in indices if i is not None]
-        places[path] = (module, a, z, indices)
-    return places if sorted(covered) == list(range(len(tape.leaves))) else None
+    many, entries = output.shape[0], output.shape[1:].numel()
+    layers = Layers(tape, many)
+    if layers.missing or not layers.sites:
+        return None
+    blocks = into or [[leaf.detach().new_empty(many * entries, *leaf.shape) for leaf in tape.leaves]]
+    pairs = zip(blocks[0], tape.leaves, strict=True)
+    views = [block.view(many, entries, *matrix_shape(leaf)) for block, leaf in pairs]
+    operands = [site.operand() for site in layers.sites]
+    leaves, sizes = list(layers.by_leaf()), _sizes(operands)
+    bound = torch.zeros((), dtype=torch.float64, device=output.device)
+    for entry, seed in enumerate(unit_seeds(output)):
+        deltas = layers.sweep([seed])
+        # No entry is larger than the product of its factors' norms; a sum of T numbers not than T times their norm.
+        bound += sum(d.shape[1] * a * b for d, a, b in zip(deltas, sizes, _sizes(deltas), strict=True))
+        for leaf, sites in leaves:
+            add_rows(layers, operands, deltas, sites, views[leaf][:, entry : entry + 1])
+    smallest = min(torch.finfo(leaf.dtype).max for leaf in tape.leaves)
+    return LayerBlocks(blocks, bool(bound < smallest))
 
 
-def _apart(tape: Tape, layers: list[Tensor]) -> bool:
-    """Say whether a cotangent on half of the samples leaves exact zeros at the others, in every layer."""
-    (output,) = tape.outputs
-    half = torch.arange(output.shape[0], device=output.device) % 2 == 0
-    seed = private_noise(output) * half.to(output.dtype).view(-1, *[1] * (output.ndim - 1))
-    tape.sweeps += 1
-    with sweeping(output):
-        deltas = torch.autograd.grad(output, layers, seed, retain_graph=True, materialize_grads=True)
-    return not any(bool(delta[~half].any()) for delta in deltas)
+def _sizes(tensors: Iterable[Tensor | None]) -> list[Tensor | float]:
+    """Return norms; 1 where there is no factor, or it holds indices."""
+    return [torch.linalg.vector_norm(t) if t is not None and t.is_floating_point() else 1.0 for t in tensors]
 
 
-def _confirmed(tape: Tape, blocks: Blocks) -> bool:
+def unit_seeds(output: Tensor) -> Iterator[Tensor]:
+    """Yield cotangents that pick one entry of every sample's output; each is good until the next."""
+    many, entries = output.shape[0], output.shape[1:].numel()
+    seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
+    for entry in range(entries):
+        seed[:, entry] = 1
+        yield seed.view(output.shape)
+        seed[:, entry] = 0  # only now: the cotangent at the last use may be this very tensor
+
+
+def _confirmed(tape: Tape, blocks: Sequence[Tensor]) -> bool:
     """Hold the blocks against a plain sweep over a random cotangent."""
     (output,) = tape.outputs
     seed = private_noise(output)
-    pulled = zip(tape.leaves, tape.pull([seed]), strict=True)
     pairs = []
-    for block, (leaf, grad) in zip(blocks[0], pulled, strict=True):
+    for block, leaf, grad in zip(blocks, tape.leaves, tape.pull([seed]), strict=True):
         found = torch.tensordot(seed.reshape(-1).to(block.dtype), block, 1)
         pairs.append((found, torch.zeros_like(leaf) if grad is None else plain(grad)))
     return worst_disagreement(pairs) <= tape.tolerance

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ...errors import NotDifferentiableError
 from .agreement import as_rows, size
+from .chunks import Chunks
 from .ladder import RouteFailedError
+from .matrix_plan import by_columns
 from .rows import Rows, basis
 from .tape import Tape
 
@@ -23,7 +25,11 @@ Part = tuple[int, int, slice, Tensor]
 
 
 def jacobian_blocks(
-    tape: Tape, create_graph: bool = False, columns: bool | None = None, chunk_size: int | None = None
+    tape: Tape,
+    create_graph: bool = False,
+    columns: bool | None = None,
+    chunk_size: int | None = None,
+    into: Blocks | None = None,
 ) -> Blocks:
     """Return `J[output][leaf]`, each `(output entries, *leaf)`.
 
@@ -32,22 +38,23 @@ def jacobian_blocks(
         create_graph: Keep the result differentiable.
         columns: True for a push per input entry, False for a pull per output entry, None for the fewer.
         chunk_size: Rows or columns per batched pass; by default by size.
+        into: Where to write blocks, if they have places already; not with `create_graph`.
     """
     if columns is None:
-        columns = tape.domain.dim + 1 < tape.codomain.dim and not tape.trust.refused("push", "dual")
+        columns = by_columns(tape)
     if columns:
         try:
-            return _collected(tape, create_graph, True, chunk_size)
+            return _collected(tape, create_graph, True, chunk_size, into)
         except RouteFailedError as reason:
             tape.leave("push", f"row by row, {tape.codomain.dim} backward passes", reason)
-    return _collected(tape, create_graph, False, chunk_size)
+    return _collected(tape, create_graph, False, chunk_size, into)
 
 
-def _collected(tape: Tape, create_graph: bool, columns: bool, chunk_size: int | None) -> Blocks:
+def _collected(tape: Tape, create_graph: bool, columns: bool, chunk_size: int | None, into: Blocks | None) -> Blocks:
     fill = _fill_columns if columns else _fill_rows
     if create_graph:
         return _joined(tape, list(fill(tape, True, chunk_size)), columns)
-    blocks = [[_empty(o, leaf) for leaf in tape.leaves] for o in tape.outputs]
+    blocks = into or [[_empty(o, leaf) for leaf in tape.leaves] for o in tape.outputs]
     for index, leaf, where, part in fill(tape, False, chunk_size):
         target = blocks[index][leaf]
         if part.dtype != target.dtype and part.is_complex():
@@ -89,11 +96,11 @@ def _refuse_not_holomorphic(tape: Tape, index: int, leaf: int, straight: Tensor,
 
 def _fill_columns(tape: Tape, create_graph: bool, chunk_size: int | None) -> Iterator[Part]:
     for leaf, array in enumerate(tape.leaves):
-        chunk = chunk_size or tape.chunk(array.numel())
-        for start in range(0, array.numel(), chunk):
-            where = slice(start, min(start + chunk, array.numel()))
-            for index, part in enumerate(_columns(tape, leaf, where, create_graph)):
-                yield index, leaf, where, part
+        chunks = Chunks(array.numel(), chunk_size or tape.chunk(array.numel()))
+        for where in chunks:
+            with chunks.halving(where, tape.call):
+                for index, part in enumerate(_columns(tape, leaf, where, create_graph)):
+                    yield index, leaf, where, part
 
 
 def _columns(tape: Tape, leaf: int, where: slice, create_graph: bool) -> Rows:

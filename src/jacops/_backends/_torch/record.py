@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,6 @@ from ...errors import InputTypeError, ModelStateError, NotDifferentiableError, e
 from ...trees import Selector, Tree, flatten, output_leaves, select
 from .cut import At, Cut
 from .inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
-from .layer_factors import Sites
 from .replica import Replica, bare, check_state, parameter_names, replicate
 from .surroundings import autocast_on, random_state_kept, recording
 from .tape import Tape
@@ -30,7 +28,6 @@ class Recorded:
         tape: The linearisation point.
         tree: The output's structure.
         output: The output itself, as the user's function gave it.
-        sites: Where parameters enter, if that was noted.
         inputs: For each input of the caller's that has derivatives, by identity: itself and the leaf that stood for it.
     """
 
@@ -38,7 +35,6 @@ class Recorded:
     tree: Tree
     output: Any
     inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    sites: Sites = field(default_factory=Sites)
 
 
 def record_closure(
@@ -128,7 +124,6 @@ def record_model(
     purpose: Any = None,
     connected: bool = False,
     shift: Mapping[str, Tensor] | None = None,
-    sites: bool = False,
 ) -> Recorded:
     """Run a model once on private copies and record it.
 
@@ -145,7 +140,6 @@ def record_model(
         finish: Applied to the output last (a loss).
         purpose: Tells one `finish` from another in what is remembered.
         connected: Keep the result connected to the caller's trainable parameters, for derivatives of derivatives.
-        sites: Note where parameters enter, for Jacobians by layers.
         shift: Added to the private copies of parameters, by name, for finite differences.
 
     Raises:
@@ -179,9 +173,7 @@ def record_model(
             replica.parameters[name].data = replica.originals[name].detach() + change
         hooked = Cut(replica.module, at)
         args, kwargs = split_input(copied)
-        kept["sites"] = Sites()
-        noted = kept["sites"].noted(replica.module) if sites else nullcontext()
-        with noted, hooked.active(), forward_explained(module, tensors):
+        with hooked.active(), forward_explained(module, tensors):
             output = hooked.result(replica(args, kwargs))
         kept["hidden"] = hooked.leaves
         output = select(output, outputs)
@@ -214,7 +206,7 @@ def record_model(
     tape.twins = tuple((i, p) for i, p in twins if id(p) in tape.survey.leaves)
     given = dict(zip(input_tree.names, values, strict=True))
     inputs = {id(given[name]): (given[name], leaf) for name, leaf in kept["inputs"]}
-    return Recorded(tape, tree, output, inputs, kept["sites"])
+    return Recorded(tape, tree, output, inputs)
 
 
 def _leaves(

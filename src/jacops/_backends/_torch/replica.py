@@ -168,6 +168,10 @@ def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bo
     return Replica(module if training is None else module.train(training), private, originals)
 
 
+_IMMUTABLE = frozenset({bool, int, float, str, type(None)})
+_CONTAINERS = frozenset({list, tuple, set, dict, OrderedDict, defaultdict})
+
+
 class _Builder:
     """Copies modules and whatever plain containers and methods lead to them, each object once."""
 
@@ -175,14 +179,17 @@ class _Builder:
         self.memo, self.training = memo, training
 
     def build(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _IMMUTABLE:
+            return value
         if id(value) in self.memo:
             return self.memo[id(value)]
+        if kind in _CONTAINERS:
+            return self._container(value)
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
-        if type(value) in (list, tuple, set, dict, OrderedDict, defaultdict):
-            return self._container(value)
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self.build(value.__self__))
         if type(value) is partial:
@@ -196,7 +203,9 @@ class _Builder:
             return self._scripted(module)
         twin = module.__class__.__new__(module.__class__)
         self.memo[id(module)] = twin
-        twin.__dict__ = {key: self.build(value) for key, value in module.__dict__.items()}
+        twin.__dict__ = {
+            key: value if type(value) in _IMMUTABLE else self.build(value) for key, value in module.__dict__.items()
+        }
         if self.training is not None:
             twin.__dict__["training"] = self.training
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -221,8 +230,12 @@ class _Builder:
         return twin
 
     def _container(self, value: Any) -> Any:
-        if isinstance(value, tuple | set):
-            return type(value)(self.build(item) for item in value)
+        kind = type(value)
+        if not value and kind is not defaultdict:  # a module holds a dozen empty ones, and copy.copy is slow
+            self.memo[id(value)] = twin = kind()
+            return twin
+        if kind is tuple or kind is set:
+            return kind(self.build(item) for item in value)
         self.memo[id(value)] = twin = copy.copy(value)
         if isinstance(value, list):
             twin[:] = [self.build(item) for item in value]

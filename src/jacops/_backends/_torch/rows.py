@@ -24,9 +24,12 @@ def dense(grad: Tensor | None) -> Tensor | None:
 
 def rows_size(rows: Tensor) -> Tensor:
     """Return the norms of rows `(k, …)` as `(k,)` in float64."""
-    return torch.linalg.vector_norm(
-        as_rows(plain(rows.detach())).to(torch.complex128 if rows.is_complex() else torch.float64), dim=1
-    )
+    flat = as_rows(plain(rows.detach()))
+    quick = torch.linalg.vector_norm(flat.to(torch.promote_types(flat.dtype, torch.float32)), dim=1)
+    if bool(torch.isfinite(quick).all()):
+        return quick.to(torch.float64)
+    wide = torch.complex128 if flat.is_complex() else torch.float64  # a copy, only where squares overflow
+    return torch.linalg.vector_norm(flat.to(wide), dim=1)
 
 
 def basis(like: Tensor, where: slice) -> Tensor:

@@ -53,6 +53,7 @@ class Runner:
         at: A cut that the user asked for.
         checks: How often routes are checked.
         fallback: What happens when a fast route is left.
+        connected: Keep outputs connected to inputs of the caller's that require grad, for derivatives of derivatives.
     """
 
     model: Any
@@ -62,13 +63,16 @@ class Runner:
     at: At
     checks: str
     fallback: str
+    connected: bool = False
 
-    def run(self, values: Sequence[Tensor]) -> Run:
+    def run(self, values: Sequence[Tensor], trust: Trust | None = None) -> Run:
         """Record one forward; the first one in its setting is watched."""
-        trust = self.trust(values)
+        trust = trust or self.trust(values)
         habits: Habits | None = trust.notes.get("habits") if self.checks not in ("always", "strict") else None
         if habits is not None and not habits.reads:
-            return self.record(values, trust, habits)
+            done = self.record(values, trust, habits)
+            done.widths = trust.notes.get("widths", {})
+            return done
         for cloned in (False, True):
             watch = Watch([] if cloned else self._parameters())
             try:
@@ -77,6 +81,7 @@ class Runner:
             except WritesState:
                 continue
             done.habits = trust.notes["habits"] = Habits(tuple(watch.reads), tuple(watch.draws), cloned)
+            trust.notes["widths"] = done.widths
             return done
         raise ModelStateError(
             explain("model", "writing into tensors that are not its own", "its forward must leave such tensors alone")
@@ -106,12 +111,14 @@ class Runner:
     ) -> Run:
         """Record one forward, cut at `path` if there is one; with `noting` learn the widths of layers."""
         widths: dict[str, int | None] = {}
+        module = None
+        if isinstance(self.model, nn.Module):
+            module = replicate(self.model, training=False, cloned=habits.writes).module
         with recording(), random_state_kept():
-            copied, leaves = private_inputs(self.input_tree.build(values))
+            copied, leaves = private_inputs(self.input_tree.build(values), self.connected)
             args, kwargs = split_input(copied)
             with forward_explained(self.model, values):
-                if isinstance(self.model, nn.Module):
-                    module = replicate(self.model, training=False, cloned=habits.writes).module
+                if module is not None:
                     cut = Cut(module, path or self.at)
                     look = widths_noted(module, values[0].shape[0], widths) if noting else nullcontext()
                     with cut.active(), look:

@@ -1,6 +1,9 @@
-"""Sweeps shared by all samples of a batch, written in place."""
+"""Sweeps shared by all samples of a batch, written in place: by outputs, by inputs, whichever is measured cheaper."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,43 +12,144 @@ from .ladder import RouteFailedError
 from .rows import plain
 from .tape import Tape
 
+Blocks = list[list[Tensor]]
 
-def sweep(tape: Tape, blocks: list[list[Tensor]], where: slice) -> str:
-    """Fill `blocks[output][leaf][where]` and say how: a pull per output entry, or a push per input entry if fewer."""
-    rows = sum(o.shape[1:].numel() for o in tape.outputs)
-    columns = sum(leaf.shape[1:].numel() for leaf in tape.leaves)
-    if columns + 1 < rows and not tape.trust.refused("push", "dual"):
+_PLAUSIBLE = 4.0
+_WORTH_TIMING = 2e-2
+_BLOCK = 2**16
+
+
+def counts(tape: Tape) -> tuple[int, int]:
+    """Return how many entries a sample has in the outputs and in the inputs."""
+    return sum(o.shape[1:].numel() for o in tape.outputs), sum(leaf.shape[1:].numel() for leaf in tape.leaves)
+
+
+def sweep(tape: Tape, blocks: Blocks, where: slice, mode: str = "auto", limit: int | None = None) -> str:
+    """Fill `blocks[output][leaf][where]` and say how.
+
+    Args:
+        tape: A run over the samples `where`.
+        blocks: Where Jacobians are written.
+        where: Which samples.
+        mode: `"reverse"` takes a pull per output entry, `"forward"` a push per input entry, `"auto"` what it measures
+            to be cheaper where the numbers alone do not say so, `"by number"` whichever are fewer.
+        limit: Stop after so many sweeps, to see what they take.
+    """
+    direction = mode if mode in ("reverse", "forward") else None
+    if mode == "auto":
+        direction = tape.trust.notes.get("direction")
+    if mode == "auto" and limit is None and direction is None and close(*counts(tape)):
+        return _timed(tape, blocks, where)
+    direction = direction or _fewest(tape)
+    if direction == "forward" and not tape.trust.refused("push", "dual"):
         try:
-            _columns(tape, blocks, where)
-            return f"forward, {columns} pushes"
-        except RouteFailedError:
+            _exhaust(_columns(tape, blocks, where), limit)
+            return _said(tape, "forward")
+        except RouteFailedError as reason:
             tape.trust.refuse("push", "dual")
-    _rows(tape, blocks, where)
-    return f"reverse, {rows} pulls"
+            if mode == "forward" and limit is None:
+                tape.leave("push", "by outputs, in reverse", reason)
+    _exhaust(_rows(tape, blocks, where), limit)
+    return _said(tape, "reverse")
 
 
-def _rows(tape: Tape, blocks: list[list[Tensor]], where: slice) -> None:
+def _fewest(tape: Tape) -> str:
+    rows, columns = counts(tape)
+    return "forward" if columns + 1 < rows else "reverse"
+
+
+def close(rows: int, columns: int) -> bool:
+    """Say whether the numbers of sweeps are so near each other that their price decides."""
+    return 0.5 * (columns + 1) < rows < _PLAUSIBLE * (columns + 1) and min(rows, columns) > 2
+
+
+def _said(tape: Tape, direction: str) -> str:
+    rows, columns = counts(tape)
+    priced = " (measured cheaper)" if "direction" in tape.trust.notes else ""
+    return (f"forward, {columns} pushes" if direction == "forward" else f"reverse, {rows} pulls") + priced
+
+
+def _exhaust(sweeps: Iterator[None], limit: int | None = None) -> None:
+    for done, _ in enumerate(sweeps, 1):
+        if limit is not None and done >= limit:
+            return
+
+
+def _timed(tape: Tape, blocks: Blocks, where: slice) -> str:
+    """Take the first sweeps in both directions, time them, and go on with the cheaper one.
+
+    What the cheaper one did is kept. The first sweep of each also sets things up, so the second one counts.
+    """
+    first = _fewest(tape)
+    ways = {"reverse": _rows(tape, blocks, where), "forward": _columns(tape, blocks, where)}
+    many = dict(zip(ways, counts(tape), strict=True))
+    alone = _second(ways[first])
+    seconds = {first: alone}
+    other = "reverse" if first == "forward" else "forward"
+    if alone is not None and alone * many[first] < _WORTH_TIMING:
+        _exhaust(ways[first])
+        return _said(tape, first)
+    if alone is None or not tape.trust.refused("push", "dual"):
+        seconds[other] = _second(ways[other])
+    if seconds.get("forward", 0.0) is None:
+        tape.trust.refuse("push", "dual")
+    price = {way: t * many[way] for way, t in seconds.items() if t is not None}
+    best = min(price, key=lambda way: price[way])
+    tape.trust.notes["direction"] = best
+    try:
+        _exhaust(ways[best])
+    except RouteFailedError:
+        tape.trust.refuse("push", "dual")
+        tape.trust.notes["direction"] = best = "reverse"
+        _exhaust(_rows(tape, blocks, where))
+    return _said(tape, best)
+
+
+def _second(sweeps: Iterator[None]) -> float | None:
+    """Return the seconds of the second of two sweeps; None where there is no such route."""
+    started = 0.0
+    try:
+        for _ in range(2):
+            started = time.perf_counter()
+            next(sweeps)
+    except RouteFailedError:
+        return None
+    return time.perf_counter() - started
+
+
+def _rows(tape: Tape, blocks: Blocks, where: slice) -> Iterator[None]:
     for out, output in enumerate(tape.outputs):
         many, entries = output.shape[0], output.shape[1:].numel()
         seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
+        cotangents = [seed.view(output.shape) if i == out else None for i in range(len(tape.outputs))]
         pairs = zip(blocks[out], tape.leaves, strict=True)
         targets = [block[where].view(many, entries, *leaf.shape[1:]) for block, leaf in pairs]
         for entry in range(entries):
             seed[:, entry] = 1
-            grads = tape.pull([seed.view(output.shape) if i == out else None for i in range(len(tape.outputs))])
+            grads = tape.pull(cotangents)
             for target, grad in zip(targets, grads, strict=True):
                 target[:, entry] = 0 if grad is None else plain(grad)
             seed[:, entry] = 0  # only now: a gradient may be the cotangent itself
+            yield
 
 
-def _columns(tape: Tape, blocks: list[list[Tensor]], where: slice) -> None:
+def _columns(tape: Tape, blocks: Blocks, where: slice) -> Iterator[None]:
     for j, leaf in enumerate(tape.leaves):
         tangents = [torch.zeros((1, *other.shape), dtype=other.dtype, device=other.device) for other in tape.leaves]
         flat = tangents[j].view(leaf.shape[0], leaf.shape[1:].numel())
+        # Columns lie side by side until all are there: written one by one, each would touch every cache line.
+        kinds = [(o.numel(), row[j].dtype, o.device) for o, row in zip(tape.outputs, blocks, strict=True)]
+        staged = [torch.empty(flat.shape[1], size, dtype=dtype, device=device) for size, dtype, device in kinds]
         for entry in range(flat.shape[1]):
             flat[:, entry] = 1
-            pushed = tape.push_dual(tangents)
-            for out, change in enumerate(pushed):
-                target = blocks[out][j][where]
-                target.view(*change.shape[1:], flat.shape[1])[..., entry] = change[0]
+            for columns, change in zip(staged, tape.push_dual(tangents), strict=True):
+                columns[entry] = change[0].reshape(-1)
             flat[:, entry] = 0  # only now: a push may be the tangent itself
+            yield
+        for columns, row in zip(staged, blocks, strict=True):
+            _write_transposed(row[j][where].view(columns.shape[1], columns.shape[0]), columns)
+
+
+def _write_transposed(target: Tensor, columns: Tensor) -> None:
+    for start in range(0, target.shape[0], _BLOCK):
+        target[start : start + _BLOCK].copy_(columns[:, start : start + _BLOCK].T)

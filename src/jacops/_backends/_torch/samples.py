@@ -9,46 +9,31 @@ for a random cotangent, with exact zeros where the cotangent has them. Otherwise
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..._finite import is_finite
 from ..._progress import track
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
-from ...trees import Selector, Tree, flatten, is_differentiable
-from .bottleneck import narrowest, sweep_split
+from ...trees import Selector, flatten, is_differentiable
+from .bottleneck import GAIN, narrowest, sweep_split
+from .chunks import Chunks
 from .cut import At
 from .inputs import check_fallback
 from .matrix import jacobian_blocks
+from .memory import Budget, given_tensors
 from .mixing import coupled, differs, unbatchable
 from .replica import bare, check_state
+from .sample_plan import ensure_fits, is_small, planned
+from .sample_results import Results, SampleJacobians
 from .sample_runs import Run, Runner
 from .sample_sweeps import sweep
 from .surroundings import is_memory_error
 from .trust import Trust
 
-
-@dataclass(frozen=True)
-class SampleJacobians:
-    """What came out.
-
-    Attributes:
-        blocks: `J[output][input]`, each `(n, *out, *in)`.
-        output_tree: The structure of the output.
-        input_tree: The structure of the input; None at inputs without derivatives.
-        inputs: Which entries of the input tree the columns stand for.
-        route: How it was computed and why.
-        output: The outputs themselves, one tensor per leaf, `(n, *out)`.
-    """
-
-    blocks: list[list[Tensor]]
-    output_tree: Tree
-    input_tree: Tree
-    inputs: list[int]
-    route: str
-    output: list[Tensor]
+MODES = ("auto", "reverse", "forward", "split")
 
 
 class Samples:
@@ -140,25 +125,59 @@ class Samples:
 
     # ---- all samples -----------------------------------------------------------------------------------------
 
-    def jacobians(self, batch_size: int, progress: bool | None = None) -> SampleJacobians:
-        """Return the Jacobians of all samples, `batch_size` of them to a sweep."""
-        result = _Result(self)
+    def jacobians(
+        self,
+        batch_size: int,
+        progress: bool | None = None,
+        *,
+        budget: Budget = None,
+        out: Any = None,
+        mode: str = "auto",
+    ) -> SampleJacobians:
+        """Return the Jacobians of all samples, at most `batch_size` of them to a sweep.
+
+        Args:
+            batch_size: Most samples to a sweep.
+            progress: Force the progress bar on or off.
+            budget: Bytes that result and working memory may take.
+            out: Where to write, one tensor or array per Jacobian.
+            mode: One of `MODES`.
+        """
+        if mode not in MODES:
+            raise InputError(explain("mode", repr(mode), f"one of {MODES} is needed"))
+        result = Results(self.call, self.count, budget, given_tensors(out))
         if self.count == 0:
-            result.prepare(_single_shapes(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values])))
-            return result.finished("no samples")
-        reason = "one sample" if self.count == 1 else None
-        chunks = range(0, self.count, batch_size)
-        for start in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
-            where = slice(start, min(start + batch_size, self.count))
-            if reason is None and where.stop - where.start > 1:
-                reason = self._chunk(result, where)
-                if reason is not None:
-                    self._say(reason)
-            if reason is not None or where.stop - where.start == 1:
-                for i in range(where.start, where.stop):
-                    self._alone(result, i)
-        route = f"one sample at a time ({reason})" if reason else f"{batch_size} samples to a sweep, {result.direction}"
-        return result.finished(route)
+            result.prepare(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values]), alone=True)
+            return self._finished(result, "no samples")
+        if budget is not None or not is_small(self, batch_size):
+            batch_size = ensure_fits(self, planned(self, batch_size, budget, mode, out is None)).chunk
+        chunks, reason = Chunks(self.count, batch_size), "one sample" if self.count == 1 else None
+        for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
+            with chunks.halving(where, self.call, "samples"):
+                reason = self._swept(result, where, mode, reason)
+        how = f"one sample at a time ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
+        return self._finished(result, how)
+
+    def _swept(self, result: Results, where: slice, mode: str, reason: str | None) -> str | None:
+        """Fill in some samples; return why they had to be taken one at a time, if they had."""
+        if reason is None and where.stop - where.start > 1:
+            reason = self._chunk(result, where, mode)
+            if reason is not None:
+                self._say(reason)
+        if reason is not None or where.stop - where.start == 1:
+            for i in range(where.start, where.stop):
+                self._alone(result, i)
+        if not result.proved:  # now, while they are in the cache
+            result.sure &= all(is_finite(block[where]) for row in result.blocks for block in row)
+        return reason
+
+    def _finished(self, result: Results, route: str) -> SampleJacobians:
+        if result.tree is None:
+            raise ModelStateError(explain("model", "not evaluated", "at least one sample must run"))
+        tree, inputs = self.input_tree, self.inputs
+        if self.at is not None and not (isinstance(self.at, tuple) and self.at[0] is None):
+            tree, inputs = flatten(0, "at")[1], [0]
+        return SampleJacobians(result.blocks, result.tree, tree, inputs, route, result.outputs, result.sure)
 
     def _say(self, reason: str) -> None:
         message = f"{self.call}: {reason}; so every sample was differentiated alone, in a batch of one."
@@ -167,37 +186,37 @@ class Samples:
         if self.fallback == "warn":
             warn(message)
 
-    def _alone(self, result: _Result, i: int) -> None:
+    def _alone(self, result: Results, i: int) -> None:
         run = self.runner.run([v[i : i + 1] for v in self.values])
-        shapes = _single_shapes(run)
-        result.prepare(shapes)
+        shapes = result.prepare(run, alone=True)
         blocks = jacobian_blocks(run.tape)
         for out, rows in enumerate(blocks):
-            result.outputs[out][i] = run.tape.outputs[out].detach().reshape(shapes.outputs[out])
+            result.outputs[out][i] = run.tape.outputs[out].detach().reshape(shapes[out])
             for leaf, block in enumerate(rows):
-                result.blocks[out][leaf][i] = block.reshape(*shapes.outputs[out], *shapes.inputs[leaf])
+                result.blocks[out][leaf][i] = block.reshape(result.blocks[out][leaf].shape[1:])
 
-    def _chunk(self, result: _Result, where: slice) -> str | None:
+    def _chunk(self, result: Results, where: slice, mode: str) -> str | None:
         """Fill in one batch by shared sweeps; return why not if samples mix."""
-        values = [v[where] for v in self.values]
+        values, many = [v[where] for v in self.values], where.stop - where.start
+        trust = self.runner.trust(values)
+        reason = trust.notes.get("mixes") if self.checks not in ("always", "strict") else None
+        if reason is not None:
+            return reason
+        fresh = trust.needs("samples apart", many)
         try:
-            run = self.runner.run(values)
+            parts = self._parts(values, many) if fresh else []
+            run = self._known_split(values, trust, fresh, mode) or self.runner.run(values, trust)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, JacopsError) or is_memory_error(error):
                 raise
-            self.runner.run([v[:1] for v in values])  # where it fails alone too, that is the error to see
-            return (
-                f"the forward takes no batch of {where.stop - where.start} ({type(error).__name__}: {str(error)[:100]})"
-            )
-        trust, many = run.tape.trust, where.stop - where.start
-        reason = trust.notes.get("mixes") if self.checks not in ("always", "strict") else None
-        reason = reason or unbatchable(run.tape, run.habits, many)
-        fresh = trust.needs("samples apart", many)
+            self.runner.run([v[:1] for v in self.values])  # where it fails alone too, that is the error to see
+            return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"
+        reason = unbatchable(run.tape if run.head is None else run.head, run.habits, many)
         if reason is None and fresh:
-            reason = self._differs_alone(run, values, many)
+            reason = self._differs_alone(run, parts)
         if reason is None:
-            result.prepare(_batch_shapes(run))
-            reason = self._filled(result, where, run, values, fresh)
+            result.prepare(run)
+            reason = self._filled(result, where, run, values, fresh, mode)
         if reason is not None:
             trust.notes["mixes"] = reason
             return reason
@@ -207,95 +226,64 @@ class Samples:
             result.outputs[out][where] = tensor.detach()
         return None
 
-    def _filled(self, result: _Result, where: slice, run: Run, values: Sequence[Tensor], fresh: bool) -> str | None:
-        """Fill in one batch, split at a narrow layer where that saves sweeps; return why not if samples mix."""
-        split = self._split(run, values)
-        if split is not None and split.head is not None:
-            result.direction = sweep_split(split.head, split.tape, result.blocks, where)
-            if not fresh or coupled(run.tape, result.blocks, where, self.checks == "strict") is None:
-                return None
-            run.tape.trust.notes["split"] = None
-        result.direction = sweep(run.tape, result.blocks, where)
-        return coupled(run.tape, result.blocks, where, self.checks == "strict") if fresh else None
+    def _known_split(self, values: Sequence[Tensor], trust: Trust, fresh: bool, mode: str) -> Run | None:
+        """Record the run cut where earlier calls found that it pays; None where the whole is to be recorded."""
+        habits, path = trust.notes.get("habits"), trust.notes.get("split")
+        if fresh or mode not in ("auto", "split") or path is None or habits is None or habits.reads:
+            return None
+        return self.runner.split(values, trust, habits, path)
 
-    def _split(self, run: Run, values: Sequence[Tensor]) -> Run | None:
-        """Return the run cut at the narrowest layer that saves sweeps; None where there is none."""
+    def _filled(
+        self, result: Results, where: slice, run: Run, values: Sequence[Tensor], fresh: bool, mode: str
+    ) -> str | None:
+        """Fill in one batch, split at a narrow layer where that saves sweeps; return why not if samples mix."""
+        split, trust, strict = self._split(run, values, mode), run.tape.trust, self.checks == "strict"
+        result.proved = False
+        if split is not None and split.head is not None:
+            result.direction, result.proved = sweep_split(split.head, split.tape, result.blocks, where)
+            if not fresh or coupled(run.tape, result.blocks, where, strict) is None:
+                return None
+            trust.notes["split"], result.proved = None, False
+        result.direction = sweep(run.tape, result.blocks, where, "auto" if mode == "split" else mode)
+        return coupled(run.tape, result.blocks, where, strict) if fresh else None
+
+    def _split(self, run: Run, values: Sequence[Tensor], mode: str) -> Run | None:
+        """Return the run cut at the narrowest layer that saves sweeps; None where there is none.
+
+        Raises:
+            InputError: A split was asked for, and there is no layer that everything passes through.
+        """
+        if run.head is not None or mode not in ("auto", "split"):
+            return run if run.head is not None else None
         tape, notes = run.tape, run.tape.trust.notes
-        if "split" not in notes:
+        note = "split" if mode == "auto" else "split anywhere"
+        if note not in notes:
             simple = self.at is None and len(tape.outputs) == len(tape.leaves) == 1 and bool(run.widths)
             rows, columns = tape.outputs[0].shape[1:].numel(), tape.leaves[0].shape[1:].numel()
-            notes["split"] = narrowest(run.widths, rows, columns) if simple else None
-        if notes["split"] is None:
-            return None
-        split = self.runner.split(values, tape.trust, run.habits, notes["split"])
+            gain = GAIN if mode == "auto" else 0.0
+            notes[note] = narrowest(run.widths, rows, columns, gain) if simple else None
+        split = self.runner.split(values, tape.trust, run.habits, notes[note]) if notes[note] is not None else None
         if split is None:
-            notes["split"] = None
+            notes[note] = None
+            if mode == "split":
+                todo = "Use mode='auto', or cut the model yourself with `at=`."
+                raise InputError(explain("mode", "'split'", "no layer was found that everything passes through", todo))
         return split
 
-    def _differs_alone(self, run: Run, values: Sequence[Tensor], many: int) -> str | None:
-        """Compare outputs in the batch with outputs of one sample and of a random half."""
+    def _parts(self, values: Sequence[Tensor], many: int) -> list[tuple[Tensor, list[Tensor]]]:
+        """Return outputs of one sample and of a random half, each run without the others."""
         order = torch.randperm(many, generator=torch.Generator().manual_seed(0))
+        parts = []
         for picked in (order[:1], order[: max(1, many // 2)].sort().values):
-            part = self.runner.record([v[picked.to(v.device)] for v in values], Trust("never"), run.habits)
-            for whole, alone in zip(run.tape.outputs, part.tape.outputs, strict=True):
+            run = self.runner.run([v[picked.to(v.device)] for v in values])
+            parts.append((picked, [o.detach() for o in run.tape.outputs]))
+        return parts
+
+    def _differs_alone(self, run: Run, parts: list[tuple[Tensor, list[Tensor]]]) -> str | None:
+        """Compare outputs in the batch with those of its parts."""
+        for picked, outputs in parts:
+            for whole, alone in zip(run.tape.outputs, outputs, strict=True):
                 reason = differs(whole, alone, picked)
                 if reason is not None:
                     return reason
         return None
-
-
-@dataclass(frozen=True)
-class _Shapes:
-    outputs: list[torch.Size]
-    inputs: list[torch.Size]
-    run: Run
-
-
-def _single_shapes(run: Run) -> _Shapes:
-    """Shapes of one sample from a batch of one; an output that squeezed its batch axis away has none to remove."""
-    outputs = [o.shape[1:] if o.ndim and o.shape[0] == 1 else o.shape for o in run.tape.outputs]
-    return _Shapes(outputs, [leaf.shape[1:] for leaf in run.tape.leaves], run)
-
-
-def _batch_shapes(run: Run) -> _Shapes:
-    return _Shapes([o.shape[1:] for o in run.tape.outputs], [leaf.shape[1:] for leaf in run.tape.leaves], run)
-
-
-class _Result:
-    """Preallocated Jacobians, filled in place."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples, self.direction = samples, "reverse"
-        self.blocks: list[list[Tensor]] = []
-        self.outputs: list[Tensor] = []
-        self.shapes: _Shapes | None = None
-
-    def prepare(self, shapes: _Shapes) -> None:
-        """Allocate at the first sight of the shapes; refuse shapes that change from sample to sample."""
-        if self.shapes is not None:
-            if self.shapes.outputs != shapes.outputs:
-                raise ModelStateError(
-                    explain(
-                        "model",
-                        f"returning {shapes.outputs} after {self.shapes.outputs}",
-                        "all samples must have outputs of one shape",
-                    )
-                )
-            return
-        n, tape = self.samples.count, shapes.run.tape
-        self.shapes = shapes
-        kinds = [(o.dtype, o.device) for o in tape.outputs]
-        self.blocks = [
-            [torch.empty(n, *out, *inp, dtype=dtype, device=device) for inp in shapes.inputs]
-            for out, (dtype, device) in zip(shapes.outputs, kinds, strict=True)
-        ]
-        pairs = zip(shapes.outputs, kinds, strict=True)
-        self.outputs = [torch.empty(n, *out, dtype=dtype, device=device) for out, (dtype, device) in pairs]
-
-    def finished(self, route: str) -> SampleJacobians:
-        if self.shapes is None:
-            raise ModelStateError(explain("model", "not evaluated", "at least one sample must run"))
-        tree, inputs = self.samples.input_tree, self.samples.inputs
-        if self.samples.at is not None and not (isinstance(self.samples.at, tuple) and self.samples.at[0] is None):
-            tree, inputs = flatten(0, "at")[1], [0]
-        return SampleJacobians(self.blocks, self.shapes.run.tree, tree, inputs, route, self.outputs)

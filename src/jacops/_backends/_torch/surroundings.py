@@ -26,13 +26,20 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if "torch._dynamo" not in sys.modules:  # nobody compiles, and importing it takes long
-            return function(*args, **kwargs)
+        if "torch._dynamo" not in sys.modules or not (torch.compiler.is_compiling() or _compiles()):
+            return function(*args, **kwargs)  # nobody compiles: to say so takes long, and to import that longer
         if not disabled:
             disabled.append(torch.compiler.disable(function))  # pyright: ignore[reportArgumentType]
         return disabled[0](*args, **kwargs)
 
     return call
+
+
+def _compiles() -> bool:
+    """Say whether this runs below code that the caller compiles."""
+    from torch._C._dynamo import eval_frame  # pyright: ignore[reportMissingModuleSource, reportAttributeAccessIssue]
+
+    return eval_frame.get_eval_frame_callback() is not None
 
 
 def refuse_transforms() -> None:
@@ -197,7 +204,8 @@ def autocast_on(tensors: Sequence[Tensor]) -> bool:
 
 def is_memory_error(error: BaseException) -> bool:
     """Say whether an exception means that memory ran out, on a device or on the processor."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    words = ("not enough memory", "can't allocate memory", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def private_noise(like: Tensor, seed: int = 0) -> Tensor:

@@ -84,9 +84,32 @@ class Use:
             found = self._rule.operand(self.node)
             return None if found is None else found.detach()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the leaf and of the operation's output."""
+        return self._tensor.dtype
+
+    def pixels(self, delta: Tensor) -> Tensor:
+        """Return a cotangent at a convolution's output as `(samples, positions, g, out)`, not copied."""
+        return _by_pixel(self.node, delta)
+
+    def patches(self) -> Tensor:
+        """Return a convolution's operand as `(samples, positions, g, in)`, not copied once more."""
+        with torch.no_grad():
+            return _by_patch(self.node).detach()
+
     def rows(self, delta: Tensor, attached: bool = False) -> Tensor:
         """Return a cotangent at the operation's output as rows `(R, …)` of what `kind` says."""
-        return self._rule.rows(self.node, delta, self._tensor, self.attached if attached else self.operand)
+        # Rules of outer products and lookups give delta back: only vectors are multiplied here.
+        factor = (self.attached if attached else self.operand) if self.kind == "vector" else None
+        return self._rule.rows(self.node, delta, self._tensor, factor)
+
+    def entries(self) -> Tensor:
+        """Return for `"vector"` which entry of the leaf enters where, `(*shape)`: broadcasting, as numbers."""
+        numbers = torch.arange(self._tensor.numel(), device=self._tensor.device).view(self._tensor.shape)
+        if self._rule.rows is _channels:
+            numbers = numbers.view(-1, *[1] * (len(self.shape) - 2))
+        return numbers.expand(self.shape)
 
 
 # ---- rules: a node's saved tensors -> operand; a cotangent at its output -> rows ----------------------------------
@@ -115,6 +138,10 @@ def _channels(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) ->
 
 def _patches(node: Any) -> Tensor:
     """Return the patches under a convolution's kernel, `(n * positions, groups, in)`."""
+    return _by_patch(node).flatten(0, 1)
+
+
+def _by_patch(node: Any) -> Tensor:
     a, kernel = node._saved_input, tuple(node._saved_weight.shape[2:])
     dilation, padding, stride = (
         tuple(int(i) for i in s) for s in (node._saved_dilation, node._saved_padding, node._saved_stride)
@@ -122,11 +149,15 @@ def _patches(node: Any) -> Tensor:
     if len(kernel) == 1:
         a, kernel, dilation, padding, stride = a.unsqueeze(2), (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
     patches = F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
-    return patches.unflatten(2, (int(node._saved_groups), -1)).flatten(0, 1)
+    return patches.unflatten(2, (int(node._saved_groups), -1))
 
 
 def _pixels(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) -> Tensor:
-    return delta.flatten(2).transpose(1, 2).unflatten(2, (int(node._saved_groups), -1)).flatten(0, 1)
+    return _by_pixel(node, delta).flatten(0, 1)
+
+
+def _by_pixel(node: Any, delta: Tensor) -> Tensor:
+    return delta.flatten(2).transpose(1, 2).unflatten(2, (int(node._saved_groups), -1))
 
 
 def _looked_up(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) -> Tensor:
@@ -140,13 +171,22 @@ def _standardised(node: Any) -> Tensor:
     """Return a normalisation's input with the mean taken off and the spread divided out."""
     a, name = node._saved_input, node.name()
     if name == "NativeLayerNormBackward0":
-        return (a - node._saved_result1) * node._saved_result2
+        return _normal(a, node._saved_result1, node._saved_result2, len(node._saved_normalized_shape))
     if name == "NativeGroupNormBackward0":
         grouped = a.reshape(a.shape[0], int(node._saved_group), -1)
-        return ((grouped - node._saved_result1.unsqueeze(2)) * node._saved_result2.unsqueeze(2)).reshape(a.shape)
+        return _normal(grouped, node._saved_result1.unsqueeze(2), node._saved_result2.unsqueeze(2), 1).reshape(a.shape)
     axes = (1, -1, *[1] * (a.ndim - 2))
     spread = (node._saved_running_var + node._saved_eps).rsqrt()
     return (a - node._saved_running_mean.view(axes)) * spread.view(axes)
+
+
+def _normal(a: Tensor, mean: Tensor, spread: Tensor, axes: int) -> Tensor:
+    """Return `(a - mean) * spread`; what was saved leads nowhere, so a graph goes by definitions."""
+    mean, spread, over = mean.detach(), spread.detach(), tuple(range(-axes, 0))
+    if torch.is_grad_enabled() and a.requires_grad:
+        moving, variance = a.mean(over, keepdim=True), a.var(over, correction=0, keepdim=True)
+        mean, spread = moving, (spread**-2 + (variance - variance.detach())) ** -0.5
+    return (a - mean) * spread
 
 
 _BIAS = Rule("vector", lambda node: None, _trailing)
@@ -188,7 +228,7 @@ def find_uses(tape: Tape) -> dict[int, list[Use]]:
     turns = {
         node: index[id(node.next_functions[0][0].variable)]
         for node in tape.survey.nodes
-        if node.name() in _TURNS and id(getattr(node.next_functions[0][0], "variable", None)) in index
+        if _turns(node) and id(getattr(node.next_functions[0][0], "variable", None)) in index
     }
     for node in tape.survey.nodes:
         for place, (parent, _) in enumerate(node.next_functions):
@@ -203,6 +243,12 @@ def find_uses(tape: Tape) -> dict[int, list[Use]]:
     for uses in found.values():
         uses.sort(key=lambda use: use.node._sequence_nr())  # the same order in every run
     return found
+
+
+def _turns(node: Any) -> bool:
+    """Say whether an operation transposes a matrix."""
+    dims = getattr(node, "_saved_dims", ()) if node.name() == "PermuteBackward0" else ()
+    return node.name() in _TURNS or [int(dim) % 2 for dim in dims] == [1, 0]  # -1 comes back as an unsigned number
 
 
 def _use(tape: Tape, node: Any, place: int, leaf: int, through_turn: bool) -> Use | None:
@@ -233,9 +279,11 @@ def _is_plain(node: Any, rule: Rule, shape: torch.Size, leaf: Tensor) -> bool:
         return False
     if rule.rows is _trailing and _leading(shape, leaf.shape) == 0:
         return False
-    try:
-        operand = rule.operand(node)
+    try:  # what is costly to compute is not looked at but at what it is computed from
+        operand = node._saved_input if rule.operand in (_patches, _standardised) else rule.operand(node)
     except RuntimeError:  # a saved tensor was written into since
+        return False
+    if operand is not None and operand.layout is not torch.strided:
         return False
     if rule.kind == "vector" and name == "MulBackward0":
         return operand is not None and operand.shape == shape
@@ -254,12 +302,11 @@ def find_orders(tape: Tape, uses: Iterable[Use]) -> list[Order | None]:
 
     A random cotangent on half of the samples leaves exact zeros in the rows of the others.
     """
-    (output,) = tape.outputs
-    uses, many = list(uses), output.shape[0]
-    kept = torch.randperm(many, generator=torch.Generator().manual_seed(0)).to(output.device) < (many + 1) // 2
-    seed = private_noise(output) * kept.to(output.dtype).view(-1, *[1] * (output.ndim - 1))
+    uses, many, device = list(uses), tape.outputs[0].shape[0], tape.outputs[0].device
+    kept = torch.randperm(many, generator=torch.Generator().manual_seed(0)).to(device) < (many + 1) // 2
+    seeds = [private_noise(o, i) * kept.to(o.dtype).view(-1, *[1] * (o.ndim - 1)) for i, o in enumerate(tape.outputs)]
     tape.sweeps += 1
-    return [_order(delta, use, kept) for use, delta in zip(uses, cotangents(tape, uses, [seed]), strict=True)]
+    return [_order(delta, use, kept) for use, delta in zip(uses, cotangents(tape, uses, seeds), strict=True)]
 
 
 def _order(delta: Tensor, use: Use, kept: Tensor) -> Order | None:
@@ -283,11 +330,12 @@ def cotangents(
     """Return the cotangents at the outputs of all uses, by one sweep that forms no gradient of a leaf."""
     if not uses:
         return ()
+    live = [(output, seed) for output, seed in zip(tape.outputs, seeds, strict=True) if output.requires_grad]
     with sweeping(tape.outputs[0]):
         return torch.autograd.grad(
-            tape.outputs,
+            [output for output, _ in live],
             [use.edge for use in uses],
-            seeds,
+            [seed for _, seed in live],
             retain_graph=True,
             create_graph=create_graph,
             is_grads_batched=batched,

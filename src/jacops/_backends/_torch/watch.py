@@ -75,7 +75,15 @@ class Watch:
                 raise WritesState(str(operation))
 
 
-class _Dispatch(TorchDispatchMode):
+class Light(TorchDispatchMode):
+    """A dispatch mode that does not load torch's compiler with its first use (70 MB, seconds): we never compile."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Dispatch(Light):
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch

@@ -1,0 +1,399 @@
+r"""Parts: one parameter's share of many rows of a Jacobian, kept as factors or as it is.
+
+Rows belong to n samples with k outputs each. Where a weight enters by `z = W a` at T positions, the row for output k
+of sample n is $\sum_t \delta_{nkt} a_{nt}^\top$ (Goodfellow, 2015): T (in + k out) numbers stand for k in out. What is
+asked of rows is then asked of the factors, wherever that costs less than forming rows; else rows are formed some
+columns at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+_TEMPORARY = 2**25  # bytes that a temporary may take, or as much as what is held takes
+
+
+def slices(total: int, each: int) -> Iterator[slice]:
+    """Yield ranges over `total` things of `each` bytes that stay within the bytes of a temporary."""
+    step = max(1, _TEMPORARY // max(1, each))
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+class Part(ABC):
+    """One parameter's share of all rows.
+
+    The parameter is seen as a matrix `(F, W)`: its first axis, and the others laid end to end.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """Samples n, outputs k of each, F and W."""
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the entries."""
+        return self.tensors[0]
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Sequence[Tensor]:
+        """What is held."""
+
+    @abstractmethod
+    def block(self, first: slice) -> Tensor:
+        """Return the rows' entries `(n, k, f, W)` for some of the parameter's first axis."""
+
+    def into(self, target: Tensor, add: bool = False) -> None:
+        """Write all rows, or add them, into `(n, k, F, W)`."""
+        for first in self._firsts():
+            (target[:, :, first].add_ if add else target[:, :, first].copy_)(self.block(first))
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return products `(m, n, k)` of the rows with `v`, `(m, F, W)`."""
+        n, k, _, _ = self.shape
+        total = v.new_zeros(v.shape[0], n * k)
+        for first, rows in self._blocks():
+            total += v[:, first].flatten(1) @ rows.T
+        return total.view(v.shape[0], n, k)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return sums `(m, F, W)` of the rows times `u`, `(m, n, k)`."""
+        total = u.new_empty(u.shape[0], *self.shape[2:])
+        for first, rows in self._blocks():
+            total[:, first] = (u.flatten(1) @ rows).view(total[:, first].shape)
+        return total
+
+    def gram(self) -> Tensor:
+        """Return inner products of all rows, `(n k, n k)`."""
+        n, k, _, _ = self.shape
+        total = self.like.new_zeros(n * k, n * k)
+        for _, rows in self._blocks():
+            total.addmm_(rows, rows.T)
+        return total
+
+    def squares(self) -> Tensor:
+        """Return squared norms of the rows, `(n, k)`."""
+        n, k, _, _ = self.shape
+        total = self.like.new_zeros(n * k)
+        for _, rows in self._blocks():
+            total += torch.linalg.vector_norm(rows, dim=1).square_()
+        return total.view(n, k)
+
+    def column_squares(self) -> Tensor:
+        """Return sums over rows of squared entries, `(F, W)`."""
+        total = self.like.new_empty(self.shape[2:])
+        for first, rows in self._blocks():
+            total[first] = torch.linalg.vector_norm(rows, dim=0).square_().view(total[first].shape)
+        return total
+
+    def _firsts(self) -> Iterator[slice]:
+        n, k, long, wide = self.shape
+        return slices(long, n * k * wide * self.like.element_size())
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some of the columns at a time as matrices `(n k, f W)`."""
+        n, k, _, wide = self.shape
+        for first in self._firsts():
+            yield first, self.block(first).reshape(n * k, (first.stop - first.start) * wide)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rows(Part):
+    """The rows themselves.
+
+    Attributes:
+        rows: `(n, k, F, W)`.
+    """
+
+    rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        n, k, long, wide = self.rows.shape
+        return n, k, long, wide
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The rows."""
+        return (self.rows,)
+
+    def block(self, first: slice) -> Tensor:
+        """Return some of them."""
+        return self.rows[:, :, first]
+
+    def times(self, v: Tensor) -> Tensor:
+        """One product of matrices."""
+        n, k, _, _ = self.shape
+        return (v.flatten(1) @ self.rows.reshape(n * k, v[:1].numel()).T).view(v.shape[0], n, k)
+
+    def squares(self) -> Tensor:
+        """Square them."""
+        return torch.linalg.vector_norm(self.rows, dim=(2, 3)).square_()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outer(Part):
+    """Sums over T positions of outer products, in g groups; over none for a parameter that enters nowhere.
+
+    Attributes:
+        delta: Cotangents, `(n, k, T, g, out)`.
+        operand: What multiplied the weight, `(n, T, g, in)`.
+        turned: The parameter is `(in, out)` instead of `(g out, in)`; g is 1 then.
+    """
+
+    delta: Tensor
+    operand: Tensor
+    turned: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        n, k, _, groups, out = self.delta.shape
+        inner = self.operand.shape[3]
+        return (n, k, inner, out) if self.turned else (n, k, groups * out, inner)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The two factors."""
+        return self.delta, self.operand
+
+    @property
+    def _plain(self) -> bool:
+        """One position, one group: a row is one outer product."""
+        return self.delta.shape[2] == self.delta.shape[3] == 1
+
+    def block(self, first: slice) -> Tensor:
+        """Form some of the entries."""
+        out = self.delta.shape[4]
+        if self._plain:
+            left, right = self._sides()
+            return left[:, :, first].unsqueeze(3) * right.unsqueeze(2)
+        if self.turned:
+            return torch.einsum("nkto,nti->nkio", self.delta[:, :, :, 0], self.operand[:, :, 0, first])
+        if self.delta.shape[3] == 1:
+            return torch.einsum("nkto,nti->nkoi", self.delta[:, :, :, 0, first], self.operand[:, :, 0])
+        groups = slice(first.start // out, -(-first.stop // out))
+        delta, operand = self.delta[:, :, :, groups], self.operand[:, :, groups]
+        formed = torch.einsum("nktgo,ntgi->nkgoi", delta, operand).flatten(2, 3)
+        return formed[:, :, first.start - groups.start * out : first.stop - groups.start * out]
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """Return the first and the second factor of a single outer product, `(n, k, F)` and `(n, k, W)`."""
+        delta, operand = self.delta[:, :, 0, 0], self.operand[:, 0].expand(-1, self.delta.shape[1], -1)
+        return (operand, delta) if self.turned else (delta, operand)
+
+    def into(self, target: Tensor, add: bool = False) -> None:
+        """Write single outer products in place."""
+        if not self._plain:
+            super().into(target, add)
+            return
+        left, right = self._sides()
+        if add:
+            target.addcmul_(left.unsqueeze(3), right.unsqueeze(2))
+        else:
+            torch.mul(left.unsqueeze(3), right.unsqueeze(2), out=target)
+
+    def _grouped(self, v: Tensor) -> Tensor:
+        """Return `(m, F, W)` as `(m, g, out, in)`."""
+        return v.mT.unsqueeze(1) if self.turned else v.unflatten(1, (self.delta.shape[3], -1))
+
+    def _contracts(self, many: int) -> bool:
+        """Say whether m products are cheaper by factors than by rows."""
+        k, positions = self.delta.shape[1:3]
+        return positions * many <= positions * k + k * many
+
+    def times(self, v: Tensor) -> Tensor:
+        """Contract with the operand first, then with the cotangents."""
+        n, k, positions, groups, out = self.delta.shape
+        if not self._contracts(v.shape[0]):
+            return super().times(v)
+        found = v.new_empty(v.shape[0], n, k)
+        for some in slices(v.shape[0], n * positions * groups * out * v.element_size()):
+            image = torch.einsum("ntgi,mgoi->nmtgo", self.operand, self._grouped(v[some]))
+            found[some] = torch.einsum("nmtgo,nktgo->mnk", image, self.delta)
+        return found
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Contract with the cotangents first, then with the operand."""
+        n, k, positions, groups, out = self.delta.shape
+        if not self._contracts(u.shape[0]):
+            return super().transposed(u)
+        found = u.new_empty(u.shape[0], *self.shape[2:])
+        for some in slices(u.shape[0], n * positions * groups * out * u.element_size()):
+            mixed = torch.einsum("mnk,nktgo->mntgo", u[some], self.delta)
+            self._grouped(found[some]).copy_(torch.einsum("mntgo,ntgi->mgoi", mixed, self.operand))
+        return found
+
+    def gram(self) -> Tensor:
+        """Multiply Gram matrices of the factors entry by entry, for every pair of positions, where that is cheaper."""
+        n, k, positions, groups, out = self.delta.shape
+        inner = self.operand.shape[3]
+        pairs = positions**2 * (inner + k * k * (out + 1)) * groups
+        if positions > 1 and pairs > k * k * groups * out * inner:
+            return super().gram()
+        if positions == 1:
+            return self._gram_of_products()
+        total = self.like.new_zeros(n, k, n, k)
+        each = n * positions**2 * (1 + k * k) * self.like.element_size()
+        for some in slices(n, each):
+            for g in range(groups):
+                left = torch.einsum("ati,bsi->abts", self.operand[some, :, g], self.operand[:, :, g])
+                right = torch.einsum("akto,blso->akblts", self.delta[some, :, :, g], self.delta[:, :, :, g])
+                total[some] += right.mul_(left[:, None, :, None]).sum((4, 5))
+        return total.view(n * k, n * k)
+
+    def _gram_of_products(self) -> Tensor:
+        n, k, _, groups, _ = self.delta.shape
+        total: Tensor | None = None
+        for g in range(groups):
+            left, right = self.operand[:, 0, g], self.delta[:, :, 0, g].flatten(0, 1)
+            product = right @ right.T
+            product.view(n, k, n, k).mul_((left @ left.T)[:, None, :, None])
+            total = product if total is None else total.add_(product)
+        return self.like.new_zeros(n * k, n * k) if total is None else total
+
+    def squares(self) -> Tensor:
+        """Pair the positions of each sample."""
+        n, k, positions, groups, _ = self.delta.shape
+        found = self.like.new_empty(n, k)
+        for some in slices(n, positions**2 * groups * (1 + k) * self.like.element_size()):
+            left = torch.einsum("ntgi,nsgi->ngts", self.operand[some], self.operand[some])
+            right = torch.einsum("nktgo,nksgo->nkgts", self.delta[some], self.delta[some])
+            found[some] = torch.einsum("ngts,nkgts->nk", left, right)
+        return found
+
+    def column_squares(self) -> Tensor:
+        """Multiply the squares, where there is one position."""
+        if self.delta.shape[2] != 1:
+            return super().column_squares()
+        by_group = torch.einsum("ngo,ngi->goi", self.delta[:, :, 0].square().sum(1), self.operand[:, 0].square())
+        return by_group[0].T if self.turned else by_group.flatten(0, 1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Lookup(Part):
+    """Cotangents added to the entries of a table that were looked up.
+
+    Attributes:
+        delta: `(n, k, T, width)`.
+        indices: Which entries, `(n, T)`.
+        entries: How many the table has.
+    """
+
+    delta: Tensor
+    indices: Tensor
+    entries: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        n, k, _, width = self.delta.shape
+        return n, k, self.entries, width
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Cotangents and indices."""
+        return self.delta, self.indices
+
+    def block(self, first: slice) -> Tensor:
+        """Form some of the entries; what falls outside goes to a row that is cut off."""
+        n, k, _, width = self.delta.shape
+        many = first.stop - first.start
+        inside = (self.indices >= first.start) & (self.indices < first.stop)
+        where = torch.where(inside, self.indices - first.start, many)
+        rows = self.delta.new_zeros(n, k, many + 1, width)
+        rows.scatter_add_(2, where[:, None, :, None].expand_as(self.delta), self.delta)
+        return rows[:, :, :many]
+
+    def times(self, v: Tensor) -> Tensor:
+        """Look up, then contract."""
+        n, k, positions, width = self.delta.shape
+        found = v.new_empty(v.shape[0], n, k)
+        for some in slices(v.shape[0], n * positions * width * v.element_size()):
+            found[some] = torch.einsum("mntw,nktw->mnk", v[some][:, self.indices], self.delta)
+        return found
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Contract, then add to the entries."""
+        n, _, positions, width = self.delta.shape
+        found = u.new_zeros(u.shape[0], self.entries, width)
+        for some in slices(u.shape[0], n * positions * width * u.element_size()):
+            mixed = torch.einsum("mnk,nktw->mntw", u[some], self.delta)
+            found[some].index_add_(1, self.indices.flatten(), mixed.flatten(1, 2))
+        return found
+
+    def _compact(self) -> tuple[Tensor, Lookup]:
+        """Return the entries that were looked up at all, and the same rows over these alone."""
+        used, indices = self.indices.unique(return_inverse=True)
+        return used, Lookup(self.delta, indices, used.shape[0])
+
+    def gram(self) -> Tensor:
+        """Form the entries that were looked up."""
+        _, compact = self._compact()
+        return super(Lookup, compact).gram()
+
+    def squares(self) -> Tensor:
+        """Pair the positions of each sample that looked up the same entry."""
+        n, k, positions, _ = self.delta.shape
+        found = self.like.new_empty(n, k)
+        for some in slices(n, positions**2 * (1 + k) * self.like.element_size()):
+            same = (self.indices[some, :, None] == self.indices[some, None]).to(self.delta.dtype)
+            pairs = torch.einsum("nktw,nksw->nkts", self.delta[some], self.delta[some])
+            found[some] = torch.einsum("nts,nkts->nk", same, pairs)
+        return found
+
+    def column_squares(self) -> Tensor:
+        """Form the entries that were looked up."""
+        used, compact = self._compact()
+        found = self.like.new_zeros(self.shape[2:])
+        found[used] = super(Lookup, compact).column_squares()
+        return found
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Several(Part):
+    """A parameter that enters in several places: the sum of what each contributes.
+
+    Attributes:
+        uses: One part for each place.
+    """
+
+    uses: Sequence[Part]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        return self.uses[0].shape
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Those of all places."""
+        return [tensor for use in self.uses for tensor in use.tensors]
+
+    def block(self, first: slice) -> Tensor:
+        """Add up."""
+        total = self.uses[0].block(first)
+        for use in self.uses[1:]:
+            total = total + use.block(first)
+        return total
+
+    def times(self, v: Tensor) -> Tensor:
+        """Add up."""
+        return torch.stack([use.times(v) for use in self.uses]).sum(0)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Add up."""
+        return torch.stack([use.transposed(u) for use in self.uses]).sum(0)

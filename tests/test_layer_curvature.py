@@ -1,0 +1,342 @@
+"""Curvature matrices through the outputs of layers: the same numbers as by products, in far fewer sweeps."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import jacops
+import oracle
+from jacops._backends._torch import layer_blocks, layer_curvature, layer_gauss_newton
+from jacops._backends._torch.layer_blocks import mirror
+from jacops.operators import Operator
+from jacops.operators._base import add_half
+from small import Calls, draw, settled
+from zoo import BY_NAME, ZOO, seeded
+
+VERBS: dict[str, Callable[..., Any]] = {"hessian": jacops.hessian, "ggn": jacops.ggn}
+CASES = [case.name for case in ZOO if "hessian" not in case.expect]
+
+
+@pytest.fixture(autouse=True)
+def also_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the route for these small models too, for which products are as fast."""
+    for module in (layer_curvature, layer_gauss_newton):
+        monkeypatch.setattr(module, "pays", lambda *_: True)
+
+
+def cubic(output: Tensor, y: Tensor) -> Tensor:
+    """A loss that is neither convex nor quadratic."""
+    return (output - y).square().mean() + output.pow(3).mean()
+
+
+def by_products(operator: Any) -> Tensor:
+    return replace(operator, formed=None).dense()
+
+
+def route(operator: Any) -> str | None:
+    return operator.formed.routes.get("dense")
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * scale or tolerance)
+
+
+class Residual(nn.Module):
+    """Layers that skip, a norm with gains, a gate."""
+
+    def __init__(self, inputs: int, width: int, outputs: int):
+        super().__init__()
+        self.first, self.second, self.gate = nn.Linear(inputs, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.norm, self.last = nn.LayerNorm(width), nn.Linear(width + inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        v = self.norm(h + F.gelu(self.second(h))) * torch.sigmoid(self.gate(h))
+        return self.last(torch.cat([v, x], 1))
+
+
+class Convolutional(nn.Module):
+    """Padding, groups, strides, three norms, a convolution along one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.batch = nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4)
+        self.second, self.group = nn.Conv2d(4, 8, 3, groups=2, stride=2), nn.GroupNorm(2, 8)
+        self.third, self.last = nn.Conv1d(8, 5, 3, padding=1, stride=2), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.group(self.second(torch.tanh(self.batch(self.first(x))))))
+        return self.last(torch.tanh(self.third(h.flatten(2)).mean(2)))
+
+
+class Words(nn.Module):
+    """Look-ups with padding, positions, attention, weights that know no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(11, 4, padding_idx=3), nn.Parameter(draw(1, 2, 4))
+        self.attention, self.norm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4)
+        self.inner, self.gain, self.last = nn.Linear(4, 6), nn.Parameter(draw(6)), nn.Parameter(draw(6, 3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids) + self.places
+        h = self.norm(h + self.attention(h, h, h, need_weights=False)[0])
+        return torch.tanh(self.inner(h) * self.gain).mean(1) @ self.last
+
+
+def tied(w: Tensor, g: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    h = torch.tanh(F.linear(x, w)) * g
+    return torch.tanh(torch.tanh(h @ w) * g) @ v
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+IDS = torch.randint(0, 11, (9, 2), generator=torch.Generator().manual_seed(0))
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "mlp": (mlp, draw(9, 5)),
+    "one sample": (mlp, draw(1, 5)),
+    "residual": (lambda: Residual(5, 6, 3), draw(9, 5)),
+    "tied": (lambda: Calls(tied, (4, 4), (4,), (4, 3)), draw(7, 4)),
+    "positions first": (lambda: Calls(lambda w, v, x: (torch.tanh(x @ w) @ v).sum(0), (5, 7), (7, 3)), draw(2, 9, 5)),
+    "positions": (lambda: Calls(lambda w, v, x: torch.tanh(x @ w) @ v, (9, 5), (5, 3)), draw(4, 2, 9)),
+    "convolutions": (lambda: Convolutional().eval(), draw(5, 3, 4, 4)),
+    "words": (Words, IDS),
+    "batch statistics": (batch_norm, draw(4, 5)),
+    "a product of weights": (
+        lambda: Calls(lambda p, q, w, x: torch.tanh(x @ w) * (p * q), (3,), (3,), (4, 3)),
+        draw(6, 4),
+    ),
+    "an entry per sample": (lambda: Calls(lambda p, w, x: torch.tanh(x @ w + p) ** 2, (6, 3), (4, 3)), draw(6, 4)),
+    "a weight of weights": (lambda: Calls(lambda a, b, x: torch.tanh(x @ (a @ b)), (4, 2), (2, 3)), draw(6, 4)),
+    "a loop": (lambda: Calls(lambda w, u, x: _steps(w, u, x), (3, 3), (2, 3)), draw(8, 2)),
+}
+
+
+def _steps(w: Tensor, u: Tensor, x: Tensor) -> Tensor:
+    h = x.new_zeros(len(x), 3)
+    for _ in range(2):
+        h = torch.tanh(h @ w + x @ u)
+    return h
+
+
+def problem(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
+    make, x = MODELS[name]
+    model = settled(make()).to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
+    return model, x, draw(*model(x).shape, seed=5, dtype=dtype)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_matrix_is_the_one_of_products(name: str, verb: str) -> None:
+    operator = VERBS[verb](*_asked(name), fallback="silent")
+    found = operator.dense()
+    close(found, by_products(operator))
+    assert route(operator) is None or torch.equal(found, found.T)
+
+
+def _asked(name: str) -> tuple[nn.Module, Any, Tensor, Tensor]:
+    model, x, y = problem(name)
+    return model, cubic, x, y
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "tied", "words"])
+def test_the_hessian_is_the_oracles(name: str) -> None:
+    model, x, y = problem(name)
+    close(jacops.hessian(model, cubic, x, y).dense(), oracle.hessian(model, cubic, x, y))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", CASES)
+def test_on_every_model_of_the_zoo(name: str, verb: str) -> None:
+    case = BY_NAME[name]
+    with warnings.catch_warnings(), seeded():
+        warnings.simplefilter("ignore")
+        operator = VERBS[verb](case.model(), case.loss, case.x(), case.y(), fallback="silent")
+        tolerance = 1e-10 if operator.domain.dtype == torch.float64 else 1e-5
+        close(operator.dense(), by_products(operator), tolerance)
+
+
+# ---- what it costs, and what it says -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("inputs", "n"), [(5, 4), (5, 64), (50, 4)])
+def test_sweeps_do_not_grow_with_samples_or_parameters(inputs: int, n: int) -> None:
+    model, x, y = settled(nn.Sequential(nn.Linear(inputs, 7), nn.Tanh(), nn.Linear(7, 3))), draw(n, inputs), draw(n, 3)
+    H, G = jacops.hessian(model, cubic, x, y), jacops.ggn(model, cubic, x, y)
+    operators: list[tuple[Any, int]] = [(H, 7 + 3), (G, 3)]
+    for operator, widths in operators:
+        operator.dense()
+        tape = operator.formed.tape
+        before = tape.sweeps
+        operator.dense()
+        assert tape.sweeps - before <= widths + 3
+
+
+def test_samples_need_not_come_first() -> None:
+    for name in ("positions first", "positions"):
+        operator = jacops.hessian(*_asked(name))
+        operator.dense()
+        assert route(operator) is not None, name
+
+
+def test_the_repr_says_how_the_matrix_was_made() -> None:
+    H = jacops.hessian(*_asked("words"), fallback="silent")
+    H.dense()
+    assert "dense: through" in repr(H)
+    assert "by ordinary sweeps" in repr(H)
+
+
+def test_a_parameter_without_a_rule_takes_ordinary_sweeps_beside_the_others() -> None:
+    operator = jacops.hessian(*_asked("convolutions"), fallback="silent")
+    operator.dense()
+    assert "parameters by ordinary sweeps" in (route(operator) or "")
+
+
+def test_too_many_positions_take_ordinary_sweeps() -> None:
+    model = settled(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)))
+    x, y = draw(3, 40, 2), draw(3, 40, 1)
+    operator = jacops.hessian(model, cubic, x, y)
+    close(operator.dense(), by_products(operator))
+    assert route(operator) is None
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(("width", "n", "expected"), [(2, 4, False), (24, 256, True)])
+def test_small_matrices_are_left_to_products(
+    verb: str, width: int, n: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    model = settled(nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2)))
+    operator = VERBS[verb](model, cubic, draw(n, width), draw(n, 2))
+    operator.dense()
+    assert (route(operator) is not None) == expected
+
+
+def test_a_dense_call_fills_what_it_is_given() -> None:
+    operator = jacops.hessian(*_asked("mlp"))
+    out = torch.full(operator.shape, torch.nan, dtype=torch.float64)
+    assert operator.dense(out) is out
+    close(out, by_products(operator))
+
+
+# ---- never a wrong block -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_wrong_block_is_found_by_the_product_with_a_random_direction(verb: str) -> None:
+    operator = VERBS[verb](*_asked("mlp"))
+    right = operator.formed.add
+
+    def wrong(matrix: Tensor, weight: float) -> str | None:
+        said = right(matrix, weight)
+        matrix[3, 5] += 1e-3 * matrix.abs().max()
+        return said
+
+    broken = replace(operator, formed=replace(operator.formed, add=wrong))
+    close(broken.dense(), by_products(operator))
+    assert route(operator) is None
+
+
+def test_samples_that_mix_in_the_loss_are_seen() -> None:
+    model, x, y = problem("mlp")
+
+    def contrast(output: Tensor, y: Tensor) -> Tensor:
+        return (output @ output.T).square().mean() + (output - y).square().mean()
+
+    for verb in VERBS.values():
+        operator = verb(model, contrast, x, y)
+        close(operator.dense(), by_products(operator))
+
+
+def test_a_tiny_coupling_of_two_samples_is_no_rounding() -> None:
+    model, x, y = problem("mlp")
+
+    def coupled(output: Tensor, y: Tensor) -> Tensor:
+        return (output - y).square().mean() + 1e-6 * (output[0] * output[-1]).sum()
+
+    H = jacops.hessian(model, coupled, x, y)
+    close(H.dense(), by_products(H), 1e-12)
+
+
+def test_values_that_are_not_finite_are_left_to_products() -> None:
+    model, x, y = problem("mlp")
+    H = jacops.hessian(model, lambda output, y: (output - y).abs().sqrt().sum(), x, model(x).detach())
+    assert not torch.isfinite(H.dense()).all()
+    assert route(H) is None
+
+
+@pytest.mark.parametrize("checks", ["first", "always", "never"])
+def test_checks_as_asked(checks: str) -> None:
+    model, x, y = problem("residual")
+    for _ in range(2):
+        H = jacops.hessian(model, cubic, x, y, checks=checks)
+        close(H.dense(), by_products(H))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(("n", "inputs", "outputs"), [(0, 3, 2), (4, 0, 2), (4, 3, 0)])
+def test_axes_without_entries(verb: str, n: int, inputs: int, outputs: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on initialising nothing
+        model = nn.Sequential(nn.Linear(inputs, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+    operator = VERBS[verb](model, lambda output, y: output.square().sum(), draw(n, inputs), draw(n, outputs))
+    close(operator.dense(), by_products(operator))
+
+
+def test_float32_is_as_near_as_products() -> None:
+    model, x, y = problem("residual", torch.float32)
+    exact = oracle.hessian(model, cubic, x, y)
+    close(jacops.hessian(model, cubic, x, y).dense().double(), exact, 1e-5)
+
+
+# ---- sums over batches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", ["mlp", "words", "a weight of weights"])
+def test_batches_add_up_in_place(name: str, verb: str) -> None:
+    model, x, y = problem(name)
+    batches = [(x[:4], y[:4], 0.25), (x[4:], y[4:], 2.0)]
+    operators: list[tuple[Operator, float]] = [
+        (VERBS[verb](model, cubic, a, b, fallback="silent"), weight) for a, b, weight in batches
+    ]
+    total = torch.zeros(operators[0][0].shape, dtype=torch.float64)
+    for operator, weight in operators:
+        add_half(total, operator, weight)
+    expected = torch.stack([weight * by_products(operator) for operator, weight in operators]).sum(0)
+    close(mirror(total), expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_mirror(size: int) -> None:
+    half = draw(size, size)
+    torch.testing.assert_close(mirror(half.clone()), half + half.T)
+
+
+def test_large_batches_are_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        (layer_blocks, "_PAIRS"),
+        (layer_blocks, "_BLOCK"),
+        (layer_curvature, "_ENTRIES"),
+        (layer_gauss_newton, "_ENTRIES"),
+        (layer_gauss_newton, "_STRIPE"),
+    ):
+        monkeypatch.setattr(module, name, 64)
+    for model in ("mlp", "residual", "words", "convolutions", "positions first"):
+        for verb in VERBS.values():
+            operator = verb(*_asked(model), fallback="silent")
+            close(operator.dense(), by_products(operator))
