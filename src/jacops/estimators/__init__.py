@@ -1,0 +1,23 @@
+"""Numbers that sum an operator up: exact by default, estimated with an error bar where that is asked for."""
+
+from ._density import SpectralDensity, effective_dimension, spectral_density
+from ._diagonal import DiagonalEstimate, diagonal
+from ._eigenpairs import Eigenpairs, eigenpairs
+from ._norms import SpectralNorm, norm, spectral_norm
+from ._probes import Estimate
+from ._trace import trace
+
+__all__ = [
+    "DiagonalEstimate",
+    "Eigenpairs",
+    "Estimate",
+    "SpectralDensity",
+    "SpectralNorm",
+    "diagonal",
+    "effective_dimension",
+    "eigenpairs",
+    "norm",
+    "spectral_density",
+    "spectral_norm",
+    "trace",
+]

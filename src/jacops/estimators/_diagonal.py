@@ -1,0 +1,138 @@
+"""The diagonal of an operator."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .._backends._torch.surroundings import eager
+from .._finite import is_finite, where_first
+from ..errors import NonFiniteError
+from ..operators import Diagonal, Identity, Matrix, Operator
+from ..operators._algebra import Product, Scaled, Sum
+from ._leave_one_out import Sketch, sketched
+from ._probes import check_choice, check_probes, check_square, chunk_of, left_out_mean, product, signs, units
+
+
+class DiagonalEstimate(NamedTuple):
+    """A diagonal and how far each entry may be off.
+
+    Attributes:
+        value: The estimate, (n,).
+        standard_error: One standard error of each entry, (n,); 0 where they are exact.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+
+
+@overload
+def diagonal(operator: Operator) -> Tensor: ...
+@overload
+def diagonal(operator: Operator, probes: None, seed: int = 0, *, method: str = "xdiag") -> Tensor: ...
+@overload
+def diagonal(operator: Operator, probes: int, seed: int = 0, *, method: str = "xdiag") -> DiagonalEstimate: ...
+@eager
+def diagonal(
+    operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xdiag"
+) -> Tensor | DiagonalEstimate:
+    r"""Return the diagonal `(n,)` of a square operator, exact or estimated with a standard error per entry.
+
+    Without `probes` it is exact: by products with unit vectors, or for a product `B @ C` through the inner space
+    where that is smaller (the diagonal of a Gauss-Newton or Fisher matrix costs two sweeps per output, not one
+    product per parameter). With `probes`, by `method`:
+
+    - `"xdiag"` (Epperly, Tropp and Webber, 2024): the diagonal of a low-rank part plus what random sign vectors say
+      of the rest, every vector testing the part made from the others. One product and one with the transpose for
+      each probe. Where so many would give the exact diagonal, that is returned.
+    - `"hutchinson"` (Bekas, Kokiopoulou and Saad, 2007): the mean of $z \odot A z$ over random sign vectors.
+
+    Args:
+        operator: A square operator.
+        probes: Number of random vectors, at least 2; None for the exact diagonal.
+        seed: Seeds a private generator.
+        method: `"xdiag"` or `"hutchinson"`.
+
+    Returns:
+        A tensor without `probes`, a `DiagonalEstimate` with them.
+
+    Raises:
+        InputError: The operator is not square, `probes` is less than 2 or `method` unknown.
+        NonFiniteError: A product holds NaN or Inf.
+
+    Example:
+        >>> diagonal(Matrix(torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
+        tensor([1., 4.])
+    """
+    check_square(operator)
+    check_choice("method", method, ("xdiag", "hutchinson"))
+    if probes is None:
+        return _checked(_exact(operator))
+    check_probes(probes)
+    z = signs(probes, operator.domain, seed)
+    if method == "hutchinson":
+        samples = z * product(operator, z)
+        return DiagonalEstimate(samples.mean(0), samples.std(0) / math.sqrt(probes))
+    if 2 * probes >= operator.shape[0]:
+        value = _checked(_exact(operator))
+        return DiagonalEstimate(value, torch.zeros_like(value))
+    return _xdiag(operator, z, sketched(operator, z))
+
+
+def _checked(value: Tensor) -> Tensor:
+    if not is_finite(value):
+        raise NonFiniteError(f"the diagonal is not finite: {where_first(value)}")
+    return value
+
+
+def _exact(operator: Operator) -> Tensor:
+    """Return the diagonal, taking the operator's algebra apart where that is cheaper."""
+    match operator:
+        case Scaled():
+            return operator.factor * _exact(operator.of)
+        case Sum():
+            return _exact(operator.left) + _exact(operator.right)
+        case Diagonal():
+            return operator.entries.clone()
+        case Matrix():
+            return operator.matrix.diagonal().clone()
+        case Identity(space):
+            return torch.ones(space.dim, dtype=space.dtype, device=space.device)
+        case Product() if 2 * operator.right.shape[0] < operator.shape[0]:
+            return _through(operator.left, operator.right)
+        case _:
+            return _by_units(operator)
+
+
+def _through(left: Operator, right: Operator) -> Tensor:
+    """Return the diagonal of a product as a sum over its inner space."""
+    space, outer = right.codomain, right.domain
+    result = torch.zeros(outer.dim, dtype=outer.dtype, device=outer.device)
+    for _, rows in units(space, chunk_of(right)):
+        result += (right.T.apply(rows) * left.apply(rows)).sum(0)
+    return result
+
+
+def _by_units(operator: Operator) -> Tensor:
+    space = operator.domain
+    result = torch.empty(space.dim, dtype=space.dtype, device=space.device)
+    for where, rows in units(space, chunk_of(operator)):
+        result[where] = operator.apply(rows)[:, where].diagonal()
+    return result
+
+
+def _xdiag(operator: Operator, omega: Tensor, sketch: Sketch) -> DiagonalEstimate:
+    basis, upper, left_out, floor = sketch
+    image = product(operator.T, basis.mT.to(operator.codomain.dtype)).double().mT  # Z = Aᵀ Q
+    dtype = operator.domain.dtype
+    low_rank = (basis * image).sum(1)  # the diagonal of Q Qᵀ A
+    if left_out is None:
+        return DiagonalEstimate(low_rank.to(dtype), torch.full_like(low_rank, floor).to(dtype))
+    taken = basis @ left_out  # what the sketch loses without probe i
+    # diag(Q_i Q_iᵀ A) and ω ⊙ (I - Q_i Q_iᵀ) A ω, with A ω = Q r: only Q s (s·r) is outside
+    rest = omega.double().mT * taken * (left_out * upper).sum(0)
+    value, error = left_out_mean((low_rank.unsqueeze(1) - taken * (image @ left_out) + rest).mT)
+    return DiagonalEstimate(value.to(dtype), error.to(dtype))

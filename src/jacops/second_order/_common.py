@@ -1,0 +1,71 @@
+"""What derivatives by the input share: the samples asked about, and what an answer is held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backends._torch.agreement import size
+from .._backends._torch.nested import Forward
+from .._backends._torch.samples import Samples
+from .._finite import is_finite, where_first
+from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
+from ..trees import Selector, Tree
+
+_SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
+
+
+def samples_of(
+    call: str, model: Any, x: Any, batch_size: int, outputs: Selector, checks: str, fallback: str
+) -> Samples:
+    check_positive("batch_size", batch_size)
+    return Samples(model, x, call=call, outputs=outputs, checks=checks, fallback=fallback)
+
+
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(explain(name, repr(value), "a positive whole number is needed"))
+
+
+def part_of(samples: Samples, where: slice, shift: Sequence[Tensor] | None = None) -> Samples:
+    """Return some of the samples, moved by `shift` if there is one."""
+    runner, values = samples.runner, [v[where] for v in samples.values]
+    for index, change in zip(samples.inputs, shift or (), strict=shift is not None):
+        values[index] = values[index] + change
+    x = samples.input_tree.build(values)
+    return Samples(
+        runner.model, x, call=samples.call, outputs=runner.outputs, checks=samples.checks, fallback=samples.fallback
+    )
+
+
+def output_entries(samples: Samples) -> int:
+    """Return how many numbers the model gives for one sample."""
+    one = [v[:1] if samples.count else v.new_zeros(1, *v.shape[1:]) for v in samples.values]
+    return sum(output.numel() for output in samples.runner.run(one).tape.outputs)
+
+
+def tree_of(forward: Forward) -> Tree:
+    if forward.tree is None:
+        raise NotDifferentiableError(explain("model", "not evaluated", "at least one sample must run"))
+    return forward.tree
+
+
+def check_finite(call: str, blocks: Sequence[Tensor]) -> None:
+    for block in blocks:
+        if not is_finite(block):
+            raise NonFiniteError(f"{call}: in a derivative by the input, {where_first(block)} (first axis: sample).")
+
+
+def check_agreement(call: str, product: Tensor, difference: Tensor, functions: list[str]) -> None:
+    floor = math.sqrt(torch.finfo(product.dtype).eps)
+    error = size(product - difference) / max(size(product), size(difference), floor)
+    if error > _SPOT_TOLERANCE.get(product.dtype, 0.5):
+        raise NotDifferentiableError(
+            f"{call}: the derivative and a central difference of the one before disagree by {error:.1e}, probably "
+            f"because the backward of {', '.join(functions)} drops a second derivative. Write it with differentiable "
+            "operations on ctx.saved_tensors."
+        )
