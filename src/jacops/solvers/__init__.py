@@ -1,0 +1,38 @@
+"""Solvers: frozen recipes that turn an operator and a damping into an inverse, and tell how each solve went."""
+
+from ._auto import Auto
+from ._base import Inverse, Prepared, Solver, inverse, require, solve, solver_of
+from ._cg import CG
+from ._direct import Direct
+from ._ekfac import EKFAC
+from ._judge import Raw
+from ._lissa import LiSSA
+from ._low_rank import Lanczos, Nystrom
+from ._minres import MINRES
+from ._quadrature import Bounds, inverse_quadratic_bounds
+from ._solution import Solution, Status
+from ._system import System
+
+__all__ = [
+    "CG",
+    "EKFAC",
+    "MINRES",
+    "Auto",
+    "Bounds",
+    "Direct",
+    "Inverse",
+    "Lanczos",
+    "LiSSA",
+    "Nystrom",
+    "Prepared",
+    "Raw",
+    "Solution",
+    "Solver",
+    "Status",
+    "System",
+    "inverse",
+    "inverse_quadratic_bounds",
+    "require",
+    "solve",
+    "solver_of",
+]

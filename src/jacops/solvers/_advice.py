@@ -1,0 +1,102 @@
+"""What to do about a solve that failed, in words."""
+
+from __future__ import annotations
+
+from ..operators import Operator
+from ._solution import Solution, Status
+
+_BY_WEIGHT = (
+    Status.NONFINITE_INPUT,
+    Status.NEGATIVE_CURVATURE,
+    Status.SINGULAR,
+    Status.DIVERGED,
+    Status.BREAKDOWN,
+    Status.STAGNATED,
+    Status.MAX_STEPS,
+)
+
+
+def advice(solution: Solution, operator: Operator) -> str:
+    """Return what failed, how far it came, and what to do."""
+    status = next(status for status in _BY_WEIGHT if status in solution.status)
+    first = solution.status.index(status)
+    head = (
+        f"the solve by {solution.method} with damping {solution.damping:g} failed for "
+        f"{sum(s != Status.CONVERGED for s in solution.status)} of {len(solution.status)} right-hand sides "
+        f"({solution.counts}); the first {status} is row {first}, the worst relative residual is {solution.worst:.1e} "
+        f"where {solution.info['tolerance']:.0e} was asked. "
+    )
+    return head + _WORDS[status](solution, operator) + " `on_failure='return'` hands back what was found."
+
+
+def _nonfinite(solution: Solution, operator: Operator) -> str:
+    return f"In `b`, {solution.info['nonfinite']}. Look for the gradient or sample that these rows came from."
+
+
+def _negative(solution: Solution, operator: Operator) -> str:
+    lowest = solution.info.get("lowest_curvature")
+    if lowest is None or not lowest <= 0:
+        return "The operator is not positive definite. Raise `damping`, take the GGN, or use `MINRES()`."
+    needed = solution.damping - lowest
+    return (
+        f"The damped operator is not positive definite: along one direction its curvature is {lowest:.3g}, so that "
+        f"`damping` of more than {needed:.3g} is needed at least. Raise it (try {2 * needed:.1g}), take the GGN "
+        "instead of the Hessian, or, if an indefinite system is meant, use `MINRES()` or `Direct(indefinite=True)`."
+    )
+
+
+def _singular(solution: Solution, operator: Operator) -> str:
+    found = solution.info.get("condition")
+    known = f" (condition number about {found:.1e})" if found is not None else ""
+    wider = "" if _is_double(solution) else " or run the problem in float64"
+    return f"The damped operator is singular to rounding{known}. Raise `damping`{wider}."
+
+
+def _diverged(solution: Solution, operator: Operator) -> str:
+    needed = solution.info.get("scale_needed")
+    rescale = f"Use `scale={needed:.3g}` or more" if needed else "Leave `scale` out, to have it estimated"
+    return f"The series grows: the scale is too small for the operator's largest eigenvalue. {rescale}, or use `CG()`."
+
+
+def _broken(solution: Solution, operator: Operator) -> str:
+    reason = solution.info.get("reason", "numbers stopped being finite")
+    return (
+        f"The iteration broke down: {reason}. Use another preconditioner or none, raise `damping`, or use `Direct()`."
+    )
+
+
+def _stagnated(solution: Solution, operator: Operator) -> str:
+    reach = solution.info["attainable"]
+    level = float(reach[~reach.isnan()].max()) if bool((~reach.isnan()).any()) else 0.0
+    wider = "Raise `damping`" if _is_double(solution) else "Run the problem in float64, raise `damping`"
+    return (
+        f"It no longer improves; the level that rounding allows here is about {level:.1e}. {wider} or ask for a "
+        "`tolerance` above that."
+    )
+
+
+def _unfinished(solution: Solution, operator: Operator) -> str:
+    if "pairs_found" in solution.info:
+        found, asked = solution.info["pairs_found"], solution.info["pairs_asked"]
+        return (
+            f"Only {found} of {asked} eigenpairs converged. Raise `max_steps`, ask for a smaller `rank`, or use `CG()`."
+        )
+    return (
+        f"It took {max(solution.iterations)} steps, as many as were allowed. Raise `max_steps` or `damping`, use a "
+        "preconditioner (`CG(preconditioner='nystrom')`), or `Direct()` where the matrix fits into memory."
+    )
+
+
+_WORDS = {
+    Status.NONFINITE_INPUT: _nonfinite,
+    Status.NEGATIVE_CURVATURE: _negative,
+    Status.SINGULAR: _singular,
+    Status.DIVERGED: _diverged,
+    Status.BREAKDOWN: _broken,
+    Status.STAGNATED: _stagnated,
+    Status.MAX_STEPS: _unfinished,
+}
+
+
+def _is_double(solution: Solution) -> bool:
+    return solution.x.dtype.itemsize == 8

@@ -1,0 +1,156 @@
+"""Auto: chooses a solver by size, structure, damping and the number of right-hand sides, and says why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, explain
+from ..operators import Operator
+from ._base import Prepared, Solver
+from ._cg import CG, PreparedCG, check_options
+from ._direct import Direct
+from ._judge import Raw
+from ._minres import MINRES
+from ._precondition import nystrom
+from ._solution import Status
+from ._structure import MOST_ROWS, congruence, in_memory
+from ._system import System
+
+_MOST_UNKNOWNS = 8192
+_BUDGET = 2**31
+_TOO_FEW = 256  # unknowns, for which a factorisation costs next to nothing
+_LEAST_RANK, _MOST_RANK = 8, 512
+_STEPS = 60  # products for one right-hand side after a sketch; for k together about the root of k times that
+
+
+@final
+@dataclass(frozen=True)
+class Auto(Solver):
+    """Direct where the matrix, or that in the space of rows, is small; else conjugate gradients, or MINRES.
+
+    Costs are counted in products with one row, never timed, so that a choice can be repeated. For a positive operator
+    under damping a Nyström sketch is begun first, and given up where eigenvalues fall too slowly for it to be cheaper
+    than the direct solve; where it takes in all of the spectrum that stands above the damping, conjugate gradients
+    follow. The choice and its reason stand in `info["chosen"]`.
+
+    Attributes:
+        budget: Bytes for dense matrices; 2 GiB by default.
+        indefinite: Take indefinite operators as they are, and do not fail for negative curvature.
+        tolerance: On the relative residual; 1e-8 in float64, 1e-4 in float32.
+    """
+
+    budget: int | None = None
+    indefinite: bool = True
+    tolerance: float | None = None
+
+    def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
+        """Look at the operator.
+
+        Raises:
+            InputError: An option is out of range.
+        """
+        check_options(self.tolerance, None)
+        if self.budget is not None and (isinstance(self.budget, bool) or not self.budget > 0):
+            raise InputError(explain("budget", repr(self.budget), "a positive number of bytes is needed"))
+        return _PreparedAuto(self, System(operator, damping))
+
+
+@final
+class _PreparedAuto(Prepared):
+    def __init__(self, recipe: Auto, system: System) -> None:
+        self.recipe, self.system, self.method = recipe, system, "Auto"
+        self.chosen: Prepared | None = None
+        self.sketched: PreparedCG | None = None
+        self.spent = 0.0
+        self.direct, self.cost, self.why = _direct(recipe, system)
+
+    @property
+    def tolerance(self) -> float:
+        """On the relative residual."""
+        return self.recipe.tolerance or self.system.tolerance
+
+    def _solve(self, rows: Tensor) -> Raw:
+        if self.chosen is None and self.direct is not None:
+            raw = self._attempt(rows)
+            if raw is not None:
+                return raw
+        if self.chosen is None:
+            solver = self.direct if self.direct is not None else self._iterative()
+            self.chosen = self._prepared(solver)
+        return self._run(self.chosen, rows, self.why)
+
+    def _iterative(self) -> Solver:
+        system, tolerance = self.system, self.recipe.tolerance
+        if system.operator.positive or not self.recipe.indefinite:
+            sketched = system.is_positive
+            self.why += "; " + ("positive under damping" if sketched else "indefinite ones are refused")
+            return CG(preconditioner="nystrom" if sketched else None, tolerance=tolerance)
+        self.why += "; not known to be positive"
+        return MINRES(tolerance=tolerance)
+
+    def _attempt(self, rows: Tensor) -> Raw | None:
+        """Try conjugate gradients where a sketch says that they are cheaper than a direct solve."""
+        expected = _STEPS * rows.shape[0] ** 0.5
+        if not self.system.is_positive or self.system.n < _TOO_FEW or self.cost - expected < _LEAST_RANK:
+            return None
+        cg = self.sketched = self.sketched or self._sketch(int(self.cost - expected))
+        if cg.inner.info.get("remainder", math.inf) > 20 * self.system.damping or self.spent > self.cost:
+            self.why += "; conjugate gradients would cost more"
+            return None
+        cg.most = max(1, int(1.5 * self.cost / rows.shape[0]))
+        before = self.system.products
+        why = f"about {expected:.0f} products were expected to do, where a factorisation costs {self.cost:.0f}"
+        raw = self._run(cg, rows, why)
+        self.spent += self.system.products - before
+        size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        good = raw.left is not None and bool((raw.left <= self.tolerance * size).all())
+        if good or Status.NEGATIVE_CURVATURE in raw.failed.values():
+            return raw
+        self.why += "; conjugate gradients did not do"
+        return None
+
+    def _sketch(self, rank: int) -> PreparedCG:
+        system = System(self.system.operator, self.system.damping)
+        inner = nystrom(system, None, min(_MOST_RANK, rank), give_up=True)
+        self.spent = float(system.products)
+        return self._counted(PreparedCG(CG("nystrom", tolerance=self.recipe.tolerance), system, inner))
+
+    def _prepared(self, solver: Solver) -> Prepared:
+        return self._counted(solver.prepare(self.system.operator, self.system.damping))
+
+    def _counted(self, prepared: Any) -> Any:
+        self.system.products += prepared.system.products
+        prepared.system.products = 0
+        return prepared
+
+    def _run(self, prepared: Prepared, rows: Tensor, why: str) -> Raw:
+        raw = prepared._solve(rows)
+        self._counted(prepared)
+        self.method = f"Auto: {prepared.method}"
+        return replace(raw, info={**raw.info, "chosen": f"{prepared.method}: {why}"})
+
+
+def _direct(recipe: Auto, system: System) -> tuple[Solver | None, float, str]:
+    """Return the direct solver that fits, what it costs in products, and why."""
+    operator, n, itemsize = system.operator, system.n, system.dtype.itemsize
+    budget = recipe.budget if recipe.budget is not None else _BUDGET
+    plain = Direct(indefinite=recipe.indefinite, tolerance=recipe.tolerance, dual=False)
+    options: list[tuple[float, Solver, str]] = []
+    if n <= _MOST_UNKNOWNS and 3 * n * n * itemsize <= budget:
+        cost = n / 6 + (0 if in_memory(operator) else n)
+        options.append((cost, plain, f"{n} unknowns fit as a matrix"))
+    found = congruence(operator) if operator.positive else None
+    if found is not None and system.damping + found.shift > 0:
+        m = found.J.shape[0]
+        if m < n and m <= MOST_ROWS and (3 * m * m + m * n) * itemsize <= budget:
+            cost = (m / n) ** 2 * m / 3 + (0 if in_memory(found.J) else m / 3)
+            options.append((cost, replace(plain, dual=True), f"{m} rows are fewer than {n} unknowns"))
+    if not options:
+        return None, float("inf"), f"{n} unknowns are too many for a matrix within {budget / 2**30:.3g} GiB"
+    cost, solver, why = min(options, key=lambda option: option[0])
+    return solver, cost, why

@@ -1,0 +1,253 @@
+r"""Direct: factorise the dense matrix, or, for a congruence with few rows, the one in the space of its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .._backends._torch.surroundings import private_noise
+from ..errors import InputError, explain
+from ..operators import LayerFactors, Matrix, Operator
+from ._base import Prepared, Raw, Solver
+from ._judge import condition_limit
+from ._solution import Status
+from ._structure import Congruence, congruence, damped_dense, dense_of, in_memory, is_symmetric
+from ._system import System, in_double
+
+_EXACT_SPECTRUM = 2048  # up to so many unknowns all eigenvalues are computed to explain a failure
+_DENSE_FACTOR = 2**26  # entries of a factor J that are kept in memory
+
+
+@final
+@dataclass(frozen=True)
+class Direct(Solver):
+    r"""Factorise once, then solve for any number of right-hand sides; refined where the residual asks for it.
+
+    A symmetric matrix takes Cholesky's factorisation, which fails, with a word on the lowest eigenvalue, where the
+    matrix is not positive definite; a general one takes LU. A positive operator written $s J^\top S J$ with fewer rows
+    in $J$ than unknowns, under damping, is solved in the space of rows (Woodbury): $(A + \lambda I)^{-1} =
+    \frac1\lambda (I - J^\top (\lambda I + s S J J^\top)^{-1} s S J)$.
+
+    Attributes:
+        indefinite: Take indefinite matrices too, by a symmetric indefinite factorisation (Bunch and Kaufman, 1977).
+        max_condition: From which condition number on the matrix counts as singular; 1e14 in float64, 1e6 in float32.
+        tolerance: On the relative residual.
+        dual: Solve in the space of rows; by default where that is possible and smaller.
+    """
+
+    indefinite: bool = False
+    max_condition: float | None = None
+    tolerance: float | None = None
+    dual: bool | None = None
+
+    def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
+        """Factorise.
+
+        Raises:
+            InputError: `dual=True`, but the operator is not a positive congruence under damping.
+        """
+        system = System(operator, damping)
+        found = congruence(operator) if operator.positive and self.dual is not False else None
+        found = found if found is not None and damping + found.shift > 0 else None
+        if self.dual and found is None:
+            needed = "`dual=True` needs a positive `J.T @ S @ J` and damping"
+            raise InputError(explain("operator", repr(operator), needed))
+        if found is not None and (self.dual or found.J.shape[0] < system.n):
+            return _Dual(self, system, found)
+        return _Primal(self, system)
+
+
+class _Factorised(Prepared):
+    """What both ways share: refinement, and failing every row where the matrix is singular."""
+
+    method = "direct"
+    norm: float
+    recipe: Direct
+    once: Callable[[Tensor], Tensor]
+
+    def __init__(self, recipe: Direct, system: System) -> None:
+        self.recipe, self.system = recipe, system
+        self.failed: Status | None = None
+        self.info: dict[str, Any] = {}
+        self.dense: Tensor | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """On the relative residual."""
+        return self.recipe.tolerance or self.system.tolerance
+
+    def _judge_condition(self, condition: float) -> None:
+        self.info["condition"] = condition
+        if not condition <= (self.recipe.max_condition or condition_limit(self.system.dtype)):
+            self.failed = self.failed or Status.SINGULAR
+
+    def _solve(self, rows: Tensor) -> Raw:
+        k = rows.shape[0]
+        failed = dict.fromkeys(range(k), self.failed) if self.failed else {}
+        x, left = self._refined(rows)
+        return Raw(x, [0] * k, failed, self.norm, self.info, left=left)
+
+    def _refined(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return solutions and how large their residuals are; None where the operator itself must tell."""
+        x = self.once(rows)
+        if self.failed or not bool(x.isfinite().all()):
+            return x, None
+        size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        left = self._left(x, rows)
+        for _ in range(3):
+            now = torch.linalg.vector_norm(left, dim=1) / size
+            if not bool((now > 0.1 * self.tolerance).any()):
+                break
+            better = x + self.once(left.to(x.dtype))
+            left_then = self._left(better, rows)
+            won = torch.linalg.vector_norm(left_then, dim=1) / size < now
+            x, left = torch.where(won[:, None], better, x), torch.where(won[:, None], left_then, left)
+            if not bool(won.any()):
+                break
+        stands = self._stands_for_operator(x, rows, left)
+        return x, torch.linalg.vector_norm(left, dim=1) if stands else None
+
+    def _stands_for_operator(self, x: Tensor, rows: Tensor, left: Tensor) -> bool:
+        """Hold residuals from the matrix against one from the operator, along a random mixture of all rows."""
+        if self.dense is None:
+            return True  # they come from the operator
+        mix = private_noise(x.new_empty(1, x.shape[0], dtype=torch.float64), 19)
+        wide_x, wide_b = mix @ x.double(), mix @ rows.double()
+        found = self.system.residual(wide_x.to(x.dtype), wide_b.to(x.dtype))
+        off = float((found - mix @ left).norm())
+        rounding = 8 * self.system.eps * (self.norm * float(wide_x.norm()) + float(wide_b.norm()))
+        return off <= max(rounding, 0.1 * self.tolerance * float(wide_b.norm()))
+
+    def _left(self, x: Tensor, rows: Tensor) -> Tensor:
+        if self.dense is None:
+            return self.system.residual(x, rows)
+        return rows.double() - in_double(Matrix(self.dense), x.double())
+
+
+@final
+class _Primal(_Factorised):
+    """The factorised matrix itself."""
+
+    def __init__(self, recipe: Direct, system: System) -> None:
+        super().__init__(recipe, system)
+        self.dense = matrix = damped_dense(system.operator, system.damping)
+        system.products += 0 if in_memory(system.operator) else system.n
+        self.norm = _power(matrix, lambda rows: rows @ matrix.T)
+        self._factorise(matrix)
+
+    def _factorise(self, matrix: Tensor) -> None:
+        if not bool(matrix.isfinite().all()):
+            self.failed, self.info["reason"] = Status.BREAKDOWN, "the matrix holds NaN or Inf"
+            self.once = lambda rows: torch.full_like(rows, math.nan)
+            return
+        operator = self.system.operator
+        if not (operator.symmetric or operator.positive or is_symmetric(matrix)):
+            self._lu(matrix)
+            return
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not int(failed):
+            self.info["factorisation"] = "Cholesky"
+            self.once = lambda rows: torch.cholesky_solve(rows.T, factor).T
+            self._judge_condition(self.norm * _power(matrix, self.once, 4, 8))
+        else:
+            self._not_definite(matrix)
+
+    def _lu(self, matrix: Tensor) -> None:
+        factor, pivots, failed = torch.linalg.lu_factor_ex(matrix)
+        self.info["factorisation"] = "LU"
+        self.once = lambda rows: torch.linalg.lu_solve(factor, pivots, rows.T).T
+        if int(failed):
+            self.failed, self.info["condition"] = Status.SINGULAR, math.inf
+            return
+
+        def both(rows: Tensor) -> Tensor:
+            return torch.linalg.lu_solve(factor, pivots, self.once(rows).T, adjoint=True).T
+
+        gram = _power(matrix, lambda rows: (rows @ matrix.T) @ matrix)
+        self.norm = math.sqrt(gram)
+        self._judge_condition(self.norm * math.sqrt(_power(matrix, both)))
+
+    def _not_definite(self, matrix: Tensor) -> None:
+        lowest = _lowest(matrix, self.norm)
+        singular = abs(lowest) <= self.system.n * self.system.eps * self.norm
+        self.info["lowest_curvature"] = lowest
+        if singular or not self.recipe.indefinite:
+            self.failed = Status.SINGULAR if singular or lowest > 0 else Status.NEGATIVE_CURVATURE
+            self.once = lambda rows: torch.full_like(rows, math.nan)
+            if singular:
+                self.info["condition"] = self.norm / abs(lowest) if lowest else math.inf
+        if self.recipe.indefinite and not singular:
+            factor, pivots, _ = torch.linalg.ldl_factor_ex(matrix)
+            self.info["factorisation"] = "LDL"
+            single = pivots > 0  # a block of two has one eigenvalue of either sign
+            self.info["negative_eigenvalues"] = int((factor.diagonal()[single] < 0).sum() + (~single).sum() // 2)
+            self.once = lambda rows: torch.linalg.ldl_solve(factor, pivots, rows.T.contiguous()).T
+            self._judge_condition(self.norm * _power(matrix, self.once))
+
+
+@final
+class _Dual(_Factorised):
+    """The factorised matrix in the space of the rows of J."""
+
+    method = "direct, in the space of rows"
+
+    def __init__(self, recipe: Direct, system: System, parts: Congruence) -> None:
+        super().__init__(recipe, system)
+        self.parts, self.shift = parts, system.damping + parts.shift
+        m, n = parts.J.shape
+        structured = isinstance(parts.J, LayerFactors)  # its products and inner products are cheaper than rows
+        self.J = dense_of(parts.J) if m * n <= _DENSE_FACTOR and not structured else None
+        system.products += 0 if in_memory(parts.J) else m
+        self.norm = system.norm
+        self.info.update(rows=m, factorisation="Woodbury")
+        self.once = self._woodbury
+        gram = self.J @ self.J.T if self.J is not None else parts.J.gram()
+        inner = parts.scale * (gram if parts.S is None else parts.S._apply(gram).T)
+        inner.diagonal().add_(self.shift)
+        self._factorise(inner)
+        self._judge_condition(self.norm / self.shift if m < n else self.info.get("condition", 1.0))
+
+    def _factorise(self, inner: Tensor) -> None:
+        if self.parts.S is None:
+            factor, failed = torch.linalg.cholesky_ex(inner)
+            self.inner: Callable[[Tensor], Tensor] = lambda rows: torch.cholesky_solve(rows.T, factor).T
+        else:
+            lu, pivots, failed = torch.linalg.lu_factor_ex(inner)
+            self.inner = lambda rows: torch.linalg.lu_solve(lu, pivots, rows.T).T
+        if int(failed):
+            self.failed = Status.SINGULAR if bool(inner.isfinite().all()) else Status.BREAKDOWN
+
+    def _woodbury(self, rows: Tensor) -> Tensor:
+        J, S = self.parts.J, self.parts.S
+        image = J._apply(rows) if self.J is None else rows @ self.J.T
+        image = self.parts.scale * (image if S is None else S._apply(image))
+        inner = self.inner(image)
+        back = J._apply_transpose(inner) if self.J is None else inner @ self.J
+        return (rows - back) / self.shift
+
+
+def _power(like: Tensor, apply: Callable[[Tensor], Tensor], steps: int = 12, several: int = 1) -> float:
+    """Return the norm of a symmetric map from below, by the power method from several starts at once."""
+    rows, found = private_noise(like[:several], 11), 0.0
+    for _ in range(steps if like.shape[0] else 0):
+        rows = apply(rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny))
+        found = max(found, float(rows.double().norm(dim=1).max()))
+        if not math.isfinite(found):
+            return math.inf
+    return found
+
+
+def _lowest(matrix: Tensor, norm: float) -> float:
+    """Return the lowest eigenvalue, or for a large matrix a Rayleigh quotient near it, which is never below it."""
+    if matrix.shape[0] <= _EXACT_SPECTRUM:
+        return float(torch.linalg.eigvalsh(matrix)[0])
+    row = private_noise(matrix[:1], 13)
+    for _ in range(200):
+        row = 1.05 * norm * row - row @ matrix
+        row = row / row.norm()
+    return float((row @ matrix) @ row[0])

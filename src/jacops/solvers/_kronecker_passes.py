@@ -1,0 +1,225 @@
+"""The passes over a problem's data that make a Kronecker-factored curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from .._backends._torch.kronecker import Batch, Gradients, Group
+from .._backends._torch.record import record_model
+from .._backends._torch.surroundings import seeded
+from .._finite import is_finite
+from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
+from ..operators import Operator
+from ..operators._eigen_blocks import Block
+from ..space import Space
+from ._kronecker_sums import Basis, OuterSums, RowSums
+from ._output_curvature import Directions, Given, LossAtOutput
+
+Fisher = Literal["auto", "exact", "monte_carlo", "empirical"]
+_EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one
+_FEW = 32  # samples recorded together where some parameters need a sweep for each
+_SWEEP_ENTRIES = 2**23  # cotangents at all uses that are held at a time
+_KEPT_ENTRIES = 2**23  # what is kept of the first pass for the second
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Gradients of one batch under some cotangents.
+
+    Attributes:
+        gradients: By groups of parameters.
+        factor: With which the batch enters the whole.
+        share: Which part of the batch's cotangents these are.
+    """
+
+    gradients: list[Gradients]
+    factor: float
+    share: float
+
+
+@final
+class Passes:
+    """Gradients of all samples of a problem under cotangents that make up a curvature, the same in every pass.
+
+    Args:
+        problem: A model, a loss and data.
+        fisher: Which curvature.
+        draws: Random cotangents per batch.
+        seed: Of those.
+    """
+
+    def __init__(self, problem: Any, fisher: Fisher, draws: int, seed: int) -> None:
+        self.problem, self.objective = problem, problem.objective
+        self.fisher, self.draws, self.seed = fisher, draws, seed
+        self.groups: tuple[Group, ...] = ()
+        self._begun, self._recorded = False, 0
+
+    def pieces(self, outer_only: bool = False) -> Iterator[Piece]:
+        """Yield batch by batch, some cotangents at a time.
+
+        Args:
+            outer_only: Leave out the parameters whose gradients come as rows.
+
+        Raises:
+            NonFiniteError: An output is NaN or Inf.
+            NotDifferentiableError: A parameter enters batches in different ways.
+        """
+        self._recorded = 0
+        for data in self.problem.batches():
+            yield from self._of_batch(data, outer_only)
+
+    def _of_batch(self, data: Any, outer_only: bool) -> Iterator[Piece]:
+        term, factor = self.problem.term(data)
+        if not factor:
+            return
+        with seeded(self.objective.seed):
+            found = record_model(self.objective.model, data.x, call="EKFAC", parameters=self.objective.picks)
+        at = LossAtOutput(found, term.loss, data.y, data.rows)
+        batch = Batch(at.tape)
+        if batch.tape.trust.refused("pull", "by uses"):
+            batch.distrust()
+        self.groups = self.groups or batch.groups()
+        if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
+            # A sweep for one sample runs through all that were recorded together.
+            for start in range(0, data.rows, _FEW):
+                yield from self._of_batch(data.part(slice(start, start + _FEW)), outer_only)
+            return
+        self._recorded += 1
+        self._check_alike(batch)
+        directions = self._directions(at, term, data)
+        columns = directions.columns
+        size = max(1, min(columns, _SWEEP_ENTRIES // max(1, batch.entries(self.groups))))
+        for start in range(0, columns, size):
+            seeds = directions.chunk(start, min(start + size, columns))
+            gradients = self._confirmed(batch, seeds, outer_only)
+            self._begun = True
+            yield Piece(gradients, factor, seeds.shape[0] / columns)
+
+    def _directions(self, at: LossAtOutput, term: Any, data: Any) -> Directions:
+        if self.fisher == "empirical":
+            return Given(_of_own_labels(at, term, data).unsqueeze(0))
+        hessian = at.hessian()
+        if self.fisher == "exact" or (self.fisher == "auto" and hessian.columns <= _EXACT_UP_TO):
+            return hessian
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self._recorded)
+        drawn = [hessian.draw(generator) for _ in range(self.draws)]
+        return Given(torch.stack(drawn) / math.sqrt(self.draws))
+
+    def _confirmed(self, batch: Batch, seeds: Tensor, outer_only: bool) -> list[Gradients]:
+        """Return gradients that were held against a plain sweep, once for each shape."""
+        trust, route = batch.tape.trust, ("by uses", seeds.shape[0])
+        groups = [g for g in self.groups if not outer_only or g.form in ("outer", "lookup")]
+        found = batch.gradients(groups, seeds)
+        if not trust.needs(*route):
+            return found
+        right = batch.confirmed(groups, seeds, found)
+        if not right and batch.stop_batching():
+            trust.refuse("pull", "batched")
+            found = batch.gradients(groups, seeds)
+            right = batch.confirmed(groups, seeds, found)
+        if not right:
+            _check_finite(groups, found, batch)
+            trust.refuse("pull", "by uses")
+            batch.distrust()
+            self.groups = self.groups if self._begun else batch.groups()
+            self._check_alike(batch)
+            return batch.gradients(self.groups, seeds)
+        trust.remember(*route)
+        return found
+
+    def _check_alike(self, batch: Batch) -> None:
+        misfit = batch.misfit(self.groups)
+        if misfit is not None:
+            raise NotDifferentiableError(
+                f"EKFAC: {batch.tape.domain.names[misfit]} enters batch {self._recorded} in another way than the first "
+                "one, so their statistics cannot be added up. Leave it out with `parameters=`, or use `CG()`."
+            )
+
+
+def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
+    """Return gradients of the samples' own losses by the output, scaled so that their squares make a batch's part."""
+    losses, many = term.losses, data.rows
+    shares = losses.denominators(data.y, many) if losses.reduction == "mean" else torch.ones(many)
+    shares = torch.where(shares > 0, shares, 1.0)  # a sample that is ignored has no loss to divide
+    own = at.gradient(lambda output: (terms := losses.terms(output, data.y, many)).div(shares.to(terms)).sum())
+    if data.weights is not None:
+        return own * data.weights.to(own).sqrt().unsqueeze(1)
+    return own / math.sqrt(many) if losses.reduction == "mean" else own
+
+
+def _check_finite(groups: Sequence[Group], found: Sequence[Gradients], batch: Batch) -> None:
+    for group, own in zip(groups, found, strict=True):
+        parts = [own] if isinstance(own, Tensor) else [side for use in own for side in (use.left, use.right)]
+        if not all(is_finite(part) for part in parts):
+            name = batch.tape.domain.names[group.leaves[0]]
+            raise NonFiniteError(f"EKFAC: in the gradients by {name}, some are NaN or Inf. Look at the data.")
+
+
+def check_source(operator: Operator) -> None:
+    """Refuse an operator that does not lead to a torch model with a loss and data.
+
+    Raises:
+        InputError: It does not.
+    """
+    objective = getattr(getattr(operator, "problem", None), "objective", None)
+    if not all(hasattr(objective, name) for name in ("model", "losses", "picks")):
+        raise InputError(
+            explain(
+                "operator",
+                f"{operator!r}",
+                "EKFAC looks into the layers of a torch model, so the curvature of a Problem is needed",
+                "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`.",
+            )
+        )
+
+
+def estimated(passes: Passes, space: Space, corrected: bool, exact_up_to: int, basis: Basis) -> tuple[Block, ...]:
+    """Return the curvature by blocks.
+
+    Args:
+        passes: The data.
+        space: The parameters.
+        corrected: Find the eigenvalues by a second pass.
+        exact_up_to: Largest parameter outside Kronecker form that is kept exactly.
+        basis: How Kronecker factors are made.
+    """
+    kept: list[Piece] = []
+    sums: list[OuterSums | RowSums] = []
+    room = _KEPT_ENTRIES
+    for piece in passes.pieces():
+        sums = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
+        _add(sums, piece)
+        outer_part = [own for own in piece.gradients if isinstance(own, list)]
+        room -= sum(use.left.numel() + use.right.numel() for own in outer_part for use in own)
+        kept = [*kept, Piece(list(outer_part), piece.factor, piece.share)] if room >= 0 else []
+    outer = [own for own in sums if isinstance(own, OuterSums)]
+    for own in outer:
+        own.settle()
+    if corrected and outer:
+        for piece in kept if room >= 0 else passes.pieces(outer_only=True):
+            for own, gradients in zip(outer, piece.gradients, strict=True):
+                if isinstance(gradients, list):
+                    own.correct(gradients, piece.factor)
+    return tuple(own.block() for own in sums)
+
+
+def _sums(group: Group, space: Space, exact_up_to: int, basis: Basis) -> OuterSums | RowSums:
+    where = tuple(space.slices[i] for i in group.leaves)
+    name, shape = space.names[group.leaves[0]], space.shapes[group.leaves[0]]
+    if group.form in ("outer", "lookup"):
+        return OuterSums(where, name, group.turned, shape[0] if group.form == "lookup" else None, basis)
+    return RowSums(where, name, shape.numel() <= exact_up_to)
+
+
+def _add(sums: list[OuterSums | RowSums], piece: Piece) -> None:
+    for own, gradients in zip(sums, piece.gradients, strict=True):
+        if isinstance(own, OuterSums) and isinstance(gradients, list):
+            own.add(gradients, piece.factor, piece.share)
+        elif isinstance(own, RowSums) and isinstance(gradients, Tensor):
+            own.add(gradients, piece.factor)

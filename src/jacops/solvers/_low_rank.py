@@ -1,0 +1,163 @@
+"""Low rank: the inverse from a few directions, and the damping's on all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .._lanczos import Lanczos as Krylov
+from ..errors import InputError, NonFiniteError, explain
+from ..operators import Operator
+from ._base import Prepared, Solver
+from ._judge import Raw
+from ._sketch import sketch
+from ._solution import Status
+from ._system import System, check_symmetric
+
+_CHECK_EVERY = 5
+
+
+@final
+@dataclass(frozen=True)
+class Lanczos(Solver):
+    r"""The leading eigenpairs, by Lanczos's iteration with full reorthogonalisation (Schioppa et al., 2022: "Arnoldi").
+
+    $(A + \lambda I)^{-1} b \approx V (\Theta + \lambda)^{-1} V^\top b + (b - V V^\top b) / \lambda$. The second term,
+    which others leave out, is where the inverse is largest; it makes the answer exact for operators of that rank.
+    Without damping it is left out, and the answer is that of the pseudo-inverse. The answer approximates by design:
+    it counts as converged if the eigenpairs have, and the residual says how far it is.
+
+    Attributes:
+        rank: Number of eigenpairs, of largest magnitude.
+        max_steps: At most so many Lanczos steps; by default four for each pair and at least forty more.
+        tolerance: On the residual of an eigenpair, relative to the largest eigenvalue; 1e-7, or 1e-4 in float32.
+        indefinite: Take negative curvature as it is, and do not fail for it.
+        seed: Of the start.
+    """
+
+    rank: int = 32
+    max_steps: int | None = None
+    tolerance: float | None = None
+    indefinite: bool = False
+    seed: int = 0
+
+    def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
+        """Find the eigenpairs.
+
+        Raises:
+            InputError: The operator is not symmetric, or an option is out of range.
+        """
+        _check_rank(self.rank)
+        system = System(operator, damping)
+        check_symmetric(system, "Lanczos")
+        rank = min(self.rank, system.n)
+        most = min(system.n, self.max_steps or 4 * rank + 40)
+        if system.n == 0:
+            return _PreparedLowRank("Lanczos", system, system.zeros(0, 0), system.zeros(0), None, {}, self.indefinite)
+        krylov = Krylov(system.undamped, system.noise(1, self.seed)[None], most, self.seed + 1)
+        tolerance = self.tolerance or (1e-7 if system.dtype == torch.float64 else 1e-4)
+        info: dict[str, Any] = {"pairs_asked": rank, "pairs_found": 0}
+        try:
+            values, basis = _pairs(krylov, rank, tolerance, info)
+        except NonFiniteError as error:
+            failed, values, basis = Status.BREAKDOWN, system.zeros(0), system.zeros(0, system.n)
+            info["reason"] = str(error)
+        else:
+            failed = None if info["pairs_found"] >= rank else Status.MAX_STEPS
+        return _PreparedLowRank("Lanczos", system, basis, values, failed, info, self.indefinite)
+
+
+def _pairs(krylov: Krylov, rank: int, tolerance: float, info: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of largest magnitude and their vectors as rows, and count those that converged."""
+    steps, n = 0, krylov.basis.shape[2]
+    values = coefficients = leading = torch.zeros(0, dtype=torch.long)
+    while krylov.room:
+        krylov.step()
+        steps += 1
+        if krylov.room and (steps < rank or steps % _CHECK_EVERY):
+            continue
+        values, coefficients, residuals = (part[0] for part in krylov.ritz())
+        leading = values.abs().argsort(descending=True)[:rank]
+        largest = float(values.abs().max())
+        small = residuals[leading] <= tolerance * largest
+        info["pairs_found"] = len(leading) if steps == n else int(small.sum())
+        # a space that closed on itself says nothing of what lies outside
+        if info["pairs_found"] >= rank and not bool((residuals <= 1e-3 * tolerance * largest).all()):
+            break
+    basis = krylov.vectors(coefficients[None, leading])[0]
+    return values[leading].to(basis), basis
+
+
+@final
+@dataclass(frozen=True)
+class Nystrom(Solver):
+    r"""A randomised sketch of a positive operator (Frangella, Tropp and Udell, 2023), with the complement's term.
+
+    Attributes:
+        rank: Of the sketch; by default it doubles until the smallest eigenvalue is at most a tenth of the damping.
+        max_rank: Where it is found.
+        seed: Of the sketch.
+    """
+
+    rank: int | None = None
+    max_rank: int = 512
+    seed: int = 0
+
+    def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
+        """Sketch.
+
+        Raises:
+            InputError: The operator is not symmetric, or an option is out of range.
+        """
+        _check_rank(1 if self.rank is None else self.rank)
+        system = System(operator, damping)
+        check_symmetric(system, "Nystrom")
+        found = sketch(system, self.rank, self.max_rank, self.seed, ratio=0.1)
+        failed, info = None, {"rank": found.rank}
+        if found.lowest is not None and found.lowest < 0:
+            failed, info = Status.NEGATIVE_CURVATURE, {"lowest_curvature": found.lowest + damping}
+        elif found.lowest is not None:
+            failed, info = Status.BREAKDOWN, {"reason": "a product is not finite"}
+        return _PreparedLowRank("Nystrom", system, found.basis, found.values, failed, info, False)
+
+
+@final
+class _PreparedLowRank(Prepared):
+    """Directions as rows, what the operator does along them, and damping on all others."""
+
+    def __init__(
+        self, method: str, system: System, basis: Tensor, values: Tensor, failed: Any, info: Any, indefinite: bool
+    ) -> None:
+        self.method, self.system, self.basis = method, system, basis
+        damped = values + system.damping
+        largest = float(damped.abs().max()) if len(damped) else 0.0
+        noise = system.n**0.5 * system.eps * largest
+        self.norm, self.failed = largest, failed
+        self.info = {"rank": len(values), **info}
+        if len(damped) and float(damped.min()) < -noise:
+            self.info["lowest_curvature"] = float(damped.min())
+            if not indefinite:
+                self.failed = Status.NEGATIVE_CURVATURE
+        flat = damped.abs() <= noise
+        if system.damping and bool(flat.any()) and largest > 0:
+            self.failed = self.failed or Status.SINGULAR
+        self.inverse = torch.where(flat, 0.0, 1 / damped)
+
+    def _solve(self, rows: Tensor) -> Raw:
+        k = rows.shape[0]
+        inside = rows @ self.basis.T
+        x = (inside * self.inverse) @ self.basis
+        if self.system.damping:
+            rest = rows - inside @ self.basis
+            rest = rest - (rest @ self.basis.T) @ self.basis
+            x = x + rest / self.system.damping
+        failed = dict.fromkeys(range(k), self.failed) if self.failed else {}
+        return Raw(x, [0] * k, failed, self.norm or None, self.info, approximate=True)
+
+
+def _check_rank(rank: Any) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise InputError(explain("rank", repr(rank), "a positive integer is needed"))

@@ -1,0 +1,91 @@
+"""Iterate, look at the true residual, and iterate on that: what recurrences claim is never taken on trust."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._judge import Raw
+from ._solution import Status
+from ._system import System
+
+_ROUNDS = 5
+
+
+@dataclass(eq=False)
+class Course:
+    """What one run of an iteration from zero did.
+
+    Attributes:
+        x: Where it came to, `(k, n)`.
+        steps: Steps per row.
+        failed: Rows that failed and how.
+        norm: The largest stretch that it saw, a lower bound of the operator's norm.
+        lowest: The lowest curvature that it saw, an upper bound of the lowest eigenvalue; None if none.
+        reason: Why it broke down, if it did.
+    """
+
+    x: Tensor
+    steps: list[int]
+    failed: dict[int, Status] = field(default_factory=dict)
+    norm: float = 0.0
+    lowest: float | None = None
+    reason: str = ""
+
+
+def refined(
+    system: System, rows: Tensor, tolerance: float, most: int, run: Callable[[Tensor, Tensor, int], Course]
+) -> Raw:
+    """Run an iteration on the residual until that is small or no longer halves (iterative refinement).
+
+    Args:
+        system: The equations.
+        rows: Right-hand sides, `(k, n)`.
+        tolerance: On the relative residual.
+        most: Steps per row altogether.
+        run: Iterates from zero on right-hand sides, to residuals of norm `goals` per row, in at most so many steps.
+    """
+    k = rows.shape[0]
+    x, left = torch.zeros_like(rows), rows.to(torch.float64, copy=True)
+    size = torch.linalg.vector_norm(left, dim=1)
+    goals, now = tolerance * size, size.clone()
+    steps, failed = [0] * k, {}
+    info: dict[str, Any] = {}
+    norm = 0.0
+    todo = torch.arange(k, device=rows.device)
+    for round in range(_ROUNDS):
+        # residuals are run at the size of right-hand sides, so that squares do not underflow
+        ratio = (size / now)[todo, None]
+        course = run((left[todo] * ratio).to(x.dtype), goals[todo] * ratio[:, 0], most - max(steps))
+        norm = max(norm, course.norm)
+        if course.lowest is not None:
+            info["lowest_curvature"] = min(course.lowest, info.get("lowest_curvature", course.lowest))
+        if course.reason:
+            info["reason"] = course.reason
+        better = x[todo] + (course.x / ratio).to(x.dtype)
+        left_then = system.residual(better, rows[todo])
+        then = torch.linalg.vector_norm(left_then, dim=1)
+        won = then < now[todo]
+        halved = then <= 0.5 * now[todo]
+        kept = won | (round == 0)
+        x[todo] = torch.where(kept[:, None], better, x[todo])
+        left[todo] = torch.where(kept[:, None], left_then, left[todo])
+        now[todo] = torch.where(kept, then, now[todo])
+        for i, row in enumerate(todo.tolist()):
+            steps[row] += course.steps[i]
+            if i in course.failed and (round == 0 or course.failed[i] == Status.NEGATIVE_CURVATURE):
+                failed[row] = course.failed[i]
+        goals = goals.maximum(system.eps * norm * torch.linalg.vector_norm(x, dim=1, dtype=torch.float64))
+        again = [
+            row
+            for row, good in zip(todo.tolist(), halved.tolist(), strict=True)
+            if good and row not in failed and float(now[row]) > float(goals[row]) and steps[row] < most
+        ]
+        todo = torch.tensor(again, dtype=torch.long, device=rows.device)
+        if not again:
+            break
+    return Raw(x, steps, failed, norm or None, info, left=now)
