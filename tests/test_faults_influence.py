@@ -30,7 +30,6 @@ from jacops.errors import (
     DataError,
     InputError,
     InputTypeError,
-    JacopsError,
     ModelStateError,
     NonFiniteError,
     NotDifferentiableError,
@@ -303,10 +302,21 @@ def test_d6_a_sum_that_passes_for_a_mean_is_found_out():
 @pytest.mark.parametrize(
     "loss", [nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0]).double()), nn.CrossEntropyLoss(ignore_index=1)]
 )
-def test_d6_a_mean_with_another_denominator_than_the_rows_is_found_out(loss: nn.Module):
+def test_d6_a_mean_with_another_denominator_than_the_rows_is_divided_by_it(loss: nn.Module):
     model, x, labels = small_net(), draw(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
-    with pytest.raises(JacopsError, match="reduction|NaN"):
-        compute_influences(TorchTwiceDifferentiable(model, loss), batches(x, labels, 3, 3), damping=20.0)
+    whole = oracle.hessian(model, loss, x, labels) + 20 * torch.eye(26).double()
+    for sizes in ((6,), (3, 3), (1, 5), (1, 1, 1, 1, 1, 1)):
+        data = batches(x, labels, *sizes)
+        found = compute_influence_factors(TorchTwiceDifferentiable(model, loss), data, data, damping=20.0)
+        own = [nn.functional.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]) for i in range(6)]
+        ignored = getattr(loss, "ignore_index", -100)
+        rows = [
+            torch.zeros(26).double()
+            if int(label) == ignored
+            else torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+            for value, label in zip(own, labels, strict=True)
+        ]
+        close(found.x, torch.linalg.solve(whole, torch.stack(rows).T).T)
 
 
 # D9: the order of a loader
@@ -829,7 +839,7 @@ def test_refusals_arguments_out_of_range_are_named():
         ({"damping": float("inf")}, "`damping` is inf"),
         ({"damping": "0.1"}, "`damping` is '0.1'"),
         ({"damping": True}, "`damping` is True"),
-        ({"curvature": "fisher"}, "`curvature` is 'fisher'.*'hessian', 'ggn'"),
+        ({"curvature": "newton"}, "`curvature` is 'newton'.*'hessian', 'ggn'"),
         ({"on_failure": "ignore"}, "`on_failure` is 'ignore'.*'raise', 'return'"),
     ):
         with pytest.raises(InputError, match=said):
@@ -849,11 +859,11 @@ def test_refusals_a_singular_or_indefinite_system_carries_its_solution_and_advic
         one = [(draw(1, 2, seed=seed), draw(1, 1, seed=seed))]
         with pytest.raises(SolveError, match="singular.*damping") as error:
             compute_influences(case.wrapped(), one, test_data=[(case.test_x, case.test_y)])
-        assert error.value.solution.info["status"] == "singular"
+        assert set(error.value.solution.status) == {"singular"}
     indefinite = case.wrapped(lambda output, y: -((output - y) ** 2).mean())
-    with pytest.raises(SolveError, match="negative_curvature.*Raise `damping`") as error:
+    with pytest.raises(SolveError, match="negative_curvature.*`damping`") as error:
         compute_influences(indefinite, [(draw(5, 2), draw(5, 1))], damping=0.01)
-    assert error.value.solution.info["lowest_eigenvalue"] < 0
+    assert error.value.solution.info["lowest_curvature"] < 0
     kept = compute_influence_factors(case.wrapped(), data, data, on_failure="return")
     assert kept.info["status"] == "singular"
     assert not kept.info["converged"]

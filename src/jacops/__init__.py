@@ -25,9 +25,30 @@ from .errors import (
     NonFiniteError,
     NotDifferentiableError,
     SolveError,
+    StoreBusyError,
+    StoreDamagedError,
+    StoreError,
+    StoreFileError,
+    StoreIncompleteError,
+    StoreMismatchError,
 )
-from .estimators import diagonal, trace
+from .estimators import (
+    DiagonalEstimate,
+    Eigenpairs,
+    Estimate,
+    SpectralDensity,
+    SpectralNorm,
+    diagonal,
+    effective_dimension,
+    eigenpairs,
+    norm,
+    spectral_density,
+    spectral_norm,
+    trace,
+)
 from .extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
+from .extras.store import Grid, Store, StoredRun, read_store
+from .fisher import fisher
 from .influence import (
     DataLoaderType,
     InfluenceFactors,
@@ -45,9 +66,28 @@ from .influence import (
 )
 from .jacobians import compute_jacobian, full_jacobian, modjac
 from .least_squares import LeastSquaresResult, gauss_newton, levenberg_marquardt
-from .operators import Diagonal, Identity, Matrix, Operator
-from .per_sample import empirical_fisher, sample_gradients
+from .operators import Diagonal, Identity, LayerFactors, Matrix, Operator
+from .per_sample import empirical_fisher, sample_gradients, sample_jacobians
+from .planning import Plan, Route, plan
+from .problem import Problem
 from .products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
+from .second_order import directional_derivative, input_hessian, laplacian
+from .solvers import (
+    CG,
+    EKFAC,
+    MINRES,
+    Auto,
+    Direct,
+    Lanczos,
+    LiSSA,
+    Nystrom,
+    Solution,
+    Solver,
+    Status,
+    inverse,
+    inverse_quadratic_bounds,
+    solve,
+)
 from .space import Space
 from .sparsity import (
     Pattern,
@@ -62,11 +102,19 @@ from .sparsity import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
+    "CG",
     "Chart",
     "Contributions",
     "DataError",
     "DataLoaderType",
     "Diagonal",
+    "DiagonalEstimate",
+    "Direct",
+    "EKFAC",
+    "Eigenpairs",
+    "Estimate",
+    "Grid",
     "Identity",
     "InfluenceFactors",
     "Influences",
@@ -76,7 +124,11 @@ __all__ = [
     "JacobianVerification",
     "JacopsError",
     "JacopsWarning",
+    "Lanczos",
+    "LayerFactors",
     "LeastSquaresResult",
+    "LiSSA",
+    "MINRES",
     "Matrix",
     "MemoryBudgetError",
     "MissingExtraError",
@@ -84,17 +136,34 @@ __all__ = [
     "ModelType",
     "NonFiniteError",
     "NotDifferentiableError",
+    "Nystrom",
     "Operator",
     "Pattern",
+    "Plan",
+    "Problem",
     "Projection",
+    "Route",
     "SE2",
     "SE3",
     "SO2",
     "SO3",
+    "Solution",
     "SolveError",
+    "Solver",
     "Space",
     "SparseJacobian",
     "SparsePlan",
+    "SpectralDensity",
+    "SpectralNorm",
+    "Status",
+    "Store",
+    "StoreBusyError",
+    "StoreDamagedError",
+    "StoreError",
+    "StoreFileError",
+    "StoreIncompleteError",
+    "StoreMismatchError",
+    "StoredRun",
     "TensorType",
     "TensorUtilities",
     "TorchTensorUtilities",
@@ -109,28 +178,54 @@ __all__ = [
     "contributions",
     "detect_pattern",
     "diagonal",
+    "directional_derivative",
+    "effective_dimension",
+    "eigenpairs",
     "empirical_fisher",
+    "fisher",
     "full_jacobian",
     "gauss_newton",
     "ggn",
     "ggnvp",
     "hessian",
     "hvp",
+    "input_hessian",
+    "inverse",
+    "inverse_quadratic_bounds",
     "jacobian",
     "jvp",
+    "laplacian",
     "levenberg_marquardt",
     "model_jvp",
     "model_vjp",
     "modjac",
+    "norm",
     "pca_projection",
+    "plan",
     "project_jacobian",
+    "read_store",
     "reduce_contributions",
     "sample_gradients",
+    "sample_jacobians",
     "samples_apart",
     "self_influences",
+    "solve",
     "sparse",
     "sparse_plan",
+    "spectral_density",
+    "spectral_norm",
     "trace",
     "verify_jacobian",
     "vjp",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Load what needs JAX (extra `jax`) when it is asked for."""
+    if name not in ("JaxTensorUtilities", "JaxTwiceDifferentiable"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from .influence import _jax
+    except ModuleNotFoundError:
+        raise MissingExtraError("jax", "jax") from None
+    return getattr(_jax, name)

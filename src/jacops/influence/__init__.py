@@ -1,6 +1,7 @@
 """Influence: "which training point moved this prediction?" and the twice-differentiable interface it rests on."""
 
-from ._influences import InfluenceFactors, Influences, compute_influence_factors, compute_influences, self_influences
+from ._influences import compute_influence_factors, compute_influences, self_influences
+from ._result import InfluenceFactors, Influences
 from ._torch import TorchTensorUtilities, TorchTwiceDifferentiable
 from ._twice_differentiable import (
     DataLoaderType,

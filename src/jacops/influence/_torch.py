@@ -16,6 +16,7 @@ from .._finite import check_finite, check_vector
 from .._progress import track
 from ..derivatives import gradient_tape, hessian, record_loss
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain
+from ..objective import TorchObjective
 from ._twice_differentiable import TensorUtilities, TwiceDifferentiable
 
 _ORIGIN = "_jacops_private_inputs"
@@ -50,6 +51,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
                     "Call `.requires_grad_()` on some.",
                 )
             )
+
+    @property
+    def objective(self) -> TorchObjective:
+        """Model and loss, as problems over data take them."""
+        return TorchObjective(self.model, self.loss)
 
     @property
     def parameters(self) -> list[Tensor]:

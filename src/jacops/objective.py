@@ -1,0 +1,378 @@
+"""Objective: a model with its loss, differentiated one batch at a time; the seam between frameworks.
+
+Everything above it (problems, influence) speaks torch tensors and operators, whatever the model is written in.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ._backends._torch.replica import bare, parameter_names
+from ._backends._torch.row_losses import Reduction, RowLosses, weighted
+from ._backends._torch.surroundings import seeded, sweeping
+from ._digests import digest_function, digest_module
+from ._finite import check_finite
+from .data import Batch, rows_of
+from .derivatives import Loss, ggn, gradient_tape, hessian, jacobian, record_loss, trainable
+from .errors import InputError, InputTypeError, explain
+from .fisher import Kind, fisher
+from .operators import Operator
+from .per_sample import Randomness, checked_seed, refuse_mixing_modules, sample_gradients, sample_jacobians
+from .space import Space
+
+Picks = str | Sequence[str] | Callable[[str, Tensor], bool] | None
+
+
+class Objective(ABC):
+    """A model with its loss, one batch at a time.
+
+    Attributes:
+        reduction: How the loss reduces a batch.
+        convex: The loss is known to be convex in the model's output.
+    """
+
+    reduction: Reduction = "mean"
+    convex: bool = False
+
+    @property
+    @abstractmethod
+    def space(self) -> Space:
+        """The parameters that are differentiated."""
+
+    @property
+    @abstractmethod
+    def parameters_total(self) -> int:
+        """Entries of all the model's parameters, differentiated or not."""
+
+    @abstractmethod
+    def point(self) -> Tensor:
+        """Return the parameters as they are, `(P,)`."""
+
+    @abstractmethod
+    def value(self, x: Any, y: Any) -> float:
+        """Return the loss of a batch."""
+
+    @abstractmethod
+    def gradient(self, x: Any, y: Any) -> Tensor:
+        """Return its gradient `(P,)`."""
+
+    @abstractmethod
+    def hessian(self, x: Any, y: Any) -> Operator:
+        """Return the Hessian of a batch's loss, symmetric on the parameters."""
+
+    @abstractmethod
+    def ggn(self, x: Any, y: Any) -> Operator:
+        """Return the generalised Gauss-Newton matrix of a batch's loss."""
+
+    @abstractmethod
+    def sample_gradients(self, x: Any, y: Any) -> Operator:
+        """Return `(n, P)`, row i the gradient of the loss of sample i alone."""
+
+    @abstractmethod
+    def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
+        """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input."""
+
+    def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
+        """Return the output Jacobian `(n * K, P)`, and each sample's loss's gradient `(n, K)` and Hessian `(n, K, K)`.
+
+        Raises:
+            InputError: This framework has none.
+        """
+        raise InputError(explain("leverage", True, f"{type(self).__name__} has no leverage correction"))
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a digest of weights, buffers and names."""
+
+    def fisher(self, kind: str, x: Any, y: Any, seed: int = 0) -> Operator:
+        """Return a Fisher matrix of a batch, by its kind as `jacops.fisher` names them.
+
+        Raises:
+            InputError: This framework has none.
+        """
+        raise InputError(explain("curvature", repr(kind), f"{type(self).__name__} has 'hessian' and 'ggn'"))
+
+    def check_state(self) -> None:  # noqa: B027 - most frameworks have no modes
+        """Refuse a model whose mode makes per-sample quantities ill-posed."""
+
+    def changed(self, **options: Any) -> Objective:
+        """Return the objective with other options.
+
+        Raises:
+            InputError: This framework has no such options.
+        """
+        raise InputError(explain(next(iter(options)), "given", f"{type(self).__name__} has no such option"))
+
+    def denominators(self, y: Any, rows: int) -> Tensor:
+        """Return what each row adds to the denominator of a mean, `(rows,)`."""
+        return torch.ones(rows, dtype=torch.float64)
+
+    def weighted(self, weights: Tensor) -> Objective:
+        """Return the objective whose batch loss is the sum of its rows' numerators times `weights`.
+
+        Raises:
+            InputError: This framework has no weights.
+        """
+        raise InputError(explain("weights", "given", f"{type(self).__name__} takes data without sample weights"))
+
+
+class TorchObjective(Objective):
+    """A torch model with its loss.
+
+    Args:
+        model: A module, differentiated as it stands.
+        loss: `loss(output, y)`, one number; or a torch loss with `reduction="none"`, of which the mean is taken.
+        parameters: Which parameters: None takes those that require grad; name patterns (`"*.lora_*"`), one or
+            several, or a function of name and parameter pick others.
+        reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean.
+        randomness: As in `sample_gradients`.
+        seed: As in `sample_gradients`.
+
+    Raises:
+        InputError: A pattern fits no parameter; the message names the nearest names.
+        InputTypeError: `loss` is not callable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        parameters: Picks = None,
+        reduction: Reduction | None = None,
+        randomness: Randomness = "error",
+        seed: int | None = None,
+    ) -> None:
+        if not callable(loss):
+            raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+        if reduction not in (None, "mean", "sum"):
+            raise InputError(explain("reduction", repr(reduction), "one of ('mean', 'sum') is needed"))
+        self._options = {"parameters": parameters, "reduction": reduction, "randomness": randomness, "seed": seed}
+        self.model, self.losses = model, RowLosses(loss, reduction)
+        self.loss = self.losses.scalar
+        self.reduction, self.convex = self.losses.reduction, self.losses.convex
+        self.picks = picked(parameters, list(parameter_names(bare(model)))) or trainable
+        self.randomness: Randomness = randomness
+        self.seed = checked_seed(randomness, seed)
+
+    @property
+    def space(self) -> Space:
+        """The parameters that are differentiated."""
+        return self._space
+
+    @cached_property
+    def _space(self) -> Space:
+        chosen = {n: p for n, p in parameter_names(bare(self.model)).items() if self.picks(n, p)}
+        return Space.of(chosen.values(), chosen)
+
+    @property
+    def parameters_total(self) -> int:
+        """Entries of all the model's parameters."""
+        return sum(p.numel() for p in parameter_names(bare(self.model)).values())
+
+    def changed(self, *, loss: Loss | None = None, **options: Any) -> TorchObjective:
+        """Return the objective with other options, or with another loss."""
+        return TorchObjective(self.model, loss or self.losses.loss, **{**self._options, **options})
+
+    def point(self) -> Tensor:
+        """Return the parameters as they are, `(P,)`."""
+        named = parameter_names(bare(self.model))
+        return self.space.join([named[name].detach().unsqueeze(0) for name in self.space.names])[0]
+
+    def check_state(self) -> None:
+        """Refuse modules that make per-sample quantities ill-posed in train mode.
+
+        Raises:
+            ModelStateError: The message names the module.
+        """
+        refuse_mixing_modules(self.model, random=self.seed is None)
+
+    def denominators(self, y: Any, rows: int) -> Tensor:
+        """Return what each row adds to the denominator of a mean: 1, or the weights of its targets."""
+        return self.losses.denominators(y, rows)
+
+    def weighted(self, weights: Tensor) -> TorchObjective:
+        """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
+        other = copy.copy(self)
+        other.loss, other.reduction = weighted(self.losses, weights), "sum"
+        return other
+
+    def value(self, x: Any, y: Any) -> float:
+        """Return the loss of a batch."""
+        with seeded(self.seed):
+            found = record_loss(self.model, self.loss, x, y, "influence", parameters=self.picks)
+        return float(found.tape.outputs[0].detach())
+
+    def gradient(self, x: Any, y: Any) -> Tensor:
+        """Return the gradient `(P,)` of a batch's loss."""
+        with seeded(self.seed):
+            tape = record_loss(self.model, self.loss, x, y, "gradient", parameters=self.picks).tape
+        rows = tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)])
+        check_finite("gradient", rows, tape.domain.names, tape)
+        return tape.domain.join(rows)[0].detach()
+
+    def hessian(self, x: Any, y: Any) -> Operator:
+        """Return the Hessian of a batch's loss."""
+        with seeded(self.seed):
+            return hessian(self.model, self.loss, x, y, parameters=self.picks)
+
+    def ggn(self, x: Any, y: Any) -> Operator:
+        """Return the generalised Gauss-Newton matrix of a batch's loss."""
+        with seeded(self.seed):
+            return ggn(self.model, self.loss, x, y, parameters=self.picks)
+
+    def fisher(self, kind: str, x: Any, y: Any, seed: int = 0) -> Operator:
+        """Return a Fisher matrix of a batch, the mean over its rows.
+
+        Raises:
+            InputError: There is no such kind.
+        """
+        drawn = {"seed": seed} if kind == "monte_carlo" else {}
+        with seeded(self.seed):
+            part = fisher(self.model, self.losses.loss, x, y, kind=cast(Kind, kind), parameters=self.picks, **drawn)
+        told = getattr(self.losses.loss, "reduction", "mean") == "sum"
+        return float(rows_of(x)) * part if self.reduction == "sum" and not told else part
+
+    def sample_gradients(self, x: Any, y: Any) -> Operator:
+        """Return the gradients of the rows' own losses, `(n, P)`."""
+        return sample_gradients(
+            self.model, self.losses.loss, x, y, randomness=self.randomness, seed=self.seed, parameters=self.picks
+        )
+
+    def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
+        """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input.
+
+        All samples share the sweeps where one sample, taken alone, gives what it gives in the batch.
+
+        Raises:
+            InputError: `x` is not one floating-point tensor.
+            NotDifferentiableError: There is no second derivative.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            came = f"of dtype {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise InputError(explain("x", came, "perturbations need one floating-point tensor"))
+        batch, many = Batch(x, y, x.shape[0]), x.shape[0]
+        if many == 0:
+            return rows.new_zeros(rows.shape[0], *x.shape)
+        last = batch.part(slice(many - 1, many))
+        alone = self._mixed_once(last, rows)
+        if many > 1 and rows.shape[0]:
+            found = self._mixed_once(batch, rows)
+            scale = float(alone.abs().max()) + float(found.abs().max())
+            if float((found[:, -1:] - alone).abs().max()) <= 1e3 * torch.finfo(x.dtype).eps * scale:
+                return found
+        return torch.cat([*(self._mixed_once(batch.part(slice(i, i + 1)), rows) for i in range(many - 1)), alone], 1)
+
+    def _mixed_once(self, batch: Batch, rows: Tensor) -> Tensor:
+        losses, many = self.losses, batch.rows
+        shares = losses.denominators(batch.y, many) if self.reduction == "mean" else torch.ones(many)
+        shares = torch.where(shares > 0, shares, 1.0).to(batch.x)  # a row that is ignored has no loss to divide
+
+        def own(output: Any, y: Any) -> Tensor:
+            return (losses.terms(output, y, many) / shares).sum()
+
+        with seeded(self.seed):
+            found = record_loss(self.model, own, batch.x, batch.y, "mixed", parameters=self.picks)
+        gradient = gradient_tape(found, "mixed")
+        leaf = next(leaf for given, leaf in found.inputs.values() if given is batch.x)
+        with sweeping(leaf):
+            flat = gradient.domain.join([g.unsqueeze(0) for g in gradient.outputs])[0]
+            parts = (
+                [
+                    torch.autograd.grad(flat, leaf, row, retain_graph=True, materialize_grads=True)[0].detach()
+                    for row in rows
+                ]
+                if flat.requires_grad
+                else [torch.zeros_like(leaf) for _ in rows]
+            )
+        return torch.stack(parts) if parts else rows.new_zeros(0, *leaf.shape)
+
+    def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
+        """Return the output Jacobian `(n * K, P)`, and each sample's loss's gradient `(n, K)` and Hessian `(n, K, K)`.
+
+        The last two are by the output, of which each sample has K entries.
+
+        Raises:
+            InputError: The output is not one tensor with a row per sample.
+        """
+        J = sample_jacobians(self.model, x, seed=self.seed, parameters=self.picks)  # noqa: N806
+        with seeded(self.seed):
+            output, many = jacobian(self.model, x, self.picks).output, rows_of(x)
+        if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != many:
+            needed = "one tensor with a row per sample is needed"
+            raise InputError(explain("the model's output", "of another kind", needed))
+        with sweeping(output):
+            leaf = output.detach().requires_grad_()
+            terms = self.losses.terms(leaf.clone(), y, many)
+            shares = self.losses.denominators(y, many) if self.reduction == "mean" else torch.ones(many)
+            own = (terms / torch.where(shares > 0, shares, 1.0).to(terms)).sum()
+            (slope,) = torch.autograd.grad(own, leaf, create_graph=True)
+            flat = slope.reshape(many, -1)
+            rows = [
+                torch.autograd.grad(flat[:, k].sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+                if flat.requires_grad
+                else torch.zeros_like(leaf)
+                for k in range(flat.shape[1])
+            ]
+        return J, flat.detach(), torch.stack([row.detach().reshape(many, -1) for row in rows], 1)
+
+    def fingerprint(self) -> str:
+        """Return a digest of parameters and buffers, of the modules' and the loss's names, and of what is picked."""
+        told = f"{self.reduction} {self.space} {self.randomness} {self.seed}"
+        return " ".join((digest_module(bare(self.model)), digest_function(self.losses.loss), told))
+
+
+def picked(parameters: Picks, names: Sequence[str]) -> Callable[[str, Any], bool] | None:
+    """Return a function of name and parameter that picks some of those with these names; None for the usual ones.
+
+    Raises:
+        InputError: A pattern fits no name.
+        InputTypeError: `parameters` is of the wrong kind.
+    """
+    if parameters is None or callable(parameters):
+        return parameters
+    patterns = [parameters] if isinstance(parameters, str) else parameters
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        needed = "name patterns or a function of name and parameter are needed"
+        raise InputTypeError(explain("parameters", f"a {type(parameters).__name__}", needed))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, 3, 0.4) or names[:3]
+            raise InputError(explain("parameters", repr(pattern), f"no parameter fits; near are {', '.join(near)}"))
+    return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_reduction(objective: Objective, batch: Batch) -> None:
+    """Hold the loss of some rows together against the losses of the rows alone.
+
+    Raises:
+        InputError: The loss does not reduce a batch as the objective says.
+    """
+    few = min(batch.rows, 8)
+    some = batch.part(slice(0, few))
+    shares = objective.denominators(some.y, few).tolist()
+    rows = [batch.part(slice(i, i + 1)) for i in range(few) if shares[i]]
+    if not rows:
+        return
+    mean = objective.reduction == "mean"
+    alone = [
+        objective.value(row.x, row.y) * (share if mean else 1.0)
+        for row, share in zip(rows, (s for s in shares if s), strict=True)
+    ]
+    together, expected = objective.value(some.x, some.y), sum(alone) / (sum(shares) if mean else 1.0)
+    scale = max(sum(map(abs, alone)) / few, 1e-30)
+    if not abs(together - expected) <= 1e-3 * max(scale, abs(expected)):
+        raise InputError(
+            f"`reduction` is {objective.reduction!r}, but the loss of {few} rows together is {together:.6g} and the "
+            f"{objective.reduction} of their losses alone is {expected:.6g}. Say `reduction='sum'`, or pass a loss "
+            "with `reduction='none'`, whose mean is then taken over the rows."
+        )

@@ -1,0 +1,292 @@
+"""Problem: a model, its loss and its data; every derivative of the whole objective as an operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._backends._torch.row_losses import Reduction
+from .data import Batch, Batches, Unpack
+from .errors import DataError, InputError, InputTypeError, explain
+from .objective import Objective, Picks, TorchObjective, check_reduction
+from .operators import Operator
+from .operators._data import StackOver, SumOver
+from .per_sample import Randomness
+from .space import Space
+
+Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"]
+CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher")
+_KEPT_BYTES = 2**29
+_FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo"}
+
+
+class Problem:
+    r"""A model, its loss and its data, as one objective to differentiate.
+
+    It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights
+    $w$, what each row adds to the denominator $d$ (1, or the weights of its targets) and weight decay $r$. Sums and
+    denominators are added up over batches and divided once, so batches of any size, class weights, ignored
+    targets and sample weights come out as the whole objective in one batch would.
+
+    Args:
+        model: A module, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
+        loss: `loss(output, y)`, as the objective reduces it; left out where `model` brings its own.
+        data: A loader of batches in a fixed order; see `Batches` for what a batch may be.
+        parameters: Which parameters: None takes those that require grad; name patterns or a function pick others.
+        reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean. It is verified.
+        l2: Weight decay $r$: one number, or numbers by name pattern; parameters that no pattern fits have none.
+        unpack: Batch -> `(x, y)` or `(x, y, weights)`.
+        randomness: As in `sample_gradients`.
+        seed: As in `sample_gradients`.
+        progress: Force progress bars on or off.
+
+    Raises:
+        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        InputError: An argument is out of range, or the loss does not reduce batches as said.
+        ModelStateError: Batch statistics or dropout are in train mode.
+        InputTypeError: `loss` is not callable, or left out with a module.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = [(torch.eye(2), torch.zeros(2, 1)), (torch.ones(1, 2), torch.zeros(1, 1))]
+        >>> Problem(model, torch.nn.functional.mse_loss, data).hessian().dense() * 3
+        tensor([[4., 2.],
+                [2., 4.]])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: Any = None,
+        data: Any = None,
+        *,
+        parameters: Picks = None,
+        reduction: Reduction | None = None,
+        l2: float | Mapping[str, float] = 0.0,
+        unpack: Unpack | None = None,
+        randomness: Randomness = "error",
+        seed: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.objective = _objective(
+            model, loss, parameters=parameters, reduction=reduction, randomness=randomness, seed=seed
+        )
+        self.objective.check_state()
+        self.data, self.progress = Batches.of(data, "data", unpack), progress
+        self.ridge = _ridge(l2, self.objective.space)
+        self.l2 = l2
+        self._denominator: float | None = None
+
+    @property
+    def space(self) -> Space:
+        """The parameters that are differentiated."""
+        return self.objective.space
+
+    @property
+    def rows(self) -> int:
+        """Samples in the data."""
+        return self.data.rows
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches that have rows."""
+        return (batch for batch in self.data if batch.rows)
+
+    @property
+    def denominator(self) -> float:
+        """What the sum of all rows' losses is divided by: their number, or the sum of their weights; 1 for a sum."""
+        if self._denominator is None:
+            total, first = 0.0, None
+            for batch in self.batches():
+                if first is None:
+                    first = batch
+                    check_reduction(self.objective, batch)
+                total += float(self.shares(batch).sum())
+            if first is None or not total > 0:
+                came = "without rows" if first is None else "in which every row counts nothing"
+                raise DataError(explain(self.data.name, came, "at least one row is needed"))
+            self._denominator = total if self.objective.reduction == "mean" else 1.0
+        return self._denominator
+
+    def shares(self, batch: Batch) -> Tensor:
+        """Return what each row of a batch weighs before the division, `(rows,)`."""
+        shares = self.objective.denominators(batch.y, batch.rows)
+        if self.objective.reduction == "sum":
+            shares = torch.ones_like(shares)
+        return shares if batch.weights is None else shares * batch.weights.to(shares)
+
+    def term(self, batch: Batch) -> tuple[Objective, float]:
+        """Return the objective of one batch and the factor with which it enters the whole."""
+        if batch.weights is not None:
+            return self.objective.weighted(batch.weights), 1.0 / self.denominator
+        own = float(self.objective.denominators(batch.y, batch.rows).sum())
+        return self.objective, own / self.denominator if self.objective.reduction == "mean" else 1.0
+
+    # ---- derivatives of the objective ------------------------------------------------------------------------------
+
+    def value(self) -> float:
+        """Return the objective, its quadratic term included."""
+        total = sum(factor * term.value(batch.x, batch.y) for batch, term, factor in self._terms("value"))
+        return total + (0.0 if self.ridge is None else 0.5 * float((self.ridge * self.objective.point() ** 2).sum()))
+
+    def gradient(self) -> Tensor:
+        """Return the gradient `(P,)` of the objective, its quadratic term included."""
+        total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
+        for batch, term, factor in self._terms("gradient"):
+            total.add_(term.gradient(batch.x, batch.y), alpha=factor)
+        return total if self.ridge is None else total + self.ridge * self.objective.point()
+
+    def hessian(self) -> SumOver:
+        """Return the Hessian of the objective."""
+        return self.curvature("hessian")
+
+    def ggn(self) -> SumOver:
+        """Return the generalised Gauss-Newton matrix of the objective, its quadratic term included."""
+        return self.curvature("ggn")
+
+    def fisher(self, kind: Literal["exact", "empirical", "monte_carlo"] = "exact") -> SumOver:
+        """Return a Fisher matrix of the data, a mean over rows, plus the quadratic term.
+
+        Raises:
+            InputError: There is no such kind.
+        """
+        names = {value: name for name, value in _FISHERS.items()}
+        if kind not in names:
+            raise InputError(explain("kind", repr(kind), f"one of {tuple(names)} is needed"))
+        return self.curvature(names[kind])
+
+    def curvature(self, kind: str) -> SumOver:
+        """Return a curvature of the objective by its name.
+
+        The first batch is linearised at once, so that what cannot be differentiated says so here.
+
+        Raises:
+            InputError: There is no such curvature.
+            NotDifferentiableError: There is no second derivative.
+        """
+        if kind not in CURVATURES:
+            raise InputError(explain("curvature", repr(kind), f"one of {CURVATURES} is needed"))
+        passes = _Passes(self, kind)
+        first = passes.first()
+        ridge_fits = self.ridge is None or bool((self.ridge >= 0).all())
+        positive = ridge_fits and (first.positive or (kind == "ggn" and self.objective.convex))
+        told = f"{kind} of {self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
+        return SumOver(passes, self.space, self.ridge, positive, self, told)
+
+    def sample_gradients(self, data: Any = None) -> StackOver:
+        """Return the gradients of the rows' own losses as rows of an operator `(n, P)`, without quadratic term.
+
+        Args:
+            data: Other data than the problem's own.
+        """
+        batches = self.data if data is None else Batches.of(data, "data", self.data.unpack)
+
+        def parts() -> Iterator[tuple[float, Operator]]:
+            for batch in batches.tracked("gradients", self.progress):
+                if batch.rows:
+                    yield 1.0, self.objective.sample_gradients(batch.x, batch.y)
+
+        rows = Space.flat(batches.rows, "samples", torch.empty(0, dtype=self.space.dtype, device=self.space.device))
+        return StackOver(parts, self.space, rows)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return digests of what the objective is made of beside its data, by part."""
+        return {
+            "model": self.objective.fingerprint(),
+            "reduction": self.objective.reduction,
+            "l2": repr(self.l2 if not isinstance(self.l2, Mapping) else sorted(self.l2.items())),
+        }
+
+    def _terms(self, what: str) -> Iterator[tuple[Batch, Objective, float]]:
+        for batch in self.data.tracked(what, self.progress):
+            if batch.rows:
+                term, factor = self.term(batch)
+                if factor:
+                    yield batch, term, factor
+
+    def __repr__(self) -> str:
+        covered = f"{self.space.dim} of {self.objective.parameters_total} parameters"
+        quadratic = "" if self.ridge is None else f", l2 {self.l2}"
+        return f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})"
+
+
+class _Passes:
+    """Linearised batches, again and again; those that fit into memory are kept from the first pass on."""
+
+    def __init__(self, problem: Problem, kind: str) -> None:
+        self.problem, self.kind = problem, kind
+        self._kept: list[tuple[float, Operator]] = []
+        self._room, self._whole = _KEPT_BYTES, False
+
+    def first(self) -> Operator:
+        """Linearise the first batch that counts.
+
+        Raises:
+            DataError: There is none.
+        """
+        for _, part in self():
+            return part
+        raise DataError(explain(self.problem.data.name, "without rows", "at least one is needed"))
+
+    def __call__(self) -> Iterator[tuple[float, Operator]]:
+        """Yield the factor and the curvature of every batch."""
+        if self._whole:
+            yield from self._kept
+            return
+        count = 0
+        for number, (batch, term, factor) in enumerate(self.problem._terms(self.kind)):
+            count += 1
+            if number < len(self._kept):
+                yield self._kept[number]
+                continue
+            part = self._made(term, batch, number)
+            held = part.nbytes
+            if number == len(self._kept) and held <= self._room:
+                self._room -= held
+                self._kept.append((factor, part))
+            yield factor, part
+        self._whole = count == len(self._kept)
+
+    def _made(self, term: Objective, batch: Batch, number: int) -> Operator:
+        if self.kind not in _FISHERS:
+            build: Callable[..., Operator] = getattr(term, self.kind)
+            return build(batch.x, batch.y)
+        if batch.weights is not None:
+            todo = "Take the GGN, which is the Fisher matrix for the usual losses."
+            raise InputError(explain("curvature", repr(self.kind), "a Fisher matrix takes no sample weights", todo))
+        return term.fisher(_FISHERS[self.kind], batch.x, batch.y, seed=number)
+
+
+def _objective(model: Any, loss: Any, **options: Any) -> Objective:
+    own = model if isinstance(model, Objective) else getattr(model, "objective", None)
+    if isinstance(own, Objective):
+        given = {name: value for name, value in options.items() if value not in (None, "error")}
+        if loss is not None or given:
+            own = own.changed(loss=loss, **given)
+        return own
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(explain("model", f"a {type(model).__name__}", "a torch.nn.Module is needed"))
+    if loss is None:
+        raise InputTypeError(explain("loss", "left out", "a callable `loss(output, y)` is needed with a module"))
+    return TorchObjective(model, loss, **options)
+
+
+def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:
+    """Return the quadratic term's diagonal; None where it is zero everywhere."""
+    by_pattern = l2 if isinstance(l2, Mapping) else {"*": l2}
+    for pattern, value in by_pattern.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InputError(explain("l2", repr(value), "a finite number that is not negative is needed"))
+        if not any(fnmatchcase(name, pattern) for name in space.names):
+            raise InputError(explain("l2", f"for {pattern!r}", f"no parameter fits; there are {space.layout}"))
+    if not any(by_pattern.values()):
+        return None
+    ridge = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+    for name, where in zip(space.names, space.slices, strict=True):
+        fitting = [value for pattern, value in by_pattern.items() if fnmatchcase(name, pattern)]
+        ridge[where] = fitting[-1] if fitting else 0.0
+    return ridge

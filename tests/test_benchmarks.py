@@ -1,0 +1,93 @@
+"""The benchmarks run: tiny workloads give rows, verdicts, one table and one plot. What they take is not looked at."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import (
+    bench_curvature,
+    bench_input_jacobians,
+    bench_parameter_jacobians,
+    bench_products,
+    harness,
+    report,
+)
+from benchmarks.harness import BEST, FLOOR, Goal, Workload, measure, same
+from benchmarks.models import Case, mlp
+
+OPTIONAL = {"pypose", "sklearn", "scipy", "numpy"}
+PEERS = ("curvlinops", "torch-secorder", "PyPose", "BackPACK", "TorchJD")
+
+
+def tiny() -> Iterator[Workload]:
+    case = Case(mlp(3, 4, 2, act=nn.Tanh), 5, 3, 2)
+    products = bench_products.Products(3, 4, 2, n=5)
+    yield bench_input_jacobians.workload("A", "perceptron", mlp(3, 4, 2), torch.randn(5, 3), [Goal(FLOOR, faster=0.5)])
+    yield bench_parameter_jacobians.workload("B", "perceptron", lambda: mlp(3, 4, 2), torch.randn(5, 3), [])
+    for cases in (bench_products.jacobian, bench_products.curvature):
+        yield from cases(products)
+    for cases in (bench_products.many_jacobian, bench_products.many_curvature):
+        yield from cases(products, 3)
+    yield bench_curvature.hessians("E1", "perceptron", case, [Goal(BEST, faster=1), Goal(mib=1e6)])
+    yield bench_curvature.gauss_newton("E2", "perceptron", case, [])
+
+
+@pytest.mark.filterwarnings("ignore")  # rivals warn
+def test_tiny_workloads_answer_alike_and_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "MOST", 1)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = report.run(tiny(), "tiny", rounds=1)
+    assert not [(r.workload, r.rival, r.error) for r in rows if r.error and not r.rival.startswith(PEERS)]
+    assert not [(r.workload, r.rival) for r in rows if r.error == "another answer"]
+    written = [json.loads(line) for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
+    assert len(written) == len(rows)
+    assert all(line["gflops"] > 0 for line in written)
+    paths = report.write(tmp_path)
+    assert [p.name for p in paths] == ["table.md", "ratios.png"]
+    assert paths[0].read_text().count("\n| ") == len(rows) + 1
+    assert report.goals(report.newest(tmp_path)).count("\n") > 5
+
+
+def test_a_later_run_replaces_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name in ("torch: old", "torch: new"):
+        rivals = {"jacops": lambda: torch.zeros(1), name: lambda: torch.zeros(1)}
+        report.run(iter([Workload("X1", "nothing", rivals, same())]), "x", rounds=1)
+    assert [r["rival"] for r in report.newest(tmp_path)] == ["jacops", "torch: new"]
+
+
+def test_rivals_that_fail_are_findings():
+    def absent():
+        raise ModuleNotFoundError(name="nowhere")
+
+    rivals = {
+        "jacops": lambda: torch.zeros(2),
+        "torch: absent": absent,
+        "torch: broken": lambda: torch.zeros(2) @ torch.zeros(3),
+        "torch: wrong": lambda: torch.ones(2),
+    }
+    goals = [Goal("torch: absent", faster=2), Goal(BEST, faster=2)]
+    rows, _ = measure(Workload("X", "", rivals, same(), goals=goals), rounds=1)
+    ours, absent_row, broken, wrong = rows
+    assert ours.error is None
+    assert absent_row.error == "not installed: nowhere"
+    assert broken.error.startswith("RuntimeError")
+    assert wrong.error == "another answer"
+    assert not any(row.goals for row in rows)
+
+
+@pytest.mark.parametrize("path", sorted(Path(harness.__file__).parent.glob("bench_*.py")), ids=lambda p: p.stem)
+def test_every_group_is_importable(path):
+    try:
+        module = importlib.import_module(f"benchmarks.{path.stem}")
+    except ModuleNotFoundError as error:
+        assert error.name in OPTIONAL
+    else:
+        assert callable(module.workloads)
