@@ -71,6 +71,15 @@ def test_approximate_methods_say_how_far_they_are(method: str):
     assert float(torch.corrcoef(together)[0, 1]) > 0.9
 
 
+@pytest.mark.parametrize("method", [*EXACT, "lissa", "lanczos", "arnoldi", "nystrom", "ekfac"])
+def test_every_method_sees_one_objective_however_it_is_split_or_reduced(method: str):
+    whole = found(inversion_method=method, data=split(12)).values
+    close = {"rtol": 1e-5, "atol": 1e-6 * float(whole.abs().max())}
+    torch.testing.assert_close(found(inversion_method=method, data=split(11, 1)).values, whole, **close)
+    summed = {"loss": nn.CrossEntropyLoss(reduction="sum"), "damping": 12 * 0.5}
+    torch.testing.assert_close(found(inversion_method=method, data=split(5, 7), **summed).values * 12, whole, **close)
+
+
 def test_the_series_agrees_or_says_that_it_diverges():
     actual = found(inversion_method="lissa")
     torch.testing.assert_close(actual.values, found().values, rtol=1e-4, atol=1e-6)

@@ -239,6 +239,22 @@ def test_what_is_no_batch_says_how_to_make_one():
         Problem(model, data=[(x, LABELS)])
 
 
+def test_rows_that_every_worker_gives_again_are_found_out():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):  # noqa: ANN204
+            yield from zip(draw(4, 3), LABELS, strict=False)
+
+    class Loader:  # what a DataLoader with two workers gives
+        dataset, num_workers = Stream(), 2
+
+        def __iter__(self):  # noqa: ANN204
+            for _ in range(2):
+                yield draw(4, 3), LABELS[:4]
+
+    with pytest.raises(DataError, match="IterableDataset.*2 times.*get_worker_info"):
+        Problem(small_net(), F.cross_entropy, Loader()).hessian().dense()
+
+
 def test_train_mode_is_refused_by_name():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     with pytest.raises(ModelStateError, match="'1'.*BatchNorm1d"):

@@ -116,13 +116,16 @@ class Batches:
         refuse_transforms()
         digests: list[int] = []
         rows = 0
+        copies = _Copies(self.loader)
         with random_state_kept():
             for number, raw in enumerate(self.loader):
                 batch, digest = self._read(raw, number)
                 self._compare(number, digest)
                 digests.append(digest)
                 rows += batch.rows
+                copies.note(batch)
                 yield batch
+        copies.refuse(self.name)
         if not digests:
             raise DataError(explain(self.name, "empty", "at least one batch is needed"))
         if self._digests is not None and len(digests) != len(self._digests):
@@ -187,6 +190,39 @@ class Batches:
             came = f"a {type(raw).__name__} as batch {number}"
         todo = "Say with `unpack=` how a batch becomes (x, y) or (x, y, weights)."
         raise DataError(explain(self.name, f"giving {came}", "pairs (x, y) are needed", todo))
+
+
+class _Copies:
+    """Rows that every worker of a loader gives again, as an IterableDataset does that does not share itself out."""
+
+    def __init__(self, loader: Any) -> None:
+        from torch.utils.data import IterableDataset
+
+        workers = getattr(loader, "num_workers", 0)
+        self.workers = workers if isinstance(getattr(loader, "dataset", None), IterableDataset) else 0
+        self.seen: list[int] = []
+
+    def note(self, batch: Batch) -> None:
+        """Remember the rows of a batch."""
+        if self.workers < 2:
+            return
+        arrays = [leaf for leaf in flatten((batch.x, batch.y), "batch")[0] if hasattr(leaf, "shape")]
+        for row in range(batch.rows):
+            digest = 0
+            for array in arrays:
+                digest = zlib.crc32(_bytes(array[row]), digest)
+            self.seen.append(digest)
+
+    def refuse(self, name: str) -> None:
+        """Refuse data in which every row came once from every worker.
+
+        Raises:
+            DataError: It did.
+        """
+        if self.workers > 1 and self.seen and self.workers * len(set(self.seen)) == len(self.seen):
+            came = f"an IterableDataset that gives every row {self.workers} times, once from each worker"
+            todo = "Share it out by `torch.utils.data.get_worker_info()`, or take one worker."
+            raise DataError(explain(name, came, "every row must come once", todo))
 
 
 def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:
