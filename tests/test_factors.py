@@ -15,7 +15,7 @@ import oracle
 import zoo
 from cases import F64
 from jacops import Identity, JacopsWarning
-from jacops._backends._torch import parts, sample_factors
+from jacops._backends._torch.layers import by_sample, parts
 from jacops.errors import InputError, ModelStateError, NotDifferentiableError
 from jacops.operators import LayerFactors
 from jacops.per_sample import sample_gradients, sample_jacobians
@@ -279,7 +279,7 @@ def test_what_the_caller_does_to_the_input_later_changes_nothing() -> None:
 def test_batches_of_any_size_give_the_same_rows(
     name: str, what: str, working: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample_factors, "_WORKING", working)
+    monkeypatch.setattr(by_sample, "_WORKING", working)
     found, expected = factors_of(name, what)
     close(found.dense(), expected)
 

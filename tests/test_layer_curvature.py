@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import jacops
 import oracle
-from jacops._backends._torch import layer_blocks, layer_curvature, layer_gauss_newton
-from jacops._backends._torch.layer_blocks import mirror
+from jacops._backends._torch.layers import blocks, curvature, gauss_newton
+from jacops._backends._torch.layers.blocks import mirror
 from jacops.operators import Operator
 from jacops.operators._base import add_half
 from small import Calls, draw, settled
@@ -26,7 +26,7 @@ CASES = [case.name for case in ZOO if "hessian" not in case.expect]
 @pytest.fixture(autouse=True)
 def also_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the route for these small models too, for which products are as fast."""
-    for module in (layer_curvature, layer_gauss_newton):
+    for module in (curvature, gauss_newton):
         monkeypatch.setattr(module, "pays", lambda *_: True)
 
 
@@ -329,11 +329,11 @@ def test_mirror(size: int) -> None:
 
 def test_large_batches_are_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        (layer_blocks, "_PAIRS"),
-        (layer_blocks, "_BLOCK"),
-        (layer_curvature, "_ENTRIES"),
-        (layer_gauss_newton, "_ENTRIES"),
-        (layer_gauss_newton, "_STRIPE"),
+        (blocks, "_PAIRS"),
+        (blocks, "_BLOCK"),
+        (curvature, "_ENTRIES"),
+        (gauss_newton, "_ENTRIES"),
+        (gauss_newton, "_STRIPE"),
     ):
         monkeypatch.setattr(module, name, 64)
     for model in ("mlp", "residual", "words", "convolutions", "positions first"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from cases import F64
-from jacops._backends._torch.layer_factors import by_layers
+from jacops._backends._torch.layers.factors import by_layers
 from jacops._backends._torch.record import record_model
 
 

@@ -14,7 +14,7 @@ import jacops
 import oracle
 from cases import F64
 from jacops._backends._torch.memory import Meter, budget_bytes, free_bytes
-from jacops._backends._torch.samples import Samples
+from jacops._backends._torch.samples.batch import Samples
 from jacops.planning import Plan, plan
 
 CPU = torch.device("cpu")

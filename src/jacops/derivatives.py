@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ._backends._torch.agreement import inner, size
 from ._backends._torch.cut import At
-from ._backends._torch.layer_curvature import ByLayers, add_hessian
-from ._backends._torch.layer_gauss_newton import add_gauss_newton
+from ._backends._torch.layers.curvature import ByLayers, add_hessian
+from ._backends._torch.layers.gauss_newton import add_gauss_newton
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.cut import At
-from ._backends._torch.layer_factors import by_layers
+from ._backends._torch.layers.factors import by_layers
 from ._backends._torch.matrix import Blocks, jacobian_blocks
 from ._backends._torch.matrix_places import Places, by_leaf, flat, is_plain, separate
 from ._backends._torch.matrix_plan import fitted_chunk
 from ._backends._torch.memory import Budget, given_tensors
 from ._backends._torch.record import Recorded, record_closure, record_model
-from ._backends._torch.samples import Samples
+from ._backends._torch.samples.batch import Samples
 from ._backends._torch.surroundings import arithmetic, eager
 from ._backends._torch.tape import Tape
 from ._finite import check_outputs, is_finite, where_first

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.inputs import check_fallback
-from ._backends._torch.layer_factors import matrix_shape
-from ._backends._torch.parts import Rows
+from ._backends._torch.layers.by_sample import Definition, SampleFactors
+from ._backends._torch.layers.factors import matrix_shape
+from ._backends._torch.layers.parts import Rows
+from ._backends._torch.layers.row_cotangents import row_cotangents
 from ._backends._torch.record import Recorded, record_model, setting
 from ._backends._torch.replica import bare, check_state, parameter_names
-from ._backends._torch.row_cotangents import row_cotangents
-from ._backends._torch.sample_factors import Definition, SampleFactors
 from ._backends._torch.surroundings import eager, seeded
 from ._backends._torch.trust import told_apart, trust_in
 from .derivatives import Loss, _real_only, record_loss, trainable

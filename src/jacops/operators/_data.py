@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .._backends._torch.layer_blocks import mirror
+from .._backends._torch.layers.blocks import mirror
 from .._backends._torch.memory import Budget
 from ..space import Space
 from ._base import Operator, add_half

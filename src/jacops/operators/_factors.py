@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._backends._torch.parts import Part, Rows
+from .._backends._torch.layers.parts import Part, Rows
 from .._backends._torch.surroundings import eager
 from ..space import Space
 from ._base import Formed, Operator

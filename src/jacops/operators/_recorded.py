@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from .._backends._torch.tape import Tape
@@ -54,7 +55,12 @@ class Recorded(Operator):
         return self.codomain.join(self.tape.push_rows(self.domain.split(rows))).detach()
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
-        return self.domain.join(self.tape.pull_rows(self.codomain.split(rows))).detach()
+        space = self.domain
+        flat = torch.empty(rows.shape[0], space.dim, dtype=space.dtype, device=space.device)
+        if any(dtype != space.dtype for dtype in space.dtypes):
+            return space.join(self.tape.pull_rows(self.codomain.split(rows))).detach()
+        self.tape.pull_rows(self.codomain.split(rows), out=space.split(flat))
+        return flat
 
     def __repr__(self) -> str:
         routes = "".join(f"\n  {sweep}: {route}" for sweep, route in self.tape.routes.items())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._backends._torch.sample_plan import ALONE, SamplePlan, planned
-from .._backends._torch.samples import Samples
+from .._backends._torch.samples.batch import Samples
+from .._backends._torch.samples.plan import ALONE, SamplePlan, planned
 from ._base import Plan, table
 
 

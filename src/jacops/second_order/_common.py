@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.agreement import size
-from .._backends._torch.nested import Forward
-from .._backends._torch.samples import Samples
+from .._backends._torch.samples.batch import Samples
+from .._backends._torch.samples.nested import Forward
 from .._finite import is_finite, where_first
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import Selector, Tree

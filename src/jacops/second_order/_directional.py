@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._backends._torch.agreement import size
-from .._backends._torch.nested import Forward, Slopes, nested
-from .._backends._torch.samples import Samples
+from .._backends._torch.samples.batch import Samples
+from .._backends._torch.samples.nested import Forward, Slopes, nested
 from .._backends._torch.surroundings import eager
 from .._finite import check_vector
 from ..errors import InputError, explain

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._backends._torch.agreement import size, tolerance
-from .._backends._torch.nested import Forward, Slopes, nested
-from .._backends._torch.samples import Samples
+from .._backends._torch.samples.batch import Samples
+from .._backends._torch.samples.nested import Forward, Slopes, nested
 from .._backends._torch.surroundings import eager, private_noise
 from ..errors import NotDifferentiableError
 from ..trees import Selector, Tree

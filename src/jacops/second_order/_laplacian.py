@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.samples import Samples
+from .._backends._torch.samples.batch import Samples
 from .._backends._torch.surroundings import eager
 from ..errors import NotDifferentiableError, explain
 from ..trees import Selector, Tree

@@ -10,7 +10,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from .._backends._torch.kronecker import Batch, Gradients, Group
+from .._backends._torch.layers.kronecker import Batch, Gradients, Group
 from .._backends._torch.record import record_model
 from .._backends._torch.surroundings import seeded
 from .._finite import is_finite

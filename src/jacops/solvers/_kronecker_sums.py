@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._backends._torch.kronecker import Outer
+from .._backends._torch.layers.kronecker import Outer
 from ..errors import NonFiniteError
 from ..operators._eigen_blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 

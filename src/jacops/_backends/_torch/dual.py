@@ -30,7 +30,7 @@ class Dual:
     """A backward pass of a tape, recorded as a function of its cotangent.
 
     Args:
-        tape: Whose.
+        tape: Whose; it holds this, and not the other way round, so that both go when it goes.
 
     Raises:
         RouteFailedError: The backward pass cannot be recorded.
@@ -39,27 +39,28 @@ class Dual:
     def __init__(self, tape: Tape) -> None:
         if tape.survey.reentrant:
             raise RouteFailedError("a reentrant activation checkpoint answers plain backward passes only")
-        self.tape = tape
         self.live = [o for o in tape.outputs if o.requires_grad]
         self.index = [*range(len(tape.leaves)), *(j for j, _ in tape.twins)]
         self.seeds: Rows = []
         self.grads: list[Tensor | None] = []
+        self.sizes: list[float] = []
         self.seconds = 0.0
         if self.live:
-            self._record()
+            self._record(tape)
 
-    def _record(self) -> None:
-        targets = [*self.tape.leaves, *(tensor for _, tensor in self.tape.twins)]
+    def _record(self, tape: Tape) -> None:
+        targets = [*tape.leaves, *(tensor for _, tensor in tape.twins)]
         with sweeping(self.live[0]):
             self.seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(self.live)]
-            self.tape.sweeps += 1
+            tape.sweeps += 1
             options = {"create_graph": True, "retain_graph": True, "allow_unused": True}
             started = time.perf_counter()
             grads = attempt(lambda: torch.autograd.grad(self.live, targets, self.seeds, **options))
             self.seconds = time.perf_counter() - started  # about what one push takes
             self.grads = [dense(g) for g in grads]
+            self.sizes = [size(g) for g in self.grads if g is not None]
 
-    def push(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
+    def push(self, tape: Tape, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
         """Return `(k, *output)` per output from `(k, *leaf)` per leaf.
 
         Raises:
@@ -67,30 +68,32 @@ class Dual:
         """
         many = tangents[0].shape[0]
         if not self.live:
-            return [zero_rows(many, o) for o in self.tape.outputs]
+            return [zero_rows(many, o) for o in tape.outputs]
         paired = [(g, tangents[j]) for g, j in zip(self.grads, self.index, strict=True) if g is not None]
         results: list[Tensor | None] = [None] * len(self.seeds)
         recorded = [(g, t) for g, t in paired if g.requires_grad]
         if recorded:
-            results = self._swept([g for g, _ in recorded], [t for _, t in recorded], many, create_graph)
+            results = self._swept(tape, [g for g, _ in recorded], [t for _, t in recorded], create_graph)
         pushed = [zero_rows(many, o) if r is None else plain(r) for o, r in zip(self.live, results, strict=True)]
-        self._check_adjoint(paired, pushed)
+        self._check_adjoint(tape, paired, pushed)
         each = iter(pushed)
-        return [next(each) if o.requires_grad else zero_rows(many, o) for o in self.tape.outputs]
+        return [next(each) if o.requires_grad else zero_rows(many, o) for o in tape.outputs]
 
-    def _swept(self, grads: Rows, tangents: Rows, many: int, create_graph: bool) -> list[Tensor | None]:
+    def _swept(self, tape: Tape, grads: Rows, tangents: Rows, create_graph: bool) -> list[Tensor | None]:
+        many = tangents[0].shape[0]
+
         def sweep(rows: Rows, batched: bool) -> tuple[Tensor | None, ...]:
-            self.tape.sweeps += 1
+            tape.sweeps += 1
             options = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
             return torch.autograd.grad(grads, self.seeds, rows, is_grads_batched=batched, **options)
 
-        trust = self.tape.trust
+        trust = tape.trust
         with sweeping(self.seeds[0]):
-            if many > 1 and self.tape.may_batch("push", create_graph):
+            if many > 1 and tape.may_batch("push", create_graph):
                 started = time.perf_counter()
                 try:
                     pushed = list(attempt(lambda: sweep(tangents, True)))
-                    self.tape.settle("push", time.perf_counter() - started, many * self.seconds)
+                    tape.settle("push", time.perf_counter() - started, many * self.seconds)
                     return pushed
                 except RouteFailedError:
                     trust.refuse("push", "batched")
@@ -100,19 +103,35 @@ class Dual:
         columns = list(zip(*each, strict=True))
         return [None if column[0] is None else torch.stack([plain(c) for c in column]) for column in columns]
 
-    def _check_adjoint(self, paired: list[tuple[Tensor, Tensor]], pushed: Rows) -> None:
-        nothing = torch.zeros(pushed[0].shape[0], dtype=torch.float64, device=pushed[0].device)
-        left = sum((inner(u, r) for u, r in zip(self.seeds, pushed, strict=True)), nothing)
-        right = sum((inner(g, t) for g, t in paired), nothing)
-        # The size of <g, v> is about that of v times a typical entry of g, whatever cancels in it; a gradient that is
-        # zero but for rounding is measured by the typical entry of all.
-        entries = sum(g.numel() for g, _ in paired)
-        typical = _FLOOR * math.sqrt(sum(size(g) ** 2 for g, _ in paired) / max(entries, 1))
-        scale = sum((rows_size(t) * (size(g) / math.sqrt(max(g.numel(), 1)) + typical) for g, t in paired), nothing)
-        scale = scale + sum((rows_size(r) for r in pushed), nothing)
-        error = float(((left - right).abs() / (scale + torch.finfo(torch.float64).tiny)).max())
-        if not error <= self.tape.tolerance:
-            names = self.tape.survey.functions
+    def _check_adjoint(self, tape: Tape, paired: list[tuple[Tensor, Tensor]], pushed: Rows) -> None:
+        error = adjoint_error(self.seeds, paired, pushed, self.sizes)
+        if not error <= tape.tolerance:
+            names = tape.survey.functions
             blame = f", perhaps by the custom Function {', '.join(names)}" if names else ""
             cause = f"off by {error:.1e}" if math.isfinite(error) else "values are not finite"
             raise RouteFailedError(f"the differentiated backward pass fails the adjoint identity ({cause}){blame}")
+
+
+def adjoint_error(
+    seeds: Rows, paired: list[tuple[Tensor, Tensor]], pushed: Rows, sizes: list[float] | None = None
+) -> float:
+    """Return how far `<u, J v>` and `<Jᵀu, v>` are apart, relative to the size of their parts, at worst over rows.
+
+    Args:
+        seeds: `u`, one tensor per output.
+        paired: Gradients `Jᵀu`, each with the rows `(k, …)` of `v` for the same tensor.
+        pushed: `J v`, rows `(k, …)` per output.
+        sizes: The norms of the gradients, where they are known.
+    """
+    nothing = torch.zeros(pushed[0].shape[0], dtype=torch.float64, device=pushed[0].device)
+    left = sum((inner(u, r) for u, r in zip(seeds, pushed, strict=True)), nothing)
+    right = sum((inner(g, t) for g, t in paired), nothing)
+    sizes = [size(g) for g, _ in paired] if sizes is None else sizes
+    # The size of <g, v> is about that of v times a typical entry of g, whatever cancels in it; a gradient that is
+    # zero but for rounding is measured by the typical entry of all.
+    entries = sum(g.numel() for g, _ in paired)
+    typical = _FLOOR * math.sqrt(sum(s**2 for s in sizes) / max(entries, 1))
+    spread = [s / math.sqrt(max(g.numel(), 1)) + typical for s, (g, _) in zip(sizes, paired, strict=True)]
+    scale = sum((rows_size(t) * s for s, (_, t) in zip(spread, paired, strict=True)), nothing)
+    scale = scale + sum((rows_size(r) for r in pushed), nothing)
+    return float(((left - right).abs() / (scale + torch.finfo(torch.float64).tiny)).max())

@@ -49,6 +49,15 @@ def zero_rows(many: int, output: Tensor) -> Tensor:
     return torch.zeros(many, *output.shape, dtype=output.dtype, device=output.device)
 
 
+def written(rows: Rows, out: Rows | None) -> Rows:
+    """Return `rows`, copied into `out` where there is one."""
+    if out is None:
+        return rows
+    for place, row in zip(out, rows, strict=True):
+        place.copy_(row.detach())
+    return out
+
+
 def contracted(blocks: Rows, tangents: Sequence[Tensor], many: int) -> Tensor:
     """Return real inner products `(k, rows)` of each tangent with each row of gradients."""
     total = torch.zeros(

@@ -2,8 +2,8 @@
 
 `pull` is a backward pass (cotangents to gradients), `push` its transpose (tangents to changes of the output). Plain
 `autograd.grad`, one cotangent at a time, defines what is right. Faster routes are taken where they apply and agree:
-many cotangents in one batched pass, held against one plain pass over a random mix of them; and pushes by a
-differentiated pull (`dual`), which carries its own certificate.
+many cotangents in one batched pass, held against one plain pass over a random mix of them; pushes node by node
+(`forward`), held against one pull; and pushes by a differentiated pull (`dual`), which carries its own certificate.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ...errors import JacopsError, NotDifferentiableError, warn
 from ...space import Space
 from .agreement import size, tolerance, worst_disagreement
 from .dual import Dual
+from .forward import Forward
 from .graph import Survey, saved_bytes, survey
 from .ladder import RouteFailedError, RouteLiesError, attempt
-from .rows import Rows, basis, contracted, dense, mixed, plain, zero_rows
+from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
 from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
 
@@ -70,6 +71,7 @@ class Tape:
         self.protected: Sequence[Tensor] = ()
         self.sweeps = 0
         self._dual: Dual | None = None
+        self._forward: Forward | None = None
         self._survey: Survey | None = None
 
     @property
@@ -171,19 +173,38 @@ class Tape:
 
     # ---- many cotangents -------------------------------------------------------------------------------------
 
-    def pull_rows(self, cotangents: Sequence[Tensor | None], create_graph: bool = False) -> Rows:
-        """Return `(k, *leaf)` per leaf from `(k, *output)` per output (None: zero)."""
+    def pull_rows(
+        self, cotangents: Sequence[Tensor | None], create_graph: bool = False, out: Rows | None = None
+    ) -> Rows:
+        """Return `(k, *leaf)` per leaf from `(k, *output)` per output (None: zero), written into `out` if given."""
         many = next(c.shape[0] for c in cotangents if c is not None)
         if many == 0:
             return [zero_rows(0, leaf) for leaf in self.leaves]
+        chunk = self.chunk(many)
+        if many > chunk and not create_graph:
+            out = [zero_rows(many, leaf) for leaf in self.leaves] if out is None else out
+            for start in range(0, many, chunk):
+                where = slice(start, start + chunk)
+                self.pull_rows([None if c is None else c[where] for c in cotangents], out=[o[where] for o in out])
+            return out
         if many > 1 and self.may_batch("pull", create_graph):
             try:
-                return self._pull_batched(cotangents, many, create_graph)
+                return written(self._pull_batched(cotangents, many, create_graph), out)
             except RouteFailedError as reason:
                 self.leave("pull", "one cotangent at a time", reason)
         self.routes.setdefault("pull", "autograd.grad, one cotangent at a time")
-        rows = [self.pull([None if c is None else c[i] for c in cotangents], create_graph) for i in range(many)]
-        return [self._stacked([row[j] for row in rows], j, many) for j in range(len(self.leaves))]
+        return self._pull_each(cotangents, many, create_graph, out)
+
+    def _pull_each(self, cotangents: Sequence[Tensor | None], many: int, create_graph: bool, out: Rows | None) -> Rows:
+        kept: list[list[Tensor | None]] = []
+        for i in range(many):
+            grads = self.pull([None if c is None else c[i] for c in cotangents], create_graph)
+            if out is None:
+                kept.append(grads)
+                continue
+            for rows, grad in zip(out, grads, strict=True):
+                rows[i] = 0 if grad is None else plain(grad).detach()
+        return out or [self._stacked([grads[j] for grads in kept], j, many) for j in range(len(self.leaves))]
 
     def _stacked(self, grads: list[Tensor | None], leaf: int, many: int) -> Tensor:
         shape, dtype, device = self.domain.shapes[leaf], self.domain.dtypes[leaf], self.domain.device
@@ -199,9 +220,9 @@ class Tape:
         rows = self._filled(grads, many)
         self.routes["pull"] = f"{many} cotangents in one batched pass, checked against a plain one"
         if self.trust.needs("batched pull", many):
-            alone = many * self._check_batched(cotangents, rows, many)
+            self.trust.notes["seconds of a pull"] = self._check_batched(cotangents, rows, many)
             self.trust.remember("batched pull", many)
-            self.settle("pull", seconds, alone)
+        self.settle("pull", seconds, many * self.trust.notes.get("seconds of a pull", math.inf))
         return rows
 
     def settle(self, sweep: str, batched: float, alone: float) -> None:
@@ -257,13 +278,38 @@ class Tape:
         if many == 0:
             return [zero_rows(0, o) for o in self.outputs]
         live = sum(o.numel() for o in self.outputs if o.requires_grad)
-        if live > max(many, 1) and not self.trust.refused("push", "dual"):
+        if live <= max(many, 1):
+            self.routes.setdefault("push", "row by row, fewer outputs than tangents")
+            return self._push_by_rows(tangents, many, create_graph)
+        chunk = many if create_graph or not tangents else self.chunk(many)
+        parts = [
+            self._push_some([t[start : start + chunk] for t in tangents], create_graph, live)
+            for start in range(0, many, chunk)
+        ]
+        return parts[0] if len(parts) == 1 else [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+    def _push_some(self, tangents: Sequence[Tensor], create_graph: bool, live: int) -> Rows:
+        many = tangents[0].shape[0] if tangents else 1
+        alone = many == 1 or self.trust.refused("push", "batched")
+        if alone and tangents and not create_graph and not self.trust.refused("push", "forward"):
+            try:
+                return self._push_forward(tangents)
+            except RouteFailedError:  # nothing to tell: the next route is as exact, and slower by a constant
+                self.trust.refuse("push", "forward")
+        if not self.trust.refused("push", "dual"):
             try:
                 return self.push_dual(tangents, create_graph)
             except RouteFailedError as reason:
                 self.leave("push", f"row by row, {live} backward passes", reason)
-        self.routes.setdefault("push", "row by row, fewer outputs than tangents")
         return self._push_by_rows(tangents, many, create_graph)
+
+    def _push_forward(self, tangents: Sequence[Tensor]) -> Rows:
+        if self._forward is None:
+            self._forward = Forward(self)
+        self._dual = None  # a second recording of the same point, no longer needed
+        pushed = self._forward.push(self, tangents)
+        self.routes["push"] = "tangents node by node through the recorded graph, adjoint identity checked"
+        return pushed
 
     def push_dual(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
         """Return `(k, *output)` per output by the differentiated backward pass alone.
@@ -273,7 +319,7 @@ class Tape:
         """
         if self._dual is None:
             self._dual = Dual(self)
-        pushed = self._dual.push(tangents, create_graph)
+        pushed = self._dual.push(self, tangents, create_graph)
         slow = ", one at a time: batched passes were measured slower" if self.trust.slow("push") else ""
         self.routes["push"] = f"differentiated backward pass, adjoint identity checked{slow}"
         return pushed

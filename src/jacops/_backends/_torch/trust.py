@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Hashable
@@ -41,9 +42,11 @@ class Trust:
     def compare(self, sweep: str, batched: float, alone: float) -> bool:
         """Note seconds of a batched sweep and of as many single ones; refuse batches that were slower twice.
 
-        Once is no proof: the first batched sweep of a process also sets up what it needs.
+        Once is no proof: the first batched sweep of a process also sets up what it needs. Faster once settles it.
         """
-        if batched > alone:
+        if batched <= alone < math.inf:
+            self.notes[f"fast {sweep}"] = True
+        elif batched > alone and f"fast {sweep}" not in self.notes:
             self.notes[f"slow {sweep}"] = self.notes.get(f"slow {sweep}", 0) + 1
             if self.slow(sweep):
                 self.refuse(sweep, "batched")

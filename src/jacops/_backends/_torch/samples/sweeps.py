@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .ladder import RouteFailedError
-from .rows import plain
-from .tape import Tape
+from ..ladder import RouteFailedError
+from ..rows import plain
+from ..tape import Tape
 
 Blocks = list[list[Tensor]]
 

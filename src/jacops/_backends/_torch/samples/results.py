@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...errors import ModelStateError, explain
-from ...trees import Tree
-from .memory import Budget, check_places, ensure_fits
-from .sample_runs import Run
+from ....errors import ModelStateError, explain
+from ....trees import Tree
+from ..memory import Budget, check_places, ensure_fits
+from .runs import Run
 
 Shapes = list[tuple[int, ...]]
 

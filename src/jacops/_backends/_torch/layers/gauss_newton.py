@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .layer_blocks import Chunk, Found, add_blocks
-from .layer_curvature import add_ordinary, describable, laid
-from .layer_sites import Panel, Site, pays, settled
-from .surroundings import private_noise, sweeping
-from .tape import Tape
+from ..surroundings import private_noise, sweeping
+from ..tape import Tape
+from .blocks import Chunk, Found, add_blocks
+from .curvature import add_ordinary, describable, laid
+from .sites import Panel, Site, pays, settled
 
 _ENTRIES = 2**22
 _STRIPE = 512

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layer_factors import Layers, SampleUse, add_rows, matrix_shape
+from .factors import Layers, SampleUse, add_rows, matrix_shape
 from .parts import Lookup, Outer, Part, Rows, Several
 
 

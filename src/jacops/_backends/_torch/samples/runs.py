@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import ModelStateError, NotDifferentiableError, explain
-from ...trees import Selector, Tree, output_leaves, select
+from ....errors import ModelStateError, NotDifferentiableError, explain
+from ....trees import Selector, Tree, output_leaves, select
+from ..cut import At, Cut
+from ..inputs import forward_explained, private_inputs, split_input
+from ..record import setting
+from ..replica import replicate
+from ..surroundings import autocast_on, random_state_kept, recording
+from ..tape import Tape
+from ..trust import Trust, told_apart, trust_in
+from ..watch import Habits, Watch, WritesState
 from .bottleneck import separates, widths_noted
-from .cut import At, Cut
-from .inputs import forward_explained, private_inputs, split_input
-from .record import setting
-from .replica import replicate
-from .surroundings import autocast_on, random_state_kept, recording
-from .tape import Tape
-from .trust import Trust, told_apart, trust_in
-from .watch import Habits, Watch, WritesState
 
 
 @dataclass

@@ -3,7 +3,7 @@
 A step V in a weight acts as `e = V a` at the output of its layer, so second derivatives by the (few) numbers at the
 layers' outputs give those by the (many) parameters. With cotangents `delta = dL/dz`, one sweep over `delta` per number
 of a sample, shared by all samples, gives how cotangents and operands move; blocks follow as products of matrices over
-the samples (`layer_blocks`). Nothing of the parameters' length is swept, any graph will do, and parameters that enter
+the samples (`blocks`). Nothing of the parameters' length is swept, any graph will do, and parameters that enter
 in some other way take ordinary sweeps for their rows of the same matrix. That samples do not mix is proved by exact
 zeros; where they do, the batch is one sample with many positions. A product with a random direction confirms the
 whole.
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .agreement import worst_disagreement
-from .ladder import RouteFailedError, attempt
-from .layer_blocks import Chunk, Found, add_blocks, mirror
-from .layer_sites import Site, costly, find_sites, pays, settled, without
-from .surroundings import private_noise, sweeping
-from .tape import Tape
+from ..agreement import worst_disagreement
+from ..ladder import RouteFailedError, attempt
+from ..surroundings import private_noise, sweeping
+from ..tape import Tape
+from .blocks import Chunk, Found, add_blocks, mirror
+from .sites import Site, costly, find_sites, pays, settled, without
 from .uses import Use, find_uses
 
 _ENTRIES = 2**22

@@ -15,19 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._finite import is_finite
-from ...errors import JacopsError, ModelStateError, NotDifferentiableError, explain, warn
-from .agreement import size, worst_disagreement
+from ...._finite import is_finite
+from ....errors import JacopsError, ModelStateError, NotDifferentiableError, explain, warn
+from ..agreement import size, worst_disagreement
+from ..ladder import RouteFailedError
+from ..record import Recorded
+from ..rows import plain
+from ..samples.mixing import differs
+from ..surroundings import is_memory_error, private_noise
+from ..tape import Tape
+from ..trust import Trust
+from ..watch import Habits
 from .collected import Collected, StructureChangedError
-from .ladder import RouteFailedError
-from .layer_factors import Layers, unit_seeds
-from .mixing import differs
-from .record import Recorded
-from .rows import plain
-from .surroundings import is_memory_error, private_noise
-from .tape import Tape
-from .trust import Trust
-from .watch import Habits
+from .factors import Layers, unit_seeds
 
 _WORKING = 2**26  # bytes of a recorded batch
 _MOST = 4096  # samples in it

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from .agreement import tolerance, worst_disagreement
-from .rows import plain
-from .surroundings import private_noise
-from .tape import Tape
-from .watch import Habits
+from ..agreement import tolerance, worst_disagreement
+from ..rows import plain
+from ..surroundings import private_noise
+from ..tape import Tape
+from ..watch import Habits
 
 
 def unbatchable(tape: Tape, habits: Habits, many: int) -> str | None:

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import NotDifferentiableError
-from ...trees import Tree, flatten, is_differentiable, output_leaves
-from .graph import survey
-from .ladder import RouteFailedError
-from .record import setting
-from .rows import Rows, plain
-from .sample_runs import Runner
-from .samples import Samples
-from .surroundings import autocast_on
-from .tape import Tape
-from .trust import Trust, told_apart, trust_in
+from ....errors import NotDifferentiableError
+from ....trees import Tree, flatten, is_differentiable, output_leaves
+from ..graph import survey
+from ..ladder import RouteFailedError
+from ..record import setting
+from ..rows import Rows, plain
+from ..surroundings import autocast_on
+from ..tape import Tape
+from ..trust import Trust, told_apart, trust_in
+from .batch import Samples
+from .runs import Runner
 
 
 class Forward:

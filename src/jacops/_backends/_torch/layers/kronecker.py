@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .agreement import worst_disagreement
-from .ladder import RouteFailedError, attempt
-from .rows import plain
-from .surroundings import private_noise
-from .tape import Tape
+from ..agreement import worst_disagreement
+from ..ladder import RouteFailedError, attempt
+from ..rows import plain
+from ..surroundings import private_noise
+from ..tape import Tape
 from .uses import Use, by_sample, cotangents, find_orders, find_uses
 
 Form = Literal["outer", "lookup", "vector", "swept"]

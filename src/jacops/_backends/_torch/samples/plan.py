@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
+from ..trust import Trust
 from .bottleneck import narrowest, sweep_split
-from .memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
 from .mixing import differs, unbatchable
-from .sample_results import SAMPLES_TODO
-from .sample_runs import Run
-from .sample_sweeps import close, counts, sweep
-from .trust import Trust
+from .results import SAMPLES_TODO
+from .runs import Run
+from .sweeps import close, counts, sweep
 
 if TYPE_CHECKING:
-    from .samples import Samples
+    from .batch import Samples
 
 ALONE = "one by one"
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .surroundings import private_noise, sweeping
-from .tape import Tape
+from ..surroundings import private_noise, sweeping
+from ..tape import Tape
 
 Kind = Literal["outer", "lookup", "vector"]
 Order = Literal["sample first", "sample second"]

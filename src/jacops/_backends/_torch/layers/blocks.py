@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layer_sites import Panel, Site
+from .sites import Panel, Site
 
 _PAIRS = 2**21
 _BLOCK = 2**20

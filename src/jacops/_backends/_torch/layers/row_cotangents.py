@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import worst_disagreement
-from .losses import call_loss
-from .rows import plain
-from .surroundings import is_memory_error, out_of_inference, random_state_kept, recording
-from .tape import Tape
-from .trust import told_apart
+from ..agreement import worst_disagreement
+from ..losses import call_loss
+from ..rows import plain
+from ..surroundings import is_memory_error, out_of_inference, random_state_kept, recording
+from ..tape import Tape
+from ..trust import told_apart
 
 Build = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Any, Any]]
 _TRIED = 3

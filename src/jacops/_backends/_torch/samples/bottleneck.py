@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...trees import is_differentiable
-from .graph import survey
-from .sample_sweeps import sweep
-from .tape import Tape
+from ....trees import is_differentiable
+from ..graph import survey
+from ..tape import Tape
+from .sweeps import sweep
 
 GAIN = 1.5
 

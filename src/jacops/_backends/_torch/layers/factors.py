@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .agreement import worst_disagreement
-from .ladder import RouteFailedError, attempt
+from ..agreement import worst_disagreement
+from ..ladder import RouteFailedError, attempt
+from ..rows import plain
+from ..surroundings import private_noise
+from ..tape import Tape
 from .parts import Lookup, Outer, Part, Rows
-from .rows import plain
-from .surroundings import private_noise
-from .tape import Tape
 from .uses import Order, Use, by_sample, cotangents, find_orders, find_uses
 
 Blocks = list[list[Tensor]]

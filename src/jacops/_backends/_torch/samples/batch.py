@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._finite import is_finite
-from ..._progress import track
-from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
-from ...trees import Selector, flatten, is_differentiable
+from ...._finite import is_finite
+from ...._progress import track
+from ....errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
+from ....trees import Selector, flatten, is_differentiable
+from ..chunks import Chunks
+from ..cut import At
+from ..inputs import check_fallback
+from ..matrix import jacobian_blocks
+from ..memory import Budget, given_tensors
+from ..replica import bare, check_state
+from ..surroundings import is_memory_error
+from ..trust import Trust
 from .bottleneck import GAIN, narrowest, sweep_split
-from .chunks import Chunks
-from .cut import At
-from .inputs import check_fallback
-from .matrix import jacobian_blocks
-from .memory import Budget, given_tensors
 from .mixing import coupled, differs, unbatchable
-from .replica import bare, check_state
-from .sample_plan import ensure_fits, is_small, planned
-from .sample_results import Results, SampleJacobians
-from .sample_runs import Run, Runner
-from .sample_sweeps import sweep
-from .surroundings import is_memory_error
-from .trust import Trust
+from .plan import ensure_fits, is_small, planned
+from .results import Results, SampleJacobians
+from .runs import Run, Runner
+from .sweeps import sweep
 
 MODES = ("auto", "reverse", "forward", "split")
 
