@@ -147,6 +147,39 @@ def test_one_logit_of_fifty_thousand_costs_one_sweep(call: str) -> None:
         assert counter.counted == (1, 1)
 
 
+def test_a_trusted_push_is_no_backward_sweep_at_all() -> None:
+    model, x = net(3, 50), torch.randn(5, 3, dtype=F64)
+    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=F64)
+    with counting(model) as counter:
+        jacops.jacobian(model, x) @ v
+        assert counter.counted == (1, 1)  # the one that the push is held against
+        counter.reset()
+        J = jacops.jacobian(model, x)
+        for _ in range(3):
+            J @ v
+        assert counter.counted == (1, 0)
+
+
+def test_a_repeated_gauss_newton_product_is_a_push_and_a_pull() -> None:
+    model, x, y = net(3, 2), torch.randn(5, 3, dtype=F64), torch.randn(5, 2, dtype=F64)
+    with counting(model) as counter:
+        G = jacops.ggn(model, nn.functional.mse_loss, x, y)
+        v = torch.randn(G.shape[1], dtype=F64)
+        G @ v
+        counter.reset()
+        G @ v
+        assert counter.counted == (0, 1)
+
+
+def test_many_vectors_go_in_chunks_that_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jacops._backends._torch.tape._CHUNK_ROWS", 4)
+    model, x = net(3, 50), torch.randn(5, 3, dtype=F64)
+    J = jacops.jacobian(model, x)
+    whole, us, vs = J.dense(), torch.randn(11, J.shape[0], dtype=F64), torch.randn(11, J.shape[1], dtype=F64)
+    torch.testing.assert_close(J.T.apply(us), us @ whole)
+    torch.testing.assert_close(J.apply(vs), vs @ whole.T)
+
+
 def test_a_repeated_product_with_a_hessian_is_one_sweep_over_the_gradient() -> None:
     model, x, y = net(3, 2), torch.randn(5, 3, dtype=F64), torch.randn(5, 2, dtype=F64)
     with counting(model) as counter:

@@ -1,0 +1,141 @@
+"""Tangents node by node through a recorded graph: every rule against the plain Jacobian."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as f
+from torch.utils.checkpoint import checkpoint
+
+import jacops
+from cases import F64
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+class Of(nn.Module):
+    """A function of some parameters as a module."""
+
+    def __init__(self, func: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.func = func
+        self.weights = nn.ParameterList(nn.Parameter(drawn(*shape)) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.func(x, *self.weights)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "mm": (lambda x, a, b: x @ a @ b, ((4, 3), (3, 5))),
+    "mm of parameters on both sides": (lambda x, a: a @ a.T, ((4, 3),)),
+    "addmm": (lambda x, a, b: torch.addmm(b, x, a, alpha=0.5, beta=3.0), ((4, 3), (3,))),
+    "addmm, only the offset moves": (lambda x, b: torch.addmm(b, x, x.T), ((5,),)),
+    "linear in three dimensions": (lambda x, a, b: f.linear(x.reshape(5, 2, 2), a, b).sin(), ((3, 2), (3,))),
+    "bmm": (lambda x, a, b: (a @ b).transpose(-1, -2).exp(), ((2, 3, 4), (2, 4, 3))),
+    "convolution": (lambda x, w, b: f.conv1d(x.reshape(1, 5, 4), w, b, padding=1).tanh(), ((3, 5, 3), (3,))),
+    "strided, dilated, grouped convolution": (
+        lambda x, w, v: f.conv2d(f.conv2d(w, v, stride=2, dilation=2, groups=2), v[:2, :, :2, :2], groups=2),
+        ((1, 4, 9, 9), (4, 2, 3, 3)),
+    ),
+    "transposed convolution": (
+        lambda x, w, b: f.conv_transpose1d(x.reshape(1, 5, 4), w, b, stride=2, output_padding=1),
+        ((5, 3, 3), (3,)),
+    ),
+    "products that broadcast": (lambda x, a, b: (a * b + 2 * b - a / b * 3) * x[:, :1], ((4,), (5, 1))),
+    "a number minus a parameter": (lambda x, a: 1 - a, ((4,),)),
+    "entry by entry": (
+        lambda x, a: (
+            f.gelu(a) + f.silu(a) + f.elu(a) + f.leaky_relu(a) + f.softplus(a) + f.hardtanh(a) + a.abs().sqrt()
+        ),
+        ((7,),),
+    ),
+    "softmax and its logarithm": (lambda x, a: a.softmax(1) * a.log_softmax(0), ((3, 4),)),
+    "views": (
+        lambda x, a: torch.stack([a.permute(1, 2, 0)[1:, ..., 0].flatten(), a.movedim(0, -1).select(0, 1).reshape(-1)]),
+        ((2, 3, 2),),
+    ),
+    "negative axes": (lambda x, a: a.transpose(-3, -1).squeeze(-2).unsqueeze(-1), ((2, 1, 3),)),
+    "several outputs of one operation": (
+        lambda x, a: torch.cat([part.flatten() for part in (*a.split(2), a.sort(0)[0], *a.unbind(1))]),
+        ((5, 3),),
+    ),
+    "layer norm": (lambda x, a, w, b: f.layer_norm(a, (4,), w, b), ((3, 4), (4,), (4,))),
+    "batch norm": (lambda x, a, w: f.batch_norm(a, None, None, w, training=True), ((6, 3), (3,))),
+    "attention": (lambda x, q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=True), ((2, 3, 4),) * 3),
+    "gathers and embeddings": (
+        lambda x, a: f.embedding(torch.tensor([1, 1, 3]), a) + a[[0, 2, 2]].cumsum(0),
+        ((4, 3),),
+    ),
+    "sums and norms": (lambda x, a: torch.stack([a.sum(), a.mean(), a.norm(), a.prod(), a.max(), a.var()]), ((4, 3),)),
+    "in place": (lambda x, a: (a * 2).add_(a).mul_(a).sigmoid_(), ((4,),)),
+    "linear algebra": (lambda x, a: torch.linalg.solve(a @ a.T + torch.eye(3), a) + torch.linalg.inv(a), ((3, 3),)),
+    "a parameter as the output": (lambda x, a: a, ((4,),)),
+    "constants on the way": (lambda x, a: a.detach() * a + torch.where(a > 0, a, 0.0), ((6,),)),
+    "other precisions on the way": (lambda x, a: a.float().sin().double(), ((4,),)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_push_agrees_with_the_rows_of_the_jacobian(name: str) -> None:
+    func, shapes = FUNCTIONS[name]
+    model, x = Of(func, *shapes), drawn(5, 4)
+    J = jacops.jacobian(model, x)
+    v = drawn(J.shape[1])
+    wanted = torch.stack([J.T @ row for row in torch.eye(J.shape[0], dtype=F64)]) @ v
+    loose = 1e-5 if "precisions" in name else 1e-12
+    torch.testing.assert_close(J @ v, wanted, rtol=loose, atol=loose)
+    torch.testing.assert_close(J @ v, wanted, rtol=loose, atol=loose)
+    assert "node by node" in J.tape.routes["push"]
+
+
+class Reversed(nn.Module):
+    """A gradient turned round by a hook, which no node of the graph tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3, dtype=F64), nn.Linear(3, 5, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x).tanh()
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: -grad)
+        return self.b(hidden)
+
+
+def test_a_hook_on_the_way_is_noticed() -> None:
+    J = jacops.jacobian(Reversed(), drawn(5, 4))
+    v = drawn(J.shape[1])
+    torch.testing.assert_close(J @ v, J.dense() @ v)
+    assert "node by node" not in J.tape.routes["push"]
+
+
+def test_what_is_recomputed_is_right() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+    model = Of(lambda x, a: checkpoint(net, a * x, use_reentrant=False), (4,))
+    J = jacops.jacobian(model, drawn(5, 4))
+    torch.testing.assert_close(J @ drawn(4), J.dense() @ drawn(4))
+
+
+def test_weights_changed_since_are_noticed() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+    J = jacops.jacobian(net, drawn(5, 4))
+    v = drawn(J.shape[1])
+    J @ v
+    with torch.no_grad():
+        net[2].weight.mul_(2)
+    with (
+        pytest.warns(jacops.JacopsWarning, match="modified by an inplace operation"),
+        pytest.raises(jacops.NotDifferentiableError, match="modified by an inplace operation"),
+    ):
+        J @ v
+
+
+def test_a_leaf_made_from_another_leaf_moves_with_it_and_by_itself() -> None:
+    p = drawn(3).requires_grad_()
+    q = p.sin()
+    v, w = drawn(3), drawn(1, 3)[0]
+    found = jacops.jvp(lambda: q**2 + p, [p, q], [v, w])
+    torch.testing.assert_close(found, (2 * q * (p.cos() * v + w) + v).detach())
