@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+# `make bench PEERS=1` installs the rivals of benchmarks/peers.txt first; those that are missing are reported as such.
+PEERS ?=
 
 # Installing one extra also installs those inside it.
 HOLDS_demo := demo
@@ -28,7 +30,8 @@ test: $(VENV)/.ready-test ## Set up, then run the tests (pass more to pytest wit
 test-all: $(VENV)/.ready-test ## The tests, the slow ones too
 	$(RUN) -m pytest -q -m "slow or not slow" $(ARGS)
 
-bench: $(VENV)/.ready-test ## Time named rivals on the same work (choose with ARGS="pose_graphs")
+bench: $(VENV)/.ready-test ## Time named rivals on the same work (choose with ARGS="products:C1"; PEERS=1 installs more)
+	$(if $(PEERS),$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt)
 	$(RUN) -W ignore -m benchmarks $(ARGS)
 
 lint: $(VENV)/.ready-dev ## Check style and types

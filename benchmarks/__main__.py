@@ -1,27 +1,46 @@
-"""`python -m benchmarks [NAME …]`: run benchmarks by file name (`bench_NAME.py`), all of them by default."""
+"""`python -m benchmarks [NAME …] [--rounds N]`: run benchmarks by file name (`bench_NAME.py`), all of them by default.
+
+`NAME:CASE,CASE` runs some cases of one only, for example `products:C1,D3`. On a machine that others use as well,
+`--threads 1 --clock processor` counts the processor time of one thread, which neighbours disturb little.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import sys
 from pathlib import Path
 
 import torch
 
-from .harness import run
+from .machine import CLOCKS
+from .report import note, run, write
 
 
 def main() -> None:
-    """Run the benchmarks that are asked for."""
+    """Run the benchmarks that are asked for, then write the table and the plot of the newest figures of all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME[:CASE,…]")
+    parser.add_argument("--rounds", type=int, help="rounds of each contender, instead of a workload's own number")
+    parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what is measured")
+    asked = parser.parse_args()
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
-    here = Path(__file__).parent
-    known = sorted(path.stem.removeprefix("bench_") for path in here.glob("bench_*.py"))
-    asked = sys.argv[1:] or known
-    for name in asked:
+    known = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+    for name in asked.names or known:
+        name, _, cases = name.partition(":")
         if name not in known:
             raise SystemExit(f"no benchmark {name!r}; there are: {', '.join(known)}")
-        module = importlib.import_module(f"benchmarks.bench_{name}")
-        run(module.workloads(), name)
+        try:
+            module = importlib.import_module(f"benchmarks.bench_{name}")
+        except ModuleNotFoundError as error:
+            note(f"\n{name}: left out, {error.name} is not installed")
+            continue
+        run(module.workloads(), name, cases.split(",") if cases else None, asked.rounds, asked.clock)
+    for path in write():
+        note(f"written: {path}")
 
 
-main()
+if __name__ == "__main__":
+    main()

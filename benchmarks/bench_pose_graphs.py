@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import jacops
 
-from .harness import Workload
+from .harness import Goal, Workload
 
 EDGES_PER_POSE = 4
 DENSE_UP_TO = 200
@@ -62,17 +62,40 @@ def by_differences(model: PoseGraph, pattern: Any) -> Callable[[], Any]:
     return lambda: approx_derivative(residual, zero, method="2-point", sparsity=pattern)
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Say whether two Jacobians, sparse or dense, are the same."""
+    left, right = (np.asarray(v.matrix.toarray() if isinstance(v, jacops.SparseJacobian) else v) for v in (a, b))
+    return left.shape == right.shape and np.abs(left - right).max() <= 1e-9
+
+
+def small() -> Workload:
+    """Return G1: a hundred poses and three hundred edges, a matrix that PyPose can still form."""
+    model, evaluate = PoseGraph(100, 300), "jacops: evaluate the plan, as a matrix"
+    plan = jacops.sparse_plan(model, None, tangent=False)
+    rivals: dict[str, Callable[[], Any]] = {
+        "jacops: evaluate the plan": lambda: plan.evaluate(model, None),
+        evaluate: lambda: plan.evaluate(model, None).matrix.toarray(),
+        "jacops.modjac, dense": lambda: jacops.modjac(model, None, flatten=True),
+        "PyPose: modjac(vectorize=True)": lambda: pypose_modjac(model, None, vectorize=True, flatten=True),
+        "PyPose: modjac": lambda: pypose_modjac(model, None, flatten=True),
+    }
+    goals = [Goal("PyPose: modjac(vectorize=True)", faster=18), Goal("PyPose: modjac", faster=150)]
+    size = {"result_bytes": 8.0 * 1800 * 700, "dtype": torch.float64}
+    return Workload("G1", "100 poses, 300 edges: 1,800 × 700", rivals, alike, goals=goals, **size)
+
+
 def workloads() -> Iterator[Workload]:
-    """Yield growing graphs."""
+    """Yield G1 and growing graphs."""
+    yield small()
     for poses in (100, 200, 1000, 3000, 10_000):
         model = PoseGraph(poses, EDGES_PER_POSE * poses)
         plan = jacops.sparse_plan(model, None)
         found = plan.evaluate(model, None)
         rivals: dict[str, Callable[[], Any]] = {
             "jacops: evaluate the plan": lambda model=model, plan=plan: plan.evaluate(model, None),
-            "one sweep of the model": one_sweep(model),
+            "torch.autograd: one sweep of the model": one_sweep(model),
             "jacops, once: make the plan": lambda model=model: jacops.sparse_plan(model, None),
-            "scipy, grouped finite differences": by_differences(model, found.matrix.astype(bool)),
+            "scipy: grouped finite differences": by_differences(model, found.matrix.astype(bool)),
         }
         if poses <= DENSE_UP_TO:
             dense = pypose_modjac(model, None, vectorize=True, flatten=True)
@@ -80,11 +103,11 @@ def workloads() -> Iterator[Workload]:
                 found.matrix.toarray(),
                 dense.reshape(dense.shape[0], poses, 7)[..., :6].reshape(dense.shape[0], -1).numpy(),
             )
-            rivals["PyPose modjac(vectorize=True)"] = lambda model=model: pypose_modjac(model, None, vectorize=True)
+            rivals["PyPose: modjac(vectorize=True)"] = lambda model=model: pypose_modjac(model, None, vectorize=True)
             rivals["jacops.modjac, dense"] = lambda model=model: jacops.modjac(model, None, flatten=True)
         rows, columns = found.matrix.shape
         what = f"{poses:,} poses, {rows // 6:,} edges: {rows:,} × {columns:,}, {plan.sweeps} sweeps"
-        yield Workload(f"G{poses}", what, rivals, goals={"PyPose modjac(vectorize=True)": 100} if poses == 200 else {})
+        yield Workload(f"G{poses}", what, rivals, goals={"PyPose: modjac(vectorize=True)": 100} if poses == 200 else {})
 
 
 def _check(ours: np.ndarray, theirs: np.ndarray) -> None:

@@ -1,25 +1,48 @@
-"""How a workload is measured: answers compared, rivals interleaved, medians and peak memory as JSON lines."""
+"""How a workload is measured: answers compared, rivals interleaved with samples of the machine's own speed."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import json
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import jacops
+from jacops import Operator
+
+from .machine import CLOCKS, Clock, Rates, machine, timed, watched
+
+__all__ = ["BEST", "FLOOR", "OURS", "RESULTS", "Goal", "Measured", "Workload", "machine", "measure", "same"]
 
 OURS = "jacops"
+FLOOR = "the floor"
+BEST = "the fastest rival"
 RESULTS = Path(__file__).parent / "results"
+SLOW = 6.0  # seconds of a first call after which a contender is not run again
+QUICK = 0.5  # seconds that rounds beyond a workload's own may take, since quick calls suffer most from neighbours
+MOST = 25
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What one of our contenders is to reach; only what is given counts.
+
+    Attributes:
+        rival: Beside whom: a contender, `FLOOR`, or `BEST`.
+        faster: Least ratio of the rival's time to ours.
+        memory: Most that our peak may be of the rival's.
+        mib: Most that our peak may be, in MiB, whatever the rival's.
+        ours: Which of ours is meant; the first by default.
+    """
+
+    rival: str = ""
+    faster: float | None = None
+    memory: float | None = None
+    mib: float | None = None
+    ours: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,10 +52,14 @@ class Workload:
     Attributes:
         name: Short id, such as `A1`.
         what: One line for the table.
-        rivals: Callables by name; those that start with `jacops` are ours.
+        rivals: Callables by name, the one that ratios are told to first; those that start with `jacops` are ours.
+            Others are named `package: call`.
         close: Says whether two answers are the same; None where answers are of different kinds.
-        rounds: How often each is run, interleaved.
-        goals: Least ratio of a rival's time to ours, by rival.
+        rounds: How often each is run at least, interleaved; quick ones more often, slow ones once.
+        goals: Least ratios of a rival's time to our first contender's, by rival; or goals in full.
+        flops: Floating-point operations that no way of answering saves.
+        result_bytes: Bytes of the answer.
+        dtype: Of the arithmetic.
     """
 
     name: str
@@ -40,10 +67,20 @@ class Workload:
     rivals: dict[str, Callable[[], Any]]
     close: Callable[[Any, Any], bool] | None = None
     rounds: int = 5
-    goals: dict[str, float] = field(default_factory=dict)
+    goals: dict[str, float] | Sequence[Goal] = field(default_factory=dict)
+    flops: float = 0.0
+    result_bytes: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def all_goals(self) -> list[Goal]:
+        """The goals in full."""
+        if isinstance(self.goals, dict):
+            return [Goal(rival, faster=least) for rival, least in self.goals.items()]
+        return list(self.goals)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """What one contender took.
 
@@ -51,119 +88,139 @@ class Measured:
         workload: The workload's id.
         rival: Who.
         seconds: Median over the rounds.
+        fastest: The quickest round, which a shared machine disturbs least.
         spread: Slowest over fastest round.
-        peak_mib: Resident memory beyond that before one call, at its highest.
-        ratio: Its time over ours.
-        goal: The least ratio asked for, if one is.
+        runs: How many rounds there were.
+        peak_mib: Resident memory beyond that before one call, at its highest, the answer included.
+        ratio: Its time over that of our first contender.
+        floor: Its time over the floor's.
+        goals: What was wanted here, what was reached, and whether that is enough.
         error: Why there are no figures.
     """
 
     workload: str
     rival: str
     seconds: float | None = None
+    fastest: float | None = None
     spread: float | None = None
+    runs: int = 0
     peak_mib: float | None = None
     ratio: float | None = None
-    goal: float | None = None
+    floor: float | None = None
+    goals: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
 
 
-def measure(workload: Workload) -> list[Measured]:
-    """Run a workload and return a row per contender, ours first."""
-    answers, errors = {}, {}
-    for name, call in workload.rivals.items():
+class Contender:
+    """A call, what it took so far, and why it is out if it is."""
+
+    def __init__(self, name: str, call: Callable[[], Any], clock: Clock) -> None:
+        self.name, self.call, self.clock = name, call, clock
+        self.times: list[float] = []
+        self.peak: float | None = None
+        self.rounds = 0
+        self.error: str | None = None
+
+    def begin(self, rounds: int) -> Any:
+        """Make the first call, which imports, compiles and warms up; return its answer.
+
+        Args:
+            rounds: How many are wanted at least.
+        """
         try:
-            answers[name] = call()
+            answer, seconds, self.peak = watched(self.call, self.clock)
+        except ModuleNotFoundError as error:
+            self.error = f"not installed: {error.name}"
         except Exception as error:  # a rival that cannot is a finding, not a failure of the run
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    reference = next((answers[n] for n in answers if n.startswith(OURS)), None)
-    for name, answer in answers.items():
-        if workload.close is not None and not workload.close(reference, answer):
-            errors[name] = "another answer"
-    answers.clear()
-    alive = {n: c for n, c in workload.rivals.items() if n not in errors}
-    times: dict[str, list[float]] = {name: [] for name in alive}
-    for _ in range(workload.rounds):
-        for name, call in alive.items():
-            times[name].append(_timed(call))
-    peaks = {name: peak_mib(call) for name, call in alive.items()}
-    ours = min((statistics.median(t) for n, t in times.items() if n.startswith(OURS)), default=None)
-    rows = []
-    for name in workload.rivals:
-        if name in errors:
-            rows.append(Measured(workload.name, name, error=errors[name]))
-            continue
-        median = statistics.median(times[name])
-        ratio = median / ours if ours else None
-        spread = max(times[name]) / min(times[name])
-        rows.append(Measured(workload.name, name, median, spread, peaks[name], ratio, workload.goals.get(name)))
-    return rows
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    gc.collect()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def peak_mib(call: Callable[[], Any]) -> float | None:
-    """Return how far resident memory rises during one call, in MiB; None where the system does not tell."""
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is free already would hide what the call needs
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # start the high-water mark anew
-        before = _status("VmRSS")
-        call()
-        return max(0.0, (_status("VmHWM") - before) / 1024)
-    except (OSError, AttributeError):
+            self.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+        else:
+            self.times = [seconds] if seconds > SLOW else []
+            self.rounds = 0 if self.times else max(rounds, min(MOST, int(QUICK / seconds)))
+            return answer
         return None
 
+    def run(self) -> None:
+        """Take the time of one call."""
+        gc.collect()
+        self.times.append(timed(self.call, self.clock))
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "jacops": jacops.__version__,
-        "python": platform.python_version(),
-        "when": time.strftime("%Y-%m-%d %H:%M"),
-    }
+    def row(self, workload: str) -> Measured:
+        """Return what was measured."""
+        if self.error is not None:
+            return Measured(workload, self.name, error=self.error)
+        fastest, median = min(self.times), statistics.median(self.times)
+        spread, runs = max(self.times) / fastest, len(self.times)
+        return Measured(workload, self.name, median, fastest, spread, runs, self.peak)
 
 
-def run(workloads: Iterator[Workload], name: str) -> list[Measured]:
-    """Measure workloads one after the other, print a table and append JSON lines to `results/NAME.jsonl`."""
-    RESULTS.mkdir(exist_ok=True)
-    about, rows = machine(), []
-    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-        for workload in workloads:
-            print(f"\n{workload.name}  {workload.what}")
-            for row in measure(workload):
-                print(told(row), flush=True)
-                file.write(json.dumps({**asdict(row), **about}, allow_nan=False) + "\n")
-                rows.append(row)
-    return rows
+def measure(workload: Workload, rounds: int | None = None, clock: str = "wall") -> tuple[list[Measured], Rates]:
+    """Run a workload; return a row per contender, in their order, and the machine's rates in the same rounds."""
+    tell = CLOCKS[clock]
+    contenders = [Contender(name, call, tell) for name, call in workload.rivals.items()]
+    least = rounds or workload.rounds
+    _compare(contenders, workload.close, least)
+    rates = Rates(workload.dtype, tell)
+    for i in range(max([least, *(c.rounds for c in contenders)])):
+        rates.sample()
+        for contender in (c for c in contenders if i < c.rounds):
+            contender.run()
+    for contender in (c for c in contenders if c.rounds):
+        contender.peak = watched(contender.call, tell)[2]
+    rows = [c.row(workload.name) for c in contenders]
+    headline = next((r.seconds for r in rows if r.rival.startswith(OURS)), None)
+    floor = rates.floor(workload.flops, workload.result_bytes)
+    for row in rows:
+        if row.seconds is not None:
+            row.ratio = row.seconds / headline if headline else None
+            row.floor = row.seconds / floor if floor else None
+    for goal in workload.all_goals:
+        _judge(goal, rows)
+    return rows, rates
 
 
-def told(row: Measured) -> str:
-    """Return a row of the table."""
-    if row.error is not None:
-        return f"  {row.rival:38s} {row.error}"
-    peak = "" if row.peak_mib is None else f"{row.peak_mib:8.0f} MiB"
-    ratio = "" if row.ratio is None else f"{row.ratio:8.2f} ×"
-    goal = "" if row.goal is None else f"  goal {row.goal:g} ×: {'met' if (row.ratio or 0) >= row.goal else 'missed'}"
-    return f"  {row.rival:38s} {1e3 * (row.seconds or 0):10.1f} ms {peak} {ratio}{goal}"
+def _compare(contenders: list[Contender], close: Callable[[Any, Any], bool] | None, rounds: int) -> None:
+    """Make everybody's first call and put out who answers otherwise than the first who answers."""
+    reference = None
+    for contender in contenders:
+        answer = contender.begin(rounds)
+        if contender.error is None and close is not None:
+            reference = answer if reference is None else reference
+            if not close(reference, answer):
+                contender.error = "another answer"
+
+
+def _judge(goal: Goal, rows: list[Measured]) -> None:
+    """Note with the row that a goal concerns what was wanted and what was reached."""
+    own = next((r for r in rows if r.rival == goal.ours or (not goal.ours and r.rival.startswith(OURS))), None)
+    others = [r for r in rows if not r.rival.startswith(OURS) and r.seconds is not None]
+    beside = min(others, key=lambda r: r.seconds or 0.0, default=None) if goal.rival == BEST else None
+    beside = beside or next((r for r in others if r.rival == goal.rival), None)
+    if own is None or (goal.rival not in ("", FLOOR) and beside is None):
+        return  # nobody to compare with
+    rival = beside or own
+    about = {"ours": own.rival, "beside": FLOOR if goal.rival == FLOOR else "" if rival is own else rival.rival}
+
+    def note(wanted: str, reached: float | None, least: bool, bound: float, fastest: float | None = None) -> None:
+        met = reached is not None and (reached >= bound if least else reached <= bound)
+        rival.goals.append({**about, "wanted": wanted, "reached": reached, "fastest": fastest, "met": met})
+
+    if goal.faster is not None and goal.rival == FLOOR:
+        note(f"≤ {1 / goal.faster:.3g} × the floor", own.floor, False, 1 / goal.faster)
+    elif goal.faster is not None:
+        ratios = _ratio(rival.seconds, own.seconds), _ratio(rival.fastest, own.fastest)
+        note(f"≥ {goal.faster:.3g} × faster", ratios[0], True, goal.faster, ratios[1])
+    if goal.memory is not None:
+        note(f"≤ {goal.memory:.3g} of its memory", _ratio(own.peak_mib, rival.peak_mib), False, goal.memory)
+    if goal.mib is not None:
+        note(f"peak ≤ {goal.mib:.3g} MiB", own.peak_mib, False, goal.mib)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
 
 
 def same(tolerance: float = 1e-3) -> Callable[[Any, Any], bool]:
-    """Return a comparison of tensors, or of lists of them, by relative distance."""
+    """Return a comparison of tensors, operators, or lists of them, by relative distance."""
 
     def close(a: Any, b: Any) -> bool:
         left, right = (torch.cat([t.reshape(-1).double() for t in _listed(v)]) for v in (a, b))
@@ -173,4 +230,6 @@ def same(tolerance: float = 1e-3) -> Callable[[Any, Any], bool]:
 
 
 def _listed(value: Any) -> list[torch.Tensor]:
-    return [t for v in value for t in _listed(v)] if isinstance(value, list | tuple) else [value.detach()]
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in _listed(v)]
+    return [value.dense() if isinstance(value, Operator) else value.detach()]

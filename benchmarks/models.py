@@ -1,9 +1,14 @@
-"""The models of the benchmarks, seeded."""
+"""The models of the benchmarks, seeded, and a model with its data as a function of its parameters."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, gelu
+from torch.utils.flop_counter import FlopCounterMode
+
+Tree = dict[str, Tensor]
 
 
 def mlp(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -36,3 +41,73 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `(n, 8)`."""
         return self.head(self.block(x).mean(1))
+
+
+class Gated(nn.Module):
+    """A net with a residual, a layer norm, a gate and a skip from the input."""
+
+    def __init__(self, inputs: int, width: int, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.turn, self.gate = nn.Linear(inputs, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.leave = nn.Linear(width + inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(n, outputs)`."""
+        hidden = torch.tanh(self.enter(x))
+        turned = self.norm(hidden + gelu(self.turn(hidden)))
+        return self.leave(torch.cat([turned * torch.sigmoid(self.gate(hidden)), x], -1))
+
+
+class Case:
+    """A classifier, a batch of data, and output and loss as functions of the parameters.
+
+    Args:
+        model: The classifier.
+        n: How many samples.
+        inputs: Their width.
+        outputs: How many classes.
+    """
+
+    def __init__(self, model: nn.Module, n: int, inputs: int, outputs: int) -> None:
+        torch.manual_seed(2)
+        self.model, self.shape = model, (n, outputs)
+        self.x, self.y = torch.randn(n, inputs), torch.randint(outputs, (n,))
+        self.params = {name: p.detach() for name, p in model.named_parameters()}
+        self.theta = flat(self.params)
+
+    def output(self, params: Tree) -> Tensor:
+        """Return the model's output as a function of its parameters."""
+        return functional_call(self.model, params, (self.x,))
+
+    def loss(self, params: Tree) -> Tensor:
+        """Return the loss as a function of the parameters."""
+        return cross_entropy(self.output(params), self.y)
+
+    def tree(self, vector: Tensor) -> Tree:
+        """Return a flat vector as tensors by name."""
+        parts = vector.split([p.numel() for p in self.params.values()])
+        return {name: part.reshape(p.shape) for (name, p), part in zip(self.params.items(), parts, strict=True)}
+
+    def output_at(self, theta: Tensor) -> Tensor:
+        """Return the output as a function of the flat parameters."""
+        return self.output(self.tree(theta))
+
+    def loss_at(self, theta: Tensor) -> Tensor:
+        """Return the loss as a function of the flat parameters."""
+        return self.loss(self.tree(theta))
+
+
+def flat(tree: Tree | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """Return tensors as one vector."""
+    return torch.cat([t.flatten() for t in (tree.values() if isinstance(tree, dict) else tree)])
+
+
+def forward_flops(model: nn.Module, x: Tensor) -> int:
+    """Return the floating-point operations of the products in one forward pass."""
+    with FlopCounterMode(display=False) as counter:
+        model(
+            x.detach().requires_grad_()
+        )  # without gradients, attention would run as one operation that is not counted
+    return counter.get_total_flops()

@@ -1,0 +1,100 @@
+"""Whole curvature matrices: the Hessian and the Gauss-Newton matrix of a small net, every entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.nn.functional import cross_entropy
+
+import jacops
+
+from .harness import BEST, Goal, Workload, same
+from .models import Case, Gated, flat, mlp
+
+CHUNK = 256
+
+
+def row_by_row(c: Case) -> Tensor:
+    """Return the Hessian by one backward pass per row, as influence packages did."""
+    params = list(c.model.parameters())
+    slope = flat(torch.autograd.grad(cross_entropy(c.model(c.x), c.y), params, create_graph=True))
+    return torch.stack([flat(torch.autograd.grad(entry, params, retain_graph=True)) for entry in slope])
+
+
+def peer(name: str, c: Case) -> Tensor:
+    """Return a matrix by curvlinops: its operator times the identity."""
+    import curvlinops
+
+    params, data = list(c.model.parameters()), [(c.x, c.y)]
+    kind = getattr(curvlinops, name)
+    operator = kind(c.model, nn.CrossEntropyLoss(), params, data, check_deterministic=False, num_data=len(c.x))
+    return operator @ torch.eye(len(c.theta))
+
+
+def by_samples(c: Case) -> Tensor:
+    """Return the Gauss-Newton matrix from per-sample Jacobians and one product."""
+    found = vmap(jacrev(lambda p, xi: functional_call(c.model, p, (xi[None],))[0]), (None, 0))(c.params, c.x)
+    J = torch.cat([block.flatten(2) for block in found.values()], 2)
+    p = c.output(c.params).softmax(-1)
+    inner = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)) / len(c.x)
+    return J.flatten(0, 1).T @ (inner @ J).flatten(0, 1)
+
+
+def by_columns(c: Case) -> Tensor:
+    """Return the Gauss-Newton matrix by products with unit vectors."""
+
+    def column(v: Tensor) -> Tensor:
+        output, push = jvp(c.output_at, (c.theta,), (v,))
+        inner = jvp(grad(lambda z: cross_entropy(z, c.y)), (output,), (push,))[1]
+        return vjp(c.output_at, c.theta)[1](inner)[0]
+
+    return vmap(column, chunk_size=CHUNK)(torch.eye(len(c.theta)))
+
+
+def hessians(name: str, what: str, c: Case, goals: list[Goal]) -> Workload:
+    """Return the case of a full Hessian."""
+    slope, eye = grad(c.loss_at), torch.eye(len(c.theta))
+    rivals: dict[str, Callable[[], Any]] = {
+        "jacops: hessian(…).dense()": lambda: jacops.hessian(c.model, cross_entropy, c.x, c.y).dense(),
+        "torch.func: jacrev(grad), chunked": lambda: jacrev(slope, chunk_size=CHUNK)(c.theta),
+        "torch.func: vmap(jvp of grad), chunked": lambda: vmap(
+            lambda v: jvp(slope, (c.theta,), (v,))[1], chunk_size=CHUNK
+        )(eye),
+        "torch.func: hessian": lambda: hessian(c.loss_at)(c.theta),
+        "autograd.functional: hessian": lambda: torch.autograd.functional.hessian(c.loss_at, c.theta),
+        "torch.autograd: row by row": lambda: row_by_row(c),
+        "curvlinops: Hessian @ I": lambda: peer("HessianLinearOperator", c),
+    }
+    return Workload(name, what, rivals, same(), goals=goals, **bound(c))
+
+
+def gauss_newton(name: str, what: str, c: Case, goals: list[Goal]) -> Workload:
+    """Return the case of a full Gauss-Newton matrix."""
+    rivals: dict[str, Callable[[], Any]] = {
+        "jacops: ggn(…).dense()": lambda: jacops.ggn(c.model, cross_entropy, c.x, c.y).dense(),
+        "torch.func: per-sample J and a product": lambda: by_samples(c),
+        "torch.func: vmap(GGN product), chunked": lambda: by_columns(c),
+        "curvlinops: GGN @ I": lambda: peer("GGNLinearOperator", c),
+    }
+    return Workload(name, what, rivals, same(), goals=goals, **bound(c))
+
+
+def bound(c: Case) -> dict[str, float]:
+    """Return what half of a symmetric matrix takes as a sum over samples, and its bytes."""
+    size = len(c.theta)
+    return {"flops": float(size**2 * len(c.x)), "result_bytes": 4.0 * size**2}
+
+
+def workloads() -> Iterator[Workload]:
+    """Yield the cases E1 to E3."""
+    c = Case(mlp(16, 32, 32, 10, act=nn.Tanh), 512, 16, 10)
+    goals = [Goal(BEST, faster=8), Goal("torch.func: hessian", faster=40), Goal(mib=64)]
+    yield hessians("E1", "full Hessian, MLP of 1,930 parameters, 512 samples", c, goals)
+    yield gauss_newton("E2", "full Gauss-Newton matrix of the same", c, [Goal(BEST, faster=8)])
+    gated = Case(Gated(16, 24, 10), 256, 16, 10)
+    what = "full Hessian, gated residual net of 2,018 parameters, 256 samples"
+    yield hessians("E3", what, gated, [Goal(BEST, faster=3)])

@@ -1,0 +1,117 @@
+"""What the machine does in the same minute: rates that bound every contender, and the memory that one call takes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import jacops
+
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
+SIDE = 1024
+WRITTEN = 64 * 2**20
+
+
+class Rates:
+    """Rates of matrix products and of writing, sampled between the contenders' rounds.
+
+    Args:
+        dtype: Of the matrix products.
+        clock: What tells the time.
+    """
+
+    def __init__(self, dtype: torch.dtype, clock: Clock) -> None:
+        self._clock = clock
+        generator = torch.Generator().manual_seed(0)
+        self._a, self._b = torch.randn(2, SIDE, SIDE, generator=generator, dtype=dtype)
+        self._c = torch.empty_like(self._a)
+        self._warm = torch.zeros(WRITTEN, dtype=torch.uint8)
+        self._seconds: dict[str, list[float]] = {"gemm": [], "warm": [], "fresh": []}
+        torch.mm(self._a, self._b, out=self._c)
+
+    def sample(self) -> None:
+        """Take one sample of each rate."""
+        self._seconds["gemm"].append(timed(lambda: torch.mm(self._a, self._b, out=self._c), self._clock))
+        self._seconds["warm"].append(timed(lambda: self._warm.fill_(1), self._clock))
+        self._seconds["fresh"].append(timed(lambda: torch.empty_like(self._warm).fill_(1), self._clock))
+
+    def _median(self, name: str) -> float:
+        return statistics.median(self._seconds[name])
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations a second in a product of two 1,024 × 1,024 matrices."""
+        return 2 * SIDE**3 / self._median("gemm")
+
+    @property
+    def warm(self) -> float:
+        """Bytes a second written to memory that was touched before."""
+        return WRITTEN / self._median("warm")
+
+    @property
+    def fresh(self) -> float:
+        """Bytes a second written to memory that the system has yet to hand out."""
+        return WRITTEN / self._median("fresh")
+
+    def floor(self, flops: float, result_bytes: float) -> float | None:
+        """Return the seconds that neither arithmetic nor writing the result can do without; None if neither is told."""
+        return max(flops / self.flops, result_bytes / self.warm) or None
+
+
+def timed(call: Callable[[], Any], clock: Clock) -> float:
+    """Return the seconds of one call, its answer dropped within them."""
+    start = clock()
+    call()
+    return clock() - start
+
+
+def watched(call: Callable[[], Any], clock: Clock) -> tuple[Any, float, float | None]:
+    """Return a call's answer, its seconds, and how far it raised resident memory, in MiB (None where that is not told).
+
+    The answer is still alive when the memory is read, so it counts.
+    """
+    before = _marked()
+    start = clock()
+    answer = call()
+    seconds = clock() - start
+    peak = None if before is None else max(0.0, (_status("VmHWM") - before) / 1024)
+    return answer, seconds, peak
+
+
+def _marked() -> int | None:
+    """Start the high-water mark of resident memory anew and return what is resident now, in KiB."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is free already would hide what the call needs
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return _status("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "jacops": jacops.__version__,
+        "python": platform.python_version(),
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+    }
