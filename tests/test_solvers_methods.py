@@ -271,6 +271,16 @@ def test_direct_reports_inertia_and_condition() -> None:
     assert solve(close, b, Direct(max_condition=math.inf)).worst < 0.1
 
 
+def test_a_large_indefinite_matrix_is_told_from_a_singular_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jacops.solvers._direct._EXACT_SPECTRUM", 10)
+    values = torch.cat([torch.linspace(-0.16, -0.01, 12), torch.linspace(0.01, 0.3, 270), torch.tensor([8.0, 50.0])])
+    A, b = rotated(values, dtype=F32), draw(2, len(values), dtype=F32)
+    refused = solve(A, b, Direct(), on_failure="return")
+    assert refused.status == ("negative_curvature",) * 2
+    assert refused.info["lowest_curvature"] == pytest.approx(-0.16, rel=0.05)
+    assert solve(A, b, Direct(indefinite=True)).info["negative_eigenvalues"] == 12
+
+
 def test_refinement_takes_single_precision_to_its_level() -> None:
     A, b = rotated(falling(60, 1e5), dtype=F32, positive=True), draw(4, 60, dtype=F32)
     solution = solve(A, b, Direct(tolerance=1e-7), on_failure="return")

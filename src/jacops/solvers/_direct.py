@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import private_noise
+from .._lanczos import Lanczos
 from ..errors import InputError, explain
 from ..operators import LayerFactors, Matrix, Operator
 from ._base import Prepared, Raw, Solver
@@ -20,6 +21,7 @@ from ._structure import Congruence, congruence, damped_dense, dense_of, in_memor
 from ._system import System, in_double
 
 _EXACT_SPECTRUM = 2048  # up to so many unknowns all eigenvalues are computed to explain a failure
+_STEPS = 120  # of Lanczos, beyond that
 _DENSE_FACTOR = 2**26  # entries of a factor J that are kept in memory
 
 
@@ -173,21 +175,21 @@ class _Primal(_Factorised):
         self._judge_condition(self.norm * math.sqrt(_power(matrix, both)))
 
     def _not_definite(self, matrix: Tensor) -> None:
-        lowest = _lowest(matrix, self.norm)
-        singular = abs(lowest) <= self.system.n * self.system.eps * self.norm
-        self.info["lowest_curvature"] = lowest
-        if singular or not self.recipe.indefinite:
-            self.failed = Status.SINGULAR if singular or lowest > 0 else Status.NEGATIVE_CURVATURE
-            self.once = lambda rows: torch.full_like(rows, math.nan)
-            if singular:
-                self.info["condition"] = self.norm / abs(lowest) if lowest else math.inf
-        if self.recipe.indefinite and not singular:
-            factor, pivots, _ = torch.linalg.ldl_factor_ex(matrix)
+        """Take a symmetric matrix that Cholesky's factorisation refused, or say what is wrong with it."""
+        factor, pivots, _ = torch.linalg.ldl_factor_ex(matrix)
+        self.once = lambda rows: torch.linalg.ldl_solve(factor, pivots, rows.T.contiguous()).T
+        self._judge_condition(self.norm * _power(matrix, self.once))
+        lowest = self.info["lowest_curvature"] = _lowest(matrix)
+        if self.failed is None and self.recipe.indefinite:
             self.info["factorisation"] = "LDL"
             single = pivots > 0  # a block of two has one eigenvalue of either sign
             self.info["negative_eigenvalues"] = int((factor.diagonal()[single] < 0).sum() + (~single).sum() // 2)
-            self.once = lambda rows: torch.linalg.ldl_solve(factor, pivots, rows.T.contiguous()).T
-            self._judge_condition(self.norm * _power(matrix, self.once))
+            return
+        # Well-conditioned and yet without a Cholesky factor: there must be negative eigenvalues.
+        negative = self.failed is None or lowest < -self.system.n * self.system.eps * self.norm
+        if negative and not self.recipe.indefinite:
+            self.failed = Status.NEGATIVE_CURVATURE
+        self.once = lambda rows: torch.full_like(rows, math.nan)
 
 
 @final
@@ -242,12 +244,11 @@ def _power(like: Tensor, apply: Callable[[Tensor], Tensor], steps: int = 12, sev
     return found
 
 
-def _lowest(matrix: Tensor, norm: float) -> float:
-    """Return the lowest eigenvalue, or for a large matrix a Rayleigh quotient near it, which is never below it."""
+def _lowest(matrix: Tensor) -> float:
+    """Return the lowest eigenvalue, of a large matrix a Ritz value near it, which is never below it."""
     if matrix.shape[0] <= _EXACT_SPECTRUM:
         return float(torch.linalg.eigvalsh(matrix)[0])
-    row = private_noise(matrix[:1], 13)
-    for _ in range(200):
-        row = 1.05 * norm * row - row @ matrix
-        row = row / row.norm()
-    return float((row @ matrix) @ row[0])
+    krylov = Lanczos(lambda rows: rows @ matrix, private_noise(matrix[None, :1], 13), _STEPS)
+    while krylov.room:
+        krylov.step()
+    return float(krylov.ritz().values.min())
