@@ -108,7 +108,7 @@ def test_repeated_right_hand_sides_cost_no_products() -> None:
     alone, A.rows = A.rows, 0
     solution = solve(A, torch.cat([b, b, b[:1] + b[1:], -b]), CG())
     assert solution.converged
-    assert A.rows <= alone + 14  # true residuals are looked at row by row
+    assert A.rows <= 1.25 * alone  # true residuals are looked at row by row, and rounding may ask for one step more
     assert solution.info["products"] == A.rows
 
 
