@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,10 @@ ALONE = "one by one"
 
 # No model is expected to hold more bytes at once than so many times those of its input.
 _GROWTH = 2**16
+
+# Sweeps over more bytes than this read everything from memory: 1.2 to 1.5 times slower on perceptrons, convolutions and
+# attention. Fewer samples than the least do not fill kernels.
+_CACHE, _LEAST = 2**24, 16
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,10 @@ class SamplePlan:
         """Return how many samples to a sweep fit the budget this way."""
         return self.probe.ways[way].samples(self.budget - self.kept)
 
+    def cached(self, way: str) -> int:
+        """Return how many samples to a sweep keep what is worked on in the processor's caches."""
+        return max(_LEAST, int(_CACHE / max(self.probe.ways[way].each, 1.0)))
+
     def peak(self, way: str) -> int:
         """Return the bytes held at once this way."""
         return self.kept + self.probe.ways[way].bytes(1 if way == ALONE else self.chunk)
@@ -163,7 +172,10 @@ def planned(samples: Samples, batch_size: int, budget: Budget, mode: str, alloca
         notes["probe"] = _probe(samples, allowed - startup, allocated)
     plan = SamplePlan(notes["probe"], samples.count, mode, 1, startup, allowed, allocated)
     rows = min(plan.fits(way) for way in plan.ways)
-    return replace(plan, chunk=max(1, min(rows, batch_size, samples.count)))
+    if samples.values[0].device.type == "cpu":
+        rows = min(rows, *(plan.cached(way) for way in plan.ways))
+    rows = max(1, min(rows, batch_size, samples.count))
+    return replace(plan, chunk=math.ceil(samples.count / math.ceil(samples.count / rows)))  # even ones
 
 
 def ensure_fits(samples: Samples, plan: SamplePlan) -> SamplePlan:
