@@ -43,6 +43,7 @@ def compute_jacobian(
     checks: str = "first",
     fallback: str = "warn",
     check_finite: bool = True,
+    compile: bool = False,
     progress: bool | None = None,
 ) -> Any:
     r"""Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
@@ -70,6 +71,9 @@ def compute_jacobian(
             every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
         fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
         check_finite: Raise if an output or a derivative is NaN or Inf.
+        compile: Compile the sweeps by outputs (`torch.compile`, which takes up to a minute and memory that no budget
+            knows). The first call holds all of it against plain sweeps and keeps it only where it was faster; later
+            calls with such shapes hold two samples against them.
         progress: Force the progress bar on or off.
 
     Returns:
@@ -91,7 +95,8 @@ def compute_jacobian(
                 [0.0000, 0.2500]])
     """
     _check_positive("batch_size", batch_size)
-    samples = Samples(model, x, call="compute_jacobian", outputs=outputs, at=at, checks=checks, fallback=fallback)
+    options = {"outputs": outputs, "at": at, "checks": checks, "fallback": fallback, "compile": compile}
+    samples = Samples(model, x, call="compute_jacobian", **options)
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
         names = found.output_tree.names

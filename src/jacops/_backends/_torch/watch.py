@@ -76,7 +76,7 @@ class Watch:
 
 
 class Light(TorchDispatchMode):
-    """A dispatch mode that does not load torch's compiler with its first use (70 MB, seconds): we never compile."""
+    """A dispatch mode that does not load torch's compiler with its first use (70 MB, seconds)."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -27,6 +27,7 @@ from ..replica import bare, check_state
 from ..surroundings import is_memory_error
 from ..trust import Trust
 from .bottleneck import GAIN, narrowest, sweep_split
+from .compiled import Compiler
 from .mixing import coupled, differs, unbatchable
 from .plan import ensure_fits, is_small, planned
 from .results import Results, SampleJacobians
@@ -47,6 +48,7 @@ class Samples:
         at: A cut at submodules.
         checks: How often the batched route is checked.
         fallback: What happens when it is left.
+        compile: Trace and compile sweeps by outputs where that proves right and faster.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Samples:
         at: At = None,
         checks: str = "first",
         fallback: str = "warn",
+        compile: bool = False,
     ) -> None:
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
@@ -70,6 +73,7 @@ class Samples:
             )
         self.values, self.input_tree = flatten(x, "x")
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
+        self.compiler = Compiler(self.runner, fallback) if compile and checks in ("first", "never") else None
         self.count = self._check_inputs(x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
@@ -153,6 +157,8 @@ class Samples:
             batch_size = ensure_fits(self, planned(self, batch_size, budget, mode, out is None)).chunk
         chunks, reason = Chunks(self.count, batch_size), "one sample" if self.count == 1 else None
         for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
+            if self.compiler and where.stop >= chunks.rows:  # a graph takes one number of samples
+                where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
             with chunks.halving(where, self.call, "samples"):
                 reason = self._swept(result, where, mode, reason)
         how = f"one sample at a time ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
@@ -203,6 +209,8 @@ class Samples:
         if reason is not None:
             return reason
         fresh = trust.needs("samples apart", many)
+        if self.compiler and not fresh and self.compiler.fill(result, where, values, trust):
+            return None
         try:
             parts = self._parts(values, many) if fresh else []
             run = self._known_split(values, trust, fresh, mode) or self.runner.run(values, trust)
@@ -224,6 +232,8 @@ class Samples:
             trust.remember("samples apart", many)
         for out, tensor in enumerate(run.tape.outputs):
             result.outputs[out][where] = tensor.detach()
+        if self.compiler and result.direction.startswith("reverse"):
+            self.compiler.consider(result, where, run, values)
         return None
 
     def _known_split(self, values: Sequence[Tensor], trust: Trust, fresh: bool, mode: str) -> Run | None:

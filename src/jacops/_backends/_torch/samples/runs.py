@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ....errors import ModelStateError, NotDifferentiableError, explain
 from ....trees import Selector, Tree, output_leaves, select
@@ -103,13 +104,35 @@ class Runner:
             return None
         return run if run.head is not None and separates(run.tape, run.head.leaves) else None
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the model's parameters and copies of its buffers, by name."""
+        if not isinstance(self.model, nn.Module):
+            return {}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return {name: p.detach() for name, p in self.model.named_parameters()} | buffers
+
     def _parameters(self) -> list[Tensor]:
         return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
 
     def record(
-        self, values: Sequence[Tensor], trust: Trust, habits: Habits, path: str | None = None, noting: bool = False
+        self,
+        values: Sequence[Tensor],
+        trust: Trust,
+        habits: Habits,
+        path: str | None = None,
+        noting: bool = False,
+        state: dict[str, Tensor] | None = None,
     ) -> Run:
-        """Record one forward, cut at `path` if there is one; with `noting` learn the widths of layers."""
+        """Record one forward, cut at `path` if there is one; with `noting` learn the widths of layers.
+
+        Args:
+            values: The samples.
+            trust: Where verdicts go.
+            habits: What earlier forwards were seen to do.
+            path: A submodule to cut at.
+            noting: Learn the widths of layers.
+            state: Take these parameters and buffers instead of the model's.
+        """
         widths: dict[str, int | None] = {}
         module = None
         if isinstance(self.model, nn.Module):
@@ -122,7 +145,8 @@ class Runner:
                     cut = Cut(module, path or self.at)
                     look = widths_noted(module, values[0].shape[0], widths) if noting else nullcontext()
                     with cut.active(), look:
-                        output = cut.result(module(*args, **kwargs))
+                        done = functional_call(module, state, args, kwargs) if state else module(*args, **kwargs)
+                        output = cut.result(done)
                     hidden, before = cut.leaves, cut.before
                 else:
                     output, hidden, before = self.model(*args, **kwargs), [], []
