@@ -259,6 +259,20 @@ def test_the_space_of_rows_of_a_model() -> None:
     assert "rows" in solve(fisher, draw(2, 26), damping=1e-3).method
 
 
+@pytest.mark.parametrize("recipe", [Lanczos, Nystrom])
+def test_low_rank_answers_may_go_unchecked(recipe: type) -> None:
+    A, b = Lazy(rotated(falling(30, 1e3), positive=True)), draw(4, 30)
+    asked = solve(A, b, recipe(rank=5), damping=0.1)
+    blind = solve(A, b, recipe(rank=5, report_residual=False), damping=0.1)
+    torch.testing.assert_close(blind.x, asked.x)
+    assert bool(blind.residual.isnan().all())
+    assert not bool(asked.residual.isnan().any())
+    assert blind.converged
+    assert "residuals not asked for" in repr(blind)
+    assert blind.info["products"] == asked.info["products"] - 4
+    assert solve(A, b * torch.nan, recipe(rank=5, report_residual=False), on_failure="return").status[0] != "converged"
+
+
 def test_direct_reports_inertia_and_condition() -> None:
     A, b = operators(F64)["indefinite"], draw(3, 15)
     solution = solve(A, b, Direct(indefinite=True))

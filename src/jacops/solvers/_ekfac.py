@@ -2,7 +2,6 @@ r"""EK-FAC: curvature layer by layer, as Kronecker products of small factors wit
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
-from .._finite import is_finite
 from ..errors import InputError, explain
 from ..operators import Operator
 from ..operators._eigen_blocks import EigenBlocks, covered, ridge_values
@@ -18,7 +16,7 @@ from ._base import Prepared, Solver
 from ._judge import Raw
 from ._kronecker_passes import Fisher, Passes, check_source, estimated
 from ._kronecker_sums import Basis
-from ._solution import Solution, Status
+from ._solution import Status
 from ._system import System
 
 _FISHERS = ("auto", "exact", "monte_carlo", "empirical")
@@ -141,42 +139,11 @@ class PreparedEKFAC(Prepared):
             "condition": largest / lowest if lowest > 0 else float("inf"),
         }
         failed = dict.fromkeys(range(many), Status.SINGULAR) if self.singular else {}
-        return Raw(self.preconditioner._apply(rows), [0] * many, failed, largest, info, approximate=True)
-
-    @eager
-    def solve(self, rows: Tensor) -> Solution:
-        """Solve for right-hand sides, one per row, with or without their true residuals.
-
-        Args:
-            rows: `(k, n)`.
-
-        Raises:
-            InputError: The rows have another width, dtype or device than the operator.
-        """
-        if self.recipe.report_residual:
-            return super().solve(rows)
-        begun = time.perf_counter()
-        raw = self._solve(_checked(rows, self.system))
-        finite = [is_finite(row) for row in raw.x]
-        good = Status.SINGULAR if self.singular else Status.CONVERGED
-        status = tuple(good if ok else Status.NONFINITE_INPUT for ok in finite)
-        residual = torch.full((len(finite),), torch.nan, dtype=torch.float64, device=rows.device)
-        info = {"approximate": True, "residual": "not asked for", "tolerance": self.tolerance, "products": 0}
-        if not all(finite):
-            info["nonfinite"] = f"rows {[i for i, ok in enumerate(finite) if not ok][:8]} hold NaN or Inf"
-        info |= {**raw.info, "seconds": time.perf_counter() - begun}
-        return Solution(raw.x, status, residual, (0,) * len(finite), self.system.damping, self.method, info)
+        x, unchecked = self.preconditioner._apply(rows), not self.recipe.report_residual
+        return Raw(x, [0] * many, failed, largest, info, approximate=True, unchecked=unchecked)
 
     def __repr__(self) -> str:
         return f"PreparedEKFAC({covered(self.curvature.coverage)}, damping {self.system.damping:g})"
-
-
-def _checked(rows: Tensor, system: System) -> Tensor:
-    space = system.operator.domain
-    if rows.ndim != 2 or rows.shape[1] != space.dim or rows.dtype != space.dtype or rows.device != space.device:
-        came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
-        raise InputError(explain("b", came, f"rows of width {space.dim}, {space.dtype} on {space.device} are needed"))
-    return rows.detach()
 
 
 def _asked(operator: Operator) -> Fisher:

@@ -33,6 +33,7 @@ class Raw:
         info: The method's own figures; tensors of length k are per row.
         left: Norms of the true residuals, `(k,)` in double, where the method has just computed them.
         approximate: The answer is an approximation by design: a residual above the tolerance is no failure.
+        unchecked: Its residual was not asked for: it is NaN.
     """
 
     x: Tensor
@@ -42,6 +43,7 @@ class Raw:
     info: dict[str, Any] = field(default_factory=dict)
     left: Tensor | None = None
     approximate: bool = False
+    unchecked: bool = False
 
 
 @final
@@ -81,7 +83,7 @@ class Judge:
     def take(self, where: Tensor, raw: Raw) -> None:
         """Judge what a method found for some rows."""
         system, x = self.system, raw.x
-        left = raw.left
+        left = torch.full_like(self.size[where], math.nan) if raw.unchecked else raw.left
         if left is None:
             left = torch.linalg.vector_norm(system.residual(x, self.rows[where]), dim=1)
         length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
@@ -93,8 +95,10 @@ class Judge:
             rounding = system.eps * max(4.0, math.sqrt(system.n)) * (norm * length + self.size[where])
             self.bound[where] = (left + rounding) / system.damping * self.scale[where]
         self.x[where] = x * self.scale[where].unsqueeze(1)
-        finite = self.x[where].isfinite().all(1) & left.isfinite()
+        finite = self.x[where].isfinite().all(1) & (left.isfinite() | raw.unchecked)
         self.info["approximate"] |= raw.approximate
+        if raw.unchecked:
+            self.info["unchecked"] = True
         facts = zip(where.tolist(), self.residual[where].tolist(), reach.tolist(), finite.tolist(), strict=True)
         for i, (row, residual, condition, ok) in enumerate(facts):
             self.iterations[row] = raw.iterations[i]

@@ -36,6 +36,7 @@ class Lanczos(Solver):
         tolerance: On the residual of an eigenpair, relative to the largest eigenvalue; 1e-7, or 1e-4 in float32.
         indefinite: Take negative curvature as it is, and do not fail for it.
         seed: Of the start.
+        report_residual: Hold every solution against the operator, one product each; else the residual is NaN.
     """
 
     rank: int = 32
@@ -43,6 +44,7 @@ class Lanczos(Solver):
     tolerance: float | None = None
     indefinite: bool = False
     seed: int = 0
+    report_residual: bool = True
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
         """Find the eigenpairs.
@@ -56,7 +58,7 @@ class Lanczos(Solver):
         rank = min(self.rank, system.n)
         most = min(system.n, self.max_steps or 4 * rank + 40)
         if system.n == 0:
-            return _PreparedLowRank("Lanczos", system, system.zeros(0, 0), system.zeros(0), None, {}, self.indefinite)
+            return _PreparedLowRank(self, system, system.zeros(0, 0), system.zeros(0), None, {})
         krylov = Krylov(system.undamped, system.noise(1, self.seed)[None], most, self.seed + 1)
         tolerance = self.tolerance or (1e-7 if system.dtype == torch.float64 else 1e-4)
         info: dict[str, Any] = {"pairs_asked": rank, "pairs_found": 0}
@@ -67,7 +69,7 @@ class Lanczos(Solver):
             info["reason"] = str(error)
         else:
             failed = None if info["pairs_found"] >= rank else Status.MAX_STEPS
-        return _PreparedLowRank("Lanczos", system, basis, values, failed, info, self.indefinite)
+        return _PreparedLowRank(self, system, basis, values, failed, info)
 
 
 def _pairs(krylov: Krylov, rank: int, tolerance: float, info: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -100,11 +102,13 @@ class Nystrom(Solver):
         rank: Of the sketch; by default it doubles until the smallest eigenvalue is at most a tenth of the damping.
         max_rank: Where it is found.
         seed: Of the sketch.
+        report_residual: Hold every solution against the operator, one product each; else the residual is NaN.
     """
 
     rank: int | None = None
     max_rank: int = 512
     seed: int = 0
+    report_residual: bool = True
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
         """Sketch.
@@ -121,7 +125,7 @@ class Nystrom(Solver):
             failed, info = Status.NEGATIVE_CURVATURE, {"lowest_curvature": found.lowest + damping}
         elif found.lowest is not None:
             failed, info = Status.BREAKDOWN, {"reason": "a product is not finite"}
-        return _PreparedLowRank("Nystrom", system, found.basis, found.values, failed, info, False)
+        return _PreparedLowRank(self, system, found.basis, found.values, failed, info)
 
 
 @final
@@ -129,9 +133,9 @@ class _PreparedLowRank(Prepared):
     """Directions as rows, what the operator does along them, and damping on all others."""
 
     def __init__(
-        self, method: str, system: System, basis: Tensor, values: Tensor, failed: Any, info: Any, indefinite: bool
+        self, recipe: Lanczos | Nystrom, system: System, basis: Tensor, values: Tensor, failed: Any, info: Any
     ) -> None:
-        self.method, self.system, self.basis = method, system, basis
+        self.recipe, self.method, self.system, self.basis = recipe, type(recipe).__name__, system, basis
         damped = values + system.damping
         largest = float(damped.abs().max()) if len(damped) else 0.0
         noise = system.n**0.5 * system.eps * largest
@@ -139,7 +143,7 @@ class _PreparedLowRank(Prepared):
         self.info = {"rank": len(values), **info}
         if len(damped) and float(damped.min()) < -noise:
             self.info["lowest_curvature"] = float(damped.min())
-            if not indefinite:
+            if isinstance(recipe, Nystrom) or not recipe.indefinite:
                 self.failed = Status.NEGATIVE_CURVATURE
         flat = damped.abs() <= noise
         if system.damping and bool(flat.any()) and largest > 0:
@@ -155,7 +159,8 @@ class _PreparedLowRank(Prepared):
             rest = rest - (rest @ self.basis.T) @ self.basis
             x = x + rest / self.system.damping
         failed = dict.fromkeys(range(k), self.failed) if self.failed else {}
-        return Raw(x, [0] * k, failed, self.norm or None, self.info, approximate=True)
+        unchecked = not self.recipe.report_residual
+        return Raw(x, [0] * k, failed, self.norm or None, self.info, approximate=True, unchecked=unchecked)
 
 
 def _check_rank(rank: Any) -> None:

@@ -67,7 +67,8 @@ class Solution:
     def __repr__(self) -> str:
         steps = f", at most {max(self.iterations)} steps" if any(self.iterations) else ""
         approximate = ", approximate" if self.info.get("approximate") else ""
+        residual = "residuals not asked for" if self.info.get("unchecked") else f"worst residual {self.worst:.1e}"
         return (
             f"Solution({tuple(self.x.shape)} by {self.method}, damping {self.damping:g}: {self.counts}, "
-            f"worst residual {self.worst:.1e}{steps}{approximate})"
+            f"{residual}{steps}{approximate})"
         )
