@@ -238,9 +238,10 @@ def _power(like: Tensor, apply: Callable[[Tensor], Tensor], steps: int = 12, sev
     rows, found = private_noise(like[:several], 11), 0.0
     for _ in range(steps if like.shape[0] else 0):
         rows = apply(rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny))
-        found = max(found, float(rows.double().norm(dim=1).max()))
-        if not math.isfinite(found):
+        reached = float(rows.double().norm(dim=1).max())
+        if not math.isfinite(reached):
             return math.inf
+        found = max(found, reached)
     return found
 
 
