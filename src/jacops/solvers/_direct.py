@@ -13,7 +13,7 @@ from torch import Tensor
 from .._backends._torch.surroundings import private_noise
 from .._lanczos import Lanczos
 from ..errors import InputError, explain
-from ..operators import LayerFactors, Matrix, Operator
+from ..operators import Identity, LayerFactors, Matrix, Operator
 from ._base import Prepared, Raw, Solver
 from ._judge import condition_limit
 from ._solution import Status
@@ -76,7 +76,7 @@ class _Factorised(Prepared):
         self.recipe, self.system = recipe, system
         self.failed: Status | None = None
         self.info: dict[str, Any] = {}
-        self.dense: Tensor | None = None
+        self.entries: Operator | None = None  # the damped operator, where its entries are in memory
 
     @property
     def tolerance(self) -> float:
@@ -116,7 +116,7 @@ class _Factorised(Prepared):
 
     def _stands_for_operator(self, x: Tensor, rows: Tensor, left: Tensor) -> bool:
         """Hold residuals from the matrix against one from the operator, along a random mixture of all rows."""
-        if self.dense is None:
+        if self.entries is None:
             return True  # they come from the operator
         mix = private_noise(x.new_empty(1, x.shape[0], dtype=torch.float64), 19)
         wide_x, wide_b = mix @ x.double(), mix @ rows.double()
@@ -126,9 +126,9 @@ class _Factorised(Prepared):
         return off <= max(rounding, 0.1 * self.tolerance * float(wide_b.norm()))
 
     def _left(self, x: Tensor, rows: Tensor) -> Tensor:
-        if self.dense is None:
+        if self.entries is None:
             return self.system.residual(x, rows)
-        return rows.double() - in_double(Matrix(self.dense), x.double())
+        return rows.double() - in_double(self.entries, x.double())
 
 
 @final
@@ -137,7 +137,8 @@ class _Primal(_Factorised):
 
     def __init__(self, recipe: Direct, system: System) -> None:
         super().__init__(recipe, system)
-        self.dense = matrix = damped_dense(system.operator, system.damping)
+        matrix = damped_dense(system.operator, system.damping)
+        self.entries = Matrix(matrix)
         system.products += 0 if in_memory(system.operator) else system.n
         self.norm = _power(matrix, lambda rows: rows @ matrix.T)
         self._factorise(matrix)
@@ -206,6 +207,10 @@ class _Dual(_Factorised):
         self.J = dense_of(parts.J) if m * n <= _DENSE_FACTOR and not structured else None
         system.products += 0 if in_memory(parts.J) else m
         self.norm = system.norm
+        if self.J is not None:
+            J = Matrix(self.J, system.operator.domain, parts.J.codomain)
+            inner = J if parts.S is None else parts.S @ J
+            self.entries = parts.scale * (J.T @ inner) + self.shift * Identity(system.operator.domain)
         self.info.update(rows=m, factorisation="Woodbury")
         self.once = self._woodbury
         gram = self.J @ self.J.T if self.J is not None else parts.J.gram()
