@@ -69,13 +69,13 @@ def trained(make: Callable[[], nn.Module], x: Tensor, y: Tensor, seed: int) -> n
 Scores = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def ours(curvature: str, method: str | jacops.Solver) -> Scores:
+def ours(curvature: str, method: str | jacops.Solver, damping: float = DAMPING) -> Scores:
     """Return a ranking by self-influence."""
 
     def scores(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         wrapped = jacops.TorchTwiceDifferentiable(model, cross_entropy)
         data = list(zip(x.split(256), y.split(256), strict=True))
-        return jacops.self_influences(wrapped, data, curvature=curvature, inversion_method=method, damping=DAMPING)
+        return jacops.self_influences(wrapped, data, curvature=curvature, inversion_method=method, damping=damping)
 
     return scores
 
@@ -103,7 +103,8 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 METHODS: dict[str, Scores] = {
     "plain loss": loss,
-    "jacops, Hessian, direct": ours("hessian", jacops.Direct(indefinite=True)),
+    "jacops, Hessian, direct": ours("hessian", "direct"),
+    "jacops, Hessian, direct, damping 0.5": ours("hessian", "direct", 0.5),
     "jacops, GGN, direct": ours("ggn", "direct"),
     "jacops, GGN, EK-FAC": ours("ggn", jacops.EKFAC(report_residual=False)),
     "pyDVL 0.10, Hessian, direct": theirs("DirectInfluence", regularization=DAMPING),

@@ -7,6 +7,7 @@ positive where weighting sample i up lowers the loss of t.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -135,7 +136,7 @@ def compute_influences(
     solutions, tiles, found = [], [], None
     for _, rows in run.tiles(test):
         solution = run.solve(rows())
-        solutions.append(solution)
+        solutions.append(replace(solution, x=solution.x[:, :0].clone()))  # what was found is used up in this tile
         if leverage:
             tile, found = leveraged(run.problem, asked, solution.x, run.solve)
         elif influence_type == "up":

@@ -17,7 +17,7 @@ from ..problem import CURVATURES, Problem
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
 from ._result import described
 
-_TILE_BYTES = 2**25  # of right-hand sides that are solved for together
+_TILE_BYTES = 2**26  # of right-hand sides that are solved for together
 
 
 @dataclass(frozen=True)
