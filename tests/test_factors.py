@@ -15,7 +15,7 @@ import oracle
 import zoo
 from cases import F64
 from jacops import Identity, JacopsWarning
-from jacops._backends._torch.layers import by_sample, parts
+from jacops._backends._torch.layers import by_sample, part
 from jacops.errors import InputError, ModelStateError, NotDifferentiableError
 from jacops.operators import LayerFactors
 from jacops.per_sample import sample_gradients, sample_jacobians
@@ -192,7 +192,7 @@ both = pytest.mark.parametrize("what", ["gradients", "jacobians"])
 def test_what_is_asked_of_rows_is_what_the_oracles_rows_say(
     name: str, what: str, temporary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "_TEMPORARY", temporary)
+    monkeypatch.setattr(part, "_TEMPORARY", temporary)
     found, expected = factors_of(name, what)
     m, n = expected.shape
     close(found.dense(), expected)
@@ -220,8 +220,8 @@ def test_nearly_every_parameter_enters_by_a_rule(name: str) -> None:
 def test_the_repr_says_what_is_held_and_how_it_came() -> None:
     found, _ = factors_of("convolutions", "jacobians")
     said = repr(found)
-    for part in ("10 × ", "held of", "dense", "factored", "without a rule: 4.weight", "5 samples to a sweep"):
-        assert part in said
+    for words in ("10 × ", "held of", "dense", "factored", "without a rule: 4.weight", "5 samples to a sweep"):
+        assert words in said
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from cases import F64
-from jacops._backends._torch.layers.factors import by_layers
+from jacops._backends._torch.layers.whole import LayerBlocks, layer_route
 from jacops._backends._torch.record import record_model
+from jacops._backends._torch.tape import Tape
 
 
 class Mean(nn.Module):
@@ -89,6 +90,11 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def case(made: tuple[Callable[[], nn.Module], tuple[int, ...]]) -> tuple[nn.Module, Tensor]:
     make, shape = made
     return make().to(F64), torch.randn(shape, dtype=F64)
+
+
+def by_layers(tape: Tape) -> LayerBlocks | None:
+    route = layer_route(tape)
+    return route.blocks(route.together(None)) if route else None
 
 
 def taken(model: nn.Module, x: Tensor) -> bool:

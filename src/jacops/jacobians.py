@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.cut import At
-from ._backends._torch.layers.factors import by_layers
-from ._backends._torch.matrix import Blocks, jacobian_blocks
+from ._backends._torch.matrix import Blocks, Way, jacobian_blocks
 from ._backends._torch.matrix_places import Places, by_leaf, flat, is_plain, separate
 from ._backends._torch.matrix_plan import fitted_chunk
 from ._backends._torch.memory import Budget, given_tensors
@@ -259,16 +258,15 @@ def modjac(
     tape = recorded.tape
     with arithmetic(create_graph):
         _check_out(tape, out, create_graph or lie is not None)
-        chunk_size = fitted_chunk(tape, budget, forward, out=out is not None)
+        way = Way(tape, budget, forward, out is not None, create_graph, layers=not lie)
         places = None
         if not (create_graph or lie) and (flatten or out is not None) and is_plain(tape):
             places = (flat if flatten else separate)(tape, given_tensors(out))
         into = places.blocks if places else None
-        layers = not (create_graph or forward or lie) and (places is None or budget is None)
-        found = by_layers(tape, into) if layers else None
-        blocks = found.blocks if found else jacobian_blocks(tape, create_graph, forward, chunk_size, into)
+        found = way.form(into)
+        blocks = found.blocks
         if check_finite:
-            _check_blocks("modjac", recorded, blocks, _FINITE_TODO, sure=found is not None and found.finite)
+            _check_blocks("modjac", recorded, blocks, _FINITE_TODO, sure=found.finite)
         if places:
             return _placed(recorded, places, blocks, flatten)
         shaped = lie(blocks) if lie else _shaped(recorded, blocks)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from .._backends._torch.matrix_plan import MatrixPlan, matrix_plan
+from .._backends._torch.layers.whole import layer_route
+from .._backends._torch.matrix_plan import MatrixPlan, layers_plan, matrix_plan
 from .._backends._torch.record import record_closure, record_model
 from .._backends._torch.tape import Tape
 from ..trees import select
-from ._base import Plan, table
+from ._base import Plan, Route, table
 
 
 def plan_full_jacobian(arguments: dict[str, Any]) -> Plan:
@@ -21,7 +23,7 @@ def plan_full_jacobian(arguments: dict[str, Any]) -> Plan:
 
 
 def plan_modjac(arguments: dict[str, Any]) -> Plan:
-    """Return the plan of `modjac`; the model runs forward once, on a private copy."""
+    """Return the plan of `modjac`; the model runs forward once, on a private copy, and backward for one cotangent."""
     trainable = arguments["trainable_only"]
     tape = record_model(
         arguments["model"],
@@ -30,9 +32,22 @@ def plan_modjac(arguments: dict[str, Any]) -> Plan:
         parameters=lambda name, p: p.requires_grad or not trainable,
         outputs=arguments["outputs"],
     ).tape
-    forward = arguments["strategy"] == "forward-mode"
-    found = matrix_plan(tape, arguments["budget"], forward, out=arguments["out"] is not None)
-    return _plan("modjac", tape, found, "asked for by `strategy=`")
+    forward, budget, out = arguments["strategy"] == "forward-mode", arguments["budget"], arguments["out"] is not None
+    found = matrix_plan(tape, budget, forward, out=out)
+    if forward:
+        return _plan("modjac", tape, found, "asked for by `strategy=`")
+    route = None if arguments["create_graph"] else layer_route(tape)
+    layers = layers_plan(route, budget, out, found.startup) if route else None
+    plain = _plan("modjac", tape, found, "asked for by `strategy=`")
+    if layers is None:
+        reason = (
+            "more than the budget" if route else "samples mix, or a parameter enters by an operation without a rule"
+        )
+        return replace(plain, routes=(*plain.routes, Route("by layers", None, None, reason)))
+    own = Route("by layers", layers.sweeps, layers.peak, "all samples to a sweep", chosen=True)
+    others = [replace(other, chosen=False) for other in plain.routes]
+    others[0] = replace(others[0], why="more sweeps")
+    return replace(plain, routes=(own, *others), chunk=layers.together, unit="sweeps to a write")
 
 
 def _plan(call: str, tape: Tape, found: MatrixPlan, asked: str | None) -> Plan:
@@ -43,8 +58,6 @@ def _plan(call: str, tape: Tape, found: MatrixPlan, asked: str | None) -> Plan:
         "reverse": (rows, found.peak(False), other if found.columns else reason),
         "forward": (columns, found.peak(True), reason if found.columns else other),
     }
-    if asked and not found.columns:
-        routes["reverse"] = rows, found.peak(False), "at most; fewer where samples share sweeps by layers"
     chosen = "forward" if found.columns else "reverse"
     return Plan(
         call, table(routes, chosen), found.result, found.startup, found.budget, found.chunk, "vectors to a pass"

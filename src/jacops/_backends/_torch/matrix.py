@@ -8,6 +8,7 @@ holomorphic has no such `J` and is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,12 +17,54 @@ from ...errors import NotDifferentiableError
 from .agreement import as_rows, size
 from .chunks import Chunks
 from .ladder import RouteFailedError
-from .matrix_plan import by_columns
+from .layers.whole import LayerBlocks, layer_route
+from .matrix_plan import by_columns, fitted_chunk, fitted_layers
+from .memory import Budget, startup_bytes
 from .rows import Rows, basis
 from .tape import Tape
 
 Blocks = list[list[Tensor]]
 Part = tuple[int, int, slice, Tensor]
+
+
+class Way:
+    """A way to a model's Jacobian that keeps to a budget: by layers where that is right and fits, else by sweeps.
+
+    Args:
+        tape: Where the function was linearised.
+        budget: Bytes that result and working memory may take.
+        columns: A push per input entry was asked for.
+        out: The result is given a place by the caller.
+        create_graph: Keep the result differentiable.
+        layers: The route by layers may be taken.
+
+    Raises:
+        MemoryBudgetError: The result does not fit; it was not allocated.
+    """
+
+    def __init__(
+        self, tape: Tape, budget: Budget, columns: bool, out: bool, create_graph: bool = False, layers: bool = True
+    ) -> None:
+        self._tape, self._columns, self._create_graph = tape, columns, create_graph
+        startup = startup_bytes(tape.domain.device)  # now, since looking for layers takes a derivative already
+        self._fitted = partial(fitted_chunk, tape, budget, columns, out=out, startup=startup)
+        self._layers = None if columns or create_graph or not layers else layer_route(tape)
+        self._together = fitted_layers(self._layers, budget, out, startup) if self._layers else 0
+        if not self._together:
+            self._layers = None  # with what it holds
+        self._chunk = None if self._together else self._fitted()
+
+    def form(self, into: Blocks | None = None) -> LayerBlocks:
+        """Return the Jacobians, and whether it is certain that they are finite.
+
+        Args:
+            into: Where to write blocks, if they have places already; not with `create_graph`.
+        """
+        found = self._layers.blocks(self._together, into) if self._layers else None
+        if found is not None:
+            return found
+        chunk = self._fitted() if self._together else self._chunk  # a route that was given up was not planned for
+        return LayerBlocks(jacobian_blocks(self._tape, self._create_graph, self._columns, chunk, into), False)
 
 
 def jacobian_blocks(

@@ -1,4 +1,4 @@
-"""How many vectors to a pass when a whole Jacobian is formed from one tape."""
+"""How many vectors to a pass, or sweeps to a write, when a whole Jacobian is formed from one tape."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, startup_bytes
+from .ladder import RouteFailedError
+from .layers.whole import LayerRoute
+from .memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
 from .tape import Tape
 
 
@@ -43,7 +45,12 @@ class MatrixPlan:
 
 
 def matrix_plan(
-    tape: Tape, budget: Budget, columns: bool | None = None, chunk_size: int | None = None, out: bool = False
+    tape: Tape,
+    budget: Budget,
+    columns: bool | None = None,
+    chunk_size: int | None = None,
+    out: bool = False,
+    startup: int | None = None,
 ) -> MatrixPlan:
     """Return what forming `J[output][leaf]` takes; one backward pass says what a cotangent does.
 
@@ -53,6 +60,7 @@ def matrix_plan(
         columns: By input entries; None for the fewer.
         chunk_size: Most vectors to a pass.
         out: The result is given a place by the caller.
+        startup: What the process takes for its first derivative, where that was taken before this; else it is asked.
     """
     columns = by_columns(tape) if columns is None else columns
     sizes = {
@@ -61,7 +69,8 @@ def matrix_plan(
         for by, leaf in zip(tape.domain.names, tape.leaves, strict=True)
     }
     largest = max(sizes, key=lambda name: sizes[name], default="the Jacobian")
-    result, startup = sum(sizes.values()), startup_bytes(tape.domain.device)
+    result = sum(sizes.values())
+    startup = startup_bytes(tape.domain.device) if startup is None else startup
     allowed = budget_bytes(budget, tape.domain.device)
     held, allocated = tape.held_bytes, 0 if out else result
     room = live(allowed - startup - allocated) - (2 * held if columns else held)
@@ -71,18 +80,70 @@ def matrix_plan(
     return MatrixPlan(result, allocated, largest, held, startup, pull, allowed, chunk, columns)
 
 
+@dataclass(frozen=True)
+class LayersPlan:
+    """What forming a Jacobian by layers takes.
+
+    Attributes:
+        peak: Bytes held at once.
+        together: Sweeps that are written together.
+        sweeps: All of them.
+    """
+
+    peak: int
+    together: int
+    sweeps: int
+
+
+def layers_plan(route: LayerRoute, budget: Budget, out: bool, startup: int) -> LayersPlan | None:
+    """Return what the route by layers takes within the budget; None where it does not fit, or fails.
+
+    Args:
+        route: The route.
+        budget: Bytes allowed.
+        out: The result is given a place by the caller.
+        startup: What the process takes for its first derivative, which the route itself may have been.
+    """
+    tape, allocated = route.tape, 0 if out else _result_bytes(route.tape)
+    room = live(budget_bytes(budget, tape.domain.device) - startup - allocated) - tape.held_bytes
+    try:
+        together = route.together(room) if room > 0 else 0
+    except RouteFailedError:
+        return None
+    if not together:
+        return None
+    peak = startup + allocated + resident(tape.held_bytes + route.needs.live(together))
+    return LayersPlan(peak, together, route.sweeps)
+
+
+def fitted_layers(route: LayerRoute, budget: Budget, out: bool, startup: int) -> int:
+    """Return how many sweeps are written together by layers; 0 where not even one fits."""
+    if budget is None and _result_bytes(route.tape) < SMALL:
+        return route.together(None)
+    plan = layers_plan(route, budget, out, startup)
+    return plan.together if plan else 0
+
+
+def _result_bytes(tape: Tape) -> int:
+    return sum(o.numel() for o in tape.outputs) * sum(size_of(leaf) for leaf in tape.leaves)
+
+
 def fitted_chunk(
-    tape: Tape, budget: Budget, columns: bool | None = None, chunk_size: int | None = None, out: bool = False
+    tape: Tape,
+    budget: Budget,
+    columns: bool | None = None,
+    chunk_size: int | None = None,
+    out: bool = False,
+    startup: int | None = None,
 ) -> int | None:
     """Return how many vectors go into a pass, None for the tape's own choice where all is small.
 
     Raises:
         MemoryBudgetError: The result and one vector do not fit.
     """
-    entries = sum(o.numel() for o in tape.outputs) * sum(leaf.numel() * leaf.dtype.itemsize for leaf in tape.leaves)
-    if budget is None and entries < SMALL:
+    if budget is None and _result_bytes(tape) < SMALL:
         return chunk_size
-    plan = matrix_plan(tape, budget, columns, chunk_size, out)
+    plan = matrix_plan(tape, budget, columns, chunk_size, out, startup)
     if plan.peak(plan.columns) > plan.budget:
         parts: dict[str, float] = {"working memory of one pass": plan.held * (1 + plan.columns) + plan.pull}
         if plan.allocated:

@@ -29,7 +29,7 @@ from ..watch import Habits
 from .collected import Collected, StructureChangedError
 from .factors import Layers, unit_seeds
 
-_WORKING = 2**26  # bytes of a recorded batch
+_WORKING = 2**24  # bytes of a recorded batch: larger ones were not faster
 _MOST = 4096  # samples in it
 _NOT_FINITE = "values are not finite"
 _ROUNDING_SHARE = 1e-4

@@ -99,10 +99,10 @@ class Collected:
         for kept, delta in zip(self._deltas, deltas, strict=True):
             if kept is not None:
                 kept[where, entry] = delta
+        single = [delta.unsqueeze(1) for delta in deltas]
         for leaf, sites in self._by_leaf:
             if leaf in self._rows:
-                target = self._rows[leaf][where, entry : entry + 1]
-                add_rows(layers, operands, deltas, sites, target)
+                add_rows(layers, operands, single, sites, self._rows[leaf][where, entry : entry + 1])
 
     def fill_leaf(self, sample: int, entry: int, leaf: int, row: Tensor | None) -> None:
         """Take in one row of a leaf that is missing; None is zeros."""

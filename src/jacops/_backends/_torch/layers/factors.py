@@ -14,15 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..agreement import worst_disagreement
-from ..ladder import RouteFailedError, attempt
+from ..ladder import attempt
 from ..rows import plain
-from ..surroundings import private_noise
 from ..tape import Tape
 from .parts import Lookup, Outer, Part, Rows
 from .uses import Order, Use, by_sample, cotangents, find_orders, find_uses
-
-Blocks = list[list[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +57,8 @@ class SampleUse:
     def part(self, operand: Tensor | None, delta: Tensor, shape: Sequence[int]) -> Part:
         """Return rows from cotangents `(n, k, T, …)`, the parameter seen as a matrix of this shape."""
         if self.use.kind == "vector":
-            return Rows(delta.sum(2).view(*delta.shape[:2], *shape))
+            summed = delta.squeeze(2) if delta.shape[2] == 1 else delta.sum(2)
+            return Rows(summed.reshape(*delta.shape[:2], *shape))
         if operand is None:
             raise ValueError("only vectors have no operand")
         return Outer(delta, operand, self.use.turned) if self.use.kind == "outer" else Lookup(delta, operand, shape[0])
@@ -134,81 +131,13 @@ def matrix_shape(leaf: Tensor) -> tuple[int, int]:
 
 def add_rows(layers: Layers, operands: Sequence[Tensor | None], deltas: Sequence[Tensor], sites: Iterable[int],
              target: Tensor) -> None:  # fmt: skip
-    """Write one leaf's rows for one output entry into `(n, 1, F, W)`."""
+    """Write one leaf's rows for k output entries, cotangents `(n, k, T, …)`, into `(n, k, F, W)`."""
     add = False
     for i in sites:
-        layers.sites[i].part(operands[i], deltas[i].unsqueeze(1), target.shape[2:]).into(target, add)
+        layers.sites[i].part(operands[i], deltas[i], target.shape[2:]).into(target, add)
         add = True
     if not add:
         target.zero_()
-
-
-# ---- whole matrices ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerBlocks:
-    """Whole Jacobians by layers.
-
-    Attributes:
-        blocks: `J[0][leaf]`, `(n * k, *leaf)`.
-        finite: The factors are so small that no entry can be NaN or Inf.
-    """
-
-    blocks: Blocks
-    finite: bool
-
-
-def by_layers(tape: Tape, into: Blocks | None = None) -> LayerBlocks | None:
-    """Return the Jacobians where the route was or can be proved right; None elsewhere.
-
-    Args:
-        tape: A model's output, first axis samples, by its parameters.
-        into: Where to write, `J[0][leaf]`; the result then is this very list.
-    """
-    if tape.trust.refused("pull", "by layers"):
-        return None
-    try:
-        found = _whole(tape, into)
-    except RouteFailedError:
-        found = None
-    if found is None or (tape.trust.needs("by layers", tape.domain.names) and not _confirmed(tape, found.blocks[0])):
-        tape.trust.refuse("pull", "by layers")
-        return None
-    tape.trust.remember("by layers", tape.domain.names)
-    tape.routes["pull"] = f"all {tape.outputs[0].shape[0]} samples to a sweep, by where parameters enter"
-    return found
-
-
-def _whole(tape: Tape, into: Blocks | None) -> LayerBlocks | None:
-    if len(tape.outputs) != 1 or not tape.leaves:
-        return None
-    (output,) = tape.outputs
-    if output.ndim < 1 or output.shape[0] < 2 or not output.requires_grad or output.is_complex():
-        return None
-    many, entries = output.shape[0], output.shape[1:].numel()
-    layers = Layers(tape, many)
-    if layers.missing or not layers.sites:
-        return None
-    blocks = into or [[leaf.detach().new_empty(many * entries, *leaf.shape) for leaf in tape.leaves]]
-    pairs = zip(blocks[0], tape.leaves, strict=True)
-    views = [block.view(many, entries, *matrix_shape(leaf)) for block, leaf in pairs]
-    operands = [site.operand() for site in layers.sites]
-    leaves, sizes = list(layers.by_leaf()), _sizes(operands)
-    bound = torch.zeros((), dtype=torch.float64, device=output.device)
-    for entry, seed in enumerate(unit_seeds(output)):
-        deltas = layers.sweep([seed])
-        # No entry is larger than the product of its factors' norms; a sum of T numbers not than T times their norm.
-        bound += sum(d.shape[1] * a * b for d, a, b in zip(deltas, sizes, _sizes(deltas), strict=True))
-        for leaf, sites in leaves:
-            add_rows(layers, operands, deltas, sites, views[leaf][:, entry : entry + 1])
-    smallest = min(torch.finfo(leaf.dtype).max for leaf in tape.leaves)
-    return LayerBlocks(blocks, bool(bound < smallest))
-
-
-def _sizes(tensors: Iterable[Tensor | None]) -> list[Tensor | float]:
-    """Return norms; 1 where there is no factor, or it holds indices."""
-    return [torch.linalg.vector_norm(t) if t is not None and t.is_floating_point() else 1.0 for t in tensors]
 
 
 def unit_seeds(output: Tensor) -> Iterator[Tensor]:
@@ -219,14 +148,3 @@ def unit_seeds(output: Tensor) -> Iterator[Tensor]:
         seed[:, entry] = 1
         yield seed.view(output.shape)
         seed[:, entry] = 0  # only now: the cotangent at the last use may be this very tensor
-
-
-def _confirmed(tape: Tape, blocks: Sequence[Tensor]) -> bool:
-    """Hold the blocks against a plain sweep over a random cotangent."""
-    (output,) = tape.outputs
-    seed = private_noise(output)
-    pairs = []
-    for block, leaf, grad in zip(blocks, tape.leaves, tape.pull([seed]), strict=True):
-        found = torch.tensordot(seed.reshape(-1).to(block.dtype), block, 1)
-        pairs.append((found, torch.zeros_like(leaf) if grad is None else plain(grad)))
-    return worst_disagreement(pairs) <= tape.tolerance

@@ -8,101 +8,14 @@ columns at a time.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-_TEMPORARY = 2**25  # bytes that a temporary may take, or as much as what is held takes
-
-
-def slices(total: int, each: int) -> Iterator[slice]:
-    """Yield ranges over `total` things of `each` bytes that stay within the bytes of a temporary."""
-    step = max(1, _TEMPORARY // max(1, each))
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
-
-
-class Part(ABC):
-    """One parameter's share of all rows.
-
-    The parameter is seen as a matrix `(F, W)`: its first axis, and the others laid end to end.
-    """
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int, int, int]:
-        """Samples n, outputs k of each, F and W."""
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the dtype and on the device of the entries."""
-        return self.tensors[0]
-
-    @property
-    @abstractmethod
-    def tensors(self) -> Sequence[Tensor]:
-        """What is held."""
-
-    @abstractmethod
-    def block(self, first: slice) -> Tensor:
-        """Return the rows' entries `(n, k, f, W)` for some of the parameter's first axis."""
-
-    def into(self, target: Tensor, add: bool = False) -> None:
-        """Write all rows, or add them, into `(n, k, F, W)`."""
-        for first in self._firsts():
-            (target[:, :, first].add_ if add else target[:, :, first].copy_)(self.block(first))
-
-    def times(self, v: Tensor) -> Tensor:
-        """Return products `(m, n, k)` of the rows with `v`, `(m, F, W)`."""
-        n, k, _, _ = self.shape
-        total = v.new_zeros(v.shape[0], n * k)
-        for first, rows in self._blocks():
-            total += v[:, first].flatten(1) @ rows.T
-        return total.view(v.shape[0], n, k)
-
-    def transposed(self, u: Tensor) -> Tensor:
-        """Return sums `(m, F, W)` of the rows times `u`, `(m, n, k)`."""
-        total = u.new_empty(u.shape[0], *self.shape[2:])
-        for first, rows in self._blocks():
-            total[:, first] = (u.flatten(1) @ rows).view(total[:, first].shape)
-        return total
-
-    def gram(self) -> Tensor:
-        """Return inner products of all rows, `(n k, n k)`."""
-        n, k, _, _ = self.shape
-        total = self.like.new_zeros(n * k, n * k)
-        for _, rows in self._blocks():
-            total.addmm_(rows, rows.T)
-        return total
-
-    def squares(self) -> Tensor:
-        """Return squared norms of the rows, `(n, k)`."""
-        n, k, _, _ = self.shape
-        total = self.like.new_zeros(n * k)
-        for _, rows in self._blocks():
-            total += torch.linalg.vector_norm(rows, dim=1).square_()
-        return total.view(n, k)
-
-    def column_squares(self) -> Tensor:
-        """Return sums over rows of squared entries, `(F, W)`."""
-        total = self.like.new_empty(self.shape[2:])
-        for first, rows in self._blocks():
-            total[first] = torch.linalg.vector_norm(rows, dim=0).square_().view(total[first].shape)
-        return total
-
-    def _firsts(self) -> Iterator[slice]:
-        n, k, long, wide = self.shape
-        return slices(long, n * k * wide * self.like.element_size())
-
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield some of the columns at a time as matrices `(n k, f W)`."""
-        n, k, _, wide = self.shape
-        for first in self._firsts():
-            yield first, self.block(first).reshape(n * k, (first.stop - first.start) * wide)
+from .part import Part, slices
 
 
 @final
@@ -180,13 +93,20 @@ class Outer(Part):
             left, right = self._sides()
             return left[:, :, first].unsqueeze(3) * right.unsqueeze(2)
         if self.turned:
-            return torch.einsum("nkto,nti->nkio", self.delta[:, :, :, 0], self.operand[:, :, 0, first])
+            return self._product(self.delta[:, :, :, 0], self.operand[:, :, 0, first]).mT
         if self.delta.shape[3] == 1:
-            return torch.einsum("nkto,nti->nkoi", self.delta[:, :, :, 0, first], self.operand[:, :, 0])
+            return self._product(self.delta[:, :, :, 0, first], self.operand[:, :, 0])
         groups = slice(first.start // out, -(-first.stop // out))
         delta, operand = self.delta[:, :, :, groups], self.operand[:, :, groups]
         formed = torch.einsum("nktgo,ntgi->nkgoi", delta, operand).flatten(2, 3)
         return formed[:, :, first.start - groups.start * out : first.stop - groups.start * out]
+
+    @staticmethod
+    def _product(delta: Tensor, operand: Tensor) -> Tensor:
+        """Return `(n, k, out, in)`, all cotangents of a sample in one product of matrices."""
+        n, k, positions, out = delta.shape
+        left = delta.permute(0, 1, 3, 2).reshape(n, k * out, positions)
+        return torch.bmm(left, operand).view(n, k, out, operand.shape[2])
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         """Return the first and the second factor of a single outer product, `(n, k, F)` and `(n, k, W)`."""
@@ -211,6 +131,8 @@ class Outer(Part):
     def _contracts(self, many: int) -> bool:
         """Say whether m products are cheaper by factors than by rows."""
         k, positions = self.delta.shape[1:3]
+        if positions == 1:  # the same arithmetic either way: what counts is how much is written on the way
+            return 2 * many <= k * self.operand.shape[3]
         return positions * many <= positions * k + k * many
 
     def times(self, v: Tensor) -> Tensor:
@@ -306,6 +228,12 @@ class Lookup(Part):
     def tensors(self) -> Sequence[Tensor]:
         """Cotangents and indices."""
         return self.delta, self.indices
+
+    def into(self, target: Tensor, add: bool = False) -> None:
+        """Add to what was looked up, in place."""
+        if not add:
+            target.zero_()
+        target.scatter_add_(2, self.indices[:, None, :, None].expand_as(self.delta), self.delta)
 
     def block(self, first: slice) -> Tensor:
         """Form some of the entries; what falls outside goes to a row that is cut off."""

@@ -21,9 +21,12 @@ from torch.autograd.graph import GradientEdge
 
 from ..surroundings import private_noise, sweeping
 from ..tape import Tape
+from .part import slices
 
 Kind = Literal["outer", "lookup", "vector"]
 Order = Literal["sample first", "sample second"]
+
+_TURNED = 2**19  # bytes of patches that are turned at once: they stay in a near cache
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,17 @@ class Use:
         return _by_pixel(self.node, delta)
 
     def patches(self) -> Tensor:
-        """Return a convolution's operand as `(samples, positions, g, in)`, not copied once more."""
+        """Return a convolution's operand as `(samples, positions, g, in)`."""
         with torch.no_grad():
             return _by_patch(self.node).detach()
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of a convolution's patches, before there are any; 0 elsewhere."""
+        if self._rule.rows is not _pixels:
+            return 0
+        inner = int(self.node._saved_groups) * self._tensor.shape[1:].numel()
+        return self.shape[0] * self.shape[2:].numel() * inner * self.dtype.itemsize
 
     def rows(self, delta: Tensor, attached: bool = False) -> Tensor:
         """Return a cotangent at the operation's output as rows `(R, …)` of what `kind` says."""
@@ -148,8 +159,26 @@ def _by_patch(node: Any) -> Tensor:
     )
     if len(kernel) == 1:
         a, kernel, dilation, padding, stride = a.unsqueeze(2), (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
-    patches = F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
+    if torch.is_grad_enabled() and a.requires_grad:
+        patches = F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
+    else:
+        patches = _windows(a, kernel, dilation, padding, stride)
     return patches.unflatten(2, (int(node._saved_groups), -1))
+
+
+def _windows(
+    a: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...]
+) -> Tensor:
+    """Return `(samples, positions, in)`: long runs copied first, which `F.unfold` does not, and then turned."""
+    a = F.pad(a, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else a
+    for axis in (0, 1):
+        a = a.unfold(axis + 2, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
+    a = a[..., :: dilation[0], :: dilation[1]].permute(0, 1, 4, 5, 2, 3)
+    inner, positions = a.shape[1:4].numel(), a.shape[4:].numel()
+    found = a.new_empty(a.shape[0], positions, inner)
+    for some in slices(a.shape[0], inner * positions * a.element_size(), _TURNED):
+        found[some] = a[some].reshape(-1, inner, positions).transpose(1, 2)
+    return found
 
 
 def _pixels(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) -> Tensor:
@@ -331,13 +360,16 @@ def cotangents(
     if not uses:
         return ()
     live = [(output, seed) for output, seed in zip(tape.outputs, seeds, strict=True) if output.requires_grad]
+    edges = {use.node: use.edge for use in uses}  # a weight and its bias enter together
     with sweeping(tape.outputs[0]):
-        return torch.autograd.grad(
+        found = torch.autograd.grad(
             [output for output, _ in live],
-            [use.edge for use in uses],
+            list(edges.values()),
             [seed for _, seed in live],
             retain_graph=True,
             create_graph=create_graph,
             is_grads_batched=batched,
             materialize_grads=True,
         )
+    by_node = dict(zip(edges, found, strict=True))
+    return tuple(by_node[use.node] for use in uses)
