@@ -210,6 +210,26 @@ def test_a_krylov_basis_is_orthonormal_and_finds_multiple_eigenvalues(
     assert float(run.ritz().residuals.max()) == 0
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_fresh_directions_are_not_the_start_drawn_from_the_same_seed(width: int) -> None:
+    """Every space is invariant at once, and the first fresh direction is the start again."""
+    start = torch.randn(1, width, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn: list[Tensor] = []
+
+    class Watched(Lanczos):
+        def _fresh(self, *shape: int) -> Tensor:
+            drawn.append(super()._fresh(*shape))
+            return drawn[-1]
+
+    run = Watched(lambda rows: 3.0 * rows, start, 7, seed=0)
+    while run.room:
+        run.step()
+    torch.testing.assert_close(run.basis @ run.basis.mT, torch.eye(run.basis.shape[1], dtype=torch.float64)[None])
+    torch.testing.assert_close(run.ritz().values, torch.full((1, run.basis.shape[1]), 3.0, dtype=torch.float64))
+    assert drawn
+    assert not any(torch.equal(each[:, :1], start[:, :1]) for each in drawn)
+
+
 def test_residuals_of_the_recurrence_are_the_true_ones_also_after_a_restart() -> None:
     A = SPECTRA["indefinite"]().matrix
     run = Lanczos(lambda rows: rows @ A, draw(1, 2, N), 16)

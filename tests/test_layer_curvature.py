@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import jacops
 import oracle
-from jacops._backends._torch.layers import blocks, curvature, gauss_newton
+from jacops._backends._torch.layers import curvature, gauss_newton
 from jacops._backends._torch.layers.blocks import mirror
 from jacops.operators import Operator
-from jacops.operators._base import add_half
+from jacops.operators._dense import Room
 from small import Calls, draw, settled
 from zoo import BY_NAME, ZOO, seeded
 
@@ -239,14 +239,23 @@ def test_a_dense_call_fills_what_it_is_given() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_wrong_block_is_found_by_the_product_with_a_random_direction(verb: str) -> None:
     operator = VERBS[verb](*_asked("mlp"))
-    right = operator.formed.add
+    prepare = operator.formed.prepare
 
-    def wrong(matrix: Tensor, weight: float) -> str | None:
-        said = right(matrix, weight)
-        matrix[3, 5] += 1e-3 * matrix.abs().max()
-        return said
+    class Wrong:
+        """Layers that add something of their own."""
 
-    broken = replace(operator, formed=replace(operator.formed, add=wrong))
+        def __init__(self) -> None:
+            self.right = prepare()
+
+        def working(self, most: int) -> float:
+            return self.right.working(most)
+
+        def add(self, matrix: Tensor, weight: float, most: int) -> str:
+            said = self.right.add(matrix, weight, most)
+            matrix[3, 5] += 1e-3 * matrix.abs().max()
+            return said
+
+    broken = replace(operator, formed=replace(operator.formed, prepare=Wrong))
     close(broken.dense(), by_products(operator))
     assert route(operator) is None
 
@@ -316,7 +325,7 @@ def test_batches_add_up_in_place(name: str, verb: str) -> None:
     ]
     total = torch.zeros(operators[0][0].shape, dtype=torch.float64)
     for operator, weight in operators:
-        add_half(total, operator, weight)
+        operator._add(total, weight, Room(), half=True)
     expected = torch.stack([weight * by_products(operator) for operator, weight in operators]).sum(0)
     close(mirror(total), expected)
 
@@ -328,15 +337,9 @@ def test_mirror(size: int) -> None:
 
 
 def test_large_batches_are_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (blocks, "_PAIRS"),
-        (blocks, "_BLOCK"),
-        (curvature, "_ENTRIES"),
-        (gauss_newton, "_ENTRIES"),
-        (gauss_newton, "_STRIPE"),
-    ):
-        monkeypatch.setattr(module, name, 64)
+    monkeypatch.setattr(gauss_newton, "_STRIPE", 64)
     for model in ("mlp", "residual", "words", "convolutions", "positions first"):
         for verb in VERBS.values():
             operator = verb(*_asked(model), fallback="silent")
-            close(operator.dense(), by_products(operator))
+            pieces = replace(operator, formed=replace(operator.formed, most=64))
+            close(pieces.dense(), by_products(operator))

@@ -6,6 +6,7 @@ Pure tensor code. Rows are vectors: a map takes `(k, n)` to `(k, n)` and must be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from ._finite import is_finite, where_first
 from .errors import NonFiniteError
 
 RowMap = Callable[[Tensor], Tensor]
+_DRAWS = 5
 
 
 class Ritz(NamedTuple):
@@ -100,10 +102,22 @@ class Lanczos:
         coupling = torch.where(small.unsqueeze(1), 0, left[:, :, :width] * sizes[:, None, :width])
         block = right[:, :width]
         if bool(small.any()):
-            noise = torch.randn(runs, width, n, generator=self.generator, dtype=torch.float64)
-            block = torch.where(small.unsqueeze(2), noise.to(rows), block)
+            block = torch.where(small.unsqueeze(2), self._fresh(runs, width, n), block)
         # Rounding turned the directions of small size: outside again, and orthonormal among themselves.
         return _orthonormal_rows(self._outside(self._outside(block))), coupling.double()
+
+    def _fresh(self, runs: int, width: int, n: int) -> Tensor:
+        """Return random directions; those that the space holds already, as a start from the same seed, are redrawn."""
+        drawn = torch.zeros(runs, width, n, dtype=self._buffer.dtype, device=self._buffer.device)
+        lost = torch.ones(runs, width, dtype=torch.bool, device=drawn.device)
+        for _ in range(_DRAWS):
+            noise = torch.randn(runs, width, n, generator=self.generator, dtype=torch.float64).to(drawn)
+            drawn = torch.where(lost.unsqueeze(2), noise, drawn)
+            left, size = torch.linalg.vector_norm(self._outside(drawn), dim=2), torch.linalg.vector_norm(drawn, dim=2)
+            lost = left <= math.sqrt(torch.finfo(drawn.dtype).eps) * size
+            if not bool(lost.any()):
+                break
+        return drawn
 
     def _outside(self, rows: Tensor) -> Tensor:
         return rows - (rows @ self.basis.mT) @ self.basis

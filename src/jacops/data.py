@@ -100,6 +100,14 @@ class Batches:
         return self._rows or 0
 
     @property
+    def count(self) -> int:
+        """Batches of a pass; reads the data once if no pass was made yet."""
+        if self._digests is None:
+            for _ in self:
+                pass
+        return len(self._digests or ())
+
+    @property
     def digest(self) -> str:
         """A number that another order or other values would change; reads the data once if no pass was made yet."""
         if self._digests is None:

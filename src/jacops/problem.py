@@ -249,7 +249,13 @@ class _Passes:
                 self._room -= held
                 self._kept.append((factor, part))
             yield factor, part
+            del part  # whoever took it decides how long it lives
         self._whole = count == len(self._kept)
+
+    def will_hold(self, each: int) -> int:
+        """Return the bytes that the next pass holds beside what is kept already, for batches of `each` bytes."""
+        left = each * (0 if self._whole else self.problem.data.count - len(self._kept))
+        return left if left <= self._room else self._room + each
 
     def _made(self, term: Objective, batch: Batch, number: int) -> Operator:
         if self.kind not in _FISHERS:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
 
+from .._backends._torch.layers.blocks import mirror
 from ..space import Space
 from ._base import Formed, Operator, check_same
+from ._dense import IN_MEMORY, Room, Way
 
 
 @final
@@ -42,6 +44,15 @@ class Transposed(Operator):
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return self.of._apply(rows)
+
+    def _way(self, room: Room) -> Way:
+        return room.way(self.of)
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        self.of._write(matrix.T, room)
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        self.of._add(matrix.T, weight, room, half)
 
 
 @final
@@ -152,6 +163,35 @@ class Sum(Operator):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return self.left._apply_transpose(rows) + self.right._apply_transpose(rows)
 
+    @property
+    def _halves(self) -> bool:
+        return self.symmetric and (self.left._halves or self.right._halves)
+
+    @property
+    def _in_order(self) -> tuple[Operator, Operator]:
+        """Which is written and which is added to it: what is found by halves or checks itself comes first."""
+        return (self.right, self.left) if self.right._halves and not self.left._halves else (self.left, self.right)
+
+    def _way(self, room: Room) -> Way:
+        first, second = room.way(self.left), room.way(self.right)
+        larger = max(first, second, key=lambda way: (way.bytes, way is not IN_MEMORY))
+        # What the layers say of both is there from the start.
+        both = first.bytes + second.bytes if first.begun and second.begun else larger.bytes
+        return larger if larger is IN_MEMORY else replace(larger, bytes=both, begun=None)
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        if self._halves:
+            self._add(matrix.zero_(), 1.0, room, half=True)
+            mirror(matrix)
+            return
+        first, second = self._in_order
+        first._write(matrix, room)
+        second._add(matrix, 1.0, room, half=False)
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        for part in self._in_order:
+            part._add(matrix, weight, room, half)
+
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
@@ -192,6 +232,20 @@ class Scaled(Operator):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return self.factor * self.of._apply_transpose(rows)
 
+    @property
+    def _halves(self) -> bool:
+        return self.of._halves
+
+    def _way(self, room: Room) -> Way:
+        return room.way(self.of)
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        self.of._write(matrix, room)
+        matrix.mul_(self.factor)
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        self.of._add(matrix, weight * self.factor, room, half)
+
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
@@ -220,6 +274,15 @@ class Identity(Operator):
         return rows
 
     _apply_transpose = _apply
+
+    def _way(self, room: Room) -> Way:
+        return IN_MEMORY
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        matrix.zero_().diagonal().fill_(1)
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        matrix.diagonal().add_(0.5 * weight if half else weight)
 
 
 @final
@@ -252,6 +315,15 @@ class Matrix(Operator):
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return rows @ self.matrix
+
+    def _way(self, room: Room) -> Way:
+        return IN_MEMORY
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        matrix.copy_(self.matrix)
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        matrix.add_(self.matrix, alpha=0.5 * weight if half else weight)
 
 
 @final
@@ -287,3 +359,12 @@ class Diagonal(Operator):
         return rows * self.entries
 
     _apply_transpose = _apply
+
+    def _way(self, room: Room) -> Way:
+        return IN_MEMORY
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        matrix.zero_().diagonal().copy_(self.entries)
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)

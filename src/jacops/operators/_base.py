@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .._backends._torch.memory import SMALL, Budget
+from .._backends._torch.layers.blocks import mirror
+from .._backends._torch.layers.by_layers import Begun, SpoiledError
+from .._backends._torch.memory import Budget
 from .._backends._torch.surroundings import eager
 from .._finite import check_vector
 from ..errors import InputError, InputTypeError, explain
 from ..space import Space
-from ._dense import CHUNK_ENTRIES, dense_plan, fitted, matrix_place
+from ._dense import Room, Way, by_products, dense_room, matrix_place, plain_way
 
 
 class Formed(Protocol):
     """A way to a symmetric operator's matrix that is cheaper than products; it checks itself."""
 
-    def write(self, matrix: Tensor) -> bool:
-        """Fill the matrix; False, with nothing of use in it, where this way is closed."""
-        ...
-
-    def add_half(self, matrix: Tensor, weight: float) -> bool:
-        """Add X times `weight`, X + Xᵀ the matrix; False, with nothing changed, where this way is closed."""
+    def begin(self, free: float) -> Begun | None:
+        """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
         ...
 
 
@@ -76,8 +74,8 @@ class Operator(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it keeps in memory: matrices, factors, recorded values."""
-        return sum(part.nbytes for part in vars(self).values() if isinstance(part, Operator | Tensor))
+        """Bytes that it keeps in memory: matrices, factors, recorded values; what is shared counts once."""
+        return sum(_kept(self).values())
 
     @property
     def T(self) -> Operator:  # noqa: N802
@@ -156,34 +154,80 @@ class Operator(ABC):
 
     @eager
     def dense(self, out: Any = None, *, budget: Budget = None) -> Tensor:
-        """Return the matrix `(m, n)`, by rows or by columns, whichever are fewer, written in place.
+        """Return the matrix `(m, n)`, written in place: by layers, or by rows or columns, whichever are fewer.
 
         Args:
             out: Where to write it, a tensor or an array (a `numpy.memmap` too); a new tensor otherwise.
-            budget: Bytes that the matrix and the products may take, or a text such as `"2GiB"`; by default half of
+            budget: Bytes that the matrix and the work on it may take, or a text such as `"2GiB"`; by default half of
                 what is free.
 
         Raises:
             InputError: `out` has another shape.
-            MemoryBudgetError: The matrix and one product do not fit the budget; nothing was allocated.
+            MemoryBudgetError: The matrix and what has to be held on the way do not fit the budget; nothing was
+                allocated.
         """
-        m, n = self.shape
-        space = self.domain if n <= m else self.codomain
-        chunk = max(1, min(64, space.dim, CHUNK_ENTRIES // max(1, m + n)))
-        if budget is not None or m * n * self.codomain.dtype.itemsize >= SMALL:
-            chunk = fitted(self, dense_plan(self, budget, out))
+        room = dense_room(self, budget, out)
         matrix = matrix_place(self, out, budget)
-        if self.formed is not None and self.formed.write(matrix):
-            return matrix
-        for start in range(0, space.dim, chunk):
-            where = slice(start, min(start + chunk, space.dim))
+        try:
+            self._write(matrix, room)
+        except SpoiledError:  # by layers it was wrong: once more, by products
+            self._write(matrix, Room(room.free, layers=False))
+        return matrix
+
+    # ---- how the matrix is filled ----------------------------------------------------------------------------------
+
+    @property
+    def _halves(self) -> bool:
+        """Whether the matrix is found as X + Xᵀ, so that it is best added to others before the two are joined."""
+        return self.formed is not None
+
+    def _way(self, room: Room) -> Way:
+        """Return how the matrix is filled where so much may be held meanwhile."""
+        return plain_way(self, room)
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        """Fill `matrix`.
+
+        Raises:
+            SpoiledError: What the layers said is wrong; the matrix holds nothing of use.
+        """
+        way = room.way(self)
+        if way.begun is not None:
+            if way.begun.add_half(matrix.zero_()):
+                mirror(matrix)
+                return
+            way = by_products(self, room)
+        for where, part in self._units(way):
+            matrix[where] = part
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        """Add the matrix times `weight`; by `half`, for a symmetric one, any X times `weight` with X + Xᵀ the matrix.
+
+        Raises:
+            SpoiledError: As in `_write`.
+        """
+        way = room.way(self)
+        if way.begun is not None:
+            if way.begun.add_half(matrix, weight):
+                if not half and not way.begun.add_half(matrix.T, weight):
+                    raise SpoiledError
+                return
+            way = by_products(self, room)
+        for where, part in self._units(way):
+            matrix[where].add_(part, alpha=0.5 * weight if half else weight)
+
+    def _units(self, way: Way) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        """Yield places in the matrix and what stands there, by products with unit vectors."""
+        m, n = self.shape
+        space, everything = self.domain if n <= m else self.codomain, slice(None)
+        for start in range(0, space.dim, way.chunk):
+            where = slice(start, min(start + way.chunk, space.dim))
             unit = torch.zeros(where.stop - start, space.dim, dtype=space.dtype, device=space.device)
             unit[:, where].fill_diagonal_(1)
             if n <= m:
-                matrix[:, where] = self._apply(unit).T
+                yield (everything, where), self._apply(unit).T
             else:
-                matrix[where] = self._apply_transpose(unit)
-        return matrix
+                yield (where, everything), self._apply_transpose(unit)
 
     def gram(self) -> Tensor:
         r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large."""
@@ -210,13 +254,18 @@ class Operator(ABC):
         return f"{type(self).__name__}({m} × {n}{', ' + marks if marks else ''})"
 
 
-def add_half(matrix: Tensor, operator: Operator, weight: float = 1.0) -> None:
-    """Add X times `weight` to `matrix`, in place, where X + Xᵀ is the matrix of a symmetric operator.
-
-    Sums over batches of data are added up so without a matrix per batch; `mirror` makes the sum whole in the end.
-    """
-    if operator.formed is None or not operator.formed.add_half(matrix, weight):
-        matrix.add_(operator.dense(), alpha=0.5 * weight)
+def _kept(operator: Operator) -> dict[int, int]:
+    """Return the bytes of what an operator keeps, by identity."""
+    if type(operator).nbytes is not Operator.nbytes:
+        return {id(operator): operator.nbytes}
+    kept: dict[int, int] = {}
+    for value in vars(operator).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Operator):
+                kept |= _kept(part)
+            elif isinstance(part, Tensor):
+                kept[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return kept
 
 
 def check_same(left: Space, right: Space, what: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.layers.blocks import mirror
-from .._backends._torch.memory import Budget
+from .._backends._torch.memory import Meter
 from ..space import Space
-from ._base import Operator, add_half
-from ._dense import matrix_place
+from ._base import Operator
+from ._dense import IN_MEMORY, Room, Way
 
 Parts = Callable[[], Iterable[tuple[float, Operator]]]
 
@@ -58,21 +59,26 @@ class SumOver(Operator):
 
     _apply_transpose = _apply
 
-    def dense(self, out: Any = None, *, budget: Budget = None) -> Tensor:
-        """Return the matrix `(n, n)`, one pass over the data.
+    @property
+    def _halves(self) -> bool:
+        return True
 
-        Raises:
-            InputError: `out` has another shape.
-            MemoryBudgetError: The matrix does not fit the budget; it was not allocated.
-        """
-        total = matrix_place(self, out, budget)
-        total.zero_()
-        if self.ridge is not None:
-            total.diagonal().add_(self.ridge, alpha=0.5)
-        for factor, part in self.parts():
-            add_half(total, part, factor)
-        mirror(total)
-        return total
+    def _way(self, room: Room) -> Way:
+        return _by_batches(self.parts, room)
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        self._add(matrix.zero_(), 1.0, room, half=True)
+        mirror(matrix)
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        inner = room.way(self).inner or room
+        for target in (matrix,) if half else (matrix, matrix.T):
+            for factor, part in self.parts():
+                part._add(target, weight * factor, inner, half=True)
+                inner.forget(part)
+                del part
+            if self.ridge is not None:  # last: what the layers say is held against a matrix without it
+                target.diagonal().add_(self.ridge, alpha=0.5 * weight)
 
     def __repr__(self) -> str:
         return f"{super().__repr__().removesuffix(')')}: {self.told})"
@@ -121,20 +127,45 @@ class StackOver(Operator):
             start = stop
         return total
 
-    def dense(self, out: Any = None, *, budget: Budget = None) -> Tensor:
-        """Return the matrix, one pass over the data.
+    def _way(self, room: Room) -> Way:
+        return _by_batches(self.parts, room)
 
-        Raises:
-            InputError: `out` has another shape.
-            MemoryBudgetError: The matrix does not fit the budget; it was not allocated.
-        """
-        matrix = matrix_place(self, out, budget)
-        start = 0
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        inner, start = room.way(self).inner or room, 0
         for factor, part in self.parts():
-            stop = start + part.shape[0]
-            torch.mul(part.dense(), factor, out=matrix[start:stop])
-            start = stop
-        return matrix
+            rows = matrix[start : start + part.shape[0]]
+            part._write(rows, inner)
+            if factor != 1.0:
+                rows.mul_(factor)
+            inner.forget(part)
+            start += part.shape[0]
+            del part
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        inner, start = room.way(self).inner or room, 0
+        for factor, part in self.parts():
+            scale = 0.5 * weight * factor if half else weight * factor
+            part._add(matrix[start : start + part.shape[0]], scale, inner, half=False)
+            inner.forget(part)
+            start += part.shape[0]
+            del part
+
+
+def _by_batches(parts: Parts, room: Room) -> Way:
+    """Return how a pass fills a matrix: what the first batch takes, and what the pass keeps of the others."""
+    if not 0 < room.free < math.inf:
+        return Way("batch by batch", inner=room)
+    with Meter() as meter:
+        part = next((part for _, part in parts()), None)
+    if part is None:
+        return Way("batch by batch", inner=room)
+    will_hold = getattr(parts, "will_hold", None)
+    held = part.nbytes if will_hold is None else will_hold(part.nbytes)
+    inner = room.less(held)
+    way = inner.way(part)
+    inner.forget(part)
+    working = held + max(way.bytes, meter.peak - part.nbytes)
+    return Way("batch by batch", working, way.chunk, way.unit, inner=inner, tight=way.tight)
 
 
 @final
@@ -177,3 +208,22 @@ class BlockDiagonal(Operator):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         parts = rows.split([block.shape[0] for block in self.blocks], 1)
         return torch.cat([block._apply_transpose(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
+
+    def _way(self, room: Room) -> Way:
+        return max(map(room.way, self.blocks), key=lambda way: (way.bytes, way is not IN_MEMORY), default=IN_MEMORY)
+
+    def _write(self, matrix: Tensor, room: Room) -> None:
+        matrix.zero_()
+        for block, place in self._places(matrix):
+            block._write(place, room)
+
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        for block, place in self._places(matrix):
+            block._add(place, weight, room, half)
+
+    def _places(self, matrix: Tensor) -> Iterator[tuple[Operator, Tensor]]:
+        row = column = 0
+        for block in self.blocks:
+            rows, columns = block.shape
+            yield block, matrix[row : row + rows, column : column + columns]
+            row, column = row + rows, column + columns

@@ -1,14 +1,17 @@
-"""What forming an operator takes: bytes of the matrix, and of the products that fill it."""
+"""What forming an operator takes: bytes of the matrix, and of what is held while it is filled."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._backends._torch.layers.by_layers import Begun
 from .._backends._torch.memory import (
+    SMALL,
     Budget,
     Meter,
     budget_bytes,
@@ -25,8 +28,76 @@ if TYPE_CHECKING:
     from ._base import Operator
 
 CHUNK_ENTRIES = 2**22
+_TIGHT = 1.3  # what few and large tensors take from the system: measured over perceptrons and convolutions
+_HOLES = 1.65  # what others take, in `memory.resident`
 
 _TODO = "Use products (`A @ v`) or `jacops.solve` instead, write into a memmap with `out=`, or raise `budget=`."
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an operator's matrix is filled.
+
+    Attributes:
+        name: In a word or two.
+        bytes: Held on the way besides the matrix; 0 where that was not asked or is nothing.
+        chunk: How many of `unit` go together.
+        unit: What is counted.
+        begun: What the layers say, where the matrix is filled by layers.
+        inner: What parts may hold, where there are parts that are made on the way.
+        tight: What is held are few and large tensors, which leave few holes.
+    """
+
+    name: str
+    bytes: float = 0.0
+    chunk: int = 1
+    unit: str = "vectors to a pass"
+    begun: Begun | None = None
+    inner: Room | None = None
+    tight: bool = False
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are taken from the system."""
+        if self is IN_MEMORY:
+            return 0
+        return resident(0) + int(_TIGHT * self.bytes) if self.tight else resident(self.bytes)
+
+
+IN_MEMORY = Way("in memory", unit="copy")
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """What may be held while a matrix is filled, and how each operator goes about it.
+
+    Attributes:
+        free: Bytes of tensors; infinite where nobody counts.
+        layers: Whether matrices may be filled by layers.
+    """
+
+    free: float = math.inf
+    layers: bool = True
+    _ways: dict[int, tuple[Operator, Way]] = field(default_factory=dict)
+
+    @property
+    def tight(self) -> float:
+        """The same for few and large tensors, which leave few holes."""
+        return max(self.free, _HOLES * self.free / _TIGHT)
+
+    def way(self, operator: Operator) -> Way:
+        """Return how an operator's matrix is filled; found once."""
+        if id(operator) not in self._ways:
+            self._ways[id(operator)] = operator, operator._way(self)
+        return self._ways[id(operator)][1]
+
+    def forget(self, operator: Operator) -> None:
+        """Let go of what was found out about an operator."""
+        self._ways.pop(id(operator), None)
+
+    def less(self, held: float) -> Room:
+        """Return the room beside what is held."""
+        return Room(max(0.0, self.free - held), self.layers)
 
 
 @dataclass(frozen=True)
@@ -38,57 +109,56 @@ class DensePlan:
         result: Its bytes.
         allocated: They are allocated by the call.
         startup: What the process takes for its first derivative.
-        fixed: Bytes held by the products, whatever their number.
-        each: What every vector in a pass adds.
+        way: How it is filled.
+        room: What may be held meanwhile.
         budget: Bytes allowed.
-        chunk: Vectors to a pass.
     """
 
     shape: tuple[int, int]
     result: int
     allocated: bool
     startup: int
-    fixed: float
-    each: float
+    way: Way
+    room: Room
     budget: int
-    chunk: int
 
     @property
     def peak(self) -> int:
         """Bytes held at once."""
-        return self.startup + self.result * self.allocated + resident(self.fixed + self.each * self.chunk)
+        return self.startup + self.result * self.allocated + self.way.resident
 
 
 def dense_plan(operator: Operator, budget: Budget, out: Any) -> DensePlan:
-    """Return what `operator.dense()` takes, from products with one and with two vectors."""
-    m, n = operator.shape
-    space = operator.domain if n <= m else operator.codomain
-    allowed, startup = budget_bytes(budget, space.device), startup_bytes(space.device)
-    result = m * n * operator.codomain.dtype.itemsize
-    room = live(allowed - startup - (result if out is None else 0))
-    fixed = each = 0.0
-    if room > 0 and operator.formed is None:
-        fixed, each = _measured(operator)
-        startup = 0 if startup_bytes(space.device) else startup  # products that need no derivative load nothing
-    most = max(1, min(64, space.dim, CHUNK_ENTRIES // max(1, m + n)))
-    chunk = max(1, min(most, int((room - fixed) // max(each, 1.0))))
-    return DensePlan((m, n), result, out is None, startup, fixed, each, allowed, chunk)
+    """Return what `operator.dense()` takes, from a few sweeps or products."""
+    device = operator.domain.device
+    allowed, startup = budget_bytes(budget, device), startup_bytes(device)
+    result = operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize
+    room = Room(max(0.0, live(allowed - startup - (result if out is None else 0))))
+    way = room.way(operator)
+    if way is IN_MEMORY or (room.free > 0 and startup_bytes(device)):
+        startup = 0  # what needs no derivative loads nothing
+    return DensePlan(operator.shape, result, out is None, startup, way, room, allowed)
 
 
-def fitted(operator: Operator, plan: DensePlan) -> int:
-    """Return how many vectors go into a pass.
+def dense_room(operator: Operator, budget: Budget, out: Any) -> Room:
+    """Return what may be held while the matrix is filled; nobody counts where it is small and no budget is given.
 
     Raises:
-        MemoryBudgetError: Not even one fits.
+        MemoryBudgetError: It does not fit; nothing was allocated.
     """
+    if budget is None and operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize < SMALL:
+        return Room()
+    plan = dense_plan(operator, budget, out)
     if plan.peak > plan.budget:
-        parts: dict[str, float] = {"working memory of one product": plan.fixed + plan.each}
+        parts: dict[str, float] = {}
+        if plan.way is not IN_MEMORY:
+            parts[f"working memory {plan.way.name}"] = plan.way.resident
         if plan.allocated:
             parts[f"the matrix {plan.shape}"] = plan.result
         if plan.startup:
             parts["what torch loads for the first derivative of a process"] = plan.startup
         refuse(f"{type(operator).__name__}.dense", parts, plan.budget, _TODO)
-    return plan.chunk
+    return plan.room
 
 
 def matrix_place(operator: Operator, out: Any, budget: Budget) -> Tensor:
@@ -108,6 +178,27 @@ def matrix_place(operator: Operator, out: Any, budget: Budget) -> Tensor:
     need = operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize
     ensure_fits(f"{type(operator).__name__}.dense", {matrix: need}, budget, operator.domain.device, _TODO)
     return torch.empty(*operator.shape, **options)
+
+
+def plain_way(operator: Operator, room: Room) -> Way:
+    """Return how the matrix of an operator without parts is filled: by layers where that is open, or by products."""
+    if operator.formed is not None and room.layers and room.free > 0:
+        begun = operator.formed.begin(room.tight)
+        if begun is not None and begun.bytes <= room.tight:
+            return Way("by layers", begun.bytes, begun.most, "numbers to a round", begun, tight=True)
+        del begun  # what it holds is no part of the products
+    return by_products(operator, room)
+
+
+def by_products(operator: Operator, room: Room) -> Way:
+    m, n = operator.shape
+    name = "by columns" if n <= m else "by rows"
+    most = max(1, min(64, n, m, CHUNK_ENTRIES // max(1, m + n)))
+    if not 0 < room.free < math.inf:
+        return Way(name, chunk=most)
+    fixed, each = _measured(operator)
+    chunk = max(1, min(most, int((room.free - fixed) // max(each, 1.0))))
+    return Way(name, fixed + each * chunk, chunk)
 
 
 def _measured(operator: Operator) -> tuple[float, float]:

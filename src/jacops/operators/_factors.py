@@ -9,10 +9,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._backends._torch.layers.parts import Part, Rows
+from .._backends._torch.layers.parts import Outer, Part, Rows, slices
 from .._backends._torch.surroundings import eager
 from ..space import Space
-from ._base import Formed, Operator
+from ._base import Operator
+from ._dense import Room, Way, by_products
 
 
 @final
@@ -93,20 +94,16 @@ class LayerFactors(Operator):
             found[:, where] = part.transposed(u).flatten(1)
         return found
 
-    @property
-    def formed(self) -> Formed:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The operator itself: parts write their columns."""
-        return self
+    def _way(self, room: Room) -> Way:
+        return Way("layer by layer", max((_written(part) for part in self.parts), default=0.0), unit="layer at a time")
 
-    def write(self, matrix: Tensor) -> bool:
-        """Fill the matrix part by part, in place."""
+    def _write(self, matrix: Tensor, room: Room) -> None:
         for part, where in zip(self.parts, self.domain.slices, strict=True):
             part.into(matrix[:, where].unflatten(0, part.shape[:2]).unflatten(2, part.shape[2:]))
-        return True
 
-    def add_half(self, matrix: Tensor, weight: float) -> bool:
-        """Only symmetric operators have halves."""
-        return False
+    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+        for where, rows in self._units(by_products(self, room)):
+            matrix[where].add_(rows, alpha=0.5 * weight if half else weight)
 
     # ---- what rows are asked for -----------------------------------------------------------------------------
 
@@ -147,6 +144,15 @@ class LayerFactors(Operator):
         if self.without_rule:
             lines.append(f"  without a rule: {_listed(self.without_rule)} ({1 - self.coverage:.1%} of the entries)")
         return "\n".join([*lines, f"  route: {self.route}"])
+
+
+def _written(part: Part) -> float:
+    """Return the bytes of temporaries while a part writes its columns."""
+    if isinstance(part, Rows) or (isinstance(part, Outer) and part.delta.shape[2] == part.delta.shape[3] == 1):
+        return 0.0
+    n, k, long, wide = part.shape
+    each = n * k * wide * part.like.element_size()
+    return 2.0 * each * max((some.stop - some.start for some in slices(long, each)), default=0)
 
 
 def _mebibytes(size: int) -> str:

@@ -17,21 +17,26 @@ def plan_dense(arguments: dict[str, Any]) -> Plan:
         raise InputTypeError(explain("the first argument", f"a {type(operator).__name__}", "an operator is needed"))
     m, n = operator.shape
     found = dense_plan(operator, arguments["budget"], arguments["out"])
-    why = "fewer vectors", "more vectors"
-    routes = {
-        "by columns": (n, found.peak if n <= m else None, why[n > m]),
-        "by rows": (m, None if n <= m else found.peak, why[n <= m]),
+    name, products = found.way.name, {"by columns": n, "by rows": m}
+    few = "by columns" if n <= m else "by rows"
+    routes: dict[str, tuple[int | None, int | None, str]] = {
+        way: (sweeps, None, "fewer vectors" if way == few else "more vectors") for way, sweeps in products.items()
     }
-    chosen = "by columns" if n <= m else "by rows"
-    return Plan(
-        f"{type(operator).__name__}.dense",
-        table(routes, chosen),
-        found.result,
-        found.startup,
-        found.budget,
-        found.chunk,
-        "vectors to a pass",
-    )
+    if name in products:
+        routes[name] = products[name], found.peak, routes[name][2]
+    else:
+        routes = {name: (None, found.peak, _WHY.get(name, "")), **routes}
+    told = f"{type(operator).__name__}.dense"
+    way, routes_told = found.way, table(routes, name)
+    return Plan(told, routes_told, found.result, found.startup, found.budget, way.chunk, way.unit)
+
+
+_WHY = {
+    "by layers": "fewest sweeps: one per number at the layers' outputs",
+    "in memory": "the entries are there",
+    "batch by batch": "one pass over the data",
+    "layer by layer": "each parameter writes its columns",
+}
 
 
 planned_by(plan_dense)(Operator.dense)

@@ -103,9 +103,7 @@ def dense_of(operator: Operator) -> Tensor:
 
 def damped_dense(operator: Operator, damping: float) -> Tensor:
     r"""Return $A + \lambda I$ in new memory."""
-    matrix = operator.matrix.clone() if isinstance(operator, Matrix) else operator.dense()
-    matrix.diagonal().add_(damping)
-    return matrix
+    return (operator + damping * Identity(operator.domain)).dense()
 
 
 def is_symmetric(matrix: Tensor) -> bool:

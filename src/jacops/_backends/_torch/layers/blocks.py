@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .sites import Panel, Site
 
-_PAIRS = 2**21
-_BLOCK = 2**20
+ENTRIES = 2**22
+"""Numbers that an array on the way to a matrix may hold, where memory is no matter."""
+
 _TILE = 256
 
 
@@ -30,10 +31,12 @@ class Chunk:
     Attributes:
         positions: Which positions.
         channels: Which channels.
+        most: Numbers that an array on the way may hold.
     """
 
     positions: slice
     channels: slice
+    most: int = ENTRIES
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def add_blocks(matrix: Tensor, site: Site, chunk: Chunk, later: Site, found: Fou
             for mine in site.panels:
                 rows = _rows(mine, chunk, columns.values)
                 if rows is not None:
-                    _add(matrix, rows, columns, weight)
+                    _add(matrix, rows, columns, weight, chunk.most)
 
 
 def _halve(second: Tensor, chunk: Chunk) -> None:
@@ -147,19 +150,19 @@ def _summed(panel: Panel, chunk: Chunk, values: Tensor) -> _Rows:
     entries, inverse = torch.unique(index, return_inverse=True)
     if not torch.equal(entries, index):
         summed = values.new_zeros(values.shape[0], len(entries), *values.shape[2:])
-        values = summed.index_add_(1, inverse, values)
+        values = summed.index_add_(1, inverse.to(values.device), values)
     start, stop = int(entries[0]), int(entries[-1]) + 1
     return _Rows(panel, slice(start, stop) if stop - start == len(entries) else entries, values)
 
 
-def _add(matrix: Tensor, rows: _Rows, columns: _Columns, weight: float) -> None:
+def _add(matrix: Tensor, rows: _Rows, columns: _Columns, weight: float, most: int) -> None:
     left, right, values = rows.operand, columns.operand, rows.values
     if right is not None and values.shape[0] > right.shape[0]:
         right = right.repeat_interleave(values.shape[0] // right.shape[0], 0)
     # A panel against itself is symmetric, and K was cut to a triangle: columns before the rows hold zeros.
     own = rows.panel is columns.panel and right is not None
-    for some, both, inner, packed in _pairs(left, right, values.shape[0], own):
-        for start, stop in _steps(rows, values.shape[2:].numel() * inner.numel(), own):
+    for some, both, inner, packed in _pairs(left, right, values.shape[0], own, most // 2):
+        for start, stop in _steps(rows, values.shape[2:].numel() * inner.numel(), own, most // 4):
             where = slice(rows.where.start + start, rows.where.start + stop) if isinstance(rows.where, slice) else None
             first = where.start if own and where is not None else 0
             part = values[some, start:stop, first:] if first else values[some, start:stop]
@@ -171,17 +174,17 @@ def _add(matrix: Tensor, rows: _Rows, columns: _Columns, weight: float) -> None:
             _write(matrix, rows, columns, (where, first), block, weight)
 
 
-def _steps(rows: _Rows, size: int, own: bool) -> Iterator[tuple[int, int]]:
+def _steps(rows: _Rows, size: int, own: bool, most: int) -> Iterator[tuple[int, int]]:
     """Yield rows at a time such that their block fits in fast memory."""
     many = rows.values.shape[1]
-    step = max(1, _BLOCK // max(1, size)) if isinstance(rows.where, slice) else many
+    step = max(1, most // max(1, size)) if isinstance(rows.where, slice) else many
     step = min(step, max(4, many // 8)) if own else step
     for start in range(0, many, step):
         yield start, min(start + step, many)
 
 
 def _pairs(
-    left: Tensor | None, right: Tensor | None, many: int, own: bool
+    left: Tensor | None, right: Tensor | None, many: int, own: bool, most: int
 ) -> Iterator[tuple[slice, Tensor | None, torch.Size, Tensor | None]]:
     """Yield products of two operands for some samples at a time, `(samples, left * right)`, and their shape.
 
@@ -191,18 +194,24 @@ def _pairs(
     if left is None or right is None:
         yield slice(0, many), left if right is None else right, inner, None
         return
-    i, j = torch.triu_indices(*inner, device=left.device)
-    packed = torch.empty(inner, dtype=torch.long, device=left.device) if own else None
-    if packed is not None:
-        packed[i, j] = packed[j, i] = torch.arange(len(i), device=left.device)
-    chunk = max(1, _PAIRS // max(1, inner.numel()))
+    half = _half_of(inner[0], left.device) if own else None
+    chunk = max(1, most // max(1, inner.numel()))
     for start in range(0, many, chunk):
         some = slice(start, start + chunk)
         a, b = left[some], right[some]
-        if packed is None:
+        if half is None:
             yield some, (a[:, :, None] * b[:, None, :]).flatten(1), inner, None
         else:
-            yield some, a.index_select(1, i).mul_(b.index_select(1, j)), inner, packed.flatten()
+            i, j, packed = half
+            yield some, a.index_select(1, i).mul_(b.index_select(1, j)), inner, packed
+
+
+def _half_of(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pairs of a square's upper half, and for every pair of the square where it stands among them."""
+    i, j = torch.triu_indices(size, size, device=device)
+    packed = torch.empty(size, size, dtype=torch.long, device=device)
+    packed[i, j] = packed[j, i] = torch.arange(len(i), device=device)
+    return i, j, packed.flatten()
 
 
 def _write(
@@ -217,7 +226,7 @@ def _write(
             if where is not None:
                 target[where].add_(piece, alpha=weight)
             elif isinstance(rows.where, Tensor):
-                target.index_add_(0, rows.where, piece, alpha=weight)
+                target.index_add_(0, rows.where.to(target.device), piece, alpha=weight)
 
 
 def mirror(matrix: Tensor) -> Tensor:

@@ -11,93 +11,22 @@ whole.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ..agreement import worst_disagreement
-from ..ladder import RouteFailedError, attempt
+from ..memory import Meter
 from ..surroundings import private_noise, sweeping
 from ..tape import Tape
-from .blocks import Chunk, Found, add_blocks, mirror
-from .sites import Site, costly, find_sites, pays, settled, without
+from .blocks import Chunk, Found, add_blocks
+from .by_layers import Rehearsal, Rows
+from .ordinary import Ordinary
+from .sites import Site, costly, find_sites, pays, settled, shadows, without
 from .uses import Use, find_uses
-
-_ENTRIES = 2**22
-_ROWS = 64
-
-Rows = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class ByLayers:
-    """A curvature matrix by layers, held against a product with a random direction before it is believed.
-
-    Attributes:
-        tape: What was recorded: the loss, or the model's output.
-        name: Under which trust in this route is remembered.
-        add: Adds a half, X with X + Xᵀ the curvature, times a weight to a matrix, and says how; None if it cannot.
-        rows: Products with the same operator by ordinary sweeps.
-        routes: Where to note how it was done.
-    """
-
-    tape: Tape
-    name: str
-    add: Callable[[Tensor, float], str | None]
-    rows: Rows
-    routes: dict[str, str]
-
-    def write(self, matrix: Tensor) -> bool:
-        """Fill a matrix; False, with nothing of use in it, where this does not apply or does not agree."""
-        matrix.zero_()
-        return self._added(matrix, 1.0) and mirror(matrix) is matrix
-
-    def add_half(self, matrix: Tensor, weight: float = 1.0) -> bool:
-        """Add X times `weight` in place; False, with the matrix as it was, where this does not apply."""
-        if not self._is_fresh():
-            return self._added(matrix, weight)
-        first = torch.zeros_like(matrix)
-        if not self._added(first, 1.0):
-            return False
-        matrix.add_(first, alpha=weight)
-        return True
-
-    def _is_fresh(self) -> bool:
-        habits = self.tape.trust.notes.get("habits")
-        return self.tape.trust.needs(self.name) or bool(habits is not None and habits.reads)
-
-    def _added(self, matrix: Tensor, weight: float) -> bool:
-        trust = self.tape.trust
-        if trust.refused("dense", self.name):
-            return False
-        fresh, route = self._is_fresh(), None
-        try:
-            found: list[str | None] = []
-            attempt(lambda: (found.append(self.add(matrix, weight)), ())[1])
-            route = found[0]
-        except RouteFailedError:
-            if not fresh:
-                raise
-        error = self._error(matrix) if fresh and route is not None else 0.0
-        if route is None or not error <= self.tape.tolerance:
-            if math.isfinite(error):
-                trust.refuse("dense", self.name)
-            return False
-        trust.remember(self.name)
-        self.routes["dense"] = route
-        return True
-
-    def _error(self, half: Tensor) -> float:
-        """Return how far the matrix is from ordinary sweeps along a random direction, parameter by parameter."""
-        space = self.tape.domain
-        direction = private_noise(half[0], seed=7)
-        found, expected = half @ direction + direction @ half, self.rows(direction.unsqueeze(0))[0]
-        return worst_disagreement([(found[where], expected[where]) for where in space.slices])
-
 
 # ---- second derivatives at the outputs of layers -------------------------------------------------------------------
 
@@ -155,23 +84,18 @@ def _moves(use: Use) -> bool:
     return use.kind != "lookup" and use.attached is not None and use.attached.requires_grad
 
 
-def add_hessian(tape: Tape, lengths: Sequence[int], rows: Rows, matrix: Tensor, weight: float) -> str | None:
-    """Add half of the Hessian of a recorded loss, times `weight`, to `matrix`.
+def hessian_layers(tape: Tape, lengths: Sequence[int], rows: Rows) -> HessianLayers | None:
+    """Return what the layers say of the Hessian of a recorded loss; None if no parameter gains.
 
     Args:
         tape: The loss by its parameters.
         lengths: How many samples there may be: what to try.
         rows: Products with the Hessian by ordinary sweeps.
-        matrix: (P, P).
-        weight: What to multiply by.
-
-    Returns:
-        How it was done, or None, with nothing added, if no parameter gains.
     """
     sites = describable(tape)
     if not sites:
         return None
-    second, before = Second(tape, sites), tape.sweeps
+    second = Second(tape, sites)
     for count in dict.fromkeys((*lengths, 1)):
         found = _proved(second, sites, count) if count > 1 else settled(sites, tape.domain.slices)
         found = costly(found, tape.domain.sizes) if found else []
@@ -181,12 +105,71 @@ def add_hessian(tape: Tape, lengths: Sequence[int], rows: Rows, matrix: Tensor, 
         return None
     if not pays(found, tape.domain.sizes, sum(site.entries for site in found)):
         return None
-    for place, site in enumerate(found):
-        if second.delta(site) is not None:
-            _add_site(second, found[place:], matrix, weight)
-    swept = tape.sweeps - before
-    left = add_ordinary(tape, found, rows, matrix, weight)
-    return f"through {len(found)} outputs of layers, {swept} sweeps{left}"
+    return HessianLayers(second, found, Ordinary.beside(tape, found, rows))
+
+
+@dataclass(eq=False)
+class HessianLayers:
+    """A Hessian by what sweeps find at the outputs of layers.
+
+    Attributes:
+        second: The cotangents that are swept.
+        sites: The layers.
+        ordinary: The parameters that no site describes.
+    """
+
+    second: Second
+    sites: Sequence[Site]
+    ordinary: Ordinary
+
+    def add(self, matrix: Tensor, weight: float, most: int) -> str:
+        """Add a half of it times a weight, and say how it was done."""
+        tape = self.second.tape
+        before = tape.sweeps
+        for place, site in enumerate(self.sites):
+            if self.second.delta(site) is not None:
+                _add_site(self.second, self.sites[place:], matrix, weight, most)
+        swept = tape.sweeps - before
+        return f"through {len(self.sites)} outputs of layers, {swept} sweeps{self.ordinary.add(matrix, weight, most)}"
+
+    def working(self, most: int) -> float:
+        """Return the bytes that the largest round holds."""
+        live = [i for i, site in enumerate(self.sites) if self.second.delta(site) is not None]
+        if not live:
+            return self.ordinary.working(most)
+        place = max(live, key=lambda i: self._held(i, most))
+        return max(self._round(place, most), self.ordinary.working(most))
+
+    def _held(self, place: int, most: int) -> int:
+        sites = self.sites[place:]
+        chunk = next(_chunks(sites, _operands(self.second, sites), most))
+        positions, channels = chunk.positions, chunk.channels
+        entries = (positions.stop - positions.start) * (channels.stop - channels.start)
+        return entries * (sites[0].many * sum(s.entries for s in sites) + _operands(self.second, sites))
+
+    def _round(self, place: int, most: int) -> float:
+        second, sites = self.second, self.sites[place:]
+        chunk = next(_chunks(sites, _operands(second, sites), most))
+        space, like = second.tape.domain, second.deltas[sites[0].node]
+        if like is None:
+            return 0.0
+        nowhere = torch.empty(space.dim, space.dim, dtype=space.dtype, device="meta")
+        with Rehearsal() as meter:
+            seconds, moved = _places(second, sites, chunk, like.to("meta"))
+            arrays = meter.live
+            _add_found(second, shadows(sites), chunk, (seconds, moved), nowhere, 1.0)
+        return max(meter.peak, arrays + self._sweep)
+
+    @cached_property
+    def _sweep(self) -> float:
+        """Bytes that one sweep holds, measured."""
+        first = next(i for i, site in enumerate(self.sites) if self.second.delta(site) is not None)
+        sites = self.sites[first:]
+        site, like = sites[0], self.second.deltas[sites[0].node]
+        with Meter() as meter:
+            seed = torch.zeros(site.many, site.positions, site.channels, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
+            self.second.sweep([(site, site.gathered(seed))], sites, self.second.moving(sites[1:]))
+        return float(meter.peak)
 
 
 def describable(tape: Tape) -> list[Site]:
@@ -205,43 +188,68 @@ def _is_leaf(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_leaf
 
 
-def _add_site(second: Second, sites: Sequence[Site], matrix: Tensor, weight: float) -> None:
+def _add_site(second: Second, sites: Sequence[Site], matrix: Tensor, weight: float, most: int) -> None:
     """Add the rows of the first site's parameters against its own and all later ones'."""
-    site, moving = sites[0], second.moving(sites[1:])
-    operands = sum(second.probes[id(use)].numel() for use in moving)
-    for chunk in _chunks(sites, operands):
-        seconds, moved = _swept(second, sites, moving, chunk)
-        for later, k in zip(sites, seconds, strict=True):
-            delta = second.deltas[later.node]
-            mine = {id(use): moved[id(use)] for use in later.uses if id(use) in moved}
-            spread = later.spread(delta.detach()) if mine and delta is not None else None
-            add_blocks(matrix, site, chunk, later, Found(k, mine, spread), weight)
+    for chunk in _chunks(sites, _operands(second, sites), most):
+        _add_found(second, sites, chunk, _swept(second, sites, chunk), matrix, weight)
 
 
-def _chunks(sites: Sequence[Site], operands: int) -> Iterator[Chunk]:
+def _operands(second: Second, sites: Sequence[Site]) -> int:
+    return sum(second.probes[id(use)].numel() for use in second.moving(sites[1:]))
+
+
+def _add_found(
+    second: Second,
+    sites: Sequence[Site],
+    chunk: Chunk,
+    swept: tuple[list[Tensor], dict[int, Tensor]],
+    matrix: Tensor,
+    weight: float,
+) -> None:
+    seconds, moved = swept
+    for later, k in zip(sites, seconds, strict=True):
+        delta = second.deltas[later.node]
+        mine = {id(use): moved[id(use)] for use in later.uses if id(use) in moved}
+        spread = later.spread(delta.detach().to(k.device)) if mine and delta is not None else None
+        add_blocks(matrix, sites[0], chunk, later, Found(k, mine, spread), weight)
+
+
+def _chunks(sites: Sequence[Site], operands: int, most: int) -> Iterator[Chunk]:
     """Yield the entries of the first site in rounds that fit in memory, with the blocks they lead to."""
     site = sites[0]
     swept = site.many * sum(s.entries for s in sites) + operands
     collapsed = site.many * max((p.size for s in sites if s.positions > 1 for p in s.panels), default=0)
-    fit = max(1, _ENTRIES // max(1, swept, collapsed))
+    fit = max(1, most // max(1, swept, collapsed))
     positions = min(site.positions, fit)
     channels = min(site.channels, max(1, fit // positions))
     for t in range(0, site.positions, positions):
         for c in range(0, site.channels, channels):
-            yield Chunk(slice(t, min(t + positions, site.positions)), slice(c, min(c + channels, site.channels)))
+            where = slice(t, min(t + positions, site.positions)), slice(c, min(c + channels, site.channels))
+            yield Chunk(*where, most)
 
 
-def _swept(
-    second: Second, sites: Sequence[Site], moving: Sequence[Use], chunk: Chunk
+def _places(
+    second: Second, sites: Sequence[Site], chunk: Chunk, like: Tensor
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Return where a chunk's sweeps are written: by site, and by use for operands that move."""
+    many = (sites[0].many, chunk.positions.stop - chunk.positions.start, chunk.channels.stop - chunk.channels.start)
+    seconds = [like.new_empty(*many, s.positions, s.channels) for s in sites]
+    homes = {id(use): s for s in sites for use in s.uses}
+    moved: dict[int, Tensor] = {}
+    for use in second.moving(sites[1:]):
+        shape = operand_by_sample(homes[id(use)], use, second.probes[id(use)].detach().to("meta")).shape
+        moved[id(use)] = like.new_zeros(*many, *shape[1:])
+    return seconds, moved
+
+
+def _swept(second: Second, sites: Sequence[Site], chunk: Chunk) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Sweep once per entry of the chunk, all samples at once."""
     site, like = sites[0], second.deltas[sites[0].node]
     if like is None:
         raise ValueError("a site without a cotangent has nothing to sweep")
-    homes = {id(use): s for s in sites for use in s.uses}
-    many = (site.many, chunk.positions.stop - chunk.positions.start, chunk.channels.stop - chunk.channels.start)
-    seconds = [like.new_empty(*many, s.positions, s.channels) for s in sites]
-    moved: dict[int, Tensor] = {}
+    homes, moving = {id(use): s for s in sites for use in s.uses}, second.moving(sites[1:])
+    seconds, moved = _places(second, sites, chunk, like.detach())
+    met: set[int] = set()
     seed = torch.zeros(site.many, site.positions, site.channels, dtype=like.dtype, device=like.device)
     for i, t in enumerate(range(chunk.positions.start, chunk.positions.stop)):
         for j, c in enumerate(range(chunk.channels.start, chunk.channels.stop)):
@@ -251,12 +259,10 @@ def _swept(
                 _put(into[:, i, j], None if grad is None else s.spread(grad))
             for use, grad in zip(moving, operands, strict=True):
                 if grad is not None:
-                    moves = operand_by_sample(homes[id(use)], use, grad)
-                    if id(use) not in moved:
-                        moved[id(use)] = like.new_zeros(*many, *moves.shape[1:])
-                    moved[id(use)][:, i, j] = moves
+                    met.add(id(use))
+                    moved[id(use)][:, i, j] = operand_by_sample(homes[id(use)], use, grad)
             seed[:, t, c] = 0  # only now: what came back may be this very tensor
-    return seconds, moved
+    return seconds, {use: moves for use, moves in moved.items() if use in met}
 
 
 def _put(into: Tensor, value: Tensor | None) -> None:
@@ -269,24 +275,6 @@ def _put(into: Tensor, value: Tensor | None) -> None:
 def operand_by_sample(site: Site, use: Use, operand: Tensor) -> Tensor:
     """Return what is shaped like a use's operand by samples."""
     return site.by_sample(operand) if use.kind == "outer" else site.spread(operand)
-
-
-def add_ordinary(tape: Tape, sites: Sequence[Site], rows: Rows, matrix: Tensor, weight: float) -> str:
-    """Add the rows of all parameters that no site describes, by ordinary sweeps; say how many."""
-    space = tape.domain
-    described = {use.leaf for site in sites for use in site.uses}
-    lost = [where for i, where in enumerate(space.slices) if i not in described and where.stop > where.start]
-    share = torch.full((space.dim,), weight, dtype=matrix.dtype, device=matrix.device)
-    for where in lost:
-        share[where] *= 0.5
-    for where in lost:
-        for start in range(where.start, where.stop, _ROWS):
-            some = slice(start, min(start + _ROWS, where.stop))
-            unit = torch.zeros(some.stop - start, space.dim, dtype=matrix.dtype, device=matrix.device)
-            unit[:, some].fill_diagonal_(1)
-            matrix[some] += rows(unit) * share
-    many = sum(where.stop - where.start for where in lost)
-    return f"; {many} of {space.dim} parameters by ordinary sweeps" if many else ""
 
 
 # ---- do samples mix? -----------------------------------------------------------------------------------------------

@@ -7,55 +7,96 @@ for a Hessian; elsewhere H is factored, and gradients sample by sample are summe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..memory import Meter
 from ..surroundings import private_noise, sweeping
 from ..tape import Tape
 from .blocks import Chunk, Found, add_blocks
-from .curvature import add_ordinary, describable, laid
-from .sites import Panel, Site, pays, settled
+from .by_layers import Rehearsal, Rows
+from .curvature import describable, laid
+from .ordinary import Ordinary
+from .sites import Panel, Site, pays, settled, shadows
 
-_ENTRIES = 2**22
 _STRIPE = 512
 
-Rows = Callable[[Tensor], Tensor]
 
-
-def add_gauss_newton(tape: Tape, curvature: Rows, rows: Rows, matrix: Tensor, weight: float) -> str | None:
-    """Add half of `J^T H J`, times `weight`, to `matrix`.
+def gauss_newton_layers(tape: Tape, curvature: Rows, rows: Rows) -> GaussNewtonLayers | None:
+    """Return what the layers say of `J^T H J`; None where this does not apply.
 
     Args:
         tape: A model's output by its parameters, first axis samples.
         curvature: Products with H, which keeps samples apart.
         rows: Products with `J^T H J` by ordinary sweeps.
-        matrix: (P, P).
-        weight: What to multiply by.
-
-    Returns:
-        How it was done, or None, with nothing added, where this does not apply.
     """
     if len(tape.outputs) != 1 or tape.outputs[0].ndim == 0 or tape.outputs[0].numel() == 0:
         return None
-    sites, before = describable(tape), tape.sweeps
+    sites = describable(tape)
     (output,) = tape.outputs
     H = _blocks(curvature, output) if sites and output[0].numel() <= tape.domain.dim else None
     sites = _proved(tape, sites) if H is not None else []
     if H is None or not sites or not pays(sites, tape.domain.sizes, 2 * output[0].numel()):
         return None
-    if all(site.positions == 1 for site in sites) and _held(sites, output) <= _ENTRIES:
-        _add_by_channels(tape, sites, H, matrix, weight)
-    else:
-        _add_by_rows(tape, sites, H, matrix, weight)
-    swept = tape.sweeps - before
-    left = add_ordinary(tape, sites, rows, matrix, weight)
-    return f"through {len(sites)} outputs of layers, {swept} sweeps{left}"
+    return GaussNewtonLayers(tape, sites, H, Ordinary.beside(tape, sites, rows))
 
 
-def _held(sites: Sequence[Site], output: Tensor) -> int:
-    return output.numel() * max(sum(site.entries for site in sites) // 4, 1)
+@dataclass(eq=False)
+class GaussNewtonLayers:
+    """A Gauss-Newton matrix by what sweeps find at the outputs of layers.
+
+    Attributes:
+        tape: The model's output by its parameters.
+        sites: The layers.
+        H: The loss's second derivatives, sample by sample, `(n, entries, entries)`.
+        ordinary: The parameters that no site describes.
+    """
+
+    tape: Tape
+    sites: Sequence[Site]
+    H: Tensor
+    ordinary: Ordinary
+
+    def add(self, matrix: Tensor, weight: float, most: int) -> str:
+        """Add a half of it times a weight, and say how it was done."""
+        before = self.tape.sweeps
+        add = _add_by_channels if self._by_channels(most) else _add_by_rows
+        add(self.tape, self.sites, self.H, matrix, weight, most)
+        swept = self.tape.sweeps - before
+        return f"through {len(self.sites)} outputs of layers, {swept} sweeps{self.ordinary.add(matrix, weight, most)}"
+
+    def working(self, most: int) -> float:
+        """Return the bytes held on the way."""
+        space, sites, H = self.tape.domain, shadows(self.sites), self.H.to("meta")
+        nowhere = torch.empty(space.dim, space.dim, dtype=space.dtype, device="meta")
+        with Rehearsal() as meter:
+            if self._by_channels(most):
+                deltas = [H.new_empty(*H.shape[:2], site.channels) for site in sites]
+                held = float(meter.live)
+                place = max(range(len(sites)), key=lambda i: sites[i].channels)
+                _add_channels(sites[place:], H, deltas[place:], nowhere, 1.0, most)
+            else:
+                factors, signs = H.new_empty(3, *H.shape), H.new_empty(H.shape[0], 1)
+                one = [H.new_empty(H.shape[0], site.positions, site.channels) for site in sites]
+                held = float(meter.live)
+                _add_signed(sites, one, signs, nowhere, most)
+                del factors
+        return max(meter.peak, held + self._sweep, self.ordinary.working(most))
+
+    def _by_channels(self, most: int) -> bool:
+        share = max(sum(site.entries for site in self.sites) // 4, 1)
+        return all(site.positions == 1 for site in self.sites) and self.tape.outputs[0].numel() * share <= most
+
+    @cached_property
+    def _sweep(self) -> float:
+        """Bytes that one sweep holds, measured."""
+        with Meter() as meter:
+            _swept(self.tape, self.sites, torch.zeros_like(self.tape.outputs[0]))
+        return float(meter.peak)
 
 
 def _blocks(curvature: Rows, output: Tensor) -> Tensor | None:
@@ -103,7 +144,7 @@ def _proved(tape: Tape, sites: Sequence[Site]) -> list[Site]:
     return settled(laid(sites, many, layouts), slices)
 
 
-def _add_by_channels(tape: Tape, sites: Sequence[Site], H: Tensor, matrix: Tensor, weight: float) -> None:
+def _add_by_channels(tape: Tape, sites: Sequence[Site], H: Tensor, matrix: Tensor, weight: float, most: int) -> None:
     many, entries = H.shape[:2]
     (output,) = tape.outputs
     deltas = [output.new_zeros(many, entries, site.channels) for site in sites]
@@ -114,39 +155,56 @@ def _add_by_channels(tape: Tape, sites: Sequence[Site], H: Tensor, matrix: Tenso
             if grad is not None:
                 into[:, entry] = site.spread(grad)[:, 0]
         seed[:, entry] = 0  # only now: what came back may be this very tensor
-    for place, site in enumerate(sites):
-        left = (H @ deltas[place]).transpose(1, 2)
-        widest = max(s.channels for s in sites)
-        step = max(1, _ENTRIES // max(1, many * widest))
-        for start in range(0, site.channels, step):
-            some = slice(start, min(start + step, site.channels))
-            chunk = Chunk(slice(0, 1), some)
-            for later, delta in zip(sites[place:], deltas[place:], strict=True):
-                second = (left[:, some] @ delta).view(many, 1, -1, 1, later.channels)
-                add_blocks(matrix, site, chunk, later, Found(second, {}), weight)
+    for place in range(len(sites)):
+        _add_channels(sites[place:], H, deltas[place:], matrix, weight, most)
+
+
+def _add_channels(
+    sites: Sequence[Site], H: Tensor, deltas: Sequence[Tensor], matrix: Tensor, weight: float, most: int
+) -> None:
+    """Add the first site's rows against its own and all later ones' columns."""
+    site, many = sites[0], H.shape[0]
+    left = (H @ deltas[0]).transpose(1, 2)
+    step = max(1, most // max(1, many * max(s.channels for s in sites)))
+    for start in range(0, site.channels, step):
+        some = slice(start, min(start + step, site.channels))
+        chunk = Chunk(slice(0, 1), some, most)
+        for later, delta in zip(sites, deltas, strict=True):
+            second = (left[:, some] @ delta).view(many, 1, -1, 1, later.channels)
+            add_blocks(matrix, site, chunk, later, Found(second, {}), weight)
 
 
 # ---- squares of gradients sample by sample -------------------------------------------------------------------------
 
 
-def _add_by_rows(tape: Tape, sites: Sequence[Site], H: Tensor, matrix: Tensor, weight: float) -> None:
+def _add_by_rows(tape: Tape, sites: Sequence[Site], H: Tensor, matrix: Tensor, weight: float, most: int) -> None:
     """Add `G^T S G / 2` stripe by stripe, with G the gradients along H's eigenvectors and S the signs of its values."""
     (output,) = tape.outputs
-    values, vectors = torch.linalg.eigh(H.to(torch.promote_types(H.dtype, torch.float32)))
-    factors = (vectors * values.abs().sqrt().unsqueeze(1)).to(H.dtype)
+    values, factors = _factored(H)
     for k in range(H.shape[1]):
         if not bool(values[:, k].any()):
             continue
         grads = _swept(tape, sites, factors[:, :, k].reshape(output.shape))
         deltas = [None if grad is None else site.spread(grad) for site, grad in zip(sites, grads, strict=True)]
         signs = (values[:, k].sign() * weight).to(H.dtype).unsqueeze(1)
-        for some in _samples(H.shape[0], matrix.shape[0]):
-            G = gradient_rows(sites, deltas, some, matrix)
-            _add_squares(matrix, G, G * signs[some])
+        _add_signed(sites, deltas, signs, matrix, most)
 
 
-def _samples(many: int, width: int) -> Iterator[slice]:
-    step = max(1, _ENTRIES // max(1, width))
+def _factored(H: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(H.to(torch.promote_types(H.dtype, torch.float32)))
+    return values, (vectors * values.abs().sqrt().unsqueeze(1)).to(H.dtype)
+
+
+def _add_signed(
+    sites: Sequence[Site], deltas: Sequence[Tensor | None], signs: Tensor, matrix: Tensor, most: int
+) -> None:
+    for some in _samples(signs.shape[0], matrix.shape[0], most):
+        G = gradient_rows(sites, deltas, some, matrix)
+        _add_squares(matrix, G, G * signs[some])
+
+
+def _samples(many: int, width: int, most: int) -> Iterator[slice]:
+    step = max(1, most // max(1, width))
     for start in range(0, many, step):
         yield slice(start, min(start + step, many))
 

@@ -8,7 +8,7 @@ with an operand (weights, with their biases as an operand of ones) or `delta` ti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -205,7 +205,7 @@ class Panel:
                 values.reshape(*values.shape[:-2], -1, total).sum(-2) if index.numel() > total else values.flatten(-2)
             )
         zeros = values.new_zeros(*values.shape[:-2], total)
-        return zeros.index_add_(-1, index.flatten(), values.flatten(-2))
+        return zeros.index_add_(-1, index.flatten().to(values.device), values.flatten(-2))
 
 
 def _outer_panels(site: Site, use: Use, slices: Sequence[slice]) -> list[Panel]:
@@ -241,6 +241,21 @@ def find_sites(uses: dict[int, list[Use]]) -> list[Site]:
         for use in found:
             by_node.setdefault(use.node, []).append(use)
     return sorted((Site(found) for found in by_node.values()), key=lambda site: site.node._sequence_nr())
+
+
+def shadows(sites: Sequence[Site]) -> list[Site]:
+    """Return the sites with panels that have shapes and no entries."""
+    found = [Site(site.uses, site.many, site.ahead) for site in sites]
+    for shadow, site in zip(found, sites, strict=True):
+        shadow.panels = [
+            replace(panel, site=shadow, operand=_shadow(panel.operand), factor=_shadow(panel.factor))
+            for panel in site.panels
+        ]
+    return found
+
+
+def _shadow(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to("meta")
 
 
 def without(sites: Sequence[Site], lost: set[int]) -> list[Site]:

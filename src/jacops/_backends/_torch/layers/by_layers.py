@@ -1,0 +1,181 @@
+"""A matrix by layers: tried, held against a product with a random direction, and foretold in bytes.
+
+What it holds on the way is found without doing it: preparations and one sweep are measured, and the products of
+matrices that follow are rehearsed on tensors that have shapes and no entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..agreement import size, worst_disagreement
+from ..ladder import RouteFailedError, attempt
+from ..memory import Meter
+from ..surroundings import private_noise
+from ..tape import Tape
+from .blocks import ENTRIES
+
+Rows = Callable[[Tensor], Tensor]
+
+_LEAST = 2**12
+_DECIDED = 2.0**-9
+
+
+class SpoiledError(Exception):
+    """A matrix was found wrong after something was added to it; it has to be started again, without this route."""
+
+
+class Rehearsal(Meter):
+    """A meter for work on tensors without entries; what would load torch's compiler for them is passed over."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first, aten = args[0] if args else None, torch.ops.aten
+        if func is aten.triu_indices.default and first == args[1]:
+            return self._empty(types, [2, args[0] * (args[0] + 1) // 2], torch.long)
+        if isinstance(first, Tensor) and first.is_meta:
+            if func._schema.is_mutable:
+                return first  # writes in place make nothing
+            if func in (aten.mul.Tensor, aten.add.Tensor):
+                return self._empty(types, torch.broadcast_shapes(first.shape, args[1].shape), first.dtype)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _empty(self, types: Any, shape: Sequence[int], dtype: torch.dtype) -> Any:
+        options = {"dtype": dtype, "device": torch.device("meta")}
+        return super().__torch_dispatch__(torch.ops.aten.empty.memory_format, types, (shape,), options)
+
+
+class Layers(Protocol):
+    """A curvature of which the samples' share is known at the outputs of layers, ready to be added to a matrix."""
+
+    def working(self, most: int) -> float:
+        """Return the bytes held while it is added, where an array on the way may hold `most` numbers."""
+        ...
+
+    def add(self, matrix: Tensor, weight: float, most: int) -> str:
+        """Add a half, X with X + Xᵀ the curvature, times a weight, and say how it was done."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ByLayers:
+    """A way to a curvature matrix by layers.
+
+    Attributes:
+        tape: What was recorded: the loss, or the model's output.
+        name: Under which trust in this route is remembered.
+        prepare: Finds what the layers say; None where no parameter gains.
+        rows: Products with the same operator by ordinary sweeps.
+        routes: Where to note how it was done.
+        most: Numbers that an array on the way may hold.
+    """
+
+    tape: Tape
+    name: str
+    prepare: Callable[[], Layers | None]
+    rows: Rows
+    routes: dict[str, str]
+    most: int = ENTRIES
+
+    def begin(self, free: float = math.inf) -> Begun | None:
+        """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
+        if self.tape.trust.refused("dense", self.name):
+            return None
+        fresh, counted = self._is_fresh(), free < math.inf
+        with Meter() if counted else nullcontext() as meter:
+            try:
+                layers = attempt(self.prepare)
+            except RouteFailedError:
+                if not fresh:
+                    raise
+                return None
+            if layers is None:
+                return None
+            expected = self.rows(self.direction().unsqueeze(0))[0] if fresh else None
+        if meter is None:
+            return Begun(self, layers, self.most, 0.0, expected)
+        held, peak, most = meter.live, meter.peak, self.most
+        working = layers.working(most)
+        while held + working > free and most > _LEAST:
+            most //= 4
+            working = layers.working(most)
+        return Begun(self, layers, most, max(peak, held + working), expected)
+
+    def direction(self) -> Tensor:
+        """Return the direction along which a matrix is held against a product."""
+        space = self.tape.domain
+        return private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device), seed=7)
+
+    def _is_fresh(self) -> bool:
+        habits = self.tape.trust.notes.get("habits")
+        return self.tape.trust.needs(self.name) or bool(habits is not None and habits.reads)
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A matrix by layers that is ready to be added to another.
+
+    Attributes:
+        way: What it is of.
+        layers: What the layers say.
+        most: Numbers that an array on the way may hold.
+        bytes: Bytes held on the way, what the layers say included; 0 where that was not asked.
+        expected: A product by ordinary sweeps with `way.direction()`, where the route still has to be proved.
+    """
+
+    way: ByLayers
+    layers: Layers
+    most: int
+    bytes: float
+    expected: Tensor | None
+
+    def add_half(self, matrix: Tensor, weight: float = 1.0) -> bool:
+        """Add X times `weight` in place, X + Xᵀ the curvature; False, with nothing changed, where it could not be told.
+
+        Raises:
+            SpoiledError: What was added is wrong.
+        """
+        trust = self.way.tape.trust
+        before = None if self.expected is None else self._along(matrix)
+        if before is not None and self._is_lost_in(before, weight):
+            return False
+        try:
+            route = attempt(lambda: self.layers.add(matrix, weight, self.most))
+        except RouteFailedError as error:
+            if before is None:
+                raise
+            raise SpoiledError from error
+        error = 0.0 if before is None else self._error(self._along(matrix) - before, weight)
+        if not error <= self.way.tape.tolerance:
+            if math.isfinite(error):
+                trust.refuse("dense", self.way.name)
+            raise SpoiledError
+        trust.remember(self.way.name)
+        self.way.routes["dense"] = route
+        return True
+
+    def _along(self, half: Tensor) -> Tensor:
+        direction = self.way.direction().to(half.dtype)
+        return half @ direction + half.T @ direction
+
+    def _is_lost_in(self, before: Tensor, weight: float) -> bool:
+        """Say whether the matrix is so large already that rounding hides what is added."""
+        rounding = torch.finfo(before.dtype).eps * size(before)
+        return rounding > _DECIDED * self.way.tape.tolerance * abs(weight) * self._size
+
+    @property
+    def _size(self) -> float:
+        return 0.0 if self.expected is None else size(self.expected)
+
+    def _error(self, found: Tensor, weight: float) -> float:
+        """Return how far what was added is from ordinary sweeps, parameter by parameter."""
+        if self.expected is None:
+            return 0.0
+        expected = weight * self.expected
+        return worst_disagreement([(found[where], expected[where]) for where in self.way.tape.domain.slices])
