@@ -127,6 +127,18 @@ def test_matrices_have_plans_too() -> None:
         assert found.peak_bytes >= size
 
 
+def test_one_sample_or_a_tiny_budget_says_nothing_of_what_comes_later() -> None:
+    model, x = net(5, 30, 4), torch.randn(50, 5, dtype=F64)
+    jacops.compute_jacobian(model, x[:1], budget="1GB")
+    with pytest.raises(jacops.MemoryBudgetError):
+        jacops.compute_jacobian(model, x, budget=100)
+    found = plan(jacops.compute_jacobian, model, x, budget="1GB")
+    assert found.chosen.name != "one by one"
+    assert found.chunk == 50
+    found = jacops.compute_jacobian(model, x, budget="1GB")
+    torch.testing.assert_close(found, oracle.input_jacobian(model, x))
+
+
 def test_a_plan_refuses_what_is_no_call() -> None:
     with pytest.raises(jacops.InputError, match="compute_jacobian"):
         plan("compute_jacobians", net(3, 2), torch.ones(1, 3))
@@ -299,7 +311,7 @@ def test_a_place_that_does_not_fit_is_refused(out: object) -> None:
 def test_a_place_of_the_callers_is_not_part_of_the_budget() -> None:
     model, x = net(50, 60), torch.randn(1000, 50, dtype=F64)
     place = torch.empty(1000, 60, 50, dtype=F64)
-    jacops.compute_jacobian(model, x[:1], budget="1GB")  # what torch loads for a first derivative is there now
+    jacops.compute_jacobian(net(5, 4), x[:9, :5], budget="1GB")  # what torch loads for a first derivative is there now
     with pytest.raises(jacops.MemoryBudgetError, match=r"Jacobian \(1000, 60, 50\)"):
         jacops.compute_jacobian(model, x, budget="20MB")
     found = jacops.compute_jacobian(model, x, budget="20MB", out=place)

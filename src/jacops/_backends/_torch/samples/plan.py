@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .batch import Samples
 
 ALONE = "one by one"
+_TOO_LARGE = "the result does not fit"
 
 # No model is expected to hold more bytes at once than so many times those of its input.
 _GROWTH = 2**16
@@ -168,9 +169,13 @@ def planned(samples: Samples, batch_size: int, budget: Budget, mode: str, alloca
     startup = startup_bytes(samples.values[0].device)
     allowed = budget_bytes(budget, samples.values[0].device)
     notes = samples.runner.trust([v[:1] for v in samples.values]).notes
-    if "probe" not in notes or samples.checks in ("always", "strict"):
-        notes["probe"] = _probe(samples, allowed - startup, allocated)
-    plan = SamplePlan(notes["probe"], samples.count, mode, 1, startup, allowed, allocated)
+    known = "probe" if samples.count > 1 else "probe of one sample"
+    probe: Probe | None = None if samples.checks in ("always", "strict") else notes.get(known)
+    if probe is None:
+        probe = _probe(samples, allowed - startup, allocated)
+        if probe.reason != _TOO_LARGE:  # which another budget would not be
+            notes[known] = probe
+    plan = SamplePlan(probe, samples.count, mode, 1, startup, allowed, allocated)
     rows = min(plan.fits(way) for way in plan.ways)
     if samples.values[0].device.type == "cpu":
         rows = min(rows, *(plan.cached(way) for way in plan.ways))
@@ -200,7 +205,7 @@ def _probe(samples: Samples, room: float, allocated: bool) -> Probe:
     largest = max(pairs, key=lambda shape: torch.Size(shape).numel(), default=())
     alone = samples.count * (held + (sizes[0] if allocated else 0))
     if alone > room:  # no need to see more
-        ways, reason, place = {ALONE: Working(0.0, float(sizes[0]), entries[0])}, "the result does not fit", None
+        ways, reason, place = {ALONE: Working(0.0, float(sizes[0]), entries[0])}, _TOO_LARGE, None
         return Probe(ways, sizes, largest, entries, False, place, reason)
     reason = _reason(samples, one)
     place = None
