@@ -4,6 +4,7 @@ import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,23 @@ from benchmarks import (
     bench_parameter_jacobians,
     bench_products,
     harness,
+    machine,
     report,
 )
 from benchmarks.harness import BEST, FLOOR, Goal, Workload, measure, same
 from benchmarks.models import Case, mlp
 
 PEERS = ("curvlinops", "torch-secorder", "PyPose", "BackPACK", "TorchJD")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Take the machine's rates from next to nothing, and no more rounds than are asked for."""
+    monkeypatch.setattr(machine, "SIDE", 16)
+    monkeypatch.setattr(machine, "WRITTEN", 2**12)
+    monkeypatch.setattr(harness, "MOST", 1)
+    for module in (machine, harness):
+        monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 def tiny() -> Iterator[Workload]:
@@ -40,7 +52,6 @@ def tiny() -> Iterator[Workload]:
 
 @pytest.mark.filterwarnings("ignore")  # rivals warn
 def test_tiny_workloads_answer_alike_and_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "MOST", 1)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     rows = report.run(tiny(), "tiny", rounds=1)
     assert not [(r.workload, r.rival, r.error) for r in rows if r.error and not r.rival.startswith(PEERS)]
