@@ -1,14 +1,15 @@
-"""Whole curvature matrices: the Hessian and the Gauss-Newton matrix of a small net, every entry."""
+"""Whole curvature matrices, the Hessian and the Gauss-Newton matrix of a small net, and diagonals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 import jacops
 
@@ -83,6 +84,50 @@ def gauss_newton(name: str, what: str, c: Case, goals: list[Goal]) -> Workload:
     return Workload(name, what, rivals, same(), goals=goals, **bound(c))
 
 
+def by_backpack(name: str, c: Case) -> Callable[[], Tensor]:
+    """Return a diagonal by BackPACK, on a model of its own, which it changes."""
+
+    def run() -> Tensor:
+        import backpack
+        from backpack import extensions
+
+        if not models:
+            models.append(backpack.extend(deepcopy(c.model)))
+        rule, lossfunc = getattr(extensions, name)(), backpack.extend(nn.CrossEntropyLoss())
+        with backpack.backpack(rule):
+            lossfunc(models[0](c.x), c.y).backward()
+        return flat([getattr(p, rule.savefield) for p in models[0].parameters()])
+
+    models: list[nn.Module] = []
+    return run
+
+
+def by_unit_vectors(product: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Return a diagonal by products with unit vectors."""
+    rounds = [torch.arange(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
+    return torch.cat([vmap(lambda i: product(one_hot(i, size).float())[i])(some) for some in rounds])
+
+
+def diagonals() -> Iterator[Workload]:
+    """Yield the cases of exact diagonals."""
+    c = Case(mlp(16, 32, 32, 10, act=nn.Tanh), 512, 16, 10)
+    slope = grad(c.loss_at)
+    rivals: dict[str, Callable[[], Any]] = {
+        "jacops: diagonal(hessian(…))": lambda: jacops.diagonal(jacops.hessian(c.model, cross_entropy, c.x, c.y)),
+        "BackPACK: DiagHessian": by_backpack("DiagHessian", c),
+        "torch.func: jvp of grad, unit vectors": lambda: by_unit_vectors(
+            lambda v: jvp(slope, (c.theta,), (v,))[1], len(c.theta)
+        ),
+    }
+    yield Workload("E4", "diagonal of the Hessian of E1", rivals, same())
+    large = Case(mlp(256, 768, 768, 256, 10, act=nn.Tanh), 256, 256, 10)
+    rivals = {
+        "jacops: diagonal(ggn(…))": lambda: jacops.diagonal(jacops.ggn(large.model, cross_entropy, large.x, large.y)),
+        "BackPACK: DiagGGNExact": by_backpack("DiagGGNExact", large),
+    }
+    yield Workload("E5", "diagonal of the Gauss-Newton matrix, 987,402 parameters, 256 samples", rivals, same())
+
+
 def bound(c: Case) -> dict[str, float]:
     """Return what half of a symmetric matrix takes as a sum over samples, and its bytes."""
     size = len(c.theta)
@@ -90,7 +135,7 @@ def bound(c: Case) -> dict[str, float]:
 
 
 def workloads() -> Iterator[Workload]:
-    """Yield the cases E1 to E3."""
+    """Yield the cases E1 to E5."""
     c = Case(mlp(16, 32, 32, 10, act=nn.Tanh), 512, 16, 10)
     goals = [Goal(BEST, faster=8), Goal("torch.func: hessian", faster=40), Goal(mib=64)]
     yield hessians("E1", "full Hessian, MLP of 1,930 parameters, 512 samples", c, goals)
@@ -98,3 +143,4 @@ def workloads() -> Iterator[Workload]:
     gated = Case(Gated(16, 24, 10), 256, 16, 10)
     what = "full Hessian, gated residual net of 2,018 parameters, 256 samples"
     yield hessians("E3", what, gated, [Goal(BEST, faster=3)])
+    yield from diagonals()

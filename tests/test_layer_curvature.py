@@ -143,8 +143,9 @@ def problem(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, T
 @pytest.mark.parametrize("name", MODELS)
 def test_the_matrix_is_the_one_of_products(name: str, verb: str) -> None:
     operator = VERBS[verb](*_asked(name), fallback="silent")
-    found = operator.dense()
-    close(found, by_products(operator))
+    found, expected = operator.dense(), by_products(operator)
+    close(found, expected)
+    close(jacops.diagonal(operator), expected.diagonal())
     assert route(operator) is None or torch.equal(found, found.T)
 
 
@@ -167,7 +168,10 @@ def test_on_every_model_of_the_zoo(name: str, verb: str) -> None:
         warnings.simplefilter("ignore")
         operator = VERBS[verb](case.model(), case.loss, case.x(), case.y(), fallback="silent")
         tolerance = 1e-10 if operator.domain.dtype == torch.float64 else 1e-5
-        close(operator.dense(), by_products(operator), tolerance)
+        expected = by_products(operator)
+        close(operator.dense(), expected, tolerance)
+        coarse = 0.02 if operator.domain.dtype == torch.bfloat16 else tolerance
+        close(jacops.diagonal(operator), expected.diagonal(), coarse)
 
 
 # ---- what it costs, and what it says -------------------------------------------------------------------------------
@@ -310,6 +314,52 @@ def test_float32_is_as_near_as_products() -> None:
     model, x, y = problem("residual", torch.float32)
     exact = oracle.hessian(model, cubic, x, y)
     close(jacops.hessian(model, cubic, x, y).dense().double(), exact, 1e-5)
+
+
+# ---- diagonals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", ["mlp", "residual", "tied", "words", "a loop", "positions first", "convolutions"])
+def test_the_diagonal_is_asked_at_the_outputs_of_layers(name: str, verb: str) -> None:
+    operator = VERBS[verb](*_asked(name), fallback="silent")
+    jacops.diagonal(operator)
+    assert "outputs of layers" in operator.formed.routes["diagonal"]
+
+
+def test_a_diagonal_costs_sweeps_by_widths_or_outputs() -> None:
+    model, x, y = settled(nn.Sequential(nn.Linear(50, 7), nn.Tanh(), nn.Linear(7, 3))), draw(64, 50), draw(64, 3)
+    operators: list[tuple[Any, int]] = [(jacops.hessian(model, cubic, x, y), 7 + 3)]
+    operators.append((jacops.ggn(model, lambda output, y: (output - y).pow(4).sum(), x, y), 3))
+    for operator, most in operators:
+        jacops.diagonal(operator)
+        before = operator.formed.tape.sweeps
+        jacops.diagonal(operator)
+        assert operator.formed.tape.sweeps - before <= most + 3
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("entry", [0, -1])
+def test_a_wrong_diagonal_is_found_by_products(verb: str, entry: int) -> None:
+    operator = VERBS[verb](*_asked("mlp"))
+
+    def wrong(most: int) -> Any:
+        diagonal, route = operator.formed.entries(most)
+        where = operator.domain.slices[entry]
+        diagonal[where] *= 1.01
+        return diagonal, route
+
+    broken = replace(operator, formed=replace(operator.formed, entries=wrong))
+    close(jacops.diagonal(broken), by_products(operator).diagonal())
+    assert "diagonal" not in operator.formed.routes
+
+
+def test_diagonals_of_sums_over_data_and_their_weight_decay() -> None:
+    model, x, y = problem("residual")
+    problem_ = jacops.Problem(model, F.mse_loss, [(x[:4], y[:4]), (x[4:], y[4:])], l2=0.1)
+    for kind in ("hessian", "ggn", "fisher", "empirical_fisher"):
+        operator = problem_.curvature(kind)
+        close(jacops.diagonal(2.0 * operator), 2.0 * operator.dense().diagonal())
 
 
 # ---- sums over batches ---------------------------------------------------------------------------------------------

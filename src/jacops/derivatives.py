@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ._backends._torch.agreement import inner, size
 from ._backends._torch.cut import At
 from ._backends._torch.layers.by_layers import ByLayers
-from ._backends._torch.layers.curvature import hessian_layers
-from ._backends._torch.layers.gauss_newton import gauss_newton_layers
+from ._backends._torch.layers.curvature import hessian_diagonal, hessian_layers
+from ._backends._torch.layers.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
@@ -286,8 +286,10 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
     found = record_loss(model, loss, x, y, "hessian", **options)
     tape = gradient_tape(found, "hessian")
     operator = Recorded(tape, found.output, symmetric=True)
-    layers = partial(hessian_layers, found.tape, _leading(x, y), operator._apply)
-    operator = replace(operator, formed=ByLayers(found.tape, "Hessian by layers", layers, operator._apply, tape.routes))
+    rows = operator._apply
+    layers = partial(hessian_layers, found.tape, _leading(x, y), rows)
+    entries = partial(hessian_diagonal, found.tape, _leading(x, y), rows)
+    operator = replace(operator, formed=ByLayers(found.tape, "Hessian by layers", layers, rows, entries, tape.routes))
     if found.tape.survey.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in tape.leaves):
         _spot_check(operator, found, lambda shift: _shifted_gradient(model, loss, x, y, shift, options))
     return operator
@@ -362,9 +364,10 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operato
         positive=_is_convex(loss),
     )
     product = Product(Product(J.T, H), J)
-    layers = partial(gauss_newton_layers, found.tape, H._apply, product._apply)
-    name = "Gauss-Newton matrix by layers"
-    return replace(product, formed=ByLayers(found.tape, name, layers, product._apply, found.tape.routes))
+    rows, name = product._apply, "Gauss-Newton matrix by layers"
+    layers = partial(gauss_newton_layers, found.tape, H._apply, rows)
+    entries = partial(gauss_newton_diagonal, found.tape, H._apply, rows)
+    return replace(product, formed=ByLayers(found.tape, name, layers, rows, entries, found.tape.routes))
 
 
 def _leading(x: Any, y: Any) -> list[int]:

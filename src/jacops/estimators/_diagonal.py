@@ -11,8 +11,9 @@ from torch import Tensor
 from .._backends._torch.surroundings import eager
 from .._finite import is_finite, where_first
 from ..errors import NonFiniteError
-from ..operators import Diagonal, Identity, Matrix, Operator
-from ..operators._algebra import Product, Scaled, Sum
+from ..operators import Diagonal, Identity, LayerFactors, Matrix, Operator
+from ..operators._algebra import Product, Scaled, Sum, Transposed
+from ..operators._data import BlockDiagonal, SumOver
 from ._leave_one_out import Sketch, sketched
 from ._probes import check_choice, check_probes, check_square, chunk_of, left_out_mean, product, signs, units
 
@@ -41,9 +42,11 @@ def diagonal(
 ) -> Tensor | DiagonalEstimate:
     r"""Return the diagonal `(n,)` of a square operator, exact or estimated with a standard error per entry.
 
-    Without `probes` it is exact: by products with unit vectors, or for a product `B @ C` through the inner space
-    where that is smaller (the diagonal of a Gauss-Newton or Fisher matrix costs two sweeps per output, not one
-    product per parameter). With `probes`, by `method`:
+    Without `probes` it is exact. Hessians and Gauss-Newton matrices are asked at the outputs of layers, batch by batch:
+    one sweep per number there for a Hessian, one per output of a sample for a Gauss-Newton matrix (Dangel, Kunstner and
+    Hennig, 2020), held against products at two entries of every parameter the first time. Empirical Fisher matrices
+    square their factors, a product `B @ C` goes through the inner space where that is smaller, everything else takes
+    unit vectors. With `probes`, by `method`:
 
     - `"xdiag"` (Epperly, Tropp and Webber, 2024): the diagonal of a low-rank part plus what random sign vectors say
       of the rest, every vector testing the part made from the others. One product and one with the transpose for
@@ -101,10 +104,26 @@ def _exact(operator: Operator) -> Tensor:
             return operator.matrix.diagonal().clone()
         case Identity(space):
             return torch.ones(space.dim, dtype=space.dtype, device=space.device)
+        case BlockDiagonal():
+            return torch.cat([_exact(block) for block in operator.blocks])
+        case SumOver():
+            return _over_data(operator)
+        case Product(left=Transposed(of=LayerFactors() as factors), right=right) if factors is right:
+            return factors.column_squares()
+        case _ if operator.formed is not None and (found := operator.formed.diagonal()) is not None:
+            return found
         case Product() if 2 * operator.right.shape[0] < operator.shape[0]:
             return _through(operator.left, operator.right)
         case _:
             return _by_units(operator)
+
+
+def _over_data(operator: SumOver) -> Tensor:
+    space = operator.space
+    total = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+    for factor, part in operator.parts():
+        total.add_(_exact(part), alpha=factor)
+    return total if operator.ridge is None else total.add_(operator.ridge)
 
 
 def _through(left: Operator, right: Operator) -> Tensor:

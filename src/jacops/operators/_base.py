@@ -20,10 +20,14 @@ from ._dense import Room, Way, by_products, dense_room, matrix_place, plain_way
 
 
 class Formed(Protocol):
-    """A way to a symmetric operator's matrix that is cheaper than products; it checks itself."""
+    """A way to a symmetric operator's matrix or diagonal that is cheaper than products; it checks itself."""
 
     def begin(self, free: float) -> Begun | None:
         """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
+        ...
+
+    def diagonal(self) -> Tensor | None:
+        """Return the diagonal; None where this way is closed."""
         ...
 
 

@@ -63,6 +63,10 @@ class Layers(Protocol):
         ...
 
 
+Entries = Callable[[int], tuple[Tensor, str] | None]
+"""Numbers that an array on the way may hold -> a diagonal and how it was found; None where no parameter gains."""
+
+
 @dataclass(frozen=True, eq=False)
 class ByLayers:
     """A way to a curvature matrix by layers.
@@ -72,6 +76,7 @@ class ByLayers:
         name: Under which trust in this route is remembered.
         prepare: Finds what the layers say; None where no parameter gains.
         rows: Products with the same operator by ordinary sweeps.
+        entries: Finds the diagonal.
         routes: Where to note how it was done.
         most: Numbers that an array on the way may hold.
     """
@@ -80,6 +85,7 @@ class ByLayers:
     name: str
     prepare: Callable[[], Layers | None]
     rows: Rows
+    entries: Entries
     routes: dict[str, str]
     most: int = ENTRIES
 
@@ -87,7 +93,7 @@ class ByLayers:
         """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
         if self.tape.trust.refused("dense", self.name):
             return None
-        fresh, counted = self._is_fresh(), free < math.inf
+        fresh, counted = self._is_fresh(self.name), free < math.inf
         with Meter() if counted else nullcontext() as meter:
             try:
                 layers = attempt(self.prepare)
@@ -107,14 +113,51 @@ class ByLayers:
             working = layers.working(most)
         return Begun(self, layers, most, max(peak, held + working), expected)
 
+    def diagonal(self) -> Tensor | None:
+        """Return the diagonal; None where this way is closed."""
+        trust, name = self.tape.trust, f"{self.name}, the diagonal"
+        if trust.refused("diagonal", name):
+            return None
+        fresh = self._is_fresh(name)
+        try:
+            found = attempt(lambda: self.entries(self.most))
+        except RouteFailedError:
+            if not fresh:
+                raise
+            return None
+        if found is None:
+            return None
+        diagonal, route = found
+        error = self._error_of(diagonal) if fresh else 0.0
+        if not error <= self.tape.tolerance:
+            if math.isfinite(error):
+                trust.refuse("diagonal", name)
+            return None
+        trust.remember(name)
+        self.routes["diagonal"] = route
+        return diagonal
+
+    def _error_of(self, diagonal: Tensor) -> float:
+        """Return how far a diagonal is from products: of each parameter, its largest entry and another one."""
+        slices = [where for where in self.tape.domain.slices if where.stop > where.start]
+        largest = [where.start + int(diagonal[where].abs().argmax()) for where in slices]
+        generator = torch.Generator().manual_seed(7)
+        others = [int(torch.randint(where.start, where.stop, (), generator=generator)) for where in slices]
+        pairs = []
+        for some in zip(largest, others, strict=True):
+            unit = diagonal.new_zeros(2, diagonal.shape[0])
+            unit[[0, 1], some] = 1
+            pairs.append((diagonal[list(some)], self.rows(unit)[[0, 1], some]))
+        return worst_disagreement(pairs)
+
     def direction(self) -> Tensor:
         """Return the direction along which a matrix is held against a product."""
         space = self.tape.domain
         return private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device), seed=7)
 
-    def _is_fresh(self) -> bool:
+    def _is_fresh(self, name: str) -> bool:
         habits = self.tape.trust.notes.get("habits")
-        return self.tape.trust.needs(self.name) or bool(habits is not None and habits.reads)
+        return self.tape.trust.needs(name) or bool(habits is not None and habits.reads)
 
 
 @dataclass(frozen=True, eq=False)

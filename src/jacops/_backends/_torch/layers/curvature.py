@@ -24,6 +24,7 @@ from ..surroundings import private_noise, sweeping
 from ..tape import Tape
 from .blocks import Chunk, Found, add_blocks
 from .by_layers import Rehearsal, Rows
+from .diagonals import add_pairs, pairable, together
 from .ordinary import Ordinary
 from .sites import Site, costly, find_sites, pays, settled, shadows, without
 from .uses import Use, find_uses
@@ -108,6 +109,12 @@ def hessian_layers(tape: Tape, lengths: Sequence[int], rows: Rows) -> HessianLay
     return HessianLayers(second, found, Ordinary.beside(tape, found, rows))
 
 
+def hessian_diagonal(tape: Tape, lengths: Sequence[int], rows: Rows, most: int) -> tuple[Tensor, str] | None:
+    """Return the diagonal of the Hessian and how it was found; None if no parameter gains."""
+    layers = hessian_layers(tape, lengths, rows)
+    return None if layers is None else layers.diagonal(most)
+
+
 @dataclass(eq=False)
 class HessianLayers:
     """A Hessian by what sweeps find at the outputs of layers.
@@ -131,6 +138,21 @@ class HessianLayers:
                 _add_site(self.second, self.sites[place:], matrix, weight, most)
         swept = tape.sweeps - before
         return f"through {len(self.sites)} outputs of layers, {swept} sweeps{self.ordinary.add(matrix, weight, most)}"
+
+    def diagonal(self, most: int) -> tuple[Tensor, str]:
+        """Return the diagonal and how it was found: each site is swept for itself and for others that share with it."""
+        tape, second = self.second.tape, self.second
+        before, sites = tape.sweeps, pairable(self.sites, tape.domain.slices)
+        diagonal = torch.zeros(tape.domain.dim, dtype=tape.domain.dtype, device=tape.domain.device)
+        for place, site in enumerate(sites):
+            if second.delta(site) is not None:
+                some = together(sites[place:])
+                for chunk in _chunks(some, _operands(second, some), most):
+                    for later, found in _found(second, some, *_swept(second, some, chunk)):
+                        add_pairs(diagonal, site, chunk, later, found)
+        swept = tape.sweeps - before
+        told = Ordinary.beside(tape, sites, self.ordinary.rows).add_diagonal(diagonal, most)
+        return diagonal, f"through {len(sites)} outputs of layers, {swept} sweeps{told}"
 
     def working(self, most: int) -> float:
         """Return the bytes that the largest round holds."""
@@ -174,14 +196,18 @@ class HessianLayers:
 
 def describable(tape: Tape) -> list[Site]:
     """Return the sites of all leaves that are described everywhere, in the order in which they ran."""
-    dtypes = {*tape.domain.dtypes, *tape.codomain.dtypes}
-    uses = find_uses(tape) if dtypes in ({torch.float32}, {torch.float64}) else {}
+    uses = find_uses(tape) if is_plain(tape) else {}
     with sweeping(tape.outputs[0]):
         # An operand that is itself a leaf moves with it directly, not through the output of any layer.
         bare = {i for i, found in uses.items() for use in found if _moves(use) and _is_leaf(use.attached)}
     empty = {i for i, found in uses.items() if not all(use.shape.numel() for use in found)}
     empty |= {i for i, where in enumerate(tape.domain.slices) if where.stop == where.start}
     return find_sites({i: found for i, found in uses.items() if i not in bare | empty})
+
+
+def is_plain(tape: Tape) -> bool:
+    """Say whether everything has one dtype, in which sums over samples keep their digits."""
+    return {*tape.domain.dtypes, *tape.codomain.dtypes} in ({torch.float32}, {torch.float64})
 
 
 def _is_leaf(tensor: Tensor | None) -> bool:
@@ -206,12 +232,19 @@ def _add_found(
     matrix: Tensor,
     weight: float,
 ) -> None:
-    seconds, moved = swept
+    for later, found in _found(second, sites, *swept):
+        add_blocks(matrix, sites[0], chunk, later, found, weight)
+
+
+def _found(
+    second: Second, sites: Sequence[Site], seconds: Sequence[Tensor], moved: dict[int, Tensor]
+) -> Iterator[tuple[Site, Found]]:
+    """Yield sites with what the sweeps of a chunk found there."""
     for later, k in zip(sites, seconds, strict=True):
         delta = second.deltas[later.node]
         mine = {id(use): moved[id(use)] for use in later.uses if id(use) in moved}
         spread = later.spread(delta.detach().to(k.device)) if mine and delta is not None else None
-        add_blocks(matrix, sites[0], chunk, later, Found(k, mine, spread), weight)
+        yield later, Found(k, mine, spread)
 
 
 def _chunks(sites: Sequence[Site], operands: int, most: int) -> Iterator[Chunk]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ladder import attempt
 from ..rows import plain
 from ..tape import Tape
-from .parts import Lookup, Outer, Part, Rows
+from .parts import Lookup, Outer, Part, Rows, Several
 from .uses import Order, Use, by_sample, cotangents, find_orders, find_uses
 
 
@@ -121,6 +121,16 @@ class Layers:
         for leaf in range(len(self.tape.leaves)):
             if leaf not in self.missing:
                 yield leaf, [i for i, site in enumerate(self.sites) if site.use.leaf == leaf]
+
+    def column_squares(
+        self, operands: Sequence[Tensor | None], deltas: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield covered leaves with the sum over samples of their squared gradients, for one sweep's cotangents."""
+        for leaf, sites in self.by_leaf():
+            shape = matrix_shape(self.tape.leaves[leaf])
+            parts = [self.sites[i].part(operands[i], deltas[i].unsqueeze(1), shape) for i in sites]
+            if parts:
+                yield leaf, (parts[0] if len(parts) == 1 else Several(parts)).column_squares()
 
 
 def matrix_shape(leaf: Tensor) -> tuple[int, int]:

@@ -19,7 +19,8 @@ from ..surroundings import private_noise, sweeping
 from ..tape import Tape
 from .blocks import Chunk, Found, add_blocks
 from .by_layers import Rehearsal, Rows
-from .curvature import describable, laid
+from .curvature import describable, is_plain, laid
+from .factors import Layers
 from .ordinary import Ordinary
 from .sites import Panel, Site, pays, settled, shadows
 
@@ -43,6 +44,35 @@ def gauss_newton_layers(tape: Tape, curvature: Rows, rows: Rows) -> GaussNewtonL
     if H is None or not sites or not pays(sites, tape.domain.sizes, 2 * output[0].numel()):
         return None
     return GaussNewtonLayers(tape, sites, H, Ordinary.beside(tape, sites, rows))
+
+
+def gauss_newton_diagonal(tape: Tape, curvature: Rows, rows: Rows, most: int) -> tuple[Tensor, str] | None:
+    """Return the diagonal of `J^T H J` and how it was found; None where no layer helps.
+
+    With H = V S V^T sample by sample, it is the sum of squared gradients along the columns of V (Dangel, Kunstner and
+    Hennig, 2020), and squares of outer products are outer products of squares.
+    """
+    if len(tape.outputs) != 1 or tape.outputs[0].ndim == 0 or tape.outputs[0].numel() == 0:
+        return None
+    (output,) = tape.outputs
+    if output[0].numel() >= tape.domain.dim or not is_plain(tape):
+        return None
+    layers, H = Layers(tape, output.shape[0]), _blocks(curvature, output)
+    if H is None or not layers.sites:
+        return None
+    before, slices = tape.sweeps, tape.domain.slices
+    diagonal = torch.zeros(tape.domain.dim, dtype=tape.domain.dtype, device=tape.domain.device)
+    operands, (values, factors) = [site.operand() for site in layers.sites], _factored(H)
+    for sign in (1, -1):
+        mine = (values.sign() == sign).to(factors.dtype)
+        for k in range(H.shape[1]):
+            if bool(mine[:, k].any()):
+                deltas = layers.sweep([(factors[:, :, k] * mine[:, k : k + 1]).view(output.shape)])
+                for leaf, squares in layers.column_squares(operands, deltas):
+                    diagonal[slices[leaf]].add_(squares.flatten(), alpha=sign)
+    swept, lost = tape.sweeps - before, [slices[leaf] for leaf in layers.missing]
+    told = Ordinary(tape, rows, lost).add_diagonal(diagonal, most)
+    return diagonal, f"through {len(layers.sites)} outputs of layers, {swept} sweeps{told}"
 
 
 @dataclass(eq=False)
@@ -191,8 +221,11 @@ def _add_by_rows(tape: Tape, sites: Sequence[Site], H: Tensor, matrix: Tensor, w
 
 
 def _factored(H: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(H.to(torch.promote_types(H.dtype, torch.float32)))
-    return values, (vectors * values.abs().sqrt().unsqueeze(1)).to(H.dtype)
+    """Return eigenvalues, zero where they are no more than rounding, and H's factor V of `V S V^T`, S their signs."""
+    values, vectors = torch.linalg.eigh(H)
+    rounding = torch.finfo(H.dtype).eps * H.shape[1] * values.abs().amax(1, keepdim=True)
+    values = values.where(values.abs() > rounding, 0)
+    return values, vectors * values.abs().sqrt().unsqueeze(1)
 
 
 def _add_signed(

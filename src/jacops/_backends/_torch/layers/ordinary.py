@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,12 +49,15 @@ class Ordinary:
         share = torch.full((self.tape.domain.dim,), weight, dtype=matrix.dtype, device=matrix.device)
         for where in self.lost:
             share[where] *= 0.5
-        step = _step(most)
-        for where in self.lost:
-            for start in range(where.start, where.stop, step):
-                some = slice(start, min(start + step, where.stop))
-                matrix[some] += self._products(some) * share
-        return f"; {self.many} of {self.tape.domain.dim} parameters by ordinary sweeps" if self.lost else ""
+        for some in self._rounds(most):
+            matrix[some] += self._products(some) * share
+        return self._told
+
+    def add_diagonal(self, diagonal: Tensor, most: int) -> str:
+        """Add their entries of the diagonal; say how many there were."""
+        for some in self._rounds(most):
+            diagonal[some] += self._products(some)[:, some].diagonal()
+        return self._told
 
     def working(self, most: int) -> float:
         """Return the bytes held where an array may hold `most` numbers."""
@@ -62,6 +65,17 @@ class Ordinary:
             return 0.0
         fixed, each = self._measured
         return fixed + each * min(_step(most), max(where.stop - where.start for where in self.lost))
+
+    @property
+    def _told(self) -> str:
+        return f"; {self.many} of {self.tape.domain.dim} parameters by ordinary sweeps" if self.lost else ""
+
+    def _rounds(self, most: int) -> Iterator[slice]:
+        """Yield rows that go into one pass."""
+        step = _step(most)
+        for where in self.lost:
+            for start in range(where.start, where.stop, step):
+                yield slice(start, min(start + step, where.stop))
 
     @cached_property
     def _measured(self) -> tuple[float, float]:
