@@ -21,7 +21,7 @@ from .sites import Panel, Site
 ENTRIES = 2**22
 """Numbers that an array on the way to a matrix may hold, where memory is no matter."""
 
-_TILE = 256
+_TILES = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,10 @@ def _write(
 def mirror(matrix: Tensor) -> Tensor:
     """Replace X by X + Xᵀ, in place, tile by tile."""
     size = matrix.shape[0]
-    for i in range(0, size, _TILE):
-        for j in range(i, size, _TILE):
-            upper, lower = matrix[i : i + _TILE, j : j + _TILE], matrix[j : j + _TILE, i : i + _TILE]
+    tile = min(max(size // 4, _TILES[0]), _TILES[1])
+    for i in range(0, size, tile):
+        for j in range(i, size, tile):
+            upper, lower = matrix[i : i + tile, j : j + tile], matrix[j : j + tile, i : i + tile]
             if i == j:
                 upper.copy_(upper + lower.T)
             else:

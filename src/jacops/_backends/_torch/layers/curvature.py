@@ -17,7 +17,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from ..memory import Meter
 from ..surroundings import private_noise, sweeping
@@ -26,63 +25,10 @@ from .blocks import Chunk, Found, add_blocks
 from .by_layers import Rehearsal, Rows
 from .diagonals import add_pairs, pairable, together
 from .ordinary import Ordinary
+from .passes import at_once
+from .second import Second, moves
 from .sites import Site, costly, find_sites, pays, settled, shadows, without
 from .uses import Use, find_uses
-
-# ---- second derivatives at the outputs of layers -------------------------------------------------------------------
-
-
-class Second:
-    """Cotangents at sites, with a graph, and sweeps over them.
-
-    Operands that move are paired with cotangents that are zero: the derivative of `delta` by such a cotangent is the
-    derivative of the operand by the site's output, so one sweep gives both.
-    """
-
-    def __init__(self, tape: Tape, sites: Sequence[Site]) -> None:
-        self.tape = tape
-        with sweeping(tape.outputs[0]):
-            moving = [use for site in sites for use in site.uses if _moves(use)]
-            attached = [use.attached for use in moving if use.attached is not None]
-            zeros = [torch.zeros_like(a).requires_grad_() for a in attached]
-            found = torch.autograd.grad(
-                [*tape.outputs, *attached],
-                [site.edge for site in sites],
-                [*map(torch.ones_like, tape.outputs), *zeros],
-                create_graph=True,
-                allow_unused=True,
-            )
-        tape.sweeps += 1
-        self.deltas = {site.node: delta for site, delta in zip(sites, found, strict=True)}
-        self.probes = {id(use): zero for use, zero in zip(moving, zeros, strict=True)}
-
-    def delta(self, site: Site) -> Tensor | None:
-        """Return the cotangent at a site where it moves with anything."""
-        delta = self.deltas[site.node]
-        return delta if delta is not None and delta.requires_grad else None
-
-    def sweep(
-        self, seeds: Sequence[tuple[Site, Tensor]], sites: Sequence[Site], uses: Sequence[Use]
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Return the derivatives of seeded cotangents by the outputs of sites, and of operands of uses transposed."""
-        live = [(delta, seed) for site, seed in seeds if (delta := self.delta(site)) is not None]
-        if not live:
-            return [None] * len(sites), [None] * len(uses)
-        self.tape.sweeps += 1
-        with sweeping(live[0][0]):
-            edges = [site.edge for site in sites]
-            edges += [get_gradient_edge(self.probes[id(use)]) for use in uses]
-            outputs, cotangents = [delta for delta, _ in live], [seed for _, seed in live]
-            found = torch.autograd.grad(outputs, edges, cotangents, retain_graph=True, allow_unused=True)
-        return list(found[: len(sites)]), list(found[len(sites) :])
-
-    def moving(self, sites: Sequence[Site]) -> list[Use]:
-        """Return the uses whose operands move."""
-        return [use for site in sites for use in site.uses if id(use) in self.probes]
-
-
-def _moves(use: Use) -> bool:
-    return use.kind != "lookup" and use.attached is not None and use.attached.requires_grad
 
 
 def hessian_layers(tape: Tape, lengths: Sequence[int], rows: Rows) -> HessianLayers | None:
@@ -189,8 +135,8 @@ class HessianLayers:
         sites = self.sites[first:]
         site, like = sites[0], self.second.deltas[sites[0].node]
         with Meter() as meter:
-            seed = torch.zeros(site.many, site.positions, site.channels, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
-            self.second.sweep([(site, site.gathered(seed))], sites, self.second.moving(sites[1:]))
+            seeds = site.picking([(0, 0)] * _at_once(self.second, sites), like)  # type: ignore[arg-type]
+            self.second.sweep([(site, seeds)], sites, self.second.moving(sites[1:]))
         return float(meter.peak)
 
 
@@ -199,7 +145,7 @@ def describable(tape: Tape) -> list[Site]:
     uses = find_uses(tape) if is_plain(tape) else {}
     with sweeping(tape.outputs[0]):
         # An operand that is itself a leaf moves with it directly, not through the output of any layer.
-        bare = {i for i, found in uses.items() for use in found if _moves(use) and _is_leaf(use.attached)}
+        bare = {i for i, found in uses.items() for use in found if moves(use) and _is_leaf(use.attached)}
     empty = {i for i, found in uses.items() if not all(use.shape.numel() for use in found)}
     empty |= {i for i, where in enumerate(tape.domain.slices) if where.stop == where.start}
     return find_sites({i: found for i, found in uses.items() if i not in bare | empty})
@@ -270,32 +216,38 @@ def _places(
     homes = {id(use): s for s in sites for use in s.uses}
     moved: dict[int, Tensor] = {}
     for use in second.moving(sites[1:]):
-        shape = operand_by_sample(homes[id(use)], use, second.probes[id(use)].detach().to("meta")).shape
-        moved[id(use)] = like.new_zeros(*many, *shape[1:])
+        one = second.probes[id(use)].detach().to("meta").unsqueeze(0)
+        moved[id(use)] = like.new_zeros(*many, *operand_by_sample(homes[id(use)], use, one).shape[2:])
     return seconds, moved
 
 
 def _swept(second: Second, sites: Sequence[Site], chunk: Chunk) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """Sweep once per entry of the chunk, all samples at once."""
+    """Sweep for every entry of the chunk, all samples at once."""
     site, like = sites[0], second.deltas[sites[0].node]
     if like is None:
         raise ValueError("a site without a cotangent has nothing to sweep")
     homes, moving = {id(use): s for s in sites for use in s.uses}, second.moving(sites[1:])
     seconds, moved = _places(second, sites, chunk, like.detach())
     met: set[int] = set()
-    seed = torch.zeros(site.many, site.positions, site.channels, dtype=like.dtype, device=like.device)
-    for i, t in enumerate(range(chunk.positions.start, chunk.positions.stop)):
-        for j, c in enumerate(range(chunk.channels.start, chunk.channels.stop)):
-            seed[:, t, c] = 1
-            found, operands = second.sweep([(site, site.gathered(seed))], sites, moving)
-            for s, into, grad in zip(sites, seconds, found, strict=True):
-                _put(into[:, i, j], None if grad is None else s.spread(grad))
-            for use, grad in zip(moving, operands, strict=True):
-                if grad is not None:
-                    met.add(id(use))
-                    moved[id(use)][:, i, j] = operand_by_sample(homes[id(use)], use, grad)
-            seed[:, t, c] = 0  # only now: what came back may be this very tensor
+    positions, channels = (range(where.start, where.stop) for where in (chunk.positions, chunk.channels))
+    entries, step = [(t, c) for t in positions for c in channels], _at_once(second, sites)
+    for start in range(0, len(entries), step):
+        some = entries[start : start + step]
+        found, operands = second.sweep([(site, site.picking(some, like))], sites, moving)
+        where = slice(start, start + len(some))
+        for s, into, grad in zip(sites, seconds, found, strict=True):
+            _put(into.flatten(1, 2)[:, where], None if grad is None else s.spread_rows(grad).transpose(0, 1))
+        for use, grad in zip(moving, operands, strict=True):
+            if grad is not None:
+                met.add(id(use))
+                rows = operand_by_sample(homes[id(use)], use, grad)
+                moved[id(use)].flatten(1, 2)[:, where] = rows.transpose(0, 1)
     return seconds, {use: moves for use, moves in moved.items() if use in met}
+
+
+def _at_once(second: Second, sites: Sequence[Site]) -> int:
+    """Return how many entries of the first site share a pass."""
+    return at_once(sites[0].many * sum(s.entries for s in sites) + _operands(second, sites))
 
 
 def _put(into: Tensor, value: Tensor | None) -> None:
@@ -306,8 +258,8 @@ def _put(into: Tensor, value: Tensor | None) -> None:
 
 
 def operand_by_sample(site: Site, use: Use, operand: Tensor) -> Tensor:
-    """Return what is shaped like a use's operand by samples."""
-    return site.by_sample(operand) if use.kind == "outer" else site.spread(operand)
+    """Return what is shaped `(m, *as a use's operand)` as `(m, samples, …)`."""
+    return site.by_sample_rows(operand) if use.kind == "outer" else site.spread_rows(operand)
 
 
 # ---- do samples mix? -----------------------------------------------------------------------------------------------
@@ -343,9 +295,7 @@ def _layouts(second: Second, sites: Sequence[Site], many: int, kept: Tensor, whi
         return {}
     anchor = max(live, key=lambda i: (len(options[i]) == 1, i))
     laid = Site(sites[anchor].uses, many, options[anchor][0 if which else -1])
-    uses = second.moving(sites)
-    found, operands = second.sweep([(laid, _masked(laid, second, kept))], sites, uses)
-    moved = {id(use): grad for use, grad in zip(uses, operands, strict=True)}
+    found, moved = second.once([(laid, _masked(laid, second, kept))], sites)
     layouts: dict[int, int] = {}
     for i, (site, grad) in enumerate(zip(sites, found, strict=True)):
         for ahead in options[i]:
@@ -356,10 +306,8 @@ def _layouts(second: Second, sites: Sequence[Site], many: int, kept: Tensor, whi
 
 
 def _apart(second: Second, sites: Sequence[Site], kept: Tensor) -> bool:
-    uses = second.moving(sites)
     seeds = [(site, _masked(site, second, kept)) for site in sites if second.delta(site) is not None]
-    found, operands = second.sweep(seeds, sites, uses)
-    moved = {id(use): grad for use, grad in zip(uses, operands, strict=True)}
+    found, moved = second.once(seeds, sites)
     return all(_is_apart(site, grad, moved, kept) for site, grad in zip(sites, found, strict=True))
 
 
@@ -374,5 +322,5 @@ def _masked(site: Site, second: Second, kept: Tensor) -> Tensor:
 def _is_apart(site: Site, grad: Tensor | None, moved: dict[int, Tensor | None], kept: Tensor) -> bool:
     """Say whether nothing arrived at the samples that were left out."""
     parts = [] if grad is None else [site.spread(grad)]
-    parts += [operand_by_sample(site, u, g) for u in site.uses if (g := moved.get(id(u))) is not None]
+    parts += [operand_by_sample(site, u, g[None])[0] for u in site.uses if (g := moved.get(id(u))) is not None]
     return not any(bool(part[~kept.to(part.device)].any()) for part in parts)

@@ -123,12 +123,28 @@ class Layers:
                 yield leaf, [i for i, site in enumerate(self.sites) if site.use.leaf == leaf]
 
     def column_squares(
-        self, operands: Sequence[Tensor | None], deltas: Sequence[Tensor]
+        self, operands: Sequence[Tensor | None], seeds: Iterable[Tensor], most: int
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield covered leaves with the sum over samples of their squared gradients, for one sweep's cotangents."""
+        """Yield covered leaves with what to add to the sum of their squared gradients, over samples and seeds.
+
+        Cotangents of several seeds are squared together, up to `most` numbers of them.
+        """
+        waiting: list[list[Tensor]] = []
+        for seed in seeds:
+            waiting.append(self.sweep([seed]))
+            if (len(waiting) + 1) * sum(delta.numel() for delta in waiting[0]) > most:
+                yield from self._squared(operands, waiting)
+                waiting = []
+        if waiting:
+            yield from self._squared(operands, waiting)
+
+    def _squared(
+        self, operands: Sequence[Tensor | None], sweeps: Sequence[Sequence[Tensor]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        deltas = [torch.stack(found, 1) for found in zip(*sweeps, strict=True)]
         for leaf, sites in self.by_leaf():
             shape = matrix_shape(self.tape.leaves[leaf])
-            parts = [self.sites[i].part(operands[i], deltas[i].unsqueeze(1), shape) for i in sites]
+            parts = [self.sites[i].part(operands[i], deltas[i], shape) for i in sites]
             if parts:
                 yield leaf, (parts[0] if len(parts) == 1 else Several(parts)).column_squares()
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..memory import Meter
-from ..surroundings import private_noise, sweeping
+from ..surroundings import private_noise
 from ..tape import Tape
 from .blocks import Chunk, Found, add_blocks
 from .by_layers import Rehearsal, Rows
 from .curvature import describable, is_plain, laid
 from .factors import Layers
 from .ordinary import Ordinary
+from .passes import at_once, passed
 from .sites import Panel, Site, pays, settled, shadows
 
 _STRIPE = 512
@@ -65,11 +66,9 @@ def gauss_newton_diagonal(tape: Tape, curvature: Rows, rows: Rows, most: int) ->
     operands, (values, factors) = [site.operand() for site in layers.sites], _factored(H)
     for sign in (1, -1):
         mine = (values.sign() == sign).to(factors.dtype)
-        for k in range(H.shape[1]):
-            if bool(mine[:, k].any()):
-                deltas = layers.sweep([(factors[:, :, k] * mine[:, k : k + 1]).view(output.shape)])
-                for leaf, squares in layers.column_squares(operands, deltas):
-                    diagonal[slices[leaf]].add_(squares.flatten(), alpha=sign)
+        seeds = (factors[:, :, k] * mine[:, k : k + 1] for k in range(H.shape[1]) if bool(mine[:, k].any()))
+        for leaf, squares in layers.column_squares(operands, (seed.view(output.shape) for seed in seeds), most):
+            diagonal[slices[leaf]].add_(squares.flatten(), alpha=sign)
     swept, lost = tape.sweeps - before, [slices[leaf] for leaf in layers.missing]
     told = Ordinary(tape, rows, lost).add_diagonal(diagonal, most)
     return diagonal, f"through {len(layers.sites)} outputs of layers, {swept} sweeps{told}"
@@ -125,7 +124,9 @@ class GaussNewtonLayers:
     def _sweep(self) -> float:
         """Bytes that one sweep holds, measured."""
         with Meter() as meter:
-            _swept(self.tape, self.sites, torch.zeros_like(self.tape.outputs[0]))
+            (output,) = self.tape.outputs
+            step = min(_at_once(self.sites, self.H.shape[0]), self.H.shape[1])
+            _swept(self.tape, self.sites, output.new_zeros(step, *output.shape))
         return float(meter.peak)
 
 
@@ -136,25 +137,34 @@ def _blocks(curvature: Rows, output: Tensor) -> Tensor | None:
     noise = (private_noise(output) * kept.to(output.dtype).view(-1, *[1] * (output.ndim - 1))).reshape(1, -1)
     if many > 1 and bool(curvature(noise).reshape(many, entries)[~kept].any()):
         return None
-    H = output.new_empty(many, entries, entries)
-    seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
-    for entry in range(entries):
-        seed[:, entry] = 1
-        H[:, entry] = curvature(seed.reshape(1, -1)).reshape(many, entries)
-        seed[:, entry] = 0
+    H, step = output.new_empty(many, entries, entries), at_once(output.numel())
+    for start in range(0, entries, step):
+        some = range(start, min(start + step, entries))
+        found = curvature(_units(some, output).flatten(1))
+        H[:, start : some.stop] = found.view(-1, many, entries).transpose(0, 1)
     return H
+
+
+def _units(some: range, output: Tensor) -> Tensor:
+    """Return cotangents `(m, n, entries)` that pick an entry of every sample."""
+    units = output.new_zeros(len(some), output.shape[0], output[0].numel())
+    units[range(len(some)), :, some] = 1
+    return units
 
 
 def _half(many: int, like: Tensor) -> Tensor:
     return (torch.randperm(many, generator=torch.Generator().manual_seed(0)) < (many + 1) // 2).to(like.device)
 
 
-def _swept(tape: Tape, sites: Sequence[Site], seed: Tensor) -> list[Tensor | None]:
-    """Return the cotangents at the outputs of sites, as they are shaped there."""
-    tape.sweeps += 1
-    with sweeping(tape.outputs[0]):
-        edges = [site.edge for site in sites]
-        return list(torch.autograd.grad(tape.outputs, edges, [seed], retain_graph=True, allow_unused=True))
+def _at_once(sites: Sequence[Site], many: int) -> int:
+    """Return how many cotangents share a pass."""
+    return at_once(many * sum(site.entries for site in sites))
+
+
+def _swept(tape: Tape, sites: Sequence[Site], seeds: Tensor) -> list[Tensor | None]:
+    """Return cotangents at the outputs of sites, `(m, *as they are shaped there)`, for m of the model's output."""
+    (output,) = tape.outputs
+    return passed(tape, tape.outputs, [site.edge for site in sites], [seeds.view(-1, *output.shape)])
 
 
 def _proved(tape: Tape, sites: Sequence[Site]) -> list[Site]:
@@ -168,7 +178,7 @@ def _proved(tape: Tape, sites: Sequence[Site]) -> list[Site]:
     layouts: dict[int, int] = {}
     for i, (site, grad) in enumerate(zip(sites, _swept(tape, sites, seed), strict=True)):
         for ahead in site.layouts(many):
-            if grad is None or not bool(Site(site.uses, many, ahead).spread(grad)[~kept].any()):
+            if grad is None or not bool(Site(site.uses, many, ahead).spread(grad[0])[~kept].any()):
                 layouts[i] = ahead
                 break
     return settled(laid(sites, many, layouts), slices)
@@ -178,13 +188,12 @@ def _add_by_channels(tape: Tape, sites: Sequence[Site], H: Tensor, matrix: Tenso
     many, entries = H.shape[:2]
     (output,) = tape.outputs
     deltas = [output.new_zeros(many, entries, site.channels) for site in sites]
-    seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
-    for entry in range(entries):
-        seed[:, entry] = 1
-        for site, into, grad in zip(sites, deltas, _swept(tape, sites, seed.view(output.shape)), strict=True):
-            if grad is not None:
-                into[:, entry] = site.spread(grad)[:, 0]
-        seed[:, entry] = 0  # only now: what came back may be this very tensor
+    step = _at_once(sites, many)
+    for start in range(0, entries, step):
+        some = range(start, min(start + step, entries))
+        for site, into, grads in zip(sites, deltas, _swept(tape, sites, _units(some, output)), strict=True):
+            if grads is not None:
+                into[:, start : some.stop] = site.spread_rows(grads)[:, :, 0].transpose(0, 1)
     for place in range(len(sites)):
         _add_channels(sites[place:], H, deltas[place:], matrix, weight, most)
 
@@ -214,8 +223,8 @@ def _add_by_rows(tape: Tape, sites: Sequence[Site], H: Tensor, matrix: Tensor, w
     for k in range(H.shape[1]):
         if not bool(values[:, k].any()):
             continue
-        grads = _swept(tape, sites, factors[:, :, k].reshape(output.shape))
-        deltas = [None if grad is None else site.spread(grad) for site, grad in zip(sites, grads, strict=True)]
+        grads = _swept(tape, sites, factors[:, :, k].reshape(1, *output.shape))
+        deltas = [None if grad is None else site.spread(grad[0]) for site, grad in zip(sites, grads, strict=True)]
         signs = (values[:, k].sign() * weight).to(H.dtype).unsqueeze(1)
         _add_signed(sites, deltas, signs, matrix, most)
 

@@ -101,6 +101,31 @@ class Site:
             return rows.reshape(self.shape[0], -1, self.channels).transpose(1, 2).reshape(self.shape)
         return rows.reshape(self.shape)
 
+    def spread_rows(self, raw: Tensor) -> Tensor:
+        """Return `(m, *shape)` as `(m, samples, positions, channels)`."""
+        if self.ahead > 1:
+            return torch.stack([self.spread(row) for row in raw])
+        return self._times(len(raw)).spread(raw.flatten(0, 1)).unflatten(0, (len(raw), self.many))
+
+    def by_sample_rows(self, rows: Tensor) -> Tensor:
+        """Return `(m, samples * positions, …)` as `(m, samples, positions, …)`."""
+        if self.ahead > 1:
+            return torch.stack([self.by_sample(row) for row in rows])
+        return self._times(len(rows)).by_sample(rows.flatten(0, 1)).unflatten(0, (len(rows), self.many))
+
+    def _times(self, m: int) -> Site:
+        """Return the site with so many times its samples, which come first."""
+        return Site(self.uses, m * self.many)
+
+    def picking(self, entries: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+        """Return cotangents `(m, *shape)` that pick one position and channel of every sample."""
+        seeds = like.new_zeros(len(entries), self.many, self.positions, self.channels)
+        positions, channels = zip(*entries, strict=True)
+        seeds[range(len(entries)), :, positions, channels] = 1
+        if self.ahead == 1 and not self._is_convolution:
+            return seeds.view(-1, *self.shape)
+        return torch.stack([self.gathered(seed) for seed in seeds])
+
     def describes(self, use: Use) -> bool:
         """Say whether a use is the same for all samples: a parameter may have an entry per sample."""
         if use.kind != "vector":
