@@ -60,6 +60,7 @@ class Workload:
         flops: Floating-point operations that no way of answering saves.
         result_bytes: Bytes of the answer.
         dtype: Of the arithmetic.
+        compiles: First calls compile, and say nothing of others.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Workload:
     flops: float = 0.0
     result_bytes: float = 0.0
     dtype: torch.dtype = torch.float32
+    compiles: bool = False
 
     @property
     def all_goals(self) -> list[Goal]:
@@ -121,13 +123,16 @@ class Contender:
         self.rounds = 0
         self.error: str | None = None
 
-    def begin(self, rounds: int) -> Any:
-        """Make the first call, which imports, compiles and warms up; return its answer.
+    def begin(self, rounds: int, compiles: bool = False) -> Any:
+        """Make the first call, which imports and warms up; return its answer.
 
         Args:
             rounds: How many are wanted at least.
+            compiles: A call before it is not counted.
         """
         try:
+            if compiles:
+                self.call()
             answer, seconds, self.peak = watched(self.call, self.clock)
         except ModuleNotFoundError as error:
             self.error = f"not installed: {error.name}"
@@ -158,7 +163,7 @@ def measure(workload: Workload, rounds: int | None = None, clock: str = "wall") 
     tell = CLOCKS[clock]
     contenders = [Contender(name, call, tell) for name, call in workload.rivals.items()]
     least = rounds or workload.rounds
-    _compare(contenders, workload.close, least)
+    _compare(contenders, workload, least)
     rates = Rates(workload.dtype, tell)
     for i in range(max([least, *(c.rounds for c in contenders)])):
         rates.sample()
@@ -178,14 +183,14 @@ def measure(workload: Workload, rounds: int | None = None, clock: str = "wall") 
     return rows, rates
 
 
-def _compare(contenders: list[Contender], close: Callable[[Any, Any], bool] | None, rounds: int) -> None:
+def _compare(contenders: list[Contender], workload: Workload, rounds: int) -> None:
     """Make everybody's first call and put out who answers otherwise than the first who answers."""
     reference = None
     for contender in contenders:
-        answer = contender.begin(rounds)
-        if contender.error is None and close is not None:
+        answer = contender.begin(rounds, workload.compiles)
+        if contender.error is None and workload.close is not None:
             reference = answer if reference is None else reference
-            if not close(reference, answer):
+            if not workload.close(reference, answer):
                 contender.error = "another answer"
 
 

@@ -27,6 +27,7 @@ from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
 
 _CHUNK_ENTRIES = 2**22
+_LARGE = 2**15
 _CHUNK_ROWS = 64
 
 
@@ -290,7 +291,7 @@ class Tape:
 
     def _push_some(self, tangents: Sequence[Tensor], create_graph: bool, live: int) -> Rows:
         many = tangents[0].shape[0] if tangents else 1
-        alone = many == 1 or self.trust.refused("push", "batched")
+        alone = many == 1 or self.trust.refused("push", "batched") or self._is_large
         if alone and tangents and not create_graph and not self.trust.refused("push", "forward"):
             try:
                 return self._push_forward(tangents)
@@ -302,6 +303,11 @@ class Tape:
             except RouteFailedError as reason:
                 self.leave("push", f"row by row, {live} backward passes", reason)
         return self._push_by_rows(tangents, many, create_graph)
+
+    @property
+    def _is_large(self) -> bool:
+        """Say whether a push costs its numbers, so that several in one pass would gain nothing."""
+        return self.domain.device.type == "cpu" and self.domain.dim + self.codomain.dim > _LARGE
 
     def _push_forward(self, tangents: Sequence[Tensor]) -> Rows:
         if self._forward is None:
