@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,9 +20,8 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     # A sum is finite unless an entry is not, or it overflows: only then look at each entry.
-    return bool(
-        torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32))
-    ) or bool(torch.isfinite(tensor).all())
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
 
 
 def where_first(tensor: Tensor) -> str:

@@ -61,26 +61,25 @@ def bare(model: Any) -> nn.Module:
         return bare(model.module)
     if kind == "OptimizedModule":
         return bare(model._orig_mod)
-    sharded = kind.startswith("FSDP") or any(type(p).__name__ == "DTensor" for p in model.parameters())
-    if kind == "FullyShardedDataParallel" or sharded:
-        raise ModelStateError(
-            explain(
-                "model",
-                f"a {kind}, sharded over processes (FullyShardedDataParallel)",
-                "its parameters must be whole",
-                "Gather them into an unwrapped module first.",
-            )
-        )
+    if kind == "FullyShardedDataParallel" or kind.startswith("FSDP"):
+        raise _spread(kind)
     return model
 
 
+def _spread(kind: str) -> ModelStateError:
+    came, todo = f"a {kind}, sharded over processes (FullyShardedDataParallel)", "Gather them into an unwrapped module."
+    return ModelStateError(explain("model", came, "its parameters must be whole", todo))
+
+
 def check_state(model: nn.Module) -> None:
-    """Refuse parameters that have no values yet.
+    """Refuse parameters that have no values here.
 
     Raises:
-        ModelStateError: A parameter or buffer is lazy or on the meta device.
+        ModelStateError: A parameter or buffer is lazy, on the meta device or spread over processes.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if type(tensor).__name__ == "DTensor":
+            raise _spread(type(model).__name__)
         if torch.nn.parameter.is_lazy(tensor):
             owner = _owner(model, name)
             raise ModelStateError(
@@ -111,7 +110,11 @@ def _owner(model: nn.Module, name: str) -> str:
 
 def parameter_names(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that can be differentiated, tied ones once, by their first names."""
-    return {n: p for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    return {n: p for n, p in model.named_parameters() if _has_derivatives(p)}
+
+
+def _has_derivatives(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def replicate(
@@ -134,12 +137,13 @@ def replicate(
     model = bare(model)
     if isinstance(model, torch.jit.ScriptModule):
         return _scripted(model, wrt, training)
-    originals = parameter_names(model)
-    names = {id(p): n for n, p in originals.items()}
+    originals: dict[str, Tensor] = {}
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        name = names.get(id(parameter), "")
-        memo[id(parameter)] = _copied(parameter, bool(name) and wrt(name, parameter), connected, cloned)
+    for name, parameter in model.named_parameters():
+        known = _has_derivatives(parameter)
+        if known:
+            originals[name] = parameter
+        memo[id(parameter)] = _copied(parameter, known and wrt(name, parameter), connected, cloned)
     builder = _Builder(memo, training)
     with torch.inference_mode(False):
         module = builder.build(model)
@@ -169,6 +173,8 @@ def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bo
 
 
 _IMMUTABLE = frozenset({bool, int, float, str, type(None)})
+_EMPTIED = frozenset({dict, OrderedDict, set})
+_OWN = frozenset(nn.Module().__dict__)  # torch's own: hooks, mostly, of which a module holds a dozen empty ones
 _CONTAINERS = frozenset({list, tuple, set, dict, OrderedDict, defaultdict})
 
 
@@ -203,9 +209,15 @@ class _Builder:
             return self._scripted(module)
         twin = module.__class__.__new__(module.__class__)
         self.memo[id(module)] = twin
-        twin.__dict__ = {
-            key: value if type(value) in _IMMUTABLE else self.build(value) for key, value in module.__dict__.items()
-        }
+        state = twin.__dict__
+        for key, value in module.__dict__.items():
+            kind = type(value)
+            if kind in _IMMUTABLE:
+                state[key] = value
+            elif kind in _EMPTIED and not value and key in _OWN:
+                state[key] = kind()
+            else:
+                state[key] = self.build(value)
         if self.training is not None:
             twin.__dict__["training"] = self.training
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -231,7 +243,7 @@ class _Builder:
 
     def _container(self, value: Any) -> Any:
         kind = type(value)
-        if not value and kind is not defaultdict:  # a module holds a dozen empty ones, and copy.copy is slow
+        if not value and kind is not defaultdict:  # copy.copy is slow
             self.memo[id(value)] = twin = kind()
             return twin
         if kind is tuple or kind is set:

@@ -114,12 +114,12 @@ def recording() -> Iterator[None]:
 def sweeping(like: Tensor) -> Iterator[None]:
     """Run backward passes in the dtypes they were recorded in, also inside the caller's autocast."""
     kind = like.device.type
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+    with torch.inference_mode(False), torch.enable_grad():
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+            with torch.autocast(kind, enabled=False):
+                yield
+        else:
+            yield
 
 
 @contextmanager

@@ -134,9 +134,10 @@ class Runner:
             state: Take these parameters and buffers instead of the model's.
         """
         widths: dict[str, int | None] = {}
-        module = None
+        module, given = None, None
         if isinstance(self.model, nn.Module):
-            module = replicate(self.model, training=False, cloned=habits.writes).module
+            replica = replicate(self.model, training=False, cloned=habits.writes)
+            module, given = replica.module, replica.originals
         with recording(), random_state_kept():
             copied, leaves = private_inputs(self.input_tree.build(values), self.connected)
             args, kwargs = split_input(copied)
@@ -157,11 +158,14 @@ class Runner:
                 explain("the model's output", "complex", "a Jacobian by samples is real", todo)
             )
         named = [(str(path or self.at), leaf) for leaf in hidden] or leaves
-        tape = self._tape(named, dict(zip(tree.names, tensors, strict=True)), trust)
-        head = self._tape(leaves, {path: before[0]}, trust) if path is not None else None
+        protected = [p for p in (given or {}).values() if p.requires_grad]
+        tape = self._tape(named, dict(zip(tree.names, tensors, strict=True)), trust, protected)
+        head = self._tape(leaves, {path: before[0]}, trust, protected) if path is not None else None
         return Run(tape, tree, habits, head, widths)
 
-    def _tape(self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], trust: Trust) -> Tape:
+    def _tape(
+        self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], trust: Trust, protected: list[Tensor]
+    ) -> Tape:
         tape = Tape(
             [leaf for _, leaf in leaves],
             list(outputs.values()),
@@ -173,5 +177,5 @@ class Runner:
             fallback=self.fallback,
             coarse=autocast_on(list(outputs.values())),
         )
-        tape.protected = [p for p in self._parameters() if p.requires_grad]
+        tape.protected = protected
         return tape
