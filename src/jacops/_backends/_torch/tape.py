@@ -292,14 +292,10 @@ class Tape:
     def _push_some(self, tangents: Sequence[Tensor], create_graph: bool, live: int) -> Rows:
         many = tangents[0].shape[0] if tangents else 1
         alone = many == 1 or self.trust.refused("push", "batched") or self._is_large
-        if alone and tangents and not create_graph and not self.trust.refused("push", "forward"):
-            try:
-                return self._push_forward(tangents)
-            except RouteFailedError:  # nothing to tell: the next route is as exact, and slower by a constant
-                self.trust.refuse("push", "forward")
         if not self.trust.refused("push", "dual"):
             try:
-                return self.push_dual(tangents, create_graph)
+                plain = alone and tangents and not create_graph
+                return self.push_alone(tangents) if plain else self.push_dual(tangents, create_graph)
             except RouteFailedError as reason:
                 self.leave("push", f"row by row, {live} backward passes", reason)
         return self._push_by_rows(tangents, many, create_graph)
@@ -308,6 +304,19 @@ class Tape:
     def _is_large(self) -> bool:
         """Say whether a push costs its numbers, so that several in one pass would gain nothing."""
         return self.domain.device.type == "cpu" and self.domain.dim + self.codomain.dim > _LARGE
+
+    def push_alone(self, tangents: Sequence[Tensor]) -> Rows:
+        """Return `(k, *output)` per output, one tangent at a time and never by rows.
+
+        Raises:
+            RouteFailedError: The function has no such route, or it fails its check.
+        """
+        if not self.trust.refused("push", "forward"):
+            try:
+                return self._push_forward(tangents)
+            except RouteFailedError:  # nothing to tell: the next route is as exact, and slower by a constant
+                self.trust.refuse("push", "forward")
+        return self.push_dual(tangents)
 
     def _push_forward(self, tangents: Sequence[Tensor]) -> Rows:
         if self._forward is None:
@@ -318,7 +327,7 @@ class Tape:
         return pushed
 
     def push_dual(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
-        """Return `(k, *output)` per output by the differentiated backward pass alone.
+        """Return `(k, *output)` per output by the differentiated backward pass.
 
         Raises:
             RouteFailedError: The function has no such route, or it fails its check.

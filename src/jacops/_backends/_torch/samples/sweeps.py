@@ -142,7 +142,7 @@ def _columns(tape: Tape, blocks: Blocks, where: slice) -> Iterator[None]:
         staged = [torch.empty(flat.shape[1], size, dtype=dtype, device=device) for size, dtype, device in kinds]
         for entry in range(flat.shape[1]):
             flat[:, entry] = 1
-            for columns, change in zip(staged, tape.push_dual(tangents), strict=True):
+            for columns, change in zip(staged, tape.push_alone(tangents), strict=True):
                 columns[entry] = change[0].reshape(-1)
             flat[:, entry] = 0  # only now: a push may be the tangent itself
             yield
