@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,12 @@ def survey(tensors: Iterable[Tensor]) -> Survey:
                 stack.append(parent)
     named = tuple(name.removesuffix("Backward") for name in functions)
     return Survey(named, _REENTRANT in functions, refuses, frozenset(leaves), frozenset(seen))
+
+
+def passed_bytes(nodes: Iterable[Any]) -> int:
+    """Return the bytes of all cotangents of one backward pass."""
+    kinds = (kind for node in nodes for kind in getattr(node, "_input_metadata", ()))
+    return sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in kinds)
 
 
 def saved_bytes(nodes: Iterable[Any], apart_from: Iterable[Tensor] = ()) -> int:
