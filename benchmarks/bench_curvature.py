@@ -108,9 +108,8 @@ def by_unit_vectors(product: Callable[[Tensor], Tensor], size: int) -> Tensor:
     return torch.cat([vmap(lambda i: product(one_hot(i, size).float())[i])(some) for some in rounds])
 
 
-def diagonals() -> Iterator[Workload]:
-    """Yield the cases of exact diagonals."""
-    c = Case(mlp(16, 32, 32, 10, act=nn.Tanh), 512, 16, 10)
+def hessian_diagonal(name: str, what: str, c: Case) -> Workload:
+    """Return the case of a Hessian's diagonal."""
     slope = grad(c.loss_at)
     rivals: dict[str, Callable[[], Any]] = {
         "jacops: diagonal(hessian(…))": lambda: jacops.diagonal(jacops.hessian(c.model, cross_entropy, c.x, c.y)),
@@ -119,13 +118,16 @@ def diagonals() -> Iterator[Workload]:
             lambda v: jvp(slope, (c.theta,), (v,))[1], len(c.theta)
         ),
     }
-    yield Workload("E4", "diagonal of the Hessian of E1", rivals, same())
-    large = Case(mlp(256, 768, 768, 256, 10, act=nn.Tanh), 256, 256, 10)
-    rivals = {
-        "jacops: diagonal(ggn(…))": lambda: jacops.diagonal(jacops.ggn(large.model, cross_entropy, large.x, large.y)),
-        "BackPACK: DiagGGNExact": by_backpack("DiagGGNExact", large),
+    return Workload(name, what, rivals, same())
+
+
+def gauss_newton_diagonal(name: str, what: str, c: Case) -> Workload:
+    """Return the case of a Gauss-Newton matrix's diagonal."""
+    rivals: dict[str, Callable[[], Any]] = {
+        "jacops: diagonal(ggn(…))": lambda: jacops.diagonal(jacops.ggn(c.model, cross_entropy, c.x, c.y)),
+        "BackPACK: DiagGGNExact": by_backpack("DiagGGNExact", c),
     }
-    yield Workload("E5", "diagonal of the Gauss-Newton matrix, 987,402 parameters, 256 samples", rivals, same())
+    return Workload(name, what, rivals, same())
 
 
 def bound(c: Case) -> dict[str, float]:
@@ -143,4 +145,6 @@ def workloads() -> Iterator[Workload]:
     gated = Case(Gated(16, 24, 10), 256, 16, 10)
     what = "full Hessian, gated residual net of 2,018 parameters, 256 samples"
     yield hessians("E3", what, gated, [Goal(BEST, faster=3)])
-    yield from diagonals()
+    yield hessian_diagonal("E4", "diagonal of the Hessian of E1", c)
+    large = Case(mlp(256, 768, 768, 256, 10, act=nn.Tanh), 256, 256, 10)
+    yield gauss_newton_diagonal("E5", "diagonal of a Gauss-Newton matrix, 987,402 parameters", large)

@@ -48,6 +48,8 @@ def tiny() -> Iterator[Workload]:
         yield from cases(products, 3)
     yield bench_curvature.hessians("E1", "perceptron", case, [Goal(BEST, faster=1), Goal(mib=1e6)])
     yield bench_curvature.gauss_newton("E2", "perceptron", case, [])
+    yield bench_curvature.hessian_diagonal("E4", "perceptron", case)
+    yield bench_curvature.gauss_newton_diagonal("E5", "perceptron", case)
 
 
 @pytest.mark.filterwarnings("ignore")  # rivals warn
@@ -71,6 +73,13 @@ def test_a_later_run_replaces_an_earlier_one(tmp_path, monkeypatch):
         rivals = {"jacops": lambda: torch.zeros(1), name: lambda: torch.zeros(1)}
         report.run(iter([Workload("X1", "nothing", rivals, same())]), "x", rounds=1)
     assert [r["rival"] for r in report.newest(tmp_path)] == ["jacops", "torch: new"]
+
+
+def test_a_call_that_compiles_is_made_once_more_than_it_counts():
+    calls = []
+    for compiles in (False, True):
+        measure(Workload("X", "", {"jacops": lambda: calls.append(1)}, compiles=compiles), rounds=1)
+    assert len(calls) == 3 + 4
 
 
 def test_rivals_that_fail_are_findings():

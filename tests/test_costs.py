@@ -217,3 +217,25 @@ def test_strict_checks_tell_every_pair_of_samples_apart(reads: int, writes: int)
     with pytest.warns(jacops.JacopsWarning, match="samples mix"):
         found = jacops.compute_jacobian(model, x, checks="strict")
     torch.testing.assert_close(found, torch.diag_embed(x.cos()))
+
+
+@pytest.mark.parametrize(("samples", "most"), [(8, 64), (20_000, 16)])
+def test_batched_cotangents_stay_within_caches_and_passes_are_even(samples: int, most: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+    H = jacops.hessian(model, nn.functional.mse_loss, torch.randn(samples, 4), torch.randn(samples, 2))
+    chunk = H.tape.chunk(100)
+    assert 1 <= chunk <= most
+    passes = -(-100 // chunk)
+    assert chunk * passes - 100 < passes
+
+
+def test_large_tangents_go_one_by_one_and_small_ones_together() -> None:
+    for width, together in ((8, True), (256, False)):
+        J = jacops.jacobian(
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 9)), torch.randn(2, width)
+        )
+        rows = torch.randn(3, J.shape[1])
+        before = J.tape.sweeps
+        found = J.apply(rows)
+        assert (J.tape.sweeps - before >= 3) != together
+        torch.testing.assert_close(found, torch.stack([J @ row for row in rows]))
