@@ -1,12 +1,30 @@
-"""Work in chunks that become smaller where memory runs out."""
+"""Work in chunks: how many vectors to a pass, and fewer where memory runs out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...errors import JacopsError, warn
 from .surroundings import is_memory_error
+
+_ENTRIES = 2**22
+_ROWS = 64
+_CACHED = 2**25  # 1.5 times faster than 64 rows, for a perceptron over 1,500 samples
+
+
+def to_a_pass(rows: int, entries: int, passed: int) -> int:
+    """Return how many of `rows` vectors go into one batched pass, such that passes are even.
+
+    Args:
+        rows: How many there are.
+        entries: Numbers of a vector and of its image.
+        passed: Bytes of cotangents that one vector's pass makes, where caches should hold those of a batch; else 0.
+    """
+    most = min(rows, _ROWS, _ENTRIES // max(1, entries), _CACHED // max(1, passed))
+    passes = math.ceil(rows / max(1, most))
+    return max(1, math.ceil(rows / max(1, passes)))
 
 
 class Chunks:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import JacopsError, NotDifferentiableError, warn
 from ...space import Space
 from .agreement import size, tolerance, worst_disagreement
+from .chunks import to_a_pass
 from .dual import Dual
 from .forward import Forward
 from .graph import Survey, passed_bytes, saved_bytes, survey
@@ -27,10 +28,7 @@ from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_ro
 from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
 
-_CHUNK_ENTRIES = 2**22
 _LARGE = 2**15
-_CHUNK_ROWS = 64
-_CHUNK_BYTES = 2**25  # of cotangents: 1.5 times faster than 64 rows of a perceptron over 1,500 samples
 
 
 class Tape:
@@ -372,12 +370,9 @@ class Tape:
                 yield index, where, rows, None if turned is None else self.pull_rows(turned, create_graph)
 
     def chunk(self, rows: int) -> int:
-        """Return how many cotangents go into one batched pass: on a processor, as many as its caches hold."""
-        entries = max(1, self.domain.dim + self.codomain.dim)
-        most = min(rows, _CHUNK_ROWS, _CHUNK_ENTRIES // entries)
-        if most > 1 and self.domain.device.type == "cpu":
-            most = min(most, _CHUNK_BYTES // max(1, self._passed_bytes))
-        return -(-rows // -(-rows // max(1, most))) if rows else 1  # even ones
+        """Return how many cotangents go into one batched pass."""
+        on_processor = rows > 1 and self.domain.device.type == "cpu"
+        return to_a_pass(rows, self.domain.dim + self.codomain.dim, self._passed_bytes if on_processor else 0)
 
     @cached_property
     def _passed_bytes(self) -> int:
