@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import gammaincinv
 from torch import Tensor
 
 from .._backends._torch.agreement import tolerance
@@ -223,4 +222,6 @@ def _off(matrix: Csr, probes: list[Tensor], pulled: Tensor, column_of: Array) ->
 
 def probe_factor(probes: int) -> float:
     """Return $c_k$: 798, 31.6, 11.1, 4.9, 2.6 for k = 1, 2, 3, 5, 10."""
+    from scipy.special import gammaincinv  # when called: it takes long to load
+
     return math.sqrt(probes / (2 * float(gammaincinv(probes / 2, _CONFIDENCE))))

@@ -1,12 +1,27 @@
-"""scipy's sparse arrays, whose shapes and results no type checker can follow: one name for them, checked nowhere."""
+"""scipy's sparse arrays, whose shapes and results no type checker can follow: one name for them, checked nowhere.
+
+They are loaded when first used, since that takes as long as a seventh of torch.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, TypeAlias
 
-import scipy.sparse as sp
-
 Csr: TypeAlias = Any
+
+
+class _Loaded:
+    """A module that is imported when something is asked of it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module(self._name), attribute)
+
+
+sp: Any = _Loaded("scipy.sparse")
 
 
 def csr(given: Any, shape: Any = None, copy: bool = False) -> Csr:

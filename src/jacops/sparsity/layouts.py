@@ -7,12 +7,12 @@ import warnings
 from typing import Any, Literal
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 
 from .._backends._torch.tape import Tape
 from ..errors import InputError, explain
 from ._compress import Assembly, Compressed
+from ._matrix import sp
 from ._point import lie_widths
 
 Layout = Literal["scipy", "coo", "csr", "bsr"]

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError, explain
-from ._matrix import Csr, csr
+from ._matrix import Csr, csr, sp
 
 _DOTS = 48  # at most so many dots each way; a braille character holds two by four
 _BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
@@ -96,7 +95,7 @@ def declared(value: Any, shape: tuple[int, int]) -> Pattern:
     return value if isinstance(value, Pattern) else Pattern(matrix)
 
 
-def _stored(entries: sp.coo_array) -> Csr:
+def _stored(entries: Any) -> Csr:
     """Return every stored entry as True, explicit zeros too: they are declared as well."""
     ones = np.ones(len(entries.row), bool)
     return csr(sp.coo_array((ones, (entries.row, entries.col)), shape=entries.shape))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import nn
 
@@ -21,7 +20,7 @@ from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import Selector
 from ._coloring import Coloring, color, least_cost
 from ._compress import Assembly, Compressed, Sweeper, compress
-from ._matrix import Csr, csr
+from ._matrix import Csr, csr, sp
 from ._point import Point, gradients_agree, record_point
 from ._pool import Array
 from .detect import traced
