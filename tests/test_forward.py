@@ -141,3 +141,10 @@ def test_a_leaf_made_from_another_leaf_moves_with_it_and_by_itself() -> None:
     v, w = drawn(3), drawn(1, 3)[0]
     found = jacops.jvp(lambda: q**2 + p, [p, q], [v, w])
     torch.testing.assert_close(found, (2 * q * (p.cos() * v + w) + v).detach())
+
+
+def test_a_push_that_fails_together_leaves_the_way_node_by_node_open() -> None:
+    J = jacops.jacobian(Of(lambda x, a: (x @ a).tanh(), (4, 3)), drawn(5, 4))
+    J.tape.trust.refuse("push", "dual")
+    J @ drawn(J.shape[1])
+    assert "node by node" in J.tape.routes["push"]

@@ -87,6 +87,12 @@ class Space:
         parts = zip(self.slices, self.shapes, self.dtypes, strict=True)
         return [rows[:, where].reshape(rows.shape[0], *shape).to(dtype) for where, shape, dtype in parts]
 
+    def units(self, where: slice) -> Tensor:
+        """Return the unit vectors of some entries as rows `(k, dim)`."""
+        rows = torch.zeros(where.stop - where.start, self.dim, dtype=self.dtype, device=self.device)
+        rows[:, where].fill_diagonal_(1)
+        return rows
+
     def check(self, tree: Any, argument: str, batch: bool = False) -> list[Tensor]:
         """Return `tree` as one tensor per array, every shape, dtype and device held against the space.
 

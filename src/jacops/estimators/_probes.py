@@ -65,9 +65,7 @@ def units(space: Space, many: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield all unit vectors of a space, `many` rows at a time, and where their ones are."""
     for start in range(0, space.dim, many):
         where = slice(start, min(start + many, space.dim))
-        rows = torch.zeros(where.stop - start, space.dim, dtype=space.dtype, device=space.device)
-        rows[:, where].fill_diagonal_(1)
-        yield where, rows
+        yield where, space.units(where)
 
 
 def chunk_of(operator: Operator) -> int:

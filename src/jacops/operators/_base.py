@@ -226,12 +226,10 @@ class Operator(ABC):
         space, everything = self.domain if n <= m else self.codomain, slice(None)
         for start in range(0, space.dim, way.chunk):
             where = slice(start, min(start + way.chunk, space.dim))
-            unit = torch.zeros(where.stop - start, space.dim, dtype=space.dtype, device=space.device)
-            unit[:, where].fill_diagonal_(1)
             if n <= m:
-                yield (everything, where), self._apply(unit).T
+                yield (everything, where), self._apply(space.units(where)).T
             else:
-                yield (where, everything), self._apply_transpose(unit)
+                yield (where, everything), self._apply_transpose(space.units(where))
 
     def gram(self) -> Tensor:
         r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large."""
@@ -243,9 +241,8 @@ class Operator(ABC):
         gram = torch.empty(m, m, dtype=space.dtype, device=space.device)
         step = max(1, _GRAM_ENTRIES // (8 * n))
         for start in range(0, m, step):
-            unit = gram.new_zeros(min(step, m - start), m)
-            unit[:, start : start + step].fill_diagonal_(1)
-            gram[start : start + step] = self._apply(self._apply_transpose(unit))
+            where = slice(start, min(start + step, m))
+            gram[where] = self._apply(self._apply_transpose(space.units(where)))
         return gram
 
     def tree(self, flat: Tensor) -> list[Tensor]:

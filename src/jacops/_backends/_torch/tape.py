@@ -28,7 +28,7 @@ from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_ro
 from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
 
-_LARGE = 2**15
+_LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 
 
 class Tape:
@@ -291,19 +291,17 @@ class Tape:
 
     def _push_some(self, tangents: Sequence[Tensor], create_graph: bool, live: int) -> Rows:
         many = tangents[0].shape[0] if tangents else 1
-        alone = many == 1 or self.trust.refused("push", "batched") or self._is_large
+        large = self.domain.device.type == "cpu" and self.domain.dim + self.codomain.dim > _LARGE
+        alone = many == 1 or large or self.trust.refused("push", "batched")
+        pushed = self._push_forward(tangents) if alone and tangents and not create_graph else None
+        if pushed is not None:
+            return pushed
         if not self.trust.refused("push", "dual"):
             try:
-                plain = alone and tangents and not create_graph
-                return self.push_alone(tangents) if plain else self.push_dual(tangents, create_graph)
+                return self.push_dual(tangents, create_graph)
             except RouteFailedError as reason:
                 self.leave("push", f"row by row, {live} backward passes", reason)
         return self._push_by_rows(tangents, many, create_graph)
-
-    @property
-    def _is_large(self) -> bool:
-        """Say whether a push costs its numbers, so that several in one pass would gain nothing."""
-        return self.domain.device.type == "cpu" and self.domain.dim + self.codomain.dim > _LARGE
 
     def push_alone(self, tangents: Sequence[Tensor]) -> Rows:
         """Return `(k, *output)` per output, one tangent at a time and never by rows.
@@ -311,18 +309,20 @@ class Tape:
         Raises:
             RouteFailedError: The function has no such route, or it fails its check.
         """
-        if not self.trust.refused("push", "forward"):
-            try:
-                return self._push_forward(tangents)
-            except RouteFailedError:  # nothing to tell: the next route is as exact, and slower by a constant
-                self.trust.refuse("push", "forward")
-        return self.push_dual(tangents)
+        pushed = self._push_forward(tangents)
+        return self.push_dual(tangents) if pushed is None else pushed
 
-    def _push_forward(self, tangents: Sequence[Tensor]) -> Rows:
-        if self._forward is None:
-            self._forward = Forward(self)
-        self._dual = None  # a second recording of the same point, no longer needed
-        pushed = self._forward.push(self, tangents)
+    def _push_forward(self, tangents: Sequence[Tensor]) -> Rows | None:
+        """Push node by node; None where that fails: the next route is as exact, and slower by a constant."""
+        if self.trust.refused("push", "forward"):
+            return None
+        try:
+            self._forward = self._forward or Forward(self)
+            self._dual = None  # a second recording of the same point, no longer needed
+            pushed = self._forward.push(self, tangents)
+        except RouteFailedError:
+            self.trust.refuse("push", "forward")
+            return None
         self.routes["push"] = "tangents node by node through the recorded graph, adjoint identity checked"
         return pushed
 

@@ -107,12 +107,9 @@ def _halve(second: Tensor, chunk: Chunk) -> None:
 
 
 def _columns(panel: Panel, found: Found) -> list[_Columns]:
-    second, moved, delta = found.second, found.moved.get(id(panel.use)), found.delta
     if panel.operand is None:
-        values = second if panel.factor is None else second * panel.factor[:, None, None]
-        if moved is not None and delta is not None:
-            values = values + moved * delta[:, None, None]
-        return [_Columns(panel, panel.reduced(values), None, (0, 2, 1, 3))]
+        return [_Columns(panel, by_entry(panel, found), None, (0, 2, 1, 3))]
+    second, moved, delta = found.second, found.moved.get(id(panel.use)), found.delta
     second = second[..., panel.channels]
     if moved is not None and delta is not None:
         moved, delta = moved[..., panel.group, :], delta[..., panel.channels]
@@ -125,6 +122,16 @@ def _columns(panel: Panel, found: Found) -> list[_Columns]:
     if moved is not None and delta is not None:
         result.append(_Columns(panel, moved[..., 0, :], delta[:, 0], (0, 2, 3, 1), parts=1))
     return result
+
+
+def by_entry(panel: Panel, found: Found) -> Tensor:
+    """Return what was found for a panel of factors, `(n, positions, channels of the chunk, entries)`."""
+    values, moved = found.second, found.moved.get(id(panel.use))
+    if panel.factor is not None:
+        values = values * panel.factor[:, None, None]
+    if moved is not None and found.delta is not None:
+        values = values + moved * found.delta[:, None, None]
+    return panel.reduced(values)
 
 
 def _rows(panel: Panel, chunk: Chunk, values: Tensor) -> _Rows | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..agreement import size, worst_disagreement
-from ..ladder import RouteFailedError, attempt
+from ..ladder import Result, RouteFailedError, attempt
 from ..memory import Meter
 from ..surroundings import private_noise
 from ..tape import Tape
@@ -95,12 +95,7 @@ class ByLayers:
             return None
         fresh, counted = self._is_fresh(self.name), free < math.inf
         with Meter() if counted else nullcontext() as meter:
-            try:
-                layers = attempt(self.prepare)
-            except RouteFailedError:
-                if not fresh:
-                    raise
-                return None
+            layers = _tried(self.prepare, fresh)
             if layers is None:
                 return None
             expected = self.rows(self.direction().unsqueeze(0))[0] if fresh else None
@@ -119,12 +114,7 @@ class ByLayers:
         if trust.refused("diagonal", name):
             return None
         fresh = self._is_fresh(name)
-        try:
-            found = attempt(lambda: self.entries(self.most))
-        except RouteFailedError:
-            if not fresh:
-                raise
-            return None
+        found = _tried(lambda: self.entries(self.most), fresh)
         if found is None:
             return None
         diagonal, route = found
@@ -158,6 +148,16 @@ class ByLayers:
     def _is_fresh(self, name: str) -> bool:
         habits = self.tape.trust.notes.get("habits")
         return self.tape.trust.needs(name) or bool(habits is not None and habits.reads)
+
+
+def _tried(work: Callable[[], Result | None], fresh: bool) -> Result | None:
+    """Return what comes of `work`; None where a route that nobody relied on yet fails."""
+    try:
+        return attempt(work)
+    except RouteFailedError:
+        if not fresh:
+            raise
+        return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import Chunk, Found
+from .blocks import Chunk, Found, by_entry
 from .sites import Panel, Part, Site, settled, without
 
 
@@ -84,14 +84,10 @@ def _contracted(second: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_factors(diagonal: Tensor, mine: Panel, chunk: Chunk, theirs: Panel, found: Found, share: float) -> None:
-    values, moved = found.second, found.moved.get(id(theirs.use))
-    if theirs.factor is not None:
-        values = values * theirs.factor[:, None, None]
-    if moved is not None and found.delta is not None:
-        values = values + moved * found.delta[:, None, None]
+    values = by_entry(theirs, found)
     index = mine.numbers[chunk.positions, chunk.channels].to(values.device)
     where = index[None, :, :, None].expand(values.shape[0], -1, -1, 1)
-    met = theirs.reduced(values).gather(3, where).squeeze(3)
+    met = values.gather(3, where).squeeze(3)
     if mine.factor is not None:
         met = met * mine.factor[:, chunk.positions, chunk.channels]
     diagonal[mine.parts[0].where].index_add_(0, index.flatten(), met.sum(0).flatten(), alpha=share)

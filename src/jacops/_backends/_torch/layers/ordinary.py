@@ -90,10 +90,7 @@ class Ordinary:
         return float(max(0, peaks[0] - each)), float(each)
 
     def _products(self, some: slice) -> Tensor:
-        space = self.tape.domain
-        unit = torch.zeros(some.stop - some.start, space.dim, dtype=space.dtype, device=space.device)
-        unit[:, some].fill_diagonal_(1)
-        return self.rows(unit)
+        return self.rows(self.tape.domain.units(some))
 
 
 def _step(most: int) -> int:
