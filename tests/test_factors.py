@@ -364,7 +364,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "a little": lambda a: a + 1e-9 * a.mean(0),
     "turned round": lambda a: a.flip(0),
     "random": lambda a: F.dropout(a, 0.5),
-    "reading": lambda a: a * (1.0 if float(a.detach().sum()) > 0 else 2.0),
+    "reading": lambda a: a * float(a.detach().sum()),
 }
 
 

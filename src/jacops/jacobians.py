@@ -48,9 +48,10 @@ def compute_jacobian(
     r"""Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
 
     It is the derivative of the model in eval mode on a batch of one: $J_{n} = \partial f(x_n) / \partial x_n$. Where
-    samples provably do not mix, all samples of a batch share min(outputs, inputs) sweeps; where they do, where the
-    forward reads values out of tensors, or where it is random, every sample is differentiated alone and a
-    `JacopsWarning` says why. Random layers draw what they would draw for that sample in the caller's random state.
+    samples provably do not mix, all samples of a batch share min(outputs, inputs) sweeps; where they do, or where the
+    forward is random, every sample is differentiated alone and a `JacopsWarning` describes why. A forward that reads
+    values out of tensors takes one more forward per sample, which must give the outputs of the batch. Random layers
+    draw what they would draw for that sample in the caller's random state.
 
     Args:
         model: A module (its copy is put in eval mode, the caller's is not touched), or a plain function.

@@ -13,10 +13,9 @@ from ._backends._torch.layers.by_sample import Definition, SampleFactors
 from ._backends._torch.layers.factors import matrix_shape
 from ._backends._torch.layers.parts import Rows
 from ._backends._torch.layers.row_cotangents import row_cotangents
-from ._backends._torch.record import Recorded, record_model, setting
+from ._backends._torch.record import Recorded, record_model
 from ._backends._torch.replica import bare, check_state, parameter_names
 from ._backends._torch.surroundings import eager, seeded
-from ._backends._torch.trust import told_apart, trust_in
 from .derivatives import Loss, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
@@ -89,8 +88,8 @@ def sample_gradients(
         return row_cotangents(batch.tape, loss, values[inputs:], build)
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, alone, together, cotangents, told_apart(loss), "sample_gradients", _way(options), forced)
-    return _factors(model, what, options, values[:inputs], lambda output, n: Space.flat(n, "rows", output))
+    what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
+    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output))
 
 
 @eager
@@ -133,13 +132,13 @@ def sample_jacobians(
         return _one_output(found)
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, record, record, None, told_apart(outputs), "sample_jacobians", _way(options), forced)
+    what = Definition(values, record, record, None, "sample_jacobians", _way(options), forced)
 
     def rows(output: Tensor, n: int) -> Space:
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape
         return Space(("output",), (torch.Size((n, *one)),), (output.dtype,), output.device)
 
-    return _factors(model, what, options, values, rows)
+    return _factors(model, what, options, rows)
 
 
 def _way(options: dict[str, Any]) -> str:
@@ -171,15 +170,13 @@ def _factors(
     model: nn.Module,
     what: Definition,
     options: dict[str, Any],
-    inputs: Sequence[Tensor],
     rows: Callable[[Tensor, int], Space],
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
     check_state(bare(model))
     if what.values[0].shape[0] == 0:
         return _no_rows(model, what, options)
-    key = setting(bare(model), [v[:1] for v in inputs], what.call, what.key)
-    found = SampleFactors(what, trust_in(bare(model), key, options.get("checks", "first")))
+    found = SampleFactors(what)
     domain, n = found.tape.domain, what.values[0].shape[0]
     missing = [domain.names[leaf] for leaf in found.collected.missing]
     return LayerFactors(

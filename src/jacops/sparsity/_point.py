@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._backends._torch.proofs import Proofs
 from .._backends._torch.record import Recorded as Recording
 from .._backends._torch.record import bare, parameter_names, record_model
 from .._backends._torch.rows import plain
 from .._backends._torch.surroundings import private_noise
 from .._backends._torch.tape import Tape
-from .._backends._torch.trust import Trust
 from ..derivatives import Wrt
 from ..errors import NotDifferentiableError, explain
 from ..trees import Selector, flatten
@@ -94,7 +94,7 @@ def record_point(
     *,
     lift: bool = True,
     watch: bool = False,
-    trust: Trust | None = None,
+    trust: Proofs | None = None,
 ) -> Point:
     """Record a model with its selections lifted where that is sound.
 
@@ -159,7 +159,7 @@ def _sound(selections: list[Selection], tape: Tape) -> list[Selection]:
     return [s for s in selections if id(s.leaf) in tape.survey.leaves]
 
 
-def _lifted_tape(tape: Tape, selections: list[Selection], trust: Trust | None) -> Tape:
+def _lifted_tape(tape: Tape, selections: list[Selection], trust: Proofs | None) -> Tape:
     leaves = [*tape.leaves, *(s.leaf for s in selections)]
     names = [*tape.domain.names, *(f"{tape.domain.names[s.source]} (selection {i})" for i, s in enumerate(selections))]
     lifted = Tape(

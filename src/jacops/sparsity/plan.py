@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .._backends._torch.ladder import RouteFailedError
+from .._backends._torch.proofs import Proofs
 from .._backends._torch.tape import Tape
-from .._backends._torch.trust import Trust
 from .._finite import check_outputs, is_finite, where_first
 from ..derivatives import Wrt
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
@@ -89,7 +89,7 @@ class SparsePlan:
         self._wrt: Wrt = wrt
         self._outputs, self._tangent = outputs, tangent
         self._local, self._unknown = local, unknown
-        self._trust = Trust()
+        self._trust = Proofs()
         self._assembly: Assembly | None = None
 
     # ---- what it knows -----------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class SparsePlan:
         other = sparse_plan(
             model, inputs, wrt=self._wrt, outputs=self._outputs, tangent=self._tangent, local=self._local
         )
-        self._trust = Trust()
+        self._trust = Proofs()
         self._unknown = other._unknown
         self._use(other._scheme)
 

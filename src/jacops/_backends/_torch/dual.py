@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .agreement import inner, size
-from .ladder import RouteFailedError, attempt
+from .ladder import RouteFailedError, RouteNotFiniteError, attempt
 from .rows import Rows, dense, plain, rows_size, zero_rows
 from .surroundings import private_noise, sweeping
 
@@ -95,8 +95,8 @@ class Dual:
                     pushed = list(attempt(lambda: sweep(tangents, True)))
                     tape.settle("push", time.perf_counter() - started, many * self.seconds)
                     return pushed
-                except RouteFailedError:
-                    trust.refuse("push", "batched")
+                except RouteFailedError as reason:
+                    trust.refuse("push", "batched", str(reason))
             each = [attempt(lambda i=i: sweep([t[i] for t in tangents], False)) for i in range(many)]
         if many == 1:
             return [None if r is None else plain(r).unsqueeze(0) for r in each[0]]
@@ -108,8 +108,11 @@ class Dual:
         if not error <= tape.tolerance:
             names = tape.survey.functions
             blame = f", perhaps by the custom Function {', '.join(names)}" if names else ""
-            cause = f"off by {error:.1e}" if math.isfinite(error) else "values are not finite"
-            raise RouteFailedError(f"the differentiated backward pass fails the adjoint identity ({cause}){blame}")
+            if not math.isfinite(error):
+                raise RouteNotFiniteError("values are not finite")
+            raise RouteFailedError(
+                f"the differentiated backward pass fails the adjoint identity (off by {error:.1e}){blame}"
+            )
 
 
 def adjoint_error(

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..._finite import is_finite
 from .dual import adjoint_error
-from .ladder import RouteFailedError, RouteLiesError, attempt
+from .ladder import RouteFailedError, RouteLiesError, RouteNotFiniteError, attempt
 from .node_rules import Rule, rule_for
 from .rows import Rows, plain
 from .surroundings import private_noise, sweeping
@@ -81,12 +81,12 @@ class Forward:
             tape.sweeps += 1
             row, seconds = self._timed(tape, tangent)
             if not all(is_finite(part) for part in row):
-                raise RouteFailedError("values are not finite")
+                raise RouteNotFiniteError("values are not finite")
             if tape.trust.needs("forward push"):
                 limit = _SLOW * _check(tape, tangent, row) + _NEGLIGIBLE
                 # Twice: the machine may have been busy with something else.
                 if seconds > limit and self._timed(tape, tangent)[1] > limit:
-                    tape.trust.refuse("push", "forward")
+                    tape.trust.refuse("push", "forward", "measured slower than a differentiated pull")
             pushed.append(row)
         if len(pushed) == 1:
             return [part.unsqueeze(0) for part in pushed[0]]

@@ -1,10 +1,11 @@
-"""Reading a recorded graph: which Python Functions it holds, and which leaves it ends in."""
+"""Reading a recorded graph: its wiring, which Python Functions it holds, and which leaves it ends in."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import BackwardCFunction
 
 _REENTRANT = "CheckpointFunctionBackward"
 _TWICE_REFUSED = "Error"
+_SAVED, _RAW = "_saved_", "_raw_saved_"
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 @dataclass(frozen=True)
@@ -24,38 +27,119 @@ class Survey:
         reentrant: A reentrant checkpoint is among them, which answers `backward()` only.
         refuses_twice: A node stands where a `once_differentiable` backward cut the graph.
         leaves: Identities of the leaf tensors the graph ends in.
-        nodes: All nodes, to look up where a tensor that is no leaf was made.
+        nodes: All nodes with their places in the walk, which are the same for every graph of this wiring.
+        wiring: Types of nodes, their connections, and the numbers, flags and words that they hold.
     """
 
     functions: tuple[str, ...]
     reentrant: bool
     refuses_twice: bool
     leaves: frozenset[int]
-    nodes: frozenset[Any]
+    nodes: Mapping[Any, int]
+    wiring: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is the same for all nodes of a type.
+
+    Attributes:
+        name: The node's name.
+        scalars: Reads the saved values that are no tensors and no sizes.
+        tensors: Attributes of the saved tensors.
+        custom: It is a Python Function's.
+        leaf: It ends in a leaf.
+    """
+
+    name: str
+    scalars: attrgetter[Any] | None
+    tensors: tuple[str, ...]
+    custom: bool
+    leaf: bool
+
+
+_kinds: dict[type, _Kind] = {}
+
+
+def _kind(node: Any) -> _Kind:
+    if isinstance(node, BackwardCFunction):  # not kept: its type may be one of many that a program makes
+        return _Kind(node.name(), None, ("saved_tensors",), True, False)  # pyright: ignore[reportAttributeAccessIssue]
+    names, name = dir(type(node)), node.name()
+    tensors = tuple(_SAVED + n.removeprefix(_RAW) for n in names if n.startswith(_RAW))
+    scalars = [n for n in names if n.startswith(_SAVED) and n not in tensors and not _is_size(n)]
+    leaf = name.rpartition("::")[2] == "AccumulateGrad"
+    found = _Kind(name, attrgetter(*scalars) if scalars else None, tensors, False, leaf)
+    return _kinds.setdefault(type(node), found)
+
+
+def _is_size(name: str) -> bool:
+    """Sizes and strides follow from those of inputs and weights, which are compared by themselves."""
+    return "_sym_" in name or name.endswith(("sizes", "strides"))
+
+
+def saved_tensors(node: Any) -> Iterable[tuple[str, Tensor]]:
+    """Yield the tensors that a node keeps, by attribute; several in one attribute are numbered."""
+    for name in (_kinds.get(type(node)) or _kind(node)).tensors:
+        try:
+            value = getattr(node, name)
+        except RuntimeError:  # freed, or written into since
+            continue
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple | list):
+            yield from ((f"{name}.{i}", v) for i, v in enumerate(value) if isinstance(v, Tensor))
 
 
 def survey(tensors: Iterable[Tensor]) -> Survey:
     """Walk the graph behind `tensors` once."""
-    tensors = list(tensors)
-    stack = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen, functions = set(stack), {}
-    leaves = {id(t) for t in tensors if t.requires_grad and t.grad_fn is None}
-    refuses = False
+    numbers: dict[Any, int] = {}
+    wiring: list[Any] = []
+    stack, functions, refuses = [], {}, False
+    leaves = set()
+    for tensor in tensors:
+        root = tensor.grad_fn
+        wiring.append(tensor.output_nr)
+        if root is None:
+            leaves |= {id(tensor)} if tensor.requires_grad else set()
+        elif root not in numbers:
+            numbers[root] = len(numbers)
+            stack.append(root)
+    add = wiring.append
     while stack:
         node = stack.pop()
-        if isinstance(node, BackwardCFunction):
-            functions[node.name()] = None
-        elif node.name().rpartition("::")[2] == _TWICE_REFUSED:
+        kind = _kinds.get(type(node)) or _kind(node)
+        add(type(node))
+        for parent, number in node.next_functions:
+            place = None
+            if parent is not None:
+                place = numbers.get(parent)
+                if place is None:
+                    place = numbers[parent] = len(numbers)
+                    stack.append(parent)
+            add((place, number) if number else place)
+        if kind.scalars is not None:
+            add(_frozen(kind.scalars(node)))
+        if kind.leaf:
+            leaves.add(id(node.variable))
+        elif kind.custom:
+            functions[kind.name] = None
+            add(_context(node))
+        elif kind.name.rpartition("::")[2] == _TWICE_REFUSED:
             refuses = True
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves.add(id(variable))
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
     named = tuple(name.removesuffix("Backward") for name in functions)
-    return Survey(named, _REENTRANT in functions, refuses, frozenset(leaves), frozenset(seen))
+    return Survey(named, _REENTRANT in functions, refuses, frozenset(leaves), numbers, tuple(wiring))
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_frozen(item) for item in value)
+    return value if isinstance(value, _PLAIN) else str(value)
+
+
+def _context(node: Any) -> Any:
+    """Return the numbers, flags and words that a Python Function keeps on its context."""
+    kept = getattr(node, "__dict__", None) or {}
+    return tuple((name, value) for name, value in kept.items() if isinstance(value, _PLAIN))
 
 
 def passed_bytes(nodes: Iterable[Any]) -> int:
@@ -69,17 +153,10 @@ def saved_bytes(nodes: Iterable[Any], apart_from: Iterable[Tensor] = ()) -> int:
     known = {t.untyped_storage().data_ptr() for t in apart_from}
     total = 0
     for node in nodes:
-        for name in dir(node):
-            if not name.startswith("_saved_"):
-                continue
-            try:
-                value = getattr(node, name)
-            except RuntimeError:  # freed, or written into since
-                continue
-            for tensor in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                    storage = tensor.untyped_storage()
-                    if storage.data_ptr() not in known:
-                        known.add(storage.data_ptr())
-                        total += storage.nbytes()
+        for _, tensor in saved_tensors(node):
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    known.add(storage.data_ptr())
+                    total += storage.nbytes()
     return total

@@ -19,6 +19,10 @@ class RouteLiesError(RouteFailedError):
     """A fast route gave numbers that the plain one does not confirm."""
 
 
+class RouteNotFiniteError(RouteFailedError):
+    """A fast route gave NaN or Inf, which proves nothing about the route."""
+
+
 def attempt(sweep: Callable[[], Result]) -> Result:
     """Run a fast sweep; what torch raises is a reason to leave the route, what else a model raises passes through.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from ...errors import InputTypeError, ModelStateError, NotDifferentiableError, e
 from ...trees import Selector, Tree, flatten, output_leaves, select
 from .cut import At, Cut
 from .inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
+from .proofs import ProofStore, store_for, told_apart
 from .replica import Replica, bare, check_state, parameter_names, replicate
 from .surroundings import autocast_on, random_state_kept, recording
 from .tape import Tape
-from .trust import Trust, told_apart, trust_in
 from .watch import Habits, Watch, WritesState
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -82,32 +85,39 @@ def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any
     context = (
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda") if torch.cuda.is_available() else False,
+        torch.get_default_dtype(),
     )
     return (tuple(parts), tuple(weights), tuple(arrays), context, *more)
 
 
-def run_watched(
-    model: nn.Module, run: Callable[[Replica], Any], trust: Trust, guarded: Sequence[Tensor], **options: Any
-) -> tuple[Any, Replica, Habits]:
-    """Run `run(replica)` and learn the forward's habits the first time; copy the weights if it writes into them."""
-    habits: Habits | None = trust.notes.get("habits")
-    if habits is not None and not habits.reads and trust.checks != "always":
-        replica = replicate(model, cloned=habits.writes, **options)
-        with recording(), random_state_kept():
-            return run(replica), replica, habits
+def watched(store: ProofStore, record: Callable[[Habits, Watch | None], tuple[Result, Tape]],
+            guarded: Iterable[Tensor]) -> Result:  # fmt: skip
+    """Record a forward, watched where it is not known what it does besides arithmetic.
+
+    Args:
+        store: What is known of the function.
+        record: Records it, on copies of its weights if it writes into them, and under a watch if there is one.
+        guarded: What a forward must not write into.
+
+    Raises:
+        ModelStateError: It writes into tensors that are not its own.
+    """
+    assumed = store.assumed
+    if assumed is not None:
+        done, tape = record(assumed, None)
+        if tape.look_up(store) is not None:
+            return done
+        del done, tape  # another graph than those that are known: what it does besides is not known either
     for cloned in (False, True):
-        replica = replicate(model, cloned=cloned, **options)
         watch = Watch([] if cloned else guarded)
         try:
-            with recording(), random_state_kept(), watch:
-                output = run(replica)
+            done, tape = record(Habits(writes=cloned), watch)
         except WritesState:
             continue
-        habits = trust.notes["habits"] = Habits(tuple(watch.reads), tuple(watch.draws), cloned)
-        return output, replica, habits
-    raise ModelStateError(
-        explain("model", "writing into a tensor that is not its own", "its forward must leave such tensors alone")
-    )
+        tape.look_up(store, watch.habits(cloned))
+        return done
+    came = "writing into tensors that are not its own"
+    raise ModelStateError(explain("model", came, "its forward must leave such tensors alone"))
 
 
 def record_model(
@@ -164,50 +174,52 @@ def record_model(
     values, input_tree = flatten(value, "input")
     tensors = [t for t in values if isinstance(t, Tensor)]
     key = setting(module, tensors, "whole", training, at, told_apart(outputs), told_apart(purpose))
-    trust = trust_in(module, key, checks)
-    kept: dict[str, Any] = {}
+    store = store_for(module, key, checks, _rows(tensors))
 
-    def run(replica: Replica) -> Any:
-        # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks for one.
-        copied, kept["inputs"] = private_inputs(value, connected)
-        for name, change in (shift or {}).items():
-            replica.parameters[name].data = replica.originals[name].detach() + change
-        hooked = Cut(replica.module, at)
-        args, kwargs = split_input(copied)
-        with hooked.active(), forward_explained(module, tensors):
-            output = hooked.result(replica(args, kwargs))
-        kept["hidden"] = hooked.leaves
-        output = select(output, outputs)
-        return finish(output) if finish is not None else output
+    def record(habits: Habits, watch: Watch | None) -> tuple[Recorded, Tape]:
+        kept: dict[str, Any] = {}
+        replica = replicate(
+            module, wrt=lambda n, p: n in chosen, training=training, connected=connected, cloned=habits.writes
+        )
+        with recording(), random_state_kept(), watch or nullcontext():
+            # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks
+            # for one.
+            copied, kept["inputs"] = private_inputs(value, connected)
+            for name, change in (shift or {}).items():
+                replica.parameters[name].data = replica.originals[name].detach() + change
+            hooked = Cut(replica.module, at)
+            args, kwargs = split_input(copied)
+            with hooked.active(), forward_explained(module, tensors):
+                output = hooked.result(replica(args, kwargs))
+            kept["hidden"] = hooked.leaves
+            output = select(output, outputs)
+            output = finish(output) if finish is not None else output
+        leaves, names, twins = _leaves(replica, chosen, kept, at, connected)
+        outputs_flat, tree = output_leaves(output)
+        tape = Tape(
+            leaves,
+            outputs_flat,
+            leaf_names=names,
+            output_names=tree.names,
+            call=call,
+            private=True,
+            fallback=fallback,
+            coarse=autocast_on(outputs_flat),
+        )
+        tape.protected = [p for p in module.parameters() if p.requires_grad]
+        # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
+        tape.twins = tuple((i, p) for i, p in twins if id(p) in tape.survey.leaves)
+        given = dict(zip(input_tree.names, values, strict=True))
+        inputs = {id(given[name]): (given[name], leaf) for name, leaf in kept["inputs"]}
+        return Recorded(tape, tree, output, inputs), tape
 
-    output, replica, _ = run_watched(
-        module,
-        run,
-        trust,
-        list(module.parameters()),
-        wrt=lambda n, p: n in chosen,
-        training=training,
-        connected=connected,
-    )
-    leaves, names, twins = _leaves(replica, chosen, kept, at, connected)
-    outputs_flat, tree = output_leaves(output)
-    tape = Tape(
-        leaves,
-        outputs_flat,
-        leaf_names=names,
-        output_names=tree.names,
-        call=call,
-        private=True,
-        trust=trust,
-        fallback=fallback,
-        coarse=autocast_on(outputs_flat),
-    )
-    tape.protected = [p for p in module.parameters() if p.requires_grad]
-    # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
-    tape.twins = tuple((i, p) for i, p in twins if id(p) in tape.survey.leaves)
-    given = dict(zip(input_tree.names, values, strict=True))
-    inputs = {id(given[name]): (given[name], leaf) for name, leaf in kept["inputs"]}
-    return Recorded(tape, tree, output, inputs)
+    return watched(store, record, module.parameters())
+
+
+def _rows(tensors: Sequence[Tensor]) -> int | None:
+    """Return the length of the first axis that all inputs share; None where there is none."""
+    lengths = {t.shape[0] if t.ndim else None for t in tensors}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _leaves(

@@ -111,6 +111,13 @@ def recording() -> Iterator[None]:
 
 
 @contextmanager
+def plain_forward() -> Iterator[None]:
+    """Run a forward without recording it, whatever the caller's modes are."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def sweeping(like: Tensor) -> Iterator[None]:
     """Run backward passes in the dtypes they were recorded in, also inside the caller's autocast."""
     kind = like.device.type

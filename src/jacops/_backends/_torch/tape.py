@@ -23,10 +23,11 @@ from .chunks import to_a_pass
 from .dual import Dual
 from .forward import Forward
 from .graph import Survey, passed_bytes, saved_bytes, survey
-from .ladder import RouteFailedError, RouteLiesError, attempt
+from .ladder import RouteFailedError, RouteLiesError, RouteNotFiniteError, attempt
+from .proofs import Proofs, ProofStore
 from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
 from .surroundings import is_memory_error, private_noise, sweeping
-from .trust import Trust
+from .watch import Habits
 
 _LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 
@@ -42,7 +43,7 @@ class Tape:
         call: The public call on whose behalf this is done.
         twins: More tensors that stand for leaf `j` (the caller's own parameter, where a private copy was not enough).
         private: Nobody but this tape holds the leaves, so `.backward` may write into them.
-        trust: What earlier calls proved.
+        trust: What earlier calls proved about this graph.
         fallback: `"warn"`, `"silent"` or `"error"` when a fast route is left.
         coarse: Values were computed in lower precision than their dtypes say (autocast).
     """
@@ -57,7 +58,7 @@ class Tape:
         call: str,
         twins: Sequence[tuple[int, Tensor]] = (),
         private: bool = False,
-        trust: Trust | None = None,
+        trust: Proofs | None = None,
         fallback: str = "warn",
         coarse: bool = False,
     ) -> None:
@@ -66,7 +67,7 @@ class Tape:
         self.domain = Space.of(self.leaves, leaf_names, device)
         self.codomain = Space.of(self.outputs, output_names, device)
         self.call, self.twins, self.private = call, tuple(twins), private
-        self.trust, self.fallback = trust or Trust(), fallback
+        self.trust, self.fallback = trust or Proofs(), fallback
         self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *([torch.bfloat16] if coarse else [])])
         self.routes: dict[str, str] = {}
         self.protected: Sequence[Tensor] = ()
@@ -82,6 +83,25 @@ class Tape:
             self._survey = survey(self.outputs)
         return self._survey
 
+    def look_up(self, store: ProofStore, habits: Habits | None = None) -> Habits | None:
+        """Take over what `store` knows of this graph.
+
+        Args:
+            store: What earlier calls proved about the function in this setting.
+            habits: What was seen while the graph was recorded; None where nobody watched.
+
+        Returns:
+            What the forward does besides arithmetic; None where it has to be watched to know.
+        """
+        return self.rely_on(store.proofs(self.survey, habits))
+
+    def rely_on(self, proofs: Proofs) -> Habits | None:
+        """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""
+        self.trust = proofs
+        if proofs.habits is not None and proofs.habits.coarse is not None:
+            self.tolerance = max(self.tolerance, tolerance([proofs.habits.coarse]))
+        return proofs.habits
+
     @property
     def held_bytes(self) -> int:
         """Bytes of the values that the graph keeps, leaves left out."""
@@ -91,7 +111,7 @@ class Tape:
         """Say whether a path leads from an output to any leaf, as far as a walk over the graph can see."""
         targets = [*self.leaves, *(t for _, t in self.twins)]
         nodes = {t.grad_fn for t in targets if t.grad_fn is not None}
-        reached = any(id(t) in self.survey.leaves for t in targets) or bool(nodes & self.survey.nodes)
+        reached = any(id(t) in self.survey.leaves for t in targets) or not nodes.isdisjoint(self.survey.nodes)
         return reached or self.survey.reentrant
 
     # ---- one backward pass -----------------------------------------------------------------------------------
@@ -193,7 +213,7 @@ class Tape:
                 return written(self._pull_batched(cotangents, many, create_graph), out)
             except RouteFailedError as reason:
                 self.leave("pull", "one cotangent at a time", reason)
-        self.routes.setdefault("pull", "autograd.grad, one cotangent at a time")
+        self.routes.setdefault("pull", f"autograd.grad, one cotangent at a time{self._why('pull', 'batched')}")
         return self._pull_each(cotangents, many, create_graph, out)
 
     def _pull_each(self, cotangents: Sequence[Tensor | None], many: int, create_graph: bool, out: Rows | None) -> Rows:
@@ -221,9 +241,9 @@ class Tape:
         rows = self._filled(grads, many)
         self.routes["pull"] = f"{many} cotangents in one batched pass, checked against a plain one"
         if self.trust.needs("batched pull", many):
-            self.trust.notes["seconds of a pull"] = self._check_batched(cotangents, rows, many)
+            self.trust.pull_seconds = self._check_batched(cotangents, rows, many)
             self.trust.remember("batched pull", many)
-        self.settle("pull", seconds, many * self.trust.notes.get("seconds of a pull", math.inf))
+        self.settle("pull", seconds, many * self.trust.pull_seconds)
         return rows
 
     def settle(self, sweep: str, batched: float, alone: float) -> None:
@@ -245,7 +265,7 @@ class Tape:
             error, _ = self._disagreement(noise, self._filled(grads, many), many)
         if not error <= self.tolerance:
             if not math.isfinite(error):
-                raise RouteFailedError("values are not finite")
+                raise RouteNotFiniteError("values are not finite")
             raise RouteLiesError(f"a batched backward pass disagrees with the plain one (by {error:.1e})")
         return seconds
 
@@ -301,6 +321,7 @@ class Tape:
                 return self.push_dual(tangents, create_graph)
             except RouteFailedError as reason:
                 self.leave("push", f"row by row, {live} backward passes", reason)
+        self.routes.setdefault("push", f"row by row, {live} backward passes{self._why('push', 'dual')}")
         return self._push_by_rows(tangents, many, create_graph)
 
     def push_alone(self, tangents: Sequence[Tensor]) -> Rows:
@@ -320,8 +341,10 @@ class Tape:
             self._forward = self._forward or Forward(self)
             self._dual = None  # a second recording of the same point, no longer needed
             pushed = self._forward.push(self, tangents)
-        except RouteFailedError:
-            self.trust.refuse("push", "forward")
+        except RouteNotFiniteError:
+            return None
+        except RouteFailedError as reason:
+            self.trust.refuse("push", "forward", str(reason))
             return None
         self.routes["push"] = "tangents node by node through the recorded graph, adjoint identity checked"
         return pushed
@@ -380,6 +403,11 @@ class Tape:
 
     # ---- the ladder ------------------------------------------------------------------------------------------
 
+    def _why(self, sweep: str, route: str) -> str:
+        """Return the reason for which an earlier call left `route`, for a description of what is done instead."""
+        refusal = self.trust.refusal(sweep, route)
+        return f" (because {refusal.reason})" if refusal is not None and refusal.reason else ""
+
     def may_batch(self, sweep: str, create_graph: bool) -> bool:
         """Say whether many vectors may share a sweep.
 
@@ -389,10 +417,11 @@ class Tape:
 
     def leave(self, sweep: str, route: str, reason: RouteFailedError) -> None:
         """Go on by another route, saying so as `fallback` asks."""
-        self.trust.refuse(sweep, "batched" if sweep == "pull" else "dual")
+        finite = not isinstance(reason, RouteNotFiniteError)  # NaN says nothing about a route
+        news = finite and self.trust.refuse(sweep, "batched" if sweep == "pull" else "dual", str(reason))
         self.routes[sweep] = f"{route} (because {reason})"
         if self.fallback == "error":
             raise NotDifferentiableError(f"{self.call}: {reason}, and fallback='error' forbids the plain route.")
         # One cotangent at a time is the plain route, slower by a constant; many rows for one tangent are worth a word.
-        if self.fallback == "warn" and (sweep == "push" or isinstance(reason, RouteLiesError)):
+        if news and self.fallback == "warn" and (sweep == "push" or isinstance(reason, RouteLiesError)):
             warn(f"{self.call} went {route}: {reason}.")

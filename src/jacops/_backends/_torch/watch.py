@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _READS_OUTSIDE_DISPATCH = ("tolist", "numpy", "__array__", "__dlpack__")
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class WritesState(Exception):
@@ -27,11 +28,15 @@ class Habits:
         reads: Operations that read values out of tensors.
         draws: Random operations.
         writes: It writes into its weights.
+        packs: It saves tensors through hooks (checkpoints), which compute them again when they are looked at.
+        coarse: The coarsest floating-point dtype that it computed in.
     """
 
-    reads: tuple[str, ...]
-    draws: tuple[str, ...]
-    writes: bool
+    reads: tuple[str, ...] = ()
+    draws: tuple[str, ...] = ()
+    writes: bool = False
+    packs: bool = False
+    coarse: torch.dtype | None = None
 
 
 class Watch:
@@ -41,11 +46,15 @@ class Watch:
         reads: Operations that read values out of tensors (`.item()`, `if tensor:`, `nonzero` …), so that the next
             input may take another path.
         draws: Random operations.
+        packs: Tensors are saved through hooks.
+        coarse: The coarsest floating-point dtype of a result.
     """
 
     def __init__(self, guarded: Iterable[Tensor] = ()) -> None:
         self.reads: dict[str, None] = {}
         self.draws: dict[str, None] = {}
+        self.packs = False
+        self.coarse: torch.dtype | None = None
         self.guarded = {_storage(tensor) for tensor in guarded}
         self._stack = ExitStack()
 
@@ -56,6 +65,17 @@ class Watch:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    def habits(self, writes: bool) -> Habits:
+        """Return what was seen, as a record."""
+        return Habits(tuple(self.reads), tuple(self.draws), writes, self.packs, self.coarse)
+
+    def note_result(self, result: Any) -> None:
+        """Note the dtype of a result, and whether tensors are saved as they are."""
+        self.packs = self.packs or _hooks(False) is not None
+        if isinstance(result, Tensor) and result.dtype.is_floating_point and result.dtype is not self.coarse:
+            known = self.coarse
+            self.coarse = result.dtype if known is None else max(known, result.dtype, key=lambda d: torch.finfo(d).eps)
 
     def note(self, operation: Any, args: tuple[Any, ...]) -> None:
         tags = operation.tags
@@ -90,7 +110,9 @@ class _Dispatch(Light):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.watch.note(func, args)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.watch.note_result(result)
+        return result
 
 
 class _Functions(TorchFunctionMode):

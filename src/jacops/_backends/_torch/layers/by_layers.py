@@ -146,7 +146,7 @@ class ByLayers:
         return private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device), seed=7)
 
     def _is_fresh(self, name: str) -> bool:
-        habits = self.tape.trust.notes.get("habits")
+        habits = self.tape.trust.habits
         return self.tape.trust.needs(name) or bool(habits is not None and habits.reads)
 
 

@@ -9,7 +9,7 @@ the same alone; and a plain sweep over a random mix of all rows is what the fact
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,35 +19,19 @@ from ...._finite import is_finite
 from ....errors import JacopsError, ModelStateError, NotDifferentiableError, explain, warn
 from ..agreement import size, worst_disagreement
 from ..ladder import RouteFailedError
+from ..proofs import Refusal
 from ..record import Recorded
 from ..rows import plain
-from ..samples.mixing import differs
+from ..samples.mixing import NOT_FINITE, differs, with_reads
 from ..surroundings import is_memory_error, private_noise
 from ..tape import Tape
-from ..trust import Trust
 from ..watch import Habits
 from .collected import Collected, StructureChangedError
 from .factors import Layers, unit_seeds
 
 _WORKING = 2**24  # bytes of a recorded batch: larger ones were not faster
 _MOST = 4096  # samples in it
-_NOT_FINITE = "values are not finite"
 _ROUNDING_SHARE = 1e-4
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why samples are not taken together.
-
-    Attributes:
-        reason: In words.
-        loud: It is worth a warning.
-        lasting: It holds for other values of the samples too.
-    """
-
-    reason: str
-    loud: bool = True
-    lasting: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,6 @@ class Definition:
         alone: Records one sample alone: its values -> a tape with one output, whose entries are the rows.
         together: Records the model's outputs for several samples: their values -> a tape.
         cotangents: A loss's cotangents of a batch, row by row; None where rows are the outputs themselves.
-        key: Tells one definition from another in what is remembered.
         call: The public call on whose behalf this is done.
         fallback: What happens when samples mix.
         forced: Samples are taken alone for this reason.
@@ -69,7 +52,6 @@ class Definition:
     alone: Callable[[Sequence[Tensor]], Recorded]
     together: Callable[[Sequence[Tensor]], Recorded]
     cotangents: Callable[[Recorded, Sequence[Tensor]], list[Tensor | None]] | None
-    key: Hashable
     call: str
     fallback: str
     forced: str | None = None
@@ -80,7 +62,6 @@ class SampleFactors:
 
     Args:
         what: The definition of a row.
-        trust: What earlier calls proved about these samples.
 
     Attributes:
         collected: The rows.
@@ -88,8 +69,8 @@ class SampleFactors:
         route: How they were computed, in words.
     """
 
-    def __init__(self, what: Definition, trust: Trust) -> None:
-        self.what, self.trust = what, trust
+    def __init__(self, what: Definition) -> None:
+        self.what = what
         self.count = what.values[0].shape[0]
         self.tape, self.output = self._prepared()
         self.layers = Layers(self.tape, 1)
@@ -126,7 +107,7 @@ class SampleFactors:
     def _refusal(self) -> Refusal | None:
         if self.what.forced is not None or not self.layers.sites:
             return Refusal(self.what.forced or "no parameter enters by an operation with a rule", loud=False)
-        known: Refusal | None = self.trust.notes.get("mixes") if self.trust.checks != "always" else None
+        known = self.tape.trust.refusal("samples", "together")
         if known is not None:
             self._say(known)
         return known
@@ -135,7 +116,7 @@ class SampleFactors:
         if refusal is None:
             return
         if refusal.lasting:
-            self.trust.notes["mixes"] = refusal
+            self.tape.trust.refuse("samples", "together", refusal)
         self._say(refusal)
 
     def _say(self, refusal: Refusal) -> None:
@@ -228,13 +209,14 @@ class SampleFactors:
         refusal = self._unbatchable(tape, many)
         if refusal is not None:
             return refusal
-        route = ("samples alone", self.what.key, tape.domain.names)
+        route = ("samples apart", self.what.call, tape.domain.names, tape.codomain.names)
         fresh = tape.trust.needs(*route)
+        fresh = fresh or bool(_habits(tape).reads)
         reason = self._differs(tape, values, many) if fresh else None
         reason = reason or self._filled(collected, where, tape, seeds)
         reason = reason or (self._disagrees(collected, where, tape, seeds) if fresh else None)
         if reason is not None:
-            return Refusal(reason, loud=reason != _NOT_FINITE, lasting=reason != _NOT_FINITE)
+            return Refusal(reason, loud=reason != NOT_FINITE, lasting=reason != NOT_FINITE)
         if fresh and any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: they agree anyway
             tape.trust.remember(*route)
         for i in range(where.start, where.stop) if collected.missing else ():
@@ -262,28 +244,27 @@ class SampleFactors:
         if not tape.outputs:
             return Refusal("the loss of no row depends on its output", loud=False, lasting=False)
         habits = _habits(tape)
-        if habits.reads:
-            return Refusal(f"the forward reads values out of tensors ({', '.join(habits.reads)})")
         if habits.draws:
             return Refusal(f"the forward is random ({', '.join(habits.draws)})")
         for name, output in zip(tape.codomain.names, tape.outputs, strict=True):
             if output.ndim == 0 or output.shape[0] != many:
                 return Refusal(f"{name} has shape {tuple(output.shape)} and no axis of {many} samples first")
         if not all(is_finite(output) for output in tape.outputs):  # NaN would look like samples that mix
-            return Refusal(_NOT_FINITE, loud=False, lasting=False)
+            return Refusal(NOT_FINITE, loud=False, lasting=False)
         return None
 
     def _differs(self, tape: Tape, values: Sequence[Tensor], many: int) -> str | None:
-        """Compare outputs in the batch with outputs of one sample and of a random half."""
+        """Compare outputs in the batch with outputs of one sample and of a random half, or of every one."""
         order = _order(many)
-        for picked in (order[:1], order[: max(1, many // 2)].sort().values):
+        halves: Iterable[Tensor] = (order[:1], order[: max(1, many // 2)].sort().values)
+        for picked in order.split(1) if _habits(tape).reads else halves:
             part = self.what.together([v[picked.to(v.device)] for v in values]).tape
             outputs = dict(zip(part.codomain.names, part.outputs, strict=True))
             for name, whole in zip(tape.codomain.names, tape.outputs, strict=True):
                 alone = outputs[name]
-                reason = differs(whole, alone, picked)
+                reason = differs(whole, alone, picked, tape.tolerance)
                 if reason is not None:
-                    return reason
+                    return with_reads(reason, _habits(tape))
         return None
 
     def _disagrees(
@@ -336,7 +317,7 @@ def _that_count(tape: Tape, cotangents: Sequence[Tensor | None] | None) -> tuple
 
 
 def _habits(tape: Tape) -> Habits:
-    return tape.trust.notes.get("habits", Habits((), (), False))
+    return tape.trust.habits or Habits()
 
 
 def _order(many: int) -> Tensor:
@@ -345,4 +326,4 @@ def _order(many: int) -> Tensor:
 
 def _off(what: str, error: float) -> str:
     finite = math.isfinite(error)
-    return f"samples mix: {what} and the rows of the batch differ by {error:.1e}" if finite else _NOT_FINITE
+    return f"samples mix: {what} and the rows of the batch differ by {error:.1e}" if finite else NOT_FINITE

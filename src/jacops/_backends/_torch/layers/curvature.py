@@ -268,8 +268,9 @@ def operand_by_sample(site: Site, use: Use, operand: Tensor) -> Tensor:
 def _proved(second: Second, sites: Sequence[Site], many: int) -> list[Site]:
     """Return the sites at which second derivatives keep samples apart, with the layouts in which they do."""
     trust, slices = second.tape.trust, second.tape.domain.slices
-    known: dict[int, int] | None = trust.notes.get("apart") if trust.checks == "first" else None
-    if known is not None and trust.notes.get("apart of") == (many, len(sites)):
+    route = ("samples apart at outputs of layers", many, len(sites))
+    known: dict[int, int] | None = None if trust.needs(*route) else trust.known.get(route)
+    if known is not None:
         return settled(laid(sites, many, known), slices)
     kept = torch.randperm(many, generator=torch.Generator().manual_seed(0)) < (many + 1) // 2
     for ahead in (1, 0):
@@ -277,7 +278,8 @@ def _proved(second: Second, sites: Sequence[Site], many: int) -> list[Site]:
         if found:
             placed = laid(sites, many, found)
             if _apart(second, placed, kept):
-                trust.notes["apart"], trust.notes["apart of"] = found, (many, len(sites))
+                trust.known[route] = found
+                trust.remember(*route)
                 return settled(placed, slices)
     return []
 

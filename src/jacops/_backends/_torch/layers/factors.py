@@ -97,13 +97,13 @@ class Layers:
         if self.samples == 1:
             alone: list[Order | None] = ["sample first"]  # any order is right
             return alone * len(uses)
-        trust, key = self.tape.trust, f"orders of {len(uses)} uses of {self.tape.domain.names}"
-        if key in trust.notes and not trust.needs(key):
-            return trust.notes[key]
+        trust, key = self.tape.trust, ("orders of rows", len(uses), tuple(self.tape.domain.names))
+        if key in trust.known and not trust.needs(*key):
+            return trust.known[key]
         found = attempt(lambda: find_orders(self.tape, uses)) if uses else []
         if None not in found:
-            trust.notes[key] = found
-            trust.remember(key)
+            trust.known[key] = found
+            trust.remember(*key)
         return found
 
     def sweep(self, seeds: Sequence[Tensor]) -> list[Tensor]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..agreement import worst_disagreement
 from ..losses import call_loss
+from ..proofs import store_for
 from ..rows import plain
 from ..surroundings import is_memory_error, out_of_inference, random_state_kept, recording
 from ..tape import Tape
-from ..trust import told_apart
+from ..watch import Habits
 
 Build = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Any, Any]]
 _TRIED = 3
@@ -36,22 +37,26 @@ def row_cotangents(
         build: Makes `(output, y)` of the outputs and targets of some rows.
     """
     outputs, targets = [o.detach() for o in tape.outputs], [out_of_inference(t) for t in targets]
-    one_by_one = tape.trust.notes.setdefault("losses one by one", set())
-    key, many = told_apart(loss), targets[0].shape[0]
+    many = targets[0].shape[0]
 
     def alone(rows: Iterable[int]) -> list[Tensor | None]:
         parts = [_gradients(loss, build, outputs, targets, i) for i in rows]
         return [_joined(column, output, many) for column, output in zip(zip(*parts, strict=True), outputs, strict=True)]
 
-    found = None if key in one_by_one else _vectorised(loss, build, outputs, targets)
-    if found is not None and tape.trust.needs("losses at once", key, many):
+    values = _vectorised(loss, build, outputs, targets)
+    if values is None:
+        return alone(range(many))
+    arrays = tuple((t.shape, t.dtype, t.device) for t in (*outputs, *targets))
+    values.look_up(store_for(loss, ("losses of rows", arrays), tape.trust.checks, many), Habits())
+    if values.trust.refused("losses", "together"):
+        return alone(range(many))
+    found = _pulled(values)
+    if values.trust.needs("losses together"):
         picked = torch.randperm(many, generator=torch.Generator().manual_seed(0))[:_TRIED].tolist()
         if not _agree(found, alone(picked), picked, tape.tolerance):
-            found = None
-    if found is None:
-        one_by_one.add(key)
-        return alone(range(many))
-    tape.trust.remember("losses at once", key, many)
+            values.trust.refuse("losses", "together", "under vmap they differ from those of single rows")
+            return alone(range(many))
+        values.trust.remember("losses together")
     return found
 
 
@@ -82,13 +87,13 @@ def _gradients(
     leaves = [(o[where] if _by_row(o, many) else o.detach()).requires_grad_() for o in outputs]
     with recording(), random_state_kept():
         value = call_loss(loss, *build([leaf.clone() for leaf in leaves], [t[where] for t in targets]))
-    return _pulled(value, leaves)
+    return _pulled(_tape(value, leaves))
 
 
 def _vectorised(
     loss: Callable[[Any, Any], Tensor], build: Build, outputs: Sequence[Tensor], targets: Sequence[Tensor]
-) -> list[Tensor | None] | None:
-    """Run the loss of all rows under vmap; None where it cannot be."""
+) -> Tape | None:
+    """Record the sum of the losses of all rows under vmap; None where it cannot be."""
     many = targets[0].shape[0]
     axes = [0 if _by_row(o, many) else None for o in outputs]
 
@@ -101,14 +106,17 @@ def _vectorised(
         with recording(), random_state_kept():
             mapped = torch.func.vmap(of_row, in_dims=(axes, [0] * len(targets)))
             values = mapped([leaf.clone() for leaf in leaves], list(targets))
-        return _pulled(values.sum(), leaves) if values.shape == (many,) else None
+        return _tape(values.sum(), leaves) if values.shape == (many,) else None
     except Exception as error:
         if is_memory_error(error):
             raise
         return None  # what is wrong with the loss itself shows when it is called for a row alone
 
 
-def _pulled(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+def _tape(value: Tensor, leaves: Sequence[Tensor]) -> Tape:
     names = [f"output[{i}]" for i in range(len(leaves))]
-    tape = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call="the loss of a row", private=True)
-    return [None if g is None else plain(g) for g in tape.pull([torch.ones_like(value)])]
+    return Tape(leaves, [value], leaf_names=names, output_names=["loss"], call="the loss of a row", private=True)
+
+
+def _pulled(tape: Tape) -> list[Tensor | None]:
+    return [None if g is None else plain(g) for g in tape.pull([torch.ones_like(o) for o in tape.outputs])]

@@ -6,6 +6,7 @@ first sweep takes, whose cotangents are rows already.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,8 +149,10 @@ class LayerRoute:
             found = self._filled(together, into)
         except RouteFailedError:
             found = None
-        if found is None or (self._is_new() and not _confirmed(self.tape, found.blocks[0])):
-            self.tape.trust.refuse("pull", "by layers")
+        error = 0.0 if found is None or not self._is_new() else _disagreement(self.tape, found.blocks[0])
+        if found is None or not error <= self.tape.tolerance:
+            if not math.isnan(error):  # values that are not finite say nothing about the route
+                self.tape.trust.refuse("pull", "by layers", f"it disagrees with a plain sweep by {error:.1e}")
             return None
         self.tape.trust.remember("by layers", self.tape.domain.names)
         self.tape.routes["pull"] = f"all {self._output.shape[0]} samples to a sweep, by where parameters enter"
@@ -244,12 +247,12 @@ def _covered(tape: Tape) -> Layers | None:
     return layers if layers.sites and not layers.missing else None
 
 
-def _confirmed(tape: Tape, blocks: Sequence[Tensor]) -> bool:
-    """Hold the blocks against a plain sweep over a random cotangent."""
+def _disagreement(tape: Tape, blocks: Sequence[Tensor]) -> float:
+    """Return how far the blocks are from a plain sweep over a random cotangent."""
     (output,) = tape.outputs
     seed = private_noise(output)
     pairs = []
     for block, leaf, grad in zip(blocks, tape.leaves, tape.pull([seed]), strict=True):
         found = (seed.reshape(1, -1).to(block.dtype) @ as_rows(block)).view(leaf.shape)
         pairs.append((found, torch.zeros_like(leaf) if grad is None else plain(grad)))
-    return worst_disagreement(pairs) <= tape.tolerance
+    return worst_disagreement(pairs)

@@ -8,7 +8,8 @@ for a random cotangent, with exact zeros where the cotangent has them. Otherwise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,21 +21,35 @@ from ....errors import InputError, InputTypeError, JacopsError, ModelStateError,
 from ....trees import Selector, flatten, is_differentiable
 from ..chunks import Chunks
 from ..cut import At
+from ..graph import Survey
 from ..inputs import check_fallback
 from ..matrix import jacobian_blocks
 from ..memory import Budget, given_tensors
+from ..proofs import ProofStore
 from ..replica import bare, check_state
 from ..surroundings import is_memory_error
-from ..trust import Trust
 from .bottleneck import GAIN, narrowest, sweep_split
 from .compiled import Compiler
-from .mixing import coupled, differs, unbatchable
+from .mixing import NOT_FINITE, coupled, differs, disagrees, unbatchable, with_reads
 from .plan import ensure_fits, is_small, planned
 from .results import Results, SampleJacobians
 from .runs import Run, Runner
-from .sweeps import sweep
+from .sweeps import counts, sweep
 
 MODES = ("auto", "reverse", "forward", "split")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Runs of some samples without the others.
+
+    Attributes:
+        alone: The graph of one sample's run.
+        pieces: Which samples, and their outputs.
+    """
+
+    alone: Survey | None
+    pieces: Iterable[tuple[Tensor, list[Tensor]]]
 
 
 class Samples:
@@ -204,60 +219,93 @@ class Samples:
     def _chunk(self, result: Results, where: slice, mode: str) -> str | None:
         """Fill in one batch by shared sweeps; return why not if samples mix."""
         values, many = [v[where] for v in self.values], where.stop - where.start
-        trust = self.runner.trust(values)
-        reason = trust.notes.get("mixes") if self.checks not in ("always", "strict") else None
-        if reason is not None:
-            return reason
-        fresh = trust.needs("samples apart", many)
-        if self.compiler and not fresh and self.compiler.fill(result, where, values, trust):
+        store = self.runner.store(values)
+        if self.compiler and self.compiler.fill(result, where, values, store):
             return None
         try:
-            parts = self._parts(values, many) if fresh else []
-            run = self._known_split(values, trust, fresh, mode) or self.runner.run(values, trust)
+            run, parts = self._recorded(values, store, mode)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, JacopsError) or is_memory_error(error):
                 raise
             self.runner.run([v[:1] for v in self.values])  # where it fails alone too, that is the error to see
             return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"
-        reason = unbatchable(run.tape if run.head is None else run.head, run.habits, many)
-        if reason is None and fresh:
-            reason = self._differs_alone(run, parts)
+        known = run.tape.trust.refusal("samples", "together")
+        if known is not None:
+            return known.reason
+        reason, swept = self._mixing(run, values, parts), run
         if reason is None:
             result.prepare(run)
-            reason = self._filled(result, where, run, values, fresh, mode)
+            reason, swept = self._filled(result, where, run, values, store, parts is not None, mode)
+        if reason is None and parts is None and run.tape.trust.spot_due(many, min(counts(run.tape))):
+            reason = self._spot(result, where, run, values)
         if reason is not None:
-            trust.notes["mixes"] = reason
+            if reason != NOT_FINITE:
+                run.tape.trust.refuse("samples", "together", reason)
             return reason
-        if fresh and any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: they agree anyway
-            trust.remember("samples apart", many)
+        if parts is not None and any(bool((v != v[:1]).any()) for v in values):
+            # Equal rows prove nothing: they agree anyway.
+            for proofs in (run.tape.trust, swept.tape.trust):
+                proofs.remember("samples apart", many)
         for out, tensor in enumerate(run.tape.outputs):
             result.outputs[out][where] = tensor.detach()
         if self.compiler and result.direction.startswith("reverse"):
-            self.compiler.consider(result, where, run, values)
+            self.compiler.consider(result, where, run, values, store)
         return None
 
-    def _known_split(self, values: Sequence[Tensor], trust: Trust, fresh: bool, mode: str) -> Run | None:
+    def _recorded(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> tuple[Run, Parts | None]:
+        """Record a batch, and ask what is known of its graph.
+
+        Returns:
+            The run, and runs of its parts to hold it against, where it still has to be proved that samples are apart.
+        """
+        many = values[0].shape[0]
+        if store.assumed is not None or self.checks == "never":
+            run = self._known_split(values, store, mode) or self.runner.run(values, store)
+            proofs = run.tape.trust
+            if proofs.refusal("samples", "together") is not None or not proofs.needs("samples apart", many):
+                return run, None
+            del run, proofs  # its graph would stand beside those of the parts
+        parts = self._parts(values, many, store)
+        run = self.runner.run(values, store)
+        if parts.alone is not None:
+            run.tape.rely_on(store.refined(run.tape.survey, parts.alone))
+        return run, parts
+
+    def _known_split(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
         """Record the run cut where earlier calls found that it pays; None where the whole is to be recorded."""
-        habits, path = trust.notes.get("habits"), trust.notes.get("split")
-        if fresh or mode not in ("auto", "split") or path is None or habits is None or habits.reads:
+        habits, path = store.assumed, store.known.get("split")
+        if mode not in ("auto", "split") or path is None or habits is None:
             return None
-        return self.runner.split(values, trust, habits, path)
+        run = self.runner.split(values, store, habits, path)
+        return None if run is None or run.tape.trust.needs("samples apart", values[0].shape[0]) else run
 
     def _filled(
-        self, result: Results, where: slice, run: Run, values: Sequence[Tensor], fresh: bool, mode: str
-    ) -> str | None:
-        """Fill in one batch, split at a narrow layer where that saves sweeps; return why not if samples mix."""
-        split, trust, strict = self._split(run, values, mode), run.tape.trust, self.checks == "strict"
+        self,
+        result: Results,
+        where: slice,
+        run: Run,
+        values: Sequence[Tensor],
+        store: ProofStore,
+        fresh: bool,
+        mode: str,
+    ) -> tuple[str | None, Run]:
+        """Fill in one batch, split at a narrow layer where that saves sweeps.
+
+        Returns:
+            Why samples mix, None where they do not; and the run that was swept.
+        """
+        split, strict = self._split(run, values, store, mode), self.checks == "strict"
         result.proved = False
         if split is not None and split.head is not None:
             result.direction, result.proved = sweep_split(split.head, split.tape, result.blocks, where)
             if not fresh or coupled(run.tape, result.blocks, where, strict) is None:
-                return None
-            trust.notes["split"], result.proved = None, False
+                return None, split
+            run.tape.trust.split, result.proved = {}, False
+            store.known.pop("split", None)
         result.direction = sweep(run.tape, result.blocks, where, "auto" if mode == "split" else mode)
-        return coupled(run.tape, result.blocks, where, strict) if fresh else None
+        return coupled(run.tape, result.blocks, where, strict) if fresh else None, run
 
-    def _split(self, run: Run, values: Sequence[Tensor], mode: str) -> Run | None:
+    def _split(self, run: Run, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
         """Return the run cut at the narrowest layer that saves sweeps; None where there is none.
 
         Raises:
@@ -265,35 +313,60 @@ class Samples:
         """
         if run.head is not None or mode not in ("auto", "split"):
             return run if run.head is not None else None
-        tape, notes = run.tape, run.tape.trust.notes
-        note = "split" if mode == "auto" else "split anywhere"
-        if note not in notes:
+        tape, known = run.tape, run.tape.trust.split
+        if mode not in known:
             simple = self.at is None and len(tape.outputs) == len(tape.leaves) == 1 and bool(run.widths)
             rows, columns = tape.outputs[0].shape[1:].numel(), tape.leaves[0].shape[1:].numel()
             gain = GAIN if mode == "auto" else 0.0
-            notes[note] = narrowest(run.widths, rows, columns, gain) if simple else None
-        split = self.runner.split(values, tape.trust, run.habits, notes[note]) if notes[note] is not None else None
+            known[mode] = narrowest(run.widths, rows, columns, gain) if simple else None
+        path = known[mode]
+        split = self.runner.split(values, store, run.habits, path) if path is not None else None
+        store.latest = tape.trust
         if split is None:
-            notes[note] = None
+            known[mode] = None
             if mode == "split":
                 todo = "Use mode='auto', or cut the model yourself with `at=`."
                 raise InputError(explain("mode", "'split'", "no layer was found that everything passes through", todo))
+        else:
+            store.known["split"] = path
         return split
 
-    def _parts(self, values: Sequence[Tensor], many: int) -> list[tuple[Tensor, list[Tensor]]]:
+    # ---- do samples mix? -------------------------------------------------------------------------------------
+
+    def _parts(self, values: Sequence[Tensor], many: int, store: ProofStore) -> Parts:
         """Return outputs of one sample and of a random half, each run without the others."""
+        if store.latest is not None and store.latest.habits is not None and store.latest.habits.reads:
+            return Parts(None, [])  # every sample will be run alone
         order = torch.randperm(many, generator=torch.Generator().manual_seed(0))
-        parts = []
+        alone, parts = None, []
         for picked in (order[:1], order[: max(1, many // 2)].sort().values):
             run = self.runner.run([v[picked.to(v.device)] for v in values])
+            alone = alone or run.tape.survey
             parts.append((picked, [o.detach() for o in run.tape.outputs]))
-        return parts
+        return Parts(alone, parts)
 
-    def _differs_alone(self, run: Run, parts: list[tuple[Tensor, list[Tensor]]]) -> str | None:
-        """Compare outputs in the batch with those of its parts."""
-        for picked, outputs in parts:
+    def _mixing(self, run: Run, values: Sequence[Tensor], parts: Parts | None) -> str | None:
+        """Return what speaks against shared sweeps before any is made; None where nothing does."""
+        many = values[0].shape[0]
+        reason = unbatchable(run.tape if run.head is None else run.head, run.habits, many)
+        if reason is not None or parts is None:
+            return reason
+        pieces = parts.pieces
+        if run.habits.reads:  # other samples may take other paths: only outputs of every one alone can tell
+            pieces = zip(torch.arange(many).split(1), self.runner.outputs_alone(values, run.habits), strict=True)
+        for picked, outputs in pieces:
             for whole, alone in zip(run.tape.outputs, outputs, strict=True):
-                reason = differs(whole, alone, picked)
+                reason = differs(whole, alone, picked, run.tape.tolerance)
                 if reason is not None:
-                    return reason
+                    return with_reads(reason, run.habits)
         return None
+
+    def _spot(self, result: Results, where: slice, run: Run, values: Sequence[Tensor]) -> str | None:
+        """Hold one sample of a batch against a run of it alone; return how they differ."""
+        picked = run.tape.trust.pick(where.stop - where.start)
+        alone = self.runner.run([v[picked : picked + 1] for v in values]).tape
+        for whole, one in zip(run.tape.outputs, alone.outputs, strict=True):
+            reason = differs(whole, one, torch.tensor([picked]), run.tape.tolerance)
+            if reason is not None:
+                return reason
+        return disagrees(alone, result.blocks, where.start + picked)

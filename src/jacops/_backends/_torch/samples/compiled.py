@@ -20,8 +20,8 @@ from torch import Tensor
 from ....errors import NotDifferentiableError, warn
 from ..agreement import worst_disagreement
 from ..ladder import RouteFailedError, RouteLiesError, attempt
+from ..proofs import Proofs, ProofStore
 from ..surroundings import is_memory_error
-from ..trust import Trust
 from .mixing import coupled, differs
 from .results import Results
 from .runs import Run, Runner
@@ -43,6 +43,7 @@ class Compiled:
         group: Cotangents.
         entries: Outputs of a sample.
         output: A sample's output, for its shape.
+        proofs: What was known of the graph of two samples when it was made.
     """
 
     function: Callable[..., Rows]
@@ -50,6 +51,11 @@ class Compiled:
     group: int
     entries: int
     output: Tensor
+    proofs: Proofs
+
+    def fits(self, few: Run) -> bool:
+        """Say whether two samples are recorded as they were when the graph was made."""
+        return few.tape.trust is self.proofs and not self.proofs.needs("compiled")
 
     def fill(self, runner: Runner, values: Sequence[Tensor], blocks: Sequence[Tensor], where: slice) -> Tensor:
         """Fill `blocks[leaf][where]`, a few outputs after another, and return the outputs."""
@@ -75,42 +81,45 @@ class Compiler:
     def __init__(self, runner: Runner, fallback: str) -> None:
         self.runner, self.fallback, self._held = runner, fallback, False
 
-    def fill(self, result: Results, where: slice, values: Sequence[Tensor], trust: Trust) -> bool:
-        """Fill in one batch from a graph, and say whether there was one that still tells the truth."""
-        graph = trust.notes.get("compiled")
+    def fill(self, result: Results, where: slice, values: Sequence[Tensor], store: ProofStore) -> bool:
+        """Fill in one batch from a graph, and say whether there was one that is still right."""
+        graph = store.known.get("compiled")
         if not isinstance(graph, Compiled):
             return False
         few = None
         if not self._held:
-            few = self.runner.record([v[:2] for v in values], trust, trust.notes["habits"])
+            few = self.runner.run([v[:2] for v in values])
+            if not graph.fits(few):
+                store.known.pop("compiled")
+                return False
             result.prepare(few)
         try:
             output = _compiles(lambda: graph.fill(self.runner, values, result.blocks[0], where))
         except RouteFailedError:
-            trust.notes["compiled"] = None
+            store.known.pop("compiled")
             return False
         result.outputs[0][where] = output
         if few is not None and _doubtful(few, result, where):
-            trust.notes["compiled"] = None  # the model is not what it was
+            store.known.pop("compiled")  # the model is not what it was
             return False
         self._held = True
         result.direction = f"reverse, {graph.entries} pulls, compiled"
         return True
 
-    def consider(self, result: Results, where: slice, run: Run, values: Sequence[Tensor]) -> None:
+    def consider(self, result: Results, where: slice, run: Run, values: Sequence[Tensor], store: ProofStore) -> None:
         """Make a graph for batches like this one, unless it is known that none pays."""
-        notes = run.tape.trust.notes
+        known = store.known
         connected = any(output.requires_grad for output in run.tape.outputs)
-        if notes.get("compiled") is not None or where.stop - where.start < 2 or not connected:
+        if known.get("compiled") is not None or where.stop - where.start < 2 or not connected:
             return
-        notes["compiles"] = notes.get("compiles", 0) + 1
-        if notes["compiles"] > _TRIES:
-            notes["compiled"] = "the model was another one in every call"
+        known["compiles"] = known.get("compiles", 0) + 1
+        if known["compiles"] > _TRIES:
+            known["compiled"] = "the model was another one in every call"
             return
         try:
-            notes["compiled"] = compiled(self.runner, run, values, result.blocks[0], where)
+            known["compiled"] = compiled(self.runner, run, values, result.blocks[0], where)
         except RouteFailedError as reason:
-            notes["compiled"] = str(reason)
+            known["compiled"] = str(reason)
             self._say(str(reason))
 
     def _say(self, reason: str) -> None:
@@ -139,12 +148,13 @@ def compiled(runner: Runner, run: Run, values: Sequence[Tensor], blocks: Sequenc
     entries, many = counts(tape)[0], where.stop - where.start
     group = math.ceil(entries / math.ceil(entries / _GROUP))
     output = tape.outputs[0].detach()[:1].clone()
-    found = Compiled(_traced(runner, run, values, group), many, group, entries, output)
+    few = runner.run([v[:2] for v in values]).tape.trust
+    found = Compiled(_traced(runner, run, values, group), many, group, entries, output, few)
     scratch = [torch.empty_like(block[where]) for block in blocks]
     everything = slice(0, many)
 
     def plainly() -> None:
-        again = runner.record(values, tape.trust, habits)
+        again = runner.record(values, habits)
         sweep(again.tape, [scratch], everything, "reverse")
 
     alone = _seconds(plainly, tape.outputs[0])
@@ -156,6 +166,7 @@ def compiled(runner: Runner, run: Run, values: Sequence[Tensor], blocks: Sequenc
         raise RouteLiesError(f"the compiled sweeps disagree with the plain ones (by {error:.1e})")
     if fused > alone:
         raise RouteFailedError(f"compiled sweeps were measured slower ({fused:.2g} s, plain ones {alone:.2g} s)")
+    few.remember("compiled")
     return found
 
 
@@ -163,7 +174,7 @@ def _traced(runner: Runner, run: Run, values: Sequence[Tensor], group: int) -> C
     from torch.fx.experimental.proxy_tensor import make_fx  # here, because it loads half of torch's compiler
 
     def sweeps(values: list[Tensor], state: dict[str, Tensor], seeds: Tensor) -> Rows:
-        tape = runner.record(values, Trust("never"), run.habits, state=state).tape
+        tape = runner.record(values, run.habits, state=state).tape
         (output,), columns = tape.outputs, []
         for seed in seeds.unbind():
             columns.append(torch.autograd.grad(output, tape.leaves, seed, retain_graph=True, materialize_grads=True))

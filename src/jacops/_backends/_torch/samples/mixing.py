@@ -13,11 +13,11 @@ from ..surroundings import private_noise
 from ..tape import Tape
 from ..watch import Habits
 
+NOT_FINITE = "values are not finite"
+
 
 def unbatchable(tape: Tape, habits: Habits, many: int) -> str | None:
-    """Return why a batch cannot be swept at all: values read, random draws, no batch axis; None if it can."""
-    if habits.reads:
-        return f"the forward reads values out of tensors ({', '.join(habits.reads)})"
+    """Return why a batch cannot be swept at all: random draws, no batch axis; None if it can."""
     if habits.draws:
         return f"the forward is random in eval mode ({', '.join(habits.draws)})"
     for space, tensors in ((tape.codomain, tape.outputs), (tape.domain, tape.leaves)):
@@ -27,13 +27,18 @@ def unbatchable(tape: Tape, habits: Habits, many: int) -> str | None:
     return None
 
 
-def differs(whole: Tensor, alone: Tensor, picked: Tensor) -> str | None:
-    """Return how the outputs of some samples alone differ from those in the batch."""
+def with_reads(reason: str, habits: Habits) -> str:
+    """Return a reason for which samples mix, beside the values that the forward reads, which may be its cause."""
+    return f"the forward reads values out of tensors ({', '.join(habits.reads)}); {reason}" if habits.reads else reason
+
+
+def differs(whole: Tensor, alone: Tensor, picked: Tensor, most: float | None = None) -> str | None:
+    """Return how the outputs of some samples alone differ from those in the batch, by more than `most`."""
     expected = whole.detach()[picked.to(whole.device)]
     if alone.numel() != expected.numel():
         return f"the output's shape depends on the batch ({tuple(expected.shape)} or {tuple(alone.shape)})"
     error = worst_disagreement([(expected, alone.detach().reshape(expected.shape))])
-    mixed = error > tolerance([whole.dtype])
+    mixed = error > (tolerance([whole.dtype]) if most is None else most)
     return f"samples mix: outputs alone and in a batch differ by {error:.1e}" if mixed else None
 
 
@@ -55,9 +60,20 @@ def coupled(tape: Tape, blocks: list[list[Tensor]], where: slice, strict: bool =
             return "samples mix: the output of one depends on another"
         error = worst_disagreement([(g, _applied(blocks, where, masked, j, g)) for j, g in enumerate(grads)])
         if not error <= tape.tolerance:
-            finite = math.isfinite(error)
-            return f"samples mix: their shared sweep is off by {error:.1e}" if finite else "values are not finite"
+            return f"samples mix: their shared sweep is off by {error:.1e}" if math.isfinite(error) else NOT_FINITE
     return None
+
+
+def disagrees(alone: Tape, blocks: list[list[Tensor]], row: int) -> str | None:
+    """Hold one sample's blocks against a plain backward pass over a run of it alone."""
+    seeds, where = [private_noise(o, seed=i) for i, o in enumerate(alone.outputs)], slice(row, row + 1)
+    pulled = zip(alone.leaves, alone.pull(seeds), strict=True)
+    grads = [torch.zeros_like(leaf) if g is None else plain(g) for leaf, g in pulled]
+    rows = [s.reshape(1, *b[0].shape[1 : b[0].ndim - grads[0].ndim + 1]) for s, b in zip(seeds, blocks, strict=True)]
+    error = worst_disagreement([(g, _applied(blocks, where, rows, j, g)) for j, g in enumerate(grads)])
+    if error <= alone.tolerance:
+        return None
+    return f"samples mix: the sweep of one alone differs by {error:.1e}" if math.isfinite(error) else NOT_FINITE
 
 
 def _random_half(many: int) -> Tensor:

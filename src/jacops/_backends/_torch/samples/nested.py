@@ -20,11 +20,11 @@ from ....errors import NotDifferentiableError
 from ....trees import Tree, flatten, is_differentiable, output_leaves
 from ..graph import survey
 from ..ladder import RouteFailedError
+from ..proofs import Proofs, ProofStore, store_for, told_apart
 from ..record import setting
 from ..rows import Rows, plain
 from ..surroundings import autocast_on
 from ..tape import Tape
-from ..trust import Trust, told_apart, trust_in
 from .batch import Samples
 from .runs import Runner
 
@@ -93,7 +93,7 @@ class Slopes:
             output_names=[f"output[{i}]" for i in range(len(outputs))],
             call=self.call,
             private=True,
-            trust=Trust("never"),
+            trust=Proofs("never"),
             coarse=autocast_on(outputs),
         )
         slopes = _shared_sweeps(tape, many)
@@ -169,13 +169,15 @@ class _Remembering(Runner):
     batch: tuple[Tensor, ...] = ()
     kind: Hashable = None
 
-    def trust(self, values: Sequence[Tensor]) -> Trust:
+    def store(self, values: Sequence[Tensor]) -> ProofStore:
         """Return what is known of the nested function at batches of these shapes."""
         equal = all(bool((v == v[:1]).all()) for v in self.batch)  # such a batch proves nothing about another
         parts = ("nested", self.kind, told_apart(self.outputs), equal, tuple(v.shape for v in values))
+        many = values[0].shape[0] if values else None
         if isinstance(self.owner, nn.Module):
-            return trust_in(self.owner, setting(self.owner, self.batch, *parts), self.checks)
-        return trust_in(self.owner, (*parts, tuple((v.shape, v.dtype, v.device) for v in self.batch)), self.checks)
+            return store_for(self.owner, setting(self.owner, self.batch, *parts), self.checks, many)
+        arrays = tuple((v.shape, v.dtype, v.device) for v in self.batch)
+        return store_for(self.owner, (*parts, arrays, torch.get_default_dtype()), self.checks, many)
 
 
 def nested(

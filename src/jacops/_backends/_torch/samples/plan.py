@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
-from ..trust import Trust
+from ..proofs import ProofStore
 from .bottleneck import narrowest, sweep_split
-from .mixing import differs, unbatchable
+from .mixing import differs, unbatchable, with_reads
 from .results import SAMPLES_TODO
 from .runs import Run
 from .sweeps import close, counts, sweep
@@ -168,13 +168,13 @@ def planned(samples: Samples, batch_size: int, budget: Budget, mode: str, alloca
     """
     startup = startup_bytes(samples.values[0].device)
     allowed = budget_bytes(budget, samples.values[0].device)
-    notes = samples.runner.trust([v[:1] for v in samples.values]).notes
+    known_here = samples.runner.store([v[:1] for v in samples.values]).known
     known = "probe" if samples.count > 1 else "probe of one sample"
-    probe: Probe | None = None if samples.checks in ("always", "strict") else notes.get(known)
+    probe: Probe | None = None if samples.checks in ("always", "strict") else known_here.get(known)
     if probe is None:
         probe = _probe(samples, allowed - startup, allocated)
         if probe.reason != _TOO_LARGE:  # which another budget would not be
-            notes[known] = probe
+            known_here[known] = probe
     plan = SamplePlan(probe, samples.count, mode, 1, startup, allowed, allocated)
     rows = min(plan.fits(way) for way in plan.ways)
     if samples.values[0].device.type == "cpu":
@@ -228,7 +228,8 @@ def _reason(samples: Samples, one: Run) -> str | None:
     reason = unbatchable(two.tape, two.habits, many)
     first = torch.zeros(1, dtype=torch.long)
     pairs = zip(two.tape.outputs, one.tape.outputs, strict=True)
-    return reason or next((found for found in (differs(a, b, first) for a, b in pairs) if found), None)
+    differences = (differs(a, b, first, two.tape.tolerance) for a, b in pairs)
+    return reason or next((with_reads(found, two.habits) for found in differences if found), None)
 
 
 def _ways(
@@ -263,14 +264,14 @@ def _measured(
     samples: Samples, one: Run, rows: int, mode: str, place: tuple[str, int] | None = None
 ) -> tuple[int, int]:
     """Return the most bytes held while running forward, and while taking the first sweeps."""
-    values, trust, everything = [v[:rows] for v in samples.values], Trust("never"), slice(0, rows)
+    values, store, everything = [v[:rows] for v in samples.values], ProofStore("never"), slice(0, rows)
     # Places for results are made outside: they are counted apart, and not touched where nothing is written.
     blocks = [[_room(o, leaf, rows) for leaf in one.tape.leaves] for o in one.tape.outputs]
     with Meter() as meter:
-        run = samples.runner.record(values, trust, one.habits)
+        run = samples.runner.record(values, one.habits)
         forward = meter.peak
         if mode == "split" and place is not None:
-            split = samples.runner.split(values, trust, one.habits, place[0])
+            split = samples.runner.split(values, store, one.habits, place[0])
             if split is None or split.head is None:
                 raise RouteUnknown
             sweep_split(split.head, split.tape, blocks, everything, limit=2)
@@ -278,7 +279,7 @@ def _measured(
             run.tape.pull([torch.ones_like(o) for o in run.tape.outputs])
         else:
             sweep(run.tape, blocks, everything, mode, limit=1)
-        if mode == "forward" and trust.refused("push", "dual"):
+        if mode == "forward" and run.tape.trust.refused("push", "dual"):
             raise RouteUnknown
     return forward, meter.peak
 

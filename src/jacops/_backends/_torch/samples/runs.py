@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ....errors import ModelStateError, NotDifferentiableError, explain
 from ....trees import Selector, Tree, output_leaves, select
 from ..cut import At, Cut
+from ..graph import survey
 from ..inputs import forward_explained, private_inputs, split_input
-from ..record import setting
-from ..replica import replicate
-from ..surroundings import autocast_on, random_state_kept, recording
+from ..proofs import ProofStore, store_for, told_apart
+from ..record import setting, watched
+from ..replica import Replica, replicate
+from ..surroundings import autocast_on, plain_forward, random_state_kept, recording
 from ..tape import Tape
-from ..trust import Trust, told_apart, trust_in
-from ..watch import Habits, Watch, WritesState
+from ..watch import Habits, Watch
 from .bottleneck import separates, widths_noted
 
 
@@ -30,16 +32,32 @@ class Run:
     Attributes:
         tape: From the inputs (or the layer that was cut) to the outputs.
         tree: The structure of the output.
-        habits: What the forward was seen to do.
         head: From the inputs to the layer that was cut, if one was.
         widths: Numbers per sample that each submodule gives, where they were noted.
     """
 
     tape: Tape
     tree: Tree
-    habits: Habits
     head: Tape | None = None
     widths: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def habits(self) -> Habits:
+        """What the forward was seen to do besides arithmetic."""
+        return self.tape.trust.habits or Habits()
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What one forward left: outputs, the leaves it started from, and tensors before and after a cut."""
+
+    outputs: list[Tensor]
+    tree: Tree
+    leaves: list[tuple[str, Tensor]]
+    hidden: list[Tensor]
+    before: list[Tensor]
+    widths: dict[str, int | None]
+    protected: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,43 +84,42 @@ class Runner:
     fallback: str
     connected: bool = False
 
-    def run(self, values: Sequence[Tensor], trust: Trust | None = None) -> Run:
-        """Record one forward; the first one in its setting is watched."""
-        trust = trust or self.trust(values)
-        habits: Habits | None = trust.notes.get("habits") if self.checks not in ("always", "strict") else None
-        if habits is not None and not habits.reads:
-            done = self.record(values, trust, habits)
-            done.widths = trust.notes.get("widths", {})
-            return done
-        for cloned in (False, True):
-            watch = Watch([] if cloned else self._parameters())
-            try:
-                with watch:
-                    done = self.record(values, trust, Habits((), (), cloned), noting=True)
-            except WritesState:
-                continue
-            done.habits = trust.notes["habits"] = Habits(tuple(watch.reads), tuple(watch.draws), cloned)
-            trust.notes["widths"] = done.widths
-            return done
-        raise ModelStateError(
-            explain("model", "writing into tensors that are not its own", "its forward must leave such tensors alone")
-        )
+    def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
+        """Record one forward; the first one of a graph is watched."""
 
-    def trust(self, values: Sequence[Tensor]) -> Trust:
+        def record(habits: Habits, watch: Watch | None) -> tuple[Run, Tape]:
+            with watch or nullcontext():
+                done = self.record(values, habits, noting=watch is not None)
+            return done, done.tape
+
+        done = watched(store or self.store(values), record, self._parameters())
+        trust = done.tape.trust
+        trust.widths = done.widths = done.widths or trust.widths
+        return done
+
+    def store(self, values: Sequence[Tensor]) -> ProofStore:
         """Return what is known of the model with inputs of these shapes."""
+        many = values[0].shape[0] if values else None
         if isinstance(self.model, nn.Module):
             key = setting(self.model, values, "samples", self.at, told_apart(self.outputs))
         else:
-            key = ("samples", tuple((v.shape, v.dtype, v.device) for v in values), told_apart(self.outputs))
-        return trust_in(self.model, key, self.checks)
+            arrays = tuple((v.shape, v.dtype, v.device) for v in values)
+            key = ("samples", arrays, told_apart(self.outputs), torch.get_default_dtype())
+        return store_for(self.model, key, self.checks, many)
 
-    def split(self, values: Sequence[Tensor], run_trust: Trust, habits: Habits, path: str) -> Run | None:
+    def split(self, values: Sequence[Tensor], store: ProofStore, habits: Habits, path: str) -> Run | None:
         """Record one forward cut at a submodule; None where that is no separator."""
         try:
-            run = self.record(values, run_trust, habits, path)
+            run = self.record(values, habits, path)
         except ModelStateError:
             return None
-        return run if run.head is not None and separates(run.tape, run.head.leaves) else None
+        if run.head is None or not separates(run.tape, run.head.leaves):
+            return None
+        proofs = store.proofs(survey([*run.tape.outputs, *run.head.outputs]))  # of both parts
+        proofs.habits = proofs.habits or habits
+        for tape in (run.tape, run.head):
+            tape.rely_on(proofs)
+        return run
 
     def state(self) -> dict[str, Tensor]:
         """Return the model's parameters and copies of its buffers, by name."""
@@ -114,10 +131,23 @@ class Runner:
     def _parameters(self) -> list[Tensor]:
         return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
 
+    def outputs_alone(self, values: Sequence[Tensor], habits: Habits) -> Iterator[list[Tensor]]:
+        """Yield the outputs of every sample alone, without gradient."""
+        replica = self._replica(habits)
+        for i in range(values[0].shape[0]):
+            replica = self._replica(habits) if habits.writes else replica
+            with plain_forward():
+                outputs = self._ran([v[i : i + 1] for v in values], replica).outputs
+            yield outputs
+
+    def _replica(self, habits: Habits) -> Replica | None:
+        if not isinstance(self.model, nn.Module):
+            return None
+        return replicate(self.model, training=False, cloned=habits.writes)
+
     def record(
         self,
         values: Sequence[Tensor],
-        trust: Trust,
         habits: Habits,
         path: str | None = None,
         noting: bool = False,
@@ -127,45 +157,50 @@ class Runner:
 
         Args:
             values: The samples.
-            trust: Where verdicts go.
             habits: What earlier forwards were seen to do.
             path: A submodule to cut at.
             noting: Learn the widths of layers.
             state: Take these parameters and buffers instead of the model's.
         """
-        widths: dict[str, int | None] = {}
-        module, given = None, None
-        if isinstance(self.model, nn.Module):
-            replica = replicate(self.model, training=False, cloned=habits.writes)
-            module, given = replica.module, replica.originals
         with recording(), random_state_kept():
-            copied, leaves = private_inputs(self.input_tree.build(values), self.connected)
-            args, kwargs = split_input(copied)
-            with forward_explained(self.model, values):
-                if module is not None:
-                    cut = Cut(module, path or self.at)
-                    look = widths_noted(module, values[0].shape[0], widths) if noting else nullcontext()
-                    with cut.active(), look:
-                        done = functional_call(module, state, args, kwargs) if state else module(*args, **kwargs)
-                        output = cut.result(done)
-                    hidden, before = cut.leaves, cut.before
-                else:
-                    output, hidden, before = self.model(*args, **kwargs), [], []
-            tensors, tree = output_leaves(select(output, self.outputs))
-        if any(t.is_complex() for t in tensors):
+            done = self._ran(values, self._replica(habits), path, noting, state)
+        if any(t.is_complex() for t in done.outputs):
             todo = "Return torch.view_as_real(output)."
             raise NotDifferentiableError(
                 explain("the model's output", "complex", "a Jacobian by samples is real", todo)
             )
-        named = [(str(path or self.at), leaf) for leaf in hidden] or leaves
-        protected = [p for p in (given or {}).values() if p.requires_grad]
-        tape = self._tape(named, dict(zip(tree.names, tensors, strict=True)), trust, protected)
-        head = self._tape(leaves, {path: before[0]}, trust, protected) if path is not None else None
-        return Run(tape, tree, habits, head, widths)
+        named = [(str(path or self.at), leaf) for leaf in done.hidden] or done.leaves
+        tape = self._tape(named, dict(zip(done.tree.names, done.outputs, strict=True)), done.protected)
+        head = self._tape(done.leaves, {path: done.before[0]}, done.protected) if path is not None else None
+        return Run(tape, done.tree, head, done.widths)
 
-    def _tape(
-        self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], trust: Trust, protected: list[Tensor]
-    ) -> Tape:
+    def _ran(
+        self,
+        values: Sequence[Tensor],
+        replica: Replica | None,
+        path: str | None = None,
+        noting: bool = False,
+        state: dict[str, Tensor] | None = None,
+    ) -> _Ran:
+        widths: dict[str, int | None] = {}
+        module, given = (replica.module, replica.originals) if replica is not None else (None, {})
+        cut: Cut | None = None
+        copied, leaves = private_inputs(self.input_tree.build(values), self.connected)
+        args, kwargs = split_input(copied)
+        with forward_explained(self.model, values):
+            if module is not None:
+                cut = Cut(module, path or self.at)
+                look = widths_noted(module, values[0].shape[0], widths) if noting else nullcontext()
+                with cut.active(), look:
+                    done = functional_call(module, state, args, kwargs) if state else module(*args, **kwargs)
+                    output = cut.result(done)
+            else:
+                output = self.model(*args, **kwargs)
+        tensors, tree = output_leaves(select(output, self.outputs))
+        hidden, before = (cut.leaves, cut.before) if cut is not None else ([], [])
+        return _Ran(tensors, tree, leaves, hidden, before, widths, [p for p in given.values() if p.requires_grad])
+
+    def _tape(self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], protected: list[Tensor]) -> Tape:
         tape = Tape(
             [leaf for _, leaf in leaves],
             list(outputs.values()),
@@ -173,7 +208,6 @@ class Runner:
             output_names=list(outputs),
             call=self.call,
             private=True,
-            trust=trust,
             fallback=self.fallback,
             coarse=autocast_on(list(outputs.values())),
         )

@@ -37,7 +37,7 @@ def sweep(tape: Tape, blocks: Blocks, where: slice, mode: str = "auto", limit: i
     """
     direction = mode if mode in ("reverse", "forward") else None
     if mode == "auto":
-        direction = tape.trust.notes.get("direction")
+        direction = tape.trust.direction
     if mode == "auto" and limit is None and direction is None and close(*counts(tape)):
         return _timed(tape, blocks, where)
     direction = direction or _fewest(tape)
@@ -65,7 +65,7 @@ def close(rows: int, columns: int) -> bool:
 
 def _said(tape: Tape, direction: str) -> str:
     rows, columns = counts(tape)
-    priced = " (measured cheaper)" if "direction" in tape.trust.notes else ""
+    priced = " (measured cheaper)" if tape.trust.direction is not None else ""
     return (f"forward, {columns} pushes" if direction == "forward" else f"reverse, {rows} pulls") + priced
 
 
@@ -95,12 +95,12 @@ def _timed(tape: Tape, blocks: Blocks, where: slice) -> str:
         tape.trust.refuse("push", "dual")
     price = {way: t * many[way] for way, t in seconds.items() if t is not None}
     best = min(price, key=lambda way: price[way])
-    tape.trust.notes["direction"] = best
+    tape.trust.direction = best
     try:
         _exhaust(ways[best])
     except RouteFailedError:
         tape.trust.refuse("push", "dual")
-        tape.trust.notes["direction"] = best = "reverse"
+        tape.trust.direction = best = "reverse"
         _exhaust(_rows(tape, blocks, where))
     return _said(tape, best)
 

@@ -1,0 +1,251 @@
+"""What a remembered proof rests on: the recorded graph, and the entries whose value can hide a path through it.
+
+A proof made where a weight was nonzero survives training; only a value that removes a path can hide one. So a proof
+holds while the wiring of the graph is the same, and while entries of parameters, buffers and small constants that were
+neutral (0, 1 or -1: `g * h`, `(1 - g) * h`, `(1 + g) * h`) still are. Integers and masks count by value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .graph import saved_tensors
+
+Places = tuple[tuple[int, str], ...]
+"""Nodes of a graph by their places in its walk, and which saved tensor of each."""
+
+# Larger tensors take longer to read than a small model's sweep; 2**16 entries take about 20 microseconds.
+_MOST = 2**16
+_DEPTH = 3  # functions in partial(...), bound methods and closures of one another are followed this far
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Read tensors without a graph, and past modes that watch a forward this may happen in."""
+    modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.no_grad(), torch._C.DisableTorchFunction(), modes:  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+
+
+# ---- constants in the graph ----------------------------------------------------------------------------------------
+
+
+def constants(nodes: Mapping[Any, int], many: int | None, function: Any) -> Places:
+    """Return where the graph keeps small tensors that do not vary with the number of samples.
+
+    Args:
+        nodes: A graph, as `survey` numbers it.
+        many: Samples in it; None where that is not known.
+        function: What was recorded; its own tensors are left out, `Stored` is about them.
+    """
+    with _unseen():
+        own = {_storage(tensor) for _, tensor in _tensors(function)}
+        return tuple(
+            (place, name)
+            for node, place in nodes.items()
+            for name, tensor in saved_tensors(node)
+            if _is_small(tensor) and not _by_sample(tensor, many) and _storage(tensor) not in own
+        )
+
+
+def unvarying(nodes: Mapping[Any, int], others: Mapping[Any, int]) -> Places:
+    """Return where two graphs of the same wiring, of different numbers of samples, keep tensors of the same shape."""
+    with _unseen():
+        shapes = [
+            {(place, name): t.shape for node, place in graph.items() for name, t in saved_tensors(node) if _is_small(t)}
+            for graph in (nodes, others)
+        ]
+    return tuple(key for key, shape in shapes[0].items() if shapes[1].get(key) == shape)
+
+
+def pattern(nodes: Sequence[Any], places: Places) -> bytes:
+    """Return which entries of some saved tensors are neutral; integers and masks by value."""
+    parts: list[Tensor] = []
+    with _unseen():
+        for place, name in places:
+            tensor = _read(nodes[place], name)
+            if tensor is None:
+                continue
+            if tensor.is_floating_point() or tensor.is_complex():
+                parts += [tensor == 0, tensor == 1]
+            else:
+                parts.append(tensor)
+        flat = [part.reshape(-1).contiguous().view(torch.uint8) for part in parts if part.numel()]
+        return torch.cat(flat).cpu().numpy().tobytes() if flat else b""
+
+
+def _read(node: Any, name: str) -> Tensor | None:
+    name, _, number = name.partition(".")
+    try:
+        value = getattr(node, name)
+    except RuntimeError:  # freed, or written into since
+        return None
+    value = value[int(number)] if number and value is not None and int(number) < len(value) else value
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and 0 < tensor.numel() <= _MOST
+
+
+def _by_sample(tensor: Tensor, many: int | None) -> bool:
+    if many is None or many < 2 or tensor.ndim == 0:
+        return tensor.ndim > 0
+    first = tensor.shape[0]
+    return many in tensor.shape[:2] or (first > many and first % many == 0)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+# ---- tensors that a model or function holds -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Entries of one tensor that were neutral when a proof was made.
+
+    Attributes:
+        find: Returns the tensor now, None where it is gone.
+        where: Which entries of it, laid end to end.
+        values: Their values.
+        like: Shape and dtype.
+    """
+
+    find: Callable[[], Tensor | None]
+    where: Tensor | slice
+    values: Tensor
+    like: tuple[torch.Size, torch.dtype]
+
+    def holds(self) -> bool:
+        """Say whether these entries are what they were."""
+        tensor = self.find()
+        if tensor is None or (tensor.shape, tensor.dtype) != self.like:
+            return False
+        return torch.equal(_flat(tensor)[self.where], self.values)
+
+
+def neutral(function: Any) -> list[Stored]:
+    """Return the neutral entries of all tensors that a model holds, or that a function reads from outside."""
+    found = []
+    with _unseen():
+        for find, tensor in _tensors(function):
+            kept = _stored(find, tensor)
+            if kept is not None:
+                found.append(kept)
+    return found
+
+
+def hold(found: Sequence[Stored]) -> bool:
+    """Say whether all of these entries are what they were."""
+    if not found:
+        return True
+    with _unseen():
+        return all(kept.holds() for kept in found)
+
+
+def _stored(find: Callable[[], Tensor | None], tensor: Tensor) -> Stored | None:
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+        return None
+    whole = not (tensor.is_floating_point() or tensor.is_complex())
+    if whole and tensor.dtype is not torch.bool and tensor.ndim == 0:
+        return None  # a counter, such as BatchNorm's, which every training step changes
+    flat, like = _flat(tensor), (tensor.shape, tensor.dtype)
+    is_neutral = None if whole else (flat == 0) | (flat == 1) | (flat == -1)
+    if is_neutral is None or bool(is_neutral.all()):
+        where: Tensor | slice = slice(None, None, max(1, len(flat) // _MOST))
+    else:
+        where = is_neutral.nonzero().view(-1)
+        where = where[:: max(1, len(where) // _MOST)]
+        if not len(where):
+            return None
+    return Stored(find, where, flat[where].clone(), like)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(Tensor).reshape(-1)
+
+
+def _tensors(function: Any) -> Iterator[tuple[Callable[[], Tensor | None], Tensor]]:
+    """Yield the tensors that are read from outside, each with a way to look it up again."""
+    seen: set[int] = set()
+    for owner, entries in _owners(function, _DEPTH):
+        for name, value in list(entries().items()):
+            if isinstance(value, Tensor) and id(value) not in seen:
+                seen.add(id(value))
+                yield partial(_looked_up, weakref.ref(owner), entries.__name__, name), value
+
+
+def _looked_up(owner: Callable[[], Any], kind: str, name: Any) -> Tensor | None:
+    alive = owner()
+    value = None if alive is None else getattr(_Entries(alive), kind)().get(name)
+    return value if isinstance(value, Tensor) else None
+
+
+class _Entries:
+    """The places of an object in which tensors are kept, each as a mapping."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def parameters(self) -> Mapping[Any, Any]:
+        return self._owner._parameters
+
+    def buffers(self) -> Mapping[Any, Any]:
+        return self._owner._buffers
+
+    def attributes(self) -> Mapping[Any, Any]:
+        return {name: value for name, value in vars(self._owner).items() if isinstance(value, Tensor)}
+
+    def captured(self) -> Mapping[Any, Any]:
+        return captured(self._owner)
+
+
+def captured(function: Any) -> dict[str, Any]:
+    """Return what a Python function reads from its closure, its defaults and the module it was written in."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return {}
+    known = getattr(function, "__globals__", {})
+    found = {name: known[name] for name in code.co_names if name in known}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    found |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
+    return found | {f"default {name}": value for name, value in (function.__kwdefaults__ or {}).items()}
+
+
+def _owners(function: Any, depth: int) -> Iterator[tuple[Any, Callable[[], Mapping[Any, Any]]]]:
+    if isinstance(function, nn.Module):
+        for module in function.modules():
+            entries = _Entries(module)
+            yield module, entries.parameters
+            yield module, entries.buffers
+            if not isinstance(module, torch.jit.ScriptModule):
+                yield module, entries.attributes
+    elif depth and isinstance(function, partial):
+        for part in (function.func, *function.args, *function.keywords.values()):
+            yield from _owners(part, depth - 1)
+    elif depth and inspect.ismethod(function):
+        yield from _owners(function.__self__, depth - 1)
+        yield from _owners(function.__func__, depth - 1)
+    elif depth and inspect.isfunction(function):
+        yield function, _Entries(function).captured
+        for value in captured(function).values():
+            if isinstance(value, nn.Module | partial) or inspect.isfunction(value) or inspect.ismethod(value):
+                yield from _owners(value, depth - 1)
+    elif depth and hasattr(function, "__dict__") and not isinstance(function, type):
+        yield function, _Entries(function).attributes
