@@ -26,6 +26,8 @@ Places = tuple[tuple[int, str], ...]
 
 # Larger tensors take longer to read than a small model's sweep; 2**16 entries take about 20 microseconds.
 _MOST = 2**16
+_CONTAINERS, _LONGEST = 2, 256  # lists in lists are looked into, and those of so many entries at the most
+_MODULES = ("_parameters", "_buffers", "_modules")  # looked at by themselves
 _DEPTH = 3  # functions in partial(...), bound methods and closures of one another are followed this far
 
 
@@ -40,32 +42,33 @@ def _unseen() -> Iterator[None]:
 # ---- constants in the graph ----------------------------------------------------------------------------------------
 
 
-def constants(nodes: Mapping[Any, int], many: int | None, function: Any) -> Places:
+def constants(
+    nodes: Mapping[Any, int], function: Any, many: int | None = None, others: Mapping[Any, int] | None = None
+) -> Places:
     """Return where the graph keeps small tensors that do not vary with the number of samples.
 
     Args:
         nodes: A graph, as `survey` numbers it.
-        many: Samples in it; None where that is not known.
         function: What was recorded; its own tensors are left out, `Stored` is about them.
+        many: Samples in it, which the shapes of tensors are compared with; None where that is not known.
+        others: A graph of the same wiring for another number of samples: what has the same shape there is constant.
     """
     with _unseen():
         own = {_storage(tensor) for _, tensor in _tensors(function)}
+        there = {} if others is None else {(place, name): tensor.shape for place, name, tensor in _saved(others)}
         return tuple(
             (place, name)
-            for node, place in nodes.items()
-            for name, tensor in saved_tensors(node)
-            if _is_small(tensor) and not _by_sample(tensor, many) and _storage(tensor) not in own
+            for place, name, tensor in _saved(nodes)
+            if _storage(tensor) not in own
+            and (there.get((place, name)) == tensor.shape if others is not None else not _by_sample(tensor, many))
         )
 
 
-def unvarying(nodes: Mapping[Any, int], others: Mapping[Any, int]) -> Places:
-    """Return where two graphs of the same wiring, of different numbers of samples, keep tensors of the same shape."""
-    with _unseen():
-        shapes = [
-            {(place, name): t.shape for node, place in graph.items() for name, t in saved_tensors(node) if _is_small(t)}
-            for graph in (nodes, others)
-        ]
-    return tuple(key for key, shape in shapes[0].items() if shapes[1].get(key) == shape)
+def _saved(nodes: Mapping[Any, int]) -> Iterator[tuple[int, str, Tensor]]:
+    for node, place in nodes.items():
+        for name, tensor in saved_tensors(node):
+            if tensor.layout is torch.strided and not tensor.is_meta and 0 < tensor.numel() <= _MOST:
+                yield place, name, tensor
 
 
 def pattern(nodes: Sequence[Any], places: Places) -> bytes:
@@ -92,10 +95,6 @@ def _read(node: Any, name: str) -> Tensor | None:
         return None
     value = value[int(number)] if number and value is not None and int(number) < len(value) else value
     return value.detach() if isinstance(value, Tensor) else None
-
-
-def _is_small(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta and 0 < tensor.numel() <= _MOST
 
 
 def _by_sample(tensor: Tensor, many: int | None) -> bool:
@@ -206,10 +205,20 @@ class _Entries:
         return self._owner._buffers
 
     def attributes(self) -> Mapping[Any, Any]:
-        return {name: value for name, value in vars(self._owner).items() if isinstance(value, Tensor)}
+        return dict(_held(vars(self._owner), _CONTAINERS))
 
     def captured(self) -> Mapping[Any, Any]:
-        return captured(self._owner)
+        return dict(_held(captured(self._owner), _CONTAINERS))
+
+
+def _held(entries: Mapping[Any, Any], depth: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the tensors in a mapping, and in the lists, tuples and mappings in it."""
+    for name, value in list(entries.items()):
+        if isinstance(value, Tensor):
+            yield (*path, name), value
+        elif depth and type(value) in (list, tuple, dict) and len(value) <= _LONGEST and name not in _MODULES:
+            inner = value if isinstance(value, dict) else dict(enumerate(value))
+            yield from _held(inner, depth - 1, (*path, name))
 
 
 def captured(function: Any) -> dict[str, Any]:
@@ -228,14 +237,27 @@ def captured(function: Any) -> dict[str, Any]:
     return found | {f"default {name}": value for name, value in (function.__kwdefaults__ or {}).items()}
 
 
+def _methods(module: nn.Module) -> Iterator[Any]:
+    """Yield the functions that a module of the user's runs: its methods, and those among its attributes."""
+    for kind in type(module).__mro__:
+        if kind.__module__.partition(".")[0] != "torch":
+            yield from (value for value in vars(kind).values() if inspect.isfunction(value))
+    for value in vars(module).values():
+        value = value.__func__ if inspect.ismethod(value) else value
+        if inspect.isfunction(value):
+            yield value
+
+
 def _owners(function: Any, depth: int) -> Iterator[tuple[Any, Callable[[], Mapping[Any, Any]]]]:
     if isinstance(function, nn.Module):
         for module in function.modules():
             entries = _Entries(module)
             yield module, entries.parameters
             yield module, entries.buffers
-            if not isinstance(module, torch.jit.ScriptModule):
+            if depth and not isinstance(module, torch.jit.ScriptModule):
                 yield module, entries.attributes
+                for method in _methods(module):
+                    yield method, _Entries(method).captured
     elif depth and isinstance(function, partial):
         for part in (function.func, *function.args, *function.keywords.values()):
             yield from _owners(part, depth - 1)

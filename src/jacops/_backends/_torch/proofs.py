@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from ...errors import InputError, explain
-from .evidence import Places, Stored, constants, hold, neutral, pattern, unvarying
+from .evidence import Places, Stored, constants, hold, neutral, pattern
 from .graph import Survey
 from .watch import Habits
 
@@ -29,8 +29,7 @@ _SETTINGS = 64  # of one function: shapes of batches times public calls
 _GRAPHS = 8  # of one setting: a flag or a branch gives a few
 _CLAIMS = 64  # of one graph: each for a number of rows
 _PATIENCE = 16  # recordings until a refused route is tried again; twice as many each time it fails again
-_SPOT_SHARE = 0.02  # of the work of calls that rely on a proof, spent on checks of single samples
-_OVERHEAD = 16  # samples that take as long as what a sweep costs beside its arithmetic, on small nets
+_SPOT_EVERY = 16  # recordings that rely on a proof: a check takes about half of the shortest call, so 3 % at most
 
 Kept = TypeVar("Kept")
 
@@ -105,7 +104,7 @@ class Proofs:
         self._refused: dict[tuple[str, str], _Refused] = {}
         self._batched_was: dict[str, int] = {}  # slower so many times; -1: faster once
         self._rests_on: list[Stored] | None = None
-        self._age, self._credit = 0, 0.0
+        self._age = self._relied = 0
 
     def renew(self) -> None:
         """Begin a recording: forget all if what proofs rest on has changed."""
@@ -173,17 +172,10 @@ class Proofs:
 
     # ---- checks of single samples ------------------------------------------------------------------------------
 
-    def spot_due(self, samples: int, sweeps: int) -> bool:
-        """Say whether calls that relied on proofs have done enough work since for a check of one sample.
-
-        Work is counted in sweeps over samples, never in seconds, so that routes are reproducible.
-        """
-        self._credit += _SPOT_SHARE * (1 + sweeps) * (samples + _OVERHEAD)
-        cost = 3.0 * (1 + _OVERHEAD)  # a forward, a pull and what compares them
-        if self.checks != "first" or self._credit < cost:
-            return False
-        self._credit = 0.0
-        return True
+    def spot_due(self) -> bool:
+        """Say whether a sample is to be checked alone: once in some recordings, so that routes are reproducible."""
+        self._relied += 1
+        return self.checks == "first" and self._relied % _SPOT_EVERY == 0
 
     def pick(self, many: int) -> int:
         """Return a sample to check, another one each time."""
@@ -245,7 +237,8 @@ class ProofStore:
         if graph is None or self.latest is None or survey.wiring != other.wiring or self.latest.habits is None:
             return self.latest or Proofs(self.checks)
         if not self.latest.habits.packs:
-            more = tuple(key for key in unvarying(survey.nodes, other.nodes) if key not in graph.places)
+            same = constants(survey.nodes, self._function(), others=other.nodes)
+            more = tuple(key for key in same if key not in graph.places)
             graph.places += more
             if more:
                 found = self._of(graph, survey)
@@ -254,7 +247,7 @@ class ProofStore:
         return self.latest
 
     def _graph(self, survey: Survey) -> _Graph:
-        return _Graph(constants(survey.nodes, self.many, self._function()))
+        return _Graph(constants(survey.nodes, self._function(), self.many))
 
     def _of(self, graph: _Graph, survey: Survey) -> Proofs:
         key = pattern(tuple(survey.nodes), graph.places) if graph.places else b""

@@ -70,6 +70,7 @@ class Tape:
         self.trust, self.fallback = trust or Proofs(), fallback
         self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *([torch.bfloat16] if coarse else [])])
         self.routes: dict[str, str] = {}
+        self.store: ProofStore | None = None
         self.protected: Sequence[Tensor] = ()
         self.sweeps = 0
         self._dual: Dual | None = None
@@ -93,7 +94,13 @@ class Tape:
         Returns:
             What the forward does besides arithmetic; None where it has to be watched to know.
         """
+        self.store = store
         return self.rely_on(store.proofs(self.survey, habits))
+
+    def compare(self, other: Tape) -> None:
+        """Learn from another recording, of fewer samples, which tensors in the graph are constants."""
+        if self.store is not None:
+            self.rely_on(self.store.refined(self.survey, other.survey))
 
     def rely_on(self, proofs: Proofs) -> Habits | None:
         """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""

@@ -259,6 +259,8 @@ class SampleFactors:
         halves: Iterable[Tensor] = (order[:1], order[: max(1, many // 2)].sort().values)
         for picked in order.split(1) if _habits(tape).reads else halves:
             part = self.what.together([v[picked.to(v.device)] for v in values]).tape
+            if len(picked) == 1:
+                tape.compare(part)
             outputs = dict(zip(part.codomain.names, part.outputs, strict=True))
             for name, whole in zip(tape.codomain.names, tape.outputs, strict=True):
                 alone = outputs[name]

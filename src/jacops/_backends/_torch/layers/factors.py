@@ -80,7 +80,7 @@ class Layers:
 
     def __init__(self, tape: Tape, samples: int, plainly: bool = False) -> None:
         self.tape, self.samples = tape, samples
-        found = {} if plainly else find_uses(tape)
+        found = {} if plainly else find_uses(tape, repeated=True)
         self.uses = [use for leaf in sorted(found) for use in found[leaf]]
         orders = self._orders(self.uses)
         lost = {use.leaf for use, order in zip(self.uses, orders, strict=True) if order is None}

@@ -10,7 +10,7 @@ to ordinary sweeps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -59,7 +59,9 @@ class Use:
         kind: Which of the three.
         node: The operation; `edge` is its output, where cotangents are asked for.
         turned: The leaf is the transposed sum of outer products.
-        shape: Of the operation's output.
+        shape: Of the operation's output; of the sum's where there is one.
+        sum: The sum that repeats the operation's output for all samples (positions added to tokens), if there is one:
+            cotangents are asked for at its output, where samples are still apart.
     """
 
     leaf: int
@@ -69,11 +71,12 @@ class Use:
     shape: torch.Size
     _rule: Rule
     _tensor: Tensor
+    sum: Any = None
 
     @property
     def edge(self) -> GradientEdge:
-        """The operation's output."""
-        return GradientEdge(self.node, 0)
+        """Where cotangents are asked for."""
+        return GradientEdge(self.node if self.sum is None else self.sum, 0)
 
     @cached_property
     def attached(self) -> Tensor | None:
@@ -85,6 +88,8 @@ class Use:
         """What multiplies the leaf, `(R, …)`, as numbers."""
         with torch.no_grad():
             found = self._rule.operand(self.node)
+            if found is not None and self.sum is not None:
+                found = found.repeat(self.shape[:-1].numel() // found.shape[0])
             return None if found is None else found.detach()
 
     @property
@@ -193,7 +198,9 @@ def _looked_up(node: Any, delta: Tensor, leaf: Tensor, operand: Tensor | None) -
     """Return `(R, width)`, zero where the entry that stands for padding was looked up."""
     padding = int(node._saved_padding_idx)
     padding = padding if padding < 2**63 else -1  # "none" comes back as an unsigned number
-    return delta.flatten(0, -2) * (node._saved_indices.flatten() != padding).to(delta.dtype).unsqueeze(1)
+    rows, indices = delta.flatten(0, -2), node._saved_indices.flatten()
+    kept = (indices != padding).to(delta.dtype).repeat(rows.shape[0] // max(1, indices.numel()))
+    return rows * kept.unsqueeze(1)
 
 
 def _standardised(node: Any) -> Tensor:
@@ -242,10 +249,14 @@ _RULES: dict[tuple[str, int], Rule] = {
 _TURNS = ("TBackward0", "TransposeBackward0")
 
 
-def find_uses(tape: Tape) -> dict[int, list[Use]]:
+def find_uses(tape: Tape, repeated: bool = False) -> dict[int, list[Use]]:
     """Return the uses of every leaf all of whose uses have a rule, by the leaf's index.
 
     A leaf that is missing enters in some other way; a leaf with an empty list does not enter at all.
+
+    Args:
+        tape: What was recorded.
+        repeated: Look for cotangents behind sums that repeat what was looked up for all samples.
     """
     if tape.twins or tape.survey.reentrant or tape.survey.functions:
         return {}
@@ -269,9 +280,34 @@ def find_uses(tape: Tape) -> dict[int, list[Use]]:
                 del found[leaf]
             else:
                 found[leaf].append(use)
+    if repeated:
+        sums = _sums(tape, [use for uses in found.values() for use in uses if use.kind == "lookup"])
+        found = {leaf: [_behind(use, sums.get(use.node)) for use in uses] for leaf, uses in found.items()}
     for uses in found.values():
         uses.sort(key=lambda use: use.node._sequence_nr())  # the same order in every run
     return found
+
+
+def _sums(tape: Tape, uses: Iterable[Use]) -> dict[Any, Any]:
+    """Return the sum that each use leads into, where that is all it leads into."""
+    ends = {output.grad_fn for output in tape.outputs}
+    looked_up = {use.node for use in uses if use.node not in ends}
+    into: dict[Any, list[Any]] = {node: [] for node in looked_up}
+    for node in tape.survey.nodes if looked_up else ():
+        for parent, _ in node.next_functions:
+            if parent in looked_up:
+                into[parent].append(node)
+    return {node: after[0] for node, after in into.items() if len(after) == 1 and after[0].name() == "AddBackward0"}
+
+
+def _behind(use: Use, after: Any) -> Use:
+    """Return a use with its cotangents taken behind a sum that repeats its output along the first axis."""
+    if after is None or int(after._saved_alpha) != 1:
+        return use
+    whole = torch.Size(int(size) for size in after._input_metadata[0].shape)
+    many = whole[0] if len(whole) else 0
+    repeats = many > 1 and use.shape in (whole[1:], torch.Size((1, *whole[1:])))
+    return replace(use, shape=whole, sum=after) if repeats else use
 
 
 def _turns(node: Any) -> bool:

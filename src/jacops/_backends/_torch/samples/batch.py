@@ -21,20 +21,20 @@ from ....errors import InputError, InputTypeError, JacopsError, ModelStateError,
 from ....trees import Selector, flatten, is_differentiable
 from ..chunks import Chunks
 from ..cut import At
-from ..graph import Survey
 from ..inputs import check_fallback
 from ..matrix import jacobian_blocks
 from ..memory import Budget, given_tensors
 from ..proofs import ProofStore
 from ..replica import bare, check_state
 from ..surroundings import is_memory_error
+from ..tape import Tape
 from .bottleneck import GAIN, narrowest, sweep_split
 from .compiled import Compiler
 from .mixing import NOT_FINITE, coupled, differs, disagrees, unbatchable, with_reads
 from .plan import ensure_fits, is_small, planned
 from .results import Results, SampleJacobians
 from .runs import Run, Runner
-from .sweeps import counts, sweep
+from .sweeps import sweep
 
 MODES = ("auto", "reverse", "forward", "split")
 
@@ -44,11 +44,11 @@ class Parts:
     """Runs of some samples without the others.
 
     Attributes:
-        alone: The graph of one sample's run.
+        alone: One sample's run.
         pieces: Which samples, and their outputs.
     """
 
-    alone: Survey | None
+    alone: Tape | None
     pieces: Iterable[tuple[Tensor, list[Tensor]]]
 
 
@@ -236,7 +236,7 @@ class Samples:
         if reason is None:
             result.prepare(run)
             reason, swept = self._filled(result, where, run, values, store, parts is not None, mode)
-        if reason is None and parts is None and run.tape.trust.spot_due(many, min(counts(run.tape))):
+        if reason is None and parts is None and run.tape.trust.spot_due():
             reason = self._spot(result, where, run, values)
         if reason is not None:
             if reason != NOT_FINITE:
@@ -268,7 +268,7 @@ class Samples:
         parts = self._parts(values, many, store)
         run = self.runner.run(values, store)
         if parts.alone is not None:
-            run.tape.rely_on(store.refined(run.tape.survey, parts.alone))
+            run.tape.compare(parts.alone)
         return run, parts
 
     def _known_split(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
@@ -341,7 +341,7 @@ class Samples:
         alone, parts = None, []
         for picked in (order[:1], order[: max(1, many // 2)].sort().values):
             run = self.runner.run([v[picked.to(v.device)] for v in values])
-            alone = alone or run.tape.survey
+            alone = alone or run.tape
             parts.append((picked, [o.detach() for o in run.tape.outputs]))
         return Parts(alone, parts)
 
