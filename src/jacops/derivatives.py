@@ -23,6 +23,7 @@ from ._backends._torch.layers.gauss_newton import gauss_newton_diagonal, gauss_n
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
+from ._backends._torch.restoring import restoring
 from ._backends._torch.surroundings import eager, out_of_inference, private_noise, recording, sweeping
 from ._backends._torch.tape import Tape
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
@@ -182,6 +183,7 @@ def _checked(value: Any) -> Tensor:
     return value
 
 
+@restoring
 def gradient_tape(found: Recording, call: str) -> Tape:
     """Return the tape of a loss's gradient, ready to be differentiated again.
 

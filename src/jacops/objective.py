@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.replica import bare, parameter_names
+from ._backends._torch.restoring import restoring
 from ._backends._torch.row_losses import Reduction, RowLosses, weighted
 from ._backends._torch.surroundings import seeded, sweeping
 from ._digests import digest_function, digest_module
@@ -206,12 +207,14 @@ class TorchObjective(Objective):
         other.loss, other.reduction = weighted(self.losses, weights), "sum"
         return other
 
+    @restoring
     def value(self, x: Any, y: Any) -> float:
         """Return the loss of a batch."""
         with seeded(self.seed):
             found = record_loss(self.model, self.loss, x, y, "influence", parameters=self.picks)
         return float(found.tape.outputs[0].detach())
 
+    @restoring
     def gradient(self, x: Any, y: Any) -> Tensor:
         """Return the gradient `(P,)` of a batch's loss."""
         with seeded(self.seed):
@@ -220,16 +223,19 @@ class TorchObjective(Objective):
         check_finite("gradient", rows, tape.domain.names, tape)
         return tape.domain.join(rows)[0].detach()
 
+    @restoring
     def hessian(self, x: Any, y: Any) -> Operator:
         """Return the Hessian of a batch's loss."""
         with seeded(self.seed):
             return hessian(self.model, self.loss, x, y, parameters=self.picks)
 
+    @restoring
     def ggn(self, x: Any, y: Any) -> Operator:
         """Return the generalised Gauss-Newton matrix of a batch's loss."""
         with seeded(self.seed):
             return ggn(self.model, self.loss, x, y, parameters=self.picks)
 
+    @restoring
     def fisher(self, kind: str, x: Any, y: Any, seed: int = 0) -> Operator:
         """Return a Fisher matrix of a batch, the mean over its rows.
 
@@ -272,6 +278,7 @@ class TorchObjective(Objective):
                 return found
         return torch.cat([*(self._mixed_once(batch.part(slice(i, i + 1)), rows) for i in range(many - 1)), alone], 1)
 
+    @restoring
     def _mixed_once(self, batch: Batch, rows: Tensor) -> Tensor:
         losses, many = self.losses, batch.rows
         shares = losses.denominators(batch.y, many) if self.reduction == "mean" else torch.ones(many)
@@ -296,6 +303,7 @@ class TorchObjective(Objective):
             )
         return torch.stack(parts) if parts else rows.new_zeros(0, *leaf.shape)
 
+    @restoring
     def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
         """Return the output Jacobian `(n * K, P)`, and each sample's loss's gradient `(n, K)` and Hessian `(n, K, K)`.
 

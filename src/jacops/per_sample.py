@@ -15,6 +15,7 @@ from ._backends._torch.layers.parts import Rows
 from ._backends._torch.layers.row_cotangents import row_cotangents
 from ._backends._torch.record import Recorded, record_model, setting
 from ._backends._torch.replica import bare, check_state, parameter_names
+from ._backends._torch.restoring import restoring
 from ._backends._torch.surroundings import eager, seeded
 from ._backends._torch.trust import told_apart, trust_in
 from .derivatives import Loss, _real_only, record_loss, trainable
@@ -74,6 +75,7 @@ def sample_gradients(
     values, tree = _rows_of((x, y), "x, y")
     inputs = len(flatten(x, "x")[0])
 
+    @restoring
     def alone(values: Sequence[Tensor]) -> Recorded:
         one_x, one_y = tree.build(values)
         with seeded(seed):
@@ -127,6 +129,7 @@ def sample_jacobians(
     options.setdefault("parameters", trainable)
     values, tree = _rows_of(x, "x")
 
+    @restoring
     def record(values: Sequence[Tensor]) -> Recorded:
         with seeded(seed):
             found = record_model(model, tree.build(values), call="sample_jacobians", outputs=outputs, **options)

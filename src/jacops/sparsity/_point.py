@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._backends._torch.record import Recorded as Recording
 from .._backends._torch.record import bare, parameter_names, record_model
+from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
 from .._backends._torch.surroundings import private_noise
 from .._backends._torch.tape import Tape
@@ -85,6 +86,7 @@ def lie_widths(tensor: Tensor) -> tuple[int, int]:
     return int(kind.dimension[0]), int(kind.manifold[0])
 
 
+@restoring
 def record_point(
     model: nn.Module,
     inputs: Any,
@@ -141,6 +143,7 @@ class _LiftFailedError(Exception):
     """A lifted selection was written into."""
 
 
+@restoring
 def _recorded(model: nn.Module, inputs: Any, taint: Taint | None, options: dict[str, Any]) -> Recording:
     if taint is None:
         return record_model(model, inputs, **options)

@@ -14,6 +14,7 @@ from ...trees import Selector, Tree, flatten, output_leaves, select
 from .cut import At, Cut
 from .inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
 from .replica import Replica, bare, check_state, parameter_names, replicate
+from .restoring import restoring
 from .surroundings import autocast_on, random_state_kept, recording
 from .tape import Tape
 from .trust import Trust, told_apart, trust_in
@@ -37,6 +38,7 @@ class Recorded:
     inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+@restoring
 def record_closure(
     func: Callable[[], Any], params: Any, call: str, fallback: str = "warn", empty: bool = False
 ) -> Recorded:
@@ -86,6 +88,7 @@ def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any
     return (tuple(parts), tuple(weights), tuple(arrays), context, *more)
 
 
+@restoring
 def run_watched(
     model: nn.Module, run: Callable[[Replica], Any], trust: Trust, guarded: Sequence[Tensor], **options: Any
 ) -> tuple[Any, Replica, Habits]:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputTypeError, ModelStateError, explain
-from .surroundings import out_of_inference
+from .restoring import restoring
+from .surroundings import arithmetic, out_of_inference
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _has_derivatives(parameter: Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+@restoring
 def replicate(
     model: nn.Module,
     *,
@@ -139,32 +141,31 @@ def replicate(
         return _scripted(model, wrt, training)
     originals: dict[str, Tensor] = {}
     memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters():
-        known = _has_derivatives(parameter)
-        if known:
-            originals[name] = parameter
-        memo[id(parameter)] = _copied(parameter, known and wrt(name, parameter), connected, cloned)
     builder = _Builder(memo, training)
-    with torch.inference_mode(False):
+    with arithmetic(True):
+        for name, parameter in model.named_parameters():
+            known = _has_derivatives(parameter)
+            if known:
+                originals[name] = parameter
+            memo[id(parameter)] = _copied(parameter, known and wrt(name, parameter), connected, cloned)
         module = builder.build(model)
     return Replica(module, {n: memo[id(p)] for n, p in originals.items()}, originals)
 
 
 def _copied(parameter: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:
-    with torch.inference_mode(False):
-        parameter = out_of_inference(parameter)
-        if connected and differentiated and parameter.requires_grad:
-            with torch.enable_grad():
-                return parameter.clone() if cloned else parameter.view_as(parameter)
-        private = parameter.detach().clone() if cloned else parameter.detach()
-        if type(parameter) in (nn.Parameter, Tensor):
-            return nn.Parameter(private, requires_grad=differentiated)
-        return private.requires_grad_(differentiated)
+    parameter = out_of_inference(parameter)
+    if connected and differentiated and parameter.requires_grad:
+        return parameter.clone() if cloned else parameter.view_as(parameter)
+    private = parameter.detach().clone() if cloned else parameter.detach()
+    if type(parameter) in (nn.Parameter, Tensor):
+        return nn.Parameter(private, requires_grad=differentiated)
+    return private.requires_grad_(differentiated)
 
 
+@restoring
 def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bool | None) -> Replica:
     """TorchScript modules live outside Python: only their own deep copy copies them."""
-    with torch.inference_mode(False), torch.no_grad():  # in this order: the first one switches gradients on
+    with arithmetic(False):
         module, originals = copy.deepcopy(model), parameter_names(model)
     private = parameter_names(module)
     for name, parameter in private.items():
@@ -224,8 +225,9 @@ class _Builder:
             twin.__dict__["sparse"] = False  # the same function; sparse gradients have no second derivative
         return twin
 
+    @restoring
     def _scripted(self, module: nn.Module) -> nn.Module:
-        with torch.no_grad():
+        with arithmetic(False):
             twin = copy.deepcopy(module)
         for own, other in zip(module.parameters(), twin.parameters(), strict=True):
             other.requires_grad_(self.memo[id(own)].requires_grad)
@@ -237,8 +239,7 @@ class _Builder:
         """Clone what a forward may write into; keep a recorded or shared graph tensor as it is."""
         if tensor.requires_grad:
             return tensor
-        with torch.no_grad():
-            self.memo[id(tensor)] = twin = tensor.clone()
+        self.memo[id(tensor)] = twin = tensor.detach().clone()
         return twin
 
     def _container(self, value: Any) -> Any:

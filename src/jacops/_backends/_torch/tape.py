@@ -24,6 +24,7 @@ from .dual import Dual
 from .forward import Forward
 from .graph import Survey, passed_bytes, saved_bytes, survey
 from .ladder import RouteFailedError, RouteLiesError, attempt
+from .restoring import GradientsKept, restoring
 from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
 from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
@@ -96,6 +97,7 @@ class Tape:
 
     # ---- one backward pass -----------------------------------------------------------------------------------
 
+    @restoring
     def pull(
         self, cotangents: Sequence[Tensor | None], create_graph: bool = False, batched: bool = False
     ) -> list[Tensor | None]:
@@ -142,6 +144,7 @@ class Tape:
             merged[index] = extra if own is None else own if extra is None else own + extra
         return merged
 
+    @restoring
     def _pull_by_backward(
         self, outputs: Rows, seeds: Rows, targets: Rows, create_graph: bool, batched: bool
     ) -> list[Tensor | None]:
@@ -160,17 +163,9 @@ class Tape:
             )
         if batched:
             raise RouteFailedError("a reentrant activation checkpoint takes one cotangent at a time")
-        kept = [(p, p.grad) for p in self.protected]
-        for p, _ in kept:
-            p.grad = None
-        try:
+        with GradientsKept(self.protected, targets):
             torch.autograd.backward(outputs, seeds, retain_graph=True)
             return [t.grad for t in targets]
-        finally:
-            for t in targets:
-                t.grad = None
-            for p, grad in kept:
-                p.grad = grad
 
     # ---- many cotangents -------------------------------------------------------------------------------------
 

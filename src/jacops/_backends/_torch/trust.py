@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Hashable
 from typing import Any
 
 from ...errors import InputError, explain
+from .restoring import process_lock
 
 CHECKS = ("first", "always", "strict", "never")
 
@@ -85,7 +85,6 @@ def told_apart(value: Any) -> Hashable:
 
 
 _known: weakref.WeakKeyDictionary[Any, dict[Hashable, Trust]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def trust_in(function: Any, setting: Hashable, checks: str) -> Trust:
@@ -98,7 +97,7 @@ def trust_in(function: Any, setting: Hashable, checks: str) -> Trust:
         raise InputError(explain("checks", repr(checks), f"one of {CHECKS} is needed"))
     if checks in ("always", "strict"):
         return Trust(checks)
-    with _lock:
+    with process_lock:
         try:
             store = _known.setdefault(function, {})
         except TypeError:

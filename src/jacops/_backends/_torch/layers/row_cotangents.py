@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..agreement import worst_disagreement
 from ..losses import call_loss
+from ..restoring import restoring
 from ..rows import plain
 from ..surroundings import is_memory_error, out_of_inference, random_state_kept, recording
 from ..tape import Tape
@@ -75,6 +76,7 @@ def _agree(found: Sequence[Tensor | None], alone: Sequence[Tensor | None], picke
     return all(a.shape == b.shape for a, b in pairs) and worst_disagreement(pairs) <= tolerance
 
 
+@restoring
 def _gradients(
     loss: Callable[[Any, Any], Tensor], build: Build, outputs: Sequence[Tensor], targets: Sequence[Tensor], row: int
 ) -> list[Tensor | None]:
@@ -85,6 +87,7 @@ def _gradients(
     return _pulled(value, leaves)
 
 
+@restoring
 def _vectorised(
     loss: Callable[[Any, Any], Tensor], build: Build, outputs: Sequence[Tensor], targets: Sequence[Tensor]
 ) -> list[Tensor | None] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor
 from ....errors import NotDifferentiableError, warn
 from ..agreement import worst_disagreement
 from ..ladder import RouteFailedError, RouteLiesError, attempt
+from ..restoring import WarningsIgnored, restoring
 from ..surroundings import is_memory_error
 from ..trust import Trust
 from .mixing import coupled, differs
@@ -51,6 +51,7 @@ class Compiled:
     entries: int
     output: Tensor
 
+    @restoring
     def fill(self, runner: Runner, values: Sequence[Tensor], blocks: Sequence[Tensor], where: slice) -> Tensor:
         """Fill `blocks[leaf][where]`, a few outputs after another, and return the outputs."""
         state, output = runner.state(), self.output
@@ -192,6 +193,7 @@ def _seconds(call: Callable[[], Any], like: Tensor) -> float:
     return time.perf_counter() - started
 
 
+@restoring
 def _compiles(call: Callable[[], Any]) -> Any:
     """Run what may compile: compilers fail in their own ways.
 
@@ -199,8 +201,7 @@ def _compiles(call: Callable[[], Any]) -> Any:
         RouteFailedError: There is no compiler, or it failed.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, about what its compiler imports
+        with WarningsIgnored():  # torch's own, about what its compiler imports
             return call()
     except Exception as error:
         if is_memory_error(error):

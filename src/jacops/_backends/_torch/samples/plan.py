@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
+from ..restoring import restoring
 from ..trust import Trust
 from .bottleneck import narrowest, sweep_split
 from .mixing import differs, unbatchable
@@ -259,6 +260,7 @@ class RouteUnknown(Exception):
     """There is no such route here."""
 
 
+@restoring
 def _measured(
     samples: Samples, one: Run, rows: int, mode: str, place: tuple[str, int] | None = None
 ) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from ..cut import At, Cut
 from ..inputs import forward_explained, private_inputs, split_input
 from ..record import setting
 from ..replica import replicate
+from ..restoring import restoring
 from ..surroundings import autocast_on, random_state_kept, recording
 from ..tape import Tape
 from ..trust import Trust, told_apart, trust_in
@@ -66,6 +67,7 @@ class Runner:
     fallback: str
     connected: bool = False
 
+    @restoring
     def run(self, values: Sequence[Tensor], trust: Trust | None = None) -> Run:
         """Record one forward; the first one in its setting is watched."""
         trust = trust or self.trust(values)
@@ -114,6 +116,7 @@ class Runner:
     def _parameters(self) -> list[Tensor]:
         return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
 
+    @restoring
     def record(
         self,
         values: Sequence[Tensor],
