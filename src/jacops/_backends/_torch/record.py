@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError, explain
 from ...trees import Selector, Tree, flatten, output_leaves, select
 from .cut import At, Cut
+from .graph import reaches
 from .inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
 from .replica import Replica, bare, check_state, parameter_names, replicate
 from .restoring import restoring
@@ -47,6 +48,7 @@ def record_closure(
     Raises:
         InputTypeError: `func` or `params` is of the wrong kind.
         InputError: A parameter is repeated or does not require grad.
+        NotDifferentiableError: A reentrant checkpoint uses a parameter and records nothing of it.
     """
     if not callable(func) or isinstance(func, nn.Module):
         raise InputTypeError(
@@ -59,7 +61,7 @@ def record_closure(
         )
     check_fallback(fallback)
     leaves = check_params(params, empty)
-    with recording():
+    with recording(lambda tensor: reaches(tensor, leaves), call):
         output = func()
     tensors, tree = output_leaves(output, "func()")
     names = [f"params[{i}]" for i in range(len(leaves))]

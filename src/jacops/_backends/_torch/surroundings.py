@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ...errors import NotDifferentiableError
 from .restoring import Guard, Guards, entered, function_modes, leave_function_modes, process_lock, restoring
@@ -99,6 +100,21 @@ def math_attention() -> Guard:
     return _Attention()
 
 
+def _checkpoint_records_nothing() -> bool:
+    """Return whether this runs in the forward of a reentrant checkpoint none of whose arguments requires grad.
+
+    Torch's own and the copies of it in other packages all pass the function as `run_function`. Within another one it
+    is the outermost that counts: the inner one runs again, with gradients, in the backward of that.
+    """
+    frame, ctx = sys._getframe(2), None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and {"ctx", "run_function"} <= set(code.co_varnames[: code.co_argcount]):
+            ctx = frame.f_locals.get("ctx")
+        frame = frame.f_back
+    return ctx is not None and not any(getattr(ctx, "needs_input_grad", (True,)))
+
+
 class _Gradients(Guard):
     """Gradient recording on or off inside, and inference mode off or on."""
 
@@ -166,23 +182,63 @@ class _Mode(Guard):
 
 
 class _RightKernels(TorchFunctionMode):
-    """Write out fused kernels whose second derivative torch gets wrong: weight norm (its gradgradcheck fails)."""
+    """Write out fused kernels whose second derivative torch gets wrong: weight norm (its gradgradcheck fails).
+
+    Attributes:
+        lost: By identity, the tensors whose gradient an activation checkpoint loses. A reentrant one records no node
+            where none of its arguments requires grad, so that the graph does not show that it was there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.is_grad_enabled():
+            asked = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+            if asked and _checkpoint_records_nothing():
+                self.lost |= {id(t): t for t in asked}
         if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
             v, g, *dim = args
             return v * (g / torch.norm_except_dim(v, 2, *dim))
         return func(*args, **(kwargs or {}))
 
 
-def recording() -> Guards:
+class Recording(Guards):
+    """A context in which a graph is recorded.
+
+    Args:
+        matters: Which tensors' gradients matter; those of all that require grad by default.
+        call: The public call, for messages.
+    """
+
+    def __init__(self, matters: Callable[[Tensor], bool] = lambda tensor: True, call: str = "") -> None:
+        self._mode, self._matters, self._call = _RightKernels(), matters, call
+        super().__init__(_Gradients(True), _Attention(), _Mode(self._mode), _FreshAutocastCache())
+
+    def __exit__(self, kind: object = None, *rest: object) -> None:
+        super().__exit__(kind, *rest)
+        if kind is None and any(self._matters(tensor) for tensor in self._mode.lost.values()):
+            raise NotDifferentiableError(
+                f"{self._call + ': a' if self._call else 'A'} reentrant activation checkpoint takes no argument that requires grad, so torch records nothing of "
+                "what it computes and the derivative by the parameters used inside would be zero. Use checkpoint(…, "
+                "use_reentrant=False)."
+            )
+
+
+def recording(matters: Callable[[Tensor], bool] = lambda tensor: True, call: str = "") -> Recording:
     """Record a graph whatever the caller's modes are: `no_grad`, inference mode or autocast's weight cache.
 
+    Args:
+        matters: As in `Recording`.
+        call: As in `Recording`.
+
     Raises:
-        NotDifferentiableError: A `torch.func` transform of the caller is at work around the call.
+        NotDifferentiableError: A `torch.func` transform of the caller is active around the call; or, on leaving, a
+            reentrant checkpoint lost the gradient of a tensor that matters.
     """
     refuse_transforms()
-    return Guards(_Gradients(True), _Attention(), _Mode(_RightKernels()), _FreshAutocastCache())
+    return Recording(matters, call)
 
 
 def sweeping(like: Tensor) -> Guards:
