@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import jacops
-from jacops import NotDifferentiableError
+from jacops import NonFiniteError, NotDifferentiableError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -109,3 +109,171 @@ def test_a_model_through_a_reentrant_checkpoint_stays_right() -> None:
     first, last, x = layers()
     plain = jacops.modjac(nn.Sequential(first, nn.Tanh(), last), x, flatten=True)
     torch.testing.assert_close(jacops.modjac(TwoLayers(first, last), x, flatten=True), plain)
+
+
+# ---- NaN and Inf ----------------------------------------------------------------------------------------------------
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def batch(broken: str | None = None, value: float = torch.nan) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(5, width, generator=generator, dtype=torch.float64) for width in (3, 2))
+    if broken is not None:
+        {"x": x, "y": y}[broken][3, 1] = value
+    return x, y
+
+
+mse = nn.functional.mse_loss
+
+
+def operators(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "hessian": lambda: jacops.hessian(model, mse, x, y, **options),
+        "ggn": lambda: jacops.ggn(model, mse, x, y, **options),
+        "fisher": lambda: jacops.fisher(model, nn.MSELoss(), x, y, **options),
+        "empirical_fisher": lambda: jacops.empirical_fisher(model, mse, x, y, **options),
+        "sample_gradients": lambda: jacops.sample_gradients(model, mse, x, y, **options),
+        "sample_jacobians": lambda: jacops.sample_jacobians(model, x, **options),
+        "jacobian": lambda: jacops.jacobian(model, x, **options),
+    }
+
+
+def uses(make: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """What can be asked of an operator."""
+
+    def ones(axis: int, *more: int) -> Tensor:
+        return torch.ones(make().shape[axis], *more).double()
+
+    return {
+        "A @ v": lambda: make() @ ones(1),
+        "A @ V": lambda: make() @ ones(1, 2),
+        "A.T @ u": lambda: make().T @ ones(0),
+        "(2 * A) @ v": lambda: (2.0 * make()) @ ones(1),
+        "(A + A) @ v": lambda: (make() + make()) @ ones(1),
+        "(A.T @ A) @ v": lambda: (make().T @ make()) @ ones(1),
+        "A @ tree": lambda: make() @ list(make().domain.unflatten(ones(1))),
+        "dense": lambda: make().dense(),
+        "A.T.dense": lambda: make().T.dense(),
+        "gram": lambda: make().gram(),
+        "trace": lambda: jacops.trace(make().T @ make()),
+        "trace with probes": lambda: jacops.trace(make().T @ make(), probes=3),
+        "norm": lambda: jacops.norm(make()),
+        "spectral_norm": lambda: jacops.spectral_norm(make()),
+        "diagonal": lambda: jacops.diagonal(make().T @ make()),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")
+@pytest.mark.parametrize("name", operators(nn.Identity(), *batch()))
+@pytest.mark.parametrize("use", uses(lambda: None))
+def test_nan_in_the_data_is_named_by_row(name: str, use: str) -> None:
+    model, (x, y) = net(), batch("x")
+    with pytest.raises(NonFiniteError, match=r"holds nan in row 3"):
+        uses(operators(model, x, y)[name])[use]()
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")
+@pytest.mark.parametrize("name", ["hessian", "ggn", "sample_gradients", "empirical_fisher"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_or_inf_in_the_targets_is_named_by_row(name: str, value: float) -> None:
+    x, y = batch("y", value)
+    with pytest.raises(NonFiniteError, match=rf"{name}.*y holds {value} in row 3"):
+        uses(operators(net(), x, y)[name])["A.T @ u"]()
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")
+@pytest.mark.parametrize("name", operators(nn.Identity(), *batch()))
+def test_the_check_can_be_turned_off(name: str) -> None:
+    model, (x, y) = net(), batch("x")
+    make = operators(model, x, y, check_finite=False)[name]
+    for result in (make() @ torch.ones(26).double(), (2.0 * make()).dense(), make().T.dense()):
+        assert result.isnan().any()
+    assert operators(model, x, y)["jacobian"]().dense(check_finite=False).isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_overflows_is_refused(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(dtype)
+    x = torch.ones(5, 3, dtype=dtype) * torch.finfo(dtype).max ** 0.6
+    y, v = torch.zeros(5, 2, dtype=dtype), torch.ones(26, dtype=dtype)
+    for call in (
+        lambda: jacops.hessian(model, mse, x, y) @ v,
+        lambda: jacops.ggn(model, mse, x, y).dense(),
+        lambda: jacops.hvp(model, mse, x, y, v),
+        lambda: jacops.ggnvp(model, mse, x, y, v),
+        lambda: jacops.sample_gradients(model, mse, x, y).norms(),
+        lambda: jacops.sample_jacobians(model, x).gram(),
+        lambda: jacops.sample_jacobians(model, x).column_squares(),
+    ):
+        with pytest.raises(NonFiniteError):
+            call()
+
+
+def test_nan_of_a_backward_is_refused_though_the_data_are_finite() -> None:
+    """The double backward of a norm at zero is NaN in torch."""
+
+    class Radial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(3).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.exp(-(torch.linalg.norm(self.p) ** 2)) * x
+
+    def total(output: Tensor, y: Any) -> Tensor:
+        return output.sum()
+
+    one, v = torch.ones(1).double(), torch.ones(3).double()
+    for call in (
+        lambda: jacops.hessian(Radial(), total, one, None) @ v,
+        lambda: jacops.hessian(Radial(), total, one, None).dense(),
+        lambda: jacops.hvp(Radial(), total, one, None, v),
+        lambda: jacops.diagonal(jacops.hessian(Radial(), total, one, None)),
+        lambda: jacops.eigenpairs(jacops.hessian(Radial(), total, one, None), 1),
+    ):
+        with pytest.raises(NonFiniteError):
+            call()
+
+
+@pytest.mark.parametrize("broken", ["x", "y"])
+def test_a_problem_names_batch_and_row(broken: str) -> None:
+    problem = jacops.Problem(net(), nn.MSELoss(), [batch(), batch(), batch(broken)])
+    v = torch.ones(26).double()
+    for call in (
+        problem.value,
+        problem.gradient,
+        lambda: problem.hessian() @ v,
+        lambda: problem.hessian().dense(),
+        lambda: problem.ggn() @ v,
+        lambda: problem.sample_gradients() @ v,
+        lambda: jacops.diagonal(problem.ggn()),
+    ):
+        with pytest.raises(NonFiniteError, match=rf"batch 2: .*{broken} holds nan in row 3"):
+            call()
+    with pytest.raises(NonFiniteError, match=rf"batch 0: .*{broken} holds nan in row 3"):
+        jacops.Problem(net(), nn.MSELoss(), [batch(broken)]).gradient()
+
+
+def test_plain_matrices_and_contributions_are_checked_too() -> None:
+    broken = jacops.Matrix(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))
+    large = jacops.Diagonal(torch.tensor([1e38, 1.0]))
+    jacobian = torch.full((2, 3, 4), torch.nan)
+    for call in (
+        lambda: broken @ torch.ones(2),
+        broken.dense,
+        broken.gram,
+        lambda: (broken + large).dense(),
+        lambda: (large @ large).dense(),
+        lambda: (10 * large) @ torch.tensor([10.0, 1.0]),
+        lambda: jacops.project_jacobian(jacobian, torch.ones(4, 2)),
+        lambda: jacops.reduce_contributions(jacobian),
+        lambda: jacops.reduce_contributions(jacobian.numpy(), "max"),
+    ):
+        with pytest.raises(NonFiniteError):
+            call()
+    assert jacops.reduce_contributions(jacobian, check_finite=False).shape == (2, 4)

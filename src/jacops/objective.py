@@ -60,7 +60,11 @@ class Objective(ABC):
 
     @abstractmethod
     def value(self, x: Any, y: Any) -> float:
-        """Return the loss of a batch."""
+        """Return the loss of a batch.
+
+        Raises:
+            NonFiniteError: It is NaN or Inf.
+        """
 
     @abstractmethod
     def gradient(self, x: Any, y: Any) -> Tensor:
@@ -211,8 +215,9 @@ class TorchObjective(Objective):
     def value(self, x: Any, y: Any) -> float:
         """Return the loss of a batch."""
         with seeded(self.seed):
-            found = record_loss(self.model, self.loss, x, y, "influence", parameters=self.picks)
-        return float(found.tape.outputs[0].detach())
+            tape = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks).tape
+        check_finite("value", [], [], tape, data={"x": x, "y": y})
+        return float(tape.outputs[0].detach())
 
     @restoring
     def gradient(self, x: Any, y: Any) -> Tensor:
@@ -220,7 +225,7 @@ class TorchObjective(Objective):
         with seeded(self.seed):
             tape = record_loss(self.model, self.loss, x, y, "gradient", parameters=self.picks).tape
         rows = tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)])
-        check_finite("gradient", rows, tape.domain.names, tape)
+        check_finite("gradient", rows, tape.domain.names, tape, data={"x": x, "y": y})
         return tape.domain.join(rows)[0].detach()
 
     @restoring
@@ -372,11 +377,12 @@ def check_reduction(objective: Objective, batch: Batch) -> None:
     if not rows:
         return
     mean = objective.reduction == "mean"
+    together = objective.value(some.x, some.y)  # first: an error names the row as the batch counts it
     alone = [
         objective.value(row.x, row.y) * (share if mean else 1.0)
         for row, share in zip(rows, (s for s in shares if s), strict=True)
     ]
-    together, expected = objective.value(some.x, some.y), sum(alone) / (sum(shares) if mean else 1.0)
+    expected = sum(alone) / (sum(shares) if mean else 1.0)
     scale = max(sum(map(abs, alone)) / few, 1e-30)
     if not abs(together - expected) <= 1e-3 * max(scale, abs(expected)):
         raise InputError(

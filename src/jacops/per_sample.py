@@ -21,6 +21,7 @@ from ._backends._torch.trust import told_apart, trust_in
 from .derivatives import Loss, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
+from .operators._finite_results import made_from
 from .space import Space
 from .trees import Selector, Tree, flatten
 
@@ -28,6 +29,7 @@ Randomness = Literal["error", "same"]
 
 
 @eager
+@made_from("x", "y")
 def sample_gradients(
     model: nn.Module,
     loss: Loss,
@@ -96,6 +98,7 @@ def sample_gradients(
 
 
 @eager
+@made_from("x")
 def sample_jacobians(
     model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Any
 ) -> LayerFactors:
@@ -241,6 +244,7 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
             )
 
 
+@made_from("x", "y")
 def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 

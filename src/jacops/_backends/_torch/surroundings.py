@@ -220,9 +220,9 @@ class Recording(Guards):
         super().__exit__(kind, *rest)
         if kind is None and any(self._matters(tensor) for tensor in self._mode.lost.values()):
             raise NotDifferentiableError(
-                f"{self._call + ': a' if self._call else 'A'} reentrant activation checkpoint takes no argument that requires grad, so torch records nothing of "
-                "what it computes and the derivative by the parameters used inside would be zero. Use checkpoint(…, "
-                "use_reentrant=False)."
+                f"{self._call + ': a' if self._call else 'A'} reentrant activation checkpoint takes no argument that "
+                "requires grad, so torch records nothing of what it computes and the derivative by the parameters used "
+                "inside would be zero. Use checkpoint(…, use_reentrant=False)."
             )
 
 
