@@ -1,5 +1,6 @@
 """Right values or typed errors for recordings that once gave zeros, NaN or raw errors."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -277,3 +278,80 @@ def test_plain_matrices_and_contributions_are_checked_too() -> None:
         with pytest.raises(NonFiniteError):
             call()
     assert jacops.reduce_contributions(jacobian, check_finite=False).shape == (2, 4)
+
+
+# ---- traced, exported and scripted modules --------------------------------------------------------------------------
+
+
+class Convolutional(nn.Module):
+    """A buffer, batch statistics and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm, self.dropout = nn.Conv1d(1, 2, 2), nn.BatchNorm1d(2), nn.Dropout(0.3)
+        self.last = nn.Linear(4, 2)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.norm(self.convolution(x.unsqueeze(1))))
+        return self.last(self.dropout(hidden).flatten(1)) * self.scale
+
+
+def model_calls(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Any]]:
+    columns = sum(p.numel() for p in model.parameters())
+    return {
+        "compute_jacobian": lambda: jacops.compute_jacobian(model, x),
+        "jacobian": lambda: jacops.jacobian(model, x) @ torch.ones(columns).double(),
+        "modjac": lambda: jacops.modjac(model, x, flatten=True),
+        "contributions": lambda: jacops.contributions(model, x).output,
+        "hessian": lambda: jacops.hessian(model, mse, x, y).dense(),
+        "ggn": lambda: jacops.ggn(model, mse, x, y).dense(),
+        "sample_gradients": lambda: jacops.sample_gradients(model, mse, x, y).dense(),
+        "input_hessian": lambda: jacops.input_hessian(model, x),
+        "model_jvp": lambda: jacops.model_jvp(model, x, [torch.ones_like(p) for p in model.parameters()]),
+        "full_jacobian": lambda: jacops.full_jacobian(lambda: model(x), list(model.parameters())),
+    }
+
+
+def converted(kind: str, model: nn.Module, x: Tensor) -> nn.Module:
+    if kind == "fx":
+        return torch.fx.symbolic_trace(model)
+    if kind == "fx in a module":
+        return nn.Sequential(torch.fx.symbolic_trace(model))
+    if kind == "a copy of fx":
+        return copy.deepcopy(torch.fx.symbolic_trace(model))
+    if kind == "export":
+        free = ({0: torch.export.Dim.DYNAMIC},)
+        return torch.export.export(model, (x,), dynamic_shapes=free).module()
+    return torch.jit.trace(model, (x,)) if kind == "trace" else torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["fx", "fx in a module", "a copy of fx", "export", "trace", "script"])
+@pytest.mark.parametrize("make", [net, Convolutional])
+def test_a_converted_module_gives_what_the_module_gives(kind: str, make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = make().double().eval(), batch()
+    given = converted(kind, model, x)
+    for call, plain in model_calls(model, x, y).items():
+        torch.testing.assert_close(model_calls(given, x, y)[call](), plain(), msg=lambda text, call=call: call + text)
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_module_exported_for_one_batch_size_is_refused_by_samples_and_right_as_a_whole() -> None:
+    model, (x, y) = net(), batch()
+    program = torch.export.export(model, (x,))
+    for given in (program.module(), torch.export.unflatten(program)):
+        for call, plain in model_calls(model, x, y).items():
+            if call in ("compute_jacobian", "contributions", "sample_gradients", "input_hessian"):
+                with pytest.raises(jacops.ModelStateError, match="dynamic_shapes"):
+                    model_calls(given, x, y)[call]()
+            else:
+                torch.testing.assert_close(model_calls(given, x, y)[call](), plain())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_frozen_script_module_has_an_input_jacobian() -> None:
+    model, (x, _) = net().eval(), batch()
+    plain = jacops.compute_jacobian(model, x)
+    torch.testing.assert_close(jacops.compute_jacobian(torch.jit.freeze(torch.jit.script(model)), x), plain)

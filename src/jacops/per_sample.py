@@ -225,7 +225,7 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
         ModelStateError: The message names the module and the switch to flip.
     """
     for name, module in bare(model).named_modules():
-        if not module.training:
+        if not getattr(module, "training", False):  # a frozen script module has no mode
             continue
         label = f"module '{name}' ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

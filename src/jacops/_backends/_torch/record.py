@@ -80,7 +80,10 @@ def record_closure(
 def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
     """Return a key under which trust in a model holds: its modules, modes and shapes, and the inputs'."""
     modules = list(model.modules())
-    parts = [(id(m), type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
+    parts = [
+        (id(m), type(m), getattr(m, "training", False), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in modules
+    ]
     weights = [(p.shape, p.dtype, p.device) for m in modules for p in m._parameters.values() if p is not None]
     arrays = [(t.shape, t.dtype, t.device) for t in inputs]
     context = (

@@ -170,7 +170,20 @@ def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bo
     private = parameter_names(module)
     for name, parameter in private.items():
         parameter.requires_grad_(wrt(name, originals[name]))
-    return Replica(module if training is None else module.train(training), private, originals)
+    return Replica(_in_mode(module, training), private, originals)
+
+
+def _in_mode(module: nn.Module, training: bool | None) -> nn.Module:
+    """Return a script module in the mode that is asked for; a frozen one has none."""
+    return module if training is None or not hasattr(module, "training") else module.train(training)
+
+
+def _instance(kind: type[nn.Module]) -> nn.Module:
+    """Return an instance of exactly this class: a `__new__` of its own may return another (torch.fx makes a class)."""
+    try:
+        return object.__new__(kind)
+    except TypeError:  # a class with another base written in C
+        return kind.__new__(kind)
 
 
 _IMMUTABLE = frozenset({bool, int, float, str, type(None)})
@@ -208,7 +221,7 @@ class _Builder:
             return self.build(module._orig_mod)
         if isinstance(module, torch.jit.ScriptModule):
             return self._scripted(module)
-        twin = module.__class__.__new__(module.__class__)
+        twin = _instance(module.__class__)
         self.memo[id(module)] = twin
         state = twin.__dict__
         for key, value in module.__dict__.items():
@@ -233,7 +246,7 @@ class _Builder:
             other.requires_grad_(self.memo[id(own)].requires_grad)
             self.memo[id(own)] = other
         self.memo[id(module)] = twin
-        return twin if self.training is None else twin.train(self.training)
+        return _in_mode(twin, self.training)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         """Clone what a forward may write into; keep a recorded or shared graph tensor as it is."""
