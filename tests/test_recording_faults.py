@@ -355,3 +355,75 @@ def test_a_frozen_script_module_has_an_input_jacobian() -> None:
     model, (x, _) = net().eval(), batch()
     plain = jacops.compute_jacobian(model, x)
     torch.testing.assert_close(jacops.compute_jacobian(torch.jit.freeze(torch.jit.script(model)), x), plain)
+
+
+# ---- parameters of three and more axes ------------------------------------------------------------------------------
+
+
+class Weighted(nn.Module):
+    """`function(T, x)` with one parameter T."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], value: Tensor):
+        super().__init__()
+        self.function, self.T = function, nn.Parameter(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.T, x).flatten(1)
+
+
+def heads(x: Tensor, many: int) -> Tensor:
+    return x.unsqueeze(0).expand(many, -1, -1)
+
+
+einsum = torch.einsum
+WITH_AXES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "bilinear": ((2, 2, 3), lambda T, x: einsum("ni,ijk,nj->nk", x, T, x)),
+    "bilinear, output first": ((3, 2, 2), lambda T, x: einsum("ni,kij,nj->nk", x, T, x)),
+    "summed": ((2, 2, 3), lambda T, x: einsum("ni,ijk->nk", x, T)),
+    "a diagonal": ((2, 2, 3), lambda T, x: einsum("ni,iik->nk", x, T)),
+    "heads": ((3, 2, 2), lambda T, x: einsum("ni,hid->nhd", x, T)),
+    "heads, inputs last": ((3, 4, 2), lambda T, x: einsum("ni,hdi->nhd", x, T)),
+    "a sequence": ((2, 2, 3), lambda T, x: einsum("nti,hid->nhtd", torch.stack([x, x.sin(), x.cos()], 1), T)),
+    "four axes": ((2, 2, 2, 3), lambda T, x: einsum("na,abcd,nb,nc->nd", x, T, x, x)),
+    "four axes turned": ((3, 2, 2, 2), lambda T, x: einsum("na,dcba,nb->ndc", x, T, x)),
+    "used twice": ((2, 2, 3), lambda T, x: einsum("nj,ijk->nk", einsum("ni,ijk->nj", x, T).tanh(), T)),
+    "permuted": ((2, 3, 2), lambda T, x: einsum("ni,ijk->njk", x, T.permute(2, 0, 1))),
+    "expanded": ((1, 2, 3), lambda T, x: einsum("ni,aik->nak", x, T.expand(4, -1, -1))),
+    "chunks": ((3, 2, 2), lambda T, x: sum(einsum("ni,ik->nk", x, t[0]).sin() for t in T.chunk(3))),  # type: ignore[return-value]
+    "unbound": ((3, 2, 2), lambda T, x: (x @ T[0]) * torch.tanh(x @ T[1]) + x @ T[2]),
+    "bmm": ((3, 2, 4), lambda T, x: torch.bmm(heads(x, 3), T).transpose(0, 1)),
+    "bmm transposed": ((3, 4, 2), lambda T, x: torch.bmm(heads(x, 3), T.mT).transpose(0, 1)),
+    "matmul": ((2, 3, 2, 2), lambda T, x: x[:, None, None, None] @ T),
+    "matmul transposed": ((3, 4, 2), lambda T, x: x[:, None, None] @ T.mT),
+    "matmul from the left": ((3, 4, 2), lambda T, x: T @ x[:, None, :, None]),
+    "tensordot": ((3, 2, 2), lambda T, x: torch.tensordot(x, T, dims=([1], [1]))),
+    "reshaped": ((3, 2, 2), lambda T, x: x @ T.permute(1, 0, 2).reshape(2, -1)),
+    "elementwise": ((3, 2, 4), lambda T, x: x[:, None, :, None] * T),
+}
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("name", WITH_AXES)
+def test_parameters_of_many_axes_are_right_in_every_operation(name: str, contiguous: bool) -> None:
+    shape, function = WITH_AXES[name]
+    generator = torch.Generator().manual_seed(3)
+    value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    model = Weighted(function, value if contiguous else value.mT.contiguous().mT)
+    x = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    y = torch.randn(model(x).shape, generator=generator, dtype=torch.float64)
+    grads, rows = [], []
+    for i in range(3):
+        output = model(x[i : i + 1])
+        grads.append(torch.autograd.grad(mse(output, y[i : i + 1]), model.T, retain_graph=True)[0].flatten())
+        rows += [torch.autograd.grad(o, model.T, retain_graph=True)[0].flatten() for o in output.flatten()]
+    G, J = torch.stack(grads), torch.stack(rows)
+    found = jacops.sample_gradients(model, mse, x, y)
+    torch.testing.assert_close(found.dense(), G)
+    torch.testing.assert_close(found.norms(), G.norm(dim=1))
+    torch.testing.assert_close(found.gram(), G @ G.T)
+    torch.testing.assert_close(found.column_squares(), G.square().sum(0))
+    torch.testing.assert_close(jacops.sample_jacobians(model, x).dense(), J)
+    torch.testing.assert_close(jacops.empirical_fisher(model, mse, x, y).dense(), G.T @ G / 3)
+    torch.testing.assert_close(jacops.modjac(model, x, flatten=True), J)
+    torch.testing.assert_close(jacops.diagonal(jacops.ggn(model, mse, x, y)), 2 * J.square().sum(0) / len(J))
