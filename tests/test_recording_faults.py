@@ -1,5 +1,6 @@
 """Right values or typed errors for recordings that once gave zeros, NaN or raw errors."""
 
+import collections
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import jacops
@@ -427,3 +430,133 @@ def test_parameters_of_many_axes_are_right_in_every_operation(name: str, contigu
     torch.testing.assert_close(jacops.empirical_fisher(model, mse, x, y).dense(), G.T @ G / 3)
     torch.testing.assert_close(jacops.modjac(model, x, flatten=True), J)
     torch.testing.assert_close(jacops.diagonal(jacops.ggn(model, mse, x, y)), 2 * J.square().sum(0) / len(J))
+
+
+# ---- fields that are None -------------------------------------------------------------------------------------------
+
+
+class Returning(nn.Module):
+    """A layer whose output stands in a tree."""
+
+    def __init__(self, tree: Callable[[Tensor], Any]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.tree = nn.Linear(3, 2).double(), tree
+
+    def forward(self, x: Tensor) -> Any:
+        return self.tree(torch.tanh(self.layer(x)))
+
+
+Fields = collections.namedtuple("Fields", "logits cache")
+WITH_NONE: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
+    "a tuple": (lambda o: (o, None), lambda tree: tree[0]),
+    "None first": (lambda o: (None, o), lambda tree: tree[1]),
+    "a list": (lambda o: [None, o, None], lambda tree: tree[1]),
+    "a dict": (lambda o: {"logits": o, "cache": None}, lambda tree: tree["logits"]),
+    "a named tuple": (lambda o: Fields(o, None), lambda tree: tree.logits),
+    "nested": (
+        lambda o: {"a": (None, [None]), "b": (None, {"c": o})},
+        lambda tree: tree["b"][1]["c"],
+    ),
+}
+
+
+def emptied(tree: Any) -> Any:
+    """The tree with None in place of tensors, to compare shapes of trees."""
+    return torch.utils._pytree.tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, tree)
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")
+@pytest.mark.parametrize("name", WITH_NONE)
+def test_fields_of_an_output_that_are_none_stay_none(name: str) -> None:
+    wrap, pick = WITH_NONE[name]
+    model, plain, (x, y) = Returning(wrap), Returning(lambda o: o), batch()
+    params, bare = list(model.parameters()), list(plain.parameters())
+    ones = [torch.ones_like(p) for p in params]
+    u = torch.ones(5, 2).double()
+
+    def loss(output: Any, y: Tensor) -> Tensor:
+        return mse(pick(output), y)
+
+    for with_none, without in (
+        (lambda: jacops.compute_jacobian(model, x), lambda: jacops.compute_jacobian(plain, x)),
+        (lambda: jacops.input_hessian(model, x), lambda: jacops.input_hessian(plain, x)),
+        (lambda: jacops.model_jvp(model, x, ones), lambda: jacops.model_jvp(plain, x, ones)),
+        (
+            lambda: jacops.jvp(lambda: model(x), params, ones),
+            lambda: jacops.jvp(lambda: plain(x), bare, ones),
+        ),
+        (
+            lambda: jacops.directional_derivative(model, x, torch.ones_like(x)),
+            lambda: jacops.directional_derivative(plain, x, torch.ones_like(x)),
+        ),
+    ):
+        tree = with_none()
+        assert str(emptied(tree)) == str(emptied(wrap(x)))
+        torch.testing.assert_close(pick(tree), without())
+    for with_none, without in (
+        (lambda: pick(jacops.modjac(model, x)), lambda: jacops.modjac(plain, x)),
+        (lambda: jacops.modjac(model, x, flatten=True), lambda: jacops.modjac(plain, x, flatten=True)),
+        (lambda: jacops.jacobian(model, x).dense(), lambda: jacops.jacobian(plain, x).dense()),
+        (lambda: jacops.hessian(model, loss, x, y).dense(), lambda: jacops.hessian(plain, mse, x, y).dense()),
+        (lambda: jacops.ggn(model, loss, x, y).dense(), lambda: jacops.ggn(plain, mse, x, y).dense()),
+        (
+            lambda: jacops.sample_gradients(model, loss, x, y).dense(),
+            lambda: jacops.sample_gradients(plain, mse, x, y).dense(),
+        ),
+        (lambda: jacops.sample_jacobians(model, x).dense(), lambda: jacops.sample_jacobians(plain, x).dense()),
+        (lambda: jacops.vjp(lambda: model(x), params, wrap(u)), lambda: jacops.vjp(lambda: plain(x), bare, u)),
+        (lambda: jacops.vjp(lambda: model(x), params, [u]), lambda: jacops.vjp(lambda: plain(x), bare, u)),
+        (lambda: jacops.full_jacobian(lambda: model(x), params), lambda: jacops.full_jacobian(lambda: plain(x), bare)),
+    ):
+        torch.testing.assert_close(with_none(), without())
+
+
+@pytest.mark.parametrize("tree", [lambda o: None, lambda o: (None, None), lambda o: {}])
+def test_an_output_without_tensors_is_refused(tree: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(jacops.InputTypeError, match="without tensors"):
+        jacops.jacobian(Returning(tree), batch()[0])
+
+
+# ---- modes of the caller --------------------------------------------------------------------------------------------
+
+
+class Forbidden(RuntimeError):
+    """What a mode of the caller's raises."""
+
+
+class Forbidding(TorchDispatchMode):
+    """Raises where an operation runs."""
+
+    def __init__(self, operation: str):
+        super().__init__()
+        self.operation = operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.operation in str(func):
+            raise Forbidden(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class ForbiddingFunctions(TorchFunctionMode):
+    def __init__(self, operation: str):
+        super().__init__()
+        self.operation = operation
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.operation in getattr(func, "__name__", ""):
+            raise Forbidden(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")
+@pytest.mark.parametrize("name", model_calls(nn.Identity(), *batch()))
+@pytest.mark.parametrize(
+    "mode", [Forbidding("tanh_backward"), Forbidding("aten.tanh."), Forbidding("mm"), ForbiddingFunctions("linear")]
+)
+def test_what_a_mode_of_the_caller_raises_surfaces_as_itself(name: str, mode: Any) -> None:
+    call = model_calls(net(), *batch())[name]
+    for _ in range(2):  # the first call also makes proofs
+        with pytest.raises(Forbidden), mode:
+            call()
+        call()

@@ -224,7 +224,9 @@ def _pull(recorded: Recorded, v: Any, create_graph: bool, batch: bool) -> list[T
     if not isinstance(v, Tensor | list) and not recorded.tree.single:
         from .trees import flatten
 
-        v = flatten(v, name)[0]
+        v = [leaf for leaf in flatten(v, name)[0] if leaf is not None]
+    if isinstance(v, list) and recorded.tree.empty:
+        v = [leaf for leaf in v if leaf is not None]
     vectors = [out_of_inference(t) for t in tape.codomain.check(v, name, batch=batch)]
     check_vector(tape.call, name, vectors)
     say_if_unconnected(recorded)

@@ -14,7 +14,7 @@ from .._backends._torch.record import Recorded as Recording
 from .._backends._torch.record import bare, parameter_names, record_model
 from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
-from .._backends._torch.surroundings import private_noise
+from .._backends._torch.surroundings import must_surface, private_noise
 from .._backends._torch.tape import Tape
 from .._backends._torch.trust import Trust
 from ..derivatives import Wrt
@@ -127,7 +127,9 @@ def record_point(
             with mode:
                 recording = _recorded(model, inputs, taint, options)
             selections = _sound(mode.selections, recording.tape)
-        except (RuntimeError, _LiftFailedError):
+        except (RuntimeError, _LiftFailedError) as error:
+            if must_surface(error):
+                raise
             recording = None  # it writes into what it selected: the plain forward says whether that is an error
     if recording is None:
         selections = []

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .._backends._torch.restoring import Hooks, restoring
+from .._backends._torch.surroundings import must_surface
 from ._pool import Array, Pool
 
 _PURGE_EVERY = 64
@@ -218,7 +219,9 @@ class Tracer(TorchDispatchMode):
             with self:
                 shadows = tree_leaves(form.run(*call.args, **call.kwargs))
             found = [self.ids(t).clone() if isinstance(t, Tensor) else None for t in shadows]
-        except Exception:  # noqa: BLE001 - a form that does not fit this use of its operation is none
+        except Exception as error:  # a form that does not fit this use of its operation is none
+            if must_surface(error):
+                raise
             return None
         finally:
             self._loose -= 1
@@ -255,7 +258,9 @@ class Tracer(TorchDispatchMode):
                 found = rule(self, call)
             except CannotFollowError:
                 raise
-            except Exception:  # noqa: BLE001 - a rule that does not fit this use of its operation is no rule
+            except Exception as error:  # a rule that does not fit this use of its operation is no rule
+                if must_surface(error):
+                    raise
                 rule = None
         if rule is None:
             self.unknown[str(call.func)] = self.unknown.get(str(call.func), 0) + 1

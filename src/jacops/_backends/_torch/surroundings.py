@@ -331,6 +331,23 @@ def is_memory_error(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
+def must_surface(error: BaseException) -> bool:
+    """Return whether no route may take an exception for its own failure: memory ran out, or the caller's mode raised.
+
+    A mode of the caller's (`TorchDispatchMode`, `TorchFunctionMode`) sees all operations of a call and may refuse one.
+    """
+    if is_memory_error(error):
+        return True
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        home = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if frame.f_code.co_name in ("__torch_dispatch__", "__torch_function__") and home not in ("torch", "jacops"):
+            return True
+        trace = trace.tb_next
+    return False
+
+
 def private_noise(like: Tensor, seed: int = 0) -> Tensor:
     """Return normal noise shaped like `like`, never from the global generator."""
     generator = torch.Generator().manual_seed(seed)

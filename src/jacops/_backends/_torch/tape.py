@@ -26,7 +26,7 @@ from .graph import Survey, passed_bytes, saved_bytes, survey
 from .ladder import RouteFailedError, RouteLiesError, attempt
 from .restoring import GradientsKept, restoring
 from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
-from .surroundings import is_memory_error, private_noise, sweeping
+from .surroundings import must_surface, private_noise, sweeping
 from .trust import Trust
 
 _LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
@@ -129,7 +129,7 @@ class Tape:
                 is_grads_batched=batched,
             )
         except RuntimeError as error:
-            if batched or is_memory_error(error) or isinstance(error, JacopsError):
+            if batched or must_surface(error) or isinstance(error, JacopsError):
                 raise
             names = ", ".join(self.survey.functions)
             where = f" (custom Functions in the graph: {names})" if names else ""

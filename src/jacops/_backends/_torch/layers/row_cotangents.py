@@ -17,7 +17,7 @@ from ..agreement import worst_disagreement
 from ..losses import call_loss
 from ..restoring import restoring
 from ..rows import plain
-from ..surroundings import is_memory_error, out_of_inference, random_state_kept, recording
+from ..surroundings import must_surface, out_of_inference, random_state_kept, recording
 from ..tape import Tape
 from ..trust import told_apart
 
@@ -106,7 +106,7 @@ def _vectorised(
             values = mapped([leaf.clone() for leaf in leaves], list(targets))
         return _pulled(values.sum(), leaves) if values.shape == (many,) else None
     except Exception as error:
-        if is_memory_error(error):
+        if must_surface(error):
             raise
         return None  # what is wrong with the loss itself shows when it is called for a row alone
 

@@ -24,7 +24,7 @@ from ..inputs import check_fallback
 from ..matrix import jacobian_blocks
 from ..memory import Budget, given_tensors
 from ..replica import bare, check_state
-from ..surroundings import is_memory_error
+from ..surroundings import must_surface
 from ..trust import Trust
 from .bottleneck import GAIN, narrowest, sweep_split
 from .compiled import Compiler
@@ -215,7 +215,7 @@ class Samples:
             parts = self._parts(values, many) if fresh else []
             run = self._known_split(values, trust, fresh, mode) or self.runner.run(values, trust)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, JacopsError) or is_memory_error(error):
+            if isinstance(error, JacopsError) or must_surface(error):
                 raise
             self.runner.run([v[:1] for v in self.values])  # where it fails alone too, that is the error to see
             return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"

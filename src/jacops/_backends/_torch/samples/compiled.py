@@ -20,7 +20,7 @@ from ....errors import NotDifferentiableError, warn
 from ..agreement import worst_disagreement
 from ..ladder import RouteFailedError, RouteLiesError, attempt
 from ..restoring import WarningsIgnored, restoring
-from ..surroundings import is_memory_error
+from ..surroundings import must_surface
 from ..trust import Trust
 from .mixing import coupled, differs
 from .results import Results
@@ -204,7 +204,7 @@ def _compiles(call: Callable[[], Any]) -> Any:
         with WarningsIgnored():  # torch's own, about what its compiler imports
             return call()
     except Exception as error:
-        if is_memory_error(error):
+        if must_surface(error):
             raise
         what = " ".join(str(error).split()) or type(error).__name__
         raise RouteFailedError(f"torch.compile failed: {what[:200]}") from error

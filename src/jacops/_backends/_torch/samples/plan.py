@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
 from ..restoring import restoring
+from ..surroundings import must_surface
 from ..trust import Trust
 from .bottleneck import narrowest, sweep_split
 from .mixing import differs, unbatchable
@@ -224,7 +225,9 @@ def _reason(samples: Samples, one: Run) -> str | None:
         return None
     try:
         two = samples.runner.run([v[:many] for v in samples.values])
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if must_surface(error):
+            raise
         return "the forward takes no batch"
     reason = unbatchable(two.tape, two.habits, many)
     first = torch.zeros(1, dtype=torch.long)
