@@ -1,6 +1,7 @@
 """A small stored run for tests: what it computes, how it is written, and by a process that can be killed."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -74,5 +75,5 @@ def hold_and_fork(path: Path, ready: Path) -> None:
             time.sleep(0.01)
         os._exit(0)
     (ready.parent / "forked").touch()
-    time.sleep(60)
+    threading.Event().wait()  # until it is killed
     run.close()

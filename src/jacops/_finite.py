@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
+from .trees import flatten
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -30,6 +31,41 @@ def where_first(tensor: Tensor) -> str:
     return f"{bad.shape[0]} of {tensor.numel()} entries are NaN or Inf, the first at index {tuple(bad[0].tolist())}"
 
 
+def row_in_data(data: Mapping[str, Any]) -> str | None:
+    """Return in words the first row of these data, trees of tensors by name, with NaN or Inf; None if there is none."""
+    for name, value in data.items():
+        leaves, tree = flatten(value, name)
+        for leaf, path in zip(leaves, tree.names, strict=True):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not is_finite(leaf):
+                first = (~torch.isfinite(leaf.detach())).nonzero()[0].tolist()
+                value = leaf[tuple(first)].item()
+                return f"{path} holds {value} in row {first[0]}" if first else f"{path} is {value}"
+    return None
+
+
+class InBatch:
+    """A context in which a `NonFiniteError` is raised again with the number of the batch.
+
+    Args:
+        number: The number, from 0 on.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Name the batch.
+
+        Raises:
+            NonFiniteError: One was raised inside.
+        """
+        if isinstance(error, NonFiniteError):
+            raise NonFiniteError(f"batch {self._number}: {error}") from error
+
+
 def check_vector(call: str, argument: str, vectors: Iterable[Tensor]) -> None:
     """Refuse a given vector with NaN or Inf.
 
@@ -41,12 +77,21 @@ def check_vector(call: str, argument: str, vectors: Iterable[Tensor]) -> None:
             raise NonFiniteError(f"{call}: in `{argument}`, tensor {i}, {where_first(vector)}. Nothing was computed.")
 
 
-def check_finite(call: str, results: Sequence[Tensor], names: Sequence[str], tape: Any, todo: str = "") -> None:
-    """Refuse an output or a derivative with NaN or Inf.
+def check_finite(
+    call: str,
+    results: Sequence[Tensor],
+    names: Sequence[str],
+    tape: Any,
+    todo: str = "",
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse an output or a derivative with NaN or Inf; where the data hold one, name its row.
 
     Raises:
         NonFiniteError: There is some; the message names the output, or the tensor whose derivative it is.
     """
+    if data is not None and not all(map(is_finite, [*tape.outputs, *results])) and (row := row_in_data(data)):
+        raise NonFiniteError(f"{call}: {row}.{todo}")
     check_outputs(call, tape.outputs, tape.codomain.names, todo)
     for result, name in zip(results, names, strict=True):
         if not is_finite(result):

@@ -89,7 +89,7 @@ def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
     return Projection(torch.as_tensor(matrix).to(dtype), torch.as_tensor(np.asarray(pca.mean_)).to(dtype))
 
 
-def project_jacobian(jacobian: Array, proj_tensor: Array) -> Array:
+def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool = True) -> Array:
     """Return a Jacobian by reduced inputs as one by original features: `(n, out, r) · (r, d) -> (n, out, d)`.
 
     `proj_tensor` is the derivative of the reduced input by the original features. For a whitened PCA that is not
@@ -98,10 +98,12 @@ def project_jacobian(jacobian: Array, proj_tensor: Array) -> Array:
     Args:
         jacobian: `(n, out, r)`, torch or NumPy; gradients flow through it.
         proj_tensor: `(r, d)`, of the same kind and dtype.
+        check_finite: Raise if the result holds NaN or Inf.
 
     Raises:
         InputTypeError: One is torch and the other NumPy, or neither.
         InputError: Shapes, dtypes or devices do not match exactly.
+        NonFiniteError: The result holds NaN or Inf.
 
     Example:
         >>> project_jacobian(torch.ones(1, 1, 2), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]))
@@ -132,10 +134,12 @@ def project_jacobian(jacobian: Array, proj_tensor: Array) -> Array:
                 "Cast one of them.",
             )
         )
-    return jacobian @ proj_tensor
+    return _finite("project_jacobian", jacobian @ proj_tensor, check_finite)
 
 
-def reduce_contributions(contributions: Array, method: Literal["l2", "l1", "max"] = "l2") -> Array:
+def reduce_contributions(
+    contributions: Array, method: Literal["l2", "l1", "max"] = "l2", *, check_finite: bool = True
+) -> Array:
     r"""Return one size per sample and feature, `(n, c, f, ...) -> (n, f, ...)`.
 
     With `"l2"` this is $\sqrt{\sum_o c_{nof}^2}$, the length of what feature $f$ adds to the embedding of sample $n$;
@@ -144,6 +148,7 @@ def reduce_contributions(contributions: Array, method: Literal["l2", "l1", "max"
     Args:
         contributions: What each feature adds to each output, `(n, outputs, features, ...)`. NumPy, torch, or lists.
         method: How to measure a contribution across outputs.
+        check_finite: Raise if a size is NaN or Inf.
 
     Returns:
         Sizes in the units of the output, of the dtype given (integers become float64). A torch tensor without grad
@@ -151,6 +156,7 @@ def reduce_contributions(contributions: Array, method: Literal["l2", "l1", "max"
 
     Raises:
         InputError: `method` is unknown, or there are fewer than 3 axes.
+        NonFiniteError: A size is NaN or Inf.
 
     Example:
         >>> reduce_contributions(np.array([[[3.0, 0.0], [4.0, 1.0]]]))
@@ -158,6 +164,10 @@ def reduce_contributions(contributions: Array, method: Literal["l2", "l1", "max"
     """
     if method not in ("l2", "l1", "max"):
         raise InputError(explain("method", repr(method), "one of 'l2', 'l1', 'max' is needed"))
+    return _finite("reduce_contributions", _reduced(contributions, method), check_finite)
+
+
+def _reduced(contributions: Array, method: Literal["l2", "l1", "max"]) -> Array:
     if isinstance(contributions, Tensor) and contributions.requires_grad:
         _three_axes(contributions.shape)
         order = {"l2": 2, "l1": 1, "max": torch.inf}[method]
@@ -225,6 +235,13 @@ def _as_float(name: str, value: Any) -> NDArray[np.float64]:
     if not np.isfinite(array).all():
         raise NonFiniteError(f"`{name}`: {where_first(torch.from_numpy(array))}.")
     return array
+
+
+def _finite(call: str, result: Array, wanted: bool) -> Array:
+    tensor = result if isinstance(result, Tensor) else torch.from_numpy(np.ascontiguousarray(result))
+    if wanted and not is_finite(tensor):
+        raise NonFiniteError(f"{call}: in the result, {where_first(tensor)} (first axis: sample).")
+    return result
 
 
 def _range(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -23,10 +23,12 @@ from ._backends._torch.layers.gauss_newton import gauss_newton_diagonal, gauss_n
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
+from ._backends._torch.restoring import restoring
 from ._backends._torch.surroundings import eager, out_of_inference, private_noise, recording, sweeping
 from ._backends._torch.tape import Tape
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
 from .operators import Operator, Product, Recorded
+from .operators._finite_results import made_from
 from .trees import Selector, flatten
 
 Loss = Callable[[Any, Any], Tensor]
@@ -42,6 +44,7 @@ def trainable(name: str, parameter: Tensor) -> bool:
 
 
 @eager
+@made_from("inputs")
 def jacobian(
     model: nn.Module,
     inputs: Any,
@@ -182,6 +185,7 @@ def _checked(value: Any) -> Tensor:
     return value
 
 
+@restoring
 def gradient_tape(found: Recording, call: str) -> Tape:
     """Return the tape of a loss's gradient, ready to be differentiated again.
 
@@ -254,6 +258,7 @@ def _or_zero(grad: Tensor | None, leaf: Tensor) -> Tensor:
 
 
 @eager
+@made_from("x", "y")
 def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Recorded:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
 
@@ -266,7 +271,8 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
-        options: `parameters=` (a function of name and parameter), `checks=`, `fallback=`.
+        options: `parameters=` (a function of name and parameter), `checks=`, `fallback=`, `check_finite=` (results
+            with NaN or Inf raise).
 
     Returns:
         A symmetric operator on the space of parameters.
@@ -324,6 +330,7 @@ def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[s
 
 
 @eager
+@made_from("x", "y")
 def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 

@@ -17,6 +17,7 @@ from ._backends._torch.surroundings import eager
 from .derivatives import Loss, ggn, trainable
 from .errors import InputError, InputTypeError, explain
 from .operators import Operator, Recorded
+from .operators._finite_results import made_from
 from .per_sample import empirical_fisher
 from .space import Space
 from .trees import flatten
@@ -35,6 +36,7 @@ _WEIGHTS = ("weight", "pos_weight")
 
 
 @eager
+@made_from("x", "y")
 def fisher(
     model: nn.Module,
     loss: Loss,
@@ -96,7 +98,8 @@ def fisher(
     likelihood = _likelihood(loss, kind)
     options.setdefault("parameters", trainable)
     if kind == "exact":
-        return ggn(model, loss, x, _label_like(likelihood, model, x, options) if y is None else y, **options)
+        labels = _label_like(likelihood, model, x, options) if y is None else y
+        return ggn(model, loss, x, labels, check_finite=False, **options)  # checked as a whole
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise InputError(explain("samples", repr(samples), "a positive whole number is needed"))
     found = record_model(model, x, call="fisher", **options)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.replica import bare, parameter_names
+from ._backends._torch.restoring import restoring
 from ._backends._torch.row_losses import Reduction, RowLosses, weighted
 from ._backends._torch.surroundings import seeded, sweeping
 from ._digests import digest_function, digest_module
@@ -59,7 +60,11 @@ class Objective(ABC):
 
     @abstractmethod
     def value(self, x: Any, y: Any) -> float:
-        """Return the loss of a batch."""
+        """Return the loss of a batch.
+
+        Raises:
+            NonFiniteError: It is NaN or Inf.
+        """
 
     @abstractmethod
     def gradient(self, x: Any, y: Any) -> Tensor:
@@ -206,30 +211,36 @@ class TorchObjective(Objective):
         other.loss, other.reduction = weighted(self.losses, weights), "sum"
         return other
 
+    @restoring
     def value(self, x: Any, y: Any) -> float:
         """Return the loss of a batch."""
         with seeded(self.seed):
-            found = record_loss(self.model, self.loss, x, y, "influence", parameters=self.picks)
-        return float(found.tape.outputs[0].detach())
+            tape = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks).tape
+        check_finite("value", [], [], tape, data={"x": x, "y": y})
+        return float(tape.outputs[0].detach())
 
+    @restoring
     def gradient(self, x: Any, y: Any) -> Tensor:
         """Return the gradient `(P,)` of a batch's loss."""
         with seeded(self.seed):
             tape = record_loss(self.model, self.loss, x, y, "gradient", parameters=self.picks).tape
         rows = tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)])
-        check_finite("gradient", rows, tape.domain.names, tape)
+        check_finite("gradient", rows, tape.domain.names, tape, data={"x": x, "y": y})
         return tape.domain.join(rows)[0].detach()
 
+    @restoring
     def hessian(self, x: Any, y: Any) -> Operator:
         """Return the Hessian of a batch's loss."""
         with seeded(self.seed):
             return hessian(self.model, self.loss, x, y, parameters=self.picks)
 
+    @restoring
     def ggn(self, x: Any, y: Any) -> Operator:
         """Return the generalised Gauss-Newton matrix of a batch's loss."""
         with seeded(self.seed):
             return ggn(self.model, self.loss, x, y, parameters=self.picks)
 
+    @restoring
     def fisher(self, kind: str, x: Any, y: Any, seed: int = 0) -> Operator:
         """Return a Fisher matrix of a batch, the mean over its rows.
 
@@ -272,6 +283,7 @@ class TorchObjective(Objective):
                 return found
         return torch.cat([*(self._mixed_once(batch.part(slice(i, i + 1)), rows) for i in range(many - 1)), alone], 1)
 
+    @restoring
     def _mixed_once(self, batch: Batch, rows: Tensor) -> Tensor:
         losses, many = self.losses, batch.rows
         shares = losses.denominators(batch.y, many) if self.reduction == "mean" else torch.ones(many)
@@ -296,6 +308,7 @@ class TorchObjective(Objective):
             )
         return torch.stack(parts) if parts else rows.new_zeros(0, *leaf.shape)
 
+    @restoring
     def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
         """Return the output Jacobian `(n * K, P)`, and each sample's loss's gradient `(n, K)` and Hessian `(n, K, K)`.
 
@@ -364,11 +377,12 @@ def check_reduction(objective: Objective, batch: Batch) -> None:
     if not rows:
         return
     mean = objective.reduction == "mean"
+    together = objective.value(some.x, some.y)  # first: an error names the row as the batch counts it
     alone = [
         objective.value(row.x, row.y) * (share if mean else 1.0)
         for row, share in zip(rows, (s for s in shares if s), strict=True)
     ]
-    together, expected = objective.value(some.x, some.y), sum(alone) / (sum(shares) if mean else 1.0)
+    expected = sum(alone) / (sum(shares) if mean else 1.0)
     scale = max(sum(map(abs, alone)) / few, 1e-30)
     if not abs(together - expected) <= 1e-3 * max(scale, abs(expected)):
         raise InputError(

@@ -15,10 +15,12 @@ from ._backends._torch.layers.parts import Rows
 from ._backends._torch.layers.row_cotangents import row_cotangents
 from ._backends._torch.record import Recorded, record_model
 from ._backends._torch.replica import bare, check_state, parameter_names
+from ._backends._torch.restoring import restoring
 from ._backends._torch.surroundings import eager, seeded
 from .derivatives import Loss, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
+from .operators._finite_results import made_from
 from .space import Space
 from .trees import Selector, Tree, flatten
 
@@ -26,6 +28,7 @@ Randomness = Literal["error", "same"]
 
 
 @eager
+@made_from("x", "y")
 def sample_gradients(
     model: nn.Module,
     loss: Loss,
@@ -73,6 +76,7 @@ def sample_gradients(
     values, tree = _rows_of((x, y), "x, y")
     inputs = len(flatten(x, "x")[0])
 
+    @restoring
     def alone(values: Sequence[Tensor]) -> Recorded:
         one_x, one_y = tree.build(values)
         with seeded(seed):
@@ -93,6 +97,7 @@ def sample_gradients(
 
 
 @eager
+@made_from("x")
 def sample_jacobians(
     model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Any
 ) -> LayerFactors:
@@ -126,6 +131,7 @@ def sample_jacobians(
     options.setdefault("parameters", trainable)
     values, tree = _rows_of(x, "x")
 
+    @restoring
     def record(values: Sequence[Tensor]) -> Recorded:
         with seeded(seed):
             found = record_model(model, tree.build(values), call="sample_jacobians", outputs=outputs, **options)
@@ -216,7 +222,7 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
         ModelStateError: The message names the module and the switch to flip.
     """
     for name, module in bare(model).named_modules():
-        if not module.training:
+        if not getattr(module, "training", False):  # a frozen script module has no mode
             continue
         label = f"module '{name}' ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -235,6 +241,7 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
             )
 
 
+@made_from("x", "y")
 def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 

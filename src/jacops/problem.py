@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.row_losses import Reduction
+from ._finite import InBatch
 from .data import Batch, Batches, Unpack
 from .errors import DataError, InputError, InputTypeError, explain
 from .objective import Objective, Picks, TorchObjective, check_reduction
@@ -101,10 +102,11 @@ class Problem:
         """What the sum of all rows' losses is divided by: their number, or the sum of their weights; 1 for a sum."""
         if self._denominator is None:
             total, first = 0.0, None
-            for batch in self.batches():
+            for number, batch in enumerate(self.batches()):
                 if first is None:
                     first = batch
-                    check_reduction(self.objective, batch)
+                    with InBatch(number):
+                        check_reduction(self.objective, batch)
                 total += float(self.shares(batch).sum())
             if first is None or not total > 0:
                 came = "without rows" if first is None else "in which every row counts nothing"
@@ -129,15 +131,23 @@ class Problem:
     # ---- derivatives of the objective ------------------------------------------------------------------------------
 
     def value(self) -> float:
-        """Return the objective, its quadratic term included."""
-        total = sum(factor * term.value(batch.x, batch.y) for batch, term, factor in self._terms("value"))
+        """Return the objective, its quadratic term included.
+
+        Raises:
+            NonFiniteError: The loss of a batch is NaN or Inf.
+        """
+        total = 0.0
+        for number, (batch, term, factor) in enumerate(self._terms("value")):
+            with InBatch(number):
+                total += factor * term.value(batch.x, batch.y)
         return total + (0.0 if self.ridge is None else 0.5 * float((self.ridge * self.objective.point() ** 2).sum()))
 
     def gradient(self) -> Tensor:
         """Return the gradient `(P,)` of the objective, its quadratic term included."""
         total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        for batch, term, factor in self._terms("gradient"):
-            total.add_(term.gradient(batch.x, batch.y), alpha=factor)
+        for number, (batch, term, factor) in enumerate(self._terms("gradient")):
+            with InBatch(number):
+                total.add_(term.gradient(batch.x, batch.y), alpha=factor)
         return total if self.ridge is None else total + self.ridge * self.objective.point()
 
     def hessian(self) -> SumOver:
@@ -243,7 +253,8 @@ class _Passes:
             if number < len(self._kept):
                 yield self._kept[number]
                 continue
-            part = self._made(term, batch, number)
+            with InBatch(number):
+                part = self._made(term, batch, number)
             held = part.nbytes
             if number == len(self._kept) and held <= self._room:
                 self._room -= held

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._backends._torch.record import Recorded, record_closure, record_model
+from ._backends._torch.restoring import restoring
 from ._backends._torch.surroundings import arithmetic, eager, out_of_inference
 from ._finite import check_finite, check_vector
 from .errors import ModelStateError, explain, warn
@@ -205,6 +206,7 @@ def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback:
     return recorded
 
 
+@restoring
 def _push(recorded: Recorded, v: Vectors, create_graph: bool, batch: bool) -> Any:
     tape = recorded.tape
     vectors = [out_of_inference(t) for t in tape.domain.check(v, "vs" if batch else "v", batch=batch)]
@@ -216,12 +218,15 @@ def _push(recorded: Recorded, v: Vectors, create_graph: bool, batch: bool) -> An
         return recorded.tree.build([given(r if batch else r[0], create_graph) for r in rows])
 
 
+@restoring
 def _pull(recorded: Recorded, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
     tape, name = recorded.tape, "vs" if batch else "v"
     if not isinstance(v, Tensor | list) and not recorded.tree.single:
         from .trees import flatten
 
-        v = flatten(v, name)[0]
+        v = [leaf for leaf in flatten(v, name)[0] if leaf is not None]
+    if isinstance(v, list) and recorded.tree.empty:
+        v = [leaf for leaf in v if leaf is not None]
     vectors = [out_of_inference(t) for t in tape.codomain.check(v, name, batch=batch)]
     check_vector(tape.call, name, vectors)
     say_if_unconnected(recorded)

@@ -6,7 +6,7 @@ A tree is flattened once into named leaves at the edge of a call; everything ins
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,15 +24,28 @@ class Tree:
         names: One readable path per leaf, such as `output['logits']`.
         single: True where the tree is one bare leaf.
         spec: torch's own description of the structure.
+        empty: Places of leaves that are None and stay so; they have no name.
     """
 
     names: tuple[str, ...]
     single: bool
     spec: pytree.TreeSpec
+    empty: tuple[int, ...] = ()
 
     def build(self, leaves: Iterable[Any]) -> Any:
         """Return the tree with these leaves in place of its own."""
-        return pytree.tree_unflatten(list(leaves), self.spec)
+        leaves = list(leaves)
+        for place in self.empty:
+            leaves.insert(place, None)
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def without_none(self, leaves: Sequence[Any]) -> tuple[list[Any], Tree]:
+        """Return the leaves that are not None, and the tree in which the others stay None."""
+        empty = tuple(i for i, leaf in enumerate(leaves) if leaf is None)
+        if not empty:
+            return list(leaves), self
+        names = tuple(name for name, leaf in zip(self.names, leaves, strict=True) if leaf is not None)
+        return [leaf for leaf in leaves if leaf is not None], replace(self, names=names, empty=empty)
 
 
 def flatten(tree: Any, name: str) -> tuple[list[Any], Tree]:
@@ -48,15 +61,18 @@ def is_differentiable(value: Any) -> bool:
 
 
 def output_leaves(output: Any, name: str = "output") -> tuple[list[Tensor], Tree]:
-    """Return the tensors of a model's output and its shape.
+    """Return the tensors of a model's output and its shape; fields that are None are left out and stay None.
 
     Raises:
         InputTypeError: A leaf is not a tensor; the message names it.
         NotDifferentiableError: A leaf is of an integer dtype.
     """
     leaves, tree = flatten(output, name)
+    leaves, tree = tree.without_none(leaves)
     if not leaves:
-        raise InputTypeError(explain(name, type(output).__name__, "a tensor or a tree of tensors is needed"))
+        raise InputTypeError(
+            explain(name, f"a {type(output).__name__} without tensors", "a tensor or a tree of tensors is needed")
+        )
     for leaf, path in zip(leaves, tree.names, strict=True):
         if not isinstance(leaf, Tensor):
             todo = "Pick the tensors with `outputs=` (a key, an index or a callable)."

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
-from .._finite import is_finite, where_first
-from ..errors import NonFiniteError
 from ..operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from ..operators._algebra import Product, Scaled, Sum, Transposed
 from ..operators._data import BlockDiagonal, SumOver
+from ..operators._finite_results import check_result
 from ._leave_one_out import Sketch, sketched
 from ._probes import check_choice, check_probes, check_square, chunk_of, left_out_mean, product, signs, units
 
@@ -73,22 +72,16 @@ def diagonal(
     check_square(operator)
     check_choice("method", method, ("xdiag", "hutchinson"))
     if probes is None:
-        return _checked(_exact(operator))
+        return check_result(operator, _exact(operator), "the diagonal")
     check_probes(probes)
     z = signs(probes, operator.domain, seed)
     if method == "hutchinson":
         samples = z * product(operator, z)
         return DiagonalEstimate(samples.mean(0), samples.std(0) / math.sqrt(probes))
     if 2 * probes >= operator.shape[0]:
-        value = _checked(_exact(operator))
+        value = check_result(operator, _exact(operator), "the diagonal")
         return DiagonalEstimate(value, torch.zeros_like(value))
     return _xdiag(operator, z, sketched(operator, z))
-
-
-def _checked(value: Tensor) -> Tensor:
-    if not is_finite(value):
-        raise NonFiniteError(f"the diagonal is not finite: {where_first(value)}")
-    return value
 
 
 def _exact(operator: Operator) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
+from .._backends._torch.restoring import restoring
+from .._backends._torch.surroundings import arithmetic
 from ..errors import NotDifferentiableError, warn
 from ._lie_groups import ALGEBRAS, Mended, exact_series, group_of, parts_of, storage_width
 
@@ -227,9 +229,10 @@ def _short(name: str) -> str:
     return re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
 
 
+@restoring
 def _edge(tensor: Tensor) -> tuple[Any, int]:
     """Return the node that makes `tensor` (for a leaf: that takes its gradient) and which of its outputs it is."""
-    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+    with arithmetic(True), torch._C.DisableTorchFunctionSubclass():
         edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
@@ -249,10 +252,11 @@ def _parents_first(nodes: Sequence[Any], ends: set[Any]) -> list[Any]:
     return order
 
 
+@restoring
 def _probe(node: Any, width: int) -> list[Tensor | None]:
     """Return what a copying node hands back of cotangents `a ⊗ b`, with one `b` of this width for all elements."""
     seeds = [_seed(meta) if len(meta.shape) and meta.shape[-1] == width else None for meta in node._input_metadata]
-    with torch.inference_mode(False), torch.no_grad():
+    with arithmetic(False):
         grads = node(*seeds)
     return list(grads) if isinstance(grads, tuple) else [grads]
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._backends._torch.restoring import restoring
+from .._backends._torch.surroundings import arithmetic
 from ..errors import NotDifferentiableError
 from ..sparsity import inspectors
 from ._lie_groups import group_of, storage_jacobian, storage_width
@@ -51,8 +53,9 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
     outputs = tape.outputs if create_graph else [output.detach() for output in tape.outputs]
     carried = [kind.group if kind is not None else group_of(o) for kind, o in zip(kinds, outputs, strict=True)]
 
+    @restoring
     def laid_out(blocks: Blocks) -> Blocks:
-        with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
+        with arithmetic(create_graph):
             done = [
                 [
                     _rows(_columns(block, o, leaf, tangent), o, group, tangent)

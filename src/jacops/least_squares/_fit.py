@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._backends._torch.restoring import restoring
+from .._backends._torch.surroundings import arithmetic
 from ..errors import InputError, SolveError, explain
 from ._loop import Ended, Rules, run
 from ._problem import FunctionModule, Problem, function_module
@@ -207,11 +209,12 @@ def _originals(module: Any, problem: Problem, params: Any) -> dict[str, Tensor]:
     return dict(zip(module.names, tensors, strict=True))
 
 
+@restoring
 def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Put values into the caller's tensors, which have the same shapes."""
     for name, value in values.items():
         target = originals[name].detach().as_subclass(Tensor)
-        with torch.inference_mode(target.is_inference()), torch.no_grad():
+        with arithmetic(False, inference=target.is_inference()):
             target.copy_(value.as_subclass(Tensor))
 
 

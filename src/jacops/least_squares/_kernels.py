@@ -15,6 +15,8 @@ from typing import Any, cast, final
 import numpy as np
 import torch
 
+from .._backends._torch.restoring import restoring
+from .._backends._torch.surroundings import arithmetic
 from ..errors import InputError, InputTypeError, explain
 
 Array = np.ndarray
@@ -165,8 +167,9 @@ class _Given(Kernel):
 
     function: Callable[[torch.Tensor], torch.Tensor]
 
+    @restoring
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
-        with torch.inference_mode(False), torch.enable_grad():
+        with arithmetic(True):
             leaf = torch.from_numpy(s.copy()).requires_grad_()
             value = self.function(leaf)
             if not isinstance(value, torch.Tensor) or value.shape != leaf.shape or not value.requires_grad:

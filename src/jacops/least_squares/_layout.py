@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._backends._torch.restoring import restoring
+from .._backends._torch.surroundings import arithmetic
 from ..charts import Chart
 from ..errors import InputError, InputTypeError, explain
 
@@ -122,10 +124,11 @@ class Layout:
             start += part.columns
         return np.unique(np.concatenate(ids), return_inverse=True)[1] if ids else np.zeros(0, dtype=np.int64)
 
+    @restoring
     def moved(self, values: Values, step: np.ndarray) -> Values:
         """Return all parameters moved by a flat step."""
         cuts = np.split(step, np.cumsum(self.sizes)[:-1])
-        with torch.inference_mode(False), torch.no_grad():
+        with arithmetic(False):
             return {p.name: p.moved(values[p.name], cut) for p, cut in zip(self.parts, cuts, strict=True)}
 
     def size_of(self, values: Values) -> float:

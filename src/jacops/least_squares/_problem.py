@@ -14,6 +14,7 @@ from .._backends._torch.inputs import split_input
 from .._backends._torch.matrix import jacobian_blocks
 from .._backends._torch.record import Recorded, record_model
 from .._backends._torch.replica import bare, check_state, parameter_names, replicate
+from .._backends._torch.restoring import restoring
 from .._backends._torch.surroundings import (
     arithmetic,
     out_of_inference,
@@ -125,9 +126,10 @@ class Problem:
         self.residuals: Residuals = residuals_of(outputs, tree, given, call)
         self._choose(given["jacobian"])
 
+    @restoring
     def values(self) -> Values:
         """Return the parameters as the model has them now."""
-        with torch.inference_mode(False):
+        with arithmetic(False):
             return {name: self.held[name].detach().clone() for name in self.original}
 
     def objective(self, values: Values) -> float:
@@ -155,11 +157,13 @@ class Problem:
 
     # ---- the model ---------------------------------------------------------------------------------------------
 
+    @restoring
     def _set(self, values: Values) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with arithmetic(False):
             for name, value in values.items():
                 self.held[name].detach().as_subclass(Tensor).copy_(value.as_subclass(Tensor))
 
+    @restoring
     def _forward(self) -> Any:
         """Run the model on copies of its buffers and inputs, with the random numbers that every run sees."""
         self.evaluations += 1
@@ -173,6 +177,7 @@ class Problem:
     def _recorded(self) -> Recorded:
         return record_model(self.work, self.value, call=self.call, parameters=lambda name, _: name in self.original)
 
+    @restoring
     def _dense(self) -> tuple[list[Tensor], np.ndarray]:
         recorded = self._recorded()
         lie = _lie_layout(recorded)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._backends._torch.restoring import NumericWarningsIgnored, restoring
 from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import Tree, flatten
 from ._kernels import Kernel, correction, kernel_of
@@ -72,10 +73,11 @@ class Residuals:
         """How many numbers there are."""
         return sum(t.rows for t in self.terms)
 
+    @restoring
     def objective(self, outputs: Sequence[Tensor]) -> float:
         """Return half the sum of the squares, or of the kernels of squared lengths."""
         total = 0.0
-        with np.errstate(over="ignore", invalid="ignore"):
+        with NumericWarningsIgnored("over", "invalid"):
             for term, output in zip(self.terms, outputs, strict=True):
                 r = term.weighted(output)
                 if term.kernel is None:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._backends._torch.restoring import restoring
+from .._backends._torch.surroundings import arithmetic
 from ..errors import InputError, SolveError, explain
 from ._solvers import LEAST_PIVOT, factorised
 from ._system import Singular, System
@@ -174,9 +176,10 @@ def _inverse_part(system: System, wanted: np.ndarray, result: Any) -> np.ndarray
     return (found + found.T) / 2
 
 
+@restoring
 def as_given(values: dict[str, Tensor], kind: type | None) -> Any:
     """Return the parameters in the form they were given in: a tensor, a list, or a dict by name."""
-    with torch.inference_mode(False):
+    with arithmetic(False):
         detached = {name: value.detach().clone() for name, value in values.items()}
     if kind is None or issubclass(kind, dict):
         return detached

@@ -17,6 +17,7 @@ from .._finite import check_vector
 from ..errors import InputError, InputTypeError, explain
 from ..space import Space
 from ._dense import Room, Way, by_products, dense_room, matrix_place, plain_way
+from ._finite_results import Source, check_result
 
 
 class Formed(Protocol):
@@ -47,11 +48,15 @@ class Operator(ABC):
         symmetric: The operator is known to equal its transpose.
         positive: It is known to be positive semi-definite.
         formed: A cheaper way to its matrix than products, if there is one.
+        check_finite: Results with NaN or Inf raise.
+        source: The call and the data that it was made from, for messages.
     """
 
     symmetric: bool = False
     positive: bool = False
     formed: Formed | None = None
+    check_finite: bool = True
+    source: Source | None = None
 
     @property
     @abstractmethod
@@ -123,7 +128,7 @@ class Operator(ABC):
 
         Raises:
             InputError: The rows have another width, dtype or device than the domain.
-            NonFiniteError: They hold NaN or Inf.
+            NonFiniteError: They or the product hold NaN or Inf.
         """
         space = self.domain
         if rows.ndim != 2 or rows.shape[1] != space.dim or rows.dtype != space.dtype or rows.device != space.device:
@@ -131,8 +136,9 @@ class Operator(ABC):
             raise InputError(
                 explain("v", came, f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast")
             )
-        check_vector(type(self).__name__, "v", [rows])
-        return self._apply(rows)
+        if self.check_finite:
+            check_vector(type(self).__name__, "v", [rows])
+        return check_result(self, self._apply(rows), "a product")
 
     def __rmul__(self, factor: float) -> Operator:
         """Scale."""
@@ -157,18 +163,20 @@ class Operator(ABC):
         return self + (-other) if isinstance(other, Operator) else NotImplemented
 
     @eager
-    def dense(self, out: Any = None, *, budget: Budget = None) -> Tensor:
+    def dense(self, out: Any = None, *, budget: Budget = None, check_finite: bool = True) -> Tensor:
         """Return the matrix `(m, n)`, written in place: by layers, or by rows or columns, whichever are fewer.
 
         Args:
             out: Where to write it, a tensor or an array (a `numpy.memmap` too); a new tensor otherwise.
             budget: Bytes that the matrix and the work on it may take, or a text such as `"2GiB"`; by default half of
                 what is free.
+            check_finite: Raise if an entry is NaN or Inf.
 
         Raises:
             InputError: `out` has another shape.
             MemoryBudgetError: The matrix and what has to be held on the way do not fit the budget; nothing was
                 allocated.
+            NonFiniteError: An entry is NaN or Inf; the message names batch and row where the data hold one.
         """
         room = dense_room(self, budget, out)
         matrix = matrix_place(self, out, budget)
@@ -176,7 +184,7 @@ class Operator(ABC):
             self._write(matrix, room)
         except SpoiledError:  # by layers it was wrong: once more, by products
             self._write(matrix, Room(room.free, layers=False))
-        return matrix
+        return check_result(self, matrix, "the matrix") if check_finite else matrix
 
     # ---- how the matrix is filled ----------------------------------------------------------------------------------
 
@@ -232,10 +240,17 @@ class Operator(ABC):
                 yield (where, everything), self._apply_transpose(space.units(where))
 
     def gram(self) -> Tensor:
-        r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large."""
+        r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large.
+
+        Raises:
+            NonFiniteError: An entry is NaN or Inf.
+        """
+        return check_result(self, self._gram(), "the Gram matrix")
+
+    def _gram(self) -> Tensor:
         m, n = self.shape
         if m * n <= _GRAM_ENTRIES:
-            matrix = self.dense()
+            matrix = self.dense(check_finite=False)
             return matrix @ matrix.T
         space = self.codomain
         gram = torch.empty(m, m, dtype=space.dtype, device=space.device)

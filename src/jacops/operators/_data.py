@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._backends._torch.layers.blocks import mirror
 from .._backends._torch.memory import Meter
+from .._backends._torch.restoring import restoring
 from ..space import Space
 from ._base import Operator
 from ._dense import IN_MEMORY, Room, Way
@@ -151,6 +152,7 @@ class StackOver(Operator):
             del part
 
 
+@restoring
 def _by_batches(parts: Parts, room: Room) -> Way:
     """Return how a pass fills a matrix: what the first batch takes, and what the pass keeps of the others."""
     if not 0 < room.free < math.inf:

@@ -22,6 +22,7 @@ from .._backends._torch.memory import (
     resident,
     startup_bytes,
 )
+from .._backends._torch.restoring import restoring
 from ..errors import InputError, explain
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ def by_products(operator: Operator, room: Room) -> Way:
     return Way(name, fixed + each * chunk, chunk)
 
 
+@restoring
 def _measured(operator: Operator) -> tuple[float, float]:
     """Return bytes that do not depend on the number of vectors in a pass, and bytes that each of them adds."""
     m, n = operator.shape

@@ -14,6 +14,7 @@ from .._backends._torch.surroundings import eager
 from ..space import Space
 from ._base import Operator
 from ._dense import Room, Way, by_products
+from ._finite_results import check_result
 
 
 @final
@@ -117,7 +118,7 @@ class LayerFactors(Operator):
         total = torch.zeros(self.shape[0], self.shape[0], dtype=self.domain.dtype, device=self.domain.device)
         for part in self.parts:
             total += part.gram()
-        return total
+        return check_result(self, total, "the Gram matrix")
 
     @eager
     def squared_norms(self) -> Tensor:
@@ -125,7 +126,7 @@ class LayerFactors(Operator):
         total = torch.zeros(self.shape[0], dtype=self.domain.dtype, device=self.domain.device)
         for part in self.parts:
             total += part.squares().flatten()
-        return total
+        return check_result(self, total, "the vector of squared norms")
 
     def norms(self) -> Tensor:
         """Return the norm of each row, `(m,)`."""
@@ -134,7 +135,8 @@ class LayerFactors(Operator):
     @eager
     def column_squares(self) -> Tensor:
         r"""Return the sum over rows of squared entries, the diagonal of $J^\top J$, `(n,)`."""
-        return self.domain.join([part.column_squares().unsqueeze(0) for part in self.parts])[0]
+        squares = self.domain.join([part.column_squares().unsqueeze(0) for part in self.parts])[0]
+        return check_result(self, squares, "the vector of sums of squares")
 
     def __repr__(self) -> str:
         m, n = self.shape

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.layers.kronecker import Batch, Gradients, Group
-from .._backends._torch.record import record_model
+from .._backends._torch.record import Recorded, record_model
+from .._backends._torch.restoring import restoring
 from .._backends._torch.surroundings import seeded
 from .._finite import is_finite
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
@@ -74,12 +75,16 @@ class Passes:
         for data in self.problem.batches():
             yield from self._of_batch(data, outer_only)
 
+    @restoring
+    def _record(self, data: Any) -> Recorded:
+        with seeded(self.objective.seed):
+            return record_model(self.objective.model, data.x, call="EKFAC", parameters=self.objective.picks)
+
     def _of_batch(self, data: Any, outer_only: bool) -> Iterator[Piece]:
         term, factor = self.problem.term(data)
         if not factor:
             return
-        with seeded(self.objective.seed):
-            found = record_model(self.objective.model, data.x, call="EKFAC", parameters=self.objective.picks)
+        found = self._record(data)
         at = LossAtOutput(found, term.loss, data.y, data.rows)
         batch = Batch(at.tape)
         if batch.tape.trust.refused("pull", "by uses"):

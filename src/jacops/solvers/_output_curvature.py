@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._backends._torch.losses import call_loss
 from .._backends._torch.record import Recorded
+from .._backends._torch.restoring import restoring
 from .._backends._torch.surroundings import out_of_inference, private_noise, recording, sweeping
 from .._backends._torch.tape import Tape
 from .._finite import check_outputs, is_finite
@@ -164,6 +165,7 @@ class LossAtOutput:
         NonFiniteError: An output is NaN or Inf.
     """
 
+    @restoring
     def __init__(self, found: Recorded, loss: Callable[[Any, Any], Tensor], y: Any, samples: int) -> None:
         self.samples = samples
         self._outputs, self._tree = output_leaves(found.output)
@@ -184,6 +186,7 @@ class LossAtOutput:
         self.tape = _tape_to(joined, found.tape)
         self.entries = joined.shape[1]
 
+    @restoring
     def _differentiated(
         self, function: Callable[[Any], Tensor], create_graph: bool = False
     ) -> tuple[Sequence[Tensor | None], list[Tensor]]:
@@ -200,6 +203,7 @@ class LossAtOutput:
         """Of the output."""
         return self.tape.outputs[0].dtype
 
+    @restoring
     def product(self, rows: Tensor) -> Tensor:
         """Return the Hessian times `(n, entries)`."""
         sizes = [leaf.numel() // self.samples for leaf in self.leaves]

@@ -98,12 +98,12 @@ def in_memory(operator: Operator) -> bool:
 
 def dense_of(operator: Operator) -> Tensor:
     """Return the matrix of an operator; that of a `Matrix` is not copied."""
-    return operator.matrix if isinstance(operator, Matrix) else operator.dense()
+    return operator.matrix if isinstance(operator, Matrix) else operator.dense(check_finite=False)
 
 
 def damped_dense(operator: Operator, damping: float) -> Tensor:
     r"""Return $A + \lambda I$ in new memory."""
-    return (operator + damping * Identity(operator.domain)).dense()
+    return (operator + damping * Identity(operator.domain)).dense(check_finite=False)
 
 
 def is_symmetric(matrix: Tensor) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._backends._torch.agreement import tolerance
+from .._backends._torch.restoring import NumericWarningsIgnored, restoring
 from .._backends._torch.surroundings import private_noise
 from .._backends._torch.tape import Tape
 from ..errors import NotDifferentiableError
@@ -208,11 +209,12 @@ def compress(sweeper: Sweeper, assembly: Assembly, coloring: Coloring, column_of
     return Compressed(values, matrix, error, rms * probe_factor(certify), sweeps)
 
 
+@restoring
 def _off(matrix: Csr, probes: list[Tensor], pulled: Tensor, column_of: Array) -> tuple[list[float], float]:
     """Return how far each probe is off, and the size of what it is held against."""
     width = matrix.shape[1]
     off, size = [], float(np.linalg.norm(matrix.data.astype(np.float64)))
-    with np.errstate(invalid="ignore", over="ignore"):
+    with NumericWarningsIgnored("over", "invalid"):
         for u, g in zip(probes, pulled, strict=True):
             given = np.bincount(column_of, g.double().cpu().numpy(), minlength=width)[:width]
             off.append(float(np.linalg.norm(given - matrix.T @ u.double().cpu().numpy())))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
 from ._trace import storage_key
 
@@ -67,6 +68,7 @@ class Lift(TorchFunctionMode):
         self._known: dict[int, tuple[int, Tensor]] = {}
         self.selections: list[Selection] = []
 
+    @restoring
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .._backends._torch.proofs import Proofs
 from .._backends._torch.record import Recorded as Recording
 from .._backends._torch.record import bare, parameter_names, record_model
+from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
-from .._backends._torch.surroundings import private_noise
+from .._backends._torch.surroundings import must_surface, private_noise
 from .._backends._torch.tape import Tape
 from ..derivatives import Wrt
 from ..errors import NotDifferentiableError, explain
@@ -85,6 +86,7 @@ def lie_widths(tensor: Tensor) -> tuple[int, int]:
     return int(kind.dimension[0]), int(kind.manifold[0])
 
 
+@restoring
 def record_point(
     model: nn.Module,
     inputs: Any,
@@ -125,7 +127,9 @@ def record_point(
             with mode:
                 recording = _recorded(model, inputs, taint, options)
             selections = _sound(mode.selections, recording.tape)
-        except (RuntimeError, _LiftFailedError):
+        except (RuntimeError, _LiftFailedError) as error:
+            if must_surface(error):
+                raise
             recording = None  # it writes into what it selected: the plain forward says whether that is an error
     if recording is None:
         selections = []
@@ -141,6 +145,7 @@ class _LiftFailedError(Exception):
     """A lifted selection was written into."""
 
 
+@restoring
 def _recorded(model: nn.Module, inputs: Any, taint: Taint | None, options: dict[str, Any]) -> Recording:
     if taint is None:
         return record_model(model, inputs, **options)

@@ -7,10 +7,9 @@ unknown: then everything it gives depends on everything it took, which is safe, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._backends._torch.restoring import Hooks, restoring
+from .._backends._torch.surroundings import must_surface
 from ._pool import Array, Pool
 
 _PURGE_EVERY = 64
@@ -179,6 +180,7 @@ class Tracer(TorchDispatchMode):
 
     # ---- dispatch ----------------------------------------------------------------------------------------------
 
+    @restoring
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from ._rules import rule_for
 
@@ -209,6 +211,7 @@ class Tracer(TorchDispatchMode):
         self._follow(call, rule, out)
         return out
 
+    @restoring
     def _written_out(self, form: Decomposed, call: Call) -> Rule | None:
         """Return a rule that takes the ids a written-out form gives; its values are rounded otherwise and dropped."""
         self._loose += 1
@@ -216,7 +219,9 @@ class Tracer(TorchDispatchMode):
             with self:
                 shadows = tree_leaves(form.run(*call.args, **call.kwargs))
             found = [self.ids(t).clone() if isinstance(t, Tensor) else None for t in shadows]
-        except Exception:  # noqa: BLE001 - a form that does not fit this use of its operation is none
+        except Exception as error:  # a form that does not fit this use of its operation is none
+            if must_surface(error):
+                raise
             return None
         finally:
             self._loose -= 1
@@ -253,7 +258,9 @@ class Tracer(TorchDispatchMode):
                 found = rule(self, call)
             except CannotFollowError:
                 raise
-            except Exception:  # noqa: BLE001 - a rule that does not fit this use of its operation is no rule
+            except Exception as error:  # a rule that does not fit this use of its operation is no rule
+                if must_surface(error):
+                    raise
                 rule = None
         if rule is None:
             self.unknown[str(call.func)] = self.unknown.get(str(call.func), 0) + 1
@@ -295,19 +302,15 @@ class Escapes(TorchFunctionMode):
             raise CannotFollowError(f"Tensor.{name}")
         return func(*args, **(kwargs or {}))
 
-    @contextmanager
-    def around(self, nodes: Iterable[Any]) -> Iterator[None]:
-        """Be there while the Python ones of these nodes of a graph run; torch puts its state back if one fails."""
-        hooks: list[Any] = []
-        for node in nodes:
-            if isinstance(node, BackwardCFunction):
-                hooks.append(node.register_prehook(lambda grads: self._enter()))
-                hooks.append(node.register_hook(lambda inputs, outputs: self._leave()))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def around(self, nodes: Iterable[Any]) -> Hooks:
+        """Return a context in which this mode is active while the Python ones of these nodes of a graph run.
+
+        Torch restores its own state if one of them fails.
+        """
+        written = [node for node in nodes if isinstance(node, BackwardCFunction)]
+        before = [partial(node.register_prehook, lambda grads: self._enter()) for node in written]
+        after = [partial(node.register_hook, lambda inputs, outputs: self._leave()) for node in written]
+        return Hooks([*before, *after])
 
     def _enter(self) -> None:
         self.__enter__()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._backends._torch.record import Recorded as Recording
 from .._backends._torch.record import bare, record_model
+from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
 from .._backends._torch.surroundings import math_attention, private_noise
 from .._backends._torch.tape import Tape
@@ -81,6 +82,7 @@ def picked(wrt: Wrt) -> Any:
     return trainable if wrt == "parameters" else None
 
 
+@restoring
 def record_tainted(
     model: nn.Module, inputs: Any, call: str, wrt: Wrt, outputs: Selector, local: bool
 ) -> tuple[Recording, Taint | None]:
@@ -135,6 +137,7 @@ class Traced:
     unknown: dict[str, int]
 
 
+@restoring
 def trace(tape: Tape, members: Array, size: int, taint: Taint | None) -> Traced:
     """Send sets through one backward pass: entry i of the flat output starts as `{members[i]}`.
 
@@ -147,7 +150,7 @@ def trace(tape: Tape, members: Array, size: int, taint: Taint | None) -> Traced:
     starts = torch.from_numpy(pool.singletons(members))
     for seed, where in zip(seeds, tape.codomain.slices, strict=True):
         tracer.write(seed, starts[where].reshape(seed.shape))
-    with math_attention, Escapes(tracer).around(tape.survey.nodes), tracer:
+    with math_attention(), Escapes(tracer).around(tape.survey.nodes), tracer:
         grads = tape.pull(list(seeds))
     ids: list[Array | None] = []
     for grad in grads:

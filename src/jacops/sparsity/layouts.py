@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from .._backends._torch.restoring import WarningsIgnored, restoring
 from .._backends._torch.tape import Tape
 from ..errors import InputError, explain
 from ._compress import Assembly, Compressed
@@ -29,6 +29,7 @@ def check_layout(layout: str) -> None:
         raise InputError(explain("layout", repr(layout), f"one of {LAYOUTS} is needed"))
 
 
+@restoring
 def arranged(assembly: Assembly, found: Compressed, layout: str, block: tuple[int, int]) -> Any:
     """Return the matrix in a layout; BSR has blocks of the given shape."""
     if layout == "scipy":
@@ -39,8 +40,7 @@ def arranged(assembly: Assembly, found: Compressed, layout: str, block: tuple[in
     )
     device = found.values.device
     unchecked: Any = {"check_invariants": False}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse (CSR|BSR) tensor support", UserWarning)
+    with WarningsIgnored("Sparse (CSR|BSR) tensor support", UserWarning):
         if layout == "csr":
             return torch.sparse_csr_tensor(
                 ends.to(device), columns.to(device), found.values, assembly.shape, **unchecked

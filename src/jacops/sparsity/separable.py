@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .._backends._torch.record import bare, record_model
+from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
 from .._backends._torch.surroundings import private_noise
 from .._backends._torch.tape import Tape
@@ -42,6 +43,7 @@ class Separation:
         return self.apart
 
 
+@restoring
 def samples_apart(
     model: nn.Module,
     x: Any,

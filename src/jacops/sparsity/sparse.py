@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import InputError, NotDifferentiableError, explain
 from ..operators import Operator, Recorded
+from ..operators._finite_results import check_result
 from ..space import Space
 from ._coloring import Coloring, color
 from ._compress import Assembly, Sweeper, compress
@@ -38,6 +39,7 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
     Raises:
         InputError: A pattern is missing, has another shape or lacks entries.
         NotDifferentiableError: The operator is no linear map.
+        NonFiniteError: An entry is NaN or Inf.
 
     Example:
         >>> from jacops import jacobian
@@ -70,6 +72,7 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
             f"sparse: products with {operator!r} disagree by {found.error:.1e} with each other. Is a backward pass "
             "random, or does it read values?"
         )
+    check_result(operator, found.values, "the matrix")
     block = _last(operator.codomain), _last(operator.domain)
     result = arranged(assembly, found, layout, block)
     return SparseJacobian(result, getattr(operator, "output", None), found.bound, found.sweeps)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .agreement import inner, size
 from .ladder import RouteFailedError, RouteNotFiniteError, attempt
+from .restoring import restoring
 from .rows import Rows, dense, plain, rows_size, zero_rows
 from .surroundings import private_noise, sweeping
 
@@ -48,6 +49,7 @@ class Dual:
         if self.live:
             self._record(tape)
 
+    @restoring
     def _record(self, tape: Tape) -> None:
         targets = [*tape.leaves, *(tensor for _, tensor in tape.twins)]
         with sweeping(self.live[0]):
@@ -79,6 +81,7 @@ class Dual:
         each = iter(pushed)
         return [next(each) if o.requires_grad else zero_rows(many, o) for o in tape.outputs]
 
+    @restoring
     def _swept(self, tape: Tape, grads: Rows, tangents: Rows, create_graph: bool) -> list[Tensor | None]:
         many = tangents[0].shape[0]
 

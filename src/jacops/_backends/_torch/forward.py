@@ -21,6 +21,7 @@ from ..._finite import is_finite
 from .dual import adjoint_error
 from .ladder import RouteFailedError, RouteLiesError, RouteNotFiniteError, attempt
 from .node_rules import Rule, rule_for
+from .restoring import restoring
 from .rows import Rows, plain
 from .surroundings import private_noise, sweeping
 
@@ -92,6 +93,7 @@ class Forward:
             return [part.unsqueeze(0) for part in pushed[0]]
         return [torch.stack(parts) for parts in zip(*pushed, strict=True)]
 
+    @restoring
     def _timed(self, tape: Tape, tangent: Sequence[Tensor]) -> tuple[Rows, float]:
         started = time.perf_counter()
         with sweeping(tape.outputs[0]), torch.no_grad():

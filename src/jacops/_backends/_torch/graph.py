@@ -142,6 +142,14 @@ def _context(node: Any) -> Any:
     return tuple((name, value) for name, value in kept.items() if isinstance(value, _PLAIN))
 
 
+def reaches(tensor: Tensor, leaves: Iterable[Tensor]) -> bool:
+    """Return whether `tensor` is one of these or was computed from one, as far as its graph shows."""
+    leaves = list(leaves)
+    behind = survey([tensor])
+    made = {leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None}
+    return any(leaf is tensor or id(leaf) in behind.leaves for leaf in leaves) or not made.isdisjoint(behind.nodes)
+
+
 def passed_bytes(nodes: Iterable[Any]) -> int:
     """Return the bytes of all cotangents of one backward pass."""
     kinds = (kind for node in nodes for kind in getattr(node, "_input_metadata", ()))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .replica import bare, check_state, replicate
+from .restoring import restoring
 from .surroundings import random_state_kept, recording
 from .tape import Tape
 
@@ -150,6 +151,7 @@ def _filled(mode: Homogeneous, func: Any, args: list[Any], kwargs: dict[str, Any
     return torch.where(args[1], mode.scaled(value), args[0])
 
 
+@restoring
 def _batch_norm(mode: Homogeneous, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -220,6 +222,7 @@ _RULES: dict[str, Callable[..., Any]] = {
 }
 
 
+@restoring
 def bias_part(model: Any, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Return the output `(n, *out)`, its bias part of the same shape, and the operations that are not piecewise linear.
 

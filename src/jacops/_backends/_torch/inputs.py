@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError, InputTypeError, JacopsError, explain
+from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, explain
 from ...trees import flatten, is_differentiable
 from .surroundings import out_of_inference
 
@@ -102,14 +103,26 @@ def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple
 
 @contextmanager
 def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Say what does not fit when a forward fails because an input has another dtype or device than the weights.
+    """Describe what does not fit when a forward fails because of a dtype, a device or a fixed shape.
 
     Raises:
-        InputError: That is so; torch's own error is its cause.
+        InputError: An input has another dtype or device than the weights; torch's own error is its cause.
+        ModelStateError: An exported module was asked for another batch size than it was exported with.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
+        if (
+            isinstance(module, nn.Module)
+            and _FIXED_SHAPE.match(str(error))
+            and any(map(_is_exported, module.modules()))
+        ):
+            came = f"exported for fixed shapes ({str(error).splitlines()[0][:120]})"
+            needed = "samples are taken in batches of other sizes, down to one"
+            todo = "Export it with `dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)`, or pass the original module."
+            raise ModelStateError(explain("model", came, needed, todo)) from error
+        if isinstance(error, AssertionError):
+            raise
         params = module.parameters() if isinstance(module, nn.Module) else iter(())
         weight = next((p for p in params if p.is_floating_point()), None)
         if weight is None or isinstance(error, JacopsError):
@@ -124,6 +137,15 @@ def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
                 needed = f"the model is of {weight.dtype}"
                 raise InputError(explain("input", f"of {tensor.dtype}", needed, todo)) from error
         raise
+
+
+# How the modules of torch.export begin to refuse a shape: the guards of `ExportedProgram.module()`, and what it and
+# `torch.export.unflatten` check before the first operation.
+_FIXED_SHAPE = re.compile(r"Guard failed: .*size\(\)|Expected input at .*shape\[")
+
+
+def _is_exported(module: nn.Module) -> bool:
+    return isinstance(module, torch.fx.GraphModule) or type(module).__module__.startswith("torch.export")
 
 
 def refuse_arrays(value: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ...errors import NotDifferentiableError
-from .surroundings import is_memory_error
+from .surroundings import must_surface
 
 Result = TypeVar("Result")
 
@@ -34,7 +34,7 @@ def attempt(sweep: Callable[[], Result]) -> Result:
     except (RouteFailedError, NotDifferentiableError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if is_memory_error(error):
+        if must_surface(error):
             raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RouteFailedError(first[:200]) from error

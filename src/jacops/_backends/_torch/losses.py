@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...errors import InputError, explain
+from .restoring import restoring
 
 
 class _NoBroadcast(TorchFunctionMode):
@@ -33,6 +34,7 @@ class _NoBroadcast(TorchFunctionMode):
 _ELEMENTWISE_LOSSES = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"})
 
 
+@restoring
 def call_loss(loss: Callable[[Any, Any], Any], output: Any, target: Any) -> Any:
     """Return `loss(output, target)`.
 

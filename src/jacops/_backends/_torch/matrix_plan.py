@@ -9,6 +9,7 @@ import torch
 from .ladder import RouteFailedError
 from .layers.whole import LayerRoute
 from .memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
+from .restoring import restoring
 from .tape import Tape
 
 
@@ -163,6 +164,7 @@ def by_columns(tape: Tape) -> bool:
     return tape.domain.dim + 1 < tape.codomain.dim and not tape.trust.refused("push", "dual")
 
 
+@restoring
 def _pulled(tape: Tape) -> float:
     """Return the bytes that one backward pass holds at once, its cotangent and its gradients included."""
     with Meter() as meter:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .ladder import RouteFailedError
+from .restoring import restoring
 
 Tangents = Sequence[Tensor | None]
 Rule = Callable[[Any, Tangents], Sequence[Tensor | None]]
@@ -54,6 +55,7 @@ class Transposed:
         self._seeds: list[Tensor] = []
         self._grads: list[Tensor | None] = []
 
+    @restoring
     def __call__(self, node: Any, tangents: Tangents) -> Sequence[Tensor | None]:
         with torch.enable_grad():
             if not self._seeds:
@@ -72,9 +74,10 @@ class Transposed:
         kinds = [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
         if any(dtype.is_complex for _, dtype, _ in kinds):
             raise RouteFailedError("complex numbers")
-        self._seeds = [torch.zeros(s, dtype=d, device=w, requires_grad=True) for s, d, w in kinds]
-        grads = node(*self._seeds)
+        seeds = [torch.zeros(s, dtype=d, device=w, requires_grad=True) for s, d, w in kinds]
+        grads = node(*seeds)
         self._grads = list(grads) if isinstance(grads, tuple) else [grads]
+        self._seeds = seeds  # last: it marks the record as complete
 
 
 def _fitted(grad: Tensor, tangent: Tensor) -> Tensor:

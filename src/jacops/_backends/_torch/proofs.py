@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -21,6 +20,7 @@ from torch import Tensor
 from ...errors import InputError, explain
 from .evidence import Places, Stored, constants, hold, neutral, pattern
 from .graph import Survey
+from .restoring import process_lock
 from .watch import Habits
 
 CHECKS = ("first", "always", "strict", "never")
@@ -291,7 +291,6 @@ def told_apart(value: Any) -> Hashable:
 
 
 _known: dict[int, tuple[weakref.ref[Any], Bounded[ProofStore]]] = {}
-_lock = threading.RLock()  # a collection of garbage may drop an entry while another is looked up
 
 
 def store_for(function: Any, setting: Hashable, checks: str, many: int | None = None) -> ProofStore:
@@ -305,7 +304,7 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
     if checks in ("always", "strict"):
         return ProofStore(checks, lambda: function, many)
     key = id(function)
-    with _lock:
+    with process_lock:
         reference, settings = _known.get(key, (None, None))
         if reference is None or settings is None or reference() is not function:  # by identity: never by ==
             try:
@@ -318,6 +317,6 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
 
 
 def _drop(key: int, reference: weakref.ref[Any]) -> None:
-    with _lock:
+    with process_lock:
         if key in _known and _known[key][0] is reference:
             del _known[key]

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError, explain
 from ...trees import Selector, Tree, flatten, output_leaves, select
 from .cut import At, Cut
+from .graph import reaches
 from .inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
 from .proofs import ProofStore, store_for, told_apart
 from .replica import Replica, bare, check_state, parameter_names, replicate
+from .restoring import restoring
 from .surroundings import autocast_on, random_state_kept, recording
 from .tape import Tape
 from .watch import Habits, Watch, WritesState
@@ -40,6 +42,7 @@ class Recorded:
     inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+@restoring
 def record_closure(
     func: Callable[[], Any], params: Any, call: str, fallback: str = "warn", empty: bool = False
 ) -> Recorded:
@@ -48,6 +51,7 @@ def record_closure(
     Raises:
         InputTypeError: `func` or `params` is of the wrong kind.
         InputError: A parameter is repeated or does not require grad.
+        NotDifferentiableError: A reentrant checkpoint uses a parameter and records nothing of it.
     """
     if not callable(func) or isinstance(func, nn.Module):
         raise InputTypeError(
@@ -60,7 +64,7 @@ def record_closure(
         )
     check_fallback(fallback)
     leaves = check_params(params, empty)
-    with recording():
+    with recording(lambda tensor: reaches(tensor, leaves), call):
         output = func()
     tensors, tree = output_leaves(output, "func()")
     names = [f"params[{i}]" for i in range(len(leaves))]
@@ -79,7 +83,10 @@ def record_closure(
 def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
     """Return a key under which trust in a model holds: its modules, modes and shapes, and the inputs'."""
     modules = list(model.modules())
-    parts = [(id(m), type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
+    parts = [
+        (id(m), type(m), getattr(m, "training", False), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in modules
+    ]
     weights = [(p.shape, p.dtype, p.device) for m in modules for p in m._parameters.values() if p is not None]
     arrays = [(t.shape, t.dtype, t.device) for t in inputs]
     context = (
@@ -176,6 +183,7 @@ def record_model(
     key = setting(module, tensors, "whole", training, at, told_apart(outputs), told_apart(purpose))
     store = store_for(module, key, checks, _rows(tensors))
 
+    @restoring
     def record(habits: Habits, watch: Watch | None) -> tuple[Recorded, Tape]:
         kept: dict[str, Any] = {}
         replica = replicate(

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputTypeError, ModelStateError, explain
-from .surroundings import out_of_inference
+from .restoring import restoring
+from .surroundings import arithmetic, out_of_inference
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _has_derivatives(parameter: Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+@restoring
 def replicate(
     model: nn.Module,
     *,
@@ -139,37 +141,49 @@ def replicate(
         return _scripted(model, wrt, training)
     originals: dict[str, Tensor] = {}
     memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters():
-        known = _has_derivatives(parameter)
-        if known:
-            originals[name] = parameter
-        memo[id(parameter)] = _copied(parameter, known and wrt(name, parameter), connected, cloned)
     builder = _Builder(memo, training)
-    with torch.inference_mode(False):
+    with arithmetic(True):
+        for name, parameter in model.named_parameters():
+            known = _has_derivatives(parameter)
+            if known:
+                originals[name] = parameter
+            memo[id(parameter)] = _copied(parameter, known and wrt(name, parameter), connected, cloned)
         module = builder.build(model)
     return Replica(module, {n: memo[id(p)] for n, p in originals.items()}, originals)
 
 
 def _copied(parameter: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:
-    with torch.inference_mode(False):
-        parameter = out_of_inference(parameter)
-        if connected and differentiated and parameter.requires_grad:
-            with torch.enable_grad():
-                return parameter.clone() if cloned else parameter.view_as(parameter)
-        private = parameter.detach().clone() if cloned else parameter.detach()
-        if type(parameter) in (nn.Parameter, Tensor):
-            return nn.Parameter(private, requires_grad=differentiated)
-        return private.requires_grad_(differentiated)
+    parameter = out_of_inference(parameter)
+    if connected and differentiated and parameter.requires_grad:
+        return parameter.clone() if cloned else parameter.view_as(parameter)
+    private = parameter.detach().clone() if cloned else parameter.detach()
+    if type(parameter) in (nn.Parameter, Tensor):
+        return nn.Parameter(private, requires_grad=differentiated)
+    return private.requires_grad_(differentiated)
 
 
+@restoring
 def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bool | None) -> Replica:
     """TorchScript modules live outside Python: only their own deep copy copies them."""
-    with torch.inference_mode(False), torch.no_grad():  # in this order: the first one switches gradients on
+    with arithmetic(False):
         module, originals = copy.deepcopy(model), parameter_names(model)
     private = parameter_names(module)
     for name, parameter in private.items():
         parameter.requires_grad_(wrt(name, originals[name]))
-    return Replica(module if training is None else module.train(training), private, originals)
+    return Replica(_in_mode(module, training), private, originals)
+
+
+def _in_mode(module: nn.Module, training: bool | None) -> nn.Module:
+    """Return a script module in the mode that is asked for; a frozen one has none."""
+    return module if training is None or not hasattr(module, "training") else module.train(training)
+
+
+def _instance(kind: type[nn.Module]) -> nn.Module:
+    """Return an instance of exactly this class: a `__new__` of its own may return another (torch.fx makes a class)."""
+    try:
+        return object.__new__(kind)
+    except TypeError:  # a class with another base written in C
+        return kind.__new__(kind)
 
 
 _IMMUTABLE = frozenset({bool, int, float, str, type(None)})
@@ -207,7 +221,7 @@ class _Builder:
             return self.build(module._orig_mod)
         if isinstance(module, torch.jit.ScriptModule):
             return self._scripted(module)
-        twin = module.__class__.__new__(module.__class__)
+        twin = _instance(module.__class__)
         self.memo[id(module)] = twin
         state = twin.__dict__
         for key, value in module.__dict__.items():
@@ -224,21 +238,21 @@ class _Builder:
             twin.__dict__["sparse"] = False  # the same function; sparse gradients have no second derivative
         return twin
 
+    @restoring
     def _scripted(self, module: nn.Module) -> nn.Module:
-        with torch.no_grad():
+        with arithmetic(False):
             twin = copy.deepcopy(module)
         for own, other in zip(module.parameters(), twin.parameters(), strict=True):
             other.requires_grad_(self.memo[id(own)].requires_grad)
             self.memo[id(own)] = other
         self.memo[id(module)] = twin
-        return twin if self.training is None else twin.train(self.training)
+        return _in_mode(twin, self.training)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         """Clone what a forward may write into; keep a recorded or shared graph tensor as it is."""
         if tensor.requires_grad:
             return tensor
-        with torch.no_grad():
-            self.memo[id(tensor)] = twin = tensor.clone()
+        self.memo[id(tensor)] = twin = tensor.detach().clone()
         return twin
 
     def _container(self, value: Any) -> Any:

@@ -25,8 +25,9 @@ from .forward import Forward
 from .graph import Survey, passed_bytes, saved_bytes, survey
 from .ladder import RouteFailedError, RouteLiesError, RouteNotFiniteError, attempt
 from .proofs import Proofs, ProofStore
+from .restoring import GradientsKept, restoring
 from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
-from .surroundings import is_memory_error, private_noise, sweeping
+from .surroundings import must_surface, private_noise, sweeping
 from .watch import Habits
 
 _LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
@@ -123,6 +124,7 @@ class Tape:
 
     # ---- one backward pass -----------------------------------------------------------------------------------
 
+    @restoring
     def pull(
         self, cotangents: Sequence[Tensor | None], create_graph: bool = False, batched: bool = False
     ) -> list[Tensor | None]:
@@ -154,7 +156,7 @@ class Tape:
                 is_grads_batched=batched,
             )
         except RuntimeError as error:
-            if batched or is_memory_error(error) or isinstance(error, JacopsError):
+            if batched or must_surface(error) or isinstance(error, JacopsError):
                 raise
             names = ", ".join(self.survey.functions)
             where = f" (custom Functions in the graph: {names})" if names else ""
@@ -169,6 +171,7 @@ class Tape:
             merged[index] = extra if own is None else own if extra is None else own + extra
         return merged
 
+    @restoring
     def _pull_by_backward(
         self, outputs: Rows, seeds: Rows, targets: Rows, create_graph: bool, batched: bool
     ) -> list[Tensor | None]:
@@ -187,17 +190,9 @@ class Tape:
             )
         if batched:
             raise RouteFailedError("a reentrant activation checkpoint takes one cotangent at a time")
-        kept = [(p, p.grad) for p in self.protected]
-        for p, _ in kept:
-            p.grad = None
-        try:
+        with GradientsKept(self.protected, targets):
             torch.autograd.backward(outputs, seeds, retain_graph=True)
             return [t.grad for t in targets]
-        finally:
-            for t in targets:
-                t.grad = None
-            for p, grad in kept:
-                p.grad = grad
 
     # ---- many cotangents -------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..agreement import size, worst_disagreement
 from ..ladder import Result, RouteFailedError, attempt
 from ..memory import Meter
+from ..restoring import restoring
 from ..surroundings import private_noise
 from ..tape import Tape
 from .blocks import ENTRIES
@@ -89,6 +90,7 @@ class ByLayers:
     routes: dict[str, str]
     most: int = ENTRIES
 
+    @restoring
     def begin(self, free: float = math.inf) -> Begun | None:
         """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
         if self.tape.trust.refused("dense", self.name):

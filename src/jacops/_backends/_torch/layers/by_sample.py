@@ -23,7 +23,7 @@ from ..proofs import Refusal
 from ..record import Recorded
 from ..rows import plain
 from ..samples.mixing import NOT_FINITE, differs, with_reads
-from ..surroundings import is_memory_error, private_noise
+from ..surroundings import must_surface, private_noise
 from ..tape import Tape
 from ..watch import Habits
 from .collected import Collected, StructureChangedError
@@ -199,7 +199,7 @@ class SampleFactors:
         try:
             batch = self.what.together(values)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, JacopsError) or is_memory_error(error):
+            if isinstance(error, JacopsError) or must_surface(error):
                 raise
             what = f"{type(error).__name__}: {str(error)[:100]}"
             return Refusal(f"the forward takes no batch of {where.stop - where.start} ({what})")

@@ -107,7 +107,7 @@ class Collected:
     def fill_leaf(self, sample: int, entry: int, leaf: int, row: Tensor | None) -> None:
         """Take in one row of a leaf that is missing; None is zeros."""
         target = self._rows[leaf][sample, entry]
-        target.zero_() if row is None else target.copy_(row.view(target.shape))
+        target.zero_() if row is None else target.copy_(row.reshape(target.shape))
 
     def parts(self, where: slice = slice(None)) -> list[Part]:
         """Return one part per leaf, of all samples or some."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Meter
+from ..restoring import restoring
 from ..surroundings import private_noise, sweeping
 from ..tape import Tape
 from .blocks import Chunk, Found, add_blocks
@@ -115,6 +116,7 @@ class HessianLayers:
         entries = (positions.stop - positions.start) * (channels.stop - channels.start)
         return entries * (sites[0].many * sum(s.entries for s in sites) + _operands(self.second, sites))
 
+    @restoring
     def _round(self, place: int, most: int) -> float:
         second, sites = self.second, self.sites[place:]
         chunk = next(_chunks(sites, _operands(second, sites), most))
@@ -129,6 +131,7 @@ class HessianLayers:
         return max(meter.peak, arrays + self._sweep)
 
     @cached_property
+    @restoring
     def _sweep(self) -> float:
         """Bytes that one sweep holds, measured."""
         first = next(i for i, site in enumerate(self.sites) if self.second.delta(site) is not None)
@@ -140,6 +143,7 @@ class HessianLayers:
         return float(meter.peak)
 
 
+@restoring
 def describable(tape: Tape) -> list[Site]:
     """Return the sites of all leaves that are described everywhere, in the order in which they ran."""
     uses = find_uses(tape) if is_plain(tape) else {}

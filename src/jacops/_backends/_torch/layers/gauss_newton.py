@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Meter
+from ..restoring import restoring
 from ..surroundings import private_noise
 from ..tape import Tape
 from .blocks import Chunk, Found, add_blocks
@@ -98,6 +99,7 @@ class GaussNewtonLayers:
         swept = self.tape.sweeps - before
         return f"through {len(self.sites)} outputs of layers, {swept} sweeps{self.ordinary.add(matrix, weight, most)}"
 
+    @restoring
     def working(self, most: int) -> float:
         """Return the bytes held on the way."""
         space, sites, H = self.tape.domain, shadows(self.sites), self.H.to("meta")
@@ -121,6 +123,7 @@ class GaussNewtonLayers:
         return all(site.positions == 1 for site in self.sites) and self.tape.outputs[0].numel() * share <= most
 
     @cached_property
+    @restoring
     def _sweep(self) -> float:
         """Bytes that one sweep holds, measured."""
         with Meter() as meter:

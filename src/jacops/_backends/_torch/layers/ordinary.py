@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Meter
+from ..restoring import restoring
 from ..tape import Tape
 from .blocks import ENTRIES
 from .by_layers import Rows
@@ -78,6 +79,7 @@ class Ordinary:
                 yield slice(start, min(start + step, where.stop))
 
     @cached_property
+    @restoring
     def _measured(self) -> tuple[float, float]:
         """Bytes that do not depend on the number of rows to a pass, and bytes that each adds."""
         start, peaks = self.lost[0].start, []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..agreement import worst_disagreement
 from ..ladder import RouteFailedError, attempt
+from ..restoring import restoring
 from ..surroundings import sweeping
 from ..tape import Tape
 
@@ -51,6 +52,7 @@ def passed(
     return [_rows([grads[e] for grads in alone]) for e in range(len(edges))]
 
 
+@restoring
 def _pass(
     tape: Tape, outputs: Sequence[Tensor], edges: Sequence[Any], cotangents: Sequence[Tensor], batched: bool = False
 ) -> list[Tensor | None]:

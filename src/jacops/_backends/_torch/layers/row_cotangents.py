@@ -16,8 +16,9 @@ from torch import Tensor
 from ..agreement import worst_disagreement
 from ..losses import call_loss
 from ..proofs import store_for
+from ..restoring import restoring
 from ..rows import plain
-from ..surroundings import is_memory_error, out_of_inference, random_state_kept, recording
+from ..surroundings import must_surface, out_of_inference, random_state_kept, recording
 from ..tape import Tape
 from ..watch import Habits
 
@@ -80,6 +81,7 @@ def _agree(found: Sequence[Tensor | None], alone: Sequence[Tensor | None], picke
     return all(a.shape == b.shape for a, b in pairs) and worst_disagreement(pairs) <= tolerance
 
 
+@restoring
 def _gradients(
     loss: Callable[[Any, Any], Tensor], build: Build, outputs: Sequence[Tensor], targets: Sequence[Tensor], row: int
 ) -> list[Tensor | None]:
@@ -90,6 +92,7 @@ def _gradients(
     return _pulled(_tape(value, leaves))
 
 
+@restoring
 def _vectorised(
     loss: Callable[[Any, Any], Tensor], build: Build, outputs: Sequence[Tensor], targets: Sequence[Tensor]
 ) -> Tape | None:
@@ -108,7 +111,7 @@ def _vectorised(
             values = mapped([leaf.clone() for leaf in leaves], list(targets))
         return _tape(values.sum(), leaves) if values.shape == (many,) else None
     except Exception as error:
-        if is_memory_error(error):
+        if must_surface(error):
             raise
         return None  # what is wrong with the loss itself shows when it is called for a row alone
 

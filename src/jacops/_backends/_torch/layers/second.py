@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from ..restoring import restoring
 from ..surroundings import sweeping
 from ..tape import Tape
 from .passes import passed
@@ -22,6 +23,7 @@ class Second:
     derivative of the operand by the site's output, so one sweep gives both.
     """
 
+    @restoring
     def __init__(self, tape: Tape, sites: Sequence[Site]) -> None:
         self.tape = tape
         with sweeping(tape.outputs[0]):

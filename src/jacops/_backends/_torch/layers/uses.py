@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..restoring import restoring
 from ..surroundings import private_noise, sweeping
 from ..tape import Tape
 from .part import slices
@@ -84,6 +85,7 @@ class Use:
         return self._rule.operand(self.node)
 
     @cached_property
+    @restoring
     def operand(self) -> Tensor | None:
         """What multiplies the leaf, `(R, …)`, as numbers."""
         with torch.no_grad():
@@ -101,6 +103,7 @@ class Use:
         """Return a cotangent at a convolution's output as `(samples, positions, g, out)`, not copied."""
         return _by_pixel(self.node, delta)
 
+    @restoring
     def patches(self) -> Tensor:
         """Return a convolution's operand as `(samples, positions, g, in)`."""
         with torch.no_grad():
@@ -389,6 +392,7 @@ def by_sample(rows: Tensor, many: int, order: Order) -> Tensor:
     return rows.unflatten(0, (-1, many)).transpose(0, 1)
 
 
+@restoring
 def cotangents(
     tape: Tape, uses: Sequence[Use], seeds: Sequence[Tensor], create_graph: bool = False, batched: bool = False
 ) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..agreement import as_rows, worst_disagreement
 from ..ladder import RouteFailedError
 from ..memory import Meter, size_of
+from ..restoring import restoring
 from ..rows import plain
 from ..surroundings import private_noise
 from ..tape import Tape
@@ -94,6 +95,7 @@ class LayerRoute:
         return [site.operand() for site in self._layers.sites]
 
     @cached_property
+    @restoring
     def needs(self) -> LayerNeeds:
         """What it takes, measured with the first sweep.
 

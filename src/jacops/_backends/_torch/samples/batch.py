@@ -26,7 +26,7 @@ from ..matrix import jacobian_blocks
 from ..memory import Budget, given_tensors
 from ..proofs import ProofStore
 from ..replica import bare, check_state
-from ..surroundings import is_memory_error
+from ..surroundings import must_surface
 from ..tape import Tape
 from .bottleneck import GAIN, narrowest, sweep_split
 from .compiled import Compiler
@@ -225,7 +225,7 @@ class Samples:
         try:
             run, parts = self._recorded(values, store, mode)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, JacopsError) or is_memory_error(error):
+            if isinstance(error, JacopsError) or must_surface(error):
                 raise
             self.runner.run([v[:1] for v in self.values])  # where it fails alone too, that is the error to see
             return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"

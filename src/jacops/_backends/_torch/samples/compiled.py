@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,8 @@ from ....errors import NotDifferentiableError, warn
 from ..agreement import worst_disagreement
 from ..ladder import RouteFailedError, RouteLiesError, attempt
 from ..proofs import Proofs, ProofStore
-from ..surroundings import is_memory_error
+from ..restoring import WarningsIgnored, restoring
+from ..surroundings import must_surface
 from .mixing import coupled, differs
 from .results import Results
 from .runs import Run, Runner
@@ -57,6 +57,7 @@ class Compiled:
         """Say whether two samples are recorded as they were when the graph was made."""
         return few.tape.trust is self.proofs and not self.proofs.needs("compiled")
 
+    @restoring
     def fill(self, runner: Runner, values: Sequence[Tensor], blocks: Sequence[Tensor], where: slice) -> Tensor:
         """Fill `blocks[leaf][where]`, a few outputs after another, and return the outputs."""
         state, output = runner.state(), self.output
@@ -203,6 +204,7 @@ def _seconds(call: Callable[[], Any], like: Tensor) -> float:
     return time.perf_counter() - started
 
 
+@restoring
 def _compiles(call: Callable[[], Any]) -> Any:
     """Run what may compile: compilers fail in their own ways.
 
@@ -210,11 +212,10 @@ def _compiles(call: Callable[[], Any]) -> Any:
         RouteFailedError: There is no compiler, or it failed.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, about what its compiler imports
+        with WarningsIgnored():  # torch's own, about what its compiler imports
             return call()
     except Exception as error:
-        if is_memory_error(error):
+        if must_surface(error):
             raise
         what = " ".join(str(error).split()) or type(error).__name__
         raise RouteFailedError(f"torch.compile failed: {what[:200]}") from error

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
 from ..proofs import ProofStore
+from ..restoring import restoring
+from ..surroundings import must_surface
 from .bottleneck import narrowest, sweep_split
 from .mixing import differs, unbatchable, with_reads
 from .results import SAMPLES_TODO
@@ -223,7 +225,9 @@ def _reason(samples: Samples, one: Run) -> str | None:
         return None
     try:
         two = samples.runner.run([v[:many] for v in samples.values])
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if must_surface(error):
+            raise
         return "the forward takes no batch"
     reason = unbatchable(two.tape, two.habits, many)
     first = torch.zeros(1, dtype=torch.long)
@@ -260,6 +264,7 @@ class RouteUnknown(Exception):
     """There is no such route here."""
 
 
+@restoring
 def _measured(
     samples: Samples, one: Run, rows: int, mode: str, place: tuple[str, int] | None = None
 ) -> tuple[int, int]:

@@ -19,7 +19,8 @@ from ..inputs import forward_explained, private_inputs, split_input
 from ..proofs import ProofStore, store_for, told_apart
 from ..record import setting, watched
 from ..replica import Replica, replicate
-from ..surroundings import autocast_on, plain_forward, random_state_kept, recording
+from ..restoring import restoring
+from ..surroundings import arithmetic, autocast_on, random_state_kept, recording
 from ..tape import Tape
 from ..watch import Habits, Watch
 from .bottleneck import separates, widths_noted
@@ -87,6 +88,7 @@ class Runner:
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
 
+        @restoring
         def record(habits: Habits, watch: Watch | None) -> tuple[Run, Tape]:
             with watch or nullcontext():
                 done = self.record(values, habits, noting=watch is not None)
@@ -136,15 +138,19 @@ class Runner:
         replica = self._replica(habits)
         for i in range(values[0].shape[0]):
             replica = self._replica(habits) if habits.writes else replica
-            with plain_forward():
-                outputs = self._ran([v[i : i + 1] for v in values], replica).outputs
-            yield outputs
+            yield self._outputs([v[i : i + 1] for v in values], replica)
+
+    @restoring
+    def _outputs(self, values: Sequence[Tensor], replica: Replica | None) -> list[Tensor]:
+        with arithmetic(False):
+            return self._ran(values, replica).outputs
 
     def _replica(self, habits: Habits) -> Replica | None:
         if not isinstance(self.model, nn.Module):
             return None
         return replicate(self.model, training=False, cloned=habits.writes)
 
+    @restoring
     def record(
         self,
         values: Sequence[Tensor],

@@ -1,0 +1,265 @@
+"""Restoring torch's global state, also after an interrupt between any two lines.
+
+A `with` statement alone does not: a KeyboardInterrupt can be raised in `__enter__` after the state has changed, or
+before the first line of `__exit__`. So every guard registers itself, with the state that it saved, before it changes
+anything, and every function that uses guards is decorated with `restoring`, which restores what is still registered.
+It does so twice, since an interrupt may stop the first attempt; `restore` is therefore idempotent.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, Literal, ParamSpec, Self, TypeVar
+
+import numpy as np
+import torch
+import torch.utils._python_dispatch as dispatch_modes
+from torch import Tensor
+from torch._C import (  # pyright: ignore[reportMissingModuleSource]
+    _get_dispatch_stack_at,  # pyright: ignore[reportAttributeAccessIssue]
+    _len_torch_dispatch_stack,  # pyright: ignore[reportAttributeAccessIssue]
+    _len_torch_function_stack,  # pyright: ignore[reportAttributeAccessIssue]
+    _pop_torch_dispatch_stack,  # pyright: ignore[reportAttributeAccessIssue]
+    _pop_torch_function_stack,  # pyright: ignore[reportAttributeAccessIssue]
+)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class _Entered(threading.local):
+    """The guards of a thread that have been entered and not restored yet, in order."""
+
+    def __init__(self) -> None:
+        self.guards: list[Guard] = []
+
+
+_entered = _Entered()
+
+
+class Guard(ABC):
+    """A context manager that saves a state, changes it, and restores it once."""
+
+    def __enter__(self) -> Self:
+        self.save()
+        _entered.guards.append(self)
+        self.change()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        guards = _entered.guards
+        if guards and guards[-1] is self:
+            self.restore()
+            guards.pop()
+        elif self in guards:  # a suspended generator holds a later one
+            self.restore()
+            guards.remove(self)
+
+    def save(self) -> None:
+        """Keep the state to restore; nothing is changed yet."""
+        return
+
+    @abstractmethod
+    def change(self) -> None:
+        """Change the state."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Restore the saved state; called again where an interrupt stopped the first call."""
+
+
+def entered(kind: type[Guard]) -> bool:
+    """Return whether a guard of this kind is entered in this thread."""
+    return any(type(guard) is kind for guard in _entered.guards)
+
+
+class Guards(Guard):
+    """Several guards entered in order and restored in reverse order."""
+
+    def __init__(self, *guards: Guard) -> None:
+        self._guards = guards
+
+    def __enter__(self) -> Self:
+        for guard in self._guards:
+            guard.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__()
+
+    def change(self) -> None:
+        """Do nothing: each guard is registered itself."""
+
+    restore = change
+
+
+# Taken for a few assignments at a time and never while other code runs. It is reentrant so that `restoring` can
+# release it: `release` raises where this thread does not own it.
+process_lock = threading.RLock()
+function_modes: Callable[[], int] = _len_torch_function_stack  # how many function modes are entered
+
+# Torch keeps these beside the stack of dispatch modes and sets them back in `__exit__` only.
+_FLAGS = tuple(name for name, value in vars(dispatch_modes).items() if name.startswith("_is_in_") and value is False)
+_set_flag_in_torch = getattr(dispatch_modes, "set_is_in_mode_without_ignore_compile_internals", None)
+
+
+def leave_function_modes(many: int) -> None:
+    """Leave function modes until `many` are entered."""
+    while function_modes() > many:
+        _pop_torch_function_stack()
+
+
+class _State:
+    """What the thread's cheap global states were: gradient mode, stacks of modes, entered guards."""
+
+    __slots__ = ("dispatch", "flags", "functions", "grad", "guards")
+
+    def __init__(self) -> None:
+        self.guards = len(_entered.guards)
+        self.functions = function_modes()
+        self.dispatch = _len_torch_dispatch_stack()
+        self.flags = [getattr(dispatch_modes, name) for name in _FLAGS] if self.dispatch else None
+        self.grad = torch.is_grad_enabled()
+
+    def restore(self) -> None:
+        """Restore them, the modes first: what follows must not go through a mode that was left."""
+        leave_function_modes(self.functions)
+        while _len_torch_dispatch_stack() > self.dispatch:
+            mode = _get_dispatch_stack_at(_len_torch_dispatch_stack() - 1)
+            _pop_torch_dispatch_stack(getattr(mode, "_mode_key", None))  # torch keeps some modes of its own by key
+        self._restore_flags()
+        _release_lock()
+        guards = _entered.guards
+        while len(guards) > self.guards:
+            guards[-1].restore()
+            guards.pop()
+        if torch.is_grad_enabled() is not self.grad:
+            torch.set_grad_enabled(self.grad)
+
+    def _restore_flags(self) -> None:
+        for i, name in enumerate(_FLAGS):
+            setattr(dispatch_modes, name, self.flags[i] if self.flags else False)
+        if _set_flag_in_torch is not None:
+            _set_flag_in_torch(getattr(dispatch_modes, "_is_in_any_mode_without_ignore_compile_internals", False))
+
+
+def _release_lock() -> None:
+    try:
+        while True:
+            process_lock.release()
+    except RuntimeError:  # not owned
+        return
+
+
+def restoring(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Return `function`, after which torch's state is restored however it ends, by an interrupt at any line too."""
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        state = _State()
+        try:
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                state.restore()
+                raise
+        except BaseException:
+            state.restore()
+            raise
+
+    return call
+
+
+class GradientsKept(Guard):
+    """Tensors whose `.grad` is None inside and what it was before afterwards.
+
+    Args:
+        kept: The tensors, whose `.grad` is restored.
+        cleared: Tensors whose `.grad` is None afterwards.
+    """
+
+    def __init__(self, kept: Iterable[Tensor], cleared: Iterable[Tensor] = ()) -> None:
+        self._kept = [(tensor, tensor.grad) for tensor in kept]
+        self._cleared = list(cleared)
+
+    def change(self) -> None:
+        """Set `.grad` to None."""
+        for tensor, _ in self._kept:
+            tensor.grad = None
+
+    def restore(self) -> None:
+        """Put the gradients back."""
+        for tensor in self._cleared:
+            tensor.grad = None
+        for tensor, grad in self._kept:
+            tensor.grad = grad
+
+
+class Hooks(Guard):
+    """Hooks that are removed afterwards.
+
+    Args:
+        register: Functions that register one hook each and return its handle.
+    """
+
+    def __init__(self, register: Iterable[Callable[[], Any]]) -> None:
+        self._register, self._handles = list(register), []
+
+    def change(self) -> None:
+        """Register the hooks."""
+        for register in self._register:
+            self._handles.append(register())
+
+    def restore(self) -> None:
+        """Remove them."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class WarningsIgnored(Guard):
+    """Warnings that match are ignored inside.
+
+    Args:
+        message: A regular expression for the start of the message; all warnings by default.
+        category: The kind of warning.
+    """
+
+    def __init__(self, message: str = "", category: type[Warning] = Warning) -> None:
+        self._filter = (message, category)
+        self._context = warnings.catch_warnings()
+
+    def change(self) -> None:
+        """Add the filter."""
+        self._context.__enter__()
+        warnings.filterwarnings("ignore", *self._filter)
+
+    def restore(self) -> None:
+        """Put the filters back."""
+        try:
+            self._context.__exit__(None, None, None)
+        except (RuntimeError, AttributeError):  # an interrupt came before the filters were saved
+            return
+
+
+class NumericWarningsIgnored(Guard):
+    """NumPy's warnings of these kinds (`"over"`, `"invalid"` …) are ignored inside."""
+
+    def __init__(self, *kinds: Literal["over", "invalid", "divide", "under"]) -> None:
+        self._kinds = kinds
+
+    def save(self) -> None:
+        """Keep what NumPy does in each case."""
+        self._found = np.geterr()
+
+    def change(self) -> None:
+        """Ignore them."""
+        np.seterr(**dict.fromkeys(self._kinds, "ignore"))  # pyright: ignore[reportArgumentType]
+
+    def restore(self) -> None:
+        """Put NumPy's settings back."""
+        np.seterr(**self._found)
