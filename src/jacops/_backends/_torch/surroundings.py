@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,6 +16,7 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.overrides import TorchFunctionMode
 
 from ...errors import NotDifferentiableError
+from .norms import norm_rules
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -84,13 +86,33 @@ math_attention = _MathAttention()
 
 
 class _RightKernels(TorchFunctionMode):
-    """Write out fused kernels whose second derivative torch gets wrong: weight norm (its gradgradcheck fails)."""
+    """Write out fused kernels whose derivatives torch gets wrong.
+
+    Weight norm has a wrong second one (its gradgradcheck fails). Norms by statistics of the input have a wrong third
+    one, since their second takes these statistics for constants; they are written out where that is asked for.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
             v, g, *dim = args
             return v * (g / torch.norm_except_dim(v, 2, *dim))
+        if _norms_written_out.get() and func in (rules := norm_rules()):
+            result = rules[func](*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if result is None else result
         return func(*args, **(kwargs or {}))
+
+
+_norms_written_out: ContextVar[bool] = ContextVar("_norms_written_out", default=False)
+
+
+@contextmanager
+def norms_written_out() -> Iterator[None]:
+    """Record norms as elementary operations inside, which have derivatives of any order."""
+    token = _norms_written_out.set(True)
+    try:
+        yield
+    finally:
+        _norms_written_out.reset(token)
 
 
 @contextmanager
