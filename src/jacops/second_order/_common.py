@@ -15,8 +15,7 @@ from .._backends._torch.samples.nested import Forward
 from .._finite import is_finite, where_first
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import Selector, Tree
-
-_SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
+from ._evidence import SPOT_TOLERANCE
 
 
 def samples_of(
@@ -31,14 +30,21 @@ def check_positive(name: str, value: Any) -> None:
         raise InputError(explain(name, repr(value), "a positive whole number is needed"))
 
 
-def part_of(samples: Samples, where: slice, shift: Sequence[Tensor] | None = None) -> Samples:
-    """Return some of the samples, moved by `shift` if there is one."""
+def part_of(
+    samples: Samples, where: slice, shift: Sequence[Tensor] | None = None, fallback: str | None = None
+) -> Samples:
+    """Return some of the samples, moved by `shift` if there is one, with another `fallback` if there is one."""
     runner, values = samples.runner, [v[where] for v in samples.values]
     for index, change in zip(samples.inputs, shift or (), strict=shift is not None):
         values[index] = values[index] + change
     x = samples.input_tree.build(values)
     return Samples(
-        runner.model, x, call=samples.call, outputs=runner.outputs, checks=samples.checks, fallback=samples.fallback
+        runner.model,
+        x,
+        call=samples.call,
+        outputs=runner.outputs,
+        checks=samples.checks,
+        fallback=fallback or samples.fallback,
     )
 
 
@@ -63,7 +69,7 @@ def check_finite(call: str, blocks: Sequence[Tensor]) -> None:
 def check_agreement(call: str, product: Tensor, difference: Tensor, functions: list[str]) -> None:
     floor = math.sqrt(torch.finfo(product.dtype).eps)
     error = size(product - difference) / max(size(product), size(difference), floor)
-    if error > _SPOT_TOLERANCE.get(product.dtype, 0.5):
+    if error > SPOT_TOLERANCE.get(product.dtype, 0.5):
         raise NotDifferentiableError(
             f"{call}: the derivative and a central difference of the one before disagree by {error:.1e}, probably "
             f"because the backward of {', '.join(functions)} drops a second derivative. Write it with differentiable "

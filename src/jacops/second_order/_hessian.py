@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from .._backends._torch.agreement import size, tolerance
 from .._backends._torch.samples.batch import Samples
-from .._backends._torch.samples.nested import Forward, Slopes, nested
+from .._backends._torch.samples.nested import RECORDED, Forward, Slopes, nested
 from .._backends._torch.surroundings import eager, private_noise
+from .._finite import is_finite
 from ..errors import NotDifferentiableError
 from ..trees import Selector, Tree
+from ._alone import settled
 from ._common import check_agreement, check_finite, part_of, samples_of, tree_of
+from ._evidence import Nest, refuted, typical
 
 
 @eager
@@ -35,15 +38,17 @@ def input_hessian(
     not mix they share sweeps, min(inputs, outputs · inputs) of them over the graph of the Jacobian; otherwise every
     sample is taken alone and a `JacopsWarning` says why. The result is held to be symmetric; with custom autograd
     Functions in the graph also to agree with a central difference of Jacobians, since torch does not notice a second
-    derivative that a backward drops. Piecewise linear models have zeros.
+    derivative that a backward drops. Unless all operations are known to have backwards that are linear in their
+    cotangent, every call compares the result with the derivative of one random mixture of the outputs, taken alone;
+    where they disagree (`logcumsumexp`), every output is differentiated alone. Piecewise linear models have zeros.
 
     Args:
         model: A module (its copy is put in eval mode), or a plain function.
         x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
         batch_size: Samples to a sweep.
         outputs: Part of the output, as in `compute_jacobian`. One number of a wide output saves as much memory.
-        checks: As in `compute_jacobian`.
-        fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
+        checks: As in `compute_jacobian`; the comparison with a mixture is made in every call but with `"never"`.
+        fallback: `"warn"`, `"silent"` or `"error"` where samples or outputs must be taken one at a time.
         progress: Force the progress bar on or off.
 
     Returns:
@@ -74,11 +79,34 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
     lines, first = nested(slopes, x, samples, "hessian", batch_size, progress)
     many = len(samples.inputs)
     blocks = [lines[start : start + many] for start in range(0, len(lines), many)]
-    check_finite(samples.call, [*first, *(b for rows in blocks for row in rows for b in row)])
+    check_finite(samples.call, first)
+    flat = [block for rows in blocks for row in rows for block in row]
+    flaw = "values are not finite" if not all(is_finite(b) for b in flat) else _asymmetry(samples, blocks)
+    shapes = [samples.values[i].shape[1:] for i in samples.inputs]
+    nest = Nest(samples, forward, x, shapes, _rerun(samples, forward), slopes, 2, False)
+    blocks = settled(nest, blocks, batch_size, flaw, lambda b, rows: _against_differences(samples, b, rows))
+    check_finite(samples.call, [b for rows in blocks for row in rows for b in row])
     _check_symmetric(samples, blocks, slopes.functions)
     if slopes.functions and samples.count:
         _check_against_jacobians(samples, blocks, slopes.functions, batch_size)
     return blocks, tree_of(forward)
+
+
+def _rerun(samples: Samples, forward: Forward) -> Callable[[slice, float], tuple[list[Tensor], list[Tensor]]]:
+    """Return a function that records a forward over some samples, moved by a multiple of the rounding unit."""
+
+    def rerun(rows: slice, units: float) -> tuple[list[Tensor], list[Tensor]]:
+        values = [v[rows].detach() for v in samples.values]
+        for i in samples.inputs:
+            unit = units * torch.finfo(values[i].dtype).eps
+            values[i] = (values[i] * (1 + unit * private_noise(values[i], seed=i))).requires_grad_()
+        args = samples.input_tree.build(values)
+        outputs = (
+            forward(**args) if isinstance(args, dict) else forward(*(args if isinstance(args, tuple) else (args,)))
+        )
+        return [values[i] for i in samples.inputs], list(outputs)
+
+    return rerun
 
 
 def _arranged(samples: Samples, blocks: Sequence[Any]) -> Any:
@@ -96,7 +124,8 @@ def matrices(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return block.reshape(block.shape[0], out, a, b)
 
 
-def _check_symmetric(samples: Samples, blocks: list[list[list[Tensor]]], functions: list[str]) -> None:
+def _asymmetry(samples: Samples, blocks: list[list[list[Tensor]]]) -> str | None:
+    """Return that Hessians are not symmetric, and by how much; None if they are."""
     leaves = [samples.values[i] for i in samples.inputs]
     for rows in blocks:
         distance = whole = 0.0
@@ -105,32 +134,69 @@ def _check_symmetric(samples: Samples, blocks: list[list[list[Tensor]]], functio
                 one, other = matrices(rows[a][b], left, right), matrices(rows[b][a], right, left)
                 distance, whole = distance + size(one - other.mT) ** 2, whole + size(one) ** 2
         if distance > tolerance([rows[0][0].dtype]) ** 2 * whole:
-            suspects = f", perhaps of the custom Function {', '.join(functions)}" if functions else ""
-            raise NotDifferentiableError(
-                f"{samples.call}: the second derivative that torch gives is not symmetric (off by "
-                f"{math.sqrt(distance / whole):.1e}), so it is wrong for some operation of this model{suspects}. Write "
-                "that operation out with elementary ones."
-            )
+            off = math.sqrt(distance / whole)
+            return f"the second derivative that torch gives is not symmetric (off by {off:.1e})"
+    return None
+
+
+def _check_symmetric(samples: Samples, blocks: list[list[list[Tensor]]], functions: list[str]) -> None:
+    flaw = _asymmetry(samples, blocks)
+    if flaw is not None:
+        suspects = f", perhaps of the custom Function {', '.join(functions)}" if functions else ""
+        raise NotDifferentiableError(
+            f"{samples.call}: {flaw}, so it is wrong for some operation of this model{suspects}. Write that operation "
+            "out with elementary ones."
+        )
 
 
 def _check_against_jacobians(
     samples: Samples, blocks: list[list[list[Tensor]]], functions: list[str], batch_size: int
 ) -> None:
     """Hold Hessians along a random direction against a central difference of Jacobians."""
-    leaves = [samples.values[i] for i in samples.inputs]
-    noise = [private_noise(leaf, seed=i) for i, leaf in enumerate(leaves)]
-    length = math.sqrt(sum(size(v) ** 2 for v in noise) / samples.count)
-    noise = [v / length for v in noise]
-    step = torch.finfo(leaves[0].dtype).eps ** (1 / 3)
-    ahead, behind = (
-        part_of(samples, slice(None), [sign * step * v for v in noise]).jacobians(batch_size, False).blocks
-        for sign in (1, -1)
-    )
-    for rows, front, back in zip(blocks, ahead, behind, strict=True):
+    noise = _unit_noise(samples, slice(None))
+    step = torch.finfo(noise[0].dtype).eps ** (1 / 3)
+    products = _products(samples, blocks, slice(None), noise)
+    differences, _ = _differences(samples, slice(None), noise, step, batch_size)
+    for product, difference in zip(products, differences, strict=True):
+        check_agreement(samples.call, product, difference.reshape(product.shape), functions)
+
+
+def _against_differences(samples: Samples, blocks: list[list[list[Tensor]]], where: slice) -> str | None:
+    """Return how Hessians of some samples differ from converged differences of Jacobians; None if they do not."""
+    noise = _unit_noise(samples, where)
+    step = torch.finfo(noise[0].dtype).eps ** (1 / 3) * (typical([samples.values[i] for i in samples.inputs]) or 1.0)
+    near, slope = _differences(samples, where, noise, step, RECORDED)
+    far, _ = _differences(samples, where, noise, 2 * step, RECORDED)
+    return refuted(_products(samples, blocks, where, noise), near, far, slope * torch.finfo(noise[0].dtype).eps / step)
+
+
+def _unit_noise(samples: Samples, where: slice) -> list[Tensor]:
+    """Return a random direction for each of some samples, of length one on the average."""
+    noise = [private_noise(samples.values[i][where], seed=j) for j, i in enumerate(samples.inputs)]
+    length = math.sqrt(sum(size(v) ** 2 for v in noise) / max(1, noise[0].shape[0]))
+    return [v / length for v in noise]
+
+
+def _products(samples: Samples, blocks: list[list[list[Tensor]]], where: slice, noise: list[Tensor]) -> list[Tensor]:
+    """Return Hessians times a direction, `(m, out, in)` per output and input."""
+    leaves, result = [samples.values[i] for i in samples.inputs], []
+    for rows in blocks:
         for a, left in enumerate(leaves):
-            products = [
-                (matrices(rows[a][b], left, right) @ noise[b].reshape(samples.count, 1, -1, 1)).squeeze(3)
+            parts = [
+                (matrices(rows[a][b], left, right)[where] @ noise[b].reshape(noise[b].shape[0], 1, -1, 1)).squeeze(3)
                 for b, right in enumerate(leaves)
             ]
-            difference = ((front[a] - back[a]) / (2 * step)).reshape(products[0].shape)
-            check_agreement(samples.call, sum(products[1:], products[0]), difference, functions)
+            result.append(sum(parts[1:], parts[0]))
+    return result
+
+
+def _differences(
+    samples: Samples, where: slice, noise: list[Tensor], step: float, batch_size: int
+) -> tuple[list[Tensor], float]:
+    """Return central differences of Jacobians, one tensor per output and input, and the size of these."""
+    ahead, behind = (
+        part_of(samples, where, [sign * step * v for v in noise], "silent").jacobians(batch_size, False).blocks
+        for sign in (1, -1)
+    )
+    pairs = [(f, b) for front, back in zip(ahead, behind, strict=True) for f, b in zip(front, back, strict=True)]
+    return [(f - b) / (2 * step) for f, b in pairs], typical([f for f, _ in pairs])

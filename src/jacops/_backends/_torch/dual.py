@@ -19,6 +19,7 @@ from .ladder import RouteFailedError, RouteNotFiniteError, attempt
 from .restoring import restoring
 from .rows import Rows, dense, plain, rows_size, zero_rows
 from .surroundings import private_noise, sweeping
+from .watch import unwatched
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -53,14 +54,16 @@ class Dual:
     def _record(self, tape: Tape) -> None:
         targets = [*tape.leaves, *(tensor for _, tensor in tape.twins)]
         with sweeping(self.live[0]):
-            self.seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(self.live)]
+            with unwatched():  # a push may be part of a function that is itself being watched
+                self.seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(self.live)]
             tape.sweeps += 1
             options = {"create_graph": True, "retain_graph": True, "allow_unused": True}
             started = time.perf_counter()
             grads = attempt(lambda: torch.autograd.grad(self.live, targets, self.seeds, **options))
             self.seconds = time.perf_counter() - started  # about what one push takes
             self.grads = [dense(g) for g in grads]
-            self.sizes = [size(g) for g in self.grads if g is not None]
+            with unwatched():
+                self.sizes = [size(g) for g in self.grads if g is not None]
 
     def push(self, tape: Tape, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
         """Return `(k, *output)` per output from `(k, *leaf)` per leaf.
@@ -107,7 +110,8 @@ class Dual:
         return [None if column[0] is None else torch.stack([plain(c) for c in column]) for column in columns]
 
     def _check_adjoint(self, tape: Tape, paired: list[tuple[Tensor, Tensor]], pushed: Rows) -> None:
-        error = adjoint_error(self.seeds, paired, pushed, self.sizes)
+        with unwatched():
+            error = adjoint_error(self.seeds, paired, pushed, self.sizes)
         if not error <= tape.tolerance:
             names = tape.survey.functions
             blame = f", perhaps by the custom Function {', '.join(names)}" if names else ""

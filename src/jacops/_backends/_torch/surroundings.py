@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ...errors import NotDifferentiableError
+from .norms import norm_rules
 from .restoring import Guard, Guards, entered, function_modes, leave_function_modes, process_lock, restoring
 
 Arguments = ParamSpec("Arguments")
@@ -182,7 +184,10 @@ class _Mode(Guard):
 
 
 class _RightKernels(TorchFunctionMode):
-    """Write out fused kernels whose second derivative torch gets wrong: weight norm (its gradgradcheck fails).
+    """Write out fused kernels whose derivatives torch gets wrong.
+
+    Weight norm has a wrong second one (its gradgradcheck fails). Norms by statistics of the input have a wrong third
+    one, since their second takes these statistics for constants; they are written out where that is asked for.
 
     Attributes:
         lost: By identity, the tensors whose gradient an activation checkpoint loses. A reentrant one records no node
@@ -201,7 +206,31 @@ class _RightKernels(TorchFunctionMode):
         if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
             v, g, *dim = args
             return v * (g / torch.norm_except_dim(v, 2, *dim))
+        if _norms_written_out.get() and func in (rules := norm_rules()):
+            result = rules[func](*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if result is None else result
         return func(*args, **(kwargs or {}))
+
+
+_norms_written_out: ContextVar[bool] = ContextVar("_norms_written_out", default=False)
+
+
+class _NormsWrittenOut(Guard):
+    """Norms are recorded as elementary operations inside, which have derivatives of any order."""
+
+    def save(self) -> None:
+        self._found = _norms_written_out.get()
+
+    def change(self) -> None:
+        _norms_written_out.set(True)
+
+    def restore(self) -> None:
+        _norms_written_out.set(self._found)
+
+
+def norms_written_out() -> Guard:
+    """Return a context in which norms are recorded as elementary operations."""
+    return _NormsWrittenOut()
 
 
 class Recording(Guards):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _READS_OUTSIDE_DISPATCH = ("tolist", "numpy", "__array__", "__dlpack__")
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+
+_unwatched: ContextVar[bool] = ContextVar("_unwatched", default=False)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Note nothing inside: checks of this library's own read values too, which no forward of the user's did."""
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)
 
 
 class WritesState(Exception):
@@ -78,6 +91,8 @@ class Watch:
             self.coarse = result.dtype if known is None else max(known, result.dtype, key=lambda d: torch.finfo(d).eps)
 
     def note(self, operation: Any, args: tuple[Any, ...]) -> None:
+        if _unwatched.get():
+            return
         tags = operation.tags
         if torch.Tag.nondeterministic_seeded in tags and not _is_idle(operation, args):
             self.draws[str(operation)] = None
@@ -121,7 +136,7 @@ class _Functions(TorchFunctionMode):
         self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _READS_OUTSIDE_DISPATCH:
+        if getattr(func, "__name__", "") in _READS_OUTSIDE_DISPATCH and not _unwatched.get():
             self.watch.reads[func.__name__] = None
         return func(*args, **(kwargs or {}))
 

@@ -20,13 +20,16 @@ from ....errors import NotDifferentiableError
 from ....trees import Tree, flatten, is_differentiable, output_leaves
 from ..graph import survey
 from ..ladder import RouteFailedError
+from ..linear_nodes import all_linear, first_slope, has_fused_norm
 from ..proofs import Proofs, ProofStore, store_for, told_apart
 from ..record import setting
 from ..rows import Rows, plain
-from ..surroundings import autocast_on
+from ..surroundings import autocast_on, norms_written_out
 from ..tape import Tape
 from .batch import Samples
 from .runs import Runner
+
+RECORDED = 64  # samples: a graph of so few costs little to keep, and a second forward would take as long as its sweeps
 
 
 class Forward:
@@ -59,10 +62,18 @@ class Slopes:
     Args:
         function: Takes tensors with one row per sample, gives a tree of such.
         call: The public call on whose behalf this is done.
+
+    Attributes:
+        linear: The graphs of `function` and of its slopes hold only operations whose backward is linear whatever the
+            cotangent is.
+        recorded: Inputs and outputs of the last call of `function`, with their graph, unless that is linear or has
+            many samples.
     """
 
     def __init__(self, function: Callable[..., Any], call: str) -> None:
         self.function, self.call = function, call
+        self.linear = True
+        self.recorded: tuple[list[Tensor], list[Tensor]] | None = None
         self._met: dict[str, None] = {}
 
     @property
@@ -81,7 +92,7 @@ class Slopes:
         leaves = [v if v.requires_grad else v.detach().requires_grad_() for v in values if is_differentiable(v)]
         each = iter(leaves)
         given = tree.build([next(each) if is_differentiable(v) else v for v in values])
-        outputs, _ = output_leaves(self.function(**given) if kwargs else self.function(*given))
+        outputs = self._recorded(given)
         many = leaves[0].shape[0]
         for output in outputs:
             if many > 1 and (output.ndim == 0 or output.shape[0] != many):
@@ -97,8 +108,27 @@ class Slopes:
             coarse=autocast_on(outputs),
         )
         slopes = _shared_sweeps(tape, many)
+        self.linear = all_linear(tape.survey.nodes) and all_linear(first_slope(slopes))
+        self.recorded = (leaves, outputs) if many <= RECORDED and not self.linear else None
         self._note(tape, slopes)
         return tuple(slopes)
+
+    def _recorded(self, given: Any) -> list[Tensor]:
+        """Record the function; with norms written out where their fused kernels would be differentiated three times."""
+
+        def run() -> list[Tensor]:
+            return output_leaves(self.function(**given) if isinstance(given, dict) else self.function(*given))[0]
+
+        if isinstance(self.function, Slopes):
+            with norms_written_out():
+                return run()
+        outputs = run()
+        many = next(v.shape[0] for v in flatten(given, "x")[0])
+        columns = sum(v[:1].numel() for v in flatten(given, "x")[0] if is_differentiable(v))
+        if _pays_to_push(sum(o.numel() for o in outputs) // many, columns) and has_fused_norm(survey(outputs).nodes):
+            with norms_written_out():
+                return run()
+        return outputs
 
     def _note(self, tape: Tape, slopes: Rows) -> None:
         self._met |= dict.fromkeys(tape.survey.functions)
@@ -117,7 +147,7 @@ def _shared_sweeps(tape: Tape, many: int) -> Rows:
     ins = [leaf.shape[1:] for leaf in tape.leaves]
     rows, columns = sum(shape.numel() for shape in outs), sum(shape.numel() for shape in ins)
     parts: list[list[Tensor]] | None = None
-    if 2 * (columns + 1) < rows:  # a push sweeps a graph twice as long
+    if _pays_to_push(rows, columns):
         try:
             parts = _pushed(tape)
         except RouteFailedError:
@@ -128,6 +158,10 @@ def _shared_sweeps(tape: Tape, many: int) -> Rows:
         for line, out in zip(parts, outs, strict=True)
         for part, inner in zip(line, ins, strict=True)
     ]
+
+
+def _pays_to_push(rows: int, columns: int) -> bool:
+    return 2 * (columns + 1) < rows  # a push sweeps a graph twice as long
 
 
 def _pulled(tape: Tape, many: int) -> list[list[Tensor]]:
