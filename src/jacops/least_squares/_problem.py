@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from ..errors import (
 from ..trees import flatten, output_leaves
 from ._layout import Layout, Values, layout_of
 from ._residuals import Residuals, residuals_of
+from ._scaling import scaling_of
 from ._system import System
 
 _DENSE_ENTRIES = 4_000_000  # up to so many a dense Jacobian is not worth a plan
@@ -100,6 +102,7 @@ class Problem:
 
     Attributes:
         layout: Which parameters move and how.
+        scaling: Scales of their columns.
         residuals: Outputs minus targets, weighted.
         evaluations: Forward passes so far.
         linearisations: Jacobians so far.
@@ -115,6 +118,7 @@ class Problem:
             todo = "Call `.requires_grad_()` on what is to be solved for."
             raise ModelStateError(explain("model", "without parameters that require grad", "some must move", todo))
         self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
+        self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
         self.call, self.value = call, value
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
         self.held = parameter_names(self.work)
@@ -151,7 +155,9 @@ class Problem:
             J = J[:, kept]
         raw = self.residuals.raw(outputs)
         cost, r, J = self.residuals.corrected(outputs, J)
-        return cost, System(J, r, self.layout.blocks), raw
+        eps = max(torch.finfo(v.dtype).eps for v in (*outputs, *self.original.values()))
+        terms = partial(self.residuals.magnitude, outputs)
+        return cost, System(J, r, self.layout.blocks, eps=eps, terms=terms), raw
 
     # ---- the model ---------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class QR(Solver):
             raise Singular("the Jacobian has columns that depend on one another")
         turned = torch.ormqr(factor, tau, r.unsqueeze(1), transpose=True)[:columns]
         p = torch.linalg.solve_triangular(R, turned, upper=True)[:, 0].numpy()
-        return system.solved(-p / system.scale, damping, "qr")
+        return system.solved(-p / system.equilibration(damping), damping, "qr")
 
 
 @final
@@ -62,7 +62,7 @@ class Cholesky(Solver):
         """Return a step."""
         if damping is not None and system.J.shape[0] < system.J.shape[1]:
             return _dual(system, damping)
-        total, scale = system.damped(damping), system.scale
+        total, scale = system.damped(damping), system.equilibration(damping)
         total = total.toarray() if system.is_sparse else total
         factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(total / np.outer(scale, scale)))
         if failed:
@@ -105,7 +105,7 @@ class LSTSQ(Solver):
         found = torch.linalg.lstsq(J, -r.unsqueeze(1), driver="gelsd")
         rank, columns = int(found.rank), J.shape[1]
         note = f"rank {rank} of {columns}" if rank < columns else ""
-        return system.solved(found.solution[:, 0].numpy() / system.scale, damping, "lstsq", note=note)
+        return system.solved(found.solution[:, 0].numpy() / system.equilibration(damping), damping, "lstsq", note=note)
 
 
 @final
@@ -128,7 +128,7 @@ def factorised(system: System, damping: np.ndarray | None = None) -> Any:
     from scipy.sparse import csc_array, diags_array
     from scipy.sparse.linalg import splu
 
-    unit = diags_array(1 / system.scale)
+    unit = diags_array(1 / system.equilibration(damping))
     total = csc_array(unit @ csc_array(system.damped(damping)) @ unit)
     total.sum_duplicates()
     try:
@@ -154,7 +154,7 @@ class QDLDL(Solver):
             raise MissingExtraError("qdldl", "qdldl") from None
         from scipy.sparse import csc_matrix, diags_array
 
-        unit = diags_array(1 / system.scale)
+        unit = diags_array(1 / system.equilibration(damping))
         try:
             factor = qdldl.Solver(csc_matrix(unit @ csc_matrix(system.damped(damping)) @ unit))
         except RuntimeError as error:
@@ -256,7 +256,7 @@ class Auto(Solver):
 
 def _refined(system: System, damping: np.ndarray | None, solve: Any, pivots: np.ndarray, name: str) -> Solved:
     """Return the step of a factorisation of the normal matrix with unit diagonal, refined once."""
-    scale = system.scale
+    scale = system.equilibration(damping)
     if not pivots.min(initial=np.inf) > LEAST_PIVOT:
         raise Singular(f"{name}: the normal matrix is singular (a pivot of {pivots.min():.0e} where 1 is the largest)")
     p = -solve(system.gradient / scale) / scale
@@ -271,10 +271,11 @@ def _refined(system: System, damping: np.ndarray | None, solve: Any, pivots: np.
 
 def _stacked(system: System, damping: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Jacobian over root of the damping, columns scaled, and the residual over zeros."""
-    J = (system.J.toarray() if system.is_sparse else system.J) / system.scale
+    scale = system.equilibration(damping)
+    J = (system.J.toarray() if system.is_sparse else system.J) / scale
     if damping is None:
         return torch.from_numpy(J), torch.from_numpy(system.r)
-    J = np.vstack([J, np.diag(np.sqrt(damping) / system.scale)])
+    J = np.vstack([J, np.diag(np.sqrt(damping) / scale)])
     return torch.from_numpy(J), torch.from_numpy(np.concatenate([system.r, np.zeros(J.shape[1])]))
 
 
