@@ -21,9 +21,9 @@ from ._undamped import predicted_reduction, remember, undamped
 
 _GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be taken
 _REJECTIONS = 32  # in a row: damping has then grown by 2 ** 528, or a radius fallen by 4 ** 32
-_PERHAPS_NOISE = 1e-2  # predicted reductions above this share of the objective are not taken for rounding
 _ZERO = 64.0  # rounding errors of the first residual that are worth asking whether it is zero
-_NOISY = 3  # steps in a row at the rounding level, without evidence, after which more of them change nothing
+_NOISY = 3  # steps in a row at the rounding level that change nothing
+_FALLS = 0.8  # a predicted reduction that is less than this part of the last one has become less, not just rounded
 _DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a call without evidence for a minimum
 _EXCURSION = 8  # steps; each must halve the objective
 _CAREFUL = "levenberg_marquardt is more careful"
@@ -70,6 +70,11 @@ class Rules:
 
 def run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules, progress: bool | None) -> Ended:
     """Run steps until a rule is met; without a strategy every Gauss-Newton step is taken whole."""
+    with np.errstate(all="ignore"):  # numbers that are not finite are looked for, and end a step
+        return _run(problem, solver, strategy, rules, progress)
+
+
+def _run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules, progress: bool | None) -> Ended:
     loop = _Loop(problem, solver, strategy, rules)
     stop = loop.settled(loop.at_rest(), None)
     if stop is None:
@@ -110,11 +115,10 @@ class _Loop:
             solved, level = self._solved(insisted)
         except Singular as reason:
             return self._no_step(str(reason))
-        with np.errstate(over="ignore", invalid="ignore"):
-            trial = self._accepted(self._tried(solved, level, insisted))
-            self._note(trial.solved, level, trial)
-            self._adapt(trial)
-            return self._judged(trial)
+        trial = self._accepted(self._tried(solved, level, insisted))
+        self._note(trial.solved, level, trial)
+        self._adapt(trial)
+        return self._judged(trial)
 
     def _solved(self, insisted: bool) -> tuple[Solved, float | None]:
         system = self.point.system
@@ -136,7 +140,7 @@ class _Loop:
         gain = point.cost - tried
         known = 0 < predicted < np.inf and np.isfinite(tried)
         noise = NOISE * 2 * point.system.eps * point.cost
-        if known and noise < predicted <= _PERHAPS_NOISE * point.cost and gain <= _GOOD * predicted:
+        if known and gain <= _GOOD * predicted:
             noise = point.noise
         at_noise = bool(predicted <= noise and abs(gain) <= 4 * noise)
         if solved is point.system.memory.get("undamped"):
@@ -148,17 +152,18 @@ class _Loop:
         good = np.isfinite(trial.tried) and (
             self.strategy is None or trial.ratio > _GOOD or (trial.at_noise and trial.tried <= self.point.cost)
         )
-        if good or not trial.insisted or self.refused is None or not np.isfinite(trial.tried):
+        undamped_step = trial.solved is self.point.system.memory.get("undamped")
+        if good or not undamped_step or not np.isfinite(trial.tried):
             return replace(trial, good=bool(good))
         if trial.at_noise:
-            return self._compared(trial, self.refused)
-        return self._excursion(trial) if self.refusals >= self.next_excursion else trial
+            return self._compared(trial, self._certificate_at(self.point))
+        return self._excursion(trial) if trial.insisted and self.refusals >= self.next_excursion else trial
 
     def _compared(self, trial: Trial, before: Certificate) -> Trial:
         """Return a trial judged by what undamped steps predict, where objectives differ by rounding only."""
         point = self._at(trial.values)
         there = self._certificate_at(point)
-        good = bool(there.reason) or there.predicted * point.cost < before.predicted * self.point.cost / 4
+        good = bool(there.reason) or there.predicted * point.cost < _FALLS * before.predicted * self.point.cost
         return replace(trial, good=good, point=point if good else None)
 
     def _excursion(self, trial: Trial) -> Trial:
@@ -252,8 +257,12 @@ class _Loop:
         status, message = rule
         if found.reason:
             return Stop(status, f"{message}; {found.reason}", found)
+        if not self.point.system.norms.any():
+            return Stop("stalled", "the Jacobian is zero: no parameter changes a residual here", found)
         if self._asks_for_less(status, found):
             return Stop(status, f"{message}; {_left(found)}", found)
+        if self.refused is not None and found.predicted < _FALLS * self.refused.predicted:
+            self.at_noise = 0
         self.refused = found
         self.refusals += 1
         able = self.strategy is not None and self.strategy.may_be_undamped
@@ -270,10 +279,11 @@ class _Loop:
         return (rules.xtol or 0.0) > _DEFAULT_TOLERANCE and found.length <= (rules.xtol or 0.0)
 
     def _no_progress(self, trial: Trial, rule: tuple[str, str] | None) -> Stop | None:
-        self.at_noise = self.at_noise + 1 if trial.at_noise and rule is not None else 0
+        close = trial.at_noise or (self.refused is not None and bool(self.refused.at_rounding))
+        self.at_noise = self.at_noise + 1 if close and rule is not None else 0
         if self.insist or self.at_noise < _NOISY:
             return None
-        return self.unmet("stalled", "the objective cannot be told from its rounding errors any more")
+        return self._exhausted("the objective cannot be told from its rounding errors any more")
 
     def _out_of_patience(self) -> Stop | None:
         if self.insist:
@@ -281,10 +291,17 @@ class _Loop:
         if isinstance(self.strategy, Constant) and self.rejections:
             return self.unmet("stalled", "a step led uphill, and with constant damping the next one would be the same")
         if self.rejections >= _REJECTIONS:
-            return self.unmet("stalled", f"{self.rejections} steps in a row led nowhere")
+            return self._exhausted(f"{self.rejections} steps in a row led nowhere")
         if self.rules.max_nfev is not None and self.problem.evaluations >= self.rules.max_nfev:
             return self.unmet("max_nfev", f"{self.rules.max_nfev} forward passes were not enough")
         return None
+
+    def _exhausted(self, message: str) -> Stop:
+        """Return the stop of steps that change nothing: by rounding, or for no reason that is known."""
+        found = self._certificate_at(self.point)
+        if not found.at_rounding:
+            return self.unmet("stalled", message)
+        return Stop("objective", f"{message}; {found.at_rounding}", replace(found, reason=found.at_rounding))
 
     def unmet(self, status: str, message: str) -> Stop:
         """Return a stop without evidence, with what the last certificate said."""

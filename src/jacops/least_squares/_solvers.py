@@ -62,9 +62,9 @@ class Cholesky(Solver):
         """Return a step."""
         if damping is not None and system.J.shape[0] < system.J.shape[1]:
             return _dual(system, damping)
-        total, scale = system.damped(damping), system.equilibration(damping)
+        total = system.unit_normal(damping)
         total = total.toarray() if system.is_sparse else total
-        factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(total / np.outer(scale, scale)))
+        factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(total))
         if failed:
             raise Singular("the normal matrix is not positive definite")
 
@@ -125,11 +125,10 @@ def factorised(system: System, damping: np.ndarray | None = None) -> Any:
     Raises:
         Singular: There are none.
     """
-    from scipy.sparse import csc_array, diags_array
+    from scipy.sparse import csc_array
     from scipy.sparse.linalg import splu
 
-    unit = diags_array(1 / system.equilibration(damping))
-    total = csc_array(unit @ csc_array(system.damped(damping)) @ unit)
+    total = csc_array(system.unit_normal(damping))
     total.sum_duplicates()
     try:
         return splu(total, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
@@ -152,11 +151,10 @@ class QDLDL(Solver):
             import qdldl
         except ImportError:
             raise MissingExtraError("qdldl", "qdldl") from None
-        from scipy.sparse import csc_matrix, diags_array
+        from scipy.sparse import csc_matrix
 
-        unit = diags_array(1 / system.equilibration(damping))
         try:
-            factor = qdldl.Solver(csc_matrix(unit @ csc_matrix(system.damped(damping)) @ unit))
+            factor = qdldl.Solver(csc_matrix(system.unit_normal(damping)))
         except RuntimeError as error:
             raise Singular(f"qdldl: {error}") from None
         return _refined(system, damping, factor.solve, factor.factors()[1], "qdldl")
@@ -273,6 +271,8 @@ def _stacked(system: System, damping: np.ndarray | None) -> tuple[torch.Tensor, 
     """Return Jacobian over root of the damping, columns scaled, and the residual over zeros."""
     scale = system.equilibration(damping)
     J = (system.J.toarray() if system.is_sparse else system.J) / scale
+    if not (np.isfinite(scale).all() and np.isfinite(system.r).all()):  # LAPACK would end in an internal error
+        raise Singular("the damped Jacobian overflows")
     if damping is None:
         return torch.from_numpy(J), torch.from_numpy(system.r)
     J = np.vstack([J, np.diag(np.sqrt(damping) / scale)])

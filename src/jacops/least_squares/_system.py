@@ -79,6 +79,22 @@ class System:
         largest = np.abs(J).max(axis=0, initial=0.0)
         return largest * np.linalg.norm(J / np.where(largest > 0, largest, 1.0), axis=0)
 
+    @property
+    def has_safe_squares(self) -> bool:
+        """Whether squares of the columns' norms neither underflow nor overflow."""
+        norms = positive(self.norms)
+        return bool(norms.min(initial=1.0) > _LEAST_SQUARE**0.5 and norms.max(initial=1.0) < _LEAST_SQUARE**-0.5)
+
+    def with_unit_columns(self) -> System:
+        """Return the problem in unknowns `p * norms`."""
+        if self.is_sparse:
+            from scipy.sparse import diags_array
+
+            J = (self.J @ diags_array(1 / positive(self.norms))).tocsr()
+        else:
+            J = self.J / positive(self.norms)
+        return System(J, self.r, self.blocks, eps=self.eps)
+
     @cached_property
     def scale(self) -> np.ndarray:
         """What a step is multiplied by to measure its length: `lengths`, or norms of the columns; positive."""
@@ -95,6 +111,33 @@ class System:
             return (self.J.T @ self.J).tocsc()
         J = torch.from_numpy(self.J)
         return (J.T @ J).numpy()
+
+    @cached_property
+    def _cosines(self) -> Any:
+        """The normal matrix of unit columns."""
+        norms, system = positive(self.norms), self
+        if not self.has_safe_squares:
+            norms, system = np.ones_like(norms), self.with_unit_columns()
+        if not self.is_sparse:
+            return system.normal / np.outer(norms, norms)
+        from scipy.sparse import diags_array
+
+        unit = diags_array(1 / norms)
+        return unit @ system.normal @ unit
+
+    def unit_normal(self, damping: np.ndarray | None) -> Any:
+        """Return the normal matrix plus a diagonal, rows and columns divided by `equilibration(damping)`."""
+        if damping is None:
+            return self._cosines
+        unit = self.equilibration(damping)
+        share, rest = positive(self.norms) / unit, (np.sqrt(damping) / unit) ** 2
+        if not self.is_sparse:
+            total = self._cosines * np.outer(share, share)
+            total[np.diag_indices_from(total)] += rest
+            return total
+        from scipy.sparse import diags_array
+
+        return diags_array(share) @ self._cosines @ diags_array(share) + diags_array(rest)
 
     def push(self, p: np.ndarray) -> np.ndarray:
         """Return the Jacobian times a step."""

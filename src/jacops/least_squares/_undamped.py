@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ._solvers import PCG, Cholesky, Solver, factorised
-from ._system import Singular, Solved, System
+from ._system import Singular, Solved, System, positive
 
 _RANK = 32.0  # singular values below so many rounding errors of a Jacobian with unit columns are taken for zero
 _NOISE = 4.0  # a gradient has this many rounding errors of the residual; components below are left out
@@ -35,7 +35,12 @@ def undamped(system: System, solver: Solver) -> Solved:
     """
     found = system.memory.get("undamped")
     if found is None:
-        found = system.memory["undamped"] = _computed(system, solver)
+        if system.has_safe_squares:
+            found = _computed(system, solver)
+        else:
+            scaled = _computed(system.with_unit_columns(), solver)
+            found = system.solved(scaled.step / positive(system.norms), None, scaled.solver, scaled.steps, scaled.note)
+        system.memory["undamped"] = found
     return found
 
 
@@ -43,6 +48,12 @@ def remember(system: System, solved: Solved) -> None:
     """Keep a step that a solver found without damping, if it is exact enough to judge a stop by."""
     if system.eps < _DOUBLE and _is_accurate(system, solved.step):
         system.memory["undamped"] = solved
+
+
+def replace_undamped(system: System, solved: Solved) -> None:
+    """Keep a better undamped step, which was not tried yet."""
+    system.memory["undamped"] = solved
+    system.memory.pop("tried", None)
 
 
 def predicted_reduction(system: System, step: np.ndarray) -> float:
@@ -64,9 +75,11 @@ def above_rounding(system: System) -> Solved | None:
 def _computed(system: System, solver: Solver) -> Solved:
     if not system.gradient.any():
         return Solved(np.zeros_like(system.gradient), 0.0, 0, "none", "the gradient is zero")
+    if system.eps >= _DOUBLE or isinstance(solver, PCG):  # iterations stop before small singular values
+        if (found := above_rounding(system)) is not None:
+            return found
     if system.eps >= _DOUBLE:
-        found = above_rounding(system)
-        return found or _lightly_damped(system, (_COARSE * system.eps) ** 2)[0]
+        return _lightly_damped(system, (_COARSE * system.eps) ** 2)[0]
     try:
         found = (PCG(_ACCURATE) if isinstance(solver, PCG) else solver).solve(system, None)
         if _is_accurate(system, found.step):
