@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ._solvers import Solver
-from ._system import Singular, System, positive
+from ._system import Singular, System
 from ._undamped import above_rounding, predicted_reduction, replace_undamped, undamped
 
 MOST_REDUCTION = 1e-8  # predicted by the undamped step, relative to the objective: what success means
@@ -87,17 +87,17 @@ def _by_the_step(
     return found
 
 
-def _judged(
-    system: System, cost: float, step: np.ndarray, rounding: np.ndarray, magnitudes: np.ndarray
-) -> Certificate:
+def _judged(system: System, cost: float, step: np.ndarray, rounding: np.ndarray, magnitudes: np.ndarray) -> Certificate:
     predicted = max(predicted_reduction(system, step) / cost, 0.0) + 0.0
-    length = float(np.linalg.norm(step * system.scale) / positive(np.linalg.norm(magnitudes * system.scale)))
-    found = Certificate(predicted, "", length)
+    length, size = np.linalg.norm(step * system.scale), np.linalg.norm(magnitudes * system.scale)
+    found = Certificate(predicted, "", float(length / size) if size > 0 else float("nan"))
     if predicted <= MOST_REDUCTION:
         return replace(found, reason=small_reduction(predicted).reason)
     moved = np.abs(system.push(step))
     if (moved <= _FEW / ROUNDING * rounding).all():
         return replace(found, reason="an undamped step moves every residual by no more than the rounding of its terms")
     if (moved <= rounding).all():
-        return replace(found, at_rounding="an undamped step moves residuals by little more than the rounding of its terms")
+        return replace(
+            found, at_rounding="an undamped step moves residuals by little more than the rounding of its terms"
+        )
     return found

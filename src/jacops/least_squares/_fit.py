@@ -84,7 +84,8 @@ def levenberg_marquardt(
         max_nfev: How many forward passes may be made.
         inplace: Write the result into the tensors given. By default a module's parameters are written and tensors in
             `params` are not. An exception leaves everything untouched.
-        on_failure: `"raise"` a `SolveError` where no rule stopped the call (its `.solution` is the result), or `"return"`.
+        on_failure: `"raise"` a `SolveError` where no rule stopped the call (its `.solution` is the result), or
+            `"return"`.
         progress: Force the progress bar on or off.
 
     Returns:

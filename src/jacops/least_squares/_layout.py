@@ -70,7 +70,11 @@ class Part:
         stored = value.detach().as_subclass(Tensor).to("cpu", torch.float64)
         if not self.chart and not self.group:
             return stored.abs().reshape(-1).numpy()
-        moved = self.chart.tangent - _ROTATIONS.get(self.chart.space, self.chart.tangent) if self.chart else 3 * (self.group in _TRANSLATED)
+        moved = (
+            self.chart.tangent - _ROTATIONS.get(self.chart.space, self.chart.tangent)
+            if self.chart
+            else 3 * (self.group in _TRANSLATED)
+        )
         stored = stored.reshape(self.elements, -1)
         sizes = torch.ones(self.elements, self.width, dtype=torch.float64)
         sizes[:, :moved] = stored[:, :moved].norm(dim=1, keepdim=True)

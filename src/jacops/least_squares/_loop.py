@@ -17,7 +17,7 @@ from ._solvers import Solver
 from ._state import NOISE, Ended, Point, Stop, Trial
 from ._strategies import Constant, Strategy
 from ._system import Singular, Solved
-from ._undamped import predicted_reduction, remember, undamped
+from ._undamped import is_undamped, predicted_reduction, remember, undamped
 
 _GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be taken
 _REJECTIONS = 32  # in a row: damping has then grown by 2 ** 528, or a radius fallen by 4 ** 32
@@ -80,7 +80,7 @@ def _run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rul
     if stop is None:
         for _ in track(range(rules.max_steps), problem.call, enabled=progress):
             stop = loop.step()
-            if stop is not None:
+            if stop is not None or len(loop.log) >= rules.max_steps:
                 break
     stop = stop or loop.unmet("max_steps", f"{rules.max_steps} steps were not enough")
     if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first + loop.point.floor:
@@ -126,10 +126,8 @@ class _Loop:
             return undamped(system, self.solver), self.level
         if self.strategy is not None:
             return self.strategy.step(system, self.solver, self.level)
-        solved = system.memory.get("undamped")
-        if solved is None:
-            solved = self.solver.solve(system, None)
-            remember(system, solved)
+        solved = system.memory.get("undamped") or self.solver.solve(system, None)
+        remember(system, solved)
         return solved, None
 
     def _tried(self, solved: Solved, level: float | None, insisted: bool, point: Point | None = None) -> Trial:
@@ -145,7 +143,9 @@ class _Loop:
         at_noise = bool(predicted <= noise and abs(gain) <= 4 * noise)
         if solved is point.system.memory.get("undamped"):
             point.system.memory["tried"] = True
-        return Trial(solved, level, values, tried, predicted, gain / predicted if known else -np.inf, at_noise, insisted)
+        return Trial(
+            solved, level, values, tried, predicted, gain / predicted if known else -np.inf, at_noise, insisted
+        )
 
     def _accepted(self, trial: Trial) -> Trial:
         """Return a trial with the decision about it."""
@@ -173,7 +173,10 @@ class _Loop:
         or two back down into it, are not (the watchdog technique: Chamberlain, Powell, Lemarechal and Pedersen, 1982).
         """
         first, level = trial, self.level
-        for _ in range(_EXCURSION):
+        most = self.rules.max_nfev or np.inf
+        for _ in range(min(_EXCURSION, self.rules.max_steps - len(self.log) - 1)):
+            if self.problem.evaluations >= most:
+                break
             try:
                 point = self._at(trial.values, aside=True)
                 solved = undamped(point.system, self.solver)
@@ -223,14 +226,14 @@ class _Loop:
         if self.strategy is None and trial.tried > 1e8 * max(self.first, 1.0):
             return Stop("diverged", f"the objective grew without end; {_CAREFUL}")
         rule = (self.at_rest() if trial.good else None) or self._rule(before, trial)
-        stop = self.settled(rule, self._evidence(before, trial))
+        stop = self.settled(rule, self._evidence(before, trial)) if rule is not None else None
         return stop or self._no_progress(trial, rule) or self._out_of_patience()
 
     def _rule(self, before: Point, trial: Trial) -> tuple[str, str] | None:
         ftol, xtol, scale = self.rules.ftol, self.rules.xtol, before.system.scale
-        if ftol is not None and trial.good:
-            if max(abs(before.cost - trial.tried), trial.predicted) <= ftol * before.cost:
-                return "objective", f"the objective changes by no more than ftol={ftol:g} of itself"
+        change = max(abs(before.cost - trial.tried), trial.predicted) if trial.good else np.inf
+        if ftol is not None and change <= ftol * before.cost:
+            return "objective", f"the objective changes by no more than ftol={ftol:g} of itself"
         if trial.at_noise and trial.predicted >= 0:
             return "objective", "the objective cannot be told from its rounding errors any more"
         length, size = np.linalg.norm(trial.solved.step * scale), np.linalg.norm(before.magnitudes * scale)
@@ -240,11 +243,11 @@ class _Loop:
 
     def _evidence(self, before: Point, trial: Trial) -> Certificate | None:
         """Return the certificate that an undamped step gave which was then taken and did what it predicted."""
-        if not trial.good or trial.solved is not before.system.memory.get("undamped") or before.cost <= 0:
+        share = trial.predicted / before.cost if before.cost > 0 else np.inf
+        as_predicted = trial.good and (trial.at_noise or 0.25 < trial.ratio < 4)
+        if not (as_predicted and 0 <= share <= MOST_REDUCTION and is_undamped(before.system, trial.solved)):
             return None
-        share = trial.predicted / before.cost
-        as_predicted = trial.at_noise or 0.25 < trial.ratio < 4
-        return small_reduction(share) if as_predicted and 0 <= share <= MOST_REDUCTION else None
+        return small_reduction(share)
 
     def _certificate_at(self, point: Point) -> Certificate:
         return certificate(point.system, point.cost, self.solver, point.magnitudes)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, explain
 from ._layout import Layout, Part, by_name
-from ._system import System, positive
+from ._system import System
 
 
 @dataclass(eq=False)

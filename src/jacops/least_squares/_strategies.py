@@ -182,7 +182,9 @@ class TrustRegion(Strategy):
             leg = full - cauchy
             a, b, c = float(leg @ leg), float(cauchy @ leg), reach**2 - level**2
             path = cauchy + leg * (-c / (b + np.sqrt(b * b - a * c)))
-        return Solved(path / scale, newton.residual, newton.steps, newton.solver, ", ".join(filter(None, (newton.note, "dogleg")))), level
+        return Solved(
+            path / scale, newton.residual, newton.steps, newton.solver, ", ".join(filter(None, (newton.note, "dogleg")))
+        ), level
 
     def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
         """Return the next radius."""

@@ -35,7 +35,9 @@ def undamped(system: System, solver: Solver) -> Solved:
     """
     found = system.memory.get("undamped")
     if found is None:
-        if system.has_safe_squares:
+        if _is_whole(system):
+            found = system.memory["whole"]
+        elif system.has_safe_squares:
             found = _computed(system, solver)
         else:
             scaled = _computed(system.with_unit_columns(), solver)
@@ -45,9 +47,18 @@ def undamped(system: System, solver: Solver) -> Solved:
 
 
 def remember(system: System, solved: Solved) -> None:
-    """Keep a step that a solver found without damping, if it is exact enough to judge a stop by."""
-    if system.eps < _DOUBLE and _is_accurate(system, solved.step):
-        system.memory["undamped"] = solved
+    """Keep a step that a solver found without damping; it is judged when an undamped one is needed."""
+    system.memory["whole"] = solved
+
+
+def is_undamped(system: System, solved: Solved) -> bool:
+    """Return whether a step is the undamped one, as exact as a stop is judged by."""
+    return solved is system.memory.get("undamped") or (solved is system.memory.get("whole") and _is_whole(system))
+
+
+def _is_whole(system: System) -> bool:
+    whole = system.memory.get("whole")
+    return whole is not None and system.eps < _DOUBLE and _is_accurate(system, whole.step)
 
 
 def replace_undamped(system: System, solved: Solved) -> None:
@@ -76,7 +87,8 @@ def _computed(system: System, solver: Solver) -> Solved:
     if not system.gradient.any():
         return Solved(np.zeros_like(system.gradient), 0.0, 0, "none", "the gradient is zero")
     if system.eps >= _DOUBLE or isinstance(solver, PCG):  # iterations stop before small singular values
-        if (found := above_rounding(system)) is not None:
+        found = above_rounding(system)
+        if found is not None:
             return found
     if system.eps >= _DOUBLE:
         return _lightly_damped(system, (_COARSE * system.eps) ** 2)[0]
