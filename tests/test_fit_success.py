@@ -416,6 +416,24 @@ def test_fewer_residuals_than_parameters_are_met_exactly(strategy: str, dtype: t
     assert float(model(fit.x).abs().max()) < 20 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("call", [gauss_newton, levenberg_marquardt])
+def test_a_sparse_problem_of_some_size_is_taken_as_one(call: object) -> None:
+    graph = grid_graph(14, 14, noise=0.05)
+    options = {"manifolds": {"poses": SE2}, "weight": graph.information, "progress": False}
+    fixed = call(graph.residual(), fixed={"poses": 0}, **options)  # type: ignore[operator]
+    assert fixed.route.startswith("sparse")
+    free = call(graph.residual(), **options)  # type: ignore[operator]
+    assert free.success
+    assert free.cost == pytest.approx(fixed.cost, rel=1e-8)
+
+
+def test_a_full_problem_of_some_size_is_taken_densely() -> None:
+    net = nn.Sequential(nn.Linear(3, 100), nn.Tanh(), nn.Linear(100, 1)).double()
+    x = torch.linspace(-1, 1, 1800).double().reshape(600, 3)
+    full = levenberg_marquardt(net, x, x.sum(1, keepdim=True), max_steps=1, on_failure="return", progress=False)
+    assert full.route.startswith("dense")
+
+
 def test_a_minimum_to_start_from_is_seen_at_once() -> None:
     start = levenberg_marquardt(lambda x: x[0] * torch.exp(-x[1] * T), target=NOISY, params=torch.ones(2).double()).x
     for strategy in (*STRATEGIES, "gauss_newton"):

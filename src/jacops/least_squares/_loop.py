@@ -126,7 +126,14 @@ class _Loop:
             return undamped(system, self.solver), self.level
         if self.strategy is not None:
             return self.strategy.step(system, self.solver, self.level)
-        solved = system.memory.get("undamped") or self.solver.solve(system, None)
+        solved = system.memory.get("undamped")
+        if solved is None:
+            try:
+                solved = self.solver.solve(system, None)
+            except Singular:
+                if not (system.is_sparse and self.problem.may_be_dense):
+                    raise
+                solved = undamped(system, self.solver)  # the shortest step, as with a dense Jacobian
         remember(system, solved)
         return solved, None
 

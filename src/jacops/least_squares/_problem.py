@@ -38,7 +38,7 @@ from ._residuals import Residuals, residuals_of
 from ._scaling import scaling_of
 from ._system import System
 
-_DENSE_ENTRIES = 4_000_000  # up to so many a dense Jacobian is not worth a plan
+_DENSE_ENTRIES = 250_000  # up to so many, a dense step takes less than the tenth of a second that a plan takes
 _DENSE_COLUMNS = 64
 _FULL = 0.1  # rows fuller than this are not worth a plan
 
@@ -108,6 +108,7 @@ class Problem:
         linearisations: Jacobians so far.
         route: How Jacobians are taken, and why.
         plan: The sparse plan, where one is used.
+        may_be_dense: Whether the caller left it open how Jacobians are taken.
     """
 
     def __init__(self, model: nn.Module, value: Any, call: str, given: dict[str, Any]) -> None:
@@ -123,7 +124,7 @@ class Problem:
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
         self.held = parameter_names(self.work)
         self.evaluations = self.linearisations = 0
-        self.route = ""
+        self.route, self.may_be_dense = "", isinstance(given["jacobian"], str) and given["jacobian"] == "auto"
         self.plan: Any = None
         outputs, tree = output_leaves(self._forward())
         self.residuals: Residuals = residuals_of(outputs, tree, given, call)
