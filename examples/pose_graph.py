@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> LeastSquaresResult:
     graph = read(options.file) if options.file else sphere_graph(20, 40, noise=0.03)
     started = perf_counter()
     fit = solved(graph)
-    print(graph, f"solved in {perf_counter() - started:.1f} s", fit, *fit.log, sep="\n")
+    print(graph, f"solved in {perf_counter() - started:.1f} s", fit, sep="\n")
     draw(graph, fit.x["poses"], (fit.log[0].objective, fit.cost), options.figure)
     print(f"figure: {options.figure}")
     return fit

@@ -15,7 +15,7 @@ from ._loop import Ended, Rules, run
 from ._problem import FunctionModule, Problem, function_module
 from ._result import LeastSquaresResult, as_given
 from ._solvers import Solver, solver_of
-from ._strategies import Strategy, strategy_of
+from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
 
 def levenberg_marquardt(
@@ -35,6 +35,7 @@ def levenberg_marquardt(
     damping: float | None = None,
     solver: str | Solver = "auto",
     jacobian: Any = "auto",
+    x_scale: Any = "jac",
     ftol: float | None = 1e-8,
     xtol: float | None = 1e-8,
     gtol: float | None = 1e-8,
@@ -68,21 +69,29 @@ def levenberg_marquardt(
         f_scale: Scale of a kernel that is given by name.
         corrector: `"triggs"` takes the kernel's curvature into account, `"first_order"` its slope only.
         strategy: `"nielsen"`, `"marquardt"`, `"adaptive"`, `"constant"`, `"trust_region"` (dogleg) or a `Strategy`.
-        damping: The first $\lambda$, in units of the diagonal of $J^\top J$; the only one with `"constant"`.
+        damping: The first $\lambda$, in units of the diagonal of $J^\top J$ (with `x_scale` given, of its largest
+            scaled entry); the only one with `"constant"`.
         solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"splu"`, `"qdldl"`, `"pcg"` or a `Solver`.
         jacobian: `"auto"`, `"dense"`, `"sparse"`, or a plan, such as an earlier result's `plan`.
+        x_scale: Scales of the parameters: steps, damping and radius are measured in `x / x_scale`. `"jac"`: one over
+            the largest norm of each Jacobian column so far (Moré, 1978), which makes the call independent of units.
+            Or a number; or a tensor like `params` (a list or dict of them where that is one), over the tangent
+            directions for parameters on a chart.
         ftol: Stop when the objective changes by no more than this part of itself; None to switch off.
-        xtol: Stop when a step is no longer than this part of the parameters.
+        xtol: Stop when a scaled step is no longer than this part of the scaled parameters.
         gtol: Stop when the scaled gradient is no larger: the largest cosine between residual and a Jacobian's column.
+            A rule stops the call only if an undamped step shows that nothing is left to gain (`success` of the
+            result); where it does not, that step is tried. Rules looser than 1e-8 stop at their own tolerance.
         max_steps: How many steps may be tried.
         max_nfev: How many forward passes may be made.
         inplace: Write the result into the tensors given. By default a module's parameters are written and tensors in
             `params` are not. An exception leaves everything untouched.
-        on_failure: `"raise"` a `SolveError` where no rule was met (its `.solution` is the result), or `"return"`.
+        on_failure: `"raise"` a `SolveError` where no rule stopped the call (its `.solution` is the result), or
+            `"return"`.
         progress: Force the progress bar on or off.
 
     Returns:
-        A result: parameters, objective, why it stopped, one log record per step; its repr tells.
+        A result: parameters, objective, why it stopped, one log record per step; `print` shows them.
 
     Raises:
         SolveError: No stop rule was met, and `on_failure="raise"`.
@@ -122,6 +131,7 @@ def gauss_newton(
     corrector: str = "first_order",
     solver: str | Solver = "auto",
     jacobian: Any = "auto",
+    x_scale: Any = "jac",
     ftol: float | None = 1e-8,
     xtol: float | None = 1e-8,
     gtol: float | None = 1e-8,
@@ -151,6 +161,7 @@ def gauss_newton(
         corrector: `"first_order"` or `"triggs"`.
         solver: How the equations of a step are solved.
         jacobian: `"auto"`, `"dense"`, `"sparse"` or a plan.
+        x_scale: Scales that `xtol` measures steps in.
         ftol: Stop by the objective.
         xtol: Stop by the length of a step.
         gtol: Stop by the scaled gradient.
@@ -193,9 +204,10 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
         raise InputError(explain("params", "given", needed, "Freeze those that are to stay as they are."))
     problem = Problem(module, options["input"], call, options)
     ended = run(problem, solver, strategy, rules, options["progress"])
-    result = _result(problem, ended, type(params) if isinstance(module, FunctionModule) else None)
-    if not result.success and on_failure == "raise":
-        raise SolveError(f"{call}: {ended.message}. The error's `.solution` has what was reached.\n{result}", result)
+    result = _result(problem, ended, type(params) if isinstance(module, FunctionModule) else None, strategy)
+    if not result.rule_met and on_failure == "raise":
+        message = f"{call}: {result.message}. The error's `.solution` is the result so far.\n{result!r}"
+        raise SolveError(message, result)
     inplace = options["inplace"]
     if inplace if inplace is not None else not isinstance(module, FunctionModule):
         _write(_originals(module, problem, params), ended.point.values)
@@ -218,15 +230,21 @@ def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             target.copy_(value.as_subclass(Tensor))
 
 
-def _result(problem: Problem, ended: Ended, kind: type | None) -> LeastSquaresResult:
-    point = ended.point
+def _result(problem: Problem, ended: Ended, kind: type | None, strategy: Strategy | None) -> LeastSquaresResult:
+    method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
+    point, stop = ended.point, ended.stop
+    point.system.terms = None  # holds the model's outputs
     return LeastSquaresResult(
         x=as_given(point.values, kind),
         cost=point.cost,
         fun=torch.from_numpy(point.raw),
         optimality=point.optimality,
-        status=ended.status,
-        message=ended.message,
+        status=stop.status,
+        message=stop.message,
+        certificate=stop.certificate.reason,
+        predicted=stop.certificate.predicted,
+        method=method,
+        level="" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping",
         log=ended.log,
         nfev=problem.evaluations,
         njev=problem.linearisations,

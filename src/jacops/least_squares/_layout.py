@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,8 @@ from ..charts import Chart
 from ..errors import InputError, InputTypeError, explain
 
 Values = dict[str, Tensor]
+_ROTATIONS = {2: 1, 3: 3}  # directions of rotation in the plane and in space
+_TRANSLATED = ("SE3", "Sim3")  # PyPose's groups that begin with a translation
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,23 @@ class Part:
         if self.group:
             return _retracted(value, d.reshape(*self.shape[:-1], self.width))
         return value + d.reshape(self.shape)
+
+    def magnitudes(self, value: Tensor) -> np.ndarray:
+        """Return the magnitude of what each column moves: a number, the length of a translation, or an angle."""
+        stored = value.detach().as_subclass(Tensor).to("cpu", torch.float64)
+        if not self.chart and not self.group:
+            return stored.abs().reshape(-1).numpy()
+        moved = (
+            self.chart.tangent - _ROTATIONS.get(self.chart.space, self.chart.tangent)
+            if self.chart
+            else 3 * (self.group in _TRANSLATED)
+        )
+        stored = stored.reshape(self.elements, -1)
+        sizes = torch.ones(self.elements, self.width, dtype=torch.float64)
+        sizes[:, :moved] = stored[:, :moved].norm(dim=1, keepdim=True)
+        if self.chart and self.chart.space == 2:  # the angle itself is stored
+            sizes[:, -1] = stored[:, -1].abs().clamp(min=1.0)
+        return sizes.reshape(-1).numpy()
 
     @property
     def preferred_block(self) -> int:
@@ -131,9 +150,10 @@ class Layout:
         with arithmetic(False):
             return {p.name: p.moved(values[p.name], cut) for p, cut in zip(self.parts, cuts, strict=True)}
 
-    def size_of(self, values: Values) -> float:
-        """Return the length of all free parameters, for the rule on the length of a step."""
-        return float(sum(float(v.detach().double().as_subclass(Tensor).square().sum()) for v in values.values())) ** 0.5
+    def magnitudes(self, values: Values) -> np.ndarray:
+        """Return the magnitude of what each free column moves; rounding of a parameter moves it by eps times that."""
+        found = [p.magnitudes(values[p.name]) for p in self.parts]
+        return np.concatenate([m if p.free is None else m[p.free] for p, m in zip(self.parts, found, strict=True)])
 
 
 def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> Layout:
@@ -143,7 +163,8 @@ def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> L
         InputTypeError: An argument is of the wrong kind, or a parameter is complex.
         InputError: A name is unknown, or a chart or a selection does not fit.
     """
-    charts, held = _by_name("manifolds", manifolds, parameters), _by_name("fixed", fixed, parameters)
+    names = list(parameters)
+    charts, held = by_name("manifolds", manifolds, names), by_name("fixed", fixed, names)
     parts = []
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
@@ -174,8 +195,13 @@ def _group(parameter: Tensor) -> str:
     return group_of(parameter)
 
 
-def _by_name(argument: str, given: Any, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    names = list(parameters)
+def by_name(argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return what the caller gave by parameter name, or by position; one thing belongs to the only parameter.
+
+    Raises:
+        InputTypeError: It is not a mapping and there are several parameters.
+        InputError: A name is unknown.
+    """
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -185,7 +211,7 @@ def _by_name(argument: str, given: Any, parameters: Mapping[str, Tensor]) -> dic
         raise InputTypeError(explain(argument, came, f"a dict by parameter name is needed, the names being {names}"))
     found: dict[Any, Any] = {names[k] if isinstance(k, int) and 0 <= k < len(names) else k: v for k, v in given.items()}
     for name in found:
-        if name not in parameters:
+        if name not in names:
             raise InputError(explain(argument, f"naming {name!r}", f"the parameters that move are {names}"))
     return found
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
-import torch
 
 from .._progress import track
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError, NonFiniteError, explain
+from ._certificate import MOST_REDUCTION, Certificate, certificate, small_reduction
 from ._layout import Values
 from ._problem import Problem
 from ._result import StepRecord
 from ._solvers import Solver
+from ._state import NOISE, Ended, Point, Stop, Trial
 from ._strategies import Constant, Strategy
-from ._system import Singular, Solved, System
+from ._system import Singular, Solved
+from ._undamped import is_undamped, predicted_reduction, remember, undamped
 
-_GOOD = 1e-4  # least ratio of actual to foretold reduction for a step to be taken
-_REJECTIONS = 32  # so many in a row, and nothing helps
+_GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be taken
+_REJECTIONS = 32  # in a row: damping has then grown by 2 ** 528, or a radius fallen by 4 ** 32
+_ZERO = 64.0  # rounding errors of the first residual that are worth asking whether it is zero
+_NOISY = 3  # steps in a row at the rounding level that change nothing
+_FALLS = 0.8  # a predicted reduction that is less than this part of the last one has become less, not just rounded
+_DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a call without evidence for a minimum
+_EXCURSION = 8  # steps; each must halve the objective
+_CAREFUL = "levenberg_marquardt is more careful"
 
 
 @dataclass(frozen=True)
@@ -60,162 +68,292 @@ class Rules:
                 raise InputError(explain(name, repr(value), "a positive whole number is needed"))
 
 
-@dataclass(eq=False)
-class Point:
-    """Where the loop stands."""
-
-    values: Values
-    cost: float
-    system: System
-    raw: np.ndarray
-
-    @property
-    def optimality(self) -> float:
-        r"""The scaled gradient: the largest $|J_j^\top r| / (\lVert J_j \rVert \sqrt{2F})$."""
-        if self.cost <= 0:
-            return 0.0
-        return float(np.abs(self.system.gradient / self.system.scale).max(initial=0.0)) / (2 * self.cost) ** 0.5
-
-
-@dataclass(eq=False)
-class Ended:
-    """How the loop ended."""
-
-    point: Point
-    status: str
-    message: str
-    log: list[StepRecord]
-
-
 def run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules, progress: bool | None) -> Ended:
     """Run steps until a rule is met; without a strategy every Gauss-Newton step is taken whole."""
+    with np.errstate(all="ignore"):  # numbers that are not finite are looked for, and end a step
+        return _run(problem, solver, strategy, rules, progress)
+
+
+def _run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules, progress: bool | None) -> Ended:
     loop = _Loop(problem, solver, strategy, rules)
-    status = loop.at_rest()
-    if status is None:
+    stop = loop.settled(loop.at_rest(), None)
+    if stop is None:
         for _ in track(range(rules.max_steps), problem.call, enabled=progress):
-            status = loop.step()
-            if status is not None:
+            stop = loop.step()
+            if stop is not None or len(loop.log) >= rules.max_steps:
                 break
-    status = status or ("max_steps", f"{rules.max_steps} steps were not enough")
-    if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first:
-        status = "diverged", "the objective ended above its start; levenberg_marquardt is more careful"
-    return Ended(loop.point, *status, loop.log)
+    stop = stop or loop.unmet("max_steps", f"{rules.max_steps} steps were not enough")
+    if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first + loop.point.floor:
+        stop = Stop("diverged", f"the objective ended above its start; {_CAREFUL}")
+    return Ended(loop.point, stop, loop.log)
 
 
 class _Loop:
     def __init__(self, problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules) -> None:
         self.problem, self.solver, self.strategy, self.rules = problem, solver, strategy, rules
         self.started = perf_counter()
-        self.eps = max(torch.finfo(p.dtype).eps for p in problem.original.values())
         self.point = self._at(problem.values())
         self.first = self.point.cost
         self.level = strategy.begin() if strategy else None
-        self.rejections = 0
+        self.rejections = self.at_noise = 0
+        self.insist = False
+        self.refused: Certificate | None = None
+        self.refusals, self.next_excursion, self.failed_excursions = 0, 1, 0
         self.log: list[StepRecord] = []
 
-    def _at(self, values: Values) -> Point:
+    def _at(self, values: Values, *, aside: bool = False) -> Point:
         cost, system, raw = self.problem.linearised(values)
-        return Point(values, cost, system, raw)
+        self.problem.scaling.apply(system, keep=not aside)
+        return Point(values, cost, system, raw, self.problem.layout.magnitudes(values))
 
-    def at_rest(self) -> tuple[str, str] | None:
-        """Say so if the gradient vanishes here."""
-        optimality, gtol = self.point.optimality, self.rules.gtol
-        if gtol is not None and optimality <= gtol:
-            return "gradient", f"the scaled gradient {optimality:.1e} is at most gtol={gtol:g}"
-        if self.point.cost <= (64 * self.eps) ** 2 * self.first:
-            return "objective", "the residual is zero, as far as rounding errors let one tell"
-        return None
+    # ---- one step ----------------------------------------------------------------------------------------------
 
-    def step(self) -> tuple[str, str] | None:
+    def step(self) -> Stop | None:
         """Try one step; return why to stop, if so."""
-        point = self.point
+        insisted, self.insist = self.insist, False
         try:
-            solved, level = self._solved()
+            solved, level = self._solved(insisted)
         except Singular as reason:
             return self._no_step(str(reason))
-        p, g = solved.step, point.system.gradient
-        foretold = -float(g @ p) - float(np.sum(point.system.push(p) ** 2)) / 2
-        values = self.problem.layout.moved(point.values, p)
+        trial = self._accepted(self._tried(solved, level, insisted))
+        self._note(trial.solved, level, trial)
+        self._adapt(trial)
+        return self._judged(trial)
+
+    def _solved(self, insisted: bool) -> tuple[Solved, float | None]:
+        system = self.point.system
+        if insisted:
+            return undamped(system, self.solver), self.level
+        if self.strategy is not None:
+            return self.strategy.step(system, self.solver, self.level)
+        solved = system.memory.get("undamped")
+        if solved is None:
+            try:
+                solved = self.solver.solve(system, None)
+            except Singular:
+                if not (system.is_sparse and self.problem.may_be_dense):
+                    raise
+                solved = undamped(system, self.solver)  # the shortest step, as with a dense Jacobian
+        remember(system, solved)
+        return solved, None
+
+    def _tried(self, solved: Solved, level: float | None, insisted: bool, point: Point | None = None) -> Trial:
+        point = self.point if point is None else point
+        predicted = predicted_reduction(point.system, solved.step)
+        values = self.problem.layout.moved(point.values, solved.step)
         tried = self.problem.objective(values)
         gain = point.cost - tried
-        ratio = gain / foretold if foretold > 0 and np.isfinite(tried) else -np.inf
-        noise = 8 * self.eps * point.cost
-        at_noise = foretold <= noise and abs(gain) <= 4 * noise
-        good = np.isfinite(tried) and (self.strategy is None or ratio > _GOOD or (at_noise and gain >= 0))
-        self._note(solved, level, tried, ratio, bool(good))
-        self.rejections = 0 if good else self.rejections + 1
-        if self.strategy is not None and level is not None:
-            length = float(np.linalg.norm(p * point.system.scale))
-            self.level = self.strategy.next(level, ratio, self.rejections, length)
-        return self._judged(values, tried, foretold, solved, good=bool(good), at_noise=at_noise)
+        known = 0 < predicted < np.inf and np.isfinite(tried)
+        noise = NOISE * 2 * point.system.eps * point.cost
+        if known and gain <= _GOOD * predicted:
+            noise = point.noise
+        at_noise = bool(predicted <= noise and abs(gain) <= 4 * noise)
+        if solved is point.system.memory.get("undamped"):
+            point.system.memory["tried"] = True
+        return Trial(
+            solved, level, values, tried, predicted, gain / predicted if known else -np.inf, at_noise, insisted
+        )
 
-    def _solved(self) -> tuple[Solved, float | None]:
-        if self.strategy is None:
-            return self.solver.solve(self.point.system, None), None
-        return self.strategy.step(self.point.system, self.solver, self.level)
+    def _accepted(self, trial: Trial) -> Trial:
+        """Return a trial with the decision about it."""
+        good = np.isfinite(trial.tried) and (
+            self.strategy is None or trial.ratio > _GOOD or (trial.at_noise and trial.tried <= self.point.cost)
+        )
+        undamped_step = trial.solved is self.point.system.memory.get("undamped")
+        if good or not undamped_step or not np.isfinite(trial.tried):
+            return replace(trial, good=bool(good))
+        if trial.at_noise:
+            return self._compared(trial, self._certificate_at(self.point))
+        return self._excursion(trial) if trial.insisted and self.refusals >= self.next_excursion else trial
 
-    def _judged(
-        self, values: Values, tried: float, foretold: float, solved: Solved, *, good: bool, at_noise: bool
-    ) -> tuple[str, str] | None:
-        before, length = self.point.cost, float(np.linalg.norm(solved.step))
-        if good:
-            self.point = self._at(values)
-            if (rest := self.at_rest()) is not None:
-                return rest
-        elif self.strategy is None:
-            return "diverged", "a whole Gauss-Newton step led to NaN or Inf; levenberg_marquardt is more careful"
-        if self.strategy is None and tried > 1e8 * max(self.first, 1.0):
-            return "diverged", "the objective grew without end; levenberg_marquardt is more careful"
-        ftol, xtol = self.rules.ftol, self.rules.xtol
-        if ftol is not None and good and abs(before - tried) <= ftol * before and foretold <= ftol * before:
-            return "objective", f"the objective changes by no more than ftol={ftol:g} of itself"
-        if at_noise and foretold >= 0:
-            return "objective", "the objective cannot be told from its rounding errors any more"
-        size = self.problem.layout.size_of(self.point.values)
-        if xtol is not None and length <= xtol * (xtol + size):
-            return "step", f"a step is no longer than xtol={xtol:g} of the parameters"
-        return self._out_of_patience()
+    def _compared(self, trial: Trial, before: Certificate) -> Trial:
+        """Return a trial judged by what undamped steps predict, where objectives differ by rounding only."""
+        point = self._at(trial.values)
+        there = self._certificate_at(point)
+        good = bool(there.reason) or there.predicted * point.cost < _FALLS * before.predicted * self.point.cost
+        return replace(trial, good=good, point=point if good else None)
 
-    def _out_of_patience(self) -> tuple[str, str] | None:
-        if isinstance(self.strategy, Constant) and self.rejections:
-            return "stalled", "a step led uphill, and with constant damping the next one would be the same"
-        if self.rejections >= _REJECTIONS:
-            return "stalled", f"{self.rejections} steps in a row led nowhere"
-        if self.rules.max_nfev is not None and self.problem.evaluations >= self.rules.max_nfev:
-            return "max_nfev", f"{self.rules.max_nfev} forward passes were not enough"
+    def _excursion(self, trial: Trial) -> Trial:
+        """Return what further undamped steps lead to from a trial that is worse, while each improves on the last.
+
+        In a narrow curved valley all steps that lower the objective are short; the long one along the valley, and one
+        or two back down into it, are not (the watchdog technique: Chamberlain, Powell, Lemarechal and Pedersen, 1982).
+        """
+        first, level = trial, self.level
+        most = self.rules.max_nfev or np.inf
+        for _ in range(min(_EXCURSION, self.rules.max_steps - len(self.log) - 1)):
+            if self.problem.evaluations >= most:
+                break
+            try:
+                point = self._at(trial.values, aside=True)
+                solved = undamped(point.system, self.solver)
+            except (Singular, NonFiniteError):
+                break
+            self._note(trial.solved, level, trial)
+            last, trial = trial.tried, self._tried(solved, level, insisted=True, point=point)
+            if trial.tried < self.point.cost:
+                return replace(trial, good=True)
+            if not trial.tried < last / 2:
+                break
+        self.failed_excursions += 1
+        self.next_excursion = self.refusals + 2**self.failed_excursions
+        return first if trial is first else replace(trial, good=False)
+
+    def _adapt(self, trial: Trial) -> None:
+        if trial.good:
+            self.rejections = 0
+        elif not trial.insisted:
+            self.rejections += 1
+        if self.strategy is None or trial.level is None:
+            return
+        length = float(np.linalg.norm(trial.solved.step * self.point.system.scale))
+        if trial.insisted:
+            if trial.good or not self.rejections:
+                self.level = self.strategy.after_undamped(trial.level, trial.good, length)
+        else:
+            self.level = self.strategy.next(trial.level, trial.ratio, self.rejections, length)
+
+    # ---- when to stop ------------------------------------------------------------------------------------------
+
+    def at_rest(self) -> tuple[str, str] | None:
+        """Return the rule that is met by the point itself, if one is."""
+        optimality, gtol, cost = self.point.optimality, self.rules.gtol, self.point.cost
+        if gtol is not None and optimality <= gtol:
+            return "gradient", f"the scaled gradient {optimality:.1e} is at most gtol={gtol:g}"
+        if cost <= (_ZERO * self.point.system.eps) ** 2 * self.first:
+            return "objective", "the objective is zero to the rounding of its first value"
         return None
 
-    def _no_step(self, reason: str) -> tuple[str, str] | None:
-        todo = "hold something fixed with `fixed=`, or use levenberg_marquardt"
+    def _judged(self, trial: Trial) -> Stop | None:
+        before = self.point
+        if trial.good:
+            self.point = trial.point or self._at(trial.values)
+        elif self.strategy is None:
+            return Stop("diverged", f"a whole Gauss-Newton step led to NaN or Inf; {_CAREFUL}")
+        if self.strategy is None and trial.tried > 1e8 * max(self.first, 1.0):
+            return Stop("diverged", f"the objective grew without end; {_CAREFUL}")
+        rule = (self.at_rest() if trial.good else None) or self._rule(before, trial)
+        stop = self.settled(rule, self._evidence(before, trial)) if rule is not None else None
+        return stop or self._no_progress(trial, rule) or self._out_of_patience()
+
+    def _rule(self, before: Point, trial: Trial) -> tuple[str, str] | None:
+        ftol, xtol, scale = self.rules.ftol, self.rules.xtol, before.system.scale
+        change = max(abs(before.cost - trial.tried), trial.predicted) if trial.good else np.inf
+        if ftol is not None and change <= ftol * before.cost:
+            return "objective", f"the objective changes by no more than ftol={ftol:g} of itself"
+        if trial.at_noise and trial.predicted >= 0:
+            return "objective", "the objective cannot be told from its rounding errors any more"
+        length, size = np.linalg.norm(trial.solved.step * scale), np.linalg.norm(before.magnitudes * scale)
+        if xtol is not None and length <= xtol * size:
+            return "step", f"a step is no longer than xtol={xtol:g} of the scaled parameters"
+        return None
+
+    def _evidence(self, before: Point, trial: Trial) -> Certificate | None:
+        """Return the certificate that an undamped step gave which was then taken and did what it predicted."""
+        share = trial.predicted / before.cost if before.cost > 0 else np.inf
+        as_predicted = trial.good and (trial.at_noise or 0.25 < trial.ratio < 4)
+        if not (as_predicted and 0 <= share <= MOST_REDUCTION and is_undamped(before.system, trial.solved)):
+            return None
+        return small_reduction(share)
+
+    def _certificate_at(self, point: Point) -> Certificate:
+        return certificate(point.system, point.cost, self.solver, point.magnitudes)
+
+    def settled(self, rule: tuple[str, str] | None, evidence: Certificate | None) -> Stop | None:
+        """Return the stop for a rule that is met, if there is evidence for a minimum or the rule asks for less."""
+        if rule is None:
+            return None
+        found = evidence or self._certificate_at(self.point)
+        status, message = rule
+        if found.reason:
+            return Stop(status, f"{message}; {found.reason}", found)
+        if not self.point.system.norms.any():
+            return Stop("stalled", "the Jacobian is zero: no parameter changes a residual here", found)
+        if self._asks_for_less(status, found):
+            return Stop(status, f"{message}; {_left(found)}", found)
+        if self.refused is not None and found.predicted < _FALLS * self.refused.predicted:
+            self.at_noise = 0
+        self.refused = found
+        self.refusals += 1
+        able = self.strategy is not None and self.strategy.may_be_undamped
+        self.insist = able and np.isfinite(found.predicted) and "tried" not in self.point.system.memory
+        return None
+
+    def _asks_for_less(self, status: str, found: Certificate) -> bool:
+        """Return whether the caller's own tolerance is looser than that of success, and the undamped step meets it."""
+        rules = self.rules
+        if status == "objective":
+            return found.predicted <= (rules.ftol or 0.0)
+        if status == "gradient":
+            return found.predicted <= (rules.gtol or 0.0) ** 2
+        return (rules.xtol or 0.0) > _DEFAULT_TOLERANCE and found.length <= (rules.xtol or 0.0)
+
+    def _no_progress(self, trial: Trial, rule: tuple[str, str] | None) -> Stop | None:
+        close = trial.at_noise or (self.refused is not None and bool(self.refused.at_rounding))
+        self.at_noise = self.at_noise + 1 if close and rule is not None else 0
+        if self.insist or self.at_noise < _NOISY:
+            return None
+        return self._exhausted("the objective cannot be told from its rounding errors any more")
+
+    def _out_of_patience(self) -> Stop | None:
+        if self.insist:
+            return None
+        if isinstance(self.strategy, Constant) and self.rejections:
+            return self.unmet("stalled", "a step led uphill, and with constant damping the next one would be the same")
+        if self.rejections >= _REJECTIONS:
+            return self._exhausted(f"{self.rejections} steps in a row led nowhere")
+        if self.rules.max_nfev is not None and self.problem.evaluations >= self.rules.max_nfev:
+            return self.unmet("max_nfev", f"{self.rules.max_nfev} forward passes were not enough")
+        return None
+
+    def _exhausted(self, message: str) -> Stop:
+        """Return the stop of steps that change nothing: by rounding, or for no reason that is known."""
+        found = self._certificate_at(self.point)
+        if not found.at_rounding:
+            return self.unmet("stalled", message)
+        return Stop("objective", f"{message}; {found.at_rounding}", replace(found, reason=found.at_rounding))
+
+    def unmet(self, status: str, message: str) -> Stop:
+        """Return a stop without evidence, with what the last certificate said."""
+        found = self.refused
+        return Stop(status, message) if found is None else Stop(status, f"{message}; {_left(found)}", found)
+
+    def _no_step(self, reason: str) -> Stop | None:
         if self.strategy is None:
-            return "singular", f"{reason}; {todo}"
+            todo = "hold something fixed with `fixed=`, or use levenberg_marquardt"
+            return self.unmet("singular", f"{reason}; {todo}")
         self.rejections += 1
         level = self.level if self.level is not None else 1.0
-        self._note(None, level, float("nan"), -np.inf, False, reason)
+        self._note(None, level, None, reason)
         if isinstance(self.strategy, Constant) or self.rejections >= _REJECTIONS:
-            return "singular", f"{reason}; hold something fixed with `fixed=`, or damp more"
+            return self.unmet("singular", f"{reason}; hold something fixed with `fixed=`, or damp more")
         self.level = self.strategy.next(level, -1.0, self.rejections, level)
         return None
 
-    def _note(
-        self, solved: Solved | None, level: float | None, tried: float, ratio: float, good: bool, note: str = ""
-    ) -> None:
-        now = perf_counter()
+    def _note(self, solved: Solved | None, level: float | None, trial: Trial | None, note: str = "") -> None:
+        now, nan = perf_counter(), float("nan")
         solver = note if solved is None else f"{solved.solver} ({solved.note})" if solved.note else solved.solver
         self.log.append(
             StepRecord(
                 step=len(self.log) + 1,
                 objective=self.point.cost,
-                tried=tried,
+                tried=trial.tried if trial else nan,
                 optimality=self.point.optimality,
-                length=0.0 if solved is None else float(np.linalg.norm(solved.step)),
-                damping=level or 0.0,
-                ratio=float(ratio),
-                accepted=good,
-                inner_residual=float("nan") if solved is None else solved.residual,
-                inner_steps=0 if solved is None else solved.steps,
+                length=float(np.linalg.norm(solved.step)) if solved else 0.0,
+                damping=0.0 if trial and trial.insisted else level or 0.0,
+                ratio=float(trial.ratio) if trial else -np.inf,
+                accepted=trial.good if trial else False,
+                inner_residual=solved.residual if solved else nan,
+                inner_steps=solved.steps if solved else 0,
                 solver=solver,
                 seconds=now - self.started,
+                predicted=trial.predicted if trial else nan,
             )
         )
         self.started = now
+
+
+def _left(found: Certificate) -> str:
+    if not np.isfinite(found.predicted):
+        return "no undamped step could be computed to judge this point by"
+    return f"an undamped step predicts a reduction of {found.predicted:.1e} of the objective where it was last computed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,10 @@ from ..errors import (
 from ..trees import flatten, output_leaves
 from ._layout import Layout, Values, layout_of
 from ._residuals import Residuals, residuals_of
+from ._scaling import scaling_of
 from ._system import System
 
-_DENSE_ENTRIES = 4_000_000  # up to so many a dense Jacobian is not worth a plan
+_DENSE_ENTRIES = 250_000  # up to so many, a dense step takes less than the tenth of a second that a plan takes
 _DENSE_COLUMNS = 64
 _FULL = 0.1  # rows fuller than this are not worth a plan
 
@@ -101,11 +103,13 @@ class Problem:
 
     Attributes:
         layout: Which parameters move and how.
+        scaling: Scales of their columns.
         residuals: Outputs minus targets, weighted.
         evaluations: Forward passes so far.
         linearisations: Jacobians so far.
         route: How Jacobians are taken, and why.
         plan: The sparse plan, where one is used.
+        may_be_dense: Whether the caller left it open how Jacobians are taken.
     """
 
     def __init__(self, model: nn.Module, value: Any, call: str, given: dict[str, Any]) -> None:
@@ -116,11 +120,12 @@ class Problem:
             todo = "Call `.requires_grad_()` on what is to be solved for."
             raise ModelStateError(explain("model", "without parameters that require grad", "some must move", todo))
         self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
+        self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
         self.call, self.value = call, value
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
         self.held = parameter_names(self.work)
         self.evaluations = self.linearisations = 0
-        self.route = ""
+        self.route, self.may_be_dense = "", isinstance(given["jacobian"], str) and given["jacobian"] == "auto"
         self.plan: Any = None
         outputs, tree = output_leaves(self._forward())
         self.residuals: Residuals = residuals_of(outputs, tree, given, call)
@@ -153,7 +158,9 @@ class Problem:
             J = J[:, kept]
         raw = self.residuals.raw(outputs)
         cost, r, J = self.residuals.corrected(outputs, J)
-        return cost, System(J, r, self.layout.blocks), raw
+        eps = max(torch.finfo(v.dtype).eps for v in (*outputs, *self.original.values()))
+        terms = partial(self.residuals.magnitude, outputs)
+        return cost, System(J, r, self.layout.blocks, eps=eps, terms=terms), raw
 
     # ---- the model ---------------------------------------------------------------------------------------------
 

@@ -44,6 +44,18 @@ class Term:
         """How many numbers a kernel's block has."""
         return self.shape[-1] if len(self.shape) > 1 else 1
 
+    def magnitude(self, output: Tensor) -> np.ndarray:
+        """Return the magnitude of what the weighted residual is the difference of, flat, and weighed as it is."""
+        size = np.abs(array(output)) + (0.0 if self.target is None else np.abs(self.target))
+        if self.root is not None and self.root.ndim == 1:
+            size = np.abs(self.root) * size
+        elif self.root is not None:
+            size = np.einsum("kij,kj->ki", np.abs(self.root), size.reshape(len(self.root), -1)).reshape(-1)
+        if self.kernel is None:
+            return size
+        squares = np.square(self.weighted(output).reshape(-1, self.width)).sum(1)
+        return size * np.repeat(np.sqrt(self.kernel(squares)[1]), self.width)
+
     def weighted(self, output: Tensor) -> np.ndarray:
         """Return the weighted residual, flat."""
         r = array(output)
@@ -85,6 +97,10 @@ class Residuals:
                 else:
                     total += float(term.kernel(np.square(r.reshape(-1, term.width)).sum(1))[0].sum()) / 2
         return total
+
+    def magnitude(self, outputs: Sequence[Tensor]) -> np.ndarray:
+        """Return the magnitude of the terms of each weighted residual, for its rounding errors."""
+        return np.concatenate([t.magnitude(o) for t, o in zip(self.terms, outputs, strict=True)])
 
     def raw(self, outputs: Sequence[Tensor]) -> np.ndarray:
         """Return outputs minus targets, neither weighted nor corrected."""

@@ -15,6 +15,7 @@ from .._backends._torch.surroundings import arithmetic
 from ..errors import InputError, SolveError, explain
 from ._solvers import LEAST_PIVOT, factorised
 from ._system import Singular, System
+from ._table import parameter_lines, step_lines
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class StepRecord:
         inner_steps: Iterations of the linear solver.
         solver: Which linear solver, and why where it was chosen.
         seconds: Its time, the Jacobian for it included.
+        predicted: The reduction of the objective that the linearised problem predicted.
     """
 
     step: int
@@ -48,6 +50,7 @@ class StepRecord:
     inner_steps: int
     solver: str
     seconds: float
+    predicted: float = float("nan")
 
     def __repr__(self) -> str:
         mark = "" if self.accepted else " rejected"
@@ -66,14 +69,19 @@ class LeastSquaresResult:
         cost: The objective $\tfrac12 \sum_k \rho(\lVert r_k \rVert^2)$ there.
         fun: Output minus target there, flat, neither weighted nor corrected.
         optimality: Scaled gradient: the largest cosine between the residual and a column of the Jacobian.
-        status: `"gradient"`, `"objective"`, `"step"` (the rules gtol, ftol, xtol), or `"max_steps"`, `"max_nfev"`,
-            `"stalled"`, `"singular"`, `"diverged"`.
+        status: The test that stopped the call: `"gradient"`, `"objective"`, `"step"` (the rules gtol, ftol, xtol), or
+            `"max_steps"`, `"max_nfev"`, `"stalled"`, `"singular"`, `"diverged"`.
         message: The status in words.
         log: One record per step tried.
         nfev: Forward passes.
         njev: Jacobians.
         route: How Jacobians were taken, and why.
         plan: The sparse plan, to be given to a later call.
+        certificate: The evidence that the point is a minimum, as in `success`; empty where there is none.
+        predicted: The reduction that an undamped Gauss-Newton step predicts where it was last computed, relative to
+            the objective; NaN where it was not needed or could not be computed.
+        method: The call and its strategy.
+        level: What `damping` in the log is: `"damping"`, `"radius"`, or empty without either.
     """
 
     x: Any
@@ -87,11 +95,26 @@ class LeastSquaresResult:
     njev: int
     route: str
     plan: Any = None
+    certificate: str = ""
+    predicted: float = float("nan")
+    method: str = "least squares"
+    level: str = "damping"
     _system: System | None = field(default=None, repr=False)
 
     @property
     def success(self) -> bool:
-        """Whether a stop rule for convergence was met."""
+        """Whether a stop rule was met and there is evidence for a minimum.
+
+        That is one of: an undamped Gauss-Newton step predicts a reduction of at most 1e-8 of the objective; every
+        residual is at the rounding level of its terms; such a step moves none by more than this. With a kernel the
+        objective is the robust one and the step that of the reweighted problem. A stop rule looser than its default
+        may end the call without this evidence; `status` and `message` then describe which.
+        """
+        return self.rule_met and bool(self.certificate)
+
+    @property
+    def rule_met(self) -> bool:
+        """Whether ftol, xtol or gtol stopped the call."""
         return self.status in ("gradient", "objective", "step")
 
     @property
@@ -147,9 +170,23 @@ class LeastSquaresResult:
         )
         return "\n".join((head, *body))
 
+    def __str__(self) -> str:
+        """Return the repr, the parameters by name, and a line per step."""
+        head = f"  success {self.success}, by {self.method}"
+        steps = step_lines(self.log, self.level)
+        title = ["  steps: the objective before each, and how it changed"] if steps else []
+        return "\n".join((repr(self), head, *parameter_lines(self._named()), *title, *steps))
+
+    def _named(self) -> dict[str, Tensor]:
+        if isinstance(self.x, Tensor):
+            return {"x": self.x}
+        if isinstance(self.x, dict):
+            return {str(name): value for name, value in self.x.items()}
+        return {f"x[{k}]": value for k, value in enumerate(self.x)}
+
 
 def _inverse_part(system: System, wanted: np.ndarray, result: Any) -> np.ndarray:
-    scale = system.scale
+    scale = system.equilibration(None)
     unit = np.zeros((len(scale), len(wanted)))
     unit[wanted, np.arange(len(wanted))] = 1 / scale[wanted]
     failure = "the Jacobian at the end has no full rank: some direction has no variance. Fix it with `fixed=`."

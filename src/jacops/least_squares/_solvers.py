@@ -47,7 +47,7 @@ class QR(Solver):
             raise Singular("the Jacobian has columns that depend on one another")
         turned = torch.ormqr(factor, tau, r.unsqueeze(1), transpose=True)[:columns]
         p = torch.linalg.solve_triangular(R, turned, upper=True)[:, 0].numpy()
-        return system.solved(-p / system.scale, damping, "qr")
+        return system.solved(-p / system.equilibration(damping), damping, "qr")
 
 
 @final
@@ -62,9 +62,9 @@ class Cholesky(Solver):
         """Return a step."""
         if damping is not None and system.J.shape[0] < system.J.shape[1]:
             return _dual(system, damping)
-        total, scale = system.damped(damping), system.scale
+        total = system.unit_normal(damping)
         total = total.toarray() if system.is_sparse else total
-        factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(total / np.outer(scale, scale)))
+        factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(total))
         if failed:
             raise Singular("the normal matrix is not positive definite")
 
@@ -105,7 +105,7 @@ class LSTSQ(Solver):
         found = torch.linalg.lstsq(J, -r.unsqueeze(1), driver="gelsd")
         rank, columns = int(found.rank), J.shape[1]
         note = f"rank {rank} of {columns}" if rank < columns else ""
-        return system.solved(found.solution[:, 0].numpy() / system.scale, damping, "lstsq", note=note)
+        return system.solved(found.solution[:, 0].numpy() / system.equilibration(damping), damping, "lstsq", note=note)
 
 
 @final
@@ -125,11 +125,10 @@ def factorised(system: System, damping: np.ndarray | None = None) -> Any:
     Raises:
         Singular: There are none.
     """
-    from scipy.sparse import csc_array, diags_array
+    from scipy.sparse import csc_array
     from scipy.sparse.linalg import splu
 
-    unit = diags_array(1 / system.scale)
-    total = csc_array(unit @ csc_array(system.damped(damping)) @ unit)
+    total = csc_array(system.unit_normal(damping))
     total.sum_duplicates()
     try:
         return splu(total, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
@@ -152,11 +151,10 @@ class QDLDL(Solver):
             import qdldl
         except ImportError:
             raise MissingExtraError("qdldl", "qdldl") from None
-        from scipy.sparse import csc_matrix, diags_array
+        from scipy.sparse import csc_matrix
 
-        unit = diags_array(1 / system.scale)
         try:
-            factor = qdldl.Solver(csc_matrix(unit @ csc_matrix(system.damped(damping)) @ unit))
+            factor = qdldl.Solver(csc_matrix(system.unit_normal(damping)))
         except RuntimeError as error:
             raise Singular(f"qdldl: {error}") from None
         return _refined(system, damping, factor.solve, factor.factors()[1], "qdldl")
@@ -256,7 +254,7 @@ class Auto(Solver):
 
 def _refined(system: System, damping: np.ndarray | None, solve: Any, pivots: np.ndarray, name: str) -> Solved:
     """Return the step of a factorisation of the normal matrix with unit diagonal, refined once."""
-    scale = system.scale
+    scale = system.equilibration(damping)
     if not pivots.min(initial=np.inf) > LEAST_PIVOT:
         raise Singular(f"{name}: the normal matrix is singular (a pivot of {pivots.min():.0e} where 1 is the largest)")
     p = -solve(system.gradient / scale) / scale
@@ -271,10 +269,13 @@ def _refined(system: System, damping: np.ndarray | None, solve: Any, pivots: np.
 
 def _stacked(system: System, damping: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Jacobian over root of the damping, columns scaled, and the residual over zeros."""
-    J = (system.J.toarray() if system.is_sparse else system.J) / system.scale
+    scale = system.equilibration(damping)
+    J = (system.J.toarray() if system.is_sparse else system.J) / scale
+    if not (np.isfinite(scale).all() and np.isfinite(system.r).all()):  # LAPACK would end in an internal error
+        raise Singular("the damped Jacobian overflows")
     if damping is None:
         return torch.from_numpy(J), torch.from_numpy(system.r)
-    J = np.vstack([J, np.diag(np.sqrt(damping) / system.scale)])
+    J = np.vstack([J, np.diag(np.sqrt(damping) / scale)])
     return torch.from_numpy(J), torch.from_numpy(np.concatenate([system.r, np.zeros(J.shape[1])]))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import InputError, InputTypeError, explain
 from ._solvers import Solver
 from ._system import Singular, Solved, System
+from ._undamped import undamped
 
 _MOST, _LEAST = 1e32, 1e-16
 
@@ -42,6 +43,21 @@ class Strategy(ABC):
             length: The length of the step in units of the scaled parameters.
         """
 
+    @property
+    def may_be_undamped(self) -> bool:
+        """Whether an undamped step may be tried after a stop rule was met without evidence for a minimum."""
+        return True
+
+    def after_undamped(self, level: float, good: bool, length: float) -> float:
+        """Return the next level after such a step.
+
+        Args:
+            level: The level before it.
+            good: Whether it was taken.
+            length: Its length in units of the scaled parameters.
+        """
+        return level
+
 
 @dataclass(frozen=True)
 class _Damped(Strategy):
@@ -58,13 +74,22 @@ class _Damped(Strategy):
 
     def step(self, system: System, solver: Solver, level: float | None) -> tuple[Solved, float]:
         level = self.damping if level is None else level
-        return solver.solve(system, level * system.scale**2), level
+        return solver.solve(system, level * (system.unit * system.scale) ** 2), level
+
+    def after_undamped(self, level: float, good: bool, length: float) -> float:
+        """Return less damping, since a stop without evidence is one where damping holds the steps back."""
+        return max(level * (1e-2 if good else 0.3), _LEAST)
 
 
 @final
 @dataclass(frozen=True)
 class Constant(_Damped):
     """The same damping for every step; a step uphill ends the call, since the next one would be the same."""
+
+    @property
+    def may_be_undamped(self) -> bool:
+        """No: the damping is constant."""
+        return False
 
     def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
         """Return the same level."""
@@ -157,7 +182,9 @@ class TrustRegion(Strategy):
             leg = full - cauchy
             a, b, c = float(leg @ leg), float(cauchy @ leg), reach**2 - level**2
             path = cauchy + leg * (-c / (b + np.sqrt(b * b - a * c)))
-        return Solved(path / scale, newton.residual, newton.steps, newton.solver, f"{newton.note}dogleg"), level
+        return Solved(
+            path / scale, newton.residual, newton.steps, newton.solver, ", ".join(filter(None, (newton.note, "dogleg")))
+        ), level
 
     def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
         """Return the next radius."""
@@ -165,15 +192,19 @@ class TrustRegion(Strategy):
             return max(min(length, level) / 4, _LEAST)
         return min(max(level, 3 * length), _MOST) if ratio > 0.75 else level
 
+    def after_undamped(self, level: float, good: bool, length: float) -> float:
+        """Return a radius that holds the step if it was taken."""
+        return min(max(level, length), _MOST) if good else level
+
 
 def _newton(system: System, solver: Solver) -> Solved:
-    """Return the Gauss-Newton step, with as little damping as the matrix needs to be solved."""
+    """Return the Gauss-Newton step, with as little damping as it takes to lead downhill."""
     damping = 0.0
     while True:
         try:
-            solved = solver.solve(system, damping * system.scale**2 if damping else None)
+            solved = solver.solve(system, damping * system.scale**2) if damping else undamped(system, solver)
             if float(system.gradient @ solved.step) < 0 or not system.gradient.any():
-                return Solved(*solved.fields[:-1], f"damped by {damping:.0e}, " if damping else "")
+                return Solved(*solved.fields[:-1], f"damped by {damping:.0e}") if damping else solved
         except Singular:
             if damping >= 1.0:
                 raise
@@ -189,6 +220,11 @@ _NAMES: dict[str, type[Strategy]] = {
     "nielsen": Nielsen,
     "trust_region": TrustRegion,
 }
+
+
+def name_of(strategy: Strategy) -> str:
+    """Return the name of a strategy: that by which it can be given, or of its class."""
+    return next((name for name, kind in _NAMES.items() if type(strategy) is kind), type(strategy).__name__)
 
 
 def strategy_of(strategy: Any, damping: float | None) -> Strategy:

@@ -2,12 +2,21 @@ r"""A linearised problem, $(J^\top J + \mathrm{diag}(\lambda)) p = -J^\top r$, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+
+_LEAST_SQUARE = 1e-250  # squares below may have lost digits to underflow (smallest normal number: 2e-308)
+_FEW = 10_000_000  # entries that are worth copying at once, 80 MB
+
+
+def positive(sizes: np.ndarray) -> np.ndarray:
+    """Return sizes with zeros, which nothing can be divided by, replaced by one."""
+    return np.where(sizes > 0, sizes, 1.0)
 
 
 class Singular(Exception):  # noqa: N818 - not an error for the caller: the loop answers it
@@ -23,12 +32,20 @@ class System:
         r: Residual, (rows,).
         blocks: Number of the block of each column, for block-Jacobi.
         memory: What a strategy keeps for this point.
+        lengths: Scales that lengths of steps and damping are measured with; by default those of the columns.
+        unit: Factor that makes a damping in these scales one in units of the normal matrix.
+        eps: Relative rounding error of the entries of `J` and `r`.
+        terms: Returns the magnitude of the terms that each residual is a sum of, (rows,).
     """
 
     J: Any
     r: np.ndarray
     blocks: np.ndarray
     memory: dict[str, Any] = field(default_factory=dict)
+    lengths: np.ndarray | None = None
+    unit: float = 1.0
+    eps: float = float(np.finfo(np.float64).eps)
+    terms: Callable[[], np.ndarray] | None = field(default=None, repr=False)
 
     @property
     def is_sparse(self) -> bool:
@@ -41,14 +58,51 @@ class System:
         return self.J.T @ self.r
 
     @cached_property
-    def scale(self) -> np.ndarray:
-        """Lengths of the columns, those that vanish replaced by something small."""
+    def norms(self) -> np.ndarray:
+        """Norms of the columns, safe from overflow and underflow; zero for a column of zeros."""
         if self.is_sparse:
-            squares = np.bincount(self.J.indices, self.J.data**2, minlength=self.J.shape[1])
+            columns, size = self.J.indices, self.J.shape[1]
+            squares = np.bincount(columns, self.J.data**2, minlength=size)
         else:
             squares = np.einsum("ij,ij->j", self.J, self.J)
-        largest = float(squares.max(initial=0.0))
-        return np.sqrt(np.maximum(squares, largest * 1e-12 if largest > 0 else 1.0))
+        norms = np.sqrt(squares)
+        unsafe = ~((squares > _LEAST_SQUARE) & (squares < 1 / _LEAST_SQUARE))
+        if unsafe.any():
+            norms[unsafe] = self._safe_norms(unsafe.nonzero()[0])
+        return norms
+
+    def _safe_norms(self, columns: np.ndarray) -> np.ndarray:
+        J = self.J[:, columns]
+        J = J.toarray() if self.is_sparse and len(columns) * self.J.shape[0] < _FEW else J
+        if not isinstance(J, np.ndarray):
+            return np.array([self._safe_norms(columns[[k]])[0] for k in range(len(columns))])
+        largest = np.abs(J).max(axis=0, initial=0.0)
+        return largest * np.linalg.norm(J / np.where(largest > 0, largest, 1.0), axis=0)
+
+    @property
+    def has_safe_squares(self) -> bool:
+        """Whether squares of the columns' norms neither underflow nor overflow."""
+        norms = positive(self.norms)
+        return bool(norms.min(initial=1.0) > _LEAST_SQUARE**0.5 and norms.max(initial=1.0) < _LEAST_SQUARE**-0.5)
+
+    def with_unit_columns(self) -> System:
+        """Return the problem in unknowns `p * norms`."""
+        if self.is_sparse:
+            from scipy.sparse import diags_array
+
+            J = (self.J @ diags_array(1 / positive(self.norms))).tocsr()
+        else:
+            J = self.J / positive(self.norms)
+        return System(J, self.r, self.blocks, eps=self.eps)
+
+    @cached_property
+    def scale(self) -> np.ndarray:
+        """What a step is multiplied by to measure its length: `lengths`, or norms of the columns; positive."""
+        return positive(self.norms if self.lengths is None else self.lengths)
+
+    def equilibration(self, damping: np.ndarray | None) -> np.ndarray:
+        """Return what columns are divided by so that those of the damped Jacobian have unit length."""
+        return positive(self.norms if damping is None else np.hypot(self.norms, np.sqrt(damping)))
 
     @cached_property
     def normal(self) -> Any:
@@ -57,6 +111,33 @@ class System:
             return (self.J.T @ self.J).tocsc()
         J = torch.from_numpy(self.J)
         return (J.T @ J).numpy()
+
+    @cached_property
+    def _cosines(self) -> Any:
+        """The normal matrix of unit columns."""
+        norms, system = positive(self.norms), self
+        if not self.has_safe_squares:
+            norms, system = np.ones_like(norms), self.with_unit_columns()
+        if not self.is_sparse:
+            return system.normal / np.outer(norms, norms)
+        from scipy.sparse import diags_array
+
+        unit = diags_array(1 / norms)
+        return unit @ system.normal @ unit
+
+    def unit_normal(self, damping: np.ndarray | None) -> Any:
+        """Return the normal matrix plus a diagonal, rows and columns divided by `equilibration(damping)`."""
+        if damping is None:
+            return self._cosines
+        unit = self.equilibration(damping)
+        share, rest = positive(self.norms) / unit, (np.sqrt(damping) / unit) ** 2
+        if not self.is_sparse:
+            total = self._cosines * np.outer(share, share)
+            total[np.diag_indices_from(total)] += rest
+            return total
+        from scipy.sparse import diags_array
+
+        return diags_array(share) @ self._cosines @ diags_array(share) + diags_array(rest)
 
     def push(self, p: np.ndarray) -> np.ndarray:
         """Return the Jacobian times a step."""

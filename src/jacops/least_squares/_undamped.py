@@ -1,0 +1,193 @@
+r"""The undamped Gauss-Newton step, as exact as the Jacobian allows, whatever its rank and condition.
+
+It is what a stop is judged by: the reduction it predicts is $\tfrac12 \lVert Q r \rVert^2$, $Q$ the projection onto the
+range of the Jacobian. A damped step can be small where this is large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._solvers import PCG, Cholesky, Solver, factorised
+from ._system import Singular, Solved, System, positive
+
+_RANK = 32.0  # singular values below so many rounding errors of a Jacobian with unit columns are taken for zero
+_NOISE = 4.0  # a gradient has this many rounding errors of the residual; components below are left out
+_ACCURATE = 1e-10  # relative residual of the normal equations that needs no refinement
+_ROUNDING = 100.0  # or so many rounding errors of the residual: the normal equations hold no more digits
+_LEAST_DAMPING = 1e-12  # of a matrix with unit diagonal, whose pivots have rounding errors of 1e-16 to 1e-15
+_COARSE = 1e4  # gains along singular values of fewer rounding errors than this are uncertain by 1e-8 of the objective
+_DOUBLE = 1e-12  # rounding errors below this are those of double precision
+_SMALL = 2_000_000  # entries of a Jacobian that are worth a dense factorisation at a stop (a second or less)
+_COLUMNS = 500  # columns up to which singular values of a triangle take less than a second
+_MOST = 200  # iterations; each gains one direction that the damping of the preconditioner hides
+
+
+def undamped(system: System, solver: Solver) -> Solved:
+    """Return the undamped step; the shortest where the Jacobian has no full rank, as far as it can be told.
+
+    Raises:
+        Singular: None could be computed.
+    """
+    found = system.memory.get("undamped")
+    if found is None:
+        if _is_whole(system):
+            found = system.memory["whole"]
+        elif system.has_safe_squares:
+            found = _computed(system, solver)
+        else:
+            scaled = _computed(system.with_unit_columns(), solver)
+            found = system.solved(scaled.step / positive(system.norms), None, scaled.solver, scaled.steps, scaled.note)
+        system.memory["undamped"] = found
+    return found
+
+
+def remember(system: System, solved: Solved) -> None:
+    """Keep a step that a solver found without damping; it is judged when an undamped one is needed."""
+    system.memory["whole"] = solved
+
+
+def is_undamped(system: System, solved: Solved) -> bool:
+    """Return whether a step is the undamped one, as exact as a stop is judged by."""
+    return solved is system.memory.get("undamped") or (solved is system.memory.get("whole") and _is_whole(system))
+
+
+def _is_whole(system: System) -> bool:
+    whole = system.memory.get("whole")
+    return whole is not None and system.eps < _DOUBLE and _is_accurate(system, whole.step)
+
+
+def replace_undamped(system: System, solved: Solved) -> None:
+    """Keep a better undamped step, which was not tried yet."""
+    system.memory["undamped"] = solved
+    system.memory.pop("tried", None)
+
+
+def predicted_reduction(system: System, step: np.ndarray) -> float:
+    """Return the reduction of the objective that the linearised problem predicts for a step."""
+    return -float(system.gradient @ step) - float(np.sum(system.push(step) ** 2)) / 2
+
+
+def above_rounding(system: System) -> Solved | None:
+    """Return the undamped step along what is above rounding of the gradient; None for a large Jacobian.
+
+    Where columns depend on one another nearly, rounding alone lets the undamped step predict a reduction.
+    """
+    rows, columns = system.J.shape
+    if rows * columns > _SMALL or min(rows, columns) > _COLUMNS:
+        return None
+    return _dense(system, system.J.toarray() if system.is_sparse else system.J)
+
+
+def _computed(system: System, solver: Solver) -> Solved:
+    if not system.gradient.any():
+        return Solved(np.zeros_like(system.gradient), 0.0, 0, "none", "the gradient is zero")
+    if system.eps >= _DOUBLE or isinstance(solver, PCG):  # iterations stop before small singular values
+        found = above_rounding(system)
+        if found is not None:
+            return found
+    if system.eps >= _DOUBLE:
+        return _lightly_damped(system, (_COARSE * system.eps) ** 2)[0]
+    try:
+        found = (PCG(_ACCURATE) if isinstance(solver, PCG) else solver).solve(system, None)
+        if _is_accurate(system, found.step):
+            return found
+    except Singular:
+        pass
+    if not system.is_sparse:
+        return _dense(system, system.J)
+    found, factor, damping = _factorised(system)
+    found = _refined(system, found, factor, damping)
+    return found if _is_accurate(system, found.step) else above_rounding(system) or found
+
+
+def _is_accurate(system: System, step: np.ndarray) -> bool:
+    """Return whether what a step leaves of the normal equations, by unit columns, is small or rounding."""
+    unit = system.equilibration(None)
+    left = float(np.linalg.norm(system.residual(step, None) / unit))
+    floor = _ROUNDING * system.eps * float(np.linalg.norm(system.r))
+    return left <= max(_ACCURATE * float(np.linalg.norm(system.gradient / unit)), floor)
+
+
+def _dense(system: System, J: np.ndarray) -> Solved:
+    """Return the shortest step by QR and the singular values of R, along what rounding of J leaves certain."""
+    unit = system.equilibration(None)
+    scaled = torch.from_numpy(J / unit)
+    wide = J.shape[0] < J.shape[1]
+    Q, R = torch.linalg.qr(scaled.T if wide else scaled)
+    try:
+        U, s, Vt = torch.linalg.svd(R)
+    except RuntimeError as error:
+        raise Singular(f"svd: {error}") from None
+    r = torch.from_numpy(system.r)
+    along = Vt @ r if wide else U.T @ (Q.T @ r)
+    kept = s > _RANK * system.eps * s.max()
+    gained = kept & (along.abs() * s > _NOISE * system.eps * s.max() * torch.linalg.norm(r))
+    scaled_back = torch.where(gained, along / torch.where(kept, s, 1.0), 0.0)
+    step = -Q @ (U @ scaled_back) if wide else -Vt.T @ scaled_back
+    rank, columns = int(kept.sum()), J.shape[1]
+    note = f"rank {rank} of {columns}" if rank < columns else ""
+    return system.solved(step.numpy() / unit, None, "svd", note=note)
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """The inverse of the normal matrix plus `damping` times its diagonal."""
+
+    lu: Any
+    unit: np.ndarray
+
+    def solve(self, v: np.ndarray) -> np.ndarray:
+        return self.lu.solve(v / self.unit) / self.unit
+
+
+def _lightly_damped(system: System, damping: float) -> tuple[Solved, _Factor]:
+    diagonal = damping * system.equilibration(None) ** 2
+    unit, note = system.equilibration(diagonal), f"damped by {damping:.0e}"
+    if not system.is_sparse:
+        found = Cholesky().solve(system, diagonal)
+        return system.solved(found.step, None, found.solver, note=note), _Factor(None, unit)
+    factor = _Factor(factorised(system, diagonal), unit)
+    return system.solved(-factor.solve(system.gradient), None, "splu", note=note), factor
+
+
+def _factorised(system: System) -> tuple[Solved, _Factor, float]:
+    damping = _LEAST_DAMPING
+    while True:
+        try:
+            return *_lightly_damped(system, damping), damping
+        except Singular:
+            damping *= 100
+            if damping > 1.0:
+                raise
+
+
+def _refined(system: System, found: Solved, factor: _Factor, damping: float) -> Solved:
+    r"""Return a step refined by conjugate gradients on the residual itself (CGLS), preconditioned by a factor.
+
+    Björck, Numerical methods for least squares problems, 1996, section 7.4. Directions whose singular value $\sigma$ is
+    below the root of the damping are what is left to find. Those with $\sigma$ at the rounding of the Jacobian add
+    $\sigma^2 / \lambda$ to the square that is looked at, and are left out by the bound on it.
+    """
+    p, left = found.step.copy(), system.r + system.push(found.step)
+    s = -(system.J.T @ left)
+    z = factor.solve(s)
+    gamma, direction, steps = float(s @ z), z, 0
+    floor = (_RANK * system.eps) ** 2 / damping * float(system.r @ system.r)
+    while gamma > floor and steps < _MOST:
+        moved = system.push(direction)
+        curvature = float(moved @ moved)
+        if not curvature > 0:
+            break
+        alpha = gamma / curvature
+        p, left = p + alpha * direction, left + alpha * moved
+        s = -(system.J.T @ left)
+        z = factor.solve(s)
+        before, gamma = gamma, float(s @ z)
+        direction = z + gamma / before * direction
+        steps += 1
+    return system.solved(p, None, "splu", steps, f"{found.note}, undamped by {steps} iterations")
