@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._backends._torch.surroundings import random_state_kept, refuse_transforms
+from ._backends._torch.restoring import restoring
+from ._backends._torch.surroundings import random_state_kept, random_states, refuse_transforms, set_random_states
 from ._progress import track
 from .errors import DataError, InputError, InputTypeError, explain
 from .trees import flatten
@@ -125,14 +126,13 @@ class Batches:
         digests: list[int] = []
         rows = 0
         copies = _Copies(self.loader)
-        with random_state_kept():
-            for number, raw in enumerate(self.loader):
-                batch, digest = self._read(raw, number)
-                self._compare(number, digest)
-                digests.append(digest)
-                rows += batch.rows
-                copies.note(batch)
-                yield batch
+        for number, raw in enumerate(_drawn(self.loader)):
+            batch, digest = self._read(raw, number)
+            self._compare(number, digest)
+            digests.append(digest)
+            rows += batch.rows
+            copies.note(batch)
+            yield batch
         copies.refuse(self.name)
         if not digests:
             raise DataError(explain(self.name, "empty", "at least one batch is needed"))
@@ -198,6 +198,34 @@ class Batches:
             came = f"a {type(raw).__name__} as batch {number}"
         todo = "Say with `unpack=` how a batch becomes (x, y) or (x, y, weights)."
         raise DataError(explain(self.name, f"giving {came}", "pairs (x, y) are needed", todo))
+
+
+_END = object()
+
+
+def _drawn(loader: Any) -> Iterator[Any]:
+    """Yield what a loader yields; the random numbers that it draws continue from one to the next.
+
+    No state is changed while the generator is suspended: an interrupt in the loop around it leaves none behind.
+    """
+    steps: list[Any] = []
+    states: list[Any] | None = None
+    while True:
+        raw, states = _step(loader, steps, states)
+        if raw is _END:
+            return
+        yield raw
+
+
+@restoring
+def _step(loader: Any, steps: list[Any], states: list[Any] | None) -> tuple[Any, list[Any]]:
+    """Return the next item of the iterator in `steps`, made if there is none, and the random states after it."""
+    with random_state_kept():
+        if states is not None:
+            set_random_states(states)
+        if not steps:
+            steps.append(iter(loader))
+        return next(steps[0], _END), random_states()
 
 
 class _Copies:

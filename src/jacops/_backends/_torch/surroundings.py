@@ -298,7 +298,7 @@ class _RandomState(Guard):
 
     def save(self) -> None:
         self._nested = entered(_RandomState)
-        self._found = _random_states()
+        self._found = random_states()
 
     def change(self) -> None:
         if not self._nested:
@@ -311,19 +311,21 @@ class _RandomState(Guard):
 
     def restore(self) -> None:
         if self._nested:
-            _restore(self._found)
+            set_random_states(self._found)
             return
         with process_lock:
             if self._inside == {self}:
-                _restore(self._shared)
+                set_random_states(self._shared)
             self._inside.discard(self)
 
 
-def _random_states() -> list[Any]:
+def random_states() -> list[Any]:
+    """Return the global random states, those of devices included."""
     return [torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None]
 
 
-def _restore(states: Sequence[Any]) -> None:
+def set_random_states(states: Sequence[Any]) -> None:
+    """Set the global random states."""
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state_all(states[1])
