@@ -1,0 +1,228 @@
+"""Following a forward operation by operation: bias parts and moved values, carried along with its tensors.
+
+The forward itself is not changed: every operation runs as it is, and is then applied to the companions of its
+arguments. What autograd does not record (`detach`, `no_grad`, values read out of tensors) is a constant here as it is
+for a derivative.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from .companions import Companions, wide
+from .local_linear import find_curved, push_through, ray
+from .operation import Call, is_followed, kind_of, tensors_in
+from .surroundings import is_memory_error
+from .watch import Light, WritesState, storage_of
+
+_POINTS = 4  # companions of every tensor: the bias part, and values at x, x + d and x - d
+_MOVE = {torch.float64: 2.0**-20, torch.float32: 2.0**-13}  # d relative to x: far above rounding, below most kinks
+_COARSE_MOVE = 2.0**-6
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
+
+
+class Functions(TorchFunctionMode):
+    """Knows which function of torch's the forward is in: one of them may run many operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, self.active = self.active, func
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.active = before
+
+    @property
+    def name(self) -> str:
+        """The name that users know the function by; some have another one inside torch."""
+        public = (name for name, f in vars(torch.nn.functional).items() if f is self.active and name[0] != "_")
+        return next(public, getattr(self.active, "__name__", "").strip("_"))
+
+
+class Follow(Light):
+    """A mode in which companions are carried along with everything that depends on some leaves.
+
+    Args:
+        leaves: Where following starts; the list may grow while the forward runs, when a cut reaches its layer.
+        guarded: Tensors that the forward may not write into.
+
+    Attributes:
+        moves: `d` by leaf.
+    """
+
+    def __init__(self, leaves: list[Tensor], guarded: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.leaves, self.moves, self.functions = leaves, [], Functions()
+        self._guarded = {storage_of(tensor) for tensor in guarded}
+        self._companions = Companions(_POINTS)
+        self._marks: list[str] = []
+        self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, kind = kwargs or {}, kind_of(func)
+        if kind.views:
+            return func(*args, **kwargs)
+        if kind.written and self._guarded:
+            self._refuse_writes(func, args, kwargs)
+        recorded = torch.is_grad_enabled()
+        with self._apart():
+            given = [t for t in tensors_in([*args, *kwargs.values()]) if is_followed(t)]
+            tracked = [t for t in given if self._is_tracked(t)]
+            if tracked:
+                # Where nothing is recorded (inside a custom Function) all that is tracked is followed.
+                moving = [t for t in tracked if recorded and _needs_grad(t)] or tracked
+                call = Call(func, args, kwargs, moving)
+                shifts = [] if recorded and moving is not tracked else self._shifted(call)
+                for tensor in call.written:
+                    self._companions.prepare(tensor)
+        output = func(*args, **kwargs)
+        if tracked:
+            with self._apart():
+                self._carry(call, output, shifts, recorded and _needs_grad(moving[0]))
+        return output
+
+    def _refuse_writes(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(kind_of(func).names, args, strict=False)) | kwargs
+        written = [t for name in kind_of(func).written for t in tensors_in(given.get(name))]
+        if any(t.layout is torch.strided and storage_of(t) in self._guarded for t in written):
+            raise WritesState(str(func))
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Run as outside the forward: below no operation, without the caller's function modes."""
+        with torch._C._ForceDispatchKeyGuard(*self._keys), torch._C.DisableTorchFunction(), torch.no_grad():
+            yield
+
+    def read(self, output: Tensor) -> tuple[list[Tensor], list[str]]:
+        """Return the companions of an output, and names of what is not piecewise linear on the way to it."""
+        with self._apart():
+            if is_followed(output) and self._is_tracked(output) and _needs_grad(output):
+                marks = self._companions.entry(output).marks
+                names = [name for i, name in enumerate(self._marks) if marks >> i & 1]
+                return [part.clone() for part in self._companions.read(output)], names
+            return [output.detach().to(wide(output)) for _ in range(_POINTS)], []
+
+    # ---- what is followed ------------------------------------------------------------------------------------
+
+    def _is_tracked(self, tensor: Tensor) -> bool:
+        if self._companions.entry(tensor) is not None:
+            return True
+        if not tensor.requires_grad:
+            return False
+        for leaf in self.leaves:
+            if tensor is leaf:
+                self._start(leaf)
+                return True
+        if tensor.is_leaf or not self._builds_on_leaves(tensor):
+            return False
+        # Made by code that torch's dispatcher does not see, such as a custom Function that computes in NumPy.
+        mark = self._marked(f"{tensor.grad_fn.name().removesuffix('Backward')} (not examined)")
+        self._companions.write(tensor, _constant(tensor), mark, True)
+        return True
+
+    def _start(self, leaf: Tensor) -> None:
+        value = leaf.detach().to(wide(leaf))
+        move = _MOVE.get(leaf.dtype, _COARSE_MOVE) * ray(value)
+        self.moves.append(move)
+        self._companions.write(leaf, [torch.zeros_like(value), value.clone(), value + move, value - move], 0, True)
+
+    def _builds_on_leaves(self, tensor: Tensor) -> bool:
+        ends = {get_gradient_edge(leaf).node for leaf in self.leaves}
+        stack, seen = [tensor.grad_fn], set()
+        while stack:
+            node = stack.pop()
+            if node in ends:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.extend(parent for parent, _ in node.next_functions)
+        return False
+
+    def _marked(self, name: str) -> int:
+        if name not in self._marks:
+            self._marks.append(name)
+        return 1 << self._marks.index(name)
+
+    # ---- one operation ---------------------------------------------------------------------------------------
+
+    def _shifted(self, call: Call) -> list[Tensor]:
+        """Return tensors that are written into behind autograd's back: for a derivative the change is a constant."""
+        held = [t for t in call.written if (e := self._companions.entry(t)) is not None and e.attached]
+        return held if held and not _in_custom_function() else []
+
+    def _carry(self, call: Call, output: Any, shifts: Sequence[Tensor], attached: bool) -> None:
+        results = call.results(output)
+        if not results:
+            return
+        marks = 0
+        for tensor in call.moving:
+            marks |= self._companions.entry(tensor).marks
+        try:
+            values, curved = self._carried(call)
+            if [v.shape for v in values[0]] != [r.shape for r in results]:
+                raise ValueError("results of other shapes")
+            marks |= self._marked(self._named(call)) if curved else 0
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+            if is_memory_error(error):
+                raise
+            values = list(zip(*(_constant(r) for r in results), strict=True))
+            marks |= self._marked(f"{self._named(call)} (not examined)")
+        for i, tensor in enumerate(results):
+            if any(tensor is s for s in shifts):
+                for part in self._companions.read(tensor):
+                    part.add_(call.change(tensor))
+                continue
+            self._companions.write(tensor, [row[i] for row in values], marks, attached)
+
+    def _carried(self, call: Call) -> tuple[list[Sequence[Tensor]], bool]:
+        """Return the results' companions, in rows, and whether the operation is curved."""
+        bias, *moved = zip(*(self._companions.read(t) for t in call.moving), strict=True)
+        rows: list[Sequence[Tensor]] = [call.at(points) for points in moved]
+        if call.is_affine():
+            return [call.at(bias), *rows], False
+        points = call.points()
+        values, (own, along) = push_through(call.at, points, [_finite(points), _finite(bias)])
+        curved = find_curved(call.at, points, values)
+        parts = []
+        for value, image, part, bent in zip(values, own, along, curved, strict=True):
+            part = part + torch.where(bent, 0, value - image)
+            parts.append(torch.where(torch.isfinite(value), part, value))
+        return [parts, *rows], any(bool(c.any()) for c in curved)
+
+    def _named(self, call: Call) -> str:
+        function, operation = self.functions.name, call.kind.name
+        short = operation.strip("_")
+        return short if function in ("", short, operation) else f"{function} ({short})"
+
+
+def _needs_grad(tensor: Tensor) -> bool:
+    """Return whether autograd follows a tensor; a view of what was written into learns that from its `grad_fn`."""
+    return tensor.grad_fn is not None or tensor.requires_grad
+
+
+def _finite(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.where(torch.isfinite(t), t, 0) for t in tensors]
+
+
+def _constant(tensor: Tensor) -> list[Tensor]:
+    return [tensor.detach().to(wide(tensor), copy=True) for _ in range(_POINTS)]
+
+
+def _in_custom_function() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,163 @@
+"""One operation of a running forward, and the same operation applied to other values of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .companions import wide
+from .surroundings import random_state_kept
+
+# Operations that are affine in all floating-point arguments together. The list saves time: the others are examined.
+_AFFINE = frozenset(
+    "add sub rsub neg sum mean cat stack clone copy _to_copy index gather index_select where masked_fill fill "
+    "avg_pool2d _adaptive_avg_pool2d constant_pad_nd cumsum _unsafe_view".split()
+)
+# Operations that are affine in the arguments at these places together while the others are constant.
+_PRODUCTS: dict[str, tuple[set[int], ...]] = {
+    **dict.fromkeys(("mul", "mm", "bmm", "mv", "dot"), ({0}, {1})),
+    **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm"), ({0, 1}, {0, 2})),
+    "convolution": ({0, 2}, {1, 2}),
+    "div": ({0},),
+}
+_MODES = {"mode", "rounding_mode", "reduce"}  # arguments that change what an operation of the same name computes
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the signature of an operation says.
+
+    Attributes:
+        name: Its name, without overload and underscore.
+        plain: It has no argument that selects another function.
+        views: It returns views of its arguments, or turns one into a view in place, and writes no values.
+        names: Of its arguments.
+        written: Names of the arguments that it writes into.
+        draws: It may draw random numbers.
+    """
+
+    name: str
+    plain: bool
+    views: bool
+    names: tuple[str, ...]
+    written: frozenset[str]
+    draws: bool
+
+    def is_affine(self, places: set[int]) -> bool:
+        """Return whether it is known to be affine in the arguments at these places."""
+        if not self.plain:
+            return False
+        return self.name in _AFFINE or any(places <= allowed for allowed in _PRODUCTS.get(self.name, ()))
+
+
+@lru_cache(maxsize=4096)
+def kind_of(func: Any) -> Kind:
+    """Return what the signature of an operation says."""
+    schema = func._schema
+    names = tuple(a.name for a in schema.arguments)
+    written = frozenset(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    views = bool(schema.returns) and not written and all(r.alias_info is not None for r in schema.returns)
+    views |= torch.Tag.inplace_view in func.tags
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+    name = schema.name.partition("::")[2].removesuffix("_")
+    return Kind(name, not _MODES & set(names), views, names, written, draws)
+
+
+class Call:
+    """A call of an operation, before it runs.
+
+    Args:
+        func: The operation.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        moving: The tensors among them that are replaced by other values; the rest is constant.
+
+    Attributes:
+        written: Floating-point tensors that it writes into.
+    """
+
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], moving: Sequence[Tensor]) -> None:
+        self.func, self.kind, self.moving = func, kind_of(func), list(moving)
+        self._args = dict(zip(self.kind.names, args, strict=False)) | kwargs
+        self._positional = len(args)
+        self.written = [t for name in self.kind.written for t in tensors_in(self._args.get(name)) if is_followed(t)]
+        # Copies: what these hold now is gone once the operation has run.
+        self._values = {id(t): t.detach().to(wide(t), copy=True) for t in self.written}
+
+    def is_affine(self) -> bool:
+        """Return whether the operation is known to be affine in what moves."""
+        moving = {id(t) for t in self.moving}
+        held = (any(id(t) in moving for t in tensors_in(v)) for v in self._args.values())
+        places = {self.kind.names.index(name) for name, holds in zip(self._args, held, strict=True) if holds}
+        return self.kind.is_affine(places)
+
+    def points(self) -> list[Tensor]:
+        """Return the values of what moves, in double precision, as the operation found them."""
+        return [self._value(t) for t in self.moving]
+
+    def change(self, tensor: Tensor) -> Tensor:
+        """Return by how much the operation changed a tensor that it wrote into."""
+        return tensor.detach() - self._values[id(tensor)]
+
+    def results(self, output: Any) -> list[Tensor]:
+        """Return the floating-point tensors that the operation wrote into or made."""
+        return [*self.written, *_made(output, self.written)]
+
+    def at(self, points: Sequence[Tensor]) -> list[Tensor]:
+        """Return the results, in double precision, for other values of what moves."""
+        table = {id(t): p for t, p in zip(self.moving, points, strict=True)}
+        written: list[Tensor] = []
+
+        def replaced(value: Any, writes: bool) -> Any:
+            if isinstance(value, Tensor):
+                found = table.get(id(value))
+                found = self._value(value) if found is None else found
+                if writes and is_followed(value):
+                    written.append(found := found.clone())
+                return found
+            if isinstance(value, list | tuple):
+                return type(value)(replaced(v, writes) for v in value)
+            return _widened(value, self.moving[0]) if isinstance(value, torch.dtype) else value
+
+        given = {name: replaced(value, name in self.kind.written) for name, value in self._args.items()}
+        positional = [given.pop(name) for name in self.kind.names[: self._positional]]
+        with self._draws_again():
+            output = self.func(*positional, **given)
+        return [*written, *_made(output, written)]
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        """Return a value as the operation found it; double precision is made once."""
+        if not is_followed(tensor):
+            return tensor
+        if id(tensor) not in self._values:
+            self._values[id(tensor)] = tensor.detach().to(wide(tensor))
+        return self._values[id(tensor)]
+
+    def _draws_again(self) -> AbstractContextManager[Any]:
+        return random_state_kept() if self.kind.draws else nullcontext()
+
+
+def _made(output: Any, written: Sequence[Tensor]) -> list[Tensor]:
+    return [t for t in tensors_in(output) if is_followed(t) and not any(t is w for w in written)]
+
+
+def _widened(dtype: torch.dtype, like: Tensor) -> torch.dtype:
+    return wide(torch.empty(0, dtype=dtype, device=like.device)) if dtype.is_floating_point or dtype.is_complex else dtype
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in an argument, which may be a list."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, list | tuple) else []
+
+
+def is_followed(tensor: Tensor) -> bool:
+    """Return whether a tensor can have a derivative and a storage."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout is torch.strided
