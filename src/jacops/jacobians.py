@@ -93,7 +93,7 @@ def compute_jacobian(
         tensor([[1.0000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    _check_positive("batch_size", batch_size)
+    check_positive("batch_size", batch_size)
     options = {"outputs": outputs, "at": at, "checks": checks, "fallback": fallback, "compile": compile}
     samples = Samples(model, x, call="compute_jacobian", **options)
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
@@ -157,7 +157,7 @@ def full_jacobian(
     from .trees import select
 
     if chunk_size is not None:
-        _check_positive("chunk_size", chunk_size)
+        check_positive("chunk_size", chunk_size)
     picked = (lambda: select(func(), outputs)) if callable(func) and outputs is not None else func
     recorded = record_closure(picked, params, "full_jacobian", empty=True)
     if not recorded.tape.leaves:
@@ -383,6 +383,11 @@ def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
         )
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is not a positive whole number.
+
+    Raises:
+        InputError: It is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(explain(name, repr(value), "a positive whole number is needed"))

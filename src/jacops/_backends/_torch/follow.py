@@ -1,4 +1,4 @@
-"""Following a forward operation by operation: bias parts and moved values, carried along with its tensors.
+"""Following a forward operation by operation: bias parts, or moved values, carried along with its tensors.
 
 The forward itself is not changed: every operation runs as it is, and is then applied to the companions of its
 arguments. What autograd does not record (`detach`, `no_grad`, values read out of tensors) is a constant here as it is
@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from ..._finite import is_finite
 from .companions import Companions, wide
 from .local_linear import find_curved, push_through, ray
-from .operation import Call, is_followed, kind_of, tensors_in
+from .operation import Call, Shape, is_followed, kind_of, tensors_in
 from .surroundings import is_memory_error
 from .watch import Light, WritesState, storage_of
 
-_POINTS = 4  # companions of every tensor: the bias part, and values at x, x + d and x - d
 _MOVE = {torch.float64: 2.0**-20, torch.float32: 2.0**-13}  # d relative to x: far above rounding, below most kinks
 _COARSE_MOVE = 2.0**-6
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
@@ -56,16 +57,20 @@ class Follow(Light):
     Args:
         leaves: Where following starts; the list may grow while the forward runs, when a cut reaches its layer.
         guarded: Tensors that the forward may not write into.
+        lengths: Follow the values at `x + length * d` for each of these; bias parts where there are none.
+        seed: For the direction of `d`.
 
     Attributes:
         moves: `d` by leaf.
     """
 
-    def __init__(self, leaves: list[Tensor], guarded: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, leaves: list[Tensor], guarded: Iterable[Tensor] = (), lengths: Sequence[float] = (), seed: int = 0
+    ) -> None:
         super().__init__()
         self.leaves, self.moves, self.functions = leaves, [], Functions()
-        self._guarded = {storage_of(tensor) for tensor in guarded}
-        self._companions = Companions(_POINTS)
+        self._lengths, self._seed, self._guarded = lengths, seed, {storage_of(tensor) for tensor in guarded}
+        self._companions = Companions(len(lengths) or 1)
         self._marks: list[str] = []
         self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
@@ -111,7 +116,7 @@ class Follow(Light):
                 marks = self._companions.entry(output).marks
                 names = [name for i, name in enumerate(self._marks) if marks >> i & 1]
                 return [part.clone() for part in self._companions.read(output)], names
-            return [output.detach().to(wide(output)) for _ in range(_POINTS)], []
+            return self._constant(output), []
 
     # ---- what is followed ------------------------------------------------------------------------------------
 
@@ -124,30 +129,35 @@ class Follow(Light):
             if tensor is leaf:
                 self._start(leaf)
                 return True
-        if tensor.is_leaf or not self._builds_on_leaves(tensor):
+        maker = None if tensor.is_leaf else self._unseen(tensor)
+        if maker is None:
             return False
-        # Made by code that torch's dispatcher does not see, such as a custom Function that computes in NumPy.
-        mark = self._marked(f"{tensor.grad_fn.name().removesuffix('Backward')} (not examined)")
-        self._companions.write(tensor, _constant(tensor), mark, True)
+        self._companions.write(tensor, self._constant(tensor), self._marked(f"{maker} (not examined)"), True)
         return True
 
     def _start(self, leaf: Tensor) -> None:
         value = leaf.detach().to(wide(leaf))
-        move = _MOVE.get(leaf.dtype, _COARSE_MOVE) * ray(value)
-        self.moves.append(move)
-        self._companions.write(leaf, [torch.zeros_like(value), value.clone(), value + move, value - move], 0, True)
+        starts = [torch.zeros_like(value)]
+        if self._lengths:
+            move = _MOVE.get(leaf.dtype, _COARSE_MOVE) * ray(value, self._seed)
+            self.moves.append(move)
+            starts = [value + length * move for length in self._lengths]
+        self._companions.write(leaf, starts, 0, True)
 
-    def _builds_on_leaves(self, tensor: Tensor) -> bool:
+    def _unseen(self, tensor: Tensor) -> str | None:
+        """Return what made a tensor out of sight of the dispatcher (a custom Function in NumPy); None if no leaf did."""
         ends = {get_gradient_edge(leaf).node for leaf in self.leaves}
-        stack, seen = [tensor.grad_fn], set()
+        stack, seen, maker = [tensor.grad_fn], set(), ""
         while stack:
             node = stack.pop()
             if node in ends:
-                return True
+                return maker or tensor.grad_fn.name()
             if node is not None and node not in seen:
                 seen.add(node)
+                if isinstance(node, BackwardCFunction):
+                    maker = maker or node.name().removesuffix("Backward")
                 stack.extend(parent for parent, _ in node.next_functions)
-        return False
+        return None
 
     def _marked(self, name: str) -> int:
         if name not in self._marks:
@@ -176,7 +186,7 @@ class Follow(Light):
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
             if is_memory_error(error):
                 raise
-            values = list(zip(*(_constant(r) for r in results), strict=True))
+            values = list(zip(*(self._constant(r) for r in results), strict=True))
             marks |= self._marked(f"{self._named(call)} (not examined)")
         for i, tensor in enumerate(results):
             if any(tensor is s for s in shifts):
@@ -187,18 +197,24 @@ class Follow(Light):
 
     def _carried(self, call: Call) -> tuple[list[Sequence[Tensor]], bool]:
         """Return the results' companions, in rows, and whether the operation is curved."""
-        bias, *moved = zip(*(self._companions.read(t) for t in call.moving), strict=True)
-        rows: list[Sequence[Tensor]] = [call.at(points) for points in moved]
-        if call.is_affine():
-            return [call.at(bias), *rows], False
-        points = call.points()
-        values, (own, along) = push_through(call.at, points, [_finite(points), _finite(bias)])
-        curved = find_curved(call.at, points, values)
-        parts = []
-        for value, image, part, bent in zip(values, own, along, curved, strict=True):
-            part = part + torch.where(bent, 0, value - image)
-            parts.append(torch.where(torch.isfinite(value), part, value))
-        return [parts, *rows], any(bool(c.any()) for c in curved)
+        rows = list(zip(*(self._companions.read(t) for t in call.moving), strict=True))
+        shape = call.shape() if not self._lengths else Shape.AFFINE
+        if shape is Shape.AFFINE:
+            return [call.at(points) for points in rows], False
+        points, along = call.points(), [_finite(b) for b in rows[0]]
+        if shape is Shape.HOMOGENEOUS:
+            values, (parts,) = push_through(call.at, points, [along])
+            return [_finished(values, parts)], False
+        values, (own, parts) = push_through(call.at, points, [[_finite(p) for p in points], along])
+        constants = [value - image for value, image in zip(values, own, strict=True)]
+        curved = find_curved(call.at, points, values) if shape is Shape.UNKNOWN else None
+        if curved is not None:
+            constants = [torch.where(c, 0, r) for c, r in zip(curved, constants, strict=True)]
+        parts = [part + constant for part, constant in zip(parts, constants, strict=True)]
+        return [_finished(values, parts)], curved is not None
+
+    def _constant(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.detach().to(wide(tensor), copy=True) for _ in range(self._companions.many)]
 
     def _named(self, call: Call) -> str:
         function, operation = self.functions.name, call.kind.name
@@ -211,12 +227,14 @@ def _needs_grad(tensor: Tensor) -> bool:
     return tensor.grad_fn is not None or tensor.requires_grad
 
 
-def _finite(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.where(torch.isfinite(t), t, 0) for t in tensors]
+def _finite(tensor: Tensor) -> Tensor:
+    return tensor if is_finite(tensor) else torch.where(torch.isfinite(tensor), tensor, 0)
 
 
-def _constant(tensor: Tensor) -> list[Tensor]:
-    return [tensor.detach().to(wide(tensor), copy=True) for _ in range(_POINTS)]
+def _finished(values: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return bias parts; a result that is not finite (a score masked by -inf) is its own, as no feature reaches it."""
+    pairs = zip(values, parts, strict=True)
+    return [p if is_finite(v) else torch.where(torch.isfinite(v), p, v) for v, p in pairs]
 
 
 def _in_custom_function() -> bool:

@@ -9,11 +9,12 @@ fail. Where an operation is curved there is no such constant; it is named.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import InputError, ModelStateError, explain
 from ...trees import Selector, select
@@ -21,75 +22,129 @@ from .chunks import Chunks
 from .cut import At, Cut
 from .follow import Follow
 from .inputs import forward_explained
-from .replica import bare, check_state, replicate
+from .replica import replicate
 from .surroundings import out_of_inference, random_state_kept, recording
 from .watch import WritesState
 
 
 @dataclass(frozen=True)
 class Parts:
-    """An output and what it is made of, for all samples.
+    """An output and its bias part, for all samples.
 
     Attributes:
         output: The model's output, `(n, *out)`.
         bias: Its bias part, in double precision.
         point: What it was followed from: the input, or the output of the layer that the forward is cut at.
-        move: A small change of that, `d`.
-        around: The output at `x`, `x + d` and `x - d`, in double precision, what is detached held fixed.
         curved: Names of operations that are not piecewise linear, or could not be examined.
     """
 
     output: Tensor
     bias: Tensor
     point: Tensor
-    move: Tensor
-    around: tuple[Tensor, Tensor, Tensor]
     curved: tuple[str, ...]
 
 
-def bias_part(model: Any, x: Tensor, batch_size: int, *, outputs: Selector = None, at: At = None) -> Parts:
-    """Return the output of a model for some samples, its bias part, and what it is not piecewise linear by.
+@dataclass(frozen=True)
+class Moved:
+    """An output around a point, in double precision, with what is detached held fixed.
 
-    Raises:
-        InputError: `at` or `outputs` picks nothing.
-        ModelStateError: As in `compute_jacobian`.
+    Attributes:
+        base: At `x`.
+        ahead: At `x + d`.
+        behind: At `x - d`.
+        move: `d`.
     """
-    check_state(bare(model))
-    found: list[Parts] = []
-    chunks = Chunks(x.shape[0], batch_size)
-    for where in chunks:
-        with chunks.halving(where, "contributions", "samples"):
-            found.append(_of_batch(bare(model), x[where], outputs, at))
-    tensors = ([getattr(p, name) for p in found] for name in ("output", "bias", "point", "move"))
-    around = tuple(torch.cat(values) for values in zip(*(p.around for p in found), strict=True))
-    names = dict.fromkeys(name for p in found for name in p.curved)
-    return Parts(*(torch.cat(t) for t in tensors), around, tuple(names))
+
+    base: Tensor
+    ahead: Tensor
+    behind: Tensor
+    move: Tensor
 
 
-def _of_batch(model: torch.nn.Module, x: Tensor, outputs: Selector, at: At) -> Parts:
-    for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
-        try:
-            return _followed(model, x, outputs, at, cloned)
-        except WritesState:
-            continue
-    raise ModelStateError(
-        explain("model", "writing into tensors that are not its own", "its forward must leave such tensors alone")
-    )
+@dataclass(frozen=True)
+class Forward:
+    """How a model is followed.
+
+    Attributes:
+        model: A module, evaluated in eval mode.
+        outputs: Which part of the output.
+        at: A cut at submodules.
+        batch_size: Most samples to a forward.
+    """
+
+    model: nn.Module
+    outputs: Selector
+    at: At
+    batch_size: int
+
+    def parts(self, x: Tensor) -> Parts:
+        """Return the output for samples `x` and its bias part.
+
+        Raises:
+            InputError: `at` or `outputs` picks nothing, or several tensors.
+            ModelStateError: The forward writes into tensors that are not its own.
+        """
+        runs = self._runs(x)
+        output, bias, point = (torch.cat(t) for t in zip(*((r.output, r.carried[0], r.point) for r in runs), strict=True))
+        return Parts(output, bias, point, tuple(dict.fromkeys(name for r in runs for name in r.curved)))
+
+    def moved(self, x: Tensor, seed: int) -> Moved:
+        """Return the output around samples `x`, along a random direction."""
+        parts = [(*r.carried, r.move) for r in self._runs(x, (0.0, 1.0, -1.0), seed)]
+        return Moved(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def _runs(self, x: Tensor, lengths: Sequence[float] = (), seed: int = 0) -> list[_Run]:
+        runs = []
+        chunks = Chunks(x.shape[0], self.batch_size)
+        for where in chunks:
+            with chunks.halving(where, "contributions", "samples"):
+                runs.append(self._run(x[where], lengths, seed))
+        return runs
+
+    def _run(self, x: Tensor, lengths: Sequence[float], seed: int) -> _Run:
+        for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
+            module = replicate(self.model, training=False, cloned=cloned).module
+            given, cut = out_of_inference(x).detach(), Cut(module, self.at)
+            leaves = cut.leaves if cut.source is not None else [given.requires_grad_()]
+            follow = Follow(leaves, [] if cloned else self.model.parameters(), lengths, seed)
+            try:
+                with recording(), random_state_kept(), forward_explained(self.model, [x]):
+                    with follow, follow.functions, cut.active():
+                        output = select(cut.result(module(given.clone())), self.outputs)
+            except WritesState:
+                continue
+            return _Run.of(output, follow, x.shape[0] == 1)
+        came = "writing into tensors that are not its own"
+        raise ModelStateError(explain("model", came, "its forward must leave such tensors alone"))
 
 
-def _followed(model: torch.nn.Module, x: Tensor, outputs: Selector, at: At, cloned: bool) -> Parts:
-    module = replicate(model, training=False, cloned=cloned).module
-    with recording(), random_state_kept():
-        cut = Cut(module, at)
-        given = out_of_inference(x).detach()
-        if cut.source is None:
-            given = given.requires_grad_()
-        leaves = [given] if cut.source is None else cut.leaves
-        follow = Follow(leaves, [] if cloned else model.parameters())
-        with follow, follow.functions, cut.active(), forward_explained(model, [x]):
-            output = select(cut.result(module(given.clone())), outputs)
+@dataclass(frozen=True)
+class _Run:
+    """One forward.
+
+    Attributes:
+        output: Its output.
+        carried: What was carried along to it.
+        point: Where it was followed from.
+        move: `d`, zero where values were not moved.
+        curved: Names of what is not piecewise linear.
+    """
+
+    output: Tensor
+    carried: list[Tensor]
+    point: Tensor
+    move: Tensor
+    curved: list[str]
+
+    @classmethod
+    def of(cls, output: Any, follow: Follow, alone: bool) -> _Run:
         if not isinstance(output, Tensor):
             todo = "Pick one with `outputs=`."
             raise InputError(explain("model", f"returning a {type(output).__name__}", "one tensor is needed", todo))
-        (bias, *around), curved = follow.read(output)
-    return Parts(output.detach(), bias, leaves[0].detach(), follow.moves[0], tuple(around), tuple(curved))
+        carried, curved = follow.read(output)
+        point = follow.leaves[0].detach()
+        run = cls(output.detach(), carried, point, follow.moves[0] if follow.moves else torch.zeros_like(point), curved)
+        if not alone or (output.ndim and output.shape[0] == 1):
+            return run
+        # The forward drops the axis of a single sample.
+        return replace(run, output=run.output.unsqueeze(0), carried=[c.unsqueeze(0) for c in carried])

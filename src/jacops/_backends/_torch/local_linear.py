@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from .surroundings import private_noise
+from ..._finite import is_finite
 from .tape import Tape
 
 Operation = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -51,7 +53,7 @@ def _by_double_backward(
     live = [r for r in results if r.requires_grad]
     if not live:
         return [[torch.zeros_like(r) for r in results] for _ in directions]
-    seeds = [private_noise(r, seed=i).requires_grad_() for i, r in enumerate(live)]
+    seeds = [torch.ones_like(r).requires_grad_() for r in live]
     grads = torch.autograd.grad(live, leaves, seeds, create_graph=True, allow_unused=True)
     if any(g is not None and not g.requires_grad and bool(g.any()) for g in grads):
         raise RuntimeError("a backward without derivative by its cotangent")
@@ -74,53 +76,78 @@ def _by_rows(leaves: Sequence[Tensor], results: Sequence[Tensor], tangents: Sequ
     return [rows[0] for rows in tape.push_rows([t.unsqueeze(0) for t in tangents])]
 
 
-def find_curved(operation: Operation, points: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
-    """Return, for every entry of every result, whether the operation is curved there rather than piecewise linear.
+def find_curved(operation: Operation, points: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return, for every entry of every result, whether the operation is curved there; None where it is nowhere.
 
     All points move along one ray. A piecewise linear function has second differences of zero along it, up to the first
     kink; a single kink, however near, gives the same second difference at two lengths; a curve gives one that goes with
     the square of the length. A kink at the point itself is no matter, because the ray leaves on one side.
     """
     rays = [ray(point, seed=i) for i, point in enumerate(points)]
-    open_ = [torch.isfinite(r) for r in results]
+    undecided: list[Tensor] = []
     before: list[Tensor] = []
-    last = _MOVES[0]
-    for move in _MOVES:
-        probes = [operation([p + t * move * ray for p, ray in zip(points, rays, strict=True)]) for t in (0.25, 0.5, 1.0, 2.0)]
-        seen = []
-        for i, (result, *values) in enumerate(zip(results, *probes, strict=True)):
-            near, middle, far, rounding = _second_differences(result, *values, move=move)
-            flat = near <= rounding
-            if before:  # only where a curve would still be seen
-                flat &= before[i] * (move / last) ** 2 > _VISIBLE * rounding
-            kink = ((far - middle).abs() <= _SAME * far) & (far > _VISIBLE * rounding)
-            open_[i] = open_[i] & ~flat & ~kink
-            seen.append(near)
-        before, last = seen, move
-        if not any(bool(o.any()) for o in open_):
-            break
-    return open_
+    for move, last in zip(_MOVES, (math.inf, *_MOVES), strict=False):
+
+        def at(length: float, move: float = move) -> list[Tensor]:
+            return operation([p + length * move * r for p, r in zip(points, rays, strict=True)])
+
+        quarter, half = at(0.25), at(0.5)
+        nears = [_second_difference(*values) for values in zip(results, quarter, half, strict=True)]
+        # A change divided by the move is about as large as the terms that the result was summed from.
+        scales = [r.abs() + (b - r).abs() * (2 / move) for r, b in zip(results, half, strict=True)]
+        roundings = [(_ROUNDING * torch.finfo(s.dtype).eps) * s for s in scales]
+        undecided = _without_flat(undecided, before, nears, roundings, (move / last) ** 2)
+        if any(bool(u.any()) for u in undecided):
+            ends = zip(undecided, results, half, at(1.0), at(2.0), roundings, strict=True)
+            undecided = [u & torch.isfinite(r) & ~_is_kink(r, a, b, c, tiny) for u, r, a, b, c, tiny in ends]
+        if not any(bool(u.any()) for u in undecided):
+            return None
+        before = nears
+    return undecided
 
 
-def _second_differences(
-    at_0: Tensor, at_quarter: Tensor, at_half: Tensor, at_1: Tensor, at_2: Tensor, *, move: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return second differences of three lengths, and what rounding makes of them."""
-    near, middle, far = (
-        (b - 2 * a + at_0).abs() for a, b in ((at_quarter, at_half), (at_half, at_1), (at_1, at_2))
-    )
-    # A change divided by the move is about as large as the terms that the result was summed from.
-    terms = at_0.abs() + (at_2 - at_0).abs() / (2 * move)
-    return near, middle, far, _ROUNDING * torch.finfo(terms.dtype).eps * terms
+def _second_difference(at_0: Tensor, at_1: Tensor, at_2: Tensor) -> Tensor:
+    return (at_2 - 2 * at_1 + at_0).abs()
+
+
+def _without_flat(
+    undecided: Sequence[Tensor], before: Sequence[Tensor], nears: Sequence[Tensor], roundings: Sequence[Tensor], less: float
+) -> list[Tensor]:
+    """Return what is undecided still: second differences are more than rounding, or would be rounding for a curve too."""
+    if not before:
+        return [~(n <= r) for n, r in zip(nears, roundings, strict=True)]
+    four = zip(undecided, before, nears, roundings, strict=True)
+    return [u & ~((n <= r) & (b * less > _VISIBLE * r)) for u, b, n, r in four]
+
+
+def _is_kink(at_0: Tensor, at_half: Tensor, at_1: Tensor, at_2: Tensor, rounding: Tensor) -> Tensor:
+    middle, far = _second_difference(at_0, at_half, at_1), _second_difference(at_0, at_1, at_2)
+    return ((far - middle).abs() <= _SAME * far) & (far > _VISIBLE * rounding)
 
 
 def ray(point: Tensor, seed: int = 0) -> Tensor:
-    """Return a direction in which every finite entry moves, by about its own size."""
-    noise = private_noise(point, seed=7 + seed)
-    noise = noise.sgn() * (0.5 + noise.abs().clamp_max(1))
-    sizes = torch.where(torch.isfinite(point), point, 0).abs()
+    """Return a direction in which every finite entry moves, by half to one and a half times its own size."""
+    if not is_finite(point):
+        point = torch.where(torch.isfinite(point), point, 0)
+    sizes = point.abs()
     rows = sizes.reshape(sizes.shape[0], -1) if sizes.ndim and sizes.numel() else sizes.reshape(1, -1)
-    typical = rows.square().mean(1).sqrt() if rows.numel() else rows.sum(1)
+    typical = torch.linalg.vector_norm(rows, dim=1) / max(1, rows.shape[1]) ** 0.5
     typical = torch.where(typical > 0, typical, 1.0).reshape(-1, *[1] * max(0, sizes.ndim - 1))
     least = (_LEAST * typical).reshape(()) if sizes.ndim == 0 else _LEAST * typical
-    return torch.where(torch.isfinite(point), noise * torch.maximum(sizes, least), 0)
+    return torch.maximum(sizes, least) * _factors(seed, point)
+
+
+@lru_cache(maxsize=16)
+def _table(seed: int) -> Tensor:
+    """Return factors between 0.5 and 1.5 of either sign, as many as no array's row is a multiple of (a prime)."""
+    generator = torch.Generator().manual_seed(7 + seed)
+    sizes, signs = torch.rand(2, 65_537, generator=generator, dtype=torch.float64)
+    return (0.5 + sizes) * torch.where(signs < 0.5, -1.0, 1.0)
+
+
+def _factors(seed: int, like: Tensor) -> Tensor:
+    """Return random factors shaped like a tensor: repeated, since to draw them all takes longer than what is done."""
+    table = _table(seed)
+    many = like.numel()
+    drawn = table.repeat(-(-many // table.numel()))[:many] if many > table.numel() else table[:many]
+    return drawn.reshape(like.shape).to(like.device, like.real.dtype)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from typing import Any
 
@@ -14,19 +15,37 @@ from torch import Tensor
 from .companions import wide
 from .surroundings import random_state_kept
 
-# Operations that are affine in all floating-point arguments together. The list saves time: the others are examined.
+# What is known of torch's own operations saves time; all others are examined where they are called. These are affine in
+# all floating-point arguments together.
 _AFFINE = frozenset(
     "add sub rsub neg sum mean cat stack clone copy _to_copy index gather index_select where masked_fill fill "
     "avg_pool2d _adaptive_avg_pool2d constant_pad_nd cumsum _unsafe_view".split()
 )
-# Operations that are affine in the arguments at these places together while the others are constant.
+# Affine in the arguments at these places together while the others are constant.
 _PRODUCTS: dict[str, tuple[set[int], ...]] = {
     **dict.fromkeys(("mul", "mm", "bmm", "mv", "dot"), ({0}, {1})),
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm"), ({0, 1}, {0, 2})),
     "convolution": ({0, 2}, {1, 2}),
     "div": ({0},),
 }
+_NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))  # affine in x without training
+# Homogeneous and piecewise linear in the argument at place 0.
+_HOMOGENEOUS = frozenset(("relu", "leaky_relu", "_prelu_kernel", "abs"))
+# Piecewise linear in all floating-point arguments together.
+_PIECEWISE = frozenset(
+    "hardtanh clamp clamp_min clamp_max threshold hardsigmoid maximum minimum fmax fmin max min amax amin "
+    "max_pool2d_with_indices sort topk".split()
+)
 _MODES = {"mode", "rounding_mode", "reduce"}  # arguments that change what an operation of the same name computes
+
+
+class Shape(Enum):
+    """What is known of a function before it is examined."""
+
+    AFFINE = "affine"
+    HOMOGENEOUS = "homogeneous of degree one and piecewise linear"
+    PIECEWISE = "piecewise linear"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -49,11 +68,15 @@ class Kind:
     written: frozenset[str]
     draws: bool
 
-    def is_affine(self, places: set[int]) -> bool:
-        """Return whether it is known to be affine in the arguments at these places."""
+    def shape(self, places: set[int], training: bool) -> Shape:
+        """Return what is known of it as a function of the arguments at these places."""
         if not self.plain:
-            return False
-        return self.name in _AFFINE or any(places <= allowed for allowed in _PRODUCTS.get(self.name, ()))
+            return Shape.UNKNOWN
+        if self.name in _AFFINE or any(places <= allowed for allowed in _PRODUCTS.get(self.name, ())):
+            return Shape.AFFINE
+        if places == {0} and (self.name in _HOMOGENEOUS or (self.name in _NORMS and not training)):
+            return Shape.AFFINE if self.name in _NORMS else Shape.HOMOGENEOUS
+        return Shape.PIECEWISE if self.name in _PIECEWISE else Shape.UNKNOWN
 
 
 @lru_cache(maxsize=4096)
@@ -90,12 +113,14 @@ class Call:
         # Copies: what these hold now is gone once the operation has run.
         self._values = {id(t): t.detach().to(wide(t), copy=True) for t in self.written}
 
-    def is_affine(self) -> bool:
-        """Return whether the operation is known to be affine in what moves."""
+    def shape(self) -> Shape:
+        """Return what is known of the operation as a function of what moves."""
         moving = {id(t) for t in self.moving}
         held = (any(id(t) in moving for t in tensors_in(v)) for v in self._args.values())
         places = {self.kind.names.index(name) for name, holds in zip(self._args, held, strict=True) if holds}
-        return self.kind.is_affine(places)
+        if any(t.is_complex() for t in self.moving) and not self.kind.name in _AFFINE | set(_PRODUCTS):
+            return Shape.UNKNOWN
+        return self.kind.shape(places, training=self._args.get("training") is not False)
 
     def points(self) -> list[Tensor]:
         """Return the values of what moves, in double precision, as the operation found them."""

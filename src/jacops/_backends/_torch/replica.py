@@ -207,7 +207,7 @@ class _Builder:
             return self.build(module._orig_mod)
         if isinstance(module, torch.jit.ScriptModule):
             return self._scripted(module)
-        twin = module.__class__.__new__(module.__class__)
+        twin = object.__new__(module.__class__)  # a torch.fx module's own __new__ makes a class without its forward
         self.memo[id(module)] = twin
         state = twin.__dict__
         for key, value in module.__dict__.items():

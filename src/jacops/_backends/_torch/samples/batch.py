@@ -30,7 +30,7 @@ from .bottleneck import GAIN, narrowest, sweep_split
 from .compiled import Compiler
 from .mixing import coupled, differs, unbatchable
 from .plan import ensure_fits, is_small, planned
-from .results import Results, SampleJacobians
+from .results import ALONE, Results, SampleJacobians
 from .runs import Run, Runner
 from .sweeps import sweep
 
@@ -161,7 +161,7 @@ class Samples:
                 where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
             with chunks.halving(where, self.call, "samples"):
                 reason = self._swept(result, where, mode, reason)
-        how = f"one sample at a time ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
+        how = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
         return self._finished(result, how)
 
     def _swept(self, result: Results, where: slice, mode: str, reason: str | None) -> str | None:
