@@ -218,7 +218,7 @@ def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # no
         )
     if z.size == 0:
         raise InputError(explain("Z", f"of shape {z.shape}", "at least one sample and one output are needed"))
-    rebuilt = np.einsum("noi,ni->no", j, x)
+    rebuilt = (j @ x[:, :, None])[:, :, 0]
     error = np.abs(z - rebuilt)
     worst, scale = float(error.max()), float(np.abs(z).max())
     relative = worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))

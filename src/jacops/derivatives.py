@@ -27,7 +27,7 @@ from ._backends._torch.surroundings import eager, out_of_inference, private_nois
 from ._backends._torch.tape import Tape
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
 from .operators import Operator, Product, Recorded
-from .trees import Selector, flatten
+from .trees import Selector, flatten, hint_at_labels
 
 Loss = Callable[[Any, Any], Tensor]
 Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
@@ -89,6 +89,7 @@ def jacobian(
         raise InputError(
             explain("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
         )
+    hint_at_labels("jacobian", outputs, inputs)
     found = record_model(
         model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, checks=checks, fallback=fallback
     )

@@ -22,7 +22,7 @@ from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
 from .sparsity import sparse_plan
-from .trees import Selector
+from .trees import Selector, hint_at_labels
 
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
@@ -239,6 +239,7 @@ def modjac(
         torch.Size([1, 1, 1, 2])
     """
     forward = _check_strategy(strategy)
+    hint_at_labels("modjac", outputs, input)
     if sparse:
         _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
         return _sparse(model, input, trainable_only, tangent, outputs, check_finite)

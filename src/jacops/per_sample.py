@@ -21,7 +21,7 @@ from .derivatives import Loss, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
 from .space import Space
-from .trees import Selector, Tree, flatten
+from .trees import Selector, Tree, flatten, hint_at_labels
 
 Randomness = Literal["error", "same"]
 
@@ -126,6 +126,7 @@ def sample_jacobians(
     refuse_mixing_modules(model, random=seed is None)
     options.setdefault("parameters", trainable)
     values, tree = _rows_of(x, "x")
+    hint_at_labels("sample_jacobians", outputs, x)
 
     def record(values: Sequence[Tensor]) -> Recorded:
         with seeded(seed):

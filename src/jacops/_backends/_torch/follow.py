@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..._finite import is_finite
 from .companions import Companions, wide
-from .local_linear import find_curved, push_through, ray
+from .local_linear import find_curved, push_entrywise, push_through, ray
 from .operation import Call, Shape, is_followed, kind_of, tensors_in
 from .surroundings import is_memory_error
 from .watch import Light, WritesState, storage_of
@@ -57,7 +57,8 @@ class Follow(Light):
     Args:
         leaves: Where following starts; the list may grow while the forward runs, when a cut reaches its layer.
         guarded: Tensors that the forward may not write into.
-        lengths: Follow the values at `x + length * d` for each of these; bias parts where there are none.
+        bias: Follow bias parts.
+        lengths: Follow the values at `x + length * d` for each of these.
         seed: For the direction of `d`.
 
     Attributes:
@@ -65,12 +66,13 @@ class Follow(Light):
     """
 
     def __init__(
-        self, leaves: list[Tensor], guarded: Iterable[Tensor] = (), lengths: Sequence[float] = (), seed: int = 0
+        self, leaves: list[Tensor], guarded: Iterable[Tensor], bias: bool, lengths: Sequence[float], seed: int
     ) -> None:
         super().__init__()
         self.leaves, self.moves, self.functions = leaves, [], Functions()
-        self._lengths, self._seed, self._guarded = lengths, seed, {storage_of(tensor) for tensor in guarded}
-        self._companions = Companions(len(lengths) or 1)
+        self._bias, self._lengths, self._seed = bias, lengths, seed
+        self._guarded = {storage_of(tensor) for tensor in guarded}
+        self._companions = Companions(bias + len(lengths))
         self._marks: list[str] = []
         self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
@@ -81,20 +83,21 @@ class Follow(Light):
         if kind.written and self._guarded:
             self._refuse_writes(func, args, kwargs)
         recorded = torch.is_grad_enabled()
-        with self._apart():
+        with torch._C.DisableTorchFunction():
             given = [t for t in tensors_in([*args, *kwargs.values()]) if is_followed(t)]
             tracked = [t for t in given if self._is_tracked(t)]
-            if tracked:
-                # Where nothing is recorded (inside a custom Function) all that is tracked is followed.
-                moving = [t for t in tracked if recorded and _needs_grad(t)] or tracked
-                call = Call(func, args, kwargs, moving)
-                shifts = [] if recorded and moving is not tracked else self._shifted(call)
-                for tensor in call.written:
-                    self._companions.prepare(tensor)
+            moving = [t for t in tracked if recorded and _needs_grad(t)]
+        if not tracked:
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            # Where nothing is recorded (inside a custom Function) all that is tracked is followed.
+            call = Call(func, args, kwargs, moving or tracked)
+            shifts = [] if moving else self._shifted(call)
+            for tensor in call.written:
+                self._companions.prepare(tensor)
         output = func(*args, **kwargs)
-        if tracked:
-            with self._apart():
-                self._carry(call, output, shifts, recorded and _needs_grad(moving[0]))
+        with self._apart():
+            self._carry(call, output, shifts, bool(moving))
         return output
 
     def _refuse_writes(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -136,17 +139,18 @@ class Follow(Light):
         return True
 
     def _start(self, leaf: Tensor) -> None:
-        value = leaf.detach().to(wide(leaf))
-        starts = [torch.zeros_like(value)]
-        if self._lengths:
-            move = _MOVE.get(leaf.dtype, _COARSE_MOVE) * ray(value, self._seed)
-            self.moves.append(move)
-            starts = [value + length * move for length in self._lengths]
-        self._companions.write(leaf, starts, 0, True)
+        with self._apart():
+            value = leaf.detach().to(wide(leaf))
+            starts = [torch.zeros_like(value)] if self._bias else []
+            if self._lengths:
+                self.moves.append(move := _MOVE.get(leaf.dtype, _COARSE_MOVE) * ray(value, self._seed))
+                starts += [value + length * move for length in self._lengths]
+            self._companions.write(leaf, starts, 0, True)
 
     def _unseen(self, tensor: Tensor) -> str | None:
         """Return what made a tensor out of sight of the dispatcher (a custom Function in NumPy); None if no leaf did."""
-        ends = {get_gradient_edge(leaf).node for leaf in self.leaves}
+        with self._apart(), torch.enable_grad():
+            ends = {get_gradient_edge(leaf).node for leaf in self.leaves}
         stack, seen, maker = [tensor.grad_fn], set(), ""
         while stack:
             node = stack.pop()
@@ -198,20 +202,25 @@ class Follow(Light):
     def _carried(self, call: Call) -> tuple[list[Sequence[Tensor]], bool]:
         """Return the results' companions, in rows, and whether the operation is curved."""
         rows = list(zip(*(self._companions.read(t) for t in call.moving), strict=True))
-        shape = call.shape() if not self._lengths else Shape.AFFINE
-        if shape is Shape.AFFINE:
+        if not self._bias:
             return [call.at(points) for points in rows], False
-        points, along = call.points(), [_finite(b) for b in rows[0]]
+        (bias, curved), moved = self._bias_parts(call, rows[0]), rows[1:]
+        return [bias, *(call.at(points) for points in moved)], curved
+
+    def _bias_parts(self, call: Call, bias: Sequence[Tensor]) -> tuple[Sequence[Tensor], bool]:
+        shape = call.shape()
+        if shape is Shape.AFFINE:
+            return call.at(bias), False
+        points, along = call.points(), [_finite(b) for b in bias]
         if shape is Shape.HOMOGENEOUS:
-            values, (parts,) = push_through(call.at, points, [along])
-            return [_finished(values, parts)], False
+            return _finished(*push_entrywise(call.at, points[0], along[0])), False
         values, (own, parts) = push_through(call.at, points, [[_finite(p) for p in points], along])
         constants = [value - image for value, image in zip(values, own, strict=True)]
         curved = find_curved(call.at, points, values) if shape is Shape.UNKNOWN else None
         if curved is not None:
             constants = [torch.where(c, 0, r) for c, r in zip(curved, constants, strict=True)]
         parts = [part + constant for part, constant in zip(parts, constants, strict=True)]
-        return [_finished(values, parts)], curved is not None
+        return _finished(values, parts), curved is not None
 
     def _constant(self, tensor: Tensor) -> list[Tensor]:
         return [tensor.detach().to(wide(tensor), copy=True) for _ in range(self._companions.many)]

@@ -27,21 +27,8 @@ from .surroundings import out_of_inference, random_state_kept, recording
 from .watch import WritesState
 
 
-@dataclass(frozen=True)
-class Parts:
-    """An output and its bias part, for all samples.
-
-    Attributes:
-        output: The model's output, `(n, *out)`.
-        bias: Its bias part, in double precision.
-        point: What it was followed from: the input, or the output of the layer that the forward is cut at.
-        curved: Names of operations that are not piecewise linear, or could not be examined.
-    """
-
-    output: Tensor
-    bias: Tensor
-    point: Tensor
-    curved: tuple[str, ...]
+FEW = 32  # samples whose slopes are compared, or all where they are not many more and share the other run
+_AROUND = (0.0, 1.0, -1.0)
 
 
 @dataclass(frozen=True)
@@ -59,6 +46,25 @@ class Moved:
     ahead: Tensor
     behind: Tensor
     move: Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An output and its bias part, for all samples.
+
+    Attributes:
+        output: The model's output, `(n, *out)`.
+        bias: Its bias part, in double precision.
+        point: What it was followed from: the input, or the output of the layer that the forward is cut at.
+        curved: Names of operations that are not piecewise linear, or could not be examined.
+        moved: The output around the point, where there are few samples: to follow both at once takes less time.
+    """
+
+    output: Tensor
+    bias: Tensor
+    point: Tensor
+    curved: tuple[str, ...]
+    moved: Moved | None
 
 
 @dataclass(frozen=True)
@@ -84,29 +90,34 @@ class Forward:
             InputError: `at` or `outputs` picks nothing, or several tensors.
             ModelStateError: The forward writes into tensors that are not its own.
         """
-        runs = self._runs(x)
-        output, bias, point = (torch.cat(t) for t in zip(*((r.output, r.carried[0], r.point) for r in runs), strict=True))
-        return Parts(output, bias, point, tuple(dict.fromkeys(name for r in runs for name in r.curved)))
+        lengths = _AROUND if x.shape[0] <= 4 * FEW else ()
+        runs = self._runs(x, True, lengths)
+        bias, *moved = self._joined(runs)
+        output, point = torch.cat([r.output for r in runs]), torch.cat([r.point for r in runs])
+        curved = tuple(dict.fromkeys(name for r in runs for name in r.curved))
+        return Parts(output, bias, point, curved, Moved(*moved) if lengths else None)
 
     def moved(self, x: Tensor, seed: int) -> Moved:
         """Return the output around samples `x`, along a random direction."""
-        parts = [(*r.carried, r.move) for r in self._runs(x, (0.0, 1.0, -1.0), seed)]
-        return Moved(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return Moved(*self._joined(self._runs(x, False, _AROUND, seed)))
 
-    def _runs(self, x: Tensor, lengths: Sequence[float] = (), seed: int = 0) -> list[_Run]:
-        runs = []
+    def _joined(self, runs: Sequence[_Run]) -> list[Tensor]:
+        return [torch.cat(parts) for parts in zip(*((*r.carried, *r.moves) for r in runs), strict=True)]
+
+    def _runs(self, x: Tensor, bias: bool, lengths: Sequence[float], seed: int = 0) -> list[_Run]:
+        runs: list[_Run] = []
         chunks = Chunks(x.shape[0], self.batch_size)
         for where in chunks:
             with chunks.halving(where, "contributions", "samples"):
-                runs.append(self._run(x[where], lengths, seed))
+                runs.append(self._run(x[where], bias, lengths, seed))
         return runs
 
-    def _run(self, x: Tensor, lengths: Sequence[float], seed: int) -> _Run:
+    def _run(self, x: Tensor, bias: bool, lengths: Sequence[float], seed: int) -> _Run:
         for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
             module = replicate(self.model, training=False, cloned=cloned).module
             given, cut = out_of_inference(x).detach(), Cut(module, self.at)
             leaves = cut.leaves if cut.source is not None else [given.requires_grad_()]
-            follow = Follow(leaves, [] if cloned else self.model.parameters(), lengths, seed)
+            follow = Follow(leaves, [] if cloned else self.model.parameters(), bias, lengths, seed)
             try:
                 with recording(), random_state_kept(), forward_explained(self.model, [x]):
                     with follow, follow.functions, cut.active():
@@ -126,14 +137,14 @@ class _Run:
         output: Its output.
         carried: What was carried along to it.
         point: Where it was followed from.
-        move: `d`, zero where values were not moved.
+        moves: `d`, where values were moved.
         curved: Names of what is not piecewise linear.
     """
 
     output: Tensor
     carried: list[Tensor]
     point: Tensor
-    move: Tensor
+    moves: list[Tensor]
     curved: list[str]
 
     @classmethod
@@ -142,8 +153,7 @@ class _Run:
             todo = "Pick one with `outputs=`."
             raise InputError(explain("model", f"returning a {type(output).__name__}", "one tensor is needed", todo))
         carried, curved = follow.read(output)
-        point = follow.leaves[0].detach()
-        run = cls(output.detach(), carried, point, follow.moves[0] if follow.moves else torch.zeros_like(point), curved)
+        run = cls(output.detach(), carried, follow.leaves[0].detach(), follow.moves, curved)
         if not alone or (output.ndim and output.shape[0] == 1):
             return run
         # The forward drops the axis of a single sample.

@@ -43,6 +43,15 @@ def push_through(
     return [r.detach() for r in results], [[p.detach() for p in row] for row in pushed]
 
 
+def push_entrywise(operation: Operation, point: Tensor, direction: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what `push_through` does for an operation on each entry alone, whose derivative is its own transpose."""
+    with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
+        leaf = point.detach().requires_grad_()
+        (result,) = operation([leaf])
+        (pushed,) = torch.autograd.grad(result, leaf, direction)
+    return [result.detach()], [pushed]
+
+
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 

@@ -29,7 +29,7 @@ _PRODUCTS: dict[str, tuple[set[int], ...]] = {
     "div": ({0},),
 }
 _NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))  # affine in x without training
-# Homogeneous and piecewise linear in the argument at place 0.
+# Homogeneous and piecewise linear in the argument at place 0, on each entry alone.
 _HOMOGENEOUS = frozenset(("relu", "leaky_relu", "_prelu_kernel", "abs"))
 # Piecewise linear in all floating-point arguments together.
 _PIECEWISE = frozenset(
@@ -43,7 +43,7 @@ class Shape(Enum):
     """What is known of a function before it is examined."""
 
     AFFINE = "affine"
-    HOMOGENEOUS = "homogeneous of degree one and piecewise linear"
+    HOMOGENEOUS = "on each entry alone homogeneous of degree one and piecewise linear"
     PIECEWISE = "piecewise linear"
     UNKNOWN = "unknown"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...._finite import is_finite
 from ...._progress import track
 from ....errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
-from ....trees import Selector, flatten, is_differentiable
+from ....trees import Selector, flatten, hint_at_labels, is_differentiable
 from ..chunks import Chunks
 from ..cut import At
 from ..inputs import check_fallback
@@ -75,6 +75,7 @@ class Samples:
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
         self.compiler = Compiler(self.runner, fallback) if compile and checks in ("first", "never") else None
         self.count = self._check_inputs(x)
+        hint_at_labels(call, outputs, x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
             raise NotDifferentiableError(
