@@ -1,4 +1,4 @@
-"""Contributions: `f(x) = J x + b` for every piecewise-linear operation, what is not piecewise linear named, never silent.
+"""Contributions: `f(x) = J x + b` for every piecewise-linear operation, and no other one passed over in silence.
 
 The oracle is plain: `b = f(x) - J x` with `J` by `torch.autograd.grad`, one number of the output at a time, in float64.
 The library computes `b` from the operations of the forward alone, so agreement means something on both sides.
@@ -350,7 +350,9 @@ def test_traced_and_scripted_models_are_exact(kind: str):
     elif kind == "export":
         model = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
     else:
-        model = {"fx": torch.fx.symbolic_trace, "script": torch.jit.script}.get(kind, lambda m: torch.jit.trace(m, x))(net)
+        model = {"fx": torch.fx.symbolic_trace, "script": torch.jit.script}.get(kind, lambda m: torch.jit.trace(m, x))(
+            net
+        )
     found = contributions(model, x)
     assert found.notes == ()
     written = PIECEWISE_LINEAR["clamp_ as a statement"]
@@ -483,7 +485,11 @@ def test_a_convolutional_network_is_exact():
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm, self.more = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+            self.conv, self.norm, self.more = (
+                nn.Conv2d(1, 4, 3, padding=1),
+                nn.BatchNorm2d(4),
+                nn.Conv2d(4, 4, 3, padding=1),
+            )
             self.last = nn.Linear(36, 3)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -619,7 +625,9 @@ def test_at_backwards_is_an_error_that_names_both(call: Callable[..., Any], at: 
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("labels", [LABELS, LABELS.tolist(), LABELS.numpy(), LABELS[:, None]], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "labels", [LABELS, LABELS.tolist(), LABELS.numpy(), LABELS[:, None]], ids=lambda v: type(v).__name__
+)
 @pytest.mark.parametrize("name", ["compute_jacobian", "sample_jacobians", "modjac", "jacobian"])
 def test_labels_as_outputs_are_warned_of(name: str, labels: Any):
     with pytest.warns(JacopsWarning, match=f"{name}: `outputs` holds 7 indices for 7 samples"):

@@ -268,7 +268,8 @@ class Contributions:
         share = float(self.bias.abs().sum() / (self.bias.abs().sum() + added.abs().sum() + 1e-300))
         return (
             f"Contributions({n} samples, {out} outputs, {'x'.join(map(str, features))} features)\n  output = features "
-            f"+ bias up to {self.verification.relative_error:.1e} of its range; the bias part is {share:.0%} of it{notes}"
+            f"+ bias up to {self.verification.relative_error:.1e} of its range; the bias part is {share:.0%} of it"
+            f"{notes}"
         )
 
 
@@ -298,8 +299,9 @@ def contributions(
         features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
             mean counts to none of them: contributions are of `features - mean`.
         batch_size: Samples to a sweep.
-        options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs. With `at=` from a hidden layer
-            `values` are what its units add, and what the layers before it hold is no constant of `bias`.
+        options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs. With `at=` from a hidden
+            layer `values` are what its units add, and `bias` what the constants behind it do. `checks="always"`
+            compares slopes for all samples, not for 32 of more than 128, `"never"` for none.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind, or there is no such option.
@@ -343,6 +345,7 @@ def contributions(
 
 
 _OPTIONS = tuple(n for n, p in inspect.signature(compute_jacobian).parameters.items() if p.kind is p.KEYWORD_ONLY)
+_OF_SAMPLES = ("outputs", "at", "checks", "fallback", "compile")  # the others are of a sweep
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
@@ -357,16 +360,14 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
 def _swept(model: nn.Module, x: Tensor, batch_size: int, options: dict[str, Any]) -> tuple[Tensor, bool]:
     """Return the Jacobian `(n, out, *in)`, and whether samples had to be taken alone."""
     check_positive("batch_size", batch_size)
-    options = {"checks": "first", "fallback": "warn", "compile": False, "check_finite": True} | options
-    chosen = {name: options.get(name) for name in ("outputs", "at", "checks", "fallback", "compile")}
-    samples = Samples(model, x, call="contributions", **chosen)
-    how = {name: options.get(name) for name in ("progress", "budget", "out")}
-    found = samples.jacobians(batch_size, mode=options.get("mode", "auto"), **how)
+    chosen = {name: value for name, value in options.items() if name in _OF_SAMPLES}
+    how = {name: value for name, value in options.items() if name not in (*_OF_SAMPLES, "check_finite")}
+    found = Samples(model, x, call="contributions", **chosen).jacobians(batch_size, **how)
     if not found.output_tree.single or found.output[0].ndim != 2:
         came = "giving several outputs" if not found.output_tree.single else f"giving {tuple(found.output[0].shape)}"
         todo = "Pick a part of it with `outputs=`, in a list so as to keep the axis."
         raise InputError(explain("model", came, "one output (n, out) is needed", todo))
-    if options["check_finite"]:
+    if options.get("check_finite", True):
         check_outputs("contributions", found.output, found.output_tree.names)
         if not is_finite(found.blocks[0][0]):
             raise NonFiniteError(f"contributions: in the Jacobian, {where_first(found.blocks[0][0])}.")
@@ -378,7 +379,9 @@ def _check_features(x: Tensor, projection: Projection | None, features: Tensor |
     if projection is None:
         return None
     if at is not None and (isinstance(at, str) or at[0] is not None):
-        raise InputError(explain("projection", "given", f"with at={at!r} contributions are by a hidden layer, not by x"))
+        raise InputError(
+            explain("projection", "given", f"with at={at!r} contributions are by a hidden layer, not by x")
+        )
     if features is None:
         raise InputError(explain("features", "missing", "with `projection` the original rows behind `x` are needed"))
     if features.shape != (x.shape[0], projection.matrix.shape[1]):

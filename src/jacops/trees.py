@@ -123,9 +123,9 @@ def hint_at_labels(call: str, outputs: Selector, inputs: Any) -> None:
     columns = isinstance(outputs, list | tuple) and len(set(picked.flatten().tolist())) == picked.numel()
     if picked.shape[0] == picked.numel() == samples and not columns:
         warn(
-            f"{call}: `outputs` holds {samples} indices for {samples} samples, and each of them picks a column of every "
-            "sample's output. For the output at each sample's own label take all outputs and index the result with "
-            "[torch.arange(n), labels]; if columns are meant, pass `outputs=lambda output: output[..., columns]`."
+            f"{call}: `outputs` holds {samples} indices for {samples} samples, and each of them picks a column of "
+            "every sample's output. For the output at each sample's own label take all outputs and index the result "
+            "with [torch.arange(n), labels]; if columns are meant, pass `outputs=lambda output: output[..., columns]`."
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class Entry:
     Attributes:
         alive: A weak reference to the storage, which also keeps its address from being used again.
         parts: One tensor of one axis per companion, an entry for every entry of the storage.
-        marks: A bit set, see `Companions.mark`.
+        marks: A set of bits, for whoever writes them; what is written later adds to it.
         attached: The storage holds the result of an operation that autograd recorded.
     """
 
@@ -51,6 +50,11 @@ class Companions:
     def entry(self, tensor: Tensor) -> Entry | None:
         """Return what is carried along with a tensor; None for constants."""
         return self._entries.get(storage_of(tensor))
+
+    def marks(self, tensor: Tensor) -> int:
+        """Return the marks of a tensor, 0 for constants."""
+        found = self.entry(tensor)
+        return 0 if found is None else found.marks
 
     def read(self, tensor: Tensor) -> list[Tensor]:
         """Return the companions of a tensor that has some, as views."""

@@ -49,7 +49,9 @@ class Errors:
     def __str__(self) -> str:
         known = torch.where(torch.isnan(self.relative), torch.inf, self.relative)
         row, out = divmod(int(known.argmax()), known.shape[1])
-        return f"{self.what} by {float(known.max()):.1e} of the terms in row {row}, output {out} (bound {self.bound:.0e})"
+        return (
+            f"{self.what} by {float(known.max()):.1e} of the terms in row {row}, output {out} (bound {self.bound:.0e})"
+        )
 
 
 def check_identity(parts: Parts, jacobian: Tensor, basis: Tensor) -> Errors:

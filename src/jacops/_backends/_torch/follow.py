@@ -116,7 +116,7 @@ class Follow(Light):
         """Return the companions of an output, and names of what is not piecewise linear on the way to it."""
         with self._apart():
             if is_followed(output) and self._is_tracked(output) and _needs_grad(output):
-                marks = self._companions.entry(output).marks
+                marks = self._companions.marks(output)
                 names = [name for i, name in enumerate(self._marks) if marks >> i & 1]
                 return [part.clone() for part in self._companions.read(output)], names
             return self._constant(output), []
@@ -148,18 +148,18 @@ class Follow(Light):
             self._companions.write(leaf, starts, 0, True)
 
     def _unseen(self, tensor: Tensor) -> str | None:
-        """Return what made a tensor out of sight of the dispatcher (a custom Function in NumPy); None if no leaf did."""
+        """Return what made a tensor out of sight of the dispatcher, such as a Function in NumPy; None for constants."""
         with self._apart(), torch.enable_grad():
             ends = {get_gradient_edge(leaf).node for leaf in self.leaves}
-        stack, seen, maker = [tensor.grad_fn], set(), ""
+        stack, seen, maker = [tensor.grad_fn], set(), "code out of sight"
         while stack:
             node = stack.pop()
             if node in ends:
-                return maker or tensor.grad_fn.name()
+                return maker
             if node is not None and node not in seen:
                 seen.add(node)
                 if isinstance(node, BackwardCFunction):
-                    maker = maker or node.name().removesuffix("Backward")
+                    maker = node.name().removesuffix("Backward")
                 stack.extend(parent for parent, _ in node.next_functions)
         return None
 
@@ -181,7 +181,7 @@ class Follow(Light):
             return
         marks = 0
         for tensor in call.moving:
-            marks |= self._companions.entry(tensor).marks
+            marks |= self._companions.marks(tensor)
         try:
             values, curved = self._carried(call)
             if [v.shape for v in values[0]] != [r.shape for r in results]:

@@ -26,7 +26,6 @@ from .replica import replicate
 from .surroundings import out_of_inference, random_state_kept, recording
 from .watch import WritesState
 
-
 FEW = 32  # samples whose slopes are compared, or all where they are not many more and share the other run
 _AROUND = (0.0, 1.0, -1.0)
 
@@ -114,17 +113,17 @@ class Forward:
 
     def _run(self, x: Tensor, bias: bool, lengths: Sequence[float], seed: int) -> _Run:
         for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
-            module = replicate(self.model, training=False, cloned=cloned).module
-            given, cut = out_of_inference(x).detach(), Cut(module, self.at)
-            leaves = cut.leaves if cut.source is not None else [given.requires_grad_()]
-            follow = Follow(leaves, [] if cloned else self.model.parameters(), bias, lengths, seed)
-            try:
-                with recording(), random_state_kept(), forward_explained(self.model, [x]):
-                    with follow, follow.functions, cut.active():
+            with recording(), random_state_kept():
+                module = replicate(self.model, training=False, cloned=cloned).module
+                given, cut = out_of_inference(x).detach(), Cut(module, self.at)
+                leaves = cut.leaves if cut.source is not None else [given.requires_grad_()]
+                follow = Follow(leaves, [] if cloned else self.model.parameters(), bias, lengths, seed)
+                try:
+                    with follow, follow.functions, cut.active(), forward_explained(self.model, [x]):
                         output = select(cut.result(module(given.clone())), self.outputs)
-            except WritesState:
-                continue
-            return _Run.of(output, follow, x.shape[0] == 1)
+                    return _Run.of(output, follow, x.shape[0] == 1)
+                except WritesState:
+                    continue
         came = "writing into tensors that are not its own"
         raise ModelStateError(explain("model", came, "its forward must leave such tensors alone"))
 

@@ -120,9 +120,13 @@ def _second_difference(at_0: Tensor, at_1: Tensor, at_2: Tensor) -> Tensor:
 
 
 def _without_flat(
-    undecided: Sequence[Tensor], before: Sequence[Tensor], nears: Sequence[Tensor], roundings: Sequence[Tensor], less: float
+    undecided: Sequence[Tensor],
+    before: Sequence[Tensor],
+    nears: Sequence[Tensor],
+    roundings: Sequence[Tensor],
+    less: float,
 ) -> list[Tensor]:
-    """Return what is undecided still: second differences are more than rounding, or would be rounding for a curve too."""
+    """Return what is still undecided: differences are more than rounding, or would be rounding for a curve too."""
     if not before:
         return [~(n <= r) for n, r in zip(nears, roundings, strict=True)]
     four = zip(undecided, before, nears, roundings, strict=True)

@@ -15,11 +15,16 @@ from torch import Tensor
 from .companions import wide
 from .surroundings import random_state_kept
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # What is known of torch's own operations saves time; all others are examined where they are called. These are affine in
 # all floating-point arguments together.
-_AFFINE = frozenset(
+_AFFINE = _names(
     "add sub rsub neg sum mean cat stack clone copy _to_copy index gather index_select where masked_fill fill "
-    "avg_pool2d _adaptive_avg_pool2d constant_pad_nd cumsum _unsafe_view".split()
+    "avg_pool2d _adaptive_avg_pool2d constant_pad_nd cumsum _unsafe_view"
 )
 # Affine in the arguments at these places together while the others are constant.
 _PRODUCTS: dict[str, tuple[set[int], ...]] = {
@@ -32,9 +37,9 @@ _NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"
 # Homogeneous and piecewise linear in the argument at place 0, on each entry alone.
 _HOMOGENEOUS = frozenset(("relu", "leaky_relu", "_prelu_kernel", "abs"))
 # Piecewise linear in all floating-point arguments together.
-_PIECEWISE = frozenset(
+_PIECEWISE = _names(
     "hardtanh clamp clamp_min clamp_max threshold hardsigmoid maximum minimum fmax fmin max min amax amin "
-    "max_pool2d_with_indices sort topk".split()
+    "max_pool2d_with_indices sort topk"
 )
 _MODES = {"mode", "rounding_mode", "reduce"}  # arguments that change what an operation of the same name computes
 
@@ -118,7 +123,7 @@ class Call:
         moving = {id(t) for t in self.moving}
         held = (any(id(t) in moving for t in tensors_in(v)) for v in self._args.values())
         places = {self.kind.names.index(name) for name, holds in zip(self._args, held, strict=True) if holds}
-        if any(t.is_complex() for t in self.moving) and not self.kind.name in _AFFINE | set(_PRODUCTS):
+        if any(t.is_complex() for t in self.moving) and self.kind.name not in _AFFINE | set(_PRODUCTS):
             return Shape.UNKNOWN
         return self.kind.shape(places, training=self._args.get("training") is not False)
 
@@ -173,7 +178,9 @@ def _made(output: Any, written: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _widened(dtype: torch.dtype, like: Tensor) -> torch.dtype:
-    return wide(torch.empty(0, dtype=dtype, device=like.device)) if dtype.is_floating_point or dtype.is_complex else dtype
+    return (
+        wide(torch.empty(0, dtype=dtype, device=like.device)) if dtype.is_floating_point or dtype.is_complex else dtype
+    )
 
 
 def tensors_in(value: Any) -> list[Tensor]:
