@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.completeness import check_identity, check_slopes
+from ._backends._torch.completeness import check_identity, check_slopes, summed
 from ._backends._torch.homogeneous import Forward
 from ._backends._torch.replica import bare
 from ._backends._torch.samples.batch import Samples
@@ -218,7 +218,10 @@ def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # no
         )
     if z.size == 0:
         raise InputError(explain("Z", f"of shape {z.shape}", "at least one sample and one output are needed"))
-    rebuilt = (j @ x[:, :, None])[:, :, 0]
+    return _verification(z, (j @ x[:, :, None])[:, :, 0])
+
+
+def _verification(z: NDArray[np.float64], rebuilt: NDArray[np.float64]) -> JacobianVerification:
     error = np.abs(z - rebuilt)
     worst, scale = float(error.max()), float(np.abs(z).max())
     relative = worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
@@ -301,7 +304,7 @@ def contributions(
         batch_size: Samples to a sweep.
         options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs. With `at=` from a hidden
             layer `values` are what its units add, and `bias` what the constants behind it do. `checks="always"`
-            compares slopes for all samples, not for 32 of more than 128, `"never"` for none.
+            compares slopes for all samples and not for some of very many, `"never"` for none.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind, or there is no such option.
@@ -322,8 +325,7 @@ def contributions(
         raise InputError(explain("x", came, "a tensor (n, in) of at least one sample is needed"))
     centred = _check_features(x, projection, features, options.get("at"))
     jacobian, alone = _swept(bare(model), x, batch_size, _known(options))
-    picked = (options.get("outputs"), options.get("at"))
-    forward = Forward(bare(model), *picked, batch_size=1 if alone else batch_size)
+    forward = Forward(bare(model), options.get("outputs"), options.get("at"), 1 if alone else batch_size)
     found = forward.parts(x)
     if not is_finite(found.bias):
         raise NonFiniteError(f"contributions: in the bias part, {where_first(found.bias)}.")
@@ -332,16 +334,16 @@ def contributions(
         jacobian = torch.as_tensor(project_jacobian(jacobian, projection.matrix.to(jacobian.dtype)))
     basis = (found.point if centred is None else centred).to(jacobian.dtype)
     bias, values = found.bias.to(found.output.dtype), jacobian * basis.unsqueeze(1)
-    verification = verify_jacobian(found.output - bias, jacobian.flatten(2), basis.flatten(1))
-    failures = [str(check) for check in (check_identity(found, jacobian, basis), slopes) if not check.holds]
+    added = summed(jacobian, basis)
+    verification = _verification(*(t.cpu().double().numpy() for t in (found.output - bias, added)))
+    failures = [str(check) for check in (check_identity(found, jacobian, basis, added), slopes) if not check.holds]
     named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(found.curved)}"
     notes = [*([named] if found.curved else []), *failures]
     if failures:
         warn(f"contributions: {'; '.join(notes)}.")
     if projection is not None:
         notes.append("contributions are of features minus their mean")
-    slope_error = float(slopes.relative.max())
-    return Contributions(values, bias, found.output, jacobian, verification, slope_error, tuple(notes))
+    return Contributions(values, bias, found.output, jacobian, verification, float(slopes.relative.max()), tuple(notes))
 
 
 _OPTIONS = tuple(n for n, p in inspect.signature(compute_jacobian).parameters.items() if p.kind is p.KEYWORD_ONLY)

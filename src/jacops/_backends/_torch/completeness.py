@@ -54,16 +54,21 @@ class Errors:
         )
 
 
-def check_identity(parts: Parts, jacobian: Tensor, basis: Tensor) -> Errors:
+def summed(jacobian: Tensor, basis: Tensor) -> Tensor:
+    """Return `J x` in double precision, `(n, out)`."""
+    return torch.bmm(_wide(jacobian).flatten(2), _wide(basis).flatten(1).unsqueeze(-1)).squeeze(-1)
+
+
+def check_identity(parts: Parts, jacobian: Tensor, basis: Tensor, added: Tensor) -> Errors:
     """Return how far `f(x)` is from `J x + b`.
 
     Args:
         parts: `f(x)` and `b`.
         jacobian: By `basis`, `(n, out, *in)`.
         basis: What contributions are by: the point, or features that it is a linear map of.
+        added: `J x`, see `summed`.
     """
     rows, entries = jacobian.detach().flatten(2), basis.detach().flatten(1).unsqueeze(-1)
-    added = torch.bmm(_wide(rows), _wide(entries)).squeeze(-1)
     sizes = torch.bmm(rows.abs(), entries.abs()).squeeze(-1)  # in their own precision: a scale
     output = _wide(parts.output)
     error = (output - parts.bias - added).abs()

@@ -26,7 +26,8 @@ from .replica import replicate
 from .surroundings import out_of_inference, random_state_kept, recording
 from .watch import WritesState
 
-FEW = 32  # samples whose slopes are compared, or all where they are not many more and share the other run
+FEW = 16  # samples whose slopes are compared
+_SMALL = 4096  # numbers in all samples together: up to here one run costs less than a second one for fewer samples
 _AROUND = (0.0, 1.0, -1.0)
 
 
@@ -89,7 +90,7 @@ class Forward:
             InputError: `at` or `outputs` picks nothing, or several tensors.
             ModelStateError: The forward writes into tensors that are not its own.
         """
-        lengths = _AROUND if x.shape[0] <= 4 * FEW else ()
+        lengths = _AROUND if x.shape[0] <= FEW or x.numel() <= _SMALL else ()
         runs = self._runs(x, True, lengths)
         bias, *moved = self._joined(runs)
         output, point = torch.cat([r.output for r in runs]), torch.cat([r.point for r in runs])
