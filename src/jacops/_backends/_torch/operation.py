@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -115,6 +115,7 @@ class Call:
         self._args = dict(zip(self.kind.names, args, strict=False)) | kwargs
         self._positional = len(args)
         self.written = [t for name in self.kind.written for t in tensors_in(self._args.get(name)) if is_followed(t)]
+        self._random = _random_states() if self.kind.draws else None
         # Copies: what these hold now is gone once the operation has run.
         self._values = {id(t): t.detach().to(wide(t), copy=True) for t in self.written}
 
@@ -157,7 +158,7 @@ class Call:
 
         given = {name: replaced(value, name in self.kind.written) for name, value in self._args.items()}
         positional = [given.pop(name) for name in self.kind.names[: self._positional]]
-        with self._draws_again():
+        with self._same_draws():
             output = self.func(*positional, **given)
         return [*written, *_made(output, written)]
 
@@ -169,8 +170,21 @@ class Call:
             self._values[id(tensor)] = tensor.detach().to(wide(tensor))
         return self._values[id(tensor)]
 
-    def _draws_again(self) -> AbstractContextManager[Any]:
-        return random_state_kept() if self.kind.draws else nullcontext()
+    @contextmanager
+    def _same_draws(self) -> Iterator[None]:
+        """Have a random operation draw what it drew in the forward."""
+        if self._random is None:
+            yield
+            return
+        with random_state_kept():
+            torch.set_rng_state(self._random[0])
+            if self._random[1]:
+                torch.cuda.set_rng_state_all(self._random[1])
+            yield
+
+
+def _random_states() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def _made(output: Any, written: Sequence[Tensor]) -> list[Tensor]:
