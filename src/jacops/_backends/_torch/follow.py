@@ -78,7 +78,7 @@ class Follow(Light):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, kind = kwargs or {}, kind_of(func)
-        if kind.views:
+        if kind.ignored:
             return func(*args, **kwargs)
         if kind.written and self._guarded:
             self._refuse_writes(func, args, kwargs)

@@ -41,6 +41,11 @@ _PIECEWISE = _names(
     "hardtanh clamp clamp_min clamp_max threshold hardsigmoid maximum minimum fmax fmin max min amax amin "
     "max_pool2d_with_indices sort topk"
 )
+# Of the shape of an argument, whose values they do not read; some leave their result uninitialised.
+_TEMPLATES = _names(
+    "empty_like new_empty new_empty_strided zeros_like new_zeros ones_like new_ones full_like new_full rand_like "
+    "randn_like randint_like"
+)
 _MODES = {"mode", "rounding_mode", "reduce"}  # arguments that change what an operation of the same name computes
 
 
@@ -60,7 +65,8 @@ class Kind:
     Attributes:
         name: Its name, without overload and underscore.
         plain: It has no argument that selects another function.
-        views: It returns views of its arguments, or turns one into a view in place, and writes no values.
+        ignored: It computes nothing from values: it returns views of its arguments, turns one into a view in place, or
+            reads a shape only.
         names: Of its arguments.
         written: Names of the arguments that it writes into.
         draws: It may draw random numbers.
@@ -68,7 +74,7 @@ class Kind:
 
     name: str
     plain: bool
-    views: bool
+    ignored: bool
     names: tuple[str, ...]
     written: frozenset[str]
     draws: bool
@@ -91,10 +97,10 @@ def kind_of(func: Any) -> Kind:
     names = tuple(a.name for a in schema.arguments)
     written = frozenset(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     views = bool(schema.returns) and not written and all(r.alias_info is not None for r in schema.returns)
-    views |= torch.Tag.inplace_view in func.tags
-    draws = torch.Tag.nondeterministic_seeded in func.tags
     name = schema.name.partition("::")[2].removesuffix("_")
-    return Kind(name, not _MODES & set(names), views, names, written, draws)
+    ignored = views or torch.Tag.inplace_view in func.tags or name in _TEMPLATES
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+    return Kind(name, not _MODES & set(names), ignored, names, written, draws)
 
 
 class Call:
