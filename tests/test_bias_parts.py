@@ -672,3 +672,66 @@ def test_with_a_projection_the_identity_is_by_the_features():
     assert found.notes == ("contributions are of features minus their mean",)
     _, said = warned(net, projection(features), projection=projection, features=features + 1e-5)
     assert "output and features + bias differ" in said
+
+
+# ---- torch's own list of operations ------------------------------------------------------------------------------
+
+ROUNDING = {"half", "bfloat16", "float"}  # they round to a lower precision, by more than the bound of the others
+
+
+class OfDatabase(nn.Module):
+    """An operation of torch's test suite behind an affine map that leads to the sample it gives."""
+
+    def __init__(self, function: Callable[[Tensor], Any], at: Tensor, x: Tensor) -> None:
+        super().__init__()
+        self.function, self.shape = function, at.shape
+        self.register_buffer("weight", draw(at.numel(), at.numel(), seed=1))
+        self.register_buffer("bias", at.reshape(1, -1) - x @ self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.function((x @ self.weight + self.bias).reshape(self.shape))
+        parts = output if isinstance(output, tuple | list) else [output]
+        kept = [p.reshape(-1) for p in parts if isinstance(p, Tensor) and p.is_floating_point() and not p.is_sparse]
+        return torch.cat(kept)[None]
+
+
+def database_cases(op: Any) -> list[tuple[OfDatabase, Tensor]]:
+    cases = []
+    for sample in op.sample_inputs("cpu", torch.float64, requires_grad=False):
+        at = sample.input
+        if not (isinstance(at, Tensor) and at.layout is torch.strided and 0 < at.numel() <= 64):
+            continue
+        x = draw(1, at.numel(), seed=2)
+        model = OfDatabase(lambda h, s=sample: op.op(h, *s.args, **s.kwargs), at.detach(), x)
+        cases.append((model, x))
+    return cases[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_operation_of_torch_loses_its_bias_part_unnamed():
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    holes, held = [], 0
+    for op in op_db:
+        if torch.float64 not in op.dtypes or not op.supports_autograd or op.name in ROUNDING:
+            continue
+        try:
+            cases = database_cases(op)
+        except Exception:
+            continue
+        for model, x in cases:
+            try:
+                output = model(x)
+                if not 0 < output.numel() <= 200 or not output.isfinite().all():
+                    continue
+                found = contributions(model, x, fallback="silent")
+                bias = bias_of(model, x)
+            except Exception:
+                continue
+            scale = float(output.abs().max() + found.values.abs().sum(-1).max())
+            held += not found.notes
+            if not found.notes and not float((found.bias - bias).abs().max()) <= 1e-10 * scale:
+                holes.append(op.name)
+    assert holes == []
+    assert held > 500

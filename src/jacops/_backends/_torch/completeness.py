@@ -14,6 +14,7 @@ from .surroundings import autocast_on
 _CURVED = 1e-4  # of a difference over twice d: more than what curvature makes of it where d is 2**-20 of x
 _CANCELLED = 1e3  # how far several kinks at one point may cancel in a second difference; further in one of 1,000
 _TERMS = 2.0**12  # roundings of its terms that a result may hold
+_LEFT = 2.0**-10
 _SEEDS = (0, 1, 2)
 
 
@@ -103,7 +104,9 @@ def _slope_errors(found: Moved, jacobian: Tensor) -> Tensor:
     sizes = terms.abs().sum(-1)
     error = ((found.ahead - found.behind) / 2 - terms.sum(-1)).abs()
     kinks = _CANCELLED * (found.ahead - 2 * found.base + found.behind).abs()
-    rounding = _TERMS * torch.finfo(found.base.dtype).eps * found.base.abs()
+    # An output that is tiny beside the sample's others may be what is left of terms of their size.
+    scale = torch.maximum(found.base.abs(), _LEFT * found.base.abs().amax(1, keepdim=True))
+    rounding = _TERMS * torch.finfo(found.base.dtype).eps * scale
     return _ratio((error - kinks - rounding).clamp_min(0), sizes)
 
 
