@@ -29,7 +29,7 @@ from ._backends._torch.tape import Tape
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
 from .operators import Operator, Product, Recorded
 from .operators._finite_results import made_from
-from .trees import Selector, flatten
+from .trees import Selector, flatten, hint_at_labels
 
 Loss = Callable[[Any, Any], Tensor]
 Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
@@ -92,6 +92,7 @@ def jacobian(
         raise InputError(
             explain("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
         )
+    hint_at_labels("jacobian", outputs, inputs)
     found = record_model(
         model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, checks=checks, fallback=fallback
     )

@@ -22,7 +22,7 @@ from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
 from .sparsity import sparse_plan
-from .trees import Selector
+from .trees import Selector, hint_at_labels
 
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
@@ -94,7 +94,7 @@ def compute_jacobian(
         tensor([[1.0000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    _check_positive("batch_size", batch_size)
+    check_positive("batch_size", batch_size)
     options = {"outputs": outputs, "at": at, "checks": checks, "fallback": fallback, "compile": compile}
     samples = Samples(model, x, call="compute_jacobian", **options)
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
@@ -158,7 +158,7 @@ def full_jacobian(
     from .trees import select
 
     if chunk_size is not None:
-        _check_positive("chunk_size", chunk_size)
+        check_positive("chunk_size", chunk_size)
     picked = (lambda: select(func(), outputs)) if callable(func) and outputs is not None else func
     recorded = record_closure(picked, params, "full_jacobian", empty=True)
     if not recorded.tape.leaves:
@@ -240,6 +240,7 @@ def modjac(
         torch.Size([1, 1, 1, 2])
     """
     forward = _check_strategy(strategy)
+    hint_at_labels("modjac", outputs, input)
     if sparse:
         _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
         return _sparse(model, input, trainable_only, tangent, outputs, check_finite)
@@ -384,6 +385,11 @@ def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
         )
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is not a positive whole number.
+
+    Raises:
+        InputError: It is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(explain(name, repr(value), "a positive whole number is needed"))

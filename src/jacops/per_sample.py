@@ -22,7 +22,7 @@ from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
 from .operators._finite_results import made_from
 from .space import Space
-from .trees import Selector, Tree, flatten
+from .trees import Selector, Tree, flatten, hint_at_labels
 
 Randomness = Literal["error", "same"]
 
@@ -130,6 +130,7 @@ def sample_jacobians(
     refuse_mixing_modules(model, random=seed is None)
     options.setdefault("parameters", trainable)
     values, tree = _rows_of(x, "x")
+    hint_at_labels("sample_jacobians", outputs, x)
 
     @restoring
     def record(values: Sequence[Tensor]) -> Recorded:

@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .errors import InputError, InputTypeError, NotDifferentiableError, explain
+from .errors import InputError, InputTypeError, NotDifferentiableError, explain, warn
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,29 @@ def select(output: Any, outputs: Selector, name: str = "output") -> Any:
             list(output) if isinstance(output, Mapping) else range(len(output)) if hasattr(output, "__len__") else "?"
         )
         raise InputError(explain("outputs", repr(outputs), f"{name} has {known}")) from None
+
+
+def hint_at_labels(call: str, outputs: Selector, inputs: Any) -> None:
+    """Warn where `outputs` looks like one label per sample: it picks the same columns for every sample.
+
+    That is an integer tensor or array with an entry per sample, or a list with an entry per sample and repetitions.
+    """
+    if outputs is None or callable(outputs) or isinstance(outputs, int | str | slice):
+        return
+    if isinstance(outputs, list | tuple) and not all(isinstance(o, int) for o in outputs):
+        return
+    picked = torch.as_tensor(outputs)
+    tensors = (leaf for leaf in flatten(inputs, "x")[0] if isinstance(leaf, Tensor) and leaf.ndim)
+    samples = next((leaf.shape[0] for leaf in tensors), 0)
+    if picked.is_floating_point() or picked.dtype == torch.bool or picked.ndim == 0 or samples < 2:
+        return
+    columns = isinstance(outputs, list | tuple) and len(set(picked.flatten().tolist())) == picked.numel()
+    if picked.shape[0] == picked.numel() == samples and not columns:
+        warn(
+            f"{call}: `outputs` holds {samples} indices for {samples} samples, and each of them picks a column of "
+            "every sample's output. For the output at each sample's own label take all outputs and index the result "
+            "with [torch.arange(n), labels]; if columns are meant, pass `outputs=lambda output: output[..., columns]`."
+        )
 
 
 def _select_last(output: Tensor, outputs: Any, name: str) -> Tensor:

@@ -24,7 +24,7 @@ class Cut:
         captured: The target's output.
 
     Raises:
-        InputError: The path names no submodule.
+        InputError: The path names no submodule, or the forward runs the target before the source.
         ModelStateError: The submodule was not reached, or more than once, or its output is no tensor.
     """
 
@@ -59,6 +59,10 @@ class Cut:
 
     def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
         tensor = _first_tensor(output, self.source)
+        if self.captured:
+            came, swapped = (self.source, self.target), (self.target, self.source)
+            needed = f"'{self.target}' returns before '{self.source}' does and cannot depend on it"
+            raise InputError(explain("at", repr(came), needed, f"Swap them: at={swapped!r}."))
         if self.leaves:
             raise ModelStateError(
                 explain("at", repr(self.source), "the forward must use that submodule once, not more often")

@@ -189,7 +189,7 @@ def _tensors(function: Any) -> Iterator[tuple[Callable[[], Tensor | None], Tenso
 def _looked_up(owner: Callable[[], Any], kind: str, name: Any) -> Tensor | None:
     alive = owner()
     entries = {} if alive is None else getattr(_Entries(alive), kind)()
-    value = entries[name] if name in entries else None  # a ScriptModule's mapping has no `get`
+    value = entries[name] if name in entries else None  # noqa: SIM401 - a ScriptModule's mapping has no `get`
     return value if isinstance(value, Tensor) else None
 
 

@@ -68,7 +68,7 @@ class Watch:
         self.draws: dict[str, None] = {}
         self.packs = False
         self.coarse: torch.dtype | None = None
-        self.guarded = {_storage(tensor) for tensor in guarded}
+        self.guarded = {storage_of(tensor) for tensor in guarded}
         self._stack = ExitStack()
 
     def __enter__(self) -> Watch:
@@ -106,7 +106,7 @@ class Watch:
     def _check_write(self, operation: Any, args: tuple[Any, ...]) -> None:
         for argument, value in zip(operation._schema.arguments, args, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, Tensor) and _storage(value) in self.guarded:
+            if written and isinstance(value, Tensor) and storage_of(value) in self.guarded:
                 raise WritesState(str(operation))
 
 
@@ -141,7 +141,8 @@ class _Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from that of others while it lives."""
     return tensor.untyped_storage()._cdata
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...._finite import is_finite
 from ...._progress import track
 from ....errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
-from ....trees import Selector, flatten, is_differentiable
+from ....trees import Selector, flatten, hint_at_labels, is_differentiable
 from ..chunks import Chunks
 from ..cut import At
 from ..inputs import check_fallback
@@ -32,7 +32,7 @@ from .bottleneck import GAIN, narrowest, sweep_split
 from .compiled import Compiler
 from .mixing import NOT_FINITE, coupled, differs, disagrees, unbatchable, with_reads
 from .plan import ensure_fits, is_small, planned
-from .results import Results, SampleJacobians
+from .results import ALONE, Results, SampleJacobians
 from .runs import Run, Runner
 from .sweeps import sweep
 
@@ -90,6 +90,7 @@ class Samples:
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
         self.compiler = Compiler(self.runner, fallback) if compile and checks in ("first", "never") else None
         self.count = self._check_inputs(x)
+        hint_at_labels(call, outputs, x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
             raise NotDifferentiableError(
@@ -176,7 +177,7 @@ class Samples:
                 where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
             with chunks.halving(where, self.call, "samples"):
                 reason = self._swept(result, where, mode, reason)
-        how = f"one sample at a time ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
+        how = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
         return self._finished(result, how)
 
     def _swept(self, result: Results, where: slice, mode: str, reason: str | None) -> str | None:

@@ -16,6 +16,7 @@ from .runs import Run
 
 Shapes = list[tuple[int, ...]]
 
+ALONE = "one sample at a time"  # how a route begins where samples could not share sweeps
 SAMPLES_TODO = (
     "Pass fewer samples at a time, pick outputs with `outputs=`, write into a memmap with `out=`, use products "
     "(`jvp`, `vjp`), or raise `budget=`."
@@ -43,6 +44,11 @@ class SampleJacobians:
     route: str
     output: list[Tensor]
     sure: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Every sample was run in a batch of one."""
+        return self.route.startswith(ALONE)
 
 
 @dataclass
