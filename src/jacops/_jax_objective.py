@@ -38,7 +38,7 @@ class JaxObjective(Objective):
 
     Args:
         apply: `apply(params, x) -> output`, pure.
-        params: A pytree of arrays; those of whole numbers are passed on and not differentiated.
+        params: A pytree of arrays; those of whole numbers are passed on and not differentiated, as is a None.
         loss: `loss(output, y)`, one number, pure.
         parameters: Which parameters: None takes all of floating point; name patterns (`"encoder.*"`), one or several,
             or a function of name and array pick some.
