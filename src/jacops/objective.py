@@ -99,8 +99,7 @@ class Objective(ABC):
         Raises:
             InputError: This framework has none.
         """
-        name = "fisher" if kind == "exact" else f"{kind}_fisher"
-        raise InputError(explain("curvature", repr(name), f"{type(self).__name__} has 'hessian' and 'ggn'"))
+        raise InputError(explain("curvature", repr(kind), f"{type(self).__name__} has 'hessian' and 'ggn'"))
 
     def check_state(self) -> None:  # noqa: B027 - most frameworks have no modes
         """Refuse a model whose mode makes per-sample quantities ill-posed."""
