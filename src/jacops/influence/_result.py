@@ -155,7 +155,8 @@ def _figures(solutions: Sequence[Solution]) -> dict[str, Any]:
     for name in found:
         parts = [solution.info.get(name) for solution in solutions]
         rows = [part for part in parts if isinstance(part, Tensor)]
-        if len(rows) == len(parts) and all(part.shape == s.residual.shape for part, s in zip(rows, solutions)):
+        shapes = [solution.residual.shape for solution in solutions]
+        if [part.shape for part in rows] == shapes:
             found[name] = torch.cat(rows)
         elif name == "products":
             found[name] = sum(part or 0 for part in parts)

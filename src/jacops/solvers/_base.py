@@ -73,7 +73,7 @@ class Prepared(ABC):
         """Solve; a decomposition that LAPACK gives up is a breakdown of these rows."""
         try:
             return self._solve(rows)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             k = rows.shape[0]
             failed = dict.fromkeys(range(k), Status.BREAKDOWN)
             return Raw(torch.full_like(rows, math.nan), [0] * k, failed, info={"reason": f"a decomposition: {error}"})

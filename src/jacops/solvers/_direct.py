@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import private_noise
-from .._lanczos import Lanczos
 from .._finite import on_finite_rows
+from .._lanczos import Lanczos
 from ..errors import InputError, explain
 from ..operators import Identity, LayerFactors, Matrix, Operator
 from ._base import Prepared, Raw, Solver

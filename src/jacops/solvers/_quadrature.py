@@ -65,9 +65,10 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
     judge = Judge(system, system.tolerance, rows)
     for where in judge.solvable.split(max(1, _WORKING_ENTRIES // max(1, capacity * system.n))):
         if len(where):
-            found = _bounds(system, judge.rows[where], capacity)
+            square = judge.size[where] ** 2
+            below, above = _bounds(system, judge.rows[where], capacity)
             shift = 2 * judge.exponents[where] - system.fixed()
-            lower[where], upper[where] = _in_range(*(judge.size[where] ** 2 * bound for bound in found), shift)
+            lower[where], upper[where] = _in_range(square * below, square * above, shift)
     finite = rows.isfinite().all(1)
     return Bounds(lower.where(finite, math.nan), upper.where(finite, math.nan), capacity)
 
