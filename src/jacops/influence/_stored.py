@@ -154,7 +154,7 @@ def _solution(kept: StoredRun, number: int, damping: float) -> Solution:
 
 
 def _packed(figures: dict[str, Any]) -> np.ndarray:
-    """Return figures that are plain as JSON in `(1, bytes)`, padded by blanks; the last ones go where it is too long."""
+    """Return figures that are plain as JSON in `(1, bytes)`, padded by blanks; the last ones go where that is long."""
     plain = {name: _plain(value) for name, value in figures.items() if _is_plain(value)}
     while len(text := json.dumps(plain, allow_nan=False).encode()) > _REPORT_BYTES:
         plain.popitem()

@@ -148,7 +148,9 @@ class _PreparedLowRank(Prepared):
             if isinstance(recipe, Nystrom) or not recipe.indefinite:
                 self.failed = Status.NEGATIVE_CURVATURE
         flat = damped.abs() <= noise
-        if system.given_damping and bool(flat.any()) and largest > 0:
+        self.has_complement = bool(system.given_damping) and len(values) < system.n
+        undamped = self.has_complement and system.damping <= noise
+        if system.given_damping and (bool(flat.any()) or undamped) and largest > 0:
             self.failed = self.failed or Status.SINGULAR
         self.inverse = torch.where(flat, 0.0, 1 / damped)
 
@@ -156,7 +158,7 @@ class _PreparedLowRank(Prepared):
         k = rows.shape[0]
         inside = rows @ self.basis.T
         x = (inside * self.inverse) @ self.basis
-        if self.system.given_damping:
+        if self.has_complement:
             rest = rows - inside @ self.basis
             rest = rest - (rest @ self.basis.T) @ self.basis
             x = x + rest / self.system.damping
