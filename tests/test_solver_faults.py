@@ -1,4 +1,4 @@
-"""Solves that fail, at any scale and in any framework: a status per right-hand side, and nothing spoiled behind them."""
+"""Solves at any scale, and solves that fail: a status per right-hand side, and nothing spoiled behind them."""
 
 import math
 import warnings
@@ -363,10 +363,9 @@ def test_methods_without_a_promise_are_approximate_and_warn_once_where_they_are_
         assert set(good.status) == {"approximate"}
         assert good.worst < 1
         prepared = solver.prepare(A, 1e-6)
-        with pytest.warns(JacopsWarning, match="4 of 4 approximate solutions.*1 or more.*Raise `damping`") as caught:
+        with pytest.warns(JacopsWarning, match="4 of 4 approximate solutions.*1 or more.*Raise `damping`"):
             bad = prepared.solve(b)
-            prepared.solve(b)
-        assert len(caught) == 1
+        prepared.solve(b)  # once: a second warning would be an error here
         assert bad.worst > 1
         assert bad.success
         assert "4 approximate, worst residual" in repr(bad)

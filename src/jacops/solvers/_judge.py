@@ -110,13 +110,15 @@ class Judge:
 
     def _left(self, where: Tensor, raw: Raw, x: Tensor, judged: Tensor, loss: Tensor) -> Tensor:
         """Return the norms of the true residuals, by one product for each row that needs one; NaN for the others."""
-        left = torch.full_like(self.size[where], math.nan)
+        left = torch.full_like(loss, math.nan)
         if raw.unchecked:
             return left
         known = judged & (loss <= self.system.eps) if raw.left is not None else torch.zeros_like(judged)
         if raw.left is not None:
             left[known] = raw.left[known]
         ask = judged & ~known
+        if bool(ask.all()):
+            return torch.linalg.vector_norm(self.system.residual(x, self.rows[where]), dim=1)
         if bool(ask.any()):
             rows = self.system.residual(x[ask], self.rows[where][ask])
             left[ask] = torch.linalg.vector_norm(rows, dim=1)

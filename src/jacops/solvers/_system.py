@@ -108,7 +108,9 @@ class System:
     @property
     def damping(self) -> float:
         r"""$\lambda$ in the unit."""
-        return self.in_unit(self.given_damping) if self.given_damping else 0.0
+        if self._exponent == 0 or not self.given_damping:
+            return self.given_damping
+        return self.in_unit(self.given_damping)
 
     @property
     def operator(self) -> Operator:
@@ -168,19 +170,17 @@ class System:
             return torch.zeros_like(rows)
         if is_finite(rows):
             self.products += rows.shape[0]
-            return self._scaled(apply, rows)
+            return apply(rows) if not self._exponent else self._scaled(apply, rows, self._exponent)
         good = rows.isfinite().all(1)
         image = torch.full_like(rows, math.nan)
         if bool(good.any()):
             image[good] = self._guarded(apply, rows[good])
         return image
 
-    def _scaled(self, apply: RowMap, rows: Tensor) -> Tensor:
+    def _scaled(self, apply: RowMap, rows: Tensor, exponent: int) -> Tensor:
         """Return products in the unit: half of it before and half after, so that factors like J overflow neither."""
-        if not self._exponent:
-            return apply(rows)
-        half = self._exponent // 2
-        return apply(rows * 2.0**-half) * 2.0 ** (half - self._exponent)
+        half = exponent // 2
+        return apply(rows * 2.0**-half) * 2.0 ** (half - exponent)
 
     def _image(self, rows: Tensor) -> Tensor:
         """Return products with $A$; the first ones fix the unit."""
