@@ -20,6 +20,7 @@ from zoo import BY_NAME
 
 F64 = torch.float64
 CROSS_ENTROPY = nn.CrossEntropyLoss()
+POOR = pytest.mark.filterwarnings("ignore:.*approximate solutions have a relative residual")  # worse than zero
 
 
 class Attention(nn.Module):
@@ -210,6 +211,7 @@ def test_the_correction_brings_the_matrix_closer(name: str, weighted: bool) -> N
     assert off[0] < off[1] < exact.dense().norm() * 1.5
 
 
+@POOR
 @pytest.mark.parametrize("damping", [0.3, 1e-4])
 def test_damping_is_added_to_the_eigenvalues(damping: float) -> None:
     A = problem("attention").ggn()
@@ -311,6 +313,7 @@ def test_outputs_that_the_loss_does_not_read_cost_nothing() -> None:
 # ---- how good it is, and what is told ------------------------------------------------------------------------------
 
 
+@POOR
 def test_influences_of_a_trained_net_follow_the_exact_ones() -> None:
     x, model = draw(80, 5), settled(nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3)))
     y = (x[:, :3] + 0.3 * draw(80, 3, seed=5)).argmax(1)
@@ -394,11 +397,12 @@ def test_the_residual_is_the_true_one_and_can_be_left_out() -> None:
     solution = EKFAC().solve(A, rows, 0.5)
     left = rows - solution.x @ A.dense() - 0.5 * solution.x
     torch.testing.assert_close(solution.residual, left.norm(dim=1) / rows.norm(dim=1))
-    assert solution.converged
+    assert set(solution.status) == {Status.APPROXIMATE}
     assert solution.info["approximate"]
     blind = EKFAC(report_residual=False).solve(A, rows, 0.5)
     torch.testing.assert_close(blind.x, solution.x)
     assert bool(blind.residual.isnan().all())
+    assert set(blind.status) == {Status.UNCHECKED}
     assert blind.info["products"] == 0
 
 
@@ -406,8 +410,8 @@ def test_rows_that_are_not_finite_are_told() -> None:
     A = problem("mlp").ggn()
     rows = draw(2, A.shape[0])
     rows[1, 3] = torch.nan
-    for recipe in (EKFAC(), EKFAC(report_residual=False)):
-        assert recipe.solve(A, rows, 0.1).status == (Status.CONVERGED, Status.NONFINITE_INPUT)
+    for recipe, good in ((EKFAC(), Status.APPROXIMATE), (EKFAC(report_residual=False), Status.UNCHECKED)):
+        assert recipe.solve(A, rows, 0.1).status == (good, Status.NONFINITE_INPUT)
 
 
 def test_directions_without_curvature_need_damping() -> None:

@@ -14,6 +14,8 @@ from jacops.testing import check_operator
 from small import draw
 from solver_cases import F32, F64, SOLVERS, attainable, falling, operators, rotated, true_residual
 
+# Low rank answers that are worse than zero warn; these tests look at their statuses and residuals.
+pytestmark = pytest.mark.filterwarnings("ignore:.*approximate solutions have a relative residual")
 APPROXIMATE = {"lanczos", "nystrom"}
 KINDS = list(operators(F64))
 
@@ -31,14 +33,18 @@ def check_honest(operator: Matrix, damping: float, b: torch.Tensor, solution: So
             assert (status, solution.iterations[i]) == ("converged", 0)
             assert not solution.x[i].any()
             continue
-        if status == Status.CONVERGED:
+        assert (status == Status.APPROXIMATE) <= solution.info["approximate"]
+        if status in (Status.CONVERGED, Status.ATTAINABLE, Status.APPROXIMATE):
             assert solution.x[i].isfinite().all()
             assert float(solution.residual[i]) == pytest.approx(float(left[i]), rel=1e-3, abs=2 * float(reach[i]))
-            if not solution.info["approximate"]:
-                allowed = max(solution.info["tolerance"], float(reach[i]))
-                assert float(left[i]) <= allowed * (1 + 1e-6) + 1e-15, (solution, left[i], reach[i])
-        else:
-            assert status in set(Status)
+        if status == Status.CONVERGED:
+            assert float(left[i]) <= solution.info["tolerance"] * (1 + 1e-6) + 2 * float(reach[i])
+            assert not solution.info["approximate"]
+        if status == Status.ATTAINABLE:
+            assert solution.info["tolerance"] < float(solution.residual[i]) < 1
+            assert float(solution.residual[i]) <= float(solution.info["attainable"][i])
+            assert float(left[i]) <= float(reach[i]) * (1 + 1e-6) + 1e-15, (solution, left[i], reach[i])
+        assert status in set(Status)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])
@@ -60,7 +66,8 @@ def test_every_solver_is_honest_on_every_matrix(name: str, kind: str, dtype: tor
 def test_any_number_of_right_hand_sides(name: str, k: int) -> None:
     operator, b = rotated(falling(12, 30), positive=True), draw(k, 12, seed=1)
     solution = solve(operator, b, SOLVERS[name], damping=0.1)
-    assert solution.converged
+    assert solution.success
+    assert solution.converged == (name not in APPROXIMATE or k == 0)
     expected = torch.linalg.solve(operator.matrix + 0.1 * torch.eye(12, dtype=F64), b.T).T
     if name not in APPROXIMATE:
         torch.testing.assert_close(solution.x, expected, rtol=1e-6, atol=1e-6)
@@ -73,10 +80,10 @@ def test_bad_rows_do_not_spoil_good_ones(name: str) -> None:
     b[2, 3], b[4] = math.nan, 0
     b[5, 0] = math.inf
     solution = solve(operator, b, SOLVERS[name], damping=0.1, on_failure="return")
-    assert [str(status) for status in solution.status] == ["converged"] * 2 + ["nonfinite_input"] + [
-        "converged",
-        "converged",
-        "nonfinite_input",
+    good = "approximate" if name in APPROXIMATE else "converged"
+    assert [str(status) for status in solution.status] == [
+        *(good, good, "nonfinite_input", good),
+        *("converged", "nonfinite_input"),
     ]
     torch.testing.assert_close(solution.x[[0, 1, 3]], alone[[0, 1, 3]], rtol=1e-6, atol=1e-7)
     assert solution.x[[2, 5]].isnan().all()
@@ -209,7 +216,7 @@ def test_a_tolerance_below_rounding_is_taken_to_what_can_be_reached() -> None:
     operator, b = rotated(falling(20, 1e3), dtype=F32, positive=True), draw(2, 20, dtype=F32)
     for solver in (CG(tolerance=1e-12), CG(block=False, tolerance=1e-12), Direct(tolerance=1e-12)):
         solution = solve(operator, b, solver, on_failure="return")
-        assert solution.status == ("converged",) * 2 or "stagnated" in solution.status
+        assert set(solution.status) <= {"converged", "attainable", "stagnated"}
         assert float(solution.info["attainable"].min()) > 1e-8
         check_honest(operator, 0.0, b, solution)
 

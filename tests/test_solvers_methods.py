@@ -27,6 +27,8 @@ from jacops.solvers import (
 from small import draw, small_net
 from solver_cases import F32, F64, attainable, falling, operators, rotated, true_residual
 
+POOR = pytest.mark.filterwarnings("ignore:.*approximate solutions have a relative residual")  # worse than zero
+
 
 class Lazy(Operator):
     """A matrix that only multiplies, as derivatives do, and counts."""
@@ -183,11 +185,12 @@ def test_lanczos_is_exact_at_full_rank() -> None:
     assert solution.info["pairs_found"] == 15
 
 
+@POOR
 def test_low_rank_says_how_far_it_is() -> None:
     A, b = rotated(falling(60, 1e4), positive=True), draw(3, 60)
     for solver in (Lanczos(rank=5), Nystrom(rank=5)):
         solution = solve(A, b, solver, damping=1e-3)
-        assert solution.converged
+        assert set(solution.status) == {"approximate"}
         torch.testing.assert_close(solution.residual, true_residual(A, 1e-3, solution.x, b))
         assert solution.worst > 1e-2
 
@@ -259,6 +262,7 @@ def test_the_space_of_rows_of_a_model() -> None:
     assert "rows" in solve(fisher, draw(2, 26), damping=1e-3).method
 
 
+@POOR
 @pytest.mark.parametrize("recipe", [Lanczos, Nystrom])
 def test_low_rank_answers_may_go_unchecked(recipe: type) -> None:
     A, b = Lazy(rotated(falling(30, 1e3), positive=True)), draw(4, 30)
@@ -267,8 +271,10 @@ def test_low_rank_answers_may_go_unchecked(recipe: type) -> None:
     torch.testing.assert_close(blind.x, asked.x)
     assert bool(blind.residual.isnan().all())
     assert not bool(asked.residual.isnan().any())
-    assert blind.converged
-    assert "residuals not asked for" in repr(blind)
+    assert set(blind.status) == {"unchecked"}
+    assert blind.success
+    assert not blind.converged
+    assert "no residual computed" in repr(blind)
     assert blind.info["products"] == asked.info["products"] - 4
     assert solve(A, b * torch.nan, recipe(rank=5, report_residual=False), on_failure="return").status[0] != "converged"
 

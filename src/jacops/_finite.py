@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,19 @@ def is_finite(tensor: Tensor) -> bool:
     # A sum is finite unless an entry is not, or it overflows: only then look at each entry.
     total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
+
+
+def on_finite_rows(apply: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Return a map of rows `(k, n)`, one result per row, computed for the finite rows; it is NaN for the others."""
+    if is_finite(rows):
+        return apply(rows)
+    good = rows.isfinite().all(1)
+    some = rows[good] if bool(good.any()) else torch.zeros_like(rows[:1])  # which tells the shape of a result
+    found = apply(some)
+    result = found.new_full((rows.shape[0], *found.shape[1:]), math.nan)
+    if bool(good.any()):
+        result[good] = found
+    return result
 
 
 def where_first(tensor: Tensor) -> str:

@@ -38,7 +38,7 @@ class JaxObjective(Objective):
 
     Args:
         apply: `apply(params, x) -> output`, pure.
-        params: A pytree of arrays; those of whole numbers are passed on and not differentiated.
+        params: A pytree of arrays; those of whole numbers are passed on and not differentiated, as is a None.
         loss: `loss(output, y)`, one number, pure.
         parameters: Which parameters: None takes all of floating point; name patterns (`"encoder.*"`), one or several,
             or a function of name and array pick some.
@@ -221,7 +221,9 @@ class JaxObjective(Objective):
             InputError: Another kind is asked for; they need the distribution that the loss stands for.
         """
         if kind != "empirical":
-            return super().fisher(kind, x, y, seed)
+            name = "fisher" if kind == "exact" else f"{kind}_fisher"
+            came = f"{name!r}, the Fisher matrix of kind {kind!r}"
+            raise InputError(explain("curvature", came, "JAX models have 'hessian', 'ggn' and 'empirical_fisher'"))
         gradients = self.sample_gradients(x, y)
         return (1.0 / max(1, gradients.shape[0])) * (gradients.T @ gradients)
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._finite import on_finite_rows
 from ..data import Batches
 from ..errors import InputError, explain
 from ..problem import Problem
 from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, InfluenceFactors, Influences, described
-from ._run import Run, ready, stored
+from ._run import Run, checked, ready
+from ._stored import shares_of, stored
 
 _UNITS = {
     "up": "test loss per unit of weight of the training sample",
@@ -53,7 +55,7 @@ def compute_influence_factors(
         damping: $\lambda \ge 0$, added to the curvature of the objective as it is reduced.
         curvature: `"hessian"`; `"ggn"`, which is positive semi-definite for convex losses; `"fisher"`,
             `"empirical_fisher"`, `"monte_carlo_fisher"`.
-        on_failure: `"raise"`, or `"return"` to get the result with its statuses.
+        on_failure: `"raise"`, or `"return"` to get the result with its statuses; rows that have no solution are NaN.
         options: Of the objective, as in `Problem`: `parameters=` (name patterns), `reduction=`, `l2=` (weight decay),
             `unpack=`, `randomness=`, `seed=`, `progress=`.
 
@@ -107,8 +109,8 @@ def compute_influences(
         curvature: As in `compute_influence_factors`.
         on_failure: As in `compute_influence_factors`.
         store: A folder to which finished tiles are written (zarr v3); the same line run again goes on where a killed
-            one stopped, and is refused if anything that the numbers rest on is different. For influences of type
-            `"up"` without leverage.
+            one stopped, returns what a finished one computed without evaluating the model, and is refused if anything
+            that the numbers rest on is different. For influences of type `"up"` without leverage.
         options: As in `compute_influence_factors`.
 
     Returns:
@@ -128,27 +130,28 @@ def compute_influences(
     test = train if test_data is None or test_data is training_data else Batches.of(test_data, "test_data", unpack)
     same = input_data is None or input_data is training_data
     asked = train if same else Batches.of(input_data, "input_data", unpack)
-    run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
     if store is not None:
+        run = checked(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
         _check_storable(influence_type, leverage, on_failure)
-        values, info = stored(run, store, test, asked)
-        return Influences(values, "up", SIGN, _UNITS["up"], run.damping, info, _shares(run.problem, asked))
+        values, shares, info = stored(run, store, test, asked)
+        return Influences(values, "up", SIGN, _UNITS["up"], run.damping, info, shares)
+    run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
     solutions, tiles, found = [], [], None
     for _, rows in run.tiles(test):
         solution = run.solve(rows())
         solutions.append(replace(solution, x=solution.x[:, :0].clone()))  # what was found is used up in this tile
         if leverage:
-            tile, found = leveraged(run.problem, asked, solution.x, run.solve)
+            tile, found = leveraged(run.problem, asked, solution.x, run.solve, on_failure == "raise")
         elif influence_type == "up":
-            tile = run.problem.sample_gradients(asked).apply(solution.x)
+            tile = on_finite_rows(run.problem.sample_gradients(asked).apply, solution.x)
         else:
-            tile = _perturbations(run.problem, asked, solution.x)
+            tile = on_finite_rows(lambda factors: _perturbations(run.problem, asked, factors), solution.x)
         tiles.append(tile)
     info = described(run.problem, curvature, solutions, run.damping)
     if found is not None:
         info["leverage"] = found
     units = _UNITS[influence_type]
-    return Influences(torch.cat(tiles), influence_type, SIGN, units, run.damping, info, _shares(run.problem, asked))
+    return Influences(torch.cat(tiles), influence_type, SIGN, units, run.damping, info, shares_of(run.problem, asked))
 
 
 @eager
@@ -202,7 +205,3 @@ def _check_storable(influence_type: str, leverage: bool, on_failure: str) -> Non
 def _perturbations(problem: Problem, data: Batches, factors: Tensor) -> Tensor:
     batches = data.tracked("perturbations", problem.progress)
     return torch.cat([problem.objective.mixed(batch.x, batch.y, factors) for batch in batches], 1)
-
-
-def _shares(problem: Problem, data: Batches) -> Tensor:
-    return torch.cat([problem.shares(batch) for batch in data]) / problem.denominator

@@ -31,7 +31,7 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
 
     Args:
         apply: `apply(params, x) -> output`; `x` and the output may be trees of arrays.
-        params: A pytree of arrays.
+        params: A pytree of arrays; a None in it, such as `eqx.partition` leaves, is passed on.
         loss: `loss(output, y)`, one number.
 
     Raises:
@@ -205,7 +205,9 @@ def _origin_of(gradient: jax.Array) -> _Origin | None:
 def _listed(backprop_on: Any) -> list[tuple[Any, str]]:
     if isinstance(backprop_on, Iterator):
         backprop_on = list(backprop_on)
-    paths, _ = jax.tree_util.tree_flatten_with_path(backprop_on, is_leaf=lambda node: node is None)
+    paths, _ = jax.tree_util.tree_flatten_with_path(backprop_on)
+    if not paths:
+        paths, _ = jax.tree_util.tree_flatten_with_path(backprop_on, is_leaf=lambda node: node is None)
     return [(leaf, "backprop_on" + jax.tree_util.keystr(path)) for path, leaf in paths]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError, MissingExtraError, explain
 from ..problem import Problem
 from ..solvers import Solution, Status
+from ..solvers._solution import gravest, level_text, residual_text
 from ._twice_differentiable import InverseHvpResult
 
 SIGN = "+ s_test · grad: positive where weighting the training sample up lowers the test loss"
@@ -23,8 +24,9 @@ class InfluenceFactors(InverseHvpResult[Tensor]):  # pyright: ignore[reportInval
 
     Attributes:
         x: The solutions, `(n_test, P)`.
-        info: What happened: `method`, `curvature`, `status` (the worst), `statuses` and `residual` per row,
-            `converged`, `damping`, `rows` of data, `covered` of `parameters`, and the method's own figures.
+        info: What happened: `method`, `curvature`, `status` (the worst), `statuses` and `residual` per row, `converged`
+            (every row is), `success` (no row failed), `damping`, `rows` of data, `covered` of `parameters`, and the
+            method's own figures, as in `Solution.info`. Failed rows hold what the solver had, or NaN.
     """
 
     def __repr__(self) -> str:
@@ -123,15 +125,15 @@ class Influences:
 def described(problem: Problem, kind: str, solutions: Sequence[Solution], damping: float) -> dict[str, Any]:
     """Return what is known of some solves together, in one dictionary."""
     statuses = [str(status) for solution in solutions for status in solution.status]
-    worst = next((status for status in statuses if status != Status.CONVERGED), "converged")
-    last = solutions[-1] if solutions else None
+    worst = gravest(statuses)
     return {
-        **({} if last is None else last.info),
-        "method": last.method if last is not None else "none",
+        **_figures(solutions),
+        "method": solutions[-1].method if solutions else "none",
         "curvature": kind,
-        "status": worst,
+        "status": str(worst),
         "statuses": statuses,
-        "converged": worst == "converged",
+        "converged": worst == Status.CONVERGED,
+        "success": worst.success,
         "residual": [r for solution in solutions for r in solution.residual.tolist()],
         "iterations": [i for solution in solutions for i in solution.iterations],
         "seconds": sum(solution.info.get("seconds", 0.0) for solution in solutions),
@@ -145,13 +147,27 @@ def described(problem: Problem, kind: str, solutions: Sequence[Solution], dampin
     }
 
 
+def _figures(solutions: Sequence[Solution]) -> dict[str, Any]:
+    """Return the figures of several solves: rows one below the other, products summed, of others the last."""
+    found: dict[str, Any] = {}
+    for solution in solutions:
+        found |= solution.info
+    for name in found:
+        parts = [solution.info.get(name) for solution in solutions]
+        rows = [part for part in parts if isinstance(part, Tensor)]
+        shapes = [solution.residual.shape for solution in solutions]
+        if [part.shape for part in rows] == shapes:
+            found[name] = torch.cat(rows)
+        elif name == "products":
+            found[name] = sum(part or 0 for part in parts)
+    return found
+
+
 def _told(info: dict[str, Any]) -> str:
-    numbers = [r for r in info["residual"] if r == r]
-    approximate = "approximate, " if info.get("approximate") else ""
+    residual = residual_text(info["residual"]) + level_text(info["statuses"], info)
     return (
-        f"{info['method']} with {info['curvature']}, damping {info['damping']:g}, {approximate}{info['status']}, worst "
-        f"residual {max(numbers, default=0.0):.1e}, {info['rows']} training rows, {info['covered']} of "
-        f"{info['parameters']} parameters"
+        f"{info['method']} with {info['curvature']}, damping {info['damping']:g}, {info['status']}, {residual}, "
+        f"{info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,38 +16,43 @@ from ..errors import InputError, InputTypeError, SolveError, explain
 from ..operators._data import SumOver
 from ..problem import CURVATURES, Problem
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
-from ._result import described
 
 _TILE_BYTES = 2**26  # of right-hand sides that are solved for together
 
 
 @dataclass(frozen=True)
 class Run:
-    """A problem, its curvature, and the solver made ready.
+    """A problem, its curvature, and the solver; both are made when they are first needed.
 
     Attributes:
         problem: The training objective.
         kind: Which curvature.
-        curvature: The operator.
         solver: The recipe.
-        prepared: It, ready for the operator and the damping.
         damping: Added to the curvature.
         on_failure: What becomes of a solve that failed.
     """
 
     problem: Problem
     kind: str
-    curvature: SumOver
     solver: Solver
-    prepared: Prepared
     damping: float
     on_failure: Literal["raise", "return"]
+
+    @cached_property
+    def curvature(self) -> SumOver:
+        """The operator; the first batch is linearised."""
+        return self.problem.curvature(self.kind)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The solver, ready for the operator and the damping: where all is spent that right-hand sides share."""
+        return self.solver.prepare(self.curvature, self.damping)
 
     def solve(self, rows: Tensor) -> Solution:
         """Return solutions for right-hand sides `(k, P)`.
 
         Raises:
-            SolveError: One did not converge, unless failures are returned.
+            SolveError: One failed, unless failures are returned.
         """
         solution = self.prepared.solve(rows)
         if self.on_failure == "raise":
@@ -93,6 +99,20 @@ def ready(
         InputTypeError: `model` carries no objective.
         InputError: An argument is out of range.
     """
+    run = checked(model, train, method, damping, kind, on_failure, options)
+    _ = run.prepared
+    return run
+
+
+def checked(
+    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: dict[str, Any]
+) -> Run:
+    """Check the arguments; the model is not evaluated.
+
+    Raises:
+        InputTypeError: `model` carries no objective.
+        InputError: An argument is out of range.
+    """
     if not hasattr(model, "objective"):
         came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
         raise InputTypeError(explain("differentiable_model", came, "a TorchTwiceDifferentiable is needed", todo))
@@ -103,54 +123,4 @@ def ready(
             raise InputError(explain(name, repr(value), f"one of {known} is needed"))
     # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.
     solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "inversion_method")
-    problem = Problem(model, data=train, **options)
-    operator = problem.curvature(kind)
-    return Run(problem, kind, operator, solver, solver.prepare(operator, float(damping)), float(damping), on_failure)
-
-
-def stored(run: Run, path: Any, test: Batches, asked: Batches) -> tuple[Tensor, dict[str, Any]]:
-    """Return influences `(n_test, n_asked)` and what is known of them, by way of a store that outlives a crash.
-
-    Factors are kept beside influences, so that a crash never repeats a solve.
-
-    Raises:
-        StoreMismatchError: The store was made with something else; the message names what.
-        StoreBusyError: Another process writes to it.
-        MissingExtraError: zarr is not installed.
-    """
-    from ..extras.store import Grid, StoredRun, digest_data, surroundings
-
-    problem, step = run.problem, run.step
-    kind = str(problem.space.dtype).removeprefix("torch.")
-    rows, columns = test.rows, asked.rows
-    tile = min(step, rows)
-    grids = {
-        "factors": Grid((rows, problem.space.dim), tile=(tile, problem.space.dim), dtype=kind),
-        "residual": Grid((rows,), tile=(tile,), dtype="float64"),
-        "influences": Grid((rows, columns), tile=(tile, columns), dtype=kind),
-    }
-    sources = {"training data": problem.data, "test data": test, "input data": asked}
-    identity = {
-        **problem.fingerprint(),
-        **{name: digest_data((b.x, b.y, b.weights) for b in data) for name, data in sources.items()},
-        "curvature": run.kind,
-        "damping": repr(run.damping),
-        "solver": repr(run.solver),
-        "dtype": kind,
-    }
-    with StoredRun.open(path, identity, grids, surroundings=surroundings()) as kept:
-        lacking = {name: set(kept.missing(name)) for name in grids}
-        for number, gradients in run.tiles(test):
-            place = (number, 0)
-            if place in lacking["factors"] or (number,) in lacking["residual"]:
-                solution = run.solve(gradients())
-                kept.write("factors", place, solution.x)
-                kept.write("residual", (number,), solution.residual)
-            if place in lacking["influences"]:
-                factors = torch.from_numpy(kept.tile("factors", place)).to(problem.space.device)
-                kept.write("influences", place, problem.sample_gradients(asked).apply(factors))
-        kept.complete()
-        values = torch.from_numpy(kept.read("influences")).to(problem.space.device)
-        residual = kept.read("residual").tolist()
-    info = described(problem, run.kind, [], run.damping)
-    return values, {**info, "method": run.prepared.method, "residual": residual, "store": str(path)}
+    return Run(Problem(model, data=train, **options), kind, solver, float(damping), on_failure)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from ..operators import Operator
-from ._solution import Solution, Status
+import math
 
-_BY_WEIGHT = (
-    Status.NONFINITE_INPUT,
-    Status.NEGATIVE_CURVATURE,
-    Status.SINGULAR,
-    Status.DIVERGED,
-    Status.BREAKDOWN,
-    Status.STAGNATED,
-    Status.MAX_STEPS,
-)
+from ..operators import Operator
+from ._solution import OUT_OF_RANGE, Solution, Status, gravest, residual_text
 
 
 def advice(solution: Solution, operator: Operator) -> str:
     """Return what failed, how far it came, and what to do."""
-    status = next(status for status in _BY_WEIGHT if status in solution.status)
+    status = gravest(solution.status)
     first = solution.status.index(status)
+    asked = "" if math.isnan(solution.worst) else f" where {solution.info['tolerance']:.0e} was asked"
     head = (
         f"the solve by {solution.method} with damping {solution.damping:g} failed for "
-        f"{sum(s != Status.CONVERGED for s in solution.status)} of {len(solution.status)} right-hand sides "
-        f"({solution.counts}); the first {status} is row {first}, the worst relative residual is {solution.worst:.1e} "
-        f"where {solution.info['tolerance']:.0e} was asked. "
+        f"{sum(not Status(s).success for s in solution.status)} of {len(solution.status)} right-hand sides "
+        f"({solution.counts}); the first {status} is row {first}; {residual_text(solution.residual.tolist())}{asked}. "
     )
     return head + _WORDS[status](solution, operator) + " `on_failure='return'` hands back what was found."
 
@@ -60,6 +52,9 @@ def _diverged(solution: Solution, operator: Operator) -> str:
 
 def _broken(solution: Solution, operator: Operator) -> str:
     reason = solution.info.get("reason", "numbers stopped being finite")
+    if reason.startswith(OUT_OF_RANGE):
+        wider = "" if _is_double(solution) else "Run the problem in float64, or rescale"
+        return f"{reason[0].upper()}{reason[1:]}. {wider or 'Rescale'} the operator or `b`, or raise `damping`."
     return (
         f"The iteration broke down: {reason}. Use another preconditioner or none, raise `damping`, or use `Direct()`."
     )

@@ -86,7 +86,7 @@ class _PreparedAuto(Prepared):
 
     def _iterative(self) -> Solver:
         system, tolerance = self.system, self.recipe.tolerance
-        if system.operator.positive or not self.recipe.indefinite:
+        if system.given.positive or not self.recipe.indefinite:
             sketched = system.is_positive
             self.why += "; " + ("positive under damping" if sketched else "indefinite ones are refused")
             return CG(preconditioner="nystrom" if sketched else None, tolerance=tolerance)
@@ -99,7 +99,7 @@ class _PreparedAuto(Prepared):
         if not self.system.is_positive or self.system.n < _TOO_FEW or self.cost - expected < _LEAST_RANK:
             return None
         cg = self.sketched = self.sketched or self._sketch(int(self.cost - expected))
-        if cg.inner.info.get("remainder", math.inf) > 20 * self.system.damping or self.spent > self.cost:
+        if cg.inner.info.get("remainder", math.inf) > 20 * cg.system.damping or self.spent > self.cost:
             self.why += "; conjugate gradients would cost more"
             return None
         cg.most = max(1, int(1.5 * self.cost / rows.shape[0]))
@@ -115,13 +115,13 @@ class _PreparedAuto(Prepared):
         return None
 
     def _sketch(self, rank: int) -> PreparedCG:
-        system = System(self.system.operator, self.system.damping)
+        system = System(self.system.given, self.system.given_damping)
         inner = nystrom(system, None, min(_MOST_RANK, rank), give_up=True)
         self.spent = float(system.products)
         return self._counted(PreparedCG(CG("nystrom", tolerance=self.recipe.tolerance), system, inner))
 
     def _prepared(self, solver: Solver) -> Prepared:
-        return self._counted(solver.prepare(self.system.operator, self.system.damping))
+        return self._counted(solver.prepare(self.system.given, self.system.given_damping))
 
     def _counted(self, prepared: Any) -> Any:
         self.system.products += prepared.system.products
@@ -130,6 +130,7 @@ class _PreparedAuto(Prepared):
 
     def _run(self, prepared: Prepared, rows: Tensor, why: str) -> Raw:
         raw = prepared._solve(rows)
+        self.system.exponent = prepared.system.fixed()  # the unit in which the answer is
         self._counted(prepared)
         self.method = f"Auto: {prepared.method}"
         return replace(raw, info={**raw.info, "chosen": f"{prepared.method}: {why}"})
@@ -137,7 +138,7 @@ class _PreparedAuto(Prepared):
 
 def _direct(recipe: Auto, system: System) -> tuple[Solver | None, float, str]:
     """Return the direct solver that fits, what it costs in products, and why."""
-    operator, n, itemsize = system.operator, system.n, system.dtype.itemsize
+    operator, n, itemsize = system.given, system.n, system.dtype.itemsize
     budget = recipe.budget if recipe.budget is not None else _BUDGET
     plain = Direct(indefinite=recipe.indefinite, tolerance=recipe.tolerance, dual=False)
     options: list[tuple[float, Solver, str]] = []
@@ -145,7 +146,7 @@ def _direct(recipe: Auto, system: System) -> tuple[Solver | None, float, str]:
         cost = n / 6 + (0 if in_memory(operator) else n)
         options.append((cost, plain, f"{n} unknowns fit as a matrix"))
     found = congruence(operator) if operator.positive else None
-    if found is not None and system.damping + found.shift > 0:
+    if found is not None and system.given_damping + found.shift > 0:
         m = found.J.shape[0]
         if m < n and m <= MOST_ROWS and (3 * m * m + m * n) * itemsize <= budget:
             cost = (m / n) ** 2 * m / 3 + (0 if in_memory(found.J) else m / 3)

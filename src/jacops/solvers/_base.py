@@ -2,21 +2,23 @@ r"""Solver: a frozen recipe that turns an operator and a damping into an inverse
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, final
 
+import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
-from ..errors import InputError, InputTypeError, SolveError, explain
+from ..errors import InputError, InputTypeError, SolveError, explain, warn
 from ..operators import Operator
 from ..space import Space
 from ._advice import advice
 from ._judge import Judge, Raw
-from ._solution import Solution
+from ._solution import Solution, Status
 from ._system import System
 
 _WORKING_ENTRIES = 2**26  # entries of right-hand sides, solutions, residuals and directions held at a time
@@ -33,6 +35,7 @@ class Prepared(ABC):
 
     system: System
     method: str
+    _has_warned = False
 
     @property
     def tolerance(self) -> float:
@@ -41,7 +44,7 @@ class Prepared(ABC):
 
     @abstractmethod
     def _solve(self, rows: Tensor) -> Raw:
-        """Solve for finite rows `(k, n)` of which none is zero, k ≥ 1."""
+        """Solve for finite rows `(k, n)` of which none is zero, k ≥ 1, in the unit of the system."""
 
     @eager
     def solve(self, rows: Tensor) -> Solution:
@@ -53,16 +56,39 @@ class Prepared(ABC):
         Raises:
             InputError: The rows have another width, dtype or device than the operator.
         """
-        check_rows(self.system.operator.domain, rows)
+        check_rows(self.system.given.domain, rows)
         begun, products = time.perf_counter(), self.system.products
         judge = Judge(self.system, self.tolerance, rows.detach())
         step = max(1, _WORKING_ENTRIES // (_VECTORS * max(1, self.system.n)))
         for where in judge.solvable.split(step):
             if len(where):
-                judge.take(where, self._solve(judge.rows[where]))
+                judge.take(where, self._attempted(judge.rows[where]))
         judge.info["products"] = self.system.products - products
         judge.info["seconds"] = time.perf_counter() - begun
-        return judge.verdict(self.method)
+        solution = judge.verdict(self.method)
+        self._warn_of_poor(solution)
+        return solution
+
+    def _attempted(self, rows: Tensor) -> Raw:
+        """Solve; a decomposition that LAPACK gives up is a breakdown of these rows."""
+        try:
+            return self._solve(rows)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            k = rows.shape[0]
+            failed = dict.fromkeys(range(k), Status.BREAKDOWN)
+            return Raw(torch.full_like(rows, math.nan), [0] * k, failed, info={"reason": f"a decomposition: {error}"})
+
+    def _warn_of_poor(self, solution: Solution) -> None:
+        """Warn once of approximate solutions that are no better than zero, whose residual is 1."""
+        judged = zip(solution.residual.tolist(), solution.status, strict=True)
+        poor = sum(status == Status.APPROXIMATE and residual >= 1 for residual, status in judged)
+        if poor and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"{self.method}: {poor} of {len(solution.status)} approximate solutions have a relative residual of 1 "
+                f"or more (at most {solution.worst:.1e}), which zero has too. Raise `damping`, allow a larger rank, "
+                "or solve by `CG()` with this method as its `preconditioner`."
+            )
 
 
 class Solver(ABC):
@@ -98,10 +124,12 @@ def solve(
 ) -> Solution:
     r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
 
-    A row has converged if its residual, recomputed from $A$, is at most the tolerance (1e-8 relative in float64, 1e-4
-    in float32 unless the solver says otherwise) or the level that rounding allows, $\epsilon \lVert A \rVert \lVert x
-    \rVert / \lVert b \rVert$, where that is larger. Answers of methods that approximate by design say so in
-    `info["approximate"]` and tell in `residual` how far they are.
+    A row is `converged` if its residual, recomputed from $A$, is at most the tolerance (1e-8 relative in float64, 1e-4
+    in float32 unless the solver has one of its own), and `attainable` if it is at most the level that rounding allows,
+    $\epsilon \lVert A \rVert \lVert x \rVert / \lVert b \rVert$, which is in `info["attainable"]`. Rows of methods
+    that promise no residual are `approximate`, with the residual that was measured, or `unchecked` if none was
+    computed. Every other status is a failure. Operator and right-hand sides may have any scale: both are scaled by
+    powers of two.
 
     Args:
         operator: $A$, square.
@@ -114,7 +142,7 @@ def solve(
         The solution; for one right-hand side `(n,)` it has one row.
 
     Raises:
-        SolveError: A row did not converge; the error carries the solution and says what to do.
+        SolveError: A row failed; the error carries the solution and says what to do.
         InputError: The operator, the right-hand side or an option does not fit.
 
     Example:
@@ -138,7 +166,7 @@ def require(solution: Solution, operator: Operator) -> None:
     Raises:
         SolveError: Some did; the message says what to do.
     """
-    if not solution.converged:
+    if not solution.success:
         raise SolveError(advice(solution, operator), solution)
 
 

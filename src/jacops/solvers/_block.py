@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._finite import is_finite
 from ._judge import condition_limit
 from ._refine import Course
 from ._solution import Status
@@ -70,7 +71,7 @@ def _directions(
         return r[:0]
     residual = r[going]
     z = inner(residual)
-    if not bool(((residual * z).sum(1) > 0).all()):
+    if not bool(((residual * z).sum(1) > 0).all()) or not is_finite(z):
         course.reason = "the preconditioner is not positive definite"
         return r[:0]
     z = z / z.norm(dim=1, keepdim=True)

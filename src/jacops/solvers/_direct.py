@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import private_noise
+from .._finite import on_finite_rows
 from .._lanczos import Lanczos
 from ..errors import InputError, explain
 from ..operators import Identity, LayerFactors, Matrix, Operator
@@ -18,7 +19,7 @@ from ._base import Prepared, Raw, Solver
 from ._judge import condition_limit
 from ._solution import Status
 from ._structure import Congruence, congruence, damped_dense, dense_of, in_memory, is_symmetric
-from ._system import System, in_double
+from ._system import System, in_double, largest_entry, ldexp, shifted
 
 _EXACT_SPECTRUM = 2048  # up to so many unknowns all eigenvalues are computed to explain a failure
 _STEPS = 120  # of Lanczos, beyond that
@@ -55,7 +56,7 @@ class Direct(Solver):
         """
         system = System(operator, damping)
         found = congruence(operator) if operator.positive and self.dual is not False else None
-        found = found if found is not None and damping + found.shift > 0 else None
+        found = found if found is not None and system.given_damping + found.shift > 0 else None
         if self.dual and found is None:
             needed = "`dual=True` needs a positive `J.T @ S @ J` and damping"
             raise InputError(explain("operator", repr(operator), needed))
@@ -137,9 +138,10 @@ class _Primal(_Factorised):
 
     def __init__(self, recipe: Direct, system: System) -> None:
         super().__init__(recipe, system)
-        matrix = damped_dense(system.operator, system.damping)
+        matrix = _in_unit(damped_dense(system.given, 0.0), system)
+        matrix.diagonal().add_(system.damping)
         self.entries = Matrix(matrix)
-        system.products += 0 if in_memory(system.operator) else system.n
+        system.products += 0 if in_memory(system.given) else system.n
         self.norm = _power(matrix, lambda rows: rows @ matrix.T)
         self._factorise(matrix)
 
@@ -148,7 +150,7 @@ class _Primal(_Factorised):
             self.failed, self.info["reason"] = Status.BREAKDOWN, "the matrix holds NaN or Inf"
             self.once = lambda rows: torch.full_like(rows, math.nan)
             return
-        operator = self.system.operator
+        operator = self.system.given
         if not (operator.symmetric or operator.positive or is_symmetric(matrix)):
             self._lu(matrix)
             return
@@ -201,26 +203,24 @@ class _Dual(_Factorised):
 
     def __init__(self, recipe: Direct, system: System, parts: Congruence) -> None:
         super().__init__(recipe, system)
-        self.parts, self.shift = parts, system.damping + parts.shift
         m, n = parts.J.shape
-        structured = isinstance(parts.J, LayerFactors)  # its products and inner products are cheaper than rows
-        self.J = dense_of(parts.J) if m * n <= _DENSE_FACTOR and not structured else None
         system.products += 0 if in_memory(parts.J) else m
         self.norm = system.norm
-        if self.J is not None:
-            J = Matrix(self.J, system.operator.domain, parts.J.codomain)
-            inner = J if parts.S is None else parts.S @ J
-            self.entries = parts.scale * (J.T @ inner) + self.shift * Identity(system.operator.domain)
+        self.shift = system.damping + system.in_unit(parts.shift)
+        self.S, self.J, doubled, gram = _balanced(parts)
+        self.scale = ldexp(parts.scale, doubled - system.exponent)
+        if isinstance(self.J, Matrix):
+            inner = self.J if self.S is None else self.S @ self.J
+            self.entries = self.scale * (self.J.T @ inner) + self.shift * Identity(system.given.domain)
         self.info.update(rows=m, factorisation="Woodbury")
         self.once = self._woodbury
-        gram = self.J @ self.J.T if self.J is not None else parts.J.gram()
-        inner = parts.scale * (gram if parts.S is None else parts.S._apply(gram).T)
+        inner = self.scale * (gram if self.S is None else self.S._apply(gram).T)
         inner.diagonal().add_(self.shift)
         self._factorise(inner)
         self._judge_condition(self.norm / self.shift if m < n else self.info.get("condition", 1.0))
 
     def _factorise(self, inner: Tensor) -> None:
-        if self.parts.S is None:
+        if self.S is None:
             factor, failed = torch.linalg.cholesky_ex(inner)
             self.inner: Callable[[Tensor], Tensor] = lambda rows: torch.cholesky_solve(rows.T, factor).T
         else:
@@ -228,14 +228,43 @@ class _Dual(_Factorised):
             self.inner = lambda rows: torch.linalg.lu_solve(lu, pivots, rows.T).T
         if int(failed):
             self.failed = Status.SINGULAR if bool(inner.isfinite().all()) else Status.BREAKDOWN
+            self.once = lambda rows: torch.full_like(rows, math.nan)
 
     def _woodbury(self, rows: Tensor) -> Tensor:
-        J, S = self.parts.J, self.parts.S
-        image = J._apply(rows) if self.J is None else rows @ self.J.T
-        image = self.parts.scale * (image if S is None else S._apply(image))
-        inner = self.inner(image)
-        back = J._apply_transpose(inner) if self.J is None else inner @ self.J
-        return (rows - back) / self.shift
+        image = self.J._apply(rows)
+        image = self.scale * (image if self.S is None else self.S._apply(image))
+        return (rows - on_finite_rows(self.J._apply_transpose, self.inner(image))) / self.shift
+
+
+def _balanced(parts: Congruence) -> tuple[Operator | None, Operator, int, Tensor]:
+    r"""Return S, $2^{-j} J$, 2 j and the Gram matrix of $2^{-j} J$; j is 0 unless squares leave the range."""
+    m, n = parts.J.shape
+    structured = isinstance(parts.J, LayerFactors)  # its products and inner products are cheaper than rows
+    if m * n > _DENSE_FACTOR or structured:
+        gram = parts.J.gram()
+        if _fits(largest_entry(gram), gram.dtype):
+            return parts.S, parts.J, 0, gram
+        image = parts.J._apply(private_noise(gram.new_empty(1, n), 31))
+        j = math.frexp(largest_entry(image) or 1.0)[1]
+        J = math.ldexp(1.0, -j) * parts.J
+        return parts.S, J, 2 * j, J.gram()
+    rows = dense_of(parts.J)
+    size = largest_entry(rows)
+    j = 0 if _fits(size**2, rows.dtype) else math.frexp(size)[1]
+    rows = shifted(rows, -j)
+    return parts.S, Matrix(rows, parts.J.domain, parts.J.codomain), 2 * j, rows @ rows.T
+
+
+def _fits(square: float, dtype: torch.dtype) -> bool:
+    """Whether sums of squares that come to a size keep their digits in a dtype; zero and what is not finite stay."""
+    limits = torch.finfo(dtype)
+    return square == 0 or not square < math.inf or limits.tiny / limits.eps <= square <= limits.max * limits.eps
+
+
+def _in_unit(matrix: Tensor, system: System) -> Tensor:
+    """Return a matrix of the caller's in the unit, changed in place."""
+    system.measure(largest_entry(matrix))
+    return shifted(matrix, -system.fixed(), in_place=True)
 
 
 def _power(like: Tensor, apply: Callable[[Tensor], Tensor], steps: int = 12, several: int = 1) -> float:

@@ -3,6 +3,7 @@ r"""EK-FAC: curvature layer by layer, as Kronecker products of small factors wit
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -17,7 +18,7 @@ from ._judge import Raw
 from ._kronecker_passes import Fisher, Passes, check_source, estimated
 from ._kronecker_sums import Basis
 from ._solution import Status
-from ._system import System
+from ._system import System, shifted
 
 _FISHERS = ("auto", "exact", "monte_carlo", "empirical")
 _SAID: dict[str, Fisher] = {"empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo", "fisher": "exact"}
@@ -53,8 +54,8 @@ class EKFAC(Solver):
         seed: Of the draws; the global random state is not touched.
         exact_up_to: Parameters outside Kronecker form are kept exactly up to this many in one tensor.
         widest: Sides of a weight longer than this keep their own axes as eigenbasis.
-        report_residual: Hold every solution against the operator itself, one pass over the data; else the residual
-            is NaN and the answer unchecked.
+        report_residual: Compute the residual of every solution, one pass over the data; else it is NaN, and the
+            status `unchecked`.
 
     Raises:
         InputError: `fisher` is unknown, or `draws` is less than 1.
@@ -116,30 +117,38 @@ class PreparedEKFAC(Prepared):
 
     Attributes:
         curvature: The approximation, without damping.
-        preconditioner: The inverse of the damped approximation, for `CG(preconditioner=)`.
     """
 
     method = "ekfac"
 
     def __init__(self, system: System, curvature: EigenBlocks, recipe: EKFAC) -> None:
         self.system, self.curvature, self.recipe = system, curvature, recipe
-        self.singular = curvature.lowest + system.damping <= system.eps * (curvature.largest + system.damping)
-        floor = system.eps * (curvature.largest + system.damping)
-        damping = system.damping
-        # Directions without curvature get nothing where nothing damps them.
-        self.preconditioner = curvature.map(
-            lambda e: torch.where(e + damping > floor, 1.0 / (e + damping).clamp_min(floor or 1.0), 0.0)
-        )
+        system.measure(curvature.largest)
+        damping, exponent = system.damping, system.exponent
+        self.lowest, self.largest = (system.in_unit(e) + damping for e in (curvature.lowest, curvature.largest))
+        floor = system.eps * self.largest
+        self.singular = self.lowest <= floor
+
+        def inverted(values: Tensor) -> Tensor:
+            damped = shifted(values, -exponent) + damping
+            # Directions without curvature get nothing where nothing damps them.
+            return torch.where(damped > floor, 1.0 / damped.clamp_min(floor or 1.0), 0.0)
+
+        self._inverse = curvature.map(inverted)
+
+    @cached_property
+    def preconditioner(self) -> EigenBlocks:
+        """The inverse of the damped approximation, in the units of the caller."""
+        return self._inverse.map(lambda values: shifted(values, -self.system.exponent))
 
     def _solve(self, rows: Tensor) -> Raw:
-        many, largest = rows.shape[0], self.curvature.largest + self.system.damping
-        lowest = self.curvature.lowest + self.system.damping
+        many, largest, lowest = rows.shape[0], self.largest, self.lowest
         info = {
             "coverage": self.curvature.coverage,
             "condition": largest / lowest if lowest > 0 else float("inf"),
         }
         failed = dict.fromkeys(range(many), Status.SINGULAR) if self.singular else {}
-        x, unchecked = self.preconditioner._apply(rows), not self.recipe.report_residual
+        x, unchecked = self._inverse._apply(rows), not self.recipe.report_residual
         return Raw(x, [0] * many, failed, largest, info, approximate=True, unchecked=unchecked)
 
     def __repr__(self) -> str:

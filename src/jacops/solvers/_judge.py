@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from .._finite import where_first
-from ._solution import Solution, Status
+from ._solution import OUT_OF_RANGE, Solution, Status
 from ._system import System
 
-_FOR_GOOD = {Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.BREAKDOWN, Status.DIVERGED}
+FOR_GOOD = {Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.BREAKDOWN, Status.DIVERGED}  # no residual mends them
+_SIZES = {"lowest_curvature", "remainder", "scale", "scale_needed", "sketch_curvature"}  # figures of the size of A
+# Exponents of the largest entry of a row between which scaling by a power of two is exact: that of the smallest normal
+# number plus the digits of the dtype, and that of the largest number.
+_EXACT = {torch.float32: (-101, 128), torch.float64: (-968, 1024)}
 
 
 def condition_limit(dtype: torch.dtype) -> float:
@@ -50,10 +54,12 @@ class Raw:
 class Judge:
     r"""Right-hand sides and what becomes of them.
 
-    Rows are scaled by powers of two to entries of at most 1, so that tiny and huge gradients are solved alike.
+    Rows are scaled by powers of two to entries of at most 1, so that tiny and huge gradients are solved alike; the
+    operator has a unit of its own (`System`). Solutions are scaled back here, once they are known.
 
     Attributes:
         rows: The scaled right-hand sides.
+        exponents: The binary exponents by which they were divided.
         solvable: Indices of the rows that are finite and not zero; zero rows have the solution zero, in no step.
         info: Figures, collected.
     """
@@ -63,9 +69,9 @@ class Judge:
         largest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(k)
         finite, zero = largest.isfinite(), largest == 0
         least = 1000 if rows.dtype == torch.float64 else 120
-        scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent.clamp(-least, least) - 1)
-        self.scale = torch.where(finite & ~zero, scale, 1.0)
-        self.rows = rows / self.scale.unsqueeze(1)
+        exponents = torch.frexp(largest).exponent.clamp(-least, least) - 1
+        self.exponents = torch.where(finite & ~zero, exponents, 0)
+        self.rows = rows / torch.ldexp(torch.ones_like(largest), self.exponents).unsqueeze(1)
         self.size = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)
         self.solvable = (finite & ~zero).nonzero()[:, 0]
         self.system, self.tolerance = system, tolerance
@@ -82,51 +88,81 @@ class Judge:
 
     def take(self, where: Tensor, raw: Raw) -> None:
         """Judge what a method found for some rows."""
-        system, x = self.system, raw.x
-        left = torch.full_like(self.size[where], math.nan) if raw.unchecked else raw.left
-        if left is None:
-            left = torch.linalg.vector_norm(system.residual(x, self.rows[where]), dim=1)
+        system, shift = self.system, self.exponents[where] - self.system.fixed()
+        self.x[where], x, loss = _scaled_back(raw.x, shift)
+        judged = torch.linalg.vector_norm(x, math.inf, dim=1).isfinite() & ~_failed_for_good(raw, where)
+        left = self._left(where, raw, x, judged, loss)
         length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-        norm = max(raw.norm or system.norm, system.damping)
+        norm = max(raw.norm or system.norm, system.damping) if bool(judged.any()) else math.nan
         reach = norm * length / self.size[where]
         self.residual[where] = left / self.size[where]
         self.attainable[where] = system.eps * reach
         if system.is_positive:
-            rounding = system.eps * max(4.0, math.sqrt(system.n)) * (norm * length + self.size[where])
-            self.bound[where] = (left + rounding) / system.damping * self.scale[where]
-        self.x[where] = x * self.scale[where].unsqueeze(1)
-        finite = self.x[where].isfinite().all(1) & (left.isfinite() | raw.unchecked)
+            self.bound[where] = self._bound(left, norm * length, self.size[where], shift)
         self.info["approximate"] |= raw.approximate
         if raw.unchecked:
             self.info["unchecked"] = True
-        facts = zip(where.tolist(), self.residual[where].tolist(), reach.tolist(), finite.tolist(), strict=True)
-        for i, (row, residual, condition, ok) in enumerate(facts):
+        facts = (self.residual[where].tolist(), reach.tolist(), judged.tolist(), loss.tolist())
+        for i, (row, residual, condition, ok, gone) in enumerate(zip(where.tolist(), *facts, strict=True)):
             self.iterations[row] = raw.iterations[i]
-            self.status[row] = self._status(raw.failed.get(i), residual, condition, ok, raw.approximate)
-
+            self.status[row] = self._status(raw, raw.failed.get(i), residual, condition, ok, gone)
         self._note(where, raw.info)
 
-    def _status(self, failed: Status | None, residual: float, condition: float, finite: bool, approx: bool) -> Status:
-        if failed is not None and failed in _FOR_GOOD:
+    def _left(self, where: Tensor, raw: Raw, x: Tensor, judged: Tensor, loss: Tensor) -> Tensor:
+        """Return the norms of the true residuals, by one product for each row that needs one; NaN for the others."""
+        left = torch.full_like(loss, math.nan)
+        if raw.unchecked:
+            return left
+        known = judged & (loss <= self.system.eps) if raw.left is not None else torch.zeros_like(judged)
+        if raw.left is not None:
+            left[known] = raw.left[known]
+        ask = judged & ~known
+        if bool(ask.all()):
+            return torch.linalg.vector_norm(self.system.residual(x, self.rows[where]), dim=1)
+        if bool(ask.any()):
+            rows = self.system.residual(x[ask], self.rows[where][ask])
+            left[ask] = torch.linalg.vector_norm(rows, dim=1)
+        return left
+
+    def _bound(self, left: Tensor, image: Tensor, size: Tensor, shift: Tensor) -> Tensor:
+        """Return bounds on the errors of positive operators, the rounding of what is returned included."""
+        system = self.system
+        rounding = system.eps * max(4.0, math.sqrt(system.n)) * (image + size)
+        bound = times(((left + rounding) / system.damping).unsqueeze(1), shift)[:, 0]
+        return bound + math.sqrt(system.n) * torch.finfo(system.dtype).smallest_normal * system.eps
+
+    def _status(
+        self, raw: Raw, failed: Status | None, residual: float, condition: float, judged: bool, loss: float
+    ) -> Status:
+        """Return how the solve of a row ended; `loss` is what the range of the dtype took from its solution."""
+        if failed is not None and failed in FOR_GOOD:
             return failed
-        if not finite:
-            return Status.BREAKDOWN
-        if approx:
-            return failed or Status.CONVERGED
+        promised = not (raw.approximate or raw.unchecked)
         limit = condition_limit(self.system.dtype)
-        if residual <= self.tolerance or (residual <= self.system.eps * condition and condition <= limit):
+        if promised and judged and residual <= self.tolerance:
             return Status.CONVERGED
-        return Status.SINGULAR if condition > limit else failed or Status.STAGNATED
+        if promised and judged and residual <= self.system.eps * condition and condition <= limit and residual < 1:
+            return Status.ATTAINABLE
+        if loss > (self.system.eps if promised else self.system.tolerance):
+            self.info["reason"] = f"{OUT_OF_RANGE} {self.system.dtype}"
+            return Status.BREAKDOWN
+        if not judged or (residual != residual and not raw.unchecked):
+            return Status.BREAKDOWN
+        if promised:
+            return Status.SINGULAR if condition > limit else failed or Status.STAGNATED
+        return failed or (Status.UNCHECKED if raw.unchecked else Status.APPROXIMATE)
 
     def _note(self, where: Tensor, info: dict[str, Any]) -> None:
         for name, value in info.items():
             if isinstance(value, Tensor) and value.shape == where.shape:
                 whole = self.info.setdefault(name, torch.full_like(self.residual, math.nan))
                 whole[where] = value.to(whole.dtype)
-            elif name == "lowest_curvature" and name in self.info:
-                self.info[name] = min(self.info[name], value)
-            else:
-                self.info[name] = value
+                continue
+            if name in _SIZES and isinstance(value, float):
+                value = self.system.from_unit(value)
+            if name == "lowest_curvature" and name in self.info:
+                value = min(self.info[name], value)
+            self.info[name] = value
 
     def verdict(self, method: str) -> Solution:
         """Return all rows with what is known of them."""
@@ -135,4 +171,38 @@ class Judge:
             info["error_bound"] = self.bound
         info = {name: info[name] for name in sorted(info)}
         status, iterations = tuple(self.status), tuple(self.iterations)
-        return Solution(self.x, status, self.residual, iterations, self.system.damping, method, info)
+        return Solution(self.x, status, self.residual, iterations, self.system.given_damping, method, info)
+
+
+def _failed_for_good(raw: Raw, where: Tensor) -> Tensor:
+    """Return for each row whether it failed in a way that no residual can mend."""
+    failed = [raw.failed.get(i) in FOR_GOOD for i in range(len(where))]
+    return torch.tensor(failed, dtype=torch.bool, device=where.device)
+
+
+def times(rows: Tensor, shift: Tensor) -> Tensor:
+    """Return rows times powers of two, in two halves where one power would leave the range of the dtype."""
+    most = 120 if rows.dtype == torch.float32 else 1000
+    one = torch.ones(len(shift), 1, dtype=rows.dtype, device=rows.device)
+    shift = shift.clamp(-2 * most, 2 * most).unsqueeze(1)
+    if not shift.numel() or int(shift.abs().max()) <= most:
+        return rows * torch.ldexp(one, shift)
+    half = shift // 2
+    return rows * torch.ldexp(one, half) * torch.ldexp(one, shift - half)
+
+
+def _scaled_back(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows times powers of two; the rows as the dtype's range left them; and the relative change by it."""
+    scaled, (low, high) = times(x, shift), _EXACT[x.dtype]
+    largest = torch.linalg.vector_norm(x, math.inf, dim=1)
+    reached = torch.frexp(largest).exponent + shift
+    edge = largest.isfinite() & (largest > 0) & ((reached < low) | (reached > high))
+    loss = torch.zeros_like(largest, dtype=torch.float64)
+    if not bool(edge.any()):
+        return scaled, x, loss
+    back = times(scaled[edge], -shift[edge])
+    size = torch.linalg.vector_norm(x[edge], dim=1, dtype=torch.float64)
+    loss[edge] = torch.linalg.vector_norm(back - x[edge], dim=1, dtype=torch.float64) / size
+    x = x.clone()
+    x[edge] = back
+    return scaled, x, loss

@@ -178,8 +178,8 @@ def check_source(operator: Operator) -> None:
             explain(
                 "operator",
                 f"{operator!r}",
-                "EKFAC looks into the layers of a torch model, so the curvature of a Problem is needed",
-                "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`.",
+                "EKFAC needs the curvature of a Problem with a torch model, of which it takes the layers",
+                "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`, which takes any operator and JAX.",
             )
         )
 

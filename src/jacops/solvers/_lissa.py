@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -50,7 +51,8 @@ class LiSSA(Solver):
             raise InputError(explain("scale", repr(self.scale), "a positive number is needed"))
         system = System(operator, damping)
         check_symmetric(system, "LiSSA")
-        return _PreparedLiSSA(self, system, self.scale or system.norm or 1.0)
+        scale = system.in_unit(self.scale) if self.scale is not None else system.norm
+        return _PreparedLiSSA(self, system, scale or 1.0)
 
 
 @final
@@ -73,7 +75,9 @@ class _PreparedLiSSA(Prepared):
         goals, before = self.tolerance * size, size
         for step in range(self.recipe.max_steps + 1):
             now = r.norm(dim=1)
-            ended = (now <= goals[ids]) | ~now.isfinite()
+            lost = ~now.isfinite()
+            ended = (now <= goals[ids]) | lost
+            self._overflowed(raw, ids[lost])
             if step and step % _WINDOW == 0:
                 grown = (now > before * (1 + 100 * self.system.eps)) & ~ended
                 self._grew(raw, ids[grown], r[grown])
@@ -90,6 +94,12 @@ class _PreparedLiSSA(Prepared):
             x = x + r / self.scale
             r = r - self.system.apply(r) / self.scale
         return raw
+
+    def _overflowed(self, raw: Raw, ids: Tensor) -> None:
+        """Note that residuals grew beyond the range of the dtype, unless products themselves are not finite."""
+        if len(ids) and math.isfinite(self.system.norm):
+            raw.failed.update(dict.fromkeys(ids.tolist(), Status.DIVERGED))
+            raw.info["scale_needed"] = self.system.norm
 
     def _grew(self, raw: Raw, ids: Tensor, r: Tensor) -> None:
         """Say why residuals grow: of what grows they are mostly made."""

@@ -27,8 +27,8 @@ class Lanczos(Solver):
 
     $(A + \lambda I)^{-1} b \approx V (\Theta + \lambda)^{-1} V^\top b + (b - V V^\top b) / \lambda$. The second term,
     which others leave out, is where the inverse is largest; it makes the answer exact for operators of that rank.
-    Without damping it is left out, and the answer is that of the pseudo-inverse. The answer approximates by design:
-    it counts as converged if the eigenpairs have, and the residual says how far it is.
+    Without damping it is left out, and the answer is that of the pseudo-inverse. No residual is promised:
+    the status is `approximate` if the eigenpairs have converged, and the residual is that of the solution.
 
     Attributes:
         rank: Number of eigenpairs, of largest magnitude.
@@ -36,7 +36,8 @@ class Lanczos(Solver):
         tolerance: On the residual of an eigenpair, relative to the largest eigenvalue; 1e-7, or 1e-4 in float32.
         indefinite: Take negative curvature as it is, and do not fail for it.
         seed: Of the start.
-        report_residual: Hold every solution against the operator, one product each; else the residual is NaN.
+        report_residual: Compute the residual of every solution, one product each; else it is NaN, and the status
+            `unchecked`.
     """
 
     rank: int = 32
@@ -102,7 +103,8 @@ class Nystrom(Solver):
         rank: Of the sketch; by default it doubles until the smallest eigenvalue is at most a tenth of the damping.
         max_rank: Where it is found.
         seed: Of the sketch.
-        report_residual: Hold every solution against the operator, one product each; else the residual is NaN.
+        report_residual: Compute the residual of every solution, one product each; else it is NaN, and the status
+            `unchecked`.
     """
 
     rank: int | None = None
@@ -122,7 +124,7 @@ class Nystrom(Solver):
         found = sketch(system, self.rank, self.max_rank, self.seed, ratio=0.1)
         failed, info = None, {"rank": found.rank}
         if found.lowest is not None and found.lowest < 0:
-            failed, info = Status.NEGATIVE_CURVATURE, {"lowest_curvature": found.lowest + damping}
+            failed, info = Status.NEGATIVE_CURVATURE, {"lowest_curvature": found.lowest + system.damping}
         elif found.lowest is not None:
             failed, info = Status.BREAKDOWN, {"reason": "a product is not finite"}
         return _PreparedLowRank(self, system, found.basis, found.values, failed, info)
@@ -146,7 +148,9 @@ class _PreparedLowRank(Prepared):
             if isinstance(recipe, Nystrom) or not recipe.indefinite:
                 self.failed = Status.NEGATIVE_CURVATURE
         flat = damped.abs() <= noise
-        if system.damping and bool(flat.any()) and largest > 0:
+        self.has_complement = bool(system.given_damping) and len(values) < system.n
+        undamped = self.has_complement and system.damping <= noise
+        if system.given_damping and (bool(flat.any()) or undamped) and largest > 0:
             self.failed = self.failed or Status.SINGULAR
         self.inverse = torch.where(flat, 0.0, 1 / damped)
 
@@ -154,7 +158,7 @@ class _PreparedLowRank(Prepared):
         k = rows.shape[0]
         inside = rows @ self.basis.T
         x = (inside * self.inverse) @ self.basis
-        if self.system.damping:
+        if self.has_complement:
             rest = rows - inside @ self.basis
             rest = rest - (rest @ self.basis.T) @ self.basis
             x = x + rest / self.system.damping

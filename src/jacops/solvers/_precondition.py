@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from .._finite import is_finite
+from .._finite import is_finite, on_finite_rows
 from ..errors import InputError, InputTypeError, NonFiniteError, explain
 from ..estimators import diagonal
 from ..operators import Matrix, Operator
 from ._base import Solver
 from ._sketch import sketch
 from ._structure import in_memory
-from ._system import System, check_symmetric
+from ._system import RowMap, System, check_symmetric, largest_entry, ordinary, shifted
 
 _EXACT_DIAGONAL = 512
 _PROBES = 64
@@ -33,7 +32,7 @@ class Preconditioner:
         info: Figures for the solution.
     """
 
-    apply: Callable[[Tensor], Tensor]
+    apply: RowMap
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,20 +50,35 @@ def preconditioner_of(system: System, kind: Any, rank: int | None, max_rank: int
     if kind == "nystrom":
         return nystrom(system, rank, max_rank, seed)
     if isinstance(kind, Solver):
-        prepared = kind.prepare(system.operator, system.damping)
-        return Preconditioner(lambda rows: prepared._solve(rows).x, {"preconditioner": prepared.method})
+        prepared = kind.prepare(system.given, system.given_damping)
+        return Preconditioner(_in_unit(lambda rows: prepared._solve(rows).x), {"preconditioner": prepared.method})
     needed = "None, 'jacobi', 'nystrom', an Operator or a Solver is needed"
     if isinstance(kind, str):
         raise InputError(explain("preconditioner", repr(kind), needed))
     if not isinstance(kind, Operator):
         raise InputTypeError(explain("preconditioner", f"a {type(kind).__name__}", needed))
-    space, own = kind.domain, system.operator.domain
-    if kind.shape != system.operator.shape or (space.dtype, space.device) != (own.dtype, own.device):
+    space, own = kind.domain, system.given.domain
+    if kind.shape != system.given.shape or (space.dtype, space.device) != (own.dtype, own.device):
         came = f"of shape {kind.shape}, {space.dtype} on {space.device}"
-        needed = f"shape {system.operator.shape}, {own.dtype} on {own.device} is needed, like the operator's"
+        needed = f"shape {system.given.shape}, {own.dtype} on {own.device} is needed, like the operator's"
         raise InputError(explain("preconditioner", came, needed))
     check_symmetric(System(kind, 0.0), "a preconditioner")
-    return Preconditioner(kind._apply, {"preconditioner": repr(kind)})
+    return Preconditioner(_in_unit(kind._apply), {"preconditioner": repr(kind)})
+
+
+def _in_unit(apply: RowMap) -> RowMap:
+    """Return a map of finite rows divided by the power of two near its first images, which no solution depends on."""
+    exponent: int | None = None
+
+    def scaled(rows: Tensor) -> Tensor:
+        nonlocal exponent
+        image = on_finite_rows(apply, rows)
+        size = largest_entry(image) / (largest_entry(rows) or 1.0) if exponent is None else math.nan
+        if 0 < size < math.inf:
+            exponent = 0 if ordinary(size) else math.frexp(size)[1]
+        return shifted(image, -(exponent or 0))
+
+    return scaled
 
 
 def nystrom(system: System, rank: int | None, max_rank: int, seed: int = 0, give_up: bool = False) -> Preconditioner:
@@ -85,21 +99,21 @@ def nystrom(system: System, rank: int | None, max_rank: int, seed: int = 0, give
 def _exact(system: System) -> Tensor:
     system.products += system.n
     try:
-        return diagonal(system.operator)
+        return shifted(diagonal(system.given), -system.exponent)
     except NonFiniteError:
         return system.zeros(system.n) + math.nan
 
 
 def _jacobi(system: System, seed: int) -> Preconditioner:
-    operator, n = system.operator, system.n
+    operator, n = system.given, system.n
     if isinstance(operator, Matrix):
-        entries = operator.matrix.diagonal().clone()
+        entries = shifted(operator.matrix.diagonal().clone(), -system.exponent)
     elif n <= _EXACT_DIAGONAL or in_memory(operator):
         entries = _exact(system)
     else:  # the estimator of Bekas, Kokiopoulou and Saad (2007)
         signs = system.noise(_PROBES, seed).sign()
         entries = (signs * system.undamped(signs)).mean(0)
-    if not is_finite(entries):  # the products say so themselves
+    if not is_finite(entries):  # the products of the iteration are not finite either
         return Preconditioner(lambda rows: rows)
     entries = entries + system.damping
     typical = float(entries.abs().mean()) or 1.0

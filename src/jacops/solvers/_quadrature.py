@@ -14,7 +14,7 @@ from .._lanczos import Lanczos
 from ..errors import InputError, explain
 from ..operators import Operator
 from ._base import check_rows
-from ._judge import Judge
+from ._judge import Judge, times
 from ._system import System
 
 _WORKING_ENTRIES = 2**26
@@ -65,10 +65,20 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
     judge = Judge(system, system.tolerance, rows)
     for where in judge.solvable.split(max(1, _WORKING_ENTRIES // max(1, capacity * system.n))):
         if len(where):
-            square = (judge.size * judge.scale)[where] ** 2
-            lower[where], upper[where] = (square * bound for bound in _bounds(system, judge.rows[where], capacity))
+            square = judge.size[where] ** 2
+            below, above = _bounds(system, judge.rows[where], capacity)
+            shift = 2 * judge.exponents[where] - system.fixed()
+            lower[where], upper[where] = _in_range(square * below, square * above, shift)
     finite = rows.isfinite().all(1)
     return Bounds(lower.where(finite, math.nan), upper.where(finite, math.nan), capacity)
+
+
+def _in_range(lower: Tensor, upper: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bounds times powers of two; what leaves the range of double precision still is a bound."""
+    limits = torch.finfo(torch.float64)
+    lower, upper = (times(bound.unsqueeze(1), shift)[:, 0] for bound in (lower, upper))
+    smallest = limits.tiny * limits.eps
+    return lower.clamp(0.0, limits.max).nan_to_num(0.0), upper.clamp_min(smallest).nan_to_num(math.inf, math.inf)
 
 
 def _bounds(system: System, rows: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +90,8 @@ def _bounds(system: System, rows: Tensor, capacity: int) -> tuple[Tensor, Tensor
     runs, m, _ = T.shape
     last = torch.linalg.vector_norm(krylov.ritz().residuals, dim=1)
     eye = torch.eye(m, dtype=T.dtype, device=T.device)
-    ends = torch.linalg.solve(T - 0.999999 * system.damping * eye, last.square().reshape(-1, 1, 1) * eye[:, -1:])
+    right = last.square().reshape(-1, 1, 1) * eye[:, -1:]
+    ends = torch.linalg.solve_ex(T - 0.999999 * system.damping * eye, right).result
     bordered = T.new_zeros(runs, m + 1, m + 1)
     bordered[:, :m, :m] = T
     bordered[:, m, m] = system.damping + ends[:, -1, 0]
@@ -91,4 +102,4 @@ def _bounds(system: System, rows: Tensor, capacity: int) -> tuple[Tensor, Tensor
 def _corner(T: Tensor) -> Tensor:
     """Return the first entry of each inverse."""
     unit = torch.eye(T.shape[1], dtype=T.dtype, device=T.device)[:, :1]
-    return torch.linalg.solve(T, unit.expand(T.shape[0], -1, 1))[:, 0, 0]
+    return torch.linalg.solve_ex(T, unit.expand(T.shape[0], -1, 1)).result[:, 0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._judge import Raw
+from ._judge import FOR_GOOD, Raw
 from ._solution import Status
 from ._system import System
 
@@ -67,7 +68,8 @@ def refined(
         if course.reason:
             info["reason"] = course.reason
         better = x[todo] + (course.x / ratio).to(x.dtype)
-        left_then = system.residual(better, rows[todo])
+        ended = {i: status for i, status in course.failed.items() if round == 0 or status == Status.NEGATIVE_CURVATURE}
+        left_then = _true_residuals(system, better, rows[todo], ended)
         then = torch.linalg.vector_norm(left_then, dim=1)
         won = then < now[todo]
         halved = then <= 0.5 * now[todo]
@@ -77,8 +79,8 @@ def refined(
         now[todo] = torch.where(kept, then, now[todo])
         for i, row in enumerate(todo.tolist()):
             steps[row] += course.steps[i]
-            if i in course.failed and (round == 0 or course.failed[i] == Status.NEGATIVE_CURVATURE):
-                failed[row] = course.failed[i]
+            if i in ended:
+                failed[row] = ended[i]
         goals = goals.maximum(system.eps * norm * torch.linalg.vector_norm(x, dim=1, dtype=torch.float64))
         again = [
             row
@@ -89,3 +91,13 @@ def refined(
         if not again:
             break
     return Raw(x, steps, failed, norm or None, info, left=now)
+
+
+def _true_residuals(system: System, x: Tensor, b: Tensor, ended: dict[int, Status]) -> Tensor:
+    """Return residuals, NaN for the rows of which no residual is asked since they failed for good."""
+    asked = torch.tensor([ended.get(i) not in FOR_GOOD for i in range(len(x))], device=x.device)
+    if bool(asked.all()):
+        return system.residual(x, b)
+    left = torch.full_like(x, math.nan, dtype=torch.float64)
+    left[asked] = system.residual(x[asked], b[asked])
+    return left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -11,9 +12,28 @@ from torch import Tensor
 
 
 class Status(StrEnum):
-    """How the solve of one right-hand side ended; each is a plain string."""
+    """How the solve of one right-hand side ended; each is a plain string.
+
+    The first four are results, the others are failures, which raise `SolveError` unless failures are returned.
+
+    Attributes:
+        CONVERGED: The true residual is at most the tolerance.
+        ATTAINABLE: The residual is above the tolerance, but at the level that rounding allows, and below 1.
+        APPROXIMATE: The method promises no residual (EK-FAC, Nyström, Lanczos); it was computed.
+        UNCHECKED: No residual was computed.
+        MAX_STEPS: The iteration took as many steps as were allowed.
+        STAGNATED: The residual no longer decreases, and is above what rounding allows.
+        NEGATIVE_CURVATURE: The operator is not positive definite.
+        SINGULAR: The operator is singular to rounding.
+        BREAKDOWN: A number stopped being finite, or the solution is outside the range of the dtype.
+        DIVERGED: A series grows.
+        NONFINITE_INPUT: The right-hand side holds NaN or Inf.
+    """
 
     CONVERGED = "converged"
+    ATTAINABLE = "attainable"
+    APPROXIMATE = "approximate"
+    UNCHECKED = "unchecked"
     MAX_STEPS = "max_steps"
     STAGNATED = "stagnated"
     NEGATIVE_CURVATURE = "negative_curvature"
@@ -21,6 +41,33 @@ class Status(StrEnum):
     BREAKDOWN = "breakdown"
     DIVERGED = "diverged"
     NONFINITE_INPUT = "nonfinite_input"
+
+    @property
+    def success(self) -> bool:
+        """Whether this is a result rather than a failure."""
+        return self in RESULTS
+
+
+RESULTS = (Status.CONVERGED, Status.ATTAINABLE, Status.APPROXIMATE, Status.UNCHECKED)
+"""Statuses that do not raise, from the best to the one of which least is known."""
+
+OUT_OF_RANGE = "entries of the solution are outside the range of"
+_BY_WEIGHT = (
+    Status.NONFINITE_INPUT,
+    Status.NEGATIVE_CURVATURE,
+    Status.SINGULAR,
+    Status.DIVERGED,
+    Status.BREAKDOWN,
+    Status.STAGNATED,
+    Status.MAX_STEPS,
+    *reversed(RESULTS),
+)
+
+
+def gravest(statuses: Iterable[str]) -> Status:
+    """Return the worst of some statuses; converged where there are none."""
+    found = {Status(status) for status in statuses}
+    return next((status for status in _BY_WEIGHT if status in found), Status.CONVERGED)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,14 +77,16 @@ class Solution:
     Attributes:
         x: The solutions, `(k, n)`; a row that has none is NaN.
         status: One `Status` per row.
-        residual: $\lVert b - (A + \lambda I) x \rVert / \lVert b \rVert$ per row, `(k,)`, recomputed from $A$ itself.
+        residual: $\lVert b - (A + \lambda I) x \rVert / \lVert b \rVert$ per row, `(k,)`, recomputed from $A$ itself;
+            NaN for rows that are unchecked, and for failed rows whose failure no residual can mend.
         iterations: Steps per row; 0 for direct methods.
         damping: $\lambda$.
         method: The solver's name.
         info: The method's own figures, of these what applies: `tolerance`; `attainable`, the residual that rounding
             allows, per row; `error_bound` on $\lVert x - x^* \rVert$, per row, for positive operators under damping;
-            `norm`; `condition`; `lowest_curvature`; `rank`; `approximate`, whether the method answers with an
-            approximation, whose residual is then no failure; `chosen`; `products`, rows put through $A$; `seconds`.
+            `condition`; `lowest_curvature`; `rank`; `approximate`, whether the method promises no residual;
+            `unchecked`, whether none was computed; `reason` of a breakdown; `chosen`; `products`, rows put through
+            $A$; `seconds`.
     """
 
     x: Tensor
@@ -50,14 +99,19 @@ class Solution:
 
     @property
     def converged(self) -> bool:
-        """Every row is."""
+        """The true residual of every row is at most the tolerance."""
         return all(status == Status.CONVERGED for status in self.status)
 
     @property
+    def success(self) -> bool:
+        """No row failed: each is converged, attainable, approximate or unchecked."""
+        return all(Status(status).success for status in self.status)
+
+    @property
     def worst(self) -> float:
-        """The largest relative residual of all rows that have one, 0 without rows."""
-        finite = self.residual[~self.residual.isnan()]
-        return float(finite.max()) if len(finite) else 0.0 if not len(self.residual) else float("nan")
+        """The largest relative residual of all rows that have one, 0 without rows, NaN where no row has one."""
+        known = self.residual[~self.residual.isnan()]
+        return float(known.max()) if len(known) else 0.0 if not len(self.residual) else float("nan")
 
     @property
     def counts(self) -> str:
@@ -66,9 +120,25 @@ class Solution:
 
     def __repr__(self) -> str:
         steps = f", at most {max(self.iterations)} steps" if any(self.iterations) else ""
-        approximate = ", approximate" if self.info.get("approximate") else ""
-        residual = "residuals not asked for" if self.info.get("unchecked") else f"worst residual {self.worst:.1e}"
         return (
             f"Solution({tuple(self.x.shape)} by {self.method}, damping {self.damping:g}: {self.counts}, "
-            f"{residual}{steps}{approximate})"
+            f"{residual_text(self.residual.tolist())}{level_text(self.status, self.info)}{steps})"
         )
+
+
+def residual_text(residuals: Iterable[float]) -> str:
+    """Return the worst of some residuals in words; NaN stands for one that was not computed."""
+    given = list(residuals)
+    known = [residual for residual in given if residual == residual]
+    if given and not known:
+        return "no residual computed"
+    return f"worst residual {max(known, default=0.0):.1e}"
+
+
+def level_text(statuses: Iterable[str], info: Mapping[str, Any]) -> str:
+    """Return the level that rounding allows in words, where a row stopped there; nothing otherwise."""
+    levels = info.get("attainable")
+    if levels is None:
+        return ""
+    reached = [level for status, level in zip(statuses, levels, strict=True) if status == Status.ATTAINABLE]
+    return f" (rounding allows {float(max(reached)):.1e})" if reached else ""

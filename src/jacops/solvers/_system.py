@@ -3,44 +3,57 @@ r"""The equations a solver sees: $(A + \lambda I) x = b$, with products counted 
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import private_noise
+from .._finite import is_finite
 from ..errors import InputError, InputTypeError, explain
 from ..operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 
+RowMap = Callable[[Tensor], Tensor]
 _CHUNK_ENTRIES = 2**24  # entries of a matrix that are made double at a time
+# Norms from 6e-8 to 2e7 need no unit of their own: with condition numbers of 1e6, which is what single precision
+# solves, squares of curvatures stay above 1e-27 and below 1e15.
+_ORDINARY = 24
+# Rows of order one are multiplied by 2 to half of it, which must stay inside the range of the dtype.
+_MOST_EXPONENT = {torch.float32: 240, torch.float64: 1900}
 
 
 @final
 class System:
-    r"""$A + \lambda I$ acting on rows.
+    r"""$A + \lambda I$ acting on rows, in a unit in which its norm is of order one.
+
+    The unit is a power of two $2^e$: solvers work on $A / 2^e$ and $\lambda / 2^e$, so that no square of a norm or
+    of a curvature overflows or underflows, and no digit changes. `exponent` is found from the first product that is
+    made, at no cost, or from entries that are in memory (`measure`). It is 0 for operators of ordinary size.
 
     Attributes:
-        operator: $A$, square.
-        damping: $\lambda \ge 0$.
+        given: $A$ as the caller has it, square.
+        given_damping: $\lambda \ge 0$ as the caller has it.
         products: Rows that went through $A$ so far.
     """
 
     def __init__(self, operator: Operator, damping: float) -> None:
-        self.operator = operator
-        self.damping = _checked_damping(damping)
+        self.given = operator
+        self.given_damping = _checked_damping(damping)
         self.products = 0
+        self._exponent: int | None = None
+        self._norm: tuple[int, float] | None = None
         _check_operator(operator)
 
     @property
     def n(self) -> int:
         """Number of unknowns."""
-        return self.operator.domain.dim
+        return self.given.domain.dim
 
     @property
     def dtype(self) -> torch.dtype:
         """Of a row."""
-        return self.operator.domain.dtype
+        return self.given.domain.dtype
 
     @property
     def eps(self) -> float:
@@ -55,35 +68,93 @@ class System:
     @property
     def is_positive(self) -> bool:
         """The damped operator is known to be positive definite."""
-        return self.operator.positive and self.damping > 0
+        return self.given.positive and self.given_damping > 0
+
+    # ---- the unit --------------------------------------------------------------------------------------------------
+
+    @property
+    def exponent(self) -> int:
+        """The binary exponent e of the unit; costs one product where none was made yet."""
+        if self._exponent is None and self.n:
+            self.undamped(self.noise(1, 29))
+            self.measure(0.0)
+        return self.fixed()
+
+    @exponent.setter
+    def exponent(self, value: int) -> None:
+        self._exponent = value
+
+    def measure(self, size: float) -> None:
+        """Fix the unit by an estimate of the norm of $A$, unless it is fixed; a size of 0, NaN or Inf tells nothing."""
+        size = max(size, self.given_damping)
+        if self._exponent is None and 0 < size < math.inf:
+            found = math.frexp(size)[1]
+            most = _MOST_EXPONENT[self.dtype]
+            self._exponent = 0 if abs(found) <= _ORDINARY else min(max(found, -most), most)
+
+    def fixed(self) -> int:
+        """Return the exponent; one that nothing has shown is 0 from now on."""
+        self._exponent = self._exponent or 0
+        return self._exponent
+
+    def in_unit(self, value: float) -> float:
+        """Return a size of the caller's, such as a damping, in the unit."""
+        return ldexp(value, -self.exponent)
+
+    def from_unit(self, value: float) -> float:
+        """Return a size in the unit, such as a curvature, as the caller's."""
+        return ldexp(value, self.fixed())
+
+    @property
+    def damping(self) -> float:
+        r"""$\lambda$ in the unit."""
+        if self._exponent == 0 or not self.given_damping:
+            return self.given_damping
+        return self.in_unit(self.given_damping)
+
+    @property
+    def operator(self) -> Operator:
+        """$A$ in the unit."""
+        return Scaled(self.given, ldexp(1.0, -self.exponent)) if self.exponent else self.given
+
+    # ---- rows ------------------------------------------------------------------------------------------------------
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros where the operator lives."""
-        return torch.zeros(*shape, dtype=self.dtype, device=self.operator.domain.device)
+        return torch.zeros(*shape, dtype=self.dtype, device=self.given.domain.device)
 
     def noise(self, rows: int, seed: int) -> Tensor:
         """Return normal rows from a private generator."""
         return private_noise(self.zeros(rows, self.n), seed)
 
     def undamped(self, rows: Tensor) -> Tensor:
-        r"""Return $A$ times each row."""
-        self.products += rows.shape[0]
-        return self.operator._apply(rows).detach()
+        r"""Return $A$ times each row; a row with NaN or Inf is not multiplied, its image is NaN."""
+        return self._guarded(self._image, rows)
 
     def apply(self, rows: Tensor) -> Tensor:
-        r"""Return $A + \lambda I$ times each row."""
+        r"""Return $A + \lambda I$ times each row, as `undamped` does."""
         image = self.undamped(rows)
-        return image.add(rows, alpha=self.damping) if self.damping else image
+        return image.add(rows, alpha=self.damping) if self.given_damping else image
 
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
-        r"""Return $b - (A + \lambda I) x$ in double precision, exact products wherever the matrix is in memory."""
-        self.products += x.shape[0]
-        wide = x.double()
-        return b.double() - in_double(self.operator, wide).detach() - self.damping * wide
+        r"""Return $b - (A + \lambda I) x$ in double precision, exact products wherever the matrix is in memory.
 
-    @cached_property
+        Rows of x with NaN or Inf are not multiplied; their residuals are NaN.
+        """
+        self.fixed()
+        wide = x.double()
+        image = self._guarded(lambda rows: in_double(self.given, rows).detach(), wide)
+        return b.double() - image - self.damping * wide
+
+    @property
     def norm(self) -> float:
         r"""$\lVert A + \lambda I \rVert_2$ from below, by ten steps of the power method (within some per cent)."""
+        if self._norm is None or self._norm[0] != self._exponent:
+            found = self._power()  # fixes the unit
+            self._norm = (self.fixed(), found)
+        return self._norm[1]
+
+    def _power(self) -> float:
         row, found = self.noise(1, 17), 0.0
         for _ in range(10):
             row = row / row.norm().clamp_min(torch.finfo(self.dtype).tiny)
@@ -93,6 +164,82 @@ class System:
                 return found if size == 0.0 else math.inf
             found = max(found, size)
         return found
+
+    def _guarded(self, apply: RowMap, rows: Tensor) -> Tensor:
+        if not rows.shape[0]:
+            return torch.zeros_like(rows)
+        if is_finite(rows):
+            self.products += rows.shape[0]
+            return apply(rows) if not self._exponent else self._scaled(apply, rows, self._exponent)
+        good = rows.isfinite().all(1)
+        image = torch.full_like(rows, math.nan)
+        if bool(good.any()):
+            image[good] = self._guarded(apply, rows[good])
+        return image
+
+    def _scaled(self, apply: RowMap, rows: Tensor, exponent: int) -> Tensor:
+        """Return products in the unit: half of it before and half after, so that factors like J overflow neither."""
+        half = exponent // 2
+        return apply(rows * 2.0**-half) * 2.0 ** (half - exponent)
+
+    def _image(self, rows: Tensor) -> Tensor:
+        """Return products with $A$; the first ones fix the unit."""
+        image = self.given._apply(rows).detach()
+        if self._exponent is not None:
+            return image
+        size = _stretch(rows, image)
+        if 0 < size < math.inf:
+            self.measure(size)
+            return shifted(image, -(self._exponent or 0))
+        return self._from_afar(rows, image, size)
+
+    def _from_afar(self, rows: Tensor, image: Tensor, size: float) -> Tensor:
+        """Make products that overflowed or vanished again, from rows shifted by a quarter of the range of the dtype."""
+        shift = (_MOST_EXPONENT[self.dtype] // 4) * (1 if size == 0 else -1)
+        again = self.given._apply(shifted(rows, shift)).detach()
+        self.products += rows.shape[0]
+        size = _stretch(rows, again)
+        if not 0 < size < math.inf:
+            return image
+        self.measure(ldexp(size, -shift))
+        return shifted(again, -shift - (self._exponent or 0))
+
+
+def _stretch(rows: Tensor, image: Tensor) -> float:
+    """Return the largest ratio of largest entries, which cannot overflow; NaN or Inf where an image is not finite."""
+    if not rows.numel():
+        return 0.0
+    before, after = (part.abs().amax(1).double() for part in (rows, image))
+    return float((after / before.clamp_min(torch.finfo(torch.float64).tiny)).max())
+
+
+def shifted(rows: Tensor, shift: int, in_place: bool = False) -> Tensor:
+    """Return rows times a power of two, in two halves, of which none leaves the range of the dtype."""
+    if not shift:
+        return rows
+    halves = 2.0 ** (shift // 2), 2.0 ** (shift - shift // 2)
+    return rows.mul_(halves[0]).mul_(halves[1]) if in_place else (rows * halves[0]).mul_(halves[1])
+
+
+def largest_entry(matrix: Tensor) -> float:
+    """Return the size of the largest entry, without a copy; 0 where there is none, NaN where one is NaN."""
+    if not matrix.numel():
+        return 0.0
+    low, high = (float(part) for part in torch.aminmax(matrix))
+    return max(-low, high)
+
+
+def ordinary(size: float) -> bool:
+    """Whether the squares of numbers of a size are far from the ends of the range of single precision, or it is 0."""
+    return size == 0 or 2.0**-_ORDINARY <= size <= 2.0**_ORDINARY
+
+
+def ldexp(value: float, shift: int) -> float:
+    """Return a number times a power of two; Inf where that is too large."""
+    try:
+        return math.ldexp(value, shift)
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def in_double(operator: Operator, rows: Tensor) -> Tensor:
@@ -127,8 +274,7 @@ def check_symmetric(system: System, method: str) -> None:
     Raises:
         InputError: It is not symmetric.
     """
-    operator = system.operator
-    if operator.symmetric or operator.positive or system.n == 0:
+    if system.given.symmetric or system.given.positive or system.n == 0:
         return
     u, v = system.noise(2, 23)
     image_u, image_v = system.undamped(torch.stack([u, v]))

@@ -20,7 +20,7 @@ Picks = Callable[[str, Any], bool]
 
 @dataclass(frozen=True)
 class Structure:
-    """The shape of a tree of parameters.
+    """The shape of a tree of parameters; a None in it is no leaf, as JAX has it, and is handed back in its place.
 
     Attributes:
         spec: JAX's own description of it.
@@ -67,7 +67,9 @@ class Parameters:
             NotDifferentiableError: A leaf that was picked is complex.
             ModelStateError: There is nothing to differentiate.
         """
-        paths, spec = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: node is None)
+        paths, spec = jax.tree_util.tree_flatten_with_path(params)
+        if not paths:  # a tree of nothing but None: its arrays were lost on the way
+            list(_arrays(jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: node is None)[0]))
         names, arrays = leaf_names(params), list(_arrays(paths))
         wanted = [picks is None or bool(picks(name, array)) for name, array in zip(names, arrays, strict=True)]
         picked = tuple(w and _differentiable(n, a) for w, n, a in zip(wanted, names, arrays, strict=True))
@@ -108,7 +110,7 @@ class Parameters:
 
 def leaf_names(params: Any) -> tuple[str, ...]:
     """Return a name for every leaf of a tree: its path joined by dots, or as JAX writes it where that is ambiguous."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: node is None)[0]]
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     short = tuple(jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path in paths)
     if len(set(short)) == len(short):
         return short
