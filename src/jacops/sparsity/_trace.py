@@ -82,12 +82,14 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         unknown: Operations that no rule is known for, and how often they were met.
+        dtypes: Of the floating-point numbers that carried sets.
     """
 
     def __init__(self, pool: Pool, taint: Taint | None = None) -> None:
         super().__init__()
         self.pool, self.taint = pool, taint
         self.unknown: dict[str, int] = {}
+        self.dtypes: set[torch.dtype] = set()
         self._held: dict[int, tuple[StorageWeakRef, int, Tensor]] = {}
         self._calls = 0
         self._loose = 0  # inside a written-out form, whose zeros are not those of the operation
@@ -126,6 +128,8 @@ class Tracer(TorchDispatchMode):
         """Give a tensor's entries these ids, an array or tensor that broadcasts to it."""
         if tensor.layout is not torch.strided:
             raise CannotFollowError(f"a result of layout {tensor.layout}")
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            self.dtypes.add(tensor.dtype)
         ids = torch.from_numpy(np.array(ids)) if isinstance(ids, np.ndarray) else torch.as_tensor(ids)
         key = storage_key(tensor)
         if key not in self._held:

@@ -1,0 +1,94 @@
+"""A pattern that the caller declares: does it hold every entry, as far as rounding errors let one say?
+
+A probe that fails gives a column. Halving the rows leads to the row that is to blame in about log2(m) backward passes,
+and that row by itself decides: either it has an entry that the pattern lacks, or its rounding errors are larger than
+itself, and then it is judged by them from there on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..errors import InputError, explain
+from ._compress import Compressed, Sweeper
+from ._matrix import Csr
+from ._pool import Array
+from ._probe import Floats, Prober, draw, judged
+
+_ROWS = 8  # rows looked at; each one that is noise takes all smaller rows with it
+_ROOM = 4.0  # what was seen of rounding errors, times this, passes
+
+
+def check_declared(sweeper: Sweeper, found: Compressed, prober: Prober, column_of: Array, todo: str = "") -> None:
+    """Refuse a declared pattern that lacks entries.
+
+    Args:
+        sweeper: The products.
+        found: The matrix in the declared pattern, with its verdict.
+        prober: What the probes were judged by.
+        column_of: Which column of the matrix each column of the sweeper copies.
+        todo: What the caller can do.
+
+    Raises:
+        InputError: It lacks some; the message names one.
+    """
+    if found.verdict is None or found.verdict.excess <= prober.tolerance:
+        return
+    needed = "it must hold all that are not zero"
+    if found.verdict.error > prober.whole:
+        came = f"lacking entries (a random probe is off by {found.verdict.error:.1e})"
+        raise InputError(explain("pattern", came, needed, todo))
+    place = _lacking(sweeper, found.matrix, prober, column_of)
+    if place is not None:
+        raise InputError(explain("pattern", f"lacking entries, one at row {place[0]}, column {place[1]}", needed, todo))
+
+
+def _lacking(sweeper: Sweeper, matrix: Csr, prober: Prober, column_of: Array) -> tuple[int, int] | None:
+    """Return row and column of an entry that a pattern lacks, None where all that is off is rounding."""
+    prober.outdated(matrix, None, None)
+    divisors = np.ones(sweeper.shape[0]) if prober.divisors is None else prober.divisors
+    for _ in range(_ROWS):
+        probe = draw(sweeper.rows, sweeper.shape[0], 1, divisors, apart=True)
+        verdict = judged(matrix, [probe], _pulled(sweeper, probe), column_of, prober.tolerance)
+        if verdict.excess <= prober.tolerance:
+            return None
+        row = _blamed(sweeper, matrix, probe, column_of, verdict.column)
+        alone = torch.zeros_like(probe)
+        alone[row] = 1
+        given = _merged(_pulled(sweeper, alone)[0], column_of, matrix.shape[1])
+        off = np.abs(given - matrix[[row]].toarray()[0])
+        where = int(off.argmax())
+        if not off[where] <= prober.tolerance * np.abs(given).max():
+            return row, where
+        raised = divisors[row] * _ROOM * verdict.excess / prober.tolerance
+        divisors = np.maximum(divisors, min(raised, 1.0))
+    return None
+
+
+def _blamed(sweeper: Sweeper, matrix: Csr, probe: torch.Tensor, column_of: Array, column: int) -> int:
+    """Return the row whose part of an error in one column is the largest, by halves."""
+    rows = np.arange(sweeper.shape[0])
+    while len(rows) > 1:
+        halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        errors = [_error(sweeper, matrix, probe, column_of, column, half) for half in halves]
+        rows = halves[int(errors[1] > errors[0])]
+    return int(rows[0])
+
+
+def _error(
+    sweeper: Sweeper, matrix: Csr, probe: torch.Tensor, column_of: Array, column: int, rows: Array
+) -> float:
+    part = torch.zeros_like(probe)
+    held = torch.from_numpy(rows).to(probe.device)
+    part[held] = probe[held]
+    given = _merged(_pulled(sweeper, part)[0], column_of, matrix.shape[1])[column]
+    return abs(float(given - (matrix[:, [column]].T @ part.double().cpu().numpy())[0]))
+
+
+def _pulled(sweeper: Sweeper, probe: torch.Tensor) -> torch.Tensor:
+    return sweeper.swept(probe[None], push=False)
+
+
+def _merged(pull: torch.Tensor, column_of: Array, width: int) -> Floats:
+    return np.bincount(column_of, pull.double().cpu().numpy(), minlength=width)[:width]
