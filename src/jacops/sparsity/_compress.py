@@ -24,6 +24,8 @@ _CHUNK_ENTRIES = 2**24
 _CHUNK_ROWS = 64
 _CONFIDENCE = 1e-3
 _SEED = 7000
+_LESS = 0.7  # no power of two, which would not round at all
+_SAMPLED = 100.0  # one sample of the rounding errors may be this much smaller than another
 _TODO = "Use products (`jacobian(...) @ v`) where the pattern is not sparse, or fewer outputs at a time."
 
 
@@ -233,6 +235,20 @@ def probed(
     """Return what one more probe says of a matrix."""
     probe = draw(sweeper.rows, sweeper.shape[0], _SEED, divisors, apart=True)
     return judged(matrix, [probe], sweeper.swept(probe[None], push=False), column_of, limit)
+
+
+def is_rounding(sweeper: Sweeper, error: float) -> bool:
+    """Say whether rounding alone explains that products are off by `error`, relative to their size.
+
+    A product of 0.7 u is 0.7 times that of u but for rounding, whose size it shows. A product of 2 u is twice that of u
+    without any rounding, unless it is random or not linear.
+    """
+    probe = draw(sweeper.rows, sweeper.shape[0], _SEED, apart=True)
+    once, twice, less = (sweeper.swept(p[None], push=False).double() for p in (probe, 2 * probe, _LESS * probe))
+    size = float(torch.linalg.vector_norm(once))
+    rounded = float(torch.linalg.vector_norm(less / _LESS - once))
+    changed = float(torch.linalg.vector_norm(twice / 2 - once))
+    return error * size <= _SAMPLED * rounded and changed <= error * size / _SAMPLED
 
 
 def probe_factor(probes: int) -> float:

@@ -13,7 +13,7 @@ from ..errors import InputError, NotDifferentiableError, explain
 from ..operators import Operator, Recorded
 from ..space import Space
 from ._coloring import Coloring, color
-from ._compress import Assembly, Compressed, Sweeper, compress, probed
+from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
 from ._declared import check_declared
 from ._matrix import Csr, csr
 from ._pool import Array
@@ -72,7 +72,7 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
     if pattern is not None:
         found = _probed_by_rows(sweeper, found, prober, columns)
         check_declared(sweeper, found, prober, columns)
-    elif found.verdict is not None and found.verdict.error > prober.whole:
+    elif found.verdict is not None and _disagrees(sweeper, found.verdict.error, prober):
         raise NotDifferentiableError(
             f"sparse: products with {operator!r} disagree by {found.verdict.error:.1e} with each other. Is a backward "
             "pass random, or does it read values?"
@@ -89,6 +89,10 @@ def _probed_by_rows(sweeper: Sweeper, found: Compressed, prober: Prober, columns
     more = probed(sweeper, found.matrix, columns, prober.divisors, prober.tolerance)
     worst = max(found.verdict, more, key=lambda verdict: verdict.excess)
     return replace(found, verdict=worst, sweeps=found.sweeps + 1)
+
+
+def _disagrees(sweeper: Sweeper, error: float, prober: Prober) -> bool:
+    return error > prober.whole and not is_rounding(sweeper, error)
 
 
 def _mirrored(matrix: Csr) -> Csr:
