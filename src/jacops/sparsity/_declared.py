@@ -76,9 +76,7 @@ def _blamed(sweeper: Sweeper, matrix: Csr, probe: torch.Tensor, column_of: Array
     return int(rows[0])
 
 
-def _error(
-    sweeper: Sweeper, matrix: Csr, probe: torch.Tensor, column_of: Array, column: int, rows: Array
-) -> float:
+def _error(sweeper: Sweeper, matrix: Csr, probe: torch.Tensor, column_of: Array, column: int, rows: Array) -> float:
     part = torch.zeros_like(probe)
     held = torch.from_numpy(rows).to(probe.device)
     part[held] = probe[held]

@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from ._pool import Array, Pool
 
 _PURGE_EVERY = 64
+_CONSTANT = {"zeros_like", "ones_like", "new_zeros", "new_ones", "empty_like", "new_empty"}  # whatever they are given
+_SCALED = {"mul", "full", "full_like", "new_full", "fill"}
 _ESCAPES = ("tolist", "numpy", "__array__", "__dlpack__")
 
 
@@ -179,11 +181,27 @@ class Tracer(TorchDispatchMode):
 
     def is_constant(self, tensors: Iterable[Tensor]) -> bool:
         """Say whether zeros in these tensors are zeros for good (or at this point, if that is all that is asked)."""
-        return not self._loose and (self.taint is None or not any(self.taint.holds(t) for t in tensors))
+        if self._loose:
+            return False
+        tensors = list(tensors)
+        if self.takes_all_routes and not tensors:
+            return False  # the factor is a number of Python's, which may be a flag
+        return self.taint is None or not any(self.taint.holds(t) for t in tensors)
+
+    @property
+    def takes_all_routes(self) -> bool:
+        """Whether indices and conditions made of data stand for all that they could be."""
+        return isinstance(self.taint, Outside)
+
+    def is_open(self, route: Any) -> bool:
+        """Say whether an index or condition may be another one elsewhere, and is to be taken for all of them."""
+        taint = self.taint
+        return isinstance(taint, Outside) and isinstance(route, Tensor) and taint.holds(route)
 
     # ---- dispatch ----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from ._routes import any_route
         from ._rules import rule_for
 
         call = Call(func, _base(func), args, kwargs or {}, [])
@@ -201,7 +219,7 @@ class Tracer(TorchDispatchMode):
             return func(*args, **call.kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             raise CannotFollowError(f"{func} (reads a value)")
-        rule = rule_for(func, call.base)
+        rule = (any_route(self, call) if self.takes_all_routes else None) or rule_for(func, call.base)
         if isinstance(rule, Decomposed):
             if rule.exact or func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
                 with self:
@@ -334,18 +352,29 @@ class Taint(TorchDispatchMode):
         for tensor in sources:
             self._mark(tensor)
 
+    @property
+    def read_out(self) -> bool:
+        """Whether a value that depends on the point was read into Python."""
+        return self._read_out
+
     def holds(self, tensor: Tensor) -> bool:
         """Say whether a tensor depends on the point; everything may once a value was read into Python."""
         return self._read_out or tensor.layout is not torch.strided or storage_key(tensor) in self._held
 
     def passes(self, func: Any, tensors: Iterable[Tensor], out: Any) -> None:
         """Note what came of an operation; what it draws at random is not a constant either."""
+        tensors = list(tensors)
         random = torch.Tag.nondeterministic_seeded in func.tags
         if random or any(self.holds(t) for t in tensors):
             self._read_out = self._read_out or torch.Tag.data_dependent_output in func.tags
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    self._mark(tensor)
+            self._mark_all(out)
+            if func._schema.is_mutable:  # what it writes into need not come back
+                self._mark_all(tensors)
+
+    def _mark_all(self, tree: Any) -> None:
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor):
+                self._mark(tensor)
 
     def _mark(self, tensor: Tensor) -> None:
         if tensor.layout is torch.strided:
@@ -354,6 +383,51 @@ class Taint(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.passes(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], out)
+        return out
+
+
+class Outside(Taint):
+    """The opposite: notes which storages a model fills by itself, from its own text; everything else is data.
+
+    Inputs, parameters and buffers are data, and so are tensors that a model holds in other ways.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self._made: dict[int, StorageWeakRef] = {}
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Say whether a tensor holds anything but what the text of the model makes."""
+        return self._read_out or tensor.layout is not torch.strided or storage_key(tensor) not in self._made
+
+    def passes(self, func: Any, tensors: Iterable[Tensor], out: Any) -> None:
+        """Note what came of an operation."""
+        tensors, base = list(tensors), _base(func)
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if base in _CONSTANT or not (random or any(self.holds(t) for t in tensors)):
+            self._make(out)
+            return
+        self._read_out = self._read_out or torch.Tag.data_dependent_output in func.tags
+        self._mark_all([out, tensors] if func._schema.is_mutable else out)
+
+    def _make(self, tree: Any) -> None:
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                self._made.setdefault(storage_key(tensor), StorageWeakRef(tensor.untyped_storage()))
+
+    def _mark(self, tensor: Tensor) -> None:
+        if tensor.layout is torch.strided:
+            self._made.pop(storage_key(tensor), None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = tree_leaves((args, kwargs))
+        tensors = [t for t in given if isinstance(t, Tensor)]
+        if _base(func) in _SCALED and any(isinstance(v, int | float) and v == 0 for v in given):
+            # A zero of Python's may be a flag that is off: its product is no constant.
+            self._mark_all([out, tensors] if func._schema.is_mutable else out)
+        else:
+            self.passes(func, tensors, out)
         return out
 
 
