@@ -14,7 +14,7 @@ from ..errors import InputError, explain
 from ._compress import Compressed, Sweeper
 from ._matrix import Csr
 from ._pool import Array
-from ._probe import Floats, Prober, draw, judged
+from ._probe import Prober, draw, judged, merged
 
 _ROWS = 8  # rows looked at; each one that is noise takes all smaller rows with it
 _ROOM = 4.0  # what was seen of rounding errors, times this, passes
@@ -56,7 +56,7 @@ def _lacking(sweeper: Sweeper, matrix: Csr, prober: Prober, column_of: Array) ->
         row = _blamed(sweeper, matrix, probe, column_of, verdict.column)
         alone = torch.zeros_like(probe)
         alone[row] = 1
-        given = _merged(_pulled(sweeper, alone)[0], column_of, matrix.shape[1])
+        given = merged(_pulled(sweeper, alone)[0], column_of, matrix.shape[1])
         off = np.abs(given - matrix[[row]].toarray()[0])
         where = int(off.argmax())
         if not off[where] <= prober.tolerance * np.abs(given).max():
@@ -80,13 +80,9 @@ def _error(sweeper: Sweeper, matrix: Csr, probe: torch.Tensor, column_of: Array,
     part = torch.zeros_like(probe)
     held = torch.from_numpy(rows).to(probe.device)
     part[held] = probe[held]
-    given = _merged(_pulled(sweeper, part)[0], column_of, matrix.shape[1])[column]
+    given = merged(_pulled(sweeper, part)[0], column_of, matrix.shape[1])[column]
     return abs(float(given - (matrix[:, [column]].T @ part.double().cpu().numpy())[0]))
 
 
 def _pulled(sweeper: Sweeper, probe: torch.Tensor) -> torch.Tensor:
     return sweeper.swept(probe[None], push=False)
-
-
-def _merged(pull: torch.Tensor, column_of: Array, width: int) -> Floats:
-    return np.bincount(column_of, pull.double().cpu().numpy(), minlength=width)[:width]

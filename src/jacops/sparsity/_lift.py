@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._backends._torch.rows import plain
-from ._trace import storage_key
+from ._taint import storage_key
 
 _SELECTIONS = set(
     """

@@ -21,7 +21,7 @@ from ..errors import NotDifferentiableError, explain
 from ..trees import Selector, flatten
 from ._lift import Lift, Selection
 from ._pool import Array
-from ._trace import Taint
+from ._taint import Taint
 from .detect import check_usable, picked
 
 _EMPTY = 1e-2  # a column is judged by no less than this share of the tolerance of the largest column

@@ -114,7 +114,7 @@ def judged(matrix: Csr, probes: list[Tensor], pulled: Tensor, column_of: Array, 
     with np.errstate(invalid="ignore", over="ignore"):
         for probe, pull in zip(probes, pulled, strict=True):
             u = probe.double().cpu().numpy()
-            given = np.bincount(column_of, pull.double().cpu().numpy(), minlength=width)[:width]
+            given = merged(pull, column_of, width)
             off = np.abs(given - matrix.T @ u)
             errors.append(_norm(off))
             whole = max(whole, _norm(given))
@@ -123,6 +123,11 @@ def judged(matrix: Csr, probes: list[Tensor], pulled: Tensor, column_of: Array, 
     biggest = max(errors)
     error = (biggest / whole if whole else 0.0) if math.isfinite(biggest) else math.nan
     return Verdict(excess, error, _norm(np.array(errors)) / math.sqrt(len(errors)), column)
+
+
+def merged(pull: Tensor, column_of: Array, width: int) -> Floats:
+    """Return a pull by the columns of the matrix; padding, which comes last, is left out."""
+    return np.bincount(column_of, pull.double().cpu().numpy(), minlength=width)[:width].astype(np.float64, copy=False)
 
 
 def _excess(matrix: Csr, u: Floats, given: Floats, off: Floats, limit: float) -> tuple[float, int]:

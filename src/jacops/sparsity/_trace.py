@@ -24,10 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ._pool import Array, Pool
+from ._taint import Outside, Taint, base_name, storage_key, written
 
 _PURGE_EVERY = 64
-_CONSTANT = {"zeros_like", "ones_like", "new_zeros", "new_ones", "empty_like", "new_empty"}  # whatever they are given
-_SCALED = {"mul", "full", "full_like", "new_full", "fill"}
 _ESCAPES = ("tolist", "numpy", "__array__", "__dlpack__")
 
 
@@ -204,12 +203,12 @@ class Tracer(TorchDispatchMode):
         from ._routes import any_route
         from ._rules import rule_for
 
-        call = Call(func, _base(func), args, kwargs or {}, [])
+        call = Call(func, base_name(func), args, kwargs or {}, [])
         live = [t for t in call.tensors if self.tracks(t)]
         if not live:
             out = func(*args, **call.kwargs)
             if self.taint is not None:
-                self.taint.passes(func, call.tensors, out)
+                self.taint.passes(func, call.tensors, [out, written(func, call.args, call.kwargs)])
             self._clear(call)
             return out
         self._calls += 1
@@ -268,7 +267,8 @@ class Tracer(TorchDispatchMode):
         leaves = tree_leaves(out)
         call.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         call.outs = [leaves[i] for i in call.places]
-        written = call.outs + [t for t in _written(call) if not any(t is o for o in call.outs)]
+        into = written(call.func, call.args, call.kwargs)
+        places = call.outs + [t for t in into if not any(t is o for o in call.outs)]
         found: Any = None
         if rule is not None:
             try:
@@ -280,9 +280,9 @@ class Tracer(TorchDispatchMode):
         if rule is None:
             self.unknown[str(call.func)] = self.unknown.get(str(call.func), 0) + 1
             everything = self.everything(call)
-            found = [everything] * len(written)
-        parts = found if isinstance(found, list) else [found] * len(written)
-        for tensor, ids in zip(written, parts, strict=False):
+            found = [everything] * len(places)
+        parts = found if isinstance(found, list) else [found] * len(places)
+        for tensor, ids in zip(places, parts, strict=False):
             if ids is not None:
                 self.write(tensor, ids)
 
@@ -338,117 +338,7 @@ class Escapes(TorchFunctionMode):
         self.__exit__(None, None, None)
 
 
-class Taint(TorchDispatchMode):
-    """Notes which storages hold values that depend on the point, so that their zeros are not taken for constants.
-
-    Args:
-        sources: The tensors that make up the point.
-    """
-
-    def __init__(self, sources: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._held: dict[int, StorageWeakRef] = {}
-        self._read_out = False
-        for tensor in sources:
-            self._mark(tensor)
-
-    @property
-    def read_out(self) -> bool:
-        """Whether a value that depends on the point was read into Python."""
-        return self._read_out
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Say whether a tensor depends on the point; everything may once a value was read into Python."""
-        return self._read_out or tensor.layout is not torch.strided or storage_key(tensor) in self._held
-
-    def passes(self, func: Any, tensors: Iterable[Tensor], out: Any) -> None:
-        """Note what came of an operation; what it draws at random is not a constant either."""
-        tensors = list(tensors)
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        if random or any(self.holds(t) for t in tensors):
-            self._read_out = self._read_out or torch.Tag.data_dependent_output in func.tags
-            self._mark_all(out)
-            if func._schema.is_mutable:  # what it writes into need not come back
-                self._mark_all(tensors)
-
-    def _mark_all(self, tree: Any) -> None:
-        for tensor in tree_leaves(tree):
-            if isinstance(tensor, Tensor):
-                self._mark(tensor)
-
-    def _mark(self, tensor: Tensor) -> None:
-        if tensor.layout is torch.strided:
-            self._held.setdefault(storage_key(tensor), StorageWeakRef(tensor.untyped_storage()))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.passes(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], out)
-        return out
-
-
-class Outside(Taint):
-    """The opposite: notes which storages a model fills by itself, from its own text; everything else is data.
-
-    Inputs, parameters and buffers are data, and so are tensors that a model holds in other ways.
-    """
-
-    def __init__(self) -> None:
-        super().__init__([])
-        self._made: dict[int, StorageWeakRef] = {}
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Say whether a tensor holds anything but what the text of the model makes."""
-        return self._read_out or tensor.layout is not torch.strided or storage_key(tensor) not in self._made
-
-    def passes(self, func: Any, tensors: Iterable[Tensor], out: Any) -> None:
-        """Note what came of an operation."""
-        tensors, base = list(tensors), _base(func)
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        if base in _CONSTANT or not (random or any(self.holds(t) for t in tensors)):
-            self._make(out)
-            return
-        self._read_out = self._read_out or torch.Tag.data_dependent_output in func.tags
-        self._mark_all([out, tensors] if func._schema.is_mutable else out)
-
-    def _make(self, tree: Any) -> None:
-        for tensor in tree_leaves(tree):
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                self._made.setdefault(storage_key(tensor), StorageWeakRef(tensor.untyped_storage()))
-
-    def _mark(self, tensor: Tensor) -> None:
-        if tensor.layout is torch.strided:
-            self._made.pop(storage_key(tensor), None)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = tree_leaves((args, kwargs))
-        tensors = [t for t in given if isinstance(t, Tensor)]
-        if _base(func) in _SCALED and any(isinstance(v, int | float) and v == 0 for v in given):
-            # A zero of Python's may be a flag that is off: its product is no constant.
-            self._mark_all([out, tensors] if func._schema.is_mutable else out)
-        else:
-            self.passes(func, tensors, out)
-        return out
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Return what tells storages apart."""
-    return tensor.untyped_storage()._cdata
-
-
-def _base(func: Any) -> str:
-    name = func._schema.name.partition("::")[2]
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     info = returns[0].alias_info if returns else None
     return info is not None and not info.is_write
-
-
-def _written(call: Call) -> list[Tensor]:
-    """Return the arguments that an operation writes into."""
-    arguments = call.func._schema.arguments
-    marked = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [t for name in marked for t in tree_leaves(call.named.get(name)) if isinstance(t, Tensor)]

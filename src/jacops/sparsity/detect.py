@@ -23,7 +23,8 @@ from ..errors import InputError, MemoryBudgetError, NotDifferentiableError, expl
 from ..trees import Selector, flatten
 from ._matrix import Csr, csr
 from ._pool import Array, Pool
-from ._trace import CannotFollowError, Escapes, Taint, Tracer
+from ._taint import Taint
+from ._trace import CannotFollowError, Escapes, Tracer
 from .pattern import Pattern
 
 _MOST = 2**27  # entries of a pattern; beyond, it is as good as dense

@@ -16,7 +16,8 @@ from .._backends._torch.surroundings import private_noise
 from .._backends._torch.tape import Tape
 from ..errors import InputError, explain
 from ..trees import Selector
-from ._trace import CannotFollowError, Outside
+from ._taint import Outside
+from ._trace import CannotFollowError
 from .detect import check_usable, trace
 
 _NAMED = 5
