@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -182,6 +182,13 @@ class Compressed:
     verdict: Verdict | None
     bound: float
     sweeps: int
+
+    def with_more(self, more: Verdict) -> Compressed:
+        """Return the same after one more probe, which may have seen more than those before."""
+        if self.verdict is None or more.excess <= self.verdict.excess:
+            return replace(self, sweeps=self.sweeps + 1)
+        verdict = replace(self.verdict, excess=more.excess, column=more.column)
+        return replace(self, verdict=verdict, sweeps=self.sweeps + 1)
 
 
 def compress(

@@ -14,7 +14,7 @@ from ..errors import InputError, explain
 from ._compress import Compressed, Sweeper
 from ._matrix import Csr
 from ._pool import Array
-from ._probe import Prober, draw, judged, merged
+from ._probe import Prober, draw, judged, merged, row_sizes
 
 _ROWS = 8  # rows looked at; each one that is noise takes all smaller rows with it
 _ROOM = 4.0  # what was seen of rounding errors, times this, passes
@@ -47,6 +47,7 @@ def check_declared(sweeper: Sweeper, found: Compressed, prober: Prober, column_o
 def _lacking(sweeper: Sweeper, matrix: Csr, prober: Prober, column_of: Array) -> tuple[int, int] | None:
     """Return row and column of an entry that a pattern lacks, None where all that is off is rounding."""
     prober.outdated(matrix, None, None)
+    top = row_sizes(matrix).max(initial=0.0)
     divisors = np.ones(sweeper.shape[0]) if prober.divisors is None else prober.divisors
     for _ in range(_ROWS):
         probe = draw(sweeper.rows, sweeper.shape[0], 1, divisors, apart=True)
@@ -59,7 +60,8 @@ def _lacking(sweeper: Sweeper, matrix: Csr, prober: Prober, column_of: Array) ->
         given = merged(_pulled(sweeper, alone)[0], column_of, matrix.shape[1])
         off = np.abs(given - matrix[[row]].toarray()[0])
         where = int(off.argmax())
-        if not off[where] <= prober.tolerance * np.abs(given).max():
+        own = np.abs(given).max()
+        if not off[where] <= prober.tolerance * own and own >= prober.floor * top:
             return row, where
         raised = divisors[row] * _ROOM * verdict.excess / prober.tolerance
         divisors = np.maximum(divisors, min(raised, 1.0))

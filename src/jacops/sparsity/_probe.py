@@ -135,9 +135,9 @@ def _excess(matrix: Csr, u: Floats, given: Floats, off: Floats, limit: float) ->
     worst = off.max(initial=0.0)
     if not math.isfinite(worst):
         return math.inf, int(np.flatnonzero(~np.isfinite(off))[0])
-    quick = worst / (_EMPTY * np.abs(given).max(initial=0.0)) if worst else 0.0
-    if quick <= limit:
-        return float(quick), 0
+    size = _EMPTY * np.abs(given).max(initial=0.0)
+    if worst <= limit * size:
+        return float(worst / size) if size else 0.0, 0
     terms = np.repeat(u, np.diff(matrix.indptr)) * matrix.data
     peak = np.abs(terms).max(initial=0.0) or 1.0
     sizes = np.sqrt(np.bincount(matrix.indices, np.square(terms / peak), minlength=len(off))) * peak

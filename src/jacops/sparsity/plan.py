@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,7 @@ class SparsePlan:
         )
         if found.verdict is not None and prober.outdated(found.matrix, used, importance):
             more = self._probed(found, sweeper, prober.divisors)
-            worst = max(found.verdict, more, key=lambda verdict: verdict.excess)
-            found = replace(found, verdict=worst, sweeps=found.sweeps + 1)
+            found = found.with_more(more)
         return found
 
     def _probed(self, found: Compressed, sweeper: Sweeper, divisors: Floats | None) -> Verdict:
@@ -216,7 +215,8 @@ class SparsePlan:
         if plain_probe.error > prober.whole and not is_rounding(sweeper, plain_probe.error):
             raise NotDifferentiableError(
                 f"SparsePlan: two backward passes over the same graph disagree by {plain_probe.error:.1e}, so no "
-                "pattern holds. Is a backward pass random, or does it read values?"
+                "pattern holds. A backward pass is random or not linear, or the derivative is smaller than the "
+                "rounding errors of this dtype; use float64 then."
             )
         if not grown:
             self._learn(found, plain_probe, sweeper, importance)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,8 +73,9 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
         check_declared(sweeper, found, prober, columns)
     elif found.verdict is not None and _disagrees(sweeper, found.verdict.error, prober):
         raise NotDifferentiableError(
-            f"sparse: products with {operator!r} disagree by {found.verdict.error:.1e} with each other. Is a backward "
-            "pass random, or does it read values?"
+            f"sparse: products with {operator!r} disagree by {found.verdict.error:.1e} with each other. A backward "
+            "pass is random or not linear, or the result is smaller than the rounding errors of this dtype; use "
+            "float64 then."
         )
     block = _last(operator.codomain), _last(operator.domain)
     result = arranged(assembly, found, layout, block)
@@ -86,9 +86,7 @@ def _probed_by_rows(sweeper: Sweeper, found: Compressed, prober: Prober, columns
     """Return the same with one more probe, where rows differ so much that the first were blind to some."""
     if found.verdict is None or not prober.outdated(found.matrix, None, None):
         return found
-    more = probed(sweeper, found.matrix, columns, prober.divisors, prober.tolerance)
-    worst = max(found.verdict, more, key=lambda verdict: verdict.excess)
-    return replace(found, verdict=worst, sweeps=found.sweeps + 1)
+    return found.with_more(probed(sweeper, found.matrix, columns, prober.divisors, prober.tolerance))
 
 
 def _disagrees(sweeper: Sweeper, error: float, prober: Prober) -> bool:
