@@ -1,4 +1,4 @@
-"""Reading the arrays of an npz file that nobody vouches for: sizes are checked before anything is unpacked."""
+"""Reader for untrusted npz files: sizes are checked before anything is decompressed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-MOST = 2**24  # bytes that any file may describe
-RATIO = 64  # beyond, a file describes at most so many times its own size; plans are compressed about tenfold
+MOST = 2**24  # bytes that a file of any size may describe
+RATIO = 64  # limit on described bytes over file size beyond that; measured: plans compress by a factor of about 10
 _MAGIC = b"\x93NUMPY\x01\x00"
 _HEADER = re.compile(
     rb"\{'descr': '(<i4|<i8|<U[0-9]{1,9})', 'fortran_order': False, 'shape': \(([0-9, ]{0,60})\), \} *\n?"
@@ -39,7 +39,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
-    """Refuse entries that could not come from NumPy, or describe more than the file can be believed to hold."""
+    """Refuse entries that could not come from NumPy, or describe far more than the size of the file."""
     described = sum(entry.file_size for entry in entries)
     if described > max(MOST, RATIO * size):
         raise ValueError(f"its {size:,} bytes describe {described:,}")

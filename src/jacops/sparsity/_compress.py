@@ -172,7 +172,7 @@ class Compressed:
     Attributes:
         values: Its entries in CSR order.
         matrix: Itself, in scipy.
-        verdict: What random probes say; None without probes.
+        verdict: The result of random probes; None without probes.
         bound: With probability 99.9 % at most so much is missing or wrong, in the Frobenius norm; NaN without probes.
         sweeps: Pulls and pushes, probes included.
     """
@@ -184,7 +184,7 @@ class Compressed:
     sweeps: int
 
     def with_more(self, more: Verdict) -> Compressed:
-        """Return the same after one more probe, which may have seen more than those before."""
+        """Return the same with the larger excess of the probes so far and one more."""
         if self.verdict is None or more.excess <= self.verdict.excess:
             return replace(self, sweeps=self.sweeps + 1)
         verdict = replace(self.verdict, excess=more.excess, column=more.column)
@@ -239,7 +239,7 @@ def compress(
 def probed(
     sweeper: Sweeper, matrix: Csr, column_of: Array, divisors: Floats | None = None, limit: float = 0.0
 ) -> Verdict:
-    """Return what one more probe says of a matrix."""
+    """Return the verdict of one more probe."""
     probe = draw(sweeper.rows, sweeper.shape[0], _SEED, divisors, apart=True)
     return judged(matrix, [probe], sweeper.swept(probe[None], push=False), column_of, limit)
 

@@ -1,8 +1,8 @@
-"""A pattern that the caller declares: does it hold every entry, as far as rounding errors let one say?
+"""Verification of a pattern that the caller declares.
 
-A probe that fails gives a column. Halving the rows leads to the row that is to blame in about log2(m) backward passes,
-and that row by itself decides: either it has an entry that the pattern lacks, or its rounding errors are larger than
-itself, and then it is judged by them from there on.
+A probe that fails gives a column. Bisection over the rows finds the row with the largest error in about 2 log2(m)
+backward passes, and one pass for that row decides: either it has an entry that the pattern lacks, or its rounding
+errors are larger than the row, and rows of this size are then compared at the level of these errors.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ._matrix import Csr
 from ._pool import Array
 from ._probe import Prober, draw, judged, merged, row_sizes
 
-_ROWS = 8  # rows looked at; each one that is noise takes all smaller rows with it
-_ROOM = 4.0  # what was seen of rounding errors, times this, passes
+_ROWS = 8  # rows examined; one that is rounding raises the level for all smaller rows
+_ROOM = 4.0  # margin on the rounding errors that were measured
 
 
 def check_declared(sweeper: Sweeper, found: Compressed, prober: Prober, column_of: Array, todo: str = "") -> None:
@@ -45,7 +45,7 @@ def check_declared(sweeper: Sweeper, found: Compressed, prober: Prober, column_o
 
 
 def _lacking(sweeper: Sweeper, matrix: Csr, prober: Prober, column_of: Array) -> tuple[int, int] | None:
-    """Return row and column of an entry that a pattern lacks, None where all that is off is rounding."""
+    """Return row and column of an entry that a pattern lacks, None where all errors are rounding."""
     prober.outdated(matrix, None, None)
     top = row_sizes(matrix).max(initial=0.0)
     divisors = np.ones(sweeper.shape[0]) if prober.divisors is None else prober.divisors
@@ -54,7 +54,7 @@ def _lacking(sweeper: Sweeper, matrix: Csr, prober: Prober, column_of: Array) ->
         verdict = judged(matrix, [probe], _pulled(sweeper, probe), column_of, prober.tolerance)
         if verdict.excess <= prober.tolerance:
             return None
-        row = _blamed(sweeper, matrix, probe, column_of, verdict.column)
+        row = _worst_row(sweeper, matrix, probe, column_of, verdict.column)
         alone = torch.zeros_like(probe)
         alone[row] = 1
         given = merged(_pulled(sweeper, alone)[0], column_of, matrix.shape[1])
@@ -68,8 +68,8 @@ def _lacking(sweeper: Sweeper, matrix: Csr, prober: Prober, column_of: Array) ->
     return None
 
 
-def _blamed(sweeper: Sweeper, matrix: Csr, probe: torch.Tensor, column_of: Array, column: int) -> int:
-    """Return the row whose part of an error in one column is the largest, by halves."""
+def _worst_row(sweeper: Sweeper, matrix: Csr, probe: torch.Tensor, column_of: Array, column: int) -> int:
+    """Return the row with the largest error in one column, by bisection."""
     rows = np.arange(sweeper.shape[0])
     while len(rows) > 1:
         halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]

@@ -25,17 +25,17 @@ from ._pool import Array
 Floats = NDArray[np.float64]
 
 # How far two right sums may differ, relative to the root of the sum of their squared terms. Rounding is 1e-16 and 6e-8;
-# the rest is room for terms that were themselves differences of larger numbers.
+# the rest is a margin for terms that are themselves differences of larger numbers.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-# Rows down to this share of the largest are judged by their own size. Beyond, a row that is a difference of equal
-# numbers would be judged by its rounding errors. Other dtypes cannot tell rows apart: 1.
+# Rows down to this share of the largest are judged by their own size. Below, a row that is a difference of equal
+# numbers would be judged by its rounding errors. In other dtypes all rows are judged alike: 1.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
 # Sizes that are out of date by no more than this are used on: an entry as large as its row still stands out of a column
 # of about a thousand others, tolerance * sqrt(1000) * spread being below _LEAST.
 _SPREAD = {torch.float64: 1e4, torch.float32: 32.0}
-_LEAST = 0.25  # smallest number in a single probe: a row may not be missed because its random number is small
+_LEAST = 0.25  # smallest number in a single probe, so that no row is hidden by a small random number
 _EMPTY = 1e-2  # a column is judged by no less than this share of the tolerance of the largest column
-_RAISED = {torch.float64: 1e3, torch.float32: 30.0}  # steps of the floor where rounding errors were met above it
+_RAISED = {torch.float64: 1e3, torch.float32: 30.0}  # steps of the floor: four reach 1 from _FLOOR
 
 
 def rounding(dtypes: Iterable[torch.dtype]) -> float:
@@ -46,7 +46,7 @@ def rounding(dtypes: Iterable[torch.dtype]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What probes say.
+    """The result of probes.
 
     Attributes:
         excess: The largest error of a column relative to its terms; infinite if a probe alone is not finite.
@@ -155,13 +155,13 @@ def _norm(values: np.ndarray) -> float:
 
 @dataclass(eq=False)
 class Prober:
-    """What the probes of a plan remember from one evaluation to the next.
+    """The state of the probes of a plan between evaluations.
 
     Attributes:
         rows: The dtype of the rows.
         dtypes: Dtypes met on the way, whose coarsest decides what is rounding.
         floor: Rows below this share of the largest are judged by it.
-        slack: What the tolerance is multiplied with: rounding errors were seen to be so much larger.
+        slack: Factor on the tolerance, from rounding errors that were measured.
         sizes: Size of each row when it last was not zero.
         divisors: What single probes are divided by; None for nothing.
     """
@@ -180,16 +180,16 @@ class Prober:
 
     @property
     def tolerance(self) -> float:
-        """The largest excess that is put down to rounding."""
+        """The largest excess that counts as rounding."""
         return rounding(self.dtypes) * self.slack
 
     @property
     def whole(self) -> float:
-        """The largest error relative to the whole that is put down to rounding."""
+        """The largest error relative to the whole that counts as rounding."""
         return rounding(self.dtypes)
 
     def outdated(self, matrix: Csr, used: Floats | None, importance: Floats | None) -> bool:
-        """Say whether a probe divided by `used` was blind to some rows; then keep what to divide by instead."""
+        """Say whether divisors `used` are too far from the sizes of the rows; then keep new ones."""
         sizes = row_sizes(matrix)
         if self._spread == math.inf or not np.isfinite(sizes).all():
             return False

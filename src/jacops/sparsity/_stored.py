@@ -1,4 +1,4 @@
-"""What a file says of a plan, compared field by field before anything is made of it."""
+"""The contents of a plan file, validated field by field before a plan is built from them."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from .detect import traced
 from .layouts import Layout, arranged, block_shape, check_layout
 from .pattern import Pattern, declared
 
-_ROOM = 4.0  # rounding errors seen at one point, times this, pass at the next
+_ROOM = 4.0  # margin on the rounding errors that were measured at one point
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ class SparsePlan:
         A random probe in which all rows have the same size checks that the pattern still holds: it shows an entry that
         is missing in a row of any scale down to 1e-12 of the largest row (1e-5 in float32), unless the entry is at
         rounding level (1e-9, in float32 1e-4) of its row or column. Where the pattern does not hold it is detected
-        again, with a `JacopsWarning`, and the plan keeps what it learned. One more probe is taken when the sizes of
+        again, with a `JacopsWarning`, and the plan keeps the new entries. One more probe is taken when the sizes of
         rows have changed by orders of magnitude since the last one.
 
         Args:
@@ -170,14 +170,14 @@ class SparsePlan:
         return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
 
     def _probes(self, sweeper: Sweeper) -> Prober:
-        """Return what probes remember; nothing where dtypes have changed."""
+        """Return the state of the probes; a new one where dtypes have changed."""
         dtypes = sweeper.dtypes | self._dtypes
         if self._prober is None or self._prober.rows != sweeper.rows.dtype or self._prober.dtypes != dtypes:
             self._prober = Prober(sweeper.rows.dtype, set(dtypes))
         return self._prober
 
     def _compressed(self, point: Point, certify: int, importance: Floats | None = None) -> Compressed:
-        """Return the Jacobian, probed once more where the probe was blind to some of its rows."""
+        """Return the Jacobian, probed once more where row sizes were out of date."""
         sweeper = Sweeper.on(point.tape)
         prober = self._probes(sweeper)
         used = prober.divisors if certify == 1 else None
@@ -196,7 +196,7 @@ class SparsePlan:
         return found.verdict is None or found.verdict.excess <= self._probes(Sweeper.on(point.tape)).tolerance
 
     def _again(self, point: Point, found: Compressed, certify: int, importance: Floats | None) -> Compressed:
-        """Detect at this point; add what is new to the pattern, or learn how large rounding errors are here.
+        """Detect at this point; add new entries to the pattern, or measure the rounding errors where there are none.
 
         Raises:
             NotDifferentiableError: The pattern is right and a probe fails all the same.
@@ -223,7 +223,7 @@ class SparsePlan:
         return found
 
     def _learn(self, found: Compressed, plain_probe: Verdict, sweeper: Sweeper, importance: Floats | None) -> None:
-        """Loosen what probes are judged by until the rounding errors of this point pass: its pattern was proved."""
+        """Raise floor and tolerance of the probes to the rounding errors of this point, whose pattern was verified."""
         prober = self._probes(sweeper)
         prober.outdated(found.matrix, None, importance)
         now = self._probed(found, sweeper, prober.divisors)
