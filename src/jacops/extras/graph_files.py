@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class _Row:
             except ValueError:
                 kind = "a whole number" if i < integers else "a number"
                 raise self.error(f"followed by {word!r} in place {i + 1}", f"{kind} is needed there: {what}") from None
-            if not np.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise self.error(f"followed by {word!r} in place {i + 1}", "finite numbers are needed")
             found.append(value)
         return found
@@ -205,7 +205,7 @@ def _from_angles(pose: list[float]) -> list[float]:
 
 
 def _unit(row: _Row, pose: list[float]) -> list[float]:
-    length = float(np.linalg.norm(pose[3:]))
+    length = math.hypot(*pose[3:])
     if abs(length - 1) > 1e-2:
         raise row.error(f"with a quaternion of length {length:.3g}", "length one is needed")
     return [*pose[:3], *(q / length for q in pose[3:])]
@@ -232,6 +232,8 @@ def _finished(draft: _Draft) -> PoseGraph:
             raise DataError(f"{draft.file}: {error} Nothing was read.") from None
     else:
         poses = torch.stack(list(draft.vertices.values()))
+    if not (torch.isfinite(poses).all() and torch.isfinite(measured).all()):
+        raise DataError(f"{draft.file}: its numbers are so large that poses overflow. Nothing was read.")
     same = torch.tensor([(position[a], position[b]) for _, a, b in draft.equivalent], dtype=torch.long).reshape(-1, 2)
     return PoseGraph(chart, poses, pairs[0], pairs[1], measured, information, tuple(ids), same, chain)
 

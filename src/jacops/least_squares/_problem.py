@@ -216,7 +216,9 @@ class Problem:
 
     def _choose(self, jacobian: Any) -> None:
         rows, columns = self.residuals.rows, self.layout.columns
-        if hasattr(jacobian, "evaluate"):
+        from ..sparsity import SparsePlan, sparse_plan
+
+        if isinstance(jacobian, SparsePlan):
             self.plan, self.route = jacobian, "sparse: a plan was given"
             self._check_lie()
             return
@@ -235,8 +237,6 @@ class Problem:
             self._check_budget(rows, columns)
             self.route = f"dense: {size}, rows are {share:.0%} full"
             return
-        from ..sparsity import sparse_plan
-
         plan = sparse_plan(self.work, self.value, wrt="parameters", tangent=True)
         self.plan, self.route = plan, f"sparse: {size}, {plan.sweeps} sweeps"
         self._check_lie()
@@ -300,7 +300,7 @@ class Problem:
     def _sparse(self) -> tuple[list[Tensor], Any]:
         from scipy.sparse import csr_array
 
-        found = self.plan.evaluate(self.work, self.value, certify=1, layout="scipy")
+        found = self.plan._evaluated(self.work, self.value, 1, "scipy", self.residuals.importance)
         outputs = [o.detach() for o in output_leaves(found.output)[0]]
         J = csr_array(found.matrix).astype(np.float64)
         if not np.isfinite(J.data).all():

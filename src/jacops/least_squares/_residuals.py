@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,15 @@ class Residuals:
     def rows(self) -> int:
         """How many numbers there are."""
         return sum(t.rows for t in self.terms)
+
+    @cached_property
+    def importance(self) -> np.ndarray:
+        """What weights multiply each number with: how large its row of the Jacobian is to the fit beside others."""
+        parts = []
+        for term in self.terms:
+            root = np.ones(term.rows) if term.root is None else term.root
+            parts.append(np.abs(root) if root.ndim == 1 else np.linalg.norm(root, axis=1).reshape(-1))
+        return np.concatenate(parts) if parts else np.zeros(0)
 
     @restoring
     def objective(self, outputs: Sequence[Tensor]) -> float:

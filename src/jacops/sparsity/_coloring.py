@@ -159,6 +159,14 @@ def group(matrix: Csr) -> Array:
     return best
 
 
+def most_colors(matrix: Csr) -> int:
+    """Return how many colours `color` gives rows at most: one more than a row meets others, or each by itself."""
+    per_column = np.bincount(matrix.indices, minlength=matrix.shape[1]) - 1
+    met = np.add.reduceat(np.r_[per_column[matrix.indices], 0], matrix.indptr[:-1]) if matrix.shape[0] else np.zeros(0)
+    met = met * (np.diff(matrix.indptr) > 0)
+    return min(max(int(met.max(initial=0)) + 1, _TAKEN_OUT[-1]), matrix.shape[0])
+
+
 def _renumbered(colors: Array) -> Array:
     """Return colours 0, 1, 2 … without gaps, -1 kept."""
     used = distinct(colors[colors >= 0])

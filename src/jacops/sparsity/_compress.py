@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._backends._torch.agreement import tolerance
-from .._backends._torch.restoring import NumericWarningsIgnored, restoring
-from .._backends._torch.surroundings import private_noise
+from .._backends._torch.memory import ensure_fits
 from .._backends._torch.tape import Tape
 from ..errors import NotDifferentiableError
 from ..operators import Operator
 from ._coloring import Coloring, reading
 from ._matrix import Csr, csr
 from ._pool import Array
+from ._probe import Floats, Verdict, draw, judged
 
 _CHUNK_ENTRIES = 2**24
 _CHUNK_ROWS = 64
 _CONFIDENCE = 1e-3
-_PROBE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_SEED = 7000
+_LESS = 0.7  # no power of two, which would not round at all
+_SAMPLED = 100.0  # one sample of the rounding errors may be this much smaller than another
+_TODO = "Use products (`jacobian(...) @ v`) where the pattern is not sparse, or fewer outputs at a time."
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class Sweeper:
         shape: `(m, n)`.
         rows: A tensor in the dtype and on the device of cotangents.
         columns: The same for tangents.
+        dtypes: All dtypes of both ends.
     """
 
     pull: Callable[[Tensor], Tensor]
@@ -44,13 +47,15 @@ class Sweeper:
     shape: tuple[int, int]
     rows: Tensor
     columns: Tensor
+    dtypes: frozenset[torch.dtype]
 
     @classmethod
     def over(cls, operator: Operator) -> Sweeper:
         """Return the products of an operator."""
         rows = torch.empty(0, dtype=operator.codomain.dtype, device=operator.codomain.device)
         columns = torch.empty(0, dtype=operator.domain.dtype, device=operator.domain.device)
-        return cls(operator._apply_transpose, operator._apply, operator.shape, rows, columns)
+        dtypes = frozenset((*operator.codomain.dtypes, *operator.domain.dtypes))
+        return cls(operator._apply_transpose, operator._apply, operator.shape, rows, columns, dtypes)
 
     @classmethod
     def on(cls, tape: Tape) -> Sweeper:
@@ -65,13 +70,8 @@ class Sweeper:
 
         rows = torch.empty(0, dtype=codomain.dtype, device=codomain.device)
         columns = torch.empty(0, dtype=domain.dtype, device=domain.device)
-        return cls(pull, push, (codomain.dim, domain.dim), rows, columns)
-
-    @property
-    def tolerance(self) -> float:
-        """How far two right answers may differ, relative to their size: rounding only, since no sum is left out."""
-        dtypes = [self.rows.dtype, self.columns.dtype]
-        return max(_PROBE.get(dtype, tolerance([dtype])) for dtype in dtypes)
+        dtypes = frozenset((*codomain.dtypes, *domain.dtypes))
+        return cls(pull, push, (codomain.dim, domain.dim), rows, columns, dtypes)
 
     def swept(self, seeds: Tensor, push: bool) -> Tensor:
         """Return the products of all seeds, a chunk at a time."""
@@ -172,27 +172,56 @@ class Compressed:
     Attributes:
         values: Its entries in CSR order.
         matrix: Itself, in scipy.
-        error: How far random probes are off, relative to its size; NaN without probes.
+        verdict: The result of random probes; None without probes.
         bound: With probability 99.9 % at most so much is missing or wrong, in the Frobenius norm; NaN without probes.
         sweeps: Pulls and pushes, probes included.
     """
 
     values: Tensor
     matrix: Csr
-    error: float
+    verdict: Verdict | None
     bound: float
     sweeps: int
 
+    def with_more(self, more: Verdict) -> Compressed:
+        """Return the same with the larger excess of the probes so far and one more."""
+        if self.verdict is None or more.excess <= self.verdict.excess:
+            return replace(self, sweeps=self.sweeps + 1)
+        verdict = replace(self.verdict, excess=more.excess, column=more.column)
+        return replace(self, verdict=verdict, sweeps=self.sweeps + 1)
 
-def compress(sweeper: Sweeper, assembly: Assembly, coloring: Coloring, column_of: Array, certify: int) -> Compressed:
+
+def compress(
+    sweeper: Sweeper,
+    assembly: Assembly,
+    coloring: Coloring,
+    column_of: Array,
+    certify: int,
+    divisors: Floats | None = None,
+    limit: float = 0.0,
+) -> Compressed:
     r"""Return the matrix, certified by random probes in the same batch of sweeps.
 
     For normal `u` the expected square of $\|(J - \hat J)^\top u\|$ is $\|J - \hat J\|_F^2$, and an error of rank one
     is the worst case, so with k probes $\|J - \hat J\|_F \le \sqrt{k / q_k}\, \mathrm{rms}$ with probability 99.9 %,
-    $q_k$ being the 0.1 % quantile of $\chi^2_k$.
+    $q_k$ being the 0.1 % quantile of $\chi^2_k$. Divisors are at most 1 and so only make the bound larger.
+
+    Args:
+        sweeper: The products.
+        assembly: How they become the matrix.
+        coloring: Which of them to take.
+        column_of: Which column of the matrix each column of the sweeper copies.
+        certify: Number of probes.
+        divisors: What the probes are divided by.
+        limit: The excess of a probe below which it needs not be known exactly.
     """
-    m, _ = sweeper.shape
-    probes = [private_noise(sweeper.rows.new_empty(m), seed=7000 + i) for i in range(certify)]
+    m, n = sweeper.shape
+    many = coloring.pulls + coloring.pushes + certify
+    ensure_fits(
+        "sparse", {f"{many} sweeps": many * (m + n) * sweeper.columns.element_size()}, None, sweeper.rows.device, _TODO
+    )
+    apart = certify == 1  # with several, numbers near zero do not meet in one row, and the bound is that of normal ones
+    probes = [draw(sweeper.rows, m, _SEED + i, divisors, apart) for i in range(certify)]
     start = seeds(coloring.rows, sweeper.rows)
     start = torch.cat([start, torch.stack(probes)]) if probes else start
     pulled = sweeper.swept(start, push=False) if len(start) else None
@@ -202,24 +231,31 @@ def compress(sweeper: Sweeper, assembly: Assembly, coloring: Coloring, column_of
     matrix = assembly.matrix(values)
     sweeps = len(start) + len(forward)
     if pulled is None or not probes:
-        return Compressed(values, matrix, math.nan, math.nan, sweeps)
-    off, size = _off(matrix, probes, pulled[coloring.pulls :], column_of)
-    rms = math.sqrt(sum(d * d for d in off) / len(off))
-    error = (max(off) / size if size else 0.0) if all(map(math.isfinite, off)) else math.nan
-    return Compressed(values, matrix, error, rms * probe_factor(certify), sweeps)
+        return Compressed(values, matrix, None, math.nan, sweeps)
+    verdict = judged(matrix, probes, pulled[coloring.pulls :], column_of, limit)
+    return Compressed(values, matrix, verdict, verdict.rms * probe_factor(certify), sweeps)
 
 
-@restoring
-def _off(matrix: Csr, probes: list[Tensor], pulled: Tensor, column_of: Array) -> tuple[list[float], float]:
-    """Return how far each probe is off, and the size of what it is held against."""
-    width = matrix.shape[1]
-    off, size = [], float(np.linalg.norm(matrix.data.astype(np.float64)))
-    with NumericWarningsIgnored("over", "invalid"):
-        for u, g in zip(probes, pulled, strict=True):
-            given = np.bincount(column_of, g.double().cpu().numpy(), minlength=width)[:width]
-            off.append(float(np.linalg.norm(given - matrix.T @ u.double().cpu().numpy())))
-            size = max(size, float(np.linalg.norm(given)))
-    return off, size
+def probed(
+    sweeper: Sweeper, matrix: Csr, column_of: Array, divisors: Floats | None = None, limit: float = 0.0
+) -> Verdict:
+    """Return the verdict of one more probe."""
+    probe = draw(sweeper.rows, sweeper.shape[0], _SEED, divisors, apart=True)
+    return judged(matrix, [probe], sweeper.swept(probe[None], push=False), column_of, limit)
+
+
+def is_rounding(sweeper: Sweeper, error: float) -> bool:
+    """Say whether rounding alone explains that products are off by `error`, relative to their size.
+
+    A product of 0.7 u is 0.7 times that of u but for rounding, whose size it shows. A product of 2 u is twice that of u
+    without any rounding, unless it is random or not linear.
+    """
+    probe = draw(sweeper.rows, sweeper.shape[0], _SEED, apart=True)
+    once, twice, less = (sweeper.swept(p[None], push=False).double() for p in (probe, 2 * probe, _LESS * probe))
+    size = float(torch.linalg.vector_norm(once))
+    rounded = float(torch.linalg.vector_norm(less / _LESS - once))
+    changed = float(torch.linalg.vector_norm(twice / 2 - once))
+    return error * size <= _SAMPLED * rounded and changed <= error * size / _SAMPLED
 
 
 def probe_factor(probes: int) -> float:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
-from ._trace import storage_key
+from ._taint import storage_key
 
 _SELECTIONS = set(
     """

@@ -106,6 +106,8 @@ def _where(tracer: Tracer, call: Call) -> Any:
     if len(branches) != 2:
         raise NotImplementedError
     a, b = (tracer.ids(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.int64) for x in branches)
+    if tracer.is_open(condition):
+        return tracer.union([a.numpy(), b.numpy(), tracer.ids(condition).numpy()], call.outs[0].shape)
     return _or(tracer, torch.where(condition.cpu(), a, b), condition)
 
 
@@ -113,6 +115,8 @@ def _masked_fill(tracer: Tracer, call: Call) -> Any:
     named = call.named
     value, mask = named["value"], named["mask"]
     filled = tracer.ids(value) if isinstance(value, Tensor) else torch.zeros((), dtype=torch.int64)
+    if tracer.is_open(mask):
+        return tracer.union([filled.numpy(), tracer.array(named["self"]), tracer.array(mask)], call.outs[0].shape)
     return _or(tracer, torch.where(mask.cpu(), filled, tracer.ids(named["self"])), mask)
 
 

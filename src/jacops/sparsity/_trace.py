@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from .._backends._torch.restoring import Hooks, restoring
 from .._backends._torch.surroundings import must_surface
 from ._pool import Array, Pool
+from ._taint import Outside, Taint, base_name, storage_key, written
 
 _PURGE_EVERY = 64
 _ESCAPES = ("tolist", "numpy", "__array__", "__dlpack__")
@@ -83,12 +84,14 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         unknown: Operations that no rule is known for, and how often they were met.
+        dtypes: Of the floating-point numbers that carried sets.
     """
 
     def __init__(self, pool: Pool, taint: Taint | None = None) -> None:
         super().__init__()
         self.pool, self.taint = pool, taint
         self.unknown: dict[str, int] = {}
+        self.dtypes: set[torch.dtype] = set()
         self._held: dict[int, tuple[StorageWeakRef, int, Tensor]] = {}
         self._calls = 0
         self._loose = 0  # inside a written-out form, whose zeros are not those of the operation
@@ -127,6 +130,8 @@ class Tracer(TorchDispatchMode):
         """Give a tensor's entries these ids, an array or tensor that broadcasts to it."""
         if tensor.layout is not torch.strided:
             raise CannotFollowError(f"a result of layout {tensor.layout}")
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            self.dtypes.add(tensor.dtype)
         ids = torch.from_numpy(np.array(ids)) if isinstance(ids, np.ndarray) else torch.as_tensor(ids)
         key = storage_key(tensor)
         if key not in self._held:
@@ -176,20 +181,36 @@ class Tracer(TorchDispatchMode):
 
     def is_constant(self, tensors: Iterable[Tensor]) -> bool:
         """Say whether zeros in these tensors are zeros for good (or at this point, if that is all that is asked)."""
-        return not self._loose and (self.taint is None or not any(self.taint.holds(t) for t in tensors))
+        if self._loose:
+            return False
+        tensors = list(tensors)
+        if self.takes_all_routes and not tensors:
+            return False  # the factor is a number of Python's, which may be a flag
+        return self.taint is None or not any(self.taint.holds(t) for t in tensors)
+
+    @property
+    def takes_all_routes(self) -> bool:
+        """Whether indices and conditions made of data stand for all that they could be."""
+        return isinstance(self.taint, Outside)
+
+    def is_open(self, route: Any) -> bool:
+        """Say whether an index or condition may be another one elsewhere, and is to be taken for all of them."""
+        taint = self.taint
+        return isinstance(taint, Outside) and isinstance(route, Tensor) and taint.holds(route)
 
     # ---- dispatch ----------------------------------------------------------------------------------------------
 
     @restoring
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from ._routes import any_route
         from ._rules import rule_for
 
-        call = Call(func, _base(func), args, kwargs or {}, [])
+        call = Call(func, base_name(func), args, kwargs or {}, [])
         live = [t for t in call.tensors if self.tracks(t)]
         if not live:
             out = func(*args, **call.kwargs)
             if self.taint is not None:
-                self.taint.passes(func, call.tensors, out)
+                self.taint.passes(func, call.tensors, [out, written(func, call.args, call.kwargs)])
             self._clear(call)
             return out
         self._calls += 1
@@ -199,7 +220,7 @@ class Tracer(TorchDispatchMode):
             return func(*args, **call.kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             raise CannotFollowError(f"{func} (reads a value)")
-        rule = rule_for(func, call.base)
+        rule = (any_route(self, call) if self.takes_all_routes else None) or rule_for(func, call.base)
         if isinstance(rule, Decomposed):
             if rule.exact or func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
                 with self:
@@ -251,7 +272,8 @@ class Tracer(TorchDispatchMode):
         leaves = tree_leaves(out)
         call.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         call.outs = [leaves[i] for i in call.places]
-        written = call.outs + [t for t in _written(call) if not any(t is o for o in call.outs)]
+        into = written(call.func, call.args, call.kwargs)
+        places = call.outs + [t for t in into if not any(t is o for o in call.outs)]
         found: Any = None
         if rule is not None:
             try:
@@ -265,9 +287,9 @@ class Tracer(TorchDispatchMode):
         if rule is None:
             self.unknown[str(call.func)] = self.unknown.get(str(call.func), 0) + 1
             everything = self.everything(call)
-            found = [everything] * len(written)
-        parts = found if isinstance(found, list) else [found] * len(written)
-        for tensor, ids in zip(written, parts, strict=False):
+            found = [everything] * len(places)
+        parts = found if isinstance(found, list) else [found] * len(places)
+        for tensor, ids in zip(places, parts, strict=False):
             if ids is not None:
                 self.write(tensor, ids)
 
@@ -319,61 +341,7 @@ class Escapes(TorchFunctionMode):
         self.__exit__(None, None, None)
 
 
-class Taint(TorchDispatchMode):
-    """Notes which storages hold values that depend on the point, so that their zeros are not taken for constants.
-
-    Args:
-        sources: The tensors that make up the point.
-    """
-
-    def __init__(self, sources: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._held: dict[int, StorageWeakRef] = {}
-        self._read_out = False
-        for tensor in sources:
-            self._mark(tensor)
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Say whether a tensor depends on the point; everything may once a value was read into Python."""
-        return self._read_out or tensor.layout is not torch.strided or storage_key(tensor) in self._held
-
-    def passes(self, func: Any, tensors: Iterable[Tensor], out: Any) -> None:
-        """Note what came of an operation; what it draws at random is not a constant either."""
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        if random or any(self.holds(t) for t in tensors):
-            self._read_out = self._read_out or torch.Tag.data_dependent_output in func.tags
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    self._mark(tensor)
-
-    def _mark(self, tensor: Tensor) -> None:
-        if tensor.layout is torch.strided:
-            self._held.setdefault(storage_key(tensor), StorageWeakRef(tensor.untyped_storage()))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.passes(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], out)
-        return out
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Return what tells storages apart."""
-    return tensor.untyped_storage()._cdata
-
-
-def _base(func: Any) -> str:
-    name = func._schema.name.partition("::")[2]
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     info = returns[0].alias_info if returns else None
     return info is not None and not info.is_write
-
-
-def _written(call: Call) -> list[Tensor]:
-    """Return the arguments that an operation writes into."""
-    arguments = call.func._schema.arguments
-    marked = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [t for name in marked for t in tree_leaves(call.named.get(name)) if isinstance(t, Tensor)]

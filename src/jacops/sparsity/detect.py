@@ -24,7 +24,8 @@ from ..errors import InputError, MemoryBudgetError, NotDifferentiableError, expl
 from ..trees import Selector, flatten
 from ._matrix import Csr, csr
 from ._pool import Array, Pool
-from ._trace import CannotFollowError, Escapes, Taint, Tracer
+from ._taint import Taint
+from ._trace import CannotFollowError, Escapes, Tracer
 from .pattern import Pattern
 
 _MOST = 2**27  # entries of a pattern; beyond, it is as good as dense
@@ -63,8 +64,8 @@ def detect_pattern(
         13
     """
     found, taint = record_tainted(model, inputs, "detect_pattern", wrt, outputs, local)
-    transposed, unknown = traced(found.tape, taint)
-    return Pattern(csr(transposed.T), local, unknown)
+    seen = traced(found.tape, taint)
+    return Pattern(seen.matrix, local, seen.unknown)
 
 
 def picked(wrt: Wrt) -> Any:
@@ -130,11 +131,13 @@ class Traced:
         pool: Where the sets are.
         ids: One array of ids per leaf, in its shape; None where nothing arrived.
         unknown: Operations without a rule.
+        dtypes: Of the floating-point numbers that carried sets.
     """
 
     pool: Pool
     ids: list[Array | None]
     unknown: dict[str, int]
+    dtypes: frozenset[torch.dtype]
 
 
 @restoring
@@ -158,7 +161,7 @@ def trace(tape: Tape, members: Array, size: int, taint: Taint | None) -> Traced:
         ids.append(None if found is None else found.contiguous().numpy())
         if grad is not None and _has_hole(plain(grad.detach()), ids[-1]):
             raise CannotFollowError("a backward pass that leaves torch")
-    return Traced(pool, ids, tracer.unknown)
+    return Traced(pool, ids, tracer.unknown, frozenset(tracer.dtypes))
 
 
 def _has_hole(grad: Tensor, ids: Array | None) -> bool:
@@ -173,25 +176,40 @@ def _cotangent(output: Tensor, seed: int) -> Tensor:
     return (noise + torch.where(noise < 0, -1.0, 1.0).to(noise.dtype)).contiguous()
 
 
-def traced(tape: Tape, taint: Taint | None) -> tuple[Csr, dict[str, int]]:
-    """Return the transposed pattern of a tape, `(leaf entries, output entries)`, and the operations without a rule.
+@dataclass(frozen=True, eq=False)
+class Detected:
+    """A pattern as it was traced.
+
+    Attributes:
+        matrix: Rows are entries of the output, columns entries of the leaves.
+        unknown: Operations without a rule.
+        dtypes: Of all floating-point numbers on the way.
+    """
+
+    matrix: Csr
+    unknown: dict[str, int]
+    dtypes: frozenset[torch.dtype]
+
+
+def traced(tape: Tape, taint: Taint | None) -> Detected:
+    """Return the pattern of a tape.
 
     Raises:
         MemoryBudgetError: It is too full to be held.
     """
-    m = tape.codomain.dim
+    m, ends = tape.codomain.dim, frozenset((*tape.domain.dtypes, *tape.codomain.dtypes))
     try:
         found = trace(tape, np.arange(m), m, taint)
     except CannotFollowError as reason:
         _check_size(tape, tape.domain.dim * m, {str(reason): 1})
-        return csr(np.ones((tape.domain.dim, m), bool)), {str(reason): 1}
+        return Detected(csr(np.ones((m, tape.domain.dim), bool)), {str(reason): 1}, ends)
     ids = [
         np.zeros(size, np.int64) if part is None else part.ravel()
         for part, size in zip(found.ids, tape.domain.sizes, strict=True)
     ]
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     _check_size(tape, int(found.pool.sizes(flat).sum()), found.unknown)
-    return found.pool.matrix(flat), found.unknown
+    return Detected(csr(found.pool.matrix(flat).T), found.unknown, ends | found.dtypes)
 
 
 def _check_size(tape: Tape, entries: int, unknown: dict[str, int]) -> None:

@@ -11,21 +11,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._backends._torch.ladder import RouteFailedError
 from .._backends._torch.proofs import Proofs
-from .._backends._torch.tape import Tape
 from .._finite import check_outputs, is_finite, where_first
 from ..derivatives import Wrt
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
 from ..trees import Selector
-from ._coloring import Coloring, color, least_cost
-from ._compress import Assembly, Compressed, Sweeper, compress
+from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
+from ._declared import check_declared
 from ._matrix import Csr, csr, sp
 from ._point import Point, gradients_agree, record_point
 from ._pool import Array
+from ._probe import Floats, Prober, Verdict
+from ._scheme import Scheme, colored, unlifted
 from .detect import traced
 from .layouts import Layout, arranged, block_shape, check_layout
 from .pattern import Pattern, declared
+
+_ROOM = 4.0  # margin on the rounding errors that were measured at one point
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +46,6 @@ class SparseJacobian:
     output: Any
     error_bound: float
     sweeps: int
-
-
-@dataclass(frozen=True, eq=False)
-class Scheme:
-    """What is kept of detection and colouring.
-
-    Attributes:
-        matrix: Pattern over the leaves that are swept: parameters, then lifted selections.
-        coloring: Its colouring.
-        structure: Source and size of each lifted selection.
-        columns: For each column, which stored entry of all parameters it is or copies.
-    """
-
-    matrix: Csr
-    coloring: Coloring
-    structure: list[tuple[int, int]]
-    columns: Array
 
 
 class SparsePlan:
@@ -91,6 +76,8 @@ class SparsePlan:
         self._local, self._unknown = local, unknown
         self._trust = Proofs()
         self._assembly: Assembly | None = None
+        self._prober: Prober | None = None
+        self._dtypes: frozenset[torch.dtype] = frozenset()  # met inside the model, as far as it was traced
 
     # ---- what it knows -----------------------------------------------------------------------------------------
 
@@ -132,8 +119,11 @@ class SparsePlan:
     def evaluate(self, model: nn.Module, inputs: Any, *, certify: int = 1, layout: Layout = "scipy") -> SparseJacobian:
         """Return the sparse Jacobian and the output at the model's present parameters and these inputs.
 
-        One random probe proves that the pattern still holds; where it does not, the pattern is detected again, with
-        a `JacopsWarning`, and the plan keeps what it learned.
+        A random probe in which all rows have the same size checks that the pattern still holds: it shows an entry that
+        is missing in a row of any scale down to 1e-12 of the largest row (1e-5 in float32), unless the entry is at
+        rounding level (1e-9, in float32 1e-4) of its row or column. Where the pattern does not hold it is detected
+        again, with a `JacopsWarning`, and the plan keeps the new entries. One more probe is taken when the sizes of
+        rows have changed by orders of magnitude since the last one.
 
         Args:
             model: The model, of the same structure as the plan was made with.
@@ -150,6 +140,12 @@ class SparsePlan:
             NonFiniteError: The output or the Jacobian holds NaN or Inf.
             NotDifferentiableError: The derivative does not answer to any pattern (it is random).
         """
+        return self._evaluated(model, inputs, certify, layout, None)
+
+    def _evaluated(
+        self, model: nn.Module, inputs: Any, certify: int, layout: Layout, importance: Floats | None
+    ) -> SparseJacobian:
+        """Evaluate as above; `importance` is what the caller multiplies the rows with."""
         check_layout(layout)
         if isinstance(certify, bool) or not isinstance(certify, int) or certify < 0:
             raise InputError(explain("certify", repr(certify), "a number of probes, 0 or more, is needed"))
@@ -159,45 +155,83 @@ class SparsePlan:
         if point.structure() != self._scheme.structure:
             warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
             self._replan(model, inputs)
-            return self.evaluate(model, inputs, certify=certify, layout=layout)
+            return self._evaluated(model, inputs, certify, layout, importance)
         columns = point.storage_columns()
         if not np.array_equal(columns, self._scheme.columns):
             # Other indices into the same parameters: the same sweeps, read off into other columns.
             self._use(Scheme(self._scheme.matrix, self._scheme.coloring, self._scheme.structure, columns))
-        found = self._compressed(point, certify)
+        found = self._compressed(point, certify, importance)
         check_outputs("SparsePlan", point.tape.outputs, point.tape.codomain.names)
-        if certify and not self._holds(found, point):
-            found = self._again(point, certify)
+        if is_finite(found.values) and not self._holds(found, point):
+            found = self._again(point, found, certify, importance)
         if not is_finite(found.values):
             raise NonFiniteError(f"SparsePlan: of the Jacobian's entries, {where_first(found.values)}.")
         matrix = arranged(self.assembly, found, layout, block_shape(point.recording.tape, self._tangent))
         return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
 
-    def _compressed(self, point: Point, certify: int) -> Compressed:
-        return compress(Sweeper.on(point.tape), self.assembly, self._scheme.coloring, self._column_of, certify)
+    def _probes(self, sweeper: Sweeper) -> Prober:
+        """Return the state of the probes; a new one where dtypes have changed."""
+        dtypes = sweeper.dtypes | self._dtypes
+        if self._prober is None or self._prober.rows != sweeper.rows.dtype or self._prober.dtypes != dtypes:
+            self._prober = Prober(sweeper.rows.dtype, set(dtypes))
+        return self._prober
+
+    def _compressed(self, point: Point, certify: int, importance: Floats | None = None) -> Compressed:
+        """Return the Jacobian, probed once more where row sizes were out of date."""
+        sweeper = Sweeper.on(point.tape)
+        prober = self._probes(sweeper)
+        used = prober.divisors if certify == 1 else None
+        found = compress(
+            sweeper, self.assembly, self._scheme.coloring, self._column_of, certify, used, prober.tolerance
+        )
+        if found.verdict is not None and prober.outdated(found.matrix, used, importance):
+            more = self._probed(found, sweeper, prober.divisors)
+            found = found.with_more(more)
+        return found
+
+    def _probed(self, found: Compressed, sweeper: Sweeper, divisors: Floats | None) -> Verdict:
+        return probed(sweeper, found.matrix, self._column_of, divisors, self._probes(sweeper).tolerance)
 
     def _holds(self, found: Compressed, point: Point) -> bool:
-        return found.error <= Sweeper.on(point.tape).tolerance or not math.isfinite(found.error)
+        return found.verdict is None or found.verdict.excess <= self._probes(Sweeper.on(point.tape)).tolerance
 
-    def _again(self, point: Point, certify: int) -> Compressed:
-        """Detect at this point and add what is new to the pattern.
+    def _again(self, point: Point, found: Compressed, certify: int, importance: Floats | None) -> Compressed:
+        """Detect at this point; add new entries to the pattern, or measure the rounding errors where there are none.
 
         Raises:
-            NotDifferentiableError: The probe fails all the same.
+            NotDifferentiableError: The pattern is right and a probe fails all the same.
         """
-        warn("SparsePlan: the pattern no longer holds at this point; it was detected again and is kept.")
-        transposed, unknown = traced(point.tape, None)
-        both = csr((self._scheme.matrix + csr(transposed.T)).astype(bool))
-        self._unknown = {**self._unknown, **unknown}
-        coloring = colored(both, point.tape)
-        self._use(Scheme(both, coloring, self._scheme.structure, self._scheme.columns))
-        found = self._compressed(point, certify)
-        if not self._holds(found, point):
+        seen = traced(point.tape, None)
+        self._dtypes |= seen.dtypes
+        both = csr((self._scheme.matrix + seen.matrix).astype(bool))
+        grown = both.nnz > self._scheme.matrix.nnz
+        if grown:
+            warn("SparsePlan: the pattern no longer holds at this point; it was detected again and is kept.")
+            self._unknown = {**self._unknown, **seen.unknown}
+            self._use(Scheme(both, colored(both, point.tape), self._scheme.structure, self._scheme.columns))
+            found = self._compressed(point, certify, importance)
+        sweeper = Sweeper.on(point.tape)
+        prober, plain_probe = self._probes(sweeper), self._probed(found, sweeper, None)
+        if plain_probe.error > prober.whole and not is_rounding(sweeper, plain_probe.error):
             raise NotDifferentiableError(
-                f"SparsePlan: two backward passes over the same graph disagree by {found.error:.1e}, so no pattern "
-                "holds. Is a backward pass random, or does it read values?"
+                f"SparsePlan: two backward passes over the same graph disagree by {plain_probe.error:.1e}, so no "
+                "pattern holds. A backward pass is random or not linear, or the derivative is smaller than the "
+                "rounding errors of this dtype; use float64 then."
             )
+        if not grown:
+            self._learn(found, plain_probe, sweeper, importance)
         return found
+
+    def _learn(self, found: Compressed, plain_probe: Verdict, sweeper: Sweeper, importance: Floats | None) -> None:
+        """Raise floor and tolerance of the probes to the rounding errors of this point, whose pattern was verified."""
+        prober = self._probes(sweeper)
+        prober.outdated(found.matrix, None, importance)
+        now = self._probed(found, sweeper, prober.divisors)
+        while now.excess > prober.tolerance and prober.raise_floor(importance):
+            now = self._probed(found, sweeper, prober.divisors)
+        worst = max(now.excess, plain_probe.excess)
+        if prober.tolerance < worst < math.inf:
+            prober.slack *= _ROOM * worst / prober.tolerance
 
     def _use(self, scheme: Scheme) -> None:
         self._scheme, self._assembly = scheme, None
@@ -212,8 +246,8 @@ class SparsePlan:
         other = sparse_plan(
             model, inputs, wrt=self._wrt, outputs=self._outputs, tangent=self._tangent, local=self._local
         )
-        self._trust = Proofs()
-        self._unknown = other._unknown
+        self._trust, self._prober = Proofs(), None
+        self._unknown, self._dtypes = other._unknown, other._dtypes
         self._use(other._scheme)
 
     # ---- on disk -----------------------------------------------------------------------------------------------
@@ -288,64 +322,23 @@ def sparse_plan(
         return _from_declared(model, inputs, pattern, options)
     point = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=lift, watch=not local)
     if point.selections:
-        unlifted = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=False, watch=not local)
-        point = point if gradients_agree(point, unlifted) else unlifted
-        del unlifted
-    matrix, unknown = _pattern_of(point)
+        direct = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=False, watch=not local)
+        point = point if gradients_agree(point, direct) else direct
+        del direct
+    seen = traced(point.tape, point.taint)
+    matrix = seen.matrix
     final, width = point.widths(tangent)
     columns = point.storage_columns()
     _check_padding(matrix, final[columns], width, point)
     scheme = Scheme(matrix, colored(matrix, point.tape), point.structure(), columns)
     if point.selections:
-        scheme = _unlifted(scheme, point.tape, point.recording.tape.domain.dim) or scheme
+        scheme = unlifted(scheme, point.tape, point.recording.tape.domain.dim) or scheme
     names = point.recording.tape.domain.names
     del point  # and the graph with it
-    plan = SparsePlan(scheme, (matrix.shape[0], width), final, unknown=unknown, names=names, **options)
+    plan = SparsePlan(scheme, (matrix.shape[0], width), final, unknown=seen.unknown, names=names, **options)
+    plan._dtypes = seen.dtypes
     plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
     return plan
-
-
-def colored(matrix: Csr, tape: Tape) -> Coloring:
-    """Return a colouring, by rows alone where the tape has no pushes but row by row."""
-    found = color(matrix)
-    if found is not None and found.pushes and not _can_push(tape):
-        found = color(matrix, columns=False)
-    return found or Coloring(np.full(matrix.shape[0], -1), np.full(matrix.shape[1], -1))
-
-
-def _can_push(tape: Tape) -> bool:
-    tangents = [torch.zeros(1, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in tape.leaves]
-    try:
-        tape.push_dual(tangents)
-    except RouteFailedError:
-        return False
-    return True
-
-
-def _pattern_of(point: Point) -> tuple[Csr, dict[str, int]]:
-    transposed, unknown = traced(point.tape, point.taint)
-    return csr(transposed.T), unknown
-
-
-def _unlifted(scheme: Scheme, tape: Tape, width: int) -> Scheme | None:
-    """Return a scheme without lifting where that takes no more sweeps."""
-    limit = scheme.coloring.cost + 0.5
-    copies = 1 + len(scheme.structure)  # so many entries at most fall onto one
-    per_row = np.diff(scheme.matrix.indptr)
-    per_column = np.bincount(scheme.columns[scheme.matrix.indices], minlength=width)
-    if least_cost(-(-per_row // copies), -(-per_column // copies)) >= limit:
-        return None
-    merged = _merged(scheme.matrix, scheme.columns, width)
-    coloring = color(merged, limit=limit)
-    if coloring is not None and coloring.pushes and not _can_push(tape):
-        coloring = color(merged, columns=False, limit=limit)
-    return None if coloring is None else Scheme(merged, coloring, [], np.arange(width))
-
-
-def _merged(matrix: Csr, columns: Array, width: int) -> Csr:
-    entries = matrix.tocoo()
-    merged = sp.coo_array((entries.data, (entries.row, columns[entries.col])), shape=(matrix.shape[0], width))
-    return csr(merged).astype(bool)
 
 
 def _check_padding(matrix: Csr, column_of: Array, width: int, point: Point) -> None:
@@ -376,7 +369,7 @@ def _from_declared(model: nn.Module, inputs: Any, pattern: Any, options: dict[st
     names = point.recording.tape.domain.names
     plan = SparsePlan(scheme, shape, final, unknown=dict(known.unknown), names=names, **options)
     found = plan._compressed(point, 1)
-    if not plan._holds(found, point):
-        came = f"lacking entries (a random probe is off by {found.error:.1e})"
-        raise InputError(explain("pattern", came, "it must hold all", "Leave it out to have it detected."))
+    sweeper = Sweeper.on(point.tape)
+    todo = "Leave it out to have it detected."
+    check_declared(sweeper, found, plan._probes(sweeper), plan._column_of, todo)
     return plan

@@ -16,8 +16,9 @@ from .._backends._torch.rows import plain
 from .._backends._torch.surroundings import private_noise
 from .._backends._torch.tape import Tape
 from ..errors import InputError, explain
-from ..trees import Selector, flatten
-from ._trace import CannotFollowError, Taint
+from ..trees import Selector
+from ._taint import Outside
+from ._trace import CannotFollowError
 from .detect import check_usable, trace
 
 _NAMED = 5
@@ -30,7 +31,7 @@ class Separation:
     Attributes:
         apart: It does, as far as was looked.
         mixed: Pairs `(output sample, input sample)` that depend on each other, the first few.
-        unknown: Operations without a rule, which count as mixing all they take.
+        unknown: Operations without a rule, which count as mixing all they take, and reading values into Python.
         sweeps: Backward passes taken.
     """
 
@@ -55,10 +56,14 @@ def samples_apart(
     """Say whether sample i of the output depends on sample i of the input alone, by the recorded graph.
 
     One backward pass is traced with a set per sample, which sees every dependence that the graph holds, however
-    small, also those that are zero at this point. With `strict`, `2 ceil(log2 n)` more backward passes with random
-    cotangents on half of the samples must leave the gradient of the other half exactly zero; every ordered pair of
-    samples is parted by one of them. Neither sees what a detached batch statistic does to values: hold outputs alone
-    against outputs in the batch for that.
+    small, also those that are zero at this point: zeros of inputs, parameters, buffers and of whatever is computed from
+    them hide nothing, and conditions and indices made of them stand for all that they could be. Only what the forward
+    pass makes of its own text (`torch.eye`, `torch.tril`, `torch.arange`) counts as zero for good. A model that reads
+    values into Python may take another branch elsewhere, and is never called apart.
+
+    With `strict`, `2 ceil(log2 n)` more backward passes with random cotangents on half of the samples must leave the
+    gradient of the other half exactly zero; every ordered pair of samples is parted by one of them. Neither sees what
+    a detached batch statistic does to values: compare outputs alone with outputs in the batch for that.
 
     Args:
         model: A module.
@@ -80,11 +85,12 @@ def samples_apart(
         >>> samples_apart(torch.nn.BatchNorm1d(3), torch.randn(4, 3)).mixed[0]
         (0, 1)
     """
-    given = [t for t in flatten(x, "x")[0] if isinstance(t, torch.Tensor)]
-    with Taint(given) as taint:
+    with Outside() as taint:
         found = record_model(bare(model), x, call="samples_apart", parameters=None, outputs=outputs, training=training)
     tape = found.tape
     check_usable(tape)
+    if taint.read_out:
+        return Separation(False, (), {"reading a value": 1}, 0)
     many = _count(tape)
     members = np.concatenate([np.repeat(np.arange(many), size // max(many, 1)) for size in tape.codomain.sizes])
     try:

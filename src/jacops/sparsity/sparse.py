@@ -6,14 +6,18 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import InputError, NotDifferentiableError, explain
 from ..operators import Operator, Recorded
 from ..operators._finite_results import check_result
 from ..space import Space
 from ._coloring import Coloring, color
-from ._compress import Assembly, Sweeper, compress
+from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
+from ._declared import check_declared
 from ._matrix import Csr, csr
+from ._pool import Array
+from ._probe import Prober
 from .detect import traced
 from .layouts import Layout, arranged, check_layout
 from .pattern import Pattern, declared
@@ -49,11 +53,12 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
         (torch.Size([100, 100]), 4)
     """
     check_layout(layout)
+    dtypes: frozenset[torch.dtype] = frozenset()
     if pattern is not None:
         known = declared(pattern, operator.shape)
     elif isinstance(operator, Recorded):
-        transposed, unknown = traced(operator.tape, None)
-        known = Pattern(csr(transposed.T), True, unknown)
+        seen = traced(operator.tape, None)
+        known, dtypes = Pattern(seen.matrix, True, seen.unknown), seen.dtypes
     else:
         todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
         raise InputError(explain("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo))
@@ -63,19 +68,32 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
     columns = np.arange(operator.shape[1])
     assembly = Assembly.of(matrix, coloring, columns, operator.shape[1])
     sweeper = Sweeper.over(operator)
-    found = compress(sweeper, assembly, coloring, columns, certify)
-    if math.isfinite(found.error) and found.error > sweeper.tolerance:
-        if pattern is not None:
-            came = f"lacking entries (a random probe is off by {found.error:.1e})"
-            raise InputError(explain("pattern", came, "it must hold all that are not zero"))
+    prober = Prober(sweeper.rows.dtype, set(sweeper.dtypes | dtypes))
+    found = compress(sweeper, assembly, coloring, columns, certify, limit=prober.tolerance)
+    if pattern is not None:
+        found = _probed_by_rows(sweeper, found, prober, columns)
+        check_declared(sweeper, found, prober, columns)
+    elif found.verdict is not None and _disagrees(sweeper, found.verdict.error, prober):
         raise NotDifferentiableError(
-            f"sparse: products with {operator!r} disagree by {found.error:.1e} with each other. Is a backward pass "
-            "random, or does it read values?"
+            f"sparse: products with {operator!r} disagree by {found.verdict.error:.1e} with each other. A backward "
+            "pass is random or not linear, or the result is smaller than the rounding errors of this dtype; use "
+            "float64 then."
         )
     check_result(operator, found.values, "the matrix")
     block = _last(operator.codomain), _last(operator.domain)
     result = arranged(assembly, found, layout, block)
     return SparseJacobian(result, getattr(operator, "output", None), found.bound, found.sweeps)
+
+
+def _probed_by_rows(sweeper: Sweeper, found: Compressed, prober: Prober, columns: Array) -> Compressed:
+    """Return the same with one more probe, where rows differ so much that the first were blind to some."""
+    if found.verdict is None or not prober.outdated(found.matrix, None, None):
+        return found
+    return found.with_more(probed(sweeper, found.matrix, columns, prober.divisors, prober.tolerance))
+
+
+def _disagrees(sweeper: Sweeper, error: float, prober: Prober) -> bool:
+    return error > prober.whole and not is_rounding(sweeper, error)
 
 
 def _mirrored(matrix: Csr) -> Csr:
