@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ._backends._torch.replica import bare, parameter_names
-from ._backends._torch.row_losses import Reduction, RowLosses, weighted
+from ._backends._torch.loss_facts import is_convex
+from ._backends._torch.row_losses import Reduction, RowLosses, Weighted
 from ._backends._torch.surroundings import seeded, sweeping
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
@@ -37,11 +38,9 @@ class Objective(ABC):
 
     Attributes:
         reduction: How the loss reduces a batch.
-        convex: The loss is known to be convex in the model's output.
     """
 
     reduction: Reduction = "mean"
-    convex: bool = False
 
     @property
     @abstractmethod
@@ -116,6 +115,10 @@ class Objective(ABC):
         """Return what each row adds to the denominator of a mean, `(rows,)`."""
         return torch.ones(rows, dtype=torch.float64)
 
+    def is_convex(self, y: Any) -> bool:
+        """Return whether the loss of these targets is known to be convex in the output, without computing it."""
+        return False
+
     def weighted(self, weights: Tensor) -> Objective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`.
 
@@ -159,7 +162,7 @@ class TorchObjective(Objective):
         self._options = {"parameters": parameters, "reduction": reduction, "randomness": randomness, "seed": seed}
         self.model, self.losses = model, RowLosses(loss, reduction)
         self.loss = self.losses.scalar
-        self.reduction, self.convex = self.losses.reduction, self.losses.convex
+        self.reduction = self.losses.reduction
         self.picks = picked(parameters, list(parameter_names(bare(model)))) or trainable
         self.randomness: Randomness = randomness
         self.seed = checked_seed(randomness, seed)
@@ -197,13 +200,17 @@ class TorchObjective(Objective):
         refuse_mixing_modules(self.model, random=self.seed is None)
 
     def denominators(self, y: Any, rows: int) -> Tensor:
-        """Return what each row adds to the denominator of a mean: 1, or the weights of its targets."""
+        """Return what each row adds to the denominator of a mean: 1, or its targets' number or weights."""
         return self.losses.denominators(y, rows)
+
+    def is_convex(self, y: Any) -> bool:
+        """Return whether the loss is one of torch's own that is convex in the output for these targets."""
+        return is_convex(self.loss, y)
 
     def weighted(self, weights: Tensor) -> TorchObjective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
         other = copy.copy(self)
-        other.loss, other.reduction = weighted(self.losses, weights), "sum"
+        other.loss, other.reduction = Weighted(self.losses, weights), "sum"
         return other
 
     def value(self, x: Any, y: Any) -> float:

@@ -81,6 +81,7 @@ class Problem:
         self.ridge = _ridge(l2, self.objective.space)
         self.l2 = l2
         self._denominator: float | None = None
+        self._convex = False
 
     @property
     def space(self) -> Space:
@@ -100,15 +101,17 @@ class Problem:
     def denominator(self) -> float:
         """What the sum of all rows' losses is divided by: their number, or the sum of their weights; 1 for a sum."""
         if self._denominator is None:
-            total, first = 0.0, None
+            total, first, convex = 0.0, None, True
             for batch in self.batches():
                 if first is None:
                     first = batch
                     check_reduction(self.objective, batch)
                 total += float(self.shares(batch).sum())
+                convex = convex and self.objective.is_convex(batch.y)
             if first is None or not total > 0:
                 came = "without rows" if first is None else "in which every row counts nothing"
                 raise DataError(explain(self.data.name, came, "at least one row is needed"))
+            self._convex = convex
             self._denominator = total if self.objective.reduction == "mean" else 1.0
         return self._denominator
 
@@ -172,10 +175,23 @@ class Problem:
             raise InputError(explain("curvature", repr(kind), f"one of {CURVATURES} is needed"))
         passes = _Passes(self, kind)
         first = passes.first()
-        ridge_fits = self.ridge is None or bool((self.ridge >= 0).all())
-        positive = ridge_fits and (first.positive or (kind == "ggn" and self.objective.convex))
         told = f"{kind} of {self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
-        return SumOver(passes, self.space, self.ridge, positive, self, told)
+        return SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told)
+
+    def _mark(self, kind: str, first: Operator, passes: _Passes) -> bool | Callable[[], bool]:
+        """Return whether a curvature is positive, or a function that computes it, batch by batch."""
+        if kind == "hessian" or (self.ridge is not None and bool((self.ridge < 0).any())):
+            return False
+        if kind in ("empirical_fisher", "monte_carlo_fisher"):  # squares, in every batch
+            return first.positive
+        if self._convex or self.objective.is_convex(None):
+            return True
+
+        def computed() -> bool:
+            known = self._denominator is None and all(self.objective.is_convex(b.y) for b in self.batches())
+            return known or all(part.positive for _, part in passes())
+
+        return computed
 
     def sample_gradients(self, data: Any = None) -> StackOver:
         """Return the gradients of the rows' own losses as rows of an operator `(n, P)`, without quadratic term.

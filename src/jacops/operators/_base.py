@@ -249,9 +249,12 @@ class Operator(ABC):
         """Return a flat vector of the codomain as one tensor per array."""
         return self.codomain.unflatten(flat)
 
+    def _marks(self) -> Iterator[str]:
+        return (word for word in ("symmetric", "positive") if getattr(self, word))
+
     def __repr__(self) -> str:
         m, n = self.shape
-        marks = " ".join(word for word in ("symmetric", "positive") if getattr(self, word))
+        marks = " ".join(self._marks())
         return f"{type(self).__name__}({m} × {n}{', ' + marks if marks else ''})"
 
 
