@@ -29,7 +29,7 @@ class Problem:
     r"""A model, its loss and its data, as one objective to differentiate.
 
     It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights
-    $w$, what each row adds to the denominator $d$ (1, or the weights of its targets) and weight decay $r$. Sums and
+    $w$, what each row adds to the denominator $d$ (1, or its labels' number or weights) and weight decay $r$. Sums and
     denominators are added up over batches and divided once, so batches of any size, class weights, ignored
     targets and sample weights come out as the whole objective in one batch would.
 
@@ -99,7 +99,7 @@ class Problem:
 
     @property
     def denominator(self) -> float:
-        """What the sum of all rows' losses is divided by: their number, or the sum of their weights; 1 for a sum."""
+        """What the sum of all losses is divided by: the number of rows or of labels, or their weights; 1 for a sum."""
         if self._denominator is None:
             total, first, convex = 0.0, None, True
             for batch in self.batches():
@@ -126,20 +126,22 @@ class Problem:
         """Return the objective of one batch and the factor with which it enters the whole."""
         if batch.weights is not None:
             return self.objective.weighted(batch.weights), 1.0 / self.denominator
-        own = float(self.objective.denominators(batch.y, batch.rows).sum())
-        return self.objective, own / self.denominator if self.objective.reduction == "mean" else 1.0
+        if self.objective.reduction != "mean":
+            return self.objective, 1.0
+        whole = self.denominator  # first: it computes by what the loss divides
+        return self.objective, float(self.objective.denominators(batch.y, batch.rows).sum()) / whole
 
     # ---- derivatives of the objective ------------------------------------------------------------------------------
 
     def value(self) -> float:
         """Return the objective, its quadratic term included."""
-        total = sum(factor * term.value(batch.x, batch.y) for batch, term, factor in self._terms("value"))
+        total = sum(factor * term.value(batch.x, batch.y) for _, batch, term, factor in self._terms("value"))
         return total + (0.0 if self.ridge is None else 0.5 * float((self.ridge * self.objective.point() ** 2).sum()))
 
     def gradient(self) -> Tensor:
         """Return the gradient `(P,)` of the objective, its quadratic term included."""
         total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        for batch, term, factor in self._terms("gradient"):
+        for _, batch, term, factor in self._terms("gradient"):
             total.add_(term.gradient(batch.x, batch.y), alpha=factor)
         return total if self.ridge is None else total + self.ridge * self.objective.point()
 
@@ -152,7 +154,10 @@ class Problem:
         return self.curvature("ggn")
 
     def fisher(self, kind: Literal["exact", "empirical", "monte_carlo"] = "exact") -> SumOver:
-        """Return a Fisher matrix of the data, a mean over rows, plus the quadratic term.
+        """Return a Fisher matrix of the data in the scale of the objective, plus the quadratic term.
+
+        Labels are drawn once for each target, by the sample's place in the data; `noise` is the relative standard
+        error that this leaves.
 
         Raises:
             InputError: There is no such kind.
@@ -217,12 +222,15 @@ class Problem:
             "l2": repr(self.l2 if not isinstance(self.l2, Mapping) else sorted(self.l2.items())),
         }
 
-    def _terms(self, what: str) -> Iterator[tuple[Batch, Objective, float]]:
+    def _terms(self, what: str) -> Iterator[tuple[int, Batch, Objective, float]]:
+        """Yield batches that count: the place of the first row in the data, the batch, its objective and factor."""
+        first = 0
         for batch in self.data.tracked(what, self.progress):
             if batch.rows:
                 term, factor = self.term(batch)
                 if factor:
-                    yield batch, term, factor
+                    yield first, batch, term, factor
+                first += batch.rows
 
     def __repr__(self) -> str:
         covered = f"{self.space.dim} of {self.objective.parameters_total} parameters"
@@ -254,12 +262,12 @@ class _Passes:
             yield from self._kept
             return
         count = 0
-        for number, (batch, term, factor) in enumerate(self.problem._terms(self.kind)):
+        for number, (row, batch, term, factor) in enumerate(self.problem._terms(self.kind)):
             count += 1
             if number < len(self._kept):
                 yield self._kept[number]
                 continue
-            part = self._made(term, batch, number)
+            part = self._made(term, batch, row)
             held = part.nbytes
             if number == len(self._kept) and held <= self._room:
                 self._room -= held
@@ -273,14 +281,14 @@ class _Passes:
         left = each * (0 if self._whole else self.problem.data.count - len(self._kept))
         return left if left <= self._room else self._room + each
 
-    def _made(self, term: Objective, batch: Batch, number: int) -> Operator:
+    def _made(self, term: Objective, batch: Batch, row: int) -> Operator:
         if self.kind not in _FISHERS:
             build: Callable[..., Operator] = getattr(term, self.kind)
             return build(batch.x, batch.y)
         if batch.weights is not None:
             todo = "Take the GGN, which is the Fisher matrix for the usual losses."
             raise InputError(explain("curvature", repr(self.kind), "a Fisher matrix takes no sample weights", todo))
-        return term.fisher(_FISHERS[self.kind], batch.x, batch.y, seed=number)
+        return term.fisher(_FISHERS[self.kind], batch.x, batch.y, row)
 
 
 def _objective(model: Any, loss: Any, **options: Any) -> Objective:

@@ -17,6 +17,7 @@ from .._finite import check_vector
 from ..errors import InputError, InputTypeError, explain
 from ..space import Space
 from ._dense import Room, Way, by_products, dense_room, matrix_place, plain_way
+from ._noise import Moments, relative_noise
 
 
 class Formed(Protocol):
@@ -80,6 +81,18 @@ class Operator(ABC):
     def nbytes(self) -> int:
         """Bytes that it keeps in memory: matrices, factors, recorded values; what is shared counts once."""
         return sum(_kept(self).values())
+
+    @property
+    def noise(self) -> float | None:
+        r"""The relative standard error of $v^\top A v$ for a random v, estimated from above by a few products.
+
+        For Monte Carlo estimates; None for every other operator. A part that is known exactly does not count.
+        """
+        return relative_noise(self.domain, self._drawn())
+
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        """Yield the parts that are Monte Carlo estimates: the factor of each, and the moments of its terms."""
+        yield from ()
 
     @property
     def T(self) -> Operator:  # noqa: N802

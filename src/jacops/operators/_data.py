@@ -16,6 +16,7 @@ from .._backends._torch.memory import Meter
 from ..space import Space
 from ._base import Operator
 from ._dense import IN_MEMORY, Room, Way
+from ._noise import Moments
 
 Parts = Callable[[], Iterable[tuple[float, Operator]]]
 
@@ -29,8 +30,8 @@ class SumOver(Operator):
         parts: A pass over the data: each call yields $c_b$ and $A_b$ for every batch, in one order.
         space: Where it acts.
         ridge: The diagonal $r$ of a quadratic term, (n,).
-        mark: Whether every part and the ridge are positive, or a function that computes that when it is first asked
-            for.
+        mark: Whether every part and the ridge are positive, or a function that computes that when it is first
+            read.
         problem: What it is the curvature of, for methods that look inside.
         told: What the repr says of it.
     """
@@ -65,6 +66,14 @@ class SumOver(Operator):
         return total
 
     _apply_transpose = _apply
+
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        for factor, part in self.parts():
+            drawn = [(factor * own, moments) for own, moments in part._drawn()]
+            if not drawn:  # of a sum of batches all are estimates, or none is
+                return
+            yield from drawn
+            del part
 
     @property
     def _halves(self) -> bool:

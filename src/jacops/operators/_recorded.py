@@ -26,7 +26,7 @@ class Recorded(Operator):
         tape: The recorded graph.
         output: What the function returned there, detached.
         symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
-        mark: Whether it is positive semi-definite, or a function that computes that when it is first asked for.
+        mark: Whether it is positive semi-definite, or a function that computes that when it is first read.
         formed: A cheaper way to its matrix than products, if there is one.
     """
 

@@ -27,6 +27,8 @@ _NAMES: dict[type[nn.Module], str] = {
     nn.BCEWithLogitsLoss: "binary_cross_entropy_with_logits",
     nn.SoftMarginLoss: "soft_margin_loss",
     nn.PoissonNLLLoss: "poisson_nll_loss",
+    nn.KLDivLoss: "kl_div",
+    nn.HingeEmbeddingLoss: "hinge_embedding_loss",
 }
 _FUNCTIONS: dict[str, Loss] = {name: getattr(F, name) for name in _NAMES.values()}  # as torch defines them
 _CLASSES = {
@@ -71,6 +73,32 @@ def torch_loss(loss: Any) -> str | None:
 def counts_targets(loss: Any, y: Any) -> bool:
     """Return whether a loss is torch's cross-entropy or NLL with labels, whose mean divides by their weights."""
     return isinstance(y, Tensor) and not y.is_floating_point() and torch_loss(loss) in ("cross_entropy", "nll_loss")
+
+
+def reduction_of(loss: Any) -> str:
+    """Return how a loss of torch reduces what it computes; its functions take the mean."""
+    return getattr(loss, "reduction", "mean") if isinstance(loss, nn.Module) else "mean"
+
+
+def counted(loss: Any, y: Tensor) -> Tensor:
+    """Return which labels a loss with `ignore_index` counts."""
+    return y != getattr(loss, "ignore_index", -100)
+
+
+def counted_labels(loss: Any, y: Any) -> Tensor | None:
+    """Return which labels count in one of torch's losses, or in a sum of its rows; None where that is not known."""
+    loss = loss.rows_of if isinstance(loss, Reweighted) else loss
+    return counted(loss, y) if counts_targets(loss, y) else None
+
+
+def terms_per_row(loss: Any, y: Any) -> int | None:
+    """Return of how many terms torch's own mean over a row's entries is taken; None where that is not known."""
+    name = torch_loss(loss)
+    if name is None or reduction_of(loss) not in ("mean", "none") or not isinstance(y, Tensor) or not y.ndim:
+        return None
+    if name in ("cross_entropy", "nll_loss"):  # targets that are probabilities of classes
+        return y[0].numel() // y.shape[1] if y.is_floating_point() and y.numel() and y.ndim > 1 else None
+    return y[0].numel() if y.shape[0] else 1
 
 
 def is_convex(loss: Any, y: Any) -> bool:
