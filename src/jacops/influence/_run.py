@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +55,13 @@ class Run:
             except SolveError as error:
                 raise SolveError(f"influence with {self.curvature.told}: {error}", solution) from None
         return solution
+
+    def described(self, solutions: Sequence[Solution]) -> dict[str, Any]:
+        """Return what is known of some solves, and the noise of a curvature that was estimated from draws."""
+        info = described(self.problem, self.kind, solutions, self.damping)
+        if self.kind == "monte_carlo_fisher" and "noise" not in info:
+            info["noise"] = self.curvature.noise
+        return info
 
     @property
     def step(self) -> int:
@@ -152,5 +159,5 @@ def stored(run: Run, path: Any, test: Batches, asked: Batches) -> tuple[Tensor, 
         kept.complete()
         values = torch.from_numpy(kept.read("influences")).to(problem.space.device)
         residual = kept.read("residual").tolist()
-    info = described(problem, run.kind, [], run.damping)
+    info = run.described([])
     return values, {**info, "method": run.prepared.method, "residual": residual, "store": str(path)}
