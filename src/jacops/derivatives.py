@@ -365,7 +365,9 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operato
         value,
         symmetric=True,
     )
-    H = replace(H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.tape.outputs, found.tree))
+    H = replace(
+        H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.tape.outputs, found.tree)
+    )
     product = Product(Product(J.T, H), J)
     rows, name = product._apply, "Gauss-Newton matrix by layers"
     layers = partial(gauss_newton_layers, found.tape, H._apply, rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..._finite import is_finite
 from ...trees import Tree, flatten
 from .losses import call_loss
-from .surroundings import is_memory_error, private_noise, random_state_kept, recording, sweeping
+from .surroundings import is_memory_error, out_of_inference, private_noise, random_state_kept, recording, sweeping
 
 Rows = Callable[[Tensor], Tensor]
 _MOST_ENTRIES = 2**22  # of all samples' blocks: 32 MiB in float64
@@ -35,10 +35,12 @@ def computed_convex(
 
     def replay() -> Rows:
         leaves, target = flatten(y, "y")
-        wide = target.build([v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in leaves])
+        own = [out_of_inference(v) if isinstance(v, Tensor) else v for v in leaves]
+        wide = target.build([v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in own])
         return _double_products(lambda parts: call_loss(loss, tree.build(parts), wide), outputs)
 
-    return positive_everywhere(product, outputs, replay)
+    with torch.inference_mode(False):
+        return positive_everywhere(product, outputs, replay)
 
 
 def positive_everywhere(product: Rows, outputs: Sequence[Tensor], replay: Callable[[], Rows] | None = None) -> bool:
@@ -53,20 +55,26 @@ def positive_everywhere(product: Rows, outputs: Sequence[Tensor], replay: Callab
         replay: Makes the same products in float64 where the outputs are narrower. There rounding hides the sign of
             what is small, and a row is judged by its own scale.
     """
-    order, like = _by_sample(outputs), torch.empty(0, dtype=_widest(outputs), device=outputs[0].device)
-    if order.numel() == 0:
+    total, like = sum(o.numel() for o in outputs), torch.empty(0, dtype=_widest(outputs), device=outputs[0].device)
+    if total == 0:
         return True
     exact = like.dtype == torch.float64
     if not exact and replay is not None:
-        wide = _replayed(product, replay, like, order.numel())
+        wide = _replayed(product, replay, like, total)
         product, exact = (product, False) if wide is None else (wide, True)
         like = like.double() if exact else like
-    blocks = _Blocks(product, order, like)
-    if not blocks.finite:
+    image = product(private_noise(like.new_empty(1, total)))[0]
+    if not is_finite(image):
         return False
-    if len(order) > 1 and blocks.mixes():
-        return order.numel() <= _WHOLE and _Blocks(product, order.reshape(1, -1), like).are_positive(exact)
-    return blocks.are_positive(exact) or blocks.are_softmax(outputs, exact)
+    places = torch.arange(total, device=like.device).split([o.numel() for o in outputs])
+    used = [(o, where) for o, where in zip(outputs, places, strict=True) if bool(image[where].any())]
+    if not used:
+        return True  # linear
+    blocks = _Blocks(product, _by_sample(*zip(*used, strict=True)), total, like)
+    if len(blocks.order) > 1 and blocks.mixes():
+        few = blocks.order.numel() <= _WHOLE
+        return few and _Blocks(product, blocks.order.reshape(1, -1), total, like).are_positive(exact)
+    return blocks.are_positive(exact) or (len(used) == 1 and blocks.are_softmax(used[0][0], exact))
 
 
 class _Blocks:
@@ -75,21 +83,21 @@ class _Blocks:
     Args:
         product: As in `positive_everywhere`.
         order: Where the entries of each sample stand in a row, `(n, entries)`.
+        total: Entries of a row.
         like: A tensor of the dtype and on the device of the rows.
     """
 
-    def __init__(self, product: Rows, order: Tensor, like: Tensor) -> None:
-        self._product, self.order, self.like = product, order, like
+    def __init__(self, product: Rows, order: Tensor, total: int, like: Tensor) -> None:
+        self._product, self.order, self._total, self.like = product, order, total, like
         self.probe = self._noise(1)
         self.image = self.times(self.probe.unsqueeze(0))[0]
-        self.finite = is_finite(self.image)
 
     def _noise(self, seed: int) -> Tensor:
         return private_noise(self.like.new_empty(self.order.shape), seed)
 
     def times(self, vectors: Tensor) -> Tensor:
         """Map `(k, n, entries)` to `(k, n, entries)`."""
-        rows = self.like.new_zeros(vectors.shape[0], self.order.numel())
+        rows = self.like.new_zeros(vectors.shape[0], self._total)
         rows[:, self.order.flatten()] = vectors.flatten(1)
         return self._product(rows)[:, self.order]
 
@@ -120,16 +128,14 @@ class _Blocks:
         largest = values.abs().amax(1, keepdim=True)
         return bool((values >= -_allowed(largest, entries, exact)).all())
 
-    def are_softmax(self, outputs: Sequence[Tensor], exact: bool) -> bool:
+    def are_softmax(self, output: Tensor, exact: bool) -> bool:
         """Return whether each position's block is a softmax's, `c (diag(p) - p p')` with c not negative."""
-        output = outputs[0].detach().to(self.like.dtype)
-        n = len(self.order)
-        if len(outputs) != 1 or output.ndim < 2 or output.shape[0] != n:
+        output, n = output.detach().to(self.like.dtype), len(self.order)
+        if output.ndim < 2 or output.shape[0] != n:
             return False
         for axis in {1, output.ndim - 1}:
             p, v, seen = (
-                part.reshape(output.shape).movedim(axis, -1)
-                for part in (output.softmax(axis), self.probe, self.image)
+                part.reshape(output.shape).movedim(axis, -1) for part in (output.softmax(axis), self.probe, self.image)
             )
             plain = p * (v - (p * v).sum(-1, keepdim=True))
             strength = (v * plain).sum(-1, keepdim=True)
@@ -148,14 +154,11 @@ def _allowed(scale: Tensor, entries: int, exact: bool) -> Tensor:
     return _SLACK * math.sqrt(entries) * eps * reach
 
 
-def _by_sample(outputs: Sequence[Tensor]) -> Tensor:
-    """Return places in a row of all outputs, `(n, entries)`; one block where they share no first axis."""
+def _by_sample(outputs: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+    """Return places of outputs in a row, `(n, entries)`; one block where they share no first axis."""
     lengths = {o.shape[0] if o.ndim else -1 for o in outputs}
-    places = torch.arange(sum(o.numel() for o in outputs), device=outputs[0].device)
-    if len(lengths) != 1 or -1 in lengths or not places.numel():
-        return places.reshape(1, -1)
-    n = lengths.pop()
-    return torch.cat([part.reshape(n, -1) for part in places.split([o.numel() for o in outputs])], 1)
+    n = lengths.pop() if len(lengths) == 1 else 1
+    return torch.cat([where.reshape(max(n, 1), -1) for where in places], 1)
 
 
 def _widest(outputs: Sequence[Tensor]) -> torch.dtype:
@@ -176,7 +179,8 @@ def _replayed(product: Rows, replay: Callable[[], Rows], like: Tensor, many: int
             raise
         return None  # a loss with tensors of its own, in the model's dtype
     # float32 keeps 7 digits of what is of the size of the largest entry; another loss is off by far more
-    return wide if bool(((expected - found).abs() <= 1e-3 * expected.abs().max()).all()) else None
+    allowed = max(1e-3, _SLACK * torch.finfo(like.dtype).eps) * float(expected.abs().max())
+    return wide if bool(((expected - found).abs() <= allowed).all()) else None
 
 
 def _double_products(function: Callable[[Sequence[Tensor]], Tensor], outputs: Sequence[Tensor]) -> Rows:
