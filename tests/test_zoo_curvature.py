@@ -123,7 +123,8 @@ def test_sample_gradients_and_influences(name: str):
     if refusal:
         assert _not_a_mean(case, x, y) or "grad" in case.expect, f"refused: {refusal}"
         return
-    matrix = G.T @ G / many + torch.eye(G.shape[1]).double()
+    terms = y.numel() / many  # the loss is a mean over entries, of which a row has so many
+    matrix = terms * G.T @ G / many + torch.eye(G.shape[1]).double()
     close(actual.values, G @ torch.linalg.solve(matrix, G.T), case, "influences")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ._backends._jax.crossing import is_floating, to_jax, to_numpy, to_torch, tree_to_jax, viewed
 from ._backends._jax.model import Model, Point, model_of, weighted_loss
 from ._backends._jax.parameters import Parameters, leaf_names
+from ._backends._torch.likelihoods import Likelihood, computed_likelihood
 from ._backends._torch.row_losses import Reduction
 from ._backends._torch.surroundings import eager
 from ._finite import check_outputs, is_finite, where_first
@@ -214,8 +215,8 @@ class JaxObjective(Objective):
         check_rows("sample_gradients", matrix, self.space)
         return Matrix(matrix, domain=self.space)
 
-    def fisher(self, kind: str, x: Any, y: Any, seed: int = 0) -> Operator:
-        r"""Return the empirical Fisher matrix $\frac1n \sum_i g_i g_i^\top$ of a batch.
+    def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
+        r"""Return the empirical Fisher matrix of a batch in the scale of its loss, as `jacops.fisher` defines it.
 
         Raises:
             InputError: Another kind is asked for; they need the distribution that the loss stands for.
@@ -225,7 +226,40 @@ class JaxObjective(Objective):
             came = f"{name!r}, the Fisher matrix of kind {kind!r}"
             raise InputError(explain("curvature", came, "JAX models have 'hessian', 'ggn' and 'empirical_fisher'"))
         gradients = self.sample_gradients(x, y)
-        return (1.0 / max(1, gradients.shape[0])) * (gradients.T @ gradients)
+        many = gradients.shape[0]
+        if many == 0:
+            return gradients.T @ gradients
+        terms, total = self._scale(x, y, many)
+        if bool((terms == terms[0]).all()):
+            return float(terms[0]) ** 2 / total * (gradients.T @ gradients)
+        scaled = Matrix(gradients.dense() * terms.to(self.space.dtype).unsqueeze(1), domain=self.space)
+        return (1.0 / total) * (scaled.T @ scaled)
+
+    def _scale(self, x: Any, y: Any, many: int) -> tuple[Tensor, float]:
+        """Return of how many terms each row's own loss is the mean, and the denominator of the loss."""
+        ones = torch.ones(many, dtype=torch.float64)
+        if self.reduction == "sum":
+            return ones, 1.0
+        found = self._likelihood(self.batch(x, y, "fisher"))
+        return (ones, float(many)) if found is None else found.scale(many)
+
+    def _likelihood(self, point: Point) -> Likelihood | None:
+        """Return the likelihood of the loss by its slopes; None where it has none, or several outputs or targets."""
+        leaves, tree = jax.tree.flatten(self.model.output(point))
+        targets, form = jax.tree.flatten(point.y)
+        if len(leaves) != 1 or len(targets) != 1 or not is_floating(leaves[0]):
+            return None
+        # Classes stand last here, after the samples in torch.
+        turned = leaves[0].ndim > 2 and not is_floating(targets[0])
+
+        def slope(at: Tensor, labels: Tensor) -> Tensor:
+            output = jnp.asarray(to_numpy(at.movedim(1, -1) if turned else at))
+            target = jax.tree.unflatten(form, [jnp.asarray(to_numpy(labels)).astype(targets[0].dtype)])
+            found = jax.grad(lambda leaf: self.model.loss(jax.tree.unflatten(tree, [leaf]), target))(output)
+            return to_torch(found).movedim(-1, 1) if turned else to_torch(found)
+
+        output = to_torch(leaves[0])
+        return computed_likelihood(slope, output.movedim(-1, 1) if turned else output, to_torch(targets[0]))
 
     @eager
     def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:

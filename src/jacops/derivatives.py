@@ -20,6 +20,8 @@ from ._backends._torch.cut import At
 from ._backends._torch.layers.by_layers import ByLayers
 from ._backends._torch.layers.curvature import hessian_diagonal, hessian_layers
 from ._backends._torch.layers.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
+from ._backends._torch.loss_curvature import computed_convex
+from ._backends._torch.loss_facts import is_convex
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
@@ -34,8 +36,6 @@ from .trees import Selector, flatten, hint_at_labels
 Loss = Callable[[Any, Any], Tensor]
 Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
 _SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
-_CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss)
-_CONVEX_FUNCTIONS = ("mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "smooth_l1_loss")
 
 
 def trainable(name: str, parameter: Tensor) -> bool:
@@ -343,7 +343,10 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operato
         options: As in `hessian`.
 
     Returns:
-        A symmetric operator on the space of parameters, marked positive for torch's convex losses.
+        A symmetric operator on the space of parameters. It is marked positive for those of torch's own losses that
+        are convex in the output, and for any other loss whose Hessian by the output has no negative eigenvalue in
+        any sample; that is computed when `positive` is first read, and a loss of more than some hundred outputs has
+        to be diagonal or of a softmax's form to be marked.
 
     Raises:
         NotDifferentiableError: As in `hessian`.
@@ -369,7 +372,9 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operato
         gradient_tape(Recording(outer, flatten(value, "loss")[1], value), "ggn"),
         value,
         symmetric=True,
-        positive=_is_convex(loss),
+    )
+    H = replace(
+        H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.tape.outputs, found.tree)
     )
     product = Product(Product(J.T, H), J)
     rows, name = product._apply, "Gauss-Newton matrix by layers"
@@ -382,10 +387,6 @@ def _leading(x: Any, y: Any) -> list[int]:
     """Return how many samples a batch may hold: the lengths of its tensors."""
     tensors = [v for part in (x, y) for v in flatten(part, "x, y")[0] if isinstance(v, Tensor) and v.ndim]
     return [tensor.shape[0] for tensor in tensors if tensor.shape[0]]
-
-
-def _is_convex(loss: Loss) -> bool:
-    return isinstance(loss, _CONVEX) or getattr(loss, "__name__", "") in _CONVEX_FUNCTIONS
 
 
 def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Any) -> Any:

@@ -1,37 +1,40 @@
 r"""Fisher matrices of one batch: exact, by drawn labels, or empirical.
 
 With $p(y \mid f)$ the likelihood whose negative logarithm the loss is, $F = \sum_n w\, J_n^\top \mathrm{E}_y[u u^\top]
-J_n$, $u = -\nabla_f \log p(y \mid f_n)$, in the loss's own scale: $w = 1/N$ for a mean, 1 for a sum.
+J_n$, $u = -\nabla_f \log p(y \mid f_n)$, in the scale of the loss: $w$ is one over what a mean divides by, 1 for a sum.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from ._backends._torch.counter import Draws
+from ._backends._torch.likelihoods import (
+    KNOWN,
+    Likelihood,
+    known_kind,
+    known_likelihood,
+    label_like,
+    likelihood_of,
+    row_scale,
+)
 from ._backends._torch.record import record_model
+from ._backends._torch.row_losses import RowLosses
 from ._backends._torch.surroundings import eager
 from .derivatives import Loss, ggn, trainable
 from .errors import InputError, InputTypeError, explain
-from .operators import Operator, Recorded
+from .operators import Operator, Recorded, Scaled
 from .operators._finite_results import made_from
-from .per_sample import empirical_fisher
+from .per_sample import sample_gradients
 from .space import Space
-from .trees import flatten
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
-Likelihood = Literal["categorical", "gaussian", "bernoulli"]
-_LIKELIHOODS: dict[str, Likelihood] = {
-    "CrossEntropyLoss": "categorical",
-    "cross_entropy": "categorical",
-    "MSELoss": "gaussian",
-    "mse_loss": "gaussian",
-    "BCEWithLogitsLoss": "bernoulli",
-    "binary_cross_entropy_with_logits": "bernoulli",
-}
+KINDS = ("exact", "monte_carlo", "empirical")
 _WEIGHTS = ("weight", "pos_weight")
 
 
@@ -46,6 +49,7 @@ def fisher(
     kind: Kind = "exact",
     samples: int = 1,
     seed: int = 0,
+    first: int = 0,
     **options: Any,
 ) -> Operator:
     r"""Return the Fisher matrix of one batch, as an operator on the space of parameters.
@@ -53,31 +57,40 @@ def fisher(
     - `"exact"`: the expectation over labels from the model's own predictive distribution. For softmax cross-entropy,
       mean squared error (a Gaussian of fixed variance) and binary cross-entropy on logits it equals the generalised
       Gauss-Newton matrix (Martens, 2020, §9) and is computed as that; labels are not needed.
-    - `"monte_carlo"`: the same with `samples` labels drawn for every row of the batch from that distribution. It is
-      unbiased for `"exact"`, and of rank `samples` times rows at most.
-    - `"empirical"`: with the labels of the data in place of the model's; not an estimate of the other two
-      (Kunstner, Balles and Hennig, 2019).
+    - `"monte_carlo"`: the same with `samples` labels drawn for every prediction from that distribution. It is
+      unbiased for `"exact"`, and of rank `samples` times rows at most. Its `noise` estimates the relative standard
+      error of a quadratic form.
+    - `"empirical"`: $\frac1D \sum_n \tilde g_n \tilde g_n^\top$ with the labels of the data. $\tilde g_n$ is the
+      gradient of the sum of a sample's terms, and $D$ is what the loss divides the sum of all terms by: their number,
+      or the sum of their weights. With labels drawn from the model its expectation is `"exact"`; with the data's it
+      is not an estimate of the other two (Kunstner, Balles and Hennig, 2019).
 
-    All are in the scale of the loss: the mean over rows where it takes the mean, the sum where `loss.reduction` is
-    `"sum"`. A batch in train mode is differentiated as it stands, but for `"empirical"`, which takes rows alone.
+    All are in the scale of the loss, so that one damping fits all. A batch in train mode is differentiated as it
+    stands, but for `"empirical"`, which takes rows alone.
+
+    torch's own losses are known by their exact type or identity. Any other is compared with their gradients at other
+    outputs and labels: one that is a multiple of them is taken for that likelihood, and its terms are counted by the
+    multiple. A loss that is none counts one term a row in `"empirical"`, one for all if `loss.reduction` is `"sum"`.
 
     Args:
         model: A module.
-        loss: `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss` or their functional forms; any loss of one
-            number for `"empirical"`.
+        loss: `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, their functional forms, or a loss that
+            computes the same; any loss of one number for `"empirical"`.
         x: The model's input, as in `jacobian`.
-        y: The target; needed for `"empirical"` only.
+        y: The target; needed for `"empirical"` only. Targets that the loss ignores are left out.
         kind: Which Fisher matrix.
-        samples: Labels per row for `"monte_carlo"`.
-        seed: Seeds the private generator that draws them.
+        samples: Labels per prediction for `"monte_carlo"`.
+        seed: Which stream of labels is drawn. A label depends on the seed, the sample's place in the data and its
+            target's place among the sample's targets that count: padding and the size of batches change nothing.
+        first: Place of the first sample in the data, for a batch of a larger data set.
         options: As in `hessian`.
 
     Returns:
         A positive operator.
 
     Raises:
-        InputError: `kind` or `samples` is unknown or out of range, `y` is missing, or the loss is no likelihood that
-            is known here (unknown, or weighted by class or element).
+        InputError: `kind`, `samples` or `first` is unknown or out of range, `y` is missing, or the loss is no
+            likelihood that is known here (or weighted by class or element).
         InputTypeError: The output is not one tensor with a row per sample.
         NotDifferentiableError: As in `ggn`.
         ModelStateError: As in `ggn`, for `"empirical"` as in `sample_gradients`.
@@ -88,43 +101,90 @@ def fisher(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    if kind not in ("exact", "monte_carlo", "empirical"):
+    if kind not in KINDS:
         raise InputError(explain("kind", repr(kind), "'exact', 'monte_carlo' or 'empirical' is needed"))
-    if kind == "empirical":
-        if y is None:
-            raise InputError(explain("y", "None", "an empirical Fisher matrix is made with the data's labels"))
-        mean = empirical_fisher(model, loss, x, y, **options)
-        return flatten(y, "y")[0][0].shape[0] * mean if getattr(loss, "reduction", "mean") == "sum" else mean
-    likelihood = _likelihood(loss, kind)
+    for name, value, least in (("samples", samples, 1), ("first", first, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            needed = "a positive whole number is needed" if least else "a whole number that is not negative is needed"
+            raise InputError(explain(name, repr(value), needed))
     options.setdefault("parameters", trainable)
-    if kind == "exact":
-        labels = _label_like(likelihood, model, x, options) if y is None else y
-        return ggn(model, loss, x, labels, check_finite=False, **options)  # checked as a whole
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise InputError(explain("samples", repr(samples), "a positive whole number is needed"))
+    return batch_fisher(model, RowLosses(loss), x, y, kind, samples, Draws(seed, first), options)
+
+
+def batch_fisher(
+    model: nn.Module,
+    losses: RowLosses,
+    x: Any,
+    y: Any,
+    kind: str,
+    samples: int,
+    draws: Draws,
+    options: dict[str, Any],
+) -> Operator:
+    """Return the Fisher matrix of a batch, as `fisher` does, for a loss whose reduction is known."""
+    if kind == "empirical":
+        return _empirical(model, losses, x, y, options)
+    _refuse_weights(losses.loss, kind)
+    if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
+        return ggn(model, losses.scalar, x, y, check_finite=False, **options)  # checked as a whole
     found = record_model(model, x, call="fisher", **options)
-    output = _one_tensor(found.tape.outputs)
-    scores, scale = _drawn_scores(likelihood, loss, output.detach(), y, samples, seed)
-    J, U = Recorded(found.tape, found.output), _Scores(found.tape.codomain, scores)
-    return scale * ((J.T @ U.T) @ (U @ J))
+    output = _one_tensor(found.tape.outputs).detach()
+    likelihood = known_likelihood(losses, output, y) or likelihood_of(losses.scalar, [output], found.tree, y)
+    if likelihood is None:
+        raise _unknown(losses.loss, kind)
+    if kind == "exact":
+        return ggn(
+            model, losses.scalar, x, label_like(likelihood.kind, output, losses.loss) if y is None else y, **options
+        )
+    scores = likelihood.draw(output, draws, samples)
+    J = Recorded(found.tape, found.output)
+    rows = _Scores(found.tape.codomain, scores) @ J
+    return Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows))
 
 
-def _likelihood(loss: Any, kind: str) -> Likelihood:
-    """Return whose negative log-likelihood a loss is.
+def _empirical(model: nn.Module, losses: RowLosses, x: Any, y: Any, options: dict[str, Any]) -> Operator:
+    if y is None:
+        raise InputError(explain("y", "None", "an empirical Fisher matrix is made with the data's labels"))
+    G = sample_gradients(model, losses.scalar, x, y, **options)  # noqa: N806
+    rows = G.shape[0]
+    if rows == 0:
+        raise InputError(explain("x", "empty", "a mean over samples needs at least one"))
+
+    def computed() -> Likelihood | None:
+        found = record_model(model, x, call="fisher", **options)
+        return likelihood_of(losses.scalar, found.tape.outputs, found.tree, y)
+
+    terms, total = row_scale(losses, y, rows, computed)
+    if bool((terms == terms[0]).all()):
+        return float(terms[0]) ** 2 / total * (G.T @ G)
+    scaled = G.scaled(terms)
+    return 1.0 / total * (scaled.T @ scaled)
+
+
+def _moments(rows: Operator, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of fourth powers and of squares of what each drawn label adds along directions."""
+    squares = rows._apply(directions).double().square()
+    return squares.square().sum(1), squares.sum(1)
+
+
+def _refuse_weights(loss: Any, kind: str) -> None:
+    """Refuse one of torch's own losses with weights.
 
     Raises:
-        InputError: It is none that is known.
+        InputError: It has some.
     """
-    name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", "")
-    todo = f"Pass one of {', '.join(_LIKELIHOODS)}, or take `kind='empirical'` or `ggn`."
-    if name not in _LIKELIHOODS:
-        came = f"'{name or type(loss).__name__}'"
-        raise InputError(explain("loss", came, f"a '{kind}' Fisher matrix needs a loss with a known likelihood", todo))
     for weight in _WEIGHTS:
-        if getattr(loss, weight, None) is not None:
+        if known_kind(loss) is not None and getattr(loss, weight, None) is not None:
             needed = "a weighted loss is no log-likelihood, and its Gauss-Newton matrix depends on the labels"
-            raise InputError(explain("loss", f"a {name} with `{weight}`", needed, "Take `ggn` with your labels."))
-    return _LIKELIHOODS[name]
+            todo = "Take `ggn` with your labels."
+            raise InputError(explain("loss", f"a {type(loss).__name__} with `{weight}`", f"{needed} ({kind!r})", todo))
+
+
+def _unknown(loss: Any, kind: str) -> InputError:
+    name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", type(loss).__name__)
+    needed = f"a {kind!r} Fisher matrix needs a loss with a known likelihood"
+    todo = f"Pass {KNOWN}, a loss whose gradients are theirs, or take `kind='empirical'` or `ggn`."
+    return InputError(explain("loss", f"{name!r}", needed, todo))
 
 
 def _one_tensor(outputs: list[Tensor]) -> Tensor:
@@ -135,58 +195,6 @@ def _one_tensor(outputs: list[Tensor]) -> Tensor:
     if outputs[0].numel() == 0:
         raise InputError(explain("x", "empty", "an expectation needs at least one sample"))
     return outputs[0]
-
-
-def _label_like(likelihood: Likelihood, model: nn.Module, x: Any, options: dict[str, Any]) -> Tensor:
-    """Return some label, for a curvature that does not depend on it."""
-    output = _one_tensor(record_model(model, x, call="fisher", **options).tape.outputs).detach()
-    if likelihood != "categorical":
-        return torch.zeros_like(output)
-    return torch.zeros_like(output.select(_class_axis(output), 0), dtype=torch.long)
-
-
-def _class_axis(output: Tensor) -> int:
-    return 1 if output.ndim > 1 else 0
-
-
-def _drawn_scores(
-    likelihood: Likelihood, loss: Any, output: Tensor, y: Any, samples: int, seed: int
-) -> tuple[Tensor, float]:
-    r"""Return $-\nabla_f \log p(y \mid f)$ at drawn labels, `(samples, rows, entries)`, and the scale of their squares.
-
-    A mean over positions or entries of a row is a mean over independent predictions, which all count as such.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    mean = getattr(loss, "reduction", "mean") != "sum"
-    rows = 1 if likelihood == "categorical" and output.ndim == 1 else output.shape[0]
-    if likelihood == "gaussian":  # exp(-(f - y)²) has variance 1/2
-        noise = torch.randn(samples, *output.shape, generator=generator, dtype=torch.float64)
-        scores, terms = 2**0.5 * noise.to(output), output.numel()
-    elif likelihood == "bernoulli":
-        p = output.sigmoid()
-        scores, terms = p - (_uniform(samples, output, generator) < p).to(output), output.numel()
-    else:
-        axis = _class_axis(output)
-        p = output.movedim(axis, -1).softmax(-1)
-        drawn = torch.multinomial(
-            p.reshape(-1, p.shape[-1]).double().cpu(), samples, replacement=True, generator=generator
-        ).to(output.device)
-        labels = drawn.T.reshape(samples, *p.shape[:-1])
-        hot = torch.nn.functional.one_hot(labels, p.shape[-1]).to(p)
-        counted = _counted(loss, y, p[..., 0])
-        scores, terms = ((p - hot) * counted.unsqueeze(-1)).movedim(-1, axis + 1), max(1, int(counted.sum()))
-    return scores.reshape(samples, rows, -1), 1.0 / ((terms if mean else 1) * samples)
-
-
-def _counted(loss: Any, y: Any, like: Tensor) -> Tensor:
-    """Return 1 for every prediction that the loss counts, 0 where the label says to ignore it."""
-    if not isinstance(y, Tensor) or y.shape != like.shape or y.is_floating_point():
-        return torch.ones_like(like)
-    return (y != getattr(loss, "ignore_index", -100)).to(like)
-
-
-def _uniform(samples: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(samples, *like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
 @final

@@ -11,21 +11,24 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._backends._torch.counter import Draws
+from ._backends._torch.loss_facts import is_convex
+from ._backends._torch.record import record_model
 from ._backends._torch.replica import bare, parameter_names
 from ._backends._torch.restoring import restoring
-from ._backends._torch.row_losses import Reduction, RowLosses, weighted
+from ._backends._torch.row_losses import Reduction, RowLosses, Weighted
 from ._backends._torch.surroundings import seeded, sweeping
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
 from .data import Batch, rows_of
 from .derivatives import Loss, ggn, gradient_tape, hessian, jacobian, record_loss, trainable
 from .errors import InputError, InputTypeError, explain
-from .fisher import Kind, fisher
+from .fisher import KINDS, batch_fisher
 from .operators import Operator
 from .per_sample import Randomness, checked_seed, refuse_mixing_modules, sample_gradients, sample_jacobians
 from .space import Space
@@ -38,11 +41,9 @@ class Objective(ABC):
 
     Attributes:
         reduction: How the loss reduces a batch.
-        convex: The loss is known to be convex in the model's output.
     """
 
     reduction: Reduction = "mean"
-    convex: bool = False
 
     @property
     @abstractmethod
@@ -98,8 +99,8 @@ class Objective(ABC):
     def fingerprint(self) -> str:
         """Return a digest of weights, buffers and names."""
 
-    def fisher(self, kind: str, x: Any, y: Any, seed: int = 0) -> Operator:
-        """Return a Fisher matrix of a batch, by its kind as `jacops.fisher` names them.
+    def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
+        """Return a Fisher matrix of a batch, by its kind and the place of its first sample as in `jacops.fisher`.
 
         Raises:
             InputError: This framework has none.
@@ -120,6 +121,13 @@ class Objective(ABC):
     def denominators(self, y: Any, rows: int) -> Tensor:
         """Return what each row adds to the denominator of a mean, `(rows,)`."""
         return torch.ones(rows, dtype=torch.float64)
+
+    def is_convex(self, y: Any) -> bool:
+        """Return whether the loss of these targets is known to be convex in the output, without computing it."""
+        return False
+
+    def settle(self, batch: Batch) -> None:  # noqa: B027 - most losses divide by rows
+        """Compute by what the loss divides a mean, where that is not known."""
 
     def weighted(self, weights: Tensor) -> Objective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`.
@@ -164,7 +172,7 @@ class TorchObjective(Objective):
         self._options = {"parameters": parameters, "reduction": reduction, "randomness": randomness, "seed": seed}
         self.model, self.losses = model, RowLosses(loss, reduction)
         self.loss = self.losses.scalar
-        self.reduction, self.convex = self.losses.reduction, self.losses.convex
+        self.reduction = self.losses.reduction
         self.picks = picked(parameters, list(parameter_names(bare(model)))) or trainable
         self.randomness: Randomness = randomness
         self.seed = checked_seed(randomness, seed)
@@ -202,13 +210,25 @@ class TorchObjective(Objective):
         refuse_mixing_modules(self.model, random=self.seed is None)
 
     def denominators(self, y: Any, rows: int) -> Tensor:
-        """Return what each row adds to the denominator of a mean: 1, or the weights of its targets."""
+        """Return what each row adds to the denominator of a mean: 1, or its targets' number or weights."""
         return self.losses.denominators(y, rows)
+
+    @restoring
+    def settle(self, batch: Batch) -> None:
+        """Compute by what the loss divides a mean, where it is none of torch's own and has labels."""
+        if self.losses.may_count(batch.y):
+            with seeded(self.seed):
+                found = record_model(self.model, batch.x, call="loss", parameters=self.picks)
+            self.losses.settle(found.output, batch.y)
+
+    def is_convex(self, y: Any) -> bool:
+        """Return whether the loss is one of torch's own that is convex in the output for these targets."""
+        return is_convex(self.loss, y)
 
     def weighted(self, weights: Tensor) -> TorchObjective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
         other = copy.copy(self)
-        other.loss, other.reduction = weighted(self.losses, weights), "sum"
+        other.loss, other.reduction = Weighted(self.losses, weights), "sum"
         return other
 
     @restoring
@@ -241,22 +261,22 @@ class TorchObjective(Objective):
             return ggn(self.model, self.loss, x, y, parameters=self.picks)
 
     @restoring
-    def fisher(self, kind: str, x: Any, y: Any, seed: int = 0) -> Operator:
-        """Return a Fisher matrix of a batch, the mean over its rows.
+    def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
+        """Return a Fisher matrix of a batch in the scale of its loss, from one label drawn for each target.
 
         Raises:
             InputError: There is no such kind.
         """
-        drawn = {"seed": seed} if kind == "monte_carlo" else {}
+        if kind not in KINDS:
+            raise InputError(explain("kind", repr(kind), f"one of {KINDS} is needed"))
+        options: dict[str, Any] = {"parameters": self.picks}
         with seeded(self.seed):
-            part = fisher(self.model, self.losses.loss, x, y, kind=cast(Kind, kind), parameters=self.picks, **drawn)
-        told = getattr(self.losses.loss, "reduction", "mean") == "sum"
-        return float(rows_of(x)) * part if self.reduction == "sum" and not told else part
+            return batch_fisher(self.model, self.losses, x, y, kind, 1, Draws(0, first), options)
 
     def sample_gradients(self, x: Any, y: Any) -> Operator:
         """Return the gradients of the rows' own losses, `(n, P)`."""
         return sample_gradients(
-            self.model, self.losses.loss, x, y, randomness=self.randomness, seed=self.seed, parameters=self.picks
+            self.model, self.losses.scalar, x, y, randomness=self.randomness, seed=self.seed, parameters=self.picks
         )
 
     def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
@@ -372,6 +392,7 @@ def check_reduction(objective: Objective, batch: Batch) -> None:
     """
     few = min(batch.rows, 8)
     some = batch.part(slice(0, few))
+    objective.settle(some)
     shares = objective.denominators(some.y, few).tolist()
     rows = [batch.part(slice(i, i + 1)) for i in range(few) if shares[i]]
     if not rows:

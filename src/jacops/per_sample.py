@@ -246,7 +246,9 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
 def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 
-    Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's.
+    Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's. A
+    sample counts as one term, whatever its loss is a mean of; `fisher(kind="empirical")` counts its terms and is in the
+    scale of the other Fisher matrices.
 
     Args:
         model: As in `sample_gradients`.

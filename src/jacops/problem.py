@@ -30,7 +30,7 @@ class Problem:
     r"""A model, its loss and its data, as one objective to differentiate.
 
     It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights
-    $w$, what each row adds to the denominator $d$ (1, or the weights of its targets) and weight decay $r$. Sums and
+    $w$, what each row adds to the denominator $d$ (1, or its labels' number or weights) and weight decay $r$. Sums and
     denominators are added up over batches and divided once, so batches of any size, class weights, ignored
     targets and sample weights come out as the whole objective in one batch would.
 
@@ -82,6 +82,7 @@ class Problem:
         self.ridge = _ridge(l2, self.objective.space)
         self.l2 = l2
         self._denominator: float | None = None
+        self._convex = False
 
     @property
     def space(self) -> Space:
@@ -99,18 +100,20 @@ class Problem:
 
     @property
     def denominator(self) -> float:
-        """What the sum of all rows' losses is divided by: their number, or the sum of their weights; 1 for a sum."""
+        """What the sum of all losses is divided by: the number of rows or of labels, or their weights; 1 for a sum."""
         if self._denominator is None:
-            total, first = 0.0, None
+            total, first, convex = 0.0, None, True
             for number, batch in enumerate(self.batches()):
                 if first is None:
                     first = batch
                     with InBatch(number):
                         check_reduction(self.objective, batch)
                 total += float(self.shares(batch).sum())
+                convex = convex and self.objective.is_convex(batch.y)
             if first is None or not total > 0:
                 came = "without rows" if first is None else "in which every row counts nothing"
                 raise DataError(explain(self.data.name, came, "at least one row is needed"))
+            self._convex = convex
             self._denominator = total if self.objective.reduction == "mean" else 1.0
         return self._denominator
 
@@ -125,8 +128,10 @@ class Problem:
         """Return the objective of one batch and the factor with which it enters the whole."""
         if batch.weights is not None:
             return self.objective.weighted(batch.weights), 1.0 / self.denominator
-        own = float(self.objective.denominators(batch.y, batch.rows).sum())
-        return self.objective, own / self.denominator if self.objective.reduction == "mean" else 1.0
+        if self.objective.reduction != "mean":
+            return self.objective, 1.0
+        whole = self.denominator  # first: it computes by what the loss divides
+        return self.objective, float(self.objective.denominators(batch.y, batch.rows).sum()) / whole
 
     # ---- derivatives of the objective ------------------------------------------------------------------------------
 
@@ -137,7 +142,7 @@ class Problem:
             NonFiniteError: The loss of a batch is NaN or Inf.
         """
         total = 0.0
-        for number, (batch, term, factor) in enumerate(self._terms("value")):
+        for number, (_, batch, term, factor) in enumerate(self._terms("value")):
             with InBatch(number):
                 total += factor * term.value(batch.x, batch.y)
         return total + (0.0 if self.ridge is None else 0.5 * float((self.ridge * self.objective.point() ** 2).sum()))
@@ -145,7 +150,7 @@ class Problem:
     def gradient(self) -> Tensor:
         """Return the gradient `(P,)` of the objective, its quadratic term included."""
         total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        for number, (batch, term, factor) in enumerate(self._terms("gradient")):
+        for number, (_, batch, term, factor) in enumerate(self._terms("gradient")):
             with InBatch(number):
                 total.add_(term.gradient(batch.x, batch.y), alpha=factor)
         return total if self.ridge is None else total + self.ridge * self.objective.point()
@@ -159,7 +164,10 @@ class Problem:
         return self.curvature("ggn")
 
     def fisher(self, kind: Literal["exact", "empirical", "monte_carlo"] = "exact") -> SumOver:
-        """Return a Fisher matrix of the data, a mean over rows, plus the quadratic term.
+        """Return a Fisher matrix of the data in the scale of the objective, plus the quadratic term.
+
+        Labels are drawn once for each target, by the sample's place in the data; `noise` is the relative standard
+        error that this leaves.
 
         Raises:
             InputError: There is no such kind.
@@ -182,10 +190,23 @@ class Problem:
             raise InputError(explain("curvature", repr(kind), f"one of {CURVATURES} is needed"))
         passes = _Passes(self, kind)
         first = passes.first()
-        ridge_fits = self.ridge is None or bool((self.ridge >= 0).all())
-        positive = ridge_fits and (first.positive or (kind == "ggn" and self.objective.convex))
         told = f"{kind} of {self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
-        return SumOver(passes, self.space, self.ridge, positive, self, told)
+        return SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told)
+
+    def _mark(self, kind: str, first: Operator, passes: _Passes) -> bool | Callable[[], bool]:
+        """Return whether a curvature is positive, or a function that computes it, batch by batch."""
+        if kind == "hessian" or (self.ridge is not None and bool((self.ridge < 0).any())):
+            return False
+        if kind in ("empirical_fisher", "monte_carlo_fisher"):  # squares, in every batch
+            return first.positive
+        if self._convex or self.objective.is_convex(None):
+            return True
+
+        def computed() -> bool:
+            known = self._denominator is None and all(self.objective.is_convex(b.y) for b in self.batches())
+            return known or all(part.positive for _, part in passes())
+
+        return computed
 
     def sample_gradients(self, data: Any = None) -> StackOver:
         """Return the gradients of the rows' own losses as rows of an operator `(n, P)`, without quadratic term.
@@ -211,12 +232,15 @@ class Problem:
             "l2": repr(self.l2 if not isinstance(self.l2, Mapping) else sorted(self.l2.items())),
         }
 
-    def _terms(self, what: str) -> Iterator[tuple[Batch, Objective, float]]:
+    def _terms(self, what: str) -> Iterator[tuple[int, Batch, Objective, float]]:
+        """Yield batches that count: the place of the first row in the data, the batch, its objective and factor."""
+        first = 0
         for batch in self.data.tracked(what, self.progress):
             if batch.rows:
                 term, factor = self.term(batch)
                 if factor:
-                    yield batch, term, factor
+                    yield first, batch, term, factor
+                first += batch.rows
 
     def __repr__(self) -> str:
         covered = f"{self.space.dim} of {self.objective.parameters_total} parameters"
@@ -248,13 +272,13 @@ class _Passes:
             yield from self._kept
             return
         count = 0
-        for number, (batch, term, factor) in enumerate(self.problem._terms(self.kind)):
+        for number, (row, batch, term, factor) in enumerate(self.problem._terms(self.kind)):
             count += 1
             if number < len(self._kept):
                 yield self._kept[number]
                 continue
             with InBatch(number):
-                part = self._made(term, batch, number)
+                part = self._made(term, batch, row)
             held = part.nbytes
             if number == len(self._kept) and held <= self._room:
                 self._room -= held
@@ -268,14 +292,14 @@ class _Passes:
         left = each * (0 if self._whole else self.problem.data.count - len(self._kept))
         return left if left <= self._room else self._room + each
 
-    def _made(self, term: Objective, batch: Batch, number: int) -> Operator:
+    def _made(self, term: Objective, batch: Batch, row: int) -> Operator:
         if self.kind not in _FISHERS:
             build: Callable[..., Operator] = getattr(term, self.kind)
             return build(batch.x, batch.y)
         if batch.weights is not None:
             todo = "Take the GGN, which is the Fisher matrix for the usual losses."
             raise InputError(explain("curvature", repr(self.kind), "a Fisher matrix takes no sample weights", todo))
-        return term.fisher(_FISHERS[self.kind], batch.x, batch.y, seed=number)
+        return term.fisher(_FISHERS[self.kind], batch.x, batch.y, row)
 
 
 def _objective(model: Any, loss: Any, **options: Any) -> Objective:

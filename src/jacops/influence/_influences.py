@@ -20,7 +20,7 @@ from ..errors import InputError, explain
 from ..problem import Problem
 from ..solvers import Solver
 from ._leverage import leveraged
-from ._result import SIGN, InfluenceFactors, Influences, described
+from ._result import SIGN, InfluenceFactors, Influences
 from ._run import Run, checked, ready
 from ._stored import shares_of, stored
 
@@ -70,7 +70,7 @@ def compute_influence_factors(
     run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
     solutions = [run.solve(rows()) for _, rows in run.tiles(test)]
     x = torch.cat([solution.x for solution in solutions])
-    return InfluenceFactors(x, described(run.problem, curvature, solutions, run.damping))
+    return InfluenceFactors(x, run.described(solutions))
 
 
 @eager
@@ -147,7 +147,7 @@ def compute_influences(
         else:
             tile = on_finite_rows(lambda factors: _perturbations(run.problem, asked, factors), solution.x)
         tiles.append(tile)
-    info = described(run.problem, curvature, solutions, run.damping)
+    info = run.described(solutions)
     if found is not None:
         info["leverage"] = found
     units = _UNITS[influence_type]

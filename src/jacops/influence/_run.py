@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from ..errors import InputError, InputTypeError, SolveError, explain
 from ..operators._data import SumOver
 from ..problem import CURVATURES, Problem
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
+from ._result import described
 
 _TILE_BYTES = 2**26  # of right-hand sides that are solved for together
 
@@ -61,6 +62,13 @@ class Run:
             except SolveError as error:
                 raise SolveError(f"influence with {self.curvature.told}: {error}", solution) from None
         return solution
+
+    def described(self, solutions: Sequence[Solution]) -> dict[str, Any]:
+        """Return what is known of some solves, and the noise of a curvature that was estimated from draws."""
+        info = described(self.problem, self.kind, solutions, self.damping)
+        if self.kind == "monte_carlo_fisher" and "noise" not in info:
+            info["noise"] = self.curvature.noise
+        return info
 
     @property
     def step(self) -> int:

@@ -7,6 +7,7 @@ from time import perf_counter
 
 import numpy as np
 
+from .._backends._torch.restoring import NumericWarningsIgnored, restoring
 from .._progress import track
 from ..errors import InputError, InputTypeError, NonFiniteError, explain
 from ._certificate import MOST_REDUCTION, Certificate, certificate, small_reduction
@@ -68,9 +69,11 @@ class Rules:
                 raise InputError(explain(name, repr(value), "a positive whole number is needed"))
 
 
+@restoring
 def run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules, progress: bool | None) -> Ended:
     """Run steps until a rule is met; without a strategy every Gauss-Newton step is taken whole."""
-    with np.errstate(all="ignore"):  # numbers that are not finite are looked for, and end a step
+    # Numbers that are not finite are looked for, and end a step.
+    with NumericWarningsIgnored("divide", "over", "under", "invalid"):
         return _run(problem, solver, strategy, rules, progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -11,6 +12,7 @@ from .._backends._torch.layers.blocks import mirror
 from ..space import Space
 from ._base import Formed, Operator, check_same
 from ._dense import IN_MEMORY, Room, Way
+from ._noise import Moments
 
 
 @final
@@ -95,6 +97,8 @@ class Product(Operator):
         return self._is_congruence("positive")
 
     def _is_congruence(self, mark: str) -> bool:
+        if _is_transpose(self.left, self.right):
+            return True
         factors = _factors(self)
         while len(factors) >= 2 and _is_transpose(factors[0], factors[-1]):
             factors = factors[1:-1]
@@ -157,6 +161,10 @@ class Sum(Operator):
         """Both are."""
         return self.left.positive and self.right.positive
 
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        yield from self.left._drawn()
+        yield from self.right._drawn()
+
     def _apply(self, rows: Tensor) -> Tensor:
         return self.left._apply(rows) + self.right._apply(rows)
 
@@ -201,10 +209,16 @@ class Scaled(Operator):
     Attributes:
         of: The operator.
         factor: The number.
+        moments: Of the terms of a Monte Carlo estimate that this is, along directions.
     """
 
     of: Operator
     factor: float
+    moments: Moments | None = None
+
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        own = self.of._drawn() if self.moments is None else [(1.0, self.moments)]
+        yield from ((self.factor * factor, moments) for factor, moments in own)
 
     @property
     def domain(self) -> Space:
@@ -245,6 +259,10 @@ class Scaled(Operator):
 
     def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
         self.of._add(matrix, weight * self.factor, room, half)
+
+    def __repr__(self) -> str:
+        drawn = f", relative standard error up to {self.noise:.2g})" if self.moments is not None else ")"
+        return super().__repr__().removesuffix(")") + drawn
 
 
 @final

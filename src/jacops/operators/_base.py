@@ -18,6 +18,7 @@ from ..errors import InputError, InputTypeError, explain
 from ..space import Space
 from ._dense import Room, Way, by_products, dense_room, matrix_place, plain_way
 from ._finite_results import Source, check_result
+from ._noise import Moments, relative_noise
 
 
 class Formed(Protocol):
@@ -85,6 +86,18 @@ class Operator(ABC):
     def nbytes(self) -> int:
         """Bytes that it keeps in memory: matrices, factors, recorded values; what is shared counts once."""
         return sum(_kept(self).values())
+
+    @property
+    def noise(self) -> float | None:
+        r"""The relative standard error of $v^\top A v$ for a random v, estimated from above by a few products.
+
+        For Monte Carlo estimates; None for every other operator. A part that is known exactly does not count.
+        """
+        return relative_noise(self.domain, self._drawn())
+
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        """Yield the parts that are Monte Carlo estimates: the factor of each, and the moments of its terms."""
+        yield from ()
 
     @property
     def T(self) -> Operator:  # noqa: N802
@@ -264,9 +277,12 @@ class Operator(ABC):
         """Return a flat vector of the codomain as one tensor per array."""
         return self.codomain.unflatten(flat)
 
+    def _marks(self) -> Iterator[str]:
+        return (word for word in ("symmetric", "positive") if getattr(self, word))
+
     def __repr__(self) -> str:
         m, n = self.shape
-        marks = " ".join(word for word in ("symmetric", "positive") if getattr(self, word))
+        marks = " ".join(self._marks())
         return f"{type(self).__name__}({m} × {n}{', ' + marks if marks else ''})"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -16,6 +17,7 @@ from .._backends._torch.restoring import restoring
 from ..space import Space
 from ._base import Operator
 from ._dense import IN_MEMORY, Room, Way
+from ._noise import Moments
 
 Parts = Callable[[], Iterable[tuple[float, Operator]]]
 
@@ -29,7 +31,8 @@ class SumOver(Operator):
         parts: A pass over the data: each call yields $c_b$ and $A_b$ for every batch, in one order.
         space: Where it acts.
         ridge: The diagonal $r$ of a quadratic term, (n,).
-        positive: Every part is positive and so is the ridge.
+        mark: Whether every part and the ridge are positive, or a function that computes that when it is first
+            read.
         problem: What it is the curvature of, for methods that look inside.
         told: What the repr says of it.
     """
@@ -37,10 +40,15 @@ class SumOver(Operator):
     parts: Parts
     space: Space
     ridge: Tensor | None = None
-    positive: bool = False
+    mark: bool | Callable[[], bool] = False
     problem: Any = None
     told: str = ""
     symmetric = True
+
+    @cached_property
+    def positive(self) -> bool:
+        """Whether every part is positive and so is the ridge; may take a pass over the data."""
+        return self.mark() if callable(self.mark) else self.mark
 
     @property
     def domain(self) -> Space:
@@ -59,6 +67,14 @@ class SumOver(Operator):
         return total
 
     _apply_transpose = _apply
+
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        for factor, part in self.parts():
+            drawn = [(factor * own, moments) for own, moments in part._drawn()]
+            if not drawn:  # of a sum of batches all are estimates, or none is
+                return
+            yield from drawn
+            del part
 
     @property
     def _halves(self) -> bool:
@@ -80,6 +96,11 @@ class SumOver(Operator):
                 del part
             if self.ridge is not None:  # last: what the layers say is held against a matrix without it
                 target.diagonal().add_(self.ridge, alpha=0.5 * weight)
+
+    def _marks(self) -> Iterator[str]:
+        yield "symmetric"
+        if vars(self).get("positive", self.mark) is True:  # a repr takes no pass over the data
+            yield "positive"
 
     def __repr__(self) -> str:
         return f"{super().__repr__().removesuffix(')')}: {self.told})"

@@ -124,11 +124,18 @@ class EigenBlocks(Operator):
     Attributes:
         space: The parameters.
         blocks: Every parameter stands in exactly one.
+        drawn: The relative standard error of eigenvalues that were estimated from draws; None where none were.
     """
 
     space: Space
     blocks: tuple[Block, ...]
+    drawn: float | None = None
     symmetric = True
+
+    @property
+    def noise(self) -> float | None:
+        """As `drawn`."""
+        return self.drawn
 
     @cached_property
     def positive(self) -> bool:
@@ -194,7 +201,8 @@ class EigenBlocks(Operator):
         return {form: sum(b.values.numel() for b in self.blocks if b.form == form) for form in FORMS}
 
     def __repr__(self) -> str:
-        return f"{super().__repr__().removesuffix(')')}: {covered(self.coverage)})"
+        noise = "" if self.drawn is None else f", relative standard error up to {self.drawn:.2g}"
+        return f"{super().__repr__().removesuffix(')')}: {covered(self.coverage)}{noise})"
 
 
 def covered(coverage: dict[str, int]) -> str:

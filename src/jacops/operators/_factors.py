@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -137,6 +137,10 @@ class LayerFactors(Operator):
         r"""Return the sum over rows of squared entries, the diagonal of $J^\top J$, `(n,)`."""
         squares = self.domain.join([part.column_squares().unsqueeze(0) for part in self.parts])[0]
         return check_result(self, squares, "the vector of sums of squares")
+
+    def scaled(self, factors: Tensor) -> LayerFactors:
+        """Return the operator with the rows of each sample times a number, `(samples,)`."""
+        return replace(self, parts=[part.scaled(factors) for part in self.parts])
 
     def __repr__(self) -> str:
         m, n = self.shape

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -24,15 +26,20 @@ class Recorded(Operator):
         tape: The recorded graph.
         output: What the function returned there, detached.
         symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
-        positive: It is known to be positive semi-definite.
+        mark: Whether it is positive semi-definite, or a function that computes that when it is first read.
         formed: A cheaper way to its matrix than products, if there is one.
     """
 
     tape: Tape
     output: Any = None
     symmetric: bool = False
-    positive: bool = False
+    mark: bool | Callable[[], bool] = False
     formed: Formed | None = None
+
+    @cached_property
+    def positive(self) -> bool:
+        """Whether it is known to be positive semi-definite."""
+        return self.mark() if callable(self.mark) else self.mark
 
     @property
     def domain(self) -> Space:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .._backends._torch.agreement import tolerance
 from .._backends._torch.nonfinite import Lost, pull_noting_losses
+from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import dense, plain
 from .._backends._torch.samples.batch import Samples
 from .._backends._torch.samples.nested import RECORDED, Slopes
-from .._backends._torch.surroundings import autocast_on, norms_written_out, private_noise, sweeping
+from .._backends._torch.surroundings import arithmetic, autocast_on, norms_written_out, private_noise, sweeping
 
 Blocks = list[list[list[Tensor]]]
 Recorded = tuple[list[Tensor], list[Tensor]]
@@ -66,10 +67,11 @@ class Nest:
     along: bool
     step: float = 0.0
 
+    @restoring
     def record(self, rows: slice, units: float = 0.0) -> Recorded:
         """Return differentiable inputs and outputs for some samples, whatever the caller's gradient mode is."""
         written = norms_written_out() if self.order > 2 else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), written:
+        with arithmetic(True), written:
             return self.rerun(rows, units)
 
 
@@ -178,6 +180,7 @@ def _recorded(nest: Nest) -> Iterator[tuple[slice, Recorded]]:
     yield rows, recorded
 
 
+@restoring
 def _chain(
     nest: Nest, leaves: Sequence[Tensor], outputs: Sequence[Tensor], seeds: list[Tensor], order: int | None = None
 ) -> tuple[list[Tensor], Lost | None]:

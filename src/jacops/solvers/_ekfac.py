@@ -46,12 +46,15 @@ class EKFAC(Solver):
     Args:
         fisher: Which curvature: `"exact"`, the generalised Gauss-Newton matrix (the Fisher matrix of cross-entropy,
             squared error and logistic losses), by one sweep per output; `"monte_carlo"`, the same by `draws` random
-            sweeps (labels drawn from the predictive distribution); `"empirical"`, from the data's own labels;
+            sweeps (labels drawn from the predictive distribution); `"empirical"`, from the data's own labels, in the
+            scale of `fisher(kind="empirical")`;
             `"auto"`, as the operator says, exact up to 64 outputs per sample.
         corrected: False stops at the factors (K-FAC), at half the sweeps.
         weighted: False makes S and A plain averages, as in K-FAC.
-        draws: Random sweeps per batch.
-        seed: Of the draws; the global random state is not touched.
+        draws: Random sweeps per batch. `info["noise"]` is the relative standard error that they leave, estimated from
+            above; four times as many halve it.
+        seed: Of the draws, each of which depends on the sample's place in the data and the target's place among those
+            that count: padding and batch sizes change nothing. The global random state is not touched.
         exact_up_to: Parameters outside Kronecker form are kept exactly up to this many in one tensor.
         widest: Sides of a weight longer than this keep their own axes as eigenbasis.
         report_residual: Compute the residual of every solution, one pass over the data; else it is NaN, and the
@@ -102,8 +105,9 @@ class EKFAC(Solver):
         check_source(operator)
         fisher = self.fisher if self.fisher != "auto" else _asked(operator)
         passes = Passes(operator.problem, fisher, self.draws, self.seed)  # pyright: ignore[reportAttributeAccessIssue]
-        blocks = estimated(passes, operator.domain, self.corrected, self.exact_up_to, Basis(self.weighted, self.widest))
-        return _with_ridge(EigenBlocks(operator.domain, blocks), getattr(operator, "ridge", None))
+        basis = Basis(self.weighted, self.widest)
+        blocks, noise = estimated(passes, operator.domain, self.corrected, self.exact_up_to, basis)
+        return _with_ridge(EigenBlocks(operator.domain, blocks, noise), getattr(operator, "ridge", None))
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> PreparedEKFAC:
         """Estimate the curvature, by one or two passes over the data."""
@@ -147,6 +151,8 @@ class PreparedEKFAC(Prepared):
             "coverage": self.curvature.coverage,
             "condition": largest / lowest if lowest > 0 else float("inf"),
         }
+        if self.curvature.noise is not None:
+            info["noise"] = self.curvature.noise
         failed = dict.fromkeys(range(many), Status.SINGULAR) if self.singular else {}
         x, unchecked = self._inverse._apply(rows), not self.recipe.report_residual
         return Raw(x, [0] * many, failed, largest, info, approximate=True, unchecked=unchecked)
@@ -164,4 +170,4 @@ def _with_ridge(found: EigenBlocks, ridge: Tensor | None) -> EigenBlocks:
     if ridge is None:
         return found
     blocks = (replace(b, values=b.values + ridge_values(b, ridge.to(b.values))) for b in found.blocks)
-    return EigenBlocks(found.space, tuple(blocks))
+    return replace(found, blocks=tuple(blocks))

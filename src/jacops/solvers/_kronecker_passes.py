@@ -10,7 +10,9 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
+from .._backends._torch.counter import Draws
 from .._backends._torch.layers.kronecker import Batch, Gradients, Group
+from .._backends._torch.likelihoods import row_scale
 from .._backends._torch.record import Recorded, record_model
 from .._backends._torch.restoring import restoring
 from .._backends._torch.surroundings import seeded
@@ -19,6 +21,7 @@ from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..operators import Operator
 from ..operators._eigen_blocks import Block
 from ..space import Space
+from ._kronecker_noise import Noise
 from ._kronecker_sums import Basis, OuterSums, RowSums
 from ._output_curvature import Directions, Given, LossAtOutput
 
@@ -51,15 +54,16 @@ class Passes:
     Args:
         problem: A model, a loss and data.
         fisher: Which curvature.
-        draws: Random cotangents per batch.
-        seed: Of those.
+        draws: Random cotangents per sample.
+        seed: Of those; each depends on the sample's place in the data, too.
     """
 
     def __init__(self, problem: Any, fisher: Fisher, draws: int, seed: int) -> None:
         self.problem, self.objective = problem, problem.objective
         self.fisher, self.draws, self.seed = fisher, draws, seed
         self.groups: tuple[Group, ...] = ()
-        self._begun, self._recorded = False, 0
+        self.drawn = self._begun = False
+        self._recorded = 0
 
     def pieces(self, outer_only: bool = False) -> Iterator[Piece]:
         """Yield batch by batch, some cotangents at a time.
@@ -71,16 +75,17 @@ class Passes:
             NonFiniteError: An output is NaN or Inf.
             NotDifferentiableError: A parameter enters batches in different ways.
         """
-        self._recorded = 0
+        self._recorded = first = 0
         for data in self.problem.batches():
-            yield from self._of_batch(data, outer_only)
+            yield from self._of_batch(data, first, outer_only)
+            first += data.rows
 
     @restoring
     def _record(self, data: Any) -> Recorded:
         with seeded(self.objective.seed):
             return record_model(self.objective.model, data.x, call="EKFAC", parameters=self.objective.picks)
 
-    def _of_batch(self, data: Any, outer_only: bool) -> Iterator[Piece]:
+    def _of_batch(self, data: Any, first: int, outer_only: bool) -> Iterator[Piece]:
         term, factor = self.problem.term(data)
         if not factor:
             return
@@ -93,11 +98,11 @@ class Passes:
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
             # A sweep for one sample runs through all that were recorded together.
             for start in range(0, data.rows, _FEW):
-                yield from self._of_batch(data.part(slice(start, start + _FEW)), outer_only)
+                yield from self._of_batch(data.part(slice(start, start + _FEW)), first + start, outer_only)
             return
         self._recorded += 1
         self._check_alike(batch)
-        directions = self._directions(at, term, data)
+        directions = self._directions(at, term, data, first)
         columns = directions.columns
         size = max(1, min(columns, _SWEEP_ENTRIES // max(1, batch.entries(self.groups))))
         for start in range(0, columns, size):
@@ -106,15 +111,14 @@ class Passes:
             self._begun = True
             yield Piece(gradients, factor, seeds.shape[0] / columns)
 
-    def _directions(self, at: LossAtOutput, term: Any, data: Any) -> Directions:
+    def _directions(self, at: LossAtOutput, term: Any, data: Any, first: int) -> Directions:
         if self.fisher == "empirical":
             return Given(_of_own_labels(at, term, data).unsqueeze(0))
         hessian = at.hessian()
         if self.fisher == "exact" or (self.fisher == "auto" and hessian.columns <= _EXACT_UP_TO):
             return hessian
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self._recorded)
-        drawn = [hessian.draw(generator) for _ in range(self.draws)]
-        return Given(torch.stack(drawn) / math.sqrt(self.draws))
+        self.drawn = True
+        return Given(hessian.draw(Draws(self.seed, first), self.draws) / math.sqrt(self.draws))
 
     def _confirmed(self, batch: Batch, seeds: Tensor, outer_only: bool) -> list[Gradients]:
         """Return gradients that were held against a plain sweep, once for each shape."""
@@ -148,14 +152,17 @@ class Passes:
 
 
 def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
-    """Return gradients of the samples' own losses by the output, scaled so that their squares make a batch's part."""
+    """Return gradients of the samples' terms by the output, scaled so that their squares make a batch's part."""
     losses, many = term.losses, data.rows
     shares = losses.denominators(data.y, many) if losses.reduction == "mean" else torch.ones(many)
     shares = torch.where(shares > 0, shares, 1.0)  # a sample that is ignored has no loss to divide
     own = at.gradient(lambda output: (terms := losses.terms(output, data.y, many)).div(shares.to(terms)).sum())
-    if data.weights is not None:
-        return own * data.weights.to(own).sqrt().unsqueeze(1)
-    return own / math.sqrt(many) if losses.reduction == "mean" else own
+    counted, total = row_scale(losses, data.y, many, lambda: at.likelihood(losses.scalar))
+    counted = counted.to(own)
+    if data.weights is not None:  # the batch enters by its numerator, in the units of its denominator
+        units = counted / shares.to(own)
+        return own * (counted * (data.weights.to(own) / torch.where(units > 0, units, 1.0)).sqrt()).unsqueeze(1)
+    return own * (counted / math.sqrt(total)).unsqueeze(1)
 
 
 def _check_finite(groups: Sequence[Group], found: Sequence[Gradients], batch: Batch) -> None:
@@ -184,8 +191,10 @@ def check_source(operator: Operator) -> None:
         )
 
 
-def estimated(passes: Passes, space: Space, corrected: bool, exact_up_to: int, basis: Basis) -> tuple[Block, ...]:
-    """Return the curvature by blocks.
+def estimated(
+    passes: Passes, space: Space, corrected: bool, exact_up_to: int, basis: Basis
+) -> tuple[tuple[Block, ...], float | None]:
+    """Return the curvature by blocks, and its relative standard error where cotangents were drawn.
 
     Args:
         passes: The data.
@@ -196,8 +205,10 @@ def estimated(passes: Passes, space: Space, corrected: bool, exact_up_to: int, b
     """
     kept: list[Piece] = []
     sums: list[OuterSums | RowSums] = []
-    room = _KEPT_ENTRIES
+    room, noise = _KEPT_ENTRIES, Noise()
     for piece in passes.pieces():
+        if passes.drawn:
+            noise.add(piece.gradients, piece.factor)
         sums = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
         _add(sums, piece)
         outer_part = [own for own in piece.gradients if isinstance(own, list)]
@@ -211,7 +222,7 @@ def estimated(passes: Passes, space: Space, corrected: bool, exact_up_to: int, b
             for own, gradients in zip(outer, piece.gradients, strict=True):
                 if isinstance(gradients, list):
                     own.correct(gradients, piece.factor)
-    return tuple(own.block() for own in sums)
+    return tuple(own.block() for own in sums), noise.value if passes.drawn else None
 
 
 def _sums(group: Group, space: Space, exact_up_to: int, basis: Basis) -> OuterSums | RowSums:

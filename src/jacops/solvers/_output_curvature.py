@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._backends._torch.counter import Draws
+from .._backends._torch.likelihoods import Likelihood, likelihood_of
+from .._backends._torch.loss_facts import counted_labels
 from .._backends._torch.losses import call_loss
 from .._backends._torch.record import Recorded
 from .._backends._torch.restoring import restoring
@@ -44,8 +47,12 @@ class Directions(Protocol):
 class OutputHessian(Directions, Protocol):
     """A positive Hessian of the loss by the output, block by block of samples."""
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Return one random direction `(n, entries)` whose square is the Hessian on average."""
+    def draw(self, draws: Draws, many: int) -> Tensor:
+        """Return random directions `(many, n, entries)` whose squares are the Hessian on average.
+
+        Each is drawn by the sample's place in the data and the entry's or position's place among those that count, so
+        that padding changes nothing.
+        """
         ...
 
 
@@ -67,9 +74,9 @@ class Elementwise:
             found[i - start, :, i] = self.root[:, i]
         return found
 
-    def draw(self, generator: torch.Generator) -> Tensor:
+    def draw(self, draws: Draws, many: int) -> Tensor:
         """Return all of them at once, under random signs."""
-        return self.root * _signs(self.root.shape, generator).to(self.root)
+        return self.root * draws.signs(self.root != 0, many).to(self.root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +86,12 @@ class Softmax:
     Attributes:
         p: Probabilities, `(n, before, classes, after)`, adding up to one over the classes.
         root: Roots of the factors, `(n, before, 1, after)`.
+        real: Which positions count, `(n, before, 1, after)`.
     """
 
     p: Tensor
     root: Tensor
+    real: Tensor
 
     @property
     def columns(self) -> int:
@@ -100,13 +109,12 @@ class Softmax:
             found[i - start, :, b, :, a] *= self.p[:, b, c, a].sqrt().unsqueeze(1) * self.root[:, b, :, a]
         return found.flatten(2)
 
-    def draw(self, generator: torch.Generator) -> Tensor:
+    def draw(self, draws: Draws, many: int) -> Tensor:
         """Return `e_c - p` for classes c drawn from p."""
-        spread = self.p.movedim(2, -1)
-        rows = spread.reshape(-1, spread.shape[-1]).double().cpu()
-        drawn = torch.multinomial(rows, 1, generator=generator)[:, 0]
-        chosen = torch.nn.functional.one_hot(drawn, rows.shape[1]).reshape(spread.shape).movedim(-1, 2)
-        return ((chosen.to(self.p) - self.p) * self.root).flatten(1)
+        spread, n = self.p.movedim(2, -1), self.p.shape[0]
+        drawn = draws.classes(spread.reshape(n, -1, spread.shape[-1]), self.real.reshape(n, -1), many)
+        chosen = torch.nn.functional.one_hot(drawn, spread.shape[-1]).reshape(many, *spread.shape).movedim(-1, 3)
+        return ((chosen.to(self.p) - self.p) * self.root).flatten(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +135,15 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Any positive Hessian of small outputs; `root` `(n, entries, k)` holds directions as columns."""
+    """Any positive Hessian of small outputs.
+
+    Attributes:
+        root: Directions as columns, `(n, entries, k)`, orthogonal for each sample.
+        real: Entries with curvature, `(n, entries)`.
+    """
 
     root: Tensor
+    real: Tensor
 
     @property
     def columns(self) -> int:
@@ -140,14 +154,12 @@ class Blocks:
         """Return some columns."""
         return self.root[..., start:stop].permute(2, 0, 1).contiguous()
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Return all of them at once, under random signs."""
-        signs = _signs(self.root.shape[::2], generator).to(self.root)
-        return torch.einsum("nek,nk->ne", self.root, signs)
-
-
-def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    def draw(self, draws: Draws, many: int) -> Tensor:
+        """Return the symmetric root times random signs: eigenvectors are not unique, it is."""
+        size = torch.linalg.vector_norm(self.root, dim=1, keepdim=True)
+        unit = self.root / torch.where(size > 0, size, 1.0)
+        along = torch.einsum("nek,sne->snk", unit, draws.signs(self.real, many).to(self.root) * self.real)
+        return torch.einsum("nek,snk->sne", self.root, along)
 
 
 class LossAtOutput:
@@ -167,7 +179,8 @@ class LossAtOutput:
 
     @restoring
     def __init__(self, found: Recorded, loss: Callable[[Any, Any], Tensor], y: Any, samples: int) -> None:
-        self.samples = samples
+        self.samples, self._y = samples, y
+        self._counted = counted_labels(loss, y)
         self._outputs, self._tree = output_leaves(found.output)
         names = found.tape.codomain.names
         check_outputs("EKFAC", self._outputs, names)
@@ -226,6 +239,10 @@ class LossAtOutput:
         full = [torch.zeros_like(leaves[i]) if (g := grads[i]) is None else g for i in self._used]
         return torch.cat([grad.reshape(self.samples, -1).to(self.dtype) for grad in full], 1)
 
+    def likelihood(self, loss: Callable[[Any, Any], Tensor]) -> Likelihood | None:
+        """Return the likelihood of a loss at this output, if it has one."""
+        return likelihood_of(loss, self._outputs, self._tree, self._y)
+
     def hessian(self) -> OutputHessian:
         """Return the Hessian in the simplest form that gives its products.
 
@@ -262,7 +279,10 @@ class LossAtOutput:
             usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())
             factor = torch.where(sure, factor, usual * (seen.abs().amax(2, keepdim=True) > 0))
             if float((factor * plain - seen).norm()) <= allowed and bool((factor >= 0).all()):
-                return Softmax(p, factor.sqrt())
+                real, labels = factor > 0, self._counted
+                if labels is not None and labels.numel() == real.numel():
+                    real = labels.reshape(real.shape).to(real.device)
+                return Softmax(p, factor.sqrt(), real)
         return None
 
     def _blocks(self, like: Tensor) -> Blocks:
@@ -287,7 +307,8 @@ class LossAtOutput:
             raise _not_convex(float(values.min()))
         kept = (values > 1e-14 * largest).any(0)
         kept[-1] = True
-        return Blocks((vectors * values.clamp_min(0).sqrt().unsqueeze(1))[..., kept].to(like.dtype))
+        root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1))[..., kept].to(like.dtype)
+        return Blocks(root, matrix.diagonal(dim1=1, dim2=2) != 0)
 
     def _refuse_mixing(self, probe: Tensor) -> None:
         half = torch.arange(self.samples, device=probe.device) % 2 == 0

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._backends._torch.agreement import tolerance
+from .._backends._torch.restoring import NumericWarningsIgnored, restoring
 from .._backends._torch.surroundings import private_noise
 from ._matrix import Csr
 from ._pool import Array
@@ -79,6 +80,7 @@ def row_sizes(matrix: Csr) -> Floats:
     return sizes
 
 
+@restoring
 def divisors_of(sizes: Floats, floor: float, importance: Floats | None) -> Floats:
     """Return what to divide a probe by, at most 1: the sizes of the rows, small ones raised to a floor.
 
@@ -93,13 +95,14 @@ def divisors_of(sizes: Floats, floor: float, importance: Floats | None) -> Float
         return np.ones(len(sizes))
     lowest = np.full(len(sizes), floor * top)
     if importance is not None:
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        with NumericWarningsIgnored("divide", "over", "invalid"):
             reach = floor * (sizes * importance).max(initial=0.0) / importance
         lowest = np.fmin(lowest, np.where(reach > 0, reach, np.inf))
     # The least divisor keeps probes from overflowing in float32, whose largest number is 3e38.
     return np.maximum(np.maximum(sizes, lowest) / top, 1e-18)
 
 
+@restoring
 def judged(matrix: Csr, probes: list[Tensor], pulled: Tensor, column_of: Array, limit: float) -> Verdict:
     """Compare the pulls of probes with the products of a matrix.
 
@@ -111,7 +114,7 @@ def judged(matrix: Csr, probes: list[Tensor], pulled: Tensor, column_of: Array, 
         limit: The excess below which nothing needs to be known exactly.
     """
     width, excess, errors, whole, column = matrix.shape[1], 0.0, [], _norm(matrix.data), 0
-    with np.errstate(invalid="ignore", over="ignore"):
+    with NumericWarningsIgnored("invalid", "over"):
         for probe, pull in zip(probes, pulled, strict=True):
             u = probe.double().cpu().numpy()
             given = merged(pull, column_of, width)

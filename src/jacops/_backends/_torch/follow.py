@@ -22,6 +22,7 @@ from ..._finite import is_finite
 from .companions import Companions, wide
 from .local_linear import find_curved, push_entrywise, push_through, ray
 from .operation import Call, Shape, is_followed, kind_of, tensors_in
+from .restoring import restoring
 from .surroundings import is_memory_error
 from .watch import Light, WritesState, storage_of
 
@@ -76,6 +77,7 @@ class Follow(Light):
         self._marks: list[str] = []
         self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
+    @restoring
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, kind = kwargs or {}, kind_of(func)
         if kind.ignored:
@@ -147,6 +149,7 @@ class Follow(Light):
                 starts += [value + length * move for length in self._lengths]
             self._companions.write(leaf, starts, 0, True)
 
+    @restoring
     def _unseen(self, tensor: Tensor) -> str | None:
         """Return what made a tensor out of sight of the dispatcher, such as a Function in NumPy; None for constants."""
         with self._apart(), torch.enable_grad():

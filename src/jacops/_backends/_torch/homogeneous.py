@@ -23,6 +23,7 @@ from .cut import At, Cut
 from .follow import Follow
 from .inputs import forward_explained
 from .replica import replicate
+from .restoring import restoring
 from .surroundings import out_of_inference, random_state_kept, recording
 from .watch import WritesState
 
@@ -112,6 +113,7 @@ class Forward:
                 runs.append(self._run(x[where], bias, lengths, seed))
         return runs
 
+    @restoring
     def _run(self, x: Tensor, bias: bool, lengths: Sequence[float], seed: int) -> _Run:
         for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
             with recording(), random_state_kept():

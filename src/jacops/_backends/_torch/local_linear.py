@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..._finite import is_finite
+from .restoring import restoring
 from .tape import Tape
 
 Operation = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -24,6 +25,7 @@ _SAME = 1e-2  # how equal two second differences across one kink are; across a c
 _LEAST = 2.0**-10  # of a row's size: what entries that are zero or nearly so are moved by
 
 
+@restoring
 def push_through(
     operation: Operation, points: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -43,6 +45,7 @@ def push_through(
     return [r.detach() for r in results], [[p.detach() for p in row] for row in pushed]
 
 
+@restoring
 def push_entrywise(operation: Operation, point: Tensor, direction: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Return what `push_through` does for an operation on each entry alone, whose derivative is its own transpose."""
     with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):

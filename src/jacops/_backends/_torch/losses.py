@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -17,7 +18,7 @@ class _NoBroadcast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _ELEMENTWISE_LOSSES:
+        if any(func is loss for loss in _ELEMENTWISE_LOSSES):
             shapes = [tuple(t.shape) for t in [*args, *kwargs.values()] if isinstance(t, Tensor)][:2]
             if len(set(shapes)) > 1:
                 raise InputError(
@@ -31,7 +32,7 @@ class _NoBroadcast(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_ELEMENTWISE_LOSSES = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"})
+_ELEMENTWISE_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 
 
 @restoring

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .linear_nodes import is_linear
+from .restoring import restoring
 from .rows import Rows, dense, plain
 from .surroundings import sweeping
 
@@ -64,6 +65,7 @@ def pull_noting_losses(
     return grads, _named([edges[i] for i in _nonfinite(kept)], nodes)
 
 
+@restoring
 def _pulled(
     live: list[tuple[Tensor, Tensor]], leaves: Sequence[Tensor], edges: list[tuple[Any, int]]
 ) -> tuple[Rows, Sequence[Tensor | None]]:

@@ -9,35 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ...trees import flatten
+from .loss_facts import Reweighted, counts_targets, is_torch_module, torch_loss
 from .losses import call_loss
+from .restoring import restoring
+from .surroundings import random_state_kept
 
 Reduction = Literal["mean", "sum"]
-_BY_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)
-_BY_TARGET_FUNCTIONS = (F.cross_entropy, F.nll_loss)
-_FUNCTIONS = (
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    *_BY_TARGET_FUNCTIONS,
-)
-_CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss)
-_CONVEX_FUNCTIONS = (
-    F.mse_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.binary_cross_entropy_with_logits,
-    *_BY_TARGET_FUNCTIONS,
-)
 
 
 class RowLosses:
@@ -52,15 +35,15 @@ class RowLosses:
         self.loss = loss
         said = getattr(loss, "reduction", "mean")
         self.reduction: Reduction = reduction or ("sum" if said == "sum" else "mean")
-        self.convex = isinstance(loss, _CONVEX) or loss in _CONVEX_FUNCTIONS
-        self.scalar = self._mean_of_rows if said == "none" else loss
+        self.scalar = _OfRows(self) if said == "none" else loss
+        self._counts: bool | None = None
 
     def denominators(self, y: Any, rows: int) -> Tensor:
-        """Return what each row adds to the denominator of a mean, `(rows,)`: 1, or the weights of its targets."""
+        """Return what each row adds to the denominator of a mean, `(rows,)`: 1, or its targets' number or weights."""
         if not isinstance(y, Tensor):
             leaves = [leaf for leaf in flatten(y, "y")[0] if isinstance(leaf, Tensor)]
             return torch.ones(rows, dtype=torch.float64, device=leaves[0].device if leaves else None)
-        if not self._counts_targets(y):
+        if not self.counts_targets(y):
             return torch.ones(rows, dtype=torch.float64, device=y.device)
         weight, ignored = getattr(self.loss, "weight", None), getattr(self.loss, "ignore_index", -100)
         counted = y != ignored
@@ -68,19 +51,62 @@ class RowLosses:
             shares = counted.double()
         else:
             shares = weight.detach().double().to(y.device)[y.clamp(0, len(weight) - 1)] * counted
-        shares = shares.reshape(rows, -1)
-        # Without weights and ignored targets every row counts alike, as one.
-        return shares.sum(1) / (shares.shape[1] if weight is None else 1)
+        return shares.reshape(rows, -1).sum(1)
 
-    def _mean_of_rows(self, output: Any, y: Any) -> Tensor:
+    def counts_targets(self, y: Any) -> bool:
+        """Return whether the loss divides by the number, or the weights, of labels that it counts."""
+        if not isinstance(y, Tensor) or y.is_floating_point():
+            return False
+        # Until `settle` has computed it, a subclass is expected to divide as its parent does.
+        descended = isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss)
+        return counts_targets(self.loss, y) or (descended if self._counts is None else self._counts)
+
+    def may_count(self, y: Any) -> bool:
+        """Return whether it takes calls of the loss to find out by what it divides."""
+        labels = isinstance(y, Tensor) and y.ndim > 0 and not y.is_floating_point() and not y.is_complex()
+        return self.reduction == "mean" and torch_loss(self.loss) is None and labels and y.dtype != torch.bool
+
+    def settle(self, output: Any, y: Any) -> None:
+        """Compute how a loss that is none of torch's own divides: by rows, or by the labels that it counts.
+
+        One label is ignored for that. A loss that does neither, or refuses such labels, stays what it was taken for.
+
+        Args:
+            output: The model's output for a few rows.
+            y: Their labels.
+        """
+        leaves, tree = flatten((output, y.clone()), "loss")
+        if y.shape[0] == 1:  # of one row, all means are the same
+            leaves = [torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf for leaf in leaves]
+        output, y = tree.build(leaves)
+        first, ignored = y[0].reshape(-1), getattr(self.loss, "ignore_index", -100)
+        first[(first != ignored).nonzero()[:1, 0]] = ignored
+        y[0] = first.reshape(y.shape[1:])
+        before, fits = self._counts, []
+        for counts in (False, True):
+            self._counts = counts
+            try:
+                fits.append(self._divides_so(output, y))
+            except (ValueError, IndexError, RuntimeError):
+                fits.append(False)
+        self._counts = fits[1] if fits[0] != fits[1] else before
+
+    @restoring
+    def _divides_so(self, output: Any, y: Tensor) -> bool:
+        rows = y.shape[0]
+        shares = self.denominators(y, rows)
+        with torch.no_grad(), random_state_kept():
+            whole = float(call_loss(self.scalar, output, y)) * float(shares.sum())
+            terms = self._one_by_one(output, y, shares)
+        scale = max(float(terms.abs().sum()), 1e-30)
+        return abs(whole - float(terms.sum())) <= 1e-4 * scale  # in float32; the share of one label is far more
+
+    def reduced(self, output: Any, y: Any) -> Tensor:
         """Return the mean over rows, or the sum, of a loss that does not reduce them itself."""
         leaves = [leaf for leaf in flatten(y, "y")[0] if isinstance(leaf, Tensor)]
         rows = leaves[0].shape[0] if leaves else 0
         terms = self.terms(output, y, rows).sum()
         return terms / self.denominators(y, rows).sum().to(terms) if self.reduction == "mean" else terms
-
-    def _counts_targets(self, y: Tensor) -> bool:
-        return (isinstance(self.loss, _BY_TARGET) or self.loss in _BY_TARGET_FUNCTIONS) and not y.is_floating_point()
 
     def terms(self, output: Any, y: Any, rows: int) -> Tensor:
         """Return the numerators `(rows,)` of a batch's loss: a row's own loss times its denominator."""
@@ -89,12 +115,16 @@ class RowLosses:
             entries = call_loss(alone, output, y)
             if entries.ndim and entries.shape[0] == rows:
                 by_row = entries.reshape(rows, -1)
-                shared = by_row.shape[1] if self.reduction == "mean" and not self._weighs(y) else 1
-                return by_row.sum(1) / shared
+                counted = self.reduction == "sum" or self.counts_targets(y)
+                return by_row.sum(1) if counted else by_row.mean(1)
         shares = self.denominators(y, rows) if self.reduction == "mean" else torch.ones(rows)
+        return self._one_by_one(output, y, shares)
+
+    def _one_by_one(self, output: Any, y: Any, shares: Tensor) -> Tensor:
+        """Return each row's own loss, from a call of its own, times its share."""
         leaves, tree = flatten((output, y), "loss")
         parts: list[Tensor] = []
-        for i in range(rows):
+        for i in range(len(shares)):
             one, target = tree.build(
                 [leaf[i : i + 1] if isinstance(leaf, Tensor) and leaf.ndim else leaf for leaf in leaves]
             )
@@ -102,27 +132,42 @@ class RowLosses:
             parts.append(value * float(shares[i]) if float(shares[i]) else torch.zeros_like(value))
         return torch.stack([part.reshape(()) for part in parts])
 
-    def _weighs(self, y: Any) -> bool:
-        return isinstance(y, Tensor) and self._counts_targets(y) and getattr(self.loss, "weight", None) is not None
-
     def _unreduced(self) -> Callable[[Any, Any], Tensor] | None:
-        """Return the loss without its reduction; None where there is no telling."""
-        if self.loss in _FUNCTIONS:
-            return partial(self.loss, reduction="none")  # pyright: ignore[reportCallIssue]
-        module = self.loss
-        known = isinstance(module, nn.Module) and type(module).__module__ == "torch.nn.modules.loss"
-        if known and getattr(module, "reduction", None) in ("mean", "sum", "none"):
-            bare = copy.copy(module)
+        """Return the loss without its reduction; None where that is not known."""
+        if is_torch_module(self.loss) and getattr(self.loss, "reduction", None) in ("mean", "sum", "none"):
+            bare = copy.copy(self.loss)
             vars(bare)["reduction"] = "none"
             return bare
+        if torch_loss(self.loss) is not None and not isinstance(self.loss, nn.Module):
+            return partial(self.loss, reduction="none")  # pyright: ignore[reportCallIssue]
         return None
 
 
-def weighted(losses: RowLosses, weights: Tensor) -> Callable[[Any, Any], Tensor]:
-    """Return `loss(output, y)`, the sum of the rows' numerators times their weights."""
+@final
+class _OfRows(Reweighted):
+    """The mean or the sum of a loss that does not reduce rows itself."""
 
-    def loss(output: Any, y: Any) -> Tensor:
-        terms = losses.terms(output, y, weights.shape[0])
-        return (terms * weights.to(terms)).sum()
+    def __init__(self, losses: RowLosses) -> None:
+        self.losses, self.rows_of = losses, losses.loss
 
-    return loss
+    def __call__(self, output: Any, y: Any) -> Tensor:
+        """Return the loss of some rows."""
+        return self.losses.reduced(output, y)
+
+
+@final
+class Weighted(Reweighted):
+    """The sum of rows' numerators times weights that are not negative.
+
+    Args:
+        losses: Of the rows.
+        weights: One for each row.
+    """
+
+    def __init__(self, losses: RowLosses, weights: Tensor) -> None:
+        self.losses, self.weights, self.rows_of = losses, weights, losses.loss
+
+    def __call__(self, output: Any, y: Any) -> Tensor:
+        """Return the loss of the rows."""
+        terms = self.losses.terms(output, y, self.weights.shape[0])
+        return (terms * self.weights.to(terms)).sum()

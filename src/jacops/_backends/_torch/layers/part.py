@@ -41,6 +41,10 @@ class Part(ABC):
         """What is held."""
 
     @abstractmethod
+    def scaled(self, factors: Tensor) -> Part:
+        """Return the same with the rows of each sample times a number, `(n,)`."""
+
+    @abstractmethod
     def block(self, first: slice) -> Tensor:
         """Return the rows' entries `(n, k, f, W)` for some of the parameter's first axis."""
 

@@ -9,7 +9,7 @@ columns at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -39,6 +39,10 @@ class Rows(Part):
     def tensors(self) -> Sequence[Tensor]:
         """The rows."""
         return (self.rows,)
+
+    def scaled(self, factors: Tensor) -> Rows:
+        """Scale them."""
+        return Rows(self.rows * _spread(factors, self.rows))
 
     def block(self, first: slice) -> Tensor:
         """Return some of them."""
@@ -80,6 +84,10 @@ class Outer(Part):
     def tensors(self) -> Sequence[Tensor]:
         """The two factors."""
         return self.delta, self.operand
+
+    def scaled(self, factors: Tensor) -> Outer:
+        """Scale the cotangents."""
+        return replace(self, delta=self.delta * _spread(factors, self.delta))
 
     @property
     def _plain(self) -> bool:
@@ -229,6 +237,10 @@ class Lookup(Part):
         """Cotangents and indices."""
         return self.delta, self.indices
 
+    def scaled(self, factors: Tensor) -> Lookup:
+        """Scale the cotangents."""
+        return replace(self, delta=self.delta * _spread(factors, self.delta))
+
     def into(self, target: Tensor, add: bool = False) -> None:
         """Add to what was looked up, in place."""
         if not add:
@@ -311,6 +323,10 @@ class Several(Part):
         """Those of all places."""
         return [tensor for use in self.uses for tensor in use.tensors]
 
+    def scaled(self, factors: Tensor) -> Several:
+        """Scale all places."""
+        return Several([use.scaled(factors) for use in self.uses])
+
     def block(self, first: slice) -> Tensor:
         """Add up."""
         total = self.uses[0].block(first)
@@ -325,3 +341,8 @@ class Several(Part):
     def transposed(self, u: Tensor) -> Tensor:
         """Add up."""
         return torch.stack([use.transposed(u) for use in self.uses]).sum(0)
+
+
+def _spread(factors: Tensor, like: Tensor) -> Tensor:
+    """Return numbers `(n,)` with as many axes as another tensor."""
+    return factors.to(like).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,69 @@
+"""How noisy a curvature from drawn cotangents is, by the samples' slopes along a few random directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .._backends._torch.layers.kronecker import Gradients, Outer
+from ..operators._noise import DIRECTIONS, ratio
+
+
+@final
+class Noise:
+    """Sums of squares and of fourth powers of slopes.
+
+    A direction is an outer product of random signs in each weight, so that a slope costs no more than reading the
+    factors of a gradient.
+    """
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._signs: dict[tuple[int, int], Tensor] = {}
+        self._squares = self._totals = torch.zeros(DIRECTIONS, dtype=torch.float64)
+
+    def add(self, gradients: Sequence[Gradients], factor: float) -> None:
+        """Add the gradients of a batch under drawn cotangents, which enter with a factor."""
+        slopes = [part for group, own in enumerate(gradients) for part in self._slopes(group, own)]
+        if slopes:
+            squares = torch.stack(slopes).sum(0).square().flatten(1)
+            self._totals = self._totals + factor * squares.sum(1).cpu()
+            self._squares = self._squares + factor**2 * squares.square().sum(1).cpu()
+
+    @property
+    def value(self) -> float:
+        """The relative standard error of a quadratic form, estimated from above as `relative_noise` does."""
+        return ratio(self._squares, self._totals)
+
+    def _slopes(self, group: int, gradients: Gradients) -> list[Tensor]:
+        """Return the parts `(directions, k, n)` that a group's gradients add."""
+        if isinstance(gradients, Tensor):
+            signs = self._along(group, 0, (1, gradients.shape[-1]), gradients)[:, 0]
+            return [torch.einsum("kne,ze->zkn", gradients.double(), signs)]
+        return [self._outer(group, use) for use in gradients]
+
+    def _outer(self, group: int, use: Outer) -> Tensor:
+        right = self._side(group, 1, use.right)
+        if not use.looks_up:
+            return (self._side(group, 0, use.left) * right).sum((3, 4))
+        signs = self._along(group, 0, (1, int(use.left.max()) + 1), use.right)[:, 0, use.left]
+        return (signs.unsqueeze(1) * right[..., 0]).sum(3)
+
+    def _side(self, group: int, side: int, values: Tensor) -> Tensor:
+        """Return `(directions, k, n, t, g)`, one side of outer products along signs."""
+        signs = self._along(group, side, (values.shape[3], values.shape[4]), values)
+        return torch.einsum("kntgp,zgp->zkntg", values, signs.to(values.dtype)).double()
+
+    def _along(self, group: int, side: int, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """Return signs `(directions, *shape)`, the same for a group's side each time; a table's grow as needed."""
+        held = self._signs.get((group, side))
+        have = 0 if held is None else held.shape[2]
+        if held is None or have < shape[1]:
+            more = torch.randint(0, 2, (DIRECTIONS, shape[0], shape[1] - have), generator=self._generator) * 2.0 - 1.0
+            more = more.to(like.device, torch.float64)
+            held = more if held is None else torch.cat([held, more], 2)
+            self._signs[group, side] = held
+        return held
