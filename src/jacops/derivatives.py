@@ -6,7 +6,6 @@ $J^\top H_{loss} J$.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.agreement import inner, size
+from ._backends._torch.agreement import size
 from ._backends._torch.cut import At
 from ._backends._torch.layers.by_layers import ByLayers
 from ._backends._torch.layers.curvature import hessian_diagonal, hessian_layers
@@ -23,15 +22,15 @@ from ._backends._torch.layers.gauss_newton import gauss_newton_diagonal, gauss_n
 from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
-from ._backends._torch.surroundings import eager, out_of_inference, private_noise, recording, sweeping
+from ._backends._torch.surroundings import eager, out_of_inference, private_noise, recording
 from ._backends._torch.tape import Tape
+from ._backends._torch.twice import difference_step, disagreement, dropped, gradient_tape
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
 from .operators import Operator, Product, Recorded
 from .trees import Selector, flatten
 
 Loss = Callable[[Any, Any], Tensor]
 Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
-_SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
 _CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss)
 _CONVEX_FUNCTIONS = ("mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "smooth_l1_loss")
 
@@ -182,77 +181,6 @@ def _checked(value: Any) -> Tensor:
     return value
 
 
-def gradient_tape(found: Recording, call: str) -> Tape:
-    """Return the tape of a loss's gradient, ready to be differentiated again.
-
-    Raises:
-        NotDifferentiableError: A `once_differentiable` Function cut the graph.
-    """
-    tape = found.tape
-    # A seed that requires grad makes once_differentiable backwards leave a mark instead of dropping their part.
-    with sweeping(tape.outputs[0]):
-        seed = torch.ones_like(tape.outputs[0]).requires_grad_()
-        grads = tape.pull([seed], create_graph=True)
-    full = [_or_zero(g, leaf) for g, leaf in zip(grads, tape.leaves, strict=True)]
-    names = [f"d loss / d {name}" for name in tape.domain.names]
-    gradient = Tape(
-        tape.leaves,
-        full,
-        leaf_names=tape.domain.names,
-        output_names=names,
-        call=call,
-        twins=tape.twins,
-        private=True,
-        trust=tape.trust,
-        fallback=tape.fallback,
-    )
-    gradient.protected = tape.protected
-    gradient.tolerance = max(gradient.tolerance, tape.tolerance)
-    _check_twice(tape, gradient, call)
-    return gradient
-
-
-def _check_twice(tape: Tape, gradient: Tape, call: str) -> None:
-    """Refuse a gradient whose own derivative torch drops or gets wrong, as far as two sweeps can tell.
-
-    Raises:
-        NotDifferentiableError: A backward is marked once_differentiable, or the Hessian is not symmetric.
-    """
-    if gradient.survey.refuses_twice:
-        raise NotDifferentiableError(
-            f"{call}: the graph holds {', '.join(tape.survey.functions)}, whose backward is marked "
-            "once_differentiable: "
-            "its second derivative does not exist, and torch would drop it silently. Write its backward with "
-            "differentiable operations."
-        )
-    if not gradient.trust.needs("symmetric"):
-        return
-    u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))
-    along_u, along_v = (_pulled(gradient, w) for w in (u, v))
-    left, right = (
-        sum(float(inner(a, b.unsqueeze(0))) for a, b in zip(*pair, strict=True))
-        for pair in ((v, along_u), (u, along_v))
-    )
-    scale = math.sqrt(sum(size(g) ** 2 for g in (*along_u, *along_v)))
-    if abs(left - right) > gradient.tolerance * scale:
-        names = ", ".join(tape.survey.functions)
-        suspects = f", perhaps of the custom Function {names}" if names else ""
-        raise NotDifferentiableError(
-            f"{call}: the second derivative that torch gives is not symmetric (off by "
-            f"{abs(left - right) / scale:.1e}), so "
-            f"it is wrong for some operation of this model{suspects}. Write that operation out with elementary ones."
-        )
-    gradient.trust.remember("symmetric")
-
-
-def _pulled(tape: Tape, cotangents: list[Tensor]) -> list[Tensor]:
-    return [_or_zero(g, leaf) for g, leaf in zip(tape.pull(cotangents), tape.leaves, strict=True)]
-
-
-def _or_zero(grad: Tensor | None, leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if grad is None else grad
-
-
 @eager
 def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Recorded:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
@@ -266,7 +194,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
-        options: `parameters=` (a function of name and parameter), `checks=`, `fallback=`.
+        options: `parameters=` (a function of name and parameter), `outputs=`, `checks=`, `fallback=`.
 
     Returns:
         A symmetric operator on the space of parameters.
@@ -304,23 +232,20 @@ def _shifted_gradient(
 
 
 def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[str, Tensor]], Tensor]) -> None:
-    """Hold one product against a central difference of gradients along a random direction."""
-    space = operator.domain
+    """Compare one product with central differences of gradients along a random direction."""
+    space, tape = operator.domain, operator.tape
     direction = private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device))
     direction = direction / size(direction)
-    step = torch.finfo(space.dtype).eps ** (1 / 3)
-    moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
-    difference = (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
-    product = operator @ direction
-    error = size(product - difference) / max(size(product), size(difference), math.sqrt(torch.finfo(space.dtype).eps))
-    if error > _SPOT_TOLERANCE.get(space.dtype, 0.5):
-        raise NotDifferentiableError(
-            f"{operator.tape.call}: a product with the Hessian and a central difference of gradients disagree "
-            f"by {error:.1e}, probably "
-            f"because the backward of {', '.join(found.tape.survey.functions)} drops a second derivative. "
-            "Write it with "
-            "differentiable operations on ctx.saved_tensors."
-        )
+
+    def central(step: float) -> Tensor:
+        moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
+        return (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
+
+    step = difference_step(tape.leaves)
+    error = disagreement(operator @ direction, central(step), central, step)
+    if error is not None:
+        what = "a product with the Hessian and a central difference of gradients"
+        raise dropped(tape.call, what, error, found.tape.survey.functions)
 
 
 @eager

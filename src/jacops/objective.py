@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from ._backends._torch.replica import bare, parameter_names
 from ._backends._torch.row_losses import Reduction, RowLosses, weighted
 from ._backends._torch.surroundings import seeded, sweeping
+from ._backends._torch.twice import gradient_tape
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
 from .data import Batch, rows_of
-from .derivatives import Loss, ggn, gradient_tape, hessian, jacobian, record_loss, trainable
+from .derivatives import Loss, ggn, hessian, jacobian, record_loss, trainable
 from .errors import InputError, InputTypeError, explain
 from .fisher import Kind, fisher
 from .operators import Operator
@@ -236,7 +237,7 @@ class TorchObjective(Objective):
         Raises:
             InputError: There is no such kind.
         """
-        drawn = {"seed": seed} if kind == "monte_carlo" else {}
+        drawn: dict[str, Any] = {"seed": seed} if kind == "monte_carlo" else {}
         with seeded(self.seed):
             part = fisher(self.model, self.losses.loss, x, y, kind=cast(Kind, kind), parameters=self.picks, **drawn)
         told = getattr(self.losses.loss, "reduction", "mean") == "sum"

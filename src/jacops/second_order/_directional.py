@@ -12,11 +12,12 @@ from .._backends._torch.agreement import size
 from .._backends._torch.samples.batch import Samples
 from .._backends._torch.samples.nested import Forward, Slopes, nested
 from .._backends._torch.surroundings import eager
+from .._backends._torch.twice import difference_step
 from .._finite import check_vector
 from ..errors import InputError, explain
 from ..space import Space
 from ..trees import Selector, Tree, flatten
-from ._common import check_agreement, check_finite, check_positive, part_of, samples_of, tree_of
+from ._common import check_differences, check_finite, check_positive, part_of, samples_of, tree_of
 
 
 @eager
@@ -126,16 +127,13 @@ def _check_against_lower(
 ) -> None:
     """Hold derivatives along directions against central differences of those of one order less."""
     length = max(size(v) for v in directions) or 1.0
-    step = torch.finfo(directions[0].dtype).eps ** (1 / 3) / length
-    ahead, behind = (
-        along(
-            part_of(samples, slice(None), [sign * step * v for v in directions]),
-            directions,
-            order - 1,
-            batch_size,
-            False,
-        )[0]
-        for sign in (1, -1)
-    )
-    for block, front, back in zip(blocks, ahead, behind, strict=True):
-        check_agreement(samples.call, block, (front - back) / (2 * step), functions)
+    step = difference_step([samples.values[i] for i in samples.inputs]) / length
+
+    def lower(shift: float) -> list[Tensor]:
+        moved = part_of(samples, slice(None), [shift * v for v in directions])
+        return along(moved, directions, order - 1, batch_size, False)[0]
+
+    def central(step: float) -> list[Tensor]:
+        return [(front - back) / (2 * step) for front, back in zip(lower(step), lower(-step), strict=True)]
+
+    check_differences(samples.call, blocks, central, step, functions)
