@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._backends._torch.cut import At
 from ._backends._torch.homogeneous import bias_part
+from ._backends._torch.memory import Budget
 from ._backends._torch.surroundings import eager
 from ._finite import is_finite, where_first
+from ._keywords import keywords
 from .errors import InputError, InputTypeError, NonFiniteError, explain
 from .jacobians import compute_jacobian
+from .trees import Selector
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,6 +62,7 @@ class Projection:
         return (features - self.mean) @ self.matrix.T
 
 
+@keywords()
 def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
     r"""Return what a fitted scikit-learn `PCA` does to features, whitened or not.
 
@@ -89,6 +94,7 @@ def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
     return Projection(torch.as_tensor(matrix).to(dtype), torch.as_tensor(np.asarray(pca.mean_)).to(dtype))
 
 
+@keywords()
 def project_jacobian(jacobian: Array, proj_tensor: Array) -> Array:
     """Return a Jacobian by reduced inputs as one by original features: `(n, out, r) · (r, d) -> (n, out, d)`.
 
@@ -135,6 +141,7 @@ def project_jacobian(jacobian: Array, proj_tensor: Array) -> Array:
     return jacobian @ proj_tensor
 
 
+@keywords()
 def reduce_contributions(contributions: Array, method: Literal["l2", "l1", "max"] = "l2") -> Array:
     r"""Return one size per sample and feature, `(n, c, f, ...) -> (n, f, ...)`.
 
@@ -186,6 +193,7 @@ def _three_axes(shape: Any) -> None:
         )
 
 
+@keywords()
 def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # noqa: N803
     """Return how well `Z = J X` holds, sample by sample.
 
@@ -261,6 +269,22 @@ class Contributions:
         )
 
 
+class JacobianOptions(TypedDict, total=False):
+    """Options of `compute_jacobian`, for calls that make Jacobians with it."""
+
+    outputs: Selector
+    at: At
+    mode: Literal["auto", "reverse", "forward", "split"]
+    budget: Budget
+    out: Any
+    checks: str
+    fallback: str
+    check_finite: bool
+    compile: bool
+    progress: bool | None
+
+
+@keywords(JacobianOptions)
 @eager
 def contributions(
     model: nn.Module,
@@ -269,7 +293,7 @@ def contributions(
     projection: Projection | None = None,
     features: Tensor | None = None,
     batch_size: int = 1024,
-    **options: Any,
+    **options: Unpack[JacobianOptions],
 ) -> Contributions:
     r"""Return what each feature adds to each output, with the part that is due to biases, verified.
 

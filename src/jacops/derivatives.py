@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ._backends._torch.record import record_model
 from ._backends._torch.surroundings import eager, out_of_inference, private_noise, recording
 from ._backends._torch.tape import Tape
 from ._backends._torch.twice import difference_step, disagreement, dropped, gradient_tape
+from ._keywords import keywords
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
 from .operators import Operator, Product, Recorded
 from .trees import Selector, flatten
@@ -35,11 +36,36 @@ _CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.HuberLoss, 
 _CONVEX_FUNCTIONS = ("mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "smooth_l1_loss")
 
 
+class RecordOptions(TypedDict, total=False):
+    """Options of calls that record a model by its parameters.
+
+    Attributes:
+        parameters: Which parameters, by name and value; those that require grad by default.
+        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
+        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
+    """
+
+    parameters: Callable[[str, Tensor], bool]
+    checks: str
+    fallback: str
+
+
+class CurvatureOptions(RecordOptions, total=False):
+    """Options of calls that take a model with a loss.
+
+    Attributes:
+        outputs: Part of the output that the loss is given, as in `jacobian`.
+    """
+
+    outputs: Selector
+
+
 def trainable(name: str, parameter: Tensor) -> bool:
     """Say whether a parameter requires grad: the default set for curvature."""
     return parameter.requires_grad
 
 
+@keywords()
 @eager
 def jacobian(
     model: nn.Module,
@@ -181,8 +207,9 @@ def _checked(value: Any) -> Tensor:
     return value
 
 
+@keywords(CurvatureOptions)
 @eager
-def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Recorded:
+def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[CurvatureOptions]) -> Recorded:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
@@ -224,7 +251,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
 
 
 def _shifted_gradient(
-    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: dict[str, Any]
+    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: CurvatureOptions
 ) -> Tensor:
     found = record_loss(model, loss, x, y, "hessian", shift=shift, **options)
     tape = found.tape
@@ -248,8 +275,9 @@ def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[s
         raise dropped(tape.call, what, error, found.tape.survey.functions)
 
 
+@keywords(CurvatureOptions)
 @eager
-def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
+def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[CurvatureOptions]) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
     Args:
@@ -305,11 +333,13 @@ def _is_convex(loss: Loss) -> bool:
     return isinstance(loss, _CONVEX) or getattr(loss, "__name__", "") in _CONVEX_FUNCTIONS
 
 
-def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Any) -> Any:
+@keywords(CurvatureOptions)
+def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[CurvatureOptions]) -> Any:
     """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name."""
     return hessian(model, loss, x, y, **options) @ v
 
 
-def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Any) -> Any:
+@keywords(CurvatureOptions)
+def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[CurvatureOptions]) -> Any:
     """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`."""
     return ggn(model, loss, x, y, **options) @ v

@@ -7,14 +7,15 @@ J_n$, $u = -\nabla_f \log p(y \mid f_n)$, in the loss's own scale: $w = 1/N$ for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, Unpack, final
 
 import torch
 from torch import Tensor, nn
 
 from ._backends._torch.record import record_model
 from ._backends._torch.surroundings import eager
-from .derivatives import Loss, ggn, trainable
+from ._keywords import keywords
+from .derivatives import CurvatureOptions, Loss, ggn, trainable
 from .errors import InputError, InputTypeError, explain
 from .operators import Operator, Recorded
 from .per_sample import empirical_fisher
@@ -34,6 +35,7 @@ _LIKELIHOODS: dict[str, Likelihood] = {
 _WEIGHTS = ("weight", "pos_weight")
 
 
+@keywords(CurvatureOptions)
 @eager
 def fisher(
     model: nn.Module,
@@ -44,7 +46,7 @@ def fisher(
     kind: Kind = "exact",
     samples: int = 1,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[CurvatureOptions],
 ) -> Operator:
     r"""Return the Fisher matrix of one batch, as an operator on the space of parameters.
 
@@ -134,7 +136,7 @@ def _one_tensor(outputs: list[Tensor]) -> Tensor:
     return outputs[0]
 
 
-def _label_like(likelihood: Likelihood, model: nn.Module, x: Any, options: dict[str, Any]) -> Tensor:
+def _label_like(likelihood: Likelihood, model: nn.Module, x: Any, options: CurvatureOptions) -> Tensor:
     """Return some label, for a curvature that does not depend on it."""
     output = _one_tensor(record_model(model, x, call="fisher", **options).tape.outputs).detach()
     if likelihood != "categorical":

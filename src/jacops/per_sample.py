@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from ._backends._torch.record import Recorded, record_model, setting
 from ._backends._torch.replica import bare, check_state, parameter_names
 from ._backends._torch.surroundings import eager, seeded
 from ._backends._torch.trust import told_apart, trust_in
-from .derivatives import Loss, _real_only, record_loss, trainable
+from ._keywords import keywords
+from .derivatives import CurvatureOptions, Loss, RecordOptions, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
 from .space import Space
@@ -26,6 +27,19 @@ from .trees import Selector, Tree, flatten
 Randomness = Literal["error", "same"]
 
 
+class SampleGradientOptions(CurvatureOptions, total=False):
+    """Options of `sample_gradients`.
+
+    Attributes:
+        randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
+        seed: Of those masks.
+    """
+
+    randomness: Randomness
+    seed: int | None
+
+
+@keywords(CurvatureOptions)
 @eager
 def sample_gradients(
     model: nn.Module,
@@ -35,7 +49,7 @@ def sample_gradients(
     *,
     randomness: Randomness = "error",
     seed: int | None = None,
-    **options: Any,
+    **options: Unpack[CurvatureOptions],
 ) -> LayerFactors:
     """Return the gradients of the loss of every sample alone, as rows of an operator `(n, P)`.
 
@@ -93,9 +107,10 @@ def sample_gradients(
     return _factors(model, what, options, values[:inputs], lambda output, n: Space.flat(n, "rows", output))
 
 
+@keywords(RecordOptions)
 @eager
 def sample_jacobians(
-    model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Any
+    model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Unpack[RecordOptions]
 ) -> LayerFactors:
     """Return the parameter Jacobians of every sample's outputs, as rows of an operator `(n * k, P)`.
 
@@ -142,7 +157,7 @@ def sample_jacobians(
     return _factors(model, what, options, values, rows)
 
 
-def _way(options: dict[str, Any]) -> str:
+def _way(options: RecordOptions) -> str:
     return check_fallback(options.get("fallback", "warn"))
 
 
@@ -170,7 +185,7 @@ def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
 def _factors(
     model: nn.Module,
     what: Definition,
-    options: dict[str, Any],
+    options: RecordOptions,
     inputs: Sequence[Tensor],
     rows: Callable[[Tensor, int], Space],
 ) -> LayerFactors:
@@ -187,8 +202,8 @@ def _factors(
     )
 
 
-def _no_rows(model: nn.Module, what: Definition, options: dict[str, Any]) -> LayerFactors:
-    named = {n: p for n, p in parameter_names(bare(model)).items() if options["parameters"](n, p)}
+def _no_rows(model: nn.Module, what: Definition, options: RecordOptions) -> LayerFactors:
+    named = {n: p for n, p in parameter_names(bare(model)).items() if options.get("parameters", trainable)(n, p)}
     domain = Space.of(named.values(), named)
     parts = [Rows(p.detach().new_zeros(0, 1, *matrix_shape(p))) for p in named.values()]
     rows = Space.flat(0, "rows", torch.zeros(0, dtype=domain.dtype, device=domain.device))
@@ -238,7 +253,10 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
             )
 
 
-def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
+@keywords(SampleGradientOptions)
+def empirical_fisher(
+    model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[SampleGradientOptions]
+) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 
     Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's.
@@ -248,7 +266,7 @@ def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: An
         loss: As in `sample_gradients`; a mean over one sample, the negative log-likelihood of it.
         x: As in `sample_gradients`.
         y: As in `sample_gradients`.
-        options: As in `hessian`.
+        options: As in `sample_gradients`.
 
     Returns:
         A positive operator on the space of parameters.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo
 CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher")
 _KEPT_BYTES = 2**29
 _FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo"}
+
+
+class ProblemOptions(TypedDict, total=False):
+    """Options of `Problem`, for calls that make one."""
+
+    parameters: Picks
+    reduction: Reduction | None
+    l2: float | Mapping[str, float]
+    unpack: Unpack | None
+    randomness: Randomness
+    seed: int | None
+    progress: bool | None
 
 
 class Problem:

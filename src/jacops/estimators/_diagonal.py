@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._backends._torch.surroundings import eager
 from .._finite import is_finite, where_first
+from .._keywords import keywords
 from ..errors import NonFiniteError
 from ..operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from ..operators._algebra import Product, Scaled, Sum, Transposed
@@ -36,6 +37,7 @@ def diagonal(operator: Operator) -> Tensor: ...
 def diagonal(operator: Operator, probes: None, seed: int = 0, *, method: str = "xdiag") -> Tensor: ...
 @overload
 def diagonal(operator: Operator, probes: int, seed: int = 0, *, method: str = "xdiag") -> DiagonalEstimate: ...
+@keywords()
 @eager
 def diagonal(
     operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xdiag"

@@ -8,15 +8,16 @@ positive where weighting sample i up lowers the loss of t.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from ..data import Batches
 from ..errors import InputError, explain
-from ..problem import Problem
+from ..problem import Problem, ProblemOptions
 from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, InfluenceFactors, Influences, described
@@ -28,6 +29,7 @@ _UNITS = {
 }
 
 
+@keywords(ProblemOptions)
 @eager
 def compute_influence_factors(
     differentiable_model: Any,
@@ -38,7 +40,7 @@ def compute_influence_factors(
     damping: float = 0.0,
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
-    **options: Any,
+    **options: Unpack[ProblemOptions],
 ) -> InfluenceFactors:
     r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
 
@@ -71,6 +73,7 @@ def compute_influence_factors(
     return InfluenceFactors(x, described(run.problem, curvature, solutions, run.damping))
 
 
+@keywords(ProblemOptions)
 @eager
 def compute_influences(
     differentiable_model: Any,
@@ -85,7 +88,7 @@ def compute_influences(
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
     store: Any = None,
-    **options: Any,
+    **options: Unpack[ProblemOptions],
 ) -> Influences:
     r"""Return influences of training samples on test samples.
 
@@ -151,6 +154,7 @@ def compute_influences(
     return Influences(torch.cat(tiles), influence_type, SIGN, units, run.damping, info, _shares(run.problem, asked))
 
 
+@keywords(ProblemOptions)
 @eager
 def self_influences(
     differentiable_model: Any,
@@ -160,7 +164,7 @@ def self_influences(
     damping: float = 0.0,
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
-    **options: Any,
+    **options: Unpack[ProblemOptions],
 ) -> Tensor:
     r"""Return $g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import Batch, Batches
 from ..errors import InputError, InputTypeError, SolveError, explain
 from ..operators._data import SumOver
-from ..problem import CURVATURES, Problem
+from ..problem import CURVATURES, Problem, ProblemOptions
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
 from ._result import described
 
@@ -85,7 +85,7 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
 
 
 def ready(
-    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: dict[str, Any]
+    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: ProblemOptions
 ) -> Run:
     """Check the arguments and prepare the solver.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._keywords import keywords
 from ..errors import InputError, SolveError, explain
 from ._loop import Ended, Rules, run
 from ._problem import FunctionModule, Problem, function_module
@@ -16,6 +17,7 @@ from ._solvers import Solver, solver_of
 from ._strategies import Strategy, strategy_of
 
 
+@keywords()
 def levenberg_marquardt(
     model: nn.Module | Callable[..., Any],
     input: Any = None,
@@ -105,6 +107,7 @@ def levenberg_marquardt(
     return _fit(model, "levenberg_marquardt", recipe, options)
 
 
+@keywords()
 def gauss_newton(
     model: nn.Module | Callable[..., Any],
     input: Any = None,

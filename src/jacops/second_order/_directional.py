@@ -14,12 +14,14 @@ from .._backends._torch.samples.nested import Forward, Slopes, nested
 from .._backends._torch.surroundings import eager
 from .._backends._torch.twice import difference_step
 from .._finite import check_vector
+from .._keywords import keywords
 from ..errors import InputError, explain
 from ..space import Space
 from ..trees import Selector, Tree, flatten
 from ._common import check_differences, check_finite, check_positive, part_of, samples_of, tree_of
 
 
+@keywords()
 @eager
 def directional_derivative(
     model: nn.Module | Callable[..., Any],

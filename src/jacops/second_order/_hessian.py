@@ -17,12 +17,14 @@ from .._backends._torch.samples.batch import Samples
 from .._backends._torch.samples.nested import Forward, Slopes, nested
 from .._backends._torch.surroundings import eager, private_noise
 from .._backends._torch.twice import asymmetric, difference_step
+from .._keywords import keywords
 from ..trees import Selector, Tree
 from ._common import check_differences, check_finite, part_of, samples_of, tree_of
 
 _WORST = 4  # samples whose rounding is measured, alone: an operation that is wrong shows where it is most wrong
 
 
+@keywords()
 @eager
 def input_hessian(
     model: nn.Module | Callable[..., Any],

@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from ..errors import InputError, InputTypeError, SolveError, explain
 from ..operators import Operator
 from ..space import Space
@@ -88,6 +89,7 @@ class Solver(ABC):
         return solution
 
 
+@keywords()
 def solve(
     operator: Operator,
     b: Tensor,
@@ -142,6 +144,7 @@ def require(solution: Solution, operator: Operator) -> None:
         raise SolveError(advice(solution, operator), solution)
 
 
+@keywords()
 def inverse(
     operator: Operator,
     solver: Solver | str = "auto",

@@ -15,6 +15,7 @@ from .._backends._torch.ladder import RouteFailedError
 from .._backends._torch.tape import Tape
 from .._backends._torch.trust import Trust
 from .._finite import check_outputs, is_finite, where_first
+from .._keywords import keywords
 from ..derivatives import Wrt
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
 from ..trees import Selector
@@ -240,6 +241,7 @@ class SparsePlan:
         return load(path, outputs)
 
 
+@keywords()
 def sparse_plan(
     model: nn.Module,
     inputs: Any,

@@ -14,6 +14,7 @@ from .._backends._torch.record import bare, record_model
 from .._backends._torch.rows import plain
 from .._backends._torch.surroundings import private_noise
 from .._backends._torch.tape import Tape
+from .._keywords import keywords
 from ..errors import InputError, explain
 from ..trees import Selector, flatten
 from ._trace import CannotFollowError, Taint
@@ -42,6 +43,7 @@ class Separation:
         return self.apart
 
 
+@keywords()
 def samples_apart(
     model: nn.Module,
     x: Any,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._keywords import keywords
 from ..errors import InputError, NotDifferentiableError, explain
 from ..operators import Operator, Recorded
 from ..space import Space
@@ -19,6 +20,7 @@ from .pattern import Pattern, declared
 from .plan import SparseJacobian
 
 
+@keywords()
 def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pattern: Any = None) -> SparseJacobian:
     """Return an operator as a sparse matrix, by as many products as its colours.
 
