@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
+from ...errors import InputError, NotDifferentiableError, explain, warn
 from .._torch.agreement import tolerance
 from .crossing import is_floating, torch_dtype
 from .parameters import Structure
@@ -216,7 +216,6 @@ class Model:
         Raises:
             NotDifferentiableError: The Hessian that JAX gives is not symmetric, or a backward pass written by hand
                 drops a part of it.
-            NonFiniteError: A product with the Hessian is NaN or Inf.
         """
         key, size = shapes(point), sum(leaf.size for leaf in point.leaves)
         if key in self._twice:
@@ -226,9 +225,7 @@ class Model:
         u /= np.linalg.norm(u.astype(np.float64)).astype(dtype)
         along_u, along_v = (self.second(point, w, size)[0].astype(np.float64) for w in (u, v))
         if not (np.isfinite(along_u).all() and np.isfinite(along_v).all()):
-            raise NonFiniteError(
-                f"{call}: a product with the Hessian holds NaN or Inf, so it has no second derivative."
-            )
+            return  # proves nothing; products are checked, and name the parameter
         gap = abs(float((along_u * v).sum()) - float((along_v * u).sum()))
         scale = float(np.hypot(np.linalg.norm(along_u) * np.linalg.norm(v), np.linalg.norm(along_v)))
         proved = gap <= tolerance([torch_dtype(dtype, call)]) * scale
