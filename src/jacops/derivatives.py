@@ -115,7 +115,15 @@ def jacobian(
             explain("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
         )
     found = record_model(
-        model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, checks=checks, fallback=fallback
+        model,
+        inputs,
+        call="jacobian",
+        parameters=picks,
+        outputs=outputs,
+        at=at,
+        checks=checks,
+        fallback=fallback,
+        kept=True,
     )
     _real_only(found.tape)
     if not allow_zero and not found.tape.is_connected():
@@ -160,7 +168,7 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     if not callable(loss):
         raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
     options.setdefault("parameters", trainable)
-    y = _recordable(y)
+    y = _recordable(y, kept=bool(options.get("kept")))
     found = record_model(
         model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
     )
@@ -174,10 +182,12 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     return found
 
 
-def _recordable(y: Any) -> Any:
-    """Return a target whose tensors may take part in a recorded computation."""
+def _recordable(y: Any, kept: bool) -> Any:
+    """Return a target whose tensors may take part in a recorded computation, copied where that is kept."""
     leaves, tree = flatten(y, "y")
-    return tree.build([out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    with torch.inference_mode(False):
+        plain = [out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree.build([leaf.clone() if kept and isinstance(leaf, Tensor) else leaf for leaf in plain])
 
 
 def _checked(value: Any) -> Tensor:
@@ -238,8 +248,14 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Curv
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    found = record_loss(model, loss, x, y, "hessian", **options)
-    tape = gradient_tape(found, "hessian")
+    return _hessian(model, loss, x, y, "hessian", options, kept=True)
+
+
+def _hessian(
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
+) -> Recorded:
+    found = record_loss(model, loss, x, y, call, kept=kept, **options)
+    tape = gradient_tape(found, call)
     operator = Recorded(tape, found.output, symmetric=True)
     rows = operator._apply
     layers = partial(hessian_layers, found.tape, _leading(x, y), rows)
@@ -301,17 +317,21 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Curvatur
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    return _ggn(model, loss, x, y, "ggn", options, kept=True)
+
+
+def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
-    found = record_model(model, x, call="ggn", **options)
+    found = record_model(model, x, call=call, kept=kept, **options)
     _real_only(found.tape)
     J = Recorded(found.tape, found.output)
     with recording():
         leaves = [o.detach().requires_grad_() for o in found.tape.outputs]
-        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), _recordable(y)))
+        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), _recordable(y, kept)))
     names = found.tape.codomain.names
-    outer = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call="ggn", private=True)
+    outer = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call=call, private=True)
     H = Recorded(
-        gradient_tape(Recording(outer, flatten(value, "loss")[1], value), "ggn"),
+        gradient_tape(Recording(outer, flatten(value, "loss")[1], value), call),
         value,
         symmetric=True,
         positive=_is_convex(loss),
@@ -334,12 +354,14 @@ def _is_convex(loss: Loss) -> bool:
 
 
 @keywords(CurvatureOptions)
+@eager
 def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[CurvatureOptions]) -> Any:
     """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name."""
-    return hessian(model, loss, x, y, **options) @ v
+    return _hessian(model, loss, x, y, "hvp", options, kept=False) @ v
 
 
 @keywords(CurvatureOptions)
+@eager
 def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[CurvatureOptions]) -> Any:
     """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`."""
-    return ggn(model, loss, x, y, **options) @ v
+    return _ggn(model, loss, x, y, "ggnvp", options, kept=False) @ v

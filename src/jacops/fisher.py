@@ -101,7 +101,7 @@ def fisher(
         return ggn(model, loss, x, _label_like(likelihood, model, x, options) if y is None else y, **options)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise InputError(explain("samples", repr(samples), "a positive whole number is needed"))
-    found = record_model(model, x, call="fisher", **options)
+    found = record_model(model, x, call="fisher", kept=True, **options)
     output = _one_tensor(found.tape.outputs)
     scores, scale = _drawn_scores(likelihood, loss, output.detach(), y, samples, seed)
     J, U = Recorded(found.tape, found.output), _Scores(found.tape.codomain, scores)

@@ -20,6 +20,7 @@ from ._backends._torch.replica import bare, parameter_names
 from ._backends._torch.row_losses import Reduction, RowLosses, weighted
 from ._backends._torch.surroundings import seeded, sweeping
 from ._backends._torch.twice import gradient_tape
+from ._backends._torch.weights import weights_of
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
 from .data import Batch, rows_of
@@ -101,6 +102,13 @@ class Objective(ABC):
             InputError: This framework has none.
         """
         raise InputError(explain("curvature", repr(kind), f"{type(self).__name__} has 'hessian' and 'ggn'"))
+
+    def unchanged(self) -> Callable[[str], None]:
+        """Return a function of a call's name that raises `ModelStateError` once the model differs from what it is now.
+
+        Frameworks whose parameters cannot be written into have nothing to compare.
+        """
+        return lambda call: None
 
     def check_state(self) -> None:  # noqa: B027 - most frameworks have no modes
         """Refuse a model whose mode makes per-sample quantities ill-posed."""
@@ -196,6 +204,15 @@ class TorchObjective(Objective):
             ModelStateError: The message names the module.
         """
         refuse_mixing_modules(self.model, random=self.seed is None)
+
+    def unchanged(self) -> Callable[[str], None]:
+        """Return a function that raises `ModelStateError` once parameters, buffers or modes differ from what they are.
+
+        The values are copied, or digested where they are large.
+        """
+        module = bare(self.model)
+        weights = weights_of(module)
+        return lambda call: weights.check(module, call)
 
     def denominators(self, y: Any, rows: int) -> Tensor:
         """Return what each row adds to the denominator of a mean: 1, or the weights of its targets."""

@@ -196,8 +196,10 @@ class Problem:
             data: Other data than the problem's own.
         """
         batches = self.data if data is None else Batches.of(data, "data", self.data.unpack)
+        unchanged = self.objective.unchanged()
 
         def parts() -> Iterator[tuple[float, Operator]]:
+            unchanged("Problem.sample_gradients")
             for batch in batches.tracked("gradients", self.progress):
                 if batch.rows:
                     yield 1.0, self.objective.sample_gradients(batch.x, batch.y)
@@ -233,6 +235,7 @@ class _Passes:
         self.problem, self.kind = problem, kind
         self._kept: list[tuple[float, Operator]] = []
         self._room, self._whole = _KEPT_BYTES, False
+        self._unchanged = problem.objective.unchanged()
 
     def first(self) -> Operator:
         """Linearise the first batch that counts.
@@ -249,6 +252,7 @@ class _Passes:
         if self._whole:
             yield from self._kept
             return
+        self.check()
         count = 0
         for number, (batch, term, factor) in enumerate(self.problem._terms(self.kind)):
             count += 1
@@ -263,6 +267,14 @@ class _Passes:
             yield factor, part
             del part  # whoever took it decides how long it lives
         self._whole = count == len(self._kept)
+
+    def check(self) -> None:
+        """Refuse to run a model again that changed since the first pass: sums would mix two points.
+
+        Raises:
+            ModelStateError: It did; the message names the parameter.
+        """
+        self._unchanged(f"Problem.{self.kind}")
 
     def will_hold(self, each: int) -> int:
         """Return the bytes that the next pass holds beside what is kept already, for batches of `each` bytes."""

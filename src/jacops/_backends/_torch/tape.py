@@ -27,6 +27,7 @@ from .ladder import RouteFailedError, RouteLiesError, attempt
 from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
 from .surroundings import is_memory_error, private_noise, sweeping
 from .trust import Trust
+from .weights import Weights, not_swept
 
 _LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 
@@ -70,6 +71,7 @@ class Tape:
         self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *([torch.bfloat16] if coarse else [])])
         self.routes: dict[str, str] = {}
         self.protected: Sequence[Tensor] = ()
+        self.weights: Weights | None = None
         self.sweeps = 0
         self._dual: Dual | None = None
         self._forward: Forward | None = None
@@ -129,11 +131,7 @@ class Tape:
         except RuntimeError as error:
             if batched or is_memory_error(error) or isinstance(error, JacopsError):
                 raise
-            names = ", ".join(self.survey.functions)
-            where = f" (custom Functions in the graph: {names})" if names else ""
-            raise NotDifferentiableError(
-                f"{self.call}: torch.autograd cannot take this derivative{where}: {error}"
-            ) from error
+            raise not_swept(self.call, error, self.survey.functions) from error
 
     def _merged(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         merged = list(grads[: len(self.leaves)])

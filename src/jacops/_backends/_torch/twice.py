@@ -52,7 +52,7 @@ def gradient_tape(found: Recorded, call: str) -> Tape:
         trust=tape.trust,
         fallback=tape.fallback,
     )
-    gradient.protected = tape.protected
+    gradient.protected, gradient.weights = tape.protected, tape.weights
     gradient.tolerance = max(gradient.tolerance, tape.tolerance)
     _check_twice(tape, gradient, call)
     return gradient
