@@ -16,7 +16,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
     {"errors", "space", "_progress", "_finite", "_digests", "_keywords", "_lanczos", "trees", "_backends"},  # 0 ground
     {"operators", "derivatives", "per_sample", "fisher", "second_order", "sparsity", "charts"},  # 1 linear
     {"solvers", "estimators", "planning", "checks"},  # 2 methods
-    {"data", "objective", "_jax_objective", "problem"},  # 3 problem
+    {"data", "objective", "_jax_objective", "_reduction", "problem"},  # 3 problem
     {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
     {"__init__"},
 ]

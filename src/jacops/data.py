@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._backends._torch.surroundings import random_state_kept, refuse_transforms
+from ._digests import byte_view
 from ._progress import track
 from .errors import DataError, InputError, InputTypeError, explain
 from .trees import flatten
@@ -245,8 +246,7 @@ def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:
 
 def _bytes(array: Any) -> bytes:
     if isinstance(array, Tensor):
-        raw = array.detach().cpu().contiguous()
-        return raw.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return byte_view(array.cpu()).numpy().tobytes()
     return np.ascontiguousarray(array).tobytes()
 
 

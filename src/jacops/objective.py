@@ -6,6 +6,7 @@ Everything above it (problems, influence) speaks torch tensors and operators, wh
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -23,6 +24,7 @@ from ._backends._torch.twice import gradient_tape
 from ._backends._torch.weights import weights_of
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
+from ._reduction import not_finite, offset
 from .data import Batch, rows_of
 from .derivatives import Loss, ggn, hessian, jacobian, record_loss, trainable
 from .errors import InputError, InputTypeError, explain
@@ -112,6 +114,10 @@ class Objective(ABC):
 
     def check_state(self) -> None:  # noqa: B027 - most frameworks have no modes
         """Refuse a model whose mode makes per-sample quantities ill-posed."""
+
+    @abstractmethod
+    def value_near(self, x: Any, y: Any) -> float:
+        """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
 
     def changed(self, **options: Any) -> Objective:
         """Return the objective with other options.
@@ -225,9 +231,24 @@ class TorchObjective(Objective):
         return other
 
     def value(self, x: Any, y: Any) -> float:
-        """Return the loss of a batch."""
+        """Return the loss of a batch.
+
+        Raises:
+            NonFiniteError: It is NaN or Inf; the message names what holds the first NaN or Inf.
+        """
         with seeded(self.seed):
-            found = record_loss(self.model, self.loss, x, y, "influence", parameters=self.picks)
+            found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks)
+        value = float(found.tape.outputs[0].detach())
+        if not math.isfinite(value):
+            raise not_finite("Problem", value, bare(self.model), x, y)
+        return value
+
+    def value_near(self, x: Any, y: Any) -> float:
+        """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
+        named = parameter_names(bare(self.model))
+        shift = {name: offset(named[name].detach(), seed) for seed, name in enumerate(self.space.names)}
+        with seeded(self.seed):
+            found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks, shift=shift)
         return float(found.tape.outputs[0].detach())
 
     def gradient(self, x: Any, y: Any) -> Tensor:
@@ -367,30 +388,3 @@ def picked(parameters: Picks, names: Sequence[str]) -> Callable[[str, Any], bool
             near = get_close_matches(pattern, names, 3, 0.4) or names[:3]
             raise InputError(explain("parameters", repr(pattern), f"no parameter fits; near are {', '.join(near)}"))
     return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def check_reduction(objective: Objective, batch: Batch) -> None:
-    """Hold the loss of some rows together against the losses of the rows alone.
-
-    Raises:
-        InputError: The loss does not reduce a batch as the objective says.
-    """
-    few = min(batch.rows, 8)
-    some = batch.part(slice(0, few))
-    shares = objective.denominators(some.y, few).tolist()
-    rows = [batch.part(slice(i, i + 1)) for i in range(few) if shares[i]]
-    if not rows:
-        return
-    mean = objective.reduction == "mean"
-    alone = [
-        objective.value(row.x, row.y) * (share if mean else 1.0)
-        for row, share in zip(rows, (s for s in shares if s), strict=True)
-    ]
-    together, expected = objective.value(some.x, some.y), sum(alone) / (sum(shares) if mean else 1.0)
-    scale = max(sum(map(abs, alone)) / few, 1e-30)
-    if not abs(together - expected) <= 1e-3 * max(scale, abs(expected)):
-        raise InputError(
-            f"`reduction` is {objective.reduction!r}, but the loss of {few} rows together is {together:.6g} and the "
-            f"{objective.reduction} of their losses alone is {expected:.6g}. Say `reduction='sum'`, or pass a loss "
-            "with `reduction='none'`, whose mean is then taken over the rows."
-        )

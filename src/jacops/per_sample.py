@@ -13,6 +13,7 @@ from ._backends._torch.layers.by_sample import Definition, SampleFactors
 from ._backends._torch.layers.factors import matrix_shape
 from ._backends._torch.layers.parts import Rows
 from ._backends._torch.layers.row_cotangents import row_cotangents
+from ._backends._torch.losses import one_row
 from ._backends._torch.record import Recorded, record_model, setting
 from ._backends._torch.replica import bare, check_state, parameter_names
 from ._backends._torch.surroundings import eager, seeded
@@ -90,7 +91,7 @@ def sample_gradients(
 
     def alone(values: Sequence[Tensor]) -> Recorded:
         one_x, one_y = tree.build(values)
-        with seeded(seed):
+        with seeded(seed), one_row("sample_gradients"):
             return record_loss(model, loss, one_x, one_y, "sample_gradients", **options)
 
     def together(values: Sequence[Tensor]) -> Recorded:

@@ -166,9 +166,12 @@ def self_influences(
     on_failure: Literal["raise", "return"] = "raise",
     **options: Unpack[ProblemOptions],
 ) -> Tensor:
-    r"""Return $g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
+    r"""Return $s_i^2 g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
 
-    Large values are samples that only themselves speak for: mislabelled ones come first.
+    Large values are samples whose loss rests on themselves alone: mislabelled ones come first. With $g_i$ the gradient
+    of a sample's own loss, in which its class weight cancels, $s_i$ is its share in the objective relative to an equal
+    one: $n w_i d_i / \sum_j w_j d_j$ for a mean with sample weights $w$ and class weights or counted targets $d$, $w_i$
+    for a sum. Without weights and ignored targets it is 1.
 
     Args:
         differentiable_model: As in `compute_influence_factors`.
@@ -186,7 +189,9 @@ def self_influences(
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
-    return torch.cat([_own(run, rows()) for _, rows in run.tiles(train)])
+    values = torch.cat([_own(run, rows()) for _, rows in run.tiles(train)])
+    shares = _shares(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)
+    return values * shares.to(values) ** 2
 
 
 def _own(run: Run, rows: Tensor) -> Tensor:
