@@ -23,6 +23,7 @@ from .watch import Light
 # classifiers with logits from 1 to 1000 and 15 losses, in float32, float64 and bfloat16.
 SAFETY = 8.0
 _DRAWS = 3
+_LINEAR = 1e-2  # more than rounding in bfloat16, less than what any other power or function leaves
 
 
 class RoundedOff(Light):
@@ -50,19 +51,31 @@ class RoundedOff(Light):
         if not all(isinstance(r, Tensor) and r.is_floating_point() and not r.is_meta for r in results):
             return exact
         within = torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+        met = within and any(self._is_passed(value) for value in _tensors(args))
         try:
             found = func(*tree_map_only(Tensor, self._moved, args), **kwargs)
-            if within and any(self._is_passed(value) for value in _tensors(args)):
+            linear = met and self._is_linear(func, args, kwargs, results)
+            if linear:
                 opposed = func(*tree_map_only(Tensor, self._opposed, args), **kwargs)
                 found = tree_map(self._rounded, found, exact, opposed)
         except RuntimeError:  # an operand left the domain of the operation, as a probability above one does
             return exact
-        if within:
+        if within and (linear or not met):
             self._passed.update(r.untyped_storage()._cdata for r in _tensors((found,)))
         return found
 
+    def _is_linear(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> bool:
+        """Say whether twice what a backward pass made gives twice the results, as exponentials of it do not."""
+        doubled = func(*tree_map_only(Tensor, lambda t: 2 * t if self._is_passed(t) else t, args), **kwargs)
+        pairs = zip(_tensors((doubled,)), results, strict=True)
+        return all(size(twice - 2 * once) <= _LINEAR * size(once) for twice, once in pairs)
+
     def _is_passed(self, tensor: Tensor) -> bool:
-        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._passed
+        return (
+            tensor.is_floating_point()
+            and tensor.layout is torch.strided
+            and tensor.untyped_storage()._cdata in self._passed
+        )
 
     def _noise(self, tensor: Tensor) -> Tensor:
         wide = torch.promote_types(tensor.dtype, torch.float32)
@@ -76,7 +89,7 @@ class RoundedOff(Light):
 
     def _opposed(self, tensor: Tensor) -> Tensor:
         """Return entries as large as the largest and of random signs in place of what a backward pass made."""
-        if not self._is_passed(tensor) or not tensor.is_floating_point() or not tensor.numel():
+        if not self._is_passed(tensor) or not tensor.numel():
             return tensor
         return (self._noise(tensor).sign() * tensor.abs().max()).to(tensor.dtype)
 
@@ -106,3 +119,21 @@ def rounding_error(compute: Callable[[], Sequence[Tensor]], found: Sequence[Tens
             moved = compute()
         norms.append(math.hypot(*(size(a - b) for a, b in zip(moved, found, strict=True))))
     return SAFETY * max((norm for norm in norms if math.isfinite(norm)), default=0.0)
+
+
+def is_rounding(pull: Callable[[], Sequence[Tensor | None]], pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Say whether results of another route differ from those of a backward pass by no more than rounding.
+
+    Args:
+        pull: Repeats the backward pass; None stands for zeros.
+        pairs: What the other route gave, and what the backward pass did.
+    """
+
+    def filled() -> list[Tensor]:
+        return [
+            torch.zeros_like(known) if found is None else found.detach()
+            for found, (_, known) in zip(pull(), pairs, strict=True)
+        ]
+
+    gap = math.hypot(*(size(a.detach() - b.detach()) for a, b in pairs))
+    return gap <= rounding_error(filled, [known.detach() for _, known in pairs])
