@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,32 @@ from ._backends._torch.agreement import size
 from ._backends._torch.losses import one_row
 from ._backends._torch.surroundings import private_noise
 from ._finite import is_finite, where_first
+from .data import Batch
 from .errors import InputError, JacopsError, NonFiniteError
+from .space import Space
 from .trees import flatten
-
-if TYPE_CHECKING:
-    from .data import Batch
-    from .objective import Objective
 
 _ROWS = 8
 _TOLERANCE = 1e-3  # a sum taken for a mean is off by a factor of the rows; the order of summation by some rounding
 _ROUNDINGS = 16  # of low precisions, where rounding exceeds that
 
 
-def check_reduction(objective: Objective, batch: Batch) -> None:
+class Reduced(Protocol):
+    """What is compared of an objective: see `Objective`."""
+
+    reduction: Any
+
+    @property
+    def space(self) -> Space: ...
+
+    def denominators(self, y: Any, rows: int) -> Tensor: ...
+
+    def value(self, x: Any, y: Any) -> float: ...
+
+    def value_near(self, x: Any, y: Any) -> float: ...
+
+
+def check_reduction(objective: Reduced, batch: Batch) -> None:
     """Compare the loss of some rows together with the losses of the rows alone.
 
     Where the model fits its data, losses are zero or hold rounding errors, which no comparison can tell anything by:
@@ -51,7 +64,7 @@ def check_reduction(objective: Objective, batch: Batch) -> None:
         )
 
 
-def _nearby(objective: Objective, some: Batch) -> _Compared:
+def _nearby(objective: Reduced, some: Batch) -> _Compared:
     order = torch.arange(some.rows).roll(1)
     try:
         leaves, tree = flatten(some.y, "y")
@@ -74,7 +87,7 @@ class _Compared(NamedTuple):
         return abs(self.together - self.expected)
 
 
-def _compared(objective: Objective, some: Batch, value: Callable[[Any, Any], float]) -> _Compared:
+def _compared(objective: Reduced, some: Batch, value: Callable[[Any, Any], float]) -> _Compared:
     shares = objective.denominators(some.y, some.rows).tolist()
     rows = [(some.part(slice(i, i + 1)), share) for i, share in enumerate(shares) if share]
     if not rows:
