@@ -13,10 +13,10 @@ import jacops
 
 SRC = Path(__file__).parents[1] / "src"
 LAYERS = [  # imports point downwards only: from a later row to an earlier one, or within a row without a cycle
-    {"errors", "space", "_progress", "_finite", "_digests", "_lanczos", "trees", "_backends"},  # 0 ground
+    {"errors", "space", "_progress", "_finite", "_digests", "_keywords", "_lanczos", "trees", "_backends"},  # 0 ground
     {"operators", "derivatives", "per_sample", "fisher", "second_order", "sparsity", "charts"},  # 1 linear
     {"solvers", "estimators", "planning", "checks"},  # 2 methods
-    {"data", "objective", "_jax_objective", "problem"},  # 3 problem
+    {"data", "objective", "_jax_objective", "_reduction", "problem"},  # 3 problem
     {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
     {"__init__"},
 ]

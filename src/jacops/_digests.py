@@ -86,6 +86,13 @@ def digest_data(batches: Iterable[Any], data_id: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def byte_view(tensor: Tensor) -> Tensor:
+    """Return a tensor's entries in row-major order as bytes, `(bytes,)` of uint8, whatever its strides."""
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
+    # One entry counts as contiguous whatever its stride is; as bytes its stride must be 1.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+
+
 def digest_tensors(named: Mapping[str, Tensor | np.ndarray]) -> str:
     """Return a digest of tensors by name: dtypes, shapes and bytes, in the order of the names.
 
@@ -198,8 +205,7 @@ def _take_array(found: Any, value: Tensor | np.ndarray, name: str) -> None:
             came = "a lazy, meta or sparse tensor"
             raise InputError(explain(name, came, "values are needed for its digest", "Load it, or `.to_dense()` it."))
         dtype, plain = str(value.dtype).removeprefix("torch."), value.detach().as_subclass(Tensor)
-        plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
-        raw = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
+        raw = byte_view(plain.cpu()).numpy()
     else:
         if value.dtype.kind not in "biufc":
             raise InputTypeError(explain(name, f"an array of {value.dtype}", "numbers are needed"))

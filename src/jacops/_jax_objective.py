@@ -22,6 +22,7 @@ from ._backends._torch.likelihoods import Likelihood, computed_likelihood
 from ._backends._torch.row_losses import Reduction
 from ._backends._torch.surroundings import eager
 from ._finite import check_outputs, is_finite, where_first
+from ._reduction import offset
 from .errors import InputError, InputTypeError, NonFiniteError, explain
 from .objective import Objective, Picks, picked
 from .operators import Matrix, Operator
@@ -146,6 +147,12 @@ class JaxObjective(Objective):
         """
         point = self.batch(x, y, "value")
         return self._finite(self.model.value(point), point, "value")
+
+    def value_near(self, x: Any, y: Any) -> float:
+        """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
+        point = self.batch(x, y, "value")
+        moved = [leaf + to_jax(offset(to_torch(leaf), i), "params") for i, leaf in enumerate(point.leaves)]
+        return float(self.model.value(point._replace(leaves=tuple(moved))))
 
     @eager
     def gradient(self, x: Any, y: Any) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -17,8 +15,9 @@ from ._backends._torch.replica import bare
 from ._backends._torch.samples.batch import Samples
 from ._backends._torch.surroundings import eager
 from ._finite import check_outputs, is_finite, where_first
+from ._keywords import keywords
 from .errors import InputError, InputTypeError, NonFiniteError, explain, warn
-from .jacobians import check_positive, compute_jacobian
+from .jacobians import JacobianOptions, check_positive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,6 +62,7 @@ class Projection:
         return (features - self.mean) @ self.matrix.T
 
 
+@keywords()
 def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
     r"""Return what a fitted scikit-learn `PCA` does to features, whitened or not.
 
@@ -94,6 +94,7 @@ def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
     return Projection(torch.as_tensor(matrix).to(dtype), torch.as_tensor(np.asarray(pca.mean_)).to(dtype))
 
 
+@keywords()
 def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool = True) -> Array:
     """Return a Jacobian by reduced inputs as one by original features: `(n, out, r) · (r, d) -> (n, out, d)`.
 
@@ -142,6 +143,7 @@ def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool 
     return _finite("project_jacobian", jacobian @ proj_tensor, check_finite)
 
 
+@keywords()
 def reduce_contributions(
     contributions: Array, method: Literal["l2", "l1", "max"] = "l2", *, check_finite: bool = True
 ) -> Array:
@@ -201,6 +203,7 @@ def _three_axes(shape: Any) -> None:
         )
 
 
+@keywords()
 def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # noqa: N803
     """Return how well `Z = J X` holds, sample by sample.
 
@@ -293,6 +296,7 @@ class Contributions:
         )
 
 
+@keywords(JacobianOptions)
 @eager
 def contributions(
     model: nn.Module,
@@ -301,7 +305,7 @@ def contributions(
     projection: Projection | None = None,
     features: Tensor | None = None,
     batch_size: int = 1024,
-    **options: Any,
+    **options: Unpack[JacobianOptions],
 ) -> Contributions:
     r"""Return what each feature adds to each output, with the part that is due to constants, verified.
 
@@ -341,7 +345,7 @@ def contributions(
         came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise InputError(explain("x", came, "a tensor (n, in) of at least one sample is needed"))
     centred = _check_features(x, projection, features, options.get("at"))
-    jacobian, alone = _swept(bare(model), x, batch_size, _known(options))
+    jacobian, alone = _swept(bare(model), x, batch_size, options)
     forward = Forward(bare(model), options.get("outputs"), options.get("at"), 1 if alone else batch_size)
     found = forward.parts(x)
     if not is_finite(found.bias):
@@ -363,20 +367,10 @@ def contributions(
     return Contributions(values, bias, found.output, jacobian, verification, float(slopes.relative.max()), tuple(notes))
 
 
-_OPTIONS = tuple(n for n, p in inspect.signature(compute_jacobian).parameters.items() if p.kind is p.KEYWORD_ONLY)
 _OF_SAMPLES = ("outputs", "at", "checks", "fallback", "compile")  # the others are of a sweep
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    for name in options:
-        if name not in _OPTIONS:
-            near = get_close_matches(name, _OPTIONS, 1)
-            todo = f"Did you mean {near[0]!r}?" if near else ""
-            raise InputTypeError(explain(name, "no option of contributions", f"one of {_OPTIONS} is needed", todo))
-    return options
-
-
-def _swept(model: nn.Module, x: Tensor, batch_size: int, options: dict[str, Any]) -> tuple[Tensor, bool]:
+def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[Tensor, bool]:
     """Return the Jacobian `(n, out, *in)`, and whether samples had to be taken alone."""
     check_positive("batch_size", batch_size)
     chosen = {name: value for name, value in options.items() if name in _OF_SAMPLES}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._backends._torch.agreement import inner, size, tolerance
 from ._backends._torch.record import record_model
 from ._backends._torch.surroundings import eager, private_noise
+from ._keywords import keywords
 from .derivatives import trainable
 from .errors import NotDifferentiableError
 from .operators import Operator
@@ -52,6 +53,7 @@ def _typical(tensor: Tensor) -> float:
     return size(tensor) / max(tensor.numel(), 1) ** 0.5
 
 
+@keywords()
 @eager
 def check(
     model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Callable[[str, Tensor], bool] = trainable

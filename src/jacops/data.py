@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._backends._torch.restoring import restoring
 from ._backends._torch.surroundings import random_state_kept, random_states, refuse_transforms, set_random_states
+from ._digests import byte_view
 from ._progress import track
 from .errors import DataError, InputError, InputTypeError, explain
 from .trees import flatten
@@ -273,8 +274,7 @@ def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:
 
 def _bytes(array: Any) -> bytes:
     if isinstance(array, Tensor):
-        raw = array.detach().cpu().contiguous()
-        return raw.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return byte_view(array.cpu()).numpy().tobytes()
     return np.ascontiguousarray(array).tobytes()
 
 

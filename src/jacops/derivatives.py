@@ -6,16 +6,15 @@ $J^\top H_{loss} J$.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.agreement import inner, size
+from ._backends._torch.agreement import size
 from ._backends._torch.cut import At
 from ._backends._torch.layers.by_layers import ByLayers
 from ._backends._torch.layers.curvature import hessian_diagonal, hessian_layers
@@ -26,8 +25,10 @@ from ._backends._torch.losses import call_loss
 from ._backends._torch.record import Recorded as Recording
 from ._backends._torch.record import record_model
 from ._backends._torch.restoring import restoring
-from ._backends._torch.surroundings import eager, out_of_inference, private_noise, recording, sweeping
+from ._backends._torch.surroundings import arithmetic, eager, out_of_inference, private_noise, recording
 from ._backends._torch.tape import Tape
+from ._backends._torch.twice import difference_step, disagreement, dropped, gradient_tape
+from ._keywords import keywords
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
 from .operators import Operator, Product, Recorded
 from .operators._finite_results import made_from
@@ -35,7 +36,40 @@ from .trees import Selector, flatten, hint_at_labels
 
 Loss = Callable[[Any, Any], Tensor]
 Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
-_SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
+
+
+class RecordOptions(TypedDict, total=False):
+    """Options of calls that record a model by its parameters.
+
+    Attributes:
+        parameters: Which parameters, by name and value; those that require grad by default.
+        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
+        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
+    """
+
+    parameters: Callable[[str, Tensor], bool]
+    checks: str
+    fallback: str
+
+
+class CurvatureOptions(RecordOptions, total=False):
+    """Options of calls that take a model with a loss.
+
+    Attributes:
+        outputs: Part of the output that the loss is given, as in `jacobian`.
+    """
+
+    outputs: Selector
+
+
+class OperatorOptions(CurvatureOptions, total=False):
+    """Options of public calls that return an operator made from a model with a loss.
+
+    Attributes:
+        check_finite: Results with NaN or Inf raise.
+    """
+
+    check_finite: bool
 
 
 def trainable(name: str, parameter: Tensor) -> bool:
@@ -43,6 +77,7 @@ def trainable(name: str, parameter: Tensor) -> bool:
     return parameter.requires_grad
 
 
+@keywords()
 @eager
 @made_from("inputs")
 def jacobian(
@@ -94,7 +129,15 @@ def jacobian(
         )
     hint_at_labels("jacobian", outputs, inputs)
     found = record_model(
-        model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, checks=checks, fallback=fallback
+        model,
+        inputs,
+        call="jacobian",
+        parameters=picks,
+        outputs=outputs,
+        at=at,
+        checks=checks,
+        fallback=fallback,
+        kept=True,
     )
     _real_only(found.tape)
     if not allow_zero and not found.tape.is_connected():
@@ -139,7 +182,7 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     if not callable(loss):
         raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
     options.setdefault("parameters", trainable)
-    y = _recordable(y)
+    y = _recordable(y, kept=bool(options.get("kept")))
     found = record_model(
         model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
     )
@@ -153,10 +196,13 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     return found
 
 
-def _recordable(y: Any) -> Any:
-    """Return a target whose tensors may take part in a recorded computation."""
+@restoring
+def _recordable(y: Any, kept: bool) -> Any:
+    """Return a target whose tensors may take part in a recorded computation, copied where that is kept."""
     leaves, tree = flatten(y, "y")
-    return tree.build([out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    with arithmetic(True):
+        plain = [out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree.build([leaf.clone() if kept and isinstance(leaf, Tensor) else leaf for leaf in plain])
 
 
 def _checked(value: Any) -> Tensor:
@@ -186,81 +232,10 @@ def _checked(value: Any) -> Tensor:
     return value
 
 
-@restoring
-def gradient_tape(found: Recording, call: str) -> Tape:
-    """Return the tape of a loss's gradient, ready to be differentiated again.
-
-    Raises:
-        NotDifferentiableError: A `once_differentiable` Function cut the graph.
-    """
-    tape = found.tape
-    # A seed that requires grad makes once_differentiable backwards leave a mark instead of dropping their part.
-    with sweeping(tape.outputs[0]):
-        seed = torch.ones_like(tape.outputs[0]).requires_grad_()
-        grads = tape.pull([seed], create_graph=True)
-    full = [_or_zero(g, leaf) for g, leaf in zip(grads, tape.leaves, strict=True)]
-    names = [f"d loss / d {name}" for name in tape.domain.names]
-    gradient = Tape(
-        tape.leaves,
-        full,
-        leaf_names=tape.domain.names,
-        output_names=names,
-        call=call,
-        twins=tape.twins,
-        private=True,
-        trust=tape.trust,
-        fallback=tape.fallback,
-    )
-    gradient.protected = tape.protected
-    gradient.tolerance = max(gradient.tolerance, tape.tolerance)
-    _check_twice(tape, gradient, call)
-    return gradient
-
-
-def _check_twice(tape: Tape, gradient: Tape, call: str) -> None:
-    """Refuse a gradient whose own derivative torch drops or gets wrong, as far as two sweeps can tell.
-
-    Raises:
-        NotDifferentiableError: A backward is marked once_differentiable, or the Hessian is not symmetric.
-    """
-    if gradient.survey.refuses_twice:
-        raise NotDifferentiableError(
-            f"{call}: the graph holds {', '.join(tape.survey.functions)}, whose backward is marked "
-            "once_differentiable: "
-            "its second derivative does not exist, and torch would drop it silently. Write its backward with "
-            "differentiable operations."
-        )
-    if not gradient.trust.needs("symmetric"):
-        return
-    u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))
-    along_u, along_v = (_pulled(gradient, w) for w in (u, v))
-    left, right = (
-        sum(float(inner(a, b.unsqueeze(0))) for a, b in zip(*pair, strict=True))
-        for pair in ((v, along_u), (u, along_v))
-    )
-    scale = math.sqrt(sum(size(g) ** 2 for g in (*along_u, *along_v)))
-    if abs(left - right) > gradient.tolerance * scale:
-        names = ", ".join(tape.survey.functions)
-        suspects = f", perhaps of the custom Function {names}" if names else ""
-        raise NotDifferentiableError(
-            f"{call}: the second derivative that torch gives is not symmetric (off by "
-            f"{abs(left - right) / scale:.1e}), so "
-            f"it is wrong for some operation of this model{suspects}. Write that operation out with elementary ones."
-        )
-    gradient.trust.remember("symmetric")
-
-
-def _pulled(tape: Tape, cotangents: list[Tensor]) -> list[Tensor]:
-    return [_or_zero(g, leaf) for g, leaf in zip(tape.pull(cotangents), tape.leaves, strict=True)]
-
-
-def _or_zero(grad: Tensor | None, leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if grad is None else grad
-
-
+@keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
-def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Recorded:
+def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> Recorded:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
@@ -272,8 +247,8 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
-        options: `parameters=` (a function of name and parameter), `checks=`, `fallback=`, `check_finite=` (results
-            with NaN or Inf raise).
+        options: `parameters=` (a function of name and parameter), `outputs=`, `checks=`, `fallback=`, `check_finite=`
+            (results with NaN or Inf raise).
 
     Returns:
         A symmetric operator on the space of parameters.
@@ -290,8 +265,14 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    found = record_loss(model, loss, x, y, "hessian", **options)
-    tape = gradient_tape(found, "hessian")
+    return _hessian(model, loss, x, y, "hessian", options, kept=True)
+
+
+def _hessian(
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
+) -> Recorded:
+    found = record_loss(model, loss, x, y, call, kept=kept, **options)
+    tape = gradient_tape(found, call)
     operator = Recorded(tape, found.output, symmetric=True)
     rows = operator._apply
     layers = partial(hessian_layers, found.tape, _leading(x, y), rows)
@@ -303,7 +284,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Rec
 
 
 def _shifted_gradient(
-    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: dict[str, Any]
+    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: CurvatureOptions
 ) -> Tensor:
     found = record_loss(model, loss, x, y, "hessian", shift=shift, **options)
     tape = found.tape
@@ -311,28 +292,26 @@ def _shifted_gradient(
 
 
 def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[str, Tensor]], Tensor]) -> None:
-    """Hold one product against a central difference of gradients along a random direction."""
-    space = operator.domain
+    """Compare one product with central differences of gradients along a random direction."""
+    space, tape = operator.domain, operator.tape
     direction = private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device))
     direction = direction / size(direction)
-    step = torch.finfo(space.dtype).eps ** (1 / 3)
-    moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
-    difference = (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
-    product = operator @ direction
-    error = size(product - difference) / max(size(product), size(difference), math.sqrt(torch.finfo(space.dtype).eps))
-    if error > _SPOT_TOLERANCE.get(space.dtype, 0.5):
-        raise NotDifferentiableError(
-            f"{operator.tape.call}: a product with the Hessian and a central difference of gradients disagree "
-            f"by {error:.1e}, probably "
-            f"because the backward of {', '.join(found.tape.survey.functions)} drops a second derivative. "
-            "Write it with "
-            "differentiable operations on ctx.saved_tensors."
-        )
+
+    def central(step: float) -> Tensor:
+        moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
+        return (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
+
+    step = difference_step(tape.leaves)
+    error = disagreement(operator @ direction, central(step), central, step)
+    if error is not None:
+        what = "a product with the Hessian and a central difference of gradients"
+        raise dropped(tape.call, what, error, found.tape.survey.functions)
 
 
+@keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
-def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
+def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
     Args:
@@ -359,17 +338,22 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operato
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    return _ggn(model, loss, x, y, "ggn", options, kept=True)
+
+
+@restoring
+def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
-    found = record_model(model, x, call="ggn", **options)
+    found = record_model(model, x, call=call, kept=kept, **options)
     _real_only(found.tape)
     J = Recorded(found.tape, found.output)
     with recording():
         leaves = [o.detach().requires_grad_() for o in found.tape.outputs]
-        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), _recordable(y)))
+        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), _recordable(y, kept)))
     names = found.tape.codomain.names
-    outer = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call="ggn", private=True)
+    outer = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call=call, private=True)
     H = Recorded(
-        gradient_tape(Recording(outer, flatten(value, "loss")[1], value), "ggn"),
+        gradient_tape(Recording(outer, flatten(value, "loss")[1], value), call),
         value,
         symmetric=True,
     )
@@ -389,11 +373,23 @@ def _leading(x: Any, y: Any) -> list[int]:
     return [tensor.shape[0] for tensor in tensors if tensor.shape[0]]
 
 
-def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Any) -> Any:
+@keywords(OperatorOptions)
+@eager
+def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
     """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name."""
-    return hessian(model, loss, x, y, **options) @ v
+    return _for_one_product(model, loss, x, y, _hessian, "hvp", **options) @ v
 
 
-def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Any) -> Any:
+@keywords(OperatorOptions)
+@eager
+def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
     """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`."""
-    return ggn(model, loss, x, y, **options) @ v
+    return _for_one_product(model, loss, x, y, _ggn, "ggnvp", **options) @ v
+
+
+@made_from("x", "y")
+def _for_one_product(
+    model: nn.Module, loss: Loss, x: Any, y: Any, make: Callable[..., Operator], call: str, **options: Any
+) -> Operator:
+    """Return an operator that is dropped before anybody can write into the model's weights."""
+    return make(model, loss, x, y, call, options, kept=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, final
+from typing import Any, Literal, Unpack, final
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from ._backends._torch.likelihoods import (
 from ._backends._torch.record import record_model
 from ._backends._torch.row_losses import RowLosses
 from ._backends._torch.surroundings import eager
-from .derivatives import Loss, ggn, trainable
+from ._keywords import keywords
+from .derivatives import CurvatureOptions, Loss, OperatorOptions, ggn, trainable
 from .errors import InputError, InputTypeError, explain
 from .operators import Operator, Recorded, Scaled
 from .operators._finite_results import made_from
@@ -38,6 +39,7 @@ KINDS = ("exact", "monte_carlo", "empirical")
 _WEIGHTS = ("weight", "pos_weight")
 
 
+@keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
 def fisher(
@@ -50,7 +52,7 @@ def fisher(
     samples: int = 1,
     seed: int = 0,
     first: int = 0,
-    **options: Any,
+    **options: Unpack[OperatorOptions],
 ) -> Operator:
     r"""Return the Fisher matrix of one batch, as an operator on the space of parameters.
 
@@ -119,7 +121,7 @@ def batch_fisher(
     kind: str,
     samples: int,
     draws: Draws,
-    options: dict[str, Any],
+    options: CurvatureOptions,
 ) -> Operator:
     """Return the Fisher matrix of a batch, as `fisher` does, for a loss whose reduction is known."""
     if kind == "empirical":
@@ -127,7 +129,7 @@ def batch_fisher(
     _refuse_weights(losses.loss, kind)
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
         return ggn(model, losses.scalar, x, y, check_finite=False, **options)  # checked as a whole
-    found = record_model(model, x, call="fisher", **options)
+    found = record_model(model, x, call="fisher", kept=True, **options)
     output = _one_tensor(found.tape.outputs).detach()
     likelihood = known_likelihood(losses, output, y) or likelihood_of(losses.scalar, [output], found.tree, y)
     if likelihood is None:
@@ -142,7 +144,7 @@ def batch_fisher(
     return Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows))
 
 
-def _empirical(model: nn.Module, losses: RowLosses, x: Any, y: Any, options: dict[str, Any]) -> Operator:
+def _empirical(model: nn.Module, losses: RowLosses, x: Any, y: Any, options: CurvatureOptions) -> Operator:
     if y is None:
         raise InputError(explain("y", "None", "an empirical Fisher matrix is made with the data's labels"))
     G = sample_gradients(model, losses.scalar, x, y, **options)  # noqa: N806

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ._backends._torch.samples.batch import Samples
 from ._backends._torch.surroundings import arithmetic, eager
 from ._backends._torch.tape import Tape
 from ._finite import check_outputs, is_finite, where_first
+from ._keywords import keywords
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
@@ -27,6 +28,22 @@ from .trees import Selector, hint_at_labels
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
 
+class JacobianOptions(TypedDict, total=False):
+    """Options of `compute_jacobian`, for calls that make Jacobians with it."""
+
+    outputs: Selector
+    at: At
+    mode: Literal["auto", "reverse", "forward", "split"]
+    budget: Budget
+    out: Any
+    checks: str
+    fallback: str
+    check_finite: bool
+    compile: bool
+    progress: bool | None
+
+
+@keywords()
 @planned_by(plan_samples)
 @eager
 def compute_jacobian(
@@ -113,6 +130,7 @@ def compute_jacobian(
     return found.output_tree.build(rows)
 
 
+@keywords()
 @planned_by(plan_full_jacobian)
 @eager
 def full_jacobian(
@@ -178,6 +196,7 @@ def full_jacobian(
         return [given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
 
 
+@keywords()
 @planned_by(plan_modjac)
 @eager
 def modjac(

@@ -6,6 +6,7 @@ Everything above it (problems, influence) speaks torch tensors and operators, wh
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -23,10 +24,13 @@ from ._backends._torch.replica import bare, parameter_names
 from ._backends._torch.restoring import restoring
 from ._backends._torch.row_losses import Reduction, RowLosses, Weighted
 from ._backends._torch.surroundings import seeded, sweeping
+from ._backends._torch.twice import gradient_tape
+from ._backends._torch.weights import weights_of
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
+from ._reduction import not_finite, offset
 from .data import Batch, rows_of
-from .derivatives import Loss, ggn, gradient_tape, hessian, jacobian, record_loss, trainable
+from .derivatives import CurvatureOptions, Loss, ggn, hessian, jacobian, record_loss, trainable
 from .errors import InputError, InputTypeError, explain
 from .fisher import KINDS, batch_fisher
 from .operators import Operator
@@ -107,8 +111,19 @@ class Objective(ABC):
         """
         raise InputError(explain("curvature", repr(kind), f"{type(self).__name__} has 'hessian' and 'ggn'"))
 
+    def unchanged(self) -> Callable[[str], None]:
+        """Return a function of a call's name that raises `ModelStateError` once the model differs from what it is now.
+
+        Frameworks whose parameters cannot be written into have nothing to compare.
+        """
+        return lambda call: None
+
     def check_state(self) -> None:  # noqa: B027 - most frameworks have no modes
         """Refuse a model whose mode makes per-sample quantities ill-posed."""
+
+    @abstractmethod
+    def value_near(self, x: Any, y: Any) -> float:
+        """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
 
     def changed(self, **options: Any) -> Objective:
         """Return the objective with other options.
@@ -209,6 +224,15 @@ class TorchObjective(Objective):
         """
         refuse_mixing_modules(self.model, random=self.seed is None)
 
+    def unchanged(self) -> Callable[[str], None]:
+        """Return a function that raises `ModelStateError` once parameters, buffers or modes differ from what they are.
+
+        The values are copied, or digested where they are large.
+        """
+        module = bare(self.model)
+        weights = weights_of(module)
+        return lambda call: weights.check(module, call)
+
     def denominators(self, y: Any, rows: int) -> Tensor:
         """Return what each row adds to the denominator of a mean: 1, or its targets' number or weights."""
         return self.losses.denominators(y, rows)
@@ -233,11 +257,26 @@ class TorchObjective(Objective):
 
     @restoring
     def value(self, x: Any, y: Any) -> float:
-        """Return the loss of a batch."""
+        """Return the loss of a batch.
+
+        Raises:
+            NonFiniteError: It is NaN or Inf; the message names what holds the first NaN or Inf.
+        """
         with seeded(self.seed):
-            tape = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks).tape
-        check_finite("value", [], [], tape, data={"x": x, "y": y})
-        return float(tape.outputs[0].detach())
+            found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks)
+        value = float(found.tape.outputs[0].detach())
+        if not math.isfinite(value):
+            raise not_finite("Problem", value, bare(self.model), x, y)
+        return value
+
+    @restoring
+    def value_near(self, x: Any, y: Any) -> float:
+        """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
+        named = parameter_names(bare(self.model))
+        shift = {name: offset(named[name].detach(), seed) for seed, name in enumerate(self.space.names)}
+        with seeded(self.seed):
+            found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks, shift=shift)
+        return float(found.tape.outputs[0].detach())
 
     @restoring
     def gradient(self, x: Any, y: Any) -> Tensor:
@@ -269,7 +308,7 @@ class TorchObjective(Objective):
         """
         if kind not in KINDS:
             raise InputError(explain("kind", repr(kind), f"one of {KINDS} is needed"))
-        options: dict[str, Any] = {"parameters": self.picks}
+        options: CurvatureOptions = {"parameters": self.picks}
         with seeded(self.seed):
             return batch_fisher(self.model, self.losses, x, y, kind, 1, Draws(0, first), options)
 
@@ -382,32 +421,3 @@ def picked(parameters: Picks, names: Sequence[str]) -> Callable[[str, Any], bool
             near = get_close_matches(pattern, names, 3, 0.4) or names[:3]
             raise InputError(explain("parameters", repr(pattern), f"no parameter fits; near are {', '.join(near)}"))
     return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def check_reduction(objective: Objective, batch: Batch) -> None:
-    """Hold the loss of some rows together against the losses of the rows alone.
-
-    Raises:
-        InputError: The loss does not reduce a batch as the objective says.
-    """
-    few = min(batch.rows, 8)
-    some = batch.part(slice(0, few))
-    objective.settle(some)
-    shares = objective.denominators(some.y, few).tolist()
-    rows = [batch.part(slice(i, i + 1)) for i in range(few) if shares[i]]
-    if not rows:
-        return
-    mean = objective.reduction == "mean"
-    together = objective.value(some.x, some.y)  # first: an error names the row as the batch counts it
-    alone = [
-        objective.value(row.x, row.y) * (share if mean else 1.0)
-        for row, share in zip(rows, (s for s in shares if s), strict=True)
-    ]
-    expected = sum(alone) / (sum(shares) if mean else 1.0)
-    scale = max(sum(map(abs, alone)) / few, 1e-30)
-    if not abs(together - expected) <= 1e-3 * max(scale, abs(expected)):
-        raise InputError(
-            f"`reduction` is {objective.reduction!r}, but the loss of {few} rows together is {together:.6g} and the "
-            f"{objective.reduction} of their losses alone is {expected:.6g}. Say `reduction='sum'`, or pass a loss "
-            "with `reduction='none'`, whose mean is then taken over the rows."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from ._backends._torch.layers.by_sample import Definition, SampleFactors
 from ._backends._torch.layers.factors import matrix_shape
 from ._backends._torch.layers.parts import Rows
 from ._backends._torch.layers.row_cotangents import row_cotangents
+from ._backends._torch.losses import one_row
 from ._backends._torch.record import Recorded, record_model
 from ._backends._torch.replica import bare, check_state, parameter_names
 from ._backends._torch.restoring import restoring
 from ._backends._torch.surroundings import eager, seeded
-from .derivatives import Loss, _real_only, record_loss, trainable
+from ._keywords import keywords
+from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
 from .operators._finite_results import made_from
@@ -27,6 +29,29 @@ from .trees import Selector, Tree, flatten, hint_at_labels
 Randomness = Literal["error", "same"]
 
 
+class RowOptions(RecordOptions, total=False):
+    """Options of `sample_jacobians`.
+
+    Attributes:
+        check_finite: Results with NaN or Inf raise.
+    """
+
+    check_finite: bool
+
+
+class SampleGradientOptions(OperatorOptions, total=False):
+    """Options of `sample_gradients`.
+
+    Attributes:
+        randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
+        seed: Of those masks.
+    """
+
+    randomness: Randomness
+    seed: int | None
+
+
+@keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
 def sample_gradients(
@@ -37,7 +62,7 @@ def sample_gradients(
     *,
     randomness: Randomness = "error",
     seed: int | None = None,
-    **options: Any,
+    **options: Unpack[OperatorOptions],
 ) -> LayerFactors:
     """Return the gradients of the loss of every sample alone, as rows of an operator `(n, P)`.
 
@@ -72,18 +97,18 @@ def sample_gradients(
     """
     seed = checked_seed(randomness, seed)
     refuse_mixing_modules(model, random=seed is None)
-    options.setdefault("parameters", trainable)
+    recorded: CurvatureOptions = {"parameters": trainable, **options}
     values, tree = _rows_of((x, y), "x, y")
     inputs = len(flatten(x, "x")[0])
 
     @restoring
     def alone(values: Sequence[Tensor]) -> Recorded:
         one_x, one_y = tree.build(values)
-        with seeded(seed):
-            return record_loss(model, loss, one_x, one_y, "sample_gradients", **options)
+        with seeded(seed), one_row("sample_gradients"):
+            return record_loss(model, loss, one_x, one_y, "sample_gradients", **recorded)
 
     def together(values: Sequence[Tensor]) -> Recorded:
-        return record_model(model, tree.build(values)[0], call="sample_gradients", **options)
+        return record_model(model, tree.build(values)[0], call="sample_gradients", **recorded)
 
     def cotangents(batch: Recorded, values: Sequence[Tensor]) -> list[Tensor | None]:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -92,14 +117,15 @@ def sample_gradients(
         return row_cotangents(batch.tape, loss, values[inputs:], build)
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
-    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output))
+    what = Definition(values, alone, together, cotangents, "sample_gradients", _way(recorded), forced)
+    return _factors(model, what, recorded, lambda output, n: Space.flat(n, "rows", output))
 
 
+@keywords(RowOptions)
 @eager
 @made_from("x")
 def sample_jacobians(
-    model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Any
+    model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Unpack[RowOptions]
 ) -> LayerFactors:
     """Return the parameter Jacobians of every sample's outputs, as rows of an operator `(n * k, P)`.
 
@@ -128,27 +154,27 @@ def sample_jacobians(
                 [0., 1.]])
     """
     refuse_mixing_modules(model, random=seed is None)
-    options.setdefault("parameters", trainable)
+    recorded: RecordOptions = {"parameters": trainable, **options}
     values, tree = _rows_of(x, "x")
     hint_at_labels("sample_jacobians", outputs, x)
 
     @restoring
     def record(values: Sequence[Tensor]) -> Recorded:
         with seeded(seed):
-            found = record_model(model, tree.build(values), call="sample_jacobians", outputs=outputs, **options)
+            found = record_model(model, tree.build(values), call="sample_jacobians", outputs=outputs, **recorded)
         return _one_output(found)
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, record, record, None, "sample_jacobians", _way(options), forced)
+    what = Definition(values, record, record, None, "sample_jacobians", _way(recorded), forced)
 
     def rows(output: Tensor, n: int) -> Space:
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape
         return Space(("output",), (torch.Size((n, *one)),), (output.dtype,), output.device)
 
-    return _factors(model, what, options, rows)
+    return _factors(model, what, recorded, rows)
 
 
-def _way(options: dict[str, Any]) -> str:
+def _way(options: RecordOptions) -> str:
     return check_fallback(options.get("fallback", "warn"))
 
 
@@ -176,7 +202,7 @@ def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
 def _factors(
     model: nn.Module,
     what: Definition,
-    options: dict[str, Any],
+    options: RecordOptions,
     rows: Callable[[Tensor, int], Space],
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
@@ -191,8 +217,8 @@ def _factors(
     )
 
 
-def _no_rows(model: nn.Module, what: Definition, options: dict[str, Any]) -> LayerFactors:
-    named = {n: p for n, p in parameter_names(bare(model)).items() if options["parameters"](n, p)}
+def _no_rows(model: nn.Module, what: Definition, options: RecordOptions) -> LayerFactors:
+    named = {n: p for n, p in parameter_names(bare(model)).items() if options.get("parameters", trainable)(n, p)}
     domain = Space.of(named.values(), named)
     parts = [Rows(p.detach().new_zeros(0, 1, *matrix_shape(p))) for p in named.values()]
     rows = Space.flat(0, "rows", torch.zeros(0, dtype=domain.dtype, device=domain.device))
@@ -242,8 +268,11 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
             )
 
 
+@keywords(SampleGradientOptions)
 @made_from("x", "y")
-def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Any) -> Operator:
+def empirical_fisher(
+    model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[SampleGradientOptions]
+) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 
     Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's. A
@@ -255,7 +284,7 @@ def empirical_fisher(model: nn.Module, loss: Loss, x: Any, y: Any, **options: An
         loss: As in `sample_gradients`; a mean over one sample, the negative log-likelihood of it.
         x: As in `sample_gradients`.
         y: As in `sample_gradients`.
-        options: As in `hessian`.
+        options: As in `sample_gradients`.
 
     Returns:
         A positive operator on the space of parameters.

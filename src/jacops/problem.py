@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ._backends._torch.row_losses import Reduction
 from ._finite import InBatch
+from ._reduction import check_reduction
 from .data import Batch, Batches, Unpack
 from .errors import DataError, InputError, InputTypeError, explain
-from .objective import Objective, Picks, TorchObjective, check_reduction
+from .objective import Objective, Picks, TorchObjective
 from .operators import Operator
 from .operators._data import StackOver, SumOver
 from .per_sample import Randomness
@@ -24,6 +25,18 @@ Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo
 CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher")
 _KEPT_BYTES = 2**29
 _FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo"}
+
+
+class ProblemOptions(TypedDict, total=False):
+    """Options of `Problem`, for calls that make one."""
+
+    parameters: Picks
+    reduction: Reduction | None
+    l2: float | Mapping[str, float]
+    unpack: Unpack | None
+    randomness: Randomness
+    seed: int | None
+    progress: bool | None
 
 
 class Problem:
@@ -215,8 +228,10 @@ class Problem:
             data: Other data than the problem's own.
         """
         batches = self.data if data is None else Batches.of(data, "data", self.data.unpack)
+        unchanged = self.objective.unchanged()
 
         def parts() -> Iterator[tuple[float, Operator]]:
+            unchanged("Problem.sample_gradients")
             for batch in batches.tracked("gradients", self.progress):
                 if batch.rows:
                     yield 1.0, self.objective.sample_gradients(batch.x, batch.y)
@@ -255,6 +270,7 @@ class _Passes:
         self.problem, self.kind = problem, kind
         self._kept: list[tuple[float, Operator]] = []
         self._room, self._whole = _KEPT_BYTES, False
+        self._unchanged = problem.objective.unchanged()
 
     def first(self) -> Operator:
         """Linearise the first batch that counts.
@@ -271,6 +287,7 @@ class _Passes:
         if self._whole:
             yield from self._kept
             return
+        self.check()
         count = 0
         for number, (row, batch, term, factor) in enumerate(self.problem._terms(self.kind)):
             count += 1
@@ -286,6 +303,14 @@ class _Passes:
             yield factor, part
             del part  # whoever took it decides how long it lives
         self._whole = count == len(self._kept)
+
+    def check(self) -> None:
+        """Refuse to run a model again that changed since the first pass: sums would mix two points.
+
+        Raises:
+            ModelStateError: It did; the message names the parameter.
+        """
+        self._unchanged(f"Problem.{self.kind}")
 
     def will_hold(self, each: int) -> int:
         """Return the bytes that the next pass holds beside what is kept already, for batches of `each` bytes."""

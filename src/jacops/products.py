@@ -15,12 +15,14 @@ from ._backends._torch.record import Recorded, record_closure, record_model
 from ._backends._torch.restoring import restoring
 from ._backends._torch.surroundings import arithmetic, eager, out_of_inference
 from ._finite import check_finite, check_vector
+from ._keywords import keywords
 from .errors import ModelStateError, explain, warn
 
 Params = Tensor | Iterable[Tensor]
 Vectors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
+@keywords()
 @eager
 def jvp(
     func: Callable[[], Any], params: Params, v: Vectors, create_graph: bool = False, *, fallback: str = "warn"
@@ -55,6 +57,7 @@ def jvp(
     return _push(record_closure(func, params, "jvp", fallback), v, create_graph, batch=False)
 
 
+@keywords()
 @eager
 def batch_jvp(
     func: Callable[[], Any], params: Params, vs: Vectors, create_graph: bool = False, *, fallback: str = "warn"
@@ -84,6 +87,7 @@ def batch_jvp(
     return _push(record_closure(func, params, "batch_jvp", fallback), vs, create_graph, batch=True)
 
 
+@keywords()
 @eager
 def vjp(func: Callable[[], Any], params: Params, v: Any, create_graph: bool = False) -> Tensor | list[Tensor]:
     r"""Return $J^\top v$, the gradient of $\langle v, \mathrm{func}() \rangle$.
@@ -112,6 +116,7 @@ def vjp(func: Callable[[], Any], params: Params, v: Any, create_graph: bool = Fa
     return grads[0] if len(grads) == 1 else grads
 
 
+@keywords()
 @eager
 def batch_vjp(func: Callable[[], Any], params: Params, vs: Any, create_graph: bool = False) -> list[Tensor]:
     r"""Return $J^\top v$ for a batch of cotangents: always a list, `(B, *param)` each.
@@ -138,6 +143,7 @@ def batch_vjp(func: Callable[[], Any], params: Params, vs: Any, create_graph: bo
     return _pull(record_closure(func, params, "batch_vjp"), vs, create_graph, batch=True)
 
 
+@keywords()
 @eager
 def model_jvp(model: nn.Module, x: Any, v: Vectors, create_graph: bool = False, *, fallback: str = "warn") -> Any:
     """Return $J v$ of a model's output by all its parameters, `list(model.parameters())`, frozen ones too.
@@ -167,6 +173,7 @@ def model_jvp(model: nn.Module, x: Any, v: Vectors, create_graph: bool = False, 
     return _push(_recorded(model, x, "model_jvp", create_graph, fallback), v, create_graph, batch=False)
 
 
+@keywords()
 @eager
 def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> Tensor | list[Tensor]:
     r"""Return $J^\top v$ of a model's output by all its parameters.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from .._lanczos import Lanczos
 from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
 from ..operators import Operator
@@ -126,6 +127,7 @@ class SpectralDensity:
         )
 
 
+@keywords()
 @eager
 def spectral_density(
     operator: Operator,
@@ -215,6 +217,7 @@ def _quadrature(operator: Operator, probes: int, steps: int, seed: int) -> tuple
     return torch.cat([values for values, _ in found]), torch.cat([weights for _, weights in found])
 
 
+@keywords()
 @eager
 def effective_dimension(
     operator: Operator, damping: float, probes: int | None = None, steps: int = 80, seed: int = 0

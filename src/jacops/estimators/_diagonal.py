@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from ..operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from ..operators._algebra import Product, Scaled, Sum, Transposed
 from ..operators._data import BlockDiagonal, SumOver
@@ -35,6 +36,7 @@ def diagonal(operator: Operator) -> Tensor: ...
 def diagonal(operator: Operator, probes: None, seed: int = 0, *, method: str = "xdiag") -> Tensor: ...
 @overload
 def diagonal(operator: Operator, probes: int, seed: int = 0, *, method: str = "xdiag") -> DiagonalEstimate: ...
+@keywords()
 @eager
 def diagonal(
     operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xdiag"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from .._lanczos import Lanczos, Ritz
 from ..errors import SolveError
 from ..operators import Operator
@@ -53,6 +54,7 @@ class Eigenpairs:
         )
 
 
+@keywords()
 @eager
 def eigenpairs(
     operator: Operator,

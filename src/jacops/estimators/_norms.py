@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from .._lanczos import Lanczos
 from ..operators import Operator
 from ._eigenpairs import working_dtype
@@ -34,6 +35,7 @@ class SpectralNorm(NamedTuple):
     products: int
 
 
+@keywords()
 @eager
 def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estimate:
     r"""Return the Frobenius norm $\lVert A \rVert_F$, exact or estimated with a standard error.
@@ -66,6 +68,7 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estima
     return Estimate(value, square.standard_error / (2 * value) if value else 0.0)
 
 
+@keywords()
 @eager
 def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int = 100, seed: int = 0) -> SpectralNorm:
     r"""Return the spectral norm $\lVert A \rVert_2$, the largest singular value, by Lanczos on $A^\top A$.

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from ..operators import Operator
 from ._diagonal import diagonal
 from ._leave_one_out import sketched
 from ._probes import Estimate, check_choice, check_probes, check_square, left_out_mean, mean_of, product, signs
 
 
+@keywords()
 @eager
 def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xtrace") -> Estimate:
     r"""Return the trace of a square operator, exact or estimated with a standard error.

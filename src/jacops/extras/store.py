@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._digests import DataDigest, digest_data, digest_function, digest_module, digest_tensors, surroundings
 from .._finite import where_first
+from .._keywords import keywords
 from ..errors import (
     InputError,
     InputTypeError,
@@ -240,6 +241,7 @@ class StoredRun(Store):
                     self._folder.write((name, HEADER), codec.metadata)
 
 
+@keywords()
 def read_store(path: Location, name: str = "influences", *, partial: bool = False) -> np.ndarray:
     """Return a whole array of a stored run.
 

@@ -8,16 +8,17 @@ positive where weighting sample i up lowers the loss of t.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
 from .._finite import on_finite_rows
+from .._keywords import keywords
 from ..data import Batches
 from ..errors import InputError, explain
-from ..problem import Problem
+from ..problem import Problem, ProblemOptions
 from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, InfluenceFactors, Influences
@@ -30,6 +31,7 @@ _UNITS = {
 }
 
 
+@keywords(ProblemOptions)
 @eager
 def compute_influence_factors(
     differentiable_model: Any,
@@ -40,7 +42,7 @@ def compute_influence_factors(
     damping: float = 0.0,
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
-    **options: Any,
+    **options: Unpack[ProblemOptions],
 ) -> InfluenceFactors:
     r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
 
@@ -73,6 +75,7 @@ def compute_influence_factors(
     return InfluenceFactors(x, run.described(solutions))
 
 
+@keywords(ProblemOptions)
 @eager
 def compute_influences(
     differentiable_model: Any,
@@ -87,7 +90,7 @@ def compute_influences(
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
     store: Any = None,
-    **options: Any,
+    **options: Unpack[ProblemOptions],
 ) -> Influences:
     r"""Return influences of training samples on test samples.
 
@@ -154,6 +157,7 @@ def compute_influences(
     return Influences(torch.cat(tiles), influence_type, SIGN, units, run.damping, info, shares_of(run.problem, asked))
 
 
+@keywords(ProblemOptions)
 @eager
 def self_influences(
     differentiable_model: Any,
@@ -163,11 +167,14 @@ def self_influences(
     damping: float = 0.0,
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
-    **options: Any,
+    **options: Unpack[ProblemOptions],
 ) -> Tensor:
-    r"""Return $g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
+    r"""Return $s_i^2 g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
 
-    Large values are samples that only themselves speak for: mislabelled ones come first.
+    Large values are samples whose loss rests on themselves alone: mislabelled ones come first. With $g_i$ the gradient
+    of a sample's own loss, in which its class weight cancels, $s_i$ is its share in the objective relative to an equal
+    one: $n w_i d_i / \sum_j w_j d_j$ for a mean with sample weights $w$ and class weights or counted targets $d$, $w_i$
+    for a sum. Without weights and ignored targets it is 1.
 
     Args:
         differentiable_model: As in `compute_influence_factors`.
@@ -185,7 +192,9 @@ def self_influences(
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
-    return torch.cat([_own(run, rows()) for _, rows in run.tiles(train)])
+    values = torch.cat([_own(run, rows()) for _, rows in run.tiles(train)])
+    shares = shares_of(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)
+    return values * shares.to(values) ** 2
 
 
 def _own(run: Run, rows: Tensor) -> Tensor:

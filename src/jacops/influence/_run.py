@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import Batch, Batches
 from ..errors import InputError, InputTypeError, SolveError, explain
 from ..operators._data import SumOver
-from ..problem import CURVATURES, Problem
+from ..problem import CURVATURES, Problem, ProblemOptions
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
 from ._result import described
 
@@ -99,7 +99,7 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
 
 
 def ready(
-    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: dict[str, Any]
+    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: ProblemOptions
 ) -> Run:
     """Check the arguments and prepare the solver.
 
@@ -113,7 +113,7 @@ def ready(
 
 
 def checked(
-    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: dict[str, Any]
+    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: Any
 ) -> Run:
     """Check the arguments; the model is not evaluated.
 

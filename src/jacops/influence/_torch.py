@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .._backends._torch.replica import bare, parameter_names
 from .._backends._torch.surroundings import eager, sweeping
 from .._backends._torch.tape import Tape
+from .._backends._torch.twice import gradient_tape
 from .._finite import check_finite, check_vector
 from .._progress import track
-from ..derivatives import gradient_tape, hessian, record_loss
+from ..derivatives import hessian, record_loss
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain
 from ..objective import TorchObjective
 from ._twice_differentiable import TensorUtilities, TwiceDifferentiable

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._backends._torch.restoring import restoring
 from .._backends._torch.surroundings import arithmetic
+from .._keywords import keywords
 from ..errors import InputError, SolveError, explain
 from ._loop import Ended, Rules, run
 from ._problem import FunctionModule, Problem, function_module
@@ -18,6 +19,7 @@ from ._solvers import Solver, solver_of
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
 
+@keywords()
 def levenberg_marquardt(
     model: nn.Module | Callable[..., Any],
     input: Any = None,
@@ -116,6 +118,7 @@ def levenberg_marquardt(
     return _fit(model, "levenberg_marquardt", recipe, options)
 
 
+@keywords()
 def gauss_newton(
     model: nn.Module | Callable[..., Any],
     input: Any = None,

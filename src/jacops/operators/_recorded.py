@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.tape import Tape
+from .._backends._torch.weights import check_kept
 from ..space import Space
 from ._base import Formed, Operator
 
@@ -59,9 +60,11 @@ class Recorded(Operator):
     def _apply(self, rows: Tensor) -> Tensor:
         if self.symmetric:
             return self._apply_transpose(rows)
+        check_kept(self.tape.weights, self.tape.call)
         return self.codomain.join(self.tape.push_rows(self.domain.split(rows))).detach()
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
+        check_kept(self.tape.weights, self.tape.call)
         space = self.domain
         flat = torch.empty(rows.shape[0], space.dim, dtype=space.dtype, device=space.device)
         if any(dtype != space.dtype for dtype in space.dtypes):

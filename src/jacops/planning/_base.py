@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from .._backends._torch.memory import in_words
+from .._keywords import unknown
 from ..errors import InputError, InputTypeError, explain
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -131,6 +132,10 @@ def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
         known = ", ".join(sorted(_PLANNERS))
         raise InputError(explain("call", repr(name), f"one of {known} is needed"))
     function, planner = _PLANNERS[name]
+    parameters = inspect.signature(function).parameters
+    for keyword in kwargs:
+        if keyword not in parameters:
+            raise unknown(f"plan: {name}", keyword, parameters)
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._backends._torch.agreement import size
 from .._backends._torch.samples.batch import Samples
 from .._backends._torch.samples.nested import Forward
+from .._backends._torch.twice import disagreement, dropped
 from .._finite import is_finite, where_first
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import Selector, Tree
-from ._evidence import SPOT_TOLERANCE
 
 
 def samples_of(
@@ -66,12 +63,19 @@ def check_finite(call: str, blocks: Sequence[Tensor]) -> None:
             raise NonFiniteError(f"{call}: in a derivative by the input, {where_first(block)} (first axis: sample).")
 
 
-def check_agreement(call: str, product: Tensor, difference: Tensor, functions: list[str]) -> None:
-    floor = math.sqrt(torch.finfo(product.dtype).eps)
-    error = size(product - difference) / max(size(product), size(difference), floor)
-    if error > SPOT_TOLERANCE.get(product.dtype, 0.5):
-        raise NotDifferentiableError(
-            f"{call}: the derivative and a central difference of the one before disagree by {error:.1e}, probably "
-            f"because the backward of {', '.join(functions)} drops a second derivative. Write it with differentiable "
-            "operations on ctx.saved_tensors."
-        )
+def check_differences(
+    call: str,
+    products: Sequence[Tensor],
+    central: Callable[[float], Sequence[Tensor]],
+    step: float,
+    functions: list[str],
+) -> None:
+    """Refuse derivatives that differ from central differences of those of one order less.
+
+    Raises:
+        NotDifferentiableError: One differs by more than rounding and the step explain.
+    """
+    for index, (product, wide) in enumerate(zip(products, central(step), strict=True)):
+        error = disagreement(product, wide, lambda shorter, index=index: central(shorter)[index], step)
+        if error is not None:
+            raise dropped(call, "the derivative and a central difference of the one before", error, functions)

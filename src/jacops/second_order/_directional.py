@@ -12,15 +12,18 @@ from .._backends._torch.agreement import size
 from .._backends._torch.samples.batch import Samples
 from .._backends._torch.samples.nested import RECORDED, Forward, Slopes, nested
 from .._backends._torch.surroundings import eager
+from .._backends._torch.twice import difference_step
 from .._finite import check_vector, is_finite
+from .._keywords import keywords
 from ..errors import InputError, explain
 from ..space import Space
 from ..trees import Selector, Tree, flatten
 from ._alone import settled
-from ._common import check_agreement, check_finite, check_positive, part_of, samples_of, tree_of
+from ._common import check_differences, check_finite, check_positive, part_of, samples_of, tree_of
 from ._evidence import Blocks, Nest, refuted, typical
 
 
+@keywords()
 @eager
 def directional_derivative(
     model: nn.Module | Callable[..., Any],
@@ -161,10 +164,13 @@ def _check_against_lower(
     samples: Samples, directions: list[Tensor], order: int, blocks: list[Tensor], functions: list[str], batch_size: int
 ) -> None:
     """Hold derivatives along directions against central differences of those of one order less."""
-    step = torch.finfo(directions[0].dtype).eps ** (1 / 3) / (max(size(v) for v in directions) or 1.0)
-    differences, _ = _differences(samples, directions, order, step, batch_size)
-    for block, difference in zip(blocks, differences, strict=True):
-        check_agreement(samples.call, block, difference, functions)
+    length = max(size(v) for v in directions) or 1.0
+
+    def central(step: float) -> list[Tensor]:
+        return _differences(samples, directions, order, step, batch_size)[0]
+
+    step = difference_step([samples.values[i] for i in samples.inputs]) / length
+    check_differences(samples.call, blocks, central, step, functions)
 
 
 def _against_differences(

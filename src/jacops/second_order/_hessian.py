@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._backends._torch.agreement import size, tolerance
+from .._backends._torch.rounding import rounding_error
+from .._backends._torch.rows import rows_size
 from .._backends._torch.samples.batch import Samples
 from .._backends._torch.samples.nested import RECORDED, Forward, Slopes, nested
 from .._backends._torch.surroundings import eager, private_noise
+from .._backends._torch.twice import asymmetric, difference_step
 from .._finite import is_finite
-from ..errors import NotDifferentiableError
+from .._keywords import keywords
 from ..trees import Selector, Tree
 from ._alone import settled
-from ._common import check_agreement, check_finite, part_of, samples_of, tree_of
+from ._common import check_differences, check_finite, part_of, samples_of, tree_of
 from ._evidence import Nest, refuted, typical
 
+_WORST = 4  # samples whose rounding is measured, alone: an operation that is wrong shows where it is most wrong
 
+
+@keywords()
 @eager
 def input_hessian(
     model: nn.Module | Callable[..., Any],
@@ -81,7 +88,7 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
     blocks = [lines[start : start + many] for start in range(0, len(lines), many)]
     check_finite(samples.call, first)
     flat = [block for rows in blocks for row in rows for block in row]
-    flaw = "values are not finite" if not all(is_finite(b) for b in flat) else _asymmetry(samples, blocks)
+    flaw = _flaw(samples, blocks) if all(is_finite(b) for b in flat) else "values are not finite"
     shapes = [samples.values[i].shape[1:] for i in samples.inputs]
     nest = Nest(samples, forward, x, shapes, _rerun(samples, forward), slopes, 2, False)
     blocks = settled(nest, blocks, batch_size, flaw, lambda b, rows: _against_differences(samples, b, rows))
@@ -124,41 +131,75 @@ def matrices(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return block.reshape(block.shape[0], out, a, b)
 
 
-def _asymmetry(samples: Samples, blocks: list[list[list[Tensor]]]) -> str | None:
-    """Return that Hessians are not symmetric, and by how much; None if they are."""
-    leaves = [samples.values[i] for i in samples.inputs]
-    for rows in blocks:
-        distance = whole = 0.0
-        for a, left in enumerate(leaves):
-            for b, right in enumerate(leaves[: a + 1]):
-                one, other = matrices(rows[a][b], left, right), matrices(rows[b][a], right, left)
-                distance, whole = distance + size(one - other.mT) ** 2, whole + size(one) ** 2
-        if distance > tolerance([rows[0][0].dtype]) ** 2 * whole:
-            off = math.sqrt(distance / whole)
-            return f"the second derivative that torch gives is not symmetric (off by {off:.1e})"
+def _asymmetry(samples: Samples, blocks: list[list[list[Tensor]]]) -> float | None:
+    """Return how far Hessians are from symmetric, relative to their size; None where rounding explains it."""
+    for output, rows in enumerate(blocks):
+        gaps, sizes = _gaps(samples, rows)
+        distance, whole = float(gaps.norm()), float(sizes.norm())
+        if distance > tolerance([rows[0][0].dtype]) * whole and not _is_rounding(samples, rows, output, gaps):
+            return distance / whole
     return None
 
 
+def _flaw(samples: Samples, blocks: list[list[list[Tensor]]]) -> str | None:
+    gap = _asymmetry(samples, blocks)
+    return None if gap is None else f"the second derivative that torch gives is not symmetric (off by {gap:.1e})"
+
+
 def _check_symmetric(samples: Samples, blocks: list[list[list[Tensor]]], functions: list[str]) -> None:
-    flaw = _asymmetry(samples, blocks)
-    if flaw is not None:
-        suspects = f", perhaps of the custom Function {', '.join(functions)}" if functions else ""
-        raise NotDifferentiableError(
-            f"{samples.call}: {flaw}, so it is wrong for some operation of this model{suspects}. Write that operation "
-            "out with elementary ones."
-        )
+    gap = _asymmetry(samples, blocks)
+    if gap is not None:
+        raise asymmetric(samples.call, gap, functions)
+
+
+def _gaps(samples: Samples, rows: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the distance of one output's Hessians from their transposes and their size, `(n,)` each."""
+    leaves = [samples.values[i] for i in samples.inputs]
+    gaps, sizes = [], []
+    for a, left in enumerate(leaves):
+        for b, right in enumerate(leaves[: a + 1]):
+            one, other = matrices(rows[a][b], left, right), matrices(rows[b][a], right, left)
+            gaps.append(rows_size(one - other.mT))
+            sizes.append(rows_size(one))
+    return torch.stack(gaps).norm(dim=0), torch.stack(sizes).norm(dim=0)
+
+
+def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: Tensor) -> bool:
+    """Say whether the Hessians of the least symmetric samples hold rounding errors of that size."""
+    for worst in gaps.topk(min(_WORST, len(gaps))).indices.tolist():
+        where = slice(worst, worst + 1)
+        x = [v[where] for v in samples.values]
+        one = Samples(samples.runner.model, samples.input_tree.build(x), call=samples.call, checks="never")
+        one.runner = replace(one.runner, outputs=samples.runner.outputs)
+        found = [block[where] for row in rows for block in row]
+        if not float(gaps[worst]) <= rounding_error(lambda one=one: _alone(one, output), found):
+            return False
+    return True
+
+
+def _alone(samples: Samples, output: int) -> list[Tensor]:
+    lines, _ = nested(
+        Slopes(Forward(samples), samples.call), samples.input_tree.build(samples.values), samples, "rounding", 1, False
+    )
+    many = len(samples.inputs)
+    return [block for row in lines[output * many : (output + 1) * many] for block in row]
 
 
 def _check_against_jacobians(
     samples: Samples, blocks: list[list[list[Tensor]]], functions: list[str], batch_size: int
 ) -> None:
-    """Hold Hessians along a random direction against a central difference of Jacobians."""
-    noise = _unit_noise(samples, slice(None))
-    step = torch.finfo(noise[0].dtype).eps ** (1 / 3)
+    """Compare Hessians along a random direction with central differences of Jacobians."""
+    leaves = [samples.values[i] for i in samples.inputs]
+    noise = [private_noise(leaf, seed=i) for i, leaf in enumerate(leaves)]
+    length = math.hypot(*map(size, noise)) or 1.0
+    noise = [v / length for v in noise]
     products = _products(samples, blocks, slice(None), noise)
-    differences, _ = _differences(samples, slice(None), noise, step, batch_size)
-    for product, difference in zip(products, differences, strict=True):
-        check_agreement(samples.call, product, difference.reshape(product.shape), functions)
+
+    def central(step: float) -> list[Tensor]:
+        found, _ = _differences(samples, slice(None), noise, step, batch_size)
+        return [difference.reshape(product.shape) for difference, product in zip(found, products, strict=True)]
+
+    check_differences(samples.call, products, central, difference_step(leaves), functions)
 
 
 def _against_differences(samples: Samples, blocks: list[list[list[Tensor]]], where: slice) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._backends._torch.samples.batch import Samples
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from ..errors import NotDifferentiableError, explain
 from ..trees import Selector, Tree
 from ._common import output_entries, part_of, samples_of
@@ -20,6 +21,7 @@ _HESSIAN_ENTRIES = 2**24
 _DIRECTION_ENTRIES = 2**22
 
 
+@keywords()
 @eager
 def laplacian(
     model: nn.Module | Callable[..., Any],

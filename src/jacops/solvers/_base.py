@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from ..errors import InputError, InputTypeError, SolveError, explain, warn
 from ..operators import Operator
 from ..space import Space
@@ -114,6 +115,7 @@ class Solver(ABC):
         return solution
 
 
+@keywords()
 def solve(
     operator: Operator,
     b: Tensor,
@@ -170,6 +172,7 @@ def require(solution: Solution, operator: Operator) -> None:
         raise SolveError(advice(solution, operator), solution)
 
 
+@keywords()
 def inverse(
     operator: Operator,
     solver: Solver | str = "auto",

@@ -101,8 +101,10 @@ class EKFAC(Solver):
         Raises:
             InputError: The operator is of something else, or the loss has no positive curvature by samples.
             NonFiniteError: An output or a gradient is NaN or Inf.
+            ModelStateError: The model changed since the operator was made.
         """
         check_source(operator)
+        operator.parts.check()  # pyright: ignore[reportAttributeAccessIssue]
         fisher = self.fisher if self.fisher != "auto" else _asked(operator)
         passes = Passes(operator.problem, fisher, self.draws, self.seed)  # pyright: ignore[reportAttributeAccessIssue]
         basis = Basis(self.weighted, self.widest)

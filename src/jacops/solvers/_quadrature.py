@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._backends._torch.surroundings import eager
+from .._keywords import keywords
 from .._lanczos import Lanczos
 from ..errors import InputError, explain
 from ..operators import Operator
@@ -36,6 +37,7 @@ class Bounds:
     steps: int
 
 
+@keywords()
 @eager
 def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float, steps: int = 30) -> Bounds:
     r"""Bracket $b^\top (A + \lambda I)^{-1} b$ for each row b, such as the self-influence of a sample's gradient.

@@ -19,6 +19,7 @@ from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
 from .._backends._torch.surroundings import math_attention, private_noise
 from .._backends._torch.tape import Tape
+from .._keywords import keywords
 from ..derivatives import Wrt, trainable
 from ..errors import InputError, MemoryBudgetError, NotDifferentiableError, explain
 from ..trees import Selector, flatten
@@ -31,6 +32,7 @@ from .pattern import Pattern
 _MOST = 2**27  # entries of a pattern; beyond, it is as good as dense
 
 
+@keywords()
 def detect_pattern(
     model: nn.Module,
     inputs: Any,

@@ -13,6 +13,7 @@ from torch import nn
 
 from .._backends._torch.proofs import Proofs
 from .._finite import check_outputs, is_finite, where_first
+from .._keywords import keywords
 from ..derivatives import Wrt
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
 from ..trees import Selector
@@ -274,6 +275,7 @@ class SparsePlan:
         return load(path, outputs)
 
 
+@keywords()
 def sparse_plan(
     model: nn.Module,
     inputs: Any,

@@ -15,6 +15,7 @@ from .._backends._torch.restoring import restoring
 from .._backends._torch.rows import plain
 from .._backends._torch.surroundings import private_noise
 from .._backends._torch.tape import Tape
+from .._keywords import keywords
 from ..errors import InputError, explain
 from ..trees import Selector
 from ._taint import Outside
@@ -44,6 +45,7 @@ class Separation:
         return self.apart
 
 
+@keywords()
 @restoring
 def samples_apart(
     model: nn.Module,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._keywords import keywords
 from ..errors import InputError, NotDifferentiableError, explain
 from ..operators import Operator, Recorded
 from ..operators._finite_results import check_result
@@ -24,6 +25,7 @@ from .pattern import Pattern, declared
 from .plan import SparseJacobian
 
 
+@keywords()
 def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pattern: Any = None) -> SparseJacobian:
     """Return an operator as a sparse matrix, by as many products as its colours.
 

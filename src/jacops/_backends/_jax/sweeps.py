@@ -15,6 +15,7 @@ from ..._progress import track
 from ...errors import NotDifferentiableError, warn
 from .._torch.agreement import tolerance, worst_disagreement
 from .crossing import to_torch
+from .rounding import rounding_error
 from .survey import READS
 
 _CHUNK_ENTRIES = 2**22
@@ -110,10 +111,11 @@ class Sweep:
         key = shapes((point, rows))
         if key in self._agreed or not np.isfinite(found).all():
             return found
-        distance, allowed = self._distance(point, rows, found)
-        if not distance <= allowed:
+        distance, proved = self._distance(point, rows, found)
+        if proved:
+            self._agreed.add(key)
+        elif distance:
             return self._give_up(f"JAX's vmap of it is off by {distance:.1e} from one row at a time", point, rows)
-        self._agreed.add(key)
         return found
 
     def _give_up(self, reason: str, point: Any, rows: Any) -> np.ndarray:
@@ -121,14 +123,18 @@ class Sweep:
         warn(f"{self.call}: {reason}; its rows are computed one by one.")
         return np.asarray(self._one_by_one(point, rows))
 
-    def _distance(self, point: Any, rows: Any, found: np.ndarray) -> tuple[float, float]:
-        """Return how far the batched rows are from plain ones, and how far they may be."""
+    def _distance(self, point: Any, rows: Any, found: np.ndarray) -> tuple[float, bool]:
+        """Return how far the batched rows are from plain ones, 0 where that may be rounding, and if they agree."""
         if self.linear:
             weights = np.random.default_rng(0).standard_normal(rows_in(rows))
             rows, found = jax.tree.map(partial(_mixed, weights), (rows, found))
         plain = to_torch(self._one_by_one(point, rows))
         pairs = list(zip(to_torch(found), plain, strict=True))
-        return worst_disagreement(pairs), tolerance([plain.dtype])
+        distance = worst_disagreement(pairs)
+        if distance <= tolerance([plain.dtype]):
+            return distance, True
+        gap = float(np.linalg.norm((to_torch(found) - plain).double().numpy()))
+        return 0.0 if gap <= rounding_error(self._uncompiled, point, rows) else distance, False
 
     def _read(self, point: Any, rows: Any) -> np.ndarray:
         try:

@@ -11,6 +11,7 @@ from torch import Tensor
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 _COARSE = 8e-2
 _FLOOR = 1e-2
+SQUARES = 1e-15  # norms whose squares, and those of entries far below, float32 can hold
 
 
 def tolerance(dtypes: Iterable[torch.dtype]) -> float:
@@ -20,9 +21,15 @@ def tolerance(dtypes: Iterable[torch.dtype]) -> float:
 
 
 def size(tensor: Tensor) -> float:
-    """Return the Euclidean norm as a number, in a precision that does not overflow."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(tensor.detach().to(wide)))
+    """Return the Euclidean norm as a number, at any scale: squares neither overflow nor underflow."""
+    wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    quick = float(torch.linalg.vector_norm(wide))
+    if SQUARES < quick < 1 / SQUARES or wide.numel() == 0:
+        return quick
+    largest = float(torch.linalg.vector_norm(wide, math.inf))
+    if not 0 < largest < math.inf:
+        return largest
+    return largest * float(torch.linalg.vector_norm(wide / largest))
 
 
 def worst_disagreement(pairs: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float] | None = None) -> float:

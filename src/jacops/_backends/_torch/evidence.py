@@ -55,6 +55,7 @@ def constants(
     """
     with _unseen():
         own = {_storage(tensor) for _, tensor in _tensors(function)}
+        own |= {_storage(node.variable) for node in nodes if hasattr(node, "variable")}
         there = {} if others is None else {(place, name): tensor.shape for place, name, tensor in _saved(others)}
         return tuple(
             (place, name)

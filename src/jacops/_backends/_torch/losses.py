@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ...errors import InputError, explain
+from ...errors import InputError, JacopsError, explain
 from .restoring import restoring
+from .surroundings import must_surface
 
 
 class _NoBroadcast(TorchFunctionMode):
@@ -44,3 +46,23 @@ def call_loss(loss: Callable[[Any, Any], Any], output: Any, target: Any) -> Any:
     """
     with _NoBroadcast():
         return loss(output, target)
+
+
+@contextmanager
+def one_row(call: str) -> Iterator[None]:
+    """Run a model and its loss on one row alone, which a loss with `.squeeze()` may not take.
+
+    Raises:
+        InputError: It does not; the error of the model or the loss is its cause.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if isinstance(error, JacopsError) or must_surface(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"{call}: the model with its loss fails on one sample alone ({type(error).__name__}: {first[:200]}), but "
+            "losses of single samples are needed. `.squeeze()` drops the axis of a batch of one: write `.squeeze(1)`, "
+            "or give output and target the same shape."
+        ) from error

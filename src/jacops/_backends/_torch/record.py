@@ -21,6 +21,7 @@ from .restoring import restoring
 from .surroundings import autocast_on, random_state_kept, recording
 from .tape import Tape
 from .watch import Habits, Watch, WritesState
+from .weights import weights_of
 
 Result = TypeVar("Result")
 
@@ -142,6 +143,7 @@ def record_model(
     purpose: Any = None,
     connected: bool = False,
     shift: Mapping[str, Tensor] | None = None,
+    kept: bool = False,
 ) -> Recorded:
     """Run a model once on private copies and record it.
 
@@ -159,6 +161,7 @@ def record_model(
         purpose: Tells one `finish` from another in what is remembered.
         connected: Keep the result connected to the caller's trainable parameters, for derivatives of derivatives.
         shift: Added to the private copies of parameters, by name, for finite differences.
+        kept: The recording is kept for later products, so the caller may write into the weights meanwhile.
 
     Raises:
         ModelStateError: The model has no parameters to differentiate.
@@ -181,28 +184,34 @@ def record_model(
     values, input_tree = flatten(value, "input")
     tensors = [t for t in values if isinstance(t, Tensor)]
     key = setting(module, tensors, "whole", training, at, told_apart(outputs), told_apart(purpose))
+    weights = weights_of(module) if kept else None
     store = store_for(module, key, checks, _rows(tensors))
 
     @restoring
     def record(habits: Habits, watch: Watch | None) -> tuple[Recorded, Tape]:
-        kept: dict[str, Any] = {}
+        noted: dict[str, Any] = {}
         replica = replicate(
-            module, wrt=lambda n, p: n in chosen, training=training, connected=connected, cloned=habits.writes
+            module,
+            wrt=lambda n, p: n in chosen,
+            training=training,
+            connected=connected,
+            cloned=habits.writes,
+            copies=None if weights is None else weights.copies(module),
         )
         with recording(), random_state_kept(), watch or nullcontext():
             # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks
             # for one.
-            copied, kept["inputs"] = private_inputs(value, connected)
+            copied, noted["inputs"] = private_inputs(value, connected)
             for name, change in (shift or {}).items():
                 replica.parameters[name].data = replica.originals[name].detach() + change
             hooked = Cut(replica.module, at)
             args, kwargs = split_input(copied)
             with hooked.active(), forward_explained(module, tensors):
                 output = hooked.result(replica(args, kwargs))
-            kept["hidden"] = hooked.leaves
+            noted["hidden"] = hooked.leaves
             output = select(output, outputs)
             output = finish(output) if finish is not None else output
-        leaves, names, twins = _leaves(replica, chosen, kept, at, connected)
+        leaves, names, twins = _leaves(replica, chosen, noted, at, connected)
         outputs_flat, tree = output_leaves(output)
         tape = Tape(
             leaves,
@@ -214,11 +223,12 @@ def record_model(
             fallback=fallback,
             coarse=autocast_on(outputs_flat),
         )
+        tape.weights = weights
         tape.protected = [p for p in module.parameters() if p.requires_grad]
         # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
         tape.twins = tuple((i, p) for i, p in twins if id(p) in tape.survey.leaves)
         given = dict(zip(input_tree.names, values, strict=True))
-        inputs = {id(given[name]): (given[name], leaf) for name, leaf in kept["inputs"]}
+        inputs = {id(given[name]): (given[name], leaf) for name, leaf in noted["inputs"]}
         return Recorded(tape, tree, output, inputs), tape
 
     return watched(store, record, module.parameters())

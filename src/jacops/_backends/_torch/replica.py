@@ -126,6 +126,7 @@ def replicate(
     training: bool | None = None,
     connected: bool = False,
     cloned: bool = False,
+    copies: Mapping[int, Tensor] | None = None,
 ) -> Replica:
     """Return a replica of `model`.
 
@@ -135,6 +136,7 @@ def replicate(
         training: Mode for every module; None keeps each one's own.
         connected: Keep the copies connected to the caller's parameters in the graph, instead of fresh leaves.
         cloned: Copy the weights too, for forwards that write into them.
+        copies: Take these in place of the caller's parameters, by identity.
     """
     model = bare(model)
     if isinstance(model, torch.jit.ScriptModule):
@@ -147,16 +149,18 @@ def replicate(
             known = _has_derivatives(parameter)
             if known:
                 originals[name] = parameter
-            memo[id(parameter)] = _copied(parameter, known and wrt(name, parameter), connected, cloned)
+            values = (copies or {}).get(id(parameter), parameter)
+            memo[id(parameter)] = _copied(parameter, values, known and wrt(name, parameter), connected, cloned)
         module = builder.build(model)
     return Replica(module, {n: memo[id(p)] for n, p in originals.items()}, originals)
 
 
-def _copied(parameter: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:
+def _copied(parameter: Tensor, values: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:
     parameter = out_of_inference(parameter)
     if connected and differentiated and parameter.requires_grad:
         return parameter.clone() if cloned else parameter.view_as(parameter)
-    private = parameter.detach().clone() if cloned else parameter.detach()
+    values = out_of_inference(values)
+    private = values.detach().clone() if cloned else values.detach()
     if type(parameter) in (nn.Parameter, Tensor):
         return nn.Parameter(private, requires_grad=differentiated)
     return private.requires_grad_(differentiated)

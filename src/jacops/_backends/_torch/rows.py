@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .agreement import as_rows
+from .agreement import SQUARES, as_rows
 
 Rows = list[Tensor]
 
@@ -26,10 +27,17 @@ def rows_size(rows: Tensor) -> Tensor:
     """Return the norms of rows `(k, …)` as `(k,)` in float64."""
     flat = as_rows(plain(rows.detach()))
     quick = torch.linalg.vector_norm(flat.to(torch.promote_types(flat.dtype, torch.float32)), dim=1)
-    if bool(torch.isfinite(quick).all()):
-        return quick.to(torch.float64)
-    wide = torch.complex128 if flat.is_complex() else torch.float64  # a copy, only where squares overflow
-    return torch.linalg.vector_norm(flat.to(wide), dim=1)
+    doubtful = ~((quick > SQUARES) & (quick < 1 / SQUARES))
+    norms = quick.to(torch.float64)
+    if not bool(doubtful.any()) or not flat.shape[1]:
+        return norms
+    largest = torch.linalg.vector_norm(flat, math.inf, dim=1).to(torch.float64)
+    doubtful &= (largest > 0) & (largest < math.inf)
+    if bool(doubtful.any()):  # a copy, only where squares overflow or underflow
+        wide = torch.complex128 if flat.is_complex() else torch.float64
+        scale = largest[doubtful]
+        norms[doubtful] = scale * torch.linalg.vector_norm(flat[doubtful].to(wide) / scale.unsqueeze(1), dim=1)
+    return norms
 
 
 def basis(like: Tensor, where: slice) -> Tensor:

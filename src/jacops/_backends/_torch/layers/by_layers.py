@@ -21,6 +21,7 @@ from ..memory import Meter
 from ..restoring import restoring
 from ..surroundings import private_noise
 from ..tape import Tape
+from ..weights import check_kept
 from .blocks import ENTRIES
 
 Rows = Callable[[Tensor], Tensor]
@@ -95,6 +96,7 @@ class ByLayers:
         """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
         if self.tape.trust.refused("dense", self.name):
             return None
+        check_kept(self.tape.weights, self.tape.call)
         fresh, counted = self._is_fresh(self.name), free < math.inf
         with Meter() if counted else nullcontext() as meter:
             layers = _tried(self.prepare, fresh)
@@ -115,6 +117,7 @@ class ByLayers:
         trust, name = self.tape.trust, f"{self.name}, the diagonal"
         if trust.refused("diagonal", name):
             return None
+        check_kept(self.tape.weights, self.tape.call)
         fresh = self._is_fresh(name)
         found = _tried(lambda: self.entries(self.most), fresh)
         if found is None:

@@ -1,0 +1,126 @@
+"""How a loss reduces a batch, verified on a few rows, and what a loss that is not finite comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ._backends._torch.agreement import size
+from ._backends._torch.losses import one_row
+from ._backends._torch.surroundings import private_noise
+from ._finite import is_finite, where_first
+from .data import Batch
+from .errors import InputError, JacopsError, NonFiniteError
+from .space import Space
+from .trees import flatten
+
+_ROWS = 8
+_TOLERANCE = 1e-3  # a sum taken for a mean is off by a factor of the rows; the order of summation by some rounding
+_ROUNDINGS = 16  # of low precisions, where rounding exceeds that
+
+
+class Reduced(Protocol):
+    """What is compared of an objective: see `Objective`."""
+
+    reduction: Any
+
+    @property
+    def space(self) -> Space: ...
+
+    def settle(self, batch: Batch) -> None: ...
+
+    def denominators(self, y: Any, rows: int) -> Tensor: ...
+
+    def value(self, x: Any, y: Any) -> float: ...
+
+    def value_near(self, x: Any, y: Any) -> float: ...
+
+
+def check_reduction(objective: Reduced, batch: Batch) -> None:
+    """Compare the loss of some rows together with the losses of the rows alone.
+
+    Where the model fits its data, losses are zero or hold rounding errors, which no comparison can tell anything by:
+    then it is made nearby, with parameters a little off and each row's target given to the next one.
+
+    Raises:
+        InputError: The loss does not reduce a batch as the objective says, or does not take one row alone.
+        NonFiniteError: A loss is NaN or Inf.
+    """
+    few = min(batch.rows, _ROWS)
+    some = batch.part(slice(0, few))
+    objective.settle(some)
+    allowed = max(_TOLERANCE, _ROUNDINGS * torch.finfo(objective.space.dtype).eps)
+    found = _compared(objective, some, objective.value)
+    if found.scale and found.gap <= allowed * found.scale:
+        return
+    near = _nearby(objective, some)
+    if near.gap > allowed * near.scale:
+        told = near if found.gap <= allowed * found.scale else found
+        raise InputError(
+            f"`reduction` is {objective.reduction!r}, but the loss of {few} rows together is {told.together:.6g} and "
+            f"the {objective.reduction} of their losses alone is {told.expected:.6g}. Say `reduction='sum'`, or pass a "
+            "loss with `reduction='none'`, whose mean is then taken over the rows."
+        )
+
+
+def _nearby(objective: Reduced, some: Batch) -> _Compared:
+    order = torch.arange(some.rows).roll(1)
+    try:
+        leaves, tree = flatten(some.y, "y")
+        rows = [leaf[order.to(leaf.device) if isinstance(leaf, Tensor) else order.numpy()] for leaf in leaves]
+        return _compared(objective, replace(some, y=tree.build(rows)), objective.value_near)
+    except (JacopsError, RuntimeError, ValueError, IndexError, TypeError):  # targets that fit their own row only
+        return _compared(objective, some, objective.value_near)
+
+
+class _Compared(NamedTuple):
+    """The loss of rows together, what the losses of the rows alone make of it, and the size of those."""
+
+    together: float
+    expected: float
+    scale: float
+
+    @property
+    def gap(self) -> float:
+        """How far the two are apart."""
+        return abs(self.together - self.expected)
+
+
+def _compared(objective: Reduced, some: Batch, value: Callable[[Any, Any], float]) -> _Compared:
+    shares = objective.denominators(some.y, some.rows).tolist()
+    rows = [(some.part(slice(i, i + 1)), share) for i, share in enumerate(shares) if share]
+    if not rows:
+        return _Compared(0.0, 0.0, 0.0)
+    mean = objective.reduction == "mean"
+    together = value(some.x, some.y)
+    with one_row("Problem"):
+        alone = [value(row.x, row.y) * (share if mean else 1.0) for row, share in rows]
+    total = sum(shares) if mean else 1.0
+    return _Compared(together, sum(alone) / total, sum(map(abs, alone)) / total)
+
+
+def offset(parameter: Tensor, seed: int) -> Tensor:
+    """Return a random change of a parameter, a tenth of its size."""
+    typical = max(size(parameter) / max(1, parameter.numel()) ** 0.5, 0.1)
+    return 0.1 * typical * private_noise(parameter, seed)
+
+
+def not_finite(call: str, value: float, module: nn.Module, x: Any, y: Any) -> NonFiniteError:
+    """Return the error for a loss that is NaN or Inf: it names the first thing that is not finite, in order of use."""
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in held.items():
+        if not is_finite(tensor):
+            return NonFiniteError(f"{call}: in the model's '{name}', {where_first(tensor)}; the loss is {value}.")
+    for part, data in (("x", x), ("y", y)):
+        for leaf in flatten(data, part)[0]:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not is_finite(leaf):
+                return NonFiniteError(
+                    f"{call}: in `{part}`, {where_first(leaf)} (first axis: row of the batch); the loss is {value}."
+                )
+    return NonFiniteError(
+        f"{call}: the loss is {value}, with finite weights and data: a value overflows, or leaves a domain."
+    )
