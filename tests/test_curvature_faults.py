@@ -464,7 +464,7 @@ def test_a_loss_that_is_not_finite_names_where_that_comes_from():
         jacops.Problem(broken, F.cross_entropy, [(x, y)]).gradient()
     bad = x.clone()
     bad[2, 1] = math.nan
-    with pytest.raises(NonFiniteError, match=r"`x`.*\(2, 1\)"):
+    with pytest.raises(NonFiniteError, match="x holds nan in row 2"):
         jacops.Problem(net(), F.cross_entropy, [(bad, y)]).gradient()
     with pytest.raises(NonFiniteError, match="loss"):
         jacops.Problem(net(), lambda o, y: (-o.square() - 1).log().mean(), [(x, y)]).gradient()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._backends._torch.agreement import size
 from ._backends._torch.losses import one_row
 from ._backends._torch.surroundings import private_noise
-from ._finite import is_finite, where_first
+from ._finite import is_finite, row_in_data, where_first
 from .data import Batch
 from .errors import InputError, JacopsError, NonFiniteError
 from .space import Space
@@ -115,12 +115,9 @@ def not_finite(call: str, value: float, module: nn.Module, x: Any, y: Any) -> No
     for name, tensor in held.items():
         if not is_finite(tensor):
             return NonFiniteError(f"{call}: in the model's '{name}', {where_first(tensor)}; the loss is {value}.")
-    for part, data in (("x", x), ("y", y)):
-        for leaf in flatten(data, part)[0]:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not is_finite(leaf):
-                return NonFiniteError(
-                    f"{call}: in `{part}`, {where_first(leaf)} (first axis: row of the batch); the loss is {value}."
-                )
+    row = row_in_data({"x": x, "y": y})
+    if row is not None:
+        return NonFiniteError(f"{call}: {row}; the loss is {value}.")
     return NonFiniteError(
         f"{call}: the loss is {value}, with finite weights and data: a value overflows, or leaves a domain."
     )

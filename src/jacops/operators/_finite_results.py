@@ -54,9 +54,20 @@ def made_from(*names: str) -> Callable[[Callable[Arguments, Made]], Callable[...
                 _check_losses(operator)
             return operator
 
+        call.__signature__ = _with_check(function)  # pyright: ignore[reportAttributeAccessIssue]
         return call
 
     return decorate
+
+
+def _with_check(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a call that takes `check_finite` besides what `function` takes."""
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        return signature  # its options have it
+    check = inspect.Parameter("check_finite", inspect.Parameter.KEYWORD_ONLY, default=True, annotation="bool")
+    return signature.replace(parameters=[*parameters, check])
 
 
 def check_result(operator: Operator, result: Tensor, what: str) -> Tensor:

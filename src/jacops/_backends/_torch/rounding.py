@@ -40,7 +40,8 @@ class RoundedOff(Light):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._generator = torch.Generator().manual_seed(seed)
-        self._passed: set[int] = set()  # storages of what backward passes made
+        # Storages of what backward passes made, held on to: another one may get the address of one that is freed.
+        self._passed: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, schema = kwargs or {}, func._schema
@@ -61,7 +62,8 @@ class RoundedOff(Light):
         except RuntimeError:  # an operand left the domain of the operation, as a probability above one does
             return exact
         if within and (linear or not met):
-            self._passed.update(r.untyped_storage()._cdata for r in _tensors((found,)))
+            storages = [r.untyped_storage() for r in _tensors((found,))]
+            self._passed |= {storage._cdata: storage for storage in storages}
         return found
 
     def _is_linear(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> bool:
