@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -111,3 +114,14 @@ def forward_flops(model: nn.Module, x: Tensor) -> int:
             x.detach().requires_grad_()
         )  # without gradients, attention would run as one operation that is not counted
     return counter.get_total_flops()
+
+
+def after_step(model: nn.Module, call: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a call that comes after all weights have moved, as an optimiser moves them, by one rounding."""
+    weights = [parameter.data for parameter in model.parameters()]
+
+    def moved() -> Any:
+        torch._foreach_mul_(weights, 1 + 2**-23)
+        return call()
+
+    return moved

@@ -30,7 +30,7 @@ from ..surroundings import must_surface
 from ..tape import Tape
 from .bottleneck import GAIN, narrowest, sweep_split
 from .compiled import Compiler
-from .mixing import NOT_FINITE, coupled, differs, disagrees, unbatchable, with_reads
+from .mixing import NOT_FINITE, UNDECIDED, coupled, differs, disagrees, unbatchable, with_reads
 from .plan import ensure_fits, is_small, planned
 from .results import ALONE, Results, SampleJacobians
 from .runs import Run, Runner
@@ -237,13 +237,14 @@ class Samples:
         if reason is None:
             result.prepare(run)
             reason, swept = self._filled(result, where, run, values, store, parts is not None, mode)
+        decided, reason = reason != UNDECIDED, reason or None
         if reason is None and parts is None and run.tape.trust.spot_due():
             reason = self._spot(result, where, run, values)
         if reason is not None:
             if reason != NOT_FINITE:
                 run.tape.trust.refuse("samples", "together", reason)
             return reason
-        if parts is not None and any(bool((v != v[:1]).any()) for v in values):
+        if parts is not None and decided and any(bool((v != v[:1]).any()) for v in values):
             # Equal rows prove nothing: they agree anyway.
             for proofs in (run.tape.trust, swept.tape.trust):
                 proofs.remember("samples apart", many)
@@ -299,8 +300,9 @@ class Samples:
         result.proved = False
         if split is not None and split.head is not None:
             result.direction, result.proved = sweep_split(split.head, split.tape, result.blocks, where)
-            if not fresh or coupled(run.tape, result.blocks, where, strict) is None:
-                return None, split
+            reason = coupled(run.tape, result.blocks, where, strict) if fresh else None
+            if not reason:
+                return reason, split
             run.tape.trust.split, result.proved = {}, False
             store.known.pop("split", None)
         result.direction = sweep(run.tape, result.blocks, where, "auto" if mode == "split" else mode)

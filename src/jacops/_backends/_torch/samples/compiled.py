@@ -134,7 +134,7 @@ class Compiler:
 def _doubtful(run: Run, result: Results, where: slice) -> bool:
     """Hold the first two samples of a batch against a run of them alone."""
     reason = differs(result.outputs[0][where], run.tape.outputs[0], torch.arange(2))
-    return (reason or coupled(run.tape, result.blocks, slice(where.start, where.start + 2))) is not None
+    return bool(reason or coupled(run.tape, result.blocks, slice(where.start, where.start + 2)))
 
 
 def compiled(runner: Runner, run: Run, values: Sequence[Tensor], blocks: Sequence[Tensor], where: slice) -> Compiled:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..agreement import tolerance, worst_disagreement
+from ..rounding import is_rounding
 from ..rows import plain
 from ..surroundings import private_noise
 from ..tape import Tape
 from ..watch import Habits
 
 NOT_FINITE = "values are not finite"
+UNDECIDED = ""  # rounding explains the difference: it speaks against nothing and proves nothing
 
 
 def unbatchable(tape: Tape, habits: Habits, many: int) -> str | None:
@@ -48,9 +51,12 @@ def coupled(tape: Tape, blocks: list[list[Tensor]], where: slice, strict: bool =
     A cotangent on half of the samples must leave exact zeros on the others, however small a coupling is. With
     `strict` halves are taken by every binary digit of the samples' numbers, both ways: then every ordered pair of
     samples stands on two sides once, in 2 log2(n) passes.
+
+    Returns:
+        Why samples mix; None where they do not, `UNDECIDED` where only rounding was compared.
     """
     seeds = [private_noise(o, seed=i) for i, o in enumerate(tape.outputs)]
-    many = where.stop - where.start
+    many, undecided = where.stop - where.start, False
     halves = _by_digits(many) if strict else [_random_half(many)]
     for mask in (torch.ones(many, dtype=torch.bool), *halves):
         masked = [s * mask.to(s.device, s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in seeds]
@@ -58,10 +64,15 @@ def coupled(tape: Tape, blocks: list[list[Tensor]], where: slice, strict: bool =
         grads = [torch.zeros_like(leaf) if g is None else plain(g) for leaf, g in pulled]
         if any(bool((g[~mask.to(g.device)] != 0).any()) for g in grads):
             return "samples mix: the output of one depends on another"
-        error = worst_disagreement([(g, _applied(blocks, where, masked, j, g)) for j, g in enumerate(grads)])
-        if not error <= tape.tolerance:
-            return f"samples mix: their shared sweep is off by {error:.1e}" if math.isfinite(error) else NOT_FINITE
-    return None
+        pairs = [(_applied(blocks, where, masked, j, g), g) for j, g in enumerate(grads)]
+        error = worst_disagreement(pairs)
+        if error <= tape.tolerance:
+            continue
+        if math.isfinite(error) and is_rounding(partial(tape.pull, masked), pairs):
+            undecided = True
+            continue
+        return f"samples mix: their shared sweep is off by {error:.1e}" if math.isfinite(error) else NOT_FINITE
+    return UNDECIDED if undecided else None
 
 
 def disagrees(alone: Tape, blocks: list[list[Tensor]], row: int) -> str | None:
@@ -70,8 +81,9 @@ def disagrees(alone: Tape, blocks: list[list[Tensor]], row: int) -> str | None:
     pulled = zip(alone.leaves, alone.pull(seeds), strict=True)
     grads = [torch.zeros_like(leaf) if g is None else plain(g) for leaf, g in pulled]
     rows = [s.reshape(1, *b[0].shape[1 : b[0].ndim - grads[0].ndim + 1]) for s, b in zip(seeds, blocks, strict=True)]
-    error = worst_disagreement([(g, _applied(blocks, where, rows, j, g)) for j, g in enumerate(grads)])
-    if error <= alone.tolerance:
+    pairs = [(_applied(blocks, where, rows, j, g), g) for j, g in enumerate(grads)]
+    error = worst_disagreement(pairs)
+    if error <= alone.tolerance or (math.isfinite(error) and is_rounding(partial(alone.pull, seeds), pairs)):
         return None
     return f"samples mix: the sweep of one alone differs by {error:.1e}" if math.isfinite(error) else NOT_FINITE
 
