@@ -88,7 +88,7 @@ class Proofs:
         split: The layer to cut at; absent where it was not looked for.
         direction: `"reverse"` or `"forward"`, whichever was measured cheaper.
         pull_seconds: What one plain pull takes.
-        known: What routes found out besides, by their own keys.
+        known: Further results of routes, by their own keys.
     """
 
     def __init__(self, checks: str = "first", function: Callable[[], Any] = lambda: None) -> None:
@@ -183,7 +183,7 @@ class Proofs:
 
 
 class _Graph:
-    """Proofs for graphs of one wiring, told apart by the constants in them."""
+    """Proofs for graphs of one wiring, by the constants in them."""
 
     def __init__(self, places: Places) -> None:
         self.places = places
@@ -220,7 +220,7 @@ class ProofStore:
 
         Args:
             survey: The graph.
-            habits: What was seen while it was recorded; None where nobody watched.
+            habits: What was seen while it was recorded; None where it was not watched.
         """
         reads = not (habits or self.assumed or Habits()).packs
         graph = self._graphs.take(survey.wiring, lambda: self._graph(survey) if reads else _Graph(()))

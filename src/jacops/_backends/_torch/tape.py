@@ -93,7 +93,7 @@ class Tape:
 
         Args:
             store: What earlier calls proved about the function in this setting.
-            habits: What was seen while the graph was recorded; None where nobody watched.
+            habits: What was seen while the graph was recorded; None where it was not watched.
 
         Returns:
             What the forward does besides arithmetic; None where it has to be watched to know.

@@ -156,7 +156,7 @@ class ByLayers:
 
 
 def _tried(work: Callable[[], Result | None], fresh: bool) -> Result | None:
-    """Return what comes of `work`; None where a route that nobody relied on yet fails."""
+    """Return what comes of `work`; None where it fails and no earlier result rests on it."""
     try:
         return attempt(work)
     except RouteFailedError:
