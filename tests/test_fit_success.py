@@ -305,7 +305,7 @@ def test_scales_come_in_the_form_of_the_parameters() -> None:
         (object(), InputTypeError, "`x_scale` is a object for 'x'"),
         (True, InputTypeError, "`x_scale` is a bool"),
     ],
-    ids=str,
+    ids=["word", "zero", "negative", "shape", "name", "none", "object", "flag"],
 )
 def test_bad_scales_are_refused_by_name(x_scale: object, error: type, message: str) -> None:
     for call in (gauss_newton, levenberg_marquardt):

@@ -595,6 +595,52 @@ def test_the_second_call_is_right_after_any_change(name: str, case: Case) -> Non
     assert float((found - right).abs().max()) <= 1e-9 * max(scale, 1e-3)
 
 
+# ---- operators that outlive a change ---------------------------------------------------------------------------------
+
+
+class Between(Net):
+    """Mixes samples by a gate that is set at will."""
+
+    def prepare(self) -> None:
+        self.gate = nn.Parameter(torch.zeros((), dtype=F64))
+
+    def between(self, h: Tensor) -> Tensor:
+        return h + self.gate * mixed(h)
+
+
+FORMS: dict[str, Callable[[Any], Tensor]] = {
+    "dense": lambda A: A.dense(),
+    "diagonal": jacops.diagonal,
+    "products": lambda A: A @ torch.eye(A.shape[1], dtype=F64),
+}
+MAKES: dict[str, tuple[Callable[[Case], Any], Call]] = {
+    "hessian": (lambda c: jacops.hessian(c.model, mse, c.x, c.y), plain_hessian),
+    "ggn": (lambda c: jacops.ggn(c.model, mse, c.x, c.y), plain_ggn),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MAKES)
+@pytest.mark.parametrize("gates", [(0.0, 0.7), (0.7, 0.0)])
+def test_proofs_of_an_operator_from_before_a_change_do_not_serve_one_from_after_it(
+    name: str, form: str, gates: tuple[float, float]
+) -> None:
+    """Nor the other way round: the first operator is used after the second."""
+    make, expected = MAKES[name]
+    case = Case(Between().eval(), draw(6, 3), draw(6, 2, seed=3))
+    case.model.gate.data.fill_(gates[0])
+    first, right_first = make(case), expected(case)
+    case.model.gate.data.fill_(gates[1])
+    second, right_second = make(case), expected(case)
+    order = [(first, right_first), (second, right_second)]
+    for operator, right in order if gates[0] == 0 else order[::-1]:
+        right = right.diagonal() if form == "diagonal" else right
+        torch.testing.assert_close(FORMS[form](operator), right, rtol=1e-9, atol=1e-9)
+    third = make(case)
+    right = right_second.diagonal() if form == "diagonal" else right_second
+    torch.testing.assert_close(FORMS[form](third), right, rtol=1e-9, atol=1e-9)
+
+
 # ---- plain functions, selectors, equal objects -----------------------------------------------------------------------
 
 

@@ -182,6 +182,40 @@ class Proofs:
         return random.Random(self._age).randrange(many)
 
 
+class KeptProofs(Proofs):
+    """What is known of a recording that outlives its call, while the model may change.
+
+    What was proved when it was recorded holds for it, and what is proved on it later; what other recordings prove
+    meanwhile does not: they may be of other weights. Anything else is that of the graph's proofs.
+
+    Args:
+        proofs: Of the graph.
+        unchanged: Says whether the model still is as it was recorded, so that what is proved holds for later calls.
+    """
+
+    def __init__(self, proofs: Proofs, unchanged: Callable[[], bool]) -> None:
+        self._shared, self._unchanged = proofs, unchanged
+        self._holds = set(proofs._proved)
+        self.known = Bounded(_CLAIMS)
+        self.known.update(proofs.known)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)
+
+    def needs(self, *route: Hashable) -> bool:
+        """Say whether `route` still has to be checked."""
+        return self.checks in ("always", "strict") or (self.checks == "first" and route not in self._holds)
+
+    def remember(self, *route: Hashable) -> None:
+        """Note that `route` was right."""
+        if route in self._holds:
+            return
+        self._holds.add(route)
+        if self._unchanged():
+            self._shared.known.update(self.known)
+            self._shared.remember(*route)
+
+
 class _Graph:
     """Proofs for graphs of one wiring, by the constants in them."""
 

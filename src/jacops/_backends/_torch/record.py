@@ -15,7 +15,7 @@ from ...trees import Selector, Tree, flatten, output_leaves, select
 from .cut import At, Cut
 from .graph import reaches
 from .inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
-from .proofs import ProofStore, store_for, told_apart
+from .proofs import KeptProofs, ProofStore, store_for, told_apart
 from .replica import Replica, bare, check_state, parameter_names, replicate
 from .restoring import restoring
 from .surroundings import autocast_on, random_state_kept, recording
@@ -231,7 +231,10 @@ def record_model(
         inputs = {id(given[name]): (given[name], leaf) for name, leaf in noted["inputs"]}
         return Recorded(tape, tree, output, inputs), tape
 
-    return watched(store, record, module.parameters())
+    found = watched(store, record, module.parameters())
+    if weights is not None:
+        found.tape.trust = KeptProofs(found.tape.trust, lambda: weights.changed_in(module) is None)
+    return found
 
 
 def _rows(tensors: Sequence[Tensor]) -> int | None:
