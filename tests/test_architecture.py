@@ -14,9 +14,9 @@ import jacops
 SRC = Path(__file__).parents[1] / "src"
 LAYERS = [  # imports point downwards only: from a later row to an earlier one, or within a row without a cycle
     {"errors", "space", "_progress", "_finite", "_digests", "_keywords", "_lanczos", "trees", "_backends"},  # 0 ground
-    {"operators", "derivatives", "per_sample", "fisher", "second_order", "sparsity", "charts"},  # 1 linear
+    {"operators", "derivatives", "per_sample", "fisher", "second_order", "sparsity", "charts", "projections"},  # 1
     {"solvers", "estimators", "planning", "checks"},  # 2 methods
-    {"data", "objective", "_jax_objective", "_reduction", "problem"},  # 3 problem
+    {"data", "_picks", "objective", "_jax_objective", "_reduction", "problem"},  # 3 problem
     {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
     {"__init__"},
 ]

@@ -655,7 +655,7 @@ def test_columns_as_outputs_are_not_warned_of(columns: Any):
 
 def test_wrong_arguments_are_named():
     net, x = network(), draw(7, 5)
-    with pytest.raises(InputTypeError, match=r"contributions.*'outputs'"):
+    with pytest.raises(InputTypeError, match=r"contributions.*`outputs`"):
         contributions(net, x, output=[1])
     with pytest.raises(InputError, match="at least one sample"):
         contributions(net, x[:0])

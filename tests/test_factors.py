@@ -416,7 +416,7 @@ def test_a_row_that_is_not_finite_spoils_only_itself_and_is_not_held_against_the
     model, x = model_of("mlp")
     y, bad = torch.zeros(6, 3, dtype=F64), x.clone()
     bad[2, 0] = torch.nan
-    found = sample_gradients(model, F.mse_loss, bad, y).dense()
+    found = sample_gradients(model, F.mse_loss, bad, y, check_finite=False).dense()
     assert torch.isfinite(found).all(1).tolist() == [True, True, False, True, True, True]
     assert "6 samples to a sweep" in sample_gradients(model, F.mse_loss, x, y).route
 

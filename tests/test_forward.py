@@ -121,18 +121,14 @@ def test_what_is_recomputed_is_right() -> None:
     torch.testing.assert_close(J @ drawn(4), J.dense() @ drawn(4))
 
 
-def test_weights_changed_since_are_noticed() -> None:
+def test_weights_changed_since_change_no_product() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
     J = jacops.jacobian(net, drawn(5, 4))
     v = drawn(J.shape[1])
-    J @ v
+    before = J @ v
     with torch.no_grad():
         net[2].weight.mul_(2)
-    with (
-        pytest.warns(jacops.JacopsWarning, match="modified by an inplace operation"),
-        pytest.raises(jacops.NotDifferentiableError, match="modified by an inplace operation"),
-    ):
-        J @ v
+    torch.testing.assert_close(J @ v, before)  # it answers for the weights that it was made with
 
 
 def test_a_leaf_made_from_another_leaf_moves_with_it_and_by_itself() -> None:

@@ -998,10 +998,8 @@ def _() -> None:
         close(modjac(Calls(tree, (3, 2)), x), oracle.parameter_jacobian(Calls(tree, (3, 2)), x))
         close(compute_jacobian(Calls(tree, (3, 2)), x), oracle.input_jacobian(Calls(tree, (3, 2)), x))
     for call in (compute_jacobian, modjac, jacops.jacobian):
-        holey = Calls(lambda W, x: {"a": x @ W, "cache": None}, (3, 2))
-        refused(
-            InputTypeError, lambda call=call, holey=holey: call(holey, x), "output['cache']", "NoneType", "outputs="
-        )
+        holey = Calls(lambda W, x: {"a": x @ W, "cache": "words"}, (3, 2))
+        refused(InputTypeError, lambda call=call, holey=holey: call(holey, x), "output['cache']", "str", "outputs=")
         close(
             oracle.leaves(
                 call(holey, x, outputs="a").dense() if call is jacops.jacobian else call(holey, x, outputs="a")

@@ -190,7 +190,7 @@ def test_outputs_of_a_closure_may_be_trees(kind: str):
 
 WRONG_OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str, tuple[str, ...]]] = {
     "none": (lambda W, x: None, "InputTypeError", ("NoneType", "tensor")),
-    "none in a tuple": (lambda W, x: (x @ W, None), "InputTypeError", ("[1]", "NoneType", "outputs=")),
+    "text in a tuple": (lambda W, x: (x @ W, "me"), "InputTypeError", ("[1]", "str", "outputs=")),
     "text in a dict": (lambda W, x: {"y": x @ W, "name": "me"}, "InputTypeError", ("['name']", "str", "outputs=")),
     "a number": (lambda W, x: float((x @ W).detach().sum()), "InputTypeError", ("float", "tensor")),
     "numpy": (lambda W, x: (x @ W).detach().numpy(), "InputTypeError", ("ndarray", "tensor")),

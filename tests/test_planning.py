@@ -142,7 +142,7 @@ def test_one_sample_or_a_tiny_budget_says_nothing_of_what_comes_later() -> None:
 def test_a_plan_refuses_what_is_no_call() -> None:
     with pytest.raises(jacops.InputError, match="compute_jacobian"):
         plan("compute_jacobians", net(3, 2), torch.ones(1, 3))
-    with pytest.raises(jacops.InputTypeError, match="not arguments of compute_jacobian"):
+    with pytest.raises(jacops.InputTypeError, match="compute_jacobian.*no keyword `chunk`"):
         plan("compute_jacobian", net(3, 2), torch.ones(1, 3), chunk=3)
 
 

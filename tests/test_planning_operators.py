@@ -95,7 +95,7 @@ def test_a_matrix_is_written_where_it_belongs() -> None:
     out = torch.full((300, 200), torch.nan, dtype=F64)
     with Meter() as meter:
         assert A.dense(out) is out
-    assert meter.peak == 0
+    assert meter.peak < 64  # the sum by which it is seen to be finite
     assert torch.equal(out, A.matrix)
     assert torch.equal(A.T.dense(), A.matrix.T)
     assert torch.equal((3.0 * A).dense(), 3 * A.matrix)
@@ -174,7 +174,7 @@ def test_rows_of_batches_are_written_in_place() -> None:
     stack = StackOver(lambda: iter([(1.0, J[0]), (2.0, J[1])]), J[0].domain, Space.flat(100, "rows", J[0].matrix))
     matrix, most = metered(stack)
     torch.testing.assert_close(matrix, torch.cat([J[0].matrix, 2 * J[1].matrix]))
-    assert most == 1.0
+    assert most < 1.001
 
 
 # ---- plans and budgets ---------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 from .attribution import (
     Contributions,
     JacobianVerification,
-    Projection,
     contributions,
-    pca_projection,
     project_jacobian,
     reduce_contributions,
     verify_jacobian,
@@ -71,6 +69,7 @@ from .per_sample import empirical_fisher, sample_gradients, sample_jacobians
 from .planning import Plan, Route, plan
 from .problem import Problem
 from .products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
+from .projections import Projection, pca_projection
 from .second_order import directional_derivative, input_hessian, laplacian
 from .solvers import (
     CG,

@@ -22,9 +22,10 @@ from ._backends._torch.likelihoods import Likelihood, computed_likelihood
 from ._backends._torch.row_losses import Reduction
 from ._backends._torch.surroundings import eager
 from ._finite import check_outputs, is_finite, where_first
+from ._picks import Picks, picked
 from ._reduction import offset
 from .errors import InputError, InputTypeError, NonFiniteError, explain
-from .objective import Objective, Picks, picked
+from .objective import Objective
 from .operators import Matrix, Operator
 from .space import Space
 

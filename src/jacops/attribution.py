@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ._backends._torch.completeness import check_identity, check_slopes, summed
+from ._backends._torch.cut import At
 from ._backends._torch.homogeneous import Forward
+from ._backends._torch.memory import Budget
 from ._backends._torch.replica import bare
 from ._backends._torch.samples.batch import Samples
 from ._backends._torch.surroundings import eager
 from ._finite import check_outputs, is_finite, where_first
 from ._keywords import keywords
 from .errors import InputError, InputTypeError, NonFiniteError, explain, warn
-from .jacobians import JacobianOptions, check_positive
+from .jacobians import check_positive
+from .projections import Projection
+from .trees import Selector
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,55 +47,6 @@ class JacobianVerification:
     max_error: float
     mean_error: float
     relative_error: float
-
-
-@dataclass(frozen=True, eq=False)
-class Projection:
-    """A linear map from original features to the model's input: `input = matrix @ (features - mean)`.
-
-    Attributes:
-        matrix: `(inputs, features)`.
-        mean: What is taken off the features first, `(features,)`.
-    """
-
-    matrix: Tensor
-    mean: Tensor
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return the model's input for rows of features."""
-        return (features - self.mean) @ self.matrix.T
-
-
-@keywords()
-def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
-    r"""Return what a fitted scikit-learn `PCA` does to features, whitened or not.
-
-    Without whitening the matrix is `components_`, with it $C / \sqrt{\lambda}$ row by row: the derivative of the
-    reduced input by the original features, which is what the chain rule needs.
-
-    Args:
-        pca: A fitted `sklearn.decomposition.PCA`.
-        dtype: Of the result.
-
-    Raises:
-        InputTypeError: `pca` is not a fitted PCA.
-    """
-    if not hasattr(pca, "components_") or not hasattr(pca, "mean_"):
-        raise InputTypeError(
-            explain(
-                "pca",
-                f"a {type(pca).__name__} without components_",
-                "a fitted scikit-learn PCA is needed",
-                "Call `.fit(features)` first.",
-            )
-        )
-    matrix = np.asarray(pca.components_)
-    if getattr(pca, "whiten", False):
-        # scikit-learn never divides by less than the precision of the data.
-        scale = np.sqrt(np.asarray(pca.explained_variance_))[:, None]
-        scale = np.maximum(scale, np.finfo(scale.dtype).eps)
-        matrix = matrix / scale
-    return Projection(torch.as_tensor(matrix).to(dtype), torch.as_tensor(np.asarray(pca.mean_)).to(dtype))
 
 
 @keywords()
@@ -294,6 +249,21 @@ class Contributions:
             f"+ bias up to {self.verification.relative_error:.1e} of its range; the bias part is {share:.0%} of it"
             f"{notes}"
         )
+
+
+class JacobianOptions(TypedDict, total=False):
+    """Options of `compute_jacobian`, for calls that make Jacobians with it."""
+
+    outputs: Selector
+    at: At
+    mode: Literal["auto", "reverse", "forward", "split"]
+    budget: Budget
+    out: Any
+    checks: str
+    fallback: str
+    check_finite: bool
+    compile: bool
+    progress: bool | None
 
 
 @keywords(JacobianOptions)

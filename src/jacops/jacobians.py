@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +26,6 @@ from .sparsity import sparse_plan
 from .trees import Selector, hint_at_labels
 
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
-
-
-class JacobianOptions(TypedDict, total=False):
-    """Options of `compute_jacobian`, for calls that make Jacobians with it."""
-
-    outputs: Selector
-    at: At
-    mode: Literal["auto", "reverse", "forward", "split"]
-    budget: Budget
-    out: Any
-    checks: str
-    fallback: str
-    check_finite: bool
-    compile: bool
-    progress: bool | None
 
 
 @keywords()

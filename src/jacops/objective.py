@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +26,7 @@ from ._backends._torch.twice import gradient_tape
 from ._backends._torch.weights import weights_of
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
+from ._picks import Picks, picked
 from ._reduction import not_finite, offset
 from .data import Batch, rows_of
 from .derivatives import CurvatureOptions, Loss, ggn, hessian, jacobian, record_loss, trainable
@@ -36,8 +35,6 @@ from .fisher import KINDS, batch_fisher
 from .operators import Operator
 from .per_sample import Randomness, checked_seed, refuse_mixing_modules, sample_gradients, sample_jacobians
 from .space import Space
-
-Picks = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 
 class Objective(ABC):
@@ -401,23 +398,3 @@ class TorchObjective(Objective):
         """Return a digest of parameters and buffers, of the modules' and the loss's names, and of what is picked."""
         told = f"{self.reduction} {self.space} {self.randomness} {self.seed}"
         return " ".join((digest_module(bare(self.model)), digest_function(self.losses.loss), told))
-
-
-def picked(parameters: Picks, names: Sequence[str]) -> Callable[[str, Any], bool] | None:
-    """Return a function of name and parameter that picks some of those with these names; None for the usual ones.
-
-    Raises:
-        InputError: A pattern fits no name.
-        InputTypeError: `parameters` is of the wrong kind.
-    """
-    if parameters is None or callable(parameters):
-        return parameters
-    patterns = [parameters] if isinstance(parameters, str) else parameters
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-        needed = "name patterns or a function of name and parameter are needed"
-        raise InputTypeError(explain("parameters", f"a {type(parameters).__name__}", needed))
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = get_close_matches(pattern, names, 3, 0.4) or names[:3]
-            raise InputError(explain("parameters", repr(pattern), f"no parameter fits; near are {', '.join(near)}"))
-    return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ._backends._torch.row_losses import Reduction
 from ._finite import InBatch
+from ._picks import Picks
 from ._reduction import check_reduction
 from .data import Batch, Batches, Unpack
 from .errors import DataError, InputError, InputTypeError, explain
-from .objective import Objective, Picks, TorchObjective
+from .objective import Objective, TorchObjective
 from .operators import Operator
 from .operators._data import StackOver, SumOver
 from .per_sample import Randomness

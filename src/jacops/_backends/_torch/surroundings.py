@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...errors import NotDifferentiableError
@@ -374,7 +375,9 @@ def must_surface(error: BaseException) -> bool:
         frame = trace.tb_frame
         home = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if frame.f_code.co_name in ("__torch_dispatch__", "__torch_function__") and home not in ("torch", "jacops"):
-            return True
+            first = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_varnames else None
+            if isinstance(first, TorchFunctionMode | TorchDispatchMode):  # a tensor's own class is no mode
+                return True
         trace = trace.tb_next
     return False
 

@@ -25,7 +25,8 @@ from .forward import Forward
 from .graph import Survey, passed_bytes, saved_bytes, survey
 from .ladder import RouteFailedError, RouteLiesError, RouteNotFiniteError, attempt
 from .proofs import Proofs, ProofStore
-from .restoring import GradientsKept, restoring
+from .reentrant import backward
+from .restoring import restoring
 from .rounding import is_rounding
 from .rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
 from .surroundings import must_surface, private_noise, sweeping
@@ -89,15 +90,7 @@ class Tape:
         return self._survey
 
     def look_up(self, store: ProofStore, habits: Habits | None = None) -> Habits | None:
-        """Take over what `store` knows of this graph.
-
-        Args:
-            store: What earlier calls proved about the function in this setting.
-            habits: What was seen while the graph was recorded; None where it was not watched.
-
-        Returns:
-            What the forward does besides arithmetic; None where it has to be watched to know.
-        """
+        """Use what `store` knows of this graph, recorded with these habits if it was watched; return as `rely_on`."""
         self.store = store
         return self.rely_on(store.proofs(self.survey, habits))
 
@@ -140,7 +133,7 @@ class Tape:
         self.sweeps += 1
         with sweeping(outputs[0]):
             if self.survey.reentrant:
-                grads = self._pull_by_backward(outputs, seeds, targets, create_graph, batched)
+                grads = backward(self, outputs, seeds, targets, create_graph, batched)
             else:
                 grads = self._grad(outputs, targets, seeds, create_graph, batched)
         return self._merged([dense(g) for g in grads])
@@ -169,29 +162,6 @@ class Tape:
             own = merged[index]
             merged[index] = extra if own is None else own if extra is None else own + extra
         return merged
-
-    @restoring
-    def _pull_by_backward(
-        self, outputs: Rows, seeds: Rows, targets: Rows, create_graph: bool, batched: bool
-    ) -> list[Tensor | None]:
-        """Reentrant checkpoints answer `.backward()` only: let it write into leaves nobody else holds."""
-        if not self.private:
-            raise NotDifferentiableError(
-                f"{self.call}: the graph holds a reentrant activation checkpoint, which cannot answer for "
-                "tensors of the "
-                "caller's. Use checkpoint(…, use_reentrant=False), or the call that takes the model instead of "
-                "a closure."
-            )
-        if create_graph:
-            raise NotDifferentiableError(
-                f"{self.call}: a reentrant activation checkpoint has no second derivative. Use checkpoint(…, "
-                "use_reentrant=False)."
-            )
-        if batched:
-            raise RouteFailedError("a reentrant activation checkpoint takes one cotangent at a time")
-        with GradientsKept(self.protected, targets):
-            torch.autograd.backward(outputs, seeds, retain_graph=True)
-            return [t.grad for t in targets]
 
     # ---- many cotangents -------------------------------------------------------------------------------------
 
@@ -267,7 +237,7 @@ class Tape:
             if not math.isfinite(error):
                 raise RouteNotFiniteError("values are not finite")
             raise RouteLiesError(f"a batched backward pass disagrees with the plain one (by {error:.1e})")
-        if error:  # rounding alone proves nothing
+        if error >= 0:
             self.trust.remember("batched pull", many)
         return seconds
 
@@ -278,14 +248,12 @@ class Tape:
         started = time.perf_counter()
         plain_rows = self.pull(seeds)
         seconds = time.perf_counter() - started
-        pairs = [
-            (mixed(weights, rows[j]), torch.zeros_like(rows[j][0]) if g is None else plain(g))
-            for j, g in enumerate(plain_rows)
-        ]
+        full = [torch.zeros_like(r[0]) if g is None else plain(g) for g, r in zip(plain_rows, rows, strict=True)]
+        pairs = [(mixed(weights, r), g) for r, g in zip(rows, full, strict=True)]
         scales = [float(weights.abs().max()) * size(row) for row in rows]
         error = worst_disagreement(pairs, scales)
         lost = self.tolerance < error < math.inf and is_rounding(lambda: self.pull(seeds), pairs)
-        return 0.0 if lost else error, seconds
+        return -1.0 if lost or not any(scales) else error, seconds  # zeros and rounding decide nothing
 
     def _filled(self, grads: Sequence[Tensor | None], many: int) -> Rows:
         """Return batched gradients with zeros where no path leads to a leaf."""

@@ -112,11 +112,11 @@ def check_kept(weights: Weights | None, call: str) -> None:
 
 
 def not_swept(call: str, error: Exception, functions: Sequence[str]) -> JacopsError:
-    """Return the error for a backward pass that torch refused, by its cause as far as torch tells it."""
+    """Return the error for a backward pass that torch refused, by its cause as far as torch names it."""
     if "modified by an inplace operation" in str(error):
-        return ModelStateError(
-            f"{call}: the model or its data changed since this was recorded: a tensor that the derivative needs was "
-            "written in place. Make it again, or make it on copies."
+        return NotDifferentiableError(
+            f"{call}: a tensor that the derivative needs was modified by an inplace operation, in the forward itself "
+            "or since it was recorded. Write the operation out of place, or make it again after the change."
         )
     where = f" (custom Functions in the graph: {', '.join(functions)})" if functions else ""
     return NotDifferentiableError(f"{call}: torch.autograd cannot take this derivative{where}: {error}")

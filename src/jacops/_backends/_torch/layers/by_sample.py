@@ -22,7 +22,7 @@ from ..ladder import RouteFailedError
 from ..proofs import Refusal
 from ..record import Recorded
 from ..rows import plain
-from ..samples.mixing import NOT_FINITE, differs, with_reads
+from ..samples.mixing import NOT_FINITE, differs, read_tolerance, with_reads
 from ..surroundings import must_surface, private_noise
 from ..tape import Tape
 from ..watch import Habits
@@ -244,6 +244,8 @@ class SampleFactors:
         if not tape.outputs:
             return Refusal("the loss of no row depends on its output", loud=False, lasting=False)
         habits = _habits(tape)
+        if habits.reads and habits.coarse in (torch.bfloat16, torch.float16):
+            return Refusal(with_reads("in half precision outputs alone cannot tell whether samples mix", habits))
         if habits.draws:
             return Refusal(f"the forward is random ({', '.join(habits.draws)})")
         for name, output in zip(tape.codomain.names, tape.outputs, strict=True):
@@ -256,15 +258,16 @@ class SampleFactors:
     def _differs(self, tape: Tape, values: Sequence[Tensor], many: int) -> str | None:
         """Compare outputs in the batch with outputs of one sample and of a random half, or of every one."""
         order = _order(many)
+        reads = bool(_habits(tape).reads)
         halves: Iterable[Tensor] = (order[:1], order[: max(1, many // 2)].sort().values)
-        for picked in order.split(1) if _habits(tape).reads else halves:
+        for picked in order.split(1) if reads else halves:
             part = self.what.together([v[picked.to(v.device)] for v in values]).tape
             if len(picked) == 1:
                 tape.compare(part)
             outputs = dict(zip(part.codomain.names, part.outputs, strict=True))
             for name, whole in zip(tape.codomain.names, tape.outputs, strict=True):
                 alone = outputs[name]
-                reason = differs(whole, alone, picked, tape.tolerance)
+                reason = differs(whole, alone, picked, read_tolerance(tape) if reads else tape.tolerance)
                 if reason is not None:
                     return with_reads(reason, _habits(tape))
         return None

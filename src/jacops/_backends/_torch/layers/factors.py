@@ -17,8 +17,9 @@ from torch import Tensor
 from ..ladder import attempt
 from ..rows import plain
 from ..tape import Tape
+from .orders import Order, by_sample, find_orders
 from .parts import Lookup, Outer, Part, Rows, Several
-from .uses import Order, Use, by_sample, cotangents, find_orders, find_uses
+from .uses import Use, cotangents, find_uses
 
 
 @dataclass(frozen=True, eq=False)

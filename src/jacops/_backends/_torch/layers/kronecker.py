@@ -19,7 +19,8 @@ from ..ladder import RouteFailedError, attempt
 from ..rows import plain
 from ..surroundings import private_noise
 from ..tape import Tape
-from .uses import Use, by_sample, cotangents, find_orders, find_uses
+from .orders import by_sample, find_orders
+from .uses import Use, cotangents, find_uses
 
 Form = Literal["outer", "lookup", "vector", "swept"]
 

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..restoring import restoring
-from ..surroundings import private_noise, sweeping
+from ..surroundings import sweeping
 from ..tape import Tape
 from .part import slices
 
 Kind = Literal["outer", "lookup", "vector"]
-Order = Literal["sample first", "sample second"]
 
 _TURNED = 2**19  # bytes of patches that are turned at once: they stay in a near cache
 
@@ -360,36 +359,6 @@ def _is_plain(node: Any, rule: Rule, shape: torch.Size, leaf: Tensor) -> bool:
         and type(operand) is Tensor
         and (not operand.is_floating_point() or operand.dtype == leaf.dtype)
     )
-
-
-# ---- which sample a row belongs to ---------------------------------------------------------------------------------
-
-
-def find_orders(tape: Tape, uses: Iterable[Use]) -> list[Order | None]:
-    """Say for each use how its rows belong to samples, by one sweep; None where samples mix or the order is another.
-
-    A random cotangent on half of the samples leaves exact zeros in the rows of the others.
-    """
-    uses, many, device = list(uses), tape.outputs[0].shape[0], tape.outputs[0].device
-    kept = torch.randperm(many, generator=torch.Generator().manual_seed(0)).to(device) < (many + 1) // 2
-    seeds = [private_noise(o, i) * kept.to(o.dtype).view(-1, *[1] * (o.ndim - 1)) for i, o in enumerate(tape.outputs)]
-    tape.sweeps += 1
-    return [_order(delta, use, kept) for use, delta in zip(uses, cotangents(tape, uses, seeds), strict=True)]
-
-
-def _order(delta: Tensor, use: Use, kept: Tensor) -> Order | None:
-    rows = use.rows(delta)
-    if rows.shape[0] % kept.shape[0]:
-        return None
-    orders: tuple[Order, ...] = ("sample first", "sample second")
-    return next((o for o in orders if not bool(by_sample(rows, kept.shape[0], o)[~kept].any())), None)
-
-
-def by_sample(rows: Tensor, many: int, order: Order) -> Tensor:
-    """Return rows `(R, …)` as `(samples, positions, …)`."""
-    if order == "sample first":
-        return rows.unflatten(0, (many, -1))
-    return rows.unflatten(0, (-1, many)).transpose(0, 1)
 
 
 @restoring

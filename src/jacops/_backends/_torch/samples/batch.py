@@ -30,7 +30,7 @@ from ..surroundings import must_surface
 from ..tape import Tape
 from .bottleneck import GAIN, narrowest, sweep_split
 from .compiled import Compiler
-from .mixing import NOT_FINITE, UNDECIDED, coupled, differs, disagrees, unbatchable, with_reads
+from .mixing import NOT_FINITE, UNDECIDED, coupled, differs, disagrees, read_tolerance, unbatchable, with_reads
 from .plan import ensure_fits, is_small, planned
 from .results import ALONE, Results, SampleJacobians
 from .runs import Run, Runner
@@ -354,12 +354,13 @@ class Samples:
         reason = unbatchable(run.tape if run.head is None else run.head, run.habits, many)
         if reason is not None or parts is None:
             return reason
-        pieces = parts.pieces
+        pieces, most = parts.pieces, run.tape.tolerance
         if run.habits.reads:  # other samples may take other paths: only outputs of every one alone can tell
             pieces = zip(torch.arange(many).split(1), self.runner.outputs_alone(values, run.habits), strict=True)
+            most = read_tolerance(run.tape)
         for picked, outputs in pieces:
             for whole, alone in zip(run.tape.outputs, outputs, strict=True):
-                reason = differs(whole, alone, picked, run.tape.tolerance)
+                reason = differs(whole, alone, picked, most)
                 if reason is not None:
                     return with_reads(reason, run.habits)
         return None

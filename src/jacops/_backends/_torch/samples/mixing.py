@@ -16,11 +16,16 @@ from ..tape import Tape
 from ..watch import Habits
 
 NOT_FINITE = "values are not finite"
+_SUMS = 1e3
+_DECIDED = 1e-2  # outputs that may differ by more, in half precision, decide nothing
 UNDECIDED = ""  # rounding explains the difference: it speaks against nothing and proves nothing
 
 
 def unbatchable(tape: Tape, habits: Habits, many: int) -> str | None:
-    """Return why a batch cannot be swept at all: random draws, no batch axis; None if it can."""
+    """Return why a batch cannot be swept at all: random draws, no batch axis, coarse reads; None if it can."""
+    coarse = torch.finfo(habits.coarse).eps if habits.coarse is not None else 0.0
+    if habits.reads and _SUMS * coarse > _DECIDED:
+        return with_reads("in half precision outputs alone cannot tell whether samples mix", habits)
     if habits.draws:
         return f"the forward is random in eval mode ({', '.join(habits.draws)})"
     for space, tensors in ((tape.codomain, tape.outputs), (tape.domain, tape.leaves)):
@@ -28,6 +33,15 @@ def unbatchable(tape: Tape, habits: Habits, many: int) -> str | None:
             if tensor.ndim == 0 or tensor.shape[0] != many:
                 return f"{name} has shape {tuple(tensor.shape)} and no axis of {many} samples first"
     return None
+
+
+def read_tolerance(tape: Tape) -> float:
+    """Return how far outputs of a sample alone and in a batch may differ where the forward reads values.
+
+    A value that is read from the whole batch changes them by little where samples are alike, so only rounding is
+    allowed: 1,000 times that of one operation, for sums over as many terms as layers have.
+    """
+    return min(tape.tolerance, max(_SUMS * torch.finfo(o.dtype).eps for o in tape.outputs))
 
 
 def with_reads(reason: str, habits: Habits) -> str:
