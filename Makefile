@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+# One process for each core, with one thread each: most tests are too small for two threads to help.
+TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 # `make bench PEERS=1` installs the rivals of benchmarks/peers.txt first; those that are missing are reported as such.
 PEERS ?=
 
@@ -25,10 +27,10 @@ demo: $(VENV)/.ready-demo ## Set up, then answer the three questions on real dat
 	$(RUN) examples/demo.py $(ARGS)
 
 test: $(VENV)/.ready-test ## Set up, then run the tests (pass more to pytest with ARGS="...")
-	$(RUN) -m pytest -q $(ARGS)
+	$(TESTS) -q $(ARGS)
 
 test-all: $(VENV)/.ready-test ## The tests, the slow ones too
-	$(RUN) -m pytest -q -m "slow or not slow" $(ARGS)
+	$(TESTS) -q -m "slow or not slow" $(ARGS)
 
 bench: $(VENV)/.ready-test ## Time named rivals on the same work (choose with ARGS="products:C1"; PEERS=1 installs more)
 	$(if $(PEERS),$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt)

@@ -110,11 +110,12 @@ def watched(store: ProofStore, record: Callable[[Habits, Watch | None], tuple[Re
     Raises:
         ModelStateError: It writes into tensors that are not its own.
     """
-    assumed = store.assumed
+    assumed, plain = store.assumed, None
     if assumed is not None:
         done, tape = record(assumed, None)
         if tape.look_up(store) is not None:
             return done
+        plain = tape.survey.wiring, tape.trust
         del done, tape  # another graph than those that are known: what it does besides is not known either
     for cloned in (False, True):
         watch = Watch([] if cloned else guarded)
@@ -122,7 +123,15 @@ def watched(store: ProofStore, record: Callable[[Habits, Watch | None], tuple[Re
             done, tape = record(Habits(writes=cloned), watch)
         except WritesState:
             continue
-        tape.look_up(store, watch.habits(cloned))
+        habits = watch.habits(cloned)
+        tape.look_up(store, habits)
+        if plain is None or plain[0] == tape.survey.wiring or habits.reads:
+            return done
+        # Torch has other formulas for some operations (the determinant) while a dispatch mode watches.
+        plain[1].habits = habits
+        del done, tape
+        done, tape = record(habits, None)
+        tape.look_up(store)
         return done
     came = "writing into tensors that are not its own"
     raise ModelStateError(explain("model", came, "its forward must leave such tensors alone"))
