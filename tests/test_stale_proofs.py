@@ -202,6 +202,28 @@ class IndexCaptured(Net):
         self.order[0] = self.order[0].flip(0)
 
 
+class IndexListed(Net):
+    def prepare(self) -> None:
+        self.order = [0, 1, 2, 3, 4, 5]
+
+    def between(self, h: Tensor) -> Tensor:
+        return h + 0.5 * h[[i % len(h) for i in self.order[: len(h)]]]
+
+    def change(self) -> None:
+        self.order.reverse()
+
+
+class NumberOfDetached(Net):
+    def prepare(self) -> None:
+        self.strength = 0.0
+
+    def between(self, h: Tensor) -> Tensor:
+        return h * (1 + self.strength * h.mean(0).detach())
+
+    def change(self) -> None:
+        self.strength = 0.9
+
+
 class Flagged(Net):
     def prepare(self) -> None:
         self.coupled = False

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -113,24 +114,32 @@ def _storage(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class Place:
+    """Where a tensor is held: in which entries of which object, and under which name."""
+
+    owner: weakref.ref[Any]
+    kind: str
+    name: Any
+
+
+@dataclass(frozen=True, eq=False)
 class Stored:
     """Entries of one tensor that were neutral when a proof was made.
 
     Attributes:
-        find: Returns the tensor now, None where it is gone.
+        place: Where it is held.
         where: Which entries of it, laid end to end.
         values: Their values.
         like: Shape and dtype.
     """
 
-    find: Callable[[], Tensor | None]
+    place: Place
     where: Tensor | slice
     values: Tensor
     like: tuple[torch.Size, torch.dtype]
 
-    def holds(self) -> bool:
-        """Say whether these entries are what they were."""
-        tensor = self.find()
+    def holds(self, tensor: Tensor | None) -> bool:
+        """Say whether these entries of a tensor are what they were; None stands for one that is gone."""
         if tensor is None or (tensor.shape, tensor.dtype) != self.like:
             return False
         return torch.equal(_flat(tensor)[self.where], self.values)
@@ -140,8 +149,8 @@ def neutral(function: Any) -> list[Stored]:
     """Return the neutral entries of all tensors that a model holds, or that a function reads from outside."""
     found = []
     with _unseen():
-        for find, tensor in _tensors(function):
-            kept = _stored(find, tensor)
+        for place, tensor in _tensors(function):
+            kept = _stored(place, tensor)
             if kept is not None:
                 found.append(kept)
     return found
@@ -151,11 +160,23 @@ def hold(found: Sequence[Stored]) -> bool:
     """Say whether all of these entries are what they were."""
     if not found:
         return True
+    looked_up: dict[tuple[int, str], Mapping[Any, Any]] = {}
     with _unseen():
-        return all(kept.holds() for kept in found)
+        for kept in found:
+            owner, kind, name = kept.place.owner(), kept.place.kind, kept.place.name
+            if owner is None:
+                return False
+            key = (id(owner), kind)
+            entries = looked_up.get(key)
+            if entries is None:
+                entries = looked_up[key] = getattr(_Entries(owner), kind)()
+            tensor = entries[name] if name in entries else None  # noqa: SIM401 - a ScriptModule's mapping has no `get`
+            if not kept.holds(tensor):
+                return False
+    return True
 
 
-def _stored(find: Callable[[], Tensor | None], tensor: Tensor) -> Stored | None:
+def _stored(place: Place, tensor: Tensor) -> Stored | None:
     if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
         return None
     whole = not (tensor.is_floating_point() or tensor.is_complex())
@@ -170,28 +191,21 @@ def _stored(find: Callable[[], Tensor | None], tensor: Tensor) -> Stored | None:
         where = where[:: max(1, len(where) // _MOST)]
         if not len(where):
             return None
-    return Stored(find, where, flat[where].clone(), like)
+    return Stored(place, where, flat[where].clone(), like)
 
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_subclass(Tensor).reshape(-1)
 
 
-def _tensors(function: Any) -> Iterator[tuple[Callable[[], Tensor | None], Tensor]]:
-    """Yield the tensors that are read from outside, each with a way to look it up again."""
+def _tensors(function: Any) -> Iterator[tuple[Place, Tensor]]:
+    """Yield the tensors that are read from outside, each with the place where it is held."""
     seen: set[int] = set()
     for owner, entries in _owners(function, _DEPTH):
         for name, value in list(entries().items()):
             if isinstance(value, Tensor) and id(value) not in seen:
                 seen.add(id(value))
-                yield partial(_looked_up, weakref.ref(owner), entries.__name__, name), value
-
-
-def _looked_up(owner: Callable[[], Any], kind: str, name: Any) -> Tensor | None:
-    alive = owner()
-    entries = {} if alive is None else getattr(_Entries(alive), kind)()
-    value = entries[name] if name in entries else None  # noqa: SIM401 - a ScriptModule's mapping has no `get`
-    return value if isinstance(value, Tensor) else None
+                yield Place(weakref.ref(owner), entries.__name__, name), value
 
 
 class _Entries:
@@ -214,10 +228,11 @@ class _Entries:
 
 
 def _held(entries: Mapping[Any, Any], depth: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the tensors in a mapping, and in the lists, tuples and mappings in it."""
+    """Yield the tensors in a mapping, and in the lists, tuples and mappings in it; numbers and tables as tensors."""
     for name, value in list(entries.items()):
-        if isinstance(value, Tensor):
-            yield (*path, name), value
+        tensor = _as_tensor(value)
+        if tensor is not None:
+            yield (*path, name), tensor
         elif depth and type(value) in (list, tuple, dict) and len(value) <= _LONGEST and name not in _MODULES:
             inner = value if isinstance(value, dict) else dict(enumerate(value))
             yield from _held(inner, depth - 1, (*path, name))
@@ -239,10 +254,29 @@ def captured(function: Any) -> dict[str, Any]:
     return found | {f"default {name}": value for name, value in (function.__kwdefaults__ or {}).items()}
 
 
+def _as_tensor(value: Any) -> Tensor | None:
+    """Return a tensor, an array, a factor or a list of indices as a tensor; None for anything else.
+
+    Single whole numbers and flags are left out: they are counters, or they show in the graph.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if type(value) is float:
+        return torch.tensor(value, dtype=torch.float64)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.dtype != np.uint64:
+        return torch.tensor(value) if value.size <= _MOST else None
+    indices = type(value) in (list, tuple) and 1 < len(value) <= _LONGEST and all(type(v) is int for v in value)
+    return torch.tensor(value) if indices else None
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
+
+
 def _methods(module: nn.Module) -> Iterator[Any]:
     """Yield the functions that a module of the user's runs: its methods, and those among its attributes."""
     for kind in type(module).__mro__:
-        if kind.__module__.partition(".")[0] != "torch":
+        if not _is_of_torch(kind):
             yield from (value for value in vars(kind).values() if inspect.isfunction(value))
     for value in vars(module).values():
         value = value.__func__ if inspect.ismethod(value) else value
@@ -256,8 +290,8 @@ def _owners(function: Any, depth: int) -> Iterator[tuple[Any, Callable[[], Mappi
             entries = _Entries(module)
             yield module, entries.parameters
             yield module, entries.buffers
-            if depth and not isinstance(module, torch.jit.ScriptModule):
-                yield module, entries.attributes
+            if depth and not isinstance(module, torch.jit.ScriptModule) and not _is_of_torch(type(module)):
+                yield module, entries.attributes  # those of torch's own modules show in the graph
                 for method in _methods(module):
                     yield method, _Entries(method).captured
     elif depth and isinstance(function, partial):
