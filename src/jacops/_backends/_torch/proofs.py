@@ -11,6 +11,7 @@ import random
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -43,12 +44,14 @@ class Bounded(OrderedDict[Hashable, Kept], Generic[Kept]):
 
     def take(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """Return what is kept under `key`, made now if nothing is."""
-        if key in self:
+        try:
             self.move_to_end(key)
             return self[key]
-        found = self[key] = make()
-        while len(self) > self.most:
-            self.popitem(last=False)
+        except KeyError:  # not there, or another thread has dropped it
+            found = self.setdefault(key, make())
+        with suppress(KeyError):
+            while len(self) > self.most:
+                self.popitem(last=False)
         return found
 
 
@@ -125,10 +128,6 @@ class Proofs:
             return
         self._rests_on = neutral(self._function())
         self._proved.take(route, lambda: True)
-
-    def forget(self) -> None:
-        """Drop all proofs: one was found wrong."""
-        self._proved.clear()
 
     # ---- refusals ----------------------------------------------------------------------------------------------
 
