@@ -59,14 +59,15 @@ def test_parameter_rows_through_an_inspected_value_share_sweeps(no_fallback: Non
     assert "6 samples to a sweep" in found.route
 
 
+@pytest.mark.parametrize("checks", ["first", "never"])
 @pytest.mark.parametrize("many", [2, 7])
-def test_a_path_that_another_sample_would_not_take_is_noticed(many: int) -> None:
+def test_a_path_that_another_sample_would_not_take_is_noticed(many: int, checks: str) -> None:
     model = Calls(lambda W, x: (x @ W).tanh() if bool(x.sum() > 0) else x @ W, (3, 2))
     x = draw(many, 3)
     x[0], x[1:] = -x[0].abs(), x[1:].abs() * 2
     for _ in range(2):
         with pytest.warns(JacopsWarning, match="reads values out of tensors.*differentiated alone"):
-            found = compute_jacobian(model, x)
+            found = compute_jacobian(model, x, checks=checks)
         torch.testing.assert_close(found, oracle.input_jacobian(model, x))
 
 

@@ -59,11 +59,11 @@ def check_reduction(objective: Reduced, batch: Batch) -> None:
         return
     near = _nearby(objective, some)
     if near.gap > allowed * near.scale:
-        told = near if found.gap <= allowed * found.scale else found
+        shown = near if found.gap <= allowed * found.scale else found
         raise InputError(
-            f"`reduction` is {objective.reduction!r}, but the loss of {few} rows together is {told.together:.6g} and "
-            f"the {objective.reduction} of their losses alone is {told.expected:.6g}. Say `reduction='sum'`, or pass a "
-            "loss with `reduction='none'`, whose mean is then taken over the rows."
+            f"`reduction` is {objective.reduction!r}, but the loss of {few} rows together is {shown.together:.6g} and "
+            f"the {objective.reduction} of their losses alone is {shown.expected:.6g}. Say `reduction='sum'`, or pass "
+            "a loss with `reduction='none'`, whose mean is then taken over the rows."
         )
 
 

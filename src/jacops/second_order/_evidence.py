@@ -36,7 +36,7 @@ _SHARE = 32
 # Differences of two steps whose distance is a quarter of what they refute are no chance agreement of two errors.
 _CONVERGED = 0.25
 _ROUNDINGS = 100.0  # roundings in a model, at most, that add up to an error of its derivative
-SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
+_SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
 _ALONE = 8  # samples looked at where each was taken alone, with sweeps of its own for every output
 _UNITS = 8  # rounding units by which weights change: all roundings differ, and a backward that is not linear hardly
 
@@ -142,7 +142,7 @@ def refuted(parts: Sequence[Tensor], near: Sequence[Tensor], far: Sequence[Tenso
     """
     near, far = ([d.reshape(p.shape) for d, p in zip(ds, parts, strict=True)] for ds in (near, far))
     (off, scale), (spread, _) = compared(parts, near), compared(near, far)
-    limit = SPOT_TOLERANCE.get(parts[0].dtype, 0.5) * scale + _ROUNDINGS * rounding
+    limit = _SPOT_TOLERANCE.get(parts[0].dtype, 0.5) * scale + _ROUNDINGS * rounding
     bad = (off > limit) & (spread < _CONVERGED * off)
     if not bool(bad.any()):
         return None

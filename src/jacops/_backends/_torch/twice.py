@@ -73,16 +73,14 @@ def _check_twice(tape: Tape, gradient: Tape, call: str) -> None:
             "its second derivative does not exist, and torch would drop it silently. Write its backward with "
             "differentiable operations."
         )
-    if not gradient.trust.needs("symmetric"):
-        return
+    if not gradient.trust.needs("symmetric") or not is_finite(tape.outputs[0]):
+        return  # a loss that is not finite proves nothing; the operator made of it names the row, if it checks
     u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))
 
     def products() -> list[Tensor]:
         return [*_pulled(gradient, u), *_pulled(gradient, v)]
 
     found = products()
-    if not is_finite(tape.outputs[0]):  # proves nothing: what is made of this names the row, unless it is told not to
-        return
     check_finite(call, found, 2 * gradient.domain.names, tape)
     gap = abs(sum(float(inner(a, b.unsqueeze(0))) * sign for a, b, sign in _crossed(u, v, found)))
     scale = math.hypot(*map(size, found))

@@ -352,9 +352,9 @@ class Samples:
         """Return what speaks against shared sweeps before any is made; None where nothing does."""
         many = values[0].shape[0]
         reason = unbatchable(run.tape if run.head is None else run.head, run.habits, many)
-        if reason is not None or parts is None:
+        if reason is not None or (parts is None and not run.habits.reads):
             return reason
-        pieces, most = parts.pieces, run.tape.tolerance
+        pieces, most = parts.pieces if parts is not None else (), run.tape.tolerance
         if run.habits.reads:  # other samples may take other paths: only outputs of every one alone can tell
             pieces = zip(torch.arange(many).split(1), self.runner.outputs_alone(values, run.habits), strict=True)
             most = read_tolerance(run.tape)
