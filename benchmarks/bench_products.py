@@ -12,9 +12,8 @@ from torch.func import grad, jvp, linearize, vjp, vmap
 from torch.nn.functional import cross_entropy
 
 import jacops
-
-from .harness import Goal, Workload, same
-from .models import Case, Tree, flat, mlp
+from jacops.harness import Goal, Workload, same
+from jacops.models import Case, Tree, flat, mlp
 
 
 class Products(Case):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import jacops
-
-from .harness import RESULTS, Workload, machine
+from jacops.harness import RESULTS, Workload, machine
 
 
 class Function(nn.Module):

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from jacops import Operator
-
-from .machine import CLOCKS, Clock, Rates, machine, timed, watched
+from jacops.machine import CLOCKS, Clock, Rates, machine, timed, watched
 
 __all__ = ["BEST", "FLOOR", "OURS", "RESULTS", "Goal", "Measured", "Workload", "machine", "measure", "same"]
 

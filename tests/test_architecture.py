@@ -13,13 +13,37 @@ import jacops
 
 SRC = Path(__file__).parents[1] / "src"
 LAYERS = [  # imports point downwards only: from a later row to an earlier one, or within a row without a cycle
-    {"errors", "space", "_progress", "_finite", "_digests", "_keywords", "_lanczos", "trees", "_backends"},  # 0 ground
+    {
+        "errors",
+        "space",
+        "_progress",
+        "_finite",
+        "_digests",
+        "_keywords",
+        "_lanczos",
+        "trees",
+        "_requirements",
+    },  # 0 ground
+    {"_runtime", "_ladder", "_torch", "_jax"},  # backends
     {"operators", "derivatives", "per_sample", "fisher", "second_order", "sparsity", "charts", "projections"},  # 1
     {"solvers", "estimators", "planning", "checks"},  # 2 methods
     {"data", "_picks", "objective", "_jax_objective", "_reduction", "problem"},  # 3 problem
     {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
     {"__init__"},
 ]
+GROUND = {
+    "errors",
+    "space",
+    "_progress",
+    "_finite",
+    "_digests",
+    "_keywords",
+    "_lanczos",
+    "trees",
+    "_runtime",
+    "_ladder",
+}
+INSIDE = ["model", "sweeps", "bias", "layers", "routes", "samples", "protocol"]  # of _torch, as LAYERS
 OPTIONAL = {"sklearn", "matplotlib", "jinja2", "pypose", "zarr", "jax", "pandas", "transformers", "qdldl"}
 MAX_LINES = 400
 
@@ -102,6 +126,42 @@ def test_no_import_cycle() -> None:
     """Inside one package a late import may close a loop (an operator builds its sum); between two parts none may."""
     check_acyclic([(part(module), part(to)) for module, to, _ in INNER if part(module) != part(to)])
     check_acyclic([(module, to) for module, to, found in INNER if found.when == "load"])
+
+
+def test_the_torch_backend_is_built_in_layers() -> None:
+    def level(module: str) -> int:
+        return INSIDE.index(module.split(".")[2])
+
+    inside = [(m, to, found) for m, to, found in INNER if m.count(".") > 1 and m.startswith("jacops._torch.")]
+    upward = [
+        f"{found.where}: {m} imports {to}, which stands above it"
+        for m, to, found in inside
+        if to.startswith("jacops._torch.") and level(to) > level(m)
+    ]
+    assert not upward, "\n".join(upward)
+    ground = [
+        f"{found.where}: {m} imports {to}" for m, to, found in INNER if part(m) in GROUND and part(to) not in GROUND
+    ]
+    assert not ground, "\n".join(ground)
+
+
+def test_only_the_protocol_is_imported_from_outside_the_torch_backend() -> None:
+    strays = [
+        f"{found.where}: import it from jacops._torch.protocol"
+        for module, to, found in INNER
+        if part(module) != "_torch" and to.startswith("jacops._torch.") and to != "jacops._torch.protocol"
+    ]
+    assert not strays, "\n".join(strays)
+
+
+def test_class_names_have_one_home() -> None:
+    homes: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module)
+    several = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert not several, several
 
 
 def test_optional_packages_stay_at_home() -> None:

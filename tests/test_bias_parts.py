@@ -604,9 +604,7 @@ def test_at_a_layer_with_several_axes_values_have_them():
 
 
 @pytest.mark.parametrize(
-    "outputs",
-    [[1, 0], slice(1, 2), lambda output: output.clamp(max=0.1)[:, 1:]],
-    ids=["list", "slice", "function"],
+    "outputs", [[1, 0], slice(1, 2), lambda output: output.clamp(max=0.1)[:, 1:]], ids=["list", "slice", "function"]
 )
 def test_outputs_reach_every_part(outputs: Any):
     net, x = network(), draw(7, 5)

@@ -990,10 +990,7 @@ def _() -> None:
 @row("55 the output is a tree, or has an entry that is no tensor")
 def _() -> None:
     x = draw(5, 3)
-    trees = (
-        lambda W, x: {"a": x @ W, "b": (x @ W).tanh()},
-        lambda W, x: (x @ W, [(x @ W).tanh()]),
-    )
+    trees = (lambda W, x: {"a": x @ W, "b": (x @ W).tanh()}, lambda W, x: (x @ W, [(x @ W).tanh()]))
     for tree in trees:
         close(modjac(Calls(tree, (3, 2)), x), oracle.parameter_jacobian(Calls(tree, (3, 2)), x))
         close(compute_jacobian(Calls(tree, (3, 2)), x), oracle.input_jacobian(Calls(tree, (3, 2)), x))

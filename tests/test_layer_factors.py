@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from cases import F64
-from jacops._backends._torch.layers.whole import LayerBlocks, layer_route
-from jacops._backends._torch.record import record_model
-from jacops._backends._torch.tape import Tape
+from jacops._torch.routes.whole import LayerBlocks, layer_route
+from jacops._torch.sweeps.linearization import Linearization
+from jacops._torch.sweeps.record import record_model
 
 
 class Mean(nn.Module):
@@ -92,14 +92,14 @@ def case(made: tuple[Callable[[], nn.Module], tuple[int, ...]]) -> tuple[nn.Modu
     return make().to(F64), torch.randn(shape, dtype=F64)
 
 
-def by_layers(tape: Tape) -> LayerBlocks | None:
-    route = layer_route(tape)
+def by_layers(lin: Linearization) -> LayerBlocks | None:
+    route = layer_route(lin)
     return route.blocks(route.together(None)) if route else None
 
 
 def taken(model: nn.Module, x: Tensor) -> bool:
     found = record_model(model, x, call="test", parameters=lambda name, p: True, checks="always")
-    return by_layers(found.tape) is not None
+    return by_layers(found.lin) is not None
 
 
 @pytest.mark.parametrize("name", [*TAKEN, *LEFT])
@@ -127,8 +127,8 @@ def test_it_costs_a_sweep_per_output_entry_and_two_to_check() -> None:
     sweeps = []
     for _ in range(2):
         found = record_model(model, x, call="test", parameters=lambda name, p: True)
-        by_layers(found.tape)
-        sweeps.append(found.tape.sweeps)
+        by_layers(found.lin)
+        sweeps.append(found.lin.sweeps)
     assert sweeps == [3 + 2, 3]
 
 

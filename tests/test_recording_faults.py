@@ -454,10 +454,7 @@ WITH_NONE: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
     "a list": (lambda o: [None, o, None], lambda tree: tree[1]),
     "a dict": (lambda o: {"logits": o, "cache": None}, lambda tree: tree["logits"]),
     "a named tuple": (lambda o: Fields(o, None), lambda tree: tree.logits),
-    "nested": (
-        lambda o: {"a": (None, [None]), "b": (None, {"c": o})},
-        lambda tree: tree["b"][1]["c"],
-    ),
+    "nested": (lambda o: {"a": (None, [None]), "b": (None, {"c": o})}, lambda tree: tree["b"][1]["c"]),
 }
 
 
@@ -482,10 +479,7 @@ def test_fields_of_an_output_that_are_none_stay_none(name: str) -> None:
         (lambda: jacops.compute_jacobian(model, x), lambda: jacops.compute_jacobian(plain, x)),
         (lambda: jacops.input_hessian(model, x), lambda: jacops.input_hessian(plain, x)),
         (lambda: jacops.model_jvp(model, x, ones), lambda: jacops.model_jvp(plain, x, ones)),
-        (
-            lambda: jacops.jvp(lambda: model(x), params, ones),
-            lambda: jacops.jvp(lambda: plain(x), bare, ones),
-        ),
+        (lambda: jacops.jvp(lambda: model(x), params, ones), lambda: jacops.jvp(lambda: plain(x), bare, ones)),
         (
             lambda: jacops.directional_derivative(model, x, torch.ones_like(x)),
             lambda: jacops.directional_derivative(plain, x, torch.ones_like(x)),

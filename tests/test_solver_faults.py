@@ -74,10 +74,7 @@ class Products(Operator):
 # ---- scales ------------------------------------------------------------------------------------------------------
 
 # Binary exponents of about 1e±30 in single and 1e±200 in double precision.
-CORNERS = [
-    pytest.param(F32, (-100, 0, 100), id="float32"),
-    pytest.param(F64, (-664, 0, 664), id="float64"),
-]
+CORNERS = [pytest.param(F32, (-100, 0, 100), id="float32"), pytest.param(F64, (-664, 0, 664), id="float64")]
 
 
 @POOR

@@ -605,10 +605,7 @@ MIXED: dict[str, tuple[nn.Module, Any]] = {
     "masked weights": (Plain(lambda s, x: (s.w * s.m) @ x, w=nn.Parameter(noise(5, 5).float()), m=torch.eye(5)), X),
     "copied mask": (Plain(lambda s, x: torch.zeros(5, 5).copy_(s.m) @ x, m=torch.eye(5)), X),
     "where": (Plain(lambda s, x: x.sin() + torch.where(x.sum(0) > 1e3, x.sum(0), torch.zeros(4))), X),
-    "where of a gate": (
-        Plain(lambda s, x: x.sin() + torch.where(s.g > 0, x.sum(0), torch.zeros(4)), g=gate(0.0)),
-        X,
-    ),
+    "where of a gate": (Plain(lambda s, x: x.sin() + torch.where(s.g > 0, x.sum(0), torch.zeros(4)), g=gate(0.0)), X),
     "masked_fill": (Plain(lambda s, x: x.sin() + x.sum(0).masked_fill(x.sum(0) < 1e3, 0.0)), X),
     "relu": (Plain(lambda s, x: x.sin() + torch.relu(x.sum(0) - 1e3)), X),
     "clamp": (Plain(lambda s, x: x.sin() + x.sum(0).clamp(1e3, 1e4)), X),
@@ -649,10 +646,7 @@ APART: dict[str, tuple[nn.Module, Any]] = {
     "convolutions": (CNN, IMAGES),
     "largest": (nn.Sequential(nn.AdaptiveMaxPool2d(2), nn.Flatten()), IMAGES),
     "transformer": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), WORDS_IN),
-    "causal mask": (
-        Plain(lambda s, x: (x @ x.mT).masked_fill(s.m, -1e9).softmax(-1) @ x, m=CAUSAL),
-        WORDS_IN,
-    ),
+    "causal mask": (Plain(lambda s, x: (x @ x.mT).masked_fill(s.m, -1e9).softmax(-1) @ x, m=CAUSAL), WORDS_IN),
     "top": (Plain(lambda s, x: x.topk(2, -1).values), X),
     "sort within": (Plain(lambda s, x: x.sort(-1).values), X),
     "median": (Plain(lambda s, x: x.median(-1).values), X),

@@ -516,10 +516,7 @@ CALLS: dict[str, tuple[Call, Call | None]] = {
         lambda c: jacops.model_jvp(c.model, c.x, tangents(c)),
         lambda c: (plain_parameters(c) @ flat(tangents(c))).view(6, 2),
     ),
-    "model_vjp": (
-        lambda c: flat(jacops.model_vjp(c.model, c.x, c.y)),
-        lambda c: c.y.reshape(-1) @ plain_parameters(c),
-    ),
+    "model_vjp": (lambda c: flat(jacops.model_vjp(c.model, c.x, c.y)), lambda c: c.y.reshape(-1) @ plain_parameters(c)),
     "jvp": (
         lambda c: jacops.jvp(lambda: c.model(c.x), parameters(c), [draw(*p.shape) for p in parameters(c)]),
         lambda c: (plain_parameters(c, True) @ flat(draw(*p.shape) for p in parameters(c))).view(6, 2),
@@ -560,18 +557,12 @@ CALLS: dict[str, tuple[Call, Call | None]] = {
         ),
         None,
     ),
-    "self_influences": (
-        lambda c: jacops.self_influences(wrapped(c), pairs(c), curvature="ggn", damping=1e-2),
-        None,
-    ),
+    "self_influences": (lambda c: jacops.self_influences(wrapped(c), pairs(c), curvature="ggn", damping=1e-2), None),
     "compute_influence_factors": (
         lambda c: jacops.compute_influence_factors(wrapped(c), pairs(c), pairs(c)[1:], curvature="ggn", damping=1e-2).x,
         None,
     ),
-    "Problem": (
-        lambda c: torch.stack([problem(c).ggn().dense(), problem(c).hessian().dense()]),
-        None,
-    ),
+    "Problem": (lambda c: torch.stack([problem(c).ggn().dense(), problem(c).hessian().dense()]), None),
 }
 
 # Public functions that take no model, or only operators and results of the calls above.

@@ -130,7 +130,7 @@ class Interruption(Exception):  # noqa: N818 - not an error of anybody's
     """Raised inside the model."""
 
 
-class Watch:
+class SideEffectWatch:
     """Counts the calls of modules, and raises at one of them.
 
     Attributes:
@@ -153,9 +153,9 @@ class Watch:
 
 
 @contextmanager
-def watched(model: nn.Module, at: int | None = None) -> Iterator[Watch]:
+def watched(model: nn.Module, at: int | None = None) -> Iterator[SideEffectWatch]:
     """See every call of a module, those of copies of the model too."""
-    watch = Watch(model, at)
+    watch = SideEffectWatch(model, at)
     handle = module_globals.register_module_forward_pre_hook(watch)
     try:
         yield watch
@@ -182,7 +182,7 @@ def after_one_run(case: Case) -> Facts:
         return numbers(model, inputs)
 
 
-def attempt(call: str, case: Case, at: int | None = None) -> Watch:
+def attempt(call: str, case: Case, at: int | None = None) -> SideEffectWatch:
     """Make the call, interrupted or not, and fail if anything of the caller's moved that may not."""
     model, inputs = prepared(case)
     asked = zoo.question(call, case, model, inputs)

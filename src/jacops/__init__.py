@@ -88,15 +88,7 @@ from .solvers import (
     solve,
 )
 from .space import Space
-from .sparsity import (
-    Pattern,
-    SparseJacobian,
-    SparsePlan,
-    detect_pattern,
-    samples_apart,
-    sparse,
-    sparse_plan,
-)
+from .sparsity import Pattern, SparseJacobian, SparsePlan, detect_pattern, samples_apart, sparse, sparse_plan
 
 __version__ = "0.1.0"
 

@@ -109,7 +109,7 @@ def digest_tensors(named: Mapping[str, Tensor | np.ndarray]) -> str:
 def digest_module(module: nn.Module) -> str:
     """Return a digest of a module: classes, plain settings and modes of all its parts, parameters, buffers.
 
-    The code of its `forward` is not in it, nor are objects it holds that are neither modules nor plain values.
+    The code of its `nodewise` is not in it, nor are objects it holds that are neither modules nor plain values.
 
     Raises:
         InputError: A parameter has no values yet.

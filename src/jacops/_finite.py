@@ -94,7 +94,7 @@ def check_finite(
     call: str,
     results: Sequence[Tensor],
     names: Sequence[str],
-    tape: Any,
+    lin: Any,
     todo: str = "",
     data: Mapping[str, Any] | None = None,
 ) -> None:
@@ -103,9 +103,9 @@ def check_finite(
     Raises:
         NonFiniteError: There is some; the message names the output, or the tensor whose derivative it is.
     """
-    if data is not None and not all(map(is_finite, [*tape.outputs, *results])) and (row := row_in_data(data)):
+    if data is not None and not all(map(is_finite, [*lin.outputs, *results])) and (row := row_in_data(data)):
         raise NonFiniteError(f"{call}: {row}.{todo}")
-    check_outputs(call, tape.outputs, tape.codomain.names, todo)
+    check_outputs(call, lin.outputs, lin.codomain.names, todo)
     for result, name in zip(results, names, strict=True):
         if not is_finite(result):
             raise NonFiniteError(

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._backends._jax.crossing import is_floating, to_jax, to_numpy, to_torch, tree_to_jax, viewed
-from ._backends._jax.model import Model, Point, model_of, weighted_loss
-from ._backends._jax.parameters import Parameters, leaf_names
-from ._backends._torch.likelihoods import Likelihood, computed_likelihood
-from ._backends._torch.row_losses import Reduction
-from ._backends._torch.surroundings import eager
 from ._finite import check_outputs, is_finite, where_first
+from ._jax.crossing import is_floating, to_jax, to_numpy, to_torch, tree_to_jax, viewed
+from ._jax.model import Model, Point, model_of, weighted_loss
+from ._jax.parameters import Parameters, leaf_names
 from ._picks import Picks, picked
 from ._reduction import offset
+from ._runtime.contexts import eager
+from ._torch.protocol import Likelihood, Reduction, computed_likelihood
 from .errors import InputError, InputTypeError, NonFiniteError, explain
 from .objective import Objective
 from .operators import Matrix, Operator
@@ -54,13 +53,7 @@ class JaxObjective(Objective):
     """
 
     def __init__(
-        self,
-        apply: Apply,
-        params: Any,
-        loss: JaxLoss,
-        *,
-        parameters: Picks = None,
-        reduction: Reduction | None = None,
+        self, apply: Apply, params: Any, loss: JaxLoss, *, parameters: Picks = None, reduction: Reduction | None = None
     ) -> None:
         for name, value, needed in (("apply", apply, "apply(params, x)"), ("loss", loss, "loss(output, y)")):
             if not callable(value):

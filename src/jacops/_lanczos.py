@@ -34,7 +34,7 @@ class Ritz(NamedTuple):
     residuals: Tensor
 
 
-class Lanczos:
+class KrylovSpace:
     """Krylov spaces of a symmetric map, growing by one block at a time.
 
     All runs share each product with the map. A run whose space is invariant goes on from fresh random directions with

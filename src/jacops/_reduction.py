@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.agreement import size
-from ._backends._torch.losses import one_row
-from ._backends._torch.surroundings import private_noise
 from ._finite import is_finite, row_in_data, where_first
+from ._runtime.agreement import size
+from ._runtime.contexts import private_noise
+from ._torch.protocol import one_row
 from .data import Batch
 from .errors import InputError, JacopsError, NonFiniteError
 from .space import Space

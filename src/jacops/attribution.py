@@ -9,17 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.completeness import check_identity, check_slopes, summed
-from ._backends._torch.cut import At
-from ._backends._torch.homogeneous import Forward
-from ._backends._torch.memory import Budget
-from ._backends._torch.replica import bare
-from ._backends._torch.samples.batch import Samples
-from ._backends._torch.surroundings import eager
 from ._finite import check_outputs, is_finite, where_first
 from ._keywords import keywords
+from ._requirements import check_positive
+from ._runtime.contexts import eager
+from ._runtime.memory import Budget
+from ._torch.protocol import At, FollowedModel, Samples, bare, check_identity, check_slopes, summed
 from .errors import InputError, InputTypeError, NonFiniteError, explain, warn
-from .jacobians import check_positive
 from .projections import Projection
 from .trees import Selector
 
@@ -316,7 +312,7 @@ def contributions(
         raise InputError(explain("x", came, "a tensor (n, in) of at least one sample is needed"))
     centred = _check_features(x, projection, features, options.get("at"))
     jacobian, alone = _swept(bare(model), x, batch_size, options)
-    forward = Forward(bare(model), options.get("outputs"), options.get("at"), 1 if alone else batch_size)
+    forward = FollowedModel(bare(model), options.get("outputs"), options.get("at"), 1 if alone else batch_size)
     found = forward.parts(x)
     if not is_finite(found.bias):
         raise NonFiniteError(f"contributions: in the bias part, {where_first(found.bias)}.")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.agreement import inner, size, tolerance
-from ._backends._torch.record import record_model
-from ._backends._torch.surroundings import eager, private_noise
 from ._keywords import keywords
+from ._runtime.agreement import inner, size, tolerance
+from ._runtime.contexts import eager, private_noise
+from ._torch.protocol import record_model
 from .derivatives import trainable
 from .errors import NotDifferentiableError
 from .operators import Operator
@@ -77,18 +77,18 @@ def check(
         NotDifferentiableError: The output has no path to them.
     """
     found = record_model(model, inputs, call="check", parameters=parameters)
-    tape = found.tape
-    if not tape.is_connected():
+    lin = found.lin
+    if not lin.is_connected():
         raise NotDifferentiableError("check: no path leads from the output to any parameter.")
     # Every tensor moves by the same share of its own typical entry.
-    direction = [private_noise(leaf, seed + i) * (_typical(leaf) or 1.0) for i, leaf in enumerate(tape.leaves)]
-    eps = max(torch.finfo(d).eps for d in (*tape.domain.dtypes, *tape.codomain.dtypes))
+    direction = [private_noise(leaf, seed + i) * (_typical(leaf) or 1.0) for i, leaf in enumerate(lin.leaves)]
+    eps = max(torch.finfo(d).eps for d in (*lin.domain.dtypes, *lin.codomain.dtypes))
     step = eps ** (1 / 3)
-    product = tape.push_rows([d.unsqueeze(0) for d in direction])
+    product = lin.push_rows([d.unsqueeze(0) for d in direction])
     moved = []
     for sign in (1, -1):
-        shift = {name: sign * step * d for name, d in zip(tape.domain.names, direction, strict=True)}
-        moved.append(record_model(model, inputs, call="check", parameters=parameters, shift=shift).tape.outputs)
+        shift = {name: sign * step * d for name, d in zip(lin.domain.names, direction, strict=True)}
+        moved.append(record_model(model, inputs, call="check", parameters=parameters, shift=shift).lin.outputs)
     error = scale = 0.0
     for p, up, down in zip(product, *moved, strict=True):
         difference = (up.detach() - down.detach()) / (2 * step)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._backends._torch.restoring import restoring
-from ._backends._torch.surroundings import random_state_kept, random_states, refuse_transforms, set_random_states
 from ._digests import byte_view
 from ._progress import track
+from ._runtime.contexts import random_state_kept, random_states, refuse_transforms, set_random_states
+from ._runtime.restoring import restoring
 from .errors import DataError, InputError, InputTypeError, explain
 from .trees import flatten
 

@@ -14,23 +14,30 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.agreement import size
-from ._backends._torch.cut import At
-from ._backends._torch.layers.by_layers import ByLayers
-from ._backends._torch.layers.curvature import hessian_diagonal, hessian_layers
-from ._backends._torch.layers.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
-from ._backends._torch.loss_curvature import computed_convex
-from ._backends._torch.loss_facts import is_convex
-from ._backends._torch.losses import call_loss
-from ._backends._torch.record import Recorded as Recording
-from ._backends._torch.record import record_model
-from ._backends._torch.restoring import restoring
-from ._backends._torch.surroundings import arithmetic, eager, out_of_inference, private_noise, recording
-from ._backends._torch.tape import Tape
-from ._backends._torch.twice import difference_step, disagreement, dropped, gradient_tape
 from ._keywords import keywords
+from ._runtime.agreement import size
+from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise, recording
+from ._runtime.restoring import restoring
+from ._torch.protocol import (
+    At,
+    ByLayers,
+    Linearization,
+    Recording,
+    call_loss,
+    computed_convex,
+    difference_step,
+    disagreement,
+    dropped,
+    gauss_newton_diagonal,
+    gauss_newton_layers,
+    gradient_tape,
+    hessian_diagonal,
+    hessian_layers,
+    is_convex,
+    record_model,
+)
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
-from .operators import Operator, Product, Recorded
+from .operators import LinearizedMap, Operator, Product
 from .operators._finite_results import made_from
 from .trees import Selector, flatten, hint_at_labels
 
@@ -90,7 +97,7 @@ def jacobian(
     checks: str = "first",
     fallback: str = "warn",
     allow_zero: bool = False,
-) -> Recorded:
+) -> LinearizedMap:
     """Return the Jacobian of a model's output on one batch, as an operator.
 
     The model runs once, as it stands (train or eval mode), on private copies; products are sweeps over that graph.
@@ -139,13 +146,13 @@ def jacobian(
         fallback=fallback,
         kept=True,
     )
-    _real_only(found.tape)
-    if not allow_zero and not found.tape.is_connected():
+    _real_only(found.lin)
+    if not allow_zero and not found.lin.is_connected():
         raise NotDifferentiableError(
-            f"jacobian: no path leads from {found.tape.codomain.layout} to any of {found.tape.domain.layout}; "
+            f"jacobian: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
             "the derivative is zero everywhere. Pass `allow_zero=True` if that is meant."
         )
-    return Recorded(found.tape, found.output)
+    return LinearizedMap(found.lin, found.output)
 
 
 def _picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
@@ -158,8 +165,8 @@ def _picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
     return trainable if wrt == "parameters" else None
 
 
-def _real_only(tape: Tape) -> None:
-    for space in (tape.domain, tape.codomain):
+def _real_only(lin: Linearization) -> None:
+    for space in (lin.domain, lin.codomain):
         for name, dtype in zip(space.names, space.dtypes, strict=True):
             if dtype.is_complex:
                 raise NotDifferentiableError(
@@ -186,10 +193,10 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     found = record_model(
         model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
     )
-    _real_only(found.tape)
-    if not found.tape.is_connected():
+    _real_only(found.lin)
+    if not found.lin.is_connected():
         raise NotDifferentiableError(
-            f"{call}: no path leads from the loss to any of the parameters {found.tape.domain.layout}; its "
+            f"{call}: no path leads from the loss to any of the parameters {found.lin.domain.layout}; its "
             "derivative is "
             "zero everywhere."
         )
@@ -235,7 +242,7 @@ def _checked(value: Any) -> Tensor:
 @keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
-def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> Recorded:
+def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> LinearizedMap:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
@@ -270,15 +277,15 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
 
 def _hessian(
     model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
-) -> Recorded:
+) -> LinearizedMap:
     found = record_loss(model, loss, x, y, call, kept=kept, **options)
-    tape = gradient_tape(found, call)
-    operator = Recorded(tape, found.output, symmetric=True)
+    lin = gradient_tape(found, call)
+    operator = LinearizedMap(lin, found.output, symmetric=True)
     rows = operator._apply
-    layers = partial(hessian_layers, found.tape, _leading(x, y), rows)
-    entries = partial(hessian_diagonal, found.tape, _leading(x, y), rows)
-    operator = replace(operator, formed=ByLayers(found.tape, "Hessian by layers", layers, rows, entries, tape.routes))
-    if found.tape.survey.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in tape.leaves):
+    layers = partial(hessian_layers, found.lin, _leading(x, y), rows)
+    entries = partial(hessian_diagonal, found.lin, _leading(x, y), rows)
+    operator = replace(operator, formed=ByLayers(found.lin, "Hessian by layers", layers, rows, entries, lin.routes))
+    if found.lin.graph_info.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in lin.leaves):
         _spot_check(operator, found, lambda shift: _shifted_gradient(model, loss, x, y, shift, options))
     return operator
 
@@ -287,13 +294,13 @@ def _shifted_gradient(
     model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: CurvatureOptions
 ) -> Tensor:
     found = record_loss(model, loss, x, y, "hessian", shift=shift, **options)
-    tape = found.tape
-    return tape.domain.join(tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)]))[0]
+    lin = found.lin
+    return lin.domain.join(lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)]))[0]
 
 
-def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[str, Tensor]], Tensor]) -> None:
+def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[dict[str, Tensor]], Tensor]) -> None:
     """Compare one product with central differences of gradients along a random direction."""
-    space, tape = operator.domain, operator.tape
+    space, lin = operator.domain, operator.lin
     direction = private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device))
     direction = direction / size(direction)
 
@@ -301,11 +308,11 @@ def _spot_check(operator: Recorded, found: Recording, gradient: Callable[[dict[s
         moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
         return (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
 
-    step = difference_step(tape.leaves)
+    step = difference_step(lin.leaves)
     error = disagreement(operator @ direction, central(step), central, step)
     if error is not None:
         what = "a product with the Hessian and a central difference of gradients"
-        raise dropped(tape.call, what, error, found.tape.survey.functions)
+        raise dropped(lin.call, what, error, found.lin.graph_info.functions)
 
 
 @keywords(OperatorOptions)
@@ -345,26 +352,22 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
 def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
     found = record_model(model, x, call=call, kept=kept, **options)
-    _real_only(found.tape)
-    J = Recorded(found.tape, found.output)
+    _real_only(found.lin)
+    J = LinearizedMap(found.lin, found.output)
     with recording():
-        leaves = [o.detach().requires_grad_() for o in found.tape.outputs]
+        leaves = [o.detach().requires_grad_() for o in found.lin.outputs]
         value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), _recordable(y, kept)))
-    names = found.tape.codomain.names
-    outer = Tape(leaves, [value], leaf_names=names, output_names=["loss"], call=call, private=True)
-    H = Recorded(
-        gradient_tape(Recording(outer, flatten(value, "loss")[1], value), call),
-        value,
-        symmetric=True,
-    )
+    names = found.lin.codomain.names
+    outer = Linearization(leaves, [value], leaf_names=names, output_names=["loss"], call=call, private=True)
+    H = LinearizedMap(gradient_tape(Recording(outer, flatten(value, "loss")[1], value), call), value, symmetric=True)
     H = replace(
-        H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.tape.outputs, found.tree)
+        H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
     )
     product = Product(Product(J.T, H), J)
     rows, name = product._apply, "Gauss-Newton matrix by layers"
-    layers = partial(gauss_newton_layers, found.tape, H._apply, rows)
-    entries = partial(gauss_newton_diagonal, found.tape, H._apply, rows)
-    return replace(product, formed=ByLayers(found.tape, name, layers, rows, entries, found.tape.routes))
+    layers = partial(gauss_newton_layers, found.lin, H._apply, rows)
+    entries = partial(gauss_newton_diagonal, found.lin, H._apply, rows)
+    return replace(product, formed=ByLayers(found.lin, name, layers, rows, entries, found.lin.routes))
 
 
 def _leading(x: Any, y: Any) -> list[int]:

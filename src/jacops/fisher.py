@@ -13,23 +13,23 @@ from typing import Any, Literal, Unpack, final
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.counter import Draws
-from ._backends._torch.likelihoods import (
+from ._keywords import keywords
+from ._runtime.contexts import eager
+from ._runtime.counter import Draws
+from ._torch.protocol import (
     KNOWN,
     Likelihood,
+    RowLosses,
     known_kind,
     known_likelihood,
     label_like,
     likelihood_of,
+    record_model,
     row_scale,
 )
-from ._backends._torch.record import record_model
-from ._backends._torch.row_losses import RowLosses
-from ._backends._torch.surroundings import eager
-from ._keywords import keywords
 from .derivatives import CurvatureOptions, Loss, OperatorOptions, ggn, trainable
 from .errors import InputError, InputTypeError, explain
-from .operators import Operator, Recorded, Scaled
+from .operators import LinearizedMap, Operator, Scaled
 from .operators._finite_results import made_from
 from .per_sample import sample_gradients
 from .space import Space
@@ -130,7 +130,7 @@ def batch_fisher(
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
         return ggn(model, losses.scalar, x, y, check_finite=False, **options)  # checked as a whole
     found = record_model(model, x, call="fisher", kept=True, **options)
-    output = _one_tensor(found.tape.outputs).detach()
+    output = _one_tensor(found.lin.outputs).detach()
     likelihood = known_likelihood(losses, output, y) or likelihood_of(losses.scalar, [output], found.tree, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)
@@ -139,8 +139,8 @@ def batch_fisher(
             model, losses.scalar, x, label_like(likelihood.kind, output, losses.loss) if y is None else y, **options
         )
     scores = likelihood.draw(output, draws, samples)
-    J = Recorded(found.tape, found.output)
-    rows = _Scores(found.tape.codomain, scores) @ J
+    J = LinearizedMap(found.lin, found.output)
+    rows = _Scores(found.lin.codomain, scores) @ J
     return Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows))
 
 
@@ -154,7 +154,7 @@ def _empirical(model: nn.Module, losses: RowLosses, x: Any, y: Any, options: Cur
 
     def computed() -> Likelihood | None:
         found = record_model(model, x, call="fisher", **options)
-        return likelihood_of(losses.scalar, found.tape.outputs, found.tree, y)
+        return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
 
     terms, total = row_scale(losses, y, rows, computed)
     if bool((terms == terms[0]).all()):

@@ -8,17 +8,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.cut import At
-from ._backends._torch.matrix import Blocks, Way, jacobian_blocks
-from ._backends._torch.matrix_places import Places, by_leaf, flat, is_plain, separate
-from ._backends._torch.matrix_plan import fitted_chunk
-from ._backends._torch.memory import Budget, given_tensors
-from ._backends._torch.record import Recorded, record_closure, record_model
-from ._backends._torch.samples.batch import Samples
-from ._backends._torch.surroundings import arithmetic, eager
-from ._backends._torch.tape import Tape
 from ._finite import check_outputs, is_finite, where_first
 from ._keywords import keywords
+from ._requirements import check_positive
+from ._runtime.contexts import arithmetic, eager
+from ._runtime.memory import Budget, given_tensors
+from ._torch.protocol import (
+    At,
+    Blocks,
+    Linearization,
+    Places,
+    Recording,
+    Samples,
+    WholeJacobian,
+    by_leaf,
+    fitted_chunk,
+    flat,
+    is_plain,
+    jacobian_blocks,
+    record_closure,
+    record_model,
+    separate,
+)
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
@@ -164,16 +175,16 @@ def full_jacobian(
         check_positive("chunk_size", chunk_size)
     picked = (lambda: select(func(), outputs)) if callable(func) and outputs is not None else func
     recorded = record_closure(picked, params, "full_jacobian", empty=True)
-    if not recorded.tape.leaves:
+    if not recorded.lin.leaves:
         return []
     say_if_unconnected(recorded)
     with arithmetic(create_graph):
-        tape = recorded.tape
-        _check_out(tape, out, create_graph)
-        chunk_size = fitted_chunk(tape, budget, chunk_size=chunk_size, out=out is not None)
-        places = by_leaf(tape, given_tensors(out)) if is_plain(tape) and not create_graph else None
+        lin = recorded.lin
+        _check_out(lin, out, create_graph)
+        chunk_size = fitted_chunk(lin, budget, chunk_size=chunk_size, out=out is not None)
+        places = by_leaf(lin, given_tensors(out)) if is_plain(lin) and not create_graph else None
         into = places.blocks if places else None
-        blocks = jacobian_blocks(tape, create_graph, chunk_size=chunk_size, into=into)
+        blocks = jacobian_blocks(lin, create_graph, chunk_size=chunk_size, into=into)
         _check_blocks("full_jacobian", recorded, blocks)
         if places:
             return places.wholes
@@ -261,13 +272,13 @@ def modjac(
         _check_dependence(recorded)
     else:
         say_if_unconnected(recorded)
-    tape = recorded.tape
+    lin = recorded.lin
     with arithmetic(create_graph):
-        _check_out(tape, out, create_graph or lie is not None)
-        way = Way(tape, budget, forward, out is not None, create_graph, layers=not lie)
+        _check_out(lin, out, create_graph or lie is not None)
+        way = WholeJacobian(lin, budget, forward, out is not None, create_graph, layers=not lie)
         places = None
-        if not (create_graph or lie) and (flatten or out is not None) and is_plain(tape):
-            places = (flat if flatten else separate)(tape, given_tensors(out))
+        if not (create_graph or lie) and (flatten or out is not None) and is_plain(lin):
+            places = (flat if flatten else separate)(lin, given_tensors(out))
         into = places.blocks if places else None
         found = way.form(into)
         blocks = found.blocks
@@ -277,12 +288,12 @@ def modjac(
             return _placed(recorded, places, blocks, flatten)
         shaped = lie(blocks) if lie else _shaped(recorded, blocks)
         if forward:
-            pairs = zip(shaped, tape.outputs, strict=True)
+            pairs = zip(shaped, lin.outputs, strict=True)
             shaped = [[b if b.is_complex() else b.to(o.dtype) for b in row] for row, o in pairs]
         return _arranged(recorded, [[given(b, create_graph) for b in row] for row in shaped], flatten)
 
 
-def _placed(recorded: Recorded, places: Places, blocks: Blocks, flatten: bool) -> Any:
+def _placed(recorded: Recording, places: Places, blocks: Blocks, flatten: bool) -> Any:
     """Return the result in its places, copied there if it was made elsewhere."""
     if blocks is not places.blocks:
         for row, targets in zip(blocks, places.blocks, strict=True):
@@ -290,14 +301,14 @@ def _placed(recorded: Recorded, places: Places, blocks: Blocks, flatten: bool) -
                 target.copy_(block)
     if flatten:
         return places.wholes[0]
-    many = len(recorded.tape.leaves)
+    many = len(recorded.lin.leaves)
     rows = [places.wholes[i : i + many] for i in range(0, len(places.wholes), many)]
     return _arranged(recorded, rows, False)
 
 
-def _check_out(tape: Tape, out: Any, connected: bool) -> None:
+def _check_out(lin: Linearization, out: Any, connected: bool) -> None:
     """Refuse places that could not be written to in the result's own dtype, or without losing its graph."""
-    if out is not None and (connected or not is_plain(tape)):
+    if out is not None and (connected or not is_plain(lin)):
         needed = "the result must be real, of one dtype, without a graph and without LieTensors"
         raise InputError(explain("out", "given", needed, "Leave it out."))
 
@@ -322,11 +333,9 @@ def _sparse(
     return found.matrix
 
 
-def _arranged(recorded: Recorded, blocks: Blocks, flat: bool) -> Any:
+def _arranged(recorded: Recording, blocks: Blocks, flat: bool) -> Any:
     if flat:
-        rows = [
-            torch.cat([_matrix(b, o) for b in row], 1) for row, o in zip(blocks, recorded.tape.outputs, strict=True)
-        ]
+        rows = [torch.cat([_matrix(b, o) for b in row], 1) for row, o in zip(blocks, recorded.lin.outputs, strict=True)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
     if recorded.tree.single:
         return blocks[0][0] if len(blocks[0]) == 1 else tuple(blocks[0])
@@ -338,9 +347,9 @@ def _matrix(block: Tensor, output: Tensor) -> Tensor:
     return block.reshape(block.shape[: output.ndim].numel(), block.shape[output.ndim :].numel())
 
 
-def _shaped(recorded: Recorded, blocks: Blocks) -> Blocks:
+def _shaped(recorded: Recording, blocks: Blocks) -> Blocks:
     """Return blocks `(output entries, *parameter)` as `(*output, *parameter)`."""
-    params, outputs = recorded.tape.leaves, recorded.tape.outputs
+    params, outputs = recorded.lin.leaves, recorded.lin.outputs
     return [
         [block.reshape(*output.shape, *param.shape) for block, param in zip(row, params, strict=True)]
         for row, output in zip(blocks, outputs, strict=True)
@@ -353,11 +362,11 @@ def _check_strategy(strategy: str) -> bool:
     return strategy == "forward-mode"
 
 
-def _check_dependence(recorded: Recorded) -> None:
-    tape = recorded.tape
-    for index, (name, output) in enumerate(zip(tape.codomain.names, tape.outputs, strict=True)):
-        seeds = [torch.ones_like(o) if i == index else None for i, o in enumerate(tape.outputs)]
-        for parameter, grad in zip(tape.domain.names, tape.pull(seeds), strict=True):
+def _check_dependence(recorded: Recording) -> None:
+    lin = recorded.lin
+    for index, (name, output) in enumerate(zip(lin.codomain.names, lin.outputs, strict=True)):
+        seeds = [torch.ones_like(o) if i == index else None for i, o in enumerate(lin.outputs)]
+        for parameter, grad in zip(lin.domain.names, lin.pull(seeds), strict=True):
             if grad is None and output.numel():
                 raise NotDifferentiableError(
                     f"modjac: {name} does not depend on parameter {parameter}, and strict=True asks that it does. "
@@ -365,19 +374,19 @@ def _check_dependence(recorded: Recorded) -> None:
                 )
 
 
-def _lie_layout(recorded: Recorded, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:
+def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:
     """Return how blocks of LieTensors are laid out; None where there are none, so that nobody pays for PyPose."""
     from .extras.lie import layout
 
     return layout(recorded, tangent, create_graph)
 
 
-def _check_blocks(call: str, recorded: Recorded, blocks: Blocks, todo: str = "", sure: bool = False) -> None:
-    check_outputs(call, recorded.tape.outputs, recorded.tape.codomain.names, todo)
+def _check_blocks(call: str, recorded: Recording, blocks: Blocks, todo: str = "", sure: bool = False) -> None:
+    check_outputs(call, recorded.lin.outputs, recorded.lin.codomain.names, todo)
     if sure:
         return
-    for output, row in zip(recorded.tape.codomain.names, blocks, strict=True):
-        for parameter, block in zip(recorded.tape.domain.names, row, strict=True):
+    for output, row in zip(recorded.lin.codomain.names, blocks, strict=True):
+        for parameter, block in zip(recorded.lin.domain.names, row, strict=True):
             _check_block(call, block, output, parameter)
 
 
@@ -387,13 +396,3 @@ def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
             f"{call}: in the Jacobian of {output} by {by}, {where_first(block)}; the output itself is "
             f"finite.{_FINITE_TODO}"
         )
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Refuse what is not a positive whole number.
-
-    Raises:
-        InputError: It is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(explain(name, repr(value), "a positive whole number is needed"))

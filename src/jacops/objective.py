@@ -15,19 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.counter import Draws
-from ._backends._torch.loss_facts import is_convex
-from ._backends._torch.record import record_model
-from ._backends._torch.replica import bare, parameter_names
-from ._backends._torch.restoring import restoring
-from ._backends._torch.row_losses import Reduction, RowLosses, Weighted
-from ._backends._torch.surroundings import seeded, sweeping
-from ._backends._torch.twice import gradient_tape
-from ._backends._torch.weights import weights_of
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
 from ._picks import Picks, picked
 from ._reduction import not_finite, offset
+from ._runtime.contexts import seeded, sweeping
+from ._runtime.counter import Draws
+from ._runtime.restoring import restoring
+from ._torch.protocol import (
+    Reduction,
+    RowLosses,
+    Weighted,
+    bare,
+    gradient_tape,
+    is_convex,
+    parameter_names,
+    record_model,
+    weights_of,
+)
 from .data import Batch, rows_of
 from .derivatives import CurvatureOptions, Loss, ggn, hessian, jacobian, record_loss, trainable
 from .errors import InputError, InputTypeError, explain
@@ -38,11 +43,7 @@ from .space import Space
 
 
 class Objective(ABC):
-    """A model with its loss, one batch at a time.
-
-    Attributes:
-        reduction: How the loss reduces a batch.
-    """
+    """A model with its loss, which reduces a batch by `reduction`, one batch at a time."""
 
     reduction: Reduction = "mean"
 
@@ -222,10 +223,7 @@ class TorchObjective(Objective):
         refuse_mixing_modules(self.model, random=self.seed is None)
 
     def unchanged(self) -> Callable[[str], None]:
-        """Return a function that raises `ModelStateError` once parameters, buffers or modes differ from what they are.
-
-        The values are copied, or digested where they are large.
-        """
+        """Return a function that raises `ModelStateError` once parameters, buffers or modes differ."""
         module = bare(self.model)
         weights = weights_of(module)
         return lambda call: weights.check(module, call)
@@ -261,7 +259,7 @@ class TorchObjective(Objective):
         """
         with seeded(self.seed):
             found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks)
-        value = float(found.tape.outputs[0].detach())
+        value = float(found.lin.outputs[0].detach())
         if not math.isfinite(value):
             raise not_finite("Problem", value, bare(self.model), x, y)
         return value
@@ -273,16 +271,16 @@ class TorchObjective(Objective):
         shift = {name: offset(named[name].detach(), seed) for seed, name in enumerate(self.space.names)}
         with seeded(self.seed):
             found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks, shift=shift)
-        return float(found.tape.outputs[0].detach())
+        return float(found.lin.outputs[0].detach())
 
     @restoring
     def gradient(self, x: Any, y: Any) -> Tensor:
         """Return the gradient `(P,)` of a batch's loss."""
         with seeded(self.seed):
-            tape = record_loss(self.model, self.loss, x, y, "gradient", parameters=self.picks).tape
-        rows = tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)])
-        check_finite("gradient", rows, tape.domain.names, tape, data={"x": x, "y": y})
-        return tape.domain.join(rows)[0].detach()
+            lin = record_loss(self.model, self.loss, x, y, "gradient", parameters=self.picks).lin
+        rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
+        check_finite("gradient", rows, lin.domain.names, lin, data={"x": x, "y": y})
+        return lin.domain.join(rows)[0].detach()
 
     @restoring
     def hessian(self, x: Any, y: Any) -> Operator:

@@ -8,17 +8,23 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.inputs import check_fallback
-from ._backends._torch.layers.by_sample import Definition, SampleFactors
-from ._backends._torch.layers.factors import matrix_shape
-from ._backends._torch.layers.parts import Rows
-from ._backends._torch.layers.row_cotangents import row_cotangents
-from ._backends._torch.losses import one_row
-from ._backends._torch.record import Recorded, record_model
-from ._backends._torch.replica import bare, check_state, parameter_names
-from ._backends._torch.restoring import restoring
-from ._backends._torch.surroundings import eager, seeded
 from ._keywords import keywords
+from ._runtime.contexts import eager, seeded
+from ._runtime.restoring import restoring
+from ._torch.protocol import (
+    Definition,
+    Recording,
+    Rows,
+    SampleFactors,
+    bare,
+    check_fallback,
+    check_state,
+    matrix_shape,
+    one_row,
+    parameter_names,
+    record_model,
+    row_cotangents,
+)
 from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
@@ -102,19 +108,19 @@ def sample_gradients(
     inputs = len(flatten(x, "x")[0])
 
     @restoring
-    def alone(values: Sequence[Tensor]) -> Recorded:
+    def alone(values: Sequence[Tensor]) -> Recording:
         one_x, one_y = tree.build(values)
         with seeded(seed), one_row("sample_gradients"):
             return record_loss(model, loss, one_x, one_y, "sample_gradients", **recorded)
 
-    def together(values: Sequence[Tensor]) -> Recorded:
+    def together(values: Sequence[Tensor]) -> Recording:
         return record_model(model, tree.build(values)[0], call="sample_gradients", **recorded)
 
-    def cotangents(batch: Recorded, values: Sequence[Tensor]) -> list[Tensor | None]:
+    def cotangents(batch: Recording, values: Sequence[Tensor]) -> list[Tensor | None]:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
             return batch.tree.build(outputs), tree.build([*values[:inputs], *targets])[1]
 
-        return row_cotangents(batch.tape, loss, values[inputs:], build)
+        return row_cotangents(batch.lin, loss, values[inputs:], build)
 
     forced = None if seed is None else "with the same random numbers for each"
     what = Definition(values, alone, together, cotangents, "sample_gradients", _way(recorded), forced)
@@ -159,7 +165,7 @@ def sample_jacobians(
     hint_at_labels("sample_jacobians", outputs, x)
 
     @restoring
-    def record(values: Sequence[Tensor]) -> Recorded:
+    def record(values: Sequence[Tensor]) -> Recording:
         with seeded(seed):
             found = record_model(model, tree.build(values), call="sample_jacobians", outputs=outputs, **recorded)
         return _one_output(found)
@@ -178,14 +184,14 @@ def _way(options: RecordOptions) -> str:
     return check_fallback(options.get("fallback", "warn"))
 
 
-def _one_output(found: Recorded) -> Recorded:
-    _real_only(found.tape)
-    if len(found.tape.outputs) != 1:
-        names = ", ".join(found.tape.codomain.names)
+def _one_output(found: Recording) -> Recording:
+    _real_only(found.lin)
+    if len(found.lin.outputs) != 1:
+        names = ", ".join(found.lin.codomain.names)
         raise InputError(explain("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`."))
-    if not found.tape.is_connected():
+    if not found.lin.is_connected():
         raise NotDifferentiableError(
-            f"sample_jacobians: no path leads from {found.tape.codomain.layout} to any of {found.tape.domain.layout}; "
+            f"sample_jacobians: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
             "the derivative is zero everywhere."
         )
     return found
@@ -200,17 +206,14 @@ def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
 
 
 def _factors(
-    model: nn.Module,
-    what: Definition,
-    options: RecordOptions,
-    rows: Callable[[Tensor, int], Space],
+    model: nn.Module, what: Definition, options: RecordOptions, rows: Callable[[Tensor, int], Space]
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
     check_state(bare(model))
     if what.values[0].shape[0] == 0:
         return _no_rows(model, what, options)
     found = SampleFactors(what)
-    domain, n = found.tape.domain, what.values[0].shape[0]
+    domain, n = found.lin.domain, what.values[0].shape[0]
     missing = [domain.names[leaf] for leaf in found.collected.missing]
     return LayerFactors(
         found.collected.parts(), domain, rows(found.output.detach().to(domain.dtype), n), missing, found.route

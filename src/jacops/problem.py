@@ -10,10 +10,10 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ._backends._torch.row_losses import Reduction
 from ._finite import InBatch
 from ._picks import Picks
 from ._reduction import check_reduction
+from ._torch.protocol import Reduction
 from .data import Batch, Batches, Unpack
 from .errors import DataError, InputError, InputTypeError, explain
 from .objective import Objective, TorchObjective

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._backends._torch.record import Recorded, record_closure, record_model
-from ._backends._torch.restoring import restoring
-from ._backends._torch.surroundings import arithmetic, eager, out_of_inference
 from ._finite import check_finite, check_vector
 from ._keywords import keywords
+from ._runtime.contexts import arithmetic, eager, out_of_inference
+from ._runtime.restoring import restoring
+from ._torch.protocol import Recording, record_closure, record_model
 from .errors import ModelStateError, explain, warn
 
 Params = Tensor | Iterable[Tensor]
@@ -201,7 +201,7 @@ def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> T
     return grads[0] if len(grads) == 1 else grads
 
 
-def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback: str) -> Recorded:
+def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback: str) -> Recording:
     recorded = record_model(
         model, x, call=call, parameters=lambda name, p: True, fallback=fallback, connected=create_graph
     )
@@ -214,32 +214,32 @@ def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback:
 
 
 @restoring
-def _push(recorded: Recorded, v: Vectors, create_graph: bool, batch: bool) -> Any:
-    tape = recorded.tape
-    vectors = [out_of_inference(t) for t in tape.domain.check(v, "vs" if batch else "v", batch=batch)]
-    check_vector(tape.call, "vs" if batch else "v", vectors)
+def _push(recorded: Recording, v: Vectors, create_graph: bool, batch: bool) -> Any:
+    lin = recorded.lin
+    vectors = [out_of_inference(t) for t in lin.domain.check(v, "vs" if batch else "v", batch=batch)]
+    check_vector(lin.call, "vs" if batch else "v", vectors)
     say_if_unconnected(recorded)
     with arithmetic(create_graph):
-        rows = tape.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
-        check_finite(tape.call, rows, tape.codomain.names, tape)
+        rows = lin.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
+        check_finite(lin.call, rows, lin.codomain.names, lin)
         return recorded.tree.build([given(r if batch else r[0], create_graph) for r in rows])
 
 
 @restoring
-def _pull(recorded: Recorded, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
-    tape, name = recorded.tape, "vs" if batch else "v"
+def _pull(recorded: Recording, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
+    lin, name = recorded.lin, "vs" if batch else "v"
     if not isinstance(v, Tensor | list) and not recorded.tree.single:
         from .trees import flatten
 
         v = [leaf for leaf in flatten(v, name)[0] if leaf is not None]
     if isinstance(v, list) and recorded.tree.empty:
         v = [leaf for leaf in v if leaf is not None]
-    vectors = [out_of_inference(t) for t in tape.codomain.check(v, name, batch=batch)]
-    check_vector(tape.call, name, vectors)
+    vectors = [out_of_inference(t) for t in lin.codomain.check(v, name, batch=batch)]
+    check_vector(lin.call, name, vectors)
     say_if_unconnected(recorded)
     with arithmetic(create_graph):
-        rows = tape.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
-        check_finite(tape.call, rows, tape.domain.names, tape)
+        rows = lin.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
+        check_finite(lin.call, rows, lin.domain.names, lin)
         return [given(r if batch else r[0], create_graph) for r in rows]
 
 
@@ -248,11 +248,11 @@ def given(result: Tensor, create_graph: bool) -> Tensor:
     return result if create_graph else result.detach()
 
 
-def say_if_unconnected(recorded: Recorded) -> None:
+def say_if_unconnected(recorded: Recording) -> None:
     """Warn once if no path leads from the output to any parameter: zeros are the derivative, and rarely the wish."""
-    tape = recorded.tape
-    if tape.leaves and not tape.is_connected():
+    lin = recorded.lin
+    if lin.leaves and not lin.is_connected():
         warn(
-            f"{tape.call}: no path leads from the output to any of {tape.domain.layout}; the derivative is "
+            f"{lin.call}: no path leads from the output to any of {lin.domain.layout}; the derivative is "
             "zero everywhere."
         )

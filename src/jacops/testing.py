@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._backends._torch.agreement import size, tolerance
-from ._backends._torch.surroundings import private_noise
+from ._runtime.agreement import size, tolerance
+from ._runtime.contexts import private_noise
 from .checks import adjoint_check
 from .operators import Operator
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import eager
 from .._keywords import keywords
-from .._lanczos import Lanczos
+from .._lanczos import KrylovSpace
+from .._runtime.contexts import eager
 from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
 from ..operators import Operator
 from ._eigenpairs import working_dtype
@@ -204,7 +204,7 @@ def _quadrature(operator: Operator, probes: int, steps: int, seed: int) -> tuple
     together = max(1, min(chunk_of(operator), _BASIS_ENTRIES // (steps * space.dim)))
     found = []
     for first in range(0, probes, together):
-        run = Lanczos(
+        run = KrylovSpace(
             lambda rows: operator.apply(rows.to(space.dtype)).to(work),
             starts[first : first + together],
             steps,

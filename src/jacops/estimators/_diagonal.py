@@ -8,13 +8,13 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import eager
 from .._keywords import keywords
+from .._runtime.contexts import eager
 from ..operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from ..operators._algebra import Product, Scaled, Sum, Transposed
 from ..operators._data import BlockDiagonal, SumOver
 from ..operators._finite_results import check_result
-from ._leave_one_out import Sketch, sketched
+from ._leave_one_out import ProbeSketch, sketched
 from ._probes import check_choice, check_probes, check_square, chunk_of, left_out_mean, product, signs, units
 
 
@@ -138,7 +138,7 @@ def _by_units(operator: Operator) -> Tensor:
     return result
 
 
-def _xdiag(operator: Operator, omega: Tensor, sketch: Sketch) -> DiagonalEstimate:
+def _xdiag(operator: Operator, omega: Tensor, sketch: ProbeSketch) -> DiagonalEstimate:
     basis, upper, left_out, floor = sketch
     image = product(operator.T, basis.mT.to(operator.codomain.dtype)).double().mT  # Z = Aᵀ Q
     dtype = operator.domain.dtype

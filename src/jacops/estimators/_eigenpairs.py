@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import eager
 from .._keywords import keywords
-from .._lanczos import Lanczos, Ritz
+from .._lanczos import KrylovSpace, Ritz
+from .._runtime.contexts import eager
 from ..errors import SolveError
 from ..operators import Operator
 from ._probes import check_choice, check_count, check_symmetric, product
@@ -118,11 +118,11 @@ def working_dtype(operator: Operator) -> torch.dtype:
     return torch.promote_types(operator.domain.dtype, torch.float32)
 
 
-def _run(operator: Operator, count: int, seed: int) -> Lanczos:
+def _run(operator: Operator, count: int, seed: int) -> KrylovSpace:
     space, work = operator.domain, working_dtype(operator)
     width = min(count, _BLOCK, space.dim)
     start = torch.randn(1, width, space.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Lanczos(
+    return KrylovSpace(
         lambda rows: operator.apply(rows.to(space.dtype)).to(work),
         start.to(space.device, work),
         capacity=max(2 * count + 8 * width, 40),
@@ -130,7 +130,7 @@ def _run(operator: Operator, count: int, seed: int) -> Lanczos:
     )
 
 
-def _grown(run: Lanczos, count: int, which: str, tolerance: float, limit: int) -> Ritz:
+def _grown(run: KrylovSpace, count: int, which: str, tolerance: float, limit: int) -> Ritz:
     """Return the Ritz pairs of a space grown, and restarted, until the wanted ones settle or products run out."""
     while True:
         run.step()
@@ -153,7 +153,7 @@ def picked(values: Tensor, count: int, which: str) -> Tensor:
     return size.argsort(descending=True)[:count]
 
 
-def _certified(operator: Operator, run: Lanczos, ritz: Ritz, where: Tensor, tolerance: float) -> Eigenpairs:
+def _certified(operator: Operator, run: KrylovSpace, ritz: Ritz, where: Tensor, tolerance: float) -> Eigenpairs:
     """Recompute the residuals from the operator itself, with the Rayleigh quotients of the vectors."""
     vectors = run.vectors(ritz.coefficients[:, where])[0].to(operator.domain.dtype)
     image, wide = product(operator, vectors).double(), vectors.double()

@@ -15,7 +15,7 @@ from ..operators import Operator
 from ._probes import product
 
 
-class Sketch(NamedTuple):
+class ProbeSketch(NamedTuple):
     """Probes, a basis of their images, and the directions that only one image brings in; all in float64.
 
     Attributes:
@@ -32,13 +32,13 @@ class Sketch(NamedTuple):
     floor: float
 
 
-def sketched(operator: Operator, probes: Tensor) -> Sketch:
+def sketched(operator: Operator, probes: Tensor) -> ProbeSketch:
     """Return the sketch of an operator by probes, one to a row."""
     basis, upper = torch.linalg.qr(product(operator, probes).double().mT)
     left, sizes, _ = torch.linalg.svd(upper)
     floor = 10 * torch.finfo(operator.codomain.dtype).eps * float(sizes[0])
     rank = int((sizes > floor).sum())
     if rank < probes.shape[0]:
-        return Sketch(basis @ left[:, :rank], left[:, :rank].mT @ upper, None, floor)
+        return ProbeSketch(basis @ left[:, :rank], left[:, :rank].mT @ upper, None, floor)
     inverse = torch.linalg.solve_triangular(upper.mT, torch.eye(rank).to(upper), upper=False)
-    return Sketch(basis, upper, inverse / torch.linalg.vector_norm(inverse, dim=0), floor)
+    return ProbeSketch(basis, upper, inverse / torch.linalg.vector_norm(inverse, dim=0), floor)

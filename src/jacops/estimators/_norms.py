@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from .._backends._torch.surroundings import eager
 from .._keywords import keywords
-from .._lanczos import Lanczos
+from .._lanczos import KrylovSpace
+from .._runtime.contexts import eager
 from ..operators import Operator
 from ._eigenpairs import working_dtype
 from ._probes import Estimate, check_count, check_probes, chunk_of, mean_of, product, signs, units
@@ -99,7 +99,7 @@ def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int
     gram = narrow.T @ narrow if squared else operator
     space, work = gram.domain, working_dtype(gram)
     start = torch.randn(1, 1, space.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    run = Lanczos(
+    run = KrylovSpace(
         lambda rows: gram.apply(rows.to(space.dtype)).to(work), start.to(space.device, work), max_steps, seed=seed
     )
     value, error, upper, settled = 0.0, math.inf, math.inf, False

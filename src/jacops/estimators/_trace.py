@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import eager
 from .._keywords import keywords
+from .._runtime.contexts import eager
 from ..operators import Operator
 from ._diagonal import diagonal
 from ._leave_one_out import sketched

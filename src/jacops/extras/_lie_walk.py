@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import arithmetic
+from .._runtime.contexts import arithmetic
+from .._runtime.restoring import restoring
 from ..errors import NotDifferentiableError, warn
 from ._lie_groups import ALGEBRAS, Mended, exact_series, group_of, parts_of, storage_width
 
@@ -39,7 +39,7 @@ _TODOS = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class EdgeKind:
     """What an edge carries on its way from a parameter; an edge that no parameter reaches has none.
 
     Attributes:
@@ -55,7 +55,7 @@ class Kind:
 
 @dataclass
 class Walk:
-    """Walks from the parameters of a tape.
+    """Walks from the parameters of a linearization.
 
     Attributes:
         call: The public call on whose behalf this is done.
@@ -66,26 +66,26 @@ class Walk:
     """
 
     call: str
-    sources: dict[tuple[Any, int], Kind]
+    sources: dict[tuple[Any, int], EdgeKind]
     twice: bool = False
     series: list[Any] = field(default_factory=list)
-    frozen: Kind | None = None
+    frozen: EdgeKind | None = None
 
     @classmethod
-    def over(cls, tape: Any) -> Walk:
-        """Return a walk from the leaves of a tape and what stands for them."""
-        names = tape.domain.names
-        leaves = [*zip(names, tape.leaves, strict=True), *((names[i], tensor) for i, tensor in tape.twins)]
-        return cls(tape.call, {_edge(t): Kind(name, group_of(t)) for name, t in leaves if t.requires_grad})
+    def over(cls, lin: Any) -> Walk:
+        """Return a walk from the leaves of a linearization and what stands for them."""
+        names = lin.domain.names
+        leaves = [*zip(names, lin.leaves, strict=True), *((names[i], tensor) for i, tensor in lin.aliased_leaves)]
+        return cls(lin.call, {_edge(t): EdgeKind(name, group_of(t)) for name, t in leaves if t.requires_grad})
 
-    def kinds(self, tensors: Sequence[Tensor]) -> list[Kind | None]:
+    def kinds(self, tensors: Sequence[Tensor]) -> list[EdgeKind | None]:
         """Return what each tensor carries.
 
         Raises:
             NotDifferentiableError: On the way there elements of a group and plain numbers meet.
         """
         edges = [_edge(t) if t.requires_grad else (None, 0) for t in tensors]
-        known: dict[Any, list[Kind | None]] = {None: [None]}
+        known: dict[Any, list[EdgeKind | None]] = {None: [None]}
         ends = {node for node, _ in self.sources}
         for node in _parents_first([node for node, _ in edges if node is not None], ends):
             if node in ends:
@@ -95,7 +95,7 @@ class Walk:
                 known[node] = self._through(node, inputs)
         return [known[node][i] for node, i in edges]
 
-    def check_outputs(self, kinds: Sequence[Kind | None], outputs: Sequence[Tensor]) -> None:
+    def check_outputs(self, kinds: Sequence[EdgeKind | None], outputs: Sequence[Tensor]) -> None:
         """Refuse outputs whose rows nobody could mend.
 
         Raises:
@@ -106,7 +106,7 @@ class Walk:
             if kind is not None and (kind.part or (own and kind.group not in ("", own)) or (self.twice and kind.group)):
                 raise self.raw_read(kind, "the Jacobian" if self.twice else "the output")
 
-    def _through(self, node: Any, inputs: Sequence[Kind | None]) -> list[Kind | None]:
+    def _through(self, node: Any, inputs: Sequence[EdgeKind | None]) -> list[EdgeKind | None]:
         """Return what the outputs of a node carry."""
         met = [kind for kind in inputs if kind is not None]
         forward = getattr(type(node), "_forward_cls", None)
@@ -124,7 +124,7 @@ class Walk:
             return [special]
         return self._moved(node, name, inputs)
 
-    def _operation(self, node: Any, name: str, inputs: Sequence[Kind | None]) -> Kind:
+    def _operation(self, node: Any, name: str, inputs: Sequence[EdgeKind | None]) -> EdgeKind:
         """Return what an operation of PyPose makes of its inputs."""
         prefix, _, verb = name.partition("_")
         group = ALGEBRAS.get(prefix, prefix)
@@ -142,16 +142,16 @@ class Walk:
             self.series.append(node)
         if verb == "AdjXa" and len(met) == 2:
             self.frozen = self.frozen or first
-        return Kind(first.parameter, group if verb in ("Exp", "Mul", "Inv") else "")
+        return EdgeKind(first.parameter, group if verb in ("Exp", "Mul", "Inv") else "")
 
-    def _moved(self, node: Any, name: str, inputs: Sequence[Kind | None]) -> list[Kind | None]:
+    def _moved(self, node: Any, name: str, inputs: Sequence[EdgeKind | None]) -> list[EdgeKind | None]:
         """Return what the outputs of a copying node carry: elements, elements of a subgroup, or numbers out of them."""
         first = next(kind for kind in inputs if kind is not None and kind.group)
         plain = next((kind for kind in inputs if kind is not None and not kind.group), None)
         if plain is not None:
             raise self.raw_read(first, f"{name}, which joins it with plain numbers of parameter {plain.parameter}")
         widths = [meta.shape[-1] if len(meta.shape) else 0 for meta in node._input_metadata]
-        found: dict[int, Kind | None] = {}
+        found: dict[int, EdgeKind | None] = {}
         for width in set(widths):
             grads = _probe(node, width)
             pairs = zip(inputs, grads, strict=True)
@@ -159,13 +159,13 @@ class Walk:
             group, part = seen.pop() if seen else ("", "")
             if seen or (name == _WRITE and not _overwrites(node, grads)):
                 raise self.raw_read(first, f"{name}, which changes it in place" if name == _WRITE else name)
-            kind = Kind(first.parameter, group, part and f"{first.group}.{part}")
+            kind = EdgeKind(first.parameter, group, part and f"{first.group}.{part}")
             found[width] = kind if group or part else None
         return [found[width] for width in widths]
 
     # ---- what is wrong -------------------------------------------------------------------------------------------
 
-    def raw_read(self, kind: Kind, by: str) -> NotDifferentiableError:
+    def raw_read(self, kind: EdgeKind, by: str) -> NotDifferentiableError:
         """Return the error for numbers of an element that are used as they are stored."""
         group, _, part = kind.part.partition(".")
         whose = f"a LieTensor that depends on parameter {kind.parameter}"
@@ -175,13 +175,13 @@ class Walk:
         lead = ".tensor(), .euler() and arithmetic lead to that"
         return self._refusal(f"{whose} is read as raw storage, {how}by {by} ({lead})", _TODO)
 
-    def _made(self, kind: Kind, group: str, by: str) -> NotDifferentiableError:
+    def _made(self, kind: EdgeKind, group: str, by: str) -> NotDifferentiableError:
         what = f"an element of {group} made of plain numbers that depend on parameter {kind.parameter} goes into {by}"
         remark = "and PyPose hands on its tangent as if it were the derivative by these numbers"
         todo = f"Make it by `pp.{group.lower()}(…).Exp()`, or keep it as a `pp.Parameter` of a LieTensor."
         return self._refusal(f"{what}, {remark}", todo)
 
-    def _custom(self, kind: Kind, by: str) -> NotDifferentiableError:
+    def _custom(self, kind: EdgeKind, by: str) -> NotDifferentiableError:
         what = f"a LieTensor that depends on parameter {kind.parameter} goes into {by} as raw storage"
         todo = "Call checkpoint with use_reentrant=False." if by == "CheckpointFunction" else _TODO
         return self._refusal(f"{what}, and nobody sees what it does to it", todo)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import arithmetic
+from .._runtime.contexts import arithmetic
+from .._runtime.restoring import restoring
 from ..errors import NotDifferentiableError
 from ..sparsity import inspectors
 from ._lie_groups import group_of, storage_jacobian, storage_width
@@ -43,14 +43,14 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
         NotDifferentiableError: PyPose's derivative is wrong for how the function uses a LieTensor; the message names
             the operation and the parameter.
     """
-    tape = recorded.tape
-    if not _involved(tape):
+    lin = recorded.lin
+    if not _involved(lin):
         return None
-    walk = Walk.over(tape)
-    kinds = walk.kinds(tape.outputs)
-    walk.check_outputs(kinds, tape.outputs)
-    walk.mend(private=not tape.twins)
-    outputs = tape.outputs if create_graph else [output.detach() for output in tape.outputs]
+    walk = Walk.over(lin)
+    kinds = walk.kinds(lin.outputs)
+    walk.check_outputs(kinds, lin.outputs)
+    walk.mend(private=not lin.aliased_leaves)
+    outputs = lin.outputs if create_graph else [output.detach() for output in lin.outputs]
     carried = [kind.group if kind is not None else group_of(o) for kind, o in zip(kinds, outputs, strict=True)]
 
     @restoring
@@ -59,7 +59,7 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
             done = [
                 [
                     _rows(_columns(block, o, leaf, tangent), o, group, tangent)
-                    for block, leaf in zip(row, tape.leaves, strict=True)
+                    for block, leaf in zip(row, lin.leaves, strict=True)
                 ]
                 for row, o, group in zip(blocks, outputs, carried, strict=True)
             ]
@@ -70,14 +70,14 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
     return laid_out
 
 
-def _involved(tape: Any) -> bool:
+def _involved(lin: Any) -> bool:
     if "pypose" not in sys.modules:
         return False
     from pypose import LieTensor
 
-    if any(isinstance(t, LieTensor) for t in (*tape.leaves, *tape.outputs)):
+    if any(isinstance(t, LieTensor) for t in (*lin.leaves, *lin.outputs)):
         return True
-    return not OPERATIONS.isdisjoint(tape.survey.functions)
+    return not OPERATIONS.isdisjoint(lin.graph_info.functions)
 
 
 def inspect(recorded: Any) -> None:
@@ -86,18 +86,18 @@ def inspect(recorded: Any) -> None:
     Raises:
         NotDifferentiableError: As in `layout`; also for an output that is an element of a group.
     """
-    tape = recorded.tape
-    if not _involved(tape):
+    lin = recorded.lin
+    if not _involved(lin):
         return
-    walk = Walk.over(tape)
-    kinds = walk.kinds(tape.outputs)
-    walk.check_outputs(kinds, tape.outputs)
-    for kind, name in zip(kinds, tape.codomain.names, strict=True):
+    walk = Walk.over(lin)
+    kinds = walk.kinds(lin.outputs)
+    walk.check_outputs(kinds, lin.outputs)
+    for kind, name in zip(kinds, lin.codomain.names, strict=True):
         if kind is not None and kind.group:
             raise NotDifferentiableError(
-                f"{tape.call}: {name} is an element of {kind.group}, whose rows have no sparse form. Take its `.Log()`."
+                f"{lin.call}: {name} is an element of {kind.group}, whose rows have no sparse form. Take its `.Log()`."
             )
-    walk.mend(private=not tape.twins)
+    walk.mend(private=not lin.aliased_leaves)
 
 
 inspectors.append(inspect)

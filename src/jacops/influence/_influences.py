@@ -13,16 +13,16 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import eager
 from .._finite import on_finite_rows
 from .._keywords import keywords
+from .._runtime.contexts import eager
 from ..data import Batches
 from ..errors import InputError, explain
 from ..problem import Problem, ProblemOptions
 from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, InfluenceFactors, Influences
-from ._run import Run, checked, ready
+from ._run import InfluenceRun, checked, ready
 from ._stored import shares_of, stored
 
 _UNITS = {
@@ -197,7 +197,7 @@ def self_influences(
     return values * shares.to(values) ** 2
 
 
-def _own(run: Run, rows: Tensor) -> Tensor:
+def _own(run: InfluenceRun, rows: Tensor) -> Tensor:
     return (run.solve(rows).x * rows).sum(1)
 
 

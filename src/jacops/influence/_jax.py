@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._backends._jax.crossing import is_floating, to_numpy, to_torch
-from .._backends._jax.model import Point
 from .._finite import check_vector
+from .._jax.crossing import is_floating, to_numpy, to_torch
+from .._jax.model import Point
 from .._jax_objective import Apply, JaxLoss, JaxObjective, check_rows, filled
 from ..errors import InputError, InputTypeError, NotDifferentiableError, explain
 from ..space import Space
@@ -73,7 +73,7 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
         gradient = jnp.asarray(to_numpy(objective.gradient_at(point, call)))
         if create_graph:
             objective.model.check_twice(point, call)
-            _remember(gradient, _Origin(objective, point, tuple(jax.tree.leaves(x))))
+            _remember(gradient, _GradientOrigin(objective, point, tuple(jax.tree.leaves(x))))
         return gradient
 
     def hessian(self, x: Any, y: Any) -> jax.Array:
@@ -125,7 +125,7 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
 
 
 @dataclass(frozen=True, eq=False)
-class _Origin:
+class _GradientOrigin:
     """Where a gradient comes from.
 
     Attributes:
@@ -189,15 +189,17 @@ class _Origin:
         return (False, owned.pop()) if owned else (True, fed[0])
 
 
-_ORIGINS: dict[int, tuple[weakref.ref[Any], _Origin]] = {}  # by identity: arrays of JAX have no attributes and no hash
+_ORIGINS: dict[
+    int, tuple[weakref.ref[Any], _GradientOrigin]
+] = {}  # by identity: arrays of JAX have no attributes and no hash
 
 
-def _remember(gradient: jax.Array, origin: _Origin) -> None:
+def _remember(gradient: jax.Array, origin: _GradientOrigin) -> None:
     key = id(gradient)
     _ORIGINS[key] = (weakref.ref(gradient, lambda _: _ORIGINS.pop(key, None)), origin)
 
 
-def _origin_of(gradient: jax.Array) -> _Origin | None:
+def _origin_of(gradient: jax.Array) -> _GradientOrigin | None:
     held, origin = _ORIGINS.get(id(gradient), (lambda: None, None))
     return origin if held() is gradient else None
 

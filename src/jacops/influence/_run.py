@@ -22,7 +22,7 @@ _TILE_BYTES = 2**26  # of right-hand sides that are solved for together
 
 
 @dataclass(frozen=True)
-class Run:
+class InfluenceRun:
     """A problem, its curvature, and the solver; both are made when they are first needed.
 
     Attributes:
@@ -100,7 +100,7 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
 
 def ready(
     model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: ProblemOptions
-) -> Run:
+) -> InfluenceRun:
     """Check the arguments and prepare the solver.
 
     Raises:
@@ -114,7 +114,7 @@ def ready(
 
 def checked(
     model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: Any
-) -> Run:
+) -> InfluenceRun:
     """Check the arguments; the model is not evaluated.
 
     Raises:
@@ -131,4 +131,4 @@ def checked(
             raise InputError(explain(name, repr(value), f"one of {known} is needed"))
     # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.
     solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "inversion_method")
-    return Run(Problem(model, data=train, **options), kind, solver, float(damping), on_failure)
+    return InfluenceRun(Problem(model, data=train, **options), kind, solver, float(damping), on_failure)

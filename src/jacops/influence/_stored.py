@@ -16,7 +16,7 @@ from ..errors import StoreDamagedError
 from ..problem import Problem
 from ..solvers import Solution, Status
 from ._result import described
-from ._run import Run
+from ._run import InfluenceRun
 
 if TYPE_CHECKING:
     from ..extras.store import Grid, StoredRun
@@ -28,7 +28,7 @@ _TEXT = 500  # characters of a text in it
 _PER_ROW = ("residual", "attainable", "error_bound")
 
 
-def stored(run: Run, path: Any, test: Batches, asked: Batches) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def stored(run: InfluenceRun, path: Any, test: Batches, asked: Batches) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return influences `(n_test, n_asked)`, weights `(n_asked,)` and what is known of the solves.
 
     Solutions are kept beside influences, so that a crash never repeats a solve. A finished store is compared with the
@@ -69,7 +69,7 @@ def _is_new(path: Any) -> bool:
     return header_in(Folder.at(path)) is None
 
 
-def _identity(run: Run, test: Batches, asked: Batches) -> dict[str, str]:
+def _identity(run: InfluenceRun, test: Batches, asked: Batches) -> dict[str, str]:
     """Return digests of all that the numbers rest on, in one pass over each data set."""
     sources = {"training data": run.problem.data, "test data": test, "input data": asked}
     digests = {id(data): "" for data in sources.values()}
@@ -86,7 +86,7 @@ def _identity(run: Run, test: Batches, asked: Batches) -> dict[str, str]:
     }
 
 
-def _grids(run: Run, rows: int, columns: int) -> dict[str, Grid]:
+def _grids(run: InfluenceRun, rows: int, columns: int) -> dict[str, Grid]:
     from ..extras.store import Grid
 
     tile, kind, unknowns = max(1, min(run.step, rows)), _dtype(run), run.problem.space.dim
@@ -101,11 +101,11 @@ def _grids(run: Run, rows: int, columns: int) -> dict[str, Grid]:
     }
 
 
-def _dtype(run: Run) -> str:
+def _dtype(run: InfluenceRun) -> str:
     return str(run.problem.space.dtype).removeprefix("torch.")
 
 
-def _finish(run: Run, kept: StoredRun, test: Batches, asked: Batches) -> None:
+def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -> None:
     """Compute what the store lacks, if anything; solutions that nothing needs any more are not even read."""
     lacking = {name: set(kept.missing(name)) for name in kept.arrays if name != "factors"}
     if kept.is_complete and not any(lacking.values()):

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.replica import bare, parameter_names
-from .._backends._torch.surroundings import eager, sweeping
-from .._backends._torch.tape import Tape
-from .._backends._torch.twice import gradient_tape
 from .._finite import check_finite, check_vector
 from .._progress import track
+from .._runtime.contexts import eager, sweeping
+from .._torch.protocol import Linearization, bare, gradient_tape, parameter_names
 from ..derivatives import hessian, record_loss
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain
 from ..objective import TorchObjective
@@ -83,19 +81,19 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             NotDifferentiableError: With `create_graph`, there is no second derivative.
         """
         found = record_loss(self.model, self.loss, x, y, "grad", connected=create_graph)
-        tape = found.tape
+        lin = found.lin
         if not create_graph:
-            rows = tape.pull_rows([torch.ones_like(tape.outputs[0]).unsqueeze(0)])
-            check_finite("grad", rows, tape.domain.names, tape)
-            return tape.domain.join(rows)[0].detach()
+            rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
+            check_finite("grad", rows, lin.domain.names, lin)
+            return lin.domain.join(rows)[0].detach()
         gradient = gradient_tape(found, "grad(create_graph=True)")
-        with sweeping(tape.outputs[0]):
-            flat = tape.domain.join([g.unsqueeze(0) for g in gradient.outputs])[0]
+        with sweeping(lin.outputs[0]):
+            flat = lin.domain.join([g.unsqueeze(0) for g in gradient.outputs])[0]
             if not flat.requires_grad:
                 # A loss linear in the parameters: its gradient is constant, which mvp must tell from a lost graph.
-                for leaf in tape.leaves:
+                for leaf in lin.leaves:
                     flat = flat + leaf.flatten()[:0].sum().to(flat.dtype)
-        check_finite("grad", [flat], ["the parameters"], tape)
+        check_finite("grad", [flat], ["the parameters"], lin)
         setattr(flat, _ORIGIN, found.inputs)
         return flat
 
@@ -114,7 +112,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         """
         operator = hessian(self.model, self.loss, x, y)
         matrix = operator.dense()
-        check_finite("hessian", [matrix], ["the parameters"], operator.tape)
+        check_finite("hessian", [matrix], ["the parameters"], operator.lin)
         return matrix
 
     @staticmethod
@@ -146,12 +144,12 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         directions = _directions(v, grad_xy)
         targets = _targets(backprop_on, grad_xy)
         names = [f"backprop_on[{i}]" for i in range(len(targets))]
-        tape = Tape(targets, [grad_xy], leaf_names=names, output_names=["grad_xy"], call="mvp")
-        chunk = tape.chunk(max(1, directions.shape[0]))
-        result = torch.zeros(directions.shape[0], tape.domain.dim, dtype=tape.domain.dtype, device=grad_xy.device)
+        lin = Linearization(targets, [grad_xy], leaf_names=names, output_names=["grad_xy"], call="mvp")
+        chunk = lin.chunk(max(1, directions.shape[0]))
+        result = torch.zeros(directions.shape[0], lin.domain.dim, dtype=lin.domain.dtype, device=grad_xy.device)
         for start in track(range(0, directions.shape[0], chunk), "mvp", enabled=progress):
-            rows = tape.pull_rows([directions[start : start + chunk]])
-            result[start : start + chunk] = tape.domain.join(rows).detach()
+            rows = lin.pull_rows([directions[start : start + chunk]])
+            result[start : start + chunk] = lin.domain.join(rows).detach()
         return result
 
 

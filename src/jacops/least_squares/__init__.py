@@ -3,7 +3,7 @@
 from ._fit import gauss_newton, levenberg_marquardt
 from ._kernels import Arctan, Cauchy, Huber, Kernel, PseudoHuber, Scale, SoftLOne, Tolerant
 from ._result import LeastSquaresResult, StepRecord
-from ._solvers import LSTSQ, PCG, QDLDL, QR, Auto, Cholesky, Solver, SparseLU
+from ._solvers import LSTSQ, PCG, QDLDL, QR, AutoStepSolver, Cholesky, SparseLU, StepSolver
 from ._strategies import Adaptive, Constant, Marquardt, Nielsen, Strategy, TrustRegion
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "QR",
     "Adaptive",
     "Arctan",
-    "Auto",
+    "AutoStepSolver",
     "Cauchy",
     "Cholesky",
     "Constant",
@@ -25,7 +25,7 @@ __all__ = [
     "PseudoHuber",
     "Scale",
     "SoftLOne",
-    "Solver",
+    "StepSolver",
     "SparseLU",
     "StepRecord",
     "Strategy",

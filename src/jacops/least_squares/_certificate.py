@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ._solvers import Solver
-from ._system import Singular, System
+from ._solvers import StepSolver
+from ._system import LinearizedFit, Singular
 from ._undamped import above_rounding, predicted_reduction, replace_undamped, undamped
 
 MOST_REDUCTION = 1e-8  # predicted by the undamped step, relative to the objective: what success means
@@ -32,7 +32,7 @@ class Certificate:
     at_rounding: str = ""
 
 
-def certificate(system: System, cost: float, solver: Solver, magnitudes: np.ndarray) -> Certificate:
+def certificate(system: LinearizedFit, cost: float, solver: StepSolver, magnitudes: np.ndarray) -> Certificate:
     """Return the evidence at a point: a small predicted reduction, or residual or step at their rounding level.
 
     Args:
@@ -56,7 +56,7 @@ def certificate(system: System, cost: float, solver: Solver, magnitudes: np.ndar
     return kept
 
 
-def magnitude_of_terms(system: System, magnitudes: np.ndarray) -> np.ndarray:
+def magnitude_of_terms(system: LinearizedFit, magnitudes: np.ndarray) -> np.ndarray:
     """Return the magnitude of the terms each residual is made of: outputs, targets, and parameters times slopes."""
     found = system.memory.get("terms")
     if found is None:
@@ -71,7 +71,7 @@ def small_reduction(predicted: float) -> Certificate:
 
 
 def _by_the_step(
-    system: System, cost: float, solver: Solver, rounding: np.ndarray, magnitudes: np.ndarray
+    system: LinearizedFit, cost: float, solver: StepSolver, rounding: np.ndarray, magnitudes: np.ndarray
 ) -> Certificate:
     try:
         step = undamped(system, solver).step
@@ -87,7 +87,9 @@ def _by_the_step(
     return found
 
 
-def _judged(system: System, cost: float, step: np.ndarray, rounding: np.ndarray, magnitudes: np.ndarray) -> Certificate:
+def _judged(
+    system: LinearizedFit, cost: float, step: np.ndarray, rounding: np.ndarray, magnitudes: np.ndarray
+) -> Certificate:
     predicted = max(predicted_reduction(system, step) / cost, 0.0) + 0.0
     length, size = np.linalg.norm(step * system.scale), np.linalg.norm(magnitudes * system.scale)
     found = Certificate(predicted, "", float(length / size) if size > 0 else float("nan"))

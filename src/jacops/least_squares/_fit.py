@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import arithmetic
 from .._keywords import keywords
+from .._runtime.contexts import arithmetic
+from .._runtime.restoring import restoring
 from ..errors import InputError, SolveError, explain
-from ._loop import Ended, Rules, run
-from ._problem import FunctionModule, Problem, function_module
+from ._loop import Outcome, StoppingCriteria, run
+from ._problem import FitProblem, FunctionModule, function_module
 from ._result import LeastSquaresResult, as_given
-from ._solvers import Solver, solver_of
+from ._solvers import StepSolver, solver_of
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
 
@@ -35,7 +35,7 @@ def levenberg_marquardt(
     corrector: str = "triggs",
     strategy: str | Strategy = "nielsen",
     damping: float | None = None,
-    solver: str | Solver = "auto",
+    solver: str | StepSolver = "auto",
     jacobian: Any = "auto",
     x_scale: Any = "jac",
     ftol: float | None = 1e-8,
@@ -132,7 +132,7 @@ def gauss_newton(
     kernel: Any = None,
     f_scale: float = 1.0,
     corrector: str = "first_order",
-    solver: str | Solver = "auto",
+    solver: str | StepSolver = "auto",
     jacobian: Any = "auto",
     x_scale: Any = "jac",
     ftol: float | None = 1e-8,
@@ -198,14 +198,14 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
     solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
     if on_failure not in ("raise", "return"):
         raise InputError(explain("on_failure", repr(on_failure), "'raise' or 'return' is needed"))
-    rules = Rules(*(options[key] for key in ("ftol", "xtol", "gtol", "max_steps", "max_nfev")))
+    rules = StoppingCriteria(*(options[key] for key in ("ftol", "xtol", "gtol", "max_steps", "max_nfev")))
     module: Any = model
     if not isinstance(model, nn.Module) and not isinstance(model, type):
         module = function_module(model, params)
     elif params is not None:
         needed = "a module brings its own parameters"
         raise InputError(explain("params", "given", needed, "Freeze those that are to stay as they are."))
-    problem = Problem(module, options["input"], call, options)
+    problem = FitProblem(module, options["input"], call, options)
     ended = run(problem, solver, strategy, rules, options["progress"])
     result = _result(problem, ended, type(params) if isinstance(module, FunctionModule) else None, strategy)
     if not result.rule_met and on_failure == "raise":
@@ -217,7 +217,7 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
     return result
 
 
-def _originals(module: Any, problem: Problem, params: Any) -> dict[str, Tensor]:
+def _originals(module: Any, problem: FitProblem, params: Any) -> dict[str, Tensor]:
     if not isinstance(module, FunctionModule):
         return problem.original
     tensors = [params] if isinstance(params, Tensor) else params.values() if isinstance(params, dict) else params
@@ -233,7 +233,7 @@ def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             target.copy_(value.as_subclass(Tensor))
 
 
-def _result(problem: Problem, ended: Ended, kind: type | None, strategy: Strategy | None) -> LeastSquaresResult:
+def _result(problem: FitProblem, ended: Outcome, kind: type | None, strategy: Strategy | None) -> LeastSquaresResult:
     method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
     point, stop = ended.point, ended.stop
     point.system.terms = None  # holds the model's outputs

@@ -15,8 +15,8 @@ from typing import Any, cast, final
 import numpy as np
 import torch
 
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import arithmetic
+from .._runtime.contexts import arithmetic
+from .._runtime.restoring import restoring
 from ..errors import InputError, InputTypeError, explain
 
 Array = np.ndarray

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import arithmetic
+from .._runtime.contexts import arithmetic
+from .._runtime.restoring import restoring
 from ..charts import Chart
 from ..errors import InputError, InputTypeError, explain
 
@@ -22,7 +22,7 @@ _TRANSLATED = ("SE3", "Sim3")  # PyPose's groups that begin with a translation
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterPart:
     """One parameter.
 
     Attributes:
@@ -107,7 +107,7 @@ def _retracted(value: Tensor, d: Tensor) -> Tensor:
 class Layout:
     """All parameters, in the order of the columns."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ParameterPart, ...]
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -179,9 +179,9 @@ def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> L
                 needed = "a LieTensor brings its own retraction"
                 raise InputError(explain("manifolds", f"{chart} for the LieTensor '{name}'", needed, "Leave it out."))
             chart.check(parameter.detach(), name)
-        part = Part(name, parameter.shape, chart, group, None)
+        part = ParameterPart(name, parameter.shape, chart, group, None)
         if name in held:
-            part = Part(name, parameter.shape, chart, group, _free(part, held[name]))
+            part = ParameterPart(name, parameter.shape, chart, group, _free(part, held[name]))
         parts.append(part)
     layout = Layout(tuple(parts))
     if not layout.columns:
@@ -216,7 +216,7 @@ def by_name(argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _free(part: Part, fixed: Any) -> np.ndarray:
+def _free(part: ParameterPart, fixed: Any) -> np.ndarray:
     """Return the columns that are left when the elements that `fixed` indexes stay where they are."""
     lead = part.shape[:-1] if part.chart or part.group else part.shape
     mask = torch.zeros(lead, dtype=torch.bool)

@@ -7,15 +7,15 @@ from time import perf_counter
 
 import numpy as np
 
-from .._backends._torch.restoring import NumericWarningsIgnored, restoring
 from .._progress import track
+from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ..errors import InputError, InputTypeError, NonFiniteError, explain
 from ._certificate import MOST_REDUCTION, Certificate, certificate, small_reduction
 from ._layout import Values
-from ._problem import Problem
+from ._problem import FitProblem
 from ._result import StepRecord
-from ._solvers import Solver
-from ._state import NOISE, Ended, Point, Stop, Trial
+from ._solvers import StepSolver
+from ._state import NOISE, FitPoint, Outcome, Stop, Trial
 from ._strategies import Constant, Strategy
 from ._system import Singular, Solved
 from ._undamped import is_undamped, predicted_reduction, remember, undamped
@@ -31,7 +31,7 @@ _CAREFUL = "levenberg_marquardt is more careful"
 
 
 @dataclass(frozen=True)
-class Rules:
+class StoppingCriteria:
     """When to stop.
 
     Attributes:
@@ -70,14 +70,18 @@ class Rules:
 
 
 @restoring
-def run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules, progress: bool | None) -> Ended:
+def run(
+    problem: FitProblem, solver: StepSolver, strategy: Strategy | None, rules: StoppingCriteria, progress: bool | None
+) -> Outcome:
     """Run steps until a rule is met; without a strategy every Gauss-Newton step is taken whole."""
     # Numbers that are not finite are looked for, and end a step.
     with NumericWarningsIgnored("divide", "over", "under", "invalid"):
         return _run(problem, solver, strategy, rules, progress)
 
 
-def _run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules, progress: bool | None) -> Ended:
+def _run(
+    problem: FitProblem, solver: StepSolver, strategy: Strategy | None, rules: StoppingCriteria, progress: bool | None
+) -> Outcome:
     loop = _Loop(problem, solver, strategy, rules)
     stop = loop.settled(loop.at_rest(), None)
     if stop is None:
@@ -88,11 +92,13 @@ def _run(problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rul
     stop = stop or loop.unmet("max_steps", f"{rules.max_steps} steps were not enough")
     if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first + loop.point.floor:
         stop = Stop("diverged", f"the objective ended above its start; {_CAREFUL}")
-    return Ended(loop.point, stop, loop.log)
+    return Outcome(loop.point, stop, loop.log)
 
 
 class _Loop:
-    def __init__(self, problem: Problem, solver: Solver, strategy: Strategy | None, rules: Rules) -> None:
+    def __init__(
+        self, problem: FitProblem, solver: StepSolver, strategy: Strategy | None, rules: StoppingCriteria
+    ) -> None:
         self.problem, self.solver, self.strategy, self.rules = problem, solver, strategy, rules
         self.started = perf_counter()
         self.point = self._at(problem.values())
@@ -104,10 +110,10 @@ class _Loop:
         self.refusals, self.next_excursion, self.failed_excursions = 0, 1, 0
         self.log: list[StepRecord] = []
 
-    def _at(self, values: Values, *, aside: bool = False) -> Point:
+    def _at(self, values: Values, *, aside: bool = False) -> FitPoint:
         cost, system, raw = self.problem.linearised(values)
         self.problem.scaling.apply(system, keep=not aside)
-        return Point(values, cost, system, raw, self.problem.layout.magnitudes(values))
+        return FitPoint(values, cost, system, raw, self.problem.layout.magnitudes(values))
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -140,7 +146,7 @@ class _Loop:
         remember(system, solved)
         return solved, None
 
-    def _tried(self, solved: Solved, level: float | None, insisted: bool, point: Point | None = None) -> Trial:
+    def _tried(self, solved: Solved, level: float | None, insisted: bool, point: FitPoint | None = None) -> Trial:
         point = self.point if point is None else point
         predicted = predicted_reduction(point.system, solved.step)
         values = self.problem.layout.moved(point.values, solved.step)
@@ -239,7 +245,7 @@ class _Loop:
         stop = self.settled(rule, self._evidence(before, trial)) if rule is not None else None
         return stop or self._no_progress(trial, rule) or self._out_of_patience()
 
-    def _rule(self, before: Point, trial: Trial) -> tuple[str, str] | None:
+    def _rule(self, before: FitPoint, trial: Trial) -> tuple[str, str] | None:
         ftol, xtol, scale = self.rules.ftol, self.rules.xtol, before.system.scale
         change = max(abs(before.cost - trial.tried), trial.predicted) if trial.good else np.inf
         if ftol is not None and change <= ftol * before.cost:
@@ -251,7 +257,7 @@ class _Loop:
             return "step", f"a step is no longer than xtol={xtol:g} of the scaled parameters"
         return None
 
-    def _evidence(self, before: Point, trial: Trial) -> Certificate | None:
+    def _evidence(self, before: FitPoint, trial: Trial) -> Certificate | None:
         """Return the certificate that an undamped step gave which was then taken and did what it predicted."""
         share = trial.predicted / before.cost if before.cost > 0 else np.inf
         as_predicted = trial.good and (trial.at_noise or 0.25 < trial.ratio < 4)
@@ -259,7 +265,7 @@ class _Loop:
             return None
         return small_reduction(share)
 
-    def _certificate_at(self, point: Point) -> Certificate:
+    def _certificate_at(self, point: FitPoint) -> Certificate:
         return certificate(point.system, point.cost, self.solver, point.magnitudes)
 
     def settled(self, rule: tuple[str, str] | None, evidence: Certificate | None) -> Stop | None:

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.inputs import split_input
-from .._backends._torch.matrix import jacobian_blocks
-from .._backends._torch.record import Recorded, record_model
-from .._backends._torch.replica import bare, check_state, parameter_names, replicate
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import (
-    arithmetic,
-    out_of_inference,
-    private_noise,
-    random_state_kept,
-    recording,
-)
 from .._finite import is_finite, where_first
+from .._runtime.contexts import arithmetic, out_of_inference, private_noise, random_state_kept, recording
+from .._runtime.restoring import restoring
+from .._torch.protocol import (
+    Recording,
+    bare,
+    check_state,
+    jacobian_blocks,
+    parameter_names,
+    record_model,
+    replicate,
+    split_input,
+)
 from ..errors import (
     InputError,
     InputTypeError,
@@ -37,7 +37,7 @@ from ..trees import flatten, output_leaves
 from ._layout import Layout, Values, layout_of
 from ._residuals import Residuals, residuals_of
 from ._scaling import scaling_of
-from ._system import System
+from ._system import LinearizedFit
 
 _DENSE_ENTRIES = 250_000  # up to so many, a dense step takes less than the tenth of a second that a plan takes
 _DENSE_COLUMNS = 64
@@ -98,7 +98,7 @@ def function_module(function: Any, params: Any) -> FunctionModule:
     return FunctionModule(function, named, keyword)
 
 
-class Problem:
+class FitProblem:
     """A model in private, its parameters wherever the steps lead.
 
     Attributes:
@@ -143,7 +143,7 @@ class Problem:
         outputs, _ = output_leaves(self._forward())
         return self.residuals.objective(outputs)
 
-    def linearised(self, values: Values) -> tuple[float, System, np.ndarray]:
+    def linearised(self, values: Values) -> tuple[float, LinearizedFit, np.ndarray]:
         """Return the objective, the linearised problem and the raw residual, all from one forward pass.
 
         Raises:
@@ -160,7 +160,7 @@ class Problem:
         cost, r, J = self.residuals.corrected(outputs, J)
         eps = max(torch.finfo(v.dtype).eps for v in (*outputs, *self.original.values()))
         terms = partial(self.residuals.magnitude, outputs)
-        return cost, System(J, r, self.layout.blocks, eps=eps, terms=terms), raw
+        return cost, LinearizedFit(J, r, self.layout.blocks, eps=eps, terms=terms), raw
 
     # ---- the model ---------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Problem:
             args, kwargs = split_input(tree.build(copies))
             return replica(args, kwargs)
 
-    def _recorded(self) -> Recorded:
+    def _recorded(self) -> Recording:
         return record_model(self.work, self.value, call=self.call, parameters=lambda name, _: name in self.original)
 
     @restoring
@@ -189,12 +189,12 @@ class Problem:
         recorded = self._recorded()
         lie = _lie_layout(recorded)
         with arithmetic(False):
-            blocks = jacobian_blocks(recorded.tape)
+            blocks = jacobian_blocks(recorded.lin)
             blocks = lie(blocks) if lie else blocks
-            outputs = [o.detach() for o in recorded.tape.outputs]
+            outputs = [o.detach() for o in recorded.lin.outputs]
             J = np.empty((self.residuals.rows, sum(p.columns for p in self.layout.parts)))
             row = 0
-            for name, output, line in zip(recorded.tape.codomain.names, outputs, blocks, strict=True):
+            for name, output, line in zip(recorded.lin.codomain.names, outputs, blocks, strict=True):
                 column, rows = 0, slice(row, row + output.numel())
                 for part, block in zip(self.layout.parts, line, strict=True):
                     if not is_finite(block):
@@ -243,14 +243,14 @@ class Problem:
 
     def _fullness(self) -> float:
         """Return how full a few rows of the Jacobian are, by one backward pass each."""
-        tape, shares = self._recorded().tape, []
-        for index, output in enumerate(tape.outputs):
+        lin, shares = self._recorded().lin, []
+        for index, output in enumerate(lin.outputs):
             for entry in {0, output.numel() // 2, output.numel() - 1} if output.numel() else ():
                 seed = torch.zeros_like(output).reshape(-1)
                 seed[entry] = 1
-                seeds = [seed.reshape(output.shape) if i == index else None for i in range(len(tape.outputs))]
-                found = sum(int(g.count_nonzero()) for g in tape.pull(seeds) if g is not None)
-                shares.append(found / tape.domain.dim)
+                seeds = [seed.reshape(output.shape) if i == index else None for i in range(len(lin.outputs))]
+                found = sum(int(g.count_nonzero()) for g in lin.pull(seeds) if g is not None)
+                shares.append(found / lin.domain.dim)
         return sum(shares) / max(len(shares), 1)
 
     def _check_budget(self, rows: int, columns: int) -> None:
@@ -288,9 +288,9 @@ class Problem:
         for sign in (1.0, -1.0):
             self._set(self.layout.moved(values, sign * step))
             ends.append(self.residuals.raw(output_leaves(self._forward())[0]))
-        foretold, found = J @ step, (ends[0] - ends[1]) / 2
-        size = max(float(np.linalg.norm(foretold)), float(np.linalg.norm(found)), eps)
-        if float(np.linalg.norm(foretold - found)) > max(1e-5, 50 * eps ** (1 / 3)) * size:
+        predicted, found = J @ step, (ends[0] - ends[1]) / 2
+        size = max(float(np.linalg.norm(predicted)), float(np.linalg.norm(found)), eps)
+        if float(np.linalg.norm(predicted - found)) > max(1e-5, 50 * eps ** (1 / 3)) * size:
             raise NotDifferentiableError(
                 f"{self.call}: the sparse Jacobian by {', '.join(groups)} and differences along PyPose's own update "
                 "disagree: stored numbers of a LieTensor are read, whose gradient PyPose gets wrong. Pass "

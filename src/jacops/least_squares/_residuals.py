@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._backends._torch.restoring import NumericWarningsIgnored, restoring
+from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import Tree, flatten
 from ._kernels import Kernel, correction, kernel_of

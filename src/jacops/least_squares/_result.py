@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import arithmetic
+from .._runtime.contexts import arithmetic
+from .._runtime.restoring import restoring
 from ..errors import InputError, SolveError, explain
 from ._solvers import LEAST_PIVOT, factorised
-from ._system import Singular, System
+from ._system import LinearizedFit, Singular
 from ._table import parameter_lines, step_lines
 
 
@@ -99,7 +99,7 @@ class LeastSquaresResult:
     predicted: float = float("nan")
     method: str = "least squares"
     level: str = "damping"
-    _system: System | None = field(default=None, repr=False)
+    _system: LinearizedFit | None = field(default=None, repr=False)
 
     @property
     def success(self) -> bool:
@@ -185,7 +185,7 @@ class LeastSquaresResult:
         return {f"x[{k}]": value for k, value in enumerate(self.x)}
 
 
-def _inverse_part(system: System, wanted: np.ndarray, result: Any) -> np.ndarray:
+def _inverse_part(system: LinearizedFit, wanted: np.ndarray, result: Any) -> np.ndarray:
     scale = system.equilibration(None)
     unit = np.zeros((len(scale), len(wanted)))
     unit[wanted, np.arange(len(wanted))] = 1 / scale[wanted]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError, explain
-from ._layout import Layout, Part, by_name
-from ._system import System
+from ._layout import Layout, ParameterPart, by_name
+from ._system import LinearizedFit
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Scaling:
     given: np.ndarray | None
     largest: np.ndarray | None = field(default=None)
 
-    def apply(self, system: System, *, keep: bool = True) -> None:
+    def apply(self, system: LinearizedFit, *, keep: bool = True) -> None:
         """Set the scales of a new linearised problem; its norms count later on if they are to be kept."""
         largest = system.norms if self.largest is None else np.maximum(self.largest, system.norms)
         if keep:
@@ -64,7 +64,7 @@ def scaling_of(x_scale: Any, layout: Layout) -> Scaling:
     return Scaling(1 / np.concatenate([_free_scales(p, found[p.name]) for p in parts]))
 
 
-def _free_scales(part: Part, scale: Any) -> np.ndarray:
+def _free_scales(part: ParameterPart, scale: Any) -> np.ndarray:
     if isinstance(scale, bool) or not isinstance(scale, float | int | Tensor | np.ndarray):
         came = f"a {type(scale).__name__} for '{part.name}'"
         raise InputTypeError(explain("x_scale", came, "a number or a tensor is needed"))

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from ..errors import InputError, InputTypeError, MissingExtraError, explain
-from ._system import Singular, Solved, System
+from ._system import LinearizedFit, Singular, Solved
 
 LEAST_PIVOT = 2e-15  # pivots of a matrix with unit diagonal that are rounding errors
 _FEW_ENTRIES = 2_000_000  # up to so many, orthogonal factors cost little and are the most exact
 
 
 @dataclass(frozen=True)
-class Solver(ABC):
+class StepSolver(ABC):
     """A recipe for the linear equations of a step."""
 
     @abstractmethod
-    def solve(self, system: System, damping: np.ndarray | None) -> Solved:
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step.
 
         Raises:
@@ -31,10 +31,10 @@ class Solver(ABC):
 
 @final
 @dataclass(frozen=True)
-class QR(Solver):
+class QR(StepSolver):
     """Householder QR of the Jacobian over the root of the damping: never squares the condition. Dense."""
 
-    def solve(self, system: System, damping: np.ndarray | None) -> Solved:
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
         J, r = _stacked(system, damping)
         rows, columns = J.shape
@@ -52,16 +52,16 @@ class QR(Solver):
 
 @final
 @dataclass(frozen=True)
-class Cholesky(Solver):
+class Cholesky(StepSolver):
     r"""Cholesky of the normal matrix with unit diagonal, and one refinement. Dense.
 
     With damping and fewer rows than columns, that of $I + J \Lambda^{-1} J^\top$ instead, which is smaller (Woodbury).
     """
 
-    def solve(self, system: System, damping: np.ndarray | None) -> Solved:
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
         if damping is not None and system.J.shape[0] < system.J.shape[1]:
-            return _dual(system, damping)
+            return _double_backward(system, damping)
         total = system.unit_normal(damping)
         total = total.toarray() if system.is_sparse else total
         factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(total))
@@ -74,7 +74,7 @@ class Cholesky(Solver):
         return _refined(system, damping, solve, factor.diagonal().square().numpy(), "cholesky")
 
 
-def _dual(system: System, damping: np.ndarray) -> Solved:
+def _double_backward(system: LinearizedFit, damping: np.ndarray) -> Solved:
     root = np.sqrt(damping)
     J = torch.from_numpy((system.J.toarray() if system.is_sparse else system.J) / root)
     total = J @ J.T
@@ -96,10 +96,10 @@ def _dual(system: System, damping: np.ndarray) -> Solved:
 
 @final
 @dataclass(frozen=True)
-class LSTSQ(Solver):
+class LSTSQ(StepSolver):
     """The shortest of all best steps, by singular values: for Jacobians without full rank. Dense."""
 
-    def solve(self, system: System, damping: np.ndarray | None) -> Solved:
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
         J, r = _stacked(system, damping)
         found = torch.linalg.lstsq(J, -r.unsqueeze(1), driver="gelsd")
@@ -110,16 +110,16 @@ class LSTSQ(Solver):
 
 @final
 @dataclass(frozen=True)
-class SparseLU(Solver):
+class SparseLU(StepSolver):
     """SciPy's SuperLU on the normal matrix, ordered and pivoted as if by Cholesky, and one refinement."""
 
-    def solve(self, system: System, damping: np.ndarray | None) -> Solved:
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
         factor = factorised(system, damping)
         return _refined(system, damping, factor.solve, factor.U.diagonal(), "splu")
 
 
-def factorised(system: System, damping: np.ndarray | None = None) -> Any:
+def factorised(system: LinearizedFit, damping: np.ndarray | None = None) -> Any:
     """Return SuperLU's factors of the normal matrix with unit diagonal.
 
     Raises:
@@ -138,10 +138,10 @@ def factorised(system: System, damping: np.ndarray | None = None) -> Any:
 
 @final
 @dataclass(frozen=True)
-class QDLDL(Solver):
+class QDLDL(StepSolver):
     """The LDL factorisation of the package `qdldl` (extra `qdldl`) on the normal matrix, and one refinement."""
 
-    def solve(self, system: System, damping: np.ndarray | None) -> Solved:
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step.
 
         Raises:
@@ -154,7 +154,7 @@ class QDLDL(Solver):
         from scipy.sparse import csc_matrix
 
         try:
-            factor = qdldl.Solver(csc_matrix(system.unit_normal(damping)))
+            factor = qdldl.StepSolver(csc_matrix(system.unit_normal(damping)))
         except RuntimeError as error:
             raise Singular(f"qdldl: {error}") from None
         return _refined(system, damping, factor.solve, factor.factors()[1], "qdldl")
@@ -162,7 +162,7 @@ class QDLDL(Solver):
 
 @final
 @dataclass(frozen=True)
-class PCG(Solver):
+class PCG(StepSolver):
     """Conjugate gradients with products by the Jacobian, preconditioned by the diagonal blocks of the normal matrix.
 
     Attributes:
@@ -173,7 +173,7 @@ class PCG(Solver):
     tolerance: float = 1e-8
     max_steps: int | None = None
 
-    def solve(self, system: System, damping: np.ndarray | None) -> Solved:
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step; one that stopped early says so and is kept, since every iterate leads downhill."""
         precondition = _block_jacobi(system, damping)
         p, left = np.zeros_like(system.gradient), -system.gradient
@@ -200,7 +200,7 @@ class PCG(Solver):
         return Solved(*found.fields[:-1], "stopped before its tolerance")
 
 
-def _block_jacobi(system: System, damping: np.ndarray | None) -> Any:
+def _block_jacobi(system: LinearizedFit, damping: np.ndarray | None) -> Any:
     from scipy.sparse import coo_array
 
     total = coo_array(system.damped(damping))
@@ -230,10 +230,10 @@ def _block_jacobi(system: System, damping: np.ndarray | None) -> Any:
 
 @final
 @dataclass(frozen=True)
-class Auto(Solver):
+class AutoStepSolver(StepSolver):
     """Chooses by how the Jacobian is stored, its size and whether there is damping, and says why."""
 
-    def solve(self, system: System, damping: np.ndarray | None) -> Solved:
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
         rows, columns = system.J.shape
         if system.is_sparse:
@@ -252,7 +252,7 @@ class Auto(Solver):
         return Solved(*solved.fields[:-1], note)
 
 
-def _refined(system: System, damping: np.ndarray | None, solve: Any, pivots: np.ndarray, name: str) -> Solved:
+def _refined(system: LinearizedFit, damping: np.ndarray | None, solve: Any, pivots: np.ndarray, name: str) -> Solved:
     """Return the step of a factorisation of the normal matrix with unit diagonal, refined once."""
     scale = system.equilibration(damping)
     if not pivots.min(initial=np.inf) > LEAST_PIVOT:
@@ -267,7 +267,7 @@ def _refined(system: System, damping: np.ndarray | None, solve: Any, pivots: np.
     return found
 
 
-def _stacked(system: System, damping: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _stacked(system: LinearizedFit, damping: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Jacobian over root of the damping, columns scaled, and the residual over zeros."""
     scale = system.equilibration(damping)
     J = (system.J.toarray() if system.is_sparse else system.J) / scale
@@ -279,8 +279,8 @@ def _stacked(system: System, damping: np.ndarray | None) -> tuple[torch.Tensor, 
     return torch.from_numpy(J), torch.from_numpy(np.concatenate([system.r, np.zeros(J.shape[1])]))
 
 
-_NAMES: dict[str, type[Solver]] = {
-    "auto": Auto,
+_NAMES: dict[str, type[StepSolver]] = {
+    "auto": AutoStepSolver,
     "qr": QR,
     "cholesky": Cholesky,
     "lstsq": LSTSQ,
@@ -290,14 +290,14 @@ _NAMES: dict[str, type[Solver]] = {
 }
 
 
-def solver_of(solver: Any) -> Solver:
+def solver_of(solver: Any) -> StepSolver:
     """Return the solver meant by a name or a recipe.
 
     Raises:
         InputError: The name is unknown.
         InputTypeError: It is neither a name nor a recipe.
     """
-    if isinstance(solver, Solver):
+    if isinstance(solver, StepSolver):
         return solver
     if not isinstance(solver, str):
         came = f"a {type(solver).__name__}"

@@ -9,13 +9,13 @@ import numpy as np
 from ._certificate import ROUNDING, Certificate, magnitude_of_terms
 from ._layout import Values
 from ._result import StepRecord
-from ._system import Solved, System, positive
+from ._system import LinearizedFit, Solved, positive
 
 NOISE = 4.0  # rounding errors of each residual that may show in the objective
 
 
 @dataclass(eq=False)
-class Point:
+class FitPoint:
     """A linearised point.
 
     Attributes:
@@ -28,7 +28,7 @@ class Point:
 
     values: Values
     cost: float
-    system: System
+    system: LinearizedFit
     raw: np.ndarray
     magnitudes: np.ndarray
 
@@ -79,7 +79,7 @@ class Trial:
     at_noise: bool
     insisted: bool
     good: bool = False
-    point: Point | None = None
+    point: FitPoint | None = None
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Stop:
 
 
 @dataclass(eq=False)
-class Ended:
+class Outcome:
     """How the loop ended."""
 
-    point: Point
+    point: FitPoint
     stop: Stop
     log: list[StepRecord]

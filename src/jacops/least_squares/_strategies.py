@@ -10,8 +10,8 @@ from typing import Any, final
 import numpy as np
 
 from ..errors import InputError, InputTypeError, explain
-from ._solvers import Solver
-from ._system import Singular, Solved, System
+from ._solvers import StepSolver
+from ._system import LinearizedFit, Singular, Solved
 from ._undamped import undamped
 
 _MOST, _LEAST = 1e32, 1e-16
@@ -29,7 +29,7 @@ class Strategy(ABC):
         """Return the first level; None to take it from the first step."""
 
     @abstractmethod
-    def step(self, system: System, solver: Solver, level: float | None) -> tuple[Solved, float]:
+    def step(self, system: LinearizedFit, solver: StepSolver, level: float | None) -> tuple[Solved, float]:
         """Return a step for this level, and the level it was made for."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class _Damped(Strategy):
     def begin(self) -> float | None:
         return float(self.damping)
 
-    def step(self, system: System, solver: Solver, level: float | None) -> tuple[Solved, float]:
+    def step(self, system: LinearizedFit, solver: StepSolver, level: float | None) -> tuple[Solved, float]:
         level = self.damping if level is None else level
         return solver.solve(system, level * (system.unit * system.scale) ** 2), level
 
@@ -161,7 +161,7 @@ class TrustRegion(Strategy):
         """Return the first radius."""
         return self.radius
 
-    def step(self, system: System, solver: Solver, level: float | None) -> tuple[Solved, float]:
+    def step(self, system: LinearizedFit, solver: StepSolver, level: float | None) -> tuple[Solved, float]:
         """Return the dogleg step."""
         scale = system.scale
         newton = system.memory.get("newton")
@@ -197,7 +197,7 @@ class TrustRegion(Strategy):
         return min(max(level, length), _MOST) if good else level
 
 
-def _newton(system: System, solver: Solver) -> Solved:
+def _newton(system: LinearizedFit, solver: StepSolver) -> Solved:
     """Return the Gauss-Newton step, with as little damping as it takes to lead downhill."""
     damping = 0.0
     while True:

@@ -24,7 +24,7 @@ class Singular(Exception):  # noqa: N818 - not an error for the caller: the loop
 
 
 @dataclass(eq=False)
-class System:
+class LinearizedFit:
     """A linearised problem: Jacobian (ndarray or CSR), residual, and what follows from them.
 
     Attributes:
@@ -85,7 +85,7 @@ class System:
         norms = positive(self.norms)
         return bool(norms.min(initial=1.0) > _LEAST_SQUARE**0.5 and norms.max(initial=1.0) < _LEAST_SQUARE**-0.5)
 
-    def with_unit_columns(self) -> System:
+    def with_unit_columns(self) -> LinearizedFit:
         """Return the problem in unknowns `p * norms`."""
         if self.is_sparse:
             from scipy.sparse import diags_array
@@ -93,7 +93,7 @@ class System:
             J = (self.J @ diags_array(1 / positive(self.norms))).tocsr()
         else:
             J = self.J / positive(self.norms)
-        return System(J, self.r, self.blocks, eps=self.eps)
+        return LinearizedFit(J, self.r, self.blocks, eps=self.eps)
 
     @cached_property
     def scale(self) -> np.ndarray:

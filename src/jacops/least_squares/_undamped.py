@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._solvers import PCG, Cholesky, Solver, factorised
-from ._system import Singular, Solved, System, positive
+from ._solvers import PCG, Cholesky, StepSolver, factorised
+from ._system import LinearizedFit, Singular, Solved, positive
 
 _RANK = 32.0  # singular values below so many rounding errors of a Jacobian with unit columns are taken for zero
 _NOISE = 4.0  # a gradient has this many rounding errors of the residual; components below are left out
@@ -27,7 +27,7 @@ _COLUMNS = 500  # columns up to which singular values of a triangle take less th
 _MOST = 200  # iterations; each gains one direction that the damping of the preconditioner hides
 
 
-def undamped(system: System, solver: Solver) -> Solved:
+def undamped(system: LinearizedFit, solver: StepSolver) -> Solved:
     """Return the undamped step; the shortest where the Jacobian has no full rank, as far as it can be told.
 
     Raises:
@@ -46,33 +46,33 @@ def undamped(system: System, solver: Solver) -> Solved:
     return found
 
 
-def remember(system: System, solved: Solved) -> None:
+def remember(system: LinearizedFit, solved: Solved) -> None:
     """Keep a step that a solver found without damping; it is judged when an undamped one is needed."""
     system.memory["whole"] = solved
 
 
-def is_undamped(system: System, solved: Solved) -> bool:
+def is_undamped(system: LinearizedFit, solved: Solved) -> bool:
     """Return whether a step is the undamped one, as exact as a stop is judged by."""
     return solved is system.memory.get("undamped") or (solved is system.memory.get("whole") and _is_whole(system))
 
 
-def _is_whole(system: System) -> bool:
+def _is_whole(system: LinearizedFit) -> bool:
     whole = system.memory.get("whole")
     return whole is not None and system.eps < _DOUBLE and _is_accurate(system, whole.step)
 
 
-def replace_undamped(system: System, solved: Solved) -> None:
+def replace_undamped(system: LinearizedFit, solved: Solved) -> None:
     """Keep a better undamped step, which was not tried yet."""
     system.memory["undamped"] = solved
     system.memory.pop("tried", None)
 
 
-def predicted_reduction(system: System, step: np.ndarray) -> float:
+def predicted_reduction(system: LinearizedFit, step: np.ndarray) -> float:
     """Return the reduction of the objective that the linearised problem predicts for a step."""
     return -float(system.gradient @ step) - float(np.sum(system.push(step) ** 2)) / 2
 
 
-def above_rounding(system: System) -> Solved | None:
+def above_rounding(system: LinearizedFit) -> Solved | None:
     """Return the undamped step along what is above rounding of the gradient; None for a large Jacobian.
 
     Where columns depend on one another nearly, rounding alone lets the undamped step predict a reduction.
@@ -83,7 +83,7 @@ def above_rounding(system: System) -> Solved | None:
     return _dense(system, system.J.toarray() if system.is_sparse else system.J)
 
 
-def _computed(system: System, solver: Solver) -> Solved:
+def _computed(system: LinearizedFit, solver: StepSolver) -> Solved:
     if not system.gradient.any():
         return Solved(np.zeros_like(system.gradient), 0.0, 0, "none", "the gradient is zero")
     if system.eps >= _DOUBLE or isinstance(solver, PCG):  # iterations stop before small singular values
@@ -105,7 +105,7 @@ def _computed(system: System, solver: Solver) -> Solved:
     return found if _is_accurate(system, found.step) else above_rounding(system) or found
 
 
-def _is_accurate(system: System, step: np.ndarray) -> bool:
+def _is_accurate(system: LinearizedFit, step: np.ndarray) -> bool:
     """Return whether what a step leaves of the normal equations, by unit columns, is small or rounding."""
     unit = system.equilibration(None)
     left = float(np.linalg.norm(system.residual(step, None) / unit))
@@ -113,7 +113,7 @@ def _is_accurate(system: System, step: np.ndarray) -> bool:
     return left <= max(_ACCURATE * float(np.linalg.norm(system.gradient / unit)), floor)
 
 
-def _dense(system: System, J: np.ndarray) -> Solved:
+def _dense(system: LinearizedFit, J: np.ndarray) -> Solved:
     """Return the shortest step by QR and the singular values of R, along what rounding of J leaves certain."""
     unit = system.equilibration(None)
     scaled = torch.from_numpy(J / unit)
@@ -145,7 +145,7 @@ class _Factor:
         return self.lu.solve(v / self.unit) / self.unit
 
 
-def _lightly_damped(system: System, damping: float) -> tuple[Solved, _Factor]:
+def _lightly_damped(system: LinearizedFit, damping: float) -> tuple[Solved, _Factor]:
     diagonal = damping * system.equilibration(None) ** 2
     unit, note = system.equilibration(diagonal), f"damped by {damping:.0e}"
     if not system.is_sparse:
@@ -155,7 +155,7 @@ def _lightly_damped(system: System, damping: float) -> tuple[Solved, _Factor]:
     return system.solved(-factor.solve(system.gradient), None, "splu", note=note), factor
 
 
-def _factorised(system: System) -> tuple[Solved, _Factor, float]:
+def _factorised(system: LinearizedFit) -> tuple[Solved, _Factor, float]:
     damping = _LEAST_DAMPING
     while True:
         try:
@@ -166,7 +166,7 @@ def _factorised(system: System) -> tuple[Solved, _Factor, float]:
                 raise
 
 
-def _refined(system: System, found: Solved, factor: _Factor, damping: float) -> Solved:
+def _refined(system: LinearizedFit, found: Solved, factor: _Factor, damping: float) -> Solved:
     r"""Return a step refined by conjugate gradients on the residual itself (CGLS), preconditioned by a factor.
 
     Björck, Numerical methods for least squares problems, 1996, section 7.4. Directions whose singular value $\sigma$ is

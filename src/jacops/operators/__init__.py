@@ -3,7 +3,7 @@
 from ._algebra import Diagonal, Identity, Matrix, Product, Scaled, Sum, Transposed
 from ._base import Operator
 from ._factors import LayerFactors
-from ._recorded import Recorded
+from ._recorded import LinearizedMap
 
 __all__ = [
     "Diagonal",
@@ -12,7 +12,7 @@ __all__ = [
     "Matrix",
     "Operator",
     "Product",
-    "Recorded",
+    "LinearizedMap",
     "Scaled",
     "Sum",
     "Transposed",

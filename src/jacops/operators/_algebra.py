@@ -8,10 +8,10 @@ from typing import final
 
 from torch import Tensor
 
-from .._backends._torch.layers.blocks import mirror
+from .._torch.protocol import mirror
 from ..space import Space
 from ._base import Formed, Operator, check_same
-from ._dense import IN_MEMORY, Room, Way
+from ._dense import IN_MEMORY, FillRoute, Headroom
 from ._noise import Moments
 
 
@@ -47,13 +47,13 @@ class Transposed(Operator):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return self.of._apply(rows)
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         return room.way(self.of)
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         self.of._write(matrix.T, room)
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         self.of._add(matrix.T, weight, room, half)
 
 
@@ -180,14 +180,14 @@ class Sum(Operator):
         """Which is written and which is added to it: what is found by halves or checks itself comes first."""
         return (self.right, self.left) if self.right._halves and not self.left._halves else (self.left, self.right)
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         first, second = room.way(self.left), room.way(self.right)
         larger = max(first, second, key=lambda way: (way.bytes, way is not IN_MEMORY))
         # What the layers say of both is there from the start.
-        both = first.bytes + second.bytes if first.begun and second.begun else larger.bytes
-        return larger if larger is IN_MEMORY else replace(larger, bytes=both, begun=None)
+        both = first.bytes + second.bytes if first.prepared and second.prepared else larger.bytes
+        return larger if larger is IN_MEMORY else replace(larger, bytes=both, prepared=None)
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         if self._halves:
             self._add(matrix.zero_(), 1.0, room, half=True)
             mirror(matrix)
@@ -196,7 +196,7 @@ class Sum(Operator):
         first._write(matrix, room)
         second._add(matrix, 1.0, room, half=False)
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         for part in self._in_order:
             part._add(matrix, weight, room, half)
 
@@ -250,14 +250,14 @@ class Scaled(Operator):
     def _halves(self) -> bool:
         return self.of._halves
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         return room.way(self.of)
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         self.of._write(matrix, room)
         matrix.mul_(self.factor)
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         self.of._add(matrix, weight * self.factor, room, half)
 
     def __repr__(self) -> str:
@@ -293,13 +293,13 @@ class Identity(Operator):
 
     _apply_transpose = _apply
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         return IN_MEMORY
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         matrix.zero_().diagonal().fill_(1)
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         matrix.diagonal().add_(0.5 * weight if half else weight)
 
 
@@ -334,13 +334,13 @@ class Matrix(Operator):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return rows @ self.matrix
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         return IN_MEMORY
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         matrix.copy_(self.matrix)
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         matrix.add_(self.matrix, alpha=0.5 * weight if half else weight)
 
 
@@ -378,11 +378,11 @@ class Diagonal(Operator):
 
     _apply_transpose = _apply
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         return IN_MEMORY
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         matrix.zero_().diagonal().copy_(self.entries)
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)

@@ -9,14 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._backends._torch.layers.blocks import mirror
-from .._backends._torch.layers.by_layers import Begun, SpoiledError
-from .._backends._torch.memory import Budget
-from .._backends._torch.surroundings import eager
 from .._finite import check_vector
+from .._runtime.contexts import eager
+from .._runtime.memory import Budget
+from .._torch.protocol import PreparedFill, VerificationError, mirror
 from ..errors import InputError, InputTypeError, explain
 from ..space import Space
-from ._dense import Room, Way, by_products, dense_room, matrix_place, plain_way
+from ._dense import FillRoute, Headroom, by_products, dense_room, matrix_place, plain_way
 from ._finite_results import Source, check_result
 from ._noise import Moments, relative_noise
 
@@ -24,7 +23,7 @@ from ._noise import Moments, relative_noise
 class Formed(Protocol):
     """A way to a symmetric operator's matrix or diagonal that is cheaper than products; it checks itself."""
 
-    def begin(self, free: float) -> Begun | None:
+    def begin(self, free: float) -> PreparedFill | None:
         """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
         ...
 
@@ -195,8 +194,8 @@ class Operator(ABC):
         matrix = matrix_place(self, out, budget)
         try:
             self._write(matrix, room)
-        except SpoiledError:  # by layers it was wrong: once more, by products
-            self._write(matrix, Room(room.free, layers=False))
+        except VerificationError:  # by layers it was wrong: once more, by products
+            self._write(matrix, Headroom(room.free, layers=False))
         return check_result(self, matrix, "the matrix") if check_finite else matrix
 
     # ---- how the matrix is filled ----------------------------------------------------------------------------------
@@ -206,42 +205,42 @@ class Operator(ABC):
         """Whether the matrix is found as X + Xᵀ, so that it is best added to others before the two are joined."""
         return self.formed is not None
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         """Return how the matrix is filled where so much may be held meanwhile."""
         return plain_way(self, room)
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         """Fill `matrix`.
 
         Raises:
-            SpoiledError: What the layers said is wrong; the matrix holds nothing of use.
+            VerificationError: What the layers said is wrong; the matrix holds nothing of use.
         """
         way = room.way(self)
-        if way.begun is not None:
-            if way.begun.add_half(matrix.zero_()):
+        if way.prepared is not None:
+            if way.prepared.accumulate(matrix.zero_()):
                 mirror(matrix)
                 return
             way = by_products(self, room)
         for where, part in self._units(way):
             matrix[where] = part
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         """Add the matrix times `weight`; by `half`, for a symmetric one, any X times `weight` with X + Xᵀ the matrix.
 
         Raises:
-            SpoiledError: As in `_write`.
+            VerificationError: As in `_write`.
         """
         way = room.way(self)
-        if way.begun is not None:
-            if way.begun.add_half(matrix, weight):
-                if not half and not way.begun.add_half(matrix.T, weight):
-                    raise SpoiledError
+        if way.prepared is not None:
+            if way.prepared.accumulate(matrix, weight):
+                if not half and not way.prepared.accumulate(matrix.T, weight):
+                    raise VerificationError
                 return
             way = by_products(self, room)
         for where, part in self._units(way):
             matrix[where].add_(part, alpha=0.5 * weight if half else weight)
 
-    def _units(self, way: Way) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    def _units(self, way: FillRoute) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         """Yield places in the matrix and what stands there, by products with unit vectors."""
         m, n = self.shape
         space, everything = self.domain if n <= m else self.codomain, slice(None)

@@ -11,12 +11,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .._backends._torch.layers.blocks import mirror
-from .._backends._torch.memory import Meter
-from .._backends._torch.restoring import restoring
+from .._runtime.memory import Meter
+from .._runtime.restoring import restoring
+from .._torch.protocol import mirror
 from ..space import Space
 from ._base import Operator
-from ._dense import IN_MEMORY, Room, Way
+from ._dense import IN_MEMORY, FillRoute, Headroom
 from ._noise import Moments
 
 Parts = Callable[[], Iterable[tuple[float, Operator]]]
@@ -80,14 +80,14 @@ class SumOver(Operator):
     def _halves(self) -> bool:
         return True
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         return _by_batches(self.parts, room)
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         self._add(matrix.zero_(), 1.0, room, half=True)
         mirror(matrix)
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         inner = room.way(self).inner or room
         for target in (matrix,) if half else (matrix, matrix.T):
             for factor, part in self.parts():
@@ -149,10 +149,10 @@ class StackOver(Operator):
             start = stop
         return total
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         return _by_batches(self.parts, room)
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         inner, start = room.way(self).inner or room, 0
         for factor, part in self.parts():
             rows = matrix[start : start + part.shape[0]]
@@ -163,7 +163,7 @@ class StackOver(Operator):
             start += part.shape[0]
             del part
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         inner, start = room.way(self).inner or room, 0
         for factor, part in self.parts():
             scale = 0.5 * weight * factor if half else weight * factor
@@ -174,21 +174,21 @@ class StackOver(Operator):
 
 
 @restoring
-def _by_batches(parts: Parts, room: Room) -> Way:
+def _by_batches(parts: Parts, room: Headroom) -> FillRoute:
     """Return how a pass fills a matrix: what the first batch takes, and what the pass keeps of the others."""
     if not 0 < room.free < math.inf:
-        return Way("batch by batch", inner=room)
+        return FillRoute("batch by batch", inner=room)
     with Meter() as meter:
         part = next((part for _, part in parts()), None)
     if part is None:
-        return Way("batch by batch", inner=room)
+        return FillRoute("batch by batch", inner=room)
     will_hold = getattr(parts, "will_hold", None)
     held = part.nbytes if will_hold is None else will_hold(part.nbytes)
     inner = room.less(held)
     way = inner.way(part)
     inner.forget(part)
     working = held + max(way.bytes, meter.peak - part.nbytes)
-    return Way("batch by batch", working, way.chunk, way.unit, inner=inner, tight=way.tight)
+    return FillRoute("batch by batch", working, way.chunk, way.unit, inner=inner, tight=way.tight)
 
 
 @final
@@ -232,15 +232,15 @@ class BlockDiagonal(Operator):
         parts = rows.split([block.shape[0] for block in self.blocks], 1)
         return torch.cat([block._apply_transpose(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
 
-    def _way(self, room: Room) -> Way:
+    def _fill_route(self, room: Headroom) -> FillRoute:
         return max(map(room.way, self.blocks), key=lambda way: (way.bytes, way is not IN_MEMORY), default=IN_MEMORY)
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         matrix.zero_()
         for block, place in self._places(matrix):
             block._write(place, room)
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         for block, place in self._places(matrix):
             block._add(place, weight, room, half)
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._backends._torch.layers.by_layers import Begun
-from .._backends._torch.memory import (
+from .._runtime.memory import (
     SMALL,
     Budget,
     Meter,
@@ -22,7 +21,8 @@ from .._backends._torch.memory import (
     resident,
     startup_bytes,
 )
-from .._backends._torch.restoring import restoring
+from .._runtime.restoring import restoring
+from .._torch.protocol import PreparedFill
 from ..errors import InputError, explain
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _TODO = "Use products (`A @ v`) or `jacops.solve` instead, write into a memmap w
 
 
 @dataclass(frozen=True)
-class Way:
+class FillRoute:
     """How an operator's matrix is filled.
 
     Attributes:
@@ -53,8 +53,8 @@ class Way:
     bytes: float = 0.0
     chunk: int = 1
     unit: str = "vectors to a pass"
-    begun: Begun | None = None
-    inner: Room | None = None
+    prepared: PreparedFill | None = None
+    inner: Headroom | None = None
     tight: bool = False
 
     @property
@@ -65,11 +65,11 @@ class Way:
         return resident(0) + int(_TIGHT * self.bytes) if self.tight else resident(self.bytes)
 
 
-IN_MEMORY = Way("in memory", unit="copy")
+IN_MEMORY = FillRoute("in memory", unit="copy")
 
 
 @dataclass(frozen=True, eq=False)
-class Room:
+class Headroom:
     """What may be held while a matrix is filled, and how each operator goes about it.
 
     Attributes:
@@ -79,26 +79,26 @@ class Room:
 
     free: float = math.inf
     layers: bool = True
-    _ways: dict[int, tuple[Operator, Way]] = field(default_factory=dict)
+    _fill_routes: dict[int, tuple[Operator, FillRoute]] = field(default_factory=dict)
 
     @property
     def tight(self) -> float:
         """The same for few and large tensors, which leave few holes."""
         return max(self.free, _HOLES * self.free / _TIGHT)
 
-    def way(self, operator: Operator) -> Way:
+    def way(self, operator: Operator) -> FillRoute:
         """Return how an operator's matrix is filled; found once."""
-        if id(operator) not in self._ways:
-            self._ways[id(operator)] = operator, operator._way(self)
-        return self._ways[id(operator)][1]
+        if id(operator) not in self._fill_routes:
+            self._fill_routes[id(operator)] = operator, operator._fill_route(self)
+        return self._fill_routes[id(operator)][1]
 
     def forget(self, operator: Operator) -> None:
         """Let go of what was found out about an operator."""
-        self._ways.pop(id(operator), None)
+        self._fill_routes.pop(id(operator), None)
 
-    def less(self, held: float) -> Room:
+    def less(self, held: float) -> Headroom:
         """Return the room beside what is held."""
-        return Room(max(0.0, self.free - held), self.layers)
+        return Headroom(max(0.0, self.free - held), self.layers)
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class DensePlan:
     result: int
     allocated: bool
     startup: int
-    way: Way
-    room: Room
+    way: FillRoute
+    room: Headroom
     budget: int
 
     @property
@@ -134,21 +134,21 @@ def dense_plan(operator: Operator, budget: Budget, out: Any) -> DensePlan:
     device = operator.domain.device
     allowed, startup = budget_bytes(budget, device), startup_bytes(device)
     result = operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize
-    room = Room(max(0.0, live(allowed - startup - (result if out is None else 0))))
+    room = Headroom(max(0.0, live(allowed - startup - (result if out is None else 0))))
     way = room.way(operator)
     if way is IN_MEMORY or (room.free > 0 and startup_bytes(device)):
         startup = 0  # what needs no derivative loads nothing
     return DensePlan(operator.shape, result, out is None, startup, way, room, allowed)
 
 
-def dense_room(operator: Operator, budget: Budget, out: Any) -> Room:
+def dense_room(operator: Operator, budget: Budget, out: Any) -> Headroom:
     """Return what may be held while the matrix is filled; nobody counts where it is small and no budget is given.
 
     Raises:
         MemoryBudgetError: It does not fit; nothing was allocated.
     """
     if budget is None and operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize < SMALL:
-        return Room()
+        return Headroom()
     plan = dense_plan(operator, budget, out)
     if plan.peak > plan.budget:
         parts: dict[str, float] = {}
@@ -181,25 +181,25 @@ def matrix_place(operator: Operator, out: Any, budget: Budget) -> Tensor:
     return torch.empty(*operator.shape, **options)
 
 
-def plain_way(operator: Operator, room: Room) -> Way:
+def plain_way(operator: Operator, room: Headroom) -> FillRoute:
     """Return how the matrix of an operator without parts is filled: by layers where that is open, or by products."""
     if operator.formed is not None and room.layers and room.free > 0:
-        begun = operator.formed.begin(room.tight)
-        if begun is not None and begun.bytes <= room.tight:
-            return Way("by layers", begun.bytes, begun.most, "numbers to a round", begun, tight=True)
-        del begun  # what it holds is no part of the products
+        prepared = operator.formed.begin(room.tight)
+        if prepared is not None and prepared.bytes <= room.tight:
+            return FillRoute("by layers", prepared.bytes, prepared.most, "numbers to a round", prepared, tight=True)
+        del prepared  # what it holds is no part of the products
     return by_products(operator, room)
 
 
-def by_products(operator: Operator, room: Room) -> Way:
+def by_products(operator: Operator, room: Headroom) -> FillRoute:
     m, n = operator.shape
     name = "by columns" if n <= m else "by rows"
     most = max(1, min(64, n, m, CHUNK_ENTRIES // max(1, m + n)))
     if not 0 < room.free < math.inf:
-        return Way(name, chunk=most)
+        return FillRoute(name, chunk=most)
     fixed, each = _measured(operator)
     chunk = max(1, min(most, int((room.free - fixed) // max(each, 1.0))))
-    return Way(name, fixed + each * chunk, chunk)
+    return FillRoute(name, fixed + each * chunk, chunk)
 
 
 @restoring

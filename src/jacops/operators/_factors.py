@@ -9,11 +9,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._backends._torch.layers.parts import Outer, Part, Rows, slices
-from .._backends._torch.surroundings import eager
+from .._runtime.contexts import eager
+from .._torch.protocol import Outer, RowFactors, Rows, slices
 from ..space import Space
 from ._base import Operator
-from ._dense import Room, Way, by_products
+from ._dense import FillRoute, Headroom, by_products
 from ._finite_results import check_result
 
 
@@ -35,7 +35,7 @@ class LayerFactors(Operator):
         route: How the factors were computed.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[RowFactors]
     parameters: Space
     rows: Space
     without_rule: Sequence[str] = ()
@@ -95,14 +95,16 @@ class LayerFactors(Operator):
             found[:, where] = part.transposed(u).flatten(1)
         return found
 
-    def _way(self, room: Room) -> Way:
-        return Way("layer by layer", max((_written(part) for part in self.parts), default=0.0), unit="layer at a time")
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return FillRoute(
+            "layer by layer", max((_written(part) for part in self.parts), default=0.0), unit="layer at a time"
+        )
 
-    def _write(self, matrix: Tensor, room: Room) -> None:
+    def _write(self, matrix: Tensor, room: Headroom) -> None:
         for part, where in zip(self.parts, self.domain.slices, strict=True):
             part.into(matrix[:, where].unflatten(0, part.shape[:2]).unflatten(2, part.shape[2:]))
 
-    def _add(self, matrix: Tensor, weight: float, room: Room, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
         for where, rows in self._units(by_products(self, room)):
             matrix[where].add_(rows, alpha=0.5 * weight if half else weight)
 
@@ -152,7 +154,7 @@ class LayerFactors(Operator):
         return "\n".join([*lines, f"  route: {self.route}"])
 
 
-def _written(part: Part) -> float:
+def _written(part: RowFactors) -> float:
     """Return the bytes of temporaries while a part writes its columns."""
     if isinstance(part, Rows) or (isinstance(part, Outer) and part.delta.shape[2] == part.delta.shape[3] == 1):
         return 0.0

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
 
-from .._backends._torch.memory import in_words
 from .._keywords import unknown
+from .._runtime.memory import in_words
 from ..errors import InputError, InputTypeError, explain
 
 Call = TypeVar("Call", bound=Callable[..., Any])

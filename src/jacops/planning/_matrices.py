@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .._backends._torch.layers.whole import layer_route
-from .._backends._torch.matrix_plan import MatrixPlan, layers_plan, matrix_plan
-from .._backends._torch.record import record_closure, record_model
-from .._backends._torch.tape import Tape
+from .._torch.protocol import (
+    Linearization,
+    MatrixPlan,
+    layer_route,
+    layers_plan,
+    matrix_plan,
+    record_closure,
+    record_model,
+)
 from ..trees import select
 from ._base import Plan, Route, table
 
@@ -17,28 +22,28 @@ def plan_full_jacobian(arguments: dict[str, Any]) -> Plan:
     """Return the plan of `full_jacobian`; `func` is called once."""
     func, outputs = arguments["func"], arguments["outputs"]
     picked = (lambda: select(func(), outputs)) if callable(func) and outputs is not None else func
-    tape = record_closure(picked, arguments["params"], "full_jacobian", empty=True).tape
-    found = matrix_plan(tape, arguments["budget"], chunk_size=arguments["chunk_size"], out=arguments["out"] is not None)
-    return _plan("full_jacobian", tape, found, None)
+    lin = record_closure(picked, arguments["params"], "full_jacobian", empty=True).lin
+    found = matrix_plan(lin, arguments["budget"], chunk_size=arguments["chunk_size"], out=arguments["out"] is not None)
+    return _plan("full_jacobian", lin, found, None)
 
 
 def plan_modjac(arguments: dict[str, Any]) -> Plan:
     """Return the plan of `modjac`; the model runs forward once, on a private copy, and backward for one cotangent."""
     trainable = arguments["trainable_only"]
-    tape = record_model(
+    lin = record_model(
         arguments["model"],
         arguments["input"],
         call="modjac",
         parameters=lambda name, p: p.requires_grad or not trainable,
         outputs=arguments["outputs"],
-    ).tape
+    ).lin
     forward, budget, out = arguments["strategy"] == "forward-mode", arguments["budget"], arguments["out"] is not None
-    found = matrix_plan(tape, budget, forward, out=out)
+    found = matrix_plan(lin, budget, forward, out=out)
     if forward:
-        return _plan("modjac", tape, found, "asked for by `strategy=`")
-    route = None if arguments["create_graph"] else layer_route(tape)
+        return _plan("modjac", lin, found, "asked for by `strategy=`")
+    route = None if arguments["create_graph"] else layer_route(lin)
     layers = layers_plan(route, budget, out, found.startup) if route else None
-    plain = _plan("modjac", tape, found, "asked for by `strategy=`")
+    plain = _plan("modjac", lin, found, "asked for by `strategy=`")
     if layers is None:
         reason = (
             "more than the budget" if route else "samples mix, or a parameter enters by an operation without a rule"
@@ -50,8 +55,8 @@ def plan_modjac(arguments: dict[str, Any]) -> Plan:
     return replace(plain, routes=(own, *others), chunk=layers.together, unit="sweeps to a write")
 
 
-def _plan(call: str, tape: Tape, found: MatrixPlan, asked: str | None) -> Plan:
-    rows, columns = tape.codomain.dim, tape.domain.dim + 1
+def _plan(call: str, lin: Linearization, found: MatrixPlan, asked: str | None) -> Plan:
+    rows, columns = lin.codomain.dim, lin.domain.dim + 1
     reason = asked or "fewer sweeps"
     other = "not asked for by `strategy=`" if asked else "more sweeps"
     routes: dict[str, tuple[int | None, int | None, str]] = {

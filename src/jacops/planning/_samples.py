@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._backends._torch.samples.batch import Samples
-from .._backends._torch.samples.plan import ALONE, SamplePlan, planned
+from .._torch.protocol import ALONE, SamplePlan, Samples, planned
 from ._base import Plan, table
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends._torch.agreement import tolerance
-from .._backends._torch.samples.batch import Samples
-from .._backends._torch.samples.nested import RECORDED, Slopes
 from .._finite import is_finite
+from .._runtime.agreement import tolerance
+from .._torch.protocol import RECORDED, JacobianFunction, Samples
 from ..errors import NotDifferentiableError, warn
 from ..trees import flatten, output_leaves
 from ._evidence import Blocks, Doubt, Nest, compared, doubt, losses
@@ -19,7 +18,7 @@ from ._evidence import Blocks, Doubt, Nest, compared, doubt, losses
 Verdict = Callable[[Blocks, slice], str | None]
 
 
-class Entry:
+class OutputEntry:
     """One entry of the output of a function, for every sample.
 
     Args:
@@ -101,9 +100,9 @@ def _alone(nest: Nest, like: Blocks, batch_size: int) -> Blocks:
 
 def _of_entry(nest: Nest, output: int, entry: int, batch_size: int) -> list[list[Tensor]]:
     call, checks = nest.samples.call, nest.samples.checks
-    function: Callable[..., Any] = Entry(nest.function, output, entry)
+    function: Callable[..., Any] = OutputEntry(nest.function, output, entry)
     for _ in range(nest.order - 1):
-        function = Slopes(function, call)
+        function = JacobianFunction(function, call)
     alone = Samples(function, nest.x, call=call, checks=checks, fallback="silent")
     return alone.jacobians(batch_size, False, mode="reverse").blocks
 

@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._backends._torch.samples.batch import Samples
-from .._backends._torch.samples.nested import Forward
-from .._backends._torch.twice import disagreement, dropped
 from .._finite import is_finite, where_first
+from .._torch.protocol import ConnectedModel, Samples, disagreement, dropped
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import Selector, Tree
 
@@ -48,10 +46,10 @@ def part_of(
 def output_entries(samples: Samples) -> int:
     """Return how many numbers the model gives for one sample."""
     one = [v[:1] if samples.count else v.new_zeros(1, *v.shape[1:]) for v in samples.values]
-    return sum(output.numel() for output in samples.runner.run(one).tape.outputs)
+    return sum(output.numel() for output in samples.runner.run(one).lin.outputs)
 
 
-def tree_of(forward: Forward) -> Tree:
+def tree_of(forward: ConnectedModel) -> Tree:
     if forward.tree is None:
         raise NotDifferentiableError(explain("model", "not evaluated", "at least one sample must run"))
     return forward.tree

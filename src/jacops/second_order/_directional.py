@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.agreement import size
-from .._backends._torch.samples.batch import Samples
-from .._backends._torch.samples.nested import RECORDED, Forward, Slopes, nested
-from .._backends._torch.surroundings import eager
-from .._backends._torch.twice import difference_step
 from .._finite import check_vector, is_finite
 from .._keywords import keywords
+from .._runtime.agreement import size
+from .._runtime.contexts import eager
+from .._torch.protocol import RECORDED, ConnectedModel, JacobianFunction, Samples, difference_step, nested
 from ..errors import InputError, explain
 from ..space import Space
 from ..trees import Selector, Tree, flatten
@@ -97,12 +95,12 @@ def along(
 
     The one number that is differentiated is `t` of every sample, so that nothing larger than an output is formed.
     """
-    forward = Forward(samples)
+    forward = ConnectedModel(samples)
     moved = _moved(samples, forward, directions)
     function: Callable[..., Any] = moved
-    innermost: Slopes | None = None
+    innermost: JacobianFunction | None = None
     for _ in range(order - 1):
-        function = Slopes(function, samples.call)
+        function = JacobianFunction(function, samples.call)
         innermost = innermost or function
     like = samples.values[samples.inputs[0]]
     x = (like.new_zeros(samples.count), torch.arange(samples.count, device=like.device))
@@ -127,7 +125,7 @@ def along(
 
 
 def _moved(
-    samples: Samples, forward: Forward, directions: list[Tensor]
+    samples: Samples, forward: ConnectedModel, directions: list[Tensor]
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     """Return the model as a function of steps along directions, one per sample, and of the samples' numbers."""
     moving = dict(zip(samples.inputs, directions, strict=True))

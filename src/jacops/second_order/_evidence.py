@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends._torch.agreement import tolerance
-from .._backends._torch.nonfinite import Lost, pull_noting_losses
-from .._backends._torch.restoring import restoring
-from .._backends._torch.rows import dense, plain
-from .._backends._torch.samples.batch import Samples
-from .._backends._torch.samples.nested import RECORDED, Slopes
-from .._backends._torch.surroundings import arithmetic, autocast_on, norms_written_out, private_noise, sweeping
+from .._runtime.agreement import tolerance
+from .._runtime.contexts import arithmetic, autocast_on, norms_written_out, private_noise, sweeping
+from .._runtime.restoring import restoring
+from .._runtime.rows import dense, plain
+from .._torch.protocol import RECORDED, JacobianFunction, Lost, Samples, pull_noting_losses
 
 Blocks = list[list[list[Tensor]]]
 Recorded = tuple[list[Tensor], list[Tensor]]
@@ -62,7 +60,7 @@ class Nest:
     x: Any
     shapes: list[torch.Size]
     rerun: Callable[[slice, float], Recorded]
-    slopes: Slopes
+    slopes: JacobianFunction
     order: int
     along: bool
     step: float = 0.0

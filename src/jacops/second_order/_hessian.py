@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.agreement import size, tolerance
-from .._backends._torch.rounding import rounding_error
-from .._backends._torch.rows import rows_size
-from .._backends._torch.samples.batch import Samples
-from .._backends._torch.samples.nested import RECORDED, Forward, Slopes, nested
-from .._backends._torch.surroundings import eager, private_noise
-from .._backends._torch.twice import asymmetric, difference_step
 from .._finite import is_finite
 from .._keywords import keywords
+from .._runtime.agreement import size, tolerance
+from .._runtime.contexts import eager, private_noise
+from .._runtime.rounding import rounding_error
+from .._runtime.rows import rows_size
+from .._torch.protocol import RECORDED, ConnectedModel, JacobianFunction, Samples, asymmetric, difference_step, nested
 from ..trees import Selector, Tree
 from ._alone import settled
 from ._common import check_differences, check_finite, part_of, samples_of, tree_of
@@ -80,8 +78,8 @@ def input_hessian(
 
 def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[list[list[list[Tensor]]], Tree]:
     """Return `H[output][input][input]`, each `(n, *out, *in, *in)`, and the structure of the outputs."""
-    forward = Forward(samples)
-    slopes = Slopes(forward, samples.call)
+    forward = ConnectedModel(samples)
+    slopes = JacobianFunction(forward, samples.call)
     x = samples.input_tree.build(samples.values)
     lines, first = nested(slopes, x, samples, "hessian", batch_size, progress)
     many = len(samples.inputs)
@@ -99,7 +97,7 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
     return blocks, tree_of(forward)
 
 
-def _rerun(samples: Samples, forward: Forward) -> Callable[[slice, float], tuple[list[Tensor], list[Tensor]]]:
+def _rerun(samples: Samples, forward: ConnectedModel) -> Callable[[slice, float], tuple[list[Tensor], list[Tensor]]]:
     """Return a function that records a forward over some samples, moved by a multiple of the rounding unit."""
 
     def rerun(rows: slice, units: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -179,7 +177,12 @@ def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: 
 
 def _alone(samples: Samples, output: int) -> list[Tensor]:
     lines, _ = nested(
-        Slopes(Forward(samples), samples.call), samples.input_tree.build(samples.values), samples, "rounding", 1, False
+        JacobianFunction(ConnectedModel(samples), samples.call),
+        samples.input_tree.build(samples.values),
+        samples,
+        "rounding",
+        1,
+        False,
     )
     many = len(samples.inputs)
     return [block for row in lines[output * many : (output + 1) * many] for block in row]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.samples.batch import Samples
-from .._backends._torch.surroundings import eager
 from .._keywords import keywords
+from .._runtime.contexts import eager
+from .._torch.protocol import Samples
 from ..errors import NotDifferentiableError, explain
 from ..trees import Selector, Tree
 from ._common import output_entries, part_of, samples_of

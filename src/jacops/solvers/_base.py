@@ -12,8 +12,8 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import eager
 from .._keywords import keywords
+from .._runtime.contexts import eager
 from ..errors import InputError, InputTypeError, SolveError, explain, warn
 from ..operators import Operator
 from ..space import Space
@@ -58,14 +58,14 @@ class Prepared(ABC):
             InputError: The rows have another width, dtype or device than the operator.
         """
         check_rows(self.system.given.domain, rows)
-        begun, products = time.perf_counter(), self.system.products
+        started, products = time.perf_counter(), self.system.products
         judge = Judge(self.system, self.tolerance, rows.detach())
         step = max(1, _WORKING_ENTRIES // (_VECTORS * max(1, self.system.n)))
         for where in judge.solvable.split(step):
             if len(where):
                 judge.take(where, self._attempted(judge.rows[where]))
         judge.info["products"] = self.system.products - products
-        judge.info["seconds"] = time.perf_counter() - begun
+        judge.info["seconds"] = time.perf_counter() - started
         solution = judge.verdict(self.method)
         self._warn_of_poor(solution)
         return solution
@@ -106,9 +106,9 @@ class Solver(ABC):
     @eager
     def solve(self, operator: Operator, rows: Tensor, damping: float = 0.0) -> Solution:
         """Prepare, then solve for rows `(k, n)`; never raises for a solve that failed."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         prepared = self.prepare(operator, damping)
-        before = time.perf_counter() - begun
+        before = time.perf_counter() - started
         solution = prepared.solve(rows)
         solution.info["products"] = prepared.system.products
         solution.info["seconds"] += before

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from .._finite import is_finite
 from ._judge import condition_limit
-from ._refine import Course
+from ._refine import IterationResult
 from ._solution import Status
 from ._system import System
 
 _FLAT_STEPS = 50  # steps that meet directions without curvature, before the operator counts as singular
 
 
-def block_course(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> Course:
+def block_course(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
     """Run preconditioned block conjugate gradients on all rows from zero.
 
     Each step minimises the error of every row over all directions, which are kept orthonormal, so that it neither
     matters how many rows there are nor whether some depend on others.
     """
-    course = Course(torch.zeros_like(rows), [0] * rows.shape[0])
+    course = IterationResult(torch.zeros_like(rows), [0] * rows.shape[0])
     x, r, size, goals = course.x, rows.clone(), rows.norm(dim=1), goals.to(rows.dtype)
     going = r.norm(dim=1) > goals
     P, step = _directions(inner, r, going, None, course, size), 0
@@ -64,7 +64,12 @@ def noise(system: System) -> float:
 
 
 def _directions(
-    inner: Any, r: Tensor, going: Tensor, last: tuple[Tensor, Tensor, Tensor] | None, course: Course, size: Tensor
+    inner: Any,
+    r: Tensor,
+    going: Tensor,
+    last: tuple[Tensor, Tensor, Tensor] | None,
+    course: IterationResult,
+    size: Tensor,
 ) -> Tensor:
     """Return orthonormal directions from the residuals, conjugate to the last ones."""
     if not bool(going.any()):
@@ -88,20 +93,20 @@ def _directions(
     return (basis @ left[:, keep]).T
 
 
-def _left_over(course: Course, going: Tensor, above: Tensor, step: int) -> Tensor:
+def _left_over(course: IterationResult, going: Tensor, above: Tensor, step: int) -> Tensor:
     for row in (going & ~above).nonzero()[:, 0].tolist():
         course.steps[row] = step
     return going & above
 
 
-def _ended_rows(course: Course, going: Tensor, hit: Tensor, status: Status, step: int) -> Tensor:
+def _ended_rows(course: IterationResult, going: Tensor, hit: Tensor, status: Status, step: int) -> Tensor:
     for row in hit.nonzero()[:, 0].tolist():
         course.steps[row] = step
         course.failed[row] = status
     return going & ~hit
 
 
-def _ended(course: Course, going: Tensor, status: Status, step: int, reason: str = "") -> Course:
+def _ended(course: IterationResult, going: Tensor, status: Status, step: int, reason: str = "") -> IterationResult:
     _ended_rows(course, going, going, status, step)
     course.reason = reason or course.reason
     return course

@@ -15,7 +15,7 @@ from ._base import Prepared, Solver
 from ._block import block_course, noise
 from ._judge import Raw, condition_limit
 from ._precondition import Preconditioner, preconditioner_of
-from ._refine import Course, refined
+from ._refine import IterationResult, refined
 from ._solution import Status
 from ._system import System, check_symmetric
 
@@ -80,7 +80,7 @@ class PreparedCG(Prepared):
     def _solve(self, rows: Tensor) -> Raw:
         course = block_course if self.recipe.block else row_course
 
-        def run(rows: Tensor, goals: Tensor, most: int) -> Course:
+        def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
             return course(self.system, self.inner.apply, rows, goals, most)
 
         raw = refined(self.system, rows, self.tolerance, self.most, run)
@@ -88,9 +88,9 @@ class PreparedCG(Prepared):
         return raw
 
 
-def row_course(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> Course:
+def row_course(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
     """Run preconditioned conjugate gradients on each row from zero."""
-    course = Course(torch.zeros_like(rows), [0] * rows.shape[0])
+    course = IterationResult(torch.zeros_like(rows), [0] * rows.shape[0])
     ids = torch.arange(rows.shape[0], device=rows.device)
     x, r = torch.zeros_like(rows), rows
     p = z = inner(r)
@@ -117,7 +117,7 @@ def row_course(system: System, inner: Any, rows: Tensor, goals: Tensor, most: in
     return course
 
 
-def _is_negative(system: System, course: Course, p: Tensor, Ap: Tensor, bend: Tensor, alive: Tensor) -> Tensor:
+def _is_negative(system: System, course: IterationResult, p: Tensor, Ap: Tensor, bend: Tensor, alive: Tensor) -> Tensor:
     """Say along which directions the curvature is negative, beyond rounding, and note norm and lowest curvature."""
     square = (p * p).sum(1)
     curvature = bend / square
@@ -131,7 +131,7 @@ def _is_negative(system: System, course: Course, p: Tensor, Ap: Tensor, bend: Te
 
 
 def _settle(
-    course: Course, ids: Tensor, x: Tensor, step: int, finished: Tensor, bad: dict[Status, Tensor], last: bool
+    course: IterationResult, ids: Tensor, x: Tensor, step: int, finished: Tensor, bad: dict[Status, Tensor], last: bool
 ) -> Tensor:
     """Write down the rows that end here; return which go on."""
     going = ~finished

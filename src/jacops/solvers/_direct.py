@@ -10,9 +10,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import private_noise
 from .._finite import on_finite_rows
-from .._lanczos import Lanczos
+from .._lanczos import KrylovSpace
+from .._runtime.contexts import private_noise
 from ..errors import InputError, explain
 from ..operators import Identity, LayerFactors, Matrix, Operator
 from ._base import Prepared, Raw, Solver
@@ -283,7 +283,7 @@ def _lowest(matrix: Tensor) -> float:
     """Return the lowest eigenvalue, of a large matrix a Ritz value near it, which is never below it."""
     if matrix.shape[0] <= _EXACT_SPECTRUM:
         return float(torch.linalg.eigvalsh(matrix)[0])
-    krylov = Lanczos(lambda rows: rows @ matrix, private_noise(matrix[None, :1], 13), _STEPS)
+    krylov = KrylovSpace(lambda rows: rows @ matrix, private_noise(matrix[None, :1], 13), _STEPS)
     while krylov.room:
         krylov.step()
     return float(krylov.ritz().values.min())

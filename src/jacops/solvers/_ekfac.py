@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import eager
+from .._runtime.contexts import eager
 from ..errors import InputError, explain
 from ..operators import Operator
 from ..operators._eigen_blocks import EigenBlocks, covered, ridge_values
@@ -149,10 +149,7 @@ class PreparedEKFAC(Prepared):
 
     def _solve(self, rows: Tensor) -> Raw:
         many, largest, lowest = rows.shape[0], self.largest, self.lowest
-        info = {
-            "coverage": self.curvature.coverage,
-            "condition": largest / lowest if lowest > 0 else float("inf"),
-        }
+        info = {"coverage": self.curvature.coverage, "condition": largest / lowest if lowest > 0 else float("inf")}
         if self.curvature.noise is not None:
             info["noise"] = self.curvature.noise
         failed = dict.fromkeys(range(many), Status.SINGULAR) if self.singular else {}

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._backends._torch.layers.kronecker import Gradients, Outer
+from .._torch.protocol import Gradients, OuterGradients
 from ..operators._noise import DIRECTIONS, ratio
 
 
@@ -45,7 +45,7 @@ class Noise:
             return [torch.einsum("kne,ze->zkn", gradients.double(), signs)]
         return [self._outer(group, use) for use in gradients]
 
-    def _outer(self, group: int, use: Outer) -> Tensor:
+    def _outer(self, group: int, use: OuterGradients) -> Tensor:
         right = self._side(group, 1, use.right)
         if not use.looks_up:
             return (self._side(group, 0, use.left) * right).sum((3, 4))

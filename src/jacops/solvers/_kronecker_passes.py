@@ -10,13 +10,11 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from .._backends._torch.counter import Draws
-from .._backends._torch.layers.kronecker import Batch, Gradients, Group
-from .._backends._torch.likelihoods import row_scale
-from .._backends._torch.record import Recorded, record_model
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import seeded
 from .._finite import is_finite
+from .._runtime.contexts import seeded
+from .._runtime.counter import Draws
+from .._runtime.restoring import restoring
+from .._torch.protocol import Gradients, Group, RecordedBatch, Recording, record_model, row_scale
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..operators import Operator
 from ..operators._eigen_blocks import Block
@@ -81,7 +79,7 @@ class Passes:
             first += data.rows
 
     @restoring
-    def _record(self, data: Any) -> Recorded:
+    def _record(self, data: Any) -> Recording:
         with seeded(self.objective.seed):
             return record_model(self.objective.model, data.x, call="EKFAC", parameters=self.objective.picks)
 
@@ -91,8 +89,8 @@ class Passes:
             return
         found = self._record(data)
         at = LossAtOutput(found, term.loss, data.y, data.rows)
-        batch = Batch(at.tape)
-        if batch.tape.trust.refused("pull", "by uses"):
+        batch = RecordedBatch(at.lin)
+        if batch.lin.trust.refused("pull", "by uses"):
             batch.distrust()
         self.groups = self.groups or batch.groups()
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
@@ -120,9 +118,9 @@ class Passes:
         self.drawn = True
         return Given(hessian.draw(Draws(self.seed, first), self.draws) / math.sqrt(self.draws))
 
-    def _confirmed(self, batch: Batch, seeds: Tensor, outer_only: bool) -> list[Gradients]:
+    def _confirmed(self, batch: RecordedBatch, seeds: Tensor, outer_only: bool) -> list[Gradients]:
         """Return gradients that were held against a plain sweep, once for each shape."""
-        trust, route = batch.tape.trust, ("by uses", seeds.shape[0])
+        trust, route = batch.lin.trust, ("by uses", seeds.shape[0])
         groups = [g for g in self.groups if not outer_only or g.form in ("outer", "lookup")]
         found = batch.gradients(groups, seeds)
         if not trust.needs(*route):
@@ -142,11 +140,11 @@ class Passes:
         trust.remember(*route)
         return found
 
-    def _check_alike(self, batch: Batch) -> None:
+    def _check_alike(self, batch: RecordedBatch) -> None:
         misfit = batch.misfit(self.groups)
         if misfit is not None:
             raise NotDifferentiableError(
-                f"EKFAC: {batch.tape.domain.names[misfit]} enters batch {self._recorded} in another way than the first "
+                f"EKFAC: {batch.lin.domain.names[misfit]} enters batch {self._recorded} in another way than the first "
                 "one, so their statistics cannot be added up. Leave it out with `parameters=`, or use `CG()`."
             )
 
@@ -165,11 +163,11 @@ def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
     return own * (counted / math.sqrt(total)).unsqueeze(1)
 
 
-def _check_finite(groups: Sequence[Group], found: Sequence[Gradients], batch: Batch) -> None:
+def _check_finite(groups: Sequence[Group], found: Sequence[Gradients], batch: RecordedBatch) -> None:
     for group, own in zip(groups, found, strict=True):
         parts = [own] if isinstance(own, Tensor) else [side for use in own for side in (use.left, use.right)]
         if not all(is_finite(part) for part in parts):
-            name = batch.tape.domain.names[group.leaves[0]]
+            name = batch.lin.domain.names[group.leaves[0]]
             raise NonFiniteError(f"EKFAC: in the gradients by {name}, some are NaN or Inf. Look at the data.")
 
 

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._backends._torch.layers.kronecker import Outer
+from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
 from ..operators._eigen_blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 
@@ -51,7 +51,7 @@ class OuterSums:
         self._squares: Tensor | None = None
         self.dtype = torch.float64
 
-    def add(self, uses: Sequence[Outer], factor: float, share: float) -> None:
+    def add(self, uses: Sequence[OuterGradients], factor: float, share: float) -> None:
         """Add a batch to the factors.
 
         Args:
@@ -67,12 +67,12 @@ class OuterSums:
             positions = use.left.numel() if use.looks_up else math.prod(use.left.shape[1:3])
             self._counts[use.swapped] = self._counts.get(use.swapped, 0.0) + share * positions
 
-    def _plain(self, use: Outer, factor: float, share: float) -> list[Tensor]:
+    def _plain(self, use: OuterGradients, factor: float, share: float) -> list[Tensor]:
         left = self._counted(use.left) if use.looks_up else self._factor(use.left)
         weights = [share, factor] if use.swapped else [factor, share]
         return [side * weight for side, weight in zip((left, self._factor(use.right)), weights, strict=True)]
 
-    def _weighted(self, use: Outer, factor: float) -> list[Tensor]:
+    def _weighted(self, use: OuterGradients, factor: float) -> list[Tensor]:
         """Return the factors with every row weighted by the size of what it meets on the other side."""
         size = use.right.square().sum((0, -1), keepdim=True)
         if use.looks_up:
@@ -109,11 +109,13 @@ class OuterSums:
             return max(float(_diagonal(self._factors[swapped][0]).sum()), torch.finfo(torch.float64).tiny)
         return max(self._counts[swapped], torch.finfo(torch.float64).tiny)
 
-    def correct(self, uses: Sequence[Outer], factor: float) -> None:
+    def correct(self, uses: Sequence[OuterGradients], factor: float) -> None:
         """Add the squares of a batch's gradients in the eigenbasis, sample by sample (George et al., 2018)."""
         left, right = (None if b is None else b.to(self.dtype) for b in self._bases or (None, None))
         turned = [
-            Outer(use.left if use.looks_up else _rotated(use.left, left), _rotated(use.right, right), use.swapped)
+            OuterGradients(
+                use.left if use.looks_up else _rotated(use.left, left), _rotated(use.right, right), use.swapped
+            )
             for use in uses
         ]
         if turned:
@@ -121,7 +123,7 @@ class OuterSums:
             part = factor * found.double()
             self._squares = part if self._squares is None else self._squares + part
 
-    def _looked_up(self, uses: Sequence[Outer]) -> Tensor:
+    def _looked_up(self, uses: Sequence[OuterGradients]) -> Tensor:
         """Return squares `(1, p, q)`, positions that look up the same entry for one sample added up before."""
         indices, right = torch.cat([u.left for u in uses], 1), torch.cat([u.right[:, :, :, 0] for u in uses], 2)
         table = self.rows or 0
@@ -200,7 +202,7 @@ def _rotated(side: Tensor, basis: Tensor | None) -> Tensor:
     return side @ basis[0] if basis.shape[0] == 1 else (side.unsqueeze(-2) @ basis).squeeze(-2)
 
 
-def _squares(uses: Sequence[Outer]) -> Tensor:
+def _squares(uses: Sequence[OuterGradients]) -> Tensor:
     """Return the sum of squares `(g, p, q)` of the gradients of all samples under all cotangents."""
     if len(uses) == 1 and uses[0].left.shape[2] == 1:
         left, right = (side.square().sum(0)[:, 0].movedim(1, 0) for side in (uses[0].left, uses[0].right))

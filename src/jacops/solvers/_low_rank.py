@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .._lanczos import Lanczos as Krylov
+from .._lanczos import KrylovSpace
 from ..errors import InputError, NonFiniteError, explain
 from ..operators import Operator
 from ._base import Prepared, Solver
@@ -60,7 +60,7 @@ class Lanczos(Solver):
         most = min(system.n, self.max_steps or 4 * rank + 40)
         if system.n == 0:
             return _PreparedLowRank(self, system, system.zeros(0, 0), system.zeros(0), None, {})
-        krylov = Krylov(system.undamped, system.noise(1, self.seed)[None], most, self.seed + 1)
+        krylov = KrylovSpace(system.undamped, system.noise(1, self.seed)[None], most, self.seed + 1)
         tolerance = self.tolerance or (1e-7 if system.dtype == torch.float64 else 1e-4)
         info: dict[str, Any] = {"pairs_asked": rank, "pairs_found": 0}
         try:
@@ -73,7 +73,7 @@ class Lanczos(Solver):
         return _PreparedLowRank(self, system, basis, values, failed, info)
 
 
-def _pairs(krylov: Krylov, rank: int, tolerance: float, info: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _pairs(krylov: KrylovSpace, rank: int, tolerance: float, info: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of largest magnitude and their vectors as rows, and count those that converged."""
     steps, n = 0, krylov.basis.shape[2]
     values = coefficients = leading = torch.zeros(0, dtype=torch.long)

@@ -12,7 +12,7 @@ from ..operators import Operator
 from ._base import Prepared, Solver
 from ._cg import check_options, steps_allowed
 from ._judge import Raw, condition_limit
-from ._refine import Course, refined
+from ._refine import IterationResult, refined
 from ._solution import Status
 from ._system import System, check_symmetric
 
@@ -60,15 +60,15 @@ class _PreparedMINRES(Prepared):
         return self.recipe.tolerance or self.system.tolerance
 
     def _solve(self, rows: Tensor) -> Raw:
-        def run(rows: Tensor, goals: Tensor, most: int) -> Course:
+        def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
             return _course(self.system, rows, goals, most)
 
         return refined(self.system, rows, self.tolerance, steps_allowed(self.recipe.max_steps, self.system.n), run)
 
 
-def _course(system: System, rows: Tensor, goals: Tensor, most: int) -> Course:
+def _course(system: System, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
     """Run Lanczos's recurrence on each row and rotate its tridiagonal matrix to a triangular one as it grows."""
-    course = Course(torch.zeros_like(rows), [0] * rows.shape[0])
+    course = IterationResult(torch.zeros_like(rows), [0] * rows.shape[0])
     ids = torch.arange(rows.shape[0], device=rows.device)
     start = rows.norm(dim=1)
     zero, one = torch.zeros_like(start), torch.ones_like(start)
@@ -121,7 +121,9 @@ def _lowest(watched: list[tuple[Tensor, Tensor]]) -> float | None:
     return float(torch.linalg.eigvalsh(tridiagonal)[0]) if bool(tridiagonal.isfinite().all()) else None
 
 
-def _settle(course: Course, ids: Tensor, x: Tensor, step: int, ended: Tensor, failed: dict[Status, Tensor]) -> None:
+def _settle(
+    course: IterationResult, ids: Tensor, x: Tensor, step: int, ended: Tensor, failed: dict[Status, Tensor]
+) -> None:
     course.x[ids[ended]] = x[ended]
     for row in ids[ended].tolist():
         course.steps[row] = step

@@ -15,15 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._backends._torch.counter import Draws
-from .._backends._torch.likelihoods import Likelihood, likelihood_of
-from .._backends._torch.loss_facts import counted_labels
-from .._backends._torch.losses import call_loss
-from .._backends._torch.record import Recorded
-from .._backends._torch.restoring import restoring
-from .._backends._torch.surroundings import out_of_inference, private_noise, recording, sweeping
-from .._backends._torch.tape import Tape
 from .._finite import check_outputs, is_finite
+from .._runtime.contexts import out_of_inference, private_noise, recording, sweeping
+from .._runtime.counter import Draws
+from .._runtime.restoring import restoring
+from .._torch.protocol import Likelihood, Linearization, Recording, call_loss, counted_labels, likelihood_of
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import flatten, output_leaves
 
@@ -178,11 +174,11 @@ class LossAtOutput:
     """
 
     @restoring
-    def __init__(self, found: Recorded, loss: Callable[[Any, Any], Tensor], y: Any, samples: int) -> None:
+    def __init__(self, found: Recording, loss: Callable[[Any, Any], Tensor], y: Any, samples: int) -> None:
         self.samples, self._y = samples, y
         self._counted = counted_labels(loss, y)
         self._outputs, self._tree = output_leaves(found.output)
-        names = found.tape.codomain.names
+        names = found.lin.codomain.names
         check_outputs("EKFAC", self._outputs, names)
         grads, leaves = self._differentiated(lambda output: call_loss(loss, output, _recordable(y)), create_graph=True)
         self._used = [i for i, grad in enumerate(grads) if grad is not None]
@@ -196,7 +192,7 @@ class LossAtOutput:
         with recording():
             flat = [self._outputs[i].reshape(samples, -1) for i in self._used]
             joined = flat[0] if len(flat) == 1 else torch.cat([part.to(flat[0].dtype) for part in flat], 1)
-        self.tape = _tape_to(joined, found.tape)
+        self.lin = _tape_to(joined, found.lin)
         self.entries = joined.shape[1]
 
     @restoring
@@ -214,7 +210,7 @@ class LossAtOutput:
     @property
     def dtype(self) -> torch.dtype:
         """Of the output."""
-        return self.tape.outputs[0].dtype
+        return self.lin.outputs[0].dtype
 
     @restoring
     def product(self, rows: Tensor) -> Tensor:
@@ -329,20 +325,20 @@ def _not_convex(lowest: float) -> InputError:
     return InputError(explain("loss", came, "EKFAC needs a positive one", "Use EKFAC(fisher='empirical') or `CG()`."))
 
 
-def _tape_to(output: Tensor, tape: Tape) -> Tape:
-    """Return a tape of the same leaves to another output."""
-    other = Tape(
-        tape.leaves,
+def _tape_to(output: Tensor, lin: Linearization) -> Linearization:
+    """Return a linearization of the same leaves to another output."""
+    other = Linearization(
+        lin.leaves,
         [output],
-        leaf_names=tape.domain.names,
+        leaf_names=lin.domain.names,
         output_names=["output"],
         call="EKFAC",
-        twins=tape.twins,
-        private=tape.private,
-        trust=tape.trust,
-        fallback=tape.fallback,
+        aliased_leaves=lin.aliased_leaves,
+        private=lin.private,
+        trust=lin.trust,
+        fallback=lin.fallback,
     )
-    other.protected, other.tolerance = tape.protected, tape.tolerance
+    other.protected, other.tolerance = lin.protected, lin.tolerance
     return other
 
 

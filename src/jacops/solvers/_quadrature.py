@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import eager
 from .._keywords import keywords
-from .._lanczos import Lanczos
+from .._lanczos import KrylovSpace
+from .._runtime.contexts import eager
 from ..errors import InputError, explain
 from ..operators import Operator
 from ._base import check_rows
@@ -85,7 +85,7 @@ def _in_range(lower: Tensor, upper: Tensor, shift: Tensor) -> tuple[Tensor, Tens
 
 def _bounds(system: System, rows: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Return the bounds for unit vectors along the rows."""
-    krylov = Lanczos(system.apply, rows.unsqueeze(1), capacity)
+    krylov = KrylovSpace(system.apply, rows.unsqueeze(1), capacity)
     while krylov.room:
         krylov.step()
     T = krylov.projected

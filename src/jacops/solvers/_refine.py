@@ -18,7 +18,7 @@ _ROUNDS = 5
 
 
 @dataclass(eq=False)
-class Course:
+class IterationResult:
     """What one run of an iteration from zero did.
 
     Attributes:
@@ -39,7 +39,7 @@ class Course:
 
 
 def refined(
-    system: System, rows: Tensor, tolerance: float, most: int, run: Callable[[Tensor, Tensor, int], Course]
+    system: System, rows: Tensor, tolerance: float, most: int, run: Callable[[Tensor, Tensor, int], IterationResult]
 ) -> Raw:
     """Run an iteration on the residual until that is small or no longer halves (iterative refinement).
 

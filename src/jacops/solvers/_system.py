@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .._backends._torch.surroundings import private_noise
 from .._finite import is_finite
+from .._runtime.contexts import private_noise
 from ..errors import InputError, InputTypeError, explain
 from ..operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 

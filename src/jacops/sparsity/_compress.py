@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._backends._torch.memory import ensure_fits
-from .._backends._torch.tape import Tape
+from .._runtime.memory import ensure_fits
+from .._torch.protocol import Linearization
 from ..errors import NotDifferentiableError
 from ..operators import Operator
 from ._coloring import Coloring, reading
@@ -58,15 +58,15 @@ class Sweeper:
         return cls(operator._apply_transpose, operator._apply, operator.shape, rows, columns, dtypes)
 
     @classmethod
-    def on(cls, tape: Tape) -> Sweeper:
-        """Return the sweeps of a tape."""
-        domain, codomain = tape.domain, tape.codomain
+    def on(cls, lin: Linearization) -> Sweeper:
+        """Return the sweeps of a linearization."""
+        domain, codomain = lin.domain, lin.codomain
 
         def pull(rows: Tensor) -> Tensor:
-            return domain.join(tape.pull_rows(codomain.split(rows))).detach()
+            return domain.join(lin.pull_rows(codomain.split(rows))).detach()
 
         def push(rows: Tensor) -> Tensor:
-            return codomain.join(tape.push_rows(domain.split(rows))).detach()
+            return codomain.join(lin.push_rows(domain.split(rows))).detach()
 
         rows = torch.empty(0, dtype=codomain.dtype, device=codomain.device)
         columns = torch.empty(0, dtype=domain.dtype, device=domain.device)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._pool import Array
-from ._trace import Call, Rule, Tracer
+from ._trace import Rule, TracedCall, Tracer
 
 _EXPANDED = 20_000_000
 
@@ -54,26 +54,26 @@ def _masked(tracer: Tracer, ids: Array, nonzero: NDArray[np.bool_]) -> Array:
     return done[row_of.ravel()][:, mask_of.ravel()]
 
 
-def _mm(tracer: Tracer, call: Call) -> Any:
+def _mm(tracer: Tracer, call: TracedCall) -> Any:
     left, right = call.args[:2]
     return product(tracer, left[None], right[None])[0]
 
 
-def _bmm(tracer: Tracer, call: Call) -> Any:
+def _bmm(tracer: Tracer, call: TracedCall) -> Any:
     return product(tracer, *call.args[:2])
 
 
-def _mv(tracer: Tracer, call: Call) -> Any:
+def _mv(tracer: Tracer, call: TracedCall) -> Any:
     matrix, vector = call.args[:2]
     return product(tracer, matrix[None], vector[None, :, None])[0, :, 0]
 
 
-def _dot(tracer: Tracer, call: Call) -> Any:
+def _dot(tracer: Tracer, call: TracedCall) -> Any:
     left, right = call.args[:2]
     return product(tracer, left[None, None], right[None, :, None])[0, 0, 0]
 
 
-def _added(tracer: Tracer, call: Call) -> Any:
+def _added(tracer: Tracer, call: TracedCall) -> Any:
     """Follow `bias + left @ right`, matrices or batches of them."""
     bias, left, right = call.args[:3]
     shape = call.outs[0].shape
@@ -131,7 +131,7 @@ def _flat(array: Array) -> Array:
     return array.reshape(*array.shape[:2], -1)
 
 
-def _convolution(tracer: Tracer, call: Call) -> Any:
+def _convolution(tracer: Tracer, call: TracedCall) -> Any:
     named, out = call.named, call.outs[0]
     x, weight, bias, groups = named["input"], named["weight"], named["bias"], named["groups"]
     kernel, space, seen = weight.shape[2:], out.shape[2:], x.shape[2:]
@@ -161,7 +161,7 @@ def _per_channel(tracer: Tracer, ids: Array, axis: int) -> Array:
     return tracer.group(np.broadcast_to(place, ids.shape), ids, many)
 
 
-def _convolution_backward(tracer: Tracer, call: Call) -> Any:
+def _convolution_backward(tracer: Tracer, call: TracedCall) -> Any:
     named = call.named
     grad, x, weight, groups = (named[k] for k in ("grad_output", "input", "weight", "groups"))
     mask = named["output_mask"]
@@ -192,7 +192,7 @@ def _convolution_backward(tracer: Tracer, call: Call) -> Any:
     return found
 
 
-def _pooled(tracer: Tracer, call: Call) -> Any:
+def _pooled(tracer: Tracer, call: TracedCall) -> Any:
     """Follow an average over windows, forwards or backwards."""
     named, out = call.named, call.outs[0]
     backward = call.base.endswith("_backward")

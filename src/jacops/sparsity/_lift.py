@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._backends._torch.restoring import restoring
-from .._backends._torch.rows import plain
+from .._runtime.restoring import restoring
+from .._runtime.rows import plain
 from ._taint import storage_key
 
 _SELECTIONS = set(

@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.proofs import Proofs
-from .._backends._torch.record import Recorded as Recording
-from .._backends._torch.record import bare, parameter_names, record_model
-from .._backends._torch.restoring import restoring
-from .._backends._torch.rows import plain
-from .._backends._torch.surroundings import must_surface, private_noise
-from .._backends._torch.tape import Tape
+from .._runtime.contexts import must_surface, private_noise
+from .._runtime.restoring import restoring
+from .._runtime.rows import plain
+from .._torch.protocol import Linearization, Proofs, Recording, bare, parameter_names, record_model
 from ..derivatives import Wrt
 from ..errors import NotDifferentiableError, explain
 from ..trees import Selector, flatten
@@ -32,34 +29,34 @@ inspectors: list[Callable[[Recording], None]] = []
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
+class RecordedPoint:
     """A recorded model, ready to be swept.
 
     Attributes:
         recording: What was recorded.
-        tape: The tape to sweep: its leaves are the parameters, then the selections that were lifted.
+        lin: The linearization to sweep: its leaves are the parameters, then the selections that were lifted.
         selections: Those.
         taint: What depends on the point, where that was asked for.
     """
 
     recording: Recording
-    tape: Tape
+    lin: Linearization
     selections: list[Selection]
     taint: Taint | None
 
     @property
     def output(self) -> Any:
         """What the model gave, detached."""
-        return self.recording.tree.build([o.detach() for o in self.recording.tape.outputs])
+        return self.recording.tree.build([o.detach() for o in self.recording.lin.outputs])
 
     def structure(self) -> list[tuple[int, int]]:
         """Return source and size of every lifted selection."""
         return [(s.source, s.positions.numel()) for s in self.selections]
 
     def storage_columns(self) -> Array:
-        """Return, for each entry of the tape's leaves, which stored entry of a parameter it is."""
-        offsets = [where.start for where in self.recording.tape.domain.slices]
-        direct = np.arange(self.recording.tape.domain.dim)
+        """Return, for each entry of the linearization's leaves, which stored entry of a parameter it is."""
+        offsets = [where.start for where in self.recording.lin.domain.slices]
+        direct = np.arange(self.recording.lin.domain.dim)
         lifted = [s.positions.cpu().numpy() + offsets[s.source] for s in self.selections]
         return np.concatenate([direct, *lifted])
 
@@ -69,7 +66,7 @@ class Point:
         A LieTensor of a group stores one number more than it can move; autograd pads its gradient with a zero.
         """
         kept = []
-        for leaf in self.recording.tape.leaves:
+        for leaf in self.recording.lin.leaves:
             stored, free = lie_widths(leaf)
             held = np.ones(leaf.numel(), bool)
             if tangent and free < stored:
@@ -99,7 +96,7 @@ def record_point(
     lift: bool = True,
     watch: bool = False,
     trust: Proofs | None = None,
-) -> Point:
+) -> RecordedPoint:
     """Record a model with its selections lifted where that is sound.
 
     Args:
@@ -128,7 +125,7 @@ def record_point(
         try:
             with mode:
                 recording = _recorded(model, inputs, taint, options)
-            selections = _sound(mode.selections, recording.tape)
+            selections = _sound(mode.selections, recording.lin)
         except (RuntimeError, _LiftFailedError) as error:
             if must_surface(error):
                 raise
@@ -137,10 +134,10 @@ def record_point(
         selections = []
         recording = _recorded(model, inputs, taint, options)
     _check_outputs(recording)
-    tape = _lifted_tape(recording.tape, selections, trust)
+    lin = _lifted_tape(recording.lin, selections, trust)
     for inspect in inspectors:
-        inspect(replace(recording, tape=tape))
-    return Point(recording, tape, selections, taint)
+        inspect(replace(recording, lin=lin))
+    return RecordedPoint(recording, lin, selections, taint)
 
 
 class _LiftFailedError(Exception):
@@ -155,7 +152,7 @@ def _recorded(model: nn.Module, inputs: Any, taint: Taint | None, options: dict[
         return record_model(model, inputs, **options)
 
 
-def _sound(selections: list[Selection], tape: Tape) -> list[Selection]:
+def _sound(selections: list[Selection], lin: Linearization) -> list[Selection]:
     """Return the selections that the output depends on.
 
     Raises:
@@ -163,31 +160,31 @@ def _sound(selections: list[Selection], tape: Tape) -> list[Selection]:
     """
     if not all(s.untouched for s in selections):
         raise _LiftFailedError
-    return [s for s in selections if id(s.leaf) in tape.survey.leaves]
+    return [s for s in selections if id(s.leaf) in lin.graph_info.leaves]
 
 
-def _lifted_tape(tape: Tape, selections: list[Selection], trust: Proofs | None) -> Tape:
-    leaves = [*tape.leaves, *(s.leaf for s in selections)]
-    names = [*tape.domain.names, *(f"{tape.domain.names[s.source]} (selection {i})" for i, s in enumerate(selections))]
-    lifted = Tape(
+def _lifted_tape(lin: Linearization, selections: list[Selection], trust: Proofs | None) -> Linearization:
+    leaves = [*lin.leaves, *(s.leaf for s in selections)]
+    names = [*lin.domain.names, *(f"{lin.domain.names[s.source]} (selection {i})" for i, s in enumerate(selections))]
+    lifted = Linearization(
         leaves,
-        tape.outputs,
+        lin.outputs,
         leaf_names=names,
-        output_names=tape.codomain.names,
-        call=tape.call,
-        twins=tape.twins,
+        output_names=lin.codomain.names,
+        call=lin.call,
+        aliased_leaves=lin.aliased_leaves,
         private=True,
         trust=trust,
         fallback="silent",
     )
-    lifted.protected = tape.protected
-    lifted.tolerance = tape.tolerance
+    lifted.protected = lin.protected
+    lifted.tolerance = lin.tolerance
     check_usable(lifted)
     return lifted
 
 
 def _check_outputs(recording: Recording) -> None:
-    for name, output in zip(recording.tape.codomain.names, recording.tape.outputs, strict=True):
+    for name, output in zip(recording.lin.codomain.names, recording.lin.outputs, strict=True):
         stored, free = lie_widths(output)
         if free < stored:
             todo = "Return `.Log().tensor()` of it, whose rows are tangent."
@@ -196,25 +193,25 @@ def _check_outputs(recording: Recording) -> None:
             )
 
 
-def gradients_agree(point: Point, plain_point: Point) -> bool:
+def gradients_agree(point: RecordedPoint, plain_point: RecordedPoint) -> bool:
     """Say whether a backward pass through lifted selections gives what one without lifting gives, in every column."""
-    seeds = [private_noise(plain(o.detach()), 31 + i) for i, o in enumerate(point.tape.outputs)]
+    seeds = [private_noise(plain(o.detach()), 31 + i) for i, o in enumerate(point.lin.outputs)]
     found, sizes = _summed(point, seeds)
     right, others = _summed(plain_point, seeds)
     if found.shape != right.shape:
         return False
     sizes = torch.maximum(sizes, others)
     least = _EMPTY * sizes.max() if sizes.numel() else 0.0
-    return bool(((found - right).abs() <= point.tape.tolerance * (sizes + least)).all())
+    return bool(((found - right).abs() <= point.lin.tolerance * (sizes + least)).all())
 
 
-def _summed(point: Point, seeds: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _summed(point: RecordedPoint, seeds: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return gradients by what is stored, selections added to what they copy, and the sums of their sizes."""
-    grads = point.tape.pull(list(seeds))
+    grads = point.lin.pull(list(seeds))
     flat = [
         torch.zeros(leaf.numel()).double() if g is None else plain(g).detach().reshape(-1).double().cpu()
-        for g, leaf in zip(grads, point.tape.leaves, strict=True)
+        for g, leaf in zip(grads, point.lin.leaves, strict=True)
     ]
-    total = torch.zeros(point.recording.tape.domain.dim, dtype=torch.float64)
+    total = torch.zeros(point.recording.lin.domain.dim, dtype=torch.float64)
     where, terms = torch.from_numpy(point.storage_columns()), torch.cat(flat)
     return total.index_add(0, where, terms), total.index_add(0, where, terms.abs())

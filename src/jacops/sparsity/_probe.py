@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._backends._torch.agreement import tolerance
-from .._backends._torch.restoring import NumericWarningsIgnored, restoring
-from .._backends._torch.surroundings import private_noise
+from .._runtime.agreement import tolerance
+from .._runtime.contexts import private_noise
+from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ._matrix import Csr
 from ._pool import Array
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._pool import Array
-from ._trace import Call, Rule, Tracer
+from ._trace import Rule, TracedCall, Tracer
 
 aten: Any = torch.ops.aten
 _TAKE = {"gather", "index_select", "embedding", "index", "_unsafe_index"}
@@ -33,7 +33,7 @@ _WHEREVER = {"take", "put", "masked_select", "masked_scatter", "masked_scatter_b
              "index_fill", "_unsafe_masked_index", "_unsafe_masked_index_put_accumulate"}  # fmt: skip
 
 
-def any_route(tracer: Tracer, call: Call) -> Rule | None:
+def any_route(tracer: Tracer, call: TracedCall) -> Rule | None:
     """Return a rule for an operation whose indices are made of data; None where they are not."""
     if not any(_is_route(tracer, t) for t in call.tensors):
         return None
@@ -51,7 +51,7 @@ def _is_route(tracer: Tracer, tensor: Tensor) -> bool:
     return whole and not tracer.tracks(tensor) and tracer.is_open(tensor)
 
 
-def _anything(tracer: Tracer, call: Call) -> Any:
+def _anything(tracer: Tracer, call: TracedCall) -> Any:
     everything = tracer.everything(call)
     return [everything for _ in call.outs]
 
@@ -75,7 +75,7 @@ def _open_axes(tracer: Tracer, indices: Iterable[Any]) -> list[int]:
     return axes
 
 
-def _taken(tracer: Tracer, call: Call) -> Any:
+def _taken(tracer: Tracer, call: TracedCall) -> Any:
     """Follow entries that are taken from anywhere along an axis."""
     named, out = call.named, call.outs[0]
     source = named["weight"] if call.base == "embedding" else named["self"]
@@ -90,11 +90,11 @@ def _taken(tracer: Tracer, call: Call) -> Any:
     return aten.index(places, [None if i is None else i.cpu() for i in named["indices"]]).reshape(out.shape)
 
 
-def _axis(call: Call) -> int:
+def _axis(call: TracedCall) -> int:
     return call.named.get("dim", 0)
 
 
-def _put(tracer: Tracer, call: Call) -> Any:
+def _put(tracer: Tracer, call: TracedCall) -> Any:
     """Follow entries that are written or added anywhere along an axis, to what was there."""
     named, out = call.named, call.outs[0]
     places = torch.arange(out.numel()).reshape(out.shape)
@@ -116,7 +116,7 @@ def _put(tracer: Tracer, call: Call) -> Any:
     return tracer.union(parts, out.shape)
 
 
-def _pooled(tracer: Tracer, call: Call) -> Any:
+def _pooled(tracer: Tracer, call: TracedCall) -> Any:
     """Follow the largest of a window, which may be any: forwards or backwards, within each plane."""
     rank = 3 if "3d" in call.base else 2
     given = call.args[0]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ._contractions import CONTRACTIONS
 from ._pool import Array
 from ._scatters import SCATTERS
-from ._trace import Call, Decomposed, Rule, Tracer
+from ._trace import Decomposed, Rule, TracedCall, Tracer
 
 # Operations that move entries without mixing them: the same operation on the ids says where they go.
 _MOVES = set(
@@ -92,16 +92,16 @@ def _composite(func: Any) -> Decomposed | None:
     return None if written_out is None else Decomposed(written_out)
 
 
-def _nothing(tracer: Tracer, call: Call) -> Any:
+def _nothing(tracer: Tracer, call: TracedCall) -> Any:
     return 0
 
 
-def _same(tracer: Tracer, call: Call) -> Any:
+def _same(tracer: Tracer, call: TracedCall) -> Any:
     named = call.named
     return tracer.ids(named["src"] if call.base == "copy" and "src" in named else call.tensors[0])
 
 
-def _where(tracer: Tracer, call: Call) -> Any:
+def _where(tracer: Tracer, call: TracedCall) -> Any:
     condition, *branches = call.args
     if len(branches) != 2:
         raise NotImplementedError
@@ -111,7 +111,7 @@ def _where(tracer: Tracer, call: Call) -> Any:
     return _or(tracer, torch.where(condition.cpu(), a, b), condition)
 
 
-def _masked_fill(tracer: Tracer, call: Call) -> Any:
+def _masked_fill(tracer: Tracer, call: TracedCall) -> Any:
     named = call.named
     value, mask = named["value"], named["mask"]
     filled = tracer.ids(value) if isinstance(value, Tensor) else torch.zeros((), dtype=torch.int64)
@@ -126,7 +126,7 @@ def _or(tracer: Tracer, ids: Tensor, condition: Tensor) -> Any:
     return ids if extra is None else tracer.union([ids.numpy(), extra.numpy()], ids.shape)
 
 
-def _pointwise(tracer: Tracer, call: Call) -> Any:
+def _pointwise(tracer: Tracer, call: TracedCall) -> Any:
     arrays = [found.numpy() for t in call.tensors if (found := tracer.read(t)) is not None]
     shape = call.outs[0].shape
     ids = tracer.union(arrays, shape)
@@ -140,7 +140,7 @@ def _pointwise(tracer: Tracer, call: Call) -> Any:
     return ids
 
 
-def _move(tracer: Tracer, call: Call) -> Any:
+def _move(tracer: Tracer, call: TracedCall) -> Any:
     """Run the operation on ids; kernels without integers get them as float64, which holds them exactly."""
     named = dict(call.named)
     if "value" in named and not isinstance(named["value"], Tensor):
@@ -172,19 +172,19 @@ def _moved_argument(tracer: Tracer, value: Any, dtype: torch.dtype) -> Any:
     return dtype if isinstance(value, torch.dtype) and dtype != value else value
 
 
-def _source(tracer: Tracer, call: Call) -> tuple[Array, tuple[int, ...]]:
+def _source(tracer: Tracer, call: TracedCall) -> tuple[Array, tuple[int, ...]]:
     """Return the union of all operands in the shape of the largest."""
     shape = tuple(max((t.shape for t in call.tensors), key=lambda s: s.numel()))
     return tracer.union([found.numpy() for t in call.tensors if (found := tracer.read(t)) is not None], shape), shape
 
 
-def _dims(call: Call, ndim: int) -> list[int]:
+def _dims(call: TracedCall, ndim: int) -> list[int]:
     dims = call.named.get("dim")
     dims = list(range(ndim)) if dims is None or dims == [] else dims
     return [d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def _over_dims(tracer: Tracer, call: Call) -> tuple[Array, list[int]]:
+def _over_dims(tracer: Tracer, call: TracedCall) -> tuple[Array, list[int]]:
     source, shape = _source(tracer, call)
     dims = _dims(call, len(shape))
     kept = [1 if i in dims else size for i, size in enumerate(shape)]
@@ -193,17 +193,17 @@ def _over_dims(tracer: Tracer, call: Call) -> tuple[Array, list[int]]:
     return tracer.group(groups, source, count), kept
 
 
-def _reduce(tracer: Tracer, call: Call) -> Any:
+def _reduce(tracer: Tracer, call: TracedCall) -> Any:
     ids, _ = _over_dims(tracer, call)
     return [ids.reshape(tuple(out.shape)) for out in call.outs]
 
 
-def _along(tracer: Tracer, call: Call) -> Any:
+def _along(tracer: Tracer, call: TracedCall) -> Any:
     ids, kept = _over_dims(tracer, call)
     return [ids.reshape(kept) for _ in call.outs]
 
 
-def _softmax_backward(tracer: Tracer, call: Call) -> Any:
+def _softmax_backward(tracer: Tracer, call: TracedCall) -> Any:
     """Leave out where the softmax itself is zero for good: masked attention."""
     grad, output = call.args[:2]
     if tracer.tracks(output) or (nonzero := tracer.nonzero(output)) is None:
@@ -215,12 +215,12 @@ def _softmax_backward(tracer: Tracer, call: Call) -> Any:
     return np.where(nonzero, ids, 0)
 
 
-def _fill(tracer: Tracer, call: Call) -> Any:
+def _fill(tracer: Tracer, call: TracedCall) -> Any:
     value = call.named["value"]
     return tracer.ids(value) if isinstance(value, Tensor) else 0
 
 
-def _cumsum(tracer: Tracer, call: Call) -> Any:
+def _cumsum(tracer: Tracer, call: TracedCall) -> Any:
     source, shape = _source(tracer, call)
     if not shape or shape[call.named["dim"]] > _LONG:
         return _along(tracer, call)
@@ -231,7 +231,7 @@ def _cumsum(tracer: Tracer, call: Call) -> Any:
     return np.moveaxis(np.stack(done), 0, call.named["dim"]) if done else source
 
 
-def _matrices(tracer: Tracer, call: Call) -> Any:
+def _matrices(tracer: Tracer, call: TracedCall) -> Any:
     """Mix the last two axes of everything, each member of the batch for itself."""
     batch = tuple(max((t.shape[:-2] for t in call.tensors if t.ndim >= 2), key=len, default=()))
     count = math.prod(batch)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._trace import Call, Rule, Tracer
+from ._trace import Rule, TracedCall, Tracer
 
 aten: Any = torch.ops.aten
 _PROBED = 2**24
@@ -27,7 +27,7 @@ def _added(tracer: Tracer, base: Tensor | None, places: Tensor, ids: Tensor, out
     return tracer.group(groups, given, out.numel()).reshape(tuple(out.shape))
 
 
-def _index_put(tracer: Tracer, call: Call) -> Any:
+def _index_put(tracer: Tracer, call: TracedCall) -> Any:
     named, out = call.named, call.outs[0]
     places = aten.index(_places(out), [None if i is None else i.cpu() for i in named["indices"]])
     ids = tracer.ids(named["values"]).expand(places.shape)
@@ -38,13 +38,13 @@ def _index_put(tracer: Tracer, call: Call) -> Any:
     return whole.reshape(out.shape)
 
 
-def _index_add(tracer: Tracer, call: Call) -> Any:
+def _index_add(tracer: Tracer, call: TracedCall) -> Any:
     named, out = call.named, call.outs[0]
     places = _places(out).index_select(named["dim"], named["index"].cpu())
     return _added(tracer, named["self"], places, tracer.ids(named["source"]), out)
 
 
-def _scatter_add(tracer: Tracer, call: Call) -> Any:
+def _scatter_add(tracer: Tracer, call: TracedCall) -> Any:
     named, out = call.named, call.outs[0]
     index = named["index"].cpu()
     places = _places(out).gather(named["dim"], index)
@@ -52,19 +52,19 @@ def _scatter_add(tracer: Tracer, call: Call) -> Any:
     return _added(tracer, named["self"], places, ids, out)
 
 
-def _put(tracer: Tracer, call: Call) -> Any:
+def _put(tracer: Tracer, call: TracedCall) -> Any:
     named, out = call.named, call.outs[0]
     places = _places(out).take(named["index"].cpu())
     return _added(tracer, named["self"], places, tracer.ids(named["source"]), out)
 
 
-def _embedding_backward(tracer: Tracer, call: Call) -> Any:
+def _embedding_backward(tracer: Tracer, call: TracedCall) -> Any:
     out = call.outs[0]
     grad, indices = call.args[:2]
     return _added(tracer, None, _places(out)[indices.cpu()], tracer.ids(grad), out)
 
 
-def _max_pool(tracer: Tracer, call: Call) -> Any:
+def _max_pool(tracer: Tracer, call: TracedCall) -> Any:
     """Take the route of the largest entry, as the operation did."""
     x, out, indices = call.tensors[0], call.outs[0], call.outs[1]
     rank = _rank(call)
@@ -72,24 +72,24 @@ def _max_pool(tracer: Tracer, call: Call) -> Any:
     return [ids.gather(-1, indices.cpu().flatten(-rank)).reshape(out.shape), None]
 
 
-def _max_pool_backward(tracer: Tracer, call: Call) -> Any:
+def _max_pool_backward(tracer: Tracer, call: TracedCall) -> Any:
     out, rank = call.outs[0], _rank(call)
     grad, indices = call.args[0], call.named["indices"].cpu()
     places = _places(out).flatten(-rank).gather(-1, indices.flatten(-rank)).reshape(indices.shape)
     return _added(tracer, None, places, tracer.ids(grad), out)
 
 
-def _rank(call: Call) -> int:
+def _rank(call: TracedCall) -> int:
     return 3 if "3d" in call.base else 2
 
 
-def _unfold_backward(tracer: Tracer, call: Call) -> Any:
+def _unfold_backward(tracer: Tracer, call: TracedCall) -> Any:
     named, out = call.named, call.outs[0]
     places = _places(out).unfold(named["dim"], named["size"], named["step"])
     return _added(tracer, None, places, tracer.ids(named["grad_in"]), out)
 
 
-def _window_backward(tracer: Tracer, call: Call) -> Any:
+def _window_backward(tracer: Tracer, call: TracedCall) -> Any:
     """Add columns up where windows overlap."""
     named, out = call.named, call.outs[0]
     where = _places(out).double()
@@ -100,14 +100,14 @@ def _window_backward(tracer: Tracer, call: Call) -> Any:
     return _added(tracer, None, places[held], ids[held], out)
 
 
-def _padding_backward(tracer: Tracer, call: Call) -> Any:
+def _padding_backward(tracer: Tracer, call: TracedCall) -> Any:
     grad, x, padding = call.args[:3]
     forward = getattr(aten, call.base.removesuffix("_backward"))
     places = forward(_places(x).double(), padding).long()
     return _added(tracer, None, places, tracer.ids(grad), call.outs[0])
 
 
-def _nearest_backward(tracer: Tracer, call: Call) -> Any:
+def _nearest_backward(tracer: Tracer, call: TracedCall) -> Any:
     named, out = call.named, call.outs[0]
     forward = getattr(aten, call.base.removesuffix("_backward"))
     scales = [v for k, v in named.items() if k.startswith("scale")]
@@ -115,7 +115,7 @@ def _nearest_backward(tracer: Tracer, call: Call) -> Any:
     return _added(tracer, None, places, tracer.ids(named["grad_output"]), out)
 
 
-def _resampled(tracer: Tracer, call: Call) -> Any:
+def _resampled(tracer: Tracer, call: TracedCall) -> Any:
     """Follow a fixed linear map of each channel by itself: running it on unit vectors shows what reaches what."""
     given, out = call.tensors[0], call.outs[0]
     space, result = given.shape[2:], out.shape[2:] if out.ndim == given.ndim else ()

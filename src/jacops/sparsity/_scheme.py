@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .._backends._torch.ladder import RouteFailedError
-from .._backends._torch.tape import Tape
+from .._ladder.failures import RouteFailedError
+from .._torch.protocol import Linearization
 from ._coloring import Coloring, color, least_cost
 from ._matrix import Csr, csr, sp
 from ._pool import Array
@@ -31,24 +31,24 @@ class Scheme:
     columns: Array
 
 
-def colored(matrix: Csr, tape: Tape) -> Coloring:
-    """Return a colouring, by rows alone where the tape has no pushes but row by row."""
+def colored(matrix: Csr, lin: Linearization) -> Coloring:
+    """Return a colouring, by rows alone where the linearization has no pushes but row by row."""
     found = color(matrix)
-    if found is not None and found.pushes and not _can_push(tape):
+    if found is not None and found.pushes and not _can_push(lin):
         found = color(matrix, columns=False)
     return found or Coloring(np.full(matrix.shape[0], -1), np.full(matrix.shape[1], -1))
 
 
-def _can_push(tape: Tape) -> bool:
-    tangents = [torch.zeros(1, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in tape.leaves]
+def _can_push(lin: Linearization) -> bool:
+    tangents = [torch.zeros(1, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in lin.leaves]
     try:
-        tape.push_dual(tangents)
+        lin.push_by_double_backward(tangents)
     except RouteFailedError:
         return False
     return True
 
 
-def unlifted(scheme: Scheme, tape: Tape, width: int) -> Scheme | None:
+def unlifted(scheme: Scheme, lin: Linearization, width: int) -> Scheme | None:
     """Return a scheme without lifting where that takes no more sweeps."""
     limit = scheme.coloring.cost + 0.5
     copies = 1 + len(scheme.structure)  # so many entries at most fall onto one
@@ -58,7 +58,7 @@ def unlifted(scheme: Scheme, tape: Tape, width: int) -> Scheme | None:
         return None
     merged = _merged(scheme.matrix, scheme.columns, width)
     coloring = color(merged, limit=limit)
-    if coloring is not None and coloring.pushes and not _can_push(tape):
+    if coloring is not None and coloring.pushes and not _can_push(lin):
         coloring = color(merged, columns=False, limit=limit)
     return None if coloring is None else Scheme(merged, coloring, [], np.arange(width))
 

@@ -19,7 +19,7 @@ _ARRAYS = {"about", "ends", "inner", "rows", "columns", "copies", "final", "stru
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredPlan:
     """A plan as a file describes it, all of whose parts fit each other."""
 
     shape: tuple[int, int]
@@ -38,7 +38,7 @@ class Stored:
     structure: list[tuple[int, int]]
 
 
-def stored_plan(arrays: dict[str, np.ndarray], version: int) -> Stored:
+def stored_plan(arrays: dict[str, np.ndarray], version: int) -> StoredPlan:
     """Return the plan that these arrays describe.
 
     Raises:
@@ -57,7 +57,7 @@ def stored_plan(arrays: dict[str, np.ndarray], version: int) -> Stored:
     structure = [(int(source), int(size)) for source, size in whole["structure"]]
     fields = {k: about[k] for k in ("wrt", "outputs", "tangent", "local", "unknown")}
     ends, inner = whole["ends"].astype(np.int64), whole["inner"].astype(np.int64)
-    return Stored(
+    return StoredPlan(
         shape=shape, names=tuple(about["names"]), ends=ends, inner=inner, structure=structure, **long, **fields
     )
 

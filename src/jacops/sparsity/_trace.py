@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .._backends._torch.restoring import Hooks, restoring
-from .._backends._torch.surroundings import must_surface
+from .._runtime.contexts import must_surface
+from .._runtime.restoring import Hooks, restoring
 from ._pool import Array, Pool
 from ._taint import Outside, Taint, base_name, storage_key, written
 
@@ -36,7 +36,7 @@ class CannotFollowError(Exception):
 
 
 @dataclass
-class Call:
+class TracedCall:
     """One operation at work.
 
     Attributes:
@@ -72,7 +72,9 @@ class Call:
         return [t for t in tree_leaves((self.args, given)) if isinstance(t, Tensor)]
 
 
-Rule = Callable[["Tracer", Call], Any]  # ids as a tensor or array that broadcasts to the output; a list for several
+Rule = Callable[
+    ["Tracer", TracedCall], Any
+]  # ids as a tensor or array that broadcasts to the output; a list for several
 
 
 class Tracer(TorchDispatchMode):
@@ -167,7 +169,7 @@ class Tracer(TorchDispatchMode):
         """Return the union over each of `count` groups."""
         return self.pool.union_groups(np.ravel(np.asarray(groups)), np.ravel(np.asarray(ids)), count)
 
-    def everything(self, call: Call) -> int:
+    def everything(self, call: TracedCall) -> int:
         """Return the union of all sets that an operation was given."""
         parts = [np.unique(self.array(t)) for t in call.tensors if self.tracks(t)]
         return self.pool.union(np.concatenate(parts)) if parts else 0
@@ -205,7 +207,7 @@ class Tracer(TorchDispatchMode):
         from ._routes import any_route
         from ._rules import rule_for
 
-        call = Call(func, base_name(func), args, kwargs or {}, [])
+        call = TracedCall(func, base_name(func), args, kwargs or {}, [])
         live = [t for t in call.tensors if self.tracks(t)]
         if not live:
             out = func(*args, **call.kwargs)
@@ -233,7 +235,7 @@ class Tracer(TorchDispatchMode):
         return out
 
     @restoring
-    def _written_out(self, form: Decomposed, call: Call) -> Rule | None:
+    def _written_out(self, form: Decomposed, call: TracedCall) -> Rule | None:
         """Return a rule that takes the ids a written-out form gives; its values are rounded otherwise and dropped."""
         self._loose += 1
         try:
@@ -261,14 +263,14 @@ class Tracer(TorchDispatchMode):
             kept.append(array)
         return kept
 
-    def _clear(self, call: Call) -> None:
+    def _clear(self, call: TracedCall) -> None:
         """Values without sets that are written into a storage replace what it held."""
         out = call.kwargs.get("out")
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and self.tracks(tensor):
                 self.write(tensor, 0)
 
-    def _follow(self, call: Call, rule: Rule | None, out: Any) -> None:
+    def _follow(self, call: TracedCall, rule: Rule | None, out: Any) -> None:
         leaves = tree_leaves(out)
         call.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         call.outs = [leaves[i] for i in call.places]

@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._backends._torch.record import Recorded as Recording
-from .._backends._torch.record import bare, record_model
-from .._backends._torch.restoring import restoring
-from .._backends._torch.rows import plain
-from .._backends._torch.surroundings import math_attention, private_noise
-from .._backends._torch.tape import Tape
 from .._keywords import keywords
+from .._runtime.contexts import math_attention, private_noise
+from .._runtime.restoring import restoring
+from .._runtime.rows import plain
+from .._torch.protocol import Linearization, Recording, bare, record_model
 from ..derivatives import Wrt, trainable
 from ..errors import InputError, MemoryBudgetError, NotDifferentiableError, explain
 from ..trees import Selector, flatten
@@ -34,12 +32,7 @@ _MOST = 2**27  # entries of a pattern; beyond, it is as good as dense
 
 @keywords()
 def detect_pattern(
-    model: nn.Module,
-    inputs: Any,
-    *,
-    wrt: Wrt = "parameters",
-    outputs: Selector = None,
-    local: bool = False,
+    model: nn.Module, inputs: Any, *, wrt: Wrt = "parameters", outputs: Selector = None, local: bool = False
 ) -> Pattern:
     """Return where the Jacobian of a model may be nonzero, without computing it.
 
@@ -66,7 +59,7 @@ def detect_pattern(
         13
     """
     found, taint = record_tainted(model, inputs, "detect_pattern", wrt, outputs, local)
-    seen = traced(found.tape, taint)
+    seen = traced(found.lin, taint)
     return Pattern(seen.matrix, local, seen.unknown)
 
 
@@ -103,31 +96,31 @@ def record_tainted(
         given += [p for n, p in module.named_parameters() if parameters is not None and parameters(n, p)]
         with Taint(given) as taint:
             found = record_model(model, inputs, call=call, parameters=parameters, outputs=outputs)
-    check_usable(found.tape)
+    check_usable(found.lin)
     return found, taint
 
 
-def check_usable(tape: Tape) -> None:
+def check_usable(lin: Linearization) -> None:
     """Refuse what has no real Jacobian to be sparse.
 
     Raises:
         NotDifferentiableError: An output or a leaf is complex, or no path leads to any leaf.
     """
-    for space in (tape.domain, tape.codomain):
+    for space in (lin.domain, lin.codomain):
         for name, dtype in zip(space.names, space.dtypes, strict=True):
             if dtype.is_complex:
                 todo = "Use torch.view_as_real."
                 raise NotDifferentiableError(explain(name, f"of dtype {dtype}", "sparse Jacobians are real", todo))
-    if not tape.is_connected():
+    if not lin.is_connected():
         raise NotDifferentiableError(
-            f"{tape.call}: no path leads from {tape.codomain.layout} to any of {tape.domain.layout}; the derivative is "
+            f"{lin.call}: no path leads from {lin.codomain.layout} to any of {lin.domain.layout}; the derivative is "
             "zero everywhere."
         )
 
 
 @dataclass(frozen=True)
 class Traced:
-    """Index sets that arrived at the leaves of a tape.
+    """Index sets that arrived at the leaves of a linearization.
 
     Attributes:
         pool: Where the sets are.
@@ -143,7 +136,7 @@ class Traced:
 
 
 @restoring
-def trace(tape: Tape, members: Array, size: int, taint: Taint | None) -> Traced:
+def trace(lin: Linearization, members: Array, size: int, taint: Taint | None) -> Traced:
     """Send sets through one backward pass: entry i of the flat output starts as `{members[i]}`.
 
     Raises:
@@ -151,12 +144,12 @@ def trace(tape: Tape, members: Array, size: int, taint: Taint | None) -> Traced:
     """
     pool = Pool(size)
     tracer = Tracer(pool, taint)
-    seeds = [_cotangent(o, i) for i, o in enumerate(tape.outputs)]
+    seeds = [_cotangent(o, i) for i, o in enumerate(lin.outputs)]
     starts = torch.from_numpy(pool.singletons(members))
-    for seed, where in zip(seeds, tape.codomain.slices, strict=True):
+    for seed, where in zip(seeds, lin.codomain.slices, strict=True):
         tracer.write(seed, starts[where].reshape(seed.shape))
-    with math_attention(), Escapes(tracer).around(tape.survey.nodes), tracer:
-        grads = tape.pull(list(seeds))
+    with math_attention(), Escapes(tracer).around(lin.graph_info.nodes), tracer:
+        grads = lin.pull(list(seeds))
     ids: list[Array | None] = []
     for grad in grads:
         found = None if grad is None else tracer.read(plain(grad))
@@ -193,31 +186,31 @@ class Detected:
     dtypes: frozenset[torch.dtype]
 
 
-def traced(tape: Tape, taint: Taint | None) -> Detected:
-    """Return the pattern of a tape.
+def traced(lin: Linearization, taint: Taint | None) -> Detected:
+    """Return the pattern of a linearization.
 
     Raises:
         MemoryBudgetError: It is too full to be held.
     """
-    m, ends = tape.codomain.dim, frozenset((*tape.domain.dtypes, *tape.codomain.dtypes))
+    m, ends = lin.codomain.dim, frozenset((*lin.domain.dtypes, *lin.codomain.dtypes))
     try:
-        found = trace(tape, np.arange(m), m, taint)
+        found = trace(lin, np.arange(m), m, taint)
     except CannotFollowError as reason:
-        _check_size(tape, tape.domain.dim * m, {str(reason): 1})
-        return Detected(csr(np.ones((m, tape.domain.dim), bool)), {str(reason): 1}, ends)
+        _check_size(lin, lin.domain.dim * m, {str(reason): 1})
+        return Detected(csr(np.ones((m, lin.domain.dim), bool)), {str(reason): 1}, ends)
     ids = [
         np.zeros(size, np.int64) if part is None else part.ravel()
-        for part, size in zip(found.ids, tape.domain.sizes, strict=True)
+        for part, size in zip(found.ids, lin.domain.sizes, strict=True)
     ]
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int64)
-    _check_size(tape, int(found.pool.sizes(flat).sum()), found.unknown)
+    _check_size(lin, int(found.pool.sizes(flat).sum()), found.unknown)
     return Detected(csr(found.pool.matrix(flat).T), found.unknown, ends | found.dtypes)
 
 
-def _check_size(tape: Tape, entries: int, unknown: dict[str, int]) -> None:
+def _check_size(lin: Linearization, entries: int, unknown: dict[str, int]) -> None:
     if entries > _MOST:
         names = f" Operations without a rule count as dense: {', '.join(unknown)}." if unknown else ""
         raise MemoryBudgetError(
-            f"{tape.call}: the pattern of {tape.codomain.dim} × {tape.domain.dim} would have {entries} entries.{names} "
+            f"{lin.call}: the pattern of {lin.codomain.dim} × {lin.domain.dim} would have {entries} entries.{names} "
             "Pass `pattern=` where you know it to be sparse, or use products (`jacobian(...) @ v`)."
         )

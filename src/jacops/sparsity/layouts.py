@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .._backends._torch.restoring import WarningsIgnored, restoring
-from .._backends._torch.tape import Tape
+from .._runtime.restoring import WarningsIgnored, restoring
+from .._torch.protocol import Linearization
 from ..errors import InputError, explain
 from ._compress import Assembly, Compressed
 from ._matrix import sp
@@ -59,11 +59,11 @@ def arranged(assembly: Assembly, found: Compressed, layout: str, block: tuple[in
         )
 
 
-def block_shape(tape: Tape, tangent: bool) -> tuple[int, int]:
+def block_shape(lin: Linearization, tangent: bool) -> tuple[int, int]:
     """Return the blocks that outputs and leaves suggest: the size of their last axes."""
-    rows = [o.shape[-1] for o in tape.outputs if o.ndim > 1] + [o.numel() for o in tape.outputs if o.ndim < 2]
+    rows = [o.shape[-1] for o in lin.outputs if o.ndim > 1] + [o.numel() for o in lin.outputs if o.ndim < 2]
     columns = []
-    for leaf in tape.leaves:
+    for leaf in lin.leaves:
         stored, free = lie_widths(leaf)
         last = leaf.shape[-1] if leaf.ndim > 1 else leaf.numel()
         columns.append(free if tangent and free < stored else last)

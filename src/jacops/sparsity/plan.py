@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._backends._torch.proofs import Proofs
 from .._finite import check_outputs, is_finite, where_first
 from .._keywords import keywords
+from .._torch.protocol import Proofs
 from ..derivatives import Wrt
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
 from ..trees import Selector
 from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
 from ._declared import check_declared
 from ._matrix import Csr, csr, sp
-from ._point import Point, gradients_agree, record_point
+from ._point import RecordedPoint, gradients_agree, record_point
 from ._pool import Array
 from ._probe import Floats, Prober, Verdict
 from ._scheme import Scheme, colored, unlifted
@@ -162,12 +162,12 @@ class SparsePlan:
             # Other indices into the same parameters: the same sweeps, read off into other columns.
             self._use(Scheme(self._scheme.matrix, self._scheme.coloring, self._scheme.structure, columns))
         found = self._compressed(point, certify, importance)
-        check_outputs("SparsePlan", point.tape.outputs, point.tape.codomain.names)
+        check_outputs("SparsePlan", point.lin.outputs, point.lin.codomain.names)
         if is_finite(found.values) and not self._holds(found, point):
             found = self._again(point, found, certify, importance)
         if not is_finite(found.values):
             raise NonFiniteError(f"SparsePlan: of the Jacobian's entries, {where_first(found.values)}.")
-        matrix = arranged(self.assembly, found, layout, block_shape(point.recording.tape, self._tangent))
+        matrix = arranged(self.assembly, found, layout, block_shape(point.recording.lin, self._tangent))
         return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
 
     def _probes(self, sweeper: Sweeper) -> Prober:
@@ -177,9 +177,9 @@ class SparsePlan:
             self._prober = Prober(sweeper.rows.dtype, set(dtypes))
         return self._prober
 
-    def _compressed(self, point: Point, certify: int, importance: Floats | None = None) -> Compressed:
+    def _compressed(self, point: RecordedPoint, certify: int, importance: Floats | None = None) -> Compressed:
         """Return the Jacobian, probed once more where row sizes were out of date."""
-        sweeper = Sweeper.on(point.tape)
+        sweeper = Sweeper.on(point.lin)
         prober = self._probes(sweeper)
         used = prober.divisors if certify == 1 else None
         found = compress(
@@ -193,25 +193,25 @@ class SparsePlan:
     def _probed(self, found: Compressed, sweeper: Sweeper, divisors: Floats | None) -> Verdict:
         return probed(sweeper, found.matrix, self._column_of, divisors, self._probes(sweeper).tolerance)
 
-    def _holds(self, found: Compressed, point: Point) -> bool:
-        return found.verdict is None or found.verdict.excess <= self._probes(Sweeper.on(point.tape)).tolerance
+    def _holds(self, found: Compressed, point: RecordedPoint) -> bool:
+        return found.verdict is None or found.verdict.excess <= self._probes(Sweeper.on(point.lin)).tolerance
 
-    def _again(self, point: Point, found: Compressed, certify: int, importance: Floats | None) -> Compressed:
+    def _again(self, point: RecordedPoint, found: Compressed, certify: int, importance: Floats | None) -> Compressed:
         """Detect at this point; add new entries to the pattern, or measure the rounding errors where there are none.
 
         Raises:
             NotDifferentiableError: The pattern is right and a probe fails all the same.
         """
-        seen = traced(point.tape, None)
+        seen = traced(point.lin, None)
         self._dtypes |= seen.dtypes
         both = csr((self._scheme.matrix + seen.matrix).astype(bool))
         grown = both.nnz > self._scheme.matrix.nnz
         if grown:
             warn("SparsePlan: the pattern no longer holds at this point; it was detected again and is kept.")
             self._unknown = {**self._unknown, **seen.unknown}
-            self._use(Scheme(both, colored(both, point.tape), self._scheme.structure, self._scheme.columns))
+            self._use(Scheme(both, colored(both, point.lin), self._scheme.structure, self._scheme.columns))
             found = self._compressed(point, certify, importance)
-        sweeper = Sweeper.on(point.tape)
+        sweeper = Sweeper.on(point.lin)
         prober, plain_probe = self._probes(sweeper), self._probed(found, sweeper, None)
         if plain_probe.error > prober.whole and not is_rounding(sweeper, plain_probe.error):
             raise NotDifferentiableError(
@@ -237,9 +237,9 @@ class SparsePlan:
     def _use(self, scheme: Scheme) -> None:
         self._scheme, self._assembly = scheme, None
 
-    def _check_fits(self, point: Point) -> None:
+    def _check_fits(self, point: RecordedPoint) -> None:
         final, width = point.widths(self._tangent)
-        shape = (point.recording.tape.codomain.dim, width)
+        shape = (point.recording.lin.codomain.dim, width)
         if shape != self.shape or not np.array_equal(final, self._final):
             raise InputError(explain("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}"))
 
@@ -327,15 +327,15 @@ def sparse_plan(
         direct = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=False, watch=not local)
         point = point if gradients_agree(point, direct) else direct
         del direct
-    seen = traced(point.tape, point.taint)
+    seen = traced(point.lin, point.taint)
     matrix = seen.matrix
     final, width = point.widths(tangent)
     columns = point.storage_columns()
     _check_padding(matrix, final[columns], width, point)
-    scheme = Scheme(matrix, colored(matrix, point.tape), point.structure(), columns)
+    scheme = Scheme(matrix, colored(matrix, point.lin), point.structure(), columns)
     if point.selections:
-        scheme = unlifted(scheme, point.tape, point.recording.tape.domain.dim) or scheme
-    names = point.recording.tape.domain.names
+        scheme = unlifted(scheme, point.lin, point.recording.lin.domain.dim) or scheme
+    names = point.recording.lin.domain.names
     del point  # and the graph with it
     plan = SparsePlan(scheme, (matrix.shape[0], width), final, unknown=seen.unknown, names=names, **options)
     plan._dtypes = seen.dtypes
@@ -343,7 +343,7 @@ def sparse_plan(
     return plan
 
 
-def _check_padding(matrix: Csr, column_of: Array, width: int, point: Point) -> None:
+def _check_padding(matrix: Csr, column_of: Array, width: int, point: RecordedPoint) -> None:
     """Refuse entries in columns that pad a LieTensor.
 
     Raises:
@@ -351,7 +351,7 @@ def _check_padding(matrix: Csr, column_of: Array, width: int, point: Point) -> N
     """
     padded = column_of >= width
     if padded.any() and padded[matrix.indices].any():
-        names = point.recording.tape.domain.layout
+        names = point.recording.lin.domain.layout
         raise NotDifferentiableError(
             f"sparse_plan: the model reads the stored numbers of a LieTensor among {names}, whose gradients are not "
             "tangent ones. Use Act, Log, matrix() or rotation().matrix(), or pass `tangent=False`."
@@ -361,17 +361,17 @@ def _check_padding(matrix: Csr, column_of: Array, width: int, point: Point) -> N
 def _from_declared(model: nn.Module, inputs: Any, pattern: Any, options: dict[str, Any]) -> SparsePlan:
     point = record_point(model, inputs, "sparse_plan", options["wrt"], options["outputs"], lift=False)
     final, width = point.widths(options["tangent"])
-    shape = (point.recording.tape.codomain.dim, width)
+    shape = (point.recording.lin.codomain.dim, width)
     known = declared(pattern, shape)
     stored = np.flatnonzero(final < width)
     entries = known.matrix.tocoo()
     wide = sp.coo_array((entries.data, (entries.row, stored[entries.col])), shape=(shape[0], len(final)))
     matrix = csr(wide).astype(bool)
-    scheme = Scheme(matrix, colored(matrix, point.tape), [], np.arange(len(final)))
-    names = point.recording.tape.domain.names
+    scheme = Scheme(matrix, colored(matrix, point.lin), [], np.arange(len(final)))
+    names = point.recording.lin.domain.names
     plan = SparsePlan(scheme, shape, final, unknown=dict(known.unknown), names=names, **options)
     found = plan._compressed(point, 1)
-    sweeper = Sweeper.on(point.tape)
+    sweeper = Sweeper.on(point.lin)
     todo = "Leave it out to have it detected."
     check_declared(sweeper, found, plan._probes(sweeper), plan._column_of, todo)
     return plan

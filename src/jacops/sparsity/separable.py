@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._backends._torch.record import bare, record_model
-from .._backends._torch.restoring import restoring
-from .._backends._torch.rows import plain
-from .._backends._torch.surroundings import private_noise
-from .._backends._torch.tape import Tape
 from .._keywords import keywords
+from .._runtime.contexts import private_noise
+from .._runtime.restoring import restoring
+from .._runtime.rows import plain
+from .._torch.protocol import Linearization, bare, record_model
 from ..errors import InputError, explain
 from ..trees import Selector
 from ._taint import Outside
@@ -48,12 +47,7 @@ class Separation:
 @keywords()
 @restoring
 def samples_apart(
-    model: nn.Module,
-    x: Any,
-    *,
-    outputs: Selector = None,
-    training: bool | None = None,
-    strict: bool = False,
+    model: nn.Module, x: Any, *, outputs: Selector = None, training: bool | None = None, strict: bool = False
 ) -> Separation:
     """Say whether sample i of the output depends on sample i of the input alone, by the recorded graph.
 
@@ -89,14 +83,14 @@ def samples_apart(
     """
     with Outside() as taint:
         found = record_model(bare(model), x, call="samples_apart", parameters=None, outputs=outputs, training=training)
-    tape = found.tape
-    check_usable(tape)
+    lin = found.lin
+    check_usable(lin)
     if taint.read_out:
         return Separation(False, (), {"reading a value": 1}, 0)
-    many = _count(tape)
-    members = np.concatenate([np.repeat(np.arange(many), size // max(many, 1)) for size in tape.codomain.sizes])
+    many = _count(lin)
+    members = np.concatenate([np.repeat(np.arange(many), size // max(many, 1)) for size in lin.codomain.sizes])
     try:
-        traced = trace(tape, members, many, taint)
+        traced = trace(lin, members, many, taint)
     except CannotFollowError as reason:
         return Separation(False, (), {str(reason): 1})
     pairs: list[tuple[int, int]] = []
@@ -111,12 +105,12 @@ def samples_apart(
         return Separation(False, tuple(sorted(set(pairs))[:_NAMED]), traced.unknown)
     if not strict:
         return Separation(True, (), traced.unknown)
-    return _masked(tape, many, traced.unknown)
+    return _masked(lin, many, traced.unknown)
 
 
-def _count(tape: Tape) -> int:
-    many = tape.leaves[0].shape[0] if tape.leaves[0].ndim else 0
-    for space in (tape.domain, tape.codomain):
+def _count(lin: Linearization) -> int:
+    many = lin.leaves[0].shape[0] if lin.leaves[0].ndim else 0
+    for space in (lin.domain, lin.codomain):
         for name, shape in zip(space.names, space.shapes, strict=True):
             if not shape or shape[0] != many:
                 needed = f"{many} samples along its first axis are needed"
@@ -124,15 +118,15 @@ def _count(tape: Tape) -> int:
     return many
 
 
-def _masked(tape: Tape, many: int, unknown: dict[str, int]) -> Separation:
+def _masked(lin: Linearization, many: int, unknown: dict[str, int]) -> Separation:
     sweeps = 1
     sample = torch.arange(many)
     for bit in range(max(1, math.ceil(math.log2(max(many, 2))))):
         for side in (0, 1):
             on = ((sample >> bit) & 1) == side
-            seeds = [_only(plain(o.detach()), on, i) for i, o in enumerate(tape.outputs)]
+            seeds = [_only(plain(o.detach()), on, i) for i, o in enumerate(lin.outputs)]
             sweeps += 1
-            for grad in tape.pull(list(seeds)):
+            for grad in lin.pull(list(seeds)):
                 if grad is not None and bool((plain(grad)[~on.to(grad.device)] != 0).any()):
                     touched = (plain(grad).flatten(1) != 0).any(1).cpu() & ~on
                     return Separation(False, ((-1, int(touched.nonzero()[0])),), unknown, sweeps)

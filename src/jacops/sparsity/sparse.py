@@ -10,7 +10,7 @@ import torch
 
 from .._keywords import keywords
 from ..errors import InputError, NotDifferentiableError, explain
-from ..operators import Operator, Recorded
+from ..operators import LinearizedMap, Operator
 from ..operators._finite_results import check_result
 from ..space import Space
 from ._coloring import Coloring, color
@@ -58,8 +58,8 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
     dtypes: frozenset[torch.dtype] = frozenset()
     if pattern is not None:
         known = declared(pattern, operator.shape)
-    elif isinstance(operator, Recorded):
-        seen = traced(operator.tape, None)
+    elif isinstance(operator, LinearizedMap):
+        seen = traced(operator.lin, None)
         known, dtypes = Pattern(seen.matrix, True, seen.unknown), seen.dtypes
     else:
         todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."

@@ -14,7 +14,7 @@ from ..trees import Selector
 from ._archive import MOST, RATIO, read_arrays
 from ._coloring import Coloring
 from ._matrix import csr
-from ._stored import Stored, stored_plan
+from ._stored import StoredPlan, stored_plan
 
 if TYPE_CHECKING:
     from .plan import SparsePlan
@@ -92,7 +92,7 @@ def load(path: str | Path, outputs: Selector) -> SparsePlan:
     return plan
 
 
-def _plan(found: Stored, outputs: Selector) -> SparsePlan:
+def _plan(found: StoredPlan, outputs: Selector) -> SparsePlan:
     from .plan import Scheme, SparsePlan
 
     m, wide = found.shape[0], len(found.copies)

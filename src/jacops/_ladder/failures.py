@@ -1,0 +1,40 @@
+"""The ladder's steps: what it means that a fast route does not apply, or lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from .._runtime.contexts import must_surface
+from ..errors import NotDifferentiableError
+
+Result = TypeVar("Result")
+
+
+class RouteFailedError(Exception):
+    """A fast route does not apply here; the reason is its message."""
+
+
+class RouteWrongError(RouteFailedError):
+    """A fast route gave numbers that the plain one does not confirm."""
+
+
+class RouteNotFiniteError(RouteFailedError):
+    """A fast route gave NaN or Inf, which proves nothing about the route."""
+
+
+def attempt(sweep: Callable[[], Result]) -> Result:
+    """Run a fast sweep; what torch raises is a reason to leave the route, what else a model raises passes through.
+
+    Raises:
+        RouteFailedError: The sweep raised; memory errors pass through.
+    """
+    try:
+        return sweep()
+    except (RouteFailedError, NotDifferentiableError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if must_surface(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise RouteFailedError(first[:200]) from error

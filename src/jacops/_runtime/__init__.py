@@ -1,0 +1,1 @@
+"""How torch is run here: state put back after a call, noise drawn in private, memory, tolerances, chunks."""

@@ -1,0 +1,389 @@
+"""The state a forward or a sweep runs in: gradient recording on, nothing of the caller's moved."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import NotDifferentiableError
+from .norms import norm_rules
+from .restoring import Guard, Guards, entered, function_modes, leave_function_modes, process_lock, restoring
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorate a public call: it runs as it is inside code that the caller compiles, and restores state when it ends.
+
+    A trace cannot hold sweeps over graphs.
+    """
+    function = restoring(function)
+    disabled: list[Callable[Arguments, Result]] = []
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if "torch._dynamo" not in sys.modules or not (torch.compiler.is_compiling() or _compiles()):
+            return function(*args, **kwargs)  # nobody compiles: to say so takes long, and to import that longer
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # pyright: ignore[reportArgumentType]
+        return disabled[0](*args, **kwargs)
+
+    return call
+
+
+def _compiles() -> bool:
+    """Say whether this runs below code that the caller compiles."""
+    from torch._C._dynamo import eval_frame  # pyright: ignore[reportMissingModuleSource, reportAttributeAccessIssue]
+
+    return eval_frame.get_eval_frame_callback() is not None
+
+
+def refuse_transforms() -> None:
+    """Refuse to run inside a `torch.func` transform of the caller's.
+
+    Raises:
+        NotDifferentiableError: One is at work.
+    """
+    if functorch.peek_interpreter_stack() is not None:
+        raise NotDifferentiableError(
+            "jacops was called inside a torch.func transform (vmap, grad, jvp …), whose tensors it cannot record. "
+            "Call it outside, or ask for `create_graph=True` and differentiate its result with torch.autograd."
+        )
+
+
+class _Attention(Guard):
+    """Attention on the math kernel while anybody records: the fused ones have no second derivative.
+
+    Torch keeps this choice for the whole process, so threads share it: the first to enter saves the caller's choice
+    and the last to leave restores it.
+    """
+
+    _inside: ClassVar[set[Guard]] = set()
+    _found: ClassVar[list[bool]] = []
+
+    def change(self) -> None:
+        with process_lock:
+            if not self._inside:
+                self._found[:] = [is_enabled() for is_enabled, _ in _KERNELS.values()]
+            self._inside.add(self)
+            _choose_attention([name == "math" for name in _KERNELS])
+
+    def restore(self) -> None:
+        with process_lock:
+            if self._inside == {self}:
+                _choose_attention(self._found)
+            self._inside.discard(self)
+
+
+def _kernel(name: str) -> tuple[Callable[[], bool], Callable[[bool], None]]:
+    return getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}")
+
+
+_KERNELS = {name: _kernel(name) for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")}
+
+
+def _choose_attention(choice: Sequence[bool]) -> None:
+    for (_, choose), enabled in zip(_KERNELS.values(), choice, strict=True):
+        choose(enabled)
+
+
+def math_attention() -> Guard:
+    """Return a context with attention on the math kernel."""
+    return _Attention()
+
+
+def _checkpoint_records_nothing() -> bool:
+    """Return whether this runs in the forward of a reentrant checkpoint none of whose arguments requires grad.
+
+    Torch's own and the copies of it in other packages all pass the function as `run_function`. Within another one it
+    is the outermost that counts: the inner one runs again, with gradients, in the backward of that.
+    """
+    frame, ctx = sys._getframe(2), None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and {"ctx", "run_function"} <= set(code.co_varnames[: code.co_argcount]):
+            ctx = frame.f_locals.get("ctx")
+        frame = frame.f_back
+    return ctx is not None and not any(getattr(ctx, "needs_input_grad", (True,)))
+
+
+class _Gradients(Guard):
+    """Gradient recording on or off inside, and inference mode off or on."""
+
+    def __init__(self, enabled: bool, inference: bool = False) -> None:
+        self._enabled, self._wanted, self._inference = enabled, inference, None
+
+    def save(self) -> None:
+        self._found = torch.is_grad_enabled()
+        if torch.is_inference_mode_enabled() is not self._wanted:
+            # The guard behind `torch.inference_mode`, which may be left twice.
+            self._inference = torch._C._InferenceMode(self._wanted)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def change(self) -> None:
+        if self._inference is not None:
+            self._inference.__enter__()
+        torch.set_grad_enabled(self._enabled)
+
+    def restore(self) -> None:
+        if self._inference is not None:
+            self._inference.__exit__(None, None, None)
+        torch.set_grad_enabled(self._found)
+
+
+class _FreshAutocastCache(Guard):
+    """A weight cast under no_grad in the caller's autocast would be reused inside without its graph, and vice versa."""
+
+    def change(self) -> None:
+        torch.clear_autocast_cache()
+
+    restore = change
+
+
+class _NoAutocast(Guard):
+    """No autocast inside, for one kind of device."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def save(self) -> None:
+        self._found = torch.amp.is_autocast_available(self._kind) and torch.is_autocast_enabled(self._kind)
+
+    def change(self) -> None:
+        if self._found:
+            torch.set_autocast_enabled(self._kind, False)
+
+    def restore(self) -> None:
+        if self._found:
+            torch.set_autocast_enabled(self._kind, True)
+
+
+class _Mode(Guard):
+    """A function mode that is active inside."""
+
+    def __init__(self, mode: TorchFunctionMode) -> None:
+        self._mode = mode
+
+    def save(self) -> None:
+        self._found = function_modes()
+
+    def change(self) -> None:
+        self._mode.__enter__()
+
+    def restore(self) -> None:
+        leave_function_modes(self._found)
+
+
+class _RightKernels(TorchFunctionMode):
+    """Write out fused kernels whose derivatives torch gets wrong.
+
+    Weight norm has a wrong second one (its gradgradcheck fails). Norms by statistics of the input have a wrong third
+    one, since their second takes these statistics for constants; they are written out where that is asked for.
+
+    Attributes:
+        lost: By identity, the tensors whose gradient an activation checkpoint loses. A reentrant one records no node
+            where none of its arguments requires grad, so that the graph does not show that it was there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.is_grad_enabled():
+            asked = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+            if asked and _checkpoint_records_nothing():
+                self.lost |= {id(t): t for t in asked}
+        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
+            v, g, *dim = args
+            return v * (g / torch.norm_except_dim(v, 2, *dim))
+        if _norms_written_out.get() and func in (rules := norm_rules()):
+            result = rules[func](*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if result is None else result
+        return func(*args, **(kwargs or {}))
+
+
+_norms_written_out: ContextVar[bool] = ContextVar("_norms_written_out", default=False)
+
+
+class _NormsWrittenOut(Guard):
+    """Norms are recorded as elementary operations inside, which have derivatives of any order."""
+
+    def save(self) -> None:
+        self._found = _norms_written_out.get()
+
+    def change(self) -> None:
+        _norms_written_out.set(True)
+
+    def restore(self) -> None:
+        _norms_written_out.set(self._found)
+
+
+def norms_written_out() -> Guard:
+    """Return a context in which norms are recorded as elementary operations."""
+    return _NormsWrittenOut()
+
+
+class GraphRecording(Guards):
+    """A context in which a graph is recorded.
+
+    Args:
+        matters: Which tensors' gradients matter; those of all that require grad by default.
+        call: The public call, for messages.
+    """
+
+    def __init__(self, matters: Callable[[Tensor], bool] = lambda tensor: True, call: str = "") -> None:
+        self._mode, self._matters, self._call = _RightKernels(), matters, call
+        super().__init__(_Gradients(True), _Attention(), _Mode(self._mode), _FreshAutocastCache())
+
+    def __exit__(self, kind: object = None, *rest: object) -> None:
+        super().__exit__(kind, *rest)
+        if kind is None and any(self._matters(tensor) for tensor in self._mode.lost.values()):
+            raise NotDifferentiableError(
+                f"{self._call + ': a' if self._call else 'A'} reentrant activation checkpoint takes no argument that "
+                "requires grad, so torch records nothing of what it computes and the derivative by the parameters used "
+                "inside would be zero. Use checkpoint(…, use_reentrant=False)."
+            )
+
+
+def recording(matters: Callable[[Tensor], bool] = lambda tensor: True, call: str = "") -> GraphRecording:
+    """Record a graph whatever the caller's modes are: `no_grad`, inference mode or autocast's weight cache.
+
+    Args:
+        matters: As in `GraphRecording`.
+        call: As in `GraphRecording`.
+
+    Raises:
+        NotDifferentiableError: A `torch.func` transform of the caller is active around the call; or, on leaving, a
+            reentrant checkpoint lost the gradient of a tensor that matters.
+    """
+    refuse_transforms()
+    return GraphRecording(matters, call)
+
+
+def sweeping(like: Tensor) -> Guards:
+    """Run backward passes in the dtypes they were recorded in, also inside the caller's autocast."""
+    return Guards(_Gradients(True), _NoAutocast(like.device.type))
+
+
+def arithmetic(create_graph: bool, inference: bool = False) -> Guard:
+    """Put results together in the gradient mode that the call asks for, whatever the caller's is."""
+    return _Gradients(create_graph, inference)
+
+
+class _RandomState(Guard):
+    """The global random states restored afterwards, those of devices included.
+
+    They belong to the whole process: with several threads inside, the first to enter saves them and the last to leave
+    restores them. A guard inside another one of its own thread restores what it found itself.
+
+    Args:
+        seed: What to draw from inside, where there is one.
+    """
+
+    _inside: ClassVar[set[Guard]] = set()
+    _shared: ClassVar[list[Any]] = []
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = seed
+
+    def save(self) -> None:
+        self._nested = entered(_RandomState)
+        self._found = random_states()
+
+    def change(self) -> None:
+        if not self._nested:
+            with process_lock:
+                if not self._inside:
+                    self._shared[:] = self._found
+                self._inside.add(self)
+        if self._seed is not None:
+            torch.manual_seed(self._seed)
+
+    def restore(self) -> None:
+        if self._nested:
+            set_random_states(self._found)
+            return
+        with process_lock:
+            if self._inside == {self}:
+                set_random_states(self._shared)
+            self._inside.discard(self)
+
+
+def random_states() -> list[Any]:
+    """Return the global random states, those of devices included."""
+    return [torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None]
+
+
+def set_random_states(states: Sequence[Any]) -> None:
+    """Set the global random states."""
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state_all(states[1])
+
+
+def seeded(seed: int | None) -> Guard:
+    """Draw from `seed` inside, where there is one, and restore the global random states afterwards."""
+    return _RandomState(seed)
+
+
+def random_state_kept() -> Guard:
+    """Return a context that restores the global random states afterwards."""
+    return _RandomState()
+
+
+@restoring
+def out_of_inference(tensor: Tensor) -> Tensor:
+    """Return `tensor`, cloned if it was made in inference mode and so cannot be recorded."""
+    if not tensor.is_inference():
+        return tensor
+    with arithmetic(False):
+        return tensor.clone()
+
+
+def autocast_on(tensors: Sequence[Tensor]) -> bool:
+    """Say whether the caller's autocast is at work where these tensors live."""
+    kind = tensors[0].device.type if tensors else "cpu"
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Say whether an exception means that memory ran out, on a device or on the processor."""
+    words = ("not enough memory", "can't allocate memory", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+def must_surface(error: BaseException) -> bool:
+    """Return whether no route may take an exception for its own failure: memory ran out, or the caller's mode raised.
+
+    A mode of the caller's (`TorchDispatchMode`, `TorchFunctionMode`) sees all operations of a call and may refuse one.
+    """
+    if is_memory_error(error):
+        return True
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        home = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if frame.f_code.co_name in ("__torch_dispatch__", "__torch_function__") and home not in ("torch", "jacops"):
+            first = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_varnames else None
+            if isinstance(first, TorchFunctionMode | TorchDispatchMode):  # a tensor's own class is no mode
+                return True
+        trace = trace.tb_next
+    return False
+
+
+def private_noise(like: Tensor, seed: int = 0) -> Tensor:
+    """Return normal noise shaped like `like`, never from the global generator."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = like.dtype if like.dtype.is_complex or like.dtype.itemsize >= 4 else torch.float32
+    return torch.randn(like.shape, generator=generator, dtype=kind).to(like.device, like.dtype)

@@ -1,0 +1,1 @@
+"""Bias parts: a forward followed operation by operation, with what no input feature carries beside each value."""

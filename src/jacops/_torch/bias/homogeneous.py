@@ -1,0 +1,162 @@
+r"""The part of an output that no input feature carries, and where an output is not piecewise linear.
+
+A forward is followed operation by operation (`follow`). An operation that is affine in what depends on the input is
+applied to bias parts as it is applied to values. Any other operation `g` that is linear around its point `z`
+(`local_linear`) passes bias parts on by its derivative and adds its own constant `g(z) - Dg z`, which is zero for one
+that is homogeneous. Neither the model's output nor its Jacobian is used, so that comparing `f(x)` with `J x + b` can
+fail. Where an operation is curved there is no such constant; it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._runtime.chunks import Chunks
+from ..._runtime.contexts import out_of_inference, random_state_kept, recording
+from ..._runtime.restoring import restoring
+from ..._runtime.side_effects import WritesState
+from ...errors import InputError, ModelStateError, explain
+from ...trees import Selector, select
+from ..model.cut import At, Cut
+from ..model.inputs import forward_explained
+from ..model.replica import replicate
+from .follow import Follow
+
+FEW = 16  # samples whose slopes are compared
+_SMALL = 4096  # numbers in all samples together: up to here one run costs less than a second one for fewer samples
+_AROUND = (0.0, 1.0, -1.0)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An output around a point, in double precision, with what is detached held fixed.
+
+    Attributes:
+        base: At `x`.
+        ahead: At `x + d`.
+        behind: At `x - d`.
+        move: `d`.
+    """
+
+    base: Tensor
+    ahead: Tensor
+    behind: Tensor
+    move: Tensor
+
+
+@dataclass(frozen=True)
+class BiasParts:
+    """An output and its bias part, for all samples.
+
+    Attributes:
+        output: The model's output, `(n, *out)`.
+        bias: Its bias part, in double precision.
+        point: What it was followed from: the input, or the output of the layer that the forward is cut at.
+        curved: Names of operations that are not piecewise linear, or could not be examined.
+        moved: The output around the point, where there are few samples: to follow both at once takes less time.
+    """
+
+    output: Tensor
+    bias: Tensor
+    point: Tensor
+    curved: tuple[str, ...]
+    moved: Moved | None
+
+
+@dataclass(frozen=True)
+class FollowedModel:
+    """How a model is followed.
+
+    Attributes:
+        model: A module, evaluated in eval mode.
+        outputs: Which part of the output.
+        at: A cut at submodules.
+        batch_size: Most samples to a forward.
+    """
+
+    model: nn.Module
+    outputs: Selector
+    at: At
+    batch_size: int
+
+    def parts(self, x: Tensor) -> BiasParts:
+        """Return the output for samples `x` and its bias part.
+
+        Raises:
+            InputError: `at` or `outputs` picks nothing, or several tensors.
+            ModelStateError: The forward writes into tensors that are not its own.
+        """
+        lengths = _AROUND if x.shape[0] <= FEW or x.numel() <= _SMALL else ()
+        runs = self._runs(x, True, lengths)
+        bias, *moved = self._joined(runs)
+        output, point = torch.cat([r.output for r in runs]), torch.cat([r.point for r in runs])
+        curved = tuple(dict.fromkeys(name for r in runs for name in r.curved))
+        return BiasParts(output, bias, point, curved, Moved(*moved) if lengths else None)
+
+    def moved(self, x: Tensor, seed: int) -> Moved:
+        """Return the output around samples `x`, along a random direction."""
+        return Moved(*self._joined(self._runs(x, False, _AROUND, seed)))
+
+    def _joined(self, runs: Sequence[_Run]) -> list[Tensor]:
+        return [torch.cat(parts) for parts in zip(*((*r.carried, *r.moves) for r in runs), strict=True)]
+
+    def _runs(self, x: Tensor, bias: bool, lengths: Sequence[float], seed: int = 0) -> list[_Run]:
+        runs: list[_Run] = []
+        chunks = Chunks(x.shape[0], self.batch_size)
+        for where in chunks:
+            with chunks.halving(where, "contributions", "samples"):
+                runs.append(self._run(x[where], bias, lengths, seed))
+        return runs
+
+    @restoring
+    def _run(self, x: Tensor, bias: bool, lengths: Sequence[float], seed: int) -> _Run:
+        for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
+            with recording(), random_state_kept():
+                module = replicate(self.model, training=False, cloned=cloned).module
+                given, cut = out_of_inference(x).detach(), Cut(module, self.at)
+                leaves = cut.leaves if cut.source is not None else [given.requires_grad_()]
+                follow = Follow(leaves, [] if cloned else self.model.parameters(), bias, lengths, seed)
+                try:
+                    with follow, follow.functions, cut.active(), forward_explained(self.model, [x]):
+                        output = select(cut.result(module(given.clone())), self.outputs)
+                    return _Run.of(output, follow, x.shape[0] == 1)
+                except WritesState:
+                    continue
+        came = "writing into tensors that are not its own"
+        raise ModelStateError(explain("model", came, "its forward must leave such tensors alone"))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One forward.
+
+    Attributes:
+        output: Its output.
+        carried: What was carried along to it.
+        point: Where it was followed from.
+        moves: `d`, where values were moved.
+        curved: Names of what is not piecewise linear.
+    """
+
+    output: Tensor
+    carried: list[Tensor]
+    point: Tensor
+    moves: list[Tensor]
+    curved: list[str]
+
+    @classmethod
+    def of(cls, output: Any, follow: Follow, alone: bool) -> _Run:
+        if not isinstance(output, Tensor):
+            todo = "Pick one with `outputs=`."
+            raise InputError(explain("model", f"returning a {type(output).__name__}", "one tensor is needed", todo))
+        carried, curved = follow.read(output)
+        run = cls(output.detach(), carried, follow.leaves[0].detach(), follow.moves, curved)
+        if not alone or (output.ndim and output.shape[0] == 1):
+            return run
+        # The forward drops the axis of a single sample.
+        return replace(run, output=run.output.unsqueeze(0), carried=[c.unsqueeze(0) for c in carried])

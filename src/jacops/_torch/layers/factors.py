@@ -1,0 +1,177 @@
+"""Rows of a parameter Jacobian for every sample at once, from the places where parameters enter.
+
+One sweep per output entry, shared by all samples, gives the cotangents at all uses of all parameters (`uses`); no
+gradient of a weight is ever formed. That is right where samples do not mix, each use's rows belong to samples in a
+known order, and every rule holds; exact zeros under a masked cotangent say the first, and a plain sweep over a random
+cotangent the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..._ladder.failures import attempt
+from ..._runtime.rows import plain
+from ..sweeps.linearization import Linearization
+from .orders import Order, by_sample, find_orders
+from .parts import Lookup, Outer, RowFactors, Rows, Several
+from .uses import ParameterUse, cotangents, find_uses
+
+
+@dataclass(frozen=True, eq=False)
+class SampleUse:
+    """A use whose rows are known to belong to samples.
+
+    Attributes:
+        use: Where a parameter enters.
+        order: How its rows are laid out.
+        samples: How many.
+    """
+
+    use: ParameterUse
+    order: Order
+    samples: int
+
+    @property
+    def _by_pixel(self) -> bool:
+        """A convolution's first axis is the samples' own, so that nothing need be copied."""
+        convolution = self.use.kind == "outer" and "Convolution" in self.use.node.name()
+        return convolution and self.order == "sample first" and self.use.shape[0] == self.samples
+
+    def operand(self) -> Tensor | None:
+        """Return what multiplies the parameter, `(n, T, …)`."""
+        if self._by_pixel:
+            return self.use.patches()
+        operand = None if self.use.kind == "vector" else self.use.operand
+        return None if operand is None else by_sample(operand, self.samples, self.order)
+
+    def delta(self, cotangent: Tensor) -> Tensor:
+        """Return a cotangent at the use as `(n, T, …)`."""
+        if self._by_pixel:
+            return self.use.pixels(cotangent)
+        return by_sample(self.use.rows(cotangent), self.samples, self.order)
+
+    def part(self, operand: Tensor | None, delta: Tensor, shape: Sequence[int]) -> RowFactors:
+        """Return rows from cotangents `(n, k, T, …)`, the parameter seen as a matrix of this shape."""
+        if self.use.kind == "vector":
+            summed = delta.squeeze(2) if delta.shape[2] == 1 else delta.sum(2)
+            return Rows(summed.reshape(*delta.shape[:2], *shape))
+        if operand is None:
+            raise ValueError("only vectors have no operand")
+        return Outer(delta, operand, self.use.turned) if self.use.kind == "outer" else Lookup(delta, operand, shape[0])
+
+
+class LayerRows:
+    """The uses of a recorded model's parameters, sample by sample.
+
+    Args:
+        lin: A model's outputs, first axis samples, by its parameters; with one sample, anything of that sample.
+        samples: How many.
+        plainly: Take no parameter to be covered.
+
+    Attributes:
+        uses: All uses that were found.
+        sites: Those of the leaves that are covered.
+        missing: Leaves that enter in a way that has no rule, or whose rows could not be told apart.
+    """
+
+    def __init__(self, lin: Linearization, samples: int, plainly: bool = False) -> None:
+        self.lin, self.samples = lin, samples
+        found = {} if plainly else find_uses(lin, repeated=True)
+        self.uses = [use for leaf in sorted(found) for use in found[leaf]]
+        orders = self._orders(self.uses)
+        lost = {use.leaf for use, order in zip(self.uses, orders, strict=True) if order is None}
+        # A parameter without entries has rows without entries, wherever it enters.
+        self.missing = [j for j, t in enumerate(lin.leaves) if t.numel() and (j not in found or j in lost)]
+        pairs = zip(self.uses, orders, strict=True)
+        self.sites = [
+            SampleUse(use, order, samples)
+            for use, order in pairs
+            if order and use.leaf not in lost and lin.leaves[use.leaf].numel()
+        ]
+
+    def _orders(self, uses: Sequence[ParameterUse]) -> Sequence[Order | None]:
+        if self.samples == 1:
+            alone: list[Order | None] = ["sample first"]  # any order is right
+            return alone * len(uses)
+        trust, key = self.lin.trust, ("orders of rows", len(uses), tuple(self.lin.domain.names))
+        if key in trust.known and not trust.needs(*key):
+            return trust.known[key]
+        found = attempt(lambda: find_orders(self.lin, uses)) if uses else []
+        if None not in found:
+            trust.known[key] = found
+            trust.remember(*key)
+        return found
+
+    def sweep(self, seeds: Sequence[Tensor]) -> list[Tensor]:
+        """Return `(n, T, …)` at every site by one sweep.
+
+        Raises:
+            RouteFailedError: Torch cannot take it.
+        """
+        self.lin.sweeps += bool(self.sites)
+        found = attempt(lambda: cotangents(self.lin, [site.use for site in self.sites], seeds))
+        return [site.delta(plain(delta)) for site, delta in zip(self.sites, found, strict=True)]
+
+    def by_leaf(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield every covered leaf and which sites are its."""
+        for leaf in range(len(self.lin.leaves)):
+            if leaf not in self.missing:
+                yield leaf, [i for i, site in enumerate(self.sites) if site.use.leaf == leaf]
+
+    def column_squares(
+        self, operands: Sequence[Tensor | None], seeds: Iterable[Tensor], most: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield covered leaves with what to add to the sum of their squared gradients, over samples and seeds.
+
+        Cotangents of several seeds are squared together, up to `most` numbers of them.
+        """
+        waiting: list[list[Tensor]] = []
+        for seed in seeds:
+            waiting.append(self.sweep([seed]))
+            if (len(waiting) + 1) * sum(delta.numel() for delta in waiting[0]) > most:
+                yield from self._squared(operands, waiting)
+                waiting = []
+        if waiting:
+            yield from self._squared(operands, waiting)
+
+    def _squared(
+        self, operands: Sequence[Tensor | None], sweeps: Sequence[Sequence[Tensor]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        deltas = [torch.stack(found, 1) for found in zip(*sweeps, strict=True)]
+        for leaf, sites in self.by_leaf():
+            shape = matrix_shape(self.lin.leaves[leaf])
+            parts = [self.sites[i].part(operands[i], deltas[i], shape) for i in sites]
+            if parts:
+                yield leaf, (parts[0] if len(parts) == 1 else Several(parts)).column_squares()
+
+
+def matrix_shape(leaf: Tensor) -> tuple[int, int]:
+    """Return the parameter's first axis and the others laid end to end, as `Part` sees it."""
+    long = leaf.shape[0] if leaf.ndim else 1
+    return long, leaf.shape[1:].numel()
+
+
+def add_rows(layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor], sites: Iterable[int],
+             target: Tensor) -> None:  # fmt: skip
+    """Write one leaf's rows for k output entries, cotangents `(n, k, T, …)`, into `(n, k, F, W)`."""
+    add = False
+    for i in sites:
+        layers.sites[i].part(operands[i], deltas[i], target.shape[2:]).into(target, add)
+        add = True
+    if not add:
+        target.zero_()
+
+
+def unit_seeds(output: Tensor) -> Iterator[Tensor]:
+    """Yield cotangents that pick one entry of every sample's output; each is good until the next."""
+    many, entries = output.shape[0], output.shape[1:].numel()
+    seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
+    for entry in range(entries):
+        seed[:, entry] = 1
+        yield seed.view(output.shape)
+        seed[:, entry] = 0  # only now: the cotangent at the last use may be this very tensor

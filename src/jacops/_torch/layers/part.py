@@ -1,0 +1,102 @@
+"""What is asked of one parameter's share of many rows, and how it is answered some columns at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+WRITTEN = 2**23  # bytes that are formed elsewhere before they are written
+_TEMPORARY = 2**25  # bytes that a temporary may take, or as much as what is held takes
+
+
+def slices(total: int, each: int, most: int | None = None) -> Iterator[slice]:
+    """Yield ranges over `total` things of `each` bytes that stay within the bytes of a temporary."""
+    step = max(1, (most or _TEMPORARY) // max(1, each))
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+class RowFactors(ABC):
+    """One parameter's share of all rows.
+
+    The parameter is seen as a matrix `(F, W)`: its first axis, and the others laid end to end.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """Samples n, outputs k of each, F and W."""
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the entries."""
+        return self.tensors[0]
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Sequence[Tensor]:
+        """What is held."""
+
+    @abstractmethod
+    def scaled(self, factors: Tensor) -> RowFactors:
+        """Return the same with the rows of each sample times a number, `(n,)`."""
+
+    @abstractmethod
+    def block(self, first: slice) -> Tensor:
+        """Return the rows' entries `(n, k, f, W)` for some of the parameter's first axis."""
+
+    def into(self, target: Tensor, add: bool = False) -> None:
+        """Write all rows, or add them, into `(n, k, F, W)`."""
+        for first in self._firsts(min(WRITTEN, _TEMPORARY)):
+            (target[:, :, first].add_ if add else target[:, :, first].copy_)(self.block(first))
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return products `(m, n, k)` of the rows with `v`, `(m, F, W)`."""
+        n, k, _, _ = self.shape
+        total = v.new_zeros(v.shape[0], n * k)
+        for first, rows in self._blocks():
+            total += v[:, first].flatten(1) @ rows.T
+        return total.view(v.shape[0], n, k)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return sums `(m, F, W)` of the rows times `u`, `(m, n, k)`."""
+        total = u.new_empty(u.shape[0], *self.shape[2:])
+        for first, rows in self._blocks():
+            total[:, first] = (u.flatten(1) @ rows).view(total[:, first].shape)
+        return total
+
+    def gram(self) -> Tensor:
+        """Return inner products of all rows, `(n k, n k)`."""
+        n, k, _, _ = self.shape
+        total = self.like.new_zeros(n * k, n * k)
+        for _, rows in self._blocks():
+            total.addmm_(rows, rows.T)
+        return total
+
+    def squares(self) -> Tensor:
+        """Return squared norms of the rows, `(n, k)`."""
+        n, k, _, _ = self.shape
+        total = self.like.new_zeros(n * k)
+        for _, rows in self._blocks():
+            total += torch.linalg.vector_norm(rows, dim=1).square_()
+        return total.view(n, k)
+
+    def column_squares(self) -> Tensor:
+        """Return sums over rows of squared entries, `(F, W)`."""
+        total = self.like.new_empty(self.shape[2:])
+        for first, rows in self._blocks():
+            total[first] = torch.linalg.vector_norm(rows, dim=0).square_().view(total[first].shape)
+        return total
+
+    def _firsts(self, most: int | None = None) -> Iterator[slice]:
+        n, k, long, wide = self.shape
+        return slices(long, n * k * wide * self.like.element_size(), most)
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some of the columns at a time as matrices `(n k, f W)`."""
+        n, k, _, wide = self.shape
+        for first in self._firsts():
+            yield first, self.block(first).reshape(n * k, (first.stop - first.start) * wide)

@@ -1,0 +1,348 @@
+r"""Parts: one parameter's share of many rows of a Jacobian, kept as factors or as it is.
+
+Rows belong to n samples with k outputs each. Where a weight enters by `z = W a` at T positions, the row for output k
+of sample n is $\sum_t \delta_{nkt} a_{nt}^\top$ (Goodfellow, 2015): T (in + k out) numbers stand for k in out. What is
+asked of rows is then asked of the factors, wherever that costs less than forming rows; else rows are formed some
+columns at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .part import RowFactors, slices
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rows(RowFactors):
+    """The rows themselves.
+
+    Attributes:
+        rows: `(n, k, F, W)`.
+    """
+
+    rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        n, k, long, wide = self.rows.shape
+        return n, k, long, wide
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The rows."""
+        return (self.rows,)
+
+    def scaled(self, factors: Tensor) -> Rows:
+        """Scale them."""
+        return Rows(self.rows * _spread(factors, self.rows))
+
+    def block(self, first: slice) -> Tensor:
+        """Return some of them."""
+        return self.rows[:, :, first]
+
+    def times(self, v: Tensor) -> Tensor:
+        """One product of matrices."""
+        n, k, _, _ = self.shape
+        return (v.flatten(1) @ self.rows.reshape(n * k, v[:1].numel()).T).view(v.shape[0], n, k)
+
+    def squares(self) -> Tensor:
+        """Square them."""
+        return torch.linalg.vector_norm(self.rows, dim=(2, 3)).square_()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outer(RowFactors):
+    """Sums over T positions of outer products, in g groups; over none for a parameter that enters nowhere.
+
+    Attributes:
+        delta: Cotangents, `(n, k, T, g, out)`.
+        operand: What multiplied the weight, `(n, T, g, in)`.
+        turned: The parameter is `(in, out)` instead of `(g out, in)`; g is 1 then.
+    """
+
+    delta: Tensor
+    operand: Tensor
+    turned: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        n, k, _, groups, out = self.delta.shape
+        inner = self.operand.shape[3]
+        return (n, k, inner, out) if self.turned else (n, k, groups * out, inner)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The two factors."""
+        return self.delta, self.operand
+
+    def scaled(self, factors: Tensor) -> Outer:
+        """Scale the cotangents."""
+        return replace(self, delta=self.delta * _spread(factors, self.delta))
+
+    @property
+    def _plain(self) -> bool:
+        """One position, one group: a row is one outer product."""
+        return self.delta.shape[2] == self.delta.shape[3] == 1
+
+    def block(self, first: slice) -> Tensor:
+        """Form some of the entries."""
+        out = self.delta.shape[4]
+        if self._plain:
+            left, right = self._sides()
+            return left[:, :, first].unsqueeze(3) * right.unsqueeze(2)
+        if self.turned:
+            return self._product(self.delta[:, :, :, 0], self.operand[:, :, 0, first]).mT
+        if self.delta.shape[3] == 1:
+            return self._product(self.delta[:, :, :, 0, first], self.operand[:, :, 0])
+        groups = slice(first.start // out, -(-first.stop // out))
+        delta, operand = self.delta[:, :, :, groups], self.operand[:, :, groups]
+        formed = torch.einsum("nktgo,ntgi->nkgoi", delta, operand).flatten(2, 3)
+        return formed[:, :, first.start - groups.start * out : first.stop - groups.start * out]
+
+    @staticmethod
+    def _product(delta: Tensor, operand: Tensor) -> Tensor:
+        """Return `(n, k, out, in)`, all cotangents of a sample in one product of matrices."""
+        n, k, positions, out = delta.shape
+        left = delta.permute(0, 1, 3, 2).reshape(n, k * out, positions)
+        return torch.bmm(left, operand).view(n, k, out, operand.shape[2])
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """Return the first and the second factor of a single outer product, `(n, k, F)` and `(n, k, W)`."""
+        delta, operand = self.delta[:, :, 0, 0], self.operand[:, 0].expand(-1, self.delta.shape[1], -1)
+        return (operand, delta) if self.turned else (delta, operand)
+
+    def into(self, target: Tensor, add: bool = False) -> None:
+        """Write single outer products in place."""
+        if not self._plain:
+            super().into(target, add)
+            return
+        left, right = self._sides()
+        if add:
+            target.addcmul_(left.unsqueeze(3), right.unsqueeze(2))
+        else:
+            torch.mul(left.unsqueeze(3), right.unsqueeze(2), out=target)
+
+    def _grouped(self, v: Tensor) -> Tensor:
+        """Return `(m, F, W)` as `(m, g, out, in)`."""
+        return v.mT.unsqueeze(1) if self.turned else v.unflatten(1, (self.delta.shape[3], -1))
+
+    def _contracts(self, many: int) -> bool:
+        """Say whether m products are cheaper by factors than by rows."""
+        k, positions = self.delta.shape[1:3]
+        if positions == 1:  # the same arithmetic either way: what counts is how much is written on the way
+            return 2 * many <= k * self.operand.shape[3]
+        return positions * many <= positions * k + k * many
+
+    def times(self, v: Tensor) -> Tensor:
+        """Contract with the operand first, then with the cotangents."""
+        n, k, positions, groups, out = self.delta.shape
+        if not self._contracts(v.shape[0]):
+            return super().times(v)
+        found = v.new_empty(v.shape[0], n, k)
+        for some in slices(v.shape[0], n * positions * groups * out * v.element_size()):
+            image = torch.einsum("ntgi,mgoi->nmtgo", self.operand, self._grouped(v[some]))
+            found[some] = torch.einsum("nmtgo,nktgo->mnk", image, self.delta)
+        return found
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Contract with the cotangents first, then with the operand."""
+        n, k, positions, groups, out = self.delta.shape
+        if not self._contracts(u.shape[0]):
+            return super().transposed(u)
+        found = u.new_empty(u.shape[0], *self.shape[2:])
+        for some in slices(u.shape[0], n * positions * groups * out * u.element_size()):
+            mixed = torch.einsum("mnk,nktgo->mntgo", u[some], self.delta)
+            self._grouped(found[some]).copy_(torch.einsum("mntgo,ntgi->mgoi", mixed, self.operand))
+        return found
+
+    def gram(self) -> Tensor:
+        """Multiply Gram matrices of the factors entry by entry, for every pair of positions, where that is cheaper."""
+        n, k, positions, groups, out = self.delta.shape
+        inner = self.operand.shape[3]
+        pairs = positions**2 * (inner + k * k * (out + 1)) * groups
+        if positions > 1 and pairs > k * k * groups * out * inner:
+            return super().gram()
+        if positions == 1:
+            return self._gram_of_products()
+        total = self.like.new_zeros(n, k, n, k)
+        each = n * positions**2 * (1 + k * k) * self.like.element_size()
+        for some in slices(n, each):
+            for g in range(groups):
+                left = torch.einsum("ati,bsi->abts", self.operand[some, :, g], self.operand[:, :, g])
+                right = torch.einsum("akto,blso->akblts", self.delta[some, :, :, g], self.delta[:, :, :, g])
+                total[some] += right.mul_(left[:, None, :, None]).sum((4, 5))
+        return total.view(n * k, n * k)
+
+    def _gram_of_products(self) -> Tensor:
+        n, k, _, groups, _ = self.delta.shape
+        total: Tensor | None = None
+        for g in range(groups):
+            left, right = self.operand[:, 0, g], self.delta[:, :, 0, g].flatten(0, 1)
+            product = right @ right.T
+            product.view(n, k, n, k).mul_((left @ left.T)[:, None, :, None])
+            total = product if total is None else total.add_(product)
+        return self.like.new_zeros(n * k, n * k) if total is None else total
+
+    def squares(self) -> Tensor:
+        """Pair the positions of each sample."""
+        n, k, positions, groups, _ = self.delta.shape
+        found = self.like.new_empty(n, k)
+        for some in slices(n, positions**2 * groups * (1 + k) * self.like.element_size()):
+            left = torch.einsum("ntgi,nsgi->ngts", self.operand[some], self.operand[some])
+            right = torch.einsum("nktgo,nksgo->nkgts", self.delta[some], self.delta[some])
+            found[some] = torch.einsum("ngts,nkgts->nk", left, right)
+        return found
+
+    def column_squares(self) -> Tensor:
+        """Multiply the squares, where there is one position."""
+        if self.delta.shape[2] != 1:
+            return super().column_squares()
+        by_group = torch.einsum("ngo,ngi->goi", self.delta[:, :, 0].square().sum(1), self.operand[:, 0].square())
+        return by_group[0].T if self.turned else by_group.flatten(0, 1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Lookup(RowFactors):
+    """Cotangents added to the entries of a table that were looked up.
+
+    Attributes:
+        delta: `(n, k, T, width)`.
+        indices: Which entries, `(n, T)`.
+        entries: How many the table has.
+    """
+
+    delta: Tensor
+    indices: Tensor
+    entries: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        n, k, _, width = self.delta.shape
+        return n, k, self.entries, width
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Cotangents and indices."""
+        return self.delta, self.indices
+
+    def scaled(self, factors: Tensor) -> Lookup:
+        """Scale the cotangents."""
+        return replace(self, delta=self.delta * _spread(factors, self.delta))
+
+    def into(self, target: Tensor, add: bool = False) -> None:
+        """Add to what was looked up, in place."""
+        if not add:
+            target.zero_()
+        target.scatter_add_(2, self.indices[:, None, :, None].expand_as(self.delta), self.delta)
+
+    def block(self, first: slice) -> Tensor:
+        """Form some of the entries; what falls outside goes to a row that is cut off."""
+        n, k, _, width = self.delta.shape
+        many = first.stop - first.start
+        inside = (self.indices >= first.start) & (self.indices < first.stop)
+        where = torch.where(inside, self.indices - first.start, many)
+        rows = self.delta.new_zeros(n, k, many + 1, width)
+        rows.scatter_add_(2, where[:, None, :, None].expand_as(self.delta), self.delta)
+        return rows[:, :, :many]
+
+    def times(self, v: Tensor) -> Tensor:
+        """Look up, then contract."""
+        n, k, positions, width = self.delta.shape
+        found = v.new_empty(v.shape[0], n, k)
+        for some in slices(v.shape[0], n * positions * width * v.element_size()):
+            found[some] = torch.einsum("mntw,nktw->mnk", v[some][:, self.indices], self.delta)
+        return found
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Contract, then add to the entries."""
+        n, _, positions, width = self.delta.shape
+        found = u.new_zeros(u.shape[0], self.entries, width)
+        for some in slices(u.shape[0], n * positions * width * u.element_size()):
+            mixed = torch.einsum("mnk,nktw->mntw", u[some], self.delta)
+            found[some].index_add_(1, self.indices.flatten(), mixed.flatten(1, 2))
+        return found
+
+    def _compact(self) -> tuple[Tensor, Lookup]:
+        """Return the entries that were looked up at all, and the same rows over these alone."""
+        used, indices = self.indices.unique(return_inverse=True)
+        return used, Lookup(self.delta, indices, used.shape[0])
+
+    def gram(self) -> Tensor:
+        """Form the entries that were looked up."""
+        _, compact = self._compact()
+        return super(Lookup, compact).gram()
+
+    def squares(self) -> Tensor:
+        """Pair the positions of each sample that looked up the same entry."""
+        n, k, positions, _ = self.delta.shape
+        found = self.like.new_empty(n, k)
+        for some in slices(n, positions**2 * (1 + k) * self.like.element_size()):
+            same = (self.indices[some, :, None] == self.indices[some, None]).to(self.delta.dtype)
+            pairs = torch.einsum("nktw,nksw->nkts", self.delta[some], self.delta[some])
+            found[some] = torch.einsum("nts,nkts->nk", same, pairs)
+        return found
+
+    def column_squares(self) -> Tensor:
+        """Form the entries that were looked up."""
+        used, compact = self._compact()
+        found = self.like.new_zeros(self.shape[2:])
+        found[used] = super(Lookup, compact).column_squares()
+        return found
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Several(RowFactors):
+    """A parameter that enters in several places: the sum of what each contributes.
+
+    Attributes:
+        uses: One part for each place.
+    """
+
+    uses: Sequence[RowFactors]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        return self.uses[0].shape
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Those of all places."""
+        return [tensor for use in self.uses for tensor in use.tensors]
+
+    def scaled(self, factors: Tensor) -> Several:
+        """Scale all places."""
+        return Several([use.scaled(factors) for use in self.uses])
+
+    def block(self, first: slice) -> Tensor:
+        """Add up."""
+        total = self.uses[0].block(first)
+        for use in self.uses[1:]:
+            total = total + use.block(first)
+        return total
+
+    def times(self, v: Tensor) -> Tensor:
+        """Add up."""
+        return torch.stack([use.times(v) for use in self.uses]).sum(0)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Add up."""
+        return torch.stack([use.transposed(u) for use in self.uses]).sum(0)
+
+
+def _spread(factors: Tensor, like: Tensor) -> Tensor:
+    """Return numbers `(n,)` with as many axes as another tensor."""
+    return factors.to(like).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,1 @@
+"""Models as functions: private copies, inputs, cuts, losses, and forwards followed operation by operation."""

@@ -1,0 +1,172 @@
+"""What comes in: parameters of a closure and inputs of a model, checked and copied."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..._runtime.contexts import out_of_inference
+from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, explain
+from ...trees import flatten, is_differentiable
+
+
+def check_fallback(fallback: str) -> str:
+    """Return `fallback` if it is one of the known words.
+
+    Raises:
+        InputError: It is not.
+    """
+    if fallback not in ("warn", "silent", "error"):
+        raise InputError(explain("fallback", repr(fallback), "one of 'warn', 'silent', 'error' is needed"))
+    return fallback
+
+
+def check_params(params: Any, empty: bool = False) -> list[Tensor]:
+    """Return `params` as a list: one tensor, or any iterable of tensors, read once.
+
+    Raises:
+        InputTypeError: An entry is not a tensor.
+        InputError: There are none where `empty` does not allow it, or an entry is repeated, frozen or sparse.
+    """
+    try:
+        leaves = (
+            [params] if isinstance(params, Tensor) else list(params.values() if isinstance(params, Mapping) else params)
+        )
+    except TypeError:
+        raise InputTypeError(
+            explain("params", f"a {type(params).__name__}", "a tensor or an iterable of tensors is needed")
+        ) from None
+    if not leaves and not empty:
+        todo = "A generator such as `model.parameters()` can be read once; pass a list to use it again."
+        raise InputError(explain("params", "empty", "at least one tensor is needed", todo))
+    seen: dict[int, int] = {}
+    for i, leaf in enumerate(leaves):
+        name = f"params[{i}]"
+        if not isinstance(leaf, Tensor):
+            raise InputTypeError(explain(name, f"a {type(leaf).__name__}", "a tensor is needed"))
+        if id(leaf) in seen:
+            raise InputError(explain(name, f"the same tensor as params[{seen[id(leaf)]}]", "each may stand there once"))
+        if not leaf.requires_grad:
+            todo = "Call `.requires_grad_()` on it before the function uses it, leave it out, or use the model_* calls."
+            if leaf.is_inference():
+                todo = "Make it outside torch.inference_mode(), or use the calls that take the model."
+            raise InputError(
+                explain(
+                    name, f"a tensor {tuple(leaf.shape)} that does not require grad", "its uses must be recorded", todo
+                )
+            )
+        if leaf.layout is not torch.strided:
+            raise InputError(explain(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it."))
+        seen[id(leaf)] = i
+    return leaves
+
+
+def split_input(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments: a tuple or a mapping is unpacked, None is no argument."""
+    if value is None:
+        return (), {}
+    if isinstance(value, tuple):
+        return value, {}
+    if isinstance(value, Mapping):
+        return (), dict(value)
+    return (value,), {}
+
+
+def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
+    """Return a copy of the inputs, and the leaves in it that have derivatives.
+
+    Leaves are used through a clone, so that a forward may write into its input. With `connected`, an input of the
+    caller's that requires grad is its own leaf.
+    """
+    values, tree = flatten(value, "input")
+    leaves: list[tuple[str, Tensor]] = []
+    copies = []
+    for name, item in zip(tree.names, values, strict=True):
+        if not isinstance(item, Tensor):
+            copies.append(item)
+            continue
+        item = out_of_inference(item)
+        if not is_differentiable(item):
+            copies.append(item.detach().clone() if item.layout is torch.strided else item)
+            continue
+        leaf = item if connected and item.requires_grad else item.detach().requires_grad_()
+        leaves.append((name, leaf))
+        copies.append(leaf.clone())
+    return tree.build(copies), leaves
+
+
+@contextmanager
+def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Describe what does not fit when a forward fails because of a dtype, a device or a fixed shape.
+
+    Raises:
+        InputError: An input has another dtype or device than the weights; torch's own error is its cause.
+        ModelStateError: An exported module was asked for another batch size than it was exported with.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        if (
+            isinstance(module, nn.Module)
+            and _FIXED_SHAPE.match(str(error))
+            and any(map(_is_exported, module.modules()))
+        ):
+            came = f"exported for fixed shapes ({str(error).splitlines()[0][:120]})"
+            needed = "samples are taken in batches of other sizes, down to one"
+            todo = "Export it with `dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)`, or pass the original module."
+            raise ModelStateError(explain("model", came, needed, todo)) from error
+        if isinstance(error, AssertionError):
+            raise
+        params = module.parameters() if isinstance(module, nn.Module) else iter(())
+        weight = next((p for p in params if p.is_floating_point()), None)
+        if weight is None or isinstance(error, JacopsError):
+            raise
+        for tensor in tensors:
+            if tensor.device != weight.device:
+                todo = f"Call `.to('{weight.device}')` on one of them."
+                needed = f"the model is on {weight.device}"
+                raise InputError(explain("input", f"on {tensor.device}", needed, todo)) from error
+            if tensor.dtype != weight.dtype and (tensor.is_floating_point() or "dtype" in str(error)):
+                todo = "Cast one of them; nothing is cast silently."
+                needed = f"the model is of {weight.dtype}"
+                raise InputError(explain("input", f"of {tensor.dtype}", needed, todo)) from error
+        raise
+
+
+# How the modules of torch.export begin to refuse a shape: the guards of `ExportedProgram.module()`, and what it and
+# `torch.export.unflatten` check before the first operation.
+_FIXED_SHAPE = re.compile(r"Guard failed: .*size\(\)|Expected input at .*shape\[")
+
+
+def _is_exported(module: nn.Module) -> bool:
+    return isinstance(module, torch.fx.GraphModule) or type(module).__module__.startswith("torch.export")
+
+
+def refuse_arrays(value: Any) -> None:
+    """Refuse NumPy arrays and bare numbers where a model's input is expected.
+
+    Raises:
+        InputTypeError: There is one; the message names it.
+    """
+    for leaf, name in zip(*_named(value), strict=True):
+        if isinstance(leaf, np.ndarray) or (isinstance(value, list) and isinstance(leaf, int | float)):
+            came = "an array" if isinstance(leaf, np.ndarray) else "a number in a list"
+            raise InputTypeError(
+                explain(
+                    name,
+                    f"{came} ({type(leaf).__name__})",
+                    "a tensor is needed",
+                    "Convert it with torch.as_tensor(array.copy()).",
+                )
+            )
+
+
+def _named(value: Any) -> tuple[list[Any], tuple[str, ...]]:
+    leaves, tree = flatten(value, "input")
+    return leaves, tree.names

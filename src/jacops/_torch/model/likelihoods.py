@@ -1,0 +1,260 @@
+r"""Losses as negative log-likelihoods: of torch's own by their type, of any other by its slopes at drawn labels.
+
+The gradient of such a loss at a prediction $f$ with label $y$ is $\kappa\,(\mu(f) - y)$ with the mean $\mu$ of the
+label's distribution: a categorical one ($\mu$ the softmax), a Bernoulli one ($\mu$ the sigmoid), or a Gaussian one of
+fixed variance ($\mu = f$). The second derivative is $\kappa$ times the labels' covariance, whatever the label is, and
+therefore the Fisher matrix in the scale of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..._finite import is_finite
+from ..._runtime.contexts import (
+    arithmetic,
+    is_memory_error,
+    out_of_inference,
+    private_noise,
+    random_state_kept,
+    recording,
+)
+from ..._runtime.counter import Draws
+from ..._runtime.restoring import restoring
+from ...trees import Tree
+from .loss_facts import counted, counts_targets, reduction_of, terms_per_row, torch_loss
+from .losses import call_loss
+from .row_losses import RowLosses
+
+Kind = Literal["categorical", "gaussian", "bernoulli"]
+Slope = Callable[[Tensor, Any], Tensor]
+_KINDS: dict[str, Kind] = {
+    "cross_entropy": "categorical",
+    "mse_loss": "gaussian",
+    "binary_cross_entropy_with_logits": "bernoulli",
+}
+KNOWN = "CrossEntropyLoss, MSELoss, BCEWithLogitsLoss or their functions"
+# Sizes of noise at which slopes are compared: a loss that is quadratic, or logistic, nearby only is off at the second.
+_REACHES = (1.0, 1e3)
+_AGREES = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """What a loss is the negative log-likelihood of.
+
+    Attributes:
+        kind: The distribution of a label.
+        strength: The factor of a prediction's term in the loss: for torch's means, one over their number, times two
+            for squared errors.
+        real: Which of a sample's predictions count, `(n, m)`: positions of a categorical output, entries of others.
+    """
+
+    kind: Kind
+    strength: float
+    real: Tensor
+
+    def scale(self, rows: int) -> tuple[Tensor, float]:
+        """Return what `row_scale` does.
+
+        Terms are the predictions where the loss is a mean over all of them; rows, where it is a mean over rows or of a
+        size that no mean has; and a sum has the denominator 1.
+        """
+        each, ones = self.real.sum(1).double(), torch.ones(rows, dtype=torch.float64, device=self.real.device)
+        # Half a square is as usual as a whole one.
+        usual = (1.0, 2.0) if self.kind == "gaussian" else (1.0,)
+        total = float(each.sum())
+        means, by_rows, summed = (
+            any(abs(self.strength * count - size) <= 1e-3 * size for size in usual) for count in (total, rows, 1)
+        )
+        if means:
+            return each, total
+        return (ones, 1.0) if summed and not by_rows else (ones, float(rows))
+
+    def draw(self, output: Tensor, draws: Draws, many: int) -> Tensor:
+        """Return `(many, n, entries)`, cotangents at drawn labels whose squares are the loss's Hessian on average."""
+        n = self.real.shape[0]
+        if self.kind == "gaussian":
+            found = draws.normal(self.real, many).to(output)
+        elif self.kind == "bernoulli":
+            p = output.sigmoid().reshape(n, -1)
+            found = p - (draws.uniform(self.real, many) < p).to(p)
+        else:
+            axis = class_axis(output)
+            p = output.movedim(axis, -1).softmax(-1)
+            labels = draws.classes(p.reshape(*self.real.shape, -1), self.real, many).reshape(many, *p.shape[:-1])
+            found = p - torch.nn.functional.one_hot(labels, p.shape[-1]).to(p)
+            found = (found * self.real.reshape(p.shape[:-1]).unsqueeze(-1)).movedim(-1, axis + 1)
+            return self.strength**0.5 * found.reshape(many, n, -1)
+        return self.strength**0.5 * (found * self.real)
+
+
+def class_axis(output: Tensor) -> int:
+    """Return the axis of the classes, as torch's cross-entropy has it."""
+    return 1 if output.ndim > 1 else 0
+
+
+def positions(kind: Kind, output: Tensor) -> torch.Size:
+    """Return the shape of an output's predictions."""
+    return output.select(class_axis(output), 0).shape if kind == "categorical" else output.shape
+
+
+def label_like(kind: Kind, output: Tensor, loss: Any = None) -> Tensor:
+    """Return some labels, for what does not depend on them; none that a loss ignores."""
+    shape = positions(kind, output)
+    if kind != "categorical":
+        return output.new_zeros(shape)
+    classes, ignored = output.shape[class_axis(output)], getattr(loss, "ignore_index", -100)
+    allowed = torch.tensor([c for c in range(classes) if c != ignored] or [0], device=output.device)
+    return allowed[torch.arange(shape.numel(), device=output.device) % len(allowed)].reshape(shape)
+
+
+def _all_real(kind: Kind, output: Tensor) -> Tensor:
+    shape = positions(kind, output)
+    rows = shape[0] if len(shape) else 1
+    return torch.ones(rows, shape.numel() // max(1, rows), dtype=torch.bool, device=output.device)
+
+
+def known_kind(loss: Any) -> Kind | None:
+    """Return the distribution of labels under one of torch's own losses; None for any other loss."""
+    return _KINDS.get(torch_loss(loss) or "")
+
+
+def known_likelihood(losses: RowLosses, output: Tensor, y: Any) -> Likelihood | None:
+    """Return the likelihood of one of torch's own losses, which has no weights; None for any other."""
+    loss, kind = losses.loss, known_kind(losses.loss)
+    if kind is None:
+        return None
+    real = _all_real(kind, output)
+    if counts_targets(loss, y) and y.shape == positions(kind, output):
+        real = counted(loss, y).reshape(real.shape).to(real.device)
+    summed = reduction_of(loss) == "sum" or (reduction_of(loss) == "none" and losses.reduction == "sum")
+    terms = 1 if summed else max(1, int(real.sum()))
+    return Likelihood(kind, (2.0 if kind == "gaussian" else 1.0) / terms, real)
+
+
+@restoring
+def likelihood_of(
+    loss: Callable[[Any, Any], Tensor], outputs: Sequence[Tensor], tree: Tree, y: Any
+) -> Likelihood | None:
+    """Return the likelihood of any loss by its slopes at the one output that it depends on; None where it has none.
+
+    Args:
+        loss: `loss(output, y)`, one number.
+        outputs: The tensors of the model's output.
+        tree: How they make the output.
+        y: As in `computed_likelihood`.
+    """
+
+    @restoring
+    def slopes(parts: Sequence[Tensor], labels: Any) -> Sequence[Tensor | None]:
+        with recording(), random_state_kept():
+            leaves = [part.detach().requires_grad_() for part in parts]
+            value = call_loss(loss, tree.build([leaf.clone() for leaf in leaves]), labels)
+            return torch.autograd.grad(value, leaves, allow_unused=True)
+
+    with arithmetic(False):
+        y, own = out_of_inference(y) if isinstance(y, Tensor) else y, [out_of_inference(o.detach()) for o in outputs]
+        used = [0] if len(own) == 1 else [i for i, slope in enumerate(slopes(own, y)) if slope is not None]
+        if len(used) != 1:
+            return None
+        (place,) = used
+
+        def slope(at: Tensor, labels: Any) -> Tensor:
+            found = slopes([*own[:place], at, *own[place + 1 :]], labels)[place]
+            return torch.zeros_like(at) if found is None else found
+
+        return computed_likelihood(slope, own[place], y)
+
+
+def computed_likelihood(slope: Slope, output: Tensor, y: Any) -> Likelihood | None:
+    """Return the likelihood of a loss by its slopes at other outputs and other labels; None where it has none.
+
+    Args:
+        slope: The gradient of the loss by an output, for a target.
+        output: The model's output.
+        y: The target, by which it is known which predictions count; None where all do.
+    """
+    kinds: tuple[Kind, ...] = ("categorical", "bernoulli", "gaussian")
+    for kind in kinds:
+        shape = positions(kind, output)
+        whole = isinstance(y, Tensor) and not y.is_floating_point()
+        fits = y is None or (isinstance(y, Tensor) and y.shape == shape and whole == (kind == "categorical"))
+        if fits and (kind != "categorical" or output.ndim):
+            try:
+                found = _compared(slope, kind, output, label_like(kind, output) if y is None else y)
+            except Exception as error:
+                if is_memory_error(error):
+                    raise
+                continue  # a loss that refuses such labels
+            if found is not None:
+                return found
+    return None
+
+
+def row_scale(losses: RowLosses, y: Any, rows: int, computed: Callable[[], Likelihood | None]) -> tuple[Tensor, float]:
+    """Return of how many terms each row's own loss is the mean, `(rows,)`, and the denominator of the whole loss.
+
+    Times its number of terms a row's loss is a sum of terms, as in a sum over all rows; a loss of which the terms are
+    not known is taken for one term a row.
+
+    Args:
+        losses: Of the rows.
+        y: The target.
+        rows: How many there are.
+        computed: Computes the likelihood of a loss that is none of torch's own.
+    """
+    ones = torch.ones(rows, dtype=torch.float64)
+    if losses.reduction == "sum":
+        return ones, 1.0
+    if counts_targets(losses.loss, y):
+        terms = losses.denominators(y, rows)
+    elif (known := terms_per_row(losses.loss, y)) is not None:
+        terms = known * ones
+    elif torch_loss(losses.loss) or (found := computed()) is None:
+        terms = losses.denominators(y, rows) if losses.counts_targets(y) else ones
+    else:
+        return found.scale(rows)
+    total = float(terms.sum())
+    return terms, total if total > 0 else 1.0
+
+
+def _compared(slope: Slope, kind: Kind, output: Tensor, y: Tensor) -> Likelihood | None:
+    """Return a likelihood of this kind, if all slopes are one factor times the mean less the label."""
+    real = _all_real(kind, output)
+    if kind == "categorical":  # a label that costs nothing where all classes are as likely is an ignored one
+        real = slope(torch.zeros_like(output), y).abs().amax(class_axis(output)).reshape(real.shape) > 0
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for i, reach in enumerate(_REACHES):
+        at = output if i == 0 else output + private_noise(output, i)
+        labels, expected = _labels(kind, at, y, real.reshape(y.shape), reach, i)
+        pairs.append((slope(at, labels), expected))
+    strength = float(sum((g * e).sum() for g, e in pairs)) / max(float(sum(e.square().sum() for _, e in pairs)), 1e-300)
+    allowed = _AGREES.get(output.dtype, 1e-2)
+    agree = all(
+        is_finite(g) and bool(((g - strength * e).abs() <= allowed * strength * e.abs().max()).all()) for g, e in pairs
+    )
+    return Likelihood(kind, strength, real) if strength > 0 and agree else None
+
+
+def _labels(kind: Kind, at: Tensor, y: Tensor, real: Tensor, reach: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return other labels, and the mean less them at an output."""
+    if kind == "gaussian":
+        noise = reach * private_noise(at, 10 + seed) * real
+        return at + noise, -noise
+    if kind == "bernoulli":
+        labels = (private_noise(at, 10 + seed) > 0).to(at)
+        return labels, at.sigmoid() - labels
+    axis = class_axis(at)
+    present = y[real].unique()  # no class that may be the ignored one
+    if not present.numel():
+        return y, torch.zeros_like(at)
+    places = torch.randint(len(present), y.shape, generator=torch.Generator().manual_seed(10 + seed))
+    labels = torch.where(real, present[places.to(present.device)], y)
+    hot = torch.nn.functional.one_hot(torch.where(real, labels, 0).long(), at.shape[axis]).movedim(-1, axis).to(at)
+    return labels, (at.softmax(axis) - hot) * real.unsqueeze(axis)

@@ -1,0 +1,135 @@
+"""What the rest of the library uses of the torch backend; nothing else of it is imported from outside.
+
+Models are recorded (`record_model`, `record_closure`) as a `Linearization`, which pulls and pushes. Whole results have
+routes: `Samples` (by inputs, sample by sample), `WholeJacobian`, and matrices, diagonals and rows by layers.
+"""
+
+from __future__ import annotations
+
+from .bias.completeness import check_identity, check_slopes, summed
+from .bias.homogeneous import FollowedModel
+from .layers.blocks import mirror
+from .layers.factors import matrix_shape
+from .layers.part import RowFactors, slices
+from .layers.parts import Outer, Rows
+from .model.cut import At
+from .model.inputs import check_fallback, split_input
+from .model.likelihoods import (
+    KNOWN,
+    Likelihood,
+    computed_likelihood,
+    known_kind,
+    known_likelihood,
+    label_like,
+    likelihood_of,
+    row_scale,
+)
+from .model.loss_curvature import computed_convex
+from .model.loss_facts import counted_labels, is_convex
+from .model.losses import call_loss, one_row
+from .model.replica import bare, check_state, parameter_names, replicate
+from .model.row_losses import Reduction, RowLosses, Weighted
+from .routes.by_layers import ByLayers, PreparedFill, VerificationError
+from .routes.by_sample import Definition, SampleFactors
+from .routes.curvature import hessian_diagonal, hessian_layers
+from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
+from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
+from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
+from .routes.matrix_plan import MatrixPlan, fitted_chunk, layers_plan, matrix_plan
+from .routes.row_cotangents import row_cotangents
+from .routes.whole import layer_route
+from .routes.whole_matrix import Blocks, WholeJacobian, jacobian_blocks
+from .samples.batch import Samples
+from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
+from .samples.plan import ALONE, SamplePlan, planned
+from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
+from .sweeps.linearization import Linearization
+from .sweeps.nonfinite import Lost, pull_noting_losses
+from .sweeps.proofs import Proofs
+from .sweeps.record import Recording, record_closure, record_model
+from .sweeps.weights import check_kept, weights_of
+
+__all__ = [
+    "ALONE",
+    "At",
+    "Blocks",
+    "ByLayers",
+    "ConnectedModel",
+    "Definition",
+    "FollowedModel",
+    "Gradients",
+    "Group",
+    "JacobianFunction",
+    "KNOWN",
+    "Likelihood",
+    "Linearization",
+    "Lost",
+    "MatrixPlan",
+    "Outer",
+    "OuterGradients",
+    "Places",
+    "PreparedFill",
+    "Proofs",
+    "RECORDED",
+    "RecordedBatch",
+    "Recording",
+    "Reduction",
+    "RowFactors",
+    "RowLosses",
+    "Rows",
+    "SampleFactors",
+    "SamplePlan",
+    "Samples",
+    "VerificationError",
+    "Weighted",
+    "WholeJacobian",
+    "asymmetric",
+    "bare",
+    "by_leaf",
+    "call_loss",
+    "check_fallback",
+    "check_identity",
+    "check_kept",
+    "check_slopes",
+    "check_state",
+    "computed_convex",
+    "computed_likelihood",
+    "counted_labels",
+    "difference_step",
+    "disagreement",
+    "dropped",
+    "fitted_chunk",
+    "flat",
+    "gauss_newton_diagonal",
+    "gauss_newton_layers",
+    "gradient_tape",
+    "hessian_diagonal",
+    "hessian_layers",
+    "is_convex",
+    "is_plain",
+    "jacobian_blocks",
+    "known_kind",
+    "known_likelihood",
+    "label_like",
+    "layer_route",
+    "layers_plan",
+    "likelihood_of",
+    "matrix_plan",
+    "matrix_shape",
+    "mirror",
+    "nested",
+    "one_row",
+    "parameter_names",
+    "planned",
+    "pull_noting_losses",
+    "record_closure",
+    "record_model",
+    "replicate",
+    "row_cotangents",
+    "row_scale",
+    "separate",
+    "slices",
+    "split_input",
+    "summed",
+    "weights_of",
+]

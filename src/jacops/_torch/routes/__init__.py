@@ -1,0 +1,1 @@
+"""Ways to matrices, diagonals and rows by parameters, each proved against products."""

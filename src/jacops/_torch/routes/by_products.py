@@ -1,0 +1,100 @@
+"""Rows of a curvature matrix for parameters that no layer describes, by ordinary sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..._runtime.memory import Meter
+from ..._runtime.restoring import restoring
+from ..layers.blocks import ENTRIES
+from ..layers.sites import LayerOutput
+from ..sweeps.linearization import Linearization
+from .by_layers import Rows
+
+_ROWS = 64
+
+
+@dataclass(eq=False)
+class ByProducts:
+    """Parameters whose rows take products.
+
+    Attributes:
+        lin: By which parameters.
+        rows: Products with the curvature.
+        lost: The parameters, as parts of the flat vector.
+    """
+
+    lin: Linearization
+    rows: Rows
+    lost: list[slice]
+
+    @classmethod
+    def beside(cls, lin: Linearization, sites: Sequence[LayerOutput], rows: Rows) -> ByProducts:
+        """Return the parameters that none of the sites describes."""
+        described = {use.leaf for site in sites for use in site.uses}
+        slices = enumerate(lin.domain.slices)
+        return cls(lin, rows, [w for i, w in slices if i not in described and w.stop > w.start])
+
+    @property
+    def many(self) -> int:
+        """How many parameters these are."""
+        return sum(where.stop - where.start for where in self.lost)
+
+    def add(self, matrix: Tensor, weight: float, most: int) -> str:
+        """Add a half of their rows and columns times a weight; say how many there were."""
+        share = torch.full((self.lin.domain.dim,), weight, dtype=matrix.dtype, device=matrix.device)
+        for where in self.lost:
+            share[where] *= 0.5
+        for some in self._rounds(most):
+            matrix[some] += self._products(some) * share
+        return self._told
+
+    def add_diagonal(self, diagonal: Tensor, most: int) -> str:
+        """Add their entries of the diagonal; say how many there were."""
+        for some in self._rounds(most):
+            diagonal[some] += self._products(some)[:, some].diagonal()
+        return self._told
+
+    def working(self, most: int) -> float:
+        """Return the bytes held where an array may hold `most` numbers."""
+        if not self.lost:
+            return 0.0
+        fixed, each = self._measured
+        return fixed + each * min(_step(most), max(where.stop - where.start for where in self.lost))
+
+    @property
+    def _told(self) -> str:
+        return f"; {self.many} of {self.lin.domain.dim} parameters by ordinary sweeps" if self.lost else ""
+
+    def _rounds(self, most: int) -> Iterator[slice]:
+        """Yield rows that go into one pass."""
+        step = _step(most)
+        for where in self.lost:
+            for start in range(where.start, where.stop, step):
+                yield slice(start, min(start + step, where.stop))
+
+    @cached_property
+    @restoring
+    def _measured(self) -> tuple[float, float]:
+        """Bytes that do not depend on the number of rows to a pass, and bytes that each adds."""
+        start, peaks = self.lost[0].start, []
+        for many in (1, 1, 2):  # what the first pass sets up for all is no part of the others
+            with Meter() as meter:
+                found = self._products(slice(start, min(start + many, self.lin.domain.dim)))
+                peaks.append(meter.peak + found.untyped_storage().nbytes())
+                del found
+        each = max(peaks[2] - peaks[1], 1)
+        return float(max(0, peaks[0] - each)), float(each)
+
+    def _products(self, some: slice) -> Tensor:
+        return self.rows(self.lin.domain.units(some))
+
+
+def _step(most: int) -> int:
+    """Return how many rows go into a pass."""
+    return max(1, min(_ROWS, _ROWS * most // ENTRIES))

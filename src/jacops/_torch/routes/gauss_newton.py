@@ -1,0 +1,288 @@
+"""Gauss-Newton matrices through the outputs of layers: `J^T H J` with one sweep per output of a sample.
+
+The sweeps, shared by all samples, give the cotangents at every layer's output (`delta`, one per output entry). Where
+layers have one position per sample, `delta^T H delta` plays the part of second derivatives there and blocks follow as
+for a Hessian; elsewhere H is factored, and gradients sample by sample are summed as squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..._runtime.contexts import private_noise
+from ..._runtime.memory import Meter
+from ..._runtime.restoring import restoring
+from ..layers.blocks import Chunk, Found, add_blocks
+from ..layers.factors import LayerRows
+from ..layers.sites import LayerOutput, ParameterBlock, pays, settled, shadows
+from ..sweeps.batched import at_once, passed
+from ..sweeps.linearization import Linearization
+from .by_layers import Rehearsal, Rows
+from .by_products import ByProducts
+from .curvature import describable, is_plain, laid
+
+_STRIPE = 512
+
+
+def gauss_newton_layers(lin: Linearization, curvature: Rows, rows: Rows) -> GaussNewtonLayers | None:
+    """Return what the layers say of `J^T H J`; None where this does not apply.
+
+    Args:
+        lin: A model's output by its parameters, first axis samples.
+        curvature: Products with H, which keeps samples apart.
+        rows: Products with `J^T H J` by ordinary sweeps.
+    """
+    if len(lin.outputs) != 1 or lin.outputs[0].ndim == 0 or lin.outputs[0].numel() == 0:
+        return None
+    sites = describable(lin)
+    (output,) = lin.outputs
+    H = _blocks(curvature, output) if sites and output[0].numel() <= lin.domain.dim else None
+    sites = _proved(lin, sites) if H is not None else []
+    if H is None or not sites or not pays(sites, lin.domain.sizes, 2 * output[0].numel()):
+        return None
+    return GaussNewtonLayers(lin, sites, H, ByProducts.beside(lin, sites, rows))
+
+
+def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most: int) -> tuple[Tensor, str] | None:
+    """Return the diagonal of `J^T H J` and how it was found; None where no layer helps.
+
+    With H = V S V^T sample by sample, it is the sum of squared gradients along the columns of V (Dangel, Kunstner and
+    Hennig, 2020), and squares of outer products are outer products of squares.
+    """
+    if len(lin.outputs) != 1 or lin.outputs[0].ndim == 0 or lin.outputs[0].numel() == 0:
+        return None
+    (output,) = lin.outputs
+    if output[0].numel() >= lin.domain.dim or not is_plain(lin):
+        return None
+    layers, H = LayerRows(lin, output.shape[0]), _blocks(curvature, output)
+    if H is None or not layers.sites:
+        return None
+    before, slices = lin.sweeps, lin.domain.slices
+    diagonal = torch.zeros(lin.domain.dim, dtype=lin.domain.dtype, device=lin.domain.device)
+    operands, (values, factors) = [site.operand() for site in layers.sites], _factored(H)
+    for sign in (1, -1):
+        mine = (values.sign() == sign).to(factors.dtype)
+        seeds = (factors[:, :, k] * mine[:, k : k + 1] for k in range(H.shape[1]) if bool(mine[:, k].any()))
+        for leaf, squares in layers.column_squares(operands, (seed.view(output.shape) for seed in seeds), most):
+            diagonal[slices[leaf]].add_(squares.flatten(), alpha=sign)
+    swept, lost = lin.sweeps - before, [slices[leaf] for leaf in layers.missing]
+    told = ByProducts(lin, rows, lost).add_diagonal(diagonal, most)
+    return diagonal, f"through {len(layers.sites)} outputs of layers, {swept} sweeps{told}"
+
+
+@dataclass(eq=False)
+class GaussNewtonLayers:
+    """A Gauss-Newton matrix by what sweeps find at the outputs of layers.
+
+    Attributes:
+        lin: The model's output by its parameters.
+        sites: The layers.
+        H: The loss's second derivatives, sample by sample, `(n, entries, entries)`.
+        ordinary: The parameters that no site describes.
+    """
+
+    lin: Linearization
+    sites: Sequence[LayerOutput]
+    H: Tensor
+    ordinary: ByProducts
+
+    def add(self, matrix: Tensor, weight: float, most: int) -> str:
+        """Add a half of it times a weight, and say how it was done."""
+        before = self.lin.sweeps
+        add = _add_by_channels if self._by_channels(most) else _add_by_rows
+        add(self.lin, self.sites, self.H, matrix, weight, most)
+        swept = self.lin.sweeps - before
+        return f"through {len(self.sites)} outputs of layers, {swept} sweeps{self.ordinary.add(matrix, weight, most)}"
+
+    @restoring
+    def working(self, most: int) -> float:
+        """Return the bytes held on the way."""
+        space, sites, H = self.lin.domain, shadows(self.sites), self.H.to("meta")
+        nowhere = torch.empty(space.dim, space.dim, dtype=space.dtype, device="meta")
+        with Rehearsal() as meter:
+            if self._by_channels(most):
+                deltas = [H.new_empty(*H.shape[:2], site.channels) for site in sites]
+                held = float(meter.live)
+                place = max(range(len(sites)), key=lambda i: sites[i].channels)
+                _add_channels(sites[place:], H, deltas[place:], nowhere, 1.0, most)
+            else:
+                factors, signs = H.new_empty(3, *H.shape), H.new_empty(H.shape[0], 1)
+                one = [H.new_empty(H.shape[0], site.positions, site.channels) for site in sites]
+                held = float(meter.live)
+                _add_signed(sites, one, signs, nowhere, most)
+                del factors
+        return max(meter.peak, held + self._sweep, self.ordinary.working(most))
+
+    def _by_channels(self, most: int) -> bool:
+        share = max(sum(site.entries for site in self.sites) // 4, 1)
+        return all(site.positions == 1 for site in self.sites) and self.lin.outputs[0].numel() * share <= most
+
+    @cached_property
+    @restoring
+    def _sweep(self) -> float:
+        """Bytes that one sweep holds, measured."""
+        with Meter() as meter:
+            (output,) = self.lin.outputs
+            step = min(_at_once(self.sites, self.H.shape[0]), self.H.shape[1])
+            _swept(self.lin, self.sites, output.new_zeros(step, *output.shape))
+        return float(meter.peak)
+
+
+def _blocks(curvature: Rows, output: Tensor) -> Tensor | None:
+    """Return H sample by sample, `(n, entries, entries)`; None where it mixes samples."""
+    many, entries = output.shape[0], output[0].numel()
+    kept = _half(many, output)
+    noise = (private_noise(output) * kept.to(output.dtype).view(-1, *[1] * (output.ndim - 1))).reshape(1, -1)
+    if many > 1 and bool(curvature(noise).reshape(many, entries)[~kept].any()):
+        return None
+    H, step = output.new_empty(many, entries, entries), at_once(output.numel())
+    for start in range(0, entries, step):
+        some = range(start, min(start + step, entries))
+        found = curvature(_units(some, output).flatten(1))
+        H[:, start : some.stop] = found.view(-1, many, entries).transpose(0, 1)
+    return H
+
+
+def _units(some: range, output: Tensor) -> Tensor:
+    """Return cotangents `(m, n, entries)` that pick an entry of every sample."""
+    units = output.new_zeros(len(some), output.shape[0], output[0].numel())
+    units[range(len(some)), :, some] = 1
+    return units
+
+
+def _half(many: int, like: Tensor) -> Tensor:
+    return (torch.randperm(many, generator=torch.Generator().manual_seed(0)) < (many + 1) // 2).to(like.device)
+
+
+def _at_once(sites: Sequence[LayerOutput], many: int) -> int:
+    """Return how many cotangents share a pass."""
+    return at_once(many * sum(site.entries for site in sites))
+
+
+def _swept(lin: Linearization, sites: Sequence[LayerOutput], seeds: Tensor) -> list[Tensor | None]:
+    """Return cotangents at the outputs of sites, `(m, *as they are shaped there)`, for m of the model's output."""
+    (output,) = lin.outputs
+    return passed(lin, lin.outputs, [site.edge for site in sites], [seeds.view(-1, *output.shape)])
+
+
+def _proved(lin: Linearization, sites: Sequence[LayerOutput]) -> list[LayerOutput]:
+    """Return the sites at which a cotangent on half of the samples leaves exact zeros at the others."""
+    (output,) = lin.outputs
+    many, slices = output.shape[0], lin.domain.slices
+    if many == 1:
+        return settled(sites, slices)
+    kept = _half(many, output)
+    seed = private_noise(output) * kept.to(output.dtype).view(-1, *[1] * (output.ndim - 1))
+    layouts: dict[int, int] = {}
+    for i, (site, grad) in enumerate(zip(sites, _swept(lin, sites, seed), strict=True)):
+        for ahead in site.layouts(many):
+            if grad is None or not bool(LayerOutput(site.uses, many, ahead).spread(grad[0])[~kept].any()):
+                layouts[i] = ahead
+                break
+    return settled(laid(sites, many, layouts), slices)
+
+
+def _add_by_channels(
+    lin: Linearization, sites: Sequence[LayerOutput], H: Tensor, matrix: Tensor, weight: float, most: int
+) -> None:
+    many, entries = H.shape[:2]
+    (output,) = lin.outputs
+    deltas = [output.new_zeros(many, entries, site.channels) for site in sites]
+    step = _at_once(sites, many)
+    for start in range(0, entries, step):
+        some = range(start, min(start + step, entries))
+        for site, into, grads in zip(sites, deltas, _swept(lin, sites, _units(some, output)), strict=True):
+            if grads is not None:
+                into[:, start : some.stop] = site.spread_rows(grads)[:, :, 0].transpose(0, 1)
+    for place in range(len(sites)):
+        _add_channels(sites[place:], H, deltas[place:], matrix, weight, most)
+
+
+def _add_channels(
+    sites: Sequence[LayerOutput], H: Tensor, deltas: Sequence[Tensor], matrix: Tensor, weight: float, most: int
+) -> None:
+    """Add the first site's rows against its own and all later ones' columns."""
+    site, many = sites[0], H.shape[0]
+    left = (H @ deltas[0]).transpose(1, 2)
+    step = max(1, most // max(1, many * max(s.channels for s in sites)))
+    for start in range(0, site.channels, step):
+        some = slice(start, min(start + step, site.channels))
+        chunk = Chunk(slice(0, 1), some, most)
+        for later, delta in zip(sites, deltas, strict=True):
+            second = (left[:, some] @ delta).view(many, 1, -1, 1, later.channels)
+            add_blocks(matrix, site, chunk, later, Found(second, {}), weight)
+
+
+# ---- squares of gradients sample by sample -------------------------------------------------------------------------
+
+
+def _add_by_rows(
+    lin: Linearization, sites: Sequence[LayerOutput], H: Tensor, matrix: Tensor, weight: float, most: int
+) -> None:
+    """Add `G^T S G / 2` stripe by stripe, with G the gradients along H's eigenvectors and S the signs of its values."""
+    (output,) = lin.outputs
+    values, factors = _factored(H)
+    for k in range(H.shape[1]):
+        if not bool(values[:, k].any()):
+            continue
+        grads = _swept(lin, sites, factors[:, :, k].reshape(1, *output.shape))
+        deltas = [None if grad is None else site.spread(grad[0]) for site, grad in zip(sites, grads, strict=True)]
+        signs = (values[:, k].sign() * weight).to(H.dtype).unsqueeze(1)
+        _add_signed(sites, deltas, signs, matrix, most)
+
+
+def _factored(H: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, zero where they are no more than rounding, and H's factor V of `V S V^T`, S their signs."""
+    values, vectors = torch.linalg.eigh(H)
+    rounding = torch.finfo(H.dtype).eps * H.shape[1] * values.abs().amax(1, keepdim=True)
+    values = values.where(values.abs() > rounding, 0)
+    return values, vectors * values.abs().sqrt().unsqueeze(1)
+
+
+def _add_signed(
+    sites: Sequence[LayerOutput], deltas: Sequence[Tensor | None], signs: Tensor, matrix: Tensor, most: int
+) -> None:
+    for some in _samples(signs.shape[0], matrix.shape[0], most):
+        G = gradient_rows(sites, deltas, some, matrix)
+        _add_squares(matrix, G, G * signs[some])
+
+
+def _samples(many: int, width: int, most: int) -> Iterator[slice]:
+    step = max(1, most // max(1, width))
+    for start in range(0, many, step):
+        yield slice(start, min(start + step, many))
+
+
+def _add_squares(matrix: Tensor, G: Tensor, signed: Tensor) -> None:
+    """Add half of the symmetric `G^T signed`: blocks on the diagonal by half, those above it whole."""
+    size = matrix.shape[0]
+    for start in range(0, size, _STRIPE):
+        stop = min(start + _STRIPE, size)
+        left = G[:, start:stop].T
+        matrix[start:stop, start:stop].addmm_(left, signed[:, start:stop], alpha=0.5)
+        matrix[start:stop, stop:].addmm_(left, signed[:, stop:])
+
+
+def gradient_rows(sites: Sequence[LayerOutput], deltas: Sequence[Tensor | None], some: slice, like: Tensor) -> Tensor:
+    """Return gradients of some samples, `(samples, P)`, from cotangents at the sites; zero for parameters elsewhere."""
+    rows = like.new_zeros(some.stop - some.start, like.shape[0])
+    for site, delta in zip(sites, deltas, strict=True):
+        if delta is not None:
+            for panel in site.panels:
+                _add_gradients(panel, delta[some], some, rows)
+    return rows
+
+
+def _add_gradients(panel: ParameterBlock, delta: Tensor, some: slice, rows: Tensor) -> None:
+    if panel.operand is None:
+        values = delta if panel.factor is None else delta * panel.factor[some]
+        panel.parts[0].split(rows, 1)[..., 0].add_(panel.reduced(values))
+        return
+    found = delta[..., panel.channels].transpose(1, 2) @ panel.operand[some]
+    for part in panel.parts:
+        part.split(rows, 1).add_(found[..., part.columns])

@@ -1,0 +1,305 @@
+"""Gradients of single samples as outer products, by groups of parameters, over one recorded batch.
+
+A weight's gradient for one sample is a sum over positions (tokens, pixels, uses) of `left outer right`: the cotangent
+at its output and what it multiplied there. A bias is one more input that is always one. Nothing here forms a gradient
+of a whole weight, except to check itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..._ladder.failures import RouteFailedError, attempt
+from ..._runtime.agreement import worst_disagreement
+from ..._runtime.contexts import private_noise
+from ..._runtime.rows import plain
+from ..layers.orders import by_sample, find_orders
+from ..layers.uses import ParameterUse, cotangents, find_uses
+from ..sweeps.linearization import Linearization
+
+Form = Literal["outer", "lookup", "vector", "swept"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters whose curvature is one block.
+
+    Attributes:
+        form: `"outer"` and `"lookup"` come as `Outer`; `"vector"` as rows, by cotangents; `"swept"` as rows, by
+            ordinary sweeps, one for each sample.
+        leaves: The weight, and its bias if there is one.
+        turned: The weight is stored as input times output.
+    """
+
+    form: Form
+    leaves: tuple[int, ...]
+    turned: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class OuterGradients:
+    """Gradients `sum_t left[k, n, t, g] outer right[k, n, t, g]` of samples n under cotangents k, in g groups.
+
+    One side is the cotangent, with k; the other is what it multiplies, with 1 in place of k.
+
+    Attributes:
+        left: `(k or 1, n, t, g, p)`; or the entries looked up, `(n, t)`, integers.
+        right: `(k or 1, n, t, g, q)`.
+        swapped: The cotangent is on the right.
+    """
+
+    left: Tensor
+    right: Tensor
+    swapped: bool = False
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the left side holds entries of a table."""
+        return not self.left.is_floating_point()
+
+
+Gradients = list[OuterGradients] | Tensor  # uses of a weight, or rows (k, n, entries) of everything in the group
+
+
+class RecordedBatch:
+    """A recorded batch and where its parameters enter.
+
+    Args:
+        lin: A model's output `(samples, entries)` by its parameters.
+    """
+
+    def __init__(self, lin: Linearization) -> None:
+        self.lin = lin
+        (self.output,) = lin.outputs
+        found = find_uses(lin)
+        uses = [use for leaf in found.values() for use in leaf]
+        orders = dict(zip(uses, find_orders(lin, uses), strict=True)) if uses else {}
+        self.uses = {leaf: own for leaf, own in found.items() if all(orders[use] is not None for use in own)}
+        self._orders = orders
+        self._batched = True
+
+    @property
+    def samples(self) -> int:
+        """How many."""
+        return self.output.shape[0]
+
+    def entries(self, groups: Sequence[Group]) -> int:
+        """Return how many numbers one cotangent at the output costs."""
+        return sum(use.shape.numel() for group in groups for leaf in group.leaves for use in self.uses.get(leaf, []))
+
+    # ---- which parameters go together --------------------------------------------------------------------------
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return the parameters in groups, each parameter once, in the order of their weights."""
+        partners, grouped = self._biases(), []
+        taken = set(partners.values())
+        for leaf in range(len(self.lin.leaves)):
+            if leaf not in taken:
+                grouped.append(self._group(leaf, partners.get(leaf)))
+        return tuple(grouped)
+
+    def misfit(self, groups: Sequence[Group]) -> int | None:
+        """Return a leaf that enters this batch in another way than its group says."""
+        for group in groups:
+            for place, leaf in enumerate(group.leaves):
+                kinds = {use.kind for use in self.uses.get(leaf, [])}
+                wanted = {"outer": {"outer", "lookup"}, "lookup": {"lookup"}}.get(group.form, {"vector"})
+                known = group.form == "swept" or leaf in self.uses
+                if not known or (group.form != "swept" and not kinds <= ({"vector"} if place else wanted)):
+                    return leaf
+        return None
+
+    def _group(self, leaf: int, bias: int | None) -> Group:
+        uses = self.uses.get(leaf)
+        if uses is None:
+            return Group("swept", (leaf,))
+        kinds = {use.kind for use in uses}
+        if not uses or kinds == {"vector"}:
+            return Group("vector", (leaf,))
+        if "vector" in kinds:
+            return Group("swept", (leaf,))
+        if kinds == {"lookup"}:
+            return Group("lookup", (leaf,))
+        turned = next(use for use in uses if use.kind == "outer").turned
+        return Group("outer", (leaf,) if bias is None else (leaf, bias), turned)
+
+    def _biases(self) -> dict[int, int]:
+        """Return the bias of each weight that has one: added at the weight's own output, use by use."""
+        weights = {i: own for i, own in self.uses.items() if own and all(use.kind == "outer" for use in own)}
+        vectors = {i: own for i, own in self.uses.items() if own and all(use.kind == "vector" for use in own)}
+        if not weights or not vectors:
+            return {}
+        flat = [use for own in (*weights.values(), *vectors.values()) for use in own]
+        deltas = dict(zip(flat, cotangents(self.lin, flat, [private_noise(self.output)]), strict=True))
+        partners: dict[int, int] = {}
+        for exact in (True, False):  # the same operation first: a later sum has the same cotangent
+            for weight, own in weights.items():
+                rest = (i for i in vectors if i not in partners.values())
+                if weight not in partners and len({use.turned for use in own}) == 1:
+                    bias = next((i for i in rest if _is_bias(own, vectors[i], deltas, exact)), None)
+                    partners |= {} if bias is None else {weight: bias}
+        return partners
+
+    # ---- gradients ---------------------------------------------------------------------------------------------
+
+    def gradients(self, groups: Sequence[Group], seeds: Tensor) -> list[Gradients]:
+        """Return what each group's gradients are made of, under cotangents `(k, n, entries)` at the output."""
+        uses = [use for group in groups if group.form != "swept" for leaf in group.leaves for use in self.uses[leaf]]
+        deltas = dict(zip(uses, self._at_uses(uses, seeds), strict=True))
+        swept = self._by_sweeps([group.leaves[0] for group in groups if group.form == "swept"], seeds)
+        return [
+            swept[group.leaves[0]] if group.form == "swept" else self._gradients(group, deltas, seeds)
+            for group in groups
+        ]
+
+    def _at_uses(self, uses: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
+        """Return the rows `(k, n, t, …)` at every use, all cotangents in one sweep where that is known to be right."""
+        many = seeds.shape[0]
+        self.lin.sweeps += many
+        if many > 1 and self._batched and self.lin.may_batch("pull", False):
+            try:
+                swept = attempt(lambda: cotangents(self.lin, uses, [seeds], batched=True))
+                pairs = zip(uses, swept, strict=True)
+                return [torch.stack([self._rows(use, d) for d in delta]) for use, delta in pairs if delta is not None]
+            except RouteFailedError:
+                self._batched = False
+        singles = [cotangents(self.lin, uses, [seed]) for seed in seeds]
+        return [torch.stack([self._rows(use, own[i]) for own in singles]) for i, use in enumerate(uses)]
+
+    def _rows(self, use: ParameterUse, delta: Tensor) -> Tensor:
+        order = self._orders[use]
+        return by_sample(plain(use.rows(delta)), self.samples, order or "sample first")
+
+    def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:
+        (leaf, *bias), uses = group.leaves, self.uses[group.leaves[0]]
+        if group.form == "vector":
+            shape = (seeds.shape[0], self.samples, self.lin.leaves[leaf].numel())
+            total = torch.zeros(shape, dtype=self.lin.leaves[leaf].dtype, device=seeds.device)
+            return sum((deltas[use].sum(2).reshape(shape) for use in uses), total)
+        return [self._outer(group, use, deltas[use], bool(bias)) for use in uses]
+
+    def _outer(self, group: Group, use: ParameterUse, delta: Tensor, with_one: bool) -> OuterGradients:
+        order = self._orders[use] or "sample first"
+        operand = by_sample(_given(use.operand), self.samples, order)
+        if use.kind == "lookup":
+            if group.form == "lookup":
+                return OuterGradients(operand, delta.unsqueeze(3), swapped=True)
+            table = self.lin.leaves[group.leaves[0]]
+            entries = torch.nn.functional.one_hot(operand, table.shape[0]).to(table.dtype)[None, :, :, None]
+            sides = (delta.unsqueeze(3), entries) if group.turned else (entries, delta.unsqueeze(3))
+            return OuterGradients(*sides, swapped=not group.turned)
+        if with_one:
+            operand = torch.cat([operand, operand.new_ones(*operand.shape[:-1], 1)], -1)
+        swapped = use.turned != group.turned
+        return OuterGradients(operand[None], delta, swapped) if swapped else OuterGradients(delta, operand[None])
+
+    def _by_sweeps(self, leaves: Sequence[int], seeds: Tensor) -> dict[int, Tensor]:
+        """Return rows `(k, n, entries)` of some leaves by ordinary sweeps, one for each cotangent and sample."""
+        if not leaves:
+            return {}
+        own, (many, n) = self._part(leaves), seeds.shape[:2]
+        kinds = zip(own.domain.sizes, own.domain.dtypes, strict=True)
+        rows = [seeds.new_empty(many * n, entries, dtype=dtype) for entries, dtype in kinds]
+        chunk = own.chunk(many * n)
+        for start in range(0, many * n, chunk):
+            where = torch.arange(start, min(start + chunk, many * n), device=seeds.device)
+            alone = seeds.new_zeros(len(where), *seeds.shape[1:])
+            alone[torch.arange(len(where)), where % n] = seeds[where // n, where % n]
+            for whole, found in zip(rows, own.pull_rows([alone]), strict=True):
+                whole[where] = found.flatten(1)
+        self.lin.sweeps += own.sweeps
+        return {leaf: whole.unflatten(0, (many, n)) for leaf, whole in zip(leaves, rows, strict=True)}
+
+    def _part(self, leaves: Sequence[int]) -> Linearization:
+        """Return a linearization of some of the leaves."""
+        lin = self.lin
+        own = Linearization(
+            [lin.leaves[i] for i in leaves],
+            lin.outputs,
+            leaf_names=[lin.domain.names[i] for i in leaves],
+            output_names=lin.codomain.names,
+            call=lin.call,
+            private=lin.private,
+            trust=lin.trust,
+            fallback=lin.fallback,
+            aliased_leaves=[(leaves.index(i), other) for i, other in lin.aliased_leaves if i in leaves],
+        )
+        own.protected, own.tolerance = lin.protected, lin.tolerance
+        return own
+
+    # ---- are they right? ---------------------------------------------------------------------------------------
+
+    def confirmed(self, groups: Sequence[Group], seeds: Tensor, found: Sequence[Gradients]) -> bool:
+        """Hold gradients, put together under random weights, against one plain sweep."""
+        mix = private_noise(seeds[:, 0, 0])
+        pulled = self.lin.pull([torch.tensordot(mix, seeds, 1)])
+        pairs = []
+        for group, gradients in zip(groups, found, strict=True):
+            own = assembled(gradients, mix, [self.lin.leaves[i] for i in group.leaves], group.turned)
+            for leaf, value in zip(group.leaves, own, strict=True):
+                gradient = pulled[leaf]
+                expected = torch.zeros_like(self.lin.leaves[leaf]) if gradient is None else gradient
+                pairs.append((value, plain(expected)))
+        return worst_disagreement(pairs) <= self.lin.tolerance
+
+    def stop_batching(self) -> bool:
+        """Sweep one cotangent at a time from now on; say whether that is a change."""
+        was, self._batched = self._batched, False
+        return was
+
+    def distrust(self) -> None:
+        """Take ordinary sweeps for all parameters from now on."""
+        self.uses = {}
+
+
+def _is_bias(
+    weights: list[ParameterUse], vectors: list[ParameterUse], deltas: dict[ParameterUse, Tensor], exact: bool
+) -> bool:
+    if len(weights) != len(vectors) or any(use.operand is not None for use in vectors):
+        return False
+    if exact:
+        return all(w.node is v.node for w, v in zip(weights, vectors, strict=True))
+    for w, v in zip(weights, vectors, strict=True):
+        at_weight, at_vector = w.rows(deltas[w]).flatten(1), v.rows(deltas[v]).flatten(1)
+        if at_weight.shape != at_vector.shape or not torch.equal(at_weight, at_vector):
+            return False
+    return True
+
+
+def _given(operand: Tensor | None) -> Tensor:
+    if operand is None:
+        raise RouteFailedError("an operation kept nothing that multiplies its parameter")
+    return operand
+
+
+def assembled(gradients: Gradients, mix: Tensor, leaves: Sequence[Tensor], turned: bool) -> list[Tensor]:
+    """Return one tensor per leaf: the sum over samples, and over cotangents under weights, of a group's gradients."""
+    if isinstance(gradients, Tensor):
+        return [torch.tensordot(mix.to(gradients.dtype), gradients.sum(1), 1).reshape(leaves[0].shape)]
+    total = None
+    for use in gradients:
+        if use.looks_up:
+            right = torch.tensordot(mix.to(use.right.dtype), use.right, 1).flatten(0, 1)[:, 0]
+            part = right.new_zeros(1, leaves[0].shape[0], right.shape[1])
+            part[0].index_add_(0, use.left.flatten(), right)
+        else:
+            along, other = (use.right, use.left) if use.swapped else (use.left, use.right)
+            mixed = torch.tensordot(mix.to(along.dtype), along, 1)
+            left, right = (other[0], mixed) if use.swapped else (mixed, other[0])
+            part = torch.einsum("ntgp,ntgq->gpq", left, right)
+        total = part if total is None else total + part
+    return [] if total is None else matrices_to_leaves(total, [leaf.shape for leaf in leaves], turned)
+
+
+def matrices_to_leaves(blocks: Tensor, shapes: Sequence[torch.Size], turned: bool) -> list[Tensor]:
+    """Return `(…, *weight)` and `(…, *bias)` from blocks `(…, g, p, q)`, whose last column is the bias."""
+    weight, *bias = shapes
+    lead = blocks.shape[:-3]
+    parts = [blocks[..., -1].reshape(*lead, *shape) for shape in bias]
+    body = blocks[..., :-1] if bias else blocks
+    return [(body.mT if turned else body).reshape(*lead, *weight), *parts]

@@ -1,0 +1,376 @@
+"""Input Jacobians sample by sample, in a few sweeps over whole batches where samples do not mix.
+
+One backward pass from the i-th output of every sample at once gives row i of every sample's Jacobian, if and only if
+no sample touches another. That is proved before it is believed (contract: three things together): no value is read
+out of a tensor; outputs alone and in the batch agree; and the batched Jacobian is what plain `autograd.grad` gives
+for a random cotangent, with exact zeros where the cotangent has them. Otherwise: one sample at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._finite import is_finite
+from ..._progress import track
+from ..._runtime.chunks import Chunks
+from ..._runtime.contexts import must_surface
+from ..._runtime.memory import Budget, given_tensors
+from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
+from ...trees import Selector, flatten, hint_at_labels, is_differentiable
+from ..model.cut import At
+from ..model.inputs import check_fallback
+from ..model.replica import bare, check_state
+from ..routes.whole_matrix import jacobian_blocks
+from ..sweeps.linearization import Linearization
+from ..sweeps.mixing import NOT_FINITE, UNDECIDED, coupled, differs, disagrees, read_tolerance, unbatchable, with_reads
+from ..sweeps.proofs import ProofStore
+from .bottleneck import GAIN, narrowest, sweep_split
+from .compiled import Compiler
+from .plan import ensure_fits, is_small, planned
+from .results import ALONE, Results, SampleJacobians
+from .runs import Run, Runner
+from .sweeps import sweep
+
+MODES = ("auto", "reverse", "forward", "split")
+
+
+@dataclass(frozen=True)
+class PartRuns:
+    """Runs of some samples without the others.
+
+    Attributes:
+        alone: One sample's run.
+        pieces: Which samples, and their outputs.
+    """
+
+    alone: Linearization | None
+    pieces: Iterable[tuple[Tensor, list[Tensor]]]
+
+
+class Samples:
+    """A model and a batch to be differentiated sample by sample.
+
+    Args:
+        model: A module, evaluated in eval mode, or a plain callable.
+        x: The batch: a tensor, or a tuple (positional) or dict (keyword) of tensors with one leading axis.
+        call: The public call on whose behalf this is done.
+        outputs: Which part of the output.
+        at: A cut at submodules.
+        checks: How often the batched route is checked.
+        fallback: What happens when it is left.
+        compile: Trace and compile sweeps by outputs where that proves right and faster.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        x: Any,
+        *,
+        call: str,
+        outputs: Selector = None,
+        at: At = None,
+        checks: str = "first",
+        fallback: str = "warn",
+        compile: bool = False,
+    ) -> None:
+        if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
+            model = bare(model)
+            check_state(model)
+        self.call, self.at, self.checks, self.fallback = call, at, checks, check_fallback(fallback)
+        if at is not None and not isinstance(model, nn.Module):
+            raise InputTypeError(
+                explain("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
+            )
+        self.values, self.input_tree = flatten(x, "x")
+        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
+        self.compiler = Compiler(self.runner, fallback) if compile and checks in ("first", "never") else None
+        self.count = self._check_inputs(x)
+        hint_at_labels(call, outputs, x)
+        self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
+        if not self.inputs and (at is None or at[0] is None):
+            raise NotDifferentiableError(
+                explain(
+                    "x",
+                    "without floating-point tensors",
+                    "integer inputs have no derivative",
+                    "Differentiate by the embedding's output with `at='path.to.embedding'`.",
+                )
+            )
+
+    def _check_inputs(self, x: Any) -> int:
+        if not isinstance(x, Tensor | tuple | dict) or not self.values:
+            raise InputTypeError(
+                explain(
+                    "x",
+                    f"a {type(x).__name__}",
+                    "a tensor is needed (or a tuple or dict of tensors)",
+                    "Convert it with torch.as_tensor(x.copy()).",
+                )
+            )
+        lengths = {}
+        for name, value in zip(self.input_tree.names, self.values, strict=True):
+            if not isinstance(value, Tensor):
+                raise InputTypeError(
+                    explain(
+                        name,
+                        f"a {type(value).__name__}",
+                        "a tensor is needed",
+                        "Convert it with torch.as_tensor(array.copy()).",
+                    )
+                )
+            if value.is_complex():
+                raise NotDifferentiableError(
+                    explain(
+                        name,
+                        "complex",
+                        "a Jacobian by samples is real",
+                        "Pass torch.view_as_real(x) and rebuild it inside the model.",
+                    )
+                )
+            if value.layout is not torch.strided:
+                raise InputError(
+                    explain(name, f"of layout {value.layout}", "it must be dense", "Call `.to_dense()` on it.")
+                )
+            if value.ndim == 0:
+                raise InputError(explain(name, "a scalar", "its first axis must run over samples"))
+            lengths[name] = value.shape[0]
+        if len(set(lengths.values())) > 1:
+            raise InputError(explain("x", f"of lengths {lengths}", "all inputs must have one row per sample"))
+        return next(iter(lengths.values()))
+
+    # ---- all samples -----------------------------------------------------------------------------------------
+
+    def jacobians(
+        self,
+        batch_size: int,
+        progress: bool | None = None,
+        *,
+        budget: Budget = None,
+        out: Any = None,
+        mode: str = "auto",
+    ) -> SampleJacobians:
+        """Return the Jacobians of all samples, at most `batch_size` of them to a sweep.
+
+        Args:
+            batch_size: Most samples to a sweep.
+            progress: Force the progress bar on or off.
+            budget: Bytes that result and working memory may take.
+            out: Where to write, one tensor or array per Jacobian.
+            mode: One of `MODES`.
+        """
+        if mode not in MODES:
+            raise InputError(explain("mode", repr(mode), f"one of {MODES} is needed"))
+        result = Results(self.call, self.count, budget, given_tensors(out))
+        if self.count == 0:
+            result.prepare(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values]), alone=True)
+            return self._finished(result, "no samples")
+        if budget is not None or not is_small(self, batch_size):
+            batch_size = ensure_fits(self, planned(self, batch_size, budget, mode, out is None)).chunk
+        chunks, reason = Chunks(self.count, batch_size), "one sample" if self.count == 1 else None
+        for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
+            if self.compiler and where.stop >= chunks.rows:  # a graph takes one number of samples
+                where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
+            with chunks.halving(where, self.call, "samples"):
+                reason = self._swept(result, where, mode, reason)
+        how = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
+        return self._finished(result, how)
+
+    def _swept(self, result: Results, where: slice, mode: str, reason: str | None) -> str | None:
+        """Fill in some samples; return why they had to be taken one at a time, if they had."""
+        if reason is None and where.stop - where.start > 1:
+            reason = self._chunk(result, where, mode)
+            if reason is not None:
+                self._say(reason)
+        if reason is not None or where.stop - where.start == 1:
+            for i in range(where.start, where.stop):
+                self._alone(result, i)
+        if not result.proved:  # now, while they are in the cache
+            result.sure &= all(is_finite(block[where]) for row in result.blocks for block in row)
+        return reason
+
+    def _finished(self, result: Results, route: str) -> SampleJacobians:
+        if result.tree is None:
+            raise ModelStateError(explain("model", "not evaluated", "at least one sample must run"))
+        tree, inputs = self.input_tree, self.inputs
+        if self.at is not None and not (isinstance(self.at, tuple) and self.at[0] is None):
+            tree, inputs = flatten(0, "at")[1], [0]
+        return SampleJacobians(result.blocks, result.tree, tree, inputs, route, result.outputs, result.sure)
+
+    def _say(self, reason: str) -> None:
+        message = f"{self.call}: {reason}; so every sample was differentiated alone, in a batch of one."
+        if self.fallback == "error":
+            raise NotDifferentiableError(f"{self.call}: {reason}, and fallback='error' forbids one sample at a time.")
+        if self.fallback == "warn":
+            warn(message)
+
+    def _alone(self, result: Results, i: int) -> None:
+        run = self.runner.run([v[i : i + 1] for v in self.values])
+        shapes = result.prepare(run, alone=True)
+        blocks = jacobian_blocks(run.lin)
+        for out, rows in enumerate(blocks):
+            result.outputs[out][i] = run.lin.outputs[out].detach().reshape(shapes[out])
+            for leaf, block in enumerate(rows):
+                result.blocks[out][leaf][i] = block.reshape(result.blocks[out][leaf].shape[1:])
+
+    def _chunk(self, result: Results, where: slice, mode: str) -> str | None:
+        """Fill in one batch by shared sweeps; return why not if samples mix."""
+        values, many = [v[where] for v in self.values], where.stop - where.start
+        store = self.runner.store(values)
+        if self.compiler and self.compiler.fill(result, where, values, store):
+            return None
+        try:
+            run, parts = self._recorded(values, store, mode)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, JacopsError) or must_surface(error):
+                raise
+            self.runner.run([v[:1] for v in self.values])  # where it fails alone too, that is the error to see
+            return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"
+        known = run.lin.trust.refusal("samples", "together")
+        if known is not None:
+            return known.reason
+        reason, swept = self._mixing(run, values, parts), run
+        if reason is None:
+            result.prepare(run)
+            reason, swept = self._filled(result, where, run, values, store, parts is not None, mode)
+        decided, reason = reason != UNDECIDED, reason or None
+        if reason is None and parts is None and run.lin.trust.spot_due():
+            reason = self._spot(result, where, run, values)
+        if reason is not None:
+            if reason != NOT_FINITE:
+                run.lin.trust.refuse("samples", "together", reason)
+            return reason
+        if parts is not None and decided and any(bool((v != v[:1]).any()) for v in values):
+            # Equal rows prove nothing: they agree anyway.
+            for proofs in (run.lin.trust, swept.lin.trust):
+                proofs.remember("samples apart", many)
+        for out, tensor in enumerate(run.lin.outputs):
+            result.outputs[out][where] = tensor.detach()
+        if self.compiler and result.direction.startswith("reverse"):
+            self.compiler.consider(result, where, run, values, store)
+        return None
+
+    def _recorded(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> tuple[Run, PartRuns | None]:
+        """Record a batch, and ask what is known of its graph.
+
+        Returns:
+            The run, and runs of its parts to hold it against, where it still has to be proved that samples are apart.
+        """
+        many = values[0].shape[0]
+        if store.assumed is not None or self.checks == "never":
+            run = self._known_split(values, store, mode) or self.runner.run(values, store)
+            proofs = run.lin.trust
+            if proofs.refusal("samples", "together") is not None or not proofs.needs("samples apart", many):
+                return run, None
+            del run, proofs  # its graph would stand beside those of the parts
+        parts = self._parts(values, many, store)
+        run = self.runner.run(values, store)
+        if parts.alone is not None:
+            run.lin.compare(parts.alone)
+        return run, parts
+
+    def _known_split(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
+        """Record the run cut where earlier calls found that it pays; None where the whole is to be recorded."""
+        effects, path = store.assumed, store.known.get("split")
+        if mode not in ("auto", "split") or path is None or effects is None:
+            return None
+        run = self.runner.split(values, store, effects, path)
+        return None if run is None or run.lin.trust.needs("samples apart", values[0].shape[0]) else run
+
+    def _filled(
+        self,
+        result: Results,
+        where: slice,
+        run: Run,
+        values: Sequence[Tensor],
+        store: ProofStore,
+        fresh: bool,
+        mode: str,
+    ) -> tuple[str | None, Run]:
+        """Fill in one batch, split at a narrow layer where that saves sweeps.
+
+        Returns:
+            Why samples mix, None where they do not; and the run that was swept.
+        """
+        split, strict = self._split(run, values, store, mode), self.checks == "strict"
+        result.proved = False
+        if split is not None and split.head is not None:
+            result.direction, result.proved = sweep_split(split.head, split.lin, result.blocks, where)
+            reason = coupled(run.lin, result.blocks, where, strict) if fresh else None
+            if not reason:
+                return reason, split
+            run.lin.trust.split, result.proved = {}, False
+            store.known.pop("split", None)
+        result.direction = sweep(run.lin, result.blocks, where, "auto" if mode == "split" else mode)
+        return coupled(run.lin, result.blocks, where, strict) if fresh else None, run
+
+    def _split(self, run: Run, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
+        """Return the run cut at the narrowest layer that saves sweeps; None where there is none.
+
+        Raises:
+            InputError: A split was asked for, and there is no layer that everything passes through.
+        """
+        if run.head is not None or mode not in ("auto", "split"):
+            return run if run.head is not None else None
+        lin, known = run.lin, run.lin.trust.split
+        if mode not in known:
+            simple = self.at is None and len(lin.outputs) == len(lin.leaves) == 1 and bool(run.widths)
+            rows, columns = lin.outputs[0].shape[1:].numel(), lin.leaves[0].shape[1:].numel()
+            gain = GAIN if mode == "auto" else 0.0
+            known[mode] = narrowest(run.widths, rows, columns, gain) if simple else None
+        path = known[mode]
+        split = self.runner.split(values, store, run.effects, path) if path is not None else None
+        store.latest = lin.trust
+        if split is None:
+            known[mode] = None
+            if mode == "split":
+                todo = "Use mode='auto', or cut the model yourself with `at=`."
+                raise InputError(explain("mode", "'split'", "no layer was found that everything passes through", todo))
+        else:
+            store.known["split"] = path
+        return split
+
+    # ---- do samples mix? -------------------------------------------------------------------------------------
+
+    def _parts(self, values: Sequence[Tensor], many: int, store: ProofStore) -> PartRuns:
+        """Return outputs of one sample and of a random half, each run without the others."""
+        if store.latest is not None and store.latest.effects is not None and store.latest.effects.reads:
+            return PartRuns(None, [])  # every sample will be run alone
+        order = torch.randperm(many, generator=torch.Generator().manual_seed(0))
+        alone, parts = None, []
+        for picked in (order[:1], order[: max(1, many // 2)].sort().values):
+            run = self.runner.run([v[picked.to(v.device)] for v in values])
+            alone = alone or run.lin
+            parts.append((picked, [o.detach() for o in run.lin.outputs]))
+        return PartRuns(alone, parts)
+
+    def _mixing(self, run: Run, values: Sequence[Tensor], parts: PartRuns | None) -> str | None:
+        """Return what speaks against shared sweeps before any is made; None where nothing does."""
+        many = values[0].shape[0]
+        reason = unbatchable(run.lin if run.head is None else run.head, run.effects, many)
+        if reason is not None or (parts is None and not run.effects.reads):
+            return reason
+        pieces, most = parts.pieces if parts is not None else (), run.lin.tolerance
+        if run.effects.reads:  # other samples may take other paths: only outputs of every one alone can tell
+            pieces = zip(torch.arange(many).split(1), self.runner.outputs_alone(values, run.effects), strict=True)
+            most = read_tolerance(run.lin)
+        for picked, outputs in pieces:
+            for whole, alone in zip(run.lin.outputs, outputs, strict=True):
+                reason = differs(whole, alone, picked, most)
+                if reason is not None:
+                    return with_reads(reason, run.effects)
+        return None
+
+    def _spot(self, result: Results, where: slice, run: Run, values: Sequence[Tensor]) -> str | None:
+        """Hold one sample of a batch against a run of it alone; return how they differ."""
+        picked = run.lin.trust.pick(where.stop - where.start)
+        alone = self.runner.run([v[picked : picked + 1] for v in values]).lin
+        for whole, one in zip(run.lin.outputs, alone.outputs, strict=True):
+            reason = differs(whole, one, torch.tensor([picked]), run.lin.tolerance)
+            if reason is not None:
+                return reason
+        return disagrees(alone, result.blocks, where.start + picked)

@@ -1,0 +1,251 @@
+"""Derivatives of derivatives, sample by sample: the Jacobians of a batch as one more function of the batch.
+
+A `ConnectedModel` is a model as a function that stays connected to its arguments; `JacobianFunction` of a function is
+its Jacobian, by sweeps that all samples share, connected again. `nested` differentiates that once more with all the
+evidence that `Samples` asks for. So samples are proved apart for the function and its derivatives alike: the slopes
+of a sample alone and in the batch agree, a cotangent on half of the samples leaves exact zeros on the others, and a
+plain sweep confirms the numbers. Otherwise every sample is taken alone, where a sweep over a batch of one is plain
+autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._ladder.failures import RouteFailedError
+from ..._runtime.contexts import autocast_on, norms_written_out
+from ..._runtime.rows import Rows, plain
+from ...errors import NotDifferentiableError
+from ...trees import Tree, flatten, is_differentiable, output_leaves
+from ..sweeps.graph import inspect_graph
+from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm
+from ..sweeps.linearization import Linearization
+from ..sweeps.proofs import Proofs, ProofStore, identity_key, store_for
+from ..sweeps.record import setting
+from .batch import Samples
+from .runs import Runner
+
+RECORDED = 64  # samples: a graph of so few costs little to keep, and a second forward would take as long as its sweeps
+
+
+class ConnectedModel:
+    """A model in eval mode as a function of its inputs, connected to those that require grad.
+
+    Args:
+        samples: The model with the batch it was asked about.
+
+    Attributes:
+        tree: The structure of the output of the last call.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        known = samples.runner
+        self.runner = Runner(
+            known.model, known.input_tree, known.call, known.outputs, None, known.checks, known.fallback, True
+        )
+        self.tree: Tree | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return the outputs, one tensor per leaf of the output."""
+        run = self.runner.run(flatten(kwargs or args, "x")[0])
+        self.tree = run.tree
+        return tuple(run.lin.outputs)
+
+
+class JacobianFunction:
+    """The Jacobians of all samples of a batch, `(n, *out, *in)`, as a function that can be differentiated again.
+
+    Args:
+        function: Takes tensors with one row per sample, gives a tree of such.
+        call: The public call on whose behalf this is done.
+
+    Attributes:
+        linear: The graphs of `function` and of its slopes hold only operations whose backward is linear whatever the
+            cotangent is.
+        recorded: Inputs and outputs of the last call of `function`, with their graph, unless that is linear or has
+            many samples.
+    """
+
+    def __init__(self, function: Callable[..., Any], call: str) -> None:
+        self.function, self.call = function, call
+        self.linear = True
+        self.recorded: tuple[list[Tensor], list[Tensor]] | None = None
+        self._met: dict[str, None] = {}
+
+    @property
+    def functions(self) -> list[str]:
+        """Names of the custom autograd Functions that were met, here and further inside."""
+        return list(dict.fromkeys([*getattr(self.function, "functions", ()), *self._met]))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return a tensor per output and input, outputs first.
+
+        Raises:
+            NotDifferentiableError: A backward on the way is marked once_differentiable.
+            RuntimeError: Several samples, and an output without an axis for them.
+        """
+        values, tree = flatten(kwargs or args, "x")
+        leaves = [v if v.requires_grad else v.detach().requires_grad_() for v in values if is_differentiable(v)]
+        each = iter(leaves)
+        given = tree.build([next(each) if is_differentiable(v) else v for v in values])
+        outputs = self._recorded(given)
+        many = leaves[0].shape[0]
+        for output in outputs:
+            if many > 1 and (output.ndim == 0 or output.shape[0] != many):
+                raise RuntimeError(f"an output of shape {tuple(output.shape)} has no axis of {many} samples first")
+        lin = Linearization(
+            leaves,
+            outputs,
+            leaf_names=[f"input[{i}]" for i in range(len(leaves))],
+            output_names=[f"output[{i}]" for i in range(len(outputs))],
+            call=self.call,
+            private=True,
+            trust=Proofs("never"),
+            coarse=autocast_on(outputs),
+        )
+        slopes = _shared_sweeps(lin, many)
+        self.linear = all_linear(lin.graph_info.nodes) and all_linear(first_slope(slopes))
+        self.recorded = (leaves, outputs) if many <= RECORDED and not self.linear else None
+        self._note(lin, slopes)
+        return tuple(slopes)
+
+    def _recorded(self, given: Any) -> list[Tensor]:
+        """Record the function; with norms written out where their fused kernels would be differentiated three times."""
+
+        def run() -> list[Tensor]:
+            return output_leaves(self.function(**given) if isinstance(given, dict) else self.function(*given))[0]
+
+        if isinstance(self.function, JacobianFunction):
+            with norms_written_out():
+                return run()
+        outputs = run()
+        many = next(v.shape[0] for v in flatten(given, "x")[0])
+        columns = sum(v[:1].numel() for v in flatten(given, "x")[0] if is_differentiable(v))
+        if _pays_to_push(sum(o.numel() for o in outputs) // many, columns) and has_fused_norm(
+            inspect_graph(outputs).nodes
+        ):
+            with norms_written_out():
+                return run()
+        return outputs
+
+    def _note(self, lin: Linearization, slopes: Rows) -> None:
+        self._met |= dict.fromkeys(lin.graph_info.functions)
+        if lin.graph_info.functions and inspect_graph(slopes).refuses_twice:
+            raise NotDifferentiableError(
+                f"{self.call}: the graph holds {', '.join(self.functions)}, whose backward is marked "
+                "once_differentiable: its second derivative does not exist, and torch would drop it silently. Write "
+                "its backward with differentiable operations."
+            )
+
+
+def _shared_sweeps(lin: Linearization, many: int) -> Rows:
+    """Return `(n, *out, *in)` for every output and leaf, with a graph, by the fewer of pulls and pushes."""
+    batched = [o.ndim > 0 and o.shape[0] == many for o in lin.outputs]
+    outs = [o.shape[1:] if b else o.shape for o, b in zip(lin.outputs, batched, strict=True)]
+    ins = [leaf.shape[1:] for leaf in lin.leaves]
+    rows, columns = sum(shape.numel() for shape in outs), sum(shape.numel() for shape in ins)
+    parts: list[list[Tensor]] | None = None
+    if _pays_to_push(rows, columns):
+        try:
+            parts = _pushed(lin)
+        except RouteFailedError:
+            parts = None
+    parts = parts or _pulled(lin, many)
+    return [
+        part.reshape(many, *out, *inner)
+        for line, out in zip(parts, outs, strict=True)
+        for part, inner in zip(line, ins, strict=True)
+    ]
+
+
+def _pays_to_push(rows: int, columns: int) -> bool:
+    return 2 * (columns + 1) < rows  # a push sweeps a graph twice as long
+
+
+def _pulled(lin: Linearization, many: int) -> list[list[Tensor]]:
+    """Return `(n, out entries, *in)` for every output and leaf by one pull per output entry."""
+    result = []
+    for index, output in enumerate(lin.outputs):
+        entries = output.numel() // many
+        lines: list[list[Tensor]] = [[] for _ in lin.leaves]
+        for entry in range(entries):
+            seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
+            seed[:, entry] = 1
+            # One that requires grad makes once_differentiable backwards leave a mark instead of dropping their part.
+            seed.requires_grad_(bool(lin.graph_info.functions))
+            seeds = [seed.view(output.shape) if i == index else None for i in range(len(lin.outputs))]
+            for line, leaf, grad in zip(lines, lin.leaves, lin.pull(seeds, create_graph=True), strict=True):
+                line.append(torch.zeros_like(leaf) if grad is None else plain(grad))
+        pairs = zip(lines, lin.leaves, strict=True)
+        result.append([torch.stack(line, 1) if line else leaf.new_zeros(many, 0) for line, leaf in pairs])
+    return result
+
+
+def _pushed(lin: Linearization) -> list[list[Tensor]]:
+    """Return `(n, *out, in entries)` for every output and leaf by one push per input entry."""
+    columns: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
+    for index, leaf in enumerate(lin.leaves):
+        for entry in range(leaf.shape[1:].numel()):
+            tangents = [torch.zeros((1, *other.shape), dtype=other.dtype, device=other.device) for other in lin.leaves]
+            tangents[index].view(leaf.shape[0], -1)[:, entry] = 1
+            for output, change in enumerate(lin.push_by_double_backward(tangents, create_graph=True)):
+                columns[output][index].append(change[0])
+    return [[torch.stack(column, -1) for column in line] for line in columns]
+
+
+@dataclass(frozen=True)
+class _Remembering(Runner):
+    """A runner whose verdicts are kept with the model that a nested function was made from."""
+
+    owner: Any = None
+    batch: tuple[Tensor, ...] = ()
+    kind: Hashable = None
+
+    def store(self, values: Sequence[Tensor]) -> ProofStore:
+        """Return what is known of the nested function at batches of these shapes."""
+        equal = all(bool((v == v[:1]).all()) for v in self.batch)  # such a batch proves nothing about another
+        parts = ("nested", self.kind, identity_key(self.outputs), equal, tuple(v.shape for v in values))
+        many = values[0].shape[0] if values else None
+        if isinstance(self.owner, nn.Module):
+            return store_for(self.owner, setting(self.owner, self.batch, *parts), self.checks, many)
+        arrays = tuple((v.shape, v.dtype, v.device) for v in self.batch)
+        return store_for(self.owner, (*parts, arrays, torch.get_default_dtype()), self.checks, many)
+
+
+def nested(
+    function: Callable[..., Any], x: Any, of: Samples, kind: Hashable, batch_size: int, progress: bool | None = None
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Return the Jacobians of a function made from a model, sample by sample, and what the function returned.
+
+    Args:
+        function: Made of `Forward` and `JacobianFunction`.
+        x: Its input, one row per sample.
+        of: The model and batch that were asked about.
+        kind: Tells this function of the model from others, in what is remembered.
+        batch_size: Samples to a sweep.
+        progress: Force the progress bar on or off.
+
+    Returns:
+        `J[output][input]`, each `(n, *out, *in)`, and the outputs `(n, *out)`.
+    """
+    known = of.runner
+    samples = Samples(function, x, call=of.call, checks=of.checks, fallback=of.fallback)
+    samples.runner = _Remembering(
+        function,
+        samples.input_tree,
+        of.call,
+        None,
+        None,
+        of.checks,
+        of.fallback,
+        owner=known.model,
+        batch=tuple(of.values),
+        kind=(kind, identity_key(known.outputs)),
+    )
+    found = samples.jacobians(batch_size, progress)
+    return found.blocks, found.output

@@ -1,0 +1,120 @@
+"""Where Jacobians of samples are written: tensors allocated once, or the caller's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..._runtime.memory import Budget, check_places, ensure_fits
+from ...errors import ModelStateError, explain
+from ...trees import Tree
+from .runs import Run
+
+Shapes = list[tuple[int, ...]]
+
+ALONE = "one sample at a time"  # how a route begins where samples could not share sweeps
+SAMPLES_TODO = (
+    "Pass fewer samples at a time, pick outputs with `outputs=`, write into a memmap with `out=`, use products "
+    "(`jvp`, `vjp`), or raise `budget=`."
+)
+
+
+@dataclass(frozen=True)
+class SampleJacobians:
+    """What came out.
+
+    Attributes:
+        blocks: `J[output][input]`, each `(n, *out, *in)`.
+        output_tree: The structure of the output.
+        input_tree: The structure of the input; None at inputs without derivatives.
+        inputs: Which entries of the input tree the columns stand for.
+        route: How it was computed and why.
+        output: The outputs themselves, one tensor per leaf, `(n, *out)`.
+        sure: All entries are known to be finite, by the sizes of what they were multiplied from.
+    """
+
+    blocks: list[list[Tensor]]
+    output_tree: Tree
+    input_tree: Tree
+    inputs: list[int]
+    route: str
+    output: list[Tensor]
+    sure: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Every sample was run in a batch of one."""
+        return self.route.startswith(ALONE)
+
+
+@dataclass
+class Results:
+    """Preallocated Jacobians, filled in place.
+
+    Attributes:
+        call: The public call.
+        count: Samples altogether.
+        budget: What may be allocated.
+        places: The caller's own tensors for the blocks, if given.
+        direction: How the last batch was swept.
+        blocks: `J[output][input]`.
+        outputs: The outputs.
+        tree: The output's structure.
+        sure: All blocks so far are known to be finite.
+        proved: Those of the last batch are, without having been read.
+    """
+
+    call: str
+    count: int
+    budget: Budget = None
+    places: list[Tensor] | None = None
+    direction: str = "reverse"
+    blocks: list[list[Tensor]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    tree: Tree | None = None
+    sure: bool = True
+    proved: bool = False
+    _shapes: Shapes = field(default_factory=list)
+
+    def prepare(self, run: Run, alone: bool = False) -> Shapes:
+        """Allocate at the first sight of the shapes, and return those of one sample's outputs.
+
+        Args:
+            run: A run over some samples.
+            alone: It is a run of one sample, whose output may have lost its batch axis.
+
+        Raises:
+            ModelStateError: Shapes change from sample to sample.
+            MemoryBudgetError: The result is beyond the budget.
+        """
+        outputs = run.lin.outputs
+        shapes = [tuple(o.shape if alone and not (o.ndim and o.shape[0] == 1) else o.shape[1:]) for o in outputs]
+        if self.tree is not None:
+            if self._shapes != shapes:
+                came = f"returning {shapes} after {self._shapes}"
+                raise ModelStateError(explain("model", came, "all samples must have outputs of one shape"))
+            return shapes
+        self._shapes, self.tree = shapes, run.tree
+        leaves = (run.head or run.lin).leaves
+        whole = [(self.count, *shape, *leaf.shape[1:]) for shape in shapes for leaf in leaves]
+        like = [output for output in outputs for _ in leaves]
+        if self.places is None:
+            self._check_budget(run, whole, like)
+            self.places = [torch.empty(s, dtype=o.dtype, device=o.device) for s, o in zip(whole, like, strict=True)]
+        else:
+            check_places(self.places, whole, like)
+        self.blocks = [self.places[i : i + len(leaves)] for i in range(0, len(whole), max(1, len(leaves)))]
+        self.blocks = self.blocks or [[] for _ in outputs]
+        pairs = zip(shapes, outputs, strict=True)
+        self.outputs = [torch.empty(self.count, *s, dtype=o.dtype, device=o.device) for s, o in pairs]
+        return shapes
+
+    def _check_budget(self, run: Run, whole: Sequence[tuple[int, ...]], like: Sequence[Tensor]) -> None:
+        sizes = [math.prod(shape) * o.dtype.itemsize for shape, o in zip(whole, like, strict=True)]
+        largest = f"the Jacobian {whole[sizes.index(max(sizes))]}" if whole else ""
+        if whole:
+            ensure_fits(self.call, {largest: sum(sizes)}, self.budget, like[0].device, SAMPLES_TODO)

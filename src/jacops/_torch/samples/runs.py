@@ -1,0 +1,223 @@
+"""Runs of a model over some samples, in eval mode, on private copies: whole, or cut at a narrow layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..._runtime.contexts import arithmetic, autocast_on, random_state_kept, recording
+from ..._runtime.restoring import restoring
+from ..._runtime.side_effects import SideEffects, SideEffectWatch
+from ...errors import ModelStateError, NotDifferentiableError, explain
+from ...trees import Selector, Tree, output_leaves, select
+from ..model.cut import At, Cut
+from ..model.inputs import forward_explained, private_inputs, split_input
+from ..model.replica import Replica, replicate
+from ..sweeps.graph import inspect_graph
+from ..sweeps.linearization import Linearization
+from ..sweeps.proofs import ProofStore, identity_key, store_for
+from ..sweeps.record import setting, watched
+from .bottleneck import separates, widths_noted
+
+
+@dataclass
+class Run:
+    """One recorded forward over some samples.
+
+    Attributes:
+        lin: From the inputs (or the layer that was cut) to the outputs.
+        tree: The structure of the output.
+        head: From the inputs to the layer that was cut, if one was.
+        widths: Numbers per sample that each submodule gives, where they were noted.
+    """
+
+    lin: Linearization
+    tree: Tree
+    head: Linearization | None = None
+    widths: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def effects(self) -> SideEffects:
+        """What the forward was seen to do besides arithmetic."""
+        return self.lin.trust.effects or SideEffects()
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What one forward left: outputs, the leaves it started from, and tensors before and after a cut."""
+
+    outputs: list[Tensor]
+    tree: Tree
+    leaves: list[tuple[str, Tensor]]
+    hidden: list[Tensor]
+    before: list[Tensor]
+    widths: dict[str, int | None]
+    protected: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How a model is run over samples.
+
+    Attributes:
+        model: A module, or a plain callable.
+        input_tree: The structure of its input.
+        call: The public call on whose behalf this is done.
+        outputs: Which part of the output.
+        at: A cut that the user asked for.
+        checks: How often routes are checked.
+        fallback: What happens when a fast route is left.
+        connected: Keep outputs connected to inputs of the caller's that require grad, for derivatives of derivatives.
+    """
+
+    model: Any
+    input_tree: Tree
+    call: str
+    outputs: Selector
+    at: At
+    checks: str
+    fallback: str
+    connected: bool = False
+
+    def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
+        """Record one forward; the first one of a graph is watched."""
+
+        @restoring
+        def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Run, Linearization]:
+            with watch or nullcontext():
+                done = self.record(values, effects, noting=watch is not None)
+            return done, done.lin
+
+        done = watched(store or self.store(values), record, self._parameters())
+        trust = done.lin.trust
+        trust.widths = done.widths = done.widths or trust.widths
+        return done
+
+    def store(self, values: Sequence[Tensor]) -> ProofStore:
+        """Return what is known of the model with inputs of these shapes."""
+        many = values[0].shape[0] if values else None
+        if isinstance(self.model, nn.Module):
+            key = setting(self.model, values, "samples", self.at, identity_key(self.outputs))
+        else:
+            arrays = tuple((v.shape, v.dtype, v.device) for v in values)
+            key = ("samples", arrays, identity_key(self.outputs), torch.get_default_dtype())
+        return store_for(self.model, key, self.checks, many)
+
+    def split(self, values: Sequence[Tensor], store: ProofStore, effects: SideEffects, path: str) -> Run | None:
+        """Record one forward cut at a submodule; None where that is no separator."""
+        try:
+            run = self.record(values, effects, path)
+        except ModelStateError:
+            return None
+        if run.head is None or not separates(run.lin, run.head.leaves):
+            return None
+        proofs = store.proofs(inspect_graph([*run.lin.outputs, *run.head.outputs]))  # of both parts
+        proofs.effects = proofs.effects or effects
+        for lin in (run.lin, run.head):
+            lin.rely_on(proofs)
+        return run
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the model's parameters and copies of its buffers, by name."""
+        if not isinstance(self.model, nn.Module):
+            return {}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return {name: p.detach() for name, p in self.model.named_parameters()} | buffers
+
+    def _parameters(self) -> list[Tensor]:
+        return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
+
+    def outputs_alone(self, values: Sequence[Tensor], effects: SideEffects) -> Iterator[list[Tensor]]:
+        """Yield the outputs of every sample alone, without gradient."""
+        replica = self._replica(effects)
+        for i in range(values[0].shape[0]):
+            replica = self._replica(effects) if effects.writes else replica
+            yield self._outputs([v[i : i + 1] for v in values], replica)
+
+    @restoring
+    def _outputs(self, values: Sequence[Tensor], replica: Replica | None) -> list[Tensor]:
+        with arithmetic(False):
+            return self._ran(values, replica).outputs
+
+    def _replica(self, effects: SideEffects) -> Replica | None:
+        if not isinstance(self.model, nn.Module):
+            return None
+        return replicate(self.model, training=False, cloned=effects.writes)
+
+    @restoring
+    def record(
+        self,
+        values: Sequence[Tensor],
+        effects: SideEffects,
+        path: str | None = None,
+        noting: bool = False,
+        state: dict[str, Tensor] | None = None,
+    ) -> Run:
+        """Record one forward, cut at `path` if there is one; with `noting` learn the widths of layers.
+
+        Args:
+            values: The samples.
+            effects: What earlier forwards were seen to do.
+            path: A submodule to cut at.
+            noting: Learn the widths of layers.
+            state: Take these parameters and buffers instead of the model's.
+        """
+        with recording(), random_state_kept():
+            done = self._ran(values, self._replica(effects), path, noting, state)
+        if any(t.is_complex() for t in done.outputs):
+            todo = "Return torch.view_as_real(output)."
+            raise NotDifferentiableError(
+                explain("the model's output", "complex", "a Jacobian by samples is real", todo)
+            )
+        named = [(str(path or self.at), leaf) for leaf in done.hidden] or done.leaves
+        lin = self._tape(named, dict(zip(done.tree.names, done.outputs, strict=True)), done.protected)
+        head = self._tape(done.leaves, {path: done.before[0]}, done.protected) if path is not None else None
+        return Run(lin, done.tree, head, done.widths)
+
+    def _ran(
+        self,
+        values: Sequence[Tensor],
+        replica: Replica | None,
+        path: str | None = None,
+        noting: bool = False,
+        state: dict[str, Tensor] | None = None,
+    ) -> _Ran:
+        widths: dict[str, int | None] = {}
+        module, given = (replica.module, replica.originals) if replica is not None else (None, {})
+        cut: Cut | None = None
+        copied, leaves = private_inputs(self.input_tree.build(values), self.connected)
+        args, kwargs = split_input(copied)
+        with forward_explained(self.model, values):
+            if module is not None:
+                cut = Cut(module, path or self.at)
+                look = widths_noted(module, values[0].shape[0], widths) if noting else nullcontext()
+                with cut.active(), look:
+                    done = functional_call(module, state, args, kwargs) if state else module(*args, **kwargs)
+                    output = cut.result(done)
+            else:
+                output = self.model(*args, **kwargs)
+        tensors, tree = output_leaves(select(output, self.outputs))
+        hidden, before = (cut.leaves, cut.before) if cut is not None else ([], [])
+        return _Ran(tensors, tree, leaves, hidden, before, widths, [p for p in given.values() if p.requires_grad])
+
+    def _tape(
+        self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], protected: list[Tensor]
+    ) -> Linearization:
+        lin = Linearization(
+            [leaf for _, leaf in leaves],
+            list(outputs.values()),
+            leaf_names=[name for name, _ in leaves],
+            output_names=list(outputs),
+            call=self.call,
+            private=True,
+            fallback=self.fallback,
+            coarse=autocast_on(list(outputs.values())),
+        )
+        lin.protected = protected
+        return lin

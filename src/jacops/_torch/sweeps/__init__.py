@@ -1,0 +1,1 @@
+"""Recorded graphs: linearisations, forward and backward sweeps over them, and what is proved about them."""

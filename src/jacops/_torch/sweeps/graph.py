@@ -1,0 +1,170 @@
+"""Reading a recorded graph: its wiring, which Python Functions it holds, and which leaves it ends in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+_REENTRANT = "CheckpointFunctionBackward"
+_TWICE_REFUSED = "Error"
+_SAVED, _RAW = "_saved_", "_raw_saved_"
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What one walk over a graph saw.
+
+    Attributes:
+        functions: Names of custom autograd Functions.
+        reentrant: A reentrant checkpoint is among them, which answers `backward()` only.
+        refuses_twice: A node stands where a `once_differentiable` backward cut the graph.
+        leaves: Identities of the leaf tensors the graph ends in.
+        nodes: All nodes with their places in the walk, which are the same for every graph of this wiring.
+        wiring: Types of nodes, their connections, and the numbers, flags and words that they hold.
+    """
+
+    functions: tuple[str, ...]
+    reentrant: bool
+    refuses_twice: bool
+    leaves: frozenset[int]
+    nodes: Mapping[Any, int]
+    wiring: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is the same for all nodes of a type.
+
+    Attributes:
+        name: The node's name.
+        scalars: Reads the saved values that are no tensors and no sizes.
+        tensors: Attributes of the saved tensors.
+        custom: It is a Python Function's.
+        leaf: It ends in a leaf.
+    """
+
+    name: str
+    scalars: attrgetter[Any] | None
+    tensors: tuple[str, ...]
+    custom: bool
+    leaf: bool
+
+
+_kinds: dict[type, _Kind] = {}
+
+
+def _kind(node: Any) -> _Kind:
+    if isinstance(node, BackwardCFunction):  # not kept: its type may be one of many that a program makes
+        return _Kind(node.name(), None, ("saved_tensors",), True, False)  # pyright: ignore[reportAttributeAccessIssue]
+    names, name = dir(type(node)), node.name()
+    tensors = tuple(_SAVED + n.removeprefix(_RAW) for n in names if n.startswith(_RAW))
+    scalars = [n for n in names if n.startswith(_SAVED) and n not in tensors and not _is_size(n)]
+    leaf = name.rpartition("::")[2] == "AccumulateGrad"
+    found = _Kind(name, attrgetter(*scalars) if scalars else None, tensors, False, leaf)
+    return _kinds.setdefault(type(node), found)
+
+
+def _is_size(name: str) -> bool:
+    """Sizes and strides follow from those of inputs and weights, which are compared by themselves."""
+    return "_sym_" in name or name.endswith(("sizes", "strides"))
+
+
+def saved_tensors(node: Any) -> Iterable[tuple[str, Tensor]]:
+    """Yield the tensors that a node keeps, by attribute; several in one attribute are numbered."""
+    for name in (_kinds.get(type(node)) or _kind(node)).tensors:
+        try:
+            value = getattr(node, name)
+        except RuntimeError:  # freed, or written into since
+            continue
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple | list):
+            yield from ((f"{name}.{i}", v) for i, v in enumerate(value) if isinstance(v, Tensor))
+
+
+def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
+    """Walk the graph behind `tensors` once."""
+    numbers: dict[Any, int] = {}
+    wiring: list[Any] = []
+    stack, functions, refuses = [], {}, False
+    leaves = set()
+    for tensor in tensors:
+        root = tensor.grad_fn
+        wiring.append(tensor.output_nr)
+        if root is None:
+            leaves |= {id(tensor)} if tensor.requires_grad else set()
+        elif root not in numbers:
+            numbers[root] = len(numbers)
+            stack.append(root)
+    add = wiring.append
+    while stack:
+        node = stack.pop()
+        kind = _kinds.get(type(node)) or _kind(node)
+        add(type(node))
+        for parent, number in node.next_functions:
+            place = None
+            if parent is not None:
+                place = numbers.get(parent)
+                if place is None:
+                    place = numbers[parent] = len(numbers)
+                    stack.append(parent)
+            add((place, number) if number else place)
+        if kind.scalars is not None:
+            add(_frozen(kind.scalars(node)))
+        if kind.leaf:
+            leaves.add(id(node.variable))
+        elif kind.custom:
+            functions[kind.name] = None
+            add(_context(node))
+        elif kind.name.rpartition("::")[2] == _TWICE_REFUSED:
+            refuses = True
+    named = tuple(name.removesuffix("Backward") for name in functions)
+    return GraphInfo(named, _REENTRANT in functions, refuses, frozenset(leaves), numbers, tuple(wiring))
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_frozen(item) for item in value)
+    return value if isinstance(value, _PLAIN) else str(value)
+
+
+def _context(node: Any) -> Any:
+    """Return the numbers, flags and words that a Python Function keeps on its context."""
+    kept = getattr(node, "__dict__", None) or {}
+    return tuple((name, value) for name, value in kept.items() if isinstance(value, _PLAIN))
+
+
+def reaches(tensor: Tensor, leaves: Iterable[Tensor]) -> bool:
+    """Return whether `tensor` is one of these or was computed from one, as far as its graph shows."""
+    leaves = list(leaves)
+    behind = inspect_graph([tensor])
+    made = {leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None}
+    return any(leaf is tensor or id(leaf) in behind.leaves for leaf in leaves) or not made.isdisjoint(behind.nodes)
+
+
+def passed_bytes(nodes: Iterable[Any]) -> int:
+    """Return the bytes of all cotangents of one backward pass."""
+    kinds = (kind for node in nodes for kind in getattr(node, "_input_metadata", ()))
+    return sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in kinds)
+
+
+def saved_bytes(nodes: Iterable[Any], apart_from: Iterable[Tensor] = ()) -> int:
+    """Return the bytes of memory that the nodes' saved tensors keep, each piece counted once."""
+    known = {t.untyped_storage().data_ptr() for t in apart_from}
+    total = 0
+    for node in nodes:
+        for _, tensor in saved_tensors(node):
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    known.add(storage.data_ptr())
+                    total += storage.nbytes()
+    return total

@@ -1,0 +1,400 @@
+"""Linearisations: one recorded point of a function, and the ladder of routes for sweeps over it.
+
+`pull` is a backward pass (cotangents to gradients), `push` its transpose (tangents to changes of the output). Plain
+`autograd.grad`, one cotangent at a time, defines what is right. Faster routes are taken where they apply and agree:
+many cotangents in one batched pass, held against one plain pass over a random mix of them; pushes node by node
+(`nodewise`), held against one pull; and pushes by a differentiated pull (`double_backward`), held against that pull.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError, attempt
+from ..._runtime.agreement import size, tolerance, worst_disagreement
+from ..._runtime.chunks import to_a_pass
+from ..._runtime.contexts import must_surface, private_noise, sweeping
+from ..._runtime.restoring import restoring
+from ..._runtime.rounding import is_rounding
+from ..._runtime.rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
+from ..._runtime.side_effects import SideEffects
+from ...errors import JacopsError, NotDifferentiableError, warn
+from ...space import Space
+from .double_backward import DoubleBackward
+from .graph import GraphInfo, inspect_graph, passed_bytes, saved_bytes
+from .nodewise import Nodewise
+from .proofs import Proofs, ProofStore
+from .reentrant import backward
+from .weights import Weights, not_swept
+
+_LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
+
+
+class Linearization:
+    """One recorded point and the sweeps over it.
+
+    Args:
+        leaves: What is differentiated by, one tensor each.
+        outputs: What is differentiated.
+        leaf_names: How messages call the leaves.
+        output_names: How messages call the outputs.
+        call: The public call on whose behalf this is done.
+        aliased_leaves: More tensors that stand for leaf `j` (the caller's own parameter, beside a private
+            copy).
+        private: Nobody but this linearization holds the leaves, so `.backward` may write into them.
+        trust: What earlier calls proved about this graph.
+        fallback: `"warn"`, `"silent"` or `"error"` when a fast route is left.
+        coarse: Values were computed in lower precision than their dtypes say (autocast).
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        *,
+        leaf_names: Sequence[str],
+        output_names: Sequence[str],
+        call: str,
+        aliased_leaves: Sequence[tuple[int, Tensor]] = (),
+        private: bool = False,
+        trust: Proofs | None = None,
+        fallback: str = "warn",
+        coarse: bool = False,
+    ) -> None:
+        self.leaves, self.outputs = list(leaves), list(outputs)
+        device = self.outputs[0].device if self.outputs else None
+        self.domain = Space.of(self.leaves, leaf_names, device)
+        self.codomain = Space.of(self.outputs, output_names, device)
+        self.call, self.aliased_leaves, self.private = call, tuple(aliased_leaves), private
+        self.trust, self.fallback = trust or Proofs(), fallback
+        self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *([torch.bfloat16] if coarse else [])])
+        self.routes: dict[str, str] = {}
+        self.store: ProofStore | None = None
+        self.protected: Sequence[Tensor] = ()
+        self.weights: Weights | None = None
+        self.sweeps = 0
+        self._double_backward: DoubleBackward | None = None
+        self._forward: Nodewise | None = None
+        self._graph_info: GraphInfo | None = None
+
+    @property
+    def graph_info(self) -> GraphInfo:
+        """What the graph holds; read once."""
+        if self._graph_info is None:
+            self._graph_info = inspect_graph(self.outputs)
+        return self._graph_info
+
+    def look_up(self, store: ProofStore, effects: SideEffects | None = None) -> SideEffects | None:
+        """Use what `store` knows of this graph, recorded with these effects if it was watched; return as `rely_on`."""
+        self.store = store
+        return self.rely_on(store.proofs(self.graph_info, effects))
+
+    def compare(self, other: Linearization) -> None:
+        """Learn from another recording, of fewer samples, which tensors in the graph are constants."""
+        if self.store is not None:
+            self.rely_on(self.store.refined(self.graph_info, other.graph_info))
+
+    def rely_on(self, proofs: Proofs) -> SideEffects | None:
+        """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""
+        self.trust = proofs
+        if proofs.effects is not None and proofs.effects.coarse is not None:
+            self.tolerance = max(self.tolerance, tolerance([proofs.effects.coarse]))
+        return proofs.effects
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the values that the graph keeps, leaves left out."""
+        return saved_bytes(self.graph_info.nodes, self.leaves)
+
+    def is_connected(self) -> bool:
+        """Say whether a path leads from an output to any leaf, as far as a walk over the graph can see."""
+        targets = [*self.leaves, *(t for _, t in self.aliased_leaves)]
+        nodes = {t.grad_fn for t in targets if t.grad_fn is not None}
+        reached = any(id(t) in self.graph_info.leaves for t in targets) or not nodes.isdisjoint(self.graph_info.nodes)
+        return reached or self.graph_info.reentrant
+
+    # ---- one backward pass -----------------------------------------------------------------------------------
+
+    @restoring
+    def pull(
+        self, cotangents: Sequence[Tensor | None], create_graph: bool = False, batched: bool = False
+    ) -> list[Tensor | None]:
+        """Return one gradient per leaf by one backward pass; None where no path leads to the leaf."""
+        live = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        targets = [*self.leaves, *(tensor for _, tensor in self.aliased_leaves)]
+        if not live or not targets:
+            return [None] * len(self.leaves)
+        outputs, seeds = [o for o, _ in live], [c for _, c in live]
+        self.sweeps += 1
+        with sweeping(outputs[0]):
+            if self.graph_info.reentrant:
+                grads = backward(self, outputs, seeds, targets, create_graph, batched)
+            else:
+                grads = self._grad(outputs, targets, seeds, create_graph, batched)
+        return self._merged([dense(g) for g in grads])
+
+    def _grad(
+        self, outputs: Rows, targets: Rows, seeds: Rows, create_graph: bool, batched: bool
+    ) -> tuple[Tensor | None, ...]:
+        try:
+            return torch.autograd.grad(
+                outputs,
+                targets,
+                seeds,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        except RuntimeError as error:
+            if batched or must_surface(error) or isinstance(error, JacopsError):
+                raise
+            raise not_swept(self.call, error, self.graph_info.functions) from error
+
+    def _merged(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        merged = list(grads[: len(self.leaves)])
+        for (index, _), extra in zip(self.aliased_leaves, grads[len(self.leaves) :], strict=True):
+            own = merged[index]
+            merged[index] = extra if own is None else own if extra is None else own + extra
+        return merged
+
+    # ---- many cotangents -------------------------------------------------------------------------------------
+
+    def pull_rows(
+        self, cotangents: Sequence[Tensor | None], create_graph: bool = False, out: Rows | None = None
+    ) -> Rows:
+        """Return `(k, *leaf)` per leaf from `(k, *output)` per output (None: zero), written into `out` if given."""
+        many = next(c.shape[0] for c in cotangents if c is not None)
+        if many == 0:
+            return [zero_rows(0, leaf) for leaf in self.leaves]
+        chunk = self.chunk(many)
+        if many > chunk and not create_graph:
+            out = [zero_rows(many, leaf) for leaf in self.leaves] if out is None else out
+            for start in range(0, many, chunk):
+                where = slice(start, start + chunk)
+                self.pull_rows([None if c is None else c[where] for c in cotangents], out=[o[where] for o in out])
+            return out
+        if many > 1 and self.may_batch("pull", create_graph):
+            try:
+                return written(self._pull_batched(cotangents, many, create_graph), out)
+            except RouteFailedError as reason:
+                self.leave("pull", "one cotangent at a time", reason)
+        self.routes.setdefault("pull", f"autograd.grad, one cotangent at a time{self._why('pull', 'batched')}")
+        return self._pull_each(cotangents, many, create_graph, out)
+
+    def _pull_each(self, cotangents: Sequence[Tensor | None], many: int, create_graph: bool, out: Rows | None) -> Rows:
+        kept: list[list[Tensor | None]] = []
+        for i in range(many):
+            grads = self.pull([None if c is None else c[i] for c in cotangents], create_graph)
+            if out is None:
+                kept.append(grads)
+                continue
+            for rows, grad in zip(out, grads, strict=True):
+                rows[i] = 0 if grad is None else plain(grad).detach()
+        return out or [self._stacked([grads[j] for grads in kept], j, many) for j in range(len(self.leaves))]
+
+    def _stacked(self, grads: list[Tensor | None], leaf: int, many: int) -> Tensor:
+        shape, dtype, device = self.domain.shapes[leaf], self.domain.dtypes[leaf], self.domain.device
+        if all(g is None for g in grads):
+            return torch.zeros(many, *shape, dtype=dtype, device=device)
+        full = [torch.zeros(shape, dtype=dtype, device=device) if g is None else plain(g) for g in grads]
+        return full[0].unsqueeze(0) if many == 1 else torch.stack(full)
+
+    def _pull_batched(self, cotangents: Sequence[Tensor | None], many: int, create_graph: bool) -> Rows:
+        started = time.perf_counter()
+        grads = attempt(lambda: self.pull(cotangents, create_graph, batched=True))
+        seconds = time.perf_counter() - started
+        rows = self._filled(grads, many)
+        self.routes["pull"] = f"{many} cotangents in one batched pass, checked against a plain one"
+        if self.trust.needs("batched pull", many):
+            self.trust.pull_seconds = self._check_batched(cotangents, rows, many)
+        self.settle("pull", seconds, many * self.trust.pull_seconds)
+        return rows
+
+    def settle(self, sweep: str, batched: float, alone: float) -> None:
+        """Go on one by one where batched sweeps were measured to be slower, on the processor."""
+        if self.domain.device.type == "cpu" and self.trust.compare(sweep, batched, alone):
+            self.routes[sweep] = "one vector at a time: batched passes were measured slower"
+
+    def _check_batched(self, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> float:
+        """Hold a batched pass against a plain one; return the seconds that one took.
+
+        Raises:
+            RouteFailedError: They disagree, or values are not finite.
+        """
+        error, seconds = self._disagreement(cotangents, rows, many)
+        if self.tolerance < error < math.inf:
+            # Rows that nearly cancel differ by rounding alone: noise, which does not cancel, has the last word.
+            noise = [None if c is None else private_noise(c) for c in cotangents]
+            grads = attempt(lambda: self.pull(noise, batched=True))
+            error, _ = self._disagreement(noise, self._filled(grads, many), many)
+        if not error <= self.tolerance:
+            if not math.isfinite(error):
+                raise RouteNotFiniteError("values are not finite")
+            raise RouteWrongError(f"a batched backward pass disagrees with the plain one (by {error:.1e})")
+        if error >= 0:
+            self.trust.remember("batched pull", many)
+        return seconds
+
+    def _disagreement(self, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> tuple[float, float]:
+        """Return how far a random mixture of rows is from a plain pass over it, and that pass's seconds."""
+        weights = private_noise(torch.empty(many, dtype=torch.float64, device=self.domain.device))
+        seeds = [None if c is None else mixed(weights, c) for c in cotangents]
+        started = time.perf_counter()
+        plain_rows = self.pull(seeds)
+        seconds = time.perf_counter() - started
+        full = [torch.zeros_like(r[0]) if g is None else plain(g) for g, r in zip(plain_rows, rows, strict=True)]
+        pairs = [(mixed(weights, r), g) for r, g in zip(rows, full, strict=True)]
+        scales = [float(weights.abs().max()) * size(row) for row in rows]
+        error = worst_disagreement(pairs, scales)
+        lost = self.tolerance < error < math.inf and is_rounding(lambda: self.pull(seeds), pairs)
+        return -1.0 if lost or not any(scales) else error, seconds  # zeros and rounding decide nothing
+
+    def _filled(self, grads: Sequence[Tensor | None], many: int) -> Rows:
+        """Return batched gradients with zeros where no path leads to a leaf."""
+        kinds = zip(self.domain.shapes, self.domain.dtypes, strict=True)
+        return [
+            torch.zeros(many, *shape, dtype=dtype, device=self.domain.device) if g is None else plain(g)
+            for g, (shape, dtype) in zip(grads, kinds, strict=True)
+        ]
+
+    # ---- tangents --------------------------------------------------------------------------------------------
+
+    def push_rows(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
+        """Return `(k, *output)` per output from `(k, *leaf)` per leaf."""
+        many = tangents[0].shape[0] if tangents else 1
+        if many == 0:
+            return [zero_rows(0, o) for o in self.outputs]
+        live = sum(o.numel() for o in self.outputs if o.requires_grad)
+        if live <= max(many, 1):
+            self.routes.setdefault("push", "row by row, fewer outputs than tangents")
+            return self._push_by_rows(tangents, many, create_graph)
+        chunk = many if create_graph or not tangents else self.chunk(many)
+        parts = [
+            self._push_some([t[start : start + chunk] for t in tangents], create_graph, live)
+            for start in range(0, many, chunk)
+        ]
+        return parts[0] if len(parts) == 1 else [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+    def _push_some(self, tangents: Sequence[Tensor], create_graph: bool, live: int) -> Rows:
+        many = tangents[0].shape[0] if tangents else 1
+        large = self.domain.device.type == "cpu" and self.domain.dim + self.codomain.dim > _LARGE
+        alone = many == 1 or large or self.trust.refused("push", "batched")
+        pushed = self._push_forward(tangents) if alone and tangents and not create_graph else None
+        if pushed is not None:
+            return pushed
+        if not self.trust.refused("push", "dual"):
+            try:
+                return self.push_by_double_backward(tangents, create_graph)
+            except RouteFailedError as reason:
+                self.leave("push", f"row by row, {live} backward passes", reason)
+        self.routes.setdefault("push", f"row by row, {live} backward passes{self._why('push', 'dual')}")
+        return self._push_by_rows(tangents, many, create_graph)
+
+    def push_alone(self, tangents: Sequence[Tensor]) -> Rows:
+        """Return `(k, *output)` per output, one tangent at a time and never by rows.
+
+        Raises:
+            RouteFailedError: The function has no such route, or it fails its check.
+        """
+        pushed = self._push_forward(tangents)
+        return self.push_by_double_backward(tangents) if pushed is None else pushed
+
+    def _push_forward(self, tangents: Sequence[Tensor]) -> Rows | None:
+        """Push node by node; None where that fails: the next route is as exact, and slower by a constant."""
+        if self.trust.refused("push", "forward"):
+            return None
+        try:
+            self._forward = self._forward or Nodewise(self)
+            self._double_backward = None  # a second recording of the same point, no longer needed
+            pushed = self._forward.push(self, tangents)
+        except RouteNotFiniteError:
+            return None
+        except RouteFailedError as reason:
+            self.trust.refuse("push", "forward", str(reason))
+            return None
+        self.routes["push"] = "tangents node by node through the recorded graph, adjoint identity checked"
+        return pushed
+
+    def push_by_double_backward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
+        """Return `(k, *output)` per output by the differentiated backward pass.
+
+        Raises:
+            RouteFailedError: The function has no such route, or it fails its check.
+        """
+        if self._double_backward is None:
+            self._double_backward = DoubleBackward(self)
+        pushed = self._double_backward.push(self, tangents, create_graph)
+        slow = ", one at a time: batched passes were measured slower" if self.trust.slow("push") else ""
+        self.routes["push"] = f"differentiated backward pass, adjoint identity checked{slow}"
+        return pushed
+
+    def _push_by_rows(self, tangents: Sequence[Tensor], many: int, create_graph: bool) -> Rows:
+        pushed: list[list[Tensor]] = [[] for _ in self.outputs]
+        for index, _, rows, turned in self.rows(create_graph):
+            part = contracted(rows, tangents, many)
+            whole = part if turned is None else torch.complex(part, contracted(turned, tangents, many))
+            pushed[index].append(whole.to(self.outputs[index].dtype))
+        return [
+            torch.cat(parts, 1).reshape(many, *o.shape) if parts else zero_rows(many, o)
+            for parts, o in zip(pushed, self.outputs, strict=True)
+        ]
+
+    # ---- whole matrices --------------------------------------------------------------------------------------
+
+    def rows(
+        self, create_graph: bool = False, chunk_size: int | None = None
+    ) -> Iterator[tuple[int, slice, Rows, Rows | None]]:
+        """Yield what `autograd.grad` gives for unit cotangents, over all entries of all outputs.
+
+        Each item is the output's index, the entries, `(k, *leaf)` per leaf, and for a complex output the same for
+        cotangents of size i, else None.
+        """
+        for index, output in enumerate(self.outputs):
+            chunk = chunk_size or self.chunk(output.numel())
+            for start in range(0, output.numel(), chunk):
+                where = slice(start, min(start + chunk, output.numel()))
+                seeds = [basis(output, where) if i == index else None for i in range(len(self.outputs))]
+                rows = self.pull_rows(seeds, create_graph)
+                turned = [None if s is None else s * 1j for s in seeds] if output.is_complex() else None
+                yield index, where, rows, None if turned is None else self.pull_rows(turned, create_graph)
+
+    def chunk(self, rows: int) -> int:
+        """Return how many cotangents go into one batched pass."""
+        on_processor = rows > 1 and self.domain.device.type == "cpu"
+        return to_a_pass(rows, self.domain.dim + self.codomain.dim, self._passed_bytes if on_processor else 0)
+
+    @cached_property
+    def _passed_bytes(self) -> int:
+        return passed_bytes(self.graph_info.nodes)
+
+    # ---- the ladder ------------------------------------------------------------------------------------------
+
+    def _why(self, sweep: str, route: str) -> str:
+        """Return the reason for which an earlier call left `route`, for a description of what is done instead."""
+        refusal = self.trust.refusal(sweep, route)
+        return f" (because {refusal.reason})" if refusal is not None and refusal.reason else ""
+
+    def may_batch(self, sweep: str, create_graph: bool) -> bool:
+        """Say whether many vectors may share a sweep.
+
+        Under vmap a custom Function can lose the graph of its result, which a check of values would not see.
+        """
+        return not self.trust.refused(sweep, "batched") and not (create_graph and self.graph_info.functions)
+
+    def leave(self, sweep: str, route: str, reason: RouteFailedError) -> None:
+        """Go on by another route, saying so as `fallback` asks."""
+        finite = not isinstance(reason, RouteNotFiniteError)  # NaN says nothing about a route
+        news = finite and self.trust.refuse(sweep, "batched" if sweep == "pull" else "dual", str(reason))
+        self.routes[sweep] = f"{route} (because {reason})"
+        if self.fallback == "error":
+            raise NotDifferentiableError(f"{self.call}: {reason}, and fallback='error' forbids the plain route.")
+        # One cotangent at a time is the plain route, slower by a constant; many rows for one tangent are worth a word.
+        if news and self.fallback == "warn" and (sweep == "push" or isinstance(reason, RouteWrongError)):
+            warn(f"{self.call} went {route}: {reason}.")

@@ -1,0 +1,183 @@
+"""Pushes through a recorded graph, node by node: forward mode without running the model again.
+
+Every node of a graph holds the linearisation of its own operation, as the backward of it. A tangent goes through a node
+by the transpose of that backward (`node_rules`), so a push costs what the operations cost, and nothing has to be
+recorded for it first (Griewank and Walther, 2008, §3.1).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from ..._finite import is_finite
+from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError, attempt
+from ..._runtime.contexts import private_noise, sweeping
+from ..._runtime.restoring import restoring
+from ..._runtime.rows import Rows, plain
+from .double_backward import adjoint_error
+from .node_rules import Rule, rule_for
+
+if TYPE_CHECKING:
+    from .linearization import Linearization
+
+_SLOW, _NEGLIGIBLE = 4.0, 5e-3
+Place = tuple[Any, int]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One node on the way of a tangent.
+
+    Attributes:
+        node: The node.
+        rule: How tangents go through it.
+        sources: Where its tangents come from, None for inputs without derivative.
+        spent: Places that nothing needs after this step.
+    """
+
+    node: Any
+    rule: Rule
+    sources: tuple[Place | None, ...]
+    spent: tuple[Place, ...]
+
+
+class Nodewise:
+    """A recorded graph, in the order in which tangents go through it.
+
+    Args:
+        lin: Whose; it holds this, and not the other way round, so that both go when it goes.
+
+    Raises:
+        RouteFailedError: The graph holds what Python code or complex numbers made.
+    """
+
+    def __init__(self, lin: Linearization) -> None:
+        if lin.graph_info.reentrant or lin.graph_info.functions:
+            raise RouteFailedError("the graph holds custom Functions")
+        if any(t.is_complex() for t in (*lin.leaves, *lin.outputs)):
+            raise RouteFailedError("complex numbers")
+        leaves = [*lin.leaves, *(tensor for _, tensor in lin.aliased_leaves)]
+        self.index = [*range(len(lin.leaves)), *(j for j, _ in lin.aliased_leaves)]
+        self.starts = [_place(leaf) if leaf.requires_grad else None for leaf in leaves]
+        self.ends = [_place(o) if o.requires_grad else None for o in lin.outputs]
+        self.steps = _planned({p for p in self.starts if p}, [p for p in self.ends if p])
+
+    def push(self, lin: Linearization, tangents: Sequence[Tensor]) -> Rows:
+        """Return `(k, *output)` per output from `(k, *leaf)` per leaf, one row at a time.
+
+        Raises:
+            RouteFailedError: An operation has no such rule, or the push fails its check.
+        """
+        pushed = []
+        for i in range(tangents[0].shape[0]):
+            tangent = [t[i] for t in tangents]
+            lin.sweeps += 1
+            row, seconds = self._timed(lin, tangent)
+            if not all(is_finite(part) for part in row):
+                raise RouteNotFiniteError("values are not finite")
+            if lin.trust.needs("forward push"):
+                limit = _SLOW * _check(lin, tangent, row) + _NEGLIGIBLE
+                # Twice: the machine may have been busy with something else.
+                if seconds > limit and self._timed(lin, tangent)[1] > limit:
+                    lin.trust.refuse("push", "forward", "measured slower than a differentiated pull")
+            pushed.append(row)
+        if len(pushed) == 1:
+            return [part.unsqueeze(0) for part in pushed[0]]
+        return [torch.stack(parts) for parts in zip(*pushed, strict=True)]
+
+    @restoring
+    def _timed(self, lin: Linearization, tangent: Sequence[Tensor]) -> tuple[Rows, float]:
+        started = time.perf_counter()
+        with sweeping(lin.outputs[0]), torch.no_grad():
+            row = attempt(lambda: self._pushed(lin.outputs, tangent))
+        return row, time.perf_counter() - started
+
+    def _pushed(self, outputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Rows:
+        known: dict[Place, Tensor] = {}
+        for place, j in zip(self.starts, self.index, strict=True):
+            if place is not None:
+                _add(known, place, tangents[j])
+        for step in self.steps:
+            arrived = [None if source is None else known.get(source) for source in step.sources]
+            if any(t is not None for t in arrived):
+                for number, tangent in enumerate(step.rule(step.node, arrived)):
+                    if tangent is not None:
+                        _add(known, (step.node, number), tangent)
+            for place in step.spent:
+                known.pop(place, None)
+        pairs = zip(outputs, self.ends, strict=True)
+        return [plain(known[p]) if p in known else torch.zeros_like(plain(o.detach())) for o, p in pairs]
+
+
+def _add(known: dict[Place, Tensor], place: Place, tangent: Tensor) -> None:
+    """Note a tangent; a tensor made on the way may be a leaf too, and then has one already."""
+    known[place] = known[place] + tangent if place in known else tangent
+
+
+def _check(lin: Linearization, tangent: Sequence[Tensor], pushed: Rows) -> float:
+    """Hold a push against a pull by the adjoint identity; return the pull's seconds.
+
+    A push through saved tensors that are recomputed one by one (checkpoints) is right and takes far longer.
+
+    Raises:
+        RouteWrongError: They disagree.
+    """
+    noise = [private_noise(o, seed=i) for i, o in enumerate(lin.outputs)]
+    started = time.perf_counter()
+    pulled = lin.pull(noise)
+    alone = time.perf_counter() - started
+    pairs = [(plain(g), t.unsqueeze(0)) for g, t in zip(pulled, tangent, strict=True) if g is not None]
+    error = adjoint_error(noise, pairs, [part.unsqueeze(0) for part in pushed])
+    if not error <= lin.tolerance:
+        raise RouteWrongError(f"a push node by node fails the adjoint identity (by {error:.1e})")
+    lin.trust.remember("forward push")
+    return alone
+
+
+def _place(tensor: Tensor) -> Place:
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _planned(starts: set[Place], ends: list[Place]) -> list[_Step]:
+    """Return the steps from `starts` to `ends`, each once, in order."""
+    moving: set[Any] = set()
+    made: list[tuple[Any, tuple[Place | None, ...]]] = []
+    for node in _sorted([node for node, _ in ends]):
+        sources = tuple(edge if edge[0] in moving or edge in starts else None for edge in node.next_functions)
+        if any(source is not None for source in sources):
+            moving.add(node)
+            made.append((node, sources))
+    uses = Counter(source for _, sources in made for source in set(sources) if source is not None)
+    uses.update(ends)
+    steps = []
+    for node, sources in made:
+        used = {source for source in sources if source is not None}
+        uses.subtract(used)
+        spent = tuple(source for source in used if not uses[source])
+        steps.append(_Step(node, rule_for(node), sources, spent))
+    return steps
+
+
+def _sorted(roots: Sequence[Any]) -> list[Any]:
+    """Return all nodes behind `roots`, each after those it builds on."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack = [(root, False) for root in roots]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent, _ in node.next_functions if parent is not None)
+    return order

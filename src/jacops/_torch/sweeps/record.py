@@ -1,0 +1,275 @@
+"""Recording: run a function or a model once and keep the graph as a `Linearization`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..._runtime.contexts import autocast_on, random_state_kept, recording
+from ..._runtime.restoring import restoring
+from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
+from ...errors import InputTypeError, ModelStateError, NotDifferentiableError, explain
+from ...trees import Selector, Tree, flatten, output_leaves, select
+from ..model.cut import At, Cut
+from ..model.inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
+from ..model.replica import Replica, bare, check_state, parameter_names, replicate
+from .graph import reaches
+from .linearization import Linearization
+from .proofs import KeptProofs, ProofStore, identity_key, store_for
+from .weights import weights_of
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A linearization, and the shape of the output it was recorded from.
+
+    Attributes:
+        lin: The linearisation point.
+        tree: The output's structure.
+        output: The output itself, as the user's function gave it.
+        inputs: For each input of the caller's that has derivatives, by identity: itself and the leaf that stood for it.
+    """
+
+    lin: Linearization
+    tree: Tree
+    output: Any
+    inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@restoring
+def record_closure(
+    func: Callable[[], Any], params: Any, call: str, fallback: str = "warn", empty: bool = False
+) -> Recording:
+    """Call `func` once and record it over the caller's own tensors.
+
+    Raises:
+        InputTypeError: `func` or `params` is of the wrong kind.
+        InputError: A parameter is repeated or does not require grad.
+        NotDifferentiableError: A reentrant checkpoint uses a parameter and records nothing of it.
+    """
+    if not callable(func) or isinstance(func, nn.Module):
+        raise InputTypeError(
+            explain(
+                "func",
+                f"a {type(func).__name__}",
+                "a callable without arguments is needed",
+                "Write `lambda: model(x)`.",
+            )
+        )
+    check_fallback(fallback)
+    leaves = check_params(params, empty)
+    with recording(lambda tensor: reaches(tensor, leaves), call):
+        output = func()
+    tensors, tree = output_leaves(output, "func()")
+    names = [f"params[{i}]" for i in range(len(leaves))]
+    lin = Linearization(
+        leaves,
+        tensors,
+        leaf_names=names,
+        output_names=tree.names,
+        call=call,
+        fallback=fallback,
+        coarse=autocast_on(tensors),
+    )
+    return Recording(lin, tree, output)
+
+
+def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
+    """Return a key under which trust in a model holds: its modules, modes and shapes, and the inputs'."""
+    modules = list(model.modules())
+    parts = [
+        (id(m), type(m), getattr(m, "training", False), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in modules
+    ]
+    weights = [(p.shape, p.dtype, p.device) for m in modules for p in m._parameters.values() if p is not None]
+    arrays = [(t.shape, t.dtype, t.device) for t in inputs]
+    context = (
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda") if torch.cuda.is_available() else False,
+        torch.get_default_dtype(),
+    )
+    return (tuple(parts), tuple(weights), tuple(arrays), context, *more)
+
+
+def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | None], tuple[Result, Linearization]],
+            guarded: Iterable[Tensor]) -> Result:  # fmt: skip
+    """Record a forward, watched where it is not known what it does besides arithmetic.
+
+    Args:
+        store: What is known of the function.
+        record: Records it, on copies of its weights if it writes into them, and under a watch if there is one.
+        guarded: What a forward must not write into.
+
+    Raises:
+        ModelStateError: It writes into tensors that are not its own.
+    """
+    assumed, plain = store.assumed, None
+    if assumed is not None:
+        done, lin = record(assumed, None)
+        if lin.look_up(store) is not None:
+            return done
+        plain = lin.graph_info.wiring, lin.trust
+        del done, lin  # another graph than those that are known: what it does besides is not known either
+    for cloned in (False, True):
+        watch = SideEffectWatch([] if cloned else guarded)
+        try:
+            done, lin = record(SideEffects(writes=cloned), watch)
+        except WritesState:
+            continue
+        effects = watch.effects(cloned)
+        lin.look_up(store, effects)
+        if plain is None or plain[0] == lin.graph_info.wiring or effects.reads:
+            return done
+        # Torch has other formulas for some operations (the determinant) while a dispatch mode watches.
+        plain[1].effects = effects
+        del done, lin
+        done, lin = record(effects, None)
+        lin.look_up(store)
+        return done
+    came = "writing into tensors that are not its own"
+    raise ModelStateError(explain("model", came, "its forward must leave such tensors alone"))
+
+
+def record_model(
+    model: Any,
+    value: Any,
+    *,
+    call: str,
+    parameters: Callable[[str, Tensor], bool] | None,
+    outputs: Selector = None,
+    at: At = None,
+    checks: str = "first",
+    fallback: str = "warn",
+    training: bool | None = None,
+    finish: Callable[[Any], Any] | None = None,
+    purpose: Any = None,
+    connected: bool = False,
+    shift: Mapping[str, Tensor] | None = None,
+    kept: bool = False,
+) -> Recording:
+    """Run a model once on private copies and record it.
+
+    Args:
+        model: The caller's module.
+        value: Its input: a tuple or a mapping is unpacked, None is no argument.
+        call: The public call on whose behalf this is done.
+        parameters: Which parameters are the leaves; None takes the floating-point inputs instead.
+        outputs: Which part of the output.
+        at: A cut at submodules.
+        checks: How often routes are checked.
+        fallback: What happens when a fast route is left.
+        training: A mode for all modules, None for their own.
+        finish: Applied to the output last (a loss).
+        purpose: Tells one `finish` from another in what is remembered.
+        connected: Keep the result connected to the caller's trainable parameters, for derivatives of derivatives.
+        shift: Added to the private copies of parameters, by name, for finite differences.
+        kept: The recording is kept for later products, so the caller may write into the weights meanwhile.
+
+    Raises:
+        ModelStateError: The model has no parameters to differentiate.
+        InputError: An input does not fit, `outputs` or `at` pick nothing.
+        NotDifferentiableError: Nothing among the inputs has a derivative.
+    """
+    module = bare(model)
+    check_state(module)
+    check_fallback(fallback)
+    refuse_arrays(value)
+    chosen = {n: p for n, p in parameter_names(module).items() if parameters is not None and parameters(n, p)}
+    if parameters is not None and not chosen:
+        raise ModelStateError(
+            explain(
+                "model",
+                f"a {type(module).__name__} without parameters to differentiate",
+                "at least one must be a floating-point parameter that is asked for",
+            )
+        )
+    values, input_tree = flatten(value, "input")
+    tensors = [t for t in values if isinstance(t, Tensor)]
+    key = setting(module, tensors, "whole", training, at, identity_key(outputs), identity_key(purpose))
+    weights = weights_of(module) if kept else None
+    store = store_for(module, key, checks, _rows(tensors))
+
+    @restoring
+    def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
+        noted: dict[str, Any] = {}
+        replica = replicate(
+            module,
+            wrt=lambda n, p: n in chosen,
+            training=training,
+            connected=connected,
+            cloned=effects.writes,
+            copies=None if weights is None else weights.copies(module),
+        )
+        with recording(), random_state_kept(), watch or nullcontext():
+            # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks
+            # for one.
+            copied, noted["inputs"] = private_inputs(value, connected)
+            for name, change in (shift or {}).items():
+                replica.parameters[name].data = replica.originals[name].detach() + change
+            hooked = Cut(replica.module, at)
+            args, kwargs = split_input(copied)
+            with hooked.active(), forward_explained(module, tensors):
+                output = hooked.result(replica(args, kwargs))
+            noted["hidden"] = hooked.leaves
+            output = select(output, outputs)
+            output = finish(output) if finish is not None else output
+        leaves, names, aliased_leaves = _leaves(replica, chosen, noted, at, connected)
+        outputs_flat, tree = output_leaves(output)
+        lin = Linearization(
+            leaves,
+            outputs_flat,
+            leaf_names=names,
+            output_names=tree.names,
+            call=call,
+            private=True,
+            fallback=fallback,
+            coarse=autocast_on(outputs_flat),
+        )
+        lin.weights = weights
+        lin.protected = [p for p in module.parameters() if p.requires_grad]
+        # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
+        lin.aliased_leaves = tuple((i, p) for i, p in aliased_leaves if id(p) in lin.graph_info.leaves)
+        given = dict(zip(input_tree.names, values, strict=True))
+        inputs = {id(given[name]): (given[name], leaf) for name, leaf in noted["inputs"]}
+        return Recording(lin, tree, output, inputs), lin
+
+    found = watched(store, record, module.parameters())
+    if weights is not None:
+        found.lin.trust = KeptProofs(found.lin.trust, lambda: weights.changed_in(module) is None)
+    return found
+
+
+def _rows(tensors: Sequence[Tensor]) -> int | None:
+    """Return the length of the first axis that all inputs share; None where there is none."""
+    lengths = {t.shape[0] if t.ndim else None for t in tensors}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _leaves(
+    replica: Replica, chosen: dict[str, Tensor], kept: dict[str, Any], at: At, connected: bool
+) -> tuple[list[Tensor], list[str], list[tuple[int, Tensor]]]:
+    if chosen:
+        names = list(chosen)
+        # A connected copy leads back to the caller's parameter, which then is the leaf for every use of it.
+        own = {n for n in names if connected and chosen[n].requires_grad and not chosen[n].is_inference()}
+        leaves = [chosen[n] if n in own else replica.parameters[n] for n in names]
+        return leaves, names, [(i, chosen[n]) for i, n in enumerate(names) if n not in own]
+    if kept["hidden"]:
+        return kept["hidden"], [at if isinstance(at, str) else str(at and at[0])], []
+    if not kept["inputs"]:
+        raise NotDifferentiableError(
+            explain(
+                "input",
+                "without floating-point tensors",
+                "integer inputs have no derivative",
+                "Differentiate by the embedding's output with `at='path.to.embedding'`.",
+            )
+        )
+    return [leaf for _, leaf in kept["inputs"]], [name for name, _ in kept["inputs"]], []
