@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._framework import framework_ggn, framework_hessian, recorded
+from ._ladder.protocol import FrameworkModel
 from ._runtime.agreement import size
 from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise, recording
 from ._runtime.restoring import restoring
@@ -81,7 +83,7 @@ class OperatorOptions(CurvatureOptions, total=False):
 
 def trainable(name: str, parameter: Tensor) -> bool:
     """Say whether a parameter requires grad: the default set for curvature."""
-    return parameter.requires_grad
+    return getattr(parameter, "requires_grad", True)  # arrays of other frameworks have no such mark
 
 
 @keywords()
@@ -103,7 +105,7 @@ def jacobian(
     The model runs once, as it stands (train or eval mode), on private copies; products are sweeps over that graph.
 
     Args:
-        model: A module.
+        model: A module, or a `JaxFunction`.
         inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         wrt: `"parameters"` (those that require grad), `"inputs"` (those of floating point), or a function of name and
             parameter that picks parameters.
@@ -135,17 +137,8 @@ def jacobian(
             explain("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
         )
     hint_at_labels("jacobian", outputs, inputs)
-    found = record_model(
-        model,
-        inputs,
-        call="jacobian",
-        parameters=picks,
-        outputs=outputs,
-        at=at,
-        checks=checks,
-        fallback=fallback,
-        kept=True,
-    )
+    ladder = {"checks": checks, "fallback": fallback, "kept": True}
+    found = recorded(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, **ladder)
     _real_only(found.lin)
     if not allow_zero and not found.lin.is_connected():
         raise NotDifferentiableError(
@@ -250,7 +243,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
     second derivative that a backward drops.
 
     Args:
-        model: A module, differentiated as it stands.
+        model: A module, differentiated as it stands, or a `JaxFunction`.
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
@@ -278,6 +271,8 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
 def _hessian(
     model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
 ) -> LinearizedMap:
+    if isinstance(model, FrameworkModel):
+        return framework_hessian(model, loss, x, y, call, options)
     found = record_loss(model, loss, x, y, call, kept=kept, **options)
     lin = gradient_tape(found, call)
     operator = LinearizedMap(lin, found.output, symmetric=True)
@@ -351,6 +346,8 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
 @restoring
 def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
+    if isinstance(model, FrameworkModel):
+        return framework_ggn(model, loss, x, y, call, options)
     found = record_model(model, x, call=call, kept=kept, **options)
     _real_only(found.lin)
     J = LinearizedMap(found.lin, found.output)

@@ -1,0 +1,149 @@
+r"""What a framework provides, and all that the rest of the library knows of it.
+
+A model is recorded at a point: `push` is $J v$ and `pull` is $J^\top u$ there, for many rows at once; `map_rows` is the
+Jacobian of every sample alone. Operators, objectives, Fisher matrices, influences, leverage and Kronecker-factored
+curvature are built from these, whatever the framework. Numbers cross as torch tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..space import Space
+    from ..trees import Tree
+
+Picks = Callable[[str, Any], bool]
+Group = TypeVar("Group")
+Gradients = TypeVar("Gradients")
+
+
+class Linearized(Protocol):
+    """The Jacobian of a function at the point where it was recorded."""
+
+    call: str
+    weights: Any
+    routes: Mapping[str, str]
+
+    @property
+    def domain(self) -> Space:
+        """What the function was differentiated by."""
+        ...
+
+    @property
+    def codomain(self) -> Space:
+        """The function's output."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are kept for products."""
+        ...
+
+    def is_connected(self) -> bool:
+        """Return whether a path leads from the output to anything it is differentiated by."""
+        ...
+
+    def push_rows(self, rows: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+        """Return $J v$ for rows of `v`: `(k, *shape)` for each array of the domain gives that of the codomain."""
+        ...
+
+    def pull_rows(
+        self, rows: Sequence[Tensor], create_graph: bool = False, *, out: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        r"""Return $J^\top u$ for rows of `u`, written into `out` where that is given."""
+        ...
+
+
+class Recorded(Protocol):
+    """A function that was run once: its Jacobian there, its output, and the structure of that."""
+
+    lin: Any  # a `Linearized`
+    tree: Tree
+    output: Any
+
+
+class SampleRows(NamedTuple):
+    """Rows of the Jacobian of every sample alone.
+
+    Attributes:
+        domain: What the function was differentiated by.
+        rows: `(samples, rows of each, domain.dim)`.
+        output: Shape of one sample's output; `()` for a loss.
+        route: How they were computed.
+    """
+
+    domain: Space
+    rows: Tensor
+    output: tuple[int, ...]
+    route: str
+
+
+class LayerGradients(Protocol[Group, Gradients]):
+    """Gradients of single samples as what they are products of, for Kronecker-factored curvature."""
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return the parameters in groups, each of which is one block of the curvature."""
+        ...
+
+    def entries(self, groups: Sequence[Group]) -> int:
+        """Return how many numbers one cotangent at the output costs."""
+        ...
+
+    def misfit(self, groups: Sequence[Group]) -> int | None:
+        """Return a parameter that enters in another way than its group says."""
+        ...
+
+    def gradients(self, groups: Sequence[Group], seeds: Tensor) -> list[Gradients]:
+        """Return what each group's gradients are made of, under cotangents `(k, n, entries)` at the output."""
+        ...
+
+
+@runtime_checkable
+class FrameworkModel(Protocol):
+    """A model of another framework than torch, with its parameters; it goes wherever a module goes."""
+
+    def record(
+        self, inputs: Any, *, call: str, parameters: Picks | None, outputs: Any = None, at: Any = None
+    ) -> Recorded:
+        """Record the output by the parameters picked, or by the inputs where `parameters` is None."""
+        ...
+
+    def record_loss(
+        self, loss: Any, x: Any, y: Any, *, call: str, parameters: Picks | None, outputs: Any = None
+    ) -> Recorded:
+        """Record the gradient of the loss of one batch by the parameters: its Jacobian is the Hessian."""
+        ...
+
+    def record_at_output(self, found: Recorded, loss: Any, y: Any, call: str) -> Recorded:
+        """Record the gradient of a loss by the model's output, at the output that was recorded."""
+        ...
+
+    def slope(self, found: Recorded) -> Tensor:
+        """Return the gradient that `record_loss` or `record_at_output` recorded, flat."""
+        ...
+
+    def likelihood(self, found: Recorded, loss: Any, y: Any) -> Any:
+        """Return the likelihood of which a loss is the negative logarithm, None where there is none."""
+        ...
+
+    def map_rows(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        call: str,
+        loss: Any = None,
+        parameters: Picks | None = None,
+        outputs: Any = None,
+        mode: str = "auto",
+    ) -> SampleRows:
+        """Return the gradient of every sample's loss, or the Jacobian of its output, by parameters or by its input."""
+        ...
+
+    def layers(self, x: Any, parameters: Picks | None, call: str) -> LayerGradients[Any, Any]:
+        """Return the gradients of single samples by layers."""
+        ...
