@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ._finite import is_finite, where_first
 from ._ladder.protocol import FrameworkModel, Recorded, SampleRows
 from ._torch.protocol import Rows, positive_everywhere, record_model
-from .errors import InputError, explain
+from .errors import InputError, NonFiniteError, explain
 from .operators import LayerFactors, LinearizedMap, Operator, Product
 from .space import Space
 from .trees import output_leaves
@@ -25,13 +28,13 @@ def recorded(model: Any, inputs: Any, **options: Any) -> Any:
 
 def framework_hessian(model: FrameworkModel, loss: Any, x: Any, y: Any, call: str, options: Any) -> LinearizedMap:
     """Return the Hessian of the loss of one batch: the Jacobian of its gradient."""
-    found = model.record_loss(loss, x, y, **_asked(call, options))
+    found = model.record_loss(loss, x, y, **asked(call, options))
     return LinearizedMap(found.lin, found.output, symmetric=True)
 
 
 def framework_ggn(model: FrameworkModel, loss: Any, x: Any, y: Any, call: str, options: Any) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ of one batch."""
-    found = model.record(x, **_asked(call, options))
+    found = model.record(x, **asked(call, options))
     J, H = LinearizedMap(found.lin, found.output), output_hessian(model, found, loss, y, call)  # noqa: N806
     return Product(Product(J.T, H), J)
 
@@ -44,30 +47,46 @@ def output_hessian(model: FrameworkModel, found: Recorded, loss: Any, y: Any, ca
     return LinearizedMap(outer.lin, outer.output, symmetric=True, mark=convex)
 
 
-def sample_rows(found: SampleRows, codomain: Space | None = None) -> LayerFactors:
+def sample_rows(found: SampleRows) -> LayerFactors:
     """Return rows of every sample as an operator `(samples * rows, P)`, kept as they are."""
     domain, rows, one, route = found
     n, k = rows.shape[:2]
+    codomain = Space(("output",), (torch.Size((n, *one)),), (rows.dtype,), rows.device)
     shapes = [(shape[0] if shape else 1, shape[1:].numel()) for shape in domain.shapes]
     parts = [
         Rows(part.reshape(n, k, *shape))
         for part, shape in zip(domain.split(rows.reshape(n * k, domain.dim)), shapes, strict=True)
     ]
-    return LayerFactors(parts, domain, codomain or Space.flat(n * k, "rows", rows), route=route)
+    return LayerFactors(parts, domain, codomain, route=route)
 
 
-def refuse_given(framework: str, **given: Any) -> None:
-    """Refuse options that models of a framework do not have.
+def framework_jacobian(
+    model: FrameworkModel, x: Any, outputs: Any, mode: str, check_finite: bool, **others: Any
+) -> Any:
+    """Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
+
+    Returns:
+        A tensor; a dict of them by name where the input is a tree.
 
     Raises:
-        InputError: One is given; the message names it.
+        InputError: One of the other options of `compute_jacobian` is given.
+        NonFiniteError: A derivative is NaN or Inf.
     """
-    for name, value in given.items():
+    for name, value in others.items():
         if value is not None and value is not False:
-            raise InputError(explain(name, repr(value), f"{framework} models have no such option"))
+            raise InputError(explain(name, repr(value), "models of another framework than torch have no such option"))
+    found = model.map_rows(x, call="compute_jacobian", outputs=outputs, mode=mode)
+    space, (n, k) = found.domain, found.rows.shape[:2]
+    parts = space.split(found.rows.reshape(n * k, space.dim))
+    for name, part in zip(space.names, parts if check_finite else (), strict=False):
+        if not is_finite(part):
+            raise NonFiniteError(f"compute_jacobian: in the derivative by {name}, {where_first(part)}.")
+    blocks = [part.reshape(n, *found.output, *shape) for part, shape in zip(parts, space.shapes, strict=True)]
+    return dict(zip(space.names, blocks, strict=True)) if isinstance(x, Mapping | list | tuple) else blocks[0]
 
 
-def _asked(call: str, options: Any) -> dict[str, Any]:
+def asked(call: str, options: Any) -> dict[str, Any]:
+    """Return what a framework's model is told of a call."""
     return {"call": call, "parameters": options.get("parameters", _all), "outputs": options.get("outputs")}
 
 

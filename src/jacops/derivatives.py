@@ -14,8 +14,8 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ._keywords import keywords
 from ._framework import framework_ggn, framework_hessian, recorded
+from ._keywords import keywords
 from ._ladder.protocol import FrameworkModel
 from ._runtime.agreement import size
 from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise, recording

@@ -13,7 +13,9 @@ from typing import Any, Literal, Unpack, final
 import torch
 from torch import Tensor, nn
 
+from ._framework import recorded
 from ._keywords import keywords
+from ._ladder.protocol import FrameworkModel
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
 from ._torch.protocol import (
@@ -24,7 +26,6 @@ from ._torch.protocol import (
     known_likelihood,
     label_like,
     likelihood_of,
-    record_model,
     row_scale,
 )
 from .derivatives import CurvatureOptions, Loss, OperatorOptions, ggn, trainable
@@ -33,6 +34,7 @@ from .operators import LinearizedMap, Operator, Scaled
 from .operators._finite_results import made_from
 from .per_sample import sample_gradients
 from .space import Space
+from .trees import output_leaves
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
 KINDS = ("exact", "monte_carlo", "empirical")
@@ -75,7 +77,7 @@ def fisher(
     multiple. A loss that is none counts one term a row in `"empirical"`, one for all if `loss.reduction` is `"sum"`.
 
     Args:
-        model: A module.
+        model: A module, or a `JaxFunction`, whose losses are compared so.
         loss: `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, their functional forms, or a loss that
             computes the same; any loss of one number for `"empirical"`.
         x: The model's input, as in `jacobian`.
@@ -129,9 +131,9 @@ def batch_fisher(
     _refuse_weights(losses.loss, kind)
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
         return ggn(model, losses.scalar, x, y, check_finite=False, **options)  # checked as a whole
-    found = record_model(model, x, call="fisher", kept=True, **options)
-    output = _one_tensor(found.lin.outputs).detach()
-    likelihood = known_likelihood(losses, output, y) or likelihood_of(losses.scalar, [output], found.tree, y)
+    found = recorded(model, x, call="fisher", kept=True, **options)
+    output = _one_tensor(output_leaves(found.output)[0]).detach()
+    likelihood = known_likelihood(losses, output, y) or _likelihood(model, found, losses, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)
     if kind == "exact":
@@ -153,14 +155,20 @@ def _empirical(model: nn.Module, losses: RowLosses, x: Any, y: Any, options: Cur
         raise InputError(explain("x", "empty", "a mean over samples needs at least one"))
 
     def computed() -> Likelihood | None:
-        found = record_model(model, x, call="fisher", **options)
-        return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
+        return _likelihood(model, recorded(model, x, call="fisher", **options), losses, y)
 
     terms, total = row_scale(losses, y, rows, computed)
     if bool((terms == terms[0]).all()):
         return float(terms[0]) ** 2 / total * (G.T @ G)
     scaled = G.scaled(terms)
     return 1.0 / total * (scaled.T @ scaled)
+
+
+def _likelihood(model: Any, found: Any, losses: RowLosses, y: Any) -> Likelihood | None:
+    """Return the likelihood of a loss by its slopes at a recorded output, if it has one."""
+    if isinstance(model, FrameworkModel):
+        return model.likelihood(found, losses.loss, y)
+    return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
 
 
 def _moments(rows: Operator, directions: Tensor) -> tuple[Tensor, Tensor]:

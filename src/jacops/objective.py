@@ -1,6 +1,6 @@
-"""Objective: a model with its loss, differentiated one batch at a time; the seam between frameworks.
+"""Objective: a model with its loss, differentiated one batch at a time.
 
-Everything above it (problems, influence) speaks torch tensors and operators, whatever the model is written in.
+Everything above it (problems, influence) has torch tensors and operators, whatever the model is written in.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._digests import digest_function, digest_module
 from ._finite import check_finite
+from ._framework import recorded
 from ._picks import Picks, picked
 from ._reduction import not_finite, offset
 from ._runtime.contexts import seeded, sweeping
@@ -34,18 +35,38 @@ from ._torch.protocol import (
     weights_of,
 )
 from .data import Batch, rows_of
-from .derivatives import CurvatureOptions, Loss, ggn, hessian, jacobian, record_loss, trainable
+from .derivatives import CurvatureOptions, Loss, ggn, hessian, record_loss, trainable
 from .errors import InputError, InputTypeError, explain
 from .fisher import KINDS, batch_fisher
 from .operators import Operator
 from .per_sample import Randomness, checked_seed, refuse_mixing_modules, sample_gradients, sample_jacobians
+from .solvers._output_loss import loss_at_output
 from .space import Space
 
 
 class Objective(ABC):
-    """A model with its loss, which reduces a batch by `reduction`, one batch at a time."""
+    """A model with its loss, which reduces a batch by `reduction`, one batch at a time.
 
+    Derivatives are those that the public calls return, for models of any framework; what a framework knows of its
+    model and of its losses is in the subclasses.
+
+    Attributes:
+        model: The model.
+        loss: `loss(output, y)`, one number.
+        losses: Of the rows.
+        picks: Which parameters, by name and value.
+        reduction: How the loss reduces a batch.
+        randomness: As in `sample_gradients`.
+        seed: Of random layers in train mode.
+    """
+
+    model: Any
+    loss: Any
+    losses: RowLosses
+    picks: Callable[[str, Any], bool]
     reduction: Reduction = "mean"
+    randomness: Randomness = "error"
+    seed: int | None = None
 
     @property
     @abstractmethod
@@ -66,48 +87,96 @@ class Objective(ABC):
         """Return the loss of a batch.
 
         Raises:
-            NonFiniteError: It is NaN or Inf.
+            NonFiniteError: It is NaN or Inf; the message names what holds the first NaN or Inf.
         """
+
+    @abstractmethod
+    def value_near(self, x: Any, y: Any) -> float:
+        """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
 
     @abstractmethod
     def gradient(self, x: Any, y: Any) -> Tensor:
         """Return its gradient `(P,)`."""
 
     @abstractmethod
-    def hessian(self, x: Any, y: Any) -> Operator:
-        """Return the Hessian of a batch's loss, symmetric on the parameters."""
-
-    @abstractmethod
-    def ggn(self, x: Any, y: Any) -> Operator:
-        """Return the generalised Gauss-Newton matrix of a batch's loss."""
-
-    @abstractmethod
-    def sample_gradients(self, x: Any, y: Any) -> Operator:
-        """Return `(n, P)`, row i the gradient of the loss of sample i alone."""
-
-    @abstractmethod
     def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
         """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input."""
 
-    def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
-        """Return the output Jacobian `(n * K, P)`, and each sample's loss's gradient `(n, K)` and Hessian `(n, K, K)`.
-
-        Raises:
-            InputError: This framework has none.
-        """
-        raise InputError(explain("leverage", True, f"{type(self).__name__} has no leverage correction"))
+    @abstractmethod
+    def own(self, many: int) -> Any:
+        """Return a loss of `many` rows that is the sum of their own losses."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a digest of weights, buffers and names."""
 
-    def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
-        """Return a Fisher matrix of a batch, by its kind and the place of its first sample as in `jacops.fisher`.
+    @abstractmethod
+    def changed(self, **options: Any) -> Objective:
+        """Return the objective with other options, or with another loss.
 
         Raises:
-            InputError: This framework has none.
+            InputError: This framework has no such options.
         """
-        raise InputError(explain("curvature", repr(kind), f"{type(self).__name__} has 'hessian' and 'ggn'"))
+
+    @abstractmethod
+    def weighted(self, weights: Tensor) -> Objective:
+        """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
+
+    @restoring
+    def hessian(self, x: Any, y: Any) -> Operator:
+        """Return the Hessian of a batch's loss, symmetric on the parameters."""
+        with seeded(self.seed):
+            return hessian(self.model, self.loss, x, y, parameters=self.picks)
+
+    @restoring
+    def ggn(self, x: Any, y: Any) -> Operator:
+        """Return the generalised Gauss-Newton matrix of a batch's loss."""
+        with seeded(self.seed):
+            return ggn(self.model, self.loss, x, y, parameters=self.picks)
+
+    @restoring
+    def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
+        """Return a Fisher matrix of a batch in the scale of its loss, from one label drawn for each target.
+
+        Args:
+            kind: As in `jacops.fisher`.
+            x: The input.
+            y: The target.
+            first: Place of the first sample in the data.
+
+        Raises:
+            InputError: There is no such kind.
+        """
+        if kind not in KINDS:
+            raise InputError(explain("kind", repr(kind), f"one of {KINDS} is needed"))
+        options: CurvatureOptions = {"parameters": self.picks}
+        with seeded(self.seed):
+            return batch_fisher(self.model, self.losses, x, y, kind, 1, Draws(0, first), options)
+
+    def sample_gradients(self, x: Any, y: Any) -> Operator:
+        """Return `(n, P)`, row i the gradient of the loss of sample i alone."""
+        return sample_gradients(
+            self.model, self.losses.scalar, x, y, randomness=self.randomness, seed=self.seed, parameters=self.picks
+        )
+
+    @restoring
+    def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
+        """Return the output Jacobian `(n * K, P)`, and each sample's loss's gradient `(n, K)` and Hessian `(n, K, K)`.
+
+        The last two are by the output, of which each sample has K entries.
+
+        Raises:
+            InputError: The output is not one tensor with a row per sample.
+        """
+        J, own = sample_jacobians(self.model, x, seed=self.seed, parameters=self.picks), self.own(rows_of(x))  # noqa: N806
+        at = loss_at_output(self.model, self.recorded(x, "leverage"), own, y, rows_of(x), "leverage")
+        return J, at.gradient(own), at.matrix(at.dtype)
+
+    @restoring
+    def recorded(self, x: Any, call: str) -> Any:
+        """Return the model's output on a batch, recorded by the parameters."""
+        with seeded(self.seed):
+            return recorded(self.model, x, call=call, parameters=self.picks)
 
     def unchanged(self) -> Callable[[str], None]:
         """Return a function of a call's name that raises `ModelStateError` once the model differs from what it is now.
@@ -119,36 +188,30 @@ class Objective(ABC):
     def check_state(self) -> None:  # noqa: B027 - most frameworks have no modes
         """Refuse a model whose mode makes per-sample quantities ill-posed."""
 
-    @abstractmethod
-    def value_near(self, x: Any, y: Any) -> float:
-        """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
-
-    def changed(self, **options: Any) -> Objective:
-        """Return the objective with other options.
-
-        Raises:
-            InputError: This framework has no such options.
-        """
-        raise InputError(explain(next(iter(options)), "given", f"{type(self).__name__} has no such option"))
-
     def denominators(self, y: Any, rows: int) -> Tensor:
-        """Return what each row adds to the denominator of a mean, `(rows,)`."""
-        return torch.ones(rows, dtype=torch.float64)
+        """Return what each row adds to the denominator of a mean, `(rows,)`: 1, or its targets' number or weights."""
+        return self.losses.denominators(y, rows)
 
     def is_convex(self, y: Any) -> bool:
         """Return whether the loss of these targets is known to be convex in the output, without computing it."""
-        return False
+        return is_convex(self.loss, y)
 
     def settle(self, batch: Batch) -> None:  # noqa: B027 - most losses divide by rows
         """Compute by what the loss divides a mean, where that is not known."""
 
-    def weighted(self, weights: Tensor) -> Objective:
-        """Return the objective whose batch loss is the sum of its rows' numerators times `weights`.
 
-        Raises:
-            InputError: This framework has no weights.
-        """
-        raise InputError(explain("weights", "given", f"{type(self).__name__} takes data without sample weights"))
+def checked_loss(loss: Any, reduction: str | None) -> RowLosses:
+    """Return the losses of rows behind a loss.
+
+    Raises:
+        InputTypeError: It is not callable.
+        InputError: There is no such reduction.
+    """
+    if not callable(loss):
+        raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+    if reduction not in (None, "mean", "sum"):
+        raise InputError(explain("reduction", repr(reduction), "one of ('mean', 'sum') is needed"))
+    return RowLosses(loss, reduction)
 
 
 class TorchObjective(Objective):
@@ -178,12 +241,9 @@ class TorchObjective(Objective):
         randomness: Randomness = "error",
         seed: int | None = None,
     ) -> None:
-        if not callable(loss):
-            raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
-        if reduction not in (None, "mean", "sum"):
-            raise InputError(explain("reduction", repr(reduction), "one of ('mean', 'sum') is needed"))
+        self.losses = checked_loss(loss, reduction)
         self._options = {"parameters": parameters, "reduction": reduction, "randomness": randomness, "seed": seed}
-        self.model, self.losses = model, RowLosses(loss, reduction)
+        self.model = model
         self.loss = self.losses.scalar
         self.reduction = self.losses.reduction
         self.picks = picked(parameters, list(parameter_names(bare(model)))) or trainable
@@ -228,10 +288,6 @@ class TorchObjective(Objective):
         weights = weights_of(module)
         return lambda call: weights.check(module, call)
 
-    def denominators(self, y: Any, rows: int) -> Tensor:
-        """Return what each row adds to the denominator of a mean: 1, or its targets' number or weights."""
-        return self.losses.denominators(y, rows)
-
     @restoring
     def settle(self, batch: Batch) -> None:
         """Compute by what the loss divides a mean, where it is none of torch's own and has labels."""
@@ -239,10 +295,6 @@ class TorchObjective(Objective):
             with seeded(self.seed):
                 found = record_model(self.model, batch.x, call="loss", parameters=self.picks)
             self.losses.settle(found.output, batch.y)
-
-    def is_convex(self, y: Any) -> bool:
-        """Return whether the loss is one of torch's own that is convex in the output for these targets."""
-        return is_convex(self.loss, y)
 
     def weighted(self, weights: Tensor) -> TorchObjective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
@@ -282,37 +334,6 @@ class TorchObjective(Objective):
         check_finite("gradient", rows, lin.domain.names, lin, data={"x": x, "y": y})
         return lin.domain.join(rows)[0].detach()
 
-    @restoring
-    def hessian(self, x: Any, y: Any) -> Operator:
-        """Return the Hessian of a batch's loss."""
-        with seeded(self.seed):
-            return hessian(self.model, self.loss, x, y, parameters=self.picks)
-
-    @restoring
-    def ggn(self, x: Any, y: Any) -> Operator:
-        """Return the generalised Gauss-Newton matrix of a batch's loss."""
-        with seeded(self.seed):
-            return ggn(self.model, self.loss, x, y, parameters=self.picks)
-
-    @restoring
-    def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
-        """Return a Fisher matrix of a batch in the scale of its loss, from one label drawn for each target.
-
-        Raises:
-            InputError: There is no such kind.
-        """
-        if kind not in KINDS:
-            raise InputError(explain("kind", repr(kind), f"one of {KINDS} is needed"))
-        options: CurvatureOptions = {"parameters": self.picks}
-        with seeded(self.seed):
-            return batch_fisher(self.model, self.losses, x, y, kind, 1, Draws(0, first), options)
-
-    def sample_gradients(self, x: Any, y: Any) -> Operator:
-        """Return the gradients of the rows' own losses, `(n, P)`."""
-        return sample_gradients(
-            self.model, self.losses.scalar, x, y, randomness=self.randomness, seed=self.seed, parameters=self.picks
-        )
-
     def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
         """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input.
 
@@ -339,15 +360,8 @@ class TorchObjective(Objective):
 
     @restoring
     def _mixed_once(self, batch: Batch, rows: Tensor) -> Tensor:
-        losses, many = self.losses, batch.rows
-        shares = losses.denominators(batch.y, many) if self.reduction == "mean" else torch.ones(many)
-        shares = torch.where(shares > 0, shares, 1.0).to(batch.x)  # a row that is ignored has no loss to divide
-
-        def own(output: Any, y: Any) -> Tensor:
-            return (losses.terms(output, y, many) / shares).sum()
-
         with seeded(self.seed):
-            found = record_loss(self.model, own, batch.x, batch.y, "mixed", parameters=self.picks)
+            found = record_loss(self.model, self.own(batch.rows), batch.x, batch.y, "mixed", parameters=self.picks)
         gradient = gradient_tape(found, "mixed")
         leaf = next(leaf for given, leaf in found.inputs.values() if given is batch.x)
         with sweeping(leaf):
@@ -362,35 +376,16 @@ class TorchObjective(Objective):
             )
         return torch.stack(parts) if parts else rows.new_zeros(0, *leaf.shape)
 
-    @restoring
-    def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
-        """Return the output Jacobian `(n * K, P)`, and each sample's loss's gradient `(n, K)` and Hessian `(n, K, K)`.
+    def own(self, many: int) -> Loss:
+        """Return a loss of `many` rows that is the sum of their own losses; a row that is ignored has none."""
+        losses = self.losses
 
-        The last two are by the output, of which each sample has K entries.
+        def own(output: Any, y: Any) -> Tensor:
+            shares = losses.denominators(y, many) if losses.reduction == "mean" else torch.ones(many)
+            terms = losses.terms(output, y, many)
+            return (terms / torch.where(shares > 0, shares, 1.0).to(terms)).sum()
 
-        Raises:
-            InputError: The output is not one tensor with a row per sample.
-        """
-        J = sample_jacobians(self.model, x, seed=self.seed, parameters=self.picks)  # noqa: N806
-        with seeded(self.seed):
-            output, many = jacobian(self.model, x, self.picks).output, rows_of(x)
-        if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != many:
-            needed = "one tensor with a row per sample is needed"
-            raise InputError(explain("the model's output", "of another kind", needed))
-        with sweeping(output):
-            leaf = output.detach().requires_grad_()
-            terms = self.losses.terms(leaf.clone(), y, many)
-            shares = self.losses.denominators(y, many) if self.reduction == "mean" else torch.ones(many)
-            own = (terms / torch.where(shares > 0, shares, 1.0).to(terms)).sum()
-            (slope,) = torch.autograd.grad(own, leaf, create_graph=True)
-            flat = slope.reshape(many, -1)
-            rows = [
-                torch.autograd.grad(flat[:, k].sum(), leaf, retain_graph=True, materialize_grads=True)[0]
-                if flat.requires_grad
-                else torch.zeros_like(leaf)
-                for k in range(flat.shape[1])
-            ]
-        return J, flat.detach(), torch.stack([row.detach().reshape(many, -1) for row in rows], 1)
+        return own
 
     def fingerprint(self) -> str:
         """Return a digest of parameters and buffers, of the modules' and the loss's names, and of what is picked."""

@@ -8,7 +8,9 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from ._framework import asked, sample_rows
 from ._keywords import keywords
+from ._ladder.protocol import FrameworkModel
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
@@ -77,7 +79,7 @@ def sample_gradients(
     products of, found for many samples in one sweep where samples do not mix (which is checked), else one by one.
 
     Args:
-        model: A module in which no module mixes or randomises samples in its mode.
+        model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
         loss: `loss(output, y)`, one number.
         x: A tensor, tuple or mapping of tensors with one leading axis.
         y: A tensor with the same leading axis.
@@ -102,8 +104,10 @@ def sample_gradients(
                 [0., 1.]])
     """
     seed = checked_seed(randomness, seed)
-    refuse_mixing_modules(model, random=seed is None)
     recorded: CurvatureOptions = {"parameters": trainable, **options}
+    if isinstance(model, FrameworkModel):
+        return sample_rows(model.map_rows(x, y, loss=loss, **asked("sample_gradients", recorded)))
+    refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of((x, y), "x, y")
     inputs = len(flatten(x, "x")[0])
 
@@ -159,8 +163,10 @@ def sample_jacobians(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    refuse_mixing_modules(model, random=seed is None)
     recorded: RecordOptions = {"parameters": trainable, **options}
+    if isinstance(model, FrameworkModel):
+        return sample_rows(model.map_rows(x, **asked("sample_jacobians", {**recorded, "outputs": outputs})))
+    refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of(x, "x")
     hint_at_labels("sample_jacobians", outputs, x)
 

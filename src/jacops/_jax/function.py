@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 from torch import Tensor
 
-from .._finite import is_finite, where_first
-from .._ladder.protocol import SampleRows
+from .._finite import is_finite
+from .._ladder.protocol import SampleRows, Shift
 from .._runtime.counter import Draws
 from .._torch.protocol import Likelihood, computed_likelihood
-from ..errors import InputError, InputTypeError, NonFiniteError, explain
+from ..errors import InputError, InputTypeError, explain
 from ..space import Space
 from ..trees import flatten, output_leaves
+from .adapted import Apply, by_input, itself, key_of, selecting
 from .crossing import filled, is_floating, to_jax, to_numpy, to_torch, tree_to_jax
 from .layers import JaxLayers
 from .linearized import JaxLinearization, JaxRecording
 from .model import Model, model_of, weighted_loss
-from .parameters import Parameters, Picks, Same, Structure
+from .parameters import Parameters, Picks, Same, leaf_names
 from .points import Point, floating
+from .results import check_rows, digest_of, finite_gradient, finite_loss
 
-Apply = Callable[[Any, Any], Any]
 JaxLoss = Callable[[Any, Any], Any]
 _MODES = ("auto", "forward", "reverse")
 
@@ -83,6 +82,58 @@ class JaxFunction:
             self._picked = picks, parameters
         return parameters
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all leaves, by their paths."""
+        return leaf_names(self.params)
+
+    @property
+    def total(self) -> int:
+        """Entries of all arrays."""
+        return self._all.total
+
+    def space(self, parameters: Picks | None = None) -> Space:
+        """Return the parameters that are differentiated."""
+        return self.picked(parameters).space
+
+    def point(self, parameters: Picks | None = None) -> Tensor:
+        """Return those as they are, `(P,)`."""
+        own = self.picked(parameters)
+        return own.space.join([to_torch(leaf).unsqueeze(0) for leaf in own.leaves])[0]
+
+    # ---- one batch -------------------------------------------------------------------------------------------------
+
+    def value(
+        self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None, shift: Shift | None = None
+    ) -> float:
+        """Return the loss of a batch, or at parameters that are moved by `shift`, where it may be NaN.
+
+        Raises:
+            NonFiniteError: It is NaN or Inf.
+        """
+        _, model, point = self.loss_at(loss, x, y, call=call, parameters=parameters)
+        if shift is None:
+            return finite_loss(model, model.value(point), point, call)
+        moved = (leaf + to_jax(shift(to_torch(leaf), i), "params") for i, leaf in enumerate(point.leaves))
+        return float(model.value(point._replace(leaves=tuple(moved))))
+
+    def gradient(self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None) -> Tensor:
+        """Return the gradient `(P,)` of a batch's loss.
+
+        Raises:
+            NonFiniteError: The loss or its gradient is NaN or Inf.
+        """
+        own, model, point = self.loss_at(loss, x, y, call=call, parameters=parameters)
+        return finite_gradient(model, point, own.space, call)
+
+    def weighted(self, loss: JaxLoss, weights: Tensor) -> WeightedRows:
+        """Return a loss that is the sum of the rows' own losses times weights."""
+        return WeightedRows(loss, weights)
+
+    def fingerprint(self, loss: Any, more: str) -> str:
+        """Return a digest of all parameters, and of the functions' names and what else is told apart."""
+        return digest_of(self.params, (self.apply, loss), more)
+
     # ---- records: pushes and pulls at a point --------------------------------------------------------------------
 
     def record(
@@ -102,7 +153,7 @@ class JaxFunction:
         output = jax.tree.map(to_torch, raw)
         leaves, tree = output_leaves(output)
         codomain = Space.of(leaves, tree.names)
-        lin = JaxLinearization(model, point, own.space, codomain, model.push, model.pull, call, connected)
+        lin = JaxLinearization(model, point, own.space, codomain, model.push, model.pull, call, leaves, connected)
         return JaxRecording(lin, tree, output, raw, model, point)
 
     def record_loss(
@@ -122,7 +173,7 @@ class JaxFunction:
         output = Parameters.of(found.raw, root="output")
         loss, y = _weighted(loss, tree_to_jax(y, "y"), output)
         point = Point(output.leaves, output.frozen, None, y)
-        model = model_of(_itself, loss, output.structure)
+        model = model_of(itself, loss, output.structure)
         model.survey(point, call)
         return _recorded_gradient(model, point, output, call)
 
@@ -204,7 +255,7 @@ class JaxFunction:
         width = math.prod(one)
         found = model.mixed(point, to_numpy(rows), width * len(rows)) if many and len(rows) else []
         result = filled(found, (many, len(rows), width), like.dtype).transpose(0, 1).reshape(len(rows), many, *one)
-        check_rows("mixed", result.reshape(len(rows), -1), Space.flat(many * width, "x", like))
+        check_rows("mixed", result.reshape(len(rows), many * width), Space.flat(many * width, "x", like))
         return result
 
     def layers(self, x: Any, parameters: Picks | None, call: str) -> JaxLayers:
@@ -241,13 +292,13 @@ class JaxFunction:
         own.check()
         x, y = tree_to_jax(x, "x"), tree_to_jax(y, "y")
         _check_dtypes(x, y, own.dtypes())
-        apply = _selecting(Same(self.apply), _key(outputs))
+        apply = selecting(Same(self.apply), key_of(outputs))
         if loss is not None:
             loss, y = _weighted(loss, y, own)
         if parameters is not None:
             return own, model_of(apply, loss, own.structure), Point(own.leaves, own.frozen, x, y)
         inputs = Parameters.of(x, root="x")
-        model = model_of(_by_input(Same(apply), own.structure), loss, inputs.structure)
+        model = model_of(by_input(Same(apply), own.structure), loss, inputs.structure)
         return inputs, model, Point(inputs.leaves, inputs.frozen, (own.leaves, own.frozen), y)
 
     def _samples(
@@ -273,21 +324,6 @@ class ClassesLast(Likelihood):
         turned = output.movedim(-1, 1)
         found = super().draw(turned, draws, many).reshape(many, *turned.shape)
         return found.movedim(2, -1).reshape(many, output.shape[0], -1)
-
-
-def check_rows(call: str, rows: Tensor, space: Space) -> None:
-    """Refuse rows of derivatives that hold NaN or Inf.
-
-    Raises:
-        NonFiniteError: Some do; the message names the parameter.
-    """
-    if is_finite(rows):
-        return
-    for name, part in zip(space.names, space.split(rows), strict=True):
-        if not is_finite(part):
-            raise NonFiniteError(
-                f"{call}: in the derivative's part for {name}, {where_first(part)} (first axis: row of the result)."
-            )
 
 
 def _recorded_gradient(model: Model, point: Point, own: Parameters, call: str) -> JaxRecording:
@@ -341,54 +377,5 @@ def _checked_mode(mode: str) -> str:
     return mode
 
 
-# ---- functions made of the caller's, the same ones for the same arguments, so that they compile once ---------------
-
-
 def _everything(name: str, array: Any) -> bool:
     return True
-
-
-def _itself(output: Any, x: Any) -> Any:
-    """Return the output as a function of itself, which a loss is differentiated by."""
-    return output
-
-
-def _key(outputs: Any) -> Any:
-    """Return a selection of outputs in a form that compares by value; callables compare by identity."""
-    if outputs is None or isinstance(outputs, int | str):
-        return outputs
-    if callable(outputs):
-        return Same(outputs)
-    if isinstance(outputs, slice):
-        return "slice", outputs.start, outputs.stop, outputs.step
-    return tuple(np.asarray(outputs).tolist()) if hasattr(outputs, "shape") else tuple(outputs)
-
-
-@lru_cache(maxsize=64)  # as many as compiled programs are kept
-def _selecting(apply: Same, outputs: Any) -> Apply:
-    """Return a function that gives part of the output."""
-    return apply.of if outputs is None else lambda params, x: _selected(apply.of(params, x), outputs)
-
-
-def _selected(output: Any, outputs: Any) -> Any:
-    if isinstance(outputs, Same):
-        return outputs.of(output)
-    index = slice(*outputs[1:]) if isinstance(outputs, tuple) and outputs[:1] == ("slice",) else outputs
-    if hasattr(output, "shape"):
-        if isinstance(index, str) or not output.ndim:
-            raise InputError(explain("outputs", repr(index), "indices along the output's last axis are needed"))
-        length, asked = output.shape[-1], index if isinstance(index, tuple) else (index,) if isinstance(index, int) else ()
-        if any(not -length <= i < length for i in asked):  # JAX would clamp it
-            raise InputError(explain("outputs", repr(outputs), f"the last axis of the output has {length} entries"))
-        return output[..., np.asarray(index) if isinstance(index, tuple) else index]
-    try:
-        return tuple(output[key] for key in index) if isinstance(index, tuple) else output[index]
-    except (KeyError, IndexError, TypeError):
-        known = list(output) if isinstance(output, dict) else range(len(output))
-        raise InputError(explain("outputs", repr(outputs), f"the output has {known}")) from None
-
-
-@lru_cache(maxsize=64)  # as above
-def _by_input(apply: Same, structure: Structure) -> Apply:
-    """Return the function with its input and its parameters exchanged."""
-    return lambda inputs, arrays: apply.of(structure.build(*arrays), inputs)

@@ -158,7 +158,7 @@ class JaxLayers:
         return jax.tree.unflatten(jax.tree.structure(output), found), follower.found.operands
 
     def _confirm(self, groups: Sequence[Group], seeds: Tensor, found: Sequence[Any]) -> None:
-        """Compare gradients, put together under random weights, with a plain sweep of the batch, once for each shape."""
+        """Compare gradients, put together under random weights, with a plain sweep of the batch, once a shape."""
         key = "layers", seeds.shape, shapes(self._point)
         if key in self._model.confirmed:
             return

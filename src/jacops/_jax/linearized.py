@@ -33,6 +33,7 @@ class JaxLinearization:
         push: The sweep along rows of the domain; of a gradient it is the pull, too.
         pull: The sweep along rows of the codomain.
         call: The public call.
+        outputs: What the function gave.
         connected: Whether a path leads from the output to the domain.
     """
 
@@ -40,8 +41,9 @@ class JaxLinearization:
 
     def __init__(
         self, model: Model, point: Point, domain: Space, codomain: Space, push: Rows, pull: Rows, call: str,
-        connected: bool = True,
+        outputs: Sequence[Tensor] = (), connected: bool = True,
     ) -> None:  # fmt: skip
+        self.outputs = outputs
         self.domain, self.codomain, self.call = domain, codomain, call
         self._point, self._push, self._pull, self._connected = point, push, pull, connected
         self.routes = {call: "JAX, compiled" if model.compiled else "JAX, row by row, uncompiled"}

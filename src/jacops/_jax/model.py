@@ -64,9 +64,7 @@ class Model:
         structure: How leaves make `params`.
     """
 
-    def __init__(
-        self, apply: Callable[..., Any], loss: Callable[[Any, Any], Any] | None, structure: Structure
-    ) -> None:
+    def __init__(self, apply: Callable[..., Any], loss: Callable[[Any, Any], Any] | None, structure: Structure) -> None:
         self.apply, self.structure, self.measured = apply, structure, loss is not None
         self.loss = _no_loss if loss is None else loss
         self.compiled, self.custom = True, False

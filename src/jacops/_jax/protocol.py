@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .adapted import Apply
 from .crossing import filled, is_floating, to_jax, to_numpy, to_torch
-from .function import Apply, JaxFunction, JaxLoss, WeightedRows, check_rows
+from .function import JaxFunction, JaxLoss
 from .model import Model
 from .parameters import Parameters, leaf_names
 from .points import Point
+from .results import check_rows, finite_gradient
 
 __all__ = [
     "Apply",
@@ -15,9 +17,9 @@ __all__ = [
     "Model",
     "Parameters",
     "Point",
-    "WeightedRows",
     "check_rows",
     "filled",
+    "finite_gradient",
     "is_floating",
     "leaf_names",
     "to_jax",

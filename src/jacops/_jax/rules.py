@@ -2,7 +2,7 @@
 
 A traced function is run operation by operation. Parameters are followed through operations that only move entries, by
 the numbers of their entries; where one meets an operation of the table, `z = W a`, the rule gives what it multiplies
-there, and the gradient by z is found by adding a variable that is zero. Gradients of W are then cotangent outer operand.
+there, and the gradient by z is that by a zero added to it. Gradients of W are then cotangent outer operand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -81,8 +80,10 @@ def _by_convolution(place: int, weight: np.ndarray, values: Sequence[Any], param
 
 RULES = {"dot_general": _by_dot_general, "conv_general_dilated": _by_convolution}
 # Entry by entry: a parameter that enters so is kept as rows, its whole gradient for every sample.
-ENTRYWISE = frozenset({"add", "sub", "mul", "div", "max", "min", "add_any", "exp", "logistic", "tanh", "neg", "abs",
-                       "log", "log1p", "sqrt", "rsqrt", "integer_pow", "square", "pow", "select_n", "reduce_sum"})  # fmt: skip
+ENTRYWISE = frozenset(
+    {"add", "sub", "mul", "div", "max", "min", "pow", "neg", "abs", "exp", "log", "log1p", "tanh", "logistic", "sqrt"}
+    | {"rsqrt", "square", "integer_pow", "select_n"}
+)
 MOVES: dict[str, Callable[[np.ndarray, dict[str, Any]], np.ndarray]] = {
     "transpose": lambda v, params: v.transpose(params["permutation"]),
     "reshape": lambda v, params: v.reshape(params["new_sizes"]),
@@ -198,9 +199,7 @@ class Follower:
             result, made = self._used(equation, place, values, own, result)
         return [result], [made]
 
-    def _used(
-        self, equation: Any, place: int, values: list[Any], own: list[Any], result: Any
-    ) -> tuple[Any, _Followed]:
+    def _used(self, equation: Any, place: int, values: list[Any], own: list[Any], result: Any) -> tuple[Any, _Followed]:
         """Note a use, and return the operation's result with the use's tap on it."""
         leaf, name = own[place].leaf, equation.primitive.name
         try:
@@ -222,16 +221,16 @@ class Follower:
         leaf, numbers = own[place].leaf, own[place].numbers  # pyright: ignore[reportOptionalMemberAccess]
         other = next((m for i, m in enumerate(own) if i != place and m is not None and m.use is not None), None)
         if name == "add" and other is not None and numbers.ndim == other.numbers.ndim:
-            if bool((numbers == other.numbers % self.found.weights[other.use].rows[1]).all()):
-                self.found.biases.setdefault(other.use, leaf)
+            added = numbers == other.numbers % self.found.weights[other.use].rows[1]
+            self.found.biases |= {other.use: leaf} if added.all() else {}
         if name not in ENTRYWISE:
             raise self._refused(leaf, name)
         self.found.others.append(leaf)
 
     def _refused(self, leaf: int, operation: str) -> NotDifferentiableError:
         return NotDifferentiableError(
-            f"{self.call}: {self.names[leaf]} enters by {operation}, which has no rule for JAX; those of "
-            f"{', '.join(RULES)} and operations entry by entry have one. Leave it out with `parameters=`, or use `CG()`."
+            f"{self.call}: {self.names[leaf]} enters by {operation}, which has no rule for JAX; {', '.join(RULES)} and "
+            "operations entry by entry have one. Leave it out with `parameters=`, or use `CG()`."
         )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..trees import Tree
 
 Picks = Callable[[str, Any], bool]
+Shift = Callable[[Any, int], Any]  # parameter and its number -> what is added to it
 Group = TypeVar("Group")
 Gradients = TypeVar("Gradients")
 
@@ -27,6 +28,7 @@ class Linearized(Protocol):
     call: str
     weights: Any
     routes: Mapping[str, str]
+    outputs: Sequence[Tensor]
 
     @property
     def domain(self) -> Space:
@@ -105,6 +107,46 @@ class LayerGradients(Protocol[Group, Gradients]):
 @runtime_checkable
 class FrameworkModel(Protocol):
     """A model of another framework than torch, with its parameters; it goes wherever a module goes."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of all parameters."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Entries of all parameters."""
+        ...
+
+    def space(self, parameters: Picks | None) -> Space:
+        """Return the parameters that are differentiated."""
+        ...
+
+    def point(self, parameters: Picks | None) -> Tensor:
+        """Return those as they are, flat."""
+        ...
+
+    def value(
+        self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None, shift: Shift | None = None
+    ) -> float:
+        """Return the loss of a batch; with `shift`, which may make it NaN, at parameters that are a little off."""
+        ...
+
+    def gradient(self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None) -> Tensor:
+        """Return its gradient, flat."""
+        ...
+
+    def weighted(self, loss: Any, weights: Tensor) -> Any:
+        """Return a loss that is the sum of the rows' own losses times weights."""
+        ...
+
+    def mixed(self, loss: Any, x: Any, y: Any, rows: Tensor, parameters: Picks | None) -> Tensor:
+        """Return `(k, n, *x)`, the derivative by every sample's input of `rows` times its gradient."""
+        ...
+
+    def fingerprint(self, loss: Any, more: str) -> str:
+        """Return a digest of all parameters, and of the functions' names."""
+        ...
 
     def record(
         self, inputs: Any, *, call: str, parameters: Picks | None, outputs: Any = None, at: Any = None

@@ -14,10 +14,23 @@ import torch
 from torch import Tensor
 
 from .._finite import check_vector
-from .._jax.crossing import is_floating, to_numpy, to_torch
-from .._jax.model import Point
-from .._jax_objective import Apply, JaxLoss, JaxObjective, check_rows, filled
+from .._framework_objective import FrameworkObjective
+from .._jax.protocol import (
+    Apply,
+    JaxFunction,
+    JaxLoss,
+    Model,
+    Parameters,
+    Point,
+    check_rows,
+    filled,
+    finite_gradient,
+    is_floating,
+    to_numpy,
+    to_torch,
+)
 from ..errors import InputError, InputTypeError, NotDifferentiableError, explain
+from ..objective import checked_loss
 from ..space import Space
 from ._twice_differentiable import TensorUtilities, TwiceDifferentiable
 
@@ -31,28 +44,30 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
 
     Args:
         apply: `apply(params, x) -> output`; `x` and the output may be trees of arrays.
-        params: A pytree of arrays; a None in it, such as `eqx.partition` leaves, is passed on.
+        params: A pytree with arrays of floating point, as in `JaxFunction`: what is no array is passed on.
         loss: `loss(output, y)`, one number.
 
     Raises:
-        InputTypeError: `apply` or `loss` is not callable, or a leaf of `params` is not an array.
+        InputTypeError: `apply` or `loss` is not callable, or `params` has something else than arrays only.
         InputError: JAX as it is configured cannot hold a leaf's dtype.
         ModelStateError: There is nothing to differentiate.
     """
 
     def __init__(self, apply: Apply, params: Any, loss: JaxLoss) -> None:
-        self.objective = JaxObjective(apply, params, loss)
+        checked_loss(loss, None)
+        self.model = JaxFunction(apply, params)
+        self.objective = FrameworkObjective(self.model, loss)
         self.apply, self.params, self.loss = apply, params, loss
 
     @property
     def parameters(self) -> list[jax.Array]:
         """The arrays that are differentiated, in the order of the tree."""
-        return list(self.objective.parameters.leaves)
+        return list(self.model.picked().leaves)
 
     @property
     def num_params(self) -> int:
         """Number of entries of all of them."""
-        return self.objective.space.dim
+        return self.model.space().dim
 
     def grad(self, x: Any, y: Any, create_graph: bool = False) -> jax.Array:
         """Return the gradient `[P]` of the loss by the parameters.
@@ -68,12 +83,12 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
             NotDifferentiableError: No path leads from the loss to any parameter; or with `create_graph`, the second
                 derivative is wrong.
         """
-        objective, call = self.objective, "grad(create_graph=True)" if create_graph else "grad"
-        point = objective.batch(x, y, call)
-        gradient = jnp.asarray(to_numpy(objective.gradient_at(point, call)))
+        call = "grad(create_graph=True)" if create_graph else "grad"
+        own, model, point = self.model.loss_at(self.loss, x, y, call=call)
+        gradient = jnp.asarray(to_numpy(finite_gradient(model, point, own.space, call)))
         if create_graph:
-            objective.model.check_twice(point, call)
-            _remember(gradient, _GradientOrigin(objective, point, tuple(jax.tree.leaves(x))))
+            model.check_twice(point, call)
+            _remember(gradient, _GradientOrigin(own, model, point, tuple(jax.tree.leaves(x))))
         return gradient
 
     def hessian(self, x: Any, y: Any) -> jax.Array:
@@ -84,7 +99,9 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
             NonFiniteError: The loss or its Hessian is NaN or Inf.
             NotDifferentiableError: The second derivative that JAX gives is not symmetric.
         """
-        return jnp.asarray(to_numpy(self.objective.hessian(x, y).dense()))
+        matrix = self.objective.hessian(x, y).dense(check_finite=False)
+        check_rows("hessian", matrix, self.model.space())
+        return jnp.asarray(to_numpy(matrix))
 
     @staticmethod
     def mvp(grad_xy: jax.Array, v: Any, backprop_on: Any, *, progress: bool = False) -> jax.Array:
@@ -129,12 +146,14 @@ class _GradientOrigin:
     """Where a gradient comes from.
 
     Attributes:
-        objective: Model, parameters and loss.
+        own: The parameters.
+        model: The compiled loss.
         point: Parameters and batch.
         given: The arrays of `x` as the caller gave them, held so that they can be told by identity.
     """
 
-    objective: JaxObjective
+    own: Parameters
+    model: Model
     point: Point
     given: tuple[Any, ...]
 
@@ -159,14 +178,14 @@ class _GradientOrigin:
         arrays = [held for _, held in self._inputs()] if by_inputs else self.point.leaves
         sizes = [array.size for array in arrays]
         like = to_torch(jnp.zeros(0, jnp.result_type(*arrays)))
-        model, width = self.objective.model, sum(sizes)
+        width = sum(sizes)
         found = (
-            model.second(self.point, directions, width, by_inputs=by_inputs, progress=progress)
+            self.model.second(self.point, directions, width, by_inputs=by_inputs, progress=progress)
             if len(directions)
             else []
         )
         result = filled(found, (len(directions), width), like.dtype)
-        check_rows("mvp", result, Space.flat(width, "x", like) if by_inputs else self.objective.space)
+        check_rows("mvp", result, Space.flat(width, "x", like) if by_inputs else self.own.space)
         return result.split(sizes, 1)
 
     def _inputs(self) -> list[tuple[Any, jax.Array]]:
@@ -177,7 +196,7 @@ class _GradientOrigin:
     def _place(self, array: Any, name: str) -> tuple[bool, int]:
         if not hasattr(array, "shape"):
             raise InputTypeError(explain(name, f"a {type(array).__name__}", "an array is needed"))
-        parameters = self.objective.parameters
+        parameters = self.own
         owned = {i for own in (parameters.leaves, parameters.given) for i, leaf in enumerate(own) if leaf is array}
         if len(owned) > 1:
             names = " and ".join(parameters.names[i] for i in sorted(owned))
@@ -323,4 +342,4 @@ def _axis(options: dict[str, Any]) -> int:
     return axis
 
 
-__all__ = ["JaxTensorUtilities", "JaxTwiceDifferentiable"]
+__all__ = ["JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable"]
