@@ -200,7 +200,7 @@ class Objective(ABC):
         """Compute by what the loss divides a mean, where that is not known."""
 
 
-def checked_loss(loss: Any, reduction: str | None) -> RowLosses:
+def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
     """Return the losses of rows behind a loss.
 
     Raises:

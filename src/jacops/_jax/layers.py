@@ -43,8 +43,9 @@ class JaxLayers:
         if not model.compiled:
             raise NotDifferentiableError(f"{call}: the model reads values out of its arrays, so it cannot be traced.")
         first, noted = jax.tree.map(lambda leaf: leaf[0], point.x), list[Entries]()
-        _, self._operands = jax.eval_shape(lambda x: self._followed(point, x, noted=noted), first)
+        output, self._operands = jax.eval_shape(lambda x: self._followed(point, x, noted=noted), first)
         (self._found,) = noted
+        self._outputs = [leaf.size for leaf in jax.tree.leaves(output)]
         self._pairs = _pairs(self._found)
 
     # ---- which parameters go together ------------------------------------------------------------------------------
@@ -100,10 +101,10 @@ class JaxLayers:
         return result
 
     def _outer(self, group: Group, operands: list[Tensor], deltas: list[Tensor]) -> list[OuterGradients]:
-        own = []
+        (leaf, *bias), own = group.leaves, list[OuterGradients]()
         for weight, operand, delta in zip(self._found.weights, operands, deltas, strict=True):
-            if weight.leaf == group.leaves[0]:
-                if len(group.leaves) > 1:
+            if weight.leaf == leaf:
+                if bias:
                     operand = torch.cat([operand, operand.new_ones(*operand.shape[:-1], 1)], -1)
                 own.append(OuterGradients(delta, operand[None]))
         return own
@@ -114,7 +115,7 @@ class JaxLayers:
         def kernel(each: Each, shared: Point, samples: Any) -> Any:
             def one(sample: tuple[Any, Any]) -> Any:
                 x, directions = sample
-                taps = [jnp.zeros(w.rows, o.dtype) for w, o in zip(self._found.weights, operands, strict=True)]
+                taps = [jnp.zeros(w.rows, w.dtype) for w in self._found.weights]
                 kept = [shared.leaves[i] for i in rows]
 
                 def function(taps: Any, kept: Any) -> Any:
@@ -135,7 +136,6 @@ class JaxLayers:
 
             return each(one, samples)
 
-        operands = self._operands
         key = "layers", rows, seeds.shape[0], tuple(self._found.weights), self._call
         sweep = self._model.sweep(key, kernel, linear=False)
         samples = self._point.x, to_numpy(seeds.movedim(1, 0))
@@ -163,13 +163,14 @@ class JaxLayers:
         if key in self._model.confirmed:
             return
         mix = torch.randn(seeds.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(seeds)
-        row = torch.tensordot(mix, seeds, 1).reshape(1, -1)
-        plain = self._own.space.unflatten(to_torch(self._model.pull(self._point, to_numpy(row), row.shape[1])[0])[0])
+        row = torch.cat([p.reshape(1, -1) for p in torch.tensordot(mix, seeds, 1).split(self._outputs, 1)], 1)
+        space = self._own.space
+        plain = space.unflatten(to_torch(self._model.pull(self._point, to_numpy(row), space.dim)[0])[0])
         pairs = []
         for group, gradients in zip(groups, found, strict=True):
             pairs += zip(_assembled(gradients, mix, group), [plain[i].reshape(-1) for i in group.leaves], strict=True)
         gap = worst_disagreement(pairs)
-        if gap > tolerance(list(self._own.space.dtypes)):
+        if gap > tolerance(list(space.dtypes)):
             raise NotDifferentiableError(
                 f"{self._call}: gradients of single samples do not add up to the batch's (off by {gap:.1e}): samples "
                 "influence each other, or an operation's rule is wrong. Use `CG()`."
@@ -193,6 +194,6 @@ def _assembled(gradients: Any, mix: Tensor, group: Group) -> list[Tensor]:
     """Return the flat gradients of a group's parameters, summed over samples, and over cotangents under weights."""
     if isinstance(gradients, Tensor):
         return [torch.einsum("k,kne->e", mix, gradients)]
-    total = sum(torch.einsum("k,kntgp,ntgq->pq", mix, use.left, use.right[0]) for use in gradients)
+    total = torch.stack([torch.einsum("k,kntgp,ntgq->pq", mix, use.left, use.right[0]) for use in gradients]).sum(0)
     weight = total[:, :-1] if len(group.leaves) > 1 else total
     return [(weight.T if group.turned else weight).reshape(-1), *[total[:, -1]] * (len(group.leaves) - 1)]

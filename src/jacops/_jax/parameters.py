@@ -94,7 +94,7 @@ class Parameters:
         """
         paths, spec = jax.tree_util.tree_flatten_with_path(params)
         names, values = leaf_names(params, root), list(_arrays(paths, root))
-        kinds = tuple(_kind(name, value, picks) for name, value in zip(names, values, strict=True))
+        kinds: tuple[Kind, ...] = tuple(_kind(name, value, picks) for name, value in zip(names, values, strict=True))
         if "picked" not in kinds:
             raise _nothing(params, root, [v for v, kind in zip(values, kinds, strict=True) if kind != "static"])
         picked = [(n, v, leaf) for n, v, (_, leaf), k in zip(names, values, paths, kinds, strict=True) if k == "picked"]

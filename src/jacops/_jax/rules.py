@@ -8,13 +8,14 @@ there, and the gradient by z is that by a zero added to it. Gradients of W are t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from ..errors import NotDifferentiableError
 
@@ -104,11 +105,13 @@ class Weight:
         leaf: Which parameter.
         turned: It is stored as `(in, out)`.
         rows: Positions of a sample and outputs of the weight, `(positions, out)`.
+        dtype: Of the operation's result.
     """
 
     leaf: int
     turned: bool
     rows: tuple[int, int]
+    dtype: Any
 
 
 @dataclass
@@ -128,12 +131,21 @@ class Entries:
     others: list[int] = field(default_factory=list)
 
 
-class _Followed(NamedTuple):
-    """A value that is a parameter, or the result of a use, entry by entry."""
+class _Parameter(NamedTuple):
+    """A value that is a parameter, with the numbers of its entries."""
 
-    leaf: int | None
-    use: int | None
+    leaf: int
     numbers: np.ndarray
+
+
+class _Result(NamedTuple):
+    """A value with the cotangent of a use's result, with the numbers of its entries in `(positions, out)`."""
+
+    use: int
+    numbers: np.ndarray
+
+
+_Followed = _Parameter | _Result
 
 
 class Follower:
@@ -154,20 +166,26 @@ class Follower:
         Raises:
             NotDifferentiableError: A parameter enters by an operation without a rule; the message names both.
         """
-        followed = [_Followed(i, None, _numbered(np.shape(args[i]))) for i in range(len(self.names))]
+        followed = [_Parameter(i, _numbered(np.shape(args[i]))) for i in range(len(self.names))]
         return self._run(traced.jaxpr, traced.consts, args, [*followed, *[None] * (len(args) - len(followed))])[0]
 
     def _run(
         self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], followed: Sequence[_Followed | None]
     ) -> tuple[list[Any], list[_Followed | None]]:
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        marks = {v: mark for v, mark in zip(jaxpr.invars, followed, strict=True) if mark is not None}
+        known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        marks: dict[Any, _Followed] = {v: m for v, m in zip(jaxpr.invars, followed, strict=True) if m is not None}
 
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, Literal) else known[atom]
 
+        read_by = Counter[Any](v for equation in jaxpr.eqns for v in equation.invars if isinstance(v, Var))
+        read_by.update(v for v in jaxpr.outvars if isinstance(v, Var))
+
         def mark_of(atom: Any) -> _Followed | None:
-            return None if isinstance(atom, Literal) else marks.get(atom)
+            if isinstance(atom, Literal):
+                return None
+            # A result that is read twice has another cotangent than each of its readers.
+            return None if isinstance(marks.get(atom), _Result) and read_by[atom] > 1 else marks.get(atom)
 
         for equation in jaxpr.eqns:
             values, own = [read(v) for v in equation.invars], [mark_of(v) for v in equation.invars]
@@ -179,7 +197,8 @@ class Follower:
     def _equation(
         self, equation: Any, values: list[Any], own: list[_Followed | None]
     ) -> tuple[list[Any], list[_Followed | None]]:
-        name, unknown = equation.primitive.name, [None] * len(equation.outvars)
+        name = equation.primitive.name
+        unknown: list[_Followed | None] = [None] * len(equation.outvars)
         if not any(own):
             return bound(equation, values), unknown
         if name in CALLS:
@@ -188,41 +207,48 @@ class Follower:
             return self._run(closed.jaxpr, closed.consts, values, own)
         if name in MOVES and own[0] is not None:
             moved = own[0]._replace(numbers=MOVES[name](own[0].numbers, equation.params))
-            return bound(equation, values), [moved]
-        parameters = [i for i, mark in enumerate(own) if mark is not None and mark.leaf is not None]
+            spread = isinstance(moved, _Result) and moved.numbers.size > own[0].numbers.size
+            return bound(equation, values), [None if spread else moved]
+        parameters = [(i, mark) for i, mark in enumerate(own) if isinstance(mark, _Parameter)]
         if name not in RULES:
-            for i in parameters:
-                self._entrywise(name, own, i)
-            return bound(equation, values), unknown
+            for i, mark in parameters:
+                self._entrywise(name, mark, own[1 - i] if len(own) == 2 else None)
+            results = bound(equation, values)
+            return results, [self._sum(own, np.shape(results[0])), *unknown[1:]] if name == "add" else unknown
         (result,), made = bound(equation, values), None
-        for place in parameters:
-            result, made = self._used(equation, place, values, own, result)
+        for place, mark in parameters:
+            result, made = self._used(equation, place, mark, values, result)
         return [result], [made]
 
-    def _used(self, equation: Any, place: int, values: list[Any], own: list[Any], result: Any) -> tuple[Any, _Followed]:
+    def _sum(self, own: Sequence[_Followed | None], shape: tuple[int, ...]) -> _Result | None:
+        """Return the use whose cotangent is that of a sum, of several that of the first parameter."""
+        fitting = [m for m in own if isinstance(m, _Result) and m.numbers.shape == shape]
+        return min(fitting, key=lambda m: self.found.weights[m.use].leaf, default=None)
+
+    def _used(self, equation: Any, place: int, own: _Parameter, values: list[Any], result: Any) -> tuple[Any, _Result]:
         """Note a use, and return the operation's result with the use's tap on it."""
-        leaf, name = own[place].leaf, equation.primitive.name
+        leaf, name = own.leaf, equation.primitive.name
         try:
-            entry = RULES[name](place, own[place].numbers, values, equation.params)
+            entry = RULES[name](place, own.numbers, values, equation.params)
             order, turned = _orientation(entry.weight)
         except NoRuleError as error:
             raise self._refused(leaf, f"{name} {error}") from None
         shape = jax.eval_shape(entry.rows, result).shape
         use = len(self.found.weights)
-        self.found.weights.append(Weight(leaf, turned, shape))
+        self.found.weights.append(Weight(leaf, turned, shape, np.dtype(result.dtype)))
         self.found.operands.append(entry.operand[:, order])
         if self.taps is not None:
             result = result + jax.linear_transpose(entry.rows, result)(self.taps[use])[0]
         numbers = np.empty(result.shape, np.int64)
         numbers.flat[_moved(entry.rows, result.shape).ravel()] = np.arange(result.size)
-        return result, _Followed(None, use, numbers)
+        return result, _Result(use, numbers)
 
-    def _entrywise(self, name: str, own: Sequence[_Followed | None], place: int) -> None:
-        leaf, numbers = own[place].leaf, own[place].numbers  # pyright: ignore[reportOptionalMemberAccess]
-        other = next((m for i, m in enumerate(own) if i != place and m is not None and m.use is not None), None)
-        if name == "add" and other is not None and numbers.ndim == other.numbers.ndim:
+    def _entrywise(self, name: str, own: _Parameter, other: _Followed | None) -> None:
+        leaf, numbers = own
+        if name == "add" and isinstance(other, _Result) and numbers.ndim == other.numbers.ndim:
             added = numbers == other.numbers % self.found.weights[other.use].rows[1]
-            self.found.biases |= {other.use: leaf} if added.all() else {}
+            if bool(added.all()):
+                self.found.biases[other.use] = leaf
         if name not in ENTRYWISE:
             raise self._refused(leaf, name)
         self.found.others.append(leaf)

@@ -63,9 +63,20 @@ class Linearized(Protocol):
 class Recorded(Protocol):
     """A function that was run once: its Jacobian there, its output, and the structure of that."""
 
-    lin: Any  # a `Linearized`
-    tree: Tree
-    output: Any
+    @property
+    def lin(self) -> Any:
+        """Its pushes and pulls, as in `Linearized`."""
+        ...
+
+    @property
+    def tree(self) -> Tree:
+        """The structure of the output."""
+        ...
+
+    @property
+    def output(self) -> Any:
+        """The output, in torch tensors."""
+        ...
 
 
 class SampleRows(NamedTuple):
@@ -160,15 +171,15 @@ class FrameworkModel(Protocol):
         """Record the gradient of the loss of one batch by the parameters: its Jacobian is the Hessian."""
         ...
 
-    def record_at_output(self, found: Recorded, loss: Any, y: Any, call: str) -> Recorded:
+    def record_at_output(self, found: Any, loss: Any, y: Any, call: str) -> Recorded:
         """Record the gradient of a loss by the model's output, at the output that was recorded."""
         ...
 
-    def slope(self, found: Recorded) -> Tensor:
+    def slope(self, found: Any) -> Tensor:
         """Return the gradient that `record_loss` or `record_at_output` recorded, flat."""
         ...
 
-    def likelihood(self, found: Recorded, loss: Any, y: Any) -> Any:
+    def likelihood(self, found: Any, loss: Any, y: Any) -> Any:
         """Return the likelihood of which a loss is the negative logarithm, None where there is none."""
         ...
 

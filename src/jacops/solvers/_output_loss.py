@@ -55,7 +55,7 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def gradient(self, function: Any) -> Tensor:
-        """Return the gradient `(n, entries)` of another function of the output."""
+        """Return the gradient `(n, entries)` of another loss by the output."""
 
     @abstractmethod
     def likelihood(self, loss: Any) -> Likelihood | None:
@@ -208,8 +208,8 @@ class LossAtOutput(OutputLoss):
             )
         return torch.cat([f.reshape(self.samples, -1).to(rows.dtype) for f in found], 1)
 
-    def gradient(self, function: Callable[[Any], Tensor]) -> Tensor:
-        """Return the gradient `(n, entries)` of another function of the output."""
+    def gradient(self, function: Callable[[Any, Any], Tensor]) -> Tensor:
+        """Return the gradient `(n, entries)` of another loss by the output."""
         grads, leaves = self._differentiated(lambda output: call_loss(function, output, _recordable(self._y)))
         full = [torch.zeros_like(leaves[i]) if (g := grads[i]) is None else g for i in self._used]
         return torch.cat([grad.reshape(self.samples, -1).to(self.dtype) for grad in full], 1)
