@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from .adapted import Apply
-from .crossing import filled, is_floating, to_jax, to_numpy, to_torch
+from .crossing import to_numpy
 from .function import JaxFunction, JaxLoss
-from .model import Model
-from .parameters import Parameters, leaf_names
-from .points import Point
+from .origins import GradientOrigin, directions_of, origin_of, remember
 from .results import check_rows, finite_gradient
 
 __all__ = [
     "Apply",
+    "GradientOrigin",
     "JaxFunction",
     "JaxLoss",
-    "Model",
-    "Parameters",
-    "Point",
     "check_rows",
-    "filled",
+    "directions_of",
     "finite_gradient",
-    "is_floating",
-    "leaf_names",
-    "to_jax",
+    "origin_of",
+    "remember",
     "to_numpy",
-    "to_torch",
 ]
