@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._finite import is_finite, where_first
-from ._ladder.protocol import FrameworkModel, Recorded, SampleRows
+from ._ladder.protocol import FrameworkModel, Recorded, SampleRows, is_framework_model
 from ._torch.protocol import Rows, positive_everywhere, record_model
 from .errors import InputError, NonFiniteError, explain
 from .operators import LayerFactors, LinearizedMap, Operator, Product
@@ -20,7 +20,7 @@ from .trees import output_leaves
 
 def recorded(model: Any, inputs: Any, **options: Any) -> Any:
     """Record the output of a model of any framework, with the options of `record_model`."""
-    if not isinstance(model, FrameworkModel):
+    if not is_framework_model(model):
         return record_model(model, inputs, **options)
     known = {name: options.get(name) for name in ("call", "parameters", "outputs", "at")}
     return model.record(inputs, **known)  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._framework import framework_ggn, framework_hessian, recorded
 from ._keywords import keywords
-from ._ladder.protocol import FrameworkModel
+from ._ladder.protocol import is_framework_model
 from ._runtime.agreement import size
 from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise, recording
 from ._runtime.restoring import restoring
@@ -271,7 +271,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
 def _hessian(
     model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
 ) -> LinearizedMap:
-    if isinstance(model, FrameworkModel):
+    if is_framework_model(model):
         return framework_hessian(model, loss, x, y, call, options)
     found = record_loss(model, loss, x, y, call, kept=kept, **options)
     lin = gradient_tape(found, call)
@@ -346,7 +346,7 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
 @restoring
 def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
-    if isinstance(model, FrameworkModel):
+    if is_framework_model(model):
         return framework_ggn(model, loss, x, y, call, options)
     found = record_model(model, x, call=call, kept=kept, **options)
     _real_only(found.lin)

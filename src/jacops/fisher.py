@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._framework import recorded
 from ._keywords import keywords
-from ._ladder.protocol import FrameworkModel
+from ._ladder.protocol import is_framework_model
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
 from ._torch.protocol import (
@@ -166,7 +166,7 @@ def _empirical(model: nn.Module, losses: RowLosses, x: Any, y: Any, options: Cur
 
 def _likelihood(model: Any, found: Any, losses: RowLosses, y: Any) -> Likelihood | None:
     """Return the likelihood of a loss by its slopes at a recorded output, if it has one."""
-    if isinstance(model, FrameworkModel):
+    if is_framework_model(model):
         return model.likelihood(found, losses.loss, y)
     return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
 

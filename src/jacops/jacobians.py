@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._finite import check_outputs, is_finite, where_first
 from ._framework import framework_jacobian
 from ._keywords import keywords
-from ._ladder.protocol import FrameworkModel
+from ._ladder.protocol import is_framework_model
 from ._requirements import check_positive
 from ._runtime.contexts import arithmetic, eager
 from ._runtime.memory import Budget, given_tensors
@@ -110,7 +110,7 @@ def compute_jacobian(
                 [0.0000, 0.2500]])
     """
     check_positive("batch_size", batch_size)
-    if isinstance(model, FrameworkModel):
+    if is_framework_model(model):
         return framework_jacobian(model, x, outputs, mode, check_finite, at=at, budget=budget, out=out, compile=compile)
     options = {"outputs": outputs, "at": at, "checks": checks, "fallback": fallback, "compile": compile}
     samples = Samples(model, x, call="compute_jacobian", **options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._framework import asked, sample_rows
 from ._keywords import keywords
-from ._ladder.protocol import FrameworkModel
+from ._ladder.protocol import is_framework_model
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
@@ -105,7 +105,7 @@ def sample_gradients(
     """
     seed = checked_seed(randomness, seed)
     recorded: CurvatureOptions = {"parameters": trainable, **options}
-    if isinstance(model, FrameworkModel):
+    if is_framework_model(model):
         return sample_rows(model.map_rows(x, y, loss=loss, **asked("sample_gradients", recorded)))
     refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of((x, y), "x, y")
@@ -164,7 +164,7 @@ def sample_jacobians(
                 [0., 1.]])
     """
     recorded: RecordOptions = {"parameters": trainable, **options}
-    if isinstance(model, FrameworkModel):
+    if is_framework_model(model):
         return sample_rows(model.map_rows(x, **asked("sample_jacobians", {**recorded, "outputs": outputs})))
     refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of(x, "x")

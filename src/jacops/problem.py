@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._finite import InBatch
 from ._framework_objective import FrameworkObjective
-from ._ladder.protocol import FrameworkModel
+from ._ladder.protocol import is_framework_model
 from ._picks import Picks
 from ._reduction import check_reduction
 from ._torch.protocol import Reduction
@@ -337,14 +337,13 @@ def _objective(model: Any, loss: Any, **options: Any) -> Objective:
         if loss is not None or given:
             own = own.changed(loss=loss, **given)
         return own
-    framework = isinstance(model, FrameworkModel)
-    if not framework and not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) and not is_framework_model(model):
         raise InputTypeError(explain("model", f"a {type(model).__name__}", "a torch.nn.Module is needed"))
     if loss is None:
         raise InputTypeError(explain("loss", "left out", "a callable `loss(output, y)` is needed with a module"))
-    if framework:
-        return FrameworkObjective(model, loss).changed(**_given(options))
-    return TorchObjective(model, loss, **options)
+    if isinstance(model, nn.Module):
+        return TorchObjective(model, loss, **options)
+    return FrameworkObjective(model, loss).changed(**_given(options))
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

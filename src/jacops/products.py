@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._finite import check_finite, check_vector
 from ._framework import recorded
 from ._keywords import keywords
-from ._ladder.protocol import FrameworkModel
+from ._ladder.protocol import is_framework_model
 from ._runtime.contexts import arithmetic, eager, out_of_inference
 from ._runtime.restoring import restoring
 from ._torch.protocol import Recording, record_closure
@@ -206,7 +206,7 @@ def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> T
 def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback: str) -> Recording:
     options = {"parameters": lambda name, p: True, "fallback": fallback, "connected": create_graph}
     found = recorded(model, x, call=call, **options)
-    if isinstance(model, FrameworkModel):
+    if is_framework_model(model):
         return found
     integers = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
     if integers:

@@ -149,7 +149,7 @@ class JaxFunction:
             raise InputError(explain("at", repr(at), "a JAX function has no submodules to cut at"))
         own, model, point = self._at(inputs, None, call, parameters, outputs)
         connected = model.survey(point, call)
-        raw = floating(model.output(point))
+        raw = floating(model.computed_output(point))
         output = jax.tree.map(to_torch, raw)
         leaves, tree = output_leaves(output)
         codomain = Space.of(leaves, tree.names)
@@ -359,7 +359,7 @@ def _one_sample(space: Space, by_inputs: bool) -> Space:
 
 def _one_output(model: Model, point: Point) -> tuple[int, ...]:
     """Return the shape of one sample's output."""
-    leaves = jax.tree.leaves(floating(model.output(point._replace(**_first(point)))))
+    leaves = jax.tree.leaves(floating(model.computed_output(point._replace(**_first(point)))))
     if len(leaves) != 1:
         came = f"in {len(leaves)} parts"
         raise InputError(explain("the model's output", came, "one array is needed", "Pass `outputs=`."))

@@ -71,14 +71,19 @@ class Model:
         self.confirmed: set[Any] = set()
         self._surveyed: dict[Any, bool] = {}
         self._twice: set[Any] = set()
-        self._value, self._gradient = jax.jit(self._loss), jax.jit(self._value_and_gradient)
+        self._output, self._value = jax.jit(self.output), jax.jit(self._loss)
+        self._gradient = jax.jit(self._value_and_gradient)
         self._sweeps: dict[Any, Sweep] = {}
 
     # Values
 
     def output(self, point: Point) -> Any:
-        """Return what the model gives."""
+        """Return what the model gives, at values or while it is traced."""
         return self.apply(self.structure.build(point.leaves, point.frozen), point.x)
+
+    def computed_output(self, point: Point) -> Any:
+        """Return what the model gives, compiled where it can be."""
+        return self._output(point) if self.compiled else self.output(point)
 
     def value(self, point: Point) -> Any:
         """Return the loss of the batch.

@@ -8,7 +8,7 @@ curvature are built from these, whatever the framework. Numbers cross as torch t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,6 @@ class LayerGradients(Protocol[Group, Gradients]):
         ...
 
 
-@runtime_checkable
 class FrameworkModel(Protocol):
     """A model of another framework than torch, with its parameters; it goes wherever a module goes."""
 
@@ -200,3 +199,8 @@ class FrameworkModel(Protocol):
     def layers(self, x: Any, parameters: Picks | None, call: str) -> LayerGradients[Any, Any]:
         """Return the gradients of single samples by layers."""
         ...
+
+
+def is_framework_model(model: Any) -> TypeGuard[FrameworkModel]:
+    """Return whether a model answers what `FrameworkModel` has; by its type, at the cost of one look-up."""
+    return hasattr(type(model), "record_at_output")

@@ -157,7 +157,8 @@ class JaxTensorUtilities(ArrayUtilities):
         Raises:
             InputError: The generator gives fewer or more rows than promised, or rows of another shape.
         """
-        return jnp.asarray(joined_rows(np.empty(resulting_shape, model.parameters[0].dtype), a, np.asarray))
+        result = np.empty(resulting_shape, model.parameters[0].dtype)
+        return jnp.asarray(joined_rows(result, a, np.asarray, "an array"))
 
 
 def _axis(options: dict[str, Any]) -> int:

@@ -233,7 +233,7 @@ class TorchTensorUtilities(ArrayUtilities):
         """
         like = model.parameters[0]
         result = torch.empty(resulting_shape, dtype=like.dtype, device=like.device)
-        return joined_rows(result, a, Tensor.detach)
+        return joined_rows(result, a, Tensor.detach, "a tensor")
 
 
 __all__ = ["TorchTensorUtilities", "TorchTwiceDifferentiable"]

@@ -213,8 +213,8 @@ class ArrayUtilities(TensorUtilities[Any, Any], ABC):
         return x.reshape(shape)
 
 
-def joined_rows(result: Any, parts: Iterable[Any], convert: Callable[[Any], Any]) -> Any:
-    """Write arrays from a generator into `result`, one below the other, and return it.
+def joined_rows(result: Any, parts: Iterable[Any], convert: Callable[[Any], Any], what: str) -> Any:
+    """Write arrays from a generator into `result`, one below the other, and return it; messages call each `what`.
 
     Raises:
         InputError: There are fewer or more rows than `result` has, or rows of another shape.
@@ -222,7 +222,7 @@ def joined_rows(result: Any, parts: Iterable[Any], convert: Callable[[Any], Any]
     promised, filled = f"{tuple(result.shape)} was promised", 0
     for part in parts:
         if tuple(part.shape[1:]) != tuple(result.shape[1:]) or filled + part.shape[0] > result.shape[0]:
-            raise InputError(explain("a", f"giving an array {tuple(part.shape)} at row {filled}", promised))
+            raise InputError(explain("a", f"giving {what} {tuple(part.shape)} at row {filled}", promised))
         result[filled : filled + part.shape[0]] = convert(part)
         filled += part.shape[0]
     if filled != result.shape[0]:

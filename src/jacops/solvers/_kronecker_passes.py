@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
-from .._ladder.protocol import FrameworkModel
+from .._ladder.protocol import is_framework_model
 from .._runtime.counter import Draws
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
@@ -84,7 +84,7 @@ class Passes:
             return
         found, model = self.objective.recorded(data.x, "EKFAC"), self.objective.model
         at = loss_at_output(model, found, term.loss, data.y, data.rows, "EKFAC")
-        batch: Any = model.layers(data.x, self.objective.picks, "EKFAC") if isinstance(model, FrameworkModel) else None
+        batch: Any = model.layers(data.x, self.objective.picks, "EKFAC") if is_framework_model(model) else None
         if isinstance(at, LossAtOutput):
             batch = RecordedBatch(at.lin)
             if batch.lin.trust.refused("pull", "by uses"):

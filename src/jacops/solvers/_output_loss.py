@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._finite import check_outputs, is_finite
-from .._ladder.protocol import FrameworkModel, Recorded
+from .._ladder.protocol import FrameworkModel, Recorded, is_framework_model
 from .._runtime.contexts import out_of_inference, private_noise, recording, sweeping
 from .._runtime.restoring import restoring
 from .._torch.protocol import Likelihood, Linearization, Recording, call_loss, counted_labels, likelihood_of
@@ -270,7 +270,7 @@ class FrameworkLossAtOutput(OutputLoss):
 
 def loss_at_output(model: Any, found: Any, loss: Any, y: Any, samples: int, call: str) -> OutputLoss:
     """Return a loss as a function of a recorded output, whatever recorded it."""
-    if isinstance(model, FrameworkModel):
+    if is_framework_model(model):
         return FrameworkLossAtOutput(model, found, loss, y, samples, call)
     return LossAtOutput(found, loss, y, samples, call)
 
