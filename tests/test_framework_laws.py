@@ -285,3 +285,12 @@ def test_plain_jax_gives_the_same_numbers():
     one = jax.vmap(jax.jacrev(lambda v: pair.apply(pair.params, v[None])[0]))(x)
     for mode in ("forward", "reverse"):
         close(jacops.compute_jacobian(own.model, x, mode=mode), as_torch(one))
+
+
+def test_a_sparse_matrix_of_a_jax_operator_needs_a_pattern():
+    own = made("jax", PAIRS["mlp"]())
+    J = jacops.jacobian(own.model, own.pair.x, "inputs")
+    with pytest.raises(InputError, match="`pattern` is missing"):
+        jacops.sparse(J)
+    pattern = torch.kron(torch.eye(5), torch.ones(2, 3)).to_sparse()
+    close(jacops.sparse(J, pattern=pattern).matrix.to_dense(), J.dense())
