@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import jax
@@ -20,8 +21,68 @@ from .crossing import filled, to_numpy, to_torch
 from .model import Model
 from .parameters import Parameters
 from .points import Point, alone, floating, joined, split
-from .rules import Entries, Follower
-from .sweeps import Each, shapes
+from .rules import Entries, Follower, Weight
+from .sweeps import Each, Kernel, shapes
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """What compiled sweeps need of a batch; they live longer than it, and hold nothing of its data.
+
+    Attributes:
+        model: The compiled sweeps.
+        names: Of the parameters.
+        call: The public call.
+    """
+
+    model: Model
+    names: tuple[str, ...]
+    call: str
+
+    def kernel(self, weights: Sequence[Weight], rows: tuple[int, ...]) -> Kernel:
+        """Return the function of one sample and its cotangents that `JaxLayers` sweeps."""
+
+        def kernel(each: Each, shared: Point, samples: Any) -> Any:
+            def one(sample: tuple[Any, Any]) -> Any:
+                x, directions = sample
+                taps = [jnp.zeros(w.rows, w.dtype) for w in weights]
+                kept = [shared.leaves[i] for i in rows]
+
+                def function(taps: Any, kept: Any) -> Any:
+                    leaves = list(shared.leaves)
+                    for i, leaf in zip(rows, kept, strict=True):
+                        leaves[i] = leaf
+                    return self.followed(shared._replace(leaves=tuple(leaves)), x, taps)
+
+                output, pull, met = jax.vjp(function, taps, kept, has_aux=True)
+                like = jax.tree.leaves(output)
+                spec = jax.tree.structure(output)
+
+                def pulled(row: Any) -> tuple[Any, ...]:
+                    return tuple(jax.tree.leaves(pull(jax.tree.unflatten(spec, split(row, like)))))
+
+                found = jax.vmap(pulled)(directions)
+                return joined([*met, *found])
+
+            return each(one, samples)
+
+        return kernel
+
+    def followed(
+        self, point: Point, x: Any, taps: Any = None, noted: list[Entries] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """Return one sample's output with taps at the uses of weights, and what multiplies each of them there."""
+        here = alone(point._replace(y=None), (x, None))
+
+        def function(leaves: Any, rest: Point) -> Any:
+            return floating(self.model.output(rest._replace(leaves=leaves)))
+
+        traced, output = jax.make_jaxpr(function, return_shape=True)(here.leaves, here)
+        follower = Follower(self.names, self.call, taps)
+        found = follower.run(traced, jax.tree.leaves((here.leaves, here)))
+        if noted is not None:
+            noted.append(follower.found)
+        return jax.tree.unflatten(jax.tree.structure(output), found), follower.found.operands
 
 
 @final
@@ -40,10 +101,11 @@ class JaxLayers:
 
     def __init__(self, model: Model, point: Point, own: Parameters, call: str) -> None:
         self._model, self._point, self._own, self._call = model, point, own, call
+        self._trace = _Trace(model, own.names, call)
         if not model.compiled:
             raise NotDifferentiableError(f"{call}: the model reads values out of its arrays, so it cannot be traced.")
         first, noted = jax.tree.map(lambda leaf: leaf[0], point.x), list[Entries]()
-        output, self._operands = jax.eval_shape(lambda x: self._followed(point, x, noted=noted), first)
+        output, self._operands = jax.eval_shape(lambda x: self._trace.followed(point, x, noted=noted), first)
         (self._found,) = noted
         self._outputs = [leaf.size for leaf in jax.tree.leaves(output)]
         self._pairs = _pairs(self._found)
@@ -112,50 +174,10 @@ class JaxLayers:
     def _swept(self, rows: tuple[int, ...], seeds: Tensor, width: int) -> list[np.ndarray]:
         """Return operands, cotangents at the uses, and whole gradients of some parameters, one row for each sample."""
 
-        def kernel(each: Each, shared: Point, samples: Any) -> Any:
-            def one(sample: tuple[Any, Any]) -> Any:
-                x, directions = sample
-                taps = [jnp.zeros(w.rows, w.dtype) for w in self._found.weights]
-                kept = [shared.leaves[i] for i in rows]
-
-                def function(taps: Any, kept: Any) -> Any:
-                    leaves = list(shared.leaves)
-                    for i, leaf in zip(rows, kept, strict=True):
-                        leaves[i] = leaf
-                    return self._followed(shared._replace(leaves=tuple(leaves)), x, taps)
-
-                output, pull, met = jax.vjp(function, taps, kept, has_aux=True)
-                like = jax.tree.leaves(output)
-                spec = jax.tree.structure(output)
-
-                def pulled(row: Any) -> tuple[Any, ...]:
-                    return tuple(jax.tree.leaves(pull(jax.tree.unflatten(spec, split(row, like)))))
-
-                found = jax.vmap(pulled)(directions)
-                return joined([*met, *found])
-
-            return each(one, samples)
-
         key = "layers", rows, seeds.shape[0], tuple(self._found.weights), self._call
-        sweep = self._model.sweep(key, kernel, linear=False)
+        sweep = self._model.sweep(key, self._trace.kernel(self._found.weights, rows), linear=False)
         samples = self._point.x, to_numpy(seeds.movedim(1, 0))
         return sweep(self._point._replace(x=None, y=None), samples, width)
-
-    def _followed(
-        self, point: Point, x: Any, taps: Any = None, noted: list[Entries] | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Return one sample's output with taps at the uses of weights, and what multiplies each of them there."""
-        here = alone(point._replace(y=None), (x, None))
-
-        def function(leaves: Any, rest: Point) -> Any:
-            return floating(self._model.output(rest._replace(leaves=leaves)))
-
-        traced, output = jax.make_jaxpr(function, return_shape=True)(here.leaves, here)
-        follower = Follower(self._own.names, self._call, taps)
-        found = follower.run(traced, jax.tree.leaves((here.leaves, here)))
-        if noted is not None:
-            noted.append(follower.found)
-        return jax.tree.unflatten(jax.tree.structure(output), found), follower.found.operands
 
     def _confirm(self, groups: Sequence[Group], seeds: Tensor, found: Sequence[Any]) -> None:
         """Compare gradients, put together under random weights, with a plain sweep of the batch, once a shape."""
