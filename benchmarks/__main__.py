@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from jacops.machine import CLOCKS
-from jacops.report import note, run, write
+from .machine import CLOCKS
+from .report import note, run, write
 
 
 def main() -> None:

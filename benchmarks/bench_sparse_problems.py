@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import jacops
-from jacops.harness import RESULTS, Workload, machine
+
+from .harness import RESULTS, Workload, machine
 
 
 class Function(nn.Module):
