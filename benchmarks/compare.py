@@ -1,10 +1,10 @@
 """Compare two checkouts: processor time of every call of ours in the benchmarks, in interleaved rounds.
 
 `python -m benchmarks.compare OLD NEW [NAME[:CASE,…] …]` starts a process for each checkout, which imports jacops from
-there and the benchmarks from NEW. The two take turns, round by round, on one thread, and the ratio of their processor
-time per call counts. A row over its limit is measured again, in new processes, before it is reported; then the median
-ratio counts. A row that uses what OLD lacks is reported as new. The exit status is 1 if a row is over its limit, fails,
-or gives another answer than before.
+there and the benchmarks from NEW. The two take turns, round by round, on one thread. What counts is the median over the
+rounds of the ratio of processor times, new to old. Rounds go on while noise leaves open on which side of its limit a
+row is; a row over its limit is measured again in new processes. A row that uses what OLD lacks is reported as new. The
+exit status is 1 if a row is over its limit, fails, or gives another answer than before.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .groups import NAMES_HELP, select
 
 ROUNDS = 9  # at least: enough for a median that four disturbed rounds do not move
-MOST_ROUNDS = 31  # of quick rows, which neighbours disturb most
-QUICK_ROWS = 1.5  # seconds that the rounds beyond ROUNDS may take in each checkout
+MORE = 4  # times as many at most, while noise leaves it open on which side of its limit a row is
 REPEATS = 2  # three measurements in all, so that one that was disturbed, or unlucky in its memory layout, is outvoted
 WARM = 2  # calls after the first that are not counted: the second may still compile or prove what the first could not
 ROUND = 0.05  # seconds of a round at least, by repeated calls: a switch between processes empties caches once a round
 MOST_CALLS = 50
-LIMIT = 1.05  # what medians of nine rounds can tell from noise
+LIMIT = 1.05  # what some tens of rounds can tell from noise on a machine that others use as well
 QUICK = 5e-3  # seconds of the old call below which ...
 QUICK_LIMIT = 1.15  # ... fixed costs of Python, which vary more, are most of it
 # One thread; and freed memory is kept and used again, up to what glibc allows. By default the size of earlier arrays
@@ -41,7 +40,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
 }
-HEAD = "| case | call | old, ms | new, ms | ratio | limit | verdict | first call: old, ms | new, ms |"
+HEAD = "| case | call | old, ms | new, ms | ratio (95 %) | limit | verdict | first call: old, ms | new, ms |"
 Key = tuple[str, str]
 
 
@@ -57,20 +56,6 @@ class Failed(Exception):
     def __init__(self, message: str, missing: str | None, absent: bool) -> None:
         super().__init__(message)
         self.missing, self.absent = missing, absent
-
-
-class Measured(NamedTuple):
-    """What one measurement of a row gave.
-
-    Attributes:
-        old: Median seconds per call in the old checkout.
-        new: The same in the new one.
-        ratio: Median over the rounds of new to old: what slows both down for a while cancels in it.
-    """
-
-    old: float
-    new: float
-    ratio: float
 
 
 class Checkout:
@@ -137,7 +122,9 @@ class Row:
     Attributes:
         case: The workload, such as `A1`.
         call: Which of its calls.
-        measured: One entry for each time that the row was measured.
+        old: Seconds per call in the old checkout, round by round.
+        new: The same in the new one.
+        often: How many times the row was measured, in processes of their own.
         first: Seconds of the first calls.
         finding: Why there is no measurement: `new`, `left out`, `another answer`, `fails` or `fails in old`, with the
             reason.
@@ -145,24 +132,43 @@ class Row:
 
     case: str
     call: str
-    measured: list[Measured] = field(default_factory=list)
+    old: list[float] = field(default_factory=list)
+    new: list[float] = field(default_factory=list)
+    often: int = 0
     first: tuple[float | None, float | None] = (None, None)
     finding: str = ""
 
     @property
-    def middle(self) -> Measured:
-        """The measurement whose ratio is the median of all; there must be one."""
-        return sorted(self.measured, key=lambda measured: measured.ratio)[(len(self.measured) - 1) // 2]
+    def ratio(self) -> float:
+        """The median over the rounds of new to old: what slows both down for a while cancels in it."""
+        return statistics.median(self._ratios)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Bounds between which the true median lies with 95 % (sign test)."""
+        ratios = self._ratios
+        left_out = max(0, math.floor((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))
+        return ratios[left_out], ratios[-1 - left_out]
 
     @property
     def limit(self) -> float:
         """The largest ratio of new to old that is accepted."""
-        return QUICK_LIMIT if self.middle.old < QUICK else LIMIT
+        return QUICK_LIMIT if statistics.median(self.old) < QUICK else LIMIT
 
     @property
     def over(self) -> bool:
         """Whether the ratio exceeds the limit."""
-        return bool(self.measured) and self.middle.ratio > self.limit
+        return bool(self.old) and self.ratio > self.limit
+
+    @property
+    def decided(self) -> bool:
+        """Whether noise leaves no doubt on which side of the limit the ratio is."""
+        low, high = self.interval
+        return not low <= self.limit <= high
+
+    @property
+    def _ratios(self) -> list[float]:
+        return sorted(after / before for before, after in zip(self.old, self.new, strict=True))
 
     @property
     def bad(self) -> bool:
@@ -171,14 +177,15 @@ class Row:
 
     def __str__(self) -> str:
         first = [milliseconds(seconds) for seconds in self.first]
-        if not self.measured:
+        if not self.old:
             cells = [self.case, self.call, "", "", "", "", self.finding, *first]
         else:
-            old, new, ratio = self.middle
-            often = f" ({len(self.measured)} measurements)" if len(self.measured) > 1 else ""
-            verdict = ("**over**" if self.over else "within") + often
-            times = [milliseconds(old), milliseconds(new), f"{ratio:.3f}", f"{self.limit:.2f}"]
-            cells = [self.case, self.call, *times, verdict, *first]
+            low, high = self.interval
+            often = f" ({self.often} measurements)" if self.often > 1 else ""
+            times = [milliseconds(statistics.median(seconds)) for seconds in (self.old, self.new)]
+            ratio = f"{self.ratio:.3f} ({low:.2f} to {high:.2f})"
+            cells = [self.case, self.call, *times, ratio, f"{self.limit:.2f}"]
+            cells += [("**over**" if self.over else "within") + often, *first]
         return f"| {' | '.join(cells)} |"
 
 
@@ -188,7 +195,7 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def rows_once(
-    old: Checkout, new: Checkout, group: str, cases: list[str], rounds: int, only: set[Key] | None = None
+    old: Checkout, new: Checkout, group: str, cases: list[str], rounds: int, known: dict[Key, Row] | None = None
 ) -> Iterator[Row]:
     """Yield the rows of a group, measured once.
 
@@ -198,7 +205,7 @@ def rows_once(
         group: Which benchmarks.
         cases: Which of its cases; all if empty.
         rounds: How many interleaved rounds.
-        only: Leave out the calls that are not among these.
+        known: Rows to be measured again; others are left out.
     """
     reason = ""  # why the old checkout has nothing to compare with
     try:
@@ -207,11 +214,15 @@ def rows_once(
         while (found := new.ask("advance")) is not None:
             reason = reason or _reason(old, "advance", found)
             case, *calls = found
-            for row in (Row(case, call) for call in calls if only is None or (case, call) in only):
+            for call in calls:
+                row = Row(case, call) if known is None else known.get((case, call))
+                if row is None:
+                    continue
                 if reason:
                     row.finding = reason
                 else:
                     measure(row, old, new, rounds)
+                print(row, file=sys.stderr, flush=True)
                 yield row
     except Failed as error:
         yield Row(group, "", finding=_failure(error))
@@ -241,13 +252,13 @@ def _old_failure(error: Failed) -> str:
 
 
 def measure(row: Row, old: Checkout, new: Checkout, rounds: int) -> None:
-    """Compare the first answers of a row's call, then take the medians of interleaved rounds.
+    """Compare the first answers of a row's call, then measure it in interleaved rounds.
 
     Args:
         row: Which call; gets the figures or the finding.
         old: The process of the one checkout.
         new: That of the other.
-        rounds: How many.
+        rounds: How many at least.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -266,12 +277,12 @@ def measure(row: Row, old: Checkout, new: Checkout, rounds: int) -> None:
             return
     warm = max(1e-6, *(side.ask("time", row.call, WARM) for side in (old, new)))
     calls = max(1, min(MOST_CALLS, math.ceil(ROUND / warm)))
-    seconds: dict[Checkout, list[float]] = {old: [], new: []}
-    for i in range(max(rounds, min(MOST_ROUNDS, int(QUICK_ROWS / (warm * calls))))):
+    row.often += 1
+    for i in range(MORE * rounds):
+        if i >= rounds and row.decided:
+            break
         for side in (old, new) if i % 2 else (new, old):  # each is first in turn: the second finds disturbed caches
-            seconds[side].append(side.ask("time", row.call, calls))
-    ratio = statistics.median(after / before for before, after in zip(seconds[old], seconds[new], strict=True))
-    row.measured.append(Measured(statistics.median(seconds[old]), statistics.median(seconds[new]), ratio))
+            (row.old if side is old else row.new).append(side.ask("time", row.call, calls))
 
 
 def compare(sources: Sequence[Path], group: str, cases: list[str], rounds: int, repeats: int) -> Iterator[Row]:
@@ -285,26 +296,17 @@ def compare(sources: Sequence[Path], group: str, cases: list[str], rounds: int, 
         repeats: How often a row over its limit is measured again.
     """
     over: dict[Key, Row] = {}
-    with Checkout(sources[0], sources[2]) as old, Checkout(sources[1], sources[2]) as new:
-        for row in rows_once(old, new, group, cases, rounds):
-            if row.over:
-                over[row.case, row.call] = row
-                progress(f"{row} - to be measured again" if repeats else str(row))
-            else:
-                yield row
-    for _ in range(repeats if over else 0):
+    for again in range(1 + repeats):
         with Checkout(sources[0], sources[2]) as old, Checkout(sources[1], sources[2]) as new:
-            for row in rows_once(old, new, group, sorted({case for case, _ in over}), 2 * rounds, set(over)):
-                if (row.case, row.call) in over:
-                    over[row.case, row.call].measured += row.measured
-                else:
-                    yield row  # the group itself failed
+            if again:
+                rows = list(rows_once(old, new, group, sorted({case for case, _ in over}), 2 * rounds, over))
+            else:
+                rows = list(rows_once(old, new, group, cases, rounds))
+        over = {(row.case, row.call): row for row in rows if row.over}
+        yield from (row for row in rows if not row.over)
+        if not over:
+            break
     yield from over.values()
-
-
-def progress(line: str) -> None:
-    """Print a line at once, apart from the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def source_of(checkout: Path) -> Path:
@@ -320,7 +322,7 @@ def source_of(checkout: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, print the table row by row, and return the exit status."""
+    """Compare, print the table, and return the exit status; rows are shown as they come on stderr."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("old", type=Path, help="checkout, or its src folder, to compare with")
     parser.add_argument("new", type=Path, help="checkout, or its src folder, that is judged; its benchmarks are run")
@@ -331,13 +333,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old, new = source_of(asked.old), source_of(asked.new)
     benchmarks = new.parent if (new.parent / "benchmarks").is_dir() else Path(__file__).resolve().parents[1]
     rows: list[Row] = []
-    print(HEAD + "\n|---|---|" + "--:|" * 4 + "---|--:|--:|", flush=True)
     for group, cases in select(asked.names, benchmarks / "benchmarks"):
-        for row in compare((old, new, benchmarks), group, cases, asked.rounds, asked.repeats):
-            print(row, flush=True)
-            rows.append(row)
+        rows += compare((old, new, benchmarks), group, cases, asked.rounds, asked.repeats)
+    print(HEAD, "|---|---|" + "--:|" * 4 + "---|--:|--:|", *rows, sep="\n")
     bad = [f"{row.case} {row.call}" for row in rows if row.bad]
-    progress(f"{len(rows)} rows, {len(bad)} not accepted" + "".join(f"\n  {name}" for name in bad))
+    print(f"\n{len(rows)} rows, {len(bad)} not accepted", *bad, sep="\n  ")
     return int(bool(bad))
 
 

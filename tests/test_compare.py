@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import compare, worker
-from benchmarks.compare import Measured, Row
+from benchmarks.compare import Row
 from benchmarks.groups import select
 from scipy.sparse import eye_array
 
@@ -95,7 +95,7 @@ FINDINGS = {
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Measure next to nothing, and accept it."""
-    for name, value in {"ROUND": 0.0, "MOST_ROUNDS": 1, "LIMIT": math.inf, "QUICK_LIMIT": math.inf}.items():
+    for name, value in {"ROUND": 0.0, "MORE": 1, "LIMIT": math.inf, "QUICK_LIMIT": math.inf}.items():
         monkeypatch.setattr(compare, name, value)
 
 
@@ -117,7 +117,8 @@ def checkouts(tmp_path):
 def test_each_row_is_compared_or_gets_a_finding(checkouts, capsys):
     old, new = checkouts
     assert compare.main([str(old), str(new / "src"), "tiny:X1,X3", "peer", "--rounds", "2"]) == 1
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    printed = capsys.readouterr().out.splitlines()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed if line.startswith("|")][2:]
     found = {call: verdict for case, call, *_, verdict, _, _ in lines if case == "X1"}
     assert found == {call: finding or "within" for call, finding in FINDINGS.items()}
     assert [line[6] for line in lines if line[0] == "X3"] == [FINDINGS["jacops: added"]]
@@ -130,31 +131,64 @@ def test_rows_that_are_within_pass(checkouts):
     assert compare.main([new, new, "tiny:X3"]) == 0
 
 
-def test_a_row_over_its_limit_is_measured_again(monkeypatch):
-    ratios = iter([2.0, 2.0, 1.0, 1.01, 1.02, 3.0])
+def row_of(*ratios, old=1.0):
+    return Row("X1", "call", [old] * len(ratios), [old * ratio for ratio in ratios])
 
-    def measured(old, new, group, cases, rounds, only=None):
-        for call in ("once", "twice"):
-            row = Row("X1", call, [Measured(1.0, 1.0, next(ratios))])
-            assert only is None or ("X1", call) in only
+
+def test_a_row_over_its_limit_is_measured_again(monkeypatch):
+    ratios = {"twice": [[2.0], [1.0, 1.0]], "thrice": [[2.0], [1.5, 1.5], [1.0, 1.0]], "once": [[1.0]]}
+
+    def measured(old, new, group, cases, rounds, known=None):
+        rows = [Row("X1", call) for call in ratios] if known is None else known.values()
+        for row in rows:
+            more = ratios[row.call].pop(0)
+            assert len(more) == rounds
+            row.old, row.new, row.often = row.old + [1.0] * rounds, row.new + more, row.often + 1
             yield row
 
     monkeypatch.setattr(compare, "LIMIT", 1.05)
     monkeypatch.setattr(compare, "rows_once", measured)
     monkeypatch.setattr(compare, "Checkout", lambda *_: nullcontext())
-    once, twice = compare.compare([Path()] * 3, "tiny", [], 1, 2)
-    assert [m.ratio for m in once.measured] == [2.0, 1.0, 1.02]
-    assert "within (3 measurements)" in str(once)
-    assert not once.bad
-    assert twice.bad
-    assert "| 2.000 | 1.05 | **over** (3 measurements) |" in str(twice)
+    rows = {row.call: row for row in compare.compare([Path()] * 3, "tiny", [], 1, 2)}
+    assert not any(ratios.values())
+    assert "within |" in str(rows["once"])
+    assert not rows["twice"].bad
+    assert "| 1.000 (1.00 to 2.00) | 1.05 | within (2 measurements) |" in str(rows["twice"])
+    assert rows["thrice"].bad
+    assert "| 1.500 (1.00 to 2.00) | 1.05 | **over** (3 measurements) |" in str(rows["thrice"])
+
+
+def test_rounds_go_on_while_noise_leaves_the_verdict_open(monkeypatch):
+    class Side:
+        def __init__(self, *seconds):
+            self.seconds = iter(seconds)
+
+        def ask(self, command, *_):
+            return True if command == "agrees" else 1.0 if command == "first" else next(self.seconds)
+
+    monkeypatch.setattr(compare, "LIMIT", 1.05)
+    monkeypatch.setattr(compare, "MORE", 4)
+    for later, wanted in (
+        ([1.0] * 9, 9),
+        ([1.0, 1.2] * 18, 36),
+        ([1.2] + [1.0] * 35, 9),
+        ([1.0, 1.2] * 4 + [1.0] * 28, 16),  # the fifth largest of 16 is within
+    ):
+        row = Row("X", "call")
+        compare.measure(row, Side(*[1.0] * 37), Side(1.0, *later), 9)
+        assert len(row.old) == len(row.new) == wanted
+
+
+def test_the_interval_is_that_of_a_sign_test():
+    assert row_of(*[1.0 + i / 8 for i in range(9)]).interval == (1.125, 1.875)
+    assert row_of(1.0).interval == (1.0, 1.0)
 
 
 def test_quick_rows_have_a_wider_limit(monkeypatch):
     monkeypatch.setattr(compare, "LIMIT", 1.05)
     monkeypatch.setattr(compare, "QUICK_LIMIT", 1.15)
-    assert Row("X", "", [Measured(6e-3, 6e-3, 1.1)]).over
-    assert not Row("X", "", [Measured(4e-3, 4e-3, 1.1)]).over
+    assert row_of(1.1, old=6e-3).over
+    assert not row_of(1.1, old=4e-3).over
 
 
 def test_a_process_that_ends_ends_the_comparison(checkouts):
