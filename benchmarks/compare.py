@@ -282,7 +282,7 @@ def measure(row: Row, old: Checkout, new: Checkout, rounds: int) -> None:
         if i >= rounds and row.decided:
             break
         for side in (old, new) if i % 2 else (new, old):  # each is first in turn: the second finds disturbed caches
-            (row.old if side is old else row.new).append(side.ask("time", row.call, calls))
+            (row.old if side is old else row.new).append(side.ask("time", row.call, calls, i // 2))
 
 
 def compare(sources: Sequence[Path], group: str, cases: list[str], rounds: int, repeats: int) -> Iterator[Row]:

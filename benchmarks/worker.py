@@ -30,6 +30,7 @@ class Worker:
         self._workloads: Iterator[Any] = iter(())
         self._workload: Any = None
         self._answer: Any = None
+        self._processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
     def open(self, group: str, cases: list[str]) -> str:
         """Import jacops and a group of benchmarks, and return the file that jacops was imported from.
@@ -75,9 +76,15 @@ class Worker:
         nothing = isinstance(other, list) and not other and not own
         return nothing or same()(other, own)
 
-    def time(self, contender: str, calls: int) -> float:
-        """Return the processor time of so many calls, in seconds per call."""
+    def time(self, contender: str, calls: int, turn: int = 0) -> float:
+        """Return the processor time of so many calls, in seconds per call.
+
+        In a turn both checkouts run on the same processor, the next one in the next turn: left to the system each stays
+        on one of its own, and the neighbours there would count.
+        """
         call = self._workload.rivals[contender]
+        if self._processors:
+            os.sched_setaffinity(0, {self._processors[turn % len(self._processors)]})
         gc.collect()
         start = time.process_time()
         for _ in range(calls):

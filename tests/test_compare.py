@@ -62,6 +62,8 @@ def ones(keyword=None):
     return [torch.ones(2), torch.zeros(())]
 """
 ROWS = """
+import importlib
+
 import jacops
 import torch
 from .harness import Workload, same
@@ -75,6 +77,7 @@ def workloads():
     calls = {f"jacops: {name}": lambda name=name: getattr(jacops, name)() for name in names}
     calls["jacops: keyword"] = lambda: jacops.ones(keyword=1)
     calls["jacops: object"] = lambda: object()
+    calls["jacops: peer"] = lambda: importlib.import_module("a_missing_package")
     yield Workload("X1", "", {**calls, "torch: rival": rival}, None)
     yield Workload("X2", "", {"jacops: left out": rival}, None)
     jacops.added()
@@ -85,6 +88,7 @@ FINDINGS = {
     "jacops: ones": "",
     "jacops: object": "",
     "jacops: changed": "another answer",
+    "jacops: peer": "left out: a_missing_package is not installed",
     "jacops: mended": "fails in old: RuntimeError: broken inside",
     "jacops: broken": "fails: RuntimeError: broken inside",
     "jacops: added": "new: AttributeError: module 'jacops' has no attribute 'added'",
@@ -101,7 +105,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def checkouts(tmp_path):
-    """Two small checkouts, of which the new one has benchmarks with a group `tiny` and one that cannot be imported."""
+    """Two small checkouts, of which the new one has benchmarks with one group, `tiny`."""
     for name, text in (("old", OLD), ("new", NEW)):
         (tmp_path / name / "src" / "jacops").mkdir(parents=True)
         (tmp_path / name / "src" / "jacops" / "__init__.py").write_text(SHARED + text)
@@ -110,19 +114,17 @@ def checkouts(tmp_path):
     for name in ("__init__", "harness", "machine"):
         (rows / f"{name}.py").write_text((Path(compare.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     (rows / "bench_tiny.py").write_text(ROWS)
-    (rows / "bench_peer.py").write_text("import a_missing_package")
     return tmp_path / "old", tmp_path / "new"
 
 
 def test_each_row_is_compared_or_gets_a_finding(checkouts, capsys):
     old, new = checkouts
-    assert compare.main([str(old), str(new / "src"), "tiny:X1,X3", "peer", "--rounds", "2"]) == 1
+    assert compare.main([str(old), str(new / "src"), "tiny:X1,X3", "--rounds", "2"]) == 1
     printed = capsys.readouterr().out.splitlines()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed if line.startswith("|")][2:]
     found = {call: verdict for case, call, *_, verdict, _, _ in lines if case == "X1"}
     assert found == {call: finding or "within" for call, finding in FINDINGS.items()}
     assert [line[6] for line in lines if line[0] == "X3"] == [FINDINGS["jacops: added"]]
-    assert [line[6] for line in lines if line[0] == "peer"] == ["left out: a_missing_package is not installed"]
     assert all(line[7] and line[8] and line[2] and line[3] for line in lines if line[6] == "within")
 
 
