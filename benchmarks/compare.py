@@ -281,7 +281,8 @@ def measure(row: Row, old: Checkout, new: Checkout, rounds: int) -> None:
     for i in range(MORE * rounds):
         if i >= rounds and row.decided:
             break
-        for side in (old, new) if i % 2 else (new, old):  # each is first in turn: the second finds disturbed caches
+        # Each is first in turn, also after a change of processor (every second round), where caches are cold.
+        for side in (old, new) if (i + i // 2) % 2 else (new, old):
             (row.old if side is old else row.new).append(side.ask("time", row.call, calls, i // 2))
 
 
