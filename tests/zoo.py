@@ -22,16 +22,18 @@ from torch.utils.checkpoint import checkpoint
 
 import jacops
 from oracle import called, mapped
+from small import Calls
 
 SEED = 20_240  # of the global generator, which seeds models and which random forwards draw from
 ROWS = 3  # vectors in a batch of tangents or cotangents
 
 CLOSURES = ("jvp", "vjp", "batch_jvp", "batch_vjp", "full_jacobian")
 PRODUCTS = ("model_jvp", "model_vjp")
-MODJACS = ("modjac", "modjac_vectorize", "modjac_forward", "modjac_flatten")
+FORWARD = ("modjac_forward", "modjac_forward_plain")
+MODJACS = ("modjac", "modjac_vectorize", "modjac_flatten", *FORWARD)
 SECOND = ("hessian", "mvp", "mvp_inputs")
 TWICE = ("grad", *SECOND)
-CALLS = ("compute_jacobian", *CLOSURES, *PRODUCTS, *MODJACS, *TWICE)
+CALLS = ("compute_jacobian", "jacobian", *CLOSURES, *PRODUCTS, *MODJACS, *TWICE)
 
 
 class Refusal(NamedTuple):
@@ -165,6 +167,10 @@ def _compute_jacobian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dt
     return lambda: jacops.compute_jacobian(model, inputs)
 
 
+def _jacobian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
+    return lambda: jacops.jacobian(model, inputs).dense()
+
+
 def _jvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
     v = tangents(model)
     return lambda: jacops.jvp(lambda: called(model, inputs), list(model.parameters()), v)
@@ -240,6 +246,7 @@ def _mvp_inputs(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -
 
 _QUESTIONS = {
     "compute_jacobian": _compute_jacobian,
+    "jacobian": _jacobian,
     "jvp": _jvp,
     "vjp": _vjp,
     "batch_jvp": _batch_jvp,
@@ -250,6 +257,7 @@ _QUESTIONS = {
     "modjac": _modjac(),
     "modjac_vectorize": _modjac(vectorize=True),
     "modjac_forward": _modjac(vectorize=True, strategy="forward-mode"),
+    "modjac_forward_plain": _modjac(strategy="forward-mode"),
     "modjac_flatten": _modjac(flatten=True),
     "grad": _grad,
     "hessian": _hessian,
@@ -408,6 +416,10 @@ def with_weight_norm_hook() -> nn.Module:
 
 def with_weight_norm() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+
+
+def with_orthogonal_weights() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), nn.Tanh(), nn.Linear(3, 2))
 
 
 def with_spectral_norm() -> nn.Module:
@@ -590,12 +602,12 @@ class ListOfParts(nn.Module):
 
 
 class Locked(nn.Module):
-    """Holds a lock, which cannot be copied."""
+    """Holds a lock and an open generator, which cannot be copied."""
 
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 2)
-        self.lock = threading.Lock()
+        self.lock, self.stream = threading.Lock(), (i for i in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         with self.lock:
@@ -692,6 +704,7 @@ def scaled_up(model: nn.Module) -> nn.Module:
 PLAIN = [
     Case("mlp_relu", between(nn.ReLU()), points()),
     Case("mlp_gelu", between(nn.GELU()), points()),
+    Case("mlp_batchnorm", between(nn.BatchNorm1d(4), nn.PReLU()), points()),
     Case("mlp_layernorm", between(nn.LayerNorm(4), nn.Tanh()), points()),
     Case("mlp_groupnorm", between(nn.GroupNorm(2, 4), nn.Tanh()), points()),
     Case("one_parameter", lambda: nn.Linear(3, 2, bias=False), points(), notes="jacobians come bare, not in tuples"),
@@ -714,6 +727,13 @@ PLAIN = [
     Case("hooked", hooked, points(), notes="a forward hook is a part of the function"),
     Case("mlp_float32", between(nn.GELU()), points(), dtype=torch.float32, tolerance=1e-5),
     Case("mlp_bfloat16", between(nn.GELU()), points(), dtype=torch.bfloat16, tolerance=5e-2),
+    Case("mlp_float16", between(nn.GELU()), points(), dtype=torch.float16, tolerance=1e-2),
+    Case(
+        "numbers",
+        lambda: nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 2), nn.Tanh()),
+        lambda: draw(5),
+        notes="one number a sample",
+    ),
 ]
 
 MODES = [
@@ -731,6 +751,7 @@ MODES = [
         warns=("compute_jacobian",),
         notes="random in eval mode too",
     ),
+    Case("rrelu_eval", between(nn.RReLU(0.1, 0.9)), points()),
     Case("mixed_modes", mixed_modes, images(), "mixed", notes="each submodule in a mode of its own"),
 ]
 
@@ -771,6 +792,7 @@ ATTENTION = [
 
 RECURRENT = [
     Case("lstm", lambda: Recurrent(nn.LSTM(3, 2, batch_first=True)), sequences(2, 3, 3)),
+    Case("rnn", lambda: Recurrent(nn.RNN(3, 2, batch_first=True)), sequences(2, 3, 3)),
     Case("gru", lambda: Recurrent(nn.GRU(3, 2, batch_first=True)), sequences(2, 3, 3)),
     Case(
         "lstm_nested_output",
@@ -813,7 +835,7 @@ EMBEDDED = [
         ids,
         expect=INTEGER_INPUTS | refuse("NotDifferentiableError", "embedding_bag", *SECOND),
         warns=PUSHES,
-        may_warn=("modjac_forward",),
+        may_warn=FORWARD,
         notes="no second derivative rule: plain autograd has no answer either",
     ),
     Case(
@@ -822,7 +844,7 @@ EMBEDDED = [
         lambda: (ids(), draw(3, 2)),
         expect=refuse("NotDifferentiableError", "embedding_bag", *SECOND),
         warns=PUSHES,
-        may_warn=("modjac_forward",),
+        may_warn=FORWARD,
         notes="integers and numbers; jacobians by the numbers alone",
     ),
     Case("mixed_inputs", Marked, lambda: (ids(), draw(3, 2, 2)), notes="None in place of the integers' jacobian"),
@@ -831,6 +853,7 @@ EMBEDDED = [
 WEIGHTS = [
     Case("weight_norm_hook", with_weight_norm_hook, points(), copier=None),
     Case("weight_norm", with_weight_norm, points()),
+    Case("orthogonal", with_orthogonal_weights, points()),
     Case("spectral_norm_eval", with_spectral_norm, points()),
     Case("spectral_norm_train", with_spectral_norm, points(), "train"),
     Case("spectral_norm_hook_train", with_spectral_norm_hook, points(), "train", copier=None),
@@ -844,7 +867,7 @@ GRAPHS = [
         "train",
         expect=refuse("NotDifferentiableError", "use_reentrant", *CLOSURES, *SECOND),
         by_backward=True,
-        may_warn=("model_jvp", "modjac_forward"),
+        may_warn=("model_jvp", *FORWARD),
         notes="a recorded graph answers None, and the backward pass makes no graph",
     ),
     Case("checkpoint", lambda: Checkpointed(False), points(), "train"),
@@ -862,7 +885,7 @@ GRAPHS = [
         points(),
         expect=refuse("NotDifferentiableError", "OnceCube", *SECOND),
         warns=PUSHES,
-        may_warn=("modjac_forward",),
+        may_warn=FORWARD,
         notes="double backward would drop a term",
     ),
     Case("force", Force, points(), notes="calls autograd itself"),
@@ -883,7 +906,14 @@ SAMPLES = [
         points(),
         warns=("compute_jacobian",),
     ),
+    Case("nonzero", function(lambda x: x * len(x.detach().nonzero())), points(), warns=("compute_jacobian",)),
     Case("branch", function(branch), points(), may_warn=("compute_jacobian",)),
+    Case(
+        "branch_on_weights",
+        lambda: Calls(lambda a, x: x * a if float(a.detach().sum()) > 0 else x - a, (3,)),
+        points(),
+        may_warn=("compute_jacobian",),
+    ),
     Case("boolean_index", function(masked), points(), may_warn=("compute_jacobian",)),
     Case("samples_mixed", function(lambda x: (x - x.mean(0)).sin()), points(), warns=("compute_jacobian",)),
     Case(
@@ -913,6 +943,13 @@ SAMPLES = [
 CONTAINERS = [
     Case("tuple_output", lambda: TwoOutputs(lambda *parts: parts), points(), pick=lambda output: output[1]),
     Case("dict_output", lambda: TwoOutputs(lambda a, b: {"a": a, "b": b}), points(), pick=lambda output: output["b"]),
+    Case("list_output", lambda: TwoOutputs(lambda *parts: list(parts)), points(), pick=lambda output: output[0]),
+    Case(
+        "nested_output",
+        lambda: TwoOutputs(lambda a, b: (a, (a**2, {"last": b.sum(1)}))),
+        points(),
+        pick=lambda output: output[1][1]["last"],
+    ),
     Case("model_output", lambda: TwoOutputs(as_model_output), points(), pick=lambda output: output.logits),
     Case("tuple_input", lambda: Several(lambda a, b: a), lambda: (draw(3, 3), draw(3, 2, seed=2))),
     Case("dict_input", lambda: Several(lambda a, b: b), lambda: {"right": draw(3, 2), "left": draw(3, 3, seed=2)}),
@@ -936,21 +973,24 @@ PARAMETERS = [
         "all_frozen",
         frozen(""),
         points(),
-        expect=refuse("InputError", "requires_grad", *CLOSURES) | refuse("ModelStateError", "requires_grad", *TWICE),
+        expect=refuse("InputError", "requires_grad", *CLOSURES)
+        | refuse("ModelStateError", "requires_grad", *TWICE)
+        | refuse("ModelStateError", "Sequential", "jacobian"),
     ),
     Case(
         "no_parameters",
         nn.Tanh,
         points(),
         expect=refuse("InputError", "params", *CLOSURES[:-1])
-        | refuse("ModelStateError", "Tanh", *PRODUCTS, *MODJACS, *TWICE),
+        | refuse("ModelStateError", "Tanh", "jacobian", *PRODUCTS, *MODJACS, *TWICE),
         notes="full_jacobian of no parameters is an empty list, as the original's was",
     ),
     Case(
         "constant_output",
         lambda: nn.Sequential(nn.Linear(3, 2), Lambda(torch.ones_like)),
         points(),
-        expect=refuse("NotDifferentiableError", "parameter", *TWICE),
+        expect=refuse("NotDifferentiableError", "parameter", *TWICE)
+        | refuse("NotDifferentiableError", r"no path.*output.*0\.weight.*allow_zero=True", "jacobian"),
         warns=(*CLOSURES, *PRODUCTS, *MODJACS),
         may_warn=("compute_jacobian",),
         notes="no path from any parameter to the output",
