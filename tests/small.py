@@ -61,11 +61,11 @@ class Calls(nn.Module):
 # Comparing
 
 
-def close(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
-    """Two trees hold tensors of the same shapes and numbers; their dtypes may differ."""
+def close(actual: Any, expected: Any, rtol: float = 1e-10, same_dtype: bool = True) -> None:
+    """Two trees hold tensors of the same shapes, dtypes and numbers."""
     for a, b in zip(oracle.leaves(actual), oracle.leaves(expected), strict=True):
         assert a.shape == b.shape, f"shape {tuple(b.shape)} expected, got {tuple(a.shape)}"
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, check_dtype=False)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, check_dtype=same_dtype)
 
 
 def flat(blocks: oracle.Blocks, params: list[Tensor]) -> Tensor:
