@@ -27,6 +27,7 @@ from small import Calls, draw, settled, small_net, square, tangents, tied_net
 
 X, Y = draw(5, 3), draw(5, 2, seed=1)
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
+Arguments = Callable[[Any], dict[str, Any]]  # for a model
 LAYOUT = "0.weight (4, 3), 0.bias (4,), 2.weight (2, 4), 2.bias (2,)"
 
 
@@ -90,6 +91,17 @@ def jax_mvp(v: Any, backprop_on: Any = None) -> Any:
     return own.mvp(own.grad(X, Y, create_graph=True), v, own.parameters if backprop_on is None else backprop_on)
 
 
+def jax_second(of: Callable[[Any], Callable[..., Any]]) -> tuple[Callable[..., Any], Arguments]:
+    return lambda x, y, **model: of(jax_net(**model))(x, y), lambda m: {"x": X, "y": Y}
+
+
+def jax_tensors(name: str, *arguments: Any) -> Any:
+    from jacops.influence._jax import JaxTensorUtilities
+    from jax_cases import as_jax
+
+    return getattr(JaxTensorUtilities, name)(*(as_jax(a) if isinstance(a, Tensor) else a for a in arguments))
+
+
 OPERATORS: dict[str, Callable[[], jacops.Operator]] = {
     "J": lambda: jacops.jacobian(small_net(), X),
     "H": lambda: jacops.hessian(small_net(), square, X, Y),
@@ -97,9 +109,8 @@ OPERATORS: dict[str, Callable[[], jacops.Operator]] = {
     "E": lambda: jacops.empirical_fisher(small_net(), square, X, Y),
     "J.T": lambda: jacops.jacobian(small_net(), X).T,
 }
-FLAT = Matrix(torch.diag(torch.linspace(1, 3, 60).double()), symmetric=True, positive=True)
+SPREAD = Matrix(torch.diag(torch.linspace(1, 3, 60).double()), symmetric=True, positive=True)
 
-Arguments = Callable[[Any], dict[str, Any]]
 CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     **{
         name: (getattr(jacops, name), of_model)
@@ -124,6 +135,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     ),
     "mvp": (mvp, lambda m: {"v": draw(2, 26)}),
     "jax mvp": (jax_mvp, lambda m: {"v": draw(2, 26)}),
+    "jax wrap": (jax_net, lambda m: {}),
+    "jax grad": jax_second(lambda own: own.grad),
+    "jax second": jax_second(lambda own: own.hessian),
+    "jax ggn": jax_second(lambda own: own.objective.ggn),
     "jvp": (jacops.jvp, of_closure(lambda: {"v": [draw(3, 2), draw(2)]})),
     "vjp": (jacops.vjp, of_closure(lambda: {"v": draw(5, 2)})),
     "batch_jvp": (jacops.batch_jvp, of_closure(lambda: {"vs": [draw(4, 3, 2), draw(4, 2)]})),
@@ -134,10 +149,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         for name in OPERATORS
     },
     **{
-        name: (getattr(estimators, name), lambda m: {"operator": FLAT})
+        name: (getattr(estimators, name), lambda m: {"operator": SPREAD})
         for name in ("trace", "diagonal", "norm", "eigenpairs", "spectral_norm", "spectral_density")
     },
-    "effective_dimension": (estimators.effective_dimension, lambda m: {"operator": FLAT, "damping": 1.0}),
+    "effective_dimension": (estimators.effective_dimension, lambda m: {"operator": SPREAD, "damping": 1.0}),
     "input_hessian": (second_order.input_hessian, of_model),
     "directional_derivative": (second_order.directional_derivative, lambda m: {**of_model(m), "v": X}),
     "project_jacobian": (jacops.project_jacobian, lambda m: {"jacobian": draw(5, 2, 3), "proj_tensor": draw(3, 7)}),
@@ -148,7 +163,12 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         lambda a: TorchTensorUtilities.cat_gen(a, (5, 2), TorchTwiceDifferentiable(small_net(), square)),
         lambda m: {},
     ),
-    "get_element": (lambda x, idx: TorchTensorUtilities.get_element(x, idx), lambda m: {}),
+    "jax cat_gen": (
+        lambda a: jax_tensors("cat_gen", (np.asarray(part) for part in a), (5, 2), jax_net()),
+        lambda m: {},
+    ),
+    "get_element": (TorchTensorUtilities.get_element, lambda m: {}),
+    "jax get_element": (lambda x, idx: jax_tensors("get_element", x, idx), lambda m: {}),
 }
 
 
@@ -587,9 +607,29 @@ def calls_backward(output: Tensor, y: Tensor) -> Tensor:
 
 refuse("the loss calls backward itself", {"loss": calls_backward}, "hessian dense, grad, sample_gradients",
        NotDifferentiableError, "backward")
-for shape in ((5,), (1,), (5, 2)):
-    refuse(f"the loss is of shape {shape}", {"loss": lambda output, y, shape=shape: torch.ones(shape) * output.sum()},
-           "hessian, ggn, grad, second", InputError, f"`the loss` is of shape {shape} .. reduction")
+for shape, loss in (((5,), lambda o, y: o.sum(1)), ((1,), lambda o, y: o.sum().reshape(1)),
+                    ((5, 2), lambda o, y: 2 * o)):
+    refuse(f"the loss is of shape {shape}", {"loss": loss}, "hessian, ggn, grad, second, jax grad, jax second, jax ggn",
+           InputError, f"`the loss` is of shape {shape} .. reduction")
+for label, loss, words in (("a number", lambda o, y: 1.0, "`the loss` is a float"),
+                           ("an index", lambda o, y: o.argmax(), "`the loss` is of dtype int"),
+                           ("a tuple", lambda o, y: (o.sum(), o), "`the loss` is a tuple .. auxiliary"),
+                           ("of targets", lambda o, y: (y**2).mean(), "no path leads from the loss"),
+                           ("constant", lambda o, y: 0 * y[0, 0] + 1, "no path leads from the loss")):
+    refuse(f"the loss for JAX is {label}", {"loss": loss}, "jax grad, jax second", NotDifferentiableError, words)
+refuse("a model of JAX leaves its parameters out", {"apply": lambda w, x: x, "y": X}, "jax grad",
+       NotDifferentiableError, "no path leads from the loss")
+for argument, value, error, words in (
+    ("apply", "mlp", InputTypeError, "`apply` is a str"), ("loss", "mse", InputTypeError, "`loss` is a str"),
+    ("params", (), ModelStateError, "a tree of 0 arrays"),
+    ("params", {"ids": np.arange(3)}, ModelStateError, "a tree of 1 arrays in which none"),
+    ("params", {"w": 1.0}, InputTypeError, "`params['w']` is a float .. array"),
+    ("params", {"w": None}, InputTypeError, "`params['w']` is a NoneType"),
+    ("params", ["w"], InputTypeError, "`params[0]` is a str"),
+    ("params", {"w": np.ones(2, complex)}, NotDifferentiableError, "`w` is of dtype complex128 .. real"),
+    ("params", {"w": np.array(["a"])}, InputTypeError, "`params['w']` is a ndarray"),
+):
+    refuse(f"to JAX {words}", {argument: value}, "jax wrap", error, words)
 refuse("the loss is not reduced", {"loss": nn.MSELoss(reduction="none")}, "hessian, ggn, grad", InputError,
        "the loss .. (5, 2) .. reduction")
 refuse("the loss is a Python number", {"loss": lambda output, y: float(square(output.detach(), y))},
@@ -653,15 +693,15 @@ refuse("the data is a number", {"training_data": 3}, "influences", InputTypeErro
 for less, words in ((False, "different in batch 0"), (True, "batch")):
     refuse(f"passes differ {'in length' if less else 'in order'}", lambda less=less: {"training_data": loader(
            sampler=Turning(less))}, "influences", DataError, f"`training_data` is .. {words}")
-for sizes, said in (((), "giving 0 rows"), ((2,), "giving 2 rows"), ((2, 2), "giving 4 rows"), ((6,), "giving a tensor "
-                    "(6, 2) at row 0"), ((2, 2, 2), "giving a tensor (2, 2) at row 4")):
-    refuse(f"rows come in pieces of {sizes}", lambda sizes=sizes: {"a": (draw(size, 2) for size in sizes)}, "cat_gen",
-           InputError, f"`a` is {said}, but (5, 2) was promised")
-refuse("rows are of another width", lambda: {"a": iter([draw(2, 3)])}, "cat_gen", InputError,
+for sizes, said in (((), "0 rows"), ((2,), "2 rows"), ((2, 2), "4 rows"), ((6,), "a .. (6, 2) at row 0"),
+                    ((2, 2, 2), "a .. (2, 2) at row 4")):
+    refuse(f"rows come in pieces of {sizes}", lambda sizes=sizes: {"a": (draw(size, 2) for size in sizes)},
+           "cat_gen, jax cat_gen", InputError, f"`a` is giving {said}, but (5, 2) was promised")
+refuse("rows are of another width", lambda: {"a": iter([draw(2, 3)])}, "cat_gen, jax cat_gen", InputError,
        "(2, 3) at row 0 .. (5, 2)")
-for shape, idx in (((1, 3, 2), 3), ((), 0), ((4,), -5)):
-    refuse(f"there is no element {idx} of {shape}", {"x": draw(*shape), "idx": idx}, "get_element", InputError,
-           f"`idx` is {idx}")
+for shape, idx in (((1, 3, 2), 3), ((), 0), ((4,), -5), ((4,), 4)):
+    refuse(f"there is no element {idx} of {shape}", {"x": draw(*shape), "idx": idx}, "get_element, jax get_element",
+           InputError, f"`idx` is {idx}")
 
 # Projections, contributions, verifications
 

@@ -85,10 +85,7 @@ def arrowhead(n: int) -> Problem:
 def rosenbrock_residual(n: int) -> Problem:
     """Chained Rosenbrock as residuals."""
     return Problem(
-        "chained rosenbrock",
-        Function(lambda x: torch.cat([10 * (x[1:] - x[:-1] ** 2), 1 - x[:-1]])),
-        draw(n),
-        "inputs",
+        "chained rosenbrock", Function(lambda x: torch.cat([10 * (x[1:] - x[:-1] ** 2), 1 - x[:-1]])), draw(n), "inputs"
     )
 
 

@@ -19,13 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jacops.errors import (
-    JacopsWarning,
-    StoreBusyError,
-    StoreDamagedError,
-    StoreFileError,
-    StoreIncompleteError,
-)
+from jacops.errors import JacopsWarning, StoreBusyError, StoreDamagedError, StoreFileError, StoreIncompleteError
 from jacops.extras.store import Grid, Store, StoredRun, read_store
 from stored_run import ARRAYS, IDENTITY, TILES, fill, hold_and_fork, tile, truth, whole, work
 

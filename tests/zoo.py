@@ -873,12 +873,7 @@ GRAPHS = [
     Case("checkpoint", lambda: Checkpointed(False), points(), "train"),
     Case("inplace_first", lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), points()),
     Case("inplace_add", InPlace, points(), notes="writes into the caller's input"),
-    Case(
-        "custom_function",
-        function(Cube.apply),
-        points(),
-        notes="old style: no forward rule, no setup_context",
-    ),
+    Case("custom_function", function(Cube.apply), points(), notes="old style: no forward rule, no setup_context"),
     Case(
         "once_differentiable",
         function(OnceCube.apply),
@@ -900,12 +895,7 @@ GRAPHS = [
 ]
 
 SAMPLES = [
-    Case(
-        "item",
-        function(lambda x: x * x.abs().max().item()),
-        points(),
-        warns=("compute_jacobian",),
-    ),
+    Case("item", function(lambda x: x * x.abs().max().item()), points(), warns=("compute_jacobian",)),
     Case("nonzero", function(lambda x: x * len(x.detach().nonzero())), points(), warns=("compute_jacobian",)),
     Case("branch", function(branch), points(), may_warn=("compute_jacobian",)),
     Case(
@@ -1007,13 +997,7 @@ OBJECTS = [
 ]
 
 TRANSFORMERS = [
-    Case(
-        "gpt2",
-        gpt2,
-        lambda: ids(2, 3),
-        expect=INTEGER_INPUTS,
-        pick=lambda output: output.logits,
-    ),
+    Case("gpt2", gpt2, lambda: ids(2, 3), expect=INTEGER_INPUTS, pick=lambda output: output.logits),
     Case(
         "gpt2_embedded",
         gpt2,
