@@ -19,11 +19,10 @@ from jacops._backends._torch.layers import by_sample, part
 from jacops.errors import InputError, ModelStateError, NotDifferentiableError
 from jacops.operators import LayerFactors
 from jacops.per_sample import sample_gradients, sample_jacobians
+from layer_cases import model_of
 from oracle import alone, called, in_double, leaves, mapped
 from small import Calls, draw, settled
 from zoo import BY_NAME, ZOO
-
-Made = tuple[Callable[[], nn.Module], Callable[[], Any]]
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
@@ -86,88 +85,10 @@ def test_zoo_rows_are_the_oracles(name: str, what: str) -> None:
 # ---- models of every kind of use -------------------------------------------------------------------------------------
 
 
-class Tokens(nn.Module):
-    """An embedding with padding, positions, attention and norms; the table is also the head."""
-
-    def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        self.table = nn.Embedding(7, 4, padding_idx=2)
-        self.position = nn.Parameter(draw(1, 5, 4, seed=9))
-        self.layer = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)
-        self.gain = nn.Parameter(draw(4, seed=8))
-        self.head = nn.Linear(4, 7, bias=False)
-        if tied:
-            self.head.weight = self.table.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.layer(self.table(ids) + self.position) * self.gain).mean(1)[:, :3]
-
-
-class SamplesSecond(nn.Module):
-    """A transformer layer with the batch along the second axis inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=False)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x.transpose(0, 1)).mean(0))
-
-
-def tokens() -> Tensor:
-    return torch.randint(0, 7, (6, 5), generator=torch.Generator().manual_seed(4))
-
-
-def convolutions() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(4, 6, 3, stride=2, dilation=2, padding=2, groups=2),
-        nn.GroupNorm(2, 6),
-        nn.Tanh(),
-        nn.Conv2d(6, 6, 2, groups=6),
-        nn.PReLU(),
-        nn.Flatten(2),
-        nn.Conv1d(6, 3, 2, stride=2),
-        nn.Flatten(),
-        nn.LazyLinear(2),
-    )
-
-
-def settled_after(make: Callable[[], nn.Module], x: Tensor) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = make().double().eval()
-        model(x)
-    return settled(model)
-
-
-MODELS: dict[str, Made] = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), lambda: draw(6, 5)),
-    "turned": (lambda: Calls(lambda W, b, x: ((x @ W) + b).tanh(), (5, 3), (3,)), lambda: draw(6, 5)),
-    "used twice": (lambda: Calls(lambda W, x: F.linear(F.linear(x, W).tanh(), W), (5, 5)), lambda: draw(6, 5)),
-    "used both ways": (lambda: Calls(lambda W, x: F.linear(x, W).tanh() @ W, (4, 5)), lambda: draw(6, 5)),
-    "unused": (lambda: Calls(lambda W, b, x: F.linear(x, W), (4, 5), (3, 2)), lambda: draw(6, 5)),
-    "few tokens": (
-        lambda: nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)),
-        lambda: draw(6, 2, 9),
-    ),
-    "many tokens": (
-        lambda: Calls(lambda W, V, x: (F.linear(x, W).tanh() @ V).mean(1), (30, 3), (30, 2)),
-        lambda: draw(6, 7, 3),
-    ),
-    "convolutions": (convolutions, lambda: draw(5, 4, 8, 7)),
-    "tied tokens": (Tokens, tokens),
-    "tokens": (lambda: Tokens(tied=False), tokens),
-    "samples second": (SamplesSecond, lambda: draw(6, 3, 4)),
-    "table": (lambda: nn.Sequential(nn.Embedding(90, 3, padding_idx=1), nn.Flatten(), nn.Linear(15, 2)), tokens),
-    "one sample": (lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), lambda: draw(1, 5)),
-}
-
-
-def model_of(name: str) -> tuple[nn.Module, Tensor]:
-    make, inputs = MODELS[name]
-    x = inputs()
-    return settled_after(make, x), x
+MODELS = (
+    *("mlp", "turned", "used twice", "used both ways", "unused", "few tokens", "many tokens", "convolutions"),
+    *("depthwise", "tied tokens", "tokens", "samples second", "table", "one sample"),
+)
 
 
 def factors_of(name: str, what: str) -> tuple[LayerFactors, Tensor]:
@@ -211,7 +132,7 @@ def test_what_is_asked_of_rows_is_what_the_oracles_rows_say(
 @each
 def test_nearly_every_parameter_enters_by_a_rule(name: str) -> None:
     found, _ = factors_of(name, "gradients")
-    assert found.without_rule == (["4.weight"] if name == "convolutions" else [])
+    assert found.without_rule == (["gate.weight"] if name == "convolutions" else [])
     assert found.coverage > 0.99
     assert "to a sweep" in found.route
     assert found.nbytes <= found.dense_nbytes + 8 * found.shape[0] * 40
@@ -220,7 +141,7 @@ def test_nearly_every_parameter_enters_by_a_rule(name: str) -> None:
 def test_the_repr_says_what_is_held_and_how_it_came() -> None:
     found, _ = factors_of("convolutions", "jacobians")
     said = repr(found)
-    for words in ("10 × ", "held of", "dense", "factored", "without a rule: 4.weight", "5 samples to a sweep"):
+    for words in ("27 × ", "held of", "dense", "factored", "without a rule: gate.weight", "9 samples to a sweep"):
         assert words in said
 
 
