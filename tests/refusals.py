@@ -564,6 +564,8 @@ refuse("the output of an operator is complex", {"model": TURN}, "jacobian", NotD
        "complex .. view_as_real")
 refuse("the input is complex", {"model": torch.abs, "x": torch.complex(X, X)}, "compute_jacobian",
        NotDifferentiableError, "`x` .. complex .. view_as_real")
+refuse("the input and the model are complex", lambda: {"model": nn.Linear(3, 2).to(torch.complex128),
+       "x": torch.complex(X, X)}, "compute_jacobian", NotDifferentiableError, "complex")
 refuse("a value written into is needed", {"model": Calls(lambda W, x: (x @ W).exp_().mul_(2) * 1 + (x @ W).exp()
        .add_(1), (3, 2))}, "compute_jacobian, modjac, model_vjp, jacobian dense", NotDifferentiableError,
        "inplace operation")
