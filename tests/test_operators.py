@@ -79,21 +79,14 @@ def test_repeated_products_run_the_model_once() -> None:
 
 
 def test_the_repr_says_which_route_was_taken_and_why() -> None:
-    class NoSecond(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bag = nn.EmbeddingBag(5, 3).to(F64)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.bag(ids)
-
-    J = jacops.jacobian(NoSecond(), torch.tensor([[0, 1], [2, 3]]))
+    bag, other, ids = nn.EmbeddingBag(5, 3).to(F64), nn.EmbeddingBag(5, 3).to(F64), torch.tensor([[0, 1], [2, 3]])
+    J = jacops.jacobian(bag, ids)
     assert "not yet used" in repr(J)
     with pytest.warns(jacops.JacopsWarning, match="row by row"):
         J @ torch.ones(J.shape[1], dtype=F64)
     assert "because" in repr(J)
     assert "embedding_bag" in repr(J)
-    strict = jacops.jacobian(NoSecond(), torch.tensor([[0, 1], [2, 3]]), fallback="error")
+    strict = jacops.jacobian(other, ids, fallback="error")
     with pytest.raises(NotDifferentiableError, match="fallback"):
         strict @ torch.ones(J.shape[1], dtype=F64)
 

@@ -159,64 +159,43 @@ def cotangents(output: Any, *axes: int) -> Any:
 def question(call: str, case: Case, model: nn.Module, inputs: Any) -> Callable[[], Any]:
     """The call on this model and these inputs, ready to be made; all that it needs is prepared before."""
     dtype = next((p.dtype for p in model.parameters()), case.dtype)
-    asked = _QUESTIONS[call]
-    return asked(case, model, inputs, dtype)
+    return _QUESTIONS[call](case, model, inputs, dtype)
 
 
-def _compute_jacobian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    return lambda: jacops.compute_jacobian(model, inputs)
+Question = Callable[[Case, nn.Module, Any, torch.dtype], Callable[[], Any]]
+Vectors = Callable[[Case, nn.Module, torch.dtype], list[Any]]  # the arguments after the parameters or the inputs
 
 
-def _jacobian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    return lambda: jacops.jacobian(model, inputs).dense()
+def pushed(*axes: int) -> Vectors:
+    return lambda case, model, dtype: [tangents(model, *axes)]
 
 
-def _jvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    v = tangents(model)
-    return lambda: jacops.jvp(lambda: called(model, inputs), list(model.parameters()), v)
+def pulled(*axes: int) -> Vectors:
+    return lambda case, model, dtype: [cotangents(case.output(dtype), *axes)]
 
 
-def _vjp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    u = cotangents(case.output(dtype))
-    return lambda: jacops.vjp(lambda: called(model, inputs), list(model.parameters()), u)
+def of_closure(verb: Callable[..., Any], vectors: Vectors = lambda case, model, dtype: []) -> Question:
+    def prepared(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
+        more = vectors(case, model, dtype)
+        return lambda: verb(lambda: called(model, inputs), list(model.parameters()), *more)
+
+    return prepared
 
 
-def _batch_jvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    vs = tangents(model, ROWS)
-    return lambda: jacops.batch_jvp(lambda: called(model, inputs), list(model.parameters()), vs)
+def of_model(verb: Callable[..., Any], vectors: Vectors = lambda case, model, dtype: [], **options: Any) -> Question:
+    def prepared(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
+        more = vectors(case, model, dtype)
+        return lambda: verb(model, inputs, *more, **options)
+
+    return prepared
 
 
-def _batch_vjp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    us = cotangents(case.output(dtype), ROWS)
-    return lambda: jacops.batch_vjp(lambda: called(model, inputs), list(model.parameters()), us)
+def of_loss(verb: Callable[[jacops.TorchTwiceDifferentiable, Any, Tensor, Any], Any]) -> Question:
+    def prepared(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
+        y, v = case.y(dtype), directions(model)
+        return lambda: verb(jacops.TorchTwiceDifferentiable(model, case.loss), inputs, y, v)
 
-
-def _full_jacobian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    return lambda: jacops.full_jacobian(lambda: called(model, inputs), list(model.parameters()))
-
-
-def _model_jvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    v = tangents(model)
-    return lambda: jacops.model_jvp(model, inputs, v)
-
-
-def _model_vjp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    u = cotangents(case.output(dtype))
-    return lambda: jacops.model_vjp(model, inputs, u)
-
-
-def _modjac(**options: Any) -> Callable[..., Callable[[], Any]]:
-    return lambda case, model, inputs, dtype: lambda: jacops.modjac(model, inputs, **options)
-
-
-def _grad(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    y = case.y(dtype)
-    return lambda: jacops.TorchTwiceDifferentiable(model, case.loss).grad(inputs, y)
-
-
-def _hessian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    y = case.y(dtype)
-    return lambda: jacops.TorchTwiceDifferentiable(model, case.loss).hessian(inputs, y)
+    return prepared
 
 
 def directions(model: nn.Module) -> Tensor:
@@ -224,45 +203,34 @@ def directions(model: nn.Module) -> Tensor:
     return torch.cat([v.reshape(2, v[0].numel()) for v in tangents(model, 2, trainable=True)] or [torch.ones(2, 1)], 1)
 
 
-def _mvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    y, v = case.y(dtype), directions(model)
-
-    def asked() -> Tensor:
-        twice = jacops.TorchTwiceDifferentiable(model, case.loss)
-        return twice.mvp(twice.grad(inputs, y, create_graph=True), v, backprop_on=twice.parameters)
-
-    return asked
+def by_parameters(twice: jacops.TorchTwiceDifferentiable, x: Any, y: Tensor, v: Tensor) -> Tensor:
+    return twice.mvp(twice.grad(x, y, create_graph=True), v, backprop_on=twice.parameters)
 
 
-def _mvp_inputs(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    y, v, x = case.y(dtype), directions(model), inputs.detach().clone().requires_grad_()
-
-    def asked() -> Tensor:
-        twice = jacops.TorchTwiceDifferentiable(model, case.loss)
-        return twice.mvp(twice.grad(x, y, create_graph=True), v, backprop_on=x)
-
-    return asked
+def by_inputs(twice: jacops.TorchTwiceDifferentiable, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    x = x.detach().clone().requires_grad_()
+    return twice.mvp(twice.grad(x, y, create_graph=True), v, backprop_on=x)
 
 
-_QUESTIONS = {
-    "compute_jacobian": _compute_jacobian,
-    "jacobian": _jacobian,
-    "jvp": _jvp,
-    "vjp": _vjp,
-    "batch_jvp": _batch_jvp,
-    "batch_vjp": _batch_vjp,
-    "full_jacobian": _full_jacobian,
-    "model_jvp": _model_jvp,
-    "model_vjp": _model_vjp,
-    "modjac": _modjac(),
-    "modjac_vectorize": _modjac(vectorize=True),
-    "modjac_forward": _modjac(vectorize=True, strategy="forward-mode"),
-    "modjac_forward_plain": _modjac(strategy="forward-mode"),
-    "modjac_flatten": _modjac(flatten=True),
-    "grad": _grad,
-    "hessian": _hessian,
-    "mvp": _mvp,
-    "mvp_inputs": _mvp_inputs,
+_QUESTIONS: dict[str, Question] = {
+    "compute_jacobian": of_model(jacops.compute_jacobian),
+    "jacobian": of_model(lambda model, inputs: jacops.jacobian(model, inputs).dense()),
+    "jvp": of_closure(jacops.jvp, pushed()),
+    "vjp": of_closure(jacops.vjp, pulled()),
+    "batch_jvp": of_closure(jacops.batch_jvp, pushed(ROWS)),
+    "batch_vjp": of_closure(jacops.batch_vjp, pulled(ROWS)),
+    "full_jacobian": of_closure(jacops.full_jacobian),
+    "model_jvp": of_model(jacops.model_jvp, pushed()),
+    "model_vjp": of_model(jacops.model_vjp, pulled()),
+    "modjac": of_model(jacops.modjac),
+    "modjac_vectorize": of_model(jacops.modjac, vectorize=True),
+    "modjac_forward": of_model(jacops.modjac, vectorize=True, strategy="forward-mode"),
+    "modjac_forward_plain": of_model(jacops.modjac, strategy="forward-mode"),
+    "modjac_flatten": of_model(jacops.modjac, flatten=True),
+    "grad": of_loss(lambda twice, x, y, v: twice.grad(x, y)),
+    "hessian": of_loss(lambda twice, x, y, v: twice.hessian(x, y)),
+    "mvp": of_loss(by_parameters),
+    "mvp_inputs": of_loss(by_inputs),
 }
 
 
