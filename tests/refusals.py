@@ -102,6 +102,7 @@ def jax_tensors(name: str, *arguments: Any) -> Any:
     return getattr(JaxTensorUtilities, name)(*(as_jax(a) if isinstance(a, Tensor) else a for a in arguments))
 
 
+ALL = "trace, diagonal, norm, eigenpairs, spectral_norm, spectral_density"
 OPERATORS: dict[str, Callable[[], jacops.Operator]] = {
     "J": lambda: jacops.jacobian(small_net(), X),
     "H": lambda: jacops.hessian(small_net(), square, X, Y),
@@ -111,65 +112,51 @@ OPERATORS: dict[str, Callable[[], jacops.Operator]] = {
 }
 SPREAD = Matrix(torch.diag(torch.linspace(1, 3, 60).double()), symmetric=True, positive=True)
 
+# fmt: off
 CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
-    **{
-        name: (getattr(jacops, name), of_model)
-        for name in ("compute_jacobian", "contributions", "modjac", "jacobian", "check")
-    },
+    **{name: (getattr(jacops, name), of_model) for name in ("compute_jacobian", "contributions", "modjac", "jacobian",
+                                                           "check")},
+    **{name: (getattr(jacops, name), with_loss) for name in ("hessian", "ggn", "sample_gradients", "empirical_fisher")},
+    **{f"{name} @": ((lambda v, name=name: OPERATORS[name]() @ v), lambda m: {"v": draw(26)}) for name in OPERATORS},
+    **{name: (getattr(estimators, name), lambda m: {"operator": SPREAD}) for name in ALL.split(", ")},
+    "effective_dimension": (estimators.effective_dimension, lambda m: {"operator": SPREAD, "damping": 1.0}),
     "input jacobian": (lambda model, x: jacops.jacobian(model, x, "inputs"), of_model),
     "jacobian dense": (lambda model, x: jacops.jacobian(model, x).dense(), of_model),
+    "hessian dense": (lambda **arguments: jacops.hessian(**arguments).dense(), with_loss),
+    "input_hessian": (second_order.input_hessian, of_model),
+    "directional_derivative": (second_order.directional_derivative, lambda m: {**of_model(m), "v": X}),
     "model_jvp": (jacops.model_jvp, lambda m: {**of_model(m), "v": directions(m)}),
     "model_vjp": (jacops.model_vjp, lambda m: {**of_model(m), "v": torch.ones(5, 2, dtype=kind_of(m))}),
-    **{name: (getattr(jacops, name), with_loss) for name in ("hessian", "ggn", "sample_gradients", "empirical_fisher")},
-    "hessian dense": (lambda **arguments: jacops.hessian(**arguments).dense(), with_loss),
     "hvp": (jacops.hvp, lambda m: {**with_loss(m), "v": draw(26)}),
     "wrap": (TorchTwiceDifferentiable, lambda m: {"model": m, "loss": square}),
     "grad": (twice("grad"), with_loss),
     "grad with a graph": (twice("grad", create_graph=True), with_loss),
     "second": (twice("hessian"), with_loss),
+    "mvp": (mvp, lambda m: {"v": draw(2, 26)}),
     "influences": (influences(jacops.compute_influences), with_loss),
     "self_influences": (influences(jacops.self_influences), with_loss),
-    "influences as wrapped": (
-        jacops.compute_influences,
-        lambda m: {"differentiable_model": None, "training_data": [(X, Y)]},
-    ),
-    "mvp": (mvp, lambda m: {"v": draw(2, 26)}),
-    "jax mvp": (jax_mvp, lambda m: {"v": draw(2, 26)}),
-    "jax wrap": (jax_net, lambda m: {}),
-    "jax grad": jax_second(lambda own: own.grad),
-    "jax second": jax_second(lambda own: own.hessian),
-    "jax ggn": jax_second(lambda own: own.objective.ggn),
+    "influences as wrapped": (jacops.compute_influences, lambda m: {"training_data": [(X, Y)]}),
     "jvp": (jacops.jvp, of_closure(lambda: {"v": [draw(3, 2), draw(2)]})),
     "vjp": (jacops.vjp, of_closure(lambda: {"v": draw(5, 2)})),
     "batch_jvp": (jacops.batch_jvp, of_closure(lambda: {"vs": [draw(4, 3, 2), draw(4, 2)]})),
     "batch_vjp": (jacops.batch_vjp, of_closure(lambda: {"vs": draw(4, 5, 2)})),
     "full_jacobian": (jacops.full_jacobian, of_closure()),
-    **{
-        f"{name} @": ((lambda v, name=name: OPERATORS[name]() @ v), (lambda m, name=name: {"v": draw(26)}))
-        for name in OPERATORS
-    },
-    **{
-        name: (getattr(estimators, name), lambda m: {"operator": SPREAD})
-        for name in ("trace", "diagonal", "norm", "eigenpairs", "spectral_norm", "spectral_density")
-    },
-    "effective_dimension": (estimators.effective_dimension, lambda m: {"operator": SPREAD, "damping": 1.0}),
-    "input_hessian": (second_order.input_hessian, of_model),
-    "directional_derivative": (second_order.directional_derivative, lambda m: {**of_model(m), "v": X}),
     "project_jacobian": (jacops.project_jacobian, lambda m: {"jacobian": draw(5, 2, 3), "proj_tensor": draw(3, 7)}),
     "reduce_contributions": (jacops.reduce_contributions, lambda m: {"contributions": np.ones((2, 3, 4))}),
     "verify_jacobian": (jacops.verify_jacobian, lambda m: dict(zip("ZJX", linear_case(), strict=True))),
     "pca_projection": (jacops.pca_projection, lambda m: {}),
-    "cat_gen": (
-        lambda a: TorchTensorUtilities.cat_gen(a, (5, 2), TorchTwiceDifferentiable(small_net(), square)),
-        lambda m: {},
-    ),
-    "jax cat_gen": (
-        lambda a: jax_tensors("cat_gen", (np.asarray(part) for part in a), (5, 2), jax_net()),
-        lambda m: {},
-    ),
     "get_element": (TorchTensorUtilities.get_element, lambda m: {}),
+    "cat_gen": (lambda a: TorchTensorUtilities.cat_gen(a, (5, 2), TorchTwiceDifferentiable(small_net(), square)),
+                lambda m: {}),
     "jax get_element": (lambda x, idx: jax_tensors("get_element", x, idx), lambda m: {}),
+    "jax cat_gen": (lambda a: jax_tensors("cat_gen", map(np.asarray, a), (5, 2), jax_net()), lambda m: {}),
+    "jax mvp": (jax_mvp, lambda m: {"v": draw(2, 26)}),
+    "jax wrap": (jax_net, lambda m: {}),
+    "jax grad": jax_second(lambda own: own.grad),
+    "jax second": jax_second(lambda own: own.hessian),
+    "jax ggn": jax_second(lambda own: own.objective.ggn),
 }
+# fmt: on
 
 
 def linear_case(samples: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -744,8 +731,7 @@ for name, tensor in zip("ZJX", linear_case(), strict=True):
 
 # Estimators
 
-ALL, SPOILT = "trace, diagonal, norm, eigenpairs, spectral_norm, spectral_density", Matrix(torch.full((60, 60), NAN),
-                                                                                           symmetric=True)
+SPOILT = Matrix(torch.full((60, 60), NAN), symmetric=True)
 refuse("an operator is not square", {"operator": Matrix(draw(3, 5))}, "trace, diagonal, eigenpairs, spectral_density",
        InputError, "square")
 refuse("an operator is not symmetric", {"operator": Matrix(draw(5, 5))}, "eigenpairs, spectral_density", InputError,

@@ -134,31 +134,24 @@ def test_p2_dtypes_are_the_parameter_s_in_reverse_and_the_output_s_in_forward_mo
 # P4: complex parameters
 
 
-class ComplexLinear(nn.Module):
-    def __init__(self):
+class Complex(nn.Module):
+    """A function of a complex linear map."""
+
+    def __init__(self, of: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.of = of
         self.weight = nn.Parameter(draw(2, 3, seed=0, dtype=torch.complex128))
         self.bias = nn.Parameter(draw(2, seed=1, dtype=torch.complex128))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.bias
+        return self.of(x @ self.weight.T + self.bias)
 
 
-class SquaredSize(ComplexLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).abs() ** 2
-
-
-class Squared(ComplexLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) ** 2
-
-
-class Conjugated(ComplexLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).conj() * super().forward(x)
-
-
+COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda z: z,
+    "squared": lambda z: z**2,
+    "squared size": lambda z: z.abs() ** 2,
+}
 COMPLEX_X = draw(5, 3, seed=9, dtype=torch.complex128)
 
 
@@ -167,7 +160,7 @@ def complex_change(model: nn.Module, changes: list[Tensor]) -> Tensor:
     ends = []
     for sign in (1e-6, -1e-6):
         with torch.no_grad():
-            moved = type(model)()
+            moved = Complex(model.of)
             for p, d in zip(moved.parameters(), changes, strict=True):
                 p.add_(sign * d)
             ends.append(moved(COMPLEX_X))
@@ -175,10 +168,10 @@ def complex_change(model: nn.Module, changes: list[Tensor]) -> Tensor:
 
 
 @routes
-@pytest.mark.parametrize("kind", [ComplexLinear, Squared, SquaredSize])
-def test_p4_complex_jacobians_keep_one_convention_on_every_route(kind: type, strategy: Any, vectorize: bool):
+@pytest.mark.parametrize("kind", COMPLEX)
+def test_p4_complex_jacobians_keep_one_convention_on_every_route(kind: str, strategy: Any, vectorize: bool):
     """`df = J dz` for holomorphic outputs and `df = Re(J dz)` for real ones."""
-    model = kind()
+    model = Complex(COMPLEX[kind])
     changes = [draw(*p.shape, seed=20 + i, dtype=p.dtype) for i, p in enumerate(model.parameters())]
     matrix = modjac(model, COMPLEX_X, strategy=strategy, vectorize=vectorize, flatten=True)
     product = matrix @ torch.cat([c.flatten() for c in changes])
@@ -187,7 +180,7 @@ def test_p4_complex_jacobians_keep_one_convention_on_every_route(kind: type, str
 
 
 def test_p4_a_complex_linear_layer_has_its_input_as_jacobian():
-    model = ComplexLinear()
+    model = Complex(COMPLEX["linear"])
     for strategy, vectorize in ROUTES:
         by_weight, by_bias = modjac(model, COMPLEX_X, strategy=strategy, vectorize=vectorize)
         eye = torch.eye(2, dtype=torch.complex128)
@@ -196,7 +189,7 @@ def test_p4_a_complex_linear_layer_has_its_input_as_jacobian():
 
 
 def test_p4_the_calls_agree_with_one_another():
-    for model in (ComplexLinear(), Squared(), SquaredSize()):
+    for model in map(Complex, COMPLEX.values()):
         blocks = modjac(model, COMPLEX_X)
         same = jacops.full_jacobian(lambda model=model: model(COMPLEX_X), model.parameters())
         close([b.reshape(10, *b.shape[2:]) for b in blocks], same)
@@ -209,18 +202,18 @@ def test_p4_the_calls_agree_with_one_another():
 @routes
 def test_p4_a_function_without_a_complex_jacobian_is_refused_on_every_route(strategy: Any, vectorize: bool):
     with pytest.raises(NotDifferentiableError, match="output is not a holomorphic function of weight.*view_as_real"):
-        modjac(Conjugated(), COMPLEX_X, strategy=strategy, vectorize=vectorize)
+        modjac(Complex(lambda z: z.conj() * z), COMPLEX_X, strategy=strategy, vectorize=vectorize)
 
 
 def test_p4_complex_create_graph_is_right_too():
-    model = Squared()
+    model = Complex(COMPLEX["squared"])
     found = modjac(model, COMPLEX_X, create_graph=True, flatten=True)
     close(found.detach(), modjac(model, COMPLEX_X, flatten=True))
     (slope,) = torch.autograd.grad(found.abs().pow(2).sum(), model.bias)
     step, d = 1e-6, draw(2, seed=4, dtype=torch.complex128)
     ends = []
     for sign in (step, -step):
-        moved = Squared()
+        moved = Complex(COMPLEX["squared"])
         with torch.no_grad():
             moved.bias.add_(sign * d)
         ends.append(modjac(moved, COMPLEX_X, flatten=True).abs().pow(2).sum())

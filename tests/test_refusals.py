@@ -12,7 +12,9 @@ from jacops import errors
 from refusals import TABLE, asked, cells
 from small import draw, refused, small_net
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Sparse CSR tensor support is in beta:UserWarning", "ignore:Complex modules are a new feature:UserWarning"
+)
 CELLS = list(cells())
 
 
