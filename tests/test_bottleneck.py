@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from cases import F64
-from jacops._backends._torch.samples.batch import Samples
+from jacops._torch.samples.batch import Samples
 
 
 def autoencoder(*, skip: bool = False, shuffle: bool = False, twice: bool = False) -> nn.Module:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from cases import F64, Attention
-from jacops._backends._torch.samples import compiled
-from jacops._backends._torch.samples.batch import Samples
+from jacops._torch.samples import compiled
+from jacops._torch.samples.batch import Samples
 
 SEEN: list[int] = []
 

@@ -380,7 +380,7 @@ def _old_or_refused(operator: Any, old: Tensor, name: str) -> str:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_answers_for_the_point_where_it_was_made(name: str, large: bool, monkeypatch: pytest.MonkeyPatch):
     if large:  # as models are treated whose copies would take much memory
-        monkeypatch.setattr("jacops._backends._torch.weights.COPIED", 0)
+        monkeypatch.setattr("jacops._torch.sweeps.weights.COPIED", 0)
     x, y = rows()
     old = OPERATORS[name](net(), x, y) @ torch.ones(_columns(name, x), dtype=torch.float64)
     for write in WRITES.values():
@@ -501,7 +501,7 @@ def test_columns_of_a_table_are_labels_and_inputs_also_one_row_at_a_time(dtype: 
 
 
 def test_strided_parameters_of_one_entry_are_compared_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("jacops._backends._torch.weights.COPIED", 0)
+    monkeypatch.setattr("jacops._torch.sweeps.weights.COPIED", 0)
     model = nn.Linear(1, 1).double()
     flat = torch.randn(7, dtype=torch.float64)
     model.weight.data = flat[1:4:3].view(1, 1)

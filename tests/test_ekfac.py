@@ -390,7 +390,7 @@ def test_float32_is_float64_to_rounding() -> None:
 
 @pytest.mark.parametrize("lie", ["batched", "always"])
 def test_gradients_that_disagree_with_plain_sweeps_are_not_used(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jacops._backends._torch.layers import kronecker
+    from jacops._torch.routes import kronecker
 
     truth = kronecker.cotangents
 

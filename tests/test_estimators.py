@@ -12,7 +12,7 @@ from torch import Tensor
 import jacops
 from cases import OPERATORS, data, net
 from jacops import Matrix
-from jacops._lanczos import Lanczos
+from jacops._lanczos import KrylovSpace
 from jacops.errors import InputError, MemoryBudgetError, SolveError
 from jacops.estimators import diagonal, effective_dimension, eigenpairs, norm, spectral_density, spectral_norm, trace
 from small import draw
@@ -71,12 +71,12 @@ def test_norms_are_those_of_the_matrix(name: str) -> None:
 def test_a_gauss_newton_diagonal_goes_through_the_outputs() -> None:
     model, (x, y) = net(), data()
     operator = jacops.ggn(model, F.mse_loss, x[:2], y[:2])
-    tape = operator.right.tape  # pyright: ignore[reportAttributeAccessIssue]
+    lin = operator.right.lin  # pyright: ignore[reportAttributeAccessIssue]
     expected = operator.dense().diagonal()
     close(diagonal(operator), expected)
-    before = tape.sweeps
+    before = lin.sweeps
     close(diagonal(operator), expected)
-    assert tape.sweeps - before <= 2 * y[0].numel() + 1  # once it is trusted, by outputs of a sample
+    assert lin.sweeps - before <= 2 * y[0].numel() + 1  # once it is trusted, by outputs of a sample
     fisher = jacops.empirical_fisher(model, F.mse_loss, x, y)
     close(diagonal(fisher), fisher.dense().diagonal())
 
@@ -176,10 +176,10 @@ def test_seeds_repeat_and_the_global_state_is_not_drawn_from() -> None:
 @pytest.mark.parametrize("n", [2000, 50_000])
 def test_float32_does_not_take_a_small_coupling_for_an_invariant_space(n: int) -> None:
     values = torch.linspace(0, 1, n) ** 8
-    run = Lanczos(lambda rows: rows * values, draw(1, 1, n).float(), 12)
+    run = KrylovSpace(lambda rows: rows * values, draw(1, 1, n).float(), 12)
     while run.room:
         run.step()
-    exact = Lanczos(lambda rows: rows * values.double(), draw(1, 1, n).float().double(), 12)
+    exact = KrylovSpace(lambda rows: rows * values.double(), draw(1, 1, n).float().double(), 12)
     while exact.room:
         exact.step()
     torch.testing.assert_close(run.ritz().values, exact.ritz().values, rtol=0, atol=1e-5)
@@ -193,7 +193,7 @@ def test_a_krylov_basis_is_orthonormal_and_finds_multiple_eigenvalues(
 ) -> None:
     values = torch.arange(n, dtype=torch.float64).clamp(max=max(n - 3, 0))
     A = rotated(values).matrix.to(dtype)
-    run = Lanczos(lambda rows: rows @ A, draw(runs, block, n).to(dtype), n)
+    run = KrylovSpace(lambda rows: rows @ A, draw(runs, block, n).to(dtype), n)
     while run.room:
         run.step()
     rounding = 100 * torch.finfo(dtype).eps
@@ -209,7 +209,7 @@ def test_fresh_directions_are_not_the_start_drawn_from_the_same_seed(width: int)
     start = torch.randn(1, width, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn: list[Tensor] = []
 
-    class Watched(Lanczos):
+    class Watched(KrylovSpace):
         def _fresh(self, *shape: int) -> Tensor:
             drawn.append(super()._fresh(*shape))
             return drawn[-1]
@@ -225,7 +225,7 @@ def test_fresh_directions_are_not_the_start_drawn_from_the_same_seed(width: int)
 
 def test_residuals_of_the_recurrence_are_the_true_ones_also_after_a_restart() -> None:
     A = SPECTRA["indefinite"]().matrix
-    run = Lanczos(lambda rows: rows @ A, draw(1, 2, N), 16)
+    run = KrylovSpace(lambda rows: rows @ A, draw(1, 2, N), 16)
     for kept in (None, torch.tensor([0, 1, 12, 13, 14]), torch.tensor([0, 13, 14])):
         if kept is not None:
             run.restart(kept)

@@ -15,7 +15,8 @@ import oracle
 import zoo
 from cases import F64
 from jacops import Identity, JacopsWarning
-from jacops._backends._torch.layers import by_sample, part
+from jacops._torch.routes import by_sample
+from jacops._torch.layers import part
 from jacops.errors import InputError, ModelStateError, NotDifferentiableError
 from jacops.operators import LayerFactors
 from jacops.per_sample import sample_gradients, sample_jacobians

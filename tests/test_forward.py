@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jacops
 from cases import F64
-from jacops._backends._torch import forward
+from jacops._torch.sweeps import nodewise as forward
 from small import Calls
 
 
@@ -84,7 +84,7 @@ def test_a_push_agrees_with_the_rows_of_the_jacobian(name: str, monkeypatch: pyt
     loose = 1e-5 if "precisions" in name else 1e-12
     torch.testing.assert_close(J @ v, wanted, rtol=loose, atol=loose)
     torch.testing.assert_close(J @ v, wanted, rtol=loose, atol=loose)
-    assert "node by node" in J.tape.routes["push"]
+    assert "node by node" in J.lin.routes["push"]
 
 
 def turned_round(hidden: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def test_a_hook_on_the_way_is_noticed() -> None:
     )
     v = drawn(J.shape[1])
     torch.testing.assert_close(J @ v, J.dense() @ v)
-    assert "node by node" not in J.tape.routes["push"]
+    assert "node by node" not in J.lin.routes["push"]
 
 
 def test_what_is_recomputed_is_right() -> None:
@@ -130,6 +130,6 @@ def test_a_leaf_made_from_another_leaf_moves_with_it_and_by_itself() -> None:
 
 def test_a_push_that_fails_together_leaves_the_way_node_by_node_open() -> None:
     J = jacops.jacobian(of(lambda x, a: (x @ a).tanh(), (4, 3)), drawn(5, 4))
-    J.tape.trust.refuse("push", "dual")
+    J.lin.trust.refuse("push", "dual")
     J @ drawn(J.shape[1])
-    assert "node by node" in J.tape.routes["push"]
+    assert "node by node" in J.lin.routes["push"]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import jacops
 import oracle
-from jacops._backends._torch.layers import curvature, gauss_newton
-from jacops._backends._torch.layers.blocks import mirror
+from jacops._torch.routes import curvature
+from jacops._torch.routes import gauss_newton
+from jacops._torch.layers.blocks import mirror
 from jacops.operators import Operator
-from jacops.operators._dense import Room
+from jacops.operators._dense import Headroom
 from layer_cases import model_of
 from small import draw, settled
 from zoo import BY_NAME, ZOO, seeded
@@ -111,10 +112,10 @@ def test_sweeps_do_not_grow_with_samples_or_parameters(inputs: int, n: int) -> N
     operators: list[tuple[Any, int]] = [(H, 7 + 3), (G, 3)]
     for operator, widths in operators:
         operator.dense()
-        tape = operator.formed.tape
-        before = tape.sweeps
+        lin = operator.formed.lin
+        before = lin.sweeps
         operator.dense()
-        assert tape.sweeps - before <= widths + 3
+        assert lin.sweeps - before <= widths + 3
 
 
 def test_samples_need_not_come_first() -> None:
@@ -259,9 +260,9 @@ def test_a_diagonal_costs_sweeps_by_widths_or_outputs() -> None:
     operators.append((jacops.ggn(model, lambda output, y: (output - y).pow(4).sum(), x, y), 3))
     for operator, most in operators:
         jacops.diagonal(operator)
-        before = operator.formed.tape.sweeps
+        before = operator.formed.lin.sweeps
         jacops.diagonal(operator)
-        assert operator.formed.tape.sweeps - before <= most + 3
+        assert operator.formed.lin.sweeps - before <= most + 3
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -301,7 +302,7 @@ def test_batches_add_up_in_place(name: str, verb: str) -> None:
     ]
     total = torch.zeros(operators[0][0].shape, dtype=torch.float64)
     for operator, weight in operators:
-        operator._add(total, weight, Room(), half=True)
+        operator._add(total, weight, Headroom(), half=True)
     expected = torch.stack([weight * by_products(operator) for operator, weight in operators]).sum(0)
     close(mirror(total), expected)
 

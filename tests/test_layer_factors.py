@@ -8,9 +8,9 @@ from torch import Tensor, nn
 import jacops
 import oracle
 import zoo
-from jacops._backends._torch.layers.whole import LayerBlocks, layer_route
-from jacops._backends._torch.record import record_model
-from jacops._backends._torch.tape import Tape
+from jacops._torch.routes.whole import LayerBlocks, layer_route
+from jacops._torch.sweeps.record import record_model
+from jacops._torch.sweeps.linearization import Linearization
 from layer_cases import MODELS, model_of
 from small import Calls, close, draw
 
@@ -22,14 +22,14 @@ TAKEN_OF_ZOO = ("mlp_relu", "mlp_layernorm", "conv_batchnorm_eval", "squeezed", 
 LEFT_OF_ZOO = ("conv_batchnorm_train", "samples_mixed", "weight_norm", "prelu", "embedding_bag", "tuple_output")
 
 
-def by_layers(tape: Tape) -> LayerBlocks | None:
-    route = layer_route(tape)
+def by_layers(lin: Linearization) -> LayerBlocks | None:
+    route = layer_route(lin)
     return route.blocks(route.together(None)) if route else None
 
 
 def taken(model: nn.Module, x: Tensor) -> bool:
     found = record_model(model, x, call="test", parameters=lambda name, p: True, checks="always")
-    return by_layers(found.tape) is not None
+    return by_layers(found.lin) is not None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -66,8 +66,8 @@ def test_it_costs_a_sweep_per_output_entry_and_two_to_check() -> None:
     sweeps = []
     for _ in range(2):
         found = record_model(model, x, call="test", parameters=lambda name, p: True)
-        by_layers(found.tape)
-        sweeps.append(found.tape.sweeps)
+        by_layers(found.lin)
+        sweeps.append(found.lin.sweeps)
     assert sweeps == [3 + 2, 3]
 
 

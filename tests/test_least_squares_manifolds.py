@@ -9,7 +9,7 @@ from jacops.charts import SE2, SE3, SO2, SO3, Chart
 from jacops.errors import InputError, NotDifferentiableError, SolveError
 from jacops.extras.graph_problems import PoseGraph, grid_graph, sphere_graph, synthetic_bundle
 from jacops.least_squares import gauss_newton, levenberg_marquardt
-from jacops.least_squares._problem import Problem
+from jacops.least_squares._problem import FitProblem
 
 pp = pytest.importorskip("pypose")
 EACH = pytest.mark.parametrize("chart", [SO2, SE2, SO3, SE3], ids=repr)
@@ -19,9 +19,9 @@ def drawn(chart: Chart, *shape: int, scale: float = 0.5) -> Tensor:
     return chart.exp(scale * torch.randn(*shape, chart.tangent, dtype=torch.float64))
 
 
-def problem(model: nn.Module, jacobian: str, **options: object) -> Problem:
+def problem(model: nn.Module, jacobian: str, **options: object) -> FitProblem:
     given = {"manifolds": None, "fixed": None, "target": None, "weight": None, "sqrt_weight": None, "kernel": None}
-    return Problem(
+    return FitProblem(
         model, None, "test", {**given, "f_scale": 1.0, "corrector": "triggs", "jacobian": jacobian, **options}
     )
 

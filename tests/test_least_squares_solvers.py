@@ -16,20 +16,20 @@ from jacops.least_squares import (
     QDLDL,
     QR,
     Adaptive,
-    Auto,
+    AutoStepSolver,
     Cholesky,
     Constant,
     Marquardt,
     Nielsen,
-    Solver,
+    StepSolver,
     SparseLU,
     TrustRegion,
     gauss_newton,
     levenberg_marquardt,
 )
-from jacops.least_squares._system import Singular, System
+from jacops.least_squares._system import Singular, LinearizedFit
 
-SOLVERS = [QR(), Cholesky(), LSTSQ(), SparseLU(), PCG(), Auto()]
+SOLVERS = [QR(), Cholesky(), LSTSQ(), SparseLU(), PCG(), AutoStepSolver()]
 SOLVERS.append(
     pytest.param(
         QDLDL(),
@@ -40,18 +40,18 @@ EACH = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 STRATEGIES = [Nielsen(), Marquardt(), Adaptive(1e-3), Constant(1e-2), TrustRegion(), TrustRegion(0.5)]
 
 
-def drawn(seed: int, rows: int, columns: int, sparse: bool) -> System:
+def drawn(seed: int, rows: int, columns: int, sparse: bool) -> LinearizedFit:
     rng = np.random.default_rng(seed)
     J = rng.normal(size=(rows, columns)) * (rng.random((rows, columns)) < 0.5)
     J[:columns] += 3 * np.eye(columns)
     J *= 10.0 ** rng.uniform(-3, 3, columns)
-    return System(csr_array(J) if sparse else J, rng.normal(size=rows), np.arange(columns) // 2)
+    return LinearizedFit(csr_array(J) if sparse else J, rng.normal(size=rows), np.arange(columns) // 2)
 
 
 @EACH
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), columns=st.integers(1, 9), sparse=st.booleans(), damped=st.booleans())
-def test_steps_solve_their_equations(solver: Solver, seed: int, columns: int, sparse: bool, damped: bool) -> None:
+def test_steps_solve_their_equations(solver: StepSolver, seed: int, columns: int, sparse: bool, damped: bool) -> None:
     system = drawn(seed, columns + 6, columns, sparse)
     damping = 1e-2 * system.scale**2 if damped else None
     found = solver.solve(system, damping)
@@ -66,9 +66,9 @@ def test_steps_solve_their_equations(solver: Solver, seed: int, columns: int, sp
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("solver", [QR(), Cholesky(), SparseLU()], ids=repr)
-def test_a_singular_matrix_is_noticed(solver: Solver, sparse: bool) -> None:
+def test_a_singular_matrix_is_noticed(solver: StepSolver, sparse: bool) -> None:
     J = np.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
-    system = System(csr_array(J) if sparse else J, np.ones(3), np.arange(3))
+    system = LinearizedFit(csr_array(J) if sparse else J, np.ones(3), np.arange(3))
     with pytest.raises(Singular):
         solver.solve(system, None)
 
@@ -77,19 +77,19 @@ def test_a_singular_matrix_is_noticed(solver: Solver, sparse: bool) -> None:
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 6), level=st.sampled_from([1e-8, 1e-4, 1.0]))
 def test_fewer_rows_than_columns(seed: int, rows: int, level: float) -> None:
     rng = np.random.default_rng(seed)
-    system = System(rng.normal(size=(rows, 9)), rng.normal(size=rows), np.arange(9))
+    system = LinearizedFit(rng.normal(size=(rows, 9)), rng.normal(size=rows), np.arange(9))
     damping = level * system.scale**2
     right = QR().solve(system, damping).step
     for sparse in (False, True):
-        given = System(csr_array(system.J) if sparse else system.J, system.r, system.blocks)
+        given = LinearizedFit(csr_array(system.J) if sparse else system.J, system.r, system.blocks)
         found = Cholesky().solve(given, damping)
         np.testing.assert_allclose(found.step, right, rtol=1e-6, atol=1e-8)
         assert "by rows" in found.note
 
 
 def test_the_shortest_step_without_full_rank() -> None:
-    system = System(np.array([[1.0, 1.0], [1.0, 1.0]]), np.array([2.0, 2.0]), np.arange(2))
-    found = Auto().solve(system, None)
+    system = LinearizedFit(np.array([[1.0, 1.0], [1.0, 1.0]]), np.array([2.0, 2.0]), np.arange(2))
+    found = AutoStepSolver().solve(system, None)
     np.testing.assert_allclose(found.step, [-1, -1], atol=1e-12)
     assert "shortest step" in found.note
     assert "rank 1 of 2" in found.note

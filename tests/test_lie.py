@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jacops
 from jacops import JacopsWarning, modjac
-from jacops._backends._torch.record import record_model
+from jacops._torch.sweeps.record import record_model
 from jacops.errors import ModelStateError, NonFiniteError, NotDifferentiableError
 from jacops.extras.lie import layout
 

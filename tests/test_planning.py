@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from cases import F64
-from jacops._backends._torch.memory import Meter, budget_bytes, free_bytes
-from jacops._backends._torch.samples.batch import Samples
+from jacops._runtime.memory import Meter, budget_bytes, free_bytes
+from jacops._torch.samples.batch import Samples
 from jacops.planning import Plan, plan
 from small import Calls
 

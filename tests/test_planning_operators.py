@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import jacops
 from cases import F64
 from jacops import Diagonal, Identity, Matrix, Operator, Problem
-from jacops._backends._torch.layers import curvature, gauss_newton
-from jacops._backends._torch.memory import Meter
+from jacops._torch.routes import curvature
+from jacops._torch.routes import gauss_newton
+from jacops._runtime.memory import Meter
 from jacops.operators._data import BlockDiagonal, StackOver, SumOver
 from jacops.planning import plan
 from jacops.space import Space
@@ -201,9 +202,9 @@ class _within:  # noqa: N801 - a function of a class
         self.way, self.free, self.routes = way, free, way.routes
 
     def begin(self, free: float) -> Any:
-        begun = self.way.begin(self.free)
-        assert begun.bytes <= self.free
-        return begun
+        prepared = self.way.begin(self.free)
+        assert prepared.bytes <= self.free
+        return prepared
 
 
 @pytest.mark.usefixtures("layers")

@@ -289,7 +289,7 @@ def test_layers_equal_dense(name: str, wrt: str, local: bool) -> None:
 
 def test_others_may_inspect_what_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(_point, "inspectors", [lambda recording: seen.append(recording.tape)])
+    monkeypatch.setattr(_point, "inspectors", [lambda recording: seen.append(recording.lin)])
     problem = bundle(3, 8, 20)
     planned(problem).evaluate(problem.model, problem.inputs)
     assert len(seen[0].leaves) > 2

@@ -111,13 +111,13 @@ def test_a_run_survives_an_interrupt_and_lets_go_of_the_store(tmp_path: Path):
     def interrupted() -> np.ndarray:
         raise KeyboardInterrupt
 
-    def begun() -> None:
+    def prepared() -> None:
         with StoredRun.open(tmp_path / "run", IDENTITY, ARRAYS) as run:
             run.write("influences", (0, 0), tile("influences", (0, 0)))
             run.obtain("factors", (0, 0), interrupted)
 
     with pytest.raises(KeyboardInterrupt):
-        begun()
+        prepared()
     assert len(whole(tmp_path / "run")) == TILES - 1
 
 

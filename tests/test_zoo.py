@@ -22,7 +22,7 @@ import oracle
 import zoo
 from jacops import errors
 from oracle import Blocks, called, leaves, mapped
-from world import Interruption, Watch, World, prepared, watched
+from world import Interruption, SideEffectWatch, World, prepared, watched
 from zoo import BY_NAME, CLOSURES, ROWS, SECOND, SEED, ZOO, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what must and may be said is looked at in `told`
@@ -246,7 +246,7 @@ def test_nothing_is_touched_when_the_model_raises_halfway(name: str, call: str) 
         assert interrupted(call, case, at).raised, f"the call never reached its {at}th of {watch.calls} module calls"
 
 
-def interrupted(call: str, case: Case, at: int | None) -> Watch:
+def interrupted(call: str, case: Case, at: int | None) -> SideEffectWatch:
     """Make the call, interrupted or not, and fail if anything of the caller's moved that may not."""
     model, inputs = prepared(case, hooked=True)
     asked = zoo.question(call, case, model, inputs)

@@ -143,7 +143,7 @@ class Interruption(Exception):  # noqa: N818 - not an error of anybody's
     """Raised inside the model."""
 
 
-class Watch:
+class SideEffectWatch:
     """Counts the calls of modules, and raises at one of them.
 
     Attributes:
@@ -166,9 +166,9 @@ class Watch:
 
 
 @contextmanager
-def watched(model: nn.Module, at: int | None = None) -> Iterator[Watch]:
+def watched(model: nn.Module, at: int | None = None) -> Iterator[SideEffectWatch]:
     """See every call of a module, those of copies of the model too."""
-    watch = Watch(model, at)
+    watch = SideEffectWatch(model, at)
     handle = module_globals.register_module_forward_pre_hook(watch)
     try:
         yield watch
