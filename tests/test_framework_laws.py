@@ -213,6 +213,18 @@ def test_ekfac_is_the_same_in_both_frameworks(case: str, name: str):
     assert {len(block.where) for block in blocks[1].blocks} == {2}  # biases go with their weights
 
 
+def test_sample_weights_count_alike_in_both_frameworks(case: str):
+    pair, weights = PAIRS[case](), torch.arange(1.0, len(PAIRS[case]().x) + 1).double()
+    found = []
+    for name in ("torch", "jax"):
+        own = made(name, pair)
+        problem = jacops.Problem(own.model, own.loss, [(pair.x, pair.y, weights)], l2=0.1, unpack=tuple)
+        blocks = EKFAC().approximate(problem.ggn()).dense()
+        found.append([problem.gradient(), problem.hessian().dense(), blocks, torch.tensor(problem.value())])
+    for actual, expected in zip(*reversed(found), strict=True):
+        close(actual, expected.to(actual))
+
+
 def test_ekfac_of_attention_has_the_exact_trace():
     own = made("jax", PAIRS["attention"]()).problem().ggn()
     found = EKFAC().approximate(own)

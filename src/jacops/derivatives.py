@@ -295,7 +295,7 @@ def _shifted_gradient(
 
 def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[dict[str, Tensor]], Tensor]) -> None:
     """Compare one product with central differences of gradients along a random direction."""
-    space, lin = operator.domain, operator.lin
+    space, lin = operator.domain, found.lin
     direction = private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device))
     direction = direction / size(direction)
 

@@ -173,7 +173,6 @@ class JaxLayers:
 
     def _swept(self, rows: tuple[int, ...], seeds: Tensor, width: int) -> list[np.ndarray]:
         """Return operands, cotangents at the uses, and whole gradients of some parameters, one row for each sample."""
-
         key = "layers", rows, seeds.shape[0], tuple(self._found.weights), self._call
         sweep = self._model.sweep(key, self._trace.kernel(self._found.weights, rows), linear=False)
         samples = self._point.x, to_numpy(seeds.movedim(1, 0))

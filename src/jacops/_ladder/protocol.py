@@ -25,10 +25,25 @@ Gradients = TypeVar("Gradients")
 class Linearized(Protocol):
     """The Jacobian of a function at the point where it was recorded."""
 
-    call: str
-    weights: Any
-    routes: Mapping[str, str]
-    outputs: Sequence[Tensor]
+    @property
+    def call(self) -> str:
+        """The public call."""
+        ...
+
+    @property
+    def weights(self) -> Any:
+        """What tells whether the parameters were written into since, None where they cannot be."""
+        ...
+
+    @property
+    def routes(self) -> Mapping[str, str]:
+        """How products were computed, by what they are."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[Tensor]:
+        """What the function gave."""
+        ...
 
     @property
     def domain(self) -> Space:
