@@ -67,7 +67,7 @@ class JaxLinearization:
         return self.codomain.split(self._swept(self._push, self.domain.join(rows), self.codomain))
 
     def pull_rows(
-        self, rows: Sequence[Tensor], create_graph: bool = False, *, out: Sequence[Tensor] | None = None
+        self, rows: Sequence[Tensor], create_graph: bool = False, out: list[Tensor] | None = None
     ) -> list[Tensor]:
         """Return `J' u` for rows of `u`.
 

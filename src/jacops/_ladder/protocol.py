@@ -64,12 +64,12 @@ class Linearized(Protocol):
         """Return whether a path leads from the output to anything it is differentiated by."""
         ...
 
-    def push_rows(self, rows: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+    def push_rows(self, rows: Sequence[Tensor], /, create_graph: bool = False) -> list[Tensor]:
         """Return $J v$ for rows of `v`: `(k, *shape)` for each array of the domain gives that of the codomain."""
         ...
 
     def pull_rows(
-        self, rows: Sequence[Tensor], create_graph: bool = False, *, out: Sequence[Tensor] | None = None
+        self, rows: Sequence[Tensor], /, create_graph: bool = False, out: list[Tensor] | None = None
     ) -> list[Tensor]:
         r"""Return $J^\top u$ for rows of `u`, written into `out` where that is given."""
         ...
