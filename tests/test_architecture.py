@@ -155,11 +155,12 @@ def test_the_torch_backend_is_built_in_layers() -> None:
     assert not ground, "\n".join(ground)
 
 
-def test_only_the_protocol_is_imported_from_outside_the_torch_backend() -> None:
+def test_only_the_protocols_are_imported_from_outside_the_backends() -> None:
     strays = [
-        f"{found.where}: import it from jacops._torch.protocol"
+        f"{found.where}: import it from {inside}protocol"
         for module, to, found in INNER
-        if part(module) != "_torch" and to.startswith("jacops._torch.") and to != "jacops._torch.protocol"
+        for inside in ("jacops._torch.", "jacops._jax.")
+        if not module.startswith(inside) and to.startswith(inside) and to != f"{inside}protocol"
     ]
     assert not strays, "\n".join(strays)
 

@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from .crossing import is_floating
 from .jaxpr import READS
-from .rules import bound
+from .rules import LOOPS, bound
 
 _SAFETY = 8.0  # as in `_torch.rounding`
 _DRAWS = 3
@@ -75,5 +75,8 @@ class _Noise:
 def _is_call(inner: ClosedJaxpr | Jaxpr, equation: Any) -> bool:
     """Say whether an operation only calls a traced function: loops and branches do more than that."""
     jaxpr = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-    loops = equation.primitive.name in ("scan", "while", "cond")
-    return not loops and len(jaxpr.invars) == len(equation.invars) and len(jaxpr.outvars) == len(equation.outvars)
+    return (
+        equation.primitive.name not in LOOPS
+        and len(jaxpr.invars) == len(equation.invars)
+        and len(jaxpr.outvars) == len(equation.outvars)
+    )

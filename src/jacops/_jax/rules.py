@@ -94,6 +94,9 @@ MOVES: dict[str, Callable[[np.ndarray, dict[str, Any]], np.ndarray]] = {
     "convert_element_type": lambda v, params: v,
     "copy": lambda v, params: v,
 }
+PAIRING = frozenset({"add", "sub", "mul", "div", "max", "min", "pow", "atan2"})  # of two values entry by entry
+LOOPS = frozenset({"scan", "while", "cond"})  # they do more than call the function that they hold
+CUSTOM_VJP = "custom_vjp"  # how operations with a backward written by hand begin
 CALLS = frozenset({"pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
 
 
