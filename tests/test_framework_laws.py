@@ -213,6 +213,32 @@ def test_ekfac_is_the_same_in_both_frameworks(case: str, name: str):
     assert {len(block.where) for block in blocks[1].blocks} == {2}  # biases go with their weights
 
 
+class Tied(torch.nn.Module):
+    """A weight that is used three times, once the other way round, over four positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(draw(3, 3)), torch.nn.Parameter(draw(3, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(torch.nn.functional.linear(x, self.weight, self.bias))
+        hidden = torch.tanh(torch.nn.functional.linear(hidden, self.weight, self.bias))
+        return hidden @ self.weight
+
+
+def tied(params: Any, x: Any) -> Any:
+    w, b = params
+    hidden = jnp.tanh(jnp.tanh(x @ w.T + b) @ w.T + b)
+    return hidden @ w
+
+
+def test_a_weight_that_is_used_several_times_is_one_block():
+    pair = Pair(Tied(), torch.nn.functional.mse_loss, tied, mse, draw(5, 4, 3), draw(5, 4, 3, seed=1))
+    expected, found = (EKFAC().approximate(made(name, pair).problem().ggn()) for name in ("torch", "jax"))
+    close(found.dense(), expected.dense())
+    assert found.coverage == expected.coverage
+
+
 def test_sample_weights_count_alike_in_both_frameworks(case: str):
     pair, weights = PAIRS[case](), torch.arange(1.0, len(PAIRS[case]().x) + 1).double()
     found = []

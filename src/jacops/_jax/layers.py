@@ -118,11 +118,11 @@ class JaxLayers:
         return tuple(self._group(leaf) for leaf in range(len(self._own.leaves)) if leaf not in taken)
 
     def _group(self, leaf: int) -> Group:
-        turned = {w.turned for w in self._found.weights if w.leaf == leaf}
-        if len(turned) != 1 or leaf in self._found.others:
+        turned = next((w.turned for w in self._found.weights if w.leaf == leaf), None)
+        if turned is None or leaf in self._found.others:
             return Group("vector", (leaf,))
         bias = self._pairs.get(leaf)
-        return Group("outer", (leaf,) if bias is None else (leaf, bias), turned.pop())
+        return Group("outer", (leaf,) if bias is None else (leaf, bias), turned)
 
     def misfit(self, groups: Sequence[Group]) -> int | None:
         """Return a parameter that enters in another way than its group says."""
@@ -168,7 +168,9 @@ class JaxLayers:
             if weight.leaf == leaf:
                 if bias:
                     operand = torch.cat([operand, operand.new_ones(*operand.shape[:-1], 1)], -1)
-                own.append(OuterGradients(delta, operand[None]))
+                swapped = weight.turned != group.turned
+                sides = (operand[None], delta) if swapped else (delta, operand[None])
+                own.append(OuterGradients(*sides, swapped))
         return own
 
     def _swept(self, rows: tuple[int, ...], seeds: Tensor, width: int) -> list[np.ndarray]:
@@ -201,12 +203,14 @@ class JaxLayers:
 
 
 def _pairs(found: Entries) -> dict[int, int]:
-    """Return the bias of each weight that has one at all of its uses, and nowhere else."""
+    """Return the bias of each weight that has one at all of its uses, one way round, and nowhere else."""
     uses, biases, pairs = Counter(w.leaf for w in found.weights), Counter(found.others), {}
     for leaf, times in uses.items():
+        turned = {w.turned for w in found.weights if w.leaf == leaf}
         own = {found.biases.get(i) for i, w in enumerate(found.weights) if w.leaf == leaf}
         bias = own.pop() if len(own) == 1 else None
-        if bias is not None and biases[bias] == times and bias not in uses and leaf not in found.others:
+        alone = bias not in uses and leaf not in found.others
+        if bias is not None and alone and len(turned) == 1 and biases[bias] == times:
             pairs[leaf] = bias
     return pairs
 
@@ -215,6 +219,11 @@ def _assembled(gradients: Any, mix: Tensor, group: Group) -> list[Tensor]:
     """Return the flat gradients of a group's parameters, summed over samples, and over cotangents under weights."""
     if isinstance(gradients, Tensor):
         return [torch.einsum("k,kne->e", mix, gradients)]
-    total = torch.stack([torch.einsum("k,kntgp,ntgq->pq", mix, use.left, use.right[0]) for use in gradients]).sum(0)
+    parts = []
+    for use in gradients:
+        along, other = (use.right, use.left[0]) if use.swapped else (use.left, use.right[0])
+        part = torch.einsum("k,kntgp,ntgq->pq", mix, along, other)
+        parts.append(part.T if use.swapped else part)
+    total = torch.stack(parts).sum(0)
     weight = total[:, :-1] if len(group.leaves) > 1 else total
     return [(weight.T if group.turned else weight).reshape(-1), *[total[:, -1]] * (len(group.leaves) - 1)]
