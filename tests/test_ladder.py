@@ -181,4 +181,4 @@ def test_operators_show_why_a_pull_was_left(monkeypatch: pytest.MonkeyPatch) -> 
         found = (J.T @ rows.T).T
     monkeypatch.undo()
     close(found, (jacops.jacobian(net(), x).T @ rows.T).T)
-    assert "because a batched backward pass disagrees" in repr(J)
+    assert "because a doubled backward pass disagrees" in repr(J)

@@ -88,8 +88,8 @@ class Claim(Protocol):
         """The evidence is so cheap that it is looked at in every call."""
         ...
 
-    def evidence(self, ask: Any, found: Any) -> bool:
-        """Return whether `found` proves the claim for later calls; False where it could not tell.
+    def evidence(self, route: Any, ask: Any, found: Any) -> bool:
+        """Return whether what a route found proves the claim for later calls; False where it could not tell.
 
         Raises:
             RouteWrongError: The claim is refuted.
@@ -202,8 +202,8 @@ def prove(ask: Ask, route: Route, found: Any) -> None:
     for claim in route.claims:
         proof = (route.name, claim.name, ask.shape)
         if claim.always:
-            claim.evidence(ask, found)
-        elif ask.verdicts.needs(*proof) and claim.evidence(ask, found):
+            claim.evidence(route, ask, found)
+        elif ask.verdicts.needs(*proof) and claim.evidence(route, ask, found):
             ask.verdicts.remember(*proof)
 
 

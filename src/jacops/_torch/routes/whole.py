@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,7 +219,7 @@ class BlocksMatchPlain:
 
     name, always = "matches plain", False
 
-    def evidence(self, ask: WholeAsk, found: WholeBlocks) -> bool:
+    def evidence(self, route: Any, ask: WholeAsk, found: WholeBlocks) -> bool:
         """Return whether they are.
 
         Raises:

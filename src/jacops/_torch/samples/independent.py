@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,7 +29,7 @@ class SamplesIndependent:
     name: str = "samples independent"
     always: bool = True  # what is remembered depends on the samples' values: the caller does that
 
-    def evidence(self, ask: BatchAsk, found: Linearization) -> bool:
+    def evidence(self, route: Any, ask: BatchAsk, found: Linearization) -> bool:
         """Return True where nothing speaks against it.
 
         Raises:

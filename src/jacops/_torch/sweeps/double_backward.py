@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class AdjointOfItsPull:
 
     name, always = "adjoint", True
 
-    def evidence(self, ask: SweepAsk, found: Rows) -> bool:
+    def evidence(self, route: Any, ask: SweepAsk, found: Rows) -> bool:
         """Return whether the identity holds.
 
         Raises:

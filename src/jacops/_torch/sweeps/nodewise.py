@@ -114,7 +114,7 @@ class Adjoint:
 
     name, always = "adjoint", False
 
-    def evidence(self, ask: SweepAsk, found: Rows) -> bool:
+    def evidence(self, route: Any, ask: SweepAsk, found: Rows) -> bool:
         """Return whether the identity holds; refuse the route from now on where it takes far longer than that pull.
 
         A push through saved tensors that are recomputed one by one (checkpoints) is right, and so slow.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteNotFiniteError, RouteWrongError, attempt
+from ..._ladder.failures import RouteNotFiniteError, RouteWrongError
 from ..._ladder.plan import Cost
 from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
@@ -27,7 +28,7 @@ class MatchesPlain:
 
     name, always = "matches plain", False
 
-    def evidence(self, ask: SweepAsk, found: Rows) -> bool:
+    def evidence(self, route: Any, ask: SweepAsk, found: Rows) -> bool:
         """Return whether the rows were told from rounding.
 
         Raises:
@@ -39,12 +40,11 @@ class MatchesPlain:
         if tolerance < error < math.inf:
             # Rows that nearly cancel differ by rounding alone: noise, which does not cancel, has the last word.
             noise = [None if c is None else private_noise(c) for c in ask.rows]
-            grads = attempt(lambda: lin.pull(noise, batched=True))
-            error, _ = _disagreement(lin, noise, lin.filled(grads, many), many)
+            error, _ = _disagreement(lin, noise, route.value(replace(ask, rows=noise, out=None)), many)
         if not error <= tolerance:
             if not math.isfinite(error):
                 raise RouteNotFiniteError("values are not finite")
-            raise RouteWrongError(f"a batched backward pass disagrees with the plain one (by {error:.1e})")
+            raise RouteWrongError(f"a {route.name} backward pass disagrees with the plain one (by {error:.1e})")
         return error >= 0
 
 
