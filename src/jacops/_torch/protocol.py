@@ -40,7 +40,7 @@ from .routes.whole_ask import Blocks, WholeAsk
 from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
 from .samples.batch import Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
-from .samples.plan import PlanAsk, planned
+from .samples.plan import planned
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
 from .sweeps.linearization import Linearization
@@ -67,7 +67,6 @@ __all__ = [
     "Outer",
     "OuterGradients",
     "Places",
-    "PlanAsk",
     "PreparedFill",
     "Proofs",
     "RECORDED",
