@@ -8,7 +8,10 @@ from torch import Tensor, nn
 import jacops
 import oracle
 import zoo
-from jacops._torch.routes.whole import LayerBlocks, layer_route
+from jacops._ladder.failures import RouteFailedError
+from jacops._ladder.route import answer
+from jacops._torch.routes.whole import WholeByLayers
+from jacops._torch.routes.whole_ask import WholeAsk, WholeBlocks
 from jacops._torch.sweeps.linearization import Linearization
 from jacops._torch.sweeps.record import record_model
 from layer_cases import MODELS, model_of
@@ -22,9 +25,13 @@ TAKEN_OF_ZOO = ("mlp_relu", "mlp_layernorm", "conv_batchnorm_eval", "squeezed", 
 LEFT_OF_ZOO = ("conv_batchnorm_train", "samples_mixed", "weight_norm", "prelu", "embedding_bag", "tuple_output")
 
 
-def by_layers(lin: Linearization) -> LayerBlocks | None:
-    route = layer_route(lin)
-    return route.blocks(route.together(None)) if route else None
+def by_layers(lin: Linearization) -> WholeBlocks | None:
+    """Blocks by layers and proved, None where that is not possible."""
+    ask = WholeAsk(lin)
+    try:
+        return answer(ask, [WholeByLayers()])
+    except RouteFailedError:
+        return None
 
 
 def taken(model: nn.Module, x: Tensor) -> bool:

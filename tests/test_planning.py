@@ -331,14 +331,6 @@ def test_modes_that_do_not_exist_or_do_not_apply_are_refused() -> None:
         jacops.compute_jacobian(lambda x: x.sin(), x, mode="split")
 
 
-def test_a_timed_direction_is_remembered_and_said() -> None:
-    model, x = net(64, 600, 600, 100), torch.randn(64, 64, dtype=F64)
-    expected = oracle.input_jacobian(model, x)
-    for _ in range(2):
-        torch.testing.assert_close(jacops.compute_jacobian(model, x), expected)
-    assert "measured cheaper" in Samples(model, x, call="test").jacobians(1024).route
-
-
 # ---- what is measured ----------------------------------------------------------------------------------------
 
 FRESH = """

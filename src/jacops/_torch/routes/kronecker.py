@@ -161,7 +161,7 @@ class RecordedBatch:
         """Return the rows `(k, n, t, …)` at every use, all cotangents in one sweep where that is known to be right."""
         many = seeds.shape[0]
         self.lin.sweeps += many
-        if many > 1 and self._batched and self.lin.may_batch("pull", False):
+        if many > 1 and self._batched and self.lin.trust.refusal("pull", "batched") is None:
             try:
                 swept = attempt(lambda: cotangents(self.lin, uses, [seeds], batched=True))
                 pairs = zip(uses, swept, strict=True)
