@@ -34,6 +34,7 @@ from ._torch.protocol import (
     hessian_diagonal,
     hessian_layers,
     is_convex,
+    record_further,
     record_model,
 )
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
@@ -193,6 +194,22 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     found = record_model(
         model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
     )
+    return _connected(found, call)
+
+
+def record_loss_of(found: Recording, loss: Loss, y: Any, call: str) -> Recording:
+    """Record the loss of a recorded output, as `record_loss` does, without running the model again."""
+    y = _recordable(y, kept=True)
+    finish = lambda output: _checked(call_loss(loss, output, y))  # noqa: E731
+    return _connected(record_further(found, finish, loss, call), call)
+
+
+def _connected(found: Recording, call: str) -> Recording:
+    """Return a recorded loss.
+
+    Raises:
+        NotDifferentiableError: No path leads from it to a parameter, or something is complex.
+    """
     _real_only(found.lin)
     if not found.lin.is_connected():
         raise NotDifferentiableError(
@@ -279,6 +296,21 @@ def _hessian(
     model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
 ) -> LinearizedMap:
     found = record_loss(model, loss, x, y, call, kept=kept, **options)
+    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, options))
+
+
+def hessian_at(
+    found: Recording, x: Any, y: Any, call: str, gradient: Callable[[dict[str, Tensor]], Tensor]
+) -> LinearizedMap:
+    """Return the Hessian of a recorded loss.
+
+    Args:
+        found: The loss by the parameters.
+        x: The batch that it is of.
+        y: Its target.
+        call: The public call on whose behalf this is done.
+        gradient: Returns the gradient `(P,)` at parameters that are changed by so much, by name.
+    """
     lin = gradient_tape(found, call)
     operator = LinearizedMap(lin, found.output, symmetric=True)
     rows = operator._apply
@@ -286,15 +318,15 @@ def _hessian(
     entries = partial(hessian_diagonal, found.lin, _leading(x, y), rows)
     operator = replace(operator, formed=ByLayers(found.lin, "Hessian by layers", layers, rows, entries, lin.routes))
     if found.lin.graph_info.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in lin.leaves):
-        _spot_check(operator, found, lambda shift: _shifted_gradient(model, loss, x, y, shift, options))
+        _spot_check(operator, found, gradient)
     return operator
 
 
-def _shifted_gradient(
+def shifted_gradient(
     model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: CurvatureOptions
 ) -> Tensor:
-    found = record_loss(model, loss, x, y, "hessian", shift=shift, **options)
-    lin = found.lin
+    """Return the gradient `(P,)` of a loss where parameters are changed by so much, by name."""
+    lin = record_loss(model, loss, x, y, "hessian", shift=shift, **options).lin
     return lin.domain.join(lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)]))[0]
 
 
@@ -348,10 +380,14 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
     return _ggn(model, loss, x, y, "ggn", options, kept=True)
 
 
-@restoring
 def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
-    found = record_model(model, x, call=call, kept=kept, **options)
+    return ggn_at(record_model(model, x, call=call, kept=kept, **options), loss, y, call, kept)
+
+
+@restoring
+def ggn_at(found: Recording, loss: Loss, y: Any, call: str, kept: bool = True) -> Operator:
+    """Return the generalised Gauss-Newton matrix at a recorded output; a target is copied where the result is kept."""
     _real_only(found.lin)
     J = LinearizedMap(found.lin, found.output)
     with recording():

@@ -6,6 +6,7 @@ J_n$, $u = -\nabla_f \log p(y \mid f_n)$, in the scale of the loss: $w$ is one o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Unpack, final
@@ -19,6 +20,7 @@ from ._runtime.counter import Draws
 from ._torch.protocol import (
     KNOWN,
     Likelihood,
+    Recording,
     RowLosses,
     known_kind,
     known_likelihood,
@@ -27,11 +29,11 @@ from ._torch.protocol import (
     record_model,
     row_scale,
 )
-from .derivatives import CurvatureOptions, Loss, OperatorOptions, ggn, trainable
+from .derivatives import CurvatureOptions, Loss, OperatorOptions, ggn_at, trainable
 from .errors import InputError, InputTypeError, explain
-from .operators import LinearizedMap, Operator, Scaled
+from .operators import LayerFactors, LinearizedMap, Operator, Scaled
 from .operators._finite_results import made_from
-from .per_sample import sample_gradients
+from .per_sample import gradients_at
 from .space import Space
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
@@ -109,51 +111,58 @@ def fisher(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             needed = "a positive whole number is needed" if least else "a whole number that is not negative is needed"
             raise InputError(explain(name, repr(value), needed))
-    options.setdefault("parameters", trainable)
-    return batch_fisher(model, RowLosses(loss), x, y, kind, samples, Draws(seed, first), options)
+    losses, recorded = RowLosses(loss), CurvatureOptions(parameters=trainable) | options
 
+    def record() -> Recording:
+        return record_model(model, x, call="fisher", kept=True, **recorded)
 
-def batch_fisher(
-    model: nn.Module,
-    losses: RowLosses,
-    x: Any,
-    y: Any,
-    kind: str,
-    samples: int,
-    draws: Draws,
-    options: CurvatureOptions,
-) -> Operator:
-    """Return the Fisher matrix of a batch, as `fisher` does, for a loss whose reduction is known."""
     if kind == "empirical":
-        return _empirical(model, losses, x, y, options)
+        return empirical_fisher(losses, y, lambda: gradients_at(model, losses.scalar, x, y, None, recorded), record)
+    return fisher_at(losses, y, kind, samples, Draws(seed, first), record)
+
+
+def fisher_at(
+    losses: RowLosses, y: Any, kind: str, samples: int, draws: Draws, record: Callable[[], Recording]
+) -> Operator:
+    """Return the Fisher matrix of a batch, `"exact"` or by drawn labels, for a loss whose reduction is known.
+
+    Args:
+        losses: Of the batch's rows.
+        y: Its target, if there is one.
+        kind: Which.
+        samples: Labels per prediction.
+        draws: Where those come from.
+        record: Records the model's output by the parameters.
+    """
     _refuse_weights(losses.loss, kind)
+    found = record()
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
-        return ggn(model, losses.scalar, x, y, check_finite=False, **options)  # checked as a whole
-    found = record_model(model, x, call="fisher", kept=True, **options)
+        return ggn_at(found, losses.scalar, y, "ggn")
     output = _one_tensor(found.lin.outputs).detach()
     likelihood = known_likelihood(losses, output, y) or likelihood_of(losses.scalar, [output], found.tree, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)
     if kind == "exact":
-        return ggn(
-            model, losses.scalar, x, label_like(likelihood.kind, output, losses.loss) if y is None else y, **options
-        )
+        return ggn_at(found, losses.scalar, label_like(likelihood.kind, output, losses.loss) if y is None else y, "ggn")
     scores = likelihood.draw(output, draws, samples)
     J = LinearizedMap(found.lin, found.output)
     rows = _Scores(found.lin.codomain, scores) @ J
     return Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows))
 
 
-def _empirical(model: nn.Module, losses: RowLosses, x: Any, y: Any, options: CurvatureOptions) -> Operator:
+def empirical_fisher(
+    losses: RowLosses, y: Any, gradients: Callable[[], LayerFactors], record: Callable[[], Recording]
+) -> Operator:
+    """Return the empirical Fisher matrix of a batch, from the gradients of its rows."""
     if y is None:
         raise InputError(explain("y", "None", "an empirical Fisher matrix is made with the data's labels"))
-    G = sample_gradients(model, losses.scalar, x, y, **options)  # noqa: N806
+    G = gradients()  # noqa: N806
     rows = G.shape[0]
     if rows == 0:
         raise InputError(explain("x", "empty", "a mean over samples needs at least one"))
 
     def computed() -> Likelihood | None:
-        found = record_model(model, x, call="fisher", **options)
+        found = record()
         return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
 
     terms, total = row_scale(losses, y, rows, computed)

@@ -9,20 +9,22 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
+from contextlib import suppress
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._digests import digest_function, digest_module
-from ._finite import check_finite
+from ._finite import check_finite, is_finite
 from ._picks import Picks, picked
-from ._reduction import not_finite, offset
+from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
 from ._runtime.contexts import seeded, sweeping
 from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
+    Recording,
     Reduction,
     RowLosses,
     Weighted,
@@ -34,12 +36,23 @@ from ._torch.protocol import (
     weights_of,
 )
 from .data import Batch, rows_of
-from .derivatives import CurvatureOptions, Loss, ggn, hessian, jacobian, record_loss, trainable
-from .errors import InputError, InputTypeError, explain
-from .fisher import KINDS, batch_fisher
-from .operators import Operator
-from .per_sample import Randomness, checked_seed, refuse_mixing_modules, sample_gradients, sample_jacobians
+from .derivatives import (
+    CurvatureOptions,
+    Loss,
+    ggn_at,
+    hessian_at,
+    record_loss,
+    record_loss_of,
+    shifted_gradient,
+    trainable,
+)
+from .errors import InputError, InputTypeError, NotDifferentiableError, explain
+from .fisher import KINDS, empirical_fisher, fisher_at
+from .operators import LayerFactors, Operator
+from .operators._finite_results import Source, with_source
+from .per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from .space import Space
+from .trees import flatten
 
 
 class Objective(ABC):
@@ -131,6 +144,24 @@ class Objective(ABC):
         """
         raise InputError(explain(next(iter(options)), "given", f"{type(self).__name__} has no such option"))
 
+    def on(self, x: Any) -> Objective:
+        """Return the objective for one batch, which may keep what it computes of these inputs."""
+        return self
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what is kept of a batch."""
+        return 0
+
+    def check_reduction(self, batch: Batch) -> None:
+        """Refuse a loss that does not reduce a batch as the objective says, or a row alone.
+
+        Raises:
+            InputError: It does not.
+            NonFiniteError: A loss is NaN or Inf.
+        """
+        check_reduction(self, batch)
+
     def denominators(self, y: Any, rows: int) -> Tensor:
         """Return what each row adds to the denominator of a mean, `(rows,)`."""
         return torch.ones(rows, dtype=torch.float64)
@@ -139,9 +170,6 @@ class Objective(ABC):
         """Return whether the loss of these targets is known to be convex in the output, without computing it."""
         return False
 
-    def settle(self, batch: Batch) -> None:  # noqa: B027 - most losses divide by rows
-        """Compute by what the loss divides a mean, where that is not known."""
-
     def weighted(self, weights: Tensor) -> Objective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`.
 
@@ -149,6 +177,19 @@ class Objective(ABC):
             InputError: This framework has no weights.
         """
         raise InputError(explain("weights", "given", f"{type(self).__name__} takes data without sample weights"))
+
+
+class _Kept:
+    """What is kept of one batch.
+
+    Attributes:
+        x: The model's input.
+        found: Its recorded output, once it was asked for.
+    """
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+        self.found: Recording | None = None
 
 
 class TorchObjective(Objective):
@@ -189,6 +230,7 @@ class TorchObjective(Objective):
         self.picks = picked(parameters, list(parameter_names(bare(model)))) or trainable
         self.randomness: Randomness = randomness
         self.seed = checked_seed(randomness, seed)
+        self._kept: _Kept | None = None
 
     @property
     def space(self) -> Space:
@@ -232,13 +274,74 @@ class TorchObjective(Objective):
         """Return what each row adds to the denominator of a mean: 1, or its targets' number or weights."""
         return self.losses.denominators(y, rows)
 
+    def on(self, x: Any) -> TorchObjective:
+        """Return the objective for one batch: the model runs once for all that is asked of it."""
+        other = copy.copy(self)
+        other._kept = _Kept(x)
+        return other
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the values that the recorded output keeps for sweeps."""
+        return 0 if self._kept is None or self._kept.found is None else self._kept.found.lin.held_bytes
+
     @restoring
-    def settle(self, batch: Batch) -> None:
-        """Compute by what the loss divides a mean, where it is none of torch's own and has labels."""
-        if self.losses.may_count(batch.y):
+    def recorded(self, x: Any, call: str) -> Recording:
+        """Return the model's recorded output by the parameters, the same one while nothing was written into them."""
+        kept = self._kept if self._kept is not None and self._kept.x is x else _Kept(x)
+        if self._known(x) is None:
             with seeded(self.seed):
-                found = record_model(self.model, batch.x, call="loss", parameters=self.picks)
-            self.losses.settle(found.output, batch.y)
+                kept.found = record_model(self.model, x, call=call, parameters=self.picks, kept=True)
+        return kept.found  # pyright: ignore[reportReturnType]
+
+    def _known(self, x: Any) -> Recording | None:
+        """Return the recorded output of a batch if it is kept and the model still is as it was recorded."""
+        found = None if self._kept is None or self._kept.x is not x else self._kept.found
+        weights = None if found is None else found.lin.weights
+        return None if weights is None or weights.changed_in(bare(self.model)) is not None else found
+
+    def _recorded_loss(self, x: Any, y: Any, call: str, loss: Loss | None = None, kept: bool = False) -> Recording:
+        """Return the recorded loss of a batch, over the graph of its recorded output where that is known.
+
+        Args:
+            x: The model's input.
+            y: The target.
+            call: On whose behalf.
+            loss: Another loss than the objective's.
+            kept: It is kept for later products, as is the output.
+        """
+        found, loss = self._known(x), loss or self.loss
+        if found is None and kept and self._kept is not None and self._kept.x is x:
+            with suppress(InputTypeError, NotDifferentiableError):  # an output that is no tensor, but its loss is
+                found = self.recorded(x, call)
+        if found is not None:
+            return record_loss_of(found, loss, y, call)
+        with seeded(self.seed):
+            return record_loss(self.model, loss, x, y, call, parameters=self.picks, kept=kept)
+
+    def check_reduction(self, batch: Batch) -> None:
+        """Refuse a loss that does not reduce a batch as said; proved once for a graph of model and loss.
+
+        Raises:
+            InputError: It does not.
+            NonFiniteError: A loss is NaN or Inf.
+        """
+        if self.losses.may_count(batch.y):
+            self._count(batch)
+        found = self._recorded_loss(batch.x, batch.y, "loss", kept=True)
+        trust, claim = found.lin.trust, ("reduction", self.reduction)
+        if trust.needs(*claim) or trust.spot_due() or not is_finite(found.lin.outputs[0]):
+            check_reduction(self, batch)
+            trust.remember(*claim)
+
+    def _count(self, batch: Batch) -> None:
+        """Compute by what a loss that is none of torch's own divides a mean, from a few rows."""
+        output = self.recorded(batch.x, "loss").output
+        leaves, tree = flatten(output, "output")
+        if all(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch.rows for leaf in leaves):
+            few = slice(0, FEW_ROWS)
+            output, batch = tree.build([leaf[few] for leaf in leaves]), batch.part(few)
+        self.losses.settle(output, batch.y)
 
     def is_convex(self, y: Any) -> bool:
         """Return whether the loss is one of torch's own that is convex in the output for these targets."""
@@ -257,8 +360,7 @@ class TorchObjective(Objective):
         Raises:
             NonFiniteError: It is NaN or Inf; the message names what holds the first NaN or Inf.
         """
-        with seeded(self.seed):
-            found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks)
+        found = self._recorded_loss(x, y, "value")
         value = float(found.lin.outputs[0].detach())
         if not math.isfinite(value):
             raise not_finite("Problem", value, bare(self.model), x, y)
@@ -276,8 +378,7 @@ class TorchObjective(Objective):
     @restoring
     def gradient(self, x: Any, y: Any) -> Tensor:
         """Return the gradient `(P,)` of a batch's loss."""
-        with seeded(self.seed):
-            lin = record_loss(self.model, self.loss, x, y, "gradient", parameters=self.picks).lin
+        lin = self._recorded_loss(x, y, "gradient").lin
         rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
         check_finite("gradient", rows, lin.domain.names, lin, data={"x": x, "y": y})
         return lin.domain.join(rows)[0].detach()
@@ -285,14 +386,20 @@ class TorchObjective(Objective):
     @restoring
     def hessian(self, x: Any, y: Any) -> Operator:
         """Return the Hessian of a batch's loss."""
+
+        def gradient(shift: dict[str, Tensor]) -> Tensor:
+            return shifted_gradient(self.model, self.loss, x, y, shift, {"parameters": self.picks})
+
         with seeded(self.seed):
-            return hessian(self.model, self.loss, x, y, parameters=self.picks)
+            operator = hessian_at(self._recorded_loss(x, y, "hessian", kept=True), x, y, "hessian", gradient)
+        return with_source(operator, Source("hessian", {"x": x, "y": y}))
 
     @restoring
     def ggn(self, x: Any, y: Any) -> Operator:
         """Return the generalised Gauss-Newton matrix of a batch's loss."""
         with seeded(self.seed):
-            return ggn(self.model, self.loss, x, y, parameters=self.picks)
+            operator = ggn_at(self.recorded(x, "ggn"), self.loss, y, "ggn")
+        return with_source(operator, Source("ggn", {"x": x, "y": y}))
 
     @restoring
     def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
@@ -303,15 +410,20 @@ class TorchObjective(Objective):
         """
         if kind not in KINDS:
             raise InputError(explain("kind", repr(kind), f"one of {KINDS} is needed"))
-        options: CurvatureOptions = {"parameters": self.picks}
+        record = partial(self.recorded, x, "fisher")
         with seeded(self.seed):
-            return batch_fisher(self.model, self.losses, x, y, kind, 1, Draws(0, first), options)
+            if kind == "empirical":
+                return empirical_fisher(self.losses, y, lambda: self.sample_gradients(x, y), record)
+            operator = fisher_at(self.losses, y, kind, 1, Draws(0, first), record)
+        return with_source(operator, Source("fisher", {"x": x, "y": y}), check_finite=False)  # checked as a whole
 
-    def sample_gradients(self, x: Any, y: Any) -> Operator:
+    def sample_gradients(self, x: Any, y: Any) -> LayerFactors:
         """Return the gradients of the rows' own losses, `(n, P)`."""
-        return sample_gradients(
-            self.model, self.losses.scalar, x, y, randomness=self.randomness, seed=self.seed, parameters=self.picks
-        )
+        options: CurvatureOptions = {"parameters": self.picks}
+        own = self._kept is not None and self._kept.x is x
+        record = partial(self.recorded, x, "sample_gradients") if own else None
+        rows = gradients_at(self.model, self.losses.scalar, x, y, self.seed, options, record)
+        return with_source(rows, Source("sample_gradients", {"x": x, "y": y}))
 
     def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
         """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input.
@@ -346,8 +458,7 @@ class TorchObjective(Objective):
         def own(output: Any, y: Any) -> Tensor:
             return (losses.terms(output, y, many) / shares).sum()
 
-        with seeded(self.seed):
-            found = record_loss(self.model, own, batch.x, batch.y, "mixed", parameters=self.picks)
+        found = self._recorded_loss(batch.x, batch.y, "mixed", own)
         gradient = gradient_tape(found, "mixed")
         leaf = next(leaf for given, leaf in found.inputs.values() if given is batch.x)
         with sweeping(leaf):
@@ -371,9 +482,9 @@ class TorchObjective(Objective):
         Raises:
             InputError: The output is not one tensor with a row per sample.
         """
-        J = sample_jacobians(self.model, x, seed=self.seed, parameters=self.picks)  # noqa: N806
-        with seeded(self.seed):
-            output, many = jacobian(self.model, x, self.picks).output, rows_of(x)
+        found, many = self.recorded(x, "leverage"), rows_of(x)
+        J = jacobians_at(self.model, x, None, self.seed, {"parameters": self.picks}, lambda: found)  # noqa: N806
+        output = found.output
         if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != many:
             needed = "one tensor with a row per sample is needed"
             raise InputError(explain("the model's output", "of another kind", needed))

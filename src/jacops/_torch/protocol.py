@@ -46,7 +46,7 @@ from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped
 from .sweeps.linearization import Linearization
 from .sweeps.nonfinite import Lost, pull_noting_losses
 from .sweeps.proofs import Proofs
-from .sweeps.record import Recording, record_closure, record_model
+from .sweeps.record import Recording, record_closure, record_further, record_model
 from .sweeps.weights import check_kept, weights_of
 
 __all__ = [
@@ -123,6 +123,7 @@ __all__ = [
     "planned",
     "pull_noting_losses",
     "record_closure",
+    "record_further",
     "record_model",
     "replicate",
     "row_cotangents",

@@ -37,10 +37,11 @@ def leveraged(
         SolveError: There is such a sample.
     """
     values, leverages, start = [], [], 0
-    for batch in data.tracked("leverage", problem.progress):
-        if not batch.rows:
+    for raw in data.tracked("leverage", problem.progress):
+        if not raw.rows:
             continue
-        J, slope, bend = problem.objective.outputs(batch.x, batch.y)  # noqa: N806
+        batch, objective = problem.at(raw)
+        J, slope, bend = objective.outputs(batch.x, batch.y)  # noqa: N806
         n, K = slope.shape  # noqa: N806
         rows = J.dense()
         inner = torch.bmm(rows.view(n, K, -1), solve(rows).x.view(n, K, -1).transpose(1, 2))

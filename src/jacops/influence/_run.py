@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import Batch, Batches
 from ..errors import InputError, InputTypeError, SolveError, explain
 from ..operators._data import SumOver
-from ..problem import CURVATURES, Problem, ProblemOptions
+from ..problem import CURVATURES, Point, Problem, ProblemOptions
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
 from ._result import described
 
@@ -95,7 +95,12 @@ class InfluenceRun:
 
 
 def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
-    return lambda: torch.cat([problem.objective.sample_gradients(part.x, part.y).dense() for part in parts])
+    def rows(point: Point) -> Tensor:
+        dense = point.gradients().dense()
+        problem.keep(point)
+        return dense
+
+    return lambda: torch.cat([rows(problem.at(part)) for part in parts])
 
 
 def ready(

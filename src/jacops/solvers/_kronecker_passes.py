@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
-from .._runtime.contexts import seeded
 from .._runtime.counter import Draws
-from .._runtime.restoring import restoring
-from .._torch.protocol import Gradients, Group, RecordedBatch, Recording, record_model, row_scale
+from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..operators import Operator
 from ..operators._eigen_blocks import Block
@@ -57,7 +55,7 @@ class Passes:
     """
 
     def __init__(self, problem: Any, fisher: Fisher, draws: int, seed: int) -> None:
-        self.problem, self.objective = problem, problem.objective
+        self.problem = problem
         self.fisher, self.draws, self.seed = fisher, draws, seed
         self.groups: tuple[Group, ...] = ()
         self.drawn = self._begun = False
@@ -73,22 +71,13 @@ class Passes:
             NonFiniteError: An output is NaN or Inf.
             NotDifferentiableError: A parameter enters batches in different ways.
         """
-        self._recorded = first = 0
-        for data in self.problem.batches():
-            yield from self._of_batch(data, first, outer_only)
-            first += data.rows
+        self._recorded = 0
+        for first, point, term, factor in self.problem.terms("EKFAC"):
+            yield from self._of_batch(point.batch, term, factor, first, outer_only)
+            self.problem.keep(point)
 
-    @restoring
-    def _record(self, data: Any) -> Recording:
-        with seeded(self.objective.seed):
-            return record_model(self.objective.model, data.x, call="EKFAC", parameters=self.objective.picks)
-
-    def _of_batch(self, data: Any, first: int, outer_only: bool) -> Iterator[Piece]:
-        term, factor = self.problem.term(data)
-        if not factor:
-            return
-        found = self._record(data)
-        at = LossAtOutput(found, term.loss, data.y, data.rows)
+    def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
+        at = LossAtOutput(term.recorded(data.x, "EKFAC"), term.loss, data.y, data.rows)
         batch = RecordedBatch(at.lin)
         if batch.lin.trust.refused("pull", "by uses"):
             batch.distrust()
@@ -96,7 +85,10 @@ class Passes:
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
             # A sweep for one sample runs through all that were recorded together.
             for start in range(0, data.rows, _FEW):
-                yield from self._of_batch(data.part(slice(start, start + _FEW)), first + start, outer_only)
+                part = data.part(slice(start, start + _FEW))
+                _, own, share = self.problem.term(part)
+                if share:
+                    yield from self._of_batch(part, own, share, first + start, outer_only)
             return
         self._recorded += 1
         self._check_alike(batch)

@@ -98,7 +98,7 @@ class Linearization:
     def compare(self, other: Linearization) -> None:
         """Learn from another recording, of fewer samples, which tensors in the graph are constants."""
         if self.store is not None:
-            self.rely_on(self.store.refined(self.graph_info, other.graph_info))
+            self.rely_on(self.trust.beside(self.store.refined(self.graph_info, other.graph_info)))
 
     def rely_on(self, proofs: Proofs) -> SideEffects | None:
         """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""
@@ -106,6 +106,23 @@ class Linearization:
         if proofs.effects is not None and proofs.effects.coarse is not None:
             self.tolerance = max(self.tolerance, tolerance([proofs.effects.coarse]))
         return proofs.effects
+
+    def to(self, outputs: Sequence[Tensor], names: Sequence[str], call: str) -> Linearization:
+        """Return a linearization of other outputs that were computed from the same leaves."""
+        other = Linearization(
+            self.leaves,
+            outputs,
+            leaf_names=self.domain.names,
+            output_names=names,
+            call=call,
+            aliased_leaves=self.aliased_leaves,
+            private=self.private,
+            trust=self.trust,
+            fallback=self.fallback,
+        )
+        other.protected, other.weights = self.protected, self.weights
+        other.tolerance = max(other.tolerance, self.tolerance)
+        return other
 
     @property
     def held_bytes(self) -> int:
