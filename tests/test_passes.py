@@ -1,7 +1,9 @@
 """How often a call runs the model: forwards with more than one row, counted in the model itself."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,3 +155,112 @@ def test_a_loss_that_starts_to_sum_is_noticed() -> None:
     how["reduction"] = "sum"
     with pytest.raises(jacops.InputError, match="reduction"):
         jacops.Problem(model, loss, data).gradient()
+
+
+# ---- whole matrices --------------------------------------------------------------------------------------------------
+
+
+class Banded(nn.Module):
+    """Neighbours in a vector, under a mask and by a table of indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.linspace(1.1, 1.9, 30, dtype=torch.float64))
+        self.register_buffer("mask", torch.zeros(29, dtype=torch.float64))
+        self.register_buffer("order", torch.arange(29))
+        self.forwards: Counter[str] = Counter()
+        self.far = False
+
+    def forward(self, scale: Tensor) -> Tensor:
+        self.forwards["all"] += 1
+        far = self.x.roll(7)[:-1] ** 3 if self.far else 0.0
+        return scale * (self.x[1:] ** 2 - self.x[self.order] + self.mask * self.x.flip(0)[1:] + far)
+
+
+def _sparse(model: Banded) -> Tensor:
+    return jacops.modjac(model, torch.tensor(2.0, dtype=torch.float64), sparse=True)
+
+
+def test_a_sparse_jacobian_keeps_its_plan() -> None:
+    model = Banded()
+    first = _sparse(model)
+    model.forwards.clear()
+    again = _sparse(model)
+    assert model.forwards["all"] == 1
+    torch.testing.assert_close(again.to_dense(), first.to_dense(), rtol=0, atol=0)
+    with torch.no_grad():
+        model.x.mul_(1.5)
+    model.forwards.clear()
+    moved = _sparse(model)
+    assert model.forwards["all"] == 1
+    torch.testing.assert_close(
+        moved.to_dense(), jacops.modjac(model, torch.tensor(2.0, dtype=torch.float64), flatten=True)
+    )
+
+
+def _masked(model: Banded) -> None:
+    model.mask.data[3] = 1e-9
+
+
+def _other_table(model: Banded) -> None:
+    model.order.copy_(torch.arange(29).flip(0))
+
+
+def _other_branch(model: Banded) -> None:
+    model.far = True
+
+
+@pytest.mark.parametrize("change", [_masked, _other_table, _other_branch])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_plan_of_another_pattern_is_not_used(change: Callable[[Banded], None], back: bool) -> None:
+    model = Banded()
+    _sparse(model)
+    change(model)
+    if back:
+        _sparse(model)
+        model.mask.zero_()
+        model.order.copy_(torch.arange(29))
+        model.far = False
+    fresh = Banded()
+    fresh.load_state_dict(model.state_dict())
+    fresh.far = model.far
+    found, right = _sparse(model), _sparse(fresh)
+    torch.testing.assert_close(found.to_dense(), right.to_dense(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("call", ["hessian", "ggn"])
+def test_a_remembered_matrix_takes_no_check(call: str, sweeps: Counter[str]) -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randn(32, 4, dtype=torch.float64)
+
+    def count() -> dict[str, int]:
+        found = dict(sweeps)
+        sweeps.clear()
+        return found
+
+    verb = getattr(jacops, call)
+    first, again = first_and_again(lambda: verb(model, nn.functional.mse_loss, x, y).dense(), count)
+    assert again["single"] <= 2  # the gradient's graph; of a Gauss-Newton matrix, the double backward's
+    assert again["single"] < first["single"]
+    assert again.get("batched", 0) <= first.get("batched", 0)
+
+
+def test_a_matrix_decides_its_route_within_three_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `dense` to the layers' own answer: `_fill_route`, `begin`, and what prepares them."""
+    from jacops._torch.routes import by_layers
+
+    model = nn.Linear(3, 2).double()
+    operator = jacops.hessian(model, nn.functional.mse_loss, torch.randn(8, 3).double(), torch.randn(8, 2).double())
+    names: list[str] = []
+
+    def prepare() -> None:
+        frame = inspect.currentframe()
+        while frame is not None:
+            if "jacops" in frame.f_code.co_filename and frame.f_code.co_name not in ("call", "checked"):
+                names.append(frame.f_code.co_name)  # decorators left out
+            frame = frame.f_back
+
+    way = operator.formed
+    assert isinstance(way, by_layers.ByLayers)
+    replace(operator, formed=replace(way, prepare=prepare)).dense()
+    assert names[: names.index("dense") + 1] == ["begin", "_fill_route", "dense"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._keywords import keywords
 from ._runtime.agreement import size
-from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise, recording
+from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
     At,
@@ -34,6 +34,7 @@ from ._torch.protocol import (
     hessian_diagonal,
     hessian_layers,
     is_convex,
+    record_at_outputs,
     record_further,
     record_model,
 )
@@ -390,12 +391,9 @@ def ggn_at(found: Recording, loss: Loss, y: Any, call: str, kept: bool = True) -
     """Return the generalised Gauss-Newton matrix at a recorded output; a target is copied where the result is kept."""
     _real_only(found.lin)
     J = LinearizedMap(found.lin, found.output)
-    with recording():
-        leaves = [o.detach().requires_grad_() for o in found.lin.outputs]
-        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), _recordable(y, kept)))
-    names = found.lin.codomain.names
-    outer = Linearization(leaves, [value], leaf_names=names, output_names=["loss"], call=call, private=True)
-    H = LinearizedMap(gradient_tape(Recording(outer, flatten(value, "loss")[1], value), call), value, symmetric=True)
+    y = _recordable(y, kept)
+    outer = record_at_outputs(found, lambda output: _checked(call_loss(loss, output, y)), loss, call)
+    H = LinearizedMap(gradient_tape(outer, call), outer.output, symmetric=True)
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
     )

@@ -45,8 +45,8 @@ from .samples.plan import ALONE, SamplePlan, planned
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
 from .sweeps.linearization import Linearization
 from .sweeps.nonfinite import Lost, pull_noting_losses
-from .sweeps.proofs import Proofs
-from .sweeps.record import Recording, record_closure, record_further, record_model
+from .sweeps.proofs import Proofs, identity_key, store_for
+from .sweeps.record import Recording, record_at_outputs, record_closure, record_further, record_model
 from .sweeps.weights import check_kept, weights_of
 
 __all__ = [
@@ -105,6 +105,7 @@ __all__ = [
     "gradient_tape",
     "hessian_diagonal",
     "hessian_layers",
+    "identity_key",
     "is_convex",
     "is_plain",
     "jacobian_blocks",
@@ -122,6 +123,7 @@ __all__ = [
     "parameter_names",
     "planned",
     "pull_noting_losses",
+    "record_at_outputs",
     "record_closure",
     "record_further",
     "record_model",
@@ -131,6 +133,7 @@ __all__ = [
     "separate",
     "slices",
     "split_input",
+    "store_for",
     "summed",
     "weights_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from .._torch.protocol import mirror
 from ..space import Space
 from ._base import Formed, Operator, check_same
-from ._dense import IN_MEMORY, FillRoute, Headroom
+from ._dense import IN_MEMORY, FillRoute, Headroom, one_by_one
 from ._noise import Moments
 
 
@@ -48,13 +48,13 @@ class Transposed(Operator):
         return self.of._apply(rows)
 
     def _fill_route(self, room: Headroom) -> FillRoute:
-        return room.way(self.of)
+        return self.of._fill_route(room)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        self.of._write(matrix.T, room)
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self.of._write(matrix.T, route)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        self.of._add(matrix.T, weight, room, half)
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        self.of._add(matrix.T, weight, route, half)
 
 
 @final
@@ -181,24 +181,20 @@ class Sum(Operator):
         return (self.right, self.left) if self.right._halves and not self.left._halves else (self.left, self.right)
 
     def _fill_route(self, room: Headroom) -> FillRoute:
-        first, second = room.way(self.left), room.way(self.right)
-        larger = max(first, second, key=lambda way: (way.bytes, way is not IN_MEMORY))
-        # What the layers say of both is there from the start.
-        both = first.bytes + second.bytes if first.prepared and second.prepared else larger.bytes
-        return larger if larger is IN_MEMORY else replace(larger, bytes=both, prepared=None)
+        return one_by_one(part._fill_route(room) for part in self._in_order)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
         if self._halves:
-            self._add(matrix.zero_(), 1.0, room, half=True)
+            self._add(matrix.zero_(), 1.0, route, half=True)
             mirror(matrix)
             return
         first, second = self._in_order
-        first._write(matrix, room)
-        second._add(matrix, 1.0, room, half=False)
+        first._write(matrix, route.part(0))
+        second._add(matrix, 1.0, route.part(1), half=False)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        for part in self._in_order:
-            part._add(matrix, weight, room, half)
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        for number, part in enumerate(self._in_order):
+            part._add(matrix, weight, route.part(number), half)
 
 
 @final
@@ -251,14 +247,14 @@ class Scaled(Operator):
         return self.of._halves
 
     def _fill_route(self, room: Headroom) -> FillRoute:
-        return room.way(self.of)
+        return self.of._fill_route(room)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        self.of._write(matrix, room)
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self.of._write(matrix, route)
         matrix.mul_(self.factor)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        self.of._add(matrix, weight * self.factor, room, half)
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        self.of._add(matrix, weight * self.factor, route, half)
 
     def __repr__(self) -> str:
         drawn = f", relative standard error up to {self.noise:.2g})" if self.moments is not None else ")"
@@ -296,10 +292,10 @@ class Identity(Operator):
     def _fill_route(self, room: Headroom) -> FillRoute:
         return IN_MEMORY
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
         matrix.zero_().diagonal().fill_(1)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.diagonal().add_(0.5 * weight if half else weight)
 
 
@@ -337,10 +333,10 @@ class Matrix(Operator):
     def _fill_route(self, room: Headroom) -> FillRoute:
         return IN_MEMORY
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
         matrix.copy_(self.matrix)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.add_(self.matrix, alpha=0.5 * weight if half else weight)
 
 
@@ -381,8 +377,8 @@ class Diagonal(Operator):
     def _fill_route(self, room: Headroom) -> FillRoute:
         return IN_MEMORY
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
         matrix.zero_().diagonal().copy_(self.entries)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)

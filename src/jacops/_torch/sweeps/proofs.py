@@ -169,6 +169,10 @@ class Proofs:
                 self.refuse(sweep, "batched", "batched passes were measured slower")
         return self.slow(sweep)
 
+    def prefer_batches(self, sweep: str) -> None:
+        """Take batched sweeps without measuring them, where seconds are too few to tell anything."""
+        self._batched_was[sweep] = -1
+
     def slow(self, sweep: str) -> bool:
         """Say whether batches were measured slower."""
         return self._batched_was.get(sweep, 0) >= 2

@@ -278,6 +278,23 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
     return result
 
 
+@restoring
+def record_at_outputs(found: Recording, finish: Callable[[Any], Any], purpose: Any, call: str) -> Recording:
+    """Record `finish` by a recorded output, as a function of nothing before it; what is proved belongs to `purpose`."""
+    lin = found.lin
+    with recording():
+        leaves = [output.detach().requires_grad_() for output in lin.outputs]
+        value = finish(found.tree.build([leaf.clone() for leaf in leaves]))
+    tensors, tree = output_leaves(value)
+    outer = Linearization(
+        leaves, tensors, leaf_names=lin.codomain.names, output_names=tree.names, call=call, private=True
+    )
+    arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+    outer.look_up(store_for(purpose, ("at outputs", arrays), lin.trust.checks), SideEffects())
+    outer.trust.prefer_batches("pull")
+    return Recording(outer, tree, value)
+
+
 def _joined(first: SideEffects | None, second: SideEffects | None) -> SideEffects | None:
     """Return what two parts of a computation do together; None where one of them was not watched."""
     if first is None or second is None:
