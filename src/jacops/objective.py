@@ -20,6 +20,7 @@ from ._digests import digest_function, digest_module
 from ._finite import check_finite, is_finite
 from ._picks import Picks, picked
 from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
+from ._requirements import check_choice
 from ._runtime.contexts import seeded, sweeping
 from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
@@ -408,8 +409,7 @@ class TorchObjective(Objective):
         Raises:
             InputError: There is no such kind.
         """
-        if kind not in KINDS:
-            raise InputError(explain("kind", repr(kind), f"one of {KINDS} is needed"))
+        check_choice("kind", kind, KINDS)
         record = partial(self.recorded, x, "fisher")
         with seeded(self.seed):
             if kind == "empirical":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._finite import InBatch
 from ._picks import Picks
+from ._requirements import check_choice
 from ._torch.protocol import Reduction
 from .data import Batch, Batches, Unpack
 from .errors import DataError, InputError, InputTypeError, explain
@@ -217,9 +218,7 @@ class Problem:
             InputError: There is no such kind.
         """
         names = {value: name for name, value in _FISHERS.items()}
-        if kind not in names:
-            raise InputError(explain("kind", repr(kind), f"one of {tuple(names)} is needed"))
-        return self.curvature(names[kind])
+        return self.curvature(names[check_choice("kind", kind, tuple(names))])
 
     def curvature(self, kind: str) -> SumOver:
         """Return a curvature of the objective by its name.
@@ -230,9 +229,7 @@ class Problem:
             InputError: There is no such curvature.
             NotDifferentiableError: There is no second derivative.
         """
-        if kind not in CURVATURES:
-            raise InputError(explain("curvature", repr(kind), f"one of {CURVATURES} is needed"))
-        passes = _Passes(self, kind)
+        passes = _Passes(self, check_choice("curvature", kind, CURVATURES))
         first = passes.first()
         told = f"{kind} of {self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
         return SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told)

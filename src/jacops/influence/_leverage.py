@@ -41,11 +41,11 @@ def leveraged(
         if not raw.rows:
             continue
         batch, objective = problem.at(raw)
-        J, slope, bend = objective.outputs(batch.x, batch.y)  # noqa: N806
+        J, slope, curvature = objective.outputs(batch.x, batch.y)  # noqa: N806
         n, K = slope.shape  # noqa: N806
         rows = J.dense()
         inner = torch.bmm(rows.view(n, K, -1), solve(rows).x.view(n, K, -1).transpose(1, 2))
-        own = (problem.shares(batch) / problem.denominator).to(bend).view(n, 1, 1) * bend @ inner
+        own = (problem.shares(batch) / problem.denominator).to(curvature).view(n, 1, 1) * curvature @ inner
         step, singular = _steps(own, slope)
         if strict and bool(singular.any()):
             row = start + int(singular.nonzero()[0])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._torch.protocol import mirror
 from ..space import Space
-from ._base import Formed, Operator, check_same
-from ._dense import IN_MEMORY, FillRoute, Headroom, one_by_one
+from ._base import Formed, InMemory, OnSpace, Operator, check_same
+from ._dense import FillRoute, Headroom, one_by_one
 from ._noise import Moments
 
 
@@ -99,7 +99,7 @@ class Product(Operator):
     def _is_congruence(self, mark: str) -> bool:
         if _is_transpose(self.left, self.right):
             return True
-        factors = _factors(self)
+        factors = factors_of(self)
         while len(factors) >= 2 and _is_transpose(factors[0], factors[-1]):
             factors = factors[1:-1]
         return not factors or (len(factors) == 1 and getattr(factors[0], mark))
@@ -111,8 +111,9 @@ class Product(Operator):
         return self.right._apply_transpose(self.left._apply_transpose(rows))
 
 
-def _factors(operator: Operator) -> list[Operator]:
-    return [*_factors(operator.left), *_factors(operator.right)] if isinstance(operator, Product) else [operator]
+def factors_of(operator: Operator) -> list[Operator]:
+    """Return the factors of a product, from left to right; another operator is its own factor."""
+    return [*factors_of(operator.left), *factors_of(operator.right)] if isinstance(operator, Product) else [operator]
 
 
 def _is_transpose(a: Operator, b: Operator) -> bool:
@@ -263,7 +264,7 @@ class Scaled(Operator):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Identity(Operator):
+class Identity(OnSpace, InMemory):
     """The map that changes nothing; `damping * Identity(space)` is how damping is written.
 
     Attributes:
@@ -274,26 +275,10 @@ class Identity(Operator):
     symmetric = True
     positive = True
 
-    @property
-    def domain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
-    @property
-    def codomain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
     def _apply(self, rows: Tensor) -> Tensor:
         return rows
 
     _apply_transpose = _apply
-
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return IN_MEMORY
-
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        matrix.zero_().diagonal().fill_(1)
 
     def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.diagonal().add_(0.5 * weight if half else weight)
@@ -301,7 +286,7 @@ class Identity(Operator):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Matrix(Operator):
+class Matrix(InMemory):
     """A matrix in memory.
 
     Attributes:
@@ -330,9 +315,6 @@ class Matrix(Operator):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return rows @ self.matrix
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return IN_MEMORY
-
     def _write(self, matrix: Tensor, route: FillRoute) -> None:
         matrix.copy_(self.matrix)
 
@@ -342,7 +324,7 @@ class Matrix(Operator):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Diagonal(Operator):
+class Diagonal(InMemory):
     """A diagonal matrix.
 
     Attributes:
@@ -373,12 +355,6 @@ class Diagonal(Operator):
         return rows * self.entries
 
     _apply_transpose = _apply
-
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return IN_MEMORY
-
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        matrix.zero_().diagonal().copy_(self.entries)
 
     def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)

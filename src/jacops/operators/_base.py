@@ -15,7 +15,7 @@ from .._runtime.memory import Budget
 from .._torch.protocol import PreparedFill, VerificationError, mirror
 from ..errors import InputError, InputTypeError, explain
 from ..space import Space
-from ._dense import DenseLimits, FillRoute, Headroom, by_products, is_counted, matrix_place
+from ._dense import IN_MEMORY, DenseLimits, FillRoute, Headroom, by_products, is_counted, matrix_place
 from ._finite_results import Source, check_result
 from ._noise import Moments, relative_noise
 
@@ -292,6 +292,36 @@ class Operator(ABC):
         m, n = self.shape
         marks = " ".join(self._marks())
         return f"{type(self).__name__}({m} × {n}{', ' + marks if marks else ''})"
+
+
+class OnSpace(Operator):
+    """An operator from a space to itself.
+
+    Attributes:
+        space: Where it acts.
+    """
+
+    space: Any
+
+    @property
+    def domain(self) -> Space:
+        """Where it acts."""
+        return self.space
+
+    @property
+    def codomain(self) -> Space:
+        """Where it acts."""
+        return self.space
+
+
+class InMemory(Operator):
+    """An operator whose entries are there already."""
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return IN_MEMORY
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self._add(matrix.zero_(), 1.0, route, half=False)
 
 
 def _kept(operator: Operator) -> dict[int, int]:

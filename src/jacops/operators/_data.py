@@ -15,7 +15,7 @@ from .._runtime.memory import Meter
 from .._runtime.restoring import restoring
 from .._torch.protocol import mirror
 from ..space import Space
-from ._base import Operator
+from ._base import OnSpace, Operator
 from ._dense import FillRoute, Headroom, one_by_one
 from ._noise import Moments
 
@@ -24,7 +24,7 @@ Parts = Callable[[], Iterable[tuple[float, Operator]]]
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class SumOver(Operator):
+class SumOver(OnSpace):
     r"""A symmetric sum over batches, $\sum_b c_b A_b + \mathrm{diag}(r)$.
 
     Attributes:
@@ -49,16 +49,6 @@ class SumOver(Operator):
     def positive(self) -> bool:
         """Whether every part is positive and so is the ridge; may take a pass over the data."""
         return self.mark() if callable(self.mark) else self.mark
-
-    @property
-    def domain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
-    @property
-    def codomain(self) -> Space:
-        """Where it acts."""
-        return self.space
 
     def _apply(self, rows: Tensor) -> Tensor:
         total = torch.zeros_like(rows) if self.ridge is None else rows * self.ridge
@@ -188,7 +178,7 @@ def _by_batches(parts: Parts, room: Headroom) -> FillRoute:
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockDiagonal(Operator):
+class BlockDiagonal(OnSpace):
     """Square operators side by side, each on its own part of the axis.
 
     Attributes:
@@ -198,16 +188,6 @@ class BlockDiagonal(Operator):
 
     blocks: tuple[Operator, ...]
     space: Space
-
-    @property
-    def domain(self) -> Space:
-        """What the whole axis means."""
-        return self.space
-
-    @property
-    def codomain(self) -> Space:
-        """What the whole axis means."""
-        return self.space
 
     @property
     def symmetric(self) -> bool:
