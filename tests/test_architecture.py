@@ -25,9 +25,19 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_requirements",
     },  # 0 ground
     {"_runtime", "_ladder", "_torch", "_jax"},  # backends
-    {"operators", "derivatives", "per_sample", "fisher", "second_order", "sparsity", "charts", "projections"},  # 1
+    {
+        "operators",
+        "_recorded_loss",
+        "derivatives",
+        "per_sample",
+        "fisher",
+        "second_order",
+        "sparsity",
+        "charts",
+        "projections",
+    },  # 1
     {"solvers", "estimators", "planning", "checks"},  # 2 methods
-    {"data", "_picks", "objective", "_jax_objective", "_reduction", "problem"},  # 3 problem
+    {"data", "_picks", "objective", "_torch_objective", "_jax_objective", "_reduction", "problem"},  # 3 problem
     {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
     {"__init__"},
 ]

@@ -9,21 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._recorded_loss import (
+    CurvatureOptions,
+    Loss,
+    OperatorOptions,
+    check_real,
+    loss_of_output,
+    record_loss,
+    recordable,
+    trainable,
+)
 from ._runtime.agreement import size
-from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise
+from ._runtime.contexts import eager, private_noise
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
     At,
     ByLayers,
-    Linearization,
     Recording,
-    call_loss,
     computed_convex,
     difference_step,
     disagreement,
@@ -35,55 +43,14 @@ from ._torch.protocol import (
     hessian_layers,
     is_convex,
     record_at_outputs,
-    record_further,
     record_model,
 )
-from .errors import InputError, InputTypeError, NotDifferentiableError, explain
+from .errors import InputError, NotDifferentiableError, explain
 from .operators import LinearizedMap, Operator, Product
 from .operators._finite_results import made_from
 from .trees import Selector, flatten, hint_at_labels
 
-Loss = Callable[[Any, Any], Tensor]
 Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
-
-
-class RecordOptions(TypedDict, total=False):
-    """Options of calls that record a model by its parameters.
-
-    Attributes:
-        parameters: Which parameters, by name and value; those that require grad by default.
-        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
-        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
-    """
-
-    parameters: Callable[[str, Tensor], bool]
-    checks: str
-    fallback: str
-
-
-class CurvatureOptions(RecordOptions, total=False):
-    """Options of calls that take a model with a loss.
-
-    Attributes:
-        outputs: Part of the output that the loss is given, as in `jacobian`.
-    """
-
-    outputs: Selector
-
-
-class OperatorOptions(CurvatureOptions, total=False):
-    """Options of public calls that return an operator made from a model with a loss.
-
-    Attributes:
-        check_finite: Results with NaN or Inf raise.
-    """
-
-    check_finite: bool
-
-
-def trainable(name: str, parameter: Tensor) -> bool:
-    """Say whether a parameter requires grad: the default set for curvature."""
-    return parameter.requires_grad
 
 
 @keywords()
@@ -148,7 +115,7 @@ def jacobian(
         fallback=fallback,
         kept=True,
     )
-    _real_only(found.lin)
+    check_real(found.lin)
     if not allow_zero and not found.lin.is_connected():
         raise NotDifferentiableError(
             f"jacobian: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
@@ -165,96 +132,6 @@ def _picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
             explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
         )
     return trainable if wrt == "parameters" else None
-
-
-def _real_only(lin: Linearization) -> None:
-    for space in (lin.domain, lin.codomain):
-        for name, dtype in zip(space.names, space.dtypes, strict=True):
-            if dtype.is_complex:
-                raise NotDifferentiableError(
-                    explain(
-                        name,
-                        f"of dtype {dtype}",
-                        "operators are real",
-                        "Use torch.view_as_real, or the calls that return tensors (modjac, jvp).",
-                    )
-                )
-
-
-def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
-    """Record the loss of one batch by the parameters that are asked for.
-
-    Raises:
-        InputTypeError: `loss` is not callable or does not return a tensor.
-        InputError: The loss is not one number.
-    """
-    if not callable(loss):
-        raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
-    options.setdefault("parameters", trainable)
-    y = _recordable(y, kept=bool(options.get("kept")))
-    found = record_model(
-        model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
-    )
-    return _connected(found, call)
-
-
-def record_loss_of(found: Recording, loss: Loss, y: Any, call: str) -> Recording:
-    """Record the loss of a recorded output, as `record_loss` does, without running the model again."""
-    y = _recordable(y, kept=True)
-    finish = lambda output: _checked(call_loss(loss, output, y))  # noqa: E731
-    return _connected(record_further(found, finish, loss, call), call)
-
-
-def _connected(found: Recording, call: str) -> Recording:
-    """Return a recorded loss.
-
-    Raises:
-        NotDifferentiableError: No path leads from it to a parameter, or something is complex.
-    """
-    _real_only(found.lin)
-    if not found.lin.is_connected():
-        raise NotDifferentiableError(
-            f"{call}: no path leads from the loss to any of the parameters {found.lin.domain.layout}; its "
-            "derivative is "
-            "zero everywhere."
-        )
-    return found
-
-
-@restoring
-def _recordable(y: Any, kept: bool) -> Any:
-    """Return a target whose tensors may take part in a recorded computation, copied where that is kept."""
-    leaves, tree = flatten(y, "y")
-    with arithmetic(True):
-        plain = [out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return tree.build([leaf.clone() if kept and isinstance(leaf, Tensor) else leaf for leaf in plain])
-
-
-def _checked(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise NotDifferentiableError(
-            explain(
-                "the loss",
-                f"a {type(value).__name__}",
-                "a tensor with a graph is needed",
-                "Drop `.item()` and `float()` from it.",
-            )
-        )
-    if value.ndim > 0:
-        raise InputError(
-            explain(
-                "the loss",
-                f"of shape {tuple(value.shape)}",
-                "one number, shape (), is needed",
-                "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it.",
-            )
-        )
-    if not value.is_floating_point():
-        todo = "Take scores rather than labels or counts."
-        raise NotDifferentiableError(
-            explain("the loss", f"of dtype {value.dtype}", "a floating-point number is needed", todo)
-        )
-    return value
 
 
 @keywords(OperatorOptions)
@@ -389,10 +266,10 @@ def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: Curva
 @restoring
 def ggn_at(found: Recording, loss: Loss, y: Any, call: str, kept: bool = True) -> Operator:
     """Return the generalised Gauss-Newton matrix at a recorded output; a target is copied where the result is kept."""
-    _real_only(found.lin)
+    check_real(found.lin)
     J = LinearizedMap(found.lin, found.output)
-    y = _recordable(y, kept)
-    outer = record_at_outputs(found, lambda output: _checked(call_loss(loss, output, y)), loss, call)
+    y = recordable(y, kept)
+    outer = record_at_outputs(found, loss_of_output(loss, y), loss, call)
     H = LinearizedMap(gradient_tape(outer, call), outer.output, symmetric=True)
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, trainable
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
 from ._torch.protocol import (
@@ -29,7 +30,7 @@ from ._torch.protocol import (
     record_model,
     row_scale,
 )
-from .derivatives import CurvatureOptions, Loss, OperatorOptions, ggn_at, trainable
+from .derivatives import ggn_at
 from .errors import InputError, InputTypeError, explain
 from .operators import LayerFactors, LinearizedMap, Operator, Scaled
 from .operators._finite_results import made_from

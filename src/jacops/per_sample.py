@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_real, record_loss, trainable
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
@@ -25,7 +26,6 @@ from ._torch.protocol import (
     record_model,
     row_cotangents,
 )
-from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
 from .operators._finite_results import made_from
@@ -212,7 +212,7 @@ def _way(options: RecordOptions) -> str:
 
 
 def _one_output(found: Recording) -> Recording:
-    _real_only(found.lin)
+    check_real(found.lin)
     if len(found.lin.outputs) != 1:
         names = ", ".join(found.lin.codomain.names)
         raise InputError(explain("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`."))

@@ -14,9 +14,10 @@ from ._finite import InBatch
 from ._picks import Picks
 from ._requirements import check_choice
 from ._torch.protocol import Reduction
+from ._torch_objective import TorchObjective
 from .data import Batch, Batches, Unpack
 from .errors import DataError, InputError, InputTypeError, explain
-from .objective import Objective, TorchObjective
+from .objective import Objective
 from .operators import Operator
 from .operators._data import StackOver, SumOver
 from .per_sample import Randomness
@@ -40,7 +41,7 @@ class ProblemOptions(TypedDict, total=False):
     progress: bool | None
 
 
-class Point(NamedTuple):
+class BatchPoint(NamedTuple):
     """A batch, and the objective for it, which keeps what it records of it."""
 
     batch: Batch
@@ -108,7 +109,7 @@ class Problem:
         self.l2 = l2
         self._denominator: float | None = None
         self._convex = False
-        self._kept: dict[tuple[Batches, int], Point] = {}
+        self._kept: dict[tuple[Batches, int], BatchPoint] = {}
         self.room = _KEPT_BYTES
 
     @property
@@ -152,13 +153,13 @@ class Problem:
             shares = torch.ones_like(shares)
         return shares if batch.weights is None else shares * batch.weights.to(shares)
 
-    def at(self, batch: Batch) -> Point:
+    def at(self, batch: Batch) -> BatchPoint:
         """Return the objective on a batch; one of the problem's own comes with what an earlier pass kept of it."""
         if batch.place is None or batch.place[0] is not self.data:
-            return Point(batch, self.objective)
-        return self._kept.get(batch.place) or Point(batch, self.objective.on(batch.x))
+            return BatchPoint(batch, self.objective)
+        return self._kept.get(batch.place) or BatchPoint(batch, self.objective.on(batch.x))
 
-    def keep(self, point: Point) -> int:
+    def keep(self, point: BatchPoint) -> int:
         """Keep what was recorded of a batch for later passes, where it fits; return its bytes, 0 if it is not kept."""
         place, held = point.batch.place, point.objective.held_bytes
         if place is None or (place not in self._kept and held > self.room):
@@ -168,7 +169,7 @@ class Problem:
             self._kept[place] = point
         return held
 
-    def term(self, batch: Batch) -> tuple[Point, Objective, float]:
+    def term(self, batch: Batch) -> tuple[BatchPoint, Objective, float]:
         """Return a batch's point, its objective with weighted rows, and the factor with which it enters the whole."""
         mean = self.objective.reduction == "mean" or batch.weights is not None
         whole = self.denominator if mean else 1.0  # first: it computes by what the loss divides, from the first batch
@@ -275,7 +276,7 @@ class Problem:
             "l2": repr(self.l2 if not isinstance(self.l2, Mapping) else sorted(self.l2.items())),
         }
 
-    def terms(self, what: str) -> Iterator[tuple[int, Point, Objective, float]]:
+    def terms(self, what: str) -> Iterator[tuple[int, BatchPoint, Objective, float]]:
         """Yield batches that count: the number of rows before it, the batch, its objective and factor."""
         first = 0
         for batch in self.data.tracked(what, self.progress):

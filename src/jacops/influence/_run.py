@@ -14,7 +14,7 @@ from .._requirements import check_choice
 from ..data import Batch, Batches
 from ..errors import InputTypeError, SolveError, explain
 from ..operators._data import SumOver
-from ..problem import CURVATURES, Point, Problem, ProblemOptions
+from ..problem import CURVATURES, BatchPoint, Problem, ProblemOptions
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
 from ..solvers._system import checked_damping
 from ._result import described
@@ -96,7 +96,7 @@ class InfluenceRun:
 
 
 def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
-    def rows(point: Point) -> Tensor:
+    def rows(point: BatchPoint) -> Tensor:
         dense = point.gradients().dense()
         problem.keep(point)
         return dense

@@ -11,7 +11,8 @@ from .._torch.protocol import bare, identity_key, store_for
 from ..derivatives import Wrt
 from ..trees import Selector, flatten
 from ._point import record_point
-from .plan import OutdatedError, SparseJacobian, SparsePlan, sparse_plan
+from .layouts import SparseJacobian
+from .plan import OutdatedError, SparsePlan, sparse_plan
 
 
 def sparse_jacobian(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +24,10 @@ from ._pool import Array
 from ._probe import Floats, Prober, Verdict
 from ._scheme import Scheme, colored, unlifted
 from .detect import traced
-from .layouts import Layout, arranged, block_shape, check_layout
+from .layouts import Layout, SparseJacobian, arranged, block_shape, check_layout
 from .pattern import Pattern, declared
 
 _ROOM = 4.0  # margin on the rounding errors that were measured at one point
-
-
-@dataclass(frozen=True, eq=False)
-class SparseJacobian:
-    """A sparse Jacobian, and the output at the same point.
-
-    Attributes:
-        matrix: In the layout asked for.
-        output: What the model gave, detached: the residual of the same linearisation.
-        error_bound: With probability 99.9 % the Frobenius norm of what is missing or wrong is at most this, by
-            random probes; NaN with `certify=0`.
-        sweeps: Backward and forward sweeps taken, probes included.
-    """
-
-    matrix: Any
-    output: Any
-    error_bound: float
-    sweeps: int
 
 
 class OutdatedError(Exception):
