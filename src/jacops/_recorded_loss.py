@@ -52,7 +52,7 @@ class OperatorOptions(CurvatureOptions, total=False):
 
 def trainable(name: str, parameter: Tensor) -> bool:
     """Say whether a parameter requires grad: the default set for curvature."""
-    return parameter.requires_grad
+    return getattr(parameter, "requires_grad", True)  # arrays of other frameworks have no such mark
 
 
 def check_real(lin: Linearization) -> None:

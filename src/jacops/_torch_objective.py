@@ -17,27 +17,22 @@ from ._finite import check_finite, is_finite
 from ._picks import Picks, picked
 from ._recorded_loss import CurvatureOptions, Loss, record_loss, record_loss_of, trainable
 from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
-from ._requirements import check_choice
 from ._runtime.contexts import seeded, sweeping
-from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
     Recording,
     Reduction,
-    RowLosses,
     Weighted,
     bare,
     gradient_tape,
-    is_convex,
     parameter_names,
     record_model,
     weights_of,
 )
-from .data import Batch, rows_of
+from .data import Batch
 from .derivatives import ggn_at, hessian_at, shifted_gradient
 from .errors import InputError, InputTypeError, NotDifferentiableError, explain
-from .fisher import KINDS, empirical_fisher, fisher_at
-from .objective import Objective
+from .objective import Objective, checked_loss
 from .operators import LayerFactors, Operator
 from .operators._finite_results import Source, with_source
 from .per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
@@ -85,13 +80,9 @@ class TorchObjective(Objective):
         randomness: Randomness = "error",
         seed: int | None = None,
     ) -> None:
-        if not callable(loss):
-            raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
-        if reduction not in (None, "mean", "sum"):
-            raise InputError(explain("reduction", repr(reduction), "one of ('mean', 'sum') is needed"))
+        self.losses = checked_loss(loss, reduction)
         self._options = {"parameters": parameters, "reduction": reduction, "randomness": randomness, "seed": seed}
-        self.model, self.losses = model, RowLosses(loss, reduction)
-        self.loss = self.losses.scalar
+        self.model, self.loss = model, self.losses.scalar
         self.reduction = self.losses.reduction
         self.picks = picked(parameters, list(parameter_names(bare(model)))) or trainable
         self.randomness: Randomness = randomness
@@ -136,10 +127,6 @@ class TorchObjective(Objective):
         weights = weights_of(module)
         return lambda call: weights.check(module, call)
 
-    def denominators(self, y: Any, rows: int) -> Tensor:
-        """Return what each row adds to the denominator of a mean: 1, or its targets' number or weights."""
-        return self.losses.denominators(y, rows)
-
     def on(self, x: Any) -> TorchObjective:
         """Return the objective for one batch: the model runs once for all that is asked of it."""
         other = copy.copy(self)
@@ -176,14 +163,14 @@ class TorchObjective(Objective):
             loss: Another loss than the objective's.
             kept: It is kept for later products, as is the output.
         """
-        found, loss = self._known(x), loss or self.loss
+        found, chosen = self._known(x), loss or self.loss
         if found is None and kept and self._kept is not None and self._kept.x is x:
             with suppress(InputTypeError, NotDifferentiableError):  # an output that is no tensor, but its loss is
                 found = self.recorded(x, call)
         if found is not None:
-            return record_loss_of(found, loss, y, call)
+            return record_loss_of(found, chosen, y, call)
         with seeded(self.seed):
-            return record_loss(self.model, loss, x, y, call, parameters=self.picks, kept=kept)
+            return record_loss(self.model, chosen, x, y, call, parameters=self.picks, kept=kept)
 
     def check_reduction(self, batch: Batch) -> None:
         """Refuse a loss that does not reduce a batch as said; proved once for a graph of model and loss.
@@ -208,10 +195,6 @@ class TorchObjective(Objective):
             few = slice(0, FEW_ROWS)
             output, batch = tree.build([leaf[few] for leaf in leaves]), batch.part(few)
         self.losses.settle(output, batch.y)
-
-    def is_convex(self, y: Any) -> bool:
-        """Return whether the loss is one of torch's own that is convex in the output for these targets."""
-        return is_convex(self.loss, y)
 
     def weighted(self, weights: Tensor) -> TorchObjective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
@@ -267,28 +250,21 @@ class TorchObjective(Objective):
             operator = ggn_at(self.recorded(x, "ggn"), self.loss, y, "ggn")
         return with_source(operator, Source("ggn", {"x": x, "y": y}))
 
-    @restoring
-    def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
-        """Return a Fisher matrix of a batch in the scale of its loss, from one label drawn for each target.
-
-        Raises:
-            InputError: There is no such kind.
-        """
-        check_choice("kind", kind, KINDS)
-        record = partial(self.recorded, x, "fisher")
-        with seeded(self.seed):
-            if kind == "empirical":
-                return empirical_fisher(self.losses, y, lambda: self.sample_gradients(x, y), record)
-            operator = fisher_at(self.losses, y, kind, 1, Draws(0, first), record)
-        return with_source(operator, Source("fisher", {"x": x, "y": y}), check_finite=False)  # checked as a whole
-
     def sample_gradients(self, x: Any, y: Any) -> LayerFactors:
         """Return the gradients of the rows' own losses, `(n, P)`."""
         options: CurvatureOptions = {"parameters": self.picks}
-        own = self._kept is not None and self._kept.x is x
-        record = partial(self.recorded, x, "sample_gradients") if own else None
+        record = self._record(x, "sample_gradients")
         rows = gradients_at(self.model, self.losses.scalar, x, y, self.seed, options, record)
         return with_source(rows, Source("sample_gradients", {"x": x, "y": y}))
+
+    def sample_jacobians(self, x: Any) -> LayerFactors:
+        """Return the rows of the outputs' Jacobian, `(n * K, P)`."""
+        record = self._record(x, "leverage")
+        return jacobians_at(self.model, x, None, self.seed, {"parameters": self.picks}, record)
+
+    def _record(self, x: Any, call: str) -> Callable[[], Recording] | None:
+        """Return what records a batch that is kept; None for any other."""
+        return partial(self.recorded, x, call) if self._kept is not None and self._kept.x is x else None
 
     def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
         """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input.
@@ -316,14 +292,7 @@ class TorchObjective(Objective):
 
     @restoring
     def _mixed_once(self, batch: Batch, rows: Tensor) -> Tensor:
-        losses, many = self.losses, batch.rows
-        shares = losses.denominators(batch.y, many) if self.reduction == "mean" else torch.ones(many)
-        shares = torch.where(shares > 0, shares, 1.0).to(batch.x)  # a row that is ignored has no loss to divide
-
-        def own(output: Any, y: Any) -> Tensor:
-            return (losses.terms(output, y, many) / shares).sum()
-
-        found = self._recorded_loss(batch.x, batch.y, "mixed", own)
+        found = self._recorded_loss(batch.x, batch.y, "mixed", self.own(batch.rows))
         gradient = gradient_tape(found, "mixed")
         leaf = next(leaf for given, leaf in found.inputs.values() if given is batch.x)
         with sweeping(leaf):
@@ -338,35 +307,16 @@ class TorchObjective(Objective):
             )
         return torch.stack(parts) if parts else rows.new_zeros(0, *leaf.shape)
 
-    @restoring
-    def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
-        """Return the output Jacobian `(n * K, P)`, and each sample's loss's gradient `(n, K)` and Hessian `(n, K, K)`.
+    def own(self, many: int) -> Loss:
+        """Return a loss of `many` rows that is the sum of their own losses; a row that is ignored has none."""
+        losses = self.losses
 
-        The last two are by the output, of which each sample has K entries.
+        def own(output: Any, y: Any) -> Tensor:
+            shares = losses.denominators(y, many) if losses.reduction == "mean" else torch.ones(many)
+            terms = losses.terms(output, y, many)
+            return (terms / torch.where(shares > 0, shares, 1.0).to(terms)).sum()
 
-        Raises:
-            InputError: The output is not one tensor with a row per sample.
-        """
-        found, many = self.recorded(x, "leverage"), rows_of(x)
-        J = jacobians_at(self.model, x, None, self.seed, {"parameters": self.picks}, lambda: found)  # noqa: N806
-        output = found.output
-        if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != many:
-            needed = "one tensor with a row per sample is needed"
-            raise InputError(explain("the model's output", "of another kind", needed))
-        with sweeping(output):
-            leaf = output.detach().requires_grad_()
-            terms = self.losses.terms(leaf.clone(), y, many)
-            shares = self.losses.denominators(y, many) if self.reduction == "mean" else torch.ones(many)
-            own = (terms / torch.where(shares > 0, shares, 1.0).to(terms)).sum()
-            (slope,) = torch.autograd.grad(own, leaf, create_graph=True)
-            flat = slope.reshape(many, -1)
-            rows = [
-                torch.autograd.grad(flat[:, k].sum(), leaf, retain_graph=True, materialize_grads=True)[0]
-                if flat.requires_grad
-                else torch.zeros_like(leaf)
-                for k in range(flat.shape[1])
-            ]
-        return J, flat.detach(), torch.stack([row.detach().reshape(many, -1) for row in rows], 1)
+        return own
 
     def fingerprint(self) -> str:
         """Return a digest of parameters and buffers, of the modules' and the loss's names, and of what is picked."""

@@ -14,7 +14,9 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from ._framework import framework_ggn, framework_hessian, recorded
 from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
 from ._recorded_loss import (
     CurvatureOptions,
     Loss,
@@ -72,7 +74,7 @@ def jacobian(
     The model runs once, as it stands (train or eval mode), on private copies; products are sweeps over that graph.
 
     Args:
-        model: A module.
+        model: A module, or a `JaxFunction`.
         inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         wrt: `"parameters"` (those that require grad), `"inputs"` (those of floating point), or a function of name and
             parameter that picks parameters.
@@ -104,17 +106,8 @@ def jacobian(
             explain("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
         )
     hint_at_labels("jacobian", outputs, inputs)
-    found = record_model(
-        model,
-        inputs,
-        call="jacobian",
-        parameters=picks,
-        outputs=outputs,
-        at=at,
-        checks=checks,
-        fallback=fallback,
-        kept=True,
-    )
+    ladder = {"checks": checks, "fallback": fallback, "kept": True}
+    found = recorded(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, **ladder)
     check_real(found.lin)
     if not allow_zero and not found.lin.is_connected():
         raise NotDifferentiableError(
@@ -145,7 +138,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
     second derivative that a backward drops.
 
     Args:
-        model: A module, differentiated as it stands.
+        model: A module, differentiated as it stands, or a `JaxFunction`.
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
@@ -173,6 +166,8 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
 def _hessian(
     model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
 ) -> LinearizedMap:
+    if is_framework_model(model):
+        return framework_hessian(model, loss, x, y, call, options)
     found = record_loss(model, loss, x, y, call, kept=kept, **options)
     return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, options))
 
@@ -218,7 +213,7 @@ def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[d
         moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
         return (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
 
-    step = difference_step(lin.leaves)
+    step = difference_step(found.lin.leaves)
     error = disagreement(operator @ direction, central(step), central, step)
     if error is not None:
         what = "a product with the Hessian and a central difference of gradients"
@@ -260,6 +255,8 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
 
 def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
+    if is_framework_model(model):
+        return framework_ggn(model, loss, x, y, call, options)
     return ggn_at(record_model(model, x, call=call, kept=kept, **options), loss, y, call, kept)
 
 

@@ -14,28 +14,29 @@ from typing import Any, Literal, Unpack, final
 import torch
 from torch import Tensor, nn
 
+from ._framework import framework_ggn_at, recorded
 from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
 from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, trainable
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
 from ._torch.protocol import (
     KNOWN,
     Likelihood,
-    Recording,
     RowLosses,
     known_kind,
     known_likelihood,
     label_like,
     likelihood_of,
-    record_model,
     row_scale,
 )
 from .derivatives import ggn_at
 from .errors import InputError, InputTypeError, explain
-from .operators import LayerFactors, LinearizedMap, Operator, Scaled
+from .operators import LinearizedMap, Operator, Scaled
 from .operators._finite_results import made_from
-from .per_sample import gradients_at
+from .per_sample import sample_gradients
 from .space import Space
+from .trees import output_leaves
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
 KINDS = ("exact", "monte_carlo", "empirical")
@@ -78,7 +79,7 @@ def fisher(
     multiple. A loss that is none counts one term a row in `"empirical"`, one for all if `loss.reduction` is `"sum"`.
 
     Args:
-        model: A module.
+        model: A module, or a `JaxFunction`, whose losses are compared so.
         loss: `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, their functional forms, or a loss that
             computes the same; any loss of one number for `"empirical"`.
         x: The model's input, as in `jacobian`.
@@ -112,22 +113,23 @@ def fisher(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             needed = "a positive whole number is needed" if least else "a whole number that is not negative is needed"
             raise InputError(explain(name, repr(value), needed))
-    losses, recorded = RowLosses(loss), CurvatureOptions(parameters=trainable) | options
+    losses, asked = RowLosses(loss), CurvatureOptions(parameters=trainable) | options
 
-    def record() -> Recording:
-        return record_model(model, x, call="fisher", kept=True, **recorded)
+    def record() -> Any:
+        return recorded(model, x, call="fisher", kept=True, **asked)
 
     if kind == "empirical":
-        return empirical_fisher(losses, y, lambda: gradients_at(model, losses.scalar, x, y, None, recorded), record)
-    return fisher_at(losses, y, kind, samples, Draws(seed, first), record)
+        return empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **asked), record)
+    return fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
 
 
 def fisher_at(
-    losses: RowLosses, y: Any, kind: str, samples: int, draws: Draws, record: Callable[[], Recording]
+    model: Any, losses: RowLosses, y: Any, kind: str, samples: int, draws: Draws, record: Callable[[], Any]
 ) -> Operator:
     """Return the Fisher matrix of a batch, `"exact"` or by drawn labels, for a loss whose reduction is known.
 
     Args:
+        model: The model.
         losses: Of the batch's rows.
         y: Its target, if there is one.
         kind: Which.
@@ -138,13 +140,14 @@ def fisher_at(
     _refuse_weights(losses.loss, kind)
     found = record()
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
-        return ggn_at(found, losses.scalar, y, "ggn")
-    output = _one_tensor(found.lin.outputs).detach()
-    likelihood = known_likelihood(losses, output, y) or likelihood_of(losses.scalar, [output], found.tree, y)
+        return _ggn_at(model, found, losses, y)
+    output = _one_tensor(output_leaves(found.output)[0]).detach()
+    likelihood = known_likelihood(losses, output, y) or _likelihood(model, found, losses, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)
     if kind == "exact":
-        return ggn_at(found, losses.scalar, label_like(likelihood.kind, output, losses.loss) if y is None else y, "ggn")
+        labels = label_like(likelihood.kind, output, losses.loss) if y is None else y
+        return _ggn_at(model, found, losses, labels)
     scores = likelihood.draw(output, draws, samples)
     J = LinearizedMap(found.lin, found.output)
     rows = _Scores(found.lin.codomain, scores) @ J
@@ -152,25 +155,38 @@ def fisher_at(
 
 
 def empirical_fisher(
-    losses: RowLosses, y: Any, gradients: Callable[[], LayerFactors], record: Callable[[], Recording]
+    model: Any, losses: RowLosses, y: Any, gradients: Callable[[], Operator], record: Callable[[], Any]
 ) -> Operator:
     """Return the empirical Fisher matrix of a batch, from the gradients of its rows."""
     if y is None:
         raise InputError(explain("y", "None", "an empirical Fisher matrix is made with the data's labels"))
-    G = gradients()  # noqa: N806
+    G: Any = gradients()  # noqa: N806
     rows = G.shape[0]
     if rows == 0:
         raise InputError(explain("x", "empty", "a mean over samples needs at least one"))
 
     def computed() -> Likelihood | None:
-        found = record()
-        return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
+        return _likelihood(model, record(), losses, y)
 
     terms, total = row_scale(losses, y, rows, computed)
     if bool((terms == terms[0]).all()):
         return float(terms[0]) ** 2 / total * (G.T @ G)
     scaled = G.scaled(terms)
     return 1.0 / total * (scaled.T @ scaled)
+
+
+def _ggn_at(model: Any, found: Any, losses: RowLosses, y: Any) -> Operator:
+    """Return the Gauss-Newton matrix at a recorded output, whatever recorded it."""
+    if is_framework_model(model):
+        return framework_ggn_at(model, found, losses.scalar, y, "ggn")
+    return ggn_at(found, losses.scalar, y, "ggn")
+
+
+def _likelihood(model: Any, found: Any, losses: RowLosses, y: Any) -> Likelihood | None:
+    """Return the likelihood of a loss by its slopes at a recorded output, if it has one."""
+    if is_framework_model(model):
+        return model.likelihood(found, losses.loss, y)
+    return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
 
 
 def _moments(rows: Operator, directions: Tensor) -> tuple[Tensor, Tensor]:

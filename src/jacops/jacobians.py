@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ._finite import check_outputs, is_finite, where_first
+from ._framework import framework_jacobian
 from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
 from ._requirements import check_positive
 from ._runtime.contexts import arithmetic, eager
 from ._runtime.memory import Budget, given_tensors
@@ -67,7 +69,7 @@ def compute_jacobian(
     draw what they would draw for that sample in the caller's random state.
 
     Args:
-        model: A module (its copy is put in eval mode, the caller's is not touched), or a plain function.
+        model: A module (its copy is put in eval mode, not the caller's), a plain function, or a `JaxFunction`.
         x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
         batch_size: Most samples to a sweep; fewer where the budget asks for it.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
@@ -108,6 +110,8 @@ def compute_jacobian(
                 [0.0000, 0.2500]])
     """
     check_positive("batch_size", batch_size)
+    if is_framework_model(model):
+        return framework_jacobian(model, x, outputs, mode, check_finite, at=at, budget=budget, out=out, compile=compile)
     options = {"outputs": outputs, "at": at, "checks": checks, "fallback": fallback, "compile": compile}
     samples = Samples(model, x, call="compute_jacobian", **options)
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
@@ -119,10 +123,8 @@ def compute_jacobian(
                 _check_block("compute_jacobian", block, name, "x")
     rows = []
     for row in found.blocks:
-        leaves: list[Tensor | None] = [None] * len(found.input_tree.names)
-        for position, block in zip(found.inputs, row, strict=True):
-            leaves[position] = block
-        rows.append(found.input_tree.build(leaves))
+        blocks = dict(zip(found.inputs, row, strict=True))
+        rows.append(found.input_tree.build([blocks.get(i) for i in range(len(found.input_tree.names))]))
     return found.output_tree.build(rows)
 
 

@@ -8,7 +8,9 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from ._framework import asked, sample_rows
 from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
 from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_real, record_loss, trainable
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
@@ -77,7 +79,7 @@ def sample_gradients(
     products of, found for many samples in one sweep where samples do not mix (which is checked), else one by one.
 
     Args:
-        model: A module in which no module mixes or randomises samples in its mode.
+        model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
         loss: `loss(output, y)`, one number.
         x: A tensor, tuple or mapping of tensors with one leading axis.
         y: A tensor with the same leading axis.
@@ -101,7 +103,10 @@ def sample_gradients(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return gradients_at(model, loss, x, y, checked_seed(randomness, seed), {"parameters": trainable, **options})
+    seed, recorded = checked_seed(randomness, seed), CurvatureOptions(parameters=trainable) | options
+    if is_framework_model(model):
+        return sample_rows(model.map_rows(x, y, loss=loss, **asked("sample_gradients", recorded)))
+    return gradients_at(model, loss, x, y, seed, recorded)
 
 
 def gradients_at(
@@ -172,7 +177,10 @@ def sample_jacobians(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return jacobians_at(model, x, outputs, seed, {"parameters": trainable, **options})
+    recorded: RecordOptions = {"parameters": trainable, **options}
+    if is_framework_model(model):
+        return sample_rows(model.map_rows(x, **asked("sample_jacobians", {**recorded, "outputs": outputs})))
+    return jacobians_at(model, x, outputs, seed, recorded)
 
 
 def jacobians_at(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ._finite import InBatch
+from ._framework_objective import FrameworkObjective
+from ._ladder.protocol import is_framework_model
 from ._picks import Picks
 from ._requirements import check_choice
 from ._torch.protocol import Reduction
@@ -61,7 +63,7 @@ class Problem:
     targets and sample weights come out as the whole objective in one batch would.
 
     Args:
-        model: A module, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
+        model: A module, a `JaxFunction`, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
         loss: `loss(output, y)`, as the objective reduces it; left out where `model` brings its own.
         data: A loader of batches in a fixed order; see `Batches` for what a batch may be.
         parameters: Which parameters: None takes those that require grad; name patterns or a function pick others.
@@ -359,15 +361,21 @@ class _Passes:
 def _objective(model: Any, loss: Any, **options: Any) -> Objective:
     own = model if isinstance(model, Objective) else getattr(model, "objective", None)
     if isinstance(own, Objective):
-        given = {name: value for name, value in options.items() if value not in (None, "error")}
+        given = _given(options)
         if loss is not None or given:
             own = own.changed(loss=loss, **given)
         return own
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) and not is_framework_model(model):
         raise InputTypeError(explain("model", f"a {type(model).__name__}", "a torch.nn.Module is needed"))
     if loss is None:
         raise InputTypeError(explain("loss", "left out", "a callable `loss(output, y)` is needed with a module"))
-    return TorchObjective(model, loss, **options)
+    if isinstance(model, nn.Module):
+        return TorchObjective(model, loss, **options)
+    return FrameworkObjective(model, loss).changed(**_given(options))
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, "error")}
 
 
 def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:

@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from .crossing import is_floating
 from .jaxpr import READS
+from .rules import bound
 
 _SAFETY = 8.0  # as in `_torch.rounding`
 _DRAWS = 3
@@ -68,10 +69,7 @@ class _Noise:
             return self.run(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), values)
         if all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in equation.outvars):
             values = [self.moved(value) for value in values]
-        bound = equation.primitive.get_bind_params(equation.params)
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)  # JAX before 0.10 gives functions too
-        found = equation.primitive.bind(*functions, *values, **params)
-        return list(found) if equation.primitive.multiple_results else [found]
+        return bound(equation, values)
 
 
 def _is_call(inner: ClosedJaxpr | Jaxpr, equation: Any) -> bool:

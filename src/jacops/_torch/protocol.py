@@ -24,7 +24,7 @@ from .model.likelihoods import (
     likelihood_of,
     row_scale,
 )
-from .model.loss_curvature import computed_convex
+from .model.loss_curvature import computed_convex, positive_everywhere
 from .model.loss_facts import counted_labels, is_convex
 from .model.losses import call_loss, one_row
 from .model.replica import bare, check_state, parameter_names, replicate
@@ -122,6 +122,7 @@ __all__ = [
     "one_row",
     "parameter_names",
     "planned",
+    "positive_everywhere",
     "pull_noting_losses",
     "record_at_outputs",
     "record_closure",

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._keywords import keywords
+from .._torch.protocol import Linearization
 from ..errors import InputError, NotDifferentiableError, explain
 from ..operators import LinearizedMap, Operator
 from ..operators._finite_results import check_result
@@ -57,7 +58,7 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
     dtypes: frozenset[torch.dtype] = frozenset()
     if pattern is not None:
         known = declared(pattern, operator.shape)
-    elif isinstance(operator, LinearizedMap):
+    elif isinstance(operator, LinearizedMap) and isinstance(operator.lin, Linearization):
         seen = traced(operator.lin, None)
         known, dtypes = Pattern(seen.matrix, True, seen.unknown), seen.dtypes
     else:
