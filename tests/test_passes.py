@@ -68,7 +68,8 @@ def first_and_again(call: Callable[[], Any], count: Callable[[], Any]) -> tuple[
     for _ in range(2):
         results.append(call())
         costs.append(count())
-    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
+    # Which sweeps are batched is measured, so that rounding differs, which conjugate gradients pass on.
+    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
     return costs[0], costs[1]
 
 
