@@ -34,7 +34,11 @@ def framework_hessian(model: FrameworkModel, loss: Any, x: Any, y: Any, call: st
 
 def framework_ggn(model: FrameworkModel, loss: Any, x: Any, y: Any, call: str, options: Any) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ of one batch."""
-    found = model.record(x, **asked(call, options))
+    return framework_ggn_at(model, model.record(x, **asked(call, options)), loss, y, call)
+
+
+def framework_ggn_at(model: FrameworkModel, found: Recorded, loss: Any, y: Any, call: str) -> Operator:
+    """Return the generalised Gauss-Newton matrix at a recorded output."""
     J, H = LinearizedMap(found.lin, found.output), output_hessian(model, found, loss, y, call)  # noqa: N806
     return Product(Product(J.T, H), J)
 

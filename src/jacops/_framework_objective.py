@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ._ladder.protocol import FrameworkModel
 from ._picks import Picks, picked
+from ._recorded_loss import trainable
 from ._reduction import offset
 from ._runtime.contexts import eager
 from ._torch.protocol import Reduction
-from .derivatives import trainable
 from .errors import InputError, explain
 from .objective import Objective, checked_loss
 from .space import Space

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._recorded_loss import trainable
 from ._runtime.agreement import inner, size, tolerance
 from ._runtime.contexts import eager, private_noise
 from ._torch.protocol import record_model
-from .derivatives import trainable
 from .errors import NotDifferentiableError
 from .operators import Operator
 

@@ -35,7 +35,7 @@ from ._torch.protocol import (
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
-from .sparsity import sparse_plan
+from .sparsity._remembered import sparse_jacobian
 from .trees import Selector, hint_at_labels
 
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
@@ -233,7 +233,7 @@ def modjac(
         trainable_only: Leave frozen parameters out.
         tangent: For LieTensor parameters and outputs: tangent width, without the zero columns of storage width.
         sparse: Return one `torch.sparse_csr` matrix as `flatten` arranges it, in a few coloured sweeps, its pattern
-            detected and checked. Keep a `sparse_plan` to pay for detection once.
+            detected and checked, and kept for the next call with a model of the same graph.
         outputs: Part of the output, as in `compute_jacobian`.
         budget: Bytes that result and working memory may take, as in `compute_jacobian`.
         out: Where to write, as in `compute_jacobian`: of the structure that the result has, one matrix with `flatten`.
@@ -328,10 +328,10 @@ def _refuse_with_sparse(**given: bool) -> None:
 def _sparse(
     model: nn.Module, input: Any, trainable_only: bool, tangent: bool, outputs: Selector, check_finite: bool
 ) -> Tensor:
-    plan = sparse_plan(
-        model, input, wrt=lambda name, p: p.requires_grad or not trainable_only, outputs=outputs, tangent=tangent
-    )
-    found = plan.evaluate(model, input, layout="csr")
+    def wrt(name: str, parameter: Tensor) -> bool:
+        return parameter.requires_grad or not trainable_only
+
+    found = sparse_jacobian(model, input, wrt, "trainable" if trainable_only else "all", outputs, tangent)
     if check_finite:
         _check_block("modjac", found.matrix.values(), "the output", "the parameters")
     return found.matrix

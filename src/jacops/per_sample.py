@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._framework import asked, sample_rows
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
+from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_real, record_loss, trainable
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
@@ -27,7 +28,6 @@ from ._torch.protocol import (
     record_model,
     row_cotangents,
 )
-from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, _real_only, record_loss, trainable
 from .errors import InputError, ModelStateError, NotDifferentiableError, explain
 from .operators import LayerFactors, Operator
 from .operators._finite_results import made_from
@@ -103,10 +103,22 @@ def sample_gradients(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    seed = checked_seed(randomness, seed)
-    recorded: CurvatureOptions = {"parameters": trainable, **options}
+    seed, recorded = checked_seed(randomness, seed), CurvatureOptions(parameters=trainable) | options
     if is_framework_model(model):
         return sample_rows(model.map_rows(x, y, loss=loss, **asked("sample_gradients", recorded)))
+    return gradients_at(model, loss, x, y, seed, recorded)
+
+
+def gradients_at(
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    seed: int | None,
+    options: CurvatureOptions,
+    record: Callable[[], Recording] | None = None,
+) -> LayerFactors:
+    """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of((x, y), "x, y")
     inputs = len(flatten(x, "x")[0])
@@ -115,10 +127,12 @@ def sample_gradients(
     def alone(values: Sequence[Tensor]) -> Recording:
         one_x, one_y = tree.build(values)
         with seeded(seed), one_row("sample_gradients"):
-            return record_loss(model, loss, one_x, one_y, "sample_gradients", **recorded)
+            return record_loss(model, loss, one_x, one_y, "sample_gradients", **options)
 
-    def together(values: Sequence[Tensor]) -> Recording:
-        return record_model(model, tree.build(values)[0], call="sample_gradients", **recorded)
+    def together(some: Sequence[Tensor]) -> Recording:
+        if record is not None and len(some[0]) == len(values[0]):
+            return record()
+        return record_model(model, tree.build(some)[0], call="sample_gradients", **options)
 
     def cotangents(batch: Recording, values: Sequence[Tensor]) -> list[Tensor | None]:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -127,8 +141,8 @@ def sample_gradients(
         return row_cotangents(batch.lin, loss, values[inputs:], build)
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, alone, together, cotangents, "sample_gradients", _way(recorded), forced)
-    return _factors(model, what, recorded, lambda output, n: Space.flat(n, "rows", output))
+    what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
+    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output))
 
 
 @keywords(RowOptions)
@@ -166,24 +180,39 @@ def sample_jacobians(
     recorded: RecordOptions = {"parameters": trainable, **options}
     if is_framework_model(model):
         return sample_rows(model.map_rows(x, **asked("sample_jacobians", {**recorded, "outputs": outputs})))
+    return jacobians_at(model, x, outputs, seed, recorded)
+
+
+def jacobians_at(
+    model: nn.Module,
+    x: Any,
+    outputs: Selector,
+    seed: int | None,
+    options: RecordOptions,
+    record: Callable[[], Recording] | None = None,
+) -> LayerFactors:
+    """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of(x, "x")
     hint_at_labels("sample_jacobians", outputs, x)
 
     @restoring
-    def record(values: Sequence[Tensor]) -> Recording:
+    def alone(some: Sequence[Tensor]) -> Recording:
         with seeded(seed):
-            found = record_model(model, tree.build(values), call="sample_jacobians", outputs=outputs, **recorded)
-        return _one_output(found)
+            made = record_model(model, tree.build(some), call="sample_jacobians", outputs=outputs, **options)
+        return _one_output(made)
+
+    def together(some: Sequence[Tensor]) -> Recording:
+        return alone(some) if record is None or len(some[0]) < len(values[0]) else _one_output(record())
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, record, record, None, "sample_jacobians", _way(recorded), forced)
+    what = Definition(values, alone, together, None, "sample_jacobians", _way(options), forced)
 
     def rows(output: Tensor, n: int) -> Space:
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape
         return Space(("output",), (torch.Size((n, *one)),), (output.dtype,), output.device)
 
-    return _factors(model, what, recorded, rows)
+    return _factors(model, what, options, rows)
 
 
 def _way(options: RecordOptions) -> str:
@@ -191,7 +220,7 @@ def _way(options: RecordOptions) -> str:
 
 
 def _one_output(found: Recording) -> Recording:
-    _real_only(found.lin)
+    check_real(found.lin)
     if len(found.lin.outputs) != 1:
         names = ", ".join(found.lin.codomain.names)
         raise InputError(explain("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`."))

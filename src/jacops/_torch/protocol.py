@@ -45,8 +45,8 @@ from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
 from .sweeps.linearization import Linearization
 from .sweeps.nonfinite import Lost, pull_noting_losses
-from .sweeps.proofs import Proofs
-from .sweeps.record import Recording, record_closure, record_model
+from .sweeps.proofs import Proofs, identity_key, store_for
+from .sweeps.record import Recording, record_at_outputs, record_closure, record_further, record_model
 from .sweeps.weights import check_kept, weights_of
 
 __all__ = [
@@ -104,6 +104,7 @@ __all__ = [
     "gradient_tape",
     "hessian_diagonal",
     "hessian_layers",
+    "identity_key",
     "is_convex",
     "is_plain",
     "jacobian_blocks",
@@ -119,7 +120,9 @@ __all__ = [
     "planned",
     "positive_everywhere",
     "pull_noting_losses",
+    "record_at_outputs",
     "record_closure",
+    "record_further",
     "record_model",
     "replicate",
     "row_cotangents",
@@ -127,6 +130,7 @@ __all__ = [
     "separate",
     "slices",
     "split_input",
+    "store_for",
     "summed",
     "weights_of",
     "whole_jacobian",

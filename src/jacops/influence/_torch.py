@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from .._finite import check_finite, check_vector
 from .._progress import track
+from .._recorded_loss import record_loss
 from .._runtime.contexts import eager, sweeping
 from .._torch.protocol import Linearization, bare, gradient_tape, parameter_names
-from ..derivatives import hessian, record_loss
+from .._torch_objective import TorchObjective
+from ..derivatives import hessian
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain
-from ..objective import TorchObjective
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
 _ORIGIN = "_jacops_private_inputs"

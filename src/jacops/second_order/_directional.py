@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._finite import check_vector, is_finite
 from .._keywords import keywords
+from .._requirements import check_positive
 from .._runtime.agreement import size
 from .._runtime.contexts import eager
 from .._torch.protocol import RECORDED, ConnectedModel, JacobianFunction, Samples, difference_step, nested
@@ -17,7 +18,7 @@ from ..errors import InputError, explain
 from ..space import Space
 from ..trees import Selector, Tree, flatten
 from ._alone import settled
-from ._common import check_differences, check_finite, check_positive, part_of, samples_of, tree_of
+from ._common import check_differences, check_finite, part_of, samples_of, tree_of
 from ._evidence import Blocks, Nest, refuted, typical
 
 

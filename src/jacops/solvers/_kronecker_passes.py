@@ -57,7 +57,7 @@ class Passes:
     """
 
     def __init__(self, problem: Any, fisher: Fisher, draws: int, seed: int) -> None:
-        self.problem, self.objective = problem, problem.objective
+        self.problem = problem
         self.fisher, self.draws, self.seed = fisher, draws, seed
         self.groups: tuple[Group, ...] = ()
         self.drawn = self._begun = False
@@ -73,18 +73,15 @@ class Passes:
             NonFiniteError: An output is NaN or Inf.
             NotDifferentiableError: A parameter enters batches in different ways.
         """
-        self._recorded = first = 0
-        for data in self.problem.batches():
-            yield from self._of_batch(data, first, outer_only)
-            first += data.rows
+        self._recorded = 0
+        for first, point, term, factor in self.problem.terms("EKFAC"):
+            yield from self._of_batch(point.batch, term, factor, first, outer_only)
+            self.problem.keep(point)
 
-    def _of_batch(self, data: Any, first: int, outer_only: bool) -> Iterator[Piece]:
-        term, factor = self.problem.term(data)
-        if not factor:
-            return
-        found, model = self.objective.recorded(data.x, "EKFAC"), self.objective.model
+    def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
+        found, model = term.recorded(data.x, "EKFAC"), term.model
         at = loss_at_output(model, found, term.loss, data.y, data.rows, "EKFAC")
-        batch: Any = model.layers(data.x, self.objective.picks, "EKFAC") if is_framework_model(model) else None
+        batch: Any = model.layers(data.x, term.picks, "EKFAC") if is_framework_model(model) else None
         if isinstance(at, LossAtOutput):
             batch = RecordedBatch(at.lin)
             if batch.lin.trust.refused("pull", "by uses"):
@@ -93,7 +90,10 @@ class Passes:
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
             # A sweep for one sample runs through all that were recorded together.
             for start in range(0, data.rows, _FEW):
-                yield from self._of_batch(data.part(slice(start, start + _FEW)), first + start, outer_only)
+                part = data.part(slice(start, start + _FEW))
+                _, own, share = self.problem.term(part)
+                if share:
+                    yield from self._of_batch(part, own, share, first + start, outer_only)
             return
         self._recorded += 1
         self._check_alike(batch)
@@ -143,7 +143,7 @@ class Passes:
         misfit = batch.misfit(self.groups)
         if misfit is not None:
             raise NotDifferentiableError(
-                f"EKFAC: {self.objective.space.names[misfit]} enters batch {self._recorded} in another way than the "
+                f"EKFAC: {self.problem.space.names[misfit]} enters batch {self._recorded} in another way than the "
                 "first one, so their statistics cannot be added up. Leave it out with `parameters=`, or use `CG()`."
             )
 

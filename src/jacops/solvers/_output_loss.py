@@ -19,7 +19,7 @@ from .._finite import check_outputs, is_finite
 from .._ladder.protocol import FrameworkModel, Recorded, is_framework_model
 from .._runtime.contexts import out_of_inference, private_noise, recording, sweeping
 from .._runtime.restoring import restoring
-from .._torch.protocol import Likelihood, Linearization, Recording, call_loss, counted_labels, likelihood_of
+from .._torch.protocol import Likelihood, Recording, call_loss, counted_labels, likelihood_of
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..trees import flatten, output_leaves
 from ._output_curvature import Blocks, Elementwise, OutputHessian, Softmax
@@ -176,7 +176,7 @@ class LossAtOutput(OutputLoss):
         with recording():
             flat = [self._outputs[i].reshape(samples, -1) for i in self._used]
             joined = flat[0] if len(flat) == 1 else torch.cat([part.to(flat[0].dtype) for part in flat], 1)
-        self.lin = _tape_to(joined, found.lin, call)
+        self.lin = found.lin.to([joined], ["output"], call)
         self.entries = joined.shape[1]
 
     @restoring
@@ -289,23 +289,6 @@ def _root(diagonal: Tensor) -> Tensor:
 def _not_convex(lowest: float) -> InputError:
     came = f"not convex in the model's output (curvature {lowest:.3g} along one direction)"
     return InputError(explain("loss", came, "EKFAC needs a positive one", "Use EKFAC(fisher='empirical') or `CG()`."))
-
-
-def _tape_to(output: Tensor, lin: Linearization, call: str) -> Linearization:
-    """Return a linearization of the same leaves to another output."""
-    other = Linearization(
-        lin.leaves,
-        [output],
-        leaf_names=lin.domain.names,
-        output_names=["output"],
-        call=call,
-        aliased_leaves=lin.aliased_leaves,
-        private=lin.private,
-        trust=lin.trust,
-        fallback=lin.fallback,
-    )
-    other.protected, other.tolerance = lin.protected, lin.tolerance
-    return other
 
 
 def _recordable(y: Any) -> Any:

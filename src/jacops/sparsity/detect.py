@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .._keywords import keywords
+from .._recorded_loss import trainable
 from .._runtime.contexts import math_attention, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, Recording, bare, record_model
-from ..derivatives import Wrt, trainable
+from ..derivatives import Wrt
 from ..errors import InputError, MemoryBudgetError, NotDifferentiableError, explain
 from ..trees import Selector, flatten
 from ._matrix import Csr, csr

@@ -21,9 +21,8 @@ from ._matrix import Csr, csr
 from ._pool import Array
 from ._probe import Prober
 from .detect import traced
-from .layouts import Layout, arranged, check_layout
+from .layouts import Layout, SparseJacobian, arranged, check_layout
 from .pattern import Pattern, declared
-from .plan import SparseJacobian
 
 
 @keywords()
