@@ -121,11 +121,9 @@ def compute_jacobian(
         for name, row in zip(names, [] if found.sure else found.blocks, strict=False):
             for block in row:
                 _check_block("compute_jacobian", block, name, "x")
-    rows = []
-    for row in found.blocks:
-        blocks = dict(zip(found.inputs, row, strict=True))
-        rows.append(found.input_tree.build([blocks.get(i) for i in range(len(found.input_tree.names))]))
-    return found.output_tree.build(rows)
+    places = range(len(found.input_tree.names))
+    rows = (dict(zip(found.inputs, row, strict=True)) for row in found.blocks)
+    return found.output_tree.build([found.input_tree.build([row.get(i) for i in places]) for row in rows])
 
 
 @keywords()
