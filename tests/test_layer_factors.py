@@ -42,6 +42,17 @@ class Aside(nn.Module):
         return F.linear(self.layer(x).tanh(), self.layer.weight)
 
 
+class Power(nn.Module):
+    """A parameter that enters by an operation without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exponent = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp().pow(self.exponent)
+
+
 class Mixing(nn.Module):
     """Samples mix a little."""
 
@@ -68,6 +79,8 @@ TAKEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "used twice": (Again, (6, 4)),
     "used aside": (Aside, (6, 4)),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (6, 4)),
+    "slopes": (lambda: nn.Sequential(nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3)), (6, 4)),
     "written into": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)), (6, 4)),
     "grouped": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 2)), (4, 2, 4, 4)),
     "circular": (
@@ -81,8 +94,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (6, 4),
     ),
     "mixing": (Mixing, (6, 4)),
-    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (6, 4)),
-    "no rule": (lambda: nn.Sequential(nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3)), (6, 4)),
+    "no rule": (lambda: nn.Sequential(nn.Linear(4, 5), Power(), nn.Linear(5, 3)), (6, 4)),
     "one sample": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (1, 4)),
 }
 

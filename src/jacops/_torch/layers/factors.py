@@ -37,32 +37,45 @@ class SampleUse:
     samples: int
 
     @property
-    def _by_pixel(self) -> bool:
-        """A convolution's first axis is the samples' own, so that nothing need be copied."""
-        convolution = self.use.kind == "outer" and "Convolution" in self.use.node.name()
-        return convolution and self.order == "sample first" and self.use.shape[0] == self.samples
+    def _apart(self) -> bool:
+        """The operation's first axis is the samples' own, so that nothing need be copied."""
+        return self.use.by_position and isinstance(self.order, str) and self.use.shape[0] == self.samples
 
     def operand(self) -> Tensor | None:
         """Return what multiplies the parameter, `(n, T, …)`."""
-        if self._by_pixel:
-            return self.use.patches()
+        if self._apart:
+            return self.use.operand_positions()
         operand = None if self.use.kind == "vector" else self.use.operand
         return None if operand is None else by_sample(operand, self.samples, self.order)
 
     def delta(self, cotangent: Tensor) -> Tensor:
         """Return a cotangent at the use as `(n, T, …)`."""
-        if self._by_pixel:
-            return self.use.pixels(cotangent)
+        if self._apart:
+            return self.use.positions(cotangent)
         return by_sample(self.use.rows(cotangent), self.samples, self.order)
 
-    def part(self, operand: Tensor | None, delta: Tensor, shape: Sequence[int]) -> RowFactors:
-        """Return rows from cotangents `(n, k, T, …)`, the parameter seen as a matrix of this shape."""
+    def part(self, operand: Tensor | None, delta: Tensor) -> RowFactors:
+        """Return rows from cotangents `(n, k, T, …)`.
+
+        Raises:
+            RouteFailedError: Torch cannot pull rows back to the parameter.
+        """
+        many, (long, wide) = delta.shape[:2], matrix_shape(self.use.entry.weight)
+        part = self._part(operand, delta, long, wide)
+        if not self.use.derived:
+            return part
+        rows = self.use.pulled_back(part.block(slice(0, long)).flatten(0, 1))
+        return Rows(rows.reshape(*many, *matrix_shape(rows.shape[1:])))
+
+    def _part(self, operand: Tensor | None, delta: Tensor, long: int, wide: int) -> RowFactors:
         if self.use.kind == "vector":
             summed = delta.squeeze(2) if delta.shape[2] == 1 else delta.sum(2)
-            return Rows(summed.reshape(*delta.shape[:2], *shape))
+            return Rows(summed.reshape(*delta.shape[:2], long, wide))
         if operand is None:
             raise ValueError("only vectors have no operand")
-        return Outer(delta, operand, self.use.turned) if self.use.kind == "outer" else Lookup(delta, operand, shape[0])
+        return (
+            Outer(delta, operand, self.use.turned, long) if self.use.kind == "outer" else Lookup(delta, operand, long)
+        )
 
 
 class LayerRows:
@@ -91,7 +104,7 @@ class LayerRows:
         self.sites = [
             SampleUse(use, order, samples)
             for use, order in pairs
-            if order and use.leaf not in lost and lin.leaves[use.leaf].numel()
+            if order is not None and use.leaf not in lost and lin.leaves[use.leaf].numel()
         ]
 
     def _orders(self, uses: Sequence[ParameterUse]) -> Sequence[Order | None]:
@@ -102,7 +115,7 @@ class LayerRows:
         if key in trust.known and not trust.needs(*key):
             return trust.known[key]
         found = attempt(lambda: find_orders(self.lin, uses)) if uses else []
-        if None not in found:
+        if all(isinstance(order, str) for order in found):
             trust.known[key] = found
             trust.remember(*key)
         return found
@@ -144,16 +157,14 @@ class LayerRows:
     ) -> Iterator[tuple[int, Tensor]]:
         deltas = [torch.stack(found, 1) for found in zip(*sweeps, strict=True)]
         for leaf, sites in self.by_leaf():
-            shape = matrix_shape(self.lin.leaves[leaf])
-            parts = [self.sites[i].part(operands[i], deltas[i], shape) for i in sites]
+            parts = [self.sites[i].part(operands[i], deltas[i]) for i in sites]
             if parts:
                 yield leaf, (parts[0] if len(parts) == 1 else Several(parts)).column_squares()
 
 
-def matrix_shape(leaf: Tensor) -> tuple[int, int]:
-    """Return the parameter's first axis and the others laid end to end, as `Part` sees it."""
-    long = leaf.shape[0] if leaf.ndim else 1
-    return long, leaf.shape[1:].numel()
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Return the lengths of a parameter's first axis and of the others laid end to end, as `RowFactors` sees it."""
+    return shape[0] if shape else 1, shape[1:].numel()
 
 
 def add_rows(layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor], sites: Iterable[int],
@@ -161,7 +172,7 @@ def add_rows(layers: LayerRows, operands: Sequence[Tensor | None], deltas: Seque
     """Write one leaf's rows for k output entries, cotangents `(n, k, T, …)`, into `(n, k, F, W)`."""
     add = False
     for i in sites:
-        layers.sites[i].part(operands[i], deltas[i], target.shape[2:]).into(target, add)
+        layers.sites[i].part(operands[i], deltas[i]).into(target, add)
         add = True
     if not add:
         target.zero_()

@@ -240,7 +240,7 @@ def _swept(second: Second, sites: Sequence[LayerOutput], chunk: Chunk) -> tuple[
         found, operands = second.sweep([(site, site.picking(some, like))], sites, moving)
         where = slice(start, start + len(some))
         for s, into, grad in zip(sites, seconds, found, strict=True):
-            _put(into.flatten(1, 2)[:, where], None if grad is None else s.spread_rows(grad).transpose(0, 1))
+            _put(into.flatten(1, 2)[:, where], None if grad is None else s.spread(grad).transpose(0, 1))
         for use, grad in zip(moving, operands, strict=True):
             if grad is not None:
                 met.add(id(use))
@@ -263,7 +263,7 @@ def _put(into: Tensor, value: Tensor | None) -> None:
 
 def operand_by_sample(site: LayerOutput, use: ParameterUse, operand: Tensor) -> Tensor:
     """Return what is shaped `(m, *as a use's operand)` as `(m, samples, …)`."""
-    return site.by_sample_rows(operand) if use.kind == "outer" else site.spread_rows(operand)
+    return site.by_sample(operand, 1) if use.kind == "outer" else site.spread(operand)
 
 
 # ---- do samples mix? -----------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def _add_by_channels(
         some = range(start, min(start + step, entries))
         for site, into, grads in zip(sites, deltas, _swept(lin, sites, _units(some, output)), strict=True):
             if grads is not None:
-                into[:, start : some.stop] = site.spread_rows(grads)[:, :, 0].transpose(0, 1)
+                into[:, start : some.stop] = site.spread(grads)[:, :, 0].transpose(0, 1)
     for place in range(len(sites)):
         _add_channels(sites[place:], H, deltas[place:], matrix, weight, most)
 

@@ -18,11 +18,12 @@ from ..._ladder.failures import RouteFailedError, attempt
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
-from ..layers.orders import by_sample, find_orders
+from ..layers.factors import SampleUse, matrix_shape
+from ..layers.orders import Order, by_sample, find_orders
 from ..layers.uses import ParameterUse, cotangents, find_uses
 from ..sweeps.linearization import Linearization
 
-Form = Literal["outer", "lookup", "vector", "swept"]
+Form = Literal["outer", "lookup", "rows", "swept"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Group:
     """Parameters whose curvature is one block.
 
     Attributes:
-        form: `"outer"` and `"lookup"` come as `Outer`; `"vector"` as rows, by cotangents; `"swept"` as rows, by
+        form: `"outer"` and `"lookup"` come as `OuterGradients`; `"rows"` as rows, by cotangents; `"swept"` as rows, by
             ordinary sweeps, one for each sample.
         leaves: The weight, and its bias if there is one.
         turned: The weight is stored as input times output.
@@ -107,10 +108,10 @@ class RecordedBatch:
         """Return a leaf that enters this batch in another way than its group says."""
         for group in groups:
             for place, leaf in enumerate(group.leaves):
-                kinds = {use.kind for use in self.uses.get(leaf, [])}
-                wanted = {"outer": {"outer", "lookup"}, "lookup": {"lookup"}}.get(group.form, {"vector"})
+                forms = _forms(self.uses.get(leaf, []))
+                wanted = {"outer": {"outer", "lookup"}, "lookup": {"lookup"}}.get(group.form, forms)
                 known = group.form == "swept" or leaf in self.uses
-                if not known or (group.form != "swept" and not kinds <= ({"vector"} if place else wanted)):
+                if not known or not forms <= ({"vector"} if place else wanted):
                     return leaf
         return None
 
@@ -118,20 +119,18 @@ class RecordedBatch:
         uses = self.uses.get(leaf)
         if uses is None:
             return Group("swept", (leaf,))
-        kinds = {use.kind for use in uses}
-        if not uses or kinds == {"vector"}:
-            return Group("vector", (leaf,))
-        if "vector" in kinds:
-            return Group("swept", (leaf,))
-        if kinds == {"lookup"}:
+        forms = _forms(uses)
+        if not uses or forms & {"vector", "derived"} or len(set(map(_sides, uses))) > 1:
+            return Group("rows", (leaf,))
+        if forms == {"lookup"}:
             return Group("lookup", (leaf,))
         turned = next(use for use in uses if use.kind == "outer").turned
         return Group("outer", (leaf,) if bias is None else (leaf, bias), turned)
 
     def _biases(self) -> dict[int, int]:
         """Return the bias of each weight that has one: added at the weight's own output, use by use."""
-        weights = {i: own for i, own in self.uses.items() if own and all(use.kind == "outer" for use in own)}
-        vectors = {i: own for i, own in self.uses.items() if own and all(use.kind == "vector" for use in own)}
+        weights = {i: own for i, own in self.uses.items() if _forms(own) == {"outer"}}
+        vectors = {i: own for i, own in self.uses.items() if _forms(own) == {"vector"}}
         if not weights or not vectors:
             return {}
         flat = [use for own in (*weights.values(), *vectors.values()) for use in own]
@@ -172,20 +171,25 @@ class RecordedBatch:
         return [torch.stack([self._rows(use, own[i]) for own in singles]) for i, use in enumerate(uses)]
 
     def _rows(self, use: ParameterUse, delta: Tensor) -> Tensor:
+        return by_sample(plain(use.rows(delta)), self.samples, self._order(use))
+
+    def _order(self, use: ParameterUse) -> Order:
         order = self._orders[use]
-        return by_sample(plain(use.rows(delta)), self.samples, order or "sample first")
+        return "sample first" if order is None else order
 
     def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:
         (leaf, *bias), uses = group.leaves, self.uses[group.leaves[0]]
-        if group.form == "vector":
-            shape = (seeds.shape[0], self.samples, self.lin.leaves[leaf].numel())
-            total = torch.zeros(shape, dtype=self.lin.leaves[leaf].dtype, device=seeds.device)
-            return sum((deltas[use].sum(2).reshape(shape) for use in uses), total)
-        return [self._outer(group, use, deltas[use], bool(bias)) for use in uses]
+        if group.form != "rows":
+            return [self._outer(group, use, deltas[use], bool(bias)) for use in uses]
+        like = self.lin.leaves[leaf].detach()
+        rows = like.new_zeros(self.samples, seeds.shape[0], *matrix_shape(like.shape))
+        for use in uses:
+            site = SampleUse(use, self._order(use), self.samples)
+            site.part(site.operand(), deltas[use].transpose(0, 1)).into(rows, add=True)
+        return rows.flatten(2).transpose(0, 1)
 
     def _outer(self, group: Group, use: ParameterUse, delta: Tensor, with_one: bool) -> OuterGradients:
-        order = self._orders[use] or "sample first"
-        operand = by_sample(_given(use.operand), self.samples, order)
+        operand = by_sample(_given(use.operand), self.samples, self._order(use))
         if use.kind == "lookup":
             if group.form == "lookup":
                 return OuterGradients(operand, delta.unsqueeze(3), swapped=True)
@@ -255,6 +259,19 @@ class RecordedBatch:
     def distrust(self) -> None:
         """Take ordinary sweeps for all parameters from now on."""
         self.uses = {}
+
+
+def _forms(uses: Sequence[ParameterUse]) -> set[str]:
+    """Return in what ways a parameter enters."""
+    return {"derived" if use.derived else use.kind for use in uses}
+
+
+def _sides(use: ParameterUse) -> tuple[int, int]:
+    """Return how many groups a weight is seen in, and how long the second side of each is as it is stored."""
+    if use.operand is None or use.kind != "outer":
+        return 1, use.entry.weight[-1]
+    groups, inner = use.operand.shape[1:]
+    return groups, use.entry.weight.numel() // (groups * inner) if use.turned else inner
 
 
 def _is_bias(
