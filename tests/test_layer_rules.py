@@ -4,8 +4,9 @@ The oracle runs each sample alone, one number of the output at a time, in float6
 axis of any model has either length.
 """
 
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,7 +135,7 @@ def einsum(equation: str, *shape: int) -> Made:
 
 
 def lengths(n: int) -> tuple[Tensor, Tensor]:
-    return draw(n, 4, 2), torch.tensor([2, 4, 1, 3, 4, 2, 1])[:n]
+    return draw(n, 4, 2), torch.tensor([4, 2, 1, 3, 4, 2, 1])[:n]
 
 
 MODELS: dict[str, tuple[Made, Inputs]] = {
@@ -190,7 +191,7 @@ MODELS: dict[str, tuple[Made, Inputs]] = {
     "positive": (lambda: Picks(positive(nn.Conv1d(2, 4, 2))), points(2, 4)),
     "low rank": (lambda: Picks(Calls(tied_low_rank, (1, 4), (4, 1), (4, 4))), points(2, 4)),
     "lstm": (lambda: Picks(nn.LSTM(2, 2, num_layers=2, batch_first=True), first), points(4, 2)),
-    "lstm, projected": (lambda: Picks(nn.LSTM(2, 4, proj_size=2), lambda out: out[0].transpose(0, 1)), None),
+    "lstm, projected": (lambda: Picks(nn.LSTM(2, 4, proj_size=2, batch_first=True), first), points(4, 2)),
     "gru": (lambda: Picks(nn.GRU(2, 2, bidirectional=True, batch_first=True), first), points(4, 2)),
     "lstm, packed": (lambda: Packed(nn.LSTM), lengths),
     "gru, packed": (lambda: Packed(nn.GRU), lengths),
@@ -199,12 +200,14 @@ MODELS: dict[str, tuple[Made, Inputs]] = {
     "heads, positions": (einsum("ntd,hdk->nthk", 2, 4, 6), points(5, 4)),
     "heads, each its own": (einsum("nhd,hdk->nhk", 2, 4, 6), points(2, 4)),
     "heads, contracted": (einsum("nthk,hkd->ntd", 2, 4, 6), points(5, 2, 4)),
-    "heads, weights first": (lambda: Picks(Calls(lambda w, x: torch.einsum("hdk,nhd->nhk", w, x), (2, 4, 6))), points(2, 4)),
+    "heads, weights first": (
+        lambda: Picks(Calls(lambda w, x: torch.einsum("hdk,nhd->nhk", w, x), (2, 4, 6))),
+        points(2, 4),
+    ),
     "heads, repeated": (lambda: Picks(Calls(lambda w, x: x.unsqueeze(1) @ w, (2, 4, 6))), points(5, 4)),
     "attention to itself": (lambda: Attends(True), points(5, 4)),
     "attention": (lambda: Attends(False), points(5, 4)),
 }
-MODELS["lstm, projected"] = (lambda: Picks(nn.LSTM(2, 4, proj_size=2, batch_first=True), first), points(4, 2))
 each = pytest.mark.parametrize("name", MODELS)
 
 
@@ -246,15 +249,6 @@ def jacobian_of(model: nn.Module, x: Any, n: int) -> Tensor:
     return torch.cat([rows_of(oracle.called(model, sample(x, i)), model) for i in range(n)])
 
 
-def hessian_of(model: nn.Module, x: Any, y: Tensor) -> Tensor:
-    parameters = list(model.parameters())
-    grads = torch.autograd.grad(loss(oracle.called(model, x), y), parameters, create_graph=True, allow_unused=True)
-    pairs = zip(grads, parameters, strict=True)
-    flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
-    size = flat.numel()
-    return rows_of(flat, model) if flat.requires_grad else torch.zeros(size, size, dtype=F64)
-
-
 def ggn_of(J: Tensor, model: nn.Module, x: Any, y: Tensor) -> Tensor:
     output = oracle.called(model, x).detach()
     H = torch.autograd.functional.hessian(lambda o: square(o, y), output).reshape(len(J), len(J))
@@ -277,9 +271,7 @@ def test_rows_are_the_oracles(name: str) -> None:
     assert "7 samples to a sweep" in found.route
     close(found.dense(), expected)
     close(jacops.modjac(model, x, flatten=True), expected)
-    gradients = torch.cat(
-        [rows_of(loss(oracle.called(model, sample(x, i)), y[i : i + 1]), model) for i in range(7)]
-    )
+    gradients = torch.cat([rows_of(loss(oracle.called(model, sample(x, i)), y[i : i + 1]), model) for i in range(7)])
     rows = jacops.sample_gradients(model, loss, x, y)
     assert rows.without_rule == []
     close(rows.dense(), gradients)
@@ -289,12 +281,12 @@ def test_rows_are_the_oracles(name: str) -> None:
 @each
 def test_curvature_is_the_oracles(name: str) -> None:
     model, x, y = case(name, 7)
-    expected = hessian_of(model, x, y)
+    expected = oracle.hessian(model, loss, x, y, copier=lambda model: model)
     close(jacops.hessian(model, loss, x, y).dense(), expected)
-    close(jacops.hessian(model, loss, x, y).diagonal(), expected.diagonal())
+    close(jacops.diagonal(jacops.hessian(model, loss, x, y)), expected.diagonal())
     expected = ggn_of(jacobian_of(model, x, 7), model, x, y)
     close(jacops.ggn(model, square, x, y).dense(), expected)
-    close(jacops.ggn(model, square, x, y).diagonal(), expected.diagonal())
+    close(jacops.diagonal(jacops.ggn(model, square, x, y)), expected.diagonal())
 
 
 @each
@@ -314,15 +306,16 @@ USES: dict[str, Callable[[nn.Module, Any, Tensor], Any]] = {
     "modjac": lambda model, x, y: jacops.modjac(model, x),
     "hessian": lambda model, x, y: jacops.hessian(model, loss, x, y).dense(),
     "ggn": lambda model, x, y: jacops.ggn(model, square, x, y).dense(),
-    "hessian's diagonal": lambda model, x, y: jacops.hessian(model, loss, x, y).diagonal(),
-    "ggn's diagonal": lambda model, x, y: jacops.ggn(model, square, x, y).diagonal(),
+    "hessian's diagonal": lambda model, x, y: jacops.diagonal(jacops.hessian(model, loss, x, y)),
+    "ggn's diagonal": lambda model, x, y: jacops.diagonal(jacops.ggn(model, square, x, y)),
     "ekfac": lambda model, x, y: EKFAC().approximate(Problem(model, nn.MSELoss(), [(x, y)]).ggn()),
 }
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Counts backward passes."""
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts backward passes, none of which the clock decides on."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     counted = [0]
     grad, backward = torch.autograd.grad, torch.autograd.backward
 
@@ -335,7 +328,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(torch.autograd, "grad", counting(grad))
     monkeypatch.setattr(torch.autograd, "backward", counting(backward))
-    yield counted
+    return counted
 
 
 @each

@@ -22,13 +22,14 @@ class Collected:
         samples: How many altogether.
         entries: Rows of each.
         layers: The uses of the first batch; those of others must be alike.
+        whole: Keep rows of all parameters, so that samples may enter in ways of their own.
 
     Attributes:
         missing: Leaves whose rows are not by uses.
     """
 
-    def __init__(self, samples: int, entries: int, layers: LayerRows) -> None:
-        self.samples, self.entries, self.missing = samples, entries, tuple(layers.missing)
+    def __init__(self, samples: int, entries: int, layers: LayerRows, whole: bool = False) -> None:
+        self.samples, self.entries, self.missing, self._whole = samples, entries, tuple(layers.missing), whole
         self.leaves = layers.lin.leaves
         self._by_leaf = list(layers.by_leaf())
         operands = [site.operand() for site in layers.sites]
@@ -36,10 +37,17 @@ class Collected:
         self._like = [self.leaves[site.use.leaf] for site in layers.sites]
         self._operands: list[Tensor | None] = [None] * len(operands)
         self._deltas: list[Tensor | None] = [None] * len(operands)
-        self._rows: dict[int, Tensor] = {leaf: self._empty(leaf) for leaf in self.missing}
+        as_rows = range(len(self.leaves)) if whole else self.missing
+        self._rows: dict[int, Tensor] = {leaf: self._empty(leaf) for leaf in as_rows}
+        self._shared: dict[int, int] = {}
+        if not whole:
+            self._share_out(layers, operands)
+
+    def _share_out(self, layers: LayerRows, operands: Sequence[Tensor | None]) -> None:
+        """Make room for factors, or for rows where those are smaller."""
         for leaf, sites in self._by_leaf:
-            held = sum(_factor_entries(layers.sites[i], operands[i], entries) for i in sites)
-            if held >= entries * self.leaves[leaf].numel() and sites:
+            held = sum(_factor_entries(layers.sites[i], operands[i], self.entries) for i in sites)
+            if held >= self.entries * self.leaves[leaf].numel() and sites:
                 self._rows[leaf] = self._empty(leaf)
                 continue
             for i in sites:
@@ -84,8 +92,11 @@ class Collected:
             StructureChangedError: These samples enter in another way than the first ones.
         """
         operands = [site.operand() for site in layers.sites]
-        if tuple(layers.missing) != self.missing or _form(layers, operands) != self._form:
+        changed = not self._whole and _form(layers, operands) != self._form
+        if tuple(layers.missing) != self.missing or changed:
             raise StructureChangedError("samples enter in different ways")
+        if self._whole:
+            return operands
         for kept, operand in zip(self._operands, operands, strict=True):
             if kept is not None and operand is not None:
                 kept[where] = operand
@@ -95,11 +106,11 @@ class Collected:
         self, where: slice, entry: int, layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor]
     ) -> None:
         """Take in one sweep: one row of some samples."""
-        for kept, delta in zip(self._deltas, deltas, strict=True):
+        for kept, delta in () if self._whole else zip(self._deltas, deltas, strict=True):
             if kept is not None:
                 kept[where, entry] = delta
         single = [delta.unsqueeze(1) for delta in deltas]
-        for leaf, sites in self._by_leaf:
+        for leaf, sites in layers.by_leaf():
             if leaf in self._rows:
                 add_rows(layers, operands, single, sites, self._rows[leaf][where, entry : entry + 1])
 

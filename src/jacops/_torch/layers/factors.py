@@ -17,9 +17,9 @@ from torch import Tensor
 from ..._ladder.failures import attempt
 from ..._runtime.rows import plain
 from ..sweeps.linearization import Linearization
-from .orders import Order, by_sample, find_orders
+from .orders import Order, by_sample, sample_uses
 from .parts import Lookup, Outer, RowFactors, Rows, Several
-from .uses import ParameterUse, cotangents, find_uses
+from .uses import ParameterUse, cotangents
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,31 +94,18 @@ class LayerRows:
 
     def __init__(self, lin: Linearization, samples: int, plainly: bool = False) -> None:
         self.lin, self.samples = lin, samples
-        found = {} if plainly else find_uses(lin, repeated=True)
-        self.uses = [use for leaf in sorted(found) for use in found[leaf]]
-        orders = self._orders(self.uses)
-        lost = {use.leaf for use, order in zip(self.uses, orders, strict=True) if order is None}
+        found = {} if plainly else sample_uses(lin, samples, repeated=True, remembered=True)
+        self.uses = [use for own in found.values() for use, _ in own]
+        lost = {leaf for leaf, own in found.items() if any(order is None for _, order in own)}
         # A parameter without entries has rows without entries, wherever it enters.
         self.missing = [j for j, t in enumerate(lin.leaves) if t.numel() and (j not in found or j in lost)]
-        pairs = zip(self.uses, orders, strict=True)
         self.sites = [
             SampleUse(use, order, samples)
-            for use, order in pairs
-            if order is not None and use.leaf not in lost and lin.leaves[use.leaf].numel()
+            for leaf, own in found.items()
+            if leaf not in lost and lin.leaves[leaf].numel()
+            for use, order in own
+            if order is not None
         ]
-
-    def _orders(self, uses: Sequence[ParameterUse]) -> Sequence[Order | None]:
-        if self.samples == 1:
-            alone: list[Order | None] = ["sample first"]  # any order is right
-            return alone * len(uses)
-        trust, key = self.lin.trust, ("orders of rows", len(uses), tuple(self.lin.domain.names))
-        if key in trust.known and not trust.needs(*key):
-            return trust.known[key]
-        found = attempt(lambda: find_orders(self.lin, uses)) if uses else []
-        if all(isinstance(order, str) for order in found):
-            trust.known[key] = found
-            trust.remember(*key)
-        return found
 
     def sweep(self, seeds: Sequence[Tensor]) -> list[Tensor]:
         """Return `(n, T, …)` at every site by one sweep.

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..._ladder.failures import attempt
 from ..._runtime.contexts import private_noise
 from ..sweeps.linearization import Linearization
-from .uses import ParameterUse, cotangents
+from .uses import ParameterUse, cotangents, find_uses
 
 Order = Literal["sample first", "sample second"] | Tensor
 """How rows are laid out; a tensor `(samples, positions)` says which they are, the number of rows standing for none."""
@@ -18,6 +19,49 @@ Order = Literal["sample first", "sample second"] | Tensor
 _FAR = (
     1e-3  # a row whose two cotangents are not one times a whole number, to this relative error, is of several samples
 )
+
+
+Ordered = dict[int, list[tuple[ParameterUse, Order | None]]]
+
+
+def sample_uses(lin: Linearization, samples: int, repeated: bool = False, remembered: bool = False) -> Ordered:
+    """Return all uses that have a rule, by leaf, with how their rows belong to samples; None where samples mix.
+
+    Where rows belong to none, an operation may be part of what makes a weight, and uses are looked for behind it.
+
+    Args:
+        lin: A model's outputs, first axis samples, by its parameters; with one sample, anything of that sample.
+        samples: How many.
+        repeated: As in `find_uses`.
+        remembered: Take what was found for the same graph before.
+    """
+    found = find_uses(lin, repeated)
+    uses = _flat(found)
+    if samples == 1:  # any order is right
+        return {leaf: [(use, "sample first") for use in found[leaf]] for leaf in sorted(found)}
+    trust, key = lin.trust, ("orders of rows", len(uses), tuple(lin.domain.names))
+    if remembered and key in trust.known and not trust.needs(*key):
+        orders, lost = trust.known[key]
+        return _ordered(find_uses(lin, repeated, [uses[i].node for i in lost]) if lost else found, orders)
+    orders = attempt(lambda: find_orders(lin, uses)) if uses else []
+    lost = [i for i, order in enumerate(orders) if order is None]
+    if lost:
+        behind = find_uses(lin, repeated, [uses[i].node for i in lost])
+        if any(uses[i].leaf in behind for i in lost):
+            found, orders = behind, attempt(lambda: find_orders(lin, _flat(behind)))
+    if remembered and all(isinstance(order, str) for order in orders):
+        trust.known[key] = orders, lost
+        trust.remember(*key)
+    return _ordered(found, orders)
+
+
+def _flat(found: dict[int, list[ParameterUse]]) -> list[ParameterUse]:
+    return [use for leaf in sorted(found) for use in found[leaf]]
+
+
+def _ordered(found: dict[int, list[ParameterUse]], orders: Iterable[Order | None]) -> Ordered:
+    rest = iter(orders)
+    return {leaf: [(use, next(rest)) for use in found[leaf]] for leaf in sorted(found)}
 
 
 def find_orders(lin: Linearization, uses: Iterable[ParameterUse]) -> list[Order | None]:

@@ -9,7 +9,7 @@ is left to ordinary sweeps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -142,7 +142,7 @@ class ParameterUse:
         return self._rule.entries(self.node, self.entry, torch.arange(self._tensor.numel(), device=self._tensor.device))
 
 
-def find_uses(lin: Linearization, repeated: bool = False) -> dict[int, list[ParameterUse]]:
+def find_uses(lin: Linearization, repeated: bool = False, inside: Iterable[Any] = ()) -> dict[int, list[ParameterUse]]:
     """Return the uses of every leaf all of whose uses have a rule, by the leaf's index.
 
     A leaf that is missing enters in some other way; a leaf with an empty list does not enter at all.
@@ -150,10 +150,11 @@ def find_uses(lin: Linearization, repeated: bool = False) -> dict[int, list[Para
     Args:
         lin: What was recorded.
         repeated: Look for cotangents behind sums that repeat what was looked up for all samples.
+        inside: Operations that make weights, so that no parameter enters there.
     """
     if lin.aliased_leaves or lin.graph_info.reentrant or lin.graph_info.functions:
         return {}
-    found = _Search(lin).uses()
+    found = _Search(lin, inside).uses()
     if repeated:
         lookups = {use.node for uses in found.values() for use in uses if use.kind == "lookup"}
         ends = [output.grad_fn for output in lin.outputs]
@@ -176,7 +177,7 @@ _Made = dict[Any, _Found]
 class _Search:
     """A walk from leaves to the operations where they, or what is computed from them alone, meet samples."""
 
-    def __init__(self, lin: Linearization) -> None:
+    def __init__(self, lin: Linearization, inside: Iterable[Any]) -> None:
         self._lin = lin
         self._ends = {(o.grad_fn, o.output_nr) for o in lin.outputs}
         self._index = {id(leaf): i for i, leaf in enumerate(lin.leaves)}
@@ -190,7 +191,7 @@ class _Search:
             if leaf is not None:
                 self._roots[leaf] = node
         self._behind: dict[Any, set[int] | None] = {}
-        self._inside: set[Any] = set()
+        self._inside = set(inside)
 
     def uses(self) -> dict[int, list[ParameterUse]]:
         """Return the uses of the leaves that have rules everywhere."""

@@ -19,8 +19,8 @@ from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
 from ..layers.factors import SampleUse, matrix_shape
-from ..layers.orders import Order, by_sample, find_orders
-from ..layers.uses import ParameterUse, cotangents, find_uses
+from ..layers.orders import Order, by_sample, sample_uses
+from ..layers.uses import ParameterUse, cotangents
 from ..sweeps.linearization import Linearization
 
 Form = Literal["outer", "lookup", "rows", "swept"]
@@ -77,11 +77,12 @@ class RecordedBatch:
     def __init__(self, lin: Linearization) -> None:
         self.lin = lin
         (self.output,) = lin.outputs
-        found = find_uses(lin)
-        uses = [use for leaf in found.values() for use in leaf]
-        orders = dict(zip(uses, find_orders(lin, uses), strict=True)) if uses else {}
-        self.uses = {leaf: own for leaf, own in found.items() if all(orders[use] is not None for use in own)}
-        self._orders = orders
+        found = sample_uses(lin, self.samples)
+        whole = {leaf: own for leaf, own in found.items() if all(order is not None for _, order in own)}
+        self.uses = {leaf: [use for use, _ in own] for leaf, own in whole.items()}
+        self._orders: dict[ParameterUse, Order] = {
+            use: order for own in whole.values() for use, order in own if order is not None
+        }
         self._batched = True
 
     @property
@@ -171,11 +172,7 @@ class RecordedBatch:
         return [torch.stack([self._rows(use, own[i]) for own in singles]) for i, use in enumerate(uses)]
 
     def _rows(self, use: ParameterUse, delta: Tensor) -> Tensor:
-        return by_sample(plain(use.rows(delta)), self.samples, self._order(use))
-
-    def _order(self, use: ParameterUse) -> Order:
-        order = self._orders[use]
-        return "sample first" if order is None else order
+        return by_sample(plain(use.rows(delta)), self.samples, self._orders[use])
 
     def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:
         (leaf, *bias), uses = group.leaves, self.uses[group.leaves[0]]
@@ -184,12 +181,12 @@ class RecordedBatch:
         like = self.lin.leaves[leaf].detach()
         rows = like.new_zeros(self.samples, seeds.shape[0], *matrix_shape(like.shape))
         for use in uses:
-            site = SampleUse(use, self._order(use), self.samples)
+            site = SampleUse(use, self._orders[use], self.samples)
             site.part(site.operand(), deltas[use].transpose(0, 1)).into(rows, add=True)
         return rows.flatten(2).transpose(0, 1)
 
     def _outer(self, group: Group, use: ParameterUse, delta: Tensor, with_one: bool) -> OuterGradients:
-        operand = by_sample(_given(use.operand), self.samples, self._order(use))
+        operand = by_sample(_given(use.operand), self.samples, self._orders[use])
         if use.kind == "lookup":
             if group.form == "lookup":
                 return OuterGradients(operand, delta.unsqueeze(3), swapped=True)
@@ -280,7 +277,7 @@ def _is_bias(
     if len(weights) != len(vectors) or any(use.operand is not None for use in vectors):
         return False
     if exact:
-        return all(w.node is v.node for w, v in zip(weights, vectors, strict=True))
+        return all(w.node is v.node and w.layout is not None for w, v in zip(weights, vectors, strict=True))
     for w, v in zip(weights, vectors, strict=True):
         at_weight, at_vector = w.rows(deltas[w]).flatten(1), v.rows(deltas[v]).flatten(1)
         if at_weight.shape != at_vector.shape or not torch.equal(at_weight, at_vector):
