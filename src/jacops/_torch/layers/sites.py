@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .rules import Layout
+from .rules import RowLayout
 from .uses import ParameterUse
 
 
@@ -53,7 +53,7 @@ class LayerOutput:
         return GradientEdge(self.node, 0)
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """How the output is seen.
 
         Raises:

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 from ..._runtime.contexts import sweeping
 from ..._runtime.restoring import restoring
 from ..sweeps.linearization import Linearization
-from .rules import RULES, Entry, Kind, Layout, Rule, derived, output_shape, passed_on, pulled_back, repeating_sums
+from .rules import RULES, Entry, Kind, RowLayout, Rule, derived, output_shape, passed_on, pulled_back, repeating_sums
 
 _DEEPEST = 50  # operations between a parameter and the weight made of it: a chain of more is a network's
 
@@ -133,7 +133,7 @@ class ParameterUse:
         return pulled_back(self.entry.edge, self._tensor, rows.reshape(-1, *self.entry.weight))
 
     @cached_property
-    def layout(self) -> Layout | None:
+    def layout(self) -> RowLayout | None:
         """How the output is seen; None where gradients by the leaf are not made of its channels."""
         return None if self.derived else self._rule.layout(self.node, self.entry)
 

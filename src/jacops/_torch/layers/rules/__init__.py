@@ -8,17 +8,17 @@ from __future__ import annotations
 from .bilinear import Trilinear
 from .convolution import Convolution
 from .embedding import Embedding, repeating_sums
-from .linear import BatchedProduct, Product
+from .linear import BatchedProduct, MatrixProduct
 from .normalisation import BatchGain, BatchOffset, GroupGain, LayerGain
 from .parametrised import derived, passed_on, pulled_back
-from .rule import Entry, Kind, Layout, Rule, output_shape
+from .rule import Entry, Kind, RowLayout, Rule, output_shape
 from .scale import Broadcast, ByChannel, Slope
 
 __all__ = [
     "RULES",
     "Entry",
     "Kind",
-    "Layout",
+    "RowLayout",
     "Rule",
     "derived",
     "output_shape",
@@ -31,7 +31,7 @@ RULES: dict[tuple[str, int], Rule] = {
     ("AddBackward0", 0): Broadcast(),
     ("AddBackward0", 1): Broadcast(),
     ("AddmmBackward0", 0): Broadcast(),
-    ("AddmmBackward0", 2): Product("_saved_mat1"),
+    ("AddmmBackward0", 2): MatrixProduct("_saved_mat1"),
     ("BmmBackward0", 0): BatchedProduct(first=True),
     ("BmmBackward0", 1): BatchedProduct(first=False),
     ("ConvolutionBackward0", 1): Convolution(),
@@ -39,7 +39,7 @@ RULES: dict[tuple[str, int], Rule] = {
     ("CudnnBatchNormBackward0", 1): BatchGain(),
     ("CudnnBatchNormBackward0", 2): BatchOffset(),
     ("EmbeddingBackward0", 0): Embedding(),
-    ("MmBackward0", 1): Product("_saved_self"),
+    ("MmBackward0", 1): MatrixProduct("_saved_self"),
     ("MulBackward0", 0): Broadcast(lambda node: node._saved_other),
     ("MulBackward0", 1): Broadcast(lambda node: node._saved_self),
     ("NativeBatchNormBackward0", 1): BatchGain(),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import Entry, Layout, Rule, last_axis, output_shape
+from .rule import Entry, RowLayout, Rule, last_axis, output_shape
 
 
 class Trilinear(Rule):
@@ -35,6 +35,6 @@ class Trilinear(Rule):
         """Return the cotangent in one group."""
         return delta.unsqueeze(1)
 
-    def layout(self, node: Any, entry: Entry) -> Layout:
+    def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are last."""
         return last_axis(output_shape(node))

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..part import slices
-from .rule import Entry, Layout, Rule, output_shape, second_axis
+from .rule import Entry, RowLayout, Rule, output_shape, second_axis
 
 _TURNED = 2**19  # bytes of patches that are turned at once: they stay in a near cache
 
@@ -47,7 +47,7 @@ class Convolution(Rule):
         # Padding of the output alone may make room for patches that no pixel of the input belongs to.
         return _patches(node, delta, node._saved_input.shape[2:])
 
-    def layout(self, node: Any, entry: Entry) -> Layout | None:
+    def layout(self, node: Any, entry: Entry) -> RowLayout | None:
         """Channels are second; patches of an output overlap and are no channels of it."""
         shape = output_shape(node)
         return None if node._saved_transposed else second_axis(shape, shape[0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import Entry, Layout, Rule, last_axis, output_shape
+from .rule import Entry, RowLayout, Rule, last_axis, output_shape
 
 
 class Embedding(Rule):
@@ -38,7 +38,7 @@ class Embedding(Rule):
         kept = (indices != padding).to(delta.dtype).repeat(rows.shape[0] // max(1, indices.numel()))
         return rows * kept.unsqueeze(1)
 
-    def layout(self, node: Any, entry: Entry) -> Layout:
+    def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are last."""
         return last_axis(output_shape(node))
 

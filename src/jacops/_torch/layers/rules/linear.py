@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .rule import Entry, Layout, Rule, last_axis, output_shape
+from .rule import Entry, RowLayout, Rule, last_axis, output_shape
 
 
-class Product(Rule):
+class MatrixProduct(Rule):
     """`z = x W`, the weight second; `saved` names the first."""
 
     kind = "outer"
@@ -37,7 +37,7 @@ class Product(Rule):
         """Return the cotangent in one group."""
         return delta.unsqueeze(1)
 
-    def layout(self, node: Any, entry: Entry) -> Layout:
+    def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are last."""
         return last_axis(output_shape(node))
 
@@ -74,8 +74,8 @@ class BatchedProduct(Rule):
         matrices = matrices.mT if self._first else matrices
         return matrices.unflatten(0, (entry.copies, -1)).transpose(1, 2).flatten(0, 1)
 
-    def layout(self, node: Any, entry: Entry) -> Layout:
+    def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are groups times outputs."""
         shape, copies = output_shape(node), entry.copies
         sizes = (copies, shape[0] // copies, *shape[1:])
-        return Layout(shape, sizes, (0, 3, 1, 2) if self._first else (0, 2, 1, 3), 2, samples_first=copies > 1)
+        return RowLayout(shape, sizes, (0, 3, 1, 2) if self._first else (0, 2, 1, 3), 2, samples_first=copies > 1)

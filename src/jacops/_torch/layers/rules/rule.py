@@ -40,7 +40,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """An operation's output as rows of channels.
 
     Attributes:
@@ -82,16 +82,16 @@ class Layout:
         return split.permute(*range(len(lead)), *(len(lead) + i for i in back)).reshape(*lead, *self.shape)
 
 
-def last_axis(shape: torch.Size) -> Layout:
+def last_axis(shape: torch.Size) -> RowLayout:
     """Return the layout of an output whose last axis are channels; one axis alone makes rows."""
     sizes = tuple(shape) if len(shape) > 1 else (*shape, 1)
-    return Layout(shape, sizes, tuple(range(len(sizes))), len(sizes) - 1)
+    return RowLayout(shape, sizes, tuple(range(len(sizes))), len(sizes) - 1)
 
 
-def second_axis(shape: torch.Size, samples: int) -> Layout:
+def second_axis(shape: torch.Size, samples: int) -> RowLayout:
     """Return the layout of an output `(samples, channels, …)`, or one that is reshaped so."""
     inner = shape[2:].numel()
-    return Layout(shape, (samples, shape[:2].numel() // max(1, samples), inner), (0, 2, 1), 2, samples_first=True)
+    return RowLayout(shape, (samples, shape[:2].numel() // max(1, samples), inner), (0, 2, 1), 2, samples_first=True)
 
 
 def output_shape(node: Any) -> torch.Size:
@@ -137,7 +137,7 @@ class Rule(ABC):
         """Return a cotangent at the output as rows; of a vector's, times the operand."""
 
     @abstractmethod
-    def layout(self, node: Any, entry: Entry) -> Layout | None:
+    def layout(self, node: Any, entry: Entry) -> RowLayout | None:
         """Return how the output is seen; None where gradients are not outer products of its channels."""
 
     def entries(self, node: Any, entry: Entry, numbers: Tensor) -> Tensor:

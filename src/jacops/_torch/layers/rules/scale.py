@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .rule import Entry, Layout, Rule, last_axis, output_shape, second_axis
+from .rule import Entry, RowLayout, Rule, last_axis, output_shape, second_axis
 
 Read = Callable[[Any], Tensor | None]
 
@@ -46,7 +46,7 @@ class Broadcast(Rule):
         summed = [i + 1 for i, size in enumerate(inner) if size == 1 != flat.shape[i + 1]]
         return (flat.sum(summed, keepdim=True) if summed else flat).reshape(-1, *leaf)
 
-    def layout(self, node: Any, entry: Entry) -> Layout:
+    def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are last."""
         return last_axis(output_shape(node))
 
@@ -78,7 +78,7 @@ class ByChannel(Rule):
         value = value.reshape(entry.copies * value.shape[0], -1, *value.shape[2:]) if entry.copies > 1 else value
         return value.flatten(2).sum(2) if value.ndim > 2 else value
 
-    def layout(self, node: Any, entry: Entry) -> Layout:
+    def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are second."""
         shape = output_shape(node)
         return second_axis(shape, shape[0] * entry.copies)
