@@ -19,6 +19,7 @@ import jacops
 import oracle
 from jacops import Problem
 from jacops._torch.routes import curvature, gauss_newton
+from jacops._torch.routes.kronecker import RecordedBatch
 from jacops.solvers import EKFAC
 from small import Calls, draw, settled
 
@@ -290,12 +291,20 @@ def test_curvature_is_the_oracles(name: str) -> None:
 
 
 @each
-def test_ekfac_keeps_the_trace_of_what_it_stands_for(name: str) -> None:
+def test_ekfac_keeps_the_trace_of_what_it_stands_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = case(name, 7)
+    by_sweeps, swept = RecordedBatch._by_sweeps, []
+
+    def noting(batch: RecordedBatch, leaves: Any, seeds: Tensor) -> Any:
+        swept.extend(leaves)
+        return by_sweeps(batch, leaves, seeds)
+
+    monkeypatch.setattr(RecordedBatch, "_by_sweeps", noting)
     exact = Problem(model, nn.MSELoss(), [(x, y)]).ggn()
     found = EKFAC().approximate(exact)
     total = ggn_of(jacobian_of(model, x, 7), model, x, y).trace()
     torch.testing.assert_close(found.eigenvalues.sum(), total, rtol=1e-9, atol=0)
+    assert swept == []
 
 
 # ---- the sweeps ------------------------------------------------------------------------------------------------------

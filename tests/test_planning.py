@@ -18,6 +18,7 @@ from cases import F64
 from jacops._runtime.memory import Meter, budget_bytes, free_bytes
 from jacops._torch.samples.batch import Samples
 from jacops.planning import Plan, plan
+from small import Calls
 
 CPU = torch.device("cpu")
 

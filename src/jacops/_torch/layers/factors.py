@@ -48,6 +48,14 @@ class SampleUse:
         operand = None if self.use.kind == "vector" else self.use.operand
         return None if operand is None else by_sample(operand, self.samples, self.order)
 
+    def ones(self, operand: Tensor) -> Tensor:
+        """Return the operand of a bias beside a weight's, `(n, T, g, 1)`: zero where a sample has fewer positions."""
+        ones = operand.new_ones(*operand.shape[:-1], 1)
+        if not isinstance(self.order, Tensor):
+            return ones
+        known = self.order < self.use.shape[:-1].numel()
+        return ones * known.to(ones.dtype).view(*known.shape, 1, 1)
+
     def delta(self, cotangent: Tensor) -> Tensor:
         """Return a cotangent at the use as `(n, T, …)`."""
         if self._apart:
@@ -107,15 +115,27 @@ class LayerRows:
             if order is not None
         ]
 
-    def sweep(self, seeds: Sequence[Tensor]) -> list[Tensor]:
-        """Return `(n, T, …)` at every site by one sweep.
+    def sweep(self, seeds: Sequence[Tensor], sites: Sequence[SampleUse] | None = None) -> list[Tensor]:
+        """Return `(n, T, …)` at every site, or at some, by one sweep.
 
         Raises:
             RouteFailedError: Torch cannot take it.
         """
-        self.lin.sweeps += bool(self.sites)
-        found = attempt(lambda: cotangents(self.lin, [site.use for site in self.sites], seeds))
-        return [site.delta(plain(delta)) for site, delta in zip(self.sites, found, strict=True)]
+        sites = self.sites if sites is None else sites
+        self.lin.sweeps += bool(sites)
+        found = attempt(lambda: cotangents(self.lin, [site.use for site in sites], seeds))
+        return [site.delta(plain(delta)) for site, delta in zip(sites, found, strict=True)]
+
+    def sweep_batched(self, seeds: Sequence[Tensor], sites: Sequence[SampleUse]) -> list[Tensor]:
+        """Return `(k, n, T, …)` at some sites for k cotangents, `(k, *output)` each, by one batched sweep.
+
+        Raises:
+            RouteFailedError: Torch cannot take it.
+        """
+        self.lin.sweeps += len(seeds[0])
+        found = attempt(lambda: cotangents(self.lin, [site.use for site in sites], seeds, batched=True))
+        pairs = zip(sites, found, strict=True)
+        return [torch.stack([site.delta(plain(delta)) for delta in deltas]) for site, deltas in pairs]
 
     def by_leaf(self) -> Iterator[tuple[int, list[int]]]:
         """Yield every covered leaf and which sites are its."""
