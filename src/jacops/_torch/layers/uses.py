@@ -184,10 +184,11 @@ class _Search:
         self._into: dict[Any, list[tuple[Any, int, int]]] = {}
         self._roots: dict[int, Any] = {}
         for node in lin.graph_info.nodes:
-            for place, (parent, number) in enumerate(node.next_functions):
+            before = node.next_functions
+            for place, (parent, number) in enumerate(before):
                 if parent is not None:
                     self._into.setdefault(parent, []).append((node, place, number))
-            leaf = self._index.get(id(getattr(node, "variable", None)))
+            leaf = None if before else self._index.get(id(getattr(node, "variable", None)))
             if leaf is not None:
                 self._roots[leaf] = node
         self._behind: dict[Any, set[int] | None] = {}
@@ -300,9 +301,9 @@ class _Search:
 def _refusal(rule: Rule, node: Any, entry: Entry) -> str | None:
     """Return why an operation is not the one its rule describes: factors, transposition, spoiled values."""
     meta = node._input_metadata[0]
-    if meta.dtype != entry.dtype or len(meta.shape) == 0:
+    if meta.dtype != entry.dtype or not meta.shape:
         return "its output has another dtype, or no axes"
-    if any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta")):
+    if any(getattr(node, factor) != 1 for factor in rule.factors):
         return "it is multiplied by a number"
     if rule.kind == "vector" and entry.turned:
         return "the vector is transposed"

@@ -27,11 +27,13 @@ __all__ = [
     "repeating_sums",
 ]
 
+_SCALES = ("_saved_alpha", "_saved_beta")
+
 RULES: dict[tuple[str, int], Rule] = {
-    ("AddBackward0", 0): Broadcast(),
-    ("AddBackward0", 1): Broadcast(),
-    ("AddmmBackward0", 0): Broadcast(),
-    ("AddmmBackward0", 2): MatrixProduct("_saved_mat1"),
+    ("AddBackward0", 0): Broadcast(factors=("_saved_alpha",)),
+    ("AddBackward0", 1): Broadcast(factors=("_saved_alpha",)),
+    ("AddmmBackward0", 0): Broadcast(factors=_SCALES),
+    ("AddmmBackward0", 2): MatrixProduct("_saved_mat1", _SCALES),
     ("BmmBackward0", 0): BatchedProduct(first=True),
     ("BmmBackward0", 1): BatchedProduct(first=False),
     ("ConvolutionBackward0", 1): Convolution(),

@@ -14,8 +14,8 @@ class MatrixProduct(Rule):
 
     kind = "outer"
 
-    def __init__(self, saved: str) -> None:
-        self._saved = saved
+    def __init__(self, saved: str, factors: tuple[str, ...] = ()) -> None:
+        self._saved, self.factors = saved, factors
 
     def turned(self, node: Any, entry: Entry) -> bool:
         """W is `(in, out)`, unless it is the transposed of a leaf."""

@@ -52,11 +52,12 @@ def _reshaped(entry: Entry, shape: torch.Size) -> Entry | None:
 
 def _axes(node: Any, many: int) -> list[int]:
     """Return the order into which an operation brings axes."""
-    axes = list(range(many))
-    if node.name() == "PermuteBackward0":
+    name = node.name()
+    if name == "TBackward0":
+        return [1, 0] if many == 2 else [*range(many)]
+    if name == "PermuteBackward0":
         return [_axis(i, many) for i in node._saved_dims]
-    # `t` keeps no axes: it is for matrices.
-    a, b = (_axis(getattr(node, f"_saved_dim{i}", i), many) for i in (0, 1))
+    axes, a, b = list(range(many)), _axis(node._saved_dim0, many), _axis(node._saved_dim1, many)
     axes[a], axes[b] = axes[b], axes[a]
     return axes
 

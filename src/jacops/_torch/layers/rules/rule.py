@@ -96,7 +96,7 @@ def second_axis(shape: torch.Size, samples: int) -> RowLayout:
 
 def output_shape(node: Any) -> torch.Size:
     """Return the shape of an operation's first output."""
-    return torch.Size(int(size) for size in node._input_metadata[0].shape)
+    return torch.Size(map(int, node._input_metadata[0].shape))
 
 
 class Rule(ABC):
@@ -110,10 +110,12 @@ class Rule(ABC):
 
     Attributes:
         kind: Which of the three.
+        factors: Numbers kept by the operation by which it multiplies, all of which have to be one.
         by_position: Operand and rows keep the first axis apart, `(samples, positions, …)`, so that nothing is copied.
     """
 
     kind: ClassVar[Kind]
+    factors: tuple[str, ...] = ()
     by_position: ClassVar[bool] = False
 
     def refuses(self, node: Any, entry: Entry) -> str | None:

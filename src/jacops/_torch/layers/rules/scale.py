@@ -21,8 +21,8 @@ class Broadcast(Rule):
 
     kind = "vector"
 
-    def __init__(self, read: Read = nothing) -> None:
-        self._read = read
+    def __init__(self, read: Read = nothing, factors: tuple[str, ...] = ()) -> None:
+        self._read, self.factors = read, factors
 
     def refuses(self, node: Any, entry: Entry) -> str | None:
         """Refuse a vector that is as large as the output: it may have an entry per sample."""
