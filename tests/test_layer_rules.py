@@ -285,9 +285,12 @@ def test_curvature_is_the_oracles(name: str) -> None:
     expected = oracle.hessian(model, loss, x, y, copier=lambda model: model)
     close(jacops.hessian(model, loss, x, y).dense(), expected)
     close(jacops.diagonal(jacops.hessian(model, loss, x, y)), expected.diagonal())
-    expected = ggn_of(jacobian_of(model, x, 7), model, x, y)
-    close(jacops.ggn(model, square, x, y).dense(), expected)
-    close(jacops.diagonal(jacops.ggn(model, square, x, y)), expected.diagonal())
+    expected, operator = ggn_of(jacobian_of(model, x, 7), model, x, y), jacops.ggn(model, square, x, y)
+    close(operator.dense(), expected)
+    close(jacops.diagonal(operator), expected.diagonal())
+    for route in ("dense", "diagonal"):
+        assert "outputs of layers" in operator.formed.routes[route]
+        assert "ordinary sweeps" not in operator.formed.routes[route]
 
 
 @each

@@ -102,7 +102,7 @@ class LayerRows:
 
     def __init__(self, lin: Linearization, samples: int, plainly: bool = False) -> None:
         self.lin, self.samples = lin, samples
-        found = {} if plainly else sample_uses(lin, samples, repeated=True, remembered=True)
+        found = {} if plainly else sample_uses(lin, samples)
         self.uses = [use for own in found.values() for use, _ in own]
         lost = {leaf for leaf, own in found.items() if any(order is None for _, order in own)}
         # A parameter without entries has rows without entries, wherever it enters.

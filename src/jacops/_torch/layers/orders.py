@@ -24,7 +24,7 @@ _FAR = (
 Ordered = dict[int, list[tuple[ParameterUse, Order | None]]]
 
 
-def sample_uses(lin: Linearization, samples: int, repeated: bool = False, remembered: bool = False) -> Ordered:
+def sample_uses(lin: Linearization, samples: int) -> Ordered:
     """Return all uses that have a rule, by leaf, with how their rows belong to samples; None where samples mix.
 
     Where rows belong to none, an operation may be part of what makes a weight, and uses are looked for behind it.
@@ -32,24 +32,22 @@ def sample_uses(lin: Linearization, samples: int, repeated: bool = False, rememb
     Args:
         lin: A model's outputs, first axis samples, by its parameters; with one sample, anything of that sample.
         samples: How many.
-        repeated: As in `find_uses`.
-        remembered: Take what was found for the same graph before.
     """
-    found = find_uses(lin, repeated)
+    found = find_uses(lin, repeated=True)
     uses = _flat(found)
     if samples == 1:  # any order is right
         return {leaf: [(use, "sample first") for use in found[leaf]] for leaf in sorted(found)}
     trust, key = lin.trust, ("orders of rows", len(uses), tuple(lin.domain.names))
-    if remembered and key in trust.known and not trust.needs(*key):
+    if key in trust.known and not trust.needs(*key):
         orders, lost = trust.known[key]
-        return _ordered(find_uses(lin, repeated, [uses[i].node for i in lost]) if lost else found, orders)
+        return _ordered(find_uses(lin, True, [uses[i].node for i in lost]) if lost else found, orders)
     orders = attempt(lambda: find_orders(lin, uses)) if uses else []
     lost = [i for i, order in enumerate(orders) if order is None]
     if lost:
-        behind = find_uses(lin, repeated, [uses[i].node for i in lost])
+        behind = find_uses(lin, True, [uses[i].node for i in lost])
         if any(uses[i].leaf in behind for i in lost):
             found, orders = behind, attempt(lambda: find_orders(lin, _flat(behind)))
-    if remembered and all(isinstance(order, str) for order in orders):
+    if all(isinstance(order, str) for order in orders):
         trust.known[key] = orders, lost
         trust.remember(*key)
     return _ordered(found, orders)

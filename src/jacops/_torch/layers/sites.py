@@ -8,7 +8,7 @@ product of `delta` with an operand (weights, with their biases as an operand of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -314,14 +314,24 @@ def costly(sites: Sequence[LayerOutput], sizes: Sequence[int]) -> list[LayerOutp
     return [site for site in sites if not {use.leaf for use in site.uses} & lost]
 
 
-def pays(sites: Sequence[LayerOutput], sizes: Sequence[int], sweeps: int) -> bool:
+def leaves_of(sites: Sequence[LayerOutput]) -> set[int]:
+    """Return the parameters that enter at some sites."""
+    return {use.leaf for site in sites for use in site.uses}
+
+
+def pays(sizes: Sequence[int], described: Set[int], rows: int, sweeps: int) -> bool:
     """Say whether a matrix by layers should beat the same one by products, many to a sweep.
 
     Both take time per sweep and per number multiplied; the seconds are what a processor was measured to take. Small
     matrices are products' own.
+
+    Args:
+        sizes: Of the parameters.
+        described: Which of them have rules.
+        rows: Samples times positions at the layer that has most.
+        sweeps: How many it takes by layers.
     """
-    size, described = sum(sizes), {use.leaf for site in sites for use in site.uses}
-    rows = max(site.many * site.positions for site in sites)
+    size = sum(sizes)
     products = 1e-3 * -(-size // 64) + 3e-10 * rows * size**2
     left = 1 - sum(sizes[leaf] for leaf in described) / size
     return 3e-3 + 2e-4 * sweeps + 4e-11 * rows * size**2 + left * products < products

@@ -9,6 +9,7 @@ is left to ordinary sweeps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -130,12 +131,19 @@ class ParameterUse:
         """
         if self.entry.edge is None:
             return rows.reshape(-1, *self._tensor.shape)
+        if rows.is_meta:  # where bytes are foretold
+            return rows.new_empty(len(rows), *self._tensor.shape)
         return pulled_back(self.entry.edge, self._tensor, rows.reshape(-1, *self.entry.weight))
 
     @cached_property
     def layout(self) -> RowLayout | None:
         """How the output is seen; None where gradients by the leaf are not made of its channels."""
         return None if self.derived else self._rule.layout(self.node, self.entry)
+
+    @property
+    def row_count(self) -> int:
+        """Samples times positions, as far as the output says."""
+        return math.prod(self.layout.row_sizes) if self.layout is not None else self.shape[:1].numel()
 
     def entries(self) -> Tensor:
         """Return for `"vector"` which entry of the leaf enters where, `(*shape)`: broadcasting, as numbers."""
