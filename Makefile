@@ -10,6 +10,9 @@ ARGS ?=
 TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 # `make bench PEERS=1` installs the rivals of benchmarks/peers.txt first; those that are missing are reported as such.
 PEERS ?=
+# The checkouts of `make compare`.
+OLD ?=
+NEW ?= .
 
 # Installing one extra also installs those inside it.
 HOLDS_demo := demo
@@ -18,7 +21,7 @@ HOLDS_dev := demo test dev
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench lint format clean
+.PHONY: help demo test test-all bench compare lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -35,6 +38,10 @@ test-all: $(VENV)/.ready-test ## The tests, the slow ones too
 bench: $(VENV)/.ready-test ## Time named rivals on the same work (choose with ARGS="products:C1"; PEERS=1 installs more)
 	$(if $(PEERS),$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt)
 	$(RUN) -W ignore -m benchmarks $(ARGS)
+
+compare: $(VENV)/.ready-test ## Compare the speed of two checkouts (OLD=../old NEW=. ARGS="products:C1"); fails if NEW is slower
+	$(if $(OLD),,$(error name the checkout to compare with, as in `make compare OLD=../old`))
+	$(RUN) -W ignore -m benchmarks.compare $(OLD) $(NEW) $(ARGS)
 
 lint: $(VENV)/.ready-dev ## Check style and types
 	$(RUN) -m ruff check .

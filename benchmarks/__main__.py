@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from pathlib import Path
 
 import torch
 
-from jacops.machine import CLOCKS
-from jacops.report import note, run, write
+from .groups import NAMES_HELP, select
+from .machine import CLOCKS
+from .report import note, run, write
 
 
 def main() -> None:
     """Run the benchmarks that are asked for, then write the table and the plot of the newest figures of all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME[:CASE,…]")
+    parser.add_argument("names", nargs="*", metavar="NAME[:CASE,…]", help=NAMES_HELP)
     parser.add_argument("--rounds", type=int, help="rounds of each contender, instead of a workload's own number")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what is measured")
@@ -27,17 +27,13 @@ def main() -> None:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
-    known = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
-    for name in asked.names or known:
-        name, _, cases = name.partition(":")
-        if name not in known:
-            raise SystemExit(f"no benchmark {name!r}; there are: {', '.join(known)}")
+    for name, cases in select(asked.names):
         try:
             module = importlib.import_module(f"benchmarks.bench_{name}")
         except ModuleNotFoundError as error:
             note(f"\n{name}: left out, {error.name} is not installed")
             continue
-        run(module.workloads(), name, cases.split(",") if cases else None, asked.rounds, asked.clock)
+        run(module.workloads(), name, cases, asked.rounds, asked.clock)
     for path in write():
         note(f"written: {path}")
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import jacops
-from jacops.bench_input_jacobians import GLASS_BOX, by_functional, glass_box
-from jacops.harness import Goal, Workload, same
-from jacops.models import Block, cnn
+
+from .bench_input_jacobians import GLASS_BOX, by_functional, glass_box
+from .harness import Goal, Workload, same
+from .models import Block, cnn
 
 COMPILED = "jacops, compile=True"
 

@@ -12,8 +12,9 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
 import jacops
-from jacops.harness import BEST, Goal, Workload, same
-from jacops.models import Case, Gated, after_step, flat, mlp
+
+from .harness import BEST, Goal, Workload, same
+from .models import Case, Gated, after_step, flat, mlp
 
 CHUNK = 256
 

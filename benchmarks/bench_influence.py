@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import jacops
-from jacops.harness import BEST, Goal, Workload, same
 from jacops.solvers import CG, EKFAC
+
+from .harness import BEST, Goal, Workload, same
 
 DAMPING = 1e-2
 DIRECT, FISHER = "jacops: Hessian, direct", "jacops: empirical Fisher, direct"
@@ -157,7 +158,10 @@ def workloads() -> Iterator[Workload]:
     rivals = {"jacops: GGN, direct": c.ours("direct", "ggn"), DIRECT: c.ours("direct")}
     yield Workload("F4", "GGN, direct, beside the Hessian", rivals, None, rounds=3)
     recipe = "torch.func: vmap(grad), products and a solve"
-    rivals = {FISHER: c.ours("direct", "empirical_fisher"), recipe: fisher(c)}
+    rivals = {
+        FISHER: c.ours("direct", "empirical_fisher"),
+        recipe: fisher(c),
+    }
     goals = [Goal(recipe, faster=1 / 2.5)]
     yield Workload("F5", "empirical Fisher, in the space of samples", rivals, same(1e-2), rounds=3, goals=goals)
     rivals = {

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacfwd, jacrev, vmap
 
 import jacops
-from jacops.harness import FLOOR, Goal, Workload, same
-from jacops.models import Block, after_step, cnn, forward_flops, mlp
+
+from .harness import FLOOR, Goal, Workload, same
+from .models import Block, after_step, cnn, forward_flops, mlp
 
 GLASS_BOX = "glass-box: its recipe, vmap(jacrev) in chunks"
 FORWARD = "torch.func: vmap(jacfwd)"

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 import jacops
-from jacops.harness import Goal, Workload, same
-from jacops.models import after_step, cnn, forward_flops, mlp
+
+from .harness import Goal, Workload, same
+from .models import after_step, cnn, forward_flops, mlp
 
 PYPOSE = "PyPose: modjac"
 FUNCTIONAL = "torch.func: vmap(jacrev), joined"

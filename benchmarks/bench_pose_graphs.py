@@ -17,7 +17,8 @@ from scipy.optimize._numdiff import approx_derivative
 from torch import Tensor, nn
 
 import jacops
-from jacops.harness import Goal, Workload
+
+from .harness import Goal, Workload
 
 EDGES_PER_POSE = 4
 DENSE_UP_TO = 200

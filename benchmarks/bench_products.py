@@ -12,8 +12,9 @@ from torch.func import grad, jvp, linearize, vjp, vmap
 from torch.nn.functional import cross_entropy
 
 import jacops
-from jacops.harness import Goal, Workload, same
-from jacops.models import Case, Tree, flat, mlp
+
+from .harness import Goal, Workload, same
+from .models import Case, Tree, flat, mlp
 
 
 class Products(Case):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from jacops import Operator
-from jacops.machine import CLOCKS, Clock, Rates, machine, timed, watched
+
+from .machine import CLOCKS, Clock, Rates, machine, timed, watched
 
 __all__ = ["BEST", "FLOOR", "OURS", "RESULTS", "Goal", "Measured", "Workload", "machine", "measure", "same"]
 

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - after the choice of a canvas without a window
 
-from jacops.harness import OURS  # noqa: E402
+from .harness import OURS  # noqa: E402
 
 Row = dict[str, Any]
 

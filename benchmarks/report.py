@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jacops.harness import OURS, RESULTS, Measured, Workload, machine, measure
+from .harness import OURS, RESULTS, Measured, Workload, machine, measure
 
 Row = dict[str, Any]
 HEAD = "| case | contender | time, ms | slowest / fastest | peak, MiB | time / ours | time / floor | goal of ours |"
@@ -143,7 +143,7 @@ def write(folder: Path = RESULTS) -> list[Path]:
     text = f"{about}\n\nMatrix products {speeds[0]} GFLOP/s; {pages}."
     (folder / "table.md").write_text(f"{text}\n\n{table(rows)}\n", encoding="utf-8")
     try:
-        from jacops.plot import ratios
+        from .plot import ratios
     except ModuleNotFoundError:
         return [folder / "table.md"]
     ratios(rows, folder / "ratios.png")

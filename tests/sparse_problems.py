@@ -4,11 +4,12 @@ Brusselator and Bratu are after the SUNDIALS and MINPACK-2 collections (Averick,
 Rosenbrock after Toint (1978); bundle adjustment uses the camera of Snavely's Bundler, as the BAL data set does.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from small import Calls, draw
 
 F64 = torch.float64
 
@@ -20,24 +21,8 @@ class Problem(NamedTuple):
     wrt: str
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    """Return normal numbers that do not depend on the global seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
 def whole(high: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Function(nn.Module):
-    """A plain function as a module."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *x: Tensor) -> Tensor:
-        return self.function(*x)
 
 
 def laplace(u: Tensor) -> Tensor:
@@ -55,12 +40,12 @@ def brusselator(n: int) -> Problem:
         react = torch.stack([1 + u * u * v - 4.4 * u, 3.4 * u - u * u * v])
         return react + 0.1 * n * n * spread
 
-    return Problem("brusselator", Function(rate), draw(2, n, n), "inputs")
+    return Problem("brusselator", Calls(rate), draw(2, n, n), "inputs")
 
 
 def bratu(n: int) -> Problem:
     """Solid fuel ignition on an n by n square."""
-    return Problem("bratu", Function(lambda u: laplace(u) + (6.8 / n**2) * u.exp()), draw(n, n), "inputs")
+    return Problem("bratu", Calls(lambda u: laplace(u) + (6.8 / n**2) * u.exp()), draw(n, n), "inputs")
 
 
 def banded(n: int, width: int = 2) -> Problem:
@@ -70,7 +55,7 @@ def banded(n: int, width: int = 2) -> Problem:
         near = nn.functional.pad(x, (width, width)).unfold(0, 2 * width + 1, 1)
         return x * (2 + 5 * x * x) + 1 - (near * (1 + near)).sum(1)
 
-    return Problem("banded", Function(residual), draw(n), "inputs")
+    return Problem("banded", Calls(residual), draw(n), "inputs")
 
 
 def arrowhead(n: int) -> Problem:
@@ -79,13 +64,13 @@ def arrowhead(n: int) -> Problem:
     def residual(x: Tensor) -> Tensor:
         return torch.cat([(x**2).sum().reshape(1), x[1:] ** 2 + x[1:] * x[0]])
 
-    return Problem("arrowhead", Function(residual), draw(n), "inputs")
+    return Problem("arrowhead", Calls(residual), draw(n), "inputs")
 
 
 def rosenbrock_residual(n: int) -> Problem:
     """Chained Rosenbrock as residuals."""
     return Problem(
-        "chained rosenbrock", Function(lambda x: torch.cat([10 * (x[1:] - x[:-1] ** 2), 1 - x[:-1]])), draw(n), "inputs"
+        "chained rosenbrock", Calls(lambda x: torch.cat([10 * (x[1:] - x[:-1] ** 2), 1 - x[:-1]])), draw(n), "inputs"
     )
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacops
+import layer_cases
 from jacops import Problem
 from jacops.errors import InputError, NonFiniteError
 from jacops.operators._eigen_blocks import EigenBlocks
@@ -23,52 +24,6 @@ CROSS_ENTROPY = nn.CrossEntropyLoss()
 POOR = pytest.mark.filterwarnings("ignore:.*approximate solutions have a relative residual")  # worse than zero
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(7, 4, padding_idx=2)
-        self.places = nn.Parameter(torch.zeros(1, 3, 4))
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
-        self.gain = nn.Parameter(torch.zeros(4))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.table(ids) + self.places
-        h = self.norm(h + self.attention(h, h, h, need_weights=False)[0])
-        return self.head((h * self.gain).mean(1))
-
-
-class Convolutions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.grouped = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, groups=2, stride=2)
-        self.norms, self.gate = nn.ModuleList([nn.BatchNorm2d(4), nn.GroupNorm(2, 4)]), nn.PReLU()
-        self.along, self.head = nn.Conv1d(4, 3, 2, bias=False), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.gate(self.norms[1](self.grouped(self.norms[0](self.first(x)))))
-        return self.head(self.along(h.flatten(2)).tanh().mean(2))
-
-
-class TiedWords(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.table(ids).cumsum(1).tanh())[:, -1]
-
-
-class LastState(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.head = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.cell(x)[0][:, -1])
-
-
 class TwoOutputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -78,30 +33,20 @@ class TwoOutputs(nn.Module):
         return {"hidden": self.inner[0](x), "logits": self.inner(x)}
 
 
-def mlp(bias: bool = True) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4, bias=bias), nn.Tanh(), nn.Linear(4, 3, bias=bias))
+def mlp() -> nn.Module:
+    return layer_cases.mlp(3, 4, 3)
 
 
-def turned(w: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    return (x @ w + b).tanh() @ w.T
-
-
-IDS = torch.randint(0, 5, (9, 3), generator=torch.Generator().manual_seed(0))
+IDS = layer_cases.words(9, 3, 5)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (mlp, draw(9, 3)),
-    "without bias": (lambda: mlp(bias=False), draw(9, 3)),
-    "tokens": (lambda: nn.Sequential(mlp(), nn.Flatten(), nn.Linear(6, 3)), draw(9, 2, 3)),
-    "called twice": (lambda: nn.Sequential(*2 * [nn.Linear(3, 3)], nn.Tanh()), draw(9, 3)),
-    "attention": (Attention, IDS),
-    "convolutions": (lambda: Convolutions().eval(), draw(9, 2, 6, 6)),
-    "depthwise": (
-        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
-        draw(9, 2, 4, 4),
-    ),
-    "tied embedding": (TiedWords, IDS),
-    "lstm": (LastState, draw(9, 4, 2)),
-    "stored as input times output": (lambda: Calls(turned, (3, 4), (4,)), draw(9, 3)),
-    "no layer at all": (lambda: Calls(lambda w, x: (x[:, :, None] * w.exp()).sum(1), (3, 3)), draw(9, 3)),
+    **{
+        name: layer_cases.MODELS[name]
+        for name in (
+            *("without bias", "mixed tokens", "called twice", "words", "convolutions", "depthwise", "tied embedding"),
+            *("lstm", "turned and used both ways", "no layer at all"),
+        )
+    },
 }
 
 
@@ -112,7 +57,7 @@ def targets(many: int = 9, classes: int = 3) -> Tensor:
 def problem(name: str, *, loss: Any = CROSS_ENTROPY, cuts: tuple[int, ...] = (5, 8), **options: Any) -> Problem:
     make, x = MODELS[name]
     parts = zip(x.tensor_split(cuts), targets().tensor_split(cuts), strict=True)
-    return Problem(settled(make()), loss, list(parts), **options)
+    return Problem(settled(make()).eval(), loss, list(parts), **options)
 
 
 def basis(found: EigenBlocks) -> Tensor:
@@ -145,14 +90,14 @@ def test_blocks_outside_kronecker_form_are_the_exact_blocks(name: str) -> None:
             torch.testing.assert_close(found.dense()[where, where], exact.dense()[where, where])
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", "convolutions", "tied embedding", "lstm"])
+@pytest.mark.parametrize("name", ["mlp", "words", "convolutions", "tied embedding", "lstm"])
 def test_uneven_batches_are_the_whole_in_one_batch(name: str) -> None:
     whole = EKFAC().approximate(problem(name, cuts=()).ggn())
     parts = EKFAC().approximate(problem(name, cuts=(1, 6)).ggn())
     torch.testing.assert_close(parts.dense(), whole.dense(), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", "convolutions", "lstm"])
+@pytest.mark.parametrize("name", ["mlp", "words", "convolutions", "lstm"])
 def test_little_memory_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plenty = EKFAC().approximate(problem(name).ggn()).dense()
     for limit, value in (("_KEPT_ENTRIES", 0), ("_SWEEP_ENTRIES", 1), ("_FEW", 2)):
@@ -160,7 +105,7 @@ def test_little_memory_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(EKFAC().approximate(problem(name).ggn()).dense(), plenty, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", "lstm"])
+@pytest.mark.parametrize("name", ["mlp", "words", "lstm"])
 def test_wide_sides_keep_their_axes_and_the_trace(name: str) -> None:
     exact = problem(name).ggn()
     found = EKFAC(widest=3).approximate(exact)
@@ -202,7 +147,7 @@ def test_weighted_factors_alone_keep_the_trace_too() -> None:
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("name", ["attention", "convolutions", "lstm", "tied embedding"])
+@pytest.mark.parametrize("name", ["words", "convolutions", "lstm", "tied embedding"])
 def test_the_correction_brings_the_matrix_closer(name: str, weighted: bool) -> None:
     exact = problem(name).ggn()
     off = [
@@ -214,7 +159,7 @@ def test_the_correction_brings_the_matrix_closer(name: str, weighted: bool) -> N
 @POOR
 @pytest.mark.parametrize("damping", [0.3, 1e-4])
 def test_damping_is_added_to_the_eigenvalues(damping: float) -> None:
-    A = problem("attention").ggn()
+    A = problem("words").ggn()
     prepared = EKFAC().prepare(A, damping)
     rows = draw(2, A.shape[0])
     damped = prepared.curvature.dense() + damping * torch.eye(A.shape[0], dtype=F64)
@@ -372,7 +317,7 @@ def test_at_least_95_percent_are_in_kronecker_form(name: str, dtype: torch.dtype
 
 
 def test_what_is_too_large_to_be_exact_is_diagonal() -> None:
-    exact = problem("attention").ggn()
+    exact = problem("words").ggn()
     found = EKFAC(exact_up_to=4).approximate(exact)
     assert found.coverage["diagonal"] > 0
     assert "diagonal" in repr(found)
@@ -433,8 +378,8 @@ def test_it_preconditions_conjugate_gradients() -> None:
 
 
 def test_float32_is_float64_to_rounding() -> None:
-    wide = EKFAC().approximate(problem("attention").ggn())
-    make, ids = MODELS["attention"]
+    wide = EKFAC().approximate(problem("words").ggn())
+    make, ids = MODELS["words"]
     narrow = EKFAC().approximate(Problem(settled(make()).float(), CROSS_ENTROPY, [(ids, targets())]).ggn())
     assert narrow.eigenvalues.dtype == torch.float32
     torch.testing.assert_close(narrow.eigenvalues.sum().double(), wide.eigenvalues.sum(), rtol=1e-5, atol=0)

@@ -13,7 +13,7 @@ import jacops
 from cases import OPERATORS, data, net
 from jacops import Matrix
 from jacops._lanczos import KrylovSpace
-from jacops.errors import InputError, MemoryBudgetError, NonFiniteError, SolveError
+from jacops.errors import InputError, MemoryBudgetError, SolveError
 from jacops.estimators import diagonal, effective_dimension, eigenpairs, norm, spectral_density, spectral_norm, trace
 from small import draw
 
@@ -328,10 +328,6 @@ def test_an_effective_dimension_is_exact_or_within_its_bar() -> None:
     assert exact == (pytest.approx(float((values / (values + 1e-2)).sum()), rel=1e-9), 0)
     found = effective_dimension(operator, 1e-2, probes=30, steps=40)
     assert abs(found.value - exact.value) < 4 * found.standard_error
-    with pytest.raises(InputError, match="`damping`"):
-        effective_dimension(operator, 0.0)
-    with pytest.raises(InputError, match="positive"):
-        effective_dimension(SPECTRA["indefinite"](), 1.0)
 
 
 def test_an_exact_effective_dimension_of_a_large_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,39 +350,6 @@ def test_a_density_draws_itself() -> None:
     plt.close("all")
 
 
-# Refusals
-
-
-def test_what_cannot_be_estimated_is_refused_by_name() -> None:
-    wide, plain = OPERATORS["matrix wide"](), SPECTRA["not symmetric"]()
-    for call in (trace, diagonal, eigenpairs, spectral_density):
-        with pytest.raises(InputError, match="square"):
-            call(wide)
-    for call in (eigenpairs, spectral_density):
-        with pytest.raises(InputError, match=r"symmetric.*A.T @ A"):
-            call(plain)
-    for probes in (1, 0, True, 2.0):
-        for call in (trace, diagonal, norm, spectral_density):
-            with pytest.raises(InputError, match="`probes`"):
-                call(SPECTRA["flat"](), probes)
-    with pytest.raises(InputError, match="`method`"):
-        trace(plain, 4, method="guess")
-    with pytest.raises(InputError, match="`which`"):
-        eigenpairs(SPECTRA["flat"](), which="best")
-    with pytest.raises(InputError, match="`width`"):
-        spectral_density(SPECTRA["flat"](), width=-1.0)
+def test_a_function_that_is_not_finite_on_the_spectrum_is_refused() -> None:
     with pytest.raises(InputError, match="not finite between"):
         spectral_density(SPECTRA["indefinite"](), 2, 10).trace_of(torch.log)
-    broken = Matrix(torch.full((N, N), math.nan), symmetric=True)
-    for call in (
-        lambda: trace(broken, 4),
-        lambda: diagonal(broken),
-        lambda: diagonal(broken, 4),
-        lambda: norm(broken),
-        lambda: norm(broken, 4),
-        lambda: eigenpairs(broken),
-        lambda: spectral_norm(broken),
-        lambda: spectral_density(broken),
-    ):
-        with pytest.raises(NonFiniteError, match="not finite"):
-            call()

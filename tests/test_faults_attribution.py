@@ -6,84 +6,19 @@ Beside them: the shapes that callers rely on, `outputs=` and `at=`, and what one
 import copy
 import itertools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacops
 import oracle
 from jacops import JacopsWarning, compute_jacobian, project_jacobian, reduce_contributions, verify_jacobian
-from jacops.errors import (
-    InputError,
-    InputTypeError,
-    JacopsError,
-    ModelStateError,
-    NonFiniteError,
-    NotDifferentiableError,
-)
-from small import draw
-
-
-def settled(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in float64, its floating-point state drawn from a fixed seed; PReLU slopes far from 1."""
-    model = model.double()
-    for index, parameter in enumerate(model.parameters()):
-        with torch.no_grad():
-            parameter.copy_(draw(*parameter.shape, seed=seed + index) * 0.5)
-    return model
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
-    assert actual.shape == expected.shape, f"shape {tuple(expected.shape)} expected, got {tuple(actual.shape)}"
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol, check_dtype=False)
-
-
-class Calls(nn.Module):
-    """A function of the input as a module."""
-
-    def __init__(self, function: Callable[..., Any]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-class Counts:
-    """Forward runs and backward sweeps."""
-
-    forward = backward = 0
-
-
-class Swept(nn.Module):
-    """A model that counts the backward sweeps and forward runs through it."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.counts = Counts()  # no container, so that private copies share it
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.counts.forward += 1
-        hidden = x * 1.0
-        if hidden.requires_grad:
-            hidden.register_hook(self.swept)
-        return self.model(hidden)
-
-    def swept(self, grad: Tensor) -> None:
-        self.counts.backward += 1
-
-    def spent(self) -> tuple[int, int]:
-        """Forward runs and backward sweeps since the last time they were asked for."""
-        counts = self.counts.forward, self.counts.backward
-        self.counts.forward = self.counts.backward = 0
-        return counts
-
+from jacops.errors import InputTypeError
+from refusals import linear_case
+from small import Calls, Swept, close, draw, flat, settled
 
 # W1: vmap over jacrev lies for PReLU where the rows of a chunk are as many as outputs
 
@@ -116,8 +51,7 @@ def test_w1_prelu_is_right_at_every_chunk_size(kind: str, batch_size: int):
 def test_w1_prelu_is_right_by_parameters_in_batched_sweeps_too(kind: str, rows: int, strategy: str):
     model, x = settled(PRELU_MODELS[kind]()), draw(rows, 3)
     found = jacops.modjac(model, x, vectorize=True, strategy=strategy)
-    for block, expected in zip(oracle.leaves(found), oracle.parameter_jacobian(model, x)[0], strict=True):
-        close(block, expected)
+    close(found, oracle.parameter_jacobian(model, x))
 
 
 @pytest.mark.parametrize("directions", [1, 2, 3, 4, 7])
@@ -158,13 +92,9 @@ def test_w2_samples_that_mix_are_differentiated_alone_with_one_warning(kind: str
     close(found, torch.stack([expected(row) for row in x]))
 
 
-def test_w2_the_fallback_can_be_forbidden_or_made_silent():
+def test_w2_the_fallback_can_be_made_silent():
     model, x = Calls(lambda x: x - x.mean(0)), draw(4, 3)
-    with pytest.raises(NotDifferentiableError, match="mix"):
-        compute_jacobian(model, x, fallback="error")
     assert torch.equal(compute_jacobian(model, x, fallback="silent"), torch.zeros(4, 3, 3).double())
-    with pytest.raises(InputError, match="fallback"):
-        compute_jacobian(model, x, fallback="never")
 
 
 def test_w2_what_was_learnt_about_mixing_is_said_again_at_the_next_call():
@@ -184,32 +114,6 @@ def test_w2_equal_samples_prove_nothing_about_samples_that_differ():
 
 
 # W3, W4: projecting back to features
-
-
-@pytest.mark.parametrize("shapes", [((5, 2, 1), (3, 7)), ((5, 2, 3), (1, 7)), ((5, 2, 3), (7, 3)), ((5, 2, 3), (4, 7))])
-@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray], ids=["torch", "numpy"])
-def test_w3_a_projection_of_another_size_is_refused_and_never_broadcast(shapes: Any, kind: Callable[[Any], Any]):
-    jacobian, projection = (kind(draw(*shape).numpy()) for shape in shapes)
-    with pytest.raises(InputError, match="proj_tensor") as error:
-        project_jacobian(jacobian, projection)
-    assert str(shapes[1]) in str(error.value)
-    assert str(shapes[0][2]) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "shapes", [((2, 3), (3, 7)), ((5, 2, 3), (3,)), ((5, 2, 3), (1, 3, 7)), ((5, 2, 2, 3), (3, 7))]
-)
-def test_w3_a_projection_with_another_number_of_axes_is_refused(shapes: Any):
-    with pytest.raises(InputError, match="axes"):
-        project_jacobian(*(draw(*shape) for shape in shapes))
-
-
-def test_w3_torch_and_numpy_do_not_meet_and_nothing_is_cast():
-    jacobian, projection = draw(5, 2, 3), draw(3, 7)
-    with pytest.raises(InputTypeError, match="proj_tensor"):
-        project_jacobian(jacobian, projection.numpy())
-    with pytest.raises(InputError, match="float32"):
-        project_jacobian(jacobian, projection.float())
 
 
 @pytest.mark.parametrize("samples", [0, 1, 5])
@@ -249,22 +153,12 @@ def test_w4_a_reduction_that_is_not_orthonormal_takes_the_encoder_matrix():
     close(found, oracle.input_jacobian(whole, features))
 
 
-def test_w4_something_that_is_no_fitted_pca_is_named():
-    pca = pytest.importorskip("sklearn.decomposition").PCA(2)
-    for thing in (pca, np.eye(3)):
-        with pytest.raises(InputTypeError, match=r"`pca` is a (PCA|ndarray).*fit"):
-            jacops.pca_projection(thing)
+def test_w4_a_pca_that_was_not_fitted_is_named():
+    with pytest.raises(InputTypeError, match=r"`pca` is a PCA.*fit"):
+        jacops.pca_projection(pytest.importorskip("sklearn.decomposition").PCA(2))
 
 
 # W5, W6, W9: sizes of contributions
-
-
-@pytest.mark.parametrize("method", ["L2", None, "l3", "", 2])
-def test_w5_an_unknown_reduction_is_refused_with_the_known_ones(method: Any):
-    with pytest.raises(InputError, match="method") as error:
-        reduce_contributions(np.ones((2, 3, 4)), method)
-    assert repr(method) in str(error.value)
-    assert "'l2', 'l1', 'max'" in str(error.value)
 
 
 @pytest.mark.parametrize(("method", "order"), [("l2", 2), ("l1", 1), ("max", np.inf)])
@@ -274,19 +168,6 @@ def test_w5_the_documented_reductions_are_norms_over_outputs(method: Any, order:
     found = reduce_contributions(given, method)
     assert found.shape == (shape[0], *shape[2:])
     np.testing.assert_allclose(found, np.linalg.norm(given, order, axis=1) if shape[0] else found, rtol=1e-14)
-
-
-@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, lambda rows: rows.tolist()])
-@pytest.mark.parametrize("shape", [(4, 3), (4,), ()])
-def test_w6_contributions_of_fewer_than_three_axes_are_refused(kind: Callable[[Any], Any], shape: tuple[int, ...]):
-    with pytest.raises(InputError, match="contributions") as error:
-        reduce_contributions(kind(np.ones(shape)))
-    assert "3 axes" in str(error.value)
-
-
-def test_w6_contributions_that_require_grad_with_too_few_axes_are_refused_alike():
-    with pytest.raises(InputError, match="3 axes"):
-        reduce_contributions(draw(4, 3).requires_grad_())
 
 
 def test_w9_half_precision_does_not_overflow():
@@ -321,33 +202,6 @@ def test_w9_every_dtype_gives_numpy_of_its_kind(dtype: torch.dtype):
 # W7, W8: checking that Z = J X
 
 
-def linear_case(samples: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    weight, X = draw(2, 3), draw(samples, 3, seed=1)
-    return X @ weight.T, weight.expand(samples, 2, 3).clone(), X
-
-
-BROADCASTS = {
-    "one output column": lambda Z, J, X: (Z[:, :1], J, X),
-    "outputs without their axis": lambda Z, J, X: (Z[:, 0], J[:, :1], X),
-    "one input row": lambda Z, J, X: (Z, J, X[:1]),
-    "one input column": lambda Z, J, X: (Z, J, X[:, :1]),
-    "one Jacobian": lambda Z, J, X: (Z, J[:1], X),
-    "outputs transposed": lambda Z, J, X: (Z.T, J, X),
-    "one sample without its axis": lambda Z, J, X: (Z[0], J[0], X[0]),
-    "images": lambda Z, J, X: (Z, J[..., None], X[..., None]),
-}
-
-
-@pytest.mark.parametrize("kind", BROADCASTS)
-def test_w7_shapes_that_would_broadcast_are_refused_with_all_three(kind: str):
-    given = BROADCASTS[kind](*linear_case())
-    with pytest.raises(InputError) as error:
-        verify_jacobian(*given)
-    for name, tensor in zip("ZJX", given, strict=True):
-        assert f"`{name}`" in str(error.value)
-        assert str(tuple(tensor.shape)) in str(error.value)
-
-
 @pytest.mark.parametrize("scale", [1e-300, 1e-9, 1.0, 1e9, 1e300])
 def test_w8_the_relative_error_is_right_at_any_scale(scale: float):
     Z, J, X = linear_case()
@@ -360,16 +214,6 @@ def test_w8_an_output_that_is_zero_everywhere_is_right_or_infinitely_wrong():
     Z, J, X = linear_case()
     assert verify_jacobian(Z * 0, J * 0, X).relative_error == 0
     assert verify_jacobian(Z * 0, J, X).relative_error == float("inf")
-
-
-def test_w8_no_samples_and_non_finite_numbers_are_errors():
-    with pytest.raises(InputError, match="at least one sample"):
-        verify_jacobian(*linear_case(samples=0))
-    for name, position in (("Z", 0), ("J", 1), ("X", 2)):
-        given = list(linear_case())
-        given[position].view(-1)[3] = float("nan")
-        with pytest.raises(NonFiniteError, match=f"`{name}`"):
-            verify_jacobian(*given)
 
 
 def test_w8_every_field_is_a_python_float_of_the_right_value():
@@ -385,26 +229,6 @@ def test_w8_every_field_is_a_python_float_of_the_right_value():
 
 
 # W10: a lazy module crashed the process
-
-
-LAZY_CALLS = {
-    "compute_jacobian": lambda model, x: compute_jacobian(model, x),
-    "contributions": lambda model, x: jacops.contributions(model, x),
-    "modjac": lambda model, x: jacops.modjac(model, x),
-    "model_jvp": lambda model, x: jacops.model_jvp(model, x, [torch.ones(2, 3), torch.ones(2)]),
-    "model_vjp": lambda model, x: jacops.model_vjp(model, x, torch.ones(5, 2)),
-    "jacobian": lambda model, x: jacops.jacobian(model, x),
-    "hessian": lambda model, x: jacops.hessian(model, F.mse_loss, x, torch.ones(5, 2)),
-    "grad": lambda model, x: jacops.TorchTwiceDifferentiable(model, F.mse_loss).grad(x, torch.ones(5, 2)),
-}
-
-
-@pytest.mark.parametrize("call", LAZY_CALLS)
-def test_w10_a_lazy_module_is_named_before_anything_runs(call: str):
-    model = nn.Sequential(nn.Identity(), nn.LazyLinear(2))
-    with pytest.raises(ModelStateError, match=r"(?s)module '1' \(LazyLinear\).*forward pass"):
-        LAZY_CALLS[call](model, torch.ones(5, 3))
-    assert model[1].has_uninitialized_params()
 
 
 def test_w10_a_lazy_module_works_once_it_has_run():
@@ -464,11 +288,7 @@ def test_w11_a_call_after_the_weights_were_edited_reads_them_anew(how: str, kind
     edited(model, how)
     after = compute_jacobian(model, x), jacops.modjac(model, x, flatten=True)
     close(after[0], oracle.input_jacobian(model, x))
-    by_parameters = [
-        block.reshape(-1, p.numel())
-        for block, p in zip(oracle.parameter_jacobian(model, x)[0], model.parameters(), strict=True)
-    ]
-    close(after[1], torch.cat(by_parameters, 1))
+    close(after[1], flat(oracle.parameter_jacobian(model, x), list(model.parameters())))
     assert not torch.allclose(before[0], after[0])
 
 
@@ -481,82 +301,7 @@ def test_w11_a_cache_filled_during_a_call_stays_in_the_private_copy(slopes: int)
     assert torch.equal(compute_jacobian(model, x)[0], 0.5 * torch.eye(3).double())
 
 
-def test_w11_a_mode_or_hook_changed_between_calls_is_seen():
-    model, x = settled(nn.Sequential(nn.Linear(3, 2), nn.PReLU())), draw(4, 3)
-    plain = compute_jacobian(model, x)
-    handle = model[0].register_forward_hook(lambda module, args, output: 3 * output)
-    close(compute_jacobian(model, x), 3 * plain)
-    handle.remove()
-    close(compute_jacobian(model, x), plain)
-
-
-def test_w11_a_module_swapped_between_calls_is_seen():
-    model, x = settled(nn.Sequential(nn.Linear(3, 3), nn.Tanh())), draw(4, 3)
-    compute_jacobian(model, x)
-    model[1] = Calls(lambda hidden: hidden - hidden.mean(0))
-    with pytest.warns(JacopsWarning, match="mix"):
-        close(compute_jacobian(model, x), torch.zeros(4, 3, 3).double())
-
-
 # Shapes that callers rely on
-
-
-def norm_frozen() -> nn.Module:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    model[1].running_mean.copy_(draw(4))
-    return model
-
-
-def tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
-    model[2].weight = model[0].weight
-    return model
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=False)[0]
-
-
-SHAPES = {
-    "linear": (lambda: nn.Linear(3, 2), (5, 3), (5, 2, 3)),
-    "one output": (lambda: nn.Linear(3, 1), (5, 3), (5, 1, 3)),
-    "convolution": (lambda: nn.Conv2d(1, 2, 3), (5, 1, 4, 4), (5, 2, 2, 2, 1, 4, 4)),
-    "sequence": (lambda: nn.Linear(3, 2), (5, 7, 3), (5, 7, 2, 7, 3)),
-    "one number a sample": (lambda: nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 2)), (5,), (5, 2)),
-    "batch norm": (norm_frozen, (5, 3), (5, 2, 3)),
-    "tied": (tied, (5, 3), (5, 3, 3)),
-    "attention": (Attention, (3, 5, 4), (3, 5, 4, 5, 4)),
-    "encoder": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (3, 2, 4), (3, 2, 4, 2, 4)),
-    "layer norm": (lambda: nn.LayerNorm(3), (5, 3), (5, 3, 3)),
-    "pooling": (lambda: nn.MaxPool1d(2), (5, 2, 4), (5, 2, 2, 2, 4)),
-    "in place": (lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU(inplace=True)), (5, 3), (5, 2, 3)),
-    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), (5, 3), (5, 2, 3)),
-    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), (5, 3), (5, 2, 3)),
-    "no parameters": (lambda: nn.Tanh(), (5, 3), (5, 3, 3)),
-}
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 1024])
-@pytest.mark.parametrize("kind", SHAPES)
-def test_shapes_of_compute_jacobian_with_right_values_at_any_batch_size(kind: str, batch_size: int):
-    torch.manual_seed(0)
-    make, given, expected = SHAPES[kind]
-    model, x = make().double(), draw(*given)
-    found = compute_jacobian(model, x, batch_size)
-    assert found.shape == expected
-    assert not found.requires_grad
-    close(found, oracle.input_jacobian(model, x))
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 1024])
-def test_shapes_an_output_axis_that_the_model_squeezes_vanishes(batch_size: int):
-    model, x = settled(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))), draw(5, 3)
-    close(compute_jacobian(model, x, batch_size), model[0].weight.detach()[0].expand(5, 3))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 1024])
@@ -569,48 +314,10 @@ def test_shapes_one_dimensional_samples_through_a_layer_of_one_input(batch_size:
     close(found, model.weight.detach()[:, 0].expand(5, 2))
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-def test_shapes_no_samples_give_no_rows_of_the_right_shape(kind: str):
-    torch.manual_seed(0)
-    make, given, expected = SHAPES[kind]
-    found = compute_jacobian(make().double(), torch.zeros(0, *given[1:]).double())
-    assert found.shape == (0, *expected[1:])
-    assert found.dtype == torch.float64
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch_size", [2, 1024])
-def test_shapes_every_float_dtype_comes_back_as_it_went_in(dtype: torch.dtype, batch_size: int):
-    model, x = settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), draw(5, 3)
-    expected = oracle.input_jacobian(model.to(dtype), x.to(dtype))
-    found = compute_jacobian(model, x.to(dtype), batch_size)
-    assert found.dtype == dtype
-    rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
-    close(found.double(), expected, rtol=rtol)
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_shapes_no_grad_and_inference_mode_change_nothing(context: Callable[[], Any]):
-    model, x = settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), draw(5, 3)
-    expected = oracle.input_jacobian(model, x)
-    with context():
-        close(compute_jacobian(model, x), expected)
-        close(compute_jacobian(model, x * 1.0), expected)  # an input made in there
-    with torch.inference_mode():
-        inside = settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-        close(compute_jacobian(inside, x), expected)
-    close(compute_jacobian(inside, x), expected)
-
-
-def test_shapes_autocast_gives_its_own_precision():
-    model, x = settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))).float(), draw(5, 3).float()
-    expected = oracle.input_jacobian(model, x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(x).dtype == torch.bfloat16
-        found = compute_jacobian(model, x)
-    assert found.dtype == torch.bfloat16  # the output's
-    close(found.double(), expected, rtol=5e-2)
-    close(compute_jacobian(model, x).double(), expected, rtol=1e-5)
+def test_shapes_a_plain_function_in_place_of_a_module():
+    net, x = settled(nn.Linear(3, 2)), draw(5, 3)
+    close(compute_jacobian(lambda rows: rows**2, x), torch.diag_embed(2 * x))
+    close(compute_jacobian(lambda rows: net(rows), x), oracle.input_jacobian(net, x))
 
 
 def test_shapes_an_input_that_is_not_contiguous_or_requires_grad():
@@ -618,33 +325,6 @@ def test_shapes_an_input_that_is_not_contiguous_or_requires_grad():
     found = compute_jacobian(model, x)
     close(found, model.weight.detach().expand(5, 2, 3))
     assert not found.requires_grad
-
-
-def test_shapes_the_eval_mode_copy_is_what_is_differentiated():
-    model, x = norm_frozen().double().train(), draw(5, 3)
-    model.append(nn.Dropout(0.5))
-    mean = model[1].running_mean.clone()
-    close(compute_jacobian(model, x), oracle.input_jacobian(model, x))
-    assert all(module.training for module in model.modules())
-    assert torch.equal(model[1].running_mean, mean)
-    assert model[1].num_batches_tracked == 0
-
-
-@pytest.mark.parametrize("container", [tuple, dict])
-@pytest.mark.parametrize("batch_size", [2, 1024])
-def test_shapes_trees_of_outputs_and_inputs_come_back_as_trees(container: type, batch_size: int):
-    def function(a: Tensor, b: Tensor) -> Any:
-        parts = {"sum": (a**2).sum(1) + b[:, 0], "product": a * b[:, :1]}
-        return parts if container is dict else tuple(parts.values())
-
-    a, b = draw(5, 3), draw(5, 2, seed=1)
-    given = {"a": a, "b": b} if container is dict else (a, b)
-    found = compute_jacobian(Calls(function), given, batch_size)
-    assert type(found) is container
-    for row, wanted in zip(
-        oracle.leaves(found), oracle.leaves(oracle.input_jacobian(Calls(function), given)), strict=True
-    ):
-        close(row, wanted)
 
 
 # `outputs=` and `at=`
@@ -669,20 +349,8 @@ def test_outputs_picks_by_name_or_callable():
     assert list(compute_jacobian(model, x, outputs=["logits"])) == ["logits"]
 
 
-@pytest.mark.parametrize("pick", [6, -7, "logits", [0, 9]], ids=str)
-def test_outputs_that_are_not_there_are_named_with_those_that_are(pick: Any):
-    with pytest.raises(InputError, match="outputs") as error:
-        compute_jacobian(two_layers(), draw(5, 3), outputs=pick)
-    assert repr(pick) in str(error.value)
-
-
-def test_outputs_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(InputError, match=r"'scores'.*'logits'"):
-        compute_jacobian(Calls(lambda x: {"logits": x}), draw(5, 3), outputs="scores")
-
-
 def test_outputs_one_logit_of_fifty_thousand_costs_one_sweep():
-    model = Swept(nn.Linear(4, 50_000))
+    model = Swept(nn.Linear(4, 50_000), at_input=True)
     x = draw(3, 4).float()
     found = compute_jacobian(model, x, outputs=41_234)
     assert found.shape == (3, 4)
@@ -694,7 +362,7 @@ def test_outputs_one_logit_of_fifty_thousand_costs_one_sweep():
 
 @pytest.mark.parametrize("pick", [slice(0, 1), [5], lambda out: out[:, 5]], ids=["slice", "list", "callable"])
 def test_outputs_one_logit_is_cheap_however_it_is_picked(pick: Any):
-    model, x = Swept(nn.Linear(4, 50_000)), draw(3, 4).float()
+    model, x = Swept(nn.Linear(4, 50_000), at_input=True), draw(3, 4).float()
     for _ in range(2):
         model.spent()
         compute_jacobian(model, x, outputs=pick)
@@ -703,7 +371,10 @@ def test_outputs_one_logit_is_cheap_however_it_is_picked(pick: Any):
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3), (5, 5), (40, 2), (2, 40)])
 def test_sweeps_are_as_few_as_outputs_or_inputs(inputs: int, outputs: int):
-    model, x = Swept(settled(nn.Sequential(nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, outputs)))), draw(8, inputs)
+    model, x = (
+        Swept(settled(nn.Sequential(nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, outputs))), True),
+        draw(8, inputs),
+    )
     first, extra = compute_jacobian(model, x), model.spent()
     again, spent = compute_jacobian(model, x), model.spent()
     close(first, oracle.input_jacobian(model, x))
@@ -748,31 +419,6 @@ def test_at_and_outputs_agree_at_every_level_of_checking(checks: str):
 @pytest.mark.parametrize("samples", [0, 1, 4])
 def test_at_keeps_its_shape_for_any_number_of_samples(samples: int):
     assert compute_jacobian(two_layers(), draw(samples, 3), at="0").shape == (samples, 6, 4)
-
-
-def test_at_a_path_that_is_not_there_is_named_with_its_neighbours():
-    model = nn.Sequential()
-    model.add_module("encoder", nn.Linear(3, 4))
-    with pytest.raises(InputError, match=r"'encodre'.*encoder"):
-        compute_jacobian(model, torch.ones(2, 3), at="encodre")
-
-
-def test_at_a_layer_that_is_not_reached_or_used_twice_is_refused():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.idle, self.twice = nn.Linear(3, 3), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.twice(self.twice(x))
-
-    for path in ("idle", "twice"):
-        with pytest.raises(ModelStateError, match=path):
-            compute_jacobian(Odd(), torch.ones(2, 3), at=path)
-
-
-def test_every_error_here_is_caught_as_a_jacops_error():
-    assert all(issubclass(kind, JacopsError) for kind in (InputError, InputTypeError, ModelStateError, NonFiniteError))
 
 
 def test_contributions_hold_with_biases_and_are_checked_independently():

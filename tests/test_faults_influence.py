@@ -5,15 +5,14 @@ LiSSA and Arnoldi belong to the solvers.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import jacops
 import oracle
@@ -26,25 +25,8 @@ from jacops import (
     compute_influence_factors,
     compute_influences,
 )
-from jacops.errors import (
-    DataError,
-    InputError,
-    InputTypeError,
-    ModelStateError,
-    NonFiniteError,
-    NotDifferentiableError,
-    SolveError,
-)
-from small import draw, settled, small_net
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
-    assert actual.shape == expected.shape, f"shape {tuple(expected.shape)} expected, got {tuple(actual.shape)}"
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
-
-
-def batches(x: Tensor, y: Tensor, *sizes: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(x.split(list(sizes)), y.split(list(sizes)), strict=True))
+from jacops.errors import NotDifferentiableError, SolveError
+from small import batches, close, draw, settled, small_net
 
 
 class Linear:
@@ -152,28 +134,6 @@ def parts(*sizes: int, width: int = 2) -> Iterator[Tensor]:
     return (draw(size, width, seed=i) for i, size in enumerate(sizes))
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ((), "giving 0 rows"),
-        ((2,), "giving 2 rows"),
-        ((2, 2), "giving 4 rows"),
-        ((2, 2, 2), r"giving a tensor \(2, 2\) at row 4"),
-        ((6,), r"giving a tensor \(6, 2\) at row 0"),
-    ],
-)
-def test_d2_rows_that_are_missing_or_too_many_are_an_error_and_never_memory_left_over(
-    given: tuple[int, ...], said: str
-):
-    with pytest.raises(InputError, match=rf"`a` is {said}, but \(5, 2\) was promised"):
-        TorchTensorUtilities.cat_gen(parts(*given), (5, 2), Linear().wrapped())
-
-
-def test_d2_rows_of_another_width_are_an_error():
-    with pytest.raises(InputError, match=r"\(2, 3\) at row 0.*\(5, 2\)"):
-        TorchTensorUtilities.cat_gen(parts(2, width=3), (5, 2), Linear().wrapped())
-
-
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 1, 1, 1, 1), (0, 5), (2, 0, 3)])
 def test_d2_rows_as_promised_come_in_order(sizes: tuple[int, ...]):
     found = TorchTensorUtilities.cat_gen(parts(*sizes), (5, 2), Linear().wrapped())
@@ -181,24 +141,6 @@ def test_d2_rows_as_promised_come_in_order(sizes: tuple[int, ...]):
 
 
 # D3: one loss call everywhere
-
-
-CALLS_WITH_TARGETS: dict[str, Callable[[TorchTwiceDifferentiable, Tensor, Tensor], Any]] = {
-    "grad": lambda model, x, y: model.grad(x, y),
-    "grad with a graph": lambda model, x, y: model.grad(x, y, create_graph=True),
-    "hessian": lambda model, x, y: model.hessian(x, y),
-    "influences": lambda model, x, y: compute_influences(model, [(x, y)], damping=1.0),
-    "jacops.hessian": lambda model, x, y: jacops.hessian(model.model, model.loss, x, y),
-    "jacops.ggn": lambda model, x, y: jacops.ggn(model.model, model.loss, x, y),
-}
-
-
-@pytest.mark.parametrize("loss", [F.mse_loss, nn.MSELoss(), F.l1_loss, F.huber_loss, nn.SmoothL1Loss()])
-@pytest.mark.parametrize("call", CALLS_WITH_TARGETS)
-def test_d3_a_target_that_would_broadcast_is_refused_everywhere_with_both_shapes(call: str, loss: Any):
-    case = Linear(train=5)
-    with pytest.raises(InputError, match=r"`y` is of shape \([15],\).*\([15], 1\)"):
-        CALLS_WITH_TARGETS[call](case.wrapped(loss), case.x, case.y[:, 0])
 
 
 def test_d3_gradient_hessian_and_products_are_of_one_and_the_same_loss():
@@ -284,19 +226,15 @@ def test_d6_a_summed_loss_is_consistent_over_splits_too(split: tuple[int, ...]):
     assert found.info["reduction"] == "sum"
 
 
-def test_d6_a_sum_that_passes_for_a_mean_is_found_out():
+def test_d6_a_sum_of_the_user_s_own_is_one_where_it_says_so():
     case = Linear()
 
     def summed(output: Tensor, y: Tensor) -> Tensor:
         return ((output - y) ** 2).sum()
 
     train, test = batches(case.x, case.y, 6, 5), [(case.test_x, case.test_y)]
-    with pytest.raises(InputError, match="`reduction` is 'mean', but the loss of 6 rows"):
-        compute_influences(case.wrapped(summed), train, test_data=test, damping=case.damping)
     found = compute_influences(case.wrapped(summed), train, test_data=test, damping=case.damping, reduction="sum")
     close(found.values, case.up(scale=11))
-    with pytest.raises(InputError, match="'avg'.*'mean', 'sum'"):
-        compute_influences(case.wrapped(), train, damping=1.0, reduction="avg")
 
 
 @pytest.mark.parametrize(
@@ -322,80 +260,11 @@ def test_d6_a_mean_with_another_denominator_than_the_rows_is_divided_by_it(loss:
 # D9: the order of a loader
 
 
-class Fixed(Dataset):
-    """Rows of a set."""
-
-    def __init__(self, x: Tensor, y: Tensor):
-        self.x, self.y = x, y
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.x[i], self.y[i]
-
-
-class Turning(Sampler):
-    """Another order at each pass, without any random number."""
-
-    def __init__(self, count: int):
-        self.count, self.passes = count, 0
-
-    def __iter__(self) -> Iterator[int]:
-        self.passes += 1
-        return iter([(i + self.passes) % self.count for i in range(self.count)])
-
-    def __len__(self) -> int:
-        return self.count
-
-
-class Shrinking(Turning):
-    """One row less at each pass."""
-
-    def __iter__(self) -> Iterator[int]:
-        self.passes += 1
-        return iter(range(self.count + 1 - self.passes))
-
-
-def loader(case: Linear, **options: Any) -> DataLoader:
-    return DataLoader(Fixed(case.x, case.y), batch_size=4, **options)
-
-
-RANDOM = {
-    "shuffle": lambda case: loader(case, shuffle=True),
-    "shuffle with its own generator": lambda case: loader(
-        case, shuffle=True, generator=torch.Generator().manual_seed(0)
-    ),
-    "subset": lambda case: loader(case, sampler=torch.utils.data.SubsetRandomSampler(range(11))),
-    "weighted": lambda case: loader(case, sampler=torch.utils.data.WeightedRandomSampler([1.0] * 11, 11)),
-    "in a batch sampler": lambda case: DataLoader(
-        Fixed(case.x, case.y),
-        batch_sampler=torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(11)), 4, drop_last=False),
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", RANDOM)
-@pytest.mark.parametrize("where", ["training_data", "test_data", "input_data"])
-def test_d9_a_loader_with_a_random_sampler_is_refused_by_name(kind: str, where: str):
-    case = Linear()
-    data: dict[str, Any] = {name: loader(case) for name in ("training_data", "test_data", "input_data")}
-    data[where] = RANDOM[kind](case)
-    with pytest.raises(DataError, match=rf"`{where}` is a loader with a \w*RandomSampler.*shuffle=False"):
-        compute_influences(case.wrapped(), data.pop("training_data"), damping=1.0, **data)
-
-
-@pytest.mark.parametrize(("sampler", "said"), [(Turning, "different in batch 0"), (Shrinking, "batch")])
-def test_d9_an_order_or_length_that_changes_between_passes_is_found_by_its_content(sampler: type, said: str):
-    case = Linear()
-    with pytest.raises(DataError, match=f"`training_data` is .*{said}"):
-        compute_influences(case.wrapped(), loader(case, sampler=sampler(11)), damping=1.0)
-
-
 def test_d9_a_fixed_order_is_the_order_of_the_columns_and_no_random_number_is_drawn():
     case = Linear()
     before = torch.get_rng_state()
-    found = compute_influences(case.wrapped(), loader(case), test_data=[(case.test_x, case.test_y)], damping=0.1)
+    loader = DataLoader(TensorDataset(case.x, case.y), batch_size=4)
+    found = compute_influences(case.wrapped(), loader, test_data=[(case.test_x, case.test_y)], damping=0.1)
     close(found.values, case.up())
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -438,16 +307,6 @@ def test_d10_directions_are_not_overwritten():
 # D12: directions
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (1,), (1, 1), (25,), (27,), (4, 25), (2, 3, 26), (26, 1), (), (0,)], ids=str)
-def test_d12_directions_of_another_length_are_never_broadcast(shape: tuple[int, ...]):
-    wrapped = TorchTwiceDifferentiable(small_net(), F.mse_loss)
-    recorded = wrapped.grad(draw(5, 3), draw(5, 2), create_graph=True)
-    assert wrapped.num_params == 26
-    with pytest.raises(InputError, match=r"`v` is of shape .*\[D, 26\] or \[26\]") as error:
-        wrapped.mvp(recorded, draw(*shape), wrapped.parameters)
-    assert str(shape) in str(error.value)
-
-
 @pytest.mark.parametrize("many", [0, 1, 2, 26, 70])
 def test_d12_any_number_of_directions_gives_its_rows(many: int):
     model, x, y = small_net(), draw(5, 3), draw(5, 2, seed=1)
@@ -458,51 +317,17 @@ def test_d12_any_number_of_directions_gives_its_rows(many: int):
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["torch", "numpy", "list"])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "list", "reversed", "read-only"])
 def test_d12_one_direction_may_be_a_vector_and_come_from_numpy(kind: str):
     model, x, y = small_net(), draw(5, 3), draw(5, 2, seed=1)
     wrapped = TorchTwiceDifferentiable(model, F.mse_loss)
     v = draw(26, seed=3)
-    given = {"torch": v, "numpy": v.numpy(), "list": v.numpy()[None]}[kind]
+    backwards, locked = v.flip(0).numpy()[::-1], v.clone().numpy()
+    locked.flags.writeable = False
+    forms = {"numpy": v.numpy(), "list": v.numpy()[None], "reversed": backwards, "read-only": locked}
+    given = forms.get(kind, v)
     found = wrapped.mvp(wrapped.grad(x, y, create_graph=True), given, wrapped.parameters)
     close(found, (v @ oracle.hessian(model, F.mse_loss, x, y))[None])
-
-
-@pytest.mark.parametrize(
-    ("v", "kind", "said"),
-    [
-        (torch.ones(26), InputError, "float32"),
-        (np.ones(26, np.float32), InputError, "float32"),
-        (torch.full((26,), float("nan")).double(), NonFiniteError, "`v`"),
-        ("v", InputTypeError, "`v` is a str"),
-        (None, InputTypeError, "`v` is a NoneType"),
-    ],
-    ids=["float32", "numpy float32", "nan", "text", "none"],
-)
-def test_d12_directions_of_another_kind_are_refused(v: Any, kind: type, said: str):
-    wrapped = TorchTwiceDifferentiable(small_net(), F.mse_loss)
-    recorded = wrapped.grad(draw(5, 3), draw(5, 2), create_graph=True)
-    with pytest.raises(kind, match=said):
-        wrapped.mvp(recorded, v, wrapped.parameters)
-
-
-@pytest.mark.parametrize(
-    ("backprop_on", "kind", "said"),
-    [
-        ([], InputError, "`backprop_on` is empty"),
-        ([None], InputTypeError, r"`backprop_on\[0\]` is a NoneType"),
-        (torch.ones(3), InputError, r"`backprop_on\[0\]` is neither a parameter"),
-        (3, InputTypeError, "`backprop_on` is a int"),
-    ],
-    ids=["empty", "none", "stranger", "number"],
-)
-def test_d12_something_else_than_parameters_or_inputs_to_differentiate_by_is_refused(
-    backprop_on: Any, kind: type, said: str
-):
-    wrapped = TorchTwiceDifferentiable(small_net(), F.mse_loss)
-    recorded = wrapped.grad(draw(5, 3), draw(5, 2), create_graph=True)
-    with pytest.raises(kind, match=said):
-        wrapped.mvp(recorded, torch.ones(26).double(), backprop_on)
 
 
 def test_d12_some_of_the_parameters_give_some_of_the_columns():
@@ -533,41 +358,7 @@ def test_a_forgotten_create_graph_is_told_from_a_linear_loss():
     close(wrapped.mvp(recorded, v, case.x), torch.ones(1, 22).double())  # d²/dw dx is one, per row
 
 
-def test_a_block_whose_second_derivative_is_zero_gives_zeros_there():
-    """ReLU nets are linear in each layer: no layer bends by itself."""
-    model = settled(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)))
-    x, y = draw(5, 3), draw(5, 1, seed=1)
-    wrapped = TorchTwiceDifferentiable(model, lambda output, y: (output * y).sum())
-    hessian = oracle.hessian(model, wrapped.loss, x, y)
-    assert not hessian[:16, :16].any()
-    assert hessian[:16, 16:].any()
-    close(wrapped.hessian(x, y), hessian)
-    close(wrapped.mvp(wrapped.grad(x, y, create_graph=True), torch.eye(21).double(), wrapped.parameters), hessian)
-
-
-def test_a_model_that_leaves_parameters_unused_has_zeros_there():
-    model = small_net()
-    model.idle = nn.Linear(2, 2).double()
-
-    class First(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.idle, self.net = nn.Linear(2, 2).double(), small_net()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x)
-
-    wrapped, x, y = TorchTwiceDifferentiable(First(), F.mse_loss), draw(5, 3), draw(5, 2, seed=1)
-    close(wrapped.grad(x, y), torch.cat([torch.zeros(6).double(), oracle.gradient(small_net(), F.mse_loss, x, y)]))
-    expected = torch.zeros(32, 32).double()
-    expected[6:, 6:] = oracle.hessian(small_net(), F.mse_loss, x, y)
-    close(wrapped.hessian(x, y), expected)
-    recorded = wrapped.grad(x, y, create_graph=True)
-    close(wrapped.mvp(recorded, torch.eye(32).double(), wrapped.parameters), expected)
-    close(wrapped.mvp(recorded, torch.eye(32).double(), wrapped.parameters[0]), expected[:, :4])
-
-
-# Frozen parameters, buffers, tied weights, dtypes
+# Frozen parameters, and inference mode
 
 
 def test_frozen_parameters_are_left_out_everywhere():
@@ -580,59 +371,12 @@ def test_frozen_parameters_are_left_out_everywhere():
     close(wrapped.hessian(x, y), oracle.hessian(model, F.mse_loss, x, y))
     found = compute_influences(wrapped, [(x, y)], damping=2.0)
     assert (found.info["covered"], found.info["parameters"]) == (14, 26)
-    model.requires_grad_(False)
-    with pytest.raises(ModelStateError, match="no parameter requires grad"):
-        TorchTwiceDifferentiable(model, F.mse_loss)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_buffers_of_a_batch_norm_work_and_stay_put(training: bool):
-    model = settled(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))).train(training)
-    model[1].running_mean.copy_(draw(4))
-    mean = model[1].running_mean.clone()
-    wrapped, x, y = TorchTwiceDifferentiable(model, F.mse_loss), draw(5, 3), draw(5, 1, seed=1)
-    close(wrapped.grad(x, y), oracle.gradient(model, F.mse_loss, x, y))
-    close(wrapped.hessian(x, y), oracle.hessian(model, F.mse_loss, x, y))
-    assert torch.equal(model[1].running_mean, mean)
-    assert int(model[1].num_batches_tracked) == 0
-    if training:
-        with pytest.raises(ModelStateError, match=r"module '1' \(BatchNorm1d\) is in train mode.*eval"):
-            compute_influences(wrapped, [(x, y)], damping=1.0)
-
-
-def test_tied_weights_count_once():
-    model = settled(nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)))
-    model[2].weight = model[0].weight
-    wrapped, x, y = TorchTwiceDifferentiable(model, F.mse_loss), draw(5, 3), draw(5, 3, seed=1)
-    assert wrapped.num_params == 9
-    hessian = wrapped.hessian(x, y)
-    close(hessian, oracle.hessian(model, F.mse_loss, x, y))
-    close(wrapped.mvp(wrapped.grad(x, y, create_graph=True), torch.eye(9).double(), wrapped.parameters), hessian)
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_dtypes_are_the_model_s(dtype: torch.dtype, rtol: float):
-    model = small_net().to(dtype)
-    x, y = draw(5, 3).to(dtype), draw(5, 2, seed=1).to(dtype)
-    wrapped = TorchTwiceDifferentiable(model, F.mse_loss)
-    expected = oracle.gradient(model, F.mse_loss, x, y), oracle.hessian(model, F.mse_loss, x, y)
-    for found, wanted in zip((wrapped.grad(x, y), wrapped.hessian(x, y)), expected, strict=True):
-        assert found.dtype == dtype
-        close(found.double(), wanted, rtol=rtol)
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_no_grad_and_inference_mode_give_right_values(context: Callable[[], Any]):
-    model, x, y = small_net(), draw(5, 3), draw(5, 2, seed=1)
-    wrapped = TorchTwiceDifferentiable(model, F.mse_loss)
-    hessian, mixed = oracle.second_derivatives(model, F.mse_loss, x, y)
-    gradient = oracle.gradient(model, F.mse_loss, x, y)
-    with context():
-        close(wrapped.grad(x, y), gradient)
-        close(wrapped.hessian(x, y), hessian)
-        recorded = wrapped.grad(x, y, create_graph=True)
-        close(wrapped.mvp(recorded, torch.eye(26).double(), wrapped.parameters), hessian)
-        close(wrapped.mvp(recorded, torch.eye(26).double(), x), mixed)
+    assert "14 of 26 parameters" in repr(found)
+    H = jacops.hessian(model, F.mse_loss, x, y)
+    assert H.domain.names == ("0.bias", "2.weight", "2.bias")
+    close(H.dense(), oracle.hessian(model, F.mse_loss, x, y))
+    assert "2.weight" in repr(jacops.jacobian(model, x))
+    assert "0.weight" not in repr(jacops.jacobian(model, x))
 
 
 def test_inference_mode_inputs_and_targets_made_in_it_give_right_values():
@@ -785,9 +529,6 @@ def test_interface_an_element_is_taken_along_the_first_axis_longer_than_one():
     x = draw(1, 3, 2)
     assert torch.equal(TorchTensorUtilities.get_element(x, 2), x[0, 2])
     assert torch.equal(TorchTensorUtilities.get_element(draw(1), 0), draw(1)[0])
-    for shape, idx in (((1, 3, 2), 3), ((), 0), ((4,), -5)):
-        with pytest.raises(InputError, match=f"`idx` is {idx}"):
-            TorchTensorUtilities.get_element(draw(*shape), idx)
 
 
 def test_interface_influences_state_their_sign_and_units():
@@ -825,39 +566,12 @@ def test_interface_leaving_a_sample_out_moves_the_test_loss_by_its_influence():
         torch.testing.assert_close(change, found.values[:, i] / 200, rtol=0.1, atol=2e-5)
 
 
-# Refusals
-
-
-def test_refusals_arguments_out_of_range_are_named():
-    case = Linear()
-    data = [(case.x, case.y)]
-    for options, said in (
-        ({"influence_type": "down"}, "'down'.*'up' or 'perturbation'"),
-        ({"inversion_method": "magic"}, "`inversion_method` is 'magic'"),
-        ({"damping": -1}, "`damping` is -1"),
-        ({"damping": float("nan")}, "`damping` is nan"),
-        ({"damping": float("inf")}, "`damping` is inf"),
-        ({"damping": "0.1"}, "`damping` is '0.1'"),
-        ({"damping": True}, "`damping` is True"),
-        ({"curvature": "newton"}, "`curvature` is 'newton'.*'hessian', 'ggn'"),
-        ({"on_failure": "ignore"}, "`on_failure` is 'ignore'.*'raise', 'return'"),
-    ):
-        with pytest.raises(InputError, match=said):
-            compute_influences(case.wrapped(), data, **options)
-    with pytest.raises(InputTypeError, match="`differentiable_model` is a Linear"):
-        compute_influences(case.model, data)
-    with pytest.raises(InputTypeError, match="`loss` is a str"):
-        TorchTwiceDifferentiable(case.model, "mse")
-    with pytest.raises(InputTypeError, match="`model` is a function"):
-        TorchTwiceDifferentiable(lambda x: x, F.mse_loss)
-
-
 def test_refusals_a_singular_or_indefinite_system_carries_its_solution_and_advice():
     case = Linear(train=1)
     data = [(case.x, case.y)]
     for seed in range(6):  # by rounding, a singular matrix may look positive definite
         one = [(draw(1, 2, seed=seed), draw(1, 1, seed=seed))]
-        with pytest.raises(SolveError, match="singular.*damping") as error:
+        with pytest.raises(SolveError, match="hessian.*singular.*damping") as error:
             compute_influences(case.wrapped(), one, test_data=[(case.test_x, case.test_y)])
         assert set(error.value.solution.status) == {"singular"}
     indefinite = case.wrapped(lambda output, y: -((output - y) ** 2).mean())
@@ -867,19 +581,3 @@ def test_refusals_a_singular_or_indefinite_system_carries_its_solution_and_advic
     kept = compute_influence_factors(case.wrapped(), data, data, on_failure="return")
     assert kept.info["status"] == "singular"
     assert not kept.info["converged"]
-
-
-@pytest.mark.parametrize("shape", [(5,), (1,), (5, 2)], ids=str)
-def test_refusals_a_loss_that_is_not_one_number_names_its_shape(shape: tuple[int, ...]):
-    wrapped = Linear().wrapped(lambda output, y: torch.ones(shape).double() * output.sum())
-    for call in (wrapped.grad, wrapped.hessian):
-        with pytest.raises(InputError) as error:
-            call(draw(5, 2), draw(5, 1))
-        assert f"`the loss` is of shape {shape}" in str(error.value)
-        assert "reduction" in str(error.value)
-
-
-def test_refusals_a_loss_that_is_a_python_number_is_named():
-    wrapped = Linear().wrapped(lambda output, y: output.sum().item())
-    with pytest.raises(NotDifferentiableError, match=r"`the loss` is a float.*item\(\)"):
-        wrapped.grad(draw(5, 2), draw(5, 1))

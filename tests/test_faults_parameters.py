@@ -7,7 +7,6 @@ import itertools
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,51 +18,13 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from jacops import JacopsWarning, modjac
-from jacops.errors import InputError, InputTypeError, ModelStateError, NonFiniteError, NotDifferentiableError
-from small import draw, small_net
+from jacops.errors import ModelStateError, NonFiniteError, NotDifferentiableError
+from small import Calls, Counts, Swept, close, draw, flat, settled, small_net
 
 ROUTES = list(itertools.product(("reverse-mode", "forward-mode"), (False, True)))
 routes = pytest.mark.parametrize(
     ("strategy", "vectorize"), ROUTES, ids=[f"{s}-{v and 'vectorized'}" for s, v in ROUTES]
 )
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
-    assert actual.shape == expected.shape, f"shape {tuple(expected.shape)} expected, got {tuple(actual.shape)}"
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol, check_dtype=False)
-
-
-def all_close(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
-    """Leaf by leaf, with as many leaves on either side."""
-    for a, b in zip(oracle.leaves(actual), oracle.leaves(expected), strict=True):
-        close(a, b, rtol)
-
-
-def settled(model: nn.Module) -> nn.Module:
-    model = model.double()
-    for index, parameter in enumerate(model.parameters()):
-        with torch.no_grad():
-            parameter.copy_(0.5 * draw(*parameter.shape, seed=index, dtype=parameter.dtype))
-    return model
-
-
-def flat(blocks: list[list[Tensor]], params: list[Tensor]) -> Tensor:
-    """Blocks `[output][parameter]` as one matrix."""
-    return torch.cat(
-        [torch.cat([b.reshape(-1, p.numel()) for b, p in zip(row, params, strict=True)], 1) for row in blocks]
-    )
-
-
-class Calls(nn.Module):
-    """A function of its parameters and the input."""
-
-    def __init__(self, function: Callable[..., Any], *shapes: tuple[int, ...]):
-        super().__init__()
-        self.function = function
-        self.weights = nn.ParameterList(nn.Parameter(draw(*shape, seed=i)) for i, shape in enumerate(shapes))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*self.weights, *args, **kwargs)
 
 
 # P1: inference mode
@@ -82,7 +43,7 @@ def test_p1_inference_mode_gives_the_jacobian_and_never_zeros(strategy: Any, vec
     expected = linear_jacobian(model, x)
     with torch.inference_mode():
         found = modjac(model, x, strategy=strategy, vectorize=vectorize, strict=strict)
-    all_close(found, expected)
+    close(found, expected)
     assert all(block.any() for block in found)
 
 
@@ -92,9 +53,9 @@ def test_p1_parameters_and_inputs_made_in_inference_mode(strategy: Any, vectoriz
         model, x = nn.Linear(3, 2).double(), draw(5, 3)
         assert model.weight.is_inference()
         found = modjac(model, x, strategy=strategy, vectorize=vectorize)
-        all_close(found, linear_jacobian(model, x))
+        close(found, linear_jacobian(model, x))
     again = modjac(model, x, strategy=strategy, vectorize=vectorize)
-    all_close(again, linear_jacobian(model, x))
+    close(again, linear_jacobian(model, x))
     assert model.weight.is_inference()
 
 
@@ -103,16 +64,6 @@ def test_p1_results_of_inference_mode_can_be_used_outside():
         found = modjac(small_net(), draw(5, 3), flatten=True)
     found = found.clone() if found.is_inference() else found
     found.requires_grad_().sum().backward()
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-@routes
-def test_p1_a_net_of_several_layers_with_buffers(strategy: Any, vectorize: bool, context: Callable[[], Any]):
-    model = settled(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.PReLU(), nn.Linear(4, 2)))
-    x = draw(5, 3)
-    expected = oracle.parameter_jacobian(model, x)[0]
-    with context():
-        all_close(modjac(model, x, strategy=strategy, vectorize=vectorize), expected)
 
 
 # P2: forward mode with flatten
@@ -143,14 +94,16 @@ def test_p2_every_route_gives_the_same_containers_and_numbers(strategy: Any, vec
         assert type(found) is tuple
         assert type(found[1]) is dict
         assert [type(row) for row in (found[0], found[1]["sum"], found[1]["both"])] == [tuple] * 3
-        all_close(found, blocks)
+        close(found, blocks)
         assert not any(leaf.requires_grad for leaf in oracle.leaves(found))
 
 
 @routes
-def test_p2_create_graph_keeps_the_graph_on_every_route(strategy: Any, vectorize: bool):
+@pytest.mark.parametrize("strict", [False, True])
+def test_p2_create_graph_keeps_the_graph_on_every_route(strategy: Any, vectorize: bool, strict: bool):
     model, x = small_net(), draw(5, 3)
-    found = modjac(model, x, True, strategy=strategy, vectorize=vectorize, flatten=True)
+    found = modjac(model, x, True, strict, vectorize, strategy, flatten=True)
+    close(found.detach(), flat(oracle.parameter_jacobian(model, x), list(model.parameters())))
     assert found.requires_grad
     weights = draw(*found.shape, seed=4)
     slopes = torch.autograd.grad((found * weights).sum(), list(model.parameters()), allow_unused=True)
@@ -175,44 +128,30 @@ def test_p2_dtypes_are_the_parameter_s_in_reverse_and_the_output_s_in_forward_mo
     assert [block.dtype for block in reverse] == [own, torch.float64]
     assert [block.dtype for block in forward] == [torch.float64, torch.float64]
     assert modjac(model, draw(5, 3), flatten=True).dtype == torch.float64
-    all_close(forward, reverse, rtol=1e-6)
-
-
-@pytest.mark.parametrize("strategy", ["reverse", "forward", "", None, 1], ids=repr)
-def test_p2_an_unknown_strategy_names_the_two(strategy: Any):
-    with pytest.raises(InputError, match="`strategy` is .*'reverse-mode' or 'forward-mode'") as error:
-        modjac(nn.Linear(3, 2), torch.ones(5, 3), strategy=strategy)
-    assert repr(strategy) in str(error.value)
+    close(forward, reverse, rtol=1e-6, same_dtype=False)
 
 
 # P4: complex parameters
 
 
-class ComplexLinear(nn.Module):
-    def __init__(self):
+class Complex(nn.Module):
+    """A function of a complex linear map."""
+
+    def __init__(self, of: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.of = of
         self.weight = nn.Parameter(draw(2, 3, seed=0, dtype=torch.complex128))
         self.bias = nn.Parameter(draw(2, seed=1, dtype=torch.complex128))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.bias
+        return self.of(x @ self.weight.T + self.bias)
 
 
-class SquaredSize(ComplexLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).abs() ** 2
-
-
-class Squared(ComplexLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) ** 2
-
-
-class Conjugated(ComplexLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).conj() * super().forward(x)
-
-
+COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda z: z,
+    "squared": lambda z: z**2,
+    "squared size": lambda z: z.abs() ** 2,
+}
 COMPLEX_X = draw(5, 3, seed=9, dtype=torch.complex128)
 
 
@@ -221,7 +160,7 @@ def complex_change(model: nn.Module, changes: list[Tensor]) -> Tensor:
     ends = []
     for sign in (1e-6, -1e-6):
         with torch.no_grad():
-            moved = type(model)()
+            moved = Complex(model.of)
             for p, d in zip(moved.parameters(), changes, strict=True):
                 p.add_(sign * d)
             ends.append(moved(COMPLEX_X))
@@ -229,10 +168,10 @@ def complex_change(model: nn.Module, changes: list[Tensor]) -> Tensor:
 
 
 @routes
-@pytest.mark.parametrize("kind", [ComplexLinear, Squared, SquaredSize])
-def test_p4_complex_jacobians_keep_one_convention_on_every_route(kind: type, strategy: Any, vectorize: bool):
+@pytest.mark.parametrize("kind", COMPLEX)
+def test_p4_complex_jacobians_keep_one_convention_on_every_route(kind: str, strategy: Any, vectorize: bool):
     """`df = J dz` for holomorphic outputs and `df = Re(J dz)` for real ones."""
-    model = kind()
+    model = Complex(COMPLEX[kind])
     changes = [draw(*p.shape, seed=20 + i, dtype=p.dtype) for i, p in enumerate(model.parameters())]
     matrix = modjac(model, COMPLEX_X, strategy=strategy, vectorize=vectorize, flatten=True)
     product = matrix @ torch.cat([c.flatten() for c in changes])
@@ -241,7 +180,7 @@ def test_p4_complex_jacobians_keep_one_convention_on_every_route(kind: type, str
 
 
 def test_p4_a_complex_linear_layer_has_its_input_as_jacobian():
-    model = ComplexLinear()
+    model = Complex(COMPLEX["linear"])
     for strategy, vectorize in ROUTES:
         by_weight, by_bias = modjac(model, COMPLEX_X, strategy=strategy, vectorize=vectorize)
         eye = torch.eye(2, dtype=torch.complex128)
@@ -250,10 +189,10 @@ def test_p4_a_complex_linear_layer_has_its_input_as_jacobian():
 
 
 def test_p4_the_calls_agree_with_one_another():
-    for model in (ComplexLinear(), Squared(), SquaredSize()):
+    for model in map(Complex, COMPLEX.values()):
         blocks = modjac(model, COMPLEX_X)
         same = jacops.full_jacobian(lambda model=model: model(COMPLEX_X), model.parameters())
-        all_close([b.reshape(10, *b.shape[2:]) for b in blocks], same)
+        close([b.reshape(10, *b.shape[2:]) for b in blocks], same)
         vs = [draw(*p.shape, seed=30, dtype=p.dtype) for p in model.parameters()]
         change = sum(torch.tensordot(b, v, v.ndim) for b, v in zip(blocks, vs, strict=True))
         pushed = jacops.model_jvp(model, COMPLEX_X, vs)
@@ -263,18 +202,18 @@ def test_p4_the_calls_agree_with_one_another():
 @routes
 def test_p4_a_function_without_a_complex_jacobian_is_refused_on_every_route(strategy: Any, vectorize: bool):
     with pytest.raises(NotDifferentiableError, match="output is not a holomorphic function of weight.*view_as_real"):
-        modjac(Conjugated(), COMPLEX_X, strategy=strategy, vectorize=vectorize)
+        modjac(Complex(lambda z: z.conj() * z), COMPLEX_X, strategy=strategy, vectorize=vectorize)
 
 
 def test_p4_complex_create_graph_is_right_too():
-    model = Squared()
+    model = Complex(COMPLEX["squared"])
     found = modjac(model, COMPLEX_X, create_graph=True, flatten=True)
     close(found.detach(), modjac(model, COMPLEX_X, flatten=True))
     (slope,) = torch.autograd.grad(found.abs().pow(2).sum(), model.bias)
     step, d = 1e-6, draw(2, seed=4, dtype=torch.complex128)
     ends = []
     for sign in (step, -step):
-        moved = Squared()
+        moved = Complex(COMPLEX["squared"])
         with torch.no_grad():
             moved.bias.add_(sign * d)
         ends.append(modjac(moved, COMPLEX_X, flatten=True).abs().pow(2).sum())
@@ -290,7 +229,7 @@ def test_p6_frozen_parameters_are_columns_unless_left_out_by_request(strategy: A
     model[0].weight.requires_grad_(False)
     blocks = oracle.parameter_jacobian(model, x)
     options = {"strategy": strategy, "vectorize": vectorize}
-    all_close(modjac(model, x, **options), blocks)
+    close(modjac(model, x, **options), blocks)
     close(modjac(model, x, flatten=True, **options), flat(blocks, list(model.parameters())))
     trainable = modjac(model, x, flatten=True, trainable_only=True, **options)
     close(trainable, flat([row[1:] for row in blocks], list(model.parameters())[1:]))
@@ -315,7 +254,7 @@ def test_p6_a_gauss_newton_step_over_trainable_parameters_fits():
 
 def test_p6_a_model_frozen_altogether_still_has_its_jacobian_unless_only_trainable_ones_are_asked_for():
     model, x = small_net().requires_grad_(False), draw(5, 3)
-    all_close(modjac(model, x), oracle.parameter_jacobian(model, x))
+    close(modjac(model, x), oracle.parameter_jacobian(model, x))
     with pytest.raises(ModelStateError, match="Sequential without parameters to differentiate"):
         modjac(model, x, trainable_only=True)
 
@@ -390,22 +329,16 @@ def test_p7_the_check_is_no_assert():
 # P8: one linearisation
 
 
-class Runs:
-    """How often a forward ran."""
-
-    count = 0
-
-
 class Noisy(nn.Module):
     """Linear in its weight but for one dropout mask, with batch statistics on the way."""
 
     def __init__(self):
         super().__init__()
         self.norm, self.drop, self.layer = nn.BatchNorm1d(8, affine=False), nn.Dropout(0.5), nn.Linear(8, 3, bias=False)
-        self.runs = Runs()
+        self.runs = Counts()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.runs.count += 1
+        self.runs.forward += 1
         return self.layer(self.drop(self.norm(x)))
 
 
@@ -413,25 +346,25 @@ def test_p8_residual_and_jacobian_come_from_one_mask():
     model, x = Noisy().double().train(), draw(6, 8)
     torch.manual_seed(1)
     J = jacops.jacobian(model, x)
-    assert model.runs.count == 1
+    assert model.runs.forward == 1
     weight = model.layer.weight.detach().flatten()
     close(J @ weight, J.output.detach().flatten())
     close(J.dense() @ weight, J.output.detach().flatten())
     assert (J.dense() == 0).double().mean() > 0.7  # the mask is there: half of the entries of each row's own block
-    assert model.runs.count == 1
+    assert model.runs.forward == 1
 
 
 @routes
 def test_p8_modjac_runs_the_model_once_and_moves_nothing(strategy: Any, vectorize: bool):
     model, x = Noisy().double().train(), draw(6, 8)
-    model.runs = runs = Runs()
+    model.runs = runs = Counts()
     torch.manual_seed(1)
     before = torch.get_rng_state()
     expected = oracle.parameter_jacobian(model, x)[0][0]
-    runs.count = 0
+    runs.forward = 0
     found = modjac(model, x, strategy=strategy, vectorize=vectorize)
     close(found, expected)
-    assert runs.count == 1
+    assert runs.forward == 1
     assert torch.equal(torch.get_rng_state(), before)
     assert int(model.norm.num_batches_tracked) == 0
     assert torch.equal(model.norm.running_mean, torch.zeros(8).double())
@@ -447,14 +380,6 @@ def test_p8_the_next_call_has_the_next_mask_once_the_caller_drew_it():
 
 
 # Shapes that callers rely on
-
-
-@routes
-def test_shapes_one_parameter_and_one_output_give_a_tensor(strategy: Any, vectorize: bool):
-    model = nn.Linear(3, 2, bias=False).double()
-    found = modjac(model, draw(5, 3), strategy=strategy, vectorize=vectorize)
-    assert isinstance(found, Tensor)
-    assert found.shape == (5, 2, 2, 3)
 
 
 @routes
@@ -496,12 +421,12 @@ def test_shapes_an_unused_parameter_is_zero_or_refused_by_name():
     x = draw(3, 2)
     found = modjac(model, x)
     assert not found[0][1].any()
-    all_close(found, oracle.parameter_jacobian(model, x))
+    close(found, oracle.parameter_jacobian(model, x))
     for strategy, vectorize in ROUTES:
         with pytest.raises(NotDifferentiableError, match=r"output\[0\] does not depend on parameter weights.1"):
             modjac(model, x, strict=True, strategy=strategy, vectorize=vectorize)
     fine = Calls(lambda a, b, x: x * a * b, (2,), (2,))
-    all_close(modjac(fine, x, strict=True), modjac(fine, x))
+    close(modjac(fine, x, strict=True), modjac(fine, x))
 
 
 @routes
@@ -511,14 +436,6 @@ def test_shapes_an_output_that_depends_on_nothing_is_zero_with_one_warning(strat
         found = modjac(model, draw(3, 2), strategy=strategy, vectorize=vectorize)
     assert len(said) == 1
     assert torch.equal(found, torch.zeros(3, 2, 2).double())
-
-
-@routes
-def test_shapes_tied_parameters_are_one_entry(strategy: Any, vectorize: bool):
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)).double()
-    model[2].weight = model[0].weight
-    x = draw(5, 3)
-    close(modjac(model, x, strategy=strategy, vectorize=vectorize), oracle.parameter_jacobian(model, x)[0][0])
 
 
 EMPTY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, int]]] = {
@@ -542,57 +459,15 @@ def test_shapes_empty_axes_are_kept(kind: str, strategy: Any, vectorize: bool):
         assert block.shape == (*output.shape, *p.shape)
 
 
-ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
-    "PReLU": (lambda: nn.Sequential(nn.Linear(3, 3), nn.PReLU()), lambda: draw(3, 3)),
-    "GRU": (lambda: nn.GRU(2, 3, batch_first=True), lambda: draw(2, 4, 2)),
-    "LSTM, a nested tuple": (lambda: nn.LSTM(2, 3, batch_first=True), lambda: draw(2, 4, 2)),
-    "batch norm in train mode": (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train(), lambda: draw(5, 3)),
-    "convolution": (lambda: nn.Conv2d(1, 2, 3, bias=False), lambda: draw(2, 1, 4, 4)),
-    "sparse embedding": (lambda: nn.Embedding(5, 2, sparse=True), lambda: torch.tensor([[0, 4], [4, 1]])),
-    "in place": (lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU(inplace=True)), lambda: draw(5, 3)),
-    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), lambda: draw(5, 3)),
-    "a branch": (lambda: Calls(lambda a, x: x * a if float(a.detach().sum()) > 0 else x - a, (3,)), lambda: draw(5, 3)),
-}
-
-
-@pytest.mark.parametrize("kind", ZOO)
-@routes
-def test_shapes_models_of_many_kinds_are_right_on_every_route(kind: str, strategy: Any, vectorize: bool):
-    make, inputs = ZOO[kind]
-    torch.manual_seed(0)
-    model, x = make().double(), inputs()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", JacopsWarning)  # forward mode may say that it went by rows
-        found = modjac(model, x, strategy=strategy, vectorize=vectorize)
-    all_close(found, oracle.parameter_jacobian(model, x))
-
-
 # `outputs=` and `at=`
-
-
-class Swept(nn.Module):
-    """A layer that counts its runs and the backward sweeps through it."""
-
-    def __init__(self, outputs: int):
-        super().__init__()
-        self.layer, self.counts = nn.Linear(2, outputs), Runs()
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.layer(x)
-        if output.requires_grad:
-            output.register_hook(self.swept)
-        return output
-
-    def swept(self, grad: Tensor) -> None:
-        self.counts.count += 1
 
 
 @pytest.mark.parametrize("pick", [41_234, [41_234], lambda out: out[:, 41_234]], ids=["index", "list", "callable"])
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_outputs_one_logit_of_fifty_thousand_costs_one_sweep(pick: Any, vectorize: bool):
-    model, x = Swept(50_000), draw(1, 2, dtype=torch.float32)
+    model, x = Swept(nn.Linear(2, 50_000)), draw(1, 2, dtype=torch.float32)
     by_weight, by_bias = modjac(model, x, outputs=pick, vectorize=vectorize)
-    assert model.counts.count == 1
+    assert model.spent() == (1, 1)
     assert by_weight.numel() == 2 * 50_000
     assert torch.equal(by_weight.reshape(50_000, 2)[41_234], x[0])
     assert by_weight.count_nonzero() == 2
@@ -605,17 +480,11 @@ def test_outputs_of_an_operator_pick_rows():
     close(jacops.jacobian(model, x, outputs=1).dense(), whole[:, 1])
     close(jacops.jacobian(model, x, outputs=[1, 0]).dense(), whole[:, [1, 0]].reshape(10, -1))
     close(jacops.jacobian(model, x, outputs=lambda out: out.sum()).dense(), whole.sum((0, 1))[None])
-    swept = Swept(50_000)
+    swept = Swept(nn.Linear(2, 50_000))
     J = jacops.jacobian(swept, draw(1, 2, dtype=torch.float32), outputs=7)
     assert J.shape == (1, 150_000)
     J.dense()
-    assert swept.counts.count <= 2
-
-
-def test_outputs_that_are_not_there_are_named():
-    for call in (modjac, jacops.jacobian):
-        with pytest.raises(InputError, match="`outputs` is 2, but the last axis of output has 2 entries"):
-            call(small_net(), draw(5, 3), outputs=2)
+    assert swept.spent()[1] <= 2
 
 
 def test_at_of_an_operator_goes_from_or_to_hidden_layers():
@@ -634,18 +503,6 @@ def test_at_a_hidden_target_may_be_differentiated_by_parameters():
     found = jacops.jacobian(model, x, at=(None, "0")).dense()
     close(found[:, :16], flat(oracle.parameter_jacobian(model[0], x), list(model[0].parameters())))
     assert not found[:, 16:].any()
-
-
-@pytest.mark.parametrize("at", ["0", ("0", None), ("0", "1")], ids=str)
-def test_at_a_hidden_source_cannot_be_had_together_with_parameters(at: Any):
-    """The cut would take the layers before it off the graph, and their derivatives would read zero."""
-    with pytest.raises(InputError, match="`at` is .*wrt='inputs'"):
-        jacops.jacobian(small_net(), draw(5, 3), at=at)
-
-
-def test_wrt_that_is_unknown_names_the_known_ones():
-    with pytest.raises(InputError, match="`wrt` is 'input', but 'parameters', 'inputs'"):
-        jacops.jacobian(small_net(), draw(5, 3), wrt="input")
 
 
 # Threads that share one model
@@ -753,19 +610,3 @@ def test_threads_that_draw_at_the_same_time_leave_the_random_state_put():
         thread.join()
     assert [J.count_nonzero() for J in answers] == [3, 3]
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# Refusals
-
-
-def test_refusals_name_the_argument():
-    with pytest.raises(InputTypeError, match="`model` is a function"):
-        modjac(lambda x: x, torch.ones(3))
-    with pytest.raises(ModelStateError, match="ReLU without parameters to differentiate"):
-        modjac(nn.ReLU(), torch.ones(3))
-    with pytest.raises(InputError, match=r"`input` is of torch.float64.*float32"):
-        modjac(nn.Linear(3, 2), torch.ones(5, 3).double())
-    with pytest.raises(NotDifferentiableError, match=r"`output` is of dtype torch.int64"):
-        modjac(Calls(lambda a, x: (x * a).argmax(1), (2,)), draw(3, 2))
-    with pytest.raises(InputTypeError, match=r"`output\['word'\]` is a str"):
-        modjac(Calls(lambda a, x: {"y": x * a, "word": "yes"}, (2,)), draw(3, 2))

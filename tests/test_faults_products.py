@@ -3,8 +3,6 @@
 Beside them: the shapes that callers rely on, what a product may cost, and that a closure runs once and stays usable.
 """
 
-import random
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,30 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 import jacops
 import oracle
+import zoo
 from jacops import JacopsWarning, batch_jvp, batch_vjp, full_jacobian, jvp, model_jvp, model_vjp, vjp
-from jacops.errors import InputError, InputTypeError, ModelStateError, NonFiniteError, NotDifferentiableError
-from small import draw, settled
+from jacops.errors import NotDifferentiableError
+from small import Calls, Swept, close, draw, flat, settled, small_net, tangents
 
 
 def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return draw(*shape, seed=seed, dtype=dtype).requires_grad_()
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
-    assert actual.shape == expected.shape, f"shape {tuple(expected.shape)} expected, got {tuple(actual.shape)}"
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
-
-
-def small_net() -> nn.Module:
-    return settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-
-
-def directions(model: nn.Module, *batch: int) -> list[Tensor]:
-    return [draw(*batch, *p.shape, seed=20 + i, dtype=p.dtype) for i, p in enumerate(model.parameters())]
 
 
 def affine() -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
@@ -45,34 +30,7 @@ def affine() -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
     return (lambda: x @ W + b), [W, b], x
 
 
-# S1, S2, S3, S7: v that does not match
-
-
-MISMATCHED: dict[str, tuple[Callable[..., Any], Callable[[Tensor, Tensor], Any], str]] = {
-    "jvp, a list without b": (jvp, lambda V, c: [V], r"1 tensor.*first one missing is params\[1\].*2 are needed"),
-    "jvp, a bare tensor": (jvp, lambda V, c: V, r"1 tensor.*params\[1\].*2 are needed"),
-    "jvp, a tuple without b": (jvp, lambda V, c: (V,), r"params\[1\]"),
-    "jvp, one too many": (jvp, lambda V, c: [V, c, c], "3 tensor.*2 are needed"),
-    "jvp, none": (jvp, lambda V, c: [], r"0 tensor.*params\[0\]"),
-    "batch_jvp, a list without b": (batch_jvp, lambda V, c: [V[None]], r"params\[1\]"),
-    "batch_jvp, a bare tensor": (batch_jvp, lambda V, c: V[None], r"params\[1\]"),
-    "jvp, a dict by another name": (jvp, lambda V, c: {"params[0]": V, "b": c}, r"\['b'\].*params\[1\]"),
-}
-
-
-@pytest.mark.parametrize("kind", MISMATCHED)
-def test_s1_a_direction_with_too_few_or_too_many_tensors_is_refused_by_name(kind: str):
-    call, given, said = MISMATCHED[kind]
-    function, params, _ = affine()
-    with pytest.raises(InputError, match=said):
-        call(function, params, given(draw(3, 2), draw(2)))
-
-
-@pytest.mark.parametrize("given", [lambda vs: vs[:-1], lambda vs: vs[0], lambda vs: [*vs, vs[0]]])
-def test_s1_a_model_s_direction_with_too_few_tensors_names_the_parameter(given: Callable[[Any], Any]):
-    model = small_net()
-    with pytest.raises(InputError, match=r"`v` is .*4 are needed.*0.weight \(4, 3\).*2.bias \(2,\)"):
-        model_jvp(model, draw(5, 3), given(directions(model)))
+# S1, S2, S3: v that matches
 
 
 def test_s1_a_full_direction_counts_every_parameter():
@@ -83,58 +41,10 @@ def test_s1_a_full_direction_counts_every_parameter():
     close(batch_jvp(function, params, [torch.stack([V, -V]), torch.stack([c, c])]), torch.stack([x @ V + c, c - x @ V]))
 
 
-SHAPES = {
-    "a column for a vector": ((3,), (3, 1)),
-    "a row for a vector": ((3,), (1, 3)),
-    "a vector for a matrix": ((3, 2), (2,)),
-    "one entry": ((3, 2), (1,)),
-    "a scalar": ((3, 2), ()),
-    "a matrix for a scalar": ((), (1,)),
-    "transposed": ((3, 2), (2, 3)),
-    "flattened": ((3, 2), (6,)),
-    "nothing": ((3,), (0,)),
-}
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-def test_s2_a_direction_of_another_shape_is_never_broadcast(kind: str):
-    shape, given = SHAPES[kind]
-    W = weight(*shape)
-    with pytest.raises(InputError) as error:
-        jvp(lambda: W**2, [W], draw(*given))
-    assert f"`v` is of shape {given}" in str(error.value)
-    assert f"shape {shape} is needed" in str(error.value)
-
-
-@pytest.mark.parametrize("v", [1.0, 2, True, "v", None, np.ones(3)], ids=repr)
-def test_s2_a_direction_that_is_no_tensor_is_refused(v: Any):
-    W = weight(3)
-    with pytest.raises(InputTypeError, match=f"`v` is a {type(v).__name__}"):
-        jvp(lambda: W**2, [W], v)
-    with pytest.raises(InputTypeError, match=f"`v` is a {type(v).__name__}"):
-        jvp(lambda: W**2, [W], [v])
-
-
 def test_s2_the_right_shape_gives_the_right_product():
     W, v = weight(3), draw(3, seed=1)
     close(jvp(lambda: W**2, [W], v), (2 * W * v).detach())
     close(jvp(lambda: W**2, W, [v]), (2 * W * v).detach())
-
-
-@pytest.mark.parametrize("call", [vjp, batch_vjp])
-@pytest.mark.parametrize("shape", [(2, 5), (10,), (5, 2, 1), (1,), (), (5, 1), (1, 2)], ids=str)
-def test_s3_a_cotangent_is_never_reshaped(call: Callable[..., Any], shape: tuple[int, ...]):
-    function, params, _ = affine()
-    given = draw(*shape) if call is vjp else draw(3, *shape)
-    with pytest.raises(InputError) as error:
-        call(function, params, given)
-    assert str(tuple(given.shape)) in str(error.value)
-    assert "5, 2) is needed" in str(error.value)
-
-
-def test_s3_a_cotangent_of_a_model_is_never_reshaped():
-    with pytest.raises(InputError, match=r"`v` is of shape \(2, 5\).*\(5, 2\) is needed"):
-        model_vjp(small_net(), draw(5, 3), draw(2, 5))
 
 
 def test_s3_the_right_cotangent_gives_the_right_product():
@@ -143,21 +53,6 @@ def test_s3_the_right_cotangent_gives_the_right_product():
     by_W, by_b = vjp(function, params, u)
     close(by_W, x.T @ u)
     close(by_b, u.sum(0))
-
-
-def test_s7_directions_of_two_batch_sizes_are_refused():
-    function, params, _ = affine()
-    for sizes in ((4, 5), (5, 4)):
-        vs = [draw(sizes[0], 3, 2), draw(sizes[1], 2)]
-        with pytest.raises(InputError, match=f"batch of {sizes[1]}, but the first tensor is a batch of {sizes[0]}"):
-            batch_jvp(function, params, vs)
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (2,), ()], ids=str)
-def test_s7_directions_without_their_batch_axis_are_refused(shape: tuple[int, ...]):
-    W = weight(3, 2)
-    with pytest.raises(InputError, match=r"`vs` is of shape .*\(batch, 3, 2\) is needed"):
-        batch_jvp(lambda: W**2, [W], draw(*shape))
 
 
 # S4, S5, S6: params as a generator, one tensor, a mapping
@@ -175,7 +70,7 @@ FORMS = {"list": list, "tuple": tuple, "generator": as_generator, "iterator": it
 def test_s4_parameters_may_come_as_any_iterable(form: str, scalar: bool):
     model, x = small_net(), draw(5, 3)
     blocks = oracle.parameter_jacobian(model, x)
-    vs = directions(model)
+    vs = tangents(model)
     found = jvp(lambda: model(x).sum() if scalar else model(x), FORMS[form](list(model.parameters())), vs)
     expected = oracle.jvp(blocks, vs)[0]
     close(found, expected.sum() if scalar else expected)
@@ -201,7 +96,7 @@ def test_s5_every_other_call_takes_generators_too(form: str):
         close(found, expected)
     for index, found in enumerate(batch_vjp(lambda: model(x), params(), us)):
         close(found, torch.stack([oracle.vjp(blocks, [row])[index] for row in us]))
-    vs = directions(model, 4)
+    vs = tangents(model, 4)
     found = batch_jvp(lambda: model(x), params(), vs)
     close(found, torch.stack([oracle.jvp(blocks, [v[i] for v in vs])[0] for i in range(4)]))
     for found, expected in zip(full_jacobian(lambda: model(x), params()), blocks[0], strict=True):
@@ -218,12 +113,6 @@ def test_s6_one_tensor_is_one_parameter_for_every_call():
     close(batch_jvp(lambda: x**2, x, torch.stack([v, -v])), torch.stack([doubled * v, -doubled * v]))
     (pulled,) = batch_vjp(lambda: x**2, x, torch.stack([v, -v]))
     close(pulled, torch.stack([doubled * v, -doubled * v]))
-
-
-@pytest.mark.parametrize("params", [None, 3, "W", [1.0], [None], [np.ones(3)]], ids=repr)
-def test_s6_parameters_that_are_no_tensors_are_refused(params: Any):
-    with pytest.raises(InputTypeError, match="params"):
-        full_jacobian(lambda: torch.ones(3), params)
 
 
 # S8: one linearisation point
@@ -282,22 +171,6 @@ def test_s8_a_closure_runs_exactly_once_and_what_it_moves_is_the_callers(call: s
     assert torch.equal(torch.get_rng_state(), once[0])
     assert torch.equal(model[1].running_mean, once[1])
     assert int(model[1].num_batches_tracked) == 1
-
-
-@pytest.mark.parametrize("call", ["model_jvp", "model_vjp"])
-def test_s8_a_model_in_train_mode_is_differentiated_at_one_mask_and_left_alone(call: str):
-    model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).double(), draw(6, 4)
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    blocks = oracle.parameter_jacobian(model, x)
-    vs, u = directions(model), draw(6, 3, seed=9)
-    if call == "model_jvp":
-        close(model_jvp(model, x, vs), oracle.jvp(blocks, vs)[0])
-    else:
-        for found, expected in zip(model_vjp(model, x, u), oracle.vjp(blocks, [u]), strict=True):
-            close(found, expected)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert int(model[1].num_batches_tracked) == 0
 
 
 # S9: complex numbers
@@ -428,63 +301,11 @@ def test_s10_whatever_was_recorded_before_the_call_counts():
     close(jvp(lambda: x @ doubled, [doubled], v), x @ v)
 
 
-def test_s10_the_strict_options_refuse():
+def test_s10_an_operator_over_an_unused_parameter_is_zero_where_that_is_allowed():
     model = nn.Linear(3, 2)
     model.idle = nn.Parameter(torch.zeros(4))
-    with pytest.raises(NotDifferentiableError, match="idle"):
-        jacops.modjac(model, torch.ones(5, 3), strict=True)
-    with pytest.raises(NotDifferentiableError, match=r"idle.*allow_zero=True"):
-        jacops.jacobian(model, torch.ones(5, 3), wrt=lambda name, parameter: name == "idle")
     J = jacops.jacobian(model, torch.ones(5, 3), wrt=lambda name, parameter: name == "idle", allow_zero=True)
     assert torch.equal(J.dense(), torch.zeros(10, 4))
-
-
-# S11, S12: repeated parameters, other dtypes
-
-
-@pytest.mark.parametrize("call", CLOSURE_CALLS)
-def test_s11_a_repeated_parameter_is_refused(call: str):
-    W, x = weight(4, 3), draw(6, 4)
-    with pytest.raises(InputError, match=r"`params\[1\]` is the same tensor as params\[0\]"):
-        CLOSURE_CALLS[call](lambda: x @ W, [W, W])
-
-
-def test_s11_tied_parameters_of_a_model_count_once():
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)).double()
-    model[2].weight = model[0].weight
-    x, v = draw(5, 3), draw(3, 3, seed=1)
-    close(model_jvp(model, x, [v]), oracle.jvp(oracle.parameter_jacobian(model, x), [v])[0])
-
-
-DTYPES = [
-    (torch.float32, torch.float64),
-    (torch.float64, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.int64),
-    (torch.float64, torch.complex128),
-    (torch.complex64, torch.float32),
-]
-
-
-@pytest.mark.parametrize(("own", "given"), DTYPES)
-def test_s12_a_direction_of_another_dtype_is_refused_and_never_cast(own: torch.dtype, given: torch.dtype):
-    W = torch.ones(3, dtype=own, requires_grad=True)
-    for call, v in (
-        (jvp, torch.ones(3)),
-        (batch_jvp, torch.ones(2, 3)),
-        (vjp, torch.ones(3)),
-        (batch_vjp, torch.ones(2, 3)),
-    ):
-        with pytest.raises(InputError) as error:
-            call(lambda: W**2, [W], v.to(given))
-        assert str(own) in str(error.value)
-        assert str(given) in str(error.value)
-
-
-def test_s12_a_model_s_direction_of_another_dtype_names_the_parameter():
-    model = nn.Linear(3, 2)
-    with pytest.raises(InputError, match=r"(?s)`v for bias` is of dtype torch.float64.*torch.float32"):
-        model_jvp(model, torch.ones(5, 3), [torch.ones(2, 3), torch.ones(2).double()])
 
 
 # Neighbours (Adj.): curvature, traces, Fisher, and finite steps
@@ -496,8 +317,7 @@ def curvature_case() -> tuple[nn.Module, Tensor, Tensor]:
 
 def plain_ggn(model: nn.Module, x: Tensor, entries: int) -> Tensor:
     """G of a mean squared error: 2 JᵀJ over the number of entries."""
-    blocks = oracle.parameter_jacobian(model, x)[0]
-    J = torch.cat([block.reshape(entries, -1) for block in blocks], 1)
+    J = flat(oracle.parameter_jacobian(model, x), list(model.parameters()))
     return 2 * J.T @ J / entries
 
 
@@ -514,8 +334,7 @@ def test_adj_a_gauss_newton_product_is_g_v_and_not_zero():
 def test_adj_a_gauss_newton_product_of_cross_entropy_is_right():
     model, x = small_net(), draw(6, 3)
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
-    blocks = oracle.parameter_jacobian(model, x)[0]
-    J = torch.cat([block.reshape(12, -1) for block in blocks], 1)
+    J = flat(oracle.parameter_jacobian(model, x), list(model.parameters()))
     p = model(x).detach().softmax(1)
     outer = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p)) / 6
     close(jacops.ggn(model, F.cross_entropy, x, labels).dense(), J.T @ outer @ J)
@@ -546,27 +365,15 @@ def test_adj_an_empirical_fisher_diagonal_is_the_mean_of_squares():
     assert ((rows**2).mean(0) - squared_mean).norm() > 0.3 * squared_mean.norm()  # the two can be told apart
 
 
-class IdleFirst(nn.Module):
-    """Its first parameter is not used."""
-
-    def __init__(self):
-        super().__init__()
-        self.idle = nn.Parameter(torch.ones(2))
-        self.used = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)
-
-
 def test_adj_gauss_newton_with_an_unused_first_parameter_is_aligned_and_leaves_grads_alone():
-    model, x, y = settled(IdleFirst()), draw(6, 3), draw(6, 2, seed=1)
+    model, x, y = settled(zoo.Spare()), draw(6, 3), draw(6, 2, seed=1)
     for index, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, index + 1.0)
     operator = jacops.ggn(model, F.mse_loss, x, y)
     dense = operator.dense()
-    assert operator.domain.names == ("idle", "used.weight", "used.bias")
-    assert not dense[:2].any()
-    assert not dense[:, :2].any()
+    assert operator.domain.names == ("spare.weight", "spare.bias", "used.weight", "used.bias")
+    assert not dense[:8].any()
+    assert not dense[:, :8].any()
     close(dense, plain_ggn(model, x, 12))
     assert all((p.grad == index + 1).all() for index, p in enumerate(model.parameters()))
 
@@ -595,110 +402,29 @@ def test_adj_the_finite_difference_check_scales_its_step(dtype: torch.dtype, sca
 # Functions without a second derivative rule
 
 
-class Cubed(torch.autograd.Function):
-    """x³, whose backward refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * grad
-
-
 def test_functions_that_can_be_differentiated_once_go_row_by_row_and_say_so():
     x, v = weight(4), draw(4, seed=1)
     with pytest.warns(JacopsWarning, match="jvp went row by row, 4 backward passes"):
-        close(jvp(lambda: Cubed.apply(x), [x], v), (3 * x**2 * v).detach())
+        close(jvp(lambda: zoo.OnceCube.apply(x), [x], v), (3 * x**2 * v).detach())
     with pytest.raises(NotDifferentiableError, match="fallback='error'"):
-        jvp(lambda: Cubed.apply(x), [x], v, fallback="error")
-    close(jvp(lambda: Cubed.apply(x), [x], v, fallback="silent"), (3 * x**2 * v).detach())
-    (matrix,) = full_jacobian(lambda: Cubed.apply(x), [x])
+        jvp(lambda: zoo.OnceCube.apply(x), [x], v, fallback="error")
+    close(jvp(lambda: zoo.OnceCube.apply(x), [x], v, fallback="silent"), (3 * x**2 * v).detach())
+    (matrix,) = full_jacobian(lambda: zoo.OnceCube.apply(x), [x])
     close(matrix, torch.diag(3 * x.detach() ** 2))
-
-
-def test_functions_embedding_bag_goes_row_by_row_and_says_so():
-    bag, ids = nn.EmbeddingBag(6, 3, mode="mean").double(), torch.tensor([[0, 1], [2, 2], [5, 1]])
-    v = draw(6, 3, seed=1)
-    with pytest.warns(JacopsWarning, match="row by row"):
-        found = jvp(lambda: bag(ids), [bag.weight], v)
-    close(found, v[ids].mean(1))
 
 
 # Costs, by counting
 
 
-class Swept:
-    """An MLP over an input that counts its runs and the backward sweeps through it."""
-
-    def __init__(self, inputs: int, outputs: int, rows: int = 1):
-        self.W, self.b, self.x = weight(inputs, outputs), weight(outputs, seed=1), draw(rows, inputs)
-        self.runs = self.sweeps = 0
-
-    def __call__(self) -> Tensor:
-        self.runs += 1
-        output = torch.tanh(self.x @ self.W + self.b)
-        output.register_hook(self.swept)
-        return output
-
-    def swept(self, grad: Tensor) -> None:
-        self.sweeps += 1
-
-    def change(self, V: Tensor, c: Tensor) -> Tensor:
-        slope = 1 - torch.tanh(self.x @ self.W + self.b).detach() ** 2
-        return slope * (self.x @ V + c)
-
-
-@pytest.mark.parametrize("outputs", [1, 2, 50, 2000])
-def test_costs_a_jvp_is_one_forward_and_at_most_two_sweeps_whatever_the_output_size(outputs: int):
-    f, V, c = Swept(3, outputs), draw(3, outputs, seed=2), draw(outputs, seed=3)
-    close(jvp(f, [f.W, f.b], [V, c]), f.change(V, c))
-    assert f.runs == 1
-    assert f.sweeps <= 2
-
-
-@pytest.mark.parametrize("many", [1, 5, 30])
-@pytest.mark.parametrize("outputs", [1, 7, 500])
-def test_costs_a_batch_of_directions_is_one_forward(many: int, outputs: int):
-    f, V, c = Swept(3, outputs), draw(many, 3, outputs, seed=2), draw(many, outputs, seed=3)
-    found = batch_jvp(f, [f.W, f.b], [V, c])
-    close(found, torch.stack([f.change(*pair) for pair in zip(V, c, strict=True)]))
-    assert f.runs == 1
-    assert f.sweeps <= min(many, outputs) + 2
-
-
-def test_costs_a_batch_of_cotangents_is_one_forward_and_few_sweeps():
-    f = Swept(3, 20)
-    batch_vjp(f, [f.W, f.b], draw(30, 1, 20))
-    assert f.runs == 1
-    assert f.sweeps <= 30
-
-
-@pytest.mark.parametrize(("inputs", "outputs", "rows"), [(3, 4, 5), (1, 1, 200), (50, 2, 1)])
-def test_costs_a_full_jacobian_is_one_sweep_per_row_or_column_at_most(inputs: int, outputs: int, rows: int):
-    f = Swept(inputs, outputs, rows)
-    by_W, by_b = full_jacobian(f, [f.W, f.b])
-    assert f.runs == 1
-    assert f.sweeps <= min(rows * outputs, inputs * outputs + outputs) + 3
-    V, c = draw(inputs, outputs, seed=2), draw(outputs, seed=3)
-    product = torch.tensordot(by_W, V, 2) + by_b @ c
-    close(product, f.change(V, c).reshape(-1))
-
-
 def test_costs_one_logit_of_fifty_thousand_is_one_row():
-    f = Swept(2, 50_000)
-    by_W, by_b = full_jacobian(f, [f.W, f.b], outputs=41_234)
-    assert by_W.shape == (1, 2, 50_000)
-    assert f.runs == 1
-    assert f.sweeps == 1
-    slope = 1 - torch.tanh(f.x @ f.W + f.b).detach()[0, 41_234] ** 2
+    model, x = Swept(nn.Sequential(nn.Linear(2, 50_000), nn.Tanh())).double(), draw(1, 2)
+    by_W, by_b = full_jacobian(lambda: model(x), model.parameters(), outputs=41_234)
+    assert by_W.shape == (1, 50_000, 2)
+    slope = 1 - model(x).detach()[0, 41_234] ** 2
+    assert model.spent() == (2, 1)  # the second run is this test's
     assert by_b.count_nonzero() == 1
     close(by_b[0, 41_234], slope)
-    close(by_W[0, :, 41_234], slope * f.x[0])
+    close(by_W[0, 41_234], slope * x[0])
 
 
 # The caller's things
@@ -723,38 +449,12 @@ def test_callers_graph_is_not_freed_and_gradients_are_left_alone(call: str, reco
     close(W.grad - 7, (x.T @ (1 - kept[0] ** 2)).detach())
 
 
-@pytest.mark.parametrize("call", CLOSURE_CALLS)
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_callers_no_grad_and_inference_mode_give_right_values(call: str, context: Callable[[], Any]):
-    W, x = weight(4, 3), draw(6, 4)
-    expected = oracle.leaves(CLOSURE_CALLS[call](lambda: torch.tanh(x @ W), [W]))
-    with context():
-        found = oracle.leaves(CLOSURE_CALLS[call](lambda: torch.tanh(x @ W), [W]))
-        assert torch.is_grad_enabled() is False
-    for actual, wanted in zip(found, expected, strict=True):
-        close(actual, wanted)
-        assert wanted.any()
-
-
-def test_callers_directions_and_parameters_made_in_inference_mode():
+def test_callers_directions_made_in_inference_mode():
     W, x = weight(4, 3), draw(6, 4)
     with torch.inference_mode():
         v, u = draw(4, 3, seed=1), draw(6, 3, seed=2)
         close(jvp(lambda: x @ W, [W], v), x @ v)
         close(vjp(lambda: x @ W, [W], u), x.T @ u)
-        made = torch.ones(4, 3).double()
-    with pytest.raises(InputError, match=r"`params\[0\]`.*inference_mode"):
-        jvp(lambda: x @ made, [made], v)
-
-
-@pytest.mark.parametrize("call", CLOSURE_CALLS)
-def test_callers_global_random_states_are_not_drawn_from(call: str):
-    W, x = weight(4, 3), draw(6, 4)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    CLOSURE_CALLS[call](lambda: torch.tanh(x @ W), [W])
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert (np.random.get_state()[1] == states[2]).all()
 
 
 def test_callers_random_state_is_not_drawn_from_by_estimators_and_checks():
@@ -806,15 +506,6 @@ def test_shapes_a_batch_of_no_directions_is_empty():
     assert batch_jvp(lambda: W[0] ** 2, [W], torch.zeros(0, 3, 2).double()).shape == (0, 2)
     (found,) = batch_vjp(lambda: W[0] ** 2, [W], torch.zeros(0, 2).double())
     assert found.shape == (0, 3, 2)
-
-
-def test_shapes_no_parameters_have_no_columns_and_a_used_up_generator_is_no_parameters():
-    assert full_jacobian(lambda: torch.ones(3), []) == []
-    used = iter([weight(3)])
-    next(used)
-    for call, v in ((jvp, []), (vjp, torch.ones(3)), (batch_jvp, []), (batch_vjp, torch.ones(2, 3))):
-        with pytest.raises(InputError, match="`params` is empty.*generator"):
-            call(lambda: torch.ones(3), used, v)
 
 
 @pytest.mark.parametrize("container", [tuple, list, dict])
@@ -905,62 +596,12 @@ def test_create_graph_of_every_call_has_right_second_derivatives(call: str):
 
 def test_create_graph_of_a_model_call_reaches_the_model_s_own_parameters():
     model, x = nn.Linear(3, 1, bias=False).double(), draw(5, 3)
-    cubed = nn.Sequential(model, _Power(3))
+    cubed = nn.Sequential(model, Calls(lambda out: out**3))
     v = draw(1, 3, seed=1)
     found = model_jvp(cubed, x, [v], create_graph=True)
     (slope,) = torch.autograd.grad(found.sum(), model.weight)
     out = (x @ model.weight.T).detach()
     close(slope, (6 * out * (x @ v.T) * x).sum(0, keepdim=True))
-
-
-class _Power(nn.Module):
-    def __init__(self, power: int):
-        super().__init__()
-        self.power = power
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x**self.power
-
-
-# Refusals that name what they refuse
-
-
-@pytest.mark.parametrize("call", ["jvp", "batch_jvp", "vjp", "batch_vjp"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_refusals_a_vector_that_is_not_finite_is_named(call: str, bad: float):
-    W = weight(3)
-    v = torch.ones(3).double()
-    v[1] = bad
-    with pytest.raises(NonFiniteError, match=f"{call}: in `vs?`, tensor 0, 1 of [36] entries"):
-        getattr(jacops, call)(lambda: W**2, [W], torch.stack([torch.ones(3).double(), v]) if "batch" in call else v)
-
-
-@pytest.mark.parametrize("call", CLOSURE_CALLS)
-def test_refusals_a_frozen_parameter_is_named_with_what_to_do(call: str):
-    W, frozen, x = weight(4, 3), draw(3), draw(6, 4)
-    with pytest.raises(InputError, match=r"`params\[1\]`.*does not require grad.*requires_grad_"):
-        CLOSURE_CALLS[call](lambda: x @ W + frozen, [W, frozen])
-
-
-def test_refusals_a_frozen_parameter_of_a_model_counts():
-    model, x = small_net(), draw(5, 3)
-    model[0].weight.requires_grad_(False)
-    vs = directions(model)
-    close(model_jvp(model, x, vs), oracle.jvp(oracle.parameter_jacobian(model, x), vs)[0])
-    assert not model[0].weight.requires_grad
-
-
-def test_refusals_something_else_than_a_model_or_function_is_named():
-    with pytest.raises(InputTypeError, match="`model` is a function"):
-        model_jvp(lambda x: x, torch.ones(3), [])
-    with pytest.raises(InputTypeError, match=r"the class Linear.*Did you mean Linear\(\)"):
-        model_vjp(nn.Linear, torch.ones(3), torch.ones(3))
-    with pytest.raises(InputTypeError, match="`func` is a Linear.*lambda"):
-        jvp(nn.Linear(3, 2), [], [])
-    with pytest.raises(InputTypeError, match="`func` is a Tensor"):
-        full_jacobian(torch.ones(3), [])
-    with pytest.raises(ModelStateError, match="Tanh without parameters"):
-        model_jvp(nn.Tanh(), torch.ones(3), [])
 
 
 def test_refusals_an_error_of_the_closure_s_own_passes_through():
@@ -972,11 +613,3 @@ def test_refusals_an_error_of_the_closure_s_own_passes_through():
 
     with pytest.raises(OwnError):
         jvp(function, [weight(3)], draw(3))
-
-
-def test_refusals_no_warning_where_nothing_is_wrong():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        function, params, _ = affine()
-        jvp(function, params, [draw(3, 2), draw(2)])
-        full_jacobian(function, params)

@@ -13,7 +13,7 @@ import oracle
 from jacops import TorchTwiceDifferentiable, compute_influence_factors, compute_influences, self_influences
 from jacops.errors import InputError, SolveError
 from jacops.objective import picked
-from small import draw, settled, small_net
+from small import batches, draw, settled, small_net
 
 X, Y = draw(12, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1])
 EXACT = ["direct", "cg", "minres", "auto"]
@@ -21,7 +21,7 @@ APPROXIMATE = ["arnoldi", "nystrom", "ekfac"]
 
 
 def split(*sizes: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(X.split(list(sizes)), Y.split(list(sizes)), strict=True))
+    return batches(X, Y, *sizes)
 
 
 def found(**options: Any) -> jacops.Influences:

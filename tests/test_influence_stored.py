@@ -42,16 +42,16 @@ def test_a_stored_run_gives_the_numbers_of_one_that_is_not(tmp_path: Path):
 
 def test_a_killed_run_goes_on_and_repeats_no_solve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     solved: list[int] = []
-    real = _run.Run.solve
+    real = _run.InfluenceRun.solve
 
-    def counted(self: _run.Run, rows: Tensor) -> Any:
+    def counted(self: _run.InfluenceRun, rows: Tensor) -> Any:
         if len(solved) == 2 and not hasattr(counted, "over"):
             counted.over = True  # type: ignore[attr-defined]
             raise KeyboardInterrupt
         solved.append(len(rows))
         return real(self, rows)
 
-    monkeypatch.setattr(_run.Run, "solve", counted)
+    monkeypatch.setattr(_run.InfluenceRun, "solve", counted)
     with pytest.raises(KeyboardInterrupt):
         influences(tmp_path / "run")
     found = influences(tmp_path / "run")

@@ -19,7 +19,7 @@ from jacops import (  # noqa: E402
     compute_influences,
     self_influences,
 )
-from jacops.errors import InputError, InputTypeError  # noqa: E402
+from jacops.errors import InputTypeError  # noqa: E402
 from jacops.influence._jax import JaxTensorUtilities, JaxTwiceDifferentiable  # noqa: E402
 from jax_cases import PAIRS, Pair, as_jax, as_torch, double_precision, mlp, mse, weights  # noqa: E402
 from small import draw, small_net  # noqa: E402
@@ -77,15 +77,6 @@ def test_every_call_gives_what_torch_s_gives(call: str):
     torch.testing.assert_close(as_torch(found), expected, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize(("shape", "idx"), [((1, 3, 2), 3), ((), 0), ((4,), -5), ((4,), 4)])
-def test_an_element_that_is_not_there_is_an_error_and_never_the_nearest(shape: tuple[int, ...], idx: int):
-    with pytest.raises(InputError) as theirs:
-        TorchTensorUtilities.get_element(draw(*shape), idx)
-    with pytest.raises(InputError) as ours:
-        JaxTensorUtilities.get_element(as_jax(draw(*shape)), idx)
-    assert str(ours.value) == str(theirs.value)
-
-
 def test_an_option_that_is_not_there_is_named():
     with pytest.raises(InputTypeError, match="`out` is given"):
         JaxTensorUtilities.cat([as_jax(A)], out=None)
@@ -93,22 +84,6 @@ def test_an_option_that_is_not_there_is_named():
 
 def parts(*sizes: int, width: int = 2) -> Iterator[Any]:
     return (as_jax(draw(size, width, seed=i)) for i, size in enumerate(sizes))
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ((), "giving 0 rows"),
-        ((2, 2), "giving 4 rows"),
-        ((2, 2, 2), r"giving an array \(2, 2\) at row 4"),
-        ((6,), r"giving an array \(6, 2\) at row 0"),
-    ],
-)
-def test_d2_rows_that_are_missing_or_too_many_are_an_error(given: tuple[int, ...], said: str):
-    with pytest.raises(InputError, match=rf"`a` is {said}, but \(5, 2\) was promised"):
-        JaxTensorUtilities.cat_gen(parts(*given), (5, 2), net())
-    with pytest.raises(InputError, match=r"\(2, 3\) at row 0"):
-        JaxTensorUtilities.cat_gen(parts(2, width=3), (5, 2), net())
 
 
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 1, 1, 1, 1), (0, 5), (2, 0, 3)])

@@ -21,8 +21,8 @@ from jacops.least_squares import (
     Constant,
     Marquardt,
     Nielsen,
-    Solver,
     SparseLU,
+    StepSolver,
     TrustRegion,
     gauss_newton,
     levenberg_marquardt,
@@ -51,7 +51,7 @@ def drawn(seed: int, rows: int, columns: int, sparse: bool) -> LinearizedFit:
 @EACH
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), columns=st.integers(1, 9), sparse=st.booleans(), damped=st.booleans())
-def test_steps_solve_their_equations(solver: Solver, seed: int, columns: int, sparse: bool, damped: bool) -> None:
+def test_steps_solve_their_equations(solver: StepSolver, seed: int, columns: int, sparse: bool, damped: bool) -> None:
     system = drawn(seed, columns + 6, columns, sparse)
     damping = 1e-2 * system.scale**2 if damped else None
     found = solver.solve(system, damping)
@@ -66,7 +66,7 @@ def test_steps_solve_their_equations(solver: Solver, seed: int, columns: int, sp
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("solver", [QR(), Cholesky(), SparseLU()], ids=repr)
-def test_a_singular_matrix_is_noticed(solver: Solver, sparse: bool) -> None:
+def test_a_singular_matrix_is_noticed(solver: StepSolver, sparse: bool) -> None:
     J = np.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
     system = LinearizedFit(csr_array(J) if sparse else J, np.ones(3), np.arange(3))
     with pytest.raises(Singular):

@@ -15,16 +15,7 @@ import jacops
 import oracle
 from jacops import Problem
 from jacops.errors import DataError, InputError, InputTypeError, ModelStateError
-from small import draw, settled, small_net
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
-
-
-def split(x: Any, y: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(x.split(sizes), y.split(sizes), strict=True))
-
+from small import batches, close, draw, settled, small_net
 
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1])
 TOKENS = torch.tensor(
@@ -32,15 +23,9 @@ TOKENS = torch.tensor(
 )
 
 
-class Tagger(nn.Module):
+def tagger() -> nn.Module:
     """Scores of two classes for each of three places: (n, 2, 3)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lower, self.upper = nn.Linear(3, 4), nn.Linear(4, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upper(self.lower(x).tanh()).unflatten(1, (2, 3))
+    return settled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6), nn.Unflatten(1, (2, 3))))
 
 
 OBJECTIVES: dict[str, Callable[[], tuple[nn.Module, Any, Tensor]]] = {
@@ -49,9 +34,9 @@ OBJECTIVES: dict[str, Callable[[], tuple[nn.Module, Any, Tensor]]] = {
     "sum": lambda: (small_net(), nn.CrossEntropyLoss(reduction="sum"), LABELS),
     "class weights": lambda: (small_net(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]).double()), LABELS),
     "ignored rows": lambda: (small_net(), nn.CrossEntropyLoss(ignore_index=1), LABELS),
-    "ignored tokens": lambda: (settled(Tagger()), nn.CrossEntropyLoss(ignore_index=9), TOKENS),
+    "ignored tokens": lambda: (tagger(), nn.CrossEntropyLoss(ignore_index=9), TOKENS),
     "weighted tokens": lambda: (
-        settled(Tagger()),
+        tagger(),
         nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]).double(), ignore_index=9),
         TOKENS,
     ),
@@ -75,7 +60,7 @@ def test_the_split_into_batches_does_not_matter(kind: str, cuts: list[int]):
     x = draw(9, 3)
     edges = [0, *sorted(cuts), 9]
     sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
-    problem = Problem(model, loss, split(x, y, sizes))
+    problem = Problem(model, loss, batches(x, y, *sizes))
     whole = oracle.hessian(model, loss, x, y)
     H = problem.hessian()
     close(H.dense(), whole)
@@ -91,7 +76,7 @@ def test_the_gauss_newton_matrix_too(kind: str):
     model, loss, y = OBJECTIVES[kind]()
     x = draw(9, 3)
     whole = jacops.ggn(model, loss, x, y).dense()
-    found = Problem(model, loss, split(x, y, [2, 4, 3])).ggn()
+    found = Problem(model, loss, batches(x, y, 2, 4, 3)).ggn()
     close(found.dense(), whole)
     assert found.positive
 
@@ -103,7 +88,7 @@ def test_the_empirical_fisher_matrix_is_of_all_rows(reduction: str):
     expected = rows.T @ rows / (9 if reduction == "mean" else 1)
     own = F.cross_entropy if reduction == "mean" else lambda o, y: F.cross_entropy(o, y, reduction="sum")
     for loss in (nn.CrossEntropyLoss(reduction=reduction), own):
-        found = Problem(model, loss, split(x, LABELS, [2, 4, 3]), reduction=reduction).fisher("empirical")
+        found = Problem(model, loss, batches(x, LABELS, 2, 4, 3), reduction=reduction).fisher("empirical")
         close(found.dense(), expected)
 
 
@@ -139,13 +124,13 @@ def test_weights_work_with_a_loss_of_the_user_s_own():
 
 def test_a_loss_per_row_is_taken_in_the_mean():
     model, x = small_net(), draw(9, 3)
-    found = Problem(model, nn.CrossEntropyLoss(reduction="none"), split(x, LABELS, [4, 5]))
+    found = Problem(model, nn.CrossEntropyLoss(reduction="none"), batches(x, LABELS, 4, 5))
     close(found.hessian().dense(), oracle.hessian(model, nn.CrossEntropyLoss(), x, LABELS))
 
 
 def test_a_batch_that_is_ignored_altogether_counts_nothing():
     model, x, y = small_net(), draw(6, 3), torch.tensor([0, 1, 1, -100, -100, -100])
-    found = Problem(model, nn.CrossEntropyLoss(), split(x, y, [3, 3]))
+    found = Problem(model, nn.CrossEntropyLoss(), batches(x, y, 3, 3))
     close(found.hessian().dense(), oracle.hessian(model, nn.CrossEntropyLoss(), x[:3], y[:3]))
     with pytest.raises(DataError, match="every row counts nothing"):
         Problem(model, nn.CrossEntropyLoss(), [(x[3:], y[3:])]).hessian()
@@ -270,7 +255,7 @@ def test_linearisations_are_kept_between_passes_and_the_data_is_then_left_alone(
             return super().__iter__()
 
     x = draw(9, 3)
-    data = Counted(split(x, LABELS, [4, 5]))
+    data = Counted(batches(x, LABELS, 4, 5))
     H = Problem(small_net(), F.cross_entropy, data).hessian()
     v = draw(1, 26)
     first = H.apply(v)
@@ -282,7 +267,7 @@ def test_linearisations_are_kept_between_passes_and_the_data_is_then_left_alone(
 def test_sample_gradients_are_those_of_the_rows_own_losses():
     model, loss, y = OBJECTIVES["ignored tokens"]()
     x = draw(9, 3)
-    rows = Problem(model, loss, split(x, y, [4, 5])).sample_gradients()
+    rows = Problem(model, loss, batches(x, y, 4, 5)).sample_gradients()
     found = rows.dense()
     for i in range(9):
         if i == 2:
@@ -297,13 +282,13 @@ def test_sample_gradients_are_those_of_the_rows_own_losses():
 def test_fingerprints_tell_weights_data_and_losses_apart():
     x = draw(9, 3)
     model = small_net()
-    base = Problem(model, F.cross_entropy, split(x, LABELS, [4, 5])).fingerprint()
-    assert base == Problem(copy.deepcopy(model), F.cross_entropy, split(x, LABELS, [4, 5])).fingerprint()
+    base = Problem(model, F.cross_entropy, batches(x, LABELS, 4, 5)).fingerprint()
+    assert base == Problem(copy.deepcopy(model), F.cross_entropy, batches(x, LABELS, 4, 5)).fingerprint()
     moved = copy.deepcopy(model)
     with torch.no_grad():
         next(moved.parameters()).view(-1)[0] += 1e-9
-    assert Problem(moved, F.cross_entropy, split(x, LABELS, [4, 5])).fingerprint()["model"] != base["model"]
-    assert Problem(model, nn.CrossEntropyLoss(), split(x, LABELS, [4, 5])).fingerprint()["model"] != base["model"]
-    digests = [Problem(model, F.cross_entropy, split(v, LABELS, [4, 5])).data.digest for v in (x, x, x.flip(0))]
+    assert Problem(moved, F.cross_entropy, batches(x, LABELS, 4, 5)).fingerprint()["model"] != base["model"]
+    assert Problem(model, nn.CrossEntropyLoss(), batches(x, LABELS, 4, 5)).fingerprint()["model"] != base["model"]
+    digests = [Problem(model, F.cross_entropy, batches(v, LABELS, 4, 5)).data.digest for v in (x, x, x.flip(0))]
     assert digests[0] == digests[1] != digests[2]
-    assert Problem(model, F.cross_entropy, split(x, LABELS, [4, 5]), l2=0.1).fingerprint()["l2"] != base["l2"]
+    assert Problem(model, F.cross_entropy, batches(x, LABELS, 4, 5), l2=0.1).fingerprint()["l2"] != base["l2"]

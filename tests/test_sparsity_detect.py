@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from jacops.errors import JacopsError, NotDifferentiableError
 from jacops.sparsity import Pattern, detect_pattern, samples_apart
 from jacops.sparsity._pool import Pool
-from sparse_problems import F64, Function, draw, whole
+from small import Calls, draw
+from sparse_problems import F64, whole
 
 
 def brute(model: nn.Module, *inputs: Tensor) -> np.ndarray:
@@ -72,7 +73,7 @@ def attention(causal: bool) -> nn.Module:
         torch.manual_seed(1)
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).to(F64)
     mask = nn.Transformer.generate_square_subsequent_mask(5).to(F64) if causal else None
-    return Function(lambda x: layer(x, src_mask=mask))
+    return Calls(lambda x: layer(x, src_mask=mask))
 
 
 PAIRS, BAND = whole(12, 30, 2), draw(20, 20) * (draw(20, 20, seed=1) < -1)
@@ -96,8 +97,8 @@ def inverses(x: Tensor) -> Tensor:
 
 
 EXACT = {
-    "stencil": (Function(lambda x: x.roll(1) - 2 * x + x.roll(-1) + x**3), draw(40)),
-    "writes in place": (Function(in_place), draw(40)),
+    "stencil": (Calls(lambda x: x.roll(1) - 2 * x + x.roll(-1) + x**3), draw(40)),
+    "writes in place": (Calls(in_place), draw(40)),
     "convolutions": (net(nn.Conv1d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv1d(2, 1, 3, padding=1)), draw(1, 1, 30)),
     "groups, stride, pooling": (
         net(nn.Conv2d(2, 4, 3, 2, 1, groups=2), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.MaxPool2d(2)),
@@ -107,19 +108,19 @@ EXACT = {
     "samples of an MLP": (net(nn.Linear(6, 9), nn.GELU(), nn.LayerNorm(9), nn.Linear(9, 3)), draw(7, 6)),
     "attention": (attention(False), draw(2, 5, 8)),
     "causal attention": (attention(True), draw(2, 5, 8)),
-    "gather": (Function(lambda x: (x[PAIRS[:, 0]] - x[PAIRS[:, 1]]).norm(dim=-1)), draw(12, 3)),
-    "scatter": (Function(lambda x: torch.zeros(9).double().index_add(0, PAIRS[:, 0] % 9, x**2)), draw(30)),
-    "banded weights": (Function(lambda x: (x @ BAND).sin()), draw(2, 20)),
-    "batched inverses": (Function(inverses), draw(5, 12)),
-    "cumulative": (Function(cumulative), draw(4, 5)),
-    "sort": (Function(lambda x: x.sort(-1)[0][:, :2] * x.topk(2, -1)[0]), draw(4, 5)),
-    "where": (Function(lambda x: torch.where(x > 0, x**2, x.roll(1))), draw(20)),
-    "relu off": (Function(lambda x: F.relu(x) * x.roll(1)), draw(20)),
-    "unfold": (Function(lambda x: (x.unfold(0, 3, 2) ** 2).sum(1)), draw(21)),
-    "average pooling": (Function(lambda x: F.avg_pool2d(x**2, 2)), draw(1, 1, 6, 6)),
-    "complex inside": (Function(lambda x: torch.view_as_complex(x.reshape(-1, 2)).abs()), draw(8)),
-    "complex products": (Function(lambda x: (torch.view_as_complex(x) ** 2).real), draw(6, 2)),
-    "custom Function": (Function(Squared.apply), draw(9)),
+    "gather": (Calls(lambda x: (x[PAIRS[:, 0]] - x[PAIRS[:, 1]]).norm(dim=-1)), draw(12, 3)),
+    "scatter": (Calls(lambda x: torch.zeros(9).double().index_add(0, PAIRS[:, 0] % 9, x**2)), draw(30)),
+    "banded weights": (Calls(lambda x: (x @ BAND).sin()), draw(2, 20)),
+    "batched inverses": (Calls(inverses), draw(5, 12)),
+    "cumulative": (Calls(cumulative), draw(4, 5)),
+    "sort": (Calls(lambda x: x.sort(-1)[0][:, :2] * x.topk(2, -1)[0]), draw(4, 5)),
+    "where": (Calls(lambda x: torch.where(x > 0, x**2, x.roll(1))), draw(20)),
+    "relu off": (Calls(lambda x: F.relu(x) * x.roll(1)), draw(20)),
+    "unfold": (Calls(lambda x: (x.unfold(0, 3, 2) ** 2).sum(1)), draw(21)),
+    "average pooling": (Calls(lambda x: F.avg_pool2d(x**2, 2)), draw(1, 1, 6, 6)),
+    "complex inside": (Calls(lambda x: torch.view_as_complex(x.reshape(-1, 2)).abs()), draw(8)),
+    "complex products": (Calls(lambda x: (torch.view_as_complex(x) ** 2).real), draw(6, 2)),
+    "custom Function": (Calls(Squared.apply), draw(9)),
 }
 
 
@@ -143,7 +144,7 @@ def test_a_reusable_pattern_holds_at_other_points(name: str) -> None:
 
 
 def test_zeros_that_depend_on_the_point_do_not_count() -> None:
-    model = Function(lambda x, y: F.relu(x) * y + torch.diag_embed(x) @ y)
+    model = Calls(lambda x, y: F.relu(x) * y + torch.diag_embed(x) @ y)
     x, y = torch.tensor([0.0, 1.0, -1.0]).double(), draw(3)
     here, anywhere = detected(model, x, y), detected(model, x, y, local=False)
     assert not (brute(model, draw(3, seed=3), y) & ~anywhere.matrix.toarray()).any()
@@ -154,13 +155,13 @@ def test_zeros_that_depend_on_the_point_do_not_count() -> None:
 @pytest.mark.parametrize("function", [ThroughNumpy, ThroughItem])
 def test_values_that_leave_torch_leave_no_hole(function: type) -> None:
     x = draw(6)
-    pattern = detected(Function(function.apply), x)
+    pattern = detected(Calls(function.apply), x)
     assert pattern.matrix.toarray().all()
     assert pattern.unknown
 
 
 def test_unknown_operations_are_named() -> None:
-    pattern = detected(Function(lambda x: torch.cdist(x, x.flip(0), p=3.0)), draw(4, 2))
+    pattern = detected(Calls(lambda x: torch.cdist(x, x.flip(0), p=3.0)), draw(4, 2))
     assert "aten._cdist_backward.default" in pattern.unknown
     assert "cdist" in repr(pattern)
 
@@ -182,9 +183,9 @@ def test_wrt_parameters_and_embeddings() -> None:
 
 def test_nothing_connected_is_refused() -> None:
     with pytest.raises(NotDifferentiableError, match="no path"):
-        detected(Function(lambda x: x.detach() * 2), draw(3))
+        detected(Calls(lambda x: x.detach() * 2), draw(3))
     with pytest.raises(JacopsError, match="complex"):
-        detected(Function(lambda x: torch.complex(x, x)), draw(3))
+        detected(Calls(lambda x: torch.complex(x, x)), draw(3))
 
 
 def test_reused_memory_carries_no_stale_sets() -> None:
@@ -195,7 +196,7 @@ def test_reused_memory_carries_no_stale_sets() -> None:
             x = x.sin() * 1.01
         return x
 
-    assert detected(Function(long), draw(50)).nnz == 50
+    assert detected(Calls(long), draw(50)).nnz == 50
 
 
 # ---- random programs -------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_random_programs_lose_nothing(program: list[tuple[str, int, int]]) -> No
             kept.append(STEPS[name](kept[-1 - i % len(kept)], kept[-1 - j % len(kept)]))
         return torch.cat([kept[-1], kept[len(kept) // 2] * 3])
 
-    model, x = Function(run), draw(3, 4)
+    model, x = Calls(run), draw(3, 4)
     for local in (True, False):
         try:
             seen = detected(model, x, local=local).matrix.toarray()
@@ -273,7 +274,7 @@ def test_the_picture_is_small_and_true() -> None:
     lines = pattern.spy().splitlines()
     assert len(lines) <= 12
     assert max(map(len, lines)) <= 24
-    tiny = detected(Function(lambda x: torch.stack([x[0], x[3]])), draw(4))
+    tiny = detected(Calls(lambda x: torch.stack([x[0], x[3]])), draw(4))
     assert tiny.spy() == "⠁⠐"
 
 
@@ -297,8 +298,8 @@ MIXED = {
 }
 
 
-def middle(layer: nn.Module) -> Function:
-    return Function(lambda x: LINES[1](layer(LINES[0](x))))
+def middle(layer: nn.Module) -> nn.Module:
+    return Calls(lambda x: LINES[1](layer(LINES[0](x))))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -318,4 +319,4 @@ def test_samples_mixed(name: str) -> None:
 
 def test_samples_need_a_first_axis() -> None:
     with pytest.raises(JacopsError, match="samples"):
-        samples_apart(Function(lambda x: x.sum()), draw(4, 3))
+        samples_apart(Calls(lambda x: x.sum()), draw(4, 3))

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import jacops
+import zoo
 from jacops import InputError, JacopsWarning, NonFiniteError, NotDifferentiableError
 from jacops.sparsity import SparsePlan, _point, sparse, sparse_plan
 from jacops.sparsity._compress import probe_factor
-from sparse_problems import F64, Chain, Function, Problem, bundle, draw, pose_graph, rosenbrock_residual, small, whole
+from layer_cases import LastState
+from small import Calls, draw, tied_net
+from sparse_problems import F64, Chain, Problem, bundle, pose_graph, rosenbrock_residual, small, whole
 
 SWEEPS = {
     "brusselator": 2,
@@ -190,7 +193,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
 
 
 def test_nothing_that_is_not_finite_comes_back() -> None:
-    model = Function(lambda x: (x[1:] * x[:-1]).sqrt())
+    model = Calls(lambda x: (x[1:] * x[:-1]).sqrt())
     plan = sparse_plan(model, torch.ones(5, dtype=F64), wrt="inputs")
     with pytest.raises(NonFiniteError, match="output"):
         plan.evaluate(model, torch.tensor([1.0, -1, 1, 1, 1], dtype=F64))
@@ -242,17 +245,6 @@ def test_awkward_models(reentrant: bool, wrt: str) -> None:
         np.testing.assert_allclose(found, truth, atol=1e-9)
 
 
-class First(nn.Module):
-    """The first output of a layer that has several."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *x: Tensor) -> Tensor:
-        return self.layer(*x)[0]
-
-
 class Closure(nn.Module):
     """Reads its parameter both as its own and through a closure, which holds the caller's."""
 
@@ -266,18 +258,12 @@ class Closure(nn.Module):
         return self.function(x) + self.p[:4] ** 2
 
 
-def tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    return model
-
-
 LAYERS = {
-    "lstm": (lambda: First(nn.LSTM(3, 4, batch_first=True)), draw(2, 5, 3)),
-    "gru": (lambda: First(nn.GRU(3, 4)), draw(5, 2, 3)),
+    "lstm": (LastState, draw(2, 5, 2)),
+    "gru": (lambda: zoo.Recurrent(nn.GRU(3, 2)), draw(5, 2, 3)),
     "convolution": (lambda: nn.Conv2d(2, 3, 3), draw(2, 2, 5, 5)),
-    "attention": (lambda: First(nn.MultiheadAttention(4, 2, batch_first=True)), (draw(2, 3, 4),) * 3),
-    "tied": (tied, draw(3, 4)),
+    "attention": (zoo.SelfAttention, draw(2, 3, 4)),
+    "tied": (tied_net, draw(4, 3)),
     "closure": (Closure, draw(5)),
     "group norm": (lambda: nn.GroupNorm(2, 4), draw(3, 4, 5)),
     "batch norm": (lambda: nn.BatchNorm2d(3), draw(4, 3, 2, 2)),
@@ -320,7 +306,7 @@ def test_in_the_callers_modes(context: type) -> None:
 
 
 def test_several_outputs() -> None:
-    model = Function(lambda x: (x[1:] * x[:-1], {"sum": x.sum()}))
+    model = Calls(lambda x: (x[1:] * x[:-1], {"sum": x.sum()}))
     found = sparse_plan(model, draw(9), wrt="inputs").evaluate(model, draw(9))
     assert found.matrix.shape == (9, 9)
     assert found.output[1]["sum"].shape == ()
@@ -366,9 +352,9 @@ def test_writing_into_a_selection_stops_lifting() -> None:
         return z[:4] ** 2 + y[:4]
 
     x = draw(8)
-    plan = sparse_plan(Function(write), x, wrt="inputs")
-    truth = jacops.jacobian(Function(write), x, wrt="inputs").dense().numpy()
-    np.testing.assert_allclose(plan.evaluate(Function(write), x).matrix.toarray(), truth)
+    plan = sparse_plan(Calls(write), x, wrt="inputs")
+    truth = jacops.jacobian(Calls(write), x, wrt="inputs").dense().numpy()
+    np.testing.assert_allclose(plan.evaluate(Calls(write), x).matrix.toarray(), truth)
 
 
 def test_nothing_of_the_model_changes() -> None:

@@ -121,7 +121,8 @@ def test_sample_gradients_and_influences(name: str):
     options = {"curvature": "empirical_fisher", "damping": 1.0}
     actual, refusal = outcome(lambda: jacops.compute_influences(wrapped, [(x, y)], **options))
     if refusal:
-        assert _not_a_mean(case, x, y) or "grad" in case.expect, f"refused: {refusal}"
+        low = case.dtype == torch.float16 and "solves need float32" in refusal
+        assert low or _not_a_mean(case, x, y) or "grad" in case.expect, f"refused: {refusal}"
         return
     terms = y.numel() / many  # the loss is a mean over entries, of which a row has so many
     matrix = terms * G.T @ G / many + torch.eye(G.shape[1]).double()

@@ -22,16 +22,18 @@ from torch.utils.checkpoint import checkpoint
 
 import jacops
 from oracle import called, mapped
+from small import Calls
 
 SEED = 20_240  # of the global generator, which seeds models and which random forwards draw from
 ROWS = 3  # vectors in a batch of tangents or cotangents
 
 CLOSURES = ("jvp", "vjp", "batch_jvp", "batch_vjp", "full_jacobian")
 PRODUCTS = ("model_jvp", "model_vjp")
-MODJACS = ("modjac", "modjac_vectorize", "modjac_forward", "modjac_flatten")
+FORWARD = ("modjac_forward", "modjac_forward_plain")
+MODJACS = ("modjac", "modjac_vectorize", "modjac_flatten", *FORWARD)
 SECOND = ("hessian", "mvp", "mvp_inputs")
 TWICE = ("grad", *SECOND)
-CALLS = ("compute_jacobian", *CLOSURES, *PRODUCTS, *MODJACS, *TWICE)
+CALLS = ("compute_jacobian", "jacobian", *CLOSURES, *PRODUCTS, *MODJACS, *TWICE)
 
 
 class Refusal(NamedTuple):
@@ -157,60 +159,43 @@ def cotangents(output: Any, *axes: int) -> Any:
 def question(call: str, case: Case, model: nn.Module, inputs: Any) -> Callable[[], Any]:
     """The call on this model and these inputs, ready to be made; all that it needs is prepared before."""
     dtype = next((p.dtype for p in model.parameters()), case.dtype)
-    asked = _QUESTIONS[call]
-    return asked(case, model, inputs, dtype)
+    return _QUESTIONS[call](case, model, inputs, dtype)
 
 
-def _compute_jacobian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    return lambda: jacops.compute_jacobian(model, inputs)
+Question = Callable[[Case, nn.Module, Any, torch.dtype], Callable[[], Any]]
+Vectors = Callable[[Case, nn.Module, torch.dtype], list[Any]]  # the arguments after the parameters or the inputs
 
 
-def _jvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    v = tangents(model)
-    return lambda: jacops.jvp(lambda: called(model, inputs), list(model.parameters()), v)
+def pushed(*axes: int) -> Vectors:
+    return lambda case, model, dtype: [tangents(model, *axes)]
 
 
-def _vjp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    u = cotangents(case.output(dtype))
-    return lambda: jacops.vjp(lambda: called(model, inputs), list(model.parameters()), u)
+def pulled(*axes: int) -> Vectors:
+    return lambda case, model, dtype: [cotangents(case.output(dtype), *axes)]
 
 
-def _batch_jvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    vs = tangents(model, ROWS)
-    return lambda: jacops.batch_jvp(lambda: called(model, inputs), list(model.parameters()), vs)
+def of_closure(verb: Callable[..., Any], vectors: Vectors = lambda case, model, dtype: []) -> Question:
+    def prepared(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
+        more = vectors(case, model, dtype)
+        return lambda: verb(lambda: called(model, inputs), list(model.parameters()), *more)
+
+    return prepared
 
 
-def _batch_vjp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    us = cotangents(case.output(dtype), ROWS)
-    return lambda: jacops.batch_vjp(lambda: called(model, inputs), list(model.parameters()), us)
+def of_model(verb: Callable[..., Any], vectors: Vectors = lambda case, model, dtype: [], **options: Any) -> Question:
+    def prepared(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
+        more = vectors(case, model, dtype)
+        return lambda: verb(model, inputs, *more, **options)
+
+    return prepared
 
 
-def _full_jacobian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    return lambda: jacops.full_jacobian(lambda: called(model, inputs), list(model.parameters()))
+def of_loss(verb: Callable[[jacops.TorchTwiceDifferentiable, Any, Tensor, Any], Any]) -> Question:
+    def prepared(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
+        y, v = case.y(dtype), directions(model)
+        return lambda: verb(jacops.TorchTwiceDifferentiable(model, case.loss), inputs, y, v)
 
-
-def _model_jvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    v = tangents(model)
-    return lambda: jacops.model_jvp(model, inputs, v)
-
-
-def _model_vjp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    u = cotangents(case.output(dtype))
-    return lambda: jacops.model_vjp(model, inputs, u)
-
-
-def _modjac(**options: Any) -> Callable[..., Callable[[], Any]]:
-    return lambda case, model, inputs, dtype: lambda: jacops.modjac(model, inputs, **options)
-
-
-def _grad(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    y = case.y(dtype)
-    return lambda: jacops.TorchTwiceDifferentiable(model, case.loss).grad(inputs, y)
-
-
-def _hessian(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    y = case.y(dtype)
-    return lambda: jacops.TorchTwiceDifferentiable(model, case.loss).hessian(inputs, y)
+    return prepared
 
 
 def directions(model: nn.Module) -> Tensor:
@@ -218,43 +203,34 @@ def directions(model: nn.Module) -> Tensor:
     return torch.cat([v.reshape(2, v[0].numel()) for v in tangents(model, 2, trainable=True)] or [torch.ones(2, 1)], 1)
 
 
-def _mvp(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    y, v = case.y(dtype), directions(model)
-
-    def asked() -> Tensor:
-        twice = jacops.TorchTwiceDifferentiable(model, case.loss)
-        return twice.mvp(twice.grad(inputs, y, create_graph=True), v, backprop_on=twice.parameters)
-
-    return asked
+def by_parameters(twice: jacops.TorchTwiceDifferentiable, x: Any, y: Tensor, v: Tensor) -> Tensor:
+    return twice.mvp(twice.grad(x, y, create_graph=True), v, backprop_on=twice.parameters)
 
 
-def _mvp_inputs(case: Case, model: nn.Module, inputs: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    y, v, x = case.y(dtype), directions(model), inputs.detach().clone().requires_grad_()
-
-    def asked() -> Tensor:
-        twice = jacops.TorchTwiceDifferentiable(model, case.loss)
-        return twice.mvp(twice.grad(x, y, create_graph=True), v, backprop_on=x)
-
-    return asked
+def by_inputs(twice: jacops.TorchTwiceDifferentiable, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    x = x.detach().clone().requires_grad_()
+    return twice.mvp(twice.grad(x, y, create_graph=True), v, backprop_on=x)
 
 
-_QUESTIONS = {
-    "compute_jacobian": _compute_jacobian,
-    "jvp": _jvp,
-    "vjp": _vjp,
-    "batch_jvp": _batch_jvp,
-    "batch_vjp": _batch_vjp,
-    "full_jacobian": _full_jacobian,
-    "model_jvp": _model_jvp,
-    "model_vjp": _model_vjp,
-    "modjac": _modjac(),
-    "modjac_vectorize": _modjac(vectorize=True),
-    "modjac_forward": _modjac(vectorize=True, strategy="forward-mode"),
-    "modjac_flatten": _modjac(flatten=True),
-    "grad": _grad,
-    "hessian": _hessian,
-    "mvp": _mvp,
-    "mvp_inputs": _mvp_inputs,
+_QUESTIONS: dict[str, Question] = {
+    "compute_jacobian": of_model(jacops.compute_jacobian),
+    "jacobian": of_model(lambda model, inputs: jacops.jacobian(model, inputs).dense()),
+    "jvp": of_closure(jacops.jvp, pushed()),
+    "vjp": of_closure(jacops.vjp, pulled()),
+    "batch_jvp": of_closure(jacops.batch_jvp, pushed(ROWS)),
+    "batch_vjp": of_closure(jacops.batch_vjp, pulled(ROWS)),
+    "full_jacobian": of_closure(jacops.full_jacobian),
+    "model_jvp": of_model(jacops.model_jvp, pushed()),
+    "model_vjp": of_model(jacops.model_vjp, pulled()),
+    "modjac": of_model(jacops.modjac),
+    "modjac_vectorize": of_model(jacops.modjac, vectorize=True),
+    "modjac_forward": of_model(jacops.modjac, vectorize=True, strategy="forward-mode"),
+    "modjac_forward_plain": of_model(jacops.modjac, strategy="forward-mode"),
+    "modjac_flatten": of_model(jacops.modjac, flatten=True),
+    "grad": of_loss(lambda twice, x, y, v: twice.grad(x, y)),
+    "hessian": of_loss(lambda twice, x, y, v: twice.hessian(x, y)),
+    "mvp": of_loss(by_parameters),
+    "mvp_inputs": of_loss(by_inputs),
 }
 
 
@@ -408,6 +384,10 @@ def with_weight_norm_hook() -> nn.Module:
 
 def with_weight_norm() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+
+
+def with_orthogonal_weights() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), nn.Tanh(), nn.Linear(3, 2))
 
 
 def with_spectral_norm() -> nn.Module:
@@ -590,12 +570,12 @@ class ListOfParts(nn.Module):
 
 
 class Locked(nn.Module):
-    """Holds a lock, which cannot be copied."""
+    """Holds a lock and an open generator, which cannot be copied."""
 
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 2)
-        self.lock = threading.Lock()
+        self.lock, self.stream = threading.Lock(), (i for i in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         with self.lock:
@@ -692,6 +672,7 @@ def scaled_up(model: nn.Module) -> nn.Module:
 PLAIN = [
     Case("mlp_relu", between(nn.ReLU()), points()),
     Case("mlp_gelu", between(nn.GELU()), points()),
+    Case("mlp_batchnorm", between(nn.BatchNorm1d(4), nn.PReLU()), points()),
     Case("mlp_layernorm", between(nn.LayerNorm(4), nn.Tanh()), points()),
     Case("mlp_groupnorm", between(nn.GroupNorm(2, 4), nn.Tanh()), points()),
     Case("one_parameter", lambda: nn.Linear(3, 2, bias=False), points(), notes="jacobians come bare, not in tuples"),
@@ -714,6 +695,13 @@ PLAIN = [
     Case("hooked", hooked, points(), notes="a forward hook is a part of the function"),
     Case("mlp_float32", between(nn.GELU()), points(), dtype=torch.float32, tolerance=1e-5),
     Case("mlp_bfloat16", between(nn.GELU()), points(), dtype=torch.bfloat16, tolerance=5e-2),
+    Case("mlp_float16", between(nn.GELU()), points(), dtype=torch.float16, tolerance=1e-2),
+    Case(
+        "numbers",
+        lambda: nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 2), nn.Tanh()),
+        lambda: draw(5),
+        notes="one number a sample",
+    ),
 ]
 
 MODES = [
@@ -731,6 +719,7 @@ MODES = [
         warns=("compute_jacobian",),
         notes="random in eval mode too",
     ),
+    Case("rrelu_eval", between(nn.RReLU(0.1, 0.9)), points()),
     Case("mixed_modes", mixed_modes, images(), "mixed", notes="each submodule in a mode of its own"),
 ]
 
@@ -771,6 +760,7 @@ ATTENTION = [
 
 RECURRENT = [
     Case("lstm", lambda: Recurrent(nn.LSTM(3, 2, batch_first=True)), sequences(2, 3, 3)),
+    Case("rnn", lambda: Recurrent(nn.RNN(3, 2, batch_first=True)), sequences(2, 3, 3)),
     Case("gru", lambda: Recurrent(nn.GRU(3, 2, batch_first=True)), sequences(2, 3, 3)),
     Case(
         "lstm_nested_output",
@@ -813,7 +803,7 @@ EMBEDDED = [
         ids,
         expect=INTEGER_INPUTS | refuse("NotDifferentiableError", "embedding_bag", *SECOND),
         warns=PUSHES,
-        may_warn=("modjac_forward",),
+        may_warn=FORWARD,
         notes="no second derivative rule: plain autograd has no answer either",
     ),
     Case(
@@ -822,7 +812,7 @@ EMBEDDED = [
         lambda: (ids(), draw(3, 2)),
         expect=refuse("NotDifferentiableError", "embedding_bag", *SECOND),
         warns=PUSHES,
-        may_warn=("modjac_forward",),
+        may_warn=FORWARD,
         notes="integers and numbers; jacobians by the numbers alone",
     ),
     Case("mixed_inputs", Marked, lambda: (ids(), draw(3, 2, 2)), notes="None in place of the integers' jacobian"),
@@ -831,6 +821,7 @@ EMBEDDED = [
 WEIGHTS = [
     Case("weight_norm_hook", with_weight_norm_hook, points(), copier=None),
     Case("weight_norm", with_weight_norm, points()),
+    Case("orthogonal", with_orthogonal_weights, points()),
     Case("spectral_norm_eval", with_spectral_norm, points()),
     Case("spectral_norm_train", with_spectral_norm, points(), "train"),
     Case("spectral_norm_hook_train", with_spectral_norm_hook, points(), "train", copier=None),
@@ -844,7 +835,7 @@ GRAPHS = [
         "train",
         expect=refuse("NotDifferentiableError", "use_reentrant", *CLOSURES, *SECOND),
         by_backward=True,
-        may_warn=("model_jvp", "modjac_forward"),
+        may_warn=("model_jvp", *FORWARD),
         notes="a recorded graph answers None, and the backward pass makes no graph",
     ),
     Case("checkpoint", lambda: Checkpointed(False), points(), "train"),
@@ -857,7 +848,7 @@ GRAPHS = [
         points(),
         expect=refuse("NotDifferentiableError", "OnceCube", *SECOND),
         warns=PUSHES,
-        may_warn=("modjac_forward",),
+        may_warn=FORWARD,
         notes="double backward would drop a term",
     ),
     Case("force", Force, points(), notes="calls autograd itself"),
@@ -873,7 +864,14 @@ GRAPHS = [
 
 SAMPLES = [
     Case("item", function(lambda x: x * x.abs().max().item()), points(), warns=("compute_jacobian",)),
+    Case("nonzero", function(lambda x: x * len(x.detach().nonzero())), points(), warns=("compute_jacobian",)),
     Case("branch", function(branch), points(), may_warn=("compute_jacobian",)),
+    Case(
+        "branch_on_weights",
+        lambda: Calls(lambda a, x: x * a if float(a.detach().sum()) > 0 else x - a, (3,)),
+        points(),
+        may_warn=("compute_jacobian",),
+    ),
     Case("boolean_index", function(masked), points(), may_warn=("compute_jacobian",)),
     Case("samples_mixed", function(lambda x: (x - x.mean(0)).sin()), points(), warns=("compute_jacobian",)),
     Case(
@@ -903,6 +901,13 @@ SAMPLES = [
 CONTAINERS = [
     Case("tuple_output", lambda: TwoOutputs(lambda *parts: parts), points(), pick=lambda output: output[1]),
     Case("dict_output", lambda: TwoOutputs(lambda a, b: {"a": a, "b": b}), points(), pick=lambda output: output["b"]),
+    Case("list_output", lambda: TwoOutputs(lambda *parts: list(parts)), points(), pick=lambda output: output[0]),
+    Case(
+        "nested_output",
+        lambda: TwoOutputs(lambda a, b: (a, (a**2, {"last": b.sum(1)}))),
+        points(),
+        pick=lambda output: output[1][1]["last"],
+    ),
     Case("model_output", lambda: TwoOutputs(as_model_output), points(), pick=lambda output: output.logits),
     Case("tuple_input", lambda: Several(lambda a, b: a), lambda: (draw(3, 3), draw(3, 2, seed=2))),
     Case("dict_input", lambda: Several(lambda a, b: b), lambda: {"right": draw(3, 2), "left": draw(3, 3, seed=2)}),
@@ -926,21 +931,24 @@ PARAMETERS = [
         "all_frozen",
         frozen(""),
         points(),
-        expect=refuse("InputError", "requires_grad", *CLOSURES) | refuse("ModelStateError", "requires_grad", *TWICE),
+        expect=refuse("InputError", "requires_grad", *CLOSURES)
+        | refuse("ModelStateError", "requires_grad", *TWICE)
+        | refuse("ModelStateError", "Sequential", "jacobian"),
     ),
     Case(
         "no_parameters",
         nn.Tanh,
         points(),
         expect=refuse("InputError", "params", *CLOSURES[:-1])
-        | refuse("ModelStateError", "Tanh", *PRODUCTS, *MODJACS, *TWICE),
+        | refuse("ModelStateError", "Tanh", "jacobian", *PRODUCTS, *MODJACS, *TWICE),
         notes="full_jacobian of no parameters is an empty list, as the original's was",
     ),
     Case(
         "constant_output",
         lambda: nn.Sequential(nn.Linear(3, 2), Lambda(torch.ones_like)),
         points(),
-        expect=refuse("NotDifferentiableError", "parameter", *TWICE),
+        expect=refuse("NotDifferentiableError", "parameter", *TWICE)
+        | refuse("NotDifferentiableError", r"no path.*output.*0\.weight.*allow_zero=True", "jacobian"),
         warns=(*CLOSURES, *PRODUCTS, *MODJACS),
         may_warn=("compute_jacobian",),
         notes="no path from any parameter to the output",

@@ -190,12 +190,12 @@ def draw_teachers(
     return figure
 
 
-def draw_truth(predicted: np.ndarray, happened: np.ndarray) -> look.Figure:
+def draw_truth(foretold: np.ndarray, happened: np.ndarray) -> look.Figure:
     """Foretold against retrained."""
     figure, (axes,) = look.axes_in_a_row(3.8, 1)
-    low, high = min(predicted.min(), happened.min()), max(predicted.max(), happened.max())
+    low, high = min(foretold.min(), happened.min()), max(foretold.max(), happened.max())
     axes.plot([low, high], [low, high], color=look.GREY, linewidth=1, label="foretold = happened")
-    axes.scatter(predicted, happened, s=30, color=look.ORANGE, alpha=0.85, linewidth=0, label="one training digit each")
+    axes.scatter(foretold, happened, s=30, color=look.ORANGE, alpha=0.85, linewidth=0, label="one training digit each")
     axes.set(xlabel="change of the test digit's loss, foretold (nats)", ylabel="after retraining without it (nats)")
     axes.grid(True)
     axes.legend(loc="upper left")

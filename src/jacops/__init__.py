@@ -66,7 +66,7 @@ from .jacobians import compute_jacobian, full_jacobian, modjac
 from .least_squares import LeastSquaresResult, gauss_newton, levenberg_marquardt
 from .operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from .per_sample import empirical_fisher, sample_gradients, sample_jacobians
-from .planning import Plan, Route, plan
+from .planning import Plan, PlannedRoute, plan
 from .problem import Problem
 from .products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
 from .projections import Projection, pca_projection
@@ -133,7 +133,7 @@ __all__ = [
     "Plan",
     "Problem",
     "Projection",
-    "Route",
+    "PlannedRoute",
     "SE2",
     "SE3",
     "SO2",

@@ -20,15 +20,15 @@ from ._torch.protocol import (
     Places,
     Recording,
     Samples,
-    WholeJacobian,
+    WholeAsk,
     by_leaf,
-    fitted_chunk,
+    ensure_whole_fits,
     flat,
     is_plain,
-    jacobian_blocks,
     record_closure,
     record_model,
     separate,
+    whole_jacobian,
 )
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
@@ -181,10 +181,11 @@ def full_jacobian(
     with arithmetic(create_graph):
         lin = recorded.lin
         _check_out(lin, out, create_graph)
-        chunk_size = fitted_chunk(lin, budget, chunk_size=chunk_size, out=out is not None)
+        ask = WholeAsk(lin, budget, None, create_graph, False, out is not None, chunk_size)
+        ensure_whole_fits(ask)
         places = by_leaf(lin, given_tensors(out)) if is_plain(lin) and not create_graph else None
-        into = places.blocks if places else None
-        blocks = jacobian_blocks(lin, create_graph, chunk_size=chunk_size, into=into)
+        ask.into = places.blocks if places else None
+        blocks = whole_jacobian(ask).blocks
         _check_blocks("full_jacobian", recorded, blocks)
         if places:
             return places.wholes
@@ -275,12 +276,13 @@ def modjac(
     lin = recorded.lin
     with arithmetic(create_graph):
         _check_out(lin, out, create_graph or lie is not None)
-        way = WholeJacobian(lin, budget, forward, out is not None, create_graph, layers=not lie)
+        ask = WholeAsk(lin, budget, forward, create_graph, not lie, out is not None)
+        ensure_whole_fits(ask)
         places = None
         if not (create_graph or lie) and (flatten or out is not None) and is_plain(lin):
             places = (flat if flatten else separate)(lin, given_tensors(out))
-        into = places.blocks if places else None
-        found = way.form(into)
+        ask.into = places.blocks if places else None
+        found = whole_jacobian(ask)
         blocks = found.blocks
         if check_finite:
             _check_blocks("modjac", recorded, blocks, _FINITE_TODO, sure=found.finite)

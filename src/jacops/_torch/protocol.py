@@ -35,13 +35,13 @@ from .routes.curvature import hessian_diagonal, hessian_layers
 from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
 from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
-from .routes.matrix_plan import MatrixPlan, fitted_chunk, layers_plan, matrix_plan
 from .routes.row_cotangents import row_cotangents
-from .routes.whole import layer_route
-from .routes.whole_matrix import Blocks, WholeJacobian, jacobian_blocks
+from .routes.whole_ask import Blocks, WholeAsk
+from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
 from .samples.batch import Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
-from .samples.plan import ALONE, SamplePlan, planned
+from .samples.plan import PlanAsk, planned
+from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
 from .sweeps.linearization import Linearization
 from .sweeps.nonfinite import Lost, pull_noting_losses
@@ -50,8 +50,8 @@ from .sweeps.record import Recording, record_closure, record_model
 from .sweeps.weights import check_kept, weights_of
 
 __all__ = [
-    "ALONE",
     "At",
+    "BY_SAMPLES",
     "Blocks",
     "ByLayers",
     "ConnectedModel",
@@ -64,10 +64,10 @@ __all__ = [
     "Likelihood",
     "Linearization",
     "Lost",
-    "MatrixPlan",
     "Outer",
     "OuterGradients",
     "Places",
+    "PlanAsk",
     "PreparedFill",
     "Proofs",
     "RECORDED",
@@ -78,11 +78,11 @@ __all__ = [
     "RowLosses",
     "Rows",
     "SampleFactors",
-    "SamplePlan",
     "Samples",
     "VerificationError",
+    "WHOLE",
     "Weighted",
-    "WholeJacobian",
+    "WholeAsk",
     "asymmetric",
     "bare",
     "by_leaf",
@@ -98,7 +98,7 @@ __all__ = [
     "difference_step",
     "disagreement",
     "dropped",
-    "fitted_chunk",
+    "ensure_whole_fits",
     "flat",
     "gauss_newton_diagonal",
     "gauss_newton_layers",
@@ -111,10 +111,7 @@ __all__ = [
     "known_kind",
     "known_likelihood",
     "label_like",
-    "layer_route",
-    "layers_plan",
     "likelihood_of",
-    "matrix_plan",
     "matrix_shape",
     "mirror",
     "nested",
@@ -132,4 +129,5 @@ __all__ = [
     "split_input",
     "summed",
     "weights_of",
+    "whole_jacobian",
 ]

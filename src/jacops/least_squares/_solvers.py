@@ -154,7 +154,7 @@ class QDLDL(StepSolver):
         from scipy.sparse import csc_matrix
 
         try:
-            factor = qdldl.StepSolver(csc_matrix(system.unit_normal(damping)))
+            factor = qdldl.Solver(csc_matrix(system.unit_normal(damping)))
         except RuntimeError as error:
             raise Singular(f"qdldl: {error}") from None
         return _refined(system, damping, factor.solve, factor.factors()[1], "qdldl")

@@ -1,8 +1,17 @@
 """Planning: what a call will take in sweeps and in bytes, told before it runs."""
 
-from ._base import Plan, Route, plan, planned_by
+from ._base import Plan, PlannedRoute, plan, planned_by
 from ._dense import plan_dense
 from ._matrices import plan_full_jacobian, plan_modjac
 from ._samples import plan_samples
 
-__all__ = ["Plan", "Route", "plan", "plan_dense", "plan_full_jacobian", "plan_modjac", "plan_samples", "planned_by"]
+__all__ = [
+    "Plan",
+    "PlannedRoute",
+    "plan",
+    "plan_dense",
+    "plan_full_jacobian",
+    "plan_modjac",
+    "plan_samples",
+    "planned_by",
+]

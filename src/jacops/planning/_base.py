@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
 
 from .._keywords import unknown
+from .._ladder.route import candidates
 from .._runtime.memory import in_words
 from ..errors import InputError, InputTypeError, explain
 
@@ -16,7 +18,7 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Route:
+class PlannedRoute:
     """One way to an answer.
 
     Attributes:
@@ -49,7 +51,7 @@ class Plan:
     """
 
     call: str
-    routes: tuple[Route, ...]
+    routes: tuple[PlannedRoute, ...]
     result_bytes: int
     startup_bytes: int
     budget_bytes: int
@@ -57,7 +59,7 @@ class Plan:
     unit: str
 
     @property
-    def chosen(self) -> Route:
+    def chosen(self) -> PlannedRoute:
         """The route that will be taken."""
         return next(route for route in self.routes if route.chosen)
 
@@ -144,7 +146,25 @@ def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
     return planner(bound.arguments)
 
 
-def table(routes: Mapping[str, tuple[int | None, int | None, str]], chosen: str) -> tuple[Route, ...]:
+def listed(ask: Any, routes: Sequence[Any], result: int, startup: int, budget: int, unit: str) -> Plan:
+    """Return the plan of a question from its routes: each with its cost, and why it is taken or not."""
+    rows, chunk, order = [], 1, candidates(ask, routes)
+    only = next((reason for _, reason in order if reason), "") if len(order) == 1 or order[1][1] is not None else ""
+    for number, (route, reason) in enumerate(order):
+        cost, chosen = route.cost(ask), number == 0
+        memory = cost.measure() if cost.measure is not None and (reason != "" or not rows) else None
+        if reason == "":  # it does not apply to such a question at all
+            continue
+        asked = f"asked for by `{ask.argument}`" if ask.asked else ""
+        why = reason or (asked or only or "fewest sweeps" if chosen else f"not {asked}" if asked else "more sweeps")
+        sweeps = None if math.isinf(cost.sweeps) else int(cost.sweeps)
+        rows.append(PlannedRoute(route.name, sweeps, memory.peak if memory and memory.chunk else None, why, chosen))
+        chunk = memory.chunk if chosen and memory else chunk
+        unit = getattr(route, "unit", unit) if chosen else unit
+    return Plan(ask.call, tuple(rows), result, startup, budget, chunk, unit)
+
+
+def table(routes: Mapping[str, tuple[int | None, int | None, str]], chosen: str) -> tuple[PlannedRoute, ...]:
     """Return routes from `name: (sweeps, peak, why)`, the chosen one first."""
-    rows = [Route(name, *told, chosen=name == chosen) for name, told in routes.items()]
+    rows = [PlannedRoute(name, *told, chosen=name == chosen) for name, told in routes.items()]
     return tuple(sorted(rows, key=lambda route: not route.chosen))

@@ -154,7 +154,7 @@ class RecordedBatch:
     def _at_sites(self, sites: Sequence[SampleUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site, all cotangents in one sweep where that is known to be right."""
         many = seeds.shape[0]
-        if many > 1 and self._batched and self.lin.may_batch("pull", False):
+        if many > 1 and self._batched and self.lin.trust.refusal("pull", "batched") is None:
             try:
                 return self._layers.sweep_batched([seeds], sites)
             except RouteFailedError:

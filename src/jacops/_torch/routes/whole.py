@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteFailedError
+from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError
+from ..._ladder.plan import Cost, Memory
 from ..._runtime.agreement import as_rows, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter, size_of
@@ -24,23 +26,10 @@ from ..._runtime.rows import plain
 from ..layers.factors import LayerRows, add_rows, matrix_shape, unit_seeds
 from ..layers.part import WRITTEN
 from ..sweeps.linearization import Linearization
+from .whole_ask import Blocks, WholeAsk, WholeBlocks
 
-Blocks = list[list[Tensor]]
-
+_NOT_COVERED = "samples mix, or a parameter enters by an operation without a rule"
 _KEPT = 2**21  # bytes of cotangents that wait: more are not faster
-
-
-@dataclass(frozen=True)
-class LayerBlocks:
-    """Whole Jacobians by layers.
-
-    Attributes:
-        blocks: `J[0][leaf]`, `(n * k, *leaf)`.
-        finite: It is certain that no entry is NaN or Inf.
-    """
-
-    blocks: Blocks
-    finite: bool
 
 
 @dataclass(frozen=True)
@@ -136,31 +125,17 @@ class LayerRoute:
         return sum(at_sites.values()) + sum(use.patch_bytes for use in uses)
 
     def _is_new(self) -> bool:
-        return self.lin.trust.needs("by layers", self.lin.domain.names)
+        return self.lin.trust.needs("by layers", BlocksMatchPlain.name, self.lin.domain.names)
 
     # ---- running it --------------------------------------------------------------------------------------------
 
-    def blocks(self, together: int, into: Blocks | None = None) -> LayerBlocks | None:
-        """Return the Jacobians, proved right where the route is new; None where they are not, or torch cannot.
+    def filled(self, together: int, into: Blocks | None) -> WholeBlocks:
+        """Return the Jacobians.
 
         Args:
             together: Sweeps that are written together.
             into: Where to write, `J[0][leaf]`; the result then is this very list.
         """
-        try:
-            found = self._filled(together, into)
-        except RouteFailedError:
-            found = None
-        error = 0.0 if found is None or not self._is_new() else _disagreement(self.lin, found.blocks[0])
-        if found is None or not error <= self.lin.tolerance:
-            if not math.isnan(error):  # values that are not finite say nothing about the route
-                self.lin.trust.refuse("pull", "by layers", f"it disagrees with a plain sweep by {error:.1e}")
-            return None
-        self.lin.trust.remember("by layers", self.lin.domain.names)
-        self.lin.routes["pull"] = f"all {self._output.shape[0]} samples to a sweep, by where parameters enter"
-        return found
-
-    def _filled(self, together: int, into: Blocks | None) -> LayerBlocks:
         lin, many = self.lin, self._output.shape[0]
         blocks = into or [[leaf.detach().new_empty(many * self.sweeps, *leaf.shape) for leaf in lin.leaves]]
         pairs = zip(blocks[0], lin.leaves, strict=True)
@@ -176,7 +151,7 @@ class LayerRoute:
             start = where.stop
             del deltas  # before the next sweep, not after it
         smallest = min(torch.finfo(leaf.dtype).max for leaf in lin.leaves)
-        return LayerBlocks(blocks, bool(torch.stack(bounds).sum() < smallest))
+        return WholeBlocks(blocks, bool(torch.stack(bounds).sum() < smallest))
 
     def _swept(self, together: int) -> Iterator[list[Tensor]]:
         """Yield cotangents of some sweeps at all sites, `(n, k, T, …)`."""
@@ -227,17 +202,90 @@ def _room(delta: Tensor, many: int) -> Tensor:
 
 
 def layer_route(lin: Linearization) -> LayerRoute | None:
-    """Return the route where every parameter enters by operations with a rule and nothing speaks against it."""
-    if lin.trust.refused("pull", "by layers"):
+    """Return the sweeps by layers where every parameter enters by operations with a rule; remembered where none are."""
+    if lin.trust.refused("whole", "by layers"):
         return None
     try:
         layers = _covered(lin)
     except RouteFailedError:
         layers = None
     if layers is None:
-        lin.trust.refuse("pull", "by layers")
+        lin.trust.refuse("whole", "by layers", _NOT_COVERED)
         return None
     return LayerRoute(lin, layers)
+
+
+class BlocksMatchPlain:
+    """The rows, mixed at random, are what one plain sweep gives."""
+
+    name, always = "matches plain", False
+
+    def evidence(self, route: Any, ask: WholeAsk, found: WholeBlocks) -> bool:
+        """Return whether they are.
+
+        Raises:
+            RouteWrongError: They are not.
+            RouteNotFiniteError: Values are not finite.
+        """
+        error = _disagreement(ask.lin, found.blocks[0])
+        if math.isnan(error):
+            raise RouteNotFiniteError("values are not finite")
+        if not error <= ask.lin.tolerance:
+            raise RouteWrongError(f"the blocks disagree with a plain sweep by {error:.1e}")
+        return True
+
+
+class WholeByLayers:
+    """All samples to a sweep, where every parameter enters by operations with a rule."""
+
+    name, claims, leaving, unit = "by layers", (BlocksMatchPlain(),), "silent", "sweeps to a write"
+
+    def refuses(self, ask: WholeAsk) -> str | None:
+        """It takes an output with samples first, all parameters covered, and memory for one sweep."""
+        if ask.create_graph or not ask.layers:
+            return ""
+        if self._route(ask) is None:
+            return _NOT_COVERED
+        return None if self._together(ask) else "more than the budget"
+
+    def _route(self, ask: WholeAsk) -> LayerRoute | None:
+        return ask.kept("layers", lambda: layer_route(ask.lin))
+
+    def _together(self, ask: WholeAsk) -> int:
+        """Return how many sweeps are written together; 0 where not even one fits."""
+        return ask.kept("together", lambda: self._fitted(ask))
+
+    def _fitted(self, ask: WholeAsk) -> int:
+        route = self._route(ask)
+        room = None if ask.is_small else ask.room
+        try:
+            return route.together(room) if route is not None and (room is None or room > 0) else 0
+        except RouteFailedError:
+            return 0
+
+    def cost(self, ask: WholeAsk) -> Cost:
+        """A sweep per entry of one sample's output."""
+        route = self._route(ask)
+        return Cost(math.inf if route is None else route.sweeps, partial(self._memory, ask))
+
+    def _memory(self, ask: WholeAsk) -> Memory:
+        route, together = self._route(ask), self._together(ask)
+        return Memory(together, ask.peak(route.needs.live(together)) if route and together else 0)
+
+    def describe(self, ask: WholeAsk) -> str:
+        """Name the number of samples."""
+        return f"all {ask.lin.outputs[0].shape[0]} samples to a sweep, by where parameters enter"
+
+    def value(self, ask: WholeAsk) -> WholeBlocks:
+        """Return the blocks, and whether it is certain that they are finite.
+
+        Raises:
+            RouteFailedError: Torch cannot take the sweeps.
+        """
+        route = self._route(ask)
+        if route is None:
+            raise RouteFailedError(_NOT_COVERED)
+        return route.filled(self._together(ask), ask.into)
 
 
 def _covered(lin: Linearization) -> LayerRows | None:

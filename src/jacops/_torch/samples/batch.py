@@ -16,27 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from ..._finite import is_finite
+from ..._ladder.route import answered
 from ..._progress import track
 from ..._runtime.chunks import Chunks
 from ..._runtime.contexts import must_surface
 from ..._runtime.memory import Budget, given_tensors
-from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain, warn
+from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain
 from ...trees import Selector, flatten, hint_at_labels, is_differentiable
 from ..model.cut import At
 from ..model.inputs import check_fallback
 from ..model.replica import bare, check_state
-from ..routes.whole_matrix import jacobian_blocks
 from ..sweeps.linearization import Linearization
-from ..sweeps.mixing import NOT_FINITE, UNDECIDED, coupled, differs, disagrees, read_tolerance, unbatchable, with_reads
+from ..sweeps.mixing import NOT_FINITE, differs, read_tolerance, unbatchable, with_reads
 from ..sweeps.proofs import ProofStore
-from .bottleneck import GAIN, narrowest, sweep_split
+from .ask import ONE_SAMPLE, BatchAsk
 from .compiled import Compiler
 from .plan import ensure_fits, is_small, planned
 from .results import ALONE, Results, SampleJacobians
+from .routes import BY_SAMPLES
 from .runs import Run, Runner
-from .sweeps import sweep
 
 MODES = ("auto", "reverse", "forward", "split")
+_NO_LAYER = "no layer was found that everything passes through"
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Samples:
             return self._finished(result, "no samples")
         if budget is not None or not is_small(self, batch_size):
             batch_size = ensure_fits(self, planned(self, batch_size, budget, mode, out is None)).chunk
-        chunks, reason = Chunks(self.count, batch_size), "one sample" if self.count == 1 else None
+        chunks, reason = Chunks(self.count, batch_size), ONE_SAMPLE if self.count == 1 else None
         for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
             if self.compiler and where.stop >= chunks.rows:  # a graph takes one number of samples
                 where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
@@ -182,16 +183,38 @@ class Samples:
 
     def _swept(self, result: Results, where: slice, mode: str, reason: str | None) -> str | None:
         """Fill in some samples; return why they had to be taken one at a time, if they had."""
-        if reason is None and where.stop - where.start > 1:
-            reason = self._chunk(result, where, mode)
-            if reason is not None:
-                self._say(reason)
-        if reason is not None or where.stop - where.start == 1:
-            for i in range(where.start, where.stop):
-                self._alone(result, i)
+        values = [v[where] for v in self.values]
+        store = self.runner.store(values)
+        known = reason or (ONE_SAMPLE if where.stop - where.start == 1 else None)
+        if known is None and self.compiler and self.compiler.fill(result, where, values, store):
+            return None
+        strict = self.checks == "strict"
+        ask = BatchAsk(self.runner, result, where, values, mode, self.fallback, store, known, strict=strict)
+        parts = self._recorded(ask) if known is None else None
+        swept, route = answered(ask, BY_SAMPLES)
+        if route.leaving == "never":
+            reason = known if known is not None and reason is None else ask.apart
+        else:
+            self._keep(ask, swept, parts)
+            result.direction = ask.routes["samples"]
+        if mode == "split" and ask.apart is None and route.name != "split":
+            todo = "Use mode='auto', or cut the model yourself with `at=`."
+            raise InputError(explain("mode", "'split'", _NO_LAYER, todo))
         if not result.proved:  # now, while they are in the cache
             result.sure &= all(is_finite(block[where]) for row in result.blocks for block in row)
-        return reason
+        return None if reason == ONE_SAMPLE and self.count > 1 else reason
+
+    def _keep(self, ask: BatchAsk, swept: Linearization, parts: PartRuns | None) -> None:
+        """Take a batch's outputs, and remember what was proved about it."""
+        lin, values = ask.run.lin if ask.run is not None else ask.lin, ask.values
+        if parts is not None and not ask.undecided and any(bool((v != v[:1]).any()) for v in values):
+            # Equal rows prove nothing: they agree anyway.
+            for proofs in (lin.trust, swept.trust):
+                proofs.remember("samples apart", ask.many)
+        for out, tensor in enumerate(lin.outputs):
+            ask.result.outputs[out][ask.where] = tensor.detach()
+        if self.compiler and ask.run is not None and ask.routes["samples"].startswith("reverse"):
+            self.compiler.consider(ask.result, ask.where, ask.run, values, ask.store)
 
     def _finished(self, result: Results, route: str) -> SampleJacobians:
         if result.tree is None:
@@ -201,65 +224,31 @@ class Samples:
             tree, inputs = flatten(0, "at")[1], [0]
         return SampleJacobians(result.blocks, result.tree, tree, inputs, route, result.outputs, result.sure)
 
-    def _say(self, reason: str) -> None:
-        message = f"{self.call}: {reason}; so every sample was differentiated alone, in a batch of one."
-        if self.fallback == "error":
-            raise NotDifferentiableError(f"{self.call}: {reason}, and fallback='error' forbids one sample at a time.")
-        if self.fallback == "warn":
-            warn(message)
+    def _recorded(self, ask: BatchAsk) -> PartRuns | None:
+        """Record a batch, and note why its samples are taken one at a time, where that is known before any sweep.
 
-    def _alone(self, result: Results, i: int) -> None:
-        run = self.runner.run([v[i : i + 1] for v in self.values])
-        shapes = result.prepare(run, alone=True)
-        blocks = jacobian_blocks(run.lin)
-        for out, rows in enumerate(blocks):
-            result.outputs[out][i] = run.lin.outputs[out].detach().reshape(shapes[out])
-            for leaf, block in enumerate(rows):
-                result.blocks[out][leaf][i] = block.reshape(result.blocks[out][leaf].shape[1:])
-
-    def _chunk(self, result: Results, where: slice, mode: str) -> str | None:
-        """Fill in one batch by shared sweeps; return why not if samples mix."""
-        values, many = [v[where] for v in self.values], where.stop - where.start
-        store = self.runner.store(values)
-        if self.compiler and self.compiler.fill(result, where, values, store):
-            return None
+        Returns:
+            Runs of its parts, where it still has to be proved that samples are apart.
+        """
+        parts: PartRuns | None = None
         try:
-            run, parts = self._recorded(values, store, mode)
+            ask.run, parts = self._run(ask.values, ask.store, ask.mode)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, JacopsError) or must_surface(error):
                 raise
             self.runner.run([v[:1] for v in self.values])  # where it fails alone too, that is the error to see
-            return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"
-        known = run.lin.trust.refusal("samples", "together")
-        if known is not None:
-            return known.reason
-        reason, swept = self._mixing(run, values, parts), run
-        if reason is None:
-            result.prepare(run)
-            reason, swept = self._filled(result, where, run, values, store, parts is not None, mode)
-        decided, reason = reason != UNDECIDED, reason or None
-        if reason is None and parts is None and run.lin.trust.spot_due():
-            reason = self._spot(result, where, run, values)
-        if reason is not None:
-            if reason != NOT_FINITE:
-                run.lin.trust.refuse("samples", "together", reason)
-            return reason
-        if parts is not None and decided and any(bool((v != v[:1]).any()) for v in values):
-            # Equal rows prove nothing: they agree anyway.
-            for proofs in (run.lin.trust, swept.lin.trust):
-                proofs.remember("samples apart", many)
-        for out, tensor in enumerate(run.lin.outputs):
-            result.outputs[out][where] = tensor.detach()
-        if self.compiler and result.direction.startswith("reverse"):
-            self.compiler.consider(result, where, run, values, store)
-        return None
+            ask.apart = f"the forward takes no batch of {ask.many} ({type(error).__name__}: {str(error)[:100]})"
+            return None
+        known, ask.fresh = ask.verdicts.refusal("samples", "together"), parts is not None
+        ask.apart = self._mixing(ask.run, ask.values, parts) if known is None else known.reason
+        if ask.apart is None:
+            ask.result.prepare(ask.run)
+        elif known is None and ask.apart != NOT_FINITE:
+            ask.verdicts.refuse("samples", "together", ask.apart)
+        return parts
 
-    def _recorded(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> tuple[Run, PartRuns | None]:
-        """Record a batch, and ask what is known of its graph.
-
-        Returns:
-            The run, and runs of its parts to hold it against, where it still has to be proved that samples are apart.
-        """
+    def _run(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> tuple[Run, PartRuns | None]:
+        """Record a batch, and runs of its parts to hold it against where what is known of its graph asks for it."""
         many = values[0].shape[0]
         if store.assumed is not None or self.checks == "never":
             run = self._known_split(values, store, mode) or self.runner.run(values, store)
@@ -280,59 +269,6 @@ class Samples:
             return None
         run = self.runner.split(values, store, effects, path)
         return None if run is None or run.lin.trust.needs("samples apart", values[0].shape[0]) else run
-
-    def _filled(
-        self,
-        result: Results,
-        where: slice,
-        run: Run,
-        values: Sequence[Tensor],
-        store: ProofStore,
-        fresh: bool,
-        mode: str,
-    ) -> tuple[str | None, Run]:
-        """Fill in one batch, split at a narrow layer where that saves sweeps.
-
-        Returns:
-            Why samples mix, None where they do not; and the run that was swept.
-        """
-        split, strict = self._split(run, values, store, mode), self.checks == "strict"
-        result.proved = False
-        if split is not None and split.head is not None:
-            result.direction, result.proved = sweep_split(split.head, split.lin, result.blocks, where)
-            reason = coupled(run.lin, result.blocks, where, strict) if fresh else None
-            if not reason:
-                return reason, split
-            run.lin.trust.split, result.proved = {}, False
-            store.known.pop("split", None)
-        result.direction = sweep(run.lin, result.blocks, where, "auto" if mode == "split" else mode)
-        return coupled(run.lin, result.blocks, where, strict) if fresh else None, run
-
-    def _split(self, run: Run, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
-        """Return the run cut at the narrowest layer that saves sweeps; None where there is none.
-
-        Raises:
-            InputError: A split was asked for, and there is no layer that everything passes through.
-        """
-        if run.head is not None or mode not in ("auto", "split"):
-            return run if run.head is not None else None
-        lin, known = run.lin, run.lin.trust.split
-        if mode not in known:
-            simple = self.at is None and len(lin.outputs) == len(lin.leaves) == 1 and bool(run.widths)
-            rows, columns = lin.outputs[0].shape[1:].numel(), lin.leaves[0].shape[1:].numel()
-            gain = GAIN if mode == "auto" else 0.0
-            known[mode] = narrowest(run.widths, rows, columns, gain) if simple else None
-        path = known[mode]
-        split = self.runner.split(values, store, run.effects, path) if path is not None else None
-        store.latest = lin.trust
-        if split is None:
-            known[mode] = None
-            if mode == "split":
-                todo = "Use mode='auto', or cut the model yourself with `at=`."
-                raise InputError(explain("mode", "'split'", "no layer was found that everything passes through", todo))
-        else:
-            store.known["split"] = path
-        return split
 
     # ---- do samples mix? -------------------------------------------------------------------------------------
 
@@ -364,13 +300,3 @@ class Samples:
                 if reason is not None:
                     return with_reads(reason, run.effects)
         return None
-
-    def _spot(self, result: Results, where: slice, run: Run, values: Sequence[Tensor]) -> str | None:
-        """Hold one sample of a batch against a run of it alone; return how they differ."""
-        picked = run.lin.trust.pick(where.stop - where.start)
-        alone = self.runner.run([v[picked : picked + 1] for v in values]).lin
-        for whole, one in zip(run.lin.outputs, alone.outputs, strict=True):
-            reason = differs(whole, one, torch.tensor([picked]), run.lin.tolerance)
-            if reason is not None:
-                return reason
-        return disagrees(alone, result.blocks, where.start + picked)

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..._ladder.failures import RouteFailedError
+from ..._ladder.plan import Cost, Memory
 from ...trees import is_differentiable
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linearization import Linearization
-from .sweeps import sweep
+from .independent import SamplesIndependent
+from .sweeps import counts, sweep
 
-GAIN = 1.5
+if TYPE_CHECKING:
+    from .ask import BatchAsk
+
+GAIN = 1.5  # a cut records the model again and multiplies: it has to save a third of the sweeps to pay
 
 
 @contextmanager
@@ -56,26 +62,62 @@ def separates(tail: Linearization, inputs: list[Tensor]) -> bool:
     return not any(id(leaf) in inspect_graph(tail.outputs).leaves for leaf in inputs)
 
 
-def sweep_split(
-    head: Linearization, tail: Linearization, blocks: list[list[Tensor]], where: slice, limit: int | None = None
-) -> tuple[str, bool]:
+class Split:
+    """Sweeps over the two parts of a model, and the product of their Jacobians."""
+
+    name, claims, leaving = "split", (SamplesIndependent(decisive=False),), "silent"
+
+    def refuses(self, ask: BatchAsk) -> str | None:
+        """Samples have to be apart, and a layer narrow."""
+        if ask.apart is not None:
+            return ask.apart
+        return None if ask.place is not None else "no narrow layer that everything passes"
+
+    def cost(self, ask: BatchAsk) -> Cost:
+        """About as many sweeps over each part as the layer is wide."""
+        (rows, columns), (_, width) = ask.entries or (0, 0), ask.place or ("", 0)
+        return Cost(2 * min(width + 1, rows, columns), lambda: ask.memory(self.name) or Memory(0, 0))
+
+    def describe(self, ask: BatchAsk) -> str:
+        """Name the layer and its width."""
+        path, width = ask.place or ("", 0)
+        return f"split at {path} ({width} numbers), {self.cost(ask).sweeps} sweeps over parts"
+
+    def value(self, ask: BatchAsk) -> Linearization:
+        """Fill in the batch; return the linearisation that was swept last.
+
+        Raises:
+            RouteFailedError: A path leads around the layer.
+        """
+        whole, (path, _) = ask.run, ask.place or ("", 0)
+        split = whole
+        if whole is not None and whole.head is None:
+            split = ask.runner.split(ask.values, ask.store, whole.effects, path)
+            ask.store.latest = whole.lin.trust
+        if split is None or split.head is None:
+            raise RouteFailedError(f"a path leads around {path}")
+        ask.result.proved = _fill(split.head, split.lin, ask.result.blocks, ask.where)
+        ask.store.known["split"] = path
+        return split.lin
+
+
+def _fill(head: Linearization, tail: Linearization, blocks: list[list[Tensor]], where: slice) -> bool:
     """Fill `blocks[0][0][where]` with the product of the two parts' Jacobians.
 
     Returns:
-        How, and whether the factors are so small that no entry of their product can be NaN or Inf.
+        Whether the factors are so small that no entry of their product can be NaN or Inf.
     """
     (hidden,), (output,), (leaf,) = head.outputs, tail.outputs, head.leaves
     many = output.shape[0]
     options = {"dtype": output.dtype, "device": output.device}
     first = torch.empty(many, *hidden.shape[1:], *leaf.shape[1:], **options)
     last = torch.empty(many, *output.shape[1:], *hidden.shape[1:], **options)
-    everything = slice(0, many)
-    # Each part has its own prices, and the trust in the whole is no place for them.
-    ways = [sweep(part, [[target]], everything, "by number", limit) for part, target in ((head, first), (tail, last))]
+    for part, target in ((head, first), (tail, last)):
+        rows, columns = counts(part)
+        pushes = columns + 1 < rows and not part.trust.refused("push", "double backward")
+        sweep(part, [[target]], slice(0, many), "forward" if pushes else "reverse")
     rows, width, columns = (t.shape[1:].numel() for t in (output, hidden, leaf))
-    if limit is None:
-        target = blocks[0][0][where].view(many, rows, columns)
-        torch.bmm(last.view(many, rows, width), first.view(many, width, columns), out=target)
-    sizes = [float(torch.linalg.vector_norm(part, ord=torch.inf)) if limit is None else 0.0 for part in (first, last)]
-    sure = width * sizes[0] * sizes[1] < torch.finfo(output.dtype).max / 2
-    return f"split at {head.codomain.names[0]} ({width} numbers): {ways[0]}, then {ways[1]}", sure
+    target = blocks[0][0][where].view(many, rows, columns)
+    torch.bmm(last.view(many, rows, width), first.view(many, width, columns), out=target)
+    sizes = [float(torch.linalg.vector_norm(part, ord=torch.inf)) for part in (first, last)]
+    return width * sizes[0] * sizes[1] < torch.finfo(output.dtype).max / 2

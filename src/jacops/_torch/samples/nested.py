@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._ladder.failures import RouteFailedError
+from ..._ladder.route import answer
 from ..._runtime.contexts import autocast_on, norms_written_out
-from ..._runtime.rows import Rows, plain
+from ..._runtime.rows import Rows
 from ...errors import NotDifferentiableError
 from ...trees import Tree, flatten, is_differentiable, output_leaves
+from ..sweeps.ask import SweepAsk
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm
 from ..sweeps.linearization import Linearization
@@ -29,6 +30,7 @@ from ..sweeps.proofs import Proofs, ProofStore, identity_key, store_for
 from ..sweeps.record import setting
 from .batch import Samples
 from .runs import Runner
+from .slopes import SLOPES, pays_to_push
 
 RECORDED = 64  # samples: a graph of so few costs little to keep, and a second forward would take as long as its sweeps
 
@@ -126,7 +128,7 @@ class JacobianFunction:
         outputs = run()
         many = next(v.shape[0] for v in flatten(given, "x")[0])
         columns = sum(v[:1].numel() for v in flatten(given, "x")[0] if is_differentiable(v))
-        if _pays_to_push(sum(o.numel() for o in outputs) // many, columns) and has_fused_norm(
+        if pays_to_push(sum(o.numel() for o in outputs) // many, columns) and has_fused_norm(
             inspect_graph(outputs).nodes
         ):
             with norms_written_out():
@@ -148,54 +150,12 @@ def _shared_sweeps(lin: Linearization, many: int) -> Rows:
     batched = [o.ndim > 0 and o.shape[0] == many for o in lin.outputs]
     outs = [o.shape[1:] if b else o.shape for o, b in zip(lin.outputs, batched, strict=True)]
     ins = [leaf.shape[1:] for leaf in lin.leaves]
-    rows, columns = sum(shape.numel() for shape in outs), sum(shape.numel() for shape in ins)
-    parts: list[list[Tensor]] | None = None
-    if _pays_to_push(rows, columns):
-        try:
-            parts = _pushed(lin)
-        except RouteFailedError:
-            parts = None
-    parts = parts or _pulled(lin, many)
+    parts = answer(SweepAsk("slopes", lin, (), many, create_graph=True), SLOPES)
     return [
         part.reshape(many, *out, *inner)
         for line, out in zip(parts, outs, strict=True)
         for part, inner in zip(line, ins, strict=True)
     ]
-
-
-def _pays_to_push(rows: int, columns: int) -> bool:
-    return 2 * (columns + 1) < rows  # a push sweeps a graph twice as long
-
-
-def _pulled(lin: Linearization, many: int) -> list[list[Tensor]]:
-    """Return `(n, out entries, *in)` for every output and leaf by one pull per output entry."""
-    result = []
-    for index, output in enumerate(lin.outputs):
-        entries = output.numel() // many
-        lines: list[list[Tensor]] = [[] for _ in lin.leaves]
-        for entry in range(entries):
-            seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
-            seed[:, entry] = 1
-            # One that requires grad makes once_differentiable backwards leave a mark instead of dropping their part.
-            seed.requires_grad_(bool(lin.graph_info.functions))
-            seeds = [seed.view(output.shape) if i == index else None for i in range(len(lin.outputs))]
-            for line, leaf, grad in zip(lines, lin.leaves, lin.pull(seeds, create_graph=True), strict=True):
-                line.append(torch.zeros_like(leaf) if grad is None else plain(grad))
-        pairs = zip(lines, lin.leaves, strict=True)
-        result.append([torch.stack(line, 1) if line else leaf.new_zeros(many, 0) for line, leaf in pairs])
-    return result
-
-
-def _pushed(lin: Linearization) -> list[list[Tensor]]:
-    """Return `(n, *out, in entries)` for every output and leaf by one push per input entry."""
-    columns: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
-    for index, leaf in enumerate(lin.leaves):
-        for entry in range(leaf.shape[1:].numel()):
-            tangents = [torch.zeros((1, *other.shape), dtype=other.dtype, device=other.device) for other in lin.leaves]
-            tangents[index].view(leaf.shape[0], -1)[:, entry] = 1
-            for output, change in enumerate(lin.push_by_double_backward(tangents, create_graph=True)):
-                columns[output][index].append(change[0])
-    return [[torch.stack(column, -1) for column in line] for line in columns]
 
 
 @dataclass(frozen=True)

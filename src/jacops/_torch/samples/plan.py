@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..._ladder.failures import RouteFailedError
+from ..._ladder.plan import Memory
 from ..._runtime.contexts import must_surface
 from ..._runtime.memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
 from ..._runtime.restoring import restoring
 from ..sweeps.mixing import differs, unbatchable, with_reads
-from ..sweeps.proofs import ProofStore
-from .bottleneck import narrowest, sweep_split
+from ..sweeps.proofs import Proofs
+from .bottleneck import narrowest
 from .results import SAMPLES_TODO
 from .runs import Run
-from .sweeps import close, counts, sweep
+from .sweeps import sweep
 
 if TYPE_CHECKING:
     from .batch import Samples
@@ -65,7 +68,6 @@ class Probe:
         shapes: Bytes of one sample's Jacobians, of its outputs.
         jacobian: Shape of the largest Jacobian of one sample.
         entries: Entries of a sample's outputs and inputs.
-        close: The numbers of sweeps are near each other, so that `"auto"` times both directions.
         place: Where a split pays, and how wide it is.
         reason: Why samples cannot share sweeps, where two of them show it.
     """
@@ -74,7 +76,6 @@ class Probe:
     sizes: tuple[int, int]
     jacobian: tuple[int, ...]
     entries: tuple[int, int]
-    close: bool
     place: tuple[str, int] | None
     reason: str | None
 
@@ -87,7 +88,7 @@ class Probe:
         if self.place is not None and "split" in self.ways:
             return ["split"]
         both = [way for way in ("reverse", "forward") if way in self.ways]
-        return both if self.close or len(both) < 2 else both[:1] if rows <= columns + 1 else both[1:]
+        return both if len(both) < 2 else both[:1] if rows <= columns + 1 else both[1:]
 
 
 @dataclass(frozen=True)
@@ -197,97 +198,138 @@ def ensure_fits(samples: Samples, plan: SamplePlan) -> SamplePlan:
 
 
 def _probe(samples: Samples, room: float, allocated: bool) -> Probe:
-    one = samples.runner.run([v[:1] for v in samples.values])
-    outputs, leaves = one.lin.outputs, one.lin.leaves
+    """Return what a run of one sample shows, and a run of two where the result fits and they may share sweeps."""
+    one = _recorded(samples, 1)
+    outputs, leaves = one.run.lin.outputs, one.run.lin.leaves
     shapes = [o.shape[1:] if o.ndim and o.shape[0] == 1 else o.shape for o in outputs]
     entries = sum(s.numel() for s in shapes), sum(leaf.shape[1:].numel() for leaf in leaves)
     held = sum(s.numel() * o.dtype.itemsize for s, o in zip(shapes, outputs, strict=True))
     sizes = held * entries[1], held
     pairs = [(*s, *leaf.shape[1:]) for s in shapes for leaf in leaves]
     largest = max(pairs, key=lambda shape: torch.Size(shape).numel(), default=())
-    alone = samples.count * (held + (sizes[0] if allocated else 0))
-    if alone > room:  # no need to see more
-        ways, reason, place = {ALONE: Working(0.0, float(sizes[0]), entries[0])}, _TOO_LARGE, None
-        return Probe(ways, sizes, largest, entries, False, place, reason)
-    reason = _reason(samples, one)
+    if samples.count * (held + (sizes[0] if allocated else 0)) > room:  # no need to see more
+        return Probe({ALONE: Working(0.0, float(sizes[0]), entries[0])}, sizes, largest, entries, None, _TOO_LARGE)
+    _sweep(one, 1)
+    pull, many = max(one.peaks["reverse"] - one.held, 1), one.run.lin.chunk(entries[0])
+    ways = {ALONE: Working(0.0, max(one.held, *one.peaks.values()) + many * pull + sizes[0], entries[0])}
+    if samples.count == 1:
+        return Probe(ways, sizes, largest, entries, None, None)
+    two, reason = _two(samples, one)
+    if two is None or reason is not None:
+        return Probe(ways, sizes, largest, entries, None, reason)
+    check = 4.0 * (sizes[1] + sum(size_of(leaf) for leaf in leaves))  # of samples apart, in a first call
+    sweeps = {"reverse": entries[0], "forward": entries[1] + 1}
+    for name in two.peaks:
+        each = max(two.peaks[name] - one.peaks[name], 1)
+        ways[name] = Working(max(0.0, one.peaks[name] - each), each + check, sweeps[name])
     place = None
     if samples.at is None and len(outputs) == len(leaves) == 1:
-        path = narrowest(one.widths, *entries)
-        place = (path, one.widths[path] or 0) if path is not None else None
-    ways = _ways(samples, one, sizes, place if reason is None else None, reason is None)
-    return Probe(ways, sizes, largest, entries, close(*entries), place, reason)
+        path = narrowest(one.run.widths, *entries)
+        place = None if path is None else (path, one.run.widths[path] or 0)
+    if place is not None:  # the same graph in two parts, and the two factors of the result
+        factors = place[1] * sum(entries) * outputs[0].dtype.itemsize
+        whole = max((ways[name] for name in two.peaks), key=lambda way: way.each)
+        sweeps_over_parts = 2 * min(place[1] + 1, *entries)
+        ways["split"] = Working(whole.fixed, whole.each + factors, sweeps_over_parts)
+    return Probe(ways, sizes, largest, entries, place, None)
 
 
-def _reason(samples: Samples, one: Run) -> str | None:
-    """Return why samples cannot share a sweep, as far as two of them show."""
-    many = min(2, samples.count)
-    if many == 1:
-        return None
+@dataclass(frozen=True)
+class _Measured:
+    """A recorded run, the bytes it keeps, and the most held while it was recorded and swept, by route."""
+
+    run: Run
+    held: int
+    peaks: dict[str, int]
+
+
+def _two(samples: Samples, one: _Measured) -> tuple[_Measured | None, str | None]:
+    """Return a run of two samples, and why they cannot share sweeps as far as it shows."""
     try:
-        two = samples.runner.run([v[:many] for v in samples.values])
+        two = _recorded(samples, 2)
+        _sweep(two, 2)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if must_surface(error):
             raise
-        return "the forward takes no batch"
-    reason = unbatchable(two.lin, two.effects, many)
-    first = torch.zeros(1, dtype=torch.long)
-    pairs = zip(two.lin.outputs, one.lin.outputs, strict=True)
-    differences = (differs(a, b, first, two.lin.tolerance) for a, b in pairs)
-    return reason or next((with_reads(found, two.effects) for found in differences if found), None)
-
-
-def _ways(
-    samples: Samples, one: Run, sizes: tuple[int, int], place: tuple[str, int] | None, shared: bool
-) -> dict[str, Working]:
-    rows, columns = counts(one.lin) if shared else (sum(o.numel() for o in one.lin.outputs), 0)
-    held, pulled = _measured(samples, one, 1, "reverse")
-    pull = max(pulled - held, 1)
-    many = one.lin.chunk(rows)
-    ways = {ALONE: Working(0.0, max(held, pulled) + many * pull + sizes[0], rows)}
-    if not shared or samples.count == 1:
-        return ways
-    check = 4.0 * (sizes[1] + sum(size_of(leaf) for leaf in one.lin.leaves))  # of samples apart, in a first call
-    sweeps = {"reverse": rows, "forward": columns + 1}
-    if place is not None:
-        sweeps["split"] = 2 * min(place[1] + 1, rows, columns)
-    for mode, number in sweeps.items():
-        try:
-            first, second = (max(_measured(samples, one, r, mode, place)) for r in (1, 2))
-        except RouteUnknown:
-            continue
-        each = max(second - first, 1)
-        ways[mode] = Working(max(0.0, first - each), each + check, number)
-    return ways
-
-
-class RouteUnknown(Exception):
-    """There is no such route here."""
+        return None, "the forward takes no batch"
+    lin = two.run.lin
+    first, pairs = torch.zeros(1, dtype=torch.long), zip(lin.outputs, one.run.lin.outputs, strict=True)
+    differences = (differs(a, b, first, lin.tolerance) for a, b in pairs)
+    reason = unbatchable(lin, two.run.effects, 2)
+    return two, reason or next((with_reads(found, two.run.effects) for found in differences if found), None)
 
 
 @restoring
-def _measured(
-    samples: Samples, one: Run, rows: int, mode: str, place: tuple[str, int] | None = None
-) -> tuple[int, int]:
-    """Return the most bytes held while running forward, and while taking the first sweeps."""
-    values, store, everything = [v[:rows] for v in samples.values], ProofStore("never"), slice(0, rows)
-    # Places for results are made outside: they are counted apart, and not touched where nothing is written.
-    blocks = [[_room(o, leaf, rows) for leaf in one.lin.leaves] for o in one.lin.outputs]
+def _recorded(samples: Samples, rows: int) -> _Measured:
+    """Record some samples, counting bytes."""
     with Meter() as meter:
-        run = samples.runner.record(values, one.effects)
-        forward = meter.peak
-        if mode == "split" and place is not None:
-            split = samples.runner.split(values, store, one.effects, place[0])
-            if split is None or split.head is None:
-                raise RouteUnknown
-            sweep_split(split.head, split.lin, blocks, everything, limit=2)
-        elif any(o.ndim == 0 or o.shape[0] != rows for o in run.lin.outputs):
-            run.lin.pull([torch.ones_like(o) for o in run.lin.outputs])
-        else:
-            sweep(run.lin, blocks, everything, mode, limit=1)
-        if mode == "forward" and run.lin.trust.refused("push", "dual"):
-            raise RouteUnknown
-    return forward, meter.peak
+        run = samples.runner.run([v[:rows] for v in samples.values])
+    return _Measured(run, meter.peak, {})
+
+
+@restoring
+def _sweep(measured: _Measured, rows: int) -> None:
+    """Take the first sweep of each direction, counting bytes."""
+    lin, held, peaks = measured.run.lin, measured.held, measured.peaks
+    if any(o.ndim == 0 or o.shape[0] != rows for o in lin.outputs):
+        with Meter() as sweeping:
+            lin.pull([torch.ones_like(o) for o in lin.outputs])
+        peaks["reverse"] = held + sweeping.peak
+        return
+    # Places for results are made outside: they are counted apart, and not touched where nothing is written.
+    blocks = [[_room(o, leaf, rows) for leaf in lin.leaves] for o in lin.outputs]
+    for direction in ("reverse", "forward"):
+        with Meter() as sweeping, suppress(RouteFailedError):  # there are no pushes
+            sweep(lin, blocks, slice(0, rows), direction, limit=1)
+            peaks[direction] = held + sweeping.peak
 
 
 def _room(output: Tensor, leaf: Tensor, rows: int) -> Tensor:
     return torch.empty(rows, *output.shape[1:], *leaf.shape[1:], dtype=output.dtype, device=output.device)
+
+
+@dataclass(frozen=True)
+class PlanAsk:
+    """The question of a whole call, for its plan: what routes say of it before it runs.
+
+    Attributes:
+        plan: What one and two samples showed.
+        call: The public call.
+        verdicts: Nothing is known of a batch that was not recorded.
+    """
+
+    plan: SamplePlan
+    call: str
+    verdicts: Proofs
+    question: str = "samples"
+    argument: str = "mode="
+
+    @property
+    def asked(self) -> str | None:
+        """The route asked for by name."""
+        return None if self.plan.mode == "auto" else self.plan.mode
+
+    @property
+    def apart(self) -> str | None:
+        """Why samples do not share sweeps."""
+        return self.plan.probe.reason or ("one sample" if self.plan.count == 1 else None)
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """Entries of a sample's outputs and inputs."""
+        return self.plan.probe.entries
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """Where a split pays."""
+        return self.plan.probe.place
+
+    @property
+    def unpushable(self) -> str | None:
+        """Why there are no pushes."""
+        return None if "forward" in self.plan.probe.ways else "no second derivative rule"
+
+    def memory(self, route: str) -> Memory | None:
+        """Return what a route holds; None where that was not measured."""
+        plan = self.plan
+        return Memory(1 if route == ALONE else plan.chunk, plan.peak(route)) if route in plan.probe.ways else None

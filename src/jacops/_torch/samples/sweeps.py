@@ -1,22 +1,24 @@
-"""Sweeps shared by all samples of a batch, written in place: by outputs, by inputs, whichever is measured cheaper."""
+"""Sweeps shared by all samples of a batch, written in place: a pull per output entry, or a push per input entry."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteFailedError
+from ..._ladder.plan import Cost, Memory
 from ..._runtime.rows import plain
 from ..sweeps.linearization import Linearization
+from .independent import SamplesIndependent
+
+if TYPE_CHECKING:
+    from .ask import BatchAsk
 
 Blocks = list[list[Tensor]]
 
-_PLAUSIBLE = 4.0
-_WORTH_TIMING = 2e-2
-_BLOCK = 2**16
+_BLOCK = 2**16  # numbers copied at a time while transposing: they stay in a near cache
 
 
 def counts(lin: Linearization) -> tuple[int, int]:
@@ -24,97 +26,23 @@ def counts(lin: Linearization) -> tuple[int, int]:
     return sum(o.shape[1:].numel() for o in lin.outputs), sum(leaf.shape[1:].numel() for leaf in lin.leaves)
 
 
-def sweep(lin: Linearization, blocks: Blocks, where: slice, mode: str = "auto", limit: int | None = None) -> str:
-    """Fill `blocks[output][leaf][where]` and say how.
+def sweep(lin: Linearization, blocks: Blocks, where: slice, direction: str, limit: int | None = None) -> None:
+    """Fill `blocks[output][leaf][where]`.
 
     Args:
         lin: A run over the samples `where`.
         blocks: Where Jacobians are written.
         where: Which samples.
-        mode: `"reverse"` takes a pull per output entry, `"forward"` a push per input entry, `"auto"` what it measures
-            to be cheaper where the numbers alone do not say so, `"by number"` whichever are fewer.
+        direction: `"reverse"` takes a pull per output entry, `"forward"` a push per input entry.
         limit: Stop after so many sweeps, to see what they take.
+
+    Raises:
+        RouteFailedError: Pushes do not work for this model.
     """
-    direction = mode if mode in ("reverse", "forward") else None
-    if mode == "auto":
-        direction = lin.trust.direction
-    if mode == "auto" and limit is None and direction is None and close(*counts(lin)):
-        return _timed(lin, blocks, where)
-    direction = direction or _fewest(lin)
-    if direction == "forward" and not lin.trust.refused("push", "dual"):
-        try:
-            _exhaust(_columns(lin, blocks, where), limit)
-            return _said(lin, "forward")
-        except RouteFailedError as reason:
-            lin.trust.refuse("push", "dual")
-            if mode == "forward" and limit is None:
-                lin.leave("push", "by outputs, in reverse", reason)
-    _exhaust(_rows(lin, blocks, where), limit)
-    return _said(lin, "reverse")
-
-
-def _fewest(lin: Linearization) -> str:
-    rows, columns = counts(lin)
-    return "forward" if columns + 1 < rows else "reverse"
-
-
-def close(rows: int, columns: int) -> bool:
-    """Say whether the numbers of sweeps are so near each other that their price decides."""
-    return 0.5 * (columns + 1) < rows < _PLAUSIBLE * (columns + 1) and min(rows, columns) > 2
-
-
-def _said(lin: Linearization, direction: str) -> str:
-    rows, columns = counts(lin)
-    priced = " (measured cheaper)" if lin.trust.direction is not None else ""
-    return (f"forward, {columns} pushes" if direction == "forward" else f"reverse, {rows} pulls") + priced
-
-
-def _exhaust(sweeps: Iterator[None], limit: int | None = None) -> None:
+    sweeps = _rows(lin, blocks, where) if direction == "reverse" else _columns(lin, blocks, where)
     for done, _ in enumerate(sweeps, 1):
         if limit is not None and done >= limit:
             return
-
-
-def _timed(lin: Linearization, blocks: Blocks, where: slice) -> str:
-    """Take the first sweeps in both directions, time them, and go on with the cheaper one.
-
-    What the cheaper one did is kept. The first sweep of each also sets things up, so the second one counts.
-    """
-    first = _fewest(lin)
-    ways = {"reverse": _rows(lin, blocks, where), "forward": _columns(lin, blocks, where)}
-    many = dict(zip(ways, counts(lin), strict=True))
-    alone = _second(ways[first])
-    seconds = {first: alone}
-    other = "reverse" if first == "forward" else "forward"
-    if alone is not None and alone * many[first] < _WORTH_TIMING:
-        _exhaust(ways[first])
-        return _said(lin, first)
-    if alone is None or not lin.trust.refused("push", "dual"):
-        seconds[other] = _second(ways[other])
-    if seconds.get("forward", 0.0) is None:
-        lin.trust.refuse("push", "dual")
-    price = {way: t * many[way] for way, t in seconds.items() if t is not None}
-    best = min(price, key=lambda way: price[way])
-    lin.trust.direction = best
-    try:
-        _exhaust(ways[best])
-    except RouteFailedError:
-        lin.trust.refuse("push", "dual")
-        lin.trust.direction = best = "reverse"
-        _exhaust(_rows(lin, blocks, where))
-    return _said(lin, best)
-
-
-def _second(sweeps: Iterator[None]) -> float | None:
-    """Return the seconds of the second of two sweeps; None where there is no such route."""
-    started = 0.0
-    try:
-        for _ in range(2):
-            started = time.perf_counter()
-            next(sweeps)
-    except RouteFailedError:
-        return None
-    return time.perf_counter() - started
 
 
 def _rows(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]:
@@ -153,3 +81,45 @@ def _columns(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]
 def _write_transposed(target: Tensor, columns: Tensor) -> None:
     for start in range(0, target.shape[0], _BLOCK):
         target[start : start + _BLOCK].copy_(columns[:, start : start + _BLOCK].T)
+
+
+class Reverse:
+    """A pull per output entry, shared by all samples."""
+
+    name, claims, leaving = "reverse", (SamplesIndependent(),), "silent"
+
+    def refuses(self, ask: BatchAsk) -> str | None:
+        """Samples have to be apart."""
+        return ask.apart
+
+    def cost(self, ask: BatchAsk) -> Cost:
+        """A pull per output entry."""
+        return Cost(ask.entries[0] if ask.entries else float("inf"), lambda: ask.memory(self.name) or Memory(0, 0))
+
+    def describe(self, ask: BatchAsk) -> str:
+        """Name the number of pulls."""
+        return f"reverse, {self.cost(ask).sweeps} pulls"
+
+    def value(self, ask: BatchAsk) -> Linearization:
+        """Fill in the batch; return the linearisation that was swept."""
+        ask.result.proved = False
+        sweep(ask.lin, ask.result.blocks, ask.where, self.name)
+        return ask.lin
+
+
+class Forward(Reverse):
+    """A push per input entry, shared by all samples."""
+
+    name = "forward"
+
+    def refuses(self, ask: BatchAsk) -> str | None:
+        """Samples have to be apart, and pushes not to go row by row."""
+        return ask.apart if ask.apart is not None else ask.unpushable
+
+    def cost(self, ask: BatchAsk) -> Cost:
+        """A push per input entry, and one sweep to record or to check."""
+        return Cost(ask.entries[1] + 1 if ask.entries else float("inf"), lambda: ask.memory(self.name) or Memory(0, 0))
+
+    def describe(self, ask: BatchAsk) -> str:
+        """Name the number of pushes."""
+        return f"forward, {self.cost(ask).sweeps - 1} pushes"

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, attempt
+from ..._ladder.plan import Cost
 from ..._runtime.agreement import inner, size
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, dense, plain, rows_size, zero_rows
 from ..._runtime.side_effects import unwatched
+from .ask import SweepAsk
 
 if TYPE_CHECKING:
     from .linearization import Linearization
@@ -65,53 +67,59 @@ class DoubleBackward:
             with unwatched():
                 self.sizes = [size(g) for g in self.grads if g is not None]
 
-    def push(self, lin: Linearization, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
-        """Return `(k, *output)` per output from `(k, *leaf)` per leaf.
-
-        Raises:
-            RouteFailedError: The function has no derivative of its backward, or it fails the adjoint identity.
-        """
+    @restoring
+    def push(self, lin: Linearization, tangents: Sequence[Tensor], create_graph: bool, batched: bool) -> Rows:
+        """Return `(k, *output)` per output from `(k, *leaf)` per leaf."""
         many = tangents[0].shape[0]
         if not self.live:
             return [zero_rows(many, o) for o in lin.outputs]
-        paired = [(g, tangents[j]) for g, j in zip(self.grads, self.index, strict=True) if g is not None]
         results: list[Tensor | None] = [None] * len(self.seeds)
-        recorded = [(g, t) for g, t in paired if g.requires_grad]
+        recorded = [(g, t) for g, t in self.paired(tangents) if g.requires_grad]
         if recorded:
-            results = self._swept(lin, [g for g, _ in recorded], [t for _, t in recorded], create_graph)
-        pushed = [zero_rows(many, o) if r is None else plain(r) for o, r in zip(self.live, results, strict=True)]
-        self._check_adjoint(lin, paired, pushed)
-        each = iter(pushed)
-        return [next(each) if o.requires_grad else zero_rows(many, o) for o in lin.outputs]
+            results = self._swept(lin, [g for g, _ in recorded], [t for _, t in recorded], create_graph, batched)
+        pushed = iter(zero_rows(many, o) if r is None else plain(r) for o, r in zip(self.live, results, strict=True))
+        return [next(pushed) if o.requires_grad else zero_rows(many, o) for o in lin.outputs]
 
-    @restoring
-    def _swept(self, lin: Linearization, grads: Rows, tangents: Rows, create_graph: bool) -> list[Tensor | None]:
-        many = tangents[0].shape[0]
+    def paired(self, tangents: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return each gradient with the tangents of its leaf."""
+        return [(g, tangents[j]) for g, j in zip(self.grads, self.index, strict=True) if g is not None]
 
-        def sweep(rows: Rows, batched: bool) -> tuple[Tensor | None, ...]:
+    def _swept(
+        self, lin: Linearization, grads: Rows, tangents: Rows, create_graph: bool, batched: bool
+    ) -> list[Tensor | None]:
+        def sweep(rows: Rows) -> tuple[Tensor | None, ...]:
             lin.sweeps += 1
             options = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
             return torch.autograd.grad(grads, self.seeds, rows, is_grads_batched=batched, **options)
 
-        trust = lin.trust
         with sweeping(self.seeds[0]):
-            if many > 1 and lin.may_batch("push", create_graph):
-                started = time.perf_counter()
-                try:
-                    pushed = list(attempt(lambda: sweep(tangents, True)))
-                    lin.settle("push", time.perf_counter() - started, many * self.seconds)
-                    return pushed
-                except RouteFailedError as reason:
-                    trust.refuse("push", "batched", str(reason))
-            each = [attempt(lambda i=i: sweep([t[i] for t in tangents], False)) for i in range(many)]
-        if many == 1:
+            if batched:
+                return list(sweep(tangents))
+            each = [sweep([t[i] for t in tangents]) for i in range(tangents[0].shape[0])]
+        if len(each) == 1:
             return [None if r is None else plain(r).unsqueeze(0) for r in each[0]]
         columns = list(zip(*each, strict=True))
         return [None if column[0] is None else torch.stack([plain(c) for c in column]) for column in columns]
 
-    def _check_adjoint(self, lin: Linearization, paired: list[tuple[Tensor, Tensor]], pushed: Rows) -> None:
+
+class AdjointOfItsPull:
+    """`<u, J v> = <Jᵀu, v>` for the pull that was recorded: free of charge, so checked for every push."""
+
+    name, always = "adjoint", True
+
+    def evidence(self, route: Any, ask: SweepAsk, found: Rows) -> bool:
+        """Return whether the identity holds.
+
+        Raises:
+            RouteFailedError: It does not.
+            RouteNotFiniteError: Values are not finite.
+        """
+        own, lin = ask.lin.double_backward, ask.lin
+        pushed = [rows for rows, o in zip(found, lin.outputs, strict=True) if o.requires_grad]
+        if not pushed:
+            return True
         with unwatched():
-            error = adjoint_error(self.seeds, paired, pushed, self.sizes)
+            error = adjoint_error(own.seeds, own.paired(ask.rows), pushed, own.sizes)
         if not error <= lin.tolerance:
             names = lin.graph_info.functions
             blame = f", perhaps by the custom Function {', '.join(names)}" if names else ""
@@ -120,6 +128,46 @@ class DoubleBackward:
             raise RouteFailedError(
                 f"the differentiated backward pass fails the adjoint identity (off by {error:.1e}){blame}"
             )
+        return True
+
+
+class OneByOneDoubleBackward:
+    """A backward pass over a recorded backward pass for every tangent."""
+
+    name, claims, leaving = "double backward", (AdjointOfItsPull(),), "warned"
+
+    def refuses(self, ask: SweepAsk) -> str | None:
+        """It is tried wherever it has not failed."""
+        return None
+
+    def cost(self, ask: SweepAsk) -> Cost:
+        """A sweep per tangent, besides the recorded one."""
+        return Cost(ask.many)
+
+    def describe(self, ask: SweepAsk) -> str:
+        """Name the check."""
+        return "differentiated backward pass, adjoint identity checked"
+
+    def value(self, ask: SweepAsk) -> Rows:
+        """Return `(k, *output)` per output."""
+        return ask.lin.double_backward.push(ask.lin, ask.rows, ask.create_graph, batched=False)
+
+
+class BatchedDoubleBackward(OneByOneDoubleBackward):
+    """All tangents in one such pass under vmap."""
+
+    name, leaving = "batched", "silent"
+
+    def refuses(self, ask: SweepAsk) -> str | None:
+        """One tangent needs no batch; a custom Function can lose the graph of its result under vmap."""
+        return "" if ask.many == 1 or (ask.create_graph and ask.lin.graph_info.functions) else None
+
+    def value(self, ask: SweepAsk) -> Rows:
+        """Return `(k, *output)` per output; passes that were measured slower twice are refused from then on."""
+        own, started = ask.lin.double_backward, time.perf_counter()
+        pushed = own.push(ask.lin, ask.rows, ask.create_graph, batched=True)
+        ask.lin.time_batched(ask.question, self.name, time.perf_counter() - started, ask.many * own.seconds)
+        return pushed
 
 
 def adjoint_error(

@@ -8,32 +8,31 @@ many cotangents in one batched pass, held against one plain pass over a random m
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError, attempt
-from ..._runtime.agreement import size, tolerance, worst_disagreement
+from ..._ladder.route import answer
+from ..._runtime.agreement import tolerance
 from ..._runtime.chunks import to_a_pass
-from ..._runtime.contexts import must_surface, private_noise, sweeping
+from ..._runtime.contexts import must_surface, sweeping
 from ..._runtime.restoring import restoring
-from ..._runtime.rounding import is_rounding
-from ..._runtime.rows import Rows, basis, contracted, dense, mixed, plain, written, zero_rows
+from ..._runtime.rows import Rows, basis, contracted, dense, plain, zero_rows
 from ..._runtime.side_effects import SideEffects
-from ...errors import JacopsError, NotDifferentiableError, warn
+from ...errors import JacopsError
 from ...space import Space
+from .ask import SweepAsk
 from .double_backward import DoubleBackward
 from .graph import GraphInfo, inspect_graph, passed_bytes, saved_bytes
 from .nodewise import Nodewise
 from .proofs import Proofs, ProofStore
+from .pulls import PULLS
+from .pushes import BY_DOUBLE_BACKWARD, NEVER_BY_ROWS, PUSHES
 from .reentrant import backward
 from .weights import Weights, not_swept
-
-_LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 
 
 class Linearization:
@@ -80,7 +79,7 @@ class Linearization:
         self.weights: Weights | None = None
         self.sweeps = 0
         self._double_backward: DoubleBackward | None = None
-        self._forward: Nodewise | None = None
+        self._nodewise: Nodewise | None = None
         self._graph_info: GraphInfo | None = None
 
     @property
@@ -180,89 +179,28 @@ class Linearization:
                 where = slice(start, start + chunk)
                 self.pull_rows([None if c is None else c[where] for c in cotangents], out=[o[where] for o in out])
             return out
-        if many > 1 and self.may_batch("pull", create_graph):
-            try:
-                return written(self._pull_batched(cotangents, many, create_graph), out)
-            except RouteFailedError as reason:
-                self.leave("pull", "one cotangent at a time", reason)
-        self.routes.setdefault("pull", f"autograd.grad, one cotangent at a time{self._why('pull', 'batched')}")
-        return self._pull_each(cotangents, many, create_graph, out)
+        return answer(SweepAsk("pull", self, cotangents, many, create_graph, out), PULLS)
 
-    def _pull_each(self, cotangents: Sequence[Tensor | None], many: int, create_graph: bool, out: Rows | None) -> Rows:
-        kept: list[list[Tensor | None]] = []
-        for i in range(many):
-            grads = self.pull([None if c is None else c[i] for c in cotangents], create_graph)
-            if out is None:
-                kept.append(grads)
-                continue
-            for rows, grad in zip(out, grads, strict=True):
-                rows[i] = 0 if grad is None else plain(grad).detach()
-        return out or [self._stacked([grads[j] for grads in kept], j, many) for j in range(len(self.leaves))]
-
-    def _stacked(self, grads: list[Tensor | None], leaf: int, many: int) -> Tensor:
+    def stacked(self, grads: list[Tensor | None], leaf: int) -> Tensor:
+        """Return gradients by one leaf as rows, zeros where no path leads to it."""
         shape, dtype, device = self.domain.shapes[leaf], self.domain.dtypes[leaf], self.domain.device
         if all(g is None for g in grads):
-            return torch.zeros(many, *shape, dtype=dtype, device=device)
+            return torch.zeros(len(grads), *shape, dtype=dtype, device=device)
         full = [torch.zeros(shape, dtype=dtype, device=device) if g is None else plain(g) for g in grads]
-        return full[0].unsqueeze(0) if many == 1 else torch.stack(full)
+        return full[0].unsqueeze(0) if len(full) == 1 else torch.stack(full)
 
-    def _pull_batched(self, cotangents: Sequence[Tensor | None], many: int, create_graph: bool) -> Rows:
-        started = time.perf_counter()
-        grads = attempt(lambda: self.pull(cotangents, create_graph, batched=True))
-        seconds = time.perf_counter() - started
-        rows = self._filled(grads, many)
-        self.routes["pull"] = f"{many} cotangents in one batched pass, checked against a plain one"
-        if self.trust.needs("batched pull", many):
-            self.trust.pull_seconds = self._check_batched(cotangents, rows, many)
-        self.settle("pull", seconds, many * self.trust.pull_seconds)
-        return rows
-
-    def settle(self, sweep: str, batched: float, alone: float) -> None:
-        """Go on one by one where batched sweeps were measured to be slower, on the processor."""
-        if self.domain.device.type == "cpu" and self.trust.compare(sweep, batched, alone):
-            self.routes[sweep] = "one vector at a time: batched passes were measured slower"
-
-    def _check_batched(self, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> float:
-        """Hold a batched pass against a plain one; return the seconds that one took.
-
-        Raises:
-            RouteFailedError: They disagree, or values are not finite.
-        """
-        error, seconds = self._disagreement(cotangents, rows, many)
-        if self.tolerance < error < math.inf:
-            # Rows that nearly cancel differ by rounding alone: noise, which does not cancel, has the last word.
-            noise = [None if c is None else private_noise(c) for c in cotangents]
-            grads = attempt(lambda: self.pull(noise, batched=True))
-            error, _ = self._disagreement(noise, self._filled(grads, many), many)
-        if not error <= self.tolerance:
-            if not math.isfinite(error):
-                raise RouteNotFiniteError("values are not finite")
-            raise RouteWrongError(f"a batched backward pass disagrees with the plain one (by {error:.1e})")
-        if error >= 0:
-            self.trust.remember("batched pull", many)
-        return seconds
-
-    def _disagreement(self, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> tuple[float, float]:
-        """Return how far a random mixture of rows is from a plain pass over it, and that pass's seconds."""
-        weights = private_noise(torch.empty(many, dtype=torch.float64, device=self.domain.device))
-        seeds = [None if c is None else mixed(weights, c) for c in cotangents]
-        started = time.perf_counter()
-        plain_rows = self.pull(seeds)
-        seconds = time.perf_counter() - started
-        full = [torch.zeros_like(r[0]) if g is None else plain(g) for g, r in zip(plain_rows, rows, strict=True)]
-        pairs = [(mixed(weights, r), g) for r, g in zip(rows, full, strict=True)]
-        scales = [float(weights.abs().max()) * size(row) for row in rows]
-        error = worst_disagreement(pairs, scales)
-        lost = self.tolerance < error < math.inf and is_rounding(lambda: self.pull(seeds), pairs)
-        return -1.0 if lost or not any(scales) else error, seconds  # zeros and rounding decide nothing
-
-    def _filled(self, grads: Sequence[Tensor | None], many: int) -> Rows:
+    def filled(self, grads: Sequence[Tensor | None], many: int) -> Rows:
         """Return batched gradients with zeros where no path leads to a leaf."""
         kinds = zip(self.domain.shapes, self.domain.dtypes, strict=True)
         return [
             torch.zeros(many, *shape, dtype=dtype, device=self.domain.device) if g is None else plain(g)
             for g, (shape, dtype) in zip(grads, kinds, strict=True)
         ]
+
+    def time_batched(self, question: str, route: str, batched: float, alone: float) -> None:
+        """Leave batched sweeps where they were measured to be slower, on the processor."""
+        if self.domain.device.type == "cpu":
+            self.trust.compare(question, route, batched, alone)
 
     # ---- tangents --------------------------------------------------------------------------------------------
 
@@ -271,56 +209,29 @@ class Linearization:
         many = tangents[0].shape[0] if tangents else 1
         if many == 0:
             return [zero_rows(0, o) for o in self.outputs]
-        live = sum(o.numel() for o in self.outputs if o.requires_grad)
-        if live <= max(many, 1):
-            self.routes.setdefault("push", "row by row, fewer outputs than tangents")
-            return self._push_by_rows(tangents, many, create_graph)
-        chunk = many if create_graph or not tangents else self.chunk(many)
+        chunk = many if create_graph or not tangents or self.live <= max(many, 1) else self.chunk(many)
         parts = [
-            self._push_some([t[start : start + chunk] for t in tangents], create_graph, live)
+            self._pushed([t[start : start + chunk] for t in tangents], create_graph, PUSHES)
             for start in range(0, many, chunk)
         ]
         return parts[0] if len(parts) == 1 else [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
-    def _push_some(self, tangents: Sequence[Tensor], create_graph: bool, live: int) -> Rows:
+    @cached_property
+    def live(self) -> int:
+        """Entries of outputs that lead anywhere."""
+        return sum(o.numel() for o in self.outputs if o.requires_grad)
+
+    def _pushed(self, tangents: Sequence[Tensor], create_graph: bool, routes: Sequence[Any]) -> Rows:
         many = tangents[0].shape[0] if tangents else 1
-        large = self.domain.device.type == "cpu" and self.domain.dim + self.codomain.dim > _LARGE
-        alone = many == 1 or large or self.trust.refused("push", "batched")
-        pushed = self._push_forward(tangents) if alone and tangents and not create_graph else None
-        if pushed is not None:
-            return pushed
-        if not self.trust.refused("push", "dual"):
-            try:
-                return self.push_by_double_backward(tangents, create_graph)
-            except RouteFailedError as reason:
-                self.leave("push", f"row by row, {live} backward passes", reason)
-        self.routes.setdefault("push", f"row by row, {live} backward passes{self._why('push', 'dual')}")
-        return self._push_by_rows(tangents, many, create_graph)
+        return answer(SweepAsk("push", self, tangents, many, create_graph), routes)
 
     def push_alone(self, tangents: Sequence[Tensor]) -> Rows:
-        """Return `(k, *output)` per output, one tangent at a time and never by rows.
+        """Return `(k, *output)` per output, never by rows.
 
         Raises:
             RouteFailedError: The function has no such route, or it fails its check.
         """
-        pushed = self._push_forward(tangents)
-        return self.push_by_double_backward(tangents) if pushed is None else pushed
-
-    def _push_forward(self, tangents: Sequence[Tensor]) -> Rows | None:
-        """Push node by node; None where that fails: the next route is as exact, and slower by a constant."""
-        if self.trust.refused("push", "forward"):
-            return None
-        try:
-            self._forward = self._forward or Nodewise(self)
-            self._double_backward = None  # a second recording of the same point, no longer needed
-            pushed = self._forward.push(self, tangents)
-        except RouteNotFiniteError:
-            return None
-        except RouteFailedError as reason:
-            self.trust.refuse("push", "forward", str(reason))
-            return None
-        self.routes["push"] = "tangents node by node through the recorded graph, adjoint identity checked"
-        return pushed
+        return answer(SweepAsk("push", self, tangents, tangents[0].shape[0], alone=True), NEVER_BY_ROWS)
 
     def push_by_double_backward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
         """Return `(k, *output)` per output by the differentiated backward pass.
@@ -328,14 +239,25 @@ class Linearization:
         Raises:
             RouteFailedError: The function has no such route, or it fails its check.
         """
+        return self._pushed(tangents, create_graph, BY_DOUBLE_BACKWARD)
+
+    @property
+    def double_backward(self) -> DoubleBackward:
+        """The recorded backward pass, made when it is first needed."""
         if self._double_backward is None:
             self._double_backward = DoubleBackward(self)
-        pushed = self._double_backward.push(self, tangents, create_graph)
-        slow = ", one at a time: batched passes were measured slower" if self.trust.slow("push") else ""
-        self.routes["push"] = f"differentiated backward pass, adjoint identity checked{slow}"
-        return pushed
+        return self._double_backward
 
-    def _push_by_rows(self, tangents: Sequence[Tensor], many: int, create_graph: bool) -> Rows:
+    @property
+    def nodewise(self) -> Nodewise:
+        """The graph in the order of pushes; a recorded backward pass of the same point is then no longer needed."""
+        if self._nodewise is None:
+            self._nodewise = Nodewise(self)
+        self._double_backward = None
+        return self._nodewise
+
+    def contracted_rows(self, tangents: Sequence[Tensor], many: int, create_graph: bool) -> Rows:
+        """Return `(k, *output)` per output: all rows, times the tangents."""
         pushed: list[list[Tensor]] = [[] for _ in self.outputs]
         for index, _, rows, turned in self.rows(create_graph):
             part = contracted(rows, tangents, many)
@@ -373,28 +295,3 @@ class Linearization:
     @cached_property
     def _passed_bytes(self) -> int:
         return passed_bytes(self.graph_info.nodes)
-
-    # ---- the ladder ------------------------------------------------------------------------------------------
-
-    def _why(self, sweep: str, route: str) -> str:
-        """Return the reason for which an earlier call left `route`, for a description of what is done instead."""
-        refusal = self.trust.refusal(sweep, route)
-        return f" (because {refusal.reason})" if refusal is not None and refusal.reason else ""
-
-    def may_batch(self, sweep: str, create_graph: bool) -> bool:
-        """Say whether many vectors may share a sweep.
-
-        Under vmap a custom Function can lose the graph of its result, which a check of values would not see.
-        """
-        return not self.trust.refused(sweep, "batched") and not (create_graph and self.graph_info.functions)
-
-    def leave(self, sweep: str, route: str, reason: RouteFailedError) -> None:
-        """Go on by another route, saying so as `fallback` asks."""
-        finite = not isinstance(reason, RouteNotFiniteError)  # NaN says nothing about a route
-        news = finite and self.trust.refuse(sweep, "batched" if sweep == "pull" else "dual", str(reason))
-        self.routes[sweep] = f"{route} (because {reason})"
-        if self.fallback == "error":
-            raise NotDifferentiableError(f"{self.call}: {reason}, and fallback='error' forbids the plain route.")
-        # One cotangent at a time is the plain route, slower by a constant; many rows for one tangent are worth a word.
-        if news and self.fallback == "warn" and (sweep == "push" or isinstance(reason, RouteWrongError)):
-            warn(f"{self.call} went {route}: {reason}.")

@@ -18,17 +18,20 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..._finite import is_finite
-from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError, attempt
+from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError
+from ..._ladder.plan import Cost
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, plain
+from .ask import SweepAsk
 from .double_backward import adjoint_error
 from .node_rules import Rule, rule_for
 
 if TYPE_CHECKING:
     from .linearization import Linearization
 
-_SLOW, _NEGLIGIBLE = 4.0, 5e-3
+_SLOW, _NEGLIGIBLE = 4.0, 5e-3  # a differentiated pull takes 2 to 3 pulls; seconds below which timing tells nothing
+_LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 Place = tuple[Any, int]
 
 
@@ -70,35 +73,19 @@ class Nodewise:
         self.ends = [_place(o) if o.requires_grad else None for o in lin.outputs]
         self.steps = _planned({p for p in self.starts if p}, [p for p in self.ends if p])
 
-    def push(self, lin: Linearization, tangents: Sequence[Tensor]) -> Rows:
-        """Return `(k, *output)` per output from `(k, *leaf)` per leaf, one row at a time.
+    @restoring
+    def push(self, lin: Linearization, tangent: Sequence[Tensor]) -> Rows:
+        """Return one tensor per output from one tangent per leaf.
 
         Raises:
-            RouteFailedError: An operation has no such rule, or the push fails its check.
+            RouteNotFiniteError: A value is NaN or Inf.
         """
-        pushed = []
-        for i in range(tangents[0].shape[0]):
-            tangent = [t[i] for t in tangents]
-            lin.sweeps += 1
-            row, seconds = self._timed(lin, tangent)
-            if not all(is_finite(part) for part in row):
-                raise RouteNotFiniteError("values are not finite")
-            if lin.trust.needs("forward push"):
-                limit = _SLOW * _check(lin, tangent, row) + _NEGLIGIBLE
-                # Twice: the machine may have been busy with something else.
-                if seconds > limit and self._timed(lin, tangent)[1] > limit:
-                    lin.trust.refuse("push", "forward", "measured slower than a differentiated pull")
-            pushed.append(row)
-        if len(pushed) == 1:
-            return [part.unsqueeze(0) for part in pushed[0]]
-        return [torch.stack(parts) for parts in zip(*pushed, strict=True)]
-
-    @restoring
-    def _timed(self, lin: Linearization, tangent: Sequence[Tensor]) -> tuple[Rows, float]:
-        started = time.perf_counter()
+        lin.sweeps += 1
         with sweeping(lin.outputs[0]), torch.no_grad():
-            row = attempt(lambda: self._pushed(lin.outputs, tangent))
-        return row, time.perf_counter() - started
+            row = self._pushed(lin.outputs, tangent)
+        if not all(is_finite(part) for part in row):
+            raise RouteNotFiniteError("values are not finite")
+        return row
 
     def _pushed(self, outputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Rows:
         known: dict[Place, Tensor] = {}
@@ -122,24 +109,67 @@ def _add(known: dict[Place, Tensor], place: Place, tangent: Tensor) -> None:
     known[place] = known[place] + tangent if place in known else tangent
 
 
-def _check(lin: Linearization, tangent: Sequence[Tensor], pushed: Rows) -> float:
-    """Hold a push against a pull by the adjoint identity; return the pull's seconds.
+class Adjoint:
+    """`<u, J v> = <Jᵀu, v>` for a pull along a random `u`."""
 
-    A push through saved tensors that are recomputed one by one (checkpoints) is right and takes far longer.
+    name, always = "adjoint", False
 
-    Raises:
-        RouteWrongError: They disagree.
-    """
-    noise = [private_noise(o, seed=i) for i, o in enumerate(lin.outputs)]
+    def evidence(self, route: Any, ask: SweepAsk, found: Rows) -> bool:
+        """Return whether the identity holds; refuse the route from now on where it takes far longer than that pull.
+
+        A push through saved tensors that are recomputed one by one (checkpoints) is right, and so slow.
+
+        Raises:
+            RouteWrongError: It does not hold.
+        """
+        lin = ask.lin
+        noise = [private_noise(o, seed=i) for i, o in enumerate(lin.outputs)]
+        started = time.perf_counter()
+        pulled = lin.pull(noise)
+        limit = _SLOW * (time.perf_counter() - started) + _NEGLIGIBLE
+        pairs = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None]
+        error = adjoint_error(noise, pairs, found)
+        if not error <= lin.tolerance:
+            raise RouteWrongError(f"a push node by node fails the adjoint identity (by {error:.1e})")
+        # Twice: the machine may have been busy with something else.
+        if _seconds(ask) > limit and _seconds(ask) > limit:
+            ask.verdicts.refuse(ask.question, NodewisePush.name, "measured slower than a differentiated pull")
+        return True
+
+
+def _seconds(ask: SweepAsk) -> float:
     started = time.perf_counter()
-    pulled = lin.pull(noise)
-    alone = time.perf_counter() - started
-    pairs = [(plain(g), t.unsqueeze(0)) for g, t in zip(pulled, tangent, strict=True) if g is not None]
-    error = adjoint_error(noise, pairs, [part.unsqueeze(0) for part in pushed])
-    if not error <= lin.tolerance:
-        raise RouteWrongError(f"a push node by node fails the adjoint identity (by {error:.1e})")
-    lin.trust.remember("forward push")
-    return alone
+    ask.lin.nodewise.push(ask.lin, [t[0] for t in ask.rows])
+    return time.perf_counter() - started
+
+
+class NodewisePush:
+    """Tangents through the recorded graph, node by node and one by one."""
+
+    name, claims, leaving = "node by node", (Adjoint(),), "silent"
+
+    def refuses(self, ask: SweepAsk) -> str | None:
+        """Several small tangents are faster in one batched pass; there is no graph to go through for later sweeps."""
+        lin = ask.lin
+        large = lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim > _LARGE
+        alone = ask.alone or ask.many == 1 or large or ask.verdicts.refusal("push", "batched") is not None
+        return None if alone and ask.rows and not ask.create_graph else ""
+
+    def cost(self, ask: SweepAsk) -> Cost:
+        """A sweep per tangent."""
+        return Cost(ask.many)
+
+    def describe(self, ask: SweepAsk) -> str:
+        """Name the check."""
+        return "tangents node by node through the recorded graph, adjoint identity checked"
+
+    def value(self, ask: SweepAsk) -> Rows:
+        """Return `(k, *output)` per output."""
+        lin = ask.lin
+        pushed = [lin.nodewise.push(lin, [t[i] for t in ask.rows]) for i in range(ask.many)]
+        if len(pushed) == 1:
+            return [part.unsqueeze(0) for part in pushed[0]]
+        return [torch.stack(parts) for parts in zip(*pushed, strict=True)]
 
 
 def _place(tensor: Tensor) -> Place:

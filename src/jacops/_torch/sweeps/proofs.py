@@ -131,43 +131,38 @@ class Proofs:
 
     # ---- refusals ----------------------------------------------------------------------------------------------
 
-    def refuse(self, sweep: str, route: str, refusal: Refusal | str = "") -> bool:
+    def refuse(self, question: str, route: str, refusal: Refusal | str = "") -> bool:
         """Note that `route` failed, and return whether that is new; it is tried again some recordings later."""
-        known = self._refused.get((sweep, route))
+        known = self._refused.get((question, route))
         patience = _PATIENCE if known is None else 2 * known.patience
         refusal = Refusal(refusal) if isinstance(refusal, str) else refusal
-        self._refused[sweep, route] = _Refused(refusal, self._age + patience, patience)
+        self._refused[question, route] = _Refused(refusal, self._age + patience, patience)
         return known is None
 
-    def refusal(self, sweep: str, route: str) -> Refusal | None:
+    def refusal(self, question: str, route: str) -> Refusal | None:
         """Return why `route` is not to be taken; None where it may be tried."""
-        known = self._refused.get((sweep, route))
+        known = self._refused.get((question, route))
         if known is None or self._age >= known.until or self.checks in ("always", "strict"):
             return None
         return known.refusal
 
-    def refused(self, sweep: str, route: str) -> bool:
+    def refused(self, question: str, route: str) -> bool:
         """Say whether `route` failed before."""
-        known = self._refused.get((sweep, route))
+        known = self._refused.get((question, route))
         return known is not None and self._age < known.until
 
-    def compare(self, sweep: str, batched: float, alone: float) -> bool:
+    def compare(self, question: str, route: str, batched: float, alone: float) -> None:
         """Note seconds of a batched sweep and of as many single ones; refuse batches that were slower twice.
 
-        Once is no proof: the first batched sweep of a process also sets up what it needs. Faster once settles it.
+        Once is no proof: the first batched sweep of a process also sets up what it needs. Faster once ends the timing.
         """
-        slower = self._batched_was.get(sweep, 0)
+        slower = self._batched_was.get(question, 0)
         if batched <= alone < math.inf:
-            self._batched_was[sweep] = -1
+            self._batched_was[question] = -1
         elif batched > alone and slower >= 0:
-            self._batched_was[sweep] = slower + 1
-            if self.slow(sweep):
-                self.refuse(sweep, "batched", "batched passes were measured slower")
-        return self.slow(sweep)
-
-    def slow(self, sweep: str) -> bool:
-        """Say whether batches were measured slower."""
-        return self._batched_was.get(sweep, 0) >= 2
+            self._batched_was[question] = slower + 1
+            if slower + 1 >= 2:
+                self.refuse(question, route, "batched passes were measured slower")
 
     # ---- checks of single samples ------------------------------------------------------------------------------
 

@@ -1,0 +1,223 @@
+"""Routes: several ways to one result. Each is declared once; `answer` tries them, and is all that catches a failure.
+
+A question has one tuple of routes, such as `PULLS` or `WHOLE`. Its planner, the descriptions in reprs, and the warnings
+are made from that tuple: to add a route, write an object with the members of `Route` and put it into the tuple.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from ..errors import NotDifferentiableError, warn
+from .failures import RouteFailedError, RouteNotFiniteError, RouteWrongError, attempt
+from .plan import Cost
+
+
+class Verdicts(Protocol):
+    """What earlier calls proved and refused; each entry ends when what it rests on changes."""
+
+    def needs(self, *proof: Any) -> bool:
+        """Return whether `proof` still has to be made."""
+        ...
+
+    def remember(self, *proof: Any) -> None:
+        """Note that `proof` was made."""
+        ...
+
+    def refuse(self, question: str, route: str, refusal: Any = "") -> bool:
+        """Note that a route failed; return whether that is new."""
+        ...
+
+    def refusal(self, question: str, route: str) -> Any:
+        """Return why a route is not taken, an object with a `reason`; None where it may be tried."""
+        ...
+
+
+class Ask(Protocol):
+    """One question: what a result is asked of, and by whom; routes of a question know its further fields."""
+
+    @property
+    def question(self) -> str:
+        """Under what refusals and descriptions are kept, such as `"pull"`."""
+        ...
+
+    @property
+    def call(self) -> str:
+        """The public call on whose behalf this is done."""
+        ...
+
+    @property
+    def fallback(self) -> str:
+        """`"warn"`, `"silent"` or `"error"` when a route is left."""
+        ...
+
+    @property
+    def asked(self) -> str | None:
+        """The route that the user asked for by name; leaving it is always worth a warning."""
+        ...
+
+    @property
+    def shape(self) -> Any:
+        """What a proof is valid for besides the recorded graph: the number of rows, the names of parameters."""
+        ...
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """What is known about routes."""
+        ...
+
+    @property
+    def routes(self) -> dict[str, str]:
+        """Descriptions of the routes taken, by question; reprs print them."""
+        ...
+
+
+class Claim(Protocol):
+    """A statement that a route rests on, with its evidence."""
+
+    @property
+    def name(self) -> str:
+        """What proofs are kept under."""
+        ...
+
+    @property
+    def always(self) -> bool:
+        """The evidence is so cheap that it is looked at in every call."""
+        ...
+
+    def evidence(self, route: Any, ask: Any, found: Any) -> bool:
+        """Return whether what a route found proves the claim for later calls; False where it could not tell.
+
+        Raises:
+            RouteWrongError: The claim is refuted.
+            RouteNotFiniteError: Values are not finite, which proves nothing.
+        """
+        ...
+
+
+class Route(Protocol):
+    """One way to a result."""
+
+    @property
+    def name(self) -> str:
+        """What plans, reprs and refusals call it."""
+        ...
+
+    @property
+    def claims(self) -> Sequence[Claim]:
+        """What is proved before its result is believed, once per graph and shape."""
+        ...
+
+    @property
+    def leaving(self) -> str:
+        """What leaving it means.
+
+        `"silent"`: the next route is as exact, and slower by a constant. `"noted"`: `fallback="error"` forbids it.
+        `"warned"`: it is worth a warning, as wrong numbers are for `"noted"` too. `"never"`: it is the plain route,
+        which defines what is right, and whose errors are the caller's.
+        """
+        ...
+
+    def refuses(self, ask: Any) -> str | None:
+        """Return why it does not apply, None if it does; plans and reprs print it (`""`: not worth a word)."""
+        ...
+
+    def cost(self, ask: Any) -> Cost:
+        """Return its sweeps and bytes."""
+        ...
+
+    def describe(self, ask: Any) -> str:
+        """Return how the result is computed, in words."""
+        ...
+
+    def value(self, ask: Any) -> Any:
+        """Return the result.
+
+        Raises:
+            RouteFailedError: It cannot be computed in this way.
+        """
+        ...
+
+
+def refused(ask: Ask, route: Route) -> str | None:
+    """Return why a route is not taken: what an earlier call found, or what the route itself says; None if it may be."""
+    known = ask.verdicts.refusal(ask.question, route.name)
+    return route.refuses(ask) if known is None else str(known.reason)
+
+
+def candidates(ask: Ask, routes: Sequence[Any]) -> list[tuple[Route, str | None]]:
+    """Return routes with the reason why each is not taken: the one asked for, then by sweeps, then in their order."""
+    reasons = [(route, refused(ask, route)) for route in routes]
+    return sorted(reasons, key=lambda pair: _place(ask, *pair))
+
+
+def _place(ask: Ask, route: Route, reason: str | None) -> tuple[bool, bool, float]:
+    return reason is not None, route.name != ask.asked, math.inf if reason is not None else route.cost(ask).sweeps
+
+
+def answer(ask: Ask, routes: Sequence[Any]) -> Any:
+    """Return the result by the first candidate whose claims hold; see `answered`."""
+    return answered(ask, routes)[0]
+
+
+def answered(ask: Ask, routes: Sequence[Any]) -> tuple[Any, Route]:
+    """Return the result by the first candidate whose claims hold, and that route.
+
+    A route that fails is left: its reason is kept until what it rests on changes, described in `ask.routes`, and warned
+    of as `ask.fallback` asks. Errors for want of memory pass through, as do those of the plain route.
+
+    Raises:
+        RouteFailedError: No route is left.
+        NotDifferentiableError: `fallback="error"` forbids the next route.
+    """
+    left: tuple[Route, RouteFailedError, bool] | None = None
+    order = candidates(ask, routes)
+    because = next((reason for _, reason in order if reason), "")
+    for route, reason in order:
+        if reason is not None or (left is not None and refused(ask, route) is not None):
+            continue
+        if left is not None:
+            _report(ask, *left, route.describe(ask))
+        try:
+            found = route.value(ask) if route.leaving == "never" else attempt(partial(route.value, ask))
+            prove(ask, route, found)
+        except RouteFailedError as error:
+            because, left = str(error), (route, error, _keep(ask, route, error))
+            continue
+        if because or route.leaving != "never" or ask.question not in ask.routes:
+            ask.routes[ask.question] = route.describe(ask) + (f" (because {because})" if because else "")
+        return found, route
+    raise RouteFailedError(because or "no route applies")
+
+
+def prove(ask: Ask, route: Route, found: Any) -> None:
+    """Hold a route's result against the evidence of its claims, where that is not known yet.
+
+    Raises:
+        RouteFailedError: A claim is refuted, or values are not finite.
+    """
+    for claim in route.claims:
+        proof = (route.name, claim.name, ask.shape)
+        if claim.always:
+            claim.evidence(route, ask, found)
+        elif ask.verdicts.needs(*proof) and claim.evidence(route, ask, found):
+            ask.verdicts.remember(*proof)
+
+
+def _keep(ask: Ask, route: Route, error: RouteFailedError) -> bool:
+    """Keep why a route failed; return whether that is new. Values that are not finite say nothing about a route."""
+    return not isinstance(error, RouteNotFiniteError) and ask.verdicts.refuse(ask.question, route.name, str(error))
+
+
+def _report(ask: Ask, route: Route, error: RouteFailedError, news: bool, instead: str) -> None:
+    """Say that a route was left, as the caller asked for."""
+    asked = route.name == ask.asked
+    if route.leaving == "silent" and not asked:
+        return
+    if ask.fallback == "error":
+        raise NotDifferentiableError(f"{ask.call}: {error}, and fallback='error' forbids the plain route.")
+    if news and ask.fallback == "warn" and (asked or route.leaving == "warned" or isinstance(error, RouteWrongError)):
+        warn(f"{ask.call} went {instead}: {error}.")

@@ -1,0 +1,56 @@
+"""Every sample in a batch of one: plain autograd, right for every model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..._ladder.plan import Cost, Memory
+from ...errors import NotDifferentiableError, warn
+from ..routes.whole_matrix import jacobian_blocks
+from .results import ALONE
+
+if TYPE_CHECKING:
+    from .ask import BatchAsk
+
+
+class OneByOne:
+    """A run and its sweeps for every sample."""
+
+    name, claims, leaving = "one by one", (), "never"
+
+    def refuses(self, ask: BatchAsk) -> str | None:
+        """It always applies."""
+        return None
+
+    def cost(self, ask: BatchAsk) -> Cost:
+        """More than any other route takes."""
+        return Cost(math.inf, lambda: ask.memory(self.name) or Memory(0, 0))
+
+    def describe(self, ask: BatchAsk) -> str:
+        """Name it."""
+        return ALONE
+
+    def value(self, ask: BatchAsk) -> None:
+        """Fill in the batch."""
+        if ask.known is None:
+            _explain(ask)
+        result = ask.result
+        result.proved = False
+        for i in range(ask.many):
+            run = ask.runner.run([v[i : i + 1] for v in ask.values])
+            row, shapes = ask.where.start + i, result.prepare(run, alone=True)
+            for out, (blocks, output) in enumerate(zip(jacobian_blocks(run.lin), run.lin.outputs, strict=True)):
+                result.outputs[out][row] = output.detach().reshape(shapes[out])
+                for leaf, block in enumerate(blocks):
+                    target = result.blocks[out][leaf]
+                    target[row] = block.reshape(target.shape[1:])
+
+
+def _explain(ask: BatchAsk) -> None:
+    """Say why samples are taken alone, as the caller asked for: it takes many more sweeps, so in every call."""
+    reason = ask.apart or "no shared sweep is right"
+    if ask.fallback == "error":
+        raise NotDifferentiableError(f"{ask.call}: {reason}, and fallback='error' forbids one sample at a time.")
+    if ask.fallback == "warn":
+        warn(f"{ask.call}: {reason}; so every sample was differentiated alone, in a batch of one.")

@@ -1,0 +1,113 @@
+"""What is asked of one batch: the Jacobians of its samples, written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..._ladder.plan import Memory
+from ..sweeps.linearization import Linearization
+from ..sweeps.proofs import Proofs, ProofStore
+from .bottleneck import GAIN, narrowest
+from .results import Results
+from .runs import Run
+
+if TYPE_CHECKING:
+    from .compiled import Compiler
+    from .runs import Runner
+
+ONE_SAMPLE = "one sample"
+
+
+@dataclass
+class BatchAsk:
+    """Samples `where` of a call, recorded as `run` where they may share sweeps.
+
+    Attributes:
+        runner: Runs the model.
+        result: Where Jacobians and outputs are written.
+        where: Which samples.
+        values: Their inputs.
+        mode: The route asked for by name, or `"auto"`.
+        fallback: What happens when a route is left.
+        store: What is known of the model with batches like this one.
+        apart: Why samples cannot share sweeps; None where they may.
+        run: The recorded batch; None where `apart` says why there is none.
+        fresh: It still has to be proved that samples do not mix.
+        strict: Every ordered pair of samples is checked.
+        compiler: Makes graphs, where they were asked for.
+        undecided: Rounding explains what the evidence saw, so that it proves nothing for later calls.
+    """
+
+    runner: Runner
+    result: Results
+    where: slice
+    values: Sequence[Tensor]
+    mode: str
+    fallback: str
+    store: ProofStore
+    apart: str | None
+    run: Run | None = None
+    fresh: bool = False
+    strict: bool = False
+    compiler: Compiler | None = None
+    undecided: bool = False
+    question: str = field(default="samples", init=False)
+    argument: str = field(default="mode=", init=False)
+    routes: dict[str, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.known = self.apart  # the caller has been told
+        self.call = self.runner.call
+        self.shape = self.many = self.where.stop - self.where.start
+        self._unknown = Proofs("never")
+
+    @property
+    def verdicts(self) -> Proofs:
+        """What is known of the recorded graph."""
+        return self.run.lin.trust if self.run is not None else self._unknown
+
+    @property
+    def lin(self) -> Linearization:
+        """The whole batch, from inputs to outputs; recorded now if it was cut."""
+        if self.run is None or self.run.head is not None:
+            self.run = self.runner.run(self.values, self.store)
+        return self.run.lin
+
+    @property
+    def unpushable(self) -> str | None:
+        """Why pushes would go row by row; None where they do not."""
+        known = self.verdicts.refusal("push", "double backward")
+        return None if known is None else known.reason or "no second derivative rule"
+
+    @property
+    def asked(self) -> str | None:
+        """The route that the user asked for by name."""
+        return None if self.mode == "auto" else self.mode
+
+    @property
+    def entries(self) -> tuple[int, int] | None:
+        """Entries of a sample's outputs and of its inputs; None where nothing is recorded."""
+        if self.run is None:
+            return None
+        outputs, leaves = self.run.lin.outputs, (self.run.head or self.run.lin).leaves
+        return sum(o.shape[1:].numel() for o in outputs), sum(leaf.shape[1:].numel() for leaf in leaves)
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """The narrowest layer that saves sweeps, and its numbers per sample; None where there is none."""
+        run = self.run
+        if run is None or self.runner.at is not None or not len(run.lin.outputs) == len(run.lin.leaves) == 1:
+            return None
+        if run.head is not None:
+            return run.head.codomain.names[0], run.head.outputs[0].shape[1:].numel()
+        rows, columns = self.entries or (0, 0)
+        path = narrowest(run.widths, rows, columns, GAIN if self.mode == "auto" else 0.0)
+        return None if path is None else (path, run.widths[path] or 0)
+
+    def memory(self, route: str) -> Memory | None:
+        """Nothing is measured here: the plan was."""
+        return None

@@ -1,0 +1,37 @@
+"""Tangents: node by node, by a differentiated pull, or by all rows."""
+
+from __future__ import annotations
+
+from ..._ladder.plan import Cost
+from ..._runtime.rows import Rows
+from .ask import SweepAsk
+from .double_backward import BatchedDoubleBackward, OneByOneDoubleBackward
+from .nodewise import NodewisePush
+
+
+class PushByRows:
+    """Every row of the Jacobian, times the tangents: right wherever pulls are."""
+
+    name, claims, leaving = "rows", (), "never"
+
+    def refuses(self, ask: SweepAsk) -> str | None:
+        """It always applies."""
+        return None
+
+    def cost(self, ask: SweepAsk) -> Cost:
+        """A pass per output entry."""
+        return Cost(ask.lin.live)
+
+    def describe(self, ask: SweepAsk) -> str:
+        """Name the number of passes."""
+        few = ask.lin.live <= max(ask.many, 1)
+        return "row by row, fewer outputs than tangents" if few else f"row by row, {ask.lin.live} backward passes"
+
+    def value(self, ask: SweepAsk) -> Rows:
+        """Return `(k, *output)` per output."""
+        return ask.lin.contracted_rows(ask.rows, ask.many, ask.create_graph)
+
+
+BY_DOUBLE_BACKWARD = (BatchedDoubleBackward(), OneByOneDoubleBackward())
+NEVER_BY_ROWS = (NodewisePush(), *BY_DOUBLE_BACKWARD)
+PUSHES = (PushByRows(), *NEVER_BY_ROWS)
