@@ -314,7 +314,8 @@ def test_ekfac_keeps_the_trace_of_what_it_stands_for(name: str, monkeypatch: pyt
 
 USES: dict[str, Callable[[nn.Module, Any, Tensor], Any]] = {
     "sample_jacobians": lambda model, x, y: jacops.sample_jacobians(model, x),
-    "sample_gradients": lambda model, x, y: jacops.sample_gradients(model, loss, x, y),
+    # A loss of its own, of which nothing is remembered.
+    "sample_gradients": lambda model, x, y: jacops.sample_gradients(model, lambda o, y: loss(o, y), x, y),
     "modjac": lambda model, x, y: jacops.modjac(model, x),
     "hessian": lambda model, x, y: jacops.hessian(model, loss, x, y).dense(),
     "ggn": lambda model, x, y: jacops.ggn(model, square, x, y).dense(),
