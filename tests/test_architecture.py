@@ -166,6 +166,18 @@ def test_only_the_protocols_are_imported_from_outside_the_backends() -> None:
     assert not strays, "\n".join(strays)
 
 
+def test_operations_are_named_in_the_tables_of_rules_alone() -> None:
+    homes = ("layers.rules.", "sweeps.node_rules", "sweeps.linear_nodes", "bias.")
+    strays = [
+        f"{FILES[module].relative_to(SRC)}:{node.lineno}: {node.value}"
+        for module, tree in TREES.items()
+        if module.startswith("jacops._torch.") and not f"{module.removeprefix('jacops._torch.')}.".startswith(homes)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and str(node.value).endswith("Backward0")
+    ]
+    assert not strays, "\n".join(strays)
+
+
 def test_class_names_have_one_home() -> None:
     homes: dict[str, list[str]] = {}
     for module, tree in TREES.items():

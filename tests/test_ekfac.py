@@ -390,15 +390,15 @@ def test_float32_is_float64_to_rounding() -> None:
 
 @pytest.mark.parametrize("lie", ["batched", "always"])
 def test_gradients_that_disagree_with_plain_sweeps_are_not_used(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jacops._torch.routes import kronecker
+    from jacops._torch.layers import factors
 
-    truth = kronecker.cotangents
+    truth = factors.cotangents
 
     def lying(*args: Any, batched: bool = False, **kwargs: Any) -> Any:
         return tuple(1.01 * c if batched or lie == "always" else c for c in truth(*args, batched=batched, **kwargs))
 
     exact = problem("mlp").ggn()
-    monkeypatch.setattr(kronecker, "cotangents", lying)
+    monkeypatch.setattr(factors, "cotangents", lying)
     found = EKFAC().approximate(exact)
     torch.testing.assert_close(found.eigenvalues.sum(), exact.dense().trace(), rtol=1e-10, atol=0)
     assert (found.coverage["kronecker"] > 0) == (lie == "batched")
