@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._requirements import check_choice, check_positive, check_whole
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
 from ._torch.protocol import (
@@ -103,12 +104,9 @@ def fisher(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    if kind not in KINDS:
-        raise InputError(explain("kind", repr(kind), "'exact', 'monte_carlo' or 'empirical' is needed"))
-    for name, value, least in (("samples", samples, 1), ("first", first, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            needed = "a positive whole number is needed" if least else "a whole number that is not negative is needed"
-            raise InputError(explain(name, repr(value), needed))
+    check_choice("kind", kind, KINDS)
+    check_positive("samples", samples)
+    check_whole("first", first, 0)
     options.setdefault("parameters", trainable)
     return batch_fisher(model, RowLosses(loss), x, y, kind, samples, Draws(seed, first), options)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
@@ -234,8 +235,7 @@ def checked_seed(randomness: Randomness, seed: int | None) -> int | None:
     Raises:
         InputError: `randomness` is unknown, or `"same"` without a seed.
     """
-    if randomness not in ("error", "same"):
-        raise InputError(explain("randomness", repr(randomness), "'error' or 'same' is needed"))
+    check_choice("randomness", randomness, ("error", "same"))
     if randomness == "same" and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise InputError(explain("seed", repr(seed), "`randomness='same'` needs a whole number"))
     return seed if randomness == "same" else None

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from .._finite import is_finite, where_first
+from .._requirements import check_positive
 from .._torch.protocol import ConnectedModel, Samples, disagreement, dropped
-from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
+from ..errors import NonFiniteError, NotDifferentiableError
 from ..trees import Selector, Tree
 
 
@@ -18,11 +19,6 @@ def samples_of(
 ) -> Samples:
     check_positive("batch_size", batch_size)
     return Samples(model, x, call=call, outputs=outputs, checks=checks, fallback=fallback)
-
-
-def check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(explain(name, repr(value), "a positive whole number is needed"))
 
 
 def part_of(
@@ -51,7 +47,7 @@ def output_entries(samples: Samples) -> int:
 
 def tree_of(forward: ConnectedModel) -> Tree:
     if forward.tree is None:
-        raise NotDifferentiableError(explain("model", "not evaluated", "at least one sample must run"))
+        raise NotDifferentiableError.of("model", "not evaluated", "at least one sample must run")
     return forward.tree
 
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from .._finite import check_vector, is_finite
 from .._keywords import keywords
+from .._requirements import check_positive
 from .._runtime.agreement import size
 from .._runtime.contexts import eager
 from .._torch.protocol import RECORDED, ConnectedModel, JacobianFunction, Samples, difference_step, nested
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..space import Space
 from ..trees import Selector, Tree, flatten
 from ._alone import settled
-from ._common import check_differences, check_finite, check_positive, part_of, samples_of, tree_of
+from ._common import check_differences, check_finite, part_of, samples_of, tree_of
 from ._evidence import Blocks, Nest, refuted, typical
 
 
@@ -80,7 +81,7 @@ def _directions(samples: Samples, v: Any) -> list[Tensor]:
     given = flatten(v, "v")[0]
     if len(given) != len(samples.values):
         came = f"{len(given)} tensors"
-        raise InputError(explain("v", came, f"{len(samples.values)} are needed, in the structure of `x`"))
+        raise InputError.of("v", came, f"{len(samples.values)} are needed, in the structure of `x`")
     floats = [samples.values[i] for i in samples.inputs]
     names = [samples.input_tree.names[i] for i in samples.inputs]
     tensors = Space.of(floats, names).check([given[i] for i in samples.inputs], "v")

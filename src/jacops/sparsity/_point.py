@@ -15,7 +15,7 @@ from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, Proofs, Recording, bare, parameter_names, record_model
 from ..derivatives import Wrt
-from ..errors import NotDifferentiableError, explain
+from ..errors import NotDifferentiableError
 from ..trees import Selector, flatten
 from ._lift import Lift, Selection
 from ._pool import Array
@@ -188,9 +188,8 @@ def _check_outputs(recording: Recording) -> None:
         stored, free = lie_widths(output)
         if free < stored:
             todo = "Return `.Log().tensor()` of it, whose rows are tangent."
-            raise NotDifferentiableError(
-                explain(name, "an element of a Lie group", "a sparse Jacobian needs rows of numbers", todo)
-            )
+            came = "an element of a Lie group"
+            raise NotDifferentiableError.of(name, came, "a sparse Jacobian needs rows of numbers", todo)
 
 
 def gradients_agree(point: RecordedPoint, plain_point: RecordedPoint) -> bool:

@@ -19,7 +19,7 @@ from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, Recording, bare, record_model
 from ..derivatives import Wrt, trainable
-from ..errors import InputError, MemoryBudgetError, NotDifferentiableError, explain
+from ..errors import InputError, MemoryBudgetError, NotDifferentiableError
 from ..trees import Selector, flatten
 from ._matrix import Csr, csr
 from ._pool import Array, Pool
@@ -72,9 +72,7 @@ def picked(wrt: Wrt) -> Any:
     if callable(wrt):
         return wrt
     if wrt not in ("parameters", "inputs"):
-        raise InputError(
-            explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
-        )
+        raise InputError.of("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
     return trainable if wrt == "parameters" else None
 
 
@@ -110,7 +108,7 @@ def check_usable(lin: Linearization) -> None:
         for name, dtype in zip(space.names, space.dtypes, strict=True):
             if dtype.is_complex:
                 todo = "Use torch.view_as_real."
-                raise NotDifferentiableError(explain(name, f"of dtype {dtype}", "sparse Jacobians are real", todo))
+                raise NotDifferentiableError.of(name, f"of dtype {dtype}", "sparse Jacobians are real", todo)
     if not lin.is_connected():
         raise NotDifferentiableError(
             f"{lin.call}: no path leads from {lin.codomain.layout} to any of {lin.domain.layout}; the derivative is "

@@ -13,9 +13,10 @@ from torch import nn
 
 from .._finite import check_outputs, is_finite, where_first
 from .._keywords import keywords
+from .._requirements import check_choice, check_whole
 from .._torch.protocol import Proofs
 from ..derivatives import Wrt
-from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
+from ..errors import InputError, NonFiniteError, NotDifferentiableError, warn
 from ..trees import Selector
 from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
 from ._declared import check_declared
@@ -25,7 +26,7 @@ from ._pool import Array
 from ._probe import Floats, Prober, Verdict
 from ._scheme import Scheme, colored, unlifted
 from .detect import traced
-from .layouts import Layout, arranged, block_shape, check_layout
+from .layouts import LAYOUTS, Layout, arranged, block_shape
 from .pattern import Pattern, declared
 
 _ROOM = 4.0  # margin on the rounding errors that were measured at one point
@@ -147,9 +148,8 @@ class SparsePlan:
         self, model: nn.Module, inputs: Any, certify: int, layout: Layout, importance: Floats | None
     ) -> SparseJacobian:
         """Evaluate as above; `importance` is what the caller multiplies the rows with."""
-        check_layout(layout)
-        if isinstance(certify, bool) or not isinstance(certify, int) or certify < 0:
-            raise InputError(explain("certify", repr(certify), "a number of probes, 0 or more, is needed"))
+        check_choice("layout", layout, LAYOUTS)
+        check_whole("certify", certify, 0)
         lifted = bool(self._scheme.structure)
         point = record_point(model, inputs, "SparsePlan", self._wrt, self._outputs, lift=lifted, trust=self._trust)
         self._check_fits(point)
@@ -241,7 +241,7 @@ class SparsePlan:
         final, width = point.widths(self._tangent)
         shape = (point.recording.lin.codomain.dim, width)
         if shape != self.shape or not np.array_equal(final, self._final):
-            raise InputError(explain("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}"))
+            raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
 
     def _replan(self, model: nn.Module, inputs: Any) -> None:
         other = sparse_plan(

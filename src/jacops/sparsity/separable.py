@@ -15,7 +15,7 @@ from .._runtime.contexts import private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, bare, record_model
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..trees import Selector
 from ._taint import Outside
 from ._trace import CannotFollowError
@@ -114,7 +114,7 @@ def _count(lin: Linearization) -> int:
         for name, shape in zip(space.names, space.shapes, strict=True):
             if not shape or shape[0] != many:
                 needed = f"{many} samples along its first axis are needed"
-                raise InputError(explain(name, f"of shape {tuple(shape)}", needed))
+                raise InputError.of(name, f"of shape {tuple(shape)}", needed)
     return many
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from .._keywords import keywords
-from ..errors import InputError, NotDifferentiableError, explain
+from .._requirements import check_choice, check_whole
+from ..errors import InputError, NotDifferentiableError
 from ..operators import LinearizedMap, Operator
 from ..operators._finite_results import check_result
 from ..space import Space
@@ -20,7 +21,7 @@ from ._matrix import Csr, csr
 from ._pool import Array
 from ._probe import Prober
 from .detect import traced
-from .layouts import Layout, arranged, check_layout
+from .layouts import LAYOUTS, Layout, arranged
 from .pattern import Pattern, declared
 from .plan import SparseJacobian
 
@@ -54,7 +55,8 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
         >>> found.matrix.shape, found.sweeps
         (torch.Size([100, 100]), 4)
     """
-    check_layout(layout)
+    check_choice("layout", layout, LAYOUTS)
+    check_whole("certify", certify, 0)
     dtypes: frozenset[torch.dtype] = frozenset()
     if pattern is not None:
         known = declared(pattern, operator.shape)
@@ -63,7 +65,7 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
         known, dtypes = Pattern(seen.matrix, True, seen.unknown), seen.dtypes
     else:
         todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
-        raise InputError(explain("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo))
+        raise InputError.of("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo)
     matrix = _mirrored(known.matrix) if operator.symmetric else known.matrix
     empty = Coloring(np.full(operator.shape[0], -1), np.full(operator.shape[1], -1))
     coloring = color(matrix, symmetric=operator.symmetric) or empty

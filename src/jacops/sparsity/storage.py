@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataError, InputError, NotDifferentiableError, explain
+from ..errors import DataError, InputError, NotDifferentiableError
 from ..trees import Selector
 from ._archive import MOST, RATIO, read_arrays
 from ._coloring import Coloring
@@ -83,7 +83,7 @@ def load(path: str | Path, outputs: Selector) -> SparsePlan:
         raise DataError(f"{path}: not a plan of jacops, or damaged: {error}.") from error
     if "again" in found.outputs and outputs is None:
         needed = f"the plan was made with {found.outputs['again']}; pass that again"
-        raise InputError(explain("outputs", "missing", needed))
+        raise InputError.of("outputs", "missing", needed)
     plan = _plan(found, outputs if "again" in found.outputs else found.outputs["is"])
     try:
         plan.assembly  # noqa: B018 - shows whether the colouring fits the pattern
