@@ -10,14 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, isfinite, log1p
-from typing import Any, cast, final
+from typing import Any, final
 
 import numpy as np
 import torch
 
+from .._requirements import check_choice, check_number
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 
 Array = np.ndarray
 _FLOOR = 1e-2  # least curvature along a residual that Triggs' correction keeps, relative to that without a kernel
@@ -34,8 +35,8 @@ class Kernel(ABC):
             InputError: It is not a positive finite number.
         """
         for name, value in vars(self).items():
-            if isinstance(value, float | int) and not (value > 0 and isfinite(value)):
-                raise InputError(explain(name, repr(value), "a positive number is needed"))
+            if isinstance(value, float | int):
+                check_number(name, value)
 
     @abstractmethod
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
@@ -134,10 +135,9 @@ class Tolerant(Kernel):
         Raises:
             InputError: `a` is not positive or `b` is zero.
         """
-        if not (self.a > 0 and isfinite(self.a)):
-            raise InputError(explain("a", repr(self.a), "a positive number is needed"))
+        check_number("a", self.a)
         if not (self.b != 0 and isfinite(self.b)):
-            raise InputError(explain("b", repr(self.b), "a number other than zero is needed"))
+            raise InputError.of("b", repr(self.b), "a number other than zero is needed")
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -175,7 +175,7 @@ class _Given(Kernel):
             if not isinstance(value, torch.Tensor) or value.shape != leaf.shape or not value.requires_grad:
                 came = f"giving a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
                 needed = f"a differentiable tensor of the shape of its argument, {tuple(leaf.shape)}, is needed"
-                raise InputError(explain("kernel", came, needed))
+                raise InputError.of("kernel", came, needed)
             (first,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
             second = torch.autograd.grad(first.sum(), leaf, allow_unused=True)[0] if first.requires_grad else None
         curve = torch.zeros_like(first) if second is None else second.nan_to_num(0.0)
@@ -200,18 +200,15 @@ def kernel_of(kernel: Any, f_scale: float) -> Kernel | None:
     if kernel is None or (isinstance(kernel, str) and kernel == "linear"):
         return None
     if isinstance(kernel, str):
-        if kernel not in _NAMES:
-            raise InputError(explain("kernel", repr(kernel), f"one of {['linear', *_NAMES]} or a Kernel is needed"))
-        if not (isinstance(f_scale, float | int) and f_scale > 0 and isfinite(f_scale)):
-            raise InputError(explain("f_scale", repr(f_scale), "a positive number is needed"))
+        check_choice("kernel", kernel, ["linear", *_NAMES], " or a Kernel")
+        check_number("f_scale", f_scale)
         return _NAMES[kernel](float(f_scale))
     if isinstance(kernel, Kernel):
         return kernel
-    given: Any = kernel
-    if callable(given) and not isinstance(given, type):
-        return _Given(cast(Any, given))
-    came = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(kernel).__name__}"
-    raise InputTypeError(explain("kernel", came, "a name, a Kernel or a function of squared lengths is needed"))
+    if callable(kernel) and not isinstance(kernel, type):
+        return _Given(kernel)  # pyright: ignore[reportArgumentType] - what it gives is checked when it is called
+    came = f"the class {kernel.__name__}" if isinstance(kernel, type) else f"a {type(kernel).__name__}"
+    raise InputTypeError.of("kernel", came, "a name, a Kernel or a function of squared lengths is needed")
 
 
 def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[float, Array, Array, Array | None]:
@@ -234,7 +231,7 @@ def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[float, Arr
     s = np.einsum("kd,kd->k", r, r)
     value, first, second = kernel(s)
     if not (np.isfinite(first) & (first >= 0)).all():
-        raise InputError(explain("kernel", "falling somewhere, or without a slope", "it must rise with its argument"))
+        raise InputError.of("kernel", "falling somewhere, or without a slope", "it must rise with its argument")
     factor = np.sqrt(first)
     if not second_order:
         return float(value.sum()) / 2, r * factor[:, None], factor, None
