@@ -188,7 +188,8 @@ def _take_callable(found: Any, value: Any, name: str, inside: tuple[int, ...]) -
     elif isinstance(value, types.MethodType):
         parts = [value.__func__, value.__self__]
     elif isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        empty = types.CellType()  # of a name that has no value yet
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
         parts = [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
     else:  # a built-in, a class, an object: its kind and what it says of itself plainly
         parts = []
@@ -226,11 +227,3 @@ def _settings(value: Any) -> list[list[str]]:
 
 def _plain(part: Any) -> bool:
     return isinstance(part, _PLAIN) or (isinstance(part, list | tuple) and all(map(_plain, part)))
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._finite import check_outputs, is_finite, where_first
+from ._finite import check_outputs, require_finite
 from ._keywords import keywords
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
 from ._runtime.memory import Budget
 from ._torch.protocol import At, FollowedModel, Samples, bare, check_identity, check_slopes, summed
-from .errors import InputError, InputTypeError, NonFiniteError, warn
+from .errors import InputError, InputTypeError, warn
 from .projections import Projection
 from .trees import Selector
 
@@ -178,15 +178,14 @@ def _verification(z: NDArray[np.float64], rebuilt: NDArray[np.float64]) -> Jacob
 
 def _as_float(name: str, value: Any) -> NDArray[np.float64]:
     array = np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise NonFiniteError(f"`{name}`: {where_first(torch.from_numpy(array))}.")
+    require_finite(torch.from_numpy(array), f"verify_jacobian: in `{name}`")
     return array
 
 
 def _finite(call: str, result: Array, wanted: bool) -> Array:
-    tensor = result if isinstance(result, Tensor) else torch.from_numpy(np.ascontiguousarray(result))
-    if wanted and not is_finite(tensor):
-        raise NonFiniteError(f"{call}: in the result, {where_first(tensor)} (first axis: sample).")
+    if wanted:
+        tensor = result if isinstance(result, Tensor) else torch.from_numpy(np.ascontiguousarray(result))
+        require_finite(tensor, f"{call}: in the result", " (first axis: sample).")
     return result
 
 
@@ -298,8 +297,7 @@ def contributions(
     jacobian, alone = _swept(bare(model), x, batch_size, options)
     forward = FollowedModel(bare(model), options.get("outputs"), options.get("at"), 1 if alone else batch_size)
     found = forward.parts(x)
-    if not is_finite(found.bias):
-        raise NonFiniteError(f"contributions: in the bias part, {where_first(found.bias)}.")
+    require_finite(found.bias, "contributions: in the bias part")
     slopes = check_slopes(forward, x, found, jacobian, options.get("checks", "first"))
     if projection is not None:
         jacobian = torch.as_tensor(project_jacobian(jacobian, projection.matrix.to(jacobian.dtype)))
@@ -332,8 +330,7 @@ def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[
         raise InputError.of("model", came, "one output (n, out) is needed", todo)
     if options.get("check_finite", True):
         check_outputs("contributions", found.output, found.output_tree.names)
-        if not is_finite(found.blocks[0][0]):
-            raise NonFiniteError(f"contributions: in the Jacobian, {where_first(found.blocks[0][0])}.")
+        require_finite(found.blocks[0][0], "contributions: in the Jacobian")
     return found.blocks[0][0], found.alone
 
 

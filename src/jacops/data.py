@@ -85,31 +85,30 @@ class Batches:
         _refuse_random(loader, name)
         self.loader, self.name, self.unpack = loader, name, unpack
         self._digests: list[int] | None = None
-        self._rows: int | None = None
+        self._rows = 0
 
     @property
     def rows(self) -> int:
         """Rows of all batches; reads them once if no pass was made yet."""
-        if self._rows is None:
-            for _ in self:
-                pass
-        return self._rows or 0
+        self._read_once()
+        return self._rows
 
     @property
     def count(self) -> int:
         """Batches of a pass; reads the data once if no pass was made yet."""
-        if self._digests is None:
-            for _ in self:
-                pass
-        return len(self._digests or ())
+        return len(self._read_once())
 
     @property
     def digest(self) -> str:
         """A number that another order or other values would change; reads the data once if no pass was made yet."""
+        return f"{zlib.crc32(repr(self._read_once()).encode()):08x}-{self._rows}"
+
+    def _read_once(self) -> list[int]:
+        """Return the digests of the batches, after a first pass if none was made yet."""
         if self._digests is None:
             for _ in self:
                 pass
-        return f"{zlib.crc32(repr(self._digests).encode()):08x}-{self._rows}"
+        return self._digests or []
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; the caller's random state does not move.
@@ -157,9 +156,7 @@ class Batches:
         rows = int(lengths.pop() or 0)
         if weights is not None:
             weights = _checked_weights(weights, rows, number, self.name)
-        digest = 0
-        for array in [*arrays, *([] if weights is None else [weights])]:
-            digest = zlib.crc32(_bytes(array), digest)
+        digest = _digest([*arrays, *([] if weights is None else [weights])])
         return Batch(tuple(x) if isinstance(x, list) else x, y, rows, weights), digest
 
     def _unpacked(self, raw: Any, number: int) -> tuple[Any, ...]:
@@ -227,11 +224,7 @@ class _Copies:
         if self.workers < 2:
             return
         arrays = [leaf for leaf in flatten((batch.x, batch.y), "batch")[0] if hasattr(leaf, "shape")]
-        for row in range(batch.rows):
-            digest = 0
-            for array in arrays:
-                digest = zlib.crc32(_bytes(array[row]), digest)
-            self.seen.append(digest)
+        self.seen += [_digest([array[row] for array in arrays]) for row in range(batch.rows)]
 
     def refuse(self, name: str) -> None:
         """Refuse data in which every row came once from every worker.
@@ -255,10 +248,12 @@ def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:
     return rest, raw[target], None if weight is None else raw[weight]
 
 
-def _bytes(array: Any) -> bytes:
-    if isinstance(array, Tensor):
-        return byte_view(array.cpu()).numpy().tobytes()
-    return np.ascontiguousarray(array).tobytes()
+def _digest(arrays: list[Any]) -> int:
+    digest = 0
+    for array in arrays:
+        view = byte_view(array.cpu()).numpy() if isinstance(array, Tensor) else np.ascontiguousarray(array)
+        digest = zlib.crc32(view.tobytes(), digest)
+    return digest
 
 
 def _checked_weights(weights: Any, rows: int, number: int, name: str) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._requirements import check_choice
 from ._runtime.agreement import size
 from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise, recording
 from ._runtime.restoring import restoring
@@ -36,7 +37,7 @@ from ._torch.protocol import (
     is_convex,
     record_model,
 )
-from .errors import InputError, InputTypeError, NotDifferentiableError, explain
+from .errors import InputError, InputTypeError, NotDifferentiableError
 from .operators import LinearizedMap, Operator, Product
 from .operators._finite_results import made_from
 from .trees import Selector, flatten, hint_at_labels
@@ -128,12 +129,10 @@ def jacobian(
         >>> J.shape
         (12, 6)
     """
-    picks = _picked(wrt)
+    picks = picked(wrt)
     if picks is not None and (at[0] if isinstance(at, tuple) else at) is not None:
         todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
-        raise InputError(
-            explain("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
-        )
+        raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
     hint_at_labels("jacobian", outputs, inputs)
     found = record_model(
         model,
@@ -146,7 +145,7 @@ def jacobian(
         fallback=fallback,
         kept=True,
     )
-    _real_only(found.lin)
+    real_only(found.lin)
     if not allow_zero and not found.lin.is_connected():
         raise NotDifferentiableError(
             f"jacobian: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
@@ -155,28 +154,29 @@ def jacobian(
     return LinearizedMap(found.lin, found.output)
 
 
-def _picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
+def picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
+    """Return which parameters are meant, None for the inputs.
+
+    Raises:
+        InputError: `wrt` is none of the known.
+    """
     if callable(wrt):
         return wrt
-    if wrt not in ("parameters", "inputs"):
-        raise InputError(
-            explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
-        )
+    check_choice("wrt", wrt, ("parameters", "inputs"), " or a function of name and parameter")
     return trainable if wrt == "parameters" else None
 
 
-def _real_only(lin: Linearization) -> None:
+def real_only(lin: Linearization) -> None:
+    """Refuse complex outputs and leaves.
+
+    Raises:
+        NotDifferentiableError: There is one.
+    """
     for space in (lin.domain, lin.codomain):
         for name, dtype in zip(space.names, space.dtypes, strict=True):
             if dtype.is_complex:
-                raise NotDifferentiableError(
-                    explain(
-                        name,
-                        f"of dtype {dtype}",
-                        "operators are real",
-                        "Use torch.view_as_real, or the calls that return tensors (modjac, jvp).",
-                    )
-                )
+                todo = "Use torch.view_as_real, or the calls that return tensors (modjac, jvp)."
+                raise NotDifferentiableError.of(name, f"of dtype {dtype}", "operators are real", todo)
 
 
 def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
@@ -187,13 +187,13 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
         InputError: The loss is not one number.
     """
     if not callable(loss):
-        raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
     options.setdefault("parameters", trainable)
     y = _recordable(y, kept=bool(options.get("kept")))
     found = record_model(
         model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
     )
-    _real_only(found.lin)
+    real_only(found.lin)
     if not found.lin.is_connected():
         raise NotDifferentiableError(
             f"{call}: no path leads from the loss to any of the parameters {found.lin.domain.layout}; its "
@@ -214,28 +214,16 @@ def _recordable(y: Any, kept: bool) -> Any:
 
 def _checked(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise NotDifferentiableError(
-            explain(
-                "the loss",
-                f"a {type(value).__name__}",
-                "a tensor with a graph is needed",
-                "Drop `.item()` and `float()` from it.",
-            )
-        )
+        came = f"a {type(value).__name__}"
+        needed = "a tensor with a graph is needed"
+        raise NotDifferentiableError.of("the loss", came, needed, "Drop `.item()` and `float()` from it.")
     if value.ndim > 0:
-        raise InputError(
-            explain(
-                "the loss",
-                f"of shape {tuple(value.shape)}",
-                "one number, shape (), is needed",
-                "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it.",
-            )
-        )
+        todo = "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it."
+        raise InputError.of("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed", todo)
     if not value.is_floating_point():
         todo = "Take scores rather than labels or counts."
-        raise NotDifferentiableError(
-            explain("the loss", f"of dtype {value.dtype}", "a floating-point number is needed", todo)
-        )
+        came = f"of dtype {value.dtype}"
+        raise NotDifferentiableError.of("the loss", came, "a floating-point number is needed", todo)
     return value
 
 
@@ -352,7 +340,7 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
 def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
     found = record_model(model, x, call=call, kept=kept, **options)
-    _real_only(found.lin)
+    real_only(found.lin)
     J = LinearizedMap(found.lin, found.output)
     with recording():
         leaves = [o.detach().requires_grad_() for o in found.lin.outputs]

@@ -26,8 +26,8 @@ from ._torch.protocol import (
     record_model,
     row_cotangents,
 )
-from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, _real_only, record_loss, trainable
-from .errors import InputError, ModelStateError, NotDifferentiableError, explain
+from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, real_only, record_loss, trainable
+from .errors import InputError, ModelStateError, NotDifferentiableError
 from .operators import LayerFactors, Operator
 from .operators._finite_results import made_from
 from .space import Space
@@ -186,10 +186,10 @@ def _way(options: RecordOptions) -> str:
 
 
 def _one_output(found: Recording) -> Recording:
-    _real_only(found.lin)
+    real_only(found.lin)
     if len(found.lin.outputs) != 1:
         names = ", ".join(found.lin.codomain.names)
-        raise InputError(explain("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`."))
+        raise InputError.of("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`.")
     if not found.lin.is_connected():
         raise NotDifferentiableError(
             f"sample_jacobians: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
@@ -202,7 +202,7 @@ def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
     values, tree = flatten(arrays, f"({names})")
     lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else -1 for v in values}
     if len(lengths) != 1 or -1 in lengths:
-        raise InputError(explain(names, f"of lengths {sorted(lengths)}", "all need one row per sample"))
+        raise InputError.of(names, f"of lengths {sorted(lengths)}", "all need one row per sample")
     return values, tree
 
 
@@ -237,7 +237,7 @@ def checked_seed(randomness: Randomness, seed: int | None) -> int | None:
     """
     check_choice("randomness", randomness, ("error", "same"))
     if randomness == "same" and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise InputError(explain("seed", repr(seed), "`randomness='same'` needs a whole number"))
+        raise InputError.of("seed", repr(seed), "`randomness='same'` needs a whole number")
     return seed if randomness == "same" else None
 
 
@@ -298,5 +298,5 @@ def empirical_fisher(
     """
     G = sample_gradients(model, loss, x, y, **options)
     if G.shape[0] == 0:
-        raise InputError(explain("x", "empty", "a mean over samples needs at least one"))
+        raise InputError.of("x", "empty", "a mean over samples needs at least one")
     return (1.0 / G.shape[0]) * (G.T @ G)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._finite import is_finite, where_first
+from .._finite import require_finite
 from .._requirements import check_choice, check_kind
 from .._runtime.contexts import arithmetic, out_of_inference, private_noise, random_state_kept, recording
 from .._runtime.restoring import restoring
@@ -197,10 +197,7 @@ class FitProblem:
             for name, output, line in zip(recorded.lin.codomain.names, outputs, blocks, strict=True):
                 column, rows = 0, slice(row, row + output.numel())
                 for part, block in zip(self.layout.parts, line, strict=True):
-                    if not is_finite(block):
-                        raise NonFiniteError(
-                            f"{self.call}: in the Jacobian of {name} by {part.name}, {where_first(block)}."
-                        )
+                    require_finite(block, f"{self.call}: in the Jacobian of {name} by {part.name}")
                     matrix = block.reshape(output.numel(), -1).to(torch.float64)
                     if part.chart is not None:
                         moves = torch.from_numpy(part.moves(self.held[part.name])).to(matrix.device)

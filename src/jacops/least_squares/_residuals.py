@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._finite import is_finite, where_first
 from .._requirements import check_choice, check_kind
 from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
@@ -247,9 +246,12 @@ def _check_output(output: Tensor, name: str, call: str) -> None:
     if group_of(output):
         needed = "a residual must be a vector"
         raise InputError.of(name, f"an element of {group_of(output)}", needed, "Return its `.Log()`.")
-    if not is_finite(numbers := output.as_subclass(Tensor)):
-        where = where_first(numbers)
-        raise NonFiniteError(f"{call}: at the start, in {name}, {where}. Start somewhere else or mend the model.")
+    bad = (~torch.isfinite(output.detach().as_subclass(Tensor))).nonzero()
+    if len(bad):
+        raise NonFiniteError(
+            f"{call}: at the start, {name} has {len(bad)} entries that are NaN or Inf, the first at index "
+            f"{tuple(bad[0].tolist())}. Start somewhere else or mend the model."
+        )
 
 
 def _spread(given: Any, tree: Tree, argument: str) -> list[Any]:
