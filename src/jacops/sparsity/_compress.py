@@ -15,6 +15,7 @@ from .._runtime.memory import ensure_fits
 from .._torch.protocol import Linearization
 from ..errors import NotDifferentiableError
 from ..operators import Operator
+from ..space import Space
 from ._coloring import Coloring, reading
 from ._matrix import Csr, csr
 from ._pool import Array
@@ -36,26 +37,19 @@ class Sweeper:
     Attributes:
         pull: Rows `(k, m)` to rows `(k, n)`.
         push: Rows `(k, n)` to rows `(k, m)`.
-        shape: `(m, n)`.
-        rows: A tensor in the dtype and on the device of cotangents.
-        columns: The same for tangents.
-        dtypes: All dtypes of both ends.
+        domain: What the columns are.
+        codomain: What the rows are.
     """
 
     pull: Callable[[Tensor], Tensor]
     push: Callable[[Tensor], Tensor]
-    shape: tuple[int, int]
-    rows: Tensor
-    columns: Tensor
-    dtypes: frozenset[torch.dtype]
+    domain: Space
+    codomain: Space
 
     @classmethod
     def over(cls, operator: Operator) -> Sweeper:
         """Return the products of an operator."""
-        rows = torch.empty(0, dtype=operator.codomain.dtype, device=operator.codomain.device)
-        columns = torch.empty(0, dtype=operator.domain.dtype, device=operator.domain.device)
-        dtypes = frozenset((*operator.codomain.dtypes, *operator.domain.dtypes))
-        return cls(operator._apply_transpose, operator._apply, operator.shape, rows, columns, dtypes)
+        return cls(operator._apply_transpose, operator._apply, operator.domain, operator.codomain)
 
     @classmethod
     def on(cls, lin: Linearization) -> Sweeper:
@@ -68,10 +62,27 @@ class Sweeper:
         def push(rows: Tensor) -> Tensor:
             return codomain.join(lin.push_rows(domain.split(rows))).detach()
 
-        rows = torch.empty(0, dtype=codomain.dtype, device=codomain.device)
-        columns = torch.empty(0, dtype=domain.dtype, device=domain.device)
-        dtypes = frozenset((*codomain.dtypes, *domain.dtypes))
-        return cls(pull, push, (codomain.dim, domain.dim), rows, columns, dtypes)
+        return cls(pull, push, domain, codomain)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self.codomain.dim, self.domain.dim
+
+    @property
+    def rows(self) -> Tensor:
+        """A tensor in the dtype and on the device of cotangents."""
+        return torch.empty(0, dtype=self.codomain.dtype, device=self.codomain.device)
+
+    @property
+    def columns(self) -> Tensor:
+        """The same for tangents."""
+        return torch.empty(0, dtype=self.domain.dtype, device=self.domain.device)
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """All dtypes of both ends."""
+        return frozenset((*self.codomain.dtypes, *self.domain.dtypes))
 
     def swept(self, seeds: Tensor, push: bool) -> Tensor:
         """Return the products of all seeds, a chunk at a time."""

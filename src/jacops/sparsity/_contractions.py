@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._pool import Array
-from ._trace import Rule, TracedCall, Tracer
+from ._trace import Rule, TracedCall, Tracer, rank_of
 
 _EXPANDED = 20_000_000
 
@@ -198,7 +198,7 @@ def _pooled(tracer: Tracer, call: TracedCall) -> Any:
     backward = call.base.endswith("_backward")
     large, small = (named["self"], named["grad_output"]) if backward else (named["self"], out)
     given = small if backward else large
-    rank = 1 if "1d" in call.base else 2 if "2d" in call.base else 3
+    rank = rank_of(call)
     kernel = _each(named["kernel_size"], rank)
     shape = {"stride": named["stride"] or kernel, "padding": named["padding"], "dilation": 1}
     windows = _Windows(large.shape[-rank:], kernel, small.shape[-rank:], shape)

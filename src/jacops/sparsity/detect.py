@@ -18,11 +18,12 @@ from .._runtime.contexts import math_attention, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, Recording, bare, record_model
-from ..derivatives import Wrt, trainable
-from ..errors import InputError, MemoryBudgetError, NotDifferentiableError
+from ..derivatives import Wrt, picked, real_only
+from ..errors import MemoryBudgetError, NotDifferentiableError
 from ..trees import Selector, flatten
 from ._matrix import Csr, csr
 from ._pool import Array, Pool
+from ._routes import rule_of
 from ._taint import Taint
 from ._trace import CannotFollowError, Escapes, Tracer
 from .pattern import Pattern
@@ -63,19 +64,6 @@ def detect_pattern(
     return Pattern(seen.matrix, local, seen.unknown)
 
 
-def picked(wrt: Wrt) -> Any:
-    """Return which parameters are meant, None for the inputs.
-
-    Raises:
-        InputError: `wrt` is none of the known.
-    """
-    if callable(wrt):
-        return wrt
-    if wrt not in ("parameters", "inputs"):
-        raise InputError.of("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
-    return trainable if wrt == "parameters" else None
-
-
 @restoring
 def record_tainted(
     model: nn.Module, inputs: Any, call: str, wrt: Wrt, outputs: Selector, local: bool
@@ -104,11 +92,7 @@ def check_usable(lin: Linearization) -> None:
     Raises:
         NotDifferentiableError: An output or a leaf is complex, or no path leads to any leaf.
     """
-    for space in (lin.domain, lin.codomain):
-        for name, dtype in zip(space.names, space.dtypes, strict=True):
-            if dtype.is_complex:
-                todo = "Use torch.view_as_real."
-                raise NotDifferentiableError.of(name, f"of dtype {dtype}", "sparse Jacobians are real", todo)
+    real_only(lin)
     if not lin.is_connected():
         raise NotDifferentiableError(
             f"{lin.call}: no path leads from {lin.codomain.layout} to any of {lin.domain.layout}; the derivative is "
@@ -141,7 +125,7 @@ def trace(lin: Linearization, members: Array, size: int, taint: Taint | None) ->
         CannotFollowError: Values leave for Python or NumPy on the way, or have a layout without storage.
     """
     pool = Pool(size)
-    tracer = Tracer(pool, taint)
+    tracer = Tracer(pool, taint, rule_of)
     seeds = [_cotangent(o, i) for i, o in enumerate(lin.outputs)]
     starts = torch.from_numpy(pool.singletons(members))
     for seed, where in zip(seeds, lin.codomain.slices, strict=True):

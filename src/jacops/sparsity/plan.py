@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._finite import check_outputs, is_finite, where_first
+from .._finite import check_outputs, is_finite, require_finite
 from .._keywords import keywords
 from .._requirements import check_choice, check_whole
 from .._torch.protocol import Proofs
 from ..derivatives import Wrt
-from ..errors import InputError, NonFiniteError, NotDifferentiableError, warn
+from ..errors import DataError, InputError, NotDifferentiableError, warn
 from ..trees import Selector
+from . import storage
 from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
 from ._declared import check_declared
 from ._matrix import Csr, csr, sp
@@ -165,8 +166,7 @@ class SparsePlan:
         check_outputs("SparsePlan", point.lin.outputs, point.lin.codomain.names)
         if is_finite(found.values) and not self._holds(found, point):
             found = self._again(point, found, certify, importance)
-        if not is_finite(found.values):
-            raise NonFiniteError(f"SparsePlan: of the Jacobian's entries, {where_first(found.values)}.")
+        require_finite(found.values, "SparsePlan: of the Jacobian's entries")
         matrix = arranged(self.assembly, found, layout, block_shape(point.recording.lin, self._tangent))
         return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
 
@@ -255,9 +255,7 @@ class SparsePlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file (NumPy's npz), to be read by `SparsePlan.load`."""
-        from .storage import save
-
-        save(self, path)
+        storage.save(self, path)
 
     @staticmethod
     def load(path: str | Path, *, outputs: Selector = None) -> SparsePlan:
@@ -270,9 +268,12 @@ class SparsePlan:
         Raises:
             DataError: The file is no plan, of another version, or damaged.
         """
-        from .storage import load
-
-        return load(path, outputs)
+        plan = SparsePlan(**storage.load(path, outputs))
+        try:
+            plan.assembly  # noqa: B018 - shows whether the colouring fits the pattern
+        except NotDifferentiableError:
+            raise DataError(f"{path}: damaged, its colours do not tell the entries of its pattern apart.") from None
+        return plan
 
 
 @keywords()
