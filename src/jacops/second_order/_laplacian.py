@@ -13,9 +13,9 @@ from .._runtime.contexts import eager
 from .._torch.protocol import Samples
 from ..errors import NotDifferentiableError
 from ..trees import Selector, Tree
-from ._common import output_entries, part_of, samples_of
+from ._common import matrices, output_entries, part_of, samples_of
 from ._directional import along
-from ._hessian import hessians, matrices
+from ._hessian import hessians
 
 _HESSIAN_ENTRIES = 2**24
 _DIRECTION_ENTRIES = 2**22
