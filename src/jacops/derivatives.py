@@ -145,12 +145,10 @@ def jacobian(
         fallback=fallback,
         kept=True,
     )
-    real_only(found.lin)
-    if not allow_zero and not found.lin.is_connected():
-        raise NotDifferentiableError(
-            f"jacobian: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
-            "the derivative is zero everywhere. Pass `allow_zero=True` if that is meant."
-        )
+    if allow_zero:
+        real_only(found.lin)
+    else:
+        check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
     return LinearizedMap(found.lin, found.output)
 
 
@@ -179,6 +177,25 @@ def real_only(lin: Linearization) -> None:
                 raise NotDifferentiableError.of(name, f"of dtype {dtype}", "operators are real", todo)
 
 
+def check_usable(lin: Linearization, what: str = "", todo: str = "") -> None:
+    """Refuse what is complex, or does not depend on anything it is differentiated by.
+
+    Args:
+        lin: The linearization.
+        what: How to call its outputs, by default by their names.
+        todo: What the caller can do.
+
+    Raises:
+        NotDifferentiableError: An output or a leaf is complex, or no path leads from any output to any leaf.
+    """
+    real_only(lin)
+    if not lin.is_connected():
+        raise NotDifferentiableError(
+            f"{lin.call}: no path leads from {what or lin.codomain.layout} to any of {lin.domain.layout}; the "
+            f"derivative is zero everywhere.{todo}"
+        )
+
+
 def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
     """Record the loss of one batch by the parameters that are asked for.
 
@@ -193,13 +210,7 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
     found = record_model(
         model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
     )
-    real_only(found.lin)
-    if not found.lin.is_connected():
-        raise NotDifferentiableError(
-            f"{call}: no path leads from the loss to any of the parameters {found.lin.domain.layout}; its "
-            "derivative is "
-            "zero everywhere."
-        )
+    check_usable(found.lin, "the loss")
     return found
 
 

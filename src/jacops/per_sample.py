@@ -26,8 +26,8 @@ from ._torch.protocol import (
     record_model,
     row_cotangents,
 )
-from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, real_only, record_loss, trainable
-from .errors import InputError, ModelStateError, NotDifferentiableError
+from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_usable, record_loss, trainable
+from .errors import InputError, ModelStateError
 from .operators import LayerFactors, Operator
 from .operators._finite_results import made_from
 from .space import Space
@@ -186,15 +186,10 @@ def _way(options: RecordOptions) -> str:
 
 
 def _one_output(found: Recording) -> Recording:
-    real_only(found.lin)
     if len(found.lin.outputs) != 1:
         names = ", ".join(found.lin.codomain.names)
         raise InputError.of("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`.")
-    if not found.lin.is_connected():
-        raise NotDifferentiableError(
-            f"sample_jacobians: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
-            "the derivative is zero everywhere."
-        )
+    check_usable(found.lin)
     return found
 
 

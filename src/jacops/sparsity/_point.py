@@ -14,13 +14,12 @@ from .._runtime.contexts import must_surface, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, Proofs, Recording, bare, parameter_names, record_model
-from ..derivatives import Wrt, picked
+from ..derivatives import Wrt, check_usable, picked
 from ..errors import NotDifferentiableError
 from ..trees import Selector, flatten
 from ._lift import Lift, Selection
 from ._pool import Array
 from ._taint import Taint
-from .detect import check_usable
 
 _EMPTY = 1e-2  # a column is judged by no less than this share of the tolerance of the largest column
 

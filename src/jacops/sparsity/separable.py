@@ -15,11 +15,12 @@ from .._runtime.contexts import private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, bare, record_model
+from ..derivatives import check_usable
 from ..errors import InputError
 from ..trees import Selector
 from ._taint import Outside
 from ._trace import CannotFollowError
-from .detect import check_usable, trace
+from .detect import trace
 
 _NAMED = 5
 
