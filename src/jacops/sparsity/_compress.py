@@ -19,7 +19,7 @@ from ..space import Space
 from ._coloring import Coloring, reading
 from ._matrix import Csr, csr
 from ._pool import Array
-from ._probe import Floats, Verdict, draw, judged
+from ._probe import Floats, Prober, Verdict, draw, judged
 
 _CHUNK_ENTRIES = 2**24
 _CHUNK_ROWS = 64
@@ -194,13 +194,6 @@ class Compressed:
     bound: float
     sweeps: int
 
-    def with_more(self, more: Verdict) -> Compressed:
-        """Return the same with the larger excess of the probes so far and one more."""
-        if self.verdict is None or more.excess <= self.verdict.excess:
-            return replace(self, sweeps=self.sweeps + 1)
-        verdict = replace(self.verdict, excess=more.excess, column=more.column)
-        return replace(self, verdict=verdict, sweeps=self.sweeps + 1)
-
 
 def compress(
     sweeper: Sweeper,
@@ -208,8 +201,7 @@ def compress(
     coloring: Coloring,
     column_of: Array,
     certify: int,
-    divisors: Floats | None = None,
-    limit: float = 0.0,
+    prober: Prober,
 ) -> Compressed:
     r"""Return the matrix, certified by random probes in the same batch of sweeps.
 
@@ -222,15 +214,15 @@ def compress(
         assembly: How they become the matrix.
         coloring: Which of them to take.
         column_of: Which column of the matrix each column of the sweeper copies.
-        certify: Number of probes.
-        divisors: What the probes are divided by.
-        limit: The excess of a probe below which it needs not be known exactly.
+        certify: Number of probes; a single one is divided by the sizes of the rows, as far as they are known.
+        prober: What the probes are judged by.
     """
     m, n = sweeper.shape
     many = coloring.pulls + coloring.pushes + certify
     ensure_fits(
         "sparse", {f"{many} sweeps": many * (m + n) * sweeper.columns.element_size()}, None, sweeper.rows.device, _TODO
     )
+    divisors = prober.divisors if certify == 1 else None
     apart = certify == 1  # with several, numbers near zero do not meet in one row, and the bound is that of normal ones
     probes = [draw(sweeper.rows, m, _SEED + i, divisors, apart) for i in range(certify)]
     start = seeds(coloring.rows, sweeper.rows)
@@ -243,8 +235,28 @@ def compress(
     sweeps = len(start) + len(forward)
     if pulled is None or not probes:
         return Compressed(values, matrix, None, math.nan, sweeps)
-    verdict = judged(matrix, probes, pulled[coloring.pulls :], column_of, limit)
+    verdict = judged(matrix, probes, pulled[coloring.pulls :], column_of, prober.tolerance)
     return Compressed(values, matrix, verdict, verdict.rms * probe_factor(certify), sweeps)
+
+
+def probed_by_rows(
+    sweeper: Sweeper,
+    found: Compressed,
+    column_of: Array,
+    prober: Prober,
+    used: Floats | None = None,
+    importance: Floats | None = None,
+) -> Compressed:
+    """Return the same with one more probe, where rows differ so much from `used` that the first were blind to some.
+
+    Its verdict has the larger excess of the probes so far and of that one.
+    """
+    if found.verdict is None or not prober.outdated(found.matrix, used, importance):
+        return found
+    more = probed(sweeper, found.matrix, column_of, prober.divisors, prober.tolerance)
+    worse = more if more.excess > found.verdict.excess else found.verdict
+    verdict = replace(found.verdict, excess=worse.excess, column=worse.column)
+    return replace(found, verdict=verdict, sweeps=found.sweeps + 1)
 
 
 def probed(

@@ -103,28 +103,16 @@ def _same(tracer: Tracer, call: TracedCall) -> Any:
 
 
 def _where(tracer: Tracer, call: TracedCall) -> Any:
-    condition, *branches = call.args
+    """Follow `where`, and what is filled under a mask, which is one."""
+    named, shape = call.named, call.outs[0].shape
+    condition, *branches = call.args if call.base == "where" else (named[k] for k in ("mask", "value", "self"))
     if len(branches) != 2:
         raise NotImplementedError
     a, b = (tracer.ids(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.int64) for x in branches)
     if tracer.is_open(condition):
-        return tracer.union([a.numpy(), b.numpy(), tracer.ids(condition).numpy()], call.outs[0].shape)
-    return _or(tracer, torch.where(condition.cpu(), a, b), condition)
-
-
-def _masked_fill(tracer: Tracer, call: TracedCall) -> Any:
-    named = call.named
-    value, mask = named["value"], named["mask"]
-    filled = tracer.ids(value) if isinstance(value, Tensor) else torch.zeros((), dtype=torch.int64)
-    if tracer.is_open(mask):
-        return tracer.union([filled.numpy(), tracer.array(named["self"]), tracer.array(mask)], call.outs[0].shape)
-    return _or(tracer, torch.where(mask.cpu(), filled, tracer.ids(named["self"])), mask)
-
-
-def _or(tracer: Tracer, ids: Tensor, condition: Tensor) -> Any:
-    """Add what the condition itself depends on, which is nothing in a backward pass that is linear."""
-    extra = tracer.read(condition)
-    return ids if extra is None else tracer.union([ids.numpy(), extra.numpy()], ids.shape)
+        return tracer.union([a.numpy(), b.numpy(), tracer.ids(condition).numpy()], shape)
+    # What the condition itself depends on is nothing in a backward pass that is linear.
+    return tracer.union([torch.where(condition.cpu(), a, b).numpy(), tracer.ids(condition).numpy()], shape)
 
 
 def _pointwise(tracer: Tracer, call: TracedCall) -> Any:
@@ -251,7 +239,7 @@ def _matrices(tracer: Tracer, call: TracedCall) -> Any:
 
 _OWN: dict[str, Rule] = {
     "where": _where,
-    "masked_fill": _masked_fill,
+    "masked_fill": _where,
     "fill": _fill,
     "cumsum": _cumsum,
     "_softmax_backward_data": _softmax_backward,

@@ -213,7 +213,9 @@ class Tracer(TorchDispatchMode):
             out = func(*args, **call.kwargs)
             if self.taint is not None:
                 self.taint.passes(func, call.args, call.kwargs, out)
-            self._clear(call)
+            for tensor in tree_leaves(call.kwargs.get("out")):  # written over by values without sets
+                if isinstance(tensor, Tensor) and self.tracks(tensor):
+                    self.write(tensor, 0)
             return out
         self._calls += 1
         if self._calls % _PURGE_EVERY == 0:
@@ -262,13 +264,6 @@ class Tracer(TorchDispatchMode):
                 array = np.where((out.detach() == 0).cpu().numpy() & (self.pool.sizes(array) == 1), 0, array)
             kept.append(array)
         return kept
-
-    def _clear(self, call: TracedCall) -> None:
-        """Values without sets that are written into a storage replace what it held."""
-        out = call.kwargs.get("out")
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and self.tracks(tensor):
-                self.write(tensor, 0)
 
     def _follow(self, call: TracedCall, rule: Rule | None, out: Any) -> None:
         leaves = tree_leaves(out)

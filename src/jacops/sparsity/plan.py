@@ -19,7 +19,7 @@ from ..derivatives import Wrt
 from ..errors import DataError, InputError, NotDifferentiableError, warn
 from ..trees import Selector
 from . import storage
-from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
+from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed, probed_by_rows
 from ._declared import check_declared
 from ._matrix import Csr, csr, sp
 from ._point import RecordedPoint, gradients_agree, record_point
@@ -182,13 +182,8 @@ class SparsePlan:
         sweeper = Sweeper.on(point.lin)
         prober = self._probes(sweeper)
         used = prober.divisors if certify == 1 else None
-        found = compress(
-            sweeper, self.assembly, self._scheme.coloring, self._column_of, certify, used, prober.tolerance
-        )
-        if found.verdict is not None and prober.outdated(found.matrix, used, importance):
-            more = self._probed(found, sweeper, prober.divisors)
-            found = found.with_more(more)
-        return found
+        found = compress(sweeper, self.assembly, self._scheme.coloring, self._column_of, certify, prober)
+        return probed_by_rows(sweeper, found, self._column_of, prober, used, importance)
 
     def _probed(self, found: Compressed, sweeper: Sweeper, divisors: Floats | None) -> Verdict:
         return probed(sweeper, found.matrix, self._column_of, divisors, self._probes(sweeper).tolerance)
