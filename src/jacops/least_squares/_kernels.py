@@ -43,17 +43,22 @@ class Kernel(ABC):
         """Return value, first and second derivative."""
 
 
+@dataclass(frozen=True)
+class _Scaled(Kernel):
+    """A kernel with a scale."""
+
+    delta: float = 1.0
+
+
 @final
 @dataclass(frozen=True)
-class Huber(Kernel):
+class Huber(_Scaled):
     r"""$s$ up to $\delta^2$, then $2\delta\sqrt{s} - \delta^2$ (Huber, 1964); SciPy's `huber` with `f_scale=delta`.
 
     Example:
         >>> Huber()(np.array([0.25, 4.0]))[0]
         array([0.25, 3.  ])
     """
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -65,10 +70,8 @@ class Huber(Kernel):
 
 @final
 @dataclass(frozen=True)
-class PseudoHuber(Kernel):
+class PseudoHuber(_Scaled):
     r"""$2\delta^2(\sqrt{1 + s/\delta^2} - 1)$ (Charbonnier et al., 1997); SciPy's `soft_l1` with `f_scale=delta`."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -78,10 +81,8 @@ class PseudoHuber(Kernel):
 
 @final
 @dataclass(frozen=True)
-class SoftLOne(Kernel):
+class SoftLOne(_Scaled):
     r"""$2(\sqrt{1 + \delta^2 s} - 1)$, PyPose's formula; SciPy's `soft_l1` is `PseudoHuber(f_scale)`."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -92,10 +93,8 @@ class SoftLOne(Kernel):
 
 @final
 @dataclass(frozen=True)
-class Cauchy(Kernel):
+class Cauchy(_Scaled):
     r"""$\delta^2 \ln(1 + s/\delta^2)$; SciPy's `cauchy` with `f_scale=delta`."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -106,10 +105,8 @@ class Cauchy(Kernel):
 
 @final
 @dataclass(frozen=True)
-class Arctan(Kernel):
+class Arctan(_Scaled):
     r"""$\delta^2 \arctan(s/\delta^2)$; SciPy's `arctan` with `f_scale=delta`."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -150,10 +147,8 @@ class Tolerant(Kernel):
 
 @final
 @dataclass(frozen=True)
-class Scale(Kernel):
+class Scale(_Scaled):
     r"""$\delta s$: the block counts `delta` times."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""

@@ -74,23 +74,17 @@ def run(
     """Run steps until a rule is met; without a strategy every Gauss-Newton step is taken whole."""
     # Numbers that are not finite are looked for, and end a step.
     with NumericWarningsIgnored("divide", "over", "under", "invalid"):
-        return _run(problem, solver, strategy, rules, progress)
-
-
-def _run(
-    problem: FitProblem, solver: StepSolver, strategy: Strategy | None, rules: StoppingCriteria, progress: bool | None
-) -> Outcome:
-    loop = _Loop(problem, solver, strategy, rules)
-    stop = loop.settled(loop.at_rest(), None)
-    if stop is None:
-        for _ in track(range(rules.max_steps), problem.call, enabled=progress):
-            stop = loop.step()
-            if stop is not None or len(loop.log) >= rules.max_steps:
-                break
-    stop = stop or loop.unmet("max_steps", f"{rules.max_steps} steps were not enough")
-    if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first + loop.point.floor:
-        stop = Stop("diverged", f"the objective ended above its start; {_CAREFUL}")
-    return Outcome(loop.point, stop, loop.log)
+        loop = _Loop(problem, solver, strategy, rules)
+        stop = loop.settled(loop.at_rest(), None)
+        if stop is None:
+            for _ in track(range(rules.max_steps), problem.call, enabled=progress):
+                stop = loop.step()
+                if stop is not None or len(loop.log) >= rules.max_steps:
+                    break
+        stop = stop or loop.unmet("max_steps", f"{rules.max_steps} steps were not enough")
+        if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first + loop.point.floor:
+            stop = Stop("diverged", f"the objective ended above its start; {_CAREFUL}")
+        return Outcome(loop.point, stop, loop.log)
 
 
 class _Loop:

@@ -122,25 +122,26 @@ class Residuals:
 
     def corrected(self, outputs: Sequence[Tensor], J: Any) -> tuple[float, np.ndarray, Any]:
         """Return the objective, and residual and Jacobian weighted and corrected; `J` may be overwritten."""
-        total, parts, start = 0.0, [], 0
-        scales: list[np.ndarray] = []
+        total, start = 0.0, 0
+        residuals, rows = [], []
         for term, output in zip(self.terms, outputs, strict=True):
-            rows, r = slice(start, start + term.rows), term.weighted(output)
+            where, r = slice(start, start + term.rows), term.weighted(output)
             start += term.rows
-            factor = along = None
-            blocks = r.reshape(-1, term.width)
+            part = J[where] if term.root is None else _times(term.root, J[where])
             if term.kernel is None:
                 total += float(r @ r) / 2
             else:
+                blocks = r.reshape(-1, term.width)
                 cost, fixed, factor, along = correction(term.kernel, blocks, self.second_order)
                 total, r = total + cost, fixed.reshape(-1)
-            parts.append(r)
+                if along is not None:
+                    part = part - block_diagonal([along[:, :, None]]) @ (block_diagonal([blocks[:, None]]) @ part)
+                part = _times(np.repeat(factor, term.width), part)
+            residuals.append(r)
+            rows.append(part)
             if isinstance(J, np.ndarray):
-                _scale_dense(J[rows], term, factor, along, blocks)
-            else:
-                scales.append(_matrices(term, factor, along, blocks))
-        residual = np.concatenate(parts)
-        return total, residual, J if isinstance(J, np.ndarray) else _scale_sparse(J, scales)
+                J[where] = part
+        return total, np.concatenate(residuals), J if isinstance(J, np.ndarray) else csr(sp.vstack(rows))
 
 
 def array(output: Tensor) -> np.ndarray:
@@ -148,44 +149,15 @@ def array(output: Tensor) -> np.ndarray:
     return output.detach().as_subclass(Tensor).reshape(-1).to("cpu", torch.float64).numpy()
 
 
-def _scale_dense(
-    J: np.ndarray, term: Term, factor: np.ndarray | None, along: np.ndarray | None, blocks: np.ndarray
-) -> None:
-    if term.root is not None and term.root.ndim == 1:
-        J *= term.root[:, None]
-    elif term.root is not None:
-        J[:] = np.matmul(term.root, J.reshape(len(term.root), -1, J.shape[1])).reshape(J.shape)
-    if factor is not None and along is not None:
-        view = J.reshape(*blocks.shape, J.shape[1])
-        view -= along[:, :, None] * np.einsum("kd,kdn->kn", blocks, view)[:, None]
-    if factor is not None:
-        J *= np.repeat(factor, term.width)[:, None]
-
-
-def _matrices(term: Term, factor: np.ndarray | None, along: np.ndarray | None, blocks: np.ndarray) -> np.ndarray:
-    """Return what multiplies a term's rows: per row `(rows,)`, or per block `(blocks, d, d)`."""
-    root: Any = np.ones(term.rows) if term.root is None else term.root
-    if factor is None:
-        return root
-    if along is None and root.ndim == 1:
-        return root * np.repeat(factor, term.width)
-    width = term.width
-    if along is None:
-        turn = np.broadcast_to(np.eye(width), (len(blocks), width, width)) * factor[:, None, None]
-    else:
-        turn = factor[:, None, None] * (np.eye(width) - along[:, :, None] * blocks[:, None])
-    if root.ndim == 1:
-        return turn * root.reshape(len(blocks), 1, width)
-    if root.shape[1] != width:  # one matrix over a vector of entries
-        return np.einsum("ki,kij->kij", turn.reshape(1, -1), root)
-    return turn @ root
-
-
-def _scale_sparse(J: Any, scales: list[np.ndarray]) -> Any:
-    if all(s.ndim == 1 for s in scales):
-        J.data = J.data * np.repeat(np.concatenate(scales), np.diff(J.indptr))
-        return J
-    return csr(block_diagonal(scales) @ J)
+def _times(left: np.ndarray, J: Any) -> Any:
+    """Return numbers per row `(rows,)`, or matrices per block `(blocks, d, d)`, times rows of a Jacobian."""
+    if left.ndim == 1 and isinstance(J, np.ndarray):
+        return left[:, None] * J
+    if left.ndim == 1:
+        return csr((J.data * np.repeat(left, np.diff(J.indptr)), J.indices, J.indptr), shape=J.shape)
+    if not isinstance(J, np.ndarray):
+        return csr(block_diagonal([left]) @ J)
+    return np.matmul(left, J.reshape(len(left), -1, J.shape[1])).reshape(J.shape)
 
 
 def block_diagonal(parts: Sequence[np.ndarray]) -> Any:
