@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -224,15 +225,10 @@ def _contracted(nest: Nest, some: Blocks, weights: list[Tensor], leaves: Sequenc
         total = torch.zeros_like(leaf)
         for grid, weight in zip(some, weights, strict=True):
             for row, direction in zip(grid, directions, strict=True):
-                parts = (_wide(row[b]), _wide(weight), _wide(direction))
-                kind = torch.promote_types(parts[0].dtype, parts[2].dtype)
-                m = leaf.shape[0]
-                factors = parts[1].reshape(m, -1, 1) * parts[2].reshape(m, 1, -1).to(kind)
-                total += (
-                    torch.bmm(factors.reshape(m, 1, -1), parts[0].to(kind).reshape(m, -1, row[b].shape[3]))
-                    .reshape(leaf.shape)
-                    .to(total.dtype)
-                )
+                parts = [*(_wide(t).reshape(len(leaf), -1) for t in (weight, direction)), _wide(row[b])]
+                kind = reduce(torch.promote_types, (part.dtype for part in parts))
+                found = torch.einsum("no,na,noab->nb", *(part.to(kind) for part in parts))
+                total += found.reshape(leaf.shape).to(total.dtype)
         result.append(total)
     return result
 
