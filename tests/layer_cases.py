@@ -68,7 +68,7 @@ class Residual(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Padding, dilation, groups, strides, norms, a gate without a rule, a convolution along one axis."""
+    """Padding, dilation, groups, strides, norms, a gate, a convolution along one axis."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,9 +25,20 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_requirements",
     },  # 0 ground
     {"_runtime", "_ladder", "_torch", "_jax"},  # backends
-    {"operators", "derivatives", "per_sample", "fisher", "second_order", "sparsity", "charts", "projections"},  # 1
+    {
+        "operators",
+        "_framework",
+        "_recorded_loss",
+        "derivatives",
+        "per_sample",
+        "fisher",
+        "second_order",
+        "sparsity",
+        "charts",
+        "projections",
+    },  # 1
     {"solvers", "estimators", "planning", "checks"},  # 2 methods
-    {"data", "_picks", "objective", "_jax_objective", "_reduction", "problem"},  # 3 problem
+    {"data", "_picks", "objective", "_torch_objective", "_framework_objective", "_reduction", "problem"},  # 3 problem
     {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
     {"__init__"},
 ]
@@ -145,11 +156,24 @@ def test_the_torch_backend_is_built_in_layers() -> None:
     assert not ground, "\n".join(ground)
 
 
-def test_only_the_protocol_is_imported_from_outside_the_torch_backend() -> None:
+def test_only_the_protocols_are_imported_from_outside_the_backends() -> None:
     strays = [
-        f"{found.where}: import it from jacops._torch.protocol"
+        f"{found.where}: import it from {inside}protocol"
         for module, to, found in INNER
-        if part(module) != "_torch" and to.startswith("jacops._torch.") and to != "jacops._torch.protocol"
+        for inside in ("jacops._torch.", "jacops._jax.")
+        if not module.startswith(inside) and to.startswith(inside) and to != f"{inside}protocol"
+    ]
+    assert not strays, "\n".join(strays)
+
+
+def test_operations_are_named_in_the_tables_of_rules_alone() -> None:
+    homes = ("layers.rules.", "sweeps.node_rules", "sweeps.linear_nodes", "bias.")
+    strays = [
+        f"{FILES[module].relative_to(SRC)}:{node.lineno}: {node.value}"
+        for module, tree in TREES.items()
+        if module.startswith("jacops._torch.") and not f"{module.removeprefix('jacops._torch.')}.".startswith(homes)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and str(node.value).endswith("Backward0")
     ]
     assert not strays, "\n".join(strays)
 

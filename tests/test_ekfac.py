@@ -390,15 +390,15 @@ def test_float32_is_float64_to_rounding() -> None:
 
 @pytest.mark.parametrize("lie", ["batched", "always"])
 def test_gradients_that_disagree_with_plain_sweeps_are_not_used(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jacops._torch.routes import kronecker
+    from jacops._torch.layers import factors
 
-    truth = kronecker.cotangents
+    truth = factors.cotangents
 
     def lying(*args: Any, batched: bool = False, **kwargs: Any) -> Any:
         return tuple(1.01 * c if batched or lie == "always" else c for c in truth(*args, batched=batched, **kwargs))
 
     exact = problem("mlp").ggn()
-    monkeypatch.setattr(kronecker, "cotangents", lying)
+    monkeypatch.setattr(factors, "cotangents", lying)
     found = EKFAC().approximate(exact)
     torch.testing.assert_close(found.eigenvalues.sum(), exact.dense().trace(), rtol=1e-10, atol=0)
     assert (found.coverage["kronecker"] > 0) == (lie == "batched")
@@ -437,19 +437,15 @@ def test_unknown_options_are_refused(options: Any) -> None:
 def test_losses_without_positive_curvature_by_samples_are_refused(loss: Any, names: str) -> None:
     A = problem("mlp").ggn()
     own = Problem(settled(mlp()), loss, [(MODELS["mlp"][1], targets())])
-    object.__setattr__(A, "problem", _Bare(own))
+    object.__setattr__(A, "problem", _unchecked(own))
     with pytest.raises(InputError, match=names):
         EKFAC().approximate(A)
 
 
-class _Bare:
-    """A problem whose loss is not held against its reduction."""
-
-    def __init__(self, of: Problem) -> None:
-        self.objective, self.batches = of.objective, of.batches
-
-    def term(self, batch: Any) -> tuple[Any, float]:
-        return self.objective, 1.0
+def _unchecked(own: Problem) -> Problem:
+    """Return a problem whose loss is not held against its reduction."""
+    own._denominator = float(own.rows)
+    return own
 
 
 def test_data_that_are_not_finite_are_named() -> None:
@@ -458,7 +454,7 @@ def test_data_that_are_not_finite_are_named() -> None:
     bad = x.clone()
     bad[4, 1] = torch.inf
     own = Problem(settled(mlp()), CROSS_ENTROPY, [(bad, targets())])
-    object.__setattr__(A, "problem", _Bare(own))
+    object.__setattr__(A, "problem", _unchecked(own))
     with pytest.raises(NonFiniteError):
         EKFAC().approximate(A)
 

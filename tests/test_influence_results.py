@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from jacops import TorchTwiceDifferentiable, compute_influence_factors, compute_influences, self_influences
+from jacops._picks import picked
 from jacops.errors import InputError, SolveError
-from jacops.objective import picked
 from small import batches, draw, settled, small_net
 
 X, Y = draw(12, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1])

@@ -11,7 +11,7 @@ from jacops._ladder.plan import Cost, Memory
 from jacops._torch.routes import whole_matrix
 from jacops._torch.routes.whole import BlocksMatchPlain
 from jacops._torch.routes.whole_ask import WholeAsk, WholeBlocks
-from jacops._torch.samples import batch, routes
+from jacops._torch.samples import batch, plan, routes
 from jacops._torch.samples.ask import BatchAsk
 from jacops._torch.samples.batch import Samples
 from jacops._torch.samples.independent import SamplesIndependent
@@ -56,7 +56,7 @@ class Table:
 
 def with_route(monkeypatch: pytest.MonkeyPatch, route: object) -> None:
     tuple_with_it = (route, *routes.BY_SAMPLES)
-    for module in (batch, _samples):
+    for module in (batch, plan, _samples):
         monkeypatch.setattr(module, "BY_SAMPLES", tuple_with_it)
 
 
@@ -67,9 +67,9 @@ def described(model: nn.Module, x: Tensor, **options: str) -> str:
 def test_a_route_that_is_added_is_planned_and_described(monkeypatch: pytest.MonkeyPatch) -> None:
     with_route(monkeypatch, Table())
     model, x = net(), draw(6, 4)
-    plan = jacops.plan(jacops.compute_jacobian, model, x)
-    assert plan.chosen.name == "table"
-    assert "→ table" in repr(plan)
+    found = jacops.plan(jacops.compute_jacobian, model, x)
+    assert found.chosen.name == "table"
+    assert "→ table" in repr(found)
     close(jacops.compute_jacobian(model, x), oracle.input_jacobian(model, x))
     assert "read from a table" in described(model, x)
 

@@ -301,7 +301,7 @@ def test_batches_add_up_in_place(name: str, verb: str) -> None:
     ]
     total = torch.zeros(operators[0][0].shape, dtype=torch.float64)
     for operator, weight in operators:
-        operator._add(total, weight, Headroom(), half=True)
+        operator._add(total, weight, operator._fill_route(Headroom()), half=True)
     expected = torch.stack([weight * by_products(operator) for operator, weight in operators]).sum(0)
     close(mirror(total), expected)
 

@@ -17,12 +17,12 @@ from jacops._torch.sweeps.record import record_model
 from layer_cases import MODELS, model_of
 from small import Calls, close, draw
 
-LEFT = {
-    *("one sample", "convolutions", "a product of weights", "an entry per sample", "a weight of weights"),
-    "no layer at all",
-}
-TAKEN_OF_ZOO = ("mlp_relu", "mlp_layernorm", "conv_batchnorm_eval", "squeezed", "inplace_first", "gpt2", "mlp_bfloat16")
-LEFT_OF_ZOO = ("conv_batchnorm_train", "samples_mixed", "weight_norm", "prelu", "embedding_bag", "tuple_output")
+LEFT = {"one sample", "an entry per sample", "no layer at all"}
+TAKEN_OF_ZOO = (
+    *("mlp_relu", "mlp_layernorm", "conv_batchnorm_eval", "squeezed", "inplace_first", "gpt2", "mlp_bfloat16"),
+    *("weight_norm", "prelu"),
+)
+LEFT_OF_ZOO = ("conv_batchnorm_train", "samples_mixed", "embedding_bag", "tuple_output")
 
 
 def by_layers(lin: Linearization) -> WholeBlocks | None:

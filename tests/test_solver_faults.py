@@ -459,7 +459,7 @@ def test_none_leaves_of_a_jax_tree_are_passed_on(jax: Any) -> None:
     gradient = wrapped.grad(x, y, create_graph=True)
     whole = wrapped.mvp(gradient, np.ones(10), params)  # the whole tree, None leaves included
     assert np.array_equal(whole, wrapped.mvp(gradient, np.ones(10), wrapped.parameters))
-    assert jax.tree_util.tree_structure(wrapped.objective.params) == jax.tree_util.tree_structure(params)
+    assert jax.tree_util.tree_structure(wrapped.model.params) == jax.tree_util.tree_structure(params)
 
 
 def test_nothing_warns_in_a_plain_run() -> None:

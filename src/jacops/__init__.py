@@ -67,7 +67,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Load what needs JAX (extra `jax`) when it is asked for."""
-    if name not in ("JaxTensorUtilities", "JaxTwiceDifferentiable"):
+    if name not in ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from .influence import _jax

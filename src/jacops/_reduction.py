@@ -18,7 +18,7 @@ from .errors import InputError, JacopsError, NonFiniteError
 from .space import Space
 from .trees import flatten
 
-_ROWS = 8
+FEW_ROWS = 8
 _TOLERANCE = 1e-3  # a sum taken for a mean is off by a factor of the rows; the order of summation by some rounding
 _ROUNDINGS = 16  # of low precisions, where rounding exceeds that
 
@@ -30,8 +30,6 @@ class Reduced(Protocol):
 
     @property
     def space(self) -> Space: ...
-
-    def settle(self, batch: Batch) -> None: ...
 
     def denominators(self, y: Any, rows: int) -> Tensor: ...
 
@@ -50,9 +48,8 @@ def check_reduction(objective: Reduced, batch: Batch) -> None:
         InputError: The loss does not reduce a batch as the objective says, or does not take one row alone.
         NonFiniteError: A loss is NaN or Inf.
     """
-    few = min(batch.rows, _ROWS)
+    few = min(batch.rows, FEW_ROWS)
     some = batch.part(slice(0, few))
-    objective.settle(some)
     allowed = max(_TOLERANCE, _ROUNDINGS * torch.finfo(objective.space.dtype).eps)
     found = _compared(objective, some, objective.value)
     if found.scale and found.gap <= allowed * found.scale:

@@ -20,13 +20,14 @@ def check_whole(name: str, value: Any, least: int) -> None:
         raise InputError.of(name, repr(value), usual.get(least, f"a whole number from {least} on is needed"))
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Refuse what is not a positive whole number.
+def check_positive(name: str, value: Any) -> int:
+    """Return a positive whole number.
 
     Raises:
-        InputError: It is not.
+        InputError: It is not one.
     """
     check_whole(name, value, 1)
+    return value
 
 
 def check_number(name: str, value: Any, *, zero: bool = False) -> None:
@@ -43,8 +44,8 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> None:
         raise InputError.of(name, repr(value), needed)
 
 
-def check_choice(name: str, value: Any, known: Collection[Any], more: str = "") -> None:
-    """Refuse what is not one of the known words.
+def check_choice(name: str, value: Any, known: Collection[Any], more: str = "") -> Any:
+    """Return what is one of the known words.
 
     Args:
         name: The argument.
@@ -57,6 +58,7 @@ def check_choice(name: str, value: Any, known: Collection[Any], more: str = "") 
     """
     if value not in known:
         raise InputError.of(name, repr(value), f"one of {', '.join(map(repr, known))}{more} is needed")
+    return value
 
 
 def check_kind(name: str, value: Any, kind: type | tuple[type, ...], needed: str) -> None:

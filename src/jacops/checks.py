@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
+from ._recorded_loss import check_usable, trainable
 from ._runtime.agreement import inner, size, tolerance
 from ._runtime.contexts import eager, private_noise
 from ._torch.protocol import record_model
-from .derivatives import check_usable, trainable
 from .operators import Operator
 
 

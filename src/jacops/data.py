@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,14 @@ class Batch:
         y: The target.
         rows: How many.
         weights: How much each row counts, `(rows,)`; None where all count alike.
+        place: The data that it is a batch of, and its number there; None for a part of one.
     """
 
     x: Any
     y: Any
     rows: int
     weights: Tensor | None = None
+    place: tuple[Batches, int] | None = field(default=None, repr=False, compare=False)
 
     def part(self, where: slice | Tensor) -> Batch:
         """Return some of the rows."""
@@ -157,7 +159,7 @@ class Batches:
         if weights is not None:
             weights = _checked_weights(weights, rows, number, self.name)
         digest = _digest([*arrays, *([] if weights is None else [weights])])
-        return Batch(tuple(x) if isinstance(x, list) else x, y, rows, weights), digest
+        return Batch(tuple(x) if isinstance(x, list) else x, y, rows, weights, (self, number)), digest
 
     def _unpacked(self, raw: Any, number: int) -> tuple[Any, ...]:
         if self.unpack is not None:

@@ -9,22 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from ._framework import framework_ggn, framework_hessian, recorded
 from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
+from ._recorded_loss import (
+    CurvatureOptions,
+    Loss,
+    OperatorOptions,
+    check_real,
+    check_usable,
+    loss_of_output,
+    record_loss,
+    recordable,
+    trainable,
+)
 from ._requirements import check_choice
 from ._runtime.agreement import size
-from ._runtime.contexts import arithmetic, eager, out_of_inference, private_noise, recording
+from ._runtime.contexts import eager, private_noise
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
     At,
     ByLayers,
-    Linearization,
     Recording,
-    call_loss,
     computed_convex,
     difference_step,
     disagreement,
@@ -35,54 +46,15 @@ from ._torch.protocol import (
     hessian_diagonal,
     hessian_layers,
     is_convex,
+    record_at_outputs,
     record_model,
 )
-from .errors import InputError, InputTypeError, NotDifferentiableError
+from .errors import InputError
 from .operators import LinearizedMap, Operator, Product
 from .operators._finite_results import made_from
 from .trees import Selector, flatten, hint_at_labels
 
-Loss = Callable[[Any, Any], Tensor]
 Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
-
-
-class RecordOptions(TypedDict, total=False):
-    """Options of calls that record a model by its parameters.
-
-    Attributes:
-        parameters: Which parameters, by name and value; those that require grad by default.
-        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
-        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
-    """
-
-    parameters: Callable[[str, Tensor], bool]
-    checks: str
-    fallback: str
-
-
-class CurvatureOptions(RecordOptions, total=False):
-    """Options of calls that take a model with a loss.
-
-    Attributes:
-        outputs: Part of the output that the loss is given, as in `jacobian`.
-    """
-
-    outputs: Selector
-
-
-class OperatorOptions(CurvatureOptions, total=False):
-    """Options of public calls that return an operator made from a model with a loss.
-
-    Attributes:
-        check_finite: Results with NaN or Inf raise.
-    """
-
-    check_finite: bool
-
-
-def trainable(name: str, parameter: Tensor) -> bool:
-    """Say whether a parameter requires grad: the default set for curvature."""
-    return parameter.requires_grad
 
 
 @keywords()
@@ -104,7 +76,7 @@ def jacobian(
     The model runs once, as it stands (train or eval mode), on private copies; products are sweeps over that graph.
 
     Args:
-        model: A module.
+        model: A module, or a `JaxFunction`.
         inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         wrt: `"parameters"` (those that require grad), `"inputs"` (those of floating point), or a function of name and
             parameter that picks parameters.
@@ -134,19 +106,10 @@ def jacobian(
         todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
         raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
     hint_at_labels("jacobian", outputs, inputs)
-    found = record_model(
-        model,
-        inputs,
-        call="jacobian",
-        parameters=picks,
-        outputs=outputs,
-        at=at,
-        checks=checks,
-        fallback=fallback,
-        kept=True,
-    )
+    ladder = {"checks": checks, "fallback": fallback, "kept": True}
+    found = recorded(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, **ladder)
     if allow_zero:
-        real_only(found.lin)
+        check_real(found.lin)
     else:
         check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
     return LinearizedMap(found.lin, found.output)
@@ -164,80 +127,6 @@ def picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
     return trainable if wrt == "parameters" else None
 
 
-def real_only(lin: Linearization) -> None:
-    """Refuse complex outputs and leaves.
-
-    Raises:
-        NotDifferentiableError: There is one.
-    """
-    for space in (lin.domain, lin.codomain):
-        for name, dtype in zip(space.names, space.dtypes, strict=True):
-            if dtype.is_complex:
-                todo = "Use torch.view_as_real, or the calls that return tensors (modjac, jvp)."
-                raise NotDifferentiableError.of(name, f"of dtype {dtype}", "operators are real", todo)
-
-
-def check_usable(lin: Linearization, what: str = "", todo: str = "") -> None:
-    """Refuse what is complex, or does not depend on anything it is differentiated by.
-
-    Args:
-        lin: The linearization.
-        what: How to call its outputs, by default by their names.
-        todo: What the caller can do.
-
-    Raises:
-        NotDifferentiableError: An output or a leaf is complex, or no path leads from any output to any leaf.
-    """
-    real_only(lin)
-    if not lin.is_connected():
-        raise NotDifferentiableError(
-            f"{lin.call}: no path leads from {what or lin.codomain.layout} to any of {lin.domain.layout}; the "
-            f"derivative is zero everywhere.{todo}"
-        )
-
-
-def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
-    """Record the loss of one batch by the parameters that are asked for.
-
-    Raises:
-        InputTypeError: `loss` is not callable or does not return a tensor.
-        InputError: The loss is not one number.
-    """
-    if not callable(loss):
-        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
-    options.setdefault("parameters", trainable)
-    y = _recordable(y, kept=bool(options.get("kept")))
-    found = record_model(
-        model, x, call=call, finish=lambda output: _checked(call_loss(loss, output, y)), purpose=loss, **options
-    )
-    check_usable(found.lin, "the loss")
-    return found
-
-
-@restoring
-def _recordable(y: Any, kept: bool) -> Any:
-    """Return a target whose tensors may take part in a recorded computation, copied where that is kept."""
-    leaves, tree = flatten(y, "y")
-    with arithmetic(True):
-        plain = [out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return tree.build([leaf.clone() if kept and isinstance(leaf, Tensor) else leaf for leaf in plain])
-
-
-def _checked(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        came = f"a {type(value).__name__}"
-        needed = "a tensor with a graph is needed"
-        raise NotDifferentiableError.of("the loss", came, needed, "Drop `.item()` and `float()` from it.")
-    if value.ndim > 0:
-        todo = "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it."
-        raise InputError.of("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed", todo)
-    if not value.is_floating_point():
-        todo = "Take scores rather than labels or counts."
-        came = f"of dtype {value.dtype}"
-        raise NotDifferentiableError.of("the loss", came, "a floating-point number is needed", todo)
-    return value
-
-
 @keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
@@ -249,7 +138,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
     second derivative that a backward drops.
 
     Args:
-        model: A module, differentiated as it stands.
+        model: A module, differentiated as it stands, or a `JaxFunction`.
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
@@ -277,7 +166,24 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
 def _hessian(
     model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
 ) -> LinearizedMap:
+    if is_framework_model(model):
+        return framework_hessian(model, loss, x, y, call, options)
     found = record_loss(model, loss, x, y, call, kept=kept, **options)
+    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, options))
+
+
+def hessian_at(
+    found: Recording, x: Any, y: Any, call: str, gradient: Callable[[dict[str, Tensor]], Tensor]
+) -> LinearizedMap:
+    """Return the Hessian of a recorded loss.
+
+    Args:
+        found: The loss by the parameters.
+        x: The batch that it is of.
+        y: Its target.
+        call: The public call on whose behalf this is done.
+        gradient: Returns the gradient `(P,)` at parameters that are changed by so much, by name.
+    """
     lin = gradient_tape(found, call)
     operator = LinearizedMap(lin, found.output, symmetric=True)
     rows = operator._apply
@@ -285,15 +191,15 @@ def _hessian(
     entries = partial(hessian_diagonal, found.lin, _leading(x, y), rows)
     operator = replace(operator, formed=ByLayers(found.lin, "Hessian by layers", layers, rows, entries, lin.routes))
     if found.lin.graph_info.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in lin.leaves):
-        _spot_check(operator, found, lambda shift: _shifted_gradient(model, loss, x, y, shift, options))
+        _spot_check(operator, found, gradient)
     return operator
 
 
-def _shifted_gradient(
+def shifted_gradient(
     model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: CurvatureOptions
 ) -> Tensor:
-    found = record_loss(model, loss, x, y, "hessian", shift=shift, **options)
-    lin = found.lin
+    """Return the gradient `(P,)` of a loss where parameters are changed by so much, by name."""
+    lin = record_loss(model, loss, x, y, "hessian", shift=shift, **options).lin
     return lin.domain.join(lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)]))[0]
 
 
@@ -307,7 +213,7 @@ def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[d
         moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
         return (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
 
-    step = difference_step(lin.leaves)
+    step = difference_step(found.lin.leaves)
     error = disagreement(operator @ direction, central(step), central, step)
     if error is not None:
         what = "a product with the Hessian and a central difference of gradients"
@@ -347,18 +253,21 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
     return _ggn(model, loss, x, y, "ggn", options, kept=True)
 
 
-@restoring
 def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
     options.setdefault("parameters", trainable)
-    found = record_model(model, x, call=call, kept=kept, **options)
-    real_only(found.lin)
+    if is_framework_model(model):
+        return framework_ggn(model, loss, x, y, call, options)
+    return ggn_at(record_model(model, x, call=call, kept=kept, **options), loss, y, call, kept)
+
+
+@restoring
+def ggn_at(found: Recording, loss: Loss, y: Any, call: str, kept: bool = True) -> Operator:
+    """Return the generalised Gauss-Newton matrix at a recorded output; a target is copied where the result is kept."""
+    check_real(found.lin)
     J = LinearizedMap(found.lin, found.output)
-    with recording():
-        leaves = [o.detach().requires_grad_() for o in found.lin.outputs]
-        value = _checked(call_loss(loss, found.tree.build([leaf.clone() for leaf in leaves]), _recordable(y, kept)))
-    names = found.lin.codomain.names
-    outer = Linearization(leaves, [value], leaf_names=names, output_names=["loss"], call=call, private=True)
-    H = LinearizedMap(gradient_tape(Recording(outer, flatten(value, "loss")[1], value), call), value, symmetric=True)
+    y = recordable(y, kept)
+    outer = record_at_outputs(found, loss_of_output(loss, y), loss, call)
+    H = LinearizedMap(gradient_tape(outer, call), outer.output, symmetric=True)
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
     )

@@ -6,6 +6,7 @@ J_n$, $u = -\nabla_f \log p(y \mid f_n)$, in the scale of the loss: $w$ is one o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Unpack, final
@@ -13,8 +14,10 @@ from typing import Any, Literal, Unpack, final
 import torch
 from torch import Tensor, nn
 
+from ._framework import framework_ggn_at, recorded
 from ._keywords import keywords
-from ._requirements import check_choice, check_positive, check_whole
+from ._ladder.protocol import is_framework_model
+from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, trainable
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
 from ._torch.protocol import (
@@ -25,15 +28,15 @@ from ._torch.protocol import (
     known_likelihood,
     label_like,
     likelihood_of,
-    record_model,
     row_scale,
 )
-from .derivatives import CurvatureOptions, Loss, OperatorOptions, ggn, trainable
+from .derivatives import ggn_at
 from .errors import InputError, InputTypeError
 from .operators import LinearizedMap, Operator, Scaled
 from .operators._finite_results import made_from
 from .per_sample import sample_gradients
 from .space import Space
+from .trees import output_leaves
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
 KINDS = ("exact", "monte_carlo", "empirical")
@@ -76,7 +79,7 @@ def fisher(
     multiple. A loss that is none counts one term a row in `"empirical"`, one for all if `loss.reduction` is `"sum"`.
 
     Args:
-        model: A module.
+        model: A module, or a `JaxFunction`, whose losses are compared so.
         loss: `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, their functional forms, or a loss that
             computes the same; any loss of one number for `"empirical"`.
         x: The model's input, as in `jacobian`.
@@ -104,61 +107,86 @@ def fisher(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    check_choice("kind", kind, KINDS)
-    check_positive("samples", samples)
-    check_whole("first", first, 0)
-    options.setdefault("parameters", trainable)
-    return batch_fisher(model, RowLosses(loss), x, y, kind, samples, Draws(seed, first), options)
+    if kind not in KINDS:
+        raise InputError.of("kind", repr(kind), "'exact', 'monte_carlo' or 'empirical' is needed")
+    for name, value, least in (("samples", samples, 1), ("first", first, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            needed = "a positive whole number is needed" if least else "a whole number that is not negative is needed"
+            raise InputError.of(name, repr(value), needed)
+    losses, asked = RowLosses(loss), CurvatureOptions(parameters=trainable) | options
 
+    def record() -> Any:
+        return recorded(model, x, call="fisher", kept=True, **asked)
 
-def batch_fisher(
-    model: nn.Module,
-    losses: RowLosses,
-    x: Any,
-    y: Any,
-    kind: str,
-    samples: int,
-    draws: Draws,
-    options: CurvatureOptions,
-) -> Operator:
-    """Return the Fisher matrix of a batch, as `fisher` does, for a loss whose reduction is known."""
     if kind == "empirical":
-        return _empirical(model, losses, x, y, options)
+        return empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **asked), record)
+    return fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
+
+
+def fisher_at(
+    model: Any, losses: RowLosses, y: Any, kind: str, samples: int, draws: Draws, record: Callable[[], Any]
+) -> Operator:
+    """Return the Fisher matrix of a batch, `"exact"` or by drawn labels, for a loss whose reduction is known.
+
+    Args:
+        model: The model.
+        losses: Of the batch's rows.
+        y: Its target, if there is one.
+        kind: Which.
+        samples: Labels per prediction.
+        draws: Where those come from.
+        record: Records the model's output by the parameters.
+    """
     _refuse_weights(losses.loss, kind)
+    found = record()
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
-        return ggn(model, losses.scalar, x, y, check_finite=False, **options)  # checked as a whole
-    found = record_model(model, x, call="fisher", kept=True, **options)
-    output = _one_tensor(found.lin.outputs).detach()
-    likelihood = known_likelihood(losses, output, y) or likelihood_of(losses.scalar, [output], found.tree, y)
+        return _ggn_at(model, found, losses, y)
+    output = _one_tensor(output_leaves(found.output)[0]).detach()
+    likelihood = known_likelihood(losses, output, y) or _likelihood(model, found, losses, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)
     if kind == "exact":
-        return ggn(
-            model, losses.scalar, x, label_like(likelihood.kind, output, losses.loss) if y is None else y, **options
-        )
+        labels = label_like(likelihood.kind, output, losses.loss) if y is None else y
+        return _ggn_at(model, found, losses, labels)
     scores = likelihood.draw(output, draws, samples)
     J = LinearizedMap(found.lin, found.output)
     rows = _Scores(found.lin.codomain, scores) @ J
     return Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows))
 
 
-def _empirical(model: nn.Module, losses: RowLosses, x: Any, y: Any, options: CurvatureOptions) -> Operator:
+def empirical_fisher(
+    model: Any, losses: RowLosses, y: Any, gradients: Callable[[], Operator], record: Callable[[], Any]
+) -> Operator:
+    """Return the empirical Fisher matrix of a batch, from the gradients of its rows."""
     if y is None:
         raise InputError.of("y", "None", "an empirical Fisher matrix is made with the data's labels")
-    G = sample_gradients(model, losses.scalar, x, y, **options)  # noqa: N806
+    G: Any = gradients()  # noqa: N806
     rows = G.shape[0]
     if rows == 0:
         raise InputError.of("x", "empty", "a mean over samples needs at least one")
 
     def computed() -> Likelihood | None:
-        found = record_model(model, x, call="fisher", **options)
-        return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
+        return _likelihood(model, record(), losses, y)
 
     terms, total = row_scale(losses, y, rows, computed)
     if bool((terms == terms[0]).all()):
         return float(terms[0]) ** 2 / total * (G.T @ G)
     scaled = G.scaled(terms)
     return 1.0 / total * (scaled.T @ scaled)
+
+
+def _ggn_at(model: Any, found: Any, losses: RowLosses, y: Any) -> Operator:
+    """Return the Gauss-Newton matrix at a recorded output, whatever recorded it."""
+    if is_framework_model(model):
+        return framework_ggn_at(model, found, losses.scalar, y, "ggn")
+    return ggn_at(found, losses.scalar, y, "ggn")
+
+
+def _likelihood(model: Any, found: Any, losses: RowLosses, y: Any) -> Likelihood | None:
+    """Return the likelihood of a loss by its slopes at a recorded output, if it has one."""
+    if is_framework_model(model):
+        return model.likelihood(found, losses.loss, y)
+    return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
 
 
 def _moments(rows: Operator, directions: Tensor) -> tuple[Tensor, Tensor]:

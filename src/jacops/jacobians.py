@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ._finite import check_outputs, is_finite, where_first
+from ._framework import framework_jacobian
 from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
 from ._requirements import check_positive
 from ._runtime.contexts import arithmetic, eager
 from ._runtime.memory import Budget, given_tensors
@@ -33,7 +35,7 @@ from ._torch.protocol import (
 from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
-from .sparsity import sparse_plan
+from .sparsity._remembered import sparse_jacobian
 from .trees import Selector, hint_at_labels
 
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
@@ -67,7 +69,7 @@ def compute_jacobian(
     draw what they would draw for that sample in the caller's random state.
 
     Args:
-        model: A module (its copy is put in eval mode, the caller's is not touched), or a plain function.
+        model: A module (its copy is put in eval mode, not the caller's), a plain function, or a `JaxFunction`.
         x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
         batch_size: Most samples to a sweep; fewer where the budget asks for it.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
@@ -108,6 +110,8 @@ def compute_jacobian(
                 [0.0000, 0.2500]])
     """
     check_positive("batch_size", batch_size)
+    if is_framework_model(model):
+        return framework_jacobian(model, x, outputs, mode, check_finite, at=at, budget=budget, out=out, compile=compile)
     options = {"outputs": outputs, "at": at, "checks": checks, "fallback": fallback, "compile": compile}
     samples = Samples(model, x, call="compute_jacobian", **options)
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
@@ -117,13 +121,9 @@ def compute_jacobian(
         for name, row in zip(names, [] if found.sure else found.blocks, strict=False):
             for block in row:
                 _check_block("compute_jacobian", block, name, "x")
-    rows = []
-    for row in found.blocks:
-        leaves: list[Tensor | None] = [None] * len(found.input_tree.names)
-        for position, block in zip(found.inputs, row, strict=True):
-            leaves[position] = block
-        rows.append(found.input_tree.build(leaves))
-    return found.output_tree.build(rows)
+    places = range(len(found.input_tree.names))
+    rows = (dict(zip(found.inputs, row, strict=True)) for row in found.blocks)
+    return found.output_tree.build([found.input_tree.build([row.get(i) for i in places]) for row in rows])
 
 
 @keywords()
@@ -231,7 +231,7 @@ def modjac(
         trainable_only: Leave frozen parameters out.
         tangent: For LieTensor parameters and outputs: tangent width, without the zero columns of storage width.
         sparse: Return one `torch.sparse_csr` matrix as `flatten` arranges it, in a few coloured sweeps, its pattern
-            detected and checked. Keep a `sparse_plan` to pay for detection once.
+            detected and checked, and kept for the next call with a model of the same graph.
         outputs: Part of the output, as in `compute_jacobian`.
         budget: Bytes that result and working memory may take, as in `compute_jacobian`.
         out: Where to write, as in `compute_jacobian`: of the structure that the result has, one matrix with `flatten`.
@@ -326,10 +326,10 @@ def _refuse_with_sparse(**given: bool) -> None:
 def _sparse(
     model: nn.Module, input: Any, trainable_only: bool, tangent: bool, outputs: Selector, check_finite: bool
 ) -> Tensor:
-    plan = sparse_plan(
-        model, input, wrt=lambda name, p: p.requires_grad or not trainable_only, outputs=outputs, tangent=tangent
-    )
-    found = plan.evaluate(model, input, layout="csr")
+    def wrt(name: str, parameter: Tensor) -> bool:
+        return parameter.requires_grad or not trainable_only
+
+    found = sparse_jacobian(model, input, wrt, "trainable" if trainable_only else "all", outputs, tangent)
     if check_finite:
         _check_block("modjac", found.matrix.values(), "the output", "the parameters")
     return found.matrix

@@ -8,7 +8,10 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from ._framework import asked, sample_rows
 from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
+from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_usable, record_loss, trainable
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
@@ -26,7 +29,6 @@ from ._torch.protocol import (
     record_model,
     row_cotangents,
 )
-from .derivatives import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_usable, record_loss, trainable
 from .errors import InputError, ModelStateError
 from .operators import LayerFactors, Operator
 from .operators._finite_results import made_from
@@ -78,7 +80,7 @@ def sample_gradients(
     products of, found for many samples in one sweep where samples do not mix (which is checked), else one by one.
 
     Args:
-        model: A module in which no module mixes or randomises samples in its mode.
+        model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
         loss: `loss(output, y)`, one number.
         x: A tensor, tuple or mapping of tensors with one leading axis.
         y: A tensor with the same leading axis.
@@ -102,9 +104,23 @@ def sample_gradients(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    seed = checked_seed(randomness, seed)
+    seed, recorded = checked_seed(randomness, seed), CurvatureOptions(parameters=trainable) | options
+    if is_framework_model(model):
+        return sample_rows(model.map_rows(x, y, loss=loss, **asked("sample_gradients", recorded)))
+    return gradients_at(model, loss, x, y, seed, recorded)
+
+
+def gradients_at(
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    seed: int | None,
+    options: CurvatureOptions,
+    record: Callable[[], Recording] | None = None,
+) -> LayerFactors:
+    """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     refuse_mixing_modules(model, random=seed is None)
-    recorded: CurvatureOptions = {"parameters": trainable, **options}
     values, tree = _rows_of((x, y), "x, y")
     inputs = len(flatten(x, "x")[0])
 
@@ -112,10 +128,12 @@ def sample_gradients(
     def alone(values: Sequence[Tensor]) -> Recording:
         one_x, one_y = tree.build(values)
         with seeded(seed), one_row("sample_gradients"):
-            return record_loss(model, loss, one_x, one_y, "sample_gradients", **recorded)
+            return record_loss(model, loss, one_x, one_y, "sample_gradients", **options)
 
-    def together(values: Sequence[Tensor]) -> Recording:
-        return record_model(model, tree.build(values)[0], call="sample_gradients", **recorded)
+    def together(some: Sequence[Tensor]) -> Recording:
+        if record is not None and len(some[0]) == len(values[0]):
+            return record()
+        return record_model(model, tree.build(some)[0], call="sample_gradients", **options)
 
     def cotangents(batch: Recording, values: Sequence[Tensor]) -> list[Tensor | None]:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -124,8 +142,8 @@ def sample_gradients(
         return row_cotangents(batch.lin, loss, values[inputs:], build)
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, alone, together, cotangents, "sample_gradients", _way(recorded), forced)
-    return _factors(model, what, recorded, lambda output, n: Space.flat(n, "rows", output))
+    what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
+    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output))
 
 
 @keywords(RowOptions)
@@ -160,25 +178,42 @@ def sample_jacobians(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    refuse_mixing_modules(model, random=seed is None)
     recorded: RecordOptions = {"parameters": trainable, **options}
+    if is_framework_model(model):
+        return sample_rows(model.map_rows(x, **asked("sample_jacobians", {**recorded, "outputs": outputs})))
+    return jacobians_at(model, x, outputs, seed, recorded)
+
+
+def jacobians_at(
+    model: nn.Module,
+    x: Any,
+    outputs: Selector,
+    seed: int | None,
+    options: RecordOptions,
+    record: Callable[[], Recording] | None = None,
+) -> LayerFactors:
+    """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
+    refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of(x, "x")
     hint_at_labels("sample_jacobians", outputs, x)
 
     @restoring
-    def record(values: Sequence[Tensor]) -> Recording:
+    def alone(some: Sequence[Tensor]) -> Recording:
         with seeded(seed):
-            found = record_model(model, tree.build(values), call="sample_jacobians", outputs=outputs, **recorded)
-        return _one_output(found)
+            made = record_model(model, tree.build(some), call="sample_jacobians", outputs=outputs, **options)
+        return _one_output(made)
+
+    def together(some: Sequence[Tensor]) -> Recording:
+        return alone(some) if record is None or len(some[0]) < len(values[0]) else _one_output(record())
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, record, record, None, "sample_jacobians", _way(recorded), forced)
+    what = Definition(values, alone, together, None, "sample_jacobians", _way(options), forced)
 
     def rows(output: Tensor, n: int) -> Space:
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape
         return Space(("output",), (torch.Size((n, *one)),), (output.dtype,), output.device)
 
-    return _factors(model, what, recorded, rows)
+    return _factors(model, what, options, rows)
 
 
 def _way(options: RecordOptions) -> str:
@@ -219,7 +254,7 @@ def _factors(
 def _no_rows(model: nn.Module, what: Definition, options: RecordOptions) -> LayerFactors:
     named = {n: p for n, p in parameter_names(bare(model)).items() if options.get("parameters", trainable)(n, p)}
     domain = Space.of(named.values(), named)
-    parts = [Rows(p.detach().new_zeros(0, 1, *matrix_shape(p))) for p in named.values()]
+    parts = [Rows(p.detach().new_zeros(0, 1, *matrix_shape(p.shape))) for p in named.values()]
     rows = Space.flat(0, "rows", torch.zeros(0, dtype=domain.dtype, device=domain.device))
     return LayerFactors(parts, domain, rows, route="no samples")
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ._finite import InBatch
+from ._framework_objective import FrameworkObjective
+from ._ladder.protocol import is_framework_model
 from ._picks import Picks
-from ._reduction import check_reduction
+from ._requirements import check_choice
 from ._torch.protocol import Reduction
+from ._torch_objective import TorchObjective
 from .data import Batch, Batches, Unpack
 from .errors import DataError, InputError, InputTypeError, explain
-from .objective import Objective, TorchObjective
+from .objective import Objective
 from .operators import Operator
 from .operators._data import StackOver, SumOver
 from .per_sample import Randomness
@@ -40,6 +43,17 @@ class ProblemOptions(TypedDict, total=False):
     progress: bool | None
 
 
+class BatchPoint(NamedTuple):
+    """A batch, and the objective for it, which keeps what it records of it."""
+
+    batch: Batch
+    objective: Objective
+
+    def gradients(self) -> Operator:
+        """Return the gradients of the rows' own losses."""
+        return self.objective.sample_gradients(self.batch.x, self.batch.y)
+
+
 class Problem:
     r"""A model, its loss and its data, as one objective to differentiate.
 
@@ -49,7 +63,7 @@ class Problem:
     targets and sample weights come out as the whole objective in one batch would.
 
     Args:
-        model: A module, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
+        model: A module, a `JaxFunction`, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
         loss: `loss(output, y)`, as the objective reduces it; left out where `model` brings its own.
         data: A loader of batches in a fixed order; see `Batches` for what a batch may be.
         parameters: Which parameters: None takes those that require grad; name patterns or a function pick others.
@@ -97,6 +111,8 @@ class Problem:
         self.l2 = l2
         self._denominator: float | None = None
         self._convex = False
+        self._kept: dict[tuple[Batches, int], BatchPoint] = {}
+        self.room = _KEPT_BYTES
 
     @property
     def space(self) -> Space:
@@ -119,9 +135,10 @@ class Problem:
             total, first, convex = 0.0, None, True
             for number, batch in enumerate(self.batches()):
                 if first is None:
-                    first = batch
+                    first = self.at(batch)
                     with InBatch(number):
-                        check_reduction(self.objective, batch)
+                        first.objective.check_reduction(first.batch)
+                    self.keep(first)
                 total += float(self.shares(batch).sum())
                 convex = convex and self.objective.is_convex(batch.y)
             if first is None or not total > 0:
@@ -138,14 +155,31 @@ class Problem:
             shares = torch.ones_like(shares)
         return shares if batch.weights is None else shares * batch.weights.to(shares)
 
-    def term(self, batch: Batch) -> tuple[Objective, float]:
-        """Return the objective of one batch and the factor with which it enters the whole."""
+    def at(self, batch: Batch) -> BatchPoint:
+        """Return the objective on a batch; one of the problem's own comes with what an earlier pass kept of it."""
+        if batch.place is None or batch.place[0] is not self.data:
+            return BatchPoint(batch, self.objective)
+        return self._kept.get(batch.place) or BatchPoint(batch, self.objective.on(batch.x))
+
+    def keep(self, point: BatchPoint) -> int:
+        """Keep what was recorded of a batch for later passes, where it fits; return its bytes, 0 if it is not kept."""
+        place, held = point.batch.place, point.objective.held_bytes
+        if place is None or (place not in self._kept and held > self.room):
+            return 0
+        if held and place not in self._kept:
+            self.room -= held
+            self._kept[place] = point
+        return held
+
+    def term(self, batch: Batch) -> tuple[BatchPoint, Objective, float]:
+        """Return a batch's point, its objective with weighted rows, and the factor with which it enters the whole."""
+        mean = self.objective.reduction == "mean" or batch.weights is not None
+        whole = self.denominator if mean else 1.0  # first: it computes by what the loss divides, from the first batch
+        point = self.at(batch)
         if batch.weights is not None:
-            return self.objective.weighted(batch.weights), 1.0 / self.denominator
-        if self.objective.reduction != "mean":
-            return self.objective, 1.0
-        whole = self.denominator  # first: it computes by what the loss divides
-        return self.objective, float(self.objective.denominators(batch.y, batch.rows).sum()) / whole
+            return point, point.objective.weighted(batch.weights), 1.0 / whole
+        own = self.objective.denominators(batch.y, batch.rows).sum() if mean else 1.0
+        return point, point.objective, float(own) / whole
 
     # ---- derivatives of the objective ------------------------------------------------------------------------------
 
@@ -156,7 +190,7 @@ class Problem:
             NonFiniteError: The loss of a batch is NaN or Inf.
         """
         total = 0.0
-        for number, (_, batch, term, factor) in enumerate(self._terms("value")):
+        for number, (_, (batch, _), term, factor) in enumerate(self.terms("value")):
             with InBatch(number):
                 total += factor * term.value(batch.x, batch.y)
         return total + (0.0 if self.ridge is None else 0.5 * float((self.ridge * self.objective.point() ** 2).sum()))
@@ -164,7 +198,7 @@ class Problem:
     def gradient(self) -> Tensor:
         """Return the gradient `(P,)` of the objective, its quadratic term included."""
         total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        for number, (_, batch, term, factor) in enumerate(self._terms("gradient")):
+        for number, (_, (batch, _), term, factor) in enumerate(self.terms("gradient")):
             with InBatch(number):
                 total.add_(term.gradient(batch.x, batch.y), alpha=factor)
         return total if self.ridge is None else total + self.ridge * self.objective.point()
@@ -187,9 +221,7 @@ class Problem:
             InputError: There is no such kind.
         """
         names = {value: name for name, value in _FISHERS.items()}
-        if kind not in names:
-            raise InputError(explain("kind", repr(kind), f"one of {tuple(names)} is needed"))
-        return self.curvature(names[kind])
+        return self.curvature(names[check_choice("kind", kind, tuple(names))])
 
     def curvature(self, kind: str) -> SumOver:
         """Return a curvature of the objective by its name.
@@ -200,9 +232,7 @@ class Problem:
             InputError: There is no such curvature.
             NotDifferentiableError: There is no second derivative.
         """
-        if kind not in CURVATURES:
-            raise InputError(explain("curvature", repr(kind), f"one of {CURVATURES} is needed"))
-        passes = _Passes(self, kind)
+        passes = _Passes(self, check_choice("curvature", kind, CURVATURES))
         first = passes.first()
         told = f"{kind} of {self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
         return SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told)
@@ -235,7 +265,7 @@ class Problem:
             unchanged("Problem.sample_gradients")
             for batch in batches.tracked("gradients", self.progress):
                 if batch.rows:
-                    yield 1.0, self.objective.sample_gradients(batch.x, batch.y)
+                    yield 1.0, self.at(batch).gradients()
 
         rows = Space.flat(batches.rows, "samples", torch.empty(0, dtype=self.space.dtype, device=self.space.device))
         return StackOver(parts, self.space, rows)
@@ -248,14 +278,14 @@ class Problem:
             "l2": repr(self.l2 if not isinstance(self.l2, Mapping) else sorted(self.l2.items())),
         }
 
-    def _terms(self, what: str) -> Iterator[tuple[int, Batch, Objective, float]]:
-        """Yield batches that count: the place of the first row in the data, the batch, its objective and factor."""
+    def terms(self, what: str) -> Iterator[tuple[int, BatchPoint, Objective, float]]:
+        """Yield batches that count: the number of rows before it, the batch, its objective and factor."""
         first = 0
         for batch in self.data.tracked(what, self.progress):
             if batch.rows:
-                term, factor = self.term(batch)
+                point, term, factor = self.term(batch)
                 if factor:
-                    yield first, batch, term, factor
+                    yield first, point, term, factor
                 first += batch.rows
 
     def __repr__(self) -> str:
@@ -270,7 +300,7 @@ class _Passes:
     def __init__(self, problem: Problem, kind: str) -> None:
         self.problem, self.kind = problem, kind
         self._kept: list[tuple[float, Operator]] = []
-        self._room, self._whole = _KEPT_BYTES, False
+        self._held, self._whole = 0, False
         self._unchanged = problem.objective.unchanged()
 
     def first(self) -> Operator:
@@ -290,16 +320,16 @@ class _Passes:
             return
         self.check()
         count = 0
-        for number, (row, batch, term, factor) in enumerate(self.problem._terms(self.kind)):
+        for number, (row, point, term, factor) in enumerate(self.problem.terms(self.kind)):
             count += 1
             if number < len(self._kept):
                 yield self._kept[number]
                 continue
             with InBatch(number):
-                part = self._made(term, batch, row)
-            held = part.nbytes
-            if number == len(self._kept) and held <= self._room:
-                self._room -= held
+                part = self._made(term, point.batch, row)
+            held = self._held + part.nbytes - self.problem.keep(point)
+            if number == len(self._kept) and held <= self.problem.room:
+                self._held = held
                 self._kept.append((factor, part))
             yield factor, part
             del part  # whoever took it decides how long it lives
@@ -316,7 +346,7 @@ class _Passes:
     def will_hold(self, each: int) -> int:
         """Return the bytes that the next pass holds beside what is kept already, for batches of `each` bytes."""
         left = each * (0 if self._whole else self.problem.data.count - len(self._kept))
-        return left if left <= self._room else self._room + each
+        return min(left, self.problem.room - self._held + each)
 
     def _made(self, term: Objective, batch: Batch, row: int) -> Operator:
         if self.kind not in _FISHERS:
@@ -331,15 +361,21 @@ class _Passes:
 def _objective(model: Any, loss: Any, **options: Any) -> Objective:
     own = model if isinstance(model, Objective) else getattr(model, "objective", None)
     if isinstance(own, Objective):
-        given = {name: value for name, value in options.items() if value not in (None, "error")}
+        given = _given(options)
         if loss is not None or given:
             own = own.changed(loss=loss, **given)
         return own
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) and not is_framework_model(model):
         raise InputTypeError(explain("model", f"a {type(model).__name__}", "a torch.nn.Module is needed"))
     if loss is None:
         raise InputTypeError(explain("loss", "left out", "a callable `loss(output, y)` is needed with a module"))
-    return TorchObjective(model, loss, **options)
+    if isinstance(model, nn.Module):
+        return TorchObjective(model, loss, **options)
+    return FrameworkObjective(model, loss).changed(**_given(options))
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, "error")}
 
 
 def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:

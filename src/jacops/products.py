@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._finite import check_finite, check_vector
+from ._framework import recorded
 from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
 from ._runtime.contexts import arithmetic, eager, out_of_inference
 from ._runtime.restoring import restoring
-from ._torch.protocol import Recording, record_closure, record_model
+from ._torch.protocol import Recording, record_closure
 from .errors import ModelStateError, warn
 
 Params = Tensor | Iterable[Tensor]
@@ -151,7 +153,7 @@ def model_jvp(model: nn.Module, x: Any, v: Vectors, create_graph: bool = False, 
     The model is run once on private copies of its state: nothing of it changes, whatever its mode.
 
     Args:
-        model: A module.
+        model: A module, or a `JaxFunction`.
         x: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         v: One tensor per parameter, in order (or a dict by name; a single tensor for a single parameter).
         create_graph: Keep the result differentiable, also by the model's own trainable parameters.
@@ -202,39 +204,40 @@ def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> T
 
 
 def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback: str) -> Recording:
-    recorded = record_model(
-        model, x, call=call, parameters=lambda name, p: True, fallback=fallback, connected=create_graph
-    )
+    options = {"parameters": lambda name, p: True, "fallback": fallback, "connected": create_graph}
+    found = recorded(model, x, call=call, **options)
+    if is_framework_model(model):
+        return found
     integers = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
     if integers:
         raise ModelStateError.of(integers[0], "an integer parameter", "only floating-point parameters have derivatives")
-    return recorded
+    return found
 
 
 @restoring
-def _push(recorded: Recording, v: Vectors, create_graph: bool, batch: bool) -> Any:
-    lin = recorded.lin
+def _push(found: Recording, v: Vectors, create_graph: bool, batch: bool) -> Any:
+    lin = found.lin
     vectors = [out_of_inference(t) for t in lin.domain.check(v, "vs" if batch else "v", batch=batch)]
     check_vector(lin.call, "vs" if batch else "v", vectors)
-    say_if_unconnected(recorded)
+    say_if_unconnected(found)
     with arithmetic(create_graph):
         rows = lin.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
         check_finite(lin.call, rows, lin.codomain.names, lin)
-        return recorded.tree.build([given(r if batch else r[0], create_graph) for r in rows])
+        return found.tree.build([given(r if batch else r[0], create_graph) for r in rows])
 
 
 @restoring
-def _pull(recorded: Recording, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
-    lin, name = recorded.lin, "vs" if batch else "v"
-    if not isinstance(v, Tensor | list) and not recorded.tree.single:
+def _pull(found: Recording, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
+    lin, name = found.lin, "vs" if batch else "v"
+    if not isinstance(v, Tensor | list) and not found.tree.single:
         from .trees import flatten
 
         v = [leaf for leaf in flatten(v, name)[0] if leaf is not None]
-    if isinstance(v, list) and recorded.tree.empty:
+    if isinstance(v, list) and found.tree.empty:
         v = [leaf for leaf in v if leaf is not None]
     vectors = [out_of_inference(t) for t in lin.codomain.check(v, name, batch=batch)]
     check_vector(lin.call, name, vectors)
-    say_if_unconnected(recorded)
+    say_if_unconnected(found)
     with arithmetic(create_graph):
         rows = lin.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
         check_finite(lin.call, rows, lin.domain.names, lin)
@@ -246,10 +249,10 @@ def given(result: Tensor, create_graph: bool) -> Tensor:
     return result if create_graph else result.detach()
 
 
-def say_if_unconnected(recorded: Recording) -> None:
+def say_if_unconnected(found: Recording) -> None:
     """Warn once if no path leads from the output to any parameter: zeros are the derivative, and rarely the wish."""
-    lin = recorded.lin
-    if lin.leaves and not lin.is_connected():
+    lin = found.lin
+    if lin.domain.dim and not lin.is_connected():
         warn(
             f"{lin.call}: no path leads from the output to any of {lin.domain.layout}; the derivative is "
             "zero everywhere."

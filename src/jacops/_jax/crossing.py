@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,6 +47,17 @@ def viewed(array: np.ndarray) -> Tensor:
     if array.dtype == jnp.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def filled(chunks: Sequence[np.ndarray], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return chunks of rows one below the other as one tensor; `dtype` is for where there are none."""
+    if not chunks:
+        return torch.empty(*shape, dtype=dtype)
+    result, start = np.empty(tuple(shape), chunks[0].dtype), 0
+    for chunk in chunks:
+        result[start : start + len(chunk)] = chunk.reshape(len(chunk), *shape[1:])
+        start += len(chunk)
+    return viewed(result)
 
 
 def to_jax(leaf: Any, name: str) -> Any:

@@ -9,6 +9,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from ..errors import InputError, explain
+from .rules import CUSTOM_VJP, PAIRING
 
 # What JAX raises where a function reads a value that is not there yet while it is traced.
 READS = (
@@ -17,7 +18,6 @@ READS = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
-_PAIRING = frozenset({"add", "sub", "mul", "div", "max", "min", "pow", "atan2"})
 
 
 class _Origin(NamedTuple):
@@ -42,7 +42,7 @@ def is_reached(jaxpr: Jaxpr, sources: Sequence[Var]) -> bool:
 def has_custom_vjp(jaxpr: Jaxpr) -> bool:
     """Say whether a traced function holds a backward pass that somebody wrote by hand, at any depth."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name.startswith("custom_vjp"):
+        if equation.primitive.name.startswith(CUSTOM_VJP):
             return True
         parts = [
             part for value in equation.params.values() for part in (value if isinstance(value, tuple) else [value])
@@ -90,7 +90,7 @@ def _spread(jaxpr: Jaxpr, origins: _Origins) -> tuple[_Origin, _Origin] | None:
             found = _inside(inner.jaxpr, equation, origins)
             if found is not None:
                 return found
-        elif len(known) == 2 and equation.primitive.name in _PAIRING:
+        elif len(known) == 2 and equation.primitive.name in PAIRING:
             output, target = sorted(known)
             if output.target != target.target and _is_larger(_shape(result), output.shape, target.shape):
                 return output, target

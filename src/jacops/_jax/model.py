@@ -9,68 +9,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._runtime.agreement import difference_tolerance, tolerance
-from ..errors import InputError, NotDifferentiableError, explain, warn
+from ..errors import NotDifferentiableError, warn
 from .crossing import is_floating, torch_dtype
 from .jaxpr import READS, has_custom_vjp, is_reached, refuse_broadcast
-from .parameters import Structure
+from .parameters import Same, Structure
+from .points import Point, alone, floating, joined, one_number, replaced, size_of, split
 from .rounding import rounding_error
 from .sweeps import Each, Kernel, Sweep, reading, shapes
 
-_REMEMBERED = 16
+_REMEMBERED = 64  # compiled programs: three a problem, of the outputs, of the loss, and of the loss at the outputs
 
 
-class Point(NamedTuple):
-    """Where a derivative is taken: parameters, other arrays of the model, and one batch."""
-
-    leaves: tuple[Any, ...]
-    frozen: tuple[Any, ...]
-    x: Any
-    y: Any
-
-
-class _Same:
-    """A callable compared by identity, also where it has no hash of its own."""
-
-    def __init__(self, of: Callable[..., Any]) -> None:
-        self.of = of
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.of is self.of
-
-    def __hash__(self) -> int:
-        return id(self.of)
-
-
-def model_of(apply: Callable[..., Any], loss: Callable[..., Any], structure: Structure) -> Model:
+def model_of(apply: Callable[..., Any], loss: Callable[..., Any] | None, structure: Structure) -> Model:
     """Return the model of these functions, the same one for a while."""
-    return _model_of(_Same(apply), _Same(loss), structure)
+    return _model_of(Same(apply), Same(loss), structure)
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def _model_of(apply: _Same, loss: _Same, structure: Structure) -> Model:
+def _model_of(apply: Same, loss: Same, structure: Structure) -> Model:
     return Model(apply.of, loss.of, structure)
 
 
 def weighted_loss(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Return `loss(output, (y, weights))`, the sum of the rows' own losses times their weights."""
-    return _weighted_loss(_Same(loss))
+    return _weighted_loss(Same(loss))
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def _weighted_loss(loss: _Same) -> Callable[[Any, Any], Any]:
-    def alone(output: Any, y: Any) -> Any:
-        return _one_number(loss.of(*jax.tree.map(lambda leaf: leaf[None], (output, y))))
+def _weighted_loss(loss: Same) -> Callable[[Any, Any], Any]:
+    def one_row(output: Any, y: Any) -> Any:
+        return one_number(loss.of(*jax.tree.map(lambda leaf: leaf[None], (output, y))))
 
     def weighted(output: Any, target: tuple[Any, Any]) -> Any:
         y, weights = target
-        return (jax.vmap(alone)(output, y) * weights).sum()
+        return (jax.vmap(one_row)(output, y) * weights).sum()
 
     return weighted
 
@@ -80,23 +59,30 @@ class Model:
 
     Args:
         apply: `apply(params, x)`, pure.
-        loss: `loss(output, y)`, one number, pure.
+        loss: `loss(output, y)`, one number, pure; None where the output itself is differentiated.
         structure: How leaves make `params`.
     """
 
-    def __init__(self, apply: Callable[..., Any], loss: Callable[..., Any], structure: Structure) -> None:
-        self.apply, self.loss, self.structure = apply, loss, structure
+    def __init__(self, apply: Callable[..., Any], loss: Callable[[Any, Any], Any] | None, structure: Structure) -> None:
+        self.apply, self.structure, self.measured = apply, structure, loss is not None
+        self.loss = _no_loss if loss is None else loss
         self.compiled, self.custom = True, False
-        self._surveyed: set[Any] = set()
+        self.confirmed: set[Any] = set()
+        self._surveyed: dict[Any, bool] = {}
         self._twice: set[Any] = set()
-        self._value, self._gradient = jax.jit(self._loss), jax.jit(self._value_and_gradient)
+        self._output, self._value = jax.jit(self.output), jax.jit(self._loss)
+        self._gradient = jax.jit(self._value_and_gradient)
         self._sweeps: dict[Any, Sweep] = {}
 
     # Values
 
     def output(self, point: Point) -> Any:
-        """Return what the model gives."""
+        """Return what the model gives, at values or while it is traced."""
         return self.apply(self.structure.build(point.leaves, point.frozen), point.x)
+
+    def computed_output(self, point: Point) -> Any:
+        """Return what the model gives, compiled where it can be."""
+        return self._output(point) if self.compiled else self.output(point)
 
     def value(self, point: Point) -> Any:
         """Return the loss of the batch.
@@ -108,10 +94,10 @@ class Model:
         return self._value(point) if self.compiled else self._loss(point)
 
     def _loss(self, point: Point) -> Any:
-        return _one_number(self.loss(self.output(point), point.y))
+        return one_number(self.loss(self.output(point), point.y))
 
-    def survey(self, point: Point, call: str) -> None:
-        """Trace the model once for these shapes and refuse what cannot be meant.
+    def survey(self, point: Point, call: str) -> bool:
+        """Trace the model once for these shapes, refuse what is ill-posed, and return whether a path leads through it.
 
         Raises:
             InputError: The loss is not one number, or the target would broadcast against the output.
@@ -119,26 +105,27 @@ class Model:
         """
         key = shapes(point)
         if not self.compiled or key in self._surveyed:
-            return
+            return self._surveyed.get(key, True)
         try:
             model, output = jax.make_jaxpr(self.output, return_shape=True)(point)
             outputs = len(jax.tree.leaves(output))
-            loss = jax.make_jaxpr(lambda output, y: _one_number(self.loss(output, y)))(output, point.y)
+            loss = jax.make_jaxpr(lambda output, y: one_number(self.loss(output, y)))(output, point.y)
         except READS:
             self.compiled = False
             warn(
                 f"{call}: the model or its loss reads values out of its arrays, so it cannot be compiled or batched. "
                 "Everything is computed one row at a time."
             )
-            return
-        refuse_broadcast(loss, outputs)
+            return True
         met = is_reached(model.jaxpr, model.jaxpr.invars[: len(point.leaves)])
-        if not (met and is_reached(loss.jaxpr, loss.jaxpr.invars[:outputs])):
-            raise NotDifferentiableError(
-                f"{call}: no path leads from the loss to any of the parameters; its derivative is zero everywhere."
-            )
+        if self.measured:
+            refuse_broadcast(loss, outputs)
+            if not (met and is_reached(loss.jaxpr, loss.jaxpr.invars[:outputs])):
+                raise NotDifferentiableError(
+                    f"{call}: no path leads from the loss to any of the parameters; its derivative is zero everywhere."
+                )
         self.custom = self.custom or has_custom_vjp(model.jaxpr) or has_custom_vjp(loss.jaxpr)
-        self._surveyed.add(key)
+        return self._surveyed.setdefault(key, met)
 
     # First derivatives
 
@@ -157,16 +144,83 @@ class Model:
 
     def _value_and_gradient(self, point: Point) -> tuple[Any, Any]:
         value, parts = jax.value_and_grad(lambda leaves: self._loss(point._replace(leaves=leaves)))(point.leaves)
-        return value, _joined(parts, point.leaves)
+        return value, joined(parts)
+
+    def push(self, point: Point, rows: Any, width: int) -> list[np.ndarray]:
+        """Return changes of the output along rows of changes of the parameters, `(k, width)` in chunks."""
+
+        def kernel(each: Each, shared: Point, rows: Any) -> Any:
+            pushed = self._pushed(*self._outputs(shared, by_inputs=False))
+            return each(pushed, rows)
+
+        return self.sweep(("push",), kernel, linear=True)(point, rows, width, compiled=self.compiled)
+
+    def pull(self, point: Point, rows: Any, width: int) -> list[np.ndarray]:
+        """Return gradients by the parameters of rows of weights on the output, `(k, width)` in chunks."""
+
+        def kernel(each: Each, shared: Point, rows: Any) -> Any:
+            return each(_pulled(*self._outputs(shared, by_inputs=False))[0], rows)
+
+        return self.sweep(("pull",), kernel, linear=True)(point, rows, width, compiled=self.compiled)
 
     def sample_gradients(self, point: Point, width: int) -> list[np.ndarray]:
         """Return the gradients of every sample as a batch of one, `(n, P)` in chunks."""
 
         def kernel(each: Each, shared: Point, rows: Any) -> Any:
-            return each(lambda row: self._value_and_gradient(_alone(shared, row))[1], rows)
+            return each(lambda row: self._value_and_gradient(alone(shared, row))[1], rows)
 
-        sweep = self._sweep(("sample_gradients",), kernel, linear=False)
-        return sweep(point._replace(x=None, y=None), (point.x, point.y), width, compiled=self.compiled)
+        return self._by_samples(("sample_gradients",), kernel, point, width)
+
+    def sample_jacobians(self, point: Point, width: int, *, by_inputs: bool, forward: bool) -> list[np.ndarray]:
+        """Return the Jacobian of every sample as a batch of one, by the parameters or by its input, in chunks.
+
+        Args:
+            point: All samples.
+            width: Entries of one sample's Jacobian, `(outputs, what it is differentiated by)`.
+            by_inputs: Differentiate by the input.
+            forward: Sweep once for each entry that it is differentiated by, not for each output.
+        """
+
+        def kernel(each: Each, shared: Point, rows: Any) -> Any:
+            def one(row: Any) -> Any:
+                function, at = self._outputs(alone(shared, row), by_inputs)
+                if forward:
+                    return each(self._pushed(function, at), jnp.eye(size_of(at), dtype=jnp.result_type(*at))).T
+                pulled, output = _pulled(function, at)
+                return each(pulled, jnp.eye(size_of(output), dtype=jnp.result_type(*output)))
+
+            return each(one, rows)
+
+        return self._by_samples(("sample_jacobians", by_inputs, forward), kernel, point, width)
+
+    def _by_samples(self, key: tuple[Any, ...], kernel: Kernel, point: Point, width: int) -> list[np.ndarray]:
+        sweep, samples = self.sweep(key, kernel, linear=False), (point.x, point.y)
+        return sweep(point._replace(x=None, y=None), samples, width, compiled=self.compiled)
+
+    def _outputs(self, point: Point, by_inputs: bool) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
+        """Return the output as a function of the parameters, or of the input, and where that one is."""
+        if not by_inputs:
+            return lambda leaves: floating(self.output(point._replace(leaves=leaves))), point.leaves
+        inputs, spec = jax.tree.flatten(point.x)
+
+        def function(leaves: Any) -> Any:
+            return floating(self.output(point._replace(x=jax.tree.unflatten(spec, replaced(inputs, leaves)))))
+
+        return function, tuple(leaf for leaf in inputs if is_floating(leaf))
+
+    def _pushed(self, function: Callable[[Any], Any], at: tuple[Any, ...]) -> Callable[[Any], Any]:
+        """Return how a function changes along a row."""
+
+        def pushed(row: Any) -> Any:
+            tangent = split(row, at)
+            if self.custom:  # a custom_vjp has no forward rule: push by the transpose of the pull
+                output, pull = jax.vjp(function, at)
+                found = jax.vjp(lambda cotangent: pull(cotangent)[0], output)[1](tangent)[0]
+            else:
+                found = jax.jvp(function, (at,), (tangent,))[1]
+            return joined(jax.tree.leaves(found))
+
+        return pushed
 
     # Second derivatives
 
@@ -182,7 +236,7 @@ class Model:
         def kernel(each: Each, shared: Point, rows: Any) -> Any:
             return each(lambda row: _along(slope, shared, row), rows)
 
-        sweep = self._sweep(("second derivative", by_inputs), kernel, linear=True)
+        sweep = self.sweep(("second derivative", by_inputs), kernel, linear=True)
         return sweep(point, rows, width, compiled=self.compiled, progress=progress)
 
     def mixed(self, point: Point, rows: Any, width: int) -> list[np.ndarray]:
@@ -192,22 +246,14 @@ class Model:
             rest, directions = shared
 
             def one(sample: Any) -> Any:
-                here = _alone(rest, sample)
+                here = alone(rest, sample)
                 return each(lambda row: _along(self._slope_by_inputs, here, row), directions)
 
             return each(one, samples)
 
-        sweep = self._sweep(("mixed",), kernel, linear=False)
+        sweep = self.sweep(("mixed",), kernel, linear=False)
         shared = point._replace(x=None, y=None), jnp.asarray(rows)
         return sweep(shared, (point.x, point.y), width, compiled=self.compiled)
-
-    def ggn(self, point: Point, rows: Any, width: int) -> list[np.ndarray]:
-        r"""Return rows of $J^\top H_{loss} J$, `(k, P)` in chunks."""
-
-        def kernel(each: Each, shared: Point, rows: Any) -> Any:
-            return each(lambda row: self._ggn(shared, row), rows)
-
-        return self._sweep(("ggn",), kernel, linear=True)(point, rows, width, compiled=self.compiled)
 
     def check_twice(self, point: Point, call: str) -> None:
         """Hold products with the Hessian against each other, and against gradients, once per shape.
@@ -259,7 +305,7 @@ class Model:
                 point._replace(
                     leaves=tuple(
                         leaf + part
-                        for leaf, part in zip(point.leaves, _split(sign * step * direction, point.leaves), strict=True)
+                        for leaf, part in zip(point.leaves, split(sign * step * direction, point.leaves), strict=True)
                     )
                 )
                 for sign in (1, -1)
@@ -285,29 +331,29 @@ class Model:
         return jax.grad(lambda leaves: self._loss(point._replace(leaves=leaves)))(point.leaves)
 
     def _slope_by_inputs(self, point: Point) -> Any:
-        def value(floating: Sequence[Any]) -> Any:
-            return self._loss(point._replace(x=jax.tree.unflatten(spec, _replaced(inputs, floating))))
+        def value(leaves: Sequence[Any]) -> Any:
+            return self._loss(point._replace(x=jax.tree.unflatten(spec, replaced(inputs, leaves))))
 
         inputs, spec = jax.tree.flatten(point.x)
         return jax.grad(value)([leaf for leaf in inputs if is_floating(leaf)])
 
-    def _ggn(self, point: Point, row: Any) -> Any:
-        def outputs(leaves: tuple[Any, ...]) -> Any:
-            return _floating(self.output(point._replace(leaves=leaves)))
-
-        output, pull = jax.vjp(outputs, point.leaves)
-        direction = _split(row, point.leaves)
-        if self.custom:  # a custom_vjp has no forward rule: push by the transpose of the pull
-            tangent = jax.vjp(lambda cotangent: pull(cotangent)[0], output)[1](direction)[0]
-        else:
-            tangent = jax.jvp(outputs, (point.leaves,), (direction,))[1]
-        bent = jax.jvp(jax.grad(lambda o: _one_number(self.loss(o, point.y))), (output,), (tangent,))[1]
-        return _joined(pull(bent)[0], point.leaves)
-
-    def _sweep(self, key: tuple[Any, ...], kernel: Kernel, *, linear: bool) -> Sweep:
+    def sweep(self, key: tuple[Any, ...], kernel: Kernel, *, linear: bool) -> Sweep:
+        """Return the sweep of a kernel, the same one for a key."""
         if key not in self._sweeps:
             self._sweeps[key] = Sweep(kernel, key[0], linear=linear)
         return self._sweeps[key]
+
+
+def _pulled(function: Callable[[Any], Any], at: tuple[Any, ...]) -> tuple[Callable[[Any], Any], list[Any]]:
+    """Return how a row of weights on a function's output is pulled back, and the leaves of the output."""
+    output, pull = jax.vjp(function, at)
+    leaves, spec = jax.tree.flatten(output)
+    return lambda row: joined(pull(jax.tree.unflatten(spec, split(row, leaves)))[0]), leaves
+
+
+def _no_loss(output: Any, y: Any) -> Any:
+    """Return one number, for models whose output itself is differentiated."""
+    return jnp.zeros(())
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -318,60 +364,6 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
 
 def _along(slope: Callable[[Point], Any], point: Point, row: Any) -> Any:
     """Return how a gradient changes along a direction of the parameters."""
-    tangent = _split(row, point.leaves)
+    tangent = split(row, point.leaves)
     slopes, changes = jax.jvp(lambda leaves: slope(point._replace(leaves=leaves)), (point.leaves,), (tangent,))
-    return _joined(changes, slopes)
-
-
-def _replaced(leaves: Sequence[Any], floating: Sequence[Any]) -> list[Any]:
-    """Return the leaves with these in place of those of floating point."""
-    others = iter(floating)
-    return [next(others) if is_floating(leaf) else leaf for leaf in leaves]
-
-
-def _alone(point: Point, sample: Any) -> Point:
-    x, y = jax.tree.map(lambda leaf: leaf[None], sample)
-    return point._replace(x=x, y=y)
-
-
-def _split(row: Any, like: Sequence[Any]) -> tuple[Any, ...]:
-    parts, start = [], 0
-    for leaf in like:
-        parts.append(row[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
-        start += leaf.size
-    return tuple(parts)
-
-
-def _joined(parts: Sequence[Any], like: Sequence[Any]) -> Any:
-    dtype = jnp.result_type(*like)
-    return jnp.concatenate([part.reshape(-1).astype(dtype) for part in parts])
-
-
-def _floating(output: Any) -> Any:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
-        if not is_floating(leaf):
-            name = "output" + jax.tree_util.keystr(path)
-            came = f"of dtype {leaf.dtype}" if hasattr(leaf, "dtype") else f"a {type(leaf).__name__}"
-            raise NotDifferentiableError(explain(name, came, "a derivative needs a floating-point output"))
-    return output
-
-
-def _one_number(value: Any) -> Any:
-    if not isinstance(value, jax.Array):
-        todo = "Return one array of shape (), without `float()` or auxiliary results."
-        raise NotDifferentiableError(explain("the loss", f"a {type(value).__name__}", "an array is needed", todo))
-    if value.ndim > 0:
-        raise InputError(
-            explain(
-                "the loss",
-                f"of shape {tuple(value.shape)}",
-                "one number, shape (), is needed",
-                "Take its mean or sum, as the objective's reduction says.",
-            )
-        )
-    if not is_floating(value):
-        todo = "Take scores rather than labels or counts."
-        raise NotDifferentiableError(
-            explain("the loss", f"of dtype {value.dtype}", "a floating-point number is needed", todo)
-        )
-    return value
+    return joined(changes)

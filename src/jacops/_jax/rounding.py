@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from .crossing import is_floating
 from .jaxpr import READS
+from .rules import LOOPS, bound
 
 _SAFETY = 8.0  # as in `_torch.rounding`
 _DRAWS = 3
@@ -68,14 +69,14 @@ class _Noise:
             return self.run(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), values)
         if all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in equation.outvars):
             values = [self.moved(value) for value in values]
-        bound = equation.primitive.get_bind_params(equation.params)
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)  # JAX before 0.10 gives functions too
-        found = equation.primitive.bind(*functions, *values, **params)
-        return list(found) if equation.primitive.multiple_results else [found]
+        return bound(equation, values)
 
 
 def _is_call(inner: ClosedJaxpr | Jaxpr, equation: Any) -> bool:
     """Say whether an operation only calls a traced function: loops and branches do more than that."""
     jaxpr = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-    loops = equation.primitive.name in ("scan", "while", "cond")
-    return not loops and len(jaxpr.invars) == len(equation.invars) and len(jaxpr.outvars) == len(equation.outvars)
+    return (
+        equation.primitive.name not in LOOPS
+        and len(jaxpr.invars) == len(equation.invars)
+        and len(jaxpr.outvars) == len(equation.outvars)
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from .._runtime.contexts import must_surface
@@ -29,8 +30,19 @@ def attempt(sweep: Callable[[], Result]) -> Result:
     Raises:
         RouteFailedError: The sweep raised; memory errors pass through.
     """
-    try:
+    with attempted():
         return sweep()
+
+
+@contextmanager
+def attempted() -> Iterator[None]:
+    """Run what is inside as `attempt` does a fast sweep.
+
+    Raises:
+        RouteFailedError: It raised; memory errors pass through.
+    """
+    try:
+        yield
     except (RouteFailedError, NotDifferentiableError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:

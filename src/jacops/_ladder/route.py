@@ -36,13 +36,27 @@ class Verdicts(Protocol):
         ...
 
 
-class Ask(Protocol):
-    """One question: what a result is asked of, and by whom; routes of a question know its further fields."""
+class Question(Protocol):
+    """What routes are compared for; routes of a question know its further fields."""
 
     @property
     def question(self) -> str:
         """Under what refusals and descriptions are kept, such as `"pull"`."""
         ...
+
+    @property
+    def asked(self) -> str | None:
+        """The route that the user asked for by name; leaving it is always worth a warning."""
+        ...
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """What is known about routes."""
+        ...
+
+
+class Ask(Question, Protocol):
+    """One question with the public call that it is asked for."""
 
     @property
     def call(self) -> str:
@@ -55,18 +69,8 @@ class Ask(Protocol):
         ...
 
     @property
-    def asked(self) -> str | None:
-        """The route that the user asked for by name; leaving it is always worth a warning."""
-        ...
-
-    @property
     def shape(self) -> Any:
         """What a proof is valid for besides the recorded graph: the number of rows, the names of parameters."""
-        ...
-
-    @property
-    def verdicts(self) -> Verdicts:
-        """What is known about routes."""
         ...
 
     @property
@@ -142,19 +146,19 @@ class Route(Protocol):
         ...
 
 
-def refused(ask: Ask, route: Route) -> str | None:
+def refused(ask: Question, route: Route) -> str | None:
     """Return why a route is not taken: what an earlier call found, or what the route itself says; None if it may be."""
     known = ask.verdicts.refusal(ask.question, route.name)
     return route.refuses(ask) if known is None else str(known.reason)
 
 
-def candidates(ask: Ask, routes: Sequence[Any]) -> list[tuple[Route, str | None]]:
+def candidates(ask: Question, routes: Sequence[Any]) -> list[tuple[Route, str | None]]:
     """Return routes with the reason why each is not taken: the one asked for, then by sweeps, then in their order."""
     reasons = [(route, refused(ask, route)) for route in routes]
     return sorted(reasons, key=lambda pair: _place(ask, *pair))
 
 
-def _place(ask: Ask, route: Route, reason: str | None) -> tuple[bool, bool, float]:
+def _place(ask: Question, route: Route, reason: str | None) -> tuple[bool, bool, float]:
     return reason is not None, route.name != ask.asked, math.inf if reason is not None else route.cost(ask).sweeps
 
 

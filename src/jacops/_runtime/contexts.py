@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import NotDifferentiableError
 from .norms import norm_rules
+from .recurrence import RECURRENT, step_by_step
 from .restoring import Guard, Guards, entered, function_modes, leave_function_modes, process_lock, restoring
 
 Arguments = ParamSpec("Arguments")
@@ -185,7 +186,7 @@ class _Mode(Guard):
 
 
 class _RightKernels(TorchFunctionMode):
-    """Write out fused kernels whose derivatives torch gets wrong.
+    """Write out fused kernels whose derivatives torch gets wrong, or which hide where weights enter.
 
     Weight norm has a wrong second one (its gradgradcheck fails). Norms by statistics of the input have a wrong third
     one, since their second takes these statistics for constants; they are written out where that is asked for.
@@ -207,6 +208,8 @@ class _RightKernels(TorchFunctionMode):
         if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
             v, g, *dim = args
             return v * (g / torch.norm_except_dim(v, 2, *dim))
+        if func in RECURRENT:
+            return step_by_step(func, args, kwargs or {})
         if _norms_written_out.get() and func in (rules := norm_rules()):
             result = rules[func](*args, **(kwargs or {}))
             return func(*args, **(kwargs or {})) if result is None else result

@@ -24,7 +24,7 @@ from .model.likelihoods import (
     likelihood_of,
     row_scale,
 )
-from .model.loss_curvature import computed_convex
+from .model.loss_curvature import computed_convex, positive_everywhere
 from .model.loss_facts import counted_labels, is_convex
 from .model.losses import call_loss, one_row
 from .model.replica import bare, check_state, parameter_names, replicate
@@ -40,13 +40,13 @@ from .routes.whole_ask import Blocks, WholeAsk
 from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
 from .samples.batch import Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
-from .samples.plan import PlanAsk, planned
+from .samples.plan import planned
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
 from .sweeps.linearization import Linearization
 from .sweeps.nonfinite import Lost, pull_noting_losses
-from .sweeps.proofs import Proofs
-from .sweeps.record import Recording, record_closure, record_model
+from .sweeps.proofs import Proofs, identity_key, store_for
+from .sweeps.record import Recording, record_at_outputs, record_closure, record_further, record_model
 from .sweeps.weights import check_kept, weights_of
 
 __all__ = [
@@ -67,7 +67,6 @@ __all__ = [
     "Outer",
     "OuterGradients",
     "Places",
-    "PlanAsk",
     "PreparedFill",
     "Proofs",
     "RECORDED",
@@ -105,6 +104,7 @@ __all__ = [
     "gradient_tape",
     "hessian_diagonal",
     "hessian_layers",
+    "identity_key",
     "is_convex",
     "is_plain",
     "jacobian_blocks",
@@ -118,8 +118,11 @@ __all__ = [
     "one_row",
     "parameter_names",
     "planned",
+    "positive_everywhere",
     "pull_noting_losses",
+    "record_at_outputs",
     "record_closure",
+    "record_further",
     "record_model",
     "replicate",
     "row_cotangents",
@@ -127,6 +130,7 @@ __all__ = [
     "separate",
     "slices",
     "split_input",
+    "store_for",
     "summed",
     "weights_of",
     "whole_jacobian",

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
+from .._requirements import check_positive
 from .._runtime.contexts import eager
 from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
 from ..operators import Operator
 from ._eigenpairs import working_dtype
-from ._probes import Estimate, check_count, check_probes, check_symmetric, chunk_of, mean_of, signs
+from ._probes import Estimate, check_probes, check_symmetric, chunk_of, mean_of, signs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,7 +166,7 @@ def spectral_density(
     """
     check_symmetric(operator)
     check_probes(probes)
-    steps = min(check_count("steps", steps), operator.shape[0])
+    steps = min(check_positive("steps", steps), operator.shape[0])
     if width is not None and not (isinstance(width, int | float) and 0 < width < math.inf):
         raise InputError(explain("width", repr(width), "a positive number is needed"))
     nodes, weights = _quadrature(operator, probes, steps, seed)
@@ -194,7 +195,7 @@ def _points(grid: int | Tensor, low: float, high: float, like: Tensor) -> Tensor
         if grid.ndim != 1:
             raise InputError(explain("grid", f"of shape {tuple(grid.shape)}", "one axis is needed"))
         return grid.to(like)
-    return torch.linspace(low, high, check_count("grid", grid), dtype=like.dtype, device=like.device)
+    return torch.linspace(low, high, check_positive("grid", grid), dtype=like.dtype, device=like.device)
 
 
 def _quadrature(operator: Operator, probes: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:

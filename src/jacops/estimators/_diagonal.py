@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .._keywords import keywords
+from .._requirements import check_choice
 from .._runtime.contexts import eager
 from ..operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from ..operators._algebra import Product, Scaled, Sum, Transposed
 from ..operators._data import BlockDiagonal, SumOver
 from ..operators._finite_results import check_result
 from ._leave_one_out import ProbeSketch, sketched
-from ._probes import check_choice, check_probes, check_square, chunk_of, left_out_mean, product, signs, units
+from ._probes import check_probes, check_square, chunk_of, left_out_mean, product, signs, units
 
 
 class DiagonalEstimate(NamedTuple):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
+from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
 from ..errors import SolveError
 from ..operators import Operator
-from ._probes import check_choice, check_count, check_symmetric, product
+from ._probes import check_symmetric, product
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _BLOCK = 8
@@ -97,8 +98,8 @@ def eigenpairs(
     check_symmetric(operator)
     check_choice("which", which, ("largest", "smallest", "magnitude"))
     check_choice("on_failure", on_failure, ("raise", "return"))
-    count = min(check_count("count", count), operator.shape[0])
-    limit = 1000 + 40 * count if max_products is None else check_count("max_products", max_products)
+    count = min(check_positive("count", count), operator.shape[0])
+    limit = 1000 + 40 * count if max_products is None else check_positive("max_products", max_products)
     tolerance = _TOLERANCE.get(operator.domain.dtype, 1e-4) if tolerance is None else tolerance
     run = _run(operator, count, seed)
     ritz = _grown(run, count, which, tolerance, limit)

@@ -9,10 +9,11 @@ import torch
 
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
+from .._requirements import check_positive
 from .._runtime.contexts import eager
 from ..operators import Operator
 from ._eigenpairs import working_dtype
-from ._probes import Estimate, check_count, check_probes, chunk_of, mean_of, product, signs, units
+from ._probes import Estimate, check_probes, chunk_of, mean_of, product, signs, units
 
 _FAILURE = 1e-3
 
@@ -91,7 +92,7 @@ def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int
         >>> round(spectral_norm(Matrix(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))).value, 4)
         2.0
     """
-    check_count("max_steps", max_steps)
+    check_positive("max_steps", max_steps)
     if 0 in operator.shape:
         return SpectralNorm(0.0, 0.0, 0.0, True, 0)
     squared = not operator.positive

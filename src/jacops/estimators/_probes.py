@@ -87,17 +87,6 @@ def check_probes(probes: int, least: int = 2) -> int:
     return probes
 
 
-def check_count(name: str, value: int) -> int:
-    """Return `value` if it is a positive whole number.
-
-    Raises:
-        InputError: It is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(explain(name, repr(value), "a positive whole number is needed"))
-    return value
-
-
 def check_square(operator: Operator) -> Operator:
     """Return the operator if it is square.
 
@@ -122,14 +111,3 @@ def check_symmetric(operator: Operator) -> Operator:
     if operator.shape[0] == 0:
         raise InputError(explain("operator", "of shape (0, 0)", "a spectrum needs at least one dimension"))
     return operator
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
-    """Return `value` if it is among the known words.
-
-    Raises:
-        InputError: It is not.
-    """
-    if value not in known:
-        raise InputError(explain(name, repr(value), f"one of {known} is needed"))
-    return value

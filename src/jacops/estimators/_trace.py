@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from .._keywords import keywords
+from .._requirements import check_choice
 from .._runtime.contexts import eager
 from ..operators import Operator
 from ._diagonal import diagonal
 from ._leave_one_out import sketched
-from ._probes import Estimate, check_choice, check_probes, check_square, left_out_mean, mean_of, product, signs
+from ._probes import Estimate, check_probes, check_square, left_out_mean, mean_of, product, signs
 
 
 @keywords()

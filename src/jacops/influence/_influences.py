@@ -213,4 +213,5 @@ def _check_storable(influence_type: str, leverage: bool, on_failure: str) -> Non
 
 def _perturbations(problem: Problem, data: Batches, factors: Tensor) -> Tensor:
     batches = data.tracked("perturbations", problem.progress)
-    return torch.cat([problem.objective.mixed(batch.x, batch.y, factors) for batch in batches], 1)
+    points = map(problem.at, batches)
+    return torch.cat([objective.mixed(batch.x, batch.y, factors) for batch, objective in points], 1)

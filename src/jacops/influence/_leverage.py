@@ -37,14 +37,15 @@ def leveraged(
         SolveError: There is such a sample.
     """
     values, leverages, start = [], [], 0
-    for batch in data.tracked("leverage", problem.progress):
-        if not batch.rows:
+    for raw in data.tracked("leverage", problem.progress):
+        if not raw.rows:
             continue
-        J, slope, bend = problem.objective.outputs(batch.x, batch.y)  # noqa: N806
+        batch, objective = problem.at(raw)
+        J, slope, curvature = objective.outputs(batch.x, batch.y)  # noqa: N806
         n, K = slope.shape  # noqa: N806
         rows = J.dense()
         inner = torch.bmm(rows.view(n, K, -1), solve(rows).x.view(n, K, -1).transpose(1, 2))
-        own = (problem.shares(batch) / problem.denominator).to(bend).view(n, 1, 1) * bend @ inner
+        own = (problem.shares(batch) / problem.denominator).to(curvature).view(n, 1, 1) * curvature @ inner
         step, singular = _steps(own, slope)
         if strict and bool(singular.any()):
             row = start + int(singular.nonzero()[0])

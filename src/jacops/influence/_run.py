@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._requirements import check_choice
 from ..data import Batch, Batches
-from ..errors import InputError, InputTypeError, SolveError, explain
+from ..errors import InputTypeError, SolveError, explain
 from ..operators._data import SumOver
-from ..problem import CURVATURES, Problem, ProblemOptions
+from ..problem import CURVATURES, BatchPoint, Problem, ProblemOptions
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
+from ..solvers._system import checked_damping
 from ._result import described
 
 _TILE_BYTES = 2**26  # of right-hand sides that are solved for together
@@ -95,7 +96,12 @@ class InfluenceRun:
 
 
 def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
-    return lambda: torch.cat([problem.objective.sample_gradients(part.x, part.y).dense() for part in parts])
+    def rows(point: BatchPoint) -> Tensor:
+        dense = point.gradients().dense()
+        problem.keep(point)
+        return dense
+
+    return lambda: torch.cat([rows(problem.at(part)) for part in parts])
 
 
 def ready(
@@ -124,11 +130,9 @@ def checked(
     if not hasattr(model, "objective"):
         came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
         raise InputTypeError(explain("differentiable_model", came, "a TorchTwiceDifferentiable is needed", todo))
-    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
-        raise InputError(explain("damping", repr(damping), "a finite number that is not negative is needed"))
+    damping = checked_damping(damping)
     for name, value, known in (("curvature", kind, CURVATURES), ("on_failure", on_failure, ("raise", "return"))):
-        if value not in known:
-            raise InputError(explain(name, repr(value), f"one of {known} is needed"))
+        check_choice(name, value, known)
     # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.
     solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "inversion_method")
-    return InfluenceRun(Problem(model, data=train, **options), kind, solver, float(damping), on_failure)
+    return InfluenceRun(Problem(model, data=train, **options), kind, solver, damping, on_failure)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .._finite import check_finite, check_vector
 from .._progress import track
+from .._recorded_loss import record_loss
 from .._runtime.contexts import eager, sweeping
 from .._torch.protocol import Linearization, bare, gradient_tape, parameter_names
-from ..derivatives import hessian, record_loss
+from .._torch_objective import TorchObjective
+from ..derivatives import hessian
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain
-from ..objective import TorchObjective
-from ._twice_differentiable import TensorUtilities, TwiceDifferentiable
+from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
 _ORIGIN = "_jacops_private_inputs"
 
@@ -202,7 +203,7 @@ def _targets(backprop_on: Any, grad_xy: Tensor) -> list[Tensor]:
     return targets
 
 
-class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):  # pyright: ignore[reportInvalidTypeArguments]
+class TorchTensorUtilities(ArrayUtilities):
     """Torch's tensor operations."""
 
     twice_differentiable_type = TorchTwiceDifferentiable
@@ -223,43 +224,6 @@ class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):  
         return torch.stack(list(a), **kwargs)
 
     @staticmethod
-    def unsqueeze(x: Tensor, dim: int) -> Tensor:
-        """Insert an axis of length one."""
-        return x.unsqueeze(dim)
-
-    @staticmethod
-    def get_element(x: Tensor, idx: int) -> Tensor:
-        """Return an element along the first axis that is longer than one; axes before it are dropped.
-
-        Raises:
-            InputError: There is no such element.
-        """
-        while x.ndim > 1 and x.shape[0] == 1:
-            x = x[0]
-        if x.ndim == 0 or not -x.shape[0] <= idx < x.shape[0]:
-            raise InputError(
-                explain(
-                    "idx", idx, f"the first axis that is longer than one has {x.shape[0] if x.ndim else 0} elements"
-                )
-            )
-        return x[idx]
-
-    @staticmethod
-    def slice(x: Tensor, start: int, stop: int, axis: int = 0) -> Tensor:
-        """Return the entries from `start` to `stop` along an axis."""
-        return x[(slice(None),) * (axis % x.ndim) + (slice(start, stop),)]
-
-    @staticmethod
-    def shape(x: Tensor) -> tuple[int, ...]:
-        """Return the shape."""
-        return tuple(x.shape)
-
-    @staticmethod
-    def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the same entries in another shape."""
-        return x.reshape(shape)
-
-    @staticmethod
     def cat_gen(
         a: Iterator[Tensor] | Iterable[Tensor], resulting_shape: tuple[int, ...], model: TorchTwiceDifferentiable
     ) -> Tensor:
@@ -270,21 +234,7 @@ class TorchTensorUtilities(TensorUtilities[Tensor, TorchTwiceDifferentiable]):  
         """
         like = model.parameters[0]
         result = torch.empty(resulting_shape, dtype=like.dtype, device=like.device)
-        filled = 0
-        for part in a:
-            if tuple(part.shape[1:]) != tuple(resulting_shape[1:]) or filled + part.shape[0] > resulting_shape[0]:
-                raise InputError(
-                    explain(
-                        "a",
-                        f"giving a tensor {tuple(part.shape)} at row {filled}",
-                        f"{tuple(resulting_shape)} was promised",
-                    )
-                )
-            result[filled : filled + part.shape[0]] = part.detach()
-            filled += part.shape[0]
-        if filled != resulting_shape[0]:
-            raise InputError(explain("a", f"giving {filled} rows", f"{tuple(resulting_shape)} was promised"))
-        return result
+        return joined_rows(result, a, Tensor.detach, "a tensor")
 
 
 __all__ = ["TorchTensorUtilities", "TorchTwiceDifferentiable"]

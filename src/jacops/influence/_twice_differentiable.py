@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
+
+from ..errors import InputError, explain
 
 TensorType = TypeVar("TensorType", bound=Sequence)
 """Tensors: sequences of numbers."""
@@ -171,3 +173,58 @@ def _is_abstract(cls: type) -> bool:
         if getattr(value, "__isabstractmethod__", False)
     }
     return any(getattr(inspect.getattr_static(cls, name), "__isabstractmethod__", False) for name in names)
+
+
+class ArrayUtilities(TensorUtilities[Any, Any], ABC):
+    """What torch's tensors and JAX's arrays do alike."""
+
+    @staticmethod
+    def unsqueeze(x: Any, dim: int) -> Any:
+        """Insert an axis of length one."""
+        return x[(slice(None),) * range(x.ndim + 1)[dim] + (None,)]
+
+    @staticmethod
+    def get_element(x: Any, idx: int) -> Any:
+        """Return an element along the first axis that is longer than one; axes before it are dropped.
+
+        Raises:
+            InputError: There is no such element.
+        """
+        while x.ndim > 1 and x.shape[0] == 1:
+            x = x[0]
+        length = x.shape[0] if x.ndim else 0
+        if not -length <= idx < length:  # JAX would clamp the index
+            raise InputError(explain("idx", idx, f"the first axis that is longer than one has {length} elements"))
+        return x[idx]
+
+    @staticmethod
+    def slice(x: Any, start: int, stop: int, axis: int = 0) -> Any:
+        """Return the entries from `start` to `stop` along an axis."""
+        return x[(slice(None),) * (axis % x.ndim) + (slice(start, stop),)]
+
+    @staticmethod
+    def shape(x: Any) -> tuple[int, ...]:
+        """Return the shape."""
+        return tuple(x.shape)
+
+    @staticmethod
+    def reshape(x: Any, shape: tuple[int, ...]) -> Any:
+        """Return the same entries in another shape."""
+        return x.reshape(shape)
+
+
+def joined_rows(result: Any, parts: Iterable[Any], convert: Callable[[Any], Any], what: str) -> Any:
+    """Write arrays from a generator into `result`, one below the other, and return it; messages call each `what`.
+
+    Raises:
+        InputError: There are fewer or more rows than `result` has, or rows of another shape.
+    """
+    promised, filled = f"{tuple(result.shape)} was promised", 0
+    for part in parts:
+        if tuple(part.shape[1:]) != tuple(result.shape[1:]) or filled + part.shape[0] > result.shape[0]:
+            raise InputError(explain("a", f"giving {what} {tuple(part.shape)} at row {filled}", promised))
+        result[filled : filled + part.shape[0]] = convert(part)
+        filled += part.shape[0]
+    if filled != result.shape[0]:
+        raise InputError(explain("a", f"giving {filled} rows", promised))
+    return result

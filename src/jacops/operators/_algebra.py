@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from .._torch.protocol import mirror
 from ..space import Space
-from ._base import Formed, Operator, check_same
-from ._dense import IN_MEMORY, FillRoute, Headroom
+from ._base import Formed, InMemory, OnSpace, Operator, check_same
+from ._dense import FillRoute, Headroom, one_by_one
 from ._noise import Moments
 
 
@@ -48,13 +48,13 @@ class Transposed(Operator):
         return self.of._apply(rows)
 
     def _fill_route(self, room: Headroom) -> FillRoute:
-        return room.way(self.of)
+        return self.of._fill_route(room)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        self.of._write(matrix.T, room)
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self.of._write(matrix.T, route)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        self.of._add(matrix.T, weight, room, half)
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        self.of._add(matrix.T, weight, route, half)
 
 
 @final
@@ -99,7 +99,7 @@ class Product(Operator):
     def _is_congruence(self, mark: str) -> bool:
         if _is_transpose(self.left, self.right):
             return True
-        factors = _factors(self)
+        factors = factors_of(self)
         while len(factors) >= 2 and _is_transpose(factors[0], factors[-1]):
             factors = factors[1:-1]
         return not factors or (len(factors) == 1 and getattr(factors[0], mark))
@@ -111,8 +111,9 @@ class Product(Operator):
         return self.right._apply_transpose(self.left._apply_transpose(rows))
 
 
-def _factors(operator: Operator) -> list[Operator]:
-    return [*_factors(operator.left), *_factors(operator.right)] if isinstance(operator, Product) else [operator]
+def factors_of(operator: Operator) -> list[Operator]:
+    """Return the factors of a product, from left to right; another operator is its own factor."""
+    return [*factors_of(operator.left), *factors_of(operator.right)] if isinstance(operator, Product) else [operator]
 
 
 def _is_transpose(a: Operator, b: Operator) -> bool:
@@ -181,24 +182,20 @@ class Sum(Operator):
         return (self.right, self.left) if self.right._halves and not self.left._halves else (self.left, self.right)
 
     def _fill_route(self, room: Headroom) -> FillRoute:
-        first, second = room.way(self.left), room.way(self.right)
-        larger = max(first, second, key=lambda way: (way.bytes, way is not IN_MEMORY))
-        # What the layers say of both is there from the start.
-        both = first.bytes + second.bytes if first.prepared and second.prepared else larger.bytes
-        return larger if larger is IN_MEMORY else replace(larger, bytes=both, prepared=None)
+        return one_by_one(part._fill_route(room) for part in self._in_order)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
         if self._halves:
-            self._add(matrix.zero_(), 1.0, room, half=True)
+            self._add(matrix.zero_(), 1.0, route, half=True)
             mirror(matrix)
             return
         first, second = self._in_order
-        first._write(matrix, room)
-        second._add(matrix, 1.0, room, half=False)
+        first._write(matrix, route.part(0))
+        second._add(matrix, 1.0, route.part(1), half=False)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        for part in self._in_order:
-            part._add(matrix, weight, room, half)
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        for number, part in enumerate(self._in_order):
+            part._add(matrix, weight, route.part(number), half)
 
 
 @final
@@ -251,14 +248,14 @@ class Scaled(Operator):
         return self.of._halves
 
     def _fill_route(self, room: Headroom) -> FillRoute:
-        return room.way(self.of)
+        return self.of._fill_route(room)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        self.of._write(matrix, room)
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self.of._write(matrix, route)
         matrix.mul_(self.factor)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        self.of._add(matrix, weight * self.factor, room, half)
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        self.of._add(matrix, weight * self.factor, route, half)
 
     def __repr__(self) -> str:
         drawn = f", relative standard error up to {self.noise:.2g})" if self.moments is not None else ")"
@@ -267,7 +264,7 @@ class Scaled(Operator):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Identity(Operator):
+class Identity(OnSpace, InMemory):
     """The map that changes nothing; `damping * Identity(space)` is how damping is written.
 
     Attributes:
@@ -278,34 +275,18 @@ class Identity(Operator):
     symmetric = True
     positive = True
 
-    @property
-    def domain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
-    @property
-    def codomain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
     def _apply(self, rows: Tensor) -> Tensor:
         return rows
 
     _apply_transpose = _apply
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return IN_MEMORY
-
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        matrix.zero_().diagonal().fill_(1)
-
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.diagonal().add_(0.5 * weight if half else weight)
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Matrix(Operator):
+class Matrix(InMemory):
     """A matrix in memory.
 
     Attributes:
@@ -334,19 +315,16 @@ class Matrix(Operator):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return rows @ self.matrix
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return IN_MEMORY
-
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
         matrix.copy_(self.matrix)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.add_(self.matrix, alpha=0.5 * weight if half else weight)
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Diagonal(Operator):
+class Diagonal(InMemory):
     """A diagonal matrix.
 
     Attributes:
@@ -378,11 +356,5 @@ class Diagonal(Operator):
 
     _apply_transpose = _apply
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return IN_MEMORY
-
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        matrix.zero_().diagonal().copy_(self.entries)
-
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)

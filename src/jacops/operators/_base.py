@@ -15,7 +15,7 @@ from .._runtime.memory import Budget
 from .._torch.protocol import PreparedFill, VerificationError, mirror
 from ..errors import InputError, InputTypeError, explain
 from ..space import Space
-from ._dense import FillRoute, Headroom, by_products, dense_room, matrix_place, plain_way
+from ._dense import IN_MEMORY, DenseLimits, FillRoute, Headroom, by_products, is_counted, matrix_place
 from ._finite_results import Source, check_result
 from ._noise import Moments, relative_noise
 
@@ -190,12 +190,17 @@ class Operator(ABC):
                 allocated.
             NonFiniteError: An entry is NaN or Inf; the message names batch and row where the data hold one.
         """
-        room = dense_room(self, budget, out)
+        limits = DenseLimits.of(self, budget, out) if is_counted(self, budget) else None
+        room = Headroom() if limits is None else limits.room
+        route = self._fill_route(room)
+        if limits is not None:
+            limits.ensure(route)
         matrix = matrix_place(self, out, budget)
         try:
-            self._write(matrix, room)
+            self._write(matrix, route)
         except VerificationError:  # by layers it was wrong: once more, by products
-            self._write(matrix, Headroom(room.free, layers=False))
+            del route
+            self._write(matrix, self._fill_route(Headroom(room.free, layers=False)))
         return check_result(self, matrix, "the matrix") if check_finite else matrix
 
     # ---- how the matrix is filled ----------------------------------------------------------------------------------
@@ -206,46 +211,50 @@ class Operator(ABC):
         return self.formed is not None
 
     def _fill_route(self, room: Headroom) -> FillRoute:
-        """Return how the matrix is filled where so much may be held meanwhile."""
-        return plain_way(self, room)
+        """Return how the matrix is filled where so much may be held meanwhile: by layers, or by products."""
+        if self.formed is not None and room.layers and room.free > 0:
+            prepared = self.formed.begin(room.tight)
+            if prepared is not None and prepared.bytes <= room.tight:
+                most, unit = prepared.most, "numbers to a round"
+                return FillRoute("by layers", prepared.bytes, most, unit, prepared, room, tight=True)
+            del prepared  # what it holds is no part of the products
+        return by_products(self, room)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        """Fill `matrix`.
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        """Fill `matrix` on a route of `_fill_route`.
 
         Raises:
             VerificationError: What the layers said is wrong; the matrix holds nothing of use.
         """
-        way = room.way(self)
-        if way.prepared is not None:
-            if way.prepared.accumulate(matrix.zero_()):
+        if route.prepared is not None:
+            if route.prepared.accumulate(matrix.zero_()):
                 mirror(matrix)
                 return
-            way = by_products(self, room)
-        for where, part in self._units(way):
+            route = by_products(self, route.room)
+        for where, part in self._units(route):
             matrix[where] = part
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         """Add the matrix times `weight`; by `half`, for a symmetric one, any X times `weight` with X + Xᵀ the matrix.
 
         Raises:
             VerificationError: As in `_write`.
         """
-        way = room.way(self)
-        if way.prepared is not None:
-            if way.prepared.accumulate(matrix, weight):
-                if not half and not way.prepared.accumulate(matrix.T, weight):
+        if route.prepared is not None:
+            if route.prepared.accumulate(matrix, weight):
+                if not half and not route.prepared.accumulate(matrix.T, weight):
                     raise VerificationError
                 return
-            way = by_products(self, room)
-        for where, part in self._units(way):
+            route = by_products(self, route.room)
+        for where, part in self._units(route):
             matrix[where].add_(part, alpha=0.5 * weight if half else weight)
 
-    def _units(self, way: FillRoute) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    def _units(self, route: FillRoute) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         """Yield places in the matrix and what stands there, by products with unit vectors."""
         m, n = self.shape
         space, everything = self.domain if n <= m else self.codomain, slice(None)
-        for start in range(0, space.dim, way.chunk):
-            where = slice(start, min(start + way.chunk, space.dim))
+        for start in range(0, space.dim, route.chunk):
+            where = slice(start, min(start + route.chunk, space.dim))
             if n <= m:
                 yield (everything, where), self._apply(space.units(where)).T
             else:
@@ -283,6 +292,36 @@ class Operator(ABC):
         m, n = self.shape
         marks = " ".join(self._marks())
         return f"{type(self).__name__}({m} × {n}{', ' + marks if marks else ''})"
+
+
+class OnSpace(Operator):
+    """An operator from a space to itself.
+
+    Attributes:
+        space: Where it acts.
+    """
+
+    space: Any
+
+    @property
+    def domain(self) -> Space:
+        """Where it acts."""
+        return self.space
+
+    @property
+    def codomain(self) -> Space:
+        """Where it acts."""
+        return self.space
+
+
+class InMemory(Operator):
+    """An operator whose entries are there already."""
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return IN_MEMORY
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self._add(matrix.zero_(), 1.0, route, half=False)
 
 
 def _kept(operator: Operator) -> dict[int, int]:

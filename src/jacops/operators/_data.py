@@ -15,8 +15,8 @@ from .._runtime.memory import Meter
 from .._runtime.restoring import restoring
 from .._torch.protocol import mirror
 from ..space import Space
-from ._base import Operator
-from ._dense import IN_MEMORY, FillRoute, Headroom
+from ._base import OnSpace, Operator
+from ._dense import FillRoute, Headroom, one_by_one
 from ._noise import Moments
 
 Parts = Callable[[], Iterable[tuple[float, Operator]]]
@@ -24,7 +24,7 @@ Parts = Callable[[], Iterable[tuple[float, Operator]]]
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class SumOver(Operator):
+class SumOver(OnSpace):
     r"""A symmetric sum over batches, $\sum_b c_b A_b + \mathrm{diag}(r)$.
 
     Attributes:
@@ -50,16 +50,6 @@ class SumOver(Operator):
         """Whether every part is positive and so is the ridge; may take a pass over the data."""
         return self.mark() if callable(self.mark) else self.mark
 
-    @property
-    def domain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
-    @property
-    def codomain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
     def _apply(self, rows: Tensor) -> Tensor:
         total = torch.zeros_like(rows) if self.ridge is None else rows * self.ridge
         for factor, part in self.parts():
@@ -83,16 +73,14 @@ class SumOver(Operator):
     def _fill_route(self, room: Headroom) -> FillRoute:
         return _by_batches(self.parts, room)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        self._add(matrix.zero_(), 1.0, room, half=True)
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self._add(matrix.zero_(), 1.0, route, half=True)
         mirror(matrix)
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        inner = room.way(self).inner or room
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         for target in (matrix,) if half else (matrix, matrix.T):
             for factor, part in self.parts():
-                part._add(target, weight * factor, inner, half=True)
-                inner.forget(part)
+                part._add(target, weight * factor, part._fill_route(route.room), half=True)
                 del part
             if self.ridge is not None:  # last: what the layers say is held against a matrix without it
                 target.diagonal().add_(self.ridge, alpha=0.5 * weight)
@@ -152,23 +140,21 @@ class StackOver(Operator):
     def _fill_route(self, room: Headroom) -> FillRoute:
         return _by_batches(self.parts, room)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
-        inner, start = room.way(self).inner or room, 0
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        start = 0
         for factor, part in self.parts():
             rows = matrix[start : start + part.shape[0]]
-            part._write(rows, inner)
+            part._write(rows, part._fill_route(route.room))
             if factor != 1.0:
                 rows.mul_(factor)
-            inner.forget(part)
             start += part.shape[0]
             del part
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        inner, start = room.way(self).inner or room, 0
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        start = 0
         for factor, part in self.parts():
             scale = 0.5 * weight * factor if half else weight * factor
-            part._add(matrix[start : start + part.shape[0]], scale, inner, half=False)
-            inner.forget(part)
+            part._add(matrix[start : start + part.shape[0]], scale, part._fill_route(route.room), half=False)
             start += part.shape[0]
             del part
 
@@ -177,23 +163,22 @@ class StackOver(Operator):
 def _by_batches(parts: Parts, room: Headroom) -> FillRoute:
     """Return how a pass fills a matrix: what the first batch takes, and what the pass keeps of the others."""
     if not 0 < room.free < math.inf:
-        return FillRoute("batch by batch", inner=room)
+        return FillRoute("batch by batch", room=room)
     with Meter() as meter:
         part = next((part for _, part in parts()), None)
     if part is None:
-        return FillRoute("batch by batch", inner=room)
+        return FillRoute("batch by batch", room=room)
     will_hold = getattr(parts, "will_hold", None)
     held = part.nbytes if will_hold is None else will_hold(part.nbytes)
     inner = room.less(held)
-    way = inner.way(part)
-    inner.forget(part)
-    working = held + max(way.bytes, meter.peak - part.nbytes)
-    return FillRoute("batch by batch", working, way.chunk, way.unit, inner=inner, tight=way.tight)
+    own = part._fill_route(inner)
+    working = held + max(own.bytes, meter.peak - part.nbytes)
+    return FillRoute("batch by batch", working, own.chunk, own.unit, room=inner, tight=own.tight)
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockDiagonal(Operator):
+class BlockDiagonal(OnSpace):
     """Square operators side by side, each on its own part of the axis.
 
     Attributes:
@@ -203,16 +188,6 @@ class BlockDiagonal(Operator):
 
     blocks: tuple[Operator, ...]
     space: Space
-
-    @property
-    def domain(self) -> Space:
-        """What the whole axis means."""
-        return self.space
-
-    @property
-    def codomain(self) -> Space:
-        """What the whole axis means."""
-        return self.space
 
     @property
     def symmetric(self) -> bool:
@@ -233,16 +208,16 @@ class BlockDiagonal(Operator):
         return torch.cat([block._apply_transpose(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
 
     def _fill_route(self, room: Headroom) -> FillRoute:
-        return max(map(room.way, self.blocks), key=lambda way: (way.bytes, way is not IN_MEMORY), default=IN_MEMORY)
+        return one_by_one(block._fill_route(room) for block in self.blocks)
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
         matrix.zero_()
-        for block, place in self._places(matrix):
-            block._write(place, room)
+        for number, (block, place) in enumerate(self._places(matrix)):
+            block._write(place, route.part(number))
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        for block, place in self._places(matrix):
-            block._add(place, weight, room, half)
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        for number, (block, place) in enumerate(self._places(matrix)):
+            block._add(place, weight, route.part(number), half)
 
     def _places(self, matrix: Tensor) -> Iterator[tuple[Operator, Tensor]]:
         row = column = 0

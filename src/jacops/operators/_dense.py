@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +38,28 @@ _TODO = "Use products (`A @ v`) or `jacops.solve` instead, write into a memmap w
 
 
 @dataclass(frozen=True)
+class Headroom:
+    """What may be held while a matrix is filled.
+
+    Attributes:
+        free: Bytes of tensors; infinite where nobody counts.
+        layers: Whether matrices may be filled by layers.
+    """
+
+    free: float = math.inf
+    layers: bool = True
+
+    @property
+    def tight(self) -> float:
+        """The same for few and large tensors, which leave few holes."""
+        return max(self.free, _HOLES * self.free / _TIGHT)
+
+    def less(self, held: float) -> Headroom:
+        """Return the room beside what is held."""
+        return Headroom(max(0.0, self.free - held), self.layers)
+
+
+@dataclass(frozen=True)
 class FillRoute:
     """How an operator's matrix is filled.
 
@@ -44,8 +68,9 @@ class FillRoute:
         bytes: Held on the way besides the matrix; 0 where that was not asked or is nothing.
         chunk: How many of `unit` go together.
         unit: What is counted.
-        begun: What the layers say, where the matrix is filled by layers.
-        inner: What parts may hold, where there are parts that are made on the way.
+        prepared: What the layers say, where the matrix is filled by layers.
+        room: What parts may hold, where there are parts that are made on the way.
+        parts: The routes of the operators that this one is made of.
         tight: What is held are few and large tensors, which leave few holes.
     """
 
@@ -54,7 +79,8 @@ class FillRoute:
     chunk: int = 1
     unit: str = "vectors to a pass"
     prepared: PreparedFill | None = None
-    inner: Headroom | None = None
+    room: Headroom = field(default_factory=Headroom)
+    parts: tuple[FillRoute, ...] = ()
     tight: bool = False
 
     @property
@@ -64,102 +90,88 @@ class FillRoute:
             return 0
         return resident(0) + int(_TIGHT * self.bytes) if self.tight else resident(self.bytes)
 
+    def part(self, number: int) -> FillRoute:
+        """Return the route of a part; where all are in memory, that of the whole."""
+        return self.parts[number] if self.parts else self
+
 
 IN_MEMORY = FillRoute("in memory", unit="copy")
 
 
-@dataclass(frozen=True, eq=False)
-class Headroom:
-    """What may be held while a matrix is filled, and how each operator goes about it.
-
-    Attributes:
-        free: Bytes of tensors; infinite where nobody counts.
-        layers: Whether matrices may be filled by layers.
-    """
-
-    free: float = math.inf
-    layers: bool = True
-    _fill_routes: dict[int, tuple[Operator, FillRoute]] = field(default_factory=dict)
-
-    @property
-    def tight(self) -> float:
-        """The same for few and large tensors, which leave few holes."""
-        return max(self.free, _HOLES * self.free / _TIGHT)
-
-    def way(self, operator: Operator) -> FillRoute:
-        """Return how an operator's matrix is filled; found once."""
-        if id(operator) not in self._fill_routes:
-            self._fill_routes[id(operator)] = operator, operator._fill_route(self)
-        return self._fill_routes[id(operator)][1]
-
-    def forget(self, operator: Operator) -> None:
-        """Let go of what was found out about an operator."""
-        self._fill_routes.pop(id(operator), None)
-
-    def less(self, held: float) -> Headroom:
-        """Return the room beside what is held."""
-        return Headroom(max(0.0, self.free - held), self.layers)
+def one_by_one(parts: Iterable[FillRoute]) -> FillRoute:
+    """Return the route of an operator whose parts are filled one after the other."""
+    parts = tuple(parts)
+    larger = max(parts, key=lambda route: (route.bytes, route is not IN_MEMORY), default=IN_MEMORY)
+    if larger is IN_MEMORY:
+        return IN_MEMORY
+    prepared = sum(route.bytes for route in parts if route.prepared)  # what the layers say is there from the start
+    return replace(larger, bytes=max(larger.bytes, prepared), prepared=None, parts=parts)
 
 
 @dataclass(frozen=True)
-class DensePlan:
-    """What forming a matrix takes.
+class DenseLimits:
+    """What forming an operator's matrix may take.
 
     Attributes:
-        shape: The matrix's.
+        operator: Whose matrix.
         result: Its bytes.
         allocated: They are allocated by the call.
-        startup: What the process takes for its first derivative.
-        way: How it is filled.
-        room: What may be held meanwhile.
         budget: Bytes allowed.
     """
 
-    shape: tuple[int, int]
+    operator: Operator
     result: int
     allocated: bool
-    startup: int
-    way: FillRoute
-    room: Headroom
     budget: int
 
-    @property
-    def peak(self) -> int:
-        """Bytes held at once."""
-        return self.startup + self.result * self.allocated + self.way.resident
+    @classmethod
+    def of(cls, operator: Operator, budget: Budget, out: Any) -> DenseLimits:
+        """Return the limits of a call of `dense`."""
+        return cls(operator, _result_bytes(operator), out is None, budget_bytes(budget, operator.domain.device))
 
+    @cached_property
+    def _startup(self) -> int:
+        return startup_bytes(self.operator.domain.device)
 
-def dense_plan(operator: Operator, budget: Budget, out: Any) -> DensePlan:
-    """Return what `operator.dense()` takes, from a few sweeps or products."""
-    device = operator.domain.device
-    allowed, startup = budget_bytes(budget, device), startup_bytes(device)
-    result = operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize
-    room = Headroom(max(0.0, live(allowed - startup - (result if out is None else 0))))
-    way = room.way(operator)
-    if way is IN_MEMORY or (room.free > 0 and startup_bytes(device)):
-        startup = 0  # what needs no derivative loads nothing
-    return DensePlan(operator.shape, result, out is None, startup, way, room, allowed)
+    @cached_property
+    def room(self) -> Headroom:
+        """What may be held beside the matrix."""
+        return Headroom(max(0.0, live(self.budget - self._startup - self.result * self.allocated)))
 
+    def startup(self, route: FillRoute) -> int:
+        """Return what the process takes for its first derivative; what needs no derivative loads nothing."""
+        idle = route is IN_MEMORY or (self.room.free > 0 and startup_bytes(self.operator.domain.device))
+        return 0 if idle else self._startup
 
-def dense_room(operator: Operator, budget: Budget, out: Any) -> Headroom:
-    """Return what may be held while the matrix is filled; nobody counts where it is small and no budget is given.
+    def peak(self, route: FillRoute) -> int:
+        """Return the bytes that a route holds at once."""
+        return self.startup(route) + self.result * self.allocated + route.resident
 
-    Raises:
-        MemoryBudgetError: It does not fit; nothing was allocated.
-    """
-    if budget is None and operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize < SMALL:
-        return Headroom()
-    plan = dense_plan(operator, budget, out)
-    if plan.peak > plan.budget:
+    def ensure(self, route: FillRoute) -> None:
+        """Refuse a route that does not fit.
+
+        Raises:
+            MemoryBudgetError: It does not; nothing was allocated.
+        """
+        if self.peak(route) <= self.budget:
+            return
         parts: dict[str, float] = {}
-        if plan.way is not IN_MEMORY:
-            parts[f"working memory {plan.way.name}"] = plan.way.resident
-        if plan.allocated:
-            parts[f"the matrix {plan.shape}"] = plan.result
-        if plan.startup:
-            parts["what torch loads for the first derivative of a process"] = plan.startup
-        refuse(f"{type(operator).__name__}.dense", parts, plan.budget, _TODO)
-    return plan.room
+        if route is not IN_MEMORY:
+            parts[f"working memory {route.name}"] = route.resident
+        if self.allocated:
+            parts[f"the matrix {self.operator.shape}"] = self.result
+        if startup := self.startup(route):
+            parts["what torch loads for the first derivative of a process"] = startup
+        refuse(f"{type(self.operator).__name__}.dense", parts, self.budget, _TODO)
+
+
+def _result_bytes(operator: Operator) -> int:
+    return operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize
+
+
+def is_counted(operator: Operator, budget: Budget) -> bool:
+    """Return whether forming a matrix is held against a budget: one is given, or the matrix is large."""
+    return budget is not None or _result_bytes(operator) >= SMALL
 
 
 def matrix_place(operator: Operator, out: Any, budget: Budget) -> Tensor:
@@ -176,22 +188,13 @@ def matrix_place(operator: Operator, out: Any, budget: Budget) -> Tensor:
         return given
     options = {"dtype": operator.codomain.dtype, "device": operator.domain.device}
     matrix = f"the matrix {operator.shape}"
-    need = operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize
-    ensure_fits(f"{type(operator).__name__}.dense", {matrix: need}, budget, operator.domain.device, _TODO)
+    device = operator.domain.device
+    ensure_fits(f"{type(operator).__name__}.dense", {matrix: _result_bytes(operator)}, budget, device, _TODO)
     return torch.empty(*operator.shape, **options)
 
 
-def plain_way(operator: Operator, room: Headroom) -> FillRoute:
-    """Return how the matrix of an operator without parts is filled: by layers where that is open, or by products."""
-    if operator.formed is not None and room.layers and room.free > 0:
-        prepared = operator.formed.begin(room.tight)
-        if prepared is not None and prepared.bytes <= room.tight:
-            return FillRoute("by layers", prepared.bytes, prepared.most, "numbers to a round", prepared, tight=True)
-        del prepared  # what it holds is no part of the products
-    return by_products(operator, room)
-
-
 def by_products(operator: Operator, room: Headroom) -> FillRoute:
+    """Return how a matrix is filled by products with unit vectors, as many together as fit."""
     m, n = operator.shape
     name = "by columns" if n <= m else "by rows"
     most = max(1, min(64, n, m, CHUNK_ENTRIES // max(1, m + n)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..space import Space
-from ._base import Operator
+from ._base import OnSpace
 
 _CHUNK_ENTRIES = 2**22  # rows are taken so many entries at a time
 Form = Literal["kronecker", "exact", "diagonal"]
@@ -116,7 +116,7 @@ Block = KroneckerBlock | DenseBlock | DiagonalBlock
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class EigenBlocks(Operator):
+class EigenBlocks(OnSpace):
     r"""$\sum_b Q_b\, \mathrm{diag}(e_b)\, Q_b^\top$ over blocks of parameters, with orthogonal $Q_b$.
 
     Products, inverses and roots under any damping cost a few small matrix products per row.
@@ -141,16 +141,6 @@ class EigenBlocks(Operator):
     def positive(self) -> bool:
         """Whether no eigenvalue is negative."""
         return self.lowest >= 0
-
-    @property
-    def domain(self) -> Space:
-        """The parameters."""
-        return self.space
-
-    @property
-    def codomain(self) -> Space:
-        """The parameters."""
-        return self.space
 
     def _apply(self, rows: Tensor) -> Tensor:
         result = torch.empty_like(rows)

@@ -100,12 +100,12 @@ class LayerFactors(Operator):
             "layer by layer", max((_written(part) for part in self.parts), default=0.0), unit="layer at a time"
         )
 
-    def _write(self, matrix: Tensor, room: Headroom) -> None:
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
         for part, where in zip(self.parts, self.domain.slices, strict=True):
             part.into(matrix[:, where].unflatten(0, part.shape[:2]).unflatten(2, part.shape[2:]))
 
-    def _add(self, matrix: Tensor, weight: float, room: Headroom, half: bool) -> None:
-        for where, rows in self._units(by_products(self, room)):
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        for where, rows in self._units(by_products(self, Headroom())):
             matrix[where].add_(rows, alpha=0.5 * weight if half else weight)
 
     # ---- what rows are asked for -----------------------------------------------------------------------------

@@ -48,16 +48,25 @@ def made_from(*names: str) -> Callable[[Callable[Arguments, Made]], Callable[...
         def call(*args: Any, check_finite: bool = True, **kwargs: Any) -> Made:
             operator = function(*args, **kwargs)
             data = {name: args[i] if i < len(args) else kwargs.get(name) for name, i in places.items()}
-            object.__setattr__(operator, "source", Source(function.__name__, data))
-            object.__setattr__(operator, "check_finite", check_finite)
-            if check_finite:
-                _check_losses(operator)
-            return operator
+            return with_source(operator, Source(function.__name__, data), check_finite)
 
         call.__signature__ = _with_check(function)  # pyright: ignore[reportAttributeAccessIssue]
         return call
 
     return decorate
+
+
+def with_source(operator: Made, source: Source, check_finite: bool = True) -> Made:
+    """Return an operator that says what it was made from, and whether its results are checked.
+
+    Raises:
+        NonFiniteError: It is checked, and the loss that it is of is NaN or Inf.
+    """
+    object.__setattr__(operator, "source", source)
+    object.__setattr__(operator, "check_finite", check_finite)
+    if check_finite:
+        _check_losses(operator)
+    return operator
 
 
 def _with_check(function: Callable[..., Any]) -> inspect.Signature:

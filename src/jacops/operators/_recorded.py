@@ -10,7 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .._torch.protocol import Linearization, check_kept
+from .._ladder.protocol import Linearized
+from .._torch.protocol import check_kept
 from ..space import Space
 from ._base import Formed, Operator
 
@@ -23,14 +24,14 @@ class LinearizedMap(Operator):
     The function ran once; products only sweep. The repr says which route they took and why.
 
     Attributes:
-        lin: The recorded graph.
+        lin: What was recorded, by any framework.
         output: What the function returned there, detached.
         symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
         mark: Whether it is positive semi-definite, or a function that computes that when it is first read.
         formed: A cheaper way to its matrix than products, if there is one.
     """
 
-    lin: Linearization
+    lin: Linearized
     output: Any = None
     symmetric: bool = False
     mark: bool | Callable[[], bool] = False

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import InputTypeError, explain
 from ..operators import Operator
-from ..operators._dense import dense_plan
+from ..operators._dense import DenseLimits
 from ._base import Plan, planned_by, table
 
 
@@ -16,19 +16,20 @@ def plan_dense(arguments: dict[str, Any]) -> Plan:
     if not isinstance(operator, Operator):
         raise InputTypeError(explain("the first argument", f"a {type(operator).__name__}", "an operator is needed"))
     m, n = operator.shape
-    found = dense_plan(operator, arguments["budget"], arguments["out"])
-    name, products = found.way.name, {"by columns": n, "by rows": m}
+    limits = DenseLimits.of(operator, arguments["budget"], arguments["out"])
+    route = operator._fill_route(limits.room)
+    name, products, peak = route.name, {"by columns": n, "by rows": m}, limits.peak(route)
     few = "by columns" if n <= m else "by rows"
     routes: dict[str, tuple[int | None, int | None, str]] = {
         way: (sweeps, None, "fewer vectors" if way == few else "more vectors") for way, sweeps in products.items()
     }
     if name in products:
-        routes[name] = products[name], found.peak, routes[name][2]
+        routes[name] = products[name], peak, routes[name][2]
     else:
-        routes = {name: (None, found.peak, _WHY.get(name, "")), **routes}
+        routes = {name: (None, peak, _WHY.get(name, "")), **routes}
     told = f"{type(operator).__name__}.dense"
-    way, routes_told = found.way, table(routes, name)
-    return Plan(told, routes_told, found.result, found.startup, found.budget, way.chunk, way.unit)
+    rows = table(routes, name)
+    return Plan(told, rows, limits.result, limits.startup(route), limits.budget, route.chunk, route.unit)
 
 
 _WHY = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._torch.protocol import BY_SAMPLES, PlanAsk, Proofs, Samples, planned
+from .._torch.protocol import BY_SAMPLES, Samples, planned
 from ._base import Plan, listed
 
 
@@ -14,5 +14,4 @@ def plan_samples(arguments: dict[str, Any]) -> Plan:
     samples = Samples(arguments["model"], arguments["x"], call="compute_jacobian", **options)
     allocated = arguments["out"] is None
     found = planned(samples, arguments["batch_size"], arguments["budget"], arguments["mode"], allocated)
-    ask = PlanAsk(found, "compute_jacobian", Proofs("never"))
-    return listed(ask, BY_SAMPLES, found.result, found.startup, found.budget, "samples to a sweep")
+    return listed(found, BY_SAMPLES, found.result, found.startup, found.budget, "samples to a sweep")

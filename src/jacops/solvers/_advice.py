@@ -61,8 +61,7 @@ def _broken(solution: Solution, operator: Operator) -> str:
 
 
 def _stagnated(solution: Solution, operator: Operator) -> str:
-    reach = solution.info["attainable"]
-    level = float(reach[~reach.isnan()].max()) if bool((~reach.isnan()).any()) else 0.0
+    level = float(solution.info["attainable"].nan_to_num(0.0).max())
     wider = "Raise `damping`" if _is_double(solution) else "Run the problem in float64, raise `damping`"
     return (
         f"It no longer improves; the level that rounding allows here is about {level:.1e}. {wider} or ask for a "

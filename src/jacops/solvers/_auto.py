@@ -57,7 +57,7 @@ class Auto(Solver):
         check_options(self.tolerance, None)
         if self.budget is not None and (isinstance(self.budget, bool) or not self.budget > 0):
             raise InputError(explain("budget", repr(self.budget), "a positive number of bytes is needed"))
-        return _PreparedAuto(self, System(operator, damping))
+        return _PreparedAuto(self, System(operator, damping, self.tolerance))
 
 
 @final
@@ -68,11 +68,6 @@ class _PreparedAuto(Prepared):
         self.sketched: PreparedCG | None = None
         self.spent = 0.0
         self.direct, self.cost, self.why = _direct(recipe, system)
-
-    @property
-    def tolerance(self) -> float:
-        """On the relative residual."""
-        return self.recipe.tolerance or self.system.tolerance
 
     def _solve(self, rows: Tensor) -> Raw:
         if self.chosen is None and self.direct is not None:
@@ -108,7 +103,7 @@ class _PreparedAuto(Prepared):
         raw = self._run(cg, rows, why)
         self.spent += self.system.products - before
         size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        good = raw.left is not None and bool((raw.left <= self.tolerance * size).all())
+        good = raw.left is not None and bool((raw.left <= self.system.tolerance * size).all())
         if good or Status.NEGATIVE_CURVATURE in raw.failed.values():
             return raw
         self.why += "; conjugate gradients did not do"

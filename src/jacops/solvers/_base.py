@@ -38,11 +38,6 @@ class Prepared(ABC):
     method: str
     _has_warned = False
 
-    @property
-    def tolerance(self) -> float:
-        """On the relative residual."""
-        return self.system.tolerance
-
     @abstractmethod
     def _solve(self, rows: Tensor) -> Raw:
         """Solve for finite rows `(k, n)` of which none is zero, k ≥ 1, in the unit of the system."""
@@ -59,7 +54,7 @@ class Prepared(ABC):
         """
         check_rows(self.system.given.domain, rows)
         started, products = time.perf_counter(), self.system.products
-        judge = Judge(self.system, self.tolerance, rows.detach())
+        judge = Judge(self.system, rows.detach())
         step = max(1, _WORKING_ENTRIES // (_VECTORS * max(1, self.system.n)))
         for where in judge.solvable.split(step):
             if len(where):

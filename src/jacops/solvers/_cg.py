@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from .._requirements import check_positive
 from ..errors import InputError, explain
 from ..operators import Operator
 from ._base import Prepared, Solver
-from ._block import block_course, noise
+from ._block import block_iteration
 from ._judge import Raw, condition_limit
 from ._precondition import Preconditioner, preconditioner_of
-from ._refine import IterationResult, refined
+from ._refine import IterationResult, noise, refined
 from ._solution import Status
 from ._system import System, check_symmetric
 
@@ -57,7 +57,7 @@ class CG(Solver):
             InputError: The operator is not symmetric, or an option is out of range.
         """
         check_options(self.tolerance, self.max_steps)
-        system = System(operator, damping)
+        system = System(operator, damping, self.tolerance)
         check_symmetric(system, "CG")
         inner = preconditioner_of(system, self.preconditioner, self.rank, self.max_rank, self.seed)
         return PreparedCG(self, system, inner)
@@ -72,83 +72,75 @@ class PreparedCG(Prepared):
         self.method = ("block " if recipe.block else "") + "CG"
         self.most = steps_allowed(recipe.max_steps, system.n)
 
-    @property
-    def tolerance(self) -> float:
-        """On the relative residual."""
-        return self.recipe.tolerance or self.system.tolerance
-
     def _solve(self, rows: Tensor) -> Raw:
-        course = block_course if self.recipe.block else row_course
+        iteration = block_iteration if self.recipe.block else row_iteration
 
         def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
-            return course(self.system, self.inner.apply, rows, goals, most)
+            return iteration(self.system, self.inner.apply, rows, goals, most)
 
-        raw = refined(self.system, rows, self.tolerance, self.most, run)
+        raw = refined(self.system, rows, self.most, run)
         raw.info.update(self.inner.info)
         return raw
 
 
-def row_course(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
+def row_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
     """Run preconditioned conjugate gradients on each row from zero."""
-    course = IterationResult(torch.zeros_like(rows), [0] * rows.shape[0])
+    result = IterationResult.start(rows)
     ids = torch.arange(rows.shape[0], device=rows.device)
     x, r = torch.zeros_like(rows), rows
     p = z = inner(r)
     rz = (r * z).sum(1)
     for step in range(most + 1):
-        reach = course.norm * x.norm(dim=1)
-        finished = r.norm(dim=1) <= goals[ids].maximum(0.5 * system.eps * reach)
+        scale = result.norm * x.norm(dim=1)
+        finished = r.norm(dim=1) <= goals[ids].maximum(0.5 * system.eps * scale)
         last = step == most or bool(finished.all())
         Ap = p if last else system.apply(p)
-        bend = (p * Ap).sum(1)
-        bad = {Status.BREAKDOWN: ~(rz > 0) | ~bend.isfinite()}
-        if not last:
-            bad[Status.NEGATIVE_CURVATURE] = _is_negative(system, course, p, Ap, bend, ~finished)
-            bad[Status.SINGULAR] = (bend <= 0) | (reach > condition_limit(system.dtype) * rows[ids].norm(dim=1))
-        going = _settle(course, ids, x, step, finished, bad, last)
-        if not bool(going.any()):
+        curvature = (p * Ap).sum(1)
+        failed = {Status.BREAKDOWN: ~(rz > 0) | ~curvature.isfinite()}
+        if last:
+            failed[Status.MAX_STEPS] = torch.ones_like(finished)
+        else:
+            failed[Status.NEGATIVE_CURVATURE] = _is_negative(system, result, p, Ap, curvature, ~finished)
+            failed[Status.SINGULAR] = (curvature <= 0) | (scale > condition_limit(system.dtype) * rows[ids].norm(dim=1))
+        active = _left_after(result, ids, x, step, finished, failed)
+        if not bool(active.any()):
             break
-        ids, x, r, p, rz, Ap, bend = (value[going] for value in (ids, x, r, p, rz, Ap, bend))
-        pace = (rz / bend).unsqueeze(1)
-        x, r = x + pace * p, r - pace * Ap
+        ids, x, r, p, rz, Ap, curvature = (value[active] for value in (ids, x, r, p, rz, Ap, curvature))
+        alpha = (rz / curvature).unsqueeze(1)
+        x, r = x + alpha * p, r - alpha * Ap
         z = inner(r)
         along = (r * z).sum(1)
         p, rz = z + (along / rz).unsqueeze(1) * p, along
-    return course
+    return result
 
 
-def _is_negative(system: System, course: IterationResult, p: Tensor, Ap: Tensor, bend: Tensor, alive: Tensor) -> Tensor:
-    """Say along which directions the curvature is negative, beyond rounding, and note norm and lowest curvature."""
-    square = (p * p).sum(1)
-    curvature = bend / square
-    course.norm = max(course.norm, float((Ap.norm(dim=1) / square.sqrt()).nan_to_num(0, 0, 0).max()))
-    seen = curvature[alive & curvature.isfinite()]
-    if len(seen):
-        course.lowest = min(float(seen.min()), math.inf if course.lowest is None else course.lowest)
-        if course.lowest < -noise(system) * course.norm:
-            course.norm = max(course.norm, system.norm)  # rounding of a norm not seen yet is no curvature
-    return curvature < -noise(system) * course.norm
-
-
-def _settle(
-    course: IterationResult, ids: Tensor, x: Tensor, step: int, finished: Tensor, bad: dict[Status, Tensor], last: bool
+def _is_negative(
+    system: System, result: IterationResult, p: Tensor, Ap: Tensor, curvature: Tensor, active: Tensor
 ) -> Tensor:
-    """Write down the rows that end here; return which go on."""
-    going = ~finished
-    for status, flags in bad.items():
-        hit = flags & going
-        for row in ids[hit].tolist():
-            course.failed[row] = status
-            if status == Status.BREAKDOWN:
-                course.reason = "the preconditioner is not positive definite, or a product is not finite"
-        going = going & ~hit
-    if last:
-        course.failed.update(dict.fromkeys(ids[going].tolist(), Status.MAX_STEPS))
-        going = torch.zeros_like(going)
-    course.x[ids[~going]] = x[~going]
-    for row in ids[~going].tolist():
-        course.steps[row] = step
-    return going
+    """Return along which directions the curvature is negative, beyond rounding; note norm and lowest curvature."""
+    square = (p * p).sum(1)
+    relative = curvature / square
+    norm = float((Ap.norm(dim=1) / square.sqrt()).nan_to_num(0, 0, 0).max())
+    seen = relative[active & relative.isfinite()]
+    if len(seen):
+        result.is_negative(system, norm, float(seen.min()))
+    result.norm = max(result.norm, norm)
+    return relative < -noise(system) * result.norm
+
+
+def _left_after(
+    result: IterationResult, ids: Tensor, x: Tensor, step: int, finished: Tensor, failed: dict[Status, Tensor]
+) -> Tensor:
+    """Note the rows that end here, each by the first status that is true of it; return which go on."""
+    result.end(ids[finished], step)
+    active = ~finished
+    for status, flags in failed.items():
+        result.end(ids[flags & active], step, status)
+        if status == Status.BREAKDOWN and bool((flags & active).any()):
+            result.reason = "the preconditioner is not positive definite, or a product is not finite"
+        active = active & ~flags
+    result.x[ids[~active]] = x[~active]
+    return active
 
 
 def steps_allowed(max_steps: int | None, n: int) -> int:
@@ -164,5 +156,5 @@ def check_options(tolerance: float | None, max_steps: int | None) -> None:
     """
     if tolerance is not None and not 0 < tolerance < 1:
         raise InputError(explain("tolerance", repr(tolerance), "a number between 0 and 1 is needed"))
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
-        raise InputError(explain("max_steps", repr(max_steps), "a positive integer is needed"))
+    if max_steps is not None:
+        check_positive("max_steps", max_steps)

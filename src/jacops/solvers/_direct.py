@@ -54,7 +54,7 @@ class Direct(Solver):
         Raises:
             InputError: `dual=True`, but the operator is not a positive congruence under damping.
         """
-        system = System(operator, damping)
+        system = System(operator, damping, self.tolerance)
         found = congruence(operator) if operator.positive and self.dual is not False else None
         found = found if found is not None and system.given_damping + found.shift > 0 else None
         if self.dual and found is None:
@@ -79,11 +79,6 @@ class _Factorised(Prepared):
         self.info: dict[str, Any] = {}
         self.entries: Operator | None = None  # the damped operator, where its entries are in memory
 
-    @property
-    def tolerance(self) -> float:
-        """On the relative residual."""
-        return self.recipe.tolerance or self.system.tolerance
-
     def _judge_condition(self, condition: float) -> None:
         self.info["condition"] = condition
         if not condition <= (self.recipe.max_condition or condition_limit(self.system.dtype)):
@@ -104,7 +99,7 @@ class _Factorised(Prepared):
         left = self._left(x, rows)
         for _ in range(3):
             now = torch.linalg.vector_norm(left, dim=1) / size
-            if not bool((now > 0.1 * self.tolerance).any()):
+            if not bool((now > 0.1 * self.system.tolerance).any()):
                 break
             better = x + self.once(left.to(x.dtype))
             left_then = self._left(better, rows)
@@ -124,7 +119,7 @@ class _Factorised(Prepared):
         found = self.system.residual(wide_x.to(x.dtype), wide_b.to(x.dtype))
         off = float((found - mix @ left).norm())
         rounding = 8 * self.system.eps * (self.norm * float(wide_x.norm()) + float(wide_b.norm()))
-        return off <= max(rounding, 0.1 * self.tolerance * float(wide_b.norm()))
+        return off <= max(rounding, 0.1 * self.system.tolerance * float(wide_b.norm()))
 
     def _left(self, x: Tensor, rows: Tensor) -> Tensor:
         if self.entries is None:

@@ -38,7 +38,8 @@ class EKFAC(Solver):
 
     Convolutions, embeddings, attention's projections and weights used several times have such a form. Parameters
     that enter otherwise are kept exactly where there are few of them, else by their diagonal; `info["coverage"]`
-    counts them. Blocks of different layers are taken as independent. Damping is added to the eigenvalues.
+    counts them. Of a JAX model one that enters otherwise than by a product, a convolution or entry by entry is
+    refused by name. Blocks of different layers are taken as independent. Damping is added to the eigenvalues.
 
     Sources: Martens and Grosse (2015); Grosse and Martens (2016) for convolutions; George et al. (2018) for the
     eigenvalues; Grosse et al. (2023) for influence; Van Loan and Pitsianis (1993) for the weights.
@@ -93,7 +94,7 @@ class EKFAC(Solver):
         """Return the approximation to a curvature operator, its quadratic term included.
 
         Args:
-            operator: Of a `Problem` with a torch model, such as `problem.ggn()` or `problem.hessian()`.
+            operator: Of a `Problem`, such as `problem.ggn()` or `problem.hessian()`.
 
         Returns:
             A positive operator with `inverse(damping)`, `eigenvalues` and `coverage`.

@@ -64,7 +64,7 @@ class Judge:
         info: Figures, collected.
     """
 
-    def __init__(self, system: System, tolerance: float, rows: Tensor) -> None:
+    def __init__(self, system: System, rows: Tensor) -> None:
         k, device = rows.shape[0], rows.device
         largest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(k)
         finite, zero = largest.isfinite(), largest == 0
@@ -74,7 +74,7 @@ class Judge:
         self.rows = rows / torch.ldexp(torch.ones_like(largest), self.exponents).unsqueeze(1)
         self.size = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)
         self.solvable = (finite & ~zero).nonzero()[:, 0]
-        self.system, self.tolerance = system, tolerance
+        self.system = system
         nan = torch.full((k,), math.nan, dtype=torch.float64, device=device)
         self.x = torch.zeros_like(rows)
         self.x[~finite] = math.nan
@@ -94,15 +94,15 @@ class Judge:
         left = self._left(where, raw, x, judged, loss)
         length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         norm = max(raw.norm or system.norm, system.damping) if bool(judged.any()) else math.nan
-        reach = norm * length / self.size[where]
+        scale = norm * length / self.size[where]
         self.residual[where] = left / self.size[where]
-        self.attainable[where] = system.eps * reach
+        self.attainable[where] = system.eps * scale
         if system.is_positive:
             self.bound[where] = self._bound(left, norm * length, self.size[where], shift)
         self.info["approximate"] |= raw.approximate
         if raw.unchecked:
             self.info["unchecked"] = True
-        facts = (self.residual[where].tolist(), reach.tolist(), judged.tolist(), loss.tolist())
+        facts = (self.residual[where].tolist(), scale.tolist(), judged.tolist(), loss.tolist())
         for i, (row, residual, condition, ok, gone) in enumerate(zip(where.tolist(), *facts, strict=True)):
             self.iterations[row] = raw.iterations[i]
             self.status[row] = self._status(raw, raw.failed.get(i), residual, condition, ok, gone)
@@ -139,7 +139,7 @@ class Judge:
             return failed
         promised = not (raw.approximate or raw.unchecked)
         limit = condition_limit(self.system.dtype)
-        if promised and judged and residual <= self.tolerance:
+        if promised and judged and residual <= self.system.tolerance:
             return Status.CONVERGED
         if promised and judged and residual <= self.system.eps * condition and condition <= limit and residual < 1:
             return Status.ATTAINABLE
@@ -166,7 +166,7 @@ class Judge:
 
     def verdict(self, method: str) -> Solution:
         """Return all rows with what is known of them."""
-        info = {"tolerance": self.tolerance, "attainable": self.attainable, **self.info}
+        info = {"tolerance": self.system.tolerance, "attainable": self.attainable, **self.info}
         if self.system.is_positive:
             info["error_bound"] = self.bound
         info = {name: info[name] for name in sorted(info)}

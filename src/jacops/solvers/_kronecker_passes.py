@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
-from .._runtime.contexts import seeded
+from .._ladder.protocol import is_framework_model
 from .._runtime.counter import Draws
-from .._runtime.restoring import restoring
-from .._torch.protocol import Gradients, Group, RecordedBatch, Recording, record_model, row_scale
+from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
 from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
 from ..operators import Operator
 from ..operators._eigen_blocks import Block
 from ..space import Space
 from ._kronecker_noise import Noise
 from ._kronecker_sums import Basis, OuterSums, RowSums
-from ._output_curvature import Directions, Given, LossAtOutput
+from ._output_curvature import Directions, Given
+from ._output_loss import LossAtOutput, OutputLoss, loss_at_output
 
 Fisher = Literal["auto", "exact", "monte_carlo", "empirical"]
 _EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one
@@ -57,7 +57,7 @@ class Passes:
     """
 
     def __init__(self, problem: Any, fisher: Fisher, draws: int, seed: int) -> None:
-        self.problem, self.objective = problem, problem.objective
+        self.problem = problem
         self.fisher, self.draws, self.seed = fisher, draws, seed
         self.groups: tuple[Group, ...] = ()
         self.drawn = self._begun = False
@@ -73,30 +73,27 @@ class Passes:
             NonFiniteError: An output is NaN or Inf.
             NotDifferentiableError: A parameter enters batches in different ways.
         """
-        self._recorded = first = 0
-        for data in self.problem.batches():
-            yield from self._of_batch(data, first, outer_only)
-            first += data.rows
+        self._recorded = 0
+        for first, point, term, factor in self.problem.terms("EKFAC"):
+            yield from self._of_batch(point.batch, term, factor, first, outer_only)
+            self.problem.keep(point)
 
-    @restoring
-    def _record(self, data: Any) -> Recording:
-        with seeded(self.objective.seed):
-            return record_model(self.objective.model, data.x, call="EKFAC", parameters=self.objective.picks)
-
-    def _of_batch(self, data: Any, first: int, outer_only: bool) -> Iterator[Piece]:
-        term, factor = self.problem.term(data)
-        if not factor:
-            return
-        found = self._record(data)
-        at = LossAtOutput(found, term.loss, data.y, data.rows)
-        batch = RecordedBatch(at.lin)
-        if batch.lin.trust.refused("pull", "by uses"):
-            batch.distrust()
+    def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
+        found, model = term.recorded(data.x, "EKFAC"), term.model
+        at = loss_at_output(model, found, term.loss, data.y, data.rows, "EKFAC")
+        batch: Any = model.layers(data.x, term.picks, "EKFAC") if is_framework_model(model) else None
+        if isinstance(at, LossAtOutput):
+            batch = RecordedBatch(at.lin)
+            if batch.lin.trust.refused("pull", "by uses"):
+                batch.distrust()
         self.groups = self.groups or batch.groups()
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
             # A sweep for one sample runs through all that were recorded together.
             for start in range(0, data.rows, _FEW):
-                yield from self._of_batch(data.part(slice(start, start + _FEW)), first + start, outer_only)
+                part = data.part(slice(start, start + _FEW))
+                _, own, share = self.problem.term(part)
+                if share:
+                    yield from self._of_batch(part, own, share, first + start, outer_only)
             return
         self._recorded += 1
         self._check_alike(batch)
@@ -109,7 +106,7 @@ class Passes:
             self._begun = True
             yield Piece(gradients, factor, seeds.shape[0] / columns)
 
-    def _directions(self, at: LossAtOutput, term: Any, data: Any, first: int) -> Directions:
+    def _directions(self, at: OutputLoss, term: Any, data: Any, first: int) -> Directions:
         if self.fisher == "empirical":
             return Given(_of_own_labels(at, term, data).unsqueeze(0))
         hessian = at.hessian()
@@ -118,10 +115,12 @@ class Passes:
         self.drawn = True
         return Given(hessian.draw(Draws(self.seed, first), self.draws) / math.sqrt(self.draws))
 
-    def _confirmed(self, batch: RecordedBatch, seeds: Tensor, outer_only: bool) -> list[Gradients]:
+    def _confirmed(self, batch: Any, seeds: Tensor, outer_only: bool) -> list[Gradients]:
         """Return gradients that were held against a plain sweep, once for each shape."""
-        trust, route = batch.lin.trust, ("by uses", seeds.shape[0])
         groups = [g for g in self.groups if not outer_only or g.form in ("outer", "lookup")]
+        if not isinstance(batch, RecordedBatch):  # it compares them itself
+            return batch.gradients(groups, seeds)
+        trust, route = batch.lin.trust, ("by uses", seeds.shape[0])
         found = batch.gradients(groups, seeds)
         if not trust.needs(*route):
             return found
@@ -140,21 +139,21 @@ class Passes:
         trust.remember(*route)
         return found
 
-    def _check_alike(self, batch: RecordedBatch) -> None:
+    def _check_alike(self, batch: Any) -> None:
         misfit = batch.misfit(self.groups)
         if misfit is not None:
             raise NotDifferentiableError(
-                f"EKFAC: {batch.lin.domain.names[misfit]} enters batch {self._recorded} in another way than the first "
-                "one, so their statistics cannot be added up. Leave it out with `parameters=`, or use `CG()`."
+                f"EKFAC: {self.problem.space.names[misfit]} enters batch {self._recorded} in another way than the "
+                "first one, so their statistics cannot be added up. Leave it out with `parameters=`, or use `CG()`."
             )
 
 
-def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
+def _of_own_labels(at: OutputLoss, term: Any, data: Any) -> Tensor:
     """Return gradients of the samples' terms by the output, scaled so that their squares make a batch's part."""
     losses, many = term.losses, data.rows
     shares = losses.denominators(data.y, many) if losses.reduction == "mean" else torch.ones(many)
     shares = torch.where(shares > 0, shares, 1.0)  # a sample that is ignored has no loss to divide
-    own = at.gradient(lambda output: (terms := losses.terms(output, data.y, many)).div(shares.to(terms)).sum())
+    own = at.gradient(term.own(many))
     counted, total = row_scale(losses, data.y, many, lambda: at.likelihood(losses.scalar))
     counted = counted.to(own)
     if data.weights is not None:  # the batch enters by its numerator, in the units of its denominator
@@ -172,7 +171,7 @@ def _check_finite(groups: Sequence[Group], found: Sequence[Gradients], batch: Re
 
 
 def check_source(operator: Operator) -> None:
-    """Refuse an operator that does not lead to a torch model with a loss and data.
+    """Refuse an operator that does not lead to a model with a loss and data.
 
     Raises:
         InputError: It does not.
@@ -183,8 +182,8 @@ def check_source(operator: Operator) -> None:
             explain(
                 "operator",
                 f"{operator!r}",
-                "EKFAC needs the curvature of a Problem with a torch model, of which it takes the layers",
-                "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`, which takes any operator and JAX.",
+                "EKFAC needs the curvature of a Problem, of whose model it takes the layers",
+                "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`, which takes any operator.",
             )
         )
 

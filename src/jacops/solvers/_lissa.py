@@ -49,7 +49,7 @@ class LiSSA(Solver):
         check_options(self.tolerance, self.max_steps)
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise InputError(explain("scale", repr(self.scale), "a positive number is needed"))
-        system = System(operator, damping)
+        system = System(operator, damping, self.tolerance)
         check_symmetric(system, "LiSSA")
         scale = system.in_unit(self.scale) if self.scale is not None else system.norm
         return _PreparedLiSSA(self, system, scale or 1.0)
@@ -62,17 +62,12 @@ class _PreparedLiSSA(Prepared):
     def __init__(self, recipe: LiSSA, system: System, scale: float) -> None:
         self.recipe, self.system, self.scale = recipe, system, scale
 
-    @property
-    def tolerance(self) -> float:
-        """On the relative residual."""
-        return self.recipe.tolerance or self.system.tolerance
-
     def _solve(self, rows: Tensor) -> Raw:
         k = rows.shape[0]
         raw = Raw(torch.zeros_like(rows), [0] * k, info={"scale": self.scale})
         ids, x, r = torch.arange(k, device=rows.device), torch.zeros_like(rows), rows
         size = rows.norm(dim=1)
-        goals, before = self.tolerance * size, size
+        goals, before = self.system.tolerance * size, size
         for step in range(self.recipe.max_steps + 1):
             now = r.norm(dim=1)
             lost = ~now.isfinite()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._lanczos import KrylovSpace
-from ..errors import InputError, NonFiniteError, explain
+from .._requirements import check_positive
+from ..errors import NonFiniteError
 from ..operators import Operator
 from ._base import Prepared, Solver
 from ._judge import Raw
@@ -53,7 +54,7 @@ class Lanczos(Solver):
         Raises:
             InputError: The operator is not symmetric, or an option is out of range.
         """
-        _check_rank(self.rank)
+        check_positive("rank", self.rank)
         system = System(operator, damping)
         check_symmetric(system, "Lanczos")
         rank = min(self.rank, system.n)
@@ -118,7 +119,7 @@ class Nystrom(Solver):
         Raises:
             InputError: The operator is not symmetric, or an option is out of range.
         """
-        _check_rank(1 if self.rank is None else self.rank)
+        check_positive("rank", 1 if self.rank is None else self.rank)
         system = System(operator, damping)
         check_symmetric(system, "Nystrom")
         found = sketch(system, self.rank, self.max_rank, self.seed, ratio=0.1)
@@ -165,8 +166,3 @@ class _PreparedLowRank(Prepared):
         failed = dict.fromkeys(range(k), self.failed) if self.failed else {}
         unchecked = not self.recipe.report_residual
         return Raw(x, [0] * k, failed, self.norm or None, self.info, approximate=True, unchecked=unchecked)
-
-
-def _check_rank(rank: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InputError(explain("rank", repr(rank), "a positive integer is needed"))

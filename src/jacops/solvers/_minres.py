@@ -42,7 +42,7 @@ class MINRES(Solver):
             InputError: The operator is not symmetric, or an option is out of range.
         """
         check_options(self.tolerance, self.max_steps)
-        system = System(operator, damping)
+        system = System(operator, damping, self.tolerance)
         check_symmetric(system, "MINRES")
         return _PreparedMINRES(self, system)
 
@@ -54,21 +54,16 @@ class _PreparedMINRES(Prepared):
     def __init__(self, recipe: MINRES, system: System) -> None:
         self.recipe, self.system = recipe, system
 
-    @property
-    def tolerance(self) -> float:
-        """On the relative residual."""
-        return self.recipe.tolerance or self.system.tolerance
-
     def _solve(self, rows: Tensor) -> Raw:
         def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
-            return _course(self.system, rows, goals, most)
+            return _iterated(self.system, rows, goals, most)
 
-        return refined(self.system, rows, self.tolerance, steps_allowed(self.recipe.max_steps, self.system.n), run)
+        return refined(self.system, rows, steps_allowed(self.recipe.max_steps, self.system.n), run)
 
 
-def _course(system: System, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
+def _iterated(system: System, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
     """Run Lanczos's recurrence on each row and rotate its tridiagonal matrix to a triangular one as it grows."""
-    course = IterationResult(torch.zeros_like(rows), [0] * rows.shape[0])
+    result = IterationResult.start(rows)
     ids = torch.arange(rows.shape[0], device=rows.device)
     start = rows.norm(dim=1)
     zero, one = torch.zeros_like(start), torch.ones_like(start)
@@ -80,36 +75,41 @@ def _course(system: System, rows: Tensor, goals: Tensor, most: int) -> Iteration
     for step in range(1, most + 1):
         image = system.apply(v)
         alpha = (v * image).sum(1)
-        course.norm = max(course.norm, float(image.norm(dim=1).nan_to_num(0, 0, 0).max()))
+        result.norm = max(result.norm, float(image.norm(dim=1).nan_to_num(0, 0, 0).max()))
         fresh = image - alpha[:, None] * v - beta[:, None] * old
         grown = fresh.norm(dim=1)
         if step <= _WATCHED and ids[0] == 0:
             watched.append((alpha[0], grown[0]))
         delta = c * alpha - c_old * s * beta
         rho = torch.hypot(delta, grown)
-        flat = torch.hypot(delta, c * grown) <= 4 * system.eps * course.norm  # the gradient A r is zero
+        flat = torch.hypot(delta, c * grown) <= 4 * system.eps * result.norm  # the gradient A r is zero
         w, w_old = (v - (s_old * beta)[:, None] * w_old - (s * alpha + c_old * c * beta)[:, None] * w) / rho[:, None], w
         c_old, s_old = c, s
         c, s = delta / rho, grown / rho
         then = x + (c * left)[:, None] * w
         x = torch.where(flat[:, None], x, then)
         left = torch.where(flat, left, -s * left)
-        reach = course.norm * x.norm(dim=1)
-        done = left.abs() <= goals[ids].maximum(0.5 * system.eps * reach)
+        scale = result.norm * x.norm(dim=1)
+        done = left.abs() <= goals[ids].maximum(0.5 * system.eps * scale)
         broken = ~torch.isfinite(left) & ~flat
-        spent = flat | (grown <= 4 * system.eps * course.norm) | (reach > condition_limit(system.dtype) * start[ids])
+        spent = flat | (grown <= 4 * system.eps * result.norm) | (scale > condition_limit(system.dtype) * start[ids])
         ended = done | broken | spent
         failed = {Status.SINGULAR: spent & ~done & ~broken, Status.BREAKDOWN: broken}
         if step == most:
             failed[Status.MAX_STEPS], ended = ~ended, torch.ones_like(ended)
-        _settle(course, ids, x, step, ended, failed)
+        result.x[ids[ended]] = x[ended]
+        result.end(ids[ended], step)
+        for status, flags in failed.items():
+            result.end(ids[flags], step, status)
+        if bool(broken.any()):
+            result.reason = "a product is not finite"
         if bool(ended.all()):
             break
         v, old, beta = fresh / grown[:, None], v, grown
         state = (ids, x, v, old, w, w_old, left, beta, c_old, c, s_old, s)
         ids, x, v, old, w, w_old, left, beta, c_old, c, s_old, s = (value[~ended] for value in state)
-    course.lowest = _lowest(watched)
-    return course
+    result.lowest = _lowest(watched)
+    return result
 
 
 def _lowest(watched: list[tuple[Tensor, Tensor]]) -> float | None:
@@ -119,15 +119,3 @@ def _lowest(watched: list[tuple[Tensor, Tensor]]) -> float | None:
     diagonal, beside = (torch.stack(part).double() for part in zip(*watched, strict=True))
     tridiagonal = torch.diag(diagonal) + torch.diag(beside[:-1], 1) + torch.diag(beside[:-1], -1)
     return float(torch.linalg.eigvalsh(tridiagonal)[0]) if bool(tridiagonal.isfinite().all()) else None
-
-
-def _settle(
-    course: IterationResult, ids: Tensor, x: Tensor, step: int, ended: Tensor, failed: dict[Status, Tensor]
-) -> None:
-    course.x[ids[ended]] = x[ended]
-    for row in ids[ended].tolist():
-        course.steps[row] = step
-    for status, flags in failed.items():
-        course.failed.update(dict.fromkeys(ids[flags].tolist(), status))
-        if status == Status.BREAKDOWN and bool(flags.any()):
-            course.reason = "a product is not finite"

@@ -64,7 +64,7 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
     k, capacity = rows.shape[0], min(steps, system.n)
     lower = torch.zeros(k, dtype=torch.float64, device=rows.device)
     upper = lower.clone()
-    judge = Judge(system, system.tolerance, rows)
+    judge = Judge(system, rows)
     for where in judge.solvable.split(max(1, _WORKING_ENTRIES // max(1, capacity * system.n))):
         if len(where):
             square = judge.size[where] ** 2

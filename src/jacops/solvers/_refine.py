@@ -37,23 +37,44 @@ class IterationResult:
     lowest: float | None = None
     reason: str = ""
 
+    @classmethod
+    def start(cls, rows: Tensor) -> IterationResult:
+        """Return where an iteration begins: at zero, for each row."""
+        return cls(torch.zeros_like(rows), [0] * rows.shape[0])
 
-def refined(
-    system: System, rows: Tensor, tolerance: float, most: int, run: Callable[[Tensor, Tensor, int], IterationResult]
-) -> Raw:
+    def end(self, rows: Tensor, step: int, status: Status | None = None) -> None:
+        """Note the numbers of rows that end at a step, and how those of them end that failed."""
+        for row in rows.tolist():
+            self.steps[row] = step
+            if status is not None:
+                self.failed[row] = status
+
+    def is_negative(self, system: System, norm: float, lowest: float) -> bool:
+        """Note a stretch and a curvature that were seen; return whether the lowest one is negative beyond rounding."""
+        self.norm, self.lowest = max(self.norm, norm), min(lowest, math.inf if self.lowest is None else self.lowest)
+        if self.lowest < -noise(system) * self.norm:
+            self.norm = max(self.norm, system.norm)  # rounding of a norm not seen yet is no curvature
+        return self.lowest < -noise(system) * self.norm
+
+
+def noise(system: System) -> float:
+    """Return what rounding may make of a curvature of zero, relative to the norm."""
+    return system.n**0.5 * system.eps
+
+
+def refined(system: System, rows: Tensor, most: int, run: Callable[[Tensor, Tensor, int], IterationResult]) -> Raw:
     """Run an iteration on the residual until that is small or no longer halves (iterative refinement).
 
     Args:
         system: The equations.
         rows: Right-hand sides, `(k, n)`.
-        tolerance: On the relative residual.
         most: Steps per row altogether.
         run: Iterates from zero on right-hand sides, to residuals of norm `goals` per row, in at most so many steps.
     """
     k = rows.shape[0]
     x, left = torch.zeros_like(rows), rows.to(torch.float64, copy=True)
     size = torch.linalg.vector_norm(left, dim=1)
-    goals, now = tolerance * size, size.clone()
+    goals, now = system.tolerance * size, size.clone()
     steps, failed = [0] * k, {}
     info: dict[str, Any] = {}
     norm = 0.0
@@ -61,14 +82,14 @@ def refined(
     for round in range(_ROUNDS):
         # residuals are run at the size of right-hand sides, so that squares do not underflow
         ratio = (size / now)[todo, None]
-        course = run((left[todo] * ratio).to(x.dtype), goals[todo] * ratio[:, 0], most - max(steps))
-        norm = max(norm, course.norm)
-        if course.lowest is not None:
-            info["lowest_curvature"] = min(course.lowest, info.get("lowest_curvature", course.lowest))
-        if course.reason:
-            info["reason"] = course.reason
-        better = x[todo] + (course.x / ratio).to(x.dtype)
-        ended = {i: status for i, status in course.failed.items() if round == 0 or status == Status.NEGATIVE_CURVATURE}
+        result = run((left[todo] * ratio).to(x.dtype), goals[todo] * ratio[:, 0], most - max(steps))
+        norm = max(norm, result.norm)
+        if result.lowest is not None:
+            info["lowest_curvature"] = min(result.lowest, info.get("lowest_curvature", result.lowest))
+        if result.reason:
+            info["reason"] = result.reason
+        better = x[todo] + (result.x / ratio).to(x.dtype)
+        ended = {i: status for i, status in result.failed.items() if round == 0 or status == Status.NEGATIVE_CURVATURE}
         left_then = _true_residuals(system, better, rows[todo], ended)
         then = torch.linalg.vector_norm(left_then, dim=1)
         won = then < now[todo]
@@ -78,7 +99,7 @@ def refined(
         left[todo] = torch.where(kept[:, None], left_then, left[todo])
         now[todo] = torch.where(kept, then, now[todo])
         for i, row in enumerate(todo.tolist()):
-            steps[row] += course.steps[i]
+            steps[row] += result.steps[i]
             if i in ended:
                 failed[row] = ended[i]
         goals = goals.maximum(system.eps * norm * torch.linalg.vector_norm(x, dim=1, dtype=torch.float64))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from ..operators._algebra import factors_of
 from ..operators._data import BlockDiagonal, StackOver, SumOver
 from ..space import Space
 
@@ -49,7 +50,7 @@ def congruence(operator: Operator) -> Congruence | None:
     scale, operator = _unscaled(operator)
     if not isinstance(operator, Product):
         return None
-    first, *middle = _factors(operator.left)
+    first, *middle = factors_of(operator.left)
     if not (isinstance(first, Transposed) and first.of is operator.right):
         return None
     return Congruence(operator.right, reduce(Product, middle) if middle else None, scale, shift)
@@ -81,10 +82,6 @@ def _unscaled(operator: Operator) -> tuple[float, Operator]:
     while isinstance(operator, Scaled):
         factor, operator = factor * operator.factor, operator.of
     return factor, operator
-
-
-def _factors(operator: Operator) -> list[Operator]:
-    return [*_factors(operator.left), *_factors(operator.right)] if isinstance(operator, Product) else [operator]
 
 
 def in_memory(operator: Operator) -> bool:

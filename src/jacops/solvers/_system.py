@@ -37,9 +37,10 @@ class System:
         products: Rows that went through $A$ so far.
     """
 
-    def __init__(self, operator: Operator, damping: float) -> None:
+    def __init__(self, operator: Operator, damping: float, tolerance: float | None = None) -> None:
         self.given = operator
-        self.given_damping = _checked_damping(damping)
+        self.given_damping = checked_damping(damping)
+        self._tolerance = tolerance
         self.products = 0
         self._exponent: int | None = None
         self._norm: tuple[int, float] | None = None
@@ -62,8 +63,8 @@ class System:
 
     @property
     def tolerance(self) -> float:
-        """The default relative residual: 1e-8 in double, 1e-4 in single precision."""
-        return 1e-8 if self.dtype == torch.float64 else 1e-4
+        """The relative residual that is asked for, by default 1e-8 in double and 1e-4 in single precision."""
+        return self._tolerance or (1e-8 if self.dtype == torch.float64 else 1e-4)
 
     @property
     def is_positive(self) -> bool:
@@ -296,7 +297,12 @@ def _check_operator(operator: Any) -> None:
         raise InputError(explain("operator", came, "solves need float32 or float64", "Convert the model first."))
 
 
-def _checked_damping(damping: Any) -> float:
+def checked_damping(damping: Any) -> float:
+    """Return a damping.
+
+    Raises:
+        InputError: It is no finite number, or negative.
+    """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
         raise InputError(explain("damping", repr(damping), "a finite number that is not negative is needed"))
     return float(damping)

@@ -2,8 +2,9 @@
 
 from ._point import inspectors
 from .detect import detect_pattern
+from .layouts import SparseJacobian
 from .pattern import Pattern
-from .plan import SparseJacobian, SparsePlan, sparse_plan
+from .plan import SparsePlan, sparse_plan
 from .separable import Separation, samples_apart
 from .sparse import sparse
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._recorded_loss import check_usable
 from .._runtime.contexts import must_surface, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
-from .._torch.protocol import Linearization, Proofs, Recording, bare, parameter_names, record_model
-from ..derivatives import Wrt, check_usable, picked
+from .._torch.protocol import Linearization, Recording, bare, parameter_names, record_model
+from ..derivatives import Wrt, picked
 from ..errors import NotDifferentiableError
 from ..trees import Selector, flatten
 from ._lift import Lift, Selection
@@ -94,7 +95,6 @@ def record_point(
     *,
     lift: bool = True,
     watch: bool = False,
-    trust: Proofs | None = None,
 ) -> RecordedPoint:
     """Record a model with its selections lifted where that is sound.
 
@@ -106,7 +106,6 @@ def record_point(
         outputs: Part of the output.
         lift: Whether to lift.
         watch: Note which constants depend on the point.
-        trust: What earlier evaluations proved.
     """
     parameters = picked(wrt)
     module = bare(model)
@@ -133,7 +132,7 @@ def record_point(
         selections = []
         recording = _recorded(model, inputs, taint, options)
     _check_outputs(recording)
-    lin = _lifted_tape(recording.lin, selections, trust)
+    lin = _lifted_tape(recording.lin, selections)
     for inspect in inspectors:
         inspect(replace(recording, lin=lin))
     return RecordedPoint(recording, lin, selections, taint)
@@ -162,7 +161,7 @@ def _sound(selections: list[Selection], lin: Linearization) -> list[Selection]:
     return [s for s in selections if id(s.leaf) in lin.graph_info.leaves]
 
 
-def _lifted_tape(lin: Linearization, selections: list[Selection], trust: Proofs | None) -> Linearization:
+def _lifted_tape(lin: Linearization, selections: list[Selection]) -> Linearization:
     leaves = [*lin.leaves, *(s.leaf for s in selections)]
     names = [*lin.domain.names, *(f"{lin.domain.names[s.source]} (selection {i})" for i, s in enumerate(selections))]
     lifted = Linearization(
@@ -173,7 +172,6 @@ def _lifted_tape(lin: Linearization, selections: list[Selection], trust: Proofs 
         call=lin.call,
         aliased_leaves=lin.aliased_leaves,
         private=True,
-        trust=trust,
         fallback="silent",
     )
     lifted.protected = lin.protected

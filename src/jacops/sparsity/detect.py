@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .._keywords import keywords
+from .._recorded_loss import check_usable
 from .._runtime.contexts import math_attention, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, bare, record_model
-from ..derivatives import Wrt, check_usable, picked
+from ..derivatives import Wrt, picked
 from ..errors import MemoryBudgetError
 from ..trees import Selector, flatten
 from ._matrix import Csr, csr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,24 @@ from ._point import lie_widths
 
 Layout = Literal["scipy", "coo", "csr", "bsr"]
 LAYOUTS = ("scipy", "coo", "csr", "bsr")
+
+
+@dataclass(frozen=True, eq=False)
+class SparseJacobian:
+    """A sparse Jacobian, and the output at the same point.
+
+    Attributes:
+        matrix: In the layout asked for.
+        output: What the model gave, detached: the residual of the same linearisation.
+        error_bound: With probability 99.9 % the Frobenius norm of what is missing or wrong is at most this, by
+            random probes; NaN with `certify=0`.
+        sweeps: Backward and forward sweeps taken, probes included.
+    """
+
+    matrix: Any
+    output: Any
+    error_bound: float
+    sweeps: int
 
 
 @restoring

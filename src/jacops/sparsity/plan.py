@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +26,14 @@ from ._pool import Array
 from ._probe import Floats, Prober, Verdict
 from ._scheme import Scheme, colored, unlifted
 from .detect import traced
-from .layouts import LAYOUTS, Layout, arranged, block_shape
+from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_shape
 from .pattern import Pattern, declared
 
 _ROOM = 4.0  # margin on the rounding errors that were measured at one point
 
 
-@dataclass(frozen=True, eq=False)
-class SparseJacobian:
-    """A sparse Jacobian, and the output at the same point.
-
-    Attributes:
-        matrix: In the layout asked for.
-        output: What the model gave, detached: the residual of the same linearisation.
-        error_bound: With probability 99.9 % the Frobenius norm of what is missing or wrong is at most this, by
-            random probes; NaN with `certify=0`.
-        sweeps: Backward and forward sweeps taken, probes included.
-    """
-
-    matrix: Any
-    output: Any
-    error_bound: float
-    sweeps: int
+class OutdatedError(Exception):
+    """A plan does not hold at a point."""
 
 
 class SparsePlan:
@@ -104,6 +89,11 @@ class SparsePlan:
         return Pattern(csr((ones, found.columns, found.ends), shape=self.shape), self._local, self._unknown)
 
     @property
+    def is_lifted(self) -> bool:
+        """Whether selections of parameters are leaves of their own."""
+        return bool(self._scheme.structure)
+
+    @property
     def sweeps(self) -> int:
         """Sweeps per evaluation, probes left out."""
         return self._scheme.coloring.pulls + self._scheme.coloring.pushes
@@ -151,13 +141,32 @@ class SparsePlan:
         """Evaluate as above; `importance` is what the caller multiplies the rows with."""
         check_choice("layout", layout, LAYOUTS)
         check_whole("certify", certify, 0)
-        lifted = bool(self._scheme.structure)
-        point = record_point(model, inputs, "SparsePlan", self._wrt, self._outputs, lift=lifted, trust=self._trust)
+        point = record_point(model, inputs, "SparsePlan", self._wrt, self._outputs, lift=self.is_lifted)
         self._check_fits(point)
-        if point.structure() != self._scheme.structure:
+        try:
+            return self.at(point, certify, layout, importance)
+        except OutdatedError:
             warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
             self._replan(model, inputs)
             return self._evaluated(model, inputs, certify, layout, importance)
+
+    def at(
+        self,
+        point: RecordedPoint,
+        certify: int = 1,
+        layout: Layout = "csr",
+        importance: Floats | None = None,
+        *,
+        learns: bool = True,
+    ) -> SparseJacobian:
+        """Evaluate at a recorded point; a pattern that does not hold there is detected again if the plan `learns`.
+
+        Raises:
+            OutdatedError: Other selections are lifted, or the pattern does not hold and the plan does not learn.
+        """
+        if point.structure() != self._scheme.structure:
+            raise OutdatedError
+        point.lin.trust = self._trust
         columns = point.storage_columns()
         if not np.array_equal(columns, self._scheme.columns):
             # Other indices into the same parameters: the same sweeps, read off into other columns.
@@ -165,6 +174,8 @@ class SparsePlan:
         found = self._compressed(point, certify, importance)
         check_outputs("SparsePlan", point.lin.outputs, point.lin.codomain.names)
         if is_finite(found.values) and not self._holds(found, point):
+            if not learns:
+                raise OutdatedError
             found = self._again(point, found, certify, importance)
         require_finite(found.values, "SparsePlan: of the Jacobian's entries")
         matrix = arranged(self.assembly, found, layout, block_shape(point.recording.lin, self._tangent))

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from .._keywords import keywords
+from .._recorded_loss import check_usable
 from .._runtime.contexts import private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, bare, record_model
-from ..derivatives import check_usable
 from ..errors import InputError
 from ..trees import Selector
 from ._taint import Outside

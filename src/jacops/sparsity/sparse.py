@@ -10,6 +10,7 @@ import torch
 
 from .._keywords import keywords
 from .._requirements import check_choice, check_whole
+from .._torch.protocol import Linearization
 from ..errors import InputError, NotDifferentiableError
 from ..operators import LinearizedMap, Operator
 from ..operators._finite_results import check_result
@@ -20,9 +21,8 @@ from ._declared import check_declared
 from ._matrix import csr
 from ._probe import Prober
 from .detect import traced
-from .layouts import LAYOUTS, Layout, arranged
+from .layouts import LAYOUTS, Layout, SparseJacobian, arranged
 from .pattern import Pattern, declared
-from .plan import SparseJacobian
 
 
 @keywords()
@@ -59,7 +59,7 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
     dtypes: frozenset[torch.dtype] = frozenset()
     if pattern is not None:
         known = declared(pattern, operator.shape)
-    elif isinstance(operator, LinearizedMap):
+    elif isinstance(operator, LinearizedMap) and isinstance(operator.lin, Linearization):
         seen = traced(operator.lin, None)
         known, dtypes = Pattern(seen.matrix, True, seen.unknown), seen.dtypes
     else:

@@ -22,13 +22,14 @@ class Collected:
         samples: How many altogether.
         entries: Rows of each.
         layers: The uses of the first batch; those of others must be alike.
+        whole: Keep rows of all parameters, so that samples may enter in ways of their own.
 
     Attributes:
         missing: Leaves whose rows are not by uses.
     """
 
-    def __init__(self, samples: int, entries: int, layers: LayerRows) -> None:
-        self.samples, self.entries, self.missing = samples, entries, tuple(layers.missing)
+    def __init__(self, samples: int, entries: int, layers: LayerRows, whole: bool = False) -> None:
+        self.samples, self.entries, self.missing, self._whole = samples, entries, tuple(layers.missing), whole
         self.leaves = layers.lin.leaves
         self._by_leaf = list(layers.by_leaf())
         operands = [site.operand() for site in layers.sites]
@@ -36,10 +37,17 @@ class Collected:
         self._like = [self.leaves[site.use.leaf] for site in layers.sites]
         self._operands: list[Tensor | None] = [None] * len(operands)
         self._deltas: list[Tensor | None] = [None] * len(operands)
-        self._rows: dict[int, Tensor] = {leaf: self._empty(leaf) for leaf in self.missing}
+        as_rows = range(len(self.leaves)) if whole else self.missing
+        self._rows: dict[int, Tensor] = {leaf: self._empty(leaf) for leaf in as_rows}
+        self._shared: dict[int, int] = {}
+        if not whole:
+            self._share_out(layers, operands)
+
+    def _share_out(self, layers: LayerRows, operands: Sequence[Tensor | None]) -> None:
+        """Make room for factors, or for rows where those are smaller."""
         for leaf, sites in self._by_leaf:
-            held = sum(_factor_entries(layers.sites[i], operands[i], entries, self.leaves[leaf]) for i in sites)
-            if held >= entries * self.leaves[leaf].numel() and sites:
+            held = sum(_factor_entries(layers.sites[i], operands[i], self.entries) for i in sites)
+            if held >= self.entries * self.leaves[leaf].numel() and sites:
                 self._rows[leaf] = self._empty(leaf)
                 continue
             for i in sites:
@@ -50,27 +58,26 @@ class Collected:
 
     def _empty(self, leaf: int) -> Tensor:
         like = self.leaves[leaf].detach()
-        return like.new_empty(self.samples, self.entries, *matrix_shape(like))
+        return like.new_empty(self.samples, self.entries, *matrix_shape(like.shape))
 
     def _make_room(self, i: int, site: SampleUse, operand: Tensor | None) -> None:
         if operand is None:
             raise ValueError("vectors are rows")
         n, k, like = self.samples, self.entries, self._like[i].detach()
         self._operands[i] = operand.new_empty(n, *operand.shape[1:])
-        positions, width = operand.shape[1], like.shape[-1] if site.use.kind == "lookup" else 0
-        tail = (width,) if width else (operand.shape[2], _outputs(operand, like))
+        positions, lookup = operand.shape[1], site.use.kind == "lookup"
+        tail = (like.shape[-1],) if lookup else (operand.shape[2], _outputs(operand, site.use.entry.weight))
         self._deltas[i] = like.new_empty(n, k, positions, *tail)
 
     def _twin(self, layers: LayerRows, leaf: int, sites: list[int]) -> list[int]:
         """Return the weight whose cotangents are the rows of a bias: added by the same operation, at one position."""
         if leaf not in self._rows or len(sites) != 1 or layers.sites[sites[0]].use.kind != "vector":
             return []
-        node = layers.sites[sites[0]].use.node
-        return [
-            i
-            for i, site in enumerate(layers.sites)
-            if site.use.node is node and node.name() == "AddmmBackward0" and self._is_row(i, leaf)
-        ]
+        bias = layers.sites[sites[0]].use
+        if bias.operand is not None or bias.derived:
+            return []
+        twins = [i for i, site in enumerate(layers.sites) if site.use.node is bias.node and site.use.layout is not None]
+        return [i for i in twins if self._is_row(i, leaf)]
 
     def _is_row(self, i: int, leaf: int) -> bool:
         delta = self._deltas[i]
@@ -85,8 +92,11 @@ class Collected:
             StructureChangedError: These samples enter in another way than the first ones.
         """
         operands = [site.operand() for site in layers.sites]
-        if tuple(layers.missing) != self.missing or _form(layers, operands) != self._form:
+        changed = not self._whole and _form(layers, operands) != self._form
+        if tuple(layers.missing) != self.missing or changed:
             raise StructureChangedError("samples enter in different ways")
+        if self._whole:
+            return operands
         for kept, operand in zip(self._operands, operands, strict=True):
             if kept is not None and operand is not None:
                 kept[where] = operand
@@ -96,11 +106,11 @@ class Collected:
         self, where: slice, entry: int, layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor]
     ) -> None:
         """Take in one sweep: one row of some samples."""
-        for kept, delta in zip(self._deltas, deltas, strict=True):
+        for kept, delta in () if self._whole else zip(self._deltas, deltas, strict=True):
             if kept is not None:
                 kept[where, entry] = delta
         single = [delta.unsqueeze(1) for delta in deltas]
-        for leaf, sites in self._by_leaf:
+        for leaf, sites in layers.by_leaf():
             if leaf in self._rows:
                 add_rows(layers, operands, single, sites, self._rows[leaf][where, entry : entry + 1])
 
@@ -120,11 +130,11 @@ class Collected:
             delta = self._deltas[self._shared[leaf]]
             return Rows(_kept(delta)[where, :, 0, 0].unsqueeze(3))
         parts: list[RowFactors] = []
-        long, wide = matrix_shape(self.leaves[leaf])
+        long, wide = matrix_shape(self.leaves[leaf].shape)
         for i in dict(self._by_leaf)[leaf]:
             operand, delta = _kept(self._operands[i])[where], _kept(self._deltas[i])[where]
             turned, lookup = self._form[i][1:3]
-            parts.append(Lookup(delta, operand, long) if lookup else Outer(delta, operand, turned))
+            parts.append(Lookup(delta, operand, long) if lookup else Outer(delta, operand, turned, long))
         if not parts:  # it enters nowhere: a sum over no positions
             like = self.leaves[leaf].detach()
             many = len(range(self.samples)[where])
@@ -146,15 +156,16 @@ def _form(layers: LayerRows, operands: Sequence[Tensor | None]) -> list[tuple[in
     ]
 
 
-def _outputs(operand: Tensor, leaf: Tensor) -> int:
+def _outputs(operand: Tensor, weight: torch.Size) -> int:
     """Return the numbers per position and group of a cotangent of outer products."""
-    return leaf.numel() // max(1, operand.shape[2] * operand.shape[3])
+    return weight.numel() // max(1, operand.shape[2] * operand.shape[3])
 
 
-def _factor_entries(site: SampleUse, operand: Tensor | None, entries: int, leaf: Tensor) -> float:
-    """Return how many numbers a sample's factors take; infinitely many for a vector, which is its own rows."""
-    if operand is None or not leaf.numel():
+def _factor_entries(site: SampleUse, operand: Tensor | None, entries: int) -> float:
+    """Return how many numbers a sample's factors take; infinitely many where rows are not made of any."""
+    weight = site.use.entry.weight
+    if operand is None or site.use.derived or not weight.numel():
         return torch.inf
     if site.use.kind == "lookup":
-        return operand.shape[1] * (1 + entries * leaf.shape[-1])
-    return operand.shape[1] * operand.shape[2] * (operand.shape[3] + entries * _outputs(operand, leaf))
+        return operand.shape[1] * (1 + entries * weight[-1])
+    return operand.shape[1] * operand.shape[2] * (operand.shape[3] + entries * _outputs(operand, weight))

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..._ladder.failures import attempt
 from ..._runtime.rows import plain
 from ..sweeps.linearization import Linearization
-from .orders import Order, by_sample, find_orders
+from .orders import Order, by_sample, sample_uses
 from .parts import Lookup, Outer, RowFactors, Rows, Several
-from .uses import ParameterUse, cotangents, find_uses
+from .uses import ParameterUse, cotangents
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,32 +37,53 @@ class SampleUse:
     samples: int
 
     @property
-    def _by_pixel(self) -> bool:
-        """A convolution's first axis is the samples' own, so that nothing need be copied."""
-        convolution = self.use.kind == "outer" and "Convolution" in self.use.node.name()
-        return convolution and self.order == "sample first" and self.use.shape[0] == self.samples
+    def _apart(self) -> bool:
+        """The operation's first axis is the samples' own, so that nothing need be copied."""
+        return self.use.by_position and isinstance(self.order, str) and self.use.shape[0] == self.samples
 
     def operand(self) -> Tensor | None:
         """Return what multiplies the parameter, `(n, T, …)`."""
-        if self._by_pixel:
-            return self.use.patches()
+        if self._apart:
+            return self.use.operand_positions()
         operand = None if self.use.kind == "vector" else self.use.operand
         return None if operand is None else by_sample(operand, self.samples, self.order)
 
+    def ones(self, operand: Tensor) -> Tensor:
+        """Return the operand of a bias beside a weight's, `(n, T, g, 1)`: zero where a sample has fewer positions."""
+        ones = operand.new_ones(*operand.shape[:-1], 1)
+        if not isinstance(self.order, Tensor):
+            return ones
+        known = self.order < self.use.shape[:-1].numel()
+        return ones * known.to(ones.dtype).view(*known.shape, 1, 1)
+
     def delta(self, cotangent: Tensor) -> Tensor:
         """Return a cotangent at the use as `(n, T, …)`."""
-        if self._by_pixel:
-            return self.use.pixels(cotangent)
+        if self._apart:
+            return self.use.positions(cotangent)
         return by_sample(self.use.rows(cotangent), self.samples, self.order)
 
-    def part(self, operand: Tensor | None, delta: Tensor, shape: Sequence[int]) -> RowFactors:
-        """Return rows from cotangents `(n, k, T, …)`, the parameter seen as a matrix of this shape."""
+    def part(self, operand: Tensor | None, delta: Tensor) -> RowFactors:
+        """Return rows from cotangents `(n, k, T, …)`.
+
+        Raises:
+            RouteFailedError: Torch cannot pull rows back to the parameter.
+        """
+        many, (long, wide) = delta.shape[:2], matrix_shape(self.use.entry.weight)
+        part = self._part(operand, delta, long, wide)
+        if not self.use.derived:
+            return part
+        rows = self.use.pulled_back(part.block(slice(0, long)).flatten(0, 1))
+        return Rows(rows.reshape(*many, *matrix_shape(rows.shape[1:])))
+
+    def _part(self, operand: Tensor | None, delta: Tensor, long: int, wide: int) -> RowFactors:
         if self.use.kind == "vector":
             summed = delta.squeeze(2) if delta.shape[2] == 1 else delta.sum(2)
-            return Rows(summed.reshape(*delta.shape[:2], *shape))
+            return Rows(summed.reshape(*delta.shape[:2], long, wide))
         if operand is None:
             raise ValueError("only vectors have no operand")
-        return Outer(delta, operand, self.use.turned) if self.use.kind == "outer" else Lookup(delta, operand, shape[0])
+        return (
+            Outer(delta, operand, self.use.turned, long) if self.use.kind == "outer" else Lookup(delta, operand, long)
+        )
 
 
 class LayerRows:
@@ -81,41 +102,40 @@ class LayerRows:
 
     def __init__(self, lin: Linearization, samples: int, plainly: bool = False) -> None:
         self.lin, self.samples = lin, samples
-        found = {} if plainly else find_uses(lin, repeated=True)
-        self.uses = [use for leaf in sorted(found) for use in found[leaf]]
-        orders = self._orders(self.uses)
-        lost = {use.leaf for use, order in zip(self.uses, orders, strict=True) if order is None}
+        found = {} if plainly else sample_uses(lin, samples)
+        self.uses = [use for own in found.values() for use, _ in own]
+        lost = {leaf for leaf, own in found.items() if any(order is None for _, order in own)}
         # A parameter without entries has rows without entries, wherever it enters.
         self.missing = [j for j, t in enumerate(lin.leaves) if t.numel() and (j not in found or j in lost)]
-        pairs = zip(self.uses, orders, strict=True)
         self.sites = [
             SampleUse(use, order, samples)
-            for use, order in pairs
-            if order and use.leaf not in lost and lin.leaves[use.leaf].numel()
+            for leaf, own in found.items()
+            if leaf not in lost and lin.leaves[leaf].numel()
+            for use, order in own
+            if order is not None
         ]
 
-    def _orders(self, uses: Sequence[ParameterUse]) -> Sequence[Order | None]:
-        if self.samples == 1:
-            alone: list[Order | None] = ["sample first"]  # any order is right
-            return alone * len(uses)
-        trust, key = self.lin.trust, ("orders of rows", len(uses), tuple(self.lin.domain.names))
-        if key in trust.known and not trust.needs(*key):
-            return trust.known[key]
-        found = attempt(lambda: find_orders(self.lin, uses)) if uses else []
-        if None not in found:
-            trust.known[key] = found
-            trust.remember(*key)
-        return found
-
-    def sweep(self, seeds: Sequence[Tensor]) -> list[Tensor]:
-        """Return `(n, T, …)` at every site by one sweep.
+    def sweep(self, seeds: Sequence[Tensor], sites: Sequence[SampleUse] | None = None) -> list[Tensor]:
+        """Return `(n, T, …)` at every site, or at some, by one sweep.
 
         Raises:
             RouteFailedError: Torch cannot take it.
         """
-        self.lin.sweeps += bool(self.sites)
-        found = attempt(lambda: cotangents(self.lin, [site.use for site in self.sites], seeds))
-        return [site.delta(plain(delta)) for site, delta in zip(self.sites, found, strict=True)]
+        sites = self.sites if sites is None else sites
+        self.lin.sweeps += bool(sites)
+        found = attempt(lambda: cotangents(self.lin, [site.use for site in sites], seeds))
+        return [site.delta(plain(delta)) for site, delta in zip(sites, found, strict=True)]
+
+    def sweep_batched(self, seeds: Sequence[Tensor], sites: Sequence[SampleUse]) -> list[Tensor]:
+        """Return `(k, n, T, …)` at some sites for k cotangents, `(k, *output)` each, by one batched sweep.
+
+        Raises:
+            RouteFailedError: Torch cannot take it.
+        """
+        self.lin.sweeps += len(seeds[0])
+        found = attempt(lambda: cotangents(self.lin, [site.use for site in sites], seeds, batched=True))
+        pairs = zip(sites, found, strict=True)
+        return [torch.stack([site.delta(plain(delta)) for delta in deltas]) for site, deltas in pairs]
 
     def by_leaf(self) -> Iterator[tuple[int, list[int]]]:
         """Yield every covered leaf and which sites are its."""
@@ -144,16 +164,14 @@ class LayerRows:
     ) -> Iterator[tuple[int, Tensor]]:
         deltas = [torch.stack(found, 1) for found in zip(*sweeps, strict=True)]
         for leaf, sites in self.by_leaf():
-            shape = matrix_shape(self.lin.leaves[leaf])
-            parts = [self.sites[i].part(operands[i], deltas[i], shape) for i in sites]
+            parts = [self.sites[i].part(operands[i], deltas[i]) for i in sites]
             if parts:
                 yield leaf, (parts[0] if len(parts) == 1 else Several(parts)).column_squares()
 
 
-def matrix_shape(leaf: Tensor) -> tuple[int, int]:
-    """Return the parameter's first axis and the others laid end to end, as `Part` sees it."""
-    long = leaf.shape[0] if leaf.ndim else 1
-    return long, leaf.shape[1:].numel()
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Return the lengths of a parameter's first axis and of the others laid end to end, as `RowFactors` sees it."""
+    return shape[0] if shape else 1, shape[1:].numel()
 
 
 def add_rows(layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor], sites: Iterable[int],
@@ -161,7 +179,7 @@ def add_rows(layers: LayerRows, operands: Sequence[Tensor | None], deltas: Seque
     """Write one leaf's rows for k output entries, cotangents `(n, k, T, …)`, into `(n, k, F, W)`."""
     add = False
     for i in sites:
-        layers.sites[i].part(operands[i], deltas[i], target.shape[2:]).into(target, add)
+        layers.sites[i].part(operands[i], deltas[i]).into(target, add)
         add = True
     if not add:
         target.zero_()

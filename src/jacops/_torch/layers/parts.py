@@ -66,19 +66,27 @@ class Outer(RowFactors):
     Attributes:
         delta: Cotangents, `(n, k, T, g, out)`.
         operand: What multiplied the weight, `(n, T, g, in)`.
-        turned: The parameter is `(in, out)` instead of `(g out, in)`; g is 1 then.
+        turned: The parameter is `(g in, out)` instead of `(g out, in)`.
+        long: Length of the parameter's first axis, where that is another.
     """
 
     delta: Tensor
     operand: Tensor
     turned: bool = False
+    long: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the rows."""
-        n, k, _, groups, out = self.delta.shape
-        inner = self.operand.shape[3]
-        return (n, k, inner, out) if self.turned else (n, k, groups * out, inner)
+        rows, columns = self._sizes
+        long = self.long or rows
+        return *self.delta.shape[:2], long, rows * columns // max(1, long)  # pyright: ignore[reportReturnType]
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Of the matrix whose groups lie one below the other."""
+        (groups, out), inner = self.delta.shape[3:], self.operand.shape[3]
+        return (groups * inner, out) if self.turned else (groups * out, inner)
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -96,18 +104,27 @@ class Outer(RowFactors):
 
     def block(self, first: slice) -> Tensor:
         """Form some of the entries."""
-        out = self.delta.shape[4]
+        (_, _, long, wide), (rows, columns) = self.shape, self._sizes
+        if long == rows:
+            return self._block(first)
+        start, stop = first.start * wide, first.stop * wide
+        some = slice(start // max(1, columns), -(-stop // max(1, columns)))
+        formed, before = self._block(some).flatten(2), some.start * columns
+        return formed[:, :, start - before : stop - before].unflatten(2, (-1, wide))
+
+    def _block(self, first: slice) -> Tensor:
         if self._plain:
             left, right = self._sides()
             return left[:, :, first].unsqueeze(3) * right.unsqueeze(2)
-        if self.turned:
-            return self._product(self.delta[:, :, :, 0], self.operand[:, :, 0, first]).mT
         if self.delta.shape[3] == 1:
+            if self.turned:
+                return self._product(self.delta[:, :, :, 0], self.operand[:, :, 0, first]).mT
             return self._product(self.delta[:, :, :, 0, first], self.operand[:, :, 0])
-        groups = slice(first.start // out, -(-first.stop // out))
+        each = self._sizes[0] // self.delta.shape[3]
+        groups = slice(first.start // each, -(-first.stop // each))
         delta, operand = self.delta[:, :, :, groups], self.operand[:, :, groups]
-        formed = torch.einsum("nktgo,ntgi->nkgoi", delta, operand).flatten(2, 3)
-        return formed[:, :, first.start - groups.start * out : first.stop - groups.start * out]
+        formed = torch.einsum(f"nktgo,ntgi->nkg{'io' if self.turned else 'oi'}", delta, operand).flatten(2, 3)
+        return formed[:, :, first.start - groups.start * each : first.stop - groups.start * each]
 
     @staticmethod
     def _product(delta: Tensor, operand: Tensor) -> Tensor:
@@ -127,6 +144,7 @@ class Outer(RowFactors):
             super().into(target, add)
             return
         left, right = self._sides()
+        target = target.view(*target.shape[:2], *self._sizes)
         if add:
             target.addcmul_(left.unsqueeze(3), right.unsqueeze(2))
         else:
@@ -134,7 +152,8 @@ class Outer(RowFactors):
 
     def _grouped(self, v: Tensor) -> Tensor:
         """Return `(m, F, W)` as `(m, g, out, in)`."""
-        return v.mT.unsqueeze(1) if self.turned else v.unflatten(1, (self.delta.shape[3], -1))
+        grouped = v.reshape(v.shape[0], self.delta.shape[3], -1, self._sizes[1])
+        return grouped.mT if self.turned else grouped
 
     def _contracts(self, many: int) -> bool:
         """Say whether m products are cheaper by factors than by rows."""
@@ -208,7 +227,7 @@ class Outer(RowFactors):
         if self.delta.shape[2] != 1:
             return super().column_squares()
         by_group = torch.einsum("ngo,ngi->goi", self.delta[:, :, 0].square().sum(1), self.operand[:, 0].square())
-        return by_group[0].T if self.turned else by_group.flatten(0, 1)
+        return (by_group.mT if self.turned else by_group).reshape(self.shape[2:])
 
 
 @final

@@ -8,7 +8,7 @@ product of `delta` with an operand (weights, with their biases as an operand of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .rules import RowLayout
 from .uses import ParameterUse
 
 
@@ -52,13 +53,21 @@ class LayerOutput:
         return GradientEdge(self.node, 0)
 
     @cached_property
-    def _is_convolution(self) -> bool:
-        return self.node.name() == "ConvolutionBackward0"
+    def layout(self) -> RowLayout:
+        """How the output is seen.
+
+        Raises:
+            ValueError: It is not seen as rows.
+        """
+        layout = self.uses[0].layout
+        if layout is None:
+            raise ValueError("the output is not seen as rows of channels")
+        return layout
 
     @property
     def channels(self) -> int:
         """Numbers per position."""
-        return self.shape[1] if self._is_convolution else self.shape[-1]
+        return self.layout.channels
 
     @property
     def positions(self) -> int:
@@ -72,60 +81,38 @@ class LayerOutput:
 
     def layouts(self, many: int) -> list[int]:
         """Return how many positions may stand in front of the samples' axis."""
-        first, rest = self.shape[0], self.shape[1:]
+        first, *rest = self.layout.row_sizes
         found = [1] if first % many == 0 else []
-        if many > 1 and not self._is_convolution:
-            if len(rest) == 1 and first % many == 0 and first > many:
+        if many > 1 and not self.layout.samples_first:
+            if not rest and first % many == 0 and first > many:
                 found.append(first // many)
-            elif len(rest) > 1 and rest[0] == many:
+            elif rest and rest[0] == many:
                 found.append(first)
         return found
 
-    def by_sample(self, rows: Tensor) -> Tensor:
-        """Return rows `(samples * positions, …)` as `(samples, positions, …)`."""
-        rest = rows.shape[1:]
-        inner = rows.shape[0] // (self.ahead * self.many)
-        turned = rows.reshape(self.ahead, self.many, inner, *rest).transpose(0, 1)
-        return turned.reshape(self.many, self.ahead * inner, *rest)
+    def by_sample(self, rows: Tensor, ahead: int = 0) -> Tensor:
+        """Return rows `(samples * positions, …)` as `(samples, positions, …)`, axes ahead of them left alone."""
+        lead, total, rest = rows.shape[:ahead], rows.shape[ahead], rows.shape[ahead + 1 :]
+        inner = total // (self.ahead * self.many)
+        turned = rows.reshape(*lead, self.ahead, self.many, inner, *rest).transpose(ahead, ahead + 1)
+        return turned.reshape(*lead, self.many, self.ahead * inner, *rest)
 
     def spread(self, raw: Tensor) -> Tensor:
-        """Return a tensor shaped as the output as `(samples, positions, channels)`."""
-        if self._is_convolution:
-            raw = raw.flatten(2).transpose(1, 2)
-        return self.by_sample(raw.reshape(-1, self.channels))
+        """Return tensors shaped as the output, `(…, *shape)`, as `(…, samples, positions, channels)`."""
+        return self.by_sample(self.layout.spread(raw), raw.ndim - len(self.shape))
 
     def gathered(self, spread: Tensor) -> Tensor:
         """Undo `spread`."""
-        inner = self.positions // self.ahead
-        rows = spread.reshape(self.many, self.ahead, inner, self.channels).transpose(0, 1)
-        if self._is_convolution:
-            return rows.reshape(self.shape[0], -1, self.channels).transpose(1, 2).reshape(self.shape)
-        return rows.reshape(self.shape)
-
-    def spread_rows(self, raw: Tensor) -> Tensor:
-        """Return `(m, *shape)` as `(m, samples, positions, channels)`."""
-        if self.ahead > 1:
-            return torch.stack([self.spread(row) for row in raw])
-        return self._times(len(raw)).spread(raw.flatten(0, 1)).unflatten(0, (len(raw), self.many))
-
-    def by_sample_rows(self, rows: Tensor) -> Tensor:
-        """Return `(m, samples * positions, …)` as `(m, samples, positions, …)`."""
-        if self.ahead > 1:
-            return torch.stack([self.by_sample(row) for row in rows])
-        return self._times(len(rows)).by_sample(rows.flatten(0, 1)).unflatten(0, (len(rows), self.many))
-
-    def _times(self, m: int) -> LayerOutput:
-        """Return the site with so many times its samples, which come first."""
-        return LayerOutput(self.uses, m * self.many)
+        lead, inner = spread.shape[:-3], self.positions // self.ahead
+        rows = spread.reshape(*lead, self.many, self.ahead, inner, self.channels).transpose(-4, -3)
+        return self.layout.gathered(rows.reshape(*lead, self.many * self.positions, self.channels))
 
     def picking(self, entries: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
         """Return cotangents `(m, *shape)` that pick one position and channel of every sample."""
         seeds = like.new_zeros(len(entries), self.many, self.positions, self.channels)
         positions, channels = zip(*entries, strict=True)
         seeds[range(len(entries)), :, positions, channels] = 1
-        if self.ahead == 1 and not self._is_convolution:
-            return seeds.view(-1, *self.shape)
-        return torch.stack([self.gathered(seed) for seed in seeds])
+        return self.gathered(seeds)
 
     def describes(self, use: ParameterUse) -> bool:
         """Say whether a use is the same for all samples: a parameter may have an entry per sample."""
@@ -265,10 +252,14 @@ def _outer_panels(site: LayerOutput, use: ParameterUse, slices: Sequence[slice])
 
 
 def find_sites(uses: dict[int, list[ParameterUse]]) -> list[LayerOutput]:
-    """Return the operations that parameters enter, in the order in which they ran."""
+    """Return the operations that parameters enter, in the order in which they ran.
+
+    Parameters that enter where an output is not seen as rows of channels are left out.
+    """
+    lost = {leaf for leaf, found in uses.items() if any(use.layout is None for use in found)}
     by_node: dict[Any, list[ParameterUse]] = {}
-    for found in uses.values():
-        for use in found:
+    for leaf, found in uses.items():
+        for use in found if leaf not in lost else ():
             by_node.setdefault(use.node, []).append(use)
     return sorted((LayerOutput(found) for found in by_node.values()), key=lambda site: site.node._sequence_nr())
 
@@ -323,14 +314,24 @@ def costly(sites: Sequence[LayerOutput], sizes: Sequence[int]) -> list[LayerOutp
     return [site for site in sites if not {use.leaf for use in site.uses} & lost]
 
 
-def pays(sites: Sequence[LayerOutput], sizes: Sequence[int], sweeps: int) -> bool:
+def leaves_of(sites: Sequence[LayerOutput]) -> set[int]:
+    """Return the parameters that enter at some sites."""
+    return {use.leaf for site in sites for use in site.uses}
+
+
+def pays(sizes: Sequence[int], described: Set[int], rows: int, sweeps: int) -> bool:
     """Say whether a matrix by layers should beat the same one by products, many to a sweep.
 
     Both take time per sweep and per number multiplied; the seconds are what a processor was measured to take. Small
     matrices are products' own.
+
+    Args:
+        sizes: Of the parameters.
+        described: Which of them have rules.
+        rows: Samples times positions at the layer that has most.
+        sweeps: How many it takes by layers.
     """
-    size, described = sum(sizes), {use.leaf for site in sites for use in site.uses}
-    rows = max(site.many * site.positions for site in sites)
+    size = sum(sizes)
     products = 1e-3 * -(-size // 64) + 3e-10 * rows * size**2
     left = 1 - sum(sizes[leaf] for leaf in described) / size
     return 3e-3 + 2e-4 * sweeps + 4e-11 * rows * size**2 + left * products < products

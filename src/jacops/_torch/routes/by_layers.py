@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import Result, RouteFailedError, attempt
+from ..._finite import is_finite
+from ..._ladder.failures import RouteFailedError, attempt, attempted
 from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter
@@ -97,10 +98,20 @@ class ByLayers:
         if self.lin.trust.refused("dense", self.name):
             return None
         check_kept(self.lin.weights, self.lin.call)
-        fresh, counted = self._is_fresh(self.name), free < math.inf
-        with Meter() if counted else nullcontext() as meter:
-            layers = _tried(self.prepare, fresh)
+        trust, fresh, idle = self.lin.trust, self._is_fresh(self.name), (self.name, "gains nothing")
+        if not trust.needs(*idle):
+            return None
+        with Meter() if free < math.inf else nullcontext() as meter:
+            try:
+                with attempted():
+                    layers = self.prepare()
+            except RouteFailedError:
+                if not fresh:
+                    raise
+                return None
             if layers is None:
+                if all(map(is_finite, self.lin.outputs)):  # NaN would look like samples that mix
+                    trust.remember(*idle)
                 return None
             expected = self.rows(self.direction().unsqueeze(0))[0] if fresh else None
         if meter is None:
@@ -119,7 +130,12 @@ class ByLayers:
             return None
         check_kept(self.lin.weights, self.lin.call)
         fresh = self._is_fresh(name)
-        found = _tried(lambda: self.entries(self.most), fresh)
+        try:
+            found = attempt(lambda: self.entries(self.most))
+        except RouteFailedError:
+            if not fresh:
+                raise
+            return None
         if found is None:
             return None
         diagonal, route = found
@@ -153,16 +169,6 @@ class ByLayers:
     def _is_fresh(self, name: str) -> bool:
         effects = self.lin.trust.effects
         return self.lin.trust.needs(name) or bool(effects is not None and effects.reads)
-
-
-def _tried(work: Callable[[], Result | None], fresh: bool) -> Result | None:
-    """Return what comes of `work`; None where it fails and no earlier result rests on it."""
-    try:
-        return attempt(work)
-    except RouteFailedError:
-        if not fresh:
-            raise
-        return None
 
 
 @dataclass(frozen=True, eq=False)

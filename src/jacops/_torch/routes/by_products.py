@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import ENTRIES
-from ..layers.sites import LayerOutput
 from ..sweeps.linearization import Linearization
 from .by_layers import Rows
 
@@ -34,9 +33,8 @@ class ByProducts:
     lost: list[slice]
 
     @classmethod
-    def beside(cls, lin: Linearization, sites: Sequence[LayerOutput], rows: Rows) -> ByProducts:
-        """Return the parameters that none of the sites describes."""
-        described = {use.leaf for site in sites for use in site.uses}
+    def beside(cls, lin: Linearization, described: Set[int], rows: Rows) -> ByProducts:
+        """Return the parameters that are not among those described."""
         slices = enumerate(lin.domain.slices)
         return cls(lin, rows, [w for i, w in slices if i not in described and w.stop > w.start])
 

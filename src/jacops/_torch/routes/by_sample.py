@@ -75,12 +75,25 @@ class SampleFactors:
         self.lin, self.output = self._prepared()
         self.layers = LayerRows(self.lin, 1)
         self.route = ""
+        self.collected = self._rows_or_factors()
+
+    def _rows_or_factors(self) -> Collected:
+        """Return factors where all samples enter alike, else whole rows; by plain sweeps where rules give neither."""
         try:
-            self.collected = self._all()
-        except (StructureChangedError, RouteFailedError) as reason:
-            self.layers = LayerRows(self.lin, 1, plainly=True)
-            self.collected = self._all()
-            self.route += f", without factors ({reason})"
+            return self._all()
+        except RouteFailedError as reason:
+            return self._plain(reason)
+        except StructureChangedError:
+            try:
+                return self._all(whole=True)
+            except (StructureChangedError, RouteFailedError) as reason:
+                return self._plain(reason)
+
+    def _plain(self, reason: Exception) -> Collected:
+        self.layers = LayerRows(self.lin, 1, plainly=True)
+        collected = self._all()
+        self.route += f", without factors ({reason})"
+        return collected
 
     # ---- all samples -----------------------------------------------------------------------------------------
 
@@ -89,8 +102,8 @@ class SampleFactors:
         lin = self._record_alone(self.count // 2).lin
         return lin, lin.outputs[0]
 
-    def _all(self) -> Collected:
-        collected = Collected(self.count, self.output.numel(), self.layers)
+    def _all(self, whole: bool = False) -> Collected:
+        collected = Collected(self.count, self.output.numel(), self.layers, whole)
         refusal = self._refusal()
         size = 1
         for where in self._batches():
@@ -236,7 +249,7 @@ class SampleFactors:
             every = [cotangents] if cotangents else ([seed] for seed in unit_seeds(lin.outputs[0]))
             for entry, seeds in enumerate(every):
                 collected.fill(where, entry, layers, operands, layers.sweep(seeds))
-        except (StructureChangedError, RouteFailedError) as reason:
+        except RouteFailedError as reason:
             return f"a batch cannot be swept at once ({reason})"
         return None
 

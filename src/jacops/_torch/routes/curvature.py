@@ -24,7 +24,7 @@ from ..._runtime.restoring import restoring
 from ..layers.blocks import Chunk, Found, add_blocks
 from ..layers.diagonals import add_pairs, pairable, together
 from ..layers.second import Second, moves
-from ..layers.sites import LayerOutput, costly, find_sites, pays, settled, shadows, without
+from ..layers.sites import LayerOutput, costly, find_sites, leaves_of, pays, settled, shadows, without
 from ..layers.uses import ParameterUse, find_uses
 from ..sweeps.batched import at_once
 from ..sweeps.linearization import Linearization
@@ -51,9 +51,10 @@ def hessian_layers(lin: Linearization, lengths: Sequence[int], rows: Rows) -> He
             break
     else:
         return None
-    if not pays(found, lin.domain.sizes, sum(site.entries for site in found)):
+    described, at_layers = leaves_of(found), max(site.many * site.positions for site in found)
+    if not pays(lin.domain.sizes, described, at_layers, sum(site.entries for site in found)):
         return None
-    return HessianLayers(second, found, ByProducts.beside(lin, found, rows))
+    return HessianLayers(second, found, ByProducts.beside(lin, described, rows))
 
 
 def hessian_diagonal(lin: Linearization, lengths: Sequence[int], rows: Rows, most: int) -> tuple[Tensor, str] | None:
@@ -98,7 +99,7 @@ class HessianLayers:
                     for later, found in _found(second, some, *_swept(second, some, chunk)):
                         add_pairs(diagonal, site, chunk, later, found)
         swept = lin.sweeps - before
-        told = ByProducts.beside(lin, sites, self.ordinary.rows).add_diagonal(diagonal, most)
+        told = ByProducts.beside(lin, leaves_of(sites), self.ordinary.rows).add_diagonal(diagonal, most)
         return diagonal, f"through {len(sites)} outputs of layers, {swept} sweeps{told}"
 
     def working(self, most: int) -> float:
@@ -240,7 +241,7 @@ def _swept(second: Second, sites: Sequence[LayerOutput], chunk: Chunk) -> tuple[
         found, operands = second.sweep([(site, site.picking(some, like))], sites, moving)
         where = slice(start, start + len(some))
         for s, into, grad in zip(sites, seconds, found, strict=True):
-            _put(into.flatten(1, 2)[:, where], None if grad is None else s.spread_rows(grad).transpose(0, 1))
+            _put(into.flatten(1, 2)[:, where], None if grad is None else s.spread(grad).transpose(0, 1))
         for use, grad in zip(moving, operands, strict=True):
             if grad is not None:
                 met.add(id(use))
@@ -263,7 +264,7 @@ def _put(into: Tensor, value: Tensor | None) -> None:
 
 def operand_by_sample(site: LayerOutput, use: ParameterUse, operand: Tensor) -> Tensor:
     """Return what is shaped `(m, *as a use's operand)` as `(m, samples, …)`."""
-    return site.by_sample_rows(operand) if use.kind == "outer" else site.spread_rows(operand)
+    return site.by_sample(operand, 1) if use.kind == "outer" else site.spread(operand)
 
 
 # ---- do samples mix? -----------------------------------------------------------------------------------------------

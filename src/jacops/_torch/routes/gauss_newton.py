@@ -18,13 +18,14 @@ from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import Chunk, Found, add_blocks
-from ..layers.factors import LayerRows
-from ..layers.sites import LayerOutput, ParameterBlock, pays, settled, shadows
+from ..layers.factors import LayerRows, add_rows, matrix_shape
+from ..layers.sites import LayerOutput, find_sites, pays, settled, shadows
+from ..layers.uses import ParameterUse
 from ..sweeps.batched import at_once, passed
 from ..sweeps.linearization import Linearization
 from .by_layers import Rehearsal, Rows
 from .by_products import ByProducts
-from .curvature import describable, is_plain, laid
+from .curvature import is_plain
 
 _STRIPE = 512
 
@@ -37,15 +38,36 @@ def gauss_newton_layers(lin: Linearization, curvature: Rows, rows: Rows) -> Gaus
         curvature: Products with H, which keeps samples apart.
         rows: Products with `J^T H J` by ordinary sweeps.
     """
-    if len(lin.outputs) != 1 or lin.outputs[0].ndim == 0 or lin.outputs[0].numel() == 0:
+    if not _applies(lin):
         return None
-    sites = describable(lin)
     (output,) = lin.outputs
-    H = _blocks(curvature, output) if sites and output[0].numel() <= lin.domain.dim else None
-    sites = _proved(lin, sites) if H is not None else []
-    if H is None or not sites or not pays(sites, lin.domain.sizes, 2 * output[0].numel()):
+    layers = LayerRows(lin, output.shape[0])
+    H = _blocks(curvature, output) if layers.sites else None
+    described = {site.use.leaf for site in layers.sites}
+    rows_at_layers = max((site.use.row_count for site in layers.sites), default=0)
+    if H is None or not pays(lin.domain.sizes, described, rows_at_layers, 2 * output[0].numel()):
         return None
-    return GaussNewtonLayers(lin, sites, H, ByProducts.beside(lin, sites, rows))
+    return GaussNewtonLayers(lin, layers, _single_positions(layers), H, ByProducts.beside(lin, described, rows))
+
+
+def _applies(lin: Linearization) -> bool:
+    """Say whether there is one output, samples first, with fewer entries for each than there are parameters."""
+    if len(lin.outputs) != 1 or lin.outputs[0].ndim == 0 or lin.outputs[0].numel() == 0:
+        return False
+    return is_plain(lin) and lin.outputs[0][0].numel() <= lin.domain.dim
+
+
+def _single_positions(layers: LayerRows) -> list[LayerOutput]:
+    """Return the layers' outputs where each has one position for a sample and channels that make all gradients."""
+    many = layers.samples
+    if not all(site.order == "sample first" and site.use.sum is None for site in layers.sites):
+        return []
+    found: dict[int, list[ParameterUse]] = {leaf: [layers.sites[i].use for i in own] for leaf, own in layers.by_leaf()}
+    sites = [LayerOutput(site.uses, many) for site in find_sites(found)]
+    single = all(site.positions == 1 and site.shape[0] == many for site in sites)
+    sites = settled(sites, layers.lin.domain.slices) if single else []
+    same = {use.leaf for site in sites for use in site.uses} == {site.use.leaf for site in layers.sites}
+    return sites if same else []
 
 
 def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most: int) -> tuple[Tensor, str] | None:
@@ -54,11 +76,9 @@ def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most:
     With H = V S V^T sample by sample, it is the sum of squared gradients along the columns of V (Dangel, Kunstner and
     Hennig, 2020), and squares of outer products are outer products of squares.
     """
-    if len(lin.outputs) != 1 or lin.outputs[0].ndim == 0 or lin.outputs[0].numel() == 0:
+    if not _applies(lin) or lin.outputs[0][0].numel() == lin.domain.dim:
         return None
     (output,) = lin.outputs
-    if output[0].numel() >= lin.domain.dim or not is_plain(lin):
-        return None
     layers, H = LayerRows(lin, output.shape[0]), _blocks(curvature, output)
     if H is None or not layers.sites:
         return None
@@ -81,29 +101,43 @@ class GaussNewtonLayers:
 
     Attributes:
         lin: The model's output by its parameters.
-        sites: The layers.
+        layers: The rows of its samples.
+        sites: The outputs of layers; none unless each has one position for a sample.
         H: The loss's second derivatives, sample by sample, `(n, entries, entries)`.
-        ordinary: The parameters that no site describes.
+        ordinary: The parameters that no rule describes.
     """
 
     lin: Linearization
+    layers: LayerRows
     sites: Sequence[LayerOutput]
     H: Tensor
     ordinary: ByProducts
 
+    def __post_init__(self) -> None:
+        if not self.sites:
+            _ = self._operands  # held from now on, so that they are counted with what is prepared
+
+    @cached_property
+    def _operands(self) -> list[Tensor | None]:
+        return [site.operand() for site in self.layers.sites]
+
     def add(self, matrix: Tensor, weight: float, most: int) -> str:
         """Add a half of it times a weight, and say how it was done."""
-        before = self.lin.sweeps
-        add = _add_by_channels if self._by_channels(most) else _add_by_rows
-        add(self.lin, self.sites, self.H, matrix, weight, most)
+        before, many = self.lin.sweeps, len({site.use.node for site in self.layers.sites})
+        if self._by_channels(most):
+            _add_by_channels(self.lin, self.sites, self.H, matrix, weight, most)
+        else:
+            _add_by_rows(self.layers, self._operands, self.H, matrix, weight, most)
         swept = self.lin.sweeps - before
-        return f"through {len(self.sites)} outputs of layers, {swept} sweeps{self.ordinary.add(matrix, weight, most)}"
+        return f"through {many} outputs of layers, {swept} sweeps{self.ordinary.add(matrix, weight, most)}"
 
     @restoring
     def working(self, most: int) -> float:
         """Return the bytes held on the way."""
         space, sites, H = self.lin.domain, shadows(self.sites), self.H.to("meta")
         nowhere = torch.empty(space.dim, space.dim, dtype=space.dtype, device="meta")
+        sweep, like = self._sweep
+        operands = [None if a is None else a.to("meta") for a in ([] if self._by_channels(most) else self._operands)]
         with Rehearsal() as meter:
             if self._by_channels(most):
                 deltas = [H.new_empty(*H.shape[:2], site.channels) for site in sites]
@@ -112,25 +146,27 @@ class GaussNewtonLayers:
                 _add_channels(sites[place:], H, deltas[place:], nowhere, 1.0, most)
             else:
                 factors, signs = H.new_empty(3, *H.shape), H.new_empty(H.shape[0], 1)
-                one = [H.new_empty(H.shape[0], site.positions, site.channels) for site in sites]
+                deltas = [torch.empty_like(delta) for delta in like]
                 held = float(meter.live)
-                _add_signed(sites, one, signs, nowhere, most)
+                _add_signed(self.layers, operands, deltas, signs, nowhere, most)
                 del factors
-        return max(meter.peak, held + self._sweep, self.ordinary.working(most))
+        return max(meter.peak, held + sweep, self.ordinary.working(most))
 
     def _by_channels(self, most: int) -> bool:
         share = max(sum(site.entries for site in self.sites) // 4, 1)
-        return all(site.positions == 1 for site in self.sites) and self.lin.outputs[0].numel() * share <= most
+        return bool(self.sites) and self.lin.outputs[0].numel() * share <= most
 
     @cached_property
     @restoring
-    def _sweep(self) -> float:
-        """Bytes that one sweep holds, measured."""
+    def _sweep(self) -> tuple[float, list[Tensor]]:
+        """Bytes that one sweep holds, measured, and what it finds, without entries."""
         with Meter() as meter:
             (output,) = self.lin.outputs
-            step = min(_at_once(self.sites, self.H.shape[0]), self.H.shape[1])
-            _swept(self.lin, self.sites, output.new_zeros(step, *output.shape))
-        return float(meter.peak)
+            if self.sites:
+                step = min(_at_once(self.sites, self.H.shape[0]), self.H.shape[1])
+                _swept(self.lin, self.sites, output.new_zeros(step, *output.shape))
+            found = self.layers.sweep([torch.zeros_like(output)])
+        return float(meter.peak), [delta.to("meta") for delta in found]
 
 
 def _blocks(curvature: Rows, output: Tensor) -> Tensor | None:
@@ -170,23 +206,6 @@ def _swept(lin: Linearization, sites: Sequence[LayerOutput], seeds: Tensor) -> l
     return passed(lin, lin.outputs, [site.edge for site in sites], [seeds.view(-1, *output.shape)])
 
 
-def _proved(lin: Linearization, sites: Sequence[LayerOutput]) -> list[LayerOutput]:
-    """Return the sites at which a cotangent on half of the samples leaves exact zeros at the others."""
-    (output,) = lin.outputs
-    many, slices = output.shape[0], lin.domain.slices
-    if many == 1:
-        return settled(sites, slices)
-    kept = _half(many, output)
-    seed = private_noise(output) * kept.to(output.dtype).view(-1, *[1] * (output.ndim - 1))
-    layouts: dict[int, int] = {}
-    for i, (site, grad) in enumerate(zip(sites, _swept(lin, sites, seed), strict=True)):
-        for ahead in site.layouts(many):
-            if grad is None or not bool(LayerOutput(site.uses, many, ahead).spread(grad[0])[~kept].any()):
-                layouts[i] = ahead
-                break
-    return settled(laid(sites, many, layouts), slices)
-
-
 def _add_by_channels(
     lin: Linearization, sites: Sequence[LayerOutput], H: Tensor, matrix: Tensor, weight: float, most: int
 ) -> None:
@@ -198,7 +217,7 @@ def _add_by_channels(
         some = range(start, min(start + step, entries))
         for site, into, grads in zip(sites, deltas, _swept(lin, sites, _units(some, output)), strict=True):
             if grads is not None:
-                into[:, start : some.stop] = site.spread_rows(grads)[:, :, 0].transpose(0, 1)
+                into[:, start : some.stop] = site.spread(grads)[:, :, 0].transpose(0, 1)
     for place in range(len(sites)):
         _add_channels(sites[place:], H, deltas[place:], matrix, weight, most)
 
@@ -222,18 +241,16 @@ def _add_channels(
 
 
 def _add_by_rows(
-    lin: Linearization, sites: Sequence[LayerOutput], H: Tensor, matrix: Tensor, weight: float, most: int
+    layers: LayerRows, operands: Sequence[Tensor | None], H: Tensor, matrix: Tensor, weight: float, most: int
 ) -> None:
     """Add `G^T S G / 2` stripe by stripe, with G the gradients along H's eigenvectors and S the signs of its values."""
-    (output,) = lin.outputs
+    (output,) = layers.lin.outputs
     values, factors = _factored(H)
     for k in range(H.shape[1]):
-        if not bool(values[:, k].any()):
-            continue
-        grads = _swept(lin, sites, factors[:, :, k].reshape(1, *output.shape))
-        deltas = [None if grad is None else site.spread(grad[0]) for site, grad in zip(sites, grads, strict=True)]
-        signs = (values[:, k].sign() * weight).to(H.dtype).unsqueeze(1)
-        _add_signed(sites, deltas, signs, matrix, most)
+        if bool(values[:, k].any()):
+            deltas = layers.sweep([factors[:, :, k].reshape(output.shape)])
+            signs = (values[:, k].sign() * weight).to(H.dtype).unsqueeze(1)
+            _add_signed(layers, operands, deltas, signs, matrix, most)
 
 
 def _factored(H: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,10 +262,15 @@ def _factored(H: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_signed(
-    sites: Sequence[LayerOutput], deltas: Sequence[Tensor | None], signs: Tensor, matrix: Tensor, most: int
+    layers: LayerRows,
+    operands: Sequence[Tensor | None],
+    deltas: Sequence[Tensor],
+    signs: Tensor,
+    matrix: Tensor,
+    most: int,
 ) -> None:
     for some in _samples(signs.shape[0], matrix.shape[0], most):
-        G = gradient_rows(sites, deltas, some, matrix)
+        G = _gradient_rows(layers, [None if a is None else a[some] for a in operands], [d[some] for d in deltas])
         _add_squares(matrix, G, G * signs[some])
 
 
@@ -268,21 +290,12 @@ def _add_squares(matrix: Tensor, G: Tensor, signed: Tensor) -> None:
         matrix[start:stop, stop:].addmm_(left, signed[:, stop:])
 
 
-def gradient_rows(sites: Sequence[LayerOutput], deltas: Sequence[Tensor | None], some: slice, like: Tensor) -> Tensor:
+def _gradient_rows(layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor]) -> Tensor:
     """Return gradients of some samples, `(samples, P)`, from cotangents at the sites; zero for parameters elsewhere."""
-    rows = like.new_zeros(some.stop - some.start, like.shape[0])
-    for site, delta in zip(sites, deltas, strict=True):
-        if delta is not None:
-            for panel in site.panels:
-                _add_gradients(panel, delta[some], some, rows)
+    space, single = layers.lin.domain, [delta.unsqueeze(1) for delta in deltas]
+    rows = deltas[0].new_zeros(len(deltas[0]), space.dim)
+    for leaf, sites in layers.by_leaf():
+        if sites:
+            target = rows[:, space.slices[leaf]].view(-1, 1, *matrix_shape(space.shapes[leaf]))
+            add_rows(layers, operands, single, sites, target)
     return rows
-
-
-def _add_gradients(panel: ParameterBlock, delta: Tensor, some: slice, rows: Tensor) -> None:
-    if panel.operand is None:
-        values = delta if panel.factor is None else delta * panel.factor[some]
-        panel.parts[0].split(rows, 1)[..., 0].add_(panel.reduced(values))
-        return
-    found = delta[..., panel.channels].transpose(1, 2) @ panel.operand[some]
-    for part in panel.parts:
-        part.split(rows, 1).add_(found[..., part.columns])

@@ -14,15 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteFailedError, attempt
+from ..._ladder.failures import RouteFailedError
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
-from ..layers.orders import by_sample, find_orders
-from ..layers.uses import ParameterUse, cotangents, find_uses
+from ..layers.factors import LayerRows, SampleUse, matrix_shape
 from ..sweeps.linearization import Linearization
 
-Form = Literal["outer", "lookup", "vector", "swept"]
+Form = Literal["outer", "lookup", "rows", "swept"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Group:
     """Parameters whose curvature is one block.
 
     Attributes:
-        form: `"outer"` and `"lookup"` come as `Outer`; `"vector"` as rows, by cotangents; `"swept"` as rows, by
+        form: `"outer"` and `"lookup"` come as `OuterGradients`; `"rows"` as rows, by cotangents; `"swept"` as rows, by
             ordinary sweeps, one for each sample.
         leaves: The weight, and its bias if there is one.
         turned: The weight is stored as input times output.
@@ -76,11 +75,8 @@ class RecordedBatch:
     def __init__(self, lin: Linearization) -> None:
         self.lin = lin
         (self.output,) = lin.outputs
-        found = find_uses(lin)
-        uses = [use for leaf in found.values() for use in leaf]
-        orders = dict(zip(uses, find_orders(lin, uses), strict=True)) if uses else {}
-        self.uses = {leaf: own for leaf, own in found.items() if all(orders[use] is not None for use in own)}
-        self._orders = orders
+        self._layers = LayerRows(lin, self.samples)
+        self.uses = {leaf: [self._layers.sites[i] for i in own] for leaf, own in self._layers.by_leaf()}
         self._batched = True
 
     @property
@@ -90,7 +86,7 @@ class RecordedBatch:
 
     def entries(self, groups: Sequence[Group]) -> int:
         """Return how many numbers one cotangent at the output costs."""
-        return sum(use.shape.numel() for group in groups for leaf in group.leaves for use in self.uses.get(leaf, []))
+        return sum(s.use.shape.numel() for group in groups for leaf in group.leaves for s in self.uses.get(leaf, []))
 
     # ---- which parameters go together --------------------------------------------------------------------------
 
@@ -107,10 +103,10 @@ class RecordedBatch:
         """Return a leaf that enters this batch in another way than its group says."""
         for group in groups:
             for place, leaf in enumerate(group.leaves):
-                kinds = {use.kind for use in self.uses.get(leaf, [])}
-                wanted = {"outer": {"outer", "lookup"}, "lookup": {"lookup"}}.get(group.form, {"vector"})
+                forms = _forms(self.uses.get(leaf, []))
+                wanted = {"outer": {"outer", "lookup"}, "lookup": {"lookup"}}.get(group.form, forms)
                 known = group.form == "swept" or leaf in self.uses
-                if not known or (group.form != "swept" and not kinds <= ({"vector"} if place else wanted)):
+                if not known or not forms <= ({"vector"} if place else wanted):
                     return leaf
         return None
 
@@ -118,29 +114,27 @@ class RecordedBatch:
         uses = self.uses.get(leaf)
         if uses is None:
             return Group("swept", (leaf,))
-        kinds = {use.kind for use in uses}
-        if not uses or kinds == {"vector"}:
-            return Group("vector", (leaf,))
-        if "vector" in kinds:
-            return Group("swept", (leaf,))
-        if kinds == {"lookup"}:
+        forms = _forms(uses)
+        if not uses or forms & {"vector", "derived"} or len(set(map(_sides, uses))) > 1:
+            return Group("rows", (leaf,))
+        if forms == {"lookup"}:
             return Group("lookup", (leaf,))
-        turned = next(use for use in uses if use.kind == "outer").turned
+        turned = next(site.use for site in uses if site.use.kind == "outer").turned
         return Group("outer", (leaf,) if bias is None else (leaf, bias), turned)
 
     def _biases(self) -> dict[int, int]:
         """Return the bias of each weight that has one: added at the weight's own output, use by use."""
-        weights = {i: own for i, own in self.uses.items() if own and all(use.kind == "outer" for use in own)}
-        vectors = {i: own for i, own in self.uses.items() if own and all(use.kind == "vector" for use in own)}
+        weights = {i: own for i, own in self.uses.items() if _forms(own) == {"outer"}}
+        vectors = {i: own for i, own in self.uses.items() if _forms(own) == {"vector"}}
         if not weights or not vectors:
             return {}
-        flat = [use for own in (*weights.values(), *vectors.values()) for use in own]
-        deltas = dict(zip(flat, cotangents(self.lin, flat, [private_noise(self.output)]), strict=True))
+        flat = [site for own in (*weights.values(), *vectors.values()) for site in own]
+        deltas = dict(zip(flat, self._layers.sweep([private_noise(self.output)], flat), strict=True))
         partners: dict[int, int] = {}
         for exact in (True, False):  # the same operation first: a later sum has the same cotangent
             for weight, own in weights.items():
                 rest = (i for i in vectors if i not in partners.values())
-                if weight not in partners and len({use.turned for use in own}) == 1:
+                if weight not in partners and len({site.use.turned for site in own}) == 1:
                     bias = next((i for i in rest if _is_bias(own, vectors[i], deltas, exact)), None)
                     partners |= {} if bias is None else {weight: bias}
         return partners
@@ -149,44 +143,38 @@ class RecordedBatch:
 
     def gradients(self, groups: Sequence[Group], seeds: Tensor) -> list[Gradients]:
         """Return what each group's gradients are made of, under cotangents `(k, n, entries)` at the output."""
-        uses = [use for group in groups if group.form != "swept" for leaf in group.leaves for use in self.uses[leaf]]
-        deltas = dict(zip(uses, self._at_uses(uses, seeds), strict=True))
+        sites = [site for group in groups if group.form != "swept" for leaf in group.leaves for site in self.uses[leaf]]
+        deltas = dict(zip(sites, self._at_sites(sites, seeds), strict=True))
         swept = self._by_sweeps([group.leaves[0] for group in groups if group.form == "swept"], seeds)
         return [
             swept[group.leaves[0]] if group.form == "swept" else self._gradients(group, deltas, seeds)
             for group in groups
         ]
 
-    def _at_uses(self, uses: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
-        """Return the rows `(k, n, t, …)` at every use, all cotangents in one sweep where that is known to be right."""
+    def _at_sites(self, sites: Sequence[SampleUse], seeds: Tensor) -> list[Tensor]:
+        """Return the rows `(k, n, t, …)` at every site, all cotangents in one sweep where that is known to be right."""
         many = seeds.shape[0]
-        self.lin.sweeps += many
         if many > 1 and self._batched and self.lin.trust.refusal("pull", "batched") is None:
             try:
-                swept = attempt(lambda: cotangents(self.lin, uses, [seeds], batched=True))
-                pairs = zip(uses, swept, strict=True)
-                return [torch.stack([self._rows(use, d) for d in delta]) for use, delta in pairs if delta is not None]
+                return self._layers.sweep_batched([seeds], sites)
             except RouteFailedError:
                 self._batched = False
-        singles = [cotangents(self.lin, uses, [seed]) for seed in seeds]
-        return [torch.stack([self._rows(use, own[i]) for own in singles]) for i, use in enumerate(uses)]
+        singles = [self._layers.sweep([seed], sites) for seed in seeds]
+        return [torch.stack(own) for own in zip(*singles, strict=True)]
 
-    def _rows(self, use: ParameterUse, delta: Tensor) -> Tensor:
-        order = self._orders[use]
-        return by_sample(plain(use.rows(delta)), self.samples, order or "sample first")
+    def _gradients(self, group: Group, deltas: dict[SampleUse, Tensor], seeds: Tensor) -> Gradients:
+        (leaf, *bias), sites = group.leaves, self.uses[group.leaves[0]]
+        if group.form != "rows":
+            return [self._outer(group, site, deltas[site], bool(bias)) for site in sites]
+        like = self.lin.leaves[leaf].detach()
+        rows = like.new_zeros(self.samples, seeds.shape[0], *matrix_shape(like.shape))
+        for site in sites:
+            site.part(site.operand(), deltas[site].transpose(0, 1)).into(rows, add=True)
+        return rows.flatten(2).transpose(0, 1)
 
-    def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:
-        (leaf, *bias), uses = group.leaves, self.uses[group.leaves[0]]
-        if group.form == "vector":
-            shape = (seeds.shape[0], self.samples, self.lin.leaves[leaf].numel())
-            total = torch.zeros(shape, dtype=self.lin.leaves[leaf].dtype, device=seeds.device)
-            return sum((deltas[use].sum(2).reshape(shape) for use in uses), total)
-        return [self._outer(group, use, deltas[use], bool(bias)) for use in uses]
-
-    def _outer(self, group: Group, use: ParameterUse, delta: Tensor, with_one: bool) -> OuterGradients:
-        order = self._orders[use] or "sample first"
-        operand = by_sample(_given(use.operand), self.samples, order)
-        if use.kind == "lookup":
+    def _outer(self, group: Group, site: SampleUse, delta: Tensor, with_one: bool) -> OuterGradients:
+        operand = _given(site.operand())
+        if site.use.kind == "lookup":
             if group.form == "lookup":
                 return OuterGradients(operand, delta.unsqueeze(3), swapped=True)
             table = self.lin.leaves[group.leaves[0]]
@@ -194,8 +182,8 @@ class RecordedBatch:
             sides = (delta.unsqueeze(3), entries) if group.turned else (entries, delta.unsqueeze(3))
             return OuterGradients(*sides, swapped=not group.turned)
         if with_one:
-            operand = torch.cat([operand, operand.new_ones(*operand.shape[:-1], 1)], -1)
-        swapped = use.turned != group.turned
+            operand = torch.cat([operand, site.ones(operand)], -1)
+        swapped = site.use.turned != group.turned
         return OuterGradients(operand[None], delta, swapped) if swapped else OuterGradients(delta, operand[None])
 
     def _by_sweeps(self, leaves: Sequence[int], seeds: Tensor) -> dict[int, Tensor]:
@@ -257,15 +245,28 @@ class RecordedBatch:
         self.uses = {}
 
 
-def _is_bias(
-    weights: list[ParameterUse], vectors: list[ParameterUse], deltas: dict[ParameterUse, Tensor], exact: bool
-) -> bool:
-    if len(weights) != len(vectors) or any(use.operand is not None for use in vectors):
+def _forms(sites: Sequence[SampleUse]) -> set[str]:
+    """Return in what ways a parameter enters."""
+    return {"derived" if site.use.derived else site.use.kind for site in sites}
+
+
+def _sides(site: SampleUse) -> tuple[int, int]:
+    """Return how many groups a weight is seen in, and how long the second side of each is as it is stored."""
+    use = site.use
+    if use.operand is None or use.kind != "outer":
+        return 1, use.entry.weight[-1]
+    groups, inner = use.operand.shape[1:]
+    return groups, use.entry.weight.numel() // (groups * inner) if use.turned else inner
+
+
+def _is_bias(weights: list[SampleUse], vectors: list[SampleUse], deltas: dict[SampleUse, Tensor], exact: bool) -> bool:
+    if len(weights) != len(vectors) or any(site.use.operand is not None for site in vectors):
         return False
+    pairs = list(zip(weights, vectors, strict=True))
     if exact:
-        return all(w.node is v.node for w, v in zip(weights, vectors, strict=True))
-    for w, v in zip(weights, vectors, strict=True):
-        at_weight, at_vector = w.rows(deltas[w]).flatten(1), v.rows(deltas[v]).flatten(1)
+        return all(w.use.node is v.use.node and w.use.layout is not None for w, v in pairs)
+    for w, v in pairs:
+        at_weight, at_vector = deltas[w].flatten(2), deltas[v].flatten(2)
         if at_weight.shape != at_vector.shape or not torch.equal(at_weight, at_vector):
             return False
     return True

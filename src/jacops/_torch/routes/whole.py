@@ -139,7 +139,7 @@ class LayerRoute:
         lin, many = self.lin, self._output.shape[0]
         blocks = into or [[leaf.detach().new_empty(many * self.sweeps, *leaf.shape) for leaf in lin.leaves]]
         pairs = zip(blocks[0], lin.leaves, strict=True)
-        views = [block.view(many, self.sweeps, *matrix_shape(leaf)) for block, leaf in pairs]
+        views = [block.view(many, self.sweeps, *matrix_shape(leaf.shape)) for block, leaf in pairs]
         bounds: list[Tensor] = []
         start = 0
         for deltas in self._swept(together):
@@ -175,7 +175,8 @@ class LayerRoute:
 
     def _bounds(self, sites: Sequence[int], deltas: Sequence[Tensor], target: Tensor) -> Iterator[Tensor]:
         """Yield numbers of which one is beyond all bounds if an entry is, from factors or rows: which are fewer."""
-        if 2 * sum(deltas[i].numel() for i in sites) > target.numel():
+        derived = any(self._layers.sites[i].use.derived for i in sites)
+        if derived or 2 * sum(deltas[i].numel() for i in sites) > target.numel():
             yield target.sum().abs().double()
             return
         # No entry is larger than the product of its factors' norms; a sum of T numbers not than T times their norm.

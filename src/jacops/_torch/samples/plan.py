@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError
 from ..._ladder.plan import Memory
+from ..._ladder.route import candidates
 from ..._runtime.contexts import must_surface
 from ..._runtime.memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
 from ..._runtime.restoring import restoring
 from ..sweeps.mixing import differs, unbatchable, with_reads
 from ..sweeps.proofs import Proofs
+from .ask import ONE_SAMPLE
 from .bottleneck import narrowest
 from .results import SAMPLES_TODO
+from .routes import BY_SAMPLES
 from .runs import Run
 from .sweeps import sweep
 
@@ -79,23 +82,13 @@ class Probe:
     place: tuple[str, int] | None
     reason: str | None
 
-    @property
-    def candidates(self) -> list[str]:
-        """The ways that `mode="auto"` may go."""
-        rows, columns = self.entries
-        if self.reason is not None:
-            return [ALONE]
-        if self.place is not None and "split" in self.ways:
-            return ["split"]
-        both = [way for way in ("reverse", "forward") if way in self.ways]
-        return both if len(both) < 2 else both[:1] if rows <= columns + 1 else both[1:]
-
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What is known before the full call runs.
+    """What is known before the full call runs; routes answer it as they answer a batch.
 
     Attributes:
+        call: The public call.
         probe: What one and two samples showed.
         count: Samples altogether.
         mode: The mode asked for.
@@ -103,8 +96,10 @@ class SamplePlan:
         startup: Bytes that the process takes for its first derivative.
         budget: Bytes allowed.
         allocated: The result is allocated by the call, not given as `out`.
+        verdicts: Nothing is known of a batch that was not recorded.
     """
 
+    call: str
     probe: Probe
     count: int
     mode: str
@@ -112,6 +107,43 @@ class SamplePlan:
     startup: int
     budget: int
     allocated: bool
+    verdicts: Proofs
+    question: str = field(default="samples", init=False)
+    argument: str = field(default="mode=", init=False)
+
+    @property
+    def asked(self) -> str | None:
+        """The route asked for by name."""
+        return None if self.mode == "auto" else self.mode
+
+    @property
+    def apart(self) -> str | None:
+        """Why samples do not share sweeps."""
+        return self.probe.reason or (ONE_SAMPLE if self.count == 1 else None)
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """Entries of a sample's outputs and inputs."""
+        return self.probe.entries
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """Where a split pays."""
+        return self.probe.place
+
+    @property
+    def unpushable(self) -> str | None:
+        """Why there are no pushes."""
+        return None if "forward" in self.probe.ways else "no second derivative rule"
+
+    def memory(self, route: str) -> Memory | None:
+        """Return what a route holds; None where that was not measured."""
+        return Memory(1 if route == ALONE else self.chunk, self.peak(route)) if route in self.probe.ways else None
+
+    @property
+    def route(self) -> str:
+        """The name of the route that will be taken, of those whose memory was measured."""
+        return next(route.name for route, _ in candidates(self, BY_SAMPLES) if route.name in self.probe.ways)
 
     @property
     def result(self) -> int:
@@ -124,19 +156,14 @@ class SamplePlan:
         return self.startup + self.count * self.probe.sizes[1] + (self.result if self.allocated else 0)
 
     @property
-    def ways(self) -> list[str]:
-        """The ways that may be gone; the first one is where nothing else is measured."""
-        if self.probe.reason is not None or self.count == 1:
-            return [ALONE]
-        return [self.mode] if self.mode in self.probe.ways else self.probe.candidates
+    def fits(self) -> int:
+        """How many samples to a sweep fit the budget."""
+        return self.probe.ways[self.route].samples(self.budget - self.kept)
 
-    def fits(self, way: str) -> int:
-        """Return how many samples to a sweep fit the budget this way."""
-        return self.probe.ways[way].samples(self.budget - self.kept)
-
-    def cached(self, way: str) -> int:
-        """Return how many samples to a sweep keep what is worked on in the processor's caches."""
-        return max(_LEAST, int(_CACHE / max(self.probe.ways[way].each, 1.0)))
+    @property
+    def cached(self) -> int:
+        """How many samples to a sweep keep what is worked on in the processor's caches."""
+        return max(_LEAST, int(_CACHE / max(self.probe.ways[self.route].each, 1.0)))
 
     def peak(self, way: str) -> int:
         """Return the bytes held at once this way."""
@@ -147,7 +174,7 @@ class SamplePlan:
         parts: dict[str, float] = {}
         if self.allocated:
             parts[f"the Jacobian {(self.count, *self.probe.jacobian)}"] = self.result
-        parts["working memory of one sample"] = min(self.probe.ways[way].bytes(1) for way in self.ways)
+        parts["working memory of one sample"] = self.probe.ways[self.route].bytes(1)
         if self.startup:
             parts["what torch loads for the first derivative of a process"] = self.startup
         return parts
@@ -178,10 +205,8 @@ def planned(samples: Samples, batch_size: int, budget: Budget, mode: str, alloca
         probe = _probe(samples, allowed - startup, allocated)
         if probe.reason != _TOO_LARGE:  # which another budget would not be
             known_here[known] = probe
-    plan = SamplePlan(probe, samples.count, mode, 1, startup, allowed, allocated)
-    rows = min(plan.fits(way) for way in plan.ways)
-    if samples.values[0].device.type == "cpu":
-        rows = min(rows, *(plan.cached(way) for way in plan.ways))
+    plan = SamplePlan(samples.call, probe, samples.count, mode, 1, startup, allowed, allocated, Proofs("never"))
+    rows = min(plan.fits, plan.cached) if samples.values[0].device.type == "cpu" else plan.fits
     rows = max(1, min(rows, batch_size, samples.count))
     return replace(plan, chunk=math.ceil(samples.count / math.ceil(samples.count / rows)))  # even ones
 
@@ -192,7 +217,7 @@ def ensure_fits(samples: Samples, plan: SamplePlan) -> SamplePlan:
     Raises:
         MemoryBudgetError: Result and working memory of one sample do not fit.
     """
-    if min(plan.fits(way) for way in plan.ways) < 1:
+    if plan.fits < 1:
         refuse(samples.call, plan.parts(), plan.budget, SAMPLES_TODO)
     return plan
 
@@ -286,50 +311,3 @@ def _sweep(measured: _Measured, rows: int) -> None:
 
 def _room(output: Tensor, leaf: Tensor, rows: int) -> Tensor:
     return torch.empty(rows, *output.shape[1:], *leaf.shape[1:], dtype=output.dtype, device=output.device)
-
-
-@dataclass(frozen=True)
-class PlanAsk:
-    """The question of a whole call, for its plan: what routes say of it before it runs.
-
-    Attributes:
-        plan: What one and two samples showed.
-        call: The public call.
-        verdicts: Nothing is known of a batch that was not recorded.
-    """
-
-    plan: SamplePlan
-    call: str
-    verdicts: Proofs
-    question: str = "samples"
-    argument: str = "mode="
-
-    @property
-    def asked(self) -> str | None:
-        """The route asked for by name."""
-        return None if self.plan.mode == "auto" else self.plan.mode
-
-    @property
-    def apart(self) -> str | None:
-        """Why samples do not share sweeps."""
-        return self.plan.probe.reason or ("one sample" if self.plan.count == 1 else None)
-
-    @property
-    def entries(self) -> tuple[int, int]:
-        """Entries of a sample's outputs and inputs."""
-        return self.plan.probe.entries
-
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """Where a split pays."""
-        return self.plan.probe.place
-
-    @property
-    def unpushable(self) -> str | None:
-        """Why there are no pushes."""
-        return None if "forward" in self.plan.probe.ways else "no second derivative rule"
-
-    def memory(self, route: str) -> Memory | None:
-        """Return what a route holds; None where that was not measured."""
-        plan = self.plan
-        return Memory(1 if route == ALONE else plan.chunk, plan.peak(route)) if route in plan.probe.ways else None

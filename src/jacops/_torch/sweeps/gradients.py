@@ -38,19 +38,7 @@ def gradient_tape(found: Recording, call: str) -> Linearization:
         grads = lin.pull([seed], create_graph=True)
     full = [_or_zero(g, leaf) for g, leaf in zip(grads, lin.leaves, strict=True)]
     names = [f"d loss / d {name}" for name in lin.domain.names]
-    gradient = Linearization(
-        lin.leaves,
-        full,
-        leaf_names=lin.domain.names,
-        output_names=names,
-        call=call,
-        aliased_leaves=lin.aliased_leaves,
-        private=True,
-        trust=lin.trust,
-        fallback=lin.fallback,
-    )
-    gradient.protected, gradient.weights = lin.protected, lin.weights
-    gradient.tolerance = max(gradient.tolerance, lin.tolerance)
+    gradient = lin.to(full, names, call)
     _check_twice(lin, gradient, call)
     return gradient
 

@@ -44,8 +44,7 @@ class Linearization:
         leaf_names: How messages call the leaves.
         output_names: How messages call the outputs.
         call: The public call on whose behalf this is done.
-        aliased_leaves: More tensors that stand for leaf `j` (the caller's own parameter, beside a private
-            copy).
+        aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
         private: Nobody but this linearization holds the leaves, so `.backward` may write into them.
         trust: What earlier calls proved about this graph.
         fallback: `"warn"`, `"silent"` or `"error"` when a fast route is left.
@@ -97,7 +96,7 @@ class Linearization:
     def compare(self, other: Linearization) -> None:
         """Learn from another recording, of fewer samples, which tensors in the graph are constants."""
         if self.store is not None:
-            self.rely_on(self.store.refined(self.graph_info, other.graph_info))
+            self.rely_on(self.trust.beside(self.store.refined(self.graph_info, other.graph_info)))
 
     def rely_on(self, proofs: Proofs) -> SideEffects | None:
         """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""
@@ -105,6 +104,14 @@ class Linearization:
         if proofs.effects is not None and proofs.effects.coarse is not None:
             self.tolerance = max(self.tolerance, tolerance([proofs.effects.coarse]))
         return proofs.effects
+
+    def to(self, outputs: Sequence[Tensor], names: Sequence[str], call: str) -> Linearization:
+        """Return a linearization of other outputs that were computed from the same leaves."""
+        other = Linearization(self.leaves, outputs, leaf_names=self.domain.names, output_names=names, call=call)
+        for name in ("aliased_leaves", "private", "trust", "fallback", "protected", "weights"):
+            setattr(other, name, getattr(self, name))
+        other.tolerance = max(other.tolerance, self.tolerance)
+        return other
 
     @property
     def held_bytes(self) -> int:
@@ -142,15 +149,8 @@ class Linearization:
         self, outputs: Rows, targets: Rows, seeds: Rows, create_graph: bool, batched: bool
     ) -> tuple[Tensor | None, ...]:
         try:
-            return torch.autograd.grad(
-                outputs,
-                targets,
-                seeds,
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
+            options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+            return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)
         except RuntimeError as error:
             if batched or must_surface(error) or isinstance(error, JacopsError):
                 raise

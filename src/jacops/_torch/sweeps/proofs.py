@@ -129,6 +129,10 @@ class Proofs:
         self._rests_on = neutral(self._function())
         self._proved.take(route, lambda: True)
 
+    def beside(self, proofs: Proofs) -> Proofs:
+        """Return proofs of another graph in the form of these."""
+        return proofs
+
     # ---- refusals ----------------------------------------------------------------------------------------------
 
     def refuse(self, question: str, route: str, refusal: Refusal | str = "") -> bool:
@@ -164,6 +168,10 @@ class Proofs:
             if slower + 1 >= 2:
                 self.refuse(question, route, "batched passes were measured slower")
 
+    def prefer_batches(self, question: str) -> None:
+        """Take batched sweeps without measuring them, where seconds are too few to tell anything."""
+        self._batched_was[question] = -1
+
     # ---- checks of single samples ------------------------------------------------------------------------------
 
     def spot_due(self) -> bool:
@@ -196,9 +204,17 @@ class KeptProofs(Proofs):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shared, name)
 
+    def beside(self, proofs: Proofs) -> Proofs:
+        """Return proofs of another graph, as those of a recording that is kept."""
+        return self if proofs is self._shared else KeptProofs(proofs, self._unchanged)
+
     def needs(self, *route: Hashable) -> bool:
         """Say whether `route` still has to be checked."""
         return self.checks in ("always", "strict") or (self.checks == "first" and route not in self._holds)
+
+    def spot_due(self) -> bool:
+        """Say whether a sample is to be checked alone, counting all recordings of the graph."""
+        return self._shared.spot_due()
 
     def remember(self, *route: Hashable) -> None:
         """Note that `route` was right."""
@@ -227,12 +243,13 @@ class ProofStore:
         many: Samples along the first axis of its inputs, where that is known.
 
     Attributes:
+        function: As given.
         latest: The proofs of the last graph.
         known: What holds for all graphs of this setting.
     """
 
     def __init__(self, checks: str, function: Callable[[], Any] = lambda: None, many: int | None = None) -> None:
-        self.checks, self.many, self._function = checks, many, function
+        self.checks, self.many, self.function = checks, many, function
         self.latest: Proofs | None = None
         self.known: Bounded[Any] = Bounded(_CLAIMS)
         self._graphs: Bounded[_Graph] = Bounded(_GRAPHS)
@@ -265,7 +282,7 @@ class ProofStore:
         if graph is None or self.latest is None or graph_info.wiring != other.wiring or self.latest.effects is None:
             return self.latest or Proofs(self.checks)
         if not self.latest.effects.packs:
-            same = constants(graph_info.nodes, self._function(), others=other.nodes)
+            same = constants(graph_info.nodes, self.function(), others=other.nodes)
             more = tuple(key for key in same if key not in graph.places)
             graph.places += more
             if more:
@@ -275,11 +292,11 @@ class ProofStore:
         return self.latest
 
     def _graph(self, graph_info: GraphInfo) -> _Graph:
-        return _Graph(constants(graph_info.nodes, self._function(), self.many))
+        return _Graph(constants(graph_info.nodes, self.function(), self.many))
 
     def _of(self, graph: _Graph, graph_info: GraphInfo) -> Proofs:
         key = pattern(tuple(graph_info.nodes), graph.places) if graph.places else b""
-        return graph.proofs.take(key, lambda: Proofs(self.checks, self._function))
+        return graph.proofs.take(key, lambda: Proofs(self.checks, self.function))
 
 
 class SameObject:

@@ -246,6 +246,69 @@ def record_model(
     return found
 
 
+def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any, call: str) -> Recording:
+    """Record what `finish` makes of a recorded output, over the same graph; the model does not run again.
+
+    Args:
+        found: The model's output, by leaves that nothing wrote into since.
+        finish: A loss, say.
+        purpose: Tells one `finish` from another in what is remembered.
+        call: The public call on whose behalf this is done.
+    """
+    lin, store = found.lin, found.lin.store
+    own = ProofStore(lin.trust.checks)
+    if store is not None:
+        own = store.known.take(
+            ("further", identity_key(purpose)), lambda: ProofStore(store.checks, store.function, store.many)
+        )
+
+    @restoring
+    def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
+        if effects.writes:
+            raise ModelStateError(explain("loss", "writing into the model's parameters", "it must leave them alone"))
+        with recording(), random_state_kept(), watch or nullcontext():
+            output = finish(found.tree.build([part.clone() for part in lin.outputs]))
+        flat, tree = output_leaves(output)
+        return Recording(further := lin.to(flat, tree.names, call), tree, output, found.inputs), further
+
+    result = watched(own, record, lin.protected)
+    result.lin.trust.effects = _joined(lin.trust.effects, result.lin.trust.effects)
+    if isinstance(lin.trust, KeptProofs):
+        result.lin.trust = lin.trust.beside(result.lin.trust)
+    return result
+
+
+@restoring
+def record_at_outputs(found: Recording, finish: Callable[[Any], Any], purpose: Any, call: str) -> Recording:
+    """Record `finish` by a recorded output, as a function of nothing before it; what is proved belongs to `purpose`."""
+    lin = found.lin
+    with recording():
+        leaves = [output.detach().requires_grad_() for output in lin.outputs]
+        value = finish(found.tree.build([leaf.clone() for leaf in leaves]))
+    tensors, tree = output_leaves(value)
+    outer = Linearization(
+        leaves, tensors, leaf_names=lin.codomain.names, output_names=tree.names, call=call, private=True
+    )
+    arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+    outer.look_up(store_for(purpose, ("at outputs", arrays), lin.trust.checks), SideEffects())
+    outer.trust.prefer_batches("pull")
+    return Recording(outer, tree, value)
+
+
+def _joined(first: SideEffects | None, second: SideEffects | None) -> SideEffects | None:
+    """Return what two parts of a computation do together; None where one of them was not watched."""
+    if first is None or second is None:
+        return None
+    coarse = [dtype for dtype in (first.coarse, second.coarse) if dtype is not None]
+    return SideEffects(
+        tuple(dict.fromkeys((*first.reads, *second.reads))),
+        tuple(dict.fromkeys((*first.draws, *second.draws))),
+        first.writes or second.writes,
+        first.packs or second.packs,
+        max(coarse, key=lambda dtype: torch.finfo(dtype).eps, default=None),
+    )
+
+
 def _rows(tensors: Sequence[Tensor]) -> int | None:
     """Return the length of the first axis that all inputs share; None where there is none."""
     lengths = {t.shape[0] if t.ndim else None for t in tensors}

@@ -1,0 +1,381 @@
+"""A pure function of JAX with its parameters, as a model that the rest of the library records and maps over samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import Tensor
+
+from .._finite import is_finite
+from .._ladder.protocol import SampleRows, Shift
+from .._runtime.counter import Draws
+from .._torch.protocol import Likelihood, computed_likelihood
+from ..errors import InputError, InputTypeError, explain
+from ..space import Space
+from ..trees import flatten, output_leaves
+from .adapted import Apply, by_input, itself, key_of, selecting
+from .crossing import filled, is_floating, to_jax, to_numpy, to_torch, tree_to_jax
+from .layers import JaxLayers
+from .linearized import JaxLinearization, JaxRecording
+from .model import Model, model_of, weighted_loss
+from .parameters import Parameters, Picks, Same, leaf_names
+from .points import Point, floating
+from .results import check_rows, digest_of, finite_gradient, finite_loss
+
+JaxLoss = Callable[[Any, Any], Any]
+_MODES = ("auto", "forward", "reverse")
+
+
+class WeightedRows(NamedTuple):
+    """A loss that is the sum of the rows' own losses times weights.
+
+    Attributes:
+        loss: Of one row.
+        weights: One for each row.
+    """
+
+    loss: JaxLoss
+    weights: Tensor
+
+
+class JaxFunction:
+    """A pure function of JAX with its parameters: a model, wherever a module goes.
+
+    `jacobian`, `hessian`, `ggn`, `fisher`, `sample_gradients`, `sample_jacobians`, `compute_jacobian`, `model_jvp`,
+    `model_vjp` and `Problem` take it as they take a module. Losses for it are functions of arrays of JAX.
+
+    Any pytree holds the parameters: a dict, Flax's `variables` or NNX state, an Equinox module. Arrays of floating
+    point are differentiated; whole numbers and random keys are passed on; what is no array (activation functions,
+    rates, None) is part of the program. An Equinox module of single samples is
+    `JaxFunction(lambda module, x: jax.vmap(module)(x), module)`, a Flax one `JaxFunction(module.apply, variables)`.
+
+    Args:
+        apply: `apply(params, x) -> output`, pure; `x` and the output may be trees of arrays, samples along the first
+            axis.
+        params: A pytree with arrays of floating point.
+
+    Raises:
+        InputTypeError: `apply` is not callable, or a leaf of `params` is no array and there is none to differentiate.
+        InputError: JAX as it is configured cannot hold a leaf's dtype.
+        ModelStateError: There is nothing to differentiate.
+    """
+
+    def __init__(self, apply: Apply, params: Any) -> None:
+        if not callable(apply):
+            came = f"a {type(apply).__name__}"
+            raise InputTypeError(explain("apply", came, "a callable `apply(params, x)` is needed"))
+        self.apply = apply
+        self._all = Parameters.of(params)
+        self.params = self._all.tree
+        self._picked: tuple[Any, Parameters] = (None, self._all)
+
+    def picked(self, picks: Picks | None = None) -> Parameters:
+        """Return the parameters with those picked by name and array to be differentiated."""
+        known, parameters = self._picked
+        if known is not picks:
+            parameters = self._all if picks is None else Parameters.of(self.params, picks)
+            self._picked = picks, parameters
+        return parameters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all leaves, by their paths."""
+        return leaf_names(self.params)
+
+    @property
+    def total(self) -> int:
+        """Entries of all arrays."""
+        return self._all.total
+
+    def space(self, parameters: Picks | None = None) -> Space:
+        """Return the parameters that are differentiated."""
+        return self.picked(parameters).space
+
+    def point(self, parameters: Picks | None = None) -> Tensor:
+        """Return those as they are, `(P,)`."""
+        own = self.picked(parameters)
+        return own.space.join([to_torch(leaf).unsqueeze(0) for leaf in own.leaves])[0]
+
+    # ---- one batch -------------------------------------------------------------------------------------------------
+
+    def value(
+        self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None, shift: Shift | None = None
+    ) -> float:
+        """Return the loss of a batch, or at parameters that are moved by `shift`, where it may be NaN.
+
+        Raises:
+            NonFiniteError: It is NaN or Inf.
+        """
+        _, model, point = self.loss_at(loss, x, y, call=call, parameters=parameters)
+        if shift is None:
+            return finite_loss(model, model.value(point), point, call)
+        moved = (leaf + to_jax(shift(to_torch(leaf), i), "params") for i, leaf in enumerate(point.leaves))
+        return float(model.value(point._replace(leaves=tuple(moved))))
+
+    def gradient(self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None) -> Tensor:
+        """Return the gradient `(P,)` of a batch's loss.
+
+        Raises:
+            NonFiniteError: The loss or its gradient is NaN or Inf.
+        """
+        own, model, point = self.loss_at(loss, x, y, call=call, parameters=parameters)
+        return finite_gradient(model, point, own.space, call)
+
+    def weighted(self, loss: JaxLoss, weights: Tensor) -> WeightedRows:
+        """Return a loss that is the sum of the rows' own losses times weights."""
+        return WeightedRows(loss, weights)
+
+    def fingerprint(self, loss: Any, more: str) -> str:
+        """Return a digest of all parameters, and of the functions' names and what else is told apart."""
+        return digest_of(self.params, (self.apply, loss), more)
+
+    # ---- records: pushes and pulls at a point --------------------------------------------------------------------
+
+    def record(
+        self, inputs: Any, *, call: str, parameters: Picks | None, outputs: Any = None, at: Any = None
+    ) -> JaxRecording:
+        """Record the output by the parameters picked, or by the inputs where `parameters` is None.
+
+        Raises:
+            InputError: A dtype does not fit, or `at` is given.
+            NotDifferentiableError: An output is not of floating point.
+        """
+        if at is not None:
+            raise InputError(explain("at", repr(at), "a JAX function has no submodules to cut at"))
+        own, model, point = self._at(inputs, None, call, parameters, outputs)
+        connected = model.survey(point, call)
+        raw = floating(model.computed_output(point))
+        output = jax.tree.map(to_torch, raw)
+        leaves, tree = output_leaves(output)
+        codomain = Space.of(leaves, tree.names)
+        lin = JaxLinearization(model, point, own.space, codomain, model.push, model.pull, call, leaves, connected)
+        return JaxRecording(lin, tree, output, raw, model, point)
+
+    def record_loss(
+        self, loss: Any, x: Any, y: Any, *, call: str, parameters: Picks | None, outputs: Any = None
+    ) -> JaxRecording:
+        """Record the gradient of the loss of one batch by the parameters: its Jacobian is the Hessian.
+
+        Raises:
+            InputError: The loss is not one number, a dtype does not fit, or `y` would broadcast against the output.
+            NotDifferentiableError: No path leads from the loss to any parameter, or a second derivative is wrong.
+        """
+        own, model, point = self.loss_at(loss, x, y, call=call, parameters=parameters, outputs=outputs)
+        return _recorded_gradient(model, point, own, call)
+
+    def record_at_output(self, found: JaxRecording, loss: Any, y: Any, call: str) -> JaxRecording:
+        """Record the gradient of a loss by the model's output, at the output that was recorded."""
+        output = Parameters.of(found.raw, root="output")
+        loss, y = _weighted(loss, tree_to_jax(y, "y"), output)
+        point = Point(output.leaves, output.frozen, None, y)
+        model = model_of(itself, loss, output.structure)
+        model.survey(point, call)
+        return _recorded_gradient(model, point, output, call)
+
+    def slope(self, found: JaxRecording) -> Tensor:
+        """Return the gradient that was recorded, flat."""
+        return to_torch(found.model.gradient(found.point, found.lin.call)[1])
+
+    def likelihood(self, found: JaxRecording, loss: Any, y: Any) -> Likelihood | None:
+        """Return the likelihood of a loss by its slopes; None where it has none, or several outputs or targets."""
+        leaves, tree = jax.tree.flatten(found.raw)
+        targets, form = ([], None) if y is None else jax.tree.flatten(tree_to_jax(y, "y"))
+        if len(leaves) != 1 or len(targets) > 1:
+            return None
+        # Classes stand last here, after the samples in torch.
+        turned = leaves[0].ndim > 2 and bool(targets) and not is_floating(targets[0])
+
+        def slope(at: Tensor, labels: Tensor) -> Tensor:
+            output = jnp.asarray(to_numpy(at.movedim(1, -1) if turned else at))
+            target = to_jax(labels, "y")
+            if targets:
+                target = jax.tree.unflatten(form, [target.astype(targets[0].dtype)])
+            gradient = jax.grad(lambda leaf: loss(jax.tree.unflatten(tree, [leaf]), target))(output)
+            return to_torch(gradient).movedim(-1, 1) if turned else to_torch(gradient)
+
+        output = to_torch(leaves[0])
+        labels = to_torch(targets[0]) if targets else None
+        known = computed_likelihood(slope, output.movedim(-1, 1) if turned else output, labels)
+        return ClassesLast(known.kind, known.strength, known.real) if turned and known is not None else known
+
+    # ---- maps over samples -----------------------------------------------------------------------------------------
+
+    def map_rows(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        call: str,
+        loss: Any = None,
+        parameters: Picks | None = None,
+        outputs: Any = None,
+        mode: str = "auto",
+    ) -> SampleRows:
+        """Return the gradient of every sample's loss, or the Jacobian of its output, by parameters or by its input.
+
+        Raises:
+            InputError: The leading axes differ, or the output is not one array.
+            NonFiniteError: A derivative is NaN or Inf.
+        """
+        by_inputs = parameters is None
+        many, own, model, point = self._samples(loss, x, y, call, parameters, outputs)
+        domain = _one_sample(own.space if not by_inputs else Parameters.of(point.x, root="x").space, by_inputs)
+        if loss is not None:
+            found = model.sample_gradients(point, domain.dim) if many else []
+            shape = ()
+        else:
+            shape = _one_output(model, point) if many else ()
+            narrow = domain.dim < math.prod(shape) and not model.custom
+            forward = narrow if mode == "auto" else _checked_mode(mode) == "forward"
+            width = math.prod(shape) * domain.dim
+            sweep = model.sample_jacobians
+            found = sweep(point, width, by_inputs=by_inputs, forward=forward) if many and width else []
+        rows = filled(found, (many, math.prod(shape), domain.dim), domain.dtype)
+        how = "by JAX's vmap, checked one by one" if model.compiled else "one sample at a time, uncompiled"
+        return SampleRows(domain, rows, shape, how)
+
+    def mixed(self, loss: Any, x: Any, y: Any, rows: Tensor, parameters: Picks | None) -> Tensor:
+        """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input.
+
+        Raises:
+            InputError: `x` has not just one array of floating point.
+            NonFiniteError: A derivative is NaN or Inf.
+        """
+        many, _, model, point = self._samples(loss, x, y, "mixed", parameters, None)
+        arrays = [leaf for leaf in jax.tree.leaves(point.x) if is_floating(leaf)]
+        if len(arrays) != 1:
+            came = f"a tree with {len(arrays)} arrays of floating point"
+            raise InputError(explain("x", came, "a derivative by the input needs exactly one"))
+        one, like = arrays[0].shape[1:], to_torch(arrays[0][:0])
+        width = math.prod(one)
+        found = model.mixed(point, to_numpy(rows), width * len(rows)) if many and len(rows) else []
+        result = filled(found, (many, len(rows), width), like.dtype).transpose(0, 1).reshape(len(rows), many, *one)
+        check_rows("mixed", result.reshape(len(rows), many * width), Space.flat(many * width, "x", like))
+        return result
+
+    def layers(self, x: Any, parameters: Picks | None, call: str) -> JaxLayers:
+        """Return the gradients of single samples by layers, for Kronecker-factored curvature.
+
+        Raises:
+            NotDifferentiableError: A parameter enters by an operation without a rule; the message names both.
+        """
+        _, own, model, point = self._samples(None, x, None, call, parameters, None)
+        return JaxLayers(model, point, own, call)
+
+    # ---- points ----------------------------------------------------------------------------------------------------
+
+    def loss_at(
+        self, loss: Any, x: Any, y: Any, *, call: str, parameters: Picks | None = None, outputs: Any = None
+    ) -> tuple[Parameters, Model, Point]:
+        """Return the parameters, the compiled loss, and parameters and a batch as JAX's arrays, surveyed.
+
+        Raises:
+            InputTypeError: `loss` is not callable, or a leaf of the batch is not an array.
+            InputError: A dtype does not fit, the loss is not one number, or `y` would broadcast against the output.
+            NotDifferentiableError: No path leads from the loss to any parameter.
+        """
+        if not callable(loss) and not isinstance(loss, WeightedRows):
+            raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+        own, model, point = self._at(x, y, call, parameters or _everything, outputs, loss)
+        model.survey(point, call)
+        return own, model, point
+
+    def _at(
+        self, x: Any, y: Any, call: str, parameters: Picks | None, outputs: Any, loss: Any = None
+    ) -> tuple[Parameters, Model, Point]:
+        own = self.picked(None if parameters is _everything else parameters)
+        own.check()
+        x, y = tree_to_jax(x, "x"), tree_to_jax(y, "y")
+        _check_dtypes(x, y, own.dtypes())
+        apply = selecting(Same(self.apply), key_of(outputs))
+        if loss is not None:
+            loss, y = _weighted(loss, y, own)
+        if parameters is not None:
+            return own, model_of(apply, loss, own.structure), Point(own.leaves, own.frozen, x, y)
+        inputs = Parameters.of(x, root="x")
+        model = model_of(by_input(Same(apply), own.structure), loss, inputs.structure)
+        return inputs, model, Point(inputs.leaves, inputs.frozen, (own.leaves, own.frozen), y)
+
+    def _samples(
+        self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None, outputs: Any
+    ) -> tuple[int, Parameters, Model, Point]:
+        """Return a batch all of whose leaves have one row per sample, and how many."""
+        lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else -1 for leaf in jax.tree.leaves((x, y))}
+        if len(lengths) != 1 or -1 in lengths:
+            names = "x" if y is None else "x, y"
+            raise InputError(explain(names, f"of lengths {sorted(lengths)}", "all need one row per sample"))
+        many = lengths.pop()
+        own, model, point = self._at(x, y, call, parameters or _everything, outputs, loss)
+        if many:
+            model.survey(point, call)
+        return many, own, model, point
+
+
+class ClassesLast(Likelihood):
+    """A categorical likelihood of outputs whose classes stand on the last axis."""
+
+    def draw(self, output: Tensor, draws: Draws, many: int) -> Tensor:
+        """Return `(many, n, entries)`, cotangents at drawn labels."""
+        turned = output.movedim(-1, 1)
+        found = super().draw(turned, draws, many).reshape(many, *turned.shape)
+        return found.movedim(2, -1).reshape(many, output.shape[0], -1)
+
+
+def _recorded_gradient(model: Model, point: Point, own: Parameters, call: str) -> JaxRecording:
+    value = to_torch(model.value(point))
+    if is_finite(value):
+        model.check_twice(point, call)
+    space = own.space
+    codomain = Space(tuple(f"d loss / d {n}" for n in space.names), space.shapes, space.dtypes, space.device)
+    lin = JaxLinearization(model, point, space, codomain, model.second, model.second, call)
+    return JaxRecording(lin, flatten(value, "loss")[1], value, value, model, point)
+
+
+def _weighted(loss: Any, y: Any, own: Parameters) -> tuple[JaxLoss, Any]:
+    if not isinstance(loss, WeightedRows):
+        return loss, y
+    return weighted_loss(loss.loss), (y, to_jax(loss.weights.to(own.space.dtype), "weights"))
+
+
+def _check_dtypes(x: Any, y: Any, known: Sequence[str]) -> None:
+    for name, part in (("x", x), ("y", y)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
+            if is_floating(leaf) and str(leaf.dtype) not in known:
+                needed = f"the parameters are of {', '.join(known)}; nothing is cast"
+                raise InputError(explain(name + jax.tree_util.keystr(path), f"of dtype {leaf.dtype}", needed))
+
+
+def _one_sample(space: Space, by_inputs: bool) -> Space:
+    """Return the space of one sample's input, without the axis of samples."""
+    if not by_inputs:
+        return space
+    return Space(space.names, tuple(torch.Size(shape[1:]) for shape in space.shapes), space.dtypes, space.device)
+
+
+def _one_output(model: Model, point: Point) -> tuple[int, ...]:
+    """Return the shape of one sample's output."""
+    leaves = jax.tree.leaves(floating(model.computed_output(point._replace(**_first(point)))))
+    if len(leaves) != 1:
+        came = f"in {len(leaves)} parts"
+        raise InputError(explain("the model's output", came, "one array is needed", "Pass `outputs=`."))
+    shape = leaves[0].shape
+    return tuple(shape[1:] if shape and shape[0] == 1 else shape)
+
+
+def _first(point: Point) -> dict[str, Any]:
+    return {"x": jax.tree.map(lambda leaf: leaf[:1], point.x)}
+
+
+def _checked_mode(mode: str) -> str:
+    if mode not in _MODES:
+        raise InputError(explain("mode", repr(mode), f"one of {_MODES} is needed for a JAX model"))
+    return mode
+
+
+def _everything(name: str, array: Any) -> bool:
+    return True

@@ -1,0 +1,153 @@
+"""Recording a loss by the parameters, and the options of calls that do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+from torch import Tensor, nn
+
+from ._runtime.contexts import arithmetic, out_of_inference
+from ._runtime.restoring import restoring
+from ._torch.protocol import Linearization, Recording, call_loss, record_further, record_model
+from .errors import InputError, InputTypeError, NotDifferentiableError
+from .trees import Selector, flatten
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class RecordOptions(TypedDict, total=False):
+    """Options of calls that record a model by its parameters.
+
+    Attributes:
+        parameters: Which parameters, by name and value; those that require grad by default.
+        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
+        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
+    """
+
+    parameters: Callable[[str, Tensor], bool]
+    checks: str
+    fallback: str
+
+
+class CurvatureOptions(RecordOptions, total=False):
+    """Options of calls that take a model with a loss.
+
+    Attributes:
+        outputs: Part of the output that the loss is given, as in `jacobian`.
+    """
+
+    outputs: Selector
+
+
+class OperatorOptions(CurvatureOptions, total=False):
+    """Options of public calls that return an operator made from a model with a loss.
+
+    Attributes:
+        check_finite: Results with NaN or Inf raise.
+    """
+
+    check_finite: bool
+
+
+def trainable(name: str, parameter: Tensor) -> bool:
+    """Say whether a parameter requires grad: the default set for curvature."""
+    return getattr(parameter, "requires_grad", True)  # arrays of other frameworks have no such mark
+
+
+def check_real(lin: Linearization) -> None:
+    """Refuse leaves and outputs that are complex.
+
+    Raises:
+        NotDifferentiableError: One is.
+    """
+    for space in (lin.domain, lin.codomain):
+        for name, dtype in zip(space.names, space.dtypes, strict=True):
+            if dtype.is_complex:
+                todo = "Use torch.view_as_real, or the calls that return tensors (modjac, jvp)."
+                raise NotDifferentiableError.of(name, f"of dtype {dtype}", "operators are real", todo)
+
+
+def check_usable(lin: Linearization, what: str = "", todo: str = "") -> None:
+    """Refuse what is complex, or does not depend on anything it is differentiated by.
+
+    Args:
+        lin: The linearization.
+        what: How to call its outputs, by default by their names.
+        todo: What the caller can do.
+
+    Raises:
+        NotDifferentiableError: An output or a leaf is complex, or no path leads from any output to any leaf.
+    """
+    check_real(lin)
+    if not lin.is_connected():
+        raise NotDifferentiableError(
+            f"{lin.call}: no path leads from {what or lin.codomain.layout} to any of {lin.domain.layout}; the "
+            f"derivative is zero everywhere.{todo}"
+        )
+
+
+def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
+    """Record the loss of one batch by the parameters that are asked for.
+
+    Raises:
+        InputTypeError: `loss` is not callable or does not return a tensor.
+        InputError: The loss is not one number.
+    """
+    if not callable(loss):
+        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
+    options.setdefault("parameters", trainable)
+    y = recordable(y, kept=bool(options.get("kept")))
+    found = record_model(model, x, call=call, finish=loss_of_output(loss, y), purpose=loss, **options)
+    return _connected(found, call)
+
+
+def record_loss_of(found: Recording, loss: Loss, y: Any, call: str) -> Recording:
+    """Record the loss of a recorded output, as `record_loss` does, without running the model again."""
+    y = recordable(y, kept=True)
+    return _connected(record_further(found, loss_of_output(loss, y), loss, call), call)
+
+
+def loss_of_output(loss: Loss, y: Any) -> Callable[[Any], Tensor]:
+    """Return a loss as a function of the output, held to be one number."""
+    return lambda output: _checked(call_loss(loss, output, y))
+
+
+def _connected(found: Recording, call: str) -> Recording:
+    """Return a recorded loss.
+
+    Raises:
+        NotDifferentiableError: No path leads from it to a parameter, or something is complex.
+    """
+    check_real(found.lin)
+    if not found.lin.is_connected():
+        raise NotDifferentiableError(
+            f"{call}: no path leads from the loss to any of the parameters {found.lin.domain.layout}; its "
+            "derivative is "
+            "zero everywhere."
+        )
+    return found
+
+
+@restoring
+def recordable(y: Any, kept: bool) -> Any:
+    """Return a target whose tensors may take part in a recorded computation, copied where that is kept."""
+    leaves, tree = flatten(y, "y")
+    with arithmetic(True):
+        plain = [out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree.build([leaf.clone() if kept and isinstance(leaf, Tensor) else leaf for leaf in plain])
+
+
+def _checked(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        came = f"a {type(value).__name__}"
+        needed = "a tensor with a graph is needed"
+        raise NotDifferentiableError.of("the loss", came, needed, "Drop `.item()` and `float()` from it.")
+    if value.ndim > 0:
+        todo = "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it."
+        raise InputError.of("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed", todo)
+    if not value.is_floating_point():
+        todo = "Take scores rather than labels or counts."
+        came = f"of dtype {value.dtype}"
+        raise NotDifferentiableError.of("the loss", came, "a floating-point number is needed", todo)
+    return value

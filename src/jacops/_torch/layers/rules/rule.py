@@ -1,0 +1,151 @@
+"""What a rule for an operation says, and how the operation's output is seen."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Kind = Literal["outer", "lookup", "vector"]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """How a leaf arrives at an operation: by itself, seen in another shape, or as a tensor that is computed from it.
+
+    Attributes:
+        leaf: Which of the linearization's leaves.
+        shape: Of what the operation takes.
+        dtype: Of the leaf.
+        weight: Shape of the leaf, or of the tensor computed from it: what gradients are shaped as.
+        turned: The last two axes were exchanged on the way.
+        copies: It was repeated so many times along its front on the way.
+        repeated: It was, if only once.
+        edge: Where in the graph the tensor that is computed from the leaf comes out; None for the leaf itself.
+    """
+
+    leaf: int
+    shape: torch.Size
+    dtype: torch.dtype
+    weight: torch.Size
+    turned: bool = False
+    copies: int = 1
+    repeated: bool = False
+    edge: GradientEdge | None = None
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """An operation's output as rows of channels.
+
+    Attributes:
+        shape: Of the output.
+        sizes: Its axes, where some are split or laid end to end.
+        order: These in the order in which they are read, those of channels last.
+        rows: How many of them make rows.
+        samples_first: No axis may stand in front of the samples'.
+    """
+
+    shape: torch.Size
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    rows: int
+    samples_first: bool = False
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Lengths of the axes that make rows."""
+        return tuple(self.sizes[i] for i in self.order[: self.rows])
+
+    @property
+    def channels(self) -> int:
+        """Numbers in a row."""
+        return math.prod(self.sizes[i] for i in self.order[self.rows :])
+
+    def spread(self, raw: Tensor) -> Tensor:
+        """Return tensors `(…, *shape)` as `(…, rows, channels)`."""
+        ahead = raw.ndim - len(self.shape)
+        lead = raw.shape[:ahead]
+        split = raw.reshape(*lead, *self.sizes).permute(*range(ahead), *(ahead + i for i in self.order))
+        return split.reshape(*lead, math.prod(self.row_sizes), self.channels)
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Undo `spread`."""
+        lead = rows.shape[:-2]
+        split = rows.reshape(*lead, *(self.sizes[i] for i in self.order))
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return split.permute(*range(len(lead)), *(len(lead) + i for i in back)).reshape(*lead, *self.shape)
+
+
+def last_axis(shape: torch.Size) -> RowLayout:
+    """Return the layout of an output whose last axis are channels; one axis alone makes rows."""
+    sizes = tuple(shape) if len(shape) > 1 else (*shape, 1)
+    return RowLayout(shape, sizes, tuple(range(len(sizes))), len(sizes) - 1)
+
+
+def second_axis(shape: torch.Size, samples: int) -> RowLayout:
+    """Return the layout of an output `(samples, channels, …)`, or one that is reshaped so."""
+    inner = shape[2:].numel()
+    return RowLayout(shape, (samples, shape[:2].numel() // max(1, samples), inner), (0, 2, 1), 2, samples_first=True)
+
+
+def output_shape(node: Any) -> torch.Size:
+    """Return the shape of an operation's first output."""
+    return torch.Size(map(int, node._input_metadata[0].shape))
+
+
+class Rule(ABC):
+    """How cotangents at an operation's output become gradients by a tensor that enters it.
+
+    With R rows, which are samples times positions (tokens, pixels), the gradient by the tensor is
+
+    - `"outer"`: the sum of `delta[r, g] outer operand[r, g]`, delta `(R, g, out)` and operand `(R, g, in)` in g groups;
+    - `"lookup"`: `delta[r]` added to row `operand[r]` of the table, delta `(R, width)`, operand `(R,)`;
+    - `"vector"`: the sum of `delta[r]`, shaped as the tensor.
+
+    Attributes:
+        kind: Which of the three.
+        factors: Numbers kept by the operation by which it multiplies, all of which have to be one.
+        by_position: Operand and rows keep the first axis apart, `(samples, positions, …)`, so that nothing is copied.
+    """
+
+    kind: ClassVar[Kind]
+    factors: tuple[str, ...] = ()
+    by_position: ClassVar[bool] = False
+
+    def refuses(self, node: Any, entry: Entry) -> str | None:
+        """Return why this operation is not the one that the rule describes; None where it is."""
+        return None
+
+    def turned(self, node: Any, entry: Entry) -> bool:
+        """Say whether the weight is stored inputs first."""
+        return False
+
+    def source(self, node: Any) -> Tensor | None:
+        """Return the saved tensor that the operand is made of."""
+        return None
+
+    def operand(self, node: Any, entry: Entry) -> Tensor | None:
+        """Return what multiplies the tensor, with its graph; for `"vector"` shaped as the output, None for ones."""
+        return self.source(node)
+
+    @abstractmethod
+    def rows(self, node: Any, delta: Tensor, entry: Entry, operand: Tensor | None) -> Tensor:
+        """Return a cotangent at the output as rows; of a vector's, times the operand."""
+
+    @abstractmethod
+    def layout(self, node: Any, entry: Entry) -> RowLayout | None:
+        """Return how the output is seen; None where gradients are not outer products of its channels."""
+
+    def entries(self, node: Any, entry: Entry, numbers: Tensor) -> Tensor:
+        """Return numbers of a vector's entries, `(entries,)`, where they enter: shaped as the output, by expansion."""
+        return numbers.view(entry.shape).expand(output_shape(node))
+
+    def patch_bytes(self, node: Any, entry: Entry) -> int:
+        """Return the bytes of an operand that is larger than what it is made of; 0 elsewhere."""
+        return 0
