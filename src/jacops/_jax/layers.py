@@ -120,7 +120,7 @@ class JaxLayers:
     def _group(self, leaf: int) -> Group:
         turned = next((w.turned for w in self._found.weights if w.leaf == leaf), None)
         if turned is None or leaf in self._found.others:
-            return Group("vector", (leaf,))
+            return Group("rows", (leaf,))
         bias = self._pairs.get(leaf)
         return Group("outer", (leaf,) if bias is None else (leaf, bias), turned)
 
@@ -141,7 +141,7 @@ class JaxLayers:
         Raises:
             NotDifferentiableError: Put together they are not the gradient of the batch: samples influence each other.
         """
-        rows = tuple(group.leaves[0] for group in groups if group.form == "vector")
+        rows = tuple(group.leaves[0] for group in groups if group.form == "rows")
         many, n = seeds.shape[:2]
         uses = self._found.weights
         wide = [operand.shape[1] for operand in self._operands]
@@ -156,7 +156,7 @@ class JaxLayers:
         ]
         swept = {i: p.reshape(n, many, -1).movedim(1, 0) for i, p in zip(rows, parts[2 * len(uses) :], strict=True)}
         result = [
-            swept[group.leaves[0]] if group.form == "vector" else self._outer(group, operands, deltas)
+            swept[group.leaves[0]] if group.form == "rows" else self._outer(group, operands, deltas)
             for group in groups
         ]
         self._confirm(groups, seeds, result)
