@@ -11,10 +11,11 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from synthetic_graphs import sphere_graph
 
 from jacops.charts import SE2
 from jacops.extras.graph_files import read_g2o, read_toro
-from jacops.extras.graph_problems import PoseGraph, sphere_graph
+from jacops.extras.graph_problems import PoseGraph
 from jacops.least_squares import LeastSquaresResult, levenberg_marquardt
 
 

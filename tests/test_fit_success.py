@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from synthetic_graphs import grid_graph
 from torch import Tensor, nn
 
 import jacops
 from jacops.charts import SE2
 from jacops.errors import InputError, InputTypeError, SolveError
-from jacops.extras.graph_problems import grid_graph
 from jacops.least_squares import LeastSquaresResult, gauss_newton, levenberg_marquardt
 
 STRATEGIES = ["nielsen", "marquardt", "adaptive", "trust_region"]

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from synthetic_graphs import grid_graph, sphere_graph, synthetic_bundle
 from torch import Tensor, nn
 
 from jacops.charts import SE2, SE3, SO2, SO3, Chart
 from jacops.errors import InputError, NotDifferentiableError, SolveError
-from jacops.extras.graph_problems import PoseGraph, grid_graph, sphere_graph, synthetic_bundle
+from jacops.extras.graph_problems import PoseGraph
 from jacops.least_squares import gauss_newton, levenberg_marquardt
 from jacops.least_squares._problem import FitProblem
 

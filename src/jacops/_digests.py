@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import InputError, InputTypeError, explain
+from .errors import InputError, InputTypeError
 from .trees import flatten
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type(...))
@@ -56,9 +56,7 @@ class DataDigest:
         for leaf, path in zip(leaves, tree.names, strict=True):
             if not isinstance(leaf, (Tensor, np.ndarray, *_PLAIN)):
                 todo = "Give the data a name of your own: digest_data(..., data_id=...)."
-                raise InputTypeError(
-                    explain(path, f"a {type(leaf).__name__}", "tensors or plain values are needed", todo)
-                )
+                raise InputTypeError.of(path, f"a {type(leaf).__name__}", "tensors or plain values are needed", todo)
             _take(self._hash, leaf, path)
         self.batches += 1
 
@@ -190,7 +188,8 @@ def _take_callable(found: Any, value: Any, name: str, inside: tuple[int, ...]) -
     elif isinstance(value, types.MethodType):
         parts = [value.__func__, value.__self__]
     elif isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        empty = types.CellType()  # of a name that has no value yet
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
         parts = [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
     else:  # a built-in, a class, an object: its kind and what it says of itself plainly
         parts = []
@@ -203,12 +202,12 @@ def _take_array(found: Any, value: Tensor | np.ndarray, name: str) -> None:
     if isinstance(value, Tensor):
         if is_lazy(value) or value.is_meta or value.layout != torch.strided:
             came = "a lazy, meta or sparse tensor"
-            raise InputError(explain(name, came, "values are needed for its digest", "Load it, or `.to_dense()` it."))
+            raise InputError.of(name, came, "values are needed for its digest", "Load it, or `.to_dense()` it.")
         dtype, plain = str(value.dtype).removeprefix("torch."), value.detach().as_subclass(Tensor)
         raw = byte_view(plain.cpu()).numpy()
     else:
         if value.dtype.kind not in "biufc":
-            raise InputTypeError(explain(name, f"an array of {value.dtype}", "numbers are needed"))
+            raise InputTypeError.of(name, f"an array of {value.dtype}", "numbers are needed")
         dtype = value.dtype.name
         raw = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
     _tell(found, ["array", dtype, list(value.shape)])
@@ -228,11 +227,3 @@ def _settings(value: Any) -> list[list[str]]:
 
 def _plain(part: Any) -> bool:
     return isinstance(part, _PLAIN) or (isinstance(part, list | tuple) and all(map(_plain, part)))
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

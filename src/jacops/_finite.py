@@ -38,6 +38,21 @@ def on_finite_rows(apply: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     return result
 
 
+def require_finite(tensor: Tensor, where: str, more: str = ".") -> None:
+    """Refuse a tensor with NaN or Inf.
+
+    Args:
+        tensor: The tensor.
+        where: The call and the place, such as `"sparse: in the matrix"`.
+        more: What else to say.
+
+    Raises:
+        NonFiniteError: It has some; the message says where.
+    """
+    if not is_finite(tensor):
+        raise NonFiniteError(f"{where}, {where_first(tensor)}{more}")
+
+
 def where_first(tensor: Tensor) -> str:
     """Return index and count of the entries that are not finite, for a message."""
     bad = (~torch.isfinite(tensor.detach())).nonzero()
@@ -86,8 +101,7 @@ def check_vector(call: str, argument: str, vectors: Iterable[Tensor]) -> None:
         NonFiniteError: It has some; the message says where.
     """
     for i, vector in enumerate(vectors):
-        if not is_finite(vector):
-            raise NonFiniteError(f"{call}: in `{argument}`, tensor {i}, {where_first(vector)}. Nothing was computed.")
+        require_finite(vector, f"{call}: in `{argument}`, tensor {i}", ". Nothing was computed.")
 
 
 def check_finite(
@@ -107,11 +121,7 @@ def check_finite(
         raise NonFiniteError(f"{call}: {row}.{todo}")
     check_outputs(call, lin.outputs, lin.codomain.names, todo)
     for result, name in zip(results, names, strict=True):
-        if not is_finite(result):
-            raise NonFiniteError(
-                f"{call}: in the derivative's part for {name}, {where_first(result)}; the output itself is "
-                f"finite.{todo}"
-            )
+        require_finite(result, f"{call}: in the derivative's part for {name}", f"; the output itself is finite.{todo}")
 
 
 def check_outputs(call: str, outputs: Sequence[Tensor], names: Sequence[str], todo: str = "") -> None:
@@ -121,5 +131,4 @@ def check_outputs(call: str, outputs: Sequence[Tensor], names: Sequence[str], to
         NonFiniteError: There is some; the message names the output and the first row.
     """
     for output, name in zip(outputs, names, strict=True):
-        if not is_finite(output):
-            raise NonFiniteError(f"{call}: in {name}, {where_first(output)} (first axis: row of the batch).{todo}")
+        require_finite(output, f"{call}: in {name}", f" (first axis: row of the batch).{todo}")

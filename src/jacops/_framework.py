@@ -12,7 +12,7 @@ from torch import Tensor
 from ._finite import is_finite, where_first
 from ._ladder.protocol import FrameworkModel, Recorded, SampleRows, is_framework_model
 from ._torch.protocol import Rows, positive_everywhere, record_model
-from .errors import InputError, NonFiniteError, explain
+from .errors import InputError, NonFiniteError
 from .operators import LayerFactors, LinearizedMap, Operator, Product
 from .space import Space
 from .trees import output_leaves
@@ -78,7 +78,7 @@ def framework_jacobian(
     """
     for name, value in others.items():
         if value is not None and value is not False:
-            raise InputError(explain(name, repr(value), "models of another framework than torch have no such option"))
+            raise InputError.of(name, repr(value), "models of another framework than torch have no such option")
     found = model.map_rows(x, call="compute_jacobian", outputs=outputs, mode=mode)
     space, (n, k) = found.domain, found.rows.shape[:2]
     parts = space.split(found.rows.reshape(n * k, space.dim))

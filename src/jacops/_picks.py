@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import InputError, InputTypeError, explain
+from .errors import InputError, InputTypeError
 
 Picks = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
@@ -26,9 +26,9 @@ def picked(parameters: Picks, names: Sequence[str]) -> Callable[[str, Any], bool
     patterns = [parameters] if isinstance(parameters, str) else parameters
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
         needed = "name patterns or a function of name and parameter are needed"
-        raise InputTypeError(explain("parameters", f"a {type(parameters).__name__}", needed))
+        raise InputTypeError.of("parameters", f"a {type(parameters).__name__}", needed)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = get_close_matches(pattern, names, 3, 0.4) or names[:3]
-            raise InputError(explain("parameters", repr(pattern), f"no parameter fits; near are {', '.join(near)}"))
+            raise InputError.of("parameters", repr(pattern), f"no parameter fits; near are {', '.join(near)}")
     return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
 from ._torch.protocol import Linearization, Recording, call_loss, record_further, record_model
-from .errors import InputError, InputTypeError, NotDifferentiableError, explain
+from .errors import InputError, InputTypeError, NotDifferentiableError
 from .trees import Selector, flatten
 
 Loss = Callable[[Any, Any], Tensor]
@@ -64,14 +64,27 @@ def check_real(lin: Linearization) -> None:
     for space in (lin.domain, lin.codomain):
         for name, dtype in zip(space.names, space.dtypes, strict=True):
             if dtype.is_complex:
-                raise NotDifferentiableError(
-                    explain(
-                        name,
-                        f"of dtype {dtype}",
-                        "operators are real",
-                        "Use torch.view_as_real, or the calls that return tensors (modjac, jvp).",
-                    )
-                )
+                todo = "Use torch.view_as_real, or the calls that return tensors (modjac, jvp)."
+                raise NotDifferentiableError.of(name, f"of dtype {dtype}", "operators are real", todo)
+
+
+def check_usable(lin: Linearization, what: str = "", todo: str = "") -> None:
+    """Refuse what is complex, or does not depend on anything it is differentiated by.
+
+    Args:
+        lin: The linearization.
+        what: How to call its outputs, by default by their names.
+        todo: What the caller can do.
+
+    Raises:
+        NotDifferentiableError: An output or a leaf is complex, or no path leads from any output to any leaf.
+    """
+    check_real(lin)
+    if not lin.is_connected():
+        raise NotDifferentiableError(
+            f"{lin.call}: no path leads from {what or lin.codomain.layout} to any of {lin.domain.layout}; the "
+            f"derivative is zero everywhere.{todo}"
+        )
 
 
 def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
@@ -82,7 +95,7 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
         InputError: The loss is not one number.
     """
     if not callable(loss):
-        raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
     options.setdefault("parameters", trainable)
     y = recordable(y, kept=bool(options.get("kept")))
     found = record_model(model, x, call=call, finish=loss_of_output(loss, y), purpose=loss, **options)
@@ -127,26 +140,14 @@ def recordable(y: Any, kept: bool) -> Any:
 
 def _checked(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise NotDifferentiableError(
-            explain(
-                "the loss",
-                f"a {type(value).__name__}",
-                "a tensor with a graph is needed",
-                "Drop `.item()` and `float()` from it.",
-            )
-        )
+        came = f"a {type(value).__name__}"
+        needed = "a tensor with a graph is needed"
+        raise NotDifferentiableError.of("the loss", came, needed, "Drop `.item()` and `float()` from it.")
     if value.ndim > 0:
-        raise InputError(
-            explain(
-                "the loss",
-                f"of shape {tuple(value.shape)}",
-                "one number, shape (), is needed",
-                "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it.",
-            )
-        )
+        todo = "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it."
+        raise InputError.of("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed", todo)
     if not value.is_floating_point():
         todo = "Take scores rather than labels or counts."
-        raise NotDifferentiableError(
-            explain("the loss", f"of dtype {value.dtype}", "a floating-point number is needed", todo)
-        )
+        came = f"of dtype {value.dtype}"
+        raise NotDifferentiableError.of("the loss", came, "a floating-point number is needed", todo)
     return value

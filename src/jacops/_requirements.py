@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import isfinite
 from typing import Any
 
-from .errors import InputError, explain
+from .errors import InputError, InputTypeError
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is not a whole number from `least` on.
+
+    Raises:
+        InputError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        usual = {0: "a whole number that is not negative is needed", 1: "a positive whole number is needed"}
+        raise InputError.of(name, repr(value), usual.get(least, f"a whole number from {least} on is needed"))
 
 
 def check_positive(name: str, value: Any) -> int:
@@ -14,17 +26,46 @@ def check_positive(name: str, value: Any) -> int:
     Raises:
         InputError: It is not one.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(explain(name, repr(value), "a positive whole number is needed"))
+    check_whole(name, value, 1)
     return value
 
 
-def check_choice(name: str, value: Any, known: Collection[Any]) -> Any:
-    """Return a value that is among the known ones.
+def check_number(name: str, value: Any, *, zero: bool = False) -> None:
+    """Refuse what is not a positive finite number; `zero` is one that passes only where it is allowed.
 
     Raises:
-        InputError: It is not.
+        InputTypeError: It is no number.
+        InputError: It is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise InputTypeError.of(name, repr(value), "a number is needed")
+    if not isfinite(value) or value < 0 or (value == 0 and not zero):
+        needed = "a finite number that is not negative is needed" if zero else "a positive number is needed"
+        raise InputError.of(name, repr(value), needed)
+
+
+def check_choice(name: str, value: Any, known: Collection[Any], more: str = "") -> Any:
+    """Return what is one of the known words.
+
+    Args:
+        name: The argument.
+        value: What came.
+        known: The words.
+        more: What else may be given, such as `" or a Solver"`.
+
+    Raises:
+        InputError: It is none of them.
     """
     if value not in known:
-        raise InputError(explain(name, repr(value), f"one of {known} is needed"))
+        raise InputError.of(name, repr(value), f"one of {', '.join(map(repr, known))}{more} is needed")
     return value
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], needed: str) -> None:
+    """Refuse what is of another kind; a flag is no number.
+
+    Raises:
+        InputTypeError: It is.
+    """
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InputTypeError.of(name, f"a {type(value).__name__}", needed)

@@ -31,7 +31,7 @@ from ._torch.protocol import (
 )
 from .data import Batch
 from .derivatives import ggn_at, hessian_at, shifted_gradient
-from .errors import InputError, InputTypeError, NotDifferentiableError, explain
+from .errors import InputError, InputTypeError, NotDifferentiableError
 from .objective import Objective, checked_loss
 from .operators import LayerFactors, Operator
 from .operators._finite_results import Source, with_source
@@ -277,7 +277,7 @@ class TorchObjective(Objective):
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             came = f"of dtype {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise InputError(explain("x", came, "perturbations need one floating-point tensor"))
+            raise InputError.of("x", came, "perturbations need one floating-point tensor")
         batch, many = Batch(x, y, x.shape[0]), x.shape[0]
         if many == 0:
             return rows.new_zeros(rows.shape[0], *x.shape)

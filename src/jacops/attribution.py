@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._finite import check_outputs, is_finite, where_first
+from ._finite import check_outputs, require_finite
 from ._keywords import keywords
-from ._requirements import check_positive
+from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
 from ._runtime.memory import Budget
 from ._torch.protocol import At, FollowedModel, Samples, bare, check_identity, check_slopes, summed
-from .errors import InputError, InputTypeError, NonFiniteError, explain, warn
+from .errors import InputError, InputTypeError, warn
 from .projections import Projection
 from .trees import Selector
 
@@ -69,28 +69,16 @@ def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool 
     kinds = Tensor if isinstance(jacobian, Tensor) else np.ndarray
     for name, value, axes in (("jacobian", jacobian, 3), ("proj_tensor", proj_tensor, 2)):
         if not isinstance(value, kinds):
-            raise InputTypeError(
-                explain(name, f"a {type(value).__name__}", "both must be torch tensors, or both NumPy arrays")
-            )
+            came = f"a {type(value).__name__}"
+            raise InputTypeError.of(name, came, "both must be torch tensors, or both NumPy arrays")
         if value.ndim != axes:
-            raise InputError(explain(name, f"of shape {tuple(value.shape)}", f"{axes} axes are needed"))
+            raise InputError.of(name, f"of shape {tuple(value.shape)}", f"{axes} axes are needed")
     if jacobian.shape[2] != proj_tensor.shape[0]:
-        raise InputError(
-            explain(
-                "proj_tensor",
-                f"of shape {tuple(proj_tensor.shape)}",
-                f"its first axis must be the Jacobian's last, {jacobian.shape[2]}",
-            )
-        )
+        came = f"of shape {tuple(proj_tensor.shape)}"
+        raise InputError.of("proj_tensor", came, f"its first axis must be the Jacobian's last, {jacobian.shape[2]}")
     if jacobian.dtype != proj_tensor.dtype or getattr(jacobian, "device", None) != getattr(proj_tensor, "device", None):
-        raise InputError(
-            explain(
-                "proj_tensor",
-                f"of dtype {proj_tensor.dtype}",
-                f"the Jacobian has {jacobian.dtype}",
-                "Cast one of them.",
-            )
-        )
+        came = f"of dtype {proj_tensor.dtype}"
+        raise InputError.of("proj_tensor", came, f"the Jacobian has {jacobian.dtype}", "Cast one of them.")
     return _finite("project_jacobian", jacobian @ proj_tensor, check_finite)
 
 
@@ -120,8 +108,7 @@ def reduce_contributions(
         >>> reduce_contributions(np.array([[[3.0, 0.0], [4.0, 1.0]]]))
         array([[5., 1.]])
     """
-    if method not in ("l2", "l1", "max"):
-        raise InputError(explain("method", repr(method), "one of 'l2', 'l1', 'max' is needed"))
+    check_choice("method", method, ("l2", "l1", "max"))
     return _finite("reduce_contributions", _reduced(contributions, method), check_finite)
 
 
@@ -147,11 +134,8 @@ def _reduced(contributions: Array, method: Literal["l2", "l1", "max"]) -> Array:
 
 def _three_axes(shape: Any) -> None:
     if len(shape) < 3:
-        raise InputError(
-            explain(
-                "contributions", f"of shape {tuple(shape)}", "at least 3 axes (samples, outputs, features) are needed"
-            )
-        )
+        came = f"of shape {tuple(shape)}"
+        raise InputError.of("contributions", came, "at least 3 axes (samples, outputs, features) are needed")
 
 
 @keywords()
@@ -181,7 +165,7 @@ def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # no
             "are needed."
         )
     if z.size == 0:
-        raise InputError(explain("Z", f"of shape {z.shape}", "at least one sample and one output are needed"))
+        raise InputError.of("Z", f"of shape {z.shape}", "at least one sample and one output are needed")
     return _verification(z, (j @ x[:, :, None])[:, :, 0])
 
 
@@ -194,15 +178,14 @@ def _verification(z: NDArray[np.float64], rebuilt: NDArray[np.float64]) -> Jacob
 
 def _as_float(name: str, value: Any) -> NDArray[np.float64]:
     array = np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise NonFiniteError(f"`{name}`: {where_first(torch.from_numpy(array))}.")
+    require_finite(torch.from_numpy(array), f"verify_jacobian: in `{name}`")
     return array
 
 
 def _finite(call: str, result: Array, wanted: bool) -> Array:
-    tensor = result if isinstance(result, Tensor) else torch.from_numpy(np.ascontiguousarray(result))
-    if wanted and not is_finite(tensor):
-        raise NonFiniteError(f"{call}: in the result, {where_first(tensor)} (first axis: sample).")
+    if wanted:
+        tensor = result if isinstance(result, Tensor) else torch.from_numpy(np.ascontiguousarray(result))
+        require_finite(tensor, f"{call}: in the result", " (first axis: sample).")
     return result
 
 
@@ -309,13 +292,12 @@ def contributions(
     """
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[0] == 0:
         came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise InputError(explain("x", came, "a tensor (n, in) of at least one sample is needed"))
+        raise InputError.of("x", came, "a tensor (n, in) of at least one sample is needed")
     centred = _check_features(x, projection, features, options.get("at"))
     jacobian, alone = _swept(bare(model), x, batch_size, options)
     forward = FollowedModel(bare(model), options.get("outputs"), options.get("at"), 1 if alone else batch_size)
     found = forward.parts(x)
-    if not is_finite(found.bias):
-        raise NonFiniteError(f"contributions: in the bias part, {where_first(found.bias)}.")
+    require_finite(found.bias, "contributions: in the bias part")
     slopes = check_slopes(forward, x, found, jacobian, options.get("checks", "first"))
     if projection is not None:
         jacobian = torch.as_tensor(project_jacobian(jacobian, projection.matrix.to(jacobian.dtype)))
@@ -345,11 +327,10 @@ def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[
     if not found.output_tree.single or found.output[0].ndim != 2:
         came = "giving several outputs" if not found.output_tree.single else f"giving {tuple(found.output[0].shape)}"
         todo = "Pick a part of it with `outputs=`, in a list so as to keep the axis."
-        raise InputError(explain("model", came, "one output (n, out) is needed", todo))
+        raise InputError.of("model", came, "one output (n, out) is needed", todo)
     if options.get("check_finite", True):
         check_outputs("contributions", found.output, found.output_tree.names)
-        if not is_finite(found.blocks[0][0]):
-            raise NonFiniteError(f"contributions: in the Jacobian, {where_first(found.blocks[0][0])}.")
+        require_finite(found.blocks[0][0], "contributions: in the Jacobian")
     return found.blocks[0][0], found.alone
 
 
@@ -358,14 +339,12 @@ def _check_features(x: Tensor, projection: Projection | None, features: Tensor |
     if projection is None:
         return None
     if at is not None and (isinstance(at, str) or at[0] is not None):
-        raise InputError(
-            explain("projection", "given", f"with at={at!r} contributions are by a hidden layer, not by x")
-        )
+        raise InputError.of("projection", "given", f"with at={at!r} contributions are by a hidden layer, not by x")
     if features is None:
-        raise InputError(explain("features", "missing", "with `projection` the original rows behind `x` are needed"))
+        raise InputError.of("features", "missing", "with `projection` the original rows behind `x` are needed")
     if features.shape != (x.shape[0], projection.matrix.shape[1]):
         needed = (x.shape[0], projection.matrix.shape[1])
-        raise InputError(explain("features", f"of shape {tuple(features.shape)}", f"shape {needed} is needed"))
+        raise InputError.of("features", f"of shape {tuple(features.shape)}", f"shape {needed} is needed")
     centred = features.detach().to(projection.mean.dtype) - projection.mean
     rebuilt = centred @ projection.matrix.T
     off = (rebuilt - x.to(rebuilt.dtype)).abs().max() if x.numel() else torch.zeros(())

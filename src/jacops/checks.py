@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ._keywords import keywords
-from ._recorded_loss import trainable
+from ._recorded_loss import check_usable, trainable
 from ._runtime.agreement import inner, size, tolerance
 from ._runtime.contexts import eager, private_noise
 from ._torch.protocol import record_model
-from .errors import NotDifferentiableError
 from .operators import Operator
 
 
@@ -78,8 +77,7 @@ def check(
     """
     found = record_model(model, inputs, call="check", parameters=parameters)
     lin = found.lin
-    if not lin.is_connected():
-        raise NotDifferentiableError("check: no path leads from the output to any parameter.")
+    check_usable(lin)
     # Every tensor moves by the same share of its own typical entry.
     direction = [private_noise(leaf, seed + i) * (_typical(leaf) or 1.0) for i, leaf in enumerate(lin.leaves)]
     eps = max(torch.finfo(d).eps for d in (*lin.domain.dtypes, *lin.codomain.dtypes))

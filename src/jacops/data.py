@@ -15,7 +15,7 @@ from ._digests import byte_view
 from ._progress import track
 from ._runtime.contexts import random_state_kept, random_states, refuse_transforms, set_random_states
 from ._runtime.restoring import restoring
-from .errors import DataError, InputError, InputTypeError, explain
+from .errors import DataError, InputError, InputTypeError
 from .trees import flatten
 
 Unpack = Callable[[Any], tuple[Any, ...]]
@@ -80,44 +80,37 @@ class Batches:
         if isinstance(loader, tuple) and len(loader) == 2 and hasattr(loader[1], "shape"):
             loader = [loader]
         if not isinstance(loader, Iterable):
-            raise InputTypeError(explain(name, f"a {type(loader).__name__}", "an iterable of batches (x, y) is needed"))
+            raise InputTypeError.of(name, f"a {type(loader).__name__}", "an iterable of batches (x, y) is needed")
         if isinstance(loader, Iterator):
-            raise DataError(
-                explain(
-                    name,
-                    "a generator, which can be read once",
-                    "several passes are needed",
-                    "Pass a list, a Dataset or a DataLoader.",
-                )
-            )
+            came = "a generator, which can be read once"
+            raise DataError.of(name, came, "several passes are needed", "Pass a list, a Dataset or a DataLoader.")
         _refuse_random(loader, name)
         self.loader, self.name, self.unpack = loader, name, unpack
         self._digests: list[int] | None = None
-        self._rows: int | None = None
+        self._rows = 0
 
     @property
     def rows(self) -> int:
         """Rows of all batches; reads them once if no pass was made yet."""
-        if self._rows is None:
-            for _ in self:
-                pass
-        return self._rows or 0
+        self._read_once()
+        return self._rows
 
     @property
     def count(self) -> int:
         """Batches of a pass; reads the data once if no pass was made yet."""
-        if self._digests is None:
-            for _ in self:
-                pass
-        return len(self._digests or ())
+        return len(self._read_once())
 
     @property
     def digest(self) -> str:
         """A number that another order or other values would change; reads the data once if no pass was made yet."""
+        return f"{zlib.crc32(repr(self._read_once()).encode()):08x}-{self._rows}"
+
+    def _read_once(self) -> list[int]:
+        """Return the digests of the batches, after a first pass if none was made yet."""
         if self._digests is None:
             for _ in self:
                 pass
-        return f"{zlib.crc32(repr(self._digests).encode()):08x}-{self._rows}"
+        return self._digests or []
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; the caller's random state does not move.
@@ -138,11 +131,10 @@ class Batches:
             yield batch
         copies.refuse(self.name)
         if not digests:
-            raise DataError(explain(self.name, "empty", "at least one batch is needed"))
+            raise DataError.of(self.name, "empty", "at least one batch is needed")
         if self._digests is not None and len(digests) != len(self._digests):
-            raise DataError(
-                explain(self.name, f"{len(digests)} batches in this pass", f"the first pass had {len(self._digests)}")
-            )
+            came = f"{len(digests)} batches in this pass"
+            raise DataError.of(self.name, came, f"the first pass had {len(self._digests)}")
         self._digests, self._rows = digests, rows
 
     def tracked(self, what: str, enabled: bool | None = None) -> Iterable[Batch]:
@@ -151,14 +143,9 @@ class Batches:
 
     def _compare(self, number: int, digest: int) -> None:
         if self._digests is not None and (number >= len(self._digests) or self._digests[number] != digest):
-            raise DataError(
-                explain(
-                    self.name,
-                    f"different in batch {number} from the first pass",
-                    "all passes must be the same",
-                    "Take shuffling and random augmentation out of it.",
-                )
-            )
+            came = f"different in batch {number} from the first pass"
+            needed = "all passes must be the same"
+            raise DataError.of(self.name, came, needed, "Take shuffling and random augmentation out of it.")
 
     def _read(self, raw: Any, number: int) -> tuple[Batch, int]:
         parts = self._unpacked(raw, number)
@@ -166,19 +153,12 @@ class Batches:
         arrays = [leaf for leaf in flatten((x, y), "batch")[0] if hasattr(leaf, "shape")]
         lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in arrays}
         if len(lengths) != 1 or None in lengths:
-            raise DataError(
-                explain(
-                    self.name,
-                    f"giving lengths {sorted(map(str, lengths))} in batch {number}",
-                    "x and y need one row per sample",
-                )
-            )
+            came = f"giving lengths {sorted(map(str, lengths))} in batch {number}"
+            raise DataError.of(self.name, came, "x and y need one row per sample")
         rows = int(lengths.pop() or 0)
         if weights is not None:
             weights = _checked_weights(weights, rows, number, self.name)
-        digest = 0
-        for array in [*arrays, *([] if weights is None else [weights])]:
-            digest = zlib.crc32(_bytes(array), digest)
+        digest = _digest([*arrays, *([] if weights is None else [weights])])
         return Batch(tuple(x) if isinstance(x, list) else x, y, rows, weights, (self, number)), digest
 
     def _unpacked(self, raw: Any, number: int) -> tuple[Any, ...]:
@@ -186,7 +166,7 @@ class Batches:
             parts = self.unpack(raw)
             if not isinstance(parts, tuple) or len(parts) not in (2, 3):
                 came = f"returning a {type(parts).__name__} for batch {number} of {self.name}"
-                raise InputError(explain("unpack", came, "a tuple (x, y) or (x, y, weights) is needed"))
+                raise InputError.of("unpack", came, "a tuple (x, y) or (x, y, weights) is needed")
             return parts
         if isinstance(raw, list | tuple) and len(raw) == 2:
             return tuple(raw)
@@ -200,7 +180,7 @@ class Batches:
         else:
             came = f"a {type(raw).__name__} as batch {number}"
         todo = "Say with `unpack=` how a batch becomes (x, y) or (x, y, weights)."
-        raise DataError(explain(self.name, f"giving {came}", "pairs (x, y) are needed", todo))
+        raise DataError.of(self.name, f"giving {came}", "pairs (x, y) are needed", todo)
 
 
 _END = object()
@@ -246,11 +226,7 @@ class _Copies:
         if self.workers < 2:
             return
         arrays = [leaf for leaf in flatten((batch.x, batch.y), "batch")[0] if hasattr(leaf, "shape")]
-        for row in range(batch.rows):
-            digest = 0
-            for array in arrays:
-                digest = zlib.crc32(_bytes(array[row]), digest)
-            self.seen.append(digest)
+        self.seen += [_digest([array[row] for array in arrays]) for row in range(batch.rows)]
 
     def refuse(self, name: str) -> None:
         """Refuse data in which every row came once from every worker.
@@ -261,7 +237,7 @@ class _Copies:
         if self.workers > 1 and self.seen and self.workers * len(set(self.seen)) == len(self.seen):
             came = f"an IterableDataset that gives every row {self.workers} times, once from each worker"
             todo = "Share it out by `torch.utils.data.get_worker_info()`, or take one worker."
-            raise DataError(explain(name, came, "every row must come once", todo))
+            raise DataError.of(name, came, "every row must come once", todo)
 
 
 def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:
@@ -274,10 +250,12 @@ def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:
     return rest, raw[target], None if weight is None else raw[weight]
 
 
-def _bytes(array: Any) -> bytes:
-    if isinstance(array, Tensor):
-        return byte_view(array.cpu()).numpy().tobytes()
-    return np.ascontiguousarray(array).tobytes()
+def _digest(arrays: list[Any]) -> int:
+    digest = 0
+    for array in arrays:
+        view = byte_view(array.cpu()).numpy() if isinstance(array, Tensor) else np.ascontiguousarray(array)
+        digest = zlib.crc32(view.tobytes(), digest)
+    return digest
 
 
 def _checked_weights(weights: Any, rows: int, number: int, name: str) -> Tensor:
@@ -285,11 +263,9 @@ def _checked_weights(weights: Any, rows: int, number: int, name: str) -> Tensor:
     if not isinstance(weights, Tensor):
         weights = torch.as_tensor(np.array(weights))
     if tuple(weights.shape) != (rows,):
-        raise InputError(
-            explain(label, f"of shape {tuple(weights.shape)}", f"one number per row, ({rows},), is needed")
-        )
+        raise InputError.of(label, f"of shape {tuple(weights.shape)}", f"one number per row, ({rows},), is needed")
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise InputError(explain(label, "negative or not finite", "every weight must be a finite number, 0 or more"))
+        raise InputError.of(label, "negative or not finite", "every weight must be a finite number, 0 or more")
     return weights.detach()
 
 
@@ -300,11 +276,5 @@ def _refuse_random(loader: Any, name: str) -> None:
     samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
     for sampler in samplers:
         if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
-            raise DataError(
-                explain(
-                    name,
-                    f"a loader with a {type(sampler).__name__}",
-                    "rows and columns of the result need one order",
-                    "Make it with shuffle=False.",
-                )
-            )
+            needed = "rows and columns of the result need one order"
+            raise DataError.of(name, f"a loader with a {type(sampler).__name__}", needed, "Make it with shuffle=False.")

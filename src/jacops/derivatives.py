@@ -22,11 +22,13 @@ from ._recorded_loss import (
     Loss,
     OperatorOptions,
     check_real,
+    check_usable,
     loss_of_output,
     record_loss,
     recordable,
     trainable,
 )
+from ._requirements import check_choice
 from ._runtime.agreement import size
 from ._runtime.contexts import eager, private_noise
 from ._runtime.restoring import restoring
@@ -47,7 +49,7 @@ from ._torch.protocol import (
     record_at_outputs,
     record_model,
 )
-from .errors import InputError, NotDifferentiableError, explain
+from .errors import InputError
 from .operators import LinearizedMap, Operator, Product
 from .operators._finite_results import made_from
 from .trees import Selector, flatten, hint_at_labels
@@ -99,31 +101,29 @@ def jacobian(
         >>> J.shape
         (12, 6)
     """
-    picks = _picked(wrt)
+    picks = picked(wrt)
     if picks is not None and (at[0] if isinstance(at, tuple) else at) is not None:
         todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
-        raise InputError(
-            explain("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
-        )
+        raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
     hint_at_labels("jacobian", outputs, inputs)
     ladder = {"checks": checks, "fallback": fallback, "kept": True}
     found = recorded(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, **ladder)
-    check_real(found.lin)
-    if not allow_zero and not found.lin.is_connected():
-        raise NotDifferentiableError(
-            f"jacobian: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
-            "the derivative is zero everywhere. Pass `allow_zero=True` if that is meant."
-        )
+    if allow_zero:
+        check_real(found.lin)
+    else:
+        check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
     return LinearizedMap(found.lin, found.output)
 
 
-def _picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
+def picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
+    """Return which parameters are meant, None for the inputs.
+
+    Raises:
+        InputError: `wrt` is none of the known.
+    """
     if callable(wrt):
         return wrt
-    if wrt not in ("parameters", "inputs"):
-        raise InputError(
-            explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
-        )
+    check_choice("wrt", wrt, ("parameters", "inputs"), " or a function of name and parameter")
     return trainable if wrt == "parameters" else None
 
 

@@ -10,12 +10,18 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 _PACKAGE = str(Path(__file__).parent)
 
 
 class JacopsError(Exception):
     """Anything jacops raises on purpose."""
+
+    @classmethod
+    def of(cls, argument: str, came: object, needed: str, todo: str = "") -> Self:
+        """Return the error whose message is what `explain` makes of these."""
+        return cls(explain(argument, came, needed, todo))
 
 
 class InputTypeError(JacopsError, TypeError):

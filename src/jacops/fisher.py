@@ -31,7 +31,7 @@ from ._torch.protocol import (
     row_scale,
 )
 from .derivatives import ggn_at
-from .errors import InputError, InputTypeError, explain
+from .errors import InputError, InputTypeError
 from .operators import LinearizedMap, Operator, Scaled
 from .operators._finite_results import made_from
 from .per_sample import sample_gradients
@@ -108,11 +108,11 @@ def fisher(
                 [0., 1.]])
     """
     if kind not in KINDS:
-        raise InputError(explain("kind", repr(kind), "'exact', 'monte_carlo' or 'empirical' is needed"))
+        raise InputError.of("kind", repr(kind), "'exact', 'monte_carlo' or 'empirical' is needed")
     for name, value, least in (("samples", samples, 1), ("first", first, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             needed = "a positive whole number is needed" if least else "a whole number that is not negative is needed"
-            raise InputError(explain(name, repr(value), needed))
+            raise InputError.of(name, repr(value), needed)
     losses, asked = RowLosses(loss), CurvatureOptions(parameters=trainable) | options
 
     def record() -> Any:
@@ -159,11 +159,11 @@ def empirical_fisher(
 ) -> Operator:
     """Return the empirical Fisher matrix of a batch, from the gradients of its rows."""
     if y is None:
-        raise InputError(explain("y", "None", "an empirical Fisher matrix is made with the data's labels"))
+        raise InputError.of("y", "None", "an empirical Fisher matrix is made with the data's labels")
     G: Any = gradients()  # noqa: N806
     rows = G.shape[0]
     if rows == 0:
-        raise InputError(explain("x", "empty", "a mean over samples needs at least one"))
+        raise InputError.of("x", "empty", "a mean over samples needs at least one")
 
     def computed() -> Likelihood | None:
         return _likelihood(model, record(), losses, y)
@@ -205,23 +205,23 @@ def _refuse_weights(loss: Any, kind: str) -> None:
         if known_kind(loss) is not None and getattr(loss, weight, None) is not None:
             needed = "a weighted loss is no log-likelihood, and its Gauss-Newton matrix depends on the labels"
             todo = "Take `ggn` with your labels."
-            raise InputError(explain("loss", f"a {type(loss).__name__} with `{weight}`", f"{needed} ({kind!r})", todo))
+            raise InputError.of("loss", f"a {type(loss).__name__} with `{weight}`", f"{needed} ({kind!r})", todo)
 
 
 def _unknown(loss: Any, kind: str) -> InputError:
     name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", type(loss).__name__)
     needed = f"a {kind!r} Fisher matrix needs a loss with a known likelihood"
     todo = f"Pass {KNOWN}, a loss whose gradients are theirs, or take `kind='empirical'` or `ggn`."
-    return InputError(explain("loss", f"{name!r}", needed, todo))
+    return InputError.of("loss", f"{name!r}", needed, todo)
 
 
 def _one_tensor(outputs: list[Tensor]) -> Tensor:
     if len(outputs) != 1 or outputs[0].ndim == 0:
         came = f"{len(outputs)} tensors" if len(outputs) != 1 else "one number"
         todo = "Pick one with `outputs=`."
-        raise InputTypeError(explain("the model's output", came, "one tensor with a row per sample is needed", todo))
+        raise InputTypeError.of("the model's output", came, "one tensor with a row per sample is needed", todo)
     if outputs[0].numel() == 0:
-        raise InputError(explain("x", "empty", "an expectation needs at least one sample"))
+        raise InputError.of("x", "empty", "an expectation needs at least one sample")
     return outputs[0]
 
 

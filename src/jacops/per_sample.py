@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ._framework import asked, sample_rows
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
-from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_real, record_loss, trainable
+from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_usable, record_loss, trainable
+from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
 from ._torch.protocol import (
@@ -28,7 +29,7 @@ from ._torch.protocol import (
     record_model,
     row_cotangents,
 )
-from .errors import InputError, ModelStateError, NotDifferentiableError, explain
+from .errors import InputError, ModelStateError
 from .operators import LayerFactors, Operator
 from .operators._finite_results import made_from
 from .space import Space
@@ -220,15 +221,10 @@ def _way(options: RecordOptions) -> str:
 
 
 def _one_output(found: Recording) -> Recording:
-    check_real(found.lin)
     if len(found.lin.outputs) != 1:
         names = ", ".join(found.lin.codomain.names)
-        raise InputError(explain("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`."))
-    if not found.lin.is_connected():
-        raise NotDifferentiableError(
-            f"sample_jacobians: no path leads from {found.lin.codomain.layout} to any of {found.lin.domain.layout}; "
-            "the derivative is zero everywhere."
-        )
+        raise InputError.of("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`.")
+    check_usable(found.lin)
     return found
 
 
@@ -236,7 +232,7 @@ def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
     values, tree = flatten(arrays, f"({names})")
     lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else -1 for v in values}
     if len(lengths) != 1 or -1 in lengths:
-        raise InputError(explain(names, f"of lengths {sorted(lengths)}", "all need one row per sample"))
+        raise InputError.of(names, f"of lengths {sorted(lengths)}", "all need one row per sample")
     return values, tree
 
 
@@ -269,10 +265,9 @@ def checked_seed(randomness: Randomness, seed: int | None) -> int | None:
     Raises:
         InputError: `randomness` is unknown, or `"same"` without a seed.
     """
-    if randomness not in ("error", "same"):
-        raise InputError(explain("randomness", repr(randomness), "'error' or 'same' is needed"))
+    check_choice("randomness", randomness, ("error", "same"))
     if randomness == "same" and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise InputError(explain("seed", repr(seed), "`randomness='same'` needs a whole number"))
+        raise InputError.of("seed", repr(seed), "`randomness='same'` needs a whole number")
     return seed if randomness == "same" else None
 
 
@@ -333,5 +328,5 @@ def empirical_fisher(
     """
     G = sample_gradients(model, loss, x, y, **options)
     if G.shape[0] == 0:
-        raise InputError(explain("x", "empty", "a mean over samples needs at least one"))
+        raise InputError.of("x", "empty", "a mean over samples needs at least one")
     return (1.0 / G.shape[0]) * (G.T @ G)

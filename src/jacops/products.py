@@ -18,7 +18,7 @@ from ._ladder.protocol import is_framework_model
 from ._runtime.contexts import arithmetic, eager, out_of_inference
 from ._runtime.restoring import restoring
 from ._torch.protocol import Recording, record_closure
-from .errors import ModelStateError, explain, warn
+from .errors import ModelStateError, warn
 
 Params = Tensor | Iterable[Tensor]
 Vectors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -210,9 +210,7 @@ def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback:
         return found
     integers = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
     if integers:
-        raise ModelStateError(
-            explain(integers[0], "an integer parameter", "only floating-point parameters have derivatives")
-        )
+        raise ModelStateError.of(integers[0], "an integer parameter", "only floating-point parameters have derivatives")
     return found
 
 

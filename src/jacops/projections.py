@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._keywords import keywords
-from .errors import InputTypeError, explain
+from .errors import InputTypeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +45,8 @@ def pca_projection(pca: Any, dtype: torch.dtype = torch.float64) -> Projection:
         InputTypeError: `pca` is not a fitted PCA.
     """
     if not hasattr(pca, "components_") or not hasattr(pca, "mean_"):
-        raise InputTypeError(
-            explain(
-                "pca",
-                f"a {type(pca).__name__} without components_",
-                "a fitted scikit-learn PCA is needed",
-                "Call `.fit(features)` first.",
-            )
-        )
+        came = f"a {type(pca).__name__} without components_"
+        raise InputTypeError.of("pca", came, "a fitted scikit-learn PCA is needed", "Call `.fit(features)` first.")
     matrix = np.asarray(pca.components_)
     if getattr(pca, "whiten", False):
         # scikit-learn never divides by less than the precision of the data.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, InputTypeError, explain
+from .errors import InputError, InputTypeError
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ class Space:
             label = f"{argument} for {name}" if len(self.names) > 1 else argument
             self._check_one(tensor, label, shape, dtype, batch)
             if batch and many is not None and tensor.shape[0] != many:
-                raise InputError(
-                    explain(label, f"a batch of {tensor.shape[0]}", f"the first tensor is a batch of {many}")
-                )
+                raise InputError.of(label, f"a batch of {tensor.shape[0]}", f"the first tensor is a batch of {many}")
             many = tensor.shape[0] if batch else None
         return tensors
 
@@ -124,50 +122,31 @@ class Space:
             unknown, missing = [k for k in tree if k not in self.names], [n for n in self.names if n not in tree]
             if unknown or missing:
                 came = f"a dict with unknown names {unknown} and without {missing}"
-                raise InputError(explain(argument, came, f"one tensor per name is needed: {self.layout}"))
+                raise InputError.of(argument, came, f"one tensor per name is needed: {self.layout}")
             tree = [tree[name] for name in self.names]
         if not isinstance(tree, list | tuple):
-            raise InputTypeError(
-                explain(argument, f"a {type(tree).__name__}", "a tensor or a list of tensors is needed")
-            )
+            raise InputTypeError.of(argument, f"a {type(tree).__name__}", "a tensor or a list of tensors is needed")
         if len(tree) != len(self.names):
             missing = f"; the first one missing is {self.names[len(tree)]}" if len(tree) < len(self.names) else ""
-            raise InputError(
-                explain(
-                    argument,
-                    f"{len(tree)} tensor(s){missing}",
-                    f"{len(self.names)} are needed: {self.layout}",
-                    "Pass one tensor for each.",
-                )
-            )
+            needed = f"{len(self.names)} are needed: {self.layout}"
+            raise InputError.of(argument, f"{len(tree)} tensor(s){missing}", needed, "Pass one tensor for each.")
         return list(tree)
 
     def _check_one(self, tensor: Any, label: str, shape: torch.Size, dtype: torch.dtype, batch: bool) -> None:
         if not isinstance(tensor, Tensor):
-            raise InputTypeError(
-                explain(label, f"a {type(tensor).__name__}", f"a tensor of shape {tuple(shape)} is needed")
-            )
+            raise InputTypeError.of(label, f"a {type(tensor).__name__}", f"a tensor of shape {tuple(shape)} is needed")
         if tensor.layout is not torch.strided:
-            raise InputError(
-                explain(label, f"of layout {tensor.layout}", "it must be dense", "Call `.to_dense()` on it.")
-            )
+            raise InputError.of(label, f"of layout {tensor.layout}", "it must be dense", "Call `.to_dense()` on it.")
         wanted = f"(batch, {', '.join(map(str, shape))})" if batch else str(tuple(shape))
         came = tensor.shape[1:] if batch and tensor.ndim else tensor.shape
         if came != shape or (batch and not tensor.ndim):
-            raise InputError(
-                explain(
-                    label,
-                    f"of shape {tuple(tensor.shape)}",
-                    f"shape {wanted} is needed",
-                    f"The layout is {self.layout}; nothing is broadcast or reshaped.",
-                )
-            )
+            todo = f"The layout is {self.layout}; nothing is broadcast or reshaped."
+            raise InputError.of(label, f"of shape {tuple(tensor.shape)}", f"shape {wanted} is needed", todo)
         if tensor.dtype != dtype:
-            raise InputError(
-                explain(label, f"of dtype {tensor.dtype}", f"dtype {dtype} is needed", f"Call `.to({dtype})` on it.")
-            )
+            came = f"of dtype {tensor.dtype}"
+            raise InputError.of(label, came, f"dtype {dtype} is needed", f"Call `.to({dtype})` on it.")
         if tensor.device != self.device:
-            raise InputError(explain(label, f"on device {tensor.device}", f"device {self.device} is needed"))
+            raise InputError.of(label, f"on device {tensor.device}", f"device {self.device} is needed")
 
     @property
     def layout(self) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .errors import InputError, InputTypeError, NotDifferentiableError, explain, warn
+from .errors import InputError, InputTypeError, NotDifferentiableError, warn
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,18 @@ def output_leaves(output: Any, name: str = "output") -> tuple[list[Tensor], Tree
     leaves, tree = flatten(output, name)
     leaves, tree = tree.without_none(leaves)
     if not leaves:
-        raise InputTypeError(
-            explain(name, f"a {type(output).__name__} without tensors", "a tensor or a tree of tensors is needed")
-        )
+        came = f"a {type(output).__name__} without tensors"
+        raise InputTypeError.of(name, came, "a tensor or a tree of tensors is needed")
     for leaf, path in zip(leaves, tree.names, strict=True):
         if not isinstance(leaf, Tensor):
             todo = "Pick the tensors with `outputs=` (a key, an index or a callable)."
-            raise InputTypeError(explain(path, f"a {type(leaf).__name__}", "every leaf must be a tensor", todo))
+            raise InputTypeError.of(path, f"a {type(leaf).__name__}", "every leaf must be a tensor", todo)
         if not is_differentiable(leaf):
-            raise NotDifferentiableError(
-                explain(
-                    path,
-                    f"of dtype {leaf.dtype}",
-                    "a derivative needs a floating-point output",
-                    "Return scores rather than labels, or pick another output with `outputs=`.",
-                )
-            )
+            came = f"of dtype {leaf.dtype}"
+            todo = "Return scores rather than labels, or pick another output with `outputs=`."
+            raise NotDifferentiableError.of(path, came, "a derivative needs a floating-point output", todo)
         if leaf.layout is not torch.strided:
-            raise InputError(explain(path, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it."))
+            raise InputError.of(path, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it.")
     return leaves, tree
 
 
@@ -119,7 +113,7 @@ def select(output: Any, outputs: Selector, name: str = "output") -> Any:
         known = (
             list(output) if isinstance(output, Mapping) else range(len(output)) if hasattr(output, "__len__") else "?"
         )
-        raise InputError(explain("outputs", repr(outputs), f"{name} has {known}")) from None
+        raise InputError.of("outputs", repr(outputs), f"{name} has {known}") from None
 
 
 def hint_at_labels(call: str, outputs: Selector, inputs: Any) -> None:
@@ -147,19 +141,12 @@ def hint_at_labels(call: str, outputs: Selector, inputs: Any) -> None:
 
 def _select_last(output: Tensor, outputs: Any, name: str) -> Tensor:
     if isinstance(outputs, str):
-        raise InputError(
-            explain(
-                "outputs",
-                repr(outputs),
-                f"{name} is one tensor, which has no names",
-                "Pass indices along its last axis, or a callable.",
-            )
-        )
+        needed = f"{name} is one tensor, which has no names"
+        raise InputError.of("outputs", repr(outputs), needed, "Pass indices along its last axis, or a callable.")
     if output.ndim == 0:
-        raise InputError(explain("outputs", repr(outputs), f"{name} is a scalar, which has no axis to pick from"))
+        raise InputError.of("outputs", repr(outputs), f"{name} is a scalar, which has no axis to pick from")
     try:
         return output[..., outputs if isinstance(outputs, int | slice | Tensor) else list(outputs)]
     except IndexError:
-        raise InputError(
-            explain("outputs", repr(outputs), f"the last axis of {name} has {output.shape[-1]} entries")
-        ) from None
+        came = repr(outputs)
+        raise InputError.of("outputs", came, f"the last axis of {name} has {output.shape[-1]} entries") from None

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._runtime.agreement import tolerance
+from .._runtime.agreement import difference_tolerance, tolerance
 from ..errors import NotDifferentiableError, warn
 from .crossing import is_floating, torch_dtype
 from .jaxpr import READS, has_custom_vjp, is_reached, refuse_broadcast
@@ -25,7 +25,6 @@ from .rounding import rounding_error
 from .sweeps import Each, Kernel, Sweep, reading, shapes
 
 _REMEMBERED = 64  # compiled programs: three a problem, of the outputs, of the loss, and of the loss at the outputs
-_SPOT_TOLERANCE = {"float64": 1e-4, "float32": 2e-3}
 
 
 def model_of(apply: Callable[..., Any], loss: Callable[..., Any] | None, structure: Structure) -> Model:
@@ -299,7 +298,7 @@ class Model:
         """Compare one product with central differences of gradients: a dropped part may well be symmetric."""
         size = math.hypot(*(float(np.linalg.norm(np.asarray(leaf, np.float64))) for leaf in point.leaves))
         step = float(jnp.finfo(direction.dtype).eps) ** (1 / 3) * max(1.0, size)
-        tolerated = _SPOT_TOLERANCE.get(str(direction.dtype), 0.5)
+        tolerated = difference_tolerance(torch_dtype(direction.dtype, call))
 
         def central(point: Point, step: float) -> Any:
             ends = [

@@ -10,6 +10,9 @@ from torch import Tensor
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 _COARSE = 8e-2
+# Central differences with a step of eps ** (1/3) are good to eps ** (2/3) of the size of third derivatives; the rest is
+# room for those.
+_DIFFERENCES = {torch.float64: 1e-4, torch.float32: 2e-3}
 _FLOOR = 1e-2
 SQUARES = 1e-15  # norms whose squares, and those of entries far below, float32 can hold
 
@@ -18,6 +21,11 @@ def tolerance(dtypes: Iterable[torch.dtype]) -> float:
     """Return how far two right answers in these dtypes may differ, relative to their size."""
     real = [torch.empty(0, dtype=d).real.dtype if d.is_complex else d for d in dtypes]
     return max((_TOLERANCE.get(d, _COARSE) for d in real), default=_COARSE)
+
+
+def difference_tolerance(dtype: torch.dtype) -> float:
+    """Return how far a right derivative and a central difference may differ, relative to their size."""
+    return _DIFFERENCES.get(dtype, 0.5)
 
 
 def size(tensor: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Chart(ABC):
             self._check_width(argument, x, self.storage)
             if shape is not None and x.shape != shape:
                 needed = f"it must have the shape of `{first}`, {tuple(shape)}"
-                raise InputError(explain(argument, f"of shape {tuple(x.shape)}", needed, "Nothing is broadcast."))
+                raise InputError.of(argument, f"of shape {tuple(x.shape)}", needed, "Nothing is broadcast.")
             first, shape = first or argument, x.shape
 
     def _check_like(self, x: Tensor, *, width: int, **given: Tensor) -> None:
@@ -144,18 +144,16 @@ class Chart(ABC):
             self._check_width(argument, value, width)
             if value.shape[:-1] != x.shape[:-1]:
                 needed = f"shape {(*x.shape[:-1], width)} is needed beside elements of shape {tuple(x.shape)}"
-                raise InputError(explain(argument, f"of shape {tuple(value.shape)}", needed, "Nothing is broadcast."))
+                raise InputError.of(argument, f"of shape {tuple(value.shape)}", needed, "Nothing is broadcast.")
 
     def _check_width(self, argument: str, value: Any, width: int) -> None:
         if not isinstance(value, Tensor):
-            raise InputTypeError(explain(argument, f"a {type(value).__name__}", "a tensor is needed"))
+            raise InputTypeError.of(argument, f"a {type(value).__name__}", "a tensor is needed")
         if not value.is_floating_point():
-            raise InputTypeError(
-                explain(argument, f"of dtype {value.dtype}", f"{self.name} needs floating-point numbers")
-            )
+            raise InputTypeError.of(argument, f"of dtype {value.dtype}", f"{self.name} needs floating-point numbers")
         if value.shape[-1:] != (width,):
             needed = f"{self.name} needs a last axis of {width} here"
-            raise InputError(explain(argument, f"of shape {tuple(value.shape)}", needed))
+            raise InputError.of(argument, f"of shape {tuple(value.shape)}", needed)
 
     def __repr__(self) -> str:
         return self.name

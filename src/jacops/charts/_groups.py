@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import InputError, explain
+from ..errors import InputError
 from ._angles import (
     conjugate,
     cotangent_rest,
@@ -34,7 +34,7 @@ def _check_unit(name: str, argument: str, q: Tensor) -> None:
     if lengths.numel() and not bool(((lengths - 1).abs() <= tolerance).all()):
         worst = int((lengths - 1).abs().nan_to_num(torch.inf).argmax())
         came = f"holding a quaternion of length {float(lengths.reshape(-1)[worst]):.3g} (element {worst})"
-        raise InputError(explain(argument, came, f"{name} needs length one", f"Call `{name}.normalize` on it."))
+        raise InputError.of(argument, came, f"{name} needs length one", f"Call `{name}.normalize` on it.")
 
 
 @final

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, final
 
-from ..errors import InputError, InputTypeError, StoreBusyError, StoreFileError, explain
+from ..errors import InputError, InputTypeError, StoreBusyError, StoreFileError
 
 Parts = tuple[str, ...]
 
@@ -47,11 +47,11 @@ class Folder:
             InputTypeError: It is no path.
         """
         if not isinstance(path, str | os.PathLike):
-            raise InputTypeError(explain("path", f"a {type(path).__name__}", "a path is needed"))
+            raise InputTypeError.of("path", f"a {type(path).__name__}", "a path is needed")
         if "://" in str(path):
-            raise InputError(explain("path", f"the address {str(path)!r}", "a folder of a local file system is needed"))
+            raise InputError.of("path", f"the address {str(path)!r}", "a folder of a local file system is needed")
         if sys.platform == "win32":
-            raise InputError(explain("path", "on Windows", "stored runs need the file locks of a POSIX system"))
+            raise InputError.of("path", "on Windows", "stored runs need the file locks of a POSIX system")
         return cls(Path(os.path.realpath(path)))
 
     def read(self, parts: Parts, limit: int) -> bytes | None:

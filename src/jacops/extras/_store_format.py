@@ -17,7 +17,7 @@ from typing import Any, final
 
 import numpy as np
 
-from ..errors import InputError, InputTypeError, MissingExtraError, StoreDamagedError, explain
+from ..errors import InputError, InputTypeError, MissingExtraError, StoreDamagedError
 
 Index = tuple[int, ...]
 
@@ -56,15 +56,14 @@ class Grid:
     def __post_init__(self) -> None:
         name = str(self.dtype).removeprefix("torch.") if not isinstance(self.dtype, type) else np.dtype(self.dtype).name
         if name not in _DTYPES:
-            raise InputError(explain("dtype", repr(name), f"one of {', '.join(sorted(_DTYPES))} is needed"))
+            raise InputError.of("dtype", repr(name), f"one of {', '.join(sorted(_DTYPES))} is needed")
         shape, tile = _sides("shape", self.shape, 0), _sides("tile", self.tile, 1)
         if not shape or len(shape) != len(tile):
-            raise InputError(
-                explain("tile", f"{tile} for an array {shape}", "one length per axis, and at least one axis, is needed")
-            )
+            came = f"{tile} for an array {shape}"
+            raise InputError.of("tile", came, "one length per axis, and at least one axis, is needed")
         tile = tuple(min(part, max(side, 1)) for part, side in zip(tile, shape, strict=True))
         if math.prod(max(side, 1) for side in shape) * np.dtype(name).itemsize * 2 ** len(shape) > _ADDRESSABLE:
-            raise InputError(explain("shape", shape, "an array of less than 2**62 bytes is needed"))
+            raise InputError.of("shape", shape, "an array of less than 2**62 bytes is needed")
         for key, value in {"shape": shape, "tile": tile, "dtype": name}.items():
             object.__setattr__(self, key, value)
 
@@ -113,7 +112,7 @@ class Grid:
         """
         inside = isinstance(index, tuple) and len(index) == len(self.counts)
         if not inside or not all(0 <= i < count for i, count in zip(index, self.counts, strict=True)):
-            raise InputError(explain("index", index, f"the grid has {self.counts} tiles"))
+            raise InputError.of("index", index, f"the grid has {self.counts} tiles")
         return tuple(
             slice(i * part, min((i + 1) * part, side))
             for i, part, side in zip(index, self.tile, self.shape, strict=True)
@@ -135,7 +134,7 @@ class Grid:
 def _sides(argument: str, sides: Any, least: int) -> tuple[int, ...]:
     sides = tuple(sides) if isinstance(sides, list | tuple) else sides
     if not isinstance(sides, tuple) or not all(type(side) is int and side >= least for side in sides):
-        raise InputError(explain(argument, repr(sides), f"a tuple of whole numbers from {least} up is needed"))
+        raise InputError.of(argument, repr(sides), f"a tuple of whole numbers from {least} up is needed")
     return sides
 
 
@@ -160,16 +159,16 @@ class Header:
         for argument in ("identity", "surroundings"):
             parts = getattr(self, argument)
             if not isinstance(parts, Mapping) or not all(type(x) is str for pair in parts.items() for x in pair):
-                raise InputTypeError(explain(argument, f"{parts!r:.80}", "a mapping of names to strings is needed"))
+                raise InputTypeError.of(argument, f"{parts!r:.80}", "a mapping of names to strings is needed")
         if not self.identity:
-            raise InputError(explain("identity", "empty", "it must say what the numbers rest on"))
+            raise InputError.of("identity", "empty", "it must say what the numbers rest on")
         if not isinstance(self.arrays, Mapping) or not self.arrays:
-            raise InputError(explain("arrays", f"{self.arrays!r:.80}", "a mapping of names to `Grid`s is needed"))
+            raise InputError.of("arrays", f"{self.arrays!r:.80}", "a mapping of names to `Grid`s is needed")
         for name, grid in self.arrays.items():
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise InputError(explain("arrays", f"naming {name!r:.80}", "names are like 'influences', a-z 0-9 _"))
+                raise InputError.of("arrays", f"naming {name!r:.80}", "names are like 'influences', a-z 0-9 _")
             if not isinstance(grid, Grid):
-                raise InputTypeError(explain(f"arrays[{name!r}]", f"a {type(grid).__name__}", "a `Grid` is needed"))
+                raise InputTypeError.of(f"arrays[{name!r}]", f"a {type(grid).__name__}", "a `Grid` is needed")
 
     @property
     def fields(self) -> dict[str, str]:
@@ -227,7 +226,7 @@ class Header:
 def not_ours(path: Path) -> InputError:
     """Return the error for a folder with other things in it."""
     came = f"{str(path)!r}, which holds something that is no stored run"
-    return InputError(explain("path", came, "a new, an empty or a stored run's folder is needed"))
+    return InputError.of("path", came, "a new, an empty or a stored run's folder is needed")
 
 
 def dumped_json(value: dict[str, Any]) -> bytes:

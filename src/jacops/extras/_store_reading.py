@@ -20,7 +20,6 @@ from ..errors import (
     StoreError,
     StoreFileError,
     StoreIncompleteError,
-    explain,
 )
 from ._store_files import Folder
 from ._store_format import HEADER, Grid, Header, Index, TileCodec, loaded_json
@@ -62,7 +61,7 @@ class Store:
         folder = Folder.at(path)
         header = header_in(folder)
         if header is None:
-            raise InputError(explain("path", f"{str(path)!r}, which holds no stored run", "a store's folder is needed"))
+            raise InputError.of("path", f"{str(path)!r}, which holds no stored run", "a store's folder is needed")
         store = cls(folder, header, {name: TileCodec(grid) for name, grid in header.arrays.items()})
         for name in header.arrays:
             difference = store._array_metadata_differs(name)
@@ -168,7 +167,7 @@ class Store:
 
     def _grid(self, name: str) -> Grid:
         if not isinstance(name, str) or name not in self._header.arrays:
-            raise InputError(explain("name", repr(name), f"one of {sorted(self._header.arrays)} is needed"))
+            raise InputError.of("name", repr(name), f"one of {sorted(self._header.arrays)} is needed")
         return self._header.arrays[name]
 
     def _array_metadata_differs(self, name: str) -> str:

@@ -21,7 +21,7 @@ from .._runtime.restoring import restoring
 from ..errors import NotDifferentiableError
 from ..sparsity import inspectors
 from ._lie_groups import group_of, storage_jacobian, storage_width
-from ._lie_walk import OPERATIONS, Walk
+from ._lie_walk import OPERATIONS, EdgeKind, Walk
 
 Blocks = list[list[Tensor]]
 
@@ -43,13 +43,10 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
         NotDifferentiableError: PyPose's derivative is wrong for how the function uses a LieTensor; the message names
             the operation and the parameter.
     """
-    lin = recorded.lin
-    if not _involved(lin):
+    lin, walked = recorded.lin, _walked(recorded.lin)
+    if walked is None:
         return None
-    walk = Walk.over(lin)
-    kinds = walk.kinds(lin.outputs)
-    walk.check_outputs(kinds, lin.outputs)
-    walk.mend(private=not lin.aliased_leaves)
+    walk, kinds = walked
     outputs = lin.outputs if create_graph else [output.detach() for output in lin.outputs]
     carried = [kind.group if kind is not None else group_of(o) for kind, o in zip(kinds, outputs, strict=True)]
 
@@ -70,6 +67,17 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
     return laid_out
 
 
+def _walked(lin: Any) -> tuple[Walk, list[EdgeKind | None]] | None:
+    """Return the walk and what the outputs carry, gradients mended on the way; None where no LieTensor is involved."""
+    if not _involved(lin):
+        return None
+    walk = Walk.over(lin)
+    kinds = walk.kinds(lin.outputs)
+    walk.check_outputs(kinds, lin.outputs)
+    walk.mend(private=not lin.aliased_leaves)
+    return walk, kinds
+
+
 def _involved(lin: Any) -> bool:
     if "pypose" not in sys.modules:
         return False
@@ -86,18 +94,12 @@ def inspect(recorded: Any) -> None:
     Raises:
         NotDifferentiableError: As in `layout`; also for an output that is an element of a group.
     """
-    lin = recorded.lin
-    if not _involved(lin):
-        return
-    walk = Walk.over(lin)
-    kinds = walk.kinds(lin.outputs)
-    walk.check_outputs(kinds, lin.outputs)
-    for kind, name in zip(kinds, lin.codomain.names, strict=True):
+    lin, walked = recorded.lin, _walked(recorded.lin)
+    for kind, name in zip(walked[1], lin.codomain.names, strict=True) if walked else ():
         if kind is not None and kind.group:
             raise NotDifferentiableError(
                 f"{lin.call}: {name} is an element of {kind.group}, whose rows have no sparse form. Take its `.Log()`."
             )
-    walk.mend(private=not lin.aliased_leaves)
 
 
 inspectors.append(inspect)

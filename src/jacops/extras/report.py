@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jacops.errors import InputError, InputTypeError, MissingExtraError, explain
+from jacops.errors import InputError, InputTypeError, MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ class Report:
         cells = [list(row) for row in rows]
         for place, row in enumerate(cells):
             if len(row) != len(head):
-                raise InputError(explain(f"rows[{place}]", f"{len(row)} cells long", f"`head` names {len(head)}"))
+                raise InputError.of(f"rows[{place}]", f"{len(row)} cells long", f"`head` names {len(head)}")
         shown = [[_shown(cell) for cell in row] for row in cells]
         numeric = [all(_NUMBER.match(cell) or cell == "–" for cell in column) for column in zip(*shown, strict=True)]
         self._add("table", head=list(head), rows=shown, numeric=numeric or [False] * len(head), caption=caption)
@@ -189,7 +189,7 @@ def _inline(figure: Figure) -> str:
     except ImportError:
         raise MissingExtraError("plot", "matplotlib") from None
     if not isinstance(figure, Figure):
-        raise InputTypeError(explain("figure", f"a {type(figure).__name__}", "a matplotlib Figure is needed"))
+        raise InputTypeError.of("figure", f"a {type(figure).__name__}", "a matplotlib Figure is needed")
     drawing = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "jacops"}):  # the same figure, the same bytes
         figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -28,7 +28,6 @@ from ..errors import (
     StoreError,
     StoreIncompleteError,
     StoreMismatchError,
-    explain,
     warn,
 )
 from ._store_files import Folder, Lock, is_partial
@@ -212,10 +211,10 @@ class StoredRun(Store):
         grid = self._grid(name)
         needed = grid.tile_shape(index)
         if not isinstance(block, Tensor | np.ndarray):
-            raise InputTypeError(explain("block", f"a {type(block).__name__}", "a tensor or a NumPy array is needed"))
+            raise InputTypeError.of("block", f"a {type(block).__name__}", "a tensor or a NumPy array is needed")
         came = f"{tuple(block.shape)} of {str(block.dtype).removeprefix('torch.')}"
         if came != f"{needed} of {grid.dtype}":
-            raise InputError(explain("block", came, f"tile {name}{list(index)} is {needed} of {grid.dtype}"))
+            raise InputError.of("block", came, f"tile {name}{list(index)} is {needed} of {grid.dtype}")
         if isinstance(block, Tensor):
             block = block.detach().resolve_conj().resolve_neg().cpu().numpy()
         if grid.finite and block.dtype.kind in "fc" and not np.isfinite(block).all():

@@ -6,31 +6,10 @@ from ._result import LeastSquaresResult, StepRecord
 from ._solvers import LSTSQ, PCG, QDLDL, QR, AutoStepSolver, Cholesky, SparseLU, StepSolver
 from ._strategies import Adaptive, Constant, Marquardt, Nielsen, Strategy, TrustRegion
 
+# fmt: off
 __all__ = [
-    "LSTSQ",
-    "PCG",
-    "QDLDL",
-    "QR",
-    "Adaptive",
-    "Arctan",
-    "AutoStepSolver",
-    "Cauchy",
-    "Cholesky",
-    "Constant",
-    "Huber",
-    "Kernel",
-    "LeastSquaresResult",
-    "Marquardt",
-    "Nielsen",
-    "PseudoHuber",
-    "Scale",
-    "SoftLOne",
-    "StepSolver",
-    "SparseLU",
-    "StepRecord",
-    "Strategy",
-    "Tolerant",
-    "TrustRegion",
-    "gauss_newton",
-    "levenberg_marquardt",
+    "LSTSQ", "PCG", "QDLDL", "QR", "Adaptive", "Arctan", "AutoStepSolver", "Cauchy", "Cholesky", "Constant", "Huber",
+    "Kernel", "LeastSquaresResult", "Marquardt", "Nielsen", "PseudoHuber", "Scale", "SoftLOne", "StepSolver",
+    "SparseLU", "StepRecord", "Strategy", "Tolerant", "TrustRegion", "gauss_newton", "levenberg_marquardt",
 ]
+# fmt: on

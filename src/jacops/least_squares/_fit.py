@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .._keywords import keywords
+from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
-from ..errors import InputError, SolveError, explain
+from ..errors import InputError, SolveError
 from ._loop import Outcome, StoppingCriteria, run
 from ._problem import FitProblem, FunctionModule, function_module
 from ._result import LeastSquaresResult, as_given
@@ -73,7 +74,7 @@ def levenberg_marquardt(
         strategy: `"nielsen"`, `"marquardt"`, `"adaptive"`, `"constant"`, `"trust_region"` (dogleg) or a `Strategy`.
         damping: The first $\lambda$, in units of the diagonal of $J^\top J$ (with `x_scale` given, of its largest
             scaled entry); the only one with `"constant"`.
-        solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"splu"`, `"qdldl"`, `"pcg"` or a `Solver`.
+        solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"splu"`, `"qdldl"`, `"pcg"` or a `StepSolver`.
         jacobian: `"auto"`, `"dense"`, `"sparse"`, or a plan, such as an earlier result's `plan`.
         x_scale: Scales of the parameters: steps, damping and radius are measured in `x / x_scale`. `"jac"`: one over
             the largest norm of each Jacobian column so far (Moré, 1978), which makes the call independent of units.
@@ -196,15 +197,14 @@ def gauss_newton(
 
 def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult:
     solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
-    if on_failure not in ("raise", "return"):
-        raise InputError(explain("on_failure", repr(on_failure), "'raise' or 'return' is needed"))
+    check_choice("on_failure", on_failure, ("raise", "return"))
     rules = StoppingCriteria(*(options[key] for key in ("ftol", "xtol", "gtol", "max_steps", "max_nfev")))
     module: Any = model
     if not isinstance(model, nn.Module) and not isinstance(model, type):
         module = function_module(model, params)
     elif params is not None:
         needed = "a module brings its own parameters"
-        raise InputError(explain("params", "given", needed, "Freeze those that are to stay as they are."))
+        raise InputError.of("params", "given", needed, "Freeze those that are to stay as they are.")
     problem = FitProblem(module, options["input"], call, options)
     ended = run(problem, solver, strategy, rules, options["progress"])
     result = _result(problem, ended, type(params) if isinstance(module, FunctionModule) else None, strategy)
@@ -247,7 +247,7 @@ def _result(problem: FitProblem, ended: Outcome, kind: type | None, strategy: St
         certificate=stop.certificate.reason,
         predicted=stop.certificate.predicted,
         method=method,
-        level="" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping",
+        limited_by="" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping",
         log=ended.log,
         nfev=problem.evaluations,
         njev=problem.linearisations,

@@ -10,14 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, isfinite, log1p
-from typing import Any, cast, final
+from typing import Any, final
 
 import numpy as np
 import torch
 
+from .._requirements import check_choice, check_number
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 
 Array = np.ndarray
 _FLOOR = 1e-2  # least curvature along a residual that Triggs' correction keeps, relative to that without a kernel
@@ -34,25 +35,30 @@ class Kernel(ABC):
             InputError: It is not a positive finite number.
         """
         for name, value in vars(self).items():
-            if isinstance(value, float | int) and not (value > 0 and isfinite(value)):
-                raise InputError(explain(name, repr(value), "a positive number is needed"))
+            if isinstance(value, float | int):
+                check_number(name, value)
 
     @abstractmethod
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
 
 
+@dataclass(frozen=True)
+class _Scaled(Kernel):
+    """A kernel with a scale."""
+
+    delta: float = 1.0
+
+
 @final
 @dataclass(frozen=True)
-class Huber(Kernel):
+class Huber(_Scaled):
     r"""$s$ up to $\delta^2$, then $2\delta\sqrt{s} - \delta^2$ (Huber, 1964); SciPy's `huber` with `f_scale=delta`.
 
     Example:
         >>> Huber()(np.array([0.25, 4.0]))[0]
         array([0.25, 3.  ])
     """
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -64,10 +70,8 @@ class Huber(Kernel):
 
 @final
 @dataclass(frozen=True)
-class PseudoHuber(Kernel):
+class PseudoHuber(_Scaled):
     r"""$2\delta^2(\sqrt{1 + s/\delta^2} - 1)$ (Charbonnier et al., 1997); SciPy's `soft_l1` with `f_scale=delta`."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -77,10 +81,8 @@ class PseudoHuber(Kernel):
 
 @final
 @dataclass(frozen=True)
-class SoftLOne(Kernel):
+class SoftLOne(_Scaled):
     r"""$2(\sqrt{1 + \delta^2 s} - 1)$, PyPose's formula; SciPy's `soft_l1` is `PseudoHuber(f_scale)`."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -91,10 +93,8 @@ class SoftLOne(Kernel):
 
 @final
 @dataclass(frozen=True)
-class Cauchy(Kernel):
+class Cauchy(_Scaled):
     r"""$\delta^2 \ln(1 + s/\delta^2)$; SciPy's `cauchy` with `f_scale=delta`."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -105,10 +105,8 @@ class Cauchy(Kernel):
 
 @final
 @dataclass(frozen=True)
-class Arctan(Kernel):
+class Arctan(_Scaled):
     r"""$\delta^2 \arctan(s/\delta^2)$; SciPy's `arctan` with `f_scale=delta`."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -134,10 +132,9 @@ class Tolerant(Kernel):
         Raises:
             InputError: `a` is not positive or `b` is zero.
         """
-        if not (self.a > 0 and isfinite(self.a)):
-            raise InputError(explain("a", repr(self.a), "a positive number is needed"))
+        check_number("a", self.a)
         if not (self.b != 0 and isfinite(self.b)):
-            raise InputError(explain("b", repr(self.b), "a number other than zero is needed"))
+            raise InputError.of("b", repr(self.b), "a number other than zero is needed")
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -150,10 +147,8 @@ class Tolerant(Kernel):
 
 @final
 @dataclass(frozen=True)
-class Scale(Kernel):
+class Scale(_Scaled):
     r"""$\delta s$: the block counts `delta` times."""
-
-    delta: float = 1.0
 
     def __call__(self, s: Array) -> tuple[Array, Array, Array]:
         """Return value, first and second derivative."""
@@ -175,7 +170,7 @@ class _Given(Kernel):
             if not isinstance(value, torch.Tensor) or value.shape != leaf.shape or not value.requires_grad:
                 came = f"giving a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
                 needed = f"a differentiable tensor of the shape of its argument, {tuple(leaf.shape)}, is needed"
-                raise InputError(explain("kernel", came, needed))
+                raise InputError.of("kernel", came, needed)
             (first,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
             second = torch.autograd.grad(first.sum(), leaf, allow_unused=True)[0] if first.requires_grad else None
         curve = torch.zeros_like(first) if second is None else second.nan_to_num(0.0)
@@ -200,18 +195,15 @@ def kernel_of(kernel: Any, f_scale: float) -> Kernel | None:
     if kernel is None or (isinstance(kernel, str) and kernel == "linear"):
         return None
     if isinstance(kernel, str):
-        if kernel not in _NAMES:
-            raise InputError(explain("kernel", repr(kernel), f"one of {['linear', *_NAMES]} or a Kernel is needed"))
-        if not (isinstance(f_scale, float | int) and f_scale > 0 and isfinite(f_scale)):
-            raise InputError(explain("f_scale", repr(f_scale), "a positive number is needed"))
+        check_choice("kernel", kernel, ["linear", *_NAMES], " or a Kernel")
+        check_number("f_scale", f_scale)
         return _NAMES[kernel](float(f_scale))
     if isinstance(kernel, Kernel):
         return kernel
-    given: Any = kernel
-    if callable(given) and not isinstance(given, type):
-        return _Given(cast(Any, given))
-    came = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(kernel).__name__}"
-    raise InputTypeError(explain("kernel", came, "a name, a Kernel or a function of squared lengths is needed"))
+    if callable(kernel) and not isinstance(kernel, type):
+        return _Given(kernel)  # pyright: ignore[reportArgumentType] - what it gives is checked when it is called
+    came = f"the class {kernel.__name__}" if isinstance(kernel, type) else f"a {type(kernel).__name__}"
+    raise InputTypeError.of("kernel", came, "a name, a Kernel or a function of squared lengths is needed")
 
 
 def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[float, Array, Array, Array | None]:
@@ -234,7 +226,7 @@ def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[float, Arr
     s = np.einsum("kd,kd->k", r, r)
     value, first, second = kernel(s)
     if not (np.isfinite(first) & (first >= 0)).all():
-        raise InputError(explain("kernel", "falling somewhere, or without a slope", "it must rise with its argument"))
+        raise InputError.of("kernel", "falling somewhere, or without a slope", "it must rise with its argument")
     factor = np.sqrt(first)
     if not second_order:
         return float(value.sum()) / 2, r * factor[:, None], factor, None

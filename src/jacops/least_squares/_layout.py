@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from ..charts import Chart
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
+from ..extras._lie_groups import group_of
 
 Values = dict[str, Tensor]
 _ROTATIONS = {2: 1, 3: 3}  # directions of rotation in the plane and in space
@@ -54,35 +55,46 @@ class ParameterPart:
         """How many tangent columns there are, fixed ones included."""
         return self.elements * self.width
 
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Positions of the columns of its tangent that move."""
+        return np.arange(self.columns) if self.free is None else self.free
+
+    @property
+    def tangent_shape(self) -> tuple[int, ...]:
+        """The shape of its steps."""
+        return (*self.shape[:-1], self.width) if self.chart or self.group else tuple(self.shape)
+
     def moved(self, value: Tensor, step: np.ndarray) -> Tensor:
         """Return the parameter moved by a flat step over its free columns."""
-        full = step
-        if self.free is not None:
-            full = np.zeros(self.columns)
-            full[self.free] = step
-        d = torch.from_numpy(full).to(value.device, value.dtype)
+        full = np.zeros(self.columns)
+        full[self.kept] = step
+        d = torch.from_numpy(full).to(value.device, value.dtype).reshape(self.tangent_shape)
         if self.chart is not None:
-            return self.chart.retract(value, d.reshape(*self.shape[:-1], self.width))
-        if self.group:
-            return _retracted(value, d.reshape(*self.shape[:-1], self.width))
-        return value + d.reshape(self.shape)
+            return self.chart.retract(value, d)
+        return _retracted(value, d) if self.group else value + d
 
     def magnitudes(self, value: Tensor) -> np.ndarray:
         """Return the magnitude of what each column moves: a number, the length of a translation, or an angle."""
         stored = value.detach().as_subclass(Tensor).to("cpu", torch.float64)
         if not self.chart and not self.group:
             return stored.abs().reshape(-1).numpy()
-        moved = (
-            self.chart.tangent - _ROTATIONS.get(self.chart.space, self.chart.tangent)
-            if self.chart
-            else 3 * (self.group in _TRANSLATED)
-        )
+        moved = 3 * (self.group in _TRANSLATED)
+        if self.chart:
+            moved = self.chart.tangent - _ROTATIONS.get(self.chart.space, self.chart.tangent)
         stored = stored.reshape(self.elements, -1)
         sizes = torch.ones(self.elements, self.width, dtype=torch.float64)
         sizes[:, :moved] = stored[:, :moved].norm(dim=1, keepdim=True)
         if self.chart and self.chart.space == 2:  # the angle itself is stored
             sizes[:, -1] = stored[:, -1].abs().clamp(min=1.0)
         return sizes.reshape(-1).numpy()
+
+    def moves(self, value: Tensor) -> np.ndarray:
+        """Return how stored numbers move with the tangent: one `(elements,)`, or `(elements, storage, tangent)`."""
+        if self.chart is None:
+            return np.ones(self.columns)
+        blocks = self.chart.storage_jacobian(value.detach().to("cpu", torch.float64))
+        return blocks.reshape(self.elements, self.chart.storage, self.width).numpy()
 
     @property
     def preferred_block(self) -> int:
@@ -94,13 +106,11 @@ class ParameterPart:
 
 def _retracted(value: Tensor, d: Tensor) -> Tensor:
     """Return PyPose's own retraction, `Exp(d) X`."""
-    from pypose import LieTensor
-
-    element: Any = value
-    algebra = type(element.ltype).__name__.removesuffix("Type").lower()
     import pypose
 
-    return LieTensor(d, ltype=getattr(pypose, f"{algebra}_type")).Exp() @ element
+    element: Any = value
+    algebra = group_of(value).lower()
+    return pypose.LieTensor(d, ltype=getattr(pypose, f"{algebra}_type")).Exp() @ element
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class Layout:
     @cached_property
     def sizes(self) -> list[int]:
         """Free columns per parameter."""
-        return [p.columns if p.free is None else len(p.free) for p in self.parts]
+        return [len(p.kept) for p in self.parts]
 
     @cached_property
     def columns(self) -> int:
@@ -122,26 +132,17 @@ class Layout:
     @cached_property
     def kept(self) -> np.ndarray | None:
         """Positions of the free columns among all; None if all are free."""
-        if all(p.free is None for p in self.parts):
+        if self.columns == sum(p.columns for p in self.parts):
             return None
         starts = np.cumsum([0, *(p.columns for p in self.parts)])
-        return np.concatenate(
-            [
-                start + (np.arange(p.columns) if p.free is None else p.free)
-                for start, p in zip(starts, self.parts, strict=False)
-            ]
-        )
+        return np.concatenate([start + p.kept for start, p in zip(starts, self.parts, strict=False)])
 
     @cached_property
     def blocks(self) -> np.ndarray:
         """For every free column the number of the block it is in, rising."""
-        ids, start = [], 0
-        for part in self.parts:
-            own = np.arange(part.columns) // part.preferred_block
-            own = own if part.free is None else own[part.free]
-            ids.append(own + start)
-            start += part.columns
-        return np.unique(np.concatenate(ids), return_inverse=True)[1] if ids else np.zeros(0, dtype=np.int64)
+        starts = np.cumsum([0, *(p.columns for p in self.parts)])
+        ids = [start + p.kept // p.preferred_block for start, p in zip(starts, self.parts, strict=False)]
+        return np.unique(np.concatenate(ids), return_inverse=True)[1]
 
     @restoring
     def moved(self, values: Values, step: np.ndarray) -> Values:
@@ -152,8 +153,7 @@ class Layout:
 
     def magnitudes(self, values: Values) -> np.ndarray:
         """Return the magnitude of what each free column moves; rounding of a parameter moves it by eps times that."""
-        found = [p.magnitudes(values[p.name]) for p in self.parts]
-        return np.concatenate([m if p.free is None else m[p.free] for p, m in zip(self.parts, found, strict=True)])
+        return np.concatenate([p.magnitudes(values[p.name])[p.kept] for p in self.parts])
 
 
 def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> Layout:
@@ -169,30 +169,22 @@ def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> L
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
             needed = "least squares need real numbers"
-            raise InputTypeError(explain(name, f"of dtype {parameter.dtype}", needed, "Use torch.view_as_real."))
-        chart, group = charts.get(name), _group(parameter)
+            raise InputTypeError.of(name, f"of dtype {parameter.dtype}", needed, "Use torch.view_as_real.")
+        chart, group = charts.get(name), group_of(parameter)
         if chart is not None:
             if not isinstance(chart, Chart):
                 came = f"{chart!r} for '{name}'"
-                raise InputTypeError(explain("manifolds", came, "a chart such as jacops.charts.SE3 is needed"))
+                raise InputTypeError.of("manifolds", came, "a chart such as jacops.charts.SE3 is needed")
             if group:
                 needed = "a LieTensor brings its own retraction"
-                raise InputError(explain("manifolds", f"{chart} for the LieTensor '{name}'", needed, "Leave it out."))
+                raise InputError.of("manifolds", f"{chart} for the LieTensor '{name}'", needed, "Leave it out.")
             chart.check(parameter.detach(), name)
         part = ParameterPart(name, parameter.shape, chart, group, None)
-        if name in held:
-            part = ParameterPart(name, parameter.shape, chart, group, _free(part, held[name]))
-        parts.append(part)
+        parts.append(replace(part, free=_free(part, held[name])) if name in held else part)
     layout = Layout(tuple(parts))
     if not layout.columns:
-        raise InputError(explain("fixed", "everything", "something must be left to move"))
+        raise InputError.of("fixed", "everything", "something must be left to move")
     return layout
-
-
-def _group(parameter: Tensor) -> str:
-    from ..extras._lie_groups import group_of
-
-    return group_of(parameter)
 
 
 def by_name(argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -208,11 +200,11 @@ def by_name(argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
         if len(names) == 1:
             return {names[0]: given}
         came = f"a {type(given).__name__}"
-        raise InputTypeError(explain(argument, came, f"a dict by parameter name is needed, the names being {names}"))
+        raise InputTypeError.of(argument, came, f"a dict by parameter name is needed, the names being {names}")
     found: dict[Any, Any] = {names[k] if isinstance(k, int) and 0 <= k < len(names) else k: v for k, v in given.items()}
     for name in found:
         if name not in names:
-            raise InputError(explain(argument, f"naming {name!r}", f"the parameters that move are {names}"))
+            raise InputError.of(argument, f"naming {name!r}", f"the parameters that move are {names}")
     return found
 
 
@@ -227,5 +219,5 @@ def _free(part: ParameterPart, fixed: Any) -> np.ndarray:
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         came = f"{fixed!r} for '{part.name}'"
         needed = f"an index or a mask over its elements {tuple(lead)} is needed ({error})"
-        raise InputError(explain("fixed", came, needed)) from None
+        raise InputError.of("fixed", came, needed) from None
     return np.repeat(~mask.reshape(-1).numpy(), part.width).nonzero()[0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from time import perf_counter
+from types import NoneType
 
 import numpy as np
 
 from .._progress import track
+from .._requirements import check_kind, check_positive
 from .._runtime.restoring import NumericWarningsIgnored, restoring
-from ..errors import InputError, InputTypeError, NonFiniteError, explain
+from ..errors import InputError, NonFiniteError
 from ._certificate import MOST_REDUCTION, Certificate, certificate, small_reduction
 from ._layout import Values
 from ._problem import FitProblem
@@ -57,16 +59,12 @@ class StoppingCriteria:
         """
         for name in ("ftol", "xtol", "gtol"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, float | int)):
-                raise InputTypeError(explain(name, f"a {type(value).__name__}", "a number or None is needed"))
+            check_kind(name, value, (float, int, NoneType), "a number or None is needed")
             if value is not None and not value >= 0:
-                raise InputError(explain(name, repr(value), "a number from zero on, or None, is needed"))
-        for name in ("max_steps", "max_nfev"):
-            value = getattr(self, name)
-            if name == "max_nfev" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(explain(name, repr(value), "a positive whole number is needed"))
+                raise InputError.of(name, repr(value), "a number from zero on, or None, is needed")
+        check_positive("max_steps", self.max_steps)
+        if self.max_nfev is not None:
+            check_positive("max_nfev", self.max_nfev)
 
 
 @restoring
@@ -76,23 +74,17 @@ def run(
     """Run steps until a rule is met; without a strategy every Gauss-Newton step is taken whole."""
     # Numbers that are not finite are looked for, and end a step.
     with NumericWarningsIgnored("divide", "over", "under", "invalid"):
-        return _run(problem, solver, strategy, rules, progress)
-
-
-def _run(
-    problem: FitProblem, solver: StepSolver, strategy: Strategy | None, rules: StoppingCriteria, progress: bool | None
-) -> Outcome:
-    loop = _Loop(problem, solver, strategy, rules)
-    stop = loop.settled(loop.at_rest(), None)
-    if stop is None:
-        for _ in track(range(rules.max_steps), problem.call, enabled=progress):
-            stop = loop.step()
-            if stop is not None or len(loop.log) >= rules.max_steps:
-                break
-    stop = stop or loop.unmet("max_steps", f"{rules.max_steps} steps were not enough")
-    if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first + loop.point.floor:
-        stop = Stop("diverged", f"the objective ended above its start; {_CAREFUL}")
-    return Outcome(loop.point, stop, loop.log)
+        loop = _Loop(problem, solver, strategy, rules)
+        stop = loop.settled(loop.at_rest(), None)
+        if stop is None:
+            for _ in track(range(rules.max_steps), problem.call, enabled=progress):
+                stop = loop.step()
+                if stop is not None or len(loop.log) >= rules.max_steps:
+                    break
+        stop = stop or loop.unmet("max_steps", f"{rules.max_steps} steps were not enough")
+        if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first + loop.point.floor:
+            stop = Stop("diverged", f"the objective ended above its start; {_CAREFUL}")
+        return Outcome(loop.point, stop, loop.log)
 
 
 class _Loop:
@@ -103,7 +95,7 @@ class _Loop:
         self.started = perf_counter()
         self.point = self._at(problem.values())
         self.first = self.point.cost
-        self.level = strategy.begin() if strategy else None
+        self.damping = strategy.begin() if strategy else None
         self.rejections = self.at_noise = 0
         self.insist = False
         self.refused: Certificate | None = None
@@ -121,20 +113,20 @@ class _Loop:
         """Try one step; return why to stop, if so."""
         insisted, self.insist = self.insist, False
         try:
-            solved, level = self._solved(insisted)
+            solved, damping = self._solved(insisted)
         except Singular as reason:
             return self._no_step(str(reason))
-        trial = self._accepted(self._tried(solved, level, insisted))
-        self._note(trial.solved, level, trial)
+        trial = self._accepted(self._tried(solved, damping, insisted))
+        self._note(trial.solved, damping, trial)
         self._adapt(trial)
         return self._judged(trial)
 
     def _solved(self, insisted: bool) -> tuple[Solved, float | None]:
         system = self.point.system
         if insisted:
-            return undamped(system, self.solver), self.level
+            return undamped(system, self.solver), self.damping
         if self.strategy is not None:
-            return self.strategy.step(system, self.solver, self.level)
+            return self.strategy.step(system, self.solver, self.damping)
         solved = system.memory.get("undamped")
         if solved is None:
             try:
@@ -146,7 +138,7 @@ class _Loop:
         remember(system, solved)
         return solved, None
 
-    def _tried(self, solved: Solved, level: float | None, insisted: bool, point: FitPoint | None = None) -> Trial:
+    def _tried(self, solved: Solved, damping: float | None, insisted: bool, point: FitPoint | None = None) -> Trial:
         point = self.point if point is None else point
         predicted = predicted_reduction(point.system, solved.step)
         values = self.problem.layout.moved(point.values, solved.step)
@@ -160,7 +152,7 @@ class _Loop:
         if solved is point.system.memory.get("undamped"):
             point.system.memory["tried"] = True
         return Trial(
-            solved, level, values, tried, predicted, gain / predicted if known else -np.inf, at_noise, insisted
+            solved, damping, values, tried, predicted, gain / predicted if known else -np.inf, at_noise, insisted
         )
 
     def _accepted(self, trial: Trial) -> Trial:
@@ -188,7 +180,7 @@ class _Loop:
         In a narrow curved valley all steps that lower the objective are short; the long one along the valley, and one
         or two back down into it, are not (the watchdog technique: Chamberlain, Powell, Lemarechal and Pedersen, 1982).
         """
-        first, level = trial, self.level
+        first, damping = trial, self.damping
         most = self.rules.max_nfev or np.inf
         for _ in range(min(_EXCURSION, self.rules.max_steps - len(self.log) - 1)):
             if self.problem.evaluations >= most:
@@ -198,8 +190,8 @@ class _Loop:
                 solved = undamped(point.system, self.solver)
             except (Singular, NonFiniteError):
                 break
-            self._note(trial.solved, level, trial)
-            last, trial = trial.tried, self._tried(solved, level, insisted=True, point=point)
+            self._note(trial.solved, damping, trial)
+            last, trial = trial.tried, self._tried(solved, damping, insisted=True, point=point)
             if trial.tried < self.point.cost:
                 return replace(trial, good=True)
             if not trial.tried < last / 2:
@@ -213,14 +205,14 @@ class _Loop:
             self.rejections = 0
         elif not trial.insisted:
             self.rejections += 1
-        if self.strategy is None or trial.level is None:
+        if self.strategy is None or trial.damping is None:
             return
         length = float(np.linalg.norm(trial.solved.step * self.point.system.scale))
         if trial.insisted:
             if trial.good or not self.rejections:
-                self.level = self.strategy.after_undamped(trial.level, trial.good, length)
+                self.damping = self.strategy.after_undamped(trial.damping, trial.good, length)
         else:
-            self.level = self.strategy.next(trial.level, trial.ratio, self.rejections, length)
+            self.damping = self.strategy.next(trial.damping, trial.ratio, self.rejections, length)
 
     # ---- when to stop ------------------------------------------------------------------------------------------
 
@@ -332,14 +324,14 @@ class _Loop:
             todo = "hold something fixed with `fixed=`, or use levenberg_marquardt"
             return self.unmet("singular", f"{reason}; {todo}")
         self.rejections += 1
-        level = self.level if self.level is not None else 1.0
-        self._note(None, level, None, reason)
+        damping = self.damping if self.damping is not None else 1.0
+        self._note(None, damping, None, reason)
         if isinstance(self.strategy, Constant) or self.rejections >= _REJECTIONS:
             return self.unmet("singular", f"{reason}; hold something fixed with `fixed=`, or damp more")
-        self.level = self.strategy.next(level, -1.0, self.rejections, level)
+        self.damping = self.strategy.next(damping, -1.0, self.rejections, damping)
         return None
 
-    def _note(self, solved: Solved | None, level: float | None, trial: Trial | None, note: str = "") -> None:
+    def _note(self, solved: Solved | None, damping: float | None, trial: Trial | None, note: str = "") -> None:
         now, nan = perf_counter(), float("nan")
         solver = note if solved is None else f"{solved.solver} ({solved.note})" if solved.note else solved.solver
         self.log.append(
@@ -349,7 +341,7 @@ class _Loop:
                 tried=trial.tried if trial else nan,
                 optimality=self.point.optimality,
                 length=float(np.linalg.norm(solved.step)) if solved else 0.0,
-                damping=0.0 if trial and trial.insisted else level or 0.0,
+                damping=0.0 if trial and trial.insisted else damping or 0.0,
                 ratio=float(trial.ratio) if trial else -np.inf,
                 accepted=trial.good if trial else False,
                 inner_residual=solved.residual if solved else nan,

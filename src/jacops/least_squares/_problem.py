@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._finite import is_finite, where_first
+from .._finite import require_finite
+from .._requirements import check_choice, check_kind
 from .._runtime.contexts import arithmetic, out_of_inference, private_noise, random_state_kept, recording
 from .._runtime.restoring import restoring
 from .._torch.protocol import (
@@ -31,11 +32,13 @@ from ..errors import (
     ModelStateError,
     NonFiniteError,
     NotDifferentiableError,
-    explain,
 )
+from ..extras.lie import layout as lie_layout
+from ..sparsity import SparsePlan, sparse_plan
+from ..sparsity._matrix import csr
 from ..trees import flatten, output_leaves
 from ._layout import Layout, Values, layout_of
-from ._residuals import Residuals, residuals_of
+from ._residuals import Residuals, block_diagonal, residuals_of
 from ._scaling import scaling_of
 from ._system import LinearizedFit
 
@@ -72,12 +75,10 @@ def function_module(function: Any, params: Any) -> FunctionModule:
         InputError: `params` is empty.
     """
     if not callable(function):
-        raise InputTypeError(explain("model", f"a {type(function).__name__}", "a module or a function is needed"))
+        raise InputTypeError.of("model", f"a {type(function).__name__}", "a module or a function is needed")
     if params is None:
         todo = "Pass `params=` (a tensor, a list or a dict of tensors): where the search starts."
-        raise InputTypeError(
-            explain("params", "None", "a plain function needs the tensors it is to be solved for", todo)
-        )
+        raise InputTypeError.of("params", "None", "a plain function needs the tensors it is to be solved for", todo)
     keyword = isinstance(params, Mapping)
     if isinstance(params, Tensor):
         named: dict[str, Any] = {"x": params}
@@ -86,15 +87,14 @@ def function_module(function: Any, params: Any) -> FunctionModule:
     elif isinstance(params, list | tuple):
         named = {f"x[{i}]": value for i, value in enumerate(params)}
     else:
-        raise InputTypeError(explain("params", f"a {type(params).__name__}", "a tensor, list or dict is needed"))
+        raise InputTypeError.of("params", f"a {type(params).__name__}", "a tensor, list or dict is needed")
     if not named:
-        raise InputError(explain("params", "empty", "at least one tensor is needed"))
+        raise InputError.of("params", "empty", "at least one tensor is needed")
     for name, value in named.items():
         label = f"params{name.removeprefix('x')}" if not keyword else f"params['{name}']"
-        if not isinstance(value, Tensor):
-            raise InputTypeError(explain(label, f"a {type(value).__name__}", "a tensor is needed"))
+        check_kind(label, value, Tensor, "a tensor is needed")
         if not value.is_floating_point():
-            raise InputTypeError(explain(label, f"of dtype {value.dtype}", "real floating-point numbers are needed"))
+            raise InputTypeError.of(label, f"of dtype {value.dtype}", "real floating-point numbers are needed")
     return FunctionModule(function, named, keyword)
 
 
@@ -118,7 +118,7 @@ class FitProblem:
         self.original = {n: p for n, p in parameter_names(module).items() if p.requires_grad}
         if not self.original:
             todo = "Call `.requires_grad_()` on what is to be solved for."
-            raise ModelStateError(explain("model", "without parameters that require grad", "some must move", todo))
+            raise ModelStateError.of("model", "without parameters that require grad", "some must move", todo)
         self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
         self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
         self.call, self.value = call, value
@@ -187,7 +187,7 @@ class FitProblem:
     @restoring
     def _dense(self) -> tuple[list[Tensor], np.ndarray]:
         recorded = self._recorded()
-        lie = _lie_layout(recorded)
+        lie = lie_layout(recorded, True)
         with arithmetic(False):
             blocks = jacobian_blocks(recorded.lin)
             blocks = lie(blocks) if lie else blocks
@@ -197,16 +197,11 @@ class FitProblem:
             for name, output, line in zip(recorded.lin.codomain.names, outputs, blocks, strict=True):
                 column, rows = 0, slice(row, row + output.numel())
                 for part, block in zip(self.layout.parts, line, strict=True):
-                    if not is_finite(block):
-                        raise NonFiniteError(
-                            f"{self.call}: in the Jacobian of {name} by {part.name}, {where_first(block)}."
-                        )
+                    require_finite(block, f"{self.call}: in the Jacobian of {name} by {part.name}")
                     matrix = block.reshape(output.numel(), -1).to(torch.float64)
                     if part.chart is not None:
-                        moves = part.chart.storage_jacobian(self.held[part.name].detach().to(torch.float64))
-                        moves = moves.reshape(part.elements, part.chart.storage, part.width)
-                        matrix = matrix.reshape(output.numel(), part.elements, part.chart.storage)
-                        matrix = torch.einsum("mes,est->met", matrix, moves.to(matrix.device))
+                        moves = torch.from_numpy(part.moves(self.held[part.name])).to(matrix.device)
+                        matrix = torch.einsum("mes,est->met", matrix.reshape(-1, *moves.shape[:2]), moves)
                     J[rows, column : column + part.columns] = matrix.reshape(output.numel(), -1).cpu().numpy()
                     column += part.columns
                 row = rows.stop
@@ -216,15 +211,11 @@ class FitProblem:
 
     def _choose(self, jacobian: Any) -> None:
         rows, columns = self.residuals.rows, self.layout.columns
-        from ..sparsity import SparsePlan, sparse_plan
-
         if isinstance(jacobian, SparsePlan):
             self.plan, self.route = jacobian, "sparse: a plan was given"
             self._check_lie()
             return
-        if jacobian not in ("auto", "dense", "sparse"):
-            needed = "'auto', 'dense', 'sparse' or a SparsePlan is needed"
-            raise InputError(explain("jacobian", repr(jacobian), needed))
+        check_choice("jacobian", jacobian, ("auto", "dense", "sparse"), " or a SparsePlan")
         size = f"{rows} x {columns}"
         if jacobian == "dense":
             self._check_budget(rows, columns)
@@ -276,7 +267,6 @@ class FitProblem:
         groups = [part.name for part in self.layout.parts if part.group]
         if not groups:
             return
-        _lie_layout(self._recorded())  # refuses what it knows to be wrong, by name
         values = self.values()
         self._set(values)
         outputs, J = self._sparse()
@@ -298,11 +288,9 @@ class FitProblem:
             )
 
     def _sparse(self) -> tuple[list[Tensor], Any]:
-        from scipy.sparse import csr_array
-
         found = self.plan._evaluated(self.work, self.value, 1, "scipy", self.residuals.importance)
         outputs = [o.detach() for o in output_leaves(found.output)[0]]
-        J = csr_array(found.matrix).astype(np.float64)
+        J = csr(found.matrix).astype(np.float64)
         if not np.isfinite(J.data).all():
             raise NonFiniteError(f"{self.call}: the Jacobian has NaN or Inf; the output itself is finite.")
         return outputs, _on_charts(J, self.layout, self.held)
@@ -310,23 +298,6 @@ class FitProblem:
 
 def _on_charts(J: Any, layout: Layout, held: dict[str, Tensor]) -> Any:
     """Return a sparse Jacobian by storage as one by tangents: times one small block per element."""
-    from scipy.sparse import block_diag, bsr_array, csr_array, eye_array
-
     if all(part.chart is None for part in layout.parts):
         return J
-    moves = []
-    for part in layout.parts:
-        if part.chart is None:
-            moves.append(eye_array(part.columns))
-            continue
-        blocks = part.chart.storage_jacobian(held[part.name].detach().to("cpu", torch.float64))
-        blocks = blocks.reshape(part.elements, part.chart.storage, part.width).numpy()
-        index = np.arange(part.elements + 1)
-        moves.append(bsr_array((blocks, index[:-1], index)))
-    return csr_array(J @ csr_array(block_diag(moves, format="csr")))
-
-
-def _lie_layout(recorded: Any) -> Any:
-    from ..extras.lie import layout
-
-    return layout(recorded, True)
+    return csr(J @ block_diagonal([part.moves(held[part.name]) for part in layout.parts]))

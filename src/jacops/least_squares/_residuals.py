@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._requirements import check_choice, check_kind
 from .._runtime.restoring import NumericWarningsIgnored, restoring
-from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError, explain
+from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
+from ..extras._lie_groups import group_of
+from ..sparsity._matrix import csr, sp
 from ..trees import Tree, flatten
 from ._kernels import Kernel, correction, kernel_of
 
@@ -119,25 +122,26 @@ class Residuals:
 
     def corrected(self, outputs: Sequence[Tensor], J: Any) -> tuple[float, np.ndarray, Any]:
         """Return the objective, and residual and Jacobian weighted and corrected; `J` may be overwritten."""
-        total, parts, start = 0.0, [], 0
-        scales: list[np.ndarray] = []
+        total, start = 0.0, 0
+        residuals, rows = [], []
         for term, output in zip(self.terms, outputs, strict=True):
-            rows, r = slice(start, start + term.rows), term.weighted(output)
+            where, r = slice(start, start + term.rows), term.weighted(output)
             start += term.rows
-            factor = along = None
-            blocks = r.reshape(-1, term.width)
+            part = J[where] if term.root is None else _times(term.root, J[where])
             if term.kernel is None:
                 total += float(r @ r) / 2
             else:
+                blocks = r.reshape(-1, term.width)
                 cost, fixed, factor, along = correction(term.kernel, blocks, self.second_order)
                 total, r = total + cost, fixed.reshape(-1)
-            parts.append(r)
+                if along is not None:
+                    part = part - block_diagonal([along[:, :, None]]) @ (block_diagonal([blocks[:, None]]) @ part)
+                part = _times(np.repeat(factor, term.width), part)
+            residuals.append(r)
+            rows.append(part)
             if isinstance(J, np.ndarray):
-                _scale_dense(J[rows], term, factor, along, blocks)
-            else:
-                scales.append(_matrices(term, factor, along, blocks))
-        residual = np.concatenate(parts)
-        return total, residual, J if isinstance(J, np.ndarray) else _scale_sparse(J, scales)
+                J[where] = part
+        return total, np.concatenate(residuals), J if isinstance(J, np.ndarray) else csr(sp.vstack(rows))
 
 
 def array(output: Tensor) -> np.ndarray:
@@ -145,53 +149,27 @@ def array(output: Tensor) -> np.ndarray:
     return output.detach().as_subclass(Tensor).reshape(-1).to("cpu", torch.float64).numpy()
 
 
-def _scale_dense(
-    J: np.ndarray, term: Term, factor: np.ndarray | None, along: np.ndarray | None, blocks: np.ndarray
-) -> None:
-    if term.root is not None and term.root.ndim == 1:
-        J *= term.root[:, None]
-    elif term.root is not None:
-        J[:] = np.matmul(term.root, J.reshape(len(term.root), -1, J.shape[1])).reshape(J.shape)
-    if factor is not None and along is not None:
-        view = J.reshape(*blocks.shape, J.shape[1])
-        view -= along[:, :, None] * np.einsum("kd,kdn->kn", blocks, view)[:, None]
-    if factor is not None:
-        J *= np.repeat(factor, term.width)[:, None]
+def _times(left: np.ndarray, J: Any) -> Any:
+    """Return numbers per row `(rows,)`, or matrices per block `(blocks, d, d)`, times rows of a Jacobian."""
+    if left.ndim == 1 and isinstance(J, np.ndarray):
+        return left[:, None] * J
+    if left.ndim == 1:
+        return csr((J.data * np.repeat(left, np.diff(J.indptr)), J.indices, J.indptr), shape=J.shape)
+    if not isinstance(J, np.ndarray):
+        return csr(block_diagonal([left]) @ J)
+    return np.matmul(left, J.reshape(len(left), -1, J.shape[1])).reshape(J.shape)
 
 
-def _matrices(term: Term, factor: np.ndarray | None, along: np.ndarray | None, blocks: np.ndarray) -> np.ndarray:
-    """Return what multiplies a term's rows: per row `(rows,)`, or per block `(blocks, d, d)`."""
-    root: Any = np.ones(term.rows) if term.root is None else term.root
-    if factor is None:
-        return root
-    if along is None and root.ndim == 1:
-        return root * np.repeat(factor, term.width)
-    width = term.width
-    if along is None:
-        turn = np.broadcast_to(np.eye(width), (len(blocks), width, width)) * factor[:, None, None]
-    else:
-        turn = factor[:, None, None] * (np.eye(width) - along[:, :, None] * blocks[:, None])
-    if root.ndim == 1:
-        return turn * root.reshape(len(blocks), 1, width)
-    if root.shape[1] != width:  # one matrix over a vector of entries
-        return np.einsum("ki,kij->kij", turn.reshape(1, -1), root)
-    return turn @ root
-
-
-def _scale_sparse(J: Any, scales: list[np.ndarray]) -> Any:
-    from scipy.sparse import block_diag, bsr_array, csr_array, diags_array
-
-    if all(s.ndim == 1 for s in scales):
-        J.data = J.data * np.repeat(np.concatenate(scales), np.diff(J.indptr))
-        return J
-    parts = []
-    for s in scales:
-        if s.ndim == 1:
-            parts.append(diags_array(s))
-        else:
-            index = np.arange(len(s) + 1)
-            parts.append(bsr_array((s, index[:-1], index)))
-    return csr_array(block_diag(parts, format="csr") @ J)
+def block_diagonal(parts: Sequence[np.ndarray]) -> Any:
+    """Return the sparse matrix with these on its diagonal: numbers `(k,)`, or blocks `(k, rows, columns)`."""
+    index = [np.arange(len(part) + 1) for part in parts]
+    return sp.block_diag(
+        [
+            sp.diags_array(part) if part.ndim == 1 else sp.bsr_array((part, at[:-1], at))
+            for part, at in zip(parts, index, strict=True)
+        ],
+        format="csr",
+    )
 
 
 # ---- what the caller gives ---------------------------------------------------------------------------------------
@@ -212,9 +190,7 @@ def residuals_of(outputs: Sequence[Tensor], tree: Tree, given: dict[str, Any], c
         NotDifferentiableError: An output is complex.
         NonFiniteError: An output at the start is NaN or Inf.
     """
-    if given["corrector"] not in ("triggs", "first_order"):
-        needed = "'triggs' or 'first_order' is needed"
-        raise InputError(explain("corrector", repr(given["corrector"]), needed))
+    check_choice("corrector", given["corrector"], ("triggs", "first_order"))
     spread = {key: _spread(given[key], tree, key) for key in ("target", "weight", "sqrt_weight")}
     kernel = given["kernel"]
     kernels = _spread(kernel, tree, "kernel") if isinstance(kernel, list | tuple | dict) else [kernel] * len(outputs)
@@ -224,31 +200,26 @@ def residuals_of(outputs: Sequence[Tensor], tree: Tree, given: dict[str, Any], c
         label = "" if tree.single else name.removeprefix("output")
         target = _target(spread["target"][i], output, f"target{label}")
         if spread["weight"][i] is not None and spread["sqrt_weight"][i] is not None:
-            raise InputError(explain(f"weight{label}", "given beside `sqrt_weight`", "one of them is needed, not both"))
+            raise InputError.of(f"weight{label}", "given beside `sqrt_weight`", "one of them is needed, not both")
         root = _root(spread["weight"][i], output.shape, f"weight{label}", squared=True)
         if root is None:
             root = _root(spread["sqrt_weight"][i], output.shape, f"sqrt_weight{label}", squared=False)
         terms.append(Term(name, output.shape, target, root, kernel_of(kernels[i], given["f_scale"])))
     found = Residuals(tuple(terms), given["corrector"] == "triggs")
     if not found.rows:
-        raise InputError(explain("the residual", "empty", "at least one number is needed"))
+        raise InputError.of("the residual", "empty", "at least one number is needed")
     return found
 
 
 def _check_output(output: Tensor, name: str, call: str) -> None:
-    from ..extras._lie_groups import group_of
-
     if output.is_complex():
-        raise NotDifferentiableError(
-            explain(
-                name, f"of dtype {output.dtype}", "least squares need real numbers", "Use torch.view_as_real on it."
-            )
-        )
+        came = f"of dtype {output.dtype}"
+        raise NotDifferentiableError.of(name, came, "least squares need real numbers", "Use torch.view_as_real on it.")
     if group_of(output):
         needed = "a residual must be a vector"
-        raise InputError(explain(name, f"an element of {group_of(output)}", needed, "Return its `.Log()`."))
-    if not torch.isfinite(output.detach().as_subclass(Tensor)).all():
-        bad = (~torch.isfinite(output.detach().as_subclass(Tensor))).nonzero()
+        raise InputError.of(name, f"an element of {group_of(output)}", needed, "Return its `.Log()`.")
+    bad = (~torch.isfinite(output.detach().as_subclass(Tensor))).nonzero()
+    if len(bad):
         raise NonFiniteError(
             f"{call}: at the start, {name} has {len(bad)} entries that are NaN or Inf, the first at index "
             f"{tuple(bad[0].tolist())}. Start somewhere else or mend the model."
@@ -263,14 +234,14 @@ def _spread(given: Any, tree: Tree, argument: str) -> list[Any]:
         return [given]
     if isinstance(given, Tensor) or not isinstance(given, list | tuple | dict):
         came = f"a {type(given).__name__}"
-        raise InputTypeError(explain(argument, came, f"one entry per output is needed: {', '.join(tree.names)}"))
+        raise InputTypeError.of(argument, came, f"one entry per output is needed: {', '.join(tree.names)}")
     import torch.utils._pytree as pytree
 
     leaves = pytree.tree_leaves(given, is_leaf=lambda v: v is None or not isinstance(v, list | tuple | dict))
     names = flatten(given, "output")[1].names
     if len(leaves) != len(tree.names) or (len(names) == len(leaves) and _keys(names) != _keys(tree.names)):
         came = f"of {len(leaves)} entries"
-        raise InputError(explain(argument, came, f"one entry per output is needed: {', '.join(tree.names)}"))
+        raise InputError.of(argument, came, f"one entry per output is needed: {', '.join(tree.names)}")
     return leaves
 
 
@@ -281,16 +252,15 @@ def _keys(names: Sequence[str]) -> list[str]:
 def _target(target: Any, output: Tensor, argument: str) -> np.ndarray | None:
     if target is None:
         return None
-    if not isinstance(target, Tensor):
-        raise InputTypeError(explain(argument, f"a {type(target).__name__}", "a tensor is needed"))
+    check_kind(argument, target, Tensor, "a tensor is needed")
     if target.shape != output.shape:
         needed = f"the output has shape {tuple(output.shape)}"
-        raise InputError(explain(argument, f"of shape {tuple(target.shape)}", needed, "Nothing is broadcast."))
+        raise InputError.of(argument, f"of shape {tuple(target.shape)}", needed, "Nothing is broadcast.")
     if target.dtype != output.dtype:
         todo = f"Call `.to({output.dtype})` on it."
-        raise InputError(explain(argument, f"of dtype {target.dtype}", f"the output is of {output.dtype}", todo))
+        raise InputError.of(argument, f"of dtype {target.dtype}", f"the output is of {output.dtype}", todo)
     if not torch.isfinite(target.detach().as_subclass(Tensor)).all():
-        raise NonFiniteError(explain(argument, "holding NaN or Inf", "finite numbers are needed"))
+        raise NonFiniteError.of(argument, "holding NaN or Inf", "finite numbers are needed")
     return array(target)
 
 
@@ -303,19 +273,18 @@ def _root(weight: Any, shape: torch.Size, argument: str, squared: bool) -> np.nd
     """
     if weight is None:
         return None
-    if isinstance(weight, bool) or not isinstance(weight, Tensor | float | int):
-        raise InputTypeError(explain(argument, f"a {type(weight).__name__}", "a number or a tensor is needed"))
+    check_kind(argument, weight, (Tensor, float, int), "a number or a tensor is needed")
     value = torch.as_tensor(weight).detach().as_subclass(Tensor).to("cpu", torch.float64)
     if not torch.isfinite(value).all():
-        raise NonFiniteError(explain(argument, "holding NaN or Inf", "finite numbers are needed"))
+        raise NonFiniteError.of(argument, "holding NaN or Inf", "finite numbers are needed")
     last = shape[-1] if shape else 1
     if value.shape == shape == (last, last) and last > 1:
         came = f"of shape {(last, last)}, which could be one weight per entry or one matrix for all blocks"
         todo = f"Pass (1, {last}, {last}) for one matrix, or `torch.diag_embed({argument})` for one number per entry."
-        raise InputError(explain(argument, came, "it must be one of them", todo))
+        raise InputError.of(argument, came, "it must be one of them", todo)
     if value.ndim == 0 or value.shape == shape or (len(shape) > 1 and value.shape == shape[:-1]):
         if squared and bool((value < 0).any()):
-            raise InputError(explain(argument, "negative somewhere", "weights must not be negative"))
+            raise InputError.of(argument, "negative somewhere", "weights must not be negative")
         full = value if value.ndim in (0, len(shape)) else value.unsqueeze(-1)
         rows = full.expand(shape).reshape(-1).numpy().copy()
         return np.sqrt(rows) if squared else rows
@@ -326,15 +295,13 @@ def _root(weight: Any, shape: torch.Size, argument: str, squared: bool) -> np.nd
     wanted = [f"() for all, {tuple(shape)} per entry"]
     wanted += [f"{tuple(shape[:-1])} per block"] if len(shape) > 1 else []
     wanted += [f"{(last, last)} or {(*shape[:-1], last, last)} as matrices"]
-    raise InputError(
-        explain(argument, f"of shape {tuple(value.shape)}", f"one of these is needed: {', '.join(wanted)}")
-    )
+    raise InputError.of(argument, f"of shape {tuple(value.shape)}", f"one of these is needed: {', '.join(wanted)}")
 
 
 def _matrix_root(blocks: Tensor, argument: str) -> np.ndarray:
     """Return S with S^T S = W for positive semidefinite W."""
     if not torch.allclose(blocks, blocks.mT, rtol=1e-6, atol=1e-6 * float(blocks.abs().max()) if blocks.numel() else 0):
-        raise InputError(explain(argument, "not symmetric", "information matrices must be symmetric"))
+        raise InputError.of(argument, "not symmetric", "information matrices must be symmetric")
     factor, info = torch.linalg.cholesky_ex(blocks)
     if not bool(info.any()):
         return factor.mT.contiguous().numpy()
@@ -343,5 +310,5 @@ def _matrix_root(blocks: Tensor, argument: str) -> np.ndarray:
     if bool((lowest < 0).any()):
         worst = int(lowest.reshape(-1).argmin())
         came = f"with the eigenvalue {float(values[worst, 0]):.3g} in block {worst}"
-        raise InputError(explain(argument, came, "information matrices must not be negative anywhere"))
+        raise InputError.of(argument, came, "information matrices must not be negative anywhere")
     return (values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT).contiguous().numpy()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
-from ..errors import InputError, SolveError, explain
+from ..errors import InputError, SolveError
 from ._solvers import LEAST_PIVOT, factorised
 from ._system import LinearizedFit, Singular
 from ._table import parameter_lines, step_lines
@@ -29,7 +29,7 @@ class StepRecord:
         optimality: The scaled gradient before it.
         length: Its length.
         damping: The damping (for a trust region the radius) it was made with; 0 without.
-        ratio: Actual by foretold reduction.
+        ratio: Actual by predicted reduction.
         accepted: Whether it was taken.
         inner_residual: True relative residual of its linear equations.
         inner_steps: Iterations of the linear solver.
@@ -81,7 +81,7 @@ class LeastSquaresResult:
         predicted: The reduction that an undamped Gauss-Newton step predicts where it was last computed, relative to
             the objective; NaN where it was not needed or could not be computed.
         method: The call and its strategy.
-        level: What `damping` in the log is: `"damping"`, `"radius"`, or empty without either.
+        limited_by: What `damping` in the log is: `"damping"`, `"radius"`, or empty without either.
     """
 
     x: Any
@@ -98,7 +98,7 @@ class LeastSquaresResult:
     certificate: str = ""
     predicted: float = float("nan")
     method: str = "least squares"
-    level: str = "damping"
+    limited_by: str = "damping"
     _system: LinearizedFit | None = field(default=None, repr=False)
 
     @property
@@ -151,11 +151,11 @@ class LeastSquaresResult:
         rows, size = self._system.J.shape
         wanted = np.arange(size) if columns is None else np.asarray(list(columns), dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < size):
-            raise InputError(explain("columns", f"reaching from {wanted.min()} to {wanted.max()}", f"there are {size}"))
+            raise InputError.of("columns", f"reaching from {wanted.min()} to {wanted.max()}", f"there are {size}")
         if not absolute and rows <= size:
             came = f"of {rows} residuals for {size} columns"
             todo = "Pass `absolute=True` if weights are inverse variances."
-            raise InputError(explain("the problem", came, "the variance is estimated from what is left over", todo))
+            raise InputError.of("the problem", came, "the variance is estimated from what is left over", todo)
         inverse = _inverse_part(self._system, wanted, self)
         return inverse if absolute else inverse * (2 * self.cost / (rows - size))
 
@@ -173,7 +173,7 @@ class LeastSquaresResult:
     def __str__(self) -> str:
         """Return the repr, the parameters by name, and a line per step."""
         head = f"  success {self.success}, by {self.method}"
-        steps = step_lines(self.log, self.level)
+        steps = step_lines(self.log, self.limited_by)
         title = ["  steps: the objective before each, and how it changed"] if steps else []
         return "\n".join((repr(self), head, *parameter_lines(self._named()), *title, *steps))
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, InputTypeError, explain
+from .._requirements import check_choice
+from ..errors import InputError, InputTypeError
 from ._layout import Layout, ParameterPart, by_name
 from ._system import LinearizedFit
 
@@ -47,9 +48,7 @@ def scaling_of(x_scale: Any, layout: Layout) -> Scaling:
         InputError: A name or a shape does not fit, or a scale is not positive.
     """
     if isinstance(x_scale, str):
-        if x_scale != "jac":
-            needed = "'jac', a number or tensors like the parameters are needed"
-            raise InputError(explain("x_scale", repr(x_scale), needed))
+        check_choice("x_scale", x_scale, ("jac",), ", a number or tensors like the parameters")
         return Scaling(None)
     parts = layout.parts
     if isinstance(x_scale, float | int) and not isinstance(x_scale, bool):
@@ -60,20 +59,19 @@ def scaling_of(x_scale: Any, layout: Layout) -> Scaling:
     missing = [p.name for p in parts if p.name not in found]
     if missing:
         needed = f"a scale for every parameter that moves is needed, for {missing} too"
-        raise InputError(explain("x_scale", f"given for {list(found)}", needed))
+        raise InputError.of("x_scale", f"given for {list(found)}", needed)
     return Scaling(1 / np.concatenate([_free_scales(p, found[p.name]) for p in parts]))
 
 
 def _free_scales(part: ParameterPart, scale: Any) -> np.ndarray:
     if isinstance(scale, bool) or not isinstance(scale, float | int | Tensor | np.ndarray):
         came = f"a {type(scale).__name__} for '{part.name}'"
-        raise InputTypeError(explain("x_scale", came, "a number or a tensor is needed"))
+        raise InputTypeError.of("x_scale", came, "a number or a tensor is needed")
     value = torch.as_tensor(scale).detach().as_subclass(Tensor).to("cpu", torch.float64)
-    shape = (*part.shape[:-1], part.width) if part.chart or part.group else tuple(part.shape)
+    shape = part.tangent_shape
     if value.ndim and tuple(value.shape) != shape:
         came = f"of shape {tuple(value.shape)} for '{part.name}'"
-        raise InputError(explain("x_scale", came, f"a number or the shape {shape} of its directions is needed"))
+        raise InputError.of("x_scale", came, f"a number or the shape {shape} of its directions is needed")
     if not bool((torch.isfinite(value) & (value > 0)).all()):
-        raise InputError(explain("x_scale", f"not positive for '{part.name}'", "positive finite numbers are needed"))
-    flat = value.expand(shape).reshape(-1).numpy()
-    return flat.copy() if part.free is None else flat[part.free]
+        raise InputError.of("x_scale", f"not positive for '{part.name}'", "positive finite numbers are needed")
+    return value.expand(shape).reshape(-1).numpy()[part.kept]

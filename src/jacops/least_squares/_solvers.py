@@ -3,14 +3,19 @@ r"""Linear solvers for one step: $(J^\top J + \mathrm{diag}(\lambda)) p = -J^\to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
 import torch
 
-from ..errors import InputError, InputTypeError, MissingExtraError, explain
+from .._requirements import check_choice, check_kind
+from ..errors import MissingExtraError
+from ..sparsity._matrix import csc, sp
 from ._system import LinearizedFit, Singular, Solved
+
+Map = Callable[[np.ndarray], np.ndarray]
 
 LEAST_PIVOT = 2e-15  # pivots of a matrix with unit diagonal that are rounding errors
 _FEW_ENTRIES = 2_000_000  # up to so many, orthogonal factors cost little and are the most exact
@@ -61,7 +66,7 @@ class Cholesky(StepSolver):
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
         if damping is not None and system.J.shape[0] < system.J.shape[1]:
-            return _double_backward(system, damping)
+            return _by_rows(system, damping)
         total = system.unit_normal(damping)
         total = total.toarray() if system.is_sparse else total
         factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(total))
@@ -74,9 +79,9 @@ class Cholesky(StepSolver):
         return _refined(system, damping, solve, factor.diagonal().square().numpy(), "cholesky")
 
 
-def _double_backward(system: LinearizedFit, damping: np.ndarray) -> Solved:
+def _by_rows(system: LinearizedFit, damping: np.ndarray) -> Solved:
     root = np.sqrt(damping)
-    J = torch.from_numpy((system.J.toarray() if system.is_sparse else system.J) / root)
+    J = torch.from_numpy(system.dense / root)
     total = J @ J.T
     total.diagonal().add_(1.0)
     factor, failed = torch.linalg.cholesky_ex(total)
@@ -103,9 +108,13 @@ class LSTSQ(StepSolver):
         """Return a step."""
         J, r = _stacked(system, damping)
         found = torch.linalg.lstsq(J, -r.unsqueeze(1), driver="gelsd")
-        rank, columns = int(found.rank), J.shape[1]
-        note = f"rank {rank} of {columns}" if rank < columns else ""
+        note = rank_note(int(found.rank), J.shape[1])
         return system.solved(found.solution[:, 0].numpy() / system.equilibration(damping), damping, "lstsq", note=note)
+
+
+def rank_note(rank: int, columns: int) -> str:
+    """Return a note on a rank, empty where it is full."""
+    return f"rank {rank} of {columns}" if rank < columns else ""
 
 
 @final
@@ -125,10 +134,9 @@ def factorised(system: LinearizedFit, damping: np.ndarray | None = None) -> Any:
     Raises:
         Singular: There are none.
     """
-    from scipy.sparse import csc_array
     from scipy.sparse.linalg import splu
 
-    total = csc_array(system.unit_normal(damping))
+    total = csc(system.unit_normal(damping))
     total.sum_duplicates()
     try:
         return splu(total, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
@@ -151,10 +159,8 @@ class QDLDL(StepSolver):
             import qdldl
         except ImportError:
             raise MissingExtraError("qdldl", "qdldl") from None
-        from scipy.sparse import csc_matrix
-
         try:
-            factor = qdldl.Solver(csc_matrix(system.unit_normal(damping)))
+            factor = qdldl.Solver(sp.csc_matrix(system.unit_normal(damping)))
         except RuntimeError as error:
             raise Singular(f"qdldl: {error}") from None
         return _refined(system, damping, factor.solve, factor.factors()[1], "qdldl")
@@ -175,35 +181,63 @@ class PCG(StepSolver):
 
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step; one that stopped early says so and is kept, since every iterate leads downhill."""
-        precondition = _block_jacobi(system, damping)
-        p, left = np.zeros_like(system.gradient), -system.gradient
-        bound = self.tolerance * float(np.linalg.norm(left))
-        z = precondition(left)
-        direction, along = z, float(left @ z)
-        most = self.max_steps or max(1000, 10 * len(p))
-        steps = 0
-        while float(np.linalg.norm(left)) > bound and steps < most:
-            moved = system.J.T @ system.push(direction)
-            moved = moved if damping is None else moved + damping * direction
-            bend = float(direction @ moved)
-            if not bend > 0:
-                break
-            p = p + along / bend * direction
-            left = left - along / bend * moved
-            z = precondition(left)
-            again = float(left @ z)
-            direction, along = z + again / along * direction, again
-            steps += 1
+        bound = self.tolerance * float(np.linalg.norm(system.gradient))
+        p, steps = conjugate_gradients(
+            system,
+            damping,
+            _block_jacobi(system, damping),
+            np.zeros_like(system.gradient),
+            lambda left, _: float(np.linalg.norm(left)) <= bound,
+            self.max_steps or max(1000, 10 * len(system.gradient)),
+        )
         found = system.solved(p, damping, "pcg", steps)
         if found.residual <= 10 * self.tolerance:
             return found
-        return Solved(*found.fields[:-1], "stopped before its tolerance")
+        return replace(found, note="stopped before its tolerance")
 
 
-def _block_jacobi(system: LinearizedFit, damping: np.ndarray | None) -> Any:
-    from scipy.sparse import coo_array
+def conjugate_gradients(
+    system: LinearizedFit,
+    damping: np.ndarray | None,
+    precondition: Map,
+    start: np.ndarray,
+    enough: Callable[[np.ndarray, float], bool],
+    most: int,
+) -> tuple[np.ndarray, int]:
+    """Return a step improved by conjugate gradients on the residual itself (CGLS), and the number of iterations.
 
-    total = coo_array(system.damped(damping))
+    Björck, Numerical methods for least squares problems, 1996, section 7.4.
+
+    Args:
+        system: The linearised problem.
+        damping: Its damping.
+        precondition: About the inverse of the normal matrix.
+        start: The step to begin with.
+        enough: Called with what is left of the normal equations and its square in the norm of `precondition`.
+        most: The most iterations.
+    """
+    penalty = 0.0 if damping is None else damping
+    p, left = start, system.r + system.push(start)
+    s = -(system.J.T @ left) - penalty * p
+    direction = precondition(s)
+    square, steps = float(s @ direction), 0
+    while steps < most and not enough(s, square):
+        moved = system.push(direction)
+        curvature = float(moved @ moved) + float(direction @ (penalty * direction))
+        if not curvature > 0:
+            break
+        alpha = square / curvature
+        p, left = p + alpha * direction, left + alpha * moved
+        s = -(system.J.T @ left) - penalty * p
+        z = precondition(s)
+        last, square = square, float(s @ z)
+        direction = z + square / last * direction
+        steps += 1
+    return p, steps
+
+
+def _block_jacobi(system: LinearizedFit, damping: np.ndarray | None) -> Map:
+    total = sp.coo_array(system.damped(damping))
     rows, columns = total.coords
     inside = system.blocks[rows] == system.blocks[columns]
     counts = np.bincount(system.blocks)
@@ -249,10 +283,10 @@ class AutoStepSolver(StepSolver):
                 raise
             solved, why = LSTSQ().solve(system, damping), f"{reason}: the shortest step"
         note = f"auto: {why}" + (f", {solved.note}" if solved.note else "")
-        return Solved(*solved.fields[:-1], note)
+        return replace(solved, note=note)
 
 
-def _refined(system: LinearizedFit, damping: np.ndarray | None, solve: Any, pivots: np.ndarray, name: str) -> Solved:
+def _refined(system: LinearizedFit, damping: np.ndarray | None, solve: Map, pivots: np.ndarray, name: str) -> Solved:
     """Return the step of a factorisation of the normal matrix with unit diagonal, refined once."""
     scale = system.equilibration(damping)
     if not pivots.min(initial=np.inf) > LEAST_PIVOT:
@@ -270,7 +304,7 @@ def _refined(system: LinearizedFit, damping: np.ndarray | None, solve: Any, pivo
 def _stacked(system: LinearizedFit, damping: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Jacobian over root of the damping, columns scaled, and the residual over zeros."""
     scale = system.equilibration(damping)
-    J = (system.J.toarray() if system.is_sparse else system.J) / scale
+    J = system.dense / scale
     if not (np.isfinite(scale).all() and np.isfinite(system.r).all()):  # LAPACK would end in an internal error
         raise Singular("the damped Jacobian overflows")
     if damping is None:
@@ -299,9 +333,6 @@ def solver_of(solver: Any) -> StepSolver:
     """
     if isinstance(solver, StepSolver):
         return solver
-    if not isinstance(solver, str):
-        came = f"a {type(solver).__name__}"
-        raise InputTypeError(explain("solver", came, f"one of {list(_NAMES)} or a Solver is needed"))
-    if solver not in _NAMES:
-        raise InputError(explain("solver", repr(solver), f"one of {list(_NAMES)} or a Solver is needed"))
+    check_kind("solver", solver, str, f"one of {list(_NAMES)} or a StepSolver is needed")
+    check_choice("solver", solver, _NAMES, " or a StepSolver")
     return _NAMES[solver]()

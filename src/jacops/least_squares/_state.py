@@ -59,7 +59,7 @@ class Trial:
 
     Attributes:
         solved: The step.
-        level: The damping or radius it was made for.
+        damping: The damping or radius it was made for.
         values: The parameters after it.
         tried: The objective after it.
         predicted: The reduction that the linearised problem predicts.
@@ -71,7 +71,7 @@ class Trial:
     """
 
     solved: Solved
-    level: float | None
+    damping: float | None
     values: Values
     tried: float
     predicted: float

@@ -1,44 +1,44 @@
-"""Strategies: how long the next step may be, given how well the last one did as foretold."""
+"""Strategies: how long the next step may be, given how well the last one did as predicted."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
 
-from ..errors import InputError, InputTypeError, explain
+from .._requirements import check_choice, check_kind, check_number
+from ..errors import InputError
 from ._solvers import StepSolver
 from ._system import LinearizedFit, Singular, Solved
 from ._undamped import undamped
 
-_MOST, _LEAST = 1e32, 1e-16
+_MOST, _LEAST = 1e32, 1e-16  # dampings beyond change nothing: steps of length zero, or undamped in double precision
 
 
 @dataclass(frozen=True)
 class Strategy(ABC):
-    r"""A recipe for steps. `level` is its one number: the damping, or the radius of a trust region.
+    r"""A recipe for steps, with one number that limits them: the damping, or the radius of a trust region.
 
     Dampings solve $(J^\top J + \lambda D) p = -J^\top r$, $D$ the diagonal of $J^\top J$ (Marquardt, 1963).
     """
 
     @abstractmethod
     def begin(self) -> float | None:
-        """Return the first level; None to take it from the first step."""
+        """Return the first damping or radius; None to take it from the first step."""
 
     @abstractmethod
-    def step(self, system: LinearizedFit, solver: StepSolver, level: float | None) -> tuple[Solved, float]:
-        """Return a step for this level, and the level it was made for."""
+    def step(self, system: LinearizedFit, solver: StepSolver, damping: float | None, /) -> tuple[Solved, float]:
+        """Return a step for this damping, and the one it was made for."""
 
     @abstractmethod
-    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
-        """Return the next level.
+    def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
+        """Return the next damping.
 
         Args:
-            level: The one just tried.
-            ratio: Actual by foretold reduction of the objective; below zero for a step uphill.
+            damping: The one just tried.
+            ratio: Actual by predicted reduction of the objective; below zero for a step uphill.
             rejections: How many steps in a row were rejected, this one included.
             length: The length of the step in units of the scaled parameters.
         """
@@ -48,15 +48,15 @@ class Strategy(ABC):
         """Whether an undamped step may be tried after a stop rule was met without evidence for a minimum."""
         return True
 
-    def after_undamped(self, level: float, good: bool, length: float) -> float:
-        """Return the next level after such a step.
+    def after_undamped(self, damping: float, good: bool, length: float, /) -> float:
+        """Return the next damping after such a step.
 
         Args:
-            level: The level before it.
+            damping: The one before it.
             good: Whether it was taken.
             length: Its length in units of the scaled parameters.
         """
-        return level
+        return damping
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,18 @@ class _Damped(Strategy):
     damping: float = 1e-4
 
     def __post_init__(self) -> None:
-        if isinstance(self.damping, bool) or not isinstance(self.damping, float | int):
-            raise InputTypeError(explain("damping", repr(self.damping), "a number is needed"))
-        if not (self.damping > 0 and isfinite(self.damping)):
-            raise InputError(explain("damping", repr(self.damping), "a positive number is needed"))
+        check_number("damping", self.damping)
 
     def begin(self) -> float | None:
         return float(self.damping)
 
-    def step(self, system: LinearizedFit, solver: StepSolver, level: float | None) -> tuple[Solved, float]:
-        level = self.damping if level is None else level
-        return solver.solve(system, level * (system.unit * system.scale) ** 2), level
+    def step(self, system: LinearizedFit, solver: StepSolver, damping: float | None, /) -> tuple[Solved, float]:
+        damping = self.damping if damping is None else damping
+        return solver.solve(system, damping * (system.unit * system.scale) ** 2), damping
 
-    def after_undamped(self, level: float, good: bool, length: float) -> float:
+    def after_undamped(self, damping: float, good: bool, length: float, /) -> float:
         """Return less damping, since a stop without evidence is one where damping holds the steps back."""
-        return max(level * (1e-2 if good else 0.3), _LEAST)
+        return max(damping * (1e-2 if good else 0.3), _LEAST)
 
 
 @final
@@ -91,9 +88,9 @@ class Constant(_Damped):
         """No: the damping is constant."""
         return False
 
-    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
-        """Return the same level."""
-        return level
+    def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
+        """Return the same damping."""
+        return damping
 
 
 @final
@@ -106,11 +103,11 @@ class Adaptive(_Damped):
     up: float = 2.0
     down: float = 0.5
 
-    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
-        """Return the next level; rejections in a row double the exponent, or many steps would be wasted."""
+    def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
+        """Return the next damping; rejections in a row double the exponent, or many steps would be wasted."""
         if ratio > self.high:
-            return max(level * self.down, _LEAST)
-        return min(level * self.up ** max(1, rejections), _MOST) if ratio < self.low else level
+            return max(damping * self.down, _LEAST)
+        return min(damping * self.up ** max(1, rejections), _MOST) if ratio < self.low else damping
 
 
 @final
@@ -118,9 +115,9 @@ class Adaptive(_Damped):
 class Marquardt(_Damped):
     """Damping by ten after every good step, times ten after every bad one (Marquardt, 1963)."""
 
-    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
-        """Return the next level."""
-        return min(level * 10, _MOST) if rejections else max(level / 10, _LEAST)
+    def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
+        """Return the next damping."""
+        return min(damping * 10, _MOST) if rejections else max(damping / 10, _LEAST)
 
 
 @final
@@ -128,11 +125,11 @@ class Marquardt(_Damped):
 class Nielsen(_Damped):
     r"""Damping times $\max(1/3, 1 - (2\varrho - 1)^3)$; $\times 2, 4, 8 \dots$ while steps are bad (Nielsen, 1999)."""
 
-    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
-        """Return the next level."""
+    def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
+        """Return the next damping."""
         if rejections:
-            return min(level * 2.0 ** min(rejections, 60), _MOST)
-        return max(level * max(1 / 3, 1 - (2 * ratio - 1) ** 3), _LEAST)
+            return min(damping * 2.0 ** min(rejections, 60), _MOST)
+        return max(damping * max(1 / 3, 1 - (2 * ratio - 1) ** 3), _LEAST)
 
 
 @final
@@ -154,14 +151,14 @@ class TrustRegion(Strategy):
         Raises:
             InputError: It is not.
         """
-        if self.radius is not None and not (self.radius > 0 and isfinite(self.radius)):
-            raise InputError(explain("radius", repr(self.radius), "a positive number is needed"))
+        if self.radius is not None:
+            check_number("radius", self.radius)
 
     def begin(self) -> float | None:
         """Return the first radius."""
         return self.radius
 
-    def step(self, system: LinearizedFit, solver: StepSolver, level: float | None) -> tuple[Solved, float]:
+    def step(self, system: LinearizedFit, solver: StepSolver, radius: float | None, /) -> tuple[Solved, float]:
         """Return the dogleg step."""
         scale = system.scale
         newton = system.memory.get("newton")
@@ -169,32 +166,30 @@ class TrustRegion(Strategy):
             newton = system.memory["newton"] = _newton(system, solver)
         full = newton.step * scale
         length = float(np.linalg.norm(full))
-        level = length if level is None else level
-        if length <= level:
-            return newton, level
+        radius = length if radius is None else radius
+        if length <= radius:
+            return newton, radius
         slope = system.gradient / scale
         steepest = float(slope @ slope) / max(float(np.sum(system.push(slope / scale) ** 2)), np.finfo(float).tiny)
         cauchy = -steepest * slope
-        reach = float(np.linalg.norm(cauchy))
-        if reach >= level:
-            path = cauchy * (level / reach)
+        descent = float(np.linalg.norm(cauchy))
+        if descent >= radius:
+            path = cauchy * (radius / descent)
         else:
             leg = full - cauchy
-            a, b, c = float(leg @ leg), float(cauchy @ leg), reach**2 - level**2
+            a, b, c = float(leg @ leg), float(cauchy @ leg), descent**2 - radius**2
             path = cauchy + leg * (-c / (b + np.sqrt(b * b - a * c)))
-        return Solved(
-            path / scale, newton.residual, newton.steps, newton.solver, ", ".join(filter(None, (newton.note, "dogleg")))
-        ), level
+        return replace(newton, step=path / scale, note=", ".join(filter(None, (newton.note, "dogleg")))), radius
 
-    def next(self, level: float, ratio: float, rejections: int, length: float) -> float:
+    def next(self, radius: float, ratio: float, rejections: int, length: float, /) -> float:
         """Return the next radius."""
         if rejections or ratio < 0.25:
-            return max(min(length, level) / 4, _LEAST)
-        return min(max(level, 3 * length), _MOST) if ratio > 0.75 else level
+            return max(min(length, radius) / 4, _LEAST)
+        return min(max(radius, 3 * length), _MOST) if ratio > 0.75 else radius
 
-    def after_undamped(self, level: float, good: bool, length: float) -> float:
+    def after_undamped(self, radius: float, good: bool, length: float, /) -> float:
         """Return a radius that holds the step if it was taken."""
-        return min(max(level, length), _MOST) if good else level
+        return min(max(radius, length), _MOST) if good else radius
 
 
 def _newton(system: LinearizedFit, solver: StepSolver) -> Solved:
@@ -204,7 +199,7 @@ def _newton(system: LinearizedFit, solver: StepSolver) -> Solved:
         try:
             solved = solver.solve(system, damping * system.scale**2) if damping else undamped(system, solver)
             if float(system.gradient @ solved.step) < 0 or not system.gradient.any():
-                return Solved(*solved.fields[:-1], f"damped by {damping:.0e}") if damping else solved
+                return replace(solved, note=f"damped by {damping:.0e}") if damping else solved
         except Singular:
             if damping >= 1.0:
                 raise
@@ -234,18 +229,15 @@ def strategy_of(strategy: Any, damping: float | None) -> Strategy:
         InputError: The name is unknown, or a damping is given where there is none.
         InputTypeError: It is neither a name nor a recipe.
     """
-    if isinstance(strategy, str):
-        if strategy not in _NAMES:
-            raise InputError(explain("strategy", repr(strategy), f"one of {list(_NAMES)} or a Strategy is needed"))
-        if damping is None:
-            return _NAMES[strategy]()
-        if strategy == "trust_region":
-            todo = "Set the first radius with `strategy=TrustRegion(radius)`."
-            raise InputError(explain("damping", repr(damping), "a trust region has none", todo))
-        return _NAMES[strategy](damping)  # pyright: ignore[reportCallIssue]
-    if not isinstance(strategy, Strategy):
-        came = f"a {type(strategy).__name__}"
-        raise InputTypeError(explain("strategy", came, f"one of {list(_NAMES)} or a Strategy is needed"))
-    if damping is not None:
-        raise InputError(explain("damping", repr(damping), "the strategy has its own", "Set it there."))
-    return strategy
+    if isinstance(strategy, Strategy):
+        if damping is not None:
+            raise InputError.of("damping", repr(damping), "the strategy has its own", "Set it there.")
+        return strategy
+    check_kind("strategy", strategy, str, f"one of {list(_NAMES)} or a Strategy is needed")
+    check_choice("strategy", strategy, _NAMES, " or a Strategy")
+    if damping is None:
+        return _NAMES[strategy]()
+    if strategy == "trust_region":
+        todo = "Set the first radius with `strategy=TrustRegion(radius)`."
+        raise InputError.of("damping", repr(damping), "a trust region has none", todo)
+    return _NAMES[strategy](damping)  # pyright: ignore[reportCallIssue]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..sparsity._matrix import sp
+
 _LEAST_SQUARE = 1e-250  # squares below may have lost digits to underflow (smallest normal number: 2e-308)
 _FEW = 10_000_000  # entries that are worth copying at once, 80 MB
 
@@ -52,6 +54,11 @@ class LinearizedFit:
         """Say whether the Jacobian is stored sparsely."""
         return not isinstance(self.J, np.ndarray)
 
+    @property
+    def dense(self) -> np.ndarray:
+        """The Jacobian as an array."""
+        return self.J.toarray() if self.is_sparse else self.J
+
     @cached_property
     def gradient(self) -> np.ndarray:
         """The gradient of half the squared residual."""
@@ -87,12 +94,8 @@ class LinearizedFit:
 
     def with_unit_columns(self) -> LinearizedFit:
         """Return the problem in unknowns `p * norms`."""
-        if self.is_sparse:
-            from scipy.sparse import diags_array
-
-            J = (self.J @ diags_array(1 / positive(self.norms))).tocsr()
-        else:
-            J = self.J / positive(self.norms)
+        norms = positive(self.norms)
+        J = (self.J @ sp.diags_array(1 / norms)).tocsr() if self.is_sparse else self.J / norms
         return LinearizedFit(J, self.r, self.blocks, eps=self.eps)
 
     @cached_property
@@ -120,9 +123,7 @@ class LinearizedFit:
             norms, system = np.ones_like(norms), self.with_unit_columns()
         if not self.is_sparse:
             return system.normal / np.outer(norms, norms)
-        from scipy.sparse import diags_array
-
-        unit = diags_array(1 / norms)
+        unit = sp.diags_array(1 / norms)
         return unit @ system.normal @ unit
 
     def unit_normal(self, damping: np.ndarray | None) -> Any:
@@ -131,13 +132,12 @@ class LinearizedFit:
             return self._cosines
         unit = self.equilibration(damping)
         share, rest = positive(self.norms) / unit, (np.sqrt(damping) / unit) ** 2
-        if not self.is_sparse:
-            total = self._cosines * np.outer(share, share)
-            total[np.diag_indices_from(total)] += rest
-            return total
-        from scipy.sparse import diags_array
-
-        return diags_array(share) @ self._cosines @ diags_array(share) + diags_array(rest)
+        if self.is_sparse:
+            scaled = sp.diags_array(share)
+            return scaled @ self._cosines @ scaled + sp.diags_array(rest)
+        total = self._cosines * np.outer(share, share)
+        total[np.diag_indices_from(total)] += rest
+        return total
 
     def push(self, p: np.ndarray) -> np.ndarray:
         """Return the Jacobian times a step."""
@@ -148,9 +148,7 @@ class LinearizedFit:
         if damping is None:
             return self.normal
         if self.is_sparse:
-            from scipy.sparse import diags_array
-
-            return (self.normal + diags_array(damping)).tocsc()
+            return (self.normal + sp.diags_array(damping)).tocsc()
         total = self.normal.copy()
         total[np.diag_indices_from(total)] += damping
         return total
@@ -190,8 +188,3 @@ class Solved:
     steps: int
     solver: str
     note: str = ""
-
-    @property
-    def fields(self) -> tuple[np.ndarray, float, int, str, str]:
-        """All five, in order."""
-        return self.step, self.residual, self.steps, self.solver, self.note

@@ -33,25 +33,25 @@ def _values(value: Tensor) -> str:
     return f"{shape}[{ends[0]}, ..., {ends[1]}]"
 
 
-def step_lines(log: Sequence[StepRecord], level: str) -> list[str]:
+def step_lines(log: Sequence[StepRecord], limited_by: str) -> list[str]:
     """Return a line per step; of a long run the first and the last, and how many lie between.
 
     Args:
         log: The steps.
-        level: What limits them: `"damping"` or `"radius"`; empty for neither.
+        limited_by: What limits them: `"damping"` or `"radius"`; empty for neither.
     """
     if len(log) <= _LINES:
-        return [_step(r, level) for r in log]
+        return [_step(r, limited_by) for r in log]
     left_out = f"  ... {len(log) - _FIRST - _LAST} steps not shown; `log` has all ..."
-    shown = [[_step(r, level) for r in part] for part in (log[:_FIRST], log[-_LAST:])]
+    shown = [[_step(r, limited_by) for r in part] for part in (log[:_FIRST], log[-_LAST:])]
     return [*shown[0], left_out, *shown[1]]
 
 
-def _step(record: StepRecord, level: str) -> str:
+def _step(record: StepRecord, limited_by: str) -> str:
     actual = record.objective - record.tried
     fields: list[tuple[str, Any]] = [("reduction", actual), ("predicted", record.predicted), ("step", record.length)]
-    if level:
-        fields.append((level, record.damping))
+    if limited_by:
+        fields.append((limited_by, record.damping))
     shown = "  ".join(f"{name} {_number(value)}" for name, value in fields)
     mark = "" if record.accepted else "  rejected"
     return f"  {record.step:4d}  {record.objective:.6e}  {shown}{mark}"

@@ -6,13 +6,10 @@ range of the Jacobian. A damped step can be small where this is large.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 
-from ._solvers import PCG, Cholesky, StepSolver, factorised
+from ._solvers import PCG, Cholesky, Map, StepSolver, conjugate_gradients, factorised, rank_note
 from ._system import LinearizedFit, Singular, Solved, positive
 
 _RANK = 32.0  # singular values below so many rounding errors of a Jacobian with unit columns are taken for zero
@@ -80,7 +77,7 @@ def above_rounding(system: LinearizedFit) -> Solved | None:
     rows, columns = system.J.shape
     if rows * columns > _SMALL or min(rows, columns) > _COLUMNS:
         return None
-    return _dense(system, system.J.toarray() if system.is_sparse else system.J)
+    return _dense(system)
 
 
 def _computed(system: LinearizedFit, solver: StepSolver) -> Solved:
@@ -91,7 +88,8 @@ def _computed(system: LinearizedFit, solver: StepSolver) -> Solved:
         if found is not None:
             return found
     if system.eps >= _DOUBLE:
-        return _lightly_damped(system, (_COARSE * system.eps) ** 2)[0]
+        damping = (_COARSE * system.eps) ** 2
+        return _lightly_damped_sparse(system, damping)[0] if system.is_sparse else _lightly_damped(system, damping)
     try:
         found = (PCG(_ACCURATE) if isinstance(solver, PCG) else solver).solve(system, None)
         if _is_accurate(system, found.step):
@@ -99,9 +97,8 @@ def _computed(system: LinearizedFit, solver: StepSolver) -> Solved:
     except Singular:
         pass
     if not system.is_sparse:
-        return _dense(system, system.J)
-    found, factor, damping = _factorised(system)
-    found = _refined(system, found, factor, damping)
+        return _dense(system)
+    found = _refined(system)
     return found if _is_accurate(system, found.step) else above_rounding(system) or found
 
 
@@ -113,9 +110,9 @@ def _is_accurate(system: LinearizedFit, step: np.ndarray) -> bool:
     return left <= max(_ACCURATE * float(np.linalg.norm(system.gradient / unit)), floor)
 
 
-def _dense(system: LinearizedFit, J: np.ndarray) -> Solved:
+def _dense(system: LinearizedFit) -> Solved:
     """Return the shortest step by QR and the singular values of R, along what rounding of J leaves certain."""
-    unit = system.equilibration(None)
+    J, unit = system.dense, system.equilibration(None)
     scaled = torch.from_numpy(J / unit)
     wide = J.shape[0] < J.shape[1]
     Q, R = torch.linalg.qr(scaled.T if wide else scaled)
@@ -129,65 +126,41 @@ def _dense(system: LinearizedFit, J: np.ndarray) -> Solved:
     gained = kept & (along.abs() * s > _NOISE * system.eps * s.max() * torch.linalg.norm(r))
     scaled_back = torch.where(gained, along / torch.where(kept, s, 1.0), 0.0)
     step = -Q @ (U @ scaled_back) if wide else -Vt.T @ scaled_back
-    rank, columns = int(kept.sum()), J.shape[1]
-    note = f"rank {rank} of {columns}" if rank < columns else ""
-    return system.solved(step.numpy() / unit, None, "svd", note=note)
+    return system.solved(step.numpy() / unit, None, "svd", note=rank_note(int(kept.sum()), J.shape[1]))
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """The inverse of the normal matrix plus `damping` times its diagonal."""
-
-    lu: Any
-    unit: np.ndarray
-
-    def solve(self, v: np.ndarray) -> np.ndarray:
-        return self.lu.solve(v / self.unit) / self.unit
+def _lightly_damped(system: LinearizedFit, damping: float) -> Solved:
+    found = Cholesky().solve(system, damping * system.equilibration(None) ** 2)
+    return system.solved(found.step, None, found.solver, note=f"damped by {damping:.0e}")
 
 
-def _lightly_damped(system: LinearizedFit, damping: float) -> tuple[Solved, _Factor]:
+def _lightly_damped_sparse(system: LinearizedFit, damping: float) -> tuple[Solved, Map]:
+    """Return a step, and the inverse of the normal matrix plus `damping` times its diagonal."""
     diagonal = damping * system.equilibration(None) ** 2
-    unit, note = system.equilibration(diagonal), f"damped by {damping:.0e}"
-    if not system.is_sparse:
-        found = Cholesky().solve(system, diagonal)
-        return system.solved(found.step, None, found.solver, note=note), _Factor(None, unit)
-    factor = _Factor(factorised(system, diagonal), unit)
-    return system.solved(-factor.solve(system.gradient), None, "splu", note=note), factor
+    unit, factor = system.equilibration(diagonal), factorised(system, diagonal)
+
+    def inverse(v: np.ndarray) -> np.ndarray:
+        return factor.solve(v / unit) / unit
+
+    return system.solved(-inverse(system.gradient), None, "splu", note=f"damped by {damping:.0e}"), inverse
 
 
-def _factorised(system: LinearizedFit) -> tuple[Solved, _Factor, float]:
+def _refined(system: LinearizedFit) -> Solved:
+    r"""Return a step with as little damping as it takes, undamped by conjugate gradients on the residual itself.
+
+    Directions whose singular value $\sigma$ is below the root of the damping are what is left to find. Those with
+    $\sigma$ at the rounding of the Jacobian add $\sigma^2 / \lambda$ to the square that is looked at, and are left out
+    by the bound on it.
+    """
     damping = _LEAST_DAMPING
     while True:
         try:
-            return *_lightly_damped(system, damping), damping
+            found, inverse = _lightly_damped_sparse(system, damping)
+            break
         except Singular:
             damping *= 100
             if damping > 1.0:
                 raise
-
-
-def _refined(system: LinearizedFit, found: Solved, factor: _Factor, damping: float) -> Solved:
-    r"""Return a step refined by conjugate gradients on the residual itself (CGLS), preconditioned by a factor.
-
-    Björck, Numerical methods for least squares problems, 1996, section 7.4. Directions whose singular value $\sigma$ is
-    below the root of the damping are what is left to find. Those with $\sigma$ at the rounding of the Jacobian add
-    $\sigma^2 / \lambda$ to the square that is looked at, and are left out by the bound on it.
-    """
-    p, left = found.step.copy(), system.r + system.push(found.step)
-    s = -(system.J.T @ left)
-    z = factor.solve(s)
-    gamma, direction, steps = float(s @ z), z, 0
     floor = (_RANK * system.eps) ** 2 / damping * float(system.r @ system.r)
-    while gamma > floor and steps < _MOST:
-        moved = system.push(direction)
-        curvature = float(moved @ moved)
-        if not curvature > 0:
-            break
-        alpha = gamma / curvature
-        p, left = p + alpha * direction, left + alpha * moved
-        s = -(system.J.T @ left)
-        z = factor.solve(s)
-        before, gamma = gamma, float(s @ z)
-        direction = z + gamma / before * direction
-        steps += 1
+    p, steps = conjugate_gradients(system, None, inverse, found.step, lambda _, square: square <= floor, _MOST)
     return system.solved(p, None, "splu", steps, f"{found.note}, undamped by {steps} iterations")

@@ -13,9 +13,9 @@ from .._runtime.agreement import tolerance
 from .._torch.protocol import RECORDED, JacobianFunction, Samples
 from ..errors import NotDifferentiableError, warn
 from ..trees import flatten, output_leaves
-from ._evidence import Blocks, Doubt, Nest, compared, doubt, losses
-
-Verdict = Callable[[Blocks, slice], str | None]
+from ._common import Blocks, compared
+from ._differences import Differences
+from ._evidence import Doubt, Nest, differs, doubt, losses
 
 
 class OutputEntry:
@@ -43,7 +43,7 @@ class OutputEntry:
         return whole.reshape(many, -1)[:, self.entry]
 
 
-def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, disproved: Verdict) -> Blocks:
+def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, differences: Differences) -> Blocks:
     """Return derivatives that nothing speaks against: `blocks`, or what every output entry alone gives.
 
     Args:
@@ -51,7 +51,7 @@ def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, dispr
         blocks: What shared sweeps gave, `[output][input][input]`, each `(n, *out, *in, *in)`.
         batch_size: Samples to a sweep.
         flaw: What is known to be wrong with them already.
-        disproved: Returns how derivatives of some samples differ from differences that converge; None if they do not.
+        differences: What they are held against where something speaks against them.
 
     Raises:
         NotDifferentiableError: Every output entry alone is wrong too, or `fallback="error"` and it differs.
@@ -59,7 +59,7 @@ def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, dispr
     if nest.samples.checks == "never" or nest.samples.count == 0 or nest.slopes.linear:
         return blocks
     against = Doubt(flaw, True, slice(0, 0)) if flaw else doubt(nest, blocks)
-    if against is None or not (against.contradicted or _disproved(nest, disproved, blocks, against)):
+    if against is None or not (against.contradicted or _disproved(nest, differences, blocks, against)):
         return blocks
     error = ""
     for rows in dict.fromkeys((batch_size, 1)):
@@ -67,7 +67,7 @@ def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, dispr
         if not _finite(other):
             return other
         again = doubt(nest, other)
-        error = "" if again is None else _disproved(nest, disproved, other, again)
+        error = "" if again is None else _disproved(nest, differences, other, again)
         if not error:
             return other if _same(blocks, other) else _reported(nest, against, other)
     raise NotDifferentiableError(
@@ -76,10 +76,12 @@ def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, dispr
     )
 
 
-def _disproved(nest: Nest, disproved: Verdict, blocks: Blocks, against: Doubt) -> str:
+def _disproved(nest: Nest, differences: Differences, blocks: Blocks, against: Doubt) -> str:
     """Return how derivatives differ from differences, at the samples in doubt and at some of all."""
     some = slice(0, nest.samples.count, 1 + (nest.samples.count - 1) // RECORDED)
-    return disproved(blocks, against.rows) or disproved(blocks, some) or ""
+    error = differences.refute(blocks, against.rows)
+    error = differences.refute(blocks, some) if error is None else error
+    return "" if error is None else differs(error)
 
 
 def _alone(nest: Nest, like: Blocks, batch_size: int) -> Blocks:

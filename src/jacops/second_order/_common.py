@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .._finite import is_finite, where_first
+from .._finite import require_finite
 from .._requirements import check_positive
-from .._torch.protocol import ConnectedModel, Samples, disagreement, dropped
-from ..errors import NonFiniteError, NotDifferentiableError, explain
+from .._torch.protocol import ConnectedModel, Samples
+from ..errors import NotDifferentiableError
 from ..trees import Selector, Tree
+
+Blocks = list[list[list[Tensor]]]  # [output][input][input], each `(n, *out, *in, *in)`
+FLOOR = 1e-2  # parts below this share of a typical one are measured by it: they may hold rounding of the rest only
 
 
 def samples_of(
@@ -47,29 +51,36 @@ def output_entries(samples: Samples) -> int:
 
 def tree_of(forward: ConnectedModel) -> Tree:
     if forward.tree is None:
-        raise NotDifferentiableError(explain("model", "not evaluated", "at least one sample must run"))
+        raise NotDifferentiableError.of("model", "not evaluated", "at least one sample must run")
     return forward.tree
 
 
 def check_finite(call: str, blocks: Sequence[Tensor]) -> None:
     for block in blocks:
-        if not is_finite(block):
-            raise NonFiniteError(f"{call}: in a derivative by the input, {where_first(block)} (first axis: sample).")
+        require_finite(block, f"{call}: in a derivative by the input", " (first axis: sample).")
 
 
-def check_differences(
-    call: str,
-    products: Sequence[Tensor],
-    central: Callable[[float], Sequence[Tensor]],
-    step: float,
-    functions: list[str],
-) -> None:
-    """Refuse derivatives that differ from central differences of those of one order less.
+def matrices(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return a block `(n, *out, *a, *b)` as matrices `(n, out, a, b)`."""
+    a, b = left.shape[1:].numel(), right.shape[1:].numel()
+    out = block.shape[1 : block.ndim - left.ndim - right.ndim + 2].numel()
+    return block.reshape(block.shape[0], out, a, b)
 
-    Raises:
-        NotDifferentiableError: One differs by more than rounding and the step explain.
-    """
-    for index, (product, wide) in enumerate(zip(products, central(step), strict=True)):
-        error = disagreement(product, wide, lambda shorter, index=index: central(shorter)[index], step)
-        if error is not None:
-            raise dropped(call, "the derivative and a central difference of the one before", error, functions)
+
+def compared(ones: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return for each sample how far two answers are apart, and their size plus a hundredth of a typical one."""
+    left, right = _flat(ones), _flat(others)
+    distance, one, other = torch.linalg.vector_norm(torch.stack([left - right, left, right]), dim=2)
+    own = torch.maximum(one, other)
+    return distance, own + FLOOR * own.square().mean().sqrt() + torch.finfo(own.dtype).tiny
+
+
+def typical(parts: Sequence[Tensor]) -> float:
+    """Return the root mean square of a sample's size."""
+    return float(torch.linalg.vector_norm(_flat(parts), dim=1).square().mean().sqrt()) if len(parts[0]) else 0.0
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors with a row per sample as one matrix, in double precision."""
+    device = parts[0].device
+    return torch.cat([p.detach().reshape(p.shape[0], -1).to(device, torch.float64) for p in parts], 1)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from .._finite import check_vector, is_finite
 from .._keywords import keywords
 from .._requirements import check_positive
-from .._runtime.agreement import size
 from .._runtime.contexts import eager
-from .._torch.protocol import RECORDED, ConnectedModel, JacobianFunction, Samples, difference_step, nested
-from ..errors import InputError, explain
+from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, nested, split_input
+from ..errors import InputError
 from ..space import Space
 from ..trees import Selector, Tree, flatten
 from ._alone import settled
-from ._common import check_differences, check_finite, part_of, samples_of, tree_of
-from ._evidence import Blocks, Nest, refuted, typical
+from ._common import check_finite, samples_of, tree_of
+from ._differences import Differences, length_of_step
+from ._evidence import Nest
 
 
 @keywords()
@@ -81,7 +81,7 @@ def _directions(samples: Samples, v: Any) -> list[Tensor]:
     given = flatten(v, "v")[0]
     if len(given) != len(samples.values):
         came = f"{len(given)} tensors"
-        raise InputError(explain("v", came, f"{len(samples.values)} are needed, in the structure of `x`"))
+        raise InputError.of("v", came, f"{len(samples.values)} are needed, in the structure of `x`")
     floats = [samples.values[i] for i in samples.inputs]
     names = [samples.input_tree.names[i] for i in samples.inputs]
     tensors = Space.of(floats, names).check([given[i] for i in samples.inputs], "v")
@@ -108,20 +108,21 @@ def along(
     lines, first = nested(function, x, samples, ("along", order), batch_size, progress)
     blocks = [row[0] for row in lines]
     check_finite(samples.call, first)
+    differences = Differences(
+        samples,
+        lambda rows: [v[rows] for v in directions],
+        lambda grids, rows, _: [grid[0][0][rows] for grid in grids],
+        lambda part, moves, many: along(part, moves, order - 1, many, False)[0],
+    )
+    grids = [[[block]] for block in blocks]
     if innermost is not None:
-        nest = Nest(
-            samples, moved, x, [torch.Size()], _rerun(x, moved), innermost, order, True, _step(samples, directions)
-        )
+        step = length_of_step(samples, directions)
+        nest = Nest(samples, moved, x, [torch.Size()], _rerun(x, moved), innermost, order, True, step)
         flaw = None if all(is_finite(b) for b in blocks) else "values are not finite"
-
-        def disproved(grids: Blocks, rows: slice) -> str | None:
-            return _against_differences(samples, directions, order, [g[0][0] for g in grids], rows)
-
-        blocks = [g[0][0] for g in settled(nest, [[[b]] for b in blocks], batch_size, flaw, disproved)]
+        grids = settled(nest, grids, batch_size, flaw, differences)
+        blocks = [grid[0][0] for grid in grids]
     check_finite(samples.call, blocks)
-    functions: list[str] = getattr(function, "functions", [])
-    if functions and samples.count:
-        _check_against_lower(samples, directions, order, blocks, functions, batch_size)
+    differences.check(grids, getattr(function, "functions", []), batch_size)
     return blocks, tree_of(forward)
 
 
@@ -141,8 +142,8 @@ def _moved(
                 step = t.to(rows).view(-1, *[1] * (rows.ndim - 1))
                 rows = rows + step * moving[index][which.to(value.device)]
             inputs.append(rows)
-        args = samples.input_tree.build(inputs)
-        return forward(**args) if isinstance(args, dict) else forward(*(args if isinstance(args, tuple) else (args,)))
+        args, kwargs = split_input(samples.input_tree.build(inputs))
+        return forward(*args, **kwargs)
 
     return moved
 
@@ -157,52 +158,3 @@ def _rerun(
         return [t], list(moved(t, x[1][rows]))
 
     return rerun
-
-
-def _check_against_lower(
-    samples: Samples, directions: list[Tensor], order: int, blocks: list[Tensor], functions: list[str], batch_size: int
-) -> None:
-    """Hold derivatives along directions against central differences of those of one order less."""
-    length = max(size(v) for v in directions) or 1.0
-
-    def central(step: float) -> list[Tensor]:
-        return _differences(samples, directions, order, step, batch_size)[0]
-
-    step = difference_step([samples.values[i] for i in samples.inputs]) / length
-    check_differences(samples.call, blocks, central, step, functions)
-
-
-def _against_differences(
-    samples: Samples, directions: list[Tensor], order: int, blocks: list[Tensor], where: slice
-) -> str | None:
-    """Return how derivatives of some samples differ from converged differences of those of one order less."""
-    part, moves = part_of(samples, where, fallback="silent"), [v[where] for v in directions]
-    step = _step(part, moves)
-    near, slope = _differences(part, moves, order, step, RECORDED)
-    far, _ = _differences(part, moves, order, 2 * step, RECORDED)
-    return refuted([b[where] for b in blocks], near, far, slope * torch.finfo(moves[0].dtype).eps / step)
-
-
-def _step(samples: Samples, directions: list[Tensor]) -> float:
-    """Return a step along directions for central differences, by the sizes of the samples and of these."""
-    eps = torch.finfo(directions[0].dtype).eps
-    if not samples.count:
-        return eps ** (1 / 3)
-    return eps ** (1 / 3) * (typical([samples.values[i] for i in samples.inputs]) or 1.0) / (typical(directions) or 1.0)
-
-
-def _differences(
-    samples: Samples, directions: list[Tensor], order: int, step: float, batch_size: int
-) -> tuple[list[Tensor], float]:
-    """Return central differences of derivatives of one order less, and the size of these."""
-    ahead, behind = (
-        along(
-            part_of(samples, slice(None), [sign * step * v for v in directions]),
-            directions,
-            order - 1,
-            batch_size,
-            False,
-        )[0]
-        for sign in (1, -1)
-    )
-    return [(f - b) / (2 * step) for f, b in zip(ahead, behind, strict=True)], typical(ahead)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,20 +22,15 @@ from .._runtime.contexts import arithmetic, autocast_on, norms_written_out, priv
 from .._runtime.restoring import restoring
 from .._runtime.rows import dense, plain
 from .._torch.protocol import RECORDED, JacobianFunction, Lost, Samples, pull_noting_losses
+from ._common import FLOOR, Blocks, compared, matrices, typical
+from ._differences import refuted
 
-Blocks = list[list[list[Tensor]]]
 Recorded = tuple[list[Tensor], list[Tensor]]
 
-# Weights of small outputs are raised so that an error in them is seen beside large ones, up to this factor.
-_FLOOR = 1e-2
 # One sample of rounding noise may be smaller than another: normal ones differ by 30 once in about 50 scalars.
 _NOISE = 30.0
 # The mixture takes about as many sweeps as the call for one output and one input: a 32nd of that is 3 %.
 _SHARE = 32
-# Differences of two steps whose distance is a quarter of what they refute are no chance agreement of two errors.
-_CONVERGED = 0.25
-_ROUNDINGS = 100.0  # roundings in a model, at most, that add up to an error of its derivative
-_SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
 _ALONE = 8  # samples looked at where each was taken alone, with sweeps of its own for every output
 _UNITS = 8  # rounding units by which weights change: all roundings differ, and a backward that is not linear hardly
 
@@ -102,10 +98,10 @@ def _doubt_of(nest: Nest, blocks: Blocks, rows: slice, recorded: Recorded) -> Do
         return None if lost is None else Doubt(str(lost), False, rows)
     some = [
         [
-            [_matrices(b, o, left, right)[rows] for b, right in zip(row, leaves, strict=True)]
+            [matrices(b, left, right)[rows] for b, right in zip(row, leaves, strict=True)]
             for row, left in zip(grid, leaves, strict=True)
         ]
-        for grid, o in zip(blocks, outputs, strict=True)
+        for grid in blocks
     ]
     weights = [w.to(o.dtype).reshape(o.shape) for w, o in zip(_weights(some), outputs, strict=True)]
     found, lost = _chain(nest, leaves, outputs, weights)
@@ -123,29 +119,13 @@ def _doubt_of(nest: Nest, blocks: Blocks, rows: slice, recorded: Recorded) -> Do
             return Doubt(reason, True, rows)
     higher = _refuted_by_lower(nest, rows, weights, found) if nest.order > 2 else None
     if higher is not None:
-        return Doubt(higher, True, rows)
+        return Doubt(differs(higher), True, rows)
     return None if lost is None else Doubt(str(lost), False, rows)
 
 
-def refuted(parts: Sequence[Tensor], near: Sequence[Tensor], far: Sequence[Tensor], rounding: float) -> str | None:
-    """Return how derivatives differ from central differences of two steps, where these agree; None if they do not.
-
-    At a kink, or where steps are too long or too short, differences do not agree with each other and refute nothing.
-
-    Args:
-        parts: Derivatives, `(m, …)` each.
-        near: Differences of the shorter step.
-        far: Differences of the longer step.
-        rounding: The rounding unit over the shorter step, times what the differences are of.
-    """
-    near, far = ([d.reshape(p.shape) for d, p in zip(ds, parts, strict=True)] for ds in (near, far))
-    (off, scale), (spread, _) = compared(parts, near), compared(near, far)
-    limit = _SPOT_TOLERANCE.get(parts[0].dtype, 0.5) * scale + _ROUNDINGS * rounding
-    bad = (off > limit) & (spread < _CONVERGED * off)
-    if not bool(bad.any()):
-        return None
-    worst = float((off / scale)[bad].max())
-    return f"the derivative and central differences of the one before disagree by {worst:.1e}"
+def differs(error: float) -> str:
+    """Return in words how far derivatives are from differences."""
+    return f"the derivative and central differences of the one before disagree by {error:.1e}"
 
 
 def losses(nest: Nest) -> Lost | None:
@@ -197,8 +177,8 @@ def _chain(
     return pull_noting_losses(current, leaves, seeds)
 
 
-def _refuted_by_lower(nest: Nest, rows: slice, weights: list[Tensor], found: list[Tensor]) -> str | None:
-    """Return how a derivative of third order or more differs from differences of the one before.
+def _refuted_by_lower(nest: Nest, rows: slice, weights: list[Tensor], found: list[Tensor]) -> float | None:
+    """Return how far a derivative of third order or more is from differences of the one before.
 
     Torch's tests hold the first two derivatives of its operations against differences, and no higher ones.
     """
@@ -225,12 +205,6 @@ def _directions(nest: Nest, leaves: Sequence[Tensor]) -> list[Tensor]:
     return [private_noise(leaf, seed=i) for i, leaf in enumerate(leaves)]
 
 
-def _matrices(block: Tensor, output: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return a block as `(n, out, a, b)`, where for directional derivatives there is one input entry."""
-    a, b = left.shape[1:].numel(), right.shape[1:].numel()
-    return block.reshape(block.shape[0], output.numel() // left.shape[0], a, b)
-
-
 def _weights(some: Blocks) -> list[Tensor]:
     """Return a weight `(m, out)` for every output entry of every sample, larger where its derivatives are small."""
     sizes = [
@@ -240,7 +214,7 @@ def _weights(some: Blocks) -> list[Tensor]:
     sizes = [s.nan_to_num(0.0) for s in sizes]
     whole = max((float(s.max()) for s in sizes if s.numel()), default=0.0) or 1.0
     noise = [private_noise(_wide(grid[0][0][:, :, 0, 0]), seed=7 + i) for i, grid in enumerate(some)]
-    return [n / (s / whole).clamp_min(_FLOOR) for n, s in zip(noise, sizes, strict=True)]
+    return [n / (s / whole).clamp_min(FLOOR) for n, s in zip(noise, sizes, strict=True)]
 
 
 def _contracted(nest: Nest, some: Blocks, weights: list[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -251,37 +225,13 @@ def _contracted(nest: Nest, some: Blocks, weights: list[Tensor], leaves: Sequenc
         total = torch.zeros_like(leaf)
         for grid, weight in zip(some, weights, strict=True):
             for row, direction in zip(grid, directions, strict=True):
-                parts = (_wide(row[b]), _wide(weight), _wide(direction))
-                kind = torch.promote_types(parts[0].dtype, parts[2].dtype)
-                m = leaf.shape[0]
-                factors = parts[1].reshape(m, -1, 1) * parts[2].reshape(m, 1, -1).to(kind)
-                total += (
-                    torch.bmm(factors.reshape(m, 1, -1), parts[0].to(kind).reshape(m, -1, row[b].shape[3]))
-                    .reshape(leaf.shape)
-                    .to(total.dtype)
-                )
+                parts = [*(_wide(t).reshape(len(leaf), -1) for t in (weight, direction)), _wide(row[b])]
+                kind = reduce(torch.promote_types, (part.dtype for part in parts))
+                found = torch.einsum("no,na,noab->nb", *(part.to(kind) for part in parts))
+                total += found.reshape(leaf.shape).to(total.dtype)
         result.append(total)
     return result
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def compared(ones: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return for each sample how far two answers are apart, and their size plus a hundredth of a typical one."""
-    left, right = _flat(ones), _flat(others)
-    distance, one, other = torch.linalg.vector_norm(torch.stack([left - right, left, right]), dim=2)
-    own = torch.maximum(one, other)
-    return distance, own + _FLOOR * own.square().mean().sqrt() + torch.finfo(own.dtype).tiny
-
-
-def typical(parts: Sequence[Tensor]) -> float:
-    """Return the root mean square of a sample's size."""
-    return float(torch.linalg.vector_norm(_flat(parts), dim=1).square().mean().sqrt()) if len(parts[0]) else 0.0
-
-
-def _flat(parts: Sequence[Tensor]) -> Tensor:
-    """Return tensors with a row per sample as one matrix, in double precision."""
-    device = parts[0].device
-    return torch.cat([p.detach().reshape(p.shape[0], -1).to(device, torch.float64) for p in parts], 1)

@@ -16,11 +16,12 @@ from .._runtime.agreement import size, tolerance
 from .._runtime.contexts import eager, private_noise
 from .._runtime.rounding import rounding_error
 from .._runtime.rows import rows_size
-from .._torch.protocol import RECORDED, ConnectedModel, JacobianFunction, Samples, asymmetric, difference_step, nested
+from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, asymmetric, nested, split_input
 from ..trees import Selector, Tree
 from ._alone import settled
-from ._common import check_differences, check_finite, part_of, samples_of, tree_of
-from ._evidence import Nest, refuted, typical
+from ._common import Blocks, check_finite, matrices, samples_of, tree_of
+from ._differences import Differences
+from ._evidence import Nest
 
 _WORST = 4  # samples whose rounding is measured, alone: an operation that is wrong shows where it is most wrong
 
@@ -76,7 +77,7 @@ def input_hessian(
     return tree.build([_arranged(samples, [_arranged(samples, row) for row in rows]) for rows in blocks])
 
 
-def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[list[list[list[Tensor]]], Tree]:
+def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[Blocks, Tree]:
     """Return `H[output][input][input]`, each `(n, *out, *in, *in)`, and the structure of the outputs."""
     forward = ConnectedModel(samples)
     slopes = JacobianFunction(forward, samples.call)
@@ -89,11 +90,18 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
     flaw = _flaw(samples, blocks) if all(is_finite(b) for b in flat) else "values are not finite"
     shapes = [samples.values[i].shape[1:] for i in samples.inputs]
     nest = Nest(samples, forward, x, shapes, _rerun(samples, forward), slopes, 2, False)
-    blocks = settled(nest, blocks, batch_size, flaw, lambda b, rows: _against_differences(samples, b, rows))
+    differences = Differences(
+        samples,
+        lambda rows: _unit_noise(samples, rows),
+        lambda grids, rows, noise: _products(samples, grids, rows, noise),
+        lambda moved, _, many: [block for row in moved.jacobians(many, False).blocks for block in row],
+    )
+    blocks = settled(nest, blocks, batch_size, flaw, differences)
     check_finite(samples.call, [b for rows in blocks for row in rows for b in row])
-    _check_symmetric(samples, blocks, slopes.functions)
-    if slopes.functions and samples.count:
-        _check_against_jacobians(samples, blocks, slopes.functions, batch_size)
+    gap = _asymmetry(samples, blocks)
+    if gap is not None:
+        raise asymmetric(samples.call, gap, slopes.functions)
+    differences.check(blocks, slopes.functions, batch_size)
     return blocks, tree_of(forward)
 
 
@@ -105,11 +113,8 @@ def _rerun(samples: Samples, forward: ConnectedModel) -> Callable[[slice, float]
         for i in samples.inputs:
             unit = units * torch.finfo(values[i].dtype).eps
             values[i] = (values[i] * (1 + unit * private_noise(values[i], seed=i))).requires_grad_()
-        args = samples.input_tree.build(values)
-        outputs = (
-            forward(**args) if isinstance(args, dict) else forward(*(args if isinstance(args, tuple) else (args,)))
-        )
-        return [values[i] for i in samples.inputs], list(outputs)
+        args, kwargs = split_input(samples.input_tree.build(values))
+        return [values[i] for i in samples.inputs], list(forward(*args, **kwargs))
 
     return rerun
 
@@ -121,15 +126,7 @@ def _arranged(samples: Samples, blocks: Sequence[Any]) -> Any:
     return samples.input_tree.build(leaves)
 
 
-def matrices(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return a block `(n, *out, *a, *b)` as matrices `(n, out, a, b)`."""
-    a, b = left.shape[1:].numel(), right.shape[1:].numel()
-    inner = left.ndim + right.ndim - 2
-    out = block.shape[1 : block.ndim - inner].numel()
-    return block.reshape(block.shape[0], out, a, b)
-
-
-def _asymmetry(samples: Samples, blocks: list[list[list[Tensor]]]) -> float | None:
+def _asymmetry(samples: Samples, blocks: Blocks) -> float | None:
     """Return how far Hessians are from symmetric, relative to their size; None where rounding explains it."""
     for output, rows in enumerate(blocks):
         gaps, sizes = _gaps(samples, rows)
@@ -139,15 +136,9 @@ def _asymmetry(samples: Samples, blocks: list[list[list[Tensor]]]) -> float | No
     return None
 
 
-def _flaw(samples: Samples, blocks: list[list[list[Tensor]]]) -> str | None:
+def _flaw(samples: Samples, blocks: Blocks) -> str | None:
     gap = _asymmetry(samples, blocks)
     return None if gap is None else f"the second derivative that torch gives is not symmetric (off by {gap:.1e})"
-
-
-def _check_symmetric(samples: Samples, blocks: list[list[list[Tensor]]], functions: list[str]) -> None:
-    gap = _asymmetry(samples, blocks)
-    if gap is not None:
-        raise asymmetric(samples.call, gap, functions)
 
 
 def _gaps(samples: Samples, rows: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
@@ -188,32 +179,6 @@ def _alone(samples: Samples, output: int) -> list[Tensor]:
     return [block for row in lines[output * many : (output + 1) * many] for block in row]
 
 
-def _check_against_jacobians(
-    samples: Samples, blocks: list[list[list[Tensor]]], functions: list[str], batch_size: int
-) -> None:
-    """Compare Hessians along a random direction with central differences of Jacobians."""
-    leaves = [samples.values[i] for i in samples.inputs]
-    noise = [private_noise(leaf, seed=i) for i, leaf in enumerate(leaves)]
-    length = math.hypot(*map(size, noise)) or 1.0
-    noise = [v / length for v in noise]
-    products = _products(samples, blocks, slice(None), noise)
-
-    def central(step: float) -> list[Tensor]:
-        found, _ = _differences(samples, slice(None), noise, step, batch_size)
-        return [difference.reshape(product.shape) for difference, product in zip(found, products, strict=True)]
-
-    check_differences(samples.call, products, central, difference_step(leaves), functions)
-
-
-def _against_differences(samples: Samples, blocks: list[list[list[Tensor]]], where: slice) -> str | None:
-    """Return how Hessians of some samples differ from converged differences of Jacobians; None if they do not."""
-    noise = _unit_noise(samples, where)
-    step = torch.finfo(noise[0].dtype).eps ** (1 / 3) * (typical([samples.values[i] for i in samples.inputs]) or 1.0)
-    near, slope = _differences(samples, where, noise, step, RECORDED)
-    far, _ = _differences(samples, where, noise, 2 * step, RECORDED)
-    return refuted(_products(samples, blocks, where, noise), near, far, slope * torch.finfo(noise[0].dtype).eps / step)
-
-
 def _unit_noise(samples: Samples, where: slice) -> list[Tensor]:
     """Return a random direction for each of some samples, of length one on the average."""
     noise = [private_noise(samples.values[i][where], seed=j) for j, i in enumerate(samples.inputs)]
@@ -221,7 +186,7 @@ def _unit_noise(samples: Samples, where: slice) -> list[Tensor]:
     return [v / length for v in noise]
 
 
-def _products(samples: Samples, blocks: list[list[list[Tensor]]], where: slice, noise: list[Tensor]) -> list[Tensor]:
+def _products(samples: Samples, blocks: Blocks, where: slice, noise: list[Tensor]) -> list[Tensor]:
     """Return Hessians times a direction, `(m, out, in)` per output and input."""
     leaves, result = [samples.values[i] for i in samples.inputs], []
     for rows in blocks:
@@ -232,15 +197,3 @@ def _products(samples: Samples, blocks: list[list[list[Tensor]]], where: slice, 
             ]
             result.append(sum(parts[1:], parts[0]))
     return result
-
-
-def _differences(
-    samples: Samples, where: slice, noise: list[Tensor], step: float, batch_size: int
-) -> tuple[list[Tensor], float]:
-    """Return central differences of Jacobians, one tensor per output and input, and the size of these."""
-    ahead, behind = (
-        part_of(samples, where, [sign * step * v for v in noise], "silent").jacobians(batch_size, False).blocks
-        for sign in (1, -1)
-    )
-    pairs = [(f, b) for front, back in zip(ahead, behind, strict=True) for f, b in zip(front, back, strict=True)]
-    return [(f - b) / (2 * step) for f, b in pairs], typical([f for f, _ in pairs])

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .._keywords import keywords
 from .._runtime.contexts import eager
 from .._torch.protocol import Samples
-from ..errors import NotDifferentiableError, explain
+from ..errors import NotDifferentiableError
 from ..trees import Selector, Tree
-from ._common import output_entries, part_of, samples_of
+from ._common import matrices, output_entries, part_of, samples_of
 from ._directional import along
-from ._hessian import hessians, matrices
+from ._hessian import hessians
 
 _HESSIAN_ENTRIES = 2**24
 _DIRECTION_ENTRIES = 2**22
@@ -84,7 +84,7 @@ def _traces(rows: list[list[Tensor]], samples: Samples) -> Tensor:
         part = matrices(block, leaf, leaf).diagonal(dim1=2, dim2=3).sum(2).reshape(block.shape[0], *out)
         total = part if total is None else total + part
     if total is None:
-        raise NotDifferentiableError(explain("x", "without floating-point tensors", "there is nothing to go by"))
+        raise NotDifferentiableError.of("x", "without floating-point tensors", "there is nothing to go by")
     return total
 
 
@@ -118,5 +118,5 @@ def _by_axes(samples: Samples, batch_size: int, progress: bool | None) -> Any:
 
 def _joined(parts: list[list[Tensor]], tree: Tree | None) -> Any:
     if tree is None:
-        raise NotDifferentiableError(explain("model", "not evaluated", "at least one sample must run"))
+        raise NotDifferentiableError.of("model", "not evaluated", "at least one sample must run")
     return tree.build([torch.cat(column) for column in zip(*parts, strict=True)])

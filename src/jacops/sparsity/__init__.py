@@ -8,14 +8,9 @@ from .plan import SparsePlan, sparse_plan
 from .separable import Separation, samples_apart
 from .sparse import sparse
 
+# fmt: off
 __all__ = [
-    "Pattern",
-    "Separation",
-    "SparseJacobian",
-    "SparsePlan",
-    "detect_pattern",
-    "inspectors",
-    "samples_apart",
-    "sparse",
+    "Pattern", "Separation", "SparseJacobian", "SparsePlan", "detect_pattern", "inspectors", "samples_apart", "sparse",
     "sparse_plan",
 ]
+# fmt: on

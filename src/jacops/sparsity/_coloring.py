@@ -50,7 +50,11 @@ class Coloring:
     @property
     def cost(self) -> float:
         """Backward passes, with pushes counted as what they cost beside one."""
-        return self.pulls + (1 + PUSH_COST * self.pushes if self.pushes else 0)
+        return _cost(self.pulls, self.pushes)
+
+
+def _cost(pulls: int, pushes: int) -> float:
+    return pulls + (1 + PUSH_COST * pushes if pushes else 0)
 
 
 def color(matrix: Csr, columns: bool = True, symmetric: bool = False, limit: float = np.inf) -> Coloring | None:
@@ -123,12 +127,7 @@ def _tries(per_row: Array, per_column: Array, columns: bool) -> Iterator[_Try]:
             if out and (out >= len(across) or across[dense[out - 1]] <= 1):
                 break
             longest = int(across[dense[out]]) if out < len(dense) else 0
-            yield _Try(turned, dense[:out], _cost(longest, out, turned))
-
-
-def _cost(sweeps: int, others: int, turned: bool) -> float:
-    pulls, pushes = (others, sweeps) if turned else (sweeps, others)
-    return pulls + (1 + PUSH_COST * pushes if pushes else 0)
+            yield _Try(turned, dense[:out], _cost(out, longest) if turned else _cost(longest, out))
 
 
 def group(matrix: Csr) -> Array:
@@ -140,10 +139,8 @@ def group(matrix: Csr) -> Array:
     matrix = csr(matrix)
     m = matrix.shape[0]
     held = np.diff(matrix.indptr) > 0
-    per_column = np.bincount(matrix.indices, minlength=matrix.shape[1])
-    met = np.add.reduceat(np.r_[per_column[matrix.indices], 0], matrix.indptr[:-1]) * held if m else np.zeros(0)
+    met, bound = _met(matrix)
     orders = [np.arange(m), np.argsort(-met, kind="stable"), np.random.default_rng(0).permutation(m)]
-    bound = int(per_column.max(initial=0))
     best = np.full(m, -1)
     if not bound:
         return best
@@ -161,10 +158,15 @@ def group(matrix: Csr) -> Array:
 
 def most_colors(matrix: Csr) -> int:
     """Return how many colours `color` gives rows at most: one more than a row meets others, or each by itself."""
-    per_column = np.bincount(matrix.indices, minlength=matrix.shape[1]) - 1
-    met = np.add.reduceat(np.r_[per_column[matrix.indices], 0], matrix.indptr[:-1]) if matrix.shape[0] else np.zeros(0)
-    met = met * (np.diff(matrix.indptr) > 0)
+    met = _met(matrix)[0] - np.diff(matrix.indptr)  # not counting itself
     return min(max(int(met.max(initial=0)) + 1, _TAKEN_OUT[-1]), matrix.shape[0])
+
+
+def _met(matrix: Csr) -> tuple[Array, int]:
+    """Return how many entries share a column with each row's, its own included, and the fullest column's number."""
+    per_column = np.bincount(matrix.indices, minlength=matrix.shape[1])
+    sums = np.add.reduceat(np.r_[per_column[matrix.indices], 0], matrix.indptr[:-1]) if matrix.shape[0] else np.zeros(0)
+    return sums * (np.diff(matrix.indptr) > 0), int(per_column.max(initial=0))
 
 
 def _renumbered(colors: Array) -> Array:

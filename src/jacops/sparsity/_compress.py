@@ -15,10 +15,11 @@ from .._runtime.memory import ensure_fits
 from .._torch.protocol import Linearization
 from ..errors import NotDifferentiableError
 from ..operators import Operator
+from ..space import Space
 from ._coloring import Coloring, reading
 from ._matrix import Csr, csr
 from ._pool import Array
-from ._probe import Floats, Verdict, draw, judged
+from ._probe import Floats, Prober, Verdict, draw, judged
 
 _CHUNK_ENTRIES = 2**24
 _CHUNK_ROWS = 64
@@ -36,26 +37,19 @@ class Sweeper:
     Attributes:
         pull: Rows `(k, m)` to rows `(k, n)`.
         push: Rows `(k, n)` to rows `(k, m)`.
-        shape: `(m, n)`.
-        rows: A tensor in the dtype and on the device of cotangents.
-        columns: The same for tangents.
-        dtypes: All dtypes of both ends.
+        domain: What the columns are.
+        codomain: What the rows are.
     """
 
     pull: Callable[[Tensor], Tensor]
     push: Callable[[Tensor], Tensor]
-    shape: tuple[int, int]
-    rows: Tensor
-    columns: Tensor
-    dtypes: frozenset[torch.dtype]
+    domain: Space
+    codomain: Space
 
     @classmethod
     def over(cls, operator: Operator) -> Sweeper:
         """Return the products of an operator."""
-        rows = torch.empty(0, dtype=operator.codomain.dtype, device=operator.codomain.device)
-        columns = torch.empty(0, dtype=operator.domain.dtype, device=operator.domain.device)
-        dtypes = frozenset((*operator.codomain.dtypes, *operator.domain.dtypes))
-        return cls(operator._apply_transpose, operator._apply, operator.shape, rows, columns, dtypes)
+        return cls(operator._apply_transpose, operator._apply, operator.domain, operator.codomain)
 
     @classmethod
     def on(cls, lin: Linearization) -> Sweeper:
@@ -68,10 +62,27 @@ class Sweeper:
         def push(rows: Tensor) -> Tensor:
             return codomain.join(lin.push_rows(domain.split(rows))).detach()
 
-        rows = torch.empty(0, dtype=codomain.dtype, device=codomain.device)
-        columns = torch.empty(0, dtype=domain.dtype, device=domain.device)
-        dtypes = frozenset((*codomain.dtypes, *domain.dtypes))
-        return cls(pull, push, (codomain.dim, domain.dim), rows, columns, dtypes)
+        return cls(pull, push, domain, codomain)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self.codomain.dim, self.domain.dim
+
+    @property
+    def rows(self) -> Tensor:
+        """A tensor in the dtype and on the device of cotangents."""
+        return torch.empty(0, dtype=self.codomain.dtype, device=self.codomain.device)
+
+    @property
+    def columns(self) -> Tensor:
+        """The same for tangents."""
+        return torch.empty(0, dtype=self.domain.dtype, device=self.domain.device)
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """All dtypes of both ends."""
+        return frozenset((*self.codomain.dtypes, *self.domain.dtypes))
 
     def swept(self, seeds: Tensor, push: bool) -> Tensor:
         """Return the products of all seeds, a chunk at a time."""
@@ -183,13 +194,6 @@ class Compressed:
     bound: float
     sweeps: int
 
-    def with_more(self, more: Verdict) -> Compressed:
-        """Return the same with the larger excess of the probes so far and one more."""
-        if self.verdict is None or more.excess <= self.verdict.excess:
-            return replace(self, sweeps=self.sweeps + 1)
-        verdict = replace(self.verdict, excess=more.excess, column=more.column)
-        return replace(self, verdict=verdict, sweeps=self.sweeps + 1)
-
 
 def compress(
     sweeper: Sweeper,
@@ -197,8 +201,7 @@ def compress(
     coloring: Coloring,
     column_of: Array,
     certify: int,
-    divisors: Floats | None = None,
-    limit: float = 0.0,
+    prober: Prober,
 ) -> Compressed:
     r"""Return the matrix, certified by random probes in the same batch of sweeps.
 
@@ -211,15 +214,15 @@ def compress(
         assembly: How they become the matrix.
         coloring: Which of them to take.
         column_of: Which column of the matrix each column of the sweeper copies.
-        certify: Number of probes.
-        divisors: What the probes are divided by.
-        limit: The excess of a probe below which it needs not be known exactly.
+        certify: Number of probes; a single one is divided by the sizes of the rows, as far as they are known.
+        prober: What the probes are judged by.
     """
     m, n = sweeper.shape
     many = coloring.pulls + coloring.pushes + certify
     ensure_fits(
         "sparse", {f"{many} sweeps": many * (m + n) * sweeper.columns.element_size()}, None, sweeper.rows.device, _TODO
     )
+    divisors = prober.divisors if certify == 1 else None
     apart = certify == 1  # with several, numbers near zero do not meet in one row, and the bound is that of normal ones
     probes = [draw(sweeper.rows, m, _SEED + i, divisors, apart) for i in range(certify)]
     start = seeds(coloring.rows, sweeper.rows)
@@ -232,8 +235,28 @@ def compress(
     sweeps = len(start) + len(forward)
     if pulled is None or not probes:
         return Compressed(values, matrix, None, math.nan, sweeps)
-    verdict = judged(matrix, probes, pulled[coloring.pulls :], column_of, limit)
+    verdict = judged(matrix, probes, pulled[coloring.pulls :], column_of, prober.tolerance)
     return Compressed(values, matrix, verdict, verdict.rms * probe_factor(certify), sweeps)
+
+
+def probed_by_rows(
+    sweeper: Sweeper,
+    found: Compressed,
+    column_of: Array,
+    prober: Prober,
+    used: Floats | None = None,
+    importance: Floats | None = None,
+) -> Compressed:
+    """Return the same with one more probe, where rows differ so much from `used` that the first were blind to some.
+
+    Its verdict has the larger excess of the probes so far and of that one.
+    """
+    if found.verdict is None or not prober.outdated(found.matrix, used, importance):
+        return found
+    more = probed(sweeper, found.matrix, column_of, prober.divisors, prober.tolerance)
+    worse = more if more.excess > found.verdict.excess else found.verdict
+    verdict = replace(found.verdict, excess=worse.excess, column=worse.column)
+    return replace(found, verdict=verdict, sweeps=found.sweeps + 1)
 
 
 def probed(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._pool import Array
-from ._trace import Rule, TracedCall, Tracer
+from ._trace import Rule, TracedCall, Tracer, rank_of
 
 _EXPANDED = 20_000_000
 
@@ -54,62 +54,43 @@ def _masked(tracer: Tracer, ids: Array, nonzero: NDArray[np.bool_]) -> Array:
     return done[row_of.ravel()][:, mask_of.ravel()]
 
 
-def _mm(tracer: Tracer, call: TracedCall) -> Any:
-    left, right = call.args[:2]
-    return product(tracer, left[None], right[None])[0]
-
-
-def _bmm(tracer: Tracer, call: TracedCall) -> Any:
-    return product(tracer, *call.args[:2])
-
-
-def _mv(tracer: Tracer, call: TracedCall) -> Any:
-    matrix, vector = call.args[:2]
-    return product(tracer, matrix[None], vector[None, :, None])[0, :, 0]
-
-
-def _dot(tracer: Tracer, call: TracedCall) -> Any:
-    left, right = call.args[:2]
-    return product(tracer, left[None, None], right[None, :, None])[0, 0, 0]
-
-
-def _added(tracer: Tracer, call: TracedCall) -> Any:
-    """Follow `bias + left @ right`, matrices or batches of them."""
-    bias, left, right = call.args[:3]
-    shape = call.outs[0].shape
-    ids = [tracer.ids(bias).numpy()]
+def _product(tracer: Tracer, call: TracedCall) -> Any:
+    """Follow `left @ right` of vectors, matrices or batches of them, and what it is added to."""
+    is_sum = call.base in ("addmm", "addmv", "baddbmm")
+    left, right = call.args[is_sum : is_sum + 2]
+    ids = [tracer.ids(call.args[0]).numpy()] if is_sum else []
     if tracer.tracks(left) or tracer.tracks(right):
-        if call.base == "addmv":
-            ids.append(product(tracer, left[None], right[None, :, None])[0, :, 0])
-        elif left.ndim == 3:
-            ids.append(product(tracer, left, right))
-        else:
-            ids.append(product(tracer, left[None], right[None])[0])
-    return tracer.union(ids, shape)
+        wide = right[:, None] if right.ndim == 1 else right
+        found = product(tracer, left[(None,) * (3 - left.ndim)], wide[(None,) * (3 - wide.ndim)])
+        found = found[..., 0] if right.ndim == 1 else found
+        ids.append(found[(0,) * (3 - left.ndim)])
+    return tracer.union(ids, call.outs[0].shape)
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------
 
 
-class _Windows:
-    """Which entries of the larger side each entry of the smaller side sees.
+def _windows(
+    large: Sequence[int], kernel: Sequence[int], small: Sequence[int], named: dict[str, Any]
+) -> tuple[Array, Array]:
+    """Return which entries of the larger side each entry of the smaller side sees: flat places of both, in pairs."""
+    stride, padding, dilation = (_each(named[k], len(large)) for k in ("stride", "padding", "dilation"))
+    wide = narrow = np.zeros(1, np.int64)
+    for d in range(len(large)):
+        seen = np.arange(small[d])[:, None] * stride[d] - padding[d] + np.arange(kernel[d])[None] * dilation[d]
+        place, tap = np.nonzero((seen >= 0) & (seen < large[d]))
+        narrow = (narrow[:, None] * small[d] + place[None]).ravel()
+        wide = (wide[:, None] * large[d] + seen[place, tap][None]).ravel()
+    return wide, narrow
 
-    Attributes:
-        small: Flat places on the smaller side, one per pair.
-        large: Flat places on the larger side, one per pair.
-    """
 
-    def __init__(
-        self, large: Sequence[int], kernel: Sequence[int], small: Sequence[int], named: dict[str, Any]
-    ) -> None:
-        rank = len(large)
-        stride, padding, dilation = (_each(named[k], rank) for k in ("stride", "padding", "dilation"))
-        self.small = self.large = np.zeros(1, np.int64)
-        for d in range(rank):
-            seen = np.arange(small[d])[:, None] * stride[d] - padding[d] + np.arange(kernel[d])[None] * dilation[d]
-            place, tap = np.nonzero((seen >= 0) & (seen < large[d]))
-            self.small = (self.small[:, None] * small[d] + place[None]).ravel()
-            self.large = (self.large[:, None] * large[d] + seen[place, tap][None]).ravel()
+def _convolved(x: Tensor, weight: Tensor, out: Tensor, named: dict[str, Any]) -> tuple[Array, Array]:
+    """Return the flat places of input and output of a convolution that reach each other, in pairs."""
+    kernel, space, seen = weight.shape[2:], out.shape[2:], x.shape[2:]
+    if named["transposed"]:
+        places, given = _windows(space, kernel, seen, named)
+        return given, places
+    return _windows(seen, kernel, space, named)
 
 
 def _each(value: Sequence[int] | int, rank: int) -> list[int]:
@@ -134,15 +115,9 @@ def _flat(array: Array) -> Array:
 def _convolution(tracer: Tracer, call: TracedCall) -> Any:
     named, out = call.named, call.outs[0]
     x, weight, bias, groups = named["input"], named["weight"], named["bias"], named["groups"]
-    kernel, space, seen = weight.shape[2:], out.shape[2:], x.shape[2:]
-    parts = []
+    space, parts = out.shape[2:], []
     if tracer.tracks(x):
-        if named["transposed"]:
-            windows = _Windows(space, kernel, seen, named)
-            take, give = windows.small, windows.large
-        else:
-            windows = _Windows(seen, kernel, space, named)
-            take, give = windows.large, windows.small
+        take, give = _convolved(x, weight, out, named)
         ids = _through(tracer, _flat(tracer.array(x)), groups, take, give, math.prod(space))
         parts.append(np.repeat(ids, out.shape[1] // groups, axis=1).reshape(tuple(out.shape)))
     if tracer.tracks(weight):
@@ -171,14 +146,8 @@ def _convolution_backward(tracer: Tracer, call: TracedCall) -> Any:
     per_channel = _per_channel(tracer, ids, 1)
     found: list[Any] = []
     if mask[0]:
-        kernel, space, seen = weight.shape[2:], grad.shape[2:], x.shape[2:]
-        if named["transposed"]:
-            windows = _Windows(space, kernel, seen, named)
-            take, give = windows.large, windows.small
-        else:
-            windows = _Windows(seen, kernel, space, named)
-            take, give = windows.small, windows.large
-        back = _through(tracer, _flat(ids), groups, take, give, math.prod(seen))
+        give, take = _convolved(x, weight, grad, named)
+        back = _through(tracer, _flat(ids), groups, take, give, math.prod(x.shape[2:]))
         found.append(np.repeat(back, x.shape[1] // groups, axis=1).reshape(tuple(x.shape)))
     if mask[1]:
         if named["transposed"]:
@@ -198,26 +167,20 @@ def _pooled(tracer: Tracer, call: TracedCall) -> Any:
     backward = call.base.endswith("_backward")
     large, small = (named["self"], named["grad_output"]) if backward else (named["self"], out)
     given = small if backward else large
-    rank = 1 if "1d" in call.base else 2 if "2d" in call.base else 3
+    rank = rank_of(call)
     kernel = _each(named["kernel_size"], rank)
     shape = {"stride": named["stride"] or kernel, "padding": named["padding"], "dilation": 1}
-    windows = _Windows(large.shape[-rank:], kernel, small.shape[-rank:], shape)
-    take, give = (windows.small, windows.large) if backward else (windows.large, windows.small)
+    take, give = _windows(large.shape[-rank:], kernel, small.shape[-rank:], shape)
+    take, give = (give, take) if backward else (take, give)
     ids = tracer.array(given)
     ids = ids.reshape(1, -1, math.prod(given.shape[-rank:]))
     moved = _through(tracer, ids, ids.shape[1], take, give, math.prod(out.shape[-rank:]))
     return moved.reshape(tuple(out.shape))
 
 
+_PRODUCTS = ["mm", "bmm", "mv", "dot", "vdot", "addmm", "addmv", "baddbmm"]
 CONTRACTIONS: dict[str, Rule] = {
-    "mm": _mm,
-    "bmm": _bmm,
-    "mv": _mv,
-    "dot": _dot,
-    "vdot": _dot,
-    "addmm": _added,
-    "addmv": _added,
-    "baddbmm": _added,
+    **dict.fromkeys(_PRODUCTS, _product),
     "convolution": _convolution,
     "_convolution": _convolution,
     "convolution_backward": _convolution_backward,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..errors import InputError, explain
+from ..errors import InputError
 from ._compress import Compressed, Sweeper
 from ._matrix import Csr
 from ._pool import Array
@@ -38,10 +38,10 @@ def check_declared(sweeper: Sweeper, found: Compressed, prober: Prober, column_o
     needed = "it must hold all that are not zero"
     if found.verdict.error > prober.whole:
         came = f"lacking entries (a random probe is off by {found.verdict.error:.1e})"
-        raise InputError(explain("pattern", came, needed, todo))
+        raise InputError.of("pattern", came, needed, todo)
     place = _lacking(sweeper, found.matrix, prober, column_of)
     if place is not None:
-        raise InputError(explain("pattern", f"lacking entries, one at row {place[0]}, column {place[1]}", needed, todo))
+        raise InputError.of("pattern", f"lacking entries, one at row {place[0]}, column {place[1]}", needed, todo)
 
 
 def _lacking(sweeper: Sweeper, matrix: Csr, prober: Prober, column_of: Array) -> tuple[int, int] | None:

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._recorded_loss import check_usable
 from .._runtime.contexts import must_surface, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, Recording, bare, parameter_names, record_model
-from ..derivatives import Wrt
-from ..errors import NotDifferentiableError, explain
+from ..derivatives import Wrt, picked
+from ..errors import NotDifferentiableError
 from ..trees import Selector, flatten
 from ._lift import Lift, Selection
 from ._pool import Array
 from ._taint import Taint
-from .detect import check_usable, picked
 
 _EMPTY = 1e-2  # a column is judged by no less than this share of the tolerance of the largest column
 
@@ -185,9 +185,8 @@ def _check_outputs(recording: Recording) -> None:
         stored, free = lie_widths(output)
         if free < stored:
             todo = "Return `.Log().tensor()` of it, whose rows are tangent."
-            raise NotDifferentiableError(
-                explain(name, "an element of a Lie group", "a sparse Jacobian needs rows of numbers", todo)
-            )
+            came = "an element of a Lie group"
+            raise NotDifferentiableError.of(name, came, "a sparse Jacobian needs rows of numbers", todo)
 
 
 def gradients_agree(point: RecordedPoint, plain_point: RecordedPoint) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,28 +103,16 @@ def _same(tracer: Tracer, call: TracedCall) -> Any:
 
 
 def _where(tracer: Tracer, call: TracedCall) -> Any:
-    condition, *branches = call.args
+    """Follow `where`, and what is filled under a mask, which is one."""
+    named, shape = call.named, call.outs[0].shape
+    condition, *branches = call.args if call.base == "where" else (named[k] for k in ("mask", "value", "self"))
     if len(branches) != 2:
         raise NotImplementedError
     a, b = (tracer.ids(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.int64) for x in branches)
     if tracer.is_open(condition):
-        return tracer.union([a.numpy(), b.numpy(), tracer.ids(condition).numpy()], call.outs[0].shape)
-    return _or(tracer, torch.where(condition.cpu(), a, b), condition)
-
-
-def _masked_fill(tracer: Tracer, call: TracedCall) -> Any:
-    named = call.named
-    value, mask = named["value"], named["mask"]
-    filled = tracer.ids(value) if isinstance(value, Tensor) else torch.zeros((), dtype=torch.int64)
-    if tracer.is_open(mask):
-        return tracer.union([filled.numpy(), tracer.array(named["self"]), tracer.array(mask)], call.outs[0].shape)
-    return _or(tracer, torch.where(mask.cpu(), filled, tracer.ids(named["self"])), mask)
-
-
-def _or(tracer: Tracer, ids: Tensor, condition: Tensor) -> Any:
-    """Add what the condition itself depends on, which is nothing in a backward pass that is linear."""
-    extra = tracer.read(condition)
-    return ids if extra is None else tracer.union([ids.numpy(), extra.numpy()], ids.shape)
+        return tracer.union([a.numpy(), b.numpy(), tracer.ids(condition).numpy()], shape)
+    # What the condition itself depends on is nothing in a backward pass that is linear.
+    return tracer.union([torch.where(condition.cpu(), a, b).numpy(), tracer.ids(condition).numpy()], shape)
 
 
 def _pointwise(tracer: Tracer, call: TracedCall) -> Any:
@@ -140,42 +129,41 @@ def _pointwise(tracer: Tracer, call: TracedCall) -> Any:
     return ids
 
 
-def _move(tracer: Tracer, call: TracedCall) -> Any:
-    """Run the operation on ids; kernels without integers get them as float64, which holds them exactly."""
-    named = dict(call.named)
-    if "value" in named and not isinstance(named["value"], Tensor):
-        named["value"] = 0
-    named.pop("out", None)
+def move(tracer: Tracer, call: TracedCall, known: Mapping[int, Tensor] | None = None) -> Any:
+    """Run the operation on ids; kernels without integers get them as float64, which holds them exactly.
+
+    Args:
+        tracer: Where sets are kept.
+        call: The operation.
+        known: Ids to take for some operands, by their identity, in place of their own.
+    """
+    known = known or {}
+
+    def given(value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) in known or tracer.tracks(value):
+                return known.get(id(value), tracer.ids(value)).to(dtype).clone()
+            is_number = value.is_floating_point() or value.is_complex()
+            return torch.zeros(value.shape, dtype=dtype) if is_number else value.cpu()
+        return dtype if isinstance(value, torch.dtype) else value
+
+    named = {k: 0 if k == "value" and not isinstance(v, Tensor) else v for k, v in call.named.items() if k != "out"}
+    arguments = [a for a in call.func._schema.arguments if a.name in named]
     for dtype in (torch.int64, torch.float64):
-        given = tree_map(lambda v, dtype=dtype: _moved_argument(tracer, v, dtype), named)
-        arguments = call.func._schema.arguments
-        args = [given[a.name] for a in arguments if not a.kwarg_only and a.name in given]
-        kwargs = {a.name: given[a.name] for a in arguments if a.kwarg_only and a.name in given}
+        args = [tree_map(partial(given, dtype=dtype), named[a.name]) for a in arguments if not a.kwarg_only]
+        kwargs = {a.name: tree_map(partial(given, dtype=dtype), named[a.name]) for a in arguments if a.kwarg_only}
         try:
             moved = call.func(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
-            if dtype is torch.float64:
-                raise
             continue
-        parts = list(moved) if isinstance(moved, tuple | list) else [moved]
-        return [part.to(torch.int64) for part in parts]
+        return [part.to(torch.int64) for part in (moved if isinstance(moved, tuple | list) else [moved])]
     raise NotImplementedError
 
 
-def _moved_argument(tracer: Tracer, value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        if tracer.tracks(value):
-            return tracer.ids(value).to(dtype).clone()
-        if value.is_floating_point() or value.is_complex():
-            return torch.zeros(value.shape, dtype=dtype)
-        return value.cpu()
-    return dtype if isinstance(value, torch.dtype) and dtype != value else value
-
-
-def _source(tracer: Tracer, call: TracedCall) -> tuple[Array, tuple[int, ...]]:
+def _source(tracer: Tracer, call: TracedCall) -> Array:
     """Return the union of all operands in the shape of the largest."""
-    shape = tuple(max((t.shape for t in call.tensors), key=lambda s: s.numel()))
-    return tracer.union([found.numpy() for t in call.tensors if (found := tracer.read(t)) is not None], shape), shape
+    shape = max((t.shape for t in call.tensors), key=lambda s: s.numel())
+    return tracer.union([found.numpy() for t in call.tensors if (found := tracer.read(t)) is not None], shape)
 
 
 def _dims(call: TracedCall, ndim: int) -> list[int]:
@@ -184,22 +172,21 @@ def _dims(call: TracedCall, ndim: int) -> list[int]:
     return [d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def _over_dims(tracer: Tracer, call: TracedCall) -> tuple[Array, list[int]]:
-    source, shape = _source(tracer, call)
-    dims = _dims(call, len(shape))
-    kept = [1 if i in dims else size for i, size in enumerate(shape)]
-    count = math.prod(kept)
-    groups = np.broadcast_to(np.arange(count).reshape(kept), shape)
-    return tracer.group(groups, source, count), kept
+def _over_dims(tracer: Tracer, call: TracedCall, source: Array) -> tuple[Array, list[int]]:
+    """Return the unions along the axes that an operation goes over, and their shape with those axes kept."""
+    dims = _dims(call, source.ndim)
+    kept = [1 if i in dims else size for i, size in enumerate(source.shape)]
+    groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), source.shape)
+    return tracer.group(groups, source, math.prod(kept)), kept
 
 
 def _reduce(tracer: Tracer, call: TracedCall) -> Any:
-    ids, _ = _over_dims(tracer, call)
+    ids, _ = _over_dims(tracer, call, _source(tracer, call))
     return [ids.reshape(tuple(out.shape)) for out in call.outs]
 
 
 def _along(tracer: Tracer, call: TracedCall) -> Any:
-    ids, kept = _over_dims(tracer, call)
+    ids, kept = _over_dims(tracer, call, _source(tracer, call))
     return [ids.reshape(kept) for _ in call.outs]
 
 
@@ -208,11 +195,8 @@ def _softmax_backward(tracer: Tracer, call: TracedCall) -> Any:
     grad, output = call.args[:2]
     if tracer.tracks(output) or (nonzero := tracer.nonzero(output)) is None:
         return _along(tracer, call)
-    dims = _dims(call, grad.ndim)
-    kept = [1 if i in dims else size for i, size in enumerate(grad.shape)]
-    groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), grad.shape)
-    ids = tracer.group(groups, np.where(nonzero, tracer.array(grad), 0), math.prod(kept)).reshape(kept)
-    return np.where(nonzero, ids, 0)
+    ids, kept = _over_dims(tracer, call, np.where(nonzero, tracer.array(grad), 0))
+    return np.where(nonzero, ids.reshape(kept), 0)
 
 
 def _fill(tracer: Tracer, call: TracedCall) -> Any:
@@ -221,8 +205,8 @@ def _fill(tracer: Tracer, call: TracedCall) -> Any:
 
 
 def _cumsum(tracer: Tracer, call: TracedCall) -> Any:
-    source, shape = _source(tracer, call)
-    if not shape or shape[call.named["dim"]] > _LONG:
+    source = _source(tracer, call)
+    if not source.ndim or source.shape[call.named["dim"]] > _LONG:
         return _along(tracer, call)
     rows = np.moveaxis(source, call.named["dim"], 0)
     done = [rows[0]] if len(rows) else []
@@ -255,7 +239,7 @@ def _matrices(tracer: Tracer, call: TracedCall) -> Any:
 
 _OWN: dict[str, Rule] = {
     "where": _where,
-    "masked_fill": _masked_fill,
+    "masked_fill": _where,
     "fill": _fill,
     "cumsum": _cumsum,
     "_softmax_backward_data": _softmax_backward,
@@ -264,7 +248,7 @@ _OWN: dict[str, Rule] = {
 }
 _NAMED: list[tuple[Container[str], Rule]] = [
     (_SAME, _same),
-    (_MOVES, _move),
+    (_MOVES, move),
     (_ALONG, _along),
     (_REDUCE, _reduce),
     (_MATRICES, _matrices),

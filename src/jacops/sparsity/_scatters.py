@@ -4,115 +4,85 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ._trace import Rule, TracedCall, Tracer
+from .._runtime.contexts import arithmetic
+from .._runtime.restoring import Guard, restoring
+from ._pool import Array
+from ._trace import Rule, TracedCall, Tracer, rank_of
 
-aten: Any = torch.ops.aten
-_PROBED = 2**24
-
-
-def _places(like: Tensor) -> Tensor:
-    return torch.arange(like.numel()).reshape(like.shape)
-
-
-def _added(tracer: Tracer, base: Tensor | None, places: Tensor, ids: Tensor, out: Tensor) -> Any:
-    """Return ids of `out`: those of `base`, and at each place those that were added there."""
-    groups, given = places.reshape(-1).numpy(), ids.expand(places.shape).reshape(-1).numpy()
-    if base is not None and tracer.tracks(base):
-        groups = np.r_[np.arange(out.numel()), groups]
-        given = np.r_[tracer.array(base).ravel(), given]
-    return tracer.group(groups, given, out.numel()).reshape(tuple(out.shape))
+_PROBED = 2**24  # products of entries given and returned that unit vectors are sent for; in float64 that is 128 MB
 
 
-def _index_put(tracer: Tracer, call: TracedCall) -> Any:
-    named, out = call.named, call.outs[0]
-    places = aten.index(_places(out), [None if i is None else i.cpu() for i in named["indices"]])
-    ids = tracer.ids(named["values"]).expand(places.shape)
-    if named["accumulate"]:
-        return _added(tracer, named["self"], places, ids, out)
-    whole = tracer.ids(named["self"]).clone().reshape(-1)
-    whole[places.reshape(-1)] = ids.reshape(-1)
-    return whole.reshape(out.shape)
+class _Recording(Guard):
+    """A context in which operations are recorded on the CPU: inside a dispatch mode they are not, by torch's keys."""
+
+    def save(self) -> None:
+        """Make the guard from the keys as they are."""
+        kind, some = torch._C.DispatchKey, torch._C.DispatchKeySet
+        hidden = some(kind.AutogradCPU) | some(kind.AutogradOther) | some(kind.AutogradFunctionality)
+        hidden = hidden | some(kind.AutogradNestedTensor) | some(kind.ADInplaceOrView)
+        include = torch._C._dispatch_tls_local_include_set() | some(kind.ADInplaceOrView)
+        self._keys = torch._C._ForceDispatchKeyGuard(include, torch._C._dispatch_tls_local_exclude_set() - hidden)
+
+    def change(self) -> None:
+        """Set the keys."""
+        self._keys.__enter__()
+
+    def restore(self) -> None:
+        """Set them back."""
+        self._keys.__exit__(None, None, None)
 
 
-def _index_add(tracer: Tracer, call: TracedCall) -> Any:
-    named, out = call.named, call.outs[0]
-    places = _places(out).index_select(named["dim"], named["index"].cpu())
-    return _added(tracer, named["self"], places, tracer.ids(named["source"]), out)
+@restoring
+def scattered(tracer: Tracer, call: TracedCall, left_out: Any = None) -> Array:
+    """Follow entries each of which adds to one entry of the result, by the transpose of the operation.
 
+    Of the numbers of its result the transpose gives for each entry the number where that entry goes, times a factor; of
+    ones it gives the factor, which is zero for entries that go nowhere.
 
-def _scatter_add(tracer: Tracer, call: TracedCall) -> Any:
-    named, out = call.named, call.outs[0]
-    index = named["index"].cpu()
-    places = _places(out).gather(named["dim"], index)
-    ids = tracer.ids(named["src"])[tuple(slice(0, size) for size in index.shape)]
-    return _added(tracer, named["self"], places, ids, out)
+    Args:
+        tracer: Where sets are kept.
+        call: The operation.
+        left_out: An operand that is not followed.
+    """
+    shape, followed, leaves = call.outs[0].shape, [], []
 
+    def given(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value.cpu() if isinstance(value, Tensor) else value
+        leaf = value.detach().cpu().to(torch.complex128 if value.is_complex() else torch.float64)
+        if tracer.tracks(value) and value is not left_out:
+            followed.append(value)
+            leaves.append(leaf.requires_grad_())
+        return leaf.clone()  # it may be written into
 
-def _put(tracer: Tracer, call: TracedCall) -> Any:
-    named, out = call.named, call.outs[0]
-    places = _places(out).take(named["index"].cpu())
-    return _added(tracer, named["self"], places, tracer.ids(named["source"]), out)
-
-
-def _embedding_backward(tracer: Tracer, call: TracedCall) -> Any:
-    out = call.outs[0]
-    grad, indices = call.args[:2]
-    return _added(tracer, None, _places(out)[indices.cpu()], tracer.ids(grad), out)
+    if not any(tracer.tracks(t) and t is not left_out for t in call.tensors):
+        return tracer.union([], shape)
+    with _Recording(), arithmetic(True):
+        out = call.func(*tree_map(given, call.args), **tree_map(given, call.kwargs))
+        numbers = torch.arange(1, shape.numel() + 1).reshape(shape).to(out.dtype)
+        sent = [
+            torch.autograd.grad(out, leaves, seed, retain_graph=True, materialize_grads=True)
+            for seed in (numbers, torch.ones_like(numbers))
+        ]
+    total = tracer.union([], shape)
+    for value, number, factor in zip(followed, *sent, strict=True):
+        held = factor != 0
+        places = (number[held] / factor[held]).real.round().long() - 1
+        moved = tracer.group(places.numpy(), tracer.ids(value)[held].numpy(), shape.numel())
+        total = tracer.union([total, moved.reshape(shape)], shape)
+    return total
 
 
 def _max_pool(tracer: Tracer, call: TracedCall) -> Any:
     """Take the route of the largest entry, as the operation did."""
     x, out, indices = call.tensors[0], call.outs[0], call.outs[1]
-    rank = _rank(call)
+    rank = rank_of(call)
     ids = tracer.ids(x).flatten(-rank)
     return [ids.gather(-1, indices.cpu().flatten(-rank)).reshape(out.shape), None]
-
-
-def _max_pool_backward(tracer: Tracer, call: TracedCall) -> Any:
-    out, rank = call.outs[0], _rank(call)
-    grad, indices = call.args[0], call.named["indices"].cpu()
-    places = _places(out).flatten(-rank).gather(-1, indices.flatten(-rank)).reshape(indices.shape)
-    return _added(tracer, None, places, tracer.ids(grad), out)
-
-
-def _rank(call: TracedCall) -> int:
-    return 3 if "3d" in call.base else 2
-
-
-def _unfold_backward(tracer: Tracer, call: TracedCall) -> Any:
-    named, out = call.named, call.outs[0]
-    places = _places(out).unfold(named["dim"], named["size"], named["step"])
-    return _added(tracer, None, places, tracer.ids(named["grad_in"]), out)
-
-
-def _window_backward(tracer: Tracer, call: TracedCall) -> Any:
-    """Add columns up where windows overlap."""
-    named, out = call.named, call.outs[0]
-    where = _places(out).double()
-    shape = [named[k] for k in ("kernel_size", "dilation", "padding", "stride")]
-    places = aten.im2col(where + 1, *shape).long() - 1
-    ids = tracer.ids(named["self"])
-    held = places >= 0
-    return _added(tracer, None, places[held], ids[held], out)
-
-
-def _padding_backward(tracer: Tracer, call: TracedCall) -> Any:
-    grad, x, padding = call.args[:3]
-    forward = getattr(aten, call.base.removesuffix("_backward"))
-    places = forward(_places(x).double(), padding).long()
-    return _added(tracer, None, places, tracer.ids(grad), call.outs[0])
-
-
-def _nearest_backward(tracer: Tracer, call: TracedCall) -> Any:
-    named, out = call.named, call.outs[0]
-    forward = getattr(aten, call.base.removesuffix("_backward"))
-    scales = [v for k, v in named.items() if k.startswith("scale")]
-    places = forward(_places(out).double(), named["output_size"], *scales).long()
-    return _added(tracer, None, places, tracer.ids(named["grad_output"]), out)
 
 
 def _resampled(tracer: Tracer, call: TracedCall) -> Any:
@@ -131,55 +101,27 @@ def _resampled(tracer: Tracer, call: TracedCall) -> Any:
             args[i] = [1, many, *value[2:]]
     source, target = call.func(*args, **call.kwargs).reshape(many, -1).nonzero().T.numpy()
     ids = tracer.array(given).reshape(-1, many)
-    groups = np.arange(len(ids))[:, None] * result.numel() + target
+    groups = torch.arange(len(ids)).numpy()[:, None] * result.numel() + target
     return tracer.group(groups, ids[:, source], out.numel()).reshape(tuple(out.shape))
 
 
+# fmt: off
+_SCATTERED = [
+    "index_put", "_index_put_impl", "_unsafe_index_put", "index_add", "scatter_add", "put", "embedding_dense_backward",
+    "unfold_backward", "col2im", "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward",
+    "adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward", "fractional_max_pool2d_backward",
+    "fractional_max_pool3d_backward",
+    *(f"{kind}_pad{d}d_backward" for kind in ("reflection", "replication") for d in (1, 2, 3)),
+    *(f"{kind}{d}d_backward" for kind in ("upsample_nearest", "_upsample_nearest_exact") for d in (1, 2, 3)),
+]
+_POOLED = ["max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"]
+_RESAMPLED = [
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
+]
+# fmt: on
 SCATTERS: dict[str, Rule] = {
-    "index_put": _index_put,
-    "_index_put_impl": _index_put,
-    "_unsafe_index_put": _index_put,
-    "index_add": _index_add,
-    "scatter_add": _scatter_add,
-    "put": _put,
-    "embedding_dense_backward": _embedding_backward,
-    "unfold_backward": _unfold_backward,
-    "col2im": _window_backward,
+    **dict.fromkeys(_SCATTERED, scattered),
+    **dict.fromkeys(_POOLED, _max_pool),
+    **dict.fromkeys([*_RESAMPLED, *(f"{name}_backward" for name in _RESAMPLED)], _resampled),
 }
-SCATTERS |= dict.fromkeys(
-    ["max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"], _max_pool
-)
-SCATTERS |= dict.fromkeys(
-    [
-        "max_pool2d_with_indices_backward",
-        "max_pool3d_with_indices_backward",
-        "adaptive_max_pool2d_backward",
-        "adaptive_max_pool3d_backward",
-        "fractional_max_pool2d_backward",
-        "fractional_max_pool3d_backward",
-    ],
-    _max_pool_backward,
-)
-SCATTERS |= {f"{kind}_pad{d}d_backward": _padding_backward for kind in ("reflection", "replication") for d in (1, 2, 3)}
-SCATTERS |= {
-    f"{kind}{d}d_backward": _nearest_backward
-    for kind in ("upsample_nearest", "_upsample_nearest_exact")
-    for d in (1, 2, 3)
-}
-SCATTERS |= dict.fromkeys(
-    [
-        f"{kind}{way}"
-        for kind in (
-            "upsample_linear1d",
-            "upsample_bilinear2d",
-            "upsample_bicubic2d",
-            "upsample_trilinear3d",
-            "_upsample_bilinear2d_aa",
-            "_upsample_bicubic2d_aa",
-            "_adaptive_avg_pool2d",
-            "_adaptive_avg_pool3d",
-        )
-        for way in ("", "_backward")
-    ],
-    _resampled,
-)

@@ -33,10 +33,13 @@ class Scheme:
 
 def colored(matrix: Csr, lin: Linearization) -> Coloring:
     """Return a colouring, by rows alone where the linearization has no pushes but row by row."""
-    found = color(matrix)
-    if found is not None and found.pushes and not _can_push(lin):
-        found = color(matrix, columns=False)
-    return found or Coloring(np.full(matrix.shape[0], -1), np.full(matrix.shape[1], -1))
+    return _cheaper(matrix, lin, np.inf) or Coloring(np.full(matrix.shape[0], -1), np.full(matrix.shape[1], -1))
+
+
+def _cheaper(matrix: Csr, lin: Linearization, limit: float) -> Coloring | None:
+    found = color(matrix, limit=limit)
+    by_rows = found is not None and found.pushes and not _can_push(lin)
+    return color(matrix, columns=False, limit=limit) if by_rows else found
 
 
 def _can_push(lin: Linearization) -> bool:
@@ -57,9 +60,7 @@ def unlifted(scheme: Scheme, lin: Linearization, width: int) -> Scheme | None:
     if least_cost(-(-per_row // copies), -(-per_column // copies)) >= limit:
         return None
     merged = _merged(scheme.matrix, scheme.columns, width)
-    coloring = color(merged, limit=limit)
-    if coloring is not None and coloring.pushes and not _can_push(lin):
-        coloring = color(merged, columns=False, limit=limit)
+    coloring = _cheaper(merged, lin, limit)
     return None if coloring is None else Scheme(merged, coloring, [], np.arange(width))
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..derivatives import Wrt
 from ._coloring import most_colors
 from ._matrix import csr
 from ._pool import Array
@@ -18,28 +15,8 @@ _ABOUT = {"version", "shape", "wide", "symmetric", "wrt", "names", "outputs", "t
 _ARRAYS = {"about", "ends", "inner", "rows", "columns", "copies", "final", "structure"}
 
 
-@dataclass(frozen=True, eq=False)
-class StoredPlan:
-    """A plan as a file describes it, all of whose parts fit each other."""
-
-    shape: tuple[int, int]
-    wrt: Wrt | None
-    names: tuple[str, ...]
-    outputs: Mapping[str, Any]
-    tangent: bool
-    local: bool
-    unknown: dict[str, int]
-    ends: Array
-    inner: Array
-    rows: Array
-    columns: Array
-    copies: Array
-    final: Array
-    structure: list[tuple[int, int]]
-
-
-def stored_plan(arrays: dict[str, np.ndarray], version: int) -> StoredPlan:
-    """Return the plan that these arrays describe.
+def checked_plan(arrays: dict[str, np.ndarray], version: int) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return what these arrays describe a plan by, all of whose parts fit each other, and the arrays of its numbers.
 
     Raises:
         ValueError: They describe none of this version.
@@ -53,13 +30,7 @@ def stored_plan(arrays: dict[str, np.ndarray], version: int) -> StoredPlan:
     shape, wide = tuple(about["shape"]), about["wide"]
     _check_places(shape, wide, whole)
     _check_colors(shape, wide, whole)
-    long: dict[str, Any] = {k: whole[k].astype(np.int64) for k in ("rows", "columns", "copies", "final")}
-    structure = [(int(source), int(size)) for source, size in whole["structure"]]
-    fields = {k: about[k] for k in ("wrt", "outputs", "tangent", "local", "unknown")}
-    ends, inner = whole["ends"].astype(np.int64), whole["inner"].astype(np.int64)
-    return StoredPlan(
-        shape=shape, names=tuple(about["names"]), ends=ends, inner=inner, structure=structure, **long, **fields
-    )
+    return about, {name: array.astype(np.int64) for name, array in whole.items()}
 
 
 def _about(text: np.ndarray, version: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,45 +20,42 @@ class Taint(TorchDispatchMode):
 
     Args:
         sources: The tensors that make up the point.
+
+    Attributes:
+        read_out: Whether a value that depends on the point was read into Python.
     """
 
     def __init__(self, sources: Iterable[Tensor]) -> None:
         super().__init__()
-        self._held: dict[int, StorageWeakRef] = {}
-        self._read_out = False
-        for tensor in sources:
-            self._mark(tensor)
-
-    @property
-    def read_out(self) -> bool:
-        """Whether a value that depends on the point was read into Python."""
-        return self._read_out
+        self._listed: dict[int, StorageWeakRef] = {}
+        self.read_out = False
+        self._note(list(sources), True)
 
     def holds(self, tensor: Tensor) -> bool:
         """Say whether a tensor depends on the point; everything may once a value was read into Python."""
-        return self._read_out or tensor.layout is not torch.strided or storage_key(tensor) in self._held
+        return self.read_out or tensor.layout is not torch.strided or self._is_data(storage_key(tensor))
 
-    def passes(self, func: Any, tensors: Iterable[Tensor], out: Any) -> None:
+    def passes(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what came of an operation, written arguments too; what it draws at random is no constant either."""
-        tensors = list(tensors)
+        data = self._gives_data(func, tree_leaves((args, kwargs)))
+        self.read_out = self.read_out or (data and torch.Tag.data_dependent_output in func.tags)
+        self._note([out, written(func, args, kwargs)], data)
+
+    def _is_data(self, key: int) -> bool:
+        return key in self._listed
+
+    def _gives_data(self, func: Any, given: list[Any]) -> bool:
         random = torch.Tag.nondeterministic_seeded in func.tags
-        if random or any(self.holds(t) for t in tensors):
-            self._read_out = self._read_out or torch.Tag.data_dependent_output in func.tags
-            self._mark_all(out)
+        return random or any(self.holds(t) for t in given if isinstance(t, Tensor))
 
-    def _mark_all(self, tree: Any) -> None:
-        for tensor in tree_leaves(tree):
-            if isinstance(tensor, Tensor):
-                self._mark(tensor)
-
-    def _mark(self, tensor: Tensor) -> None:
-        if tensor.layout is torch.strided:
-            self._held.setdefault(storage_key(tensor), StorageWeakRef(tensor.untyped_storage()))
+    def _note(self, tree: Any, data: bool) -> None:
+        if data:
+            for tensor in _strided(tree):
+                self._listed.setdefault(storage_key(tensor), StorageWeakRef(tensor.untyped_storage()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.passes(func, tensors, [out, written(func, args, kwargs or {})])
+        self.passes(func, args, kwargs or {}, out)
         return out
 
 
@@ -70,41 +67,29 @@ class Outside(Taint):
 
     def __init__(self) -> None:
         super().__init__([])
-        self._made: dict[int, StorageWeakRef] = {}
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Say whether a tensor holds anything but what the text of the model makes."""
-        return self._read_out or tensor.layout is not torch.strided or storage_key(tensor) not in self._made
+    def _is_data(self, key: int) -> bool:
+        return key not in self._listed
 
-    def passes(self, func: Any, tensors: Iterable[Tensor], out: Any) -> None:
-        """Note what came of an operation."""
-        tensors, base = list(tensors), base_name(func)
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        if base in _CONSTANT or not (random or any(self.holds(t) for t in tensors)):
-            self._make(out)
-            return
-        self._read_out = self._read_out or torch.Tag.data_dependent_output in func.tags
-        self._mark_all(out)
+    def _gives_data(self, func: Any, given: list[Any]) -> bool:
+        return base_name(func) not in _CONSTANT and super()._gives_data(func, given)
 
-    def _make(self, tree: Any) -> None:
-        for tensor in tree_leaves(tree):
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                self._made.setdefault(storage_key(tensor), StorageWeakRef(tensor.untyped_storage()))
-
-    def _mark(self, tensor: Tensor) -> None:
-        if tensor.layout is torch.strided:
-            self._made.pop(storage_key(tensor), None)
+    def _note(self, tree: Any, data: bool) -> None:
+        super()._note(tree, not data)
+        for tensor in _strided(tree) if data else ():
+            self._listed.pop(storage_key(tensor), None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         given = tree_leaves((args, kwargs))
-        tensors = [t for t in given if isinstance(t, Tensor)]
         if base_name(func) in _SCALED and any(isinstance(v, int | float) and v == 0 for v in given):
             # A zero of Python's may be a flag that is off: its product is no constant.
-            self._mark_all([out, written(func, args, kwargs or {})])
-        else:
-            self.passes(func, tensors, [out, written(func, args, kwargs or {})])
+            self._note([out, written(func, args, kwargs or {})], True)
         return out
+
+
+def _strided(tree: Any) -> Iterator[Tensor]:
+    return (t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided)
 
 
 def storage_key(tensor: Tensor) -> int:

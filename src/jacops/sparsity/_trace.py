@@ -83,15 +83,18 @@ class Tracer(TorchDispatchMode):
     Args:
         pool: Where sets are kept.
         taint: What was seen to depend on the point, whose zeros do not count; None lets all zeros count.
+        rule_of: Returns how an operation is followed; None where nothing is known about it.
 
     Attributes:
         unknown: Operations that no rule is known for, and how often they were met.
         dtypes: Of the floating-point numbers that carried sets.
     """
 
-    def __init__(self, pool: Pool, taint: Taint | None = None) -> None:
+    def __init__(
+        self, pool: Pool, taint: Taint | None, rule_of: Callable[[Tracer, TracedCall], Rule | Decomposed | None]
+    ) -> None:
         super().__init__()
-        self.pool, self.taint = pool, taint
+        self.pool, self.taint, self._rule_of = pool, taint, rule_of
         self.unknown: dict[str, int] = {}
         self.dtypes: set[torch.dtype] = set()
         self._held: dict[int, tuple[StorageWeakRef, int, Tensor]] = {}
@@ -204,16 +207,15 @@ class Tracer(TorchDispatchMode):
 
     @restoring
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from ._routes import any_route
-        from ._rules import rule_for
-
         call = TracedCall(func, base_name(func), args, kwargs or {}, [])
         live = [t for t in call.tensors if self.tracks(t)]
         if not live:
             out = func(*args, **call.kwargs)
             if self.taint is not None:
-                self.taint.passes(func, call.tensors, [out, written(func, call.args, call.kwargs)])
-            self._clear(call)
+                self.taint.passes(func, call.args, call.kwargs, out)
+            for tensor in tree_leaves(call.kwargs.get("out")):  # written over by values without sets
+                if isinstance(tensor, Tensor) and self.tracks(tensor):
+                    self.write(tensor, 0)
             return out
         self._calls += 1
         if self._calls % _PURGE_EVERY == 0:
@@ -222,7 +224,7 @@ class Tracer(TorchDispatchMode):
             return func(*args, **call.kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             raise CannotFollowError(f"{func} (reads a value)")
-        rule = (any_route(self, call) if self.takes_all_routes else None) or rule_for(func, call.base)
+        rule = self._rule_of(self, call)
         if isinstance(rule, Decomposed):
             if rule.exact or func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
                 with self:
@@ -262,13 +264,6 @@ class Tracer(TorchDispatchMode):
                 array = np.where((out.detach() == 0).cpu().numpy() & (self.pool.sizes(array) == 1), 0, array)
             kept.append(array)
         return kept
-
-    def _clear(self, call: TracedCall) -> None:
-        """Values without sets that are written into a storage replace what it held."""
-        out = call.kwargs.get("out")
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and self.tracks(tensor):
-                self.write(tensor, 0)
 
     def _follow(self, call: TracedCall, rule: Rule | None, out: Any) -> None:
         leaves = tree_leaves(out)
@@ -341,6 +336,11 @@ class Escapes(TorchFunctionMode):
 
     def _leave(self) -> None:
         self.__exit__(None, None, None)
+
+
+def rank_of(call: TracedCall) -> int:
+    """Return how many axes of space an operation goes over, by its name."""
+    return next(rank for rank in (1, 2, 3) if f"{rank}d" in call.base)
 
 
 def _is_view(func: Any) -> bool:

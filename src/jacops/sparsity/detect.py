@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from .._keywords import keywords
-from .._recorded_loss import trainable
+from .._recorded_loss import check_usable
 from .._runtime.contexts import math_attention, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
-from .._torch.protocol import Linearization, Recording, bare, record_model
-from ..derivatives import Wrt
-from ..errors import InputError, MemoryBudgetError, NotDifferentiableError, explain
+from .._torch.protocol import Linearization, bare, record_model
+from ..derivatives import Wrt, picked
+from ..errors import MemoryBudgetError
 from ..trees import Selector, flatten
 from ._matrix import Csr, csr
 from ._pool import Array, Pool
+from ._routes import rule_of
 from ._taint import Taint
 from ._trace import CannotFollowError, Escapes, Tracer
 from .pattern import Pattern
@@ -32,6 +33,7 @@ _MOST = 2**27  # entries of a pattern; beyond, it is as good as dense
 
 
 @keywords()
+@restoring
 def detect_pattern(
     model: nn.Module, inputs: Any, *, wrt: Wrt = "parameters", outputs: Selector = None, local: bool = False
 ) -> Pattern:
@@ -59,64 +61,19 @@ def detect_pattern(
         >>> detect_pattern(model, torch.randn(1, 1, 5), wrt="inputs").nnz
         13
     """
-    found, taint = record_tainted(model, inputs, "detect_pattern", wrt, outputs, local)
-    seen = traced(found.lin, taint)
-    return Pattern(seen.matrix, local, seen.unknown)
-
-
-def picked(wrt: Wrt) -> Any:
-    """Return which parameters are meant, None for the inputs.
-
-    Raises:
-        InputError: `wrt` is none of the known.
-    """
-    if callable(wrt):
-        return wrt
-    if wrt not in ("parameters", "inputs"):
-        raise InputError(
-            explain("wrt", repr(wrt), "'parameters', 'inputs' or a function of name and parameter is needed")
-        )
-    return trainable if wrt == "parameters" else None
-
-
-@restoring
-def record_tainted(
-    model: nn.Module, inputs: Any, call: str, wrt: Wrt, outputs: Selector, local: bool
-) -> tuple[Recording, Taint | None]:
-    """Record a model and note which constants of its graph depend on the point (for a pattern that is reused).
-
-    Raises:
-        NotDifferentiableError: It is complex, or not connected.
-    """
     parameters = picked(wrt)
+    options: dict[str, Any] = {"call": "detect_pattern", "parameters": parameters, "outputs": outputs}
+    taint = None
     if local:
-        found, taint = record_model(model, inputs, call=call, parameters=parameters, outputs=outputs), None
-    else:
-        module = bare(model)
+        lin = record_model(model, inputs, **options).lin
+    else:  # which constants of the graph depend on the point, since the pattern is reused
         given = [t for t in flatten(inputs, "input")[0] if isinstance(t, Tensor)]
-        given += [p for n, p in module.named_parameters() if parameters is not None and parameters(n, p)]
+        given += [p for n, p in bare(model).named_parameters() if parameters is not None and parameters(n, p)]
         with Taint(given) as taint:
-            found = record_model(model, inputs, call=call, parameters=parameters, outputs=outputs)
-    check_usable(found.lin)
-    return found, taint
-
-
-def check_usable(lin: Linearization) -> None:
-    """Refuse what has no real Jacobian to be sparse.
-
-    Raises:
-        NotDifferentiableError: An output or a leaf is complex, or no path leads to any leaf.
-    """
-    for space in (lin.domain, lin.codomain):
-        for name, dtype in zip(space.names, space.dtypes, strict=True):
-            if dtype.is_complex:
-                todo = "Use torch.view_as_real."
-                raise NotDifferentiableError(explain(name, f"of dtype {dtype}", "sparse Jacobians are real", todo))
-    if not lin.is_connected():
-        raise NotDifferentiableError(
-            f"{lin.call}: no path leads from {lin.codomain.layout} to any of {lin.domain.layout}; the derivative is "
-            "zero everywhere."
-        )
+            lin = record_model(model, inputs, **options).lin
+    check_usable(lin)
+    seen = traced(lin, taint)
+    return Pattern(seen.matrix, local, seen.unknown)
 
 
 @dataclass(frozen=True)
@@ -144,7 +101,7 @@ def trace(lin: Linearization, members: Array, size: int, taint: Taint | None) ->
         CannotFollowError: Values leave for Python or NumPy on the way, or have a layout without storage.
     """
     pool = Pool(size)
-    tracer = Tracer(pool, taint)
+    tracer = Tracer(pool, taint, rule_of)
     seeds = [_cotangent(o, i) for i, o in enumerate(lin.outputs)]
     starts = torch.from_numpy(pool.singletons(members))
     for seed, where in zip(seeds, lin.codomain.slices, strict=True):

@@ -11,7 +11,6 @@ import torch
 
 from .._runtime.restoring import WarningsIgnored, restoring
 from .._torch.protocol import Linearization
-from ..errors import InputError, explain
 from ._compress import Assembly, Compressed
 from ._matrix import sp
 from ._point import lie_widths
@@ -36,16 +35,6 @@ class SparseJacobian:
     output: Any
     error_bound: float
     sweeps: int
-
-
-def check_layout(layout: str) -> None:
-    """Refuse unknown layouts.
-
-    Raises:
-        InputError: It is none of the known.
-    """
-    if layout not in LAYOUTS:
-        raise InputError(explain("layout", repr(layout), f"one of {LAYOUTS} is needed"))
 
 
 @restoring

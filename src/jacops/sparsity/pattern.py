@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 from ._matrix import Csr, csr, sp
 
 _DOTS = 48  # at most so many dots each way; a braille character holds two by four
@@ -87,11 +87,10 @@ def declared(value: Any, shape: tuple[int, int]) -> Pattern:
     elif isinstance(value, np.ndarray):
         matrix = csr(value != 0)
     else:
-        raise InputTypeError(
-            explain("pattern", f"a {type(value).__name__}", "a scipy or torch sparse matrix or a Pattern is needed")
-        )
+        came = f"a {type(value).__name__}"
+        raise InputTypeError.of("pattern", came, "a scipy or torch sparse matrix or a Pattern is needed")
     if tuple(matrix.shape) != shape:
-        raise InputError(explain("pattern", f"of shape {tuple(matrix.shape)}", f"the Jacobian has shape {shape}"))
+        raise InputError.of("pattern", f"of shape {tuple(matrix.shape)}", f"the Jacobian has shape {shape}")
     return value if isinstance(value, Pattern) else Pattern(matrix)
 
 
@@ -103,7 +102,7 @@ def _stored(entries: Any) -> Csr:
 
 def _from_torch(value: Tensor) -> Csr:
     if value.ndim != 2:
-        raise InputError(explain("pattern", f"of shape {tuple(value.shape)}", "two axes are needed"))
+        raise InputError.of("pattern", f"of shape {tuple(value.shape)}", "two axes are needed")
     value = value.detach().cpu()
     entries = (value if value.is_sparse else value.to_sparse(2)).coalesce()
     row, column = entries.indices().numpy()

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._finite import check_outputs, is_finite, where_first
+from .._finite import check_outputs, is_finite, require_finite
 from .._keywords import keywords
+from .._requirements import check_choice, check_whole
 from .._torch.protocol import Proofs
 from ..derivatives import Wrt
-from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain, warn
+from ..errors import DataError, InputError, NotDifferentiableError, warn
 from ..trees import Selector
-from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
+from . import storage
+from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed, probed_by_rows
 from ._declared import check_declared
 from ._matrix import Csr, csr, sp
 from ._point import RecordedPoint, gradients_agree, record_point
@@ -24,7 +26,7 @@ from ._pool import Array
 from ._probe import Floats, Prober, Verdict
 from ._scheme import Scheme, colored, unlifted
 from .detect import traced
-from .layouts import Layout, SparseJacobian, arranged, block_shape, check_layout
+from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_shape
 from .pattern import Pattern, declared
 
 _ROOM = 4.0  # margin on the rounding errors that were measured at one point
@@ -137,9 +139,8 @@ class SparsePlan:
         self, model: nn.Module, inputs: Any, certify: int, layout: Layout, importance: Floats | None
     ) -> SparseJacobian:
         """Evaluate as above; `importance` is what the caller multiplies the rows with."""
-        check_layout(layout)
-        if isinstance(certify, bool) or not isinstance(certify, int) or certify < 0:
-            raise InputError(explain("certify", repr(certify), "a number of probes, 0 or more, is needed"))
+        check_choice("layout", layout, LAYOUTS)
+        check_whole("certify", certify, 0)
         point = record_point(model, inputs, "SparsePlan", self._wrt, self._outputs, lift=self.is_lifted)
         self._check_fits(point)
         try:
@@ -176,8 +177,7 @@ class SparsePlan:
             if not learns:
                 raise OutdatedError
             found = self._again(point, found, certify, importance)
-        if not is_finite(found.values):
-            raise NonFiniteError(f"SparsePlan: of the Jacobian's entries, {where_first(found.values)}.")
+        require_finite(found.values, "SparsePlan: of the Jacobian's entries")
         matrix = arranged(self.assembly, found, layout, block_shape(point.recording.lin, self._tangent))
         return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
 
@@ -193,13 +193,8 @@ class SparsePlan:
         sweeper = Sweeper.on(point.lin)
         prober = self._probes(sweeper)
         used = prober.divisors if certify == 1 else None
-        found = compress(
-            sweeper, self.assembly, self._scheme.coloring, self._column_of, certify, used, prober.tolerance
-        )
-        if found.verdict is not None and prober.outdated(found.matrix, used, importance):
-            more = self._probed(found, sweeper, prober.divisors)
-            found = found.with_more(more)
-        return found
+        found = compress(sweeper, self.assembly, self._scheme.coloring, self._column_of, certify, prober)
+        return probed_by_rows(sweeper, found, self._column_of, prober, used, importance)
 
     def _probed(self, found: Compressed, sweeper: Sweeper, divisors: Floats | None) -> Verdict:
         return probed(sweeper, found.matrix, self._column_of, divisors, self._probes(sweeper).tolerance)
@@ -252,7 +247,7 @@ class SparsePlan:
         final, width = point.widths(self._tangent)
         shape = (point.recording.lin.codomain.dim, width)
         if shape != self.shape or not np.array_equal(final, self._final):
-            raise InputError(explain("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}"))
+            raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
 
     def _replan(self, model: nn.Module, inputs: Any) -> None:
         other = sparse_plan(
@@ -266,9 +261,7 @@ class SparsePlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file (NumPy's npz), to be read by `SparsePlan.load`."""
-        from .storage import save
-
-        save(self, path)
+        storage.save(self, path)
 
     @staticmethod
     def load(path: str | Path, *, outputs: Selector = None) -> SparsePlan:
@@ -281,9 +274,12 @@ class SparsePlan:
         Raises:
             DataError: The file is no plan, of another version, or damaged.
         """
-        from .storage import load
-
-        return load(path, outputs)
+        plan = SparsePlan(**storage.load(path, outputs))
+        try:
+            plan.assembly  # noqa: B018 - shows whether the colouring fits the pattern
+        except NotDifferentiableError:
+            raise DataError(f"{path}: damaged, its colours do not tell the entries of its pattern apart.") from None
+        return plan
 
 
 @keywords()

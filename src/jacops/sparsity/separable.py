@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from .._keywords import keywords
+from .._recorded_loss import check_usable
 from .._runtime.contexts import private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization, bare, record_model
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..trees import Selector
 from ._taint import Outside
 from ._trace import CannotFollowError
-from .detect import check_usable, trace
+from .detect import trace
 
 _NAMED = 5
 
@@ -114,7 +115,7 @@ def _count(lin: Linearization) -> int:
         for name, shape in zip(space.names, space.shapes, strict=True):
             if not shape or shape[0] != many:
                 needed = f"{many} samples along its first axis are needed"
-                raise InputError(explain(name, f"of shape {tuple(shape)}", needed))
+                raise InputError.of(name, f"of shape {tuple(shape)}", needed)
     return many
 
 

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 
 from .._keywords import keywords
+from .._requirements import check_choice, check_whole
 from .._torch.protocol import Linearization
-from ..errors import InputError, NotDifferentiableError, explain
+from ..errors import InputError, NotDifferentiableError
 from ..operators import LinearizedMap, Operator
 from ..operators._finite_results import check_result
 from ..space import Space
 from ._coloring import Coloring, color
-from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed
+from ._compress import Assembly, Sweeper, compress, is_rounding, probed_by_rows
 from ._declared import check_declared
-from ._matrix import Csr, csr
-from ._pool import Array
+from ._matrix import csr
 from ._probe import Prober
 from .detect import traced
-from .layouts import Layout, SparseJacobian, arranged, check_layout
+from .layouts import LAYOUTS, Layout, SparseJacobian, arranged
 from .pattern import Pattern, declared
 
 
@@ -54,7 +54,8 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
         >>> found.matrix.shape, found.sweeps
         (torch.Size([100, 100]), 4)
     """
-    check_layout(layout)
+    check_choice("layout", layout, LAYOUTS)
+    check_whole("certify", certify, 0)
     dtypes: frozenset[torch.dtype] = frozenset()
     if pattern is not None:
         known = declared(pattern, operator.shape)
@@ -63,21 +64,22 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
         known, dtypes = Pattern(seen.matrix, True, seen.unknown), seen.dtypes
     else:
         todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
-        raise InputError(explain("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo))
-    matrix = _mirrored(known.matrix) if operator.symmetric else known.matrix
+        raise InputError.of("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo)
+    matrix = csr(known.matrix + known.matrix.T).astype(bool) if operator.symmetric else known.matrix
     empty = Coloring(np.full(operator.shape[0], -1), np.full(operator.shape[1], -1))
     coloring = color(matrix, symmetric=operator.symmetric) or empty
     columns = np.arange(operator.shape[1])
     assembly = Assembly.of(matrix, coloring, columns, operator.shape[1])
     sweeper = Sweeper.over(operator)
     prober = Prober(sweeper.rows.dtype, set(sweeper.dtypes | dtypes))
-    found = compress(sweeper, assembly, coloring, columns, certify, limit=prober.tolerance)
+    found = compress(sweeper, assembly, coloring, columns, certify, prober)
+    error = 0.0 if found.verdict is None else found.verdict.error
     if pattern is not None:
-        found = _probed_by_rows(sweeper, found, prober, columns)
+        found = probed_by_rows(sweeper, found, columns, prober)
         check_declared(sweeper, found, prober, columns)
-    elif found.verdict is not None and _disagrees(sweeper, found.verdict.error, prober):
+    elif error > prober.whole and not is_rounding(sweeper, error):
         raise NotDifferentiableError(
-            f"sparse: products with {operator!r} disagree by {found.verdict.error:.1e} with each other. A backward "
+            f"sparse: products with {operator!r} disagree by {error:.1e} with each other. A backward "
             "pass is random or not linear, or the result is smaller than the rounding errors of this dtype; use "
             "float64 then."
         )
@@ -85,21 +87,6 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
     block = _last(operator.codomain), _last(operator.domain)
     result = arranged(assembly, found, layout, block)
     return SparseJacobian(result, getattr(operator, "output", None), found.bound, found.sweeps)
-
-
-def _probed_by_rows(sweeper: Sweeper, found: Compressed, prober: Prober, columns: Array) -> Compressed:
-    """Return the same with one more probe, where rows differ so much that the first were blind to some."""
-    if found.verdict is None or not prober.outdated(found.matrix, None, None):
-        return found
-    return found.with_more(probed(sweeper, found.matrix, columns, prober.divisors, prober.tolerance))
-
-
-def _disagrees(sweeper: Sweeper, error: float, prober: Prober) -> bool:
-    return error > prober.whole and not is_rounding(sweeper, error)
-
-
-def _mirrored(matrix: Csr) -> Csr:
-    return csr(matrix + matrix.T).astype(bool)
 
 
 def _last(space: Space) -> int:

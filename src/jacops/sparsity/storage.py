@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataError, InputError, NotDifferentiableError, explain
+from ..errors import DataError, InputError
 from ..trees import Selector
 from ._archive import MOST, RATIO, read_arrays
 from ._coloring import Coloring
 from ._matrix import csr
-from ._stored import StoredPlan, stored_plan
+from ._scheme import Scheme
+from ._stored import checked_plan
 
 if TYPE_CHECKING:
     from .plan import SparsePlan
@@ -68,43 +69,34 @@ def _plain(outputs: Selector) -> Any:
     return {"is": outputs} if plain or listed else {"again": repr(outputs)}
 
 
-def load(path: str | Path, outputs: Selector) -> SparsePlan:
-    """Return the plan in a file.
+def load(path: str | Path, outputs: Selector) -> dict[str, Any]:
+    """Return what a `SparsePlan` in a file is made of, by name.
 
     Raises:
         DataError: The file is no plan, of another version, or damaged; the message says what of it.
         InputError: `outputs` was no name or index and has to be given again.
     """
     try:
-        found = stored_plan(read_arrays(Path(path)), VERSION)
+        about, places = checked_plan(read_arrays(Path(path)), VERSION)
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: not a plan of jacops, or damaged: {error}.") from error
-    if "again" in found.outputs and outputs is None:
-        needed = f"the plan was made with {found.outputs['again']}; pass that again"
-        raise InputError(explain("outputs", "missing", needed))
-    plan = _plan(found, outputs if "again" in found.outputs else found.outputs["is"])
-    try:
-        plan.assembly  # noqa: B018 - shows whether the colouring fits the pattern
-    except NotDifferentiableError:
-        raise DataError(f"{path}: damaged, its colours do not tell the entries of its pattern apart.") from None
-    return plan
-
-
-def _plan(found: StoredPlan, outputs: Selector) -> SparsePlan:
-    from .plan import Scheme, SparsePlan
-
-    m, wide = found.shape[0], len(found.copies)
-    matrix = csr((np.ones(len(found.inner), bool), found.inner, found.ends), shape=(m, wide))
-    return SparsePlan(
-        Scheme(matrix, Coloring(found.rows, found.columns), found.structure, found.copies),
-        found.shape,
-        found.final,
-        wrt=found.wrt or (lambda name, parameter: name in found.names),
-        outputs=outputs,
-        tangent=found.tangent,
-        local=found.local,
-        unknown=found.unknown,
-        names=found.names,
-    )
+    if "is" in about["outputs"]:
+        outputs = about["outputs"]["is"]
+    elif outputs is None:
+        raise InputError.of(
+            "outputs", "missing", f"the plan was made with {about['outputs']['again']}; pass that again"
+        )
+    inner, names = places["inner"], tuple(about["names"])
+    matrix = csr((np.ones(len(inner), bool), inner, places["ends"]), shape=(about["shape"][0], about["wide"]))
+    coloring = Coloring(places["rows"], places["columns"])
+    return {
+        "scheme": Scheme(matrix, coloring, [tuple(pair) for pair in places["structure"].tolist()], places["copies"]),
+        "shape": tuple(about["shape"]),
+        "final": places["final"],
+        "wrt": about["wrt"] or (lambda name, parameter: name in names),
+        "outputs": outputs,
+        "names": names,
+        **{name: about[name] for name in ("tangent", "local", "unknown")},
+    }

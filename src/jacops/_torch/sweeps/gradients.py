@@ -15,17 +15,13 @@ import torch
 from torch import Tensor
 
 from ..._finite import check_finite, is_finite
-from ..._runtime.agreement import inner, size
+from ..._runtime.agreement import difference_tolerance, inner, size
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rounding import rounding_error
 from ...errors import NotDifferentiableError
 from .linearization import Linearization
 from .record import Recording
-
-# Central differences with a step of eps ** (1/3) are good to eps ** (2/3) of the size of third derivatives; the rest is
-# room for those.
-_SPOT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3}
 
 
 @restoring
@@ -117,7 +113,7 @@ def disagreement(product: Tensor, wide: Tensor, central: Callable[[float], Tenso
         central: The same with a given step.
         step: Its length.
     """
-    tolerance = _SPOT_TOLERANCE.get(product.dtype, 0.5)
+    tolerance = difference_tolerance(product.dtype)
     error = _relative(product, wide)
     if not error > tolerance:
         return None
