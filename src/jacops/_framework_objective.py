@@ -14,7 +14,7 @@ from ._recorded_loss import trainable
 from ._reduction import offset
 from ._runtime.contexts import eager
 from ._torch.protocol import Reduction
-from .errors import InputError, explain
+from .errors import InputError
 from .objective import Objective, checked_loss
 from .space import Space
 
@@ -59,7 +59,7 @@ class FrameworkObjective(Objective):
         """
         for name in options.keys() - self._options.keys():
             todo = "Pass the random key to `apply` as a part of `params` or `x`."
-            raise InputError(explain(name, "given", "a JAX model is a pure function", todo))
+            raise InputError.of(name, "given", "a JAX model is a pure function", todo)
         given = {name: value for name, value in options.items() if value is not None}
         return FrameworkObjective(self.model, loss or self.losses.loss, **{**self._options, **given})
 

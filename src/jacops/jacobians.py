@@ -32,7 +32,7 @@ from ._torch.protocol import (
     separate,
     whole_jacobian,
 )
-from .errors import InputError, NonFiniteError, NotDifferentiableError, explain
+from .errors import InputError, NonFiniteError, NotDifferentiableError
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
 from .sparsity._remembered import sparse_jacobian
@@ -312,15 +312,13 @@ def _check_out(lin: Linearization, out: Any, connected: bool) -> None:
     """Refuse places that could not be written to in the result's own dtype, or without losing its graph."""
     if out is not None and (connected or not is_plain(lin)):
         needed = "the result must be real, of one dtype, without a graph and without LieTensors"
-        raise InputError(explain("out", "given", needed, "Leave it out."))
+        raise InputError.of("out", "given", needed, "Leave it out.")
 
 
 def _refuse_with_sparse(**given: bool) -> None:
     for name, value in given.items():
         if value:
-            raise InputError(
-                explain(name, "asked for together with `sparse=True`", "a sparse result has no such variant")
-            )
+            raise InputError.of(name, "asked for together with `sparse=True`", "a sparse result has no such variant")
 
 
 def _sparse(
@@ -360,7 +358,7 @@ def _shaped(recorded: Recording, blocks: Blocks) -> Blocks:
 
 def _check_strategy(strategy: str) -> bool:
     if strategy not in ("reverse-mode", "forward-mode"):
-        raise InputError(explain("strategy", repr(strategy), "'reverse-mode' or 'forward-mode' is needed"))
+        raise InputError.of("strategy", repr(strategy), "'reverse-mode' or 'forward-mode' is needed")
     return strategy == "forward-mode"
 
 

@@ -22,7 +22,7 @@ from ._runtime.restoring import restoring
 from ._torch.protocol import Reduction, RowLosses, is_convex
 from .data import Batch, rows_of
 from .derivatives import ggn, hessian
-from .errors import InputError, InputTypeError, explain
+from .errors import InputError, InputTypeError
 from .fisher import KINDS, empirical_fisher, fisher_at
 from .operators import Operator
 from .operators._finite_results import Source, with_source
@@ -216,7 +216,7 @@ def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
         InputError: There is no such reduction.
     """
     if not callable(loss):
-        raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
     if reduction not in (None, "mean", "sum"):
-        raise InputError(explain("reduction", repr(reduction), "one of ('mean', 'sum') is needed"))
+        raise InputError.of("reduction", repr(reduction), "one of ('mean', 'sum') is needed")
     return RowLosses(loss, reduction)

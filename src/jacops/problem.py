@@ -18,7 +18,7 @@ from ._requirements import check_choice
 from ._torch.protocol import Reduction
 from ._torch_objective import TorchObjective
 from .data import Batch, Batches, Unpack
-from .errors import DataError, InputError, InputTypeError, explain
+from .errors import DataError, InputError, InputTypeError
 from .objective import Objective
 from .operators import Operator
 from .operators._data import StackOver, SumOver
@@ -143,7 +143,7 @@ class Problem:
                 convex = convex and self.objective.is_convex(batch.y)
             if first is None or not total > 0:
                 came = "without rows" if first is None else "in which every row counts nothing"
-                raise DataError(explain(self.data.name, came, "at least one row is needed"))
+                raise DataError.of(self.data.name, came, "at least one row is needed")
             self._convex = convex
             self._denominator = total if self.objective.reduction == "mean" else 1.0
         return self._denominator
@@ -311,7 +311,7 @@ class _Passes:
         """
         for _, part in self():
             return part
-        raise DataError(explain(self.problem.data.name, "without rows", "at least one is needed"))
+        raise DataError.of(self.problem.data.name, "without rows", "at least one is needed")
 
     def __call__(self) -> Iterator[tuple[float, Operator]]:
         """Yield the factor and the curvature of every batch."""
@@ -354,7 +354,7 @@ class _Passes:
             return build(batch.x, batch.y)
         if batch.weights is not None:
             todo = "Take the GGN, which is the Fisher matrix for the usual losses."
-            raise InputError(explain("curvature", repr(self.kind), "a Fisher matrix takes no sample weights", todo))
+            raise InputError.of("curvature", repr(self.kind), "a Fisher matrix takes no sample weights", todo)
         return term.fisher(_FISHERS[self.kind], batch.x, batch.y, row)
 
 
@@ -366,9 +366,9 @@ def _objective(model: Any, loss: Any, **options: Any) -> Objective:
             own = own.changed(loss=loss, **given)
         return own
     if not isinstance(model, nn.Module) and not is_framework_model(model):
-        raise InputTypeError(explain("model", f"a {type(model).__name__}", "a torch.nn.Module is needed"))
+        raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed")
     if loss is None:
-        raise InputTypeError(explain("loss", "left out", "a callable `loss(output, y)` is needed with a module"))
+        raise InputTypeError.of("loss", "left out", "a callable `loss(output, y)` is needed with a module")
     if isinstance(model, nn.Module):
         return TorchObjective(model, loss, **options)
     return FrameworkObjective(model, loss).changed(**_given(options))
@@ -383,9 +383,9 @@ def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:
     by_pattern = l2 if isinstance(l2, Mapping) else {"*": l2}
     for pattern, value in by_pattern.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise InputError(explain("l2", repr(value), "a finite number that is not negative is needed"))
+            raise InputError.of("l2", repr(value), "a finite number that is not negative is needed")
         if not any(fnmatchcase(name, pattern) for name in space.names):
-            raise InputError(explain("l2", f"for {pattern!r}", f"no parameter fits; there are {space.layout}"))
+            raise InputError.of("l2", f"for {pattern!r}", f"no parameter fits; there are {space.layout}")
     if not any(by_pattern.values()):
         return None
     ridge = torch.zeros(space.dim, dtype=space.dtype, device=space.device)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, explain
+from ..errors import InputError
 from .parameters import Same, Structure
 
 Apply = Callable[[Any, Any], Any]
@@ -42,19 +42,19 @@ def _selected(output: Any, outputs: Any) -> Any:
     index = slice(*outputs[1:]) if isinstance(outputs, tuple) and outputs[:1] == ("slice",) else outputs
     if hasattr(output, "shape"):
         if isinstance(index, str) or not output.ndim:
-            raise InputError(explain("outputs", repr(index), "indices along the output's last axis are needed"))
+            raise InputError.of("outputs", repr(index), "indices along the output's last axis are needed")
         length, asked = (
             output.shape[-1],
             index if isinstance(index, tuple) else (index,) if isinstance(index, int) else (),
         )
         if any(not -length <= i < length for i in asked):  # JAX would clamp it
-            raise InputError(explain("outputs", repr(outputs), f"the last axis of the output has {length} entries"))
+            raise InputError.of("outputs", repr(outputs), f"the last axis of the output has {length} entries")
         return output[..., np.asarray(index) if isinstance(index, tuple) else index]
     try:
         return tuple(output[key] for key in index) if isinstance(index, tuple) else output[index]
     except (KeyError, IndexError, TypeError):
         known = list(output) if isinstance(output, dict) else range(len(output))
-        raise InputError(explain("outputs", repr(outputs), f"the output has {known}")) from None
+        raise InputError.of("outputs", repr(outputs), f"the output has {known}") from None
 
 
 @lru_cache(maxsize=64)  # as above

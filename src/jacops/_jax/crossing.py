@@ -12,7 +12,7 @@ import torch
 from jax.core import Tracer
 from torch import Tensor
 
-from ..errors import InputError, InputTypeError, NotDifferentiableError, explain
+from ..errors import InputError, InputTypeError, NotDifferentiableError
 
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _X64 = "Call `jax.config.update('jax_enable_x64', True)` before anything else, or give float32."
@@ -25,7 +25,7 @@ def torch_dtype(dtype: Any, name: str) -> torch.dtype:
         InputError: There is none of the same name.
     """
     if str(dtype) not in _TORCH:
-        raise InputError(explain(name, f"of dtype {dtype}", f"one of {', '.join(_TORCH)} is needed"))
+        raise InputError.of(name, f"of dtype {dtype}", f"one of {', '.join(_TORCH)} is needed")
     return _TORCH[str(dtype)]
 
 
@@ -70,17 +70,17 @@ def to_jax(leaf: Any, name: str) -> Any:
     """
     if isinstance(leaf, Tracer):
         came = "an array inside a transformation of JAX's (jit, vmap, grad, …)"
-        raise NotDifferentiableError(explain(name, came, "values are needed", "Call jacops outside of it."))
+        raise NotDifferentiableError.of(name, came, "values are needed", "Call jacops outside of it.")
     if isinstance(leaf, bool | int | float):
         return leaf
     if isinstance(leaf, jax.Array):
         _check_precision(leaf.dtype, name)
         return leaf
     if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
-        raise InputError(explain(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it."))
+        raise InputError.of(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it.")
     array = to_numpy(leaf) if isinstance(leaf, Tensor) else leaf
     if not isinstance(array, np.ndarray | np.generic) or array.dtype.kind in "OSUMm":
-        raise InputTypeError(explain(name, f"a {type(leaf).__name__}", "an array is needed"))
+        raise InputTypeError.of(name, f"a {type(leaf).__name__}", "an array is needed")
     return jnp.array(_narrowed(np.asarray(array), name))
 
 
@@ -98,8 +98,8 @@ def _check_precision(dtype: Any, name: str) -> None:
     if jnp.issubdtype(dtype, jax.dtypes.extended):  # random keys
         return
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise InputError(
-            explain(name, f"of dtype {dtype}", f"JAX would make it {jax.dtypes.canonicalize_dtype(dtype)}", _X64)
+        raise InputError.of(
+            name, f"of dtype {dtype}", f"JAX would make it {jax.dtypes.canonicalize_dtype(dtype)}", _X64
         )
 
 

@@ -15,7 +15,7 @@ from .._finite import is_finite
 from .._ladder.protocol import SampleRows, Shift
 from .._runtime.counter import Draws
 from .._torch.protocol import Likelihood, computed_likelihood
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 from ..space import Space
 from ..trees import flatten, output_leaves
 from .adapted import Apply, by_input, itself, key_of, selecting
@@ -68,7 +68,7 @@ class JaxFunction:
     def __init__(self, apply: Apply, params: Any) -> None:
         if not callable(apply):
             came = f"a {type(apply).__name__}"
-            raise InputTypeError(explain("apply", came, "a callable `apply(params, x)` is needed"))
+            raise InputTypeError.of("apply", came, "a callable `apply(params, x)` is needed")
         self.apply = apply
         self._all = Parameters.of(params)
         self.params = self._all.tree
@@ -146,7 +146,7 @@ class JaxFunction:
             NotDifferentiableError: An output is not of floating point.
         """
         if at is not None:
-            raise InputError(explain("at", repr(at), "a JAX function has no submodules to cut at"))
+            raise InputError.of("at", repr(at), "a JAX function has no submodules to cut at")
         own, model, point = self._at(inputs, None, call, parameters, outputs)
         connected = model.survey(point, call)
         raw = floating(model.computed_output(point))
@@ -250,7 +250,7 @@ class JaxFunction:
         arrays = [leaf for leaf in jax.tree.leaves(point.x) if is_floating(leaf)]
         if len(arrays) != 1:
             came = f"a tree with {len(arrays)} arrays of floating point"
-            raise InputError(explain("x", came, "a derivative by the input needs exactly one"))
+            raise InputError.of("x", came, "a derivative by the input needs exactly one")
         one, like = arrays[0].shape[1:], to_torch(arrays[0][:0])
         width = math.prod(one)
         found = model.mixed(point, to_numpy(rows), width * len(rows)) if many and len(rows) else []
@@ -280,7 +280,7 @@ class JaxFunction:
             NotDifferentiableError: No path leads from the loss to any parameter.
         """
         if not callable(loss) and not isinstance(loss, WeightedRows):
-            raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+            raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
         own, model, point = self._at(x, y, call, parameters or _everything, outputs, loss)
         model.survey(point, call)
         return own, model, point
@@ -308,7 +308,7 @@ class JaxFunction:
         lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else -1 for leaf in jax.tree.leaves((x, y))}
         if len(lengths) != 1 or -1 in lengths:
             names = "x" if y is None else "x, y"
-            raise InputError(explain(names, f"of lengths {sorted(lengths)}", "all need one row per sample"))
+            raise InputError.of(names, f"of lengths {sorted(lengths)}", "all need one row per sample")
         many = lengths.pop()
         own, model, point = self._at(x, y, call, parameters or _everything, outputs, loss)
         if many:
@@ -347,7 +347,7 @@ def _check_dtypes(x: Any, y: Any, known: Sequence[str]) -> None:
         for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
             if is_floating(leaf) and str(leaf.dtype) not in known:
                 needed = f"the parameters are of {', '.join(known)}; nothing is cast"
-                raise InputError(explain(name + jax.tree_util.keystr(path), f"of dtype {leaf.dtype}", needed))
+                raise InputError.of(name + jax.tree_util.keystr(path), f"of dtype {leaf.dtype}", needed)
 
 
 def _one_sample(space: Space, by_inputs: bool) -> Space:
@@ -362,7 +362,7 @@ def _one_output(model: Model, point: Point) -> tuple[int, ...]:
     leaves = jax.tree.leaves(floating(model.computed_output(point._replace(**_first(point)))))
     if len(leaves) != 1:
         came = f"in {len(leaves)} parts"
-        raise InputError(explain("the model's output", came, "one array is needed", "Pass `outputs=`."))
+        raise InputError.of("the model's output", came, "one array is needed", "Pass `outputs=`.")
     shape = leaves[0].shape
     return tuple(shape[1:] if shape and shape[0] == 1 else shape)
 
@@ -373,7 +373,7 @@ def _first(point: Point) -> dict[str, Any]:
 
 def _checked_mode(mode: str) -> str:
     if mode not in _MODES:
-        raise InputError(explain("mode", repr(mode), f"one of {_MODES} is needed for a JAX model"))
+        raise InputError.of("mode", repr(mode), f"one of {_MODES} is needed for a JAX model")
     return mode
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from ..errors import InputError, explain
+from ..errors import InputError
 from .rules import CUSTOM_VJP, PAIRING
 
 # What JAX raises where a function reads a value that is not there yet while it is traced.
@@ -67,14 +67,12 @@ def refuse_broadcast(loss: ClosedJaxpr, output_leaves: int) -> None:
     origins = {v: _Origin(i >= output_leaves, _shape(v)) for i, v in enumerate(arguments)}
     found = _spread(loss.jaxpr, origins)
     if found is not None:
-        raise InputError(
-            explain(
-                "y",
-                f"of shape {found[1].shape}",
-                f"the model's output has shape {found[0].shape} and the loss would pair every row of one with "
-                "every row of the other",
-                "Give both the same shape, e.g. `y[:, None]`.",
-            )
+        raise InputError.of(
+            "y",
+            f"of shape {found[1].shape}",
+            f"the model's output has shape {found[0].shape} and the loss would pair every row of one with "
+            "every row of the other",
+            "Give both the same shape, e.g. `y[:, None]`.",
         )
 
 

@@ -156,8 +156,7 @@ class JaxLayers:
         ]
         swept = {i: p.reshape(n, many, -1).movedim(1, 0) for i, p in zip(rows, parts[2 * len(uses) :], strict=True)}
         result = [
-            swept[group.leaves[0]] if group.form == "rows" else self._outer(group, operands, deltas)
-            for group in groups
+            swept[group.leaves[0]] if group.form == "rows" else self._outer(group, operands, deltas) for group in groups
         ]
         self._confirm(groups, seeds, result)
         return result

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..space import Space
 from ..trees import Tree
 from .crossing import filled, to_numpy
@@ -88,7 +88,7 @@ class JaxLinearization:
     def _refuse_graph(self, create_graph: bool) -> None:
         if create_graph:
             todo = "Differentiate a function of JAX that calls `jax.jvp` or `jax.vjp`."
-            raise InputError(explain("create_graph", True, "JAX records no graphs", todo))
+            raise InputError.of("create_graph", True, "JAX records no graphs", todo)
 
 
 @final

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._finite import check_vector
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 from ..space import Space
 from .crossing import filled, is_floating, to_numpy, to_torch
 from .model import Model
@@ -55,7 +55,7 @@ class GradientOrigin:
         """Return for each array whether it is an input, and its number among those, or among the parameters."""
         places = [self._place(array, name) for array, name in _listed(backprop_on)]
         if not places:
-            raise InputError(explain("backprop_on", "empty", "at least one array is needed"))
+            raise InputError.of("backprop_on", "empty", "at least one array is needed")
         return places
 
     def _swept(self, directions: np.ndarray, by_inputs: bool, progress: bool) -> tuple[Tensor, ...]:
@@ -80,16 +80,16 @@ class GradientOrigin:
 
     def _place(self, array: Any, name: str) -> tuple[bool, int]:
         if not hasattr(array, "shape"):
-            raise InputTypeError(explain(name, f"a {type(array).__name__}", "an array is needed"))
+            raise InputTypeError.of(name, f"a {type(array).__name__}", "an array is needed")
         parameters = self.own
         owned = {i for own in (parameters.leaves, parameters.given) for i, leaf in enumerate(own) if leaf is array}
         if len(owned) > 1:
             names = " and ".join(parameters.names[i] for i in sorted(owned))
-            raise InputError(explain(name, f"the array of {names}", "one is needed", "Take it from `.parameters`."))
+            raise InputError.of(name, f"the array of {names}", "one is needed", "Take it from `.parameters`.")
         fed = [i for i, (given, held) in enumerate(self._inputs()) if given is array or held is array]
         if not owned and not fed:
             came = "neither a parameter that is differentiated nor an input of floating point of `grad`"
-            raise InputError(explain(name, came, "the gradient must have been computed from it"))
+            raise InputError.of(name, came, "the gradient must have been computed from it")
         return (False, owned.pop()) if owned else (True, fed[0])
 
 
@@ -132,16 +132,12 @@ def directions_of(v: Any, grad_xy: jax.Array) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError):
         rows = np.asarray(None)
     if rows.dtype.kind not in "fiubV":
-        raise InputTypeError(explain("v", f"a {type(v).__name__}", "directions as an array `[D, P]` are needed"))
+        raise InputTypeError.of("v", f"a {type(v).__name__}", "directions as an array `[D, P]` are needed")
     P = grad_xy.shape[0]  # noqa: N806
     matrix = rows[None] if rows.ndim == 1 else rows
     if matrix.ndim != 2 or matrix.shape[1] != P:
-        raise InputError(
-            explain("v", f"of shape {rows.shape}", f"shape [D, {P}] or [{P}] is needed; nothing is broadcast")
-        )
+        raise InputError.of("v", f"of shape {rows.shape}", f"shape [D, {P}] or [{P}] is needed; nothing is broadcast")
     if matrix.dtype != grad_xy.dtype:
-        raise InputError(
-            explain("v", f"of dtype {matrix.dtype}", f"the gradient is of {grad_xy.dtype}; nothing is cast")
-        )
+        raise InputError.of("v", f"of dtype {matrix.dtype}", f"the gradient is of {grad_xy.dtype}; nothing is cast")
     check_vector("mvp", "v", [to_torch(matrix)])
     return matrix

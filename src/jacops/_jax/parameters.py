@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from ..errors import InputTypeError, ModelStateError, NotDifferentiableError, explain
+from ..errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..space import Space
 from .crossing import is_floating, to_jax, torch_dtype
 
@@ -158,7 +158,7 @@ def _kind(name: str, value: Any, picks: Picks | None) -> Kind:
         return "frozen"
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
         todo = "Hold real and imaginary parts as two arrays."
-        raise NotDifferentiableError(explain(name, f"of dtype {value.dtype}", "operators are real", todo))
+        raise NotDifferentiableError.of(name, f"of dtype {value.dtype}", "operators are real", todo)
     return "picked" if is_floating(value) else "frozen"
 
 
@@ -167,7 +167,7 @@ def _nothing(params: Any, root: str, arrays: Sequence[Any]) -> InputTypeError | 
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: node is None)[0]:
         if not _is_array(leaf):
             name = root + jax.tree_util.keystr(path)
-            return InputTypeError(explain(name, f"a {type(leaf).__name__}", "an array is needed to differentiate by"))
+            return InputTypeError.of(name, f"a {type(leaf).__name__}", "an array is needed to differentiate by")
     todo = "Pass a pytree with arrays of floating-point numbers, or pick some of them."
     came = f"a tree of {len(arrays)} arrays in which none is to be differentiated"
-    return ModelStateError(explain(root, came, "there is nothing to differentiate", todo))
+    return ModelStateError.of(root, came, "there is nothing to differentiate", todo)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..errors import InputError, NotDifferentiableError, explain
+from ..errors import InputError, NotDifferentiableError
 from .crossing import is_floating
 
 
@@ -63,7 +63,7 @@ def floating(output: Any) -> Any:
         if not is_floating(leaf):
             name = "output" + jax.tree_util.keystr(path)
             came = f"of dtype {leaf.dtype}" if hasattr(leaf, "dtype") else f"a {type(leaf).__name__}"
-            raise NotDifferentiableError(explain(name, came, "a derivative needs a floating-point output"))
+            raise NotDifferentiableError.of(name, came, "a derivative needs a floating-point output")
     return output
 
 
@@ -76,19 +76,17 @@ def one_number(value: Any) -> Any:
     """
     if not isinstance(value, jax.Array):
         todo = "Return one array of shape (), without `float()` or auxiliary results."
-        raise NotDifferentiableError(explain("the loss", f"a {type(value).__name__}", "an array is needed", todo))
+        raise NotDifferentiableError.of("the loss", f"a {type(value).__name__}", "an array is needed", todo)
     if value.ndim > 0:
-        raise InputError(
-            explain(
-                "the loss",
-                f"of shape {tuple(value.shape)}",
-                "one number, shape (), is needed",
-                "Take its mean or sum, as the objective's reduction says.",
-            )
+        raise InputError.of(
+            "the loss",
+            f"of shape {tuple(value.shape)}",
+            "one number, shape (), is needed",
+            "Take its mean or sum, as the objective's reduction says.",
         )
     if not is_floating(value):
         todo = "Take scores rather than labels or counts."
-        raise NotDifferentiableError(
-            explain("the loss", f"of dtype {value.dtype}", "a floating-point number is needed", todo)
+        raise NotDifferentiableError.of(
+            "the loss", f"of dtype {value.dtype}", "a floating-point number is needed", todo
         )
     return value

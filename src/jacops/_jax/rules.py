@@ -20,7 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from ..errors import NotDifferentiableError
 
 
-class Entry(NamedTuple):
+class WeightEntry(NamedTuple):
     """A weight at an operation that multiplies it.
 
     Attributes:
@@ -38,7 +38,7 @@ class NoRuleError(Exception):
     """An operation's rule does not cover this use of it; the message says what it is."""
 
 
-def _by_dot_general(place: int, weight: np.ndarray, values: Sequence[Any], params: dict[str, Any]) -> Entry:
+def _by_dot_general(place: int, weight: np.ndarray, values: Sequence[Any], params: dict[str, Any]) -> WeightEntry:
     contracted, batched = params["dimension_numbers"]
     if batched[0]:
         raise NoRuleError("with batch axes of the weight")
@@ -52,10 +52,10 @@ def _by_dot_general(place: int, weight: np.ndarray, values: Sequence[Any], param
     def rows(result: Any) -> Any:
         return result.reshape(-1, out) if place else result.reshape(out, -1).T
 
-    return Entry(matrix, operand, rows)
+    return WeightEntry(matrix, operand, rows)
 
 
-def _by_convolution(place: int, weight: np.ndarray, values: Sequence[Any], params: dict[str, Any]) -> Entry:
+def _by_convolution(place: int, weight: np.ndarray, values: Sequence[Any], params: dict[str, Any]) -> WeightEntry:
     if place == 0:
         raise NoRuleError("as its input")
     if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
@@ -76,11 +76,11 @@ def _by_convolution(place: int, weight: np.ndarray, values: Sequence[Any], param
         batch, channel, *rest = numbers.out_spec
         return result.transpose(batch, *rest, channel).reshape(-1, result.shape[channel])
 
-    return Entry(kernel.reshape(kernel.shape[0], -1), rows(patches), rows)
+    return WeightEntry(kernel.reshape(kernel.shape[0], -1), rows(patches), rows)
 
 
 RULES = {"dot_general": _by_dot_general, "conv_general_dilated": _by_convolution}
-# Entry by entry: a parameter that enters so is kept as rows, its whole gradient for every sample.
+# WeightEntry by entry: a parameter that enters so is kept as rows, its whole gradient for every sample.
 ENTRYWISE = frozenset(
     {"add", "sub", "mul", "div", "max", "min", "pow", "neg", "abs", "exp", "log", "log1p", "tanh", "logistic", "sqrt"}
     | {"rsqrt", "square", "integer_pow", "select_n"}

@@ -20,7 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..errors import InputError, InputTypeError, MemoryBudgetError, explain
+from ..errors import InputError, InputTypeError, MemoryBudgetError
 from .side_effects import Light
 
 Budget = int | float | str | None
@@ -45,14 +45,14 @@ def budget_bytes(budget: Budget, device: torch.device) -> int:
         return int(SHARE * free_bytes(device))
     todo = 'Pass bytes, or a size such as "2GiB" or "500MB".'
     if isinstance(budget, bool) or not isinstance(budget, int | float | str):
-        raise InputTypeError(explain("budget", f"a {type(budget).__name__}", "bytes or a text are needed", todo))
+        raise InputTypeError.of("budget", f"a {type(budget).__name__}", "bytes or a text are needed", todo)
     if isinstance(budget, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", budget.lower())
         if found is None:
-            raise InputError(explain("budget", repr(budget), "a size is needed", todo))
+            raise InputError.of("budget", repr(budget), "a size is needed", todo)
         budget = float(found[1]) * _UNITS[found[2] or ""]
     if not 1 <= budget < float("inf"):
-        raise InputError(explain("budget", repr(budget), "at least one byte is needed", todo))
+        raise InputError.of("budget", repr(budget), "at least one byte is needed", todo)
     return int(budget)
 
 
@@ -179,7 +179,7 @@ def given_tensors(out: Any) -> list[Tensor] | None:
             place = torch.from_numpy(place)
         if not isinstance(place, Tensor) or place.requires_grad:
             came = "a tensor that requires grad" if isinstance(place, Tensor) else f"a {type(place).__name__}"
-            raise InputTypeError(explain("out", came, "a plain tensor or a NumPy array (a memmap too) is needed"))
+            raise InputTypeError.of("out", came, "a plain tensor or a NumPy array (a memmap too) is needed")
         places.append(place)
     return places
 
@@ -191,15 +191,13 @@ def check_places(places: Sequence[Tensor], shapes: Sequence[Any], like: Sequence
         InputError: Count, shape, dtype or device differ, or a place is not laid out in order.
     """
     if len(places) != len(shapes):
-        raise InputError(explain("out", f"{len(places)} tensors", f"the result has {len(shapes)}, in this order"))
+        raise InputError.of("out", f"{len(places)} tensors", f"the result has {len(shapes)}, in this order")
     for place, shape, other in zip(places, shapes, like, strict=True):
         needed = f"shape {tuple(shape)}, {other.dtype} on {other.device} is needed"
         if tuple(place.shape) != tuple(shape) or place.dtype != other.dtype or place.device != other.device:
-            raise InputError(
-                explain("out", f"of shape {tuple(place.shape)}, {place.dtype} on {place.device}", f"{needed}")
-            )
+            raise InputError.of("out", f"of shape {tuple(place.shape)}, {place.dtype} on {place.device}", f"{needed}")
         if not place.is_contiguous():
-            raise InputError(explain("out", f"with strides {place.stride()}", f"{needed}, contiguous"))
+            raise InputError.of("out", f"with strides {place.stride()}", f"{needed}, contiguous")
 
 
 class Meter(Light):

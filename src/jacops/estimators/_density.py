@@ -70,16 +70,14 @@ class SpectralDensity:
         values = function(self.nodes)
         if not isinstance(values, Tensor) or values.shape != self.nodes.shape:
             came = f"returning {tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__}"
-            raise InputError(explain("function", came, f"a tensor of shape {tuple(self.nodes.shape)} is needed"))
+            raise InputError.of("function", came, f"a tensor of shape {tuple(self.nodes.shape)} is needed")
         parts = torch.where(self.weights > 0, self.weights * values, 0)
         if not bool(torch.isfinite(parts).all()):
-            raise InputError(
-                explain(
-                    "function",
-                    f"not finite between {self.smallest:.3g} and {self.largest:.3g}",
-                    "it must be finite at every eigenvalue",
-                    "Add damping inside it, e.g. `lambda x: (x + damping).log()`.",
-                )
+            raise InputError.of(
+                "function",
+                f"not finite between {self.smallest:.3g} and {self.largest:.3g}",
+                "it must be finite at every eigenvalue",
+                "Add damping inside it, e.g. `lambda x: (x + damping).log()`.",
             )
         return mean_of(self.dim * parts.sum(1))
 
@@ -168,7 +166,7 @@ def spectral_density(
     check_probes(probes)
     steps = min(check_positive("steps", steps), operator.shape[0])
     if width is not None and not (isinstance(width, int | float) and 0 < width < math.inf):
-        raise InputError(explain("width", repr(width), "a positive number is needed"))
+        raise InputError.of("width", repr(width), "a positive number is needed")
     nodes, weights = _quadrature(operator, probes, steps, seed)
     met = nodes[weights > 1e-12]
     low, high = float(met.min()), float(met.max())
@@ -193,7 +191,7 @@ def spectral_density(
 def _points(grid: int | Tensor, low: float, high: float, like: Tensor) -> Tensor:
     if isinstance(grid, Tensor):
         if grid.ndim != 1:
-            raise InputError(explain("grid", f"of shape {tuple(grid.shape)}", "one axis is needed"))
+            raise InputError.of("grid", f"of shape {tuple(grid.shape)}", "one axis is needed")
         return grid.to(like)
     return torch.linspace(low, high, check_positive("grid", grid), dtype=like.dtype, device=like.device)
 
@@ -247,9 +245,9 @@ def effective_dimension(
     check_symmetric(operator)
     if not operator.positive:
         todo = "Take the Gauss-Newton or Fisher matrix."
-        raise InputError(explain("operator", repr(operator).splitlines()[0], "it must be known to be positive", todo))
+        raise InputError.of("operator", repr(operator).splitlines()[0], "it must be known to be positive", todo)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
-        raise InputError(explain("damping", repr(damping), "a positive number is needed"))
+        raise InputError.of("damping", repr(damping), "a positive number is needed")
     if probes is not None:
         found = spectral_density(operator, probes, steps, seed=seed)
         return found.trace_of(lambda x: x.clamp(min=0) / (x.clamp(min=0) + damping))

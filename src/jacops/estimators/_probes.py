@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..operators import Operator
 from ..space import Space
 
@@ -83,7 +83,7 @@ def check_probes(probes: int, least: int = 2) -> int:
         InputError: They are too few.
     """
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < least:
-        raise InputError(explain("probes", repr(probes), f"at least {least} are needed for an error bar"))
+        raise InputError.of("probes", repr(probes), f"at least {least} are needed for an error bar")
     return probes
 
 
@@ -94,7 +94,7 @@ def check_square(operator: Operator) -> Operator:
         InputError: It is not.
     """
     if operator.shape[0] != operator.shape[1]:
-        raise InputError(explain("operator", f"of shape {operator.shape}", "it must be square"))
+        raise InputError.of("operator", f"of shape {operator.shape}", "it must be square")
     return operator
 
 
@@ -107,7 +107,7 @@ def check_symmetric(operator: Operator) -> Operator:
     check_square(operator)
     if not operator.symmetric:
         todo = "Take `A.T @ A` for singular values, or say `Matrix(a, symmetric=True)` of a matrix that is."
-        raise InputError(explain("operator", repr(operator).splitlines()[0], "it must be known to be symmetric", todo))
+        raise InputError.of("operator", repr(operator).splitlines()[0], "it must be known to be symmetric", todo)
     if operator.shape[0] == 0:
-        raise InputError(explain("operator", "of shape (0, 0)", "a spectrum needs at least one dimension"))
+        raise InputError.of("operator", "of shape (0, 0)", "a spectrum needs at least one dimension")
     return operator

@@ -17,7 +17,7 @@ from .._finite import on_finite_rows
 from .._keywords import keywords
 from .._runtime.contexts import eager
 from ..data import Batches
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..problem import Problem, ProblemOptions
 from ..solvers import Solver
 from ._leverage import leveraged
@@ -125,9 +125,9 @@ def compute_influences(
         DataError: As in `compute_influence_factors`.
     """
     if influence_type not in ("up", "perturbation"):
-        raise InputError(explain("influence_type", repr(influence_type), "'up' or 'perturbation' is needed"))
+        raise InputError.of("influence_type", repr(influence_type), "'up' or 'perturbation' is needed")
     if leverage and influence_type != "up":
-        raise InputError(explain("leverage", True, "it corrects influences of type 'up' only"))
+        raise InputError.of("leverage", True, "it corrects influences of type 'up' only")
     unpack = options.get("unpack")
     train = Batches.of(training_data, "training_data", unpack)
     test = train if test_data is None or test_data is training_data else Batches.of(test_data, "test_data", unpack)
@@ -208,7 +208,7 @@ def _check_storable(influence_type: str, leverage: bool, on_failure: str) -> Non
         ("on_failure", on_failure, "raise"),
     ):
         if value != only:
-            raise InputError(explain(name, repr(value), f"a stored run needs {only!r}"))
+            raise InputError.of(name, repr(value), f"a stored run needs {only!r}")
 
 
 def _perturbations(problem: Problem, data: Batches, factors: Tensor) -> Tensor:

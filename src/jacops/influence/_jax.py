@@ -22,7 +22,7 @@ from .._jax.protocol import (
     remember,
     to_numpy,
 )
-from ..errors import InputTypeError, NotDifferentiableError, explain
+from ..errors import InputTypeError, NotDifferentiableError
 from ..objective import checked_loss
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
@@ -116,9 +116,7 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
             NotDifferentiableError: Where `grad_xy` comes from is not known: `create_graph=True` was forgotten.
         """
         if not isinstance(grad_xy, jax.Array) or grad_xy.ndim != 1:
-            raise InputTypeError(
-                explain("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed")
-            )
+            raise InputTypeError.of("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed")
         origin = origin_of(grad_xy)
         if origin is None:
             raise NotDifferentiableError(
@@ -169,7 +167,7 @@ def _axis(options: dict[str, Any]) -> int:
     """
     axis = options.pop("dim", options.pop("axis", 0))
     if options:
-        raise InputTypeError(explain(next(iter(options)), "given", "`dim=` or `axis=` is needed"))
+        raise InputTypeError.of(next(iter(options)), "given", "`dim=` or `axis=` is needed")
     return axis
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import InputError, MissingExtraError, explain
+from ..errors import InputError, MissingExtraError
 from ..problem import Problem
 from ..solvers import Solution, Status
 from ..solvers._solution import gravest, level_text, residual_text
@@ -88,7 +88,7 @@ class Influences:
         """
         if self.values.ndim != 2 or not 0 < k <= self.values.shape[1]:
             came = f"influences of shape {tuple(self.shape)} need 0 < k <= {self.values.shape[1]} and two axes"
-            raise InputError(explain("k", k, came))
+            raise InputError.of("k", k, came)
         values, indices = self.values.topk(k, dim=1)
         return values, indices
 
@@ -110,12 +110,12 @@ class Influences:
         self._need_up("plot")
         chosen = list(range(min(3, self.shape[0])) if test is None else test)
         if not 0 < len(chosen) <= 6 or not all(0 <= t < self.shape[0] for t in chosen):
-            raise InputError(explain("test", chosen, f"1 to 6 of the {self.shape[0]} test samples are needed"))
+            raise InputError.of("test", chosen, f"1 to 6 of the {self.shape[0]} test samples are needed")
         return _drawn(self, chosen, min(k, self.shape[1] // 2 or 1), ax)
 
     def _need_up(self, call: str) -> None:
         if self.influence_type != "up":
-            raise InputError(explain("influence_type", repr(self.influence_type), f"`{call}` needs 'up'"))
+            raise InputError.of("influence_type", repr(self.influence_type), f"`{call}` needs 'up'")
 
     def __repr__(self) -> str:
         told = f"{_told(self.info)}; sign {self.sign}; in {self.units}"

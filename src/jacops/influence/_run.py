@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._requirements import check_choice
 from ..data import Batch, Batches
-from ..errors import InputTypeError, SolveError, explain
+from ..errors import InputTypeError, SolveError
 from ..operators._data import SumOver
 from ..problem import CURVATURES, BatchPoint, Problem, ProblemOptions
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
@@ -129,7 +129,7 @@ def checked(
     """
     if not hasattr(model, "objective"):
         came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
-        raise InputTypeError(explain("differentiable_model", came, "a TorchTwiceDifferentiable is needed", todo))
+        raise InputTypeError.of("differentiable_model", came, "a TorchTwiceDifferentiable is needed", todo)
     damping = checked_damping(damping)
     for name, value, known in (("curvature", kind, CURVATURES), ("on_failure", on_failure, ("raise", "return"))):
         check_choice(name, value, known)

@@ -16,7 +16,7 @@ from .._runtime.contexts import eager, sweeping
 from .._torch.protocol import Linearization, bare, gradient_tape, parameter_names
 from .._torch_objective import TorchObjective
 from ..derivatives import hessian
-from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError, explain
+from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
 _ORIGIN = "_jacops_private_inputs"
@@ -40,16 +40,14 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
     def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
         self.model = model
         if not callable(loss):
-            raise InputTypeError(explain("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed"))
+            raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
         self.loss = loss
         if not self.parameters:
-            raise ModelStateError(
-                explain(
-                    "model",
-                    f"a {type(bare(model)).__name__} in which no parameter requires grad",
-                    "there is nothing to differentiate",
-                    "Call `.requires_grad_()` on some.",
-                )
+            raise ModelStateError.of(
+                "model",
+                f"a {type(bare(model)).__name__} in which no parameter requires grad",
+                "there is nothing to differentiate",
+                "Call `.requires_grad_()` on some.",
             )
 
     @property
@@ -137,9 +135,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             NotDifferentiableError: `grad_xy` has no graph: `create_graph=True` was forgotten.
         """
         if not isinstance(grad_xy, Tensor) or grad_xy.ndim != 1:
-            raise InputTypeError(
-                explain("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed")
-            )
+            raise InputTypeError.of("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed")
         if not grad_xy.requires_grad:
             raise NotDifferentiableError("`grad_xy` has no graph. Make it with `grad(x, y, create_graph=True)`.")
         directions = _directions(v, grad_xy)
@@ -159,18 +155,18 @@ def _directions(v: Any, grad_xy: Tensor) -> Tensor:
         try:
             v = torch.as_tensor(np.array(v))  # a copy, whatever its strides
         except (TypeError, ValueError, RuntimeError):
-            raise InputTypeError(
-                explain("v", f"a {type(v).__name__}", "directions as a tensor `[D, P]` are needed")
+            raise InputTypeError.of(
+                "v", f"a {type(v).__name__}", "directions as a tensor `[D, P]` are needed"
             ) from None
     P = grad_xy.shape[0]  # noqa: N806
     rows = v.unsqueeze(0) if v.ndim == 1 else v
     if rows.ndim != 2 or rows.shape[1] != P:
-        raise InputError(
-            explain("v", f"of shape {tuple(v.shape)}", f"shape [D, {P}] or [{P}] is needed; nothing is broadcast")
+        raise InputError.of(
+            "v", f"of shape {tuple(v.shape)}", f"shape [D, {P}] or [{P}] is needed; nothing is broadcast"
         )
     if rows.dtype != grad_xy.dtype or rows.device != grad_xy.device:
-        raise InputError(
-            explain("v", f"{rows.dtype} on {rows.device}", f"the gradient is {grad_xy.dtype} on {grad_xy.device}")
+        raise InputError.of(
+            "v", f"{rows.dtype} on {rows.device}", f"the gradient is {grad_xy.dtype} on {grad_xy.device}"
         )
     check_vector("mvp", "v", [rows])
     return rows.detach()
@@ -179,27 +175,25 @@ def _directions(v: Any, grad_xy: Tensor) -> Tensor:
 def _targets(backprop_on: Any, grad_xy: Tensor) -> list[Tensor]:
     if not isinstance(backprop_on, Tensor | Iterable):
         came = f"a {type(backprop_on).__name__}"
-        raise InputTypeError(explain("backprop_on", came, "a tensor or several tensors are needed"))
+        raise InputTypeError.of("backprop_on", came, "a tensor or several tensors are needed")
     listed = [backprop_on] if isinstance(backprop_on, Tensor) else list(backprop_on)
     origin: dict[int, tuple[Tensor, Tensor]] = getattr(grad_xy, _ORIGIN, {})
     targets = []
     for i, tensor in enumerate(listed):
         name = f"backprop_on[{i}]"
         if not isinstance(tensor, Tensor):
-            raise InputTypeError(explain(name, f"a {type(tensor).__name__}", "a tensor is needed"))
+            raise InputTypeError.of(name, f"a {type(tensor).__name__}", "a tensor is needed")
         if id(tensor) in origin:
             tensor = origin[id(tensor)][1]
         elif not tensor.requires_grad:
-            raise InputError(
-                explain(
-                    name,
-                    "neither a parameter that requires grad nor an input of `grad`",
-                    "the gradient must have been computed from it",
-                )
+            raise InputError.of(
+                name,
+                "neither a parameter that requires grad nor an input of `grad`",
+                "the gradient must have been computed from it",
             )
         targets.append(tensor)
     if not targets:
-        raise InputError(explain("backprop_on", "empty", "at least one tensor is needed"))
+        raise InputError.of("backprop_on", "empty", "at least one tensor is needed")
     return targets
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ..errors import InputError, explain
+from ..errors import InputError
 
 TensorType = TypeVar("TensorType", bound=Sequence)
 """Tensors: sequences of numbers."""
@@ -194,7 +194,7 @@ class ArrayUtilities(TensorUtilities[Any, Any], ABC):
             x = x[0]
         length = x.shape[0] if x.ndim else 0
         if not -length <= idx < length:  # JAX would clamp the index
-            raise InputError(explain("idx", idx, f"the first axis that is longer than one has {length} elements"))
+            raise InputError.of("idx", idx, f"the first axis that is longer than one has {length} elements")
         return x[idx]
 
     @staticmethod
@@ -222,9 +222,9 @@ def joined_rows(result: Any, parts: Iterable[Any], convert: Callable[[Any], Any]
     promised, filled = f"{tuple(result.shape)} was promised", 0
     for part in parts:
         if tuple(part.shape[1:]) != tuple(result.shape[1:]) or filled + part.shape[0] > result.shape[0]:
-            raise InputError(explain("a", f"giving {what} {tuple(part.shape)} at row {filled}", promised))
+            raise InputError.of("a", f"giving {what} {tuple(part.shape)} at row {filled}", promised)
         result[filled : filled + part.shape[0]] = convert(part)
         filled += part.shape[0]
     if filled != result.shape[0]:
-        raise InputError(explain("a", f"giving {filled} rows", promised))
+        raise InputError.of("a", f"giving {filled} rows", promised)
     return result

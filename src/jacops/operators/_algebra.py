@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._torch.protocol import mirror
 from ..space import Space
-from ._base import Formed, InMemory, OnSpace, Operator, check_same
+from ._base import COMPOSED, Formed, InMemory, OnSpace, Operator, check_same
 from ._dense import FillRoute, Headroom, one_by_one
 from ._noise import Moments
 
@@ -358,3 +358,6 @@ class Diagonal(InMemory):
 
     def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
         matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)
+
+
+COMPOSED.update(transposed=Transposed, product=Product, sum=Sum, scaled=Scaled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from .._finite import check_vector
 from .._runtime.contexts import eager
 from .._runtime.memory import Budget
 from .._torch.protocol import PreparedFill, VerificationError, mirror
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 from ..space import Space
 from ._dense import IN_MEMORY, DenseLimits, FillRoute, Headroom, by_products, is_counted, matrix_place
 from ._finite_results import Source, check_result
@@ -33,6 +33,8 @@ class Formed(Protocol):
 
 
 _GRAM_ENTRIES = 2**26
+# What operators are composed to; `_algebra`, which builds on this module, puts its classes here when it is imported.
+COMPOSED: dict[str, Callable[..., Operator]] = {}
 
 
 class Operator(ABC):
@@ -101,36 +103,28 @@ class Operator(ABC):
     @property
     def T(self) -> Operator:  # noqa: N802
         """The transpose."""
-        from ._algebra import Transposed
-
-        return self if self.symmetric else Transposed(self)
+        return self if self.symmetric else COMPOSED["transposed"](self)
 
     def __matmul__(self, other: Any) -> Any:
         """Compose with an operator, or apply to a vector, to columns, or to a tree of tensors."""
         if isinstance(other, Operator):
-            from ._algebra import Product
-
-            return Product(self, other)
+            return COMPOSED["product"](self, other)
         if isinstance(other, list | tuple | Mapping):
             names = self.codomain.names
             image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
             return dict(zip(names, image, strict=True)) if isinstance(other, Mapping) else image
         if not isinstance(other, Tensor):
-            raise InputTypeError(
-                explain(
-                    "the right-hand side of @",
-                    f"a {type(other).__name__}",
-                    "a tensor, a tree of tensors or an operator is needed",
-                )
+            raise InputTypeError.of(
+                "the right-hand side of @",
+                f"a {type(other).__name__}",
+                "a tensor, a tree of tensors or an operator is needed",
             )
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
-            raise InputError(
-                explain(
-                    "v",
-                    f"of shape {tuple(other.shape)}",
-                    f"its first axis needs {self.domain.dim} entries: {self.domain.layout}",
-                    "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`.",
-                )
+            raise InputError.of(
+                "v",
+                f"of shape {tuple(other.shape)}",
+                f"its first axis needs {self.domain.dim} entries: {self.domain.layout}",
+                "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`.",
             )
         return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
 
@@ -145,8 +139,8 @@ class Operator(ABC):
         space = self.domain
         if rows.ndim != 2 or rows.shape[1] != space.dim or rows.dtype != space.dtype or rows.device != space.device:
             came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
-            raise InputError(
-                explain("v", came, f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast")
+            raise InputError.of(
+                "v", came, f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast"
             )
         if self.check_finite:
             check_vector(type(self).__name__, "v", [rows])
@@ -154,9 +148,7 @@ class Operator(ABC):
 
     def __rmul__(self, factor: float) -> Operator:
         """Scale."""
-        from ._algebra import Scaled
-
-        return Scaled(self, float(factor)) if isinstance(factor, int | float) else NotImplemented
+        return COMPOSED["scaled"](self, float(factor)) if isinstance(factor, int | float) else NotImplemented
 
     __mul__ = __rmul__
 
@@ -166,9 +158,7 @@ class Operator(ABC):
 
     def __add__(self, other: Operator) -> Operator:
         """Add an operator between the same spaces."""
-        from ._algebra import Sum
-
-        return Sum(self, other) if isinstance(other, Operator) else NotImplemented
+        return COMPOSED["sum"](self, other) if isinstance(other, Operator) else NotImplemented
 
     def __sub__(self, other: Operator) -> Operator:
         """Subtract an operator between the same spaces."""
@@ -350,4 +340,4 @@ def check_same(left: Space, right: Space, what: str) -> None:
         and left.device == right.device
         and 1 in (len(left.names), len(right.names))
     ):
-        raise InputError(explain(what, f"between {left} and {right}", "the spaces must be the same"))
+        raise InputError.of(what, f"between {left} and {right}", "the spaces must be the same")

@@ -25,7 +25,7 @@ from .._runtime.memory import (
 )
 from .._runtime.restoring import restoring
 from .._torch.protocol import PreparedFill
-from ..errors import InputError, explain
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from ._base import Operator
@@ -184,7 +184,7 @@ def matrix_place(operator: Operator, out: Any, budget: Budget) -> Tensor:
     (given,) = given_tensors(out) or (None,)
     if given is not None:
         if tuple(given.shape) != operator.shape:
-            raise InputError(explain("out", f"of shape {tuple(given.shape)}", f"shape {operator.shape} is needed"))
+            raise InputError.of("out", f"of shape {tuple(given.shape)}", f"shape {operator.shape} is needed")
         return given
     options = {"dtype": operator.codomain.dtype, "device": operator.domain.device}
     matrix = f"the matrix {operator.shape}"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from .._keywords import unknown
 from .._ladder.route import candidates
 from .._runtime.memory import in_words
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -132,7 +132,7 @@ def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
     name = call if isinstance(call, str) else getattr(call, "__name__", repr(call))
     if name not in _PLANNERS:
         known = ", ".join(sorted(_PLANNERS))
-        raise InputError(explain("call", repr(name), f"one of {known} is needed"))
+        raise InputError.of("call", repr(name), f"one of {known} is needed")
     function, planner = _PLANNERS[name]
     parameters = inspect.signature(function).parameters
     for keyword in kwargs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import InputTypeError, explain
+from ..errors import InputTypeError
 from ..operators import Operator
 from ..operators._dense import DenseLimits
 from ._base import Plan, planned_by, table
@@ -14,7 +14,7 @@ def plan_dense(arguments: dict[str, Any]) -> Plan:
     """Return the plan of `Operator.dense`."""
     operator = arguments["self"]
     if not isinstance(operator, Operator):
-        raise InputTypeError(explain("the first argument", f"a {type(operator).__name__}", "an operator is needed"))
+        raise InputTypeError.of("the first argument", f"a {type(operator).__name__}", "an operator is needed")
     m, n = operator.shape
     limits = DenseLimits.of(operator, arguments["budget"], arguments["out"])
     route = operator._fill_route(limits.room)

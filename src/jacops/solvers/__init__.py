@@ -1,10 +1,11 @@
 """Solvers: frozen recipes that turn an operator and a damping into an inverse, and tell how each solve went."""
 
 from ._auto import Auto
-from ._base import Inverse, Prepared, Solver, inverse, require, solve, solver_of
+from ._base import Prepared, Solver
 from ._cg import CG
 from ._direct import Direct
 from ._ekfac import EKFAC
+from ._inverse import Inverse, inverse, require, solve, solver_of
 from ._judge import Raw
 from ._lissa import LiSSA
 from ._low_rank import Lanczos, Nystrom

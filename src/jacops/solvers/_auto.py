@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..operators import Operator
 from ._base import Prepared, Solver
 from ._cg import CG, PreparedCG, check_options
@@ -56,7 +56,7 @@ class Auto(Solver):
         """
         check_options(self.tolerance, None)
         if self.budget is not None and (isinstance(self.budget, bool) or not self.budget > 0):
-            raise InputError(explain("budget", repr(self.budget), "a positive number of bytes is needed"))
+            raise InputError.of("budget", repr(self.budget), "a positive number of bytes is needed")
         return _PreparedAuto(self, System(operator, damping, self.tolerance))
 
 

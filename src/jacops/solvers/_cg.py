@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._requirements import check_positive
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..operators import Operator
 from ._base import Prepared, Solver
 from ._block import block_iteration
@@ -155,6 +155,6 @@ def check_options(tolerance: float | None, max_steps: int | None) -> None:
         InputError: One is.
     """
     if tolerance is not None and not 0 < tolerance < 1:
-        raise InputError(explain("tolerance", repr(tolerance), "a number between 0 and 1 is needed"))
+        raise InputError.of("tolerance", repr(tolerance), "a number between 0 and 1 is needed")
     if max_steps is not None:
         check_positive("max_steps", max_steps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._finite import on_finite_rows
 from .._lanczos import KrylovSpace
 from .._runtime.contexts import private_noise
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..operators import Identity, LayerFactors, Matrix, Operator
 from ._base import Prepared, Raw, Solver
 from ._judge import condition_limit
@@ -59,7 +59,7 @@ class Direct(Solver):
         found = found if found is not None and system.given_damping + found.shift > 0 else None
         if self.dual and found is None:
             needed = "`dual=True` needs a positive `J.T @ S @ J` and damping"
-            raise InputError(explain("operator", repr(operator), needed))
+            raise InputError.of("operator", repr(operator), needed)
         if found is not None and (self.dual or found.J.shape[0] < system.n):
             return _Dual(self, system, found)
         return _Primal(self, system)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._runtime.contexts import eager
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..operators import Operator
 from ..operators._eigen_blocks import EigenBlocks, covered, ridge_values
 from ._base import Prepared, Solver
@@ -85,9 +85,9 @@ class EKFAC(Solver):
     def __post_init__(self) -> None:
         """Refuse options that mean nothing."""
         if self.fisher not in _FISHERS:
-            raise InputError(explain("fisher", repr(self.fisher), f"one of {_FISHERS} is needed"))
+            raise InputError.of("fisher", repr(self.fisher), f"one of {_FISHERS} is needed")
         if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
-            raise InputError(explain("draws", repr(self.draws), "a whole number of at least 1 is needed"))
+            raise InputError.of("draws", repr(self.draws), "a whole number of at least 1 is needed")
 
     @eager
     def approximate(self, operator: Operator) -> EigenBlocks:

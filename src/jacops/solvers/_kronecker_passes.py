@@ -14,7 +14,7 @@ from .._finite import is_finite
 from .._ladder.protocol import is_framework_model
 from .._runtime.counter import Draws
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
-from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
+from ..errors import InputError, NonFiniteError, NotDifferentiableError
 from ..operators import Operator
 from ..operators._eigen_blocks import Block
 from ..space import Space
@@ -178,13 +178,11 @@ def check_source(operator: Operator) -> None:
     """
     objective = getattr(getattr(operator, "problem", None), "objective", None)
     if not all(hasattr(objective, name) for name in ("model", "losses", "picks")):
-        raise InputError(
-            explain(
-                "operator",
-                f"{operator!r}",
-                "EKFAC needs the curvature of a Problem, of whose model it takes the layers",
-                "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`, which takes any operator.",
-            )
+        raise InputError.of(
+            "operator",
+            f"{operator!r}",
+            "EKFAC needs the curvature of a Problem, of whose model it takes the layers",
+            "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`, which takes any operator.",
         )
 
 

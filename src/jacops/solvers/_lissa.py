@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..operators import Operator
 from ._base import Prepared, Solver
 from ._cg import check_options
@@ -48,7 +48,7 @@ class LiSSA(Solver):
         """
         check_options(self.tolerance, self.max_steps)
         if self.scale is not None and not 0 < self.scale < float("inf"):
-            raise InputError(explain("scale", repr(self.scale), "a positive number is needed"))
+            raise InputError.of("scale", repr(self.scale), "a positive number is needed")
         system = System(operator, damping, self.tolerance)
         check_symmetric(system, "LiSSA")
         scale = system.in_unit(self.scale) if self.scale is not None else system.norm

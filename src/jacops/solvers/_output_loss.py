@@ -20,7 +20,7 @@ from .._ladder.protocol import FrameworkModel, Recorded, is_framework_model
 from .._runtime.contexts import out_of_inference, private_noise, recording, sweeping
 from .._runtime.restoring import restoring
 from .._torch.protocol import Likelihood, Recording, call_loss, counted_labels, likelihood_of
-from ..errors import InputError, NonFiniteError, NotDifferentiableError, explain
+from ..errors import InputError, NonFiniteError, NotDifferentiableError
 from ..trees import flatten, output_leaves
 from ._output_curvature import Blocks, Elementwise, OutputHessian, Softmax
 
@@ -116,13 +116,11 @@ class OutputLoss(ABC):
     def _blocks(self, like: Tensor) -> Blocks:
         if self.samples * self.entries**2 > _FULL_ENTRIES:
             came = f"one whose Hessian by {self.entries} outputs is neither diagonal nor that of a softmax"
-            raise InputError(
-                explain(
-                    "loss",
-                    came,
-                    f"blocks of {self.entries} × {self.entries} for {self.samples} samples are too many",
-                    "Use smaller batches, or EKFAC(fisher='empirical').",
-                )
+            raise InputError.of(
+                "loss",
+                came,
+                f"blocks of {self.entries} × {self.entries} for {self.samples} samples are too many",
+                "Use smaller batches, or EKFAC(fisher='empirical').",
             )
         matrix = self.matrix()
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
@@ -137,8 +135,8 @@ class OutputLoss(ABC):
     def _refuse_mixing(self, probe: Tensor) -> None:
         half = torch.arange(self.samples, device=probe.device) % 2 == 0
         if bool(self.product(probe * half.unsqueeze(1))[~half].any()):
-            raise InputError(
-                explain("loss", "one that mixes samples", "EKFAC needs a mean or a sum over samples", "Use `CG()`.")
+            raise InputError.of(
+                "loss", "one that mixes samples", "EKFAC needs a mean or a sum over samples", "Use `CG()`."
             )
 
 
@@ -277,7 +275,7 @@ def loss_at_output(model: Any, found: Any, loss: Any, y: Any, samples: int, call
 
 def _not_by_samples(name: str, output: Tensor, samples: int) -> InputError:
     came = f"of shape {tuple(output.shape)} for {samples} samples"
-    return InputError(explain(name, came, "its first axis must be the samples"))
+    return InputError.of(name, came, "its first axis must be the samples")
 
 
 def _root(diagonal: Tensor) -> Tensor:
@@ -288,7 +286,7 @@ def _root(diagonal: Tensor) -> Tensor:
 
 def _not_convex(lowest: float) -> InputError:
     came = f"not convex in the model's output (curvature {lowest:.3g} along one direction)"
-    return InputError(explain("loss", came, "EKFAC needs a positive one", "Use EKFAC(fisher='empirical') or `CG()`."))
+    return InputError.of("loss", came, "EKFAC needs a positive one", "Use EKFAC(fisher='empirical') or `CG()`.")
 
 
 def _recordable(y: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite, on_finite_rows
-from ..errors import InputError, InputTypeError, NonFiniteError, explain
+from ..errors import InputError, InputTypeError, NonFiniteError
 from ..estimators import diagonal
 from ..operators import Matrix, Operator
 from ._base import Solver
@@ -54,14 +54,14 @@ def preconditioner_of(system: System, kind: Any, rank: int | None, max_rank: int
         return Preconditioner(_in_unit(lambda rows: prepared._solve(rows).x), {"preconditioner": prepared.method})
     needed = "None, 'jacobi', 'nystrom', an Operator or a Solver is needed"
     if isinstance(kind, str):
-        raise InputError(explain("preconditioner", repr(kind), needed))
+        raise InputError.of("preconditioner", repr(kind), needed)
     if not isinstance(kind, Operator):
-        raise InputTypeError(explain("preconditioner", f"a {type(kind).__name__}", needed))
+        raise InputTypeError.of("preconditioner", f"a {type(kind).__name__}", needed)
     space, own = kind.domain, system.given.domain
     if kind.shape != system.given.shape or (space.dtype, space.device) != (own.dtype, own.device):
         came = f"of shape {kind.shape}, {space.dtype} on {space.device}"
         needed = f"shape {system.given.shape}, {own.dtype} on {own.device} is needed, like the operator's"
-        raise InputError(explain("preconditioner", came, needed))
+        raise InputError.of("preconditioner", came, needed)
     check_symmetric(System(kind, 0.0), "a preconditioner")
     return Preconditioner(_in_unit(kind._apply), {"preconditioner": repr(kind)})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._runtime.contexts import eager
-from ..errors import InputError, explain
+from ..errors import InputError
 from ..operators import Operator
 from ._base import check_rows
 from ._judge import Judge, times
@@ -58,9 +58,9 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
     system = System(operator, damping)
     check_rows(operator.domain, rows)
     if not operator.positive or not damping > 0:
-        raise InputError(explain("operator", repr(operator), "bounds need a positive one, and damping above 0"))
+        raise InputError.of("operator", repr(operator), "bounds need a positive one, and damping above 0")
     if steps < 1:
-        raise InputError(explain("steps", repr(steps), "a positive integer is needed"))
+        raise InputError.of("steps", repr(steps), "a positive integer is needed")
     k, capacity = rows.shape[0], min(steps, system.n)
     lower = torch.zeros(k, dtype=torch.float64, device=rows.device)
     upper = lower.clone()

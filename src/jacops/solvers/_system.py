@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._finite import is_finite
 from .._runtime.contexts import private_noise
-from ..errors import InputError, InputTypeError, explain
+from ..errors import InputError, InputTypeError
 from ..operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 
 RowMap = Callable[[Tensor], Tensor]
@@ -283,18 +283,18 @@ def check_symmetric(system: System, method: str) -> None:
     scale = max(float(image_u.norm() * v.norm()), float(image_v.norm() * u.norm()))
     if gap > max(1e3, system.n) * system.eps * scale:
         came = f"not symmetric (<Au, v> and <u, Av> differ by {gap:.1e} at a scale of {scale:.1e})"
-        raise InputError(explain("operator", came, f"{method} needs a symmetric one", "Use `Direct()`."))
+        raise InputError.of("operator", came, f"{method} needs a symmetric one", "Use `Direct()`.")
 
 
 def _check_operator(operator: Any) -> None:
     if not isinstance(operator, Operator):
         came = f"a {type(operator).__name__}"
-        raise InputTypeError(explain("operator", came, "an Operator is needed", "Wrap a tensor: `Matrix(tensor)`."))
+        raise InputTypeError.of("operator", came, "an Operator is needed", "Wrap a tensor: `Matrix(tensor)`.")
     if operator.shape[0] != operator.shape[1]:
-        raise InputError(explain("operator", f"of shape {operator.shape}", "a square one is needed"))
+        raise InputError.of("operator", f"of shape {operator.shape}", "a square one is needed")
     if operator.domain.dtype not in (torch.float32, torch.float64):
         came = f"of {operator.domain.dtype}"
-        raise InputError(explain("operator", came, "solves need float32 or float64", "Convert the model first."))
+        raise InputError.of("operator", came, "solves need float32 or float64", "Convert the model first.")
 
 
 def checked_damping(damping: Any) -> float:
@@ -304,5 +304,5 @@ def checked_damping(damping: Any) -> float:
         InputError: It is no finite number, or negative.
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
-        raise InputError(explain("damping", repr(damping), "a finite number that is not negative is needed"))
+        raise InputError.of("damping", repr(damping), "a finite number that is not negative is needed")
     return float(damping)

@@ -20,7 +20,7 @@ from ..._runtime.chunks import Chunks
 from ..._runtime.contexts import out_of_inference, random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import WritesState
-from ...errors import InputError, ModelStateError, explain
+from ...errors import InputError, ModelStateError
 from ...trees import Selector, select
 from ..model.cut import At, Cut
 from ..model.inputs import forward_explained
@@ -128,7 +128,7 @@ class FollowedModel:
                 except WritesState:
                     continue
         came = "writing into tensors that are not its own"
-        raise ModelStateError(explain("model", came, "its forward must leave such tensors alone"))
+        raise ModelStateError.of("model", came, "its forward must leave such tensors alone")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Run:
     def of(cls, output: Any, follow: Follow, alone: bool) -> _Run:
         if not isinstance(output, Tensor):
             todo = "Pick one with `outputs=`."
-            raise InputError(explain("model", f"returning a {type(output).__name__}", "one tensor is needed", todo))
+            raise InputError.of("model", f"returning a {type(output).__name__}", "one tensor is needed", todo)
         carried, curved = follow.read(output)
         run = cls(output.detach(), carried, follow.leaves[0].detach(), follow.moves, curved)
         if not alone or (output.ndim and output.shape[0] == 1):

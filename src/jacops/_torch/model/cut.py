@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import InputError, ModelStateError, explain
+from ...errors import InputError, ModelStateError
 from ...trees import is_differentiable
 
 At = None | str | tuple[str | None, str | None]
@@ -41,7 +41,7 @@ class Cut:
         except AttributeError:
             known = [n for n, _ in self.module.named_modules() if n]
             near = get_close_matches(path, known, 3) or known[:5]
-            raise InputError(explain("at", repr(path), f"the model has no such submodule; near it: {near}")) from None
+            raise InputError.of("at", repr(path), f"the model has no such submodule; near it: {near}") from None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -62,10 +62,10 @@ class Cut:
         if self.captured:
             came, swapped = (self.source, self.target), (self.target, self.source)
             needed = f"'{self.target}' returns before '{self.source}' does and cannot depend on it"
-            raise InputError(explain("at", repr(came), needed, f"Swap them: at={swapped!r}."))
+            raise InputError.of("at", repr(came), needed, f"Swap them: at={swapped!r}.")
         if self.leaves:
-            raise ModelStateError(
-                explain("at", repr(self.source), "the forward must use that submodule once, not more often")
+            raise ModelStateError.of(
+                "at", repr(self.source), "the forward must use that submodule once, not more often"
             )
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
@@ -79,8 +79,8 @@ class Cut:
         """Return what stands for the output: the target's if there is one."""
         for path, found in ((self.source, self.leaves), (self.target, self.captured)):
             if path is not None and len(found) != 1:
-                raise ModelStateError(
-                    explain("at", repr(path), f"the forward must use that submodule once; it did {len(found)} times")
+                raise ModelStateError.of(
+                    "at", repr(path), f"the forward must use that submodule once; it did {len(found)} times"
                 )
         return self.captured[0] if self.target is not None else output
 
@@ -88,7 +88,7 @@ class Cut:
 def _first_tensor(output: Any, path: str | None) -> Tensor:
     tensor = output[0] if isinstance(output, tuple) and output else output
     if not is_differentiable(tensor):
-        raise ModelStateError(
-            explain("at", repr(path), f"its output is a {type(output).__name__}, not a floating-point tensor")
+        raise ModelStateError.of(
+            "at", repr(path), f"its output is a {type(output).__name__}, not a floating-point tensor"
         )
     return tensor  # pyright: ignore[reportReturnType]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._runtime.contexts import out_of_inference
-from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, explain
+from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
 from ...trees import flatten, is_differentiable
 
 
@@ -23,7 +23,7 @@ def check_fallback(fallback: str) -> str:
         InputError: It is not.
     """
     if fallback not in ("warn", "silent", "error"):
-        raise InputError(explain("fallback", repr(fallback), "one of 'warn', 'silent', 'error' is needed"))
+        raise InputError.of("fallback", repr(fallback), "one of 'warn', 'silent', 'error' is needed")
     return fallback
 
 
@@ -39,30 +39,28 @@ def check_params(params: Any, empty: bool = False) -> list[Tensor]:
             [params] if isinstance(params, Tensor) else list(params.values() if isinstance(params, Mapping) else params)
         )
     except TypeError:
-        raise InputTypeError(
-            explain("params", f"a {type(params).__name__}", "a tensor or an iterable of tensors is needed")
+        raise InputTypeError.of(
+            "params", f"a {type(params).__name__}", "a tensor or an iterable of tensors is needed"
         ) from None
     if not leaves and not empty:
         todo = "A generator such as `model.parameters()` can be read once; pass a list to use it again."
-        raise InputError(explain("params", "empty", "at least one tensor is needed", todo))
+        raise InputError.of("params", "empty", "at least one tensor is needed", todo)
     seen: dict[int, int] = {}
     for i, leaf in enumerate(leaves):
         name = f"params[{i}]"
         if not isinstance(leaf, Tensor):
-            raise InputTypeError(explain(name, f"a {type(leaf).__name__}", "a tensor is needed"))
+            raise InputTypeError.of(name, f"a {type(leaf).__name__}", "a tensor is needed")
         if id(leaf) in seen:
-            raise InputError(explain(name, f"the same tensor as params[{seen[id(leaf)]}]", "each may stand there once"))
+            raise InputError.of(name, f"the same tensor as params[{seen[id(leaf)]}]", "each may stand there once")
         if not leaf.requires_grad:
             todo = "Call `.requires_grad_()` on it before the function uses it, leave it out, or use the model_* calls."
             if leaf.is_inference():
                 todo = "Make it outside torch.inference_mode(), or use the calls that take the model."
-            raise InputError(
-                explain(
-                    name, f"a tensor {tuple(leaf.shape)} that does not require grad", "its uses must be recorded", todo
-                )
+            raise InputError.of(
+                name, f"a tensor {tuple(leaf.shape)} that does not require grad", "its uses must be recorded", todo
             )
         if leaf.layout is not torch.strided:
-            raise InputError(explain(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it."))
+            raise InputError.of(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it.")
         seen[id(leaf)] = i
     return leaves
 
@@ -120,7 +118,7 @@ def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
             came = f"exported for fixed shapes ({str(error).splitlines()[0][:120]})"
             needed = "samples are taken in batches of other sizes, down to one"
             todo = "Export it with `dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)`, or pass the original module."
-            raise ModelStateError(explain("model", came, needed, todo)) from error
+            raise ModelStateError.of("model", came, needed, todo) from error
         if isinstance(error, AssertionError):
             raise
         params = module.parameters() if isinstance(module, nn.Module) else iter(())
@@ -131,11 +129,11 @@ def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
             if tensor.device != weight.device:
                 todo = f"Call `.to('{weight.device}')` on one of them."
                 needed = f"the model is on {weight.device}"
-                raise InputError(explain("input", f"on {tensor.device}", needed, todo)) from error
+                raise InputError.of("input", f"on {tensor.device}", needed, todo) from error
             if tensor.dtype != weight.dtype and (tensor.is_floating_point() or "dtype" in str(error)):
                 todo = "Cast one of them; nothing is cast silently."
                 needed = f"the model is of {weight.dtype}"
-                raise InputError(explain("input", f"of {tensor.dtype}", needed, todo)) from error
+                raise InputError.of("input", f"of {tensor.dtype}", needed, todo) from error
         raise
 
 
@@ -157,13 +155,11 @@ def refuse_arrays(value: Any) -> None:
     for leaf, name in zip(*_named(value), strict=True):
         if isinstance(leaf, np.ndarray) or (isinstance(value, list) and isinstance(leaf, int | float)):
             came = "an array" if isinstance(leaf, np.ndarray) else "a number in a list"
-            raise InputTypeError(
-                explain(
-                    name,
-                    f"{came} ({type(leaf).__name__})",
-                    "a tensor is needed",
-                    "Convert it with torch.as_tensor(array.copy()).",
-                )
+            raise InputTypeError.of(
+                name,
+                f"{came} ({type(leaf).__name__})",
+                "a tensor is needed",
+                "Convert it with torch.as_tensor(array.copy()).",
             )
 
 

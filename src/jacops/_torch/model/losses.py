@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..._runtime.contexts import must_surface
 from ..._runtime.restoring import restoring
-from ...errors import InputError, JacopsError, explain
+from ...errors import InputError, JacopsError
 
 
 class _NoBroadcast(TorchFunctionMode):
@@ -23,13 +23,11 @@ class _NoBroadcast(TorchFunctionMode):
         if any(func is loss for loss in _ELEMENTWISE_LOSSES):
             shapes = [tuple(t.shape) for t in [*args, *kwargs.values()] if isinstance(t, Tensor)][:2]
             if len(set(shapes)) > 1:
-                raise InputError(
-                    explain(
-                        "y",
-                        f"of shape {shapes[1]}",
-                        f"the model's output has shape {shapes[0]} and the loss is elementwise",
-                        "Give both the same shape, e.g. `y.unsqueeze(-1)`.",
-                    )
+                raise InputError.of(
+                    "y",
+                    f"of shape {shapes[1]}",
+                    f"the model's output has shape {shapes[0]} and the loss is elementwise",
+                    "Give both the same shape, e.g. `y.unsqueeze(-1)`.",
                 )
         return func(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..._runtime.contexts import arithmetic, out_of_inference
 from ..._runtime.restoring import restoring
-from ...errors import InputTypeError, ModelStateError, explain
+from ...errors import InputTypeError, ModelStateError
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def bare(model: Any) -> nn.Module:
         ModelStateError: The wrapper spreads the parameters over processes.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
-        raise InputTypeError(
-            explain("model", f"the class {model.__name__}", "a module is needed", f"Did you mean {model.__name__}()?")
+        raise InputTypeError.of(
+            "model", f"the class {model.__name__}", "a module is needed", f"Did you mean {model.__name__}()?"
         )
     if not isinstance(model, nn.Module):
-        raise InputTypeError(explain("model", f"a {type(model).__name__}", "a torch.nn.Module is needed"))
+        raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed")
     kind = type(model).__name__
     if kind in ("DataParallel", "DistributedDataParallel"):
         return bare(model.module)
@@ -69,7 +69,7 @@ def bare(model: Any) -> nn.Module:
 
 def _spread(kind: str) -> ModelStateError:
     came, todo = f"a {kind}, sharded over processes (FullyShardedDataParallel)", "Gather them into an unwrapped module."
-    return ModelStateError(explain("model", came, "its parameters must be whole", todo))
+    return ModelStateError.of("model", came, "its parameters must be whole", todo)
 
 
 def check_state(model: nn.Module) -> None:
@@ -83,24 +83,18 @@ def check_state(model: nn.Module) -> None:
             raise _spread(type(model).__name__)
         if torch.nn.parameter.is_lazy(tensor):
             owner = _owner(model, name)
-            raise ModelStateError(
-                explain(
-                    name,
-                    f"not initialised ({owner} is lazy)",
-                    "a parameter needs its values",
-                    "Run one forward pass first.",
-                )
+            raise ModelStateError.of(
+                name,
+                f"not initialised ({owner} is lazy)",
+                "a parameter needs its values",
+                "Run one forward pass first.",
             )
         if tensor.layout is not torch.strided:
             todo = "Make it dense with `.to_dense()`."
-            raise ModelStateError(
-                explain(name, f"of layout {tensor.layout}", "parameters and buffers must be dense", todo)
-            )
+            raise ModelStateError.of(name, f"of layout {tensor.layout}", "parameters and buffers must be dense", todo)
         if tensor.is_meta:
-            raise ModelStateError(
-                explain(
-                    name, "on the meta device", "a derivative needs values", "Load or initialise the weights first."
-                )
+            raise ModelStateError.of(
+                name, "on the meta device", "a derivative needs values", "Load or initialise the weights first."
             )
 
 

@@ -21,7 +21,7 @@ from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import must_surface, private_noise
 from ..._runtime.rows import plain
 from ..._runtime.side_effects import SideEffects
-from ...errors import JacopsError, ModelStateError, NotDifferentiableError, explain, warn
+from ...errors import JacopsError, ModelStateError, NotDifferentiableError, warn
 from ..layers.collected import Collected, StructureChangedError
 from ..layers.factors import LayerRows, unit_seeds
 from ..sweeps.linearization import Linearization
@@ -161,12 +161,10 @@ class SampleFactors:
         lin = self._record_alone(i).lin
         (output,) = lin.outputs
         if output.numel() != self.output.numel():
-            raise ModelStateError(
-                explain(
-                    "model",
-                    f"returning {tuple(output.shape)} after {tuple(self.output.shape)}",
-                    "all samples must have outputs of one shape",
-                )
+            raise ModelStateError.of(
+                "model",
+                f"returning {tuple(output.shape)} after {tuple(self.output.shape)}",
+                "all samples must have outputs of one shape",
             )
         layers, where = LayerRows(lin, 1, plainly=not self.layers.sites), slice(i, i + 1)
         operands = collected.open(where, layers)

@@ -21,7 +21,7 @@ from ..._progress import track
 from ..._runtime.chunks import Chunks
 from ..._runtime.contexts import must_surface
 from ..._runtime.memory import Budget, given_tensors
-from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError, explain
+from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError
 from ...trees import Selector, flatten, hint_at_labels, is_differentiable
 from ..model.cut import At
 from ..model.inputs import check_fallback
@@ -84,9 +84,7 @@ class Samples:
             check_state(model)
         self.call, self.at, self.checks, self.fallback = call, at, checks, check_fallback(fallback)
         if at is not None and not isinstance(model, nn.Module):
-            raise InputTypeError(
-                explain("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
-            )
+            raise InputTypeError.of("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
         self.values, self.input_tree = flatten(x, "x")
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
         self.compiler = Compiler(self.runner, fallback) if compile and checks in ("first", "never") else None
@@ -94,54 +92,44 @@ class Samples:
         hint_at_labels(call, outputs, x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
-            raise NotDifferentiableError(
-                explain(
-                    "x",
-                    "without floating-point tensors",
-                    "integer inputs have no derivative",
-                    "Differentiate by the embedding's output with `at='path.to.embedding'`.",
-                )
+            raise NotDifferentiableError.of(
+                "x",
+                "without floating-point tensors",
+                "integer inputs have no derivative",
+                "Differentiate by the embedding's output with `at='path.to.embedding'`.",
             )
 
     def _check_inputs(self, x: Any) -> int:
         if not isinstance(x, Tensor | tuple | dict) or not self.values:
-            raise InputTypeError(
-                explain(
-                    "x",
-                    f"a {type(x).__name__}",
-                    "a tensor is needed (or a tuple or dict of tensors)",
-                    "Convert it with torch.as_tensor(x.copy()).",
-                )
+            raise InputTypeError.of(
+                "x",
+                f"a {type(x).__name__}",
+                "a tensor is needed (or a tuple or dict of tensors)",
+                "Convert it with torch.as_tensor(x.copy()).",
             )
         lengths = {}
         for name, value in zip(self.input_tree.names, self.values, strict=True):
             if not isinstance(value, Tensor):
-                raise InputTypeError(
-                    explain(
-                        name,
-                        f"a {type(value).__name__}",
-                        "a tensor is needed",
-                        "Convert it with torch.as_tensor(array.copy()).",
-                    )
+                raise InputTypeError.of(
+                    name,
+                    f"a {type(value).__name__}",
+                    "a tensor is needed",
+                    "Convert it with torch.as_tensor(array.copy()).",
                 )
             if value.is_complex():
-                raise NotDifferentiableError(
-                    explain(
-                        name,
-                        "complex",
-                        "a Jacobian by samples is real",
-                        "Pass torch.view_as_real(x) and rebuild it inside the model.",
-                    )
+                raise NotDifferentiableError.of(
+                    name,
+                    "complex",
+                    "a Jacobian by samples is real",
+                    "Pass torch.view_as_real(x) and rebuild it inside the model.",
                 )
             if value.layout is not torch.strided:
-                raise InputError(
-                    explain(name, f"of layout {value.layout}", "it must be dense", "Call `.to_dense()` on it.")
-                )
+                raise InputError.of(name, f"of layout {value.layout}", "it must be dense", "Call `.to_dense()` on it.")
             if value.ndim == 0:
-                raise InputError(explain(name, "a scalar", "its first axis must run over samples"))
+                raise InputError.of(name, "a scalar", "its first axis must run over samples")
             lengths[name] = value.shape[0]
         if len(set(lengths.values())) > 1:
-            raise InputError(explain("x", f"of lengths {lengths}", "all inputs must have one row per sample"))
+            raise InputError.of("x", f"of lengths {lengths}", "all inputs must have one row per sample")
         return next(iter(lengths.values()))
 
     # ---- all samples -----------------------------------------------------------------------------------------
@@ -165,7 +153,7 @@ class Samples:
             mode: One of `MODES`.
         """
         if mode not in MODES:
-            raise InputError(explain("mode", repr(mode), f"one of {MODES} is needed"))
+            raise InputError.of("mode", repr(mode), f"one of {MODES} is needed")
         result = Results(self.call, self.count, budget, given_tensors(out))
         if self.count == 0:
             result.prepare(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values]), alone=True)
@@ -199,7 +187,7 @@ class Samples:
             result.direction = ask.routes["samples"]
         if mode == "split" and ask.apart is None and route.name != "split":
             todo = "Use mode='auto', or cut the model yourself with `at=`."
-            raise InputError(explain("mode", "'split'", _NO_LAYER, todo))
+            raise InputError.of("mode", "'split'", _NO_LAYER, todo)
         if not result.proved:  # now, while they are in the cache
             result.sure &= all(is_finite(block[where]) for row in result.blocks for block in row)
         return None if reason == ONE_SAMPLE and self.count > 1 else reason
@@ -218,7 +206,7 @@ class Samples:
 
     def _finished(self, result: Results, route: str) -> SampleJacobians:
         if result.tree is None:
-            raise ModelStateError(explain("model", "not evaluated", "at least one sample must run"))
+            raise ModelStateError.of("model", "not evaluated", "at least one sample must run")
         tree, inputs = self.input_tree, self.inputs
         if self.at is not None and not (isinstance(self.at, tuple) and self.at[0] is None):
             tree, inputs = flatten(0, "at")[1], [0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._runtime.memory import Budget, check_places, ensure_fits
-from ...errors import ModelStateError, explain
+from ...errors import ModelStateError
 from ...trees import Tree
 from .runs import Run
 
@@ -96,7 +96,7 @@ class Results:
         if self.tree is not None:
             if self._shapes != shapes:
                 came = f"returning {shapes} after {self._shapes}"
-                raise ModelStateError(explain("model", came, "all samples must have outputs of one shape"))
+                raise ModelStateError.of("model", came, "all samples must have outputs of one shape")
             return shapes
         self._shapes, self.tree = shapes, run.tree
         leaves = (run.head or run.lin).leaves

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from ..._runtime.contexts import arithmetic, autocast_on, random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
-from ...errors import ModelStateError, NotDifferentiableError, explain
+from ...errors import ModelStateError, NotDifferentiableError
 from ...trees import Selector, Tree, output_leaves, select
 from ..model.cut import At, Cut
 from ..model.inputs import forward_explained, private_inputs, split_input
@@ -172,9 +172,7 @@ class Runner:
             done = self._ran(values, self._replica(effects), path, noting, state)
         if any(t.is_complex() for t in done.outputs):
             todo = "Return torch.view_as_real(output)."
-            raise NotDifferentiableError(
-                explain("the model's output", "complex", "a Jacobian by samples is real", todo)
-            )
+            raise NotDifferentiableError.of("the model's output", "complex", "a Jacobian by samples is real", todo)
         named = [(str(path or self.at), leaf) for leaf in done.hidden] or done.leaves
         lin = self._tape(named, dict(zip(done.tree.names, done.outputs, strict=True)), done.protected)
         head = self._tape(done.leaves, {path: done.before[0]}, done.protected) if path is not None else None

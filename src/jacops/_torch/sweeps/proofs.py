@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..._runtime.restoring import process_lock
 from ..._runtime.side_effects import SideEffects
-from ...errors import InputError, explain
+from ...errors import InputError
 from .evidence import NeutralEntries, Places, constants, hold, neutral, pattern
 from .graph import GraphInfo
 
@@ -345,7 +345,7 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
         InputError: `checks` is not one of the known words.
     """
     if checks not in CHECKS:
-        raise InputError(explain("checks", repr(checks), f"one of {CHECKS} is needed"))
+        raise InputError.of("checks", repr(checks), f"one of {CHECKS} is needed")
     if checks in ("always", "strict"):
         return ProofStore(checks, lambda: function, many)
     key = id(function)

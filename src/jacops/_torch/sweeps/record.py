@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..._runtime.contexts import autocast_on, random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
-from ...errors import InputTypeError, ModelStateError, NotDifferentiableError, explain
+from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ...trees import Selector, Tree, flatten, output_leaves, select
 from ..model.cut import At, Cut
 from ..model.inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
@@ -55,13 +55,8 @@ def record_closure(
         NotDifferentiableError: A reentrant checkpoint uses a parameter and records nothing of it.
     """
     if not callable(func) or isinstance(func, nn.Module):
-        raise InputTypeError(
-            explain(
-                "func",
-                f"a {type(func).__name__}",
-                "a callable without arguments is needed",
-                "Write `lambda: model(x)`.",
-            )
+        raise InputTypeError.of(
+            "func", f"a {type(func).__name__}", "a callable without arguments is needed", "Write `lambda: model(x)`."
         )
     check_fallback(fallback)
     leaves = check_params(params, empty)
@@ -134,7 +129,7 @@ def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | 
         lin.look_up(store)
         return done
     came = "writing into tensors that are not its own"
-    raise ModelStateError(explain("model", came, "its forward must leave such tensors alone"))
+    raise ModelStateError.of("model", came, "its forward must leave such tensors alone")
 
 
 def record_model(
@@ -183,12 +178,10 @@ def record_model(
     refuse_arrays(value)
     chosen = {n: p for n, p in parameter_names(module).items() if parameters is not None and parameters(n, p)}
     if parameters is not None and not chosen:
-        raise ModelStateError(
-            explain(
-                "model",
-                f"a {type(module).__name__} without parameters to differentiate",
-                "at least one must be a floating-point parameter that is asked for",
-            )
+        raise ModelStateError.of(
+            "model",
+            f"a {type(module).__name__} without parameters to differentiate",
+            "at least one must be a floating-point parameter that is asked for",
         )
     values, input_tree = flatten(value, "input")
     tensors = [t for t in values if isinstance(t, Tensor)]
@@ -265,7 +258,7 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
     @restoring
     def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
         if effects.writes:
-            raise ModelStateError(explain("loss", "writing into the model's parameters", "it must leave them alone"))
+            raise ModelStateError.of("loss", "writing into the model's parameters", "it must leave them alone")
         with recording(), random_state_kept(), watch or nullcontext():
             output = finish(found.tree.build([part.clone() for part in lin.outputs]))
         flat, tree = output_leaves(output)
@@ -327,12 +320,10 @@ def _leaves(
     if kept["hidden"]:
         return kept["hidden"], [at if isinstance(at, str) else str(at and at[0])], []
     if not kept["inputs"]:
-        raise NotDifferentiableError(
-            explain(
-                "input",
-                "without floating-point tensors",
-                "integer inputs have no derivative",
-                "Differentiate by the embedding's output with `at='path.to.embedding'`.",
-            )
+        raise NotDifferentiableError.of(
+            "input",
+            "without floating-point tensors",
+            "integer inputs have no derivative",
+            "Differentiate by the embedding's output with `at='path.to.embedding'`.",
         )
     return [leaf for _, leaf in kept["inputs"]], [name for name, _ in kept["inputs"]], []

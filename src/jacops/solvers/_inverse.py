@@ -1,0 +1,197 @@
+"""Solving by a solver's name or recipe, and the inverse as an operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, final
+
+from torch import Tensor
+
+from .._keywords import keywords
+from ..errors import InputError, InputTypeError, SolveError
+from ..operators import Operator
+from ..space import Space
+from ._advice import advice
+from ._base import Prepared, Solver
+from ._names import NAMES
+from ._solution import Solution
+from ._system import System
+
+
+@keywords()
+def solve(
+    operator: Operator,
+    b: Tensor,
+    solver: Solver | str = "auto",
+    *,
+    damping: float = 0.0,
+    on_failure: Literal["raise", "return"] = "raise",
+) -> Solution:
+    r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
+
+    A row is `converged` if its residual, recomputed from $A$, is at most the tolerance (1e-8 relative in float64, 1e-4
+    in float32 unless the solver has one of its own), and `attainable` if it is at most the level that rounding allows,
+    $\epsilon \lVert A \rVert \lVert x \rVert / \lVert b \rVert$, which is in `info["attainable"]`. Rows of methods
+    that promise no residual are `approximate`, with the residual that was measured, or `unchecked` if none was
+    computed. Every other status is a failure. Operator and right-hand sides may have any scale: both are scaled by
+    powers of two.
+
+    Args:
+        operator: $A$, square.
+        b: One right-hand side `(n,)` or rows `(k, n)`, with the operator's dtype and device.
+        solver: A recipe, such as `CG()`, or the name of one; `Auto` chooses.
+        damping: $\lambda \ge 0$.
+        on_failure: `"raise"`, or `"return"` to get the solution with its statuses.
+
+    Returns:
+        The solution; for one right-hand side `(n,)` it has one row.
+
+    Raises:
+        SolveError: A row failed; the error carries the solution and says what to do.
+        InputError: The operator, the right-hand side or an option does not fit.
+
+    Example:
+        >>> import jacops
+        >>> import torch
+        >>> A = jacops.Matrix(torch.tensor([[4.0, 0.0], [0.0, 16.0]]), symmetric=True)
+        >>> solve(A, torch.tensor([4.0, 16.0])).x
+        tensor([[1., 1.]])
+    """
+    _check_choice(on_failure)
+    rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
+    solution = solver_of(solver).solve(operator, rows, damping)
+    if on_failure == "raise":
+        require(solution, operator)
+    return solution
+
+
+def require(solution: Solution, operator: Operator) -> None:
+    """Raise for a solution with rows that failed.
+
+    Raises:
+        SolveError: Some did; the message says what to do.
+    """
+    if not solution.success:
+        raise SolveError(advice(solution, operator), solution)
+
+
+@keywords()
+def inverse(
+    operator: Operator,
+    solver: Solver | str = "auto",
+    *,
+    damping: float = 0.0,
+    on_failure: Literal["raise", "return"] = "raise",
+) -> Inverse:
+    r"""Return $(A + \lambda I)^{-1}$ as an operator; each product is a solve.
+
+    Args:
+        operator: $A$, square.
+        solver: As in `solve`.
+        damping: $\lambda \ge 0$.
+        on_failure: `"raise"`, or `"return"` for products that hand back what the solver had.
+
+    Returns:
+        An operator, symmetric and positive as $A$ is. What is costly and shared by all right-hand sides is done at the
+        first product.
+
+    Raises:
+        InputError: The operator is not square, or an option does not fit. Its products raise `SolveError`.
+    """
+    _check_choice(on_failure)
+    System(operator, damping)  # refuses what no solver takes
+    return Inverse(operator, solver_of(solver), float(damping), on_failure)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Inverse(Operator):
+    r"""$(A + \lambda I)^{-1}$ by a solver.
+
+    Attributes:
+        of: $A$.
+        solver: The recipe.
+        damping: $\lambda$.
+        on_failure: What a product does with a solve that failed.
+    """
+
+    of: Operator
+    solver: Solver
+    damping: float = 0.0
+    on_failure: Literal["raise", "return"] = "raise"
+
+    @property
+    def domain(self) -> Space:
+        """The codomain of the operator."""
+        return self.of.codomain
+
+    @property
+    def codomain(self) -> Space:
+        """The domain of the operator."""
+        return self.of.domain
+
+    @property
+    def symmetric(self) -> bool:
+        """As the operator is."""
+        return self.of.symmetric or self.of.positive
+
+    @property
+    def positive(self) -> bool:
+        """As the operator is."""
+        return self.of.positive
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The solver, ready for this operator."""
+        return self.solver.prepare(self.of, self.damping)
+
+    @cached_property
+    def _prepared_transpose(self) -> Prepared:
+        return self.prepared if self.symmetric else self.solver.prepare(self.of.T, self.damping)
+
+    def solve(self, rows: Tensor) -> Solution:
+        """Return the solution for rows `(k, n)` with all that is known of it.
+
+        Raises:
+            SolveError: A row did not converge, unless failures are returned.
+        """
+        return self._checked(self.prepared.solve(rows))
+
+    def _checked(self, solution: Solution) -> Solution:
+        if self.on_failure == "raise":
+            require(solution, self.of)
+        return solution
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.solve(rows).x
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self._checked(self._prepared_transpose.solve(rows)).x
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__().removesuffix(')')}, by {self.solver}, damping {self.damping:g})"
+
+
+def solver_of(solver: Any, argument: str = "solver") -> Solver:
+    """Return the solver meant by a name or a recipe.
+
+    Raises:
+        InputError: The name is unknown.
+        InputTypeError: It is neither a name nor a recipe.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    known = f"one of {sorted(NAMES)} or a Solver is needed"
+    if isinstance(solver, type) and issubclass(solver, Solver):
+        raise InputTypeError.of(argument, f"the class {solver.__name__}", known, f"Use `{solver.__name__}()`.")
+    if not isinstance(solver, str):
+        raise InputTypeError.of(argument, f"a {type(solver).__name__}", known)
+    if solver not in NAMES:
+        raise InputError.of(argument, repr(solver), known)
+    return NAMES[solver]()
+
+
+def _check_choice(on_failure: Any) -> None:
+    if on_failure not in ("raise", "return"):
+        raise InputError.of("on_failure", repr(on_failure), "'raise' or 'return' is needed")
