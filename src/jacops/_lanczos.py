@@ -17,7 +17,7 @@ from ._finite import is_finite, where_first
 from .errors import NonFiniteError
 
 RowMap = Callable[[Tensor], Tensor]
-_DRAWS = 5
+_DRAWS = 5  # tries: a random direction lies outside a space almost surely; only the start's own seed repeats it
 
 
 class Ritz(NamedTuple):
@@ -89,6 +89,7 @@ class KrylovSpace:
         row = image @ basis.mT
         image = image - row @ basis
         self.projected = _bordered(self.projected, row.double())
+        # Some roundings of a product of that size: what is left below is no direction.
         floor = 10 * torch.finfo(image.dtype).eps * self.scale
         self._block, coupling = self._orthonormal(image, floor)
         self._coupling = torch.cat([self.projected.new_zeros(runs, old, coupling.shape[2]), coupling], 1)

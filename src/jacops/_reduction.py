@@ -102,6 +102,7 @@ def _compared(objective: Reduced, some: Batch, value: Callable[[Any, Any], float
 
 def offset(parameter: Tensor, seed: int) -> Tensor:
     """Return a random change of a parameter, a tenth of its size."""
+    # Parameters that are all zero are moved too, as if they were of size 0.1.
     typical = max(size(parameter) / max(1, parameter.numel()) ** 0.5, 0.1)
     return 0.1 * typical * private_noise(parameter, seed)
 

@@ -286,6 +286,7 @@ class TorchObjective(Objective):
         if many > 1 and rows.shape[0]:
             found = self._mixed_once(batch, rows)
             scale = float(alone.abs().max()) + float(found.abs().max())
+            # Roundings of a sum over as many terms as layers have, as in `mixing`.
             if float((found[:, -1:] - alone).abs().max()) <= 1e3 * torch.finfo(x.dtype).eps * scale:
                 return found
         return torch.cat([*(self._mixed_once(batch.part(slice(i, i + 1)), rows) for i in range(many - 1)), alone], 1)

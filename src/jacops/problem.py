@@ -27,7 +27,7 @@ from .space import Space
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"]
 CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher")
-_KEPT_BYTES = 2**29
+_KEPT_BYTES = 2**29  # 512 MiB of linearised batches: more are recorded again in every pass
 _FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo"}
 
 

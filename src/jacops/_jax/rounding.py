@@ -16,7 +16,7 @@ from .jaxpr import READS
 from .rules import LOOPS, bound
 
 _SAFETY = 8.0  # as in `_torch.rounding`
-_DRAWS = 3
+_DRAWS = 3  # the largest of three counts: one random draw of rounding may be small by chance
 
 
 def rounding_error(function: Callable[..., Any], *args: Any) -> float:

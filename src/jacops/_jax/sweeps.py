@@ -18,8 +18,8 @@ from .crossing import to_torch
 from .jaxpr import READS
 from .rounding import rounding_error
 
-_CHUNK_ENTRIES = 2**22
-_CHUNK_ROWS = 64
+_CHUNK_ENTRIES = 2**22  # 32 MiB of results to a pass in float64, as in `_runtime.chunks`
+_CHUNK_ROWS = 64  # as in `_runtime.chunks`; a power of two, so that few shapes are compiled
 
 Each = Callable[[Callable[[Any], Any], Any], Any]
 Kernel = Callable[[Each, Any, Any], Any]

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+# Some thousand roundings, room for deep nets; a wrong route is off by a share of 1.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
-_COARSE = 8e-2
+_COARSE = 8e-2  # ten roundings of bfloat16 (2**-7 each), since sums are rounded at every layer
 # Central differences with a step of eps ** (1/3) are good to eps ** (2/3) of the size of third derivatives; the rest is
 # room for those.
 _DIFFERENCES = {torch.float64: 1e-4, torch.float32: 2e-3}
+# Share of all parts' size that a part is measured by at least: parts that are zero hold rounding of the rest.
 _FLOOR = 1e-2
 SQUARES = 1e-15  # norms whose squares, and those of entries far below, float32 can hold
 

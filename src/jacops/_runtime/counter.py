@@ -14,7 +14,7 @@ from torch import Tensor
 
 _STEP = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number
 _AT_ONCE = 2**16  # numbers mixed together: 512 KiB, which a processor's cache holds
-_FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+_FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # of SplitMix64 (Steele, Lea and Flood, 2014), as signed numbers
 
 
 @dataclass(frozen=True)

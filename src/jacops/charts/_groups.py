@@ -30,6 +30,7 @@ from ._base import Chart
 
 def _check_unit(name: str, argument: str, q: Tensor) -> None:
     lengths = q.detach().norm(dim=-1)
+    # Numbers written with four digits pass; in half precision a few roundings do.
     tolerance = 1e-3 if q.dtype in (torch.float32, torch.float64) else 5e-2
     if lengths.numel() and not bool(((lengths - 1).abs() <= tolerance).all()):
         worst = int((lengths - 1).abs().nan_to_num(torch.inf).argmax())

@@ -22,8 +22,8 @@ from ._probes import Estimate, check_probes, check_symmetric, chunk_of, mean_of,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BASIS_ENTRIES = 2**27
-_DENSE_ENTRIES = 2**27
+_BASIS_ENTRIES = 2**27  # 1 GiB of Krylov bases in float64
+_DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decomposition takes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -168,8 +168,10 @@ def spectral_density(
     if width is not None and not (isinstance(width, int | float) and 0 < width < math.inf):
         raise InputError.of("width", repr(width), "a positive number is needed")
     nodes, weights = _quadrature(operator, probes, steps, seed)
+    # Ritz values of no weight are copies made by rounding.
     met = nodes[weights > 1e-12]
     low, high = float(met.min()), float(met.max())
+    # A hundredth of the range shows shapes; equal eigenvalues get a peak that a grid can hold.
     width = float(width or max((high - low) / 100, 1e-6 * max(abs(low), abs(high)), 1e-30))
     points = _points(grid, low - 4 * width, high + 4 * width, nodes)
     kernel = torch.exp(-(((points - nodes.unsqueeze(2)) / width) ** 2) / 2) / (width * math.sqrt(2 * math.pi))

@@ -15,8 +15,8 @@ from ..errors import SolveError
 from ..operators import Operator
 from ._probes import check_symmetric, product
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-_BLOCK = 8
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative residuals, the defaults of the solvers
+_BLOCK = 8  # vectors to a step: products share passes, and eigenvalues of multiplicity up to 8 are found at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,6 +126,7 @@ def _run(operator: Operator, count: int, seed: int) -> KrylovSpace:
     return KrylovSpace(
         lambda rows: operator.apply(rows.to(space.dtype)).to(work),
         start.to(space.device, work),
+        # Room for twice what is wanted and eight blocks: a space that restarts forgets what it has not kept.
         capacity=max(2 * count + 8 * width, 40),
         seed=seed,
     )

@@ -15,7 +15,7 @@ from ..operators import Operator
 from ._eigenpairs import working_dtype
 from ._probes import Estimate, check_probes, chunk_of, mean_of, product, signs, units
 
-_FAILURE = 1e-3
+_FAILURE = 1e-3  # probability over the start that the upper bound fails, as `_upper_bound` says
 
 
 class SpectralNorm(NamedTuple):
@@ -104,6 +104,7 @@ def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int
         lambda rows: gram.apply(rows.to(space.dtype)).to(work), start.to(space.device, work), max_steps, seed=seed
     )
     value, error, upper, settled = 0.0, math.inf, math.inf, False
+    # The bound that holds but with probability 1e-3 closes slowly; within 10 % it is of use.
     while run.room and not (settled and upper <= 1.1 * value):
         run.step()
         ritz = run.ritz()

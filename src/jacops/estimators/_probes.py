@@ -13,8 +13,8 @@ from ..errors import InputError
 from ..operators import Operator
 from ..space import Space
 
-_CHUNK_ENTRIES = 2**22
-_CHUNK_ROWS = 64
+_CHUNK_ENTRIES = 2**22  # 32 MiB of vectors and images in float64, as in `_runtime.chunks`
+_CHUNK_ROWS = 64  # as in `_runtime.chunks`
 
 
 class Estimate(NamedTuple):

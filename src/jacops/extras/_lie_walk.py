@@ -212,6 +212,7 @@ class Walk:
         for node in self.series:
             name, vectors = type(node)._forward_cls.__name__, node.saved_tensors[0].detach()
             eps = torch.finfo(vectors.dtype).eps
+            # Worth mending where three digits more than rounding are lost; worth a warning where half of all are.
             exact = exact_series(name, vectors, noise=1000 * eps if private else eps**0.5)
             if exact is not None and private:
                 node.register_hook(Mended(node, name, exact))
@@ -286,6 +287,7 @@ def _is_marked(grad: Tensor, start: int, width: int) -> bool:
     mark = rows.new_zeros(rows.shape[-1])
     mark[start : start + width] = _mark(width)
     left = rows - torch.outer(rows @ mark / (mark @ mark), mark)
+    # Rounding is far less; a gradient that is no multiple of the mark is off by a share of 1.
     return bool((left.norm(dim=-1) <= 1e-2 * rows.norm(dim=-1)).all())
 
 

@@ -206,6 +206,7 @@ def _from_angles(pose: list[float]) -> list[float]:
 
 def _unit(row: _Row, pose: list[float]) -> list[float]:
     length = math.hypot(*pose[3:])
+    # Files may hold three digits only; a quaternion that is off by more is taken for a mistake.
     if abs(length - 1) > 1e-2:
         raise row.error(f"with a quaternion of length {length:.3g}", "length one is needed")
     return [*pose[:3], *(q / length for q in pose[3:])]
@@ -244,6 +245,7 @@ def _information(draft: _Draft, chart: Chart) -> Tensor:
     full = torch.zeros(len(draft.upper), width, width, dtype=torch.float64)
     full[:, rows, columns] = full[:, columns, rows] = torch.tensor(draft.upper, dtype=torch.float64)
     lowest, highest = torch.linalg.eigvalsh(full)[:, [0, -1]].T
+    # Numbers that were written with nine digits may make a semidefinite matrix negative by that.
     bad = (lowest < -1e-9 * highest.abs()).nonzero()
     if len(bad):
         row = draft.edges[int(bad[0])][0]

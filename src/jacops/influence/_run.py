@@ -19,7 +19,7 @@ from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
 from ..solvers._system import checked_damping
 from ._result import described
 
-_TILE_BYTES = 2**26  # of right-hand sides that are solved for together
+_TILE_BYTES = 2**26  # 64 MiB of right-hand sides solved for together; a solver holds up to eight times as many
 
 
 @dataclass(frozen=True)

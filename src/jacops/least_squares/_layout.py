@@ -101,6 +101,7 @@ class ParameterPart:
         """How many neighbouring columns belong together, for block-Jacobi."""
         if self.chart or self.group:
             return self.width
+        # Rows of a parameter that are points or poses have up to 16 numbers (4 x 4 matrices).
         return self.shape[-1] if len(self.shape) > 1 and self.shape[-1] <= 16 else 1
 
 

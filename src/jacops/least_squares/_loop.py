@@ -25,10 +25,10 @@ from ._undamped import is_undamped, predicted_reduction, remember, undamped
 _GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be taken
 _REJECTIONS = 32  # in a row: damping has then grown by 2 ** 528, or a radius fallen by 4 ** 32
 _ZERO = 64.0  # rounding errors of the first residual that are worth asking whether it is zero
-_NOISY = 3  # steps in a row at the rounding level that change nothing
+_NOISY = 3  # steps in a row at the rounding level that change nothing: one or two may by chance
 _FALLS = 0.8  # a predicted reduction that is less than this part of the last one has become less, not just rounded
 _DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a call without evidence for a minimum
-_EXCURSION = 8  # steps; each must halve the objective
+_EXCURSION = 8  # steps through a curved valley; each must halve the objective, so together gain a factor of 256
 _CAREFUL = "levenberg_marquardt is more careful"
 
 
@@ -82,6 +82,7 @@ def run(
                 if stop is not None or len(loop.log) >= rules.max_steps:
                     break
         stop = stop or loop.unmet("max_steps", f"{rules.max_steps} steps were not enough")
+        # More than rounding of sums over millions of residuals.
         if strategy is None and loop.point.cost > (1 + 1e-6) * loop.first + loop.point.floor:
             stop = Stop("diverged", f"the objective ended above its start; {_CAREFUL}")
         return Outcome(loop.point, stop, loop.log)
@@ -148,6 +149,7 @@ class _Loop:
         noise = NOISE * 2 * point.system.eps * point.cost
         if known and gain <= _GOOD * predicted:
             noise = point.noise
+        # Both values of the objective may be off by that noise; a margin of two.
         at_noise = bool(predicted <= noise and abs(gain) <= 4 * noise)
         if solved is point.system.memory.get("undamped"):
             point.system.memory["tried"] = True
@@ -231,6 +233,7 @@ class _Loop:
             self.point = trial.point or self._at(trial.values)
         elif self.strategy is None:
             return Stop("diverged", f"a whole Gauss-Newton step led to NaN or Inf; {_CAREFUL}")
+        # Plain Gauss-Newton may overshoot and return; from 1e8 times its start that is not to be expected.
         if self.strategy is None and trial.tried > 1e8 * max(self.first, 1.0):
             return Stop("diverged", f"the objective grew without end; {_CAREFUL}")
         rule = (self.at_rest() if trial.good else None) or self._rule(before, trial)
@@ -252,6 +255,7 @@ class _Loop:
     def _evidence(self, before: FitPoint, trial: Trial) -> Certificate | None:
         """Return the certificate that an undamped step gave which was then taken and did what it predicted."""
         share = trial.predicted / before.cost if before.cost > 0 else np.inf
+        # Within a factor of four the quadratic model holds; trust regions use the same quarter.
         as_predicted = trial.good and (trial.at_noise or 0.25 < trial.ratio < 4)
         if not (as_predicted and 0 <= share <= MOST_REDUCTION and is_undamped(before.system, trial.solved)):
             return None

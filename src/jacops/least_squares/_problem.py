@@ -43,8 +43,8 @@ from ._scaling import scaling_of
 from ._system import LinearizedFit
 
 _DENSE_ENTRIES = 250_000  # up to so many, a dense step takes less than the tenth of a second that a plan takes
-_DENSE_COLUMNS = 64
-_FULL = 0.1  # rows fuller than this are not worth a plan
+_DENSE_COLUMNS = 64  # columns, or rows, that one batched pass gives: a plan's sweeps cannot be fewer passes
+_FULL = 0.1  # rows fuller than this save less than a factor of ten, which sparse factorisation loses to dense
 
 
 class FunctionModule(nn.Module):
@@ -280,6 +280,7 @@ class FitProblem:
             ends.append(self.residuals.raw(output_leaves(self._forward())[0]))
         predicted, found = J @ step, (ends[0] - ends[1]) / 2
         size = max(float(np.linalg.norm(predicted)), float(np.linalg.norm(found)), eps)
+        # Differences with a step of eps ** (1/3): wrong gradients of LieTensors are off by a share of 1.
         if float(np.linalg.norm(predicted - found)) > max(1e-5, 50 * eps ** (1 / 3)) * size:
             raise NotDifferentiableError(
                 f"{self.call}: the sparse Jacobian by {', '.join(groups)} and differences along PyPose's own update "

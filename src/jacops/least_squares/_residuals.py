@@ -300,12 +300,14 @@ def _root(weight: Any, shape: torch.Size, argument: str, squared: bool) -> np.nd
 
 def _matrix_root(blocks: Tensor, argument: str) -> np.ndarray:
     """Return S with S^T S = W for positive semidefinite W."""
+    # Matrices that were computed in float32, or written with seven digits, pass.
     if not torch.allclose(blocks, blocks.mT, rtol=1e-6, atol=1e-6 * float(blocks.abs().max()) if blocks.numel() else 0):
         raise InputError.of(argument, "not symmetric", "information matrices must be symmetric")
     factor, info = torch.linalg.cholesky_ex(blocks)
     if not bool(info.any()):
         return factor.mT.contiguous().numpy()
     values, vectors = torch.linalg.eigh(blocks)
+    # Eigenvalues of a semidefinite matrix may be negative by rounding: room for numbers of ten digits.
     lowest = values[:, :1] + 1e-10 * values[:, -1:].abs()
     if bool((lowest < 0).any()):
         worst = int(lowest.reshape(-1).argmin())

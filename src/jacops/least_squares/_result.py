@@ -203,6 +203,7 @@ def _inverse_part(system: LinearizedFit, wanted: np.ndarray, result: Any) -> np.
             raise SolveError(failure, result)
         R = torch.geqrf(torch.from_numpy(system.J / scale))[0][: len(scale)].triu()
         pivots = R.diagonal().abs()
+        # Pivots of unit columns that are rounding errors of sums over all rows.
         if not pivots.min() > 1e-13 * len(system.J) * pivots.max():
             raise SolveError(failure, result)
         half = torch.linalg.solve_triangular(R.T, torch.from_numpy(unit), upper=False)

@@ -48,6 +48,7 @@ class QR(StepSolver):
         factor, tau = torch.geqrf(J)
         R = factor[:columns].triu()
         pivots = R.diagonal().abs().numpy()
+        # Pivots of unit columns that are rounding errors of sums over all rows.
         if not pivots.min(initial=np.inf) > 1e-13 * rows * pivots.max(initial=0.0):
             raise Singular("the Jacobian has columns that depend on one another")
         turned = torch.ormqr(factor, tau, r.unsqueeze(1), transpose=True)[:columns]
@@ -191,6 +192,7 @@ class PCG(StepSolver):
             self.max_steps or max(1000, 10 * len(system.gradient)),
         )
         found = system.solved(p, damping, "pcg", steps)
+        # The recursive residual, which stops it, drifts from the true one by rounding.
         if found.residual <= 10 * self.tolerance:
             return found
         return replace(found, note="stopped before its tolerance")
@@ -248,6 +250,7 @@ def _block_jacobi(system: LinearizedFit, damping: np.ndarray | None) -> Map:
     index = np.arange(width)
     empty = index[None] >= counts[:, None]
     diagonal = squares[:, index, index]
+    # Blocks that are singular by rounding become invertible; a preconditioner needs no more digits.
     squares[:, index, index] = np.where(empty | (diagonal <= 0), 1.0, diagonal * (1 + 1e-12))
     try:
         inverses = np.linalg.inv(squares)
@@ -296,6 +299,7 @@ def _refined(system: LinearizedFit, damping: np.ndarray | None, solve: Map, pivo
         raise Singular(f"{name}: the normal matrix is singular")
     p = p - solve(system.residual(p, damping) / scale) / scale
     found = system.solved(p, damping, name)
+    # After one refinement; a step that solves its system worse than that is no step of it.
     if found.residual > 1e-3:
         raise Singular(f"{name}: the normal matrix is too near to singular (relative residual {found.residual:.0e})")
     return found

@@ -183,6 +183,7 @@ class TrustRegion(Strategy):
 
     def next(self, radius: float, ratio: float, rejections: int, length: float, /) -> float:
         """Return the next radius."""
+        # The usual quarters, and factors, of trust regions (Nocedal and Wright, 2006, algorithm 4.1).
         if rejections or ratio < 0.25:
             return max(min(length, radius) / 4, _LEAST)
         return min(max(radius, 3 * length), _MOST) if ratio > 0.75 else radius
@@ -203,6 +204,7 @@ def _newton(system: LinearizedFit, solver: StepSolver) -> Solved:
         except Singular:
             if damping >= 1.0:
                 raise
+        # From the rounding errors of a matrix with unit diagonal up in seven steps.
         damping = max(damping * 100, 1e-12)
         if damping > 1.0:
             raise Singular("the normal matrix is singular, however damped")

@@ -158,6 +158,7 @@ def _refined(system: LinearizedFit) -> Solved:
             found, inverse = _lightly_damped_sparse(system, damping)
             break
         except Singular:
+            # From the rounding errors of a matrix with unit diagonal up in seven steps.
             damping *= 100
             if damping > 1.0:
                 raise

@@ -32,7 +32,7 @@ class Formed(Protocol):
         ...
 
 
-_GRAM_ENTRIES = 2**26
+_GRAM_ENTRIES = 2**26  # 512 MiB in float64: larger matrices are not formed, but applied to an eighth of that at a time
 # What operators are composed to; `_algebra`, which builds on this module, puts its classes here when it is imported.
 COMPOSED: dict[str, Callable[..., Operator]] = {}
 

@@ -30,7 +30,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from ._base import Operator
 
-CHUNK_ENTRIES = 2**22
+CHUNK_ENTRIES = 2**22  # 32 MiB of vectors and images in float64, as in `_runtime.chunks`
 _TIGHT = 1.3  # what few and large tensors take from the system: measured over perceptrons and convolutions
 _HOLES = 1.65  # what others take, in `memory.resident`
 

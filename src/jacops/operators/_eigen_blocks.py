@@ -13,7 +13,7 @@ from torch import Tensor
 from ..space import Space
 from ._base import OnSpace
 
-_CHUNK_ENTRIES = 2**22  # rows are taken so many entries at a time
+_CHUNK_ENTRIES = 2**22  # rows are taken so many entries at a time: 32 MiB in float64
 Form = Literal["kronecker", "exact", "diagonal"]
 FORMS: tuple[Form, ...] = ("kronecker", "exact", "diagonal")
 

@@ -17,8 +17,8 @@ from ._common import matrices, output_entries, part_of, samples_of
 from ._directional import along
 from ._hessian import hessians
 
-_HESSIAN_ENTRIES = 2**24
-_DIRECTION_ENTRIES = 2**22
+_HESSIAN_ENTRIES = 2**24  # 128 MiB of Hessians in float64; beyond, only their diagonals are taken, axis by axis
+_DIRECTION_ENTRIES = 2**22  # 32 MiB of copies of the samples and directions in float64
 
 
 @keywords()

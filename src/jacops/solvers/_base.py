@@ -18,7 +18,7 @@ from ._judge import Judge, Raw
 from ._solution import Solution, Status
 from ._system import System
 
-_WORKING_ENTRIES = 2**26  # entries of right-hand sides, solutions, residuals and directions held at a time
+_WORKING_ENTRIES = 2**26  # entries of right-hand sides, solutions, residuals and directions: 512 MiB in float64
 _VECTORS = 8  # rows of working memory per right-hand side, at most
 
 

@@ -13,7 +13,7 @@ from ._refine import IterationResult
 from ._solution import Status
 from ._system import System
 
-_FLAT_STEPS = 50  # steps that meet directions without curvature, before the operator counts as singular
+_FLAT_STEPS = 50  # steps without curvature until the operator counts as singular: rounding makes a few of them flat
 
 
 def block_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
@@ -82,6 +82,7 @@ def _directions(
     left, singular, _ = torch.linalg.svd(triangle, full_matrices=False)
     # what rounding of the first residuals made of dependent rows is no direction
     shrunk = float((size[active] / residual.norm(dim=1)).max())
+    # Rounding of a sum of that many terms, margin four; residuals that shrank carry that of the first ones.
     keep = singular > 4 * max(z.shape) ** 0.5 * torch.finfo(z.dtype).eps * max(shrunk, 1.0) * singular[0]
     keep[0] = True
     return (basis @ left[:, keep]).T

@@ -145,6 +145,7 @@ def _left_after(
 
 def steps_allowed(max_steps: int | None, n: int) -> int:
     """Return the number of steps meant."""
+    # In exact arithmetic n steps do; rounding takes some times as many, and 10,000 take too long anyway.
     return max_steps if max_steps is not None else min(max(10 * n, 100), 10_000)
 
 

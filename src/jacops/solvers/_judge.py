@@ -22,6 +22,7 @@ _EXACT = {torch.float32: (-101, 128), torch.float64: (-968, 1024)}
 
 def condition_limit(dtype: torch.dtype) -> float:
     """Return the condition number from which a matrix counts as singular in a precision."""
+    # A 45th and an eighth of 1 / eps: a solution has one or two digits left at the most.
     return 1e14 if dtype == torch.float64 else 1e6
 
 
@@ -68,6 +69,7 @@ class Judge:
         k, device = rows.shape[0], rows.device
         largest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(k)
         finite, zero = largest.isfinite(), largest == 0
+        # Exponents whose power of two, and its inverse, are normal numbers (limits: 1022 and 126).
         least = 1000 if rows.dtype == torch.float64 else 120
         exponents = torch.frexp(largest).exponent.clamp(-least, least) - 1
         self.exponents = torch.where(finite & ~zero, exponents, 0)
@@ -127,6 +129,7 @@ class Judge:
     def _bound(self, left: Tensor, image: Tensor, size: Tensor, shift: Tensor) -> Tensor:
         """Return bounds on the errors of positive operators, the rounding of what is returned included."""
         system = self.system
+        # Rounding errors of n terms add up like their root; for few unknowns like four.
         rounding = system.eps * max(4.0, math.sqrt(system.n)) * (image + size)
         bound = times(((left + rounding) / system.damping).unsqueeze(1), shift)[:, 0]
         return bound + math.sqrt(system.n) * torch.finfo(system.dtype).smallest_normal * system.eps
@@ -182,6 +185,7 @@ def _failed_for_good(raw: Raw, where: Tensor) -> Tensor:
 
 def times(rows: Tensor, shift: Tensor) -> Tensor:
     """Return rows times powers of two, in two halves where one power would leave the range of the dtype."""
+    # Exponents whose power of two, and its inverse, are normal numbers (limits: 126 and 1022).
     most = 120 if rows.dtype == torch.float32 else 1000
     one = torch.ones(len(shift), 1, dtype=rows.dtype, device=rows.device)
     shift = shift.clamp(-2 * most, 2 * most).unsqueeze(1)

@@ -24,10 +24,10 @@ from ._output_curvature import Directions, Given
 from ._output_loss import LossAtOutput, OutputLoss, loss_at_output
 
 Fisher = Literal["auto", "exact", "monte_carlo", "empirical"]
-_EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one
-_FEW = 32  # samples recorded together where some parameters need a sweep for each
-_SWEEP_ENTRIES = 2**23  # cotangents at all uses that are held at a time
-_KEPT_ENTRIES = 2**23  # what is kept of the first pass for the second
+_EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one: as many as share one pass
+_FEW = 32  # samples recorded together where parameters need a sweep for each, which runs through all of them
+_SWEEP_ENTRIES = 2**23  # cotangents at all uses that are held at a time: 32 MiB in float32
+_KEPT_ENTRIES = 2**23  # what is kept of the first pass for the second: 32 MiB in float32; more is recorded again
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from ._judge import Raw
 from ._solution import Status
 from ._system import System, check_symmetric
 
-_WINDOW = 10
+_WINDOW = 10  # steps between two looks at the residual: one that has not shrunk since then never will
 
 
 @final
@@ -74,6 +74,7 @@ class _PreparedLiSSA(Prepared):
             ended = (now <= goals[ids]) | lost
             self._overflowed(raw, ids[lost])
             if step and step % _WINDOW == 0:
+                # A residual at its rounding level wavers by some roundings; growth is a factor per step.
                 grown = (now > before * (1 + 100 * self.system.eps)) & ~ended
                 self._grew(raw, ids[grown], r[grown])
                 ended, before = ended | grown, now

@@ -18,7 +18,7 @@ from ._sketch import sketch
 from ._solution import Status
 from ._system import System, check_symmetric
 
-_CHECK_EVERY = 5
+_CHECK_EVERY = 5  # steps: the small eigenvalue problem costs the cube of their number, a product may cost less
 
 
 @final
@@ -58,10 +58,12 @@ class Lanczos(Solver):
         system = System(operator, damping)
         check_symmetric(system, "Lanczos")
         rank = min(self.rank, system.n)
+        # A bound on the time of a call: four steps for each pair, and 40 for small ranks.
         most = min(system.n, self.max_steps or 4 * rank + 40)
         if system.n == 0:
             return _PreparedLowRank(self, system, system.zeros(0, 0), system.zeros(0), None, {})
         krylov = KrylovSpace(system.undamped, system.noise(1, self.seed)[None], most, self.seed + 1)
+        # Pairs good to that change a solution by less than the pairs that are left out.
         tolerance = self.tolerance or (1e-7 if system.dtype == torch.float64 else 1e-4)
         info: dict[str, Any] = {"pairs_asked": rank, "pairs_found": 0}
         try:
@@ -89,6 +91,7 @@ def _pairs(krylov: KrylovSpace, rank: int, tolerance: float, info: dict[str, Any
         small = residuals[leading] <= tolerance * largest
         info["pairs_found"] = len(leading) if steps == n else int(small.sum())
         # a space that closed on itself says nothing of what lies outside
+        # All residuals at once that small: the space is invariant, not the pairs good.
         if info["pairs_found"] >= rank and not bool((residuals <= 1e-3 * tolerance * largest).all()):
             break
     basis = krylov.vectors(coefficients[None, leading])[0]
@@ -122,6 +125,7 @@ class Nystrom(Solver):
         check_positive("rank", 1 if self.rank is None else self.rank)
         system = System(operator, damping)
         check_symmetric(system, "Nystrom")
+        # A tenth of the damping left out moves a solution by a tenth at most; a preconditioner may leave ten times it.
         found = sketch(system, self.rank, self.max_rank, self.seed, ratio=0.1)
         failed, info = None, {"rank": found.rank}
         if found.lowest is not None and found.lowest < 0:

@@ -16,7 +16,7 @@ from ._refine import IterationResult, refined
 from ._solution import Status
 from ._system import System, check_symmetric
 
-_WATCHED = 200  # steps of the first row whose Ritz values are looked at
+_WATCHED = 200  # steps of the first row whose Ritz values are looked at: the lowest shows early
 
 
 @final

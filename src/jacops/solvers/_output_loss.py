@@ -24,7 +24,7 @@ from ..errors import InputError, NonFiniteError, NotDifferentiableError
 from ..trees import flatten, output_leaves
 from ._output_curvature import Blocks, Elementwise, OutputHessian, Softmax
 
-_FULL_ENTRIES = 2**26
+_FULL_ENTRIES = 2**26  # 512 MiB of blocks, which are held in float64
 _AGREES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -102,6 +102,7 @@ class OutputLoss(ABC):
             v, seen = probe.reshape(folded), image.reshape(folded)
             plain = p * (v - (p * v).sum(2, keepdim=True))
             strength = (v * plain).sum(2, keepdim=True)
+            # Factors are quotients: below that, rounding of float32 (6e-8) leaves them no two digits.
             sure = strength > 1e-6 * strength.max()
             factor = torch.where(sure, (v * seen).sum(2, keepdim=True) / torch.where(sure, strength, 1.0), 0.0)
             usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())
@@ -125,8 +126,10 @@ class OutputLoss(ABC):
         matrix = self.matrix()
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
         largest = values.abs().max()
+        # Negative by 100 roundings of float32 or more; a loss that is not convex is so by a share of 1.
         if float(values.min()) < -1e-5 * float(largest):
             raise _not_convex(float(values.min()))
+        # Fifty roundings of float64, in which blocks are decomposed: smaller ones are zero.
         kept = (values > 1e-14 * largest).any(0)
         kept[-1] = True
         root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1))[..., kept].to(like.dtype)
@@ -279,6 +282,7 @@ def _not_by_samples(name: str, output: Tensor, samples: int) -> InputError:
 
 
 def _root(diagonal: Tensor) -> Tensor:
+    # Negative by 100 roundings of float32 or more; a loss that is not convex is so by a share of 1.
     if float(diagonal.min()) < -1e-5 * float(diagonal.abs().max()):
         raise _not_convex(float(diagonal.min()))
     return diagonal.clamp_min(0).sqrt()

@@ -18,7 +18,7 @@ from ._base import check_rows
 from ._judge import Judge, times
 from ._system import System
 
-_WORKING_ENTRIES = 2**26
+_WORKING_ENTRIES = 2**26  # 512 MiB of Krylov bases in float64
 
 
 @final
@@ -93,6 +93,7 @@ def _bounds(system: System, rows: Tensor, capacity: int) -> tuple[Tensor, Tensor
     last = torch.linalg.vector_norm(krylov.ritz().residuals, dim=1)
     eye = torch.eye(m, dtype=T.dtype, device=T.device)
     right = last.square().reshape(-1, 1, 1) * eye[:, -1:]
+    # A little below the least eigenvalue, so that T less it stays invertible; the bound stays one, and as sharp.
     ends = torch.linalg.solve_ex(T - 0.999999 * system.damping * eye, right).result
     bordered = T.new_zeros(runs, m + 1, m + 1)
     bordered[:, :m, :m] = T

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ._matrix import Csr, csc, csr
 from ._pool import Array, distinct
 
+# Dense columns that may get a colour of their own: doubling finds the best number within a factor of 2.
 _TAKEN_OUT = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 _STAR_STEPS = 3_000_000  # steps of a Python loop, about two seconds
 PUSH_COST = 2.0  # a push is a backward pass through a recorded backward pass

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._pool import Array
 from ._trace import Rule, TracedCall, Tracer, rank_of
 
-_EXPANDED = 20_000_000
+_EXPANDED = 20_000_000  # 160 MB for each of three index arrays; larger products are followed one by one
 
 
 def product(tracer: Tracer, left: Tensor, right: Tensor) -> Array:

@@ -17,7 +17,7 @@ from ._pool import Array
 from ._probe import Prober, draw, judged, merged, row_sizes
 
 _ROWS = 8  # rows examined; one that is rounding raises the level for all smaller rows
-_ROOM = 4.0  # margin on the rounding errors that were measured
+_ROOM = 4.0  # margin on measured rounding errors: one sample of them may be the smaller one
 
 
 def check_declared(sweeper: Sweeper, found: Compressed, prober: Prober, column_of: Array, todo: str = "") -> None:

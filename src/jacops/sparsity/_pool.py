@@ -27,6 +27,7 @@ class Pool:
         self.size = size
         self._keys = np.random.default_rng(0).integers(1, 2**63 - 1, size=max(size, 1), dtype=np.uint64)
         self._ends = np.zeros(2, np.int64)  # set i holds members[ends[i]:ends[i + 1]]
+        # Doubled when full.
         self._members = np.zeros(1024, np.int32)
         self._hashes = np.zeros(1, np.uint64)  # sorted, with the ids they belong to
         self._ids = np.zeros(1, np.int64)

@@ -65,7 +65,7 @@ _MATRICES = set(
     linalg_matrix_exp linalg_eigvals _linalg_slogdet trace
     """.split()  # noqa: SIM905
 )
-_LONG = 512
+_LONG = 512  # entries of a cumulative sum that are followed one by one, in Python; of longer ones all depend on all
 
 
 def rule_for(func: Any, base: str) -> Rule | Decomposed | None:

@@ -27,7 +27,7 @@ from .._runtime.restoring import Hooks, restoring
 from ._pool import Array, Pool
 from ._taint import Outside, Taint, base_name, storage_key, written
 
-_PURGE_EVERY = 64
+_PURGE_EVERY = 64  # calls between two searches for freed tensors: often enough to free memory, too rare to cost time
 _ESCAPES = ("tolist", "numpy", "__array__", "__dlpack__")
 
 

@@ -29,7 +29,7 @@ from .detect import traced
 from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_shape
 from .pattern import Pattern, declared
 
-_ROOM = 4.0  # margin on the rounding errors that were measured at one point
+_ROOM = 4.0  # margin on the rounding errors measured at one point: those of the next may be larger
 
 
 class OutdatedError(Exception):

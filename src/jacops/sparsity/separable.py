@@ -22,7 +22,7 @@ from ._taint import Outside
 from ._trace import CannotFollowError
 from .detect import trace
 
-_NAMED = 5
+_NAMED = 5  # pairs that a message can name
 
 
 @dataclass(frozen=True)

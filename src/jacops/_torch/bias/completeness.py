@@ -14,8 +14,8 @@ from .homogeneous import FEW, BiasParts, FollowedModel, Moved
 _CURVED = 1e-4  # of a difference over twice d: more than what curvature makes of it where d is 2**-20 of x
 _CANCELLED = 1e3  # how far several kinks at one point may cancel in a second difference; further in one of 1,000
 _TERMS = 2.0**12  # roundings of its terms that a result may hold
-_LEFT = 2.0**-10
-_SEEDS = (0, 1, 2)
+_LEFT = 2.0**-10  # a tiny output may be what is left of terms 1,000 times as large, as a sample's other outputs are
+_SEEDS = (0, 1, 2)  # directions; the least error counts, since kinks spoil one direction and seldom three
 
 
 def exactness(*tensors: Tensor) -> float:

@@ -27,7 +27,7 @@ from .local_linear import find_curved, push_entrywise, push_through, ray
 from .operation import OperationCall, Shape, is_followed, kind_of, tensors_in
 
 _MOVE = {torch.float64: 2.0**-20, torch.float32: 2.0**-13}  # d relative to x: far above rounding, below most kinks
-_COARSE_MOVE = 2.0**-6
+_COARSE_MOVE = 2.0**-6  # for half precision: two spacings of bfloat16 (2**-7), below which a move rounds away
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
 
 

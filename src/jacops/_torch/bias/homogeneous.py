@@ -27,9 +27,9 @@ from ..model.inputs import forward_explained
 from ..model.replica import replicate
 from .follow import Follow
 
-FEW = 16  # samples whose slopes are compared
+FEW = 16  # samples whose slopes are compared: a wrong derivative of an operation shows in any of them
 _SMALL = 4096  # numbers in all samples together: up to here one run costs less than a second one for fewer samples
-_AROUND = (0.0, 1.0, -1.0)
+_AROUND = (0.0, 1.0, -1.0)  # at the point, ahead and behind: a central difference, and a second one that shows kinks
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-WRITTEN = 2**23  # bytes that are formed elsewhere before they are written
-_TEMPORARY = 2**25  # bytes that a temporary may take, or as much as what is held takes
+WRITTEN = 2**23  # bytes formed elsewhere before they are written: 8 MiB, which a far cache holds
+_TEMPORARY = 2**25  # bytes that a temporary may take (below `memory.SMALL` nothing is planned), or as much as is held
 
 
 def slices(total: int, each: int, most: int | None = None) -> Iterator[slice]:

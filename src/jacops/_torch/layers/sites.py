@@ -332,6 +332,8 @@ def pays(sizes: Sequence[int], described: Set[int], rows: int, sweeps: int) -> b
         sweeps: How many it takes by layers.
     """
     size = sum(sizes)
+    # Seconds as a processor was measured to take: 1 ms for each pass of 64 products, and the arithmetic.
     products = 1e-3 * -(-size // 64) + 3e-10 * rows * size**2
     left = 1 - sum(sizes[leaf] for leaf in described) / size
+    # 3 ms to set up, 0.2 ms a sweep, and products of matrices, 7 times faster per number than sweeps; measured.
     return 3e-3 + 2e-4 * sweeps + 4e-11 * rows * size**2 + left * products < products

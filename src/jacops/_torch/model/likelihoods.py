@@ -41,6 +41,7 @@ _KINDS: dict[str, Kind] = {
 KNOWN = "CrossEntropyLoss, MSELoss, BCEWithLogitsLoss or their functions"
 # Sizes of noise at which slopes are compared: a loss that is quadratic, or logistic, nearby only is off at the second.
 _REACHES = (1.0, 1e3)
+# 800 roundings and more; another loss's slope is off by a share of 1.
 _AGREES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -69,6 +70,7 @@ class Likelihood:
         # Half a square is as usual as a whole one.
         usual = (1.0, 2.0) if self.kind == "gaussian" else (1.0,)
         total = float(each.sum())
+        # Rounding in float32 is far below 1e-3; two counts of predictions that near each other are one.
         means, by_rows, summed = (
             any(abs(self.strength * count - size) <= 1e-3 * size for size in usual) for count in (total, rows, 1)
         )

@@ -25,7 +25,7 @@ from .losses import call_loss
 
 Rows = Callable[[Tensor], Tensor]
 _MOST_ENTRIES = 2**22  # of all samples' blocks: 32 MiB in float64
-_WHOLE = 512  # outputs of a loss that mixes samples; its matrix takes so many products
+_WHOLE = 512  # outputs of a loss that mixes samples: its matrix takes so many products of a loss, milliseconds each
 _SLACK = 16  # times eps: rounding of a few products and of the eigenvalues of small blocks
 
 

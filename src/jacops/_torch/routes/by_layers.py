@@ -27,7 +27,8 @@ from ..sweeps.weights import check_kept
 
 Rows = Callable[[Tensor], Tensor]
 
-_LEAST = 2**12
+_LEAST = 2**12  # entries to a round: below, calls of kernels cost more than their work
+# Rounding of the sum must be 512 times below what is allowed, or a check of the new term decides nothing.
 _DECIDED = 2.0**-9
 
 

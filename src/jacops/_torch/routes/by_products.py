@@ -15,7 +15,7 @@ from ..layers.blocks import ENTRIES
 from ..sweeps.linearization import Linearization
 from .by_layers import Rows
 
-_ROWS = 64
+_ROWS = 64  # products to a pass, as in `_runtime.chunks`
 
 
 @dataclass(eq=False)

@@ -30,8 +30,8 @@ from ..sweeps.proofs import Refusal
 from ..sweeps.record import Recording
 
 _WORKING = 2**24  # bytes of a recorded batch: larger ones were not faster
-_MOST = 4096  # samples in it
-_ROUNDING_SHARE = 1e-4
+_MOST = 4096  # samples in it: tiny models have no better size, and what is recorded stays small
+_ROUNDING_SHARE = 1e-4  # of a usual sample's gradient: a perfectly fitted sample has one of rounding alone
 
 
 @dataclass(frozen=True)

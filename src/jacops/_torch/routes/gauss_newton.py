@@ -27,6 +27,7 @@ from .by_layers import Rehearsal, Rows
 from .by_products import ByProducts
 from .curvature import is_plain
 
+# Columns at a time, above the diagonal only: 0.65 of the whole product's time at 1,930 columns; 128 takes 0.9.
 _STRIPE = 512
 
 
@@ -153,6 +154,7 @@ class GaussNewtonLayers:
         return max(meter.peak, held + sweep, self.ordinary.working(most))
 
     def _by_channels(self, most: int) -> bool:
+        # By channels all outputs' cotangents are held at once, for which a quarter of the entries stands.
         share = max(sum(site.entries for site in self.sites) // 4, 1)
         return bool(self.sites) and self.lin.outputs[0].numel() * share <= most
 

@@ -122,6 +122,7 @@ def _refuse_not_holomorphic(lin: Linearization, index: int, leaf: int, straight:
     Raises:
         NotDifferentiableError: It is not; the message names the output and the parameter.
     """
+    # What is not holomorphic is off by a share of 1; 1e-6 leaves room for rounding in double precision.
     if size(turned + 1j * straight) > max(lin.tolerance, 1e-6) * (size(straight) + size(turned)):
         raise NotDifferentiableError(
             f"{lin.call}: {lin.codomain.names[index]} is not a holomorphic function of "

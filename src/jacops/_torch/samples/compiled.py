@@ -29,7 +29,7 @@ from .sweeps import counts, sweep
 
 _GROUP = 32  # backward passes to a graph: compiling more takes longer than it saves
 _BACKEND = "inductor"
-_TRIES = 3
+_TRIES = 3  # graphs compiled for one model, of up to a minute each, until it counts as one that changes in every call
 Rows = tuple[Tensor, list[Tensor]]
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .linearization import Linearization
 
 
+# Share of all gradients' typical entry that a gradient is measured by at least: a zero one holds rounding.
 _FLOOR = 1e-2
 
 

@@ -29,7 +29,7 @@ Places = tuple[tuple[int, str], ...]
 _MOST = 2**16
 _CONTAINERS, _LONGEST = 2, 256  # lists in lists are looked into, and those of so many entries at the most
 _MODULES = ("_parameters", "_buffers", "_modules")  # looked at by themselves
-_DEPTH = 3  # functions in partial(...), bound methods and closures of one another are followed this far
+_DEPTH = 3  # partial(...), bound methods and closures of one another: users nest a decorator and a partial at most
 
 
 @contextmanager

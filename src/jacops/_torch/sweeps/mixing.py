@@ -16,7 +16,7 @@ from ..._runtime.side_effects import SideEffects
 from .linearization import Linearization
 
 NOT_FINITE = "values are not finite"
-_SUMS = 1e3
+_SUMS = 1e3  # roundings in a sum over as many terms as layers have
 _DECIDED = 1e-2  # outputs that may differ by more, in half precision, decide nothing
 UNDECIDED = ""  # rounding explains the difference: it speaks against nothing and proves nothing
 

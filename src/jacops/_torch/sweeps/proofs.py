@@ -26,7 +26,7 @@ from .graph import GraphInfo
 
 CHECKS = ("first", "always", "strict", "never")
 
-_SETTINGS = 64  # of one function: shapes of batches times public calls
+_SETTINGS = 64  # of one function: some shapes of batches times some public calls; the oldest goes
 _GRAPHS = 8  # of one setting: a flag or a branch gives a few
 _CLAIMS = 64  # of one graph: each for a number of rows
 _PATIENCE = 16  # recordings until a refused route is tried again; twice as many each time it fails again
