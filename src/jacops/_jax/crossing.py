@@ -98,9 +98,8 @@ def _check_precision(dtype: Any, name: str) -> None:
     if jnp.issubdtype(dtype, jax.dtypes.extended):  # random keys
         return
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise InputError.of(
-            name, f"of dtype {dtype}", f"JAX would make it {jax.dtypes.canonicalize_dtype(dtype)}", _X64
-        )
+        came = f"of dtype {dtype}"
+        raise InputError.of(name, came, f"JAX would make it {jax.dtypes.canonicalize_dtype(dtype)}", _X64)
 
 
 def tree_to_jax(tree: Any, name: str) -> Any:

@@ -78,15 +78,10 @@ def one_number(value: Any) -> Any:
         todo = "Return one array of shape (), without `float()` or auxiliary results."
         raise NotDifferentiableError.of("the loss", f"a {type(value).__name__}", "an array is needed", todo)
     if value.ndim > 0:
-        raise InputError.of(
-            "the loss",
-            f"of shape {tuple(value.shape)}",
-            "one number, shape (), is needed",
-            "Take its mean or sum, as the objective's reduction says.",
-        )
+        todo = "Take its mean or sum, as the objective's reduction says."
+        raise InputError.of("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed", todo)
     if not is_floating(value):
         todo = "Take scores rather than labels or counts."
-        raise NotDifferentiableError.of(
-            "the loss", f"of dtype {value.dtype}", "a floating-point number is needed", todo
-        )
+        came = f"of dtype {value.dtype}"
+        raise NotDifferentiableError.of("the loss", came, "a floating-point number is needed", todo)
     return value

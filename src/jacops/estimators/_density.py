@@ -73,12 +73,9 @@ class SpectralDensity:
             raise InputError.of("function", came, f"a tensor of shape {tuple(self.nodes.shape)} is needed")
         parts = torch.where(self.weights > 0, self.weights * values, 0)
         if not bool(torch.isfinite(parts).all()):
-            raise InputError.of(
-                "function",
-                f"not finite between {self.smallest:.3g} and {self.largest:.3g}",
-                "it must be finite at every eigenvalue",
-                "Add damping inside it, e.g. `lambda x: (x + damping).log()`.",
-            )
+            came = f"not finite between {self.smallest:.3g} and {self.largest:.3g}"
+            todo = "Add damping inside it, e.g. `lambda x: (x + damping).log()`."
+            raise InputError.of("function", came, "it must be finite at every eigenvalue", todo)
         return mean_of(self.dim * parts.sum(1))
 
     def share(self, low: float, high: float) -> Estimate:

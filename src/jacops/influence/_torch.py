@@ -43,12 +43,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
         self.loss = loss
         if not self.parameters:
-            raise ModelStateError.of(
-                "model",
-                f"a {type(bare(model)).__name__} in which no parameter requires grad",
-                "there is nothing to differentiate",
-                "Call `.requires_grad_()` on some.",
-            )
+            came = f"a {type(bare(model)).__name__} in which no parameter requires grad"
+            needed = "there is nothing to differentiate"
+            raise ModelStateError.of("model", came, needed, "Call `.requires_grad_()` on some.")
 
     @property
     def objective(self) -> TorchObjective:
@@ -155,19 +152,16 @@ def _directions(v: Any, grad_xy: Tensor) -> Tensor:
         try:
             v = torch.as_tensor(np.array(v))  # a copy, whatever its strides
         except (TypeError, ValueError, RuntimeError):
-            raise InputTypeError.of(
-                "v", f"a {type(v).__name__}", "directions as a tensor `[D, P]` are needed"
-            ) from None
+            came = f"a {type(v).__name__}"
+            raise InputTypeError.of("v", came, "directions as a tensor `[D, P]` are needed") from None
     P = grad_xy.shape[0]  # noqa: N806
     rows = v.unsqueeze(0) if v.ndim == 1 else v
     if rows.ndim != 2 or rows.shape[1] != P:
-        raise InputError.of(
-            "v", f"of shape {tuple(v.shape)}", f"shape [D, {P}] or [{P}] is needed; nothing is broadcast"
-        )
+        came = f"of shape {tuple(v.shape)}"
+        raise InputError.of("v", came, f"shape [D, {P}] or [{P}] is needed; nothing is broadcast")
     if rows.dtype != grad_xy.dtype or rows.device != grad_xy.device:
-        raise InputError.of(
-            "v", f"{rows.dtype} on {rows.device}", f"the gradient is {grad_xy.dtype} on {grad_xy.device}"
-        )
+        came = f"{rows.dtype} on {rows.device}"
+        raise InputError.of("v", came, f"the gradient is {grad_xy.dtype} on {grad_xy.device}")
     check_vector("mvp", "v", [rows])
     return rows.detach()
 
@@ -186,11 +180,8 @@ def _targets(backprop_on: Any, grad_xy: Tensor) -> list[Tensor]:
         if id(tensor) in origin:
             tensor = origin[id(tensor)][1]
         elif not tensor.requires_grad:
-            raise InputError.of(
-                name,
-                "neither a parameter that requires grad nor an input of `grad`",
-                "the gradient must have been computed from it",
-            )
+            came = "neither a parameter that requires grad nor an input of `grad`"
+            raise InputError.of(name, came, "the gradient must have been computed from it")
         targets.append(tensor)
     if not targets:
         raise InputError.of("backprop_on", "empty", "at least one tensor is needed")

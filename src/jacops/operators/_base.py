@@ -114,18 +114,12 @@ class Operator(ABC):
             image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
             return dict(zip(names, image, strict=True)) if isinstance(other, Mapping) else image
         if not isinstance(other, Tensor):
-            raise InputTypeError.of(
-                "the right-hand side of @",
-                f"a {type(other).__name__}",
-                "a tensor, a tree of tensors or an operator is needed",
-            )
+            needed = "a tensor, a tree of tensors or an operator is needed"
+            raise InputTypeError.of("the right-hand side of @", f"a {type(other).__name__}", needed)
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
-            raise InputError.of(
-                "v",
-                f"of shape {tuple(other.shape)}",
-                f"its first axis needs {self.domain.dim} entries: {self.domain.layout}",
-                "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`.",
-            )
+            needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
+            todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
+            raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
         return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
 
     @eager
@@ -139,9 +133,8 @@ class Operator(ABC):
         space = self.domain
         if rows.ndim != 2 or rows.shape[1] != space.dim or rows.dtype != space.dtype or rows.device != space.device:
             came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
-            raise InputError.of(
-                "v", came, f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast"
-            )
+            needed = f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast"
+            raise InputError.of("v", came, needed)
         if self.check_finite:
             check_vector(type(self).__name__, "v", [rows])
         return check_result(self, self._apply(rows), "a product")

@@ -178,12 +178,9 @@ def check_source(operator: Operator) -> None:
     """
     objective = getattr(getattr(operator, "problem", None), "objective", None)
     if not all(hasattr(objective, name) for name in ("model", "losses", "picks")):
-        raise InputError.of(
-            "operator",
-            f"{operator!r}",
-            "EKFAC needs the curvature of a Problem, of whose model it takes the layers",
-            "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`, which takes any operator.",
-        )
+        needed = "EKFAC needs the curvature of a Problem, of whose model it takes the layers"
+        todo = "Build it with `Problem(model, loss, data).ggn()`, or use `CG()`, which takes any operator."
+        raise InputError.of("operator", f"{operator!r}", needed, todo)
 
 
 def estimated(

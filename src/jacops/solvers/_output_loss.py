@@ -117,12 +117,8 @@ class OutputLoss(ABC):
     def _blocks(self, like: Tensor) -> Blocks:
         if self.samples * self.entries**2 > _FULL_ENTRIES:
             came = f"one whose Hessian by {self.entries} outputs is neither diagonal nor that of a softmax"
-            raise InputError.of(
-                "loss",
-                came,
-                f"blocks of {self.entries} × {self.entries} for {self.samples} samples are too many",
-                "Use smaller batches, or EKFAC(fisher='empirical').",
-            )
+            needed = f"blocks of {self.entries} × {self.entries} for {self.samples} samples are too many"
+            raise InputError.of("loss", came, needed, "Use smaller batches, or EKFAC(fisher='empirical').")
         matrix = self.matrix()
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
         largest = values.abs().max()
@@ -138,9 +134,8 @@ class OutputLoss(ABC):
     def _refuse_mixing(self, probe: Tensor) -> None:
         half = torch.arange(self.samples, device=probe.device) % 2 == 0
         if bool(self.product(probe * half.unsqueeze(1))[~half].any()):
-            raise InputError.of(
-                "loss", "one that mixes samples", "EKFAC needs a mean or a sum over samples", "Use `CG()`."
-            )
+            came = "one that mixes samples"
+            raise InputError.of("loss", came, "EKFAC needs a mean or a sum over samples", "Use `CG()`.")
 
 
 class LossAtOutput(OutputLoss):

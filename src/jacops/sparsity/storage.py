@@ -85,9 +85,8 @@ def load(path: str | Path, outputs: Selector) -> dict[str, Any]:
     if "is" in about["outputs"]:
         outputs = about["outputs"]["is"]
     elif outputs is None:
-        raise InputError.of(
-            "outputs", "missing", f"the plan was made with {about['outputs']['again']}; pass that again"
-        )
+        came = "missing"
+        raise InputError.of("outputs", came, f"the plan was made with {about['outputs']['again']}; pass that again")
     inner, names = places["inner"], tuple(about["names"])
     matrix = csr((np.ones(len(inner), bool), inner, places["ends"]), shape=(about["shape"][0], about["wide"]))
     coloring = Coloring(places["rows"], places["columns"])

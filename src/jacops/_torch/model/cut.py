@@ -64,9 +64,8 @@ class Cut:
             needed = f"'{self.target}' returns before '{self.source}' does and cannot depend on it"
             raise InputError.of("at", repr(came), needed, f"Swap them: at={swapped!r}.")
         if self.leaves:
-            raise ModelStateError.of(
-                "at", repr(self.source), "the forward must use that submodule once, not more often"
-            )
+            came = repr(self.source)
+            raise ModelStateError.of("at", came, "the forward must use that submodule once, not more often")
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
         self.before.append(tensor)
@@ -79,16 +78,14 @@ class Cut:
         """Return what stands for the output: the target's if there is one."""
         for path, found in ((self.source, self.leaves), (self.target, self.captured)):
             if path is not None and len(found) != 1:
-                raise ModelStateError.of(
-                    "at", repr(path), f"the forward must use that submodule once; it did {len(found)} times"
-                )
+                needed = f"the forward must use that submodule once; it did {len(found)} times"
+                raise ModelStateError.of("at", repr(path), needed)
         return self.captured[0] if self.target is not None else output
 
 
 def _first_tensor(output: Any, path: str | None) -> Tensor:
     tensor = output[0] if isinstance(output, tuple) and output else output
     if not is_differentiable(tensor):
-        raise ModelStateError.of(
-            "at", repr(path), f"its output is a {type(output).__name__}, not a floating-point tensor"
-        )
+        came = repr(path)
+        raise ModelStateError.of("at", came, f"its output is a {type(output).__name__}, not a floating-point tensor")
     return tensor  # pyright: ignore[reportReturnType]

@@ -39,9 +39,8 @@ def check_params(params: Any, empty: bool = False) -> list[Tensor]:
             [params] if isinstance(params, Tensor) else list(params.values() if isinstance(params, Mapping) else params)
         )
     except TypeError:
-        raise InputTypeError.of(
-            "params", f"a {type(params).__name__}", "a tensor or an iterable of tensors is needed"
-        ) from None
+        came = f"a {type(params).__name__}"
+        raise InputTypeError.of("params", came, "a tensor or an iterable of tensors is needed") from None
     if not leaves and not empty:
         todo = "A generator such as `model.parameters()` can be read once; pass a list to use it again."
         raise InputError.of("params", "empty", "at least one tensor is needed", todo)
@@ -56,9 +55,8 @@ def check_params(params: Any, empty: bool = False) -> list[Tensor]:
             todo = "Call `.requires_grad_()` on it before the function uses it, leave it out, or use the model_* calls."
             if leaf.is_inference():
                 todo = "Make it outside torch.inference_mode(), or use the calls that take the model."
-            raise InputError.of(
-                name, f"a tensor {tuple(leaf.shape)} that does not require grad", "its uses must be recorded", todo
-            )
+            came = f"a tensor {tuple(leaf.shape)} that does not require grad"
+            raise InputError.of(name, came, "its uses must be recorded", todo)
         if leaf.layout is not torch.strided:
             raise InputError.of(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it.")
         seen[id(leaf)] = i
@@ -155,12 +153,8 @@ def refuse_arrays(value: Any) -> None:
     for leaf, name in zip(*_named(value), strict=True):
         if isinstance(leaf, np.ndarray) or (isinstance(value, list) and isinstance(leaf, int | float)):
             came = "an array" if isinstance(leaf, np.ndarray) else "a number in a list"
-            raise InputTypeError.of(
-                name,
-                f"{came} ({type(leaf).__name__})",
-                "a tensor is needed",
-                "Convert it with torch.as_tensor(array.copy()).",
-            )
+            came = f"{came} ({type(leaf).__name__})"
+            raise InputTypeError.of(name, came, "a tensor is needed", "Convert it with torch.as_tensor(array.copy()).")
 
 
 def _named(value: Any) -> tuple[list[Any], tuple[str, ...]]:

@@ -23,12 +23,9 @@ class _NoBroadcast(TorchFunctionMode):
         if any(func is loss for loss in _ELEMENTWISE_LOSSES):
             shapes = [tuple(t.shape) for t in [*args, *kwargs.values()] if isinstance(t, Tensor)][:2]
             if len(set(shapes)) > 1:
-                raise InputError.of(
-                    "y",
-                    f"of shape {shapes[1]}",
-                    f"the model's output has shape {shapes[0]} and the loss is elementwise",
-                    "Give both the same shape, e.g. `y.unsqueeze(-1)`.",
-                )
+                came = f"of shape {shapes[1]}"
+                needed = f"the model's output has shape {shapes[0]} and the loss is elementwise"
+                raise InputError.of("y", came, needed, "Give both the same shape, e.g. `y.unsqueeze(-1)`.")
         return func(*args, **kwargs)
 
 

@@ -52,9 +52,8 @@ def bare(model: Any) -> nn.Module:
         ModelStateError: The wrapper spreads the parameters over processes.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
-        raise InputTypeError.of(
-            "model", f"the class {model.__name__}", "a module is needed", f"Did you mean {model.__name__}()?"
-        )
+        came = f"the class {model.__name__}"
+        raise InputTypeError.of("model", came, "a module is needed", f"Did you mean {model.__name__}()?")
     if not isinstance(model, nn.Module):
         raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed")
     kind = type(model).__name__
@@ -83,19 +82,14 @@ def check_state(model: nn.Module) -> None:
             raise _spread(type(model).__name__)
         if torch.nn.parameter.is_lazy(tensor):
             owner = _owner(model, name)
-            raise ModelStateError.of(
-                name,
-                f"not initialised ({owner} is lazy)",
-                "a parameter needs its values",
-                "Run one forward pass first.",
-            )
+            came = f"not initialised ({owner} is lazy)"
+            raise ModelStateError.of(name, came, "a parameter needs its values", "Run one forward pass first.")
         if tensor.layout is not torch.strided:
             todo = "Make it dense with `.to_dense()`."
             raise ModelStateError.of(name, f"of layout {tensor.layout}", "parameters and buffers must be dense", todo)
         if tensor.is_meta:
-            raise ModelStateError.of(
-                name, "on the meta device", "a derivative needs values", "Load or initialise the weights first."
-            )
+            came = "on the meta device"
+            raise ModelStateError.of(name, came, "a derivative needs values", "Load or initialise the weights first.")
 
 
 def _owner(model: nn.Module, name: str) -> str:

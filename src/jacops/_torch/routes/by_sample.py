@@ -161,11 +161,8 @@ class SampleFactors:
         lin = self._record_alone(i).lin
         (output,) = lin.outputs
         if output.numel() != self.output.numel():
-            raise ModelStateError.of(
-                "model",
-                f"returning {tuple(output.shape)} after {tuple(self.output.shape)}",
-                "all samples must have outputs of one shape",
-            )
+            came = f"returning {tuple(output.shape)} after {tuple(self.output.shape)}"
+            raise ModelStateError.of("model", came, "all samples must have outputs of one shape")
         layers, where = LayerRows(lin, 1, plainly=not self.layers.sites), slice(i, i + 1)
         operands = collected.open(where, layers)
         for entry, seed in enumerate(unit_seeds(output.unsqueeze(0))):

@@ -92,37 +92,22 @@ class Samples:
         hint_at_labels(call, outputs, x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
-            raise NotDifferentiableError.of(
-                "x",
-                "without floating-point tensors",
-                "integer inputs have no derivative",
-                "Differentiate by the embedding's output with `at='path.to.embedding'`.",
-            )
+            came = "without floating-point tensors"
+            todo = "Differentiate by the embedding's output with `at='path.to.embedding'`."
+            raise NotDifferentiableError.of("x", came, "integer inputs have no derivative", todo)
 
     def _check_inputs(self, x: Any) -> int:
         if not isinstance(x, Tensor | tuple | dict) or not self.values:
-            raise InputTypeError.of(
-                "x",
-                f"a {type(x).__name__}",
-                "a tensor is needed (or a tuple or dict of tensors)",
-                "Convert it with torch.as_tensor(x.copy()).",
-            )
+            needed = "a tensor is needed (or a tuple or dict of tensors)"
+            raise InputTypeError.of("x", f"a {type(x).__name__}", needed, "Convert it with torch.as_tensor(x.copy()).")
         lengths = {}
         for name, value in zip(self.input_tree.names, self.values, strict=True):
             if not isinstance(value, Tensor):
-                raise InputTypeError.of(
-                    name,
-                    f"a {type(value).__name__}",
-                    "a tensor is needed",
-                    "Convert it with torch.as_tensor(array.copy()).",
-                )
+                todo = "Convert it with torch.as_tensor(array.copy())."
+                raise InputTypeError.of(name, f"a {type(value).__name__}", "a tensor is needed", todo)
             if value.is_complex():
-                raise NotDifferentiableError.of(
-                    name,
-                    "complex",
-                    "a Jacobian by samples is real",
-                    "Pass torch.view_as_real(x) and rebuild it inside the model.",
-                )
+                todo = "Pass torch.view_as_real(x) and rebuild it inside the model."
+                raise NotDifferentiableError.of(name, "complex", "a Jacobian by samples is real", todo)
             if value.layout is not torch.strided:
                 raise InputError.of(name, f"of layout {value.layout}", "it must be dense", "Call `.to_dense()` on it.")
             if value.ndim == 0:

@@ -55,9 +55,8 @@ def record_closure(
         NotDifferentiableError: A reentrant checkpoint uses a parameter and records nothing of it.
     """
     if not callable(func) or isinstance(func, nn.Module):
-        raise InputTypeError.of(
-            "func", f"a {type(func).__name__}", "a callable without arguments is needed", "Write `lambda: model(x)`."
-        )
+        came = f"a {type(func).__name__}"
+        raise InputTypeError.of("func", came, "a callable without arguments is needed", "Write `lambda: model(x)`.")
     check_fallback(fallback)
     leaves = check_params(params, empty)
     with recording(lambda tensor: reaches(tensor, leaves), call):
@@ -178,11 +177,8 @@ def record_model(
     refuse_arrays(value)
     chosen = {n: p for n, p in parameter_names(module).items() if parameters is not None and parameters(n, p)}
     if parameters is not None and not chosen:
-        raise ModelStateError.of(
-            "model",
-            f"a {type(module).__name__} without parameters to differentiate",
-            "at least one must be a floating-point parameter that is asked for",
-        )
+        came = f"a {type(module).__name__} without parameters to differentiate"
+        raise ModelStateError.of("model", came, "at least one must be a floating-point parameter that is asked for")
     values, input_tree = flatten(value, "input")
     tensors = [t for t in values if isinstance(t, Tensor)]
     key = setting(module, tensors, "whole", training, at, identity_key(outputs), identity_key(purpose))
@@ -320,10 +316,7 @@ def _leaves(
     if kept["hidden"]:
         return kept["hidden"], [at if isinstance(at, str) else str(at and at[0])], []
     if not kept["inputs"]:
-        raise NotDifferentiableError.of(
-            "input",
-            "without floating-point tensors",
-            "integer inputs have no derivative",
-            "Differentiate by the embedding's output with `at='path.to.embedding'`.",
-        )
+        came = "without floating-point tensors"
+        todo = "Differentiate by the embedding's output with `at='path.to.embedding'`."
+        raise NotDifferentiableError.of("input", came, "integer inputs have no derivative", todo)
     return [leaf for _, leaf in kept["inputs"]], [name for name, _ in kept["inputs"]], []
