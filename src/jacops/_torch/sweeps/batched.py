@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteFailedError, attempt
+from ..._ladder.failures import RouteNotFiniteError, RouteWrongError
+from ..._ladder.plan import Cost
+from ..._ladder.route import answer
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import sweeping
 from ..._runtime.restoring import restoring
+from .ask import SweepAsk
 from .linearization import Linearization
 
 _MOST = 32  # cotangents to a pass: 32 to 64 were equally fast, and fewer hold less memory
@@ -28,58 +32,117 @@ def at_once(numbers: int) -> int:
     return max(1, min(_MOST, _NUMBERS // max(1, numbers)))
 
 
+@dataclass(frozen=True)
+class EdgeAsk(SweepAsk):
+    """Cotangents `rows`, `(m, …)` per output, to be swept to places inside a graph.
+
+    Attributes:
+        outputs: Where the cotangents are given.
+        edges: Where they are asked for.
+    """
+
+    outputs: Sequence[Tensor] = ()
+    edges: Sequence[Any] = ()
+
+    @property
+    def shape(self) -> int:
+        """Proofs are per number of places."""
+        return len(self.edges)
+
+    @property
+    def routes(self) -> dict[str, str]:
+        """A part of other routes, which describe themselves."""
+        return {}
+
+    @restoring
+    def sweep(self, rows: Sequence[Tensor], batched: bool = False) -> list[Tensor | None]:
+        """Return what one pass finds at every edge."""
+        self.lin.sweeps += 1
+        with sweeping(self.outputs[0]):
+            options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": batched}
+            return list(torch.autograd.grad(self.outputs, self.edges, rows, **options))  # type: ignore[arg-type]
+
+
+class LastRowMatchesPlain:
+    """The last row is what one plain pass gives."""
+
+    name, always = "last row matches plain", False
+
+    def evidence(self, route: Any, ask: EdgeAsk, found: Sequence[Tensor | None]) -> bool:
+        """Return whether it is.
+
+        Raises:
+            RouteWrongError: It is not.
+            RouteNotFiniteError: Values are not finite, which says nothing about the route.
+        """
+        plain = ask.sweep([c[-1] for c in ask.rows])
+        pairs = [
+            (_or_zero(None if rows is None else rows[-1], other), _or_zero(other, rows))
+            for rows, other in zip(found, plain, strict=True)
+            if rows is not None or other is not None
+        ]
+        error = worst_disagreement(pairs)
+        if math.isnan(error):
+            raise RouteNotFiniteError("values are not finite")
+        if not error <= ask.lin.tolerance:
+            raise RouteWrongError(f"it disagrees with a plain pass by {error:.1e}")
+        return True
+
+
+class BatchedEdges:
+    """All cotangents in one pass under vmap."""
+
+    name, claims, leaving = "batched", (LastRowMatchesPlain(),), "silent"
+
+    def refuses(self, ask: EdgeAsk) -> str | None:
+        """One cotangent needs no batch."""
+        return "" if ask.many == 1 else None
+
+    def cost(self, ask: EdgeAsk) -> Cost:
+        """As many vectors as there are cotangents."""
+        return Cost(ask.many)
+
+    def describe(self, ask: EdgeAsk) -> str:
+        """Name it."""
+        return "in one batched pass"
+
+    def value(self, ask: EdgeAsk) -> list[Tensor | None]:
+        """Return `(m, …)` at every edge."""
+        return ask.sweep(ask.rows, batched=True)
+
+
+class SingleEdges:
+    """One cotangent to a pass."""
+
+    name, claims, leaving = "one by one", (), "never"
+
+    def refuses(self, ask: EdgeAsk) -> str | None:
+        """It always applies."""
+        return None
+
+    def cost(self, ask: EdgeAsk) -> Cost:
+        """A pass per cotangent."""
+        return Cost(ask.many)
+
+    def describe(self, ask: EdgeAsk) -> str:
+        """Name it."""
+        return "one by one"
+
+    def value(self, ask: EdgeAsk) -> list[Tensor | None]:
+        """Return `(m, …)` at every edge."""
+        alone = [ask.sweep([c[i] for c in ask.rows]) for i in range(ask.many)]
+        return [_rows([grads[e] for grads in alone]) for e in range(len(ask.edges))]
+
+
+TO_EDGES = (BatchedEdges(), SingleEdges())
+
+
 def passed(
     lin: Linearization, outputs: Sequence[Tensor], edges: Sequence[Any], cotangents: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return `(m, …)` at every edge for cotangents `(m, …)` of every output; None where nothing arrives.
-
-    The first batched pass is held against a plain one, at one of its rows.
-    """
-    many, route = cotangents[0].shape[0], f"batched, to {len(edges)} places"
-    if many > 1 and not lin.trust.refused("layers", route):
-        try:
-            found = attempt(lambda: _pass(lin, outputs, edges, cotangents, batched=True))
-            error = _disagreement(lin, outputs, edges, cotangents, found) if lin.trust.needs(route) else 0.0
-            if error <= lin.tolerance:
-                lin.trust.remember(route)
-                return found
-            reason = f"it disagrees with a plain pass by {error:.1e}"
-        except RouteFailedError as failed:
-            error, reason = math.inf, str(failed)
-        if not math.isnan(error):  # values that are not finite say nothing about the route
-            lin.trust.refuse("layers", route, reason)
-    alone = [_pass(lin, outputs, edges, [c[i] for c in cotangents]) for i in range(many)]
-    return [_rows([grads[e] for grads in alone]) for e in range(len(edges))]
-
-
-@restoring
-def _pass(
-    lin: Linearization,
-    outputs: Sequence[Tensor],
-    edges: Sequence[Any],
-    cotangents: Sequence[Tensor],
-    batched: bool = False,
-) -> list[Tensor | None]:
-    lin.sweeps += 1
-    with sweeping(outputs[0]):
-        options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": batched}
-        return list(torch.autograd.grad(outputs, edges, cotangents, **options))  # type: ignore[arg-type]
-
-
-def _disagreement(
-    lin: Linearization,
-    outputs: Sequence[Tensor],
-    edges: Sequence[Any],
-    cotangents: Sequence[Tensor],
-    found: Sequence[Tensor | None],
-) -> float:
-    plain = _pass(lin, outputs, edges, [c[-1] for c in cotangents])
-    pairs = [
-        (_or_zero(None if rows is None else rows[-1], other), _or_zero(other, rows))
-        for rows, other in zip(found, plain, strict=True)
-        if rows is not None or other is not None
-    ]
-    return worst_disagreement(pairs)
+    """Return `(m, …)` at every edge for cotangents `(m, …)` of every output; None where nothing arrives."""
+    question = f"pull to {len(edges)} places"
+    return answer(EdgeAsk(question, lin, cotangents, cotangents[0].shape[0], outputs=outputs, edges=edges), TO_EDGES)
 
 
 def _or_zero(tensor: Tensor | None, other: Tensor | None) -> Tensor:
