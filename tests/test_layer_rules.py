@@ -353,9 +353,10 @@ def test_backward_passes_do_not_grow_with_samples(name: str, passes: list[int]) 
         return passes[0]
 
     counts = {use: (count(call, 3), count(call, 7)) for use, call in USES.items()}
-    # A dense matrix by products checks once more where what it compares cancels to rounding: that hangs on the data.
-    spare = {"ggn": 1, "hessian": 1}
-    assert {use: both for use, both in counts.items() if abs(both[0] - both[1]) > spare.get(use, 0)} == {}
+    # Matrices and diagonals are looked at up to three times more where what is compared cancels to rounding, which
+    # hangs on the data; a sweep for each sample would be four more.
+    spare = {"ggn": 3, "hessian": 3, "ggn's diagonal": 3, "hessian's diagonal": 3}
+    assert {use: both for use, both in counts.items() if both[1] - both[0] > spare.get(use, 0)} == {}
 
 
 # ---- what no rule describes ------------------------------------------------------------------------------------------

@@ -427,7 +427,14 @@ def test_jax_has_the_same_scale(reduction: Any) -> None:
         mean = sum(chance * problem(y).fisher("empirical").dense() for chance, y in every)
         exact = problem(every[0][1]).ggn()
         close(torch.as_tensor(mean), exact.dense())
-        assert not exact.positive  # no name is evidence
+        assert exact.positive  # by the eigenvalues of every row
+
+        def concave(output: Any, y: Any) -> Any:
+            return -mse_loss(output, y)
+
+        concave.__name__ = "mse_loss"  # no name is evidence
+        wrapped = made(lambda p, x: x @ p["a"].T + p["b"], {"a": w, "b": b}, concave)
+        assert not problem(every[0][1]).ggn().positive
 
 
 def test_labels_that_are_not_needed_are_none_that_are_ignored() -> None:

@@ -153,6 +153,7 @@ class TorchObjective(Objective):
         weights = None if found is None else found.lin.weights
         return None if weights is None or weights.changed_in(bare(self.model)) is not None else found
 
+    @restoring
     def _recorded_loss(self, x: Any, y: Any, call: str, loss: Loss | None = None, kept: bool = False) -> Recording:
         """Return the recorded loss of a batch, over the graph of its recorded output where that is known.
 

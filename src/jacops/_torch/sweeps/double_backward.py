@@ -68,7 +68,6 @@ class DoubleBackward:
             with unwatched():
                 self.sizes = [size(g) for g in self.grads if g is not None]
 
-    @restoring
     def push(self, lin: Linearization, tangents: Sequence[Tensor], create_graph: bool, batched: bool) -> Rows:
         """Return `(k, *output)` per output from `(k, *leaf)` per leaf."""
         many = tangents[0].shape[0]
@@ -85,6 +84,7 @@ class DoubleBackward:
         """Return each gradient with the tangents of its leaf."""
         return [(g, tangents[j]) for g, j in zip(self.grads, self.index, strict=True) if g is not None]
 
+    @restoring
     def _swept(
         self, lin: Linearization, grads: Rows, tangents: Rows, create_graph: bool, batched: bool
     ) -> list[Tensor | None]:

@@ -183,6 +183,7 @@ def record_model(
     tensors = [t for t in values if isinstance(t, Tensor)]
     key = setting(module, tensors, "whole", training, at, identity_key(outputs), identity_key(purpose))
     weights = weights_of(module) if kept else None
+    copies = {} if weights is None else weights.copies(module)
     store = store_for(module, key, checks, _rows(tensors))
 
     @restoring
@@ -194,7 +195,7 @@ def record_model(
             training=training,
             connected=connected,
             cloned=effects.writes,
-            copies=None if weights is None else weights.copies(module),
+            copies={} if effects.writes else copies,  # clones are the forward's to write into, copies are not
         )
         with recording(), random_state_kept(), watch or nullcontext():
             # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks
@@ -229,7 +230,7 @@ def record_model(
         inputs = {id(given[name]): (given[name], leaf) for name, leaf in noted["inputs"]}
         return Recording(lin, tree, output, inputs), lin
 
-    found = watched(store, record, module.parameters())
+    found = watched(store, record, [*module.parameters(), *copies.values()])
     if weights is not None:
         found.lin.trust = KeptProofs(found.lin.trust, lambda: weights.changed_in(module) is None)
     return found
@@ -253,7 +254,7 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
 
     @restoring
     def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
-        if effects.writes:
+        if effects.writes and watch is not None:  # seen now, of this part alone; what is known is of both parts
             raise ModelStateError.of("loss", "writing into the model's parameters", "it must leave them alone")
         with recording(), random_state_kept(), watch or nullcontext():
             output = finish(found.tree.build([part.clone() for part in lin.outputs]))

@@ -114,6 +114,7 @@ def pulled_back(edge: GradientEdge, leaf: Tensor, rows: Tensor) -> Tensor:
         RouteFailedError: Torch cannot take many at once.
     """
 
+    @restoring
     def swept() -> Tensor:
         with sweeping(leaf):
             options = {"retain_graph": True, "is_grads_batched": True}
