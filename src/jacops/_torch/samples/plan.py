@@ -251,9 +251,9 @@ def _probe(samples: Samples, room: float, allocated: bool) -> Probe:
     if samples.at is None and len(outputs) == len(leaves) == 1:
         path = narrowest(one.run.widths, *entries)
         place = None if path is None else (path, one.run.widths[path] or 0)
-    if place is not None:  # the same graph in two parts, and the two factors of the result
-        factors = place[1] * sum(entries) * outputs[0].dtype.itemsize
-        whole = max((ways[name] for name in two.peaks), key=lambda way: way.each)
+    if place is not None:  # the same graph in two parts, and the two factors of the result, which pushes stage
+        factors = 2 * place[1] * sum(entries) * outputs[0].dtype.itemsize
+        whole = ways["reverse"]
         sweeps_over_parts = 2 * min(place[1] + 1, *entries)
         ways["split"] = Working(whole.fixed, whole.each + factors, sweeps_over_parts)
     return Probe(ways, sizes, largest, entries, place, None)
