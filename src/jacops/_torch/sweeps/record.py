@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..._runtime.contexts import autocast_on, random_state_kept, recording
+from ..._runtime.contexts import autocast_on, random_state_kept, recording, refuse_transforms
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
@@ -171,6 +171,7 @@ def record_model(
         InputError: An input does not fit, `outputs` or `at` pick nothing.
         NotDifferentiableError: Nothing among the inputs has a derivative.
     """
+    refuse_transforms()  # before weights are copied: inside one, copies have no memory of their own
     module = bare(model)
     check_state(module)
     check_fallback(fallback)
