@@ -185,7 +185,8 @@ def test_no_fit_ends_above_its_start(seed: int, rows: int, columns: int, strateg
         on_failure="return",
     )
     costs = [r.objective for r in fit.log] + [fit.cost]
-    assert all(after <= before for before, after in zip(costs[:-1], costs[1:], strict=True))
+    rounding = 1e-28  # of residuals that are zero but for rounding, squared: found with seed 264
+    assert all(after <= max(before, rounding) for before, after in zip(costs[:-1], costs[1:], strict=True))
     assert np.isfinite(fit.cost)
     s = np.square(fit.fun.numpy())
     if kernel is None:
