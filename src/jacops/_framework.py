@@ -90,7 +90,7 @@ def framework_jacobian(
 
 
 def asked(call: str, options: Any) -> dict[str, Any]:
-    """Return what a framework's model is told of a call."""
+    """Return the options of a call that a framework's model takes."""
     return {"call": call, "parameters": options.get("parameters", _all), "outputs": options.get("outputs")}
 
 

@@ -131,7 +131,7 @@ class JaxFunction:
         return WeightedRows(loss, weights)
 
     def fingerprint(self, loss: Any, more: str) -> str:
-        """Return a digest of all parameters, and of the functions' names and what else is told apart."""
+        """Return a digest of all parameters, and of the functions' names and of what else distinguishes models."""
         return digest_of(self.params, (self.apply, loss), more)
 
     # ---- records: pushes and pulls at a point --------------------------------------------------------------------

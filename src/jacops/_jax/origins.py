@@ -31,7 +31,7 @@ class GradientOrigin:
         own: The parameters.
         model: The compiled loss.
         point: Parameters and batch.
-        given: The arrays of `x` as the caller gave them, held so that they can be told by identity.
+        given: The arrays of `x` as the caller gave them, held so that they can be recognised by identity.
     """
 
     own: Parameters

@@ -1,4 +1,4 @@
-"""Results of JAX models: they are finite or say where they are not, and models are told apart by a digest."""
+"""Results of JAX models: they are finite or say where they are not, and models are distinguished by a digest."""
 
 from __future__ import annotations
 
