@@ -117,7 +117,9 @@ def hessian_diagonal(name: str, what: str, c: Case) -> Workload:
     """Return the case of a Hessian's diagonal."""
     slope = grad(c.loss_at)
     rivals: dict[str, Callable[[], Any]] = {
-        "jacops: diagonal(hessian(…))": lambda: jacops.diagonal(jacops.hessian(c.model, cross_entropy, c.x, c.y)),
+        "jacops: diagonal(hessian(…))": lambda: jacops.linalg.diagonal(
+            jacops.hessian(c.model, cross_entropy, c.x, c.y)
+        ),
         "BackPACK: DiagHessian": by_backpack("DiagHessian", c),
         "torch.func: jvp of grad, unit vectors": lambda: by_unit_vectors(
             lambda v: jvp(slope, (c.theta,), (v,))[1], len(c.theta)
@@ -129,7 +131,7 @@ def hessian_diagonal(name: str, what: str, c: Case) -> Workload:
 def gauss_newton_diagonal(name: str, what: str, c: Case) -> Workload:
     """Return the case of a Gauss-Newton matrix's diagonal."""
     rivals: dict[str, Callable[[], Any]] = {
-        "jacops: diagonal(ggn(…))": lambda: jacops.diagonal(jacops.ggn(c.model, cross_entropy, c.x, c.y)),
+        "jacops: diagonal(ggn(…))": lambda: jacops.linalg.diagonal(jacops.ggn(c.model, cross_entropy, c.x, c.y)),
         "BackPACK: DiagGGNExact": by_backpack("DiagGGNExact", c),
     }
     return Workload(name, what, rivals, same())

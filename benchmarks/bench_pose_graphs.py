@@ -64,7 +64,7 @@ def by_differences(model: PoseGraph, pattern: Any) -> Callable[[], Any]:
 
 def alike(a: Any, b: Any) -> bool:
     """Say whether two Jacobians, sparse or dense, are the same."""
-    left, right = (np.asarray(v.matrix.toarray() if isinstance(v, jacops.SparseJacobian) else v) for v in (a, b))
+    left, right = (np.asarray(v.matrix.toarray() if isinstance(v, jacops.sparse.SparseJacobian) else v) for v in (a, b))
     return left.shape == right.shape and np.abs(left - right).max() <= 1e-9
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jacops import Operator
+from jacops.linalg import Operator
 
 from .machine import CLOCKS, Clock, Rates, machine, timed, watched
 

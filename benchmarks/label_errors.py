@@ -69,7 +69,7 @@ def trained(make: Callable[[], nn.Module], x: Tensor, y: Tensor, seed: int) -> n
 Scores = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def ours(curvature: str, method: str | jacops.Solver, damping: float = DAMPING) -> Scores:
+def ours(curvature: str, method: str | jacops.solvers.Solver, damping: float = DAMPING) -> Scores:
     """Return a ranking by self-influence."""
 
     def scores(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ METHODS: dict[str, Scores] = {
     "jacops, Hessian, direct": ours("hessian", "direct"),
     "jacops, Hessian, direct, damping 0.5": ours("hessian", "direct", 0.5),
     "jacops, GGN, direct": ours("ggn", "direct"),
-    "jacops, GGN, EK-FAC": ours("ggn", jacops.EKFAC(report_residual=False)),
+    "jacops, GGN, EK-FAC": ours("ggn", jacops.solvers.EKFAC(report_residual=False)),
     "pyDVL 0.10, Hessian, direct": theirs("DirectInfluence", regularization=DAMPING),
     "pyDVL 0.10, EK-FAC": theirs("EkfacInfluence", update_diagonal=True, hessian_regularization=DAMPING),
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from questions import Answer, features, fit, labels, look
 
-from jacops.extras.report import Report
+from jacops._extras.report import Report
 
 WIDTH = 80
 

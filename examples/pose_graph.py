@@ -13,10 +13,10 @@ from time import perf_counter
 import torch
 from synthetic_graphs import sphere_graph
 
+from jacops._extras.graph_files import read_g2o, read_toro
+from jacops._extras.graph_problems import PoseGraph
 from jacops.charts import SE2
-from jacops.extras.graph_files import read_g2o, read_toro
-from jacops.extras.graph_problems import PoseGraph
-from jacops.least_squares import LeastSquaresResult, levenberg_marquardt
+from jacops.fit import LeastSquaresResult, levenberg_marquardt
 
 
 def solved(graph: PoseGraph) -> LeastSquaresResult:

@@ -7,8 +7,8 @@ from math import pi
 import torch
 from torch import Tensor
 
+from jacops._extras.graph_problems import Bundle, PoseGraph, chained, projected
 from jacops.charts import SE2, SE3, SO3, Chart
-from jacops.extras.graph_problems import Bundle, PoseGraph, chained, projected
 
 
 def sphere_graph(rings: int = 10, per_ring: int = 20, noise: float = 0.02, seed: int = 0) -> PoseGraph:

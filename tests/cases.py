@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import jacops
-from jacops import Diagonal, Identity, Matrix, Operator, Space
+from jacops.linalg import Diagonal, Identity, Matrix, Operator, Space
 
 F64 = torch.float64
 

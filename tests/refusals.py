@@ -13,7 +13,9 @@ from torch.utils import data as loading
 
 import jacops
 import zoo
-from jacops import Matrix, TorchTensorUtilities, TorchTwiceDifferentiable, estimators, second_order
+from jacops import TorchTensorUtilities, TorchTwiceDifferentiable
+from jacops import _estimators as estimators
+from jacops import _second_order as second_order
 from jacops.errors import (
     DataError,
     InputError,
@@ -23,6 +25,7 @@ from jacops.errors import (
     NonFiniteError,
     NotDifferentiableError,
 )
+from jacops.linalg import Matrix
 from small import Calls, draw, settled, small_net, square, tangents, tied_net
 
 X, Y = draw(5, 3), draw(5, 2, seed=1)
@@ -80,7 +83,7 @@ def mvp(v: Any, backprop_on: Any = None) -> Tensor:
 
 def jax_net(loss: Any = None, apply: Any = None, params: Any = None) -> Any:
     import jax_cases
-    from jacops.influence._jax import JaxTwiceDifferentiable
+    from jacops._influence._jax import JaxTwiceDifferentiable
 
     params = jax_cases.weights(small_net()) if params is None else params
     return JaxTwiceDifferentiable(apply or jax_cases.mlp, params, loss or jax_cases.mse)
@@ -96,14 +99,14 @@ def jax_second(of: Callable[[Any], Callable[..., Any]]) -> tuple[Callable[..., A
 
 
 def jax_tensors(name: str, *arguments: Any) -> Any:
-    from jacops.influence._jax import JaxTensorUtilities
+    from jacops._influence._jax import JaxTensorUtilities
     from jax_cases import as_jax
 
     return getattr(JaxTensorUtilities, name)(*(as_jax(a) if isinstance(a, Tensor) else a for a in arguments))
 
 
 ALL = "trace, diagonal, norm, eigenpairs, spectral_norm, spectral_density"
-OPERATORS: dict[str, Callable[[], jacops.Operator]] = {
+OPERATORS: dict[str, Callable[[], jacops.linalg.Operator]] = {
     "J": lambda: jacops.jacobian(small_net(), X),
     "H": lambda: jacops.hessian(small_net(), square, X, Y),
     "G": lambda: jacops.ggn(small_net(), square, X, Y),

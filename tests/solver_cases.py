@@ -2,7 +2,7 @@
 
 import torch
 
-from jacops import Matrix
+from jacops.linalg import Matrix
 from jacops.solvers import CG, MINRES, Auto, Direct, Lanczos, LiSSA, Nystrom, Solver
 from small import draw
 

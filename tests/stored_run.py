@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jacops.extras.store import Grid, StoredRun
+from jacops.store import Grid, StoredRun
 
 IDENTITY = {"model": "m1", "data.train": "d1", "data.test": "t1", "loss": "l1", "damping": "0.1", "seed": "0"}
 INFLUENCES, FACTORS = Grid((11, 17), (4, 5)), Grid((11, 6), (4, 6), "float32")

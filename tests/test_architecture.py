@@ -94,12 +94,12 @@ def imports(module: str, node: ast.AST, when: str = "load") -> Iterator[Import]:
 
 
 def part(module: str) -> str:
-    """Where a module stands in LAYERS: `jacops.operators._base` -> `operators`, `jacops` -> `__init__`."""
+    """Where a module stands in LAYERS: `jacops._operators._base` -> `operators`, `jacops` -> `__init__`."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
 def home(target: str) -> str | None:
-    """The module a dotted name lives in: `jacops.operators.Matrix` -> `jacops.operators`; None outside jacops."""
+    """The module a dotted name lives in: `jacops._operators.Matrix` -> `jacops._operators`; None outside jacops."""
     while target and target not in FILES:
         target = target.rpartition(".")[0]
     return target or None

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import jacops
 import oracle
-from jacops import Contributions, InputError, InputTypeError, JacopsWarning, compute_jacobian, contributions
+from jacops import JacopsWarning, compute_jacobian, contributions
+from jacops.errors import InputError, InputTypeError
+from jacops.results import Contributions
 from small import draw, settled
 
 C = torch.linspace(-1, 1, 6, dtype=torch.float64)
@@ -661,14 +663,14 @@ def test_wrong_arguments_are_named():
         contributions(net, x, outputs=lambda output: (output, output))
     with pytest.raises(InputError, match="in a list"):
         contributions(net, x, outputs=1)
-    projection = jacops.Projection(torch.eye(5).double(), torch.zeros(5).double())
+    projection = jacops.results.Projection(torch.eye(5).double(), torch.zeros(5).double())
     with pytest.raises(InputError, match="hidden layer"):
         contributions(net, x, projection=projection, features=x, at="0")
 
 
 def test_with_a_projection_the_identity_is_by_the_features():
     net, features = network(), draw(7, 8)
-    projection = jacops.Projection(draw(5, 8, seed=1), draw(8, seed=2))
+    projection = jacops.results.Projection(draw(5, 8, seed=1), draw(8, seed=2))
     found = contributions(net, projection(features), projection=projection, features=features)
     close(found.values.sum(-1) + found.bias, net(projection(features)).detach())
     assert found.notes == ("contributions are of features minus their mean",)

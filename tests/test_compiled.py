@@ -147,7 +147,7 @@ def test_no_compiler_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compiled, "_BACKEND", broken)
     x = torch.randn(7, 4, dtype=F64)
-    with pytest.raises(jacops.NotDifferentiableError, match="no compiler here"):
+    with pytest.raises(jacops.errors.NotDifferentiableError, match="no compiler here"):
         jacops.compute_jacobian(Counting(), x, compile=True, fallback="error")
     model = Counting()
     with pytest.warns(jacops.JacopsWarning, match=r"no compiler here.*; plain sweeps go on"):

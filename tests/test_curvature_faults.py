@@ -419,7 +419,7 @@ def test_a_model_that_changed_is_refused_by_solvers_that_read_its_data_again():
     operator = jacops.Problem(model, nn.CrossEntropyLoss(), [(x, y)]).ggn()
     _averaged(model)
     with pytest.raises(ModelStateError, match="changed since"):
-        jacops.EKFAC().prepare(operator, 0.1)
+        jacops.solvers.EKFAC().prepare(operator, 0.1)
 
 
 # ---- objectives ----

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import jacops
 import layer_cases
 from jacops import Problem
+from jacops._operators._eigen_blocks import EigenBlocks
 from jacops.errors import InputError, NonFiniteError
-from jacops.operators._eigen_blocks import EigenBlocks
 from jacops.solvers import CG, EKFAC, Direct, Status, _kronecker_passes
 from jacops.testing import check_operator
 from small import Calls, draw, settled
@@ -417,7 +417,7 @@ def test_the_model_is_left_alone() -> None:
 
 def test_an_operator_without_a_model_is_refused() -> None:
     with pytest.raises(InputError, match=r"Problem\(model, loss, data\)"):
-        EKFAC().prepare(jacops.Matrix(torch.eye(3, dtype=F64), symmetric=True), 0.1)
+        EKFAC().prepare(jacops.linalg.Matrix(torch.eye(3, dtype=F64), symmetric=True), 0.1)
 
 
 @pytest.mark.parametrize("options", [{"fisher": "true"}, {"draws": 0}])

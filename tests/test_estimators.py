@@ -11,10 +11,10 @@ from torch import Tensor
 
 import jacops
 from cases import OPERATORS, data, net
-from jacops import Matrix
+from jacops._estimators import diagonal, effective_dimension, eigenpairs, norm, spectral_density, spectral_norm, trace
 from jacops._lanczos import KrylovSpace
 from jacops.errors import InputError, MemoryBudgetError, SolveError
-from jacops.estimators import diagonal, effective_dimension, eigenpairs, norm, spectral_density, spectral_norm, trace
+from jacops.linalg import Matrix
 from small import draw
 
 SQUARE = [name for name in OPERATORS if OPERATORS[name]().shape[0] == OPERATORS[name]().shape[1] > 0]
@@ -331,7 +331,7 @@ def test_an_effective_dimension_is_exact_or_within_its_bar() -> None:
 
 
 def test_an_exact_effective_dimension_of_a_large_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jacops.estimators._density._DENSE_ENTRIES", 100)
+    monkeypatch.setattr("jacops._estimators._density._DENSE_ENTRIES", 100)
     with pytest.raises(MemoryBudgetError, match="`probes=`"):
         effective_dimension(SPECTRA["powers"](), 1.0)
 

@@ -14,12 +14,13 @@ import jacops.testing
 import oracle
 import zoo
 from cases import F64
-from jacops import Identity, JacopsWarning
+from jacops import JacopsWarning
+from jacops._operators import LayerFactors
+from jacops._per_sample import sample_gradients, sample_jacobians
 from jacops._torch.layers import part
 from jacops._torch.routes import by_sample
 from jacops.errors import InputError, ModelStateError, NotDifferentiableError
-from jacops.operators import LayerFactors
-from jacops.per_sample import sample_gradients, sample_jacobians
+from jacops.linalg import Identity
 from layer_cases import model_of
 from oracle import alone, called, in_double, leaves, mapped
 from small import Calls, draw, settled

@@ -344,10 +344,10 @@ def test_adj_a_trace_estimate_is_unbiased_and_its_error_bar_holds():
     model, x, y = curvature_case()
     H = oracle.hessian(model, F.mse_loss, x, y)
     operator = jacops.hessian(model, F.mse_loss, x, y)
-    exact = jacops.trace(operator)
+    exact = jacops.linalg.trace(operator)
     assert exact.value == pytest.approx(float(H.trace()), rel=1e-10)
     assert exact.standard_error == 0
-    estimates = [jacops.trace(operator, probes=64, seed=seed, method="hutchinson") for seed in range(40)]
+    estimates = [jacops.linalg.trace(operator, probes=64, seed=seed, method="hutchinson") for seed in range(40)]
     errors = [(e.value - exact.value) / e.standard_error for e in estimates]
     assert abs(np.mean(errors)) < 4 / np.sqrt(len(errors))
     assert 0.5 < np.std(errors) < 2
@@ -359,7 +359,7 @@ def test_adj_an_empirical_fisher_diagonal_is_the_mean_of_squares():
     model, x, y = curvature_case()
     rows = torch.stack([oracle.gradient(model, F.mse_loss, x[i : i + 1], y[i : i + 1]) for i in range(6)])
     fisher = jacops.empirical_fisher(model, F.mse_loss, x, y)
-    close(jacops.diagonal(fisher), (rows**2).mean(0))
+    close(jacops.linalg.diagonal(fisher), (rows**2).mean(0))
     close(fisher.dense(), rows.T @ rows / 6)
     squared_mean = rows.mean(0) ** 2
     assert ((rows**2).mean(0) - squared_mean).norm() > 0.3 * squared_mean.norm()  # the two can be told apart
@@ -461,11 +461,11 @@ def test_callers_random_state_is_not_drawn_from_by_estimators_and_checks():
     model, x, y = curvature_case()
     before = torch.get_rng_state()
     operator = jacops.hessian(model, F.mse_loss, x, y)
-    first = jacops.trace(operator, probes=8)
+    first = jacops.linalg.trace(operator, probes=8)
     torch.manual_seed(99)
     between = torch.get_rng_state()
-    assert jacops.trace(operator, probes=8) == first
-    assert jacops.trace(operator, probes=8, seed=1) != first
+    assert jacops.linalg.trace(operator, probes=8) == first
+    assert jacops.linalg.trace(operator, probes=8, seed=1) != first
     jacops.check(model, x)
     assert torch.equal(torch.get_rng_state(), between)
     assert not torch.equal(before, between)

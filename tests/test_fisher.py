@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacops
+from jacops._fisher import fisher
 from jacops.errors import InputError, InputTypeError
-from jacops.fisher import fisher
 from small import Calls, draw, settled, small_net
 
 
@@ -107,7 +107,7 @@ def test_the_empirical_one_is_in_the_scale_of_the_loss() -> None:
     close(mean.dense(), 2 * jacops.empirical_fisher(model, F.mse_loss, x, y).dense())  # two terms in a row
     total = jacops.sample_gradients(model, nn.MSELoss(reduction="sum"), x, y).dense()
     close(fisher(model, nn.MSELoss(reduction="sum"), x, y, kind="empirical").dense(), total.T @ total)
-    close(jacops.diagonal(mean), mean.dense().diagonal())
+    close(jacops.linalg.diagonal(mean), mean.dense().diagonal())
 
 
 def test_draws_repeat_and_nothing_of_the_callers_moves() -> None:

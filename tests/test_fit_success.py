@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import jacops
 from jacops.charts import SE2
 from jacops.errors import InputError, InputTypeError, SolveError
-from jacops.least_squares import LeastSquaresResult, gauss_newton, levenberg_marquardt
+from jacops.fit import LeastSquaresResult, gauss_newton, levenberg_marquardt
 
 STRATEGIES = ["nielsen", "marquardt", "adaptive", "trust_region"]
 EACH = pytest.mark.parametrize("strategy", STRATEGIES)

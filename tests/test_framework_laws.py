@@ -144,7 +144,7 @@ def test_the_gauss_newton_matrix_is_j_transposed_h_j(framework: Framework):
 def test_diagonals_are_those_of_the_dense_matrices(framework: Framework):
     own = framework.problem()
     for operator in (own.hessian(), own.ggn(), own.fisher("empirical"), own.fisher("monte_carlo")):
-        close(jacops.diagonal(operator), operator.dense().diagonal())
+        close(jacops.linalg.diagonal(operator), operator.dense().diagonal())
 
 
 def test_the_exact_fisher_matrix_is_the_gauss_newton_matrix_of_these_losses(framework: Framework):
@@ -329,6 +329,6 @@ def test_a_sparse_matrix_of_a_jax_operator_needs_a_pattern():
     own = made("jax", PAIRS["mlp"]())
     J = jacops.jacobian(own.model, own.pair.x, "inputs")
     with pytest.raises(InputError, match="`pattern` is missing"):
-        jacops.sparse(J)
+        jacops.sparse.jacobian(J)
     pattern = torch.kron(torch.eye(5), torch.ones(2, 3)).to_sparse()
-    close(jacops.sparse(J, pattern=pattern).matrix.to_dense(), J.dense())
+    close(jacops.sparse.jacobian(J, pattern=pattern).matrix.to_dense(), J.dense())

@@ -9,11 +9,11 @@ import torch
 from scipy.spatial.transform import Rotation
 from synthetic_graphs import grid_graph, sphere_graph, synthetic_bundle
 
+from jacops._extras.graph_files import read_bal, read_g2o, read_toro
+from jacops._extras.graph_problems import projected
 from jacops.charts import SE2, SE3, SO3
 from jacops.errors import DataError
-from jacops.extras.graph_files import read_bal, read_g2o, read_toro
-from jacops.extras.graph_problems import projected
-from jacops.least_squares import gauss_newton, levenberg_marquardt
+from jacops.fit import gauss_newton, levenberg_marquardt
 
 DATA = Path(os.environ.get("JACOPS_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 EYE3 = "1 0 0 1 0 1"

@@ -24,7 +24,7 @@ def split(*sizes: int) -> list[tuple[Tensor, Tensor]]:
     return batches(X, Y, *sizes)
 
 
-def found(**options: Any) -> jacops.Influences:
+def found(**options: Any) -> jacops.results.Influences:
     settings: dict[str, Any] = {"damping": 0.5, "curvature": "ggn", **options}
     wrapped = TorchTwiceDifferentiable(settings.pop("model", small_net()), settings.pop("loss", F.cross_entropy))
     return compute_influences(wrapped, settings.pop("data", split(5, 7)), **settings)
@@ -178,7 +178,7 @@ def test_subsets_of_parameters(parameters: Any):
 
 
 def test_more_right_hand_sides_than_fit_into_a_tile(monkeypatch: pytest.MonkeyPatch):
-    from jacops.influence import _run
+    from jacops._influence import _run
 
     whole = found()
     factors = compute_influence_factors(

@@ -12,8 +12,8 @@ pytest.importorskip("zarr")
 
 import jacops
 from jacops import TorchTwiceDifferentiable, compute_influences
+from jacops._influence import _run
 from jacops.errors import InputError, StoreMismatchError
-from jacops.influence import _run
 from small import draw, small_net
 
 X, Y = draw(9, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1])
@@ -25,7 +25,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_run, "_TILE_BYTES", 3 * 26 * 8)  # three rows to a tile: across batches, one left over
 
 
-def influences(path: Path | None, **options: Any) -> jacops.Influences:
+def influences(path: Path | None, **options: Any) -> jacops.results.Influences:
     settings: dict[str, Any] = {"damping": 0.5, "curvature": "ggn", "store": path, **options}
     wrapped = TorchTwiceDifferentiable(settings.pop("model", small_net()), settings.pop("loss", F.cross_entropy))
     return compute_influences(wrapped, settings.pop("data", [(X, Y)]), test_data=settings.pop("test", TEST), **settings)
@@ -37,7 +37,7 @@ def test_a_stored_run_gives_the_numbers_of_one_that_is_not(tmp_path: Path):
     assert stored.info["residual"] == pytest.approx(plain.info["residual"])
     assert len(stored.info["residual"]) == 7
     assert "direct" in repr(stored)
-    assert torch.equal(torch.from_numpy(jacops.read_store(tmp_path / "run")), plain.values)
+    assert torch.equal(torch.from_numpy(jacops.store.read_store(tmp_path / "run")), plain.values)
 
 
 def test_a_killed_run_goes_on_and_repeats_no_solve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -78,7 +78,7 @@ def test_a_store_of_another_run_is_refused_by_what_differs(field: str, tmp_path:
     before = influences(tmp_path / "run").values
     with pytest.raises(StoreMismatchError, match=field.split()[0]):
         influences(tmp_path / "run", **OTHERS[field])
-    assert torch.equal(torch.from_numpy(jacops.read_store(tmp_path / "run")), before)
+    assert torch.equal(torch.from_numpy(jacops.store.read_store(tmp_path / "run")), before)
 
 
 @pytest.mark.parametrize("option", [{"leverage": True}, {"influence_type": "perturbation"}, {"on_failure": "return"}])

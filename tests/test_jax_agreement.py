@@ -15,10 +15,10 @@ import numpy as np  # noqa: E402
 
 import jacops  # noqa: E402
 import oracle  # noqa: E402
+from jacops._fisher import fisher  # noqa: E402
 from jacops._framework_objective import FrameworkObjective  # noqa: E402
+from jacops._influence._jax import JaxTwiceDifferentiable  # noqa: E402
 from jacops._jax.protocol import JaxFunction  # noqa: E402
-from jacops.fisher import fisher  # noqa: E402
-from jacops.influence._jax import JaxTwiceDifferentiable  # noqa: E402
 from jax_cases import PAIRS, Pair, as_jax, as_torch, double_precision, mlp, mse, weights  # noqa: E402
 from small import draw, small_net  # noqa: E402
 
@@ -205,7 +205,7 @@ def test_inputs_and_outputs_may_be_trees():
     close(own.hessian(x, y), as_torch(jax.jit(jax.hessian(written_out))(w)))
     recorded = own.grad(x, y, create_graph=True)
     assert own.mvp(recorded, jnp.ones(3), x["a"]).shape == (1, 12)
-    with pytest.raises(jacops.InputError, match=r"neither a parameter .* nor an input of floating point"):
+    with pytest.raises(jacops.errors.InputError, match=r"neither a parameter .* nor an input of floating point"):
         own.mvp(recorded, jnp.ones(3), x["ids"])
     assert own.objective.mixed(x, y, torch.ones(2, 3).double()).shape == (2, 4, 3)
     assert own.objective.sample_gradients(x, y).shape == (4, 3)
@@ -238,9 +238,9 @@ def test_patterns_pick_parameters_and_freeze_the_others():
         own.gradient(x, y)[[*range(4), 24, 25]],
     )
     assert own.changed(parameters=["*.kernel", "*.bias"]).space.dim == 16
-    with pytest.raises(jacops.InputError, match=r"`parameters` is 'head\.\*'.*layers\.0\.bias"):
+    with pytest.raises(jacops.errors.InputError, match=r"`parameters` is 'head\.\*'.*layers\.0\.bias"):
         own.changed(parameters="head.*")
-    with pytest.raises(jacops.InputError, match="`seed` is given.*pure function"):
+    with pytest.raises(jacops.errors.InputError, match="`seed` is given.*pure function"):
         own.changed(seed=0)
 
 

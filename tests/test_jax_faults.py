@@ -19,14 +19,8 @@ import numpy as np  # noqa: E402
 
 import jacops  # noqa: E402
 import oracle  # noqa: E402
-from jacops.errors import (  # noqa: E402
-    InputError,
-    InputTypeError,
-    JacopsWarning,
-    NonFiniteError,
-    NotDifferentiableError,
-)
-from jacops.influence._jax import JaxTwiceDifferentiable  # noqa: E402
+from jacops._influence._jax import JaxTwiceDifferentiable  # noqa: E402
+from jacops.errors import InputError, InputTypeError, JacopsWarning, NonFiniteError, NotDifferentiableError  # noqa: E402
 from jax_cases import as_jax, as_torch, double_precision, mlp, mse, weights  # noqa: E402
 from small import draw, small_net  # noqa: E402
 

@@ -19,8 +19,8 @@ from jacops import (  # noqa: E402
     compute_influences,
     self_influences,
 )
+from jacops._influence._jax import JaxTensorUtilities, JaxTwiceDifferentiable  # noqa: E402
 from jacops.errors import InputTypeError  # noqa: E402
-from jacops.influence._jax import JaxTensorUtilities, JaxTwiceDifferentiable  # noqa: E402
 from jax_cases import PAIRS, Pair, as_jax, as_torch, double_precision, mlp, mse, weights  # noqa: E402
 from small import draw, small_net  # noqa: E402
 

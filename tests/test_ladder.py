@@ -8,6 +8,7 @@ import jacops
 import oracle
 from cases import F64
 from jacops._ladder.plan import Cost, Memory
+from jacops._planning import _matrices, _samples
 from jacops._torch.routes import whole_matrix
 from jacops._torch.routes.whole import BlocksMatchPlain
 from jacops._torch.routes.whole_ask import WholeAsk, WholeBlocks
@@ -19,7 +20,6 @@ from jacops._torch.samples.sweeps import sweep
 from jacops._torch.sweeps import linearization, pulls
 from jacops._torch.sweeps.ask import SweepAsk
 from jacops._torch.sweeps.linearization import Linearization
-from jacops.planning import _matrices, _samples
 from small import close, draw
 
 
@@ -91,7 +91,7 @@ def test_wrong_numbers_are_caught_and_left_and_the_reason_stays(monkeypatch: pyt
     close(found, oracle.input_jacobian(model, x))
     assert "reverse, 3 pulls (because samples mix: their shared sweep is off by" in described(model, x)
     assert route.taken == 1  # and not again
-    with pytest.raises(jacops.NotDifferentiableError, match="fallback='error'"):
+    with pytest.raises(jacops.errors.NotDifferentiableError, match="fallback='error'"):
         jacops.compute_jacobian(net(), x, fallback="error")
 
 

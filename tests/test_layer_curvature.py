@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import jacops
 import oracle
+from jacops._operators import Operator
+from jacops._operators._dense import Headroom
 from jacops._torch.layers.blocks import mirror
 from jacops._torch.routes import curvature, gauss_newton
-from jacops.operators import Operator
-from jacops.operators._dense import Headroom
 from layer_cases import model_of
 from small import draw, settled
 from zoo import BY_NAME, ZOO, seeded
@@ -72,7 +72,7 @@ def test_the_matrix_is_the_one_of_products(name: str, verb: str) -> None:
     operator = VERBS[verb](*_asked(name), fallback="silent")
     found, expected = operator.dense(), by_products(operator)
     close(found, expected)
-    close(jacops.diagonal(operator), expected.diagonal())
+    close(jacops.linalg.diagonal(operator), expected.diagonal())
     assert route(operator) is None or torch.equal(found, found.T)
 
 
@@ -98,7 +98,7 @@ def test_on_every_model_of_the_zoo(name: str, verb: str) -> None:
         expected = by_products(operator)
         close(operator.dense(), expected, tolerance)
         coarse = {torch.bfloat16: 0.02, torch.float16: 0.002}.get(operator.domain.dtype, tolerance)
-        close(jacops.diagonal(operator), expected.diagonal(), coarse)
+        close(jacops.linalg.diagonal(operator), expected.diagonal(), coarse)
 
 
 # ---- what it costs, and what it says -------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_tiny_coupling_of_two_samples_is_no_rounding() -> None:
 
 def test_second_derivatives_that_are_not_finite_are_refused() -> None:
     model, x, y = problem("deep")
-    with pytest.raises(jacops.NonFiniteError, match=r"hessian.*0\.weight"):
+    with pytest.raises(jacops.errors.NonFiniteError, match=r"hessian.*0\.weight"):
         jacops.hessian(model, lambda output, y: (output - y).abs().sqrt().sum(), x, model(x).detach())
 
 
@@ -249,7 +249,7 @@ def test_float32_is_as_near_as_products() -> None:
 @pytest.mark.parametrize("name", ["deep", "residual", "tied", "words", "a loop", "positions first", "convolutions"])
 def test_the_diagonal_is_asked_at_the_outputs_of_layers(name: str, verb: str) -> None:
     operator = VERBS[verb](*_asked(name), fallback="silent")
-    jacops.diagonal(operator)
+    jacops.linalg.diagonal(operator)
     assert "outputs of layers" in operator.formed.routes["diagonal"]
 
 
@@ -258,9 +258,9 @@ def test_a_diagonal_costs_sweeps_by_widths_or_outputs() -> None:
     operators: list[tuple[Any, int]] = [(jacops.hessian(model, cubic, x, y), 7 + 3)]
     operators.append((jacops.ggn(model, lambda output, y: (output - y).pow(4).sum(), x, y), 3))
     for operator, most in operators:
-        jacops.diagonal(operator)
+        jacops.linalg.diagonal(operator)
         before = operator.formed.lin.sweeps
-        jacops.diagonal(operator)
+        jacops.linalg.diagonal(operator)
         assert operator.formed.lin.sweeps - before <= most + 3
 
 
@@ -276,7 +276,7 @@ def test_a_wrong_diagonal_is_found_by_products(verb: str, entry: int) -> None:
         return diagonal, route
 
     broken = replace(operator, formed=replace(operator.formed, entries=wrong))
-    close(jacops.diagonal(broken), by_products(operator).diagonal())
+    close(jacops.linalg.diagonal(broken), by_products(operator).diagonal())
     assert "diagonal" not in operator.formed.routes
 
 
@@ -285,7 +285,7 @@ def test_diagonals_of_sums_over_data_and_their_weight_decay() -> None:
     problem_ = jacops.Problem(model, F.mse_loss, [(x[:4], y[:4]), (x[4:], y[4:])], l2=0.1)
     for kind in ("hessian", "ggn", "fisher", "empirical_fisher"):
         operator = problem_.curvature(kind)
-        close(jacops.diagonal(2.0 * operator), 2.0 * operator.dense().diagonal())
+        close(jacops.linalg.diagonal(2.0 * operator), 2.0 * operator.dense().diagonal())
 
 
 # ---- sums over batches ---------------------------------------------------------------------------------------------

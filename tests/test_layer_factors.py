@@ -94,5 +94,5 @@ def test_entries_that_overflow_are_still_found() -> None:
         model.weight.fill_(1e-30)
     steep = nn.Sequential(model, Calls(lambda y: 1e20 * y))
     assert torch.isfinite(steep(x)).all()
-    with pytest.raises(jacops.NonFiniteError, match=r"0\.weight"):
+    with pytest.raises(jacops.errors.NonFiniteError, match=r"0\.weight"):
         jacops.modjac(steep, x)

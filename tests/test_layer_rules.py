@@ -284,10 +284,10 @@ def test_curvature_is_the_oracles(name: str) -> None:
     model, x, y = case(name, 7)
     expected = oracle.hessian(model, loss, x, y, copier=lambda model: model)
     close(jacops.hessian(model, loss, x, y).dense(), expected)
-    close(jacops.diagonal(jacops.hessian(model, loss, x, y)), expected.diagonal())
+    close(jacops.linalg.diagonal(jacops.hessian(model, loss, x, y)), expected.diagonal())
     expected, operator = ggn_of(jacobian_of(model, x, 7), model, x, y), jacops.ggn(model, square, x, y)
     close(operator.dense(), expected)
-    close(jacops.diagonal(operator), expected.diagonal())
+    close(jacops.linalg.diagonal(operator), expected.diagonal())
     for route in ("dense", "diagonal"):
         assert "outputs of layers" in operator.formed.routes[route]
         assert "ordinary sweeps" not in operator.formed.routes[route]
@@ -319,8 +319,8 @@ USES: dict[str, Callable[[nn.Module, Any, Tensor], Any]] = {
     "modjac": lambda model, x, y: jacops.modjac(model, x),
     "hessian": lambda model, x, y: jacops.hessian(model, loss, x, y).dense(),
     "ggn": lambda model, x, y: jacops.ggn(model, square, x, y).dense(),
-    "hessian's diagonal": lambda model, x, y: jacops.diagonal(jacops.hessian(model, loss, x, y)),
-    "ggn's diagonal": lambda model, x, y: jacops.diagonal(jacops.ggn(model, square, x, y)),
+    "hessian's diagonal": lambda model, x, y: jacops.linalg.diagonal(jacops.hessian(model, loss, x, y)),
+    "ggn's diagonal": lambda model, x, y: jacops.linalg.diagonal(jacops.ggn(model, square, x, y)),
     "ekfac": lambda model, x, y: EKFAC().approximate(Problem(model, nn.MSELoss(), [(x, y)]).ggn()),
 }
 
@@ -424,7 +424,7 @@ def test_the_rest_is_swept_within_the_same_object(name: str) -> None:
     close(jacops.modjac(model, x, flatten=True), J)
     expected = oracle.hessian(model, loss, x, y)
     close(jacops.hessian(model, loss, x, y).dense(), expected)
-    close(jacops.diagonal(jacops.hessian(model, loss, x, y)), expected.diagonal())
+    close(jacops.linalg.diagonal(jacops.hessian(model, loss, x, y)), expected.diagonal())
     close(jacops.ggn(model, square, x, y).dense(), ggn_of(J, model, x, y))
     found = EKFAC().approximate(Problem(model, nn.MSELoss(), [(x, y)]).ggn())
     torch.testing.assert_close(found.eigenvalues.sum(), ggn_of(J, model, x, y).trace(), rtol=1e-9, atol=0)

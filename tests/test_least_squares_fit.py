@@ -20,7 +20,7 @@ from jacops.errors import (
     NotDifferentiableError,
     SolveError,
 )
-from jacops.least_squares import Nielsen, gauss_newton, levenberg_marquardt
+from jacops.fit import Nielsen, gauss_newton, levenberg_marquardt
 
 BOTH = pytest.mark.parametrize("solve", [gauss_newton, levenberg_marquardt])
 T = torch.linspace(0, 2, 30).double()
@@ -472,4 +472,4 @@ def test_a_strategy_object_can_be_reused() -> None:
     for _ in range(2):
         fit = levenberg_marquardt(decay, target=noisy(), params=torch.tensor([2.0, 1.0]).double(), strategy=recipe)
         assert fit.log[0].damping == 1e-2
-    assert jacops.least_squares.Nielsen is Nielsen
+    assert jacops.fit.Nielsen is Nielsen

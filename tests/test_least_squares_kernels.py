@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import least_squares
 
 from jacops.errors import InputError, InputTypeError
-from jacops.least_squares import (
+from jacops.fit import (
     Arctan,
     Cauchy,
     Huber,
@@ -20,7 +20,7 @@ from jacops.least_squares import (
     gauss_newton,
     levenberg_marquardt,
 )
-from jacops.least_squares._kernels import _FLOOR, correction
+from jacops.fit._kernels import _FLOOR, correction
 
 KERNELS = [Huber(0.7), PseudoHuber(0.7), SoftLOne(0.7), Cauchy(0.7), Arctan(0.7), Tolerant(0.5, 0.3), Scale(0.4)]
 KERNELS += [Tolerant(0.5, -0.3)]

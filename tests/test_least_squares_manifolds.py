@@ -6,11 +6,11 @@ import torch
 from synthetic_graphs import grid_graph, sphere_graph, synthetic_bundle
 from torch import Tensor, nn
 
+from jacops._extras.graph_problems import PoseGraph
 from jacops.charts import SE2, SE3, SO2, SO3, Chart
 from jacops.errors import InputError, NotDifferentiableError, SolveError
-from jacops.extras.graph_problems import PoseGraph
-from jacops.least_squares import gauss_newton, levenberg_marquardt
-from jacops.least_squares._problem import FitProblem
+from jacops.fit import gauss_newton, levenberg_marquardt
+from jacops.fit._problem import FitProblem
 
 pp = pytest.importorskip("pypose")
 EACH = pytest.mark.parametrize("chart", [SO2, SE2, SO3, SE3], ids=repr)

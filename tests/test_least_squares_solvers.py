@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from jacops.errors import InputError, InputTypeError, MemoryBudgetError, MissingExtraError, SolveError
-from jacops.least_squares import (
+from jacops.fit import (
     LSTSQ,
     PCG,
     QDLDL,
@@ -27,7 +27,7 @@ from jacops.least_squares import (
     gauss_newton,
     levenberg_marquardt,
 )
-from jacops.least_squares._system import LinearizedFit, Singular
+from jacops.fit._system import LinearizedFit, Singular
 
 SOLVERS = [QR(), Cholesky(), LSTSQ(), SparseLU(), PCG(), AutoStepSolver()]
 SOLVERS.append(
@@ -108,7 +108,7 @@ def test_every_strategy_finds_the_bottom_of_rosenbrocks_valley(strategy: object)
 
 
 def test_a_full_network_is_taken_densely_and_a_hopeless_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jacops.least_squares._problem._DENSE_ENTRIES", 10)
+    monkeypatch.setattr("jacops.fit._problem._DENSE_ENTRIES", 10)
     net = torch.nn.Sequential(torch.nn.Linear(3, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1)).double()
     x = torch.randn(80, 3).double()
     fit = levenberg_marquardt(net, x, torch.sin(x.sum(1, keepdim=True)), max_steps=3, on_failure="return")

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import jacops
 from jacops import JacopsWarning, modjac
+from jacops._extras.lie import layout
 from jacops._torch.sweeps.record import record_model
 from jacops.errors import ModelStateError, NonFiniteError, NotDifferentiableError
-from jacops.extras.lie import layout
 
 GROUPS = {"SO3": 4, "SE3": 7, "Sim3": 8, "RxSO3": 5}  # widths of storage; a tangent is one narrower
 EACH = pytest.mark.parametrize("group", GROUPS)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import jacops
 from jacops import Problem, TorchTwiceDifferentiable, compute_influences, ggn, solve
+from jacops._fisher import fisher
 from jacops.errors import InputError
-from jacops.fisher import fisher
 from jacops.solvers import EKFAC, MINRES, Lanczos
 from small import draw, settled
 
@@ -26,7 +26,7 @@ def close(actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
-def lowest(operator: jacops.Operator) -> float:
+def lowest(operator: jacops.linalg.Operator) -> float:
     """The lowest eigenvalue, relative to the largest."""
     values = torch.linalg.eigvalsh(operator.dense().double())
     return float(values[0] / values.abs().max().clamp_min(1e-300))
@@ -360,7 +360,7 @@ def test_all_calls_agree_on_the_scale(name: str) -> None:
     model, x, loss, every = scaled(name)
     y = every[1][1]
     one = fisher(model, loss, x, y, kind="empirical")
-    close(jacops.diagonal(one), one.dense().diagonal())
+    close(jacops.linalg.diagonal(one), one.dense().diagonal())
     whole = Problem(model, loss, [(x, y)])
     parts = Problem(model, loss, [(x[:1], y[:1]), (x[1:], y[1:])])
     close(whole.fisher("empirical").dense(), one.dense())

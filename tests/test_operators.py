@@ -12,8 +12,8 @@ from torch import nn
 import jacops
 import oracle
 from cases import F64, OPERATORS, data, net
-from jacops import Identity, Matrix, Operator
 from jacops.errors import InputError, NotDifferentiableError
+from jacops.linalg import Identity, Matrix, Operator
 from jacops.testing import LawBrokenError, check_operator
 
 

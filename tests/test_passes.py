@@ -154,7 +154,7 @@ def test_a_loss_that_starts_to_sum_is_noticed() -> None:
     for _ in range(2):
         jacops.Problem(model, loss, data).gradient()
     how["reduction"] = "sum"
-    with pytest.raises(jacops.InputError, match="reduction"):
+    with pytest.raises(jacops.errors.InputError, match="reduction"):
         jacops.Problem(model, loss, data).gradient()
 
 

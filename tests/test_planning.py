@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from cases import F64
+from jacops._planning import Plan, plan
 from jacops._runtime.memory import Meter, budget_bytes, free_bytes
 from jacops._torch.samples.batch import Samples
-from jacops.planning import Plan, plan
 from small import Calls
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_matrices_have_plans_too() -> None:
 def test_one_sample_or_a_tiny_budget_says_nothing_of_what_comes_later() -> None:
     model, x = net(5, 30, 4), torch.randn(50, 5, dtype=F64)
     jacops.compute_jacobian(model, x[:1], budget="1GB")
-    with pytest.raises(jacops.MemoryBudgetError):
+    with pytest.raises(jacops.errors.MemoryBudgetError):
         jacops.compute_jacobian(model, x, budget=100)
     found = plan(jacops.compute_jacobian, model, x, budget="1GB")
     assert found.chosen.name != "one by one"
@@ -134,9 +134,9 @@ def test_one_sample_or_a_tiny_budget_says_nothing_of_what_comes_later() -> None:
 
 
 def test_a_plan_refuses_what_is_no_call() -> None:
-    with pytest.raises(jacops.InputError, match="compute_jacobian"):
+    with pytest.raises(jacops.errors.InputError, match="compute_jacobian"):
         plan("compute_jacobians", net(3, 2), torch.ones(1, 3))
-    with pytest.raises(jacops.InputTypeError, match="compute_jacobian.*no keyword `chunk`"):
+    with pytest.raises(jacops.errors.InputTypeError, match="compute_jacobian.*no keyword `chunk`"):
         plan("compute_jacobian", net(3, 2), torch.ones(1, 3), chunk=3)
 
 
@@ -150,7 +150,7 @@ VAST = Calls(lambda x: x.sum(1, keepdim=True).expand(len(x), 200_000_000))
 @pytest.mark.parametrize("budget", [None, "8GiB"])
 def test_a_result_beyond_the_budget_is_refused_before_it_is_allocated(budget: str | None) -> None:
     x = torch.randn(20_000, 50)
-    with pytest.raises(jacops.MemoryBudgetError, match=r"Jacobian \(20000, 200000000, 50\)") as caught:
+    with pytest.raises(jacops.errors.MemoryBudgetError, match=r"Jacobian \(20000, 200000000, 50\)") as caught:
         jacops.compute_jacobian(VAST, x, budget=budget)
     for word in ("GiB", "the budget is", "nothing was allocated", "outputs=", "out=", "budget="):
         assert word in str(caught.value)
@@ -168,7 +168,7 @@ def test_every_call_that_can_grow_refuses() -> None:
         lambda: curvature.dense(budget="1MB"),
     ]
     for call in calls:
-        with pytest.raises(jacops.MemoryBudgetError, match="budget"):
+        with pytest.raises(jacops.errors.MemoryBudgetError, match="budget"):
             call()
 
 
@@ -295,7 +295,7 @@ def test_results_are_written_where_the_caller_says(tmp_path: Path) -> None:
     ],
 )
 def test_a_place_that_does_not_fit_is_refused(out: object) -> None:
-    with pytest.raises((jacops.InputError, jacops.InputTypeError), match="`out` is"):
+    with pytest.raises((jacops.errors.InputError, jacops.errors.InputTypeError), match="`out` is"):
         jacops.compute_jacobian(net(3, 4, 2), torch.randn(9, 3, dtype=F64), out=out)
 
 
@@ -303,7 +303,7 @@ def test_a_place_of_the_callers_is_not_part_of_the_budget() -> None:
     model, x = net(50, 60), torch.randn(1000, 50, dtype=F64)
     place = torch.empty(1000, 60, 50, dtype=F64)
     jacops.compute_jacobian(net(5, 4), x[:9, :5], budget="1GB")  # what torch loads for a first derivative is there now
-    with pytest.raises(jacops.MemoryBudgetError, match=r"Jacobian \(1000, 60, 50\)"):
+    with pytest.raises(jacops.errors.MemoryBudgetError, match=r"Jacobian \(1000, 60, 50\)"):
         jacops.compute_jacobian(model, x, budget="20MB")
     found = jacops.compute_jacobian(model, x, budget="20MB", out=place)
     torch.testing.assert_close(found, model[0].weight.detach().expand(1000, 60, 50))
@@ -325,9 +325,9 @@ def test_every_mode_gives_the_same_numbers(mode: str, widths: tuple[int, ...]) -
 
 def test_modes_that_do_not_exist_or_do_not_apply_are_refused() -> None:
     x = torch.randn(7, 3, dtype=F64)
-    with pytest.raises(jacops.InputError, match="`mode` is 'sideways'"):
+    with pytest.raises(jacops.errors.InputError, match="`mode` is 'sideways'"):
         jacops.compute_jacobian(net(3, 4, 2), x, mode="sideways")  # type: ignore[arg-type]
-    with pytest.raises(jacops.InputError, match="everything passes through"):
+    with pytest.raises(jacops.errors.InputError, match="everything passes through"):
         jacops.compute_jacobian(lambda x: x.sin(), x, mode="split")
 
 
@@ -360,7 +360,7 @@ if sys.argv[3] == "plan":
 else:
     try:
         call(model, x, budget=budget, **more)
-    except jacops.MemoryBudgetError:
+    except jacops.errors.MemoryBudgetError:
         pass
     print(high("VmHWM") - before)
 """

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import jacops
 from cases import F64
-from jacops import Diagonal, Identity, Matrix, Operator, Problem
+from jacops import Problem
+from jacops._operators._data import BlockDiagonal, StackOver, SumOver
+from jacops._planning import plan
 from jacops._runtime.memory import Meter
+from jacops._space import Space
 from jacops._torch.routes import curvature, gauss_newton
-from jacops.operators._data import BlockDiagonal, StackOver, SumOver
-from jacops.planning import plan
-from jacops.space import Space
+from jacops.linalg import Diagonal, Identity, Matrix, Operator
 from small import draw, settled
 
 VERBS: dict[str, Callable[..., Any]] = {"hessian": jacops.hessian, "ggn": jacops.ggn}
@@ -219,7 +220,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(name: str) -> None:
     operator = operators[name]()
     need = operator.shape[0] ** 2 * 8 + 12 * 2**20 + 2**16
     assert not plan(operator.dense, budget=need).fits
-    with pytest.raises(jacops.MemoryBudgetError, match="working memory"):
+    with pytest.raises(jacops.errors.MemoryBudgetError, match="working memory"):
         operator.dense(budget=need)
     assert plan(operator.dense, budget="4GB").fits
 
@@ -279,7 +280,7 @@ if what == "plan":
 else:
     try:
         operator.dense(budget=budget)
-    except jacops.MemoryBudgetError:
+    except jacops.errors.MemoryBudgetError:
         pass
     print(high("VmHWM") - before)
 """

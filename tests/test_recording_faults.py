@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import jacops
-from jacops import NonFiniteError, NotDifferentiableError
+from jacops.errors import NonFiniteError, NotDifferentiableError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -163,11 +163,11 @@ def uses(make: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
         "dense": lambda: make().dense(),
         "A.T.dense": lambda: make().T.dense(),
         "gram": lambda: make().gram(),
-        "trace": lambda: jacops.trace(make().T @ make()),
-        "trace with probes": lambda: jacops.trace(make().T @ make(), probes=3),
-        "norm": lambda: jacops.norm(make()),
-        "spectral_norm": lambda: jacops.spectral_norm(make()),
-        "diagonal": lambda: jacops.diagonal(make().T @ make()),
+        "trace": lambda: jacops.linalg.trace(make().T @ make()),
+        "trace with probes": lambda: jacops.linalg.trace(make().T @ make(), probes=3),
+        "norm": lambda: jacops.linalg.norm(make()),
+        "spectral_norm": lambda: jacops.linalg.spectral_norm(make()),
+        "diagonal": lambda: jacops.linalg.diagonal(make().T @ make()),
     }
 
 
@@ -237,8 +237,8 @@ def test_nan_of_a_backward_is_refused_though_the_data_are_finite() -> None:
         lambda: jacops.hessian(Radial(), total, one, None) @ v,
         lambda: jacops.hessian(Radial(), total, one, None).dense(),
         lambda: jacops.hvp(Radial(), total, one, None, v),
-        lambda: jacops.diagonal(jacops.hessian(Radial(), total, one, None)),
-        lambda: jacops.eigenpairs(jacops.hessian(Radial(), total, one, None), 1),
+        lambda: jacops.linalg.diagonal(jacops.hessian(Radial(), total, one, None)),
+        lambda: jacops.linalg.eigenpairs(jacops.hessian(Radial(), total, one, None), 1),
     ):
         with pytest.raises(NonFiniteError):
             call()
@@ -255,7 +255,7 @@ def test_a_problem_names_batch_and_row(broken: str) -> None:
         lambda: problem.hessian().dense(),
         lambda: problem.ggn() @ v,
         lambda: problem.sample_gradients() @ v,
-        lambda: jacops.diagonal(problem.ggn()),
+        lambda: jacops.linalg.diagonal(problem.ggn()),
     ):
         with pytest.raises(NonFiniteError, match=rf"batch 2: .*{broken} holds nan in row 3"):
             call()
@@ -264,8 +264,8 @@ def test_a_problem_names_batch_and_row(broken: str) -> None:
 
 
 def test_plain_matrices_and_contributions_are_checked_too() -> None:
-    broken = jacops.Matrix(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))
-    large = jacops.Diagonal(torch.tensor([1e38, 1.0]))
+    broken = jacops.linalg.Matrix(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))
+    large = jacops.linalg.Diagonal(torch.tensor([1e38, 1.0]))
     jacobian = torch.full((2, 3, 4), torch.nan)
     for call in (
         lambda: broken @ torch.ones(2),
@@ -347,7 +347,7 @@ def test_a_module_exported_for_one_batch_size_is_refused_by_samples_and_right_as
     for given in (program.module(), torch.export.unflatten(program)):
         for call, plain in model_calls(model, x, y).items():
             if call in ("compute_jacobian", "contributions", "sample_gradients", "input_hessian"):
-                with pytest.raises(jacops.ModelStateError, match="dynamic_shapes"):
+                with pytest.raises(jacops.errors.ModelStateError, match="dynamic_shapes"):
                     model_calls(given, x, y)[call]()
             else:
                 torch.testing.assert_close(model_calls(given, x, y)[call](), plain())
@@ -429,7 +429,7 @@ def test_parameters_of_many_axes_are_right_in_every_operation(name: str, contigu
     torch.testing.assert_close(jacops.sample_jacobians(model, x).dense(), J)
     torch.testing.assert_close(jacops.empirical_fisher(model, mse, x, y).dense(), G.T @ G / 3)
     torch.testing.assert_close(jacops.modjac(model, x, flatten=True), J)
-    torch.testing.assert_close(jacops.diagonal(jacops.ggn(model, mse, x, y)), 2 * J.square().sum(0) / len(J))
+    torch.testing.assert_close(jacops.linalg.diagonal(jacops.ggn(model, mse, x, y)), 2 * J.square().sum(0) / len(J))
 
 
 # ---- fields that are None -------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_fields_of_an_output_that_are_none_stay_none(name: str) -> None:
 
 @pytest.mark.parametrize("tree", [lambda o: None, lambda o: (None, None), lambda o: {}])
 def test_an_output_without_tensors_is_refused(tree: Callable[[Tensor], Any]) -> None:
-    with pytest.raises(jacops.InputTypeError, match="without tensors"):
+    with pytest.raises(jacops.errors.InputTypeError, match="without tensors"):
         jacops.jacobian(Returning(tree), batch()[0])
 
 

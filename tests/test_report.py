@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from jacops._extras.report import Report, _visible
 from jacops.errors import InputError, InputTypeError, JacopsError, MissingExtraError
-from jacops.extras.report import Report, _visible
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import jacops
 import oracle
 import zoo
+from jacops._second_order import directional_derivative, input_hessian, laplacian
 from jacops.errors import JacopsWarning, NonFiniteError, NotDifferentiableError
-from jacops.second_order import directional_derivative, input_hessian, laplacian
 from oracle import leaves, mapped
 from refusals import Dropping
 from small import Calls, draw, small_net
@@ -182,9 +182,9 @@ def test_full_jacobian_with_a_graph_nests_to_any_order() -> None:
 def test_a_laplacian_is_the_same_without_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small_net(), draw(5, 3)
     expected = laplacian(model, x)
-    monkeypatch.setattr("jacops.second_order._laplacian._HESSIAN_ENTRIES", 1)
+    monkeypatch.setattr("jacops._second_order._laplacian._HESSIAN_ENTRIES", 1)
     close(laplacian(model, x), expected)
-    monkeypatch.setattr("jacops.second_order._laplacian._DIRECTION_ENTRIES", 12)
+    monkeypatch.setattr("jacops._second_order._laplacian._DIRECTION_ENTRIES", 12)
     close(laplacian(model, x), expected)
     two = lambda a, b: (a * b).sin().sum(1) * b.prod(1)  # noqa: E731
     inputs = (draw(4, 2), draw(4, 2, seed=1))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacops
-from jacops import Diagonal, Matrix, Operator, Problem, Space, TorchTwiceDifferentiable, compute_influences
+from jacops import Problem, TorchTwiceDifferentiable, compute_influences
 from jacops.errors import JacopsWarning, NonFiniteError, SolveError
+from jacops.linalg import Diagonal, Matrix, Operator, Space
 from jacops.solvers import CG, EKFAC, MINRES, Auto, Direct, Lanczos, LiSSA, Nystrom, inverse_quadratic_bounds, solve
 
 F32, F64 = torch.float32, torch.float64
@@ -398,7 +399,7 @@ def test_an_influence_that_was_not_checked_is_unchecked(solver: Any) -> None:
 
 
 def test_the_worst_status_of_all_tiles_is_the_status_and_figures_by_row_are_whole(monkeypatch: Any) -> None:
-    from jacops.influence import _run
+    from jacops._influence import _run
 
     wrapped, data = wrapped_net()
     monkeypatch.setattr(_run, "_TILE_BYTES", 7 * wrapped.num_params * 8)  # three tiles

@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from jacops import Diagonal, Matrix, Operator
 from jacops.errors import InputError, InputTypeError, JacopsError, NonFiniteError, SolveError
+from jacops.linalg import Diagonal, Matrix, Operator
 from jacops.solvers import CG, MINRES, Auto, Direct, LiSSA, Solution, Solver, Status, inverse, solve, solver_of
 from jacops.testing import check_operator
 from small import draw

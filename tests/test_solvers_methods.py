@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import jacops
-from jacops import Diagonal, Identity, Matrix, Operator, Space
 from jacops.errors import InputError, SolveError
+from jacops.linalg import Diagonal, Identity, Matrix, Operator, Space
 from jacops.solvers import CG, MINRES, Auto, Direct, Lanczos, LiSSA, Nystrom, inverse_quadratic_bounds, solve
 from small import draw, small_net
 from solver_cases import F32, F64, attainable, falling, operators, rotated, true_residual

@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacops
-from jacops import DataError, InputError, JacopsError, JacopsWarning, NotDifferentiableError, SparsePlan, samples_apart
-from jacops.extras.graph_files import read_bal, read_g2o, read_toro
+from jacops import JacopsError, JacopsWarning
+from jacops._extras.graph_files import read_bal, read_g2o, read_toro
+from jacops.errors import DataError, InputError, NotDifferentiableError
+from jacops.sparse import SparsePlan
+from jacops.sparse import samples_independent as samples_apart
 
 F32, F64 = torch.float32, torch.float64
 
@@ -292,10 +295,10 @@ def test_declared_patterns_that_lack_an_entry_of_a_small_row_are_refused() -> No
     with pytest.raises(InputError, match="row 11, column 4"):
         jacops.sparse_plan(model, x, wrt="inputs", pattern=holed)
     with pytest.raises(InputError, match="row 11, column 4"):
-        jacops.sparse(jacops.jacobian(model, x, wrt="inputs"), pattern=holed)
+        jacops.sparse.jacobian(jacops.jacobian(model, x, wrt="inputs"), pattern=holed)
     matrix = torch.from_numpy(rows_of(model, x, "inputs"))
     with pytest.raises(InputError, match="row 11, column 4"):
-        jacops.sparse(jacops.Matrix(matrix), pattern=sp.csr_array(holed))
+        jacops.sparse.jacobian(jacops.linalg.Matrix(matrix), pattern=sp.csr_array(holed))
 
 
 def test_declared_patterns_may_leave_rounding_out() -> None:
@@ -341,7 +344,9 @@ def test_a_float64_model_with_a_float32_part(way: str, tmp_path: Path) -> None:
     for one in (plan, SparsePlan.load(tmp_path / "plan"), jacops.sparse_plan(model, None, lift=False)):
         found = one.evaluate(model, None).matrix  # warnings are errors
         np.testing.assert_allclose(found.toarray(), right, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(jacops.sparse(jacops.jacobian(model, None)).matrix.to_dense(), right, 1e-6, 1e-7)
+    np.testing.assert_allclose(
+        jacops.sparse.jacobian(jacops.jacobian(model, None)).matrix.to_dense(), right, 1e-6, 1e-7
+    )
     whole = jacops.modjac(model, sparse=True, trainable_only=True).to_dense()
     np.testing.assert_allclose(whole, right, 1e-6, 1e-7)
     options: dict[str, Any] = {"progress": False, "max_steps": 3, "on_failure": "return"}

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize._numdiff import group_columns
 
-from jacops.sparsity import _coloring
-from jacops.sparsity._coloring import Coloring, color, greedy, group, reading
+from jacops.sparse import _coloring
+from jacops.sparse._coloring import Coloring, color, greedy, group, reading
 
 
 def is_valid(matrix: sp.csr_array, coloring: Coloring) -> bool:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from jacops.errors import JacopsError, NotDifferentiableError
-from jacops.sparsity import Pattern, detect_pattern, samples_apart
-from jacops.sparsity._pool import Pool
+from jacops.sparse import Pattern, detect_pattern, samples_apart
+from jacops.sparse._pool import Pool
 from small import Calls, draw
 from sparse_problems import F64, whole
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from jacops.errors import JacopsError
-from jacops.sparsity import Pattern, detect_pattern
+from jacops.sparse import Pattern, detect_pattern
 
 pytest.importorskip("expecttest", reason="torch's database of operations needs it")
 SAMPLES, LARGEST_INPUT, LARGEST_OUTPUT = 4, 150, 300

@@ -16,9 +16,10 @@ from torch.testing import assert_close
 
 import jacops
 import zoo
-from jacops import InputError, JacopsWarning, NonFiniteError, NotDifferentiableError
-from jacops.sparsity import SparsePlan, _point, sparse, sparse_plan
-from jacops.sparsity._compress import probe_factor
+from jacops import JacopsWarning
+from jacops.errors import InputError, NonFiniteError, NotDifferentiableError
+from jacops.sparse import SparsePlan, _point, sparse, sparse_plan
+from jacops.sparse._compress import probe_factor
 from layer_cases import LastState
 from small import Calls, draw, tied_net
 from sparse_problems import F64, Chain, Problem, bundle, pose_graph, rosenbrock_residual, small, whole
@@ -390,7 +391,7 @@ def test_declared_patterns_are_verified() -> None:
 def test_bounds_hold() -> None:
     """The factors of the certificate are those of the chi-squared quantiles."""
     assert [round(probe_factor(k), 1) for k in (1, 2, 3, 5, 10)] == [797.9, 31.6, 11.1, 4.9, 2.6]
-    J = jacops.Matrix(draw(9, 9))
+    J = jacops.linalg.Matrix(draw(9, 9))
     nearly = (J.matrix.abs() > 0.3).numpy()
     for probes in (3, 5):
         with pytest.raises(InputError, match="lacking"):
@@ -453,7 +454,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         arrays = {name: file[name] for name in file.files}
     for changed in (data[:100], b"", data[: len(data) // 2], b"PK" + data[9:]):
         path.write_bytes(changed)
-        with pytest.raises(jacops.DataError):
+        with pytest.raises(jacops.errors.DataError):
             SparsePlan.load(path)
     broken = {
         "inner": arrays["inner"] + 10**6,
@@ -465,7 +466,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     for name, value in broken.items():
         with path.open("wb") as file:
             np.savez(file, **(arrays | {name: value}))
-        with pytest.raises(jacops.DataError, match="damaged|version"):
+        with pytest.raises(jacops.errors.DataError, match="damaged|version"):
             SparsePlan.load(path)
     with pytest.raises(FileNotFoundError):
         SparsePlan.load(tmp_path / "none")

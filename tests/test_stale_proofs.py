@@ -465,7 +465,7 @@ def outcome(call: Call, case: Case) -> Any:
     """The result of a call, or the kind of its error: a loss whose samples mix has no influences."""
     try:
         return call(case)
-    except jacops.InputError as error:
+    except jacops.errors.InputError as error:
         return type(error)
 
 
@@ -498,18 +498,18 @@ CALLS: dict[str, tuple[Call, Call | None]] = {
     "diagonal": (
         lambda c: torch.stack(
             [
-                jacops.diagonal(jacops.ggn(c.model, mse, c.x, c.y)),
-                jacops.diagonal(jacops.hessian(c.model, mse, c.x, c.y)),
+                jacops.linalg.diagonal(jacops.ggn(c.model, mse, c.x, c.y)),
+                jacops.linalg.diagonal(jacops.hessian(c.model, mse, c.x, c.y)),
             ]
         ),
         lambda c: torch.stack([plain_ggn(c).diagonal(), plain_hessian(c).diagonal()]),
     ),
     "trace": (
-        lambda c: torch.tensor(jacops.trace(jacops.hessian(c.model, mse, c.x, c.y)).value, dtype=F64),
+        lambda c: torch.tensor(jacops.linalg.trace(jacops.hessian(c.model, mse, c.x, c.y)).value, dtype=F64),
         lambda c: plain_hessian(c).trace(),
     ),
     "norm": (
-        lambda c: torch.tensor(jacops.norm(jacops.hessian(c.model, mse, c.x, c.y)).value, dtype=F64),
+        lambda c: torch.tensor(jacops.linalg.norm(jacops.hessian(c.model, mse, c.x, c.y)).value, dtype=F64),
         lambda c: torch.linalg.matrix_norm(plain_hessian(c)),
     ),
     "model_jvp": (
@@ -542,7 +542,7 @@ CALLS: dict[str, tuple[Call, Call | None]] = {
         lambda c: plain_parameters(c, True),
     ),
     "sparse": (
-        lambda c: jacops.sparse(jacops.jacobian(c.model, c.x)).matrix.to_dense(),
+        lambda c: jacops.sparse.jacobian(jacops.jacobian(c.model, c.x)).matrix.to_dense(),
         lambda c: plain_parameters(c, True),
     ),
     "sparse_plan": (
@@ -623,7 +623,7 @@ class Between(Net):
 
 FORMS: dict[str, Callable[[Any], Tensor]] = {
     "dense": lambda A: A.dense(),
-    "diagonal": jacops.diagonal,
+    "diagonal": jacops.linalg.diagonal,
     "products": lambda A: A @ torch.eye(A.shape[1], dtype=F64),
 }
 MAKES: dict[str, tuple[Callable[[Case], Any], Call]] = {
@@ -792,7 +792,7 @@ def test_values_that_are_not_finite_prove_and_refuse_nothing() -> None:
     routes = repr(H)
     broken = v.clone()
     broken[0, 2] = float("nan")
-    with contextlib.suppress(jacops.NonFiniteError):
+    with contextlib.suppress(jacops.errors.NonFiniteError):
         H @ broken
     again = jacops.hessian(model, loss, x, y)
     torch.testing.assert_close(again @ v, expected)

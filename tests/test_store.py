@@ -24,7 +24,7 @@ from jacops.errors import (
     StoreIncompleteError,
     StoreMismatchError,
 )
-from jacops.extras.store import Grid, Store, StoredRun, read_store
+from jacops.store import Grid, Store, StoredRun, read_store
 from stored_run import ARRAYS, FACTORS, IDENTITY, INFLUENCES, TILES, fill, tile, truth, whole
 
 

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jacops.errors import InputError, InputTypeError
-from jacops.extras.store import DataDigest, digest_data, digest_function, digest_module, digest_tensors, surroundings
+from jacops.store import DataDigest, digest_data, digest_function, digest_module, digest_tensors, surroundings
 from small import draw, small_net
 
 CASES = """
 import torch, numpy as np
 from torch import nn
-from jacops.extras.store import digest_data, digest_function, digest_module, digest_tensors
+from jacops._extras.store import digest_data, digest_function, digest_module, digest_tensors
 x = torch.arange(6.0).reshape(2, 3)
 class Loss(nn.Module):
     def forward(self, output, y): return ((output - y) ** 2).mean()

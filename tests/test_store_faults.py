@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from jacops.errors import JacopsWarning, StoreBusyError, StoreDamagedError, StoreFileError, StoreIncompleteError
-from jacops.extras.store import Grid, Store, StoredRun, read_store
+from jacops.store import Grid, Store, StoredRun, read_store
 from stored_run import ARRAYS, IDENTITY, TILES, fill, hold_and_fork, tile, truth, whole, work
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -28,7 +28,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_processes() -> None:
-    PROCESSES.set_forkserver_preload(["jacops.extras.store", "zarr.codecs"])  # what takes long to import
+    PROCESSES.set_forkserver_preload(["jacops.store", "zarr.codecs"])  # what takes long to import
     first = PROCESSES.Process(target=time.sleep, args=(0,))
     first.start()
     first.join()

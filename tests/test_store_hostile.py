@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jacops.errors import JacopsError, JacopsWarning, StoreDamagedError
-from jacops.extras.store import Store, StoredRun
+from jacops.store import Store, StoredRun
 from stored_run import ARRAYS, IDENTITY, truth, whole
 
 HOSTILE: list[Any] = [

@@ -17,8 +17,8 @@ pytest.importorskip("zarr")
 import jacops
 from jacops import TorchTwiceDifferentiable, compute_influences
 from jacops.errors import JacopsError, JacopsWarning, SolveError, StoreDamagedError, StoreMismatchError
-from jacops.extras.store import Grid, Store, StoredRun
 from jacops.solvers import CG, EKFAC, Lanczos, Nystrom
+from jacops.store import Grid, Store, StoredRun
 
 CALLS: Counter[str] = Counter()
 
@@ -54,7 +54,7 @@ def data(rows: int, seed: int, dtype: torch.dtype = torch.float64) -> Passes:
     return Passes(zip(x.split(8), y.split(8), strict=True))
 
 
-def run(store: Path | None, model: nn.Module | None = None, **options: Any) -> jacops.Influences:
+def run(store: Path | None, model: nn.Module | None = None, **options: Any) -> jacops.results.Influences:
     settings: dict[str, Any] = {"curvature": "ggn", "damping": 1.0, "test_data": data(7, 1), **options}
     train = settings.pop("train", None) or data(20, 0)
     return compute_influences(

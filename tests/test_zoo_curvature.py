@@ -10,8 +10,8 @@ from torch import Tensor
 import jacops
 import oracle
 import zoo
+from jacops._trees import flatten
 from jacops.errors import JacopsError
-from jacops.trees import flatten
 from oracle import leaves, mapped
 from zoo import BY_NAME, ZOO, Case
 

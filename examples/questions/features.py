@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import jacops
-from jacops.extras.report import Report
+from jacops._extras.report import Report
 from questions import Answer, look
 
 QUESTION = "Which features does each embedding coordinate rest on?"

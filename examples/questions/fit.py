@@ -14,7 +14,7 @@ from scipy.optimize import least_squares
 from torch import Tensor, nn
 
 import jacops
-from jacops.extras.report import Report
+from jacops._extras.report import Report
 from questions import Answer, look
 
 QUESTION = "Which step shrinks a residual?"

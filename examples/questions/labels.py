@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import jacops
-from jacops.extras.report import Report
+from jacops._extras.report import Report
 from questions import Answer, look
 
 QUESTION = "Which training points moved a prediction?"

@@ -2,44 +2,28 @@
 
 # fmt: off
 # isort: off
-from .attribution import (
-    Contributions, JacobianVerification, contributions, project_jacobian, reduce_contributions, verify_jacobian,
-)
+from ._attribution import Contributions, JacobianVerification, contributions, project_jacobian, reduce_contributions, verify_jacobian
 from .charts import SE2, SE3, SO2, SO3, Chart
-from .checks import check
-from .derivatives import ggn, ggnvp, hessian, hvp, jacobian
-from .errors import (
-    DataError, InputError, InputTypeError, JacopsError, JacopsWarning, MemoryBudgetError, MissingExtraError,
-    ModelStateError, NonFiniteError, NotDifferentiableError, SolveError, StoreBusyError, StoreDamagedError, StoreError,
-    StoreFileError, StoreIncompleteError, StoreMismatchError,
-)
-from .estimators import (
-    DiagonalEstimate, Eigenpairs, Estimate, SpectralDensity, SpectralNorm, diagonal, effective_dimension, eigenpairs,
-    norm, spectral_density, spectral_norm, trace,
-)
-from .extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
-from .extras.store import Grid, Store, StoredRun, read_store
-from .fisher import fisher
-from .influence import (
-    DataLoaderType, InfluenceFactors, Influences, InverseHvpResult, ModelType, TensorType, TensorUtilities,
-    TorchTensorUtilities, TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences,
-    self_influences,
-)
-from .jacobians import compute_jacobian, full_jacobian, modjac
-from .least_squares import LeastSquaresResult, gauss_newton, levenberg_marquardt
-from .operators import Diagonal, Identity, LayerFactors, Matrix, Operator
-from .per_sample import empirical_fisher, sample_gradients, sample_jacobians
-from .planning import Plan, PlannedRoute, plan
-from .problem import Problem
-from .products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
-from .projections import Projection, pca_projection
-from .second_order import directional_derivative, input_hessian, laplacian
-from .solvers import (
-    CG, EKFAC, MINRES, Auto, Direct, Lanczos, LiSSA, Nystrom, Solution, Solver, Status, inverse,
-    inverse_quadratic_bounds, solve,
-)
-from .space import Space
-from .sparsity import Pattern, SparseJacobian, SparsePlan, detect_pattern, samples_apart, sparse, sparse_plan
+from ._checks import check
+from ._derivatives import ggn, ggnvp, hessian, hvp, jacobian
+from .errors import DataError, InputError, InputTypeError, JacopsError, JacopsWarning, MemoryBudgetError, MissingExtraError, ModelStateError, NonFiniteError, NotDifferentiableError, SolveError, StoreBusyError, StoreDamagedError, StoreError, StoreFileError, StoreIncompleteError, StoreMismatchError
+from ._estimators import DiagonalEstimate, Eigenpairs, Estimate, SpectralDensity, SpectralNorm, diagonal, effective_dimension, eigenpairs, norm, spectral_density, spectral_norm, trace
+from ._extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
+from .store import Grid, Store, StoredRun, read_store
+from ._fisher import fisher
+from ._influence import DataLoaderType, InfluenceFactors, Influences, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities, TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences
+from ._jacobians import compute_jacobian, full_jacobian, modjac
+from .fit import LeastSquaresResult, gauss_newton, levenberg_marquardt
+from ._operators import Diagonal, Identity, LayerFactors, Matrix, Operator
+from ._per_sample import empirical_fisher, sample_gradients, sample_jacobians
+from ._planning import Plan, PlannedRoute, plan
+from ._problem import Problem
+from ._products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
+from ._projections import Projection, pca_projection
+from ._second_order import directional_derivative, input_hessian, laplacian
+from .solvers import CG, EKFAC, MINRES, Auto, Direct, Lanczos, LiSSA, Nystrom, Solution, Solver, Status, inverse, inverse_quadratic_bounds, solve
+from ._space import Space
+from .sparse import Pattern, SparseJacobian, SparsePlan, detect_pattern, samples_apart, sparse, sparse_plan
 
 __version__ = "0.1.0"
 
@@ -70,7 +54,7 @@ def __getattr__(name: str) -> object:
     if name not in ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from .influence import _jax
+        from ._influence import _jax
     except ModuleNotFoundError:
         raise MissingExtraError("jax", "jax") from None
     return getattr(_jax, name)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ._trees import flatten
 from .errors import InputError, InputTypeError
-from .trees import flatten
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type(...))
 

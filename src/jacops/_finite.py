@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._trees import flatten
 from .errors import NonFiniteError
-from .trees import flatten
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ._finite import is_finite, where_first
 from ._ladder.protocol import FrameworkModel, Recorded, SampleRows, is_framework_model
+from ._operators import LayerFactors, LinearizedMap, Operator, Product
+from ._space import Space
 from ._torch.protocol import Rows, positive_everywhere, record_model
+from ._trees import output_leaves
 from .errors import InputError, NonFiniteError
-from .operators import LayerFactors, LinearizedMap, Operator, Product
-from .space import Space
-from .trees import output_leaves
 
 
 def recorded(model: Any, inputs: Any, **options: Any) -> Any:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ._ladder.protocol import FrameworkModel
+from ._objective import Objective, checked_loss
 from ._picks import Picks, picked
 from ._recorded_loss import trainable
 from ._reduction import offset
 from ._runtime.contexts import eager
+from ._space import Space
 from ._torch.protocol import Reduction
 from .errors import InputError
-from .objective import Objective, checked_loss
-from .space import Space
 
 
 class FrameworkObjective(Objective):

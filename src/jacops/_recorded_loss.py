@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
 from ._torch.protocol import Linearization, Recording, call_loss, record_further, record_model
+from ._trees import Selector, flatten
 from .errors import InputError, InputTypeError, NotDifferentiableError
-from .trees import Selector, flatten
 
 Loss = Callable[[Any, Any], Tensor]
 

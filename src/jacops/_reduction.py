@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ._data import Batch
 from ._finite import is_finite, row_in_data, where_first
 from ._runtime.agreement import size
 from ._runtime.contexts import private_noise
+from ._space import Space
 from ._torch.protocol import one_row
-from .data import Batch
+from ._trees import flatten
 from .errors import InputError, JacopsError, NonFiniteError
-from .space import Space
-from .trees import flatten
 
 FEW_ROWS = 8
 _TOLERANCE = 1e-3  # a sum taken for a mean is off by a factor of the rows; the order of summation by some rounding

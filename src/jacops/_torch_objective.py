@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._data import Batch
+from ._derivatives import ggn_at, hessian_at, shifted_gradient
 from ._digests import digest_function, digest_module
 from ._finite import check_finite, is_finite
+from ._objective import Objective, checked_loss
+from ._operators import LayerFactors, Operator
+from ._operators._finite_results import Source, with_source
+from ._per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
 from ._recorded_loss import CurvatureOptions, Loss, record_loss, record_loss_of, trainable
 from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
 from ._runtime.contexts import seeded, sweeping
 from ._runtime.restoring import restoring
+from ._space import Space
 from ._torch.protocol import (
     Recording,
     Reduction,
@@ -29,15 +36,8 @@ from ._torch.protocol import (
     record_model,
     weights_of,
 )
-from .data import Batch
-from .derivatives import ggn_at, hessian_at, shifted_gradient
+from ._trees import flatten
 from .errors import InputError, InputTypeError, NotDifferentiableError
-from .objective import Objective, checked_loss
-from .operators import LayerFactors, Operator
-from .operators._finite_results import Source, with_source
-from .per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
-from .space import Space
-from .trees import flatten
 
 
 class _Kept:

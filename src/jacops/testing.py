@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._checks import adjoint_check
+from ._operators import Operator
 from ._runtime.agreement import size, tolerance
 from ._runtime.contexts import private_noise
-from .checks import adjoint_check
-from .operators import Operator
 
 
 class LawBrokenError(AssertionError):

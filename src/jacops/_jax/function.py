@@ -14,10 +14,10 @@ from torch import Tensor
 from .._finite import is_finite
 from .._ladder.protocol import SampleRows, Shift
 from .._runtime.counter import Draws
+from .._space import Space
 from .._torch.protocol import Likelihood, computed_likelihood
+from .._trees import flatten, output_leaves
 from ..errors import InputError, InputTypeError
-from ..space import Space
-from ..trees import flatten, output_leaves
 from .adapted import Apply, by_input, itself, key_of, selecting
 from .crossing import filled, is_floating, to_jax, to_numpy, to_torch, tree_to_jax
 from .layers import JaxLayers

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._space import Space
+from .._trees import Tree
 from ..errors import InputError
-from ..space import Space
-from ..trees import Tree
 from .crossing import filled, to_numpy
 from .model import Model
 from .points import Point

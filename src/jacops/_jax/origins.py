@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .._finite import check_vector
+from .._space import Space
 from ..errors import InputError, InputTypeError
-from ..space import Space
 from .crossing import filled, is_floating, to_numpy, to_torch
 from .model import Model
 from .parameters import Parameters

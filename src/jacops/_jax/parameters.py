@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from .._space import Space
 from ..errors import InputTypeError, ModelStateError, NotDifferentiableError
-from ..space import Space
 from .crossing import is_floating, to_jax, torch_dtype
 
 Picks = Callable[[str, Any], bool]

@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from .._finite import check_outputs, is_finite, where_first
+from .._space import Space
 from ..errors import NonFiniteError
-from ..space import Space
 from .crossing import to_torch
 from .model import Model
 from .points import Point

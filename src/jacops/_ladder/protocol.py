@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..space import Space
-    from ..trees import Tree
+    from .._space import Space
+    from .._trees import Tree
 
 Picks = Callable[[str, Any], bool]
 Shift = Callable[[Any, int], Any]  # parameter and its number -> what is added to it

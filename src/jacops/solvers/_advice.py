@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..operators import Operator
+from .._operators import Operator
 from ._solution import OUT_OF_RANGE, Solution, Status, gravest, residual_text
 
 

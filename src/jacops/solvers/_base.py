@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._operators import Operator
 from .._runtime.contexts import eager
+from .._space import Space
 from ..errors import InputError, InputTypeError, warn
-from ..operators import Operator
-from ..space import Space
 from ._judge import Judge, Raw
 from ._solution import Solution, Status
 from ._system import System

@@ -8,9 +8,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from .._operators import Operator
 from .._requirements import check_positive
 from ..errors import InputError
-from ..operators import Operator
 from ._base import Prepared, Solver
 from ._block import block_iteration
 from ._judge import Raw, condition_limit

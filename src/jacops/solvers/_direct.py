@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .._finite import on_finite_rows
 from .._lanczos import KrylovSpace
+from .._operators import Identity, LayerFactors, Matrix, Operator
 from .._runtime.contexts import private_noise
 from ..errors import InputError
-from ..operators import Identity, LayerFactors, Matrix, Operator
 from ._base import Prepared, Raw, Solver
 from ._judge import condition_limit
 from ._solution import Status

@@ -9,10 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .._operators import Operator
+from .._operators._eigen_blocks import EigenBlocks, covered, ridge_values
 from .._runtime.contexts import eager
 from ..errors import InputError
-from ..operators import Operator
-from ..operators._eigen_blocks import EigenBlocks, covered, ridge_values
 from ._base import Prepared, Solver
 from ._judge import Raw
 from ._kronecker_passes import Fisher, Passes, check_source, estimated

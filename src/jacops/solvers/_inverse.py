@@ -9,9 +9,9 @@ from typing import Any, Literal, final
 from torch import Tensor
 
 from .._keywords import keywords
+from .._operators import Operator
+from .._space import Space
 from ..errors import InputError, InputTypeError, SolveError
-from ..operators import Operator
-from ..space import Space
 from ._advice import advice
 from ._base import Prepared, Solver
 from ._names import NAMES
@@ -54,7 +54,7 @@ def solve(
     Example:
         >>> import jacops
         >>> import torch
-        >>> A = jacops.Matrix(torch.tensor([[4.0, 0.0], [0.0, 16.0]]), symmetric=True)
+        >>> A = jacops.linalg.Matrix(torch.tensor([[4.0, 0.0], [0.0, 16.0]]), symmetric=True)
         >>> solve(A, torch.tensor([4.0, 16.0])).x
         tensor([[1., 1.]])
     """

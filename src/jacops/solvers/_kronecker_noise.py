@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .._operators._noise import DIRECTIONS, ratio
 from .._torch.protocol import Gradients, OuterGradients
-from ..operators._noise import DIRECTIONS, ratio
 
 
 @final

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .._finite import is_finite
 from .._ladder.protocol import is_framework_model
+from .._operators import Operator
+from .._operators._eigen_blocks import Block
 from .._runtime.counter import Draws
+from .._space import Space
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
-from ..operators import Operator
-from ..operators._eigen_blocks import Block
-from ..space import Space
 from ._kronecker_noise import Noise
 from ._kronecker_sums import Basis, OuterSums, RowSums
 from ._output_curvature import Directions, Given

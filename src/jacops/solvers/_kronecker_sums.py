@@ -10,9 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .._operators._eigen_blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
-from ..operators._eigen_blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
 
 _CHUNK_ENTRIES = 2**22  # 16 MiB of gradients in float32, as in `_runtime.chunks`
 

@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from .._operators import Operator
 from ..errors import InputError
-from ..operators import Operator
 from ._base import Prepared, Solver
 from ._cg import check_options
 from ._judge import Raw

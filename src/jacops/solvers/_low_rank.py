@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._lanczos import KrylovSpace
+from .._operators import Operator
 from .._requirements import check_positive
 from ..errors import NonFiniteError
-from ..operators import Operator
 from ._base import Prepared, Solver
 from ._judge import Raw
 from ._sketch import sketch

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..operators import Operator
+from .._operators import Operator
 from ._base import Prepared, Solver
 from ._cg import check_options, steps_allowed
 from ._judge import Raw, condition_limit

@@ -20,8 +20,8 @@ from .._ladder.protocol import FrameworkModel, Recorded, is_framework_model
 from .._runtime.contexts import out_of_inference, private_noise, recording, sweeping
 from .._runtime.restoring import restoring
 from .._torch.protocol import Likelihood, Recording, call_loss, counted_labels, likelihood_of
+from .._trees import flatten, output_leaves
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
-from ..trees import flatten, output_leaves
 from ._output_curvature import Blocks, Elementwise, OutputHessian, Softmax
 
 _FULL_ENTRIES = 2**26  # 512 MiB of blocks, which are held in float64

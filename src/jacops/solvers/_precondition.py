@@ -9,10 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from .._estimators import diagonal
 from .._finite import is_finite, on_finite_rows
+from .._operators import Matrix, Operator
 from ..errors import InputError, InputTypeError, NonFiniteError
-from ..estimators import diagonal
-from ..operators import Matrix, Operator
 from ._base import Solver
 from ._sketch import sketch
 from ._structure import in_memory

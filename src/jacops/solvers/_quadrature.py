@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
+from .._operators import Operator
 from .._runtime.contexts import eager
 from ..errors import InputError
-from ..operators import Operator
 from ._base import check_rows
 from ._judge import Judge, times
 from ._system import System

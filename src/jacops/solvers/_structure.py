@@ -10,10 +10,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
-from ..operators._algebra import factors_of
-from ..operators._data import BlockDiagonal, StackOver, SumOver
-from ..space import Space
+from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from .._operators._algebra import factors_of
+from .._operators._data import BlockDiagonal, StackOver, SumOver
+from .._space import Space
 
 MOST_ROWS = 10_000  # whose matrix is still factorised: 800 MB in float64, some seconds
 

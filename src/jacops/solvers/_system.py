@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
+from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 from .._runtime.contexts import private_noise
 from ..errors import InputError, InputTypeError
-from ..operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 
 RowMap = Callable[[Tensor], Tensor]
 _CHUNK_ENTRIES = 2**24  # entries of a matrix that are made double at a time: 128 MiB

@@ -20,8 +20,8 @@ from ..._runtime.chunks import Chunks
 from ..._runtime.contexts import out_of_inference, random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import WritesState
+from ..._trees import Selector, select
 from ...errors import InputError, ModelStateError
-from ...trees import Selector, select
 from ..model.cut import At, Cut
 from ..model.inputs import forward_explained
 from ..model.replica import replicate

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._trees import is_differentiable
 from ...errors import InputError, ModelStateError
-from ...trees import is_differentiable
 
 At = None | str | tuple[str | None, str | None]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._runtime.contexts import out_of_inference
+from ..._trees import flatten, is_differentiable
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
-from ...trees import flatten, is_differentiable
 
 
 def check_fallback(fallback: str) -> str:

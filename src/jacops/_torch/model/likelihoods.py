@@ -26,7 +26,7 @@ from ..._runtime.contexts import (
 )
 from ..._runtime.counter import Draws
 from ..._runtime.restoring import restoring
-from ...trees import Tree
+from ..._trees import Tree
 from .loss_facts import counted, counts_targets, reduction_of, terms_per_row, torch_loss
 from .losses import call_loss
 from .row_losses import RowLosses

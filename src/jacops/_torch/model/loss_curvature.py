@@ -20,7 +20,7 @@ from ..._runtime.contexts import (
     sweeping,
 )
 from ..._runtime.restoring import restoring
-from ...trees import Tree, flatten
+from ..._trees import Tree, flatten
 from .losses import call_loss
 
 Rows = Callable[[Tensor], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..._runtime.contexts import random_state_kept
 from ..._runtime.restoring import restoring
-from ...trees import flatten
+from ..._trees import flatten
 from .loss_facts import Reweighted, counts_targets, is_torch_module, torch_loss
 from .losses import call_loss
 

@@ -21,8 +21,8 @@ from ..._progress import track
 from ..._runtime.chunks import Chunks
 from ..._runtime.contexts import must_surface
 from ..._runtime.memory import Budget, given_tensors
+from ..._trees import Selector, flatten, hint_at_labels, is_differentiable
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError
-from ...trees import Selector, flatten, hint_at_labels, is_differentiable
 from ..model.cut import At
 from ..model.inputs import check_fallback
 from ..model.replica import bare, check_state

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..._ladder.failures import RouteFailedError
 from ..._ladder.plan import Cost, Memory
-from ...trees import is_differentiable
+from ..._trees import is_differentiable
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linearization import Linearization
 from .independent import SamplesIndependent

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..._ladder.route import answer
 from ..._runtime.contexts import autocast_on, norms_written_out
 from ..._runtime.rows import Rows
+from ..._trees import Tree, flatten, is_differentiable, output_leaves
 from ...errors import NotDifferentiableError
-from ...trees import Tree, flatten, is_differentiable, output_leaves
 from ..sweeps.ask import SweepAsk
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm

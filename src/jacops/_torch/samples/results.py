@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..._runtime.memory import Budget, check_places, ensure_fits
+from ..._trees import Tree
 from ...errors import ModelStateError
-from ...trees import Tree
 from .runs import Run
 
 Shapes = list[tuple[int, ...]]

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from ..._runtime.contexts import arithmetic, autocast_on, random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
+from ..._trees import Selector, Tree, output_leaves, select
 from ...errors import ModelStateError, NotDifferentiableError
-from ...trees import Selector, Tree, output_leaves, select
 from ..model.cut import At, Cut
 from ..model.inputs import forward_explained, private_inputs, split_input
 from ..model.replica import Replica, replicate

@@ -22,8 +22,8 @@ from ..._runtime.contexts import must_surface, sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, basis, contracted, dense, plain, zero_rows
 from ..._runtime.side_effects import SideEffects
+from ..._space import Space
 from ...errors import JacopsError
-from ...space import Space
 from .ask import SweepAsk
 from .double_backward import DoubleBackward
 from .graph import GraphInfo, inspect_graph, passed_bytes, saved_bytes

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..._runtime.contexts import autocast_on, random_state_kept, recording, refuse_transforms
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
+from ..._trees import Selector, Tree, flatten, output_leaves, select
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
-from ...trees import Selector, Tree, flatten, output_leaves, select
 from ..model.cut import At, Cut
 from ..model.inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
 from ..model.replica import Replica, bare, check_state, parameter_names, replicate

@@ -1,0 +1,280 @@
+"""Passes over a data set that are provably the same pass each time."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._digests import byte_view
+from ._progress import track
+from ._runtime.contexts import random_state_kept, random_states, refuse_transforms, set_random_states
+from ._runtime.restoring import restoring
+from ._trees import flatten
+from .errors import DataError, InputError, InputTypeError
+
+Unpack = Callable[[Any], tuple[Any, ...]]
+_TARGETS = ("labels", "label", "targets", "target", "y")
+_WEIGHTS = ("weights", "weight", "sample_weight")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of data.
+
+    Attributes:
+        x: The model's input: a tensor, a tuple of positional or a mapping of keyword arguments.
+        y: The target.
+        rows: How many.
+        weights: How much each row counts, `(rows,)`; None where all count alike.
+        place: The data that it is a batch of, and its number there; None for a part of one.
+    """
+
+    x: Any
+    y: Any
+    rows: int
+    weights: Tensor | None = None
+    place: tuple[Batches, int] | None = field(default=None, repr=False, compare=False)
+
+    def part(self, where: slice | Tensor) -> Batch:
+        """Return some of the rows."""
+        leaves, tree = flatten((self.x, self.y), "batch")
+        x, y = tree.build([leaf[where] if hasattr(leaf, "shape") else leaf for leaf in leaves])
+        rows = len(range(*where.indices(self.rows))) if isinstance(where, slice) else int(where.numel())
+        return Batch(x, y, rows, None if self.weights is None else self.weights[where])
+
+
+def rows_of(x: Any) -> int:
+    """Return the length of the first axis of the arrays in a model's input."""
+    return next(int(leaf.shape[0]) for leaf in flatten(x, "x")[0] if hasattr(leaf, "shape"))
+
+
+class Batches:
+    """Batches that can be read again and again in one order.
+
+    A batch is a pair `(x, y)`; a mapping with its target under `labels`, `label`, `targets`, `target` or `y` (and
+    sample weights under `weights`, `weight` or `sample_weight`), the rest being keyword arguments of the model; or
+    whatever `unpack` makes a pair or a triple `(x, y, weights)` of.
+
+    Args:
+        loader: A DataLoader, or any iterable of batches that can be read more than once; a single pair is one batch.
+        name: How messages call it.
+        unpack: Batch -> `(x, y)` or `(x, y, weights)`.
+
+    Raises:
+        DataError: It can be read once only, or it shuffles.
+        InputTypeError: It is not iterable.
+    """
+
+    @classmethod
+    def of(cls, loader: Any, name: str, unpack: Unpack | None = None) -> Batches:
+        """Return `loader` as batches; one that is already stays, and goes on comparing its passes."""
+        return loader if isinstance(loader, Batches) else cls(loader, name, unpack)
+
+    def __init__(self, loader: Any, name: str, unpack: Unpack | None = None) -> None:
+        if isinstance(loader, tuple) and len(loader) == 2 and hasattr(loader[1], "shape"):
+            loader = [loader]
+        if not isinstance(loader, Iterable):
+            raise InputTypeError.of(name, f"a {type(loader).__name__}", "an iterable of batches (x, y) is needed")
+        if isinstance(loader, Iterator):
+            came = "a generator, which can be read once"
+            raise DataError.of(name, came, "several passes are needed", "Pass a list, a Dataset or a DataLoader.")
+        _refuse_random(loader, name)
+        self.loader, self.name, self.unpack = loader, name, unpack
+        self._digests: list[int] | None = None
+        self._rows = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of all batches; reads them once if no pass was made yet."""
+        self._read_once()
+        return self._rows
+
+    @property
+    def count(self) -> int:
+        """Batches of a pass; reads the data once if no pass was made yet."""
+        return len(self._read_once())
+
+    @property
+    def digest(self) -> str:
+        """A number that another order or other values would change; reads the data once if no pass was made yet."""
+        return f"{zlib.crc32(repr(self._read_once()).encode()):08x}-{self._rows}"
+
+    def _read_once(self) -> list[int]:
+        """Return the digests of the batches, after a first pass if none was made yet."""
+        if self._digests is None:
+            for _ in self:
+                pass
+        return self._digests or []
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches; the caller's random state does not move.
+
+        Raises:
+            DataError: There are no batches, or a pass differs from the first one.
+        """
+        refuse_transforms()
+        digests: list[int] = []
+        rows = 0
+        copies = _Copies(self.loader)
+        for number, raw in enumerate(_drawn(self.loader)):
+            batch, digest = self._read(raw, number)
+            self._compare(number, digest)
+            digests.append(digest)
+            rows += batch.rows
+            copies.note(batch)
+            yield batch
+        copies.refuse(self.name)
+        if not digests:
+            raise DataError.of(self.name, "empty", "at least one batch is needed")
+        if self._digests is not None and len(digests) != len(self._digests):
+            came = f"{len(digests)} batches in this pass"
+            raise DataError.of(self.name, came, f"the first pass had {len(self._digests)}")
+        self._digests, self._rows = digests, rows
+
+    def tracked(self, what: str, enabled: bool | None = None) -> Iterable[Batch]:
+        """Yield as `iter` does, behind a progress bar."""
+        return track(self, what, enabled=enabled)
+
+    def _compare(self, number: int, digest: int) -> None:
+        if self._digests is not None and (number >= len(self._digests) or self._digests[number] != digest):
+            came = f"different in batch {number} from the first pass"
+            needed = "all passes must be the same"
+            raise DataError.of(self.name, came, needed, "Take shuffling and random augmentation out of it.")
+
+    def _read(self, raw: Any, number: int) -> tuple[Batch, int]:
+        parts = self._unpacked(raw, number)
+        x, y, weights = (*parts, None)[:3]
+        arrays = [leaf for leaf in flatten((x, y), "batch")[0] if hasattr(leaf, "shape")]
+        lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in arrays}
+        if len(lengths) != 1 or None in lengths:
+            came = f"giving lengths {sorted(map(str, lengths))} in batch {number}"
+            raise DataError.of(self.name, came, "x and y need one row per sample")
+        rows = int(lengths.pop() or 0)
+        if weights is not None:
+            weights = _checked_weights(weights, rows, number, self.name)
+        digest = _digest([*arrays, *([] if weights is None else [weights])])
+        return Batch(tuple(x) if isinstance(x, list) else x, y, rows, weights, (self, number)), digest
+
+    def _unpacked(self, raw: Any, number: int) -> tuple[Any, ...]:
+        if self.unpack is not None:
+            parts = self.unpack(raw)
+            if not isinstance(parts, tuple) or len(parts) not in (2, 3):
+                came = f"returning a {type(parts).__name__} for batch {number} of {self.name}"
+                raise InputError.of("unpack", came, "a tuple (x, y) or (x, y, weights) is needed")
+            return parts
+        if isinstance(raw, list | tuple) and len(raw) == 2:
+            return tuple(raw)
+        if isinstance(raw, Mapping):
+            named = _by_name(raw)
+            if named is not None:
+                return named
+            came = f"batch {number} with keys {list(raw)}"
+        elif isinstance(raw, list | tuple):
+            came = f"{len(raw)} things as batch {number}"
+        else:
+            came = f"a {type(raw).__name__} as batch {number}"
+        todo = "Say with `unpack=` how a batch becomes (x, y) or (x, y, weights)."
+        raise DataError.of(self.name, f"giving {came}", "pairs (x, y) are needed", todo)
+
+
+_END = object()
+
+
+def _drawn(loader: Any) -> Iterator[Any]:
+    """Yield what a loader yields; the random numbers that it draws continue from one to the next.
+
+    No state is changed while the generator is suspended: an interrupt in the loop around it leaves none behind.
+    """
+    steps: list[Any] = []
+    states: list[Any] | None = None
+    while True:
+        raw, states = _step(loader, steps, states)
+        if raw is _END:
+            return
+        yield raw
+
+
+@restoring
+def _step(loader: Any, steps: list[Any], states: list[Any] | None) -> tuple[Any, list[Any]]:
+    """Return the next item of the iterator in `steps`, made if there is none, and the random states after it."""
+    with random_state_kept():
+        if states is not None:
+            set_random_states(states)
+        if not steps:
+            steps.append(iter(loader))
+        return next(steps[0], _END), random_states()
+
+
+class _Copies:
+    """Rows that every worker of a loader gives again, as an IterableDataset does that does not share itself out."""
+
+    def __init__(self, loader: Any) -> None:
+        from torch.utils.data import IterableDataset
+
+        workers = getattr(loader, "num_workers", 0)
+        self.workers = workers if isinstance(getattr(loader, "dataset", None), IterableDataset) else 0
+        self.seen: list[int] = []
+
+    def note(self, batch: Batch) -> None:
+        """Remember the rows of a batch."""
+        if self.workers < 2:
+            return
+        arrays = [leaf for leaf in flatten((batch.x, batch.y), "batch")[0] if hasattr(leaf, "shape")]
+        self.seen += [_digest([array[row] for array in arrays]) for row in range(batch.rows)]
+
+    def refuse(self, name: str) -> None:
+        """Refuse data in which every row came once from every worker.
+
+        Raises:
+            DataError: It did.
+        """
+        if self.workers > 1 and self.seen and self.workers * len(set(self.seen)) == len(self.seen):
+            came = f"an IterableDataset that gives every row {self.workers} times, once from each worker"
+            todo = "Share it out by `torch.utils.data.get_worker_info()`, or take one worker."
+            raise DataError.of(name, came, "every row must come once", todo)
+
+
+def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:
+    """Return `(x, y, weights)` of a mapping, by the usual names; None where it names no target."""
+    target = next((key for key in _TARGETS if key in raw), None)
+    if target is None:
+        return None
+    weight = next((key for key in _WEIGHTS if key in raw), None)
+    rest = {key: value for key, value in raw.items() if key not in (target, weight)}
+    return rest, raw[target], None if weight is None else raw[weight]
+
+
+def _digest(arrays: list[Any]) -> int:
+    digest = 0
+    for array in arrays:
+        view = byte_view(array.cpu()).numpy() if isinstance(array, Tensor) else np.ascontiguousarray(array)
+        digest = zlib.crc32(view.tobytes(), digest)
+    return digest
+
+
+def _checked_weights(weights: Any, rows: int, number: int, name: str) -> Tensor:
+    label = f"the weights in batch {number} of {name}"
+    if not isinstance(weights, Tensor):
+        weights = torch.as_tensor(np.array(weights))
+    if tuple(weights.shape) != (rows,):
+        raise InputError.of(label, f"of shape {tuple(weights.shape)}", f"one number per row, ({rows},), is needed")
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise InputError.of(label, "negative or not finite", "every weight must be a finite number, 0 or more")
+    return weights.detach()
+
+
+def _refuse_random(loader: Any, name: str) -> None:
+    """Refuse samplers that are random by kind: with the random state put back, their passes would agree by chance."""
+    from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+    for sampler in samplers:
+        if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+            needed = "rows and columns of the result need one order"
+            raise DataError.of(name, f"a loader with a {type(sampler).__name__}", needed, "Make it with shuffle=False.")

@@ -1,0 +1,259 @@
+"""The spectral density of a symmetric operator, and traces of functions of it, by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._keywords import keywords
+from .._lanczos import KrylovSpace
+from .._operators import Operator
+from .._requirements import check_positive
+from .._runtime.contexts import eager
+from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
+from ._eigenpairs import working_dtype
+from ._probes import Estimate, check_probes, check_symmetric, chunk_of, mean_of, signs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BASIS_ENTRIES = 2**27  # 1 GiB of Krylov bases in float64
+_DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decomposition takes
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralDensity:
+    r"""How the eigenvalues of an operator are spread, from random vectors, with the spread between these.
+
+    Every probe gives a quadrature rule, eigenvalues (`nodes`) and shares (`weights`), whose mean over probes stands
+    for the spectrum; `density` is that mean, smoothed by a Gaussian of width `width`. It integrates to 1 over all
+    real numbers: an eigenvalue of multiplicity $m$ weighs $m / n$.
+
+    Attributes:
+        grid: Where the density is given, (g,).
+        density: The share of eigenvalues per unit, (g,).
+        standard_error: One standard error of `density` over the probes, (g,).
+        nodes: Ritz values, (probes, steps), ascending.
+        weights: Their shares, (probes, steps); each row sums to 1.
+        smallest: The smallest Ritz value that has a share: never below the smallest eigenvalue, but for rounding.
+        largest: The largest one: never above the largest eigenvalue.
+        width: The standard deviation of the Gaussian.
+        dim: Number of eigenvalues.
+        products: How many vectors were mapped.
+    """
+
+    grid: Tensor
+    density: Tensor
+    standard_error: Tensor
+    nodes: Tensor
+    weights: Tensor
+    smallest: float
+    largest: float
+    width: float
+    dim: int
+    products: int
+
+    def trace_of(self, function: Callable[[Tensor], Tensor]) -> Estimate:
+        r"""Return $\mathrm{tr} f(A)$ with its standard error over the probes (Ubaru, Chen and Saad, 2017).
+
+        Args:
+            function: Maps a tensor of eigenvalues to a tensor of the same shape, such as `torch.log1p`.
+
+        Raises:
+            InputError: `function` gives NaN or Inf at a Ritz value that has a share, or another shape.
+        """
+        values = function(self.nodes)
+        if not isinstance(values, Tensor) or values.shape != self.nodes.shape:
+            came = f"returning {tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__}"
+            raise InputError.of("function", came, f"a tensor of shape {tuple(self.nodes.shape)} is needed")
+        parts = torch.where(self.weights > 0, self.weights * values, 0)
+        if not bool(torch.isfinite(parts).all()):
+            came = f"not finite between {self.smallest:.3g} and {self.largest:.3g}"
+            todo = "Add damping inside it, e.g. `lambda x: (x + damping).log()`."
+            raise InputError.of("function", came, "it must be finite at every eigenvalue", todo)
+        return mean_of(self.dim * parts.sum(1))
+
+    def share(self, low: float, high: float) -> Estimate:
+        """Return which part of the eigenvalues lies in `[low, high]`, between 0 and 1."""
+        found = self.trace_of(lambda x: ((x >= low) & (x <= high)).to(x.dtype))
+        return Estimate(found.value / self.dim, found.standard_error / self.dim)
+
+    def plot(self, axes: Axes | None = None, *, floor: float | None = None, **style: Any) -> Axes:
+        """Draw the density on a logarithmic scale, with a band of two standard errors and the extreme Ritz values.
+
+        Args:
+            axes: Where to draw; a new figure otherwise.
+            floor: The lowest density shown; by default a tenth of one eigenvalue spread over `width`.
+            style: Passed to matplotlib's `plot`.
+
+        Returns:
+            The axes.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise MissingExtraError("plot", "matplotlib") from None
+        if axes is None:
+            axes = plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
+        lowest = floor or 0.1 / (self.dim * self.width * math.sqrt(2 * math.pi))
+        x, y, band = (part.cpu().numpy() for part in (self.grid, self.density, 2 * self.standard_error))
+        look: dict[str, Any] = {"linewidth": 1.2} | style
+        (line,) = axes.plot(x, y, **look)
+        color = line.get_color()
+        axes.fill_between(
+            x, (y - band).clip(lowest / 10), (y + band).clip(lowest / 10), color=color, alpha=0.25, linewidth=0
+        )
+        for value in (self.smallest, self.largest):
+            axes.axvline(value, color=color, linestyle=":", linewidth=0.8)
+        axes.set(yscale="log", ylim=(lowest, 2 * float((y + band).max())), xlabel="eigenvalue", ylabel="density")
+        return axes
+
+    def __repr__(self) -> str:
+        return (
+            f"SpectralDensity({self.dim} eigenvalues in about [{self.smallest:.3g}, {self.largest:.3g}], "
+            f"{self.nodes.shape[0]} probes of {self.nodes.shape[1]} steps, width {self.width:.2g})"
+        )
+
+
+@keywords()
+@eager
+def spectral_density(
+    operator: Operator,
+    probes: int = 10,
+    steps: int = 80,
+    *,
+    width: float | None = None,
+    grid: int | Tensor = 512,
+    seed: int = 0,
+) -> SpectralDensity:
+    r"""Estimate the spectral density of a symmetric operator, with error bars over probes.
+
+    Stochastic Lanczos quadrature (Ubaru, Chen and Saad, 2017; for networks Ghorbani, Krishnan and Xiao, 2019): each
+    random sign vector $z$ gives by `steps` Lanczos steps, fully reorthogonalised, a Gauss rule for
+    $z^\top f(A) z / n$, exact for polynomials of degree $2 \cdot$`steps`$ - 1$. Error bars tell the spread between
+    probes; what `steps` and `width` smooth away they do not tell.
+
+    Args:
+        operator: A symmetric operator.
+        probes: Number of random vectors, at least 2.
+        steps: Lanczos steps of each, at most n.
+        width: Standard deviation of the Gaussian that smooths the density; by default a hundredth of the range.
+        grid: Number of points over the range, or the points themselves.
+        seed: Seeds a private generator.
+
+    Raises:
+        InputError: The operator is not known to be symmetric, or an argument is out of range.
+        NonFiniteError: A product holds NaN or Inf.
+
+    Example:
+        >>> from jacops import Matrix
+        >>> found = spectral_density(Matrix(torch.diag(torch.arange(4.0)), symmetric=True), probes=2)
+        >>> round(found.largest, 4)
+        3.0
+    """
+    check_symmetric(operator)
+    check_probes(probes)
+    steps = min(check_positive("steps", steps), operator.shape[0])
+    if width is not None and not (isinstance(width, int | float) and 0 < width < math.inf):
+        raise InputError.of("width", repr(width), "a positive number is needed")
+    nodes, weights = _quadrature(operator, probes, steps, seed)
+    # Ritz values of no weight are copies made by rounding.
+    met = nodes[weights > 1e-12]
+    low, high = float(met.min()), float(met.max())
+    # A hundredth of the range shows shapes; equal eigenvalues get a peak that a grid can hold.
+    width = float(width or max((high - low) / 100, 1e-6 * max(abs(low), abs(high)), 1e-30))
+    points = _points(grid, low - 4 * width, high + 4 * width, nodes)
+    kernel = torch.exp(-(((points - nodes.unsqueeze(2)) / width) ** 2) / 2) / (width * math.sqrt(2 * math.pi))
+    densities = (weights.unsqueeze(2) * kernel).sum(1)
+    return SpectralDensity(
+        grid=points,
+        density=densities.mean(0),
+        standard_error=densities.std(0) / math.sqrt(probes),
+        nodes=nodes,
+        weights=weights,
+        smallest=low,
+        largest=high,
+        width=width,
+        dim=operator.shape[0],
+        products=probes * steps,
+    )
+
+
+def _points(grid: int | Tensor, low: float, high: float, like: Tensor) -> Tensor:
+    if isinstance(grid, Tensor):
+        if grid.ndim != 1:
+            raise InputError.of("grid", f"of shape {tuple(grid.shape)}", "one axis is needed")
+        return grid.to(like)
+    return torch.linspace(low, high, check_positive("grid", grid), dtype=like.dtype, device=like.device)
+
+
+def _quadrature(operator: Operator, probes: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights, `(probes, steps)`, as many probes at a time as the bases may fill."""
+    space, work = operator.domain, working_dtype(operator)
+    starts = signs(probes, space, seed).to(work).unsqueeze(1)
+    together = max(1, min(chunk_of(operator), _BASIS_ENTRIES // (steps * space.dim)))
+    found = []
+    for first in range(0, probes, together):
+        run = KrylovSpace(
+            lambda rows: operator.apply(rows.to(space.dtype)).to(work),
+            starts[first : first + together],
+            steps,
+            seed=seed,
+        )
+        while run.room:
+            run.step()
+        values, coefficients, _ = run.ritz()
+        found.append((values, coefficients[:, :, 0] ** 2))
+    return torch.cat([values for values, _ in found]), torch.cat([weights for _, weights in found])
+
+
+@keywords()
+@eager
+def effective_dimension(
+    operator: Operator, damping: float, probes: int | None = None, steps: int = 80, seed: int = 0
+) -> Estimate:
+    r"""Return $\mathrm{tr} A (A + \lambda I)^{-1}$, how many directions stand out against the damping $\lambda$.
+
+    Exact from all eigenvalues, or with `probes` by stochastic Lanczos quadrature.
+
+    Args:
+        operator: A positive operator, such as a Gauss-Newton or Fisher matrix.
+        damping: $\lambda > 0$.
+        probes: Number of random vectors, at least 2; None for the exact number.
+        steps: Lanczos steps of each probe.
+        seed: Seeds a private generator.
+
+    Raises:
+        InputError: The operator is not known to be positive, or `damping` is not.
+        MemoryBudgetError: The exact number would need too large a matrix.
+        NonFiniteError: A product holds NaN or Inf.
+
+    Example:
+        >>> from jacops import Matrix
+        >>> effective_dimension(Matrix(torch.diag(torch.tensor([1.0, 3.0])), symmetric=True, positive=True), 1.0)
+        Estimate(value=1.25, standard_error=0.0)
+    """
+    check_symmetric(operator)
+    if not operator.positive:
+        todo = "Take the Gauss-Newton or Fisher matrix."
+        raise InputError.of("operator", repr(operator).splitlines()[0], "it must be known to be positive", todo)
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
+        raise InputError.of("damping", repr(damping), "a positive number is needed")
+    if probes is not None:
+        found = spectral_density(operator, probes, steps, seed=seed)
+        return found.trace_of(lambda x: x.clamp(min=0) / (x.clamp(min=0) + damping))
+    n = operator.shape[0]
+    if n * n > _DENSE_ENTRIES:
+        raise MemoryBudgetError(
+            explain("operator", f"of {n} dimensions", "all eigenvalues need its matrix", "Pass `probes=` to estimate.")
+        )
+    values = torch.linalg.eigvalsh(operator.dense().double()).clamp(min=0)
+    return Estimate(float((values / (values + damping)).sum()), 0.0)

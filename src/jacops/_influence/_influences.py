@@ -1,0 +1,217 @@
+r"""Influence functions (Koh and Liang, 2017): rows are samples, never batches.
+
+The influence of training sample i on test sample t is $g_t^\top (A + \lambda I)^{-1} g_i$, with gradients $g$ of
+single losses, the curvature $A$ of the training objective, and damping $\lambda$. The sign is `+ s_test · grad`:
+positive where weighting sample i up lowers the loss of t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from .._data import Batches
+from .._finite import on_finite_rows
+from .._keywords import keywords
+from .._problem import Problem, ProblemOptions
+from .._runtime.contexts import eager
+from ..errors import InputError
+from ..solvers import Solver
+from ._leverage import leveraged
+from ._result import SIGN, InfluenceFactors, Influences
+from ._run import InfluenceRun, checked, ready
+from ._stored import shares_of, stored
+
+_UNITS = {
+    "up": "test loss per unit of weight of the training sample",
+    "perturbation": "test loss per unit of weight and unit of the training input",
+}
+
+
+@keywords(ProblemOptions)
+@eager
+def compute_influence_factors(
+    differentiable_model: Any,
+    training_data: Any,
+    test_data: Any,
+    *,
+    inversion_method: str | Solver = "auto",
+    damping: float = 0.0,
+    curvature: str = "hessian",
+    on_failure: Literal["raise", "return"] = "raise",
+    **options: Unpack[ProblemOptions],
+) -> InfluenceFactors:
+    r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
+
+    Args:
+        differentiable_model: Model and loss: a `TorchTwiceDifferentiable` or a `JaxTwiceDifferentiable`; no module may
+            mix or randomise samples in its mode.
+        training_data: A loader of batches in a fixed order; its objective's curvature is $A$. A batch is a pair
+            `(x, y)` or a mapping; see `Batches`.
+        test_data: A loader of batches; one right-hand side per row.
+        inversion_method: A solver's name (`"direct"`, `"cg"`, `"lissa"`, `"arnoldi"`, `"nystrom"`, `"ekfac"`,
+            `"minres"`), `"auto"`, or a solver with its options, such as `CG(preconditioner="nystrom")`.
+        damping: $\lambda \ge 0$, added to the curvature of the objective as it is reduced.
+        curvature: `"hessian"`; `"ggn"`, which is positive semi-definite for convex losses; `"fisher"`,
+            `"empirical_fisher"`, `"monte_carlo_fisher"`.
+        on_failure: `"raise"`, or `"return"` to get the result with its statuses; rows that have no solution are NaN.
+        options: Of the objective, as in `Problem`: `parameters=` (name patterns), `reduction=`, `l2=` (weight decay),
+            `unpack=`, `randomness=`, `seed=`, `progress=`.
+
+    Raises:
+        SolveError: A solve failed; the error carries its `Solution` and says what to do.
+        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        InputError: An argument is out of range, or the loss is not reduced as said.
+        ModelStateError: Batch statistics or dropout are in train mode.
+    """
+    train = Batches.of(training_data, "training_data", options.get("unpack"))
+    test = train if test_data is training_data else Batches.of(test_data, "test_data", options.get("unpack"))
+    run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
+    solutions = [run.solve(rows()) for _, rows in run.tiles(test)]
+    x = torch.cat([solution.x for solution in solutions])
+    return InfluenceFactors(x, run.described(solutions))
+
+
+@keywords(ProblemOptions)
+@eager
+def compute_influences(
+    differentiable_model: Any,
+    training_data: Any,
+    *,
+    test_data: Any = None,
+    input_data: Any = None,
+    influence_type: Literal["up", "perturbation"] = "up",
+    leverage: bool = False,
+    inversion_method: str | Solver = "auto",
+    damping: float = 0.0,
+    curvature: str = "hessian",
+    on_failure: Literal["raise", "return"] = "raise",
+    store: Any = None,
+    **options: Unpack[ProblemOptions],
+) -> Influences:
+    r"""Return influences of training samples on test samples.
+
+    Test samples are solved for in tiles, and training gradients come batch by batch, as factors where that is cheaper,
+    so memory does not grow with the number of training samples times the number of parameters.
+
+    Args:
+        differentiable_model: As in `compute_influence_factors`.
+        training_data: As in `compute_influence_factors`.
+        test_data: A loader of batches; the training data where it is left out.
+        input_data: The samples whose influence is asked; the training data where it is left out.
+        influence_type: `"up"` weights a sample up, `(n_test, n_input)`; `"perturbation"` moves its input,
+            `(n_test, n_input, *x)`.
+        leverage: Take the sample's own Gauss-Newton term out of the curvature too, which divides by $1 - h_i$ where
+            there is one output: the leave-one-out step of a quadratic (Cook and Weisberg, 1982). Costs a solve per
+            sample and output.
+        inversion_method: As in `compute_influence_factors`.
+        damping: As in `compute_influence_factors`.
+        curvature: As in `compute_influence_factors`.
+        on_failure: As in `compute_influence_factors`.
+        store: A folder to which finished tiles are written (zarr v3); the same line run again goes on where a killed
+            one stopped, returns what a finished one computed without evaluating the model, and is refused if anything
+            that the numbers rest on is different. For influences of type `"up"` without leverage.
+        options: As in `compute_influence_factors`.
+
+    Returns:
+        Values with sign, units, damping and coverage; `.leave_one_out()` says what dropping a sample would do.
+
+    Raises:
+        InputError: `influence_type` is unknown, or as in `compute_influence_factors`.
+        SolveError: As in `compute_influence_factors`.
+        DataError: As in `compute_influence_factors`.
+    """
+    if influence_type not in ("up", "perturbation"):
+        raise InputError.of("influence_type", repr(influence_type), "'up' or 'perturbation' is needed")
+    if leverage and influence_type != "up":
+        raise InputError.of("leverage", True, "it corrects influences of type 'up' only")
+    unpack = options.get("unpack")
+    train = Batches.of(training_data, "training_data", unpack)
+    test = train if test_data is None or test_data is training_data else Batches.of(test_data, "test_data", unpack)
+    same = input_data is None or input_data is training_data
+    asked = train if same else Batches.of(input_data, "input_data", unpack)
+    if store is not None:
+        run = checked(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
+        _check_storable(influence_type, leverage, on_failure)
+        values, shares, info = stored(run, store, test, asked)
+        return Influences(values, "up", SIGN, _UNITS["up"], run.damping, info, shares)
+    run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
+    solutions, tiles, found = [], [], None
+    for _, rows in run.tiles(test):
+        solution = run.solve(rows())
+        solutions.append(replace(solution, x=solution.x[:, :0].clone()))  # what was found is used up in this tile
+        if leverage:
+            tile, found = leveraged(run.problem, asked, solution.x, run.solve, on_failure == "raise")
+        elif influence_type == "up":
+            tile = on_finite_rows(run.problem.sample_gradients(asked).apply, solution.x)
+        else:
+            tile = on_finite_rows(lambda factors: _perturbations(run.problem, asked, factors), solution.x)
+        tiles.append(tile)
+    info = run.described(solutions)
+    if found is not None:
+        info["leverage"] = found
+    units = _UNITS[influence_type]
+    return Influences(torch.cat(tiles), influence_type, SIGN, units, run.damping, info, shares_of(run.problem, asked))
+
+
+@keywords(ProblemOptions)
+@eager
+def self_influences(
+    differentiable_model: Any,
+    training_data: Any,
+    *,
+    inversion_method: str | Solver = "auto",
+    damping: float = 0.0,
+    curvature: str = "hessian",
+    on_failure: Literal["raise", "return"] = "raise",
+    **options: Unpack[ProblemOptions],
+) -> Tensor:
+    r"""Return $s_i^2 g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
+
+    Large values are samples whose loss rests on themselves alone: mislabelled ones come first. With $g_i$ the gradient
+    of a sample's own loss, in which its class weight cancels, $s_i$ is its share in the objective relative to an equal
+    one: $n w_i d_i / \sum_j w_j d_j$ for a mean with sample weights $w$ and class weights or counted targets $d$, $w_i$
+    for a sum. Without weights and ignored targets it is 1.
+
+    Args:
+        differentiable_model: As in `compute_influence_factors`.
+        training_data: As in `compute_influence_factors`.
+        inversion_method: As in `compute_influence_factors`.
+        damping: As in `compute_influence_factors`.
+        curvature: As in `compute_influence_factors`.
+        on_failure: As in `compute_influence_factors`.
+        options: As in `compute_influence_factors`.
+
+    Raises:
+        SolveError: As in `compute_influence_factors`.
+        DataError: As in `compute_influence_factors`.
+        InputError: As in `compute_influence_factors`.
+    """
+    train = Batches.of(training_data, "training_data", options.get("unpack"))
+    run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
+    values = torch.cat([_own(run, rows()) for _, rows in run.tiles(train)])
+    shares = shares_of(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)
+    return values * shares.to(values) ** 2
+
+
+def _own(run: InfluenceRun, rows: Tensor) -> Tensor:
+    return (run.solve(rows).x * rows).sum(1)
+
+
+def _check_storable(influence_type: str, leverage: bool, on_failure: str) -> None:
+    for name, value, only in (
+        ("influence_type", influence_type, "up"),
+        ("leverage", leverage, False),
+        ("on_failure", on_failure, "raise"),
+    ):
+        if value != only:
+            raise InputError.of(name, repr(value), f"a stored run needs {only!r}")
+
+
+def _perturbations(problem: Problem, data: Batches, factors: Tensor) -> Tensor:
+    batches = data.tracked("perturbations", problem.progress)
+    points = map(problem.at, batches)
+    return torch.cat([objective.mixed(batch.x, batch.y, factors) for batch, objective in points], 1)

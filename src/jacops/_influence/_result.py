@@ -1,0 +1,199 @@
+"""What an influence computation found, and how: factors, influences, and what both say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._problem import Problem
+from ..errors import InputError, MissingExtraError
+from ..solvers import Solution, Status
+from ..solvers._solution import gravest, level_text, residual_text
+from ._twice_differentiable import InverseHvpResult
+
+SIGN = "+ s_test · grad: positive where weighting the training sample up lowers the test loss"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InfluenceFactors(InverseHvpResult[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
+    """Solutions `(A + damping I) x = g_test`, one row per test sample.
+
+    Attributes:
+        x: The solutions, `(n_test, P)`.
+        info: What happened: `method`, `curvature`, `status` (the worst), `statuses` and `residual` per row, `converged`
+            (every row is), `success` (no row failed), `damping`, `rows` of data, `covered` of `parameters`, and the
+            method's own figures, as in `Solution.info`. Failed rows hold what the solver had, or NaN.
+    """
+
+    def __repr__(self) -> str:
+        return f"InfluenceFactors({tuple(self.x.shape)}: {_told(self.info)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Influences:
+    """Influences of training samples on test samples, and how they were made.
+
+    Attributes:
+        values: `(n_test, n_train)` for `"up"`, `(n_test, n_train, *x)` for `"perturbation"`.
+        influence_type: Which of the two.
+        sign: The convention, in words.
+        units: What a number means.
+        damping: Added to the curvature.
+        info: As in `InfluenceFactors`; `leverage` per training sample where the correction was asked for.
+        shares: The weight of each training sample in the objective, `(n_train,)`: 1/N in a plain mean, 1 in a sum.
+    """
+
+    values: Tensor
+    influence_type: Literal["up", "perturbation"]
+    sign: str
+    units: str
+    damping: float
+    info: dict[str, Any]
+    shares: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the values."""
+        return self.values.shape
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Index the values."""
+        return self.values[key]
+
+    def to_numpy(self) -> Any:
+        """Return the values as a NumPy array."""
+        return self.values.cpu().numpy()
+
+    def leave_one_out(self) -> Tensor:
+        """Return by how much each test loss would rise if a training sample's term were dropped, `(n_test, n_train)`.
+
+        First order: a sample's influence times its weight in the objective. With `leverage=True` the curvature loses
+        the sample too, which is exact for least squares.
+
+        Raises:
+            InputError: These are perturbation influences.
+        """
+        self._need_up("leave_one_out")
+        return self.values * self.shares.to(self.values)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the `k` training samples of largest influence for every test sample, `(values, indices)`.
+
+        Raises:
+            InputError: There are fewer training samples, or these are perturbation influences.
+        """
+        if self.values.ndim != 2 or not 0 < k <= self.values.shape[1]:
+            came = f"influences of shape {tuple(self.shape)} need 0 < k <= {self.values.shape[1]} and two axes"
+            raise InputError.of("k", k, came)
+        values, indices = self.values.topk(k, dim=1)
+        return values, indices
+
+    def plot(self, test: Sequence[int] | None = None, k: int = 5, ax: Any = None) -> Any:
+        """Draw, for some test samples, the training samples that helped most and hurt most.
+
+        Args:
+            test: Which test samples, at most 6; the first ones by default.
+            k: How many training samples on either side.
+            ax: Matplotlib axes to draw into, for one test sample; new ones otherwise.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+            InputError: These are perturbation influences, or there are no such samples.
+        """
+        self._need_up("plot")
+        chosen = list(range(min(3, self.shape[0])) if test is None else test)
+        if not 0 < len(chosen) <= 6 or not all(0 <= t < self.shape[0] for t in chosen):
+            raise InputError.of("test", chosen, f"1 to 6 of the {self.shape[0]} test samples are needed")
+        return _drawn(self, chosen, min(k, self.shape[1] // 2 or 1), ax)
+
+    def _need_up(self, call: str) -> None:
+        if self.influence_type != "up":
+            raise InputError.of("influence_type", repr(self.influence_type), f"`{call}` needs 'up'")
+
+    def __repr__(self) -> str:
+        told = f"{_told(self.info)}; sign {self.sign}; in {self.units}"
+        return f"Influences({self.influence_type}, {tuple(self.shape)}: {told})"
+
+
+def described(problem: Problem, kind: str, solutions: Sequence[Solution], damping: float) -> dict[str, Any]:
+    """Return what is known of some solves together, in one dictionary."""
+    statuses = [str(status) for solution in solutions for status in solution.status]
+    worst = gravest(statuses)
+    return {
+        **_figures(solutions),
+        "method": solutions[-1].method if solutions else "none",
+        "curvature": kind,
+        "status": str(worst),
+        "statuses": statuses,
+        "converged": worst == Status.CONVERGED,
+        "success": worst.success,
+        "residual": [r for solution in solutions for r in solution.residual.tolist()],
+        "iterations": [i for solution in solutions for i in solution.iterations],
+        "seconds": sum(solution.info.get("seconds", 0.0) for solution in solutions),
+        "damping": damping,
+        "rows": problem.rows,
+        "reduction": problem.objective.reduction,
+        "l2": problem.l2,
+        "covered": problem.space.dim,
+        "parameters": problem.objective.parameters_total,
+        "data": f"{problem.rows} rows in order {problem.data.digest}",
+    }
+
+
+def _figures(solutions: Sequence[Solution]) -> dict[str, Any]:
+    """Return the figures of several solves: rows one below the other, products summed, of others the last."""
+    found: dict[str, Any] = {}
+    for solution in solutions:
+        found |= solution.info
+    for name in found:
+        parts = [solution.info.get(name) for solution in solutions]
+        rows = [part for part in parts if isinstance(part, Tensor)]
+        shapes = [solution.residual.shape for solution in solutions]
+        if [part.shape for part in rows] == shapes:
+            found[name] = torch.cat(rows)
+        elif name == "products":
+            found[name] = sum(part or 0 for part in parts)
+    return found
+
+
+def _told(info: dict[str, Any]) -> str:
+    residual = residual_text(info["residual"]) + level_text(info["statuses"], info)
+    return (
+        f"{info['method']} with {info['curvature']}, damping {info['damping']:g}, {info['status']}, {residual}, "
+        f"{info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
+    )
+
+
+def _drawn(influences: Influences, tests: list[int], k: int, ax: Any) -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError("plot", "matplotlib") from error
+    if ax is None:
+        figure, axes = plt.subplots(
+            1, len(tests), figsize=(3.2 * len(tests), 0.26 * 2 * k + 1.4), squeeze=False, layout="constrained"
+        )
+    else:
+        figure, axes = ax.figure, [[ax]]
+    for panel, t in zip(axes[0], tests, strict=False):
+        row = influences.values[t].double().cpu()
+        order = row.argsort()
+        picked = torch.cat([order[:k], order[-k:]]) if len(order) >= 2 * k else order
+        values = row[picked]
+        colours = ["#c44e52" if value < 0 else "#4c72b0" for value in values.tolist()]
+        panel.barh(range(len(picked)), values.tolist(), color=colours)
+        panel.set_yticks(range(len(picked)), [f"#{i}" for i in picked.tolist()], fontsize=8)
+        panel.axvline(0, color="0.3", linewidth=0.8)
+        panel.set_title(f"test sample {t}", fontsize=10)
+        panel.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("training sample")
+    figure.supxlabel("influence: blue lowers the test loss when weighted up, red raises it", fontsize=9)
+    return figure

@@ -1,0 +1,138 @@
+"""One influence computation: problem, curvature and solver, and the tiles in which test samples are solved for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._data import Batch, Batches
+from .._operators._data import SumOver
+from .._problem import CURVATURES, BatchPoint, Problem, ProblemOptions
+from .._requirements import check_choice
+from ..errors import InputTypeError, SolveError
+from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
+from ..solvers._system import checked_damping
+from ._result import described
+
+_TILE_BYTES = 2**26  # 64 MiB of right-hand sides solved for together; a solver holds up to eight times as many
+
+
+@dataclass(frozen=True)
+class InfluenceRun:
+    """A problem, its curvature, and the solver; both are made when they are first needed.
+
+    Attributes:
+        problem: The training objective.
+        kind: Which curvature.
+        solver: The recipe.
+        damping: Added to the curvature.
+        on_failure: What becomes of a solve that failed.
+    """
+
+    problem: Problem
+    kind: str
+    solver: Solver
+    damping: float
+    on_failure: Literal["raise", "return"]
+
+    @cached_property
+    def curvature(self) -> SumOver:
+        """The operator; the first batch is linearised."""
+        return self.problem.curvature(self.kind)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The solver, ready for the operator and the damping: where all is spent that right-hand sides share."""
+        return self.solver.prepare(self.curvature, self.damping)
+
+    def solve(self, rows: Tensor) -> Solution:
+        """Return solutions for right-hand sides `(k, P)`.
+
+        Raises:
+            SolveError: One failed, unless failures are returned.
+        """
+        solution = self.prepared.solve(rows)
+        if self.on_failure == "raise":
+            try:
+                require(solution, self.curvature)
+            except SolveError as error:
+                raise SolveError(f"influence with {self.curvature.told}: {error}", solution) from None
+        return solution
+
+    def described(self, solutions: Sequence[Solution]) -> dict[str, Any]:
+        """Return what is known of some solves, and the noise of a curvature that was estimated from draws."""
+        info = described(self.problem, self.kind, solutions, self.damping)
+        if self.kind == "monte_carlo_fisher" and "noise" not in info:
+            info["noise"] = self.curvature.noise
+        return info
+
+    @property
+    def step(self) -> int:
+        """Rows that are solved for together."""
+        return max(1, _TILE_BYTES // max(1, self.problem.space.dim * self.problem.space.dtype.itemsize))
+
+    def tiles(self, data: Batches) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """Yield tiles of `step` rows across batches: their number, and a function that gives their gradients."""
+        parts: list[Batch] = []
+        start = 0
+        for batch in data.tracked("solving", self.problem.progress):
+            at = 0
+            while at < batch.rows:
+                number, inside = divmod(start + at, self.step)
+                take = min(self.step - inside, batch.rows - at)
+                parts.append(batch if take == batch.rows else batch.part(slice(at, at + take)))
+                at += take
+                if inside + take == self.step:
+                    yield number, _gradients(self.problem, parts)
+                    parts = []
+            start += batch.rows
+        if parts:
+            yield start // self.step, _gradients(self.problem, parts)
+
+
+def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
+    def rows(point: BatchPoint) -> Tensor:
+        dense = point.gradients().dense()
+        problem.keep(point)
+        return dense
+
+    return lambda: torch.cat([rows(problem.at(part)) for part in parts])
+
+
+def ready(
+    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: ProblemOptions
+) -> InfluenceRun:
+    """Check the arguments and prepare the solver.
+
+    Raises:
+        InputTypeError: `model` carries no objective.
+        InputError: An argument is out of range.
+    """
+    run = checked(model, train, method, damping, kind, on_failure, options)
+    _ = run.prepared
+    return run
+
+
+def checked(
+    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: Any
+) -> InfluenceRun:
+    """Check the arguments; the model is not evaluated.
+
+    Raises:
+        InputTypeError: `model` carries no objective.
+        InputError: An argument is out of range.
+    """
+    if not hasattr(model, "objective"):
+        came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
+        raise InputTypeError.of("differentiable_model", came, "a TorchTwiceDifferentiable is needed", todo)
+    damping = checked_damping(damping)
+    for name, value, known in (("curvature", kind, CURVATURES), ("on_failure", on_failure, ("raise", "return"))):
+        check_choice(name, value, known)
+    # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.
+    solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "inversion_method")
+    return InfluenceRun(Problem(model, data=train, **options), kind, solver, damping, on_failure)

@@ -1,0 +1,197 @@
+"""Influences by way of a store: what is finished there is read, and nothing of it is computed again."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._data import Batches
+from .._digests import digest_data, surroundings
+from .._problem import Problem
+from ..errors import StoreDamagedError
+from ..solvers import Solution, Status
+from ._result import described
+from ._run import InfluenceRun
+
+if TYPE_CHECKING:
+    from ..store import Grid, StoredRun
+
+# Codes of the array `status`; their meaning is part of the identity of a store.
+_CODES = (Status.CONVERGED, Status.ATTAINABLE, Status.APPROXIMATE, Status.UNCHECKED)
+_REPORT_BYTES = 4096  # of a tile's report; those of all solvers take less than 1000
+_TEXT = 500  # characters of a text in it
+_PER_ROW = ("residual", "attainable", "error_bound")
+
+
+def stored(run: InfluenceRun, path: Any, test: Batches, asked: Batches) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return influences `(n_test, n_asked)`, weights `(n_asked,)` and what is known of the solves.
+
+    Solutions are kept beside influences, so that a crash never repeats a solve. A finished store is compared with the
+    digests of model and data, and read; the model is not evaluated.
+
+    Raises:
+        StoreMismatchError: The store was made with something else; the message names what.
+        StoreBusyError: Another process writes to it.
+        StoreDamagedError: A status or a report is not what a run writes.
+        MissingExtraError: zarr is not installed.
+    """
+    from ..store import StoredRun
+
+    if _is_new(path):
+        _ = run.prepared  # what cannot be solved leaves no store behind
+    identity = _identity(run, test, asked)
+    grids = _grids(run, test.rows, asked.rows)
+    device = run.problem.space.device
+    with StoredRun.open(path, identity, grids, surroundings=surroundings()) as kept:
+        _finish(run, kept, test, asked)
+        values = torch.from_numpy(kept.read("influences")).to(device)
+        shares = torch.from_numpy(kept.read("shares")).to(device)
+        solutions = [_solution(kept, number, run.damping) for number in range(kept.arrays["residual"].total)]
+    info = described(run.problem, run.kind, solutions, run.damping)
+    return values, shares, {**info, "store": str(path)}
+
+
+def shares_of(problem: Problem, data: Batches) -> Tensor:
+    """Return the weight of each sample in the objective, `(n,)`."""
+    return torch.cat([problem.shares(batch) for batch in data]) / problem.denominator
+
+
+def _is_new(path: Any) -> bool:
+    """Whether there is no store in a folder."""
+    from ..store._files import Folder
+    from ..store._reading import header_in
+
+    return header_in(Folder.at(path)) is None
+
+
+def _identity(run: InfluenceRun, test: Batches, asked: Batches) -> dict[str, str]:
+    """Return digests of all that the numbers rest on, in one pass over each data set."""
+    sources = {"training data": run.problem.data, "test data": test, "input data": asked}
+    digests = {id(data): "" for data in sources.values()}
+    for data in sources.values():
+        digests[id(data)] = digests[id(data)] or digest_data((b.x, b.y, b.weights) for b in data)
+    return {
+        **run.problem.fingerprint(),
+        **{name: digests[id(data)] for name, data in sources.items()},
+        "curvature": run.kind,
+        "damping": repr(run.damping),
+        "solver": repr(run.solver),
+        "dtype": _dtype(run),
+        "status codes": ", ".join(f"{code} {status}" for code, status in enumerate(_CODES)),
+    }
+
+
+def _grids(run: InfluenceRun, rows: int, columns: int) -> dict[str, Grid]:
+    from ..store import Grid
+
+    tile, kind, unknowns = max(1, min(run.step, rows)), _dtype(run), run.problem.space.dim
+    return {
+        "factors": Grid((rows, unknowns), tile=(tile, unknowns), dtype=kind),
+        "status": Grid((rows,), tile=(tile,), dtype="uint8"),
+        "iterations": Grid((rows,), tile=(tile,), dtype="int64"),
+        **{name: Grid((rows,), tile=(tile,), dtype="float64", finite=False) for name in _PER_ROW},
+        "report": Grid((-(-rows // tile), _REPORT_BYTES), tile=(1, _REPORT_BYTES), dtype="uint8"),
+        "influences": Grid((rows, columns), tile=(tile, columns), dtype=kind),
+        "shares": Grid((columns,), tile=(max(1, columns),), dtype="float64"),
+    }
+
+
+def _dtype(run: InfluenceRun) -> str:
+    return str(run.problem.space.dtype).removeprefix("torch.")
+
+
+def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -> None:
+    """Compute what the store lacks, if anything; solutions that nothing needs any more are not even read."""
+    lacking = {name: set(kept.missing(name)) for name in kept.arrays if name != "factors"}
+    if kept.is_complete and not any(lacking.values()):
+        return
+    lacking["factors"] = set(kept.missing("factors"))
+    solves = {index[0] for name in (*_PER_ROW, "factors", "status", "iterations", "report") for index in lacking[name]}
+    rows = {index[0] for index in lacking["influences"]}
+    for number, gradients in run.tiles(test) if solves | rows else ():
+        if number in solves:
+            _write(kept, number, run.solve(gradients()))
+        if number in rows:
+            factors = torch.from_numpy(kept.tile("factors", (number, 0))).to(run.problem.space.device)
+            kept.write("influences", (number, 0), run.problem.sample_gradients(asked).apply(factors))
+    if lacking["shares"]:
+        kept.write("shares", (0,), shares_of(run.problem, asked).double())
+    kept.complete()
+
+
+def _write(kept: StoredRun, number: int, solution: Solution) -> None:
+    """Write the solutions of a tile, and all that is known of them."""
+    kept.write("factors", (number, 0), solution.x)
+    kept.write("status", (number,), np.array([_CODES.index(Status(s)) for s in solution.status], np.uint8))
+    kept.write("iterations", (number,), np.array(solution.iterations, np.int64))
+    missing = torch.full_like(solution.residual, math.nan)
+    for name in _PER_ROW:
+        kept.write(name, (number,), solution.residual if name == "residual" else solution.info.get(name, missing))
+    figures = {"method": solution.method, "bounded": "error_bound" in solution.info, **solution.info}
+    kept.write("report", (number, 0), _packed(figures))
+
+
+def _solution(kept: StoredRun, number: int, damping: float) -> Solution:
+    """Return what is known of the solves of a tile, without the solutions."""
+    codes = kept.tile("status", (number,)).tolist()
+    if codes and max(codes) >= len(_CODES):
+        reason = f"the status code {max(codes)} is none of 0 to {len(_CODES) - 1}"
+        raise StoreDamagedError(kept.path, reason, "status", (number,))
+    info = _unpacked(kept, number)
+    method = str(info.pop("method", "none"))
+    rows = {name: torch.from_numpy(kept.tile(name, (number,))) for name in _PER_ROW}
+    residual = rows.pop("residual")
+    if not info.pop("bounded", False):
+        del rows["error_bound"]
+    steps = tuple(kept.tile("iterations", (number,)).tolist())
+    status = tuple(_CODES[code] for code in codes)
+    return Solution(torch.empty(len(codes), 0), status, residual, steps, damping, method, {**info, **rows})
+
+
+def _packed(figures: dict[str, Any]) -> np.ndarray:
+    """Return figures that are plain as JSON in `(1, bytes)`, padded by blanks; the last ones go where that is long."""
+    plain = {name: _plain(value) for name, value in figures.items() if _is_plain(value)}
+    while len(text := json.dumps(plain, allow_nan=False).encode()) > _REPORT_BYTES:
+        plain.popitem()
+    return np.frombuffer(text.ljust(_REPORT_BYTES), np.uint8)[None]
+
+
+def _unpacked(kept: StoredRun, number: int) -> dict[str, Any]:
+    """Return the figures in a tile's report.
+
+    Raises:
+        StoreDamagedError: It is no JSON object of plain values.
+    """
+    from ..store._format import loaded_json
+
+    try:
+        found = loaded_json(kept.tile("report", (number, 0)).tobytes())
+    except ValueError as error:
+        raise StoreDamagedError(kept.path, f"the report is {error}", "report", (number, 0)) from None
+    return {name: _numbers(value) for name, value in found.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(type(name) is str and not isinstance(part, dict) and _is_plain(part) for name, part in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it, NaN and Inf as `{"float": text}`."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return value[:_TEXT] if isinstance(value, str) else value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("float") in ("nan", "inf", "-inf"):
+        return float(value["float"])
+    return value

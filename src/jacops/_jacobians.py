@@ -1,0 +1,398 @@
+"""Whole Jacobians as tensors: "what is the derivative matrix?" by inputs, by tensors of yours, or by parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._finite import check_outputs, is_finite, where_first
+from ._framework import framework_jacobian
+from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
+from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
+from ._products import Params, given, say_if_unconnected
+from ._requirements import check_positive
+from ._runtime.contexts import arithmetic, eager
+from ._runtime.memory import Budget, given_tensors
+from ._torch.protocol import (
+    At,
+    Blocks,
+    Linearization,
+    Places,
+    Recording,
+    Samples,
+    WholeAsk,
+    by_leaf,
+    ensure_whole_fits,
+    flat,
+    is_plain,
+    record_closure,
+    record_model,
+    separate,
+    whole_jacobian,
+)
+from ._trees import Selector, hint_at_labels
+from .errors import InputError, NonFiniteError, NotDifferentiableError
+from .sparse._remembered import sparse_jacobian
+
+_FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
+
+
+@keywords()
+@planned_by(plan_samples)
+@eager
+def compute_jacobian(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    *,
+    outputs: Selector = None,
+    at: At = None,
+    mode: Literal["auto", "reverse", "forward", "split"] = "auto",
+    budget: Budget = None,
+    out: Any = None,
+    checks: str = "first",
+    fallback: str = "warn",
+    check_finite: bool = True,
+    compile: bool = False,
+    progress: bool | None = None,
+) -> Any:
+    r"""Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
+
+    It is the derivative of the model in eval mode on a batch of one: $J_{n} = \partial f(x_n) / \partial x_n$. Where
+    samples provably do not mix, all samples of a batch share min(outputs, inputs) sweeps; where they do, or where the
+    forward is random, every sample is differentiated alone and a `JacopsWarning` describes why. A forward that reads
+    values out of tensors takes one more forward per sample, which must give the outputs of the batch. Random layers
+    draw what they would draw for that sample in the caller's random state.
+
+    Args:
+        model: A module (its copy is put in eval mode, not the caller's), a plain function, or a `JaxFunction`.
+        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
+        batch_size: Most samples to a sweep; fewer where the budget asks for it.
+        outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
+            the output. One logit of 50,000 costs one sweep.
+        at: A submodule's path: differentiate by its output instead of by `x`. A pair `(source, target)` goes from
+            one hidden layer (None: the input) to another (None: the output).
+        mode: `"reverse"` sweeps by output entries, `"forward"` by input entries, `"split"` at the narrowest layer that
+            everything passes through and multiplies the parts; `"auto"` takes the fewest, timed where that is close.
+        budget: Bytes that result and working memory may take, or a text such as `"2GiB"`; by default half of what is
+            free. `jacops.plan` tells beforehand.
+        out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, which is then
+            not part of the budget; for several outputs or inputs a tuple or list of them.
+        checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"` does so in
+            every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
+        fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
+        check_finite: Raise if an output or a derivative is NaN or Inf.
+        compile: Compile the sweeps by outputs (`torch.compile`, which takes up to a minute and memory that no budget
+            knows). The first call holds all of it against plain sweeps and keeps it only where it was faster; later
+            calls with such shapes hold two samples against them.
+        progress: Force the progress bar on or off.
+
+    Returns:
+        A tensor `(n, *out, *in)` with the dtype and device of the output, never requiring grad; `(0, *out, *in)` for
+        no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict inputs that structure
+        inside, with None at integer entries.
+
+    Raises:
+        InputTypeError: `model` or `x` is of the wrong kind.
+        InputError: `batch_size` is not a positive integer, or `x` does not fit the model.
+        MemoryBudgetError: The result and one sample's sweep do not fit the budget; nothing was allocated.
+        ModelStateError: Parameters are lazy or without values, or `at` does not fit the forward.
+        NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
+        NonFiniteError: An output or a derivative is NaN or Inf.
+
+    Example:
+        >>> compute_jacobian(torch.nn.PReLU(), torch.tensor([[-1.0, -2.0], [3.0, -4.0]]))[1]
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.2500]])
+    """
+    check_positive("batch_size", batch_size)
+    if is_framework_model(model):
+        return framework_jacobian(model, x, outputs, mode, check_finite, at=at, budget=budget, out=out, compile=compile)
+    options = {"outputs": outputs, "at": at, "checks": checks, "fallback": fallback, "compile": compile}
+    samples = Samples(model, x, call="compute_jacobian", **options)
+    found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
+    if check_finite:
+        names = found.output_tree.names
+        check_outputs("compute_jacobian", found.output, names, _FINITE_TODO)
+        for name, row in zip(names, [] if found.sure else found.blocks, strict=False):
+            for block in row:
+                _check_block("compute_jacobian", block, name, "x")
+    places = range(len(found.input_tree.names))
+    rows = (dict(zip(found.inputs, row, strict=True)) for row in found.blocks)
+    return found.output_tree.build([found.input_tree.build([row.get(i) for i in places]) for row in rows])
+
+
+@keywords()
+@planned_by(plan_full_jacobian)
+@eager
+def full_jacobian(
+    func: Callable[[], Any],
+    params: Params,
+    create_graph: bool = False,
+    *,
+    outputs: Selector = None,
+    chunk_size: int | None = None,
+    budget: Budget = None,
+    out: Any = None,
+) -> list[Tensor]:
+    """Return the Jacobian of `func()` by each parameter, a list of `(output_dim, *param.shape)`.
+
+    One sweep per output row at most, or per column where those are fewer. (The original returned both axes
+    flattened; its page promises the parameter's shape.) For complex parameters `df = J dz` holds for holomorphic
+    outputs and `df = Re(J dz)` for real ones.
+
+    Args:
+        func: Called once, without arguments; the rows of a tree of outputs follow one another.
+        params: One tensor or any iterable of tensors that `func` uses.
+        create_graph: Keep the result differentiable, to any order.
+        outputs: Part of the output, as in `compute_jacobian`.
+        chunk_size: Most rows (or columns) per batched pass; by default by size, and fewer where the budget asks for it.
+        budget: Bytes that result and working memory may take, as in `compute_jacobian`.
+        out: Where to write, as in `compute_jacobian`: one tensor or array per parameter.
+
+    Returns:
+        One tensor per parameter; `output_dim` is the number of entries of `func()`.
+
+    Raises:
+        InputError: A parameter is repeated or frozen, or `out` does not fit.
+        MemoryBudgetError: The result does not fit the budget; it was not allocated.
+        NotDifferentiableError: The output has no derivative.
+        NonFiniteError: An output or a derivative is NaN or Inf.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> full_jacobian(lambda: torch.stack([x[0] ** 2, 3 * x[1] ** 2]), [x])
+        [tensor([[ 2.,  0.],
+                [ 0., 12.]])]
+    """
+    from ._trees import select
+
+    if chunk_size is not None:
+        check_positive("chunk_size", chunk_size)
+    picked = (lambda: select(func(), outputs)) if callable(func) and outputs is not None else func
+    recorded = record_closure(picked, params, "full_jacobian", empty=True)
+    if not recorded.lin.leaves:
+        return []
+    say_if_unconnected(recorded)
+    with arithmetic(create_graph):
+        lin = recorded.lin
+        _check_out(lin, out, create_graph)
+        ask = WholeAsk(lin, budget, None, create_graph, False, out is not None, chunk_size)
+        ensure_whole_fits(ask)
+        places = by_leaf(lin, given_tensors(out)) if is_plain(lin) and not create_graph else None
+        ask.into = places.blocks if places else None
+        blocks = whole_jacobian(ask).blocks
+        _check_blocks("full_jacobian", recorded, blocks)
+        if places:
+            return places.wholes
+        columns = zip(*blocks, strict=True)
+        return [given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
+
+
+@keywords()
+@planned_by(plan_modjac)
+@eager
+def modjac(
+    model: nn.Module,
+    input: Any = None,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: Literal["reverse-mode", "forward-mode"] = "reverse-mode",
+    flatten: bool = False,
+    *,
+    trainable_only: bool = False,
+    tangent: bool = False,
+    sparse: bool = False,
+    outputs: Selector = None,
+    budget: Budget = None,
+    out: Any = None,
+    check_finite: bool = True,
+) -> Any:
+    r"""Return the Jacobian of a model's output by its parameters.
+
+    The function is differentiated as it stands: batch statistics in train mode, one dropout mask; nothing of the
+    model changes. Frozen parameters are included, as the page says. (The original returned a 1-tuple for one
+    parameter and one output, where its page promises a tensor; here it is the tensor.)
+
+    Args:
+        model: A module with tensors, LieTensors (PyPose) or a tree of them as output.
+        input: A tuple is unpacked into positional arguments, a mapping into keyword arguments; anything else is the
+            one argument; None is no argument.
+        create_graph: Keep the result differentiable by the model's trainable parameters.
+        strict: Raise if an output does not depend on a parameter at all.
+        vectorize: Accepted for the page's sake: rows are batched wherever that agrees with one by one, either way.
+        strategy: `"reverse-mode"` sweeps over output entries, `"forward-mode"` over parameter entries.
+        flatten: Return one matrix, all outputs by all parameters, columns in `named_parameters()` order.
+        trainable_only: Leave frozen parameters out.
+        tangent: For LieTensor parameters and outputs: tangent width, without the zero columns of storage width.
+        sparse: Return one `torch.sparse_csr` matrix as `flatten` arranges it, in a few coloured sweeps, its pattern
+            detected and checked, and kept for the next call with a model of the same graph.
+        outputs: Part of the output, as in `compute_jacobian`.
+        budget: Bytes that result and working memory may take, as in `compute_jacobian`.
+        out: Where to write, as in `compute_jacobian`: of the structure that the result has, one matrix with `flatten`.
+        check_finite: Raise if an output or a derivative is NaN or Inf.
+
+    Returns:
+        For one parameter and one output tensor `(*out, *param)`; for several parameters a tuple of such; for a tuple
+        or dict of outputs the same structure of tuples, `J[output][parameter]`. With `flatten` one matrix. The dtype
+        is the parameter's, in forward mode the output's. For complex parameters `df = J dz` holds for holomorphic
+        outputs and `df = Re(J dz)` for real ones, on every route.
+
+    Raises:
+        ModelStateError: The model has no parameters (or none that are trainable).
+        InputError: `strategy` is unknown, or the input does not fit the model, or `out` the result.
+        MemoryBudgetError: The result does not fit the budget; it was not allocated.
+        NotDifferentiableError: `strict` and an output is independent of a parameter, or there is no derivative.
+        NonFiniteError: An output or a derivative is NaN or Inf; the message names output and parameter.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> modjac(model, torch.tensor([[1.0, 2.0]])).shape
+        torch.Size([1, 1, 1, 2])
+    """
+    forward = _check_strategy(strategy)
+    hint_at_labels("modjac", outputs, input)
+    if sparse:
+        _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
+        return _sparse(model, input, trainable_only, tangent, outputs, check_finite)
+    recorded = record_model(
+        model,
+        input,
+        call="modjac",
+        parameters=lambda name, p: p.requires_grad or not trainable_only,
+        outputs=outputs,
+        connected=create_graph,
+    )
+    lie = _lie_layout(recorded, tangent, create_graph)
+    if strict:
+        _check_dependence(recorded)
+    else:
+        say_if_unconnected(recorded)
+    lin = recorded.lin
+    with arithmetic(create_graph):
+        _check_out(lin, out, create_graph or lie is not None)
+        ask = WholeAsk(lin, budget, forward, create_graph, not lie, out is not None)
+        ensure_whole_fits(ask)
+        places = None
+        if not (create_graph or lie) and (flatten or out is not None) and is_plain(lin):
+            places = (flat if flatten else separate)(lin, given_tensors(out))
+        ask.into = places.blocks if places else None
+        found = whole_jacobian(ask)
+        blocks = found.blocks
+        if check_finite:
+            _check_blocks("modjac", recorded, blocks, _FINITE_TODO, sure=found.finite)
+        if places:
+            return _placed(recorded, places, blocks, flatten)
+        shaped = lie(blocks) if lie else _shaped(recorded, blocks)
+        if forward:
+            pairs = zip(shaped, lin.outputs, strict=True)
+            shaped = [[b if b.is_complex() else b.to(o.dtype) for b in row] for row, o in pairs]
+        return _arranged(recorded, [[given(b, create_graph) for b in row] for row in shaped], flatten)
+
+
+def _placed(recorded: Recording, places: Places, blocks: Blocks, flatten: bool) -> Any:
+    """Return the result in its places, copied there if it was made elsewhere."""
+    if blocks is not places.blocks:
+        for row, targets in zip(blocks, places.blocks, strict=True):
+            for block, target in zip(row, targets, strict=True):
+                target.copy_(block)
+    if flatten:
+        return places.wholes[0]
+    many = len(recorded.lin.leaves)
+    rows = [places.wholes[i : i + many] for i in range(0, len(places.wholes), many)]
+    return _arranged(recorded, rows, False)
+
+
+def _check_out(lin: Linearization, out: Any, connected: bool) -> None:
+    """Refuse places that could not be written to in the result's own dtype, or without losing its graph."""
+    if out is not None and (connected or not is_plain(lin)):
+        needed = "the result must be real, of one dtype, without a graph and without LieTensors"
+        raise InputError.of("out", "given", needed, "Leave it out.")
+
+
+def _refuse_with_sparse(**given: bool) -> None:
+    for name, value in given.items():
+        if value:
+            raise InputError.of(name, "asked for together with `sparse=True`", "a sparse result has no such variant")
+
+
+def _sparse(
+    model: nn.Module, input: Any, trainable_only: bool, tangent: bool, outputs: Selector, check_finite: bool
+) -> Tensor:
+    def wrt(name: str, parameter: Tensor) -> bool:
+        return parameter.requires_grad or not trainable_only
+
+    found = sparse_jacobian(model, input, wrt, "trainable" if trainable_only else "all", outputs, tangent)
+    if check_finite:
+        _check_block("modjac", found.matrix.values(), "the output", "the parameters")
+    return found.matrix
+
+
+def _arranged(recorded: Recording, blocks: Blocks, flat: bool) -> Any:
+    if flat:
+        rows = [torch.cat([_matrix(b, o) for b in row], 1) for row, o in zip(blocks, recorded.lin.outputs, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    if recorded.tree.single:
+        return blocks[0][0] if len(blocks[0]) == 1 else tuple(blocks[0])
+    return recorded.tree.build([tuple(row) for row in blocks])
+
+
+def _matrix(block: Tensor, output: Tensor) -> Tensor:
+    """Return a block as rows by columns, whatever its axes and however empty."""
+    return block.reshape(block.shape[: output.ndim].numel(), block.shape[output.ndim :].numel())
+
+
+def _shaped(recorded: Recording, blocks: Blocks) -> Blocks:
+    """Return blocks `(output entries, *parameter)` as `(*output, *parameter)`."""
+    params, outputs = recorded.lin.leaves, recorded.lin.outputs
+    return [
+        [block.reshape(*output.shape, *param.shape) for block, param in zip(row, params, strict=True)]
+        for row, output in zip(blocks, outputs, strict=True)
+    ]
+
+
+def _check_strategy(strategy: str) -> bool:
+    if strategy not in ("reverse-mode", "forward-mode"):
+        raise InputError.of("strategy", repr(strategy), "'reverse-mode' or 'forward-mode' is needed")
+    return strategy == "forward-mode"
+
+
+def _check_dependence(recorded: Recording) -> None:
+    lin = recorded.lin
+    for index, (name, output) in enumerate(zip(lin.codomain.names, lin.outputs, strict=True)):
+        seeds = [torch.ones_like(o) if i == index else None for i, o in enumerate(lin.outputs)]
+        for parameter, grad in zip(lin.domain.names, lin.pull(seeds), strict=True):
+            if grad is None and output.numel():
+                raise NotDifferentiableError(
+                    f"modjac: {name} does not depend on parameter {parameter}, and strict=True asks that it does. "
+                    "Leave strict out to get zeros."
+                )
+
+
+def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:
+    """Return how blocks of LieTensors are laid out; None where there are none, so that nobody pays for PyPose."""
+    from ._extras.lie import layout
+
+    return layout(recorded, tangent, create_graph)
+
+
+def _check_blocks(call: str, recorded: Recording, blocks: Blocks, todo: str = "", sure: bool = False) -> None:
+    check_outputs(call, recorded.lin.outputs, recorded.lin.codomain.names, todo)
+    if sure:
+        return
+    for output, row in zip(recorded.lin.codomain.names, blocks, strict=True):
+        for parameter, block in zip(recorded.lin.domain.names, row, strict=True):
+            _check_block(call, block, output, parameter)
+
+
+def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
+    if not is_finite(block):
+        raise NonFiniteError(
+            f"{call}: in the Jacobian of {output} by {by}, {where_first(block)}; the output itself is "
+            f"finite.{_FINITE_TODO}"
+        )

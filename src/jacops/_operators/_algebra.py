@@ -1,0 +1,363 @@
+"""The algebra of operators: sums, products, scalings, the one transpose, and the plain matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from .._space import Space
+from .._torch.protocol import mirror
+from ._base import COMPOSED, Formed, InMemory, OnSpace, Operator, check_same
+from ._dense import FillRoute, Headroom, one_by_one
+from ._noise import Moments
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Transposed(Operator):
+    """An operator the other way round.
+
+    Attributes:
+        of: The operator.
+    """
+
+    of: Operator
+
+    @property
+    def domain(self) -> Space:
+        """The codomain of the operator."""
+        return self.of.codomain
+
+    @property
+    def codomain(self) -> Space:
+        """The domain of the operator."""
+        return self.of.domain
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """The operator itself."""
+        return self.of
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.of._apply_transpose(rows)
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.of._apply(rows)
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return self.of._fill_route(room)
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self.of._write(matrix.T, route)
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        self.of._add(matrix.T, weight, route, half)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Product(Operator):
+    """`left @ right`: first right, then left.
+
+    Attributes:
+        left: Applied last.
+        right: Applied first.
+        formed: A cheaper way to its matrix than products, if there is one.
+    """
+
+    left: Operator
+    right: Operator
+    formed: Formed | None = None
+
+    def __post_init__(self) -> None:
+        """Hold the inner spaces against each other."""
+        check_same(self.left.domain, self.right.codomain, "a product")
+
+    @property
+    def domain(self) -> Space:
+        """What the right factor takes."""
+        return self.right.domain
+
+    @property
+    def codomain(self) -> Space:
+        """What the left factor gives."""
+        return self.left.codomain
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether this is known to be a congruence `B.T @ A @ B` with symmetric A."""
+        return self._is_congruence("symmetric")
+
+    @property
+    def positive(self) -> bool:
+        """Whether this is known to be a congruence of a positive operator."""
+        return self._is_congruence("positive")
+
+    def _is_congruence(self, mark: str) -> bool:
+        if _is_transpose(self.left, self.right):
+            return True
+        factors = factors_of(self)
+        while len(factors) >= 2 and _is_transpose(factors[0], factors[-1]):
+            factors = factors[1:-1]
+        return not factors or (len(factors) == 1 and getattr(factors[0], mark))
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.left._apply(self.right._apply(rows))
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.right._apply_transpose(self.left._apply_transpose(rows))
+
+
+def factors_of(operator: Operator) -> list[Operator]:
+    """Return the factors of a product, from left to right; another operator is its own factor."""
+    return [*factors_of(operator.left), *factors_of(operator.right)] if isinstance(operator, Product) else [operator]
+
+
+def _is_transpose(a: Operator, b: Operator) -> bool:
+    return (
+        (isinstance(a, Transposed) and a.of is b)
+        or (isinstance(b, Transposed) and b.of is a)
+        or (a is b and a.symmetric)
+    )
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(Operator):
+    """`left + right`, between the same spaces.
+
+    Attributes:
+        left: One.
+        right: The other.
+    """
+
+    left: Operator
+    right: Operator
+
+    def __post_init__(self) -> None:
+        """Hold the spaces against each other."""
+        check_same(self.left.domain, self.right.domain, "a sum")
+        check_same(self.left.codomain, self.right.codomain, "a sum")
+
+    @property
+    def domain(self) -> Space:
+        """What both take."""
+        return self.left.domain
+
+    @property
+    def codomain(self) -> Space:
+        """What both give."""
+        return self.left.codomain
+
+    @property
+    def symmetric(self) -> bool:
+        """Both are."""
+        return self.left.symmetric and self.right.symmetric
+
+    @property
+    def positive(self) -> bool:
+        """Both are."""
+        return self.left.positive and self.right.positive
+
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        yield from self.left._drawn()
+        yield from self.right._drawn()
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.left._apply(rows) + self.right._apply(rows)
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.left._apply_transpose(rows) + self.right._apply_transpose(rows)
+
+    @property
+    def _halves(self) -> bool:
+        return self.symmetric and (self.left._halves or self.right._halves)
+
+    @property
+    def _in_order(self) -> tuple[Operator, Operator]:
+        """Which is written and which is added to it: what is found by halves or checks itself comes first."""
+        return (self.right, self.left) if self.right._halves and not self.left._halves else (self.left, self.right)
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return one_by_one(part._fill_route(room) for part in self._in_order)
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        if self._halves:
+            self._add(matrix.zero_(), 1.0, route, half=True)
+            mirror(matrix)
+            return
+        first, second = self._in_order
+        first._write(matrix, route.part(0))
+        second._add(matrix, 1.0, route.part(1), half=False)
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        for number, part in enumerate(self._in_order):
+            part._add(matrix, weight, route.part(number), half)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Scaled(Operator):
+    """An operator times a number.
+
+    Attributes:
+        of: The operator.
+        factor: The number.
+        moments: Of the terms of a Monte Carlo estimate that this is, along directions.
+    """
+
+    of: Operator
+    factor: float
+    moments: Moments | None = None
+
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        own = self.of._drawn() if self.moments is None else [(1.0, self.moments)]
+        yield from ((self.factor * factor, moments) for factor, moments in own)
+
+    @property
+    def domain(self) -> Space:
+        """The operator's."""
+        return self.of.domain
+
+    @property
+    def codomain(self) -> Space:
+        """The operator's."""
+        return self.of.codomain
+
+    @property
+    def symmetric(self) -> bool:
+        """As the operator is."""
+        return self.of.symmetric
+
+    @property
+    def positive(self) -> bool:
+        """As the operator is, for a factor that is not negative."""
+        return self.of.positive and self.factor >= 0
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self.factor * self.of._apply(rows)
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return self.factor * self.of._apply_transpose(rows)
+
+    @property
+    def _halves(self) -> bool:
+        return self.of._halves
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return self.of._fill_route(room)
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self.of._write(matrix, route)
+        matrix.mul_(self.factor)
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        self.of._add(matrix, weight * self.factor, route, half)
+
+    def __repr__(self) -> str:
+        drawn = f", relative standard error up to {self.noise:.2g})" if self.moments is not None else ")"
+        return super().__repr__().removesuffix(")") + drawn
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Identity(OnSpace, InMemory):
+    """The map that changes nothing; `damping * Identity(space)` is how damping is written.
+
+    Attributes:
+        space: Where it acts.
+    """
+
+    space: Space
+    symmetric = True
+    positive = True
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows
+
+    _apply_transpose = _apply
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        matrix.diagonal().add_(0.5 * weight if half else weight)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Matrix(InMemory):
+    """A matrix in memory.
+
+    Attributes:
+        matrix: Its entries, (m, n).
+        domain: What the columns mean; by default one flat array.
+        codomain: What the rows mean; by default one flat array.
+        symmetric: Whether it is known to be symmetric.
+        positive: Whether it is known to be positive semi-definite.
+    """
+
+    matrix: Tensor
+    domain: Space = None  # type: ignore[assignment]
+    codomain: Space = None  # type: ignore[assignment]
+    symmetric: bool = False
+    positive: bool = False
+
+    def __post_init__(self) -> None:
+        """Name the axes that were not named."""
+        for axis, (side, name) in enumerate((("codomain", "rows"), ("domain", "columns"))):
+            if getattr(self, side) is None:
+                object.__setattr__(self, side, Space.flat(self.matrix.shape[axis], name, self.matrix))
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix.T
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        matrix.copy_(self.matrix)
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        matrix.add_(self.matrix, alpha=0.5 * weight if half else weight)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Diagonal(InMemory):
+    """A diagonal matrix.
+
+    Attributes:
+        entries: The diagonal, (n,).
+        space: Where it acts; by default one flat array.
+    """
+
+    entries: Tensor
+    space: Space | None = None
+    symmetric = True
+
+    @property
+    def positive(self) -> bool:
+        """Whether no entry is negative."""
+        return bool((self.entries >= 0).all())
+
+    @property
+    def domain(self) -> Space:
+        """Where it acts."""
+        return self.space or Space.flat(self.entries.shape[0], "entries", self.entries)
+
+    @property
+    def codomain(self) -> Space:
+        """Where it acts."""
+        return self.domain
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows * self.entries
+
+    _apply_transpose = _apply
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)
+
+
+COMPOSED.update(transposed=Transposed, product=Product, sum=Sum, scaled=Scaled)

@@ -1,0 +1,227 @@
+"""Operators over a data set: sums and stacks of what single batches give. The only loops over data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .._runtime.memory import Meter
+from .._runtime.restoring import restoring
+from .._space import Space
+from .._torch.protocol import mirror
+from ._base import OnSpace, Operator
+from ._dense import FillRoute, Headroom, one_by_one
+from ._noise import Moments
+
+Parts = Callable[[], Iterable[tuple[float, Operator]]]
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class SumOver(OnSpace):
+    r"""A symmetric sum over batches, $\sum_b c_b A_b + \mathrm{diag}(r)$.
+
+    Attributes:
+        parts: A pass over the data: each call yields $c_b$ and $A_b$ for every batch, in one order.
+        space: Where it acts.
+        ridge: The diagonal $r$ of a quadratic term, (n,).
+        mark: Whether every part and the ridge are positive, or a function that computes that when it is first
+            read.
+        problem: What it is the curvature of, for methods that look inside.
+        told: What the repr says of it.
+    """
+
+    parts: Parts
+    space: Space
+    ridge: Tensor | None = None
+    mark: bool | Callable[[], bool] = False
+    problem: Any = None
+    told: str = ""
+    symmetric = True
+
+    @cached_property
+    def positive(self) -> bool:
+        """Whether every part is positive and so is the ridge; may take a pass over the data."""
+        return self.mark() if callable(self.mark) else self.mark
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        total = torch.zeros_like(rows) if self.ridge is None else rows * self.ridge
+        for factor, part in self.parts():
+            total += factor * part._apply(rows)
+        return total
+
+    _apply_transpose = _apply
+
+    def _drawn(self) -> Iterator[tuple[float, Moments]]:
+        for factor, part in self.parts():
+            drawn = [(factor * own, moments) for own, moments in part._drawn()]
+            if not drawn:  # of a sum of batches all are estimates, or none is
+                return
+            yield from drawn
+            del part
+
+    @property
+    def _halves(self) -> bool:
+        return True
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return _by_batches(self.parts, room)
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        self._add(matrix.zero_(), 1.0, route, half=True)
+        mirror(matrix)
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        for target in (matrix,) if half else (matrix, matrix.T):
+            for factor, part in self.parts():
+                part._add(target, weight * factor, part._fill_route(route.room), half=True)
+                del part
+            if self.ridge is not None:  # last: what the layers say is held against a matrix without it
+                target.diagonal().add_(self.ridge, alpha=0.5 * weight)
+
+    def _marks(self) -> Iterator[str]:
+        yield "symmetric"
+        if vars(self).get("positive", self.mark) is True:  # a repr takes no pass over the data
+            yield "positive"
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__().removesuffix(')')}: {self.told})"
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class StackOver(Operator):
+    """Rows of all batches, one batch below the other.
+
+    Attributes:
+        parts: A pass over the data: each call yields 1 and the rows of every batch, in one order.
+        space: What the columns mean.
+        rows: What the rows mean.
+    """
+
+    parts: Parts
+    space: Space
+    rows: Space
+
+    @property
+    def domain(self) -> Space:
+        """What the columns mean."""
+        return self.space
+
+    @property
+    def codomain(self) -> Space:
+        """What the rows mean."""
+        return self.rows
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        result = rows.new_empty(rows.shape[0], self.rows.dim)
+        start = 0
+        for factor, part in self.parts():
+            stop = start + part.shape[0]
+            result[:, start:stop] = factor * part._apply(rows)
+            start = stop
+        return result
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        total = rows.new_zeros(rows.shape[0], self.space.dim)
+        start = 0
+        for factor, part in self.parts():
+            stop = start + part.shape[0]
+            total += factor * part._apply_transpose(rows[:, start:stop])
+            start = stop
+        return total
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return _by_batches(self.parts, room)
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        start = 0
+        for factor, part in self.parts():
+            rows = matrix[start : start + part.shape[0]]
+            part._write(rows, part._fill_route(route.room))
+            if factor != 1.0:
+                rows.mul_(factor)
+            start += part.shape[0]
+            del part
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        start = 0
+        for factor, part in self.parts():
+            scale = 0.5 * weight * factor if half else weight * factor
+            part._add(matrix[start : start + part.shape[0]], scale, part._fill_route(route.room), half=False)
+            start += part.shape[0]
+            del part
+
+
+@restoring
+def _by_batches(parts: Parts, room: Headroom) -> FillRoute:
+    """Return how a pass fills a matrix: what the first batch takes, and what the pass keeps of the others."""
+    if not 0 < room.free < math.inf:
+        return FillRoute("batch by batch", room=room)
+    with Meter() as meter:
+        part = next((part for _, part in parts()), None)
+    if part is None:
+        return FillRoute("batch by batch", room=room)
+    will_hold = getattr(parts, "will_hold", None)
+    held = part.nbytes if will_hold is None else will_hold(part.nbytes)
+    inner = room.less(held)
+    own = part._fill_route(inner)
+    working = held + max(own.bytes, meter.peak - part.nbytes)
+    return FillRoute("batch by batch", working, own.chunk, own.unit, room=inner, tight=own.tight)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockDiagonal(OnSpace):
+    """Square operators side by side, each on its own part of the axis.
+
+    Attributes:
+        blocks: The operators.
+        space: What the whole axis means.
+    """
+
+    blocks: tuple[Operator, ...]
+    space: Space
+
+    @property
+    def symmetric(self) -> bool:
+        """All blocks are."""
+        return all(block.symmetric for block in self.blocks)
+
+    @property
+    def positive(self) -> bool:
+        """All blocks are."""
+        return all(block.positive for block in self.blocks)
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        parts = rows.split([block.shape[1] for block in self.blocks], 1)
+        return torch.cat([block._apply(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        parts = rows.split([block.shape[0] for block in self.blocks], 1)
+        return torch.cat([block._apply_transpose(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return one_by_one(block._fill_route(room) for block in self.blocks)
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        matrix.zero_()
+        for number, (block, place) in enumerate(self._places(matrix)):
+            block._write(place, route.part(number))
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        for number, (block, place) in enumerate(self._places(matrix)):
+            block._add(place, weight, route.part(number), half)
+
+    def _places(self, matrix: Tensor) -> Iterator[tuple[Operator, Tensor]]:
+        row = column = 0
+        for block in self.blocks:
+            rows, columns = block.shape
+            yield block, matrix[row : row + rows, column : column + columns]
+            row, column = row + rows, column + columns

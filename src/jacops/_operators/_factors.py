@@ -1,0 +1,171 @@
+"""Layer factors: rows of a parameter Jacobian, kept as what they are products of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .._runtime.contexts import eager
+from .._space import Space
+from .._torch.protocol import Outer, RowFactors, Rows, slices
+from ._base import Operator
+from ._dense import FillRoute, Headroom, by_products
+from ._finite_results import check_result
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerFactors(Operator):
+    r"""Rows of a Jacobian by parameters, one or several per sample, that are never formed unless asked for.
+
+    Where a weight enters by $z_{nt} = W a_{nt}$, a row is $\sum_t \delta_{nt} a_{nt}^\top$ with the cotangent
+    $\delta$ at z (Goodfellow, 2015): cotangents and operands are kept, and products, Gram matrix, norms and diagonal
+    contract them. Parameters that enter otherwise are kept as rows. Temporaries take some 64 MiB, or as much as is
+    held.
+
+    Attributes:
+        parts: One for each parameter.
+        parameters: What the columns mean.
+        rows: What the rows mean.
+        without_rule: Parameters that enter by operations without a rule: their rows came by plain sweeps.
+        route: How the factors were computed.
+    """
+
+    parts: Sequence[RowFactors]
+    parameters: Space
+    rows: Space
+    without_rule: Sequence[str] = ()
+    route: str = ""
+
+    @property
+    def domain(self) -> Space:
+        """The parameters."""
+        return self.parameters
+
+    @property
+    def codomain(self) -> Space:
+        """The rows."""
+        return self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held, memory shared by two parameters counted once."""
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for part in self.parts for t in part.tensors
+        }
+        return sum(storages.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the matrix would take."""
+        return self.shape[0] * self.shape[1] * self.domain.dtype.itemsize
+
+    @property
+    def factored(self) -> list[str]:
+        """Parameters whose rows are kept as factors."""
+        return [n for n, part in zip(self.domain.names, self.parts, strict=True) if not isinstance(part, Rows)]
+
+    @property
+    def coverage(self) -> float:
+        """The share of all parameter entries whose rows came by layers, without plain sweeps."""
+        sizes = dict(zip(self.domain.names, self.domain.sizes, strict=True))
+        return 1.0 - sum(sizes[name] for name in self.without_rule) / max(1, self.domain.dim)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself, formed anew each time."""
+        return self.dense()
+
+    # ---- products --------------------------------------------------------------------------------------------
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        total = rows.new_zeros(rows.shape[0], self.codomain.dim)
+        for part, v in zip(self.parts, self.domain.split(rows), strict=True):
+            total += part.times(v.reshape(rows.shape[0], *part.shape[2:])).flatten(1)
+        return total.to(self.codomain.dtype)
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        found = rows.new_empty(rows.shape[0], self.domain.dim, dtype=self.domain.dtype)
+        for part, where in zip(self.parts, self.domain.slices, strict=True):
+            u = rows.to(part.like.dtype).view(rows.shape[0], *part.shape[:2])
+            found[:, where] = part.transposed(u).flatten(1)
+        return found
+
+    def _fill_route(self, room: Headroom) -> FillRoute:
+        return FillRoute(
+            "layer by layer", max((_written(part) for part in self.parts), default=0.0), unit="layer at a time"
+        )
+
+    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+        for part, where in zip(self.parts, self.domain.slices, strict=True):
+            part.into(matrix[:, where].unflatten(0, part.shape[:2]).unflatten(2, part.shape[2:]))
+
+    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
+        for where, rows in self._units(by_products(self, Headroom())):
+            matrix[where].add_(rows, alpha=0.5 * weight if half else weight)
+
+    # ---- what rows are asked for -----------------------------------------------------------------------------
+
+    @eager
+    def gram(self) -> Tensor:
+        r"""Return $J J^\top$, `(m, m)`: inner products of all rows; of outputs, the neural tangent kernel.
+
+        With one position per sample it is a product of two small Gram matrices, entry by entry, for each weight;
+        else pairs of positions or rows, some columns at a time, whichever is cheaper.
+        """
+        total = torch.zeros(self.shape[0], self.shape[0], dtype=self.domain.dtype, device=self.domain.device)
+        for part in self.parts:
+            total += part.gram()
+        return check_result(self, total, "the Gram matrix")
+
+    @eager
+    def squared_norms(self) -> Tensor:
+        """Return the squared norm of each row, `(m,)`."""
+        total = torch.zeros(self.shape[0], dtype=self.domain.dtype, device=self.domain.device)
+        for part in self.parts:
+            total += part.squares().flatten()
+        return check_result(self, total, "the vector of squared norms")
+
+    def norms(self) -> Tensor:
+        """Return the norm of each row, `(m,)`."""
+        return self.squared_norms().sqrt()
+
+    @eager
+    def column_squares(self) -> Tensor:
+        r"""Return the sum over rows of squared entries, the diagonal of $J^\top J$, `(n,)`."""
+        squares = self.domain.join([part.column_squares().unsqueeze(0) for part in self.parts])[0]
+        return check_result(self, squares, "the vector of sums of squares")
+
+    def scaled(self, factors: Tensor) -> LayerFactors:
+        """Return the operator with the rows of each sample times a number, `(samples,)`."""
+        return replace(self, parts=[part.scaled(factors) for part in self.parts])
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        kept = f"{_mebibytes(self.nbytes)} held of {_mebibytes(self.dense_nbytes)} dense"
+        lines = [f"LayerFactors({m} × {n}: {self.codomain.layout} by {self.domain.layout})", f"  {kept}"]
+        lines.append(f"  factored: {_listed(self.factored)}; {len(self.parts) - len(self.factored)} others as rows")
+        if self.without_rule:
+            lines.append(f"  without a rule: {_listed(self.without_rule)} ({1 - self.coverage:.1%} of the entries)")
+        return "\n".join([*lines, f"  route: {self.route}"])
+
+
+def _written(part: RowFactors) -> float:
+    """Return the bytes of temporaries while a part writes its columns."""
+    if isinstance(part, Rows) or (isinstance(part, Outer) and part.delta.shape[2] == part.delta.shape[3] == 1):
+        return 0.0
+    n, k, long, wide = part.shape
+    each = n * k * wide * part.like.element_size()
+    return 2.0 * each * max((some.stop - some.start for some in slices(long, each)), default=0)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= 6 else [*names[:5], f"… {len(names) - 5} more"]) or "none"

@@ -1,0 +1,78 @@
+"""Recorded: the Jacobian of a function at the point where it was run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .._ladder.protocol import Linearized
+from .._space import Space
+from .._torch.protocol import check_kept
+from ._base import Formed, Operator
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearizedMap(Operator):
+    """The Jacobian at one linearisation point, by forward and backward sweeps over a recorded graph.
+
+    The function ran once; products only sweep. The repr says which route they took and why.
+
+    Attributes:
+        lin: What was recorded, by any framework.
+        output: What the function returned there, detached.
+        symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
+        mark: Whether it is positive semi-definite, or a function that computes that when it is first read.
+        formed: A cheaper way to its matrix than products, if there is one.
+    """
+
+    lin: Linearized
+    output: Any = None
+    symmetric: bool = False
+    mark: bool | Callable[[], bool] = False
+    formed: Formed | None = None
+
+    @cached_property
+    def positive(self) -> bool:
+        """Whether it is known to be positive semi-definite."""
+        return self.mark() if callable(self.mark) else self.mark
+
+    @property
+    def domain(self) -> Space:
+        """What the function was differentiated by."""
+        return self.lin.domain
+
+    @property
+    def codomain(self) -> Space:
+        """The function's output."""
+        return self.lin.codomain
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values that the graph keeps for its sweeps."""
+        return self.lin.held_bytes
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        if self.symmetric:
+            return self._apply_transpose(rows)
+        check_kept(self.lin.weights, self.lin.call)
+        return self.codomain.join(self.lin.push_rows(self.domain.split(rows))).detach()
+
+    def _apply_transpose(self, rows: Tensor) -> Tensor:
+        check_kept(self.lin.weights, self.lin.call)
+        space = self.domain
+        flat = torch.empty(rows.shape[0], space.dim, dtype=space.dtype, device=space.device)
+        if any(dtype != space.dtype for dtype in space.dtypes):
+            return space.join(self.lin.pull_rows(self.codomain.split(rows))).detach()
+        self.lin.pull_rows(self.codomain.split(rows), out=space.split(flat))
+        return flat
+
+    def __repr__(self) -> str:
+        routes = "".join(f"\n  {sweep}: {route}" for sweep, route in self.lin.routes.items())
+        head = super().__repr__().removesuffix(")")
+        return f"{head}: {self.codomain.layout} by {self.domain.layout}){routes or ' not yet used'}"

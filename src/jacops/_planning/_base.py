@@ -1,0 +1,170 @@
+"""Plans: what a call will take in sweeps and in bytes, told before it runs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+from .._keywords import unknown
+from .._ladder.route import candidates
+from .._runtime.memory import in_words
+from ..errors import InputError, InputTypeError
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class PlannedRoute:
+    """One way to an answer.
+
+    Attributes:
+        name: What it is called, as in `mode=` where there is such an argument.
+        sweeps: Passes over the model for every chunk; None where that is not known.
+        peak_bytes: Most bytes held at once, the result included where the call allocates it; None if unknown.
+        why: Why it is taken, or why not.
+        chosen: It is taken.
+    """
+
+    name: str
+    sweeps: int | None
+    peak_bytes: int | None
+    why: str
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call will take.
+
+    Attributes:
+        call: The call.
+        routes: The ways there are, the chosen one first.
+        result_bytes: Bytes of the result, whoever allocates it.
+        startup_bytes: Part of every peak: what torch loads for the first derivative of a process, 0 later.
+        budget_bytes: Bytes allowed.
+        chunk: How many of `unit` go through the model together.
+        unit: What is counted: samples to a sweep, or vectors to a batched pass.
+    """
+
+    call: str
+    routes: tuple[PlannedRoute, ...]
+    result_bytes: int
+    startup_bytes: int
+    budget_bytes: int
+    chunk: int
+    unit: str
+
+    @property
+    def chosen(self) -> PlannedRoute:
+        """The route that will be taken."""
+        return next(route for route in self.routes if route.chosen)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted bytes held at once on the chosen route."""
+        return self.chosen.peak_bytes or 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chosen route keeps to the budget; where not, the call raises `MemoryBudgetError`."""
+        return self.peak_bytes <= self.budget_bytes
+
+    def __repr__(self) -> str:
+        verdict = "" if self.fits else " (over the budget: the call will refuse)"
+        lines = [
+            f"Plan for {self.call}: {self.chunk} {self.unit}, result {in_words(self.result_bytes)}, "
+            f"budget {in_words(self.budget_bytes)}{verdict}",
+            f"    {'route':12s} {'sweeps':>8s} {'peak':>12s}",
+        ]
+        for route in self.routes:
+            sweeps = "" if route.sweeps is None else f"{route.sweeps:,d}"
+            peak = "" if route.peak_bytes is None else in_words(route.peak_bytes)
+            mark = "→" if route.chosen else " "
+            lines.append(f"  {mark} {route.name:12s} {sweeps:>8s} {peak:>12s}  {route.why}".rstrip())
+        return "\n".join(lines)
+
+
+_PLANNERS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], Plan]]] = {}
+
+
+def planned_by(planner: Callable[[dict[str, Any]], Plan]) -> Callable[[Call], Call]:
+    """Return a decorator that lets `plan` foretell a call.
+
+    Args:
+        planner: Takes the call's arguments by name, defaults filled in.
+    """
+
+    def register(call: Call) -> Call:
+        _PLANNERS[call.__name__] = call, planner
+        return call
+
+    return register
+
+
+def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
+    """Return what `call(*args, **kwargs)` will take, without running it.
+
+    At most one forward pass is run over the whole input, and for calls by samples only runs of one and of two samples.
+
+    Args:
+        call: The call (`jacops.compute_jacobian`, `jacops.full_jacobian`, `jacops.modjac`, or an operator's `dense`
+            as in `plan(H.dense)`), or its name.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        The routes with sweeps and predicted peaks, and the one that will be taken.
+
+    Raises:
+        InputError: There is no plan for such a call.
+
+    Example:
+        >>> import jacops, torch
+        >>> plan("dense", jacops.linalg.Matrix(torch.eye(3))).result_bytes
+        36
+    """
+    if isinstance(call, MethodType):
+        args, call = (call.__self__, *args), call.__func__.__name__
+    name = call if isinstance(call, str) else getattr(call, "__name__", repr(call))
+    if name not in _PLANNERS:
+        known = ", ".join(sorted(_PLANNERS))
+        raise InputError.of("call", repr(name), f"one of {known} is needed")
+    function, planner = _PLANNERS[name]
+    parameters = inspect.signature(function).parameters
+    for keyword in kwargs:
+        if keyword not in parameters:
+            raise unknown(f"plan: {name}", keyword, parameters)
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputTypeError(f"plan: these are not arguments of {name}: {error}.") from None
+    bound.apply_defaults()
+    return planner(bound.arguments)
+
+
+def listed(ask: Any, routes: Sequence[Any], result: int, startup: int, budget: int, unit: str) -> Plan:
+    """Return the plan of a question from its routes: each with its cost, and why it is taken or not."""
+    rows, chunk, order = [], 1, candidates(ask, routes)
+    only = next((reason for _, reason in order if reason), "") if len(order) == 1 or order[1][1] is not None else ""
+    for number, (route, reason) in enumerate(order):
+        cost, chosen = route.cost(ask), number == 0
+        memory = cost.measure() if cost.measure is not None and (reason != "" or not rows) else None
+        if reason == "":  # it does not apply to such a question at all
+            continue
+        asked = f"asked for by `{ask.argument}`" if ask.asked else ""
+        why = reason or (asked or only or "fewest sweeps" if chosen else f"not {asked}" if asked else "more sweeps")
+        sweeps = None if math.isinf(cost.sweeps) else int(cost.sweeps)
+        rows.append(PlannedRoute(route.name, sweeps, memory.peak if memory and memory.chunk else None, why, chosen))
+        chunk = memory.chunk if chosen and memory else chunk
+        unit = getattr(route, "unit", unit) if chosen else unit
+    return Plan(ask.call, tuple(rows), result, startup, budget, chunk, unit)
+
+
+def table(routes: Mapping[str, tuple[int | None, int | None, str]], chosen: str) -> tuple[PlannedRoute, ...]:
+    """Return routes from `name: (sweeps, peak, why)`, the chosen one first."""
+    rows = [PlannedRoute(name, *told, chosen=name == chosen) for name, told in routes.items()]
+    return tuple(sorted(rows, key=lambda route: not route.chosen))

@@ -1,0 +1,395 @@
+"""Problem: a model, its loss and its data; every derivative of the whole objective as an operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ._data import Batch, Batches, Unpack
+from ._finite import InBatch
+from ._framework_objective import FrameworkObjective
+from ._ladder.protocol import is_framework_model
+from ._objective import Objective
+from ._operators import Operator
+from ._operators._data import StackOver, SumOver
+from ._per_sample import Randomness
+from ._picks import Picks
+from ._requirements import check_choice
+from ._space import Space
+from ._torch.protocol import Reduction
+from ._torch_objective import TorchObjective
+from .errors import DataError, InputError, InputTypeError
+
+Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"]
+CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher")
+_KEPT_BYTES = 2**29  # 512 MiB of linearised batches: more are recorded again in every pass
+_FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo"}
+
+
+class ProblemOptions(TypedDict, total=False):
+    """Options of `Problem`, for calls that make one."""
+
+    parameters: Picks
+    reduction: Reduction | None
+    l2: float | Mapping[str, float]
+    unpack: Unpack | None
+    randomness: Randomness
+    seed: int | None
+    progress: bool | None
+
+
+class BatchPoint(NamedTuple):
+    """A batch, and the objective for it, which keeps what it records of it."""
+
+    batch: Batch
+    objective: Objective
+
+    def gradients(self) -> Operator:
+        """Return the gradients of the rows' own losses."""
+        return self.objective.sample_gradients(self.batch.x, self.batch.y)
+
+
+class Problem:
+    r"""A model, its loss and its data, as one objective to differentiate.
+
+    It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights
+    $w$, what each row adds to the denominator $d$ (1, or its labels' number or weights) and weight decay $r$. Sums and
+    denominators are added up over batches and divided once, so batches of any size, class weights, ignored
+    targets and sample weights come out as the whole objective in one batch would.
+
+    Args:
+        model: A module, a `JaxFunction`, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
+        loss: `loss(output, y)`, as the objective reduces it; left out where `model` brings its own.
+        data: A loader of batches in a fixed order; see `Batches` for what a batch may be.
+        parameters: Which parameters: None takes those that require grad; name patterns or a function pick others.
+        reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean. It is verified.
+        l2: Weight decay $r$: one number, or numbers by name pattern; parameters that no pattern fits have none.
+        unpack: Batch -> `(x, y)` or `(x, y, weights)`.
+        randomness: As in `sample_gradients`.
+        seed: As in `sample_gradients`.
+        progress: Force progress bars on or off.
+
+    Raises:
+        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        InputError: An argument is out of range, or the loss does not reduce batches as said.
+        ModelStateError: Batch statistics or dropout are in train mode.
+        InputTypeError: `loss` is not callable, or left out with a module.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = [(torch.eye(2), torch.zeros(2, 1)), (torch.ones(1, 2), torch.zeros(1, 1))]
+        >>> Problem(model, torch.nn.functional.mse_loss, data).hessian().dense() * 3
+        tensor([[4., 2.],
+                [2., 4.]])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: Any = None,
+        data: Any = None,
+        *,
+        parameters: Picks = None,
+        reduction: Reduction | None = None,
+        l2: float | Mapping[str, float] = 0.0,
+        unpack: Unpack | None = None,
+        randomness: Randomness = "error",
+        seed: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.objective = _objective(
+            model, loss, parameters=parameters, reduction=reduction, randomness=randomness, seed=seed
+        )
+        self.objective.check_state()
+        self.data, self.progress = Batches.of(data, "data", unpack), progress
+        self.ridge = _ridge(l2, self.objective.space)
+        self.l2 = l2
+        self._denominator: float | None = None
+        self._convex = False
+        self._kept: dict[tuple[Batches, int], BatchPoint] = {}
+        self.room = _KEPT_BYTES
+
+    @property
+    def space(self) -> Space:
+        """The parameters that are differentiated."""
+        return self.objective.space
+
+    @property
+    def rows(self) -> int:
+        """Samples in the data."""
+        return self.data.rows
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches that have rows."""
+        return (batch for batch in self.data if batch.rows)
+
+    @property
+    def denominator(self) -> float:
+        """What the sum of all losses is divided by: the number of rows or of labels, or their weights; 1 for a sum."""
+        if self._denominator is None:
+            total, first, convex = 0.0, None, True
+            for number, batch in enumerate(self.batches()):
+                if first is None:
+                    first = self.at(batch)
+                    with InBatch(number):
+                        first.objective.check_reduction(first.batch)
+                    self.keep(first)
+                total += float(self.shares(batch).sum())
+                convex = convex and self.objective.is_convex(batch.y)
+            if first is None or not total > 0:
+                came = "without rows" if first is None else "in which every row counts nothing"
+                raise DataError.of(self.data.name, came, "at least one row is needed")
+            self._convex = convex
+            self._denominator = total if self.objective.reduction == "mean" else 1.0
+        return self._denominator
+
+    def shares(self, batch: Batch) -> Tensor:
+        """Return what each row of a batch weighs before the division, `(rows,)`."""
+        shares = self.objective.denominators(batch.y, batch.rows)
+        if self.objective.reduction == "sum":
+            shares = torch.ones_like(shares)
+        return shares if batch.weights is None else shares * batch.weights.to(shares)
+
+    def at(self, batch: Batch) -> BatchPoint:
+        """Return the objective on a batch; one of the problem's own comes with what an earlier pass kept of it."""
+        if batch.place is None or batch.place[0] is not self.data:
+            return BatchPoint(batch, self.objective)
+        return self._kept.get(batch.place) or BatchPoint(batch, self.objective.on(batch.x))
+
+    def keep(self, point: BatchPoint) -> int:
+        """Keep what was recorded of a batch for later passes, where it fits; return its bytes, 0 if it is not kept."""
+        place, held = point.batch.place, point.objective.held_bytes
+        if place is None or (place not in self._kept and held > self.room):
+            return 0
+        if held and place not in self._kept:
+            self.room -= held
+            self._kept[place] = point
+        return held
+
+    def term(self, batch: Batch) -> tuple[BatchPoint, Objective, float]:
+        """Return a batch's point, its objective with weighted rows, and the factor with which it enters the whole."""
+        mean = self.objective.reduction == "mean" or batch.weights is not None
+        whole = self.denominator if mean else 1.0  # first: it computes by what the loss divides, from the first batch
+        point = self.at(batch)
+        if batch.weights is not None:
+            return point, point.objective.weighted(batch.weights), 1.0 / whole
+        own = self.objective.denominators(batch.y, batch.rows).sum() if mean else 1.0
+        return point, point.objective, float(own) / whole
+
+    # ---- derivatives of the objective ------------------------------------------------------------------------------
+
+    def value(self) -> float:
+        """Return the objective, its quadratic term included.
+
+        Raises:
+            NonFiniteError: The loss of a batch is NaN or Inf.
+        """
+        total = 0.0
+        for number, (_, (batch, _), term, factor) in enumerate(self.terms("value")):
+            with InBatch(number):
+                total += factor * term.value(batch.x, batch.y)
+        return total + (0.0 if self.ridge is None else 0.5 * float((self.ridge * self.objective.point() ** 2).sum()))
+
+    def gradient(self) -> Tensor:
+        """Return the gradient `(P,)` of the objective, its quadratic term included."""
+        total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
+        for number, (_, (batch, _), term, factor) in enumerate(self.terms("gradient")):
+            with InBatch(number):
+                total.add_(term.gradient(batch.x, batch.y), alpha=factor)
+        return total if self.ridge is None else total + self.ridge * self.objective.point()
+
+    def hessian(self) -> SumOver:
+        """Return the Hessian of the objective."""
+        return self.curvature("hessian")
+
+    def ggn(self) -> SumOver:
+        """Return the generalised Gauss-Newton matrix of the objective, its quadratic term included."""
+        return self.curvature("ggn")
+
+    def fisher(self, kind: Literal["exact", "empirical", "monte_carlo"] = "exact") -> SumOver:
+        """Return a Fisher matrix of the data in the scale of the objective, plus the quadratic term.
+
+        Labels are drawn once for each target, by the sample's place in the data; `noise` is the relative standard
+        error that this leaves.
+
+        Raises:
+            InputError: There is no such kind.
+        """
+        names = {value: name for name, value in _FISHERS.items()}
+        return self.curvature(names[check_choice("kind", kind, tuple(names))])
+
+    def curvature(self, kind: str) -> SumOver:
+        """Return a curvature of the objective by its name.
+
+        The first batch is linearised at once, so that what cannot be differentiated says so here.
+
+        Raises:
+            InputError: There is no such curvature.
+            NotDifferentiableError: There is no second derivative.
+        """
+        passes = _Passes(self, check_choice("curvature", kind, CURVATURES))
+        first = passes.first()
+        told = f"{kind} of {self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
+        return SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told)
+
+    def _mark(self, kind: str, first: Operator, passes: _Passes) -> bool | Callable[[], bool]:
+        """Return whether a curvature is positive, or a function that computes it, batch by batch."""
+        if kind == "hessian" or (self.ridge is not None and bool((self.ridge < 0).any())):
+            return False
+        if kind in ("empirical_fisher", "monte_carlo_fisher"):  # squares, in every batch
+            return first.positive
+        if self._convex or self.objective.is_convex(None):
+            return True
+
+        def computed() -> bool:
+            known = self._denominator is None and all(self.objective.is_convex(b.y) for b in self.batches())
+            return known or all(part.positive for _, part in passes())
+
+        return computed
+
+    def sample_gradients(self, data: Any = None) -> StackOver:
+        """Return the gradients of the rows' own losses as rows of an operator `(n, P)`, without quadratic term.
+
+        Args:
+            data: Other data than the problem's own.
+        """
+        batches = self.data if data is None else Batches.of(data, "data", self.data.unpack)
+        unchanged = self.objective.unchanged()
+
+        def parts() -> Iterator[tuple[float, Operator]]:
+            unchanged("Problem.sample_gradients")
+            for batch in batches.tracked("gradients", self.progress):
+                if batch.rows:
+                    yield 1.0, self.at(batch).gradients()
+
+        rows = Space.flat(batches.rows, "samples", torch.empty(0, dtype=self.space.dtype, device=self.space.device))
+        return StackOver(parts, self.space, rows)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return digests of what the objective is made of beside its data, by part."""
+        return {
+            "model": self.objective.fingerprint(),
+            "reduction": self.objective.reduction,
+            "l2": repr(self.l2 if not isinstance(self.l2, Mapping) else sorted(self.l2.items())),
+        }
+
+    def terms(self, what: str) -> Iterator[tuple[int, BatchPoint, Objective, float]]:
+        """Yield batches that count: the number of rows before it, the batch, its objective and factor."""
+        first = 0
+        for batch in self.data.tracked(what, self.progress):
+            if batch.rows:
+                point, term, factor = self.term(batch)
+                if factor:
+                    yield first, point, term, factor
+                first += batch.rows
+
+    def __repr__(self) -> str:
+        covered = f"{self.space.dim} of {self.objective.parameters_total} parameters"
+        quadratic = "" if self.ridge is None else f", l2 {self.l2}"
+        return f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})"
+
+
+class _Passes:
+    """Linearised batches, again and again; those that fit into memory are kept from the first pass on."""
+
+    def __init__(self, problem: Problem, kind: str) -> None:
+        self.problem, self.kind = problem, kind
+        self._kept: list[tuple[float, Operator]] = []
+        self._held, self._whole = 0, False
+        self._unchanged = problem.objective.unchanged()
+
+    def first(self) -> Operator:
+        """Linearise the first batch that counts.
+
+        Raises:
+            DataError: There is none.
+        """
+        for _, part in self():
+            return part
+        raise DataError.of(self.problem.data.name, "without rows", "at least one is needed")
+
+    def __call__(self) -> Iterator[tuple[float, Operator]]:
+        """Yield the factor and the curvature of every batch."""
+        if self._whole:
+            yield from self._kept
+            return
+        self.check()
+        count = 0
+        for number, (row, point, term, factor) in enumerate(self.problem.terms(self.kind)):
+            count += 1
+            if number < len(self._kept):
+                yield self._kept[number]
+                continue
+            with InBatch(number):
+                part = self._made(term, point.batch, row)
+            held = self._held + part.nbytes - self.problem.keep(point)
+            if number == len(self._kept) and held <= self.problem.room:
+                self._held = held
+                self._kept.append((factor, part))
+            yield factor, part
+            del part  # whoever took it decides how long it lives
+        self._whole = count == len(self._kept)
+
+    def check(self) -> None:
+        """Refuse to run a model again that changed since the first pass: sums would mix two points.
+
+        Raises:
+            ModelStateError: It did; the message names the parameter.
+        """
+        self._unchanged(f"Problem.{self.kind}")
+
+    def will_hold(self, each: int) -> int:
+        """Return the bytes that the next pass holds beside what is kept already, for batches of `each` bytes."""
+        left = each * (0 if self._whole else self.problem.data.count - len(self._kept))
+        return min(left, self.problem.room - self._held + each)
+
+    def _made(self, term: Objective, batch: Batch, row: int) -> Operator:
+        if self.kind not in _FISHERS:
+            build: Callable[..., Operator] = getattr(term, self.kind)
+            return build(batch.x, batch.y)
+        if batch.weights is not None:
+            todo = "Take the GGN, which is the Fisher matrix for the usual losses."
+            raise InputError.of("curvature", repr(self.kind), "a Fisher matrix takes no sample weights", todo)
+        return term.fisher(_FISHERS[self.kind], batch.x, batch.y, row)
+
+
+def _objective(model: Any, loss: Any, **options: Any) -> Objective:
+    own = model if isinstance(model, Objective) else getattr(model, "objective", None)
+    if isinstance(own, Objective):
+        given = _given(options)
+        if loss is not None or given:
+            own = own.changed(loss=loss, **given)
+        return own
+    if not isinstance(model, nn.Module) and not is_framework_model(model):
+        raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed")
+    if loss is None:
+        raise InputTypeError.of("loss", "left out", "a callable `loss(output, y)` is needed with a module")
+    if isinstance(model, nn.Module):
+        return TorchObjective(model, loss, **options)
+    return FrameworkObjective(model, loss).changed(**_given(options))
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, "error")}
+
+
+def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:
+    """Return the quadratic term's diagonal; None where it is zero everywhere."""
+    by_pattern = l2 if isinstance(l2, Mapping) else {"*": l2}
+    for pattern, value in by_pattern.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InputError.of("l2", repr(value), "a finite number that is not negative is needed")
+        if not any(fnmatchcase(name, pattern) for name in space.names):
+            raise InputError.of("l2", f"for {pattern!r}", f"no parameter fits; there are {space.layout}")
+    if not any(by_pattern.values()):
+        return None
+    ridge = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+    for name, where in zip(space.names, space.slices, strict=True):
+        fitting = [value for pattern, value in by_pattern.items() if fnmatchcase(name, pattern)]
+        ridge[where] = fitting[-1] if fitting else 0.0
+    return ridge

@@ -1,0 +1,259 @@
+"""Jacobians times vectors: what does the output do if the parameters move so, and the other way round.
+
+`func()` takes no argument and closes over `params`; it is called once, and whatever was recorded before the call
+counts too. `J v` costs one forward and two backward sweeps, whatever the size of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._finite import check_finite, check_vector
+from ._framework import recorded
+from ._keywords import keywords
+from ._ladder.protocol import is_framework_model
+from ._runtime.contexts import arithmetic, eager, out_of_inference
+from ._runtime.restoring import restoring
+from ._torch.protocol import Recording, record_closure
+from .errors import ModelStateError, warn
+
+Params = Tensor | Iterable[Tensor]
+Vectors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+@keywords()
+@eager
+def jvp(
+    func: Callable[[], Any], params: Params, v: Vectors, create_graph: bool = False, *, fallback: str = "warn"
+) -> Any:
+    r"""Return $J v$, what a change `v` of the parameters does to the output, shaped like `func()`.
+
+    $J v$ is the derivative of $J^\top u$ with respect to $u$ (Griewank and Walther, 2008): one forward and two
+    backward sweeps. Functions without a second derivative rule go row by row, with a warning. For complex parameters
+    it is the change of the output itself, $\mathrm{Re}(\bar g v)$ for a real output with gradient $g$.
+
+    Args:
+        func: Called once, without arguments; returns a tensor or a tree of tensors.
+        params: One tensor or any iterable of tensors that `func` uses; those it does not use count as zero.
+        v: One tensor per parameter, of its shape, dtype and device (a single tensor for a single parameter).
+        create_graph: Keep the result differentiable, to any order.
+        fallback: `"warn"`, `"silent"` or `"error"` when the fast route does not apply.
+
+    Returns:
+        A tensor shaped like `func()`, or the same tree; detached unless `create_graph`.
+
+    Raises:
+        InputError: `v` does not match `params` in count, shape, dtype or device, or a parameter is repeated or frozen.
+        InputTypeError: An argument is of the wrong kind.
+        NotDifferentiableError: The output has no derivative, or the fast route fails and `fallback="error"`.
+        NonFiniteError: `v` or the result holds NaN or Inf.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> jvp(lambda: torch.stack([x[0] ** 2, 3 * x[1] ** 2]), [x], torch.tensor([0.5, -1.0]))
+        tensor([  1., -12.])
+    """
+    return _push(record_closure(func, params, "jvp", fallback), v, create_graph, batch=False)
+
+
+@keywords()
+@eager
+def batch_jvp(
+    func: Callable[[], Any], params: Params, vs: Vectors, create_graph: bool = False, *, fallback: str = "warn"
+) -> Any:
+    """Return $J v$ for a batch of directions, `(B, *out)`, all at one linearisation point.
+
+    Args:
+        func: As in `jvp`, called once for the whole batch.
+        params: As in `jvp`.
+        vs: Per parameter a tensor `(B, *param)`.
+        create_graph: As in `jvp`.
+        fallback: As in `jvp`.
+
+    Returns:
+        A tensor `(B, *out)`, or the same tree of such.
+
+    Raises:
+        InputError: As in `jvp`; also if the tensors of `vs` differ in `B`.
+        NonFiniteError: As in `jvp`.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> batch_jvp(lambda: x**2, [x], torch.eye(2))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    return _push(record_closure(func, params, "batch_jvp", fallback), vs, create_graph, batch=True)
+
+
+@keywords()
+@eager
+def vjp(func: Callable[[], Any], params: Params, v: Any, create_graph: bool = False) -> Tensor | list[Tensor]:
+    r"""Return $J^\top v$, the gradient of $\langle v, \mathrm{func}() \rangle$.
+
+    For complex outputs this is what `torch.autograd.grad` returns for the cotangent `v`.
+
+    Args:
+        func: As in `jvp`.
+        params: As in `jvp`.
+        v: A tensor like the output in shape, dtype and device (for a tree: the same tree, or a list of its leaves).
+        create_graph: As in `jvp`.
+
+    Returns:
+        A tensor for one parameter, else a list of tensors, each shaped like its parameter.
+
+    Raises:
+        InputError: `v` does not match the output; it is never reshaped.
+        NonFiniteError: `v` or the result holds NaN or Inf.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> vjp(lambda: torch.stack([x[0] ** 2, 3 * x[1] ** 2]), [x], torch.tensor([0.5, -1.0]))
+        tensor([  1., -12.])
+    """
+    grads = _pull(record_closure(func, params, "vjp"), v, create_graph, batch=False)
+    return grads[0] if len(grads) == 1 else grads
+
+
+@keywords()
+@eager
+def batch_vjp(func: Callable[[], Any], params: Params, vs: Any, create_graph: bool = False) -> list[Tensor]:
+    r"""Return $J^\top v$ for a batch of cotangents: always a list, `(B, *param)` each.
+
+    Args:
+        func: As in `jvp`, called once for the whole batch.
+        params: As in `jvp`.
+        vs: A tensor `(B, *out)`, or a tree of such.
+        create_graph: As in `jvp`.
+
+    Returns:
+        One tensor `(B, *param)` per parameter.
+
+    Raises:
+        InputError: `vs` does not match the output.
+        NonFiniteError: `vs` or the result holds NaN or Inf.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> batch_vjp(lambda: x**2, [x], torch.eye(2))
+        [tensor([[2., 0.],
+                [0., 4.]])]
+    """
+    return _pull(record_closure(func, params, "batch_vjp"), vs, create_graph, batch=True)
+
+
+@keywords()
+@eager
+def model_jvp(model: nn.Module, x: Any, v: Vectors, create_graph: bool = False, *, fallback: str = "warn") -> Any:
+    """Return $J v$ of a model's output by all its parameters, `list(model.parameters())`, frozen ones too.
+
+    The model is run once on private copies of its state: nothing of it changes, whatever its mode.
+
+    Args:
+        model: A module, or a `JaxFunction`.
+        x: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
+        v: One tensor per parameter, in order (or a dict by name; a single tensor for a single parameter).
+        create_graph: Keep the result differentiable, also by the model's own trainable parameters.
+        fallback: As in `jvp`.
+
+    Returns:
+        A tensor shaped like the output, or the same tree.
+
+    Raises:
+        ModelStateError: The model has no parameters, or its state makes the question ill-posed.
+        InputError: As in `jvp`.
+        NonFiniteError: As in `jvp`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> model_jvp(model, torch.tensor([[1.0, 2.0]]), torch.ones(1, 2))
+        tensor([[3.]])
+    """
+    return _push(_recorded(model, x, "model_jvp", create_graph, fallback), v, create_graph, batch=False)
+
+
+@keywords()
+@eager
+def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> Tensor | list[Tensor]:
+    r"""Return $J^\top v$ of a model's output by all its parameters.
+
+    Args:
+        model: A module.
+        x: As in `model_jvp`.
+        v: As in `vjp`.
+        create_graph: As in `model_jvp`.
+
+    Returns:
+        A tensor for one parameter, else a list in the order of `model.parameters()`.
+
+    Raises:
+        ModelStateError: As in `model_jvp`.
+        InputError: As in `vjp`.
+        NonFiniteError: As in `vjp`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> model_vjp(model, torch.tensor([[1.0, 2.0]]), torch.ones(1, 1))
+        tensor([[1., 2.]])
+    """
+    grads = _pull(_recorded(model, x, "model_vjp", create_graph, "warn"), v, create_graph, batch=False)
+    return grads[0] if len(grads) == 1 else grads
+
+
+def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback: str) -> Recording:
+    options = {"parameters": lambda name, p: True, "fallback": fallback, "connected": create_graph}
+    found = recorded(model, x, call=call, **options)
+    if is_framework_model(model):
+        return found
+    integers = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+    if integers:
+        raise ModelStateError.of(integers[0], "an integer parameter", "only floating-point parameters have derivatives")
+    return found
+
+
+@restoring
+def _push(found: Recording, v: Vectors, create_graph: bool, batch: bool) -> Any:
+    lin = found.lin
+    vectors = [out_of_inference(t) for t in lin.domain.check(v, "vs" if batch else "v", batch=batch)]
+    check_vector(lin.call, "vs" if batch else "v", vectors)
+    say_if_unconnected(found)
+    with arithmetic(create_graph):
+        rows = lin.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
+        check_finite(lin.call, rows, lin.codomain.names, lin)
+        return found.tree.build([given(r if batch else r[0], create_graph) for r in rows])
+
+
+@restoring
+def _pull(found: Recording, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
+    lin, name = found.lin, "vs" if batch else "v"
+    if not isinstance(v, Tensor | list) and not found.tree.single:
+        from ._trees import flatten
+
+        v = [leaf for leaf in flatten(v, name)[0] if leaf is not None]
+    if isinstance(v, list) and found.tree.empty:
+        v = [leaf for leaf in v if leaf is not None]
+    vectors = [out_of_inference(t) for t in lin.codomain.check(v, name, batch=batch)]
+    check_vector(lin.call, name, vectors)
+    say_if_unconnected(found)
+    with arithmetic(create_graph):
+        rows = lin.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
+        check_finite(lin.call, rows, lin.domain.names, lin)
+        return [given(r if batch else r[0], create_graph) for r in rows]
+
+
+def given(result: Tensor, create_graph: bool) -> Tensor:
+    """Return a result as it is given out: with its graph where that was asked for, else without."""
+    return result if create_graph else result.detach()
+
+
+def say_if_unconnected(found: Recording) -> None:
+    """Warn once if no path leads from the output to any parameter: zeros are the derivative, and rarely the wish."""
+    lin = found.lin
+    if lin.domain.dim and not lin.is_connected():
+        warn(
+            f"{lin.call}: no path leads from the output to any of {lin.domain.layout}; the derivative is "
+            "zero everywhere."
+        )

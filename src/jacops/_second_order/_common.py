@@ -1,0 +1,86 @@
+"""What derivatives by the input share: the samples asked about, and what an answer is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._finite import require_finite
+from .._requirements import check_positive
+from .._torch.protocol import ConnectedModel, Samples
+from .._trees import Selector, Tree
+from ..errors import NotDifferentiableError
+
+Blocks = list[list[list[Tensor]]]  # [output][input][input], each `(n, *out, *in, *in)`
+FLOOR = 1e-2  # parts below this share of a typical one are measured by it: they may hold rounding of the rest only
+
+
+def samples_of(
+    call: str, model: Any, x: Any, batch_size: int, outputs: Selector, checks: str, fallback: str
+) -> Samples:
+    check_positive("batch_size", batch_size)
+    return Samples(model, x, call=call, outputs=outputs, checks=checks, fallback=fallback)
+
+
+def part_of(
+    samples: Samples, where: slice, shift: Sequence[Tensor] | None = None, fallback: str | None = None
+) -> Samples:
+    """Return some of the samples, moved by `shift` if there is one, with another `fallback` if there is one."""
+    runner, values = samples.runner, [v[where] for v in samples.values]
+    for index, change in zip(samples.inputs, shift or (), strict=shift is not None):
+        values[index] = values[index] + change
+    x = samples.input_tree.build(values)
+    return Samples(
+        runner.model,
+        x,
+        call=samples.call,
+        outputs=runner.outputs,
+        checks=samples.checks,
+        fallback=fallback or samples.fallback,
+    )
+
+
+def output_entries(samples: Samples) -> int:
+    """Return how many numbers the model gives for one sample."""
+    one = [v[:1] if samples.count else v.new_zeros(1, *v.shape[1:]) for v in samples.values]
+    return sum(output.numel() for output in samples.runner.run(one).lin.outputs)
+
+
+def tree_of(forward: ConnectedModel) -> Tree:
+    if forward.tree is None:
+        raise NotDifferentiableError.of("model", "not evaluated", "at least one sample must run")
+    return forward.tree
+
+
+def check_finite(call: str, blocks: Sequence[Tensor]) -> None:
+    for block in blocks:
+        require_finite(block, f"{call}: in a derivative by the input", " (first axis: sample).")
+
+
+def matrices(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return a block `(n, *out, *a, *b)` as matrices `(n, out, a, b)`."""
+    a, b = left.shape[1:].numel(), right.shape[1:].numel()
+    out = block.shape[1 : block.ndim - left.ndim - right.ndim + 2].numel()
+    return block.reshape(block.shape[0], out, a, b)
+
+
+def compared(ones: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return for each sample how far two answers are apart, and their size plus a hundredth of a typical one."""
+    left, right = _flat(ones), _flat(others)
+    distance, one, other = torch.linalg.vector_norm(torch.stack([left - right, left, right]), dim=2)
+    own = torch.maximum(one, other)
+    return distance, own + FLOOR * own.square().mean().sqrt() + torch.finfo(own.dtype).tiny
+
+
+def typical(parts: Sequence[Tensor]) -> float:
+    """Return the root mean square of a sample's size."""
+    return float(torch.linalg.vector_norm(_flat(parts), dim=1).square().mean().sqrt()) if len(parts[0]) else 0.0
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors with a row per sample as one matrix, in double precision."""
+    device = parts[0].device
+    return torch.cat([p.detach().reshape(p.shape[0], -1).to(device, torch.float64) for p in parts], 1)

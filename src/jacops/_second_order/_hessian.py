@@ -1,0 +1,199 @@
+"""Hessians by the input, sample by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._finite import is_finite
+from .._keywords import keywords
+from .._runtime.agreement import size, tolerance
+from .._runtime.contexts import eager, private_noise
+from .._runtime.rounding import rounding_error
+from .._runtime.rows import rows_size
+from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, asymmetric, nested, split_input
+from .._trees import Selector, Tree
+from ._alone import settled
+from ._common import Blocks, check_finite, matrices, samples_of, tree_of
+from ._differences import Differences
+from ._evidence import Nest
+
+_WORST = 4  # samples whose rounding is measured, alone: an operation that is wrong shows where it is most wrong
+
+
+@keywords()
+@eager
+def input_hessian(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    *,
+    outputs: Selector = None,
+    checks: str = "first",
+    fallback: str = "warn",
+    progress: bool | None = None,
+) -> Any:
+    r"""Return the Hessian of a model's output by its input for every sample, `(n, *out, *in, *in)`.
+
+    It is $\partial^2 f(x_n) / \partial x_n^2$ of the model in eval mode on a batch of one. Where samples provably do
+    not mix they share sweeps, min(inputs, outputs · inputs) of them over the graph of the Jacobian; otherwise every
+    sample is taken alone and a `JacopsWarning` says why. The result is held to be symmetric; with custom autograd
+    Functions in the graph also to agree with a central difference of Jacobians, since torch does not notice a second
+    derivative that a backward drops. Unless all operations are known to have backwards that are linear in their
+    cotangent, every call compares the result with the derivative of one random mixture of the outputs, taken alone;
+    where they disagree (`logcumsumexp`), every output is differentiated alone. Piecewise linear models have zeros.
+
+    Args:
+        model: A module (its copy is put in eval mode), or a plain function.
+        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
+        batch_size: Samples to a sweep.
+        outputs: Part of the output, as in `compute_jacobian`. One number of a wide output saves as much memory.
+        checks: As in `compute_jacobian`; the comparison with a mixture is made in every call but with `"never"`.
+        fallback: `"warn"`, `"silent"` or `"error"` where samples or outputs must be taken one at a time.
+        progress: Force the progress bar on or off.
+
+    Returns:
+        A tensor with the dtype of the output. A tuple or dict of outputs gives the same structure of Hessians; a
+        tuple or dict of inputs that structure twice inside, `H[output][input][input]`, with None at integer entries.
+
+    Raises:
+        NotDifferentiableError: There is no second derivative, or torch gets it wrong; the message names the cause.
+        InputTypeError: `model` or `x` is of the wrong kind.
+        InputError: `batch_size` is not a positive whole number, or `x` does not fit the model.
+        NonFiniteError: A derivative is NaN or Inf.
+
+    Example:
+        >>> input_hessian(lambda x: x[:, 0] ** 2 * x[:, 1], torch.tensor([[1.0, 3.0]]))
+        tensor([[[6., 2.],
+                 [2., 0.]]])
+    """
+    samples = samples_of("input_hessian", model, x, batch_size, outputs, checks, fallback)
+    blocks, tree = hessians(samples, batch_size, progress)
+    return tree.build([_arranged(samples, [_arranged(samples, row) for row in rows]) for rows in blocks])
+
+
+def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[Blocks, Tree]:
+    """Return `H[output][input][input]`, each `(n, *out, *in, *in)`, and the structure of the outputs."""
+    forward = ConnectedModel(samples)
+    slopes = JacobianFunction(forward, samples.call)
+    x = samples.input_tree.build(samples.values)
+    lines, first = nested(slopes, x, samples, "hessian", batch_size, progress)
+    many = len(samples.inputs)
+    blocks = [lines[start : start + many] for start in range(0, len(lines), many)]
+    check_finite(samples.call, first)
+    flat = [block for rows in blocks for row in rows for block in row]
+    flaw = _flaw(samples, blocks) if all(is_finite(b) for b in flat) else "values are not finite"
+    shapes = [samples.values[i].shape[1:] for i in samples.inputs]
+    nest = Nest(samples, forward, x, shapes, _rerun(samples, forward), slopes, 2, False)
+    differences = Differences(
+        samples,
+        lambda rows: _unit_noise(samples, rows),
+        lambda grids, rows, noise: _products(samples, grids, rows, noise),
+        lambda moved, _, many: [block for row in moved.jacobians(many, False).blocks for block in row],
+    )
+    blocks = settled(nest, blocks, batch_size, flaw, differences)
+    check_finite(samples.call, [b for rows in blocks for row in rows for b in row])
+    gap = _asymmetry(samples, blocks)
+    if gap is not None:
+        raise asymmetric(samples.call, gap, slopes.functions)
+    differences.check(blocks, slopes.functions, batch_size)
+    return blocks, tree_of(forward)
+
+
+def _rerun(samples: Samples, forward: ConnectedModel) -> Callable[[slice, float], tuple[list[Tensor], list[Tensor]]]:
+    """Return a function that records a forward over some samples, moved by a multiple of the rounding unit."""
+
+    def rerun(rows: slice, units: float) -> tuple[list[Tensor], list[Tensor]]:
+        values = [v[rows].detach() for v in samples.values]
+        for i in samples.inputs:
+            unit = units * torch.finfo(values[i].dtype).eps
+            values[i] = (values[i] * (1 + unit * private_noise(values[i], seed=i))).requires_grad_()
+        args, kwargs = split_input(samples.input_tree.build(values))
+        return [values[i] for i in samples.inputs], list(forward(*args, **kwargs))
+
+    return rerun
+
+
+def _arranged(samples: Samples, blocks: Sequence[Any]) -> Any:
+    leaves: list[Any] = [None] * len(samples.values)
+    for index, block in zip(samples.inputs, blocks, strict=True):
+        leaves[index] = block
+    return samples.input_tree.build(leaves)
+
+
+def _asymmetry(samples: Samples, blocks: Blocks) -> float | None:
+    """Return how far Hessians are from symmetric, relative to their size; None where rounding explains it."""
+    for output, rows in enumerate(blocks):
+        gaps, sizes = _gaps(samples, rows)
+        distance, whole = float(gaps.norm()), float(sizes.norm())
+        if distance > tolerance([rows[0][0].dtype]) * whole and not _is_rounding(samples, rows, output, gaps):
+            return distance / whole
+    return None
+
+
+def _flaw(samples: Samples, blocks: Blocks) -> str | None:
+    gap = _asymmetry(samples, blocks)
+    return None if gap is None else f"the second derivative that torch gives is not symmetric (off by {gap:.1e})"
+
+
+def _gaps(samples: Samples, rows: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the distance of one output's Hessians from their transposes and their size, `(n,)` each."""
+    leaves = [samples.values[i] for i in samples.inputs]
+    gaps, sizes = [], []
+    for a, left in enumerate(leaves):
+        for b, right in enumerate(leaves[: a + 1]):
+            one, other = matrices(rows[a][b], left, right), matrices(rows[b][a], right, left)
+            gaps.append(rows_size(one - other.mT))
+            sizes.append(rows_size(one))
+    return torch.stack(gaps).norm(dim=0), torch.stack(sizes).norm(dim=0)
+
+
+def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: Tensor) -> bool:
+    """Say whether the Hessians of the least symmetric samples hold rounding errors of that size."""
+    for worst in gaps.topk(min(_WORST, len(gaps))).indices.tolist():
+        where = slice(worst, worst + 1)
+        x = [v[where] for v in samples.values]
+        one = Samples(samples.runner.model, samples.input_tree.build(x), call=samples.call, checks="never")
+        one.runner = replace(one.runner, outputs=samples.runner.outputs)
+        found = [block[where] for row in rows for block in row]
+        if not float(gaps[worst]) <= rounding_error(lambda one=one: _alone(one, output), found):
+            return False
+    return True
+
+
+def _alone(samples: Samples, output: int) -> list[Tensor]:
+    lines, _ = nested(
+        JacobianFunction(ConnectedModel(samples), samples.call),
+        samples.input_tree.build(samples.values),
+        samples,
+        "rounding",
+        1,
+        False,
+    )
+    many = len(samples.inputs)
+    return [block for row in lines[output * many : (output + 1) * many] for block in row]
+
+
+def _unit_noise(samples: Samples, where: slice) -> list[Tensor]:
+    """Return a random direction for each of some samples, of length one on the average."""
+    noise = [private_noise(samples.values[i][where], seed=j) for j, i in enumerate(samples.inputs)]
+    length = math.sqrt(sum(size(v) ** 2 for v in noise) / max(1, noise[0].shape[0]))
+    return [v / length for v in noise]
+
+
+def _products(samples: Samples, blocks: Blocks, where: slice, noise: list[Tensor]) -> list[Tensor]:
+    """Return Hessians times a direction, `(m, out, in)` per output and input."""
+    leaves, result = [samples.values[i] for i in samples.inputs], []
+    for rows in blocks:
+        for a, left in enumerate(leaves):
+            parts = [
+                (matrices(rows[a][b], left, right)[where] @ noise[b].reshape(noise[b].shape[0], 1, -1, 1)).squeeze(3)
+                for b, right in enumerate(leaves)
+            ]
+            result.append(sum(parts[1:], parts[0]))
+    return result

@@ -1,0 +1,122 @@
+"""Laplacians by the input, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._keywords import keywords
+from .._runtime.contexts import eager
+from .._torch.protocol import Samples
+from .._trees import Selector, Tree
+from ..errors import NotDifferentiableError
+from ._common import matrices, output_entries, part_of, samples_of
+from ._directional import along
+from ._hessian import hessians
+
+_HESSIAN_ENTRIES = 2**24  # 128 MiB of Hessians in float64; beyond, only their diagonals are taken, axis by axis
+_DIRECTION_ENTRIES = 2**22  # 32 MiB of copies of the samples and directions in float64
+
+
+@keywords()
+@eager
+def laplacian(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    *,
+    outputs: Selector = None,
+    checks: str = "first",
+    fallback: str = "warn",
+    progress: bool | None = None,
+) -> Any:
+    r"""Return the Laplacian of a model's output by its input for every sample, `(n, *out)`.
+
+    It is $\sum_j \partial^2 f(x_n) / \partial x_{nj}^2$, the trace of `input_hessian`, whose sweeps it shares, some
+    samples at a time so that memory stays bounded. Where the Hessian of one sample alone is large, it sums second
+    directional derivatives along the axes instead and forms none.
+
+    Args:
+        model: As in `input_hessian`.
+        x: As in `input_hessian`; with several inputs the sum goes over all of them.
+        batch_size: Samples to a sweep, at most.
+        outputs: As in `input_hessian`.
+        checks: As in `input_hessian`.
+        fallback: As in `input_hessian`.
+        progress: Force the progress bar on or off.
+
+    Returns:
+        A tensor shaped like the output, or the same structure of tensors.
+
+    Raises:
+        NotDifferentiableError: As in `input_hessian`.
+        InputTypeError: As in `input_hessian`.
+        InputError: As in `input_hessian`.
+        NonFiniteError: As in `input_hessian`.
+
+    Example:
+        >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+        tensor([18.,  6.])
+    """
+    samples = samples_of("laplacian", model, x, batch_size, outputs, checks, fallback)
+    widths = [samples.values[i][:1].numel() for i in samples.inputs] if samples.count else [0]
+    entries = output_entries(samples) * sum(widths) ** 2
+    if entries > _HESSIAN_ENTRIES:
+        return _by_axes(samples, batch_size, progress)
+    many = min(batch_size, max(1, _HESSIAN_ENTRIES // max(entries, 1)))
+    parts, tree = [], None
+    for start in range(0, max(samples.count, 1), many):
+        part = part_of(samples, slice(start, start + many))
+        blocks, tree = hessians(part, many, progress)
+        parts.append([_traces(rows, part) for rows in blocks])
+    return _joined(parts, tree)
+
+
+def _traces(rows: list[list[Tensor]], samples: Samples) -> Tensor:
+    """Return the sum of the diagonals of one output's Hessians, `(n, *out)`."""
+    total = None
+    for position, index in enumerate(samples.inputs):
+        leaf, block = samples.values[index], rows[position][position]
+        out = block.shape[1 : block.ndim - 2 * (leaf.ndim - 1)]
+        part = matrices(block, leaf, leaf).diagonal(dim1=2, dim2=3).sum(2).reshape(block.shape[0], *out)
+        total = part if total is None else total + part
+    if total is None:
+        raise NotDifferentiableError.of("x", "without floating-point tensors", "there is nothing to go by")
+    return total
+
+
+def _by_axes(samples: Samples, batch_size: int, progress: bool | None) -> Any:
+    """Return the Laplacian as a sum of second derivatives along axes, some samples and axes at a time."""
+    axes = [(i, entry) for i in samples.inputs for entry in range(samples.values[i][:1].numel())]
+    widest = sum(samples.values[i][:1].numel() for i in samples.inputs)
+    together = max(1, min(batch_size, _DIRECTION_ENTRIES // widest))
+    parts, tree = [], None
+    for start in range(0, samples.count, together):
+        chunk = [v[start : start + together] for v in samples.values]
+        many, totals = chunk[0].shape[0], None
+        each = max(1, together // many)
+        for first in range(0, len(axes), each):
+            picked = axes[first : first + each]
+            copies = samples.input_tree.build([v.repeat(len(picked), *[1] * (v.ndim - 1)) for v in chunk])
+            runner = samples.runner
+            copied = samples_of(
+                samples.call, runner.model, copies, batch_size, runner.outputs, samples.checks, samples.fallback
+            )
+            units = [torch.zeros_like(copied.values[i]) for i in samples.inputs]
+            for number, (index, entry) in enumerate(picked):
+                rows = units[samples.inputs.index(index)][number * many : (number + 1) * many]
+                rows.view(many, -1)[:, entry] = 1
+            blocks, tree = along(copied, units, 2, many * len(picked), progress)
+            sums = [b.view(len(picked), many, *b.shape[1:]).sum(0) for b in blocks]
+            totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
+        parts.append(totals or [])
+    return _joined(parts, tree)
+
+
+def _joined(parts: list[list[Tensor]], tree: Tree | None) -> Any:
+    if tree is None:
+        raise NotDifferentiableError.of("model", "not evaluated", "at least one sample must run")
+    return tree.build([torch.cat(column) for column in zip(*parts, strict=True)])

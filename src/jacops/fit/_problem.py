@@ -1,0 +1,304 @@
+"""The problem: a private working copy of the model, evaluated and linearised wherever the steps lead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._extras.lie import layout as lie_layout
+from .._finite import require_finite
+from .._requirements import check_choice, check_kind
+from .._runtime.contexts import arithmetic, out_of_inference, private_noise, random_state_kept, recording
+from .._runtime.restoring import restoring
+from .._torch.protocol import (
+    Recording,
+    bare,
+    check_state,
+    jacobian_blocks,
+    parameter_names,
+    record_model,
+    replicate,
+    split_input,
+)
+from .._trees import flatten, output_leaves
+from ..errors import (
+    InputError,
+    InputTypeError,
+    MemoryBudgetError,
+    ModelStateError,
+    NonFiniteError,
+    NotDifferentiableError,
+)
+from ..sparse import SparsePlan, sparse_plan
+from ..sparse._matrix import csr
+from ._layout import Layout, Values, layout_of
+from ._residuals import Residuals, block_diagonal, residuals_of
+from ._scaling import scaling_of
+from ._system import LinearizedFit
+
+_DENSE_ENTRIES = 250_000  # up to so many, a dense step takes less than the tenth of a second that a plan takes
+_DENSE_COLUMNS = 64  # columns, or rows, that one batched pass gives: a plan's sweeps cannot be fewer passes
+_FULL = 0.1  # rows fuller than this save less than a factor of ten, which sparse factorisation loses to dense
+
+
+class FunctionModule(nn.Module):
+    """A plain function of tensors as a module: the tensors are its parameters."""
+
+    def __init__(self, function: Callable[..., Any], params: Mapping[str, Tensor], keyword: bool) -> None:
+        super().__init__()
+        self.function, self.keyword, self.names = function, keyword, tuple(params)
+        for name, value in params.items():
+            self._parameters[name] = _leaf(value)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function on the parameters and the input."""
+        own = {name: self._parameters[name] for name in self.names}
+        return self.function(*args, **own, **kwargs) if self.keyword else self.function(*own.values(), *args, **kwargs)
+
+
+def _leaf(value: Tensor) -> Tensor:
+    value = out_of_inference(value).detach().clone()
+    return nn.Parameter(value) if type(value) is Tensor else value.requires_grad_()
+
+
+def function_module(function: Any, params: Any) -> FunctionModule:
+    """Return a function and its tensors as a module.
+
+    Raises:
+        InputTypeError: `function` is not callable or `params` holds no tensors.
+        InputError: `params` is empty.
+    """
+    if not callable(function):
+        raise InputTypeError.of("model", f"a {type(function).__name__}", "a module or a function is needed")
+    if params is None:
+        todo = "Pass `params=` (a tensor, a list or a dict of tensors): where the search starts."
+        raise InputTypeError.of("params", "None", "a plain function needs the tensors it is to be solved for", todo)
+    keyword = isinstance(params, Mapping)
+    if isinstance(params, Tensor):
+        named: dict[str, Any] = {"x": params}
+    elif isinstance(params, Mapping):
+        named = {str(name): value for name, value in params.items()}
+    elif isinstance(params, list | tuple):
+        named = {f"x[{i}]": value for i, value in enumerate(params)}
+    else:
+        raise InputTypeError.of("params", f"a {type(params).__name__}", "a tensor, list or dict is needed")
+    if not named:
+        raise InputError.of("params", "empty", "at least one tensor is needed")
+    for name, value in named.items():
+        label = f"params{name.removeprefix('x')}" if not keyword else f"params['{name}']"
+        check_kind(label, value, Tensor, "a tensor is needed")
+        if not value.is_floating_point():
+            raise InputTypeError.of(label, f"of dtype {value.dtype}", "real floating-point numbers are needed")
+    return FunctionModule(function, named, keyword)
+
+
+class FitProblem:
+    """A model in private, its parameters wherever the steps lead.
+
+    Attributes:
+        layout: Which parameters move and how.
+        scaling: Scales of their columns.
+        residuals: Outputs minus targets, weighted.
+        evaluations: Forward passes so far.
+        linearisations: Jacobians so far.
+        route: How Jacobians are taken, and why.
+        plan: The sparse plan, where one is used.
+        may_be_dense: Whether the caller left it open how Jacobians are taken.
+    """
+
+    def __init__(self, model: nn.Module, value: Any, call: str, given: dict[str, Any]) -> None:
+        module = bare(model)
+        check_state(module)
+        self.original = {n: p for n, p in parameter_names(module).items() if p.requires_grad}
+        if not self.original:
+            todo = "Call `.requires_grad_()` on what is to be solved for."
+            raise ModelStateError.of("model", "without parameters that require grad", "some must move", todo)
+        self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
+        self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
+        self.call, self.value = call, value
+        self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
+        self.held = parameter_names(self.work)
+        self.evaluations = self.linearisations = 0
+        self.route, self.may_be_dense = "", isinstance(given["jacobian"], str) and given["jacobian"] == "auto"
+        self.plan: Any = None
+        outputs, tree = output_leaves(self._forward())
+        self.residuals: Residuals = residuals_of(outputs, tree, given, call)
+        self._choose(given["jacobian"])
+
+    @restoring
+    def values(self) -> Values:
+        """Return the parameters as the model has them now."""
+        with arithmetic(False):
+            return {name: self.held[name].detach().clone() for name in self.original}
+
+    def objective(self, values: Values) -> float:
+        """Return the objective at these parameters, by one forward pass."""
+        self._set(values)
+        outputs, _ = output_leaves(self._forward())
+        return self.residuals.objective(outputs)
+
+    def linearised(self, values: Values) -> tuple[float, LinearizedFit, np.ndarray]:
+        """Return the objective, the linearised problem and the raw residual, all from one forward pass.
+
+        Raises:
+            NonFiniteError: The Jacobian has NaN or Inf.
+        """
+        self._set(values)
+        self.linearisations += 1
+        self.evaluations += 1
+        outputs, J = self._sparse() if self.plan is not None else self._dense()
+        kept = self.layout.kept
+        if kept is not None:
+            J = J[:, kept]
+        raw = self.residuals.raw(outputs)
+        cost, r, J = self.residuals.corrected(outputs, J)
+        eps = max(torch.finfo(v.dtype).eps for v in (*outputs, *self.original.values()))
+        terms = partial(self.residuals.magnitude, outputs)
+        return cost, LinearizedFit(J, r, self.layout.blocks, eps=eps, terms=terms), raw
+
+    # ---- the model ---------------------------------------------------------------------------------------------
+
+    @restoring
+    def _set(self, values: Values) -> None:
+        with arithmetic(False):
+            for name, value in values.items():
+                self.held[name].detach().as_subclass(Tensor).copy_(value.as_subclass(Tensor))
+
+    @restoring
+    def _forward(self) -> Any:
+        """Run the model on copies of its buffers and inputs, with the random numbers that every run sees."""
+        self.evaluations += 1
+        with recording(), random_state_kept():
+            replica = replicate(self.work)
+            leaves, tree = flatten(self.value, "input")
+            copies = [out_of_inference(v).detach().clone() if isinstance(v, Tensor) else v for v in leaves]
+            args, kwargs = split_input(tree.build(copies))
+            return replica(args, kwargs)
+
+    def _recorded(self) -> Recording:
+        return record_model(self.work, self.value, call=self.call, parameters=lambda name, _: name in self.original)
+
+    @restoring
+    def _dense(self) -> tuple[list[Tensor], np.ndarray]:
+        recorded = self._recorded()
+        lie = lie_layout(recorded, True)
+        with arithmetic(False):
+            blocks = jacobian_blocks(recorded.lin)
+            blocks = lie(blocks) if lie else blocks
+            outputs = [o.detach() for o in recorded.lin.outputs]
+            J = np.empty((self.residuals.rows, sum(p.columns for p in self.layout.parts)))
+            row = 0
+            for name, output, line in zip(recorded.lin.codomain.names, outputs, blocks, strict=True):
+                column, rows = 0, slice(row, row + output.numel())
+                for part, block in zip(self.layout.parts, line, strict=True):
+                    require_finite(block, f"{self.call}: in the Jacobian of {name} by {part.name}")
+                    matrix = block.reshape(output.numel(), -1).to(torch.float64)
+                    if part.chart is not None:
+                        moves = torch.from_numpy(part.moves(self.held[part.name])).to(matrix.device)
+                        matrix = torch.einsum("mes,est->met", matrix.reshape(-1, *moves.shape[:2]), moves)
+                    J[rows, column : column + part.columns] = matrix.reshape(output.numel(), -1).cpu().numpy()
+                    column += part.columns
+                row = rows.stop
+        return outputs, J
+
+    # ---- sparse ------------------------------------------------------------------------------------------------
+
+    def _choose(self, jacobian: Any) -> None:
+        rows, columns = self.residuals.rows, self.layout.columns
+        if isinstance(jacobian, SparsePlan):
+            self.plan, self.route = jacobian, "sparse: a plan was given"
+            self._check_lie()
+            return
+        check_choice("jacobian", jacobian, ("auto", "dense", "sparse"), " or a SparsePlan")
+        size = f"{rows} x {columns}"
+        if jacobian == "dense":
+            self._check_budget(rows, columns)
+            self.route = f"dense: {size}, as asked"
+            return
+        if jacobian == "auto" and (rows * columns <= _DENSE_ENTRIES or min(rows, columns) <= _DENSE_COLUMNS):
+            self.route = f"dense: {size} is small"
+            return
+        if jacobian == "auto" and (share := self._fullness()) > _FULL:
+            self._check_budget(rows, columns)
+            self.route = f"dense: {size}, rows are {share:.0%} full"
+            return
+        plan = sparse_plan(self.work, self.value, wrt="parameters", tangent=True)
+        self.plan, self.route = plan, f"sparse: {size}, {plan.sweeps} sweeps"
+        self._check_lie()
+
+    def _fullness(self) -> float:
+        """Return how full a few rows of the Jacobian are, by one backward pass each."""
+        lin, shares = self._recorded().lin, []
+        for index, output in enumerate(lin.outputs):
+            for entry in {0, output.numel() // 2, output.numel() - 1} if output.numel() else ():
+                seed = torch.zeros_like(output).reshape(-1)
+                seed[entry] = 1
+                seeds = [seed.reshape(output.shape) if i == index else None for i in range(len(lin.outputs))]
+                found = sum(int(g.count_nonzero()) for g in lin.pull(seeds) if g is not None)
+                shares.append(found / lin.domain.dim)
+        return sum(shares) / max(len(shares), 1)
+
+    def _check_budget(self, rows: int, columns: int) -> None:
+        """Refuse a dense Jacobian that would not fit.
+
+        Raises:
+            MemoryBudgetError: It and two matrices made of it need more than the machine's memory.
+        """
+        needed, there = 3 * 8 * rows * columns, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            raise MemoryBudgetError(
+                f"{self.call}: a dense Jacobian of {rows:,} x {columns:,} needs about {needed / 2**30:.1f} GiB to "
+                f"be solved with, and the machine has {there / 2**30:.1f} GiB. Pass `jacobian='sparse'` if it is, "
+                "or fewer residuals at a time."
+            )
+
+    def _check_lie(self) -> None:
+        """Hold the sparse Jacobian of LieTensors against their retraction along one random direction.
+
+        Raises:
+            NotDifferentiableError: PyPose's derivative is wrong for how the model uses a LieTensor.
+        """
+        groups = [part.name for part in self.layout.parts if part.group]
+        if not groups:
+            return
+        values = self.values()
+        self._set(values)
+        outputs, J = self._sparse()
+        J = J if self.layout.kept is None else J[:, self.layout.kept]
+        direction = private_noise(torch.empty(self.layout.columns, dtype=torch.float64)).numpy()
+        eps = max(torch.finfo(o.dtype).eps for o in outputs)
+        step = eps ** (1 / 3) * direction / float(np.linalg.norm(direction))
+        ends = []
+        for sign in (1.0, -1.0):
+            self._set(self.layout.moved(values, sign * step))
+            ends.append(self.residuals.raw(output_leaves(self._forward())[0]))
+        predicted, found = J @ step, (ends[0] - ends[1]) / 2
+        size = max(float(np.linalg.norm(predicted)), float(np.linalg.norm(found)), eps)
+        # Differences with a step of eps ** (1/3): wrong gradients of LieTensors are off by a share of 1.
+        if float(np.linalg.norm(predicted - found)) > max(1e-5, 50 * eps ** (1 / 3)) * size:
+            raise NotDifferentiableError(
+                f"{self.call}: the sparse Jacobian by {', '.join(groups)} and differences along PyPose's own update "
+                "disagree: stored numbers of a LieTensor are read, whose gradient PyPose gets wrong. Pass "
+                "`jacobian='dense'`, or read them through Act, Log or matrix()."
+            )
+
+    def _sparse(self) -> tuple[list[Tensor], Any]:
+        found = self.plan._evaluated(self.work, self.value, 1, "scipy", self.residuals.importance)
+        outputs = [o.detach() for o in output_leaves(found.output)[0]]
+        J = csr(found.matrix).astype(np.float64)
+        if not np.isfinite(J.data).all():
+            raise NonFiniteError(f"{self.call}: the Jacobian has NaN or Inf; the output itself is finite.")
+        return outputs, _on_charts(J, self.layout, self.held)
+
+
+def _on_charts(J: Any, layout: Layout, held: dict[str, Tensor]) -> Any:
+    """Return a sparse Jacobian by storage as one by tangents: times one small block per element."""
+    if all(part.chart is None for part in layout.parts):
+        return J
+    return csr(J @ block_diagonal([part.moves(held[part.name]) for part in layout.parts]))

@@ -1,0 +1,316 @@
+"""Residuals: a model's outputs minus targets, weighted and made robust, as one long vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._extras._lie_groups import group_of
+from .._requirements import check_choice, check_kind
+from .._runtime.restoring import NumericWarningsIgnored, restoring
+from .._trees import Tree, flatten
+from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
+from ..sparse._matrix import csr, sp
+from ._kernels import Kernel, correction, kernel_of
+
+
+@dataclass(frozen=True)
+class Term:
+    """One output.
+
+    Attributes:
+        name: How messages call it.
+        shape: Its shape; entries of a vector, or last axes otherwise, are the blocks a kernel sees.
+        target: What is taken off it, flat.
+        root: Root of the weights: per entry `(rows,)`, or per block `(blocks, d, d)`.
+        kernel: The robust kernel.
+    """
+
+    name: str
+    shape: torch.Size
+    target: np.ndarray | None
+    root: np.ndarray | None
+    kernel: Kernel | None
+
+    @property
+    def rows(self) -> int:
+        """How many numbers it has."""
+        return self.shape.numel()
+
+    @property
+    def width(self) -> int:
+        """How many numbers a kernel's block has."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    def magnitude(self, output: Tensor) -> np.ndarray:
+        """Return the magnitude of what the weighted residual is the difference of, flat, and weighed as it is."""
+        size = np.abs(array(output)) + (0.0 if self.target is None else np.abs(self.target))
+        if self.root is not None and self.root.ndim == 1:
+            size = np.abs(self.root) * size
+        elif self.root is not None:
+            size = np.einsum("kij,kj->ki", np.abs(self.root), size.reshape(len(self.root), -1)).reshape(-1)
+        if self.kernel is None:
+            return size
+        squares = np.square(self.weighted(output).reshape(-1, self.width)).sum(1)
+        return size * np.repeat(np.sqrt(self.kernel(squares)[1]), self.width)
+
+    def weighted(self, output: Tensor) -> np.ndarray:
+        """Return the weighted residual, flat."""
+        r = array(output)
+        if self.target is not None:
+            r = r - self.target
+        if self.root is None:
+            return r
+        if self.root.ndim == 1:
+            return self.root * r
+        return np.einsum("kij,kj->ki", self.root, r.reshape(len(self.root), -1)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """All terms.
+
+    Attributes:
+        terms: One per output.
+        second_order: Correct kernels with their second derivative.
+    """
+
+    terms: tuple[Term, ...]
+    second_order: bool
+
+    @property
+    def rows(self) -> int:
+        """How many numbers there are."""
+        return sum(t.rows for t in self.terms)
+
+    @cached_property
+    def importance(self) -> np.ndarray:
+        """What weights multiply each number with: how large its row of the Jacobian is to the fit beside others."""
+        parts = []
+        for term in self.terms:
+            root = np.ones(term.rows) if term.root is None else term.root
+            parts.append(np.abs(root) if root.ndim == 1 else np.linalg.norm(root, axis=1).reshape(-1))
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    @restoring
+    def objective(self, outputs: Sequence[Tensor]) -> float:
+        """Return half the sum of the squares, or of the kernels of squared lengths."""
+        total = 0.0
+        with NumericWarningsIgnored("over", "invalid"):
+            for term, output in zip(self.terms, outputs, strict=True):
+                r = term.weighted(output)
+                if term.kernel is None:
+                    total += float(r @ r) / 2
+                else:
+                    total += float(term.kernel(np.square(r.reshape(-1, term.width)).sum(1))[0].sum()) / 2
+        return total
+
+    def magnitude(self, outputs: Sequence[Tensor]) -> np.ndarray:
+        """Return the magnitude of the terms of each weighted residual, for its rounding errors."""
+        return np.concatenate([t.magnitude(o) for t, o in zip(self.terms, outputs, strict=True)])
+
+    def raw(self, outputs: Sequence[Tensor]) -> np.ndarray:
+        """Return outputs minus targets, neither weighted nor corrected."""
+        parts = [array(o) - (0.0 if t.target is None else t.target) for t, o in zip(self.terms, outputs, strict=True)]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def corrected(self, outputs: Sequence[Tensor], J: Any) -> tuple[float, np.ndarray, Any]:
+        """Return the objective, and residual and Jacobian weighted and corrected; `J` may be overwritten."""
+        total, start = 0.0, 0
+        residuals, rows = [], []
+        for term, output in zip(self.terms, outputs, strict=True):
+            where, r = slice(start, start + term.rows), term.weighted(output)
+            start += term.rows
+            part = J[where] if term.root is None else _times(term.root, J[where])
+            if term.kernel is None:
+                total += float(r @ r) / 2
+            else:
+                blocks = r.reshape(-1, term.width)
+                cost, fixed, factor, along = correction(term.kernel, blocks, self.second_order)
+                total, r = total + cost, fixed.reshape(-1)
+                if along is not None:
+                    part = part - block_diagonal([along[:, :, None]]) @ (block_diagonal([blocks[:, None]]) @ part)
+                part = _times(np.repeat(factor, term.width), part)
+            residuals.append(r)
+            rows.append(part)
+            if isinstance(J, np.ndarray):
+                J[where] = part
+        return total, np.concatenate(residuals), J if isinstance(J, np.ndarray) else csr(sp.vstack(rows))
+
+
+def array(output: Tensor) -> np.ndarray:
+    """Return a tensor's numbers, flat, in double precision."""
+    return output.detach().as_subclass(Tensor).reshape(-1).to("cpu", torch.float64).numpy()
+
+
+def _times(left: np.ndarray, J: Any) -> Any:
+    """Return numbers per row `(rows,)`, or matrices per block `(blocks, d, d)`, times rows of a Jacobian."""
+    if left.ndim == 1 and isinstance(J, np.ndarray):
+        return left[:, None] * J
+    if left.ndim == 1:
+        return csr((J.data * np.repeat(left, np.diff(J.indptr)), J.indices, J.indptr), shape=J.shape)
+    if not isinstance(J, np.ndarray):
+        return csr(block_diagonal([left]) @ J)
+    return np.matmul(left, J.reshape(len(left), -1, J.shape[1])).reshape(J.shape)
+
+
+def block_diagonal(parts: Sequence[np.ndarray]) -> Any:
+    """Return the sparse matrix with these on its diagonal: numbers `(k,)`, or blocks `(k, rows, columns)`."""
+    index = [np.arange(len(part) + 1) for part in parts]
+    return sp.block_diag(
+        [
+            sp.diags_array(part) if part.ndim == 1 else sp.bsr_array((part, at[:-1], at))
+            for part, at in zip(parts, index, strict=True)
+        ],
+        format="csr",
+    )
+
+
+# ---- what the caller gives ---------------------------------------------------------------------------------------
+
+
+def residuals_of(outputs: Sequence[Tensor], tree: Tree, given: dict[str, Any], call: str) -> Residuals:
+    """Return the terms of a model's outputs for what the caller asked.
+
+    Args:
+        outputs: The outputs, once.
+        tree: Their structure.
+        given: `target`, `weight`, `sqrt_weight`, `kernel`, `f_scale` and `corrector` as the caller gave them.
+        call: The public call.
+
+    Raises:
+        InputTypeError: An argument is of the wrong kind.
+        InputError: A shape does not match, or a weight is not positive.
+        NotDifferentiableError: An output is complex.
+        NonFiniteError: An output at the start is NaN or Inf.
+    """
+    check_choice("corrector", given["corrector"], ("triggs", "first_order"))
+    spread = {key: _spread(given[key], tree, key) for key in ("target", "weight", "sqrt_weight")}
+    kernel = given["kernel"]
+    kernels = _spread(kernel, tree, "kernel") if isinstance(kernel, list | tuple | dict) else [kernel] * len(outputs)
+    terms = []
+    for i, (name, output) in enumerate(zip(tree.names, outputs, strict=True)):
+        _check_output(output, name, call)
+        label = "" if tree.single else name.removeprefix("output")
+        target = _target(spread["target"][i], output, f"target{label}")
+        if spread["weight"][i] is not None and spread["sqrt_weight"][i] is not None:
+            raise InputError.of(f"weight{label}", "given beside `sqrt_weight`", "one of them is needed, not both")
+        root = _root(spread["weight"][i], output.shape, f"weight{label}", squared=True)
+        if root is None:
+            root = _root(spread["sqrt_weight"][i], output.shape, f"sqrt_weight{label}", squared=False)
+        terms.append(Term(name, output.shape, target, root, kernel_of(kernels[i], given["f_scale"])))
+    found = Residuals(tuple(terms), given["corrector"] == "triggs")
+    if not found.rows:
+        raise InputError.of("the residual", "empty", "at least one number is needed")
+    return found
+
+
+def _check_output(output: Tensor, name: str, call: str) -> None:
+    if output.is_complex():
+        came = f"of dtype {output.dtype}"
+        raise NotDifferentiableError.of(name, came, "least squares need real numbers", "Use torch.view_as_real on it.")
+    if group_of(output):
+        needed = "a residual must be a vector"
+        raise InputError.of(name, f"an element of {group_of(output)}", needed, "Return its `.Log()`.")
+    bad = (~torch.isfinite(output.detach().as_subclass(Tensor))).nonzero()
+    if len(bad):
+        raise NonFiniteError(
+            f"{call}: at the start, {name} has {len(bad)} entries that are NaN or Inf, the first at index "
+            f"{tuple(bad[0].tolist())}. Start somewhere else or mend the model."
+        )
+
+
+def _spread(given: Any, tree: Tree, argument: str) -> list[Any]:
+    """Return one entry per output."""
+    if given is None:
+        return [None] * len(tree.names)
+    if tree.single:
+        return [given]
+    if isinstance(given, Tensor) or not isinstance(given, list | tuple | dict):
+        came = f"a {type(given).__name__}"
+        raise InputTypeError.of(argument, came, f"one entry per output is needed: {', '.join(tree.names)}")
+    import torch.utils._pytree as pytree
+
+    leaves = pytree.tree_leaves(given, is_leaf=lambda v: v is None or not isinstance(v, list | tuple | dict))
+    names = flatten(given, "output")[1].names
+    if len(leaves) != len(tree.names) or (len(names) == len(leaves) and _keys(names) != _keys(tree.names)):
+        came = f"of {len(leaves)} entries"
+        raise InputError.of(argument, came, f"one entry per output is needed: {', '.join(tree.names)}")
+    return leaves
+
+
+def _keys(names: Sequence[str]) -> list[str]:
+    return [name.removeprefix("output") for name in names]
+
+
+def _target(target: Any, output: Tensor, argument: str) -> np.ndarray | None:
+    if target is None:
+        return None
+    check_kind(argument, target, Tensor, "a tensor is needed")
+    if target.shape != output.shape:
+        needed = f"the output has shape {tuple(output.shape)}"
+        raise InputError.of(argument, f"of shape {tuple(target.shape)}", needed, "Nothing is broadcast.")
+    if target.dtype != output.dtype:
+        todo = f"Call `.to({output.dtype})` on it."
+        raise InputError.of(argument, f"of dtype {target.dtype}", f"the output is of {output.dtype}", todo)
+    if not torch.isfinite(target.detach().as_subclass(Tensor)).all():
+        raise NonFiniteError.of(argument, "holding NaN or Inf", "finite numbers are needed")
+    return array(target)
+
+
+def _root(weight: Any, shape: torch.Size, argument: str, squared: bool) -> np.ndarray | None:
+    """Return the root of weights, per entry or per block.
+
+    Raises:
+        InputTypeError: It is neither a number nor a tensor.
+        InputError: Its shape fits none of the known ones, or it is not positive.
+    """
+    if weight is None:
+        return None
+    check_kind(argument, weight, (Tensor, float, int), "a number or a tensor is needed")
+    value = torch.as_tensor(weight).detach().as_subclass(Tensor).to("cpu", torch.float64)
+    if not torch.isfinite(value).all():
+        raise NonFiniteError.of(argument, "holding NaN or Inf", "finite numbers are needed")
+    last = shape[-1] if shape else 1
+    if value.shape == shape == (last, last) and last > 1:
+        came = f"of shape {(last, last)}, which could be one weight per entry or one matrix for all blocks"
+        todo = f"Pass (1, {last}, {last}) for one matrix, or `torch.diag_embed({argument})` for one number per entry."
+        raise InputError.of(argument, came, "it must be one of them", todo)
+    if value.ndim == 0 or value.shape == shape or (len(shape) > 1 and value.shape == shape[:-1]):
+        if squared and bool((value < 0).any()):
+            raise InputError.of(argument, "negative somewhere", "weights must not be negative")
+        full = value if value.ndim in (0, len(shape)) else value.unsqueeze(-1)
+        rows = full.expand(shape).reshape(-1).numpy().copy()
+        return np.sqrt(rows) if squared else rows
+    lead = (1,) * len(shape[:-1])
+    if value.ndim >= 2 and value.shape[-2:] == (last, last) and value.shape[:-2] in (shape[:-1], torch.Size(lead), ()):
+        blocks = value.expand(*shape[:-1], last, last).reshape(-1, last, last)
+        return _matrix_root(blocks, argument) if squared else blocks.numpy().copy()
+    wanted = [f"() for all, {tuple(shape)} per entry"]
+    wanted += [f"{tuple(shape[:-1])} per block"] if len(shape) > 1 else []
+    wanted += [f"{(last, last)} or {(*shape[:-1], last, last)} as matrices"]
+    raise InputError.of(argument, f"of shape {tuple(value.shape)}", f"one of these is needed: {', '.join(wanted)}")
+
+
+def _matrix_root(blocks: Tensor, argument: str) -> np.ndarray:
+    """Return S with S^T S = W for positive semidefinite W."""
+    # Matrices that were computed in float32, or written with seven digits, pass.
+    if not torch.allclose(blocks, blocks.mT, rtol=1e-6, atol=1e-6 * float(blocks.abs().max()) if blocks.numel() else 0):
+        raise InputError.of(argument, "not symmetric", "information matrices must be symmetric")
+    factor, info = torch.linalg.cholesky_ex(blocks)
+    if not bool(info.any()):
+        return factor.mT.contiguous().numpy()
+    values, vectors = torch.linalg.eigh(blocks)
+    # Eigenvalues of a semidefinite matrix may be negative by rounding: room for numbers of ten digits.
+    lowest = values[:, :1] + 1e-10 * values[:, -1:].abs()
+    if bool((lowest < 0).any()):
+        worst = int(lowest.reshape(-1).argmin())
+        came = f"with the eigenvalue {float(values[worst, 0]):.3g} in block {worst}"
+        raise InputError.of(argument, came, "information matrices must not be negative anywhere")
+    return (values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT).contiguous().numpy()

@@ -1,0 +1,190 @@
+r"""A linearised problem, $(J^\top J + \mathrm{diag}(\lambda)) p = -J^\top r$, and what a step leaves of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..sparse._matrix import sp
+
+_LEAST_SQUARE = 1e-250  # squares below may have lost digits to underflow (smallest normal number: 2e-308)
+_FEW = 10_000_000  # entries that are worth copying at once, 80 MB
+
+
+def positive(sizes: np.ndarray) -> np.ndarray:
+    """Return sizes with zeros, which nothing can be divided by, replaced by one."""
+    return np.where(sizes > 0, sizes, 1.0)
+
+
+class Singular(Exception):  # noqa: N818 - not an error for the caller: the loop answers it
+    """The matrix could not be factorised or the answer is useless."""
+
+
+@dataclass(eq=False)
+class LinearizedFit:
+    """A linearised problem: Jacobian (ndarray or CSR), residual, and what follows from them.
+
+    Attributes:
+        J: Jacobian, (rows, columns).
+        r: Residual, (rows,).
+        blocks: Number of the block of each column, for block-Jacobi.
+        memory: What a strategy keeps for this point.
+        lengths: Scales that lengths of steps and damping are measured with; by default those of the columns.
+        unit: Factor that makes a damping in these scales one in units of the normal matrix.
+        eps: Relative rounding error of the entries of `J` and `r`.
+        terms: Returns the magnitude of the terms that each residual is a sum of, (rows,).
+    """
+
+    J: Any
+    r: np.ndarray
+    blocks: np.ndarray
+    memory: dict[str, Any] = field(default_factory=dict)
+    lengths: np.ndarray | None = None
+    unit: float = 1.0
+    eps: float = float(np.finfo(np.float64).eps)
+    terms: Callable[[], np.ndarray] | None = field(default=None, repr=False)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Say whether the Jacobian is stored sparsely."""
+        return not isinstance(self.J, np.ndarray)
+
+    @property
+    def dense(self) -> np.ndarray:
+        """The Jacobian as an array."""
+        return self.J.toarray() if self.is_sparse else self.J
+
+    @cached_property
+    def gradient(self) -> np.ndarray:
+        """The gradient of half the squared residual."""
+        return self.J.T @ self.r
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """Norms of the columns, safe from overflow and underflow; zero for a column of zeros."""
+        if self.is_sparse:
+            columns, size = self.J.indices, self.J.shape[1]
+            squares = np.bincount(columns, self.J.data**2, minlength=size)
+        else:
+            squares = np.einsum("ij,ij->j", self.J, self.J)
+        norms = np.sqrt(squares)
+        unsafe = ~((squares > _LEAST_SQUARE) & (squares < 1 / _LEAST_SQUARE))
+        if unsafe.any():
+            norms[unsafe] = self._safe_norms(unsafe.nonzero()[0])
+        return norms
+
+    def _safe_norms(self, columns: np.ndarray) -> np.ndarray:
+        J = self.J[:, columns]
+        J = J.toarray() if self.is_sparse and len(columns) * self.J.shape[0] < _FEW else J
+        if not isinstance(J, np.ndarray):
+            return np.array([self._safe_norms(columns[[k]])[0] for k in range(len(columns))])
+        largest = np.abs(J).max(axis=0, initial=0.0)
+        return largest * np.linalg.norm(J / np.where(largest > 0, largest, 1.0), axis=0)
+
+    @property
+    def has_safe_squares(self) -> bool:
+        """Whether squares of the columns' norms neither underflow nor overflow."""
+        norms = positive(self.norms)
+        return bool(norms.min(initial=1.0) > _LEAST_SQUARE**0.5 and norms.max(initial=1.0) < _LEAST_SQUARE**-0.5)
+
+    def with_unit_columns(self) -> LinearizedFit:
+        """Return the problem in unknowns `p * norms`."""
+        norms = positive(self.norms)
+        J = (self.J @ sp.diags_array(1 / norms)).tocsr() if self.is_sparse else self.J / norms
+        return LinearizedFit(J, self.r, self.blocks, eps=self.eps)
+
+    @cached_property
+    def scale(self) -> np.ndarray:
+        """What a step is multiplied by to measure its length: `lengths`, or norms of the columns; positive."""
+        return positive(self.norms if self.lengths is None else self.lengths)
+
+    def equilibration(self, damping: np.ndarray | None) -> np.ndarray:
+        """Return what columns are divided by so that those of the damped Jacobian have unit length."""
+        return positive(self.norms if damping is None else np.hypot(self.norms, np.sqrt(damping)))
+
+    @cached_property
+    def normal(self) -> Any:
+        """The normal matrix, as an array or as CSC."""
+        if self.is_sparse:
+            return (self.J.T @ self.J).tocsc()
+        J = torch.from_numpy(self.J)
+        return (J.T @ J).numpy()
+
+    @cached_property
+    def _cosines(self) -> Any:
+        """The normal matrix of unit columns."""
+        norms, system = positive(self.norms), self
+        if not self.has_safe_squares:
+            norms, system = np.ones_like(norms), self.with_unit_columns()
+        if not self.is_sparse:
+            return system.normal / np.outer(norms, norms)
+        unit = sp.diags_array(1 / norms)
+        return unit @ system.normal @ unit
+
+    def unit_normal(self, damping: np.ndarray | None) -> Any:
+        """Return the normal matrix plus a diagonal, rows and columns divided by `equilibration(damping)`."""
+        if damping is None:
+            return self._cosines
+        unit = self.equilibration(damping)
+        share, rest = positive(self.norms) / unit, (np.sqrt(damping) / unit) ** 2
+        if self.is_sparse:
+            scaled = sp.diags_array(share)
+            return scaled @ self._cosines @ scaled + sp.diags_array(rest)
+        total = self._cosines * np.outer(share, share)
+        total[np.diag_indices_from(total)] += rest
+        return total
+
+    def push(self, p: np.ndarray) -> np.ndarray:
+        """Return the Jacobian times a step."""
+        return self.J @ p
+
+    def damped(self, damping: np.ndarray | None) -> Any:
+        """Return the normal matrix plus a diagonal."""
+        if damping is None:
+            return self.normal
+        if self.is_sparse:
+            return (self.normal + sp.diags_array(damping)).tocsc()
+        total = self.normal.copy()
+        total[np.diag_indices_from(total)] += damping
+        return total
+
+    def residual(self, p: np.ndarray, damping: np.ndarray | None) -> np.ndarray:
+        """Return what a step leaves of the equations, by products with the Jacobian itself."""
+        left = self.J.T @ (self.push(p) + self.r)
+        return left if damping is None else left + damping * p
+
+    def solved(self, p: np.ndarray, damping: np.ndarray | None, solver: str, steps: int = 0, note: str = "") -> Solved:
+        """Return a step with its true residual.
+
+        Raises:
+            Singular: The step is not finite.
+        """
+        if not np.isfinite(p).all():
+            raise Singular("the step is not finite")
+        size = float(np.linalg.norm(self.gradient))
+        left = float(np.linalg.norm(self.residual(p, damping)))
+        return Solved(p, left / size if size else left, steps, solver, note)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A step and how it was found.
+
+    Attributes:
+        step: The step.
+        residual: The true relative residual of the normal equations, recomputed.
+        steps: Inner iterations; 0 for direct solvers.
+        solver: Which solver.
+        note: Anything worth knowing.
+    """
+
+    step: np.ndarray
+    residual: float
+    steps: int
+    solver: str
+    note: str = ""

@@ -1,0 +1,384 @@
+"""SparsePlan: pattern, colours and decompression, made once and used at every point."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .._derivatives import Wrt
+from .._finite import check_outputs, is_finite, require_finite
+from .._keywords import keywords
+from .._requirements import check_choice, check_whole
+from .._torch.protocol import Proofs
+from .._trees import Selector
+from ..errors import DataError, InputError, NotDifferentiableError, warn
+from . import storage
+from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed, probed_by_rows
+from ._declared import check_declared
+from ._matrix import Csr, csr, sp
+from ._point import RecordedPoint, gradients_agree, record_point
+from ._pool import Array
+from ._probe import Floats, Prober, Verdict
+from ._scheme import Scheme, colored, unlifted
+from .detect import traced
+from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_shape
+from .pattern import Pattern, declared
+
+_ROOM = 4.0  # margin on the rounding errors measured at one point: those of the next may be larger
+
+
+class OutdatedError(Exception):
+    """A plan does not hold at a point."""
+
+
+class SparsePlan:
+    """How to evaluate the sparse Jacobian of a model in few sweeps; made by `sparse_plan`, `SparsePlan.load`.
+
+    Attributes:
+        pattern: Where the Jacobian may be nonzero.
+        shape: Rows (entries of the output) and columns (entries of what it is differentiated by).
+        sweeps: Sweeps per evaluation, probes left out.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        final: Array,
+        *,
+        wrt: Wrt,
+        outputs: Selector,
+        tangent: bool,
+        local: bool,
+        unknown: dict[str, int],
+        names: tuple[str, ...],
+    ) -> None:
+        self._scheme, self.shape, self._final, self._names = scheme, shape, final, names
+        self._wrt: Wrt = wrt
+        self._outputs, self._tangent = outputs, tangent
+        self._local, self._unknown = local, unknown
+        self._trust = Proofs()
+        self._assembly: Assembly | None = None
+        self._prober: Prober | None = None
+        self._dtypes: frozenset[torch.dtype] = frozenset()  # met inside the model, as far as it was traced
+
+    # ---- what it knows -----------------------------------------------------------------------------------------
+
+    @property
+    def _column_of(self) -> Array:
+        return self._final[self._scheme.columns]
+
+    @property
+    def assembly(self) -> Assembly:
+        """How sweeps become the matrix."""
+        if self._assembly is None:
+            scheme = self._scheme
+            self._assembly = Assembly.of(scheme.matrix, scheme.coloring, self._column_of, self.shape[1])
+        return self._assembly
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where the Jacobian may be nonzero."""
+        found = self.assembly
+        ones = np.ones(len(found.columns), bool)
+        return Pattern(csr((ones, found.columns, found.ends), shape=self.shape), self._local, self._unknown)
+
+    @property
+    def is_lifted(self) -> bool:
+        """Whether selections of parameters are leaves of their own."""
+        return bool(self._scheme.structure)
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps per evaluation, probes left out."""
+        return self._scheme.coloring.pulls + self._scheme.coloring.pushes
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        pushes = self._scheme.coloring.pushes
+        kinds = f" ({self._scheme.coloring.pulls} backward, {pushes} forward)" if pushes else ""
+        lifted = f"\n  lifted at {len(self._scheme.structure)} selections" if self._scheme.structure else ""
+        few = f"{self.sweeps} sweep{'s' * (self.sweeps != 1)}"
+        head = f"SparsePlan({m:,} × {n:,}): {few} instead of {min(m, n):,}{kinds}"
+        return f"{head}{lifted}\n{self.pattern!r}"
+
+    # ---- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, inputs: Any, *, certify: int = 1, layout: Layout = "scipy") -> SparseJacobian:
+        """Return the sparse Jacobian and the output at the model's present parameters and these inputs.
+
+        A random probe in which all rows have the same size checks that the pattern still holds: it shows an entry that
+        is missing in a row of any scale down to 1e-12 of the largest row (1e-5 in float32), unless the entry is at
+        rounding level (1e-9, in float32 1e-4) of its row or column. Where the pattern does not hold it is detected
+        again, with a `JacopsWarning`, and the plan keeps the new entries. One more probe is taken when the sizes of
+        rows have changed by orders of magnitude since the last one.
+
+        Args:
+            model: The model, of the same structure as the plan was made with.
+            inputs: Its input.
+            certify: Number of random probes: 1 to notice a pattern that no longer holds, 5 for an error bound within
+                a factor 5 of what was seen, 0 for none.
+            layout: `"scipy"` (CSR), or torch's `"coo"`, `"csr"`, `"bsr"`.
+
+        Returns:
+            The matrix, the output, the error bound and the number of sweeps.
+
+        Raises:
+            InputError: Shapes do not fit the plan.
+            NonFiniteError: The output or the Jacobian holds NaN or Inf.
+            NotDifferentiableError: The derivative does not answer to any pattern (it is random).
+        """
+        return self._evaluated(model, inputs, certify, layout, None)
+
+    def _evaluated(
+        self, model: nn.Module, inputs: Any, certify: int, layout: Layout, importance: Floats | None
+    ) -> SparseJacobian:
+        """Evaluate as above; `importance` is what the caller multiplies the rows with."""
+        check_choice("layout", layout, LAYOUTS)
+        check_whole("certify", certify, 0)
+        point = record_point(model, inputs, "SparsePlan", self._wrt, self._outputs, lift=self.is_lifted)
+        self._check_fits(point)
+        try:
+            return self.at(point, certify, layout, importance)
+        except OutdatedError:
+            warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
+            self._replan(model, inputs)
+            return self._evaluated(model, inputs, certify, layout, importance)
+
+    def at(
+        self,
+        point: RecordedPoint,
+        certify: int = 1,
+        layout: Layout = "csr",
+        importance: Floats | None = None,
+        *,
+        learns: bool = True,
+    ) -> SparseJacobian:
+        """Evaluate at a recorded point; a pattern that does not hold there is detected again if the plan `learns`.
+
+        Raises:
+            OutdatedError: Other selections are lifted, or the pattern does not hold and the plan does not learn.
+        """
+        if point.structure() != self._scheme.structure:
+            raise OutdatedError
+        point.lin.trust = self._trust
+        columns = point.storage_columns()
+        if not np.array_equal(columns, self._scheme.columns):
+            # Other indices into the same parameters: the same sweeps, read off into other columns.
+            self._use(Scheme(self._scheme.matrix, self._scheme.coloring, self._scheme.structure, columns))
+        found = self._compressed(point, certify, importance)
+        check_outputs("SparsePlan", point.lin.outputs, point.lin.codomain.names)
+        if is_finite(found.values) and not self._holds(found, point):
+            if not learns:
+                raise OutdatedError
+            found = self._again(point, found, certify, importance)
+        require_finite(found.values, "SparsePlan: of the Jacobian's entries")
+        matrix = arranged(self.assembly, found, layout, block_shape(point.recording.lin, self._tangent))
+        return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
+
+    def _probes(self, sweeper: Sweeper) -> Prober:
+        """Return the state of the probes; a new one where dtypes have changed."""
+        dtypes = sweeper.dtypes | self._dtypes
+        if self._prober is None or self._prober.rows != sweeper.rows.dtype or self._prober.dtypes != dtypes:
+            self._prober = Prober(sweeper.rows.dtype, set(dtypes))
+        return self._prober
+
+    def _compressed(self, point: RecordedPoint, certify: int, importance: Floats | None = None) -> Compressed:
+        """Return the Jacobian, probed once more where row sizes were out of date."""
+        sweeper = Sweeper.on(point.lin)
+        prober = self._probes(sweeper)
+        used = prober.divisors if certify == 1 else None
+        found = compress(sweeper, self.assembly, self._scheme.coloring, self._column_of, certify, prober)
+        return probed_by_rows(sweeper, found, self._column_of, prober, used, importance)
+
+    def _probed(self, found: Compressed, sweeper: Sweeper, divisors: Floats | None) -> Verdict:
+        return probed(sweeper, found.matrix, self._column_of, divisors, self._probes(sweeper).tolerance)
+
+    def _holds(self, found: Compressed, point: RecordedPoint) -> bool:
+        return found.verdict is None or found.verdict.excess <= self._probes(Sweeper.on(point.lin)).tolerance
+
+    def _again(self, point: RecordedPoint, found: Compressed, certify: int, importance: Floats | None) -> Compressed:
+        """Detect at this point; add new entries to the pattern, or measure the rounding errors where there are none.
+
+        Raises:
+            NotDifferentiableError: The pattern is right and a probe fails all the same.
+        """
+        seen = traced(point.lin, None)
+        self._dtypes |= seen.dtypes
+        both = csr((self._scheme.matrix + seen.matrix).astype(bool))
+        grown = both.nnz > self._scheme.matrix.nnz
+        if grown:
+            warn("SparsePlan: the pattern no longer holds at this point; it was detected again and is kept.")
+            self._unknown = {**self._unknown, **seen.unknown}
+            self._use(Scheme(both, colored(both, point.lin), self._scheme.structure, self._scheme.columns))
+            found = self._compressed(point, certify, importance)
+        sweeper = Sweeper.on(point.lin)
+        prober, plain_probe = self._probes(sweeper), self._probed(found, sweeper, None)
+        if plain_probe.error > prober.whole and not is_rounding(sweeper, plain_probe.error):
+            raise NotDifferentiableError(
+                f"SparsePlan: two backward passes over the same graph disagree by {plain_probe.error:.1e}, so no "
+                "pattern holds. A backward pass is random or not linear, or the derivative is smaller than the "
+                "rounding errors of this dtype; use float64 then."
+            )
+        if not grown:
+            self._learn(found, plain_probe, sweeper, importance)
+        return found
+
+    def _learn(self, found: Compressed, plain_probe: Verdict, sweeper: Sweeper, importance: Floats | None) -> None:
+        """Raise floor and tolerance of the probes to the rounding errors of this point, whose pattern was verified."""
+        prober = self._probes(sweeper)
+        prober.outdated(found.matrix, None, importance)
+        now = self._probed(found, sweeper, prober.divisors)
+        while now.excess > prober.tolerance and prober.raise_floor(importance):
+            now = self._probed(found, sweeper, prober.divisors)
+        worst = max(now.excess, plain_probe.excess)
+        if prober.tolerance < worst < math.inf:
+            prober.slack *= _ROOM * worst / prober.tolerance
+
+    def _use(self, scheme: Scheme) -> None:
+        self._scheme, self._assembly = scheme, None
+
+    def _check_fits(self, point: RecordedPoint) -> None:
+        final, width = point.widths(self._tangent)
+        shape = (point.recording.lin.codomain.dim, width)
+        if shape != self.shape or not np.array_equal(final, self._final):
+            raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
+
+    def _replan(self, model: nn.Module, inputs: Any) -> None:
+        other = sparse_plan(
+            model, inputs, wrt=self._wrt, outputs=self._outputs, tangent=self._tangent, local=self._local
+        )
+        self._trust, self._prober = Proofs(), None
+        self._unknown, self._dtypes = other._unknown, other._dtypes
+        self._use(other._scheme)
+
+    # ---- on disk -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file (NumPy's npz), to be read by `SparsePlan.load`."""
+        storage.save(self, path)
+
+    @staticmethod
+    def load(path: str | Path, *, outputs: Selector = None) -> SparsePlan:
+        """Return a plan from a file.
+
+        Args:
+            path: Where `save` wrote it.
+            outputs: Again, where it was given and is no name, index or list of them.
+
+        Raises:
+            DataError: The file is no plan, of another version, or damaged.
+        """
+        plan = SparsePlan(**storage.load(path, outputs))
+        try:
+            plan.assembly  # noqa: B018 - shows whether the colouring fits the pattern
+        except NotDifferentiableError:
+            raise DataError(f"{path}: damaged, its colours do not tell the entries of its pattern apart.") from None
+        return plan
+
+
+@keywords()
+def sparse_plan(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    wrt: Wrt = "parameters",
+    outputs: Selector = None,
+    tangent: bool = True,
+    pattern: Any = None,
+    local: bool = False,
+    lift: bool = True,
+) -> SparsePlan:
+    """Return a plan for the sparse Jacobian of a model: how few sweeps give all of it.
+
+    The pattern is detected from one traced backward pass (`detect_pattern`), selections of parameters are lifted into
+    leaves of their own where that saves sweeps, and rows, columns or both are coloured. Zeros of the inputs and of what
+    is differentiated by do not count as zeros; those of buffers and frozen weights do.
+
+    Args:
+        model: A module.
+        inputs: Its input, as in `jacobian`.
+        wrt: `"parameters"`, `"inputs"` or a function that picks parameters, as in `jacobian`.
+        outputs: Part of the output, as in `jacobian`.
+        tangent: For LieTensor parameters: tangent width, without columns of zeros.
+        pattern: Where you know it: a scipy or torch sparse matrix, or a `Pattern`; verified by a random probe.
+        local: The pattern at this very point, which may be emptier and must be detected again elsewhere.
+        lift: Whether selections of parameters may be lifted.
+
+    Returns:
+        A plan, for `plan.evaluate(model, inputs)`.
+
+    Raises:
+        NotDifferentiableError: No path leads from the output to what it is differentiated by.
+        InputError: A declared pattern has another shape, or lacks entries.
+        MemoryBudgetError: The Jacobian is not sparse.
+
+    Example:
+        >>> class Chain(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x[1:] - x[:-1] ** 2
+        >>> plan = sparse_plan(Chain(), torch.randn(1000), wrt="inputs")
+        >>> plan.shape, plan.sweeps
+        ((999, 1000), 1)
+    """
+    options: dict[str, Any] = {"wrt": wrt, "outputs": outputs, "tangent": tangent, "local": local}
+    if pattern is not None:
+        return _from_declared(model, inputs, pattern, options)
+    point = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=lift, watch=not local)
+    if point.selections:
+        direct = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=False, watch=not local)
+        point = point if gradients_agree(point, direct) else direct
+        del direct
+    seen = traced(point.lin, point.taint)
+    matrix = seen.matrix
+    final, width = point.widths(tangent)
+    columns = point.storage_columns()
+    _check_padding(matrix, final[columns], width, point)
+    scheme = Scheme(matrix, colored(matrix, point.lin), point.structure(), columns)
+    if point.selections:
+        scheme = unlifted(scheme, point.lin, point.recording.lin.domain.dim) or scheme
+    names = point.recording.lin.domain.names
+    del point  # and the graph with it
+    plan = SparsePlan(scheme, (matrix.shape[0], width), final, unknown=seen.unknown, names=names, **options)
+    plan._dtypes = seen.dtypes
+    plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
+    return plan
+
+
+def _check_padding(matrix: Csr, column_of: Array, width: int, point: RecordedPoint) -> None:
+    """Refuse entries in columns that pad a LieTensor.
+
+    Raises:
+        NotDifferentiableError: There are some, so stored numbers were read as if they were free.
+    """
+    padded = column_of >= width
+    if padded.any() and padded[matrix.indices].any():
+        names = point.recording.lin.domain.layout
+        raise NotDifferentiableError(
+            f"sparse_plan: the model reads the stored numbers of a LieTensor among {names}, whose gradients are not "
+            "tangent ones. Use Act, Log, matrix() or rotation().matrix(), or pass `tangent=False`."
+        )
+
+
+def _from_declared(model: nn.Module, inputs: Any, pattern: Any, options: dict[str, Any]) -> SparsePlan:
+    point = record_point(model, inputs, "sparse_plan", options["wrt"], options["outputs"], lift=False)
+    final, width = point.widths(options["tangent"])
+    shape = (point.recording.lin.codomain.dim, width)
+    known = declared(pattern, shape)
+    stored = np.flatnonzero(final < width)
+    entries = known.matrix.tocoo()
+    wide = sp.coo_array((entries.data, (entries.row, stored[entries.col])), shape=(shape[0], len(final)))
+    matrix = csr(wide).astype(bool)
+    scheme = Scheme(matrix, colored(matrix, point.lin), [], np.arange(len(final)))
+    names = point.recording.lin.domain.names
+    plan = SparsePlan(scheme, shape, final, unknown=dict(known.unknown), names=names, **options)
+    found = plan._compressed(point, 1)
+    sweeper = Sweeper.on(point.lin)
+    todo = "Leave it out to have it detected."
+    check_declared(sweeper, found, plan._probes(sweeper), plan._column_of, todo)
+    return plan

@@ -1,0 +1,93 @@
+"""The verb `sparse`: any operator as a sparse matrix, by few products."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._keywords import keywords
+from .._operators import LinearizedMap, Operator
+from .._operators._finite_results import check_result
+from .._requirements import check_choice, check_whole
+from .._space import Space
+from .._torch.protocol import Linearization
+from ..errors import InputError, NotDifferentiableError
+from ._coloring import Coloring, color
+from ._compress import Assembly, Sweeper, compress, is_rounding, probed_by_rows
+from ._declared import check_declared
+from ._matrix import csr
+from ._probe import Prober
+from .detect import traced
+from .layouts import LAYOUTS, Layout, SparseJacobian, arranged
+from .pattern import Pattern, declared
+
+
+@keywords()
+def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pattern: Any = None) -> SparseJacobian:
+    """Return an operator as a sparse matrix, by as many products as its colours.
+
+    For a recorded Jacobian or Hessian (`jacobian`, `hessian`) the pattern at this point is detected; a Hessian needs
+    fewer sweeps, since an entry may be read from its mirror. Any other operator needs `pattern=`. Random probes hold
+    the matrix against the operator.
+
+    Args:
+        operator: What is wanted.
+        layout: torch's `"csr"`, `"coo"` or `"bsr"`, or `"scipy"`.
+        certify: Number of random probes; 5 give a useful `error_bound`, 0 none.
+        pattern: Where entries may be nonzero: a scipy or torch sparse matrix, or a `Pattern`.
+
+    Returns:
+        The matrix with its error bound and sweeps; `output` is the function's where the operator was recorded.
+
+    Raises:
+        InputError: A pattern is missing, has another shape or lacks entries.
+        NotDifferentiableError: The operator is no linear map.
+        NonFiniteError: An entry is NaN or Inf.
+
+    Example:
+        >>> from jacops import jacobian
+        >>> J = jacobian(torch.nn.Conv1d(1, 1, 3, padding=1), torch.randn(1, 1, 100), wrt="inputs")
+        >>> found = sparse(J)
+        >>> found.matrix.shape, found.sweeps
+        (torch.Size([100, 100]), 4)
+    """
+    check_choice("layout", layout, LAYOUTS)
+    check_whole("certify", certify, 0)
+    dtypes: frozenset[torch.dtype] = frozenset()
+    if pattern is not None:
+        known = declared(pattern, operator.shape)
+    elif isinstance(operator, LinearizedMap) and isinstance(operator.lin, Linearization):
+        seen = traced(operator.lin, None)
+        known, dtypes = Pattern(seen.matrix, True, seen.unknown), seen.dtypes
+    else:
+        todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
+        raise InputError.of("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo)
+    matrix = csr(known.matrix + known.matrix.T).astype(bool) if operator.symmetric else known.matrix
+    empty = Coloring(np.full(operator.shape[0], -1), np.full(operator.shape[1], -1))
+    coloring = color(matrix, symmetric=operator.symmetric) or empty
+    columns = np.arange(operator.shape[1])
+    assembly = Assembly.of(matrix, coloring, columns, operator.shape[1])
+    sweeper = Sweeper.over(operator)
+    prober = Prober(sweeper.rows.dtype, set(sweeper.dtypes | dtypes))
+    found = compress(sweeper, assembly, coloring, columns, certify, prober)
+    error = 0.0 if found.verdict is None else found.verdict.error
+    if pattern is not None:
+        found = probed_by_rows(sweeper, found, columns, prober)
+        check_declared(sweeper, found, prober, columns)
+    elif error > prober.whole and not is_rounding(sweeper, error):
+        raise NotDifferentiableError(
+            f"sparse: products with {operator!r} disagree by {error:.1e} with each other. A backward "
+            "pass is random or not linear, or the result is smaller than the rounding errors of this dtype; use "
+            "float64 then."
+        )
+    check_result(operator, found.values, "the matrix")
+    block = _last(operator.codomain), _last(operator.domain)
+    result = arranged(assembly, found, layout, block)
+    return SparseJacobian(result, getattr(operator, "output", None), found.bound, found.sweeps)
+
+
+def _last(space: Space) -> int:
+    return math.gcd(*(shape[-1] if len(shape) > 1 else shape.numel() for shape in space.shapes)) or 1
