@@ -15,42 +15,61 @@ SRC = Path(__file__).parents[1] / "src"
 LAYERS = [  # imports point downwards only: from a later row to an earlier one, or within a row without a cycle
     {
         "errors",
-        "space",
+        "_space",
         "_progress",
         "_finite",
         "_digests",
         "_keywords",
         "_lanczos",
-        "trees",
+        "_trees",
         "_requirements",
     },  # 0 ground
     {"_runtime", "_ladder", "_torch", "_jax"},  # backends
     {
-        "operators",
+        "_operators",
         "_framework",
         "_recorded_loss",
-        "derivatives",
-        "per_sample",
-        "fisher",
-        "second_order",
-        "sparsity",
+        "_derivatives",
+        "_per_sample",
+        "_fisher",
+        "_second_order",
+        "sparse",
         "charts",
-        "projections",
+        "_projections",
     },  # 1
-    {"solvers", "estimators", "planning", "checks"},  # 2 methods
-    {"data", "_picks", "objective", "_torch_objective", "_framework_objective", "_reduction", "problem"},  # 3 problem
-    {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
+    {"solvers", "_estimators", "_planning", "_checks"},  # 2 methods
+    {
+        "_data",
+        "_picks",
+        "_objective",
+        "_torch_objective",
+        "_framework_objective",
+        "_reduction",
+        "_problem",
+    },  # 3 problem
+    {
+        "_jacobians",
+        "_products",
+        "_attribution",
+        "_influence",
+        "fit",
+        "store",
+        "linalg",
+        "results",
+        "testing",
+        "_extras",
+    },  # 4 faces
     {"__init__"},
 ]
 GROUND = {
     "errors",
-    "space",
+    "_space",
     "_progress",
     "_finite",
     "_digests",
     "_keywords",
     "_lanczos",
-    "trees",
+    "_trees",
     "_runtime",
     "_ladder",
 }

@@ -266,8 +266,8 @@ def test_jax_hessians_have_the_same_floor():
 
 CALLS = {name: getattr(jacops, name) for name in jacops.__all__ if inspect.isfunction(getattr(jacops, name))}
 INTERNAL = ("shift", "purpose", "finish", "connected", "kept", "call", "copies", "no_such_keyword")
-# What calls have under these names is their own: `training` of `samples_apart` sets the mode of the model.
-OWN = {"samples_apart": {"training"}}
+# What calls have under these names is their own: `training` of `samples_independent` sets the mode of the model.
+OWN = {"samples_independent": {"training"}}
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))

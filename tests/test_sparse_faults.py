@@ -21,7 +21,7 @@ from jacops import JacopsError, JacopsWarning
 from jacops._extras.graph_files import read_bal, read_g2o, read_toro
 from jacops.errors import DataError, InputError, NotDifferentiableError
 from jacops.sparse import SparsePlan
-from jacops.sparse import samples_independent as samples_apart
+from jacops.sparse import samples_independent as samples_independent
 
 F32, F64 = torch.float32, torch.float64
 
@@ -671,7 +671,7 @@ APART: dict[str, tuple[nn.Module, Any]] = {
 @pytest.mark.parametrize("name", MIXED)
 def test_no_zero_hides_that_samples_mix(name: str) -> None:
     model, x = MIXED[name]
-    found = samples_apart(model, x)
+    found = samples_independent(model, x)
     assert not found
     assert found.mixed or found.unknown
 
@@ -679,4 +679,4 @@ def test_no_zero_hides_that_samples_mix(name: str) -> None:
 @pytest.mark.parametrize("name", APART)
 def test_samples_that_do_not_mix_are_apart(name: str) -> None:
     model, x = APART[name]
-    assert samples_apart(model, x)
+    assert samples_independent(model, x)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from jacops.errors import JacopsError, NotDifferentiableError
-from jacops.sparse import Pattern, detect_pattern, samples_apart
+from jacops.sparse import Pattern, detect_pattern, samples_independent
 from jacops.sparse._pool import Pool
 from small import Calls, draw
 from sparse_problems import F64, whole
@@ -305,18 +305,18 @@ def middle(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", APART)
 def test_samples_apart(name: str, strict: bool) -> None:
-    found = samples_apart(middle(APART[name]), draw(5, 4), strict=strict)
+    found = samples_independent(middle(APART[name]), draw(5, 4), strict=strict)
     assert found
     assert found.sweeps == (7 if strict else 1)
 
 
 @pytest.mark.parametrize("name", MIXED)
 def test_samples_mixed(name: str) -> None:
-    found = samples_apart(middle(MIXED[name]), draw(5, 4))
+    found = samples_independent(middle(MIXED[name]), draw(5, 4))
     assert not found
     assert all(i != j for i, j in found.mixed)
 
 
 def test_samples_need_a_first_axis() -> None:
     with pytest.raises(JacopsError, match="samples"):
-        samples_apart(Calls(lambda x: x.sum()), draw(4, 3))
+        samples_independent(Calls(lambda x: x.sum()), draw(4, 3))

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 
 import jacops
 import zoo
-from jacops import JacopsWarning
+from jacops import JacopsWarning, sparse
 from jacops.errors import InputError, NonFiniteError, NotDifferentiableError
-from jacops.sparse import SparsePlan, _point, sparse, sparse_plan
+from jacops.sparse import SparsePlan, _point, sparse_plan
 from jacops.sparse._compress import probe_factor
 from layer_cases import LastState
 from small import Calls, draw, tied_net
@@ -395,8 +395,8 @@ def test_bounds_hold() -> None:
     nearly = (J.matrix.abs() > 0.3).numpy()
     for probes in (3, 5):
         with pytest.raises(InputError, match="lacking"):
-            sparse(J, pattern=nearly, certify=probes)
-    whole_one = sparse(J, pattern=np.ones((9, 9)), certify=0)
+            sparse.jacobian(J, pattern=nearly, certify=probes)
+    whole_one = sparse.jacobian(J, pattern=np.ones((9, 9)), certify=0)
     assert math.isnan(whole_one.error_bound)
     assert_close(whole_one.matrix.to_dense(), J.matrix)
 
@@ -404,15 +404,17 @@ def test_bounds_hold() -> None:
 def test_sparse_jacobians_and_hessians() -> None:
     problem = bundle(4, 12, 40)
     J = jacops.jacobian(problem.model, problem.inputs)
-    assert_close(sparse(J, layout="coo").matrix.to_dense(), J.dense(), rtol=1e-12, atol=1e-9)
+    assert_close(sparse.jacobian(J, layout="coo").matrix.to_dense(), J.dense(), rtol=1e-12, atol=1e-9)
     H = jacops.hessian(Chain(60), lambda output, y: output, None, None)
-    found = sparse(H, layout="scipy", certify=2)
+    found = sparse.jacobian(H, layout="scipy", certify=2)
     assert_close(found.matrix.toarray(), H.dense().numpy(), rtol=1e-12, atol=1e-9)
     assert found.sweeps <= 3 + 2
     summed = J.T @ J
     with pytest.raises(InputError, match="pattern"):
-        sparse(summed)
-    assert_close(sparse(summed, pattern=summed.dense() != 0).matrix.to_dense(), summed.dense(), rtol=1e-12, atol=1e-6)
+        sparse.jacobian(summed)
+    assert_close(
+        sparse.jacobian(summed, pattern=summed.dense() != 0).matrix.to_dense(), summed.dense(), rtol=1e-12, atol=1e-6
+    )
 
 
 class Arrow(nn.Module):
@@ -426,7 +428,7 @@ class Arrow(nn.Module):
 
 def test_an_arrowhead_hessian_takes_two_sweeps() -> None:
     H = jacops.hessian(Arrow(), lambda output, y: output, None, None)
-    found = sparse(H)
+    found = sparse.jacobian(H)
     assert found.sweeps == 2 + 1
     assert_close(found.matrix.to_dense(), H.dense())
 

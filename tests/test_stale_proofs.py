@@ -580,7 +580,7 @@ OTHERS = {
     "project_jacobian",
     "read_store",
     "reduce_contributions",
-    "samples_apart",  # traced in each call
+    "samples_independent",  # traced in each call
     "solve",
     "spectral_density",
     "spectral_norm",

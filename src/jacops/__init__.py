@@ -1,52 +1,73 @@
-"""Any derivative of a model, as an operator: exact, checked, and within the memory you have."""
+"""Any derivative of a model, as an operator: exact, checked, and within the memory you have.
+
+Which features?     compute_jacobian, contributions, verify_jacobian, input_hessian, laplacian, directional_derivative
+Which samples?      compute_influences, self_influences, compute_influence_factors; TorchTwiceDifferentiable
+Which step?         gauss_newton, levenberg_marquardt; jacops.fit, jacops.charts
+Operators           jacobian, hessian, ggn, fisher, empirical_fisher; Problem for sums over a data set
+Products            jvp, vjp, batch_jvp, batch_vjp, model_jvp, model_vjp, hvp, ggnvp
+Whole Jacobians     modjac, full_jacobian, sample_jacobians, sample_gradients; sparse_plan
+Inverses            solve, inverse; jacops.solvers
+Before and after    plan (memory and cost of a call), check (a model against finite differences)
+
+jacops.linalg       operators; trace, norm, diagonal, eigenpairs, spectral_density of one
+jacops.solvers      CG, MINRES, Direct, EKFAC, Nystrom, Lanczos, LiSSA
+jacops.sparse       sparse Jacobians: detect_pattern, sparse_plan, jacobian
+jacops.fit          least squares: solvers of a step, strategies, robust kernels
+jacops.charts       SO2, SE2, SO3, SE3: parameters on a group
+jacops.store        results on disk, in tiles: a run that was stopped goes on
+jacops.results      types of results
+jacops.errors       types of errors; all of them are a JacopsError
+jacops.testing      check_operator: the laws of linear maps
+
+Models are modules, or plain functions where only inputs have derivatives.
+"""
 
 # fmt: off
 # isort: off
-from ._attribution import Contributions, JacobianVerification, contributions, project_jacobian, reduce_contributions, verify_jacobian
-from .charts import SE2, SE3, SO2, SO3, Chart
+from . import charts, errors, fit, linalg, results, solvers, sparse, store, testing
+from ._attribution import (
+    JacobianVerification, contributions, project_jacobian, reduce_contributions, verify_jacobian,
+)
 from ._checks import check
 from ._derivatives import ggn, ggnvp, hessian, hvp, jacobian
-from .errors import DataError, InputError, InputTypeError, JacopsError, JacopsWarning, MemoryBudgetError, MissingExtraError, ModelStateError, NonFiniteError, NotDifferentiableError, SolveError, StoreBusyError, StoreDamagedError, StoreError, StoreFileError, StoreIncompleteError, StoreMismatchError
-from ._estimators import DiagonalEstimate, Eigenpairs, Estimate, SpectralDensity, SpectralNorm, diagonal, effective_dimension, eigenpairs, norm, spectral_density, spectral_norm, trace
 from ._extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
-from .store import Grid, Store, StoredRun, read_store
 from ._fisher import fisher
-from ._influence import DataLoaderType, InfluenceFactors, Influences, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities, TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences
+from ._influence import (
+    DataLoaderType, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities,
+    TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences,
+)
 from ._jacobians import compute_jacobian, full_jacobian, modjac
-from .fit import LeastSquaresResult, gauss_newton, levenberg_marquardt
-from ._operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from ._per_sample import empirical_fisher, sample_gradients, sample_jacobians
-from ._planning import Plan, PlannedRoute, plan
+from ._planning import plan
 from ._problem import Problem
 from ._products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
-from ._projections import Projection, pca_projection
+from ._projections import pca_projection
 from ._second_order import directional_derivative, input_hessian, laplacian
-from .solvers import CG, EKFAC, MINRES, Auto, Direct, Lanczos, LiSSA, Nystrom, Solution, Solver, Status, inverse, inverse_quadratic_bounds, solve
-from ._space import Space
-from .sparse import Pattern, SparseJacobian, SparsePlan, detect_pattern, samples_apart, sparse, sparse_plan
+from .errors import JacopsError, JacopsWarning, MissingExtraError as _MissingExtraError
+from .fit import gauss_newton, levenberg_marquardt
+from .solvers import inverse, solve
+from .sparse import sparse_plan
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Auto", "CG", "Chart", "Contributions", "DataError", "DataLoaderType", "Diagonal", "DiagonalEstimate", "Direct",
-    "EKFAC", "Eigenpairs", "Estimate", "Grid", "Identity", "InfluenceFactors", "Influences", "InputError",
-    "InputTypeError", "InverseHvpResult", "JacobianVerification", "JacopsError", "JacopsWarning", "Lanczos",
-    "LayerFactors", "LeastSquaresResult", "LiSSA", "MINRES", "Matrix", "MemoryBudgetError", "MissingExtraError",
-    "ModelStateError", "ModelType", "NonFiniteError", "NotDifferentiableError", "Nystrom", "Operator", "Pattern",
-    "Plan", "Problem", "Projection", "PlannedRoute", "SE2", "SE3", "SO2", "SO3", "Solution", "SolveError", "Solver",
-    "Space", "SparseJacobian", "SparsePlan", "SpectralDensity", "SpectralNorm", "Status", "Store", "StoreBusyError",
-    "StoreDamagedError", "StoreError", "StoreFileError", "StoreIncompleteError", "StoreMismatchError", "StoredRun",
-    "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable", "TwiceDifferentiable",
-    "batch_jvp", "batch_vjp", "check", "compute_influence_factors", "compute_influences", "compute_jacobian",
-    "contributions", "detect_pattern", "diagonal", "directional_derivative", "effective_dimension", "eigenpairs",
-    "empirical_fisher", "fisher", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian",
-    "inverse", "inverse_quadratic_bounds", "jacobian", "jvp", "laplacian", "levenberg_marquardt", "model_jvp",
-    "model_vjp", "modjac", "norm", "pca_projection", "plan", "project_jacobian", "read_store", "reduce_contributions",
-    "sample_gradients", "sample_jacobians", "samples_apart", "self_influences", "solve", "sparse", "sparse_plan",
-    "spectral_density", "spectral_norm", "trace", "verify_jacobian", "vjp",
+    "DataLoaderType", "InverseHvpResult", "JacobianVerification", "JacopsError", "JacopsWarning", "ModelType",
+    "Problem", "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable",
+    "TwiceDifferentiable", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
+    "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "empirical_fisher", "errors",
+    "fisher", "fit", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "inverse",
+    "jacobian", "jvp", "laplacian", "levenberg_marquardt", "linalg", "model_jvp", "model_vjp", "modjac",
+    "pca_projection", "plan", "project_jacobian", "reduce_contributions", "results", "sample_gradients",
+    "sample_jacobians", "self_influences", "solve", "solvers", "sparse", "sparse_plan", "store", "testing",
+    "verify_jacobian", "vjp",
 ]
 # fmt: on
 # isort: on
+
+
+def __dir__() -> list[str]:
+    """Return what is public; modules with a leading underscore are not."""
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> object:
@@ -56,5 +77,5 @@ def __getattr__(name: str) -> object:
     try:
         from ._influence import _jax
     except ModuleNotFoundError:
-        raise MissingExtraError("jax", "jax") from None
+        raise _MissingExtraError("jax", "jax") from None
     return getattr(_jax, name)

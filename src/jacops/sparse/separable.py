@@ -47,7 +47,7 @@ class Separation:
 
 @keywords()
 @restoring
-def samples_apart(
+def samples_independent(
     model: nn.Module, x: Any, *, outputs: Selector = None, training: bool | None = None, strict: bool = False
 ) -> Separation:
     """Say whether sample i of the output depends on sample i of the input alone, by the recorded graph.
@@ -77,13 +77,15 @@ def samples_apart(
         NotDifferentiableError: No path leads from the output to the input.
 
     Example:
-        >>> bool(samples_apart(torch.nn.LayerNorm(3), torch.randn(4, 3)))
+        >>> bool(samples_independent(torch.nn.LayerNorm(3), torch.randn(4, 3)))
         True
-        >>> samples_apart(torch.nn.BatchNorm1d(3), torch.randn(4, 3)).mixed[0]
+        >>> samples_independent(torch.nn.BatchNorm1d(3), torch.randn(4, 3)).mixed[0]
         (0, 1)
     """
     with Outside() as taint:
-        found = record_model(bare(model), x, call="samples_apart", parameters=None, outputs=outputs, training=training)
+        found = record_model(
+            bare(model), x, call="samples_independent", parameters=None, outputs=outputs, training=training
+        )
     lin = found.lin
     check_usable(lin)
     if taint.read_out:

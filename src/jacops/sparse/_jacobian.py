@@ -1,4 +1,4 @@
-"""The verb `sparse`: any operator as a sparse matrix, by few products."""
+"""`sparse.jacobian`: any operator as a sparse matrix, by few products."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .pattern import Pattern, declared
 
 
 @keywords()
-def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pattern: Any = None) -> SparseJacobian:
+def jacobian(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pattern: Any = None) -> SparseJacobian:
     """Return an operator as a sparse matrix, by as many products as its colours.
 
     For a recorded Jacobian or Hessian (`jacobian`, `hessian`) the pattern at this point is detected; a Hessian needs
@@ -48,9 +48,9 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
         NonFiniteError: An entry is NaN or Inf.
 
     Example:
-        >>> from jacops import jacobian
-        >>> J = jacobian(torch.nn.Conv1d(1, 1, 3, padding=1), torch.randn(1, 1, 100), wrt="inputs")
-        >>> found = sparse(J)
+        >>> import jacops
+        >>> J = jacops.jacobian(torch.nn.Conv1d(1, 1, 3, padding=1), torch.randn(1, 1, 100), wrt="inputs")
+        >>> found = jacobian(J)
         >>> found.matrix.shape, found.sweeps
         (torch.Size([100, 100]), 4)
     """
@@ -79,7 +79,7 @@ def sparse(operator: Operator, *, layout: Layout = "csr", certify: int = 1, patt
         check_declared(sweeper, found, prober, columns)
     elif error > prober.whole and not is_rounding(sweeper, error):
         raise NotDifferentiableError(
-            f"sparse: products with {operator!r} disagree by {error:.1e} with each other. A backward "
+            f"sparse.jacobian: products with {operator!r} disagree by {error:.1e} with each other. A backward "
             "pass is random or not linear, or the result is smaller than the rounding errors of this dtype; use "
             "float64 then."
         )

@@ -1,0 +1,27 @@
+"""Linear operators, and numbers that sum one up: traces, norms, diagonals, eigenpairs and spectral densities."""
+
+from ._estimators import (
+    DiagonalEstimate,
+    Eigenpairs,
+    Estimate,
+    SpectralDensity,
+    SpectralNorm,
+    diagonal,
+    effective_dimension,
+    eigenpairs,
+    norm,
+    spectral_density,
+    spectral_norm,
+    trace,
+)
+from ._operators import Diagonal, Identity, LayerFactors, Matrix, Operator
+from ._space import Space
+from .solvers import inverse_quadratic_bounds
+
+# fmt: off
+__all__ = [
+    "Diagonal", "DiagonalEstimate", "Eigenpairs", "Estimate", "Identity", "LayerFactors", "Matrix", "Operator", "Space",
+    "SpectralDensity", "SpectralNorm", "diagonal", "effective_dimension", "eigenpairs", "inverse_quadratic_bounds",
+    "norm", "spectral_density", "spectral_norm", "trace",
+]
+# fmt: on

@@ -1,0 +1,19 @@
+"""Types of results, for annotations and `isinstance`; calls make them, users do not."""
+
+from ._attribution import Contributions, JacobianVerification
+from ._checks import Check
+from ._influence import InfluenceFactors, Influences, InverseHvpResult
+from ._planning import Plan, PlannedRoute
+from ._projections import Projection
+from .fit import LeastSquaresResult
+from .linalg import DiagonalEstimate, Eigenpairs, Estimate, SpectralDensity, SpectralNorm
+from .solvers import Solution
+from .sparse import SparseJacobian
+
+# fmt: off
+__all__ = [
+    "Check", "Contributions", "DiagonalEstimate", "Eigenpairs", "Estimate", "InfluenceFactors", "Influences",
+    "InverseHvpResult", "JacobianVerification", "LeastSquaresResult", "Plan", "PlannedRoute", "Projection", "Solution",
+    "SparseJacobian", "SpectralDensity", "SpectralNorm",
+]
+# fmt: on
