@@ -19,7 +19,7 @@ jacops.results      types of results
 jacops.errors       types of errors; all of them are a JacopsError
 jacops.testing      check_operator: the laws of linear maps
 
-Models are modules, or plain functions where only inputs have derivatives.
+Models are modules, `Function(f, params)` for a pure `f(params, x)`, or plain functions where only inputs have derivatives.
 """
 
 # fmt: off
@@ -32,6 +32,7 @@ from ._checks import check
 from ._derivatives import ggn, ggnvp, hessian, hvp, jacobian
 from ._extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
 from ._fisher import fisher
+from ._function import Function
 from ._influence import (
     DataLoaderType, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities,
     TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences,
@@ -51,8 +52,8 @@ from .sparse import sparse_plan
 __version__ = "0.1.0"
 
 __all__ = [
-    "DataLoaderType", "InverseHvpResult", "JacobianVerification", "JacopsError", "JacopsWarning", "ModelType",
-    "Problem", "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable",
+    "DataLoaderType", "Function", "InverseHvpResult", "JacobianVerification", "JacopsError", "JacopsWarning",
+    "ModelType", "Problem", "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable",
     "TwiceDifferentiable", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
     "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "empirical_fisher", "errors",
     "fisher", "fit", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "inverse",
