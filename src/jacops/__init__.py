@@ -19,7 +19,7 @@ jacops.results      types of results
 jacops.errors       types of errors; all of them are a JacopsError
 jacops.testing      check_operator: the laws of linear maps
 
-Models are modules, `Function(f, params)` for a pure `f(params, x)`, or plain functions where only inputs have derivatives.
+A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inputs alone, a plain function.
 """
 
 # fmt: off
