@@ -15,13 +15,11 @@ import numpy as np
 from .._ladder.protocol import SweepOptions
 from .._progress import track
 from .._runtime.agreement import tolerance, worst_disagreement
+from .._runtime.chunks import ROWS, rows_of
 from ..errors import NotDifferentiableError, warn
 from .crossing import to_torch
 from .jaxpr import READS
 from .rounding import rounding_error
-
-_CHUNK_ENTRIES = 2**22  # 32 MiB of results to a pass in float64, as in `_runtime.chunks`
-_CHUNK_ROWS = 64  # as in `_runtime.chunks`; a power of two, so that few shapes are compiled
 
 Each = Callable[[Callable[[Any], Any], Any], Any]
 Kernel = Callable[[Each, Any, Any], Any]
@@ -91,7 +89,8 @@ class Sweep:
             NotDifferentiableError: A value is read that depends on what is differentiated.
         """
         many = rows_in(rows)
-        chunk = max(1, min(options.most or _CHUNK_ROWS, _CHUNK_ROWS, _CHUNK_ENTRIES // max(1, width)))
+        chunk = min(options.most or ROWS, rows_of(width))
+        # A power of two, so that few shapes are compiled.
         chunk = 1 << (chunk.bit_length() - 1)
         rows = jax.tree.map(np.asarray, rows)  # cut into chunks without compiling a gather for each shape
         results = []
