@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._finite import check_outputs, is_finite
 from .._ladder.protocol import FrameworkModel, Recorded, is_framework_model
+from .._runtime.agreement import few_operations_tolerance
 from .._runtime.contexts import out_of_inference, private_noise, recording, sweeping
 from .._runtime.restoring import restoring
 from .._torch.protocol import Likelihood, Recording, call_loss, counted_labels, likelihood_of
@@ -25,7 +26,6 @@ from ..errors import InputError, NonFiniteError, NotDifferentiableError
 from ._output_curvature import Blocks, Elementwise, OutputHessian, Softmax
 
 _FULL_ENTRIES = 2**26  # 512 MiB of blocks, which are held in float64
-_AGREES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class OutputLoss(ABC):
@@ -84,7 +84,7 @@ class OutputLoss(ABC):
         if not is_finite(image):
             raise NonFiniteError("EKFAC: in the loss's second derivative by the output, some are NaN or Inf.")
         self._refuse_mixing(probe)
-        scale, allowed = float(image.norm()), _AGREES.get(self.dtype, 1e-2)
+        scale, allowed = float(image.norm()), few_operations_tolerance(self.dtype)
         signs = torch.where(private_noise(like, 2) >= 0, 1.0, -1.0).to(like)
         diagonal = self.product(signs) * signs
         if self.entries == 1 or float((diagonal * probe - image).norm()) <= allowed * scale:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._finite import is_finite
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import private_noise
 from ..errors import InputError, InputTypeError
 
@@ -64,7 +65,7 @@ class System:
     @property
     def tolerance(self) -> float:
         """The relative residual that is asked for, by default 1e-8 in double and 1e-4 in single precision."""
-        return self._tolerance or (1e-8 if self.dtype == torch.float64 else 1e-4)
+        return self._tolerance or residual_tolerance(self.dtype)
 
     @property
     def is_positive(self) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._operators import Operator
+from .._runtime.chunks import ROWS
 from .._runtime.memory import ensure_fits
 from .._space import Space
 from .._torch.protocol import Linearization
@@ -22,7 +23,6 @@ from ._pool import Array
 from ._probe import Floats, Prober, Verdict, draw, judged
 
 _CHUNK_ENTRIES = 2**24  # 128 MiB of seeds and products in float64
-_CHUNK_ROWS = 64  # as in `_runtime.chunks`
 _CONFIDENCE = 1e-3  # probability that an error bound fails: the 99.9 % of `SparseJacobian.error_bound`
 _SEED = 7000  # fixed, so that routes are reproducible, and apart from the seeds of other noise
 _LESS = 0.7  # no power of two, which would not round at all
@@ -86,7 +86,7 @@ class Sweeper:
 
     def swept(self, seeds: Tensor, push: bool) -> Tensor:
         """Return the products of all seeds, a chunk at a time."""
-        chunk = max(1, min(_CHUNK_ROWS, _CHUNK_ENTRIES // max(1, sum(self.shape))))
+        chunk = max(1, min(ROWS, _CHUNK_ENTRIES // max(1, sum(self.shape))))
         product = self.push if push else self.pull
         parts = [product(part) for part in seeds.split(chunk)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

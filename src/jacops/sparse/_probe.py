@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._runtime.agreement import tolerance
+from .._runtime.agreement import few_operations_tolerance, tolerance
 from .._runtime.contexts import private_noise
 from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ._matrix import Csr
@@ -25,9 +25,6 @@ from ._pool import Array
 
 Floats = NDArray[np.float64]
 
-# How far two right sums may differ, relative to the root of the sum of their squared terms. Rounding is 1e-16 and 6e-8;
-# the rest is a margin for terms that are themselves differences of larger numbers.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Rows down to this share of the largest are judged by their own size. Below, a row that is a difference of equal
 # numbers would be judged by its rounding errors. In other dtypes all rows are judged alike: 1.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -40,9 +37,9 @@ _RAISED = {torch.float64: 1e3, torch.float32: 30.0}  # steps of the floor: four 
 
 
 def rounding(dtypes: Iterable[torch.dtype]) -> float:
-    """Return the tolerance of the coarsest of these dtypes."""
+    """Return how far two right sums in these dtypes may differ, relative to the root of the sum of squared terms."""
     real = (dtype.to_real() if dtype.is_complex else dtype for dtype in dtypes)
-    return max((_TOLERANCE.get(dtype, tolerance([dtype])) for dtype in real), default=0.0)
+    return max((few_operations_tolerance(dtype, tolerance([dtype])) for dtype in real), default=0.0)
 
 
 @dataclass(frozen=True, eq=False)
