@@ -22,7 +22,7 @@ from ._runtime.restoring import restoring
 from ._torch.protocol import Reduction, RowLosses, is_convex
 from .data import Batch, rows_of
 from .derivatives import ggn, hessian
-from .errors import InputError, InputTypeError
+from .errors import InputTypeError
 from .fisher import KINDS, empirical_fisher, fisher_at
 from .operators import Operator
 from .operators._finite_results import Source, with_source
@@ -217,6 +217,6 @@ def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
     """
     if not callable(loss):
         raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
-    if reduction not in (None, "mean", "sum"):
-        raise InputError.of("reduction", repr(reduction), "one of ('mean', 'sum') is needed")
+    if reduction is not None:
+        check_choice("reduction", reduction, ("mean", "sum"))
     return RowLosses(loss, reduction)

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .._requirements import check_range
 from ..operators import Operator
 from ._base import Prepared, Solver
 from ._cg import CG, PreparedCG, check_options
@@ -56,8 +56,8 @@ class Auto(Solver):
             InputError: An option is out of range.
         """
         check_options(self.tolerance, None)
-        if self.budget is not None and (isinstance(self.budget, bool) or not self.budget > 0):
-            raise InputError.of("budget", repr(self.budget), "a positive number of bytes is needed")
+        if self.budget is not None:
+            check_range("budget", self.budget)
         return _PreparedAuto(self, System(operator, damping, self.tolerance))
 
 

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .._requirements import check_range
 from ..operators import Operator
 from ._base import Prepared, Solver
 from ._cg import check_options
@@ -47,8 +47,8 @@ class LiSSA(Solver):
             InputError: The operator is not symmetric, or an option is out of range.
         """
         check_options(self.tolerance, self.max_steps)
-        if self.scale is not None and not 0 < self.scale < float("inf"):
-            raise InputError.of("scale", repr(self.scale), "a positive number is needed")
+        if self.scale is not None:
+            check_range("scale", self.scale)
         system = System(operator, damping, self.tolerance)
         check_symmetric(system, "LiSSA")
         scale = system.in_unit(self.scale) if self.scale is not None else system.norm

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
+from .._requirements import check_range
 from .._runtime.contexts import private_noise
 from ..errors import InputError, InputTypeError
 from ..operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
@@ -39,7 +40,7 @@ class System:
 
     def __init__(self, operator: Operator, damping: float, tolerance: float | None = None) -> None:
         self.given = operator
-        self.given_damping = checked_damping(damping)
+        self.given_damping = check_range("damping", damping, zero=True)
         self._tolerance = tolerance
         self.products = 0
         self._exponent: int | None = None
@@ -297,14 +298,3 @@ def _check_operator(operator: Any) -> None:
     if operator.domain.dtype not in (torch.float32, torch.float64):
         came = f"of {operator.domain.dtype}"
         raise InputError.of("operator", came, "solves need float32 or float64", "Convert the model first.")
-
-
-def checked_damping(damping: Any) -> float:
-    """Return a damping.
-
-    Raises:
-        InputError: It is no finite number, or negative.
-    """
-    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
-        raise InputError.of("damping", repr(damping), "a finite number that is not negative is needed")
-    return float(damping)
