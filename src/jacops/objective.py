@@ -27,7 +27,7 @@ from .fisher import KINDS, empirical_fisher, fisher_at
 from .operators import Operator
 from .operators._finite_results import Source, with_source
 from .per_sample import Randomness, sample_gradients, sample_jacobians
-from .solvers._output_loss import loss_at_output
+from .solvers._output_loss import LossAtOutput
 from .space import Space
 
 
@@ -162,8 +162,8 @@ class Objective(ABC):
             InputError: The output is not one tensor with a row per sample.
         """
         J, own = self.sample_jacobians(x), self.own(rows_of(x))  # noqa: N806
-        at = loss_at_output(self.model, self.recorded(x, "leverage"), own, y, rows_of(x), "leverage")
-        return J, at.gradient(own), at.matrix(at.dtype)
+        at = LossAtOutput(self.model, self.recorded(x, "leverage"), own, y, rows_of(x), "leverage")
+        return J, at.gradient(own), at.matrix(at.like.dtype)
 
     @restoring
     def recorded(self, x: Any, call: str) -> Any:
