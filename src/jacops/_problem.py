@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -19,7 +18,7 @@ from ._operators import Operator
 from ._operators._data import StackOver, SumOver
 from ._per_sample import Randomness
 from ._picks import Picks
-from ._requirements import check_choice
+from ._requirements import check_choice, check_range
 from ._space import Space
 from ._torch.protocol import Reduction
 from ._torch_objective import TorchObjective
@@ -382,8 +381,7 @@ def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:
     """Return the quadratic term's diagonal; None where it is zero everywhere."""
     by_pattern = l2 if isinstance(l2, Mapping) else {"*": l2}
     for pattern, value in by_pattern.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise InputError.of("l2", repr(value), "a finite number that is not negative is needed")
+        check_range("l2", value, zero=True)
         if not any(fnmatchcase(name, pattern) for name in space.names):
             raise InputError.of("l2", f"for {pattern!r}", f"no parameter fits; there are {space.layout}")
     if not any(by_pattern.values()):
