@@ -17,9 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._operators import Operator
 from .._runtime.agreement import few_operations_tolerance, tolerance
 from .._runtime.contexts import private_noise
 from .._runtime.restoring import NumericWarningsIgnored, restoring
+from .._space import Space
 from ._matrix import Csr
 from ._pool import Array
 
@@ -59,13 +61,13 @@ class Verdict:
     column: int = 0
 
 
-def draw(like: Tensor, many: int, seed: int, divisors: Floats | None = None, apart: bool = False) -> Tensor:
-    """Return a random cotangent of `many` entries, divided by the sizes of the rows; `apart` keeps it off zero."""
-    noise = private_noise(like.new_empty(many), seed)
+def draw(rows: Space, seed: int, divisors: Floats | None = None, apart: bool = False) -> Tensor:
+    """Return a random cotangent, divided by the sizes of the rows; `apart` keeps it off zero."""
+    noise = private_noise(torch.empty(rows.dim, dtype=rows.dtype, device=rows.device), seed)
     noise = noise + torch.copysign(torch.full_like(noise, _LEAST), noise) if apart else noise
     if divisors is None:
         return noise
-    return (noise.double().cpu() / torch.from_numpy(divisors)).to(like.device, like.dtype)
+    return (noise.double().cpu() / torch.from_numpy(divisors)).to(rows.device, rows.dtype)
 
 
 def row_sizes(matrix: Csr) -> Floats:
@@ -167,7 +169,7 @@ class Prober:
     """
 
     rows: torch.dtype
-    dtypes: set[torch.dtype]
+    dtypes: frozenset[torch.dtype]
     floor: float = 1.0
     slack: float = 1.0
     sizes: Floats | None = None
@@ -177,6 +179,16 @@ class Prober:
     def __post_init__(self) -> None:
         self.floor = _FLOOR.get(self.rows, 1.0)
         self._spread = _SPREAD.get(self.rows, math.inf)
+
+    @classmethod
+    def of(cls, operator: Operator, met: frozenset[torch.dtype]) -> Prober:
+        """Return the state at first, for an operator that met these dtypes inside."""
+        return cls(operator.codomain.dtype, met.union(operator.codomain.dtypes, operator.domain.dtypes))
+
+    def fits(self, operator: Operator, met: frozenset[torch.dtype]) -> bool:
+        """Say whether it is that of such an operator."""
+        other = Prober.of(operator, met)
+        return (self.rows, self.dtypes) == (other.rows, other.dtypes)
 
     @property
     def tolerance(self) -> float:
