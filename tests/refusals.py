@@ -256,7 +256,7 @@ refuse("no parameters to train", lambda: {"model": nn.ReLU()}, "wrap", ModelStat
 refuse("all parameters are frozen", lambda: {"model": small_net().requires_grad_(False)},
        "jacobian, hessian, ggn, sample_gradients, check, wrap", ModelStateError, "`model` is a Sequential")
 refuse("only trainable columns of frozen ones", lambda: {"model": small_net().requires_grad_(False),
-       "trainable_only": True}, "modjac", ModelStateError, "`model` is a Sequential without parameters")
+       "parameters": "trainable"}, "modjac", ModelStateError, "`model` is a Sequential without parameters")
 
 
 def between(layer: nn.Module) -> nn.Module:
