@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -65,24 +66,27 @@ class RecordedPoint:
 
         A LieTensor of a group stores one number more than it can move; autograd pads its gradient with a zero.
         """
-        kept = []
-        for leaf in self.recording.lin.leaves:
-            stored, free = lie_widths(leaf)
-            held = np.ones(leaf.numel(), bool)
-            if tangent and free < stored:
-                held = np.arange(leaf.numel()) % stored < free
-            kept.append(held)
-        held = np.concatenate(kept)
+        lie = [_lie_widths(leaf, tangent) for leaf in self.recording.lin.leaves]
+        sizes = self.recording.lin.domain.sizes
+        held = np.concatenate([np.arange(n) % stored < free for n, (stored, free) in zip(sizes, lie, strict=True)])
         many = int(held.sum())
         return np.where(held, np.cumsum(held) - 1, many), many
 
+    def block(self, tangent: bool) -> int:
+        """Return how many neighbouring columns the last axes of leaves suggest for a block."""
+        lie = [_lie_widths(leaf, tangent) for leaf in self.recording.lin.leaves]
+        shapes = self.recording.lin.domain.shapes
+        last = [shape[-1] if len(shape) > 1 else shape.numel() for shape in shapes]
+        return math.gcd(*(free if free < stored else n for n, (stored, free) in zip(last, lie, strict=True))) or 1
 
-def lie_widths(tensor: Tensor) -> tuple[int, int]:
-    """Return how many numbers an element of a LieTensor is stored in, and how many it can move in."""
+
+def _lie_widths(tensor: Tensor, tangent: bool) -> tuple[int, int]:
+    """Return how many numbers an element of a LieTensor is stored in, and how many of them are columns."""
     kind: Any = getattr(tensor, "ltype", None)
     if kind is None:
         return 1, 1
-    return int(kind.dimension[0]), int(kind.manifold[0])
+    stored, free = int(kind.dimension[0]), int(kind.manifold[0])
+    return stored, min(free, stored) if tangent else stored
 
 
 @restoring
