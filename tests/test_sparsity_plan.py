@@ -463,7 +463,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         "ends": arrays["ends"][::-1],
         "rows": arrays["rows"] * 0,
         "copies": arrays["copies"][:-1],
-        "about": np.array(str(arrays["about"]).replace('"version": 1', '"version": 7')),
+        "about": np.array(str(arrays["about"]).replace('"version": 2', '"version": 7')),
     }
     for name, value in broken.items():
         with path.open("wb") as file:

@@ -44,6 +44,7 @@ from .samples.plan import planned
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
 from .sweeps.linearization import Linearization
+from .sweeps.mixing import by_digits
 from .sweeps.nonfinite import Lost, pull_noting_losses
 from .sweeps.proofs import CHECKS, Proofs, identity_key, store_for
 from .sweeps.record import Recording, record_at_outputs, record_closure, record_further, record_model
@@ -85,6 +86,7 @@ __all__ = [
     "WholeAsk",
     "asymmetric",
     "bare",
+    "by_digits",
     "by_leaf",
     "call_loss",
     "check_fallback",

@@ -95,7 +95,7 @@ def _judged(
     found = Certificate(predicted, "", float(length / size) if size > 0 else float("nan"))
     if predicted <= MOST_REDUCTION:
         return replace(found, reason=small_reduction(predicted).reason)
-    moved = np.abs(system.push(step))
+    moved = np.abs(system.J @ step)
     if (moved <= _FEW / ROUNDING * rounding).all():
         return replace(found, reason="an undamped step moves every residual by no more than the rounding of its terms")
     if (moved <= rounding).all():

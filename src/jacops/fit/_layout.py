@@ -41,19 +41,19 @@ class ParameterPart:
     free: np.ndarray | None
 
     @property
-    def width(self) -> int:
-        """Tangent directions per element; one number is an element where there is no chart."""
-        return self.chart.tangent if self.chart else self.shape[-1] - 1 if self.group else 1
+    def lead(self) -> torch.Size:
+        """Axes of its elements; one number is an element where there is no chart."""
+        return self.shape[:-1] if self.chart or self.group else self.shape
 
     @property
-    def elements(self) -> int:
-        """How many elements there are."""
-        return self.shape[:-1].numel() if self.chart or self.group else self.shape.numel()
+    def width(self) -> int:
+        """Tangent directions per element."""
+        return self.chart.tangent if self.chart else self.shape[-1] - 1 if self.group else 1
 
     @property
     def columns(self) -> int:
         """How many tangent columns there are, fixed ones included."""
-        return self.elements * self.width
+        return self.lead.numel() * self.width
 
     @cached_property
     def kept(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class ParameterPart:
     @property
     def tangent_shape(self) -> tuple[int, ...]:
         """The shape of its steps."""
-        return (*self.shape[:-1], self.width) if self.chart or self.group else tuple(self.shape)
+        return (*self.lead, self.width) if self.chart or self.group else tuple(self.shape)
 
     def moved(self, value: Tensor, step: np.ndarray) -> Tensor:
         """Return the parameter moved by a flat step over its free columns."""
@@ -82,8 +82,8 @@ class ParameterPart:
         moved = 3 * (self.group in _TRANSLATED)
         if self.chart:
             moved = self.chart.tangent - _ROTATIONS.get(self.chart.space, self.chart.tangent)
-        stored = stored.reshape(self.elements, -1)
-        sizes = torch.ones(self.elements, self.width, dtype=torch.float64)
+        stored = stored.reshape(self.lead.numel(), -1)
+        sizes = torch.ones(self.lead.numel(), self.width, dtype=torch.float64)
         sizes[:, :moved] = stored[:, :moved].norm(dim=1, keepdim=True)
         if self.chart and self.chart.space == 2:  # the angle itself is stored
             sizes[:, -1] = stored[:, -1].abs().clamp(min=1.0)
@@ -94,7 +94,7 @@ class ParameterPart:
         if self.chart is None:
             return np.ones(self.columns)
         blocks = self.chart.storage_jacobian(value.detach().to("cpu", torch.float64))
-        return blocks.reshape(self.elements, self.chart.storage, self.width).numpy()
+        return blocks.reshape(self.lead.numel(), self.chart.storage, self.width).numpy()
 
     @property
     def preferred_block(self) -> int:
@@ -133,17 +133,17 @@ class Layout:
     @cached_property
     def kept(self) -> np.ndarray | None:
         """Positions of the free columns among all; None if all are free."""
-        if self.columns == sum(p.columns for p in self.parts):
-            return None
-        starts = np.cumsum([0, *(p.columns for p in self.parts)])
-        return np.concatenate([start + p.kept for start, p in zip(starts, self.parts, strict=False)])
+        found = self._placed([p.kept for p in self.parts])
+        return None if self.columns == sum(p.columns for p in self.parts) else found
 
     @cached_property
     def blocks(self) -> np.ndarray:
         """For every free column the number of the block it is in, rising."""
+        return np.unique(self._placed([p.kept // p.preferred_block for p in self.parts]), return_inverse=True)[1]
+
+    def _placed(self, positions: list[np.ndarray]) -> np.ndarray:
         starts = np.cumsum([0, *(p.columns for p in self.parts)])
-        ids = [start + p.kept // p.preferred_block for start, p in zip(starts, self.parts, strict=False)]
-        return np.unique(np.concatenate(ids), return_inverse=True)[1]
+        return np.concatenate([start + own for start, own in zip(starts, positions, strict=False)])
 
     @restoring
     def moved(self, values: Values, step: np.ndarray) -> Values:
@@ -211,14 +211,13 @@ def by_name(argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def _free(part: ParameterPart, fixed: Any) -> np.ndarray:
     """Return the columns that are left when the elements that `fixed` indexes stay where they are."""
-    lead = part.shape[:-1] if part.chart or part.group else part.shape
-    mask = torch.zeros(lead, dtype=torch.bool)
+    mask = torch.zeros(part.lead, dtype=torch.bool)
     if isinstance(fixed, Tensor):
         fixed = fixed.detach().cpu()
     try:
         mask[fixed] = True
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         came = f"{fixed!r} for '{part.name}'"
-        needed = f"an index or a mask over its elements {tuple(lead)} is needed ({error})"
+        needed = f"an index or a mask over its elements {tuple(part.lead)} is needed ({error})"
         raise InputError.of("fixed", came, needed) from None
     return np.repeat(~mask.reshape(-1).numpy(), part.width).nonzero()[0]

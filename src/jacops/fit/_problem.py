@@ -194,20 +194,16 @@ class FitProblem:
             blocks = jacobian_blocks(recorded.lin)
             blocks = lie(blocks) if lie else blocks
             outputs = [o.detach() for o in recorded.lin.outputs]
-            J = np.empty((self.residuals.rows, sum(p.columns for p in self.layout.parts)))
-            row = 0
-            for name, output, line in zip(recorded.lin.codomain.names, outputs, blocks, strict=True):
-                column, rows = 0, slice(row, row + output.numel())
+            for name, line in zip(recorded.lin.codomain.names, blocks, strict=True):
                 for part, block in zip(self.layout.parts, line, strict=True):
                     require_finite(block, f"{self.call}: in the Jacobian of {name} by {part.name}")
-                    matrix = block.reshape(output.numel(), -1).to(torch.float64)
-                    if part.chart is not None:
-                        moves = torch.from_numpy(part.moves(self.held[part.name])).to(matrix.device)
-                        matrix = torch.einsum("mes,est->met", matrix.reshape(-1, *moves.shape[:2]), moves)
-                    J[rows, column : column + part.columns] = matrix.reshape(output.numel(), -1).cpu().numpy()
-                    column += part.columns
-                row = rows.stop
-        return outputs, J
+            widths = [part.shape.numel() if part.chart else part.columns for part in self.layout.parts]
+            J = np.empty((self.residuals.rows, sum(widths)))
+            for rows, line in zip(recorded.lin.codomain.slices, blocks, strict=True):
+                many, into = rows.stop - rows.start, zip(line, widths, strict=True)
+                parts = [block.reshape(many, width).to("cpu", torch.float64).numpy() for block, width in into]
+                np.concatenate(parts, 1, out=J[rows])
+        return outputs, self._on_charts(J)
 
     # ---- sparse ------------------------------------------------------------------------------------------------
 
@@ -297,11 +293,11 @@ class FitProblem:
         J = csr(found.matrix).astype(np.float64)
         if not np.isfinite(J.data).all():
             raise NonFiniteError(f"{self.call}: the Jacobian has NaN or Inf; the output itself is finite.")
-        return outputs, _on_charts(J, self.layout, self.held)
+        return outputs, self._on_charts(J)
 
-
-def _on_charts(J: Any, layout: Layout, held: dict[str, Tensor]) -> Any:
-    """Return a sparse Jacobian by storage as one by tangents: times one small block per element."""
-    if all(part.chart is None for part in layout.parts):
-        return J
-    return csr(J @ block_diagonal([part.moves(held[part.name]) for part in layout.parts]))
+    def _on_charts(self, J: Any) -> Any:
+        """Return a Jacobian by storage as one by tangents: times one small block per element."""
+        if all(part.chart is None for part in self.layout.parts):
+            return J
+        moved = J @ block_diagonal([part.moves(self.held[part.name]) for part in self.layout.parts])
+        return np.ascontiguousarray(moved) if isinstance(J, np.ndarray) else csr(moved)

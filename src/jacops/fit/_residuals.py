@@ -51,25 +51,19 @@ class Term:
     def magnitude(self, output: Tensor) -> np.ndarray:
         """Return the magnitude of what the weighted residual is the difference of, flat, and weighed as it is."""
         size = np.abs(array(output)) + (0.0 if self.target is None else np.abs(self.target))
-        if self.root is not None and self.root.ndim == 1:
-            size = np.abs(self.root) * size
-        elif self.root is not None:
-            size = np.einsum("kij,kj->ki", np.abs(self.root), size.reshape(len(self.root), -1)).reshape(-1)
+        size = _times(None if self.root is None else np.abs(self.root), size[:, None])[:, 0]
         if self.kernel is None:
             return size
         squares = np.square(self.weighted(output).reshape(-1, self.width)).sum(1)
         return size * np.repeat(np.sqrt(self.kernel(squares)[1]), self.width)
 
+    def raw(self, output: Tensor) -> np.ndarray:
+        """Return output minus target, flat."""
+        return array(output) - (0.0 if self.target is None else self.target)
+
     def weighted(self, output: Tensor) -> np.ndarray:
         """Return the weighted residual, flat."""
-        r = array(output)
-        if self.target is not None:
-            r = r - self.target
-        if self.root is None:
-            return r
-        if self.root.ndim == 1:
-            return self.root * r
-        return np.einsum("kij,kj->ki", self.root, r.reshape(len(self.root), -1)).reshape(-1)
+        return _times(self.root, self.raw(output)[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ class Residuals:
         for term in self.terms:
             root = np.ones(term.rows) if term.root is None else term.root
             parts.append(np.abs(root) if root.ndim == 1 else np.linalg.norm(root, axis=1).reshape(-1))
-        return np.concatenate(parts) if parts else np.zeros(0)
+        return np.concatenate(parts)
 
     @restoring
     def objective(self, outputs: Sequence[Tensor]) -> float:
@@ -117,8 +111,7 @@ class Residuals:
 
     def raw(self, outputs: Sequence[Tensor]) -> np.ndarray:
         """Return outputs minus targets, neither weighted nor corrected."""
-        parts = [array(o) - (0.0 if t.target is None else t.target) for t, o in zip(self.terms, outputs, strict=True)]
-        return np.concatenate(parts) if parts else np.zeros(0)
+        return np.concatenate([t.raw(o) for t, o in zip(self.terms, outputs, strict=True)])
 
     def corrected(self, outputs: Sequence[Tensor], J: Any) -> tuple[float, np.ndarray, Any]:
         """Return the objective, and residual and Jacobian weighted and corrected; `J` may be overwritten."""
@@ -127,7 +120,7 @@ class Residuals:
         for term, output in zip(self.terms, outputs, strict=True):
             where, r = slice(start, start + term.rows), term.weighted(output)
             start += term.rows
-            part = J[where] if term.root is None else _times(term.root, J[where])
+            part = _times(term.root, J[where])
             if term.kernel is None:
                 total += float(r @ r) / 2
             else:
@@ -149,8 +142,10 @@ def array(output: Tensor) -> np.ndarray:
     return output.detach().as_subclass(Tensor).reshape(-1).to("cpu", torch.float64).numpy()
 
 
-def _times(left: np.ndarray, J: Any) -> Any:
+def _times(left: np.ndarray | None, J: Any) -> Any:
     """Return numbers per row `(rows,)`, or matrices per block `(blocks, d, d)`, times rows of a Jacobian."""
+    if left is None:
+        return J
     if left.ndim == 1 and isinstance(J, np.ndarray):
         return left[:, None] * J
     if left.ndim == 1:

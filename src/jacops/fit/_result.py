@@ -13,9 +13,9 @@ from torch import Tensor
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from ..errors import InputError, SolveError
-from ._solvers import LEAST_PIVOT, factorised
+from ._solvers import check_pivots, factorised, triangle
 from ._system import LinearizedFit, Singular
-from ._table import parameter_lines, step_lines
+from ._table import parameter_lines, step_line, step_lines
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,7 @@ class StepRecord:
     predicted: float = float("nan")
 
     def __repr__(self) -> str:
-        mark = "" if self.accepted else " rejected"
-        return (
-            f"{self.step:3d}: {self.objective:.6e} -> {self.tried:.6e}{mark}, gradient {self.optimality:.1e}, "
-            f"step {self.length:.1e}, damping {self.damping:.1e}, inner {self.inner_residual:.1e}, {self.seconds:.2f} s"
-        )
+        return f"{step_line(self, 'damping')}  gradient {self.optimality:.1e}  {self.seconds:.2f} s"
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,24 +186,16 @@ def _inverse_part(system: LinearizedFit, wanted: np.ndarray, result: Any) -> np.
     unit = np.zeros((len(scale), len(wanted)))
     unit[wanted, np.arange(len(wanted))] = 1 / scale[wanted]
     failure = "the Jacobian at the end has no full rank: some direction has no variance. Fix it with `fixed=`."
-    if system.is_sparse:
-        try:
+    try:
+        if system.is_sparse:
             factor = factorised(system)
-        except Singular:
-            raise SolveError(failure, result) from None
-        if not factor.U.diagonal().min() > LEAST_PIVOT:
-            raise SolveError(failure, result)
-        solved = factor.solve(unit)
-    else:
-        if system.J.shape[0] < system.J.shape[1]:
-            raise SolveError(failure, result)
-        R = torch.geqrf(torch.from_numpy(system.J / scale))[0][: len(scale)].triu()
-        pivots = R.diagonal().abs()
-        # Pivots of unit columns that are rounding errors of sums over all rows.
-        if not pivots.min() > 1e-13 * len(system.J) * pivots.max():
-            raise SolveError(failure, result)
-        half = torch.linalg.solve_triangular(R.T, torch.from_numpy(unit), upper=False)
-        solved = torch.linalg.solve_triangular(R, half, upper=True).numpy()
+            check_pivots(factor.U.diagonal(), "splu")
+            solved = factor.solve(unit)
+        else:
+            R = triangle(torch.from_numpy(system.J / scale))[2]
+            solved = torch.cholesky_solve(torch.from_numpy(unit), R, upper=True).numpy()
+    except Singular:
+        raise SolveError(failure, result) from None
     found = (solved / scale[:, None])[wanted]
     if not (np.isfinite(found).all() and (np.diag(found) >= 0).all()):
         raise SolveError(failure, result)

@@ -17,7 +17,7 @@ from ._system import LinearizedFit, Singular, Solved
 
 Map = Callable[[np.ndarray], np.ndarray]
 
-LEAST_PIVOT = 2e-15  # pivots of a matrix with unit diagonal that are rounding errors
+_LEAST_PIVOT = 2e-15  # pivots of a matrix with unit diagonal that are rounding errors
 _FEW_ENTRIES = 2_000_000  # up to so many, orthogonal factors cost little and are the most exact
 
 
@@ -42,18 +42,28 @@ class QR(StepSolver):
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
         J, r = _stacked(system, damping)
-        rows, columns = J.shape
-        if rows < columns:
-            raise Singular(f"{rows} residuals do not determine {columns} columns")
-        factor, tau = torch.geqrf(J)
-        R = factor[:columns].triu()
-        pivots = R.diagonal().abs().numpy()
-        # Pivots of unit columns that are rounding errors of sums over all rows.
-        if not pivots.min(initial=np.inf) > 1e-13 * rows * pivots.max(initial=0.0):
-            raise Singular("the Jacobian has columns that depend on one another")
-        turned = torch.ormqr(factor, tau, r.unsqueeze(1), transpose=True)[:columns]
+        factor, tau, R = triangle(J)
+        turned = torch.ormqr(factor, tau, r.unsqueeze(1), transpose=True)[: len(R)]
         p = torch.linalg.solve_triangular(R, turned, upper=True)[:, 0].numpy()
         return system.solved(-p / system.equilibration(damping), damping, "qr")
+
+
+def triangle(J: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return Householder's factors of a Jacobian with unit columns, and R.
+
+    Raises:
+        Singular: It has no full rank.
+    """
+    rows, columns = J.shape
+    if rows < columns:
+        raise Singular(f"{rows} residuals do not determine {columns} columns")
+    factor, tau = torch.geqrf(J)
+    R = factor[:columns].triu()
+    pivots = R.diagonal().abs().numpy()
+    # Pivots of unit columns that are rounding errors of sums over all rows.
+    if not pivots.min(initial=np.inf) > 1e-13 * rows * pivots.max(initial=0.0):
+        raise Singular("the Jacobian has columns that depend on one another")
+    return factor, tau, R
 
 
 @final
@@ -219,12 +229,12 @@ def conjugate_gradients(
         most: The most iterations.
     """
     penalty = 0.0 if damping is None else damping
-    p, left = start, system.r + system.push(start)
+    p, left = start, system.r + system.J @ start
     s = -(system.J.T @ left) - penalty * p
     direction = precondition(s)
     square, steps = float(s @ direction), 0
     while steps < most and not enough(s, square):
-        moved = system.push(direction)
+        moved = system.J @ direction
         curvature = float(moved @ moved) + float(direction @ (penalty * direction))
         if not curvature > 0:
             break
@@ -239,7 +249,7 @@ def conjugate_gradients(
 
 
 def _block_jacobi(system: LinearizedFit, damping: np.ndarray | None) -> Map:
-    total = sp.coo_array(system.damped(damping))
+    total, scale = sp.coo_array(system.unit_normal(damping)), system.equilibration(damping)
     rows, columns = total.coords
     inside = system.blocks[rows] == system.blocks[columns]
     counts = np.bincount(system.blocks)
@@ -259,8 +269,8 @@ def _block_jacobi(system: LinearizedFit, damping: np.ndarray | None) -> Map:
 
     def apply(v: np.ndarray) -> np.ndarray:
         padded = np.zeros((len(counts), width))
-        padded[system.blocks, offset] = v
-        return np.einsum("bij,bj->bi", inverses, padded)[system.blocks, offset]
+        padded[system.blocks, offset] = v / scale
+        return np.einsum("bij,bj->bi", inverses, padded)[system.blocks, offset] / scale
 
     return apply
 
@@ -289,11 +299,20 @@ class AutoStepSolver(StepSolver):
         return replace(solved, note=note)
 
 
+def check_pivots(pivots: np.ndarray, name: str) -> None:
+    """Refuse pivots of a normal matrix with unit diagonal that are rounding errors.
+
+    Raises:
+        Singular: One is.
+    """
+    if not pivots.min(initial=np.inf) > _LEAST_PIVOT:
+        raise Singular(f"{name}: the normal matrix is singular (a pivot of {pivots.min():.0e} where 1 is the largest)")
+
+
 def _refined(system: LinearizedFit, damping: np.ndarray | None, solve: Map, pivots: np.ndarray, name: str) -> Solved:
     """Return the step of a factorisation of the normal matrix with unit diagonal, refined once."""
     scale = system.equilibration(damping)
-    if not pivots.min(initial=np.inf) > LEAST_PIVOT:
-        raise Singular(f"{name}: the normal matrix is singular (a pivot of {pivots.min():.0e} where 1 is the largest)")
+    check_pivots(pivots, name)
     p = -solve(system.gradient / scale) / scale
     if not np.isfinite(p).all():
         raise Singular(f"{name}: the normal matrix is singular")

@@ -170,7 +170,7 @@ class TrustRegion(Strategy):
         if length <= radius:
             return newton, radius
         slope = system.gradient / scale
-        steepest = float(slope @ slope) / max(float(np.sum(system.push(slope / scale) ** 2)), np.finfo(float).tiny)
+        steepest = float(slope @ slope) / max(float(np.sum((system.J @ (slope / scale)) ** 2)), np.finfo(float).tiny)
         cauchy = -steepest * slope
         descent = float(np.linalg.norm(cauchy))
         if descent >= radius:

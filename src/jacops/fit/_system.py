@@ -108,23 +108,12 @@ class LinearizedFit:
         return positive(self.norms if damping is None else np.hypot(self.norms, np.sqrt(damping)))
 
     @cached_property
-    def normal(self) -> Any:
-        """The normal matrix, as an array or as CSC."""
-        if self.is_sparse:
-            return (self.J.T @ self.J).tocsc()
-        J = torch.from_numpy(self.J)
-        return (J.T @ J).numpy()
-
-    @cached_property
     def _cosines(self) -> Any:
         """The normal matrix of unit columns."""
-        norms, system = positive(self.norms), self
-        if not self.has_safe_squares:
-            norms, system = np.ones_like(norms), self.with_unit_columns()
-        if not self.is_sparse:
-            return system.normal / np.outer(norms, norms)
-        unit = sp.diags_array(1 / norms)
-        return unit @ system.normal @ unit
+        J = self.with_unit_columns().J
+        if self.is_sparse:
+            return (J.T @ J).tocsc()
+        return (torch.from_numpy(J).T @ torch.from_numpy(J)).numpy()
 
     def unit_normal(self, damping: np.ndarray | None) -> Any:
         """Return the normal matrix plus a diagonal, rows and columns divided by `equilibration(damping)`."""
@@ -139,23 +128,9 @@ class LinearizedFit:
         total[np.diag_indices_from(total)] += rest
         return total
 
-    def push(self, p: np.ndarray) -> np.ndarray:
-        """Return the Jacobian times a step."""
-        return self.J @ p
-
-    def damped(self, damping: np.ndarray | None) -> Any:
-        """Return the normal matrix plus a diagonal."""
-        if damping is None:
-            return self.normal
-        if self.is_sparse:
-            return (self.normal + sp.diags_array(damping)).tocsc()
-        total = self.normal.copy()
-        total[np.diag_indices_from(total)] += damping
-        return total
-
     def residual(self, p: np.ndarray, damping: np.ndarray | None) -> np.ndarray:
         """Return what a step leaves of the equations, by products with the Jacobian itself."""
-        left = self.J.T @ (self.push(p) + self.r)
+        left = self.J.T @ (self.J @ p + self.r)
         return left if damping is None else left + damping * p
 
     def solved(self, p: np.ndarray, damping: np.ndarray | None, solver: str, steps: int = 0, note: str = "") -> Solved:

@@ -41,13 +41,14 @@ def step_lines(log: Sequence[StepRecord], limited_by: str) -> list[str]:
         limited_by: What limits them: `"damping"` or `"radius"`; empty for neither.
     """
     if len(log) <= _LINES:
-        return [_step(r, limited_by) for r in log]
+        return [step_line(r, limited_by) for r in log]
     left_out = f"  ... {len(log) - _FIRST - _LAST} steps not shown; `log` has all ..."
-    shown = [[_step(r, limited_by) for r in part] for part in (log[:_FIRST], log[-_LAST:])]
+    shown = [[step_line(r, limited_by) for r in part] for part in (log[:_FIRST], log[-_LAST:])]
     return [*shown[0], left_out, *shown[1]]
 
 
-def _step(record: StepRecord, limited_by: str) -> str:
+def step_line(record: StepRecord, limited_by: str) -> str:
+    """Return the line of a step."""
     actual = record.objective - record.tried
     fields: list[tuple[str, Any]] = [("reduction", actual), ("predicted", record.predicted), ("step", record.length)]
     if limited_by:

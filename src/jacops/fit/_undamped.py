@@ -66,7 +66,7 @@ def replace_undamped(system: LinearizedFit, solved: Solved) -> None:
 
 def predicted_reduction(system: LinearizedFit, step: np.ndarray) -> float:
     """Return the reduction of the objective that the linearised problem predicts for a step."""
-    return -float(system.gradient @ step) - float(np.sum(system.push(step) ** 2)) / 2
+    return -float(system.gradient @ step) - float(np.sum((system.J @ step) ** 2)) / 2
 
 
 def above_rounding(system: LinearizedFit) -> Solved | None:

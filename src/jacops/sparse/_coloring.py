@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,13 +170,11 @@ def _renumbered(colors: Array) -> Array:
 def _grouper() -> Callable[[Csr, Array], Array]:
     """Return scipy's compiled grouping, or the one below where scipy has moved its private module."""
     try:
-        from scipy.optimize import _numdiff
+        from scipy.optimize._numdiff import group_columns
     except ImportError:
         return greedy
-    columns: Any = getattr(_numdiff, "group_columns", None)
-    if columns is None:
-        return greedy
-    return lambda matrix, order: np.asarray(columns(csr(matrix.T), order=order), np.int64)
+    # Its annotations say that the order is a number.
+    return lambda matrix, order: np.asarray(group_columns(csr(matrix.T), order=order), np.int64)  # pyright: ignore[reportArgumentType]
 
 
 def greedy(matrix: Csr, order: Array) -> Array:

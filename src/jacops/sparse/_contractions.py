@@ -34,7 +34,7 @@ def _one_sided(tracer: Tracer, ids: Array, nonzero: NDArray[np.bool_] | None) ->
     """Return ids (b, m, n), or (b, m, 1) where all columns agree, of `left @ right` with a constant right."""
     b, m, k = ids.shape
     if nonzero is None:
-        return tracer.group(np.repeat(np.arange(b * m), k), ids, b * m).reshape(b, m, 1)
+        return tracer.along(ids, [2])
     n = nonzero.shape[2]
     if b > 1 and b * m * n * k <= _EXPANDED:
         each = np.broadcast_to(ids[:, :, None, :], (b, m, n, k))
@@ -101,9 +101,7 @@ def _each(value: Sequence[int] | int, rank: int) -> list[int]:
 def _through(tracer: Tracer, ids: Array, groups: int, take: Array, give: Array, count: int) -> Array:
     """Return (N, groups, count) from ids (N, C, S): channels of a group united, then moved from `take` to `give`."""
     many, channels, size = ids.shape
-    parts = ids.reshape(many, groups, channels // groups, size)
-    place = np.arange(many * groups).reshape(many, groups, 1, 1) * size + np.arange(size)
-    united = tracer.group(np.broadcast_to(place, parts.shape), parts, many * groups * size).reshape(-1, size)
+    united = tracer.along(ids.reshape(many, groups, channels // groups, size), [2]).reshape(-1, size)
     place = np.arange(many * groups)[:, None] * count + give[None]
     return tracer.group(place, united[:, take], many * groups * count).reshape(many, groups, count)
 
@@ -124,16 +122,10 @@ def _convolution(tracer: Tracer, call: TracedCall) -> Any:
         if named["transposed"]:
             parts.append(np.full((1,) * out.ndim, tracer.pool.union(tracer.array(weight))))
         else:
-            parts.append(_per_channel(tracer, tracer.array(weight), 0).reshape(1, -1, *[1] * len(space)))
+            parts.append(tracer.along(tracer.array(weight), range(1, weight.ndim)).reshape(1, -1, *[1] * len(space)))
     if isinstance(bias, Tensor) and tracer.tracks(bias):
         parts.append(tracer.array(bias).reshape(1, -1, *[1] * len(space)))
     return tracer.union(parts, out.shape)
-
-
-def _per_channel(tracer: Tracer, ids: Array, axis: int) -> Array:
-    many = ids.shape[axis]
-    place = np.arange(many).reshape([-1 if i == axis else 1 for i in range(ids.ndim)])
-    return tracer.group(np.broadcast_to(place, ids.shape), ids, many)
 
 
 def _convolution_backward(tracer: Tracer, call: TracedCall) -> Any:
@@ -143,7 +135,7 @@ def _convolution_backward(tracer: Tracer, call: TracedCall) -> Any:
     if tracer.tracks(x) or tracer.tracks(weight):
         return tracer.everything(call)
     ids = tracer.array(grad)
-    per_channel = _per_channel(tracer, ids, 1)
+    per_channel = tracer.along(ids, [0, *range(2, ids.ndim)]).ravel()
     found: list[Any] = []
     if mask[0]:
         give, take = _convolved(x, weight, grad, named)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from .._keywords import keywords
 from .._operators import LinearizedMap, Operator
 from .._operators._finite_results import check_result
 from .._requirements import check_choice, check_whole
-from .._space import Space
 from .._torch.protocol import Linearization
 from ..errors import InputError, NotDifferentiableError
 from ._coloring import color
@@ -21,8 +19,8 @@ from ._declared import check_declared
 from ._matrix import csr
 from ._probe import Prober
 from .detect import traced
-from .layouts import LAYOUTS, Layout, SparseJacobian, arranged
-from .pattern import Pattern, declared
+from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_of
+from .pattern import declared
 
 
 @keywords()
@@ -60,8 +58,7 @@ def jacobian(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pa
     if pattern is not None:
         known = declared(pattern, operator.shape)
     elif isinstance(operator, LinearizedMap) and isinstance(operator.lin, Linearization):
-        seen = traced(operator.lin, None)
-        known, dtypes = Pattern(seen.matrix, True, seen.unknown), seen.dtypes
+        known, dtypes = traced(operator.lin, None)
     else:
         todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
         raise InputError.of("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo)
@@ -81,10 +78,6 @@ def jacobian(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pa
             "float64 then."
         )
     check_result(operator, found.values, "the matrix")
-    block = _last(operator.codomain), _last(operator.domain)
+    block = block_of(operator.codomain), block_of(operator.domain)
     result = arranged(assembly, found, layout, block)
     return SparseJacobian(result, getattr(operator, "output", None), found.bound, found.sweeps)
-
-
-def _last(space: Space) -> int:
-    return math.gcd(*(shape[-1] if len(shape) > 1 else shape.numel() for shape in space.shapes)) or 1

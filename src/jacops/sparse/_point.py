@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,24 +66,27 @@ class RecordedPoint:
 
         A LieTensor of a group stores one number more than it can move; autograd pads its gradient with a zero.
         """
-        kept = []
-        for leaf in self.recording.lin.leaves:
-            stored, free = lie_widths(leaf)
-            held = np.ones(leaf.numel(), bool)
-            if tangent and free < stored:
-                held = np.arange(leaf.numel()) % stored < free
-            kept.append(held)
-        held = np.concatenate(kept)
+        lie = [_lie_widths(leaf, tangent) for leaf in self.recording.lin.leaves]
+        sizes = self.recording.lin.domain.sizes
+        held = np.concatenate([np.arange(n) % stored < free for n, (stored, free) in zip(sizes, lie, strict=True)])
         many = int(held.sum())
         return np.where(held, np.cumsum(held) - 1, many), many
 
+    def block(self, tangent: bool) -> int:
+        """Return how many neighbouring columns the last axes of leaves suggest for a block."""
+        lie = [_lie_widths(leaf, tangent) for leaf in self.recording.lin.leaves]
+        shapes = self.recording.lin.domain.shapes
+        last = [shape[-1] if len(shape) > 1 else shape.numel() for shape in shapes]
+        return math.gcd(*(free if free < stored else n for n, (stored, free) in zip(last, lie, strict=True))) or 1
 
-def lie_widths(tensor: Tensor) -> tuple[int, int]:
-    """Return how many numbers an element of a LieTensor is stored in, and how many it can move in."""
+
+def _lie_widths(tensor: Tensor, tangent: bool) -> tuple[int, int]:
+    """Return how many numbers an element of a LieTensor is stored in, and how many of them are columns."""
     kind: Any = getattr(tensor, "ltype", None)
     if kind is None:
         return 1, 1
-    return int(kind.dimension[0]), int(kind.manifold[0])
+    stored, free = int(kind.dimension[0]), int(kind.manifold[0])
+    return stored, min(free, stored) if tangent else stored
 
 
 @restoring
@@ -107,65 +112,47 @@ def record_point(
         watch: Note which constants depend on the point.
     """
     parameters = differentiated(by)
-    module = bare(model)
     given = [t for t in flatten(inputs, "input")[0] if isinstance(t, Tensor)]
-    named = parameter_names(module)
-    chosen = [p for n, p in named.items() if parameters(n, p)] if parameters else [
-        t for t in given if t.is_floating_point()
-    ]  # fmt: skip
-    options = {"call": call, "parameters": parameters, "outputs": outputs}
+    if parameters is None:
+        chosen = [t for t in given if t.is_floating_point()]
+    else:
+        chosen = [p for n, p in parameter_names(bare(model)).items() if parameters(n, p)]
     taint = Taint([*given, *chosen]) if watch else None
-    selections: list[Selection] = []
-    recording = None
-    if lift and not any(t.is_inference() for t in chosen):
-        mode = Lift(chosen)
-        try:
-            with mode:
-                recording = _recorded(model, inputs, taint, options)
-            selections = _sound(mode.selections, recording.lin)
-        except (RuntimeError, _LiftFailedError) as error:
-            if must_surface(error):
-                raise
-            recording = None  # it writes into what it selected: the plain forward says whether that is an error
-    if recording is None:
-        selections = []
-        recording = _recorded(model, inputs, taint, options)
-    lin = _lifted_tape(recording.lin, selections)
+
+    def record() -> Recording:
+        with taint or nullcontext():
+            return record_model(model, inputs, call=call, parameters=parameters, outputs=outputs)
+
+    lifted = _lifted(record, chosen) if lift and not any(t.is_inference() for t in chosen) else None
+    recording, selections = lifted or (record(), [])
+    lin = recording.lin
+    names = lin.domain.names
+    leaves = {f"{names[s.source]} (selection {i})": s.leaf for i, s in enumerate(selections)}
+    lin = lin.to(lin.outputs, lin.codomain.names, call, leaves)
+    lin.trust, lin.fallback = Proofs(), "silent"
+    check_usable(lin)
     for inspect in inspectors:
         inspect(replace(recording, lin=lin))
     return RecordedPoint(recording, lin, selections, taint)
 
 
-class _LiftFailedError(Exception):
-    """A lifted selection was written into."""
+def _lifted(record: Callable[[], Recording], chosen: list[Tensor]) -> tuple[Recording, list[Selection]] | None:
+    """Return a recording with the selections that its output depends on as leaves.
 
-
-@restoring
-def _recorded(model: nn.Module, inputs: Any, taint: Taint | None, options: dict[str, Any]) -> Recording:
-    if taint is None:
-        return record_model(model, inputs, **options)
-    with taint:
-        return record_model(model, inputs, **options)
-
-
-def _sound(selections: list[Selection], lin: Linearization) -> list[Selection]:
-    """Return the selections that the output depends on.
-
-    Raises:
-        _LiftFailedError: Someone wrote into one, so copies no longer agree with each other.
+    None is returned where the model writes into one, so that copies no longer agree with each other, or the forward
+    fails: the plain one then says whether that is an error.
     """
-    if not all(s.untouched for s in selections):
-        raise _LiftFailedError
-    return [s for s in selections if id(s.leaf) in lin.graph_info.leaves]
-
-
-def _lifted_tape(lin: Linearization, selections: list[Selection]) -> Linearization:
-    names = lin.domain.names
-    leaves = {f"{names[s.source]} (selection {i})": s.leaf for i, s in enumerate(selections)}
-    lifted = lin.to(lin.outputs, lin.codomain.names, lin.call, leaves)
-    lifted.trust, lifted.fallback = Proofs(), "silent"
-    check_usable(lifted)
-    return lifted
+    mode = Lift(chosen)
+    try:
+        with mode:
+            recording = record()
+    except RuntimeError as error:
+        if must_surface(error):
+            raise
+        return None
+    if not all(s.untouched for s in mode.selections):
+        return None
+    return recording, [s for s in mode.selections if id(s.leaf) in recording.lin.graph_info.leaves]
 
 
 def gradients_agree(point: RecordedPoint, plain_point: RecordedPoint) -> bool:
@@ -182,11 +169,7 @@ def gradients_agree(point: RecordedPoint, plain_point: RecordedPoint) -> bool:
 
 def _summed(point: RecordedPoint, seeds: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return gradients by what is stored, selections added to what they copy, and the sums of their sizes."""
-    grads = point.lin.pull(list(seeds))
-    flat = [
-        torch.zeros(leaf.numel()).double() if g is None else plain(g).detach().reshape(-1).double().cpu()
-        for g, leaf in zip(grads, point.lin.leaves, strict=True)
-    ]
+    lin, where = point.lin, torch.from_numpy(point.storage_columns())
+    terms = lin.domain.join(lin.pull_rows([s.unsqueeze(0) for s in seeds]))[0].detach().double().cpu()
     total = torch.zeros(point.recording.lin.domain.dim, dtype=torch.float64)
-    where, terms = torch.from_numpy(point.storage_columns()), torch.cat(flat)
     return total.index_add(0, where, terms), total.index_add(0, where, terms.abs())

@@ -6,7 +6,6 @@ an index points into, everything may come from or go anywhere; the other axes ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,12 +60,9 @@ def _anything(tracer: Tracer, call: TracedCall) -> Any:
     return [tracer.everything(call)] * len(call.outs)
 
 
-def spread(tracer: Tracer, ids: Array, axes: Iterable[int]) -> Array:
+def _spread(tracer: Tracer, ids: Array, axes: Iterable[int]) -> Array:
     """Return the union along axes, in every place."""
-    axes = {axis % max(ids.ndim, 1) for axis in axes}
-    kept = [1 if i in axes else size for i, size in enumerate(ids.shape)]
-    groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), ids.shape)
-    return np.broadcast_to(tracer.group(groups, ids, math.prod(kept)).reshape(kept), ids.shape)
+    return np.broadcast_to(tracer.along(ids, axes), ids.shape)
 
 
 def _pointed_into(tracer: Tracer, call: TracedCall) -> list[int]:
@@ -87,20 +83,20 @@ def _taken(tracer: Tracer, call: TracedCall) -> Any:
     """Follow entries that are taken from anywhere along an axis."""
     named = call.named
     source = named["weight"] if call.base == "embedding" else named["self"]
-    ids = spread(tracer, tracer.array(source), _pointed_into(tracer, call))
+    ids = _spread(tracer, tracer.array(source), _pointed_into(tracer, call))
     return move(tracer, call, {id(source): torch.from_numpy(ids.copy())})
 
 
 def _put(tracer: Tracer, call: TracedCall) -> Any:
     """Follow entries that are written or added anywhere along an axis, to what was there."""
     there = call.named.get("self")
-    parts = [spread(tracer, scattered(tracer, call, left_out=there), _pointed_into(tracer, call))]
+    parts = [_spread(tracer, scattered(tracer, call, left_out=there), _pointed_into(tracer, call))]
     return tracer.union([*parts, tracer.array(there)] if isinstance(there, Tensor) else parts, call.outs[0].shape)
 
 
 def _pooled(tracer: Tracer, call: TracedCall) -> Any:
     """Follow the largest of a window, which may be any: forwards or backwards, within each plane."""
     rank, given = rank_of(call), call.args[0]
-    planes = spread(tracer, tracer.array(given), range(given.ndim - rank, given.ndim))
+    planes = _spread(tracer, tracer.array(given), range(given.ndim - rank, given.ndim))
     one = planes[(..., *[slice(0, 1)] * rank)]
     return [one if out.is_floating_point() else 0 for out in call.outs]

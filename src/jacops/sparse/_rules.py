@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import Any
@@ -166,28 +165,20 @@ def _source(tracer: Tracer, call: TracedCall) -> Array:
     return tracer.union([found.numpy() for t in call.tensors if (found := tracer.read(t)) is not None], shape)
 
 
-def _dims(call: TracedCall, ndim: int) -> list[int]:
+def _over_dims(tracer: Tracer, call: TracedCall, source: Array) -> Array:
+    """Return the unions along the axes that an operation goes over, which are kept."""
     dims = call.named.get("dim")
-    dims = list(range(ndim)) if dims is None or dims == [] else dims
-    return [d % max(ndim, 1) for d in ([dims] if isinstance(dims, int) else dims)]
-
-
-def _over_dims(tracer: Tracer, call: TracedCall, source: Array) -> tuple[Array, list[int]]:
-    """Return the unions along the axes that an operation goes over, and their shape with those axes kept."""
-    dims = _dims(call, source.ndim)
-    kept = [1 if i in dims else size for i, size in enumerate(source.shape)]
-    groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), source.shape)
-    return tracer.group(groups, source, math.prod(kept)), kept
+    dims = range(source.ndim) if dims is None or dims == [] else dims
+    return tracer.along(source, [dims] if isinstance(dims, int) else dims)
 
 
 def _reduce(tracer: Tracer, call: TracedCall) -> Any:
-    ids, _ = _over_dims(tracer, call, _source(tracer, call))
+    ids = _along(tracer, call)
     return [ids.reshape(tuple(out.shape)) for out in call.outs]
 
 
 def _along(tracer: Tracer, call: TracedCall) -> Any:
-    ids, kept = _over_dims(tracer, call, _source(tracer, call))
-    return [ids.reshape(kept) for _ in call.outs]
+    return _over_dims(tracer, call, _source(tracer, call))
 
 
 def _softmax_backward(tracer: Tracer, call: TracedCall) -> Any:
@@ -195,8 +186,7 @@ def _softmax_backward(tracer: Tracer, call: TracedCall) -> Any:
     grad, output = call.args[:2]
     if tracer.tracks(output) or (nonzero := tracer.nonzero(output)) is None:
         return _along(tracer, call)
-    ids, kept = _over_dims(tracer, call, np.where(nonzero, tracer.array(grad), 0))
-    return np.where(nonzero, ids.reshape(kept), 0)
+    return np.where(nonzero, _over_dims(tracer, call, np.where(nonzero, tracer.array(grad), 0)), 0)
 
 
 def _fill(tracer: Tracer, call: TracedCall) -> Any:
@@ -218,17 +208,13 @@ def _cumsum(tracer: Tracer, call: TracedCall) -> Any:
 def _matrices(tracer: Tracer, call: TracedCall) -> Any:
     """Mix the last two axes of everything, each member of the batch for itself."""
     batch = tuple(max((t.shape[:-2] for t in call.tensors if t.ndim >= 2), key=len, default=()))
-    count = math.prod(batch)
-    groups, ids = [], []
-    for tensor in call.tensors:
-        if not tracer.tracks(tensor):
-            continue
+    parts = []
+    for tensor in filter(tracer.tracks, call.tensors):
         array = tracer.array(tensor)
         if tensor.shape[: len(batch)] != batch:
             array = np.broadcast_to(array, batch + array.shape[max(array.ndim - 2, 0) :])
-        groups.append(np.repeat(np.arange(count), array.size // max(count, 1)))
-        ids.append(array.ravel())
-    mixed = tracer.group(np.concatenate(groups), np.concatenate(ids), count)
+        parts.append(tracer.along(array, range(len(batch), array.ndim)).reshape(batch))
+    mixed = tracer.union(parts, batch)
     shaped = [out.shape[: len(batch)] == batch for out in call.outs]
     whole = tracer.everything(call)
     return [

@@ -7,6 +7,7 @@ unknown: then everything it gives depends on everything it took, which is safe, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -171,6 +172,13 @@ class Tracer(TorchDispatchMode):
     def group(self, groups: Any, ids: Any, count: int) -> Array:
         """Return the union over each of `count` groups."""
         return self.pool.union_groups(np.ravel(np.asarray(groups)), np.ravel(np.asarray(ids)), count)
+
+    def along(self, ids: Array, axes: Iterable[int]) -> Array:
+        """Return the union along axes, which are kept with one entry each."""
+        axes = {axis % max(ids.ndim, 1) for axis in axes}
+        kept = [1 if i in axes else size for i, size in enumerate(ids.shape)]
+        groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), ids.shape)
+        return self.group(groups, ids, math.prod(kept)).reshape(kept)
 
     def everything(self, call: TracedCall) -> int:
         """Return the union of all sets that an operation was given."""

@@ -21,7 +21,7 @@ from .._runtime.rows import plain
 from .._torch.protocol import Linearization
 from .._trees import Selector
 from ..errors import MemoryBudgetError
-from ._matrix import Csr, csr
+from ._matrix import csr
 from ._point import record_point
 from ._pool import Array, Pool
 from ._routes import rule_of
@@ -68,11 +68,9 @@ def detect_pattern(
         >>> detect_pattern(model, torch.randn(1, 1, 5), wrt="inputs").nnz
         13
     """
-    point = record_point(
-        model, inputs, "detect_pattern", variable(model, wrt, parameters), outputs, lift=False, watch=not local
-    )
-    seen = traced(point.lin, point.taint)
-    return Pattern(seen.matrix, local, seen.unknown)
+    by = variable(model, wrt, parameters)
+    point = record_point(model, inputs, "detect_pattern", by, outputs, lift=False, watch=not local)
+    return traced(point.lin, point.taint)[0]
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,13 @@ class Traced:
 
     Attributes:
         pool: Where the sets are.
-        ids: One array of ids per leaf, in its shape; None where nothing arrived.
+        ids: One array of ids per leaf, in its shape.
         unknown: Operations without a rule.
         dtypes: Of the floating-point numbers that carried sets.
     """
 
     pool: Pool
-    ids: list[Array | None]
+    ids: list[Array]
     unknown: dict[str, int]
     dtypes: frozenset[torch.dtype]
 
@@ -107,19 +105,14 @@ def trace(lin: Linearization, members: Array, size: int, taint: Taint | None) ->
         tracer.write(seed, starts[where].reshape(seed.shape))
     with math_attention(), Escapes(tracer).around(lin.graph_info.nodes), tracer:
         grads = lin.pull(list(seeds))
-    ids: list[Array | None] = []
-    for grad in grads:
-        found = None if grad is None else tracer.read(plain(grad))
-        ids.append(None if found is None else found.contiguous().numpy())
-        if grad is not None and _has_hole(plain(grad.detach()), ids[-1]):
+    ids: list[Array] = []
+    for grad, shape in zip(grads, lin.domain.shapes, strict=True):
+        found = np.zeros(shape, np.int64) if grad is None else tracer.array(plain(grad))
+        nonzero = None if grad is None else ((plain(grad) != 0) & plain(grad).isfinite()).cpu().numpy()
+        if nonzero is not None and (nonzero & (found == 0)).any():  # where nothing should have reached it
             raise CannotFollowError("a backward pass that leaves torch")
+        ids.append(found)
     return Traced(pool, ids, tracer.unknown, frozenset(tracer.dtypes))
-
-
-def _has_hole(grad: Tensor, ids: Array | None) -> bool:
-    """Say whether a gradient is nonzero where nothing should have reached it."""
-    nonzero = ((grad != 0) & grad.isfinite()).cpu().numpy()
-    return bool(nonzero.any() if ids is None else (nonzero & (ids == 0)).any())
 
 
 def _cotangent(output: Tensor, seed: int) -> Tensor:
@@ -128,23 +121,8 @@ def _cotangent(output: Tensor, seed: int) -> Tensor:
     return (noise + torch.where(noise < 0, -1.0, 1.0).to(noise.dtype)).contiguous()
 
 
-@dataclass(frozen=True, eq=False)
-class Detected:
-    """A pattern as it was traced.
-
-    Attributes:
-        matrix: Rows are entries of the output, columns entries of the leaves.
-        unknown: Operations without a rule.
-        dtypes: Of all floating-point numbers on the way.
-    """
-
-    matrix: Csr
-    unknown: dict[str, int]
-    dtypes: frozenset[torch.dtype]
-
-
-def traced(lin: Linearization, taint: Taint | None) -> Detected:
-    """Return the pattern of a linearization.
+def traced(lin: Linearization, taint: Taint | None) -> tuple[Pattern, frozenset[torch.dtype]]:
+    """Return the pattern of a linearization, and the dtypes of all floating-point numbers on the way.
 
     Raises:
         MemoryBudgetError: It is too full to be held.
@@ -153,15 +131,12 @@ def traced(lin: Linearization, taint: Taint | None) -> Detected:
     try:
         found = trace(lin, np.arange(m), m, taint)
     except CannotFollowError as reason:
-        _check_size(lin, lin.domain.dim * m, {str(reason): 1})
-        return Detected(csr(np.ones((m, lin.domain.dim), bool)), {str(reason): 1}, ends)
-    ids = [
-        np.zeros(size, np.int64) if part is None else part.ravel()
-        for part, size in zip(found.ids, lin.domain.sizes, strict=True)
-    ]
-    flat = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+        unknown = {str(reason): 1}
+        _check_size(lin, lin.domain.dim * m, unknown)
+        return Pattern(csr(np.ones((m, lin.domain.dim), bool)), taint is None, unknown), ends
+    flat = np.concatenate([np.zeros(0, np.int64), *(part.ravel() for part in found.ids)])
     _check_size(lin, int(found.pool.sizes(flat).sum()), found.unknown)
-    return Detected(csr(found.pool.matrix(flat).T), found.unknown, ends | found.dtypes)
+    return Pattern(csr(found.pool.matrix(flat).T), taint is None, found.unknown), ends | found.dtypes
 
 
 def _check_size(lin: Linearization, entries: int, unknown: dict[str, int]) -> None:

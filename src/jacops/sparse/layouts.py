@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .._runtime.restoring import WarningsIgnored, restoring
-from .._torch.protocol import Linearization
+from .._space import Space
 from ._compress import Assembly, Compressed
 from ._matrix import sp
-from ._point import lie_widths
 
 Layout = Literal["scipy", "coo", "csr", "bsr"]
 LAYOUTS = ("scipy", "coo", "csr", "bsr")
@@ -42,37 +42,24 @@ def arranged(assembly: Assembly, found: Compressed, layout: str, block: tuple[in
     """Return the matrix in a layout; BSR has blocks of the given shape."""
     if layout == "scipy":
         return found.matrix
-    ends, columns = (
-        torch.from_numpy(assembly.ends.astype(np.int64)),
-        torch.from_numpy(assembly.columns.astype(np.int64)),
-    )
     device = found.values.device
+
+    def whole(numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(device)
+
+    ends, columns, shape = whole(assembly.ends), whole(assembly.columns), assembly.shape
     unchecked: Any = {"check_invariants": False}
     with WarningsIgnored("Sparse (CSR|BSR) tensor support", UserWarning):
         if layout == "csr":
-            return torch.sparse_csr_tensor(
-                ends.to(device), columns.to(device), found.values, assembly.shape, **unchecked
-            )
+            return torch.sparse_csr_tensor(ends, columns, found.values, shape, **unchecked)
         if layout == "coo":
-            rows = torch.repeat_interleave(torch.arange(assembly.shape[0]), ends.diff())
-            places = torch.stack([rows, columns]).to(device)
-            return torch.sparse_coo_tensor(places, found.values, assembly.shape, is_coalesced=True, **unchecked)
+            places = torch.stack([torch.repeat_interleave(ends.diff()), columns])
+            return torch.sparse_coo_tensor(places, found.values, shape, is_coalesced=True, **unchecked)
         blocks = sp.bsr_array(found.matrix.tobsr(block))
-        return torch.sparse_bsr_tensor(
-            torch.from_numpy(blocks.indptr.astype(np.int64)).to(device),
-            torch.from_numpy(blocks.indices.astype(np.int64)).to(device),
-            torch.from_numpy(blocks.data).to(device),
-            assembly.shape,
-            **unchecked,
-        )
+        values = torch.from_numpy(blocks.data).to(device)
+        return torch.sparse_bsr_tensor(whole(blocks.indptr), whole(blocks.indices), values, shape, **unchecked)
 
 
-def block_shape(lin: Linearization, tangent: bool) -> tuple[int, int]:
-    """Return the blocks that outputs and leaves suggest: the size of their last axes."""
-    rows = [o.shape[-1] for o in lin.outputs if o.ndim > 1] + [o.numel() for o in lin.outputs if o.ndim < 2]
-    columns = []
-    for leaf in lin.leaves:
-        stored, free = lie_widths(leaf)
-        last = leaf.shape[-1] if leaf.ndim > 1 else leaf.numel()
-        columns.append(free if tangent and free < stored else last)
-    return math.gcd(*rows) or 1, math.gcd(*columns) or 1
+def block_of(space: Space) -> int:
+    """Return the block that shapes suggest: the size of their last axes."""
+    return math.gcd(*(shape[-1] if len(shape) > 1 else shape.numel() for shape in space.shapes)) or 1

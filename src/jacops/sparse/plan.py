@@ -29,7 +29,7 @@ from ._pool import Array
 from ._probe import Floats, Prober, Verdict
 from ._scheme import Scheme, colored, placed, unlifted
 from .detect import traced
-from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_shape
+from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_of
 from .pattern import Pattern, declared
 
 _ROOM = 4.0  # margin on the rounding errors measured at one point: those of the next may be larger
@@ -119,11 +119,11 @@ class SparsePlan:
         check_choice("layout", layout, LAYOUTS)
         check_whole("certify", certify, 0)
         point = self.recorded(model, inputs, "SparsePlan")
-        if not self._fits(point):
-            shape = (point.recording.lin.codomain.dim, point.widths(self._options["tangent"])[1])
-            raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
         found = self.at(point, certify, layout, importance)
         if found is None:
+            if not self._fits(point):
+                shape = (point.recording.lin.codomain.dim, point.widths(self._options["tangent"])[1])
+                raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
             warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
             vars(self).update(vars(sparse_plan(model, inputs, **self._options)))
             return self._evaluated(model, inputs, certify, layout, importance)
@@ -168,7 +168,7 @@ class SparsePlan:
                 return None
             found = self._again(point, found, certify, importance)
         require_finite(found.values, "SparsePlan: of the Jacobian's entries")
-        block = block_shape(point.recording.lin, self._options["tangent"])
+        block = block_of(point.recording.lin.codomain), point.block(self._options["tangent"])
         matrix = arranged(self.assembly, found, layout, block)
         return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
 
@@ -190,8 +190,8 @@ class SparsePlan:
         Raises:
             NotDifferentiableError: The pattern is right and a probe fails all the same.
         """
-        seen = traced(point.lin, None)
-        self._dtypes |= seen.dtypes
+        seen, dtypes = traced(point.lin, None)
+        self._dtypes |= dtypes
         both = csr((self._scheme.matrix + seen.matrix).astype(bool))
         grown = both.nnz > self._scheme.matrix.nnz
         if grown:
@@ -307,7 +307,7 @@ def sparse_plan(
         direct = record_point(model, inputs, "sparse_plan", by, outputs, lift=False, watch=not local)
         point = point if gradients_agree(point, direct) else direct
         del direct
-    seen = traced(point.lin, point.taint)
+    seen, dtypes = traced(point.lin, point.taint)
     matrix = seen.matrix
     final, width = point.widths(tangent)
     columns = point.storage_columns()
@@ -317,7 +317,7 @@ def sparse_plan(
         scheme = unlifted(scheme, point.lin, point.recording.lin.domain.dim)
     names, shape = point.recording.lin.domain.names, (matrix.shape[0], width)
     del point  # and the graph with it
-    plan = SparsePlan(scheme, shape, final, options, seen.unknown, names, seen.dtypes)
+    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes)
     plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
     return plan
 

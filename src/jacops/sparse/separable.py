@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from .._recorded_loss import check_usable
 from .._runtime.contexts import private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
-from .._torch.protocol import Linearization, bare, record_model
+from .._torch.protocol import Linearization, bare, by_digits, record_model
 from .._trees import Selector
 from ..errors import InputError
 from ._taint import Outside
@@ -98,8 +97,6 @@ def samples_independent(
         return Separation(False, (), {str(reason): 1})
     pairs: list[tuple[int, int]] = []
     for ids in traced.ids:
-        if ids is None:
-            continue
         samples = np.repeat(np.arange(many), ids.size // max(many, 1))
         reached = traced.pool.matrix(ids.ravel()).tocoo()
         off = reached.col != samples[reached.row]
@@ -123,16 +120,13 @@ def _count(lin: Linearization) -> int:
 
 def _masked(lin: Linearization, many: int, unknown: dict[str, int]) -> Separation:
     sweeps = 1
-    sample = torch.arange(many)
-    for bit in range(max(1, math.ceil(math.log2(max(many, 2))))):
-        for side in (0, 1):
-            on = ((sample >> bit) & 1) == side
-            seeds = [_only(plain(o.detach()), on, i) for i, o in enumerate(lin.outputs)]
-            sweeps += 1
-            for grad in lin.pull(list(seeds)):
-                if grad is not None and bool((plain(grad)[~on.to(grad.device)] != 0).any()):
-                    touched = (plain(grad).flatten(1) != 0).any(1).cpu() & ~on
-                    return Separation(False, ((-1, int(touched.nonzero()[0])),), unknown, sweeps)
+    for on in by_digits(many):
+        seeds = [_only(plain(o.detach()), on, i) for i, o in enumerate(lin.outputs)]
+        sweeps += 1
+        for grad in lin.pull(list(seeds)):
+            touched = on & False if grad is None else (plain(grad).flatten(1) != 0).any(1).cpu() & ~on
+            if touched.any():
+                return Separation(False, ((-1, int(touched.nonzero()[0])),), unknown, sweeps)
     return Separation(True, (), unknown, sweeps)
 
 

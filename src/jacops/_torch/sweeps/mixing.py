@@ -73,7 +73,7 @@ def coupled(lin: Linearization, blocks: list[list[Tensor]], where: slice, strict
     """
     seeds = [private_noise(o, seed=i) for i, o in enumerate(lin.outputs)]
     many, undecided = where.stop - where.start, False
-    halves = _by_digits(many) if strict else [_random_half(many)]
+    halves = by_digits(many) if strict else [_random_half(many)]
     for mask in (torch.ones(many, dtype=torch.bool), *halves):
         masked = [s * mask.to(s.device, s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in seeds]
         pulled = zip(lin.leaves, lin.pull(masked), strict=True)
@@ -110,7 +110,8 @@ def _random_half(many: int) -> Tensor:
     return half
 
 
-def _by_digits(many: int) -> list[Tensor]:
+def by_digits(many: int) -> list[Tensor]:
+    """Return halves of samples by every binary digit of their numbers, both ways."""
     numbers = torch.arange(many)
     digits = [(numbers >> bit) % 2 == 1 for bit in range((many - 1).bit_length())]
     return [mask for digit in digits for mask in (digit, ~digit)]
