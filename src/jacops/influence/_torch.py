@@ -14,9 +14,9 @@ from .._progress import track
 from .._recorded_loss import record_loss
 from .._runtime.contexts import eager, sweeping
 from .._torch.protocol import Linearization, bare, gradient_tape, parameter_names
-from .._torch_objective import TorchObjective
 from ..derivatives import hessian
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError
+from ..objective import Objective
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
 _ORIGIN = "_jacops_private_inputs"
@@ -48,9 +48,9 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             raise ModelStateError.of("model", came, needed, "Call `.requires_grad_()` on some.")
 
     @property
-    def objective(self) -> TorchObjective:
+    def objective(self) -> Objective:
         """Model and loss, as problems over data take them."""
-        return TorchObjective(self.model, self.loss)
+        return Objective(self.model, self.loss)
 
     @property
     def parameters(self) -> list[Tensor]:

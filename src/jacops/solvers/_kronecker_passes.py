@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
+from .._framework import likelihood_at
 from .._runtime.counter import Draws
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
@@ -151,7 +152,7 @@ def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
     shares = losses.denominators(data.y, many) if losses.reduction == "mean" else torch.ones(many)
     shares = torch.where(shares > 0, shares, 1.0)  # a sample that is ignored has no loss to divide
     own = at.gradient(term.own(many))
-    counted, total = row_scale(losses, data.y, many, lambda: at.likelihood(losses.scalar))
+    counted, total = row_scale(losses, data.y, many, lambda: likelihood_at(at.model, at.found, losses, data.y))
     counted = counted.to(own)
     if data.weights is not None:  # the batch enters by its numerator, in the units of its denominator
         units = counted / shares.to(own)
