@@ -26,10 +26,13 @@ def samples_of(
 
 
 def part_of(
-    samples: Samples, where: slice, shift: Sequence[Tensor] | None = None, fallback: str | None = None
+    samples: Samples, where: slice | Tensor, shift: Sequence[Tensor] | None = None, fallback: str | None = None
 ) -> Samples:
     """Return some of the samples, moved by `shift` if there is one, with another `fallback` if there is one."""
-    runner, values = samples.runner, [v[where] for v in samples.values]
+    runner, values = (
+        samples.runner,
+        [v[where] for v in samples.values],
+    )
     for index, change in zip(samples.inputs, shift or (), strict=shift is not None):
         values[index] = values[index] + change
     x = samples.input_tree.build(values)
