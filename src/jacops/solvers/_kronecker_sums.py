@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
-from ..operators._eigen_blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from ..operators._eigen_blocks import Block
 
 _CHUNK_ENTRIES = 2**22  # 16 MiB of gradients in float32, as in `_runtime.chunks`
 
@@ -139,7 +139,7 @@ class OuterSums:
         left, right = self._bases or (None, None)
         values = self._squares if self._squares is not None else self._products(left, right)
         bases = [None if basis is None else basis.to(self.dtype) for basis in (left, right)]
-        return KroneckerBlock(self.where, bases[0], bases[1], values.clamp_min(0).to(self.dtype), self.turned)
+        return Block(self.where, bases[0], bases[1], values.clamp_min(0).to(self.dtype), self.turned)
 
     def _products(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         parts = [
@@ -180,10 +180,10 @@ class RowSums:
         total = self._sum if self._sum is not None else torch.zeros(0, dtype=torch.float64)
         if not bool(total.isfinite().all()):
             raise NonFiniteError(f"EKFAC: in the gradients by {self.name}, some are NaN or Inf. Look at the data.")
-        if not self.whole:
-            return DiagonalBlock(self.where, total.to(self.dtype))
-        values, basis = torch.linalg.eigh(total)
-        return DenseBlock(self.where, basis.to(self.dtype), values.clamp_min(0).to(self.dtype))
+        values, basis = torch.linalg.eigh(total.unsqueeze(0)) if self.whole else (total, None)
+        basis = None if basis is None else basis.to(self.dtype)
+        values = values.clamp_min(0).to(self.dtype).reshape(1, 1, -1)
+        return Block(self.where, None, basis, values, form="exact" if self.whole else "diagonal")
 
 
 def _diagonal(factor: Tensor) -> Tensor:
