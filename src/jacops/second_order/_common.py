@@ -63,6 +63,11 @@ def check_finite(call: str, blocks: Sequence[Tensor]) -> None:
         require_finite(block, f"{call}: in a derivative by the input", " (first axis: sample).")
 
 
+def flat(blocks: Blocks) -> list[Tensor]:
+    """Return all blocks one after the other."""
+    return [block for grid in blocks for row in grid for block in row]
+
+
 def matrices(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return a block `(n, *out, *a, *b)` as matrices `(n, out, a, b)`."""
     a, b = left.shape[1:].numel(), right.shape[1:].numel()

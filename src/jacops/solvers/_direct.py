@@ -260,6 +260,4 @@ def _lowest(matrix: Tensor) -> float:
     if matrix.shape[0] <= _EXACT_SPECTRUM:
         return float(torch.linalg.eigvalsh(matrix)[0])
     krylov = KrylovSpace(lambda rows: rows @ matrix, private_noise(matrix[None, :1], 13), _STEPS)
-    while krylov.room:
-        krylov.step()
-    return float(krylov.ritz().values.min())
+    return float(krylov.fill().ritz().values.min())
