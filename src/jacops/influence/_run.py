@@ -58,7 +58,7 @@ class InfluenceRun:
         solution = self.prepared.solve(rows)
         if self.on_failure == "raise":
             try:
-                require(solution, self.curvature)
+                require(solution)
             except SolveError as error:
                 raise SolveError(f"influence with {self.curvature.told}: {error}", solution) from None
         return solution

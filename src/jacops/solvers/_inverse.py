@@ -63,18 +63,18 @@ def solve(
     rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
     solution = solver_of(solver).solve(operator, rows, damping)
     if on_failure == "raise":
-        require(solution, operator)
+        require(solution)
     return solution
 
 
-def require(solution: Solution, operator: Operator) -> None:
+def require(solution: Solution) -> None:
     """Raise for a solution with rows that failed.
 
     Raises:
         SolveError: Some did; the message says what to do.
     """
     if not solution.success:
-        raise SolveError(advice(solution, operator), solution)
+        raise SolveError(advice(solution), solution)
 
 
 @keywords()
@@ -149,7 +149,7 @@ class Inverse(Backwards):
         """
         solution = self.prepared.solve(rows)
         if self.on_failure == "raise":
-            require(solution, self.of)
+            require(solution)
         return solution
 
     def _apply(self, rows: Tensor) -> Tensor:
