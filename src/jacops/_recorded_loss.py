@@ -108,12 +108,21 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
         InputTypeError: `loss` is not callable or does not return a tensor.
         InputError: The loss is not one number.
     """
-    if not callable(loss):
-        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
+    check_loss(loss)
     options.setdefault("parameters", trainable)
     y = recordable(y, kept=options.get("kept", False))
     found = record_model(model, x, call=call, finish=loss_of_output(loss, y), purpose=loss, **options)
     return _connected(found, call)
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what is no loss.
+
+    Raises:
+        InputTypeError: It is not callable.
+    """
+    if not callable(loss):
+        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
 
 
 def record_loss_of(found: Recording, loss: Loss, y: Any, call: str) -> Recording:

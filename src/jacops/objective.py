@@ -21,7 +21,7 @@ from ._framework import recorded
 from ._ladder.protocol import is_framework_model
 from ._mixed import mixed_rows
 from ._picks import Picks, picked
-from ._recorded_loss import CurvatureOptions, Loss, record_loss, record_loss_of, trainable
+from ._recorded_loss import CurvatureOptions, Loss, check_loss, record_loss, record_loss_of, trainable
 from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
@@ -391,8 +391,7 @@ def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
         InputTypeError: It is not callable.
         InputError: There is no such reduction.
     """
-    if not callable(loss):
-        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
+    check_loss(loss)
     if reduction is not None:
         check_choice("reduction", reduction, ("mean", "sum"))
     return RowLosses(loss, reduction)

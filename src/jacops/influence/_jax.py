@@ -22,7 +22,7 @@ from .._jax.protocol import (
     to_numpy,
 )
 from ..errors import InputTypeError, NotDifferentiableError
-from ..objective import Objective, checked_loss
+from ..objective import Objective
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
 
@@ -45,7 +45,6 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
     """
 
     def __init__(self, apply: Apply, params: Any, loss: JaxLoss) -> None:
-        checked_loss(loss, None)
         self.model = JaxFunction(apply, params)
         self.objective = Objective(self.model, loss)
         self.apply, self.params, self.loss = apply, params, loss

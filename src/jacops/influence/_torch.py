@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._finite import check_finite, check_vector
 from .._progress import track
-from .._recorded_loss import record_loss
+from .._recorded_loss import check_loss, record_loss
 from .._runtime.contexts import eager, sweeping
 from .._torch.protocol import Linearization, bare, gradient_tape, parameter_names
 from ..derivatives import hessian
@@ -38,10 +38,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
-        self.model = model
-        if not callable(loss):
-            raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
-        self.loss = loss
+        check_loss(loss)
+        self.model, self.loss = model, loss
         if not self.parameters:
             came = f"a {type(bare(model)).__name__} in which no parameter requires grad"
             needed = "there is nothing to differentiate"
