@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -157,8 +156,8 @@ def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: 
     for worst in gaps.topk(min(_WORST, len(gaps))).indices.tolist():
         where = slice(worst, worst + 1)
         x = [v[where] for v in samples.values]
-        one = Samples(samples.runner.model, samples.input_tree.build(x), call=samples.call, checks="never")
-        one.runner = replace(one.runner, outputs=samples.runner.outputs)
+        runner, x = samples.runner, samples.input_tree.build(x)
+        one = Samples(runner.model, x, call=samples.call, outputs=runner.outputs, checks="never")
         found = [block[where] for row in rows for block in row]
         if not float(gaps[worst]) <= rounding_error(lambda one=one: _alone(one, output), found):
             return False
