@@ -38,7 +38,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "projections",
     },  # 1
     {"solvers", "estimators", "planning", "checks"},  # 2 methods
-    {"data", "_picks", "objective", "_torch_objective", "_framework_objective", "_reduction", "problem"},  # 3 problem
+    {"data", "_picks", "objective", "_mixed", "_reduction", "problem"},  # 3 problem
     {"jacobians", "products", "attribution", "influence", "least_squares", "testing", "extras"},  # 4 faces
     {"__init__"},
 ]

@@ -105,8 +105,6 @@ def sample_gradients(
                 [0., 1.]])
     """
     seed, recorded = checked_seed(randomness, seed), CurvatureOptions(parameters=trainable) | options
-    if is_framework_model(model):
-        return sample_rows(model.map_rows(x, y, loss=loss, **asked("sample_gradients", recorded)))
     return gradients_at(model, loss, x, y, seed, recorded)
 
 
@@ -120,6 +118,8 @@ def gradients_at(
     record: Callable[[], Recording] | None = None,
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
+    if is_framework_model(model):
+        return sample_rows(model.map_rows(x, y, loss=loss, **asked("sample_gradients", options)))
     refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of((x, y), "x, y")
     inputs = len(flatten(x, "x")[0])
@@ -179,8 +179,6 @@ def sample_jacobians(
                 [0., 1.]])
     """
     recorded: RecordOptions = {"parameters": trainable, **options}
-    if is_framework_model(model):
-        return sample_rows(model.map_rows(x, **asked("sample_jacobians", {**recorded, "outputs": outputs})))
     return jacobians_at(model, x, outputs, seed, recorded)
 
 
@@ -193,6 +191,8 @@ def jacobians_at(
     record: Callable[[], Recording] | None = None,
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
+    if is_framework_model(model):
+        return sample_rows(model.map_rows(x, **asked("sample_jacobians", {**options, "outputs": outputs})))
     refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of(x, "x")
     hint_at_labels("sample_jacobians", outputs, x)
