@@ -43,8 +43,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
     {
         "_data",
         "_objective",
-        "_torch_objective",
-        "_framework_objective",
+        "_mixed",
         "_reduction",
         "_problem",
     },  # 3 problem

@@ -16,9 +16,9 @@ import numpy as np  # noqa: E402
 import jacops  # noqa: E402
 import oracle  # noqa: E402
 from jacops._fisher import fisher  # noqa: E402
-from jacops._framework_objective import FrameworkObjective  # noqa: E402
 from jacops._influence._jax import JaxTwiceDifferentiable  # noqa: E402
 from jacops._jax.protocol import JaxFunction  # noqa: E402
+from jacops._objective import Objective  # noqa: E402
 from jax_cases import PAIRS, Pair, as_jax, as_torch, double_precision, mlp, mse, weights  # noqa: E402
 from small import draw, small_net  # noqa: E402
 
@@ -38,12 +38,12 @@ def wrapped(pair: Pair) -> JaxTwiceDifferentiable:
     return JaxTwiceDifferentiable(pair.apply, pair.params, pair.jax_loss)
 
 
-def objective(pair: Pair) -> FrameworkObjective:
+def objective(pair: Pair) -> Objective:
     return wrapped(pair).objective
 
 
-def made(apply: Any, params: Any, loss: Any = mse) -> FrameworkObjective:
-    return FrameworkObjective(JaxFunction(apply, params), loss)
+def made(apply: Any, params: Any, loss: Any = mse) -> Objective:
+    return Objective(JaxFunction(apply, params), loss)
 
 
 def close(actual: Any, expected: Tensor, rtol: float = 1e-9) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ._framework import framework_ggn, framework_hessian, recorded
+from ._framework import TorchOptions, asked, recorded
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Product
@@ -48,10 +48,10 @@ from ._torch.protocol import (
     hessian_diagonal,
     hessian_layers,
     is_convex,
+    positive_everywhere,
     record_at_outputs,
-    record_model,
 )
-from ._trees import Selector, flatten, hint_at_labels
+from ._trees import Selector, flatten, hint_at_labels, output_leaves
 from .errors import InputError
 
 
@@ -106,7 +106,7 @@ def jacobian(
         todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
         raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
     hint_at_labels("jacobian", outputs, inputs)
-    ladder = {"checks": checks, "fallback": fallback, "kept": True}
+    ladder: TorchOptions = {"checks": checks, "fallback": fallback, "kept": True}
     found = recorded(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, **ladder)
     if allow_zero:
         check_real(found.lin)
@@ -154,11 +154,12 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
 def _hessian(
     model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: OperatorOptions, kept: bool
 ) -> LinearizedMap:
-    asked = resolved(model, options)
+    chosen = resolved(model, options)
     if is_framework_model(model):
-        return framework_hessian(model, loss, x, y, call, asked)
-    found = record_loss(model, loss, x, y, call, kept=kept, **asked)
-    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, asked))
+        there = model.record_loss(loss, x, y, asked(call, **chosen))
+        return LinearizedMap(there.lin, there.output, symmetric=True)
+    found = record_loss(model, loss, x, y, call, kept=kept, **chosen)
+    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))
 
 
 def hessian_at(
@@ -243,17 +244,19 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
 
 
 def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: OperatorOptions, kept: bool) -> Operator:
-    asked = resolved(model, options)
-    if is_framework_model(model):
-        return framework_ggn(model, loss, x, y, call, asked)
-    return ggn_at(record_model(model, x, call=call, kept=kept, **asked), loss, y, call, kept)
+    return ggn_at(model, recorded(model, x, call=call, kept=kept, **resolved(model, options)), loss, y, call, kept)
 
 
 @restoring
-def ggn_at(found: Recording, loss: Loss, y: Any, call: str, kept: bool = True) -> Operator:
+def ggn_at(model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = True) -> Operator:
     """Return the generalised Gauss-Newton matrix at a recorded output; a target is copied where the result is kept."""
     check_real(found.lin)
     J = LinearizedMap(found.lin, found.output)
+    if is_framework_model(model):
+        there = model.record_at_output(found, loss, y, call)
+        H = LinearizedMap(there.lin, there.output, symmetric=True)
+        convex = partial(positive_everywhere, H._apply, output_leaves(found.output)[0])
+        return Product(Product(J.T, replace(H, mark=convex)), J)
     y = recordable(y, kept)
     outer = record_at_outputs(found, loss_of_output(loss, y), loss, call)
     H = LinearizedMap(gradient_tape(outer, call), outer.output, symmetric=True)
@@ -289,7 +292,13 @@ def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpac
 
 @made_from("x", "y")
 def _for_one_product(
-    model: nn.Module, loss: Loss, x: Any, y: Any, make: Callable[..., Operator], call: str, **options: Any
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    make: Callable[..., Operator],
+    call: str,
+    **options: Unpack[OperatorOptions],
 ) -> Operator:
     """Return an operator that is dropped before anybody can write into the model's weights."""
     return make(model, loss, x, y, call, options, kept=False)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ._derivatives import ggn_at
-from ._framework import framework_ggn_at, recorded
+from ._framework import likelihood_at, recorded
 from ._keywords import keywords
-from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Scaled
 from ._operators._finite_results import made_from
 from ._per_sample import sample_gradients
@@ -26,16 +25,7 @@ from ._requirements import check_choice, check_positive, check_whole
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
 from ._space import Space
-from ._torch.protocol import (
-    KNOWN,
-    Likelihood,
-    RowLosses,
-    known_kind,
-    known_likelihood,
-    label_like,
-    likelihood_of,
-    row_scale,
-)
+from ._torch.protocol import KNOWN, Likelihood, RowLosses, known_kind, known_likelihood, label_like, row_scale
 from ._trees import output_leaves
 from .errors import InputError, InputTypeError
 
@@ -138,14 +128,14 @@ def fisher_at(
     _refuse_weights(losses.loss, kind)
     found = record()
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
-        return _ggn_at(model, found, losses, y)
+        return ggn_at(model, found, losses.scalar, y, "ggn")
     output = _one_tensor(output_leaves(found.output)[0]).detach()
-    likelihood = known_likelihood(losses, output, y) or _likelihood(model, found, losses, y)
+    likelihood = known_likelihood(losses, output, y) or likelihood_at(model, found, losses, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)
     if kind == "exact":
         labels = label_like(likelihood.kind, output, losses.loss) if y is None else y
-        return _ggn_at(model, found, losses, labels)
+        return ggn_at(model, found, losses.scalar, labels, "ggn")
     scores = likelihood.draw(output, draws, samples)
     J = LinearizedMap(found.lin, found.output)
     rows = _Scores(found.lin.codomain, scores) @ J
@@ -164,27 +154,13 @@ def empirical_fisher(
         raise InputError.of("x", "empty", "a mean over samples needs at least one")
 
     def computed() -> Likelihood | None:
-        return _likelihood(model, record(), losses, y)
+        return likelihood_at(model, record(), losses, y)
 
     terms, total = row_scale(losses, y, rows, computed)
     if bool((terms == terms[0]).all()):
         return float(terms[0]) ** 2 / total * (G.T @ G)
     scaled = G.scaled(terms)
     return 1.0 / total * (scaled.T @ scaled)
-
-
-def _ggn_at(model: Any, found: Any, losses: RowLosses, y: Any) -> Operator:
-    """Return the Gauss-Newton matrix at a recorded output, whatever recorded it."""
-    if is_framework_model(model):
-        return framework_ggn_at(model, found, losses.scalar, y, "ggn")
-    return ggn_at(found, losses.scalar, y, "ggn")
-
-
-def _likelihood(model: Any, found: Any, losses: RowLosses, y: Any) -> Likelihood | None:
-    """Return the likelihood of a loss by its slopes at a recorded output, if it has one."""
-    if is_framework_model(model):
-        return model.likelihood(found, losses.loss, y)
-    return likelihood_of(losses.scalar, found.lin.outputs, found.tree, y)
 
 
 def _moments(rows: Operator, directions: Tensor) -> tuple[Tensor, Tensor]:

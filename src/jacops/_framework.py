@@ -1,53 +1,52 @@
-"""Curvature of models that another framework than torch records: the same products of the same operators."""
+"""Models of any framework: recorded, and what another framework than torch answers by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from ._finite import is_finite, where_first
-from ._ladder.protocol import FrameworkModel, Recorded, SampleRows, SweepOptions, everything, is_framework_model
-from ._operators import LayerFactors, LinearizedMap, Operator, Product
+from ._ladder.protocol import FrameworkModel, SampleRows, SweepOptions, everything, is_framework_model
+from ._operators import LayerFactors
 from ._requirements import check_choice
 from ._space import Space
-from ._torch.protocol import CHECKS, Rows, check_fallback, positive_everywhere, record_model
-from ._trees import output_leaves
+from ._torch.protocol import CHECKS, At, Likelihood, RowLosses, Rows, check_fallback, likelihood_of, record_model
+from ._trees import Selector, output_leaves
 from .errors import InputError, NonFiniteError
 
 
-def recorded(model: Any, inputs: Any, **options: Any) -> Any:
-    """Record the output of a model of any framework, with the options of `record_model`."""
-    if not is_framework_model(model):
-        return record_model(model, inputs, **options)
-    return model.record(inputs, asked(**options))
+class TorchOptions(TypedDict, total=False):
+    """What only torch is asked when a model is recorded, as in `record_model`."""
+
+    checks: str
+    fallback: str
+    connected: bool
+    kept: bool
 
 
-def framework_hessian(model: FrameworkModel, loss: Any, x: Any, y: Any, call: str, options: Any) -> LinearizedMap:
-    """Return the Hessian of the loss of one batch: the Jacobian of its gradient."""
-    found = model.record_loss(loss, x, y, asked(call, **_by_parameters(options)))
-    return LinearizedMap(found.lin, found.output, symmetric=True)
+def recorded(
+    model: Any,
+    inputs: Any,
+    *,
+    call: str,
+    parameters: Callable[[str, Any], bool] | None,
+    outputs: Selector = None,
+    at: At = None,
+    **options: Unpack[TorchOptions],
+) -> Any:
+    """Record the output of a model of any framework, as `record_model` does."""
+    if is_framework_model(model):
+        return model.record(inputs, asked(call, parameters=parameters, outputs=outputs, at=at, **options))
+    return record_model(model, inputs, call=call, parameters=parameters, outputs=outputs, at=at, **options)
 
 
-def framework_ggn(model: FrameworkModel, loss: Any, x: Any, y: Any, call: str, options: Any) -> Operator:
-    r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ of one batch."""
-    return framework_ggn_at(model, model.record(x, asked(call, **_by_parameters(options))), loss, y, call)
-
-
-def framework_ggn_at(model: FrameworkModel, found: Recorded, loss: Any, y: Any, call: str) -> Operator:
-    """Return the generalised Gauss-Newton matrix at a recorded output."""
-    J, H = LinearizedMap(found.lin, found.output), output_hessian(model, found, loss, y, call)  # noqa: N806
-    return Product(Product(J.T, H), J)
-
-
-def output_hessian(model: FrameworkModel, found: Recorded, loss: Any, y: Any, call: str) -> LinearizedMap:
-    """Return the Hessian of a loss by the model's output; it is positive where no sample has a negative eigenvalue."""
-    outer = model.record_at_output(found, loss, y, call)
-    bare = LinearizedMap(outer.lin, outer.output, symmetric=True)
-    convex = partial(positive_everywhere, bare._apply, output_leaves(found.output)[0])
-    return LinearizedMap(outer.lin, outer.output, symmetric=True, mark=convex)
+def likelihood_at(model: Any, found: Any, losses: RowLosses, y: Any) -> Likelihood | None:
+    """Return the likelihood of a loss by its slopes at a recorded output of any framework, if it has one."""
+    if is_framework_model(model):
+        return model.likelihood(found, losses.loss, y)
+    return likelihood_of(losses.scalar, *output_leaves(found.output), y)
 
 
 def _sample_rows(found: SampleRows) -> LayerFactors:

@@ -94,6 +94,12 @@ class KrylovSpace:
         self._block, coupling = self._orthonormal(image, floor)
         self._coupling = torch.cat([self.projected.new_zeros(runs, old, coupling.shape[2]), coupling], 1)
 
+    def fill(self) -> KrylovSpace:
+        """Add blocks while there is room, and return the space."""
+        while self.room:
+            self.step()
+        return self
+
     def _orthonormal(self, rows: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         """Return an orthonormal block outside the space and `rows` in terms of it; fresh directions for tiny rows."""
         runs, _, n = rows.shape

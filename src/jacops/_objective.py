@@ -5,121 +5,315 @@ Everything above it (problems, influence) has torch tensors and operators, whate
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import copy
+import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from contextlib import suppress
+from functools import cached_property, partial
+from typing import Any, TypedDict, Unpack, final
 
+import torch
 from torch import Tensor
 
 from ._data import Batch, rows_of
-from ._derivatives import ggn, hessian
+from ._derivatives import ggn_at, hessian, hessian_at, shifted_gradient
+from ._digests import digest_function, digest_module
+from ._finite import check_finite, is_finite
 from ._fisher import KINDS, empirical_fisher, fisher_at
 from ._framework import recorded
-from ._operators import Operator
+from ._ladder.protocol import SweepOptions, is_framework_model
+from ._mixed import mixed_rows
+from ._operators import LayerFactors, Operator
 from ._operators._finite_results import Source, with_source
-from ._per_sample import Randomness, sample_gradients, sample_jacobians
-from ._recorded_loss import Loss
-from ._reduction import check_reduction
+from ._per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
+from ._picks import Picks, picked
+from ._recorded_loss import CurvatureOptions, Loss, check_loss, record_loss, record_loss_of
+from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
 from ._requirements import check_choice
-from ._runtime.contexts import seeded
+from ._runtime.contexts import eager, seeded
 from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._space import Space
-from ._torch.protocol import Reduction, RowLosses, is_convex
-from .errors import InputTypeError
+from ._torch.protocol import Reduction, RowLosses, Weighted, bare, is_convex, parameter_names, weights_of
+from ._trees import flatten
+from .errors import InputError, InputTypeError, NotDifferentiableError
 from .solvers._output_loss import LossAtOutput
 
 
-class Objective(ABC):
-    """A model with its loss, which reduces a batch by `reduction`, one batch at a time.
+class ObjectiveOptions(TypedDict, total=False):
+    """Options of an `Objective`."""
 
-    Derivatives are those that the public calls return, for models of any framework; what a framework knows of its
-    model and of its losses is in the subclasses.
+    parameters: Picks
+    reduction: Reduction | None
+    randomness: Randomness
+    seed: int | None
+
+
+@final
+class Objective:
+    """A model of any framework with its loss.
+
+    Args:
+        model: A module, differentiated as it stands, or a model of another framework, such as a `JaxFunction`.
+        loss: `loss(output, y)`, one number, in the framework's arrays; or a torch loss with `reduction="none"`, of
+            which the mean is taken.
+        parameters: Which parameters: None takes those that require grad; name patterns (`"*.lora_*"`), one or
+            several, or a function of name and parameter pick others.
+        reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean.
+        randomness: As in `sample_gradients`.
+        seed: As in `sample_gradients`.
 
     Attributes:
-        model: The model.
-        loss: `loss(output, y)`, one number.
+        foreign: The model is of another framework than torch.
         losses: Of the rows.
         picks: Which parameters, by name and value.
-        reduction: How the loss reduces a batch.
-        randomness: As in `sample_gradients`.
-        seed: Of random layers in train mode.
+
+    Raises:
+        InputError: A pattern fits no parameter, there is no such reduction, or a model of another framework is to
+            draw random numbers.
+        InputTypeError: `loss` is not callable.
     """
 
-    model: Any
-    loss: Any
-    losses: RowLosses
-    picks: Callable[[str, Any], bool]
-    reduction: Reduction = "mean"
-    randomness: Randomness = "error"
-    seed: int | None = None
+    def __init__(
+        self,
+        model: Any,
+        loss: Loss,
+        *,
+        parameters: Picks = None,
+        reduction: Reduction | None = None,
+        randomness: Randomness = "error",
+        seed: int | None = None,
+    ) -> None:
+        self._options = ObjectiveOptions(parameters=parameters, reduction=reduction, randomness=randomness, seed=seed)
+        self.foreign = is_framework_model(model)
+        for name, value in (("randomness", randomness), ("seed", seed)):
+            if self.foreign and value not in (None, "error"):
+                todo = "Pass the random key to `apply` as a part of `params` or `x`."
+                raise InputError.of(name, "given", "a JAX model is a pure function", todo)
+        self.model, self.losses = model, checked_loss(loss, reduction)
+        self.loss, self.reduction = loss if self.foreign else self.losses.scalar, self.losses.reduction
+        self.picks = picked(model, parameters)
+        self._picked: CurvatureOptions = {"parameters": self.picks}
+        self.randomness: Randomness = randomness
+        self.seed = checked_seed(randomness, seed)
+        self._x: Any = self  # the input of the batch that it is for; no input is an objective
+        self._found: list[Any] = []  # its recorded output, once it was asked for; shared with weighted ones
 
     @property
-    @abstractmethod
+    def _named(self) -> dict[str, Tensor]:
+        return parameter_names(bare(self.model))
+
+    @property
     def space(self) -> Space:
         """The parameters that are differentiated."""
+        return self.model.space(self.picks) if self.foreign else self._space
+
+    @cached_property
+    def _space(self) -> Space:
+        chosen = {n: p for n, p in self._named.items() if self.picks(n, p)}
+        return Space.of(chosen.values(), chosen)
 
     @property
-    @abstractmethod
     def parameters_total(self) -> int:
         """Entries of all the model's parameters, differentiated or not."""
+        return self.model.total if self.foreign else sum(p.numel() for p in self._named.values())
 
-    @abstractmethod
+    def changed(self, *, loss: Loss | None = None, **options: Unpack[ObjectiveOptions]) -> Objective:
+        """Return the objective with other options, or with another loss.
+
+        Raises:
+            InputError: As for an objective.
+        """
+        return Objective(self.model, loss or self.losses.loss, **(self._options | options))
+
     def point(self) -> Tensor:
         """Return the parameters as they are, `(P,)`."""
+        if self.foreign:
+            return self.model.point(self.picks)
+        named = self._named
+        return self.space.join([named[name].detach().unsqueeze(0) for name in self.space.names])[0]
 
-    @abstractmethod
+    def check_state(self) -> None:
+        """Refuse modules that make per-sample quantities ill-posed in train mode.
+
+        Raises:
+            ModelStateError: The message names the module.
+        """
+        if not self.foreign:
+            refuse_mixing_modules(self.model, random=self.seed is None)
+
+    def unchanged(self) -> Callable[[str], None]:
+        """Return a function of a call's name that raises `ModelStateError` once the model differs from what it is now.
+
+        Frameworks whose parameters cannot be written into have nothing to compare.
+        """
+        if self.foreign:
+            return lambda call: None
+        module = bare(self.model)
+        weights = weights_of(module)
+        return lambda call: weights.check(module, call)
+
+    def denominators(self, y: Any, rows: int) -> Tensor:
+        """Return what each row adds to the denominator of a mean, `(rows,)`: 1, or its targets' number or weights."""
+        return self.losses.denominators(y, rows)
+
+    def is_convex(self, y: Any) -> bool:
+        """Return whether the loss of these targets is known to be convex in the output, without computing it."""
+        return is_convex(self.loss, y)
+
+    # ---- one batch, recorded once ----------------------------------------------------------------------------------
+
+    def on(self, x: Any) -> Objective:
+        """Return the objective for one batch: a torch model runs once for all that is asked of it."""
+        other = copy.copy(self)
+        other._x, other._found = (self if self.foreign else x), []
+        return other
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the values that the recorded output keeps for sweeps."""
+        return self._found[0].lin.held_bytes if self._found else 0
+
+    @restoring
+    def recorded(self, x: Any, call: str) -> Any:
+        """Return the model's recorded output by the parameters, the same one while nothing was written into them."""
+        found = self._known(x)
+        if found is None:
+            with seeded(self.seed):
+                found = recorded(self.model, x, call=call, parameters=self.picks, kept=True)
+            if self._x is x:
+                self._found[:] = [found]
+        return found
+
+    def _known(self, x: Any) -> Any:
+        """Return the recorded output of a batch if it is kept and the model still is as it was recorded."""
+        found = self._found[0] if self._x is x and self._found else None
+        weights = None if found is None else found.lin.weights
+        return None if weights is None or weights.changed_in(bare(self.model)) is not None else found
+
+    @restoring
+    def recorded_loss(self, x: Any, y: Any, call: str, loss: Loss | None = None, kept: bool = False) -> Any:
+        """Return the recorded loss of a batch, over the graph of its recorded output where that is known.
+
+        Args:
+            x: The model's input.
+            y: The target.
+            call: On whose behalf.
+            loss: Another loss than the objective's.
+            kept: It is kept for later products, as is the output.
+        """
+        found, chosen = self._known(x), loss or self.loss
+        if found is None and kept and self._x is x:
+            with suppress(InputTypeError, NotDifferentiableError):  # an output that is no tensor, but its loss is
+                found = self.recorded(x, call)
+        if found is not None:
+            return record_loss_of(found, chosen, y, call)
+        with seeded(self.seed):
+            return record_loss(self.model, chosen, x, y, call, parameters=self.picks, kept=kept)
+
+    def check_reduction(self, batch: Batch) -> None:
+        """Refuse a loss that does not reduce a batch as said, or a row alone; proved once for a torch graph.
+
+        Raises:
+            InputError: It does not.
+            NonFiniteError: A loss is NaN or Inf.
+        """
+        if self.foreign:
+            check_reduction(self, batch)
+            return
+        if self.losses.may_count(batch.y):
+            self._count(batch)
+        found = self.recorded_loss(batch.x, batch.y, "loss", kept=True)
+        trust, claim = found.lin.trust, ("reduction", self.reduction)
+        if trust.needs(*claim) or trust.spot_due() or not is_finite(found.lin.outputs[0]):
+            check_reduction(self, batch)
+            trust.remember(*claim)
+
+    def _count(self, batch: Batch) -> None:
+        """Compute by what a loss that is none of torch's own divides a mean, from a few rows."""
+        output = self.recorded(batch.x, "loss").output
+        leaves, tree = flatten(output, "output")
+        if all(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch.rows for leaf in leaves):
+            few = slice(0, FEW_ROWS)
+            output, batch = tree.build([leaf[few] for leaf in leaves]), batch.part(few)
+        self.losses.settle(output, batch.y)
+
+    def weighted(self, weights: Tensor) -> Objective:
+        """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
+        other = copy.copy(self)
+        other.reduction = "sum"
+        other.loss = self.model.weighted(self.losses.loss, weights) if self.foreign else Weighted(self.losses, weights)
+        return other
+
+    def own(self, many: int) -> Loss:
+        """Return a loss of `many` rows that is the sum of their own losses; a row that is ignored has none."""
+        losses = self.losses
+        if self.foreign:
+            return self.model.weighted(losses.loss, torch.ones(many))
+
+        def own(output: Any, y: Any) -> Tensor:
+            shares = losses.denominators(y, many) if losses.reduction == "mean" else torch.ones(many)
+            terms = losses.terms(output, y, many)
+            return (terms / torch.where(shares > 0, shares, 1.0).to(terms)).sum()
+
+        return own
+
+    # ---- derivatives -----------------------------------------------------------------------------------------------
+
+    @eager
     def value(self, x: Any, y: Any) -> float:
         """Return the loss of a batch.
 
         Raises:
             NonFiniteError: It is NaN or Inf; the message names what holds the first NaN or Inf.
         """
+        if self.foreign:
+            return self.model.value(self.loss, x, y, SweepOptions("value", self.picks))
+        value = float(self.recorded_loss(x, y, "value").lin.outputs[0].detach())
+        if not math.isfinite(value):
+            raise not_finite("Problem", value, bare(self.model), x, y)
+        return value
 
-    @abstractmethod
+    @restoring
     def value_near(self, x: Any, y: Any) -> float:
         """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
+        if self.foreign:
+            return self.model.value(self.loss, x, y, SweepOptions("value", self.picks), offset)
+        named = self._named
+        shift = {name: offset(named[name].detach(), seed) for seed, name in enumerate(self.space.names)}
+        with seeded(self.seed):
+            found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks, shift=shift)
+        return float(found.lin.outputs[0].detach())
 
-    @abstractmethod
+    @eager
     def gradient(self, x: Any, y: Any) -> Tensor:
-        """Return its gradient `(P,)`."""
-
-    @abstractmethod
-    def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
-        """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input."""
-
-    @abstractmethod
-    def own(self, many: int) -> Any:
-        """Return a loss of `many` rows that is the sum of their own losses."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Return a digest of weights, buffers and names."""
-
-    @abstractmethod
-    def changed(self, **options: Any) -> Objective:
-        """Return the objective with other options, or with another loss.
-
-        Raises:
-            InputError: This framework has no such options.
-        """
-
-    @abstractmethod
-    def weighted(self, weights: Tensor) -> Objective:
-        """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
+        """Return the gradient `(P,)` of a batch's loss."""
+        if self.foreign:
+            return self.model.gradient(self.loss, x, y, SweepOptions("gradient", self.picks))
+        lin = self.recorded_loss(x, y, "gradient").lin
+        rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
+        check_finite("gradient", rows, lin.domain.names, lin, data={"x": x, "y": y})
+        return lin.domain.join(rows)[0].detach()
 
     @restoring
     def hessian(self, x: Any, y: Any) -> Operator:
-        """Return the Hessian of a batch's loss, symmetric on the parameters."""
-        with seeded(self.seed):
+        """Return the Hessian of a batch's loss."""
+        if self.foreign:
             return hessian(self.model, self.loss, x, y, parameters=self.picks)
+
+        def gradient(shift: dict[str, Tensor]) -> Tensor:
+            return shifted_gradient(self.model, self.loss, x, y, shift, self._picked)
+
+        with seeded(self.seed):
+            operator = hessian_at(self.recorded_loss(x, y, "hessian", kept=True), x, y, "hessian", gradient)
+        return with_source(operator, Source("hessian", {"x": x, "y": y}))
 
     @restoring
     def ggn(self, x: Any, y: Any) -> Operator:
         """Return the generalised Gauss-Newton matrix of a batch's loss."""
         with seeded(self.seed):
-            return ggn(self.model, self.loss, x, y, parameters=self.picks)
+            operator = ggn_at(self.model, self.recorded(x, "ggn"), self.loss, y, "ggn")
+        return with_source(operator, Source("ggn", {"x": x, "y": y}))
 
     @restoring
     def fisher(self, kind: str, x: Any, y: Any, first: int = 0) -> Operator:
@@ -142,15 +336,20 @@ class Objective(ABC):
             operator = fisher_at(self.model, self.losses, y, kind, 1, Draws(0, first), record)
         return with_source(operator, Source("fisher", {"x": x, "y": y}), check_finite=False)  # checked as a whole
 
-    def sample_gradients(self, x: Any, y: Any) -> Operator:
+    @eager
+    def sample_gradients(self, x: Any, y: Any) -> LayerFactors:
         """Return `(n, P)`, row i the gradient of the loss of sample i alone."""
-        return sample_gradients(
-            self.model, self.losses.scalar, x, y, randomness=self.randomness, seed=self.seed, parameters=self.picks
-        )
+        call = "sample_gradients"
+        rows = gradients_at(self.model, self.losses.scalar, x, y, self.seed, self._picked, self._record(x, call))
+        return with_source(rows, Source(call, {"x": x, "y": y}))
 
-    def sample_jacobians(self, x: Any) -> Operator:
+    def sample_jacobians(self, x: Any) -> LayerFactors:
         """Return `(n * K, P)`, rows of the output's Jacobian of every sample alone."""
-        return sample_jacobians(self.model, x, seed=self.seed, parameters=self.picks)
+        return jacobians_at(self.model, x, None, self.seed, self._picked, self._record(x, "leverage"))
+
+    def _record(self, x: Any, call: str) -> Callable[[], Any] | None:
+        """Return what records a batch that is kept; None for any other."""
+        return partial(self.recorded, x, call) if self._x is x else None
 
     @restoring
     def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:
@@ -165,47 +364,24 @@ class Objective(ABC):
         at = LossAtOutput(self.model, self.recorded(x, "leverage"), own, y, rows_of(x), "leverage")
         return J, at.gradient(own), at.matrix(at.like.dtype)
 
-    @restoring
-    def recorded(self, x: Any, call: str) -> Any:
-        """Return the model's output on a batch, recorded by the parameters."""
-        with seeded(self.seed):
-            return recorded(self.model, x, call=call, parameters=self.picks)
-
-    def unchanged(self) -> Callable[[str], None]:
-        """Return a function of a call's name that raises `ModelStateError` once the model differs from what it is now.
-
-        Frameworks whose parameters cannot be written into have nothing to compare.
-        """
-        return lambda call: None
-
-    def check_state(self) -> None:  # noqa: B027 - most frameworks have no modes
-        """Refuse a model whose mode makes per-sample quantities ill-posed."""
-
-    def denominators(self, y: Any, rows: int) -> Tensor:
-        """Return what each row adds to the denominator of a mean, `(rows,)`: 1, or its targets' number or weights."""
-        return self.losses.denominators(y, rows)
-
-    def is_convex(self, y: Any) -> bool:
-        """Return whether the loss of these targets is known to be convex in the output, without computing it."""
-        return is_convex(self.loss, y)
-
-    def on(self, x: Any) -> Objective:
-        """Return the objective for one batch, which may keep what it computes of these inputs."""
-        return self
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of what is kept of a batch."""
-        return 0
-
-    def check_reduction(self, batch: Batch) -> None:
-        """Refuse a loss that does not reduce a batch as the objective says, or a row alone.
+    @eager
+    def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
+        """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input.
 
         Raises:
-            InputError: It does not.
-            NonFiniteError: A loss is NaN or Inf.
+            InputError: `x` is not one floating-point tensor.
+            NotDifferentiableError: There is no second derivative.
         """
-        check_reduction(self, batch)
+        if self.foreign:
+            return self.model.mixed(self.losses.loss, x, y, rows, SweepOptions("mixed", self.picks))
+        return mixed_rows(lambda b: self.recorded_loss(b.x, b.y, "mixed", self.own(b.rows)), x, y, rows)
+
+    def fingerprint(self) -> str:
+        """Return a digest of weights and buffers, of the model's and the loss's names, and of what is picked."""
+        if self.foreign:
+            return self.model.fingerprint(self.losses.loss, f"{self.reduction} {self.space}")
+        told = f"{self.reduction} {self.space} {self.randomness} {self.seed}"
+        return " ".join((digest_module(bare(self.model)), digest_function(self.losses.loss), told))
 
 
 def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
@@ -215,8 +391,7 @@ def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
         InputTypeError: It is not callable.
         InputError: There is no such reduction.
     """
-    if not callable(loss):
-        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
+    check_loss(loss)
     if reduction is not None:
         check_choice("reduction", reduction, ("mean", "sum"))
     return RowLosses(loss, reduction)

@@ -108,7 +108,6 @@ def sample_gradients(
     recorded = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
-        return framework_sample_gradients(model, loss, x, y, recorded)
     return gradients_at(model, loss, x, y, checked_seed(randomness, seed), recorded)
 
 
@@ -122,6 +121,8 @@ def gradients_at(
     record: Callable[[], Recording] | None = None,
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
+    if is_framework_model(model):
+        return framework_sample_gradients(model, loss, x, y, options)
     refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of((x, y), "x, y")
     inputs = len(flatten(x, "x")[0])
@@ -183,7 +184,6 @@ def sample_jacobians(
     recorded: RecordOptions = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
-        return framework_sample_jacobians(model, x, {**recorded, "outputs": outputs})
     return jacobians_at(model, x, outputs, seed, recorded)
 
 
@@ -196,6 +196,8 @@ def jacobians_at(
     record: Callable[[], Recording] | None = None,
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
+    if is_framework_model(model):
+        return framework_sample_jacobians(model, x, {**options, "outputs": outputs})
     refuse_mixing_modules(model, random=seed is None)
     values, tree = _rows_of(x, "x")
     hint_at_labels("sample_jacobians", outputs, x)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ._data import Batch, Batches, Unpack
 from ._finite import InBatch
-from ._framework_objective import FrameworkObjective
 from ._ladder.protocol import is_framework_model
-from ._objective import Objective
+from ._objective import Objective, ObjectiveOptions
 from ._operators import Operator
 from ._operators._data import StackOver, SumOver
 from ._per_sample import Randomness
@@ -21,7 +20,6 @@ from ._picks import Picks
 from ._requirements import check_choice, check_range
 from ._space import Space
 from ._torch.protocol import Reduction
-from ._torch_objective import TorchObjective
 from .errors import DataError, InputError, InputTypeError, ModelStateError
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"]
@@ -30,15 +28,11 @@ _KEPT_BYTES = 2**29  # 512 MiB of linearised batches: more are recorded again in
 _FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo"}
 
 
-class ProblemOptions(TypedDict, total=False):
+class ProblemOptions(ObjectiveOptions, total=False):
     """Options of `Problem`, for calls that make one."""
 
-    parameters: Picks
-    reduction: Reduction | None
     l2: float | Mapping[str, float]
     unpack: Unpack | None
-    randomness: Randomness
-    seed: int | None
     progress: bool | None
 
 
@@ -101,9 +95,8 @@ class Problem:
         seed: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.objective = _objective(
-            model, loss, parameters=parameters, reduction=reduction, randomness=randomness, seed=seed
-        )
+        options = ObjectiveOptions(parameters=parameters, reduction=reduction, randomness=randomness, seed=seed)
+        self.objective = _objective(model, loss, options)
         self.objective.check_state()
         self.data, self.progress = Batches.of(data, "data", unpack), progress
         if not self.objective.space.dim:
@@ -360,24 +353,16 @@ class _Passes:
         return term.fisher(_FISHERS[self.kind], batch.x, batch.y, row)
 
 
-def _objective(model: Any, loss: Any, **options: Any) -> Objective:
+def _objective(model: Any, loss: Any, options: ObjectiveOptions) -> Objective:
     own = model if isinstance(model, Objective) else getattr(model, "objective", None)
     if isinstance(own, Objective):
-        given = _given(options)
-        if loss is not None or given:
-            own = own.changed(loss=loss, **given)
-        return own
+        given: Any = {name: value for name, value in options.items() if value not in (None, "error")}
+        return own.changed(loss=loss, **given) if loss is not None or given else own
     if not isinstance(model, nn.Module) and not is_framework_model(model):
         raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed")
     if loss is None:
         raise InputTypeError.of("loss", "left out", "a callable `loss(output, y)` is needed with a module")
-    if isinstance(model, nn.Module):
-        return TorchObjective(model, loss, **options)
-    return FrameworkObjective(model, loss).changed(**_given(options))
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value not in (None, "error")}
+    return Objective(model, loss, **options)
 
 
 def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:

@@ -204,8 +204,7 @@ def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> T
 
 
 def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback: str) -> Recording:
-    options = {"parameters": lambda name, p: True, "fallback": fallback, "connected": create_graph}
-    found = recorded(model, x, call=call, **options)
+    found = recorded(model, x, call=call, parameters=lambda *_: True, fallback=fallback, connected=create_graph)
     if is_framework_model(model):
         return found
     integers = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -73,6 +73,20 @@ def resolved(model: Any, options: Mapping[str, Any]) -> CurvatureOptions:
     return {**options, "parameters": picked(model, options.get("parameters"))}  # pyright: ignore[reportReturnType]
 
 
+class LossOptions(CurvatureOptions, total=False):
+    """How a loss is recorded.
+
+    Attributes:
+        kept: It is kept for later products, so the caller may write into the weights meanwhile.
+        connected: It stays connected to the caller's parameters, for derivatives of derivatives.
+        shift: Added to parameters, by name, for finite differences.
+    """
+
+    kept: bool
+    connected: bool
+    shift: Mapping[str, Tensor] | None
+
+
 def check_real(lin: Linearization) -> None:
     """Refuse leaves and outputs that are complex.
 
@@ -105,19 +119,28 @@ def check_usable(lin: Linearization, what: str = "", todo: str = "") -> None:
         )
 
 
-def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Recording:
+def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Unpack[LossOptions]) -> Recording:
     """Record the loss of one batch by the parameters that are asked for.
 
     Raises:
         InputTypeError: `loss` is not callable or does not return a tensor.
         InputError: The loss is not one number.
     """
-    if not callable(loss):
-        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
+    check_loss(loss)
     options.setdefault("parameters", trainable)
-    y = recordable(y, kept=bool(options.get("kept")))
+    y = recordable(y, kept=options.get("kept", False))
     found = record_model(model, x, call=call, finish=loss_of_output(loss, y), purpose=loss, **options)
     return _connected(found, call)
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what is no loss.
+
+    Raises:
+        InputTypeError: It is not callable.
+    """
+    if not callable(loss):
+        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
 
 
 def record_loss_of(found: Recording, loss: Loss, y: Any, call: str) -> Recording:

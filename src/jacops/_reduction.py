@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from ._data import Batch
 from ._finite import is_finite, row_in_data, where_first
 from ._runtime.agreement import size
 from ._runtime.contexts import private_noise
-from ._space import Space
 from ._torch.protocol import one_row
 from ._trees import flatten
 from .errors import InputError, JacopsError, NonFiniteError
@@ -23,22 +22,7 @@ _TOLERANCE = 1e-3  # a sum taken for a mean is off by a factor of the rows; the 
 _ROUNDINGS = 16  # of low precisions, where rounding exceeds that
 
 
-class Reduced(Protocol):
-    """What is compared of an objective: see `Objective`."""
-
-    reduction: Any
-
-    @property
-    def space(self) -> Space: ...
-
-    def denominators(self, y: Any, rows: int) -> Tensor: ...
-
-    def value(self, x: Any, y: Any) -> float: ...
-
-    def value_near(self, x: Any, y: Any) -> float: ...
-
-
-def check_reduction(objective: Reduced, batch: Batch) -> None:
+def check_reduction(objective: Any, batch: Batch) -> None:
     """Compare the loss of some rows together with the losses of the rows alone.
 
     Where the model fits its data, losses are zero or hold rounding errors, which no comparison can tell anything by:
@@ -64,7 +48,7 @@ def check_reduction(objective: Reduced, batch: Batch) -> None:
         )
 
 
-def _nearby(objective: Reduced, some: Batch) -> _Compared:
+def _nearby(objective: Any, some: Batch) -> _Compared:
     order = torch.arange(some.rows).roll(1)
     try:
         leaves, tree = flatten(some.y, "y")
@@ -87,7 +71,7 @@ class _Compared(NamedTuple):
         return abs(self.together - self.expected)
 
 
-def _compared(objective: Reduced, some: Batch, value: Callable[[Any, Any], float]) -> _Compared:
+def _compared(objective: Any, some: Batch, value: Callable[[Any, Any], float]) -> _Compared:
     shares = objective.denominators(some.y, some.rows).tolist()
     rows = [(some.part(slice(i, i + 1)), share) for i, share in enumerate(shares) if share]
     if not rows:

@@ -115,6 +115,20 @@ class Space:
             many = tensor.shape[0] if batch else None
         return tensors
 
+    def check_rows(self, argument: str, rows: Any) -> None:
+        """Refuse what is not rows `(k, dim)` of flat vectors.
+
+        Raises:
+            InputTypeError: It is no tensor.
+            InputError: It has another width, dtype or device.
+        """
+        if not isinstance(rows, Tensor):
+            raise InputTypeError.of(argument, f"a {type(rows).__name__}", "a tensor is needed")
+        if rows.ndim != 2 or (rows.shape[1], rows.dtype, rows.device) != (self.dim, self.dtype, self.device):
+            came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
+            needed = f"rows of width {self.dim}, {self.dtype} on {self.device} are needed; nothing is cast"
+            raise InputError.of(argument, came, needed, f"The axis is {self.layout}." if self.dim else "")
+
     def _listed(self, tree: Any, argument: str) -> list[Tensor]:
         if isinstance(tree, Tensor):
             tree = [tree]

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from .._keywords import keywords
-from .._lanczos import KrylovSpace
 from .._operators import Operator
 from .._requirements import check_positive, check_range
 from .._runtime.contexts import eager
 from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
-from ._eigenpairs import working_dtype
+from ._eigenpairs import krylov_space
 from ._probes import Estimate, check_probes, check_symmetric, chunk_of, mean_of, signs
 
 if TYPE_CHECKING:
@@ -197,19 +196,12 @@ def _points(grid: int | Tensor, low: float, high: float, like: Tensor) -> Tensor
 
 def _quadrature(operator: Operator, probes: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return nodes and weights, `(probes, steps)`, as many probes at a time as the bases may fill."""
-    space, work = operator.domain, working_dtype(operator)
-    starts = signs(probes, space, seed).to(work).unsqueeze(1)
+    space = operator.domain
+    starts = signs(probes, space, seed).unsqueeze(1)
     together = max(1, min(chunk_of(operator), _BASIS_ENTRIES // (steps * space.dim)))
     found = []
     for first in range(0, probes, together):
-        run = KrylovSpace(
-            lambda rows: operator.apply(rows.to(space.dtype)).to(work),
-            starts[first : first + together],
-            steps,
-            seed=seed,
-        )
-        while run.room:
-            run.step()
+        run = krylov_space(operator, starts[first : first + together], steps, seed).fill()
         values, coefficients, _ = run.ritz()
         found.append((values, coefficients[:, :, 0] ** 2))
     return torch.cat([values for values, _ in found]), torch.cat([weights for _, weights in found])

@@ -101,7 +101,10 @@ def eigenpairs(
     count = min(check_positive("count", count), operator.shape[0])
     limit = 1000 + 40 * count if max_products is None else check_positive("max_products", max_products)
     tolerance = residual_tolerance(operator.domain.dtype) if tolerance is None else tolerance
-    run = _run(operator, count, seed)
+    width = min(count, _BLOCK, operator.shape[0])
+    # Room for twice what is wanted and eight blocks: a space that restarts forgets what it has not kept.
+    room = max(2 * count + 8 * width, 40)
+    run = krylov_space(operator, random_block(operator, width, seed), room, seed)
     ritz = _grown(run, count, which, tolerance, limit)
     found = _certified(operator, run, ritz, picked(ritz.values[0], count, which), tolerance)
     if not found.converged and on_failure == "raise":
@@ -114,22 +117,17 @@ def eigenpairs(
     return found
 
 
-def working_dtype(operator: Operator) -> torch.dtype:
-    """Return the dtype of Krylov bases: the operator's, float32 at least."""
-    return torch.promote_types(operator.domain.dtype, torch.float32)
+def krylov_space(operator: Operator, start: Tensor, capacity: int, seed: int) -> KrylovSpace:
+    """Return a Krylov space of an operator, whose basis has its dtype, float32 at least."""
+    space, work = operator.domain, torch.promote_types(operator.domain.dtype, torch.float32)
+    start = start.to(space.device, work)
+    return KrylovSpace(lambda rows: operator.apply(rows.to(space.dtype)).to(work), start, capacity, seed)
 
 
-def _run(operator: Operator, count: int, seed: int) -> KrylovSpace:
-    space, work = operator.domain, working_dtype(operator)
-    width = min(count, _BLOCK, space.dim)
-    start = torch.randn(1, width, space.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return KrylovSpace(
-        lambda rows: operator.apply(rows.to(space.dtype)).to(work),
-        start.to(space.device, work),
-        # Room for twice what is wanted and eight blocks: a space that restarts forgets what it has not kept.
-        capacity=max(2 * count + 8 * width, 40),
-        seed=seed,
-    )
+def random_block(operator: Operator, width: int, seed: int) -> Tensor:
+    """Return a random starting block `(1, width, n)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, width, operator.domain.dim, generator=generator, dtype=torch.float64)
 
 
 def _grown(run: KrylovSpace, count: int, which: str, tolerance: float, limit: int) -> Ritz:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-
 from .._keywords import keywords
-from .._lanczos import KrylovSpace
 from .._operators import Operator
 from .._requirements import check_positive
 from .._runtime.contexts import eager
-from ._eigenpairs import working_dtype
+from ._eigenpairs import krylov_space, random_block
 from ._probes import Estimate, check_probes, chunk_of, mean_of, product, signs, units
 
 _FAILURE = 1e-3  # probability over the start that the upper bound fails, as `_upper_bound` says
@@ -98,18 +95,14 @@ def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int
     squared = not operator.positive
     narrow = operator if operator.shape[1] <= operator.shape[0] else operator.T
     gram = narrow.T @ narrow if squared else operator
-    space, work = gram.domain, working_dtype(gram)
-    start = torch.randn(1, 1, space.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    run = KrylovSpace(
-        lambda rows: gram.apply(rows.to(space.dtype)).to(work), start.to(space.device, work), max_steps, seed=seed
-    )
+    run = krylov_space(gram, random_block(gram, 1, seed), max_steps, seed)
     value, error, upper, settled = 0.0, math.inf, math.inf, False
     # The bound that holds but with probability 1e-3 closes slowly; within 10 % it is of use.
     while run.room and not (settled and upper <= 1.1 * value):
         run.step()
         ritz = run.ritz()
         value, error = _singular(float(ritz.values[0, -1]), float(ritz.residuals[0, -1]), squared)
-        upper = _upper_bound(value, run.projected.shape[1], space.dim, squared)
+        upper = _upper_bound(value, run.projected.shape[1], gram.shape[0], squared)
         settled = error <= tolerance * value
     return SpectralNorm(value, error, upper, settled, run.products * (2 if squared else 1))
 

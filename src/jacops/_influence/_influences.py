@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, InfluenceFactors, Influences
-from ._run import InfluenceRun, checked, ready
+from ._run import InfluenceRun, run_of
 from ._stored import shares_of, stored
 
 _UNITS = {
@@ -69,9 +69,10 @@ def compute_influence_factors(
         ModelStateError: Batch statistics or dropout are in train mode.
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
-    test = train if test_data is training_data else Batches.of(test_data, "test_data", options.get("unpack"))
-    run = ready(model, train, solver, damping, curvature, on_failure, options)
-    solutions = [run.solve(rows()) for _, rows in run.tiles(test)]
+    test = _other(test_data, "test_data", training_data, train)
+    run = run_of(model, train, solver, damping, curvature, on_failure, options)
+    _ = run.prepared  # what the model or the curvature refuses comes before the test data
+    solutions = [run.solve(rows()) for rows in run.tiles(test)]
     x = torch.cat([solution.x for solution in solutions])
     return InfluenceFactors(x, run.described(solutions))
 
@@ -128,19 +129,17 @@ def compute_influences(
     check_choice("influence_type", influence_type, tuple(_UNITS))
     if leverage and influence_type != "up":
         raise InputError.of("leverage", True, "it corrects influences of type 'up' only")
-    unpack = options.get("unpack")
-    train = Batches.of(training_data, "training_data", unpack)
-    test = train if test_data is None or test_data is training_data else Batches.of(test_data, "test_data", unpack)
-    same = input_data is None or input_data is training_data
-    asked = train if same else Batches.of(input_data, "input_data", unpack)
+    train = Batches.of(training_data, "training_data", options.get("unpack"))
+    test = _other(training_data if test_data is None else test_data, "test_data", training_data, train)
+    asked = _other(training_data if input_data is None else input_data, "input_data", training_data, train)
+    run = run_of(model, train, solver, damping, curvature, on_failure, options)
     if store is not None:
-        run = checked(model, train, solver, damping, curvature, on_failure, options)
         _check_storable(influence_type, leverage, on_failure)
         values, shares, info = stored(run, store, test, asked)
         return Influences(values, "up", SIGN, _UNITS["up"], run.damping, info, shares)
-    run = ready(model, train, solver, damping, curvature, on_failure, options)
+    _ = run.prepared
     solutions, tiles, found = [], [], None
-    for _, rows in run.tiles(test):
+    for rows in run.tiles(test):
         solution = run.solve(rows())
         solutions.append(replace(solution, x=solution.x[:, :0].clone()))  # what was found is used up in this tile
         if leverage:
@@ -191,10 +190,16 @@ def self_influences(
         InputError: As in `compute_influence_factors`.
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
-    run = ready(model, train, solver, damping, curvature, on_failure, options)
-    values = torch.cat([_own(run, rows()) for _, rows in run.tiles(train)])
+    run = run_of(model, train, solver, damping, curvature, on_failure, options)
+    _ = run.prepared
+    values = torch.cat([_own(run, rows()) for rows in run.tiles(train)])
     shares = shares_of(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)
     return values * shares.to(values) ** 2
+
+
+def _other(data: Any, name: str, training_data: Any, train: Batches) -> Batches:
+    """Return data as batches; the training data are read as such."""
+    return train if data is training_data else Batches.of(data, name, train.unpack)
 
 
 def _own(run: InfluenceRun, rows: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._framework_objective import FrameworkObjective
 from .._jax.protocol import (
     Apply,
     GradientOrigin,
@@ -23,7 +22,7 @@ from .._jax.protocol import (
     to_numpy,
 )
 from .._ladder.protocol import SweepOptions
-from .._objective import checked_loss
+from .._objective import Objective
 from ..errors import InputTypeError, NotDifferentiableError
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
@@ -47,9 +46,8 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
     """
 
     def __init__(self, apply: Apply, params: Any, loss: JaxLoss) -> None:
-        checked_loss(loss, None)
         self.model = JaxFunction(apply, params)
-        self.objective = FrameworkObjective(self.model, loss)
+        self.objective = Objective(self.model, loss)
         self.apply, self.params, self.loss = apply, params, loss
 
     @property

@@ -58,7 +58,7 @@ class InfluenceRun:
         solution = self.prepared.solve(rows)
         if self.on_failure == "raise":
             try:
-                require(solution, self.curvature)
+                require(solution)
             except SolveError as error:
                 raise SolveError(f"influence with {self.curvature.told}: {error}", solution) from None
         return solution
@@ -75,23 +75,21 @@ class InfluenceRun:
         """Rows that are solved for together."""
         return max(1, _TILE_BYTES // max(1, self.problem.space.dim * self.problem.space.dtype.itemsize))
 
-    def tiles(self, data: Batches) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        """Yield tiles of `step` rows across batches: their number, and a function that gives their gradients."""
+    def tiles(self, data: Batches) -> Iterator[Callable[[], Tensor]]:
+        """Yield for each tile of `step` rows, across batches, a function that returns their gradients."""
         parts: list[Batch] = []
-        start = 0
+        filled = 0
         for batch in data.tracked("solving", self.problem.progress):
             at = 0
             while at < batch.rows:
-                number, inside = divmod(start + at, self.step)
-                take = min(self.step - inside, batch.rows - at)
+                take = min(self.step - filled, batch.rows - at)
                 parts.append(batch if take == batch.rows else batch.part(slice(at, at + take)))
-                at += take
-                if inside + take == self.step:
-                    yield number, _gradients(self.problem, parts)
-                    parts = []
-            start += batch.rows
+                at, filled = at + take, filled + take
+                if filled == self.step:
+                    yield _gradients(self.problem, parts)
+                    parts, filled = [], 0
         if parts:
-            yield start // self.step, _gradients(self.problem, parts)
+            yield _gradients(self.problem, parts)
 
 
 def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
@@ -103,22 +101,8 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
     return lambda: torch.cat([rows(problem.at(part)) for part in parts])
 
 
-def ready(
+def run_of(
     model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: ProblemOptions
-) -> InfluenceRun:
-    """Check the arguments and prepare the solver.
-
-    Raises:
-        InputTypeError: `model` carries no objective.
-        InputError: An argument is out of range.
-    """
-    run = checked(model, train, method, damping, kind, on_failure, options)
-    _ = run.prepared
-    return run
-
-
-def checked(
-    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: Any
 ) -> InfluenceRun:
     """Check the arguments; the model is not evaluated.
 
@@ -130,8 +114,8 @@ def checked(
         came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
         raise InputTypeError.of("model", came, "a TorchTwiceDifferentiable is needed", todo)
     damping = check_range("damping", damping, zero=True)
-    for name, value, known in (("curvature", kind, CURVATURES), ("on_failure", on_failure, ("raise", "return"))):
-        check_choice(name, value, known)
+    check_choice("curvature", kind, CURVATURES)
+    check_choice("on_failure", on_failure, ("raise", "return"))
     # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.
     solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "solver")
     return InfluenceRun(Problem(model, data=train, **options), kind, solver, damping, on_failure)

@@ -113,7 +113,7 @@ def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -
     lacking["factors"] = set(kept.missing("factors"))
     solves = {index[0] for name in (*_PER_ROW, "factors", "status", "iterations", "report") for index in lacking[name]}
     rows = {index[0] for index in lacking["influences"]}
-    for number, gradients in run.tiles(test) if solves | rows else ():
+    for number, gradients in enumerate(run.tiles(test) if solves | rows else ()):
         if number in solves:
             _write(kept, number, run.solve(gradients()))
         if number in rows:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .._derivatives import hessian
 from .._finite import check_finite, check_vector
+from .._objective import Objective
 from .._progress import track
-from .._recorded_loss import record_loss
+from .._recorded_loss import check_loss, record_loss
 from .._runtime.contexts import eager, sweeping
 from .._torch.protocol import Linearization, bare, gradient_tape, parameter_names
-from .._torch_objective import TorchObjective
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
@@ -38,19 +38,17 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
-        self.model = model
-        if not callable(loss):
-            raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
-        self.loss = loss
+        check_loss(loss)
+        self.model, self.loss = model, loss
         if not self.parameters:
             came = f"a {type(bare(model)).__name__} in which no parameter requires grad"
             needed = "there is nothing to differentiate"
             raise ModelStateError.of("model", came, needed, "Call `.requires_grad_()` on some.")
 
     @property
-    def objective(self) -> TorchObjective:
+    def objective(self) -> Objective:
         """Model and loss, as problems over data take them."""
-        return TorchObjective(self.model, self.loss)
+        return Objective(self.model, self.loss)
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,13 +165,7 @@ class TensorUtilities(ABC, Generic[TensorType, ModelType]):
 
 def _is_abstract(cls: type) -> bool:
     """Say whether a class leaves methods open; `__abstractmethods__` is not set yet in `__init_subclass__`."""
-    names = {
-        name
-        for base in cls.__mro__
-        for name, value in vars(base).items()
-        if getattr(value, "__isabstractmethod__", False)
-    }
-    return any(getattr(inspect.getattr_static(cls, name), "__isabstractmethod__", False) for name in names)
+    return any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls))
 
 
 class ArrayUtilities(TensorUtilities[Any, Any], ABC):

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from .._space import Space
 from .._torch.protocol import mirror
-from ._base import COMPOSED, Formed, InMemory, OnSpace, Operator, check_same
+from ._base import COMPOSED, Backwards, Formed, InMemory, OnSpace, Operator, check_same
 from ._dense import FillRoute, Headroom, one_by_one
 from ._noise import Moments
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Transposed(Operator):
+class Transposed(Backwards):
     """An operator the other way round.
 
     Attributes:
@@ -25,16 +25,6 @@ class Transposed(Operator):
     """
 
     of: Operator
-
-    @property
-    def domain(self) -> Space:
-        """The codomain of the operator."""
-        return self.of.codomain
-
-    @property
-    def codomain(self) -> Space:
-        """The domain of the operator."""
-        return self.of.domain
 
     @property
     def T(self) -> Operator:  # noqa: N802

@@ -130,11 +130,7 @@ class Operator(ABC):
             InputError: The rows have another width, dtype or device than the domain.
             NonFiniteError: They or the product hold NaN or Inf.
         """
-        space = self.domain
-        if rows.ndim != 2 or rows.shape[1] != space.dim or rows.dtype != space.dtype or rows.device != space.device:
-            came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
-            needed = f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast"
-            raise InputError.of("v", came, needed)
+        self.domain.check_rows("v", rows)
         if self.check_finite:
             check_vector(type(self).__name__, "v", [rows])
         return check_result(self, self._apply(rows), "a product")
@@ -295,6 +291,26 @@ class OnSpace(Operator):
     def codomain(self) -> Space:
         """Where it acts."""
         return self.space
+
+
+class Backwards(Operator):
+    """An operator from the codomain of another one to its domain.
+
+    Attributes:
+        of: The other one.
+    """
+
+    of: Any
+
+    @property
+    def domain(self) -> Space:
+        """The codomain of the operator."""
+        return self.of.codomain
+
+    @property
+    def codomain(self) -> Space:
+        """The domain of the operator."""
+        return self.of.domain
 
 
 class InMemory(Operator):

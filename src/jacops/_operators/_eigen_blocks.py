@@ -20,8 +20,10 @@ FORMS: tuple[Form, ...] = ("kronecker", "exact", "diagonal")
 
 @final
 @dataclass(frozen=True, eq=False)
-class KroneckerBlock:
+class Block:
     r"""A weight `(g * p, q)` in g groups, each with the eigenvectors $U \otimes V$; a bias is its last column.
+
+    With g = p = 1 these are any q parameters with the eigenvectors $V$.
 
     Attributes:
         where: Entries of the weight, and of its bias, in a flat vector.
@@ -29,6 +31,7 @@ class KroneckerBlock:
         right: Eigenvectors V as columns, `(g, q, q)`; None stands for the identity.
         values: Eigenvalues, `(g, p, q)`.
         turned: The weight is stored as `(q, p)`.
+        form: What is known of it: a Kronecker product, all, or the diagonal.
     """
 
     where: tuple[slice, ...]
@@ -61,57 +64,6 @@ def _both_sides(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> 
     """Return `left' M right` for matrices `(k, g, p, q)`."""
     matrices = matrices if right is None else matrices @ right
     return matrices if left is None else left.mT @ matrices
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class DenseBlock:
-    """Some parameters with all of their curvature.
-
-    Attributes:
-        where: Their entries in a flat vector.
-        basis: Eigenvectors as columns, `(n, n)`.
-        values: Eigenvalues, `(n,)`.
-    """
-
-    where: tuple[slice, ...]
-    basis: Tensor
-    values: Tensor
-    form: Form = "exact"
-
-    def coordinates(self, rows: Tensor) -> Tensor:
-        """Return `(k, n)`, rows of a flat vector in the eigenbasis."""
-        return rows[:, self.where[0]] @ self.basis
-
-    def write(self, coordinates: Tensor, rows: Tensor) -> None:
-        """Write what has these coordinates into rows of a flat vector."""
-        rows[:, self.where[0]] = coordinates @ self.basis.T
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class DiagonalBlock:
-    """Parameters of whose curvature only the diagonal is kept.
-
-    Attributes:
-        where: Their entries in a flat vector.
-        values: The diagonal, `(n,)`.
-    """
-
-    where: tuple[slice, ...]
-    values: Tensor
-    form: Form = "diagonal"
-
-    def coordinates(self, rows: Tensor) -> Tensor:
-        """Return the rows' entries, `(k, n)`."""
-        return rows[:, self.where[0]]
-
-    def write(self, coordinates: Tensor, rows: Tensor) -> None:
-        """Write entries into rows of a flat vector."""
-        rows[:, self.where[0]] = coordinates
-
-
-Block = KroneckerBlock | DenseBlock | DiagonalBlock
 
 
 @final
@@ -205,10 +157,6 @@ def covered(coverage: dict[str, int]) -> str:
 
 def ridge_values(block: Block, ridge: Tensor) -> Tensor:
     """Return what a diagonal matrix `(n,)` adds to a block's eigenvalues: its own diagonal in their basis."""
-    if isinstance(block, DiagonalBlock):
-        return ridge[block.where[0]]
-    if isinstance(block, DenseBlock):
-        return ridge[block.where[0]] @ block.basis.square()
     plain = replace(block, left=_squared(block.left), right=_squared(block.right))
     return plain.coordinates(ridge.unsqueeze(0))[0]
 

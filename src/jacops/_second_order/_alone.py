@@ -13,7 +13,7 @@ from .._runtime.agreement import tolerance
 from .._torch.protocol import RECORDED, JacobianFunction, Samples
 from .._trees import flatten, output_leaves
 from ..errors import NotDifferentiableError, warn
-from ._common import Blocks, compared
+from ._common import Blocks, compared, flat
 from ._differences import Differences
 from ._evidence import Doubt, Nest, differs, doubt, losses
 
@@ -64,7 +64,7 @@ def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, diffe
     error = ""
     for rows in dict.fromkeys((batch_size, 1)):
         other = _alone(nest, blocks, rows)
-        if not _finite(other):
+        if not all(map(is_finite, flat(other))):
             return other
         again = doubt(nest, other)
         error = "" if again is None else _disproved(nest, differences, other, again)
@@ -116,16 +116,10 @@ def _joined(parts: list[Tensor], like: Tensor, shape: torch.Size) -> Tensor:
     return whole.reshape(whole.shape[0], *shape, *whole.shape[2:])
 
 
-def _finite(blocks: Blocks) -> bool:
-    return all(is_finite(block) for grid in blocks for row in grid for block in row)
-
-
 def _same(ones: Blocks, others: Blocks) -> bool:
     """Say whether two answers are equal but for rounding."""
-    pairs = zip(ones, others, strict=True)
-    flat = [(a, b) for one, other in pairs for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)]
-    error, scale = compared([a for a, _ in flat], [b for _, b in flat])
-    return bool((error <= tolerance([a.dtype for a, _ in flat]) * scale).all())
+    error, scale = compared(flat(ones), flat(others))
+    return bool((error <= tolerance([a.dtype for a in flat(ones)]) * scale).all())
 
 
 def _cause(nest: Nest) -> str:

@@ -26,10 +26,13 @@ def samples_of(
 
 
 def part_of(
-    samples: Samples, where: slice, shift: Sequence[Tensor] | None = None, fallback: str | None = None
+    samples: Samples, where: slice | Tensor, shift: Sequence[Tensor] | None = None, fallback: str | None = None
 ) -> Samples:
     """Return some of the samples, moved by `shift` if there is one, with another `fallback` if there is one."""
-    runner, values = samples.runner, [v[where] for v in samples.values]
+    runner, values = (
+        samples.runner,
+        [v[where] for v in samples.values],
+    )
     for index, change in zip(samples.inputs, shift or (), strict=shift is not None):
         values[index] = values[index] + change
     x = samples.input_tree.build(values)
@@ -58,6 +61,11 @@ def tree_of(forward: ConnectedModel) -> Tree:
 def check_finite(call: str, blocks: Sequence[Tensor]) -> None:
     for block in blocks:
         require_finite(block, f"{call}: in a derivative by the input", " (first axis: sample).")
+
+
+def flat(blocks: Blocks) -> list[Tensor]:
+    """Return all blocks one after the other."""
+    return [block for grid in blocks for row in grid for block in row]
 
 
 def matrices(block: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .._runtime.rows import rows_size
 from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, asymmetric, nested, split_input
 from .._trees import Selector, Tree
 from ._alone import settled
-from ._common import Blocks, check_finite, matrices, samples_of, tree_of
+from ._common import Blocks, check_finite, flat, matrices, samples_of, tree_of
 from ._differences import Differences
 from ._evidence import Nest
 
@@ -86,8 +85,7 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
     many = len(samples.inputs)
     blocks = [lines[start : start + many] for start in range(0, len(lines), many)]
     check_finite(samples.call, first)
-    flat = [block for rows in blocks for row in rows for block in row]
-    flaw = _flaw(samples, blocks) if all(is_finite(b) for b in flat) else "values are not finite"
+    flaw = _flaw(samples, blocks) if all(map(is_finite, flat(blocks))) else "values are not finite"
     shapes = [samples.values[i].shape[1:] for i in samples.inputs]
     nest = Nest(samples, forward, x, shapes, _rerun(samples, forward), slopes, 2, False)
     differences = Differences(
@@ -97,7 +95,7 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
         lambda moved, _, many: [block for row in moved.jacobians(many, False).blocks for block in row],
     )
     blocks = settled(nest, blocks, batch_size, flaw, differences)
-    check_finite(samples.call, [b for rows in blocks for row in rows for b in row])
+    check_finite(samples.call, flat(blocks))
     gap = _asymmetry(samples, blocks)
     if gap is not None:
         raise asymmetric(samples.call, gap, slopes.functions)
@@ -158,8 +156,8 @@ def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: 
     for worst in gaps.topk(min(_WORST, len(gaps))).indices.tolist():
         where = slice(worst, worst + 1)
         x = [v[where] for v in samples.values]
-        one = Samples(samples.runner.model, samples.input_tree.build(x), call=samples.call, checks="never")
-        one.runner = replace(one.runner, outputs=samples.runner.outputs)
+        runner, x = samples.runner, samples.input_tree.build(x)
+        one = Samples(runner.model, x, call=samples.call, outputs=runner.outputs, checks="never")
         found = [block[where] for row in rows for block in row]
         if not float(gaps[worst]) <= rounding_error(lambda one=one: _alone(one, output), found):
             return False

@@ -72,7 +72,7 @@ def laplacian(
         part = part_of(samples, slice(start, start + many))
         blocks, tree = hessians(part, many, progress)
         parts.append([_traces(rows, part) for rows in blocks])
-    return _joined(parts, tree)
+    return _built([torch.cat(column) for column in zip(*parts, strict=True)], tree)
 
 
 def _traces(rows: list[list[Tensor]], samples: Samples) -> Tensor:
@@ -89,34 +89,24 @@ def _traces(rows: list[list[Tensor]], samples: Samples) -> Tensor:
 
 
 def _by_axes(samples: Samples, batch_size: int, progress: bool | None) -> Any:
-    """Return the Laplacian as a sum of second derivatives along axes, some samples and axes at a time."""
-    axes = [(i, entry) for i in samples.inputs for entry in range(samples.values[i][:1].numel())]
-    widest = sum(samples.values[i][:1].numel() for i in samples.inputs)
-    together = max(1, min(batch_size, _DIRECTION_ENTRIES // widest))
-    parts, tree = [], None
-    for start in range(0, samples.count, together):
-        chunk = [v[start : start + together] for v in samples.values]
-        many, totals = chunk[0].shape[0], None
-        each = max(1, together // many)
-        for first in range(0, len(axes), each):
-            picked = axes[first : first + each]
-            copies = samples.input_tree.build([v.repeat(len(picked), *[1] * (v.ndim - 1)) for v in chunk])
-            runner = samples.runner
-            copied = samples_of(
-                samples.call, runner.model, copies, batch_size, runner.outputs, samples.checks, samples.fallback
-            )
-            units = [torch.zeros_like(copied.values[i]) for i in samples.inputs]
-            for number, (index, entry) in enumerate(picked):
-                rows = units[samples.inputs.index(index)][number * many : (number + 1) * many]
-                rows.view(many, -1)[:, entry] = 1
-            blocks, tree = along(copied, units, 2, many * len(picked), progress)
-            sums = [b.view(len(picked), many, *b.shape[1:]).sum(0) for b in blocks]
-            totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
-        parts.append(totals or [])
-    return _joined(parts, tree)
+    """Return the Laplacian as a sum of second derivatives along axes, some pairs of a sample and an axis at a time."""
+    floats = [samples.values[i] for i in samples.inputs]
+    widths = [value[:1].numel() for value in floats]
+    axes, totals, tree = sum(widths), [], None
+    together = max(1, min(batch_size, _DIRECTION_ENTRIES // axes))
+    for start in range(0, samples.count * axes, together):
+        pairs = torch.arange(start, min(start + together, samples.count * axes))
+        units = torch.nn.functional.one_hot(pairs % axes, axes).split(widths, 1)
+        copied = part_of(samples, pairs // axes)
+        directions = [unit.reshape(-1, *value.shape[1:]).to(value) for unit, value in zip(units, floats, strict=True)]
+        blocks, tree = along(copied, directions, 2, len(pairs), progress)
+        totals = totals or [block.new_zeros(samples.count, *block.shape[1:]) for block in blocks]
+        for total, block in zip(totals, blocks, strict=True):
+            total.index_add_(0, (pairs // axes).to(total.device), block)
+    return _built(totals, tree)
 
 
-def _joined(parts: list[list[Tensor]], tree: Tree | None) -> Any:
+def _built(tensors: list[Tensor], tree: Tree | None) -> Any:
     if tree is None:
         raise NotDifferentiableError.of("model", "not evaluated", "at least one sample must run")
-    return tree.build([torch.cat(column) for column in zip(*parts, strict=True)])
+    return tree.build(tensors)

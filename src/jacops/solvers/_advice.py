@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .._operators import Operator
 from ._solution import OUT_OF_RANGE, Solution, Status, gravest, residual_text
 
 
-def advice(solution: Solution, operator: Operator) -> str:
+def advice(solution: Solution) -> str:
     """Return what failed, how far it came, and what to do."""
     status = gravest(solution.status)
     first = solution.status.index(status)
@@ -18,14 +17,14 @@ def advice(solution: Solution, operator: Operator) -> str:
         f"{sum(not Status(s).success for s in solution.status)} of {len(solution.status)} right-hand sides "
         f"({solution.counts}); the first {status} is row {first}; {residual_text(solution.residual.tolist())}{asked}. "
     )
-    return head + _WORDS[status](solution, operator) + " `on_failure='return'` hands back what was found."
+    return head + _WORDS[status](solution) + " `on_failure='return'` hands back what was found."
 
 
-def _nonfinite(solution: Solution, operator: Operator) -> str:
+def _nonfinite(solution: Solution) -> str:
     return f"In `b`, {solution.info['nonfinite']}. Look for the gradient or sample that these rows came from."
 
 
-def _negative(solution: Solution, operator: Operator) -> str:
+def _negative(solution: Solution) -> str:
     lowest = solution.info.get("lowest_curvature")
     if lowest is None or not lowest <= 0:
         return "The operator is not positive definite. Raise `damping`, take the GGN, or use `MINRES()`."
@@ -37,20 +36,20 @@ def _negative(solution: Solution, operator: Operator) -> str:
     )
 
 
-def _singular(solution: Solution, operator: Operator) -> str:
+def _singular(solution: Solution) -> str:
     found = solution.info.get("condition")
     known = f" (condition number about {found:.1e})" if found is not None else ""
     wider = "" if _is_double(solution) else " or run the problem in float64"
     return f"The damped operator is singular to rounding{known}. Raise `damping`{wider}."
 
 
-def _diverged(solution: Solution, operator: Operator) -> str:
+def _diverged(solution: Solution) -> str:
     needed = solution.info.get("scale_needed")
     rescale = f"Use `scale={needed:.3g}` or more" if needed else "Leave `scale` out, to have it estimated"
     return f"The series grows: the scale is too small for the operator's largest eigenvalue. {rescale}, or use `CG()`."
 
 
-def _broken(solution: Solution, operator: Operator) -> str:
+def _broken(solution: Solution) -> str:
     reason = solution.info.get("reason", "numbers stopped being finite")
     if reason.startswith(OUT_OF_RANGE):
         wider = "" if _is_double(solution) else "Run the problem in float64, or rescale"
@@ -60,7 +59,7 @@ def _broken(solution: Solution, operator: Operator) -> str:
     )
 
 
-def _stagnated(solution: Solution, operator: Operator) -> str:
+def _stagnated(solution: Solution) -> str:
     level = float(solution.info["attainable"].nan_to_num(0.0).max())
     wider = "Raise `damping`" if _is_double(solution) else "Run the problem in float64, raise `damping`"
     return (
@@ -69,7 +68,7 @@ def _stagnated(solution: Solution, operator: Operator) -> str:
     )
 
 
-def _unfinished(solution: Solution, operator: Operator) -> str:
+def _unfinished(solution: Solution) -> str:
     if "pairs_found" in solution.info:
         found, asked = solution.info["pairs_found"], solution.info["pairs_asked"]
         return (

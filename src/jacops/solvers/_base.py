@@ -6,15 +6,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from .._operators import Operator
 from .._runtime.contexts import eager
-from .._space import Space
-from ..errors import InputError, InputTypeError, warn
+from ..errors import warn
 from ._judge import Judge, Raw
 from ._solution import Solution, Status
 from ._system import System
@@ -49,7 +48,7 @@ class Prepared(ABC):
         Raises:
             InputError: The rows have another width, dtype or device than the operator.
         """
-        check_rows(self.system.given.domain, rows)
+        self.system.given.domain.check_rows("b", rows)
         started, products = time.perf_counter(), self.system.products
         judge = Judge(self.system, rows.detach())
         step = max(1, _WORKING_ENTRIES // (_VECTORS * max(1, self.system.n)))
@@ -122,18 +121,3 @@ class Solver(ABC):
         solution.info["products"] = prepared.system.products
         solution.info["seconds"] += before
         return solution
-
-
-def check_rows(space: Space, rows: Any) -> None:
-    """Refuse right-hand sides that do not fit.
-
-    Raises:
-        InputError: They have another width, dtype or device than the operator.
-        InputTypeError: They are no tensor.
-    """
-    if not isinstance(rows, Tensor):
-        raise InputTypeError.of("b", f"a {type(rows).__name__}", "a tensor is needed")
-    if rows.ndim != 2 or rows.shape[1] != space.dim or rows.dtype != space.dtype or rows.device != space.device:
-        came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
-        needed = f"rows of width {space.dim}, {space.dtype} on {space.device} are needed; nothing is cast"
-        raise InputError.of("b", came, needed, f"The axis is {space.layout}." if space.dim else "")

@@ -32,7 +32,7 @@ def block_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, mos
         AP = system.apply(P)
         if not bool(AP.isfinite().all()):
             return _failed(result, active, Status.BREAKDOWN, step, "a product is not finite")
-        curvatures, turn = torch.linalg.eigh(_symmetric(P @ AP.T))
+        curvatures, turn = torch.linalg.eigh(P @ AP.T / 2 + AP @ P.T / 2)
         stretch = max(float(AP.norm(dim=1).max()), float(curvatures.abs().max()))
         if result.is_negative(system, stretch, float(curvatures[0])):
             return _failed(result, active, Status.NEGATIVE_CURVATURE, step - 1)
@@ -97,7 +97,3 @@ def _failed(result: IterationResult, active: Tensor, status: Status, step: int, 
     result.end(_numbers(active), step, status)
     result.reason = reason or result.reason
     return result
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T) / 2

@@ -18,7 +18,7 @@ from ._base import Prepared, Raw, Solver
 from ._judge import condition_limit
 from ._refine import IterationResult, refined
 from ._solution import Status
-from ._structure import Congruence, congruence, damped_dense, dense_of, in_memory, is_symmetric
+from ._structure import Congruence, congruence, dense_of, in_memory, is_symmetric
 from ._system import RowMap, System, in_double, largest_entry, ldexp, power_norm, shifted
 
 _EXACT_SPECTRUM = 2048  # up to so many unknowns all eigenvalues explain a failure, in seconds
@@ -120,7 +120,7 @@ class _Primal(_Factorised):
 
     def __init__(self, recipe: Direct, system: System) -> None:
         super().__init__(recipe, system)
-        matrix = _in_unit(damped_dense(system.given, 0.0), system)
+        matrix = _in_unit(system.given.dense(check_finite=False), system)
         matrix.diagonal().add_(system.damping)
         self.entries = Matrix(matrix)
         system.products += 0 if in_memory(system.given) else system.n
@@ -260,6 +260,4 @@ def _lowest(matrix: Tensor) -> float:
     if matrix.shape[0] <= _EXACT_SPECTRUM:
         return float(torch.linalg.eigvalsh(matrix)[0])
     krylov = KrylovSpace(lambda rows: rows @ matrix, private_noise(matrix[None, :1], 13), _STEPS)
-    while krylov.room:
-        krylov.step()
-    return float(krylov.ritz().values.min())
+    return float(krylov.fill().ritz().values.min())

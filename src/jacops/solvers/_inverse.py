@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._keywords import keywords
 from .._operators import Operator
+from .._operators._base import Backwards
 from .._requirements import check_choice
-from .._space import Space
 from ..errors import InputError, InputTypeError, SolveError
 from ._advice import advice
 from ._base import Prepared, Solver
@@ -63,18 +63,18 @@ def solve(
     rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
     solution = solver_of(solver).solve(operator, rows, damping)
     if on_failure == "raise":
-        require(solution, operator)
+        require(solution)
     return solution
 
 
-def require(solution: Solution, operator: Operator) -> None:
+def require(solution: Solution) -> None:
     """Raise for a solution with rows that failed.
 
     Raises:
         SolveError: Some did; the message says what to do.
     """
     if not solution.success:
-        raise SolveError(advice(solution, operator), solution)
+        raise SolveError(advice(solution), solution)
 
 
 @keywords()
@@ -107,7 +107,7 @@ def inverse(
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Inverse(Operator):
+class Inverse(Backwards):
     r"""$(A + \lambda I)^{-1}$ by a solver.
 
     Attributes:
@@ -121,16 +121,6 @@ class Inverse(Operator):
     solver: Solver
     damping: float = 0.0
     on_failure: Literal["raise", "return"] = "raise"
-
-    @property
-    def domain(self) -> Space:
-        """The codomain of the operator."""
-        return self.of.codomain
-
-    @property
-    def codomain(self) -> Space:
-        """The domain of the operator."""
-        return self.of.domain
 
     @property
     def symmetric(self) -> bool:
@@ -148,8 +138,8 @@ class Inverse(Operator):
         return self.solver.prepare(self.of, self.damping)
 
     @cached_property
-    def _prepared_transpose(self) -> Prepared:
-        return self.prepared if self.symmetric else self.solver.prepare(self.of.T, self.damping)
+    def _transposed(self) -> Inverse:
+        return self if self.symmetric else Inverse(self.of.T, self.solver, self.damping, self.on_failure)
 
     def solve(self, rows: Tensor) -> Solution:
         """Return the solution for rows `(k, n)` with all that is known of it.
@@ -157,18 +147,16 @@ class Inverse(Operator):
         Raises:
             SolveError: A row did not converge, unless failures are returned.
         """
-        return self._checked(self.prepared.solve(rows))
-
-    def _checked(self, solution: Solution) -> Solution:
+        solution = self.prepared.solve(rows)
         if self.on_failure == "raise":
-            require(solution, self.of)
+            require(solution)
         return solution
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.solve(rows).x
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
-        return self._checked(self._prepared_transpose.solve(rows)).x
+        return self._transposed.solve(rows).x
 
     def __repr__(self) -> str:
         return f"{super().__repr__().removesuffix(')')}, by {self.solver}, damping {self.damping:g})"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._operators._noise import DIRECTIONS, ratio
+from .._runtime.counter import Draws
 from .._torch.protocol import Gradients, OuterGradients
 
 
@@ -21,8 +22,6 @@ class Noise:
     """
 
     def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._signs: dict[tuple[int, int], Tensor] = {}
         self._squares = self._totals = torch.zeros(DIRECTIONS, dtype=torch.float64)
 
     def add(self, gradients: Sequence[Gradients], factor: float) -> None:
@@ -58,12 +57,6 @@ class Noise:
         return torch.einsum("kntgp,zgp->zkntg", values, signs.to(values.dtype)).double()
 
     def _along(self, group: int, side: int, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """Return signs `(directions, *shape)`, the same for a group's side each time; a table's grow as needed."""
-        held = self._signs.get((group, side))
-        have = 0 if held is None else held.shape[2]
-        if held is None or have < shape[1]:
-            more = torch.randint(0, 2, (DIRECTIONS, shape[0], shape[1] - have), generator=self._generator) * 2.0 - 1.0
-            more = more.to(like.device, torch.float64)
-            held = more if held is None else torch.cat([held, more], 2)
-            self._signs[group, side] = held
-        return held
+        """Return signs `(directions, *shape)`, the same at each place of a group's side every time."""
+        places = torch.ones(shape, dtype=torch.bool, device=like.device)
+        return Draws(2 * group + side).signs(places, DIRECTIONS)

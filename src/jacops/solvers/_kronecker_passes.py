@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
+from .._framework import likelihood_at
 from .._operators import Operator
 from .._operators._eigen_blocks import Block
 from .._runtime.counter import Draws
 from .._space import Space
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
-from ..errors import InputError, NonFiniteError, NotDifferentiableError
+from ..errors import InputError, NotDifferentiableError
 from ._kronecker_noise import Noise
-from ._kronecker_sums import Basis, OuterSums, RowSums
+from ._kronecker_sums import Basis, OuterSums, RowSums, not_finite
 from ._output_curvature import Directions, Given
 from ._output_loss import LossAtOutput
 
@@ -151,7 +152,7 @@ def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
     shares = losses.denominators(data.y, many) if losses.reduction == "mean" else torch.ones(many)
     shares = torch.where(shares > 0, shares, 1.0)  # a sample that is ignored has no loss to divide
     own = at.gradient(term.own(many))
-    counted, total = row_scale(losses, data.y, many, lambda: at.likelihood(losses.scalar))
+    counted, total = row_scale(losses, data.y, many, lambda: likelihood_at(at.model, at.found, losses, data.y))
     counted = counted.to(own)
     if data.weights is not None:  # the batch enters by its numerator, in the units of its denominator
         units = counted / shares.to(own)
@@ -164,7 +165,7 @@ def _check_finite(groups: Sequence[Group], found: Sequence[Gradients], batch: Re
         parts = [own] if isinstance(own, Tensor) else [side for use in own for side in (use.left, use.right)]
         if not all(is_finite(part) for part in parts):
             name = batch.lin.domain.names[group.leaves[0]]
-            raise NonFiniteError(f"EKFAC: in the gradients by {name}, some are NaN or Inf. Look at the data.")
+            raise not_finite(name)
 
 
 def check_source(operator: Operator) -> None:
@@ -199,7 +200,8 @@ def estimated(
         if passes.drawn:
             noise.add(piece.gradients, piece.factor)
         sums = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
-        _add(sums, piece)
+        for own, gradients in zip(sums, piece.gradients, strict=True):
+            own.add(gradients, piece.factor, piece.share)
         outer_part = [own for own in piece.gradients if isinstance(own, list)]
         room -= sum(use.left.numel() + use.right.numel() for own in outer_part for use in own)
         kept = [*kept, Piece(list(outer_part), piece.factor, piece.share)] if room >= 0 else []
@@ -209,8 +211,7 @@ def estimated(
     if corrected and outer:
         for piece in kept if room >= 0 else passes.pieces(outer_only=True):
             for own, gradients in zip(outer, piece.gradients, strict=True):
-                if isinstance(gradients, list):
-                    own.correct(gradients, piece.factor)
+                own.correct(gradients, piece.factor)
     return tuple(own.block() for own in sums), noise.value if passes.drawn else None
 
 
@@ -220,11 +221,3 @@ def _sums(group: Group, space: Space, exact_up_to: int, basis: Basis) -> OuterSu
     if group.form in ("outer", "lookup"):
         return OuterSums(where, name, group.turned, shape[0] if group.form == "lookup" else None, basis)
     return RowSums(where, name, shape.numel() <= exact_up_to)
-
-
-def _add(sums: list[OuterSums | RowSums], piece: Piece) -> None:
-    for own, gradients in zip(sums, piece.gradients, strict=True):
-        if isinstance(own, OuterSums) and isinstance(gradients, list):
-            own.add(gradients, piece.factor, piece.share)
-        elif isinstance(own, RowSums) and isinstance(gradients, Tensor):
-            own.add(gradients, piece.factor)

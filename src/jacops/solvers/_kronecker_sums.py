@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from .._operators._eigen_blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from .._operators._eigen_blocks import Block
 from .._runtime.chunks import ENTRIES
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
@@ -50,7 +50,7 @@ class OuterSums:
         self._squares: Tensor | None = None
         self.dtype = torch.float64
 
-    def add(self, uses: Sequence[OuterGradients], factor: float, share: float) -> None:
+    def add(self, uses: Any, factor: float, share: float) -> None:
         """Add a batch to the factors.
 
         Args:
@@ -98,7 +98,7 @@ class OuterSums:
             ]
             total = torch.stack(parts).sum(0)
             if not bool(total.isfinite().all()):
-                raise NonFiniteError(f"EKFAC: in the gradients by {self.name}, some are NaN or Inf. Look at the data.")
+                raise not_finite(self.name)
             sides.append(None if total.ndim == 2 else torch.linalg.eigh(total)[1])
         self._bases = (sides[0], sides[1])
 
@@ -108,7 +108,7 @@ class OuterSums:
             return max(float(_diagonal(self._factors[swapped][0]).sum()), torch.finfo(torch.float64).tiny)
         return max(self._counts[swapped], torch.finfo(torch.float64).tiny)
 
-    def correct(self, uses: Sequence[OuterGradients], factor: float) -> None:
+    def correct(self, uses: Any, factor: float) -> None:
         """Add the squares of a batch's gradients in the eigenbasis, sample by sample (George et al., 2018)."""
         left, right = (None if b is None else b.to(self.dtype) for b in self._bases or (None, None))
         turned = [
@@ -138,7 +138,7 @@ class OuterSums:
         left, right = self._bases or (None, None)
         values = self._squares if self._squares is not None else self._products(left, right)
         bases = [None if basis is None else basis.to(self.dtype) for basis in (left, right)]
-        return KroneckerBlock(self.where, bases[0], bases[1], values.clamp_min(0).to(self.dtype), self.turned)
+        return Block(self.where, bases[0], bases[1], values.clamp_min(0).to(self.dtype), self.turned)
 
     def _products(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         parts = [
@@ -163,7 +163,7 @@ class RowSums:
         self.dtype = torch.float64
         self._sum: Tensor | None = None
 
-    def add(self, rows: Tensor, factor: float) -> None:
+    def add(self, rows: Any, factor: float, share: float) -> None:
         """Add rows `(k, n, entries)`."""
         self.dtype = rows.dtype
         rows = rows.flatten(0, 1).double()
@@ -178,11 +178,16 @@ class RowSums:
         """
         total = self._sum if self._sum is not None else torch.zeros(0, dtype=torch.float64)
         if not bool(total.isfinite().all()):
-            raise NonFiniteError(f"EKFAC: in the gradients by {self.name}, some are NaN or Inf. Look at the data.")
-        if not self.whole:
-            return DiagonalBlock(self.where, total.to(self.dtype))
-        values, basis = torch.linalg.eigh(total)
-        return DenseBlock(self.where, basis.to(self.dtype), values.clamp_min(0).to(self.dtype))
+            raise not_finite(self.name)
+        values, basis = torch.linalg.eigh(total.unsqueeze(0)) if self.whole else (total, None)
+        basis = None if basis is None else basis.to(self.dtype)
+        values = values.clamp_min(0).to(self.dtype).reshape(1, 1, -1)
+        return Block(self.where, None, basis, values, form="exact" if self.whole else "diagonal")
+
+
+def not_finite(name: str) -> NonFiniteError:
+    """Return the error for a parameter with gradients that are not finite."""
+    return NonFiniteError(f"EKFAC: in the gradients by {name}, some are NaN or Inf. Look at the data.")
 
 
 def _diagonal(factor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .._recorded_loss import loss_of_output, recordable
 from .._runtime.agreement import few_operations_tolerance
 from .._runtime.contexts import private_noise, recording
 from .._runtime.restoring import restoring
-from .._torch.protocol import Likelihood, counted_labels, gradient_tape, likelihood_of, record_at_outputs
+from .._torch.protocol import counted_labels, gradient_tape, record_at_outputs
 from .._trees import output_leaves
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
 from ._output_curvature import Blocks, Elementwise, Softmax
@@ -104,12 +104,6 @@ class LossAtOutput:
             lin = record_at_outputs(self.found, finish, loss, self.call).lin
             parts = [rows[0] for rows in lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])]
         return self._joined([parts[i] for i in self._used]).detach()
-
-    def likelihood(self, loss: Any) -> Likelihood | None:
-        """Return the likelihood of a loss at this output, if it has one."""
-        if self.foreign:
-            return self.model.likelihood(self.found, loss, self.y)
-        return likelihood_of(loss, *output_leaves(self.found.output), self.y)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Return outputs `(n, entries)`, in the dtype of the first."""

@@ -15,7 +15,6 @@ from .._operators import Operator
 from .._requirements import check_positive
 from .._runtime.contexts import eager
 from ..errors import InputError
-from ._base import check_rows
 from ._judge import Judge, times
 from ._system import System
 
@@ -57,7 +56,7 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
         InputError: The operator is not marked positive, `damping` is 0, or the rows do not fit.
     """
     system = System(operator, damping)
-    check_rows(operator.domain, rows)
+    operator.domain.check_rows("b", rows)
     if not operator.positive or not damping > 0:
         raise InputError.of("operator", repr(operator), "bounds need a positive one, and damping above 0")
     check_positive("steps", steps)
@@ -85,9 +84,7 @@ def _in_range(lower: Tensor, upper: Tensor, shift: Tensor) -> tuple[Tensor, Tens
 
 def _bounds(system: System, rows: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Return the bounds for unit vectors along the rows."""
-    krylov = KrylovSpace(system.apply, rows.unsqueeze(1), capacity)
-    while krylov.room:
-        krylov.step()
+    krylov = KrylovSpace(system.apply, rows.unsqueeze(1), capacity).fill()
     T = krylov.projected
     runs, m, _ = T.shape
     last = torch.linalg.vector_norm(krylov.ritz().residuals, dim=1)

@@ -99,11 +99,6 @@ def dense_of(operator: Operator) -> Tensor:
     return operator.matrix if isinstance(operator, Matrix) else operator.dense(check_finite=False)
 
 
-def damped_dense(operator: Operator, damping: float) -> Tensor:
-    r"""Return $A + \lambda I$ in new memory."""
-    return (operator + damping * Identity(operator.domain)).dense(check_finite=False)
-
-
 def is_symmetric(matrix: Tensor) -> bool:
     """Say whether a matrix equals its transpose to rounding."""
     step = max(1, ENTRIES // max(1, matrix.shape[1]))

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .._finite import is_finite
+from .._finite import on_finite_rows
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 from .._requirements import check_positive, check_range
 from .._runtime.agreement import residual_tolerance
@@ -159,21 +159,16 @@ class System:
         return self._norm[1]
 
     def _guarded(self, apply: RowMap, rows: Tensor) -> Tensor:
-        if not rows.shape[0]:
-            return torch.zeros_like(rows)
-        if is_finite(rows):
-            self.products += rows.shape[0]
-            return apply(rows) if not self._exponent else self._scaled(apply, rows, self._exponent)
-        good = rows.isfinite().all(1)
-        image = torch.full_like(rows, math.nan)
-        if bool(good.any()):
-            image[good] = self._guarded(apply, rows[good])
-        return image
+        """Return images in the unit: half of it before and half after, so that factors like J overflow neither."""
+        if not bool(rows.isfinite().all(1).any()):
+            return torch.full_like(rows, math.nan)
 
-    def _scaled(self, apply: RowMap, rows: Tensor, exponent: int) -> Tensor:
-        """Return products in the unit: half of it before and half after, so that factors like J overflow neither."""
-        half = exponent // 2
-        return apply(rows * 2.0**-half) * 2.0 ** (half - exponent)
+        def scaled(good: Tensor) -> Tensor:
+            self.products += good.shape[0]
+            half, exponent = (self._exponent or 0) // 2, self._exponent or 0
+            return apply(good * 2.0**-half) * 2.0 ** (half - exponent) if exponent else apply(good)
+
+        return on_finite_rows(scaled, rows)
 
     def _image(self, rows: Tensor) -> Tensor:
         """Return products with $A$; the first ones fix the unit."""
