@@ -94,8 +94,7 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
     """Walk the graph behind `tensors` once."""
     numbers: dict[Any, int] = {}
     wiring: list[Any] = []
-    stack, functions, refuses = [], {}, False
-    leaves = set()
+    stack, functions, leaves, refuses = [], {}, set(), False
     for tensor in tensors:
         root = tensor.grad_fn
         wiring.append(tensor.output_nr)
@@ -110,12 +109,10 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
         kind = _kinds.get(type(node)) or _kind(node)
         add(type(node))
         for parent, number in node.next_functions:
-            place = None
-            if parent is not None:
-                place = numbers.get(parent)
-                if place is None:
-                    place = numbers[parent] = len(numbers)
-                    stack.append(parent)
+            place = None if parent is None else numbers.get(parent)
+            if place is None and parent is not None:
+                place = numbers[parent] = len(numbers)
+                stack.append(parent)
             add((place, number) if number else place)
         if kind.scalars is not None:
             add(_frozen(kind.scalars(node)))
