@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._finite import check_outputs, is_finite, where_first
+from ._finite import check_outputs, require_finite
 from ._framework import framework_jacobian, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
@@ -32,7 +32,7 @@ from ._torch.protocol import (
     separate,
     whole_jacobian,
 )
-from .errors import InputError, NonFiniteError, NotDifferentiableError
+from .errors import InputError, NotDifferentiableError
 from .planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from .products import Params, given, say_if_unconnected
 from .sparsity._remembered import sparse_jacobian
@@ -387,8 +387,6 @@ def _check_blocks(call: str, recorded: Recording, blocks: Blocks, todo: str = ""
 
 
 def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
-    if not is_finite(block):
-        raise NonFiniteError(
-            f"{call}: in the Jacobian of {output} by {by}, {where_first(block)}; the output itself is "
-            f"finite.{_FINITE_TODO}"
-        )
+    require_finite(
+        block, f"{call}: in the Jacobian of {output} by {by}", f"; the output itself is finite.{_FINITE_TODO}"
+    )

@@ -19,7 +19,7 @@ from ..._ladder.plan import Cost
 from ..._runtime.agreement import inner, size
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
-from ..._runtime.rows import Rows, dense, plain, rows_size, zero_rows
+from ..._runtime.rows import Rows, dense, plain, rows_size, stacked, zero_rows
 from ..._runtime.side_effects import unwatched
 from .ask import SweepAsk
 
@@ -97,10 +97,7 @@ class DoubleBackward:
             if batched:
                 return list(sweep(tangents))
             each = [sweep([t[i] for t in tangents]) for i in range(tangents[0].shape[0])]
-        if len(each) == 1:
-            return [None if r is None else plain(r).unsqueeze(0) for r in each[0]]
-        columns = list(zip(*each, strict=True))
-        return [None if column[0] is None else torch.stack([plain(c) for c in column]) for column in columns]
+        return [stacked(column) for column in zip(*each, strict=True)]
 
 
 class AdjointOfItsPull:

@@ -18,9 +18,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from torch import Tensor
 
+from ..._requirements import check_choice
 from ..._runtime.restoring import process_lock
 from ..._runtime.side_effects import SideEffects
-from ...errors import InputError
 from .evidence import NeutralEntries, Places, constants, hold, neutral, pattern
 from .graph import GraphInfo
 
@@ -344,8 +344,7 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
     Raises:
         InputError: `checks` is not one of the known words.
     """
-    if checks not in CHECKS:
-        raise InputError.of("checks", repr(checks), f"one of {CHECKS} is needed")
+    check_choice("checks", checks, CHECKS)
     if checks in ("always", "strict"):
         return ProofStore(checks, lambda: function, many)
     key = id(function)
