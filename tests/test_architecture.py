@@ -235,6 +235,15 @@ def test_only_the_protocols_are_imported_from_outside_the_backends() -> None:
     assert not strays, "\n".join(strays)
 
 
+def test_the_protocols_give_nothing_that_nobody_takes() -> None:
+    for inside in ("_torch", "_jax"):
+        protocol = f"jacops.{inside}.protocol"
+        given = {found.target.rpartition(".")[2] for found in imports(protocol, TREES[protocol])} - {"annotations"}
+        elsewhere = [f for module, f in IMPORTS if not module.startswith(f"jacops.{inside}.")]
+        taken = {f.target.rpartition(".")[2] for f in elsewhere if f.target.startswith(f"{protocol}.")}
+        assert not given - taken, f"{protocol}: {sorted(given - taken)}"
+
+
 def test_operations_are_named_in_the_tables_of_rules_alone() -> None:
     homes = ("layers.rules.", "sweeps.node_rules", "sweeps.linear_nodes", "bias.")
     strays = [

@@ -94,7 +94,7 @@ class _Draft:
         if self.chart is None:
             self.chart, self.since = chart, row.line
 
-    def take(self, row: _Row, kind: _Kind) -> None:
+    def take(self, row: _Row, kind: _LineKind) -> None:
         if kind.chart is not None:
             self.use(kind.chart, row)
         numbers = row.numbers(kind.ends + kind.pose + len(kind.order), kind.ends, kind.what)
@@ -180,7 +180,7 @@ def _unit(row: _Row, pose: list[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _LineKind:
     """One kind of line.
 
     Attributes:
@@ -201,26 +201,26 @@ class _Kind:
 
 
 _TRIANGLE = "numbers of the information matrix"
-_TORO: dict[str, _Kind | None] = {
-    **dict.fromkeys(("VERTEX2", "VERTEX"), _Kind(SE2, 1, 3, "id x y angle")),
-    "VERTEX3": _Kind(SE3, 1, 6, "id x y z roll pitch yaw", _from_angles),
+_TORO: dict[str, _LineKind | None] = {
+    **dict.fromkeys(("VERTEX2", "VERTEX"), _LineKind(SE2, 1, 3, "id x y angle")),
+    "VERTEX3": _LineKind(SE3, 1, 6, "id x y z roll pitch yaw", _from_angles),
     **dict.fromkeys(
         ("EDGE2", "EDGE"),
-        _Kind(SE2, 2, 3, "from to x y angle xx xy yy tt xt yt", order=(0, 1, 4, 2, 5, 3)),
+        _LineKind(SE2, 2, 3, "from to x y angle xx xy yy tt xt yt", order=(0, 1, 4, 2, 5, 3)),
     ),
-    "EDGE3": _Kind(SE3, 2, 6, f"from to x y z roll pitch yaw and 21 {_TRIANGLE}", _from_angles, tuple(range(21))),
-    "EQUIV": _Kind(None, 2, 0, "id id"),
+    "EDGE3": _LineKind(SE3, 2, 6, f"from to x y z roll pitch yaw and 21 {_TRIANGLE}", _from_angles, tuple(range(21))),
+    "EQUIV": _LineKind(None, 2, 0, "id id"),
 }
-_G2O: dict[str, _Kind | None] = {
-    "VERTEX_SE2": _Kind(SE2, 1, 3, "id x y angle"),
-    "VERTEX_SE3:QUAT": _Kind(SE3, 1, 7, "id x y z qx qy qz qw", _unit),
-    "EDGE_SE2": _Kind(SE2, 2, 3, f"from to x y angle and 6 {_TRIANGLE}", order=tuple(range(6))),
-    "EDGE_SE3:QUAT": _Kind(SE3, 2, 7, f"from to x y z qx qy qz qw and 21 {_TRIANGLE}", _unit, tuple(range(21))),
+_G2O: dict[str, _LineKind | None] = {
+    "VERTEX_SE2": _LineKind(SE2, 1, 3, "id x y angle"),
+    "VERTEX_SE3:QUAT": _LineKind(SE3, 1, 7, "id x y z qx qy qz qw", _unit),
+    "EDGE_SE2": _LineKind(SE2, 2, 3, f"from to x y angle and 6 {_TRIANGLE}", order=tuple(range(6))),
+    "EDGE_SE3:QUAT": _LineKind(SE3, 2, 7, f"from to x y z qx qy qz qw and 21 {_TRIANGLE}", _unit, tuple(range(21))),
     "FIX": None,
 }
 
 
-def _read(path: File, kinds: Mapping[str, _Kind | None], known: str) -> PoseGraph:
+def _read(path: File, kinds: Mapping[str, _LineKind | None], known: str) -> PoseGraph:
     draft = _Draft(Path(path))
     for row in _rows(path):
         if row.tag not in kinds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -137,6 +137,23 @@ def _context(node: Any) -> Any:
     """Return the numbers, flags and words that a Python Function keeps on its context."""
     kept = getattr(node, "__dict__", None) or {}
     return tuple((name, value) for name, value in kept.items() if isinstance(value, _PLAIN))
+
+
+def parents_first(roots: Iterable[Any], ends: Collection[Any] = ()) -> list[Any]:
+    """Return all nodes behind `roots`, each after those it was computed from; nothing behind `ends`."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack = [(root, False) for root in roots]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            if node not in ends:
+                stack.extend((parent, False) for parent, _ in node.next_functions if parent is not None)
+    return order
 
 
 def reaches(tensor: Tensor, leaves: Iterable[Tensor]) -> bool:

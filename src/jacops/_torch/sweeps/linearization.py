@@ -163,6 +163,11 @@ class Linearization:
             merged[index] = extra if own is None else own if extra is None else own + extra
         return merged
 
+    def gradient(self, cotangents: Sequence[Tensor | None]) -> Rows:
+        """Return one gradient per leaf by one backward pass, zeros where no path leads to the leaf."""
+        pulled = zip(self.pull(cotangents), self.leaves, strict=True)
+        return [torch.zeros_like(plain(leaf)) if g is None else plain(g) for g, leaf in pulled]
+
     # ---- many cotangents -------------------------------------------------------------------------------------
 
     def pull_rows(
