@@ -121,8 +121,6 @@ EXCEPTIONS = {
     ("string key", "_torch.sweeps.gradients._check_twice"),
     ("string key", "_torch.sweeps.nodewise.Adjoint.evidence"),
     ("string key", "_torch.sweeps.nodewise.NodewisePush.refuses"),
-    ("string key", "_torch.sweeps.proofs.Proofs.compare"),
-    ("string key", "_torch.sweeps.record.record_at_outputs"),
     ("string key", "solvers._kronecker_passes.Passes._confirmed"),
     ("string key", "solvers._kronecker_passes.Passes._of_batch"),
 }
@@ -375,7 +373,7 @@ def test_few_places_construct_a_linearisation() -> None:
 
 
 def test_proofs_have_no_string_keys() -> None:
-    asked = ("needs", "remember", "refuse", "refused", "refusal", "compare", "prefer_batches")
+    asked = ("needs", "remember", "refuse", "refused", "refusal")
 
     def is_worded(node: ast.AST) -> bool:
         words = isinstance(node, ast.Call) and any(isinstance(a, ast.Constant) and str(a.value) for a in node.args)

@@ -203,11 +203,6 @@ class Linearization:
             for g, (shape, dtype) in zip(grads, kinds, strict=True)
         ]
 
-    def time_batched(self, question: str, route: str, batched: float, alone: float) -> None:
-        """Leave batched sweeps where they were measured to be slower, on the processor."""
-        if self.domain.device.type == "cpu":
-            self.trust.compare(question, route, batched, alone)
-
     # ---- tangents --------------------------------------------------------------------------------------------
 
     def push_rows(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:

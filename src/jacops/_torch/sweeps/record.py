@@ -326,7 +326,6 @@ def record_at_outputs(found: Recording, finish: Callable[[Any], Any], purpose: A
     )
     arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     outer.look_up(store_for(purpose, ("at outputs", arrays), lin.trust.checks), SideEffects())
-    outer.trust.prefer_batches("pull")
     return Recording(outer, tree, value)
 
 
