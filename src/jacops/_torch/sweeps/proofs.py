@@ -88,7 +88,6 @@ class Proofs:
         effects: What the forward was seen to do besides arithmetic; None where it was not watched.
         widths: Numbers per sample that each submodule gives, where they were noted.
         split: The layer to cut at; absent where it was not looked for.
-        direction: `"reverse"` or `"forward"`, whichever was measured cheaper.
         known: Further results of routes, by their own keys.
     """
 
@@ -97,7 +96,6 @@ class Proofs:
         self.effects: SideEffects | None = None
         self.widths: dict[str, int | None] = {}
         self.split: dict[str, str | None] = {}
-        self.direction: str | None = None
         self.known: Bounded[Any] = Bounded(_CLAIMS)
         self._function = function
         self._proved: Bounded[bool] = Bounded(_CLAIMS)
