@@ -6,7 +6,7 @@ $J^\top H_{loss} J$.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -20,7 +20,6 @@ from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Product
 from ._operators._finite_results import made_from
 from ._recorded_loss import (
-    CurvatureOptions,
     Loss,
     OperatorOptions,
     check_real,
@@ -160,16 +159,15 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _hessian(model, loss, x, y, "hessian", options, kept=True)
+    return _hessian(model, loss, x, y, "hessian", kept=True, **options)
 
 
-def _hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
-) -> LinearizedMap:
+def _hessian(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> LinearizedMap:
     if is_framework_model(model):
         return framework_hessian(model, loss, x, y, call, options)
-    found = record_loss(model, loss, x, y, call, kept=kept, **options)
-    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, options))
+    found = record_loss(model, loss, x, y, call, **options)
+    own = {**options, "kept": False}
+    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, own))
 
 
 def hessian_at(
@@ -196,7 +194,7 @@ def hessian_at(
 
 
 def shifted_gradient(
-    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: CurvatureOptions
+    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: Mapping[str, Any]
 ) -> Tensor:
     """Return the gradient `(P,)` of a loss where parameters are changed by so much, by name."""
     lin = record_loss(model, loss, x, y, "hessian", shift=shift, **options).lin
@@ -250,14 +248,14 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _ggn(model, loss, x, y, "ggn", options, kept=True)
+    return _ggn(model, loss, x, y, "ggn", kept=True, **options)
 
 
-def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
+def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Any) -> Operator:
     options.setdefault("parameters", trainable)
     if is_framework_model(model):
         return framework_ggn(model, loss, x, y, call, options)
-    return ggn_at(record_model(model, x, call=call, kept=kept, **options), loss, y, call, kept)
+    return ggn_at(record_model(model, x, call=call, **options), loss, y, call, options["kept"])
 
 
 @restoring
@@ -303,4 +301,4 @@ def _for_one_product(
     model: nn.Module, loss: Loss, x: Any, y: Any, make: Callable[..., Operator], call: str, **options: Any
 ) -> Operator:
     """Return an operator that is dropped before anybody can write into the model's weights."""
-    return make(model, loss, x, y, call, options, kept=False)
+    return make(model, loss, x, y, call, kept=False, **options)

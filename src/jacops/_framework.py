@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ._finite import is_finite, where_first
+from ._finite import require_finite
 from ._ladder.protocol import FrameworkModel, Recorded, SampleRows, SweepOptions, everything, is_framework_model
 from ._operators import LayerFactors, LinearizedMap, Operator, Product
 from ._requirements import check_choice
 from ._space import Space
 from ._torch.protocol import CHECKS, Rows, check_fallback, positive_everywhere, record_model
 from ._trees import output_leaves
-from .errors import InputError, NonFiniteError
+from .errors import InputError
 
 
 def recorded(model: Any, inputs: Any, **options: Any) -> Any:
@@ -88,8 +88,7 @@ def framework_jacobian(model: FrameworkModel, x: Any, check_finite: bool, **opti
     space, (n, k) = found.domain, found.rows.shape[:2]
     parts = space.split(found.rows.reshape(n * k, space.dim))
     for name, part in zip(space.names, parts if check_finite else (), strict=False):
-        if not is_finite(part):
-            raise NonFiniteError(f"compute_jacobian: in the derivative by {name}, {where_first(part)}.")
+        require_finite(part, f"compute_jacobian: in the derivative by {name}")
     blocks = [part.reshape(n, *found.output, *shape) for part, shape in zip(parts, space.shapes, strict=True)]
     return dict(zip(space.names, blocks, strict=True)) if isinstance(x, Mapping | list | tuple) else blocks[0]
 
