@@ -6,7 +6,7 @@ $J^\top H_{loss} J$.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
@@ -21,7 +21,6 @@ from ._operators import LinearizedMap, Operator, Product
 from ._operators._finite_results import made_from
 from ._picks import Picks, Wrt, differentiated, variable
 from ._recorded_loss import (
-    CurvatureOptions,
     Loss,
     OperatorOptions,
     check_real,
@@ -148,11 +147,11 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _hessian(model, loss, x, y, "hessian", options, kept=True)
+    return _hessian(model, loss, x, y, "hessian", kept=True, **options)
 
 
 def _hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: OperatorOptions, kept: bool
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
 ) -> LinearizedMap:
     chosen = resolved(model, options)
     if is_framework_model(model):
@@ -186,7 +185,7 @@ def hessian_at(
 
 
 def shifted_gradient(
-    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: CurvatureOptions
+    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: Mapping[str, Any]
 ) -> Tensor:
     """Return the gradient `(P,)` of a loss where parameters are changed by so much, by name."""
     lin = record_loss(model, loss, x, y, "hessian", shift=shift, **options).lin
@@ -240,10 +239,12 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _ggn(model, loss, x, y, "ggn", options, kept=True)
+    return _ggn(model, loss, x, y, "ggn", kept=True, **options)
 
 
-def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: OperatorOptions, kept: bool) -> Operator:
+def _ggn(
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
+) -> Operator:
     return ggn_at(model, recorded(model, x, call=call, kept=kept, **resolved(model, options)), loss, y, call, kept)
 
 
@@ -301,4 +302,4 @@ def _for_one_product(
     **options: Unpack[OperatorOptions],
 ) -> Operator:
     """Return an operator that is dropped before anybody can write into the model's weights."""
-    return make(model, loss, x, y, call, options, kept=False)
+    return make(model, loss, x, y, call, kept=False, **options)

@@ -7,14 +7,14 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from ._finite import is_finite, where_first
-from ._ladder.protocol import FrameworkModel, SampleRows, SweepOptions, everything, is_framework_model
+from ._finite import require_finite
+from ._ladder.protocol import FrameworkModel, SampleRows, SweepOptions, is_framework_model
 from ._operators import LayerFactors
 from ._requirements import check_choice
 from ._space import Space
 from ._torch.protocol import CHECKS, At, Likelihood, RowLosses, Rows, check_fallback, likelihood_of, record_model
 from ._trees import Selector, output_leaves
-from .errors import InputError, NonFiniteError
+from .errors import InputError
 
 
 class TorchOptions(TypedDict, total=False):
@@ -66,12 +66,12 @@ def framework_sample_gradients(
     model: FrameworkModel, loss: Any, x: Any, y: Any, options: Mapping[str, Any]
 ) -> LayerFactors:
     """Return the gradients of the loss of every sample alone, `(n, P)`."""
-    return _sample_rows(model.map_rows(x, asked("sample_gradients", **_by_parameters(options)), y, loss))
+    return _sample_rows(model.map_rows(x, asked("sample_gradients", **options), y, loss))
 
 
 def framework_sample_jacobians(model: FrameworkModel, x: Any, options: Mapping[str, Any]) -> LayerFactors:
     """Return the Jacobians of every sample's outputs by the parameters, `(n * k, P)`."""
-    return _sample_rows(model.map_rows(x, asked("sample_jacobians", **_by_parameters(options))))
+    return _sample_rows(model.map_rows(x, asked("sample_jacobians", **options)))
 
 
 def framework_jacobian(model: FrameworkModel, x: Any, check_finite: bool, **options: Any) -> Any:
@@ -87,8 +87,7 @@ def framework_jacobian(model: FrameworkModel, x: Any, check_finite: bool, **opti
     space, (n, k) = found.domain, found.rows.shape[:2]
     parts = space.split(found.rows.reshape(n * k, space.dim))
     for name, part in zip(space.names, parts if check_finite else (), strict=False):
-        if not is_finite(part):
-            raise NonFiniteError(f"compute_jacobian: in the derivative by {name}, {where_first(part)}.")
+        require_finite(part, f"compute_jacobian: in the derivative by {name}")
     blocks = [part.reshape(n, *found.output, *shape) for part, shape in zip(parts, space.shapes, strict=True)]
     return dict(zip(space.names, blocks, strict=True)) if isinstance(x, Mapping | list | tuple) else blocks[0]
 
@@ -119,7 +118,3 @@ def asked(call: str, kept: bool = False, connected: bool = False, **options: Any
     check_choice("checks", options.get("checks", "first"), CHECKS)
     check_fallback(options.get("fallback", "warn"))
     return SweepOptions(call, **options)
-
-
-def _by_parameters(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"parameters": everything, **options}

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._finite import check_outputs, is_finite, where_first
+from ._finite import check_outputs, require_finite
 from ._framework import framework_jacobian, refuse_options
 from ._keywords import keywords
-from ._ladder.protocol import Picked, everything, is_framework_model
+from ._ladder.protocol import everything, is_framework_model
 from ._picks import Picks, picked
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from ._products import Params, given, say_if_unconnected
@@ -36,7 +36,7 @@ from ._torch.protocol import (
     whole_jacobian,
 )
 from ._trees import Selector, hint_at_labels
-from .errors import InputError, NonFiniteError, NotDifferentiableError
+from .errors import InputError, NotDifferentiableError
 from .sparse._remembered import sparse_jacobian
 
 _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
@@ -182,12 +182,8 @@ def full_jacobian(
         return []
     say_if_unconnected(recorded)
     with arithmetic(create_graph):
-        lin = recorded.lin
-        _check_out(lin, out, create_graph)
-        ask = WholeAsk(lin, budget, None, create_graph, False, out is not None, chunk_size)
-        ensure_whole_fits(ask)
-        places = by_leaf(lin, given_tensors(out)) if is_plain(lin) and not create_graph else None
-        ask.into = places.blocks if places else None
+        ask = WholeAsk(recorded.lin, budget, None, create_graph, False, out is not None, chunk_size)
+        places = _places(ask, out, by_leaf)
         blocks = whole_jacobian(ask).blocks
         _check_blocks("full_jacobian", recorded, blocks)
         if places:
@@ -263,40 +259,24 @@ def modjac(
     picks = picked(model, parameters, default=everything)
     if sparse:
         _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
-        return _sparse(model, input, picks, tangent, outputs, check_finite)
-    recorded = record_model(
-        model,
-        input,
-        call="modjac",
-        parameters=picks,
-        outputs=outputs,
-        connected=create_graph,
-    )
-    lie = _lie_layout(recorded, tangent, create_graph)
-    if strict:
-        _check_dependence(recorded)
-    else:
-        say_if_unconnected(recorded)
-    lin = recorded.lin
-    with arithmetic(create_graph):
-        _check_out(lin, out, create_graph or lie is not None)
-        ask = WholeAsk(lin, budget, forward, create_graph, not lie, out is not None)
-        ensure_whole_fits(ask)
-        places = None
-        if not (create_graph or lie) and (flatten or out is not None) and is_plain(lin):
-            places = (flat if flatten else separate)(lin, given_tensors(out))
-        ask.into = places.blocks if places else None
-        found = whole_jacobian(ask)
-        blocks = found.blocks
+        found = sparse_jacobian(model, input, picks, outputs, tangent)
         if check_finite:
-            _check_blocks("modjac", recorded, blocks, _FINITE_TODO, sure=found.finite)
+            _check_block("modjac", found.matrix.values(), "the output", "the parameters")
+        return found.matrix
+    recorded = record_model(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
+    lie = _lie_layout(recorded, tangent, create_graph)
+    (_check_dependence if strict else say_if_unconnected)(recorded)
+    with arithmetic(create_graph):
+        ask = WholeAsk(recorded.lin, budget, forward, create_graph, not lie, out is not None)
+        layout = flat if flatten else separate if out is not None else None
+        places = _places(ask, out, None if lie else layout)
+        found = whole_jacobian(ask)
+        if check_finite:
+            _check_blocks("modjac", recorded, found.blocks, _FINITE_TODO, sure=found.finite)
         if places:
-            return _placed(recorded, places, blocks, flatten)
-        shaped = lie(blocks) if lie else _shaped(recorded, blocks)
-        if forward:
-            pairs = zip(shaped, lin.outputs, strict=True)
-            shaped = [[b if b.is_complex() else b.to(o.dtype) for b in row] for row, o in pairs]
-        return _arranged(recorded, [[given(b, create_graph) for b in row] for row in shaped], flatten)
+            return _placed(recorded, places, found.blocks, flatten)
+        shaped = lie(found.blocks) if lie else _shaped(recorded, found.blocks)
+        return _arranged(recorded, _given(recorded.lin, shaped, ask), flatten)
 
 
 def _placed(recorded: Recording, places: Places, blocks: Blocks, flatten: bool) -> Any:
@@ -312,26 +292,39 @@ def _placed(recorded: Recording, places: Places, blocks: Blocks, flatten: bool) 
     return _arranged(recorded, rows, False)
 
 
-def _check_out(lin: Linearization, out: Any, connected: bool) -> None:
-    """Refuse places that could not be written to in the result's own dtype, or without losing its graph."""
-    if out is not None and (connected or not is_plain(lin)):
+def _places(ask: WholeAsk, out: Any, layout: Callable[..., Places] | None) -> Places | None:
+    """Return where a result is written; None where it is made elsewhere.
+
+    Raises:
+        InputError: The caller's places cannot be written to in the result's own dtype, or without losing its graph.
+        MemoryBudgetError: The result does not fit.
+    """
+    direct = layout is not None and is_plain(ask.lin) and not ask.create_graph
+    if out is not None and not direct:
         needed = "the result must be real, of one dtype, without a graph and without LieTensors"
         raise InputError.of("out", "given", needed, "Leave it out.")
+    ensure_whole_fits(ask)
+    if layout is None or not direct:
+        return None
+    places = layout(ask.lin, given_tensors(out))
+    ask.into = places.blocks
+    return places
+
+
+def _given(lin: Linearization, blocks: Blocks, ask: WholeAsk) -> Blocks:
+    """Return blocks as they are given out; real ones that were swept forward have the output's dtype."""
+    given_out = []
+    for row, output in zip(blocks, lin.outputs, strict=True):
+        kind = output.dtype if ask.columns else None
+        row = [b if kind is None or b.is_complex() else b.to(kind) for b in row]
+        given_out.append([given(b, ask.create_graph) for b in row])
+    return given_out
 
 
 def _refuse_with_sparse(**given: bool) -> None:
     for name, value in given.items():
         if value:
             raise InputError.of(name, "asked for together with `sparse=True`", "a sparse result has no such variant")
-
-
-def _sparse(
-    model: nn.Module, input: Any, picks: Picked, tangent: bool, outputs: Selector, check_finite: bool
-) -> Tensor:
-    found = sparse_jacobian(model, input, picks, outputs, tangent)
-    if check_finite:
-        _check_block("modjac", found.matrix.values(), "the output", "the parameters")
-    return found.matrix
 
 
 def _arranged(recorded: Recording, blocks: Blocks, flat: bool) -> Any:
@@ -392,8 +385,6 @@ def _check_blocks(call: str, recorded: Recording, blocks: Blocks, todo: str = ""
 
 
 def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
-    if not is_finite(block):
-        raise NonFiniteError(
-            f"{call}: in the Jacobian of {output} by {by}, {where_first(block)}; the output itself is "
-            f"finite.{_FINITE_TODO}"
-        )
+    require_finite(
+        block, f"{call}: in the Jacobian of {output} by {by}", f"; the output itself is finite.{_FINITE_TODO}"
+    )

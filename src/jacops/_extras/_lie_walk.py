@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
+from .._torch.protocol import parents_first
 from ..errors import NotDifferentiableError, warn
 from ._lie_groups import ALGEBRAS, Mended, exact_series, group_of, parts_of, storage_width
 
@@ -87,7 +88,7 @@ class Walk:
         edges = [_edge(t) if t.requires_grad else (None, 0) for t in tensors]
         known: dict[Any, list[EdgeKind | None]] = {None: [None]}
         ends = {node for node, _ in self.sources}
-        for node in _parents_first([node for node, _ in edges if node is not None], ends):
+        for node in parents_first([node for node, _ in edges if node is not None], ends):
             if node in ends:
                 known[node] = [self.sources.get((node, i)) for i in range(len(node._input_metadata))]
             else:
@@ -236,21 +237,6 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
     with arithmetic(True), torch._C.DisableTorchFunctionSubclass():
         edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
-
-
-def _parents_first(nodes: Sequence[Any], ends: set[Any]) -> list[Any]:
-    """Return all nodes behind `nodes`, each after the ones it was computed from; nothing behind `ends`."""
-    order, seen, stack = [], set(), [(node, False) for node in nodes]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            parents = () if node in ends else node.next_functions
-            stack.extend((parent, False) for parent, _ in parents if parent is not None and parent not in seen)
-    return order
 
 
 @restoring

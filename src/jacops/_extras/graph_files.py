@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -94,10 +94,25 @@ class _Draft:
         if self.chart is None:
             self.chart, self.since = chart, row.line
 
-    def vertex(self, row: _Row, name: int, pose: list[float]) -> None:
-        if name in self.vertices:
-            raise row.error(f"naming vertex {name} again", "each may stand there once")
-        self.vertices[name] = torch.tensor(pose, dtype=torch.float64)
+    def take(self, row: _Row, kind: _LineKind) -> None:
+        if kind.chart is not None:
+            self.use(kind.chart, row)
+        numbers = row.numbers(kind.ends + kind.pose + len(kind.order), kind.ends, kind.what)
+        ends, rest = [int(n) for n in numbers[: kind.ends]], numbers[kind.ends :]
+        if kind.chart is None:
+            self.equivalent.append((row, ends[0], ends[1]))
+            return
+        pose = kind.stored(row, rest[: kind.pose])
+        if len(ends) == 1:
+            if ends[0] in self.vertices:
+                raise row.error(f"naming vertex {ends[0]} again", "each may stand there once")
+            self.vertices[ends[0]] = torch.tensor(pose, dtype=torch.float64)
+            return
+        if ends[0] == ends[1]:
+            raise row.error(f"from {ends[0]} to itself", "two poses are needed")
+        self.edges.append((row, ends[0], ends[1]))
+        self.measured.append(pose)
+        self.upper.append([rest[kind.pose + i] for i in kind.order])
 
 
 def read_toro(path: File) -> PoseGraph:
@@ -124,31 +139,7 @@ def read_toro(path: File) -> PoseGraph:
         tensor([[0., 0., 0.],
                 [1., 0., 0.]], dtype=torch.float64)
     """
-    draft = _Draft(Path(path))
-    for row in _rows(path):
-        if row.tag in ("VERTEX2", "VERTEX"):
-            draft.use(SE2, row)
-            name, *pose = row.numbers(4, 1, "id x y angle")
-            draft.vertex(row, int(name), pose)
-        elif row.tag == "VERTEX3":
-            draft.use(SE3, row)
-            name, *pose = row.numbers(7, 1, "id x y z roll pitch yaw")
-            draft.vertex(row, int(name), _from_angles(pose))
-        elif row.tag in ("EDGE2", "EDGE"):
-            draft.use(SE2, row)
-            a, b, *rest = row.numbers(11, 2, "from to x y angle xx xy yy tt xt yt")
-            xx, xy, yy, tt, xt, yt = rest[3:]
-            _edge(draft, row, a, b, rest[:3], [xx, xy, xt, yy, yt, tt])
-        elif row.tag == "EDGE3":
-            draft.use(SE3, row)
-            a, b, *rest = row.numbers(29, 2, "from to x y z roll pitch yaw and 21 numbers of the information matrix")
-            _edge(draft, row, a, b, _from_angles(rest[:6]), rest[6:])
-        elif row.tag == "EQUIV":
-            a, b = row.numbers(2, 2, "id id")
-            draft.equivalent.append((row, int(a), int(b)))
-        else:
-            raise row.error("not known", "a TORO file has VERTEX2, EDGE2, VERTEX3, EDGE3 and EQUIV lines")
-    return _finished(draft)
+    return _read(path, _TORO, "a TORO file has VERTEX2, EDGE2, VERTEX3, EDGE3 and EQUIV lines")
 
 
 def read_g2o(path: File) -> PoseGraph:
@@ -165,39 +156,15 @@ def read_g2o(path: File) -> PoseGraph:
     Raises:
         DataError: A line is malformed; the message says which. Nothing is half-read.
     """
-    draft = _Draft(Path(path))
-    for row in _rows(path):
-        if row.tag == "VERTEX_SE2":
-            draft.use(SE2, row)
-            name, *pose = row.numbers(4, 1, "id x y angle")
-            draft.vertex(row, int(name), pose)
-        elif row.tag == "VERTEX_SE3:QUAT":
-            draft.use(SE3, row)
-            name, *pose = row.numbers(8, 1, "id x y z qx qy qz qw")
-            draft.vertex(row, int(name), _unit(row, pose))
-        elif row.tag == "EDGE_SE2":
-            draft.use(SE2, row)
-            a, b, *rest = row.numbers(11, 2, "from to x y angle and 6 numbers of the information matrix")
-            _edge(draft, row, a, b, rest[:3], rest[3:])
-        elif row.tag == "EDGE_SE3:QUAT":
-            draft.use(SE3, row)
-            a, b, *rest = row.numbers(30, 2, "from to x y z qx qy qz qw and 21 numbers of the information matrix")
-            _edge(draft, row, a, b, _unit(row, rest[:7]), rest[7:])
-        elif row.tag != "FIX":
-            known = "VERTEX_SE2, EDGE_SE2, VERTEX_SE3:QUAT, EDGE_SE3:QUAT and FIX"
-            raise row.error("not known", f"this reader knows {known} lines")
-    return _finished(draft)
+    known = "VERTEX_SE2, EDGE_SE2, VERTEX_SE3:QUAT, EDGE_SE3:QUAT and FIX"
+    return _read(path, _G2O, f"this reader knows {known} lines")
 
 
-def _edge(draft: _Draft, row: _Row, a: float, b: float, measured: list[float], upper: list[float]) -> None:
-    if a == b:
-        raise row.error(f"from {int(a)} to itself", "two poses are needed")
-    draft.edges.append((row, int(a), int(b)))
-    draft.measured.append(measured)
-    draft.upper.append(upper)
+def _as_written(row: _Row, pose: list[float]) -> list[float]:
+    return pose
 
 
-def _from_angles(pose: list[float]) -> list[float]:
+def _from_angles(row: _Row, pose: list[float]) -> list[float]:
     """Return translation and quaternion from x y z roll pitch yaw."""
     turns = torch.diag(torch.tensor(pose[3:], dtype=torch.float64))
     x, y, z = SO3.exp(turns)
@@ -210,6 +177,58 @@ def _unit(row: _Row, pose: list[float]) -> list[float]:
     if abs(length - 1) > 1e-2:
         raise row.error(f"with a quaternion of length {length:.3g}", "length one is needed")
     return [*pose[:3], *(q / length for q in pose[3:])]
+
+
+@dataclass(frozen=True)
+class _LineKind:
+    """One kind of line.
+
+    Attributes:
+        chart: Of its pose; None for a pair of vertices that are one.
+        ends: How many vertices it names.
+        pose: How many numbers the pose has there.
+        what: All its numbers, in words.
+        stored: Turns them into the numbers that the chart stores.
+        order: Of the information matrix's upper triangle, row by row.
+    """
+
+    chart: Chart | None
+    ends: int
+    pose: int
+    what: str
+    stored: Callable[[_Row, list[float]], list[float]] = _as_written
+    order: tuple[int, ...] = ()
+
+
+_TRIANGLE = "numbers of the information matrix"
+_TORO: dict[str, _LineKind | None] = {
+    **dict.fromkeys(("VERTEX2", "VERTEX"), _LineKind(SE2, 1, 3, "id x y angle")),
+    "VERTEX3": _LineKind(SE3, 1, 6, "id x y z roll pitch yaw", _from_angles),
+    **dict.fromkeys(
+        ("EDGE2", "EDGE"),
+        _LineKind(SE2, 2, 3, "from to x y angle xx xy yy tt xt yt", order=(0, 1, 4, 2, 5, 3)),
+    ),
+    "EDGE3": _LineKind(SE3, 2, 6, f"from to x y z roll pitch yaw and 21 {_TRIANGLE}", _from_angles, tuple(range(21))),
+    "EQUIV": _LineKind(None, 2, 0, "id id"),
+}
+_G2O: dict[str, _LineKind | None] = {
+    "VERTEX_SE2": _LineKind(SE2, 1, 3, "id x y angle"),
+    "VERTEX_SE3:QUAT": _LineKind(SE3, 1, 7, "id x y z qx qy qz qw", _unit),
+    "EDGE_SE2": _LineKind(SE2, 2, 3, f"from to x y angle and 6 {_TRIANGLE}", order=tuple(range(6))),
+    "EDGE_SE3:QUAT": _LineKind(SE3, 2, 7, f"from to x y z qx qy qz qw and 21 {_TRIANGLE}", _unit, tuple(range(21))),
+    "FIX": None,
+}
+
+
+def _read(path: File, kinds: Mapping[str, _LineKind | None], known: str) -> PoseGraph:
+    draft = _Draft(Path(path))
+    for row in _rows(path):
+        if row.tag not in kinds:
+            raise row.error("not known", known)
+        kind = kinds[row.tag]
+        if kind is not None:
+            draft.take(row, kind)
+    return _finished(draft)
 
 
 def _finished(draft: _Draft) -> PoseGraph:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .._trees import select
 from ..errors import InputError
 from .parameters import Same, Structure
 
@@ -43,18 +44,12 @@ def _selected(output: Any, outputs: Any) -> Any:
     if hasattr(output, "shape"):
         if isinstance(index, str) or not output.ndim:
             raise InputError.of("outputs", repr(index), "indices along the output's last axis are needed")
-        length, asked = (
-            output.shape[-1],
-            index if isinstance(index, tuple) else (index,) if isinstance(index, int) else (),
-        )
+        length = output.shape[-1]
+        asked = index if isinstance(index, tuple) else (index,) if isinstance(index, int) else ()
         if any(not -length <= i < length for i in asked):  # JAX would clamp it
             raise InputError.of("outputs", repr(outputs), f"the last axis of the output has {length} entries")
         return output[..., np.asarray(index) if isinstance(index, tuple) else index]
-    try:
-        return tuple(output[key] for key in index) if isinstance(index, tuple) else output[index]
-    except (KeyError, IndexError, TypeError):
-        known = list(output) if isinstance(output, dict) else range(len(output))
-        raise InputError.of("outputs", repr(outputs), f"the output has {known}") from None
+    return select(output, index)
 
 
 @lru_cache(maxsize=64)  # as above

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import jax
@@ -23,10 +24,11 @@ Rows = Callable[[Point, np.ndarray, int, SweepOptions], list[np.ndarray]]
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class JaxLinearization:
     """Pushes and pulls at one point; every product runs the function again, compiled.
 
-    Args:
+    Attributes:
         model: The compiled sweeps.
         point: Where they are taken.
         domain: What is differentiated by.
@@ -36,27 +38,38 @@ class JaxLinearization:
         options: Of the public call.
         outputs: What the function gave.
         connected: Whether a path leads from the output to the domain.
+        weights: None: arrays of JAX are not written into.
     """
 
-    weights = None  # arrays of JAX are not written into
+    model: Model
+    point: Point
+    domain: Space
+    codomain: Space
+    push: Rows
+    pull: Rows
+    options: SweepOptions
+    outputs: Sequence[Tensor] = ()
+    connected: bool = True
+    weights: None = None
 
-    def __init__(
-        self, model: Model, point: Point, domain: Space, codomain: Space, push: Rows, pull: Rows, options: SweepOptions,
-        outputs: Sequence[Tensor] = (), connected: bool = True,
-    ) -> None:  # fmt: skip
-        self.outputs = outputs
-        self.domain, self.codomain, self.call, self.options = domain, codomain, options.call, options
-        self._point, self._push, self._pull, self._connected = point, push, pull, connected
-        self.routes = {options.call: "JAX, compiled" if model.compiled else "JAX, row by row, uncompiled"}
+    @property
+    def call(self) -> str:
+        """The public call."""
+        return self.options.call
+
+    @cached_property
+    def routes(self) -> dict[str, str]:
+        """How products are computed."""
+        return {self.call: "JAX, compiled" if self.model.compiled else "JAX, row by row, uncompiled"}
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the batch; the parameters are the model's own."""
-        return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves((self._point.x, self._point.y)))
+        return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves((self.point.x, self.point.y)))
 
     def is_connected(self) -> bool:
         """Return whether a path leads from the output to anything it is differentiated by."""
-        return self._connected
+        return self.connected
 
     def push_rows(self, rows: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
         """Return `J v` for rows of `v`.
@@ -65,7 +78,7 @@ class JaxLinearization:
             InputError: A graph is asked for.
         """
         self._refuse_graph(create_graph)
-        return self.codomain.split(self._swept(self._push, self.domain.join(rows), self.codomain))
+        return self.codomain.split(self._swept(self.push, self.domain.join(rows), self.codomain))
 
     def pull_rows(
         self, rows: Sequence[Tensor], create_graph: bool = False, out: list[Tensor] | None = None
@@ -76,14 +89,14 @@ class JaxLinearization:
             InputError: A graph is asked for.
         """
         self._refuse_graph(create_graph)
-        found = self.domain.split(self._swept(self._pull, self.codomain.join(rows), self.domain))
+        found = self.domain.split(self._swept(self.pull, self.codomain.join(rows), self.domain))
         for into, part in zip(out or (), found, strict=False):
             into.copy_(part)
         return found
 
     def _swept(self, sweep: Rows, rows: Tensor, space: Space) -> Tensor:
         shape = (rows.shape[0], space.dim)
-        chunks = sweep(self._point, to_numpy(rows), space.dim, self.options) if all(shape) else []
+        chunks = sweep(self.point, to_numpy(rows), space.dim, self.options) if all(shape) else []
         return filled(chunks, shape, space.dtype) if chunks else torch.zeros(shape, dtype=space.dtype)
 
     def _refuse_graph(self, create_graph: bool) -> None:

@@ -7,16 +7,3 @@ from .crossing import to_numpy
 from .function import JaxFunction, JaxLoss
 from .origins import GradientOrigin, directions_of, origin_of, remember
 from .results import check_rows, finite_gradient
-
-__all__ = [
-    "Apply",
-    "GradientOrigin",
-    "JaxFunction",
-    "JaxLoss",
-    "check_rows",
-    "directions_of",
-    "finite_gradient",
-    "origin_of",
-    "remember",
-    "to_numpy",
-]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from torch import Tensor
 
-from .._finite import check_outputs, is_finite, where_first
+from .._finite import check_outputs, require_finite
 from .._space import Space
 from ..errors import NonFiniteError
 from .crossing import to_torch
@@ -28,13 +28,8 @@ def check_rows(call: str, rows: Tensor, space: Space) -> None:
     Raises:
         NonFiniteError: Some do; the message names the parameter.
     """
-    if is_finite(rows):
-        return
     for name, part in zip(space.names, space.split(rows), strict=True):
-        if not is_finite(part):
-            raise NonFiniteError(
-                f"{call}: in the derivative's part for {name}, {where_first(part)} (first axis: row of the result)."
-            )
+        require_finite(part, f"{call}: in the derivative's part for {name}", " (first axis: row of the result).")
 
 
 def finite_loss(model: Model, value: Any, point: Point, call: str) -> float:

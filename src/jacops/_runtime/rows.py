@@ -40,6 +40,15 @@ def rows_size(rows: Tensor) -> Tensor:
     return norms
 
 
+def stacked(grads: Sequence[Tensor | None]) -> Tensor | None:
+    """Return gradients of several passes as rows, zeros where a pass gave none; those of one pass are not copied."""
+    like = next((g for g in grads if g is not None), None)
+    if like is None:
+        return None
+    full = [torch.zeros_like(like) if g is None else plain(g) for g in grads]
+    return full[0].unsqueeze(0) if len(full) == 1 else torch.stack(full)
+
+
 def basis(like: Tensor, where: slice) -> Tensor:
     """Return unit vectors `(k, *like)` for the flat entries `where`."""
     many = where.stop - where.start

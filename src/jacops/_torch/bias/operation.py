@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._runtime.contexts import random_state_kept
+from ..._runtime.contexts import random_state_kept, random_states, set_random_states
 from .companions import wide
 
 
@@ -121,7 +121,7 @@ class OperationCall:
         self._args = dict(zip(self.kind.names, args, strict=False)) | kwargs
         self._positional = len(args)
         self.written = [t for name in self.kind.written for t in tensors_in(self._args.get(name)) if is_followed(t)]
-        self._random = _random_states() if self.kind.draws else None
+        self._random = random_states() if self.kind.draws else None
         # Copies: what these hold now is gone once the operation has run.
         self._values = {id(t): t.detach().to(wide(t), copy=True) for t in self.written}
 
@@ -183,14 +183,8 @@ class OperationCall:
             yield
             return
         with random_state_kept():
-            torch.set_rng_state(self._random[0])
-            if self._random[1]:
-                torch.cuda.set_rng_state_all(self._random[1])
+            set_random_states(self._random)
             yield
-
-
-def _random_states() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def _made(output: Any, written: Sequence[Tensor]) -> list[Tensor]:

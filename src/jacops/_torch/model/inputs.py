@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..._requirements import check_choice
 from ..._runtime.contexts import out_of_inference
 from ..._trees import flatten, is_differentiable
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
@@ -22,9 +23,7 @@ def check_fallback(fallback: str) -> str:
     Raises:
         InputError: It is not.
     """
-    if fallback not in ("warn", "silent", "error"):
-        raise InputError.of("fallback", repr(fallback), "one of 'warn', 'silent', 'error' is needed")
-    return fallback
+    return check_choice("fallback", fallback, ("warn", "silent", "error"))
 
 
 def check_params(params: Any, empty: bool = False) -> list[Tensor]:
@@ -150,13 +149,9 @@ def refuse_arrays(value: Any) -> None:
     Raises:
         InputTypeError: There is one; the message names it.
     """
-    for leaf, name in zip(*_named(value), strict=True):
+    leaves, tree = flatten(value, "input")
+    for leaf, name in zip(leaves, tree.names, strict=True):
         if isinstance(leaf, np.ndarray) or (isinstance(value, list) and isinstance(leaf, int | float)):
             came = "an array" if isinstance(leaf, np.ndarray) else "a number in a list"
             came = f"{came} ({type(leaf).__name__})"
             raise InputTypeError.of(name, came, "a tensor is needed", "Convert it with torch.as_tensor(array.copy()).")
-
-
-def _named(value: Any) -> tuple[list[Any], tuple[str, ...]]:
-    leaves, tree = flatten(value, "input")
-    return leaves, tree.names

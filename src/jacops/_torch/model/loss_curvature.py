@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def positive_everywhere(product: Rows, outputs: Sequence[Tensor], replay: Callab
         replay: Makes the same products in float64 where the outputs are narrower. There rounding hides the sign of
             what is small, and a row is judged by its own scale.
     """
-    total, like = sum(o.numel() for o in outputs), torch.empty(0, dtype=_widest(outputs), device=outputs[0].device)
+    total, widest = sum(o.numel() for o in outputs), reduce(torch.promote_types, [o.dtype for o in outputs])
+    like = torch.empty(0, dtype=widest, device=outputs[0].device)
     if total == 0:
         return True
     exact = like.dtype == torch.float64
@@ -169,13 +171,6 @@ def _by_sample(outputs: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
     lengths = {o.shape[0] if o.ndim else -1 for o in outputs}
     n = lengths.pop() if len(lengths) == 1 else 1
     return torch.cat([where.reshape(max(n, 1), -1) for where in places], 1)
-
-
-def _widest(outputs: Sequence[Tensor]) -> torch.dtype:
-    dtype = outputs[0].dtype
-    for output in outputs[1:]:
-        dtype = torch.promote_types(dtype, output.dtype)
-    return dtype
 
 
 def _replayed(product: Rows, replay: Callable[[], Rows], like: Tensor, many: int) -> Rows | None:

@@ -20,6 +20,7 @@ from ..._ladder.route import answer
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import sweeping
 from ..._runtime.restoring import restoring
+from ..._runtime.rows import stacked
 from .ask import SweepAsk
 from .linearization import Linearization
 
@@ -131,7 +132,7 @@ class SingleEdges:
     def value(self, ask: EdgeAsk) -> list[Tensor | None]:
         """Return `(m, …)` at every edge."""
         alone = [ask.sweep([c[i] for c in ask.rows]) for i in range(ask.many)]
-        return [_rows([grads[e] for grads in alone]) for e in range(len(ask.edges))]
+        return [stacked(grads) for grads in zip(*alone, strict=True)]
 
 
 TO_EDGES = (BatchedEdges(), SingleEdges())
@@ -149,12 +150,3 @@ def _or_zero(tensor: Tensor | None, other: Tensor | None) -> Tensor:
     if tensor is not None:
         return tensor
     return torch.zeros(()) if other is None else torch.zeros_like(other)
-
-
-def _rows(grads: Sequence[Tensor | None]) -> Tensor | None:
-    """Return gradients of several passes as one tensor; those of one pass are not copied."""
-    like = next((g for g in grads if g is not None), None)
-    if like is None:
-        return None
-    full = [torch.zeros_like(like) if g is None else g for g in grads]
-    return full[0].unsqueeze(0) if len(full) == 1 else torch.stack(full)

@@ -7,7 +7,6 @@ The adjoint identity `<u, J v> = <Jᵀu, v>` then holds the push against the pla
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from ..._ladder.plan import Cost
 from ..._runtime.agreement import inner, size
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
-from ..._runtime.rows import Rows, dense, plain, rows_size, zero_rows
+from ..._runtime.rows import Rows, dense, plain, rows_size, stacked, zero_rows
 from ..._runtime.side_effects import unwatched
 from .ask import SweepAsk
 
@@ -49,7 +48,6 @@ class DoubleBackward:
         self.seeds: Rows = []
         self.grads: list[Tensor | None] = []
         self.sizes: list[float] = []
-        self.seconds = 0.0
         if self.live:
             self._record(lin)
 
@@ -61,9 +59,7 @@ class DoubleBackward:
                 self.seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(self.live)]
             lin.sweeps += 1
             options = {"create_graph": True, "retain_graph": True, "allow_unused": True}
-            started = time.perf_counter()
             grads = attempt(lambda: torch.autograd.grad(self.live, targets, self.seeds, **options))
-            self.seconds = time.perf_counter() - started  # about what one push takes
             self.grads = [dense(g) for g in grads]
             with unwatched():
                 self.sizes = [size(g) for g in self.grads if g is not None]
@@ -97,10 +93,7 @@ class DoubleBackward:
             if batched:
                 return list(sweep(tangents))
             each = [sweep([t[i] for t in tangents]) for i in range(tangents[0].shape[0])]
-        if len(each) == 1:
-            return [None if r is None else plain(r).unsqueeze(0) for r in each[0]]
-        columns = list(zip(*each, strict=True))
-        return [None if column[0] is None else torch.stack([plain(c) for c in column]) for column in columns]
+        return [stacked(column) for column in zip(*each, strict=True)]
 
 
 class AdjointOfItsPull:
@@ -164,11 +157,8 @@ class BatchedDoubleBackward(OneByOneDoubleBackward):
         return "" if ask.many == 1 or (ask.create_graph and ask.lin.graph_info.functions) else None
 
     def value(self, ask: SweepAsk) -> Rows:
-        """Return `(k, *output)` per output; passes that were measured slower twice are refused from then on."""
-        own, started = ask.lin.double_backward, time.perf_counter()
-        pushed = own.push(ask.lin, ask.rows, ask.create_graph, batched=True)
-        ask.lin.time_batched(ask.question, self.name, time.perf_counter() - started, ask.many * own.seconds)
-        return pushed
+        """Return `(k, *output)` per output."""
+        return ask.lin.double_backward.push(ask.lin, ask.rows, ask.create_graph, batched=True)
 
 
 def adjoint_error(

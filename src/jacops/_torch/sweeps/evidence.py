@@ -169,7 +169,7 @@ def hold(found: Sequence[NeutralEntries]) -> bool:
             key = (id(owner), kind)
             entries = looked_up.get(key)
             if entries is None:
-                entries = looked_up[key] = getattr(_Entries(owner), kind)()
+                entries = looked_up[key] = _ENTRIES[kind](owner)
             tensor = entries[name] if name in entries else None  # noqa: SIM401 - a ScriptModule's mapping has no `get`
             if not kept.holds(tensor) and not _is_log(name, kept, tensor):
                 return False
@@ -207,30 +207,11 @@ def _flat(tensor: Tensor) -> Tensor:
 def _tensors(function: Any) -> Iterator[tuple[Place, Tensor]]:
     """Yield the tensors that are read from outside, each with the place where it is held."""
     seen: set[int] = set()
-    for owner, entries in _owners(function, _DEPTH):
-        for name, value in list(entries().items()):
+    for owner, kind in _owners(function, _DEPTH):
+        for name, value in list(_ENTRIES[kind](owner).items()):
             if isinstance(value, Tensor) and id(value) not in seen:
                 seen.add(id(value))
-                yield Place(weakref.ref(owner), entries.__name__, name), value
-
-
-class _Entries:
-    """The places of an object in which tensors are kept, each as a mapping."""
-
-    def __init__(self, owner: Any) -> None:
-        self._owner = owner
-
-    def parameters(self) -> Mapping[Any, Any]:
-        return self._owner._parameters
-
-    def buffers(self) -> Mapping[Any, Any]:
-        return self._owner._buffers
-
-    def attributes(self) -> Mapping[Any, Any]:
-        return dict(_held(vars(self._owner), _CONTAINERS))
-
-    def captured(self) -> Mapping[Any, Any]:
-        return dict(_held(captured(self._owner), _CONTAINERS))
+                yield Place(weakref.ref(owner), kind, name), value
 
 
 def _held(entries: Mapping[Any, Any], depth: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
@@ -258,6 +239,15 @@ def captured(function: Any) -> dict[str, Any]:
             continue
     found |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
     return found | {f"default {name}": value for name, value in (function.__kwdefaults__ or {}).items()}
+
+
+# The places of an object in which tensors are kept, each as a mapping.
+_ENTRIES: dict[str, Callable[[Any], Mapping[Any, Any]]] = {
+    "parameters": lambda owner: owner._parameters,
+    "buffers": lambda owner: owner._buffers,
+    "attributes": lambda owner: dict(_held(vars(owner), _CONTAINERS)),
+    "captured": lambda owner: dict(_held(captured(owner), _CONTAINERS)),
+}
 
 
 def _as_tensor(value: Any) -> Tensor | None:
@@ -290,16 +280,15 @@ def _methods(module: nn.Module) -> Iterator[Any]:
             yield value
 
 
-def _owners(function: Any, depth: int) -> Iterator[tuple[Any, Callable[[], Mapping[Any, Any]]]]:
+def _owners(function: Any, depth: int) -> Iterator[tuple[Any, str]]:
     if isinstance(function, nn.Module):
         for module in function.modules():
-            entries = _Entries(module)
-            yield module, entries.parameters
-            yield module, entries.buffers
+            yield module, "parameters"
+            yield module, "buffers"
             if depth and not isinstance(module, torch.jit.ScriptModule) and not _is_of_torch(type(module)):
-                yield module, entries.attributes  # those of torch's own modules show in the graph
+                yield module, "attributes"  # those of torch's own modules show in the graph
                 for method in _methods(module):
-                    yield method, _Entries(method).captured
+                    yield method, "captured"
     elif depth and isinstance(function, partial):
         for part in (function.func, *function.args, *function.keywords.values()):
             yield from _owners(part, depth - 1)
@@ -307,9 +296,9 @@ def _owners(function: Any, depth: int) -> Iterator[tuple[Any, Callable[[], Mappi
         yield from _owners(function.__self__, depth - 1)
         yield from _owners(function.__func__, depth - 1)
     elif depth and inspect.isfunction(function):
-        yield function, _Entries(function).captured
+        yield function, "captured"
         for value in captured(function).values():
             if isinstance(value, nn.Module | partial) or inspect.isfunction(value) or inspect.ismethod(value):
                 yield from _owners(value, depth - 1)
     elif depth and hasattr(function, "__dict__") and not isinstance(function, type):
-        yield function, _Entries(function).attributes
+        yield function, "attributes"

@@ -36,7 +36,7 @@ def gradient_tape(found: Recording, call: str) -> Linearization:
     with sweeping(lin.outputs[0]):
         seed = torch.ones_like(lin.outputs[0]).requires_grad_()
         grads = lin.pull([seed], create_graph=True)
-    full = [_or_zero(g, leaf) for g, leaf in zip(grads, lin.leaves, strict=True)]
+    full = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
     names = [f"d loss / d {name}" for name in lin.domain.names]
     gradient = lin.to(full, names, call)
     _check_twice(lin, gradient, call)
@@ -62,7 +62,7 @@ def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None
     u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))
 
     def products() -> list[Tensor]:
-        return [*_pulled(gradient, u), *_pulled(gradient, v)]
+        return [*gradient.gradient(u), *gradient.gradient(v)]
 
     found = products()
     check_finite(call, found, 2 * gradient.domain.names, lin)
@@ -79,14 +79,6 @@ def _crossed(u: list[Tensor], v: list[Tensor], found: list[Tensor]) -> list[tupl
     """Return the pairs of which inner products are taken for `<v, H u> - <u, H v>`, with their signs."""
     along_u, along_v = found[: len(u)], found[len(u) :]
     return [(a, b, 1) for a, b in zip(v, along_u, strict=True)] + [(a, b, -1) for a, b in zip(u, along_v, strict=True)]
-
-
-def _pulled(lin: Linearization, cotangents: list[Tensor]) -> list[Tensor]:
-    return [_or_zero(g, leaf) for g, leaf in zip(lin.pull(cotangents), lin.leaves, strict=True)]
-
-
-def _or_zero(grad: Tensor | None, leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if grad is None else grad
 
 
 def asymmetric(call: str, error: float, functions: Sequence[str]) -> NotDifferentiableError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -94,8 +94,7 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
     """Walk the graph behind `tensors` once."""
     numbers: dict[Any, int] = {}
     wiring: list[Any] = []
-    stack, functions, refuses = [], {}, False
-    leaves = set()
+    stack, functions, leaves, refuses = [], {}, set(), False
     for tensor in tensors:
         root = tensor.grad_fn
         wiring.append(tensor.output_nr)
@@ -110,12 +109,10 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
         kind = _kinds.get(type(node)) or _kind(node)
         add(type(node))
         for parent, number in node.next_functions:
-            place = None
-            if parent is not None:
-                place = numbers.get(parent)
-                if place is None:
-                    place = numbers[parent] = len(numbers)
-                    stack.append(parent)
+            place = None if parent is None else numbers.get(parent)
+            if place is None and parent is not None:
+                place = numbers[parent] = len(numbers)
+                stack.append(parent)
             add((place, number) if number else place)
         if kind.scalars is not None:
             add(_frozen(kind.scalars(node)))
@@ -140,6 +137,23 @@ def _context(node: Any) -> Any:
     """Return the numbers, flags and words that a Python Function keeps on its context."""
     kept = getattr(node, "__dict__", None) or {}
     return tuple((name, value) for name, value in kept.items() if isinstance(value, _PLAIN))
+
+
+def parents_first(roots: Iterable[Any], ends: Collection[Any] = ()) -> list[Any]:
+    """Return all nodes behind `roots`, each after those it was computed from; nothing behind `ends`."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack = [(root, False) for root in roots]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            if node not in ends:
+                stack.extend((parent, False) for parent, _ in node.next_functions if parent is not None)
+    return order
 
 
 def reaches(tensor: Tensor, leaves: Iterable[Tensor]) -> bool:

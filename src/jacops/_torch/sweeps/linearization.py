@@ -20,7 +20,7 @@ from ..._runtime.agreement import tolerance
 from ..._runtime.chunks import to_a_pass
 from ..._runtime.contexts import must_surface, sweeping
 from ..._runtime.restoring import restoring
-from ..._runtime.rows import Rows, basis, contracted, dense, plain, zero_rows
+from ..._runtime.rows import Rows, basis, contracted, dense, plain, stacked, zero_rows
 from ..._runtime.side_effects import SideEffects
 from ..._space import Space
 from ...errors import JacopsError
@@ -167,6 +167,11 @@ class Linearization:
             merged[index] = extra if own is None else own if extra is None else own + extra
         return merged
 
+    def gradient(self, cotangents: Sequence[Tensor | None]) -> Rows:
+        """Return one gradient per leaf by one backward pass, zeros where no path leads to the leaf."""
+        pulled = zip(self.pull(cotangents), self.leaves, strict=True)
+        return [torch.zeros_like(plain(leaf)) if g is None else plain(g) for g, leaf in pulled]
+
     # ---- many cotangents -------------------------------------------------------------------------------------
 
     def pull_rows(
@@ -187,11 +192,12 @@ class Linearization:
 
     def stacked(self, grads: list[Tensor | None], leaf: int) -> Tensor:
         """Return gradients by one leaf as rows, zeros where no path leads to it."""
-        shape, dtype, device = self.domain.shapes[leaf], self.domain.dtypes[leaf], self.domain.device
-        if all(g is None for g in grads):
-            return torch.zeros(len(grads), *shape, dtype=dtype, device=device)
-        full = [torch.zeros(shape, dtype=dtype, device=device) if g is None else plain(g) for g in grads]
-        return full[0].unsqueeze(0) if len(full) == 1 else torch.stack(full)
+        found = stacked(grads)
+        if found is not None:
+            return found
+        return torch.zeros(
+            len(grads), *self.domain.shapes[leaf], dtype=self.domain.dtypes[leaf], device=self.domain.device
+        )
 
     def filled(self, grads: Sequence[Tensor | None], many: int) -> Rows:
         """Return batched gradients with zeros where no path leads to a leaf."""
@@ -200,11 +206,6 @@ class Linearization:
             torch.zeros(many, *shape, dtype=dtype, device=self.domain.device) if g is None else plain(g)
             for g, (shape, dtype) in zip(grads, kinds, strict=True)
         ]
-
-    def time_batched(self, question: str, route: str, batched: float, alone: float) -> None:
-        """Leave batched sweeps where they were measured to be slower, on the processor."""
-        if self.domain.device.type == "cpu":
-            self.trust.compare(question, route, batched, alone)
 
     # ---- tangents --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..._runtime.agreement import tolerance, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rounding import is_rounding
-from ..._runtime.rows import plain
 from ..._runtime.side_effects import SideEffects
 from .linearization import Linearization
 
@@ -76,8 +75,7 @@ def coupled(lin: Linearization, blocks: list[list[Tensor]], where: slice, strict
     halves = by_digits(many) if strict else [_random_half(many)]
     for mask in (torch.ones(many, dtype=torch.bool), *halves):
         masked = [s * mask.to(s.device, s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in seeds]
-        pulled = zip(lin.leaves, lin.pull(masked), strict=True)
-        grads = [torch.zeros_like(leaf) if g is None else plain(g) for leaf, g in pulled]
+        grads = lin.gradient(masked)
         if any(bool((g[~mask.to(g.device)] != 0).any()) for g in grads):
             return "samples mix: the output of one depends on another"
         pairs = [(_applied(blocks, where, masked, j, g), g) for j, g in enumerate(grads)]
@@ -94,8 +92,7 @@ def coupled(lin: Linearization, blocks: list[list[Tensor]], where: slice, strict
 def disagrees(alone: Linearization, blocks: list[list[Tensor]], row: int) -> str | None:
     """Hold one sample's blocks against a plain backward pass over a run of it alone."""
     seeds, where = [private_noise(o, seed=i) for i, o in enumerate(alone.outputs)], slice(row, row + 1)
-    pulled = zip(alone.leaves, alone.pull(seeds), strict=True)
-    grads = [torch.zeros_like(leaf) if g is None else plain(g) for leaf, g in pulled]
+    grads = alone.gradient(seeds)
     rows = [s.reshape(1, *b[0].shape[1 : b[0].ndim - grads[0].ndim + 1]) for s, b in zip(seeds, blocks, strict=True)]
     pairs = [(_applied(blocks, where, rows, j, g), g) for j, g in enumerate(grads)]
     error = worst_disagreement(pairs)

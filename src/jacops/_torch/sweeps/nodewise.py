@@ -25,6 +25,7 @@ from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, plain
 from .ask import SweepAsk
 from .double_backward import adjoint_error
+from .graph import parents_first
 from .node_rules import Rule, rule_for
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _planned(starts: set[Place], ends: list[Place]) -> list[_Step]:
     """Return the steps from `starts` to `ends`, each once, in order."""
     moving: set[Any] = set()
     made: list[tuple[Any, tuple[Place | None, ...]]] = []
-    for node in _sorted([node for node, _ in ends]):
+    for node in parents_first(node for node, _ in ends):
         sources = tuple(edge if edge[0] in moving or edge in starts else None for edge in node.next_functions)
         if any(source is not None for source in sources):
             moving.add(node)
@@ -197,19 +198,3 @@ def _planned(starts: set[Place], ends: list[Place]) -> list[_Step]:
         spent = tuple(source for source in used if not uses[source])
         steps.append(_Step(node, rule_for(node), sources, spent))
     return steps
-
-
-def _sorted(roots: Sequence[Any]) -> list[Any]:
-    """Return all nodes behind `roots`, each after those it builds on."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack = [(root, False) for root in roots]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((parent, False) for parent, _ in node.next_functions if parent is not None)
-    return order

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..._runtime.contexts import sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, dense, plain
+from .graph import parents_first
 from .linear_nodes import is_linear
 
 
@@ -81,18 +82,12 @@ def _pulled(
 
 def _between(roots: list[Any], ends: set[Any]) -> list[Any]:
     """Return the nodes on paths from `roots` to `ends`, without these."""
-    reaches: dict[Any, bool] = {}
-    stack = [(root, False) for root in roots]
-    while stack:
-        node, done = stack.pop()
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if done:
-            reaches[node] = node in ends or any(reaches.get(parent, False) for parent in parents)
-        elif node not in reaches:
-            reaches[node] = False
-            stack.append((node, True))
-            stack += [(parent, False) for parent in parents if parent not in reaches]
-    return [node for node, does in reaches.items() if does and node not in ends]
+    reaching, between = set(ends), list[Any]()
+    for node in parents_first(roots):
+        if node not in ends and any(parent in reaching for parent, _ in node.next_functions):
+            reaching.add(node)
+            between.append(node)
+    return between[::-1]
 
 
 def _nonfinite(tensors: Sequence[Tensor | None]) -> list[int]:

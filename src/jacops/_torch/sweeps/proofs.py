@@ -6,7 +6,6 @@ or what it rests on (`evidence`) changes. So a model is recorded first, and only
 
 from __future__ import annotations
 
-import math
 import random
 import weakref
 from collections import OrderedDict
@@ -18,9 +17,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from torch import Tensor
 
+from ..._requirements import check_choice
 from ..._runtime.restoring import process_lock
 from ..._runtime.side_effects import SideEffects
-from ...errors import InputError
 from .evidence import NeutralEntries, Places, constants, hold, neutral, pattern
 from .graph import GraphInfo
 
@@ -89,8 +88,6 @@ class Proofs:
         effects: What the forward was seen to do besides arithmetic; None where it was not watched.
         widths: Numbers per sample that each submodule gives, where they were noted.
         split: The layer to cut at; absent where it was not looked for.
-        direction: `"reverse"` or `"forward"`, whichever was measured cheaper.
-        pull_seconds: What one plain pull takes.
         known: Further results of routes, by their own keys.
     """
 
@@ -99,13 +96,10 @@ class Proofs:
         self.effects: SideEffects | None = None
         self.widths: dict[str, int | None] = {}
         self.split: dict[str, str | None] = {}
-        self.direction: str | None = None
-        self.pull_seconds = math.inf
         self.known: Bounded[Any] = Bounded(_CLAIMS)
         self._function = function
         self._proved: Bounded[bool] = Bounded(_CLAIMS)
         self._refused: dict[tuple[str, str], _Refused] = {}
-        self._batched_was: dict[str, int] = {}  # slower so many times; -1: faster once
         self._rests_on: list[NeutralEntries] | None = None
         self._age = self._relied = 0
 
@@ -154,23 +148,6 @@ class Proofs:
         """Say whether `route` failed before."""
         known = self._refused.get((question, route))
         return known is not None and self._age < known.until
-
-    def compare(self, question: str, route: str, batched: float, alone: float) -> None:
-        """Note seconds of a batched sweep and of as many single ones; refuse batches that were slower twice.
-
-        Once is no proof: the first batched sweep of a process also sets up what it needs. Faster once ends the timing.
-        """
-        slower = self._batched_was.get(question, 0)
-        if batched <= alone < math.inf:
-            self._batched_was[question] = -1
-        elif batched > alone and slower >= 0:
-            self._batched_was[question] = slower + 1
-            if slower + 1 >= 2:
-                self.refuse(question, route, Refusal("batched passes were measured slower", loud=False))
-
-    def prefer_batches(self, question: str) -> None:
-        """Take batched sweeps without measuring them, where seconds are too few to tell anything."""
-        self._batched_was[question] = -1
 
     # ---- checks of single samples ------------------------------------------------------------------------------
 
@@ -344,8 +321,7 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
     Raises:
         InputError: `checks` is not one of the known words.
     """
-    if checks not in CHECKS:
-        raise InputError.of("checks", repr(checks), f"one of {CHECKS} is needed")
+    check_choice("checks", checks, CHECKS)
     if checks in ("always", "strict"):
         return ProofStore(checks, lambda: function, many)
     key = id(function)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -36,11 +35,11 @@ class MatchesPlain:
             RouteNotFiniteError: Values are not finite.
         """
         lin, many, tolerance = ask.lin, ask.many, ask.lin.tolerance
-        error, ask.verdicts.pull_seconds = _disagreement(lin, ask.rows, found, many)
+        error = _disagreement(lin, ask.rows, found, many)
         if tolerance < error < math.inf:
             # Rows that nearly cancel differ by rounding alone: noise, which does not cancel, has the last word.
             noise = [None if c is None else private_noise(c) for c in ask.rows]
-            error, _ = _disagreement(lin, noise, route.value(replace(ask, rows=noise, out=None)), many)
+            error = _disagreement(lin, noise, route.value(replace(ask, rows=noise, out=None)), many)
         if not error <= tolerance:
             if not math.isfinite(error):
                 raise RouteNotFiniteError("values are not finite")
@@ -48,21 +47,15 @@ class MatchesPlain:
         return error >= 0
 
 
-def _disagreement(
-    lin: Linearization, cotangents: Sequence[Tensor | None], rows: Rows, many: int
-) -> tuple[float, float]:
-    """Return how far a random mixture of rows is from a plain pass over it, and that pass's seconds."""
+def _disagreement(lin: Linearization, cotangents: Sequence[Tensor | None], rows: Rows, many: int) -> float:
+    """Return how far a random mixture of rows is from a plain pass over it."""
     weights = private_noise(torch.empty(many, dtype=torch.float64, device=lin.domain.device))
     seeds = [None if c is None else mixed(weights, c) for c in cotangents]
-    started = time.perf_counter()
-    plain_rows = lin.pull(seeds)
-    seconds = time.perf_counter() - started
-    full = [torch.zeros_like(r[0]) if g is None else plain(g) for g, r in zip(plain_rows, rows, strict=True)]
-    pairs = [(mixed(weights, r), g) for r, g in zip(rows, full, strict=True)]
+    pairs = [(mixed(weights, r), g) for r, g in zip(rows, lin.gradient(seeds), strict=True)]
     scales = [float(weights.abs().max()) * size(row) for row in rows]
     error = worst_disagreement(pairs, scales)
     lost = lin.tolerance < error < math.inf and is_rounding(lambda: lin.pull(seeds), pairs)
-    return -1.0 if lost or not any(scales) else error, seconds  # zeros and rounding decide nothing
+    return -1.0 if lost or not any(scales) else error  # zeros and rounding decide nothing
 
 
 class BatchedPull:
@@ -83,11 +76,9 @@ class BatchedPull:
         return f"{ask.many} cotangents in one batched pass, checked against a plain one"
 
     def value(self, ask: SweepAsk) -> Rows:
-        """Return `(k, *leaf)` per leaf; passes that were measured slower twice are refused from then on."""
-        lin, started = ask.lin, time.perf_counter()
-        grads = lin.pull(ask.rows, ask.create_graph, batched=True)
-        lin.time_batched(ask.question, self.name, time.perf_counter() - started, ask.many * ask.verdicts.pull_seconds)
-        return written(lin.filled(grads, ask.many), ask.out)
+        """Return `(k, *leaf)` per leaf."""
+        grads = ask.lin.pull(ask.rows, ask.create_graph, batched=True)
+        return written(ask.lin.filled(grads, ask.many), ask.out)
 
 
 class PlainPull:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from ..model.replica import Replica, bare, check_state, parameter_names, replica
 from .graph import reaches
 from .linearization import Linearization
 from .proofs import KeptProofs, ProofStore, identity_key, store_for
-from .weights import weights_of
+from .weights import Weights, weights_of
 
 Result = TypeVar("Result")
 
@@ -131,28 +132,29 @@ def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | 
     raise ModelStateError.of("model", came, "its forward must leave such tensors alone")
 
 
-def record_model(
-    model: Any,
-    value: Any,
-    *,
-    call: str,
-    parameters: Callable[[str, Tensor], bool] | None,
-    outputs: Selector = None,
-    at: At = None,
-    checks: str = "first",
-    fallback: str = "warn",
-    training: bool | None = None,
-    finish: Callable[[Any], Any] | None = None,
-    purpose: Any = None,
-    connected: bool = False,
-    shift: Mapping[str, Tensor] | None = None,
-    kept: bool = False,
-) -> Recording:
+def record_model(model: Any, value: Any, **options: Any) -> Recording:
     """Run a model once on private copies and record it.
 
     Args:
         model: The caller's module.
         value: Its input: a tuple or a mapping is unpacked, None is no argument.
+        options: `call=`, `parameters=` and more, as in `ModelRun`.
+
+    Raises:
+        ModelStateError: The model has no parameters to differentiate.
+        InputError: An input does not fit, `outputs` or `at` pick nothing.
+        NotDifferentiableError: Nothing among the inputs has a derivative.
+    """
+    return ModelRun(model, value, **options).recorded()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelRun:
+    """One run of a model that is recorded.
+
+    Args:
+        model: As in `record_model`.
+        value: As in `record_model`.
         call: The public call on whose behalf this is done.
         parameters: Which parameters are the leaves; None takes the floating-point inputs instead.
         outputs: Which part of the output.
@@ -165,76 +167,118 @@ def record_model(
         connected: Keep the result connected to the caller's trainable parameters, for derivatives of derivatives.
         shift: Added to the private copies of parameters, by name, for finite differences.
         kept: The recording is kept for later products, so the caller may write into the weights meanwhile.
-
-    Raises:
-        ModelStateError: The model has no parameters to differentiate.
-        InputError: An input does not fit, `outputs` or `at` pick nothing.
-        NotDifferentiableError: Nothing among the inputs has a derivative.
     """
-    refuse_transforms()  # before weights are copied: inside one, copies have no memory of their own
-    module = bare(model)
-    check_state(module)
-    check_fallback(fallback)
-    refuse_arrays(value)
-    chosen = {n: p for n, p in parameter_names(module).items() if parameters is not None and parameters(n, p)}
-    if parameters is not None and not chosen:
-        came = f"a {type(module).__name__} without parameters to differentiate"
-        raise ModelStateError.of("model", came, "at least one must be a floating-point parameter that is asked for")
-    values, input_tree = flatten(value, "input")
-    tensors = [t for t in values if isinstance(t, Tensor)]
-    key = setting(module, tensors, "whole", training, at, identity_key(outputs), identity_key(purpose))
-    weights = weights_of(module) if kept else None
-    copies = {} if weights is None else weights.copies(module)
-    store = store_for(module, key, checks, _rows(tensors))
+
+    model: Any = field(kw_only=False)
+    value: Any = field(kw_only=False)
+    call: str
+    parameters: Callable[[str, Tensor], bool] | None
+    outputs: Selector = None
+    at: At = None
+    checks: str = "first"
+    fallback: str = "warn"
+    training: bool | None = None
+    finish: Callable[[Any], Any] | None = None
+    purpose: Any = None
+    connected: bool = False
+    shift: Mapping[str, Tensor] | None = None
+    kept: bool = False
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The module itself, without what wraps it."""
+        return bare(self.model)
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """Notes the weights of a recording that is kept, so that a write into them shows."""
+        return weights_of(self.module) if self.kept else None
+
+    @cached_property
+    def chosen(self) -> dict[str, Tensor]:
+        """The parameters that are differentiated, by name."""
+        picks = self.parameters
+        return {n: p for n, p in parameter_names(self.module).items() if picks is not None and picks(n, p)}
+
+    def recorded(self) -> Recording:
+        """Return the recording, watched where it is not known what the forward does besides arithmetic."""
+        refuse_transforms()  # before weights are copied: inside one, copies have no memory of their own
+        module = self.module
+        check_state(module)
+        check_fallback(self.fallback)
+        refuse_arrays(self.value)
+        if self.parameters is not None and not self.chosen:
+            came = f"a {type(module).__name__} without parameters to differentiate"
+            needed = "at least one must be a floating-point parameter that is asked for"
+            raise ModelStateError.of("model", came, needed)
+        tensors = [t for t in flatten(self.value, "input")[0] if isinstance(t, Tensor)]
+        purposes = identity_key(self.outputs), identity_key(self.purpose)
+        key = setting(module, tensors, "whole", self.training, self.at, *purposes)
+        weights = self.weights
+        copies = {} if weights is None else weights.copies(module)
+        store = store_for(module, key, self.checks, _rows(tensors))
+        found = watched(store, partial(self._record, copies), [*module.parameters(), *copies.values()])
+        if weights is not None:
+            found.lin.trust = KeptProofs(found.lin.trust, lambda: weights.changed_in(module) is None)
+        return found
 
     @restoring
-    def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
-        noted: dict[str, Any] = {}
+    def _record(
+        self, copies: dict[int, Tensor], effects: SideEffects, watch: SideEffectWatch | None
+    ) -> tuple[Recording, Linearization]:
         replica = replicate(
-            module,
-            wrt=lambda n, p: n in chosen,
-            training=training,
-            connected=connected,
+            self.module,
+            wrt=lambda n, p: n in self.chosen,
+            training=self.training,
+            connected=self.connected,
             cloned=effects.writes,
             copies={} if effects.writes else copies,  # clones are the forward's to write into, copies are not
         )
         with recording(), random_state_kept(), watch or nullcontext():
-            # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks
-            # for one.
-            copied, noted["inputs"] = private_inputs(value, connected)
-            for name, change in (shift or {}).items():
-                replica.parameters[name].data = replica.originals[name].detach() + change
-            hooked = Cut(replica.module, at)
-            args, kwargs = split_input(copied)
-            with hooked.active(), forward_explained(module, tensors):
-                output = hooked.result(replica(args, kwargs))
-            noted["hidden"] = hooked.leaves
-            output = select(output, outputs)
-            output = finish(output) if finish is not None else output
-        leaves, names, aliased_leaves = _leaves(replica, chosen, noted, at, connected)
-        outputs_flat, tree = output_leaves(output)
-        lin = Linearization(
-            leaves,
-            outputs_flat,
-            leaf_names=names,
-            output_names=tree.names,
-            call=call,
-            private=True,
-            fallback=fallback,
-            coarse=autocast_on(outputs_flat),
-        )
-        lin.weights = weights
-        lin.protected = [p for p in module.parameters() if p.requires_grad]
+            output, inputs, hidden = self._forward(replica)
+        leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
+        outputs, tree = output_leaves(output)
+        options = {"call": self.call, "fallback": self.fallback, "coarse": autocast_on(outputs)}
+        lin = Linearization(leaves, outputs, leaf_names=names, output_names=tree.names, private=True, **options)
+        lin.weights = self.weights
+        lin.protected = [p for p in self.module.parameters() if p.requires_grad]
         # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
         lin.aliased_leaves = tuple((i, p) for i, p in aliased_leaves if id(p) in lin.graph_info.leaves)
+        values, input_tree = flatten(self.value, "input")
         given = dict(zip(input_tree.names, values, strict=True))
-        inputs = {id(given[name]): (given[name], leaf) for name, leaf in noted["inputs"]}
-        return Recording(lin, tree, output, inputs), lin
+        return Recording(lin, tree, output, {id(given[name]): (given[name], leaf) for name, leaf in inputs}), lin
 
-    found = watched(store, record, [*module.parameters(), *copies.values()])
-    if weights is not None:
-        found.lin.trust = KeptProofs(found.lin.trust, lambda: weights.changed_in(module) is None)
-    return found
+    def _forward(self, replica: Replica) -> tuple[Any, list[tuple[str, Tensor]], list[Tensor]]:
+        """Return the output, the inputs that have derivatives by name, and the leaves inside of the model."""
+        # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks for one.
+        copied, inputs = private_inputs(self.value, self.connected)
+        for name, change in (self.shift or {}).items():
+            replica.parameters[name].data = replica.originals[name].detach() + change
+        hooked = Cut(replica.module, self.at)
+        args, kwargs = split_input(copied)
+        tensors = [t for t in flatten(self.value, "input")[0] if isinstance(t, Tensor)]
+        with hooked.active(), forward_explained(self.module, tensors):
+            output = hooked.result(replica(args, kwargs))
+        output = select(output, self.outputs)
+        return output if self.finish is None else self.finish(output), inputs, hooked.leaves
+
+    def _leaves(
+        self, replica: Replica, inputs: list[tuple[str, Tensor]], hidden: list[Tensor]
+    ) -> tuple[list[Tensor], list[str], list[tuple[int, Tensor]]]:
+        chosen, at = self.chosen, self.at
+        if chosen:
+            names = list(chosen)
+            # A connected copy leads back to the caller's parameter, which then is the leaf for every use of it.
+            own = {n for n in names if self.connected and chosen[n].requires_grad and not chosen[n].is_inference()}
+            leaves = [chosen[n] if n in own else replica.parameters[n] for n in names]
+            return leaves, names, [(i, chosen[n]) for i, n in enumerate(names) if n not in own]
+        if hidden:
+            return hidden, [at if isinstance(at, str) else str(at and at[0])], []
+        if not inputs:
+            came = "without floating-point tensors"
+            todo = "Differentiate by the embedding's output with `at='path.to.embedding'`."
+            raise NotDifferentiableError.of("input", came, "integer inputs have no derivative", todo)
+        return [leaf for _, leaf in inputs], [name for name, _ in inputs], []
 
 
 def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any, call: str) -> Recording:
@@ -282,7 +326,6 @@ def record_at_outputs(found: Recording, finish: Callable[[Any], Any], purpose: A
     )
     arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     outer.look_up(store_for(purpose, ("at outputs", arrays), lin.trust.checks), SideEffects())
-    outer.trust.prefer_batches("pull")
     return Recording(outer, tree, value)
 
 
@@ -304,21 +347,3 @@ def _rows(tensors: Sequence[Tensor]) -> int | None:
     """Return the length of the first axis that all inputs share; None where there is none."""
     lengths = {t.shape[0] if t.ndim else None for t in tensors}
     return lengths.pop() if len(lengths) == 1 else None
-
-
-def _leaves(
-    replica: Replica, chosen: dict[str, Tensor], kept: dict[str, Any], at: At, connected: bool
-) -> tuple[list[Tensor], list[str], list[tuple[int, Tensor]]]:
-    if chosen:
-        names = list(chosen)
-        # A connected copy leads back to the caller's parameter, which then is the leaf for every use of it.
-        own = {n for n in names if connected and chosen[n].requires_grad and not chosen[n].is_inference()}
-        leaves = [chosen[n] if n in own else replica.parameters[n] for n in names]
-        return leaves, names, [(i, chosen[n]) for i, n in enumerate(names) if n not in own]
-    if kept["hidden"]:
-        return kept["hidden"], [at if isinstance(at, str) else str(at and at[0])], []
-    if not kept["inputs"]:
-        came = "without floating-point tensors"
-        todo = "Differentiate by the embedding's output with `at='path.to.embedding'`."
-        raise NotDifferentiableError.of("input", came, "integer inputs have no derivative", todo)
-    return [leaf for _, leaf in kept["inputs"]], [name for name, _ in kept["inputs"]], []
