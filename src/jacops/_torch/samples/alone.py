@@ -41,7 +41,7 @@ class OneByOne:
             run = ask.runner.run([v[i : i + 1] for v in ask.values])
             row, shapes = ask.where.start + i, result.prepare(run, alone=True)
             for out, (blocks, output) in enumerate(zip(jacobian_blocks(run.lin), run.lin.outputs, strict=True)):
-                result.outputs[out][row] = output.detach().reshape(shapes[out])
+                result.output[out][row] = output.detach().reshape(shapes[out])
                 for leaf, block in enumerate(blocks):
                     target = result.blocks[out][leaf]
                     target[row] = block.reshape(target.shape[1:])

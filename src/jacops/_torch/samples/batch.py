@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..._finite import is_finite
-from ..._ladder.route import answered
+from ..._ladder.route import answer, answered
 from ..._progress import track
 from ..._runtime.chunks import Chunks
 from ..._runtime.contexts import must_surface
 from ..._runtime.memory import Budget, given_tensors
-from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError
+from ...errors import InputError, InputTypeError, JacopsError, NotDifferentiableError
 from ...trees import Selector, flatten, hint_at_labels, is_differentiable
 from ..model.cut import At
 from ..model.inputs import check_fallback
@@ -30,9 +30,9 @@ from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, differs, read_tolerance, unbatchable, with_reads
 from ..sweeps.proofs import ProofStore
 from .ask import ONE_SAMPLE, BatchAsk
-from .compiled import Compiler
+from .compiled import COMPILED, GraphAsk
 from .plan import ensure_fits, is_small, planned
-from .results import ALONE, Results, SampleJacobians
+from .results import ALONE, SampleJacobians
 from .routes import BY_SAMPLES
 from .runs import Run, Runner
 
@@ -87,7 +87,7 @@ class Samples:
             raise InputTypeError.of("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
         self.values, self.input_tree = flatten(x, "x")
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
-        self.compiler = Compiler(self.runner, fallback) if compile and checks in ("first", "never") else None
+        self.compile = compile and checks in ("first", "never")
         self.count = self._check_inputs(x)
         hint_at_labels(call, outputs, x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
@@ -139,37 +139,44 @@ class Samples:
         """
         if mode not in MODES:
             raise InputError.of("mode", repr(mode), f"one of {MODES} is needed")
-        result = Results(self.call, self.count, budget, given_tensors(out))
+        result = SampleJacobians(self.call, self.count, budget, given_tensors(out))
+        if self.at is None or (isinstance(self.at, tuple) and self.at[0] is None):
+            result.input_tree, result.inputs = self.input_tree, self.inputs
         if self.count == 0:
             result.prepare(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values]), alone=True)
-            return self._finished(result, "no samples")
+            result.route = "no samples"
+            return result
         if budget is not None or not is_small(self, batch_size):
             batch_size = ensure_fits(self, planned(self, batch_size, budget, mode, out is None)).chunk
         chunks, reason = Chunks(self.count, batch_size), ONE_SAMPLE if self.count == 1 else None
         for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
-            if self.compiler and where.stop >= chunks.rows:  # a graph takes one number of samples
+            if self.compile and where.stop >= chunks.rows:  # a graph takes one number of samples
                 where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
             with chunks.halving(where, self.call, "samples"):
                 reason = self._swept(result, where, mode, reason)
-        how = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
-        return self._finished(result, how)
+        result.route = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.route}"
+        return result
 
-    def _swept(self, result: Results, where: slice, mode: str, reason: str | None) -> str | None:
+    def _swept(self, result: SampleJacobians, where: slice, mode: str, reason: str | None) -> str | None:
         """Fill in some samples; return why they had to be taken one at a time, if they had."""
         values = [v[where] for v in self.values]
         store = self.runner.store(values)
         known = reason or (ONE_SAMPLE if where.stop - where.start == 1 else None)
-        if known is None and self.compiler and self.compiler.fill(result, where, values, store):
-            return None
         strict = self.checks == "strict"
         ask = BatchAsk(self.runner, result, where, values, mode, self.fallback, store, known, strict=strict)
+        if known is None and self.compile:
+            return answer(GraphAsk(ask, lambda: self._filled(ask, reason)), COMPILED)
+        return self._filled(ask, reason)
+
+    def _filled(self, ask: BatchAsk, reason: str | None) -> str | None:
+        result, where, mode, known = ask.result, ask.where, ask.mode, ask.known
         parts = self._recorded(ask) if known is None else None
         swept, route = answered(ask, BY_SAMPLES)
         if route.leaving == "never":
             reason = known if known is not None and reason is None else ask.apart
         else:
             self._keep(ask, swept, parts)
-            result.direction = ask.routes["samples"]
+            result.route = ask.routes["samples"]
         if mode == "split" and ask.apart is None and route.name != "split":
             todo = "Use mode='auto', or cut the model yourself with `at=`."
             raise InputError.of("mode", "'split'", _NO_LAYER, todo)
@@ -185,17 +192,7 @@ class Samples:
             for proofs in (lin.trust, swept.trust):
                 proofs.remember("samples apart", ask.many)
         for out, tensor in enumerate(lin.outputs):
-            ask.result.outputs[out][ask.where] = tensor.detach()
-        if self.compiler and ask.run is not None and ask.routes["samples"].startswith("reverse"):
-            self.compiler.consider(ask.result, ask.where, ask.run, values, ask.store)
-
-    def _finished(self, result: Results, route: str) -> SampleJacobians:
-        if result.tree is None:
-            raise ModelStateError.of("model", "not evaluated", "at least one sample must run")
-        tree, inputs = self.input_tree, self.inputs
-        if self.at is not None and not (isinstance(self.at, tuple) and self.at[0] is None):
-            tree, inputs = flatten(0, "at")[1], [0]
-        return SampleJacobians(result.blocks, result.tree, tree, inputs, route, result.outputs, result.sure)
+            ask.result.output[out][ask.where] = tensor.detach()
 
     def _recorded(self, ask: BatchAsk) -> PartRuns | None:
         """Record a batch, and note why its samples are taken one at a time, where that is known before any sweep.

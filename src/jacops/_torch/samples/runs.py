@@ -49,19 +49,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Ran:
-    """What one forward left: outputs, the leaves it started from, and tensors before and after a cut."""
-
-    outputs: list[Tensor]
-    tree: Tree
-    leaves: list[tuple[str, Tensor]]
-    hidden: list[Tensor]
-    before: list[Tensor]
-    widths: dict[str, int | None]
-    protected: list[Tensor]
-
-
-@dataclass(frozen=True)
 class Runner:
     """How a model is run over samples.
 
@@ -143,7 +130,7 @@ class Runner:
     @restoring
     def _outputs(self, values: Sequence[Tensor], replica: Replica | None) -> list[Tensor]:
         with arithmetic(False):
-            return self._ran(values, replica).outputs
+            return self._ran(values, replica).lin.outputs
 
     def _replica(self, effects: SideEffects) -> Replica | None:
         if not isinstance(self.model, nn.Module):
@@ -169,14 +156,7 @@ class Runner:
             state: Take these parameters and buffers instead of the model's.
         """
         with recording(), random_state_kept():
-            done = self._ran(values, self._replica(effects), path, noting, state)
-        if any(t.is_complex() for t in done.outputs):
-            todo = "Return torch.view_as_real(output)."
-            raise NotDifferentiableError.of("the model's output", "complex", "a Jacobian by samples is real", todo)
-        named = [(str(path or self.at), leaf) for leaf in done.hidden] or done.leaves
-        lin = self._tape(named, dict(zip(done.tree.names, done.outputs, strict=True)), done.protected)
-        head = self._tape(done.leaves, {path: done.before[0]}, done.protected) if path is not None else None
-        return Run(lin, done.tree, head, done.widths)
+            return self._ran(values, self._replica(effects), path, noting, state)
 
     def _ran(
         self,
@@ -185,24 +165,32 @@ class Runner:
         path: str | None = None,
         noting: bool = False,
         state: dict[str, Tensor] | None = None,
-    ) -> _Ran:
+    ) -> Run:
         widths: dict[str, int | None] = {}
-        module, given = (replica.module, replica.originals) if replica is not None else (None, {})
         cut: Cut | None = None
         copied, leaves = private_inputs(self.input_tree.build(values), self.connected)
         args, kwargs = split_input(copied)
         with forward_explained(self.model, values):
-            if module is not None:
-                cut = Cut(module, path or self.at)
-                look = widths_noted(module, values[0].shape[0], widths) if noting else nullcontext()
+            if replica is not None:
+                cut = Cut(replica.module, path or self.at)
+                look = widths_noted(replica.module, values[0].shape[0], widths) if noting else nullcontext()
                 with cut.active(), look:
-                    done = functional_call(module, state, args, kwargs) if state else module(*args, **kwargs)
+                    done = functional_call(replica.module, state, args, kwargs) if state else replica(args, kwargs)
                     output = cut.result(done)
             else:
                 output = self.model(*args, **kwargs)
         tensors, tree = output_leaves(select(output, self.outputs))
-        hidden, before = (cut.leaves, cut.before) if cut is not None else ([], [])
-        return _Ran(tensors, tree, leaves, hidden, before, widths, [p for p in given.values() if p.requires_grad])
+        if any(t.is_complex() for t in tensors):
+            todo = "Return torch.view_as_real(output)."
+            raise NotDifferentiableError.of("the model's output", "complex", "a Jacobian by samples is real", todo)
+        protected = [p for p in replica.originals.values() if p.requires_grad] if replica is not None else []
+        head = None
+        if path is not None and cut is not None:
+            head = self._tape(leaves, {path: cut.before[0]}, protected)
+        if cut is not None and cut.leaves:
+            leaves = [(str(path or self.at), leaf) for leaf in cut.leaves]
+        lin = self._tape(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
+        return Run(lin, tree, head, widths)
 
     def _tape(
         self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], protected: list[Tensor]
