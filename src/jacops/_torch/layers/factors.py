@@ -40,27 +40,25 @@ class LayerRows:
         self.missing = [j for j, t in enumerate(lin.leaves) if t.numel() and j not in found]
         self.sites = [use for leaf, own in found.items() if lin.leaves[leaf].numel() for use in own]
 
-    def sweep(self, seeds: Sequence[Tensor], sites: Sequence[ParameterUse] | None = None) -> list[Tensor]:
+    def sweep(
+        self, seeds: Sequence[Tensor], sites: Sequence[ParameterUse] | None = None, batched: bool = False
+    ) -> list[Tensor]:
         """Return `(n, T, …)` at every site, or at some, by one sweep.
+
+        Args:
+            seeds: Cotangents, shaped as the outputs.
+            sites: Where; everywhere if not given.
+            batched: There are k, `(k, *output)` each, which gives `(k, n, T, …)`.
 
         Raises:
             RouteFailedError: Torch cannot take it.
         """
         sites = self.sites if sites is None else sites
-        self.lin.sweeps += bool(sites)
-        found = cotangents(self.lin, sites, seeds)
-        return [site.delta(plain(delta)) for site, delta in zip(sites, found, strict=True)]
-
-    def sweep_batched(self, seeds: Sequence[Tensor], sites: Sequence[ParameterUse]) -> list[Tensor]:
-        """Return `(k, n, T, …)` at some sites for k cotangents, `(k, *output)` each, by one batched sweep.
-
-        Raises:
-            RouteFailedError: Torch cannot take it.
-        """
-        self.lin.sweeps += len(seeds[0])
-        found = cotangents(self.lin, sites, seeds, batched=True)
-        pairs = zip(sites, found, strict=True)
-        return [torch.stack([site.delta(plain(delta)) for delta in deltas]) for site, deltas in pairs]
+        self.lin.sweeps += len(seeds[0]) if batched else bool(sites)
+        pairs = zip(sites, cotangents(self.lin, sites, seeds, batched=batched), strict=True)
+        if batched:
+            return [torch.stack([site.delta(plain(delta)) for delta in deltas]) for site, deltas in pairs]
+        return [site.delta(plain(delta)) for site, delta in pairs]
 
     def by_leaf(self) -> Iterator[tuple[int, list[int]]]:
         """Yield every covered leaf and which sites are its."""

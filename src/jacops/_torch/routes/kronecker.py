@@ -158,7 +158,7 @@ class RecordedBatch:
         many = seeds.shape[0]
         if many > 1 and self._batched and self.lin.trust.refusal("pull", "batched") is None:
             try:
-                return self._layers.sweep_batched([seeds], sites)
+                return self._layers.sweep([seeds], sites, batched=True)
             except RouteFailedError:
                 self._batched = False
         singles = [self._layers.sweep([seed], sites) for seed in seeds]

@@ -52,9 +52,9 @@ class BatchAsk:
     fresh: bool = False
     strict: bool = False
     undecided: bool = False
-    question: str = field(default="samples", init=False)
-    argument: str = field(default="mode=", init=False)
     routes: dict[str, str] = field(default_factory=dict, init=False)
+
+    question, argument = "samples", "mode="
 
     def __post_init__(self) -> None:
         self.known = self.apart  # the caller has been told

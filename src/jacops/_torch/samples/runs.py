@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +61,7 @@ class Runner:
         checks: How often routes are checked.
         fallback: What happens when a fast route is left.
         connected: Keep outputs connected to inputs of the caller's that require grad, for derivatives of derivatives.
+        owner: For a function that was made of a model: the model, with which verdicts are kept, and their key.
     """
 
     model: Any
@@ -71,6 +72,7 @@ class Runner:
     checks: str
     fallback: str
     connected: bool = False
+    owner: tuple[Any, Hashable] | None = None
 
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
@@ -89,6 +91,9 @@ class Runner:
     def store(self, values: Sequence[Tensor]) -> ProofStore:
         """Return what is known of the model with inputs of these shapes."""
         many = values[0].shape[0] if values else None
+        if self.owner is not None:
+            owner, known = self.owner
+            return store_for(owner, (known, tuple(v.shape for v in values)), self.checks, many)
         if isinstance(self.model, nn.Module):
             key = setting(self.model, values, "samples", self.at, identity_key(self.outputs))
         else:
