@@ -18,14 +18,14 @@ from torch import Tensor
 from ..._finite import is_finite
 from ..._ladder.failures import RouteFailedError
 from ..._runtime.agreement import size, worst_disagreement
-from ..._runtime.contexts import private_noise
+from ..._runtime.contexts import must_surface, private_noise
 from ..._runtime.rows import plain
 from ..._runtime.side_effects import SideEffects
-from ...errors import ModelStateError
+from ...errors import JacopsError, ModelStateError, NotDifferentiableError, warn
 from ..layers.collected import Collected, StructureChangedError
 from ..layers.factors import LayerRows, unit_seeds
 from ..sweeps.linearization import Linearization
-from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, say_alone, with_reads
+from ..sweeps.mixing import NOT_FINITE, differs, read_tolerance, with_reads
 from ..sweeps.proofs import Refusal
 from ..sweeps.record import Recording
 
@@ -133,8 +133,14 @@ class SampleFactors:
         self._say(refusal)
 
     def _say(self, refusal: Refusal) -> None:
-        if refusal.loud:
-            say_alone(self.what.call, refusal.reason, self.what.fallback)
+        if not refusal.loud:
+            return
+        if self.what.fallback == "error":
+            raise NotDifferentiableError(
+                f"{self.what.call}: {refusal.reason}, and fallback='error' forbids one sample at a time."
+            )
+        if self.what.fallback == "warn":
+            warn(f"{self.what.call}: {refusal.reason}; so every sample was differentiated alone, in a batch of one.")
 
     def _batches(self) -> Iterator[slice]:
         """Yield even batches whose recorded values stay within a working size."""
@@ -198,10 +204,14 @@ class SampleFactors:
     def _together(self, collected: Collected, where: slice) -> Refusal | None:
         """Fill in the rows of a batch by shared sweeps; return why not where samples mix."""
         values = [v[where] for v in self.what.values]
+        try:
+            batch = self.what.together(values)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, JacopsError) or must_surface(error):
+                raise
+            what = f"{type(error).__name__}: {str(error)[:100]}"
+            return Refusal(f"the forward takes no batch of {where.stop - where.start} ({what})")
         many = where.stop - where.start
-        batch = batched(lambda: self.what.together(values), many)
-        if isinstance(batch, str):
-            return Refusal(batch)
         seeds = self.what.cotangents(batch, values) if self.what.cotangents else None
         lin, seeds = _that_count(batch.lin, seeds)
         refusal = self._unbatchable(lin, many)

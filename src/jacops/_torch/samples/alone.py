@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..._ladder.plan import Cost, Memory
 from ..routes.whole_matrix import jacobian_blocks
-from ..sweeps.mixing import say_alone
+from ..sweeps.mixing import explain_alone
 from .results import ALONE
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class OneByOne:
     def value(self, ask: BatchAsk) -> None:
         """Fill in the batch."""
         if ask.known is None:
-            say_alone(ask.call, ask.apart or "no shared sweep is right", ask.fallback)
+            explain_alone(ask.call, ask.fallback, ask.apart or "no shared sweep is right")
         result = ask.result
         result.proved = False
         for i in range(ask.many):

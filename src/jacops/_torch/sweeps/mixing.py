@@ -36,18 +36,6 @@ def batched(run: Callable[[], Ran], many: int) -> Ran | str:
         return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"
 
 
-def say_alone(call: str, reason: str, fallback: str) -> None:
-    """Say why samples are taken alone, as the caller asked for: it takes many more sweeps, so in every call.
-
-    Raises:
-        NotDifferentiableError: `fallback="error"` forbids it.
-    """
-    if fallback == "error":
-        raise NotDifferentiableError(f"{call}: {reason}, and fallback='error' forbids one sample at a time.")
-    if fallback == "warn":
-        warn(f"{call}: {reason}; so every sample was differentiated alone, in a batch of one.")
-
-
 def unbatchable(lin: Linearization, effects: SideEffects, many: int) -> str | None:
     """Return why a batch cannot be swept at all: random draws, no batch axis, coarse reads; None if it can."""
     coarse = torch.finfo(effects.coarse).eps if effects.coarse is not None else 0.0
@@ -129,6 +117,18 @@ def disagrees(alone: Linearization, blocks: list[list[Tensor]], row: int) -> str
     if error <= alone.tolerance or (math.isfinite(error) and is_rounding(partial(alone.pull, seeds), pairs)):
         return None
     return f"samples mix: the sweep of one alone differs by {error:.1e}" if math.isfinite(error) else NOT_FINITE
+
+
+def explain_alone(call: str, fallback: str, reason: str) -> None:
+    """Say why samples are taken alone, as the caller asked for: it takes many more sweeps, so in every call.
+
+    Raises:
+        NotDifferentiableError: `fallback="error"` forbids it.
+    """
+    if fallback == "error":
+        raise NotDifferentiableError(f"{call}: {reason}, and fallback='error' forbids one sample at a time.")
+    if fallback == "warn":
+        warn(f"{call}: {reason}; so every sample was differentiated alone, in a batch of one.")
 
 
 def _random_half(many: int) -> Tensor:
