@@ -88,8 +88,6 @@ class Proofs:
     Attributes:
         effects: What the forward was seen to do besides arithmetic; None where it was not watched.
         widths: Numbers per sample that each submodule gives, where they were noted.
-        split: The layer to cut at; absent where it was not looked for.
-        direction: `"reverse"` or `"forward"`, whichever was measured cheaper.
         pull_seconds: What one plain pull takes.
         known: Further results of routes, by their own keys.
     """
@@ -98,8 +96,6 @@ class Proofs:
         self.checks = checks
         self.effects: SideEffects | None = None
         self.widths: dict[str, int | None] = {}
-        self.split: dict[str, str | None] = {}
-        self.direction: str | None = None
         self.pull_seconds = math.inf
         self.known: Bounded[Any] = Bounded(_CLAIMS)
         self._function = function
