@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .._runtime.contexts import must_surface
 from ..errors import NotDifferentiableError
@@ -32,6 +32,15 @@ def attempt(sweep: Callable[[], Result]) -> Result:
     """
     with attempted():
         return sweep()
+
+
+def succeeds(sweep: Callable[[], Any]) -> bool:
+    """Run a fast sweep as `attempt` does, and return whether it came to its end."""
+    try:
+        attempt(sweep)
+    except RouteFailedError:
+        return False
+    return True
 
 
 @contextmanager

@@ -9,9 +9,8 @@ from __future__ import annotations
 from .bias.completeness import check_identity, check_slopes, summed
 from .bias.homogeneous import FollowedModel
 from .layers.blocks import mirror
-from .layers.factors import matrix_shape
 from .layers.part import RowFactors, slices
-from .layers.parts import Outer, Rows
+from .layers.parts import Outer, Rows, matrix_shape
 from .model.cut import At
 from .model.inputs import check_fallback, split_input
 from .model.likelihoods import (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from .factors import LayerRows, SampleUse, add_rows, matrix_shape
-from .parts import Lookup, Outer, RowFactors, Rows, Several
+from .factors import LayerRows, add_rows
+from .parts import Lookup, Outer, RowFactors, Rows, Several, matrix_shape
 
 
 class StructureChangedError(Exception):
@@ -31,88 +31,73 @@ class Collected:
     def __init__(self, samples: int, entries: int, layers: LayerRows, whole: bool = False) -> None:
         self.samples, self.entries, self.missing, self._whole = samples, entries, tuple(layers.missing), whole
         self.leaves = layers.lin.leaves
-        self._by_leaf = list(layers.by_leaf())
-        operands = [site.operand() for site in layers.sites]
-        self._form = _form(layers, operands)
-        self._like = [self.leaves[site.use.leaf] for site in layers.sites]
-        self._operands: list[Tensor | None] = [None] * len(operands)
-        self._deltas: list[Tensor | None] = [None] * len(operands)
-        as_rows = range(len(self.leaves)) if whole else self.missing
-        self._rows: dict[int, Tensor] = {leaf: self._empty(leaf) for leaf in as_rows}
-        self._shared: dict[int, int] = {}
-        if not whole:
-            self._share_out(layers, operands)
-
-    def _share_out(self, layers: LayerRows, operands: Sequence[Tensor | None]) -> None:
-        """Make room for factors, or for rows where those are smaller."""
-        for leaf, sites in self._by_leaf:
-            held = sum(_factor_entries(layers.sites[i], operands[i], self.entries) for i in sites)
-            if held >= self.entries * self.leaves[leaf].numel() and sites:
-                self._rows[leaf] = self._empty(leaf)
-                continue
-            for i in sites:
-                self._make_room(i, layers.sites[i], operands[i])
-        self._shared = {leaf: i for leaf, sites in self._by_leaf for i in self._twin(layers, leaf, sites)}
-        for leaf in self._shared:
-            del self._rows[leaf]
+        self._form = _form(layers, [site.sample_operand() for site in layers.sites])
+        self._rows: dict[int, Tensor] = {leaf: self._empty(leaf) for leaf in self.missing}
+        self._factors: dict[int, Outer | Lookup] = {}  # by use
+        self._places: dict[int, list[int]] = {}  # of leaves that are kept by factors: their uses
+        self._twins: dict[int, int] = {}  # of a bias: the use of its weight, whose cotangents are its rows
+        self._ready = False
 
     def _empty(self, leaf: int) -> Tensor:
         like = self.leaves[leaf].detach()
         return like.new_empty(self.samples, self.entries, *matrix_shape(like.shape))
 
-    def _make_room(self, i: int, site: SampleUse, operand: Tensor | None) -> None:
-        if operand is None:
-            raise ValueError("vectors are rows")
-        n, k, like = self.samples, self.entries, self._like[i].detach()
-        self._operands[i] = operand.new_empty(n, *operand.shape[1:])
-        positions, lookup = operand.shape[1], site.use.kind == "lookup"
-        tail = (like.shape[-1],) if lookup else (operand.shape[2], _outputs(operand, site.use.entry.weight))
-        self._deltas[i] = like.new_empty(n, k, positions, *tail)
-
-    def _twin(self, layers: LayerRows, leaf: int, sites: list[int]) -> list[int]:
-        """Return the weight whose cotangents are the rows of a bias: added by the same operation, at one position."""
-        if leaf not in self._rows or len(sites) != 1 or layers.sites[sites[0]].use.kind != "vector":
-            return []
-        bias = layers.sites[sites[0]].use
-        if bias.operand is not None or bias.derived:
-            return []
-        twins = [i for i, site in enumerate(layers.sites) if site.use.node is bias.node and site.use.layout is not None]
-        return [i for i in twins if self._is_row(i, leaf)]
-
-    def _is_row(self, i: int, leaf: int) -> bool:
-        delta = self._deltas[i]
-        return delta is not None and delta.ndim == 5 and delta.shape[2:] == (1, 1, self.leaves[leaf].numel())
-
     # ---- filling in ------------------------------------------------------------------------------------------
 
-    def open(self, where: slice, layers: LayerRows) -> list[Tensor | None]:
-        """Take in what multiplies the parameters for some samples, and return it.
+    def open(self, layers: LayerRows) -> list[Tensor | None]:
+        """Return what multiplies the parameters for some samples.
 
         Raises:
             StructureChangedError: These samples enter in another way than the first ones.
         """
-        operands = [site.operand() for site in layers.sites]
+        operands = [site.sample_operand() for site in layers.sites]
         changed = not self._whole and _form(layers, operands) != self._form
         if tuple(layers.missing) != self.missing or changed:
             raise StructureChangedError("samples enter in different ways")
-        if self._whole:
-            return operands
-        for kept, operand in zip(self._operands, operands, strict=True):
-            if kept is not None and operand is not None:
-                kept[where] = operand
         return operands
 
     def fill(
         self, where: slice, entry: int, layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor]
     ) -> None:
         """Take in one sweep: one row of some samples."""
-        for kept, delta in () if self._whole else zip(self._deltas, deltas, strict=True):
-            if kept is not None:
-                kept[where, entry] = delta
         single = [delta.unsqueeze(1) for delta in deltas]
+        if not self._ready:
+            given = zip(layers.sites, operands, single, strict=True)
+            self._make_room(layers, [None if site.derived else site.part(a, d) for site, a, d in given])
+        for i, kept in self._factors.items():
+            kept.delta[where, entry], operand = deltas[i], operands[i]
+            if entry == 0 and operand is not None:
+                kept.operand[where] = operand
         for leaf, sites in layers.by_leaf():
             if leaf in self._rows:
                 add_rows(layers, operands, single, sites, self._rows[leaf][where, entry : entry + 1])
+
+    def _make_room(self, layers: LayerRows, parts: Sequence[RowFactors | None]) -> None:
+        """Allocate factors, or rows where those are smaller, for what one sweep gave of some samples."""
+        self._ready = True
+        for leaf, sites in layers.by_leaf():
+            own = {i: part for i in sites if isinstance(part := parts[i], Outer | Lookup)}
+            held = sum(p.operand[0].numel() + self.entries * p.delta[0].numel() for p in own.values())
+            if self._whole or len(own) < len(sites) or (own and held >= self.entries * self.leaves[leaf].numel()):
+                self._rows[leaf] = self._empty(leaf)
+                continue
+            self._places[leaf] = sites
+            for i, part in own.items():
+                delta = part.delta.new_empty(self.samples, self.entries, *part.delta.shape[2:])
+                operand = part.operand.new_empty(self.samples, *part.operand.shape[1:])
+                self._factors[i] = replace(part, delta=delta, operand=operand)
+        self._twins = {leaf: i for leaf in self._rows for i in self._twin(layers, leaf)}
+        for leaf in self._twins:
+            del self._rows[leaf]
+
+    def _twin(self, layers: LayerRows, leaf: int) -> list[int]:
+        """Return the weight whose cotangents are the rows of a bias: added by the same operation, at one position."""
+        uses = [use for use in layers.sites if use.leaf == leaf]
+        if len(uses) != 1 or uses[0].kind != "vector" or uses[0].operand is not None or uses[0].derived:
+            return []
+        shape = (1, 1, self.leaves[leaf].numel())
+        alike = (i for i, kept in self._factors.items() if isinstance(kept, Outer) and kept.delta.shape[2:] == shape)
+        return [i for i in alike if layers.sites[i].node is uses[0].node and layers.sites[i].layout is not None]
 
     def fill_leaf(self, sample: int, entry: int, leaf: int, row: Tensor | None) -> None:
         """Take in one row of a leaf that is missing; None is zeros."""
@@ -126,46 +111,20 @@ class Collected:
     def _part(self, leaf: int, where: slice) -> RowFactors:
         if leaf in self._rows:
             return Rows(self._rows[leaf][where])
-        if leaf in self._shared:
-            delta = self._deltas[self._shared[leaf]]
-            return Rows(_kept(delta)[where, :, 0, 0].unsqueeze(3))
-        parts: list[RowFactors] = []
-        long, wide = matrix_shape(self.leaves[leaf].shape)
-        for i in dict(self._by_leaf)[leaf]:
-            operand, delta = _kept(self._operands[i])[where], _kept(self._deltas[i])[where]
-            turned, lookup = self._form[i][1:3]
-            parts.append(Lookup(delta, operand, long) if lookup else Outer(delta, operand, turned, long))
+        if leaf in self._twins:
+            return Rows(self._factors[self._twins[leaf]].delta[where, :, 0, 0].unsqueeze(3))
+        kept = [self._factors[i] for i in self._places.get(leaf, ())]
+        parts = [replace(part, delta=part.delta[where], operand=part.operand[where]) for part in kept]
         if not parts:  # it enters nowhere: a sum over no positions
-            like = self.leaves[leaf].detach()
+            like, (long, wide) = self.leaves[leaf].detach(), matrix_shape(self.leaves[leaf].shape)
             many = len(range(self.samples)[where])
             parts = [Outer(like.new_empty(many, self.entries, 0, 1, long), like.new_empty(many, 0, 1, wide))]
         return parts[0] if len(parts) == 1 else Several(parts)
 
 
-def _kept(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise ValueError("nothing was kept")
-    return tensor
-
-
 def _form(layers: LayerRows, operands: Sequence[Tensor | None]) -> list[tuple[int, bool, bool, tuple[int, ...]]]:
     """Return what must be alike between batches."""
     return [
-        (site.use.leaf, site.use.turned, site.use.kind == "lookup", () if a is None else tuple(a.shape[1:]))
+        (site.leaf, site.turned, site.kind == "lookup", () if a is None else tuple(a.shape[1:]))
         for site, a in zip(layers.sites, operands, strict=True)
     ]
-
-
-def _outputs(operand: Tensor, weight: torch.Size) -> int:
-    """Return the numbers per position and group of a cotangent of outer products."""
-    return weight.numel() // max(1, operand.shape[2] * operand.shape[3])
-
-
-def _factor_entries(site: SampleUse, operand: Tensor | None, entries: int) -> float:
-    """Return how many numbers a sample's factors take; infinitely many where rows are not made of any."""
-    weight = site.use.entry.weight
-    if operand is None or site.use.derived or not weight.numel():
-        return torch.inf
-    if site.use.kind == "lookup":
-        return operand.shape[1] * (1 + entries * weight[-1])
-    return operand.shape[1] * operand.shape[2] * (operand.shape[3] + entries * _outputs(operand, weight))

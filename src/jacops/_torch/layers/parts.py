@@ -8,9 +8,10 @@ columns at a time.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -58,20 +59,75 @@ class Rows(RowFactors):
         return torch.linalg.vector_norm(self.rows, dim=(2, 3)).square_()
 
 
-@final
 @dataclass(frozen=True, eq=False)
-class Outer(RowFactors):
-    """Sums over T positions of outer products, in g groups; over none for a parameter that enters nowhere.
+class Products(RowFactors):
+    """Sums over T positions of cotangents with what they met there, in g groups.
 
     Attributes:
         delta: Cotangents, `(n, k, T, g, out)`.
-        operand: What multiplied the weight, `(n, T, g, in)`.
-        turned: The parameter is `(g in, out)` instead of `(g out, in)`.
-        long: Length of the parameter's first axis, where that is another.
+        operand: What they met: `(n, T, g, in)`, or the entries of a table that were looked up, `(n, T)`.
     """
 
     delta: Tensor
     operand: Tensor
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The two factors."""
+        return self.delta, self.operand
+
+    def scaled(self, factors: Tensor) -> Self:
+        """Scale the cotangents."""
+        return replace(self, delta=self.delta * _spread(factors, self.delta))
+
+    @abstractmethod
+    def _images(self, v: Tensor) -> Tensor:
+        """Return operands times `v`, `(m, F, W)`, as `(n, m, T, g, out)`."""
+
+    @abstractmethod
+    def _add_images(self, total: Tensor, mixed: Tensor) -> None:
+        """Add cotangents `(m, n, T, g, out)` times operands to `total`, `(m, F, W)` zeros."""
+
+    @abstractmethod
+    def _inner(self, some: slice) -> Tensor:
+        """Return inner products of some samples' operands between positions, `(n, g, T, T)`."""
+
+    def times(self, v: Tensor) -> Tensor:
+        """Contract with the operand first, then with the cotangents."""
+        n, k, positions, groups, out = self.delta.shape
+        found = v.new_empty(v.shape[0], n, k)
+        for some in slices(v.shape[0], n * positions * groups * out * v.element_size()):
+            found[some] = torch.einsum("nmtgo,nktgo->mnk", self._images(v[some]), self.delta)
+        return found
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Contract with the cotangents first, then with the operand."""
+        n, _, positions, groups, out = self.delta.shape
+        found = u.new_zeros(u.shape[0], *self.shape[2:])
+        for some in slices(u.shape[0], n * positions * groups * out * u.element_size()):
+            self._add_images(found[some], torch.einsum("mnk,nktgo->mntgo", u[some], self.delta))
+        return found
+
+    def squares(self) -> Tensor:
+        """Pair the positions of each sample."""
+        n, k, positions, groups, _ = self.delta.shape
+        found = self.like.new_empty(n, k)
+        for some in slices(n, positions**2 * groups * (1 + k) * self.like.element_size()):
+            pairs = torch.einsum("nktgo,nksgo->nkgts", self.delta[some], self.delta[some])
+            found[some] = torch.einsum("ngts,nkgts->nk", self._inner(some), pairs)
+        return found
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outer(Products):
+    """Sums of outer products; over no positions for a parameter that enters nowhere.
+
+    Attributes:
+        turned: The parameter is `(g in, out)` instead of `(g out, in)`.
+        long: Length of the parameter's first axis, where that is another.
+    """
+
     turned: bool = False
     long: int = 0
 
@@ -87,15 +143,6 @@ class Outer(RowFactors):
         """Of the matrix whose groups lie one below the other."""
         (groups, out), inner = self.delta.shape[3:], self.operand.shape[3]
         return (groups * inner, out) if self.turned else (groups * out, inner)
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """The two factors."""
-        return self.delta, self.operand
-
-    def scaled(self, factors: Tensor) -> Outer:
-        """Scale the cotangents."""
-        return replace(self, delta=self.delta * _spread(factors, self.delta))
 
     @property
     def _plain(self) -> bool:
@@ -162,27 +209,22 @@ class Outer(RowFactors):
             return 2 * many <= k * self.operand.shape[3]
         return positions * many <= positions * k + k * many
 
+    def _images(self, v: Tensor) -> Tensor:
+        return torch.einsum("ntgi,mgoi->nmtgo", self.operand, self._grouped(v))
+
+    def _add_images(self, total: Tensor, mixed: Tensor) -> None:
+        self._grouped(total).copy_(torch.einsum("mntgo,ntgi->mgoi", mixed, self.operand))
+
+    def _inner(self, some: slice) -> Tensor:
+        return torch.einsum("ntgi,nsgi->ngts", self.operand[some], self.operand[some])
+
     def times(self, v: Tensor) -> Tensor:
-        """Contract with the operand first, then with the cotangents."""
-        n, k, positions, groups, out = self.delta.shape
-        if not self._contracts(v.shape[0]):
-            return super().times(v)
-        found = v.new_empty(v.shape[0], n, k)
-        for some in slices(v.shape[0], n * positions * groups * out * v.element_size()):
-            image = torch.einsum("ntgi,mgoi->nmtgo", self.operand, self._grouped(v[some]))
-            found[some] = torch.einsum("nmtgo,nktgo->mnk", image, self.delta)
-        return found
+        """Return products by factors, or by rows where those are cheaper."""
+        return super().times(v) if self._contracts(v.shape[0]) else RowFactors.times(self, v)
 
     def transposed(self, u: Tensor) -> Tensor:
-        """Contract with the cotangents first, then with the operand."""
-        n, k, positions, groups, out = self.delta.shape
-        if not self._contracts(u.shape[0]):
-            return super().transposed(u)
-        found = u.new_empty(u.shape[0], *self.shape[2:])
-        for some in slices(u.shape[0], n * positions * groups * out * u.element_size()):
-            mixed = torch.einsum("mnk,nktgo->mntgo", u[some], self.delta)
-            self._grouped(found[some]).copy_(torch.einsum("mntgo,ntgi->mgoi", mixed, self.operand))
-        return found
+        """Return sums by factors, or by rows where those are cheaper."""
+        return super().transposed(u) if self._contracts(u.shape[0]) else RowFactors.transposed(self, u)
 
     def gram(self) -> Tensor:
         """Multiply Gram matrices of the factors entry by entry, for every pair of positions, where that is cheaper."""
@@ -190,7 +232,7 @@ class Outer(RowFactors):
         inner = self.operand.shape[3]
         pairs = positions**2 * (inner + k * k * (out + 1)) * groups
         if positions > 1 and pairs > k * k * groups * out * inner:
-            return super().gram()
+            return RowFactors.gram(self)
         if positions == 1:
             return self._gram_of_products()
         total = self.like.new_zeros(n, k, n, k)
@@ -212,112 +254,72 @@ class Outer(RowFactors):
             total = product if total is None else total.add_(product)
         return self.like.new_zeros(n * k, n * k) if total is None else total
 
-    def squares(self) -> Tensor:
-        """Pair the positions of each sample."""
-        n, k, positions, groups, _ = self.delta.shape
-        found = self.like.new_empty(n, k)
-        for some in slices(n, positions**2 * groups * (1 + k) * self.like.element_size()):
-            left = torch.einsum("ntgi,nsgi->ngts", self.operand[some], self.operand[some])
-            right = torch.einsum("nktgo,nksgo->nkgts", self.delta[some], self.delta[some])
-            found[some] = torch.einsum("ngts,nkgts->nk", left, right)
-        return found
-
     def column_squares(self) -> Tensor:
         """Multiply the squares, where there is one position."""
         if self.delta.shape[2] != 1:
-            return super().column_squares()
+            return RowFactors.column_squares(self)
         by_group = torch.einsum("ngo,ngi->goi", self.delta[:, :, 0].square().sum(1), self.operand[:, 0].square())
         return (by_group.mT if self.turned else by_group).reshape(self.shape[2:])
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Lookup(RowFactors):
-    """Cotangents added to the entries of a table that were looked up.
+class Lookup(Products):
+    """Cotangents, in one group, added to the entries of a table that were looked up.
 
     Attributes:
-        delta: `(n, k, T, width)`.
-        indices: Which entries, `(n, T)`.
         entries: How many the table has.
     """
 
-    delta: Tensor
-    indices: Tensor
-    entries: int
+    entries: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the rows."""
-        n, k, _, width = self.delta.shape
+        n, k, _, _, width = self.delta.shape
         return n, k, self.entries, width
 
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """Cotangents and indices."""
-        return self.delta, self.indices
+    def _images(self, v: Tensor) -> Tensor:
+        return v[:, self.operand].transpose(0, 1).unsqueeze(3)
 
-    def scaled(self, factors: Tensor) -> Lookup:
-        """Scale the cotangents."""
-        return replace(self, delta=self.delta * _spread(factors, self.delta))
+    def _add_images(self, total: Tensor, mixed: Tensor) -> None:
+        total.index_add_(1, self.operand.flatten(), mixed[:, :, :, 0].flatten(1, 2))
+
+    def _inner(self, some: slice) -> Tensor:
+        indices = self.operand[some]
+        return (indices[:, None, :, None] == indices[:, None, None]).to(self.delta.dtype)
 
     def into(self, target: Tensor, add: bool = False) -> None:
         """Add to what was looked up, in place."""
         if not add:
             target.zero_()
-        target.scatter_add_(2, self.indices[:, None, :, None].expand_as(self.delta), self.delta)
+        delta = self.delta[:, :, :, 0]
+        target.scatter_add_(2, self.operand[:, None, :, None].expand_as(delta), delta)
 
     def block(self, first: slice) -> Tensor:
         """Form some of the entries; what falls outside goes to a row that is cut off."""
-        n, k, _, width = self.delta.shape
+        n, k, _, width = self.shape
         many = first.stop - first.start
-        inside = (self.indices >= first.start) & (self.indices < first.stop)
-        where = torch.where(inside, self.indices - first.start, many)
-        rows = self.delta.new_zeros(n, k, many + 1, width)
-        rows.scatter_add_(2, where[:, None, :, None].expand_as(self.delta), self.delta)
+        inside = (self.operand >= first.start) & (self.operand < first.stop)
+        where = torch.where(inside, self.operand - first.start, many)
+        rows = self.delta.new_empty(n, k, many + 1, width)
+        Lookup(self.delta, where, many + 1).into(rows)
         return rows[:, :, :many]
-
-    def times(self, v: Tensor) -> Tensor:
-        """Look up, then contract."""
-        n, k, positions, width = self.delta.shape
-        found = v.new_empty(v.shape[0], n, k)
-        for some in slices(v.shape[0], n * positions * width * v.element_size()):
-            found[some] = torch.einsum("mntw,nktw->mnk", v[some][:, self.indices], self.delta)
-        return found
-
-    def transposed(self, u: Tensor) -> Tensor:
-        """Contract, then add to the entries."""
-        n, _, positions, width = self.delta.shape
-        found = u.new_zeros(u.shape[0], self.entries, width)
-        for some in slices(u.shape[0], n * positions * width * u.element_size()):
-            mixed = torch.einsum("mnk,nktw->mntw", u[some], self.delta)
-            found[some].index_add_(1, self.indices.flatten(), mixed.flatten(1, 2))
-        return found
 
     def _compact(self) -> tuple[Tensor, Lookup]:
         """Return the entries that were looked up at all, and the same rows over these alone."""
-        used, indices = self.indices.unique(return_inverse=True)
+        used, indices = self.operand.unique(return_inverse=True)
         return used, Lookup(self.delta, indices, used.shape[0])
 
     def gram(self) -> Tensor:
         """Form the entries that were looked up."""
-        _, compact = self._compact()
-        return super(Lookup, compact).gram()
-
-    def squares(self) -> Tensor:
-        """Pair the positions of each sample that looked up the same entry."""
-        n, k, positions, _ = self.delta.shape
-        found = self.like.new_empty(n, k)
-        for some in slices(n, positions**2 * (1 + k) * self.like.element_size()):
-            same = (self.indices[some, :, None] == self.indices[some, None]).to(self.delta.dtype)
-            pairs = torch.einsum("nktw,nksw->nkts", self.delta[some], self.delta[some])
-            found[some] = torch.einsum("nts,nkts->nk", same, pairs)
-        return found
+        return RowFactors.gram(self._compact()[1])
 
     def column_squares(self) -> Tensor:
         """Form the entries that were looked up."""
         used, compact = self._compact()
         found = self.like.new_zeros(self.shape[2:])
-        found[used] = super(Lookup, compact).column_squares()
+        found[used] = RowFactors.column_squares(compact)
         return found
 
 
@@ -360,6 +362,11 @@ class Several(RowFactors):
     def transposed(self, u: Tensor) -> Tensor:
         """Add up."""
         return torch.stack([use.transposed(u) for use in self.uses]).sum(0)
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Return the lengths of a parameter's first axis and of the others laid end to end, as `RowFactors` sees it."""
+    return shape[0] if shape else 1, shape[1:].numel()
 
 
 def _spread(factors: Tensor, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .rules import RowLayout
+from .rules import RowLayout, by_sample
 from .uses import ParameterUse
 
 
@@ -90,16 +90,13 @@ class LayerOutput:
                 found.append(first)
         return found
 
-    def by_sample(self, rows: Tensor, ahead: int = 0) -> Tensor:
+    def by_sample(self, rows: Tensor, axis: int = 0) -> Tensor:
         """Return rows `(samples * positions, …)` as `(samples, positions, …)`, axes ahead of them left alone."""
-        lead, total, rest = rows.shape[:ahead], rows.shape[ahead], rows.shape[ahead + 1 :]
-        inner = total // (self.ahead * self.many)
-        turned = rows.reshape(*lead, self.ahead, self.many, inner, *rest).transpose(ahead, ahead + 1)
-        return turned.reshape(*lead, self.many, self.ahead * inner, *rest)
+        return by_sample(rows, self.many, self.ahead, axis)
 
     def spread(self, raw: Tensor) -> Tensor:
         """Return tensors shaped as the output, `(…, *shape)`, as `(…, samples, positions, channels)`."""
-        return self.by_sample(self.layout.spread(raw), raw.ndim - len(self.shape))
+        return self.layout.spread(raw, self.many, self.ahead)
 
     def gathered(self, spread: Tensor) -> Tensor:
         """Undo `spread`."""
@@ -227,8 +224,8 @@ def _outer_panels(site: LayerOutput, use: ParameterUse, slices: Sequence[slice])
         raise ValueError("an outer product needs an operand")
     if use.kind == "lookup":
         table = (where.stop - where.start) // site.channels
-        looked_up = use.rows(torch.ones(site.shape, dtype=use.dtype, device=operand.device))[:, :1] != 0
-        hot = (operand.unsqueeze(1) == torch.arange(table, device=operand.device)) & looked_up
+        ones = use.delta(torch.ones(site.shape, dtype=use.dtype, device=operand.device)).flatten(0, 2)
+        hot = (operand.unsqueeze(1) == torch.arange(table, device=operand.device)) & (ones[:, :1] != 0)
         part = BlockPart(where, table, slice(0, table), turned=True)
         return [ParameterBlock(site, [part], site.by_sample(hot.to(use.dtype)), channels=slice(0, site.channels))]
     rows = site.by_sample(operand)

@@ -19,17 +19,32 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..._ladder.failures import attempted
 from ..._runtime.contexts import sweeping
 from ..._runtime.restoring import restoring
 from ..sweeps.linearization import Linearization
-from .rules import RULES, Entry, Kind, RowLayout, Rule, derived, output_shape, passed_on, pulled_back, repeating_sums
+from .parts import Lookup, Outer, RowFactors, Rows, matrix_shape
+from .rules import (
+    RULES,
+    Entry,
+    Kind,
+    Order,
+    RowLayout,
+    Rule,
+    by_sample,
+    derived,
+    output_shape,
+    passed_on,
+    pulled_back,
+    repeating_sums,
+)
 
 _DEEPEST = 50  # operations between a parameter and the weight made of it: a chain of more is a network's
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterUse:
-    """One place where a leaf enters; `Rule` says what its rows are.
+    """One place where a leaf enters, as rows `(samples, positions, …)`; `Rule` says what these are.
 
     Attributes:
         node: The operation; `edge` is its output, where cotangents are asked for.
@@ -37,6 +52,8 @@ class ParameterUse:
         shape: Of the operation's output; of the sum's where there is one.
         sum: The sum that repeats the operation's output for all samples (positions added to tokens), if there is one:
             cotangents are asked for at its output, where samples are still apart.
+        samples: How many.
+        order: How rows belong to them.
     """
 
     node: Any
@@ -45,6 +62,8 @@ class ParameterUse:
     _rule: Rule
     _tensor: Tensor
     sum: Any = None
+    samples: int = 1
+    order: Order = 1
 
     @property
     def leaf(self) -> int:
@@ -74,24 +93,20 @@ class ParameterUse:
     @cached_property
     def attached(self) -> Tensor | None:
         """What multiplies the leaf, `(R, …)`, with its graph."""
-        return self._by_row(self._rule.operand(self.node, self.entry))
+        return self._rule.operand(self.node, self.entry)
 
     @cached_property
     def operand(self) -> Tensor | None:
         """What multiplies the leaf, `(R, …)`, as numbers."""
-        found = self._numbers()
-        if found is not None and self.sum is not None:
-            found = found.repeat(self.shape[:-1].numel() // found.shape[0])
-        return self._by_row(found)
+        return self._numbers()
 
     @restoring
     def _numbers(self) -> Tensor | None:
         with torch.no_grad():
             found = self._rule.operand(self.node, self.entry)
-            return None if found is None else found.detach()
-
-    def _by_row(self, values: Tensor | None) -> Tensor | None:
-        return values.flatten(0, 1) if self._rule.by_position and values is not None else values
+        if found is not None and self.sum is not None:
+            found = found.repeat(self.shape[:-1].numel() // found.shape[0])
+        return None if found is None else found.detach()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,42 +118,67 @@ class ParameterUse:
         """Bytes of an operand that is made for the purpose, before it is."""
         return self._rule.patch_bytes(self.node, self.entry)
 
-    @property
-    def by_position(self) -> bool:
-        """Whether `positions` and `operand_positions` say the same without copies."""
-        return self._rule.by_position
+    # ---- rows of samples ---------------------------------------------------------------------------------------
 
-    def positions(self, delta: Tensor) -> Tensor:
-        """Return a cotangent at the operation's output as `(samples, positions, …)`."""
-        return self._rule.rows(self.node, delta, self.entry, None)
+    def sample_operand(self) -> Tensor | None:
+        """Return what multiplies the leaf, `(n, T, …)`; None for a vector, whose rows are multiplied already."""
+        operand = None if self.kind == "vector" else self._numbers()  # not kept: it may be larger than the graph
+        return None if operand is None else by_sample(operand, self.samples, self.order)
 
-    def operand_positions(self) -> Tensor | None:
-        """Return what multiplies the leaf as `(samples, positions, …)`."""
-        return self._numbers()
+    def delta(self, cotangent: Tensor) -> Tensor:
+        """Return a cotangent at the operation's output as rows `(n, T, …)` of what the rule says."""
+        if self.kind == "outer" and self._layout is not None:
+            spread = self._layout.spread(cotangent, self.samples, self.order)
+            return spread.unflatten(2, (self._layout.groups, -1))
+        rows = by_sample(self._rows(cotangent), self.samples, self.order)
+        return rows.unsqueeze(2) if self.kind == "lookup" else rows
 
-    def rows(self, delta: Tensor) -> Tensor:
-        """Return a cotangent at the operation's output as rows `(R, …)` of what the rule says."""
-        # Rules of outer products and lookups give delta back: only vectors are multiplied here.
+    def _rows(self, cotangent: Tensor) -> Tensor:
+        # Rules of outer products and lookups give the cotangent back: only vectors are multiplied here.
         factor = self.operand if self.kind == "vector" else None
-        rows = self._rule.rows(self.node, delta, self.entry, factor)
-        return rows.flatten(0, 1) if self._rule.by_position else rows
+        return self._rule.rows(self.node, cotangent, self.entry, factor)
 
-    def pulled_back(self, rows: Tensor) -> Tensor:
-        """Return rows `(m, *leaf)` from rows `(m, …)` by what enters.
+    def part(self, operand: Tensor | None, delta: Tensor) -> RowFactors:
+        """Return rows from cotangents `(n, k, T, …)`.
 
         Raises:
-            RouteFailedError: Torch cannot take many at once.
+            RouteFailedError: Torch cannot pull rows back to the parameter.
         """
+        many, (long, wide) = delta.shape[:2], matrix_shape(self.entry.weight)
+        if operand is None:
+            summed = delta.squeeze(2) if delta.shape[2] == 1 else delta.sum(2)
+            part: RowFactors = Rows(summed.reshape(*many, long, wide))
+        elif self.kind == "outer":
+            part = Outer(delta, operand, self.turned, long)
+        else:
+            part = Lookup(delta, operand, long)
         if self.entry.edge is None:
-            return rows.reshape(-1, *self._tensor.shape)
-        if rows.is_meta:  # where bytes are foretold
-            return rows.new_empty(len(rows), *self._tensor.shape)
-        return pulled_back(self.entry.edge, self._tensor, rows.reshape(-1, *self.entry.weight))
+            return part
+        formed = part.block(slice(0, long)).flatten(0, 1).reshape(-1, *self.entry.weight)
+        if formed.is_meta:  # where bytes are foretold
+            rows = formed.new_empty(len(formed), *self._tensor.shape)
+        else:
+            rows = pulled_back(self.entry.edge, self._tensor, formed)
+        return Rows(rows.reshape(*many, *matrix_shape(self._tensor.shape)))
+
+    def ones(self, operand: Tensor) -> Tensor:
+        """Return the operand of a bias beside a weight's, `(n, T, g, 1)`: zero where a sample has fewer positions."""
+        ones = operand.new_ones(*operand.shape[:-1], 1)
+        if not isinstance(self.order, Tensor):
+            return ones
+        known = self.order < self.shape[:-1].numel()
+        return ones * known.to(ones.dtype).view(*known.shape, 1, 1)
+
+    # ---- the operation's output --------------------------------------------------------------------------------
 
     @cached_property
+    def _layout(self) -> RowLayout | None:
+        return self._rule.layout(self.node, self.entry)
+
+    @property
     def layout(self) -> RowLayout | None:
         """How the output is seen; None where gradients by the leaf are not made of its channels."""
-        return None if self.derived else self._rule.layout(self.node, self.entry)
+        return None if self.derived else self._layout
 
     @property
     def row_count(self) -> int:
@@ -331,12 +371,16 @@ def _refusal(rule: Rule, node: Any, entry: Entry) -> str | None:
 def cotangents(
     lin: Linearization, uses: Sequence[ParameterUse], seeds: Sequence[Tensor], batched: bool = False
 ) -> tuple[Tensor, ...]:
-    """Return the cotangents at the outputs of all uses, by one sweep that forms no gradient of a leaf."""
+    """Return the cotangents at the outputs of all uses, by one sweep that forms no gradient of a leaf.
+
+    Raises:
+        RouteFailedError: Torch cannot take it.
+    """
     if not uses:
         return ()
     live = [(output, seed) for output, seed in zip(lin.outputs, seeds, strict=True) if output.requires_grad]
     edges = {use.node: use.edge for use in uses}  # a weight and its bias enter together
-    with sweeping(lin.outputs[0]):
+    with sweeping(lin.outputs[0]), attempted():
         found = torch.autograd.grad(
             [output for output, _ in live],
             list(edges.values()),

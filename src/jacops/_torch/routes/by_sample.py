@@ -144,7 +144,7 @@ class SampleFactors:
 
     def _batches(self) -> Iterator[slice]:
         """Yield even batches whose recorded values stay within a working size."""
-        outputs = sum(use.shape.numel() for use in self.layers.uses) * self.output.element_size()
+        outputs = sum(use.shape.numel() for use in self.layers.sites) * self.output.element_size()
         each = self.lin.held_bytes + 2 * outputs
         most = max(1, min(_MOST, _WORKING // max(1, each)))
         step = math.ceil(self.count / math.ceil(self.count / most))
@@ -164,7 +164,7 @@ class SampleFactors:
             came = f"returning {tuple(output.shape)} after {tuple(self.output.shape)}"
             raise ModelStateError.of("model", came, "all samples must have outputs of one shape")
         layers, where = LayerRows(lin, 1, plainly=not self.layers.sites), slice(i, i + 1)
-        operands = collected.open(where, layers)
+        operands = collected.open(layers)
         for entry, seed in enumerate(unit_seeds(output.unsqueeze(0))):
             collected.fill(where, entry, layers, operands, layers.sweep([seed.view(output.shape)]))
         self._fill_missing(collected, i, lin)
@@ -240,7 +240,7 @@ class SampleFactors:
             lost = [lin.domain.names[j] for j in layers.missing if j not in collected.missing]
             if lost:
                 return f"samples mix where {', '.join(lost)} enter"
-            operands = collected.open(where, layers)
+            operands = collected.open(layers)
             every = [cotangents] if cotangents else ([seed] for seed in unit_seeds(lin.outputs[0]))
             for entry, seeds in enumerate(every):
                 collected.fill(where, entry, layers, operands, layers.sweep(seeds))

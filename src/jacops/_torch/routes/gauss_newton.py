@@ -18,7 +18,8 @@ from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import Chunk, Found, add_blocks
-from ..layers.factors import LayerRows, add_rows, matrix_shape
+from ..layers.factors import LayerRows, add_rows
+from ..layers.parts import matrix_shape
 from ..layers.sites import LayerOutput, find_sites, pays, settled, shadows
 from ..layers.uses import ParameterUse
 from ..sweeps.batched import at_once, passed
@@ -44,8 +45,8 @@ def gauss_newton_layers(lin: Linearization, curvature: Rows, rows: Rows) -> Gaus
     (output,) = lin.outputs
     layers = LayerRows(lin, output.shape[0])
     H = _blocks(curvature, output) if layers.sites else None
-    described = {site.use.leaf for site in layers.sites}
-    rows_at_layers = max((site.use.row_count for site in layers.sites), default=0)
+    described = {site.leaf for site in layers.sites}
+    rows_at_layers = max((site.row_count for site in layers.sites), default=0)
     if H is None or not pays(lin.domain.sizes, described, rows_at_layers, 2 * output[0].numel()):
         return None
     return GaussNewtonLayers(lin, layers, _single_positions(layers), H, ByProducts.beside(lin, described, rows))
@@ -61,13 +62,13 @@ def _applies(lin: Linearization) -> bool:
 def _single_positions(layers: LayerRows) -> list[LayerOutput]:
     """Return the layers' outputs where each has one position for a sample and channels that make all gradients."""
     many = layers.samples
-    if not all(site.order == "sample first" and site.use.sum is None for site in layers.sites):
+    if not all(isinstance(site.order, int) and site.order == 1 and site.sum is None for site in layers.sites):
         return []
-    found: dict[int, list[ParameterUse]] = {leaf: [layers.sites[i].use for i in own] for leaf, own in layers.by_leaf()}
+    found: dict[int, list[ParameterUse]] = {leaf: [layers.sites[i] for i in own] for leaf, own in layers.by_leaf()}
     sites = [LayerOutput(site.uses, many) for site in find_sites(found)]
     single = all(site.positions == 1 and site.shape[0] == many for site in sites)
     sites = settled(sites, layers.lin.domain.slices) if single else []
-    same = {use.leaf for site in sites for use in site.uses} == {site.use.leaf for site in layers.sites}
+    same = {use.leaf for site in sites for use in site.uses} == {site.leaf for site in layers.sites}
     return sites if same else []
 
 
@@ -85,7 +86,7 @@ def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most:
         return None
     before, slices = lin.sweeps, lin.domain.slices
     diagonal = torch.zeros(lin.domain.dim, dtype=lin.domain.dtype, device=lin.domain.device)
-    operands, (values, factors) = [site.operand() for site in layers.sites], _factored(H)
+    operands, (values, factors) = [site.sample_operand() for site in layers.sites], _factored(H)
     for sign in (1, -1):
         mine = (values.sign() == sign).to(factors.dtype)
         seeds = (factors[:, :, k] * mine[:, k : k + 1] for k in range(H.shape[1]) if bool(mine[:, k].any()))
@@ -120,11 +121,11 @@ class GaussNewtonLayers:
 
     @cached_property
     def _operands(self) -> list[Tensor | None]:
-        return [site.operand() for site in self.layers.sites]
+        return [site.sample_operand() for site in self.layers.sites]
 
     def add(self, matrix: Tensor, weight: float, most: int) -> str:
         """Add a half of it times a weight, and say how it was done."""
-        before, many = self.lin.sweeps, len({site.use.node for site in self.layers.sites})
+        before, many = self.lin.sweeps, len({site.node for site in self.layers.sites})
         if self._by_channels(most):
             _add_by_channels(self.lin, self.sites, self.H, matrix, weight, most)
         else:

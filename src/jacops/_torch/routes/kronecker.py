@@ -18,7 +18,9 @@ from ..._ladder.failures import RouteFailedError
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
-from ..layers.factors import LayerRows, SampleUse, matrix_shape
+from ..layers.factors import LayerRows
+from ..layers.parts import matrix_shape
+from ..layers.uses import ParameterUse
 from ..sweeps.linearization import Linearization
 
 Form = Literal["outer", "lookup", "rows", "swept"]
@@ -86,7 +88,7 @@ class RecordedBatch:
 
     def entries(self, groups: Sequence[Group]) -> int:
         """Return how many numbers one cotangent at the output costs."""
-        return sum(s.use.shape.numel() for group in groups for leaf in group.leaves for s in self.uses.get(leaf, []))
+        return sum(s.shape.numel() for group in groups for leaf in group.leaves for s in self.uses.get(leaf, []))
 
     # ---- which parameters go together --------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class RecordedBatch:
             return Group("rows", (leaf,))
         if forms == {"lookup"}:
             return Group("lookup", (leaf,))
-        turned = next(site.use for site in uses if site.use.kind == "outer").turned
+        turned = next(site for site in uses if site.kind == "outer").turned
         return Group("outer", (leaf,) if bias is None else (leaf, bias), turned)
 
     def _biases(self) -> dict[int, int]:
@@ -134,7 +136,7 @@ class RecordedBatch:
         for exact in (True, False):  # the same operation first: a later sum has the same cotangent
             for weight, own in weights.items():
                 rest = (i for i in vectors if i not in partners.values())
-                if weight not in partners and len({site.use.turned for site in own}) == 1:
+                if weight not in partners and len({site.turned for site in own}) == 1:
                     bias = next((i for i in rest if _is_bias(own, vectors[i], deltas, exact)), None)
                     partners |= {} if bias is None else {weight: bias}
         return partners
@@ -151,39 +153,39 @@ class RecordedBatch:
             for group in groups
         ]
 
-    def _at_sites(self, sites: Sequence[SampleUse], seeds: Tensor) -> list[Tensor]:
+    def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site, all cotangents in one sweep where that is known to be right."""
         many = seeds.shape[0]
         if many > 1 and self._batched and self.lin.trust.refusal("pull", "batched") is None:
             try:
-                return self._layers.sweep_batched([seeds], sites)
+                return self._layers.sweep([seeds], sites, batched=True)
             except RouteFailedError:
                 self._batched = False
         singles = [self._layers.sweep([seed], sites) for seed in seeds]
         return [torch.stack(own) for own in zip(*singles, strict=True)]
 
-    def _gradients(self, group: Group, deltas: dict[SampleUse, Tensor], seeds: Tensor) -> Gradients:
+    def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:
         (leaf, *bias), sites = group.leaves, self.uses[group.leaves[0]]
         if group.form != "rows":
             return [self._outer(group, site, deltas[site], bool(bias)) for site in sites]
         like = self.lin.leaves[leaf].detach()
         rows = like.new_zeros(self.samples, seeds.shape[0], *matrix_shape(like.shape))
         for site in sites:
-            site.part(site.operand(), deltas[site].transpose(0, 1)).into(rows, add=True)
+            site.part(site.sample_operand(), deltas[site].transpose(0, 1)).into(rows, add=True)
         return rows.flatten(2).transpose(0, 1)
 
-    def _outer(self, group: Group, site: SampleUse, delta: Tensor, with_one: bool) -> OuterGradients:
-        operand = _given(site.operand())
-        if site.use.kind == "lookup":
+    def _outer(self, group: Group, site: ParameterUse, delta: Tensor, with_one: bool) -> OuterGradients:
+        operand = _given(site.sample_operand())
+        if site.kind == "lookup":
             if group.form == "lookup":
-                return OuterGradients(operand, delta.unsqueeze(3), swapped=True)
+                return OuterGradients(operand, delta, swapped=True)
             table = self.lin.leaves[group.leaves[0]]
             entries = torch.nn.functional.one_hot(operand, table.shape[0]).to(table.dtype)[None, :, :, None]
-            sides = (delta.unsqueeze(3), entries) if group.turned else (entries, delta.unsqueeze(3))
+            sides = (delta, entries) if group.turned else (entries, delta)
             return OuterGradients(*sides, swapped=not group.turned)
         if with_one:
             operand = torch.cat([operand, site.ones(operand)], -1)
-        swapped = site.use.turned != group.turned
+        swapped = site.turned != group.turned
         return OuterGradients(operand[None], delta, swapped) if swapped else OuterGradients(delta, operand[None])
 
     def _by_sweeps(self, leaves: Sequence[int], seeds: Tensor) -> dict[int, Tensor]:
@@ -245,26 +247,27 @@ class RecordedBatch:
         self.uses = {}
 
 
-def _forms(sites: Sequence[SampleUse]) -> set[str]:
+def _forms(sites: Sequence[ParameterUse]) -> set[str]:
     """Return in what ways a parameter enters."""
-    return {"derived" if site.use.derived else site.use.kind for site in sites}
+    return {"derived" if site.derived else site.kind for site in sites}
 
 
-def _sides(site: SampleUse) -> tuple[int, int]:
+def _sides(use: ParameterUse) -> tuple[int, int]:
     """Return how many groups a weight is seen in, and how long the second side of each is as it is stored."""
-    use = site.use
     if use.operand is None or use.kind != "outer":
         return 1, use.entry.weight[-1]
     groups, inner = use.operand.shape[1:]
     return groups, use.entry.weight.numel() // (groups * inner) if use.turned else inner
 
 
-def _is_bias(weights: list[SampleUse], vectors: list[SampleUse], deltas: dict[SampleUse, Tensor], exact: bool) -> bool:
-    if len(weights) != len(vectors) or any(site.use.operand is not None for site in vectors):
+def _is_bias(
+    weights: list[ParameterUse], vectors: list[ParameterUse], deltas: dict[ParameterUse, Tensor], exact: bool
+) -> bool:
+    if len(weights) != len(vectors) or any(site.operand is not None for site in vectors):
         return False
     pairs = list(zip(weights, vectors, strict=True))
     if exact:
-        return all(w.use.node is v.use.node and w.use.layout is not None for w, v in pairs)
+        return all(w.node is v.node and w.layout is not None for w, v in pairs)
     for w, v in pairs:
         at_weight, at_vector = deltas[w].flatten(2), deltas[v].flatten(2)
         if at_weight.shape != at_vector.shape or not torch.equal(at_weight, at_vector):

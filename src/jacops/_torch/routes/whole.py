@@ -23,8 +23,9 @@ from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter, size_of
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import plain
-from ..layers.factors import LayerRows, add_rows, matrix_shape, unit_seeds
+from ..layers.factors import LayerRows, add_rows, unit_seeds
 from ..layers.part import WRITTEN
+from ..layers.parts import matrix_shape
 from ..sweeps.linearization import Linearization
 from .whole_ask import Blocks, WholeAsk, WholeBlocks
 
@@ -81,7 +82,7 @@ class LayerRoute:
 
     @cached_property
     def _operands(self) -> list[Tensor | None]:
-        return [site.operand() for site in self._layers.sites]
+        return [site.sample_operand() for site in self._layers.sites]
 
     @cached_property
     @restoring
@@ -102,16 +103,16 @@ class LayerRoute:
             check = plainly.peak
         many = self._output.shape[0]
         formed = [
-            many * size_of(self.lin.leaves[site.use.leaf])
+            many * size_of(self.lin.leaves[site.leaf])
             for site, delta in zip(self._layers.sites, self._first, strict=True)
-            if delta.shape[1] > 1 and site.use.kind != "lookup"
+            if delta.shape[1] > 1 and site.kind != "lookup"
         ]
         each = sum(size_of(delta) for delta in self._first)
         return LayerNeeds(operands, meter.peak - operands, each, max(formed, default=0), check)
 
     def together(self, room: float | None) -> int:
         """Return how many sweeps to write together within `room` bytes beside the graph; 0 if not even one fits."""
-        each = sum(size.numel() for size in (site.use.shape for site in self._layers.sites))
+        each = sum(size.numel() for size in (site.shape for site in self._layers.sites))
         wanted = max(1, min(self.sweeps, _KEPT // max(1, each * self._output.dtype.itemsize)))
         if room is None:
             return wanted
@@ -120,7 +121,7 @@ class LayerRoute:
     @property
     def _least(self) -> int:
         """Bytes that it takes for certain: cotangents at all sites, and patches under kernels."""
-        uses = [site.use for site in self._layers.sites]
+        uses = self._layers.sites
         at_sites = {use.node: use.shape.numel() * use.dtype.itemsize for use in uses}
         return sum(at_sites.values()) + sum(use.patch_bytes for use in uses)
 
@@ -175,7 +176,7 @@ class LayerRoute:
 
     def _bounds(self, sites: Sequence[int], deltas: Sequence[Tensor], target: Tensor) -> Iterator[Tensor]:
         """Yield numbers of which one is beyond all bounds if an entry is, from factors or rows: which are fewer."""
-        derived = any(self._layers.sites[i].use.derived for i in sites)
+        derived = any(self._layers.sites[i].derived for i in sites)
         if derived or 2 * sum(deltas[i].numel() for i in sites) > target.numel():
             yield target.sum().abs().double()
             return

@@ -12,11 +12,10 @@ from ..._ladder.plan import Memory
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import Proofs, ProofStore
 from .bottleneck import GAIN, narrowest
-from .results import Results
+from .results import SampleJacobians
 from .runs import Run
 
 if TYPE_CHECKING:
-    from .compiled import Compiler
     from .runs import Runner
 
 ONE_SAMPLE = "one sample"
@@ -38,12 +37,11 @@ class BatchAsk:
         run: The recorded batch; None where `apart` says why there is none.
         fresh: It still has to be proved that samples do not mix.
         strict: Every ordered pair of samples is checked.
-        compiler: Makes graphs, where they were asked for.
         undecided: Rounding explains what the evidence saw, so that it proves nothing for later calls.
     """
 
     runner: Runner
-    result: Results
+    result: SampleJacobians
     where: slice
     values: Sequence[Tensor]
     mode: str
@@ -53,11 +51,10 @@ class BatchAsk:
     run: Run | None = None
     fresh: bool = False
     strict: bool = False
-    compiler: Compiler | None = None
     undecided: bool = False
-    question: str = field(default="samples", init=False)
-    argument: str = field(default="mode=", init=False)
     routes: dict[str, str] = field(default_factory=dict, init=False)
+
+    question, argument = "samples", "mode="
 
     def __post_init__(self) -> None:
         self.known = self.apart  # the caller has been told

@@ -9,48 +9,34 @@ for a random cotangent, with exact zeros where the cotangent has them. Otherwise
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._finite import is_finite
-from ..._ladder.route import answered
+from ..._ladder.route import answer, answered
 from ..._progress import track
 from ..._runtime.chunks import Chunks
-from ..._runtime.contexts import must_surface
 from ..._runtime.memory import Budget, given_tensors
 from ..._trees import Selector, flatten, hint_at_labels, is_differentiable
-from ...errors import InputError, InputTypeError, JacopsError, ModelStateError, NotDifferentiableError
+from ...errors import InputError, InputTypeError, NotDifferentiableError
 from ..model.cut import At
 from ..model.inputs import check_fallback
 from ..model.replica import bare, check_state
 from ..sweeps.linearization import Linearization
-from ..sweeps.mixing import NOT_FINITE, differs, read_tolerance, unbatchable, with_reads
+from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, unbatchable, with_reads
 from ..sweeps.proofs import ProofStore
 from .ask import ONE_SAMPLE, BatchAsk
-from .compiled import Compiler
+from .compiled import COMPILED, GraphAsk
 from .plan import ensure_fits, is_small, planned
-from .results import ALONE, Results, SampleJacobians
+from .results import ALONE, SampleJacobians
 from .routes import BY_SAMPLES
 from .runs import Run, Runner
 
 MODES = ("auto", "reverse", "forward", "split")
+Parts = Iterable[tuple[Tensor, list[Tensor]]]  # which samples, and their outputs without the others
 _NO_LAYER = "no layer was found that everything passes through"
-
-
-@dataclass(frozen=True)
-class PartRuns:
-    """Runs of some samples without the others.
-
-    Attributes:
-        alone: One sample's run.
-        pieces: Which samples, and their outputs.
-    """
-
-    alone: Linearization | None
-    pieces: Iterable[tuple[Tensor, list[Tensor]]]
 
 
 class Samples:
@@ -87,7 +73,7 @@ class Samples:
             raise InputTypeError.of("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
         self.values, self.input_tree = flatten(x, "x")
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
-        self.compiler = Compiler(self.runner, fallback) if compile and checks in ("first", "never") else None
+        self.compile = compile and checks in ("first", "never")
         self.count = self._check_inputs(x)
         hint_at_labels(call, outputs, x)
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
@@ -139,37 +125,45 @@ class Samples:
         """
         if mode not in MODES:
             raise InputError.of("mode", repr(mode), f"one of {MODES} is needed")
-        result = Results(self.call, self.count, budget, given_tensors(out))
+        result = SampleJacobians(self.call, self.count, budget, given_tensors(out))
+        if self.at is None or (isinstance(self.at, tuple) and self.at[0] is None):
+            result.input_tree, result.inputs = self.input_tree, self.inputs
         if self.count == 0:
             result.prepare(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values]), alone=True)
-            return self._finished(result, "no samples")
+            result.route = "no samples"
+            return result
         if budget is not None or not is_small(self, batch_size):
             batch_size = ensure_fits(self, planned(self, batch_size, budget, mode, out is None)).chunk
         chunks, reason = Chunks(self.count, batch_size), ONE_SAMPLE if self.count == 1 else None
         for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
-            if self.compiler and where.stop >= chunks.rows:  # a graph takes one number of samples
+            if self.compile and where.stop >= chunks.rows:  # a graph takes one number of samples
                 where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
             with chunks.halving(where, self.call, "samples"):
                 reason = self._swept(result, where, mode, reason)
-        how = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.direction}"
-        return self._finished(result, how)
+        result.route = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.route}"
+        return result
 
-    def _swept(self, result: Results, where: slice, mode: str, reason: str | None) -> str | None:
+    def _swept(self, result: SampleJacobians, where: slice, mode: str, reason: str | None) -> str | None:
         """Fill in some samples; return why they had to be taken one at a time, if they had."""
         values = [v[where] for v in self.values]
         store = self.runner.store(values)
         known = reason or (ONE_SAMPLE if where.stop - where.start == 1 else None)
-        if known is None and self.compiler and self.compiler.fill(result, where, values, store):
-            return None
         strict = self.checks == "strict"
         ask = BatchAsk(self.runner, result, where, values, mode, self.fallback, store, known, strict=strict)
-        parts = self._recorded(ask) if known is None else None
+        if known is None and self.compile:
+            return answer(GraphAsk(ask, lambda: self._filled(ask, reason)), COMPILED)
+        return self._filled(ask, reason)
+
+    def _filled(self, ask: BatchAsk, reason: str | None) -> str | None:
+        result, where, mode, known = ask.result, ask.where, ask.mode, ask.known
+        if known is None:
+            self._record(ask)
         swept, route = answered(ask, BY_SAMPLES)
         if route.leaving == "never":
             reason = known if known is not None and reason is None else ask.apart
         else:
-            self._keep(ask, swept, parts)
-            result.direction = ask.routes["samples"]
+            self._keep(ask, swept)
+            result.route = ask.routes["samples"]
         if mode == "split" and ask.apart is None and route.name != "split":
             todo = "Use mode='auto', or cut the model yourself with `at=`."
             raise InputError.of("mode", "'split'", _NO_LAYER, todo)
@@ -177,50 +171,32 @@ class Samples:
             result.sure &= all(is_finite(block[where]) for row in result.blocks for block in row)
         return None if reason == ONE_SAMPLE and self.count > 1 else reason
 
-    def _keep(self, ask: BatchAsk, swept: Linearization, parts: PartRuns | None) -> None:
+    def _keep(self, ask: BatchAsk, swept: Linearization) -> None:
         """Take a batch's outputs, and remember what was proved about it."""
         lin, values = ask.run.lin if ask.run is not None else ask.lin, ask.values
-        if parts is not None and not ask.undecided and any(bool((v != v[:1]).any()) for v in values):
+        if ask.fresh and not ask.undecided and any(bool((v != v[:1]).any()) for v in values):
             # Equal rows prove nothing: they agree anyway.
             for proofs in (lin.trust, swept.trust):
                 proofs.remember("samples apart", ask.many)
         for out, tensor in enumerate(lin.outputs):
-            ask.result.outputs[out][ask.where] = tensor.detach()
-        if self.compiler and ask.run is not None and ask.routes["samples"].startswith("reverse"):
-            self.compiler.consider(ask.result, ask.where, ask.run, values, ask.store)
+            ask.result.output[out][ask.where] = tensor.detach()
 
-    def _finished(self, result: Results, route: str) -> SampleJacobians:
-        if result.tree is None:
-            raise ModelStateError.of("model", "not evaluated", "at least one sample must run")
-        tree, inputs = self.input_tree, self.inputs
-        if self.at is not None and not (isinstance(self.at, tuple) and self.at[0] is None):
-            tree, inputs = flatten(0, "at")[1], [0]
-        return SampleJacobians(result.blocks, result.tree, tree, inputs, route, result.outputs, result.sure)
-
-    def _recorded(self, ask: BatchAsk) -> PartRuns | None:
-        """Record a batch, and note why its samples are taken one at a time, where that is known before any sweep.
-
-        Returns:
-            Runs of its parts, where it still has to be proved that samples are apart.
-        """
-        parts: PartRuns | None = None
-        try:
-            ask.run, parts = self._run(ask.values, ask.store, ask.mode)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, JacopsError) or must_surface(error):
-                raise
+    def _record(self, ask: BatchAsk) -> None:
+        """Record a batch, and note why its samples are taken one at a time, where that is known before any sweep."""
+        found = batched(lambda: self._run(ask.values, ask.store, ask.mode), ask.many)
+        if isinstance(found, str):
             self.runner.run([v[:1] for v in self.values])  # where it fails alone too, that is the error to see
-            ask.apart = f"the forward takes no batch of {ask.many} ({type(error).__name__}: {str(error)[:100]})"
-            return None
+            ask.apart = found
+            return
+        ask.run, parts = found
         known, ask.fresh = ask.verdicts.refusal("samples", "together"), parts is not None
         ask.apart = self._mixing(ask.run, ask.values, parts) if known is None else known.reason
         if ask.apart is None:
             ask.result.prepare(ask.run)
         elif known is None and ask.apart != NOT_FINITE:
             ask.verdicts.refuse("samples", "together", ask.apart)
-        return parts
 
-    def _run(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> tuple[Run, PartRuns | None]:
+    def _run(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> tuple[Run, Parts | None]:
         """Record a batch, and runs of its parts to hold it against where what is known of its graph asks for it."""
         many = values[0].shape[0]
         if store.assumed is not None or self.checks == "never":
@@ -229,10 +205,10 @@ class Samples:
             if proofs.refusal("samples", "together") is not None or not proofs.needs("samples apart", many):
                 return run, None
             del run, proofs  # its graph would stand beside those of the parts
-        parts = self._parts(values, many, store)
+        alone, parts = self._parts(values, many, store)
         run = self.runner.run(values, store)
-        if parts.alone is not None:
-            run.lin.compare(parts.alone)
+        if alone is not None:
+            run.lin.compare(alone)
         return run, parts
 
     def _known_split(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
@@ -245,25 +221,25 @@ class Samples:
 
     # ---- do samples mix? -------------------------------------------------------------------------------------
 
-    def _parts(self, values: Sequence[Tensor], many: int, store: ProofStore) -> PartRuns:
-        """Return outputs of one sample and of a random half, each run without the others."""
+    def _parts(self, values: Sequence[Tensor], many: int, store: ProofStore) -> tuple[Linearization | None, Parts]:
+        """Return one sample's run, and outputs of that and of a random half, each run without the others."""
         if store.latest is not None and store.latest.effects is not None and store.latest.effects.reads:
-            return PartRuns(None, [])  # every sample will be run alone
+            return None, []  # every sample will be run alone
         order = torch.randperm(many, generator=torch.Generator().manual_seed(0))
         alone, parts = None, []
         for picked in (order[:1], order[: max(1, many // 2)].sort().values):
             run = self.runner.run([v[picked.to(v.device)] for v in values])
             alone = alone or run.lin
             parts.append((picked, [o.detach() for o in run.lin.outputs]))
-        return PartRuns(alone, parts)
+        return alone, parts
 
-    def _mixing(self, run: Run, values: Sequence[Tensor], parts: PartRuns | None) -> str | None:
+    def _mixing(self, run: Run, values: Sequence[Tensor], parts: Parts | None) -> str | None:
         """Return what speaks against shared sweeps before any is made; None where nothing does."""
         many = values[0].shape[0]
         reason = unbatchable(run.lin if run.head is None else run.head, run.effects, many)
         if reason is not None or (parts is None and not run.effects.reads):
             return reason
-        pieces, most = parts.pieces if parts is not None else (), run.lin.tolerance
+        pieces, most = parts or [], run.lin.tolerance
         if run.effects.reads:  # other samples may take other paths: only outputs of every one alone can tell
             pieces = zip(torch.arange(many).split(1), self.runner.outputs_alone(values, run.effects), strict=True)
             most = read_tolerance(run.lin)

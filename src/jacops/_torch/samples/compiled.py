@@ -10,22 +10,22 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError, RouteWrongError, attempt
+from ..._ladder.plan import Cost
+from ..._ladder.route import answer
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import must_surface
 from ..._runtime.restoring import WarningsIgnored, restoring
-from ...errors import NotDifferentiableError, warn
 from ..sweeps.mixing import coupled, differs
-from ..sweeps.proofs import Proofs, ProofStore
-from .results import Results
-from .runs import Run, Runner
-from .sweeps import counts, sweep
+from ..sweeps.proofs import Proofs
+from .ask import BatchAsk
+from .runs import Run
+from .sweeps import sweep
 
 _GROUP = 32  # backward passes to a graph: compiling more takes longer than it saves
 _BACKEND = "inductor"
@@ -34,165 +34,210 @@ Rows = tuple[Tensor, list[Tensor]]
 
 
 @dataclass
+class GraphAsk:
+    """A batch to be filled in from a graph; or by sweeps, after which a graph may be made for later calls.
+
+    Attributes:
+        batch: The batch.
+        plainly: Fills it in by sweeps, and says why samples were taken one at a time.
+    """
+
+    batch: BatchAsk
+    plainly: Callable[[], str | None]
+
+    question, asked, call, shape = "compiled", None, "compile=True", None
+
+    @property
+    def verdicts(self) -> Proofs:
+        """What is known of graphs for batches like this one."""
+        return self.batch.store.known.take("graphs", lambda: Proofs("never"))
+
+    @property
+    def fallback(self) -> str:
+        """What happens where there can be no graph."""
+        return self.batch.fallback
+
+    @property
+    def routes(self) -> dict[str, str]:
+        """Descriptions of routes."""
+        return self.batch.routes
+
+
+@dataclass
 class Compiled:
     """A graph for so many samples.
 
     Attributes:
         function: From inputs, parameters with buffers, and cotangents to the output and its rows by input.
-        many: Samples.
         group: Cotangents.
-        entries: Outputs of a sample.
-        output: A sample's output, for its shape.
+        output: Outputs of all samples, for their shape.
         proofs: What was known of the graph of two samples when it was made.
     """
 
     function: Callable[..., Rows]
-    many: int
     group: int
-    entries: int
     output: Tensor
     proofs: Proofs
 
-    def fits(self, few: Run) -> bool:
-        """Say whether two samples are recorded as they were when the graph was made."""
-        return few.lin.trust is self.proofs and not self.proofs.needs("compiled")
-
     @restoring
-    def fill(self, runner: Runner, values: Sequence[Tensor], blocks: Sequence[Tensor], where: slice) -> Tensor:
-        """Fill `blocks[leaf][where]`, a few outputs after another, and return the outputs."""
-        state, output = runner.state(), self.output
-        for start in range(0, self.entries, self.group):
-            start = min(start, self.entries - self.group)  # the last group may repeat rows
+    def fill(self, ask: BatchAsk, blocks: Sequence[Tensor]) -> Tensor:
+        """Fill `blocks[leaf]`, a few outputs after another, and return the outputs."""
+        state, output, entries = ask.runner.state(), self.output, self.output[0].numel()
+        for start in range(0, entries, self.group):
+            start = min(start, entries - self.group)  # the last group may repeat rows
+            seeds = _seeds(self.output, start, self.group)
             with torch.no_grad():
-                output, rows = self.function(list(values), state, _seeds(self.output, self.many, start, self.group))
+                output, rows = _compiles(lambda seeds=seeds: self.function(list(ask.values), state, seeds))
             for block, row in zip(blocks, rows, strict=True):
-                target = block[where].view(self.many, self.entries, *row.shape[2:])
-                target[:, start : start + self.group] = row
+                block.view(len(output), entries, *row.shape[2:])[:, start : start + self.group] = row
         return output
 
 
-class Compiler:
-    """Graphs in place of sweeps, for one call.
+class KeptGraph:
+    """Sweeps by a graph of an earlier call, which has to fit what two samples show in this one."""
 
-    Args:
-        runner: Runs the model.
-        fallback: `"warn"`, `"silent"` or `"error"` where there can be no graph.
-    """
+    name, claims, leaving = "graph", (), "silent"
 
-    def __init__(self, runner: Runner, fallback: str) -> None:
-        self.runner, self.fallback, self._held = runner, fallback, False
+    def refuses(self, ask: GraphAsk) -> str | None:
+        """There has to be a graph."""
+        return None if "graph" in ask.batch.store.known else ""
 
-    def fill(self, result: Results, where: slice, values: Sequence[Tensor], store: ProofStore) -> bool:
-        """Fill in one batch from a graph, and say whether there was one that is still right."""
-        graph = store.known.get("compiled")
-        if not isinstance(graph, Compiled):
-            return False
-        few = None
-        if not self._held:
-            few = self.runner.run([v[:2] for v in values])
-            if not graph.fits(few):
-                store.known.pop("compiled")
-                return False
+    def cost(self, ask: GraphAsk) -> Cost:
+        """It was measured to be faster than sweeps."""
+        return Cost(0)
+
+    def describe(self, ask: GraphAsk) -> str:
+        """Name it."""
+        return "compiled"
+
+    def value(self, ask: GraphAsk) -> None:
+        """Fill in the batch.
+
+        Raises:
+            RouteFailedError: The model is not what it was when the graph was made.
+        """
+        batch, few = ask.batch, None
+        result, where = batch.result, batch.where
+        graph = batch.store.known.pop("graph")  # kept where it is still right
+        if where.start == 0:  # once in a call
+            few = batch.runner.run([v[:2] for v in batch.values])
+            if few.lin.trust is not graph.proofs or graph.proofs.needs("compiled"):
+                raise RouteFailedError("two samples are recorded in another way")
             result.prepare(few)
-        try:
-            output = _compiles(lambda: graph.fill(self.runner, values, result.blocks[0], where))
-        except RouteFailedError:
-            store.known.pop("compiled")
-            return False
-        result.outputs[0][where] = output
-        if few is not None and _doubtful(few, result, where):
-            store.known.pop("compiled")  # the model is not what it was
-            return False
-        self._held = True
-        result.direction = f"reverse, {graph.entries} pulls, compiled"
-        return True
-
-    def consider(self, result: Results, where: slice, run: Run, values: Sequence[Tensor], store: ProofStore) -> None:
-        """Make a graph for batches like this one, unless it is known that none pays."""
-        known = store.known
-        connected = any(output.requires_grad for output in run.lin.outputs)
-        if known.get("compiled") is not None or where.stop - where.start < 2 or not connected:
-            return
-        known["compiles"] = known.get("compiles", 0) + 1
-        if known["compiles"] > _TRIES:
-            known["compiled"] = "the model was another one in every call"
-            return
-        try:
-            known["compiled"] = compiled(self.runner, run, values, result.blocks[0], where)
-        except RouteFailedError as reason:
-            known["compiled"] = str(reason)
-            self._say(str(reason))
-
-    def _say(self, reason: str) -> None:
-        message = f"compile=True: {reason}"
-        if self.fallback == "error":
-            raise NotDifferentiableError(f"{message}, and fallback='error' forbids plain sweeps.")
-        if self.fallback == "warn":
-            warn(f"{message}; plain sweeps go on.")
+        output = graph.fill(batch, [block[where] for block in result.blocks[0]])
+        result.output[0][where] = output
+        if few is not None:
+            reason = differs(output, few.lin.outputs[0], torch.arange(2))
+            reason = reason or coupled(few.lin, result.blocks, slice(0, 2))
+            if reason is not None:
+                raise RouteWrongError(reason)
+        batch.store.known["graph"] = graph
+        result.route, result.sure = f"reverse, {output[0].numel()} pulls, compiled", False
 
 
-def _doubtful(run: Run, result: Results, where: slice) -> bool:
-    """Hold the first two samples of a batch against a run of them alone."""
-    reason = differs(result.outputs[0][where], run.lin.outputs[0], torch.arange(2))
-    return bool(reason or coupled(run.lin, result.blocks, slice(where.start, where.start + 2)))
+class NewGraph(KeptGraph):
+    """A graph that was right and faster on samples that are filled in already."""
+
+    name, leaving = "new graph", "warned"
+
+    def refuses(self, ask: GraphAsk) -> str | None:
+        """It takes samples that share sweeps by outputs, and a model that is the same in later calls."""
+        batch = ask.batch
+        if batch.run is None or not batch.routes["samples"].startswith("reverse"):
+            return ""
+        if not any(output.requires_grad for output in batch.run.lin.outputs):
+            return ""
+        tries = batch.store.known.get("tries", 0)
+        return "the model was another one in every call" if tries >= _TRIES else None
+
+    def value(self, ask: GraphAsk) -> None:
+        """Make it.
+
+        Raises:
+            RouteFailedError: There is none; the message says why.
+        """
+        batch, run, known = ask.batch, ask.batch.run, ask.batch.store.known
+        known["tries"] = known.get("tries", 0) + 1
+        if run is None or run.head is not None or run.effects.writes or len(run.lin.outputs) != 1:
+            raise RouteFailedError("only whole models with one output tensor that write into nothing are compiled")
+        output, few = run.lin.outputs[0].detach(), batch.runner.run([v[:2] for v in batch.values]).lin.trust
+        group = math.ceil(output[0].numel() / math.ceil(output[0].numel() / _GROUP))
+        graph = Compiled(_traced(batch, run, group), group, torch.empty_like(output), few)
+        blocks = [block[batch.where] for block in batch.result.blocks[0]]
+        scratch = [torch.empty_like(block) for block in blocks]
+
+        def plainly() -> None:
+            again = batch.runner.record(batch.values, run.effects)
+            sweep(again.lin, [scratch], slice(0, batch.many), "reverse")
+
+        alone = _seconds(plainly, output)
+        graph.fill(batch, scratch)  # the first one compiles
+        fused = _seconds(lambda: graph.fill(batch, scratch), output)
+        error = worst_disagreement(list(zip(blocks, scratch, strict=True)))
+        if not error <= run.lin.tolerance:
+            raise RouteWrongError(f"the compiled sweeps disagree with the plain ones (by {error:.1e})")
+        if fused > alone:
+            raise RouteFailedError(f"compiled sweeps were measured slower ({fused:.2g} s, plain ones {alone:.2g} s)")
+        few.remember("compiled")
+        known.pop("graphs")  # why earlier ones were left
+        known["graph"] = graph
 
 
-def compiled(runner: Runner, run: Run, values: Sequence[Tensor], blocks: Sequence[Tensor], where: slice) -> Compiled:
-    """Return a graph that was right and faster on these samples, whose rows are in `blocks[leaf][where]`.
+class NoGraph:
+    """Plain sweeps from now on."""
 
-    Raises:
-        RouteFailedError: There is none; the message says why.
-    """
-    lin, effects = run.lin, run.effects
-    if run.head is not None or effects.writes or len(lin.outputs) != 1 or counts(lin)[0] == 0:
-        raise RouteFailedError("only whole models with one output tensor that write into nothing are compiled")
-    entries, many = counts(lin)[0], where.stop - where.start
-    group = math.ceil(entries / math.ceil(entries / _GROUP))
-    output = lin.outputs[0].detach()[:1].clone()
-    few = runner.run([v[:2] for v in values]).lin.trust
-    found = Compiled(_traced(runner, run, values, group), many, group, entries, output, few)
-    scratch = [torch.empty_like(block[where]) for block in blocks]
-    everything = slice(0, many)
+    name, claims, leaving = "plain sweeps", (), "never"
 
-    def plainly() -> None:
-        again = runner.record(values, effects)
-        sweep(again.lin, [scratch], everything, "reverse")
+    def refuses(self, ask: GraphAsk) -> str | None:
+        """It always applies."""
+        return None
 
-    alone = _seconds(plainly, lin.outputs[0])
-    filled = partial(_compiles, lambda: found.fill(runner, values, scratch, everything))
-    filled()  # the first one compiles
-    fused = _seconds(filled, lin.outputs[0])
-    error = worst_disagreement([(block[where], other) for block, other in zip(blocks, scratch, strict=True)])
-    if not error <= lin.tolerance:
-        raise RouteWrongError(f"the compiled sweeps disagree with the plain ones (by {error:.1e})")
-    if fused > alone:
-        raise RouteFailedError(f"compiled sweeps were measured slower ({fused:.2g} s, plain ones {alone:.2g} s)")
-    few.remember("compiled")
-    return found
+    def cost(self, ask: GraphAsk) -> Cost:
+        """More than a graph that was measured to be faster."""
+        return Cost(1)
+
+    def describe(self, ask: GraphAsk) -> str:
+        """Name it."""
+        return "on by plain sweeps"
+
+    def value(self, ask: GraphAsk) -> str | None:
+        """Return nothing: the batch is filled in."""
+        return None
 
 
-def _traced(runner: Runner, run: Run, values: Sequence[Tensor], group: int) -> Callable[..., Rows]:
+class ThenGraph(NoGraph):
+    """Plain sweeps, after which a graph may be made."""
+
+    def value(self, ask: GraphAsk) -> str | None:
+        """Fill in the samples, and return why they were taken one at a time."""
+        reason = ask.plainly()
+        answer(ask, (NewGraph(), NoGraph()))
+        return reason
+
+
+COMPILED = (KeptGraph(), ThenGraph())
+
+
+def _traced(batch: BatchAsk, run: Run, group: int) -> Callable[..., Rows]:
     from torch.fx.experimental.proxy_tensor import make_fx  # here, because it loads half of torch's compiler
 
     def sweeps(values: list[Tensor], state: dict[str, Tensor], seeds: Tensor) -> Rows:
-        lin = runner.record(values, run.effects, state=state).lin
+        lin = batch.runner.record(values, run.effects, state=state).lin
         (output,), columns = lin.outputs, []
         for seed in seeds.unbind():
             columns.append(torch.autograd.grad(output, lin.leaves, seed, retain_graph=True, materialize_grads=True))
         return output.detach(), [torch.stack(rows, 1) for rows in zip(*columns, strict=True)]
 
-    many, output = values[0].shape[0], run.lin.outputs[0].detach()
-    example = list(values), runner.state(), _seeds(output, many, 0, group)
+    example = list(batch.values), batch.runner.state(), _seeds(run.lin.outputs[0].detach(), 0, group)
     graph = attempt(lambda: make_fx(sweeps)(*example))
     return _compiles(lambda: torch.compile(graph, dynamic=False, backend=_BACKEND))
 
 
-def _seeds(output: Tensor, many: int, start: int, group: int) -> Tensor:
-    """Return cotangents on entries `start` and on of every sample, `(group, many, *output)`."""
-    seeds = torch.zeros(group, many, output.shape[1:].numel(), dtype=output.dtype, device=output.device)
-    for row in range(group):
-        seeds[row, :, start + row] = 1
-    return seeds.view(group, many, *output.shape[1:])
+def _seeds(output: Tensor, start: int, group: int) -> Tensor:
+    """Return cotangents on entries `start` and on of every sample, `(group, *output)`."""
+    seeds = output.new_zeros(group, len(output), output[0].numel())
+    seeds[range(group), :, range(start, start + group)] = 1
+    return seeds.view(group, *output.shape)
 
 
 def _seconds(call: Callable[[], Any], like: Tensor) -> float:

@@ -10,8 +10,8 @@ autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,10 +26,9 @@ from ..sweeps.ask import SweepAsk
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm
 from ..sweeps.linearization import Linearization
-from ..sweeps.proofs import Proofs, ProofStore, identity_key, store_for
+from ..sweeps.proofs import Proofs, identity_key
 from ..sweeps.record import setting
 from .batch import Samples
-from .runs import Runner
 from .slopes import SLOPES, pays_to_push
 
 RECORDED = 64  # samples: a graph of so few costs little to keep, and a second forward would take as long as its sweeps
@@ -46,10 +45,7 @@ class ConnectedModel:
     """
 
     def __init__(self, samples: Samples) -> None:
-        known = samples.runner
-        self.runner = Runner(
-            known.model, known.input_tree, known.call, known.outputs, None, known.checks, known.fallback, True
-        )
+        self.runner = replace(samples.runner, at=None, connected=True)
         self.tree: Tree | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -158,25 +154,6 @@ def _shared_sweeps(lin: Linearization, many: int) -> Rows:
     ]
 
 
-@dataclass(frozen=True)
-class _Remembering(Runner):
-    """A runner whose verdicts are kept with the model that a nested function was made from."""
-
-    owner: Any = None
-    batch: tuple[Tensor, ...] = ()
-    kind: Hashable = None
-
-    def store(self, values: Sequence[Tensor]) -> ProofStore:
-        """Return what is known of the nested function at batches of these shapes."""
-        equal = all(bool((v == v[:1]).all()) for v in self.batch)  # such a batch proves nothing about another
-        parts = ("nested", self.kind, identity_key(self.outputs), equal, tuple(v.shape for v in values))
-        many = values[0].shape[0] if values else None
-        if isinstance(self.owner, nn.Module):
-            return store_for(self.owner, setting(self.owner, self.batch, *parts), self.checks, many)
-        arrays = tuple((v.shape, v.dtype, v.device) for v in self.batch)
-        return store_for(self.owner, (*parts, arrays, torch.get_default_dtype()), self.checks, many)
-
-
 def nested(
     function: Callable[..., Any], x: Any, of: Samples, kind: Hashable, batch_size: int, progress: bool | None = None
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -193,19 +170,15 @@ def nested(
     Returns:
         `J[output][input]`, each `(n, *out, *in)`, and the outputs `(n, *out)`.
     """
-    known = of.runner
+    model, picked = of.runner.model, identity_key(of.runner.outputs)
+    equal = all(bool((v == v[:1]).all()) for v in of.values)  # such a batch proves nothing about another
+    parts = ("nested", kind, picked, equal)
+    if isinstance(model, nn.Module):
+        key: Hashable = setting(model, of.values, *parts)
+    else:
+        key = (*parts, tuple((v.shape, v.dtype, v.device) for v in of.values), torch.get_default_dtype())
+
     samples = Samples(function, x, call=of.call, checks=of.checks, fallback=of.fallback)
-    samples.runner = _Remembering(
-        function,
-        samples.input_tree,
-        of.call,
-        None,
-        None,
-        of.checks,
-        of.fallback,
-        owner=known.model,
-        batch=tuple(of.values),
-        kind=(kind, identity_key(known.outputs)),
-    )
+    samples.runner = replace(samples.runner, owner=(model, key))
     found = samples.jacobians(batch_size, progress)
     return found.blocks, found.output

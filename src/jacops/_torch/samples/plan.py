@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteFailedError
+from ..._ladder.failures import succeeds
 from ..._ladder.plan import Memory
 from ..._ladder.route import candidates
-from ..._runtime.contexts import must_surface
 from ..._runtime.memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
 from ..._runtime.restoring import restoring
-from ..sweeps.mixing import differs, unbatchable, with_reads
+from ..sweeps.linearization import Linearization
+from ..sweeps.mixing import batched, differs, unbatchable, with_reads
 from ..sweeps.proofs import Proofs
 from .ask import ONE_SAMPLE
 from .bottleneck import narrowest
@@ -46,12 +46,10 @@ class Working:
     Attributes:
         fixed: What does not depend on the number of samples.
         each: What every sample adds.
-        sweeps: Sweeps over the model, or over its two parts.
     """
 
     fixed: float
     each: float
-    sweeps: int
 
     def bytes(self, samples: int) -> int:
         """Return what so many samples take."""
@@ -68,7 +66,7 @@ class Probe:
 
     Attributes:
         ways: Working memory by mode; `"one by one"` is a sample alone.
-        shapes: Bytes of one sample's Jacobians, of its outputs.
+        sizes: Bytes of one sample's Jacobians, of its outputs.
         jacobian: Shape of the largest Jacobian of one sample.
         entries: Entries of a sample's outputs and inputs.
         place: Where a split pays, and how wide it is.
@@ -84,32 +82,28 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class SamplePlan:
+class SamplePlan(Probe):
     """What is known before the full call runs; routes answer it as they answer a batch.
 
     Attributes:
         call: The public call.
-        probe: What one and two samples showed.
         count: Samples altogether.
         mode: The mode asked for.
         chunk: Samples to a sweep.
         startup: Bytes that the process takes for its first derivative.
         budget: Bytes allowed.
         allocated: The result is allocated by the call, not given as `out`.
-        verdicts: Nothing is known of a batch that was not recorded.
     """
 
     call: str
-    probe: Probe
     count: int
     mode: str
     chunk: int
     startup: int
     budget: int
     allocated: bool
-    verdicts: Proofs
-    question: str = field(default="samples", init=False)
-    argument: str = field(default="mode=", init=False)
+
+    question, argument, verdicts = "samples", "mode=", Proofs("never")  # nothing is known of a batch not recorded
 
     @property
     def asked(self) -> str | None:
@@ -119,62 +113,52 @@ class SamplePlan:
     @property
     def apart(self) -> str | None:
         """Why samples do not share sweeps."""
-        return self.probe.reason or (ONE_SAMPLE if self.count == 1 else None)
-
-    @property
-    def entries(self) -> tuple[int, int]:
-        """Entries of a sample's outputs and inputs."""
-        return self.probe.entries
-
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """Where a split pays."""
-        return self.probe.place
+        return self.reason or (ONE_SAMPLE if self.count == 1 else None)
 
     @property
     def unpushable(self) -> str | None:
         """Why there are no pushes."""
-        return None if "forward" in self.probe.ways else "no second derivative rule"
+        return None if "forward" in self.ways else "no second derivative rule"
 
     def memory(self, route: str) -> Memory | None:
         """Return what a route holds; None where that was not measured."""
-        return Memory(1 if route == ALONE else self.chunk, self.peak(route)) if route in self.probe.ways else None
+        return Memory(1 if route == ALONE else self.chunk, self.peak(route)) if route in self.ways else None
 
     @property
     def route(self) -> str:
         """The name of the route that will be taken, of those whose memory was measured."""
-        return next(route.name for route, _ in candidates(self, BY_SAMPLES) if route.name in self.probe.ways)
+        return next(route.name for route, _ in candidates(self, BY_SAMPLES) if route.name in self.ways)
 
     @property
     def result(self) -> int:
         """Bytes of the Jacobians."""
-        return self.count * self.probe.sizes[0]
+        return self.count * self.sizes[0]
 
     @property
     def kept(self) -> int:
         """Bytes held whatever the chunk is."""
-        return self.startup + self.count * self.probe.sizes[1] + (self.result if self.allocated else 0)
+        return self.startup + self.count * self.sizes[1] + (self.result if self.allocated else 0)
 
     @property
     def fits(self) -> int:
         """How many samples to a sweep fit the budget."""
-        return self.probe.ways[self.route].samples(self.budget - self.kept)
+        return self.ways[self.route].samples(self.budget - self.kept)
 
     @property
     def cached(self) -> int:
         """How many samples to a sweep keep what is worked on in the processor's caches."""
-        return max(_LEAST, int(_CACHE / max(self.probe.ways[self.route].each, 1.0)))
+        return max(_LEAST, int(_CACHE / max(self.ways[self.route].each, 1.0)))
 
     def peak(self, way: str) -> int:
         """Return the bytes held at once this way."""
-        return self.kept + self.probe.ways[way].bytes(1 if way == ALONE else self.chunk)
+        return self.kept + self.ways[way].bytes(1 if way == ALONE else self.chunk)
 
     def parts(self) -> dict[str, float]:
         """Return the bytes by what they are, for a refusal."""
         parts: dict[str, float] = {}
         if self.allocated:
-            parts[f"the Jacobian {(self.count, *self.probe.jacobian)}"] = self.result
-        parts["working memory of one sample"] = self.probe.ways[self.route].bytes(1)
+            parts[f"the Jacobian {(self.count, *self.jacobian)}"] = self.result
+        parts["working memory of one sample"] = self.ways[self.route].bytes(1)
         if self.startup:
             parts["what torch loads for the first derivative of a process"] = self.startup
         return parts
@@ -205,7 +189,16 @@ def planned(samples: Samples, batch_size: int, budget: Budget, mode: str, alloca
         probe = _probe(samples, allowed - startup, allocated)
         if probe.reason != _TOO_LARGE:  # which another budget would not be
             known_here[known] = probe
-    plan = SamplePlan(samples.call, probe, samples.count, mode, 1, startup, allowed, allocated, Proofs("never"))
+    plan = SamplePlan(
+        **vars(probe),
+        call=samples.call,
+        count=samples.count,
+        mode=mode,
+        chunk=1,
+        startup=startup,
+        budget=allowed,
+        allocated=allocated,
+    )
     rows = min(plan.fits, plan.cached) if samples.values[0].device.type == "cpu" else plan.fits
     rows = max(1, min(rows, batch_size, samples.count))
     return replace(plan, chunk=math.ceil(samples.count / math.ceil(samples.count / rows)))  # even ones
@@ -224,89 +217,73 @@ def ensure_fits(samples: Samples, plan: SamplePlan) -> SamplePlan:
 
 def _probe(samples: Samples, room: float, allocated: bool) -> Probe:
     """Return what a run of one sample shows, and a run of two where the result fits and they may share sweeps."""
-    one = _recorded(samples, 1)
-    outputs, leaves = one.run.lin.outputs, one.run.lin.leaves
+    one, held = _recorded(samples, 1)
+    outputs, leaves = one.lin.outputs, one.lin.leaves
     shapes = [o.shape[1:] if o.ndim and o.shape[0] == 1 else o.shape for o in outputs]
     entries = sum(s.numel() for s in shapes), sum(leaf.shape[1:].numel() for leaf in leaves)
-    held = sum(s.numel() * o.dtype.itemsize for s, o in zip(shapes, outputs, strict=True))
-    sizes = held * entries[1], held
+    given = sum(s.numel() * o.dtype.itemsize for s, o in zip(shapes, outputs, strict=True))
+    sizes = given * entries[1], given
     pairs = [(*s, *leaf.shape[1:]) for s in shapes for leaf in leaves]
     largest = max(pairs, key=lambda shape: torch.Size(shape).numel(), default=())
-    if samples.count * (held + (sizes[0] if allocated else 0)) > room:  # no need to see more
-        return Probe({ALONE: Working(0.0, float(sizes[0]), entries[0])}, sizes, largest, entries, None, _TOO_LARGE)
-    _sweep(one, 1)
-    pull, many = max(one.peaks["reverse"] - one.held, 1), one.run.lin.chunk(entries[0])
-    ways = {ALONE: Working(0.0, max(one.held, *one.peaks.values()) + many * pull + sizes[0], entries[0])}
+    if samples.count * (given + (sizes[0] if allocated else 0)) > room:  # no need to see more
+        return Probe({ALONE: Working(0.0, float(sizes[0]))}, sizes, largest, entries, None, _TOO_LARGE)
+    peaks = _swept(one.lin, held, 1)
+    pull, many = max(peaks["reverse"] - held, 1), one.lin.chunk(entries[0])
+    ways = {ALONE: Working(0.0, max(held, *peaks.values()) + many * pull + sizes[0])}
     if samples.count == 1:
         return Probe(ways, sizes, largest, entries, None, None)
     two, reason = _two(samples, one)
-    if two is None or reason is not None:
+    if reason is not None:
         return Probe(ways, sizes, largest, entries, None, reason)
     check = 4.0 * (sizes[1] + sum(size_of(leaf) for leaf in leaves))  # of samples apart, in a first call
-    sweeps = {"reverse": entries[0], "forward": entries[1] + 1}
-    for name in two.peaks:
-        each = max(two.peaks[name] - one.peaks[name], 1)
-        ways[name] = Working(max(0.0, one.peaks[name] - each), each + check, sweeps[name])
+    for name, peak in two.items():
+        each = max(peak - peaks[name], 1)
+        ways[name] = Working(max(0.0, peaks[name] - each), each + check)
     place = None
     if samples.at is None and len(outputs) == len(leaves) == 1:
-        path = narrowest(one.run.widths, *entries)
-        place = None if path is None else (path, one.run.widths[path] or 0)
+        path = narrowest(one.widths, *entries)
+        place = None if path is None else (path, one.widths[path] or 0)
     if place is not None:  # the same graph in two parts, and the two factors of the result, which pushes stage
         factors = 2 * place[1] * sum(entries) * outputs[0].dtype.itemsize
-        whole = ways["reverse"]
-        sweeps_over_parts = 2 * min(place[1] + 1, *entries)
-        ways["split"] = Working(whole.fixed, whole.each + factors, sweeps_over_parts)
+        ways["split"] = replace(ways["reverse"], each=ways["reverse"].each + factors)
     return Probe(ways, sizes, largest, entries, place, None)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A recorded run, the bytes it keeps, and the most held while it was recorded and swept, by route."""
-
-    run: Run
-    held: int
-    peaks: dict[str, int]
-
-
-def _two(samples: Samples, one: _Measured) -> tuple[_Measured | None, str | None]:
-    """Return a run of two samples, and why they cannot share sweeps as far as it shows."""
-    try:
-        two = _recorded(samples, 2)
-        _sweep(two, 2)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if must_surface(error):
-            raise
-        return None, "the forward takes no batch"
-    lin = two.run.lin
-    first, pairs = torch.zeros(1, dtype=torch.long), zip(lin.outputs, one.run.lin.outputs, strict=True)
-    differences = (differs(a, b, first, lin.tolerance) for a, b in pairs)
-    reason = unbatchable(lin, two.run.effects, 2)
-    return two, reason or next((with_reads(found, two.run.effects) for found in differences if found), None)
+def _two(samples: Samples, one: Run) -> tuple[dict[str, int], str | None]:
+    """Return the bytes held at most for two samples, and why they cannot share sweeps as far as a run shows."""
+    found = batched(lambda: _recorded(samples, 2), 2)
+    if isinstance(found, str):
+        return {}, found
+    two, held = found
+    first, pairs = torch.zeros(1, dtype=torch.long), zip(two.lin.outputs, one.lin.outputs, strict=True)
+    differences = (differs(a, b, first, two.lin.tolerance) for a, b in pairs)
+    reason = unbatchable(two.lin, two.effects, 2)
+    reason = reason or next((with_reads(found, two.effects) for found in differences if found), None)
+    return ({} if reason else _swept(two.lin, held, 2)), reason
 
 
 @restoring
-def _recorded(samples: Samples, rows: int) -> _Measured:
-    """Record some samples, counting bytes."""
+def _recorded(samples: Samples, rows: int) -> tuple[Run, int]:
+    """Record some samples, and return the bytes that are held."""
     with Meter() as meter:
         run = samples.runner.run([v[:rows] for v in samples.values])
-    return _Measured(run, meter.peak, {})
+    return run, meter.peak
 
 
 @restoring
-def _sweep(measured: _Measured, rows: int) -> None:
-    """Take the first sweep of each direction, counting bytes."""
-    lin, held, peaks = measured.run.lin, measured.held, measured.peaks
+def _swept(lin: Linearization, held: int, rows: int) -> dict[str, int]:
+    """Return the bytes held at most in the first sweep of each direction that there is."""
     if any(o.ndim == 0 or o.shape[0] != rows for o in lin.outputs):
         with Meter() as sweeping:
             lin.pull([torch.ones_like(o) for o in lin.outputs])
-        peaks["reverse"] = held + sweeping.peak
-        return
+        return {"reverse": held + sweeping.peak}
     # Places for results are made outside: they are counted apart, and not touched where nothing is written.
-    blocks = [[_room(o, leaf, rows) for leaf in lin.leaves] for o in lin.outputs]
+    blocks, peaks = [[_room(o, leaf, rows) for leaf in lin.leaves] for o in lin.outputs], {}
     for direction in ("reverse", "forward"):
-        with Meter() as sweeping, suppress(RouteFailedError):  # there are no pushes
-            sweep(lin, blocks, slice(0, rows), direction, limit=1)
-            peaks[direction] = held + sweeping.peak
+        with Meter() as sweeping:
+            there = succeeds(partial(sweep, lin, blocks, slice(0, rows), direction, limit=1))
+        peaks |= {direction: held + sweeping.peak} if there else {}
+    return peaks
 
 
 def _room(output: Tensor, leaf: Tensor, rows: int) -> Tensor:

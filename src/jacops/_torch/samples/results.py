@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._runtime.memory import Budget, check_places, ensure_fits
-from ..._trees import Tree
+from ..._trees import Tree, flatten
 from ...errors import ModelStateError
 from .runs import Run
 
@@ -23,62 +23,53 @@ SAMPLES_TODO = (
 )
 
 
-@dataclass(frozen=True)
-class SampleJacobians:
-    """What came out.
-
-    Attributes:
-        blocks: `J[output][input]`, each `(n, *out, *in)`.
-        output_tree: The structure of the output.
-        input_tree: The structure of the input; None at inputs without derivatives.
-        inputs: Which entries of the input tree the columns stand for.
-        route: How it was computed and why.
-        output: The outputs themselves, one tensor per leaf, `(n, *out)`.
-        sure: All entries are known to be finite, by the sizes of what they were multiplied from.
-    """
-
-    blocks: list[list[Tensor]]
-    output_tree: Tree
-    input_tree: Tree
-    inputs: list[int]
-    route: str
-    output: list[Tensor]
-    sure: bool = False
-
-    @property
-    def alone(self) -> bool:
-        """Every sample was run in a batch of one."""
-        return self.route.startswith(ALONE)
-
-
 @dataclass
-class Results:
-    """Preallocated Jacobians, filled in place.
+class SampleJacobians:
+    """Jacobians of samples, allocated once and filled in place.
 
     Attributes:
         call: The public call.
         count: Samples altogether.
         budget: What may be allocated.
         places: The caller's own tensors for the blocks, if given.
-        direction: How the last batch was swept.
-        blocks: `J[output][input]`.
-        outputs: The outputs.
-        tree: The output's structure.
-        sure: All blocks so far are known to be finite.
+        blocks: `J[output][input]`, each `(n, *out, *in)`.
+        output: The outputs themselves, one tensor per leaf, `(n, *out)`.
+        sure: All blocks so far are known to be finite, by the sizes of what they were multiplied from.
         proved: Those of the last batch are, without having been read.
+        input_tree: The structure of the input; None at inputs without derivatives.
+        inputs: Which entries of the input tree the columns stand for.
+        route: How it was computed and why; of the last batch, until all are done.
     """
 
     call: str
     count: int
     budget: Budget = None
     places: list[Tensor] | None = None
-    direction: str = "reverse"
     blocks: list[list[Tensor]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    tree: Tree | None = None
+    output: list[Tensor] = field(default_factory=list)
     sure: bool = True
     proved: bool = False
+    input_tree: Tree = field(default_factory=lambda: flatten(0, "at")[1])
+    inputs: Sequence[int] = (0,)
+    route: str = "reverse"
+    _tree: Tree | None = None
     _shapes: Shapes = field(default_factory=list)
+
+    @property
+    def alone(self) -> bool:
+        """Every sample was run in a batch of one."""
+        return self.route.startswith(ALONE)
+
+    @property
+    def output_tree(self) -> Tree:
+        """The structure of the output.
+
+        Raises:
+            ModelStateError: No sample ran.
+        """
+        if self._tree is None:
+            raise ModelStateError.of("model", "not evaluated", "at least one sample must run")
+        return self._tree
 
     def prepare(self, run: Run, alone: bool = False) -> Shapes:
         """Allocate at the first sight of the shapes, and return those of one sample's outputs.
@@ -93,12 +84,12 @@ class Results:
         """
         outputs = run.lin.outputs
         shapes = [tuple(o.shape if alone and not (o.ndim and o.shape[0] == 1) else o.shape[1:]) for o in outputs]
-        if self.tree is not None:
+        if self._tree is not None:
             if self._shapes != shapes:
                 came = f"returning {shapes} after {self._shapes}"
                 raise ModelStateError.of("model", came, "all samples must have outputs of one shape")
             return shapes
-        self._shapes, self.tree = shapes, run.tree
+        self._shapes, self._tree = shapes, run.tree
         leaves = (run.head or run.lin).leaves
         whole = [(self.count, *shape, *leaf.shape[1:]) for shape in shapes for leaf in leaves]
         like = [output for output in outputs for _ in leaves]
@@ -110,7 +101,7 @@ class Results:
         self.blocks = [self.places[i : i + len(leaves)] for i in range(0, len(whole), max(1, len(leaves)))]
         self.blocks = self.blocks or [[] for _ in outputs]
         pairs = zip(shapes, outputs, strict=True)
-        self.outputs = [torch.empty(self.count, *s, dtype=o.dtype, device=o.device) for s, o in pairs]
+        self.output = [torch.empty(self.count, *s, dtype=o.dtype, device=o.device) for s, o in pairs]
         return shapes
 
     def _check_budget(self, run: Run, whole: Sequence[tuple[int, ...]], like: Sequence[Tensor]) -> None:

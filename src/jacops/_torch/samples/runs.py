@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,19 +49,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Ran:
-    """What one forward left: outputs, the leaves it started from, and tensors before and after a cut."""
-
-    outputs: list[Tensor]
-    tree: Tree
-    leaves: list[tuple[str, Tensor]]
-    hidden: list[Tensor]
-    before: list[Tensor]
-    widths: dict[str, int | None]
-    protected: list[Tensor]
-
-
-@dataclass(frozen=True)
 class Runner:
     """How a model is run over samples.
 
@@ -74,6 +61,7 @@ class Runner:
         checks: How often routes are checked.
         fallback: What happens when a fast route is left.
         connected: Keep outputs connected to inputs of the caller's that require grad, for derivatives of derivatives.
+        owner: For a function that was made of a model: the model, with which verdicts are kept, and their key.
     """
 
     model: Any
@@ -84,6 +72,7 @@ class Runner:
     checks: str
     fallback: str
     connected: bool = False
+    owner: tuple[Any, Hashable] | None = None
 
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
@@ -102,6 +91,9 @@ class Runner:
     def store(self, values: Sequence[Tensor]) -> ProofStore:
         """Return what is known of the model with inputs of these shapes."""
         many = values[0].shape[0] if values else None
+        if self.owner is not None:
+            owner, known = self.owner
+            return store_for(owner, (known, tuple(v.shape for v in values)), self.checks, many)
         if isinstance(self.model, nn.Module):
             key = setting(self.model, values, "samples", self.at, identity_key(self.outputs))
         else:
@@ -143,7 +135,7 @@ class Runner:
     @restoring
     def _outputs(self, values: Sequence[Tensor], replica: Replica | None) -> list[Tensor]:
         with arithmetic(False):
-            return self._ran(values, replica).outputs
+            return self._ran(values, replica).lin.outputs
 
     def _replica(self, effects: SideEffects) -> Replica | None:
         if not isinstance(self.model, nn.Module):
@@ -169,14 +161,7 @@ class Runner:
             state: Take these parameters and buffers instead of the model's.
         """
         with recording(), random_state_kept():
-            done = self._ran(values, self._replica(effects), path, noting, state)
-        if any(t.is_complex() for t in done.outputs):
-            todo = "Return torch.view_as_real(output)."
-            raise NotDifferentiableError.of("the model's output", "complex", "a Jacobian by samples is real", todo)
-        named = [(str(path or self.at), leaf) for leaf in done.hidden] or done.leaves
-        lin = self._tape(named, dict(zip(done.tree.names, done.outputs, strict=True)), done.protected)
-        head = self._tape(done.leaves, {path: done.before[0]}, done.protected) if path is not None else None
-        return Run(lin, done.tree, head, done.widths)
+            return self._ran(values, self._replica(effects), path, noting, state)
 
     def _ran(
         self,
@@ -185,24 +170,32 @@ class Runner:
         path: str | None = None,
         noting: bool = False,
         state: dict[str, Tensor] | None = None,
-    ) -> _Ran:
+    ) -> Run:
         widths: dict[str, int | None] = {}
-        module, given = (replica.module, replica.originals) if replica is not None else (None, {})
         cut: Cut | None = None
         copied, leaves = private_inputs(self.input_tree.build(values), self.connected)
         args, kwargs = split_input(copied)
         with forward_explained(self.model, values):
-            if module is not None:
-                cut = Cut(module, path or self.at)
-                look = widths_noted(module, values[0].shape[0], widths) if noting else nullcontext()
+            if replica is not None:
+                cut = Cut(replica.module, path or self.at)
+                look = widths_noted(replica.module, values[0].shape[0], widths) if noting else nullcontext()
                 with cut.active(), look:
-                    done = functional_call(module, state, args, kwargs) if state else module(*args, **kwargs)
+                    done = functional_call(replica.module, state, args, kwargs) if state else replica(args, kwargs)
                     output = cut.result(done)
             else:
                 output = self.model(*args, **kwargs)
         tensors, tree = output_leaves(select(output, self.outputs))
-        hidden, before = (cut.leaves, cut.before) if cut is not None else ([], [])
-        return _Ran(tensors, tree, leaves, hidden, before, widths, [p for p in given.values() if p.requires_grad])
+        if any(t.is_complex() for t in tensors):
+            todo = "Return torch.view_as_real(output)."
+            raise NotDifferentiableError.of("the model's output", "complex", "a Jacobian by samples is real", todo)
+        protected = [p for p in replica.originals.values() if p.requires_grad] if replica is not None else []
+        head = None
+        if path is not None and cut is not None:
+            head = self._tape(leaves, {path: cut.before[0]}, protected)
+        if cut is not None and cut.leaves:
+            leaves = [(str(path or self.at), leaf) for leaf in cut.leaves]
+        lin = self._tape(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
+        return Run(lin, tree, head, widths)
 
     def _tape(
         self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], protected: list[Tensor]

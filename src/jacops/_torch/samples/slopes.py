@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..._ladder.plan import Cost
 from ..._runtime.rows import plain
 from ..sweeps.ask import SweepAsk
+from .sweeps import unit_pulls, unit_pushes
 
 
 def pays_to_push(rows: int, columns: int) -> bool:
@@ -34,21 +37,18 @@ class PulledSlopes:
 
     def value(self, ask: SweepAsk) -> list[list[Tensor]]:
         """Return `(n, out entries, *in)` for every output and leaf by one pull per output entry."""
-        lin, many, result = ask.lin, ask.many, []
-        for index, output in enumerate(lin.outputs):
-            entries = output.numel() // many
-            lines: list[list[Tensor]] = [[] for _ in lin.leaves]
-            for entry in range(entries):
-                seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
-                seed[:, entry] = 1
-                # If it requires grad, once_differentiable backwards leave a mark instead of dropping their part.
-                seed.requires_grad_(bool(lin.graph_info.functions))
-                seeds = [seed.view(output.shape) if i == index else None for i in range(len(lin.outputs))]
-                for line, leaf, grad in zip(lines, lin.leaves, lin.pull(seeds, create_graph=True), strict=True):
-                    line.append(torch.zeros_like(leaf) if grad is None else plain(grad))
-            pairs = zip(lines, lin.leaves, strict=True)
-            result.append([torch.stack(line, 1) if line else leaf.new_zeros(many, 0) for line, leaf in pairs])
-        return result
+        lin, many = ask.lin, ask.many
+        lines: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
+        for out, _, grads in unit_pulls(lin, many, create_graph=True):
+            for line, leaf, grad in zip(lines[out], lin.leaves, grads, strict=True):
+                line.append(torch.zeros_like(leaf) if grad is None else plain(grad))
+        return [
+            [
+                torch.stack(line, 1) if line else leaf.new_zeros(many, 0)
+                for line, leaf in zip(row, lin.leaves, strict=True)
+            ]
+            for row in lines
+        ]
 
 
 class PushedSlopes:
@@ -72,14 +72,10 @@ class PushedSlopes:
         """Return `(n, *out, in entries)` for every output and leaf by one push per input entry."""
         lin = ask.lin
         columns: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
-        for index, leaf in enumerate(lin.leaves):
-            for entry in range(leaf.shape[1:].numel()):
-                tangents = [
-                    torch.zeros((1, *other.shape), dtype=other.dtype, device=other.device) for other in lin.leaves
-                ]
-                tangents[index].view(leaf.shape[0], -1)[:, entry] = 1
-                for output, change in enumerate(lin.push_by_double_backward(tangents, create_graph=True)):
-                    columns[output][index].append(change[0])
+        for index in range(len(lin.leaves)):
+            for _, changes in unit_pushes(lin, index, partial(lin.push_by_double_backward, create_graph=True)):
+                for line, change in zip(columns, changes, strict=True):
+                    line[index].append(change)
         return [[torch.stack(column, -1) for column in line] for line in columns]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._ladder.plan import Cost, Memory
 from ..._runtime.rows import plain
+from ..layers.factors import unit_seeds
 from ..sweeps.linearization import Linearization
 from .independent import SamplesIndependent
 
@@ -45,34 +46,55 @@ def sweep(lin: Linearization, blocks: Blocks, where: slice, direction: str, limi
             return
 
 
-def _rows(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]:
+def unit_pulls(
+    lin: Linearization, many: int, create_graph: bool = False
+) -> Iterator[tuple[int, int, list[Tensor | None]]]:
+    """Yield an output, an entry of it, and the gradients of that entry of all samples' outputs by the leaves."""
     for out, output in enumerate(lin.outputs):
-        many, entries = output.shape[0], output.shape[1:].numel()
-        seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
-        cotangents = [seed.view(output.shape) if i == out else None for i in range(len(lin.outputs))]
-        pairs = zip(blocks[out], lin.leaves, strict=True)
-        targets = [block[where].view(many, entries, *leaf.shape[1:]) for block, leaf in pairs]
-        for entry in range(entries):
-            seed[:, entry] = 1
-            grads = lin.pull(cotangents)
-            for target, grad in zip(targets, grads, strict=True):
-                target[:, entry] = 0 if grad is None else plain(grad)
-            seed[:, entry] = 0  # only now: a gradient may be the cotangent itself
-            yield
+        for entry, seed in enumerate(unit_seeds(output.reshape(many, -1) if output.numel() else output)):
+            own = seed.clone() if create_graph else seed  # a graph keeps it
+            # If it requires grad, once_differentiable backwards leave a mark instead of dropping their part.
+            own.requires_grad_(create_graph and bool(lin.graph_info.functions))
+            seeds = [own.view(output.shape) if i == out else None for i in range(len(lin.outputs))]
+            yield out, entry, lin.pull(seeds, create_graph)
+
+
+def unit_pushes(
+    lin: Linearization, leaf: int, push: Callable[[list[Tensor]], list[Tensor]]
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield an entry of a leaf, and how all samples' outputs change with it."""
+    tangents = [torch.zeros((1, *other.shape), dtype=other.dtype, device=other.device) for other in lin.leaves]
+    flat = tangents[leaf].view(len(lin.leaves[leaf]), lin.leaves[leaf].shape[1:].numel())
+    for entry in range(flat.shape[1]):
+        flat[:, entry] = 1
+        yield entry, [change[0] for change in push(tangents)]
+        flat[:, entry] = 0  # only now: a push may be the tangent itself
+
+
+def _rows(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]:
+    many = where.stop - where.start
+    targets = [
+        [
+            block[where].view(many, output.numel() // many, *leaf.shape[1:])
+            for block, leaf in zip(row, lin.leaves, strict=True)
+        ]
+        for row, output in zip(blocks, lin.outputs, strict=True)
+    ]
+    for out, entry, grads in unit_pulls(lin, many):
+        for target, grad in zip(targets[out], grads, strict=True):
+            target[:, entry] = 0 if grad is None else plain(grad)
+        yield
 
 
 def _columns(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]:
     for j, leaf in enumerate(lin.leaves):
-        tangents = [torch.zeros((1, *other.shape), dtype=other.dtype, device=other.device) for other in lin.leaves]
-        flat = tangents[j].view(leaf.shape[0], leaf.shape[1:].numel())
         # Columns lie side by side until all are there: written one by one, each would touch every cache line.
         kinds = [(o.numel(), row[j].dtype, o.device) for o, row in zip(lin.outputs, blocks, strict=True)]
-        staged = [torch.empty(flat.shape[1], size, dtype=dtype, device=device) for size, dtype, device in kinds]
-        for entry in range(flat.shape[1]):
-            flat[:, entry] = 1
-            for columns, change in zip(staged, lin.push_alone(tangents), strict=True):
-                columns[entry] = change[0].reshape(-1)
-            flat[:, entry] = 0  # only now: a push may be the tangent itself
+        entries = leaf.shape[1:].numel()
+        staged = [torch.empty(entries, size, dtype=dtype, device=device) for size, dtype, device in kinds]
+        for entry, changes in unit_pushes(lin, j, lin.push_alone):
+            for columns, change in zip(staged, changes, strict=True):
+                columns[entry] = change.reshape(-1)
             yield
         for columns, row in zip(staged, blocks, strict=True):
             _write_transposed(row[j][where].view(columns.shape[1], columns.shape[0]), columns)

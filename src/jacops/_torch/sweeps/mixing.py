@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..._runtime.agreement import tolerance, worst_disagreement
-from ..._runtime.contexts import private_noise
+from ..._runtime.contexts import must_surface, private_noise
 from ..._runtime.rounding import is_rounding
 from ..._runtime.side_effects import SideEffects
+from ...errors import JacopsError, NotDifferentiableError, warn
 from .linearization import Linearization
+
+Ran = TypeVar("Ran")
 
 NOT_FINITE = "values are not finite"
 _SUMS = 1e3  # roundings in a sum over as many terms as layers have
 _DECIDED = 1e-2  # outputs that may differ by more, in half precision, decide nothing
 UNDECIDED = ""  # rounding explains the difference: it speaks against nothing and proves nothing
+
+
+def batched(run: Callable[[], Ran], many: int) -> Ran | str:
+    """Return what a run over a batch gives, or how the forward failed."""
+    try:
+        return run()
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, JacopsError) or must_surface(error):
+            raise
+        return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"
 
 
 def unbatchable(lin: Linearization, effects: SideEffects, many: int) -> str | None:
@@ -99,6 +114,18 @@ def disagrees(alone: Linearization, blocks: list[list[Tensor]], row: int) -> str
     if error <= alone.tolerance or (math.isfinite(error) and is_rounding(partial(alone.pull, seeds), pairs)):
         return None
     return f"samples mix: the sweep of one alone differs by {error:.1e}" if math.isfinite(error) else NOT_FINITE
+
+
+def explain_alone(call: str, fallback: str, reason: str) -> None:
+    """Say why samples are taken alone, as the caller asked for: it takes many more sweeps, so in every call.
+
+    Raises:
+        NotDifferentiableError: `fallback="error"` forbids it.
+    """
+    if fallback == "error":
+        raise NotDifferentiableError(f"{call}: {reason}, and fallback='error' forbids one sample at a time.")
+    if fallback == "warn":
+        warn(f"{call}: {reason}; so every sample was differentiated alone, in a batch of one.")
 
 
 def _random_half(many: int) -> Tensor:

@@ -87,7 +87,6 @@ class Proofs:
     Attributes:
         effects: What the forward was seen to do besides arithmetic; None where it was not watched.
         widths: Numbers per sample that each submodule gives, where they were noted.
-        split: The layer to cut at; absent where it was not looked for.
         known: Further results of routes, by their own keys.
     """
 
@@ -95,7 +94,6 @@ class Proofs:
         self.checks = checks
         self.effects: SideEffects | None = None
         self.widths: dict[str, int | None] = {}
-        self.split: dict[str, str | None] = {}
         self.known: Bounded[Any] = Bounded(_CLAIMS)
         self._function = function
         self._proved: Bounded[bool] = Bounded(_CLAIMS)

@@ -11,15 +11,17 @@ from .embedding import Embedding, repeating_sums
 from .linear import BatchedProduct, MatrixProduct
 from .normalisation import BatchGain, BatchOffset, GroupGain, LayerGain
 from .parametrised import derived, passed_on, pulled_back
-from .rule import Entry, Kind, RowLayout, Rule, output_shape
+from .rule import Entry, Kind, Order, RowLayout, Rule, by_sample, output_shape
 from .scale import Broadcast, ByChannel, Slope
 
 __all__ = [
     "RULES",
     "Entry",
     "Kind",
+    "Order",
     "RowLayout",
     "Rule",
+    "by_sample",
     "derived",
     "output_shape",
     "passed_on",

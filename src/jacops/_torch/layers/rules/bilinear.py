@@ -31,10 +31,6 @@ class Trilinear(Rule):
         """Return outer products of the inputs."""
         return torch.einsum("ri,rj->rij", node._saved_i1, node._saved_i3).flatten(1).unsqueeze(1)
 
-    def rows(self, node: Any, delta: Tensor, entry: Entry, operand: Tensor | None) -> Tensor:
-        """Return the cotangent in one group."""
-        return delta.unsqueeze(1)
-
     def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are last."""
         return last_axis(output_shape(node))

@@ -22,7 +22,6 @@ class Convolution(Rule):
     """
 
     kind = "outer"
-    by_position = True
 
     def refuses(self, node: Any, entry: Entry) -> str | None:
         """Refuse weights that were turned or repeated on the way."""
@@ -37,20 +36,20 @@ class Convolution(Rule):
         return node._saved_input
 
     def operand(self, node: Any, entry: Entry) -> Tensor:
-        """Return `(samples, positions, groups, in)`: patches under the kernel, or pixels."""
-        return (_pixels if node._saved_transposed else _patches)(node, node._saved_input)
+        """Return `(samples * positions, groups, in)`: patches under the kernel, or pixels."""
+        a = node._saved_input
+        found = a.flatten(2).transpose(1, 2) if node._saved_transposed else _patches(node, a)
+        return _by_group(node, found)
 
     def rows(self, node: Any, delta: Tensor, entry: Entry, operand: Tensor | None) -> Tensor:
-        """Return the cotangent as `(samples, positions, groups, out)`, only patches of it copied."""
-        if not node._saved_transposed:
-            return _pixels(node, delta)
+        """Return patches of a transposed convolution's cotangent, `(samples * positions, groups, out)`."""
         # Padding of the output alone may make room for patches that no pixel of the input belongs to.
-        return _patches(node, delta, node._saved_input.shape[2:])
+        return _by_group(node, _patches(node, delta, node._saved_input.shape[2:]))
 
     def layout(self, node: Any, entry: Entry) -> RowLayout | None:
         """Channels are second; patches of an output overlap and are no channels of it."""
         shape = output_shape(node)
-        return None if node._saved_transposed else second_axis(shape, shape[0])
+        return None if node._saved_transposed else second_axis(shape, shape[0], int(node._saved_groups))
 
     def patch_bytes(self, node: Any, entry: Entry) -> int:
         """Return the bytes of the operand's patches, before there are any."""
@@ -61,12 +60,12 @@ class Convolution(Rule):
         return shape[0] * shape[2:].numel() * inner * entry.dtype.itemsize
 
 
-def _pixels(node: Any, values: Tensor) -> Tensor:
-    return values.flatten(2).transpose(1, 2).unflatten(2, (int(node._saved_groups), -1))
+def _by_group(node: Any, values: Tensor) -> Tensor:
+    return values.flatten(0, 1).unflatten(1, (int(node._saved_groups), -1))
 
 
 def _patches(node: Any, a: Tensor, positions: torch.Size | None = None) -> Tensor:
-    """Return `(samples, positions, groups, in)` of the first positions along each axis, or of all."""
+    """Return `(samples, positions, in)` of the first positions along each axis, or of all."""
     kernel = tuple(node._saved_weight.shape[2:])
     dilation, padding, stride = (
         tuple(int(i) for i in s) for s in (node._saved_dilation, node._saved_padding, node._saved_stride)
@@ -75,10 +74,8 @@ def _patches(node: Any, a: Tensor, positions: torch.Size | None = None) -> Tenso
         if len(kernel) == 1:
             a, kernel = a.unsqueeze(2), (1, *kernel)
             dilation, padding, stride = (1, *dilation), (0, *padding), (1, *stride)
-        patches = F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
-    else:
-        patches = _windows(a, kernel, dilation, padding, stride, positions)
-    return patches.unflatten(2, (int(node._saved_groups), -1))
+        return F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
+    return _windows(a, kernel, dilation, padding, stride, positions)
 
 
 def _windows(

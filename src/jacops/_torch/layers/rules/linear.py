@@ -33,10 +33,6 @@ class MatrixProduct(Rule):
         """Return x in one group."""
         return getattr(node, self._saved).unsqueeze(1)
 
-    def rows(self, node: Any, delta: Tensor, entry: Entry, operand: Tensor | None) -> Tensor:
-        """Return the cotangent in one group."""
-        return delta.unsqueeze(1)
-
     def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are last."""
         return last_axis(output_shape(node))
@@ -63,19 +59,12 @@ class BatchedProduct(Rule):
 
     def operand(self, node: Any, entry: Entry) -> Tensor:
         """Return the other factor as `(rows, groups, in)`."""
-        other = node._saved_mat2 if self._first else node._saved_self
-        return self._by_group(other, entry)
-
-    def rows(self, node: Any, delta: Tensor, entry: Entry, operand: Tensor | None) -> Tensor:
-        """Return the cotangent as `(rows, groups, out)`."""
-        return self._by_group(delta, entry)
-
-    def _by_group(self, matrices: Tensor, entry: Entry) -> Tensor:
-        matrices = matrices.mT if self._first else matrices
-        return matrices.unflatten(0, (entry.copies, -1)).transpose(1, 2).flatten(0, 1)
+        other = node._saved_mat2.mT if self._first else node._saved_self
+        return other.unflatten(0, (entry.copies, -1)).transpose(1, 2).flatten(0, 1)
 
     def layout(self, node: Any, entry: Entry) -> RowLayout:
         """Channels are groups times outputs."""
         shape, copies = output_shape(node), entry.copies
         sizes = (copies, shape[0] // copies, *shape[1:])
-        return RowLayout(shape, sizes, (0, 3, 1, 2) if self._first else (0, 2, 1, 3), 2, samples_first=copies > 1)
+        order = (0, 3, 1, 2) if self._first else (0, 2, 1, 3)
+        return RowLayout(shape, sizes, order, 2, samples_first=copies > 1, groups=sizes[1])

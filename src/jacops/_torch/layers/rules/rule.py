@@ -12,6 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 Kind = Literal["outer", "lookup", "vector"]
+Order = int | Tensor
+"""How rows belong to samples: positions in front of the samples' axis (-1: all of them), or whose they are.
+
+A tensor `(samples, positions)` says which rows are a sample's, the number of rows standing for none.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +54,7 @@ class RowLayout:
         order: These in the order in which they are read, those of channels last.
         rows: How many of them make rows.
         samples_first: No axis may stand in front of the samples'.
+        groups: Parts that the channels fall into, each with an operand of its own.
     """
 
     shape: torch.Size
@@ -56,6 +62,7 @@ class RowLayout:
     order: tuple[int, ...]
     rows: int
     samples_first: bool = False
+    groups: int = 1
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
@@ -67,12 +74,12 @@ class RowLayout:
         """Numbers in a row."""
         return math.prod(self.sizes[i] for i in self.order[self.rows :])
 
-    def spread(self, raw: Tensor) -> Tensor:
-        """Return tensors `(…, *shape)` as `(…, rows, channels)`."""
+    def spread(self, raw: Tensor, many: int, order: Order) -> Tensor:
+        """Return tensors `(…, *shape)` as `(…, samples, positions, channels)`."""
         ahead = raw.ndim - len(self.shape)
         lead = raw.shape[:ahead]
         split = raw.reshape(*lead, *self.sizes).permute(*range(ahead), *(ahead + i for i in self.order))
-        return split.reshape(*lead, math.prod(self.row_sizes), self.channels)
+        return by_sample(split.reshape(*lead, *self.row_sizes, self.channels), many, order, ahead, self.rows)
 
     def gathered(self, rows: Tensor) -> Tensor:
         """Undo `spread`."""
@@ -88,15 +95,27 @@ def last_axis(shape: torch.Size) -> RowLayout:
     return RowLayout(shape, sizes, tuple(range(len(sizes))), len(sizes) - 1)
 
 
-def second_axis(shape: torch.Size, samples: int) -> RowLayout:
+def second_axis(shape: torch.Size, samples: int, groups: int = 1) -> RowLayout:
     """Return the layout of an output `(samples, channels, …)`, or one that is reshaped so."""
     inner = shape[2:].numel()
-    return RowLayout(shape, (samples, shape[:2].numel() // max(1, samples), inner), (0, 2, 1), 2, samples_first=True)
+    sizes = samples, shape[:2].numel() // max(1, samples), inner
+    return RowLayout(shape, sizes, (0, 2, 1), 2, samples_first=True, groups=groups)
 
 
 def output_shape(node: Any) -> torch.Size:
     """Return the shape of an operation's first output."""
     return torch.Size(map(int, node._input_metadata[0].shape))
+
+
+def by_sample(rows: Tensor, many: int, order: Order, axis: int = 0, axes: int = 1) -> Tensor:
+    """Return rows, along some axes, as `(…, samples, positions, …)`; zero where a sample has fewer than others."""
+    lead, total, rest = rows.shape[:axis], rows.shape[axis : axis + axes].numel(), rows.shape[axis + axes :]
+    if isinstance(order, Tensor):
+        flat = rows.reshape(*lead, total, *rest)
+        return torch.cat([flat, flat.new_zeros(*lead, 1, *rest)], axis)[(slice(None),) * axis + (order,)]
+    ahead = order if order > 0 else total // many
+    laid = rows.reshape(*lead, ahead, many, total // (ahead * many), *rest)
+    return laid.transpose(axis, axis + 1).flatten(axis + 1, axis + 2)
 
 
 class Rule(ABC):
@@ -111,12 +130,10 @@ class Rule(ABC):
     Attributes:
         kind: Which of the three.
         factors: Numbers kept by the operation by which it multiplies, all of which have to be one.
-        by_position: Operand and rows keep the first axis apart, `(samples, positions, …)`, so that nothing is copied.
     """
 
     kind: ClassVar[Kind]
     factors: tuple[str, ...] = ()
-    by_position: ClassVar[bool] = False
 
     def refuses(self, node: Any, entry: Entry) -> str | None:
         """Return why this operation is not the one that the rule describes; None where it is."""
@@ -134,9 +151,9 @@ class Rule(ABC):
         """Return what multiplies the tensor, with its graph; for `"vector"` shaped as the output, None for ones."""
         return self.source(node)
 
-    @abstractmethod
     def rows(self, node: Any, delta: Tensor, entry: Entry, operand: Tensor | None) -> Tensor:
-        """Return a cotangent at the output as rows; of a vector's, times the operand."""
+        """Return a cotangent as rows where these are not those of the layout; of a vector's, times the operand."""
+        return delta
 
     @abstractmethod
     def layout(self, node: Any, entry: Entry) -> RowLayout | None:
