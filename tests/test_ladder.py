@@ -1,5 +1,7 @@
 """Routes: one tuple a question; what is added to it is planned, described, checked, left and tried again."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def with_route(monkeypatch: pytest.MonkeyPatch, route: object) -> None:
         monkeypatch.setattr(module, "BY_SAMPLES", tuple_with_it)
 
 
-def described(model: nn.Module, x: Tensor, **options: str) -> str:
+def described(model: nn.Module, x: Tensor, **options: Any) -> str:
     return Samples(model, x, call="compute_jacobian", **options).jacobians(1024).route
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from ..errors import NotDifferentiableError, warn
-from .failures import RouteFailedError, RouteNotFiniteError, RouteWrongError, attempt
+from .failures import RouteFailedError, RouteUndecidedError, RouteWrongError, attempt
 from .plan import Cost
 
 
@@ -153,6 +154,31 @@ class Route(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PlainRoute:
+    """The route that defines what is right, where a question knows it as `plain()`."""
+
+    name: str
+    claims: tuple[Claim, ...] = ()
+    leaving: str = "never"
+
+    def refuses(self, ask: Any) -> str | None:
+        """It always applies."""
+        return None
+
+    def cost(self, ask: Any) -> Cost:
+        """It is taken after all others."""
+        return Cost(math.inf)
+
+    def describe(self, ask: Any) -> str:
+        """Name it."""
+        return self.name
+
+    def value(self, ask: Any) -> Any:
+        """Return what the question's own plain computation gives."""
+        return ask.plain()
+
+
 def refused(ask: Question, route: Route) -> str | None:
     """Return why a route is not taken: what an earlier call found, or what the route itself says; None if it may be."""
     known = ask.verdicts.refusal(ask.question, route.name)
@@ -249,8 +275,8 @@ def _check_allowed(ask: Ask, route: Route, reason: Any) -> None:
 
 
 def _keep(ask: Question, route: Route, error: RouteFailedError) -> bool:
-    """Keep why a route failed; return whether that is new. Values that are not finite say nothing about a route."""
-    return not isinstance(error, RouteNotFiniteError) and ask.verdicts.refuse(ask.question, route.name, str(error))
+    """Keep why a route failed; return whether that is new; what proves nothing about the route is not kept."""
+    return not isinstance(error, RouteUndecidedError) and ask.verdicts.refuse(ask.question, route.name, str(error))
 
 
 def _report(ask: Ask, route: Route, error: RouteFailedError, news: bool, instead: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..errors import InputTypeError
 from ..operators import Operator
-from ..operators._dense import DenseLimits
-from ._base import Plan, planned_by, table
+from ..operators._dense import DENSE, DenseLimits
+from ._base import Plan, listed, planned_by
 
 
 def plan_dense(arguments: dict[str, Any]) -> Plan:
@@ -15,29 +15,9 @@ def plan_dense(arguments: dict[str, Any]) -> Plan:
     operator = arguments["self"]
     if not isinstance(operator, Operator):
         raise InputTypeError.of("the first argument", f"a {type(operator).__name__}", "an operator is needed")
-    m, n = operator.shape
-    limits = DenseLimits.of(operator, arguments["budget"], arguments["out"])
-    route = operator._fill_route(limits.room)
-    name, products, peak = route.name, {"by columns": n, "by rows": m}, limits.peak(route)
-    few = "by columns" if n <= m else "by rows"
-    routes: dict[str, tuple[int | None, int | None, str]] = {
-        way: (sweeps, None, "fewer vectors" if way == few else "more vectors") for way, sweeps in products.items()
-    }
-    if name in products:
-        routes[name] = products[name], peak, routes[name][2]
-    else:
-        routes = {name: (None, peak, _WHY.get(name, "")), **routes}
-    told = f"{type(operator).__name__}.dense"
-    rows = table(routes, name)
-    return Plan(told, rows, limits.result, limits.startup(route), limits.budget, route.chunk, route.unit)
-
-
-_WHY = {
-    "by layers": "fewest sweeps: one per number at the layers' outputs",
-    "in memory": "the entries are there",
-    "batch by batch": "one pass over the data",
-    "layer by layer": "each parameter writes its columns",
-}
+    limits = DenseLimits(operator, arguments["budget"], arguments["out"])
+    ask = limits.ask
+    return listed(ask.leading, DENSE, limits.result, limits.startup, limits.budget, ask.held.unit)
 
 
 planned_by(plan_dense)(Operator.dense)
