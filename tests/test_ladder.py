@@ -22,7 +22,7 @@ from jacops._torch.samples.sweeps import sweep
 from jacops._torch.sweeps import linearization, pulls
 from jacops._torch.sweeps.ask import SweepAsk
 from jacops._torch.sweeps.linearization import Linearization
-from jacops.planning import _matrices, _samples
+from jacops.planning import _calls
 from small import close, draw
 
 
@@ -59,7 +59,7 @@ class Table:
 
 def with_route(monkeypatch: pytest.MonkeyPatch, route: object) -> None:
     tuple_with_it = (route, *routes.BY_SAMPLES)
-    for module in (batch, plan, _samples):
+    for module in (batch, plan, _calls):
         monkeypatch.setattr(module, "BY_SAMPLES", tuple_with_it)
 
 
@@ -176,7 +176,7 @@ def test_whole_jacobians_take_an_added_route_where_it_is_right(monkeypatch: pyte
     added = (WholeTable(factor), *whole_matrix.WHOLE)
     model, x = net(), draw(6, 4)
     sweeps = jacops.modjac(model, x)
-    monkeypatch.setattr(_matrices, "WHOLE", added)
+    monkeypatch.setattr(_calls, "WHOLE", added)
     assert jacops.plan(jacops.modjac, model, x).chosen.name == "table"
     jacobian_blocks = whole_matrix.jacobian_blocks
 

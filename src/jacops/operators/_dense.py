@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ from torch import Tensor
 from .._ladder.failures import RouteFailedError
 from .._ladder.plan import Cost, Memory
 from .._ladder.route import answer, candidates
-from .._runtime.memory import SMALL, Budget, Meter, budget_bytes, given_tensors, live, refuse, resident, startup_bytes
-from .._runtime.restoring import restoring
-from .._torch.protocol import PreparedFill, Proofs
+from .._runtime.memory import SMALL, Budget, budget_bytes, given_tensors, live, refuse, resident, startup_bytes
+from .._torch.protocol import PreparedFill, Proofs, measured
 from ..errors import InputError
+from ..space import Space
 from ._target import Target
 
 if TYPE_CHECKING:
@@ -352,11 +352,17 @@ DENSE = (
 )
 
 
+def _shorter(operator: Operator) -> tuple[Space, Callable[[Tensor], Tensor], bool]:
+    """Return the shorter axis, products with vectors of it, and whether these are columns of the matrix."""
+    if operator.shape[1] <= operator.shape[0]:
+        return operator.domain, operator._apply, True
+    return operator.codomain, operator._apply_transpose, False
+
+
 def put_products(operator: Operator, target: Target, chunk: int) -> None:
     """Write a matrix by products with unit vectors of its shorter axis."""
-    m, n = operator.shape
-    space, apply = (operator.domain, operator._apply) if n <= m else (operator.codomain, operator._apply_transpose)
-    place = target.T if n <= m else target
+    space, apply, columns = _shorter(operator)
+    place = target.T if columns else target
     for start in range(0, space.dim, chunk):
         where = slice(start, min(start + chunk, space.dim))
         place.part(where).put(apply(space.units(where)))
@@ -367,23 +373,7 @@ def _by_products(operator: Operator, free: float) -> Held:
     most = max(1, min(64, n, m, CHUNK_ENTRIES // max(1, m + n)))
     if not 0 < free < math.inf:
         return Held(chunk=most)
-    fixed, each = _measured(operator)
+    space, apply, _ = _shorter(operator)
+    fixed, each = measured(apply, space)
     chunk = max(1, min(most, int((free - fixed) // max(each, 1.0))))
     return Held(fixed + each * chunk, chunk)
-
-
-@restoring
-def _measured(operator: Operator) -> tuple[float, float]:
-    """Return bytes that do not depend on the number of vectors in a pass, and bytes that each of them adds."""
-    m, n = operator.shape
-    space = operator.domain if n <= m else operator.codomain
-    peaks = []
-    for many in (1, 1, 2):  # what the first product sets up for all is no part of the others
-        with Meter() as meter:
-            unit = torch.zeros(min(many, space.dim), space.dim, dtype=space.dtype, device=space.device)
-            unit[:, :1] = 1
-            product = operator._apply(unit) if n <= m else operator._apply_transpose(unit)
-            peaks.append(meter.peak)
-            del product
-    each = max(peaks[2] - peaks[1], 1)
-    return float(max(0, peaks[0] - each)), float(each)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..._finite import is_finite
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteUndecidedError, RouteWrongError, attempt
-from ..._ladder.plan import Cost
-from ..._ladder.route import PlainRoute, answer
+from ..._ladder.route import Asked, Way, answer
 from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter
@@ -121,7 +120,8 @@ class ByLayers:
     def diagonal(self, plain: Callable[[], Tensor]) -> Tensor:
         """Return the diagonal, by `plain` where no parameter gains or entries disagree with products."""
         check_kept(self.lin.weights, self.lin.call)
-        return answer(DiagonalAsk(self, plain), DIAGONAL)
+        ask = DiagonalAsk("diagonal", self.lin.call, self.verdicts, routes=self.routes, way=self, plain=plain)
+        return answer(ask, DIAGONAL)
 
     def gained(self, found: Found | None) -> Found:
         """Return what layers say.
@@ -209,8 +209,8 @@ class PreparedFill:
 # ---- the diagonal --------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class DiagonalAsk:
+@dataclass
+class DiagonalAsk(Asked):
     """The diagonal of a curvature.
 
     Attributes:
@@ -219,16 +219,9 @@ class DiagonalAsk:
         told: How it was found by layers.
     """
 
-    way: ByLayers
-    plain: Callable[[], Tensor]
+    way: ByLayers = None  # type: ignore[assignment]
+    plain: Callable[[], Tensor] = None  # type: ignore[assignment]
     told: str = ""
-    question: str = field(default="diagonal", init=False)
-    asked: str | None = field(default=None, init=False)
-    fallback: str = field(default="silent", init=False)
-
-    def __post_init__(self) -> None:
-        self.call, self.shape = self.way.lin.call, self.way.name
-        self.verdicts, self.routes = self.way.verdicts, self.way.routes
 
 
 class EntriesMatchProducts:
@@ -247,34 +240,15 @@ class EntriesMatchProducts:
         return True
 
 
-class DiagonalByLayers:
-    """Squares at the outputs of layers."""
-
-    name, claims, leaving = "by layers", (EntriesMatchProducts(),), "silent"
-
-    def refuses(self, ask: DiagonalAsk) -> str | None:
-        """What speaks against it shows when it is tried."""
-        return None
-
-    def cost(self, ask: DiagonalAsk) -> Cost:
-        """Fewer sweeps than entries, where a parameter gains."""
-        return Cost(0)
-
-    def describe(self, ask: DiagonalAsk) -> str:
-        """Name layers and sweeps."""
-        return ask.told
-
-    def value(self, ask: DiagonalAsk) -> Tensor:
-        """Return the diagonal.
-
-        Raises:
-            RouteFailedError: No parameter gains.
-        """
-        found, ask.told = ask.way.gained(ask.way.entries(ask.way.most))
-        return found
+def _by_layers(ask: DiagonalAsk) -> Tensor:
+    found, ask.told = ask.way.gained(ask.way.entries(ask.way.most))
+    return found
 
 
-DIAGONAL = (DiagonalByLayers(), PlainRoute("by products"))
+DIAGONAL = (
+    Way("by layers", _by_layers, words=lambda ask: ask.told, claims=(EntriesMatchProducts(),)),
+    Way("by products", lambda ask: ask.plain(), leaving="never"),
+)
 
 
 def _error_of(way: ByLayers, diagonal: Tensor) -> float:
