@@ -66,52 +66,34 @@ def _both_sides(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> 
 @final
 @dataclass(frozen=True, eq=False)
 class DenseBlock:
-    """Some parameters with all of their curvature.
+    """Some parameters with all of their curvature, or with its diagonal.
 
     Attributes:
         where: Their entries in a flat vector.
-        basis: Eigenvectors as columns, `(n, n)`.
+        basis: Eigenvectors as columns, `(n, n)`; None where only the diagonal is kept.
         values: Eigenvalues, `(n,)`.
     """
 
     where: tuple[slice, ...]
-    basis: Tensor
+    basis: Tensor | None
     values: Tensor
-    form: Form = "exact"
+
+    @property
+    def form(self) -> Form:
+        """What is kept."""
+        return "diagonal" if self.basis is None else "exact"
 
     def coordinates(self, rows: Tensor) -> Tensor:
         """Return `(k, n)`, rows of a flat vector in the eigenbasis."""
-        return rows[:, self.where[0]] @ self.basis
+        own = rows[:, self.where[0]]
+        return own if self.basis is None else own @ self.basis
 
     def write(self, coordinates: Tensor, rows: Tensor) -> None:
         """Write what has these coordinates into rows of a flat vector."""
-        rows[:, self.where[0]] = coordinates @ self.basis.T
+        rows[:, self.where[0]] = coordinates if self.basis is None else coordinates @ self.basis.T
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class DiagonalBlock:
-    """Parameters of whose curvature only the diagonal is kept.
-
-    Attributes:
-        where: Their entries in a flat vector.
-        values: The diagonal, `(n,)`.
-    """
-
-    where: tuple[slice, ...]
-    values: Tensor
-    form: Form = "diagonal"
-
-    def coordinates(self, rows: Tensor) -> Tensor:
-        """Return the rows' entries, `(k, n)`."""
-        return rows[:, self.where[0]]
-
-    def write(self, coordinates: Tensor, rows: Tensor) -> None:
-        """Write entries into rows of a flat vector."""
-        rows[:, self.where[0]] = coordinates
-
-
-Block = KroneckerBlock | DenseBlock | DiagonalBlock
+Block = KroneckerBlock | DenseBlock
 
 
 @final
@@ -205,10 +187,8 @@ def covered(coverage: dict[str, int]) -> str:
 
 def ridge_values(block: Block, ridge: Tensor) -> Tensor:
     """Return what a diagonal matrix `(n,)` adds to a block's eigenvalues: its own diagonal in their basis."""
-    if isinstance(block, DiagonalBlock):
-        return ridge[block.where[0]]
     if isinstance(block, DenseBlock):
-        return ridge[block.where[0]] @ block.basis.square()
+        return replace(block, basis=_squared(block.basis)).coordinates(ridge.unsqueeze(0))[0]
     plain = replace(block, left=_squared(block.left), right=_squared(block.right))
     return plain.coordinates(ridge.unsqueeze(0))[0]
 

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._operators._eigen_blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from .._operators._eigen_blocks import Block, DenseBlock, KroneckerBlock
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
 
@@ -181,7 +181,7 @@ class RowSums:
         if not bool(total.isfinite().all()):
             raise NonFiniteError(f"EKFAC: in the gradients by {self.name}, some are NaN or Inf. Look at the data.")
         if not self.whole:
-            return DiagonalBlock(self.where, total.to(self.dtype))
+            return DenseBlock(self.where, None, total.to(self.dtype))
         values, basis = torch.linalg.eigh(total)
         return DenseBlock(self.where, basis.to(self.dtype), values.clamp_min(0).to(self.dtype))
 

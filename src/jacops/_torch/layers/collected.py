@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._ladder.failures import RouteUndecidedError
 from .factors import LayerRows, SampleUse, add_rows, matrix_shape
 from .parts import Lookup, Outer, RowFactors, Rows, Several
 
 
-class StructureChangedError(Exception):
+class StructureChangedError(RouteUndecidedError):
     """Samples do not all enter in the same way: their factors cannot stand in one array."""
 
 

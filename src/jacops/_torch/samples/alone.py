@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from ..._ladder.plan import Cost, Memory
-from ...errors import NotDifferentiableError, warn
 from ..routes.whole_matrix import jacobian_blocks
+from ..sweeps.mixing import explain_alone
 from .results import ALONE
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class OneByOne:
     def value(self, ask: BatchAsk) -> None:
         """Fill in the batch."""
         if ask.known is None:
-            _explain(ask)
+            explain_alone(ask.call, ask.fallback, ask.apart or "no shared sweep is right")
         result = ask.result
         result.proved = False
         for i in range(ask.many):
@@ -45,12 +45,3 @@ class OneByOne:
                 for leaf, block in enumerate(blocks):
                     target = result.blocks[out][leaf]
                     target[row] = block.reshape(target.shape[1:])
-
-
-def _explain(ask: BatchAsk) -> None:
-    """Say why samples are taken alone, as the caller asked for: it takes many more sweeps, so in every call."""
-    reason = ask.apart or "no shared sweep is right"
-    if ask.fallback == "error":
-        raise NotDifferentiableError(f"{ask.call}: {reason}, and fallback='error' forbids one sample at a time.")
-    if ask.fallback == "warn":
-        warn(f"{ask.call}: {reason}; so every sample was differentiated alone, in a batch of one.")

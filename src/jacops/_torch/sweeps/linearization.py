@@ -105,11 +105,17 @@ class Linearization:
             self.tolerance = max(self.tolerance, tolerance([proofs.effects.coarse]))
         return proofs.effects
 
-    def to(self, outputs: Sequence[Tensor], names: Sequence[str], call: str) -> Linearization:
-        """Return a linearization of other outputs that were computed from the same leaves."""
-        other = Linearization(self.leaves, outputs, leaf_names=self.domain.names, output_names=names, call=call)
-        for name in ("aliased_leaves", "private", "trust", "fallback", "protected", "weights"):
+    def to(
+        self, outputs: Sequence[Tensor], names: Sequence[str], call: str = "", leaves: Sequence[int] | None = None
+    ) -> Linearization:
+        """Return a linearization of other outputs that were computed from the same leaves, or of some of the leaves."""
+        some = range(len(self.leaves)) if leaves is None else leaves
+        leaf_names = [self.domain.names[i] for i in some]
+        kept = [self.leaves[i] for i in some]
+        other = Linearization(kept, outputs, leaf_names=leaf_names, output_names=names, call=call or self.call)
+        for name in ("private", "trust", "fallback", "protected", "weights"):
             setattr(other, name, getattr(self, name))
+        other.aliased_leaves = tuple((some.index(i), tensor) for i, tensor in self.aliased_leaves if i in some)
         other.tolerance = max(other.tolerance, self.tolerance)
         return other
 

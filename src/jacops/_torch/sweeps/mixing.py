@@ -13,6 +13,7 @@ from ..._runtime.contexts import private_noise
 from ..._runtime.rounding import is_rounding
 from ..._runtime.rows import plain
 from ..._runtime.side_effects import SideEffects
+from ...errors import NotDifferentiableError, warn
 from .linearization import Linearization
 
 NOT_FINITE = "values are not finite"
@@ -102,6 +103,18 @@ def disagrees(alone: Linearization, blocks: list[list[Tensor]], row: int) -> str
     if error <= alone.tolerance or (math.isfinite(error) and is_rounding(partial(alone.pull, seeds), pairs)):
         return None
     return f"samples mix: the sweep of one alone differs by {error:.1e}" if math.isfinite(error) else NOT_FINITE
+
+
+def explain_alone(call: str, fallback: str, reason: str) -> None:
+    """Say why samples are taken alone, as the caller asked for: it takes many more sweeps, so in every call.
+
+    Raises:
+        NotDifferentiableError: `fallback="error"` forbids it.
+    """
+    if fallback == "error":
+        raise NotDifferentiableError(f"{call}: {reason}, and fallback='error' forbids one sample at a time.")
+    if fallback == "warn":
+        warn(f"{call}: {reason}; so every sample was differentiated alone, in a batch of one.")
 
 
 def _random_half(many: int) -> Tensor:
