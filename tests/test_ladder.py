@@ -1,5 +1,7 @@
 """Routes: one tuple a question; what is added to it is planned, described, checked, left and tried again."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ import oracle
 from cases import F64
 from jacops._ladder.failures import RouteFailedError
 from jacops._ladder.plan import Cost, Memory
-from jacops._planning import _matrices, _samples
+from jacops._planning import _calls
 from jacops._torch.routes import whole_matrix
 from jacops._torch.routes.whole import BlocksMatchPlain
 from jacops._torch.routes.whole_ask import WholeAsk, WholeBlocks
@@ -57,11 +59,11 @@ class Table:
 
 def with_route(monkeypatch: pytest.MonkeyPatch, route: object) -> None:
     tuple_with_it = (route, *routes.BY_SAMPLES)
-    for module in (batch, plan, _samples):
+    for module in (batch, plan, _calls):
         monkeypatch.setattr(module, "BY_SAMPLES", tuple_with_it)
 
 
-def described(model: nn.Module, x: Tensor, **options: str) -> str:
+def described(model: nn.Module, x: Tensor, **options: Any) -> str:
     return Samples(model, x, call="compute_jacobian", **options).jacobians(1024).route
 
 
@@ -176,7 +178,7 @@ def test_whole_jacobians_take_an_added_route_where_it_is_right(monkeypatch: pyte
     added = (WholeTable(factor), *whole_matrix.WHOLE)
     model, x = net(), draw(6, 4)
     sweeps = jacops.modjac(model, x)
-    monkeypatch.setattr(_matrices, "WHOLE", added)
+    monkeypatch.setattr(_calls, "WHOLE", added)
     assert jacops.plan(jacops.modjac, model, x).chosen.name == "table"
     jacobian_blocks = whole_matrix.jacobian_blocks
 

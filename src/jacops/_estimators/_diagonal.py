@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple, overload
 
 import torch
@@ -106,12 +107,18 @@ def _exact(operator: Operator) -> Tensor:
             return _over_data(operator)
         case Product(left=Transposed(of=LayerFactors() as factors), right=right) if factors is right:
             return factors.column_squares()
-        case _ if operator.formed is not None and (found := operator.formed.diagonal()) is not None:
-            return found
-        case Product() if 2 * operator.right.shape[0] < operator.shape[0]:
-            return _through(operator.left, operator.right)
         case _:
-            return _by_units(operator)
+            return (
+                _by_products(operator)
+                if operator.formed is None
+                else operator.formed.diagonal(partial(_by_products, operator))
+            )
+
+
+def _by_products(operator: Operator) -> Tensor:
+    if isinstance(operator, Product) and 2 * operator.right.shape[0] < operator.shape[0]:
+        return _through(operator.left, operator.right)
+    return _by_units(operator)
 
 
 def _over_data(operator: SumOver) -> Tensor:

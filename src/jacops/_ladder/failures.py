@@ -20,8 +20,12 @@ class RouteWrongError(RouteFailedError):
     """A fast route gave numbers that the plain one does not confirm."""
 
 
-class RouteNotFiniteError(RouteFailedError):
-    """A fast route gave NaN or Inf, which proves nothing about the route."""
+class RouteUndecidedError(RouteFailedError):
+    """What a fast route gave proves nothing about the route."""
+
+
+class RouteNotFiniteError(RouteUndecidedError):
+    """A fast route gave NaN or Inf."""
 
 
 def attempt(sweep: Callable[[], Result]) -> Result:

@@ -7,12 +7,13 @@ are made from that tuple: to add a route, write an object with the members of `R
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from ..errors import NotDifferentiableError, warn
-from .failures import RouteFailedError, RouteNotFiniteError, RouteWrongError, attempt
+from .failures import RouteFailedError, RouteUndecidedError, RouteWrongError, attempt
 from .plan import Cost
 
 
@@ -39,61 +40,38 @@ class Verdicts(Protocol):
         ...
 
 
-class Question(Protocol):
-    """What routes are compared for; routes of a question know its further fields."""
+class Ask(Protocol):
+    """One question with the public call that it is asked for; routes of a question know its further fields.
 
-    @property
-    def question(self) -> str:
-        """Under what refusals and descriptions are kept, such as `"pull"`."""
-        ...
+    Attributes:
+        question: Under what refusals and descriptions are kept, such as `"pull"`.
+        asked: The route that the user asked for by name; leaving it is always worth a warning.
+        verdicts: What is known about routes.
+        call: The public call on whose behalf this is done.
+        fallback: `"warn"`, `"silent"` or `"error"` when a route is left.
+        shape: What a proof is valid for besides the recorded graph: the number of rows, the names of parameters.
+        routes: Descriptions of the routes taken, by question; reprs print them.
+    """
 
-    @property
-    def asked(self) -> str | None:
-        """The route that the user asked for by name; leaving it is always worth a warning."""
-        ...
-
-    @property
-    def verdicts(self) -> Verdicts:
-        """What is known about routes."""
-        ...
-
-
-class Ask(Question, Protocol):
-    """One question with the public call that it is asked for."""
-
-    @property
-    def call(self) -> str:
-        """The public call on whose behalf this is done."""
-        ...
-
-    @property
-    def fallback(self) -> str:
-        """`"warn"`, `"silent"` or `"error"` when a route is left."""
-        ...
-
-    @property
-    def shape(self) -> Any:
-        """What a proof is valid for besides the recorded graph: the number of rows, the names of parameters."""
-        ...
-
-    @property
-    def routes(self) -> dict[str, str]:
-        """Descriptions of the routes taken, by question; reprs print them."""
-        ...
+    question: Any
+    asked: Any
+    verdicts: Any
+    call: Any
+    fallback: Any
+    shape: Any
+    routes: Any
 
 
 class Claim(Protocol):
-    """A statement that a route rests on, with its evidence."""
+    """A statement that a route rests on, with its evidence.
 
-    @property
-    def name(self) -> str:
-        """What proofs are kept under."""
-        ...
+    Attributes:
+        name: What proofs are kept under.
+        always: The evidence is so cheap that it is looked at in every call.
+    """
 
-    @property
-    def always(self) -> bool:
-        """The evidence is so cheap that it is looked at in every call."""
-        ...
+    name: Any
+    always: Any
 
     def evidence(self, route: Any, ask: Any, found: Any) -> bool:
         """Return whether what a route found proves the claim for later calls; False where it could not tell.
@@ -106,27 +84,19 @@ class Claim(Protocol):
 
 
 class Route(Protocol):
-    """One way to a result."""
+    """One way to a result.
 
-    @property
-    def name(self) -> str:
-        """What plans, reprs and refusals call it."""
-        ...
+    Attributes:
+        name: What plans, reprs and refusals call it.
+        claims: What is proved before its result is believed, once per graph and shape.
+        leaving: What leaving it means. `"silent"`: the next route is as exact, and slower by a constant. `"noted"`:
+            `fallback="error"` forbids it. `"warned"`: it is worth a warning, as wrong numbers are for `"noted"` too.
+            `"never"`: it is the plain route, which defines what is right, and whose errors are the caller's.
+    """
 
-    @property
-    def claims(self) -> Sequence[Claim]:
-        """What is proved before its result is believed, once per graph and shape."""
-        ...
-
-    @property
-    def leaving(self) -> str:
-        """What leaving it means.
-
-        `"silent"`: the next route is as exact, and slower by a constant. `"noted"`: `fallback="error"` forbids it.
-        `"warned"`: it is worth a warning, as wrong numbers are for `"noted"` too. `"never"`: it is the plain route,
-        which defines what is right, and whose errors are the caller's.
-        """
-        ...
+    name: Any
+    claims: Any
+    leaving: Any
 
     def refuses(self, ask: Any) -> str | None:
         """Return why it does not apply, None if it does; plans and reprs print it (`""`: not worth a word).
@@ -153,13 +123,58 @@ class Route(Protocol):
         ...
 
 
-def refused(ask: Question, route: Route) -> str | None:
+@dataclass
+class Asked:
+    """What is asked, with the fields of `Ask`; `left` is the failure of the last route that was left."""
+
+    question: str
+    call: str
+    verdicts: Verdicts
+    fallback: str = "silent"
+    shape: Any = ()
+    asked: str | None = None
+    routes: dict[str, str] = field(default_factory=dict)
+    left: RouteFailedError | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A route that is a function of the question, for questions whose routes stand in order.
+
+    Attributes:
+        name: As for every route, like `claims` and `leaving`.
+        value: Returns the result.
+        refusal: Returns why it does not apply; by default it does.
+        words: Describes it; by default by its name.
+    """
+
+    name: str
+    value: Callable[[Any], Any]
+    refusal: Callable[[Any], str | None] = lambda ask: None
+    words: Callable[[Any], str] | None = None
+    claims: tuple[Claim, ...] = ()
+    leaving: str = "silent"
+
+    def refuses(self, ask: Any) -> str | None:
+        """Return why it does not apply."""
+        return self.refusal(ask)
+
+    def cost(self, ask: Any) -> Cost:
+        """Not compared."""
+        return Cost(math.inf)
+
+    def describe(self, ask: Any) -> str:
+        """Return what it does."""
+        return self.name if self.words is None else self.words(ask)
+
+
+def refused(ask: Any, route: Route) -> str | None:
     """Return why a route is not taken: what an earlier call found, or what the route itself says; None if it may be."""
     known = ask.verdicts.refusal(ask.question, route.name)
     return _own_reason(ask, route) if known is None else str(known.reason)
 
 
-def _own_reason(ask: Question, route: Route) -> str | None:
+def _own_reason(ask: Any, route: Route) -> str | None:
     try:
         return route.refuses(ask)
     except RouteFailedError as error:
@@ -167,13 +182,13 @@ def _own_reason(ask: Question, route: Route) -> str | None:
         return str(error)
 
 
-def candidates(ask: Question, routes: Sequence[Any]) -> list[tuple[Route, str | None]]:
+def candidates(ask: Any, routes: Sequence[Any]) -> list[tuple[Route, str | None]]:
     """Return routes with the reason why each is not taken: the one asked for, then by sweeps, then in their order."""
     reasons = [(route, refused(ask, route)) for route in routes]
     return sorted(reasons, key=lambda pair: _place(ask, *pair))
 
 
-def _place(ask: Question, route: Route, reason: str | None) -> tuple[bool, bool, float]:
+def _place(ask: Any, route: Route, reason: str | None) -> tuple[bool, bool, float]:
     return reason is not None, route.name != ask.asked, math.inf if reason is not None else route.cost(ask).sweeps
 
 
@@ -207,11 +222,13 @@ def answered(ask: Ask, routes: Sequence[Any]) -> tuple[Any, Route]:
             prove(ask, route, found)
         except RouteFailedError as error:
             because, left = str(error), (route, error, _keep(ask, route, error))
+            if isinstance(ask, Asked):
+                ask.left = error
             continue
         if because or route.leaving != "never" or ask.question not in ask.routes:
             ask.routes[ask.question] = route.describe(ask) + (f" (because {because})" if because else "")
         return found, route
-    raise RouteFailedError(because or "no route applies")
+    raise RouteFailedError(because or "no route applies") if left is None else left[1]
 
 
 def prove(ask: Ask, route: Route, found: Any) -> None:
@@ -248,9 +265,9 @@ def _check_allowed(ask: Ask, route: Route, reason: Any) -> None:
         raise NotDifferentiableError(f"{ask.call}: {reason}, and fallback='error' forbids the plain route.")
 
 
-def _keep(ask: Question, route: Route, error: RouteFailedError) -> bool:
-    """Keep why a route failed; return whether that is new. Values that are not finite say nothing about a route."""
-    return not isinstance(error, RouteNotFiniteError) and ask.verdicts.refuse(ask.question, route.name, str(error))
+def _keep(ask: Any, route: Route, error: RouteFailedError) -> bool:
+    """Keep why a route failed; return whether that is new; what proves nothing about the route is not kept."""
+    return not isinstance(error, RouteUndecidedError) and ask.verdicts.refuse(ask.question, route.name, str(error))
 
 
 def _report(ask: Ask, route: Route, error: RouteFailedError, news: bool, instead: str) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from .._space import Space
-from .._torch.protocol import mirror
-from ._base import COMPOSED, Backwards, Formed, InMemory, OnSpace, Operator, check_same
-from ._dense import FillRoute, Headroom, one_by_one
+from .._torch.protocol import ByLayers
+from ._base import COMPOSED, Backwards, Composite, OnSpace, Operator, check_same
+from ._dense import DenseAsk
 from ._noise import Moments
+from ._target import Target
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Transposed(Backwards):
+class Transposed(Backwards, Composite):
     """An operator the other way round.
 
     Attributes:
@@ -37,14 +38,12 @@ class Transposed(Backwards):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return self.of._apply(rows)
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return self.of._fill_route(room)
+    @property
+    def _parts(self) -> tuple[Operator, ...]:
+        return (self.of,)
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        self.of._write(matrix.T, route)
-
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        self.of._add(matrix.T, weight, route, half)
+    def _places(self, target: Target) -> Iterable[Target]:
+        return (target.T,)
 
 
 @final
@@ -60,7 +59,7 @@ class Product(Operator):
 
     left: Operator
     right: Operator
-    formed: Formed | None = None
+    formed: ByLayers | None = None
 
     def __post_init__(self) -> None:
         """Hold the inner spaces against each other."""
@@ -116,7 +115,7 @@ def _is_transpose(a: Operator, b: Operator) -> bool:
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Sum(Operator):
+class Sum(Composite):
     """`left + right`, between the same spaces.
 
     Attributes:
@@ -131,26 +130,6 @@ class Sum(Operator):
         """Hold the spaces against each other."""
         check_same(self.left.domain, self.right.domain, "a sum")
         check_same(self.left.codomain, self.right.codomain, "a sum")
-
-    @property
-    def domain(self) -> Space:
-        """What both take."""
-        return self.left.domain
-
-    @property
-    def codomain(self) -> Space:
-        """What both give."""
-        return self.left.codomain
-
-    @property
-    def symmetric(self) -> bool:
-        """Both are."""
-        return self.left.symmetric and self.right.symmetric
-
-    @property
-    def positive(self) -> bool:
-        """Both are."""
-        return self.left.positive and self.right.positive
 
     def _drawn(self) -> Iterator[tuple[float, Moments]]:
         yield from self.left._drawn()
@@ -167,30 +146,17 @@ class Sum(Operator):
         return self.symmetric and (self.left._halves or self.right._halves)
 
     @property
-    def _in_order(self) -> tuple[Operator, Operator]:
+    def _parts(self) -> tuple[Operator, ...]:
         """Which is written and which is added to it: what is found by halves or checks itself comes first."""
         return (self.right, self.left) if self.right._halves and not self.left._halves else (self.left, self.right)
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return one_by_one(part._fill_route(room) for part in self._in_order)
-
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        if self._halves:
-            self._add(matrix.zero_(), 1.0, route, half=True)
-            mirror(matrix)
-            return
-        first, second = self._in_order
-        first._write(matrix, route.part(0))
-        second._add(matrix, 1.0, route.part(1), half=False)
-
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        for number, part in enumerate(self._in_order):
-            part._add(matrix, weight, route.part(number), half)
+    def _places(self, target: Target) -> Iterable[Target]:
+        return target, target.added
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Scaled(Operator):
+class Scaled(Composite):
     """An operator times a number.
 
     Attributes:
@@ -208,21 +174,6 @@ class Scaled(Operator):
         yield from ((self.factor * factor, moments) for factor, moments in own)
 
     @property
-    def domain(self) -> Space:
-        """The operator's."""
-        return self.of.domain
-
-    @property
-    def codomain(self) -> Space:
-        """The operator's."""
-        return self.of.codomain
-
-    @property
-    def symmetric(self) -> bool:
-        """As the operator is."""
-        return self.of.symmetric
-
-    @property
     def positive(self) -> bool:
         """As the operator is, for a factor that is not negative."""
         return self.of.positive and self.factor >= 0
@@ -237,15 +188,12 @@ class Scaled(Operator):
     def _halves(self) -> bool:
         return self.of._halves
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return self.of._fill_route(room)
+    @property
+    def _parts(self) -> tuple[Operator, ...]:
+        return (self.of,)
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        self.of._write(matrix, route)
-        matrix.mul_(self.factor)
-
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        self.of._add(matrix, weight * self.factor, route, half)
+    def _places(self, target: Target) -> Iterable[Target]:
+        return (target.times(self.factor),)
 
     def __repr__(self) -> str:
         drawn = f", relative standard error up to {self.noise:.2g})" if self.moments is not None else ")"
@@ -254,7 +202,7 @@ class Scaled(Operator):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Identity(OnSpace, InMemory):
+class Identity(OnSpace):
     """The map that changes nothing; `damping * Identity(space)` is how damping is written.
 
     Attributes:
@@ -270,13 +218,15 @@ class Identity(OnSpace, InMemory):
 
     _apply_transpose = _apply
 
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        matrix.diagonal().add_(0.5 * weight if half else weight)
+    _own = "in memory"
+
+    def _fill(self, target: Target, ask: DenseAsk) -> None:
+        target.put_diagonal(1.0)
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Matrix(InMemory):
+class Matrix(Operator):
     """A matrix in memory.
 
     Attributes:
@@ -305,16 +255,15 @@ class Matrix(InMemory):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return rows @ self.matrix
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        matrix.copy_(self.matrix)
+    _own = "in memory"
 
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        matrix.add_(self.matrix, alpha=0.5 * weight if half else weight)
+    def _fill(self, target: Target, ask: DenseAsk) -> None:
+        target.put(self.matrix)
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Diagonal(InMemory):
+class Diagonal(Operator):
     """A diagonal matrix.
 
     Attributes:
@@ -346,8 +295,10 @@ class Diagonal(InMemory):
 
     _apply_transpose = _apply
 
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)
+    _own = "in memory"
+
+    def _fill(self, target: Target, ask: DenseAsk) -> None:
+        target.put_diagonal(self.entries)
 
 
 COMPOSED.update(transposed=Transposed, product=Product, sum=Sum, scaled=Scaled)

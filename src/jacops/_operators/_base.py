@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._finite import check_vector
+from .._ladder.route import answer
 from .._runtime.contexts import eager
 from .._runtime.memory import Budget
 from .._space import Space
-from .._torch.protocol import PreparedFill, VerificationError, mirror
+from .._torch.protocol import ByLayers
 from ..errors import InputError, InputTypeError
-from ._dense import IN_MEMORY, DenseLimits, FillRoute, Headroom, by_products, is_counted, matrix_place
+from ._dense import DENSE, DenseAsk, Held, dense_ask, matrix_place, one_by_one
 from ._finite_results import Source, check_result
 from ._noise import Moments, relative_noise
-
-
-class Formed(Protocol):
-    """A way to a symmetric operator's matrix or diagonal that is cheaper than products; it checks itself."""
-
-    def begin(self, free: float) -> PreparedFill | None:
-        """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
-        ...
-
-    def diagonal(self) -> Tensor | None:
-        """Return the diagonal; None where this way is closed."""
-        ...
-
+from ._target import Target
 
 _GRAM_ENTRIES = 2**26  # 512 MiB in float64: larger matrices are not formed, but applied to an eighth of that at a time
 # What operators are composed to; `_algebra`, which builds on this module, puts its classes here when it is imported.
@@ -56,7 +45,7 @@ class Operator(ABC):
 
     symmetric: bool = False
     positive: bool = False
-    formed: Formed | None = None
+    formed: ByLayers | None = None
     check_finite: bool = True
     source: Source | None = None
 
@@ -169,75 +158,34 @@ class Operator(ABC):
                 allocated.
             NonFiniteError: An entry is NaN or Inf; the message names batch and row where the data hold one.
         """
-        limits = DenseLimits.of(self, budget, out) if is_counted(self, budget) else None
-        room = Headroom() if limits is None else limits.room
-        route = self._fill_route(room)
-        if limits is not None:
-            limits.ensure(route)
-        matrix = matrix_place(self, out, budget)
-        try:
-            self._write(matrix, route)
-        except VerificationError:  # by layers it was wrong: once more, by products
-            del route
-            self._write(matrix, self._fill_route(Headroom(room.free, layers=False)))
+        ask = dense_ask(self, out, budget)
+        ask.target = matrix_place(self, out)
+        answer(ask, DENSE)
+        matrix = ask.target.matrix
         return check_result(self, matrix, "the matrix") if check_finite else matrix
 
     # ---- how the matrix is filled ----------------------------------------------------------------------------------
+
+    _own: str = ""  # the route to the matrix that such operators have to themselves, by name
+    _parts: tuple[Operator, ...] = ()  # what the matrix is put together from
 
     @property
     def _halves(self) -> bool:
         """Whether the matrix is found as X + Xᵀ, so that it is best added to others before the two are joined."""
         return self.formed is not None
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        """Return how the matrix is filled where so much may be held meanwhile: by layers, or by products."""
-        if self.formed is not None and room.layers and room.free > 0:
-            prepared = self.formed.begin(room.tight)
-            if prepared is not None and prepared.bytes <= room.tight:
-                most, unit = prepared.most, "numbers to a round"
-                return FillRoute("by layers", prepared.bytes, most, unit, prepared, room, tight=True)
-            del prepared  # what it holds is no part of the products
-        return by_products(self, room)
+    def _held(self, ask: DenseAsk) -> Held:
+        """Return what is held while the matrix is filled."""
+        return one_by_one(part.held for part in ask.parts)
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        """Fill `matrix` on a route of `_fill_route`.
+    def _places(self, target: Target) -> Iterable[Target]:
+        """Return where each part goes."""
+        return ()
 
-        Raises:
-            VerificationError: What the layers said is wrong; the matrix holds nothing of use.
-        """
-        if route.prepared is not None:
-            if route.prepared.accumulate(matrix.zero_()):
-                mirror(matrix)
-                return
-            route = by_products(self, route.room)
-        for where, part in self._units(route):
-            matrix[where] = part
-
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        """Add the matrix times `weight`; by `half`, for a symmetric one, any X times `weight` with X + Xᵀ the matrix.
-
-        Raises:
-            VerificationError: As in `_write`.
-        """
-        if route.prepared is not None:
-            if route.prepared.accumulate(matrix, weight):
-                if not half and not route.prepared.accumulate(matrix.T, weight):
-                    raise VerificationError
-                return
-            route = by_products(self, route.room)
-        for where, part in self._units(route):
-            matrix[where].add_(part, alpha=0.5 * weight if half else weight)
-
-    def _units(self, route: FillRoute) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-        """Yield places in the matrix and what stands there, by products with unit vectors."""
-        m, n = self.shape
-        space, everything = self.domain if n <= m else self.codomain, slice(None)
-        for start in range(0, space.dim, route.chunk):
-            where = slice(start, min(start + route.chunk, space.dim))
-            if n <= m:
-                yield (everything, where), self._apply(space.units(where)).T
-            else:
-                yield (where, everything), self._apply_transpose(space.units(where))
+    def _fill(self, target: Target, ask: DenseAsk) -> None:
+        """Write the matrix by the operator's own route: part by part."""
+        for part, place in zip(ask.parts, self._places(target), strict=True):
+            part.fill(place)
 
     def gram(self) -> Tensor:
         r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large.
@@ -313,14 +261,35 @@ class Backwards(Operator):
         return self.of.domain
 
 
-class InMemory(Operator):
-    """An operator whose entries are there already."""
+class Composite(Operator):
+    """An operator that is put together from others."""
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return IN_MEMORY
+    _own = "part by part"
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        self._add(matrix.zero_(), 1.0, route, half=False)
+    @property
+    @abstractmethod
+    def _parts(self) -> tuple[Operator, ...]:
+        """The others, in the order in which they are written."""
+
+    @property
+    def domain(self) -> Space:
+        """What all parts take."""
+        return self._parts[0].domain
+
+    @property
+    def codomain(self) -> Space:
+        """What all parts give."""
+        return self._parts[0].codomain
+
+    @property
+    def symmetric(self) -> bool:
+        """All parts are."""
+        return all(part.symmetric for part in self._parts)
+
+    @property
+    def positive(self) -> bool:
+        """All parts are."""
+        return all(part.positive for part in self._parts)
 
 
 def _kept(operator: Operator) -> dict[int, int]:

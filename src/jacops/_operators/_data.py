@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from .._runtime.memory import Meter
 from .._runtime.restoring import restoring
 from .._space import Space
-from .._torch.protocol import mirror
-from ._base import OnSpace, Operator
-from ._dense import FillRoute, Headroom, one_by_one
+from ._base import Composite, OnSpace, Operator
+from ._dense import DenseAsk, Held
 from ._noise import Moments
+from ._target import Target
 
 Parts = Callable[[], Iterable[tuple[float, Operator]]]
 
@@ -44,6 +44,7 @@ class SumOver(OnSpace):
     problem: Any = None
     told: str = ""
     symmetric = True
+    _own = "batch by batch"
 
     @cached_property
     def positive(self) -> bool:
@@ -70,20 +71,15 @@ class SumOver(OnSpace):
     def _halves(self) -> bool:
         return True
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return _by_batches(self.parts, room)
+    def _held(self, ask: DenseAsk) -> Held:
+        return _first(self.parts, ask)
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        self._add(matrix.zero_(), 1.0, route, half=True)
-        mirror(matrix)
-
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        for target in (matrix,) if half else (matrix, matrix.T):
-            for factor, part in self.parts():
-                part._add(target, weight * factor, part._fill_route(route.room), half=True)
-                del part
-            if self.ridge is not None:  # last: what the layers say is held against a matrix without it
-                target.diagonal().add_(self.ridge, alpha=0.5 * weight)
+    def _fill(self, target: Target, ask: DenseAsk) -> None:
+        for factor, part in self.parts():
+            DenseAsk(part, ask.inner).fill(target.times(factor))
+            del part
+        if self.ridge is not None:  # last: what the layers say is held against a matrix without it
+            target.put_diagonal(self.ridge)
 
     def _marks(self) -> Iterator[str]:
         yield "symmetric"
@@ -137,48 +133,39 @@ class StackOver(Operator):
             start = stop
         return total
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return _by_batches(self.parts, room)
+    _own = "batch by batch"
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+    def _held(self, ask: DenseAsk) -> Held:
+        return _first(self.parts, ask)
+
+    def _fill(self, target: Target, ask: DenseAsk) -> None:
         start = 0
         for factor, part in self.parts():
-            rows = matrix[start : start + part.shape[0]]
-            part._write(rows, part._fill_route(route.room))
-            if factor != 1.0:
-                rows.mul_(factor)
-            start += part.shape[0]
-            del part
-
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        start = 0
-        for factor, part in self.parts():
-            scale = 0.5 * weight * factor if half else weight * factor
-            part._add(matrix[start : start + part.shape[0]], scale, part._fill_route(route.room), half=False)
-            start += part.shape[0]
+            stop = start + part.shape[0]
+            DenseAsk(part, ask.inner).fill(target.times(factor).part(slice(start, stop)))
+            start = stop
             del part
 
 
 @restoring
-def _by_batches(parts: Parts, room: Headroom) -> FillRoute:
-    """Return how a pass fills a matrix: what the first batch takes, and what the pass keeps of the others."""
-    if not 0 < room.free < math.inf:
-        return FillRoute("batch by batch", room=room)
+def _first(parts: Parts, ask: DenseAsk) -> Held:
+    """Return what the first batch holds, and what the pass keeps of the others."""
+    if not 0 < ask.free < math.inf:
+        return Held()
     with Meter() as meter:
         part = next((part for _, part in parts()), None)
     if part is None:
-        return FillRoute("batch by batch", room=room)
+        return Held()
     will_hold = getattr(parts, "will_hold", None)
     held = part.nbytes if will_hold is None else will_hold(part.nbytes)
-    inner = room.less(held)
-    own = part._fill_route(inner)
-    working = held + max(own.bytes, meter.peak - part.nbytes)
-    return FillRoute("batch by batch", working, own.chunk, own.unit, room=inner, tight=own.tight)
+    ask.inner = max(0.0, ask.free - held)
+    own = DenseAsk(part, ask.inner).held
+    return replace(own, bytes=held + max(own.bytes, meter.peak - part.nbytes))
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockDiagonal(OnSpace):
+class BlockDiagonal(OnSpace, Composite):
     """Square operators side by side, each on its own part of the axis.
 
     Attributes:
@@ -189,16 +176,6 @@ class BlockDiagonal(OnSpace):
     blocks: tuple[Operator, ...]
     space: Space
 
-    @property
-    def symmetric(self) -> bool:
-        """All blocks are."""
-        return all(block.symmetric for block in self.blocks)
-
-    @property
-    def positive(self) -> bool:
-        """All blocks are."""
-        return all(block.positive for block in self.blocks)
-
     def _apply(self, rows: Tensor) -> Tensor:
         parts = rows.split([block.shape[1] for block in self.blocks], 1)
         return torch.cat([block._apply(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
@@ -207,21 +184,15 @@ class BlockDiagonal(OnSpace):
         parts = rows.split([block.shape[0] for block in self.blocks], 1)
         return torch.cat([block._apply_transpose(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return one_by_one(block._fill_route(room) for block in self.blocks)
+    @property
+    def _parts(self) -> tuple[Operator, ...]:
+        return self.blocks
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
-        matrix.zero_()
-        for number, (block, place) in enumerate(self._places(matrix)):
-            block._write(place, route.part(number))
-
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        for number, (block, place) in enumerate(self._places(matrix)):
-            block._add(place, weight, route.part(number), half)
-
-    def _places(self, matrix: Tensor) -> Iterator[tuple[Operator, Tensor]]:
+    def _places(self, target: Target) -> Iterator[Target]:
+        if not target.adds:
+            target.matrix.zero_()
         row = column = 0
         for block in self.blocks:
             rows, columns = block.shape
-            yield block, matrix[row : row + rows, column : column + columns]
+            yield target.part(slice(row, row + rows), slice(column, column + columns))
             row, column = row + rows, column + columns

@@ -1,32 +1,25 @@
-"""What forming an operator takes: bytes of the matrix, and of what is held while it is filled."""
+"""What forming an operator takes: its routes, bytes of the matrix, and of what is held while it is filled."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._ladder.failures import RouteFailedError
+from .._ladder.plan import Cost, Memory
+from .._ladder.route import answer, candidates
 from .._runtime.chunks import ROWS, rows_of
-from .._runtime.memory import (
-    SMALL,
-    Budget,
-    Meter,
-    budget_bytes,
-    ensure_fits,
-    given_tensors,
-    live,
-    refuse,
-    resident,
-    startup_bytes,
-)
-from .._runtime.restoring import restoring
-from .._torch.protocol import PreparedFill
+from .._runtime.memory import SMALL, Budget, budget_bytes, given_tensors, live, refuse, resident, startup_bytes
+from .._space import Space
+from .._torch.protocol import PreparedFill, Proofs, measured
 from ..errors import InputError
+from ._target import Target
 
 if TYPE_CHECKING:
     from ._base import Operator
@@ -38,49 +31,19 @@ _TODO = "Use products (`A @ v`) or `jacops.solve` instead, write into a memmap w
 
 
 @dataclass(frozen=True)
-class Headroom:
-    """What may be held while a matrix is filled.
+class Held:
+    """What is held while a matrix is filled.
 
     Attributes:
-        free: Bytes of tensors; infinite where nobody counts.
-        layers: Whether matrices may be filled by layers.
-    """
-
-    free: float = math.inf
-    layers: bool = True
-
-    @property
-    def tight(self) -> float:
-        """The same for few and large tensors, which leave few holes."""
-        return max(self.free, _HOLES * self.free / _TIGHT)
-
-    def less(self, held: float) -> Headroom:
-        """Return the room beside what is held."""
-        return Headroom(max(0.0, self.free - held), self.layers)
-
-
-@dataclass(frozen=True)
-class FillRoute:
-    """How an operator's matrix is filled.
-
-    Attributes:
-        name: In a word or two.
-        bytes: Held on the way besides the matrix; 0 where that was not asked or is nothing.
+        bytes: Besides the matrix; 0 where that was not asked or is nothing.
         chunk: How many of `unit` go together.
         unit: What is counted.
-        prepared: What the layers say, where the matrix is filled by layers.
-        room: What parts may hold, where there are parts that are made on the way.
-        parts: The routes of the operators that this one is made of.
-        tight: What is held are few and large tensors, which leave few holes.
+        tight: These are few and large tensors, which leave few holes.
     """
 
-    name: str
     bytes: float = 0.0
     chunk: int = 1
     unit: str = "vectors to a pass"
-    prepared: PreparedFill | None = None
-    room: Headroom = field(default_factory=Headroom)
-    parts: tuple[FillRoute, ...] = ()
     tight: bool = False
 
     @property
@@ -90,133 +53,327 @@ class FillRoute:
             return 0
         return resident(0) + int(_TIGHT * self.bytes) if self.tight else resident(self.bytes)
 
-    def part(self, number: int) -> FillRoute:
-        """Return the route of a part; where all are in memory, that of the whole."""
-        return self.parts[number] if self.parts else self
+
+IN_MEMORY = Held(unit="copy")
 
 
-IN_MEMORY = FillRoute("in memory", unit="copy")
-
-
-def one_by_one(parts: Iterable[FillRoute]) -> FillRoute:
-    """Return the route of an operator whose parts are filled one after the other."""
+def one_by_one(parts: Iterable[Held]) -> Held:
+    """Return what is held where parts are filled one after the other."""
     parts = tuple(parts)
-    larger = max(parts, key=lambda route: (route.bytes, route is not IN_MEMORY), default=IN_MEMORY)
-    if larger is IN_MEMORY:
-        return IN_MEMORY
-    prepared = sum(route.bytes for route in parts if route.prepared)  # what the layers say is there from the start
-    return replace(larger, bytes=max(larger.bytes, prepared), prepared=None, parts=parts)
+    larger = max(parts, key=lambda held: (held.bytes, held is not IN_MEMORY), default=IN_MEMORY)
+    prepared = sum(held.bytes for held in parts if held.tight)  # what the layers say is there from the start
+    return larger if prepared <= larger.bytes else replace(larger, bytes=prepared)
 
 
-@dataclass(frozen=True)
-class DenseLimits:
-    """What forming an operator's matrix may take.
+class DenseAsk:
+    """An operator's matrix, to be written into a place.
+
+    Args:
+        operator: Whose.
+        free: Bytes of tensors that may be held meanwhile; infinite where nobody counts.
+        limits: What the whole call may take, where that is counted.
+        call: The call of which this is a part.
 
     Attributes:
+        target: Where it is written.
+        inner: What parts may hold that are made on the way.
+        layers: What layers say of it, where they were asked.
+        spoiled: Something that may be wrong was added to what was there before.
+    """
+
+    question, asked, fallback, argument = "dense", None, "silent", ""
+
+    def __init__(
+        self, operator: Operator, free: float = math.inf, limits: DenseLimits | None = None, call: str = ""
+    ) -> None:
+        self.operator, self.free, self.limits = operator, free, limits
+        self.call = call or f"{type(operator).__name__}.dense"
+        formed = operator.formed
+        self.verdicts = Proofs("never") if formed is None else formed.verdicts
+        self.routes: dict[str, str] = {} if formed is None else formed.routes
+        self.shape, self.told = "", ""
+        self.parts = [DenseAsk(part, free, limits, self.call) for part in operator._parts]
+        self.inner = free
+        self.layers: PreparedFill | None = None
+        self.spoiled = False
+
+    def fill(self, target: Target) -> None:
+        """Write the matrix.
+
+        Raises:
+            RouteFailedError: What was added to the place is wrong; it has to be filled from the start.
+        """
+        self.target = target
+        answer(self, DENSE)
+
+    @cached_property
+    def route(self) -> Any:
+        """The route that will be taken."""
+        return candidates(self, DENSE)[0][0]
+
+    @cached_property
+    def held(self) -> Held:
+        """What it holds."""
+        return self.route.held(self)
+
+    @cached_property
+    def by_products(self) -> Held:
+        """What products hold."""
+        return _by_products(self.operator, self.free)
+
+    @property
+    def leading(self) -> DenseAsk:
+        """The largest part, which says how the whole is filled."""
+        ranked = sorted(self.parts, key=lambda part: (part.held.bytes, part.held is not IN_MEMORY))
+        return ranked[-1].leading if ranked else self
+
+    def memory(self, route: Any) -> Memory:
+        """Return the bytes of the whole call where this route is taken; not known for another."""
+        known = self.limits is not None and self.route is route
+        return Memory(self.held.chunk, self.limits.peak) if known and self.limits else Memory(0, 0)
+
+
+class DenseLimits:
+    """What a call of `dense` may take.
+
+    Args:
         operator: Whose matrix.
-        result: Its bytes.
-        allocated: They are allocated by the call.
+        budget: Bytes, or a text; None for half of what is free.
+        out: The caller's place for it.
+
+    Attributes:
+        ask: The call.
+        result: Bytes of the matrix.
         budget: Bytes allowed.
     """
 
-    operator: Operator
-    result: int
-    allocated: bool
-    budget: int
+    def __init__(self, operator: Operator, budget: Budget, out: Any) -> None:
+        self.result = _result_bytes(operator)
+        self.allocated = self.result if out is None else 0
+        self.budget = budget_bytes(budget, operator.domain.device)
+        self._startup = startup_bytes(operator.domain.device)
+        self.ask = DenseAsk(operator, max(0.0, live(self.budget - self._startup - self.allocated)), self)
 
-    @classmethod
-    def of(cls, operator: Operator, budget: Budget, out: Any) -> DenseLimits:
-        """Return the limits of a call of `dense`."""
-        return cls(operator, _result_bytes(operator), out is None, budget_bytes(budget, operator.domain.device))
-
-    @cached_property
-    def _startup(self) -> int:
-        return startup_bytes(self.operator.domain.device)
-
-    @cached_property
-    def room(self) -> Headroom:
-        """What may be held beside the matrix."""
-        return Headroom(max(0.0, live(self.budget - self._startup - self.result * self.allocated)))
-
-    def startup(self, route: FillRoute) -> int:
-        """Return what the process takes for its first derivative; what needs no derivative loads nothing."""
-        idle = route is IN_MEMORY or (self.room.free > 0 and startup_bytes(self.operator.domain.device))
+    @property
+    def startup(self) -> int:
+        """What the process takes for its first derivative; what needs no derivative loads nothing."""
+        held, ask = self.ask.held, self.ask
+        idle = held is IN_MEMORY or (ask.free > 0 and startup_bytes(ask.operator.domain.device))
         return 0 if idle else self._startup
 
-    def peak(self, route: FillRoute) -> int:
-        """Return the bytes that a route holds at once."""
-        return self.startup(route) + self.result * self.allocated + route.resident
+    @property
+    def peak(self) -> int:
+        """Bytes held at once."""
+        return self.startup + self.allocated + self.ask.held.resident
 
-    def ensure(self, route: FillRoute) -> None:
-        """Refuse a route that does not fit.
+    def ensure(self) -> None:
+        """Refuse what does not fit.
 
         Raises:
             MemoryBudgetError: It does not; nothing was allocated.
         """
-        if self.peak(route) <= self.budget:
+        if self.peak <= self.budget:
             return
         parts: dict[str, float] = {}
-        if route is not IN_MEMORY:
-            parts[f"working memory {route.name}"] = route.resident
+        if self.ask.held is not IN_MEMORY:
+            parts[f"working memory {self.ask.leading.route.name}"] = self.ask.held.resident
         if self.allocated:
-            parts[f"the matrix {self.operator.shape}"] = self.result
-        if startup := self.startup(route):
+            parts[f"the matrix {self.ask.operator.shape}"] = self.result
+        if startup := self.startup:
             parts["what torch loads for the first derivative of a process"] = startup
-        refuse(f"{type(self.operator).__name__}.dense", parts, self.budget, _TODO)
+        refuse(self.ask.call, parts, self.budget, _TODO)
 
 
 def _result_bytes(operator: Operator) -> int:
     return operator.shape[0] * operator.shape[1] * operator.codomain.dtype.itemsize
 
 
-def is_counted(operator: Operator, budget: Budget) -> bool:
-    """Return whether forming a matrix is held against a budget: one is given, or the matrix is large."""
-    return budget is not None or _result_bytes(operator) >= SMALL
+def dense_ask(operator: Operator, out: Any, budget: Budget) -> DenseAsk:
+    """Return what is asked, held against a budget where one is given or the matrix is large.
+
+    Raises:
+        MemoryBudgetError: It does not fit; nothing was allocated.
+    """
+    if budget is None and _result_bytes(operator) < SMALL:
+        return DenseAsk(operator)
+    limits = DenseLimits(operator, budget, out)
+    limits.ensure()
+    return limits.ask
 
 
-def matrix_place(operator: Operator, out: Any, budget: Budget) -> Tensor:
+def matrix_place(operator: Operator, out: Any) -> Target:
     """Return where the matrix is written: the caller's place, or a new tensor.
 
     Raises:
         InputError: `out` has another shape.
-        MemoryBudgetError: The matrix does not fit the budget; it was not allocated.
     """
     (given,) = given_tensors(out) or (None,)
-    if given is not None:
-        if tuple(given.shape) != operator.shape:
-            raise InputError.of("out", f"of shape {tuple(given.shape)}", f"shape {operator.shape} is needed")
-        return given
-    options = {"dtype": operator.codomain.dtype, "device": operator.domain.device}
-    matrix = f"the matrix {operator.shape}"
-    device = operator.domain.device
-    ensure_fits(f"{type(operator).__name__}.dense", {matrix: _result_bytes(operator)}, budget, device, _TODO)
-    return torch.empty(*operator.shape, **options)
+    if given is None:
+        given = torch.empty(*operator.shape, dtype=operator.codomain.dtype, device=operator.domain.device)
+    if tuple(given.shape) != operator.shape:
+        raise InputError.of("out", f"of shape {tuple(given.shape)}", f"shape {operator.shape} is needed")
+    return Target(given)
 
 
-def by_products(operator: Operator, room: Headroom) -> FillRoute:
-    """Return how a matrix is filled by products with unit vectors, as many together as fit."""
+# ---- routes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What an operator knows of its own matrix, or products with unit vectors, as many together as fit.
+
+    Attributes:
+        name: As in the operator's `_own`.
+        why: Why it is taken.
+        axis: The axis of the matrix that unit vectors run over; None for what the operator knows.
+    """
+
+    name: str
+    why: str
+    axis: int | None = None
+    claims = ()
+    leaving = "never"  # errors of parts, such as a model's, are the caller's
+
+    def refuses(self, ask: DenseAsk) -> str | None:
+        """Products always apply, the others to one kind of operators."""
+        return None if self.axis is not None or ask.operator._own == self.name else ""
+
+    def cost(self, ask: DenseAsk) -> Cost:
+        """A product for each vector; less for others."""
+        sweeps = -math.inf if self.axis is None else ask.operator.shape[self.axis]
+        return Cost(sweeps, lambda: ask.memory(self))
+
+    def held(self, ask: DenseAsk) -> Held:
+        """Return what is held meanwhile."""
+        return ask.operator._held(ask) if self.axis is None else ask.by_products
+
+    def describe(self, ask: DenseAsk) -> str:
+        """Name it."""
+        return self.name if self.axis is None else f"{self.name}, {ask.operator.shape[self.axis]} products"
+
+    def value(self, ask: DenseAsk) -> None:
+        """Write the matrix.
+
+        Raises:
+            RouteFailedError: What was there before is spoiled.
+        """
+        if ask.spoiled:
+            raise RouteFailedError("what was added to is spoiled")
+        if self.axis is not None:
+            ask.layers = None  # what it holds is no part of the products
+            put_products(ask.operator, ask.target, ask.by_products.chunk)
+            return
+        ask.spoiled = ask.target.adds
+        if ask.operator._halves:
+            ask.target.by_halves(lambda target: ask.operator._fill(target, ask))
+        else:
+            ask.operator._fill(ask.target, ask)
+
+
+class MatchesProduct:
+    """A product with a random direction is the one of ordinary sweeps."""
+
+    name, always = "matches a product", True  # where values are read it is looked at in every call
+
+    def evidence(self, route: Any, ask: DenseAsk, found: tuple[PreparedFill, Tensor | float]) -> bool:
+        """Return True where it is.
+
+        Raises:
+            RouteFailedError: It is not.
+        """
+        layers, before = found
+        if layers.expected is not None:
+            weight = ask.target.weight if ask.target.half else 2 * ask.target.weight
+            layers.check(layers.along(ask.target.matrix) - before, weight)
+        return True
+
+
+class FilledByLayers:
+    """Blocks of the matrix from what sweeps find at the outputs of layers."""
+
+    name, claims, leaving = "by layers", (MatchesProduct(),), "silent"
+    why = "fewest sweeps: one per number at the layers' outputs"
+
+    def refuses(self, ask: DenseAsk) -> str | None:
+        """It is for curvatures of which a parameter gains, and takes memory."""
+        way = ask.operator.formed
+        if way is None or not ask.free > 0:
+            return ""
+        if ask.layers is None:
+            free = _HOLES / _TIGHT * ask.free  # few and large tensors leave few holes
+            layers = way.begin(free)
+            if layers.bytes > free:
+                return "more than the budget"
+            ask.layers = layers
+        return None
+
+    def cost(self, ask: DenseAsk) -> Cost:
+        """Less than products."""
+        return Cost(-math.inf, lambda: ask.memory(self))
+
+    def held(self, ask: DenseAsk) -> Held:
+        """Return what is held meanwhile."""
+        layers = ask.layers
+        return Held(layers.bytes, layers.most, "numbers to a round", tight=True) if layers else ask.by_products
+
+    def describe(self, ask: DenseAsk) -> str:
+        """Name layers and sweeps."""
+        return ask.told
+
+    def value(self, ask: DenseAsk) -> tuple[PreparedFill, Tensor | float]:
+        """Write the matrix; return what the layers say, and a product with what was there before.
+
+        Raises:
+            RouteFailedError: Rounding would hide what is added.
+        """
+        layers, target, before = ask.layers, ask.target, 0.0
+        if layers is None:
+            raise RouteFailedError("nothing was prepared")
+        if target.adds and layers.expected is not None:
+            before = layers.along(target.matrix)
+            layers.check_seen(before, target.weight)
+        ask.spoiled = target.adds
+
+        def add(place: Target) -> None:
+            ask.told = layers.layers.add(place.matrix, place.weight, layers.most)
+
+        target.by_halves(add)
+        return layers, before
+
+
+DENSE = (
+    Filled("in memory", "the entries are there"),
+    Filled("layer by layer", "each parameter writes its columns"),
+    Filled("batch by batch", "one pass over the data"),
+    Filled("part by part", "each part writes its own"),
+    FilledByLayers(),
+    Filled("by columns", "fewer vectors", axis=1),
+    Filled("by rows", "fewer vectors", axis=0),
+)
+
+
+def _shorter(operator: Operator) -> tuple[Space, Callable[[Tensor], Tensor], bool]:
+    """Return the shorter axis, products with vectors of it, and whether these are columns of the matrix."""
+    if operator.shape[1] <= operator.shape[0]:
+        return operator.domain, operator._apply, True
+    return operator.codomain, operator._apply_transpose, False
+
+
+def put_products(operator: Operator, target: Target, chunk: int) -> None:
+    """Write a matrix by products with unit vectors of its shorter axis."""
+    space, apply, columns = _shorter(operator)
+    place = target.T if columns else target
+    for start in range(0, space.dim, chunk):
+        where = slice(start, min(start + chunk, space.dim))
+        place.part(where).put(apply(space.units(where)))
+
+
+def _by_products(operator: Operator, free: float) -> Held:
     m, n = operator.shape
-    name = "by columns" if n <= m else "by rows"
     most = rows_of(m + n, max(1, min(ROWS, n, m)))
-    if not 0 < room.free < math.inf:
-        return FillRoute(name, chunk=most)
-    fixed, each = _measured(operator)
-    chunk = max(1, min(most, int((room.free - fixed) // max(each, 1.0))))
-    return FillRoute(name, fixed + each * chunk, chunk)
-
-
-@restoring
-def _measured(operator: Operator) -> tuple[float, float]:
-    """Return bytes that do not depend on the number of vectors in a pass, and bytes that each of them adds."""
-    m, n = operator.shape
-    space = operator.domain if n <= m else operator.codomain
-    peaks = []
-    for many in (1, 1, 2):  # what the first product sets up for all is no part of the others
-        with Meter() as meter:
-            unit = torch.zeros(min(many, space.dim), space.dim, dtype=space.dtype, device=space.device)
-            unit[:, :1] = 1
-            product = operator._apply(unit) if n <= m else operator._apply_transpose(unit)
-            peaks.append(meter.peak)
-            del product
-    each = max(peaks[2] - peaks[1], 1)
-    return float(max(0, peaks[0] - each)), float(each)
+    if not 0 < free < math.inf:
+        return Held(chunk=most)
+    space, apply, _ = _shorter(operator)
+    fixed, each = measured(apply, space)
+    chunk = max(1, min(most, int((free - fixed) // max(each, 1.0))))
+    return Held(fixed + each * chunk, chunk)

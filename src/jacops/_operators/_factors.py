@@ -13,8 +13,9 @@ from .._runtime.contexts import eager
 from .._space import Space
 from .._torch.protocol import Outer, RowFactors, Rows, slices
 from ._base import Operator
-from ._dense import FillRoute, Headroom, by_products
+from ._dense import DenseAsk, Held, put_products
 from ._finite_results import check_result
+from ._target import Target
 
 
 @final
@@ -95,18 +96,18 @@ class LayerFactors(Operator):
             found[:, where] = part.transposed(u).flatten(1)
         return found
 
-    def _fill_route(self, room: Headroom) -> FillRoute:
-        return FillRoute(
-            "layer by layer", max((_written(part) for part in self.parts), default=0.0), unit="layer at a time"
-        )
+    _own = "layer by layer"
 
-    def _write(self, matrix: Tensor, route: FillRoute) -> None:
+    def _held(self, ask: DenseAsk) -> Held:
+        return Held(max(map(_written, self.parts), default=0.0), unit="layer at a time")
+
+    def _fill(self, target: Target, ask: DenseAsk) -> None:
+        if target.adds:
+            put_products(self, target, ask.by_products.chunk)
+            return
         for part, where in zip(self.parts, self.domain.slices, strict=True):
-            part.into(matrix[:, where].unflatten(0, part.shape[:2]).unflatten(2, part.shape[2:]))
-
-    def _add(self, matrix: Tensor, weight: float, route: FillRoute, half: bool) -> None:
-        for where, rows in self._units(by_products(self, Headroom())):
-            matrix[where].add_(rows, alpha=0.5 * weight if half else weight)
+            part.into(target.matrix[:, where].unflatten(0, part.shape[:2]).unflatten(2, part.shape[2:]))
+        target.multiply()
 
     # ---- what rows are asked for -----------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .._ladder.protocol import Linearized
 from .._space import Space
-from .._torch.protocol import check_kept
-from ._base import Formed, Operator
+from .._torch.protocol import ByLayers, check_kept
+from ._base import Operator
 
 
 @final
@@ -35,7 +35,7 @@ class LinearizedMap(Operator):
     output: Any = None
     symmetric: bool = False
     mark: bool | Callable[[], bool] = False
-    formed: Formed | None = None
+    formed: ByLayers | None = None
 
     @cached_property
     def positive(self) -> bool:

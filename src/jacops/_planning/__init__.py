@@ -1,9 +1,7 @@
 """Planning: what a call will take in sweeps and in bytes, told before it runs."""
 
 from ._base import Plan, PlannedRoute, plan, planned_by
-from ._dense import plan_dense
-from ._matrices import plan_full_jacobian, plan_modjac
-from ._samples import plan_samples
+from ._calls import plan_dense, plan_full_jacobian, plan_modjac, plan_samples
 
 __all__ = [
     "Plan",

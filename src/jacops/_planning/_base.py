@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -156,15 +156,15 @@ def listed(ask: Any, routes: Sequence[Any], result: int, startup: int, budget: i
         if reason == "":  # it does not apply to such a question at all
             continue
         asked = f"asked for by `{ask.argument}`" if ask.asked else ""
-        why = reason or (asked or only or "fewest sweeps" if chosen else f"not {asked}" if asked else "more sweeps")
+        why = reason or (
+            asked or only or getattr(route, "why", "fewest sweeps")
+            if chosen
+            else f"not {asked}"
+            if asked
+            else "more sweeps"
+        )
         sweeps = None if math.isinf(cost.sweeps) else int(cost.sweeps)
         rows.append(PlannedRoute(route.name, sweeps, memory.peak if memory and memory.chunk else None, why, chosen))
         chunk = memory.chunk if chosen and memory else chunk
         unit = getattr(route, "unit", unit) if chosen else unit
     return Plan(ask.call, tuple(rows), result, startup, budget, chunk, unit)
-
-
-def table(routes: Mapping[str, tuple[int | None, int | None, str]], chosen: str) -> tuple[PlannedRoute, ...]:
-    """Return routes from `name: (sweeps, peak, why)`, the chosen one first."""
-    rows = [PlannedRoute(name, *told, chosen=name == chosen) for name, told in routes.items()]
-    return tuple(sorted(rows, key=lambda route: not route.chosen))

@@ -123,7 +123,7 @@ class Passes:
         if not trust.needs(*route):
             return found
         right = batch.confirmed(groups, seeds, found)
-        if not right and batch.stop_batching():
+        if not right and not trust.refused("pull", "batched"):
             trust.refuse("pull", "batched")
             found = batch.gradients(groups, seeds)
             right = batch.confirmed(groups, seeds, found)

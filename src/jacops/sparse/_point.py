@@ -128,7 +128,7 @@ def record_point(
     lin = recording.lin
     names = lin.domain.names
     leaves = {f"{names[s.source]} (selection {i})": s.leaf for i, s in enumerate(selections)}
-    lin = lin.to(lin.outputs, lin.codomain.names, call, leaves)
+    lin = lin.to(lin.outputs, lin.codomain.names, call, more=leaves)
     lin.trust, lin.fallback = Proofs(), "silent"
     check_usable(lin)
     for inspect in inspectors:

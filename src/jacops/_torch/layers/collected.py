@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..._ladder.failures import RouteUndecidedError
 from .factors import LayerRows, add_rows
 from .parts import Lookup, Outer, RowFactors, Rows, Several, matrix_shape
 
 
-class StructureChangedError(Exception):
+class StructureChangedError(RouteUndecidedError):
     """Samples do not all enter in the same way: their factors cannot stand in one array."""
 
 

@@ -1,4 +1,4 @@
-"""A matrix by layers: tried, held against a product with a random direction, and foretold in bytes.
+"""Curvature by layers: prepared, held against products, and foretold in bytes.
 
 What it holds on the way is found without doing it: preparations and one sweep are measured, and the products of
 matrices that follow are rehearsed on tensors that have shapes and no entries.
@@ -10,30 +10,29 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..._finite import is_finite
-from ..._ladder.failures import RouteFailedError, attempt, attempted
+from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteUndecidedError, RouteWrongError, attempt
+from ..._ladder.route import Asked, Way, answer
 from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import ENTRIES
 from ..sweeps.linearization import Linearization
+from ..sweeps.proofs import Proofs
 from ..sweeps.weights import check_kept
 
 Rows = Callable[[Tensor], Tensor]
+Found = TypeVar("Found")
 
 _LEAST = 2**12  # entries to a round: below, calls of kernels cost more than their work
 # Rounding of the sum must be 512 times below what is allowed, or a check of the new term decides nothing.
 _DECIDED = 2.0**-9
-
-
-class VerificationError(Exception):
-    """A matrix was found wrong after something was added to it; it has to be started again, without this route."""
 
 
 class Rehearsal(Meter):
@@ -73,15 +72,15 @@ Entries = Callable[[int], tuple[Tensor, str] | None]
 
 @dataclass(frozen=True, eq=False)
 class ByLayers:
-    """A way to a curvature matrix by layers.
+    """What layers say of a curvature.
 
     Attributes:
         lin: What was recorded: the loss, or the model's output.
-        name: Under which trust in this route is remembered.
+        name: What is proved is kept under it.
         prepare: Finds what the layers say; None where no parameter gains.
         rows: Products with the same operator by ordinary sweeps.
         entries: Finds the diagonal.
-        routes: Where to note how it was done.
+        routes: Where it is noted how results were computed.
         most: Numbers that an array on the way may hold.
     """
 
@@ -93,28 +92,22 @@ class ByLayers:
     routes: dict[str, str]
     most: int = ENTRIES
 
+    @property
+    def verdicts(self) -> Proofs:
+        """What is known of the graph."""
+        return self.lin.trust
+
     @restoring
-    def begin(self, free: float = math.inf) -> PreparedFill | None:
-        """Return what can be added to a matrix, within `free` bytes if that may be; None where this way is closed."""
-        if self.lin.trust.refused("dense", self.name):
-            return None
+    def begin(self, free: float = math.inf) -> PreparedFill:
+        """Return what can be added to a matrix, within `free` bytes if that may be.
+
+        Raises:
+            RouteFailedError: No parameter gains, or torch cannot take the sweeps.
+        """
         check_kept(self.lin.weights, self.lin.call)
-        trust, fresh, idle = self.lin.trust, self._is_fresh(self.name), (self.name, "gains nothing")
-        if not trust.needs(*idle):
-            return None
         with Meter() if free < math.inf else nullcontext() as meter:
-            try:
-                with attempted():
-                    layers = self.prepare()
-            except RouteFailedError:
-                if not fresh:
-                    raise
-                return None
-            if layers is None:
-                if all(map(is_finite, self.lin.outputs)):  # NaN would look like samples that mix
-                    trust.remember(*idle)
-                return None
-            expected = self.rows(self.direction().unsqueeze(0))[0] if fresh else None
+            layers = self.gained(attempt(self.prepare))
+            expected = self.rows(self.direction().unsqueeze(0))[0] if self.is_new("dense") else None
         if meter is None:
             return PreparedFill(self, layers, self.most, 0.0, expected)
         held, peak, most = meter.live, meter.peak, self.most
@@ -124,52 +117,45 @@ class ByLayers:
             working = layers.working(most)
         return PreparedFill(self, layers, most, max(peak, held + working), expected)
 
-    def diagonal(self) -> Tensor | None:
-        """Return the diagonal; None where this way is closed."""
-        trust, name = self.lin.trust, f"{self.name}, the diagonal"
-        if trust.refused("diagonal", name):
-            return None
+    def diagonal(self, plain: Callable[[], Tensor]) -> Tensor:
+        """Return the diagonal, by `plain` where no parameter gains or entries disagree with products."""
         check_kept(self.lin.weights, self.lin.call)
-        fresh = self._is_fresh(name)
-        try:
-            found = attempt(lambda: self.entries(self.most))
-        except RouteFailedError:
-            if not fresh:
-                raise
-            return None
-        if found is None:
-            return None
-        diagonal, route = found
-        error = self._error_of(diagonal) if fresh else 0.0
-        if not error <= self.lin.tolerance:
-            if math.isfinite(error):
-                trust.refuse("diagonal", name)
-            return None
-        trust.remember(name)
-        self.routes["diagonal"] = route
-        return diagonal
+        ask = DiagonalAsk("diagonal", self.lin.call, self.verdicts, routes=self.routes, way=self, plain=plain)
+        return answer(ask, DIAGONAL)
 
-    def _error_of(self, diagonal: Tensor) -> float:
-        """Return how far a diagonal is from products: of each parameter, its largest entry and another one."""
-        slices = [where for where in self.lin.domain.slices if where.stop > where.start]
-        largest = [where.start + int(diagonal[where].abs().argmax()) for where in slices]
-        generator = torch.Generator().manual_seed(7)
-        others = [int(torch.randint(where.start, where.stop, (), generator=generator)) for where in slices]
-        pairs = []
-        for some in zip(largest, others, strict=True):
-            unit = diagonal.new_zeros(2, diagonal.shape[0])
-            unit[[0, 1], some] = 1
-            pairs.append((diagonal[list(some)], self.rows(unit)[[0, 1], some]))
-        return worst_disagreement(pairs)
+    def gained(self, found: Found | None) -> Found:
+        """Return what layers say.
+
+        Raises:
+            RouteFailedError: They say nothing.
+        """
+        if found is not None:
+            return found
+        if all(map(is_finite, self.lin.outputs)):
+            raise RouteFailedError("no parameter gains by layers")
+        raise RouteNotFiniteError("values are not finite")  # they look like samples that mix
 
     def direction(self) -> Tensor:
         """Return the direction along which a matrix is held against a product."""
         space = self.lin.domain
         return private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device), seed=7)
 
-    def _is_fresh(self, name: str) -> bool:
+    def is_new(self, result: str) -> bool:
+        """Say whether a result still has to be held against products: where values are read, the graph may differ."""
         effects = self.lin.trust.effects
-        return self.lin.trust.needs(name) or bool(effects is not None and effects.reads)
+        return self.lin.trust.needs(self.name, result) or bool(effects is not None and effects.reads)
+
+    def verify(self, result: str, error: float) -> None:
+        """Note that a result is as far from products as rounding allows.
+
+        Raises:
+            RouteFailedError: It is further, or not finite.
+        """
+        if math.isnan(error):
+            raise RouteNotFiniteError("values are not finite")
+        if not error <= self.lin.tolerance:
+            raise RouteWrongError(f"by layers it is off a product by {error:.1e}")
+        self.lin.trust.remember(self.name, result)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,47 +176,90 @@ class PreparedFill:
     bytes: float
     expected: Tensor | None
 
-    def accumulate(self, matrix: Tensor, weight: float = 1.0) -> bool:
-        """Add X times `weight` in place, X + Xᵀ the curvature; False, with nothing changed, where it could not be told.
-
-        Raises:
-            VerificationError: What was added is wrong.
-        """
-        trust = self.way.lin.trust
-        before = None if self.expected is None else self._along(matrix)
-        if before is not None and self._is_lost_in(before, weight):
-            return False
-        try:
-            route = attempt(lambda: self.layers.add(matrix, weight, self.most))
-        except RouteFailedError as error:
-            if before is None:
-                raise
-            raise VerificationError from error
-        error = 0.0 if before is None else self._error(self._along(matrix) - before, weight)
-        if not error <= self.way.lin.tolerance:
-            if math.isfinite(error):
-                trust.refuse("dense", self.way.name)
-            raise VerificationError
-        trust.remember(self.way.name)
-        self.way.routes["dense"] = route
-        return True
-
-    def _along(self, half: Tensor) -> Tensor:
+    def along(self, half: Tensor) -> Tensor:
+        """Return the product of `half + half.T` with the direction."""
         direction = self.way.direction().to(half.dtype)
         return half @ direction + half.T @ direction
 
-    def _is_lost_in(self, before: Tensor, weight: float) -> bool:
-        """Say whether the matrix is so large already that rounding hides what is added."""
+    def check_seen(self, before: Tensor, weight: float) -> None:
+        """Refuse to add to a matrix that is so large already that rounding hides what is added.
+
+        Raises:
+            RouteUndecidedError: It is.
+        """
         rounding = torch.finfo(before.dtype).eps * size(before)
-        return rounding > _DECIDED * self.way.lin.tolerance * abs(weight) * self._size
+        allowed = (
+            0.0 if self.expected is None else _DECIDED * self.way.lin.tolerance * abs(weight) * size(self.expected)
+        )
+        if rounding > allowed:
+            raise RouteUndecidedError("rounding of the sum would hide what is added by layers")
 
-    @property
-    def _size(self) -> float:
-        return 0.0 if self.expected is None else size(self.expected)
+    def check(self, added: Tensor, weight: float) -> None:
+        """Hold a product with what was added against ordinary sweeps, parameter by parameter.
 
-    def _error(self, found: Tensor, weight: float) -> float:
-        """Return how far what was added is from ordinary sweeps, parameter by parameter."""
-        if self.expected is None:
-            return 0.0
-        expected = weight * self.expected
-        return worst_disagreement([(found[where], expected[where]) for where in self.way.lin.domain.slices])
+        Raises:
+            RouteFailedError: They disagree.
+        """
+        if self.expected is not None:
+            expected = weight * self.expected
+            pairs = [(added[where], expected[where]) for where in self.way.lin.domain.slices]
+            self.way.verify("dense", worst_disagreement(pairs))
+
+
+# ---- the diagonal --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DiagonalAsk(Asked):
+    """The diagonal of a curvature.
+
+    Attributes:
+        way: What layers say of it.
+        plain: Finds it by products.
+        told: How it was found by layers.
+    """
+
+    way: ByLayers = None  # type: ignore[assignment]
+    plain: Callable[[], Tensor] = None  # type: ignore[assignment]
+    told: str = ""
+
+
+class EntriesMatchProducts:
+    """Of each parameter, the largest entry and another one are what products give."""
+
+    name, always = "entries match products", True
+
+    def evidence(self, route: Any, ask: DiagonalAsk, found: Tensor) -> bool:
+        """Return True where they are.
+
+        Raises:
+            RouteFailedError: They are not.
+        """
+        if ask.way.is_new("diagonal"):
+            ask.way.verify("diagonal", _error_of(ask.way, found))
+        return True
+
+
+def _by_layers(ask: DiagonalAsk) -> Tensor:
+    found, ask.told = ask.way.gained(ask.way.entries(ask.way.most))
+    return found
+
+
+DIAGONAL = (
+    Way("by layers", _by_layers, words=lambda ask: ask.told, claims=(EntriesMatchProducts(),)),
+    Way("by products", lambda ask: ask.plain(), leaving="never"),
+)
+
+
+def _error_of(way: ByLayers, diagonal: Tensor) -> float:
+    """Return how far a diagonal is from products: of each parameter, its largest entry and another one."""
+    slices = [where for where in way.lin.domain.slices if where.stop > where.start]
+    largest = [where.start + int(diagonal[where].abs().argmax()) for where in slices]
+    generator = torch.Generator().manual_seed(7)
+    others = [int(torch.randint(where.start, where.stop, (), generator=generator)) for where in slices]
+    pairs = []
+    for some in zip(largest, others, strict=True):
+        unit = diagonal.new_zeros(2, diagonal.shape[0])
+        unit[[0, 1], some] = 1
+        pairs.append((diagonal[list(some)], way.rows(unit)[[0, 1], some]))
+    return worst_disagreement(pairs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..._runtime.chunks import ROWS
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
+from ..._space import Space
 from ..layers.blocks import ENTRIES
 from ..sweeps.linearization import Linearization
 from .by_layers import Rows
@@ -76,20 +77,26 @@ class ByProducts:
                 yield slice(start, min(start + step, where.stop))
 
     @cached_property
-    @restoring
     def _measured(self) -> tuple[float, float]:
-        """Bytes that do not depend on the number of rows to a pass, and bytes that each adds."""
-        start, peaks = self.lost[0].start, []
-        for many in (1, 1, 2):  # what the first pass sets up for all is no part of the others
-            with Meter() as meter:
-                found = self._products(slice(start, min(start + many, self.lin.domain.dim)))
-                peaks.append(meter.peak + found.untyped_storage().nbytes())
-                del found
-        each = max(peaks[2] - peaks[1], 1)
-        return float(max(0, peaks[0] - each)), float(each)
+        space = self.lin.domain
+        fixed, each = measured(self.rows, space)
+        return fixed, each + space.dim * space.dtype.itemsize  # a second one, multiplied by its share
 
     def _products(self, some: slice) -> Tensor:
         return self.rows(self.lin.domain.units(some))
+
+
+@restoring
+def measured(products: Rows, space: Space) -> tuple[float, float]:
+    """Return bytes that do not depend on the number of rows in a pass of products, and bytes that each row adds."""
+    peaks = []
+    for many in (1, 1, 2):  # what the first product sets up for all is no part of the others
+        with Meter() as meter:
+            found = products(space.units(slice(0, min(many, space.dim))))
+            peaks.append(meter.peak)
+            del found
+    each = max(peaks[2] - peaks[1], 1)
+    return float(max(0, peaks[0] - each)), float(each)
 
 
 def _step(most: int) -> int:

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from ..._finite import is_finite
-from ..._ladder.failures import RouteFailedError
+from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteUndecidedError, RouteWrongError, attempt
+from ..._ladder.route import Asked, Way, answer
 from ..._runtime.agreement import size, worst_disagreement
-from ..._runtime.contexts import must_surface, private_noise
+from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
 from ..._runtime.side_effects import SideEffects
-from ...errors import JacopsError, ModelStateError, NotDifferentiableError, warn
+from ...errors import ModelStateError
 from ..layers.collected import Collected, StructureChangedError
 from ..layers.factors import LayerRows, unit_seeds
 from ..sweeps.linearization import Linearization
-from ..sweeps.mixing import NOT_FINITE, differs, read_tolerance, with_reads
-from ..sweeps.proofs import Refusal
+from ..sweeps.mixing import NOT_FINITE, differs, explain_alone, read_tolerance, with_reads
 from ..sweeps.record import Recording
 
 _WORKING = 2**24  # bytes of a recorded batch: larger ones were not faster
@@ -75,25 +75,15 @@ class SampleFactors:
         self.lin, self.output = self._prepared()
         self.layers = LayerRows(self.lin, 1)
         self.route = ""
-        self.collected = self._rows_or_factors()
+        ask = RowsAsk("factors of rows", what.call, self.lin.trust, rows=self)
+        self.collected: Collected = answer(ask, _FORMS)
+        if ask.routes[ask.question].startswith("without"):
+            self.route += f", {ask.routes[ask.question]}"
 
-    def _rows_or_factors(self) -> Collected:
-        """Return factors where all samples enter alike, else whole rows; by plain sweeps where rules give neither."""
-        try:
-            return self._all()
-        except RouteFailedError as reason:
-            return self._plain(reason)
-        except StructureChangedError:
-            try:
-                return self._all(whole=True)
-            except (StructureChangedError, RouteFailedError) as reason:
-                return self._plain(reason)
-
-    def _plain(self, reason: Exception) -> Collected:
+    def plain(self) -> Collected:
+        """Return rows by plain sweeps."""
         self.layers = LayerRows(self.lin, 1, plainly=True)
-        collected = self._all()
-        self.route += f", without factors ({reason})"
-        return collected
+        return self.all()
 
     # ---- all samples -----------------------------------------------------------------------------------------
 
@@ -102,45 +92,32 @@ class SampleFactors:
         lin = self._record_alone(self.count // 2).lin
         return lin, lin.outputs[0]
 
-    def _all(self, whole: bool = False) -> Collected:
+    def all(self, whole: bool = False) -> Collected:
+        """Return the rows of all samples, batch by batch."""
         collected = Collected(self.count, self.output.numel(), self.layers, whole)
-        refusal = self._refusal()
-        size = 1
-        for where in self._batches():
-            size = where.stop - where.start
-            if refusal is None and size > 1:
-                refusal = self._together(collected, where)
-                self._note(refusal)
-            if refusal is not None or size == 1:
-                for i in range(where.start, where.stop):
-                    self._alone(collected, i)
-        self.route = f"{size} samples to a sweep" if refusal is None else f"one sample at a time ({refusal.reason})"
+        ask = RowsAsk("samples", self.what.call, self.lin.trust, rows=self, collected=collected)
+        for ask.where in self._batches():
+            answer(ask, _BATCHES)
+        self.route = ask.routes[ask.question]
         return collected
 
-    def _refusal(self) -> Refusal | None:
-        if self.what.forced is not None or not self.layers.sites:
-            return Refusal(self.what.forced or "no parameter enters by an operation with a rule", loud=False)
-        known = self.lin.trust.refusal("samples", "together")
-        if known is not None:
-            self._say(known)
-        return known
+    def forced(self, where: slice) -> str | None:
+        """Return why samples are taken alone before anything is tried."""
+        if where.stop - where.start == 1:
+            return ""
+        return self.what.forced or (None if self.layers.sites else "no parameter enters by an operation with a rule")
 
-    def _note(self, refusal: Refusal | None) -> None:
-        if refusal is None:
-            return
-        if refusal.lasting:
-            self.lin.trust.refuse("samples", "together", refusal)
-        self._say(refusal)
-
-    def _say(self, refusal: Refusal) -> None:
-        if not refusal.loud:
-            return
-        if self.what.fallback == "error":
-            raise NotDifferentiableError(
-                f"{self.what.call}: {refusal.reason}, and fallback='error' forbids one sample at a time."
+    def apart(self, ask: RowsAsk) -> None:
+        """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed."""
+        known = ask.verdicts.refusal(ask.question, "together")
+        failed = ask.left is not None and not isinstance(ask.left, RouteUndecidedError)
+        if (failed or known) and not (ask.said or self.what.forced):
+            ask.said = True
+            explain_alone(
+                self.what.call, self.what.fallback, str(ask.left if failed or known is None else known.reason)
             )
-        if self.what.fallback == "warn":
-            warn(f"{self.what.call}: {refusal.reason}; so every sample was differentiated alone, in a batch of one.")
+        for i in range(ask.where.start, ask.where.stop):
+            self._alone(ask.collected, i)
 
     def _batches(self) -> Iterator[slice]:
         """Yield even batches whose recorded values stay within a working size."""
@@ -201,69 +178,43 @@ class SampleFactors:
 
     # ---- many samples ----------------------------------------------------------------------------------------
 
-    def _together(self, collected: Collected, where: slice) -> Refusal | None:
-        """Fill in the rows of a batch by shared sweeps; return why not where samples mix."""
+    def together(self, ask: RowsAsk) -> None:
+        """Fill in the rows of a batch by shared sweeps.
+
+        Raises:
+            RouteFailedError: Samples mix, or the batch cannot be swept at once.
+        """
+        where, many = ask.where, ask.where.stop - ask.where.start
         values = [v[where] for v in self.what.values]
-        try:
-            batch = self.what.together(values)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, JacopsError) or must_surface(error):
-                raise
-            what = f"{type(error).__name__}: {str(error)[:100]}"
-            return Refusal(f"the forward takes no batch of {where.stop - where.start} ({what})")
-        many = where.stop - where.start
-        seeds = self.what.cotangents(batch, values) if self.what.cotangents else None
-        lin, seeds = _that_count(batch.lin, seeds)
-        refusal = self._unbatchable(lin, many)
-        if refusal is not None:
-            return refusal
+        batch = attempt(lambda: self.what.together(values))
+        lin, seeds = _that_count(batch.lin, self.what.cotangents(batch, values) if self.what.cotangents else None)
+        _check_batchable(lin, many)
         route = ("samples apart", self.what.call, lin.domain.names, lin.codomain.names)
-        fresh = lin.trust.needs(*route)
-        fresh = fresh or bool(_habits(lin).reads)
-        reason = self._differs(lin, values, many) if fresh else None
-        reason = reason or self._filled(collected, where, lin, seeds)
-        reason = reason or (self._disagrees(collected, where, lin, seeds) if fresh else None)
-        if reason is not None:
-            return Refusal(reason, loud=reason != NOT_FINITE, lasting=reason != NOT_FINITE)
-        if fresh and any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: they agree anyway
-            lin.trust.remember(*route)
-        for i in range(where.start, where.stop) if collected.missing else ():
-            self._fill_missing(collected, i, self._record_alone(i).lin)
-        return None
+        fresh = lin.trust.needs(*route) or bool(_habits(lin).reads)
+        if fresh:
+            self._check_outputs(lin, values, many)
+        self._fill_batch(ask.collected, where, lin, seeds)
+        if fresh:
+            self._check_rows(ask.collected, where, lin, seeds)
+            if any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: they agree anyway
+                lin.trust.remember(*route)
+        for i in range(where.start, where.stop) if ask.collected.missing else ():
+            self._fill_missing(ask.collected, i, self._record_alone(i).lin)
 
-    def _filled(
+    def _fill_batch(
         self, collected: Collected, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
-    ) -> str | None:
-        """Fill in a batch by one sweep for each row of a sample; return why not if samples mix."""
-        try:
-            layers = LayerRows(lin, where.stop - where.start)
-            lost = [lin.domain.names[j] for j in layers.missing if j not in collected.missing]
-            if lost:
-                return f"samples mix where {', '.join(lost)} enter"
-            operands = collected.open(layers)
-            every = [cotangents] if cotangents else ([seed] for seed in unit_seeds(lin.outputs[0]))
-            for entry, seeds in enumerate(every):
-                collected.fill(where, entry, layers, operands, layers.sweep(seeds))
-        except RouteFailedError as reason:
-            return f"a batch cannot be swept at once ({reason})"
-        return None
+    ) -> None:
+        """Fill in a batch by one sweep for each row of a sample."""
+        layers = LayerRows(lin, where.stop - where.start)
+        lost = [lin.domain.names[j] for j in layers.missing if j not in collected.missing]
+        if lost:
+            raise RouteFailedError(f"samples mix where {', '.join(lost)} enter")
+        operands = collected.open(layers)
+        every = [cotangents] if cotangents else ([seed] for seed in unit_seeds(lin.outputs[0]))
+        for entry, seeds in enumerate(every):
+            collected.fill(where, entry, layers, operands, layers.sweep(seeds))
 
-    def _unbatchable(self, lin: Linearization, many: int) -> Refusal | None:
-        if not lin.outputs:
-            return Refusal("the loss of no row depends on its output", loud=False, lasting=False)
-        effects = _habits(lin)
-        if effects.reads and effects.coarse in (torch.bfloat16, torch.float16):
-            return Refusal(with_reads("in half precision outputs alone cannot tell whether samples mix", effects))
-        if effects.draws:
-            return Refusal(f"the forward is random ({', '.join(effects.draws)})")
-        for name, output in zip(lin.codomain.names, lin.outputs, strict=True):
-            if output.ndim == 0 or output.shape[0] != many:
-                return Refusal(f"{name} has shape {tuple(output.shape)} and no axis of {many} samples first")
-        if not all(is_finite(output) for output in lin.outputs):  # NaN would look like samples that mix
-            return Refusal(NOT_FINITE, loud=False, lasting=False)
-        return None
-
-    def _differs(self, lin: Linearization, values: Sequence[Tensor], many: int) -> str | None:
+    def _check_outputs(self, lin: Linearization, values: Sequence[Tensor], many: int) -> None:
         """Compare outputs in the batch with outputs of one sample and of a random half, or of every one."""
         order = _order(many)
         reads = bool(_habits(lin).reads)
@@ -274,15 +225,13 @@ class SampleFactors:
                 lin.compare(part)
             outputs = dict(zip(part.codomain.names, part.outputs, strict=True))
             for name, whole in zip(lin.codomain.names, lin.outputs, strict=True):
-                alone = outputs[name]
-                reason = differs(whole, alone, picked, read_tolerance(lin) if reads else lin.tolerance)
+                reason = differs(whole, outputs[name], picked, read_tolerance(lin) if reads else lin.tolerance)
                 if reason is not None:
-                    return with_reads(reason, _habits(lin))
-        return None
+                    raise RouteWrongError(with_reads(reason, _habits(lin)))
 
-    def _disagrees(
+    def _check_rows(
         self, collected: Collected, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
-    ) -> str | None:
+    ) -> None:
         """Hold the rows of a batch against one plain sweep, and those of one sample against that sample alone."""
         many, entries = where.stop - where.start, self.output.numel()
         mix = private_noise(self.output.new_empty(many, entries))
@@ -291,9 +240,7 @@ class SampleFactors:
         else:
             seeds = [c * mix.view(-1, *[1] * (c.ndim - 1)).to(c.dtype) for c in cotangents]
         pairs = self._pairs(collected, where, lin, seeds, mix)
-        error = worst_disagreement(pairs)
-        if not error <= lin.tolerance:
-            return _off("a plain sweep over all samples", error)
+        _check_near("a plain sweep over all samples", worst_disagreement(pairs), lin)
         i = where.start + int(_order(many)[-1])
         # A sample that is fitted perfectly has a gradient of rounding alone, which is compared with the usual size.
         usual = [_ROUNDING_SHARE * max(size(a), size(b)) / math.sqrt(many) for a, b in pairs]
@@ -302,8 +249,7 @@ class SampleFactors:
         mix = private_noise(output)
         pairs = self._pairs(collected, slice(i, i + 1), lin, [mix], mix.reshape(1, -1))
         scales = [max(size(a), size(b), least) for (a, b), least in zip(pairs, usual, strict=True)]
-        error = worst_disagreement(pairs, scales)
-        return None if error <= lin.tolerance else _off("a sample alone", error)
+        _check_near("a sample alone", worst_disagreement(pairs, scales), lin)
 
 
 def _that_count(
@@ -316,19 +262,7 @@ def _that_count(
     if len(seeds) == len(lin.outputs):
         return lin, seeds
     keep = [i for i, c in enumerate(cotangents) if c is not None]
-    part = Linearization(
-        lin.leaves,
-        [lin.outputs[i] for i in keep],
-        leaf_names=lin.domain.names,
-        output_names=[lin.codomain.names[i] for i in keep],
-        call=lin.call,
-        aliased_leaves=lin.aliased_leaves,
-        private=lin.private,
-        trust=lin.trust,
-        fallback=lin.fallback,
-    )
-    part.protected, part.tolerance = lin.protected, lin.tolerance
-    return part, seeds
+    return lin.to([lin.outputs[i] for i in keep], [lin.codomain.names[i] for i in keep]), seeds
 
 
 def _habits(lin: Linearization) -> SideEffects:
@@ -339,6 +273,62 @@ def _order(many: int) -> Tensor:
     return torch.randperm(many, generator=torch.Generator().manual_seed(0))
 
 
-def _off(what: str, error: float) -> str:
-    finite = math.isfinite(error)
-    return f"samples mix: {what} and the rows of the batch differ by {error:.1e}" if finite else NOT_FINITE
+def _check_batchable(lin: Linearization, many: int) -> None:
+    if not lin.outputs:
+        raise RouteUndecidedError("the loss of no row depends on its output")
+    effects = _habits(lin)
+    if effects.reads and effects.coarse in (torch.bfloat16, torch.float16):
+        raise RouteFailedError(with_reads("in half precision outputs alone cannot tell whether samples mix", effects))
+    if effects.draws:
+        raise RouteFailedError(f"the forward is random ({', '.join(effects.draws)})")
+    for name, output in zip(lin.codomain.names, lin.outputs, strict=True):
+        if output.ndim == 0 or output.shape[0] != many:
+            raise RouteFailedError(f"{name} has shape {tuple(output.shape)} and no axis of {many} samples first")
+    if not all(is_finite(output) for output in lin.outputs):  # NaN would look like samples that mix
+        raise RouteNotFiniteError(NOT_FINITE)
+
+
+def _check_near(what: str, error: float, lin: Linearization) -> None:
+    if math.isnan(error):
+        raise RouteNotFiniteError(NOT_FINITE)
+    if not error <= lin.tolerance:
+        raise RouteWrongError(f"samples mix: {what} and the rows of the batch differ by {error:.1e}")
+
+
+@dataclass
+class RowsAsk(Asked):
+    """Rows of samples.
+
+    Attributes:
+        rows: What is known of them.
+        collected: Where they go.
+        where: Which samples.
+        said: The caller was told why samples are taken alone.
+    """
+
+    rows: SampleFactors = None  # type: ignore[assignment]
+    collected: Collected = None  # type: ignore[assignment]
+    where: slice = None  # type: ignore[assignment]
+    said: bool = False
+
+
+_FORMS = (  # factors where all samples enter alike, else whole rows; by plain sweeps where rules give neither
+    Way("factors", lambda ask: ask.rows.all(), leaving="never"),  # errors of the model are the caller's
+    Way("whole rows", lambda ask: ask.rows.all(whole=True), leaving="never"),
+    Way("without factors", lambda ask: ask.rows.plain(), leaving="never"),
+)
+_BATCHES = (
+    Way(
+        "together",
+        lambda ask: ask.rows.together(ask),
+        refusal=lambda ask: ask.rows.forced(ask.where),
+        words=lambda ask: f"{ask.where.stop - ask.where.start} samples to a sweep",
+        leaving="never",
+    ),
+    Way(
+        "alone",
+        lambda ask: ask.rows.apart(ask),
+        words=lambda ask: "1 samples to a sweep" if ask.where.stop - ask.where.start == 1 else "one sample at a time",
+        leaving="never",
+    ),
+)

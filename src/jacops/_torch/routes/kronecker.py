@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError
+from ..._ladder.route import Asked, Way, answer
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
@@ -79,7 +80,6 @@ class RecordedBatch:
         (self.output,) = lin.outputs
         self._layers = LayerRows(lin, self.samples)
         self.uses = {leaf: [self._layers.sites[i] for i in own] for leaf, own in self._layers.by_leaf()}
-        self._batched = True
 
     @property
     def samples(self) -> int:
@@ -155,14 +155,9 @@ class RecordedBatch:
 
     def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site, all cotangents in one sweep where that is known to be right."""
-        many = seeds.shape[0]
-        if many > 1 and self._batched and self.lin.trust.refusal("pull", "batched") is None:
-            try:
-                return self._layers.sweep([seeds], sites, batched=True)
-            except RouteFailedError:
-                self._batched = False
-        singles = [self._layers.sweep([seed], sites) for seed in seeds]
-        return [torch.stack(own) for own in zip(*singles, strict=True)]
+        return answer(
+            SeedsAsk("pull", self.lin.call, self.lin.trust, layers=self._layers, sites=sites, seeds=seeds), _AT_SITES
+        )
 
     def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:
         (leaf, *bias), sites = group.leaves, self.uses[group.leaves[0]]
@@ -192,7 +187,7 @@ class RecordedBatch:
         """Return rows `(k, n, entries)` of some leaves by ordinary sweeps, one for each cotangent and sample."""
         if not leaves:
             return {}
-        own, (many, n) = self._part(leaves), seeds.shape[:2]
+        own, (many, n) = self.lin.to(self.lin.outputs, self.lin.codomain.names, leaves=leaves), seeds.shape[:2]
         kinds = zip(own.domain.sizes, own.domain.dtypes, strict=True)
         rows = [seeds.new_empty(many * n, entries, dtype=dtype) for entries, dtype in kinds]
         chunk = own.chunk(many * n)
@@ -204,23 +199,6 @@ class RecordedBatch:
                 whole[where] = found.flatten(1)
         self.lin.sweeps += own.sweeps
         return {leaf: whole.unflatten(0, (many, n)) for leaf, whole in zip(leaves, rows, strict=True)}
-
-    def _part(self, leaves: Sequence[int]) -> Linearization:
-        """Return a linearization of some of the leaves."""
-        lin = self.lin
-        own = Linearization(
-            [lin.leaves[i] for i in leaves],
-            lin.outputs,
-            leaf_names=[lin.domain.names[i] for i in leaves],
-            output_names=lin.codomain.names,
-            call=lin.call,
-            private=lin.private,
-            trust=lin.trust,
-            fallback=lin.fallback,
-            aliased_leaves=[(leaves.index(i), other) for i, other in lin.aliased_leaves if i in leaves],
-        )
-        own.protected, own.tolerance = lin.protected, lin.tolerance
-        return own
 
     # ---- are they right? ---------------------------------------------------------------------------------------
 
@@ -237,14 +215,33 @@ class RecordedBatch:
                 pairs.append((value, plain(expected)))
         return worst_disagreement(pairs) <= self.lin.tolerance
 
-    def stop_batching(self) -> bool:
-        """Sweep one cotangent at a time from now on; say whether that is a change."""
-        was, self._batched = self._batched, False
-        return was
-
     def distrust(self) -> None:
         """Take ordinary sweeps for all parameters from now on."""
         self.uses = {}
+
+
+@dataclass
+class SeedsAsk(Asked):
+    """Cotangents `(k, *output)`, to be swept to sites."""
+
+    layers: LayerRows = None  # type: ignore[assignment]
+    sites: Sequence[ParameterUse] = ()
+    seeds: Tensor = None  # type: ignore[assignment]
+
+    def alone(self) -> list[Tensor]:
+        """Return the rows by one sweep each."""
+        singles = [self.layers.sweep([seed], self.sites) for seed in self.seeds]
+        return [torch.stack(own) for own in zip(*singles, strict=True)]
+
+
+_AT_SITES = (
+    Way(
+        "batched",
+        lambda ask: ask.layers.sweep([ask.seeds], ask.sites, batched=True),
+        refusal=lambda ask: "" if len(ask.seeds) == 1 or ask.verdicts.refused("pull", "batched") else None,
+    ),
+    Way("one by one", SeedsAsk.alone, leaving="never"),
+)
 
 
 def _forms(sites: Sequence[ParameterUse]) -> set[str]:

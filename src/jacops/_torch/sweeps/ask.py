@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..._runtime.rows import Rows
-from .proofs import Proofs
 
 if TYPE_CHECKING:
     from .linearization import Linearization
 
 
-@dataclass(frozen=True)
+@dataclass
 class SweepAsk:
     """Rows to be swept through a linearisation, at once or one by one.
 
@@ -37,27 +36,7 @@ class SweepAsk:
 
     asked = None  # sweeps are never asked for by the name of a route
 
-    @property
-    def call(self) -> str:
-        """The public call."""
-        return self.lin.call
-
-    @property
-    def fallback(self) -> str:
-        """What happens when a route is left."""
-        return self.lin.fallback
-
-    @property
-    def shape(self) -> int:
-        """Proofs are per number of rows."""
-        return self.many
-
-    @property
-    def verdicts(self) -> Proofs:
-        """What is known of the graph."""
-        return self.lin.trust
-
-    @property
-    def routes(self) -> dict[str, str]:
-        """Descriptions, printed by operators."""
-        return self.lin.routes
+    def __post_init__(self) -> None:
+        lin = self.lin
+        self.call, self.fallback, self.verdicts, self.routes = lin.call, lin.fallback, lin.trust, lin.routes
+        self.shape = self.many  # proofs are per number of rows

@@ -33,7 +33,7 @@ def at_once(numbers: int) -> int:
     return max(1, min(_MOST, _NUMBERS // max(1, numbers)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class EdgeAsk(SweepAsk):
     """Cotangents `rows`, `(m, …)` per output, to be swept to places inside a graph.
 
@@ -45,15 +45,10 @@ class EdgeAsk(SweepAsk):
     outputs: Sequence[Tensor] = ()
     edges: Sequence[Any] = ()
 
-    @property
-    def shape(self) -> int:
-        """Proofs are per number of places."""
-        return len(self.edges)
-
-    @property
-    def routes(self) -> dict[str, str]:
-        """A part of other routes, which describe themselves."""
-        return {}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shape = len(self.edges)  # proofs are per number of places
+        self.routes: dict[str, str] = {}  # a part of other routes, which describe themselves
 
     @restoring
     def sweep(self, rows: Sequence[Tensor], batched: bool = False) -> list[Tensor | None]:

@@ -106,14 +106,21 @@ class Linearization:
         return proofs.effects
 
     def to(
-        self, outputs: Sequence[Tensor], names: Sequence[str], call: str, more: Mapping[str, Tensor] | None = None
+        self,
+        outputs: Sequence[Tensor],
+        names: Sequence[str],
+        call: str = "",
+        leaves: Sequence[int] | None = None,
+        more: Mapping[str, Tensor] | None = None,
     ) -> Linearization:
-        """Return a linearization of other outputs that were computed from the same leaves, and `more` by name."""
-        more = more or {}
-        leaves, leaf_names = [*self.leaves, *more.values()], [*self.domain.names, *more]
-        other = Linearization(leaves, outputs, leaf_names=leaf_names, output_names=names, call=call)
-        for name in ("aliased_leaves", "private", "trust", "fallback", "protected", "weights"):
+        """Return a linearization of other outputs, computed from the same leaves: some of them, and `more` by name."""
+        some, more = range(len(self.leaves)) if leaves is None else leaves, more or {}
+        leaf_names = [*(self.domain.names[i] for i in some), *more]
+        kept = [*(self.leaves[i] for i in some), *more.values()]
+        other = Linearization(kept, outputs, leaf_names=leaf_names, output_names=names, call=call or self.call)
+        for name in ("private", "trust", "fallback", "protected", "weights"):
             setattr(other, name, getattr(self, name))
+        other.aliased_leaves = tuple((some.index(i), tensor) for i, tensor in self.aliased_leaves if i in some)
         other.tolerance = max(other.tolerance, self.tolerance)
         return other
 

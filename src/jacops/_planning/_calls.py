@@ -1,14 +1,26 @@
-"""The plans of Jacobians by tensors of the caller's and by parameters, from one forward pass."""
+"""The plans of calls: of Jacobians by samples, by tensors of the caller's and by parameters, and of `dense`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .._ladder.protocol import everything
+from .._operators import Operator
+from .._operators._dense import DENSE, DenseLimits
 from .._picks import picked
-from .._torch.protocol import WHOLE, WholeAsk, record_closure, record_model
+from .._torch.protocol import BY_SAMPLES, WHOLE, Samples, WholeAsk, planned, record_closure, record_model
 from .._trees import select
-from ._base import Plan, listed
+from ..errors import InputTypeError
+from ._base import Plan, listed, planned_by
+
+
+def plan_samples(arguments: dict[str, Any]) -> Plan:
+    """Return the plan of `compute_jacobian`, from runs of one and of two samples."""
+    options = {name: arguments[name] for name in ("outputs", "at", "checks", "fallback")}
+    samples = Samples(arguments["model"], arguments["x"], call="compute_jacobian", **options)
+    allocated = arguments["out"] is None
+    found = planned(samples, arguments["batch_size"], arguments["budget"], arguments["mode"], allocated)
+    return listed(found, BY_SAMPLES, found.result, found.startup, found.budget, "samples to a sweep")
 
 
 def plan_full_jacobian(arguments: dict[str, Any]) -> Plan:
@@ -36,3 +48,16 @@ def plan_modjac(arguments: dict[str, Any]) -> Plan:
 
 def _plan(ask: WholeAsk) -> Plan:
     return listed(ask, WHOLE, ask.result, ask.startup, ask.allowed, "vectors to a pass")
+
+
+def plan_dense(arguments: dict[str, Any]) -> Plan:
+    """Return the plan of `Operator.dense`."""
+    operator = arguments["self"]
+    if not isinstance(operator, Operator):
+        raise InputTypeError.of("the first argument", f"a {type(operator).__name__}", "an operator is needed")
+    limits = DenseLimits(operator, arguments["budget"], arguments["out"])
+    ask = limits.ask
+    return listed(ask.leading, DENSE, limits.result, limits.startup, limits.budget, ask.held.unit)
+
+
+planned_by(plan_dense)(Operator.dense)
