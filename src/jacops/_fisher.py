@@ -20,6 +20,7 @@ from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Scaled
 from ._operators._finite_results import made_from
+from ._operators._naming import named
 from ._per_sample import sample_gradients
 from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, trainable
 from ._runtime.contexts import eager
@@ -119,8 +120,10 @@ def fisher(
         return recorded(model, x, call="fisher", kept=True, **asked)
 
     if kind == "empirical":
-        return empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **asked), record)
-    return fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
+        made = empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **asked), record)
+    else:
+        made = fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
+    return named(made, "fisher" if kind == "exact" else f"{kind}_fisher")
 
 
 def fisher_at(

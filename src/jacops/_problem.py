@@ -17,6 +17,7 @@ from ._ladder.protocol import is_framework_model
 from ._objective import Objective
 from ._operators import Operator
 from ._operators._data import StackOver, SumOver
+from ._operators._naming import named
 from ._per_sample import Randomness
 from ._picks import Picks
 from ._requirements import check_choice
@@ -234,8 +235,8 @@ class Problem:
         """
         passes = _Passes(self, check_choice("curvature", kind, CURVATURES))
         first = passes.first()
-        told = f"{kind} of {self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
-        return SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told)
+        told = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
+        return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told), kind)
 
     def _mark(self, kind: str, first: Operator, passes: _Passes) -> bool | Callable[[], bool]:
         """Return whether a curvature is positive, or a function that computes it, batch by batch."""
@@ -268,7 +269,7 @@ class Problem:
                     yield 1.0, self.at(batch).gradients()
 
         rows = Space.flat(batches.rows, "samples", torch.empty(0, dtype=self.space.dtype, device=self.space.device))
-        return StackOver(parts, self.space, rows)
+        return named(StackOver(parts, self.space, rows), "sample_gradients")
 
     def fingerprint(self) -> dict[str, str]:
         """Return digests of what the objective is made of beside its data, by part."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._display import Described, Description
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
@@ -27,7 +28,7 @@ _DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decompo
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SpectralDensity:
+class SpectralDensity(Described):
     r"""How the eigenvalues of an operator are spread, from random vectors, with the spread between these.
 
     Every probe gives a quadrature rule, eigenvalues (`nodes`) and shares (`weights`), whose mean over probes stands
@@ -116,11 +117,11 @@ class SpectralDensity:
         axes.set(yscale="log", ylim=(lowest, 2 * float((y + band).max())), xlabel="eigenvalue", ylabel="density")
         return axes
 
-    def __repr__(self) -> str:
-        return (
-            f"SpectralDensity({self.dim} eigenvalues in about [{self.smallest:.3g}, {self.largest:.3g}], "
-            f"{self.nodes.shape[0]} probes of {self.nodes.shape[1]} steps, width {self.width:.2g})"
-        )
+    def _describe(self) -> Description:
+        probes, steps = self.nodes.shape
+        title = f"SpectralDensity({self.dim:,} eigenvalues in about [{self.smallest:.3g}, {self.largest:.3g}])"
+        facts = [("probes", f"{probes} of {steps} steps, {self.products} products"), ("width", f"{self.width:.2g}")]
+        return Description(title, facts)
 
 
 @keywords()
@@ -239,7 +240,7 @@ def effective_dimension(
     Example:
         >>> from jacops import Matrix
         >>> effective_dimension(Matrix(torch.diag(torch.tensor([1.0, 3.0])), symmetric=True, positive=True), 1.0)
-        Estimate(value=1.25, standard_error=0.0)
+        1.25 (exact)
     """
     check_symmetric(operator)
     if not operator.positive:

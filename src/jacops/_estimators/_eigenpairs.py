@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._display import Described, Description, Table
 from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
 from .._operators import Operator
@@ -16,11 +17,12 @@ from ..errors import SolveError
 from ._probes import check_symmetric, product
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative residuals, the defaults of the solvers
+_SHOWN = 8  # pairs in a repr: one screen
 _BLOCK = 8  # vectors to a step: products share passes, and eigenvalues of multiplicity up to 8 are found at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Eigenpairs:
+class Eigenpairs(Described):
     """Eigenvalues and eigenvectors with their certificates.
 
     For every pair an eigenvalue of the operator lies within `residuals` of `values` (Weyl); to first order in the gap
@@ -45,14 +47,15 @@ class Eigenpairs:
     norm: float
     products: int
 
-    def __repr__(self) -> str:
+    def _describe(self) -> Description:
+        (count, n), shown = self.vectors.shape, zip(self.values[:_SHOWN], self.residuals[:_SHOWN], strict=True)
         state = "converged" if self.converged else "NOT converged"
-        shown = ", ".join(f"{float(value):.4g}" for value in self.values[:5])
-        more = ", …" if len(self.values) > 5 else ""
-        return (
-            f"Eigenpairs({shown}{more}: {state}, worst residual {float(self.residuals.max()):.1e} at norm "
-            f"{self.norm:.2g}, {self.products} products)"
-        )
+        rows: list[tuple[str, ...]] = [(f"{k}", f"{float(v):.6g}", f"{float(r):.1e}") for k, (v, r) in enumerate(shown)]
+        rows += [(f"… {count - _SHOWN} more",)] if count > _SHOWN else []
+        worst = float(self.residuals.max()) if count else 0.0
+        title = f"Eigenpairs({count} of {n:,}, {state}): worst residual {worst:.1e} at norm {self.norm:.3g}"
+        facts = [("products", f"{self.products}"), ("tolerance", f"{self.tolerance:.1e} of the norm")]
+        return Description(title, facts, [Table(("", "eigenvalue", "residual"), rows)] if rows else ())
 
 
 @keywords()

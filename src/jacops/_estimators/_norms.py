@@ -35,6 +35,10 @@ class SpectralNorm(NamedTuple):
     converged: bool
     products: int
 
+    def __repr__(self) -> str:
+        state = "" if self.converged else ", NOT converged"
+        return f"{self.value:.6g} (within {self.error:.1e}, at most {self.upper:.6g}{state})"
+
 
 @keywords()
 @eager
@@ -57,7 +61,7 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estima
     Example:
         >>> from jacops import Matrix
         >>> norm(Matrix(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])))
-        Estimate(value=5.0, standard_error=0.0)
+        5 (exact)
     """
     if probes is None:
         narrow = operator if operator.shape[1] <= operator.shape[0] else operator.T

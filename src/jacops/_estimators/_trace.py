@@ -44,7 +44,7 @@ def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, metho
     Example:
         >>> from jacops import Matrix
         >>> trace(Matrix(torch.diag(torch.tensor([1.0, 2.0]))))
-        Estimate(value=3.0, standard_error=0.0)
+        3 (exact)
     """
     check_square(operator)
     check_choice("method", method, ("xtrace", "hutchinson"))

@@ -9,17 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._display import Described, Description, Table
 from .._problem import Problem
 from ..errors import InputError, MissingExtraError
 from ..solvers import Solution, Status
 from ..solvers._solution import gravest, level_text, residual_text
 from ._twice_differentiable import InverseHvpResult
 
+_TESTS, _STRONGEST = 5, 3  # test samples in a repr, and training samples for each
 SIGN = "+ s_test · grad: positive where weighting the training sample up lowers the test loss"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InfluenceFactors(InverseHvpResult[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
+class InfluenceFactors(Described, InverseHvpResult[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
     """Solutions `(A + damping I) x = g_test`, one row per test sample.
 
     Attributes:
@@ -29,12 +31,14 @@ class InfluenceFactors(InverseHvpResult[Tensor]):  # pyright: ignore[reportInval
             method's own figures, as in `Solution.info`. Failed rows hold what the solver had, or NaN.
     """
 
-    def __repr__(self) -> str:
-        return f"InfluenceFactors({tuple(self.x.shape)}: {_told(self.info)})"
+    def _describe(self) -> Description:
+        shape = " × ".join(f"{size:,}" for size in self.x.shape)
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        return Description(f"InfluenceFactors({shape}, {dtype}, {self.x.device})", _facts(self.info))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Influences:
+class Influences(Described):
     """Influences of training samples on test samples, and how they were made.
 
     Attributes:
@@ -117,9 +121,11 @@ class Influences:
         if self.influence_type != "up":
             raise InputError.of("influence_type", repr(self.influence_type), f"`{call}` needs 'up'")
 
-    def __repr__(self) -> str:
-        told = f"{_told(self.info)}; sign {self.sign}; in {self.units}"
-        return f"Influences({self.influence_type}, {tuple(self.shape)}: {told})"
+    def _describe(self) -> Description:
+        shape, dtype = " × ".join(f"{size:,}" for size in self.shape), str(self.values.dtype).removeprefix("torch.")
+        title = f"Influences({shape}, {dtype}, {self.values.device}): {self.influence_type}"
+        facts = [("sign", self.sign), ("unit", self.units), *_facts(self.info)]
+        return Description(title, facts, [_strongest(self.values)] if self.values.ndim == 2 else ())
 
 
 def described(problem: Problem, kind: str, solutions: Sequence[Solution], damping: float) -> dict[str, Any]:
@@ -163,12 +169,24 @@ def _figures(solutions: Sequence[Solution]) -> dict[str, Any]:
     return found
 
 
-def _told(info: dict[str, Any]) -> str:
+def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what is known of solves, in words."""
     residual = residual_text(info["residual"]) + level_text(info["statuses"], info)
-    return (
-        f"{info['method']} with {info['curvature']}, damping {info['damping']:g}, {info['status']}, {residual}, "
-        f"{info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
-    )
+    rows = f"{info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
+    return [
+        ("curvature", f"{info['curvature']}, damping {info['damping']:g}, {rows}"),
+        ("solver", f"{info['method']}: {info['status']}, {residual}"),
+    ]
+
+
+def _strongest(values: Tensor) -> Table:
+    """Return the training samples that matter most to the first test samples."""
+    rows: list[tuple[str, ...]] = []
+    for number, row in enumerate(values[:_TESTS]):
+        ends = [row.topk(min(_STRONGEST, len(row)), largest=most).indices.tolist() for most in (True, False)]
+        rows.append((f"{number}", *("  ".join(f"#{i} {float(row[i]):+.2g}" for i in end) for end in ends)))
+    rows += [(f"… {len(values) - _TESTS} more",)] if len(values) > _TESTS else []
+    return Table(("test sample", "largest influences", "smallest"), rows)
 
 
 def _drawn(influences: Influences, tests: list[int], k: int, ax: Any) -> Any:

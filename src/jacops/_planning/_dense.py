@@ -27,7 +27,7 @@ def plan_dense(arguments: dict[str, Any]) -> Plan:
         routes[name] = products[name], peak, routes[name][2]
     else:
         routes = {name: (None, peak, _WHY.get(name, "")), **routes}
-    told = f"{type(operator).__name__}.dense"
+    told = f"{operator.name}.dense"
     rows = table(routes, name)
     return Plan(told, rows, limits.result, limits.startup(route), limits.budget, route.chunk, route.unit)
 

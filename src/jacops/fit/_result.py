@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._display import Described, Description
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from ..errors import InputError, SolveError
 from ._solvers import LEAST_PIVOT, factorised
 from ._system import LinearizedFit, Singular
-from ._table import parameter_lines, step_lines
+from ._table import parameters, steps
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class StepRecord:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class LeastSquaresResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class LeastSquaresResult(Described):
     r"""Where a least-squares call ended.
 
     Attributes:
@@ -159,23 +160,27 @@ class LeastSquaresResult:
         inverse = _inverse_part(self._system, wanted, self)
         return inverse if absolute else inverse * (2 * self.cost / (rows - size))
 
-    def __repr__(self) -> str:
+    def _describe(self) -> Description:
         first = self.log[0].objective if self.log else self.cost
         taken = sum(r.accepted for r in self.log)
-        head = f"LeastSquaresResult({self.status}: {self.message})"
-        body = (
-            f"  objective {first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}",
-            f"  {taken} of {len(self.log)} steps taken, {self.nfev} forward passes, {self.njev} Jacobians "
-            f"({self.route}), {sum(r.seconds for r in self.log):.2f} s",
-        )
-        return "\n".join((head, *body))
+        title = f"LeastSquaresResult({self.status}: {self.message})"
+        steps = f"{taken} of {len(self.log)} taken, {sum(r.seconds for r in self.log):.2f} s"
+        sweeps = f"{self.njev} ({self.route}), {self.nfev} forward passes"
+        facts = [("objective", f"{first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}")]
+        return Description(title, [*facts, ("steps", steps), ("Jacobians", sweeps)])
+
+    def _whole(self) -> Description:
+        """Return the description with parameters and steps."""
+        short = self._describe()
+        facts = [*short.facts, ("method", f"{self.method}, success {self.success}")]
+        return replace(short, facts=facts, tables=[parameters(self._named()), steps(self.log, self.limited_by)])
 
     def __str__(self) -> str:
         """Return the repr, the parameters by name, and a line per step."""
-        head = f"  success {self.success}, by {self.method}"
-        steps = step_lines(self.log, self.limited_by)
-        title = ["  steps: the objective before each, and how it changed"] if steps else []
-        return "\n".join((repr(self), head, *parameter_lines(self._named()), *title, *steps))
+        return self._whole().text()
+
+    def _repr_html_(self) -> str:
+        return self._whole().html()
 
     def _named(self) -> dict[str, Tensor]:
         if isinstance(self.x, Tensor):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .._display import Described, Description
 from ..errors import InputError, InputTypeError
 from ._matrix import Csr, csr, sp
 
@@ -17,7 +18,7 @@ _BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pattern:
+class Pattern(Described):
     """Where a Jacobian may hold something other than zero.
 
     It never lacks an entry that is not zero; it may hold some that are. Routes that depend on values (`where`, sorting,
@@ -50,12 +51,12 @@ class Pattern:
         coordinates = self.matrix.tocoo()
         return picture(coordinates.row, coordinates.col, self.shape)
 
-    def __repr__(self) -> str:
-        m, n = self.shape
+    def _describe(self) -> Description:
+        (m, n), kind = self.shape, "local" if self.local else "reusable"
         share = self.nnz / max(m * n, 1)
-        kind = "local" if self.local else "reusable"
-        names = f", unknown: {', '.join(self.unknown)}" if self.unknown else ""
-        return f"Pattern({m:,} × {n:,}, {self.nnz:,} entries ({share:.2g}), {kind}{names})\n{self.spy()}"
+        title = f"Pattern({m:,} × {n:,}, {self.nnz:,} entries, {kind}): {share:.2g} of all"
+        unknown = [("unknown operations", ", ".join(self.unknown))] if self.unknown else []
+        return Description(title, unknown, picture=self.spy())
 
 
 def picture(rows: Any, columns: Any, shape: tuple[int, int]) -> str:
