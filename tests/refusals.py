@@ -487,7 +487,7 @@ for damping in (-1e-9, -1, NAN, INF, "0.1", None, True, torch.tensor([1.0, 2.0])
 for order in (0, -1, True, 1.5):
     refuse(f"the order is {order}", {"order": order}, "directional_derivative", InputError, "`order`")
 for argument, word, known, calls in (
-    ("influence_type", "sideways", "'up' or 'perturbation'", "influences"),
+    ("influence_type", "sideways", "'up', 'perturbation'", "influences"),
     ("inversion_method", "magic", "'direct'", "influences"),
     ("curvature", "newton", "'hessian', 'ggn'", "influences"),
     ("on_failure", "ignore", "'raise', 'return'", "influences"),

@@ -28,7 +28,7 @@ def tree() -> dict[str, object]:
         "scale": draw(),
         "steps": 3,
         "table": torch.arange(3),
-        "no": None,
+        "empty": None,
     }
 
 
@@ -89,7 +89,7 @@ def test_parameters_are_named_by_their_paths_and_other_leaves_are_passed_on() ->
     model = jacops.Function(lambda params, x: (seen.append(params), network(params, x))[1], tree())
     assert [name for name, _ in model.named_parameters()] == NAMES
     assert jacops.jacobian(model, draw(5, 3)).domain.names == tuple(NAMES)
-    assert (seen[0]["steps"], seen[0]["b"]) == (3, None)
+    assert (seen[0]["steps"], seen[0]["empty"]) == (3, None)
     assert torch.equal(seen[0]["table"], torch.arange(3))
     assert "layers.0.weight: (4, 3)" in repr(model)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import jacops
 import oracle
 from cases import F64
+from jacops._ladder.failures import RouteFailedError
 from jacops._ladder.plan import Cost, Memory
 from jacops._planning import _matrices, _samples
 from jacops._torch.routes import whole_matrix
@@ -93,6 +94,45 @@ def test_wrong_numbers_are_caught_and_left_and_the_reason_stays(monkeypatch: pyt
     assert route.taken == 1  # and not again
     with pytest.raises(jacops.errors.NotDifferentiableError, match="fallback='error'"):
         jacops.compute_jacobian(net(), x, fallback="error")
+
+
+@pytest.mark.parametrize("first", ["silent", "error"])
+def test_a_wrong_route_is_an_error_in_later_calls_too_where_leaving_it_is_forbidden(
+    monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    route = Table(factor=1.01)
+    with_route(monkeypatch, route)
+    model, x = net(), draw(6, 4)
+    if first == "silent":
+        jacops.compute_jacobian(model, x, fallback="silent")
+    else:
+        with pytest.raises(jacops.errors.NotDifferentiableError, match="fallback='error'"):
+            jacops.compute_jacobian(model, x, fallback="error")
+    with pytest.raises(
+        jacops.errors.NotDifferentiableError, match="their shared sweep is off by .* and fallback='error'"
+    ):
+        jacops.compute_jacobian(model, x, fallback="error")
+    assert route.taken == 1
+    route.refusal = "the table is empty"  # it does not apply, so that nothing is left
+    close(jacops.compute_jacobian(model, x, fallback="error"), oracle.input_jacobian(model, x))
+
+
+class Unprepared(Table):
+    """A route whose preparation fails."""
+
+    def refuses(self, ask: BatchAsk) -> str | None:
+        self.taken += 1
+        raise RouteFailedError("the table cannot be opened")
+
+
+def test_a_route_that_cannot_be_prepared_is_left_for_later_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    route = Unprepared()
+    with_route(monkeypatch, route)
+    model, x = net(), draw(6, 4)
+    for _ in range(3):
+        close(jacops.compute_jacobian(model, x), oracle.input_jacobian(model, x))
+        assert "the table cannot be opened" in described(model, x)
+    assert route.taken == 1
 
 
 def test_a_route_is_tried_again_once_its_cause_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """Parameters on groups: native charts, LieTensors, what is held fixed; dense and sparse alike."""
 
+import warnings
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from jacops.charts import SE2, SE3, SO2, SO3, Chart
 from jacops.errors import InputError, NotDifferentiableError, SolveError
 from jacops.fit import gauss_newton, levenberg_marquardt
 from jacops.fit._problem import FitProblem
+from jacops.sparse.detect import traced
 
 pp = pytest.importorskip("pypose")
 EACH = pytest.mark.parametrize("chart", [SO2, SE2, SO3, SE3], ids=repr)
@@ -95,6 +99,52 @@ def test_a_plan_is_made_once_and_can_be_given_again() -> None:
     second = levenberg_marquardt(graph.residual(), jacobian=first.plan, **options)
     assert second.plan is first.plan
     assert torch.equal(first.x["poses"], second.x["poses"])
+
+
+def test_a_second_fit_of_the_same_model_does_not_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    detected = []
+
+    def counted(lin: Any, taint: Any) -> Any:
+        detected.append(lin)
+        return traced(lin, taint)
+
+    monkeypatch.setattr("jacops.sparse.plan.traced", counted)
+    graph = sphere_graph(4, 6)
+    options = {"manifolds": {"poses": SE3}, "weight": graph.information, "fixed": {"poses": 0}, "inplace": False}
+    model = graph.residual()
+    first, second = (levenberg_marquardt(model, jacobian="sparse", **options) for _ in range(2))
+    assert len(detected) == 1
+    assert torch.equal(first.x["poses"], second.x["poses"])
+    function, start = lambda x: torch.cat([x[1:] - x[:-1] ** 2, x[:1] - 0.5]), torch.linspace(0, 1, 12).double()
+    for _ in range(2):
+        gauss_newton(function, params=start, jacobian="sparse")
+    assert len(detected) == 2
+    gauss_newton(function, params=start[:6], jacobian="sparse")
+    assert len(detected) == 3
+
+
+class Window(nn.Module):
+    """Differences of entries by indices that are squared first, so that no selection of a parameter is lifted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.linspace(0.5, 1, 12).double())
+        self.register_buffer("index", torch.arange(12).roll(1))
+
+    def forward(self) -> Tensor:
+        squares = self.x**2
+        return torch.cat([squares[self.index] - squares, self.x - 1])
+
+
+def test_a_plan_that_does_not_hold_any_more_is_made_anew() -> None:
+    model = Window()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shift in (1, 3, 5):
+            model.index = torch.arange(12).roll(shift)
+            fit = gauss_newton(model, jacobian="sparse", inplace=False)
+            assert fit.plan.pattern.nnz == 36
+            torch.testing.assert_close(fit.x["x"], torch.ones(12).double())
 
 
 @pytest.mark.parametrize("jacobian", ["dense", "sparse"])

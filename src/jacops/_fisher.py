@@ -23,6 +23,7 @@ from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._per_sample import sample_gradients
 from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, trainable
+from ._requirements import check_choice, check_positive, check_whole
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
 from ._space import Space
@@ -108,12 +109,9 @@ def fisher(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    if kind not in KINDS:
-        raise InputError.of("kind", repr(kind), "'exact', 'monte_carlo' or 'empirical' is needed")
-    for name, value, least in (("samples", samples, 1), ("first", first, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            needed = "a positive whole number is needed" if least else "a whole number that is not negative is needed"
-            raise InputError.of(name, repr(value), needed)
+    check_choice("kind", kind, KINDS)
+    check_positive("samples", samples)
+    check_whole("first", first, 0)
     losses, asked = RowLosses(loss), CurvatureOptions(parameters=trainable) | options
 
     def record() -> Any:

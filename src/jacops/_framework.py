@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ._finite import is_finite, where_first
-from ._ladder.protocol import FrameworkModel, Recorded, SampleRows, is_framework_model
+from ._ladder.protocol import FrameworkModel, Recorded, SampleRows, SweepOptions, everything, is_framework_model
 from ._operators import LayerFactors, LinearizedMap, Operator, Product
+from ._requirements import check_choice
 from ._space import Space
-from ._torch.protocol import Rows, positive_everywhere, record_model
+from ._torch.protocol import CHECKS, Rows, check_fallback, positive_everywhere, record_model
 from ._trees import output_leaves
 from .errors import InputError, NonFiniteError
 
@@ -22,19 +22,18 @@ def recorded(model: Any, inputs: Any, **options: Any) -> Any:
     """Record the output of a model of any framework, with the options of `record_model`."""
     if not is_framework_model(model):
         return record_model(model, inputs, **options)
-    known = {name: options.get(name) for name in ("call", "parameters", "outputs", "at")}
-    return model.record(inputs, **known)  # pyright: ignore[reportArgumentType]
+    return model.record(inputs, asked(**options))
 
 
 def framework_hessian(model: FrameworkModel, loss: Any, x: Any, y: Any, call: str, options: Any) -> LinearizedMap:
     """Return the Hessian of the loss of one batch: the Jacobian of its gradient."""
-    found = model.record_loss(loss, x, y, **asked(call, options))
+    found = model.record_loss(loss, x, y, asked(call, **_by_parameters(options)))
     return LinearizedMap(found.lin, found.output, symmetric=True)
 
 
 def framework_ggn(model: FrameworkModel, loss: Any, x: Any, y: Any, call: str, options: Any) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ of one batch."""
-    return framework_ggn_at(model, model.record(x, **asked(call, options)), loss, y, call)
+    return framework_ggn_at(model, model.record(x, asked(call, **_by_parameters(options))), loss, y, call)
 
 
 def framework_ggn_at(model: FrameworkModel, found: Recorded, loss: Any, y: Any, call: str) -> Operator:
@@ -51,7 +50,7 @@ def output_hessian(model: FrameworkModel, found: Recorded, loss: Any, y: Any, ca
     return LinearizedMap(outer.lin, outer.output, symmetric=True, mark=convex)
 
 
-def sample_rows(found: SampleRows) -> LayerFactors:
+def _sample_rows(found: SampleRows) -> LayerFactors:
     """Return rows of every sample as an operator `(samples * rows, P)`, kept as they are."""
     domain, rows, one, route = found
     n, k = rows.shape[:2]
@@ -64,22 +63,28 @@ def sample_rows(found: SampleRows) -> LayerFactors:
     return LayerFactors(parts, domain, codomain, route=route)
 
 
-def framework_jacobian(
-    model: FrameworkModel, x: Any, outputs: Any, mode: str, check_finite: bool, **others: Any
-) -> Any:
+def framework_sample_gradients(
+    model: FrameworkModel, loss: Any, x: Any, y: Any, options: Mapping[str, Any]
+) -> LayerFactors:
+    """Return the gradients of the loss of every sample alone, `(n, P)`."""
+    return _sample_rows(model.map_rows(x, asked("sample_gradients", **_by_parameters(options)), y, loss))
+
+
+def framework_sample_jacobians(model: FrameworkModel, x: Any, options: Mapping[str, Any]) -> LayerFactors:
+    """Return the Jacobians of every sample's outputs by the parameters, `(n * k, P)`."""
+    return _sample_rows(model.map_rows(x, asked("sample_jacobians", **_by_parameters(options))))
+
+
+def framework_jacobian(model: FrameworkModel, x: Any, check_finite: bool, **options: Any) -> Any:
     """Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
 
     Returns:
         A tensor; a dict of them by name where the input is a tree.
 
     Raises:
-        InputError: One of the other options of `compute_jacobian` is given.
         NonFiniteError: A derivative is NaN or Inf.
     """
-    for name, value in others.items():
-        if value is not None and value is not False:
-            raise InputError.of(name, repr(value), "models of another framework than torch have no such option")
-    found = model.map_rows(x, call="compute_jacobian", outputs=outputs, mode=mode)
+    found = model.map_rows(x, asked("compute_jacobian", **options))
     space, (n, k) = found.domain, found.rows.shape[:2]
     parts = space.split(found.rows.reshape(n * k, space.dim))
     for name, part in zip(space.names, parts if check_finite else (), strict=False):
@@ -89,10 +94,33 @@ def framework_jacobian(
     return dict(zip(space.names, blocks, strict=True)) if isinstance(x, Mapping | list | tuple) else blocks[0]
 
 
-def asked(call: str, options: Any) -> dict[str, Any]:
-    """Return the options of a call that a framework's model takes."""
-    return {"call": call, "parameters": options.get("parameters", _all), "outputs": options.get("outputs")}
+def refuse_options(todo: str = "", **given: Any) -> None:
+    """Refuse options of a call that models of another framework than torch do not have.
+
+    Raises:
+        InputError: One is given; the message names it.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise InputError.of(name, repr(value), "models of another framework than torch have no such option", todo)
 
 
-def _all(name: str, array: Tensor) -> bool:
-    return True
+def asked(call: str, kept: bool = False, connected: bool = False, **options: Any) -> SweepOptions:
+    """Return the options of a call, checked.
+
+    Args:
+        call: The public call.
+        kept: Ignored: nothing that the model recorded can be written into.
+        connected: Ignored: results that keep a graph are refused where they are computed.
+        options: As in `SweepOptions`.
+
+    Raises:
+        InputError: `checks` or `fallback` is unknown.
+    """
+    check_choice("checks", options.get("checks", "first"), CHECKS)
+    check_fallback(options.get("fallback", "warn"))
+    return SweepOptions(call, **options)
+
+
+def _by_parameters(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"parameters": everything, **options}

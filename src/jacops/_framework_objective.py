@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ladder.protocol import FrameworkModel
+from ._ladder.protocol import FrameworkModel, SweepOptions
 from ._objective import Objective, checked_loss
 from ._picks import Picks, picked
 from ._recorded_loss import trainable
@@ -80,21 +80,21 @@ class FrameworkObjective(Objective):
     @eager
     def value(self, x: Any, y: Any) -> float:
         """Return the loss of a batch."""
-        return self.model.value(self.loss, x, y, "value", self.picks)
+        return self.model.value(self.loss, x, y, SweepOptions("value", self.picks))
 
     def value_near(self, x: Any, y: Any) -> float:
         """Return the loss of a batch at parameters that are a little off, always the same ones; it may be NaN."""
-        return self.model.value(self.loss, x, y, "value", self.picks, offset)
+        return self.model.value(self.loss, x, y, SweepOptions("value", self.picks), offset)
 
     @eager
     def gradient(self, x: Any, y: Any) -> Tensor:
         """Return the gradient `(P,)` of a batch's loss."""
-        return self.model.gradient(self.loss, x, y, "gradient", self.picks)
+        return self.model.gradient(self.loss, x, y, SweepOptions("gradient", self.picks))
 
     @eager
     def mixed(self, x: Any, y: Any, rows: Tensor) -> Tensor:
         """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input."""
-        return self.model.mixed(self.losses.loss, x, y, rows, self.picks)
+        return self.model.mixed(self.losses.loss, x, y, rows, SweepOptions("mixed", self.picks))
 
     def fingerprint(self) -> str:
         """Return a digest of all parameters, of the functions' names, and of what is picked."""

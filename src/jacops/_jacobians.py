@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._finite import check_outputs, is_finite, where_first
-from ._framework import framework_jacobian
+from ._framework import framework_jacobian, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
@@ -110,10 +110,12 @@ def compute_jacobian(
                 [0.0000, 0.2500]])
     """
     check_positive("batch_size", batch_size)
+    options = {"outputs": outputs, "checks": checks, "fallback": fallback}
     if is_framework_model(model):
-        return framework_jacobian(model, x, outputs, mode, check_finite, at=at, budget=budget, out=out, compile=compile)
-    options = {"outputs": outputs, "at": at, "checks": checks, "fallback": fallback, "compile": compile}
-    samples = Samples(model, x, call="compute_jacobian", **options)
+        refuse_options(at=at, budget=budget, out=out, compile=compile)
+        sweeps = {"mode": mode, "most": batch_size, "progress": progress}
+        return framework_jacobian(model, x, check_finite, **options, **sweeps)
+    samples = Samples(model, x, call="compute_jacobian", at=at, compile=compile, **options)
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
         names = found.output_tree.names

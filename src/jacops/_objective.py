@@ -27,8 +27,8 @@ from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._space import Space
 from ._torch.protocol import Reduction, RowLosses, is_convex
-from .errors import InputError, InputTypeError
-from .solvers._output_loss import loss_at_output
+from .errors import InputTypeError
+from .solvers._output_loss import LossAtOutput
 
 
 class Objective(ABC):
@@ -162,8 +162,8 @@ class Objective(ABC):
             InputError: The output is not one tensor with a row per sample.
         """
         J, own = self.sample_jacobians(x), self.own(rows_of(x))  # noqa: N806
-        at = loss_at_output(self.model, self.recorded(x, "leverage"), own, y, rows_of(x), "leverage")
-        return J, at.gradient(own), at.matrix(at.dtype)
+        at = LossAtOutput(self.model, self.recorded(x, "leverage"), own, y, rows_of(x), "leverage")
+        return J, at.gradient(own), at.matrix(at.like.dtype)
 
     @restoring
     def recorded(self, x: Any, call: str) -> Any:
@@ -217,6 +217,6 @@ def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
     """
     if not callable(loss):
         raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
-    if reduction not in (None, "mean", "sum"):
-        raise InputError.of("reduction", repr(reduction), "one of ('mean', 'sum') is needed")
+    if reduction is not None:
+        check_choice("reduction", reduction, ("mean", "sum"))
     return RowLosses(loss, reduction)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from ._framework import asked, sample_rows
+from ._framework import framework_sample_gradients, framework_sample_jacobians, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LayerFactors, Operator
@@ -36,6 +36,7 @@ from ._trees import Selector, Tree, flatten, hint_at_labels
 from .errors import InputError, ModelStateError
 
 Randomness = Literal["error", "same"]
+_PURE = "Pass the random key to `apply` as a part of `params` or `x`."
 
 
 class RowOptions(RecordOptions, total=False):
@@ -104,10 +105,11 @@ def sample_gradients(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    seed, recorded = checked_seed(randomness, seed), CurvatureOptions(parameters=trainable) | options
+    recorded = CurvatureOptions(parameters=trainable) | options
     if is_framework_model(model):
-        return sample_rows(model.map_rows(x, y, loss=loss, **asked("sample_gradients", recorded)))
-    return gradients_at(model, loss, x, y, seed, recorded)
+        refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
+        return framework_sample_gradients(model, loss, x, y, recorded)
+    return gradients_at(model, loss, x, y, checked_seed(randomness, seed), recorded)
 
 
 def gradients_at(
@@ -180,7 +182,8 @@ def sample_jacobians(
     """
     recorded: RecordOptions = {"parameters": trainable, **options}
     if is_framework_model(model):
-        return sample_rows(model.map_rows(x, **asked("sample_jacobians", {**recorded, "outputs": outputs})))
+        refuse_options(_PURE, seed=seed)
+        return framework_sample_jacobians(model, x, {**recorded, "outputs": outputs})
     return jacobians_at(model, x, outputs, seed, recorded)
 
 

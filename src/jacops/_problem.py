@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._data import Batch, Batches, Unpack
+from ._display import Described, Description
 from ._finite import InBatch
 from ._framework_objective import FrameworkObjective
 from ._ladder.protocol import is_framework_model
@@ -20,7 +20,7 @@ from ._operators._data import StackOver, SumOver
 from ._operators._naming import named
 from ._per_sample import Randomness
 from ._picks import Picks
-from ._requirements import check_choice
+from ._requirements import check_choice, check_range
 from ._space import Space
 from ._torch.protocol import Reduction
 from ._torch_objective import TorchObjective
@@ -55,7 +55,7 @@ class BatchPoint(NamedTuple):
         return self.objective.sample_gradients(self.batch.x, self.batch.y)
 
 
-class Problem:
+class Problem(Described):
     r"""A model, its loss and its data, as one objective to differentiate.
 
     It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights
@@ -289,10 +289,11 @@ class Problem:
                     yield first, point, term, factor
                 first += batch.rows
 
-    def __repr__(self) -> str:
-        covered = f"{self.space.dim} of {self.objective.parameters_total} parameters"
+    def _describe(self) -> Description:
+        covered = f"{self.space.dim:,} of {self.objective.parameters_total:,} parameters"
         quadratic = "" if self.ridge is None else f", l2 {self.l2}"
-        return f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})"
+        facts = [("parameters", self.space.layout)]
+        return Description(f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})", facts)
 
 
 class _Passes:
@@ -383,8 +384,7 @@ def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:
     """Return the quadratic term's diagonal; None where it is zero everywhere."""
     by_pattern = l2 if isinstance(l2, Mapping) else {"*": l2}
     for pattern, value in by_pattern.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise InputError.of("l2", repr(value), "a finite number that is not negative is needed")
+        check_range("l2", value, zero=True)
         if not any(fnmatchcase(name, pattern) for name in space.names):
             raise InputError.of("l2", f"for {pattern!r}", f"no parameter fits; there are {space.layout}")
     if not any(by_pattern.values()):

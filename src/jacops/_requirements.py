@@ -30,8 +30,8 @@ def check_positive(name: str, value: Any) -> int:
     return value
 
 
-def check_number(name: str, value: Any, *, zero: bool = False) -> None:
-    """Refuse what is not a positive finite number; `zero` is one that passes only where it is allowed.
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is not a positive finite number.
 
     Raises:
         InputTypeError: It is no number.
@@ -39,9 +39,20 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise InputTypeError.of(name, repr(value), "a number is needed")
-    if not isfinite(value) or value < 0 or (value == 0 and not zero):
+    check_range(name, value)
+
+
+def check_range(name: str, value: Any, *, zero: bool = False) -> float:
+    """Return a positive finite number, or 0 where `zero` allows that; anything else is out of range.
+
+    Raises:
+        InputError: It is out of range.
+    """
+    number = isinstance(value, float | int) and not isinstance(value, bool)
+    if not number or not isfinite(value) or value < 0 or (value == 0 and not zero):
         needed = "a finite number that is not negative is needed" if zero else "a positive number is needed"
         raise InputError.of(name, repr(value), needed)
+    return float(value)
 
 
 def check_choice(name: str, value: Any, known: Collection[Any], more: str = "") -> Any:

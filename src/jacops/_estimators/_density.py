@@ -14,7 +14,7 @@ from .._display import Described, Description
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
-from .._requirements import check_positive
+from .._requirements import check_positive, check_range
 from .._runtime.contexts import eager
 from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
 from ._eigenpairs import working_dtype
@@ -163,8 +163,8 @@ def spectral_density(
     check_symmetric(operator)
     check_probes(probes)
     steps = min(check_positive("steps", steps), operator.shape[0])
-    if width is not None and not (isinstance(width, int | float) and 0 < width < math.inf):
-        raise InputError.of("width", repr(width), "a positive number is needed")
+    if width is not None:
+        check_range("width", width)
     nodes, weights = _quadrature(operator, probes, steps, seed)
     # Ritz values of no weight are copies made by rounding.
     met = nodes[weights > 1e-12]
@@ -246,8 +246,7 @@ def effective_dimension(
     if not operator.positive:
         todo = "Take the Gauss-Newton or Fisher matrix."
         raise InputError.of("operator", repr(operator).splitlines()[0], "it must be known to be positive", todo)
-    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
-        raise InputError.of("damping", repr(damping), "a positive number is needed")
+    check_range("damping", damping)
     if probes is not None:
         found = spectral_density(operator, probes, steps, seed=seed)
         return found.trace_of(lambda x: x.clamp(min=0) / (x.clamp(min=0) + damping))

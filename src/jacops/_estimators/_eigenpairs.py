@@ -12,11 +12,11 @@ from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
 from .._operators import Operator
 from .._requirements import check_choice, check_positive
+from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import eager
 from ..errors import SolveError
 from ._probes import check_symmetric, product
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative residuals, the defaults of the solvers
 _SHOWN = 8  # pairs in a repr: one screen
 _BLOCK = 8  # vectors to a step: products share passes, and eigenvalues of multiplicity up to 8 are found at once
 
@@ -103,7 +103,7 @@ def eigenpairs(
     check_choice("on_failure", on_failure, ("raise", "return"))
     count = min(check_positive("count", count), operator.shape[0])
     limit = 1000 + 40 * count if max_products is None else check_positive("max_products", max_products)
-    tolerance = _TOLERANCE.get(operator.domain.dtype, 1e-4) if tolerance is None else tolerance
+    tolerance = residual_tolerance(operator.domain.dtype) if tolerance is None else tolerance
     run = _run(operator, count, seed)
     ritz = _grown(run, count, which, tolerance, limit)
     found = _certified(operator, run, ritz, picked(ritz.values[0], count, which), tolerance)

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from .._display import with_error
 from .._operators import Operator
+from .._runtime.chunks import rows_of
 from .._space import Space
 from ..errors import InputError
-
-_CHUNK_ENTRIES = 2**22  # 32 MiB of vectors and images in float64, as in `_runtime.chunks`
-_CHUNK_ROWS = 64  # as in `_runtime.chunks`
 
 
 class Estimate(NamedTuple):
@@ -70,7 +68,7 @@ def units(space: Space, many: int) -> Iterator[tuple[slice, Tensor]]:
 
 def chunk_of(operator: Operator) -> int:
     """Return how many rows go through an operator at once."""
-    return max(1, min(_CHUNK_ROWS, _CHUNK_ENTRIES // max(1, sum(operator.shape))))
+    return rows_of(sum(operator.shape))
 
 
 def signs(probes: int, space: Space, seed: int) -> Tensor:

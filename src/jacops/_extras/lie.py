@@ -98,7 +98,8 @@ def inspect(recorded: Any) -> None:
     for kind, name in zip(walked[1], lin.codomain.names, strict=True) if walked else ():
         if kind is not None and kind.group:
             raise NotDifferentiableError(
-                f"{lin.call}: {name} is an element of {kind.group}, whose rows have no sparse form. Take its `.Log()`."
+                f"{lin.call}: {name} is an element of the Lie group {kind.group}, whose rows have no sparse form. "
+                "Take its `.Log()`."
             )
 
 

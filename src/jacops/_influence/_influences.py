@@ -17,6 +17,7 @@ from .._data import Batches
 from .._finite import on_finite_rows
 from .._keywords import keywords
 from .._problem import Problem, ProblemOptions
+from .._requirements import check_choice
 from .._runtime.contexts import eager
 from ..errors import InputError
 from ..solvers import Solver
@@ -124,8 +125,7 @@ def compute_influences(
         SolveError: As in `compute_influence_factors`.
         DataError: As in `compute_influence_factors`.
     """
-    if influence_type not in ("up", "perturbation"):
-        raise InputError.of("influence_type", repr(influence_type), "'up' or 'perturbation' is needed")
+    check_choice("influence_type", influence_type, tuple(_UNITS))
     if leverage and influence_type != "up":
         raise InputError.of("leverage", True, "it corrects influences of type 'up' only")
     unpack = options.get("unpack")

@@ -22,6 +22,7 @@ from .._jax.protocol import (
     remember,
     to_numpy,
 )
+from .._ladder.protocol import SweepOptions
 from .._objective import checked_loss
 from ..errors import InputTypeError, NotDifferentiableError
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
@@ -76,10 +77,11 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
                 derivative is wrong.
         """
         call = "grad(create_graph=True)" if create_graph else "grad"
-        own, model, point = self.model.loss_at(self.loss, x, y, call=call)
+        options = SweepOptions(call)
+        own, model, point = self.model.loss_at(self.loss, x, y, options)
         gradient = jnp.asarray(to_numpy(finite_gradient(model, point, own.space, call)))
         if create_graph:
-            model.check_twice(point, call)
+            model.check_twice(point, options)
             remember(gradient, GradientOrigin(own, model, point, tuple(jax.tree.leaves(x))))
         return gradient
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from .._data import Batch, Batches
 from .._operators._data import SumOver
 from .._problem import CURVATURES, BatchPoint, Problem, ProblemOptions
-from .._requirements import check_choice
+from .._requirements import check_choice, check_range
 from ..errors import InputTypeError, SolveError
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
-from ..solvers._system import checked_damping
 from ._result import described
 
 _TILE_BYTES = 2**26  # 64 MiB of right-hand sides solved for together; a solver holds up to eight times as many
@@ -130,7 +129,7 @@ def checked(
     if not hasattr(model, "objective"):
         came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
         raise InputTypeError.of("differentiable_model", came, "a TorchTwiceDifferentiable is needed", todo)
-    damping = checked_damping(damping)
+    damping = check_range("damping", damping, zero=True)
     for name, value, known in (("curvature", kind, CURVATURES), ("on_failure", on_failure, ("raise", "return"))):
         check_choice(name, value, known)
     # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.

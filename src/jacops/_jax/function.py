@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
-from .._ladder.protocol import SampleRows, Shift
+from .._ladder.protocol import SampleRows, Shift, SweepOptions, everything
 from .._runtime.counter import Draws
 from .._space import Space
 from .._torch.protocol import Likelihood, computed_likelihood
@@ -103,28 +104,26 @@ class JaxFunction:
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
-    def value(
-        self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None, shift: Shift | None = None
-    ) -> float:
+    def value(self, loss: Any, x: Any, y: Any, options: SweepOptions, shift: Shift | None = None) -> float:
         """Return the loss of a batch, or at parameters that are moved by `shift`, where it may be NaN.
 
         Raises:
             NonFiniteError: It is NaN or Inf.
         """
-        _, model, point = self.loss_at(loss, x, y, call=call, parameters=parameters)
+        _, model, point = self.loss_at(loss, x, y, options)
         if shift is None:
-            return finite_loss(model, model.value(point), point, call)
+            return finite_loss(model, model.value(point), point, options.call)
         moved = (leaf + to_jax(shift(to_torch(leaf), i), "params") for i, leaf in enumerate(point.leaves))
         return float(model.value(point._replace(leaves=tuple(moved))))
 
-    def gradient(self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None) -> Tensor:
+    def gradient(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> Tensor:
         """Return the gradient `(P,)` of a batch's loss.
 
         Raises:
             NonFiniteError: The loss or its gradient is NaN or Inf.
         """
-        own, model, point = self.loss_at(loss, x, y, call=call, parameters=parameters)
-        return finite_gradient(model, point, own.space, call)
+        own, model, point = self.loss_at(loss, x, y, options)
+        return finite_gradient(model, point, own.space, options.call)
 
     def weighted(self, loss: JaxLoss, weights: Tensor) -> WeightedRows:
         """Return a loss that is the sum of the rows' own losses times weights."""
@@ -136,37 +135,33 @@ class JaxFunction:
 
     # ---- records: pushes and pulls at a point --------------------------------------------------------------------
 
-    def record(
-        self, inputs: Any, *, call: str, parameters: Picks | None, outputs: Any = None, at: Any = None
-    ) -> JaxRecording:
-        """Record the output by the parameters picked, or by the inputs where `parameters` is None.
+    def record(self, inputs: Any, options: SweepOptions) -> JaxRecording:
+        """Record the output by the parameters picked, or by the inputs.
 
         Raises:
             InputError: A dtype does not fit, or `at` is given.
             NotDifferentiableError: An output is not of floating point.
         """
-        if at is not None:
-            raise InputError.of("at", repr(at), "a JAX function has no submodules to cut at")
-        own, model, point = self._at(inputs, None, call, parameters, outputs)
-        connected = model.survey(point, call)
+        if options.at is not None:
+            raise InputError.of("at", repr(options.at), "a JAX function has no submodules to cut at")
+        own, model, point = self._at(inputs, None, options)
+        connected = model.survey(point, options)
         raw = floating(model.computed_output(point))
         output = jax.tree.map(to_torch, raw)
         leaves, tree = output_leaves(output)
         codomain = Space.of(leaves, tree.names)
-        lin = JaxLinearization(model, point, own.space, codomain, model.push, model.pull, call, leaves, connected)
+        lin = JaxLinearization(model, point, own.space, codomain, model.push, model.pull, options, leaves, connected)
         return JaxRecording(lin, tree, output, raw, model, point)
 
-    def record_loss(
-        self, loss: Any, x: Any, y: Any, *, call: str, parameters: Picks | None, outputs: Any = None
-    ) -> JaxRecording:
+    def record_loss(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> JaxRecording:
         """Record the gradient of the loss of one batch by the parameters: its Jacobian is the Hessian.
 
         Raises:
             InputError: The loss is not one number, a dtype does not fit, or `y` would broadcast against the output.
             NotDifferentiableError: No path leads from the loss to any parameter, or a second derivative is wrong.
         """
-        own, model, point = self.loss_at(loss, x, y, call=call, parameters=parameters, outputs=outputs)
-        return _recorded_gradient(model, point, own, call)
+        own, model, point = self.loss_at(loss, x, y, options)
+        return _recorded_gradient(model, point, own, options)
 
     def record_at_output(self, found: JaxRecording, loss: Any, y: Any, call: str) -> JaxRecording:
         """Record the gradient of a loss by the model's output, at the output that was recorded."""
@@ -174,8 +169,9 @@ class JaxFunction:
         loss, y = _weighted(loss, tree_to_jax(y, "y"), output)
         point = Point(output.leaves, output.frozen, None, y)
         model = model_of(itself, loss, output.structure)
-        model.survey(point, call)
-        return _recorded_gradient(model, point, output, call)
+        options = replace(found.lin.options, call=call)
+        model.survey(point, options)
+        return _recorded_gradient(model, point, output, options)
 
     def slope(self, found: JaxRecording) -> Tensor:
         """Return the gradient that was recorded, flat."""
@@ -205,55 +201,44 @@ class JaxFunction:
 
     # ---- maps over samples -----------------------------------------------------------------------------------------
 
-    def map_rows(
-        self,
-        x: Any,
-        y: Any = None,
-        *,
-        call: str,
-        loss: Any = None,
-        parameters: Picks | None = None,
-        outputs: Any = None,
-        mode: str = "auto",
-    ) -> SampleRows:
+    def map_rows(self, x: Any, options: SweepOptions, y: Any = None, loss: Any = None) -> SampleRows:
         """Return the gradient of every sample's loss, or the Jacobian of its output, by parameters or by its input.
 
         Raises:
             InputError: The leading axes differ, or the output is not one array.
             NonFiniteError: A derivative is NaN or Inf.
         """
-        by_inputs = parameters is None
-        many, own, model, point = self._samples(loss, x, y, call, parameters, outputs)
+        by_inputs = options.parameters is None
+        many, own, model, point = self._samples(loss, x, y, options)
         domain = _one_sample(own.space if not by_inputs else Parameters.of(point.x, root="x").space, by_inputs)
         if loss is not None:
-            found = model.sample_gradients(point, domain.dim) if many else []
+            found = model.sample_gradients(point, domain.dim, options) if many else []
             shape = ()
         else:
             shape = _one_output(model, point) if many else ()
             narrow = domain.dim < math.prod(shape) and not model.custom
-            forward = narrow if mode == "auto" else _checked_mode(mode) == "forward"
+            forward = narrow if _checked_mode(options.mode) == "auto" else options.mode == "forward"
             width = math.prod(shape) * domain.dim
-            sweep = model.sample_jacobians
-            found = sweep(point, width, by_inputs=by_inputs, forward=forward) if many and width else []
+            found = model.sample_jacobians(point, width, options, forward=forward) if many and width else []
         rows = filled(found, (many, math.prod(shape), domain.dim), domain.dtype)
         how = "by JAX's vmap, checked one by one" if model.compiled else "one sample at a time, uncompiled"
         return SampleRows(domain, rows, shape, how)
 
-    def mixed(self, loss: Any, x: Any, y: Any, rows: Tensor, parameters: Picks | None) -> Tensor:
+    def mixed(self, loss: Any, x: Any, y: Any, rows: Tensor, options: SweepOptions) -> Tensor:
         """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input.
 
         Raises:
             InputError: `x` has not just one array of floating point.
             NonFiniteError: A derivative is NaN or Inf.
         """
-        many, _, model, point = self._samples(loss, x, y, "mixed", parameters, None)
+        many, _, model, point = self._samples(loss, x, y, options)
         arrays = [leaf for leaf in jax.tree.leaves(point.x) if is_floating(leaf)]
         if len(arrays) != 1:
             came = f"a tree with {len(arrays)} arrays of floating point"
             raise InputError.of("x", came, "a derivative by the input needs exactly one")
         one, like = arrays[0].shape[1:], to_torch(arrays[0][:0])
         width = math.prod(one)
-        found = model.mixed(point, to_numpy(rows), width * len(rows)) if many and len(rows) else []
+        found = model.mixed(point, to_numpy(rows), width * len(rows), options) if many and len(rows) else []
         result = filled(found, (many, len(rows), width), like.dtype).transpose(0, 1).reshape(len(rows), many, *one)
         check_rows("mixed", result.reshape(len(rows), many * width), Space.flat(many * width, "x", like))
         return result
@@ -264,14 +249,13 @@ class JaxFunction:
         Raises:
             NotDifferentiableError: A parameter enters by an operation without a rule; the message names both.
         """
-        _, own, model, point = self._samples(None, x, None, call, parameters, None)
-        return JaxLayers(model, point, own, call)
+        options = SweepOptions(call, parameters)
+        _, own, model, point = self._samples(None, x, None, options)
+        return JaxLayers(model, point, own, options)
 
     # ---- points ----------------------------------------------------------------------------------------------------
 
-    def loss_at(
-        self, loss: Any, x: Any, y: Any, *, call: str, parameters: Picks | None = None, outputs: Any = None
-    ) -> tuple[Parameters, Model, Point]:
+    def loss_at(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> tuple[Parameters, Model, Point]:
         """Return the parameters, the compiled loss, and parameters and a batch as JAX's arrays, surveyed.
 
         Raises:
@@ -281,18 +265,17 @@ class JaxFunction:
         """
         if not callable(loss) and not isinstance(loss, WeightedRows):
             raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
-        own, model, point = self._at(x, y, call, parameters or _everything, outputs, loss)
-        model.survey(point, call)
+        own, model, point = self._at(x, y, replace(options, parameters=options.parameters or everything), loss)
+        model.survey(point, options)
         return own, model, point
 
-    def _at(
-        self, x: Any, y: Any, call: str, parameters: Picks | None, outputs: Any, loss: Any = None
-    ) -> tuple[Parameters, Model, Point]:
-        own = self.picked(None if parameters is _everything else parameters)
+    def _at(self, x: Any, y: Any, options: SweepOptions, loss: Any = None) -> tuple[Parameters, Model, Point]:
+        parameters = options.parameters
+        own = self.picked(None if parameters is everything else parameters)
         own.check()
         x, y = tree_to_jax(x, "x"), tree_to_jax(y, "y")
         _check_dtypes(x, y, own.dtypes())
-        apply = selecting(Same(self.apply), key_of(outputs))
+        apply = selecting(Same(self.apply), key_of(options.outputs))
         if loss is not None:
             loss, y = _weighted(loss, y, own)
         if parameters is not None:
@@ -301,18 +284,16 @@ class JaxFunction:
         model = model_of(by_input(Same(apply), own.structure), loss, inputs.structure)
         return inputs, model, Point(inputs.leaves, inputs.frozen, (own.leaves, own.frozen), y)
 
-    def _samples(
-        self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None, outputs: Any
-    ) -> tuple[int, Parameters, Model, Point]:
+    def _samples(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> tuple[int, Parameters, Model, Point]:
         """Return a batch all of whose leaves have one row per sample, and how many."""
         lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else -1 for leaf in jax.tree.leaves((x, y))}
         if len(lengths) != 1 or -1 in lengths:
             names = "x" if y is None else "x, y"
             raise InputError.of(names, f"of lengths {sorted(lengths)}", "all need one row per sample")
         many = lengths.pop()
-        own, model, point = self._at(x, y, call, parameters or _everything, outputs, loss)
+        own, model, point = self._at(x, y, replace(options, parameters=options.parameters or everything), loss)
         if many:
-            model.survey(point, call)
+            model.survey(point, options)
         return many, own, model, point
 
 
@@ -326,13 +307,13 @@ class ClassesLast(Likelihood):
         return found.movedim(2, -1).reshape(many, output.shape[0], -1)
 
 
-def _recorded_gradient(model: Model, point: Point, own: Parameters, call: str) -> JaxRecording:
+def _recorded_gradient(model: Model, point: Point, own: Parameters, options: SweepOptions) -> JaxRecording:
     value = to_torch(model.value(point))
     if is_finite(value):
-        model.check_twice(point, call)
+        model.check_twice(point, options)
     space = own.space
     codomain = Space(tuple(f"d loss / d {n}" for n in space.names), space.shapes, space.dtypes, space.device)
-    lin = JaxLinearization(model, point, space, codomain, model.second, model.second, call)
+    lin = JaxLinearization(model, point, space, codomain, model.second, model.second, options)
     return JaxRecording(lin, flatten(value, "loss")[1], value, value, model, point)
 
 
@@ -375,7 +356,3 @@ def _checked_mode(mode: str) -> str:
     if mode not in _MODES:
         raise InputError.of("mode", repr(mode), f"one of {_MODES} is needed for a JAX model")
     return mode
-
-
-def _everything(name: str, array: Any) -> bool:
-    return True

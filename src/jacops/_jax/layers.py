@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._ladder.protocol import SweepOptions
 from .._runtime.agreement import tolerance, worst_disagreement
 from .._torch.protocol import Group, OuterGradients
 from ..errors import NotDifferentiableError
@@ -93,14 +94,15 @@ class JaxLayers:
         model: The compiled sweeps.
         point: Parameters and the batch's input.
         own: The parameters.
-        call: The public call.
+        options: Of the public call.
 
     Raises:
         NotDifferentiableError: A parameter enters by an operation without a rule, or the model reads values.
     """
 
-    def __init__(self, model: Model, point: Point, own: Parameters, call: str) -> None:
-        self._model, self._point, self._own, self._call = model, point, own, call
+    def __init__(self, model: Model, point: Point, own: Parameters, options: SweepOptions) -> None:
+        self._model, self._point, self._own, self._options = model, point, own, options
+        self._call = call = options.call
         self._trace = _Trace(model, own.names, call)
         if not model.compiled:
             raise NotDifferentiableError(f"{call}: the model reads values out of its arrays, so it cannot be traced.")
@@ -177,7 +179,7 @@ class JaxLayers:
         key = "layers", rows, seeds.shape[0], tuple(self._found.weights), self._call
         sweep = self._model.sweep(key, self._trace.kernel(self._found.weights, rows), linear=False)
         samples = self._point.x, to_numpy(seeds.movedim(1, 0))
-        return sweep(self._point._replace(x=None, y=None), samples, width)
+        return sweep(self._point._replace(x=None, y=None), samples, width, self._options)
 
     def _confirm(self, groups: Sequence[Group], seeds: Tensor, found: Sequence[Any]) -> None:
         """Compare gradients, put together under random weights, with a plain sweep of the batch, once a shape."""
@@ -187,7 +189,7 @@ class JaxLayers:
         mix = torch.randn(seeds.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(seeds)
         row = torch.cat([p.reshape(1, -1) for p in torch.tensordot(mix, seeds, 1).split(self._outputs, 1)], 1)
         space = self._own.space
-        plain = space.unflatten(to_torch(self._model.pull(self._point, to_numpy(row), space.dim)[0])[0])
+        plain = space.unflatten(to_torch(self._model.pull(self._point, to_numpy(row), space.dim, self._options)[0])[0])
         pairs = []
         for group, gradients in zip(groups, found, strict=True):
             pairs += zip(_assembled(gradients, mix, group), [plain[i].reshape(-1) for i in group.leaves], strict=True)

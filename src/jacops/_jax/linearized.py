@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._ladder.protocol import SweepOptions
 from .._space import Space
 from .._trees import Tree
 from ..errors import InputError
@@ -18,7 +19,7 @@ from .crossing import filled, to_numpy
 from .model import Model
 from .points import Point
 
-Rows = Callable[[Point, np.ndarray, int], list[np.ndarray]]
+Rows = Callable[[Point, np.ndarray, int, SweepOptions], list[np.ndarray]]
 
 
 @final
@@ -32,7 +33,7 @@ class JaxLinearization:
         codomain: The output.
         push: The sweep along rows of the domain; of a gradient it is the pull, too.
         pull: The sweep along rows of the codomain.
-        call: The public call.
+        options: Of the public call.
         outputs: What the function gave.
         connected: Whether a path leads from the output to the domain.
     """
@@ -40,13 +41,13 @@ class JaxLinearization:
     weights = None  # arrays of JAX are not written into
 
     def __init__(
-        self, model: Model, point: Point, domain: Space, codomain: Space, push: Rows, pull: Rows, call: str,
+        self, model: Model, point: Point, domain: Space, codomain: Space, push: Rows, pull: Rows, options: SweepOptions,
         outputs: Sequence[Tensor] = (), connected: bool = True,
     ) -> None:  # fmt: skip
         self.outputs = outputs
-        self.domain, self.codomain, self.call = domain, codomain, call
+        self.domain, self.codomain, self.call, self.options = domain, codomain, options.call, options
         self._point, self._push, self._pull, self._connected = point, push, pull, connected
-        self.routes = {call: "JAX, compiled" if model.compiled else "JAX, row by row, uncompiled"}
+        self.routes = {options.call: "JAX, compiled" if model.compiled else "JAX, row by row, uncompiled"}
 
     @property
     def held_bytes(self) -> int:
@@ -82,7 +83,7 @@ class JaxLinearization:
 
     def _swept(self, sweep: Rows, rows: Tensor, space: Space) -> Tensor:
         shape = (rows.shape[0], space.dim)
-        chunks = sweep(self._point, to_numpy(rows), space.dim) if all(shape) else []
+        chunks = sweep(self._point, to_numpy(rows), space.dim, self.options) if all(shape) else []
         return filled(chunks, shape, space.dtype) if chunks else torch.zeros(shape, dtype=space.dtype)
 
     def _refuse_graph(self, create_graph: bool) -> None:

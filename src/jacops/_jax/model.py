@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._ladder.protocol import SweepOptions
 from .._runtime.agreement import difference_tolerance, tolerance
-from ..errors import NotDifferentiableError, warn
+from ..errors import NotDifferentiableError
 from .crossing import is_floating, torch_dtype
 from .jaxpr import READS, has_custom_vjp, is_reached, refuse_broadcast
 from .parameters import Same, Structure
 from .points import Point, alone, floating, joined, one_number, replaced, size_of, split
 from .rounding import rounding_error
-from .sweeps import Each, Kernel, Sweep, reading, shapes
+from .sweeps import Each, Kernel, Sweep, leave, reading, shapes
 
 _REMEMBERED = 64  # compiled programs: three a problem, of the outputs, of the loss, and of the loss at the outputs
 
@@ -96,26 +97,25 @@ class Model:
     def _loss(self, point: Point) -> Any:
         return one_number(self.loss(self.output(point), point.y))
 
-    def survey(self, point: Point, call: str) -> bool:
+    def survey(self, point: Point, options: SweepOptions) -> bool:
         """Trace the model once for these shapes, refuse what is ill-posed, and return whether a path leads through it.
 
         Raises:
             InputError: The loss is not one number, or the target would broadcast against the output.
             NotDifferentiableError: No path leads from the loss to any parameter.
         """
-        key = shapes(point)
-        if not self.compiled or key in self._surveyed:
-            return self._surveyed.get(key, True)
+        key, call = shapes(point), options.call
+        if not self.compiled:
+            self._leave_compilation(options, news=False)
+            return True
+        if key in self._surveyed:
+            return self._surveyed[key]
         try:
             model, output = jax.make_jaxpr(self.output, return_shape=True)(point)
             outputs = len(jax.tree.leaves(output))
             loss = jax.make_jaxpr(lambda output, y: one_number(self.loss(output, y)))(output, point.y)
         except READS:
-            self.compiled = False
-            warn(
-                f"{call}: the model or its loss reads values out of its arrays, so it cannot be compiled or batched. "
-                "Everything is computed one row at a time."
-            )
+            self._leave_compilation(options, news=True)
             return True
         met = is_reached(model.jaxpr, model.jaxpr.invars[: len(point.leaves)])
         if self.measured:
@@ -126,6 +126,12 @@ class Model:
                 )
         self.custom = self.custom or has_custom_vjp(model.jaxpr) or has_custom_vjp(loss.jaxpr)
         return self._surveyed.setdefault(key, met)
+
+    def _leave_compilation(self, options: SweepOptions, news: bool) -> None:
+        """Compute everything one row at a time from now on."""
+        self.compiled = False
+        reason = "the model or its loss reads values out of its arrays, so it cannot be compiled or batched"
+        leave(options, reason, "Everything is computed one row at a time", news)
 
     # First derivatives
 
@@ -146,40 +152,41 @@ class Model:
         value, parts = jax.value_and_grad(lambda leaves: self._loss(point._replace(leaves=leaves)))(point.leaves)
         return value, joined(parts)
 
-    def push(self, point: Point, rows: Any, width: int) -> list[np.ndarray]:
+    def push(self, point: Point, rows: Any, width: int, options: SweepOptions) -> list[np.ndarray]:
         """Return changes of the output along rows of changes of the parameters, `(k, width)` in chunks."""
 
         def kernel(each: Each, shared: Point, rows: Any) -> Any:
             pushed = self._pushed(*self._outputs(shared, by_inputs=False))
             return each(pushed, rows)
 
-        return self.sweep(("push",), kernel, linear=True)(point, rows, width, compiled=self.compiled)
+        return self.sweep(("push",), kernel, linear=True)(point, rows, width, options, compiled=self.compiled)
 
-    def pull(self, point: Point, rows: Any, width: int) -> list[np.ndarray]:
+    def pull(self, point: Point, rows: Any, width: int, options: SweepOptions) -> list[np.ndarray]:
         """Return gradients by the parameters of rows of weights on the output, `(k, width)` in chunks."""
 
         def kernel(each: Each, shared: Point, rows: Any) -> Any:
             return each(_pulled(*self._outputs(shared, by_inputs=False))[0], rows)
 
-        return self.sweep(("pull",), kernel, linear=True)(point, rows, width, compiled=self.compiled)
+        return self.sweep(("pull",), kernel, linear=True)(point, rows, width, options, compiled=self.compiled)
 
-    def sample_gradients(self, point: Point, width: int) -> list[np.ndarray]:
+    def sample_gradients(self, point: Point, width: int, options: SweepOptions) -> list[np.ndarray]:
         """Return the gradients of every sample as a batch of one, `(n, P)` in chunks."""
 
         def kernel(each: Each, shared: Point, rows: Any) -> Any:
             return each(lambda row: self._value_and_gradient(alone(shared, row))[1], rows)
 
-        return self._by_samples(("sample_gradients",), kernel, point, width)
+        return self._by_samples(("sample_gradients",), kernel, point, width, options)
 
-    def sample_jacobians(self, point: Point, width: int, *, by_inputs: bool, forward: bool) -> list[np.ndarray]:
+    def sample_jacobians(self, point: Point, width: int, options: SweepOptions, *, forward: bool) -> list[np.ndarray]:
         """Return the Jacobian of every sample as a batch of one, by the parameters or by its input, in chunks.
 
         Args:
             point: All samples.
             width: Entries of one sample's Jacobian, `(outputs, what it is differentiated by)`.
-            by_inputs: Differentiate by the input.
+            options: Of the public call.
             forward: Sweep once for each entry that it is differentiated by, not for each output.
         """
+        by_inputs = options.parameters is None
 
         def kernel(each: Each, shared: Point, rows: Any) -> Any:
             def one(row: Any) -> Any:
@@ -191,11 +198,13 @@ class Model:
 
             return each(one, rows)
 
-        return self._by_samples(("sample_jacobians", by_inputs, forward), kernel, point, width)
+        return self._by_samples(("sample_jacobians", by_inputs, forward), kernel, point, width, options)
 
-    def _by_samples(self, key: tuple[Any, ...], kernel: Kernel, point: Point, width: int) -> list[np.ndarray]:
+    def _by_samples(
+        self, key: tuple[Any, ...], kernel: Kernel, point: Point, width: int, options: SweepOptions
+    ) -> list[np.ndarray]:
         sweep, samples = self.sweep(key, kernel, linear=False), (point.x, point.y)
-        return sweep(point._replace(x=None, y=None), samples, width, compiled=self.compiled)
+        return sweep(point._replace(x=None, y=None), samples, width, options, compiled=self.compiled)
 
     def _outputs(self, point: Point, by_inputs: bool) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
         """Return the output as a function of the parameters, or of the input, and where that one is."""
@@ -225,7 +234,7 @@ class Model:
     # Second derivatives
 
     def second(
-        self, point: Point, rows: Any, width: int, *, by_inputs: bool = False, progress: bool | None = False
+        self, point: Point, rows: Any, width: int, options: SweepOptions, *, by_inputs: bool = False
     ) -> list[np.ndarray]:
         """Return the derivative of `rows @ gradient` by the parameters, or by the input, `(k, width)` in chunks.
 
@@ -237,9 +246,9 @@ class Model:
             return each(lambda row: _along(slope, shared, row), rows)
 
         sweep = self.sweep(("second derivative", by_inputs), kernel, linear=True)
-        return sweep(point, rows, width, compiled=self.compiled, progress=progress)
+        return sweep(point, rows, width, options, compiled=self.compiled)
 
-    def mixed(self, point: Point, rows: Any, width: int) -> list[np.ndarray]:
+    def mixed(self, point: Point, rows: Any, width: int, options: SweepOptions) -> list[np.ndarray]:
         """Return the derivatives of `rows @ gradient` of every sample by its own input, `(n, k, M)` in chunks."""
 
         def kernel(each: Each, shared: tuple[Point, Any], samples: Any) -> Any:
@@ -253,22 +262,22 @@ class Model:
 
         sweep = self.sweep(("mixed",), kernel, linear=False)
         shared = point._replace(x=None, y=None), jnp.asarray(rows)
-        return sweep(shared, (point.x, point.y), width, compiled=self.compiled)
+        return sweep(shared, (point.x, point.y), width, options, compiled=self.compiled)
 
-    def check_twice(self, point: Point, call: str) -> None:
+    def check_twice(self, point: Point, options: SweepOptions) -> None:
         """Hold products with the Hessian against each other, and against gradients, once per shape.
 
         Raises:
             NotDifferentiableError: The Hessian that JAX gives is not symmetric, or a backward pass written by hand
                 drops a part of it.
         """
-        key, size = shapes(point), sum(leaf.size for leaf in point.leaves)
+        key, size, call = shapes(point), size_of(point.leaves), options.call
         if key in self._twice:
             return
         dtype = jnp.result_type(*point.leaves)
         u, v = np.random.default_rng(0).standard_normal((2, 1, size)).astype(dtype)
         u /= np.linalg.norm(u.astype(np.float64)).astype(dtype)
-        along_u, along_v = (self.second(point, w, size)[0].astype(np.float64) for w in (u, v))
+        along_u, along_v = (self.second(point, w, size, options)[0].astype(np.float64) for w in (u, v))
         if not (np.isfinite(along_u).all() and np.isfinite(along_v).all()):
             return  # proves nothing; products are checked, and name the parameter
         gap = abs(float((along_u * v).sum()) - float((along_v * u).sum()))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._finite import check_vector
+from .._ladder.protocol import SweepOptions
 from .._space import Space
 from ..errors import InputError, InputTypeError
 from .crossing import filled, is_floating, to_numpy, to_torch
@@ -63,11 +64,9 @@ class GradientOrigin:
         arrays = [held for _, held in self._inputs()] if by_inputs else self.point.leaves
         sizes = [array.size for array in arrays]
         like = to_torch(jnp.zeros(0, jnp.result_type(*arrays)))
-        width = sum(sizes)
+        width, options = sum(sizes), SweepOptions("mvp", progress=progress)
         found = (
-            self.model.second(self.point, directions, width, by_inputs=by_inputs, progress=progress)
-            if len(directions)
-            else []
+            self.model.second(self.point, directions, width, options, by_inputs=by_inputs) if len(directions) else []
         )
         result = filled(found, (len(directions), width), like.dtype)
         check_rows("mvp", result, Space.flat(width, "x", like) if by_inputs else self.own.space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -11,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._ladder.protocol import SweepOptions
 from .._progress import track
 from .._runtime.agreement import tolerance, worst_disagreement
+from .._runtime.chunks import ROWS, rows_of
 from ..errors import NotDifferentiableError, warn
 from .crossing import to_torch
 from .jaxpr import READS
 from .rounding import rounding_error
-
-_CHUNK_ENTRIES = 2**22  # 32 MiB of results to a pass in float64, as in `_runtime.chunks`
-_CHUNK_ROWS = 64  # as in `_runtime.chunks`; a power of two, so that few shapes are compiled
 
 Each = Callable[[Callable[[Any], Any], Any], Any]
 Kernel = Callable[[Each, Any, Any], Any]
@@ -71,10 +71,10 @@ class Sweep:
         self._one_by_one = jax.jit(partial(kernel, one_by_one))
         self._uncompiled = partial(kernel, uncompiled)
         self._agreed: set[Any] = set()
-        self._batches = True
+        self._unbatched = ""  # why rows are computed one by one
 
     def __call__(
-        self, point: Any, rows: Any, width: int, *, compiled: bool = True, progress: bool | None = False
+        self, point: Any, rows: Any, width: int, options: SweepOptions, *, compiled: bool = True
     ) -> list[np.ndarray]:
         """Return the results chunk by chunk.
 
@@ -82,45 +82,51 @@ class Sweep:
             point: What all rows share.
             rows: A tree of arrays with one leading axis.
             width: Number of entries of one result.
+            options: Of the public call.
             compiled: False where the model reads values, which only works one row at a time and uncompiled.
-            progress: Show a progress bar.
 
         Raises:
             NotDifferentiableError: A value is read that depends on what is differentiated.
         """
-        many, chunk = rows_in(rows), max(1, min(_CHUNK_ROWS, _CHUNK_ENTRIES // max(1, width)))
+        many = rows_in(rows)
+        chunk = min(options.most or ROWS, rows_of(width))
+        # A power of two, so that few shapes are compiled.
         chunk = 1 << (chunk.bit_length() - 1)
         rows = jax.tree.map(np.asarray, rows)  # cut into chunks without compiling a gather for each shape
         results = []
-        for start in track(range(0, many, chunk), self.call, enabled=progress):
+        for start in track(range(0, many, chunk), self.call, enabled=options.progress):
             here = min(chunk, many - start)
             padded = 1 << (here - 1).bit_length() if compiled else here
             index = np.minimum(np.arange(start, start + padded), many - 1)
             part = jax.tree.map(itemgetter(index), rows)
-            found = self._compiled(point, part) if compiled else self._read(point, part)
+            found = self._compiled(point, part, options) if compiled else self._read(point, part)
             results.append(found[:here])
         return results
 
-    def _compiled(self, point: Any, rows: Any) -> np.ndarray:
-        if rows_in(rows) == 1 or not self._batches:
+    def _compiled(self, point: Any, rows: Any, options: SweepOptions) -> np.ndarray:
+        if rows_in(rows) == 1:
             return np.asarray(self._one_by_one(point, rows))
+        if self._unbatched:
+            return self._give_up(self._unbatched, point, rows, options)
         try:
             found = np.asarray(self._together(point, rows))
         except NotImplementedError as error:  # an operation without a batching rule
-            return self._give_up(f"it cannot be batched ({error})", point, rows)
+            return self._give_up(f"it cannot be batched ({error})", point, rows, options)
         key = shapes((point, rows))
-        if key in self._agreed or not np.isfinite(found).all():
+        known = key in self._agreed and options.checks == "first"
+        if options.checks == "never" or known or not np.isfinite(found).all():
             return found
         distance, proved = self._distance(point, rows, found)
         if proved:
             self._agreed.add(key)
         elif distance:
-            return self._give_up(f"JAX's vmap of it is off by {distance:.1e} from one row at a time", point, rows)
+            reason = f"JAX's vmap of it is off by {distance:.1e} from one row at a time"
+            return self._give_up(reason, point, rows, options)
         return found
 
-    def _give_up(self, reason: str, point: Any, rows: Any) -> np.ndarray:
-        self._batches = False
-        warn(f"{self.call}: {reason}; its rows are computed one by one.")
+    def _give_up(self, reason: str, point: Any, rows: Any, options: SweepOptions) -> np.ndarray:
+        news, self._unbatched = not self._unbatched, reason
+        leave(replace(options, call=self.call), reason, "Its rows are computed one by one", news)
         return np.asarray(self._one_by_one(point, rows))
 
     def _distance(self, point: Any, rows: Any, found: np.ndarray) -> tuple[float, bool]:
@@ -141,6 +147,18 @@ class Sweep:
             return np.asarray(self._uncompiled(point, rows))
         except READS as error:
             raise reading(self.call, error) from None
+
+
+def leave(options: SweepOptions, reason: str, instead: str, news: bool) -> None:
+    """Report that a fast way is left, once, as the caller asked for.
+
+    Raises:
+        NotDifferentiableError: `fallback="error"` forbids it.
+    """
+    if options.fallback == "error":
+        raise NotDifferentiableError(f"{options.call}: {reason}, and fallback='error' forbids the plain route.")
+    if news and options.fallback == "warn":
+        warn(f"{options.call}: {reason}. {instead}.")
 
 
 def reading(call: str, error: Exception) -> NotDifferentiableError:

@@ -31,3 +31,8 @@ class Cost:
 
     sweeps: float
     measure: Callable[[], Memory] | None = None
+
+    @property
+    def memory(self) -> Memory | None:
+        """Its memory, measured now; None where that is not known."""
+        return None if self.measure is None else self.measure()

@@ -8,6 +8,7 @@ curvature are built from these, whatever the framework. Numbers cross as torch t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 if TYPE_CHECKING:
@@ -20,6 +21,33 @@ Picks = Callable[[str, Any], bool]
 Shift = Callable[[Any, int], Any]  # parameter and its number -> what is added to it
 Group = TypeVar("Group")
 Gradients = TypeVar("Gradients")
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a model is differentiated for one public call.
+
+    Attributes:
+        call: The public call.
+        parameters: The parameters that are differentiated, by name and array; None for the inputs.
+        outputs: Part of the output.
+        at: A submodule to differentiate at.
+        mode: Direction of the sweeps of a Jacobian by samples: `"auto"`, `"forward"` or `"reverse"`.
+        checks: `"first"`, `"always"`, `"strict"` or `"never"` compare batched sweeps with single ones.
+        fallback: `"warn"`, `"silent"` or `"error"` where batched or compiled sweeps are left.
+        most: Most rows to a sweep; None where only their size counts.
+        progress: Show a progress bar; None on a terminal only.
+    """
+
+    call: str
+    parameters: Picks | None = None
+    outputs: Any = None
+    at: Any = None
+    mode: str = "auto"
+    checks: str = "first"
+    fallback: str = "warn"
+    most: int | None = None
+    progress: bool | None = False
 
 
 class Linearized(Protocol):
@@ -148,40 +176,34 @@ class FrameworkModel(Protocol):
         ...
 
     def point(self, parameters: Picks | None) -> Tensor:
-        """Return those as they are, flat."""
+        """Return those as they are, `(P,)`."""
         ...
 
-    def value(
-        self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None, shift: Shift | None = None
-    ) -> float:
+    def value(self, loss: Any, x: Any, y: Any, options: SweepOptions, shift: Shift | None = None) -> float:
         """Return the loss of a batch; with `shift`, which may make it NaN, at parameters that are a little off."""
         ...
 
-    def gradient(self, loss: Any, x: Any, y: Any, call: str, parameters: Picks | None) -> Tensor:
-        """Return its gradient, flat."""
+    def gradient(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> Tensor:
+        """Return the gradient `(P,)` of a batch's loss."""
         ...
 
     def weighted(self, loss: Any, weights: Tensor) -> Any:
         """Return a loss that is the sum of the rows' own losses times weights."""
         ...
 
-    def mixed(self, loss: Any, x: Any, y: Any, rows: Tensor, parameters: Picks | None) -> Tensor:
-        """Return `(k, n, *x)`, the derivative by every sample's input of `rows` times its gradient."""
+    def mixed(self, loss: Any, x: Any, y: Any, rows: Tensor, options: SweepOptions) -> Tensor:
+        """Return `(k, n, *x)`, the derivative of `rows @ g_i` by sample i's input."""
         ...
 
     def fingerprint(self, loss: Any, more: str) -> str:
-        """Return a digest of all parameters, and of the functions' names."""
+        """Return a digest of all parameters, of the functions' names, and of a text."""
         ...
 
-    def record(
-        self, inputs: Any, *, call: str, parameters: Picks | None, outputs: Any = None, at: Any = None
-    ) -> Recorded:
-        """Record the output by the parameters picked, or by the inputs where `parameters` is None."""
+    def record(self, inputs: Any, options: SweepOptions) -> Recorded:
+        """Record the output by the parameters picked, or by the inputs."""
         ...
 
-    def record_loss(
-        self, loss: Any, x: Any, y: Any, *, call: str, parameters: Picks | None, outputs: Any = None
-    ) -> Recorded:
+    def record_loss(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> Recorded:
         """Record the gradient of the loss of one batch by the parameters: its Jacobian is the Hessian."""
         ...
 
@@ -197,23 +219,18 @@ class FrameworkModel(Protocol):
         """Return the likelihood of which a loss is the negative logarithm, None where there is none."""
         ...
 
-    def map_rows(
-        self,
-        x: Any,
-        y: Any = None,
-        *,
-        call: str,
-        loss: Any = None,
-        parameters: Picks | None = None,
-        outputs: Any = None,
-        mode: str = "auto",
-    ) -> SampleRows:
+    def map_rows(self, x: Any, options: SweepOptions, y: Any = None, loss: Any = None) -> SampleRows:
         """Return the gradient of every sample's loss, or the Jacobian of its output, by parameters or by its input."""
         ...
 
     def layers(self, x: Any, parameters: Picks | None, call: str) -> LayerGradients[Any, Any]:
         """Return the gradients of single samples by layers."""
         ...
+
+
+def everything(name: str, array: Any) -> bool:
+    """Pick all parameters."""
+    return True
 
 
 def is_framework_model(model: Any) -> TypeGuard[FrameworkModel]:

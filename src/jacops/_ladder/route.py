@@ -37,7 +37,10 @@ class Verdicts(Protocol):
         ...
 
     def refusal(self, question: str, route: str) -> Any:
-        """Return why a route is not taken, an object with a `reason`; None where it may be tried."""
+        """Return why a route is not taken, None where it may be tried: an object with a `reason`.
+
+        It is `loud` where the route failed, and not where it was only measured slower.
+        """
         ...
 
 
@@ -131,7 +134,11 @@ class Route(Protocol):
         ...
 
     def refuses(self, ask: Any) -> str | None:
-        """Return why it does not apply, None if it does; plans and reprs print it (`""`: not worth a word)."""
+        """Return why it does not apply, None if it does; plans and reprs print it (`""`: not worth a word).
+
+        Raises:
+            RouteFailedError: What has to be prepared for it failed, which is kept as a failure of the route is.
+        """
         ...
 
     def cost(self, ask: Any) -> Cost:
@@ -154,7 +161,15 @@ class Route(Protocol):
 def refused(ask: Question, route: Route) -> str | None:
     """Return why a route is not taken: what an earlier call found, or what the route itself says; None if it may be."""
     known = ask.verdicts.refusal(ask.question, route.name)
-    return route.refuses(ask) if known is None else str(known.reason)
+    return _own_reason(ask, route) if known is None else str(known.reason)
+
+
+def _own_reason(ask: Question, route: Route) -> str | None:
+    try:
+        return route.refuses(ask)
+    except RouteFailedError as error:
+        _keep(ask, route, error)
+        return str(error)
 
 
 def candidates(ask: Question, routes: Sequence[Any]) -> list[tuple[Route, str | None]]:
@@ -184,6 +199,8 @@ def answered(ask: Ask, routes: Sequence[Any]) -> tuple[Any, Route]:
     """
     left: tuple[Route, RouteFailedError, bool] | None = None
     order = candidates(ask, routes)
+    if ask.fallback == "error":
+        _check_known(ask, routes)
     because = next((reason for _, reason in order if reason), "")
     for route, reason in order:
         if reason is not None or (left is not None and refused(ask, route) is not None):
@@ -226,7 +243,27 @@ def prove(ask: Ask, route: Route, found: Any) -> list[str]:
     return proved
 
 
-def _keep(ask: Ask, route: Route, error: RouteFailedError) -> bool:
+def _check_known(ask: Ask, routes: Sequence[Any]) -> None:
+    """Refuse to pass over what an earlier call found to fail, as that call was refused.
+
+    Raises:
+        NotDifferentiableError: The first route that applies failed earlier, and `fallback="error"` forbids the next.
+    """
+    applying = [(route, None) for route in routes if _own_reason(ask, route) is None]
+    for route, _ in sorted(applying, key=lambda pair: _place(ask, *pair)):
+        known = ask.verdicts.refusal(ask.question, route.name)
+        if known is None:
+            return
+        if known.loud:
+            _check_allowed(ask, route, known.reason)
+
+
+def _check_allowed(ask: Ask, route: Route, reason: Any) -> None:
+    if ask.fallback == "error" and (route.leaving != "silent" or route.name == ask.asked):
+        raise NotDifferentiableError(f"{ask.call}: {reason}, and fallback='error' forbids the plain route.")
+
+
+def _keep(ask: Question, route: Route, error: RouteFailedError) -> bool:
     """Keep why a route failed; return whether that is new. Values that are not finite say nothing about a route."""
     return not isinstance(error, RouteNotFiniteError) and ask.verdicts.refuse(ask.question, route.name, str(error))
 
@@ -234,9 +271,7 @@ def _keep(ask: Ask, route: Route, error: RouteFailedError) -> bool:
 def _report(ask: Ask, route: Route, error: RouteFailedError, news: bool, instead: str) -> None:
     """Say that a route was left, as the caller asked for."""
     asked = route.name == ask.asked
-    if route.leaving == "silent" and not asked:
-        return
-    if ask.fallback == "error":
-        raise NotDifferentiableError(f"{ask.call}: {error}, and fallback='error' forbids the plain route.")
-    if news and ask.fallback == "warn" and (asked or route.leaving == "warned" or isinstance(error, RouteWrongError)):
+    _check_allowed(ask, route, error)
+    wrong = route.leaving == "noted" and isinstance(error, RouteWrongError)
+    if news and ask.fallback == "warn" and (asked or route.leaving == "warned" or wrong):
         warn(f"{ask.call} went {instead}: {error}.")

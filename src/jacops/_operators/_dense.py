@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._runtime.chunks import ROWS, rows_of
 from .._runtime.memory import (
     SMALL,
     Budget,
@@ -30,7 +31,6 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from ._base import Operator
 
-CHUNK_ENTRIES = 2**22  # 32 MiB of vectors and images in float64, as in `_runtime.chunks`
 _TIGHT = 1.3  # what few and large tensors take from the system: measured over perceptrons and convolutions
 _HOLES = 1.65  # what others take, in `memory.resident`
 
@@ -197,7 +197,7 @@ def by_products(operator: Operator, room: Headroom) -> FillRoute:
     """Return how a matrix is filled by products with unit vectors, as many together as fit."""
     m, n = operator.shape
     name = "by columns" if n <= m else "by rows"
-    most = max(1, min(64, n, m, CHUNK_ENTRIES // max(1, m + n)))
+    most = rows_of(m + n, max(1, min(ROWS, n, m)))
     if not 0 < room.free < math.inf:
         return FillRoute(name, chunk=most)
     fixed, each = _measured(operator)

@@ -10,10 +10,10 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from .._runtime.chunks import ENTRIES
 from .._space import Space
 from ._base import OnSpace
 
-_CHUNK_ENTRIES = 2**22  # rows are taken so many entries at a time: 32 MiB in float64
 Form = Literal["kronecker", "exact", "diagonal"]
 FORMS: tuple[Form, ...] = ("kronecker", "exact", "diagonal")
 
@@ -144,7 +144,7 @@ class EigenBlocks(OnSpace):
 
     def _apply(self, rows: Tensor) -> Tensor:
         result = torch.empty_like(rows)
-        step = max(1, _CHUNK_ENTRIES // max(1, self.space.dim))
+        step = max(1, ENTRIES // max(1, self.space.dim))
         for few, written in zip(rows.split(step), result.split(step), strict=True):
             for block in self.blocks:
                 block.write(block.coordinates(few) * block.values, written)

@@ -156,7 +156,7 @@ def listed(ask: Any, routes: Sequence[Any], result: int, startup: int, budget: i
     only = next((reason for _, reason in order if reason), "") if len(order) == 1 or order[1][1] is not None else ""
     for number, (route, reason) in enumerate(order):
         cost, chosen = route.cost(ask), number == 0
-        memory = cost.measure() if cost.measure is not None and (reason != "" or not rows) else None
+        memory = cost.memory if reason != "" or not rows else None
         if reason == "":  # it does not apply to such a question at all
             continue
         asked = f"asked for by `{ask.argument}`" if ask.asked else ""

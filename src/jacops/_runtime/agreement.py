@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Some thousand roundings, room for deep nets; a wrong route is off by a share of 1.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
+# As many for results of a few operations, of which no long sum is rounded.
+_FEW_OPERATIONS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 8e-2  # ten roundings of bfloat16 (2**-7 each), since sums are rounded at every layer
 # Central differences with a step of eps ** (1/3) are good to eps ** (2/3) of the size of third derivatives; the rest is
 # room for those.
@@ -23,6 +25,16 @@ def tolerance(dtypes: Iterable[torch.dtype]) -> float:
     """Return how far two right answers in these dtypes may differ, relative to their size."""
     real = [torch.empty(0, dtype=d).real.dtype if d.is_complex else d for d in dtypes]
     return max((_TOLERANCE.get(d, _COARSE) for d in real), default=_COARSE)
+
+
+def few_operations_tolerance(dtype: torch.dtype, coarse: float = 1e-2) -> float:
+    """Return how far two right results of a few operations may differ; `coarse` is for less precise dtypes."""
+    return _FEW_OPERATIONS.get(dtype, coarse)
+
+
+def residual_tolerance(dtype: torch.dtype) -> float:
+    """Return the relative residual that solvers and eigensolvers stop at by default."""
+    return 1e-8 if dtype == torch.float64 else 1e-4  # some square roots of a rounding: what refinement does reach
 
 
 def difference_tolerance(dtype: torch.dtype) -> float:

@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from ..errors import JacopsError, warn
 from .contexts import is_memory_error
 
-_ENTRIES = 2**22  # 32 MiB of vectors and images in float64: more leave the caches
-_ROWS = 64  # 32 to 64 were fastest for a perceptron; 4 took twice as long, 128 and more a quarter longer
+ENTRIES = 2**22  # 32 MiB of vectors and images in float64: more leave the caches
+ROWS = 64  # 32 to 64 were fastest for a perceptron; 4 took twice as long, 128 and more a quarter longer
 _CACHED = 2**25  # 1.5 times faster than 64 rows, for a perceptron over 1,500 samples
+
+
+def rows_of(entries: int, most: int = ROWS) -> int:
+    """Return how many rows of so many entries, vectors and images together, go into one batched pass."""
+    return max(1, min(most, ENTRIES // max(1, entries)))
 
 
 def to_a_pass(rows: int, entries: int, passed: int) -> int:
@@ -22,7 +27,7 @@ def to_a_pass(rows: int, entries: int, passed: int) -> int:
         entries: Numbers of a vector and of its image.
         passed: Bytes of cotangents that one vector's pass makes, where caches should hold those of a batch; else 0.
     """
-    most = min(rows, _ROWS, _ENTRIES // max(1, entries), _CACHED // max(1, passed))
+    most = min(rows, rows_of(entries), _CACHED // max(1, passed))
     passes = math.ceil(rows / max(1, most))
     return max(1, math.ceil(rows / max(1, passes)))
 

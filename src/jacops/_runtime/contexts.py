@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,17 @@ from torch.utils._pytree import tree_leaves
 from ..errors import NotDifferentiableError
 from .norms import norm_rules
 from .recurrence import RECURRENT, step_by_step
-from .restoring import Guard, Guards, entered, function_modes, leave_function_modes, process_lock, restoring
+from .restoring import (
+    Guard,
+    Guards,
+    ProcessSetting,
+    ProcessState,
+    Setting,
+    entered,
+    function_modes,
+    leave_function_modes,
+    restoring,
+)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -63,30 +73,6 @@ def refuse_transforms() -> None:
         )
 
 
-class _Attention(Guard):
-    """Attention on the math kernel while anybody records: the fused ones have no second derivative.
-
-    Torch keeps this choice for the whole process, so threads share it: the first to enter saves the caller's choice
-    and the last to leave restores it.
-    """
-
-    _inside: ClassVar[set[Guard]] = set()
-    _found: ClassVar[list[bool]] = []
-
-    def change(self) -> None:
-        with process_lock:
-            if not self._inside:
-                self._found[:] = [is_enabled() for is_enabled, _ in _KERNELS.values()]
-            self._inside.add(self)
-            _choose_attention([name == "math" for name in _KERNELS])
-
-    def restore(self) -> None:
-        with process_lock:
-            if self._inside == {self}:
-                _choose_attention(self._found)
-            self._inside.discard(self)
-
-
 def _kernel(name: str) -> tuple[Callable[[], bool], Callable[[bool], None]]:
     return getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}")
 
@@ -99,9 +85,12 @@ def _choose_attention(choice: Sequence[bool]) -> None:
         choose(enabled)
 
 
+_ATTENTION = ProcessState(lambda: [is_enabled() for is_enabled, _ in _KERNELS.values()], _choose_attention)
+
+
 def math_attention() -> Guard:
-    """Return a context with attention on the math kernel."""
-    return _Attention()
+    """Return a context with attention on the math kernel: the fused ones have no second derivative."""
+    return ProcessSetting(_ATTENTION, [name == "math" for name in _KERNELS])
 
 
 def _checkpoint_records_nothing() -> bool:
@@ -151,22 +140,17 @@ class _FreshAutocastCache(Guard):
     restore = change
 
 
-class _NoAutocast(Guard):
-    """No autocast inside, for one kind of device."""
+def _no_autocast(kind: str) -> Guard:
+    """Return a context without autocast, for one kind of device."""
 
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
+    def enable(enabled: bool) -> None:
+        if enabled is not is_enabled():
+            torch.set_autocast_enabled(kind, enabled)
 
-    def save(self) -> None:
-        self._found = torch.amp.is_autocast_available(self._kind) and torch.is_autocast_enabled(self._kind)
+    def is_enabled() -> bool:
+        return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
-    def change(self) -> None:
-        if self._found:
-            torch.set_autocast_enabled(self._kind, False)
-
-    def restore(self) -> None:
-        if self._found:
-            torch.set_autocast_enabled(self._kind, True)
+    return Setting(is_enabled, enable, False)
 
 
 class _Mode(Guard):
@@ -219,22 +203,9 @@ class _RightKernels(TorchFunctionMode):
 _norms_written_out: ContextVar[bool] = ContextVar("_norms_written_out", default=False)
 
 
-class _NormsWrittenOut(Guard):
-    """Norms are recorded as elementary operations inside, which have derivatives of any order."""
-
-    def save(self) -> None:
-        self._found = _norms_written_out.get()
-
-    def change(self) -> None:
-        _norms_written_out.set(True)
-
-    def restore(self) -> None:
-        _norms_written_out.set(self._found)
-
-
 def norms_written_out() -> Guard:
-    """Return a context in which norms are recorded as elementary operations."""
-    return _NormsWrittenOut()
+    """Return a context in which norms are recorded as elementary operations, which have derivatives of any order."""
+    return Setting(_norms_written_out.get, _norms_written_out.set, True)
 
 
 class GraphRecording(Guards):
@@ -247,7 +218,7 @@ class GraphRecording(Guards):
 
     def __init__(self, matters: Callable[[Tensor], bool] = lambda tensor: True, call: str = "") -> None:
         self._mode, self._matters, self._call = _RightKernels(), matters, call
-        super().__init__(_Gradients(True), _Attention(), _Mode(self._mode), _FreshAutocastCache())
+        super().__init__(_Gradients(True), math_attention(), _Mode(self._mode), _FreshAutocastCache())
 
     def __exit__(self, kind: object = None, *rest: object) -> None:
         super().__exit__(kind, *rest)
@@ -276,51 +247,12 @@ def recording(matters: Callable[[Tensor], bool] = lambda tensor: True, call: str
 
 def sweeping(like: Tensor) -> Guards:
     """Run backward passes in the dtypes they were recorded in, also inside the caller's autocast."""
-    return Guards(_Gradients(True), _NoAutocast(like.device.type))
+    return Guards(_Gradients(True), _no_autocast(like.device.type))
 
 
 def arithmetic(create_graph: bool, inference: bool = False) -> Guard:
     """Put results together in the gradient mode that the call asks for, whatever the caller's is."""
     return _Gradients(create_graph, inference)
-
-
-class _RandomState(Guard):
-    """The global random states restored afterwards, those of devices included.
-
-    They belong to the whole process: with several threads inside, the first to enter saves them and the last to leave
-    restores them. A guard inside another one of its own thread restores what it found itself.
-
-    Args:
-        seed: What to draw from inside, where there is one.
-    """
-
-    _inside: ClassVar[set[Guard]] = set()
-    _shared: ClassVar[list[Any]] = []
-
-    def __init__(self, seed: int | None = None) -> None:
-        self._seed = seed
-
-    def save(self) -> None:
-        self._nested = entered(_RandomState)
-        self._found = random_states()
-
-    def change(self) -> None:
-        if not self._nested:
-            with process_lock:
-                if not self._inside:
-                    self._shared[:] = self._found
-                self._inside.add(self)
-        if self._seed is not None:
-            torch.manual_seed(self._seed)
-
-    def restore(self) -> None:
-        if self._nested:
-            set_random_states(self._found)
-            return
-        with process_lock:
-            if self._inside == {self}:
-                set_random_states(self._shared)
-            self._inside.discard(self)
 
 
 def random_states() -> list[Any]:
@@ -333,6 +265,38 @@ def set_random_states(states: Sequence[Any]) -> None:
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state_all(states[1])
+
+
+_RANDOM = ProcessState(random_states, set_random_states)
+
+
+class _RandomState(Guard):
+    """The global random states restored afterwards, those of devices included.
+
+    They belong to the whole process. A guard inside another one of its own thread restores what it found itself.
+
+    Args:
+        seed: What to draw from inside, where there is one.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = seed
+
+    def save(self) -> None:
+        self._nested = entered(_RandomState)
+        self._found = random_states() if self._nested else None
+
+    def change(self) -> None:
+        if not self._nested:
+            _RANDOM.enter(self)
+        if self._seed is not None:
+            torch.manual_seed(self._seed)
+
+    def restore(self) -> None:
+        if self._found is not None:
+            set_random_states(self._found)
+        else:
+            _RANDOM.leave(self)
 
 
 def seeded(seed: int | None) -> Guard:

@@ -175,6 +175,78 @@ def restoring(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
     return call
 
 
+class Setting(Guard):
+    """A setting that has another value inside.
+
+    Args:
+        read: Returns the setting.
+        write: Changes it.
+        value: What it is inside.
+    """
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> None:
+        self._read, self._write, self._value = read, write, value
+
+    def save(self) -> None:
+        """Keep the setting."""
+        self._found = self._read()
+
+    def change(self) -> None:
+        """Change it."""
+        self._write(self._value)
+
+    def restore(self) -> None:
+        """Put it back."""
+        self._write(self._found)
+
+
+class ProcessState:
+    """A state of the whole process, which threads share.
+
+    The first guard to enter saves the caller's state, and the last to leave restores it.
+
+    Args:
+        read: Returns the state.
+        write: Changes it.
+    """
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
+        self.read, self.write = read, write
+        self._found: Any = None
+        self._inside: set[Guard] = set()
+
+    def enter(self, guard: Guard, value: Any = None) -> None:
+        """Note that a guard is inside, and change the state to a value if there is one."""
+        with process_lock:
+            if not self._inside:
+                self._found = self.read()
+            self._inside.add(guard)
+            if value is not None:
+                self.write(value)
+
+    def leave(self, guard: Guard) -> None:
+        """Note that a guard is left; done again it changes nothing."""
+        with process_lock:
+            if self._inside == {guard}:
+                self.write(self._found)
+            self._inside.discard(guard)
+
+
+class ProcessSetting(Guard):
+    """A state of the whole process that has another value while any thread is inside."""
+
+    def __init__(self, state: ProcessState, value: Any) -> None:
+        self._state, self._value = state, value
+
+    def change(self) -> None:
+        """Change the state."""
+        self._state.enter(self, self._value)
+
+    def restore(self) -> None:
+        """Put it back, if no other guard is inside."""
+        self._state.leave(self)
+
+
 class GradientsKept(Guard):
     """Tensors whose `.grad` is None inside and what it was before afterwards.
 
@@ -246,20 +318,8 @@ class WarningsIgnored(Guard):
             return
 
 
-class NumericWarningsIgnored(Guard):
+class NumericWarningsIgnored(Setting):
     """NumPy's warnings of these kinds (`"over"`, `"invalid"` …) are ignored inside."""
 
     def __init__(self, *kinds: Literal["over", "invalid", "divide", "under"]) -> None:
-        self._kinds = kinds
-
-    def save(self) -> None:
-        """Keep what NumPy does in each case."""
-        self._found = np.geterr()
-
-    def change(self) -> None:
-        """Ignore them."""
-        np.seterr(**dict.fromkeys(self._kinds, "ignore"))  # pyright: ignore[reportArgumentType]
-
-    def restore(self) -> None:
-        """Put NumPy's settings back."""
-        np.seterr(**self._found)
+        super().__init__(np.geterr, lambda actions: np.seterr(**actions), dict.fromkeys(kinds, "ignore"))

@@ -45,7 +45,7 @@ from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
 from .sweeps.linearization import Linearization
 from .sweeps.nonfinite import Lost, pull_noting_losses
-from .sweeps.proofs import Proofs, identity_key, store_for
+from .sweeps.proofs import CHECKS, Proofs, identity_key, store_for
 from .sweeps.record import Recording, record_at_outputs, record_closure, record_further, record_model
 from .sweeps.weights import check_kept, weights_of
 
@@ -54,6 +54,7 @@ __all__ = [
     "BY_SAMPLES",
     "Blocks",
     "ByLayers",
+    "CHECKS",
     "ConnectedModel",
     "Definition",
     "FollowedModel",

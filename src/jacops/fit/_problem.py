@@ -35,8 +35,9 @@ from ..errors import (
     NonFiniteError,
     NotDifferentiableError,
 )
-from ..sparse import SparsePlan, sparse_plan
+from ..sparse import SparsePlan
 from ..sparse._matrix import csr
+from ..sparse._remembered import plan_for_fit
 from ._layout import Layout, Values, layout_of
 from ._residuals import Residuals, block_diagonal, residuals_of
 from ._scaling import scaling_of
@@ -122,6 +123,7 @@ class FitProblem:
         self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
         self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
         self.call, self.value = call, value
+        self.owner = module.function if isinstance(module, FunctionModule) else module
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
         self.held = parameter_names(self.work)
         self.evaluations = self.linearisations = 0
@@ -228,7 +230,8 @@ class FitProblem:
             self._check_budget(rows, columns)
             self.route = f"dense: {size}, rows are {share:.0%} full"
             return
-        plan = sparse_plan(self.work, self.value, wrt="parameters", tangent=True)
+        setting = (jacobian, *((name, p.shape, p.dtype, p.device) for name, p in self.original.items()))
+        plan = plan_for_fit(self.owner, self.work, self.value, setting)
         self.plan, self.route = plan, f"sparse: {size}, {plan.sweeps} sweeps"
         self._check_lie()
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from .._operators import Operator
-from ..errors import InputError
+from .._requirements import check_range
 from ._base import Prepared, Solver
-from ._cg import CG, PreparedCG, check_options
+from ._cg import CG, prepared_cg
 from ._direct import Direct
 from ._judge import Raw
 from ._minres import MINRES
-from ._precondition import nystrom
+from ._precondition import Preconditioner, nystrom
 from ._solution import Status
 from ._structure import MOST_ROWS, congruence, in_memory
-from ._system import System
+from ._system import System, check_options
 
 _MOST_UNKNOWNS = 8192  # 512 MiB in float64; with two working copies it fits `_BUDGET`, and is factorised in seconds
 _BUDGET = 2**31  # 2 GiB: three matrices of `_MOST_UNKNOWNS` rows in float64
@@ -56,8 +56,8 @@ class Auto(Solver):
             InputError: An option is out of range.
         """
         check_options(self.tolerance, None)
-        if self.budget is not None and (isinstance(self.budget, bool) or not self.budget > 0):
-            raise InputError.of("budget", repr(self.budget), "a positive number of bytes is needed")
+        if self.budget is not None:
+            check_range("budget", self.budget)
         return _PreparedAuto(self, System(operator, damping, self.tolerance))
 
 
@@ -66,7 +66,7 @@ class _PreparedAuto(Prepared):
     def __init__(self, recipe: Auto, system: System) -> None:
         self.recipe, self.system, self.method = recipe, system, "Auto"
         self.chosen: Prepared | None = None
-        self.sketched: PreparedCG | None = None
+        self.sketched: tuple[System, Preconditioner] | None = None
         self.spent = 0.0
         self.direct, self.cost, self.why = _direct(recipe, system)
 
@@ -94,13 +94,13 @@ class _PreparedAuto(Prepared):
         expected = _STEPS * rows.shape[0] ** 0.5
         if not self.system.is_positive or self.system.n < _TOO_FEW or self.cost - expected < _LEAST_RANK:
             return None
-        cg = self.sketched = self.sketched or self._sketch(int(self.cost - expected))
+        system, inner = self.sketched = self.sketched or self._sketch(int(self.cost - expected))
         # Twice the goal of the sketch (10): it gave up, and the condition number left over is above 20.
-        if cg.inner.info.get("remainder", math.inf) > 20 * cg.system.damping or self.spent > self.cost:
+        if inner.info.get("remainder", math.inf) > 20 * system.damping or self.spent > self.cost:
             self.why += "; conjugate gradients would cost more"
             return None
         # Half as much again as a factorisation costs, then it is made: 2.5 times its cost at the worst.
-        cg.most = max(1, int(1.5 * self.cost / rows.shape[0]))
+        cg = prepared_cg(system, inner, max(1, int(1.5 * self.cost / rows.shape[0])))
         before = self.system.products
         why = f"about {expected:.0f} products were expected to do, where a factorisation costs {self.cost:.0f}"
         raw = self._run(cg, rows, why)
@@ -112,24 +112,27 @@ class _PreparedAuto(Prepared):
         self.why += "; conjugate gradients did not do"
         return None
 
-    def _sketch(self, rank: int) -> PreparedCG:
-        system = System(self.system.given, self.system.given_damping)
+    def _sketch(self, rank: int) -> tuple[System, Preconditioner]:
+        system = System(self.system.given, self.system.given_damping, self.recipe.tolerance)
         inner = nystrom(system, None, min(_MOST_RANK, rank), give_up=True)
         self.spent = float(system.products)
-        return self._counted(PreparedCG(CG("nystrom", tolerance=self.recipe.tolerance), system, inner))
+        self._count(system)
+        return system, inner
 
     def _prepared(self, solver: Solver) -> Prepared:
-        return self._counted(solver.prepare(self.system.given, self.system.given_damping))
-
-    def _counted(self, prepared: Any) -> Any:
-        self.system.products += prepared.system.products
-        prepared.system.products = 0
+        prepared = solver.prepare(self.system.given, self.system.given_damping)
+        self._count(prepared.system)
         return prepared
+
+    def _count(self, system: System) -> None:
+        """Count the products made by others as this solver's."""
+        self.system.products += system.products
+        system.products = 0
 
     def _run(self, prepared: Prepared, rows: Tensor, why: str) -> Raw:
         raw = prepared._solve(rows)
         self.system.exponent = prepared.system.fixed()  # the unit in which the answer is
-        self._counted(prepared)
+        self._count(prepared.system)
         self.method = f"Auto: {prepared.method}"
         return replace(raw, info={**raw.info, "chosen": f"{prepared.method}: {why}"})
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -81,6 +82,23 @@ class Prepared(ABC):
                 f"or more (at most {solution.worst:.1e}), which zero has too. Raise `damping`, allow a larger rank, "
                 "or solve by `CG()` with this method as its `preconditioner`."
             )
+
+
+@final
+class PreparedBy(Prepared):
+    """A solver that is a function, once it is ready.
+
+    Args:
+        system: The damped operator.
+        method: The solver's name.
+        solve: Solves for rows, as `Prepared._solve`.
+    """
+
+    def __init__(self, system: System, method: str, solve: Callable[[Tensor], Raw]) -> None:
+        self.system, self.method, self._run = system, method, solve
+
+    def _solve(self, rows: Tensor) -> Raw:
+        return self._run(rows)
 
 
 class Solver(ABC):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from .._operators import Operator
-from .._requirements import check_positive
-from ..errors import InputError
-from ._base import Prepared, Solver
+from ._base import Prepared, PreparedBy, Solver
 from ._block import block_iteration
 from ._judge import Raw, condition_limit
 from ._precondition import Preconditioner, preconditioner_of
-from ._refine import IterationResult, noise, refined
+from ._refine import Ended, IterationResult, noise, refined
 from ._solution import Status
-from ._system import System, check_symmetric
+from ._system import System, symmetric_system
 
 
 @final
@@ -56,31 +55,21 @@ class CG(Solver):
         Raises:
             InputError: The operator is not symmetric, or an option is out of range.
         """
-        check_options(self.tolerance, self.max_steps)
-        system = System(operator, damping, self.tolerance)
-        check_symmetric(system, "CG")
+        system = symmetric_system(operator, damping, "CG", self.tolerance, self.max_steps)
         inner = preconditioner_of(system, self.preconditioner, self.rank, self.max_rank, self.seed)
-        return PreparedCG(self, system, inner)
+        return prepared_cg(system, inner, steps_allowed(self.max_steps, system.n), self.block)
 
 
-@final
-class PreparedCG(Prepared):
-    """Conjugate gradients with their preconditioner built."""
+def prepared_cg(system: System, inner: Preconditioner, most: int, block: bool = True) -> PreparedBy:
+    """Return conjugate gradients with their preconditioner built, of so many steps at the most."""
+    iteration = block_iteration if block else row_iteration
 
-    def __init__(self, recipe: CG, system: System, inner: Preconditioner) -> None:
-        self.recipe, self.system, self.inner = recipe, system, inner
-        self.method = ("block " if recipe.block else "") + "CG"
-        self.most = steps_allowed(recipe.max_steps, system.n)
-
-    def _solve(self, rows: Tensor) -> Raw:
-        iteration = block_iteration if self.recipe.block else row_iteration
-
-        def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
-            return iteration(self.system, self.inner.apply, rows, goals, most)
-
-        raw = refined(self.system, rows, self.most, run)
-        raw.info.update(self.inner.info)
+    def solve(rows: Tensor) -> Raw:
+        raw = refined(system, rows, most, partial(iteration, system, inner.apply))
+        raw.info.update(inner.info)
         return raw
+
+    return PreparedBy(system, "block CG" if block else "CG", solve)
 
 
 def row_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
@@ -96,13 +85,14 @@ def row_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most:
         last = step == most or bool(finished.all())
         Ap = p if last else system.apply(p)
         curvature = (p * Ap).sum(1)
-        failed = {Status.BREAKDOWN: ~(rz > 0) | ~curvature.isfinite()}
+        ended: list[Ended] = [(None, finished), (Status.BREAKDOWN, ~(rz > 0) | ~curvature.isfinite())]
         if last:
-            failed[Status.MAX_STEPS] = torch.ones_like(finished)
+            ended.append((Status.MAX_STEPS, torch.ones_like(finished)))
         else:
-            failed[Status.NEGATIVE_CURVATURE] = _is_negative(system, result, p, Ap, curvature, ~finished)
-            failed[Status.SINGULAR] = (curvature <= 0) | (scale > condition_limit(system.dtype) * rows[ids].norm(dim=1))
-        active = _left_after(result, ids, x, step, finished, failed)
+            flat = (curvature <= 0) | (scale > condition_limit(system.dtype) * rows[ids].norm(dim=1))
+            negative = _is_negative(system, result, p, Ap, curvature, ~finished)
+            ended += [(Status.NEGATIVE_CURVATURE, negative), (Status.SINGULAR, flat)]
+        active = result.settle(ids, x, step, ended)
         if not bool(active.any()):
             break
         ids, x, r, p, rz, Ap, curvature = (value[active] for value in (ids, x, r, p, rz, Ap, curvature))
@@ -111,6 +101,8 @@ def row_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most:
         z = inner(r)
         along = (r * z).sum(1)
         p, rz = z + (along / rz).unsqueeze(1) * p, along
+    if Status.BREAKDOWN in result.failed.values():
+        result.reason = "the preconditioner is not positive definite, or a product is not finite"
     return result
 
 
@@ -128,34 +120,7 @@ def _is_negative(
     return relative < -noise(system) * result.norm
 
 
-def _left_after(
-    result: IterationResult, ids: Tensor, x: Tensor, step: int, finished: Tensor, failed: dict[Status, Tensor]
-) -> Tensor:
-    """Note the rows that end here, each by the first status that is true of it; return which go on."""
-    result.end(ids[finished], step)
-    active = ~finished
-    for status, flags in failed.items():
-        result.end(ids[flags & active], step, status)
-        if status == Status.BREAKDOWN and bool((flags & active).any()):
-            result.reason = "the preconditioner is not positive definite, or a product is not finite"
-        active = active & ~flags
-    result.x[ids[~active]] = x[~active]
-    return active
-
-
 def steps_allowed(max_steps: int | None, n: int) -> int:
     """Return the number of steps meant."""
     # In exact arithmetic n steps do; rounding takes some times as many, and 10,000 take too long anyway.
     return max_steps if max_steps is not None else min(max(10 * n, 100), 10_000)
-
-
-def check_options(tolerance: float | None, max_steps: int | None) -> None:
-    """Refuse options out of range.
-
-    Raises:
-        InputError: One is.
-    """
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise InputError.of("tolerance", repr(tolerance), "a number between 0 and 1 is needed")
-    if max_steps is not None:
-        check_positive("max_steps", max_steps)

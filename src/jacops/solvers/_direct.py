@@ -3,23 +3,23 @@ r"""Direct: factorise the dense matrix, or, for a congruence with few rows, the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from .._finite import on_finite_rows
+from .._finite import is_finite, on_finite_rows
 from .._lanczos import KrylovSpace
 from .._operators import Identity, LayerFactors, Matrix, Operator
 from .._runtime.contexts import private_noise
 from ..errors import InputError
 from ._base import Prepared, Raw, Solver
 from ._judge import condition_limit
+from ._refine import IterationResult, refined
 from ._solution import Status
 from ._structure import Congruence, congruence, damped_dense, dense_of, in_memory, is_symmetric
-from ._system import System, in_double, largest_entry, ldexp, shifted
+from ._system import RowMap, System, in_double, largest_entry, ldexp, power_norm, shifted
 
 _EXACT_SPECTRUM = 2048  # up to so many unknowns all eigenvalues explain a failure, in seconds
 _STEPS = 120  # of Lanczos, beyond that: extreme Ritz values settle first, and a message needs one digit
@@ -71,7 +71,7 @@ class _Factorised(Prepared):
     method = "direct"
     norm: float
     recipe: Direct
-    once: Callable[[Tensor], Tensor]
+    once: RowMap
 
     def __init__(self, recipe: Direct, system: System) -> None:
         self.recipe, self.system = recipe, system
@@ -86,42 +86,27 @@ class _Factorised(Prepared):
 
     def _solve(self, rows: Tensor) -> Raw:
         k = rows.shape[0]
-        failed = dict.fromkeys(range(k), self.failed) if self.failed else {}
-        x, left = self._refined(rows)
-        return Raw(x, [0] * k, failed, self.norm, self.info, left=left)
+        if self.failed:
+            return Raw(self.once(rows), [0] * k, dict.fromkeys(range(k), self.failed), self.norm, self.info)
 
-    def _refined(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return solutions and how large their residuals are; None where the operator itself must tell."""
-        x = self.once(rows)
-        if self.failed or not bool(x.isfinite().all()):
-            return x, None
-        size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        left = self._left(x, rows)
-        # One step reaches the rounding level where condition times eps is small; more than three do not help.
-        for _ in range(3):
-            now = torch.linalg.vector_norm(left, dim=1) / size
-            if not bool((now > 0.1 * self.system.tolerance).any()):
-                break
-            better = x + self.once(left.to(x.dtype))
-            left_then = self._left(better, rows)
-            won = torch.linalg.vector_norm(left_then, dim=1) / size < now
-            x, left = torch.where(won[:, None], better, x), torch.where(won[:, None], left_then, left)
-            if not bool(won.any()):
-                break
-        stands = self._stands_for_operator(x, rows, left)
-        return x, torch.linalg.vector_norm(left, dim=1) if stands else None
+        def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
+            return IterationResult(self.once(rows), [0] * rows.shape[0])  # no norm: steps below rounding pay too
 
-    def _stands_for_operator(self, x: Tensor, rows: Tensor, left: Tensor) -> bool:
-        """Hold residuals from the matrix against one from the operator, along a random mixture of all rows."""
-        if self.entries is None:
-            return True  # they come from the operator
+        # A step is a product: of the matrix in memory for next to nothing, of the operator itself for a sweep.
+        raw = refined(self.system, rows, 1, run, self._left, share=0.1 if self.entries is None else 0.01)
+        left = raw.left if self._stands_for_operator(raw.x, rows) else None
+        return replace(raw, norm=self.norm, info=self.info, left=left)
+
+    def _stands_for_operator(self, x: Tensor, rows: Tensor) -> bool:
+        """Hold residuals from the matrix against those from the operator, along a random mixture of all rows."""
+        if self.entries is None or not is_finite(x):
+            return True  # they come from the operator, or there are none
         mix = private_noise(x.new_empty(1, x.shape[0], dtype=torch.float64), 19)
-        wide_x, wide_b = mix @ x.double(), mix @ rows.double()
-        found = self.system.residual(wide_x.to(x.dtype), wide_b.to(x.dtype))
-        off = float((found - mix @ left).norm())
+        mixed_x, mixed_b = (mix @ x.double()).to(x.dtype), (mix @ rows.double()).to(x.dtype)
+        off = float((self.system.residual(mixed_x, mixed_b) - self._left(mixed_x, mixed_b)).norm())
         # The norm is known from below, within some per cent, and the product rounds more than once.
-        rounding = 8 * self.system.eps * (self.norm * float(wide_x.norm()) + float(wide_b.norm()))
-        return off <= max(rounding, 0.1 * self.system.tolerance * float(wide_b.norm()))
+        rounding = 8 * self.system.eps * (self.norm * float(mixed_x.norm()) + float(mixed_b.norm()))
+        return off <= max(rounding, 0.1 * self.system.tolerance * float(mixed_b.norm()))
 
     def _left(self, x: Tensor, rows: Tensor) -> Tensor:
         if self.entries is None:
@@ -220,7 +205,7 @@ class _Dual(_Factorised):
     def _factorise(self, inner: Tensor) -> None:
         if self.S is None:
             factor, failed = torch.linalg.cholesky_ex(inner)
-            self.inner: Callable[[Tensor], Tensor] = lambda rows: torch.cholesky_solve(rows.T, factor).T
+            self.inner: RowMap = lambda rows: torch.cholesky_solve(rows.T, factor).T
         else:
             lu, pivots, failed = torch.linalg.lu_factor_ex(inner)
             self.inner = lambda rows: torch.linalg.lu_solve(lu, pivots, rows.T).T
@@ -265,17 +250,9 @@ def _in_unit(matrix: Tensor, system: System) -> Tensor:
     return shifted(matrix, -system.fixed(), in_place=True)
 
 
-# Twelve steps give the norm within some per cent, from below.
-def _power(like: Tensor, apply: Callable[[Tensor], Tensor], steps: int = 12, several: int = 1) -> float:
-    """Return the norm of a symmetric map from below, by the power method from several starts at once."""
-    rows, found = private_noise(like[:several], 11), 0.0
-    for _ in range(steps if like.shape[0] else 0):
-        rows = apply(rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny))
-        reached = float(rows.double().norm(dim=1).max())
-        if not math.isfinite(reached):
-            return math.inf
-        found = max(found, reached)
-    return found
+def _power(like: Tensor, apply: RowMap, steps: int = 12, several: int = 1) -> float:
+    """Return the norm of a symmetric map from below; twelve steps give it within some per cent."""
+    return power_norm(apply, private_noise(like[:several], 11), steps)
 
 
 def _lowest(matrix: Tensor) -> float:

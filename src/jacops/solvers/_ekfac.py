@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._operators import Operator
 from .._operators._eigen_blocks import EigenBlocks, covered, ridge_values
+from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
-from ..errors import InputError
 from ._base import Prepared, Solver
 from ._judge import Raw
 from ._kronecker_passes import Fisher, Passes, check_source, estimated
@@ -20,7 +20,6 @@ from ._kronecker_sums import Basis
 from ._solution import Status
 from ._system import System, shifted
 
-_FISHERS = ("auto", "exact", "monte_carlo", "empirical")
 _SAID: dict[str, Fisher] = {"empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo", "fisher": "exact"}
 
 
@@ -84,10 +83,8 @@ class EKFAC(Solver):
 
     def __post_init__(self) -> None:
         """Refuse options that mean nothing."""
-        if self.fisher not in _FISHERS:
-            raise InputError.of("fisher", repr(self.fisher), f"one of {_FISHERS} is needed")
-        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
-            raise InputError.of("draws", repr(self.draws), "a whole number of at least 1 is needed")
+        check_choice("fisher", self.fisher, ("auto", "exact", "monte_carlo", "empirical"))
+        check_positive("draws", self.draws)
 
     @eager
     def approximate(self, operator: Operator) -> EigenBlocks:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._display import changed
 from .._keywords import keywords
 from .._operators import Operator
+from .._requirements import check_choice
 from .._space import Space
 from ..errors import InputError, InputTypeError, SolveError
 from ._advice import advice
@@ -60,7 +61,7 @@ def solve(
         >>> solve(A, torch.tensor([4.0, 16.0])).x
         tensor([[1., 1.]])
     """
-    _check_choice(on_failure)
+    check_choice("on_failure", on_failure, ("raise", "return"))
     rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
     solution = solver_of(solver).solve(operator, rows, damping)
     if on_failure == "raise":
@@ -101,7 +102,7 @@ def inverse(
     Raises:
         InputError: The operator is not square, or an option does not fit. Its products raise `SolveError`.
     """
-    _check_choice(on_failure)
+    check_choice("on_failure", on_failure, ("raise", "return"))
     System(operator, damping)  # refuses what no solver takes
     return Inverse(operator, solver_of(solver), float(damping), on_failure)
 
@@ -202,8 +203,3 @@ def solver_of(solver: Any, argument: str = "solver") -> Solver:
     if solver not in NAMES:
         raise InputError.of(argument, repr(solver), known)
     return NAMES[solver]()
-
-
-def _check_choice(on_failure: Any) -> None:
-    if on_failure not in ("raise", "return"):
-        raise InputError.of("on_failure", repr(on_failure), "'raise' or 'return' is needed")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._finite import is_finite
-from .._ladder.protocol import is_framework_model
 from .._operators import Operator
 from .._operators._eigen_blocks import Block
 from .._runtime.counter import Draws
@@ -21,7 +20,7 @@ from ..errors import InputError, NonFiniteError, NotDifferentiableError
 from ._kronecker_noise import Noise
 from ._kronecker_sums import Basis, OuterSums, RowSums
 from ._output_curvature import Directions, Given
-from ._output_loss import LossAtOutput, OutputLoss, loss_at_output
+from ._output_loss import LossAtOutput
 
 Fisher = Literal["auto", "exact", "monte_carlo", "empirical"]
 _EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one: as many as share one pass
@@ -80,12 +79,10 @@ class Passes:
 
     def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
         found, model = term.recorded(data.x, "EKFAC"), term.model
-        at = loss_at_output(model, found, term.loss, data.y, data.rows, "EKFAC")
-        batch: Any = model.layers(data.x, term.picks, "EKFAC") if is_framework_model(model) else None
-        if isinstance(at, LossAtOutput):
-            batch = RecordedBatch(at.lin)
-            if batch.lin.trust.refused("pull", "by uses"):
-                batch.distrust()
+        at = LossAtOutput(model, found, term.loss, data.y, data.rows, "EKFAC")
+        batch: Any = model.layers(data.x, term.picks, "EKFAC") if at.foreign else RecordedBatch(at.output())
+        if not at.foreign and batch.lin.trust.refused("pull", "by uses"):
+            batch.distrust()
         self.groups = self.groups or batch.groups()
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
             # A sweep for one sample runs through all that were recorded together.
@@ -106,7 +103,7 @@ class Passes:
             self._begun = True
             yield Piece(gradients, factor, seeds.shape[0] / columns)
 
-    def _directions(self, at: OutputLoss, term: Any, data: Any, first: int) -> Directions:
+    def _directions(self, at: LossAtOutput, term: Any, data: Any, first: int) -> Directions:
         if self.fisher == "empirical":
             return Given(_of_own_labels(at, term, data).unsqueeze(0))
         hessian = at.hessian()
@@ -148,7 +145,7 @@ class Passes:
             )
 
 
-def _of_own_labels(at: OutputLoss, term: Any, data: Any) -> Tensor:
+def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
     """Return gradients of the samples' terms by the output, scaled so that their squares make a batch's part."""
     losses, many = term.losses, data.rows
     shares = losses.denominators(data.y, many) if losses.reduction == "mean" else torch.ones(many)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .._operators._eigen_blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from .._runtime.chunks import ENTRIES
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
-
-_CHUNK_ENTRIES = 2**22  # 16 MiB of gradients in float32, as in `_runtime.chunks`
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def _squares(uses: Sequence[OuterGradients]) -> Tensor:
     )  # (n, g, k or 1, p, t)
     n, g, _, p, _ = left.shape
     q = right.shape[3]
-    chunk = max(1, _CHUNK_ENTRIES // max(1, many * g * p * q))
+    chunk = max(1, ENTRIES // max(1, many * g * p * q))
     total = left.new_zeros(g, p, q)
     for start in range(0, n, chunk):
         total += _squared_sums(left[start : start + chunk], right[start : start + chunk])

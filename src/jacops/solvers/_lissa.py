@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .._operators import Operator
-from ..errors import InputError
-from ._base import Prepared, Solver
-from ._cg import check_options
+from .._requirements import check_range
+from ._base import Prepared, PreparedBy, Solver
 from ._judge import Raw
+from ._refine import Ended, IterationResult, noise
 from ._solution import Status
-from ._system import System, check_symmetric
+from ._system import System, symmetric_system
 
 _WINDOW = 10  # steps between two looks at the residual: one that has not shrunk since then never will
 
@@ -46,69 +46,61 @@ class LiSSA(Solver):
         Raises:
             InputError: The operator is not symmetric, or an option is out of range.
         """
-        check_options(self.tolerance, self.max_steps)
-        if self.scale is not None and not 0 < self.scale < float("inf"):
-            raise InputError.of("scale", repr(self.scale), "a positive number is needed")
-        system = System(operator, damping, self.tolerance)
-        check_symmetric(system, "LiSSA")
-        scale = system.in_unit(self.scale) if self.scale is not None else system.norm
-        return _PreparedLiSSA(self, system, scale or 1.0)
+        if self.scale is not None:
+            check_range("scale", self.scale)
+        system = symmetric_system(operator, damping, "LiSSA", self.tolerance, self.max_steps)
+        scale = (system.in_unit(self.scale) if self.scale is not None else system.norm) or 1.0
+        return PreparedBy(system, "LiSSA", lambda rows: _summed(system, scale, self.max_steps, rows))
 
 
-@final
-class _PreparedLiSSA(Prepared):
-    method = "LiSSA"
+def _summed(system: System, scale: float, most: int, rows: Tensor) -> Raw:
+    """Add up terms of the series for each row."""
+    result, info = IterationResult.start(rows), {"scale": scale}
+    ids, x, r = torch.arange(rows.shape[0], device=rows.device), torch.zeros_like(rows), rows
+    before = rows.norm(dim=1)
+    goals = system.tolerance * before
+    for step in range(most + 1):
+        now = r.norm(dim=1)
+        lost = ~now.isfinite()
+        ended: list[Ended] = [(None, now <= goals[ids])]
+        if bool(lost.any()):
+            ended.append((_overflowed(system, info), lost))
+        if step and step % _WINDOW == 0:
+            # A residual at its rounding level wavers by some roundings; growth is a factor per step.
+            grown = (now > before * (1 + 100 * system.eps)) & (now > goals[ids]) & ~lost
+            if bool(grown.any()):
+                negative = grown.clone()
+                negative[grown] = _is_negative(system, r[grown], info)
+                ended += [(Status.NEGATIVE_CURVATURE, negative), (Status.DIVERGED, grown)]
+            before = now
+        if step == most:
+            ended.append((Status.MAX_STEPS, torch.ones_like(lost)))
+        active = result.settle(ids, x, step, ended)
+        if not bool(active.any()):
+            break
+        ids, x, r, before = (value[active] for value in (ids, x, r, before))
+        x = x + r / scale
+        r = r - system.apply(r) / scale
+    return Raw(result.x, result.steps, result.failed, info=info)
 
-    def __init__(self, recipe: LiSSA, system: System, scale: float) -> None:
-        self.recipe, self.system, self.scale = recipe, system, scale
 
-    def _solve(self, rows: Tensor) -> Raw:
-        k = rows.shape[0]
-        raw = Raw(torch.zeros_like(rows), [0] * k, info={"scale": self.scale})
-        ids, x, r = torch.arange(k, device=rows.device), torch.zeros_like(rows), rows
-        size = rows.norm(dim=1)
-        goals, before = self.system.tolerance * size, size
-        for step in range(self.recipe.max_steps + 1):
-            now = r.norm(dim=1)
-            lost = ~now.isfinite()
-            ended = (now <= goals[ids]) | lost
-            self._overflowed(raw, ids[lost])
-            if step and step % _WINDOW == 0:
-                # A residual at its rounding level wavers by some roundings; growth is a factor per step.
-                grown = (now > before * (1 + 100 * self.system.eps)) & ~ended
-                self._grew(raw, ids[grown], r[grown])
-                ended, before = ended | grown, now
-            if step == self.recipe.max_steps:
-                raw.failed.update(dict.fromkeys(ids[~ended].tolist(), Status.MAX_STEPS))
-                ended = torch.ones_like(ended)
-            raw.x[ids[ended]] = x[ended]
-            for row in ids[ended].tolist():
-                raw.iterations[row] = step
-            if bool(ended.all()):
-                break
-            ids, x, r, before = (value[~ended] for value in (ids, x, r, before))
-            x = x + r / self.scale
-            r = r - self.system.apply(r) / self.scale
-        return raw
+def _overflowed(system: System, info: dict[str, Any]) -> Status:
+    """Return why residuals are not finite: they grew beyond the range of the dtype, or products are not finite."""
+    if not math.isfinite(system.norm):
+        return Status.BREAKDOWN
+    info["scale_needed"] = system.norm
+    return Status.DIVERGED
 
-    def _overflowed(self, raw: Raw, ids: Tensor) -> None:
-        """Note that residuals grew beyond the range of the dtype, unless products themselves are not finite."""
-        if len(ids) and math.isfinite(self.system.norm):
-            raw.failed.update(dict.fromkeys(ids.tolist(), Status.DIVERGED))
-            raw.info["scale_needed"] = self.system.norm
 
-    def _grew(self, raw: Raw, ids: Tensor, r: Tensor) -> None:
-        """Say why residuals grow: of what grows they are mostly made."""
-        if not len(ids):
-            return
-        unit = r / r.norm(dim=1, keepdim=True)
-        image = self.system.apply(unit)
-        curvature: Any = (unit * image).sum(1)
-        largest = max(self.system.norm, float(image.norm(dim=1).max()))
-        negative = curvature < -(self.system.n**0.5) * self.system.eps * largest
-        for row, below in zip(ids.tolist(), negative.tolist(), strict=True):
-            raw.failed[row] = Status.NEGATIVE_CURVATURE if below else Status.DIVERGED
-        if bool(negative.any()):
-            raw.info["lowest_curvature"] = float(curvature.min())
-        else:
-            raw.info["scale_needed"] = largest
+def _is_negative(system: System, r: Tensor, info: dict[str, Any]) -> Tensor:
+    """Return whether residuals grow along negative curvature: of what grows they are mostly made."""
+    unit = r / r.norm(dim=1, keepdim=True)
+    image = system.apply(unit)
+    curvature = (unit * image).sum(1)
+    largest = max(system.norm, float(image.norm(dim=1).max()))
+    negative = curvature < -noise(system) * largest
+    if bool(negative.any()):
+        info["lowest_curvature"] = float(curvature.min())
+    else:
+        info["scale_needed"] = largest
+    return negative

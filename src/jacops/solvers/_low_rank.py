@@ -12,11 +12,12 @@ from .._lanczos import KrylovSpace
 from .._operators import Operator
 from .._requirements import check_positive
 from ..errors import NonFiniteError
-from ._base import Prepared, Solver
+from ._base import Prepared, PreparedBy, Solver
 from ._judge import Raw
+from ._refine import noise
 from ._sketch import sketch
 from ._solution import Status
-from ._system import System, check_symmetric
+from ._system import System, symmetric_system
 
 _CHECK_EVERY = 5  # steps: the small eigenvalue problem costs the cube of their number, a product may cost less
 
@@ -55,13 +56,12 @@ class Lanczos(Solver):
             InputError: The operator is not symmetric, or an option is out of range.
         """
         check_positive("rank", self.rank)
-        system = System(operator, damping)
-        check_symmetric(system, "Lanczos")
+        system = symmetric_system(operator, damping, "Lanczos")
         rank = min(self.rank, system.n)
         # A bound on the time of a call: four steps for each pair, and 40 for small ranks.
         most = min(system.n, self.max_steps or 4 * rank + 40)
         if system.n == 0:
-            return _PreparedLowRank(self, system, system.zeros(0, 0), system.zeros(0), None, {})
+            return _prepared(self, system, system.zeros(0, 0), system.zeros(0), None, {})
         krylov = KrylovSpace(system.undamped, system.noise(1, self.seed)[None], most, self.seed + 1)
         # Pairs good to that change a solution by less than the pairs that are left out.
         tolerance = self.tolerance or (1e-7 if system.dtype == torch.float64 else 1e-4)
@@ -73,7 +73,7 @@ class Lanczos(Solver):
             info["reason"] = str(error)
         else:
             failed = None if info["pairs_found"] >= rank else Status.MAX_STEPS
-        return _PreparedLowRank(self, system, basis, values, failed, info)
+        return _prepared(self, system, basis, values, failed, info)
 
 
 def _pairs(krylov: KrylovSpace, rank: int, tolerance: float, info: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -123,8 +123,7 @@ class Nystrom(Solver):
             InputError: The operator is not symmetric, or an option is out of range.
         """
         check_positive("rank", 1 if self.rank is None else self.rank)
-        system = System(operator, damping)
-        check_symmetric(system, "Nystrom")
+        system = symmetric_system(operator, damping, "Nystrom")
         # A tenth of the damping left out moves a solution by a tenth at most; a preconditioner may leave ten times it.
         found = sketch(system, self.rank, self.max_rank, self.seed, ratio=0.1)
         failed, info = None, {"rank": found.rank}
@@ -132,41 +131,42 @@ class Nystrom(Solver):
             failed, info = Status.NEGATIVE_CURVATURE, {"lowest_curvature": found.lowest + system.damping}
         elif found.lowest is not None:
             failed, info = Status.BREAKDOWN, {"reason": "a product is not finite"}
-        return _PreparedLowRank(self, system, found.basis, found.values, failed, info)
+        return _prepared(self, system, found.basis, found.values, failed, info)
 
 
-@final
-class _PreparedLowRank(Prepared):
-    """Directions as rows, what the operator does along them, and damping on all others."""
+def _prepared(
+    recipe: Lanczos | Nystrom,
+    system: System,
+    basis: Tensor,
+    values: Tensor,
+    failed: Status | None,
+    figures: dict[str, Any],
+) -> Prepared:
+    """Return a solver by directions as rows, what the operator does along them, and damping on all others."""
+    damped = values + system.damping
+    largest = float(damped.abs().max()) if len(damped) else 0.0
+    rounding = noise(system) * largest
+    info = {"rank": len(values), **figures}
+    if len(damped) and float(damped.min()) < -rounding:
+        info["lowest_curvature"] = float(damped.min())
+        if isinstance(recipe, Nystrom) or not recipe.indefinite:
+            failed = Status.NEGATIVE_CURVATURE
+    flat = damped.abs() <= rounding
+    has_complement = bool(system.given_damping) and len(values) < system.n
+    undamped = has_complement and system.damping <= rounding
+    if system.given_damping and (bool(flat.any()) or undamped) and largest > 0:
+        failed = failed or Status.SINGULAR
+    inverse, unchecked = torch.where(flat, 0.0, 1 / damped), not recipe.report_residual
 
-    def __init__(
-        self, recipe: Lanczos | Nystrom, system: System, basis: Tensor, values: Tensor, failed: Any, info: Any
-    ) -> None:
-        self.recipe, self.method, self.system, self.basis = recipe, type(recipe).__name__, system, basis
-        damped = values + system.damping
-        largest = float(damped.abs().max()) if len(damped) else 0.0
-        noise = system.n**0.5 * system.eps * largest
-        self.norm, self.failed = largest, failed
-        self.info = {"rank": len(values), **info}
-        if len(damped) and float(damped.min()) < -noise:
-            self.info["lowest_curvature"] = float(damped.min())
-            if isinstance(recipe, Nystrom) or not recipe.indefinite:
-                self.failed = Status.NEGATIVE_CURVATURE
-        flat = damped.abs() <= noise
-        self.has_complement = bool(system.given_damping) and len(values) < system.n
-        undamped = self.has_complement and system.damping <= noise
-        if system.given_damping and (bool(flat.any()) or undamped) and largest > 0:
-            self.failed = self.failed or Status.SINGULAR
-        self.inverse = torch.where(flat, 0.0, 1 / damped)
-
-    def _solve(self, rows: Tensor) -> Raw:
+    def solve(rows: Tensor) -> Raw:
         k = rows.shape[0]
-        inside = rows @ self.basis.T
-        x = (inside * self.inverse) @ self.basis
-        if self.has_complement:
-            rest = rows - inside @ self.basis
-            rest = rest - (rest @ self.basis.T) @ self.basis
-            x = x + rest / self.system.damping
-        failed = dict.fromkeys(range(k), self.failed) if self.failed else {}
-        unchecked = not self.recipe.report_residual
-        return Raw(x, [0] * k, failed, self.norm or None, self.info, approximate=True, unchecked=unchecked)
+        inside = rows @ basis.T
+        x = (inside * inverse) @ basis
+        if has_complement:
+            rest = rows - inside @ basis
+            rest = rest - (rest @ basis.T) @ basis
+            x = x + rest / system.damping
+        statuses = {} if failed is None else dict.fromkeys(range(k), failed)
+        return Raw(x, [0] * k, statuses, largest or None, info, approximate=True, unchecked=unchecked)
+
+    return PreparedBy(system, type(recipe).__name__, solve)

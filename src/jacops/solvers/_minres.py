@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
 from .._operators import Operator
-from ._base import Prepared, Solver
-from ._cg import check_options, steps_allowed
-from ._judge import Raw, condition_limit
-from ._refine import IterationResult, refined
+from ._base import Prepared, PreparedBy, Solver
+from ._cg import steps_allowed
+from ._judge import condition_limit
+from ._refine import Ended, IterationResult, refined
 from ._solution import Status
-from ._system import System, check_symmetric
+from ._system import System, symmetric_system
 
 _WATCHED = 200  # steps of the first row whose Ritz values are looked at: the lowest shows early
 
@@ -41,24 +42,9 @@ class MINRES(Solver):
         Raises:
             InputError: The operator is not symmetric, or an option is out of range.
         """
-        check_options(self.tolerance, self.max_steps)
-        system = System(operator, damping, self.tolerance)
-        check_symmetric(system, "MINRES")
-        return _PreparedMINRES(self, system)
-
-
-@final
-class _PreparedMINRES(Prepared):
-    method = "MINRES"
-
-    def __init__(self, recipe: MINRES, system: System) -> None:
-        self.recipe, self.system = recipe, system
-
-    def _solve(self, rows: Tensor) -> Raw:
-        def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
-            return _iterated(self.system, rows, goals, most)
-
-        return refined(self.system, rows, steps_allowed(self.recipe.max_steps, self.system.n), run)
+        system = symmetric_system(operator, damping, "MINRES", self.tolerance, self.max_steps)
+        most = steps_allowed(self.max_steps, system.n)
+        return PreparedBy(system, "MINRES", lambda rows: refined(system, rows, most, partial(_iterated, system)))
 
 
 def _iterated(system: System, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
@@ -93,21 +79,17 @@ def _iterated(system: System, rows: Tensor, goals: Tensor, most: int) -> Iterati
         done = left.abs() <= goals[ids].maximum(0.5 * system.eps * scale)
         broken = ~torch.isfinite(left) & ~flat
         spent = flat | (grown <= 4 * system.eps * result.norm) | (scale > condition_limit(system.dtype) * start[ids])
-        ended = done | broken | spent
-        failed = {Status.SINGULAR: spent & ~done & ~broken, Status.BREAKDOWN: broken}
+        ended: list[Ended] = [(Status.BREAKDOWN, broken), (None, done), (Status.SINGULAR, spent)]
         if step == most:
-            failed[Status.MAX_STEPS], ended = ~ended, torch.ones_like(ended)
-        result.x[ids[ended]] = x[ended]
-        result.end(ids[ended], step)
-        for status, flags in failed.items():
-            result.end(ids[flags], step, status)
+            ended.append((Status.MAX_STEPS, torch.ones_like(done)))
         if bool(broken.any()):
             result.reason = "a product is not finite"
-        if bool(ended.all()):
+        active = result.settle(ids, x, step, ended)
+        if not bool(active.any()):
             break
         v, old, beta = fresh / grown[:, None], v, grown
         state = (ids, x, v, old, w, w_old, left, beta, c_old, c, s_old, s)
-        ids, x, v, old, w, w_old, left, beta, c_old, c, s_old, s = (value[~ended] for value in state)
+        ids, x, v, old, w, w_old, left, beta, c_old, c, s_old, s = (value[active] for value in state)
     result.lowest = _lowest(watched)
     return result
 

@@ -3,37 +3,11 @@ r"""The loss's Hessian by the model's output, sample by sample, as directions $s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .._runtime.counter import Draws
-
-
-class Directions(Protocol):
-    """Cotangents at the output whose squares, added up sample by sample, are a curvature there."""
-
-    @property
-    def columns(self) -> int:
-        """How many there are."""
-        ...
-
-    def chunk(self, start: int, stop: int) -> Tensor:
-        """Return some of them, `(k, n, entries)`."""
-        ...
-
-
-class OutputHessian(Directions, Protocol):
-    """A positive Hessian of the loss by the output, block by block of samples."""
-
-    def draw(self, draws: Draws, many: int) -> Tensor:
-        """Return random directions `(many, n, entries)` whose squares are the Hessian on average.
-
-        Each is drawn by the sample's place in the data and the entry's or position's place among those that count, so
-        that padding changes nothing.
-        """
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +23,7 @@ class Elementwise:
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """Return the directions of some entries."""
-        found = self.root.new_zeros(stop - start, *self.root.shape)
-        for i in range(start, stop):
-            found[i - start, :, i] = self.root[:, i]
-        return found
+        return self.root * _units(start, stop, self.root)
 
     def draw(self, draws: Draws, many: int) -> Tensor:
         """Return all of them at once, under random signs."""
@@ -80,14 +51,8 @@ class Softmax:
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """Return `sqrt(p_c) (e_c - p)` for some positions and classes c."""
-        n, before, classes, after = self.p.shape
-        found = self.p.new_zeros(stop - start, n, before, classes, after)
-        for i in range(start, stop):
-            b, c, a = i // (classes * after), i // after % classes, i % after
-            found[i - start, :, b, :, a] = -self.p[:, b, :, a]
-            found[i - start, :, b, c, a] += 1
-            found[i - start, :, b, :, a] *= self.p[:, b, c, a].sqrt().unsqueeze(1) * self.root[:, b, :, a]
-        return found.flatten(2)
+        units = _units(start, stop, self.p).reshape(-1, 1, *self.p.shape[1:])
+        return ((units - self.p) * ((units * self.p).sum(3, keepdim=True).sqrt() * self.root)).flatten(2)
 
     def draw(self, draws: Draws, many: int) -> Tensor:
         """Return `e_c - p` for classes c drawn from p."""
@@ -140,3 +105,12 @@ class Blocks:
         unit = self.root / torch.where(size > 0, size, 1.0)
         along = torch.einsum("nek,sne->snk", unit, draws.signs(self.real, many).to(self.root) * self.real)
         return torch.einsum("nek,snk->sne", self.root, along)
+
+
+Directions = Elementwise | Softmax | Given | Blocks
+
+
+def _units(start: int, stop: int, like: Tensor) -> Tensor:
+    """Return unit vectors `(stop - start, 1, entries)` of a sample's output."""
+    entries = torch.arange(start, stop, device=like.device)
+    return torch.nn.functional.one_hot(entries, like.shape[1:].numel()).unsqueeze(1).to(like)

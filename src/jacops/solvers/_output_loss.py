@@ -8,88 +8,141 @@ small blocks in full.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from .._finite import check_outputs, is_finite
-from .._ladder.protocol import FrameworkModel, Recorded, is_framework_model
-from .._runtime.contexts import out_of_inference, private_noise, recording, sweeping
+from .._ladder.protocol import Linearized, is_framework_model
+from .._recorded_loss import loss_of_output, recordable
+from .._runtime.agreement import few_operations_tolerance
+from .._runtime.contexts import private_noise, recording
 from .._runtime.restoring import restoring
-from .._torch.protocol import Likelihood, Recording, call_loss, counted_labels, likelihood_of
-from .._trees import flatten, output_leaves
+from .._torch.protocol import Likelihood, counted_labels, gradient_tape, likelihood_of, record_at_outputs
+from .._trees import output_leaves
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
-from ._output_curvature import Blocks, Elementwise, OutputHessian, Softmax
+from ._output_curvature import Blocks, Elementwise, Softmax
 
 _FULL_ENTRIES = 2**26  # 512 MiB of blocks, which are held in float64
-_AGREES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-class OutputLoss(ABC):
-    """A loss as a function of a model's output, of which each sample has some entries.
+@final
+class LossAtOutput:
+    """A loss as a function of a model's recorded output, of which each sample has some entries.
+
+    Args:
+        model: The model.
+        found: Its recorded output, in any framework.
+        loss: `loss(output, y)`, one number.
+        y: The target.
+        samples: How many.
+        call: The public call, for messages.
 
     Attributes:
-        call: The public call, for messages.
-        samples: How many.
         entries: Of one sample's output.
         leaves: The outputs that the loss depends on.
+
+    Raises:
+        NotDifferentiableError: The loss does not depend on the output, or has no derivative.
+        InputError: An output it depends on cannot be told apart by samples.
+        NonFiniteError: An output is NaN or Inf.
     """
 
-    call: str
-    samples: int
-    entries: int
-    leaves: Sequence[Tensor]
-    _counted: Tensor | None = None
+    def __init__(self, model: Any, found: Any, loss: Any, y: Any, samples: int, call: str) -> None:
+        self.model, self.found, self.samples, self.y, self.call = model, found, samples, y, call
+        self.foreign = is_framework_model(model)
+        self._counted = None if self.foreign else counted_labels(loss, y)
+        outputs, tree = output_leaves(found.output)
+        check_outputs(call, outputs, tree.names)
+        self._used = list(range(len(outputs)))
+        self._lin = self._gradient(loss)
+        if not self._used:
+            raise NotDifferentiableError(f"{call}: the loss does not depend on the model's output.")
+        self.leaves = [outputs[i] for i in self._used]
+        for i, leaf in zip(self._used, self.leaves, strict=True):
+            if leaf.ndim == 0 or leaf.numel() % samples or (self.foreign and leaf.shape[0] != samples):
+                came = f"of shape {tuple(leaf.shape)} for {samples} samples"
+                raise InputError.of(tree.names[i], came, "its first axis must be the samples")
+        self.like = torch.empty_like(self._joined([leaf.detach() for leaf in self.leaves]))
+        self.entries = self.like.shape[1]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the output."""
-        return self.leaves[0].dtype
+    @restoring
+    def _gradient(self, loss: Any) -> Linearized:
+        """Return the gradient of the loss by the output, linearised there, and note what it depends on."""
+        if self.foreign:
+            return self.model.record_at_output(self.found, loss, self.y, self.call).lin
+        outer = record_at_outputs(self.found, loss_of_output(loss, recordable(self.y, False)), loss, self.call)
+        reached = outer.lin.graph_info.leaves
+        self._used = [i for i, leaf in enumerate(outer.lin.leaves) if id(leaf) in reached]
+        return gradient_tape(outer, self.call) if self._used else outer.lin
 
-    @abstractmethod
+    def output(self) -> Any:
+        """Return the recorded output `(n, entries)`, linearised by the parameters, of a torch model."""
+        with recording():
+            joined = self._joined([self.found.lin.outputs[i] for i in self._used])
+        return self.found.lin.to([joined], ["output"], self.call)
+
     def product(self, rows: Tensor) -> Tensor:
         """Return the Hessian times `(n, entries)`."""
+        full = self._lin.codomain.split(rows.new_zeros(1, self._lin.codomain.dim))
+        parts = rows.split([leaf.numel() // self.samples for leaf in self.leaves], 1)
+        for i, part, leaf in zip(self._used, parts, self.leaves, strict=True):
+            full[i] = part.reshape(1, *leaf.shape).to(leaf.dtype)
+        found = self._lin.pull_rows(full)
+        return self._joined([found[i][0] for i in self._used]).detach()
 
-    @abstractmethod
-    def gradient(self, function: Any) -> Tensor:
+    @restoring
+    def gradient(self, loss: Any) -> Tensor:
         """Return the gradient `(n, entries)` of another loss by the output."""
+        if self.foreign:
+            at = self.model.record_at_output(self.found, loss, self.y, self.call)
+            parts = at.lin.domain.unflatten(self.model.slope(at))
+        else:
+            finish = loss_of_output(loss, recordable(self.y, False))
+            lin = record_at_outputs(self.found, finish, loss, self.call).lin
+            parts = [rows[0] for rows in lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])]
+        return self._joined([parts[i] for i in self._used]).detach()
 
-    @abstractmethod
     def likelihood(self, loss: Any) -> Likelihood | None:
         """Return the likelihood of a loss at this output, if it has one."""
+        if self.foreign:
+            return self.model.likelihood(self.found, loss, self.y)
+        return likelihood_of(loss, *output_leaves(self.found.output), self.y)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return outputs `(n, entries)`, in the dtype of the first."""
+        rows = [part.reshape(self.samples, -1) for part in parts]
+        return rows[0] if len(rows) == 1 else torch.cat([row.to(self.leaves[0].dtype) for row in rows], 1)
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return every sample's Hessian, `(n, entries, entries)`."""
-        like = torch.empty(self.samples, self.entries, dtype=self.dtype, device=self.leaves[0].device)
-        matrix = torch.empty(*like.shape, self.entries, dtype=dtype, device=like.device)
+        matrix = torch.empty(*self.like.shape, self.entries, dtype=dtype, device=self.like.device)
         for i in range(self.entries):
-            unit = torch.zeros_like(like)
+            unit = torch.zeros_like(self.like)
             unit[:, i] = 1
             matrix[:, :, i] = self.product(unit)
         return matrix
 
-    def hessian(self) -> OutputHessian:
+    def hessian(self) -> Elementwise | Softmax | Blocks:
         """Return the Hessian in the simplest form that gives its products.
 
         Raises:
             NonFiniteError: It holds NaN or Inf.
             InputError: The loss mixes samples, is not convex in the output, or is of a kind too large for its blocks.
         """
-        like = torch.empty(self.samples, self.entries, dtype=self.dtype, device=self.leaves[0].device)
-        probe = private_noise(like, 1)
+        probe = private_noise(self.like, 1)
         image = self.product(probe)
         if not is_finite(image):
             raise NonFiniteError("EKFAC: in the loss's second derivative by the output, some are NaN or Inf.")
         self._refuse_mixing(probe)
-        scale, allowed = float(image.norm()), _AGREES.get(self.dtype, 1e-2)
-        signs = torch.where(private_noise(like, 2) >= 0, 1.0, -1.0).to(like)
+        scale, allowed = float(image.norm()), few_operations_tolerance(probe.dtype)
+        signs = torch.where(private_noise(probe, 2) >= 0, 1.0, -1.0).to(probe)
         diagonal = self.product(signs) * signs
         if self.entries == 1 or float((diagonal * probe - image).norm()) <= allowed * scale:
             return Elementwise(_root(diagonal))
-        return self._softmax(probe, image, allowed * scale) or self._blocks(like)
+        return self._softmax(probe, image, allowed * scale) or self._blocks()
 
     def _softmax(self, probe: Tensor, image: Tensor, allowed: float) -> Softmax | None:
         output = self.leaves[0].detach()
@@ -114,7 +167,7 @@ class OutputLoss(ABC):
                 return Softmax(p, factor.sqrt(), real)
         return None
 
-    def _blocks(self, like: Tensor) -> Blocks:
+    def _blocks(self) -> Blocks:
         if self.samples * self.entries**2 > _FULL_ENTRIES:
             came = f"one whose Hessian by {self.entries} outputs is neither diagonal nor that of a softmax"
             needed = f"blocks of {self.entries} × {self.entries} for {self.samples} samples are too many"
@@ -128,7 +181,7 @@ class OutputLoss(ABC):
         # Fifty roundings of float64, in which blocks are decomposed: smaller ones are zero.
         kept = (values > 1e-14 * largest).any(0)
         kept[-1] = True
-        root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1))[..., kept].to(like.dtype)
+        root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1))[..., kept].to(self.like.dtype)
         return Blocks(root, matrix.diagonal(dim1=1, dim2=2) != 0)
 
     def _refuse_mixing(self, probe: Tensor) -> None:
@@ -136,144 +189,6 @@ class OutputLoss(ABC):
         if bool(self.product(probe * half.unsqueeze(1))[~half].any()):
             came = "one that mixes samples"
             raise InputError.of("loss", came, "EKFAC needs a mean or a sum over samples", "Use `CG()`.")
-
-
-class LossAtOutput(OutputLoss):
-    """A loss as a function of an output that torch recorded.
-
-    Args:
-        found: The recorded model.
-        loss: `loss(output, y)`, one number.
-        y: The target.
-        samples: How many.
-        call: The public call, for messages.
-
-    Raises:
-        NotDifferentiableError: The loss does not depend on the output, or has no derivative.
-        InputError: An output it depends on cannot be told apart by samples.
-        NonFiniteError: An output is NaN or Inf.
-    """
-
-    @restoring
-    def __init__(self, found: Recording, loss: Callable[[Any, Any], Tensor], y: Any, samples: int, call: str) -> None:
-        self.samples, self._y, self.call = samples, y, call
-        self._counted = counted_labels(loss, y)
-        self._outputs, self._tree = output_leaves(found.output)
-        names = found.lin.codomain.names
-        check_outputs(call, self._outputs, names)
-        grads, leaves = self._differentiated(lambda output: call_loss(loss, output, _recordable(y)), create_graph=True)
-        self._used = [i for i, grad in enumerate(grads) if grad is not None]
-        if not self._used:
-            raise NotDifferentiableError(f"{call}: the loss does not depend on the model's output.")
-        for i in self._used:
-            if self._outputs[i].ndim == 0 or self._outputs[i].numel() % samples:
-                raise _not_by_samples(names[i], self._outputs[i], samples)
-        self.leaves, self.grads = [leaves[i] for i in self._used], [grads[i] for i in self._used]
-        with recording():
-            flat = [self._outputs[i].reshape(samples, -1) for i in self._used]
-            joined = flat[0] if len(flat) == 1 else torch.cat([part.to(flat[0].dtype) for part in flat], 1)
-        self.lin = found.lin.to([joined], ["output"], call)
-        self.entries = joined.shape[1]
-
-    @restoring
-    def _differentiated(
-        self, function: Callable[[Any], Tensor], create_graph: bool = False
-    ) -> tuple[Sequence[Tensor | None], list[Tensor]]:
-        """Return the gradients of a function of the output, None where it does not depend on a part, and the parts."""
-        with recording():
-            leaves = [o.detach().requires_grad_() for o in self._outputs]
-            value = function(self._tree.build([leaf.clone() for leaf in leaves]))
-            if not value.requires_grad:
-                return [None] * len(leaves), leaves
-            return torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True), leaves
-
-    @restoring
-    def product(self, rows: Tensor) -> Tensor:
-        """Return the Hessian times `(n, entries)`."""
-        sizes = [leaf.numel() // self.samples for leaf in self.leaves]
-        parts = [
-            part.reshape(leaf.shape).to(leaf.dtype)
-            for part, leaf in zip(rows.split(sizes, 1), self.leaves, strict=True)
-        ]
-        live = [(g, p) for g, p in zip(self.grads, parts, strict=True) if g is not None and g.requires_grad]
-        if not live:
-            return torch.zeros_like(rows)
-        with sweeping(rows):
-            found = torch.autograd.grad(
-                [g for g, _ in live], self.leaves, [p for _, p in live], retain_graph=True, materialize_grads=True
-            )
-        return torch.cat([f.reshape(self.samples, -1).to(rows.dtype) for f in found], 1)
-
-    def gradient(self, function: Callable[[Any, Any], Tensor]) -> Tensor:
-        """Return the gradient `(n, entries)` of another loss by the output."""
-        grads, leaves = self._differentiated(lambda output: call_loss(function, output, _recordable(self._y)))
-        full = [torch.zeros_like(leaves[i]) if (g := grads[i]) is None else g for i in self._used]
-        return torch.cat([grad.reshape(self.samples, -1).to(self.dtype) for grad in full], 1)
-
-    def likelihood(self, loss: Callable[[Any, Any], Tensor]) -> Likelihood | None:
-        """Return the likelihood of a loss at this output, if it has one."""
-        return likelihood_of(loss, self._outputs, self._tree, self._y)
-
-
-class FrameworkLossAtOutput(OutputLoss):
-    """A loss as a function of an output that another framework recorded.
-
-    Args:
-        model: The model.
-        found: What was recorded.
-        loss: As the framework has it.
-        y: The target.
-        samples: How many.
-        call: The public call, for messages.
-
-    Raises:
-        NotDifferentiableError: The loss does not depend on the output, or has no derivative.
-        InputError: An output cannot be told apart by samples.
-        NonFiniteError: An output is NaN or Inf.
-    """
-
-    def __init__(self, model: FrameworkModel, found: Recorded, loss: Any, y: Any, samples: int, call: str) -> None:
-        self.samples, self.call, self._model, self._found, self._y = samples, call, model, found, y
-        self.leaves, tree = output_leaves(found.output)
-        check_outputs(call, self.leaves, tree.names)
-        for leaf, name in zip(self.leaves, tree.names, strict=True):
-            if leaf.ndim == 0 or leaf.shape[0] != samples:
-                raise _not_by_samples(name, leaf, samples)
-        self.entries = sum(leaf[0].numel() for leaf in self.leaves)
-        self._lin = model.record_at_output(found, loss, y, call).lin
-
-    def product(self, rows: Tensor) -> Tensor:
-        """Return the Hessian times `(n, entries)`."""
-        sizes = [leaf[0].numel() for leaf in self.leaves]
-        parts = [
-            part.reshape(1, *leaf.shape).to(leaf.dtype)
-            for part, leaf in zip(rows.split(sizes, 1), self.leaves, strict=True)
-        ]
-        return self._joined([part[0] for part in self._lin.pull_rows(parts)])
-
-    def gradient(self, function: Any) -> Tensor:
-        """Return the gradient `(n, entries)` of another loss by the output."""
-        at = self._model.record_at_output(self._found, function, self._y, self.call)
-        return self._joined(at.lin.domain.unflatten(self._model.slope(at)))
-
-    def likelihood(self, loss: Any) -> Likelihood | None:
-        """Return the likelihood of a loss at this output, if it has one."""
-        return self._model.likelihood(self._found, loss, self._y)
-
-    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(self.samples, -1).to(self.dtype) for part in parts], 1)
-
-
-def loss_at_output(model: Any, found: Any, loss: Any, y: Any, samples: int, call: str) -> OutputLoss:
-    """Return a loss as a function of a recorded output, whatever recorded it."""
-    if is_framework_model(model):
-        return FrameworkLossAtOutput(model, found, loss, y, samples, call)
-    return LossAtOutput(found, loss, y, samples, call)
-
-
-def _not_by_samples(name: str, output: Tensor, samples: int) -> InputError:
-    came = f"of shape {tuple(output.shape)} for {samples} samples"
-    return InputError.of(name, came, "its first axis must be the samples")
 
 
 def _root(diagonal: Tensor) -> Tensor:
@@ -286,9 +201,3 @@ def _root(diagonal: Tensor) -> Tensor:
 def _not_convex(lowest: float) -> InputError:
     came = f"not convex in the model's output (curvature {lowest:.3g} along one direction)"
     return InputError.of("loss", came, "EKFAC needs a positive one", "Use EKFAC(fisher='empirical') or `CG()`.")
-
-
-def _recordable(y: Any) -> Any:
-    """Return a target whose tensors may take part in a recorded computation."""
-    leaves, tree = flatten(y, "y")
-    return tree.build([out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
+from .._requirements import check_positive
 from .._runtime.contexts import eager
 from ..errors import InputError
 from ._base import check_rows
@@ -59,8 +60,7 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
     check_rows(operator.domain, rows)
     if not operator.positive or not damping > 0:
         raise InputError.of("operator", repr(operator), "bounds need a positive one, and damping above 0")
-    if steps < 1:
-        raise InputError.of("steps", repr(steps), "a positive integer is needed")
+    check_positive("steps", steps)
     k, capacity = rows.shape[0], min(steps, system.n)
     lower = torch.zeros(k, dtype=torch.float64, device=rows.device)
     upper = lower.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,9 @@ from ._solution import Status
 from ._system import System
 
 _ROUNDS = 5  # each has to halve the residual; at the rounding level none does, and one or two reach it
+
+
+Ended = tuple[Status | None, Tensor]  # how rows end, None for success, and of which rows that is true
 
 
 @dataclass(eq=False)
@@ -56,13 +59,35 @@ class IterationResult:
             self.norm = max(self.norm, system.norm)  # rounding of a norm not seen yet is no curvature
         return self.lowest < -noise(system) * self.norm
 
+    def settle(self, ids: Tensor, x: Tensor, step: int, ended: Iterable[Ended]) -> Tensor:
+        """Note the rows that end at a step, each by the first status that is true of it; return which go on.
+
+        Args:
+            ids: The numbers of the rows that are left.
+            x: Where these came to.
+            step: How many steps they took.
+            ended: How, in order of precedence.
+        """
+        active = torch.ones_like(ids, dtype=torch.bool)
+        for status, flags in ended:
+            self.end(ids[flags & active], step, status)
+            active = active & ~flags
+        self.x[ids[~active]] = x[~active]
+        return active
+
 
 def noise(system: System) -> float:
     """Return what rounding may make of a curvature of zero, relative to the norm."""
     return system.n**0.5 * system.eps
 
 
-def refined(system: System, rows: Tensor, most: int, run: Callable[[Tensor, Tensor, int], IterationResult]) -> Raw:
+Iteration = Callable[[Tensor, Tensor, int], IterationResult]
+Residual = Callable[[Tensor, Tensor], Tensor]
+
+
+def refined(
+    system: System, rows: Tensor, most: int, run: Iteration, residual: Residual | None = None, share: float = 1.0
+) -> Raw:
     """Run an iteration on the residual until that is small or no longer halves (iterative refinement).
 
     Args:
@@ -70,11 +95,13 @@ def refined(system: System, rows: Tensor, most: int, run: Callable[[Tensor, Tens
         rows: Right-hand sides, `(k, n)`.
         most: Steps per row altogether.
         run: Iterates from zero on right-hand sides, to residuals of norm `goals` per row, in at most so many steps.
+        residual: Returns residuals in double; by default those of the system.
+        share: Of the tolerance, to which residuals are brought down.
     """
     k = rows.shape[0]
     x, left = torch.zeros_like(rows), rows.to(torch.float64, copy=True)
     size = torch.linalg.vector_norm(left, dim=1)
-    goals, now = system.tolerance * size, size.clone()
+    goals, now = share * system.tolerance * size, size.clone()
     steps, failed = [0] * k, {}
     info: dict[str, Any] = {}
     norm = 0.0
@@ -90,7 +117,7 @@ def refined(system: System, rows: Tensor, most: int, run: Callable[[Tensor, Tens
             info["reason"] = result.reason
         better = x[todo] + (result.x / ratio).to(x.dtype)
         ended = {i: status for i, status in result.failed.items() if round == 0 or status == Status.NEGATIVE_CURVATURE}
-        left_then = _true_residuals(system, better, rows[todo], ended)
+        left_then = _true_residuals(residual or system.residual, better, rows[todo], ended)
         then = torch.linalg.vector_norm(left_then, dim=1)
         won = then < now[todo]
         halved = then <= 0.5 * now[todo]
@@ -114,11 +141,11 @@ def refined(system: System, rows: Tensor, most: int, run: Callable[[Tensor, Tens
     return Raw(x, steps, failed, norm or None, info, left=now)
 
 
-def _true_residuals(system: System, x: Tensor, b: Tensor, ended: dict[int, Status]) -> Tensor:
+def _true_residuals(residual: Residual, x: Tensor, b: Tensor, ended: dict[int, Status]) -> Tensor:
     """Return residuals, NaN for the rows of which no residual is asked since they failed for good."""
     asked = torch.tensor([ended.get(i) not in FOR_GOOD for i in range(len(x))], device=x.device)
     if bool(asked.all()):
-        return system.residual(x, b)
+        return residual(x, b)
     left = torch.full_like(x, math.nan, dtype=torch.float64)
-    left[asked] = system.residual(x[asked], b[asked])
+    left[asked] = residual(x[asked], b[asked])
     return left

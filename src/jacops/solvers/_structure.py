@@ -13,6 +13,7 @@ from torch import Tensor
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 from .._operators._algebra import factors_of
 from .._operators._data import BlockDiagonal, StackOver, SumOver
+from .._runtime.chunks import ENTRIES
 from .._space import Space
 
 MOST_ROWS = 10_000  # whose matrix is still factorised: 800 MB in float64, some seconds
@@ -105,8 +106,7 @@ def damped_dense(operator: Operator, damping: float) -> Tensor:
 
 def is_symmetric(matrix: Tensor) -> bool:
     """Say whether a matrix equals its transpose to rounding."""
-    # 32 MiB in float64 compared at a time.
-    step = max(1, 2**22 // max(1, matrix.shape[1]))
+    step = max(1, ENTRIES // max(1, matrix.shape[1]))
     worst = largest = 0.0
     for start in range(0, matrix.shape[0], step):
         block = matrix[start : start + step]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .._finite import is_finite
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from .._requirements import check_positive, check_range
+from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import private_noise
 from ..errors import InputError, InputTypeError
 
@@ -39,7 +41,7 @@ class System:
 
     def __init__(self, operator: Operator, damping: float, tolerance: float | None = None) -> None:
         self.given = operator
-        self.given_damping = checked_damping(damping)
+        self.given_damping = check_range("damping", damping, zero=True)
         self._tolerance = tolerance
         self.products = 0
         self._exponent: int | None = None
@@ -64,7 +66,7 @@ class System:
     @property
     def tolerance(self) -> float:
         """The relative residual that is asked for, by default 1e-8 in double and 1e-4 in single precision."""
-        return self._tolerance or (1e-8 if self.dtype == torch.float64 else 1e-4)
+        return self._tolerance or residual_tolerance(self.dtype)
 
     @property
     def is_positive(self) -> bool:
@@ -151,21 +153,10 @@ class System:
     def norm(self) -> float:
         r"""$\lVert A + \lambda I \rVert_2$ from below, by ten steps of the power method (within some per cent)."""
         if self._norm is None or self._norm[0] != self._exponent:
-            found = self._power()  # fixes the unit
+            # Ten steps give the norm within some per cent, from below; the first one fixes the unit.
+            found = power_norm(self.apply, self.noise(1, 17), 10)
             self._norm = (self.fixed(), found)
         return self._norm[1]
-
-    def _power(self) -> float:
-        row, found = self.noise(1, 17), 0.0
-        # Ten steps give the norm within some per cent, from below, as `norm` says.
-        for _ in range(10):
-            row = row / row.norm().clamp_min(torch.finfo(self.dtype).tiny)
-            row = self.apply(row)
-            size = float(row.double().norm())
-            if not math.isfinite(size) or size == 0.0:
-                return found if size == 0.0 else math.inf
-            found = max(found, size)
-        return found
 
     def _guarded(self, apply: RowMap, rows: Tensor) -> Tensor:
         if not rows.shape[0]:
@@ -205,6 +196,18 @@ class System:
             return image
         self.measure(ldexp(size, -shift))
         return shifted(again, -shift - (self._exponent or 0))
+
+
+def power_norm(apply: RowMap, rows: Tensor, steps: int) -> float:
+    """Return the norm of a symmetric map from below, by the power method from several starts at once."""
+    found = 0.0
+    for _ in range(steps if rows.numel() else 0):
+        rows = apply(rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))
+        reached = float(rows.double().norm(dim=1).max())
+        if not 0 < reached < math.inf:
+            return found if reached == 0 else math.inf
+        found = max(found, reached)
+    return found
 
 
 def _stretch(rows: Tensor, image: Tensor) -> float:
@@ -270,6 +273,32 @@ def in_double(operator: Operator, rows: Tensor) -> Tensor:
     return operator._apply(rows.to(operator.domain.dtype)).double()
 
 
+def symmetric_system(
+    operator: Operator, damping: float, method: str, tolerance: float | None = None, max_steps: int | None = None
+) -> System:
+    """Return the equations for a method that needs a symmetric operator.
+
+    Raises:
+        InputError: The operator is not symmetric, or an option is out of range.
+    """
+    check_options(tolerance, max_steps)
+    system = System(operator, damping, tolerance)
+    check_symmetric(system, method)
+    return system
+
+
+def check_options(tolerance: float | None, max_steps: int | None) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        InputError: One is.
+    """
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise InputError.of("tolerance", repr(tolerance), "a number between 0 and 1 is needed")
+    if max_steps is not None:
+        check_positive("max_steps", max_steps)
+
+
 def check_symmetric(system: System, method: str) -> None:
     """Hold an operator that is not marked symmetric to symmetry, with two products.
 
@@ -297,14 +326,3 @@ def _check_operator(operator: Any) -> None:
     if operator.domain.dtype not in (torch.float32, torch.float64):
         came = f"of {operator.domain.dtype}"
         raise InputError.of("operator", came, "solves need float32 or float64", "Convert the model first.")
-
-
-def checked_damping(damping: Any) -> float:
-    """Return a damping.
-
-    Raises:
-        InputError: It is no finite number, or negative.
-    """
-    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
-        raise InputError.of("damping", repr(damping), "a finite number that is not negative is needed")
-    return float(damping)

@@ -58,22 +58,19 @@ def _cost(pulls: int, pushes: int) -> float:
     return pulls + (1 + PUSH_COST * pushes if pushes else 0)
 
 
-def color(matrix: Csr, columns: bool = True, symmetric: bool = False, limit: float = np.inf) -> Coloring | None:
-    """Return the cheapest colouring found, always the same for the same matrix; None if none costs less than `limit`.
+def color(matrix: Csr, columns: bool = True, symmetric: bool = False, limit: float = np.inf) -> Coloring:
+    """Return the cheapest colouring found, always the same for the same matrix.
 
     Args:
         matrix: The pattern.
         columns: Whether there are pushes at all.
         symmetric: The matrix is a Hessian.
-        limit: What a colouring has to cost less than.
+        limit: Colourings that cost as much are not looked for; every row by itself is the answer then.
     """
     best = _one_sided(matrix, columns, limit)
-    if symmetric:
-        star = _star(matrix)
-        if star is not None:
-            mirrored = Coloring(star, np.full(matrix.shape[1], -1), True)
-            best = mirrored if best is None or mirrored.cost < best.cost else best
-    return best if best is not None and best.cost < limit else None
+    star = _star(matrix) if symmetric else None
+    mirrored = best if star is None else Coloring(star, np.full(matrix.shape[1], -1), True)
+    return mirrored if mirrored.cost < best.cost else best
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +99,9 @@ class _Try:
         return Coloring(single, colors) if self.turned else Coloring(colors, single)
 
 
-def _one_sided(matrix: Csr, columns: bool, limit: float) -> Coloring | None:
+def _one_sided(matrix: Csr, columns: bool, limit: float) -> Coloring:
     """Return the best colouring by rows or columns, with 0, 1, 2, 4 … of the densest of the other side taken out."""
-    best: Coloring | None = None
+    best = Coloring(np.arange(matrix.shape[0]), np.full(matrix.shape[1], -1))
     per_column = np.bincount(matrix.indices, minlength=matrix.shape[1])
     for one in sorted(_tries(np.diff(matrix.indptr), per_column, columns), key=lambda t: t.bound):
         if one.bound >= limit:
@@ -113,11 +110,6 @@ def _one_sided(matrix: Csr, columns: bool, limit: float) -> Coloring | None:
         if done.cost < limit:
             best, limit = done, done.cost
     return best
-
-
-def least_cost(per_row: Array, per_column: Array) -> float:
-    """Return what any colouring of a pattern with so many entries in each row and column costs at least."""
-    return min((t.bound for t in _tries(per_row, per_column, True)), default=0.0)
 
 
 def _tries(per_row: Array, per_column: Array, columns: bool) -> Iterator[_Try]:
@@ -254,36 +246,21 @@ def _star_colors(matrix: Csr) -> Array:
 # ---- reading off -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """From which sweep each entry is read: entry k stands in `sweep[k]` at place `at[k]`.
+def reading(rows: Array, columns: Array, coloring: Coloring) -> tuple[NDArray[np.bool_], Array, Array] | None:
+    """Return how entries at these rows and columns are read off; None if the colouring does not allow it.
 
-    Attributes:
-        pushed: Whether it comes from a push; otherwise from a pull.
-        sweep: Number of the pull or push.
-        at: Column of a pull, or row of a push.
+    Entry k stands in sweep `sweep[k]` at place `at[k]`: where `pushed[k]` in a row of a push, else in a column of a
+    pull. The three are returned in the order pushed, sweep, at.
     """
-
-    pushed: NDArray[np.bool_]
-    sweep: Array
-    at: Array
-
-
-def reading(rows: Array, columns: Array, coloring: Coloring) -> Reading | None:
-    """Return how entries at these rows and columns are read off; None if the colouring does not allow it."""
     alone = _alone(coloring.rows, rows, columns)
-    sweep, at = coloring.rows[rows].copy(), columns.copy()
-    pushed = np.zeros(len(rows), bool)
+    pushed, sweep, at = np.zeros(len(rows), bool), coloring.rows[rows], columns.copy()
     if not alone.all():
-        if coloring.symmetric:
-            mirrored = _alone(coloring.rows, columns, rows) & ~alone
-            sweep[mirrored], at[mirrored] = coloring.rows[columns[mirrored]], rows[mirrored]
-            alone |= mirrored
-        else:
-            pushed = _alone(coloring.columns, columns, rows) & ~alone
-            sweep[pushed], at[pushed] = coloring.columns[columns[pushed]], rows[pushed]
-            alone |= pushed
-    return Reading(pushed, sweep, at) if alone.all() else None
+        colors = coloring.rows if coloring.symmetric else coloring.columns  # an entry's mirror is in a pull too
+        across = _alone(colors, columns, rows) & ~alone
+        sweep[across], at[across] = colors[columns[across]], rows[across]
+        pushed = pushed if coloring.symmetric else across
+        alone |= across
+    return (pushed, sweep, at) if alone.all() else None
 
 
 def _alone(colors: Array, own: Array, other: Array) -> NDArray[np.bool_]:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._operators import Operator
+from .._runtime.chunks import ROWS
 from .._runtime.memory import ensure_fits
 from .._space import Space
-from .._torch.protocol import Linearization
 from ..errors import NotDifferentiableError
 from ._coloring import Coloring, reading
 from ._matrix import Csr, csr
@@ -22,7 +22,6 @@ from ._pool import Array
 from ._probe import Floats, Prober, Verdict, draw, judged
 
 _CHUNK_ENTRIES = 2**24  # 128 MiB of seeds and products in float64
-_CHUNK_ROWS = 64  # as in `_runtime.chunks`
 _CONFIDENCE = 1e-3  # probability that an error bound fails: the 99.9 % of `SparseJacobian.error_bound`
 _SEED = 7000  # fixed, so that routes are reproducible, and apart from the seeds of other noise
 _LESS = 0.7  # no power of two, which would not round at all
@@ -31,93 +30,33 @@ _TODO = "Use products (`jacobian(...) @ v`) where the pattern is not sparse, or 
 
 
 @dataclass(frozen=True, eq=False)
-class Sweeper:
-    """The two products everything is evaluated with.
-
-    Attributes:
-        pull: Rows `(k, m)` to rows `(k, n)`.
-        push: Rows `(k, n)` to rows `(k, m)`.
-        domain: What the columns are.
-        codomain: What the rows are.
-    """
-
-    pull: Callable[[Tensor], Tensor]
-    push: Callable[[Tensor], Tensor]
-    domain: Space
-    codomain: Space
-
-    @classmethod
-    def over(cls, operator: Operator) -> Sweeper:
-        """Return the products of an operator."""
-        return cls(operator._apply_transpose, operator._apply, operator.domain, operator.codomain)
-
-    @classmethod
-    def on(cls, lin: Linearization) -> Sweeper:
-        """Return the sweeps of a linearization."""
-        domain, codomain = lin.domain, lin.codomain
-
-        def pull(rows: Tensor) -> Tensor:
-            return domain.join(lin.pull_rows(codomain.split(rows))).detach()
-
-        def push(rows: Tensor) -> Tensor:
-            return codomain.join(lin.push_rows(domain.split(rows))).detach()
-
-        return cls(pull, push, domain, codomain)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(m, n)`."""
-        return self.codomain.dim, self.domain.dim
-
-    @property
-    def rows(self) -> Tensor:
-        """A tensor in the dtype and on the device of cotangents."""
-        return torch.empty(0, dtype=self.codomain.dtype, device=self.codomain.device)
-
-    @property
-    def columns(self) -> Tensor:
-        """The same for tangents."""
-        return torch.empty(0, dtype=self.domain.dtype, device=self.domain.device)
-
-    @property
-    def dtypes(self) -> frozenset[torch.dtype]:
-        """All dtypes of both ends."""
-        return frozenset((*self.codomain.dtypes, *self.domain.dtypes))
-
-    def swept(self, seeds: Tensor, push: bool) -> Tensor:
-        """Return the products of all seeds, a chunk at a time."""
-        chunk = max(1, min(_CHUNK_ROWS, _CHUNK_ENTRIES // max(1, sum(self.shape))))
-        product = self.push if push else self.pull
-        parts = [product(part) for part in seeds.split(chunk)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@dataclass(frozen=True, eq=False)
 class Assembly:
     """How sweeps become a matrix in CSR order.
 
     Attributes:
         shape: Of the matrix.
+        coloring: Which sweeps are taken.
+        column_of: Which column of the matrix each column that is swept copies.
         ends: CSR row pointers.
         columns: CSR column indices, sorted within rows.
-        pulled: For each term its place in the flat `(pulls, columns of the sweeper)`, or -1.
-        pushed: For each term its place in the flat `(pushes, rows of the sweeper)`, or -1; None where none is.
-        start: Where the terms of each entry start; None where every entry has one term.
+        places: For each term its place in the flat pulls `(pulls, columns swept)` and, after them, pushes.
+        entry: For each term the entry it adds to; None where every entry has one term.
     """
 
     shape: tuple[int, int]
+    coloring: Coloring
+    column_of: Array
     ends: NDArray[np.int32]
     columns: NDArray[np.int32]
-    pulled: Array
-    pushed: Array | None
-    start: Array | None
+    places: Array
+    entry: Array | None
 
     @classmethod
     def of(cls, matrix: Csr, coloring: Coloring, column_of: Array, width: int) -> Assembly:
         """Return the assembly of a pattern whose columns are copies of the columns of a narrower matrix.
 
         Args:
-            matrix: Pattern over the sweeper's columns.
+            matrix: Pattern over the columns that are swept.
             coloring: Its colouring.
             column_of: Which final column each of its columns copies.
             width: Number of final columns.
@@ -130,36 +69,28 @@ class Assembly:
             raise NotDifferentiableError(
                 "sparse: a colouring does not tell all entries apart; this is a fault in jacops."
             )
+        pushed, sweep, at = found
+        places = np.where(pushed, coloring.pulls * wide + sweep * m, sweep * wide) + at
         keys = rows * width + column_of[inner]
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         first = np.r_[True, keys[1:] != keys[:-1]][: len(keys)]
-        start = None if first.all() else np.flatnonzero(first)
+        entry = None if first.all() else np.cumsum(first) - 1
         entries = keys[first]
         ends = np.searchsorted(entries, np.arange(m + 1) * width).astype(np.int32)
-        pushes = found.pushed.any()
-        pulled = found.sweep * wide + found.at
-        pushed = np.where(found.pushed, found.sweep * m + found.at, -1)[order] if pushes else None
-        pulled = (np.where(found.pushed, -1, pulled) if pushes else pulled)[order]
-        return cls((m, width), ends, (entries % width).astype(np.int32), pulled, pushed, start)
+        columns = (entries % width).astype(np.int32)
+        return cls((m, width), coloring, column_of, ends, columns, places[order], entry)
 
-    def values(self, pulled: Tensor | None, pushed: Tensor | None, like: Tensor) -> Tensor:
-        """Return the entries in CSR order from what the sweeps gave; `like` has their dtype where there are none."""
-        parts = []
-        for swept, places in ((pulled, self.pulled), (pushed, self.pushed)):
-            if swept is None or places is None or not swept.numel():
-                continue
-            index = torch.from_numpy(places).to(swept.device)
-            part = swept.reshape(-1)[index if places.min(initial=0) >= 0 else index.clamp(min=0)]
-            parts.append(part if places.min(initial=0) >= 0 else part.masked_fill(index < 0, 0))
-        if not parts:
-            return like.new_zeros(0)
-        terms = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        if self.start is None:
+    def values(self, *swept: Tensor) -> Tensor:
+        """Return the entries in CSR order from the pulls and the pushes."""
+        flat = [part.reshape(-1) for part in swept if len(part)] or [swept[0].new_zeros(0)]
+        every = flat[0] if len(flat) == 1 else torch.cat(flat)
+        terms = every[torch.from_numpy(self.places).to(every.device)]
+        if self.entry is None:
             return terms
         # Copies of one entry add up: the forward read it more than once.
-        entry = torch.from_numpy(np.repeat(np.arange(len(self.start)), np.diff(np.r_[self.start, len(terms)])))
-        return terms.new_zeros(len(self.start)).index_add_(0, entry.to(terms.device), terms)
+        entry = torch.from_numpy(self.entry).to(terms.device)
+        return terms.new_zeros(len(self.columns)).index_add_(0, entry, terms)
 
     def matrix(self, values: Tensor) -> Csr:
         """Return the matrix with these entries; NumPy has no bfloat16, which comes as float32."""
@@ -167,11 +98,10 @@ class Assembly:
         return csr((values.cpu().numpy(), self.columns, self.ends), shape=self.shape)
 
 
-def seeds(colors: Array, like: Tensor) -> Tensor:
+def _seeds(colors: Array, space: Space) -> Tensor:
     """Return one row per colour, one where a row or column has it."""
-    many = int(colors.max(initial=-1)) + 1
-    rows = torch.zeros(many, len(colors), dtype=like.dtype, device=like.device)
     held = np.flatnonzero(colors >= 0)
+    rows = torch.zeros(int(colors.max(initial=-1)) + 1, space.dim, dtype=space.dtype, device=space.device)
     rows[torch.from_numpy(colors[held]), torch.from_numpy(held)] = 1
     return rows
 
@@ -195,90 +125,89 @@ class Compressed:
     sweeps: int
 
 
-def compress(
-    sweeper: Sweeper,
-    assembly: Assembly,
-    coloring: Coloring,
-    column_of: Array,
-    certify: int,
-    prober: Prober,
-) -> Compressed:
-    r"""Return the matrix, certified by random probes in the same batch of sweeps.
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """An operator as a sparse matrix: the products that give it, and the random probes that it is judged by.
 
-    For normal `u` the expected square of $\|(J - \hat J)^\top u\|$ is $\|J - \hat J\|_F^2$, and an error of rank one
-    is the worst case, so with k probes $\|J - \hat J\|_F \le \sqrt{k / q_k}\, \mathrm{rms}$ with probability 99.9 %,
-    $q_k$ being the 0.1 % quantile of $\chi^2_k$. Divisors are at most 1 and so only make the bound larger.
-
-    Args:
-        sweeper: The products.
+    Attributes:
+        operator: What the products are of; its columns may be copies of those of the matrix.
         assembly: How they become the matrix.
-        coloring: Which of them to take.
-        column_of: Which column of the matrix each column of the sweeper copies.
-        certify: Number of probes; a single one is divided by the sizes of the rows, as far as they are known.
-        prober: What the probes are judged by.
+        prober: The state of the probes.
     """
-    m, n = sweeper.shape
-    many = coloring.pulls + coloring.pushes + certify
-    ensure_fits(
-        "sparse", {f"{many} sweeps": many * (m + n) * sweeper.columns.element_size()}, None, sweeper.rows.device, _TODO
-    )
-    divisors = prober.divisors if certify == 1 else None
-    apart = certify == 1  # with several, numbers near zero do not meet in one row, and the bound is that of normal ones
-    probes = [draw(sweeper.rows, m, _SEED + i, divisors, apart) for i in range(certify)]
-    start = seeds(coloring.rows, sweeper.rows)
-    start = torch.cat([start, torch.stack(probes)]) if probes else start
-    pulled = sweeper.swept(start, push=False) if len(start) else None
-    forward = seeds(coloring.columns, sweeper.columns)
-    pushed = sweeper.swept(forward, push=True) if len(forward) else None
-    values = assembly.values(pulled[: coloring.pulls] if pulled is not None else None, pushed, sweeper.columns)
-    matrix = assembly.matrix(values)
-    sweeps = len(start) + len(forward)
-    if pulled is None or not probes:
-        return Compressed(values, matrix, None, math.nan, sweeps)
-    verdict = judged(matrix, probes, pulled[coloring.pulls :], column_of, prober.tolerance)
-    return Compressed(values, matrix, verdict, verdict.rms * probe_factor(certify), sweeps)
 
+    operator: Operator
+    assembly: Assembly
+    prober: Prober
 
-def probed_by_rows(
-    sweeper: Sweeper,
-    found: Compressed,
-    column_of: Array,
-    prober: Prober,
-    used: Floats | None = None,
-    importance: Floats | None = None,
-) -> Compressed:
-    """Return the same with one more probe, where rows differ so much from `used` that the first were blind to some.
+    def evaluate(self, certify: int) -> Compressed:
+        r"""Return the matrix, certified by random probes in the same batch of sweeps.
 
-    Its verdict has the larger excess of the probes so far and of that one.
-    """
-    if found.verdict is None or not prober.outdated(found.matrix, used, importance):
-        return found
-    more = probed(sweeper, found.matrix, column_of, prober.divisors, prober.tolerance)
-    worse = more if more.excess > found.verdict.excess else found.verdict
-    verdict = replace(found.verdict, excess=worse.excess, column=worse.column)
-    return replace(found, verdict=verdict, sweeps=found.sweeps + 1)
+        For normal `u` the expected square of $\|(J - \hat J)^\top u\|$ is $\|J - \hat J\|_F^2$, and an error of rank
+        one is the worst case, so with k probes $\|J - \hat J\|_F \le \sqrt{k / q_k}\, \mathrm{rms}$ with probability
+        99.9 %, $q_k$ being the 0.1 % quantile of $\chi^2_k$. Divisors are at most 1 and so only make the bound larger.
 
+        Args:
+            certify: Number of probes; a single one is divided by the sizes of the rows, as far as they are known.
+        """
+        coloring, rows, columns = self.assembly.coloring, self.operator.codomain, self.operator.domain
+        many = coloring.pulls + coloring.pushes + certify
+        needed = {f"{many} sweeps": many * (rows.dim + columns.dim) * columns.dtype.itemsize}
+        ensure_fits("sparse", needed, None, rows.device, _TODO)
+        divisors = self.prober.divisors if certify == 1 else None
+        # With several, numbers near zero do not meet in one row, and the bound is that of normal ones.
+        probes = [draw(rows, _SEED + i, divisors, apart=certify == 1) for i in range(certify)]
+        pulled = self.pulled(torch.cat([_seeds(coloring.rows, rows), *(p[None] for p in probes)]))
+        pushed = self._swept(_seeds(coloring.columns, columns), self.operator._apply, rows)
+        values = self.assembly.values(pulled[: coloring.pulls], pushed)
+        matrix = self.assembly.matrix(values)
+        if not probes:
+            return Compressed(values, matrix, None, math.nan, many)
+        verdict = self._judged(matrix, probes, pulled[coloring.pulls :])
+        return Compressed(values, matrix, verdict, verdict.rms * probe_factor(certify), many)
 
-def probed(
-    sweeper: Sweeper, matrix: Csr, column_of: Array, divisors: Floats | None = None, limit: float = 0.0
-) -> Verdict:
-    """Return the verdict of one more probe."""
-    probe = draw(sweeper.rows, sweeper.shape[0], _SEED, divisors, apart=True)
-    return judged(matrix, [probe], sweeper.swept(probe[None], push=False), column_of, limit)
+    def pulled(self, seeds: Tensor) -> Tensor:
+        """Return the products of the transpose with these rows, a chunk at a time."""
+        return self._swept(seeds, self.operator._apply_transpose, self.operator.domain)
 
+    def _swept(self, seeds: Tensor, product: Callable[[Tensor], Tensor], into: Space) -> Tensor:
+        chunk = max(1, min(ROWS, _CHUNK_ENTRIES // max(1, sum(self.operator.shape))))
+        parts = [product(part) for part in seeds.split(chunk) if len(part)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else into.units(slice(0, 0))
 
-def is_rounding(sweeper: Sweeper, error: float) -> bool:
-    """Say whether rounding alone explains that products are off by `error`, relative to their size.
+    def _judged(self, matrix: Csr, probes: list[Tensor], pulled: Tensor) -> Verdict:
+        return judged(matrix, probes, pulled, self.assembly.column_of, self.prober.tolerance)
 
-    A product of 0.7 u is 0.7 times that of u but for rounding, whose size it shows. A product of 2 u is twice that of u
-    without any rounding, unless it is random or not linear.
-    """
-    probe = draw(sweeper.rows, sweeper.shape[0], _SEED, apart=True)
-    once, twice, less = (sweeper.swept(p[None], push=False).double() for p in (probe, 2 * probe, _LESS * probe))
-    size = float(torch.linalg.vector_norm(once))
-    rounded = float(torch.linalg.vector_norm(less / _LESS - once))
-    changed = float(torch.linalg.vector_norm(twice / 2 - once))
-    return error * size <= _SAMPLED * rounded and changed <= error * size / _SAMPLED
+    def probed_by_rows(
+        self, found: Compressed, used: Floats | None = None, importance: Floats | None = None
+    ) -> Compressed:
+        """Return the same with one more probe, where rows differ so much from `used` that others were blind to some.
+
+        Its verdict has the larger excess of the probes so far and of that one.
+        """
+        if found.verdict is None or not self.prober.outdated(found.matrix, used, importance):
+            return found
+        more = self.probed(found.matrix, self.prober.divisors)
+        worse = more if more.excess > found.verdict.excess else found.verdict
+        verdict = replace(found.verdict, excess=worse.excess, column=worse.column)
+        return replace(found, verdict=verdict, sweeps=found.sweeps + 1)
+
+    def probed(self, matrix: Csr, divisors: Floats | None = None, seed: int = _SEED) -> Verdict:
+        """Return the verdict of one more probe."""
+        probe = draw(self.operator.codomain, seed, divisors, apart=True)
+        return self._judged(matrix, [probe], self.pulled(probe[None]))
+
+    def is_rounding(self, error: float) -> bool:
+        """Say whether rounding alone explains that products are off by `error`, relative to their size.
+
+        A product of 0.7 u is 0.7 times that of u but for rounding, whose size it shows. A product of 2 u is twice that
+        of u without any rounding, unless it is random or not linear.
+        """
+        probe = draw(self.operator.codomain, _SEED, apart=True)[None]
+        once, twice, less = (self.pulled(p).double() for p in (probe, 2 * probe, _LESS * probe))
+        size = float(torch.linalg.vector_norm(once))
+        rounded = float(torch.linalg.vector_norm(less / _LESS - once))
+        changed = float(torch.linalg.vector_norm(twice / 2 - once))
+        return error * size <= _SAMPLED * rounded and changed <= error * size / _SAMPLED
 
 
 def probe_factor(probes: int) -> float:

@@ -15,8 +15,8 @@ from .._requirements import check_choice, check_whole
 from .._space import Space
 from .._torch.protocol import Linearization
 from ..errors import InputError, NotDifferentiableError
-from ._coloring import Coloring, color
-from ._compress import Assembly, Sweeper, compress, is_rounding, probed_by_rows
+from ._coloring import color
+from ._compress import Assembly, Compression
 from ._declared import check_declared
 from ._matrix import csr
 from ._probe import Prober
@@ -66,18 +66,15 @@ def jacobian(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pa
         todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
         raise InputError.of("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo)
     matrix = csr(known.matrix + known.matrix.T).astype(bool) if operator.symmetric else known.matrix
-    empty = Coloring(np.full(operator.shape[0], -1), np.full(operator.shape[1], -1))
-    coloring = color(matrix, symmetric=operator.symmetric) or empty
-    columns = np.arange(operator.shape[1])
-    assembly = Assembly.of(matrix, coloring, columns, operator.shape[1])
-    sweeper = Sweeper.over(operator)
-    prober = Prober(sweeper.rows.dtype, set(sweeper.dtypes | dtypes))
-    found = compress(sweeper, assembly, coloring, columns, certify, prober)
+    n = operator.domain.dim
+    assembly = Assembly.of(matrix, color(matrix, symmetric=operator.symmetric), np.arange(n), n)
+    compression = Compression(operator, assembly, Prober.of(operator, dtypes))
+    found = compression.evaluate(certify)
     error = 0.0 if found.verdict is None else found.verdict.error
     if pattern is not None:
-        found = probed_by_rows(sweeper, found, columns, prober)
-        check_declared(sweeper, found, prober, columns)
-    elif error > prober.whole and not is_rounding(sweeper, error):
+        found = compression.probed_by_rows(found)
+        check_declared(compression, found)
+    elif error > compression.prober.whole and not compression.is_rounding(error):
         raise NotDifferentiableError(
             f"sparse.jacobian: products with {operator!r} disagree by {error:.1e} with each other. A backward "
             "pass is random or not linear, or the result is smaller than the rounding errors of this dtype; use "

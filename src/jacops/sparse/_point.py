@@ -15,9 +15,8 @@ from .._recorded_loss import check_usable
 from .._runtime.contexts import must_surface, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
-from .._torch.protocol import Linearization, Recording, bare, parameter_names, record_model
+from .._torch.protocol import Linearization, Proofs, Recording, bare, parameter_names, record_model
 from .._trees import Selector, flatten
-from ..errors import NotDifferentiableError
 from ._lift import Lift, Selection
 from ._pool import Array
 from ._taint import Taint
@@ -131,7 +130,6 @@ def record_point(
     if recording is None:
         selections = []
         recording = _recorded(model, inputs, taint, options)
-    _check_outputs(recording)
     lin = _lifted_tape(recording.lin, selections)
     for inspect in inspectors:
         inspect(replace(recording, lin=lin))
@@ -162,31 +160,12 @@ def _sound(selections: list[Selection], lin: Linearization) -> list[Selection]:
 
 
 def _lifted_tape(lin: Linearization, selections: list[Selection]) -> Linearization:
-    leaves = [*lin.leaves, *(s.leaf for s in selections)]
-    names = [*lin.domain.names, *(f"{lin.domain.names[s.source]} (selection {i})" for i, s in enumerate(selections))]
-    lifted = Linearization(
-        leaves,
-        lin.outputs,
-        leaf_names=names,
-        output_names=lin.codomain.names,
-        call=lin.call,
-        aliased_leaves=lin.aliased_leaves,
-        private=True,
-        fallback="silent",
-    )
-    lifted.protected = lin.protected
-    lifted.tolerance = lin.tolerance
+    names = lin.domain.names
+    leaves = {f"{names[s.source]} (selection {i})": s.leaf for i, s in enumerate(selections)}
+    lifted = lin.to(lin.outputs, lin.codomain.names, lin.call, leaves)
+    lifted.trust, lifted.fallback = Proofs(), "silent"
     check_usable(lifted)
     return lifted
-
-
-def _check_outputs(recording: Recording) -> None:
-    for name, output in zip(recording.lin.codomain.names, recording.lin.outputs, strict=True):
-        stored, free = lie_widths(output)
-        if free < stored:
-            todo = "Return `.Log().tensor()` of it, whose rows are tangent."
-            came = "an element of a Lie group"
-            raise NotDifferentiableError.of(name, came, "a sparse Jacobian needs rows of numbers", todo)
 
 
 def gradients_agree(point: RecordedPoint, plain_point: RecordedPoint) -> bool:

@@ -17,17 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._runtime.agreement import tolerance
+from .._operators import Operator
+from .._runtime.agreement import few_operations_tolerance, tolerance
 from .._runtime.contexts import private_noise
 from .._runtime.restoring import NumericWarningsIgnored, restoring
+from .._space import Space
 from ._matrix import Csr
 from ._pool import Array
 
 Floats = NDArray[np.float64]
 
-# How far two right sums may differ, relative to the root of the sum of their squared terms. Rounding is 1e-16 and 6e-8;
-# the rest is a margin for terms that are themselves differences of larger numbers.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Rows down to this share of the largest are judged by their own size. Below, a row that is a difference of equal
 # numbers would be judged by its rounding errors. In other dtypes all rows are judged alike: 1.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -40,9 +39,9 @@ _RAISED = {torch.float64: 1e3, torch.float32: 30.0}  # steps of the floor: four 
 
 
 def rounding(dtypes: Iterable[torch.dtype]) -> float:
-    """Return the tolerance of the coarsest of these dtypes."""
+    """Return how far two right sums in these dtypes may differ, relative to the root of the sum of squared terms."""
     real = (dtype.to_real() if dtype.is_complex else dtype for dtype in dtypes)
-    return max((_TOLERANCE.get(dtype, tolerance([dtype])) for dtype in real), default=0.0)
+    return max((few_operations_tolerance(dtype, tolerance([dtype])) for dtype in real), default=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +61,13 @@ class Verdict:
     column: int = 0
 
 
-def draw(like: Tensor, many: int, seed: int, divisors: Floats | None = None, apart: bool = False) -> Tensor:
-    """Return a random cotangent of `many` entries, divided by the sizes of the rows; `apart` keeps it off zero."""
-    noise = private_noise(like.new_empty(many), seed)
+def draw(rows: Space, seed: int, divisors: Floats | None = None, apart: bool = False) -> Tensor:
+    """Return a random cotangent, divided by the sizes of the rows; `apart` keeps it off zero."""
+    noise = private_noise(torch.empty(rows.dim, dtype=rows.dtype, device=rows.device), seed)
     noise = noise + torch.copysign(torch.full_like(noise, _LEAST), noise) if apart else noise
     if divisors is None:
         return noise
-    return (noise.double().cpu() / torch.from_numpy(divisors)).to(like.device, like.dtype)
+    return (noise.double().cpu() / torch.from_numpy(divisors)).to(rows.device, rows.dtype)
 
 
 def row_sizes(matrix: Csr) -> Floats:
@@ -170,7 +169,7 @@ class Prober:
     """
 
     rows: torch.dtype
-    dtypes: set[torch.dtype]
+    dtypes: frozenset[torch.dtype]
     floor: float = 1.0
     slack: float = 1.0
     sizes: Floats | None = None
@@ -180,6 +179,16 @@ class Prober:
     def __post_init__(self) -> None:
         self.floor = _FLOOR.get(self.rows, 1.0)
         self._spread = _SPREAD.get(self.rows, math.inf)
+
+    @classmethod
+    def of(cls, operator: Operator, met: frozenset[torch.dtype]) -> Prober:
+        """Return the state at first, for an operator that met these dtypes inside."""
+        return cls(operator.codomain.dtype, met.union(operator.codomain.dtypes, operator.domain.dtypes))
+
+    def fits(self, operator: Operator, met: frozenset[torch.dtype]) -> bool:
+        """Say whether it is that of such an operator."""
+        other = Prober.of(operator, met)
+        return (self.rows, self.dtypes) == (other.rows, other.dtypes)
 
     @property
     def tolerance(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from .._derivatives import Wrt
 from .._torch.protocol import bare, identity_key, store_for
 from .._trees import Selector, flatten
-from ._point import record_point
 from .layouts import SparseJacobian
-from .plan import OutdatedError, SparsePlan, sparse_plan
+from .plan import SparsePlan, sparse_plan
 
 
 def sparse_jacobian(
@@ -31,23 +30,43 @@ def sparse_jacobian(
         outputs: As in `sparse_plan`.
         tangent: As in `sparse_plan`.
     """
-    tensors = [value for value in flatten(inputs, "input")[0] if isinstance(value, Tensor)]
-    shapes = tuple((t.shape, t.dtype, t.device) for t in tensors)
-    indices = tuple(identity_key(t) for t in tensors if not (t.is_floating_point() or t.is_complex()))
-    claim = ("sparse plan", word, shapes, indices, identity_key(outputs), tangent)
+    claim = ("sparse plan", word, *_kinds(inputs), identity_key(outputs), tangent)
     made = store_for(bare(model), claim, "first").known
     latest: SparsePlan | None = made.get("latest")
     if latest is not None:
-        point = record_point(model, inputs, "modjac", wrt, outputs, lift=latest.is_lifted)
+        point = latest.recorded(model, inputs, "modjac")
         trust = point.recording.lin.trust
         plan = None if trust.needs(*claim) else trust.known.get(claim)
-        if plan is not None:
-            with suppress(OutdatedError):
-                return plan.at(point, learns=False)
-        del point, plan
+        found = None if plan is None else plan.at(point, learns=False)
+        if found is not None:
+            return found
+        del point
     plan = sparse_plan(model, inputs, wrt=wrt, outputs=outputs, tangent=tangent)
-    point = record_point(model, inputs, "modjac", wrt, outputs, lift=plan.is_lifted)
+    point = plan.recorded(model, inputs, "modjac")
     found, trust = plan.at(point), point.recording.lin.trust
     trust.known[claim] = made["latest"] = plan
     trust.remember(*claim)
-    return found
+    return found or plan.evaluate(model, inputs, layout="csr")  # it selects other parameters each time
+
+
+def plan_for_fit(model: Any, module: nn.Module, inputs: Any, setting: Hashable) -> SparsePlan:
+    """Return the plan by parameters that an earlier fit made, if it holds at this point, else a new one.
+
+    Args:
+        model: A module or function, by whose identity the plan is kept.
+        module: What it is evaluated by.
+        inputs: Its input.
+        setting: What tells plans apart, besides the kinds of inputs.
+    """
+    made = store_for(model, ("plan for fits", setting, *_kinds(inputs)), "first").known
+    plan: SparsePlan | None = made.get("plan")
+    if plan is None or plan.at(plan.recorded(module, inputs, "SparsePlan"), learns=False) is None:
+        plan = made["plan"] = sparse_plan(module, inputs)
+    return plan
+
+
+def _kinds(inputs: Any) -> tuple[Hashable, ...]:
+    """Return shapes, dtypes and devices of the tensors among inputs, and those that are indices by value."""
+    tensors = [value for value in flatten(inputs, "input")[0] if isinstance(value, Tensor)]
+    indices = tuple(identity_key(t) for t in tensors if not (t.is_floating_point() or t.is_complex()))
+    return tuple((t.shape, t.dtype, t.device) for t in tensors), indices

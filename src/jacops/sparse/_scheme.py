@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from .._ladder.failures import RouteFailedError
 from .._torch.protocol import Linearization
-from ._coloring import Coloring, color, least_cost
+from ._coloring import Coloring, color
 from ._matrix import Csr, csr, sp
 from ._pool import Array
 
@@ -31,40 +32,29 @@ class Scheme:
     columns: Array
 
 
-def colored(matrix: Csr, lin: Linearization) -> Coloring:
+def colored(matrix: Csr, lin: Linearization, limit: float = np.inf) -> Coloring:
     """Return a colouring, by rows alone where the linearization has no pushes but row by row."""
-    return _cheaper(matrix, lin, np.inf) or Coloring(np.full(matrix.shape[0], -1), np.full(matrix.shape[1], -1))
-
-
-def _cheaper(matrix: Csr, lin: Linearization, limit: float) -> Coloring | None:
     found = color(matrix, limit=limit)
-    by_rows = found is not None and found.pushes and not _can_push(lin)
-    return color(matrix, columns=False, limit=limit) if by_rows else found
+    return color(matrix, columns=False, limit=limit) if found.pushes and not _can_push(lin) else found
 
 
 def _can_push(lin: Linearization) -> bool:
-    tangents = [torch.zeros(1, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in lin.leaves]
-    try:
-        lin.push_by_double_backward(tangents)
-    except RouteFailedError:
-        return False
-    return True
+    with suppress(RouteFailedError):
+        lin.push_by_double_backward(lin.domain.split(torch.zeros_like(lin.domain.units(slice(0, 1)))))
+        return True
+    return False
 
 
-def unlifted(scheme: Scheme, lin: Linearization, width: int) -> Scheme | None:
+def unlifted(scheme: Scheme, lin: Linearization, width: int) -> Scheme:
     """Return a scheme without lifting where that takes no more sweeps."""
+    merged = placed(scheme.matrix, scheme.columns, width)
     limit = scheme.coloring.cost + 0.5
-    copies = 1 + len(scheme.structure)  # so many entries at most fall onto one
-    per_row = np.diff(scheme.matrix.indptr)
-    per_column = np.bincount(scheme.columns[scheme.matrix.indices], minlength=width)
-    if least_cost(-(-per_row // copies), -(-per_column // copies)) >= limit:
-        return None
-    merged = _merged(scheme.matrix, scheme.columns, width)
-    coloring = _cheaper(merged, lin, limit)
-    return None if coloring is None else Scheme(merged, coloring, [], np.arange(width))
+    coloring = colored(merged, lin, limit)
+    return Scheme(merged, coloring, [], np.arange(width)) if coloring.cost < limit else scheme
 
 
-def _merged(matrix: Csr, columns: Array, width: int) -> Csr:
+def placed(matrix: Csr, columns: Array, width: int) -> Csr:
+    """Return a pattern with each column moved to another one, of `width`; several may fall onto one."""
     entries = matrix.tocoo()
-    merged = sp.coo_array((entries.data, (entries.row, columns[entries.col])), shape=(matrix.shape[0], width))
-    return csr(merged).astype(bool)
+    moved = sp.coo_array((entries.data, (entries.row, columns[entries.col])), shape=(matrix.shape[0], width))
+    return csr(moved).astype(bool)

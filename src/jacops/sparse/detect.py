@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._derivatives import Wrt, picked
+from .._derivatives import Wrt
 from .._keywords import keywords
-from .._recorded_loss import check_usable
 from .._runtime.contexts import math_attention, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
-from .._torch.protocol import Linearization, bare, record_model
-from .._trees import Selector, flatten
+from .._torch.protocol import Linearization
+from .._trees import Selector
 from ..errors import MemoryBudgetError
 from ._matrix import Csr, csr
+from ._point import record_point
 from ._pool import Array, Pool
 from ._routes import rule_of
 from ._taint import Taint
@@ -61,18 +61,8 @@ def detect_pattern(
         >>> detect_pattern(model, torch.randn(1, 1, 5), wrt="inputs").nnz
         13
     """
-    parameters = picked(wrt)
-    options: dict[str, Any] = {"call": "detect_pattern", "parameters": parameters, "outputs": outputs}
-    taint = None
-    if local:
-        lin = record_model(model, inputs, **options).lin
-    else:  # which constants of the graph depend on the point, since the pattern is reused
-        given = [t for t in flatten(inputs, "input")[0] if isinstance(t, Tensor)]
-        given += [p for n, p in bare(model).named_parameters() if parameters is not None and parameters(n, p)]
-        with Taint(given) as taint:
-            lin = record_model(model, inputs, **options).lin
-    check_usable(lin)
-    seen = traced(lin, taint)
+    point = record_point(model, inputs, "detect_pattern", wrt, outputs, lift=False, watch=not local)
+    seen = traced(point.lin, point.taint)
     return Pattern(seen.matrix, local, seen.unknown)
 
 

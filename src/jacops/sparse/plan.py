@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,19 @@ from .._derivatives import Wrt
 from .._display import Described, Description
 from .._finite import check_outputs, is_finite, require_finite
 from .._keywords import keywords
+from .._operators import LinearizedMap
 from .._requirements import check_choice, check_whole
 from .._torch.protocol import Proofs
 from .._trees import Selector
 from ..errors import DataError, InputError, NotDifferentiableError, warn
 from . import storage
-from ._compress import Assembly, Compressed, Sweeper, compress, is_rounding, probed, probed_by_rows
+from ._compress import Assembly, Compressed, Compression
 from ._declared import check_declared
-from ._matrix import Csr, csr, sp
+from ._matrix import Csr, csr
 from ._point import RecordedPoint, gradients_agree, record_point
 from ._pool import Array
 from ._probe import Floats, Prober, Verdict
-from ._scheme import Scheme, colored, unlifted
+from ._scheme import Scheme, colored, placed, unlifted
 from .detect import traced
 from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_shape
 from .pattern import Pattern, declared
@@ -33,10 +36,7 @@ from .pattern import Pattern, declared
 _ROOM = 4.0  # margin on the rounding errors measured at one point: those of the next may be larger
 
 
-class OutdatedError(Exception):
-    """A plan does not hold at a point."""
-
-
+@dataclass(eq=False, repr=False)
 class SparsePlan(Described):
     """How to evaluate the sparse Jacobian of a model in few sweeps; made by `sparse_plan`, `SparsePlan.load`.
 
@@ -46,53 +46,30 @@ class SparsePlan(Described):
         sweeps: Sweeps per evaluation, probes left out.
     """
 
-    def __init__(
-        self,
-        scheme: Scheme,
-        shape: tuple[int, int],
-        final: Array,
-        *,
-        wrt: Wrt,
-        outputs: Selector,
-        tangent: bool,
-        local: bool,
-        unknown: dict[str, int],
-        names: tuple[str, ...],
-    ) -> None:
-        self._scheme, self.shape, self._final, self._names = scheme, shape, final, names
-        self._wrt: Wrt = wrt
-        self._outputs, self._tangent = outputs, tangent
-        self._local, self._unknown = local, unknown
-        self._trust = Proofs()
-        self._assembly: Assembly | None = None
-        self._prober: Prober | None = None
-        self._dtypes: frozenset[torch.dtype] = frozenset()  # met inside the model, as far as it was traced
+    _scheme: Scheme
+    shape: tuple[int, int]
+    _final: Array
+    _options: dict[str, Any]  # of `sparse_plan`: wrt, outputs, tangent, local
+    _unknown: dict[str, int]
+    _names: tuple[str, ...]
+    _dtypes: frozenset[torch.dtype] = frozenset()  # met inside the model, as far as it was traced
+    _trust: Proofs = field(default_factory=Proofs)
+    _prober: Prober | None = None
 
     # ---- what it knows -----------------------------------------------------------------------------------------
 
-    @property
-    def _column_of(self) -> Array:
-        return self._final[self._scheme.columns]
-
-    @property
+    @cached_property
     def assembly(self) -> Assembly:
         """How sweeps become the matrix."""
-        if self._assembly is None:
-            scheme = self._scheme
-            self._assembly = Assembly.of(scheme.matrix, scheme.coloring, self._column_of, self.shape[1])
-        return self._assembly
+        scheme = self._scheme
+        return Assembly.of(scheme.matrix, scheme.coloring, self._final[scheme.columns], self.shape[1])
 
     @property
     def pattern(self) -> Pattern:
         """Where the Jacobian may be nonzero."""
         found = self.assembly
         ones = np.ones(len(found.columns), bool)
-        return Pattern(csr((ones, found.columns, found.ends), shape=self.shape), self._local, self._unknown)
-
-    @property
-    def is_lifted(self) -> bool:
-        """Whether selections of parameters are leaves of their own."""
-        return bool(self._scheme.structure)
+        return Pattern(csr((ones, found.columns, found.ends), shape=self.shape), self._options["local"], self._unknown)
 
     @property
     def sweeps(self) -> int:
@@ -103,7 +80,7 @@ class SparsePlan(Described):
         (m, n), coloring, pattern = self.shape, self._scheme.coloring, self.pattern
         few = f"{self.sweeps} sweep{'s' * (self.sweeps != 1)} instead of {min(m, n):,}"
         facts = [("sweeps", f"{coloring.pulls} backward, {coloring.pushes} forward")]
-        facts += [("lifted", f"at {len(self._scheme.structure)} selections")] if self.is_lifted else []
+        facts += [("lifted", f"at {len(self._scheme.structure)} selections")] if self._scheme.structure else []
         shown = pattern._describe()
         facts += [("pattern", shown.title), *shown.facts]
         return Description(f"SparsePlan({m:,} × {n:,}): {few}", facts, picture=shown.picture)
@@ -142,14 +119,26 @@ class SparsePlan(Described):
         """Evaluate as above; `importance` is what the caller multiplies the rows with."""
         check_choice("layout", layout, LAYOUTS)
         check_whole("certify", certify, 0)
-        point = record_point(model, inputs, "SparsePlan", self._wrt, self._outputs, lift=self.is_lifted)
-        self._check_fits(point)
-        try:
-            return self.at(point, certify, layout, importance)
-        except OutdatedError:
+        point = self.recorded(model, inputs, "SparsePlan")
+        if not self._fits(point):
+            shape = (point.recording.lin.codomain.dim, point.widths(self._options["tangent"])[1])
+            raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
+        found = self.at(point, certify, layout, importance)
+        if found is None:
             warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
-            self._replan(model, inputs)
+            vars(self).update(vars(sparse_plan(model, inputs, **self._options)))
             return self._evaluated(model, inputs, certify, layout, importance)
+        return found
+
+    def recorded(self, model: nn.Module, inputs: Any, call: str) -> RecordedPoint:
+        """Return a point to evaluate at."""
+        lift = bool(self._scheme.structure)
+        return record_point(model, inputs, call, self._options["wrt"], self._options["outputs"], lift=lift)
+
+    def _fits(self, point: RecordedPoint) -> bool:
+        final, width = point.widths(self._options["tangent"])
+        same = self.shape == (point.recording.lin.codomain.dim, width)
+        return same and np.array_equal(final, self._final)
 
     def at(
         self,
@@ -159,49 +148,42 @@ class SparsePlan(Described):
         importance: Floats | None = None,
         *,
         learns: bool = True,
-    ) -> SparseJacobian:
+    ) -> SparseJacobian | None:
         """Evaluate at a recorded point; a pattern that does not hold there is detected again if the plan `learns`.
 
-        Raises:
-            OutdatedError: Other selections are lifted, or the pattern does not hold and the plan does not learn.
+        None is returned where the shape is another one, other selections are lifted, or the pattern does not hold and
+        the plan does not learn.
         """
-        if point.structure() != self._scheme.structure:
-            raise OutdatedError
+        if not self._fits(point) or point.structure() != self._scheme.structure:
+            return None
         point.lin.trust = self._trust
         columns = point.storage_columns()
         if not np.array_equal(columns, self._scheme.columns):
             # Other indices into the same parameters: the same sweeps, read off into other columns.
-            self._use(Scheme(self._scheme.matrix, self._scheme.coloring, self._scheme.structure, columns))
+            self._use(replace(self._scheme, columns=columns))
         found = self._compressed(point, certify, importance)
         check_outputs("SparsePlan", point.lin.outputs, point.lin.codomain.names)
-        if is_finite(found.values) and not self._holds(found, point):
+        holds = found.verdict is None or found.verdict.excess <= self._compression(point).prober.tolerance
+        if not holds and is_finite(found.values):
             if not learns:
-                raise OutdatedError
+                return None
             found = self._again(point, found, certify, importance)
         require_finite(found.values, "SparsePlan: of the Jacobian's entries")
-        matrix = arranged(self.assembly, found, layout, block_shape(point.recording.lin, self._tangent))
+        block = block_shape(point.recording.lin, self._options["tangent"])
+        matrix = arranged(self.assembly, found, layout, block)
         return SparseJacobian(matrix, point.output, found.bound, found.sweeps)
 
-    def _probes(self, sweeper: Sweeper) -> Prober:
-        """Return the state of the probes; a new one where dtypes have changed."""
-        dtypes = sweeper.dtypes | self._dtypes
-        if self._prober is None or self._prober.rows != sweeper.rows.dtype or self._prober.dtypes != dtypes:
-            self._prober = Prober(sweeper.rows.dtype, set(dtypes))
-        return self._prober
+    def _compression(self, point: RecordedPoint) -> Compression:
+        operator = LinearizedMap(point.lin)
+        if self._prober is None or not self._prober.fits(operator, self._dtypes):
+            self._prober = Prober.of(operator, self._dtypes)
+        return Compression(operator, self.assembly, self._prober)
 
     def _compressed(self, point: RecordedPoint, certify: int, importance: Floats | None = None) -> Compressed:
         """Return the Jacobian, probed once more where row sizes were out of date."""
-        sweeper = Sweeper.on(point.lin)
-        prober = self._probes(sweeper)
-        used = prober.divisors if certify == 1 else None
-        found = compress(sweeper, self.assembly, self._scheme.coloring, self._column_of, certify, prober)
-        return probed_by_rows(sweeper, found, self._column_of, prober, used, importance)
-
-    def _probed(self, found: Compressed, sweeper: Sweeper, divisors: Floats | None) -> Verdict:
-        return probed(sweeper, found.matrix, self._column_of, divisors, self._probes(sweeper).tolerance)
-
-    def _holds(self, found: Compressed, point: RecordedPoint) -> bool:
-        return found.verdict is None or found.verdict.excess <= self._probes(Sweeper.on(point.lin)).tolerance
+        compression = self._compression(point)
+        used = compression.prober.divisors if certify == 1 else None
+        return compression.probed_by_rows(compression.evaluate(certify), used, importance)
 
     def _again(self, point: RecordedPoint, found: Compressed, certify: int, importance: Floats | None) -> Compressed:
         """Detect at this point; add new entries to the pattern, or measure the rounding errors where there are none.
@@ -216,47 +198,23 @@ class SparsePlan(Described):
         if grown:
             warn("SparsePlan: the pattern no longer holds at this point; it was detected again and is kept.")
             self._unknown = {**self._unknown, **seen.unknown}
-            self._use(Scheme(both, colored(both, point.lin), self._scheme.structure, self._scheme.columns))
+            self._use(replace(self._scheme, matrix=both, coloring=colored(both, point.lin)))
             found = self._compressed(point, certify, importance)
-        sweeper = Sweeper.on(point.lin)
-        prober, plain_probe = self._probes(sweeper), self._probed(found, sweeper, None)
-        if plain_probe.error > prober.whole and not is_rounding(sweeper, plain_probe.error):
+        compression = self._compression(point)
+        plain_probe = compression.probed(found.matrix)
+        if plain_probe.error > compression.prober.whole and not compression.is_rounding(plain_probe.error):
             raise NotDifferentiableError(
                 f"SparsePlan: two backward passes over the same graph disagree by {plain_probe.error:.1e}, so no "
                 "pattern holds. A backward pass is random or not linear, or the derivative is smaller than the "
                 "rounding errors of this dtype; use float64 then."
             )
         if not grown:
-            self._learn(found, plain_probe, sweeper, importance)
+            _learn(compression, found, plain_probe, importance)
         return found
 
-    def _learn(self, found: Compressed, plain_probe: Verdict, sweeper: Sweeper, importance: Floats | None) -> None:
-        """Raise floor and tolerance of the probes to the rounding errors of this point, whose pattern was verified."""
-        prober = self._probes(sweeper)
-        prober.outdated(found.matrix, None, importance)
-        now = self._probed(found, sweeper, prober.divisors)
-        while now.excess > prober.tolerance and prober.raise_floor(importance):
-            now = self._probed(found, sweeper, prober.divisors)
-        worst = max(now.excess, plain_probe.excess)
-        if prober.tolerance < worst < math.inf:
-            prober.slack *= _ROOM * worst / prober.tolerance
-
     def _use(self, scheme: Scheme) -> None:
-        self._scheme, self._assembly = scheme, None
-
-    def _check_fits(self, point: RecordedPoint) -> None:
-        final, width = point.widths(self._tangent)
-        shape = (point.recording.lin.codomain.dim, width)
-        if shape != self.shape or not np.array_equal(final, self._final):
-            raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
-
-    def _replan(self, model: nn.Module, inputs: Any) -> None:
-        other = sparse_plan(
-            model, inputs, wrt=self._wrt, outputs=self._outputs, tangent=self._tangent, local=self._local
-        )
-        self._trust, self._prober = Proofs(), None
-        self._unknown, self._dtypes = other._unknown, other._dtypes
-        self._use(other._scheme)
+        self._scheme = scheme
+        vars(self).pop("assembly", None)
 
     # ---- on disk -----------------------------------------------------------------------------------------------
 
@@ -275,12 +233,24 @@ class SparsePlan(Described):
         Raises:
             DataError: The file is no plan, of another version, or damaged.
         """
-        plan = SparsePlan(**storage.load(path, outputs))
+        plan = SparsePlan(*storage.load(path, outputs))
         try:
             plan.assembly  # noqa: B018 - shows whether the colouring fits the pattern
         except NotDifferentiableError:
             raise DataError(f"{path}: damaged, its colours do not tell the entries of its pattern apart.") from None
         return plan
+
+
+def _learn(compression: Compression, found: Compressed, plain_probe: Verdict, importance: Floats | None) -> None:
+    """Raise floor and tolerance of the probes to the rounding errors of this point, whose pattern was verified."""
+    prober = compression.prober
+    prober.outdated(found.matrix, None, importance)
+    now = compression.probed(found.matrix, prober.divisors)
+    while now.excess > prober.tolerance and prober.raise_floor(importance):
+        now = compression.probed(found.matrix, prober.divisors)
+    worst = max(now.excess, plain_probe.excess)
+    if prober.tolerance < worst < math.inf:
+        prober.slack *= _ROOM * worst / prober.tolerance
 
 
 @keywords()
@@ -342,11 +312,10 @@ def sparse_plan(
     _check_padding(matrix, final[columns], width, point)
     scheme = Scheme(matrix, colored(matrix, point.lin), point.structure(), columns)
     if point.selections:
-        scheme = unlifted(scheme, point.lin, point.recording.lin.domain.dim) or scheme
-    names = point.recording.lin.domain.names
+        scheme = unlifted(scheme, point.lin, point.recording.lin.domain.dim)
+    names, shape = point.recording.lin.domain.names, (matrix.shape[0], width)
     del point  # and the graph with it
-    plan = SparsePlan(scheme, (matrix.shape[0], width), final, unknown=seen.unknown, names=names, **options)
-    plan._dtypes = seen.dtypes
+    plan = SparsePlan(scheme, shape, final, options, seen.unknown, names, seen.dtypes)
     plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
     return plan
 
@@ -371,15 +340,10 @@ def _from_declared(model: nn.Module, inputs: Any, pattern: Any, options: dict[st
     final, width = point.widths(options["tangent"])
     shape = (point.recording.lin.codomain.dim, width)
     known = declared(pattern, shape)
-    stored = np.flatnonzero(final < width)
-    entries = known.matrix.tocoo()
-    wide = sp.coo_array((entries.data, (entries.row, stored[entries.col])), shape=(shape[0], len(final)))
-    matrix = csr(wide).astype(bool)
+    matrix = placed(known.matrix, np.flatnonzero(final < width), len(final))
     scheme = Scheme(matrix, colored(matrix, point.lin), [], np.arange(len(final)))
     names = point.recording.lin.domain.names
-    plan = SparsePlan(scheme, shape, final, unknown=dict(known.unknown), names=names, **options)
+    plan = SparsePlan(scheme, shape, final, options, dict(known.unknown), names)
     found = plan._compressed(point, 1)
-    sweeper = Sweeper.on(point.lin)
-    todo = "Leave it out to have it detected."
-    check_declared(sweeper, found, plan._probes(sweeper), plan._column_of, todo)
+    check_declared(plan._compression(point), found, "Leave it out to have it detected.")
     return plan

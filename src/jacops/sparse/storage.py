@@ -25,17 +25,17 @@ VERSION = 1
 
 def save(plan: SparsePlan, path: str | Path) -> None:
     """Write a plan; the file is there whole or not at all."""
-    scheme = plan._scheme
+    scheme, options = plan._scheme, plan._options
     about = {
         "version": VERSION,
         "shape": plan.shape,
         "wide": scheme.matrix.shape[1],
         "symmetric": scheme.coloring.symmetric,
-        "wrt": plan._wrt if isinstance(plan._wrt, str) else None,
+        "wrt": options["wrt"] if isinstance(options["wrt"], str) else None,
         "names": plan._names,
-        "outputs": _plain(plan._outputs),
-        "tangent": plan._tangent,
-        "local": plan._local,
+        "outputs": _plain(options["outputs"]),
+        "tangent": options["tangent"],
+        "local": options["local"],
         "unknown": plan._unknown,
     }
     arrays = {
@@ -69,8 +69,8 @@ def _plain(outputs: Selector) -> Any:
     return {"is": outputs} if plain or listed else {"again": repr(outputs)}
 
 
-def load(path: str | Path, outputs: Selector) -> dict[str, Any]:
-    """Return what a `SparsePlan` in a file is made of, by name.
+def load(path: str | Path, outputs: Selector) -> tuple[Any, ...]:
+    """Return what a `SparsePlan` in a file is made of, in its order.
 
     Raises:
         DataError: The file is no plan, of another version, or damaged; the message says what of it.
@@ -90,12 +90,11 @@ def load(path: str | Path, outputs: Selector) -> dict[str, Any]:
     inner, names = places["inner"], tuple(about["names"])
     matrix = csr((np.ones(len(inner), bool), inner, places["ends"]), shape=(about["shape"][0], about["wide"]))
     coloring = Coloring(places["rows"], places["columns"])
-    return {
-        "scheme": Scheme(matrix, coloring, [tuple(pair) for pair in places["structure"].tolist()], places["copies"]),
-        "shape": tuple(about["shape"]),
-        "final": places["final"],
+    options = {
         "wrt": about["wrt"] or (lambda name, parameter: name in names),
         "outputs": outputs,
-        "names": names,
-        **{name: about[name] for name in ("tangent", "local", "unknown")},
+        "tangent": about["tangent"],
+        "local": about["local"],
     }
+    scheme = Scheme(matrix, coloring, [tuple(pair) for pair in places["structure"].tolist()], places["copies"])
+    return scheme, tuple(about["shape"]), places["final"], options, about["unknown"], names

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._finite import is_finite
+from ..._runtime.agreement import few_operations_tolerance
 from ..._runtime.contexts import (
     arithmetic,
     is_memory_error,
@@ -41,8 +42,6 @@ _KINDS: dict[str, Kind] = {
 KNOWN = "CrossEntropyLoss, MSELoss, BCEWithLogitsLoss or their functions"
 # Sizes of noise at which slopes are compared: a loss that is quadratic, or logistic, nearby only is off at the second.
 _REACHES = (1.0, 1e3)
-# 800 roundings and more; another loss's slope is off by a share of 1.
-_AGREES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +236,7 @@ def _compared(slope: Slope, kind: Kind, output: Tensor, y: Tensor) -> Likelihood
         labels, expected = _labels(kind, at, y, real.reshape(y.shape), reach, i)
         pairs.append((slope(at, labels), expected))
     strength = float(sum((g * e).sum() for g, e in pairs)) / max(float(sum(e.square().sum() for _, e in pairs)), 1e-300)
-    allowed = _AGREES.get(output.dtype, 1e-2)
+    allowed = few_operations_tolerance(output.dtype)
     agree = all(
         is_finite(g) and bool(((g - strength * e).abs() <= allowed * strength * e.abs().max()).all()) for g, e in pairs
     )

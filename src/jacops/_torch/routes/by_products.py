@@ -9,13 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..._runtime.chunks import ROWS
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import ENTRIES
 from ..sweeps.linearization import Linearization
 from .by_layers import Rows
-
-_ROWS = 64  # products to a pass, as in `_runtime.chunks`
 
 
 @dataclass(eq=False)
@@ -95,4 +94,4 @@ class ByProducts:
 
 def _step(most: int) -> int:
     """Return how many rows go into a pass."""
-    return max(1, min(_ROWS, _ROWS * most // ENTRIES))
+    return max(1, min(ROWS, ROWS * most // ENTRIES))

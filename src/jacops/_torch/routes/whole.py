@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -201,20 +201,6 @@ def _room(delta: Tensor, many: int) -> Tensor:
     return delta.new_empty(n, many, positions, *rest)
 
 
-def layer_route(lin: Linearization) -> LayerRoute | None:
-    """Return the sweeps by layers where every parameter enters by operations with a rule; remembered where none are."""
-    if lin.trust.refused("whole", "by layers"):
-        return None
-    try:
-        layers = _covered(lin)
-    except RouteFailedError:
-        layers = None
-    if layers is None:
-        lin.trust.refuse("whole", "by layers", _NOT_COVERED)
-        return None
-    return LayerRoute(lin, layers)
-
-
 class BlocksMatchPlain:
     """The rows, mixed at random, are what one plain sweep gives."""
 
@@ -244,33 +230,20 @@ class WholeByLayers:
         """It takes an output with samples first, all parameters covered, and memory for one sweep."""
         if ask.create_graph or not ask.layers:
             return ""
-        if self._route(ask) is None:
-            return _NOT_COVERED
         return None if self._together(ask) else "more than the budget"
 
-    def _route(self, ask: WholeAsk) -> LayerRoute | None:
-        return ask.kept("layers", lambda: layer_route(ask.lin))
+    def _route(self, ask: WholeAsk) -> LayerRoute:
+        return ask.kept("layers", lambda: LayerRoute(ask.lin, _covering(ask.lin)))
 
     def _together(self, ask: WholeAsk) -> int:
         """Return how many sweeps are written together; 0 where not even one fits."""
-        return ask.kept("together", lambda: self._fitted(ask))
-
-    def _fitted(self, ask: WholeAsk) -> int:
-        route = self._route(ask)
-        room = None if ask.is_small else ask.room
-        try:
-            return route.together(room) if route is not None and (room is None or room > 0) else 0
-        except RouteFailedError:
-            return 0
+        return ask.kept("together", lambda: self._route(ask).together(None if ask.is_small else ask.room))
 
     def cost(self, ask: WholeAsk) -> Cost:
         """A sweep per entry of one sample's output."""
-        route = self._route(ask)
-        return Cost(math.inf if route is None else route.sweeps, partial(self._memory, ask))
-
-    def _memory(self, ask: WholeAsk) -> Memory:
-        route, together = self._route(ask), self._together(ask)
-        return Memory(together, ask.peak(route.needs.live(together)) if route and together else 0)
+        route, together = ask.known("layers"), ask.known("together")
+        memory = (lambda: Memory(together, ask.peak(route.needs.live(together)))) if together else None
+        return Cost(route.sweeps if route else math.inf, memory)
 
     def describe(self, ask: WholeAsk) -> str:
         """Name the number of samples."""
@@ -282,20 +255,21 @@ class WholeByLayers:
         Raises:
             RouteFailedError: Torch cannot take the sweeps.
         """
-        route = self._route(ask)
-        if route is None:
-            raise RouteFailedError(_NOT_COVERED)
-        return route.filled(self._together(ask), ask.into)
+        return self._route(ask).filled(self._together(ask), ask.into)
 
 
-def _covered(lin: Linearization) -> LayerRows | None:
-    if len(lin.outputs) != 1 or not lin.leaves:
-        return None
-    (output,) = lin.outputs
-    if output.ndim < 1 or output.shape[0] < 2 or not output.numel() or not output.requires_grad or output.is_complex():
-        return None
-    layers = LayerRows(lin, output.shape[0])
-    return layers if layers.sites and not layers.missing else None
+def _covering(lin: Linearization) -> LayerRows:
+    """Return the uses of all parameters.
+
+    Raises:
+        RouteFailedError: One enters by an operation without a rule, or samples mix, or there is only one.
+    """
+    output = lin.outputs[0] if len(lin.outputs) == 1 and lin.leaves else torch.empty(())
+    if output.ndim and output.shape[0] > 1 and output.numel() and output.requires_grad and not output.is_complex():
+        layers = LayerRows(lin, output.shape[0])
+        if layers.sites and not layers.missing:
+            return layers
+    raise RouteFailedError(_NOT_COVERED)
 
 
 def _disagreement(lin: Linearization, blocks: Sequence[Tensor]) -> float:

@@ -75,6 +75,10 @@ class WholeAsk:
             self._kept[what] = make()
         return self._kept[what]
 
+    def known(self, what: str) -> Any:
+        """Return what `kept` made, None where it did not."""
+        return self._kept.get(what)
+
     @property
     def verdicts(self) -> Proofs:
         """What is known of the graph."""

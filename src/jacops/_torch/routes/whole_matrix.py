@@ -34,6 +34,4 @@ def ensure_whole_fits(ask: WholeAsk) -> None:
     Raises:
         MemoryBudgetError: It does not.
     """
-    route, _ = candidates(ask, WHOLE)[0]
-    if isinstance(route, ByRows):
-        fitted(ask, route.columns)
+    fitted(ask, candidates(ask, WHOLE)[0][0])

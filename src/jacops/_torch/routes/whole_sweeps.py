@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.plan import Cost
+from ..._ladder.route import Route
 from ..._runtime.agreement import as_rows, size
 from ..._runtime.chunks import Chunks
 from ..._runtime.rows import Rows, basis
@@ -47,7 +48,7 @@ class ByRows:
         Raises:
             MemoryBudgetError: They do not fit; nothing was allocated.
         """
-        return WholeBlocks(_collected(ask, self.columns, fitted(ask, self.columns)))
+        return WholeBlocks(_collected(ask, self.columns, fitted(ask, self)))
 
 
 class ByColumns(ByRows):
@@ -71,15 +72,15 @@ class ByColumns(ByRows):
         return f"column by column, {ask.lin.domain.dim} pushes"
 
 
-def fitted(ask: WholeAsk, columns: bool) -> int | None:
+def fitted(ask: WholeAsk, route: Route) -> int | None:
     """Return how many vectors go into a pass, None for the linearization's own choice where all is small.
 
     Raises:
         MemoryBudgetError: The result and one vector do not fit.
     """
-    if ask.is_small:
+    memory = None if ask.is_small else route.cost(ask).memory
+    if memory is None:
         return ask.chunk_size
-    memory = ask.sweeping(columns)
     if memory.peak > ask.allowed:
         ask.refuse(memory)
     return memory.chunk

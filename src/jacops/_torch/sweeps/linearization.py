@@ -8,7 +8,7 @@ many cotangents in one batched pass, held against one plain pass over a random m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -105,9 +105,13 @@ class Linearization:
             self.tolerance = max(self.tolerance, tolerance([proofs.effects.coarse]))
         return proofs.effects
 
-    def to(self, outputs: Sequence[Tensor], names: Sequence[str], call: str) -> Linearization:
-        """Return a linearization of other outputs that were computed from the same leaves."""
-        other = Linearization(self.leaves, outputs, leaf_names=self.domain.names, output_names=names, call=call)
+    def to(
+        self, outputs: Sequence[Tensor], names: Sequence[str], call: str, more: Mapping[str, Tensor] | None = None
+    ) -> Linearization:
+        """Return a linearization of other outputs that were computed from the same leaves, and `more` by name."""
+        more = more or {}
+        leaves, leaf_names = [*self.leaves, *more.values()], [*self.domain.names, *more]
+        other = Linearization(leaves, outputs, leaf_names=leaf_names, output_names=names, call=call)
         for name in ("aliased_leaves", "private", "trust", "fallback", "protected", "weights"):
             setattr(other, name, getattr(self, name))
         other.tolerance = max(other.tolerance, self.tolerance)

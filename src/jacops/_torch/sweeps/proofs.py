@@ -166,7 +166,7 @@ class Proofs:
         elif batched > alone and slower >= 0:
             self._batched_was[question] = slower + 1
             if slower + 1 >= 2:
-                self.refuse(question, route, "batched passes were measured slower")
+                self.refuse(question, route, Refusal("batched passes were measured slower", loud=False))
 
     def prefer_batches(self, question: str) -> None:
         """Take batched sweeps without measuring them, where seconds are too few to tell anything."""
