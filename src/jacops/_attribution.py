@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._attribution_plot import DrawnContributions
 from ._display import Described, Description, Table
 from ._finite import check_outputs, require_finite
 from ._keywords import keywords
@@ -205,7 +206,7 @@ def _range(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contributions(Described):
+class Contributions(DrawnContributions):
     """What every feature adds to every output, what none of them does, and whether that is all.
 
     Attributes:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from .._display import Described, Description
+from .._figures import canvas, density
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
 from .._requirements import check_positive, check_range
 from .._runtime.contexts import eager
-from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
+from ..errors import InputError, MemoryBudgetError, explain
 from ._eigenpairs import working_dtype
 from ._probes import Estimate, check_probes, check_symmetric, chunk_of, mean_of, signs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _BASIS_ENTRIES = 2**27  # 1 GiB of Krylov bases in float64
 _DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decomposition takes
@@ -84,38 +86,35 @@ class SpectralDensity(Described):
         found = self.trace_of(lambda x: ((x >= low) & (x <= high)).to(x.dtype))
         return Estimate(found.value / self.dim, found.standard_error / self.dim)
 
-    def plot(self, axes: Axes | None = None, *, floor: float | None = None, **style: Any) -> Axes:
+    @overload
+    def plot(
+        self, *, floor: float | None = None, color: Any = None, label: str | None = None, ax: None = None
+    ) -> Figure: ...
+    @overload
+    def plot(self, *, floor: float | None = None, color: Any = None, label: str | None = None, ax: Axes) -> Axes: ...
+    def plot(
+        self, *, floor: float | None = None, color: Any = None, label: str | None = None, ax: Axes | None = None
+    ) -> Figure | Axes:
         """Draw the density on a logarithmic scale, with a band of two standard errors and the extreme Ritz values.
 
         Args:
-            axes: Where to draw; a new figure otherwise.
             floor: The lowest density shown; by default a tenth of one eigenvalue spread over `width`.
-            style: Passed to matplotlib's `plot`.
+            color: Of line and band; by default the next one of the axes.
+            label: In the legend; by default the number of probes.
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
 
         Returns:
-            The axes.
+            The figure; the axes where they were given.
 
         Raises:
-            MissingExtraError: matplotlib is not installed.
+            MissingExtraError: Matplotlib is not installed.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            raise MissingExtraError("plot", "matplotlib") from None
-        if axes is None:
-            axes = plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
+        drawn, (panel,) = canvas(ax, (6.0, 3.5))
         lowest = floor or 0.1 / (self.dim * self.width * math.sqrt(2 * math.pi))
         x, y, band = (part.cpu().numpy() for part in (self.grid, self.density, 2 * self.standard_error))
-        look: dict[str, Any] = {"linewidth": 1.2} | style
-        (line,) = axes.plot(x, y, **look)
-        color = line.get_color()
-        axes.fill_between(
-            x, (y - band).clip(lowest / 10), (y + band).clip(lowest / 10), color=color, alpha=0.25, linewidth=0
-        )
-        for value in (self.smallest, self.largest):
-            axes.axvline(value, color=color, linestyle=":", linewidth=0.8)
-        axes.set(yscale="log", ylim=(lowest, 2 * float((y + band).max())), xlabel="eigenvalue", ylabel="density")
-        return axes
+        word = f"mean of {self.nodes.shape[0]} probes" if label is None else label
+        density(panel, x, y, band, (self.smallest, self.largest), lowest, color, word)
+        return drawn
 
     def _describe(self) -> Description:
         probes, steps = self.nodes.shape

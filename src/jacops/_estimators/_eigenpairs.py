@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from .._display import Described, Description, Table
+from .._figures import canvas, eigenvalues
 from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
 from .._operators import Operator
@@ -16,6 +18,10 @@ from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import eager
 from ..errors import SolveError
 from ._probes import check_symmetric, product
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SHOWN = 8  # pairs in a repr: one screen
 _BLOCK = 8  # vectors to a step: products share passes, and eigenvalues of multiplicity up to 8 are found at once
@@ -46,6 +52,29 @@ class Eigenpairs(Described):
     tolerance: float
     norm: float
     products: int
+
+    @overload
+    def plot(self, *, ax: None = None) -> Figure: ...
+    @overload
+    def plot(self, *, ax: Axes) -> Axes: ...
+    def plot(self, *, ax: Axes | None = None) -> Figure | Axes:
+        """Draw the eigenvalues in their order, with their residuals as error bars.
+
+        The axis is logarithmic where all are positive and span more than two decades.
+
+        Args:
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
+
+        Returns:
+            The figure; the axes where they were given.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+        """
+        drawn, (panel,) = canvas(ax, (5.5, 3.5))
+        eigenvalues(panel, *(part.detach().cpu().double().numpy() for part in (self.values, self.residuals)))
+        panel.set_title(f"{len(self.values)} of {self.vectors.shape[1]:,} eigenvalues", fontsize=10)
+        return drawn
 
     def _describe(self) -> Description:
         (count, n), shown = self.vectors.shape, zip(self.values[:_SHOWN], self.residuals[:_SHOWN], strict=True)

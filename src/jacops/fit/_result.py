@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._display import Described, Description
+from .._figures import canvas, convergence, residuals
+from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from ..errors import InputError, SolveError
 from ._solvers import LEAST_PIVOT, factorised
 from ._system import LinearizedFit, Singular
 from ._table import parameters, steps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Figures = Literal["convergence", "residuals"]
+KINDS: tuple[Figures, ...] = ("convergence", "residuals")
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,37 @@ class LeastSquaresResult(Described):
             raise InputError.of("the problem", came, "the variance is estimated from what is left over", todo)
         inverse = _inverse_part(self._system, wanted, self)
         return inverse if absolute else inverse * (2 * self.cost / (rows - size))
+
+    @overload
+    def plot(self, kind: Figures | None = None, *, ax: None = None) -> Figure: ...
+    @overload
+    def plot(self, kind: Figures | None = None, *, ax: Axes) -> Axes: ...
+    def plot(self, kind: Figures | None = None, *, ax: Axes | None = None) -> Figure | Axes:
+        """Draw the objective step by step, and the residuals at the end.
+
+        Args:
+            kind: `"convergence"` or `"residuals"`; both side by side by default.
+            ax: Matplotlib axes to draw one of them into; a new figure otherwise, which `pyplot.show` does not know.
+
+        Returns:
+            The figure; the axes where they were given.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+            InputError: There is no such kind, or axes were given for both.
+        """
+        kinds = KINDS if kind is None else (check_choice("kind", kind, KINDS),)
+        drawn, panels = canvas(ax, (5.0 * len(kinds), 3.5), len(kinds))
+        for word, panel in zip(kinds, panels, strict=True):
+            if word == "residuals":
+                residuals(panel, self.fun.detach().cpu().double().numpy().reshape(-1))
+                panel.set_title(f"{self.fun.numel():,} residuals", fontsize=10)
+                continue
+            objectives = [record.objective for record in self.log]
+            rejected = [(record.step, record.tried) for record in self.log if not record.accepted]
+            convergence(panel, [*objectives, self.cost], rejected)
+            panel.set_title(f"{self.method}: {self.status}", fontsize=10)
+        return drawn
 
     def _describe(self) -> Description:
         first = self.log[0].objective if self.log else self.cost

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from torch import Tensor
 
 from .._display import Described, Description
+from .._figures import canvas, spy
 from ..errors import InputError, InputTypeError
 from ._matrix import Csr, csr, sp
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DOTS = 48  # at most so many dots each way; a braille character holds two by four
 _BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
@@ -50,6 +55,29 @@ class Pattern(Described):
         """Return a picture of at most 12 lines, a dot where there is an entry."""
         coordinates = self.matrix.tocoo()
         return picture(coordinates.row, coordinates.col, self.shape)
+
+    @overload
+    def plot(self, *, ax: None = None) -> Figure: ...
+    @overload
+    def plot(self, *, ax: Axes) -> Axes: ...
+    def plot(self, *, ax: Axes | None = None) -> Figure | Axes:
+        """Draw where there are entries, up to 512 × 512 cells; a cell that stands for several is filled if one is.
+
+        Args:
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
+
+        Returns:
+            The figure; the axes where they were given.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+        """
+        drawn, (panel,) = canvas(ax, (4.5, 4.5))
+        coordinates = self.matrix.tocoo()
+        spy(panel, coordinates.row, coordinates.col, self.shape)
+        m, n = self.shape
+        panel.set_title(f"{m:,} × {n:,}, {self.nnz:,} entries", fontsize=10)
+        return drawn
 
     def _describe(self) -> Description:
         (m, n), kind = self.shape, "local" if self.local else "reusable"
