@@ -246,7 +246,7 @@ def test_a_pattern_is_drawn_where_it_has_entries(rows: int) -> None:
         assert cells.shape == (512, 512)
         assert cells.diagonal().all()
         assert not cells[0, 3:].any()
-    assert image.get_extent() == (-0.5, rows + 0.5, rows - 0.5, -0.5)
+    assert tuple(image.get_extent()) == (-0.5, rows + 0.5, rows - 0.5, -0.5)
     assert f"{found.nnz:,} entries" in ax.get_title()
 
 

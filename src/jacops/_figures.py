@@ -1,7 +1,7 @@
 """Figures of results, in matplotlib, which loads when one is drawn.
 
-A figure made here is taken off the list of pyplot at once: a notebook shows it once, as the value of its cell, and
-nothing is left open. Axes that are given stay with the caller.
+A figure made here is none of pyplot's: a notebook shows it once, as the value of its cell, and nothing is left open.
+Axes that are given stay with the caller.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def canvas(ax: Axes | None, size: tuple[float, float], panels: int = 1) -> tuple
     try:
         import matplotlib.pyplot as plt
         from matplotlib.axes import Axes
+        from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("plot", "matplotlib") from None
     if ax is None:
-        with plt.ioff():
-            figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
-        plt.close(figure)
-        return figure, list(axes[0])
+        plt.draw_if_interactive()  # loads the backend: that of notebooks then teaches IPython to show figures
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, list(figure.subplots(1, panels, squeeze=False)[0])
     if not isinstance(ax, Axes):
         raise InputTypeError.of("ax", f"a {type(ax).__name__}", "matplotlib axes are needed")
     if panels > 1:
