@@ -125,6 +125,11 @@ def widths(ax: Axes) -> list[float]:
     return [patch.get_width() for patch in ax.patches]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def pixels(ax: Axes) -> Any:
+    (image,) = ax.images
+    return np.asarray(image.get_array())
+
+
 def names(ax: Axes) -> list[str]:
     return [text.get_text() for text in ax.get_yticklabels()]
 
@@ -158,22 +163,22 @@ def test_a_waterfall_goes_from_the_bias_to_the_output() -> None:
 def test_an_image_sums_channels_and_is_white_at_zero() -> None:
     ax = FOUND.plot(2, 1, shape=(3, 2, 2)).axes[0]
     (image,) = ax.images
-    np.testing.assert_allclose(image.get_array(), VALUES[2, 1].reshape(3, 2, 2).sum(0))
+    np.testing.assert_allclose(pixels(ax), VALUES[2, 1].reshape(3, 2, 2).sum(0))
     low, high = image.get_clim()
     assert low == -high
     assert "channels summed" in ax.figure.axes[1].get_ylabel()
-    flat = FOUND.plot(2, 1, kind="image", shape=(3, 4)).axes[0].images[0]
-    np.testing.assert_allclose(flat.get_array(), VALUES[2, 1].reshape(3, 4))
+    flat = FOUND.plot(2, 1, kind="image", shape=(3, 4)).axes[0]
+    np.testing.assert_allclose(pixels(flat), VALUES[2, 1].reshape(3, 4))
 
 
 def test_a_sequence_shows_every_output_at_every_position() -> None:
     tokens = ["the", "cat", "sat", "down"]
     ax = FOUND.plot(4, shape=(4, 3), names=tokens).axes[0]
-    np.testing.assert_allclose(ax.images[0].get_array(), VALUES[4].reshape(3, 4, 3).sum(2))
+    np.testing.assert_allclose(pixels(ax), VALUES[4].reshape(3, 4, 3).sum(2))
     assert [text.get_text() for text in ax.get_xticklabels()] == tokens
     assert names(ax) == ["0", "1", "2"]
     one = FOUND.plot(4, 1, shape=(4, 3)).axes[0]
-    np.testing.assert_allclose(one.images[0].get_array(), VALUES[4, 1].reshape(1, 4, 3).sum(2))
+    np.testing.assert_allclose(pixels(one), VALUES[4, 1].reshape(1, 4, 3).sum(2))
 
 
 def test_the_shape_of_the_features_chooses_the_figure() -> None:
@@ -186,7 +191,7 @@ def test_the_shape_of_the_features_chooses_the_figure() -> None:
             return self.last(self.conv(x.reshape(-1, 1, 3, 3)).relu().flatten(1))
 
     hidden = jacops.contributions(Image().double(), torch.randn(4, 9).double(), at="conv")
-    drawn = hidden.plot(1, 2).axes[0].images[0].get_array()
+    drawn = pixels(hidden.plot(1, 2).axes[0])
     np.testing.assert_allclose(drawn, hidden.values[1, 2].sum(0).numpy())
     bars = hidden.plot(1, 2, kind="bars", k=1).axes[0]
     largest = np.unravel_index(int(hidden.values[1, 2].abs().argmax()), (2, 3, 3))
@@ -239,7 +244,7 @@ def test_a_pattern_is_drawn_where_it_has_entries(rows: int) -> None:
     found = pattern(rows)
     (ax,) = found.plot().axes
     (image,) = ax.images
-    cells: Any = np.asarray(image.get_array())
+    cells = pixels(ax)
     if rows <= 512:
         np.testing.assert_array_equal(cells, found.matrix.toarray())
     else:
@@ -270,7 +275,7 @@ def test_an_objective_of_zero_and_an_empty_log_can_be_drawn() -> None:
     exact = jacops.levenberg_marquardt(lambda x: x - 1, params=torch.ones(2).double())
     assert exact.log == []
     ax, other = exact.plot().axes
-    assert len(ax.lines[0].get_xdata()) == 0  # zero has no place on a logarithmic axis
+    assert np.size(ax.lines[0].get_xdata()) == 0  # zero has no place on a logarithmic axis
     assert len(other.lines) == 2
 
 

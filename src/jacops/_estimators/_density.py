@@ -154,7 +154,7 @@ def spectral_density(
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> found = spectral_density(Matrix(torch.diag(torch.arange(4.0)), symmetric=True), probes=2)
         >>> round(found.largest, 4)
         3.0
@@ -237,7 +237,7 @@ def effective_dimension(
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> effective_dimension(Matrix(torch.diag(torch.tensor([1.0, 3.0])), symmetric=True, positive=True), 1.0)
         1.25 (exact)
     """

@@ -122,7 +122,7 @@ def eigenpairs(
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> found = eigenpairs(Matrix(torch.diag(torch.tensor([1.0, 5.0, 3.0])), symmetric=True), 2)
         >>> [round(float(value), 4) for value in found.values]
         [5.0, 3.0]

@@ -59,7 +59,7 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estima
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> norm(Matrix(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])))
         5 (exact)
     """
@@ -92,7 +92,7 @@ def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> round(spectral_norm(Matrix(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))).value, 4)
         2.0
     """

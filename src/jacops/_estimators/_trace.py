@@ -42,7 +42,7 @@ def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, metho
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> trace(Matrix(torch.diag(torch.tensor([1.0, 2.0]))))
         3 (exact)
     """
