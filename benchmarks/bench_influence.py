@@ -55,7 +55,7 @@ class Case:
     def ours(self, method: Any, curvature: str = "hessian") -> Callable[[], Tensor]:
         """Return a call that computes all influences."""
         wrapped = jacops.TorchTwiceDifferentiable(self.model, cross_entropy)
-        options = {"inversion_method": method, "curvature": curvature, "damping": DAMPING}
+        options = {"solver": method, "curvature": curvature, "damping": DAMPING}
         return lambda: jacops.compute_influences(wrapped, self.loader, test_data=self.test, **options).values
 
     def pydvl(self, name: str, **options: Any) -> Callable[[], Tensor]:

@@ -75,7 +75,7 @@ def ours(curvature: str, method: str | jacops.solvers.Solver, damping: float = D
     def scores(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         wrapped = jacops.TorchTwiceDifferentiable(model, cross_entropy)
         data = list(zip(x.split(256), y.split(256), strict=True))
-        return jacops.self_influences(wrapped, data, curvature=curvature, inversion_method=method, damping=damping)
+        return jacops.self_influences(wrapped, data, curvature=curvature, solver=method, damping=damping)
 
     return scores
 

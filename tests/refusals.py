@@ -223,8 +223,8 @@ for label, model, words in (("class", nn.Linear, "`model` .. the class Linear ..
 refuse("the model is a lambda", {"model": lambda x: x}, ANY, InputTypeError, "`model` is a function .. torch.nn.Module")
 refuse("a closure is a module", {"func": nn.Linear(3, 2)}, CLOSURES, InputTypeError, "`func` is a Linear .. lambda")
 refuse("a closure is a tensor", {"func": torch.ones(3)}, CLOSURES, InputTypeError, "`func` is a Tensor")
-refuse("the wrapped model is bare", {"differentiable_model": small_net()}, "influences as wrapped", InputTypeError,
-       "`differentiable_model` is a Sequential")
+refuse("the wrapped model is bare", {"model": small_net()}, "influences as wrapped", InputTypeError,
+       "`model` is a Sequential")
 refuse("the loss is text", {"loss": "mse"}, "wrap", InputTypeError, "`loss` is a str")
 refuse("a module is lazy", lambda: {"model": nn.Sequential(nn.Identity(), nn.LazyLinear(2))},
        f"{BY_MODEL}, contributions, hessian, check, sample_gradients", ModelStateError,
@@ -256,7 +256,7 @@ refuse("no parameters to train", lambda: {"model": nn.ReLU()}, "wrap", ModelStat
 refuse("all parameters are frozen", lambda: {"model": small_net().requires_grad_(False)},
        "jacobian, hessian, ggn, sample_gradients, check, wrap", ModelStateError, "`model` is a Sequential")
 refuse("only trainable columns of frozen ones", lambda: {"model": small_net().requires_grad_(False),
-       "trainable_only": True}, "modjac", ModelStateError, "`model` is a Sequential without parameters")
+       "parameters": "trainable"}, "modjac", ModelStateError, "`model` is a Sequential without parameters")
 
 
 def between(layer: nn.Module) -> nn.Module:
@@ -488,7 +488,7 @@ for order in (0, -1, True, 1.5):
     refuse(f"the order is {order}", {"order": order}, "directional_derivative", InputError, "`order`")
 for argument, word, known, calls in (
     ("influence_type", "sideways", "'up', 'perturbation'", "influences"),
-    ("inversion_method", "magic", "'direct'", "influences"),
+    ("solver", "magic", "'direct'", "influences"),
     ("curvature", "newton", "'hessian', 'ggn'", "influences"),
     ("on_failure", "ignore", "'raise', 'return'", "influences"),
     ("reduction", "avg", "'mean', 'sum'", "influences"),

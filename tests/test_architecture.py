@@ -30,6 +30,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
     {"_runtime", "_ladder", "_torch", "_jax"},  # backends
     {
         "_operators",
+        "_picks",
         "_framework",
         "_recorded_loss",
         "_derivatives",
@@ -43,7 +44,6 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
     {"solvers", "_estimators", "_planning", "_checks"},  # 2 methods
     {
         "_data",
-        "_picks",
         "_objective",
         "_torch_objective",
         "_framework_objective",

@@ -231,7 +231,7 @@ def test_p6_frozen_parameters_are_columns_unless_left_out_by_request(strategy: A
     options = {"strategy": strategy, "vectorize": vectorize}
     close(modjac(model, x, **options), blocks)
     close(modjac(model, x, flatten=True, **options), flat(blocks, list(model.parameters())))
-    trainable = modjac(model, x, flatten=True, trainable_only=True, **options)
+    trainable = modjac(model, x, flatten=True, parameters="trainable", **options)
     close(trainable, flat([row[1:] for row in blocks], list(model.parameters())[1:]))
     assert trainable.shape[1] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert not model[0].weight.requires_grad
@@ -241,7 +241,7 @@ def test_p6_a_gauss_newton_step_over_trainable_parameters_fits():
     """The columns split exactly over the parameters that a step may move."""
     model, x, y = nn.Linear(3, 1).double(), draw(20, 3), draw(20, 1, seed=1)
     model.bias.requires_grad_(False)
-    J = modjac(model, x, flatten=True, trainable_only=True)
+    J = modjac(model, x, flatten=True, parameters="trainable")
     residual = (model(x) - y).detach().reshape(-1)
     step = torch.linalg.lstsq(J, -residual[:, None]).solution.reshape(-1)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -256,7 +256,7 @@ def test_p6_a_model_frozen_altogether_still_has_its_jacobian_unless_only_trainab
     model, x = small_net().requires_grad_(False), draw(5, 3)
     close(modjac(model, x), oracle.parameter_jacobian(model, x))
     with pytest.raises(ModelStateError, match="Sequential without parameters to differentiate"):
-        modjac(model, x, trainable_only=True)
+        modjac(model, x, parameters="trainable")
 
 
 # P7: NaN and Inf

@@ -262,7 +262,7 @@ def test_ekfac_of_attention_has_the_exact_trace():
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"])
 def test_influences_are_the_same_in_both_frameworks(curvature: str):
     pair = PAIRS["cnn"]()
-    options: dict[str, Any] = {"damping": 5.0, "curvature": curvature, "inversion_method": "direct"}
+    options: dict[str, Any] = {"damping": 5.0, "curvature": curvature, "solver": "direct"}
     data = [(pair.x, pair.y)]
     expected, found = (
         jacops.compute_influences(made(name, pair).wrapped, data, **options).values for name in ("torch", "jax")

@@ -46,14 +46,14 @@ def test_exact_methods_agree_with_the_formula(method: str, curvature: str):
         "empirical_fisher": lambda: G.T @ G / 12,
     }[curvature]() + damping * torch.eye(26).double()
     expected = G @ torch.linalg.solve(matrix, G.T)
-    actual = found(inversion_method=method, curvature=curvature, damping=damping)
+    actual = found(solver=method, curvature=curvature, damping=damping)
     torch.testing.assert_close(actual.values, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
     assert actual.info["converged"]
     assert max(actual.info["residual"]) <= 1e-7
     own = self_influences(
         TorchTwiceDifferentiable(model, F.cross_entropy),
         split(5, 7),
-        inversion_method=method,
+        solver=method,
         curvature=curvature,
         damping=damping,
     )
@@ -62,7 +62,7 @@ def test_exact_methods_agree_with_the_formula(method: str, curvature: str):
 
 @pytest.mark.parametrize("method", APPROXIMATE)
 def test_approximate_methods_say_how_far_they_are(method: str):
-    exact, actual = found(inversion_method="direct"), found(inversion_method=method)
+    exact, actual = found(solver="direct"), found(solver=method)
     assert actual.info["approximate"]
     assert "approximate" in repr(actual)
     assert len(actual.info["residual"]) == 12
@@ -73,18 +73,18 @@ def test_approximate_methods_say_how_far_they_are(method: str):
 
 @pytest.mark.parametrize("method", [*EXACT, "lissa", "lanczos", "arnoldi", "nystrom", "ekfac"])
 def test_every_method_sees_one_objective_however_it_is_split_or_reduced(method: str):
-    whole = found(inversion_method=method, data=split(12)).values
+    whole = found(solver=method, data=split(12)).values
     close = {"rtol": 1e-5, "atol": 1e-6 * float(whole.abs().max())}
-    torch.testing.assert_close(found(inversion_method=method, data=split(11, 1)).values, whole, **close)
+    torch.testing.assert_close(found(solver=method, data=split(11, 1)).values, whole, **close)
     summed = {"loss": nn.CrossEntropyLoss(reduction="sum"), "damping": 12 * 0.5}
-    torch.testing.assert_close(found(inversion_method=method, data=split(5, 7), **summed).values * 12, whole, **close)
+    torch.testing.assert_close(found(solver=method, data=split(5, 7), **summed).values * 12, whole, **close)
 
 
 def test_the_series_agrees_or_says_that_it_diverges():
-    actual = found(inversion_method="lissa")
+    actual = found(solver="lissa")
     torch.testing.assert_close(actual.values, found().values, rtol=1e-4, atol=1e-6)
     with pytest.raises(SolveError, match="diverged.*scale=") as error:
-        found(inversion_method=jacops.solvers.LiSSA(scale=1e-3))
+        found(solver=jacops.solvers.LiSSA(scale=1e-3))
     assert error.value.solution.status[0] == "diverged"
 
 

@@ -68,7 +68,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "training data": {"data": [(X.flip(0), Y)]},
     "test data": {"test": [(draw(7, 3, seed=8), Y[:7])]},
     "input data": {"input_data": [(draw(9, 3, seed=8), Y)]},
-    "solver": {"inversion_method": "cg"},
+    "solver": {"solver": "cg"},
     "l2": {"l2": 0.1},
 }
 

@@ -447,10 +447,10 @@ def test_frozen_parameters_are_left_out_on_request() -> None:
     assert_same(blocks(modjac(model, points, tangent=True)), expected)
     names = [name for name, _ in model.named_parameters()]
     kept = [[b for b, name in zip(row, names, strict=True) if name != "poses"] for row in expected]
-    assert_same(blocks(modjac(model, points, tangent=True, trainable_only=True)), kept)
+    assert_same(blocks(modjac(model, points, tangent=True, parameters="trainable")), kept)
     only = Model(lambda m: m.x.Log(), x=drawn("SE3", 2)).requires_grad_(False)
     with pytest.raises(ModelStateError):
-        modjac(only, trainable_only=True)
+        modjac(only, parameters="trainable")
 
 
 def test_the_model_stays_as_it_was() -> None:

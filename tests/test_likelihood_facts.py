@@ -374,7 +374,7 @@ def test_all_calls_agree_on_the_scale(name: str) -> None:
         [(x[:1], y[:1]), (x[1:], y[1:])],
         curvature="empirical_fisher",
         damping=0.3,
-        inversion_method="direct",
+        solver="direct",
     ).values
     G = whole.sample_gradients().dense()
     close(scores, G @ torch.linalg.solve(one.dense() + 0.3 * torch.eye(one.shape[0], dtype=F64), G.T))
@@ -549,7 +549,7 @@ def test_influences_by_drawn_curvature_do_not_see_padding() -> None:
     model, x, y = settled(Tokens(4)), draw(8, 3, 2), labels(8, 3, classes=4)
     wrapped = TorchTwiceDifferentiable(model, nn.CrossEntropyLoss())
     method = EKFAC(fisher="monte_carlo", report_residual=False)
-    options: dict[str, Any] = {"inversion_method": method, "curvature": "ggn", "damping": 1e-2}
+    options: dict[str, Any] = {"solver": method, "curvature": "ggn", "damping": 1e-2}
     values = [compute_influences(wrapped, batched(*padded(x, y, 0, more), [3, 5]), **options).values for more in (0, 6)]
     close(values[1], values[0])
 
@@ -589,5 +589,5 @@ def test_the_noise_stands_in_results() -> None:
     assert EKFAC("exact").approximate(problem.ggn()).noise is None
     wrapped = TorchTwiceDifferentiable(model, nn.CrossEntropyLoss())
     for method in ("direct", "ekfac"):
-        result = compute_influences(wrapped, data, inversion_method=method, curvature="monte_carlo_fisher", damping=0.1)
+        result = compute_influences(wrapped, data, solver=method, curvature="monte_carlo_fisher", damping=0.1)
         assert 0 < result.info["noise"] < 1

@@ -82,7 +82,7 @@ def test_influences_run_each_batch_once(method: str, trained: int, tested: int) 
 
     def influences() -> Tensor:
         point = TorchTwiceDifferentiable(model, nn.functional.mse_loss)
-        options = {"inversion_method": method, "damping": 0.5, "curvature": "ggn"}
+        options = {"solver": method, "damping": 0.5, "curvature": "ggn"}
         return compute_influences(point, data, test_data=test, **options).values
 
     first, again = first_and_again(influences, model.whole)
@@ -97,7 +97,7 @@ def test_all_curvatures_share_the_recorded_batch(curvature: str, method: str) ->
 
     def influences() -> Tensor:
         point = TorchTwiceDifferentiable(model, nn.functional.mse_loss)
-        return compute_influences(point, data, inversion_method=method, damping=4.0, curvature=curvature).values
+        return compute_influences(point, data, solver=method, damping=4.0, curvature=curvature).values
 
     _, again = first_and_again(influences, model.whole)
     assert again == len(data)  # which are the test data too
@@ -109,9 +109,7 @@ def test_corrections_and_perturbations_share_it(options: dict[str, Any]) -> None
 
     def influences() -> Tensor:
         point = TorchTwiceDifferentiable(model, nn.functional.mse_loss)
-        return compute_influences(
-            point, data, inversion_method="direct", damping=0.5, curvature="ggn", **options
-        ).values
+        return compute_influences(point, data, solver="direct", damping=0.5, curvature="ggn", **options).values
 
     _, again = first_and_again(influences, model.whole)
     assert again == len(data)
@@ -124,7 +122,7 @@ def test_batches_that_a_loader_makes_anew_are_recognised() -> None:
 
     def influences() -> Tensor:
         point = TorchTwiceDifferentiable(model, nn.functional.mse_loss)
-        return compute_influences(point, loader, inversion_method="cg", damping=0.5, curvature="ggn").values
+        return compute_influences(point, loader, solver="cg", damping=0.5, curvature="ggn").values
 
     _, again = first_and_again(influences, model.whole)
     assert again == 3

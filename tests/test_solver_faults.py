@@ -206,7 +206,7 @@ def test_a_model_whose_loss_has_any_scale_gives_scaled_influences() -> None:
 
     def values(scale: float, solver: Any) -> Tensor:
         wrapped = TorchTwiceDifferentiable(model, lambda output, y: scale * F.mse_loss(output, y))
-        options: dict[str, Any] = {"inversion_method": solver, "damping": 5.0 * scale, "curvature": "hessian"}
+        options: dict[str, Any] = {"solver": solver, "damping": 5.0 * scale, "curvature": "hessian"}
         return compute_influences(wrapped, data, **options).values / scale
 
     for solver in ("direct", "cg", "minres"):
@@ -292,10 +292,10 @@ def test_a_failed_solve_leaves_the_model_as_good_as_before() -> None:
         if spoil:
             for solver in ("direct", "auto", Direct(indefinite=True)):
                 with pytest.raises(SolveError, match="singular"):
-                    compute_influences(wrapped, train, test_data=test, curvature="ggn", inversion_method=solver)
+                    compute_influences(wrapped, train, test_data=test, curvature="ggn", solver=solver)
         with Backward() as counted:
             compute_influences(wrapped, train, test_data=test, curvature="ggn", damping=0.1)
-            compute_influences(wrapped, train, test_data=test, curvature="ggn", damping=0.1, inversion_method="cg")
+            compute_influences(wrapped, train, test_data=test, curvature="ggn", damping=0.1, solver="cg")
         passes.append(counted.count)
     assert passes[1] <= passes[0]  # proofs that the refused calls made need not be made again
 
@@ -323,7 +323,7 @@ def test_failures_that_are_returned_are_nan_rows_with_their_status(influence_typ
     wrapped = TorchTwiceDifferentiable(model.double(), F.cross_entropy)
     train, test = ([(x.double(), y) for x, y in data] for data in (train, test))
     options: dict[str, Any] = {"test_data": test, "influence_type": influence_type, "on_failure": "return"}
-    found = compute_influences(wrapped, train, inversion_method="direct", **options)
+    found = compute_influences(wrapped, train, solver="direct", **options)
     assert found.info["status"] in ("negative_curvature", "singular")
     assert found.info["statuses"] == [found.info["status"]] * 5
     assert not found.info["success"]
@@ -379,8 +379,8 @@ def wrapped_net() -> tuple[TorchTwiceDifferentiable, list[tuple[Tensor, Tensor]]
 def test_an_influence_that_was_not_checked_is_unchecked(solver: Any) -> None:
     wrapped, data = wrapped_net()
     options: dict[str, Any] = {"curvature": "ggn", "damping": 5.0}
-    blind = compute_influences(wrapped, data, inversion_method=solver(report_residual=False), **options)
-    asked = compute_influences(wrapped, data, inversion_method=solver(report_residual=True), **options)
+    blind = compute_influences(wrapped, data, solver=solver(report_residual=False), **options)
+    asked = compute_influences(wrapped, data, solver=solver(report_residual=True), **options)
     assert torch.equal(blind.values, asked.values)
     assert blind.info["status"] == "unchecked"
     assert set(blind.info["statuses"]) == {"unchecked"}
@@ -391,9 +391,7 @@ def test_an_influence_that_was_not_checked_is_unchecked(solver: Any) -> None:
     assert "0.0e" not in repr(blind)
     assert asked.info["status"] == "approximate"
     assert f"approximate, worst residual {max(asked.info['residual']):.1e}" in repr(asked)
-    factors = jacops.compute_influence_factors(
-        wrapped, data, data, inversion_method=solver(report_residual=False), **options
-    )
+    factors = jacops.compute_influence_factors(wrapped, data, data, solver=solver(report_residual=False), **options)
     assert factors.info["status"] == "unchecked"
     assert "unchecked, no residual computed" in repr(factors)
 
@@ -441,9 +439,9 @@ def jax_net(jax: Any, **more: Any) -> tuple[Any, Any, Any]:
 def test_an_indefinite_hessian_of_a_jax_model_is_a_solve_error(jax: Any, solver: str) -> None:
     wrapped, data, _ = jax_net(jax)
     with pytest.raises(SolveError, match="negative_curvature") as caught:
-        compute_influences(wrapped, data, inversion_method=solver)
+        compute_influences(wrapped, data, solver=solver)
     assert not isinstance(caught.value, NonFiniteError)
-    returned = compute_influences(wrapped, data, inversion_method=solver, on_failure="return")
+    returned = compute_influences(wrapped, data, solver=solver, on_failure="return")
     assert returned.info["status"] == "negative_curvature"
     assert len(returned.info["statuses"]) == 6
     assert bool(Problem(wrapped, data=data).hessian().dense().isfinite().all())

@@ -347,7 +347,7 @@ def test_a_float64_model_with_a_float32_part(way: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         jacops.sparse.jacobian(jacops.jacobian(model, None)).matrix.to_dense(), right, 1e-6, 1e-7
     )
-    whole = jacops.modjac(model, sparse=True, trainable_only=True).to_dense()
+    whole = jacops.modjac(model, sparse=True, parameters="trainable").to_dense()
     np.testing.assert_allclose(whole, right, 1e-6, 1e-7)
     options: dict[str, Any] = {"progress": False, "max_steps": 3, "on_failure": "return"}
     fits = [jacops.levenberg_marquardt(Mixed(way), jacobian=j, **options) for j in ("sparse", "dense")]

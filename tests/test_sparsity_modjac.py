@@ -36,9 +36,9 @@ class Chain(nn.Module):
 
 
 @pytest.mark.parametrize("tangent", [False, True])
-@pytest.mark.parametrize("trainable_only", [False, True])
-def test_sparse_is_flatten_without_the_zeros(tangent: bool, trainable_only: bool) -> None:
-    options = {"tangent": tangent, "trainable_only": trainable_only}
+@pytest.mark.parametrize("parameters", [None, "trainable"])
+def test_sparse_is_flatten_without_the_zeros(tangent: bool, parameters: str | None) -> None:
+    options = {"tangent": tangent, "parameters": parameters}
     found = jacops.modjac(Poses(), sparse=True, **options)
     assert found.layout is torch.sparse_csr
     torch.testing.assert_close(found.to_dense(), jacops.modjac(Poses(), flatten=True, **options))

@@ -552,7 +552,7 @@ CALLS: dict[str, tuple[Call, Call | None]] = {
     "compute_influences": (
         lambda c: (
             jacops.compute_influences(
-                wrapped(c), pairs(c), test_data=pairs(c)[1:], curvature="ggn", damping=1e-2, inversion_method="direct"
+                wrapped(c), pairs(c), test_data=pairs(c)[1:], curvature="ggn", damping=1e-2, solver="direct"
             ).values
         ),
         None,

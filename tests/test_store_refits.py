@@ -86,7 +86,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_finished_store_answers_without_the_model(method: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"inversion_method": METHODS[method]}
+    options: dict[str, Any] = {"solver": METHODS[method]}
     first = run(tmp_path / "s", **options)
     CALLS.clear()
     train, test = data(20, 0), data(7, 1)
@@ -118,7 +118,7 @@ def test_a_finished_store_answers_without_the_model(method: str, tmp_path: Path)
 def test_the_words_for_how_solves_ended_go_through_a_store(
     method: Any, status: str, words: str, dtype: Any, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"inversion_method": method, "test_data": data(7, 1, dtype)}
+    options: dict[str, Any] = {"solver": method, "test_data": data(7, 1, dtype)}
     for _ in range(2):
         found = run(tmp_path / "s", net(dtype), train=data(20, 0, dtype), **options)
         assert found.values.dtype == dtype
@@ -131,7 +131,7 @@ def test_the_words_for_how_solves_ended_go_through_a_store(
 
 
 def test_a_store_that_lacks_influences_only_is_finished_without_the_solver(tmp_path: Path, monkeypatch: Any) -> None:
-    path, options = tmp_path / "s", {"inversion_method": EKFAC(report_residual=False)}
+    path, options = tmp_path / "s", {"solver": EKFAC(report_residual=False)}
     whole = run(path, **options)
     (path / "influences" / "done" / "0.0").unlink()
     monkeypatch.setattr(EKFAC, "prepare", lambda *_: pytest.fail("the solver was prepared"))
@@ -210,10 +210,10 @@ def test_a_header_with_any_byte_changed_is_a_typed_error_or_the_same_run(positio
 
 
 def test_other_work_is_refused_before_the_solver_is_prepared(tmp_path: Path, monkeypatch: Any) -> None:
-    run(tmp_path / "s", inversion_method=EKFAC())
+    run(tmp_path / "s", solver=EKFAC())
     monkeypatch.setattr(EKFAC, "prepare", lambda *_: pytest.fail("the solver was prepared"))
     with pytest.raises(StoreMismatchError, match="damping"):
-        run(tmp_path / "s", inversion_method=EKFAC(), damping=2.0)
+        run(tmp_path / "s", solver=EKFAC(), damping=2.0)
 
 
 def test_a_solve_that_fails_leaves_nothing_that_reads_as_finished(tmp_path: Path) -> None:
@@ -226,12 +226,12 @@ def test_a_solve_that_fails_leaves_nothing_that_reads_as_finished(tmp_path: Path
 
 def test_what_cannot_be_solved_at_all_leaves_no_store(tmp_path: Path) -> None:
     with pytest.raises(JacopsError):
-        run(tmp_path / "s", loss=lambda output, y: output.mean(0).max(), inversion_method=EKFAC())
+        run(tmp_path / "s", loss=lambda output, y: output.mean(0).max(), solver=EKFAC())
     assert not (tmp_path / "s").exists()
 
 
 def test_status_codes_are_explained_in_the_store(tmp_path: Path) -> None:
-    run(tmp_path / "s", inversion_method=EKFAC(report_residual=False))
+    run(tmp_path / "s", solver=EKFAC(report_residual=False))
     kept = Store.open(tmp_path / "s")
     codes = dict(part.split(" ") for part in kept.identity["status codes"].split(", "))
     assert {codes[str(code)] for code in kept.read("status").tolist()} == {"unchecked"}

@@ -223,7 +223,7 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     with answer.timed(f"influences on {len(wrong)} misread test digits"):
         influences = jacops.compute_influences(
             problem, training_data=digits.loader(), test_data=mistakes, influence_type="up",
-            inversion_method="direct", damping=DECAY,
+            solver="direct", damping=DECAY,
         )  # fmt: skip
     info = influences.info
     moved = influences.to_numpy() / n  # what leaving a training digit out does to a test digit's loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from ._display import Described, Description
 from ._keywords import keywords
 from ._operators import Operator
-from ._recorded_loss import check_usable, trainable
+from ._picks import Picks, picked
+from ._recorded_loss import check_usable
 from ._runtime.agreement import inner, size, tolerance
 from ._runtime.contexts import eager, private_noise
 from ._torch.protocol import record_model
@@ -59,9 +59,7 @@ def _typical(tensor: Tensor) -> float:
 
 @keywords()
 @eager
-def check(
-    model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Callable[[str, Tensor], bool] = trainable
-) -> Check:
+def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = None) -> Check:
     r"""Return how far a Jacobian-vector product is from a central difference along one random direction.
 
     It finds what autograd itself is silent about: a wrong backward, `.item()` or `detach()` in the forward, a value
@@ -71,7 +69,7 @@ def check(
         model: A module, differentiated as it stands.
         inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         seed: Of the random direction.
-        parameters: Which parameters are moved.
+        parameters: Which parameters are moved, as in `jacobian`.
 
     Returns:
         A `Check`; where its `passed` is False, the derivative is not that of the function.
@@ -80,7 +78,8 @@ def check(
         ModelStateError: There are no parameters to move.
         NotDifferentiableError: The output has no path to them.
     """
-    found = record_model(model, inputs, call="check", parameters=parameters)
+    picks = picked(model, parameters)
+    found = record_model(model, inputs, call="check", parameters=picks)
     lin = found.lin
     check_usable(lin)
     # Every tensor moves by the same share of its own typical entry.
@@ -91,7 +90,7 @@ def check(
     moved = []
     for sign in (1, -1):
         shift = {name: sign * step * d for name, d in zip(lin.domain.names, direction, strict=True)}
-        moved.append(record_model(model, inputs, call="check", parameters=parameters, shift=shift).lin.outputs)
+        moved.append(record_model(model, inputs, call="check", parameters=picks, shift=shift).lin.outputs)
     error = scale = 0.0
     for p, up, down in zip(product, *moved, strict=True):
         difference = (up.detach() - down.detach()) / (2 * step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Product
 from ._operators._finite_results import made_from
 from ._operators._naming import named
+from ._picks import Picks, Wrt, differentiated, variable
 from ._recorded_loss import (
     CurvatureOptions,
     Loss,
@@ -29,9 +30,8 @@ from ._recorded_loss import (
     loss_of_output,
     record_loss,
     recordable,
-    trainable,
+    resolved,
 )
-from ._requirements import check_choice
 from ._runtime.agreement import size
 from ._runtime.contexts import eager, private_noise
 from ._runtime.restoring import restoring
@@ -55,8 +55,6 @@ from ._torch.protocol import (
 from ._trees import Selector, flatten, hint_at_labels
 from .errors import InputError
 
-Wrt = Literal["parameters", "inputs"] | Callable[[str, Tensor], bool]
-
 
 @keywords()
 @eager
@@ -66,6 +64,7 @@ def jacobian(
     inputs: Any,
     wrt: Wrt = "parameters",
     *,
+    parameters: Picks = None,
     outputs: Selector = None,
     at: At = None,
     checks: str = "first",
@@ -79,8 +78,9 @@ def jacobian(
     Args:
         model: A module, or a `JaxFunction`.
         inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
-        wrt: `"parameters"` (those that require grad), `"inputs"` (those of floating point), or a function of name and
-            parameter that picks parameters.
+        wrt: `"parameters"`, or `"inputs"` (those of floating point).
+        parameters: Which parameters: None and `"trainable"` take those that require grad; name patterns (`"head.*"`),
+            tensors of the model, or a function of name and parameter pick others.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable.
         at: A submodule's path to differentiate by its output, or a pair `(source, target)`; a source needs
             `wrt="inputs"`.
@@ -102,7 +102,7 @@ def jacobian(
         >>> J.shape
         (12, 6)
     """
-    picks = picked(wrt)
+    picks = differentiated(variable(model, wrt, parameters))
     if picks is not None and (at[0] if isinstance(at, tuple) else at) is not None:
         todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
         raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
@@ -114,18 +114,6 @@ def jacobian(
     else:
         check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
     return named(LinearizedMap(found.lin, found.output), "jacobian by inputs" if picks is None else "jacobian")
-
-
-def picked(wrt: Wrt) -> Callable[[str, Tensor], bool] | None:
-    """Return which parameters are meant, None for the inputs.
-
-    Raises:
-        InputError: `wrt` is none of the known.
-    """
-    if callable(wrt):
-        return wrt
-    check_choice("wrt", wrt, ("parameters", "inputs"), " or a function of name and parameter")
-    return trainable if wrt == "parameters" else None
 
 
 @keywords(OperatorOptions)
@@ -143,7 +131,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
-        options: `parameters=` (a function of name and parameter), `outputs=`, `checks=`, `fallback=`, `check_finite=`
+        options: `parameters=` (as in `jacobian`), `outputs=`, `checks=`, `fallback=`, `check_finite=`
             (results with NaN or Inf raise).
 
     Returns:
@@ -165,12 +153,13 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
 
 
 def _hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: OperatorOptions, kept: bool
 ) -> LinearizedMap:
+    asked = resolved(model, options)
     if is_framework_model(model):
-        return framework_hessian(model, loss, x, y, call, options)
-    found = record_loss(model, loss, x, y, call, kept=kept, **options)
-    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, options))
+        return framework_hessian(model, loss, x, y, call, asked)
+    found = record_loss(model, loss, x, y, call, kept=kept, **asked)
+    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, asked))
 
 
 def hessian_at(
@@ -254,11 +243,11 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
     return _ggn(model, loss, x, y, "ggn", options, kept=True)
 
 
-def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: CurvatureOptions, kept: bool) -> Operator:
-    options.setdefault("parameters", trainable)
+def _ggn(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, options: OperatorOptions, kept: bool) -> Operator:
+    asked = resolved(model, options)
     if is_framework_model(model):
-        return framework_ggn(model, loss, x, y, call, options)
-    return ggn_at(record_model(model, x, call=call, kept=kept, **options), loss, y, call, kept)
+        return framework_ggn(model, loss, x, y, call, asked)
+    return ggn_at(record_model(model, x, call=call, kept=kept, **asked), loss, y, call, kept)
 
 
 @restoring

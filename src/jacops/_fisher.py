@@ -22,7 +22,7 @@ from ._operators import LinearizedMap, Operator, Scaled
 from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._per_sample import sample_gradients
-from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, trainable
+from ._recorded_loss import Loss, OperatorOptions, resolved
 from ._requirements import check_choice, check_positive, check_whole
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
@@ -112,7 +112,7 @@ def fisher(
     check_choice("kind", kind, KINDS)
     check_positive("samples", samples)
     check_whole("first", first, 0)
-    losses, asked = RowLosses(loss), CurvatureOptions(parameters=trainable) | options
+    losses, asked = RowLosses(loss), resolved(model, options)
 
     def record() -> Any:
         return recorded(model, x, call="fisher", kept=True, **asked)

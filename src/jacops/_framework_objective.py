@@ -11,7 +11,6 @@ from torch import Tensor
 from ._ladder.protocol import FrameworkModel, SweepOptions
 from ._objective import Objective, checked_loss
 from ._picks import Picks, picked
-from ._recorded_loss import trainable
 from ._reduction import offset
 from ._runtime.contexts import eager
 from ._space import Space
@@ -39,7 +38,7 @@ class FrameworkObjective(Objective):
         self.losses = checked_loss(loss, reduction)
         self._options = {"parameters": parameters, "reduction": reduction}
         self.model, self.loss, self.reduction = model, loss, self.losses.reduction
-        self.picks = picked(parameters, model.names) or trainable
+        self.picks = picked(model, parameters)
 
     @property
     def space(self) -> Space:

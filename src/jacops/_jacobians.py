@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ._finite import check_outputs, is_finite, where_first
 from ._framework import framework_jacobian, refuse_options
 from ._keywords import keywords
-from ._ladder.protocol import is_framework_model
+from ._ladder.protocol import Picked, everything, is_framework_model
+from ._picks import Picks, picked
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from ._products import Params, given, say_if_unconnected
 from ._requirements import check_positive
@@ -207,7 +208,7 @@ def modjac(
     strategy: Literal["reverse-mode", "forward-mode"] = "reverse-mode",
     flatten: bool = False,
     *,
-    trainable_only: bool = False,
+    parameters: Picks = None,
     tangent: bool = False,
     sparse: bool = False,
     outputs: Selector = None,
@@ -230,7 +231,7 @@ def modjac(
         vectorize: Accepted for the page's sake: rows are batched wherever that agrees with one by one, either way.
         strategy: `"reverse-mode"` sweeps over output entries, `"forward-mode"` over parameter entries.
         flatten: Return one matrix, all outputs by all parameters, columns in `named_parameters()` order.
-        trainable_only: Leave frozen parameters out.
+        parameters: Which parameters, as in `jacobian`; None takes all, frozen ones too.
         tangent: For LieTensor parameters and outputs: tangent width, without the zero columns of storage width.
         sparse: Return one `torch.sparse_csr` matrix as `flatten` arranges it, in a few coloured sweeps, its pattern
             detected and checked, and kept for the next call with a model of the same graph.
@@ -259,14 +260,15 @@ def modjac(
     """
     forward = _check_strategy(strategy)
     hint_at_labels("modjac", outputs, input)
+    picks = picked(model, parameters, default=everything)
     if sparse:
         _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
-        return _sparse(model, input, trainable_only, tangent, outputs, check_finite)
+        return _sparse(model, input, picks, tangent, outputs, check_finite)
     recorded = record_model(
         model,
         input,
         call="modjac",
-        parameters=lambda name, p: p.requires_grad or not trainable_only,
+        parameters=picks,
         outputs=outputs,
         connected=create_graph,
     )
@@ -324,12 +326,9 @@ def _refuse_with_sparse(**given: bool) -> None:
 
 
 def _sparse(
-    model: nn.Module, input: Any, trainable_only: bool, tangent: bool, outputs: Selector, check_finite: bool
+    model: nn.Module, input: Any, picks: Picked, tangent: bool, outputs: Selector, check_finite: bool
 ) -> Tensor:
-    def wrt(name: str, parameter: Tensor) -> bool:
-        return parameter.requires_grad or not trainable_only
-
-    found = sparse_jacobian(model, input, wrt, "trainable" if trainable_only else "all", outputs, tangent)
+    found = sparse_jacobian(model, input, picks, outputs, tangent)
     if check_finite:
         _check_block("modjac", found.matrix.values(), "the output", "the parameters")
     return found.matrix

@@ -13,7 +13,17 @@ from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import made_from
-from ._recorded_loss import CurvatureOptions, Loss, OperatorOptions, RecordOptions, check_usable, record_loss, trainable
+from ._picks import trainable
+from ._recorded_loss import (
+    CurvatureOptions,
+    Loss,
+    OperatorOptions,
+    RecordOptions,
+    RowOptions,
+    check_usable,
+    record_loss,
+    resolved,
+)
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
@@ -37,16 +47,6 @@ from .errors import InputError, ModelStateError
 
 Randomness = Literal["error", "same"]
 _PURE = "Pass the random key to `apply` as a part of `params` or `x`."
-
-
-class RowOptions(RecordOptions, total=False):
-    """Options of `sample_jacobians`.
-
-    Attributes:
-        check_finite: Results with NaN or Inf raise.
-    """
-
-    check_finite: bool
 
 
 class SampleGradientOptions(OperatorOptions, total=False):
@@ -105,7 +105,7 @@ def sample_gradients(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    recorded = CurvatureOptions(parameters=trainable) | options
+    recorded = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
         return framework_sample_gradients(model, loss, x, y, recorded)
@@ -180,7 +180,7 @@ def sample_jacobians(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    recorded: RecordOptions = {"parameters": trainable, **options}
+    recorded: RecordOptions = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
         return framework_sample_jacobians(model, x, {**recorded, "outputs": outputs})

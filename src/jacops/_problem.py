@@ -24,7 +24,7 @@ from ._requirements import check_choice, check_range
 from ._space import Space
 from ._torch.protocol import Reduction
 from ._torch_objective import TorchObjective
-from .errors import DataError, InputError, InputTypeError
+from .errors import DataError, InputError, InputTypeError, ModelStateError
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"]
 CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher")
@@ -108,6 +108,9 @@ class Problem(Described):
         )
         self.objective.check_state()
         self.data, self.progress = Batches.of(data, "data", unpack), progress
+        if not self.objective.space.dim:
+            came = f"a {type(self.objective.model).__name__} without parameters to differentiate"
+            raise ModelStateError.of("model", came, "at least one must be a floating-point parameter that is trainable")
         self.ridge = _ridge(l2, self.objective.space)
         self.l2 = l2
         self._denominator: float | None = None

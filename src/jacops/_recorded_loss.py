@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
+from ._ladder.protocol import Picked
+from ._picks import Picks, picked, trainable
 from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
 from ._torch.protocol import Linearization, Recording, call_loss, record_further, record_model
@@ -17,21 +19,21 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class RecordOptions(TypedDict, total=False):
-    """Options of calls that record a model by its parameters.
+    """How a model is recorded by its parameters.
 
     Attributes:
-        parameters: Which parameters, by name and value; those that require grad by default.
+        parameters: Which parameters, by name and value.
         checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
     """
 
-    parameters: Callable[[str, Tensor], bool]
+    parameters: Picked
     checks: str
     fallback: str
 
 
 class CurvatureOptions(RecordOptions, total=False):
-    """Options of calls that take a model with a loss.
+    """How a model with a loss is recorded.
 
     Attributes:
         outputs: Part of the output that the loss is given, as in `jacobian`.
@@ -40,19 +42,35 @@ class CurvatureOptions(RecordOptions, total=False):
     outputs: Selector
 
 
-class OperatorOptions(CurvatureOptions, total=False):
-    """Options of public calls that return an operator made from a model with a loss.
+class RowOptions(TypedDict, total=False):
+    """Options of public calls that return an operator made from a model.
 
     Attributes:
+        parameters: Which parameters, as in `jacobian`.
+        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
+        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
         check_finite: Results with NaN or Inf raise.
     """
 
+    parameters: Picks
+    checks: str
+    fallback: str
     check_finite: bool
 
 
-def trainable(name: str, parameter: Tensor) -> bool:
-    """Say whether a parameter requires grad: the default set for curvature."""
-    return getattr(parameter, "requires_grad", True)  # arrays of other frameworks have no such mark
+class OperatorOptions(RowOptions, total=False):
+    """Options of public calls that return an operator made from a model with a loss.
+
+    Attributes:
+        outputs: Part of the output that the loss is given, as in `jacobian`.
+    """
+
+    outputs: Selector
+
+
+def resolved(model: Any, options: Mapping[str, Any]) -> CurvatureOptions:
+    """Return the options of a public call, with a function of name and parameter as `parameters`."""
+    return {**options, "parameters": picked(model, options.get("parameters"))}  # pyright: ignore[reportReturnType]
 
 
 def check_real(lin: Linearization) -> None:

@@ -21,7 +21,7 @@ from ._operators import LayerFactors, Operator
 from ._operators._finite_results import Source, with_source
 from ._per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
-from ._recorded_loss import CurvatureOptions, Loss, record_loss, record_loss_of, trainable
+from ._recorded_loss import CurvatureOptions, Loss, record_loss, record_loss_of
 from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
 from ._runtime.contexts import seeded, sweeping
 from ._runtime.restoring import restoring
@@ -84,7 +84,7 @@ class TorchObjective(Objective):
         self._options = {"parameters": parameters, "reduction": reduction, "randomness": randomness, "seed": seed}
         self.model, self.loss = model, self.losses.scalar
         self.reduction = self.losses.reduction
-        self.picks = picked(parameters, list(parameter_names(bare(model)))) or trainable
+        self.picks = picked(model, parameters)
         self.randomness: Randomness = randomness
         self.seed = checked_seed(randomness, seed)
         self._kept: _Kept | None = None

@@ -35,11 +35,11 @@ _UNITS = {
 @keywords(ProblemOptions)
 @eager
 def compute_influence_factors(
-    differentiable_model: Any,
+    model: Any,
     training_data: Any,
     test_data: Any,
     *,
-    inversion_method: str | Solver = "auto",
+    solver: str | Solver = "auto",
     damping: float = 0.0,
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
@@ -48,12 +48,12 @@ def compute_influence_factors(
     r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
 
     Args:
-        differentiable_model: Model and loss: a `TorchTwiceDifferentiable` or a `JaxTwiceDifferentiable`; no module may
+        model: Model and loss: a `TorchTwiceDifferentiable` or a `JaxTwiceDifferentiable`; no module may
             mix or randomise samples in its mode.
         training_data: A loader of batches in a fixed order; its objective's curvature is $A$. A batch is a pair
             `(x, y)` or a mapping; see `Batches`.
         test_data: A loader of batches; one right-hand side per row.
-        inversion_method: A solver's name (`"direct"`, `"cg"`, `"lissa"`, `"arnoldi"`, `"nystrom"`, `"ekfac"`,
+        solver: A solver's name (`"direct"`, `"cg"`, `"lissa"`, `"arnoldi"`, `"nystrom"`, `"ekfac"`,
             `"minres"`), `"auto"`, or a solver with its options, such as `CG(preconditioner="nystrom")`.
         damping: $\lambda \ge 0$, added to the curvature of the objective as it is reduced.
         curvature: `"hessian"`; `"ggn"`, which is positive semi-definite for convex losses; `"fisher"`,
@@ -70,7 +70,7 @@ def compute_influence_factors(
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     test = train if test_data is training_data else Batches.of(test_data, "test_data", options.get("unpack"))
-    run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
+    run = ready(model, train, solver, damping, curvature, on_failure, options)
     solutions = [run.solve(rows()) for _, rows in run.tiles(test)]
     x = torch.cat([solution.x for solution in solutions])
     return InfluenceFactors(x, run.described(solutions))
@@ -79,14 +79,14 @@ def compute_influence_factors(
 @keywords(ProblemOptions)
 @eager
 def compute_influences(
-    differentiable_model: Any,
+    model: Any,
     training_data: Any,
     *,
     test_data: Any = None,
     input_data: Any = None,
     influence_type: Literal["up", "perturbation"] = "up",
     leverage: bool = False,
-    inversion_method: str | Solver = "auto",
+    solver: str | Solver = "auto",
     damping: float = 0.0,
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
@@ -99,7 +99,7 @@ def compute_influences(
     so memory does not grow with the number of training samples times the number of parameters.
 
     Args:
-        differentiable_model: As in `compute_influence_factors`.
+        model: As in `compute_influence_factors`.
         training_data: As in `compute_influence_factors`.
         test_data: A loader of batches; the training data where it is left out.
         input_data: The samples whose influence is asked; the training data where it is left out.
@@ -108,7 +108,7 @@ def compute_influences(
         leverage: Take the sample's own Gauss-Newton term out of the curvature too, which divides by $1 - h_i$ where
             there is one output: the leave-one-out step of a quadratic (Cook and Weisberg, 1982). Costs a solve per
             sample and output.
-        inversion_method: As in `compute_influence_factors`.
+        solver: As in `compute_influence_factors`.
         damping: As in `compute_influence_factors`.
         curvature: As in `compute_influence_factors`.
         on_failure: As in `compute_influence_factors`.
@@ -134,11 +134,11 @@ def compute_influences(
     same = input_data is None or input_data is training_data
     asked = train if same else Batches.of(input_data, "input_data", unpack)
     if store is not None:
-        run = checked(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
+        run = checked(model, train, solver, damping, curvature, on_failure, options)
         _check_storable(influence_type, leverage, on_failure)
         values, shares, info = stored(run, store, test, asked)
         return Influences(values, "up", SIGN, _UNITS["up"], run.damping, info, shares)
-    run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
+    run = ready(model, train, solver, damping, curvature, on_failure, options)
     solutions, tiles, found = [], [], None
     for _, rows in run.tiles(test):
         solution = run.solve(rows())
@@ -160,10 +160,10 @@ def compute_influences(
 @keywords(ProblemOptions)
 @eager
 def self_influences(
-    differentiable_model: Any,
+    model: Any,
     training_data: Any,
     *,
-    inversion_method: str | Solver = "auto",
+    solver: str | Solver = "auto",
     damping: float = 0.0,
     curvature: str = "hessian",
     on_failure: Literal["raise", "return"] = "raise",
@@ -177,9 +177,9 @@ def self_influences(
     for a sum. Without weights and ignored targets it is 1.
 
     Args:
-        differentiable_model: As in `compute_influence_factors`.
+        model: As in `compute_influence_factors`.
         training_data: As in `compute_influence_factors`.
-        inversion_method: As in `compute_influence_factors`.
+        solver: As in `compute_influence_factors`.
         damping: As in `compute_influence_factors`.
         curvature: As in `compute_influence_factors`.
         on_failure: As in `compute_influence_factors`.
@@ -191,7 +191,7 @@ def self_influences(
         InputError: As in `compute_influence_factors`.
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
-    run = ready(differentiable_model, train, inversion_method, damping, curvature, on_failure, options)
+    run = ready(model, train, solver, damping, curvature, on_failure, options)
     values = torch.cat([_own(run, rows()) for _, rows in run.tiles(train)])
     shares = shares_of(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)
     return values * shares.to(values) ** 2

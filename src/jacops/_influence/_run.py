@@ -128,10 +128,10 @@ def checked(
     """
     if not hasattr(model, "objective"):
         came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
-        raise InputTypeError.of("differentiable_model", came, "a TorchTwiceDifferentiable is needed", todo)
+        raise InputTypeError.of("model", came, "a TorchTwiceDifferentiable is needed", todo)
     damping = check_range("damping", damping, zero=True)
     for name, value, known in (("curvature", kind, CURVATURES), ("on_failure", on_failure, ("raise", "return"))):
         check_choice(name, value, known)
     # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.
-    solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "inversion_method")
+    solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "solver")
     return InfluenceRun(Problem(model, data=train, **options), kind, solver, damping, on_failure)

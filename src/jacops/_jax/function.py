@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from .crossing import filled, is_floating, to_jax, to_numpy, to_torch, tree_to_j
 from .layers import JaxLayers
 from .linearized import JaxLinearization, JaxRecording
 from .model import Model, model_of, weighted_loss
-from .parameters import Parameters, Picks, Same, leaf_names
+from .parameters import Parameters, Picked, Same
 from .points import Point, floating
 from .results import check_rows, digest_of, finite_gradient, finite_loss
 
@@ -75,7 +75,7 @@ class JaxFunction:
         self.params = self._all.tree
         self._picked: tuple[Any, Parameters] = (None, self._all)
 
-    def picked(self, picks: Picks | None = None) -> Parameters:
+    def picked(self, picks: Picked | None = None) -> Parameters:
         """Return the parameters with those picked by name and array to be differentiated."""
         known, parameters = self._picked
         if known is not picks:
@@ -83,21 +83,20 @@ class JaxFunction:
             self._picked = picks, parameters
         return parameters
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all leaves, by their paths."""
-        return leaf_names(self.params)
+    def named(self) -> Iterable[tuple[str, Any]]:
+        """Return the arrays that can be differentiated, by their paths."""
+        return zip(self._all.names, self._all.given, strict=True)
 
     @property
     def total(self) -> int:
         """Entries of all arrays."""
         return self._all.total
 
-    def space(self, parameters: Picks | None = None) -> Space:
+    def space(self, parameters: Picked | None = None) -> Space:
         """Return the parameters that are differentiated."""
         return self.picked(parameters).space
 
-    def point(self, parameters: Picks | None = None) -> Tensor:
+    def point(self, parameters: Picked | None = None) -> Tensor:
         """Return those as they are, `(P,)`."""
         own = self.picked(parameters)
         return own.space.join([to_torch(leaf).unsqueeze(0) for leaf in own.leaves])[0]
@@ -243,7 +242,7 @@ class JaxFunction:
         check_rows("mixed", result.reshape(len(rows), many * width), Space.flat(many * width, "x", like))
         return result
 
-    def layers(self, x: Any, parameters: Picks | None, call: str) -> JaxLayers:
+    def layers(self, x: Any, parameters: Picked | None, call: str) -> JaxLayers:
         """Return the gradients of single samples by layers, for Kronecker-factored curvature.
 
         Raises:

@@ -17,7 +17,7 @@ from .._space import Space
 from ..errors import InputTypeError, ModelStateError, NotDifferentiableError
 from .crossing import is_floating, to_jax, torch_dtype
 
-Picks = Callable[[str, Any], bool]
+Picked = Callable[[str, Any], bool]
 Kind = Literal["picked", "frozen", "static"]
 
 
@@ -79,7 +79,7 @@ class Parameters:
     total: int
 
     @classmethod
-    def of(cls, params: Any, picks: Picks | None = None, root: str = "params") -> Parameters:
+    def of(cls, params: Any, picks: Picked | None = None, root: str = "params") -> Parameters:
         """Return the parameters in a tree; `picks` returns by name and array which ones are differentiated.
 
         Args:
@@ -151,7 +151,7 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | torch.Tensor | np.ndarray | np.generic) and kind not in "OSUMm"
 
 
-def _kind(name: str, value: Any, picks: Picks | None) -> Kind:
+def _kind(name: str, value: Any, picks: Picked | None) -> Kind:
     if not isinstance(value, jax.Array):
         return "static"
     if picks is not None and not picks(name, value):

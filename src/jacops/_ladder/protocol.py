@@ -7,7 +7,7 @@ curvature are built from these, whatever the framework. Numbers cross as torch t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .._space import Space
     from .._trees import Tree
 
-Picks = Callable[[str, Any], bool]
+Picked = Callable[[str, Any], bool]
 Shift = Callable[[Any, int], Any]  # parameter and its number -> what is added to it
 Group = TypeVar("Group")
 Gradients = TypeVar("Gradients")
@@ -40,7 +40,7 @@ class SweepOptions:
     """
 
     call: str
-    parameters: Picks | None = None
+    parameters: Picked | None = None
     outputs: Any = None
     at: Any = None
     mode: str = "auto"
@@ -161,9 +161,8 @@ class LayerGradients(Protocol[Group, Gradients]):
 class FrameworkModel(Protocol):
     """A model of another framework than torch, with its parameters; it goes wherever a module goes."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of all parameters."""
+    def named(self) -> Iterable[tuple[str, Any]]:
+        """Return the parameters that can be differentiated, by their names."""
         ...
 
     @property
@@ -171,11 +170,11 @@ class FrameworkModel(Protocol):
         """Entries of all parameters."""
         ...
 
-    def space(self, parameters: Picks | None) -> Space:
+    def space(self, parameters: Picked | None) -> Space:
         """Return the parameters that are differentiated."""
         ...
 
-    def point(self, parameters: Picks | None) -> Tensor:
+    def point(self, parameters: Picked | None) -> Tensor:
         """Return those as they are, `(P,)`."""
         ...
 
@@ -223,7 +222,7 @@ class FrameworkModel(Protocol):
         """Return the gradient of every sample's loss, or the Jacobian of its output, by parameters or by its input."""
         ...
 
-    def layers(self, x: Any, parameters: Picks | None, call: str) -> LayerGradients[Any, Any]:
+    def layers(self, x: Any, parameters: Picked | None, call: str) -> LayerGradients[Any, Any]:
         """Return the gradients of single samples by layers."""
         ...
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._ladder.protocol import everything
+from .._picks import picked
 from .._torch.protocol import WHOLE, WholeAsk, record_closure, record_model
 from .._trees import select
 from ._base import Plan, listed
@@ -20,12 +22,11 @@ def plan_full_jacobian(arguments: dict[str, Any]) -> Plan:
 
 def plan_modjac(arguments: dict[str, Any]) -> Plan:
     """Return the plan of `modjac`; the model runs forward once, on a private copy, and backward for one cotangent."""
-    trainable = arguments["trainable_only"]
     lin = record_model(
         arguments["model"],
         arguments["input"],
         call="modjac",
-        parameters=lambda name, p: p.requires_grad or not trainable,
+        parameters=picked(arguments["model"], arguments["parameters"], default=everything),
         outputs=arguments["outputs"],
     ).lin
     columns = arguments["strategy"] == "forward-mode"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._derivatives import Wrt, picked
+from .._picks import Variable, differentiated
 from .._recorded_loss import check_usable
 from .._runtime.contexts import must_surface, private_noise
 from .._runtime.restoring import restoring
@@ -89,7 +89,7 @@ def record_point(
     model: nn.Module,
     inputs: Any,
     call: str,
-    wrt: Wrt,
+    by: Variable,
     outputs: Selector,
     *,
     lift: bool = True,
@@ -101,12 +101,12 @@ def record_point(
         model: A module.
         inputs: Its input.
         call: The public call on whose behalf this is done.
-        wrt: What to differentiate by.
+        by: What to differentiate by.
         outputs: Part of the output.
         lift: Whether to lift.
         watch: Note which constants depend on the point.
     """
-    parameters = picked(wrt)
+    parameters = differentiated(by)
     module = bare(model)
     given = [t for t in flatten(inputs, "input")[0] if isinstance(t, Tensor)]
     named = parameter_names(module)

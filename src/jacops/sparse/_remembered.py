@@ -7,16 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._derivatives import Wrt
-from .._torch.protocol import bare, identity_key, store_for
+from .._picks import Picked
+from .._torch.protocol import bare, identity_key, parameter_names, store_for
 from .._trees import Selector, flatten
 from .layouts import SparseJacobian
 from .plan import SparsePlan, sparse_plan
 
 
-def sparse_jacobian(
-    model: nn.Module, inputs: Any, wrt: Wrt, word: str, outputs: Selector, tangent: bool
-) -> SparseJacobian:
+def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selector, tangent: bool) -> SparseJacobian:
     """Return the sparse Jacobian of a model, as torch's CSR.
 
     A plan serves the graph that it was made for. It is made again where an entry that its pattern may rest on became
@@ -25,12 +23,12 @@ def sparse_jacobian(
     Args:
         model: A module.
         inputs: Its input.
-        wrt: As in `sparse_plan`.
-        word: What tells one `wrt` from another.
+        picks: Which parameters.
         outputs: As in `sparse_plan`.
         tangent: As in `sparse_plan`.
     """
-    claim = ("sparse plan", word, *_kinds(inputs), identity_key(outputs), tangent)
+    names = tuple(name for name, p in parameter_names(bare(model)).items() if picks(name, p))
+    claim = ("sparse plan", names, *_kinds(inputs), identity_key(outputs), tangent)
     made = store_for(bare(model), claim, "first").known
     latest: SparsePlan | None = made.get("latest")
     if latest is not None:
@@ -41,7 +39,7 @@ def sparse_jacobian(
         if found is not None:
             return found
         del point
-    plan = sparse_plan(model, inputs, wrt=wrt, outputs=outputs, tangent=tangent)
+    plan = sparse_plan(model, inputs, parameters=picks, outputs=outputs, tangent=tangent)
     point = plan.recorded(model, inputs, "modjac")
     found, trust = plan.at(point), point.recording.lin.trust
     trust.known[claim] = made["latest"] = plan

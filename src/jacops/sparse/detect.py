@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._derivatives import Wrt
 from .._keywords import keywords
+from .._picks import Picks, Wrt, variable
 from .._runtime.contexts import math_attention, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
@@ -35,7 +35,13 @@ _MOST = 2**27  # entries of a pattern; beyond, it is as good as dense
 @keywords()
 @restoring
 def detect_pattern(
-    model: nn.Module, inputs: Any, *, wrt: Wrt = "parameters", outputs: Selector = None, local: bool = False
+    model: nn.Module,
+    inputs: Any,
+    *,
+    wrt: Wrt = "parameters",
+    parameters: Picks = None,
+    outputs: Selector = None,
+    local: bool = False,
 ) -> Pattern:
     """Return where the Jacobian of a model may be nonzero, without computing it.
 
@@ -45,7 +51,8 @@ def detect_pattern(
     Args:
         model: A module.
         inputs: Its input, as in `jacobian`.
-        wrt: `"parameters"`, `"inputs"` or a function that picks parameters, as in `jacobian`.
+        wrt: `"parameters"` or `"inputs"`.
+        parameters: Which parameters, as in `jacobian`.
         outputs: Part of the output, as in `jacobian`.
         local: Leave out what is zero at this very point (a ReLU that is off); the pattern then holds here only.
 
@@ -61,7 +68,9 @@ def detect_pattern(
         >>> detect_pattern(model, torch.randn(1, 1, 5), wrt="inputs").nnz
         13
     """
-    point = record_point(model, inputs, "detect_pattern", wrt, outputs, lift=False, watch=not local)
+    point = record_point(
+        model, inputs, "detect_pattern", variable(model, wrt, parameters), outputs, lift=False, watch=not local
+    )
     seen = traced(point.lin, point.taint)
     return Pattern(seen.matrix, local, seen.unknown)
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._derivatives import Wrt
 from .._display import Described, Description
 from .._finite import check_outputs, is_finite, require_finite
 from .._keywords import keywords
 from .._operators import LinearizedMap
+from .._picks import Picks, Wrt, variable
 from .._requirements import check_choice, check_whole
 from .._torch.protocol import Proofs
 from .._trees import Selector
@@ -49,7 +49,7 @@ class SparsePlan(Described):
     _scheme: Scheme
     shape: tuple[int, int]
     _final: Array
-    _options: dict[str, Any]  # of `sparse_plan`: wrt, outputs, tangent, local
+    _options: dict[str, Any]  # of `sparse_plan`: by what, outputs, tangent, local
     _unknown: dict[str, int]
     _names: tuple[str, ...]
     _dtypes: frozenset[torch.dtype] = frozenset()  # met inside the model, as far as it was traced
@@ -133,7 +133,7 @@ class SparsePlan(Described):
     def recorded(self, model: nn.Module, inputs: Any, call: str) -> RecordedPoint:
         """Return a point to evaluate at."""
         lift = bool(self._scheme.structure)
-        return record_point(model, inputs, call, self._options["wrt"], self._options["outputs"], lift=lift)
+        return record_point(model, inputs, call, self._options["by"], self._options["outputs"], lift=lift)
 
     def _fits(self, point: RecordedPoint) -> bool:
         final, width = point.widths(self._options["tangent"])
@@ -259,6 +259,7 @@ def sparse_plan(
     inputs: Any,
     *,
     wrt: Wrt = "parameters",
+    parameters: Picks = None,
     outputs: Selector = None,
     tangent: bool = True,
     pattern: Any = None,
@@ -274,7 +275,8 @@ def sparse_plan(
     Args:
         model: A module.
         inputs: Its input, as in `jacobian`.
-        wrt: `"parameters"`, `"inputs"` or a function that picks parameters, as in `jacobian`.
+        wrt: `"parameters"` or `"inputs"`.
+        parameters: Which parameters, as in `jacobian`.
         outputs: Part of the output, as in `jacobian`.
         tangent: For LieTensor parameters: tangent width, without columns of zeros.
         pattern: Where you know it: a scipy or torch sparse matrix, or a `Pattern`; verified by a random probe.
@@ -297,12 +299,13 @@ def sparse_plan(
         >>> plan.shape, plan.sweeps
         ((999, 1000), 1)
     """
-    options: dict[str, Any] = {"wrt": wrt, "outputs": outputs, "tangent": tangent, "local": local}
+    by = variable(model, wrt, parameters)
+    options: dict[str, Any] = {"by": by, "outputs": outputs, "tangent": tangent, "local": local}
     if pattern is not None:
         return _from_declared(model, inputs, pattern, options)
-    point = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=lift, watch=not local)
+    point = record_point(model, inputs, "sparse_plan", by, outputs, lift=lift, watch=not local)
     if point.selections:
-        direct = record_point(model, inputs, "sparse_plan", wrt, outputs, lift=False, watch=not local)
+        direct = record_point(model, inputs, "sparse_plan", by, outputs, lift=False, watch=not local)
         point = point if gradients_agree(point, direct) else direct
         del direct
     seen = traced(point.lin, point.taint)
@@ -336,7 +339,7 @@ def _check_padding(matrix: Csr, column_of: Array, width: int, point: RecordedPoi
 
 
 def _from_declared(model: nn.Module, inputs: Any, pattern: Any, options: dict[str, Any]) -> SparsePlan:
-    point = record_point(model, inputs, "sparse_plan", options["wrt"], options["outputs"], lift=False)
+    point = record_point(model, inputs, "sparse_plan", options["by"], options["outputs"], lift=False)
     final, width = point.widths(options["tangent"])
     shape = (point.recording.lin.codomain.dim, width)
     known = declared(pattern, shape)

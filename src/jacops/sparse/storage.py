@@ -31,7 +31,7 @@ def save(plan: SparsePlan, path: str | Path) -> None:
         "shape": plan.shape,
         "wide": scheme.matrix.shape[1],
         "symmetric": scheme.coloring.symmetric,
-        "wrt": options["wrt"] if isinstance(options["wrt"], str) else None,
+        "wrt": options["by"] if isinstance(options["by"], str) else None,
         "names": plan._names,
         "outputs": _plain(options["outputs"]),
         "tangent": options["tangent"],
@@ -91,7 +91,7 @@ def load(path: str | Path, outputs: Selector) -> tuple[Any, ...]:
     matrix = csr((np.ones(len(inner), bool), inner, places["ends"]), shape=(about["shape"][0], about["wide"]))
     coloring = Coloring(places["rows"], places["columns"])
     options = {
-        "wrt": about["wrt"] or (lambda name, parameter: name in names),
+        "by": about["wrt"] or (lambda name, parameter: name in names),
         "outputs": outputs,
         "tangent": about["tangent"],
         "local": about["local"],
