@@ -118,6 +118,10 @@ RESULTS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: sparse_plan().evaluate(Chain(), torch.ones(30), layout="coo"),
         ("SparseJacobian(29 × 30, float32, sparse_coo): 58 entries",),
     ),
+    "projection": (
+        lambda: jacops.results.Projection(torch.ones(2, 5), torch.zeros(5)),
+        ("Projection(5 features to 2 inputs, float32)",),
+    ),
     "fit": (fit, ("LeastSquaresResult(", "objective: ", "taken", "forward passes")),
 }
 ALL = {**{name: make for name, (make, *_) in OPERATORS.items()}, **{name: make for name, (make, _) in RESULTS.items()}}
