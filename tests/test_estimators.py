@@ -336,20 +336,6 @@ def test_an_exact_effective_dimension_of_a_large_operator_is_refused(monkeypatch
         effective_dimension(SPECTRA["powers"](), 1.0)
 
 
-def test_a_density_draws_itself() -> None:
-    mpl = pytest.importorskip("matplotlib")
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = spectral_density(SPECTRA["powers"](), probes=4, steps=20)
-    axes = found.plot()
-    assert axes.get_yscale() == "log"
-    assert axes.get_xlabel() == "eigenvalue"
-    assert len(axes.lines) == 3
-    assert found.plot(axes, color="k") is axes
-    plt.close("all")
-
-
 def test_a_function_that_is_not_finite_on_the_spectrum_is_refused() -> None:
     with pytest.raises(InputError, match="not finite between"):
         spectral_density(SPECTRA["indefinite"](), 2, 10).trace_of(torch.log)

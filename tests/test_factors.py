@@ -143,7 +143,7 @@ def test_nearly_every_parameter_enters_by_a_rule(name: str) -> None:
 def test_the_repr_says_what_is_held_and_how_it_came() -> None:
     found, _ = factors_of("convolutions", "jacobians")
     said = repr(found)
-    for words in ("27 × ", "held of", "dense", "factored: ", "9 samples to a sweep"):
+    for words in ("27 × ", "held", "dense", "factored: ", "9 samples to a sweep"):
         assert words in said
 
 

@@ -141,20 +141,7 @@ def test_the_leverage_correction_is_the_step_without_the_sample():
         found(leverage=True, influence_type="perturbation")
 
 
-def test_a_result_can_be_drawn():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    actual = found()
-    figure = actual.plot([0, 3], k=2)
-    assert len(figure.axes) == 2
-    shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    order = actual.values[0].argsort()
-    assert shown == [f"#{i}" for i in torch.cat([order[:2], order[-2:]]).tolist()]
-    plt.close("all")
-    with pytest.raises(InputError, match="`test`"):
-        actual.plot([99])
+def test_only_influences_of_weights_are_drawn_and_ranked():
     moved = found(influence_type="perturbation")
     for call in (moved.plot, moved.leave_one_out, lambda: moved.top(1)):
         with pytest.raises(InputError):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._attribution_plot import DrawnContributions
+from ._display import Described, Description, Table
 from ._finite import check_outputs, require_finite
 from ._keywords import keywords
 from ._projections import Projection
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
     Array = NDArray[Any] | Tensor
 
 
-@dataclass
-class JacobianVerification:
+_SHOWN = 5  # features in a repr: those of largest contribution
+
+
+@dataclass(repr=False)
+class JacobianVerification(Described):
     """How well `Z = J X` holds.
 
     Attributes:
@@ -43,6 +48,13 @@ class JacobianVerification:
     max_error: float
     mean_error: float
     relative_error: float
+
+    def _describe(self) -> Description:
+        ranges = {"range of Z": self.z_range, "range of J X": self.reconstruction_range}
+        facts = [(word, f"{low:.4g} to {high:.4g}") for word, (low, high) in ranges.items()]
+        errors = f"at most {self.max_error:.1e}, mean {self.mean_error:.1e}"
+        title = f"JacobianVerification: relative error {self.relative_error:.1e}"
+        return Description(title, [("error", errors), *facts])
 
 
 @keywords()
@@ -194,7 +206,7 @@ def _range(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contributions:
+class Contributions(DrawnContributions):
     """What every feature adds to every output, what none of them does, and whether that is all.
 
     Attributes:
@@ -218,16 +230,22 @@ class Contributions:
     slope_error: float
     notes: tuple[str, ...]
 
-    def __repr__(self) -> str:
+    def _describe(self) -> Description:
         n, out, *features = self.values.shape
-        notes = "".join(f"\n  {note}" for note in self.notes)
         added = self.values.flatten(2).sum(-1)
         share = float(self.bias.abs().sum() / (self.bias.abs().sum() + added.abs().sum() + 1e-300))
-        return (
-            f"Contributions({n} samples, {out} outputs, {'x'.join(map(str, features))} features)\n  output = features "
-            f"+ bias up to {self.verification.relative_error:.1e} of its range; the bias part is {share:.0%} of it"
-            f"{notes}"
-        )
+        facts = [
+            ("output", f"features + bias up to {self.verification.relative_error:.1e} of its range"),
+            ("bias", f"{share:.0%} of it"),
+            ("slopes", f"as the Jacobian says up to {self.slope_error:.1e}"),
+            *(("note", note) for note in self.notes),
+        ]
+        mean = torch.linalg.vector_norm(self.values, 1, dim=(0, 1)) / (n * out)
+        order = mean.flatten().argsort(descending=True)[:_SHOWN].tolist()
+        places = [np.unravel_index(k, tuple(features)) for k in order]
+        rows = [(", ".join(map(str, place)), f"{float(mean[place]):.4g}") for place in places]
+        title = f"Contributions({n:,} samples, {out} outputs, {'x'.join(map(str, features))} features)"
+        return Description(title, facts, [Table(("feature", "mean |contribution|"), rows)])
 
 
 class JacobianOptions(TypedDict, total=False):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._display import Described, Description
 from ._keywords import keywords
 from ._operators import Operator
 from ._picks import Picks, picked
@@ -17,8 +18,8 @@ from ._runtime.contexts import eager, private_noise
 from ._torch.protocol import record_model
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(frozen=True, repr=False)
+class Check(Described):
     """How far two ways to the same number are apart.
 
     Attributes:
@@ -35,6 +36,10 @@ class Check:
     def passed(self) -> bool:
         """Whether rounding accounts for the distance."""
         return self.error <= self.allowed
+
+    def _describe(self) -> Description:
+        verdict = "passed" if self.passed else "FAILED"
+        return Description(f"Check({self.name}: {verdict}, error {self.error:.1e}, allowed {self.allowed:.1e})")
 
 
 def adjoint_check(operator: Operator, seed: int = 0) -> Check:

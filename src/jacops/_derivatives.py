@@ -19,6 +19,7 @@ from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Product
 from ._operators._finite_results import made_from
+from ._operators._naming import named
 from ._picks import Picks, Wrt, differentiated, variable
 from ._recorded_loss import (
     Loss,
@@ -111,7 +112,7 @@ def jacobian(
         check_real(found.lin)
     else:
         check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
-    return LinearizedMap(found.lin, found.output)
+    return named(LinearizedMap(found.lin, found.output), "jacobian by inputs" if picks is None else "jacobian")
 
 
 @keywords(OperatorOptions)

@@ -19,6 +19,7 @@ from ._framework import likelihood_at, recorded
 from ._keywords import keywords
 from ._operators import LinearizedMap, Operator, Scaled
 from ._operators._finite_results import made_from
+from ._operators._naming import named
 from ._per_sample import sample_gradients
 from ._recorded_loss import Loss, OperatorOptions, resolved
 from ._requirements import check_choice, check_positive, check_whole
@@ -107,8 +108,10 @@ def fisher(
         return recorded(model, x, call="fisher", kept=True, **asked)
 
     if kind == "empirical":
-        return empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **asked), record)
-    return fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
+        made = empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **asked), record)
+    else:
+        made = fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
+    return named(made, "fisher" if kind == "exact" else f"{kind}_fisher")
 
 
 def fisher_at(

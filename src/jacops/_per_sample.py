@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._framework import framework_sample_gradients, framework_sample_jacobians, refuse_options
 from ._keywords import keywords
-from ._ladder.protocol import FrameworkModel, is_framework_model
+from ._ladder.protocol import is_framework_model
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import made_from
 from ._picks import trainable
@@ -112,7 +112,7 @@ def sample_gradients(
 
 
 def gradients_at(
-    model: nn.Module | FrameworkModel,
+    model: Any,
     loss: Loss,
     x: Any,
     y: Any,
@@ -188,7 +188,7 @@ def sample_jacobians(
 
 
 def jacobians_at(
-    model: nn.Module | FrameworkModel,
+    model: Any,
     x: Any,
     outputs: Selector,
     seed: int | None,

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ._data import Batch, Batches, Unpack
+from ._display import Described, Description
 from ._finite import InBatch
 from ._ladder.protocol import is_framework_model
 from ._objective import Objective, ObjectiveOptions
 from ._operators import Operator
 from ._operators._data import StackOver, SumOver
+from ._operators._naming import named
 from ._per_sample import Randomness
 from ._picks import Picks
 from ._requirements import check_choice, check_range
@@ -47,7 +49,7 @@ class BatchPoint(NamedTuple):
         return self.objective.sample_gradients(self.batch.x, self.batch.y)
 
 
-class Problem:
+class Problem(Described):
     r"""A model, its loss and its data, as one objective to differentiate.
 
     It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights
@@ -229,8 +231,8 @@ class Problem:
         """
         passes = _Passes(self, check_choice("curvature", kind, CURVATURES))
         first = passes.first()
-        told = f"{kind} of {self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
-        return SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told)
+        told = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
+        return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told), kind)
 
     def _mark(self, kind: str, first: Operator, passes: _Passes) -> bool | Callable[[], bool]:
         """Return whether a curvature is positive, or a function that computes it, batch by batch."""
@@ -263,7 +265,7 @@ class Problem:
                     yield 1.0, self.at(batch).gradients()
 
         rows = Space.flat(batches.rows, "samples", torch.empty(0, dtype=self.space.dtype, device=self.space.device))
-        return StackOver(parts, self.space, rows)
+        return named(StackOver(parts, self.space, rows), "sample_gradients")
 
     def fingerprint(self) -> dict[str, str]:
         """Return digests of what the objective is made of beside its data, by part."""
@@ -283,10 +285,11 @@ class Problem:
                     yield first, point, term, factor
                 first += batch.rows
 
-    def __repr__(self) -> str:
-        covered = f"{self.space.dim} of {self.objective.parameters_total} parameters"
+    def _describe(self) -> Description:
+        covered = f"{self.space.dim:,} of {self.objective.parameters_total:,} parameters"
         quadratic = "" if self.ridge is None else f", l2 {self.l2}"
-        return f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})"
+        facts = [("parameters", self.space.layout)]
+        return Description(f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})", facts)
 
 
 class _Passes:

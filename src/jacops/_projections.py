@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._display import Described, Description
 from ._keywords import keywords
 from .errors import InputTypeError
 
 
-@dataclass(frozen=True, eq=False)
-class Projection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Projection(Described):
     """A linear map from original features to the model's input: `input = matrix @ (features - mean)`.
 
     Attributes:
@@ -28,6 +29,10 @@ class Projection:
     def __call__(self, features: Tensor) -> Tensor:
         """Return the model's input for rows of features."""
         return (features - self.mean) @ self.matrix.T
+
+    def _describe(self) -> Description:
+        (m, n), dtype = self.matrix.shape, str(self.matrix.dtype).removeprefix("torch.")
+        return Description(f"Projection({n:,} features to {m:,} inputs, {dtype})")
 
 
 @keywords()

@@ -163,6 +163,11 @@ class Space:
             raise InputError.of(label, f"on device {tensor.device}", f"device {self.device} is needed")
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is one flat array, of which there is nothing more to say than its size."""
+        return len(self.shapes) == 1 and len(self.shapes[0]) == 1
+
+    @property
     def layout(self) -> str:
         """Names and shapes in one line, for people."""
         parts = [f"{name} {tuple(shape)}" for name, shape in zip(self.names, self.shapes, strict=True)]

@@ -5,28 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
+from .._display import Described, Description
+from .._figures import canvas, density
 from .._keywords import keywords
 from .._operators import Operator
 from .._requirements import check_positive, check_range
 from .._runtime.contexts import eager
-from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
+from ..errors import InputError, MemoryBudgetError, explain
 from ._eigenpairs import krylov_space
 from ._probes import Estimate, check_probes, check_symmetric, chunk_of, mean_of, signs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _BASIS_ENTRIES = 2**27  # 1 GiB of Krylov bases in float64
 _DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decomposition takes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SpectralDensity:
+class SpectralDensity(Described):
     r"""How the eigenvalues of an operator are spread, from random vectors, with the spread between these.
 
     Every probe gives a quadrature rule, eigenvalues (`nodes`) and shares (`weights`), whose mean over probes stands
@@ -82,44 +85,41 @@ class SpectralDensity:
         found = self.trace_of(lambda x: ((x >= low) & (x <= high)).to(x.dtype))
         return Estimate(found.value / self.dim, found.standard_error / self.dim)
 
-    def plot(self, axes: Axes | None = None, *, floor: float | None = None, **style: Any) -> Axes:
+    @overload
+    def plot(
+        self, *, floor: float | None = None, color: Any = None, label: str | None = None, ax: None = None
+    ) -> Figure: ...
+    @overload
+    def plot(self, *, floor: float | None = None, color: Any = None, label: str | None = None, ax: Axes) -> Axes: ...
+    def plot(
+        self, *, floor: float | None = None, color: Any = None, label: str | None = None, ax: Axes | None = None
+    ) -> Figure | Axes:
         """Draw the density on a logarithmic scale, with a band of two standard errors and the extreme Ritz values.
 
         Args:
-            axes: Where to draw; a new figure otherwise.
             floor: The lowest density shown; by default a tenth of one eigenvalue spread over `width`.
-            style: Passed to matplotlib's `plot`.
+            color: Of line and band; by default the next one of the axes.
+            label: In the legend; by default the number of probes.
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
 
         Returns:
-            The axes.
+            The figure; the axes where they were given.
 
         Raises:
-            MissingExtraError: matplotlib is not installed.
+            MissingExtraError: Matplotlib is not installed.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            raise MissingExtraError("plot", "matplotlib") from None
-        if axes is None:
-            axes = plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
+        drawn, (panel,) = canvas(ax, (6.0, 3.5))
         lowest = floor or 0.1 / (self.dim * self.width * math.sqrt(2 * math.pi))
         x, y, band = (part.cpu().numpy() for part in (self.grid, self.density, 2 * self.standard_error))
-        look: dict[str, Any] = {"linewidth": 1.2} | style
-        (line,) = axes.plot(x, y, **look)
-        color = line.get_color()
-        axes.fill_between(
-            x, (y - band).clip(lowest / 10), (y + band).clip(lowest / 10), color=color, alpha=0.25, linewidth=0
-        )
-        for value in (self.smallest, self.largest):
-            axes.axvline(value, color=color, linestyle=":", linewidth=0.8)
-        axes.set(yscale="log", ylim=(lowest, 2 * float((y + band).max())), xlabel="eigenvalue", ylabel="density")
-        return axes
+        word = f"mean of {self.nodes.shape[0]} probes" if label is None else label
+        density(panel, x, y, band, (self.smallest, self.largest), lowest, color, word)
+        return drawn
 
-    def __repr__(self) -> str:
-        return (
-            f"SpectralDensity({self.dim} eigenvalues in about [{self.smallest:.3g}, {self.largest:.3g}], "
-            f"{self.nodes.shape[0]} probes of {self.nodes.shape[1]} steps, width {self.width:.2g})"
-        )
+    def _describe(self) -> Description:
+        probes, steps = self.nodes.shape
+        title = f"SpectralDensity({self.dim:,} eigenvalues in about [{self.smallest:.3g}, {self.largest:.3g}])"
+        facts = [("probes", f"{probes} of {steps} steps, {self.products} products"), ("width", f"{self.width:.2g}")]
+        return Description(title, facts)
 
 
 @keywords()
@@ -153,7 +153,7 @@ def spectral_density(
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> found = spectral_density(Matrix(torch.diag(torch.arange(4.0)), symmetric=True), probes=2)
         >>> round(found.largest, 4)
         3.0
@@ -229,9 +229,9 @@ def effective_dimension(
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> effective_dimension(Matrix(torch.diag(torch.tensor([1.0, 3.0])), symmetric=True, positive=True), 1.0)
-        Estimate(value=1.25, standard_error=0.0)
+        1.25 (exact)
     """
     check_symmetric(operator)
     if not operator.positive:

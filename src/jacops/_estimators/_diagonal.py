@@ -31,6 +31,10 @@ class DiagonalEstimate(NamedTuple):
     value: Tensor
     standard_error: Tensor
 
+    def __repr__(self) -> str:
+        worst = float(self.standard_error.max()) if len(self.standard_error) else 0.0
+        return f"DiagonalEstimate({len(self.value):,} entries, standard errors up to {worst:.1e})"
+
 
 @overload
 def diagonal(operator: Operator) -> Tensor: ...

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
+from .._display import Described, Description, Table
+from .._figures import canvas, eigenvalues
 from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
 from .._operators import Operator
@@ -16,11 +19,16 @@ from .._runtime.contexts import eager
 from ..errors import SolveError
 from ._probes import check_symmetric, product
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SHOWN = 8  # pairs in a repr: one screen
 _BLOCK = 8  # vectors to a step: products share passes, and eigenvalues of multiplicity up to 8 are found at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Eigenpairs:
+class Eigenpairs(Described):
     """Eigenvalues and eigenvectors with their certificates.
 
     For every pair an eigenvalue of the operator lies within `residuals` of `values` (Weyl); to first order in the gap
@@ -45,14 +53,38 @@ class Eigenpairs:
     norm: float
     products: int
 
-    def __repr__(self) -> str:
+    @overload
+    def plot(self, *, ax: None = None) -> Figure: ...
+    @overload
+    def plot(self, *, ax: Axes) -> Axes: ...
+    def plot(self, *, ax: Axes | None = None) -> Figure | Axes:
+        """Draw the eigenvalues in their order, with their residuals as error bars.
+
+        The axis is logarithmic where all are positive and span more than two decades.
+
+        Args:
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
+
+        Returns:
+            The figure; the axes where they were given.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+        """
+        drawn, (panel,) = canvas(ax, (5.5, 3.5))
+        eigenvalues(panel, *(part.detach().cpu().double().numpy() for part in (self.values, self.residuals)))
+        panel.set_title(f"{len(self.values)} of {self.vectors.shape[1]:,} eigenvalues", fontsize=10)
+        return drawn
+
+    def _describe(self) -> Description:
+        (count, n), shown = self.vectors.shape, zip(self.values[:_SHOWN], self.residuals[:_SHOWN], strict=True)
         state = "converged" if self.converged else "NOT converged"
-        shown = ", ".join(f"{float(value):.4g}" for value in self.values[:5])
-        more = ", …" if len(self.values) > 5 else ""
-        return (
-            f"Eigenpairs({shown}{more}: {state}, worst residual {float(self.residuals.max()):.1e} at norm "
-            f"{self.norm:.2g}, {self.products} products)"
-        )
+        rows: list[tuple[str, ...]] = [(f"{k}", f"{float(v):.6g}", f"{float(r):.1e}") for k, (v, r) in enumerate(shown)]
+        rows += [(f"… {count - _SHOWN} more",)] if count > _SHOWN else []
+        worst = float(self.residuals.max()) if count else 0.0
+        title = f"Eigenpairs({count} of {n:,}, {state}): worst residual {worst:.1e} at norm {self.norm:.3g}"
+        facts = [("products", f"{self.products}"), ("tolerance", f"{self.tolerance:.1e} of the norm")]
+        return Description(title, facts, [Table(("", "eigenvalue", "residual"), rows)] if rows else ())
 
 
 @keywords()
@@ -90,7 +122,7 @@ def eigenpairs(
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> found = eigenpairs(Matrix(torch.diag(torch.tensor([1.0, 5.0, 3.0])), symmetric=True), 2)
         >>> [round(float(value), 4) for value in found.values]
         [5.0, 3.0]

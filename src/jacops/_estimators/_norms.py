@@ -32,6 +32,10 @@ class SpectralNorm(NamedTuple):
     converged: bool
     products: int
 
+    def __repr__(self) -> str:
+        state = "" if self.converged else ", NOT converged"
+        return f"{self.value:.6g} (within {self.error:.1e}, at most {self.upper:.6g}{state})"
+
 
 @keywords()
 @eager
@@ -52,9 +56,9 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estima
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> norm(Matrix(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])))
-        Estimate(value=5.0, standard_error=0.0)
+        5 (exact)
     """
     if probes is None:
         narrow = operator if operator.shape[1] <= operator.shape[0] else operator.T
@@ -85,7 +89,7 @@ def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> round(spectral_norm(Matrix(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))).value, 4)
         2.0
     """

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._display import with_error
 from .._operators import Operator
 from .._runtime.chunks import rows_of
 from .._space import Space
@@ -25,6 +26,9 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float
+
+    def __repr__(self) -> str:
+        return with_error(self.value, self.standard_error)
 
 
 def mean_of(values: Tensor) -> Estimate:

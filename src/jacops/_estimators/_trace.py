@@ -42,9 +42,9 @@ def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, metho
         NonFiniteError: A product holds NaN or Inf.
 
     Example:
-        >>> from jacops import Matrix
+        >>> from jacops.linalg import Matrix
         >>> trace(Matrix(torch.diag(torch.tensor([1.0, 2.0]))))
-        Estimate(value=3.0, standard_error=0.0)
+        3 (exact)
     """
     check_square(operator)
     check_choice("method", method, ("xtrace", "hutchinson"))

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from .._display import Described, Description, Table
+from .._figures import NEGATIVE, POSITIVE, bars, canvas, legend
 from .._problem import Problem
-from ..errors import InputError, MissingExtraError
+from .._requirements import check_positive
+from ..errors import InputError
 from ..solvers import Solution, Status
 from ..solvers._solution import gravest, level_text, residual_text
 from ._twice_differentiable import InverseHvpResult
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TESTS, _STRONGEST = 5, 3  # test samples in a repr, and training samples for each
 SIGN = "+ s_test · grad: positive where weighting the training sample up lowers the test loss"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InfluenceFactors(InverseHvpResult[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
+class InfluenceFactors(Described, InverseHvpResult[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
     """Solutions `(A + damping I) x = g_test`, one row per test sample.
 
     Attributes:
@@ -29,12 +37,14 @@ class InfluenceFactors(InverseHvpResult[Tensor]):  # pyright: ignore[reportInval
             method's own figures, as in `Solution.info`. Failed rows hold what the solver had, or NaN.
     """
 
-    def __repr__(self) -> str:
-        return f"InfluenceFactors({tuple(self.x.shape)}: {_told(self.info)})"
+    def _describe(self) -> Description:
+        shape = " × ".join(f"{size:,}" for size in self.x.shape)
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        return Description(f"InfluenceFactors({shape}, {dtype}, {self.x.device})", _facts(self.info))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Influences:
+class Influences(Described):
     """Influences of training samples on test samples, and how they were made.
 
     Attributes:
@@ -92,34 +102,52 @@ class Influences:
         values, indices = self.values.topk(k, dim=1)
         return values, indices
 
-    def plot(self, test: Sequence[int] | None = None, k: int = 5, ax: Any = None) -> Any:
+    @overload
+    def plot(self, test: Sequence[int] | None = None, k: int = 5, *, ax: None = None) -> Figure: ...
+    @overload
+    def plot(self, test: Sequence[int] | None = None, k: int = 5, *, ax: Axes) -> Axes: ...
+    def plot(self, test: Sequence[int] | None = None, k: int = 5, *, ax: Axes | None = None) -> Figure | Axes:
         """Draw, for some test samples, the training samples that helped most and hurt most.
 
         Args:
             test: Which test samples, at most 6; the first ones by default.
             k: How many training samples on either side.
-            ax: Matplotlib axes to draw into, for one test sample; new ones otherwise.
+            ax: Matplotlib axes to draw one test sample into; a new figure otherwise, which `pyplot.show` does not know.
 
         Returns:
-            The matplotlib figure.
+            The figure; the axes where they were given.
 
         Raises:
             MissingExtraError: Matplotlib is not installed.
             InputError: These are perturbation influences, or there are no such samples.
         """
         self._need_up("plot")
-        chosen = list(range(min(3, self.shape[0])) if test is None else test)
+        chosen = list(range(min(1 if ax is not None else 3, self.shape[0])) if test is None else test)
         if not 0 < len(chosen) <= 6 or not all(0 <= t < self.shape[0] for t in chosen):
             raise InputError.of("test", chosen, f"1 to 6 of the {self.shape[0]} test samples are needed")
-        return _drawn(self, chosen, min(k, self.shape[1] // 2 or 1), ax)
+        k = min(check_positive("k", k), self.shape[1] // 2 or 1)
+        drawn, panels = canvas(ax, (max(4.5, 3.2 * len(chosen)), 0.26 * 2 * k + 1.6), len(chosen))
+        for panel, t in zip(panels, chosen, strict=True):
+            row = self.values[t].double().cpu()
+            order = row.argsort()
+            picked = torch.cat([order[:k], order[-k:]]) if len(order) >= 2 * k else order
+            bars(panel, [f"#{i}" for i in picked.tolist()], row[picked].tolist())
+            panel.invert_yaxis()  # the largest one on top
+            panel.set_title(f"test sample {t}", fontsize=10, pad=8 if panel is not panels[0] else 22)
+            panel.set_xlabel("influence: test loss per unit of weight")
+        panels[0].set_ylabel("training sample")
+        legend(panels[0], {"lowers the loss": POSITIVE, "raises it": NEGATIVE})
+        return drawn
 
     def _need_up(self, call: str) -> None:
         if self.influence_type != "up":
             raise InputError.of("influence_type", repr(self.influence_type), f"`{call}` needs 'up'")
 
-    def __repr__(self) -> str:
-        told = f"{_told(self.info)}; sign {self.sign}; in {self.units}"
-        return f"Influences({self.influence_type}, {tuple(self.shape)}: {told})"
+    def _describe(self) -> Description:
+        shape, dtype = " × ".join(f"{size:,}" for size in self.shape), str(self.values.dtype).removeprefix("torch.")
+        title = f"Influences({shape}, {dtype}, {self.values.device}): {self.influence_type}"
+        facts = [("sign", self.sign), ("unit", self.units), *_facts(self.info)]
+        return Description(title, facts, [_strongest(self.values)] if self.values.ndim == 2 else ())
 
 
 def described(problem: Problem, kind: str, solutions: Sequence[Solution], damping: float) -> dict[str, Any]:
@@ -163,37 +191,21 @@ def _figures(solutions: Sequence[Solution]) -> dict[str, Any]:
     return found
 
 
-def _told(info: dict[str, Any]) -> str:
+def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what is known of solves, in words."""
     residual = residual_text(info["residual"]) + level_text(info["statuses"], info)
-    return (
-        f"{info['method']} with {info['curvature']}, damping {info['damping']:g}, {info['status']}, {residual}, "
-        f"{info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
-    )
+    rows = f"{info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
+    return [
+        ("curvature", f"{info['curvature']}, damping {info['damping']:g}, {rows}"),
+        ("solver", f"{info['method']}: {info['status']}, {residual}"),
+    ]
 
 
-def _drawn(influences: Influences, tests: list[int], k: int, ax: Any) -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise MissingExtraError("plot", "matplotlib") from error
-    if ax is None:
-        figure, axes = plt.subplots(
-            1, len(tests), figsize=(3.2 * len(tests), 0.26 * 2 * k + 1.4), squeeze=False, layout="constrained"
-        )
-    else:
-        figure, axes = ax.figure, [[ax]]
-    for panel, t in zip(axes[0], tests, strict=False):
-        row = influences.values[t].double().cpu()
-        order = row.argsort()
-        picked = torch.cat([order[:k], order[-k:]]) if len(order) >= 2 * k else order
-        values = row[picked]
-        colours = ["#c44e52" if value < 0 else "#4c72b0" for value in values.tolist()]
-        panel.barh(range(len(picked)), values.tolist(), color=colours)
-        panel.set_yticks(range(len(picked)), [f"#{i}" for i in picked.tolist()], fontsize=8)
-        panel.axvline(0, color="0.3", linewidth=0.8)
-        panel.set_title(f"test sample {t}", fontsize=10)
-        panel.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("training sample")
-    figure.supxlabel("influence: blue lowers the test loss when weighted up, red raises it", fontsize=9)
-    return figure
+def _strongest(values: Tensor) -> Table:
+    """Return the training samples that matter most to the first test samples."""
+    rows: list[tuple[str, ...]] = []
+    for number, row in enumerate(values[:_TESTS]):
+        ends = [row.topk(min(_STRONGEST, len(row)), largest=most).indices.tolist() for most in (True, False)]
+        rows.append((f"{number}", *("  ".join(f"#{i} {float(row[i]):+.2g}" for i in end) for end in ends)))
+    rows += [(f"… {len(values) - _TESTS} more",)] if len(values) > _TESTS else []
+    return Table(("test sample", "largest influences", "smallest"), rows)

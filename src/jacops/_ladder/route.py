@@ -20,6 +20,11 @@ from .plan import Cost
 class Verdicts(Protocol):
     """What earlier calls proved and refused; each entry ends when what it rests on changes."""
 
+    @property
+    def checks(self) -> str:
+        """How often claims are proved; not at all for `"never"`."""
+        ...
+
     def needs(self, *proof: Any) -> bool:
         """Return whether `proof` still has to be made."""
         ...
@@ -219,30 +224,40 @@ def answered(ask: Ask, routes: Sequence[Any]) -> tuple[Any, Route]:
             _report(ask, *left, route.describe(ask))
         try:
             found = route.value(ask) if route.leaving == "never" else attempt(partial(route.value, ask))
-            prove(ask, route, found)
+            proved = prove(ask, route, found)
         except RouteFailedError as error:
             because, left = str(error), (route, error, _keep(ask, route, error))
             if isinstance(ask, Asked):
                 ask.left = error
             continue
         if because or route.leaving != "never" or ask.question not in ask.routes:
-            ask.routes[ask.question] = route.describe(ask) + (f" (because {because})" if because else "")
+            evidence = f", proved: {', '.join(proved)}" if proved else ""
+            ask.routes[ask.question] = route.describe(ask) + (f" (because {because})" if because else "") + evidence
         return found, route
     raise RouteFailedError(because or "no route applies") if left is None else left[1]
 
 
-def prove(ask: Ask, route: Route, found: Any) -> None:
+def prove(ask: Ask, route: Route, found: Any) -> list[str]:
     """Hold a route's result against the evidence of its claims, where that is not known yet.
+
+    Returns:
+        The claims that are proved, now or by an earlier call.
 
     Raises:
         RouteFailedError: A claim is refuted, or values are not finite.
     """
+    proved = []
     for claim in route.claims:
         proof = (route.name, claim.name, ask.shape)
         if claim.always:
-            claim.evidence(route, ask, found)
-        elif ask.verdicts.needs(*proof) and claim.evidence(route, ask, found):
+            holds = claim.evidence(route, ask, found)
+        elif not ask.verdicts.needs(*proof):
+            holds = ask.verdicts.checks != "never"
+        elif holds := claim.evidence(route, ask, found):
             ask.verdicts.remember(*proof)
+        if holds:
+            proved.append(claim.name)
+    return proved
 
 
 def _check_known(ask: Ask, routes: Sequence[Any]) -> None:

@@ -45,6 +45,12 @@ class Transposed(Backwards, Composite):
     def _places(self, target: Target) -> Iterable[Target]:
         return (target.T,)
 
+    def _formula(self) -> str:
+        return f"{self.of._in_formula()}ᵀ"
+
+    def _in_formula(self) -> str:
+        return self._formula()
+
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,6 +104,9 @@ class Product(Operator):
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return self.right._apply_transpose(self.left._apply_transpose(rows))
+
+    def _formula(self) -> str:
+        return " · ".join(factor._in_formula() for factor in factors_of(self))
 
 
 def factors_of(operator: Operator) -> list[Operator]:
@@ -153,6 +162,10 @@ class Sum(Composite):
     def _places(self, target: Target) -> Iterable[Target]:
         return target, target.added
 
+    def _formula(self) -> str:
+        parts = (self.left, self.right)
+        return " + ".join(part.name if part.meaning is not None else part._formula() or part.name for part in parts)
+
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
@@ -195,9 +208,13 @@ class Scaled(Composite):
     def _places(self, target: Target) -> Iterable[Target]:
         return (target.times(self.factor),)
 
-    def __repr__(self) -> str:
-        drawn = f", relative standard error up to {self.noise:.2g})" if self.moments is not None else ")"
-        return super().__repr__().removesuffix(")") + drawn
+    def _formula(self) -> str:
+        return f"{self.factor:.4g} · {self.of._in_formula()}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield from super()._facts()
+        if self.moments is not None:
+            yield "relative standard error", f"up to {self.noise:.2g}"
 
 
 @final

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._display import Described, Description
 from .._finite import check_vector
 from .._ladder.route import answer
 from .._runtime.contexts import eager
-from .._runtime.memory import Budget
+from .._runtime.memory import Budget, in_words
 from .._space import Space
 from .._torch.protocol import ByLayers
 from ..errors import InputError, InputTypeError
 from ._dense import DENSE, DenseAsk, Held, dense_ask, matrix_place, one_by_one
-from ._finite_results import Source, check_result
+from ._finite_results import Source, check_result, leaves_of
+from ._naming import Meaning
 from ._noise import Moments, relative_noise
 from ._target import Target
 
@@ -26,7 +28,7 @@ _GRAM_ENTRIES = 2**26  # 512 MiB in float64: larger matrices are not formed, but
 COMPOSED: dict[str, Callable[..., Operator]] = {}
 
 
-class Operator(ABC):
+class Operator(Described, ABC):
     r"""A linear map $A$ that is applied, composed and transposed without being formed.
 
     A concrete operator says what its axes mean (`domain`, `codomain`) and how it acts on rows, `_apply` and
@@ -41,6 +43,7 @@ class Operator(ABC):
         formed: A cheaper way to its matrix than products, if there is one.
         check_finite: Results with NaN or Inf raise.
         source: The call and the data that it was made from, for messages.
+        meaning: What it is, where it is more than what it is made of.
     """
 
     symmetric: bool = False
@@ -48,6 +51,7 @@ class Operator(ABC):
     formed: ByLayers | None = None
     check_finite: bool = True
     source: Source | None = None
+    meaning: Meaning | None = None
 
     @property
     @abstractmethod
@@ -121,7 +125,7 @@ class Operator(ABC):
         """
         self.domain.check_rows("v", rows)
         if self.check_finite:
-            check_vector(type(self).__name__, "v", [rows])
+            check_vector(self.name, "v", [rows])
         return check_result(self, self._apply(rows), "a product")
 
     def __rmul__(self, factor: float) -> Operator:
@@ -215,10 +219,52 @@ class Operator(ABC):
     def _marks(self) -> Iterator[str]:
         return (word for word in ("symmetric", "positive") if getattr(self, word))
 
-    def __repr__(self) -> str:
-        m, n = self.shape
-        marks = " ".join(self._marks())
-        return f"{type(self).__name__}({m} × {n}{', ' + marks if marks else ''})"
+    @property
+    def name(self) -> str:
+        """What it is, such as `"Hessian"`; `"Operator"` for what was composed."""
+        if self.meaning is not None:
+            return self.meaning.name
+        return "Operator" if self._formula() else type(self).__name__
+
+    def _formula(self) -> str:
+        """Return what it is made of, as a formula."""
+        return ""
+
+    def _in_formula(self) -> str:
+        """Return how the formulas of others write it."""
+        return self.name if self.meaning is not None or not self._formula() else f"({self._formula()})"
+
+    def _routes(self) -> Mapping[str, str] | None:
+        """Return how products were computed, by what they are; None where there is one way only."""
+        return None
+
+    def _routes_of_parts(self) -> Iterator[tuple[str, str]]:
+        """Yield how products were computed, by itself or by each of what it is made of."""
+        swept = [(part, routes) for part in leaves_of(self).values() if (routes := part._routes()) is not None]
+        for part, routes in swept:
+            yield from ((word if len(swept) == 1 else f"{part.name} {word}", way) for word, way in routes.items())
+        if swept and not any(routes for _, routes in swept):
+            yield "route", "not yet used"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """Yield what else is shown of it."""
+        marks = ", ".join(self._marks()).replace("positive", "positive semi-definite")
+        if marks:
+            yield "known to be", marks
+        sides = {"rows": self.codomain, "columns": self.domain}
+        if self.symmetric or self.domain is self.codomain:
+            sides = {"rows and columns": self.domain}
+        yield from ((word, side.layout) for word, side in sides.items() if not side.is_plain)
+        yield from self._routes_of_parts()
+        if self.nbytes:
+            m, n = self.shape
+            yield "memory", f"{in_words(self.nbytes)} held, {in_words(m * n * self.domain.dtype.itemsize)} dense"
+
+    def _describe(self) -> Description:
+        (m, n), dtype = self.shape, str(self.domain.dtype).removeprefix("torch.")
+        inside = ", ".join([f"{m:,} × {n:,}", dtype, str(self.domain.device)])
+        formula = self._formula() if self.meaning is None else self.meaning.formula
+        return Description(f"{self.name}({inside}){f': {formula}' if formula else ''}", tuple(self._facts()))
 
 
 class OnSpace(Operator):

@@ -86,8 +86,11 @@ class SumOver(OnSpace):
         if vars(self).get("positive", self.mark) is True:  # a repr takes no pass over the data
             yield "positive"
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__().removesuffix(')')}: {self.told})"
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        # What batches take is kept by the problem, not here.
+        yield from (fact for fact in super()._facts() if fact[0] != "memory")
+        if self.told:
+            yield "sum over", self.told
 
 
 @final

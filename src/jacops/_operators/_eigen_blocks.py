@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, final
@@ -142,9 +142,11 @@ class EigenBlocks(OnSpace):
         """How many parameters are in Kronecker form, exact, or known by their diagonal."""
         return {form: sum(b.values.numel() for b in self.blocks if b.form == form) for form in FORMS}
 
-    def __repr__(self) -> str:
-        noise = "" if self.drawn is None else f", relative standard error up to {self.drawn:.2g}"
-        return f"{super().__repr__().removesuffix(')')}: {covered(self.coverage)}{noise})"
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield from super()._facts()
+        yield "form", covered(self.coverage)
+        if self.drawn is not None:
+            yield "relative standard error", f"up to {self.drawn:.2g}"
 
 
 def covered(coverage: dict[str, int]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
+from .._display import listed
 from .._runtime.contexts import eager
 from .._space import Space
 from .._torch.protocol import Outer, RowFactors, Rows, slices
@@ -145,14 +146,19 @@ class LayerFactors(Operator):
         """Return the operator with the rows of each sample times a number, `(samples,)`."""
         return replace(self, parts=[part.scaled(factors) for part in self.parts])
 
-    def __repr__(self) -> str:
-        m, n = self.shape
-        kept = f"{_mebibytes(self.nbytes)} held of {_mebibytes(self.dense_nbytes)} dense"
-        lines = [f"LayerFactors({m} × {n}: {self.codomain.layout} by {self.domain.layout})", f"  {kept}"]
-        lines.append(f"  factored: {_listed(self.factored)}; {len(self.parts) - len(self.factored)} others as rows")
+    @property
+    def name(self) -> str:
+        """`"LayerFactors"`, whatever they are of."""
+        return "LayerFactors"
+
+    def _routes(self) -> Mapping[str, str]:
+        return {"route": self.route}
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield from super()._facts()
+        yield "factored", f"{listed(self.factored)}; {len(self.parts) - len(self.factored)} others as rows"
         if self.without_rule:
-            lines.append(f"  without a rule: {_listed(self.without_rule)} ({1 - self.coverage:.1%} of the entries)")
-        return "\n".join([*lines, f"  route: {self.route}"])
+            yield "without a rule", f"{listed(self.without_rule)} ({1 - self.coverage:.1%} of the entries)"
 
 
 def _written(part: RowFactors) -> float:
@@ -162,11 +168,3 @@ def _written(part: RowFactors) -> float:
     n, k, long, wide = part.shape
     each = n * k * wide * part.like.element_size()
     return 2.0 * each * max((some.stop - some.start for some in slices(long, each)), default=0)
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names if len(names) <= 6 else [*names[:5], f"… {len(names) - 5} more"]) or "none"

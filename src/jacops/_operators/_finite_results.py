@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._finite import is_finite, row_in_data, where_first
 from ..errors import NonFiniteError
+from ._naming import named
 
 if TYPE_CHECKING:
     from ._base import Operator
@@ -64,6 +65,7 @@ def with_source(operator: Made, source: Source, check_finite: bool = True) -> Ma
     """
     object.__setattr__(operator, "source", source)
     object.__setattr__(operator, "check_finite", check_finite)
+    named(operator, source.call)
     if check_finite:
         _check_losses(operator)
     return operator
@@ -92,7 +94,7 @@ def check_result(operator: Operator, result: Tensor, what: str) -> Tensor:
 
 def is_checked(operator: Operator) -> bool:
     """Return whether neither the operator nor one that it is made of was made with `check_finite=False`."""
-    return operator.check_finite and all(is_checked(part) for part in _parts(operator))
+    return operator.check_finite and all(is_checked(part) for part in parts_of(operator))
 
 
 def _origin_in_words(operator: Operator) -> str:
@@ -114,25 +116,35 @@ def _origin(operator: Operator) -> str | None:
         for number, (_, part) in enumerate(passes()):  # pyright: ignore[reportArgumentType]
             if (row := _origin(part)) is not None:
                 return f"batch {number}: {row}"
-    return next((row for part in _parts(operator) if (row := _origin(part)) is not None), None)
+    return next((row for part in parts_of(operator) if (row := _origin(part)) is not None), None)
 
 
 def _name(operator: Operator) -> str:
-    return next((source.call for source in _sources(operator)), type(operator).__name__)
+    return next((source.call for source in _sources(operator)), operator.name)
 
 
 def _sources(operator: Operator) -> Iterator[Source]:
     if operator.source is not None:
         yield operator.source
-    for part in _parts(operator):
+    for part in parts_of(operator):
         yield from _sources(part)
 
 
-def _parts(operator: Operator) -> Iterator[Operator]:
+def parts_of(operator: Operator) -> Iterator[Operator]:
+    """Yield the operators that one is made of."""
     for value in vars(operator).values():
         for part in value if isinstance(value, tuple) else (value,):
             if hasattr(part, "_apply_transpose"):
                 yield part
+
+
+def leaves_of(operator: Operator) -> dict[int, Operator]:
+    """Return the operators that one is made of in the end, itself where there are none, by identity."""
+    parts = list(parts_of(operator))
+    found = {} if parts else {id(operator): operator}
+    for part in parts:
+        found |= leaves_of(part)
+    return found
 
 
 def _check_losses(operator: Any) -> None:
@@ -144,7 +156,7 @@ def _check_losses(operator: Any) -> None:
     value = getattr(operator, "output", None)
     if isinstance(value, Tensor) and value.ndim == 0 and not is_finite(value):
         raise NonFiniteError(f"{_name(operator)}: the loss is {value.item()}{_origin_in_words(operator)}")
-    for part in _parts(operator):
+    for part in parts_of(operator):
         if part.source is None:
             object.__setattr__(part, "source", operator.source)
         _check_losses(part)

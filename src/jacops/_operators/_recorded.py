@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -72,7 +72,10 @@ class LinearizedMap(Operator):
         self.lin.pull_rows(self.codomain.split(rows), out=space.split(flat))
         return flat
 
-    def __repr__(self) -> str:
-        routes = "".join(f"\n  {sweep}: {route}" for sweep, route in self.lin.routes.items())
-        head = super().__repr__().removesuffix(")")
-        return f"{head}: {self.codomain.layout} by {self.domain.layout}){routes or ' not yet used'}"
+    @property
+    def name(self) -> str:
+        """What it is: a Hessian where it is symmetric, as the Jacobian of a gradient is."""
+        return self.meaning.name if self.meaning is not None else "Hessian" if self.symmetric else "Jacobian"
+
+    def _routes(self) -> Mapping[str, str]:
+        return self.lin.routes

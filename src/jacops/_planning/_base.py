@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
 
+from .._display import Described, Description, Table
 from .._keywords import unknown
 from .._ladder.route import candidates
 from .._runtime.memory import in_words
@@ -36,8 +37,8 @@ class PlannedRoute:
     chosen: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Described):
     """What a call will take.
 
     Attributes:
@@ -73,19 +74,22 @@ class Plan:
         """Whether the chosen route keeps to the budget; where not, the call raises `MemoryBudgetError`."""
         return self.peak_bytes <= self.budget_bytes
 
-    def __repr__(self) -> str:
+    def _describe(self) -> Description:
         verdict = "" if self.fits else " (over the budget: the call will refuse)"
-        lines = [
+        title = (
             f"Plan for {self.call}: {self.chunk} {self.unit}, result {in_words(self.result_bytes)}, "
-            f"budget {in_words(self.budget_bytes)}{verdict}",
-            f"    {'route':12s} {'sweeps':>8s} {'peak':>12s}",
+            f"budget {in_words(self.budget_bytes)}{verdict}"
+        )
+        rows = [
+            (
+                f"{'→' if route.chosen else ' '} {route.name}",
+                "" if route.sweeps is None else f"{route.sweeps:,d}",
+                "" if route.peak_bytes is None else in_words(route.peak_bytes),
+                route.why,
+            )
+            for route in self.routes
         ]
-        for route in self.routes:
-            sweeps = "" if route.sweeps is None else f"{route.sweeps:,d}"
-            peak = "" if route.peak_bytes is None else in_words(route.peak_bytes)
-            mark = "→" if route.chosen else " "
-            lines.append(f"  {mark} {route.name:12s} {sweeps:>8s} {peak:>12s}  {route.why}".rstrip())
-        return "\n".join(lines)
+        return Description(title, tables=[Table(("  route", "sweeps", "peak", "why"), rows)])
 
 
 _PLANNERS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], Plan]]] = {}

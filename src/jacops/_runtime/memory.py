@@ -125,12 +125,18 @@ def size_of(tensor: Tensor) -> int:
 
 
 def in_words(count: float) -> str:
-    """Return bytes for people, such as `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB"):
+    """Return bytes in a fitting unit, to three digits.
+
+    Example:
+        >>> [in_words(size) for size in (0, 1536, 12 * 2**20, 1000 * 2**40)]
+        ['0 B', '1.5 KiB', '12 MiB', '1,000 TiB']
+    """
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"
+            break
+        count, unit = count / 1024, larger
+    return f"{count:,.0f} {unit}" if count >= 100 else f"{float(f'{count:.3g}'):g} {unit}"
 
 
 def refuse(call: str, tensors: Mapping[str, float], budget: int, todo: str) -> NoReturn:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._display import Described, Description
+from .._figures import canvas, convergence, residuals
+from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from ..errors import InputError, SolveError
 from ._solvers import check_pivots, factorised, triangle
 from ._system import LinearizedFit, Singular
-from ._table import parameter_lines, step_line, step_lines
+from ._table import parameters, steps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Figures = Literal["convergence", "residuals"]
+KINDS: tuple[Figures, ...] = ("convergence", "residuals")
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,15 @@ class StepRecord:
     predicted: float = float("nan")
 
     def __repr__(self) -> str:
-        return f"{step_line(self, 'damping')}  gradient {self.optimality:.1e}  {self.seconds:.2f} s"
+        mark = "" if self.accepted else " rejected"
+        return (
+            f"{self.step:3d}: {self.objective:.6e} -> {self.tried:.6e}{mark}, gradient {self.optimality:.1e}, "
+            f"step {self.length:.1e}, damping {self.damping:.1e}, inner {self.inner_residual:.1e}, {self.seconds:.2f} s"
+        )
 
 
-@dataclass(frozen=True, eq=False)
-class LeastSquaresResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class LeastSquaresResult(Described):
     r"""Where a least-squares call ended.
 
     Attributes:
@@ -155,23 +169,58 @@ class LeastSquaresResult:
         inverse = _inverse_part(self._system, wanted, self)
         return inverse if absolute else inverse * (2 * self.cost / (rows - size))
 
-    def __repr__(self) -> str:
+    @overload
+    def plot(self, kind: Figures | None = None, *, ax: None = None) -> Figure: ...
+    @overload
+    def plot(self, kind: Figures | None = None, *, ax: Axes) -> Axes: ...
+    def plot(self, kind: Figures | None = None, *, ax: Axes | None = None) -> Figure | Axes:
+        """Draw the objective step by step, and the residuals at the end.
+
+        Args:
+            kind: `"convergence"` or `"residuals"`; both side by side by default.
+            ax: Matplotlib axes to draw one of them into; a new figure otherwise, which `pyplot.show` does not know.
+
+        Returns:
+            The figure; the axes where they were given.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+            InputError: There is no such kind, or axes were given for both.
+        """
+        kinds = KINDS if kind is None else (check_choice("kind", kind, KINDS),)
+        drawn, panels = canvas(ax, (5.0 * len(kinds), 3.5), len(kinds))
+        for word, panel in zip(kinds, panels, strict=True):
+            if word == "residuals":
+                residuals(panel, self.fun.detach().cpu().double().numpy().reshape(-1))
+                panel.set_title(f"{self.fun.numel():,} residuals", fontsize=10)
+                continue
+            objectives = [record.objective for record in self.log]
+            rejected = [(record.step, record.tried) for record in self.log if not record.accepted]
+            convergence(panel, [*objectives, self.cost], rejected)
+            panel.set_title(f"{self.method}: {self.status}", fontsize=10)
+        return drawn
+
+    def _describe(self) -> Description:
         first = self.log[0].objective if self.log else self.cost
         taken = sum(r.accepted for r in self.log)
-        head = f"LeastSquaresResult({self.status}: {self.message})"
-        body = (
-            f"  objective {first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}",
-            f"  {taken} of {len(self.log)} steps taken, {self.nfev} forward passes, {self.njev} Jacobians "
-            f"({self.route}), {sum(r.seconds for r in self.log):.2f} s",
-        )
-        return "\n".join((head, *body))
+        title = f"LeastSquaresResult({self.status}: {self.message})"
+        steps = f"{taken} of {len(self.log)} taken, {sum(r.seconds for r in self.log):.2f} s"
+        sweeps = f"{self.njev} ({self.route}), {self.nfev} forward passes"
+        facts = [("objective", f"{first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}")]
+        return Description(title, [*facts, ("steps", steps), ("Jacobians", sweeps)])
+
+    def _whole(self) -> Description:
+        """Return the description with parameters and steps."""
+        short = self._describe()
+        facts = [*short.facts, ("method", f"{self.method}, success {self.success}")]
+        return replace(short, facts=facts, tables=[parameters(self._named()), steps(self.log, self.limited_by)])
 
     def __str__(self) -> str:
         """Return the repr, the parameters by name, and a line per step."""
-        head = f"  success {self.success}, by {self.method}"
-        steps = step_lines(self.log, self.limited_by)
-        title = ["  steps: the objective before each, and how it changed"] if steps else []
-        return "\n".join((repr(self), head, *parameter_lines(self._named()), *title, *steps))
+        return self._whole().text()
+
+    def _repr_html_(self) -> str:
+        return self._whole().html()
 
     def _named(self) -> dict[str, Tensor]:
         if isinstance(self.x, Tensor):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
+
+from .._display import Table
 
 if TYPE_CHECKING:
     from ._result import StepRecord
@@ -16,10 +18,10 @@ _FIRST, _LAST = 50, 40  # of a longer run
 _VALUES = 6  # numbers of a tensor that are shown; of more, the first and last three
 
 
-def parameter_lines(named: dict[str, Tensor]) -> list[str]:
-    """Return a line per parameter: its name, its shape where it has one, and its values, shortened when many."""
+def parameters(named: dict[str, Tensor]) -> Table:
+    """Return the parameters: names, shapes where they have one, and values, shortened when many."""
     width = max((len(name) for name in named), default=0)
-    return [f"  {name:{width}} = {_values(value)}" for name, value in named.items()]
+    return Table(("",), [(f"{name:{width}} = {_values(value)}",) for name, value in named.items()])
 
 
 def _values(value: Tensor) -> str:
@@ -33,29 +35,27 @@ def _values(value: Tensor) -> str:
     return f"{shape}[{ends[0]}, ..., {ends[1]}]"
 
 
-def step_lines(log: Sequence[StepRecord], limited_by: str) -> list[str]:
-    """Return a line per step; of a long run the first and the last, and how many lie between.
+def steps(log: Sequence[StepRecord], limited_by: str) -> Table:
+    """Return the steps; of a long run the first and the last, and how many lie between.
 
     Args:
         log: The steps.
         limited_by: What limits them: `"damping"` or `"radius"`; empty for neither.
     """
-    if len(log) <= _LINES:
-        return [step_line(r, limited_by) for r in log]
-    left_out = f"  ... {len(log) - _FIRST - _LAST} steps not shown; `log` has all ..."
-    shown = [[step_line(r, limited_by) for r in part] for part in (log[:_FIRST], log[-_LAST:])]
-    return [*shown[0], left_out, *shown[1]]
+    header = ("#", "objective", "reduction", "predicted", "step", *([limited_by] if limited_by else []), "")
+    rows = [_step(r, limited_by) for r in log]
+    if len(log) > _LINES:
+        left_out = (f"... {len(log) - _FIRST - _LAST} steps not shown; `log` has all ...",)
+        rows = [*rows[:_FIRST], left_out, *rows[-_LAST:]]
+    caption = "steps: the objective before each, and how it changed" if rows else ""
+    return Table(header, rows, caption, labelled=2)
 
 
-def step_line(record: StepRecord, limited_by: str) -> str:
-    """Return the line of a step."""
-    actual = record.objective - record.tried
-    fields: list[tuple[str, Any]] = [("reduction", actual), ("predicted", record.predicted), ("step", record.length)]
-    if limited_by:
-        fields.append((limited_by, record.damping))
-    shown = "  ".join(f"{name} {_number(value)}" for name, value in fields)
-    mark = "" if record.accepted else "  rejected"
-    return f"  {record.step:4d}  {record.objective:.6e}  {shown}{mark}"
+def _step(record: StepRecord, limited_by: str) -> tuple[str, ...]:
+    numbers = (record.objective - record.tried, record.predicted, record.length)
+    numbers += (record.damping,) if limited_by else ()
+    mark = "" if record.accepted else "rejected"
+    return (f"{record.step:4d}", f"{record.objective:.6e}", *map(_number, numbers), mark)
 
 
 def _number(value: float) -> str:

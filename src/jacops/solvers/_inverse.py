@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, final
 
 from torch import Tensor
 
+from .._display import changed
 from .._keywords import keywords
 from .._operators import Operator
 from .._operators._base import Backwards
@@ -158,8 +160,18 @@ class Inverse(Backwards):
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         return self._transposed.solve(rows).x
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__().removesuffix(')')}, by {self.solver}, damping {self.damping:g})"
+    @property
+    def name(self) -> str:
+        """`"Inverse"`."""
+        return "Inverse"
+
+    def _formula(self) -> str:
+        damped = f" + {self.damping:g} I" if self.damping else ""
+        return f"({self.of._in_formula()}{damped})⁻¹"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "solver", changed(self.solver)
+        yield from super()._facts()
 
 
 def solver_of(solver: Any, argument: str = "solver") -> Solver:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .._display import Described, Description
+
 
 class Status(StrEnum):
     """How the solve of one right-hand side ended; each is a plain string.
@@ -71,7 +73,7 @@ def gravest(statuses: Iterable[str]) -> Status:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Solution:
+class Solution(Described):
     r"""Solutions of $(A + \lambda I) x = b$, one row per right-hand side.
 
     Attributes:
@@ -118,12 +120,14 @@ class Solution:
         """How many rows ended how, in words."""
         return ", ".join(f"{count} {status}" for status, count in Counter(map(str, self.status)).items()) or "no rows"
 
-    def __repr__(self) -> str:
-        steps = f", at most {max(self.iterations)} steps" if any(self.iterations) else ""
-        return (
-            f"Solution({tuple(self.x.shape)} by {self.method}, damping {self.damping:g}: {self.counts}, "
-            f"{residual_text(self.residual.tolist())}{level_text(self.status, self.info)}{steps})"
-        )
+    def _describe(self) -> Description:
+        (k, n), dtype = self.x.shape, str(self.x.dtype).removeprefix("torch.")
+        level = level_text(self.status, self.info)
+        facts = [("status", f"{self.counts}, {residual_text(self.residual.tolist())}{level}")]
+        facts += [("method", f"{self.method}, damping {self.damping:g}")]
+        facts += [("steps", f"at most {max(self.iterations)}")] if any(self.iterations) else []
+        facts += [("products", f"{self.info['products']}")] if "products" in self.info else []
+        return Description(f"Solution({k:,} × {n:,}, {dtype}, {self.x.device})", facts)
 
 
 def residual_text(residuals: Iterable[float]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._display import Described, Description
 from .._runtime.restoring import WarningsIgnored, restoring
 from .._space import Space
 from ._compress import Assembly, Compressed
@@ -19,8 +20,8 @@ Layout = Literal["scipy", "coo", "csr", "bsr"]
 LAYOUTS = ("scipy", "coo", "csr", "bsr")
 
 
-@dataclass(frozen=True, eq=False)
-class SparseJacobian:
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseJacobian(Described):
     """A sparse Jacobian, and the output at the same point.
 
     Attributes:
@@ -35,6 +36,16 @@ class SparseJacobian:
     output: Any
     error_bound: float
     sweeps: int
+
+    def _describe(self) -> Description:
+        matrix, (m, n) = self.matrix, self.matrix.shape
+        is_torch = isinstance(matrix, torch.Tensor)
+        count = matrix.values().numel() if is_torch else matrix.nnz
+        layout = str(matrix.layout).removeprefix("torch.") if is_torch else f"scipy {matrix.format}"
+        dtype = str(matrix.dtype).removeprefix("torch.")
+        bound = "not probed" if math.isnan(self.error_bound) else f"{self.error_bound:.1e} in the Frobenius norm"
+        facts = [("error bound", bound), ("sweeps", f"{self.sweeps}, probes included")]
+        return Description(f"SparseJacobian({m:,} × {n:,}, {dtype}, {layout}): {count:,} entries", facts)
 
 
 @restoring

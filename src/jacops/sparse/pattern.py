@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from torch import Tensor
 
+from .._display import Described, Description
+from .._figures import canvas, spy
 from ..errors import InputError, InputTypeError
 from ._matrix import Csr, csr, sp
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DOTS = 48  # at most so many dots each way; a braille character holds two by four
 _BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pattern:
+class Pattern(Described):
     """Where a Jacobian may hold something other than zero.
 
     It never lacks an entry that is not zero; it may hold some that are. Routes that depend on values (`where`, sorting,
@@ -50,12 +56,35 @@ class Pattern:
         coordinates = self.matrix.tocoo()
         return picture(coordinates.row, coordinates.col, self.shape)
 
-    def __repr__(self) -> str:
+    @overload
+    def plot(self, *, ax: None = None) -> Figure: ...
+    @overload
+    def plot(self, *, ax: Axes) -> Axes: ...
+    def plot(self, *, ax: Axes | None = None) -> Figure | Axes:
+        """Draw where there are entries, up to 512 × 512 cells; a cell that stands for several is filled if one is.
+
+        Args:
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
+
+        Returns:
+            The figure; the axes where they were given.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+        """
+        drawn, (panel,) = canvas(ax, (4.5, 4.5))
+        coordinates = self.matrix.tocoo()
+        spy(panel, coordinates.row, coordinates.col, self.shape)
         m, n = self.shape
+        panel.set_title(f"{m:,} × {n:,}, {self.nnz:,} entries", fontsize=10)
+        return drawn
+
+    def _describe(self) -> Description:
+        (m, n), kind = self.shape, "local" if self.local else "reusable"
         share = self.nnz / max(m * n, 1)
-        kind = "local" if self.local else "reusable"
-        names = f", unknown: {', '.join(self.unknown)}" if self.unknown else ""
-        return f"Pattern({m:,} × {n:,}, {self.nnz:,} entries ({share:.2g}), {kind}{names})\n{self.spy()}"
+        title = f"Pattern({m:,} × {n:,}, {self.nnz:,} entries, {kind}): {share:.2g} of all"
+        unknown = [("unknown operations", ", ".join(self.unknown))] if self.unknown else []
+        return Description(title, unknown, picture=self.spy())
 
 
 def picture(rows: Any, columns: Any, shape: tuple[int, int]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .._display import Described, Description
 from .._finite import check_outputs, is_finite, require_finite
 from .._keywords import keywords
 from .._operators import LinearizedMap
@@ -36,7 +37,7 @@ _ROOM = 4.0  # margin on the rounding errors measured at one point: those of the
 
 
 @dataclass(eq=False, repr=False)
-class SparsePlan:
+class SparsePlan(Described):
     """How to evaluate the sparse Jacobian of a model in few sweeps; made by `sparse_plan`, `SparsePlan.load`.
 
     Attributes:
@@ -75,14 +76,14 @@ class SparsePlan:
         """Sweeps per evaluation, probes left out."""
         return self._scheme.coloring.pulls + self._scheme.coloring.pushes
 
-    def __repr__(self) -> str:
-        m, n = self.shape
-        pushes = self._scheme.coloring.pushes
-        kinds = f" ({self._scheme.coloring.pulls} backward, {pushes} forward)" if pushes else ""
-        lifted = f"\n  lifted at {len(self._scheme.structure)} selections" if self._scheme.structure else ""
-        few = f"{self.sweeps} sweep{'s' * (self.sweeps != 1)}"
-        head = f"SparsePlan({m:,} × {n:,}): {few} instead of {min(m, n):,}{kinds}"
-        return f"{head}{lifted}\n{self.pattern!r}"
+    def _describe(self) -> Description:
+        (m, n), coloring, pattern = self.shape, self._scheme.coloring, self.pattern
+        few = f"{self.sweeps} sweep{'s' * (self.sweeps != 1)} instead of {min(m, n):,}"
+        facts = [("sweeps", f"{coloring.pulls} backward, {coloring.pushes} forward")]
+        facts += [("lifted", f"at {len(self._scheme.structure)} selections")] if self._scheme.structure else []
+        shown = pattern._describe()
+        facts += [("pattern", shown.title), *shown.facts]
+        return Description(f"SparsePlan({m:,} × {n:,}): {few}", facts, picture=shown.picture)
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 

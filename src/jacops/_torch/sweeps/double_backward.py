@@ -140,7 +140,7 @@ class OneByOneDoubleBackward:
 
     def describe(self, ask: SweepAsk) -> str:
         """Name the check."""
-        return "differentiated backward pass, adjoint identity checked"
+        return "differentiated backward pass"
 
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *output)` per output."""

@@ -163,7 +163,7 @@ class NodewisePush:
 
     def describe(self, ask: SweepAsk) -> str:
         """Name the check."""
-        return "tangents node by node through the recorded graph, adjoint identity checked"
+        return "tangents node by node through the recorded graph"
 
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *output)` per output."""

@@ -73,7 +73,7 @@ class BatchedPull:
 
     def describe(self, ask: SweepAsk) -> str:
         """Name the number of cotangents."""
-        return f"{ask.many} cotangents in one batched pass, checked against a plain one"
+        return f"{ask.many} cotangents in one batched pass"
 
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *leaf)` per leaf."""
