@@ -385,7 +385,7 @@ def test_float32_is_float64_to_rounding() -> None:
     torch.testing.assert_close(narrow.eigenvalues.sum().double(), wide.eigenvalues.sum(), rtol=1e-5, atol=0)
 
 
-# ---- trust -------------------------------------------------------------------------------------------------------
+# ---- proofs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lie", ["batched", "always"])

@@ -131,6 +131,6 @@ def test_a_leaf_made_from_another_leaf_moves_with_it_and_by_itself() -> None:
 
 def test_a_push_that_fails_together_leaves_the_way_node_by_node_open() -> None:
     J = jacops.jacobian(of(lambda x, a: (x @ a).tanh(), (4, 3)), drawn(5, 4))
-    J.lin.trust.refuse("push", "dual")
+    J.lin.proofs.refuse("push", "dual")
     J @ drawn(J.shape[1])
     assert "node by node" in J.lin.routes["push"]

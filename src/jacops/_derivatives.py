@@ -44,7 +44,7 @@ from ._torch.protocol import (
     dropped,
     gauss_newton_diagonal,
     gauss_newton_layers,
-    gradient_tape,
+    gradient_linearization,
     hessian_diagonal,
     hessian_layers,
     is_convex,
@@ -174,7 +174,7 @@ def hessian_at(
         call: The public call on whose behalf this is done.
         gradient: Returns the gradient `(P,)` at parameters that are changed by so much, by name.
     """
-    lin = gradient_tape(found, call)
+    lin = gradient_linearization(found, call)
     operator = LinearizedMap(lin, found.output, symmetric=True)
     rows = operator._apply
     layers = partial(hessian_layers, found.lin, _leading(x, y), rows)
@@ -261,7 +261,7 @@ def ggn_at(model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = T
         return Product(Product(J.T, replace(H, mark=convex)), J)
     y = recordable(y, kept)
     outer = record_at_outputs(found, loss_of_output(loss, y), loss, call)
-    H = LinearizedMap(gradient_tape(outer, call), outer.output, symmetric=True)
+    H = LinearizedMap(gradient_linearization(outer, call), outer.output, symmetric=True)
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
     )

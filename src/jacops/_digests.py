@@ -52,7 +52,7 @@ class DataDigest:
         """
         name = f"batch {self.batches}"
         leaves, tree = flatten(batch, name)
-        _tell(self._hash, ["batch", [leaf.removeprefix(name) for leaf in tree.names]])
+        _update(self._hash, ["batch", [leaf.removeprefix(name) for leaf in tree.names]])
         for leaf, path in zip(leaves, tree.names, strict=True):
             if not isinstance(leaf, (Tensor, np.ndarray, *_PLAIN)):
                 todo = "Give the data a name of your own: digest_data(..., data_id=...)."
@@ -99,7 +99,7 @@ def digest_tensors(named: Mapping[str, Tensor | np.ndarray]) -> str:
     """
     found = _new()
     for name in sorted(named):
-        _tell(found, name)
+        _update(found, name)
         _take(found, named[name], name)
     return found.hexdigest()
 
@@ -114,9 +114,9 @@ def digest_module(module: nn.Module) -> str:
     """
     found = _new()
     for name, part in module.named_modules(remove_duplicate=False):
-        _tell(found, [name, *_kind(part), _settings(part)])
+        _update(found, [name, *_kind(part), _settings(part)])
     tensors = dict(module.named_parameters(remove_duplicate=False))
-    _tell(found, digest_tensors(tensors | dict(module.named_buffers(remove_duplicate=False))))
+    _update(found, digest_tensors(tensors | dict(module.named_buffers(remove_duplicate=False))))
     return found.hexdigest()
 
 
@@ -149,8 +149,8 @@ def _new() -> Any:
     return hashlib.blake2b(digest_size=16)
 
 
-def _tell(found: Any, value: Any) -> None:
-    """Take in something small, in a form whose end can be told."""
+def _update(found: Any, value: Any) -> None:
+    """Take in something small, in a form whose end is known."""
     text = json.dumps(value).encode()
     found.update(len(text).to_bytes(8, "little") + text)
 
@@ -158,26 +158,26 @@ def _tell(found: Any, value: Any) -> None:
 def _take(found: Any, value: Any, name: str, around: tuple[int, ...] = ()) -> None:
     """Take in a value by its kind; `around` holds the functions and containers it is inside of."""
     if id(value) in around:
-        _tell(found, "itself")
+        _update(found, "itself")
         return
     inside = (*around, id(value))
     if isinstance(value, Tensor | np.ndarray):
         _take_array(found, value, name)
     elif isinstance(value, _PLAIN):
-        _tell(found, [type(value).__name__, repr(value)])
+        _update(found, [type(value).__name__, repr(value)])
     elif isinstance(value, nn.Module):
-        _tell(found, digest_module(value))
+        _update(found, digest_module(value))
     elif isinstance(value, types.CodeType):
-        _tell(found, [value.co_name, value.co_code.hex(), list(value.co_names)])
+        _update(found, [value.co_name, value.co_code.hex(), list(value.co_names)])
         _take(found, value.co_consts, name, inside)
     elif isinstance(value, list | tuple):
-        _tell(found, [type(value).__name__, len(value)])
+        _update(found, [type(value).__name__, len(value)])
         for part in value:
             _take(found, part, name, inside)
     elif isinstance(value, dict):
         _take(found, list(value.items()), name, inside)
     elif isinstance(value, set | frozenset):
-        _tell(found, sorted(map(repr, value)))
+        _update(found, sorted(map(repr, value)))
     else:
         _take_callable(found, value, name, inside)
 
@@ -193,7 +193,7 @@ def _take_callable(found: Any, value: Any, name: str, inside: tuple[int, ...]) -
         parts = [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
     else:  # a built-in, a class, an object: its kind and what it says of itself plainly
         parts = []
-    _tell(found, [*_kind(value), _settings(value)])
+    _update(found, [*_kind(value), _settings(value)])
     for part in parts:
         _take(found, part, name, inside)
 
@@ -210,7 +210,7 @@ def _take_array(found: Any, value: Tensor | np.ndarray, name: str) -> None:
             raise InputTypeError.of(name, f"an array of {value.dtype}", "numbers are needed")
         dtype = value.dtype.name
         raw = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-    _tell(found, ["array", dtype, list(value.shape)])
+    _update(found, ["array", dtype, list(value.shape)])
     found.update(raw)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Numbers: TypeAlias = NDArray[Any]
 
-POSITIVE, NEGATIVE, NEUTRAL = "#4c72b0", "#c44e52", "0.55"  # blue and red are told apart with any colour vision
+POSITIVE, NEGATIVE, NEUTRAL = "#4c72b0", "#c44e52", "0.55"  # blue and red are distinguished with any colour vision
 _CELLS = 512  # rows and columns of a picture of a matrix: more than a figure has pixels for
 _POINTS = 5000  # above this points are drawn as an image, so that vector files stay small
 _MOST_NAMES = 40  # names along an axis that can be read

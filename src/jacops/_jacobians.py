@@ -14,7 +14,7 @@ from ._keywords import keywords
 from ._ladder.protocol import everything, is_framework_model
 from ._picks import Picks, picked
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
-from ._products import Params, given, say_if_unconnected
+from ._products import Params, given, warn_if_unconnected
 from ._requirements import check_positive
 from ._runtime.contexts import arithmetic, eager
 from ._runtime.memory import Budget, given_tensors
@@ -180,7 +180,7 @@ def full_jacobian(
     recorded = record_closure(picked, params, "full_jacobian", empty=True)
     if not recorded.lin.leaves:
         return []
-    say_if_unconnected(recorded)
+    warn_if_unconnected(recorded)
     with arithmetic(create_graph):
         ask = WholeAsk(recorded.lin, budget, None, create_graph, False, out is not None, chunk_size)
         places = _places(ask, out, by_leaf)
@@ -265,7 +265,7 @@ def modjac(
         return found.matrix
     recorded = record_model(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
     lie = _lie_layout(recorded, tangent, create_graph)
-    (_check_dependence if strict else say_if_unconnected)(recorded)
+    (_check_dependence if strict else warn_if_unconnected)(recorded)
     with arithmetic(create_graph):
         ask = WholeAsk(recorded.lin, budget, forward, create_graph, not lie, out is not None)
         layout = flat if flatten else separate if out is not None else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._data import Batch
 from ._runtime.contexts import sweeping
 from ._runtime.restoring import restoring
-from ._torch.protocol import Recording, gradient_tape
+from ._torch.protocol import Recording, gradient_linearization
 from .errors import InputError
 
 
@@ -50,7 +50,7 @@ def mixed_rows(record: Callable[[Batch], Recording], x: Any, y: Any, rows: Tenso
 
 @restoring
 def _swept(found: Recording, batch: Batch, rows: Tensor) -> Tensor:
-    gradient = gradient_tape(found, "mixed")
+    gradient = gradient_linearization(found, "mixed")
     leaf = next(leaf for given, leaf in found.inputs.values() if given is batch.x)
     result = rows.new_zeros(rows.shape[0], *leaf.shape)
     with sweeping(leaf):

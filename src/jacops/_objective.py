@@ -224,10 +224,10 @@ class Objective:
         if self.losses.may_count(batch.y):
             self._count(batch)
         found = self.recorded_loss(batch.x, batch.y, "loss", kept=True)
-        trust, claim = found.lin.trust, ("reduction", self.reduction)
-        if trust.needs(*claim) or trust.spot_due() or not is_finite(found.lin.outputs[0]):
+        proofs, claim = found.lin.proofs, ("reduction", self.reduction)
+        if proofs.needs(*claim) or proofs.spot_due() or not is_finite(found.lin.outputs[0]):
             check_reduction(self, batch)
-            trust.remember(*claim)
+            proofs.remember(*claim)
 
     def _count(self, batch: Batch) -> None:
         """Compute by what a loss that is none of torch's own divides a mean, from a few rows."""
@@ -380,8 +380,8 @@ class Objective:
         """Return a digest of weights and buffers, of the model's and the loss's names, and of what is picked."""
         if self.foreign:
             return self.model.fingerprint(self.losses.loss, f"{self.reduction} {self.space}")
-        told = f"{self.reduction} {self.space} {self.randomness} {self.seed}"
-        return " ".join((digest_module(bare(self.model)), digest_function(self.losses.loss), told))
+        settings = f"{self.reduction} {self.space} {self.randomness} {self.seed}"
+        return " ".join((digest_module(bare(self.model)), digest_function(self.losses.loss), settings))
 
 
 def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:

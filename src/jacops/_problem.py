@@ -231,8 +231,8 @@ class Problem(Described):
         """
         passes = _Passes(self, check_choice("curvature", kind, CURVATURES))
         first = passes.first()
-        told = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
-        return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, told), kind)
+        description = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
+        return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, description), kind)
 
     def _mark(self, kind: str, first: Operator, passes: _Passes) -> bool | Callable[[], bool]:
         """Return whether a curvature is positive, or a function that computes it, batch by batch."""

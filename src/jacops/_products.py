@@ -218,7 +218,7 @@ def _push(found: Recording, v: Vectors, create_graph: bool, batch: bool) -> Any:
     lin = found.lin
     vectors = [out_of_inference(t) for t in lin.domain.check(v, "vs" if batch else "v", batch=batch)]
     check_vector(lin.call, "vs" if batch else "v", vectors)
-    say_if_unconnected(found)
+    warn_if_unconnected(found)
     with arithmetic(create_graph):
         rows = lin.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
         check_finite(lin.call, rows, lin.codomain.names, lin)
@@ -236,7 +236,7 @@ def _pull(found: Recording, v: Any, create_graph: bool, batch: bool) -> list[Ten
         v = [leaf for leaf in v if leaf is not None]
     vectors = [out_of_inference(t) for t in lin.codomain.check(v, name, batch=batch)]
     check_vector(lin.call, name, vectors)
-    say_if_unconnected(found)
+    warn_if_unconnected(found)
     with arithmetic(create_graph):
         rows = lin.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
         check_finite(lin.call, rows, lin.domain.names, lin)
@@ -248,7 +248,7 @@ def given(result: Tensor, create_graph: bool) -> Tensor:
     return result if create_graph else result.detach()
 
 
-def say_if_unconnected(found: Recording) -> None:
+def warn_if_unconnected(found: Recording) -> None:
     """Warn once if no path leads from the output to any parameter: zeros are the derivative, and rarely the wish."""
     lin = found.lin
     if lin.domain.dim and not lin.is_connected():

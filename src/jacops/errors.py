@@ -84,11 +84,11 @@ class StoreMismatchError(StoreError):
     """
 
     def __init__(self, path: object, differences: Mapping[str, tuple[str | None, str | None]]) -> None:
-        told = [
+        what = [
             f"{name}: the store has {_cut(there)}, this run has {_cut(here)}"
             for name, (there, here) in differences.items()
         ]
-        super().__init__(path, f"it belongs to another run. {'; '.join(told)}. Nothing was changed; take a new folder.")
+        super().__init__(path, f"it belongs to another run. {'; '.join(what)}. Nothing was changed; take a new folder.")
         self.differences = dict(differences)
 
 
@@ -120,8 +120,8 @@ class StoreIncompleteError(StoreError):
     """
 
     def __init__(self, path: object, missing: Mapping[str, int]) -> None:
-        told = ", ".join(f"{count} tiles of {name!r}" for name, count in missing.items()) or "its last mark"
-        super().__init__(path, f"the run has not finished: it lacks {told}. Resume it, or read with partial=True.")
+        what = ", ".join(f"{count} tiles of {name!r}" for name, count in missing.items()) or "its last mark"
+        super().__init__(path, f"the run has not finished: it lacks {what}. Resume it, or read with partial=True.")
         self.missing = dict(missing)
 
 
@@ -129,7 +129,7 @@ class StoreBusyError(StoreError):
     """Another process, or another run of this one, is writing the store.
 
     Attributes:
-        pid: The holder's process id, None where it cannot be told.
+        pid: The holder's process id, None where it is not known.
     """
 
     def __init__(self, path: object, pid: int | None = None) -> None:

@@ -82,14 +82,14 @@ def exact_series(function: str, vectors: Tensor, noise: float) -> Tensor | None:
     off = radii <= _SMALL if noise and algebra == "se3" else torch.ones_like(radii, dtype=torch.bool)
     if not bool(off.any()):
         return None
-    theirs = getattr(operation, f"{algebra}_Jl" + ("_inv" if verb == "log" else ""))
+    of_pypose = getattr(operation, f"{algebra}_Jl" + ("_inv" if verb == "log" else ""))
     total = _summed(getattr(operation, f"{algebra}_adj")(vectors[off].double()), float(radii[off].max()), verb == "log")
-    error = (theirs(vectors.detach()[off]) - total).norm(dim=(-2, -1)) / total.norm(dim=(-2, -1))
+    error = (of_pypose(vectors.detach()[off]) - total).norm(dim=(-2, -1)) / total.norm(dim=(-2, -1))
     if not bool((error >= noise).any()):
         return None
     if bool(off.all()):
         return total.reshape(*radii.shape, *total.shape[-2:]).to(vectors.dtype)
-    exact = theirs(vectors.detach()).clone()
+    exact = of_pypose(vectors.detach()).clone()
     exact[off] = total.to(vectors.dtype)
     return exact
 

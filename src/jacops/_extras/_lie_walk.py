@@ -255,7 +255,7 @@ def _seed(meta: Any) -> Tensor:
 
 
 def _mark(width: int) -> Tensor:
-    """Return the row by which the entries of an element are told apart."""
+    """Return the row by which the entries of an element are distinguished."""
     return torch.arange(1, width + 1, dtype=torch.float64).sqrt()
 
 

@@ -60,7 +60,7 @@ class InfluenceRun:
             try:
                 require(solution)
             except SolveError as error:
-                raise SolveError(f"influence with {self.curvature.told}: {error}", solution) from None
+                raise SolveError(f"influence with {self.curvature.description}: {error}", solution) from None
         return solution
 
     def described(self, solutions: Sequence[Solution]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .._objective import Objective
 from .._progress import track
 from .._recorded_loss import check_loss, record_loss
 from .._runtime.contexts import eager, sweeping
-from .._torch.protocol import Linearization, bare, gradient_tape, parameter_names
+from .._torch.protocol import Linearization, bare, gradient_linearization, parameter_names
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
@@ -80,7 +80,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
             check_finite("grad", rows, lin.domain.names, lin)
             return lin.domain.join(rows)[0].detach()
-        gradient = gradient_tape(found, "grad(create_graph=True)")
+        gradient = gradient_linearization(found, "grad(create_graph=True)")
         with sweeping(lin.outputs[0]):
             flat = lin.domain.join([g.unsqueeze(0) for g in gradient.outputs])[0]
             if not flat.requires_grad:

@@ -34,7 +34,7 @@ class SumOver(OnSpace):
         mark: Whether every part and the ridge are positive, or a function that computes that when it is first
             read.
         problem: What it is the curvature of, for methods that look inside.
-        told: What the repr says of it.
+        description: How the repr describes it.
     """
 
     parts: Parts
@@ -42,7 +42,7 @@ class SumOver(OnSpace):
     ridge: Tensor | None = None
     mark: bool | Callable[[], bool] = False
     problem: Any = None
-    told: str = ""
+    description: str = ""
     symmetric = True
     _own = "batch by batch"
 
@@ -89,8 +89,8 @@ class SumOver(OnSpace):
     def _facts(self) -> Iterator[tuple[str, str]]:
         # What batches take is kept by the problem, not here.
         yield from (fact for fact in super()._facts() if fact[0] != "memory")
-        if self.told:
-            yield "sum over", self.told
+        if self.description:
+            yield "sum over", self.description
 
 
 @final

@@ -91,7 +91,7 @@ class DenseAsk:
         formed = operator.formed
         self.verdicts = Proofs("never") if formed is None else formed.verdicts
         self.routes: dict[str, str] = {} if formed is None else formed.routes
-        self.shape, self.told = "", ""
+        self.shape, self.description = "", ""
         self.parts = [DenseAsk(part, free, limits, self.call) for part in operator._parts]
         self.inner = free
         self.layers: PreparedFill | None = None
@@ -318,7 +318,7 @@ class FilledByLayers:
 
     def describe(self, ask: DenseAsk) -> str:
         """Name layers and sweeps."""
-        return ask.told
+        return ask.description
 
     def value(self, ask: DenseAsk) -> tuple[PreparedFill, Tensor | float]:
         """Write the matrix; return what the layers say, and a product with what was there before.
@@ -335,7 +335,7 @@ class FilledByLayers:
         ask.spoiled = target.adds
 
         def add(place: Target) -> None:
-            ask.told = layers.layers.add(place.matrix, place.weight, layers.most)
+            ask.description = layers.layers.add(place.matrix, place.weight, layers.most)
 
         target.by_halves(add)
         return layers, before

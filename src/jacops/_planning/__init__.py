@@ -1,4 +1,4 @@
-"""Planning: what a call will take in sweeps and in bytes, told before it runs."""
+"""Planning: what a call will take in sweeps and in bytes, known before it runs."""
 
 from ._base import Plan, PlannedRoute, plan, planned_by
 from ._calls import plan_dense, plan_full_jacobian, plan_modjac, plan_samples

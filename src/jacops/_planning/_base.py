@@ -1,4 +1,4 @@
-"""Plans: what a call will take in sweeps and in bytes, told before it runs."""
+"""Plans: what a call will take in sweeps and in bytes, known before it runs."""
 
 from __future__ import annotations
 

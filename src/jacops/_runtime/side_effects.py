@@ -35,7 +35,7 @@ class WritesState(Exception):
 
 @dataclass(frozen=True)
 class SideEffects:
-    """What a forward was seen to do; kept with the trust in it.
+    """What a forward was seen to do; kept with the proofs about it.
 
     Attributes:
         reads: Operations that read values out of tensors.

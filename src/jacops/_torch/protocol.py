@@ -42,7 +42,7 @@ from .samples.batch import Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
 from .samples.routes import BY_SAMPLES
-from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_tape
+from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_linearization
 from .sweeps.graph import parents_first
 from .sweeps.linearization import Linearization
 from .sweeps.mixing import by_digits

@@ -246,7 +246,7 @@ class _Loop:
         if ftol is not None and change <= ftol * before.cost:
             return "objective", f"the objective changes by no more than ftol={ftol:g} of itself"
         if trial.at_noise and trial.predicted >= 0:
-            return "objective", "the objective cannot be told from its rounding errors any more"
+            return "objective", "the objective is no longer distinguishable from its rounding errors"
         length, size = np.linalg.norm(trial.solved.step * scale), np.linalg.norm(before.magnitudes * scale)
         if xtol is not None and length <= xtol * size:
             return "step", f"a step is no longer than xtol={xtol:g} of the scaled parameters"
@@ -298,7 +298,7 @@ class _Loop:
         self.at_noise = self.at_noise + 1 if close and rule is not None else 0
         if self.insist or self.at_noise < _NOISY:
             return None
-        return self._exhausted("the objective cannot be told from its rounding errors any more")
+        return self._exhausted("the objective is no longer distinguishable from its rounding errors")
 
     def _out_of_patience(self) -> Stop | None:
         if self.insist:

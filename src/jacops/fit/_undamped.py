@@ -25,7 +25,7 @@ _MOST = 200  # iterations; each gains one direction that the damping of the prec
 
 
 def undamped(system: LinearizedFit, solver: StepSolver) -> Solved:
-    """Return the undamped step; the shortest where the Jacobian has no full rank, as far as it can be told.
+    """Return the undamped step; the shortest where the Jacobian has no full rank, as far as rounding shows.
 
     Raises:
         Singular: None could be computed.

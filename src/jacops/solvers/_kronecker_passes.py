@@ -82,7 +82,7 @@ class Passes:
         found, model = term.recorded(data.x, "EKFAC"), term.model
         at = LossAtOutput(model, found, term.loss, data.y, data.rows, "EKFAC")
         batch: Any = model.layers(data.x, term.picks, "EKFAC") if at.foreign else RecordedBatch(at.output())
-        if not at.foreign and batch.lin.trust.refused("pull", "by uses"):
+        if not at.foreign and batch.lin.proofs.refused("pull", "by uses"):
             batch.distrust()
         self.groups = self.groups or batch.groups()
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
@@ -118,23 +118,23 @@ class Passes:
         groups = [g for g in self.groups if not outer_only or g.form in ("outer", "lookup")]
         if not isinstance(batch, RecordedBatch):  # it compares them itself
             return batch.gradients(groups, seeds)
-        trust, route = batch.lin.trust, ("by uses", seeds.shape[0])
+        proofs, route = batch.lin.proofs, ("by uses", seeds.shape[0])
         found = batch.gradients(groups, seeds)
-        if not trust.needs(*route):
+        if not proofs.needs(*route):
             return found
         right = batch.confirmed(groups, seeds, found)
-        if not right and not trust.refused("pull", "batched"):
-            trust.refuse("pull", "batched")
+        if not right and not proofs.refused("pull", "batched"):
+            proofs.refuse("pull", "batched")
             found = batch.gradients(groups, seeds)
             right = batch.confirmed(groups, seeds, found)
         if not right:
             _check_finite(groups, found, batch)
-            trust.refuse("pull", "by uses")
+            proofs.refuse("pull", "by uses")
             batch.distrust()
             self.groups = self.groups if self._begun else batch.groups()
             self._check_alike(batch)
             return batch.gradients(self.groups, seeds)
-        trust.remember(*route)
+        proofs.remember(*route)
         return found
 
     def _check_alike(self, batch: Any) -> None:

@@ -20,7 +20,7 @@ from .._recorded_loss import loss_of_output, recordable
 from .._runtime.agreement import few_operations_tolerance
 from .._runtime.contexts import private_noise, recording
 from .._runtime.restoring import restoring
-from .._torch.protocol import counted_labels, gradient_tape, record_at_outputs
+from .._torch.protocol import counted_labels, gradient_linearization, record_at_outputs
 from .._trees import output_leaves
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
 from ._output_curvature import Blocks, Elementwise, Softmax
@@ -46,7 +46,7 @@ class LossAtOutput:
 
     Raises:
         NotDifferentiableError: The loss does not depend on the output, or has no derivative.
-        InputError: An output it depends on cannot be told apart by samples.
+        InputError: An output it depends on cannot be split by samples.
         NonFiniteError: An output is NaN or Inf.
     """
 
@@ -76,7 +76,7 @@ class LossAtOutput:
         outer = record_at_outputs(self.found, loss_of_output(loss, recordable(self.y, False)), loss, self.call)
         reached = outer.lin.graph_info.leaves
         self._used = [i for i, leaf in enumerate(outer.lin.leaves) if id(leaf) in reached]
-        return gradient_tape(outer, self.call) if self._used else outer.lin
+        return gradient_linearization(outer, self.call) if self._used else outer.lin
 
     def output(self) -> Any:
         """Return the recorded output `(n, entries)`, linearised by the parameters, of a torch model."""

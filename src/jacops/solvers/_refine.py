@@ -1,4 +1,4 @@
-"""Iterate, look at the true residual, and iterate on that: what recurrences claim is never taken on trust."""
+"""Iterate, look at the true residual, and iterate on that: what recurrences claim is always computed again."""
 
 from __future__ import annotations
 

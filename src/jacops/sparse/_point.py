@@ -129,7 +129,7 @@ def record_point(
     names = lin.domain.names
     leaves = {f"{names[s.source]} (selection {i})": s.leaf for i, s in enumerate(selections)}
     lin = lin.to(lin.outputs, lin.codomain.names, call, more=leaves)
-    lin.trust, lin.fallback = Proofs(), "silent"
+    lin.proofs, lin.fallback = Proofs(), "silent"
     check_usable(lin)
     for inspect in inspectors:
         inspect(replace(recording, lin=lin))

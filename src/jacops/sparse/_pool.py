@@ -1,7 +1,7 @@
 """Index sets, each kept once: the values that detection computes with.
 
 A set of outputs is stored once and named by a number, its id, so that a dense layer costs one set and not one per
-entry. Sets are told apart by a 64-bit sum of random keys (Zobrist, 1970): with a million sets, two different ones are
+entry. Sets are known by a 64-bit sum of random keys (Zobrist, 1970): with a million sets, two different ones are
 taken for the same with probability 3e-8.
 """
 

@@ -33,17 +33,17 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
     latest: SparsePlan | None = made.get("latest")
     if latest is not None:
         point = latest.recorded(model, inputs, "modjac")
-        trust = point.recording.lin.trust
-        plan = None if trust.needs(*claim) else trust.known.get(claim)
+        proofs = point.recording.lin.proofs
+        plan = None if proofs.needs(*claim) else proofs.known.get(claim)
         found = None if plan is None else plan.at(point, learns=False)
         if found is not None:
             return found
         del point
     plan = sparse_plan(model, inputs, parameters=picks, outputs=outputs, tangent=tangent)
     point = plan.recorded(model, inputs, "modjac")
-    found, trust = plan.at(point), point.recording.lin.trust
-    trust.known[claim] = made["latest"] = plan
-    trust.remember(*claim)
+    found, proofs = plan.at(point), point.recording.lin.proofs
+    proofs.known[claim] = made["latest"] = plan
+    proofs.remember(*claim)
     return found or plan.evaluate(model, inputs, layout="csr")  # it selects other parameters each time
 
 

@@ -68,7 +68,7 @@ class TracedCall:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        """The tensors it was given, without those it was told to write its result into."""
+        """The tensors it was given, without those that its result is written into."""
         given = {k: v for k, v in self.kwargs.items() if k != "out"}
         return [t for t in tree_leaves((self.args, given)) if isinstance(t, Tensor)]
 

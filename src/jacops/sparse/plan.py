@@ -53,7 +53,7 @@ class SparsePlan(Described):
     _unknown: dict[str, int]
     _names: tuple[str, ...]
     _dtypes: frozenset[torch.dtype] = frozenset()  # met inside the model, as far as it was traced
-    _trust: Proofs = field(default_factory=Proofs)
+    _proofs: Proofs = field(default_factory=Proofs)
     _prober: Prober | None = None
 
     # ---- what it knows -----------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class SparsePlan(Described):
         """
         if not self._fits(point) or point.structure() != self._scheme.structure:
             return None
-        point.lin.trust = self._trust
+        point.lin.proofs = self._proofs
         columns = point.storage_columns()
         if not np.array_equal(columns, self._scheme.columns):
             # Other indices into the same parameters: the same sweeps, read off into other columns.

@@ -266,12 +266,12 @@ def _resumed(folder: Folder, header: Header) -> Header:
         return header
     if differences := _differences(there.fields, header.fields):
         raise StoreMismatchError(folder.path, differences)
-    told = [
+    changes = [
         f"{name}: {old} then, {new} now"
         for name, (old, new) in _differences(there.surroundings, header.surroundings).items()
     ]
-    if told:
-        warn(f"store {str(folder.path)!r} was begun elsewhere, tiles may differ by rounding: {'; '.join(told)}")
+    if changes:
+        warn(f"store {str(folder.path)!r} was begun elsewhere, tiles may differ by rounding: {'; '.join(changes)}")
     return replace(header, surroundings=there.surroundings, complete=there.complete)
 
 

@@ -185,14 +185,14 @@ class Header:
 
     def dumped(self) -> bytes:
         """Return it as the metadata of a zarr group."""
-        told = {
+        fields = {
             "schema": SCHEMA,
             "identity": dict(self.identity),
             "surroundings": dict(self.surroundings),
             "arrays": {name: grid.described() for name, grid in self.arrays.items()},
             "complete": self.complete,
         }
-        return dumped_json({"zarr_format": 3, "node_type": "group", "attributes": {_MARK: told}})
+        return dumped_json({"zarr_format": 3, "node_type": "group", "attributes": {_MARK: fields}})
 
     @classmethod
     def loaded(cls, path: Path, raw: bytes) -> Header:
@@ -207,15 +207,15 @@ class Header:
         except ValueError as error:
             raise StoreDamagedError(path, f"{HEADER} is {error}") from None
         attributes = group.get("attributes")
-        if not isinstance(attributes, dict) or not isinstance(told := attributes.get(_MARK), dict):
+        if not isinstance(attributes, dict) or not isinstance(fields := attributes.get(_MARK), dict):
             raise not_ours(path)
-        found = {name: group.get(name) for name in ("zarr_format", "node_type")} | {"schema": told.get("schema")}
+        found = {name: group.get(name) for name in ("zarr_format", "node_type")} | {"schema": fields.get("schema")}
         for name, needed in {"zarr_format": 3, "node_type": "group", "schema": SCHEMA}.items():
             if type(found[name]) is not type(needed) or found[name] != needed:
                 raise StoreDamagedError(path, f"{name} is {found[name]!r:.80}, but {needed!r} is needed")
         try:
-            arrays = {name: Grid(grid["shape"], grid["tile"], grid["dtype"]) for name, grid in told["arrays"].items()}
-            header = cls(told["identity"], told["surroundings"], arrays, told["complete"])
+            arrays = {name: Grid(grid["shape"], grid["tile"], grid["dtype"]) for name, grid in fields["arrays"].items()}
+            header = cls(fields["identity"], fields["surroundings"], arrays, fields["complete"])
         except (InputError, InputTypeError, KeyError, TypeError, AttributeError) as error:
             raise StoreDamagedError(path, f"{HEADER} holds what no run writes: {str(error)[:200]}") from None
         if type(header.complete) is not bool:

@@ -194,10 +194,10 @@ class Store:
         if len(raw) != size:
             return f"its file holds {'more' if len(raw) > size else len(raw)} bytes, but {size} are needed"
         try:
-            told = loaded_json(mark)
+            marked = loaded_json(mark)
         except ValueError as error:
             return f"its mark is {error}"
-        return "" if told == self._mark(name, index, raw) else "its bytes are not those that were marked"
+        return "" if marked == self._mark(name, index, raw) else "its bytes are not those that were marked"
 
     def _decoded(self, name: str, index: Index, raw: bytes) -> np.ndarray:
         try:

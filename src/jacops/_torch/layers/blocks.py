@@ -92,8 +92,8 @@ def add_blocks(
         _halve(found.second, chunk)
     for panel in later.panels:
         for columns in _columns(panel, found):
-            for mine in site.panels:
-                rows = _rows(mine, chunk, columns.values)
+            for layer_block in site.panels:
+                rows = _rows(layer_block, chunk, columns.values)
                 if rows is not None:
                     _add(matrix, rows, columns, weight, chunk.most)
 
@@ -145,9 +145,9 @@ def _rows(panel: ParameterBlock, chunk: Chunk, values: Tensor) -> _Rows | None:
     high = min(chunk.channels.stop, panel.channels.stop)
     if low >= high:
         return None
-    mine = values[:, :, low - chunk.channels.start : high - chunk.channels.start].flatten(0, 1)
+    held = values[:, :, low - chunk.channels.start : high - chunk.channels.start].flatten(0, 1)
     where = slice(low - panel.channels.start, high - panel.channels.start)
-    return _Rows(panel, where, mine, panel.operand[:, chunk.positions].flatten(0, 1))
+    return _Rows(panel, where, held, panel.operand[:, chunk.positions].flatten(0, 1))
 
 
 def _summed(panel: ParameterBlock, chunk: Chunk, values: Tensor) -> _Rows:
@@ -231,10 +231,10 @@ def _write(
 ) -> None:
     """Add a block `(channels, inputs, channels, inputs)` at some rows and from a first column channel on."""
     where, first = at
-    for mine in rows.panel.parts:
+    for row_part in rows.panel.parts:
         for part in columns.panel.parts[: columns.parts]:
-            target = part.split(mine.split(matrix, 0), 2)[:, :, first:]
-            piece = block[:, mine.columns, :, part.columns]
+            target = part.split(row_part.split(matrix, 0), 2)[:, :, first:]
+            piece = block[:, row_part.columns, :, part.columns]
             if where is not None:
                 target[where].add_(piece, alpha=weight)
             elif isinstance(rows.where, Tensor):

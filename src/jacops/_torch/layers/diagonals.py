@@ -21,8 +21,8 @@ def pairable(sites: Sequence[LayerOutput], slices: Sequence[slice]) -> list[Laye
     for site in sites:
         for leaf in {use.leaf for use in site.uses}:
             where = slices[leaf]
-            mine = {_way(p, part) for p in site.panels for part in p.parts if _within(part.where, where)}
-            ways.setdefault(leaf, []).append(mine)
+            row_block = {_way(p, part) for p in site.panels for part in p.parts if _within(part.where, where)}
+            ways.setdefault(leaf, []).append(row_block)
     lost = {leaf for leaf, found in ways.items() if any(way != found[0] for way in found)}
     if not lost:
         return list(sites)
@@ -46,35 +46,35 @@ def together(sites: Sequence[LayerOutput]) -> list[LayerOutput]:
 def add_pairs(diagonal: Tensor, site: LayerOutput, chunk: Chunk, later: LayerOutput, found: Found) -> None:
     """Add what a chunk of a site's output says of parameters that enter there and at a later site, or there alone."""
     share = 1.0 if later is site else 2.0  # of two sites, each is met by the other
-    for mine in site.panels:
-        for theirs in later.panels:
-            if mine.operand is None and theirs.operand is None:
-                if mine.parts[0].where == theirs.parts[0].where:
-                    _add_factors(diagonal, mine, chunk, theirs, found, share)
-            elif mine.operand is not None and theirs.operand is not None:
-                _add_outer(diagonal, mine, chunk, theirs, found, share)
+    for row_block in site.panels:
+        for column_block in later.panels:
+            if row_block.operand is None and column_block.operand is None:
+                if row_block.parts[0].where == column_block.parts[0].where:
+                    _add_factors(diagonal, row_block, chunk, column_block, found, share)
+            elif row_block.operand is not None and column_block.operand is not None:
+                _add_outer(diagonal, row_block, chunk, column_block, found, share)
 
 
 def _add_outer(
-    diagonal: Tensor, mine: ParameterBlock, chunk: Chunk, theirs: ParameterBlock, found: Found, share: float
+    diagonal: Tensor, row_block: ParameterBlock, chunk: Chunk, column_block: ParameterBlock, found: Found, share: float
 ) -> None:
-    low = max(chunk.channels.start, mine.channels.start)
-    high = min(chunk.channels.stop, mine.channels.stop)
-    pairs = [(a, b) for a in mine.parts for b in theirs.parts if a.where == b.where]
-    if low >= high or not pairs or mine.operand is None or theirs.operand is None:
+    low = max(chunk.channels.start, row_block.channels.start)
+    high = min(chunk.channels.stop, row_block.channels.stop)
+    pairs = [(a, b) for a in row_block.parts for b in column_block.parts if a.where == b.where]
+    if low >= high or not pairs or row_block.operand is None or column_block.operand is None:
         return
     rows = slice(low - chunk.channels.start, high - chunk.channels.start)
-    ahead = theirs.channels.start - mine.channels.start
+    ahead = column_block.channels.start - row_block.channels.start
     columns = slice(low + ahead, high + ahead)
     second = found.second[:, :, rows, :, columns].diagonal(dim1=2, dim2=4)
-    operand, moved = mine.operand[:, chunk.positions], found.moved.get(id(theirs.use))
+    operand, moved = row_block.operand[:, chunk.positions], found.moved.get(id(column_block.use))
     for a, b in pairs:
         left = operand[..., a.columns]
-        block = _contracted(second, left, theirs.operand[..., b.columns])
-        if moved is not None and found.delta is not None and b is theirs.parts[0]:
-            moves = moved[:, :, rows][..., theirs.group, :]
+        block = _contracted(second, left, column_block.operand[..., b.columns])
+        if moved is not None and found.delta is not None and b is column_block.parts[0]:
+            moves = moved[:, :, rows][..., column_block.group, :]
             block += torch.einsum("npcti,ntc,npi->ci", moves, found.delta[..., columns], left)
-        here = slice(low - mine.channels.start, high - mine.channels.start)
+        here = slice(low - row_block.channels.start, high - row_block.channels.start)
         a.split(diagonal, 0)[here].add_(block, alpha=share)
 
 
@@ -86,12 +86,12 @@ def _contracted(second: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_factors(
-    diagonal: Tensor, mine: ParameterBlock, chunk: Chunk, theirs: ParameterBlock, found: Found, share: float
+    diagonal: Tensor, row_block: ParameterBlock, chunk: Chunk, column_block: ParameterBlock, found: Found, share: float
 ) -> None:
-    values = by_entry(theirs, found)
-    index = mine.numbers[chunk.positions, chunk.channels].to(values.device)
+    values = by_entry(column_block, found)
+    index = row_block.numbers[chunk.positions, chunk.channels].to(values.device)
     where = index[None, :, :, None].expand(values.shape[0], -1, -1, 1)
     met = values.gather(3, where).squeeze(3)
-    if mine.factor is not None:
-        met = met * mine.factor[:, chunk.positions, chunk.channels]
-    diagonal[mine.parts[0].where].index_add_(0, index.flatten(), met.sum(0).flatten(), alpha=share)
+    if row_block.factor is not None:
+        met = met * row_block.factor[:, chunk.positions, chunk.channels]
+    diagonal[row_block.parts[0].where].index_add_(0, index.flatten(), met.sum(0).flatten(), alpha=share)

@@ -30,7 +30,7 @@ class LayerRows:
 
     Attributes:
         sites: The uses of the leaves that are covered.
-        missing: Leaves that enter in a way that has no rule, or whose rows could not be told apart.
+        missing: Leaves that enter in a way that has no rule, or whose rows could not be distinguished.
     """
 
     def __init__(self, lin: Linearization, samples: int, plainly: bool = False) -> None:

@@ -30,9 +30,9 @@ def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse
     if samples == 1:  # any order is right
         return found
     uses = _flat(found)
-    trust, key = lin.trust, ("orders of rows", samples, len(uses), tuple(lin.domain.names))
-    if key in trust.known and not trust.needs(*key):
-        orders, lost = trust.known[key]
+    proofs, key = lin.proofs, ("orders of rows", samples, len(uses), tuple(lin.domain.names))
+    if key in proofs.known and not proofs.needs(*key):
+        orders, lost = proofs.known[key]
         return _placed(find_uses(lin, True, [uses[i].node for i in lost]) if lost else found, orders, samples)
     orders = find_orders(lin, uses, samples) if uses else []
     lost = [i for i, order in enumerate(orders) if order is None]
@@ -41,8 +41,8 @@ def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse
         if any(uses[i].leaf in behind for i in lost):
             found, orders = behind, find_orders(lin, _flat(behind), samples)
     if all(isinstance(order, int) for order in orders):
-        trust.known[key] = orders, lost
-        trust.remember(*key)
+        proofs.known[key] = orders, lost
+        proofs.remember(*key)
     return _placed(found, orders, samples)
 
 

@@ -298,15 +298,15 @@ def costly(sites: Sequence[LayerOutput], sizes: Sequence[int]) -> list[LayerOutp
     """
     groups: list[tuple[set[int], list[LayerOutput]]] = []
     for site in sites:
-        leaves, mine = {use.leaf for use in site.uses}, [site]
+        leaves, members = {use.leaf for use in site.uses}, [site]
         for group in [g for g in groups if g[0] & leaves]:
-            leaves, mine = leaves | group[0], mine + group[1]
+            leaves, members = leaves | group[0], members + group[1]
             groups.remove(group)
-        groups.append((leaves, mine))
+        groups.append((leaves, members))
     lost: set[int] = set()
-    for leaves, mine in groups:
-        share = 1.0 if all(site.positions == 1 for site in mine) else 0.5
-        if sum(site.entries for site in mine) > share * sum(sizes[leaf] for leaf in leaves):
+    for leaves, members in groups:
+        share = 1.0 if all(site.positions == 1 for site in members) else 0.5
+        if sum(site.entries for site in members) > share * sum(sizes[leaf] for leaf in leaves):
             lost |= leaves
     return [site for site in sites if not {use.leaf for use in site.uses} & lost]
 

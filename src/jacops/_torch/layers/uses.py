@@ -155,7 +155,7 @@ class ParameterUse:
         if self.entry.edge is None:
             return part
         formed = part.block(slice(0, long)).flatten(0, 1).reshape(-1, *self.entry.weight)
-        if formed.is_meta:  # where bytes are foretold
+        if formed.is_meta:  # where bytes are planned
             rows = formed.new_empty(len(formed), *self._tensor.shape)
         else:
             rows = pulled_back(self.entry.edge, self._tensor, formed)

@@ -33,9 +33,9 @@ class RowLosses:
 
     def __init__(self, loss: Callable[[Any, Any], Tensor], reduction: Reduction | None = None) -> None:
         self.loss = loss
-        said = getattr(loss, "reduction", "mean")
-        self.reduction: Reduction = reduction or ("sum" if said == "sum" else "mean")
-        self.scalar = _OfRows(self) if said == "none" else loss
+        declared = getattr(loss, "reduction", "mean")
+        self.reduction: Reduction = reduction or ("sum" if declared == "sum" else "mean")
+        self.scalar = _OfRows(self) if declared == "none" else loss
         self._counts: bool | None = None
 
     def denominators(self, y: Any, rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Curvature by layers: prepared, held against products, and foretold in bytes.
+"""Curvature by layers: prepared, held against products, and planned in bytes.
 
 What it holds on the way is found without doing it: preparations and one sweep are measured, and the products of
 matrices that follow are rehearsed on tensors that have shapes and no entries.
@@ -95,7 +95,7 @@ class ByLayers:
     @property
     def verdicts(self) -> Proofs:
         """What is known of the graph."""
-        return self.lin.trust
+        return self.lin.proofs
 
     @restoring
     def begin(self, free: float = math.inf) -> PreparedFill:
@@ -142,8 +142,8 @@ class ByLayers:
 
     def is_new(self, result: str) -> bool:
         """Say whether a result still has to be held against products: where values are read, the graph may differ."""
-        effects = self.lin.trust.effects
-        return self.lin.trust.needs(self.name, result) or bool(effects is not None and effects.reads)
+        effects = self.lin.proofs.effects
+        return self.lin.proofs.needs(self.name, result) or bool(effects is not None and effects.reads)
 
     def verify(self, result: str, error: float) -> None:
         """Note that a result is as far from products as rounding allows.
@@ -155,7 +155,7 @@ class ByLayers:
             raise RouteNotFiniteError("values are not finite")
         if not error <= self.lin.tolerance:
             raise RouteWrongError(f"by layers it is off a product by {error:.1e}")
-        self.lin.trust.remember(self.name, result)
+        self.lin.proofs.remember(self.name, result)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,12 +216,12 @@ class DiagonalAsk(Asked):
     Attributes:
         way: What layers say of it.
         plain: Finds it by products.
-        told: How it was found by layers.
+        description: How it was found by layers.
     """
 
     way: ByLayers = None  # type: ignore[assignment]
     plain: Callable[[], Tensor] = None  # type: ignore[assignment]
-    told: str = ""
+    description: str = ""
 
 
 class EntriesMatchProducts:
@@ -241,12 +241,12 @@ class EntriesMatchProducts:
 
 
 def _by_layers(ask: DiagonalAsk) -> Tensor:
-    found, ask.told = ask.way.gained(ask.way.entries(ask.way.most))
+    found, ask.description = ask.way.gained(ask.way.entries(ask.way.most))
     return found
 
 
 DIAGONAL = (
-    Way("by layers", _by_layers, words=lambda ask: ask.told, claims=(EntriesMatchProducts(),)),
+    Way("by layers", _by_layers, words=lambda ask: ask.description, claims=(EntriesMatchProducts(),)),
     Way("by products", lambda ask: ask.plain(), leaving="never"),
 )
 

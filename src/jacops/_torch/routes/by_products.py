@@ -50,13 +50,13 @@ class ByProducts:
             share[where] *= 0.5
         for some in self._rounds(most):
             matrix[some] += self._products(some) * share
-        return self._told
+        return self._description
 
     def add_diagonal(self, diagonal: Tensor, most: int) -> str:
         """Add their entries of the diagonal; say how many there were."""
         for some in self._rounds(most):
             diagonal[some] += self._products(some)[:, some].diagonal()
-        return self._told
+        return self._description
 
     def working(self, most: int) -> float:
         """Return the bytes held where an array may hold `most` numbers."""
@@ -66,7 +66,7 @@ class ByProducts:
         return fixed + each * min(_step(most), max(where.stop - where.start for where in self.lost))
 
     @property
-    def _told(self) -> str:
+    def _description(self) -> str:
         return f"; {self.many} of {self.lin.domain.dim} parameters by ordinary sweeps" if self.lost else ""
 
     def _rounds(self, most: int) -> Iterator[slice]:

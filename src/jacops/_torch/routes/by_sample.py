@@ -75,7 +75,7 @@ class SampleFactors:
         self.lin, self.output = self._prepared()
         self.layers = LayerRows(self.lin, 1)
         self.route = ""
-        ask = RowsAsk("factors of rows", what.call, self.lin.trust, rows=self)
+        ask = RowsAsk("factors of rows", what.call, self.lin.proofs, rows=self)
         self.collected: Collected = answer(ask, _FORMS)
         if ask.routes[ask.question].startswith("without"):
             self.route += f", {ask.routes[ask.question]}"
@@ -95,7 +95,7 @@ class SampleFactors:
     def all(self, whole: bool = False) -> Collected:
         """Return the rows of all samples, batch by batch."""
         collected = Collected(self.count, self.output.numel(), self.layers, whole)
-        ask = RowsAsk("samples", self.what.call, self.lin.trust, rows=self, collected=collected)
+        ask = RowsAsk("samples", self.what.call, self.lin.proofs, rows=self, collected=collected)
         for ask.where in self._batches():
             answer(ask, _BATCHES)
         self.route = ask.routes[ask.question]
@@ -111,8 +111,8 @@ class SampleFactors:
         """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed."""
         known = ask.verdicts.refusal(ask.question, "together")
         failed = ask.left is not None and not isinstance(ask.left, RouteUndecidedError)
-        if (failed or known) and not (ask.said or self.what.forced):
-            ask.said = True
+        if (failed or known) and not (ask.warned or self.what.forced):
+            ask.warned = True
             explain_alone(
                 self.what.call, self.what.fallback, str(ask.left if failed or known is None else known.reason)
             )
@@ -146,12 +146,12 @@ class SampleFactors:
             collected.fill(where, entry, layers, operands, layers.sweep([seed.view(output.shape)]))
         self._fill_missing(collected, i, lin)
         # A graph that depends on values is another one each time.
-        if layers.sites and (_habits(lin).reads or lin.trust.needs("rows by uses", lin.domain.names)):
+        if layers.sites and (_habits(lin).reads or lin.proofs.needs("rows by uses", lin.domain.names)):
             mix = private_noise(output)
             pairs = self._pairs(collected, where, lin, [mix], mix.reshape(1, -1))
             if not worst_disagreement(pairs) <= lin.tolerance:
                 raise StructureChangedError("a plain sweep disagrees with them")
-            lin.trust.remember("rows by uses", lin.domain.names)
+            lin.proofs.remember("rows by uses", lin.domain.names)
 
     def _fill_missing(self, collected: Collected, i: int, lin: Linearization) -> None:
         """Fill in the rows of parameters without a rule, by plain sweeps over one sample's graph."""
@@ -172,8 +172,8 @@ class SampleFactors:
         for leaf, part in enumerate(collected.parts(where)):
             if leaf not in collected.missing:
                 ours = part.transposed(mix.to(part.like.dtype).unsqueeze(0))
-                theirs = pulled[leaf]
-                pairs.append((ours, torch.zeros_like(ours) if theirs is None else plain(theirs).reshape(ours.shape)))
+                given = pulled[leaf]
+                pairs.append((ours, torch.zeros_like(ours) if given is None else plain(given).reshape(ours.shape)))
         return pairs
 
     # ---- many samples ----------------------------------------------------------------------------------------
@@ -190,14 +190,14 @@ class SampleFactors:
         lin, seeds = _that_count(batch.lin, self.what.cotangents(batch, values) if self.what.cotangents else None)
         _check_batchable(lin, many)
         route = ("samples apart", self.what.call, lin.domain.names, lin.codomain.names)
-        fresh = lin.trust.needs(*route) or bool(_habits(lin).reads)
+        fresh = lin.proofs.needs(*route) or bool(_habits(lin).reads)
         if fresh:
             self._check_outputs(lin, values, many)
         self._fill_batch(ask.collected, where, lin, seeds)
         if fresh:
             self._check_rows(ask.collected, where, lin, seeds)
             if any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: they agree anyway
-                lin.trust.remember(*route)
+                lin.proofs.remember(*route)
         for i in range(where.start, where.stop) if ask.collected.missing else ():
             self._fill_missing(ask.collected, i, self._record_alone(i).lin)
 
@@ -266,7 +266,7 @@ def _that_count(
 
 
 def _habits(lin: Linearization) -> SideEffects:
-    return lin.trust.effects or SideEffects()
+    return lin.proofs.effects or SideEffects()
 
 
 def _order(many: int) -> Tensor:
@@ -303,13 +303,13 @@ class RowsAsk(Asked):
         rows: What is known of them.
         collected: Where they go.
         where: Which samples.
-        said: The caller was told why samples are taken alone.
+        warned: The caller was warned why samples are taken alone.
     """
 
     rows: SampleFactors = None  # type: ignore[assignment]
     collected: Collected = None  # type: ignore[assignment]
     where: slice = None  # type: ignore[assignment]
-    said: bool = False
+    warned: bool = False
 
 
 _FORMS = (  # factors where all samples enter alike, else whole rows; by plain sweeps where rules give neither

@@ -99,8 +99,8 @@ class HessianLayers:
                     for later, found in _found(second, some, *_swept(second, some, chunk)):
                         add_pairs(diagonal, site, chunk, later, found)
         swept = lin.sweeps - before
-        told = ByProducts.beside(lin, leaves_of(sites), self.ordinary.rows).add_diagonal(diagonal, most)
-        return diagonal, f"through {len(sites)} outputs of layers, {swept} sweeps{told}"
+        beside = ByProducts.beside(lin, leaves_of(sites), self.ordinary.rows).add_diagonal(diagonal, most)
+        return diagonal, f"through {len(sites)} outputs of layers, {swept} sweeps{beside}"
 
     def working(self, most: int) -> float:
         """Return the bytes that the largest round holds."""
@@ -193,9 +193,9 @@ def _found(
     """Yield sites with what the sweeps of a chunk found there."""
     for later, k in zip(sites, seconds, strict=True):
         delta = second.deltas[later.node]
-        mine = {id(use): moved[id(use)] for use in later.uses if id(use) in moved}
-        spread = later.spread(delta.detach().to(k.device)) if mine and delta is not None else None
-        yield later, Found(k, mine, spread)
+        own_moves = {id(use): moved[id(use)] for use in later.uses if id(use) in moved}
+        spread = later.spread(delta.detach().to(k.device)) if own_moves and delta is not None else None
+        yield later, Found(k, own_moves, spread)
 
 
 def _chunks(sites: Sequence[LayerOutput], operands: int, most: int) -> Iterator[Chunk]:
@@ -272,9 +272,9 @@ def operand_by_sample(site: LayerOutput, use: ParameterUse, operand: Tensor) -> 
 
 def _proved(second: Second, sites: Sequence[LayerOutput], many: int) -> list[LayerOutput]:
     """Return the sites at which second derivatives keep samples apart, with the layouts in which they do."""
-    trust, slices = second.lin.trust, second.lin.domain.slices
+    proofs, slices = second.lin.proofs, second.lin.domain.slices
     route = ("samples apart at outputs of layers", many, len(sites))
-    known: dict[int, int] | None = None if trust.needs(*route) else trust.known.get(route)
+    known: dict[int, int] | None = None if proofs.needs(*route) else proofs.known.get(route)
     if known is not None:
         return settled(laid(sites, many, known), slices)
     kept = torch.randperm(many, generator=torch.Generator().manual_seed(0)) < (many + 1) // 2
@@ -283,8 +283,8 @@ def _proved(second: Second, sites: Sequence[LayerOutput], many: int) -> list[Lay
         if found:
             placed = laid(sites, many, found)
             if _apart(second, placed, kept):
-                trust.known[route] = found
-                trust.remember(*route)
+                proofs.known[route] = found
+                proofs.remember(*route)
                 return settled(placed, slices)
     return []
 

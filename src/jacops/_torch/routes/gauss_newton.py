@@ -88,13 +88,13 @@ def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most:
     diagonal = torch.zeros(lin.domain.dim, dtype=lin.domain.dtype, device=lin.domain.device)
     operands, (values, factors) = [site.sample_operand() for site in layers.sites], _factored(H)
     for sign in (1, -1):
-        mine = (values.sign() == sign).to(factors.dtype)
-        seeds = (factors[:, :, k] * mine[:, k : k + 1] for k in range(H.shape[1]) if bool(mine[:, k].any()))
+        of_sign = (values.sign() == sign).to(factors.dtype)
+        seeds = (factors[:, :, k] * of_sign[:, k : k + 1] for k in range(H.shape[1]) if bool(of_sign[:, k].any()))
         for leaf, squares in layers.column_squares(operands, (seed.view(output.shape) for seed in seeds), most):
             diagonal[slices[leaf]].add_(squares.flatten(), alpha=sign)
     swept, lost = lin.sweeps - before, [slices[leaf] for leaf in layers.missing]
-    told = ByProducts(lin, rows, lost).add_diagonal(diagonal, most)
-    return diagonal, f"through {len(layers.sites)} outputs of layers, {swept} sweeps{told}"
+    beside = ByProducts(lin, rows, lost).add_diagonal(diagonal, most)
+    return diagonal, f"through {len(layers.sites)} outputs of layers, {swept} sweeps{beside}"
 
 
 @dataclass(eq=False)

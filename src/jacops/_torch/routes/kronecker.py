@@ -156,7 +156,7 @@ class RecordedBatch:
     def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site, all cotangents in one sweep where that is known to be right."""
         return answer(
-            SeedsAsk("pull", self.lin.call, self.lin.trust, layers=self._layers, sites=sites, seeds=seeds), _AT_SITES
+            SeedsAsk("pull", self.lin.call, self.lin.proofs, layers=self._layers, sites=sites, seeds=seeds), _AT_SITES
         )
 
     def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:

@@ -48,16 +48,16 @@ def row_cotangents(
     if values is None:
         return alone(range(many))
     arrays = tuple((t.shape, t.dtype, t.device) for t in (*outputs, *targets))
-    values.look_up(store_for(loss, ("losses of rows", arrays), lin.trust.checks, many), SideEffects())
-    if values.trust.refused("losses", "together"):
+    values.look_up(store_for(loss, ("losses of rows", arrays), lin.proofs.checks, many), SideEffects())
+    if values.proofs.refused("losses", "together"):
         return alone(range(many))
     found = _pulled(values)
-    if values.trust.needs("losses together"):
+    if values.proofs.needs("losses together"):
         picked = torch.randperm(many, generator=torch.Generator().manual_seed(0))[:_TRIED].tolist()
         if not _agree(found, alone(picked), picked, lin.tolerance):
-            values.trust.refuse("losses", "together", "under vmap they differ from those of single rows")
+            values.proofs.refuse("losses", "together", "under vmap they differ from those of single rows")
             return alone(range(many))
-        values.trust.remember("losses together")
+        values.proofs.remember("losses together")
     return found
 
 
@@ -89,7 +89,7 @@ def _gradients(
     leaves = [(o[where] if _by_row(o, many) else o.detach()).requires_grad_() for o in outputs]
     with recording(), random_state_kept():
         value = call_loss(loss, *build([leaf.clone() for leaf in leaves], [t[where] for t in targets]))
-    return _pulled(_tape(value, leaves))
+    return _pulled(_linearized(value, leaves))
 
 
 @restoring
@@ -109,14 +109,14 @@ def _vectorised(
         with recording(), random_state_kept():
             mapped = torch.func.vmap(of_row, in_dims=(axes, [0] * len(targets)))
             values = mapped([leaf.clone() for leaf in leaves], list(targets))
-        return _tape(values.sum(), leaves) if values.shape == (many,) else None
+        return _linearized(values.sum(), leaves) if values.shape == (many,) else None
     except Exception as error:
         if must_surface(error):
             raise
         return None  # what is wrong with the loss itself shows when it is called for a row alone
 
 
-def _tape(value: Tensor, leaves: Sequence[Tensor]) -> Linearization:
+def _linearized(value: Tensor, leaves: Sequence[Tensor]) -> Linearization:
     names = [f"output[{i}]" for i in range(len(leaves))]
     return Linearization(
         leaves, [value], leaf_names=names, output_names=["loss"], call="the loss of a row", private=True

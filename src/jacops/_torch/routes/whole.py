@@ -126,7 +126,7 @@ class LayerRoute:
         return sum(at_sites.values()) + sum(use.patch_bytes for use in uses)
 
     def _is_new(self) -> bool:
-        return self.lin.trust.needs("by layers", BlocksMatchPlain.name, self.lin.domain.names)
+        return self.lin.proofs.needs("by layers", BlocksMatchPlain.name, self.lin.domain.names)
 
     # ---- running it --------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ class WholeAsk:
     @property
     def verdicts(self) -> Proofs:
         """What is known of the graph."""
-        return self.lin.trust
+        return self.lin.proofs
 
     @cached_property
     def result(self) -> int:

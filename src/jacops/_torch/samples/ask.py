@@ -57,7 +57,7 @@ class BatchAsk:
     question, argument = "samples", "mode="
 
     def __post_init__(self) -> None:
-        self.known = self.apart  # the caller has been told
+        self.known = self.apart  # the caller has been warned
         self.call = self.runner.call
         self.shape = self.many = self.where.stop - self.where.start
         self._unknown = Proofs("never")
@@ -65,7 +65,7 @@ class BatchAsk:
     @property
     def verdicts(self) -> Proofs:
         """What is known of the recorded graph."""
-        return self.run.lin.trust if self.run is not None else self._unknown
+        return self.run.lin.proofs if self.run is not None else self._unknown
 
     @property
     def lin(self) -> Linearization:

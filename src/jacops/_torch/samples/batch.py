@@ -176,7 +176,7 @@ class Samples:
         lin, values = ask.run.lin if ask.run is not None else ask.lin, ask.values
         if ask.fresh and not ask.undecided and any(bool((v != v[:1]).any()) for v in values):
             # Equal rows prove nothing: they agree anyway.
-            for proofs in (lin.trust, swept.trust):
+            for proofs in (lin.proofs, swept.proofs):
                 proofs.remember("samples apart", ask.many)
         for out, tensor in enumerate(lin.outputs):
             ask.result.output[out][ask.where] = tensor.detach()
@@ -201,7 +201,7 @@ class Samples:
         many = values[0].shape[0]
         if store.assumed is not None or self.checks == "never":
             run = self._known_split(values, store, mode) or self.runner.run(values, store)
-            proofs = run.lin.trust
+            proofs = run.lin.proofs
             if proofs.refusal("samples", "together") is not None or not proofs.needs("samples apart", many):
                 return run, None
             del run, proofs  # its graph would stand beside those of the parts
@@ -217,7 +217,7 @@ class Samples:
         if mode not in ("auto", "split") or path is None or effects is None:
             return None
         run = self.runner.split(values, store, effects, path)
-        return None if run is None or run.lin.trust.needs("samples apart", values[0].shape[0]) else run
+        return None if run is None or run.lin.proofs.needs("samples apart", values[0].shape[0]) else run
 
     # ---- do samples mix? -------------------------------------------------------------------------------------
 

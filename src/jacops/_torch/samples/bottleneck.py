@@ -93,7 +93,7 @@ class Split:
         split = whole
         if whole is not None and whole.head is None:
             split = ask.runner.split(ask.values, ask.store, whole.effects, path)
-            ask.store.latest = whole.lin.trust
+            ask.store.latest = whole.lin.proofs
         if split is None or split.head is None:
             raise RouteFailedError(f"a path leads around {path}")
         ask.result.proved = _fill(split.head, split.lin, ask.result.blocks, ask.where)
@@ -114,7 +114,7 @@ def _fill(head: Linearization, tail: Linearization, blocks: list[list[Tensor]], 
     last = torch.empty(many, *output.shape[1:], *hidden.shape[1:], **options)
     for part, target in ((head, first), (tail, last)):
         rows, columns = counts(part)
-        pushes = columns + 1 < rows and not part.trust.refused("push", "double backward")
+        pushes = columns + 1 < rows and not part.proofs.refused("push", "double backward")
         sweep(part, [[target]], slice(0, many), "forward" if pushes else "reverse")
     rows, width, columns = (t.shape[1:].numel() for t in (output, hidden, leaf))
     target = blocks[0][0][where].view(many, rows, columns)

@@ -121,7 +121,7 @@ class KeptGraph:
         graph = batch.store.known.pop("graph")  # kept where it is still right
         if where.start == 0:  # once in a call
             few = batch.runner.run([v[:2] for v in batch.values])
-            if few.lin.trust is not graph.proofs or graph.proofs.needs("compiled"):
+            if few.lin.proofs is not graph.proofs or graph.proofs.needs("compiled"):
                 raise RouteFailedError("two samples are recorded in another way")
             result.prepare(few)
         output = graph.fill(batch, [block[where] for block in result.blocks[0]])
@@ -160,7 +160,7 @@ class NewGraph(KeptGraph):
         known["tries"] = known.get("tries", 0) + 1
         if run is None or run.head is not None or run.effects.writes or len(run.lin.outputs) != 1:
             raise RouteFailedError("only whole models with one output tensor that write into nothing are compiled")
-        output, few = run.lin.outputs[0].detach(), batch.runner.run([v[:2] for v in batch.values]).lin.trust
+        output, few = run.lin.outputs[0].detach(), batch.runner.run([v[:2] for v in batch.values]).lin.proofs
         group = math.ceil(output[0].numel() / math.ceil(output[0].numel() / _GROUP))
         graph = Compiled(_traced(batch, run, group), group, torch.empty_like(output), few)
         blocks = [block[batch.where] for block in batch.result.blocks[0]]

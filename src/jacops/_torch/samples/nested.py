@@ -103,7 +103,7 @@ class JacobianFunction:
             output_names=[f"output[{i}]" for i in range(len(outputs))],
             call=self.call,
             private=True,
-            trust=Proofs("never"),
+            proofs=Proofs("never"),
             coarse=autocast_on(outputs),
         )
         slopes = _shared_sweeps(lin, many)

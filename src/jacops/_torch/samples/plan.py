@@ -171,7 +171,7 @@ def is_small(samples: Samples, batch_size: int) -> bool:
 
 
 def planned(samples: Samples, batch_size: int, budget: Budget, mode: str, allocated: bool = True) -> SamplePlan:
-    """Return how a call would go, from runs of one and of two samples, remembered with the trust in the model.
+    """Return how a call would go, from runs of one and of two samples, kept with the proofs about the model.
 
     Args:
         samples: A model and its batch.

@@ -45,7 +45,7 @@ class Run:
     @property
     def effects(self) -> SideEffects:
         """What the forward was seen to do besides arithmetic."""
-        return self.lin.trust.effects or SideEffects()
+        return self.lin.proofs.effects or SideEffects()
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Runner:
             return done, done.lin
 
         done = watched(store or self.store(values), record, self._parameters())
-        trust = done.lin.trust
-        trust.widths = done.widths = done.widths or trust.widths
+        proofs = done.lin.proofs
+        proofs.widths = done.widths = done.widths or proofs.widths
         return done
 
     def store(self, values: Sequence[Tensor]) -> ProofStore:
@@ -191,13 +191,13 @@ class Runner:
         protected = [p for p in replica.originals.values() if p.requires_grad] if replica is not None else []
         head = None
         if path is not None and cut is not None:
-            head = self._tape(leaves, {path: cut.before[0]}, protected)
+            head = self._linearized(leaves, {path: cut.before[0]}, protected)
         if cut is not None and cut.leaves:
             leaves = [(str(path or self.at), leaf) for leaf in cut.leaves]
-        lin = self._tape(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
+        lin = self._linearized(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
         return Run(lin, tree, head, widths)
 
-    def _tape(
+    def _linearized(
         self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], protected: list[Tensor]
     ) -> Linearization:
         lin = Linearization(

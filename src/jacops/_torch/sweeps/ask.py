@@ -38,5 +38,5 @@ class SweepAsk:
 
     def __post_init__(self) -> None:
         lin = self.lin
-        self.call, self.fallback, self.verdicts, self.routes = lin.call, lin.fallback, lin.trust, lin.routes
+        self.call, self.fallback, self.verdicts, self.routes = lin.call, lin.fallback, lin.proofs, lin.routes
         self.shape = self.many  # proofs are per number of rows

@@ -25,7 +25,7 @@ from .record import Recording
 
 
 @restoring
-def gradient_tape(found: Recording, call: str) -> Linearization:
+def gradient_linearization(found: Recording, call: str) -> Linearization:
     """Return the linearization of a loss's gradient, ready to be differentiated again.
 
     Raises:
@@ -57,7 +57,7 @@ def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None
             "its second derivative does not exist, and torch would drop it silently. Write its backward with "
             "differentiable operations."
         )
-    if not gradient.trust.needs("symmetric") or not is_finite(lin.outputs[0]):
+    if not gradient.proofs.needs("symmetric") or not is_finite(lin.outputs[0]):
         return  # a loss that is not finite proves nothing; the operator made of it names the row, if it checks
     u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))
 
@@ -70,7 +70,7 @@ def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None
     scale = math.hypot(*map(size, found))
     if gap <= gradient.tolerance * scale:
         if scale:  # zero is symmetric whatever an operation's second derivative is
-            gradient.trust.remember("symmetric")
+            gradient.proofs.remember("symmetric")
     elif not gap <= rounding_error(products, found):
         raise asymmetric(call, gap / scale, lin.graph_info.functions)
 

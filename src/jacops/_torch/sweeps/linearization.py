@@ -46,7 +46,7 @@ class Linearization:
         call: The public call on whose behalf this is done.
         aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
         private: Nobody but this linearization holds the leaves, so `.backward` may write into them.
-        trust: What earlier calls proved about this graph.
+        proofs: What earlier calls proved about this graph.
         fallback: `"warn"`, `"silent"` or `"error"` when a fast route is left.
         coarse: Values were computed in lower precision than their dtypes say (autocast).
     """
@@ -61,7 +61,7 @@ class Linearization:
         call: str,
         aliased_leaves: Sequence[tuple[int, Tensor]] = (),
         private: bool = False,
-        trust: Proofs | None = None,
+        proofs: Proofs | None = None,
         fallback: str = "warn",
         coarse: bool = False,
     ) -> None:
@@ -70,7 +70,7 @@ class Linearization:
         self.domain = Space.of(self.leaves, leaf_names, device)
         self.codomain = Space.of(self.outputs, output_names, device)
         self.call, self.aliased_leaves, self.private = call, tuple(aliased_leaves), private
-        self.trust, self.fallback = trust or Proofs(), fallback
+        self.proofs, self.fallback = proofs or Proofs(), fallback
         self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *([torch.bfloat16] if coarse else [])])
         self.routes: dict[str, str] = {}
         self.store: ProofStore | None = None
@@ -96,11 +96,11 @@ class Linearization:
     def compare(self, other: Linearization) -> None:
         """Learn from another recording, of fewer samples, which tensors in the graph are constants."""
         if self.store is not None:
-            self.rely_on(self.trust.beside(self.store.refined(self.graph_info, other.graph_info)))
+            self.rely_on(self.proofs.beside(self.store.refined(self.graph_info, other.graph_info)))
 
     def rely_on(self, proofs: Proofs) -> SideEffects | None:
         """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""
-        self.trust = proofs
+        self.proofs = proofs
         if proofs.effects is not None and proofs.effects.coarse is not None:
             self.tolerance = max(self.tolerance, tolerance([proofs.effects.coarse]))
         return proofs.effects
@@ -118,7 +118,7 @@ class Linearization:
         leaf_names = [*(self.domain.names[i] for i in some), *more]
         kept = [*(self.leaves[i] for i in some), *more.values()]
         other = Linearization(kept, outputs, leaf_names=leaf_names, output_names=names, call=call or self.call)
-        for name in ("private", "trust", "fallback", "protected", "weights"):
+        for name in ("private", "proofs", "fallback", "protected", "weights"):
             setattr(other, name, getattr(self, name))
         other.aliased_leaves = tuple((some.index(i), tensor) for i, tensor in self.aliased_leaves if i in some)
         other.tolerance = max(other.tolerance, self.tolerance)

@@ -28,7 +28,7 @@ class MatchesPlain:
     name, always = "matches plain", False
 
     def evidence(self, route: Any, ask: SweepAsk, found: Rows) -> bool:
-        """Return whether the rows were told from rounding.
+        """Return whether the rows were distinguished from rounding.
 
         Raises:
             RouteWrongError: They disagree.

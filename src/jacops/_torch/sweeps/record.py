@@ -77,7 +77,7 @@ def record_closure(
 
 
 def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
-    """Return a key under which trust in a model holds: its modules, modes and shapes, and the inputs'."""
+    """Return a key under which proofs about a model hold: its modules, modes and shapes, and the inputs'."""
     modules = list(model.modules())
     parts = [
         (id(m), type(m), getattr(m, "training", False), len(m._forward_hooks), len(m._forward_pre_hooks))
@@ -110,7 +110,7 @@ def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | 
         done, lin = record(assumed, None)
         if lin.look_up(store) is not None:
             return done
-        plain = lin.graph_info.wiring, lin.trust
+        plain = lin.graph_info.wiring, lin.proofs
         del done, lin  # another graph than those that are known: what it does besides is not known either
     for cloned in (False, True):
         watch = SideEffectWatch([] if cloned else guarded)
@@ -219,7 +219,7 @@ class ModelRun:
         store = store_for(module, key, self.checks, _rows(tensors))
         found = watched(store, partial(self._record, copies), [*module.parameters(), *copies.values()])
         if weights is not None:
-            found.lin.trust = KeptProofs(found.lin.trust, lambda: weights.changed_in(module) is None)
+            found.lin.proofs = KeptProofs(found.lin.proofs, lambda: weights.changed_in(module) is None)
         return found
 
     @restoring
@@ -291,7 +291,7 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
         call: The public call on whose behalf this is done.
     """
     lin, store = found.lin, found.lin.store
-    own = ProofStore(lin.trust.checks)
+    own = ProofStore(lin.proofs.checks)
     if store is not None:
         own = store.known.take(
             ("further", identity_key(purpose)), lambda: ProofStore(store.checks, store.function, store.many)
@@ -307,9 +307,9 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
         return Recording(further := lin.to(flat, tree.names, call), tree, output, found.inputs), further
 
     result = watched(own, record, lin.protected)
-    result.lin.trust.effects = _joined(lin.trust.effects, result.lin.trust.effects)
-    if isinstance(lin.trust, KeptProofs):
-        result.lin.trust = lin.trust.beside(result.lin.trust)
+    result.lin.proofs.effects = _joined(lin.proofs.effects, result.lin.proofs.effects)
+    if isinstance(lin.proofs, KeptProofs):
+        result.lin.proofs = lin.proofs.beside(result.lin.proofs)
     return result
 
 
@@ -325,7 +325,7 @@ def record_at_outputs(found: Recording, finish: Callable[[Any], Any], purpose: A
         leaves, tensors, leaf_names=lin.codomain.names, output_names=tree.names, call=call, private=True
     )
     arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-    outer.look_up(store_for(purpose, ("at outputs", arrays), lin.trust.checks), SideEffects())
+    outer.look_up(store_for(purpose, ("at outputs", arrays), lin.proofs.checks), SideEffects())
     return Recording(outer, tree, value)
 
 
