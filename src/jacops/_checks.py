@@ -14,11 +14,12 @@ from ._operators import Operator
 from ._recorded_loss import check_usable, trainable
 from ._runtime.agreement import inner, size, tolerance
 from ._runtime.contexts import eager, private_noise
+from ._saving import Savable
 from ._torch.protocol import record_model
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Savable):
     """How far two ways to the same number are apart.
 
     Attributes:

@@ -10,6 +10,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from .._saving import Savable
 from .._space import Space
 from ._base import OnSpace
 
@@ -20,7 +21,7 @@ FORMS: tuple[Form, ...] = ("kronecker", "exact", "diagonal")
 
 @final
 @dataclass(frozen=True, eq=False)
-class KroneckerBlock:
+class KroneckerBlock(Savable):
     r"""A weight `(g * p, q)` in g groups, each with the eigenvectors $U \otimes V$; a bias is its last column.
 
     Attributes:
@@ -65,7 +66,7 @@ def _both_sides(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> 
 
 @final
 @dataclass(frozen=True, eq=False)
-class DenseBlock:
+class DenseBlock(Savable):
     """Some parameters with all of their curvature.
 
     Attributes:
@@ -90,7 +91,7 @@ class DenseBlock:
 
 @final
 @dataclass(frozen=True, eq=False)
-class DiagonalBlock:
+class DiagonalBlock(Savable):
     """Parameters of whose curvature only the diagonal is kept.
 
     Attributes:

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 from .._keywords import unknown
 from .._ladder.route import candidates
 from .._runtime.memory import in_words
+from .._saving import Savable
 from ..errors import InputError, InputTypeError
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class PlannedRoute:
+class PlannedRoute(Savable):
     """One way to an answer.
 
     Attributes:
@@ -37,7 +38,7 @@ class PlannedRoute:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Savable):
     """What a call will take.
 
     Attributes:
