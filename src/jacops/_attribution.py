@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ._finite import check_outputs, require_finite
+from ._interop import ArrayLike
 from ._keywords import keywords
 from ._projections import Projection
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
 from ._runtime.memory import Budget
+from ._saving import Savable
 from ._torch.protocol import At, FollowedModel, Samples, bare, check_identity, check_slopes, summed
 from ._trees import Selector
 from .errors import InputError, InputTypeError, warn
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class JacobianVerification:
+class JacobianVerification(Savable):
     """How well `Z = J X` holds.
 
     Attributes:
@@ -194,7 +196,7 @@ def _range(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contributions:
+class Contributions(ArrayLike, Savable):
     """What every feature adds to every output, what none of them does, and whether that is all.
 
     Attributes:
@@ -217,6 +219,7 @@ class Contributions:
     verification: JacobianVerification
     slope_error: float
     notes: tuple[str, ...]
+    _array: ClassVar[str] = "values"
 
     def __repr__(self) -> str:
         n, out, *features = self.values.shape

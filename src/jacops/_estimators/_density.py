@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._interop import ArrayLike
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
 from .._requirements import check_positive
 from .._runtime.contexts import eager
+from .._saving import Savable
 from ..errors import InputError, MemoryBudgetError, MissingExtraError, explain
 from ._eigenpairs import working_dtype
 from ._probes import Estimate, check_probes, check_symmetric, chunk_of, mean_of, signs
@@ -27,7 +29,7 @@ _DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decompo
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SpectralDensity:
+class SpectralDensity(ArrayLike, Savable):
     r"""How the eigenvalues of an operator are spread, from random vectors, with the spread between these.
 
     Every probe gives a quadrature rule, eigenvalues (`nodes`) and shares (`weights`), whose mean over probes stands

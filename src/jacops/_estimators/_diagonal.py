@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, overload
+from dataclasses import dataclass
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
 
+from .._interop import ArrayLike, Unpacked
 from .._keywords import keywords
 from .._operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from .._operators._algebra import Product, Scaled, Sum, Transposed
@@ -15,11 +17,13 @@ from .._operators._data import BlockDiagonal, SumOver
 from .._operators._finite_results import check_result
 from .._requirements import check_choice
 from .._runtime.contexts import eager
+from .._saving import Savable
 from ._leave_one_out import ProbeSketch, sketched
 from ._probes import check_probes, check_square, chunk_of, left_out_mean, product, signs, units
 
 
-class DiagonalEstimate(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DiagonalEstimate(ArrayLike, Unpacked, Savable):
     """A diagonal and how far each entry may be off.
 
     Attributes:
@@ -29,6 +33,7 @@ class DiagonalEstimate(NamedTuple):
 
     value: Tensor
     standard_error: Tensor
+    _array: ClassVar[str] = "value"
 
 
 @overload

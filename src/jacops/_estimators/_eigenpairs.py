@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._interop import ArrayLike
 from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
 from .._operators import Operator
 from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
+from .._saving import Savable
 from ..errors import SolveError
 from ._probes import check_symmetric, product
 
@@ -20,7 +22,7 @@ _BLOCK = 8  # vectors to a step: products share passes, and eigenvalues of multi
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Eigenpairs:
+class Eigenpairs(ArrayLike, Savable):
     """Eigenvalues and eigenvectors with their certificates.
 
     For every pair an eigenvalue of the operator lies within `residuals` of `values` (Weyl); to first order in the gap

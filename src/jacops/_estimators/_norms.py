@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from .._interop import ArrayLike, Unpacked
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
 from .._requirements import check_positive
 from .._runtime.contexts import eager
+from .._saving import Savable
 from ._eigenpairs import working_dtype
 from ._probes import Estimate, check_probes, chunk_of, mean_of, product, signs, units
 
 _FAILURE = 1e-3  # probability over the start that the upper bound fails, as `_upper_bound` says
 
 
-class SpectralNorm(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SpectralNorm(ArrayLike, Unpacked, Savable):
     """A spectral norm between bounds.
 
     Attributes:
@@ -34,6 +38,7 @@ class SpectralNorm(NamedTuple):
     upper: float
     converged: bool
     products: int
+    _array: ClassVar[str] = "value"
 
 
 @keywords()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +11,10 @@ from torch import Tensor
 from .._operators import Operator
 from .._space import Space
 from ..errors import InputError
+from ._estimate import Estimate
 
 _CHUNK_ENTRIES = 2**22  # 32 MiB of vectors and images in float64, as in `_runtime.chunks`
 _CHUNK_ROWS = 64  # as in `_runtime.chunks`
-
-
-class Estimate(NamedTuple):
-    """A number and how far it may be off.
-
-    Attributes:
-        value: The estimate.
-        standard_error: One standard error of it; 0 where it is exact.
-    """
-
-    value: float
-    standard_error: float
 
 
 def mean_of(values: Tensor) -> Estimate:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from .._interop import ArrayLike
 from .._problem import Problem
+from .._saving import Savable
 from ..errors import InputError, MissingExtraError
 from ..solvers import Solution, Status
 from ..solvers._solution import gravest, level_text, residual_text
@@ -34,7 +36,7 @@ class InfluenceFactors(InverseHvpResult[Tensor]):  # pyright: ignore[reportInval
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Influences:
+class Influences(ArrayLike, Savable):
     """Influences of training samples on test samples, and how they were made.
 
     Attributes:
@@ -54,6 +56,7 @@ class Influences:
     damping: float
     info: dict[str, Any]
     shares: Tensor = field(default_factory=lambda: torch.empty(0))
+    _array: ClassVar[str] = "values"
 
     @property
     def shape(self) -> torch.Size:

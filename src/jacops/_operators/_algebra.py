@@ -360,4 +360,4 @@ class Diagonal(InMemory):
         matrix.diagonal().add_(self.entries, alpha=0.5 * weight if half else weight)
 
 
-COMPOSED.update(transposed=Transposed, product=Product, sum=Sum, scaled=Scaled)
+COMPOSED.update(transposed=Transposed, product=Product, sum=Sum, scaled=Scaled, identity=Identity, matrix=Matrix)

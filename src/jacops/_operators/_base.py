@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from .._finite import check_vector
 from .._runtime.contexts import eager
 from .._runtime.memory import Budget
+from .._saving import Savable
 from .._space import Space
 from .._torch.protocol import PreparedFill, VerificationError, mirror
-from ..errors import InputError, InputTypeError
+from ..errors import InputError
+from ._arithmetic import COMPOSED, Arithmetic, ScalarIdentity, not_a_tensor
 from ._dense import IN_MEMORY, DenseLimits, FillRoute, Headroom, by_products, is_counted, matrix_place
 from ._finite_results import Source, check_result
 from ._noise import Moments, relative_noise
@@ -33,11 +35,9 @@ class Formed(Protocol):
 
 
 _GRAM_ENTRIES = 2**26  # 512 MiB in float64: larger matrices are not formed, but applied to an eighth of that at a time
-# What operators are composed to; `_algebra`, which builds on this module, puts its classes here when it is imported.
-COMPOSED: dict[str, Callable[..., Operator]] = {}
 
 
-class Operator(ABC):
+class Operator(Arithmetic, Savable, ABC):
     r"""A linear map $A$ that is applied, composed and transposed without being formed.
 
     A concrete operator says what its axes mean (`domain`, `codomain`) and how it acts on rows, `_apply` and
@@ -109,13 +109,14 @@ class Operator(ABC):
         """Compose with an operator, or apply to a vector, to columns, or to a tree of tensors."""
         if isinstance(other, Operator):
             return COMPOSED["product"](self, other)
+        if isinstance(other, ScalarIdentity):
+            return other.factor * self
         if isinstance(other, list | tuple | Mapping):
             names = self.codomain.names
             image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
             return dict(zip(names, image, strict=True)) if isinstance(other, Mapping) else image
         if not isinstance(other, Tensor):
-            needed = "a tensor, a tree of tensors or an operator is needed"
-            raise InputTypeError.of("the right-hand side of @", f"a {type(other).__name__}", needed)
+            raise not_a_tensor(other, "right")
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
             needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
             todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
@@ -138,24 +139,6 @@ class Operator(ABC):
         if self.check_finite:
             check_vector(type(self).__name__, "v", [rows])
         return check_result(self, self._apply(rows), "a product")
-
-    def __rmul__(self, factor: float) -> Operator:
-        """Scale."""
-        return COMPOSED["scaled"](self, float(factor)) if isinstance(factor, int | float) else NotImplemented
-
-    __mul__ = __rmul__
-
-    def __neg__(self) -> Operator:
-        """Scale by -1."""
-        return -1.0 * self
-
-    def __add__(self, other: Operator) -> Operator:
-        """Add an operator between the same spaces."""
-        return COMPOSED["sum"](self, other) if isinstance(other, Operator) else NotImplemented
-
-    def __sub__(self, other: Operator) -> Operator:
-        """Subtract an operator between the same spaces."""
-        return self + (-other) if isinstance(other, Operator) else NotImplemented
 
     @eager
     def dense(self, out: Any = None, *, budget: Budget = None, check_finite: bool = True) -> Tensor:

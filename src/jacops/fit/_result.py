@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._interop import ArrayLike
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
+from .._saving import Savable
 from ..errors import InputError, SolveError
 from ._solvers import LEAST_PIVOT, factorised
 from ._system import LinearizedFit, Singular
@@ -19,7 +21,7 @@ from ._table import parameter_lines, step_lines
 
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepRecord(Savable):
     """One step, taken or not.
 
     Attributes:
@@ -61,7 +63,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class LeastSquaresResult:
+class LeastSquaresResult(ArrayLike, Savable):
     r"""Where a least-squares call ended.
 
     Attributes:
@@ -76,7 +78,7 @@ class LeastSquaresResult:
         nfev: Forward passes.
         njev: Jacobians.
         route: How Jacobians were taken, and why.
-        plan: The sparse plan, to be given to a later call.
+        plan: The sparse plan, to be given to a later call; `save` leaves it out, since it has a file of its own.
         certificate: The evidence that the point is a minimum, as in `success`; empty where there is none.
         predicted: The reduction that an undamped Gauss-Newton step predicts where it was last computed, relative to
             the objective; NaN where it was not needed or could not be computed.
@@ -94,7 +96,7 @@ class LeastSquaresResult:
     nfev: int
     njev: int
     route: str
-    plan: Any = None
+    plan: Any = field(default=None, metadata={"saved": False})
     certificate: str = ""
     predicted: float = float("nan")
     method: str = "least squares"

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
+
+from .._interop import ArrayLike
+from .._saving import Savable
 
 
 class Status(StrEnum):
@@ -71,7 +74,7 @@ def gravest(statuses: Iterable[str]) -> Status:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Solution:
+class Solution(ArrayLike, Savable):
     r"""Solutions of $(A + \lambda I) x = b$, one row per right-hand side.
 
     Attributes:
@@ -96,6 +99,7 @@ class Solution:
     damping: float
     method: str
     info: dict[str, Any] = field(default_factory=dict)
+    _array: ClassVar[str] = "x"
 
     @property
     def converged(self) -> bool:

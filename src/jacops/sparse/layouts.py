@@ -9,7 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from .._interop import ArrayLike
 from .._runtime.restoring import WarningsIgnored, restoring
+from .._saving import Savable
 from .._torch.protocol import Linearization
 from ._compress import Assembly, Compressed
 from ._matrix import sp
@@ -20,7 +22,7 @@ LAYOUTS = ("scipy", "coo", "csr", "bsr")
 
 
 @dataclass(frozen=True, eq=False)
-class SparseJacobian:
+class SparseJacobian(ArrayLike, Savable):
     """A sparse Jacobian, and the output at the same point.
 
     Attributes:
