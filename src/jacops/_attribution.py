@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ._finite import check_outputs, require_finite
-from ._interop import ArrayLike
+from ._interop import ArrayLike, as_array
 from ._keywords import keywords
 from ._projections import Projection
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
 from ._runtime.memory import Budget
 from ._saving import Savable
+from ._tables import Names, contribution_table
 from ._torch.protocol import At, FollowedModel, Samples, bare, check_identity, check_slopes, summed
 from ._trees import Selector
 from .errors import InputError, InputTypeError, warn
 
 if TYPE_CHECKING:
+    import pandas
     from numpy.typing import NDArray
 
     Array = NDArray[Any] | Tensor
@@ -220,6 +222,27 @@ class Contributions(ArrayLike, Savable):
     slope_error: float
     notes: tuple[str, ...]
     _array: ClassVar[str] = "values"
+
+    def to_pandas(
+        self, *, samples: Names = None, outputs: Names = None, features: Names = None, bias: bool = False
+    ) -> pandas.DataFrame:
+        """Return the contributions as a table of one row per sample, output and feature.
+
+        Args:
+            samples: Names of the samples; by default positions.
+            outputs: Names of the outputs.
+            features: Names of the features.
+            bias: Add a row of feature `"bias"` per sample and output, so that rows sum to the output.
+
+        Returns:
+            A table with columns `sample`, `output`, `feature` (`feature_0`, … where there are several axes), `value`.
+
+        Raises:
+            MissingExtraError: Pandas is not installed (extra `pandas`).
+            InputError: Names are too few or too many, or `bias` is asked of features with several axes.
+        """
+        constants = as_array(self.bias) if bias else None
+        return contribution_table(as_array(self), constants, samples, outputs, features)
 
     def __repr__(self) -> str:
         n, out, *features = self.values.shape

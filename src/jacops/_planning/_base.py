@@ -7,13 +7,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._keywords import unknown
 from .._ladder.route import candidates
 from .._runtime.memory import in_words
 from .._saving import Savable
+from .._tables import record_table
 from ..errors import InputError, InputTypeError
+
+if TYPE_CHECKING:
+    import pandas
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -73,6 +77,14 @@ class Plan(Savable):
     def fits(self) -> bool:
         """Whether the chosen route keeps to the budget; where not, the call raises `MemoryBudgetError`."""
         return self.peak_bytes <= self.budget_bytes
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the routes as a table, one row each, with a column per field of `PlannedRoute`.
+
+        Raises:
+            MissingExtraError: Pandas is not installed (extra `pandas`).
+        """
+        return record_table(self.routes, PlannedRoute, "name")
 
     def __repr__(self) -> str:
         verdict = "" if self.fits else " (over the budget: the call will refuse)"

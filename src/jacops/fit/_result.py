@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +14,14 @@ from .._interop import ArrayLike
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from .._saving import Savable
+from .._tables import record_table
 from ..errors import InputError, SolveError
 from ._solvers import LEAST_PIVOT, factorised
 from ._system import LinearizedFit, Singular
 from ._table import parameter_lines, step_lines
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,14 @@ class LeastSquaresResult(ArrayLike, Savable):
             raise InputError.of("the problem", came, "the variance is estimated from what is left over", todo)
         inverse = _inverse_part(self._system, wanted, self)
         return inverse if absolute else inverse * (2 * self.cost / (rows - size))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the log as a table: one row per step tried, one column per field of `StepRecord`.
+
+        Raises:
+            MissingExtraError: Pandas is not installed (extra `pandas`).
+        """
+        return record_table(self.log, StepRecord, "step")
 
     def __repr__(self) -> str:
         first = self.log[0].objective if self.log else self.cost
