@@ -14,6 +14,7 @@ from .._interop import ArrayLike
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
+from .._progress import shows_progress
 from .._requirements import check_positive
 from .._runtime.contexts import eager
 from .._saving import Savable
@@ -127,6 +128,7 @@ class SpectralDensity(ArrayLike, Savable):
 
 @keywords()
 @eager
+@shows_progress("products")
 def spectral_density(
     operator: Operator,
     probes: int = 10,
@@ -135,6 +137,7 @@ def spectral_density(
     width: float | None = None,
     grid: int | Tensor = 512,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> SpectralDensity:
     r"""Estimate the spectral density of a symmetric operator, with error bars over probes.
 
@@ -150,6 +153,7 @@ def spectral_density(
         width: Standard deviation of the Gaussian that smooths the density; by default a hundredth of the range.
         grid: Number of points over the range, or the points themselves.
         seed: Seeds a private generator.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Raises:
         InputError: The operator is not known to be symmetric, or an argument is out of range.
@@ -219,8 +223,15 @@ def _quadrature(operator: Operator, probes: int, steps: int, seed: int) -> tuple
 
 @keywords()
 @eager
+@shows_progress("products")
 def effective_dimension(
-    operator: Operator, damping: float, probes: int | None = None, steps: int = 80, seed: int = 0
+    operator: Operator,
+    damping: float,
+    probes: int | None = None,
+    steps: int = 80,
+    seed: int = 0,
+    *,
+    progress: bool | None = None,
 ) -> Estimate:
     r"""Return $\mathrm{tr} A (A + \lambda I)^{-1}$, how many directions stand out against the damping $\lambda$.
 
@@ -232,6 +243,7 @@ def effective_dimension(
         probes: Number of random vectors, at least 2; None for the exact number.
         steps: Lanczos steps of each probe.
         seed: Seeds a private generator.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Raises:
         InputError: The operator is not known to be positive, or `damping` is not.

@@ -11,6 +11,7 @@ from .._interop import ArrayLike
 from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
 from .._operators import Operator
+from .._progress import shows_progress
 from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
 from .._saving import Savable
@@ -59,6 +60,7 @@ class Eigenpairs(ArrayLike, Savable):
 
 @keywords()
 @eager
+@shows_progress("products")
 def eigenpairs(
     operator: Operator,
     count: int = 1,
@@ -68,6 +70,7 @@ def eigenpairs(
     max_products: int | None = None,
     seed: int = 0,
     on_failure: str = "raise",
+    progress: bool | None = None,
 ) -> Eigenpairs:
     """Return some extreme eigenpairs of a symmetric operator, by restarted block Lanczos.
 
@@ -82,6 +85,7 @@ def eigenpairs(
         max_products: How many vectors may be mapped; by default 40 per pair and 1000 more.
         seed: Seeds a private generator.
         on_failure: `"raise"`, or `"return"` what there is.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
         Values in descending order for `"largest"`, ascending for `"smallest"`, by size for `"magnitude"`.

@@ -12,6 +12,7 @@ from .._interop import ArrayLike, Unpacked
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
+from .._progress import shows_progress
 from .._requirements import check_positive
 from .._runtime.contexts import eager
 from .._saving import Savable
@@ -43,7 +44,8 @@ class SpectralNorm(ArrayLike, Unpacked, Savable):
 
 @keywords()
 @eager
-def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estimate:
+@shows_progress()
+def norm(operator: Operator, probes: int | None = None, seed: int = 0, *, progress: bool | None = None) -> Estimate:
     r"""Return the Frobenius norm $\lVert A \rVert_F$, exact or estimated with a standard error.
 
     The exact one goes through the rows or the columns, whichever are fewer. With `probes` it is the root of the mean
@@ -54,6 +56,7 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estima
         operator: Any operator.
         probes: Number of random vectors, at least 2; None for the exact norm.
         seed: Seeds a private generator.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Raises:
         InputError: `probes` is less than 2.
@@ -76,7 +79,10 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estima
 
 @keywords()
 @eager
-def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int = 100, seed: int = 0) -> SpectralNorm:
+@shows_progress("products")
+def spectral_norm(
+    operator: Operator, *, tolerance: float = 1e-4, max_steps: int = 100, seed: int = 0, progress: bool | None = None
+) -> SpectralNorm:
     r"""Return the spectral norm $\lVert A \rVert_2$, the largest singular value, by Lanczos on $A^\top A$.
 
     A positive operator is taken as it is, one product a step instead of two. The residual bounds how far a singular
@@ -87,6 +93,7 @@ def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int
         tolerance: On `error`, relative to `value`.
         max_steps: How many Lanczos steps at most.
         seed: Seeds a private generator.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Raises:
         InputError: `max_steps` is not a positive whole number.

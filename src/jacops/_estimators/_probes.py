@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._operators import Operator
+from .._progress import track
 from .._space import Space
 from ..errors import InputError
 from ._estimate import Estimate
@@ -41,13 +42,14 @@ def product(operator: Operator, rows: Tensor) -> Tensor:
     if rows.shape[0] == 0:
         return rows.new_zeros(0, operator.shape[0])
     many = chunk_of(operator)
-    parts = [operator.apply(rows[start : start + many]) for start in range(0, rows.shape[0], many)]
+    starts = track(range(0, rows.shape[0], many), "products")
+    parts = [operator.apply(rows[start : start + many]) for start in starts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def units(space: Space, many: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield all unit vectors of a space, `many` rows at a time, and where their ones are."""
-    for start in range(0, space.dim, many):
+    for start in track(range(0, space.dim, many), "products"):
         where = slice(start, min(start + many, space.dim))
         yield where, space.units(where)
 

@@ -17,6 +17,7 @@ from .._data import Batches
 from .._finite import on_finite_rows
 from .._keywords import keywords
 from .._problem import Problem, ProblemOptions
+from .._progress import shows_progress
 from .._runtime.contexts import eager
 from ..errors import InputError
 from ..solvers import Solver
@@ -33,6 +34,7 @@ _UNITS = {
 
 @keywords(ProblemOptions)
 @eager
+@shows_progress()
 def compute_influence_factors(
     differentiable_model: Any,
     training_data: Any,
@@ -77,6 +79,7 @@ def compute_influence_factors(
 
 @keywords(ProblemOptions)
 @eager
+@shows_progress()
 def compute_influences(
     differentiable_model: Any,
     training_data: Any,
@@ -159,6 +162,7 @@ def compute_influences(
 
 @keywords(ProblemOptions)
 @eager
+@shows_progress()
 def self_influences(
     differentiable_model: Any,
     training_data: Any,

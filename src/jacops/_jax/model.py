@@ -225,7 +225,7 @@ class Model:
     # Second derivatives
 
     def second(
-        self, point: Point, rows: Any, width: int, *, by_inputs: bool = False, progress: bool | None = False
+        self, point: Point, rows: Any, width: int, *, by_inputs: bool = False, progress: bool | None = None
     ) -> list[np.ndarray]:
         """Return the derivative of `rows @ gradient` by the parameters, or by the input, `(k, width)` in chunks.
 

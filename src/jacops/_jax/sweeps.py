@@ -74,7 +74,7 @@ class Sweep:
         self._batches = True
 
     def __call__(
-        self, point: Any, rows: Any, width: int, *, compiled: bool = True, progress: bool | None = False
+        self, point: Any, rows: Any, width: int, *, compiled: bool = True, progress: bool | None = None
     ) -> list[np.ndarray]:
         """Return the results chunk by chunk.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._finite import check_vector
+from .._progress import shows_progress, tick, track
 from .._runtime.contexts import eager
 from .._runtime.memory import Budget
 from .._saving import Savable
@@ -136,12 +137,16 @@ class Operator(Arithmetic, Savable, ABC):
             came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
             needed = f"width {space.dim}, {space.dtype} on {space.device} is needed; nothing is cast"
             raise InputError.of("v", came, needed)
+        tick()
         if self.check_finite:
             check_vector(type(self).__name__, "v", [rows])
         return check_result(self, self._apply(rows), "a product")
 
     @eager
-    def dense(self, out: Any = None, *, budget: Budget = None, check_finite: bool = True) -> Tensor:
+    @shows_progress()
+    def dense(
+        self, out: Any = None, *, budget: Budget = None, check_finite: bool = True, progress: bool | None = None
+    ) -> Tensor:
         """Return the matrix `(m, n)`, written in place: by layers, or by rows or columns, whichever are fewer.
 
         Args:
@@ -149,6 +154,7 @@ class Operator(Arithmetic, Savable, ABC):
             budget: Bytes that the matrix and the work on it may take, or a text such as `"2GiB"`; by default half of
                 what is free.
             check_finite: Raise if an entry is NaN or Inf.
+            progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
         Raises:
             InputError: `out` has another shape.
@@ -219,13 +225,14 @@ class Operator(Arithmetic, Savable, ABC):
         """Yield places in the matrix and what stands there, by products with unit vectors."""
         m, n = self.shape
         space, everything = self.domain if n <= m else self.codomain, slice(None)
-        for start in range(0, space.dim, route.chunk):
+        for start in track(range(0, space.dim, route.chunk), "dense"):
             where = slice(start, min(start + route.chunk, space.dim))
             if n <= m:
                 yield (everything, where), self._apply(space.units(where)).T
             else:
                 yield (where, everything), self._apply_transpose(space.units(where))
 
+    @shows_progress()
     def gram(self) -> Tensor:
         r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large.
 
@@ -242,7 +249,7 @@ class Operator(Arithmetic, Savable, ABC):
         space = self.codomain
         gram = torch.empty(m, m, dtype=space.dtype, device=space.device)
         step = max(1, _GRAM_ENTRIES // (8 * n))
-        for start in range(0, m, step):
+        for start in track(range(0, m, step), "gram"):
             where = slice(start, min(start + step, m))
             gram[where] = self._apply(self._apply_transpose(space.units(where)))
         return gram

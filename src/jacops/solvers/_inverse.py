@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._keywords import keywords
 from .._operators import Operator
+from .._progress import shows_progress
 from .._space import Space
 from ..errors import InputError, InputTypeError, SolveError
 from ._advice import advice
@@ -20,6 +21,7 @@ from ._system import System
 
 
 @keywords()
+@shows_progress()
 def solve(
     operator: Operator,
     b: Tensor,
@@ -27,6 +29,7 @@ def solve(
     *,
     damping: float = 0.0,
     on_failure: Literal["raise", "return"] = "raise",
+    progress: bool | None = None,
 ) -> Solution:
     r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
 
@@ -43,6 +46,7 @@ def solve(
         solver: A recipe, such as `CG()`, or the name of one; `Auto` chooses.
         damping: $\lambda \ge 0$.
         on_failure: `"raise"`, or `"return"` to get the solution with its statuses.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
         The solution; for one right-hand side `(n,)` it has one row.

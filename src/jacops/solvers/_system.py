@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._finite import is_finite
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from .._progress import tick
 from .._runtime.contexts import private_noise
 from ..errors import InputError, InputTypeError
 
@@ -172,6 +173,7 @@ class System:
             return torch.zeros_like(rows)
         if is_finite(rows):
             self.products += rows.shape[0]
+            tick()
             return apply(rows) if not self._exponent else self._scaled(apply, rows, self._exponent)
         good = rows.isfinite().all(1)
         image = torch.full_like(rows, math.nan)

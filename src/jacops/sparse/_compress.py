@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._operators import Operator
+from .._progress import track
 from .._runtime.memory import ensure_fits
 from .._space import Space
 from .._torch.protocol import Linearization
@@ -88,7 +89,7 @@ class Sweeper:
         """Return the products of all seeds, a chunk at a time."""
         chunk = max(1, min(_CHUNK_ROWS, _CHUNK_ENTRIES // max(1, sum(self.shape))))
         product = self.push if push else self.pull
-        parts = [product(part) for part in seeds.split(chunk)]
+        parts = [product(part) for part in track(seeds.split(chunk), "sweeps")]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
