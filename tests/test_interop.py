@@ -283,7 +283,8 @@ def test_an_estimate_is_taken_where_a_number_is():
     assert Estimate(4.0, 0.1) != x
     torch.testing.assert_close(torch.ones(2) * x, torch.full((2,), 4.0))
     np.testing.assert_array_equal(np.ones(2) * float(x), [4.0, 4.0])
-    for wrong in (lambda: x + "1", lambda: x < "1", lambda: x ** "2"):
+    text: Any = "1"
+    for wrong in (lambda: x + text, lambda: x < text, lambda: x**text):
         with pytest.raises(TypeError):
             wrong()
     assert float(trace(curvature())) == pytest.approx(float(curvature().dense().trace()))

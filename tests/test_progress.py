@@ -183,7 +183,7 @@ def test_the_bar_ends_with_an_error(drawn: Recorded):
     with pytest.raises(jacops.errors.SolveError):
         jacops.solve(problem().ggn() - 3.0 * eye, draw(26), "cg")
     broken = small_net()
-    nn.init.constant_(broken[0].weight, float("nan"))
+    nn.init.constant_(next(broken.parameters()), float("nan"))
     refused(jacops.errors.NonFiniteError, lambda: jacops.compute_jacobian(broken, X, 4))
     assert _progress._here.bar is None
 

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,6 @@ import jacops
 from jacops.errors import InputError, MissingExtraError
 from jacops.results import Influences
 from small import draw, refused, settled, small_net
-
-pd = pytest.importorskip("pandas")
 
 X, Y = draw(5, 3), torch.tensor([0, 1, 1, 0, 1])
 
@@ -34,6 +33,7 @@ def parts(**options: Any) -> Any:
 def test_influences_are_a_matrix_of_test_by_training_samples():
     found = influences()
     table = found.to_pandas()
+    assert type(table) is pd.DataFrame
     np.testing.assert_array_equal(table.to_numpy(), found.values.numpy())
     assert (table.index.name, table.columns.name, table.shape) == ("test", "train", (2, 5))
     named = found.to_pandas(test=["a", "b"], train=list("vwxyz"))
@@ -104,7 +104,8 @@ def test_the_steps_of_a_fit_and_the_routes_of_a_plan():
 
 @pytest.mark.parametrize("axis", ["test", "train"])
 def test_names_are_counted(axis: str):
-    refused(InputError, lambda: influences().to_pandas(**{axis: ["a"]}), axis, "1 names")
+    names: Any = {axis: ["a"]}
+    refused(InputError, lambda: influences().to_pandas(**names), axis, "1 names")
 
 
 def test_half_precision_is_widened():

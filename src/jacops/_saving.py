@@ -161,7 +161,7 @@ def _read(path: Place) -> tuple[str, dict[str, Tensor]]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else 0
+    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy())) if tensor.numel() else 0
 
 
 def _parts(value: Any, where: str) -> tuple[str, dict[str, Any]] | None:

@@ -21,14 +21,8 @@ def as_linear_operator(operator: Any) -> Any:
 
     forward = _by_columns(operator, operator.domain, operator.apply)
     backward = _by_columns(operator, operator.codomain, adjoint)
-    return LinearOperator(
-        shape=operator.shape,
-        dtype=_presented(operator.dtype),
-        matvec=forward,
-        matmat=forward,
-        rmatvec=backward,
-        rmatmat=backward,
-    )
+    products: dict[str, Any] = {"matvec": forward, "matmat": forward, "rmatvec": backward, "rmatmat": backward}
+    return LinearOperator(dtype=_presented(operator.dtype), shape=operator.shape, **products)
 
 
 def _presented(dtype: torch.dtype) -> np.dtype[Any]:
@@ -40,7 +34,7 @@ def _presented(dtype: torch.dtype) -> np.dtype[Any]:
 def _by_columns(operator: Any, space: Any, rows_to_rows: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
     def product(columns: Any) -> Any:
         """Map `(n,)`, `(n, 1)` or `(n, k)`, as SciPy passes them."""
-        given = np.asarray(columns)
+        given: Any = np.asarray(columns)
         if np.iscomplexobj(given) and not space.dtype.is_complex:
             return product(given.real) + 1j * product(given.imag)
         flat = np.ascontiguousarray(given.T if given.ndim == 2 else given[None])
