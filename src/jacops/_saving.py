@@ -161,7 +161,8 @@ def _read(path: Place) -> tuple[str, dict[str, Tensor]]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy())) if tensor.numel() else 0
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    return zlib.crc32(data)
 
 
 def _parts(value: Any, where: str) -> tuple[str, dict[str, Any]] | None:
