@@ -20,7 +20,6 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_encoding",
         "_saving",
         "_tables",
-        "_progress",
         "_finite",
         "_digests",
         "_keywords",
@@ -29,7 +28,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_trees",
         "_requirements",
     },  # 0 ground
-    {"_runtime", "_ladder", "_torch", "_jax"},  # backends
+    {"_runtime", "_progress", "_ladder", "_torch", "_jax"},  # backends
     {
         "_operators",
         "_framework",

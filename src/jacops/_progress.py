@@ -11,10 +11,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+
+from ._runtime.restoring import WarningsIgnored, restoring
 
 Item = TypeVar("Item")
 Arguments = ParamSpec("Arguments")
@@ -108,15 +109,15 @@ def is_watched() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+@restoring
 def _tqdm() -> Any:
     """Return `tqdm.auto.tqdm`, without its warning where a notebook lacks ipywidgets: it then draws text."""
-    if "tqdm.auto" not in sys.modules:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import tqdm.auto  # noqa: F401
-    from tqdm.auto import tqdm as bar
+    from tqdm import TqdmWarning
 
-    return bar
+    with WarningsIgnored("IProgress not found", TqdmWarning):
+        from tqdm.auto import tqdm
+
+    return tqdm
 
 
 def shows_progress(counts: str = "") -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
