@@ -13,6 +13,7 @@ from .._display import changed
 from .._keywords import keywords
 from .._operators import Operator
 from .._operators._base import Backwards
+from .._progress import shows_progress
 from .._requirements import check_choice
 from ..errors import InputError, InputTypeError, SolveError
 from ._advice import advice
@@ -23,6 +24,7 @@ from ._system import System
 
 
 @keywords()
+@shows_progress()
 def solve(
     operator: Operator,
     b: Tensor,
@@ -30,6 +32,7 @@ def solve(
     *,
     damping: float = 0.0,
     on_failure: Literal["raise", "return"] = "raise",
+    progress: bool | None = None,
 ) -> Solution:
     r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
 
@@ -46,6 +49,7 @@ def solve(
         solver: A recipe, such as `CG()`, or the name of one; `Auto` chooses.
         damping: $\lambda \ge 0$.
         on_failure: `"raise"`, or `"return"` to get the solution with its statuses.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
         The solution; for one right-hand side `(n,)` it has one row.
