@@ -60,7 +60,9 @@ class InfluenceRun:
             try:
                 require(solution)
             except SolveError as error:
-                raise SolveError(f"influence with {self.curvature.description}: {error}", solution) from None
+                raise SolveError(
+                    f"influence with the {self.kind.replace('_', ' ')} of {self.problem.rows:,} rows: {error}", solution
+                ) from None
         return solution
 
     def described(self, solutions: Sequence[Solution]) -> dict[str, Any]:

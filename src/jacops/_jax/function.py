@@ -83,6 +83,11 @@ class JaxFunction:
             self._picked = picks, parameters
         return parameters
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all leaves, by their paths."""
+        return leaf_names(self.params)
+
     def named(self) -> Iterable[tuple[str, Any]]:
         """Return the arrays that can be differentiated, by their paths."""
         return zip(self._all.names, self._all.given, strict=True)
