@@ -60,8 +60,9 @@ class InfluenceRun:
             try:
                 require(solution)
             except SolveError as error:
+                kind = self.kind.replace("_", " ")
                 raise SolveError(
-                    f"influence with the {self.kind.replace('_', ' ')} of {self.problem.rows:,} rows: {error}", solution
+                    f"influence with the {kind} of {self.problem.rows:,} rows: {error}", solution
                 ) from None
         return solution
 

@@ -24,7 +24,7 @@ from .crossing import filled, is_floating, to_jax, to_numpy, to_torch, tree_to_j
 from .layers import JaxLayers
 from .linearized import JaxLinearization, JaxRecording
 from .model import Model, model_of, weighted_loss
-from .parameters import Parameters, Picked, Same
+from .parameters import Parameters, Picked, Same, leaf_names
 from .points import Point, floating
 from .results import check_rows, digest_of, finite_gradient, finite_loss
 
