@@ -252,6 +252,7 @@ class JacobianOptions(TypedDict, total=False):
     """Options of `compute_jacobian`, for calls that make Jacobians with it."""
 
     outputs: Selector
+    target: Tensor | None
     at: At
     mode: Literal["auto", "reverse", "forward", "split"]
     budget: Budget
@@ -290,7 +291,8 @@ def contributions(
         features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
             mean counts to none of them: contributions are of `features - mean`.
         batch_size: Samples to a sweep.
-        options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs. With `at=` from a hidden
+        options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs, with `target=` of one output
+            per sample, which is an axis of length one. With `at=` from a hidden
             layer `values` are what its units add, and `bias` what the constants behind it do. `checks="always"`
             compares slopes for all samples and not for some of very many, `"never"` for none.
 
@@ -312,8 +314,12 @@ def contributions(
         came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise InputError.of("x", came, "a tensor (n, in) of at least one sample is needed")
     centred = _check_features(x, projection, features, options.get("at"))
-    jacobian, alone = _swept(bare(model), x, batch_size, options)
-    forward = FollowedModel(bare(model), options.get("outputs"), options.get("at"), 1 if alone else batch_size)
+    check_positive("batch_size", batch_size)
+    chosen: dict[str, Any] = {name: value for name, value in options.items() if name in _OF_SAMPLES}
+    samples = Samples(bare(model), x, call="contributions", keep=True, **chosen)
+    jacobian, alone = _swept(samples, batch_size, options)
+    many = 1 if alone else batch_size
+    forward = FollowedModel(bare(model), options.get("outputs"), options.get("at"), many, samples.runner.target)
     found = forward.parts(x)
     require_finite(found.bias, "contributions: in the bias part")
     slopes = check_slopes(forward, x, found, jacobian, options.get("checks", "first"))
@@ -333,15 +339,13 @@ def contributions(
     return Contributions(values, bias, found.output, jacobian, verification, float(slopes.relative.max()), tuple(notes))
 
 
-_OF_SAMPLES = ("outputs", "at", "checks", "fallback", "compile")  # the others are of a sweep
+_OF_SAMPLES = ("outputs", "target", "at", "checks", "fallback", "compile")  # the others are of a sweep
 
 
-def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[Tensor, bool]:
+def _swept(samples: Samples, batch_size: int, options: Any) -> tuple[Tensor, bool]:
     """Return the Jacobian `(n, out, *in)`, and whether samples had to be taken alone."""
-    check_positive("batch_size", batch_size)
-    chosen = {name: value for name, value in options.items() if name in _OF_SAMPLES}
     how = {name: value for name, value in options.items() if name not in (*_OF_SAMPLES, "check_finite")}
-    found = Samples(model, x, call="contributions", **chosen).jacobians(batch_size, **how)
+    found = samples.jacobians(batch_size, **how)
     if not found.output_tree.single or found.output[0].ndim != 2:
         came = "giving several outputs" if not found.output_tree.single else f"giving {tuple(found.output[0].shape)}"
         todo = "Pick a part of it with `outputs=`, in a list so as to keep the axis."

@@ -25,6 +25,7 @@ from ._torch.protocol import (
     Places,
     Recording,
     Samples,
+    Shared,
     WholeAsk,
     by_leaf,
     ensure_whole_fits,
@@ -51,6 +52,8 @@ def compute_jacobian(
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
+    target: Tensor | None = None,
+    shared: Shared = None,
     at: At = None,
     mode: Literal["auto", "reverse", "forward", "split"] = "auto",
     budget: Budget = None,
@@ -71,10 +74,15 @@ def compute_jacobian(
 
     Args:
         model: A module (its copy is put in eval mode, not the caller's), a plain function, or a `JaxFunction`.
-        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
+        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or mapping (keyword) of such tensors, in
+            which None, bools, numbers and strings are passed on as they are.
         batch_size: Most samples to a sweep; fewer where the budget asks for it.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
             the output. One logit of 50,000 costs one sweep.
+        target: One output per sample: an integer tensor `(n,)` of places along the last axis of the output (labels,
+            predicted classes), after `outputs=`. It costs one sweep per batch, and that axis is not in the result.
+        shared: Names or positions of inputs without an axis of samples (a mask, a table): every batch and every sample
+            alone gets them whole, and nothing is differentiated by them.
         at: A submodule's path: differentiate by its output instead of by `x`. A pair `(source, target)` goes from
             one hidden layer (None: the input) to another (None: the output).
         mode: `"reverse"` sweeps by output entries, `"forward"` by input entries, `"split"` at the narrowest layer that
@@ -95,7 +103,7 @@ def compute_jacobian(
     Returns:
         A tensor `(n, *out, *in)` with the dtype and device of the output, never requiring grad; `(0, *out, *in)` for
         no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict inputs that structure
-        inside, with None at integer entries.
+        inside, with None at entries that are not differentiated by.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind.
@@ -111,12 +119,13 @@ def compute_jacobian(
                 [0.0000, 0.2500]])
     """
     check_positive("batch_size", batch_size)
-    options = {"outputs": outputs, "checks": checks, "fallback": fallback}
+    options: dict[str, Any] = {"outputs": outputs, "checks": checks, "fallback": fallback}
     if is_framework_model(model):
-        refuse_options(at=at, budget=budget, out=out, compile=compile)
+        refuse_options(target=target, shared=shared, at=at, budget=budget, out=out, compile=compile)
         sweeps = {"mode": mode, "most": batch_size, "progress": progress}
         return framework_jacobian(model, x, check_finite, **options, **sweeps)
-    samples = Samples(model, x, call="compute_jacobian", at=at, compile=compile, **options)
+    options |= {"target": target, "shared": shared, "at": at, "compile": compile}
+    samples = Samples(model, x, call="compute_jacobian", **options)
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
         names = found.output_tree.names

@@ -25,7 +25,7 @@ from ._ladder.protocol import SweepOptions, is_framework_model
 from ._mixed import mixed_rows
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import Source, with_source
-from ._per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
+from ._per_sample import Randomness, SampleInputs, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
 from ._recorded_loss import CurvatureOptions, Loss, check_loss, record_loss, record_loss_of
 from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
@@ -340,12 +340,13 @@ class Objective:
     def sample_gradients(self, x: Any, y: Any) -> LayerFactors:
         """Return `(n, P)`, row i the gradient of the loss of sample i alone."""
         call = "sample_gradients"
-        rows = gradients_at(self.model, self.losses.scalar, x, y, self.seed, self._picked, self._record(x, call))
+        given, record = SampleInputs(x, y), self._record(x, call)
+        rows = gradients_at(self.model, self.losses.scalar, given, self.seed, self._picked, record)
         return with_source(rows, Source(call, {"x": x, "y": y}))
 
     def sample_jacobians(self, x: Any) -> LayerFactors:
         """Return `(n * K, P)`, rows of the output's Jacobian of every sample alone."""
-        return jacobians_at(self.model, x, None, self.seed, self._picked, self._record(x, "leverage"))
+        return jacobians_at(self.model, SampleInputs(x), None, self.seed, self._picked, self._record(x, "leverage"))
 
     def _record(self, x: Any, call: str) -> Callable[[], Any] | None:
         """Return what records a batch that is kept; None for any other."""

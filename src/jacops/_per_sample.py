@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -33,6 +35,8 @@ from ._torch.protocol import (
     Recording,
     Rows,
     SampleFactors,
+    SampleTarget,
+    Shared,
     bare,
     check_fallback,
     check_state,
@@ -41,8 +45,9 @@ from ._torch.protocol import (
     parameter_names,
     record_model,
     row_cotangents,
+    rows_apart,
 )
-from ._trees import Selector, Tree, flatten, hint_at_labels
+from ._trees import Selector, Tree, hint_at_labels
 from .errors import InputError, ModelStateError
 
 Randomness = Literal["error", "same"]
@@ -70,6 +75,7 @@ def sample_gradients(
     x: Any,
     y: Any,
     *,
+    shared: Shared = None,
     randomness: Randomness = "error",
     seed: int | None = None,
     **options: Unpack[OperatorOptions],
@@ -83,8 +89,10 @@ def sample_gradients(
     Args:
         model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
         loss: `loss(output, y)`, one number.
-        x: A tensor, tuple or mapping of tensors with one leading axis.
+        x: A tensor, or a tuple or mapping of tensors with one leading axis, in which None, bools, numbers and strings
+            are passed on as they are.
         y: A tensor with the same leading axis.
+        shared: Inputs without an axis of samples, as in `compute_jacobian`.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
         options: As in `hessian`.
@@ -108,24 +116,61 @@ def sample_gradients(
     recorded = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
-    return gradients_at(model, loss, x, y, checked_seed(randomness, seed), recorded)
+        refuse_options(shared=shared)
+    return gradients_at(model, loss, SampleInputs(x, y, shared), checked_seed(randomness, seed), recorded)
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """What a call by samples is given.
+
+    Attributes:
+        x: The model's input.
+        y: What the loss is given, None where there is no loss.
+        shared: Which parts of `x` have no axis of samples.
+        target: One output per sample.
+    """
+
+    x: Any
+    y: Any = None
+    shared: Shared = None
+    target: Any = None
+
+    @cached_property
+    def apart(self) -> tuple[list[Tensor], Tree, int]:
+        """Tensors with a row per sample, the structure of `(x, y)` over them, and how many of them are of `x`.
+
+        Raises:
+            InputError: Their leading axes differ.
+        """
+        values, tree = rows_apart((self.x, self.y), "x, y", self.shared, self.x)
+        lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else -1 for v in values}
+        if len(lengths) != 1 or -1 in lengths:
+            of = "x" if self.y is None else "x, y"
+            todo = "Name those that have no axis of samples with `shared=`."
+            raise InputError.of(of, f"of lengths {sorted(lengths)}", "all need one row per sample", todo)
+        return values, tree, len(rows_apart(self.x, "x", self.shared)[0])
+
+    @property
+    def picks(self) -> SampleTarget | None:
+        """Which output of each sample."""
+        values, _, _ = self.apart
+        return SampleTarget.of(self.target, values[0].shape[0], values[0].device)
 
 
 def gradients_at(
     model: Any,
     loss: Loss,
-    x: Any,
-    y: Any,
+    given: SampleInputs,
     seed: int | None,
     options: CurvatureOptions,
     record: Callable[[], Recording] | None = None,
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_gradients(model, loss, x, y, options)
+        return framework_sample_gradients(model, loss, given.x, given.y, options)
     refuse_mixing_modules(model, random=seed is None)
-    values, tree = _rows_of((x, y), "x, y")
-    inputs = len(flatten(x, "x")[0])
+    values, tree, inputs = given.apart
 
     @restoring
     def alone(values: Sequence[Tensor]) -> Recording:
@@ -153,7 +198,14 @@ def gradients_at(
 @eager
 @made_from("x")
 def sample_jacobians(
-    model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Unpack[RowOptions]
+    model: nn.Module,
+    x: Any,
+    *,
+    outputs: Selector = None,
+    target: Tensor | None = None,
+    shared: Shared = None,
+    seed: int | None = None,
+    **options: Unpack[RowOptions],
 ) -> LayerFactors:
     """Return the parameter Jacobians of every sample's outputs, as rows of an operator `(n * k, P)`.
 
@@ -164,6 +216,8 @@ def sample_jacobians(
         model: As in `sample_gradients`.
         x: As in `sample_gradients`.
         outputs: Part of the output, as in `jacobian`; what it picks must be one tensor.
+        target: One output per sample, as in `compute_jacobian`; rows are then `(n, P)` for an output `(n, classes)`.
+        shared: Inputs without an axis of samples, as in `compute_jacobian`.
         seed: Of random layers in train mode, which draw the same masks for every sample; None refuses them.
         options: As in `hessian`.
 
@@ -184,12 +238,13 @@ def sample_jacobians(
     recorded: RecordOptions = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
-    return jacobians_at(model, x, outputs, seed, recorded)
+        refuse_options(target=target, shared=shared)
+    return jacobians_at(model, SampleInputs(x, None, shared, target), outputs, seed, recorded)
 
 
 def jacobians_at(
     model: Any,
-    x: Any,
+    given: SampleInputs,
     outputs: Selector,
     seed: int | None,
     options: RecordOptions,
@@ -197,15 +252,20 @@ def jacobians_at(
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_jacobians(model, x, {**options, "outputs": outputs})
+        return framework_sample_jacobians(model, given.x, {**options, "outputs": outputs})
     refuse_mixing_modules(model, random=seed is None)
-    values, tree = _rows_of(x, "x")
-    hint_at_labels("sample_jacobians", outputs, x)
+    (values, tree, _), picks = given.apart, given.picks
+    hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")
+    values = values if picks is None else [*values, picks.places]
+    purpose = None if picks is None else "target"
 
     @restoring
     def alone(some: Sequence[Tensor]) -> Recording:
+        inputs = some if picks is None else some[:-1]
+        finish = None if picks is None else partial(picks.pick, places=some[-1])
+        how = {"call": "sample_jacobians", "outputs": outputs, "finish": finish, "purpose": purpose}
         with seeded(seed):
-            made = record_model(model, tree.build(some), call="sample_jacobians", outputs=outputs, **options)
+            made = record_model(model, tree.build(inputs)[0], **how, **options)
         return _one_output(made)
 
     def together(some: Sequence[Tensor]) -> Recording:
@@ -231,14 +291,6 @@ def _one_output(found: Recording) -> Recording:
         raise InputError.of("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`.")
     check_usable(found.lin)
     return found
-
-
-def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
-    values, tree = flatten(arrays, f"({names})")
-    lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else -1 for v in values}
-    if len(lengths) != 1 or -1 in lengths:
-        raise InputError.of(names, f"of lengths {sorted(lengths)}", "all need one row per sample")
-    return values, tree
 
 
 def _factors(

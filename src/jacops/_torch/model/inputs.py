@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..._requirements import check_choice
 from ..._runtime.contexts import out_of_inference
-from ..._trees import flatten, is_differentiable
+from ..._trees import Tree, flatten, is_differentiable
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
 
 
@@ -73,13 +73,12 @@ def split_input(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (value,), {}
 
 
-def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
+def private_inputs(values: Sequence[Any], tree: Tree, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
     """Return a copy of the inputs, and the leaves in it that have derivatives.
 
     Leaves are used through a clone, so that a forward may write into its input. With `connected`, an input of the
-    caller's that requires grad is its own leaf.
+    caller's that requires grad is its own leaf. What the tree holds is copied too, and is no leaf.
     """
-    values, tree = flatten(value, "input")
     leaves: list[tuple[str, Tensor]] = []
     copies = []
     for name, item in zip(tree.names, values, strict=True):
@@ -93,7 +92,15 @@ def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple
         leaf = item if connected and item.requires_grad else item.detach().requires_grad_()
         leaves.append((name, leaf))
         copies.append(leaf.clone())
-    return tree.build(copies), leaves
+    return tree.map_held(lambda held: _copied(held, connected)).build(copies), leaves
+
+
+def _copied(value: Any, connected: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = out_of_inference(value)
+    value = value if connected else value.detach()
+    return value.clone() if value.layout is torch.strided else value
 
 
 @contextmanager
@@ -141,6 +148,17 @@ _FIXED_SHAPE = re.compile(r"Guard failed: .*size\(\)|Expected input at .*shape\[
 
 def _is_exported(module: nn.Module) -> bool:
     return isinstance(module, torch.fx.GraphModule) or type(module).__module__.startswith("torch.export")
+
+
+def advice_for(value: Any) -> str:
+    """Return how something that is no tensor becomes one."""
+    if isinstance(value, nn.Module):
+        return "The model is the first argument."
+    if hasattr(value, "to_numpy"):  # pandas
+        return "Convert it with torch.tensor(x.to_numpy())."
+    if isinstance(value, np.ndarray):
+        return "Convert it with torch.as_tensor(x.copy())."
+    return "Convert it with torch.tensor(x)." if isinstance(value, list) else ""
 
 
 def refuse_arrays(value: Any) -> None:
