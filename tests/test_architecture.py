@@ -40,10 +40,12 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "sparse",
         "charts",
         "_projections",
+        "_data",
+        "_shuffling",
+        "_loaders",
     },  # 1
     {"solvers", "_estimators", "_planning", "_checks"},  # 2 methods
     {
-        "_data",
         "_objective",
         "_mixed",
         "_reduction",
@@ -101,7 +103,6 @@ EXCEPTIONS = {
     ("parameters", "_influence._run.run_of"),
     ("parameters", "_runtime.norms.batch_norm"),
     ("parameters", "_runtime.norms.instance_norm"),
-    ("parameters", "_second_order._common.samples_of"),
     ("parameters", "_torch.samples.batch.Samples.__init__"),
     ("parameters", "_torch.sweeps.linearization.Linearization.__init__"),
     ("parameters", "sparse._point.record_point"),

@@ -10,9 +10,11 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from ._data import Unpack as Batching
 from ._framework import framework_sample_gradients, framework_sample_jacobians, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
+from ._loaders import joined
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import made_from
 from ._picks import trainable
@@ -67,15 +69,17 @@ class SampleGradientOptions(OperatorOptions, total=False):
 
 
 @keywords(OperatorOptions)
+@joined
 @eager
 @made_from("x", "y")
 def sample_gradients(
     model: nn.Module,
     loss: Loss,
     x: Any,
-    y: Any,
+    y: Any = None,
     *,
     shared: Shared = None,
+    unpack: Batching | None = None,
     randomness: Randomness = "error",
     seed: int | None = None,
     **options: Unpack[OperatorOptions],
@@ -90,9 +94,10 @@ def sample_gradients(
         model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
         loss: `loss(output, y)`, one number.
         x: A tensor, or a tuple or mapping of tensors with one leading axis, in which None, bools, numbers and strings
-            are passed on as they are.
-        y: A tensor with the same leading axis.
+            are passed on as they are; or a loader of batches `(x, y)`, whose rows are joined in order.
+        y: A tensor with the same leading axis; left out with a loader.
         shared: Inputs without an axis of samples, as in `compute_jacobian`.
+        unpack: For a loader, as in `compute_jacobian`.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
         options: As in `hessian`.
@@ -195,6 +200,7 @@ def gradients_at(
 
 
 @keywords(RowOptions)
+@joined
 @eager
 @made_from("x")
 def sample_jacobians(
@@ -204,6 +210,7 @@ def sample_jacobians(
     outputs: Selector = None,
     target: Tensor | None = None,
     shared: Shared = None,
+    unpack: Batching | None = None,
     seed: int | None = None,
     **options: Unpack[RowOptions],
 ) -> LayerFactors:
@@ -218,6 +225,7 @@ def sample_jacobians(
         outputs: Part of the output, as in `jacobian`; what it picks must be one tensor.
         target: One output per sample, as in `compute_jacobian`; rows are then `(n, P)` for an output `(n, classes)`.
         shared: Inputs without an axis of samples, as in `compute_jacobian`.
+        unpack: For a loader, as in `compute_jacobian`.
         seed: Of random layers in train mode, which draw the same masks for every sample; None refuses them.
         options: As in `hessian`.
 

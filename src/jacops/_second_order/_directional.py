@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._data import Unpack
 from .._finite import check_vector, is_finite
 from .._keywords import keywords
+from .._loaders import by_batches
 from .._requirements import check_positive
 from .._runtime.contexts import eager
 from .._space import Space
@@ -23,6 +25,7 @@ from ._evidence import Nest
 
 
 @keywords()
+@by_batches("target", "v")
 @eager
 def directional_derivative(
     model: nn.Module | Callable[..., Any],
@@ -34,6 +37,7 @@ def directional_derivative(
     outputs: Selector = None,
     target: Tensor | None = None,
     shared: Shared = None,
+    unpack: Unpack | None = None,
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
@@ -54,6 +58,7 @@ def directional_derivative(
         outputs: As in `input_hessian`.
         target: As in `input_hessian`.
         shared: As in `input_hessian`.
+        unpack: As in `input_hessian`.
         checks: As in `input_hessian`.
         fallback: As in `input_hessian`.
         progress: Force the progress bar on or off.

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._data import Unpack
 from .._finite import is_finite
 from .._keywords import keywords
+from .._loaders import by_batches
 from .._runtime.agreement import size, tolerance
 from .._runtime.contexts import eager, private_noise
 from .._runtime.rounding import rounding_error
@@ -26,6 +28,7 @@ _WORST = 4  # samples whose rounding is measured, alone: an operation that is wr
 
 
 @keywords()
+@by_batches("target")
 @eager
 def input_hessian(
     model: nn.Module | Callable[..., Any],
@@ -35,6 +38,7 @@ def input_hessian(
     outputs: Selector = None,
     target: Tensor | None = None,
     shared: Shared = None,
+    unpack: Unpack | None = None,
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
@@ -51,11 +55,13 @@ def input_hessian(
 
     Args:
         model: A module (its copy is put in eval mode), or a plain function.
-        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
+        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or mapping (keyword) of such tensors, or
+            a loader, as in `compute_jacobian`.
         batch_size: Samples to a sweep.
         outputs: Part of the output, as in `compute_jacobian`. One number of a wide output saves as much memory.
         target: One output per sample, as in `compute_jacobian`.
         shared: Inputs without an axis of samples, as in `compute_jacobian`.
+        unpack: For a loader, as in `compute_jacobian`.
         checks: As in `compute_jacobian`; the comparison with a mixture is made in every call but with `"never"`.
         fallback: `"warn"`, `"silent"` or `"error"` where samples or outputs must be taken one at a time.
         progress: Force the progress bar on or off.

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._data import Unpack
 from .._keywords import keywords
+from .._loaders import by_batches
 from .._runtime.contexts import eager
 from .._torch.protocol import Samples, Shared
 from .._trees import Selector, Tree
@@ -22,6 +24,7 @@ _DIRECTION_ENTRIES = 2**22  # 32 MiB of copies of the samples and directions in 
 
 
 @keywords()
+@by_batches("target")
 @eager
 def laplacian(
     model: nn.Module | Callable[..., Any],
@@ -31,6 +34,7 @@ def laplacian(
     outputs: Selector = None,
     target: Tensor | None = None,
     shared: Shared = None,
+    unpack: Unpack | None = None,
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
@@ -48,6 +52,7 @@ def laplacian(
         outputs: As in `input_hessian`.
         target: As in `input_hessian`.
         shared: As in `input_hessian`.
+        unpack: As in `input_hessian`.
         checks: As in `input_hessian`.
         fallback: As in `input_hessian`.
         progress: Force the progress bar on or off.
