@@ -69,6 +69,8 @@ def joined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
     signature = inspect.signature(function)
     with_target = "y" in signature.parameters
 
+    anyhow: Callable[..., Result] = function
+
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         loads = _takes_loader(function, args, kwargs)
@@ -78,8 +80,7 @@ def joined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
                 raise InputTypeError.of("y", "left out", "with tensors as `x` the target of each is needed")
             return function(*args, **kwargs)
         options = given.pop("options", {})
-        whole: Any = {**given, **options, **_whole(given, with_target)}
-        return function(**whole)
+        return anyhow(**{**given, **options, **_whole(given, with_target)})
 
     return call
 
