@@ -463,6 +463,51 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+CONVOLUTION = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(18, C)).double()
+IMAGE, PARAMS = torch.randn(3, 5, 5, dtype=F64), torch.ones(2, dtype=F64)
+POSITIVE = jacops.linalg.Matrix(torch.diag(torch.tensor([1.0, 4.0], dtype=F64)), symmetric=True, positive=True)
+MISSES = r"\(3, 5, 5\).*axis of samples is missing.*unsqueeze\(0\)"
+
+
+def line(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    return a * t + b
+
+
+WRONG |= {
+    "an image alone": (jac(CONVOLUTION, IMAGE), InputError, MISSES),
+    "an image alone, one output": (jac(CONVOLUTION, IMAGE, target=Y[:3]), InputError, MISSES),
+    "an image alone, twice": (lambda: jacops.input_hessian(CONVOLUTION, IMAGE), InputError, MISSES),
+    "an image alone, summed": (lambda: jacops.laplacian(CONVOLUTION, IMAGE), InputError, MISSES),
+    "an image alone, by parameters": (lambda: jacops.sample_jacobians(CONVOLUTION, IMAGE), InputError, MISSES),
+    "an image alone, with a loss": (
+        lambda: jacops.sample_gradients(CONVOLUTION, loss, IMAGE, Y[:3]),
+        InputError,
+        MISSES,
+    ),
+    "a sample of another width": (jac(CONVOLUTION, torch.ones(3, 2, 5, 5, dtype=F64)), RuntimeError, "3 channels"),
+    "one tensor for two arguments": (
+        lambda: jacops.levenberg_marquardt(line, X[:, 0], X[:, 1], params=PARAMS),
+        InputTypeError,
+        r"`params` is one tensor, but f\(a.*, b.*, t.*\).*f\(\*params, \*input\).*'t'.*list of tensors",
+    ),
+    "names that are no arguments": (
+        lambda: jacops.levenberg_marquardt(line, X[:, 0], X[:, 1], params={"a": PARAMS[:1], "c": PARAMS[1:]}),
+        InputTypeError,
+        r"with a, c.*dict by their names",
+    ),
+    "rows of another width": (
+        lambda: jacops.linalg.inverse_quadratic_bounds(POSITIVE, torch.ones(3, dtype=F64), damping=0.1),
+        InputError,
+        "`rows`",
+    ),
+    "a word for wrt": (
+        lambda: jacops.jacobian(BOUND, X, wrt="weight"),  # pyright: ignore[reportArgumentType]
+        InputError,
+        "'parameters', 'inputs' is needed; `parameters=` picks",
+    ),
+}
+
+
 @pytest.mark.parametrize("label", WRONG)
 def test_what_does_not_fit_is_said(label: str) -> None:
     made, error, words = WRONG[label]
@@ -474,3 +519,16 @@ def test_labels_as_outputs_are_pointed_to_target() -> None:
     for call in (jacops.compute_jacobian, jacops.sample_jacobians):
         with pytest.warns(JacopsWarning, match="pass `target=labels`"):
             call(BOUND, X, outputs=Y)
+
+
+def test_bounds_of_one_row_are_those_of_a_stack_of_one() -> None:
+    row = torch.tensor([1.0, 2.0], dtype=F64)
+    one, stack = (jacops.linalg.inverse_quadratic_bounds(POSITIVE, b, damping=0.5) for b in (row, row[None]))
+    assert torch.equal(one.lower, stack.lower)
+    assert torch.equal(one.upper, stack.upper)
+    torch.testing.assert_close(one.lower, torch.tensor([1 / 1.5 + 4 / 4.5], dtype=F64))
+
+
+def test_a_function_of_several_parameters_fits() -> None:
+    found = jacops.levenberg_marquardt(line, X[:, 0], 2 * X[:, 0] + 1, params=[PARAMS[:1] * 0, PARAMS[:1] * 0])
+    torch.testing.assert_close(torch.cat(list(found.x)), torch.tensor([2.0, 1.0], dtype=F64))

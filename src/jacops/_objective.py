@@ -25,7 +25,7 @@ from ._ladder.protocol import SweepOptions, is_framework_model
 from ._mixed import mixed_rows
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import Source, with_source
-from ._per_sample import Randomness, SampleInputs, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
+from ._per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
 from ._recorded_loss import CurvatureOptions, Loss, check_loss, record_loss, record_loss_of
 from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
@@ -33,6 +33,7 @@ from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
+from ._sample_inputs import SampleInputs
 from ._space import Space
 from ._torch.protocol import Reduction, RowLosses, Weighted, bare, is_convex, parameter_names, weights_of
 from ._trees import flatten

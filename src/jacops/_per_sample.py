@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -31,13 +30,13 @@ from ._recorded_loss import (
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
+from ._sample_inputs import SampleInputs
 from ._space import Space
 from ._torch.protocol import (
     Definition,
     Recording,
     Rows,
     SampleFactors,
-    SampleTarget,
     Shared,
     bare,
     check_fallback,
@@ -47,9 +46,8 @@ from ._torch.protocol import (
     parameter_names,
     record_model,
     row_cotangents,
-    rows_apart,
 )
-from ._trees import Selector, Tree, hint_at_labels
+from ._trees import Selector, hint_at_labels
 from .errors import InputError, ModelStateError
 
 Randomness = Literal["error", "same"]
@@ -125,44 +123,6 @@ def sample_gradients(
     return gradients_at(model, loss, SampleInputs(x, y, shared), checked_seed(randomness, seed), recorded)
 
 
-@dataclass(frozen=True)
-class SampleInputs:
-    """What a call by samples is given.
-
-    Attributes:
-        x: The model's input.
-        y: What the loss is given, None where there is no loss.
-        shared: Which parts of `x` have no axis of samples.
-        target: One output per sample.
-    """
-
-    x: Any
-    y: Any = None
-    shared: Shared = None
-    target: Any = None
-
-    @cached_property
-    def apart(self) -> tuple[list[Tensor], Tree, int]:
-        """Tensors with a row per sample, the structure of `(x, y)` over them, and how many of them are of `x`.
-
-        Raises:
-            InputError: Their leading axes differ.
-        """
-        values, tree = rows_apart((self.x, self.y), "x, y", self.shared, self.x)
-        lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else -1 for v in values}
-        if len(lengths) != 1 or -1 in lengths:
-            of = "x" if self.y is None else "x, y"
-            todo = "Name those that have no axis of samples with `shared=`."
-            raise InputError.of(of, f"of lengths {sorted(lengths)}", "all need one row per sample", todo)
-        return values, tree, len(rows_apart(self.x, "x", self.shared)[0])
-
-    @property
-    def picks(self) -> SampleTarget | None:
-        """Which output of each sample."""
-        values, _, _ = self.apart
-        return SampleTarget.of(self.target, values[0].shape[0], values[0].device)
-
-
 def gradients_at(
     model: Any,
     loss: Loss,
@@ -180,7 +140,7 @@ def gradients_at(
     @restoring
     def alone(values: Sequence[Tensor]) -> Recording:
         one_x, one_y = tree.build(values)
-        with seeded(seed), one_row("sample_gradients"):
+        with seeded(seed), one_row("sample_gradients"), given.explained(model, "sample_gradients", options):
             return record_loss(model, loss, one_x, one_y, "sample_gradients", **options)
 
     def together(some: Sequence[Tensor]) -> Recording:
@@ -272,7 +232,7 @@ def jacobians_at(
         inputs = some if picks is None else some[:-1]
         finish = None if picks is None else partial(picks.pick, places=some[-1])
         how = {"call": "sample_jacobians", "outputs": outputs, "finish": finish, "purpose": purpose}
-        with seeded(seed):
+        with seeded(seed), given.explained(model, "sample_jacobians", options):
             made = record_model(model, tree.build(inputs)[0], **how, **options)
         return _one_output(made)
 

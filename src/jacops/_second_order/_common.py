@@ -36,7 +36,8 @@ def part_of(
 def output_entries(samples: Samples) -> int:
     """Return how many numbers the model gives for one sample."""
     one = [v[:1] if samples.count else v.new_zeros(1, *v.shape[1:]) for v in samples.values]
-    return sum(output.numel() for output in samples.runner.run(one).lin.outputs)
+    with samples.explained():
+        return sum(output.numel() for output in samples.runner.run(one).lin.outputs)
 
 
 def tree_of(forward: ConnectedModel) -> Tree:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Number
 from typing import Any
 
+from torch import Tensor
+
+from ..._ladder.failures import succeeds
+from ..._runtime.contexts import must_surface
 from ..._trees import Tree, flatten, paths_in
-from ...errors import InputError, InputTypeError
+from ...errors import InputError, InputTypeError, JacopsError
 
 Shared = None | str | int | Sequence[str | int]
 
@@ -56,3 +61,28 @@ def _shared(x: Any, shared: Shared) -> list[int]:
             raise InputError.of("shared", repr(entry), f"there is no such input; {known}")
         found += fitting
     return found
+
+
+@contextmanager
+def axis_explained(values: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Any]) -> Iterator[None]:
+    """Describe what is missing where a model fails on samples and takes all of them as one.
+
+    Args:
+        values: The samples, one row each.
+        run: Runs the model over such values.
+
+    Raises:
+        InputError: It takes the values with one more axis before their first; its own error is the cause.
+    """
+    try:
+        yield
+    except JacopsError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        if must_surface(error) or not succeeds(lambda: run([value.unsqueeze(0) for value in values])):
+            raise
+        shapes = ", ".join(str(tuple(value.shape)) for value in values)
+        first = str(error).strip().splitlines()[:1]
+        came = f"of shape {shapes}, which the model takes as one sample (its rows alone fail: {' '.join(first)})"
+        todo = "Call `.unsqueeze(0)` on it."
+        raise InputError.of("x", came, "the axis of samples is missing; it must be the first one", todo) from error

@@ -9,6 +9,7 @@ for a random cotangent, with exact zeros where the cotangent has them. Otherwise
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ from ...errors import InputError, InputTypeError, NotDifferentiableError
 from ..model.cut import At
 from ..model.inputs import advice_for, check_fallback
 from ..model.replica import bare, check_state
-from ..model.rows import Shared, rows_apart
+from ..model.rows import Shared, axis_explained, rows_apart
 from ..model.targets import SampleTarget
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, unbatchable, with_reads
@@ -169,6 +170,16 @@ class Samples:
         """
         if mode not in MODES:
             raise InputError.of("mode", repr(mode), f"one of {MODES} is needed")
+        with self.explained():
+            return self._jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Return a context in which a model that fails on samples, but not on all as one, is said to miss an axis."""
+        return axis_explained(self.runner.inputs_in(self.values), replace(self.runner, target=None).run)
+
+    def _jacobians(
+        self, batch_size: int, progress: bool | None, *, budget: Budget, out: Any, mode: str
+    ) -> SampleJacobians:
         result = SampleJacobians(self.call, self.count, budget, given_tensors(out))
         if self.at is None or (isinstance(self.at, tuple) and self.at[0] is None):
             result.input_tree, result.inputs = self.input_tree.map_held(lambda _: None), self.inputs
