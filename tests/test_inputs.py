@@ -447,7 +447,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "shared is a tensor": (jac(MODEL, NAMED, shared=[TABLE]), InputTypeError, "names of keyword inputs"),
     "shared is left out": (jac(MODEL, NAMED), InputError, r"of lengths.*one row per sample.*`shared=`"),
     "unpack without a loader": (jac(BOUND, X, unpack=lambda b: b), InputError, "`x` is a Tensor.*no loader"),
-    "a list of numbers": (jac(BOUND, [1.0, 2.0]), InputTypeError, r"a list.*torch.tensor\(x\)"),
+    "a list of numbers": (jac(BOUND, [1.0, 2.0]), InputTypeError, r"a list.*torch.as_tensor\(x\)"),
     "an array": (jac(BOUND, X.numpy()), InputTypeError, r"ndarray.*torch.as_tensor\(x.copy\(\)\)"),
     "a generator": (jac(BOUND, iter(PAIRS)), DataError, "read once"),
     "an empty loader": (jac(BOUND, Batched([])), DataError, "`x` is empty.*at least one batch"),

@@ -31,7 +31,8 @@ _TODO = "Write into a memmap with `out=`, pick outputs with `outputs=` or `targe
 
 def is_loader(x: Any) -> bool:
     """Say whether `x` is an iterable of batches: no array, table, model or mapping, and no list of numbers."""
-    if isinstance(x, Tensor | Mapping | tuple | str | bytes | nn.Module) or not isinstance(x, Iterable):
+    others = Tensor, Mapping, tuple, str, bytes, set, frozenset, nn.Module
+    if isinstance(x, others) or not isinstance(x, Iterable):
         return False
     if isinstance(x, list):
         return (

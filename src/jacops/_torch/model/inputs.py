@@ -158,10 +158,10 @@ def advice_for(value: Any) -> str:
     if isinstance(value, nn.Module):
         return "The model is the first argument."
     if hasattr(value, "to_numpy"):  # pandas
-        return "Convert it with torch.tensor(x.to_numpy())."
+        return "Convert it with torch.as_tensor(x.to_numpy().copy())."
     if isinstance(value, np.ndarray):
         return "Convert it with torch.as_tensor(x.copy())."
-    return "Convert it with torch.tensor(x)." if isinstance(value, list) else ""
+    return "Convert it with torch.as_tensor(x)." if isinstance(value, list) else ""
 
 
 def refuse_arrays(value: Any) -> None:
