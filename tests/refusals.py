@@ -295,10 +295,10 @@ for label, value, words in (("list", [[1.0, 2.0, 3.0]] * 5, "list .. torch.as_te
                             ("array", np.ones((5, 3)), "ndarray .. torch.as_tensor"),
                             ("reversed array", np.ones((5, 3))[::-1], "ndarray .. torch.as_tensor .. copy()")):
     refuse(f"the input is a {label}", {"x": value}, BY_MODEL, InputTypeError, words)
-for value in ([1.0, 2.0], "x", None, 3.0, {1.0}, type("DataFrame", (), {"values": np.ones((5, 3))})()):
+for value in ([1.0, 2.0], "x", None, 3.0, {1.0}, type("DataFrame", (), {"to_numpy": lambda _: np.ones((5, 3))})()):
     kind = type(value).__name__
     refuse(f"the input is no tensor but a {kind}", {"x": value}, "compute_jacobian, input_hessian", InputTypeError,
-           f"`x` is a {kind} .. tensor .. torch.as_tensor")
+           f"`x` is a {kind} .. tensor{' .. torch.as_tensor' if kind in ('list', 'DataFrame') else ''}")
 refuse("inputs of several lengths", {"model": Calls(lambda a, b: a), "x": (X, X[:4])}, "compute_jacobian", InputError,
        "`x` .. x[0] .. 5 .. x[1] .. 4 .. one row per sample")
 for own, given in ((F32, F64), (F64, F32), (F32, torch.bfloat16), (F32, torch.int64)):
@@ -466,12 +466,13 @@ MISSPELT = dict(zip(("0.wieght", "0.bias", "2.weight", "2.bias"), VS, strict=Tru
 refuse("a parameter's name is misspelt", {"v": MISSPELT}, "model_jvp, H @", InputError, "0.wieght .. 0.weight")
 refuse("a tied weight is given under both names", lambda: {"model": tied_net(), "v": dict.fromkeys(("0.weight",
        "2.weight"), draw(3, 3))}, "model_jvp", InputError, "2.weight")
-refuse("no parameter fits", {"wrt": lambda name, p: name == "0.wieght"}, "jacobian", ModelStateError, "asked for")
+refuse("no parameter fits", {"parameters": lambda name, p: name == "0.wieght"}, "jacobian", InputError,
+       "a function that picks none")
 IDLE = Calls(lambda idle, W, x: (x @ W).tanh(), (4,), (3, 2))
 refuse("an unused parameter is refused by strict", {"model": IDLE, "strict": True}, "modjac", NotDifferentiableError,
        "output does not depend on parameter weights.0")
-refuse("only an unused parameter is asked for", {"model": IDLE, "wrt": lambda name, p: name[-1] == "0"}, "jacobian",
-       NotDifferentiableError, "weights.0 .. allow_zero=True")
+refuse("only an unused parameter is asked for", {"model": IDLE, "parameters": lambda name, p: name[-1] == "0"},
+       "jacobian", NotDifferentiableError, "weights.0 .. allow_zero=True")
 
 # Options
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ._attribution_plot import DrawnContributions
+from ._data import Unpack as Batching
 from ._display import Described, Description, Table
 from ._finite import check_outputs, require_finite
 from ._interop import ArrayLike, as_array
 from ._keywords import keywords
+from ._loaders import joined
 from ._projections import Projection
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
@@ -278,6 +281,7 @@ class JacobianOptions(TypedDict, total=False):
     """Options of `compute_jacobian`, for calls that make Jacobians with it."""
 
     outputs: Selector
+    target: Tensor | None
     at: At
     mode: Literal["auto", "reverse", "forward", "split"]
     budget: Budget
@@ -290,14 +294,16 @@ class JacobianOptions(TypedDict, total=False):
 
 
 @keywords(JacobianOptions)
+@joined
 @eager
 def contributions(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | Iterable[Any],
     *,
     projection: Projection | None = None,
     features: Tensor | None = None,
     batch_size: int = 1024,
+    unpack: Batching | None = None,
     **options: Unpack[JacobianOptions],
 ) -> Contributions:
     r"""Return what each feature adds to each output, with the part that is due to constants, verified.
@@ -310,13 +316,15 @@ def contributions(
 
     Args:
         model: A module, evaluated in eval mode on samples alone; its output is `(n, out)`.
-        x: The model's inputs, `(n, in)`.
+        x: The model's inputs, `(n, in)`, or a loader as in `compute_jacobian`, whose inputs are joined.
         projection: How `x` came from original features, such as `pca_projection(pca)`; contributions then are by
             those features.
         features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
             mean counts to none of them: contributions are of `features - mean`.
         batch_size: Samples to a sweep.
-        options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs. With `at=` from a hidden
+        unpack: For a loader, as in `compute_jacobian`.
+        options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs, with `target=` of one output
+            per sample, which is an axis of length one. With `at=` from a hidden
             layer `values` are what its units add, and `bias` what the constants behind it do. `checks="always"`
             compares slopes for all samples and not for some of very many, `"never"` for none.
 
@@ -338,8 +346,7 @@ def contributions(
         came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise InputError.of("x", came, "a tensor (n, in) of at least one sample is needed")
     centred = _check_features(x, projection, features, options.get("at"))
-    jacobian, alone = _swept(bare(model), x, batch_size, options)
-    forward = FollowedModel(bare(model), options.get("outputs"), options.get("at"), 1 if alone else batch_size)
+    jacobian, forward = _swept(bare(model), x, batch_size, options)
     found = forward.parts(x)
     require_finite(found.bias, "contributions: in the bias part")
     slopes = check_slopes(forward, x, found, jacobian, options.get("checks", "first"))
@@ -359,15 +366,16 @@ def contributions(
     return Contributions(values, bias, found.output, jacobian, verification, float(slopes.relative.max()), tuple(notes))
 
 
-_OF_SAMPLES = ("outputs", "at", "checks", "fallback", "compile")  # the others are of a sweep
+_OF_SAMPLES = ("outputs", "target", "at", "checks", "fallback", "compile")  # the others are of a sweep
 
 
-def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[Tensor, bool]:
-    """Return the Jacobian `(n, out, *in)`, and whether samples had to be taken alone."""
+def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[Tensor, FollowedModel]:
+    """Return the Jacobian `(n, out, *in)`, and the same function to be followed as samples were taken."""
     check_positive("batch_size", batch_size)
-    chosen = {name: value for name, value in options.items() if name in _OF_SAMPLES}
+    chosen: dict[str, Any] = {name: value for name, value in options.items() if name in _OF_SAMPLES}
+    samples = Samples(model, x, call="contributions", keep=True, **chosen)
     how = {name: value for name, value in options.items() if name not in (*_OF_SAMPLES, "check_finite")}
-    found = Samples(model, x, call="contributions", **chosen).jacobians(batch_size, **how)
+    found = samples.jacobians(batch_size, **how)
     if not found.output_tree.single or found.output[0].ndim != 2:
         came = "giving several outputs" if not found.output_tree.single else f"giving {tuple(found.output[0].shape)}"
         todo = "Pick a part of it with `outputs=`, in a list so as to keep the axis."
@@ -375,7 +383,9 @@ def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[
     if options.get("check_finite", True):
         check_outputs("contributions", found.output, found.output_tree.names)
         require_finite(found.blocks[0][0], "contributions: in the Jacobian")
-    return found.blocks[0][0], found.alone
+    many = 1 if found.alone else batch_size
+    forward = FollowedModel(model, options.get("outputs"), options.get("at"), many, samples.runner.target)
+    return found.blocks[0][0], forward
 
 
 def _check_features(x: Tensor, projection: Projection | None, features: Tensor | None, at: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from ._digests import byte_view
 from ._progress import track
 from ._runtime.contexts import random_state_kept, random_states, refuse_transforms, set_random_states
 from ._runtime.restoring import restoring
+from ._shuffling import kind_of_random, without_shuffling
 from ._trees import flatten
 from .errors import DataError, InputError, InputTypeError
 
@@ -65,18 +66,24 @@ class Batches:
         loader: A DataLoader, or any iterable of batches that can be read more than once; a single pair is one batch.
         name: How messages call it.
         unpack: Batch -> `(x, y)` or `(x, y, weights)`.
+        ordered: The order of the rows shows in the result: a loader that shuffles is refused. Otherwise it is read in
+            the order of its data set.
+
+    Attributes:
+        shuffles: The kind of sampler that was left out, None for a loader that has an order.
 
     Raises:
-        DataError: It can be read once only, or it shuffles.
+        DataError: It can be read once only, or it shuffles, or its passes need not see every row once.
         InputTypeError: It is not iterable.
     """
 
     @classmethod
-    def of(cls, loader: Any, name: str, unpack: Unpack | None = None) -> Batches:
+    def of(cls, loader: Any, name: str, unpack: Unpack | None = None, ordered: bool = True) -> Batches:
         """Return `loader` as batches; one that is already stays, and goes on comparing its passes."""
-        return loader if isinstance(loader, Batches) else cls(loader, name, unpack)
+        found = loader if isinstance(loader, Batches) else cls(loader, name, unpack, ordered)
+        return found.in_order() if ordered else found
 
-    def __init__(self, loader: Any, name: str, unpack: Unpack | None = None) -> None:
+    def __init__(self, loader: Any, name: str, unpack: Unpack | None = None, ordered: bool = True) -> None:
         if isinstance(loader, tuple) and len(loader) == 2 and hasattr(loader[1], "shape"):
             loader = [loader]
         if not isinstance(loader, Iterable):
@@ -84,10 +91,68 @@ class Batches:
         if isinstance(loader, Iterator):
             came = "a generator, which can be read once"
             raise DataError.of(name, came, "several passes are needed", "Pass a list, a Dataset or a DataLoader.")
-        _refuse_random(loader, name)
+        self.shuffles = kind_of_random(loader)
         self.loader, self.name, self.unpack = loader, name, unpack
+        if self.shuffles is not None:
+            self.loader = self.in_order().loader if ordered else without_shuffling(loader, name)
         self._digests: list[int] | None = None
         self._rows = 0
+
+    def in_order(self) -> Batches:
+        """Return these batches if their order is one that the caller knows.
+
+        Raises:
+            DataError: They come from a loader that shuffles.
+        """
+        if self.shuffles is not None:
+            needed = "rows and columns of the result need one order"
+            raise DataError.of(self.name, f"a loader with a {self.shuffles}", needed, "Make it with shuffle=False.")
+        return self
+
+    def inputs(self) -> Iterator[Any]:
+        """Yield the model's input of every batch, in one pass; targets are left out.
+
+        Beside what else is a batch, this takes a tensor, a list of one, or a mapping without a target.
+
+        Raises:
+            DataError: There are no batches.
+        """
+        for number, raw in self._raw():
+            alone = isinstance(raw, list | tuple) and len(raw) == 1
+            bare = hasattr(raw, "shape") or (isinstance(raw, Mapping) and _by_name(raw) is None)
+            if self.unpack is not None or not (alone or bare):
+                x = self._unpacked(raw, number)[0]
+            else:
+                x = raw[0] if alone else raw
+            yield tuple(x) if isinstance(x, list) else x
+
+    def pairs(self) -> Iterator[tuple[Any, ...]]:
+        """Yield `(x, y)` or `(x, y, weights)` of every batch as they are, in one pass.
+
+        Raises:
+            DataError: There are no batches.
+        """
+        for number, raw in self._raw():
+            x, *rest = self._unpacked(raw, number)
+            yield tuple(x) if isinstance(x, list) else x, *rest
+
+    def _raw(self) -> Iterator[tuple[int, Any]]:
+        refuse_transforms()
+        number = -1
+        for number, raw in enumerate(_drawn(self.loader)):
+            yield number, raw
+        if number < 0:
+            raise DataError.of(self.name, "empty", "at least one batch is needed")
+
+    @property
+    def known_rows(self) -> int | None:
+        """Rows of all batches as far as a loader's sampler says, without reading any; None where none does."""
+        batches: Any = getattr(self.loader, "batch_sampler", None)
+        try:
+            rows, most = len(batches.sampler), batches.batch_size
+        except (AttributeError, TypeError):  # no sampler, or one without a length
+            return None
+        return rows - rows % most if batches.drop_last else rows
 
     @property
     def rows(self) -> int:
@@ -268,14 +333,3 @@ def _checked_weights(weights: Any, rows: int, number: int, name: str) -> Tensor:
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise InputError.of(label, "negative or not finite", "every weight must be a finite number, 0 or more")
     return weights.detach()
-
-
-def _refuse_random(loader: Any, name: str) -> None:
-    """Refuse samplers that are random by kind: with the random state put back, their passes would agree by chance."""
-    from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
-
-    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-    for sampler in samplers:
-        if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
-            needed = "rows and columns of the result need one order"
-            raise DataError.of(name, f"a loader with a {type(sampler).__name__}", needed, "Make it with shuffle=False.")

@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ._data import Unpack
 from ._finite import check_outputs, require_finite
 from ._framework import framework_jacobian, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import everything, is_framework_model
+from ._loaders import by_batches
 from ._picks import Picks, picked
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from ._products import Params, given, warn_if_unconnected
@@ -26,6 +28,7 @@ from ._torch.protocol import (
     Places,
     Recording,
     Samples,
+    Shared,
     WholeAsk,
     by_leaf,
     ensure_whole_fits,
@@ -44,6 +47,7 @@ _FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
 
 @keywords()
+@by_batches("target")
 @planned_by(plan_samples)
 @eager
 @shows_progress()
@@ -53,6 +57,9 @@ def compute_jacobian(
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
+    target: Tensor | None = None,
+    shared: Shared = None,
+    unpack: Unpack | None = None,
     at: At = None,
     mode: Literal["auto", "reverse", "forward", "split"] = "auto",
     budget: Budget = None,
@@ -73,10 +80,17 @@ def compute_jacobian(
 
     Args:
         model: A module (its copy is put in eval mode, not the caller's), a plain function, or a `JaxFunction`.
-        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
+        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or mapping (keyword) of such tensors, in
+            which None, bools, numbers and strings are passed on as they are; or a loader of batches `(x, y)`, of which
+            the inputs are taken, in order.
         batch_size: Most samples to a sweep; fewer where the budget asks for it.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
             the output. One logit of 50,000 costs one sweep.
+        target: One output per sample: an integer tensor `(n,)` of places along the last axis of the output (labels,
+            predicted classes), after `outputs=`. It costs one sweep per batch, and that axis is not in the result.
+        shared: Names or positions of inputs without an axis of samples (a mask, a table): every batch and every sample
+            alone gets them whole, and nothing is differentiated by them.
+        unpack: For a loader, batch -> `(x, y)` or `(x, y, weights)`, where a batch is no pair `(x, y)`.
         at: A submodule's path: differentiate by its output instead of by `x`. A pair `(source, target)` goes from
             one hidden layer (None: the input) to another (None: the output).
         mode: `"reverse"` sweeps by output entries, `"forward"` by input entries, `"split"` at the narrowest layer that
@@ -96,7 +110,7 @@ def compute_jacobian(
     Returns:
         A tensor `(n, *out, *in)` with the dtype and device of the output, never requiring grad; `(0, *out, *in)` for
         no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict inputs that structure
-        inside, with None at integer entries.
+        inside, with None at entries that are not differentiated by.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind.
@@ -112,22 +126,17 @@ def compute_jacobian(
                 [0.0000, 0.2500]])
     """
     check_positive("batch_size", batch_size)
-    options = {"outputs": outputs, "checks": checks, "fallback": fallback}
+    options: dict[str, Any] = {"outputs": outputs, "checks": checks, "fallback": fallback}
     if is_framework_model(model):
-        refuse_options(at=at, budget=budget, out=out, compile=compile)
+        refuse_options(target=target, shared=shared, at=at, budget=budget, out=out, compile=compile)
         sweeps = {"mode": mode, "most": batch_size, "progress": progress}
         return framework_jacobian(model, x, check_finite, **options, **sweeps)
-    samples = Samples(model, x, call="compute_jacobian", at=at, compile=compile, **options)
+    options |= {"target": target, "shared": shared, "at": at, "compile": compile}
+    samples = Samples(model, x, call="compute_jacobian", **options)
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
-        names = found.output_tree.names
-        check_outputs("compute_jacobian", found.output, names, _FINITE_TODO)
-        for name, row in zip(names, [] if found.sure else found.blocks, strict=False):
-            for block in row:
-                _check_block("compute_jacobian", block, name, "x")
-    places = range(len(found.input_tree.names))
-    rows = (dict(zip(found.inputs, row, strict=True)) for row in found.blocks)
-    return found.output_tree.build([found.input_tree.build([row.get(i) for i in places]) for row in rows])
+        found.check_finite(_FINITE_TODO)
+    return found.arranged()
 
 
 @keywords()

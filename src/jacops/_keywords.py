@@ -50,6 +50,7 @@ def _keys(options: type | None) -> frozenset[str]:
 def unknown(call: str, name: str, known: Iterable[str]) -> InputTypeError:
     """Return the error for a keyword that a call does not have."""
     names = sorted(known)
-    near = get_close_matches(name, names, 1, 0.5)
+    within = [known for known in names if name in known.split("_")]  # `method`: `inversion_method`
+    near = within if len(within) == 1 else get_close_matches(name, names, 1, 0.5)
     hint = f"Did you mean `{near[0]}`?" if near else f"It has {', '.join(f'`{one}`' for one in names)}."
     return InputTypeError(f"{call}() has no keyword `{name}`. {hint}")

@@ -33,6 +33,7 @@ from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
+from ._sample_inputs import SampleInputs
 from ._space import Space
 from ._torch.protocol import Reduction, RowLosses, Weighted, bare, is_convex, parameter_names, weights_of
 from ._trees import flatten
@@ -340,12 +341,13 @@ class Objective:
     def sample_gradients(self, x: Any, y: Any) -> LayerFactors:
         """Return `(n, P)`, row i the gradient of the loss of sample i alone."""
         call = "sample_gradients"
-        rows = gradients_at(self.model, self.losses.scalar, x, y, self.seed, self._picked, self._record(x, call))
+        given, record = SampleInputs(x, y), self._record(x, call)
+        rows = gradients_at(self.model, self.losses.scalar, given, self.seed, self._picked, record)
         return with_source(rows, Source(call, {"x": x, "y": y}))
 
     def sample_jacobians(self, x: Any) -> LayerFactors:
         """Return `(n * K, P)`, rows of the output's Jacobian of every sample alone."""
-        return jacobians_at(self.model, x, None, self.seed, self._picked, self._record(x, "leverage"))
+        return jacobians_at(self.model, SampleInputs(x), None, self.seed, self._picked, self._record(x, "leverage"))
 
     def _record(self, x: Any, call: str) -> Callable[[], Any] | None:
         """Return what records a batch that is kept; None for any other."""

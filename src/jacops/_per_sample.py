@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from ._data import Unpack as Batching
 from ._framework import framework_sample_gradients, framework_sample_jacobians, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
+from ._loaders import joined
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import made_from
 from ._picks import trainable
@@ -27,12 +30,14 @@ from ._recorded_loss import (
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.restoring import restoring
+from ._sample_inputs import SampleInputs
 from ._space import Space
 from ._torch.protocol import (
     Definition,
     Recording,
     Rows,
     SampleFactors,
+    Shared,
     bare,
     check_fallback,
     check_state,
@@ -42,7 +47,7 @@ from ._torch.protocol import (
     record_model,
     row_cotangents,
 )
-from ._trees import Selector, Tree, flatten, hint_at_labels
+from ._trees import Selector, hint_at_labels
 from .errors import InputError, ModelStateError
 
 Randomness = Literal["error", "same"]
@@ -62,14 +67,17 @@ class SampleGradientOptions(OperatorOptions, total=False):
 
 
 @keywords(OperatorOptions)
+@joined
 @eager
 @made_from("x", "y")
 def sample_gradients(
     model: nn.Module,
     loss: Loss,
     x: Any,
-    y: Any,
+    y: Any = None,
     *,
+    shared: Shared = None,
+    unpack: Batching | None = None,
     randomness: Randomness = "error",
     seed: int | None = None,
     **options: Unpack[OperatorOptions],
@@ -83,8 +91,11 @@ def sample_gradients(
     Args:
         model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
         loss: `loss(output, y)`, one number.
-        x: A tensor, tuple or mapping of tensors with one leading axis.
-        y: A tensor with the same leading axis.
+        x: A tensor, or a tuple or mapping of tensors with one leading axis, in which None, bools, numbers and strings
+            are passed on as they are; or a loader of batches `(x, y)`, whose rows are joined in order.
+        y: A tensor with the same leading axis; left out with a loader.
+        shared: Inputs without an axis of samples, as in `compute_jacobian`.
+        unpack: For a loader, as in `compute_jacobian`.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
         options: As in `hessian`.
@@ -108,29 +119,28 @@ def sample_gradients(
     recorded = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
-    return gradients_at(model, loss, x, y, checked_seed(randomness, seed), recorded)
+        refuse_options(shared=shared)
+    return gradients_at(model, loss, SampleInputs(x, y, shared), checked_seed(randomness, seed), recorded)
 
 
 def gradients_at(
     model: Any,
     loss: Loss,
-    x: Any,
-    y: Any,
+    given: SampleInputs,
     seed: int | None,
     options: CurvatureOptions,
     record: Callable[[], Recording] | None = None,
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_gradients(model, loss, x, y, options)
+        return framework_sample_gradients(model, loss, given.x, given.y, options)
     refuse_mixing_modules(model, random=seed is None)
-    values, tree = _rows_of((x, y), "x, y")
-    inputs = len(flatten(x, "x")[0])
+    values, tree, inputs = given.apart
 
     @restoring
     def alone(values: Sequence[Tensor]) -> Recording:
         one_x, one_y = tree.build(values)
-        with seeded(seed), one_row("sample_gradients"):
+        with seeded(seed), one_row("sample_gradients"), given.explained(model, "sample_gradients", options):
             return record_loss(model, loss, one_x, one_y, "sample_gradients", **options)
 
     def together(some: Sequence[Tensor]) -> Recording:
@@ -150,10 +160,19 @@ def gradients_at(
 
 
 @keywords(RowOptions)
+@joined
 @eager
 @made_from("x")
 def sample_jacobians(
-    model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Unpack[RowOptions]
+    model: nn.Module,
+    x: Any,
+    *,
+    outputs: Selector = None,
+    target: Tensor | None = None,
+    shared: Shared = None,
+    unpack: Batching | None = None,
+    seed: int | None = None,
+    **options: Unpack[RowOptions],
 ) -> LayerFactors:
     """Return the parameter Jacobians of every sample's outputs, as rows of an operator `(n * k, P)`.
 
@@ -164,6 +183,9 @@ def sample_jacobians(
         model: As in `sample_gradients`.
         x: As in `sample_gradients`.
         outputs: Part of the output, as in `jacobian`; what it picks must be one tensor.
+        target: One output per sample, as in `compute_jacobian`; rows are then `(n, P)` for an output `(n, classes)`.
+        shared: Inputs without an axis of samples, as in `compute_jacobian`.
+        unpack: For a loader, as in `compute_jacobian`.
         seed: Of random layers in train mode, which draw the same masks for every sample; None refuses them.
         options: As in `hessian`.
 
@@ -184,12 +206,13 @@ def sample_jacobians(
     recorded: RecordOptions = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
-    return jacobians_at(model, x, outputs, seed, recorded)
+        refuse_options(target=target, shared=shared)
+    return jacobians_at(model, SampleInputs(x, None, shared, target), outputs, seed, recorded)
 
 
 def jacobians_at(
     model: Any,
-    x: Any,
+    given: SampleInputs,
     outputs: Selector,
     seed: int | None,
     options: RecordOptions,
@@ -197,15 +220,20 @@ def jacobians_at(
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_jacobians(model, x, {**options, "outputs": outputs})
+        return framework_sample_jacobians(model, given.x, {**options, "outputs": outputs})
     refuse_mixing_modules(model, random=seed is None)
-    values, tree = _rows_of(x, "x")
-    hint_at_labels("sample_jacobians", outputs, x)
+    (values, tree, _), picks = given.apart, given.picks
+    hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")
+    values = values if picks is None else [*values, picks.places]
+    purpose = None if picks is None else "target"
 
     @restoring
     def alone(some: Sequence[Tensor]) -> Recording:
-        with seeded(seed):
-            made = record_model(model, tree.build(some), call="sample_jacobians", outputs=outputs, **options)
+        inputs = some if picks is None else some[:-1]
+        finish = None if picks is None else partial(picks.pick, places=some[-1])
+        how = {"call": "sample_jacobians", "outputs": outputs, "finish": finish, "purpose": purpose}
+        with seeded(seed), given.explained(model, "sample_jacobians", options):
+            made = record_model(model, tree.build(inputs)[0], **how, **options)
         return _one_output(made)
 
     def together(some: Sequence[Tensor]) -> Recording:
@@ -231,14 +259,6 @@ def _one_output(found: Recording) -> Recording:
         raise InputError.of("the model's output", f"in parts {names}", "one tensor is needed", "Pass `outputs=`.")
     check_usable(found.lin)
     return found
-
-
-def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
-    values, tree = flatten(arrays, f"({names})")
-    lengths = {v.shape[0] if isinstance(v, Tensor) and v.ndim else -1 for v in values}
-    if len(lengths) != 1 or -1 in lengths:
-        raise InputError.of(names, f"of lengths {sorted(lengths)}", "all need one row per sample")
-    return values, tree
 
 
 def _factors(

@@ -60,7 +60,8 @@ class Problem(Described):
     Args:
         model: A module, a `JaxFunction`, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
         loss: `loss(output, y)`, as the objective reduces it; left out where `model` brings its own.
-        data: A loader of batches in a fixed order; see `Batches` for what a batch may be.
+        data: A loader of batches; see `Batches` for what a batch may be. One that shuffles is read in the order of its
+            data set, and refused where rows are samples.
         parameters: Which parameters: None takes those that require grad; name patterns or a function pick others.
         reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean. It is verified.
         l2: Weight decay $r$: one number, or numbers by name pattern; parameters that no pattern fits have none.
@@ -70,7 +71,8 @@ class Problem(Described):
         progress: Force progress bars on or off.
 
     Raises:
-        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        DataError: A loader draws with replacement or drops rows at random, runs dry, or gives something else than
+            batches.
         InputError: An argument is out of range, or the loss does not reduce batches as said.
         ModelStateError: Batch statistics or dropout are in train mode.
         InputTypeError: `loss` is not callable, or left out with a module.
@@ -100,7 +102,7 @@ class Problem(Described):
         options = ObjectiveOptions(parameters=parameters, reduction=reduction, randomness=randomness, seed=seed)
         self.objective = _objective(model, loss, options)
         self.objective.check_state()
-        self.data, self.progress = Batches.of(data, "data", unpack), progress
+        self.data, self.progress = Batches.of(data, "data", unpack, ordered=False), progress
         if not self.objective.space.dim:
             came = f"a {type(self.objective.model).__name__} without parameters to differentiate"
             raise ModelStateError.of("model", came, "at least one must be a floating-point parameter that is trainable")
@@ -255,7 +257,7 @@ class Problem(Described):
         Args:
             data: Other data than the problem's own.
         """
-        batches = self.data if data is None else Batches.of(data, "data", self.data.unpack)
+        batches = self.data.in_order() if data is None else Batches.of(data, "data", self.data.unpack)
         unchanged = self.objective.unchanged()
 
         def parts() -> Iterator[tuple[float, Operator]]:

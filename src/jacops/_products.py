@@ -232,7 +232,7 @@ def _pull(found: Recording, v: Any, create_graph: bool, batch: bool) -> list[Ten
         from ._trees import flatten
 
         v = [leaf for leaf in flatten(v, name)[0] if leaf is not None]
-    if isinstance(v, list) and found.tree.empty:
+    if isinstance(v, list) and found.tree.held:
         v = [leaf for leaf in v if leaf is not None]
     vectors = [out_of_inference(t) for t in lin.codomain.check(v, name, batch=batch)]
     check_vector(lin.call, name, vectors)

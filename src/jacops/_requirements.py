@@ -62,13 +62,15 @@ def check_choice(name: str, value: Any, known: Collection[Any], more: str = "") 
         name: The argument.
         value: What came.
         known: The words.
-        more: What else may be given, such as `" or a Solver"`.
+        more: What else may be given, such as `" or a Solver"`, or a remark after a semicolon.
 
     Raises:
         InputError: It is none of them.
     """
     if value not in known:
-        raise InputError.of(name, repr(value), f"one of {', '.join(map(repr, known))}{more} is needed")
+        needed = f"one of {', '.join(map(repr, known))}"
+        remark = more.startswith(";")
+        raise InputError.of(name, repr(value), f"{needed} is needed{more}" if remark else f"{needed}{more} is needed")
     return value
 
 

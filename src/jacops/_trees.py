@@ -5,7 +5,8 @@ A tree is flattened once into named leaves at the edge of a call; everything ins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,35 +25,87 @@ class Tree:
         names: One readable path per leaf, such as `output['logits']`.
         single: True where the tree is one bare leaf.
         spec: torch's own description of the structure.
-        empty: Places of leaves that are None and stay so; they have no name.
+        held: Places of leaves that stay as they are, and these; they have no name.
     """
 
     names: tuple[str, ...]
     single: bool
     spec: pytree.TreeSpec
-    empty: tuple[int, ...] = ()
+    held: tuple[tuple[int, Any], ...] = ()
 
     def build(self, leaves: Iterable[Any]) -> Any:
         """Return the tree with these leaves in place of its own."""
         leaves = list(leaves)
-        for place in self.empty:
-            leaves.insert(place, None)
+        for place, leaf in self.held:
+            leaves.insert(place, leaf)
         return pytree.tree_unflatten(leaves, self.spec)
 
-    def without_none(self, leaves: Sequence[Any]) -> tuple[list[Any], Tree]:
-        """Return the leaves that are not None, and the tree in which the others stay None."""
-        empty = tuple(i for i, leaf in enumerate(leaves) if leaf is None)
-        if not empty:
+    def holding(self, leaves: Sequence[Any], places: Iterable[int]) -> tuple[list[Any], Tree]:
+        """Return the leaves elsewhere than at some places, and the tree that holds those at these.
+
+        Args:
+            leaves: All leaves of a tree that holds none.
+            places: Where to hold them.
+        """
+        held = {place: leaves[place] for place in places}
+        if not held:
             return list(leaves), self
-        names = tuple(name for name, leaf in zip(self.names, leaves, strict=True) if leaf is not None)
-        return [leaf for leaf in leaves if leaf is not None], replace(self, names=names, empty=empty)
+        names = tuple(name for i, name in enumerate(self.names) if i not in held)
+        free = [leaf for i, leaf in enumerate(leaves) if i not in held]
+        return free, replace(self, names=names, held=tuple(sorted(held.items(), key=lambda item: item[0])))
+
+    def free(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the leaves that are not held, given all leaves of such a tree, or these alone."""
+        held = dict(self.held) if len(leaves) == len(self.names) + len(self.held) else {}
+        return [leaf for i, leaf in enumerate(leaves) if i not in held]
+
+    def map_held(self, change: Callable[[Any], Any]) -> Tree:
+        """Return the tree with other leaves in place of those that it holds."""
+        return replace(self, held=tuple((place, change(leaf)) for place, leaf in self.held)) if self.held else self
+
+
+class _Opened:
+    """A mapping that torch's registry does not know (a UserDict, transformers' BatchEncoding), as a node of a tree."""
+
+    def __init__(self, mapping: Mapping[Any, Any]) -> None:
+        self.mapping = mapping
+
+    def children(self) -> tuple[list[tuple[Any, Any]], Any]:
+        """Return keys and values, and what it is built again from."""
+        return [(pytree.MappingKey(key), value) for key, value in self.mapping.items()], self.mapping
+
+    @staticmethod
+    def built(values: Iterable[Any], mapping: Any) -> Any:
+        """Return a copy with other values; a plain dict where it cannot be written into."""
+        pairs = dict(zip(mapping, values, strict=True))
+        if not isinstance(mapping, MutableMapping):
+            return pairs
+        made = copy(mapping)
+        made.update(pairs)
+        return made
+
+
+pytree.register_pytree_node(
+    _Opened,
+    lambda node: ([value for _, value in node.children()[0]], node.mapping),
+    _Opened.built,
+    flatten_with_keys_fn=_Opened.children,
+)
 
 
 def flatten(tree: Any, name: str) -> tuple[list[Any], Tree]:
     """Return the leaves of `tree` and its shape; paths in error messages start with `name`."""
-    paths, spec = pytree.tree_flatten_with_path(tree)
+    paths, spec = paths_in(tree)
     names = tuple(name + pytree.keystr(path) for path, _ in paths)
     return [leaf for _, leaf in paths], Tree(names, len(paths) == 1 and not paths[0][0], spec)
+
+
+def paths_in(tree: Any) -> tuple[list[tuple[pytree.KeyPath, Any]], pytree.TreeSpec]:
+    """Return the leaves of `tree` with their paths, and its structure; every mapping in it is looked into."""
+    paths, spec = pytree.tree_flatten_with_path(tree)
+    if any(isinstance(leaf, Mapping) for _, leaf in paths):
+        return paths_in(pytree.tree_map(lambda leaf: _Opened(leaf) if isinstance(leaf, Mapping) else leaf, tree))
+    return paths, spec
 
 
 def is_differentiable(value: Any) -> bool:
@@ -68,7 +121,7 @@ def output_leaves(output: Any, name: str = "output") -> tuple[list[Tensor], Tree
         NotDifferentiableError: A leaf is of an integer dtype.
     """
     leaves, tree = flatten(output, name)
-    leaves, tree = tree.without_none(leaves)
+    leaves, tree = tree.holding(leaves, [i for i, leaf in enumerate(leaves) if leaf is None])
     if not leaves:
         came = f"a {type(output).__name__} without tensors"
         raise InputTypeError.of(name, came, "a tensor or a tree of tensors is needed")
@@ -116,10 +169,17 @@ def select(output: Any, outputs: Selector, name: str = "output") -> Any:
         raise InputError.of("outputs", repr(outputs), f"{name} has {known}") from None
 
 
-def hint_at_labels(call: str, outputs: Selector, inputs: Any) -> None:
+def hint_at_labels(call: str, outputs: Selector, inputs: Any, todo: str = "take all outputs and index the result "
+                   "with [torch.arange(n), labels]") -> None:  # fmt: skip
     """Warn where `outputs` looks like one label per sample: it picks the same columns for every sample.
 
     That is an integer tensor or array with an entry per sample, or a list with an entry per sample and repetitions.
+
+    Args:
+        call: The public call.
+        outputs: As given to it.
+        inputs: The model's.
+        todo: How the call gives the output at each sample's own label.
     """
     if outputs is None or callable(outputs) or isinstance(outputs, int | str | slice):
         return
@@ -134,8 +194,8 @@ def hint_at_labels(call: str, outputs: Selector, inputs: Any) -> None:
     if picked.shape[0] == picked.numel() == samples and not columns:
         warn(
             f"{call}: `outputs` holds {samples} indices for {samples} samples, and each of them picks a column of "
-            "every sample's output. For the output at each sample's own label take all outputs and index the result "
-            "with [torch.arange(n), labels]; if columns are meant, pass `outputs=lambda output: output[..., columns]`."
+            f"every sample's output. For the output at each sample's own label {todo}; if columns are meant, pass "
+            "`outputs=lambda output: output[..., columns]`."
         )
 
 

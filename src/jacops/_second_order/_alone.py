@@ -11,7 +11,7 @@ from torch import Tensor
 from .._finite import is_finite
 from .._runtime.agreement import tolerance
 from .._torch.protocol import RECORDED, JacobianFunction, Samples
-from .._trees import flatten, output_leaves
+from .._trees import output_leaves
 from ..errors import NotDifferentiableError, warn
 from ._common import Blocks, compared, flat
 from ._differences import Differences
@@ -30,14 +30,14 @@ class OutputEntry:
     def __init__(self, function: Callable[..., Any], output: int, entry: int) -> None:
         self.function, self.output, self.entry = function, output, entry
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *values: Tensor) -> Tensor:
         """Return `(n,)`.
 
         Raises:
             RuntimeError: Several samples, and an output without an axis for them.
         """
-        many = flatten(kwargs or args, "x")[0][0].shape[0]
-        whole = output_leaves(self.function(*args, **kwargs))[0][self.output]
+        many = values[0].shape[0]
+        whole = output_leaves(self.function(*values))[0][self.output]
         if many > 1 and (whole.ndim == 0 or whole.shape[0] != many):
             raise RuntimeError(f"an output of shape {tuple(whole.shape)} has no axis of {many} samples first")
         return whole.reshape(many, -1)[:, self.entry]

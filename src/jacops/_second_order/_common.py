@@ -11,45 +11,33 @@ from torch import Tensor
 from .._finite import require_finite
 from .._requirements import check_positive
 from .._torch.protocol import ConnectedModel, Samples
-from .._trees import Selector, Tree
+from .._trees import Tree
 from ..errors import NotDifferentiableError
 
 Blocks = list[list[list[Tensor]]]  # [output][input][input], each `(n, *out, *in, *in)`
 FLOOR = 1e-2  # parts below this share of a typical one are measured by it: they may hold rounding of the rest only
 
 
-def samples_of(
-    call: str, model: Any, x: Any, batch_size: int, outputs: Selector, checks: str, fallback: str
-) -> Samples:
+def samples_of(call: str, model: Any, x: Any, batch_size: int, **options: Any) -> Samples:
     check_positive("batch_size", batch_size)
-    return Samples(model, x, call=call, outputs=outputs, checks=checks, fallback=fallback)
+    return Samples(model, x, call=call, **options)
 
 
 def part_of(
     samples: Samples, where: slice | Tensor, shift: Sequence[Tensor] | None = None, fallback: str | None = None
 ) -> Samples:
     """Return some of the samples, moved by `shift` if there is one, with another `fallback` if there is one."""
-    runner, values = (
-        samples.runner,
-        [v[where] for v in samples.values],
-    )
+    values = [v[where] for v in samples.values]
     for index, change in zip(samples.inputs, shift or (), strict=shift is not None):
         values[index] = values[index] + change
-    x = samples.input_tree.build(values)
-    return Samples(
-        runner.model,
-        x,
-        call=samples.call,
-        outputs=runner.outputs,
-        checks=samples.checks,
-        fallback=fallback or samples.fallback,
-    )
+    return samples.over(values, fallback=fallback or samples.fallback)
 
 
 def output_entries(samples: Samples) -> int:
     """Return how many numbers the model gives for one sample."""
     one = [v[:1] if samples.count else v.new_zeros(1, *v.shape[1:]) for v in samples.values]
-    return sum(output.numel() for output in samples.runner.run(one).lin.outputs)
+    with samples.explained():
+        return sum(output.numel() for output in samples.runner.run(one).lin.outputs)
 
 
 def tree_of(forward: ConnectedModel) -> Tree:

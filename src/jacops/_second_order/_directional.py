@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._data import Unpack
 from .._finite import check_vector, is_finite
 from .._keywords import keywords
+from .._loaders import by_batches
 from .._requirements import check_positive
 from .._runtime.contexts import eager
 from .._space import Space
-from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, nested, split_input
+from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, Shared, nested
 from .._trees import Selector, Tree, flatten
 from ..errors import InputError
 from ._alone import settled
@@ -23,6 +25,7 @@ from ._evidence import Nest
 
 
 @keywords()
+@by_batches("target", "v")
 @eager
 def directional_derivative(
     model: nn.Module | Callable[..., Any],
@@ -32,6 +35,9 @@ def directional_derivative(
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
+    target: Tensor | None = None,
+    shared: Shared = None,
+    unpack: Unpack | None = None,
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
@@ -50,6 +56,9 @@ def directional_derivative(
         order: How often to differentiate, at least once.
         batch_size: Samples to a sweep.
         outputs: As in `input_hessian`.
+        target: As in `input_hessian`.
+        shared: As in `input_hessian`.
+        unpack: As in `input_hessian`.
         checks: As in `input_hessian`.
         fallback: As in `input_hessian`.
         progress: Force the progress bar on or off.
@@ -71,17 +80,17 @@ def directional_derivative(
                 [24.]])
     """
     check_positive("order", order)
-    samples = samples_of("directional_derivative", model, x, batch_size, outputs, checks, fallback)
+    options = {"outputs": outputs, "target": target, "shared": shared, "checks": checks, "fallback": fallback}
+    samples = samples_of("directional_derivative", model, x, batch_size, **options)
     blocks, tree = along(samples, _directions(samples, v), order, batch_size, progress)
     return tree.build(blocks)
 
 
 def _directions(samples: Samples, v: Any) -> list[Tensor]:
     """Return `v` as one tensor per differentiable input, held against these."""
-    given = flatten(v, "v")[0]
-    if len(given) != len(samples.values):
-        came = f"{len(given)} tensors"
-        raise InputError.of("v", came, f"{len(samples.values)} are needed, in the structure of `x`")
+    given, many = samples.input_tree.free(flatten(v, "v")[0]), len(samples.input_tree.names)
+    if len(given) != many:
+        raise InputError.of("v", f"{len(given)} tensors", f"{many} are needed, in the structure of `x`")
     floats = [samples.values[i] for i in samples.inputs]
     names = [samples.input_tree.names[i] for i in samples.inputs]
     tensors = Space.of(floats, names).check([given[i] for i in samples.inputs], "v")
@@ -142,8 +151,7 @@ def _moved(
                 step = t.to(rows).view(-1, *[1] * (rows.ndim - 1))
                 rows = rows + step * moving[index][which.to(value.device)]
             inputs.append(rows)
-        args, kwargs = split_input(samples.input_tree.build(inputs))
-        return forward(*args, **kwargs)
+        return forward(*inputs)
 
     return moved
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._data import Unpack
 from .._finite import is_finite
 from .._keywords import keywords
+from .._loaders import by_batches
 from .._runtime.agreement import size, tolerance
 from .._runtime.contexts import eager, private_noise
 from .._runtime.rounding import rounding_error
 from .._runtime.rows import rows_size
-from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, asymmetric, nested, split_input
+from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, Shared, asymmetric, nested
 from .._trees import Selector, Tree
 from ._alone import settled
 from ._common import Blocks, check_finite, flat, matrices, samples_of, tree_of
@@ -26,6 +28,7 @@ _WORST = 4  # samples whose rounding is measured, alone: an operation that is wr
 
 
 @keywords()
+@by_batches("target")
 @eager
 def input_hessian(
     model: nn.Module | Callable[..., Any],
@@ -33,6 +36,9 @@ def input_hessian(
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
+    target: Tensor | None = None,
+    shared: Shared = None,
+    unpack: Unpack | None = None,
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
@@ -49,9 +55,13 @@ def input_hessian(
 
     Args:
         model: A module (its copy is put in eval mode), or a plain function.
-        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or dict (keyword) of such tensors.
+        x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or mapping (keyword) of such tensors, or
+            a loader, as in `compute_jacobian`.
         batch_size: Samples to a sweep.
         outputs: Part of the output, as in `compute_jacobian`. One number of a wide output saves as much memory.
+        target: One output per sample, as in `compute_jacobian`.
+        shared: Inputs without an axis of samples, as in `compute_jacobian`.
+        unpack: For a loader, as in `compute_jacobian`.
         checks: As in `compute_jacobian`; the comparison with a mixture is made in every call but with `"never"`.
         fallback: `"warn"`, `"silent"` or `"error"` where samples or outputs must be taken one at a time.
         progress: Force the progress bar on or off.
@@ -71,16 +81,17 @@ def input_hessian(
         tensor([[[6., 2.],
                  [2., 0.]]])
     """
-    samples = samples_of("input_hessian", model, x, batch_size, outputs, checks, fallback)
+    options = {"outputs": outputs, "target": target, "shared": shared, "checks": checks, "fallback": fallback}
+    samples = samples_of("input_hessian", model, x, batch_size, **options)
     blocks, tree = hessians(samples, batch_size, progress)
-    return tree.build([_arranged(samples, [_arranged(samples, row) for row in rows]) for rows in blocks])
+    return tree.build([samples.arranged([samples.arranged(row) for row in rows]) for rows in blocks])
 
 
 def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[Blocks, Tree]:
     """Return `H[output][input][input]`, each `(n, *out, *in, *in)`, and the structure of the outputs."""
     forward = ConnectedModel(samples)
     slopes = JacobianFunction(forward, samples.call)
-    x = samples.input_tree.build(samples.values)
+    x = samples.values
     lines, first = nested(slopes, x, samples, "hessian", batch_size, progress)
     many = len(samples.inputs)
     blocks = [lines[start : start + many] for start in range(0, len(lines), many)]
@@ -111,17 +122,9 @@ def _rerun(samples: Samples, forward: ConnectedModel) -> Callable[[slice, float]
         for i in samples.inputs:
             unit = units * torch.finfo(values[i].dtype).eps
             values[i] = (values[i] * (1 + unit * private_noise(values[i], seed=i))).requires_grad_()
-        args, kwargs = split_input(samples.input_tree.build(values))
-        return [values[i] for i in samples.inputs], list(forward(*args, **kwargs))
+        return [values[i] for i in samples.inputs], list(forward(*values))
 
     return rerun
-
-
-def _arranged(samples: Samples, blocks: Sequence[Any]) -> Any:
-    leaves: list[Any] = [None] * len(samples.values)
-    for index, block in zip(samples.inputs, blocks, strict=True):
-        leaves[index] = block
-    return samples.input_tree.build(leaves)
 
 
 def _asymmetry(samples: Samples, blocks: Blocks) -> float | None:
@@ -155,9 +158,7 @@ def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: 
     """Say whether the Hessians of the least symmetric samples hold rounding errors of that size."""
     for worst in gaps.topk(min(_WORST, len(gaps))).indices.tolist():
         where = slice(worst, worst + 1)
-        x = [v[where] for v in samples.values]
-        runner, x = samples.runner, samples.input_tree.build(x)
-        one = Samples(runner.model, x, call=samples.call, outputs=runner.outputs, checks="never")
+        one = samples.over([v[where] for v in samples.values], checks="never", fallback="warn")
         found = [block[where] for row in rows for block in row]
         if not float(gaps[worst]) <= rounding_error(lambda one=one: _alone(one, output), found):
             return False
@@ -167,7 +168,7 @@ def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: 
 def _alone(samples: Samples, output: int) -> list[Tensor]:
     lines, _ = nested(
         JacobianFunction(ConnectedModel(samples), samples.call),
-        samples.input_tree.build(samples.values),
+        samples.values,
         samples,
         "rounding",
         1,

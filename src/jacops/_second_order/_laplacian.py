@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._data import Unpack
 from .._keywords import keywords
+from .._loaders import by_batches
 from .._runtime.contexts import eager
-from .._torch.protocol import Samples
+from .._torch.protocol import Samples, Shared
 from .._trees import Selector, Tree
 from ..errors import NotDifferentiableError
 from ._common import matrices, output_entries, part_of, samples_of
@@ -22,6 +24,7 @@ _DIRECTION_ENTRIES = 2**22  # 32 MiB of copies of the samples and directions in 
 
 
 @keywords()
+@by_batches("target")
 @eager
 def laplacian(
     model: nn.Module | Callable[..., Any],
@@ -29,6 +32,9 @@ def laplacian(
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
+    target: Tensor | None = None,
+    shared: Shared = None,
+    unpack: Unpack | None = None,
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
@@ -44,6 +50,9 @@ def laplacian(
         x: As in `input_hessian`; with several inputs the sum goes over all of them.
         batch_size: Samples to a sweep, at most.
         outputs: As in `input_hessian`.
+        target: As in `input_hessian`.
+        shared: As in `input_hessian`.
+        unpack: As in `input_hessian`.
         checks: As in `input_hessian`.
         fallback: As in `input_hessian`.
         progress: Force the progress bar on or off.
@@ -61,7 +70,8 @@ def laplacian(
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
         tensor([18.,  6.])
     """
-    samples = samples_of("laplacian", model, x, batch_size, outputs, checks, fallback)
+    options = {"outputs": outputs, "target": target, "shared": shared, "checks": checks, "fallback": fallback}
+    samples = samples_of("laplacian", model, x, batch_size, **options)
     widths = [samples.values[i][:1].numel() for i in samples.inputs] if samples.count else [0]
     entries = output_entries(samples) * sum(widths) ** 2
     if entries > _HESSIAN_ENTRIES:

@@ -28,6 +28,8 @@ from .model.loss_facts import counted_labels, is_convex
 from .model.losses import call_loss, one_row
 from .model.replica import bare, check_state, parameter_names, replicate
 from .model.row_losses import Reduction, RowLosses, Weighted
+from .model.rows import Shared, axis_explained, rows_apart
+from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill
 from .routes.by_products import measured
 from .routes.by_sample import Definition, SampleFactors

@@ -206,6 +206,7 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
     module: Any = model
     if not isinstance(model, nn.Module) and not isinstance(model, type):
         module = function_module(model, params)
+        module.check_arguments(options["input"])
     elif params is not None:
         needed = "a module brings its own parameters"
         raise InputError.of("params", "given", needed, "Freeze those that are to stay as they are.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -56,6 +57,29 @@ class FunctionModule(nn.Module):
         self.function, self.keyword, self.names = function, keyword, tuple(params)
         for name, value in params.items():
             self._parameters[name] = _leaf(value)  # pyright: ignore[reportArgumentType]
+
+    def check_arguments(self, value: Any) -> None:
+        """Refuse an input that the function cannot be called with beside its parameters.
+
+        Raises:
+            InputTypeError: There are too many arguments or too few; the message says how it would be called.
+        """
+        try:
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError):  # of some builtins
+            return
+        args, kwargs = split_input(value)
+        try:
+            signature.bind(*args, **{n: n for n in self.names}, **kwargs) if self.keyword else signature.bind(
+                *self.names, *args, **kwargs
+            )
+        except TypeError as error:
+            one = len(self.names) == 1 and not self.keyword
+            came = "one tensor" if one else f"{len(self.names)} tensors"
+            called = f"f(*input, **params) with {', '.join(self.names)}" if self.keyword else "f(*params, *input)"
+            needed = f"f{signature} is called as {called}, and that fails: {error}"
+            todo = "Pass `params=` a list of tensors, one for each argument, or a dict by their names."
+            raise InputTypeError.of("params", came, needed, todo) from None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function on the parameters and the input."""

@@ -48,7 +48,7 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
 
     Args:
         operator: A positive operator.
-        rows: `(k, n)`.
+        rows: `(k, n)`, or one as `(n,)`.
         damping: $\lambda > 0$.
         steps: Products per row, at most; fewer where the space ends.
 
@@ -56,7 +56,8 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
         InputError: The operator is not marked positive, `damping` is 0, or the rows do not fit.
     """
     system = System(operator, damping)
-    operator.domain.check_rows("b", rows)
+    rows = rows.unsqueeze(0) if isinstance(rows, Tensor) and rows.ndim == 1 else rows
+    operator.domain.check_rows("rows", rows)
     if not operator.positive or not damping > 0:
         raise InputError.of("operator", repr(operator), "bounds need a positive one, and damping above 0")
     check_positive("steps", steps)

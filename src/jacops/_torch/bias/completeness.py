@@ -91,7 +91,7 @@ def check_slopes(forward: FollowedModel, x: Tensor, parts: BiasParts, jacobian: 
     rows = order[: len(x) if parts.moved or checks in ("always", "strict") else FEW].sort().values.to(x.device)
     for seed in _SEEDS if checks != "never" else ():
         first = parts.moved if seed == _SEEDS[0] else None
-        errors = _slope_errors(first or forward.moved(x[rows], seed), jacobian[rows.to(jacobian.device)])
+        errors = _slope_errors(first or forward.moved(x, rows, seed), jacobian[rows.to(jacobian.device)])
         relative[rows] = errors if seed == _SEEDS[0] else torch.minimum(relative[rows], errors)
         rows = rows[~(relative[rows] <= bound).all(1)]
         if not rows.numel():

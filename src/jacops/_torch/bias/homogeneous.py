@@ -25,6 +25,7 @@ from ...errors import InputError, ModelStateError
 from ..model.cut import At, Cut
 from ..model.inputs import forward_explained
 from ..model.replica import replicate
+from ..model.targets import SampleTarget
 from .follow import Follow
 
 FEW = 16  # samples whose slopes are compared: a wrong derivative of an operation shows in any of them
@@ -77,12 +78,14 @@ class FollowedModel:
         outputs: Which part of the output.
         at: A cut at submodules.
         batch_size: Most samples to a forward.
+        target: One output per sample.
     """
 
     model: nn.Module
     outputs: Selector
     at: At
     batch_size: int
+    target: SampleTarget | None = None
 
     def parts(self, x: Tensor) -> BiasParts:
         """Return the output for samples `x` and its bias part.
@@ -92,29 +95,31 @@ class FollowedModel:
             ModelStateError: The forward writes into tensors that are not its own.
         """
         lengths = _AROUND if x.shape[0] <= FEW or x.numel() <= _SMALL else ()
-        runs = self._runs(x, True, lengths)
+        runs = self._runs(x, slice(None), True, lengths)
         bias, *moved = self._joined(runs)
         output, point = torch.cat([r.output for r in runs]), torch.cat([r.point for r in runs])
         curved = tuple(dict.fromkeys(name for r in runs for name in r.curved))
         return BiasParts(output, bias, point, curved, Moved(*moved) if lengths else None)
 
-    def moved(self, x: Tensor, seed: int) -> Moved:
-        """Return the output around samples `x`, along a random direction."""
-        return Moved(*self._joined(self._runs(x, False, _AROUND, seed)))
+    def moved(self, x: Tensor, rows: Tensor, seed: int) -> Moved:
+        """Return the output around some of the samples `x`, along a random direction."""
+        return Moved(*self._joined(self._runs(x, rows, False, _AROUND, seed)))
 
     def _joined(self, runs: Sequence[_Run]) -> list[Tensor]:
         return [torch.cat(parts) for parts in zip(*((*r.carried, *r.moves) for r in runs), strict=True)]
 
-    def _runs(self, x: Tensor, bias: bool, lengths: Sequence[float], seed: int = 0) -> list[_Run]:
+    def _runs(self, x: Tensor, rows: slice | Tensor, bias: bool, lengths: Sequence[float], seed: int = 0) -> list[_Run]:
         runs: list[_Run] = []
+        x, places = x[rows], None if self.target is None else self.target.places[rows]
         chunks = Chunks(x.shape[0], self.batch_size)
         for where in chunks:
             with chunks.halving(where, "contributions", "samples"):
-                runs.append(self._run(x[where], bias, lengths, seed))
+                some = None if places is None else places[where]
+                runs.append(self._run(x[where], some, bias, lengths, seed))
         return runs
 
     @restoring
-    def _run(self, x: Tensor, bias: bool, lengths: Sequence[float], seed: int) -> _Run:
+    def _run(self, x: Tensor, places: Tensor | None, bias: bool, lengths: Sequence[float], seed: int) -> _Run:
         for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
             with recording(), random_state_kept():
                 module = replicate(self.model, training=False, cloned=cloned).module
@@ -124,6 +129,8 @@ class FollowedModel:
                 try:
                     with follow, follow.functions, cut.active(), forward_explained(self.model, [x]):
                         output = select(cut.result(module(given.clone())), self.outputs)
+                        if self.target is not None and places is not None:
+                            output = self.target.pick(output, places)
                     return _Run.of(output, follow, x.shape[0] == 1)
                 except WritesState:
                     continue

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..._requirements import check_choice
 from ..._runtime.contexts import out_of_inference
-from ..._trees import flatten, is_differentiable
+from ..._trees import Tree, flatten, is_differentiable
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
 
 
@@ -73,13 +74,12 @@ def split_input(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (value,), {}
 
 
-def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
+def private_inputs(values: Sequence[Any], tree: Tree, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
     """Return a copy of the inputs, and the leaves in it that have derivatives.
 
     Leaves are used through a clone, so that a forward may write into its input. With `connected`, an input of the
-    caller's that requires grad is its own leaf.
+    caller's that requires grad is its own leaf. What the tree holds is copied too, and is no leaf.
     """
-    values, tree = flatten(value, "input")
     leaves: list[tuple[str, Tensor]] = []
     copies = []
     for name, item in zip(tree.names, values, strict=True):
@@ -93,7 +93,15 @@ def private_inputs(value: Any, connected: bool = False) -> tuple[Any, list[tuple
         leaf = item if connected and item.requires_grad else item.detach().requires_grad_()
         leaves.append((name, leaf))
         copies.append(leaf.clone())
-    return tree.build(copies), leaves
+    return tree.map_held(lambda held: _copied(held, connected)).build(copies), leaves
+
+
+def _copied(value: Any, connected: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = out_of_inference(value)
+    value = value if connected else value.detach()
+    return value.clone() if value.layout is torch.strided else value
 
 
 @contextmanager
@@ -143,12 +151,27 @@ def _is_exported(module: nn.Module) -> bool:
     return isinstance(module, torch.fx.GraphModule) or type(module).__module__.startswith("torch.export")
 
 
+def advice_for(value: Any) -> str:
+    """Return how something that is no tensor becomes one."""
+    if isinstance(value, DataLoader):
+        return "Pass the input of one batch; calls by samples and `Problem` take the loader."
+    if isinstance(value, nn.Module):
+        return "The model is the first argument."
+    if hasattr(value, "to_numpy"):  # pandas
+        return "Convert it with torch.as_tensor(x.to_numpy().copy())."
+    if isinstance(value, np.ndarray):
+        return "Convert it with torch.as_tensor(x.copy())."
+    return "Convert it with torch.as_tensor(x)." if isinstance(value, list) else ""
+
+
 def refuse_arrays(value: Any) -> None:
     """Refuse NumPy arrays and bare numbers where a model's input is expected.
 
     Raises:
         InputTypeError: There is one; the message names it.
     """
+    if isinstance(value, DataLoader):
+        raise InputTypeError.of("input", f"a {type(value).__name__}", "one batch is needed", advice_for(value))
     leaves, tree = flatten(value, "input")
     for leaf, name in zip(leaves, tree.names, strict=True):
         if isinstance(leaf, np.ndarray) or (isinstance(value, list) and isinstance(leaf, int | float)):

@@ -8,7 +8,10 @@ for a random cotangent, with exact zeros where the cotangent has them. Otherwise
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,14 +22,16 @@ from ..._ladder.route import answer, answered
 from ..._progress import track
 from ..._runtime.chunks import Chunks
 from ..._runtime.memory import Budget, given_tensors
-from ..._trees import Selector, flatten, hint_at_labels, is_differentiable
+from ..._trees import Selector, hint_at_labels, is_differentiable
 from ...errors import InputError, InputTypeError, NotDifferentiableError
 from ..model.cut import At
-from ..model.inputs import check_fallback
+from ..model.inputs import advice_for, check_fallback
 from ..model.replica import bare, check_state
+from ..model.rows import Shared, axis_explained, rows_apart
+from ..model.targets import SampleTarget
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, unbatchable, with_reads
-from ..sweeps.proofs import ProofStore
+from ..sweeps.proofs import ProofStore, held_key, identity_key
 from .ask import ONE_SAMPLE, BatchAsk
 from .compiled import COMPILED, GraphAsk
 from .plan import ensure_fits, is_small, planned
@@ -37,6 +42,12 @@ from .runs import Run, Runner
 MODES = ("auto", "reverse", "forward", "split")
 Parts = Iterable[tuple[Tensor, list[Tensor]]]  # which samples, and their outputs without the others
 _NO_LAYER = "no layer was found that everything passes through"
+_SHARED_TODO = "Name those that have no axis of samples with `shared=`."
+
+
+def _differ(values: Sequence[Tensor]) -> bool:
+    """Say whether samples differ in anything: equal rows prove nothing about others."""
+    return any(bool((v != v[:1]).any()) for v in values)
 
 
 class Samples:
@@ -51,6 +62,15 @@ class Samples:
         checks: How often the batched route is checked.
         fallback: What happens when it is left.
         compile: Trace and compile sweeps by outputs where that proves right and faster.
+        target: One output per sample.
+        shared: Which inputs have no axis of samples.
+        keep: Keep the axis that `target` picks from.
+
+    Attributes:
+        values: All tensors with a row per sample, those of `target` last.
+        input_tree: The structure of `x`, which holds what has no such rows.
+        inputs: Which of the values are differentiated by.
+        count: How many samples.
     """
 
     def __init__(
@@ -64,6 +84,9 @@ class Samples:
         checks: str = "first",
         fallback: str = "warn",
         compile: bool = False,
+        target: Any = None,
+        shared: Shared = None,
+        keep: bool = False,
     ) -> None:
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
@@ -71,36 +94,58 @@ class Samples:
         self.call, self.at, self.checks, self.fallback = call, at, checks, check_fallback(fallback)
         if at is not None and not isinstance(model, nn.Module):
             raise InputTypeError.of("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
-        self.values, self.input_tree = flatten(x, "x")
-        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
+        self.values, self.input_tree = rows_apart(x, "x", shared)
         self.compile = compile and checks in ("first", "never")
         self.count = self._check_inputs(x)
-        hint_at_labels(call, outputs, x)
+        picks = SampleTarget.of(target, self.count, self.values[0].device, keep)
+        asked = identity_key(outputs), picks is not None and (keep,), held_key(self.input_tree)
+        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback, target=picks, asked=asked)
+        hint_at_labels(call, outputs, self.values, "pass `target=labels`")
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
             came = "without floating-point tensors"
             todo = "Differentiate by the embedding's output with `at='path.to.embedding'`."
             raise NotDifferentiableError.of("x", came, "integer inputs have no derivative", todo)
+        self.values = self.values if picks is None else [*self.values, picks.places]
+
+    def over(self, values: Sequence[Tensor], **changes: Any) -> Samples:
+        """Return the same question about other samples.
+
+        Args:
+            values: These, in the order of `self.values`.
+            changes: Of the attributes `checks` and `fallback`.
+        """
+        other = copy(self)
+        other.values, other.count = list(values), values[0].shape[0]
+        vars(other).update(changes)
+        other.runner = replace(self.runner, checks=other.checks, fallback=other.fallback)
+        return other
+
+    def arranged(self, blocks: Sequence[Any]) -> Any:
+        """Return one thing for every input that is differentiated by in the structure of `x`, None elsewhere."""
+        found = dict(zip(self.inputs, blocks, strict=True))
+        tree = self.input_tree.map_held(lambda _: None)
+        return tree.build([found.get(i) for i in range(len(tree.names))])
 
     def _check_inputs(self, x: Any) -> int:
-        if not isinstance(x, Tensor | tuple | dict) or not self.values:
-            needed = "a tensor is needed (or a tuple or dict of tensors)"
-            raise InputTypeError.of("x", f"a {type(x).__name__}", needed, "Convert it with torch.as_tensor(x.copy()).")
+        if not isinstance(x, Tensor | tuple | Mapping) or not self.values:
+            needed = "a tensor is needed (or a tuple or mapping with tensors that have a row per sample)"
+            raise InputTypeError.of("x", f"a {type(x).__name__}", needed, advice_for(x))
         lengths = {}
         for name, value in zip(self.input_tree.names, self.values, strict=True):
             if not isinstance(value, Tensor):
-                todo = "Convert it with torch.as_tensor(array.copy())."
-                raise InputTypeError.of(name, f"a {type(value).__name__}", "a tensor is needed", todo)
+                raise InputTypeError.of(name, f"a {type(value).__name__}", "a tensor is needed", advice_for(value))
             if value.is_complex():
                 todo = "Pass torch.view_as_real(x) and rebuild it inside the model."
                 raise NotDifferentiableError.of(name, "complex", "a Jacobian by samples is real", todo)
             if value.layout is not torch.strided:
                 raise InputError.of(name, f"of layout {value.layout}", "it must be dense", "Call `.to_dense()` on it.")
             if value.ndim == 0:
-                raise InputError.of(name, "a scalar", "its first axis must run over samples")
+                todo = "" if self.input_tree.single else _SHARED_TODO
+                raise InputError.of(name, "a scalar", "its first axis must run over samples", todo)
             lengths[name] = value.shape[0]
         if len(set(lengths.values())) > 1:
-            raise InputError.of("x", f"of lengths {lengths}", "all inputs must have one row per sample")
+            raise InputError.of("x", f"of lengths {lengths}", "all inputs must have one row per sample", _SHARED_TODO)
         return next(iter(lengths.values()))
 
     # ---- all samples -----------------------------------------------------------------------------------------
@@ -125,9 +170,19 @@ class Samples:
         """
         if mode not in MODES:
             raise InputError.of("mode", repr(mode), f"one of {MODES} is needed")
+        with self.explained():
+            return self._jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Return a context in which a model that fails on samples, but not on all as one, is said to miss an axis."""
+        return axis_explained(self.runner.inputs_in(self.values), replace(self.runner, target=None).run)
+
+    def _jacobians(
+        self, batch_size: int, progress: bool | None, *, budget: Budget, out: Any, mode: str
+    ) -> SampleJacobians:
         result = SampleJacobians(self.call, self.count, budget, given_tensors(out))
         if self.at is None or (isinstance(self.at, tuple) and self.at[0] is None):
-            result.input_tree, result.inputs = self.input_tree, self.inputs
+            result.input_tree, result.inputs = self.input_tree.map_held(lambda _: None), self.inputs
         if self.count == 0:
             result.prepare(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values]), alone=True)
             result.route = "no samples"
@@ -174,7 +229,7 @@ class Samples:
     def _keep(self, ask: BatchAsk, swept: Linearization) -> None:
         """Take a batch's outputs, and remember what was proved about it."""
         lin, values = ask.run.lin if ask.run is not None else ask.lin, ask.values
-        if ask.fresh and not ask.undecided and any(bool((v != v[:1]).any()) for v in values):
+        if ask.fresh and not ask.undecided and _differ(ask.runner.inputs_in(values)):
             # Equal rows prove nothing: they agree anyway.
             for proofs in (lin.proofs, swept.proofs):
                 proofs.remember("samples apart", ask.many)

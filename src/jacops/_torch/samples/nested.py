@@ -10,7 +10,7 @@ autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from ..._ladder.route import answer
 from ..._runtime.contexts import autocast_on, norms_written_out
 from ..._runtime.rows import Rows
-from ..._trees import Tree, flatten, is_differentiable, output_leaves
+from ..._trees import Tree, is_differentiable, output_leaves
 from ...errors import NotDifferentiableError
 from ..sweeps.ask import SweepAsk
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm
 from ..sweeps.linearization import Linearization
-from ..sweeps.proofs import Proofs, identity_key
+from ..sweeps.proofs import Proofs
 from ..sweeps.record import setting
 from .batch import Samples
 from .slopes import SLOPES, pays_to_push
@@ -48,9 +48,9 @@ class ConnectedModel:
         self.runner = replace(samples.runner, at=None, connected=True)
         self.tree: Tree | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Return the outputs, one tensor per leaf of the output."""
-        run = self.runner.run(flatten(kwargs or args, "x")[0])
+    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs for values as those of the samples, one tensor per leaf of the output."""
+        run = self.runner.run(values)
         self.tree = run.tree
         return tuple(run.lin.outputs)
 
@@ -80,17 +80,16 @@ class JacobianFunction:
         """Names of the custom autograd Functions that were met, here and further inside."""
         return list(dict.fromkeys([*getattr(self.function, "functions", ()), *self._met]))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Return a tensor per output and input, outputs first.
 
         Raises:
             NotDifferentiableError: A backward on the way is marked once_differentiable.
             RuntimeError: Several samples, and an output without an axis for them.
         """
-        values, tree = flatten(kwargs or args, "x")
         leaves = [v if v.requires_grad else v.detach().requires_grad_() for v in values if is_differentiable(v)]
         each = iter(leaves)
-        given = tree.build([next(each) if is_differentiable(v) else v for v in values])
+        given = [next(each) if is_differentiable(v) else v for v in values]
         outputs = self._recorded(given)
         many = leaves[0].shape[0]
         for output in outputs:
@@ -112,18 +111,18 @@ class JacobianFunction:
         self._note(lin, slopes)
         return tuple(slopes)
 
-    def _recorded(self, given: Any) -> list[Tensor]:
+    def _recorded(self, given: Sequence[Tensor]) -> list[Tensor]:
         """Record the function; with norms written out where their fused kernels would be differentiated three times."""
 
         def run() -> list[Tensor]:
-            return output_leaves(self.function(**given) if isinstance(given, dict) else self.function(*given))[0]
+            return output_leaves(self.function(*given))[0]
 
         if isinstance(self.function, JacobianFunction):
             with norms_written_out():
                 return run()
         outputs = run()
-        many = next(v.shape[0] for v in flatten(given, "x")[0])
-        columns = sum(v[:1].numel() for v in flatten(given, "x")[0] if is_differentiable(v))
+        many = given[0].shape[0]
+        columns = sum(v[:1].numel() for v in given if is_differentiable(v))
         if pays_to_push(sum(o.numel() for o in outputs) // many, columns) and has_fused_norm(
             inspect_graph(outputs).nodes
         ):
@@ -155,13 +154,18 @@ def _shared_sweeps(lin: Linearization, many: int) -> Rows:
 
 
 def nested(
-    function: Callable[..., Any], x: Any, of: Samples, kind: Hashable, batch_size: int, progress: bool | None = None
+    function: Callable[..., Any],
+    x: Sequence[Tensor],
+    of: Samples,
+    kind: Hashable,
+    batch_size: int,
+    progress: bool | None = None,
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Return the Jacobians of a function made from a model, sample by sample, and what the function returned.
 
     Args:
         function: Made of `Forward` and `JacobianFunction`.
-        x: Its input, one row per sample.
+        x: Its arguments, one row per sample.
         of: The model and batch that were asked about.
         kind: Tells this function of the model from others, in what is remembered.
         batch_size: Samples to a sweep.
@@ -170,15 +174,15 @@ def nested(
     Returns:
         `J[output][input]`, each `(n, *out, *in)`, and the outputs `(n, *out)`.
     """
-    model, picked = of.runner.model, identity_key(of.runner.outputs)
-    equal = all(bool((v == v[:1]).all()) for v in of.values)  # such a batch proves nothing about another
-    parts = ("nested", kind, picked, equal)
+    model, inputs = of.runner.model, of.runner.inputs_in(of.values)
+    equal = all(bool((v == v[:1]).all()) for v in inputs)  # such a batch proves nothing about another
+    parts = ("nested", kind, *of.runner.asked, equal)
     if isinstance(model, nn.Module):
         key: Hashable = setting(model, of.values, *parts)
     else:
         key = (*parts, tuple((v.shape, v.dtype, v.device) for v in of.values), torch.get_default_dtype())
 
-    samples = Samples(function, x, call=of.call, checks=of.checks, fallback=of.fallback)
+    samples = Samples(function, tuple(x), call=of.call, checks=of.checks, fallback=of.fallback)
     samples.runner = replace(samples.runner, owner=(model, key))
     found = samples.jacobians(batch_size, progress)
     return found.blocks, found.output

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._finite import check_outputs, require_finite
 from ..._runtime.memory import Budget, check_places, ensure_fits
 from ..._trees import Tree, flatten
 from ...errors import ModelStateError
@@ -70,6 +72,25 @@ class SampleJacobians:
         if self._tree is None:
             raise ModelStateError.of("model", "not evaluated", "at least one sample must run")
         return self._tree
+
+    def arranged(self) -> Any:
+        """Return the Jacobians in the structures of output and input, None at inputs that are not differentiated by."""
+        places = range(len(self.input_tree.names))
+        rows = (dict(zip(self.inputs, row, strict=True)) for row in self.blocks)
+        return self.output_tree.build([self.input_tree.build([row.get(i) for i in places]) for row in rows])
+
+    def check_finite(self, todo: str) -> None:
+        """Refuse outputs and Jacobians with NaN or Inf.
+
+        Raises:
+            NonFiniteError: There is one; the message names the output, and says what to do.
+        """
+        names = self.output_tree.names
+        check_outputs(self.call, self.output, names, todo)
+        for name, row in zip(names, [] if self.sure else self.blocks, strict=False):
+            for block in row:
+                what = f"{self.call}: in the Jacobian of {name} by x"
+                require_finite(block, what, f"; the output itself is finite.{todo}")
 
     def prepare(self, run: Run, alone: bool = False) -> Shapes:
         """Allocate at the first sight of the shapes, and return those of one sample's outputs.

@@ -19,9 +19,10 @@ from ...errors import ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
 from ..model.inputs import forward_explained, private_inputs, split_input
 from ..model.replica import Replica, replicate
+from ..model.targets import SampleTarget
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linearization import Linearization
-from ..sweeps.proofs import ProofStore, identity_key, store_for
+from ..sweeps.proofs import ProofStore, store_for
 from ..sweeps.record import setting, watched
 from .bottleneck import separates, widths_noted
 
@@ -62,6 +63,8 @@ class Runner:
         fallback: What happens when a fast route is left.
         connected: Keep outputs connected to inputs of the caller's that require grad, for derivatives of derivatives.
         owner: For a function that was made of a model: the model, with which verdicts are kept, and their key.
+        target: One output per sample; its places are the last of the values that the model is run over.
+        asked: What is asked of the model beside its samples, as a key; made outside of forwards that are watched.
     """
 
     model: Any
@@ -73,6 +76,8 @@ class Runner:
     fallback: str
     connected: bool = False
     owner: tuple[Any, Hashable] | None = None
+    target: SampleTarget | None = None
+    asked: tuple[Hashable, ...] = ()
 
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
@@ -95,11 +100,15 @@ class Runner:
             owner, known = self.owner
             return store_for(owner, (known, tuple(v.shape for v in values)), self.checks, many)
         if isinstance(self.model, nn.Module):
-            key = setting(self.model, values, "samples", self.at, identity_key(self.outputs))
+            key = setting(self.model, values, "samples", self.at, *self.asked)
         else:
             arrays = tuple((v.shape, v.dtype, v.device) for v in values)
-            key = ("samples", arrays, identity_key(self.outputs), torch.get_default_dtype())
+            key = ("samples", arrays, *self.asked, torch.get_default_dtype())
         return store_for(self.model, key, self.checks, many)
+
+    def inputs_in(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return those of the values that the model is called with."""
+        return values if self.target is None else values[:-1]
 
     def split(self, values: Sequence[Tensor], store: ProofStore, effects: SideEffects, path: str) -> Run | None:
         """Record one forward cut at a submodule; None where that is no separator."""
@@ -173,9 +182,9 @@ class Runner:
     ) -> Run:
         widths: dict[str, int | None] = {}
         cut: Cut | None = None
-        copied, leaves = private_inputs(self.input_tree.build(values), self.connected)
+        copied, leaves = private_inputs(self.inputs_in(values), self.input_tree, self.connected)
         args, kwargs = split_input(copied)
-        with forward_explained(self.model, values):
+        with forward_explained(self.model, self.inputs_in(values)):
             if replica is not None:
                 cut = Cut(replica.module, path or self.at)
                 look = widths_noted(replica.module, values[0].shape[0], widths) if noting else nullcontext()
@@ -184,7 +193,8 @@ class Runner:
                     output = cut.result(done)
             else:
                 output = self.model(*args, **kwargs)
-        tensors, tree = output_leaves(select(output, self.outputs))
+        output = select(output, self.outputs)
+        tensors, tree = output_leaves(output if self.target is None else self.target.pick(output, values[-1]))
         if any(t.is_complex() for t in tensors):
             todo = "Return torch.view_as_real(output)."
             raise NotDifferentiableError.of("the model's output", "complex", "a Jacobian by samples is real", todo)

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..._requirements import check_choice
 from ..._runtime.restoring import process_lock
 from ..._runtime.side_effects import SideEffects
+from ..._trees import Tree
 from .evidence import NeutralEntries, Places, constants, hold, neutral, pattern
 from .graph import GraphInfo
 
@@ -309,6 +311,27 @@ def identity_key(value: Any) -> Hashable:
         return (slice, identity_key(value.start), identity_key(value.stop), identity_key(value.step))
     return (type(value), repr(value)) if type(value) in _WORDS else SameObject(value)
 
+
+def held_key(tree: Tree) -> Hashable:
+    """Return a key for what an input's structure holds: settings by value, tensors by what proofs may rest on."""
+    return tuple((place, _held_key(leaf)) for place, leaf in tree.held)
+
+
+def _held_key(leaf: Any) -> Hashable:
+    """Return a tensor's shape and which entries can hide a path (0, 1, -1: `gate * x`), anything else by value."""
+    if not isinstance(leaf, Tensor):
+        return identity_key(leaf)
+    kind = (leaf.shape, leaf.dtype, leaf.device)
+    if leaf.numel() > _LOOKED_AT or leaf.layout is not torch.strided:
+        return kind
+    value = leaf.detach()
+    if value.is_floating_point() or value.is_complex():
+        value = torch.stack([value == 0, value == 1, value == -1])
+    return (*kind, identity_key(value))
+
+
+# Entries of a shared tensor that are looked at for a key: as many as of constants in a graph.
+_LOOKED_AT = 2**16
 
 _known: dict[int, tuple[weakref.ref[Any], Bounded[ProofStore]]] = {}
 

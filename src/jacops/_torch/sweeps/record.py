@@ -211,9 +211,11 @@ class ModelRun:
             came = f"a {type(module).__name__} without parameters to differentiate"
             needed = "at least one must be a floating-point parameter that is asked for"
             raise ModelStateError.of("model", came, needed)
-        tensors = [t for t in flatten(self.value, "input")[0] if isinstance(t, Tensor)]
-        purposes = identity_key(self.outputs), identity_key(self.purpose)
-        key = setting(module, tensors, "whole", self.training, self.at, *purposes)
+        given = flatten(self.value, "input")[0]
+        tensors = [t for t in given if isinstance(t, Tensor)]
+        others = [leaf for leaf in given if not isinstance(leaf, Tensor)]
+        asked = identity_key(self.outputs), identity_key(self.purpose), identity_key(others)
+        key = setting(module, tensors, "whole", self.training, self.at, *asked)
         weights = self.weights
         copies = {} if weights is None else weights.copies(module)
         store = store_for(module, key, self.checks, _rows(tensors))
@@ -251,7 +253,7 @@ class ModelRun:
     def _forward(self, replica: Replica) -> tuple[Any, list[tuple[str, Tensor]], list[Tensor]]:
         """Return the output, the inputs that have derivatives by name, and the leaves inside of the model."""
         # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks for one.
-        copied, inputs = private_inputs(self.value, self.connected)
+        copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
         for name, change in (self.shift or {}).items():
             replica.parameters[name].data = replica.originals[name].detach() + change
         hooked = Cut(replica.module, self.at)
