@@ -16,7 +16,7 @@ from ._picks import Picks, picked
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from ._products import Params, given, warn_if_unconnected
 from ._requirements import check_positive
-from ._runtime.contexts import arithmetic, eager
+from ._runtime.contexts import arithmetic, eager, keeping
 from ._runtime.memory import Budget, given_tensors
 from ._torch.protocol import (
     At,
@@ -60,6 +60,7 @@ def compute_jacobian(
     check_finite: bool = True,
     compile: bool = False,
     progress: bool | None = None,
+    create_graph: bool = False,
 ) -> Any:
     r"""Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
 
@@ -91,10 +92,13 @@ def compute_jacobian(
             knows). The first call holds all of it against plain sweeps and keeps it only where it was faster; later
             calls with such shapes hold two samples against them.
         progress: Force the progress bar on or off.
+        create_graph: Keep the result differentiable, by the model's trainable parameters (of a `Function`: by its
+            tensors that require grad) and by inputs of yours that require grad; for losses that hold derivatives.
+            The graphs of all sweeps stay in memory, which no budget knows.
 
     Returns:
-        A tensor `(n, *out, *in)` with the dtype and device of the output, never requiring grad; `(0, *out, *in)` for
-        no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict inputs that structure
+        A tensor `(n, *out, *in)` with the dtype and device of the output, requiring grad only with `create_graph`;
+        `(0, *out, *in)` for no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict inputs that structure
         inside, with None at integer entries.
 
     Raises:
@@ -102,7 +106,8 @@ def compute_jacobian(
         InputError: `batch_size` is not a positive integer, or `x` does not fit the model.
         MemoryBudgetError: The result and one sample's sweep do not fit the budget; nothing was allocated.
         ModelStateError: Parameters are lazy or without values, or `at` does not fit the forward.
-        NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
+        NotDifferentiableError: Inputs or outputs are of integer or complex dtype; or `create_graph` and a backward
+            cannot be differentiated.
         NonFiniteError: An output or a derivative is NaN or Inf.
 
     Example:
@@ -113,17 +118,22 @@ def compute_jacobian(
     check_positive("batch_size", batch_size)
     options = {"outputs": outputs, "checks": checks, "fallback": fallback}
     if is_framework_model(model):
-        refuse_options(at=at, budget=budget, out=out, compile=compile)
+        refuse_options(at=at, budget=budget, out=out, compile=compile, create_graph=create_graph)
         sweeps = {"mode": mode, "most": batch_size, "progress": progress}
         return framework_jacobian(model, x, check_finite, **options, **sweeps)
-    samples = Samples(model, x, call="compute_jacobian", at=at, compile=compile, **options)
-    found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
+    if create_graph:
+        _refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split")
+    with keeping(create_graph):
+        samples = Samples(
+            model, x, call="compute_jacobian", at=at, compile=compile, create_graph=create_graph, **options
+        )
+        found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
         names = found.output_tree.names
         check_outputs("compute_jacobian", found.output, names, _FINITE_TODO)
         for name, row in zip(names, [] if found.sure else found.blocks, strict=False):
             for block in row:
-                _check_block("compute_jacobian", block, name, "x")
+                _check_block("compute_jacobian", block.detach(), name, "x")
     places = range(len(found.input_tree.names))
     rows = (dict(zip(found.inputs, row, strict=True)) for row in found.blocks)
     return found.output_tree.build([found.input_tree.build([row.get(i) for i in places]) for row in rows])
@@ -319,6 +329,15 @@ def _given(lin: Linearization, blocks: Blocks, ask: WholeAsk) -> Blocks:
         row = [b if kind is None or b.is_complex() else b.to(kind) for b in row]
         given_out.append([given(b, ask.create_graph) for b in row])
     return given_out
+
+
+def _refuse_with_graph(**given: bool) -> None:
+    for name, value in given.items():
+        if value:
+            came = "'split'" if name == "mode" else "given"
+            raise InputError.of(
+                name, came, "with `create_graph=True` results are not written in place", "Leave it out."
+            )
 
 
 def _refuse_with_sparse(**given: bool) -> None:

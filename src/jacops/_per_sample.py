@@ -25,7 +25,7 @@ from ._recorded_loss import (
     resolved,
 )
 from ._requirements import check_choice
-from ._runtime.contexts import eager, seeded
+from ._runtime.contexts import eager, keeping, seeded
 from ._runtime.restoring import restoring
 from ._space import Space
 from ._torch.protocol import (
@@ -41,6 +41,7 @@ from ._torch.protocol import (
     parameter_names,
     record_model,
     row_cotangents,
+    rows_with_graph,
 )
 from ._trees import Selector, Tree, flatten, hint_at_labels
 from .errors import InputError, ModelStateError
@@ -72,6 +73,7 @@ def sample_gradients(
     *,
     randomness: Randomness = "error",
     seed: int | None = None,
+    create_graph: bool = False,
     **options: Unpack[OperatorOptions],
 ) -> LayerFactors:
     """Return the gradients of the loss of every sample alone, as rows of an operator `(n, P)`.
@@ -87,6 +89,8 @@ def sample_gradients(
         y: A tensor with the same leading axis.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
+        create_graph: Keep rows, and all that is made of them, differentiable, by the model's trainable parameters and
+            by inputs of yours that require grad. Samples are then taken one at a time.
         options: As in `hessian`.
 
     Returns:
@@ -108,7 +112,9 @@ def sample_gradients(
     recorded = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
-    return gradients_at(model, loss, x, y, checked_seed(randomness, seed), recorded)
+        refuse_options(create_graph=create_graph)
+    with keeping(create_graph):
+        return gradients_at(model, loss, x, y, checked_seed(randomness, seed), recorded, create_graph=create_graph)
 
 
 def gradients_at(
@@ -119,6 +125,7 @@ def gradients_at(
     seed: int | None,
     options: CurvatureOptions,
     record: Callable[[], Recording] | None = None,
+    create_graph: bool = False,
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
@@ -131,7 +138,7 @@ def gradients_at(
     def alone(values: Sequence[Tensor]) -> Recording:
         one_x, one_y = tree.build(values)
         with seeded(seed), one_row("sample_gradients"):
-            return record_loss(model, loss, one_x, one_y, "sample_gradients", **options)
+            return record_loss(model, loss, one_x, one_y, "sample_gradients", connected=create_graph, **options)
 
     def together(some: Sequence[Tensor]) -> Recording:
         if record is not None and len(some[0]) == len(values[0]):
@@ -146,14 +153,20 @@ def gradients_at(
 
     forced = None if seed is None else "with the same random numbers for each"
     what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
-    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output))
+    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output), create_graph)
 
 
 @keywords(RowOptions)
 @eager
 @made_from("x")
 def sample_jacobians(
-    model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Unpack[RowOptions]
+    model: nn.Module,
+    x: Any,
+    *,
+    outputs: Selector = None,
+    seed: int | None = None,
+    create_graph: bool = False,
+    **options: Unpack[RowOptions],
 ) -> LayerFactors:
     """Return the parameter Jacobians of every sample's outputs, as rows of an operator `(n * k, P)`.
 
@@ -165,6 +178,7 @@ def sample_jacobians(
         x: As in `sample_gradients`.
         outputs: Part of the output, as in `jacobian`; what it picks must be one tensor.
         seed: Of random layers in train mode, which draw the same masks for every sample; None refuses them.
+        create_graph: As in `sample_gradients`.
         options: As in `hessian`.
 
     Returns:
@@ -184,7 +198,9 @@ def sample_jacobians(
     recorded: RecordOptions = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
-    return jacobians_at(model, x, outputs, seed, recorded)
+        refuse_options(create_graph=create_graph)
+    with keeping(create_graph):
+        return jacobians_at(model, x, outputs, seed, recorded, create_graph=create_graph)
 
 
 def jacobians_at(
@@ -194,6 +210,7 @@ def jacobians_at(
     seed: int | None,
     options: RecordOptions,
     record: Callable[[], Recording] | None = None,
+    create_graph: bool = False,
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
@@ -205,7 +222,8 @@ def jacobians_at(
     @restoring
     def alone(some: Sequence[Tensor]) -> Recording:
         with seeded(seed):
-            made = record_model(model, tree.build(some), call="sample_jacobians", outputs=outputs, **options)
+            kept: Any = {"outputs": outputs, "connected": create_graph}
+            made = record_model(model, tree.build(some), call="sample_jacobians", **kept, **options)
         return _one_output(made)
 
     def together(some: Sequence[Tensor]) -> Recording:
@@ -218,7 +236,7 @@ def jacobians_at(
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape
         return Space(("output",), (torch.Size((n, *one)),), (output.dtype,), output.device)
 
-    return _factors(model, what, options, rows)
+    return _factors(model, what, options, rows, create_graph)
 
 
 def _way(options: RecordOptions) -> str:
@@ -242,14 +260,23 @@ def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
 
 
 def _factors(
-    model: nn.Module, what: Definition, options: RecordOptions, rows: Callable[[Tensor, int], Space]
+    model: nn.Module,
+    what: Definition,
+    options: RecordOptions,
+    rows: Callable[[Tensor, int], Space],
+    create_graph: bool,
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
     check_state(bare(model))
-    if what.values[0].shape[0] == 0:
+    n = what.values[0].shape[0]
+    if n == 0:
         return _no_rows(model, what, options)
+    if create_graph:
+        lin, parts = rows_with_graph(what)
+        space = rows(lin.outputs[0].detach().to(lin.domain.dtype), n)
+        return LayerFactors(parts, lin.domain, space, (), "one sample at a time, with its graph", create_graph=True)
     found = SampleFactors(what)
-    domain, n = found.lin.domain, what.values[0].shape[0]
+    domain = found.lin.domain
     missing = [domain.names[leaf] for leaf in found.collected.missing]
     return LayerFactors(
         found.collected.parts(), domain, rows(found.output.detach().to(domain.dtype), n), missing, found.route

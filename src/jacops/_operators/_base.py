@@ -12,13 +12,14 @@ from torch import Tensor
 from .._display import Described, Description
 from .._finite import check_vector
 from .._ladder.route import answer
-from .._runtime.contexts import eager
+from .._runtime.contexts import arithmetic, eager, keeping, out_of_inference
 from .._runtime.memory import Budget, in_words
 from .._space import Space
 from .._torch.protocol import ByLayers
 from ..errors import InputError, InputTypeError
 from ._dense import DENSE, DenseAsk, Held, dense_ask, matrix_place, one_by_one
 from ._finite_results import Source, check_result, leaves_of
+from ._graphs import keeps_graph
 from ._naming import Meaning
 from ._noise import Moments, relative_noise
 from ._target import Target
@@ -42,6 +43,7 @@ class Operator(Described, ABC):
         positive: It is known to be positive semi-definite.
         formed: A cheaper way to its matrix than products, if there is one.
         check_finite: Results with NaN or Inf raise.
+        create_graph: Its products keep their graph, whatever its parts do.
         source: The call and the data that it was made from, for messages.
         meaning: What it is, where it is more than what it is made of.
     """
@@ -50,6 +52,7 @@ class Operator(Described, ABC):
     positive: bool = False
     formed: ByLayers | None = None
     check_finite: bool = True
+    create_graph: bool = False
     source: Source | None = None
     meaning: Meaning | None = None
 
@@ -103,9 +106,7 @@ class Operator(Described, ABC):
         if isinstance(other, Operator):
             return COMPOSED["product"](self, other)
         if isinstance(other, list | tuple | Mapping):
-            names = self.codomain.names
-            image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
-            return dict(zip(names, image, strict=True)) if isinstance(other, Mapping) else image
+            return self._of_tree(other)
         if not isinstance(other, Tensor):
             needed = "a tensor, a tree of tensors or an operator is needed"
             raise InputTypeError.of("the right-hand side of @", f"a {type(other).__name__}", needed)
@@ -113,7 +114,18 @@ class Operator(Described, ABC):
             needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
             todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
             raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
-        return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
+        return self._of_tensor(other)
+
+    @eager
+    def _of_tree(self, other: Any) -> Any:
+        with keeping(keeps_graph(self)):
+            image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
+        return dict(zip(self.codomain.names, image, strict=True)) if isinstance(other, Mapping) else image
+
+    @eager
+    def _of_tensor(self, other: Tensor) -> Tensor:
+        with keeping(keeps_graph(self)):
+            return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
 
     @eager
     def apply(self, rows: Tensor) -> Tensor:
@@ -126,10 +138,15 @@ class Operator(Described, ABC):
         self.domain.check_rows("v", rows)
         if self.check_finite:
             check_vector(self.name, "v", [rows])
-        return check_result(self, self._apply(rows), "a product")
+        kept = keeps_graph(self)
+        with keeping(kept):
+            return check_result(self, self._apply(out_of_inference(rows) if kept else rows), "a product")
 
-    def __rmul__(self, factor: float) -> Operator:
-        """Scale."""
+    def __rmul__(self, factor: float | Tensor) -> Operator:
+        """Scale; a tensor of one number that requires grad receives gradients through products."""
+        if isinstance(factor, Tensor) and factor.numel() == 1:
+            scale = factor.reshape(()) if factor.requires_grad else None
+            return COMPOSED["scaled"](self, float(factor.detach()), scale=scale)
         return COMPOSED["scaled"](self, float(factor)) if isinstance(factor, int | float) else NotImplemented
 
     __mul__ = __rmul__
@@ -163,10 +180,23 @@ class Operator(Described, ABC):
             NonFiniteError: An entry is NaN or Inf; the message names batch and row where the data hold one.
         """
         ask = dense_ask(self, out, budget)
+        if keeps_graph(self):
+            matrix = self._with_graph(out)
+            return check_result(self, matrix, "the matrix") if check_finite else matrix
         ask.target = matrix_place(self, out)
         answer(ask, DENSE)
         matrix = ask.target.matrix
         return check_result(self, matrix, "the matrix") if check_finite else matrix
+
+    def _with_graph(self, out: Any) -> Tensor:
+        """Return the matrix with its graph, by products of all rows or columns at once."""
+        if out is not None:
+            raise InputError.of("out", "given", "a matrix with a graph is not written in place", "Leave it out.")
+        (m, n), (rows, columns) = self.shape, (self.codomain, self.domain)
+        with arithmetic(True):
+            return (
+                self._apply(columns.units(slice(0, n))).T if n < m else self._apply_transpose(rows.units(slice(0, m)))
+            )
 
     # ---- how the matrix is filled ----------------------------------------------------------------------------------
 
@@ -191,13 +221,15 @@ class Operator(Described, ABC):
         for part, place in zip(ask.parts, self._places(target), strict=True):
             part.fill(place)
 
+    @eager
     def gram(self) -> Tensor:
         r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large.
 
         Raises:
             NonFiniteError: An entry is NaN or Inf.
         """
-        return check_result(self, self._gram(), "the Gram matrix")
+        with keeping(keeps_graph(self)):
+            return check_result(self, self._gram(), "the Gram matrix")
 
     def _gram(self) -> Tensor:
         m, n = self.shape

@@ -51,6 +51,7 @@ class Samples:
         checks: How often the batched route is checked.
         fallback: What happens when it is left.
         compile: Trace and compile sweeps by outputs where that proves right and faster.
+        create_graph: Keep Jacobians differentiable.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Samples:
         checks: str = "first",
         fallback: str = "warn",
         compile: bool = False,
+        create_graph: bool = False,
     ) -> None:
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
@@ -72,7 +74,7 @@ class Samples:
         if at is not None and not isinstance(model, nn.Module):
             raise InputTypeError.of("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
         self.values, self.input_tree = flatten(x, "x")
-        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback)
+        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback, create_graph=create_graph)
         self.compile = compile and checks in ("first", "never")
         self.count = self._check_inputs(x)
         hint_at_labels(call, outputs, x)
@@ -140,6 +142,8 @@ class Samples:
                 where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
             with chunks.halving(where, self.call, "samples"):
                 reason = self._swept(result, where, mode, reason)
+        if self.runner.create_graph:
+            result.connect()
         result.route = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.route}"
         return result
 
@@ -214,7 +218,7 @@ class Samples:
     def _known_split(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
         """Record the run cut where earlier calls found that it pays; None where the whole is to be recorded."""
         effects, path = store.assumed, store.known.get("split")
-        if mode not in ("auto", "split") or path is None or effects is None:
+        if mode not in ("auto", "split") or path is None or effects is None or self.runner.create_graph:
             return None
         run = self.runner.split(values, store, effects, path)
         return None if run is None or run.lin.proofs.needs("samples apart", values[0].shape[0]) else run
