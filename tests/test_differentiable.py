@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import jacops
-from jacops.errors import InputError, JacopsWarning, ModelStateError, NotDifferentiableError
-from jacops.linalg import Identity, Matrix
-from jacops.solvers import inverse, solve
-from small import draw, quiet
+from jacops.errors import JacopsWarning, NotDifferentiableError
+from jacops.solvers import solve
+from small import draw
 
 
 class Norm(nn.LayerNorm):

@@ -43,6 +43,7 @@ from ._planning import plan
 from ._problem import Problem
 from ._products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
 from ._projections import pca_projection
+from ._saved_files import load
 from ._second_order import directional_derivative, input_hessian, laplacian
 from .errors import JacopsError, JacopsWarning, MissingExtraError as _MissingExtraError
 from .fit import gauss_newton, levenberg_marquardt
@@ -57,7 +58,7 @@ __all__ = [
     "TwiceDifferentiable", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
     "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "empirical_fisher", "errors",
     "fisher", "fit", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "inverse",
-    "jacobian", "jvp", "laplacian", "levenberg_marquardt", "linalg", "model_jvp", "model_vjp", "modjac",
+    "jacobian", "jvp", "laplacian", "levenberg_marquardt", "linalg", "load", "model_jvp", "model_vjp", "modjac",
     "pca_projection", "plan", "project_jacobian", "reduce_contributions", "results", "sample_gradients",
     "sample_jacobians", "self_influences", "solve", "solvers", "sparse", "sparse_plan", "store", "testing",
     "verify_jacobian", "vjp",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -12,16 +12,20 @@ from torch import Tensor, nn
 from ._attribution_plot import DrawnContributions
 from ._display import Described, Description, Table
 from ._finite import check_outputs, require_finite
+from ._interop import ArrayLike, as_array
 from ._keywords import keywords
 from ._projections import Projection
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
 from ._runtime.memory import Budget
+from ._saving import Savable
+from ._tables import Names, contribution_table
 from ._torch.protocol import At, FollowedModel, Samples, bare, check_identity, check_slopes, summed
 from ._trees import Selector
 from .errors import InputError, InputTypeError, warn
 
 if TYPE_CHECKING:
+    import pandas
     from numpy.typing import NDArray
 
     Array = NDArray[Any] | Tensor
@@ -31,7 +35,7 @@ _SHOWN = 5  # features in a repr: those of largest contribution
 
 
 @dataclass(repr=False)
-class JacobianVerification(Described):
+class JacobianVerification(Savable, Described):
     """How well `Z = J X` holds.
 
     Attributes:
@@ -206,7 +210,7 @@ def _range(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contributions(DrawnContributions):
+class Contributions(ArrayLike, Savable, DrawnContributions):
     """What every feature adds to every output, what none of them does, and whether that is all.
 
     Attributes:
@@ -229,6 +233,28 @@ class Contributions(DrawnContributions):
     verification: JacobianVerification
     slope_error: float
     notes: tuple[str, ...]
+    _array: ClassVar[str] = "values"
+
+    def to_pandas(
+        self, *, samples: Names = None, outputs: Names = None, features: Names = None, bias: bool = False
+    ) -> pandas.DataFrame:
+        """Return the contributions as a table of one row per sample, output and feature.
+
+        Args:
+            samples: Names of the samples; by default positions.
+            outputs: Names of the outputs.
+            features: Names of the features.
+            bias: Add a row of feature `"bias"` per sample and output, so that rows sum to the output.
+
+        Returns:
+            A table with columns `sample`, `output`, `feature` (`feature_0`, … where there are several axes), `value`.
+
+        Raises:
+            MissingExtraError: Pandas is not installed (extra `pandas`).
+            InputError: Names are too few or too many, or `bias` is asked of features with several axes.
+        """
+        constants = as_array(self.bias) if bias else None
+        return contribution_table(as_array(self), constants, samples, outputs, features)
 
     def _describe(self) -> Description:
         n, out, *features = self.values.shape

@@ -15,11 +15,12 @@ from ._picks import Picks, picked
 from ._recorded_loss import check_usable
 from ._runtime.agreement import inner, size, tolerance
 from ._runtime.contexts import eager, private_noise
+from ._saving import Savable
 from ._torch.protocol import record_model
 
 
 @dataclass(frozen=True, repr=False)
-class Check(Described):
+class Check(Savable, Described):
     """How far two ways to the same number are apart.
 
     Attributes:

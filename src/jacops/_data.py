@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +139,8 @@ class Batches:
 
     def tracked(self, what: str, enabled: bool | None = None) -> Iterable[Batch]:
         """Yield as `iter` does, behind a progress bar."""
-        return track(self, what, enabled=enabled)
+        known = self._digests if self._digests is not None else self.loader
+        return track(self, what, enabled=enabled, total=len(known) if isinstance(known, Sized) else None)
 
     def _compare(self, number: int, digest: int) -> None:
         if self._digests is not None and (number >= len(self._digests) or self._digests[number] != digest):

@@ -22,6 +22,7 @@ from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._picks import Picks, Wrt, differentiated, variable
 from ._recorded_loss import (
+    GraphOptions,
     Loss,
     OperatorOptions,
     check_real,
@@ -168,9 +169,9 @@ def _hessian(
     call: str,
     *,
     kept: bool,
-    create_graph: bool,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[GraphOptions],
 ) -> LinearizedMap:
+    create_graph = options.pop("create_graph", False)
     chosen = resolved(model, options)
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
@@ -179,7 +180,7 @@ def _hessian(
     kept = kept and not create_graph
     found = record_loss(model, loss, x, y, call, kept=kept, connected=create_graph, **chosen)
     operator = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))
-    return replace(operator, create_graph=True, formed=None) if create_graph else operator
+    return replace(operator, create_graph=create_graph)
 
 
 def hessian_at(
@@ -274,9 +275,9 @@ def _ggn(
     call: str,
     *,
     kept: bool,
-    create_graph: bool,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[GraphOptions],
 ) -> Operator:
+    create_graph = options.pop("create_graph", False)
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
     kept = kept and not create_graph
@@ -302,14 +303,15 @@ def ggn_at(
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
     )
-    if create_graph:
-        J, H = replace(J, create_graph=True), replace(H, create_graph=True)
-        return Product(Product(J.T, H), J)
     product = Product(Product(J.T, H), J)
     rows, name = product._apply, "Gauss-Newton matrix by layers"
     layers = partial(gauss_newton_layers, found.lin, H._apply, rows)
     entries = partial(gauss_newton_diagonal, found.lin, H._apply, rows)
-    return replace(product, formed=ByLayers(found.lin, name, layers, rows, entries, found.lin.routes))
+    formed = ByLayers(found.lin, name, layers, rows, entries, found.lin.routes)
+    if create_graph:  # what is formed without a graph is formed as ever
+        J, H = replace(J, create_graph=True), replace(H, create_graph=True)
+        product = Product(Product(J.T, H), J)
+    return replace(product, formed=formed)
 
 
 def _leading(x: Any, y: Any) -> list[int]:
@@ -361,8 +363,7 @@ def _for_one_product(
     y: Any,
     make: Callable[..., Operator],
     call: str,
-    create_graph: bool,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[GraphOptions],
 ) -> Operator:
     """Return an operator that is dropped before anybody can write into the model's weights."""
-    return make(model, loss, x, y, call, kept=False, create_graph=create_graph, **options)
+    return make(model, loss, x, y, call, kept=False, **options)

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._finite import check_outputs, require_finite
+from ._finite_jacobians import FINITE_TODO, check_block, check_blocks, check_samples
 from ._framework import framework_jacobian, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import everything, is_framework_model
 from ._picks import Picks, picked
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from ._products import Params, given, warn_if_unconnected
+from ._progress import shows_progress
 from ._requirements import check_positive
 from ._runtime.contexts import arithmetic, eager, keeping
 from ._runtime.memory import Budget, given_tensors
@@ -35,16 +36,15 @@ from ._torch.protocol import (
     separate,
     whole_jacobian,
 )
-from ._trees import Selector, hint_at_labels
+from ._trees import Selector, hint_at_labels, select
 from .errors import InputError, NotDifferentiableError
 from .sparse._remembered import sparse_jacobian
-
-_FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
 
 @keywords()
 @planned_by(plan_samples)
 @eager
+@shows_progress()
 def compute_jacobian(
     model: nn.Module | Callable[..., Any],
     x: Any,
@@ -82,24 +82,22 @@ def compute_jacobian(
             everything passes through and multiplies the parts; `"auto"` takes the fewest, timed where that is close.
         budget: Bytes that result and working memory may take, or a text such as `"2GiB"`; by default half of what is
             free. `jacops.plan` tells beforehand.
-        out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, which is then
-            not part of the budget; for several outputs or inputs a tuple or list of them.
+        out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, outside the
+            budget; for several outputs or inputs a tuple or list of them.
         checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"` does so in
             every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
         fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
         check_finite: Raise if an output or a derivative is NaN or Inf.
-        compile: Compile the sweeps by outputs (`torch.compile`, which takes up to a minute and memory that no budget
-            knows). The first call holds all of it against plain sweeps and keeps it only where it was faster; later
-            calls with such shapes hold two samples against them.
-        progress: Force the progress bar on or off.
-        create_graph: Keep the result differentiable, by the model's trainable parameters (of a `Function`: by its
-            tensors that require grad) and by inputs of yours that require grad; for losses that hold derivatives.
-            The graphs of all sweeps stay in memory, which no budget knows.
+        compile: Compile the sweeps by outputs (`torch.compile`, up to a minute, and memory that no budget knows). The
+            first call compares all of it with plain sweeps and keeps it where it was faster; later ones two samples.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        create_graph: Keep the result differentiable by trainable parameters (a `Function`'s tensors that require grad)
+            and inputs that require grad. All sweeps' graphs stay in memory, which no budget knows.
 
     Returns:
         A tensor `(n, *out, *in)` with the dtype and device of the output, requiring grad only with `create_graph`;
-        `(0, *out, *in)` for no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict inputs that structure
-        inside, with None at integer entries.
+        `(0, *out, *in)` for no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict
+        inputs that structure inside, with None at integer entries.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind.
@@ -129,11 +127,7 @@ def compute_jacobian(
         )
         found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
-        names = found.output_tree.names
-        check_outputs("compute_jacobian", found.output, names, _FINITE_TODO)
-        for name, row in zip(names, [] if found.sure else found.blocks, strict=False):
-            for block in row:
-                _check_block("compute_jacobian", block.detach(), name, "x")
+        check_samples("compute_jacobian", found)
     places = range(len(found.input_tree.names))
     rows = (dict(zip(found.inputs, row, strict=True)) for row in found.blocks)
     return found.output_tree.build([found.input_tree.build([row.get(i) for i in places]) for row in rows])
@@ -142,6 +136,7 @@ def compute_jacobian(
 @keywords()
 @planned_by(plan_full_jacobian)
 @eager
+@shows_progress()
 def full_jacobian(
     func: Callable[[], Any],
     params: Params,
@@ -151,12 +146,12 @@ def full_jacobian(
     chunk_size: int | None = None,
     budget: Budget = None,
     out: Any = None,
+    progress: bool | None = None,
 ) -> list[Tensor]:
     """Return the Jacobian of `func()` by each parameter, a list of `(output_dim, *param.shape)`.
 
-    One sweep per output row at most, or per column where those are fewer. (The original returned both axes
-    flattened; its page promises the parameter's shape.) For complex parameters `df = J dz` holds for holomorphic
-    outputs and `df = Re(J dz)` for real ones.
+    One sweep per output row at most, or per column where those are fewer. (The original flattened both axes; its page
+    promises the parameter's shape.) Complex parameters: `df = J dz` for holomorphic outputs, `df = Re(J dz)` for real.
 
     Args:
         func: Called once, without arguments; the rows of a tree of outputs follow one another.
@@ -166,6 +161,7 @@ def full_jacobian(
         chunk_size: Most rows (or columns) per batched pass; by default by size, and fewer where the budget asks for it.
         budget: Bytes that result and working memory may take, as in `compute_jacobian`.
         out: Where to write, as in `compute_jacobian`: one tensor or array per parameter.
+        progress: As in `compute_jacobian`.
 
     Returns:
         One tensor per parameter; `output_dim` is the number of entries of `func()`.
@@ -182,8 +178,6 @@ def full_jacobian(
         [tensor([[ 2.,  0.],
                 [ 0., 12.]])]
     """
-    from ._trees import select
-
     if chunk_size is not None:
         check_positive("chunk_size", chunk_size)
     picked = (lambda: select(func(), outputs)) if callable(func) and outputs is not None else func
@@ -195,7 +189,7 @@ def full_jacobian(
         ask = WholeAsk(recorded.lin, budget, None, create_graph, False, out is not None, chunk_size)
         places = _places(ask, out, by_leaf)
         blocks = whole_jacobian(ask).blocks
-        _check_blocks("full_jacobian", recorded, blocks)
+        check_blocks("full_jacobian", recorded, blocks)
         if places:
             return places.wholes
         columns = zip(*blocks, strict=True)
@@ -205,6 +199,7 @@ def full_jacobian(
 @keywords()
 @planned_by(plan_modjac)
 @eager
+@shows_progress()
 def modjac(
     model: nn.Module,
     input: Any = None,
@@ -221,6 +216,7 @@ def modjac(
     budget: Budget = None,
     out: Any = None,
     check_finite: bool = True,
+    progress: bool | None = None,
 ) -> Any:
     r"""Return the Jacobian of a model's output by its parameters.
 
@@ -234,23 +230,22 @@ def modjac(
             one argument; None is no argument.
         create_graph: Keep the result differentiable by the model's trainable parameters.
         strict: Raise if an output does not depend on a parameter at all.
-        vectorize: Accepted for the page's sake: rows are batched wherever that agrees with one by one, either way.
+        vectorize: Accepted for the page's sake: rows are batched wherever that agrees with one by one.
         strategy: `"reverse-mode"` sweeps over output entries, `"forward-mode"` over parameter entries.
         flatten: Return one matrix, all outputs by all parameters, columns in `named_parameters()` order.
         parameters: Which parameters, as in `jacobian`; None takes all, frozen ones too.
         tangent: For LieTensor parameters and outputs: tangent width, without the zero columns of storage width.
-        sparse: Return one `torch.sparse_csr` matrix as `flatten` arranges it, in a few coloured sweeps, its pattern
-            detected and checked, and kept for the next call with a model of the same graph.
+        sparse: Return one `torch.sparse_csr` matrix as `flatten` arranges it, by coloured sweeps of a checked pattern.
         outputs: Part of the output, as in `compute_jacobian`.
         budget: Bytes that result and working memory may take, as in `compute_jacobian`.
         out: Where to write, as in `compute_jacobian`: of the structure that the result has, one matrix with `flatten`.
         check_finite: Raise if an output or a derivative is NaN or Inf.
+        progress: As in `compute_jacobian`.
 
     Returns:
         For one parameter and one output tensor `(*out, *param)`; for several parameters a tuple of such; for a tuple
         or dict of outputs the same structure of tuples, `J[output][parameter]`. With `flatten` one matrix. The dtype
-        is the parameter's, in forward mode the output's. For complex parameters `df = J dz` holds for holomorphic
-        outputs and `df = Re(J dz)` for real ones, on every route.
+        is the parameter's, in forward mode the output's. Complex parameters are as in `full_jacobian`, on every route.
 
     Raises:
         ModelStateError: The model has no parameters (or none that are trainable).
@@ -271,7 +266,7 @@ def modjac(
         _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
         found = sparse_jacobian(model, input, picks, outputs, tangent)
         if check_finite:
-            _check_block("modjac", found.matrix.values(), "the output", "the parameters")
+            check_block("modjac", found.matrix.values(), "the output", "the parameters")
         return found.matrix
     recorded = record_model(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
     lie = _lie_layout(recorded, tangent, create_graph)
@@ -282,7 +277,7 @@ def modjac(
         places = _places(ask, out, None if lie else layout)
         found = whole_jacobian(ask)
         if check_finite:
-            _check_blocks("modjac", recorded, found.blocks, _FINITE_TODO, sure=found.finite)
+            check_blocks("modjac", recorded, found.blocks, FINITE_TODO, sure=found.finite)
         if places:
             return _placed(recorded, places, found.blocks, flatten)
         shaped = lie(found.blocks) if lie else _shaped(recorded, found.blocks)
@@ -392,18 +387,3 @@ def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Calla
     from ._extras.lie import layout
 
     return layout(recorded, tangent, create_graph)
-
-
-def _check_blocks(call: str, recorded: Recording, blocks: Blocks, todo: str = "", sure: bool = False) -> None:
-    check_outputs(call, recorded.lin.outputs, recorded.lin.codomain.names, todo)
-    if sure:
-        return
-    for output, row in zip(recorded.lin.codomain.names, blocks, strict=True):
-        for parameter, block in zip(recorded.lin.domain.names, row, strict=True):
-            _check_block(call, block, output, parameter)
-
-
-def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
-    require_finite(
-        block, f"{call}: in the Jacobian of {output} by {by}", f"; the output itself is finite.{_FINITE_TODO}"
-    )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ._display import Described, Description
+from ._interop import ArrayLike
 from ._keywords import keywords
+from ._saving import Savable
 from .errors import InputTypeError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Projection(Described):
+class Projection(ArrayLike, Savable, Described):
     """A linear map from original features to the model's input: `input = matrix @ (features - mean)`.
 
     Attributes:
@@ -25,6 +27,7 @@ class Projection(Described):
 
     matrix: Tensor
     mean: Tensor
+    _array: ClassVar[str] = "matrix"
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return the model's input for rows of features."""

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._saving import Savable
 from .errors import InputError, InputTypeError
 
 
 @dataclass(frozen=True)
-class Space:
+class Space(Savable):
     """Named arrays laid end to end: the meaning of one axis of an `Operator`.
 
     Attributes:

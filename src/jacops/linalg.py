@@ -14,14 +14,14 @@ from ._estimators import (
     spectral_norm,
     trace,
 )
-from ._operators import Diagonal, Identity, LayerFactors, Matrix, Operator
+from ._operators import Diagonal, Identity, LayerFactors, Matrix, Operator, eye
 from ._space import Space
 from .solvers import inverse_quadratic_bounds
 
 # fmt: off
 __all__ = [
     "Diagonal", "DiagonalEstimate", "Eigenpairs", "Estimate", "Identity", "LayerFactors", "Matrix", "Operator", "Space",
-    "SpectralDensity", "SpectralNorm", "diagonal", "effective_dimension", "eigenpairs", "inverse_quadratic_bounds",
-    "norm", "spectral_density", "spectral_norm", "trace",
+    "SpectralDensity", "SpectralNorm", "diagonal", "effective_dimension", "eigenpairs", "eye",
+    "inverse_quadratic_bounds", "norm", "spectral_density", "spectral_norm", "trace",
 ]
 # fmt: on

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from .._display import Described, Description
 from .._figures import canvas, density
+from .._interop import ArrayLike
 from .._keywords import keywords
 from .._operators import Operator
+from .._progress import shows_progress
 from .._requirements import check_positive, check_range
 from .._runtime.contexts import eager
+from .._saving import Savable
 from ..errors import InputError, MemoryBudgetError, explain
 from ._eigenpairs import krylov_space
 from ._probes import Estimate, check_probes, check_symmetric, chunk_of, mean_of, signs
@@ -29,7 +32,7 @@ _DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decompo
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SpectralDensity(Described):
+class SpectralDensity(ArrayLike, Savable, Described):
     r"""How the eigenvalues of an operator are spread, from random vectors, with the spread between these.
 
     Every probe gives a quadrature rule, eigenvalues (`nodes`) and shares (`weights`), whose mean over probes stands
@@ -124,6 +127,7 @@ class SpectralDensity(Described):
 
 @keywords()
 @eager
+@shows_progress("products")
 def spectral_density(
     operator: Operator,
     probes: int = 10,
@@ -132,6 +136,7 @@ def spectral_density(
     width: float | None = None,
     grid: int | Tensor = 512,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> SpectralDensity:
     r"""Estimate the spectral density of a symmetric operator, with error bars over probes.
 
@@ -147,6 +152,7 @@ def spectral_density(
         width: Standard deviation of the Gaussian that smooths the density; by default a hundredth of the range.
         grid: Number of points over the range, or the points themselves.
         seed: Seeds a private generator.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Raises:
         InputError: The operator is not known to be symmetric, or an argument is out of range.
@@ -209,8 +215,15 @@ def _quadrature(operator: Operator, probes: int, steps: int, seed: int) -> tuple
 
 @keywords()
 @eager
+@shows_progress("products")
 def effective_dimension(
-    operator: Operator, damping: float, probes: int | None = None, steps: int = 80, seed: int = 0
+    operator: Operator,
+    damping: float,
+    probes: int | None = None,
+    steps: int = 80,
+    seed: int = 0,
+    *,
+    progress: bool | None = None,
 ) -> Estimate:
     r"""Return $\mathrm{tr} A (A + \lambda I)^{-1}$, how many directions stand out against the damping $\lambda$.
 
@@ -222,6 +235,7 @@ def effective_dimension(
         probes: Number of random vectors, at least 2; None for the exact number.
         steps: Lanczos steps of each probe.
         seed: Seeds a private generator.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Raises:
         InputError: The operator is not known to be positive, or `damping` is not.

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, overload
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
 
+from .._interop import ArrayLike, Unpacked
 from .._keywords import keywords
 from .._operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from .._operators._algebra import Product, Scaled, Sum, Transposed
 from .._operators._data import BlockDiagonal, SumOver
 from .._operators._finite_results import check_result
+from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
+from .._saving import Savable
 from ._leave_one_out import ProbeSketch, sketched
 from ._probes import check_probes, check_square, chunk_of, left_out_mean, product, signs, units
 
 
-class DiagonalEstimate(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DiagonalEstimate(ArrayLike, Unpacked, Savable):
     """A diagonal and how far each entry may be off.
 
     Attributes:
@@ -30,6 +35,7 @@ class DiagonalEstimate(NamedTuple):
 
     value: Tensor
     standard_error: Tensor
+    _array: ClassVar[str] = "value"
 
     def __repr__(self) -> str:
         worst = float(self.standard_error.max()) if len(self.standard_error) else 0.0
@@ -37,15 +43,20 @@ class DiagonalEstimate(NamedTuple):
 
 
 @overload
-def diagonal(operator: Operator) -> Tensor: ...
+def diagonal(operator: Operator, *, progress: bool | None = None) -> Tensor: ...
 @overload
-def diagonal(operator: Operator, probes: None, seed: int = 0, *, method: str = "xdiag") -> Tensor: ...
+def diagonal(
+    operator: Operator, probes: None, seed: int = 0, *, method: str = "xdiag", progress: bool | None = None
+) -> Tensor: ...
 @overload
-def diagonal(operator: Operator, probes: int, seed: int = 0, *, method: str = "xdiag") -> DiagonalEstimate: ...
+def diagonal(
+    operator: Operator, probes: int, seed: int = 0, *, method: str = "xdiag", progress: bool | None = None
+) -> DiagonalEstimate: ...
 @keywords()
 @eager
+@shows_progress()
 def diagonal(
-    operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xdiag"
+    operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xdiag", progress: bool | None = None
 ) -> Tensor | DiagonalEstimate:
     r"""Return the diagonal `(n,)` of a square operator, exact or estimated with a standard error per entry.
 
@@ -65,6 +76,7 @@ def diagonal(
         probes: Number of random vectors, at least 2; None for the exact diagonal.
         seed: Seeds a private generator.
         method: `"xdiag"` or `"hutchinson"`.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
         A tensor without `probes`, a `DiagonalEstimate` with them.

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from .._display import Described, Description, Table
 from .._figures import canvas, eigenvalues
+from .._interop import ArrayLike
 from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
 from .._operators import Operator
+from .._progress import shows_progress
 from .._requirements import check_choice, check_positive
 from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import eager
+from .._saving import Savable
 from ..errors import SolveError
 from ._probes import check_symmetric, product
 
@@ -28,7 +31,7 @@ _BLOCK = 8  # vectors to a step: products share passes, and eigenvalues of multi
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Eigenpairs(Described):
+class Eigenpairs(ArrayLike, Savable, Described):
     """Eigenvalues and eigenvectors with their certificates.
 
     For every pair an eigenvalue of the operator lies within `residuals` of `values` (Weyl); to first order in the gap
@@ -89,6 +92,7 @@ class Eigenpairs(Described):
 
 @keywords()
 @eager
+@shows_progress("products")
 def eigenpairs(
     operator: Operator,
     count: int = 1,
@@ -98,6 +102,7 @@ def eigenpairs(
     max_products: int | None = None,
     seed: int = 0,
     on_failure: str = "raise",
+    progress: bool | None = None,
 ) -> Eigenpairs:
     """Return some extreme eigenpairs of a symmetric operator, by restarted block Lanczos.
 
@@ -112,6 +117,7 @@ def eigenpairs(
         max_products: How many vectors may be mapped; by default 40 per pair and 1000 more.
         seed: Seeds a private generator.
         on_failure: `"raise"`, or `"return"` what there is.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
         Values in descending order for `"largest"`, ascending for `"smallest"`, by size for `"magnitude"`.

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
+from .._interop import ArrayLike, Unpacked
 from .._keywords import keywords
 from .._operators import Operator
+from .._progress import shows_progress
 from .._requirements import check_positive
 from .._runtime.contexts import eager
+from .._saving import Savable
 from ._eigenpairs import krylov_space, random_block
 from ._probes import Estimate, check_probes, chunk_of, mean_of, product, signs, units
 
 _FAILURE = 1e-3  # probability over the start that the upper bound fails, as `_upper_bound` says
 
 
-class SpectralNorm(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SpectralNorm(ArrayLike, Unpacked, Savable):
     """A spectral norm between bounds.
 
     Attributes:
@@ -31,6 +36,7 @@ class SpectralNorm(NamedTuple):
     upper: float
     converged: bool
     products: int
+    _array: ClassVar[str] = "value"
 
     def __repr__(self) -> str:
         state = "" if self.converged else ", NOT converged"
@@ -39,7 +45,8 @@ class SpectralNorm(NamedTuple):
 
 @keywords()
 @eager
-def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estimate:
+@shows_progress()
+def norm(operator: Operator, probes: int | None = None, seed: int = 0, *, progress: bool | None = None) -> Estimate:
     r"""Return the Frobenius norm $\lVert A \rVert_F$, exact or estimated with a standard error.
 
     The exact one goes through the rows or the columns, whichever are fewer. With `probes` it is the root of the mean
@@ -50,6 +57,7 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estima
         operator: Any operator.
         probes: Number of random vectors, at least 2; None for the exact norm.
         seed: Seeds a private generator.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Raises:
         InputError: `probes` is less than 2.
@@ -72,7 +80,10 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0) -> Estima
 
 @keywords()
 @eager
-def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int = 100, seed: int = 0) -> SpectralNorm:
+@shows_progress("products")
+def spectral_norm(
+    operator: Operator, *, tolerance: float = 1e-4, max_steps: int = 100, seed: int = 0, progress: bool | None = None
+) -> SpectralNorm:
     r"""Return the spectral norm $\lVert A \rVert_2$, the largest singular value, by Lanczos on $A^\top A$.
 
     A positive operator is taken as it is, one product a step instead of two. The residual bounds how far a singular
@@ -83,6 +94,7 @@ def spectral_norm(operator: Operator, *, tolerance: float = 1e-4, max_steps: int
         tolerance: On `error`, relative to `value`.
         max_steps: How many Lanczos steps at most.
         seed: Seeds a private generator.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Raises:
         InputError: `max_steps` is not a positive whole number.

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._display import with_error
 from .._operators import Operator
+from .._progress import track
 from .._runtime.chunks import rows_of
 from .._space import Space
 from ..errors import InputError
-
-
-class Estimate(NamedTuple):
-    """A number and how far it may be off.
-
-    Attributes:
-        value: The estimate.
-        standard_error: One standard error of it; 0 where it is exact.
-    """
-
-    value: float
-    standard_error: float
-
-    def __repr__(self) -> str:
-        return with_error(self.value, self.standard_error)
+from ._estimate import Estimate
 
 
 def mean_of(values: Tensor) -> Estimate:
@@ -55,13 +40,14 @@ def product(operator: Operator, rows: Tensor) -> Tensor:
     if rows.shape[0] == 0:
         return rows.new_zeros(0, operator.shape[0])
     many = chunk_of(operator)
-    parts = [operator.apply(rows[start : start + many]) for start in range(0, rows.shape[0], many)]
+    starts = track(range(0, rows.shape[0], many), "products")
+    parts = [operator.apply(rows[start : start + many]) for start in starts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def units(space: Space, many: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield all unit vectors of a space, `many` rows at a time, and where their ones are."""
-    for start in range(0, space.dim, many):
+    for start in track(range(0, space.dim, many), "products"):
         where = slice(start, min(start + many, space.dim))
         yield where, space.units(where)
 

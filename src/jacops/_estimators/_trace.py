@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._keywords import keywords
 from .._operators import Operator
+from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
 from ._diagonal import diagonal
@@ -16,7 +17,15 @@ from ._probes import Estimate, check_probes, check_square, left_out_mean, mean_o
 
 @keywords()
 @eager
-def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xtrace") -> Estimate:
+@shows_progress()
+def trace(
+    operator: Operator,
+    probes: int | None = None,
+    seed: int = 0,
+    *,
+    method: str = "xtrace",
+    progress: bool | None = None,
+) -> Estimate:
     r"""Return the trace of a square operator, exact or estimated with a standard error.
 
     Without `probes` the exact diagonal is summed. With `probes`, by `method`:
@@ -33,6 +42,7 @@ def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, metho
         probes: Number of random vectors, at least 2; None for the exact trace.
         seed: Seeds a private generator; the global one is not drawn from.
         method: `"xtrace"` or `"hutchinson"`.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
         The trace and one standard error of it, 0 where it is exact.

@@ -17,6 +17,7 @@ from .._data import Batches
 from .._finite import on_finite_rows
 from .._keywords import keywords
 from .._problem import Problem, ProblemOptions
+from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
 from ..errors import InputError
@@ -34,6 +35,7 @@ _UNITS = {
 
 @keywords(ProblemOptions)
 @eager
+@shows_progress()
 def compute_influence_factors(
     model: Any,
     training_data: Any,
@@ -79,6 +81,7 @@ def compute_influence_factors(
 
 @keywords(ProblemOptions)
 @eager
+@shows_progress()
 def compute_influences(
     model: Any,
     training_data: Any,
@@ -158,6 +161,7 @@ def compute_influences(
 
 @keywords(ProblemOptions)
 @eager
+@shows_progress()
 def self_influences(
     model: Any,
     training_data: Any,

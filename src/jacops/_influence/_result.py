@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._display import Described, Description, Table
 from .._figures import NEGATIVE, POSITIVE, bars, canvas, legend
+from .._interop import ArrayLike, as_array
 from .._problem import Problem
 from .._requirements import check_positive
+from .._saving import Savable
+from .._tables import Names, feature_axes, matrix_table, names_of, tidy_table
 from ..errors import InputError
 from ..solvers import Solution, Status
 from ..solvers._solution import gravest, level_text, residual_text
 from ._twice_differentiable import InverseHvpResult
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _TESTS, _STRONGEST = 5, 3  # test samples in a repr, and training samples for each
+
 SIGN = "+ s_test · grad: positive where weighting the training sample up lowers the test loss"
 
 
@@ -44,7 +50,7 @@ class InfluenceFactors(Described, InverseHvpResult[Tensor]):  # pyright: ignore[
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Influences(Described):
+class Influences(ArrayLike, Savable, Described):
     """Influences of training samples on test samples, and how they were made.
 
     Attributes:
@@ -64,11 +70,16 @@ class Influences(Described):
     damping: float
     info: dict[str, Any]
     shares: Tensor = field(default_factory=lambda: torch.empty(0))
+    _array: ClassVar[str] = "values"
 
     @property
     def shape(self) -> torch.Size:
         """Of the values."""
         return self.values.shape
+
+    def __len__(self) -> int:
+        """Number of test samples."""
+        return len(self.values)
 
     def __getitem__(self, key: Any) -> Tensor:
         """Index the values."""
@@ -101,6 +112,34 @@ class Influences(Described):
             raise InputError.of("k", k, came)
         values, indices = self.values.topk(k, dim=1)
         return values, indices
+
+    def to_pandas(self, top: int | None = None, *, test: Names = None, train: Names = None) -> pandas.DataFrame:
+        """Return the influences as a table.
+
+        Args:
+            top: Only so many training samples of largest influence for every test sample, as `top` finds them.
+            test: Names of the test samples; by default positions.
+            train: Names of the training samples.
+
+        Returns:
+            One row per test sample and one column per training sample. With `top` one row per test sample and rank,
+            with columns `test`, `rank`, `train`, `influence`. For perturbation influences one row per entry, with
+            columns `test`, `train`, `feature` (`feature_0`, … where inputs have several axes), `influence`.
+
+        Raises:
+            MissingExtraError: Pandas is not installed (extra `pandas`).
+            InputError: Names are too few or too many, or as in `top`.
+        """
+        rows, columns = (names_of(*given) for given in (("test", test, len(self)), ("train", train, self.shape[1])))
+        if top is not None:
+            values, indices = (as_array(part) for part in self.top(top))
+            table = tidy_table(values, [("test", rows), ("rank", np.arange(1, top + 1))], "influence")
+            table.insert(2, "train", np.asarray(columns)[indices.reshape(-1)])
+            return table
+        if self.values.ndim == 2:
+            return matrix_table(as_array(self), ("test", rows), ("train", columns))
+        axes = [("test", rows), ("train", columns), *feature_axes(self.shape[2:])]
+        return tidy_table(as_array(self), axes, "influence")
 
     @overload
     def plot(self, test: Sequence[int] | None = None, k: int = 5, *, ax: None = None) -> Figure: ...

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+from .._interop import ArrayLike
+from .._saving import Savable
 from ..errors import InputError
 
 TensorType = TypeVar("TensorType", bound=Sequence)
@@ -18,7 +20,7 @@ DataLoaderType = TypeVar("DataLoaderType", bound=Iterable)
 
 
 @dataclass(frozen=True)
-class InverseHvpResult(Generic[TensorType]):
+class InverseHvpResult(ArrayLike, Savable, Generic[TensorType]):
     """The solution of `A x = b`, and how it came about; unpacks as `x, info`.
 
     Attributes:
@@ -28,6 +30,7 @@ class InverseHvpResult(Generic[TensorType]):
 
     x: TensorType
     info: dict[str, Any]
+    _array: ClassVar[str] = "x"
 
     def __iter__(self) -> Iterator[Any]:
         """Unpack as `x, info`."""

@@ -325,4 +325,4 @@ class Diagonal(Operator):
         target.put_diagonal(self.entries)
 
 
-COMPOSED.update(transposed=Transposed, product=Product, sum=Sum, scaled=Scaled)
+COMPOSED.update(transposed=Transposed, product=Product, sum=Sum, scaled=Scaled, identity=Identity, matrix=Matrix)

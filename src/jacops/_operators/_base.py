@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,14 @@ from torch import Tensor
 from .._display import Described, Description
 from .._finite import check_vector
 from .._ladder.route import answer
+from .._progress import shows_progress, tick, track
 from .._runtime.contexts import arithmetic, eager, keeping, out_of_inference
-from .._runtime.memory import Budget, in_words
+from .._runtime.memory import Budget, ensure_fits, in_words
+from .._saving import Savable
 from .._space import Space
 from .._torch.protocol import ByLayers
-from ..errors import InputError, InputTypeError
+from ..errors import InputError
+from ._arithmetic import COMPOSED, Arithmetic, ScalarIdentity, not_a_tensor
 from ._dense import DENSE, DenseAsk, Held, dense_ask, matrix_place, one_by_one
 from ._finite_results import Source, check_result, leaves_of
 from ._graphs import keeps_graph
@@ -24,12 +27,11 @@ from ._naming import Meaning
 from ._noise import Moments, relative_noise
 from ._target import Target
 
+_GRAPH_TODO = "Use products (`A @ v`), or raise `budget=`; the graph takes more than the matrix."
 _GRAM_ENTRIES = 2**26  # 512 MiB in float64: larger matrices are not formed, but applied to an eighth of that at a time
-# What operators are composed to; `_algebra`, which builds on this module, puts its classes here when it is imported.
-COMPOSED: dict[str, Callable[..., Operator]] = {}
 
 
-class Operator(Described, ABC):
+class Operator(Arithmetic, Savable, ABC, Described):
     r"""A linear map $A$ that is applied, composed and transposed without being formed.
 
     A concrete operator says what its axes mean (`domain`, `codomain`) and how it acts on rows, `_apply` and
@@ -105,11 +107,12 @@ class Operator(Described, ABC):
         """Compose with an operator, or apply to a vector, to columns, or to a tree of tensors."""
         if isinstance(other, Operator):
             return COMPOSED["product"](self, other)
+        if isinstance(other, ScalarIdentity):
+            return other.factor * self
         if isinstance(other, list | tuple | Mapping):
             return self._of_tree(other)
         if not isinstance(other, Tensor):
-            needed = "a tensor, a tree of tensors or an operator is needed"
-            raise InputTypeError.of("the right-hand side of @", f"a {type(other).__name__}", needed)
+            raise not_a_tensor(other, "right")
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
             needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
             todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
@@ -136,35 +139,18 @@ class Operator(Described, ABC):
             NonFiniteError: They or the product hold NaN or Inf.
         """
         self.domain.check_rows("v", rows)
+        tick()
         if self.check_finite:
             check_vector(self.name, "v", [rows])
         kept = keeps_graph(self)
         with keeping(kept):
             return check_result(self, self._apply(out_of_inference(rows) if kept else rows), "a product")
 
-    def __rmul__(self, factor: float | Tensor) -> Operator:
-        """Scale; a tensor of one number that requires grad receives gradients through products."""
-        if isinstance(factor, Tensor) and factor.numel() == 1:
-            scale = factor.reshape(()) if factor.requires_grad else None
-            return COMPOSED["scaled"](self, float(factor.detach()), scale=scale)
-        return COMPOSED["scaled"](self, float(factor)) if isinstance(factor, int | float) else NotImplemented
-
-    __mul__ = __rmul__
-
-    def __neg__(self) -> Operator:
-        """Scale by -1."""
-        return -1.0 * self
-
-    def __add__(self, other: Operator) -> Operator:
-        """Add an operator between the same spaces."""
-        return COMPOSED["sum"](self, other) if isinstance(other, Operator) else NotImplemented
-
-    def __sub__(self, other: Operator) -> Operator:
-        """Subtract an operator between the same spaces."""
-        return self + (-other) if isinstance(other, Operator) else NotImplemented
-
     @eager
-    def dense(self, out: Any = None, *, budget: Budget = None, check_finite: bool = True) -> Tensor:
+    @shows_progress()
+    def dense(
+        self, out: Any = None, *, budget: Budget = None, check_finite: bool = True, progress: bool | None = None
+    ) -> Tensor:
         """Return the matrix `(m, n)`, written in place: by layers, or by rows or columns, whichever are fewer.
 
         Args:
@@ -172,6 +158,7 @@ class Operator(Described, ABC):
             budget: Bytes that the matrix and the work on it may take, or a text such as `"2GiB"`; by default half of
                 what is free.
             check_finite: Raise if an entry is NaN or Inf.
+            progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
         Raises:
             InputError: `out` has another shape.
@@ -179,20 +166,22 @@ class Operator(Described, ABC):
                 allocated.
             NonFiniteError: An entry is NaN or Inf; the message names batch and row where the data hold one.
         """
-        ask = dense_ask(self, out, budget)
         if keeps_graph(self):
-            matrix = self._with_graph(out)
+            matrix = self._with_graph(out, budget)
             return check_result(self, matrix, "the matrix") if check_finite else matrix
+        ask = dense_ask(self, out, budget)
         ask.target = matrix_place(self, out)
         answer(ask, DENSE)
         matrix = ask.target.matrix
         return check_result(self, matrix, "the matrix") if check_finite else matrix
 
-    def _with_graph(self, out: Any) -> Tensor:
+    def _with_graph(self, out: Any, budget: Budget) -> Tensor:
         """Return the matrix with its graph, by products of all rows or columns at once."""
         if out is not None:
             raise InputError.of("out", "given", "a matrix with a graph is not written in place", "Leave it out.")
         (m, n), (rows, columns) = self.shape, (self.codomain, self.domain)
+        matrix = {f"the matrix {m, n}": m * n * self.dtype.itemsize}
+        ensure_fits(f"{type(self).__name__}.dense", matrix, budget, self.device, _GRAPH_TODO)
         with arithmetic(True):
             return (
                 self._apply(columns.units(slice(0, n))).T if n < m else self._apply_transpose(rows.units(slice(0, m)))
@@ -222,6 +211,7 @@ class Operator(Described, ABC):
             part.fill(place)
 
     @eager
+    @shows_progress()
     def gram(self) -> Tensor:
         r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large.
 
@@ -239,7 +229,7 @@ class Operator(Described, ABC):
         space = self.codomain
         gram = torch.empty(m, m, dtype=space.dtype, device=space.device)
         step = max(1, _GRAM_ENTRIES // (8 * n))
-        for start in range(0, m, step):
+        for start in track(range(0, m, step), "gram"):
             where = slice(start, min(start + step, m))
             gram[where] = self._apply(self._apply_transpose(space.units(where)))
         return gram

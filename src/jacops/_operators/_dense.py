@@ -14,6 +14,7 @@ from torch import Tensor
 from .._ladder.failures import RouteFailedError
 from .._ladder.plan import Cost, Memory
 from .._ladder.route import answer, candidates
+from .._progress import track
 from .._runtime.chunks import ROWS, rows_of
 from .._runtime.memory import SMALL, Budget, budget_bytes, given_tensors, live, refuse, resident, startup_bytes
 from .._space import Space
@@ -363,7 +364,7 @@ def put_products(operator: Operator, target: Target, chunk: int) -> None:
     """Write a matrix by products with unit vectors of its shorter axis."""
     space, apply, columns = _shorter(operator)
     place = target.T if columns else target
-    for start in range(0, space.dim, chunk):
+    for start in track(range(0, space.dim, chunk), "dense"):
         where = slice(start, min(start + chunk, space.dim))
         place.part(where).put(apply(space.units(where)))
 

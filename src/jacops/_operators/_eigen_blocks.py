@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._runtime.chunks import ENTRIES
+from .._saving import Savable
 from .._space import Space
 from ._base import OnSpace
 
@@ -20,7 +21,7 @@ FORMS: tuple[Form, ...] = ("kronecker", "exact", "diagonal")
 
 @final
 @dataclass(frozen=True, eq=False)
-class Block:
+class Block(Savable):
     r"""A weight `(g * p, q)` in g groups, each with the eigenvectors $U \otimes V$; a bias is its last column.
 
     With g = p = 1 these are any q parameters with the eigenvectors $V$.

@@ -7,19 +7,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._display import Described, Description, Table
 from .._keywords import unknown
 from .._ladder.route import candidates
 from .._runtime.memory import in_words
+from .._saving import Savable
+from .._tables import record_table
 from ..errors import InputError, InputTypeError
+
+if TYPE_CHECKING:
+    import pandas
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class PlannedRoute:
+class PlannedRoute(Savable):
     """One way to an answer.
 
     Attributes:
@@ -38,7 +43,7 @@ class PlannedRoute:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan(Described):
+class Plan(Savable, Described):
     """What a call will take.
 
     Attributes:
@@ -73,6 +78,14 @@ class Plan(Described):
     def fits(self) -> bool:
         """Whether the chosen route keeps to the budget; where not, the call raises `MemoryBudgetError`."""
         return self.peak_bytes <= self.budget_bytes
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the routes as a table, one row each, with a column per field of `PlannedRoute`.
+
+        Raises:
+            MissingExtraError: Pandas is not installed (extra `pandas`).
+        """
+        return record_table(self.routes, PlannedRoute, "name")
 
     def _describe(self) -> Description:
         verdict = "" if self.fits else " (over the budget: the call will refuse)"

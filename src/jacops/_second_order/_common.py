@@ -11,7 +11,7 @@ from torch import Tensor
 from .._finite import require_finite
 from .._requirements import check_positive
 from .._torch.protocol import ConnectedModel, Samples
-from .._trees import Selector, Tree
+from .._trees import Tree
 from ..errors import NotDifferentiableError
 
 Blocks = list[list[list[Tensor]]]  # [output][input][input], each `(n, *out, *in, *in)`

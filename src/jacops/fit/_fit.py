@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._keywords import keywords
+from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
@@ -21,6 +22,7 @@ from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
 
 @keywords()
+@shows_progress()
 def levenberg_marquardt(
     model: nn.Module | Callable[..., Any],
     input: Any = None,
@@ -121,6 +123,7 @@ def levenberg_marquardt(
 
 
 @keywords()
+@shows_progress()
 def gauss_newton(
     model: nn.Module | Callable[..., Any],
     input: Any = None,

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from .._display import Described, Description
 from .._figures import canvas, convergence, residuals
+from .._interop import ArrayLike
 from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
+from .._saving import Savable
+from .._tables import record_table
 from ..errors import InputError, SolveError
 from ._solvers import check_pivots, factorised, triangle
 from ._system import LinearizedFit, Singular
@@ -27,9 +30,12 @@ if TYPE_CHECKING:
 Figures = Literal["convergence", "residuals"]
 KINDS: tuple[Figures, ...] = ("convergence", "residuals")
 
+if TYPE_CHECKING:
+    import pandas
+
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepRecord(Savable):
     """One step, taken or not.
 
     Attributes:
@@ -71,7 +77,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LeastSquaresResult(Described):
+class LeastSquaresResult(ArrayLike, Savable, Described):
     r"""Where a least-squares call ended.
 
     Attributes:
@@ -86,7 +92,7 @@ class LeastSquaresResult(Described):
         nfev: Forward passes.
         njev: Jacobians.
         route: How Jacobians were taken, and why.
-        plan: The sparse plan, to be given to a later call.
+        plan: The sparse plan, to be given to a later call; `save` leaves it out, since it has a file of its own.
         certificate: The evidence that the point is a minimum, as in `success`; empty where there is none.
         predicted: The reduction that an undamped Gauss-Newton step predicts where it was last computed, relative to
             the objective; NaN where it was not needed or could not be computed.
@@ -104,7 +110,7 @@ class LeastSquaresResult(Described):
     nfev: int
     njev: int
     route: str
-    plan: Any = None
+    plan: Any = field(default=None, metadata={"saved": False})
     certificate: str = ""
     predicted: float = float("nan")
     method: str = "least squares"
@@ -168,6 +174,14 @@ class LeastSquaresResult(Described):
             raise InputError.of("the problem", came, "the variance is estimated from what is left over", todo)
         inverse = _inverse_part(self._system, wanted, self)
         return inverse if absolute else inverse * (2 * self.cost / (rows - size))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the log as a table: one row per step tried, one column per field of `StepRecord`.
+
+        Raises:
+            MissingExtraError: Pandas is not installed (extra `pandas`).
+        """
+        return record_table(self.log, StepRecord, "step")
 
     @overload
     def plot(self, kind: Figures | None = None, *, ax: None = None) -> Figure: ...

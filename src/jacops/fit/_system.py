@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._saving import Savable
 from ..sparse._matrix import sp
 
 _LEAST_SQUARE = 1e-250  # squares below may have lost digits to underflow (smallest normal number: 2e-308)
@@ -26,7 +27,7 @@ class Singular(Exception):  # noqa: N818 - not an error for the caller: the loop
 
 
 @dataclass(eq=False)
-class LinearizedFit:
+class LinearizedFit(Savable):
     """A linearised problem: Jacobian (ndarray or CSR), residual, and what follows from them.
 
     Attributes:
@@ -43,11 +44,11 @@ class LinearizedFit:
     J: Any
     r: np.ndarray
     blocks: np.ndarray
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict, metadata={"saved": False})
     lengths: np.ndarray | None = None
     unit: float = 1.0
     eps: float = float(np.finfo(np.float64).eps)
-    terms: Callable[[], np.ndarray] | None = field(default=None, repr=False)
+    terms: Callable[[], np.ndarray] | None = field(default=None, repr=False, metadata={"saved": False})
 
     @property
     def is_sparse(self) -> bool:

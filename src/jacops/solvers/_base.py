@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._operators import Operator
+from .._progress import shows_progress
 from .._runtime.contexts import eager
 from ..errors import warn
 from ._judge import Judge, Raw
@@ -39,6 +40,7 @@ class Prepared(ABC):
         """Solve for finite rows `(k, n)` of which none is zero, k ≥ 1, in the unit of the system."""
 
     @eager
+    @shows_progress("products")
     def solve(self, rows: Tensor) -> Solution:
         """Solve for right-hand sides, one per row; never raises for a solve that failed.
 
@@ -112,6 +114,7 @@ class Solver(ABC):
         """
 
     @eager
+    @shows_progress()
     def solve(self, operator: Operator, rows: Tensor, damping: float = 0.0) -> Solution:
         """Prepare, then solve for rows `(k, n)`; never raises for a solve that failed."""
         started = time.perf_counter()

@@ -2,7 +2,7 @@ r"""EK-FAC: curvature layer by layer, as Kronecker products of small factors wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
@@ -13,6 +13,7 @@ from .._operators import Operator
 from .._operators._eigen_blocks import EigenBlocks, covered, ridge_values
 from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
+from ..errors import InputError
 from ._base import Prepared, Solver
 from ._judge import Raw
 from ._kronecker_passes import Fisher, Passes, check_source, estimated
@@ -59,6 +60,8 @@ class EKFAC(Solver):
         widest: Sides of a weight longer than this keep their own axes as eigenbasis.
         report_residual: Compute the residual of every solution, one pass over the data; else it is NaN, and the
             status `unchecked`.
+        factors: What `approximate` returned for the same operator, an earlier run's from a file perhaps: `curvature` of
+            a prepared solver has `save`. Nothing is estimated then.
 
     Raises:
         InputError: `fisher` is unknown, or `draws` is less than 1.
@@ -80,6 +83,7 @@ class EKFAC(Solver):
     exact_up_to: int = 512
     widest: int = 4096
     report_residual: bool = True
+    factors: EigenBlocks | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse options that mean nothing."""
@@ -101,6 +105,8 @@ class EKFAC(Solver):
             NonFiniteError: An output or a gradient is NaN or Inf.
             ModelStateError: The model changed since the operator was made.
         """
+        if self.factors is not None:
+            return _fitted(self.factors, operator)
         check_source(operator)
         operator.parts.check()  # pyright: ignore[reportAttributeAccessIssue]
         fisher = self.fisher if self.fisher != "auto" else _asked(operator)
@@ -156,6 +162,18 @@ class PreparedEKFAC(Prepared):
 
     def __repr__(self) -> str:
         return f"PreparedEKFAC({covered(self.curvature.coverage)}, damping {self.system.damping:g})"
+
+
+def _fitted(factors: EigenBlocks, operator: Operator) -> EigenBlocks:
+    """Return factors if they are of an operator's parameters.
+
+    Raises:
+        InputError: They are of others.
+    """
+    if not isinstance(factors, EigenBlocks) or factors.space != operator.domain:
+        came = repr(factors.space) if isinstance(factors, EigenBlocks) else f"a {type(factors).__name__}"
+        raise InputError.of("factors", came, f"those of {operator.domain} on {operator.device} are needed")
+    return factors
 
 
 def _asked(operator: Operator) -> Fisher:

@@ -14,6 +14,7 @@ from .._keywords import keywords
 from .._operators import Operator
 from .._operators._base import Backwards
 from .._operators._graphs import without_graph
+from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager, keeping
 from ..errors import InputError, InputTypeError, SolveError
@@ -26,6 +27,7 @@ from ._system import System
 
 
 @keywords()
+@shows_progress()
 def solve(
     operator: Operator,
     b: Tensor,
@@ -33,6 +35,7 @@ def solve(
     *,
     damping: float | Tensor = 0.0,
     on_failure: Literal["raise", "return"] = "raise",
+    progress: bool | None = None,
     create_graph: bool = False,
 ) -> Solution:
     r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
@@ -50,6 +53,7 @@ def solve(
         solver: A recipe, such as `CG()`, or the name of one; `Auto` chooses.
         damping: $\lambda \ge 0$, a number or a tensor of one.
         on_failure: `"raise"`, or `"return"` to get the solution with its statuses.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
         create_graph: Keep `x` differentiable, once, by `b`, by a tensor as damping, and by what the operator receives
             gradients for (one made with `create_graph=True`, a matrix that requires grad): backward solves the
             transposed system once (implicit differentiation), whatever the solver did.

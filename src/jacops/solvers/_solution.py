@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .._display import Described, Description
+from .._interop import ArrayLike
+from .._saving import Savable
 
 
 class Status(StrEnum):
@@ -73,7 +75,7 @@ def gravest(statuses: Iterable[str]) -> Status:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Solution(Described):
+class Solution(ArrayLike, Savable, Described):
     r"""Solutions of $(A + \lambda I) x = b$, one row per right-hand side.
 
     Attributes:
@@ -98,6 +100,7 @@ class Solution(Described):
     damping: float
     method: str
     info: dict[str, Any] = field(default_factory=dict)
+    _array: ClassVar[str] = "x"
 
     @property
     def converged(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._finite import on_finite_rows
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from .._progress import tick
 from .._requirements import check_positive, check_range
 from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import private_noise
@@ -165,6 +166,7 @@ class System:
 
         def scaled(good: Tensor) -> Tensor:
             self.products += good.shape[0]
+            tick()
             half, exponent = (self._exponent or 0) // 2, self._exponent or 0
             return apply(good * 2.0**-half) * 2.0 ** (half - exponent) if exponent else apply(good)
 

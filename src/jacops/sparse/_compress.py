@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._operators import Operator
+from .._progress import track
 from .._runtime.chunks import ROWS
 from .._runtime.memory import ensure_fits
 from .._space import Space
@@ -171,7 +172,7 @@ class Compression:
 
     def _swept(self, seeds: Tensor, product: Callable[[Tensor], Tensor], into: Space) -> Tensor:
         chunk = max(1, min(ROWS, _CHUNK_ENTRIES // max(1, sum(self.operator.shape))))
-        parts = [product(part) for part in seeds.split(chunk) if len(part)]
+        parts = [product(part) for part in track(seeds.split(chunk), "sweeps") if len(part)]
         return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else into.units(slice(0, 0))
 
     def _judged(self, matrix: Csr, probes: list[Tensor], pulled: Tensor) -> Verdict:

@@ -10,6 +10,7 @@ import torch
 from .._keywords import keywords
 from .._operators import LinearizedMap, Operator
 from .._operators._finite_results import check_result
+from .._progress import shows_progress
 from .._requirements import check_choice, check_whole
 from .._torch.protocol import Linearization
 from ..errors import InputError, NotDifferentiableError
@@ -24,7 +25,15 @@ from .pattern import declared
 
 
 @keywords()
-def jacobian(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pattern: Any = None) -> SparseJacobian:
+@shows_progress()
+def jacobian(
+    operator: Operator,
+    *,
+    layout: Layout = "csr",
+    certify: int = 1,
+    pattern: Any = None,
+    progress: bool | None = None,
+) -> SparseJacobian:
     """Return an operator as a sparse matrix, by as many products as its colours.
 
     For a recorded Jacobian or Hessian (`jacobian`, `hessian`) the pattern at this point is detected; a Hessian needs
@@ -36,6 +45,7 @@ def jacobian(operator: Operator, *, layout: Layout = "csr", certify: int = 1, pa
         layout: torch's `"csr"`, `"coo"` or `"bsr"`, or `"scipy"`.
         certify: Number of random probes; 5 give a useful `error_bound`, 0 none.
         pattern: Where entries may be nonzero: a scipy or torch sparse matrix, or a `Pattern`.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
         The matrix with its error bound and sweeps; `output` is the function's where the operator was recorded.

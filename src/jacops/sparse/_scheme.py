@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .._ladder.failures import RouteFailedError
+from .._ladder.failures import succeeds
 from .._torch.protocol import Linearization
 from ._coloring import Coloring, color
 from ._matrix import Csr, csr, sp
@@ -39,10 +38,8 @@ def colored(matrix: Csr, lin: Linearization, limit: float = np.inf) -> Coloring:
 
 
 def _can_push(lin: Linearization) -> bool:
-    with suppress(RouteFailedError):
-        lin.push_by_double_backward(lin.domain.split(torch.zeros_like(lin.domain.units(slice(0, 1)))))
-        return True
-    return False
+    zeros = lin.domain.split(torch.zeros_like(lin.domain.units(slice(0, 1))))
+    return succeeds(lambda: lin.push_by_double_backward(zeros))
 
 
 def unlifted(scheme: Scheme, lin: Linearization, width: int) -> Scheme:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._progress import tick
 from .._runtime.contexts import must_surface
 from .._runtime.restoring import Hooks, restoring
 from ._pool import Array, Pool
@@ -215,6 +216,7 @@ class Tracer(TorchDispatchMode):
 
     @restoring
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tick()
         call = TracedCall(func, base_name(func), args, kwargs or {}, [])
         live = [t for t in call.tensors if self.tracks(t)]
         if not live:

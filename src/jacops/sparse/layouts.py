@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .._display import Described, Description
+from .._interop import ArrayLike
 from .._runtime.restoring import WarningsIgnored, restoring
+from .._saving import Savable
 from .._space import Space
 from ._compress import Assembly, Compressed
 from ._matrix import sp
@@ -21,7 +23,7 @@ LAYOUTS = ("scipy", "coo", "csr", "bsr")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparseJacobian(Described):
+class SparseJacobian(ArrayLike, Savable, Described):
     """A sparse Jacobian, and the output at the same point.
 
     Attributes:

@@ -17,6 +17,7 @@ from .._finite import check_outputs, is_finite, require_finite
 from .._keywords import keywords
 from .._operators import LinearizedMap
 from .._picks import Picks, Wrt, variable
+from .._progress import shows_progress
 from .._requirements import check_choice, check_whole
 from .._torch.protocol import Proofs
 from .._trees import Selector
@@ -87,7 +88,10 @@ class SparsePlan(Described):
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
-    def evaluate(self, model: nn.Module, inputs: Any, *, certify: int = 1, layout: Layout = "scipy") -> SparseJacobian:
+    @shows_progress()
+    def evaluate(
+        self, model: nn.Module, inputs: Any, *, certify: int = 1, layout: Layout = "scipy", progress: bool | None = None
+    ) -> SparseJacobian:
         """Return the sparse Jacobian and the output at the model's present parameters and these inputs.
 
         A random probe in which all rows have the same size checks that the pattern still holds: it shows an entry that
@@ -102,6 +106,7 @@ class SparsePlan(Described):
             certify: Number of random probes: 1 to notice a pattern that no longer holds, 5 for an error bound within
                 a factor 5 of what was seen, 0 for none.
             layout: `"scipy"` (CSR), or torch's `"coo"`, `"csr"`, `"bsr"`.
+            progress: As in `sparse_plan`.
 
         Returns:
             The matrix, the output, the error bound and the number of sweeps.
@@ -254,6 +259,7 @@ def _learn(compression: Compression, found: Compressed, plain_probe: Verdict, im
 
 
 @keywords()
+@shows_progress("operations")
 def sparse_plan(
     model: nn.Module,
     inputs: Any,
@@ -265,6 +271,7 @@ def sparse_plan(
     pattern: Any = None,
     local: bool = False,
     lift: bool = True,
+    progress: bool | None = None,
 ) -> SparsePlan:
     """Return a plan for the sparse Jacobian of a model: how few sweeps give all of it.
 
@@ -282,6 +289,7 @@ def sparse_plan(
         pattern: Where you know it: a scipy or torch sparse matrix, or a `Pattern`; verified by a random probe.
         local: The pattern at this very point, which may be emptier and must be detected again elsewhere.
         lift: Whether selections of parameters may be lifted.
+        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
         A plan, for `plan.evaluate(model, inputs)`.

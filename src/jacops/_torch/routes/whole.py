@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError
 from ..._ladder.plan import Cost, Memory
+from ..._progress import track
 from ..._runtime.agreement import as_rows, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter, size_of
@@ -157,7 +158,7 @@ class LayerRoute:
     def _swept(self, together: int) -> Iterator[list[Tensor]]:
         """Yield cotangents of some sweeps at all sites, `(n, k, T, …)`."""
         seeds, total = unit_seeds(self._output), self.sweeps
-        for start in range(0, total, together):
+        for start in track(range(0, total, together), self.lin.call):
             many = min(together, total - start)
             if many == 1:
                 yield [delta.unsqueeze(1) for delta in self._sweep(next(seeds))]

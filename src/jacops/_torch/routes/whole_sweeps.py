@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..._ladder.plan import Cost
 from ..._ladder.route import Route
+from ..._progress import track
 from ..._runtime.agreement import as_rows, size
 from ..._runtime.chunks import Chunks
 from ..._runtime.rows import Rows, basis
@@ -135,7 +136,7 @@ def _refuse_not_holomorphic(lin: Linearization, index: int, leaf: int, straight:
 def _fill_columns(lin: Linearization, create_graph: bool, chunk_size: int | None) -> Iterator[Piece]:
     for leaf, array in enumerate(lin.leaves):
         chunks = Chunks(array.numel(), chunk_size or lin.chunk(array.numel()))
-        for where in chunks:
+        for where in track(chunks, lin.call):
             with chunks.halving(where, lin.call):
                 for index, part in enumerate(_columns(lin, leaf, where, create_graph)):
                     yield index, leaf, where, part

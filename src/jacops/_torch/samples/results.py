@@ -86,10 +86,11 @@ class SampleJacobians:
     def connect(self) -> None:
         """Put the blocks with their graph in place of those without."""
         parts = [self.graphs.pop(start) for start in sorted(self.graphs)]
-        self.blocks = [
-            [torch.cat(column) if len(column) > 1 else column[0] for column in zip(*rows, strict=True)]
-            for rows in zip(*parts, strict=True)
-        ]
+        if len(parts) == 1:
+            self.blocks = parts[0]
+            return
+        pairs = zip(*parts, strict=True)
+        self.blocks = [[torch.cat(column) for column in zip(*rows, strict=True)] for rows in pairs]
 
     def prepare(self, run: Run, alone: bool = False) -> Shapes:
         """Allocate at the first sight of the shapes, and return those of one sample's outputs.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.route import answer
+from ..._progress import track
 from ..._runtime.agreement import tolerance
 from ..._runtime.chunks import to_a_pass
 from ..._runtime.contexts import must_surface, sweeping
@@ -296,7 +297,7 @@ class Linearization:
         """
         for index, output in enumerate(self.outputs):
             chunk = chunk_size or self.chunk(output.numel())
-            for start in range(0, output.numel(), chunk):
+            for start in track(range(0, output.numel(), chunk), self.call):
                 where = slice(start, min(start + chunk, output.numel()))
                 seeds = [basis(output, where) if i == index else None for i in range(len(self.outputs))]
                 rows = self.pull_rows(seeds, create_graph)

@@ -270,8 +270,8 @@ class ModelRun:
         chosen, at = self.chosen, self.at
         if chosen:
             names = list(chosen)
-            # A connected copy leads back to the caller's parameter, which then is the leaf for every use of it; one that
-            # was computed may have been computed from another, which counts only where the forward uses that.
+            # A connected copy leads back to the caller's parameter, then the leaf for every use of it. One that is
+            # computed may be so from another parameter, which is no use of that.
             own = {n for n in names if self.connected and _is_trainable_leaf(chosen[n])}
             leaves = [chosen[n] if n in own else replica.parameters[n] for n in names]
             return leaves, names, [(i, chosen[n]) for i, n in enumerate(names) if n not in own]
