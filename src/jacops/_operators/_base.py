@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -179,13 +180,15 @@ class Operator(Arithmetic, Savable, ABC, Described):
         """Return the matrix with its graph, by products of all rows or columns at once."""
         if out is not None:
             raise InputError.of("out", "given", "a matrix with a graph is not written in place", "Leave it out.")
-        (m, n), (rows, columns) = self.shape, (self.codomain, self.domain)
-        matrix = {f"the matrix {m, n}": m * n * self.dtype.itemsize}
+        matrix = {f"the matrix {self.shape}": math.prod(self.shape) * self.dtype.itemsize}
         ensure_fits(f"{type(self).__name__}.dense", matrix, budget, self.device, _GRAPH_TODO)
         with arithmetic(True):
-            return (
-                self._apply(columns.units(slice(0, n))).T if n < m else self._apply_transpose(rows.units(slice(0, m)))
-            )
+            return self._formed_with_graph()
+
+    def _formed_with_graph(self) -> Tensor:
+        """Return the matrix: all columns, or all rows, whichever are fewer."""
+        (m, n), (rows, columns) = self.shape, (self.codomain, self.domain)
+        return self._apply(columns.units(slice(0, n))).T if n < m else self._apply_transpose(rows.units(slice(0, m)))
 
     # ---- how the matrix is filled ----------------------------------------------------------------------------------
 

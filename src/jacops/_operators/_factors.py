@@ -101,6 +101,9 @@ class LayerFactors(Operator):
             found[:, where] = part.transposed(u).flatten(1)
         return found
 
+    def _formed_with_graph(self) -> Tensor:
+        return torch.cat([part.block(slice(None)).reshape(self.shape[0], -1) for part in self.parts], 1)
+
     _own = "layer by layer"
 
     def _held(self, ask: DenseAsk) -> Held:
