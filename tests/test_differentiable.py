@@ -81,7 +81,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def rows(values: Tensor, wrt: Sequence[Tensor]) -> Tensor:
     """Return the derivative of every number by tensors, `(numbers, entries)`, with its graph."""
-    options = {"create_graph": True, "materialize_grads": True}
+    options: dict[str, Any] = {"create_graph": True, "materialize_grads": True}
     return torch.stack([flat(torch.autograd.grad(value, wrt, **options)) for value in values.reshape(-1)])
 
 
@@ -193,7 +193,8 @@ CALLS: dict[str, tuple[Callable[[Case], Any], Callable[[Case], Tensor]]] = {
 
 def same_gradients(found: Tensor, right: Tensor, wrt: Sequence[Tensor], rtol: float = 1e-8) -> None:
     torch.testing.assert_close(found.detach(), right.detach(), rtol=rtol, atol=1e-10)
-    weight, options = draw(*right.shape, seed=9), {"materialize_grads": True, "retain_graph": True}
+    weight = draw(*right.shape, seed=9)
+    options: dict[str, Any] = {"materialize_grads": True, "retain_graph": True}
     pairs = [torch.autograd.grad((t * weight).sum() + t.square().sum(), wrt, **options) for t in (found, right)]
     assert any(bool(g.abs().max() > 1e-3) for g in pairs[1])  # there is something to compare
     for one, other in zip(*pairs, strict=True):
@@ -241,8 +242,8 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grads[0]
 
 
 class Squared(nn.Module):

@@ -45,8 +45,8 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tupl
     sweeps, plain = [], torch.autograd.grad
 
     def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        batched = grad_outputs is not None and kwargs.get("is_grads_batched")
-        sweeps.append(next(len(rows) for rows in grad_outputs if rows is not None) if batched else 1)
+        many = [len(rows) for rows in grad_outputs or () if rows is not None] if kwargs.get("is_grads_batched") else [1]
+        sweeps.append(many[0])
         return plain(outputs, inputs, grad_outputs, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
@@ -143,14 +143,14 @@ def meta_losses(by_hand: bool) -> tuple[Callable[[], list[Tensor]], nn.Module]:
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return mse_loss(functional_call(model, params, (x,)), y)
 
-    def slopes(params: dict[str, Tensor]) -> Sequence[Tensor]:
+    def slopes(params: dict[str, Tensor]) -> Any:
         if by_hand:
             return torch.autograd.grad(loss(params, x, y), list(params.values()), create_graph=True)
         one = torch.ones((), dtype=torch.float64)
         return jacops.model_vjp(jacops.Function(loss, params), (x, y), one, create_graph=True)
 
     def outer() -> list[Tensor]:
-        params = dict(model.named_parameters())
+        params: dict[str, Any] = dict(model.named_parameters())
         for _ in range(2):
             pairs = zip(params.items(), slopes(params), strict=True)
             params = {name: p - 0.1 * g for (name, p), g in pairs}

@@ -26,7 +26,7 @@ def has_graph(operator: Any) -> bool:
 
 def without_graph(operator: Made) -> Made:
     """Return an operator with the same entries of which nothing keeps a graph; itself where nothing does."""
-    return _detached(operator, {}) if has_graph(operator) else operator
+    return _detached(operator, {}) if hasattr(operator, "_apply_transpose") and has_graph(operator) else operator
 
 
 def _detached(value: Any, known: dict[int, Any]) -> Any:

@@ -169,7 +169,11 @@ class Inverse(Backwards):
     @cached_property
     def _transposed(self) -> Inverse:
         options = (self.solver, self.damping, self.on_failure, self.create_graph, self.scale)
-        return self if self.symmetric else Inverse(self.of.T, *options)
+        return Inverse(self.of.T, *options)
+
+    @property
+    def _adjoint(self) -> Inverse:
+        return self if self.symmetric else self._transposed
 
     @eager
     def solve(self, rows: Tensor) -> Solution:
@@ -182,7 +186,7 @@ class Inverse(Backwards):
         if not self.create_graph:
             return solution
         damping = self.damping if self.scale is None else self.scale
-        x = connected(self.of, rows, solution.x, damping, lambda grads: self._transposed._solved(grads).x)
+        x = connected(self.of, rows, solution.x, damping, lambda grads: self._adjoint._solved(grads).x)
         return replace(solution, x=x)
 
     def _solved(self, rows: Tensor) -> Solution:
@@ -195,7 +199,7 @@ class Inverse(Backwards):
         return self.solve(rows).x
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
-        return self._transposed.solve(rows).x
+        return self._adjoint.solve(rows).x
 
     @property
     def name(self) -> str:
