@@ -134,7 +134,7 @@ def test_a_repeated_gauss_newton_product_is_a_push_and_a_pull() -> None:
 
 
 def test_many_vectors_go_in_chunks_that_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jacops._runtime.chunks._ROWS", 4)
+    monkeypatch.setattr("jacops._runtime.chunks.ROWS", 4)
     model, x = net(3, 50), torch.randn(5, 3, dtype=F64)
     J = jacops.jacobian(model, x)
     whole, us, vs = J.dense(), torch.randn(11, J.shape[0], dtype=F64), torch.randn(11, J.shape[1], dtype=F64)

@@ -499,7 +499,7 @@ def test_strided_parameters_of_one_entry_are_compared_too(monkeypatch: pytest.Mo
     model = nn.Linear(1, 1).double()
     flat = torch.randn(7, dtype=torch.float64)
     model.weight.data = flat[1:4:3].view(1, 1)
-    operator = jacops.jacobian(model, torch.ones(2, 1, dtype=torch.float64), lambda n, p: True)
+    operator = jacops.jacobian(model, torch.ones(2, 1, dtype=torch.float64), parameters=lambda n, p: True)
     assert operator.dense().shape == (2, 2)
     model.float()
     odd = torch.randn(9)

@@ -59,7 +59,7 @@ def variable(model: Any, wrt: Wrt, parameters: Picks) -> Variable:
         InputError: `wrt` is none of the known, or picks the inputs where `parameters` are given.
         InputTypeError: `parameters` is of the wrong kind.
     """
-    check_choice("wrt", wrt, ("parameters", "inputs"), "; `parameters=` picks some of the parameters")
+    check_choice("wrt", wrt, ("parameters", "inputs"), " (and `parameters=` for some of the parameters)")
     if parameters is None:
         return wrt
     if wrt == "inputs":

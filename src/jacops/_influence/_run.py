@@ -60,7 +60,10 @@ class InfluenceRun:
             try:
                 require(solution)
             except SolveError as error:
-                raise SolveError(f"influence with {self.curvature.description}: {error}", solution) from None
+                kind = self.kind.replace("_", " ")
+                raise SolveError(
+                    f"influence with the {kind} of {self.problem.rows:,} rows: {error}", solution
+                ) from None
         return solution
 
     def described(self, solutions: Sequence[Solution]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .crossing import filled, is_floating, to_jax, to_numpy, to_torch, tree_to_j
 from .layers import JaxLayers
 from .linearized import JaxLinearization, JaxRecording
 from .model import Model, model_of, weighted_loss
-from .parameters import Parameters, Picked, Same
+from .parameters import Parameters, Picked, Same, leaf_names
 from .points import Point, floating
 from .results import check_rows, digest_of, finite_gradient, finite_loss
 
@@ -82,6 +82,11 @@ class JaxFunction:
             parameters = self._all if picks is None else Parameters.of(self.params, picks)
             self._picked = picks, parameters
         return parameters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all leaves, by their paths."""
+        return leaf_names(self.params)
 
     def named(self) -> Iterable[tuple[str, Any]]:
         """Return the arrays that can be differentiated, by their paths."""

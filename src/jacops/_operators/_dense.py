@@ -88,7 +88,7 @@ class DenseAsk:
         self, operator: Operator, free: float = math.inf, limits: DenseLimits | None = None, call: str = ""
     ) -> None:
         self.operator, self.free, self.limits = operator, free, limits
-        self.call = call or f"{type(operator).__name__}.dense"
+        self.call = call or f"{operator.name}.dense"
         formed = operator.formed
         self.verdicts = Proofs("never") if formed is None else formed.verdicts
         self.routes: dict[str, str] = {} if formed is None else formed.routes

@@ -14,9 +14,9 @@ ROWS = 64  # 32 to 64 were fastest for a perceptron; 4 took twice as long, 128 a
 _CACHED = 2**25  # 1.5 times faster than 64 rows, for a perceptron over 1,500 samples
 
 
-def rows_of(entries: int, most: int = ROWS) -> int:
+def rows_of(entries: int, most: int | None = None) -> int:
     """Return how many rows of so many entries, vectors and images together, go into one batched pass."""
-    return max(1, min(most, ENTRIES // max(1, entries)))
+    return max(1, min(ROWS if most is None else most, ENTRIES // max(1, entries)))
 
 
 def to_a_pass(rows: int, entries: int, passed: int) -> int:

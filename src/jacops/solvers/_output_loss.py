@@ -78,6 +78,7 @@ class LossAtOutput:
         self._used = [i for i, leaf in enumerate(outer.lin.leaves) if id(leaf) in reached]
         return gradient_linearization(outer, self.call) if self._used else outer.lin
 
+    @restoring
     def output(self) -> Any:
         """Return the recorded output `(n, entries)`, linearised by the parameters, of a torch model."""
         with recording():

@@ -136,6 +136,7 @@ def record_point(
     return RecordedPoint(recording, lin, selections, taint)
 
 
+@restoring
 def _lifted(record: Callable[[], Recording], chosen: list[Tensor]) -> tuple[Recording, list[Selection]] | None:
     """Return a recording with the selections that its output depends on as leaves.
 
