@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import jacops
 from jacops.errors import InputError, ModelStateError, NotDifferentiableError
-from jacops.linalg import Identity, Matrix, eye
+from jacops.linalg import Identity, Matrix, diagonal, eigenpairs, eye, trace
 from jacops.solvers import inverse, solve
 from small import draw
 
@@ -383,3 +383,14 @@ def test_script_modules_have_no_graph_to_their_parameters() -> None:
     for call in (jacops.compute_jacobian, jacops.sample_jacobians, jacops.jacobian):
         with pytest.raises(ModelStateError, match="create_graph=True"):
             call(model, draw(5, 3), create_graph=True)
+
+
+def test_numbers_that_sum_up_an_operator_have_no_graph() -> None:
+    model, x = net(3, 4, 2), draw(5, 3)
+    J, plain = jacops.jacobian(model, x, create_graph=True), jacops.jacobian(model, x)
+    A, right = J.T @ J, plain.T @ plain
+    assert float(trace(A)) == pytest.approx(float(trace(right)))
+    torch.testing.assert_close(diagonal(A), diagonal(right))
+    torch.testing.assert_close(eigenpairs(A, 2).values, eigenpairs(right, 2).values)
+    assert not solve(A, draw(26), damping=0.5).x.requires_grad
+    assert (A.to_scipy() @ draw(26).numpy()).shape == (26,)

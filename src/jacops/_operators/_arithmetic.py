@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
+from ._graphs import without_graph
 from ._scipy import as_linear_operator
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Arithmetic:
             >>> Matrix(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).to_scipy() @ np.ones(2, np.float32)
             array([3., 7.], dtype=float32)
         """
-        return as_linear_operator(self)
+        return as_linear_operator(without_graph(self))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
         """Refuse: an operator is not formed without being asked to.

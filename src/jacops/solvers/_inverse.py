@@ -77,7 +77,7 @@ def solve(
         rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
     if create_graph:
         return inverse(operator, solver, damping=damping, on_failure=on_failure, create_graph=True).solve(rows)
-    solution = solver_of(solver).solve(without_graph(operator), rows, as_number(damping))
+    solution = solver_of(solver).solve(operator, rows, as_number(damping))
     if on_failure == "raise":
         require(solution)
     return solution
