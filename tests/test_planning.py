@@ -335,7 +335,7 @@ def test_modes_that_do_not_exist_or_do_not_apply_are_refused() -> None:
 
 FRESH = """
 import sys, torch, jacops
-from jacops.planning import plan
+from jacops import plan
 from torch import nn
 def high(key):
     lines = open("/proc/self/status").read().splitlines()

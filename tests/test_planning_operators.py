@@ -256,7 +256,7 @@ def test_shared_children_are_counted_once() -> None:
 
 FRESH = """
 import sys, torch, jacops
-from jacops.planning import plan
+from jacops import plan
 from torch import nn
 from torch.nn.functional import mse_loss
 def high(key):

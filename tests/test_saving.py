@@ -92,7 +92,7 @@ def odd_keys() -> dict[Any, Any]:
 RESULTS: dict[str, Callable[[], Any]] = {
     **{
         f"influences by {solver}": lambda solver=solver: jacops.compute_influences(
-            wrapped(), DATA, inversion_method=solver, curvature="ggn", damping=0.1
+            wrapped(), DATA, solver=solver, curvature="ggn", damping=0.1
         )
         for solver in ("direct", "cg", "minres", "ekfac", "nystrom", "arnoldi")
     },

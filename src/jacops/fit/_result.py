@@ -157,7 +157,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described):
             InputError: A position is out of range, or there are no degrees of freedom to estimate the variance from.
 
         Example:
-            >>> from jacops.least_squares import gauss_newton
+            >>> from jacops import gauss_newton
             >>> fit = gauss_newton(lambda x: x - torch.tensor([1.0, 3.0]), params=torch.zeros(1))
             >>> fit.covariance()
             array([[1.]])

@@ -124,13 +124,14 @@ class Solution(ArrayLike, Savable, Described):
         return ", ".join(f"{count} {status}" for status, count in Counter(map(str, self.status)).items()) or "no rows"
 
     def _describe(self) -> Description:
-        (k, n), dtype = self.x.shape, str(self.x.dtype).removeprefix("torch.")
+        shape = " × ".join(f"{length:,}" for length in self.x.shape)
+        dtype = str(self.x.dtype).removeprefix("torch.")
         level = level_text(self.status, self.info)
         facts = [("status", f"{self.counts}, {residual_text(self.residual.tolist())}{level}")]
         facts += [("method", f"{self.method}, damping {self.damping:g}")]
         facts += [("steps", f"at most {max(self.iterations)}")] if any(self.iterations) else []
         facts += [("products", f"{self.info['products']}")] if "products" in self.info else []
-        return Description(f"Solution({k:,} × {n:,}, {dtype}, {self.x.device})", facts)
+        return Description(f"Solution({shape}, {dtype}, {self.x.device})", facts)
 
 
 def residual_text(residuals: Iterable[float]) -> str:
