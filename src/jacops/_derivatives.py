@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ._framework import TorchOptions, asked, recorded
+from ._framework import TorchOptions, asked, recorded, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Product
@@ -22,6 +22,7 @@ from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._picks import Picks, Wrt, differentiated, variable
 from ._recorded_loss import (
+    GraphOptions,
     Loss,
     OperatorOptions,
     check_real,
@@ -69,6 +70,7 @@ def jacobian(
     checks: str = "first",
     fallback: str = "warn",
     allow_zero: bool = False,
+    create_graph: bool = False,
 ) -> LinearizedMap:
     """Return the Jacobian of a model's output on one batch, as an operator.
 
@@ -86,6 +88,8 @@ def jacobian(
         checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
         allow_zero: Accept an output that nothing connects to what it is differentiated by.
+        create_graph: Keep products differentiable, by the model's trainable parameters and by inputs of yours that
+            require grad. Writing into the parameters spoils such an operator.
 
     Returns:
         An operator from the space of parameters (or inputs) to the space of outputs.
@@ -106,19 +110,24 @@ def jacobian(
         todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
         raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
     hint_at_labels("jacobian", outputs, inputs)
-    ladder: TorchOptions = {"checks": checks, "fallback": fallback, "kept": True}
+    if is_framework_model(model):
+        refuse_options(create_graph=create_graph)
+    ladder: TorchOptions = {"checks": checks, "fallback": fallback, "kept": not create_graph, "connected": create_graph}
     found = recorded(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, **ladder)
     if allow_zero:
         check_real(found.lin)
     else:
         check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
-    return named(LinearizedMap(found.lin, found.output), "jacobian by inputs" if picks is None else "jacobian")
+    operator = LinearizedMap(found.lin, found.output, create_graph=create_graph)
+    return named(operator, "jacobian by inputs" if picks is None else "jacobian")
 
 
 @keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
-def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> LinearizedMap:
+def hessian(
+    model: nn.Module, loss: Loss, x: Any, y: Any, *, create_graph: bool = False, **options: Unpack[OperatorOptions]
+) -> LinearizedMap:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
@@ -130,6 +139,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
+        create_graph: As in `jacobian`.
         options: `parameters=` (as in `jacobian`), `outputs=`, `checks=`, `fallback=`, `check_finite=`
             (results with NaN or Inf raise).
 
@@ -148,18 +158,29 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _hessian(model, loss, x, y, "hessian", kept=True, **options)
+    return _hessian(model, loss, x, y, "hessian", kept=True, create_graph=create_graph, **options)
 
 
 def _hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    call: str,
+    *,
+    kept: bool,
+    **options: Unpack[GraphOptions],
 ) -> LinearizedMap:
+    create_graph = options.pop("create_graph", False)
     chosen = resolved(model, options)
     if is_framework_model(model):
+        refuse_options(create_graph=create_graph)
         there = model.record_loss(loss, x, y, asked(call, **chosen))
         return LinearizedMap(there.lin, there.output, symmetric=True)
-    found = record_loss(model, loss, x, y, call, kept=kept, **chosen)
-    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))
+    kept = kept and not create_graph
+    found = record_loss(model, loss, x, y, call, kept=kept, connected=create_graph, **chosen)
+    operator = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))
+    return replace(operator, create_graph=create_graph)
 
 
 def hessian_at(
@@ -213,7 +234,9 @@ def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[d
 @keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
-def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> Operator:
+def ggn(
+    model: nn.Module, loss: Loss, x: Any, y: Any, *, create_graph: bool = False, **options: Unpack[OperatorOptions]
+) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
     Args:
@@ -221,6 +244,7 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
         loss: `loss(output, y)`, one number, twice differentiable in the output.
         x: The model's input, as in `jacobian`.
         y: The target.
+        create_graph: As in `jacobian`.
         options: As in `hessian`.
 
     Returns:
@@ -240,17 +264,31 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _ggn(model, loss, x, y, "ggn", kept=True, **options)
+    return _ggn(model, loss, x, y, "ggn", kept=True, create_graph=create_graph, **options)
 
 
 def _ggn(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    call: str,
+    *,
+    kept: bool,
+    **options: Unpack[GraphOptions],
 ) -> Operator:
-    return ggn_at(model, recorded(model, x, call=call, kept=kept, **resolved(model, options)), loss, y, call, kept)
+    create_graph = options.pop("create_graph", False)
+    if is_framework_model(model):
+        refuse_options(create_graph=create_graph)
+    kept = kept and not create_graph
+    found = recorded(model, x, call=call, kept=kept, connected=create_graph, **resolved(model, options))
+    return ggn_at(model, found, loss, y, call, kept, create_graph)
 
 
 @restoring
-def ggn_at(model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = True) -> Operator:
+def ggn_at(
+    model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = True, create_graph: bool = False
+) -> Operator:
     """Return the generalised Gauss-Newton matrix at a recorded output; a target is copied where the result is kept."""
     check_real(found.lin)
     J = LinearizedMap(found.lin, found.output)
@@ -260,7 +298,7 @@ def ggn_at(model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = T
         convex = partial(positive_everywhere, H._apply, output_leaves(found.output)[0])
         return Product(Product(J.T, replace(H, mark=convex)), J)
     y = recordable(y, kept)
-    outer = record_at_outputs(found, loss_of_output(loss, y), loss, call)
+    outer = record_at_outputs(found, loss_of_output(loss, y), loss, call, create_graph)
     H = LinearizedMap(gradient_linearization(outer, call), outer.output, symmetric=True)
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
@@ -269,7 +307,11 @@ def ggn_at(model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = T
     rows, name = product._apply, "Gauss-Newton matrix by layers"
     layers = partial(gauss_newton_layers, found.lin, H._apply, rows)
     entries = partial(gauss_newton_diagonal, found.lin, H._apply, rows)
-    return replace(product, formed=ByLayers(found.lin, name, layers, rows, entries, found.lin.routes))
+    formed = ByLayers(found.lin, name, layers, rows, entries, found.lin.routes)
+    if create_graph:  # what is formed without a graph is formed as ever
+        J, H = replace(J, create_graph=True), replace(H, create_graph=True)
+        product = Product(Product(J.T, H), J)
+    return replace(product, formed=formed)
 
 
 def _leading(x: Any, y: Any) -> list[int]:
@@ -280,16 +322,37 @@ def _leading(x: Any, y: Any) -> list[int]:
 
 @keywords(OperatorOptions)
 @eager
-def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
-    """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name."""
-    return _for_one_product(model, loss, x, y, _hessian, "hvp", **options) @ v
+def hvp(
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    v: Any,
+    *,
+    create_graph: bool = False,
+    **options: Unpack[OperatorOptions],
+) -> Any:
+    """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name.
+
+    With `create_graph` it is differentiable, by the model's trainable parameters and by inputs that require grad.
+    """
+    return _for_one_product(model, loss, x, y, _hessian, "hvp", create_graph=create_graph, **options) @ v
 
 
 @keywords(OperatorOptions)
 @eager
-def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
-    """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`."""
-    return _for_one_product(model, loss, x, y, _ggn, "ggnvp", **options) @ v
+def ggnvp(
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    v: Any,
+    *,
+    create_graph: bool = False,
+    **options: Unpack[OperatorOptions],
+) -> Any:
+    """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`; `create_graph` is as in `hvp`."""
+    return _for_one_product(model, loss, x, y, _ggn, "ggnvp", create_graph=create_graph, **options) @ v
 
 
 @made_from("x", "y")
@@ -300,7 +363,7 @@ def _for_one_product(
     y: Any,
     make: Callable[..., Operator],
     call: str,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[GraphOptions],
 ) -> Operator:
     """Return an operator that is dropped before anybody can write into the model's weights."""
     return make(model, loss, x, y, call, kept=False, **options)

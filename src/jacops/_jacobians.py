@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._data import Unpack
-from ._finite import check_outputs, require_finite
+from ._finite_jacobians import FINITE_TODO, check_block, check_blocks
 from ._framework import framework_jacobian, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import everything, is_framework_model
@@ -19,7 +19,7 @@ from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from ._products import Params, given, warn_if_unconnected
 from ._progress import shows_progress
 from ._requirements import check_positive
-from ._runtime.contexts import arithmetic, eager
+from ._runtime.contexts import arithmetic, eager, keeping
 from ._runtime.memory import Budget, given_tensors
 from ._torch.protocol import (
     At,
@@ -42,8 +42,6 @@ from ._torch.protocol import (
 from ._trees import Selector, hint_at_labels, select
 from .errors import InputError, NotDifferentiableError
 from .sparse._remembered import sparse_jacobian
-
-_FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
 
 @keywords()
@@ -69,6 +67,7 @@ def compute_jacobian(
     check_finite: bool = True,
     compile: bool = False,
     progress: bool | None = None,
+    create_graph: bool = False,
 ) -> Any:
     r"""Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
 
@@ -106,18 +105,21 @@ def compute_jacobian(
         compile: Compile the sweeps by outputs (`torch.compile`, up to a minute, and memory that no budget knows). The
             first call compares all of it with plain sweeps and keeps it where it was faster; later ones two samples.
         progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        create_graph: Keep the result differentiable by trainable parameters (a `Function`'s tensors that require grad)
+            and inputs that require grad. All sweeps' graphs stay in memory, which no budget knows.
 
     Returns:
-        A tensor `(n, *out, *in)` with the dtype and device of the output, never requiring grad; `(0, *out, *in)` for
-        no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict inputs that structure
-        inside, with None at entries that are not differentiated by.
+        A tensor `(n, *out, *in)` with the dtype and device of the output, requiring grad only with `create_graph`;
+        `(0, *out, *in)` for no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict
+        inputs that structure inside, with None at entries that are not differentiated by.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind.
         InputError: `batch_size` is not a positive integer, or `x` does not fit the model.
         MemoryBudgetError: The result and one sample's sweep do not fit the budget; nothing was allocated.
         ModelStateError: Parameters are lazy or without values, or `at` does not fit the forward.
-        NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
+        NotDifferentiableError: Inputs or outputs are of integer or complex dtype; or `create_graph` and a backward
+            cannot be differentiated.
         NonFiniteError: An output or a derivative is NaN or Inf.
 
     Example:
@@ -129,13 +131,17 @@ def compute_jacobian(
     options: dict[str, Any] = {"outputs": outputs, "checks": checks, "fallback": fallback}
     if is_framework_model(model):
         refuse_options(target=target, shared=shared, at=at, budget=budget, out=out, compile=compile)
+        refuse_options(create_graph=create_graph)
         sweeps = {"mode": mode, "most": batch_size, "progress": progress}
         return framework_jacobian(model, x, check_finite, **options, **sweeps)
-    options |= {"target": target, "shared": shared, "at": at, "compile": compile}
-    samples = Samples(model, x, call="compute_jacobian", **options)
-    found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
+    if create_graph:
+        _refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split")
+    options |= {"target": target, "shared": shared, "at": at, "compile": compile, "create_graph": create_graph}
+    with keeping(create_graph):
+        samples = Samples(model, x, call="compute_jacobian", **options)
+        found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
-        found.check_finite(_FINITE_TODO)
+        found.check_finite(FINITE_TODO)
     return found.arranged()
 
 
@@ -195,7 +201,7 @@ def full_jacobian(
         ask = WholeAsk(recorded.lin, budget, None, create_graph, False, out is not None, chunk_size)
         places = _places(ask, out, by_leaf)
         blocks = whole_jacobian(ask).blocks
-        _check_blocks("full_jacobian", recorded, blocks)
+        check_blocks("full_jacobian", recorded, blocks)
         if places:
             return places.wholes
         columns = zip(*blocks, strict=True)
@@ -272,7 +278,7 @@ def modjac(
         _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
         found = sparse_jacobian(model, input, picks, outputs, tangent)
         if check_finite:
-            _check_block("modjac", found.matrix.values(), "the output", "the parameters")
+            check_block("modjac", found.matrix.values(), "the output", "the parameters")
         return found.matrix
     recorded = record_model(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
     lie = _lie_layout(recorded, tangent, create_graph)
@@ -283,7 +289,7 @@ def modjac(
         places = _places(ask, out, None if lie else layout)
         found = whole_jacobian(ask)
         if check_finite:
-            _check_blocks("modjac", recorded, found.blocks, _FINITE_TODO, sure=found.finite)
+            check_blocks("modjac", recorded, found.blocks, FINITE_TODO, sure=found.finite)
         if places:
             return _placed(recorded, places, found.blocks, flatten)
         shaped = lie(found.blocks) if lie else _shaped(recorded, found.blocks)
@@ -330,6 +336,15 @@ def _given(lin: Linearization, blocks: Blocks, ask: WholeAsk) -> Blocks:
         row = [b if kind is None or b.is_complex() else b.to(kind) for b in row]
         given_out.append([given(b, ask.create_graph) for b in row])
     return given_out
+
+
+def _refuse_with_graph(**given: bool) -> None:
+    for name, value in given.items():
+        if value:
+            came = "'split'" if name == "mode" else "given"
+            raise InputError.of(
+                name, came, "with `create_graph=True` results are not written in place", "Leave it out."
+            )
 
 
 def _refuse_with_sparse(**given: bool) -> None:
@@ -384,18 +399,3 @@ def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Calla
     from ._extras.lie import layout
 
     return layout(recorded, tangent, create_graph)
-
-
-def _check_blocks(call: str, recorded: Recording, blocks: Blocks, todo: str = "", sure: bool = False) -> None:
-    check_outputs(call, recorded.lin.outputs, recorded.lin.codomain.names, todo)
-    if sure:
-        return
-    for output, row in zip(recorded.lin.codomain.names, blocks, strict=True):
-        for parameter, block in zip(recorded.lin.domain.names, row, strict=True):
-            _check_block(call, block, output, parameter)
-
-
-def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
-    require_finite(
-        block, f"{call}: in the Jacobian of {output} by {by}", f"; the output itself is finite.{_FINITE_TODO}"
-    )

@@ -28,7 +28,7 @@ from ._recorded_loss import (
     resolved,
 )
 from ._requirements import check_choice
-from ._runtime.contexts import eager, seeded
+from ._runtime.contexts import eager, keeping, seeded
 from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
@@ -46,6 +46,7 @@ from ._torch.protocol import (
     parameter_names,
     record_model,
     row_cotangents,
+    rows_with_graph,
 )
 from ._trees import Selector, hint_at_labels
 from .errors import InputError, ModelStateError
@@ -80,6 +81,7 @@ def sample_gradients(
     unpack: Batching | None = None,
     randomness: Randomness = "error",
     seed: int | None = None,
+    create_graph: bool = False,
     **options: Unpack[OperatorOptions],
 ) -> LayerFactors:
     """Return the gradients of the loss of every sample alone, as rows of an operator `(n, P)`.
@@ -98,6 +100,8 @@ def sample_gradients(
         unpack: For a loader, as in `compute_jacobian`.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
+        create_graph: Keep rows, and all that is made of them, differentiable, by the model's trainable parameters and
+            by inputs of yours that require grad. Samples are then taken one at a time.
         options: As in `hessian`.
 
     Returns:
@@ -119,8 +123,10 @@ def sample_gradients(
     recorded = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
-        refuse_options(shared=shared)
-    return gradients_at(model, loss, SampleInputs(x, y, shared), checked_seed(randomness, seed), recorded)
+        refuse_options(shared=shared, create_graph=create_graph)
+    given = SampleInputs(x, y, shared)
+    with keeping(create_graph):
+        return gradients_at(model, loss, given, checked_seed(randomness, seed), recorded, create_graph=create_graph)
 
 
 def gradients_at(
@@ -130,6 +136,7 @@ def gradients_at(
     seed: int | None,
     options: CurvatureOptions,
     record: Callable[[], Recording] | None = None,
+    create_graph: bool = False,
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
@@ -141,7 +148,7 @@ def gradients_at(
     def alone(values: Sequence[Tensor]) -> Recording:
         one_x, one_y = tree.build(values)
         with seeded(seed), one_row("sample_gradients"), given.explained(model, "sample_gradients", options):
-            return record_loss(model, loss, one_x, one_y, "sample_gradients", **options)
+            return record_loss(model, loss, one_x, one_y, "sample_gradients", connected=create_graph, **options)
 
     def together(some: Sequence[Tensor]) -> Recording:
         if record is not None and len(some[0]) == len(values[0]):
@@ -156,7 +163,7 @@ def gradients_at(
 
     forced = None if seed is None else "with the same random numbers for each"
     what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
-    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output))
+    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output), create_graph)
 
 
 @keywords(RowOptions)
@@ -172,6 +179,7 @@ def sample_jacobians(
     shared: Shared = None,
     unpack: Batching | None = None,
     seed: int | None = None,
+    create_graph: bool = False,
     **options: Unpack[RowOptions],
 ) -> LayerFactors:
     """Return the parameter Jacobians of every sample's outputs, as rows of an operator `(n * k, P)`.
@@ -187,6 +195,7 @@ def sample_jacobians(
         shared: Inputs without an axis of samples, as in `compute_jacobian`.
         unpack: For a loader, as in `compute_jacobian`.
         seed: Of random layers in train mode, which draw the same masks for every sample; None refuses them.
+        create_graph: As in `sample_gradients`.
         options: As in `hessian`.
 
     Returns:
@@ -206,8 +215,10 @@ def sample_jacobians(
     recorded: RecordOptions = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
-        refuse_options(target=target, shared=shared)
-    return jacobians_at(model, SampleInputs(x, None, shared, target), outputs, seed, recorded)
+        refuse_options(target=target, shared=shared, create_graph=create_graph)
+    given = SampleInputs(x, None, shared, target)
+    with keeping(create_graph):
+        return jacobians_at(model, given, outputs, seed, recorded, create_graph=create_graph)
 
 
 def jacobians_at(
@@ -217,6 +228,7 @@ def jacobians_at(
     seed: int | None,
     options: RecordOptions,
     record: Callable[[], Recording] | None = None,
+    create_graph: bool = False,
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
@@ -231,9 +243,9 @@ def jacobians_at(
     def alone(some: Sequence[Tensor]) -> Recording:
         inputs = some if picks is None else some[:-1]
         finish = None if picks is None else partial(picks.pick, places=some[-1])
-        how = {"call": "sample_jacobians", "outputs": outputs, "finish": finish, "purpose": purpose}
+        how: Any = {"outputs": outputs, "finish": finish, "purpose": purpose, "connected": create_graph}
         with seeded(seed), given.explained(model, "sample_jacobians", options):
-            made = record_model(model, tree.build(inputs)[0], **how, **options)
+            made = record_model(model, tree.build(inputs)[0], call="sample_jacobians", **how, **options)
         return _one_output(made)
 
     def together(some: Sequence[Tensor]) -> Recording:
@@ -246,7 +258,7 @@ def jacobians_at(
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape
         return Space(("output",), (torch.Size((n, *one)),), (output.dtype,), output.device)
 
-    return _factors(model, what, options, rows)
+    return _factors(model, what, options, rows, create_graph)
 
 
 def _way(options: RecordOptions) -> str:
@@ -262,14 +274,23 @@ def _one_output(found: Recording) -> Recording:
 
 
 def _factors(
-    model: nn.Module, what: Definition, options: RecordOptions, rows: Callable[[Tensor, int], Space]
+    model: nn.Module,
+    what: Definition,
+    options: RecordOptions,
+    rows: Callable[[Tensor, int], Space],
+    create_graph: bool,
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
     check_state(bare(model))
-    if what.values[0].shape[0] == 0:
+    n = what.values[0].shape[0]
+    if n == 0:
         return _no_rows(model, what, options)
+    if create_graph:
+        lin, parts = rows_with_graph(what)
+        space = rows(lin.outputs[0].detach().to(lin.domain.dtype), n)
+        return LayerFactors(parts, lin.domain, space, (), "one sample at a time, with its graph", create_graph=True)
     found = SampleFactors(what)
-    domain, n = found.lin.domain, what.values[0].shape[0]
+    domain = found.lin.domain
     missing = [domain.names[leaf] for leaf in found.collected.missing]
     return LayerFactors(
         found.collected.parts(), domain, rows(found.output.detach().to(domain.dtype), n), missing, found.route

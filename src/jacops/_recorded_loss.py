@@ -68,6 +68,16 @@ class OperatorOptions(RowOptions, total=False):
     outputs: Selector
 
 
+class GraphOptions(OperatorOptions, total=False):
+    """Options of an operator that may keep the graph of its products.
+
+    Attributes:
+        create_graph: Products are differentiable.
+    """
+
+    create_graph: bool
+
+
 def resolved(model: Any, options: Mapping[str, Any]) -> CurvatureOptions:
     """Return the options of a public call, with a function of name and parameter as `parameters`."""
     return {**options, "parameters": picked(model, options.get("parameters"))}  # pyright: ignore[reportReturnType]

@@ -15,6 +15,7 @@ from .._figures import canvas, density
 from .._interop import ArrayLike
 from .._keywords import keywords
 from .._operators import Operator
+from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_positive, check_range
 from .._runtime.contexts import eager
@@ -164,6 +165,7 @@ def spectral_density(
         >>> round(found.largest, 4)
         3.0
     """
+    operator = without_graph(operator)
     check_symmetric(operator)
     check_probes(probes)
     steps = min(check_positive("steps", steps), operator.shape[0])
@@ -247,6 +249,7 @@ def effective_dimension(
         >>> effective_dimension(Matrix(torch.diag(torch.tensor([1.0, 3.0])), symmetric=True, positive=True), 1.0)
         1.25 (exact)
     """
+    operator = without_graph(operator)
     check_symmetric(operator)
     if not operator.positive:
         todo = "Take the Gauss-Newton or Fisher matrix."

@@ -16,6 +16,7 @@ from .._operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from .._operators._algebra import Product, Scaled, Sum, Transposed
 from .._operators._data import BlockDiagonal, SumOver
 from .._operators._finite_results import check_result
+from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
@@ -89,6 +90,7 @@ def diagonal(
         >>> diagonal(Matrix(torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
         tensor([1., 4.])
     """
+    operator = without_graph(operator)
     check_square(operator)
     check_choice("method", method, ("xdiag", "hutchinson"))
     if probes is None:

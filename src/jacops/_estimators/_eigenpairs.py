@@ -14,6 +14,7 @@ from .._interop import ArrayLike
 from .._keywords import keywords
 from .._lanczos import KrylovSpace, Ritz
 from .._operators import Operator
+from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice, check_positive
 from .._runtime.agreement import residual_tolerance
@@ -133,6 +134,7 @@ def eigenpairs(
         >>> [round(float(value), 4) for value in found.values]
         [5.0, 3.0]
     """
+    operator = without_graph(operator)
     check_symmetric(operator)
     check_choice("which", which, ("largest", "smallest", "magnitude"))
     check_choice("on_failure", on_failure, ("raise", "return"))

@@ -9,6 +9,7 @@ from typing import ClassVar
 from .._interop import ArrayLike, Unpacked
 from .._keywords import keywords
 from .._operators import Operator
+from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_positive
 from .._runtime.contexts import eager
@@ -68,6 +69,7 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0, *, progre
         >>> norm(Matrix(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])))
         5 (exact)
     """
+    operator = without_graph(operator)
     if probes is None:
         narrow = operator if operator.shape[1] <= operator.shape[0] else operator.T
         rows = (product(narrow, rows) for _, rows in units(narrow.domain, chunk_of(narrow)))
@@ -105,6 +107,7 @@ def spectral_norm(
         >>> round(spectral_norm(Matrix(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))).value, 4)
         2.0
     """
+    operator = without_graph(operator)
     check_positive("max_steps", max_steps)
     if 0 in operator.shape:
         return SpectralNorm(0.0, 0.0, 0.0, True, 0)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._keywords import keywords
 from .._operators import Operator
+from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
@@ -56,6 +57,7 @@ def trace(
         >>> trace(Matrix(torch.diag(torch.tensor([1.0, 2.0]))))
         3 (exact)
     """
+    operator = without_graph(operator)
     check_square(operator)
     check_choice("method", method, ("xtrace", "hutchinson"))
     if probes is None:

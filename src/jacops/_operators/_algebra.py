@@ -176,11 +176,18 @@ class Scaled(Composite):
         of: The operator.
         factor: The number.
         moments: Of the terms of a Monte Carlo estimate that this is, along directions.
+        scale: The number as a tensor that receives gradients, if it is one.
     """
 
     of: Operator
     factor: float
     moments: Moments | None = None
+    scale: Tensor | None = None
+
+    @property
+    def create_graph(self) -> bool:
+        """The number receives gradients."""
+        return self.scale is not None and self.scale.requires_grad
 
     def _drawn(self) -> Iterator[tuple[float, Moments]]:
         own = self.of._drawn() if self.moments is None else [(1.0, self.moments)]
@@ -192,10 +199,10 @@ class Scaled(Composite):
         return self.of.positive and self.factor >= 0
 
     def _apply(self, rows: Tensor) -> Tensor:
-        return self.factor * self.of._apply(rows)
+        return (self.factor if self.scale is None else self.scale) * self.of._apply(rows)
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
-        return self.factor * self.of._apply_transpose(rows)
+        return (self.factor if self.scale is None else self.scale) * self.of._apply_transpose(rows)
 
     @property
     def _halves(self) -> bool:

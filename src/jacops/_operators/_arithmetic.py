@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
+from ._graphs import without_graph
 from ._scipy import as_linear_operator
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Arithmetic:
             >>> Matrix(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).to_scipy() @ np.ones(2, np.float32)
             array([3., 7.], dtype=float32)
         """
-        return as_linear_operator(self)
+        return as_linear_operator(without_graph(self))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
         """Refuse: an operator is not formed without being asked to.
@@ -77,12 +78,10 @@ class Arithmetic:
         return self.T @ other if other.ndim == 1 else (self.T @ other.T).T
 
     def __rmul__(self, factor: Any) -> Operator:
-        """Scale by a number, or a tensor that holds one and no graph."""
+        """Scale by a number, or by a tensor that holds one, which receives gradients if it requires grad."""
         if isinstance(factor, Tensor) and factor.ndim == 0 and not factor.is_complex():
-            if factor.requires_grad:
-                todo = "Multiply the products instead: `s * (A @ v)`."
-                raise InputError.of("factor", "a tensor with a graph", "an operator holds a number", todo)
-            factor = float(factor)
+            scale = factor if factor.requires_grad else None
+            return COMPOSED["scaled"](self, float(factor.detach()), scale=scale)
         return COMPOSED["scaled"](self, float(factor)) if isinstance(factor, Real) else NotImplemented
 
     __mul__ = __rmul__
@@ -161,13 +160,14 @@ class ScalarIdentity:
     __slots__ = ("factor",)
     __array_ufunc__ = None
 
-    def __init__(self, factor: float = 1.0) -> None:
-        self.factor = float(factor)
+    def __init__(self, factor: float | Tensor = 1.0) -> None:
+        self.factor = factor if isinstance(factor, Tensor) and factor.requires_grad else float(factor)
 
     def __mul__(self, factor: Any) -> ScalarIdentity:
         """Scale."""
         is_number = isinstance(factor, Real) or (isinstance(factor, Tensor) and factor.ndim == 0)
-        return ScalarIdentity(self.factor * float(factor)) if is_number else NotImplemented
+        scaled: Any = self.factor * factor if is_number else None
+        return ScalarIdentity(scaled) if is_number else NotImplemented
 
     __rmul__ = __mul__
 

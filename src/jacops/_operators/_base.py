@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,8 +14,8 @@ from .._display import Described, Description
 from .._finite import check_vector
 from .._ladder.route import answer
 from .._progress import shows_progress, tick, track
-from .._runtime.contexts import eager
-from .._runtime.memory import Budget, in_words
+from .._runtime.contexts import arithmetic, eager, keeping, out_of_inference
+from .._runtime.memory import Budget, ensure_fits, in_words
 from .._saving import Savable
 from .._space import Space
 from .._torch.protocol import ByLayers
@@ -22,10 +23,12 @@ from ..errors import InputError
 from ._arithmetic import COMPOSED, Arithmetic, ScalarIdentity, not_a_tensor
 from ._dense import DENSE, DenseAsk, Held, dense_ask, matrix_place, one_by_one
 from ._finite_results import Source, check_result, leaves_of
+from ._graphs import keeps_graph
 from ._naming import Meaning
 from ._noise import Moments, relative_noise
 from ._target import Target
 
+_GRAPH_TODO = "Use products (`A @ v`), or raise `budget=`; the graph takes more than the matrix."
 _GRAM_ENTRIES = 2**26  # 512 MiB in float64: larger matrices are not formed, but applied to an eighth of that at a time
 
 
@@ -43,6 +46,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         positive: It is known to be positive semi-definite.
         formed: A cheaper way to its matrix than products, if there is one.
         check_finite: Results with NaN or Inf raise.
+        create_graph: Its products keep their graph, whatever its parts do.
         source: The call and the data that it was made from, for messages.
         meaning: What it is, where it is more than what it is made of.
     """
@@ -51,6 +55,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
     positive: bool = False
     formed: ByLayers | None = None
     check_finite: bool = True
+    create_graph: bool = False
     source: Source | None = None
     meaning: Meaning | None = None
 
@@ -106,16 +111,25 @@ class Operator(Arithmetic, Savable, ABC, Described):
         if isinstance(other, ScalarIdentity):
             return other.factor * self
         if isinstance(other, list | tuple | Mapping):
-            names = self.codomain.names
-            image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
-            return dict(zip(names, image, strict=True)) if isinstance(other, Mapping) else image
+            return self._of_tree(other)
         if not isinstance(other, Tensor):
             raise not_a_tensor(other, "right")
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
             needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
             todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
             raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
-        return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
+        return self._of_tensor(other)
+
+    @eager
+    def _of_tree(self, other: Any) -> Any:
+        with keeping(keeps_graph(self)):
+            image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
+        return dict(zip(self.codomain.names, image, strict=True)) if isinstance(other, Mapping) else image
+
+    @eager
+    def _of_tensor(self, other: Tensor) -> Tensor:
+        with keeping(keeps_graph(self)):
+            return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
 
     @eager
     def apply(self, rows: Tensor) -> Tensor:
@@ -129,7 +143,9 @@ class Operator(Arithmetic, Savable, ABC, Described):
         tick()
         if self.check_finite:
             check_vector(self.name, "v", [rows])
-        return check_result(self, self._apply(rows), "a product")
+        kept = keeps_graph(self)
+        with keeping(kept):
+            return check_result(self, self._apply(out_of_inference(rows) if kept else rows), "a product")
 
     @eager
     @shows_progress()
@@ -151,11 +167,28 @@ class Operator(Arithmetic, Savable, ABC, Described):
                 allocated.
             NonFiniteError: An entry is NaN or Inf; the message names batch and row where the data hold one.
         """
+        if keeps_graph(self):
+            matrix = self._with_graph(out, budget)
+            return check_result(self, matrix, "the matrix") if check_finite else matrix
         ask = dense_ask(self, out, budget)
         ask.target = matrix_place(self, out)
         answer(ask, DENSE)
         matrix = ask.target.matrix
         return check_result(self, matrix, "the matrix") if check_finite else matrix
+
+    def _with_graph(self, out: Any, budget: Budget) -> Tensor:
+        """Return the matrix with its graph, by products of all rows or columns at once."""
+        if out is not None:
+            raise InputError.of("out", "given", "a matrix with a graph is not written in place", "Leave it out.")
+        matrix = {f"the matrix {self.shape}": math.prod(self.shape) * self.dtype.itemsize}
+        ensure_fits(f"{type(self).__name__}.dense", matrix, budget, self.device, _GRAPH_TODO)
+        with arithmetic(True):
+            return self._formed_with_graph()
+
+    def _formed_with_graph(self) -> Tensor:
+        """Return the matrix: all columns, or all rows, whichever are fewer."""
+        (m, n), (rows, columns) = self.shape, (self.codomain, self.domain)
+        return self._apply(columns.units(slice(0, n))).T if n < m else self._apply_transpose(rows.units(slice(0, m)))
 
     # ---- how the matrix is filled ----------------------------------------------------------------------------------
 
@@ -180,6 +213,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         for part, place in zip(ask.parts, self._places(target), strict=True):
             part.fill(place)
 
+    @eager
     @shows_progress()
     def gram(self) -> Tensor:
         r"""Return $A A^\top$, `(m, m)`: inner products of all rows, without the matrix where that is large.
@@ -187,7 +221,8 @@ class Operator(Arithmetic, Savable, ABC, Described):
         Raises:
             NonFiniteError: An entry is NaN or Inf.
         """
-        return check_result(self, self._gram(), "the Gram matrix")
+        with keeping(keeps_graph(self)):
+            return check_result(self, self._gram(), "the Gram matrix")
 
     def _gram(self) -> Tensor:
         m, n = self.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._display import listed
-from .._runtime.contexts import eager
+from .._runtime.contexts import eager, keeping
 from .._space import Space
 from .._torch.protocol import Outer, RowFactors, Rows, slices
 from ._base import Operator
@@ -35,6 +35,7 @@ class LayerFactors(Operator):
         rows: What the rows mean.
         without_rule: Parameters that enter by operations without a rule: their rows came by plain sweeps.
         route: How the factors were computed.
+        create_graph: Rows have their graph, and so has what is made of them.
     """
 
     parts: Sequence[RowFactors]
@@ -42,6 +43,7 @@ class LayerFactors(Operator):
     rows: Space
     without_rule: Sequence[str] = ()
     route: str = ""
+    create_graph: bool = False
 
     @property
     def domain(self) -> Space:
@@ -85,17 +87,22 @@ class LayerFactors(Operator):
     # ---- products --------------------------------------------------------------------------------------------
 
     def _apply(self, rows: Tensor) -> Tensor:
+        rows = rows if self.create_graph else rows.detach()
         total = rows.new_zeros(rows.shape[0], self.codomain.dim)
         for part, v in zip(self.parts, self.domain.split(rows), strict=True):
             total += part.times(v.reshape(rows.shape[0], *part.shape[2:])).flatten(1)
         return total.to(self.codomain.dtype)
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
+        rows = rows if self.create_graph else rows.detach()
         found = rows.new_empty(rows.shape[0], self.domain.dim, dtype=self.domain.dtype)
         for part, where in zip(self.parts, self.domain.slices, strict=True):
             u = rows.to(part.like.dtype).view(rows.shape[0], *part.shape[:2])
             found[:, where] = part.transposed(u).flatten(1)
         return found
+
+    def _formed_with_graph(self) -> Tensor:
+        return torch.cat([part.block(slice(None)).reshape(self.shape[0], -1) for part in self.parts], 1)
 
     _own = "layer by layer"
 
@@ -119,28 +126,33 @@ class LayerFactors(Operator):
         With one position per sample it is a product of two small Gram matrices, entry by entry, for each weight;
         else pairs of positions or rows, some columns at a time, whichever is cheaper.
         """
-        total = torch.zeros(self.shape[0], self.shape[0], dtype=self.domain.dtype, device=self.domain.device)
-        for part in self.parts:
-            total += part.gram()
-        return check_result(self, total, "the Gram matrix")
+        with keeping(self.create_graph):
+            total = torch.zeros(self.shape[0], self.shape[0], dtype=self.domain.dtype, device=self.domain.device)
+            for part in self.parts:
+                total += part.gram()
+            return check_result(self, total, "the Gram matrix")
 
     @eager
     def squared_norms(self) -> Tensor:
         """Return the squared norm of each row, `(m,)`."""
-        total = torch.zeros(self.shape[0], dtype=self.domain.dtype, device=self.domain.device)
-        for part in self.parts:
-            total += part.squares().flatten()
-        return check_result(self, total, "the vector of squared norms")
+        with keeping(self.create_graph):
+            total = torch.zeros(self.shape[0], dtype=self.domain.dtype, device=self.domain.device)
+            for part in self.parts:
+                total += part.squares().flatten()
+            return check_result(self, total, "the vector of squared norms")
 
+    @eager
     def norms(self) -> Tensor:
         """Return the norm of each row, `(m,)`."""
-        return self.squared_norms().sqrt()
+        with keeping(self.create_graph):
+            return self.squared_norms().sqrt()
 
     @eager
     def column_squares(self) -> Tensor:
         r"""Return the sum over rows of squared entries, the diagonal of $J^\top J$, `(n,)`."""
-        squares = self.domain.join([part.column_squares().unsqueeze(0) for part in self.parts])[0]
-        return check_result(self, squares, "the vector of sums of squares")
+        with keeping(self.create_graph):
+            squares = self.domain.join([part.column_squares().unsqueeze(0) for part in self.parts])[0]
+            return check_result(self, squares, "the vector of sums of squares")
 
     def scaled(self, factors: Tensor) -> LayerFactors:
         """Return the operator with the rows of each sample times a number, `(samples,)`."""

@@ -29,6 +29,7 @@ class LinearizedMap(Operator):
         symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
         mark: Whether it is positive semi-definite, or a function that computes that when it is first read.
         formed: A cheaper way to its matrix than products, if there is one.
+        create_graph: Products keep their graph.
     """
 
     lin: Linearized
@@ -36,6 +37,7 @@ class LinearizedMap(Operator):
     symmetric: bool = False
     mark: bool | Callable[[], bool] = False
     formed: ByLayers | None = None
+    create_graph: bool = False
 
     @cached_property
     def positive(self) -> bool:
@@ -61,11 +63,14 @@ class LinearizedMap(Operator):
         if self.symmetric:
             return self._apply_transpose(rows)
         check_kept(self.lin.weights, self.lin.call)
-        return self.codomain.join(self.lin.push_rows(self.domain.split(rows))).detach()
+        found = self.codomain.join(self.lin.push_rows(self.domain.split(rows), self.create_graph))
+        return found if self.create_graph else found.detach()
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         check_kept(self.lin.weights, self.lin.call)
         space = self.domain
+        if self.create_graph:
+            return space.join(self.lin.pull_rows(self.codomain.split(rows), True))
         flat = torch.empty(rows.shape[0], space.dim, dtype=space.dtype, device=space.device)
         if any(dtype != space.dtype for dtype in space.dtypes):
             return space.join(self.lin.pull_rows(self.codomain.split(rows))).detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -253,6 +254,11 @@ def sweeping(like: Tensor) -> Guards:
 def arithmetic(create_graph: bool, inference: bool = False) -> Guard:
     """Put results together in the gradient mode that the call asks for, whatever the caller's is."""
     return _Gradients(create_graph, inference)
+
+
+def keeping(create_graph: bool) -> AbstractContextManager[object]:
+    """Record what is put together inside where results keep their graph; the caller's gradient mode stays otherwise."""
+    return arithmetic(True) if create_graph else nullcontext()
 
 
 def random_states() -> list[Any]:

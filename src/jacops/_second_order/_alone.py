@@ -13,7 +13,7 @@ from .._runtime.agreement import tolerance
 from .._torch.protocol import RECORDED, JacobianFunction, Samples
 from .._trees import output_leaves
 from ..errors import NotDifferentiableError, warn
-from ._common import Blocks, compared, flat
+from ._common import Blocks, compared, detached, flat
 from ._differences import Differences
 from ._evidence import Doubt, Nest, differs, doubt, losses
 
@@ -58,16 +58,17 @@ def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, diffe
     """
     if nest.samples.checks == "never" or nest.samples.count == 0 or nest.slopes.linear:
         return blocks
-    against = Doubt(flaw, True, slice(0, 0)) if flaw else doubt(nest, blocks)
-    if against is None or not (against.contradicted or _disproved(nest, differences, blocks, against)):
+    found = detached(blocks)
+    against = Doubt(flaw, True, slice(0, 0)) if flaw else doubt(nest, found)
+    if against is None or not (against.contradicted or _disproved(nest, differences, found, against)):
         return blocks
     error = ""
     for rows in dict.fromkeys((batch_size, 1)):
         other = _alone(nest, blocks, rows)
         if not all(map(is_finite, flat(other))):
             return other
-        again = doubt(nest, other)
-        error = "" if again is None else _disproved(nest, differences, other, again)
+        again = doubt(nest, detached(other))
+        error = "" if again is None else _disproved(nest, differences, detached(other), again)
         if not error:
             return other if _same(blocks, other) else _reported(nest, against, other)
     raise NotDifferentiableError(
@@ -105,7 +106,8 @@ def _of_entry(nest: Nest, output: int, entry: int, batch_size: int) -> list[list
     function: Callable[..., Any] = OutputEntry(nest.function, output, entry)
     for _ in range(nest.order - 1):
         function = JacobianFunction(function, call)
-    alone = Samples(function, nest.x, call=call, checks=checks, fallback="silent")
+    kept = nest.samples.runner.create_graph
+    alone = Samples(function, nest.x, call=call, checks=checks, fallback="silent", create_graph=kept)
     return alone.jacobians(batch_size, False, mode="reverse").blocks
 
 

@@ -19,18 +19,23 @@ FLOOR = 1e-2  # parts below this share of a typical one are measured by it: they
 
 
 def samples_of(call: str, model: Any, x: Any, batch_size: int, **options: Any) -> Samples:
+    """Return the samples that a call is asked about; `options` are `outputs=`, `checks=` and more, as in `Samples`."""
     check_positive("batch_size", batch_size)
     return Samples(model, x, call=call, **options)
 
 
 def part_of(
-    samples: Samples, where: slice | Tensor, shift: Sequence[Tensor] | None = None, fallback: str | None = None
+    samples: Samples,
+    where: slice | Tensor,
+    shift: Sequence[Tensor] | None = None,
+    fallback: str | None = None,
+    create_graph: bool = False,
 ) -> Samples:
     """Return some of the samples, moved by `shift` if there is one, with another `fallback` if there is one."""
     values = [v[where] for v in samples.values]
     for index, change in zip(samples.inputs, shift or (), strict=shift is not None):
         values[index] = values[index] + change
-    return samples.over(values, fallback=fallback or samples.fallback)
+    return samples.over(values, fallback=fallback or samples.fallback, create_graph=create_graph)
 
 
 def output_entries(samples: Samples) -> int:
@@ -49,6 +54,11 @@ def tree_of(forward: ConnectedModel) -> Tree:
 def check_finite(call: str, blocks: Sequence[Tensor]) -> None:
     for block in blocks:
         require_finite(block, f"{call}: in a derivative by the input", " (first axis: sample).")
+
+
+def detached(blocks: Blocks) -> Blocks:
+    """Return blocks without their graph."""
+    return [[[block.detach() for block in row] for row in grid] for grid in blocks]
 
 
 def flat(blocks: Blocks) -> list[Tensor]:

@@ -13,13 +13,13 @@ from .._finite import check_vector, is_finite
 from .._keywords import keywords
 from .._loaders import by_batches
 from .._requirements import check_positive
-from .._runtime.contexts import eager
+from .._runtime.contexts import eager, keeping
 from .._space import Space
 from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, Shared, nested
 from .._trees import Selector, Tree, flatten
 from ..errors import InputError
 from ._alone import settled
-from ._common import check_finite, samples_of, tree_of
+from ._common import check_finite, detached, samples_of, tree_of
 from ._differences import Differences, length_of_step
 from ._evidence import Nest
 
@@ -41,6 +41,7 @@ def directional_derivative(
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
+    create_graph: bool = False,
 ) -> Any:
     r"""Return a derivative of any order along a direction for every sample, `(n, *out)`.
 
@@ -62,6 +63,7 @@ def directional_derivative(
         checks: As in `input_hessian`.
         fallback: As in `input_hessian`.
         progress: Force the progress bar on or off.
+        create_graph: As in `compute_jacobian`; the result is differentiable by `v` too.
 
     Returns:
         A tensor shaped like the output, or the same structure of tensors.
@@ -80,10 +82,12 @@ def directional_derivative(
                 [24.]])
     """
     check_positive("order", order)
-    options = {"outputs": outputs, "target": target, "shared": shared, "checks": checks, "fallback": fallback}
-    samples = samples_of("directional_derivative", model, x, batch_size, **options)
-    blocks, tree = along(samples, _directions(samples, v), order, batch_size, progress)
-    return tree.build(blocks)
+    options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared, "create_graph": create_graph}
+    options |= {"checks": checks, "fallback": fallback}
+    with keeping(create_graph):
+        samples = samples_of("directional_derivative", model, x, batch_size, **options)
+        blocks, tree = along(samples, _directions(samples, v), order, batch_size, progress)
+        return tree.build(blocks)
 
 
 def _directions(samples: Samples, v: Any) -> list[Tensor]:
@@ -95,7 +99,7 @@ def _directions(samples: Samples, v: Any) -> list[Tensor]:
     names = [samples.input_tree.names[i] for i in samples.inputs]
     tensors = Space.of(floats, names).check([given[i] for i in samples.inputs], "v")
     check_vector(samples.call, "v", tensors)
-    return [t.detach() for t in tensors]
+    return list(tensors) if samples.runner.create_graph else [t.detach() for t in tensors]
 
 
 def along(
@@ -119,8 +123,8 @@ def along(
     check_finite(samples.call, first)
     differences = Differences(
         samples,
-        lambda rows: [v[rows] for v in directions],
-        lambda grids, rows, _: [grid[0][0][rows] for grid in grids],
+        lambda rows: [v[rows].detach() for v in directions],
+        lambda grids, rows, _: [grid[0][0][rows].detach() for grid in grids],
         lambda part, moves, many: along(part, moves, order - 1, many, False)[0],
     )
     grids = [[[block]] for block in blocks]
@@ -131,7 +135,7 @@ def along(
         grids = settled(nest, grids, batch_size, flaw, differences)
         blocks = [grid[0][0] for grid in grids]
     check_finite(samples.call, blocks)
-    differences.check(grids, getattr(function, "functions", []), batch_size)
+    differences.check(detached(grids), getattr(function, "functions", []), batch_size)
     return blocks, tree_of(forward)
 
 

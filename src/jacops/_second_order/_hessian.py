@@ -14,13 +14,13 @@ from .._finite import is_finite
 from .._keywords import keywords
 from .._loaders import by_batches
 from .._runtime.agreement import size, tolerance
-from .._runtime.contexts import eager, private_noise
+from .._runtime.contexts import eager, keeping, private_noise
 from .._runtime.rounding import rounding_error
 from .._runtime.rows import rows_size
 from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, Shared, asymmetric, nested
 from .._trees import Selector, Tree
 from ._alone import settled
-from ._common import Blocks, check_finite, flat, matrices, samples_of, tree_of
+from ._common import Blocks, check_finite, detached, flat, matrices, samples_of, tree_of
 from ._differences import Differences
 from ._evidence import Nest
 
@@ -42,6 +42,7 @@ def input_hessian(
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
+    create_graph: bool = False,
 ) -> Any:
     r"""Return the Hessian of a model's output by its input for every sample, `(n, *out, *in, *in)`.
 
@@ -65,6 +66,7 @@ def input_hessian(
         checks: As in `compute_jacobian`; the comparison with a mixture is made in every call but with `"never"`.
         fallback: `"warn"`, `"silent"` or `"error"` where samples or outputs must be taken one at a time.
         progress: Force the progress bar on or off.
+        create_graph: As in `compute_jacobian`.
 
     Returns:
         A tensor with the dtype of the output. A tuple or dict of outputs gives the same structure of Hessians; a
@@ -81,10 +83,12 @@ def input_hessian(
         tensor([[[6., 2.],
                  [2., 0.]]])
     """
-    options = {"outputs": outputs, "target": target, "shared": shared, "checks": checks, "fallback": fallback}
-    samples = samples_of("input_hessian", model, x, batch_size, **options)
-    blocks, tree = hessians(samples, batch_size, progress)
-    return tree.build([samples.arranged([samples.arranged(row) for row in rows]) for rows in blocks])
+    options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared, "create_graph": create_graph}
+    options |= {"checks": checks, "fallback": fallback}
+    with keeping(create_graph):
+        samples = samples_of("input_hessian", model, x, batch_size, **options)
+        blocks, tree = hessians(samples, batch_size, progress)
+        return tree.build([samples.arranged([samples.arranged(row) for row in rows]) for rows in blocks])
 
 
 def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[Blocks, Tree]:
@@ -96,7 +100,7 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
     many = len(samples.inputs)
     blocks = [lines[start : start + many] for start in range(0, len(lines), many)]
     check_finite(samples.call, first)
-    flaw = _flaw(samples, blocks) if all(map(is_finite, flat(blocks))) else "values are not finite"
+    flaw = _flaw(samples, detached(blocks)) if all(map(is_finite, flat(blocks))) else "values are not finite"
     shapes = [samples.values[i].shape[1:] for i in samples.inputs]
     nest = Nest(samples, forward, x, shapes, _rerun(samples, forward), slopes, 2, False)
     differences = Differences(
@@ -106,11 +110,12 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
         lambda moved, _, many: [block for row in moved.jacobians(many, False).blocks for block in row],
     )
     blocks = settled(nest, blocks, batch_size, flaw, differences)
-    check_finite(samples.call, flat(blocks))
-    gap = _asymmetry(samples, blocks)
+    found = detached(blocks)
+    check_finite(samples.call, flat(found))
+    gap = _asymmetry(samples, found)
     if gap is not None:
         raise asymmetric(samples.call, gap, slopes.functions)
-    differences.check(blocks, slopes.functions, batch_size)
+    differences.check(found, slopes.functions, batch_size)
     return blocks, tree_of(forward)
 
 

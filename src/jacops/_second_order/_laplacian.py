@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._data import Unpack
 from .._keywords import keywords
 from .._loaders import by_batches
-from .._runtime.contexts import eager
+from .._runtime.contexts import eager, keeping
 from .._torch.protocol import Samples, Shared
 from .._trees import Selector, Tree
 from ..errors import NotDifferentiableError
@@ -38,6 +38,7 @@ def laplacian(
     checks: str = "first",
     fallback: str = "warn",
     progress: bool | None = None,
+    create_graph: bool = False,
 ) -> Any:
     r"""Return the Laplacian of a model's output by its input for every sample, `(n, *out)`.
 
@@ -56,6 +57,7 @@ def laplacian(
         checks: As in `input_hessian`.
         fallback: As in `input_hessian`.
         progress: Force the progress bar on or off.
+        create_graph: As in `compute_jacobian`; samples then go together, whatever memory their graphs take.
 
     Returns:
         A tensor shaped like the output, or the same structure of tensors.
@@ -70,8 +72,13 @@ def laplacian(
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
         tensor([18.,  6.])
     """
-    options = {"outputs": outputs, "target": target, "shared": shared, "checks": checks, "fallback": fallback}
-    samples = samples_of("laplacian", model, x, batch_size, **options)
+    options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared, "create_graph": create_graph}
+    options |= {"checks": checks, "fallback": fallback}
+    with keeping(create_graph):
+        return _laplacian(samples_of("laplacian", model, x, batch_size, **options), batch_size, progress)
+
+
+def _laplacian(samples: Samples, batch_size: int, progress: bool | None) -> Any:
     widths = [samples.values[i][:1].numel() for i in samples.inputs] if samples.count else [0]
     entries = output_entries(samples) * sum(widths) ** 2
     if entries > _HESSIAN_ENTRIES:
@@ -79,7 +86,7 @@ def laplacian(
     many = min(batch_size, max(1, _HESSIAN_ENTRIES // max(entries, 1)))
     parts, tree = [], None
     for start in range(0, max(samples.count, 1), many):
-        part = part_of(samples, slice(start, start + many))
+        part = part_of(samples, slice(start, start + many), create_graph=samples.runner.create_graph)
         blocks, tree = hessians(part, many, progress)
         parts.append([_traces(rows, part) for rows in blocks])
     return _built([torch.cat(column) for column in zip(*parts, strict=True)], tree)
@@ -107,7 +114,7 @@ def _by_axes(samples: Samples, batch_size: int, progress: bool | None) -> Any:
     for start in range(0, samples.count * axes, together):
         pairs = torch.arange(start, min(start + together, samples.count * axes))
         units = torch.nn.functional.one_hot(pairs % axes, axes).split(widths, 1)
-        copied = part_of(samples, pairs // axes)
+        copied = part_of(samples, pairs // axes, create_graph=samples.runner.create_graph)
         directions = [unit.reshape(-1, *value.shape[1:]).to(value) for unit, value in zip(units, floats, strict=True)]
         blocks, tree = along(copied, directions, 2, len(pairs), progress)
         totals = totals or [block.new_zeros(samples.count, *block.shape[1:]) for block in blocks]

@@ -38,11 +38,13 @@ from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
 from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
 from .routes.row_cotangents import row_cotangents
+from .routes.rows_with_graph import rows_with_graph
 from .routes.whole_ask import Blocks, WholeAsk
 from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
 from .samples.batch import Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
+from .samples.results import SampleJacobians
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_linearization
 from .sweeps.graph import parents_first

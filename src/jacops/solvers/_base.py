@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._operators import Operator
+from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._runtime.contexts import eager
 from ..errors import warn
@@ -118,7 +119,7 @@ class Solver(ABC):
     def solve(self, operator: Operator, rows: Tensor, damping: float = 0.0) -> Solution:
         """Prepare, then solve for rows `(k, n)`; never raises for a solve that failed."""
         started = time.perf_counter()
-        prepared = self.prepare(operator, damping)
+        prepared = self.prepare(without_graph(operator), damping)
         before = time.perf_counter() - started
         solution = prepared.solve(rows)
         solution.info["products"] = prepared.system.products

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, final
 
@@ -13,11 +13,14 @@ from .._display import changed
 from .._keywords import keywords
 from .._operators import Operator
 from .._operators._base import Backwards
+from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice
+from .._runtime.contexts import eager, keeping
 from ..errors import InputError, InputTypeError, SolveError
 from ._advice import advice
 from ._base import Prepared, Solver
+from ._implicit import connected
 from ._names import NAMES
 from ._solution import Solution
 from ._system import System
@@ -30,9 +33,10 @@ def solve(
     b: Tensor,
     solver: Solver | str = "auto",
     *,
-    damping: float = 0.0,
+    damping: float | Tensor = 0.0,
     on_failure: Literal["raise", "return"] = "raise",
     progress: bool | None = None,
+    create_graph: bool = False,
 ) -> Solution:
     r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
 
@@ -47,9 +51,12 @@ def solve(
         operator: $A$, square.
         b: One right-hand side `(n,)` or rows `(k, n)`, with the operator's dtype and device.
         solver: A recipe, such as `CG()`, or the name of one; `Auto` chooses.
-        damping: $\lambda \ge 0$.
+        damping: $\lambda \ge 0$, a number or a tensor of one.
         on_failure: `"raise"`, or `"return"` to get the solution with its statuses.
         progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        create_graph: Keep `x` differentiable, once, by `b`, by a tensor as damping, and by what the operator receives
+            gradients for (one made with `create_graph=True`, a matrix that requires grad): backward solves the
+            transposed system once (implicit differentiation), whatever the solver did.
 
     Returns:
         The solution; for one right-hand side `(n,)` it has one row.
@@ -66,11 +73,19 @@ def solve(
         tensor([[1., 1.]])
     """
     check_choice("on_failure", on_failure, ("raise", "return"))
-    rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
-    solution = solver_of(solver).solve(operator, rows, damping)
+    with keeping(create_graph):
+        rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
+    if create_graph:
+        return inverse(operator, solver, damping=damping, on_failure=on_failure, create_graph=True).solve(rows)
+    solution = solver_of(solver).solve(operator, rows, as_number(damping))
     if on_failure == "raise":
         require(solution)
     return solution
+
+
+def as_number(damping: float | Tensor) -> Any:
+    """Return a damping as a number, also one that is a tensor of one number; what is neither is judged elsewhere."""
+    return float(damping.detach()) if isinstance(damping, Tensor) and damping.numel() == 1 else damping
 
 
 def require(solution: Solution) -> None:
@@ -88,16 +103,18 @@ def inverse(
     operator: Operator,
     solver: Solver | str = "auto",
     *,
-    damping: float = 0.0,
+    damping: float | Tensor = 0.0,
     on_failure: Literal["raise", "return"] = "raise",
+    create_graph: bool = False,
 ) -> Inverse:
     r"""Return $(A + \lambda I)^{-1}$ as an operator; each product is a solve.
 
     Args:
         operator: $A$, square.
         solver: As in `solve`.
-        damping: $\lambda \ge 0$.
+        damping: As in `solve`.
         on_failure: `"raise"`, or `"return"` for products that hand back what the solver had.
+        create_graph: Keep products differentiable, as in `solve`.
 
     Returns:
         An operator, symmetric and positive as $A$ is. What is costly and shared by all right-hand sides is done at the
@@ -107,8 +124,10 @@ def inverse(
         InputError: The operator is not square, or an option does not fit. Its products raise `SolveError`.
     """
     check_choice("on_failure", on_failure, ("raise", "return"))
-    System(operator, damping)  # refuses what no solver takes
-    return Inverse(operator, solver_of(solver), float(damping), on_failure)
+    number = as_number(damping)
+    System(operator, number)  # refuses what no solver takes
+    scale = damping.reshape(()) if isinstance(damping, Tensor) and damping.requires_grad else None
+    return Inverse(operator, solver_of(solver), float(number), on_failure, create_graph, scale)
 
 
 @final
@@ -121,12 +140,16 @@ class Inverse(Backwards):
         solver: The recipe.
         damping: $\lambda$.
         on_failure: What a product does with a solve that failed.
+        create_graph: Products are differentiable.
+        scale: $\lambda$ as a tensor that receives gradients, if it is one.
     """
 
     of: Operator
     solver: Solver
     damping: float = 0.0
     on_failure: Literal["raise", "return"] = "raise"
+    create_graph: bool = False
+    scale: Tensor | None = None
 
     @property
     def symmetric(self) -> bool:
@@ -141,18 +164,32 @@ class Inverse(Backwards):
     @cached_property
     def prepared(self) -> Prepared:
         """The solver, ready for this operator."""
-        return self.solver.prepare(self.of, self.damping)
+        return self.solver.prepare(without_graph(self.of), self.damping)
 
     @cached_property
     def _transposed(self) -> Inverse:
-        return self if self.symmetric else Inverse(self.of.T, self.solver, self.damping, self.on_failure)
+        options = (self.solver, self.damping, self.on_failure, self.create_graph, self.scale)
+        return Inverse(self.of.T, *options)
 
+    @property
+    def _adjoint(self) -> Inverse:
+        return self if self.symmetric else self._transposed
+
+    @eager
     def solve(self, rows: Tensor) -> Solution:
         """Return the solution for rows `(k, n)` with all that is known of it.
 
         Raises:
             SolveError: A row did not converge, unless failures are returned.
         """
+        solution = self._solved(rows)
+        if not self.create_graph:
+            return solution
+        damping = self.damping if self.scale is None else self.scale
+        x = connected(self.of, rows, solution.x, damping, lambda grads: self._adjoint._solved(grads).x)
+        return replace(solution, x=x)
+
+    def _solved(self, rows: Tensor) -> Solution:
         solution = self.prepared.solve(rows)
         if self.on_failure == "raise":
             require(solution)
@@ -162,7 +199,7 @@ class Inverse(Backwards):
         return self.solve(rows).x
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
-        return self._transposed.solve(rows).x
+        return self._adjoint.solve(rows).x
 
     @property
     def name(self) -> str:

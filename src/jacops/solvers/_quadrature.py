@@ -12,6 +12,7 @@ from torch import Tensor
 from .._keywords import keywords
 from .._lanczos import KrylovSpace
 from .._operators import Operator
+from .._operators._graphs import without_graph
 from .._requirements import check_positive
 from .._runtime.contexts import eager
 from ..errors import InputError
@@ -55,6 +56,7 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
     Raises:
         InputError: The operator is not marked positive, `damping` is 0, or the rows do not fit.
     """
+    operator = without_graph(operator)
     system = System(operator, damping)
     rows = rows.unsqueeze(0) if isinstance(rows, Tensor) and rows.ndim == 1 else rows
     operator.domain.check_rows("rows", rows)

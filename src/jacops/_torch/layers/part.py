@@ -81,14 +81,14 @@ class RowFactors(ABC):
         n, k, _, _ = self.shape
         total = self.like.new_zeros(n * k)
         for _, rows in self._blocks():
-            total += torch.linalg.vector_norm(rows, dim=1).square_()
+            total += torch.linalg.vector_norm(rows, dim=1).square()
         return total.view(n, k)
 
     def column_squares(self) -> Tensor:
         """Return sums over rows of squared entries, `(F, W)`."""
         total = self.like.new_empty(self.shape[2:])
         for first, rows in self._blocks():
-            total[first] = torch.linalg.vector_norm(rows, dim=0).square_().view(total[first].shape)
+            total[first] = torch.linalg.vector_norm(rows, dim=0).square().view(total[first].shape)
         return total
 
     def _firsts(self, most: int | None = None) -> Iterator[slice]:

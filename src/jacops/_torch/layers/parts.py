@@ -56,7 +56,7 @@ class Rows(RowFactors):
 
     def squares(self) -> Tensor:
         """Square them."""
-        return torch.linalg.vector_norm(self.rows, dim=(2, 3)).square_()
+        return torch.linalg.vector_norm(self.rows, dim=(2, 3)).square()  # a graph may keep the norms
 
 
 @dataclass(frozen=True, eq=False)

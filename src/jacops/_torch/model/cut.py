@@ -28,7 +28,8 @@ class Cut:
         ModelStateError: The submodule was not reached, or more than once, or its output is no tensor.
     """
 
-    def __init__(self, module: nn.Module, at: At) -> None:
+    def __init__(self, module: nn.Module, at: At, connected: bool = False) -> None:
+        self.connected = connected
         self.source, self.target = (at, None) if isinstance(at, str) or at is None else at
         self.module, self.leaves, self.captured, self.before = module, [], [], []
         for path in (self.source, self.target):
@@ -66,7 +67,8 @@ class Cut:
         if self.leaves:
             came = repr(self.source)
             raise ModelStateError.of("at", came, "the forward must use that submodule once, not more often")
-        leaf = tensor.detach().requires_grad_()
+        kept = self.connected and tensor.requires_grad
+        leaf = tensor.view_as(tensor) if kept else tensor.detach().requires_grad_()
         self.leaves.append(leaf)
         self.before.append(tensor)
         return leaf.clone() if isinstance(output, Tensor) else (leaf.clone(), *output[1:])

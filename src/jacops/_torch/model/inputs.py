@@ -77,8 +77,9 @@ def split_input(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def private_inputs(values: Sequence[Any], tree: Tree, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
     """Return a copy of the inputs, and the leaves in it that have derivatives.
 
-    Leaves are used through a clone, so that a forward may write into its input. With `connected`, an input of the
-    caller's that requires grad is its own leaf. What the tree holds is copied too, and is no leaf.
+    Leaves are used through a clone, so that a forward may write into its input. With `connected`, the leaf of an input
+    of the caller's that requires grad is a view of it, which only the forward's uses pass through. What the tree holds
+    is copied too, and is no leaf.
     """
     leaves: list[tuple[str, Tensor]] = []
     copies = []
@@ -90,7 +91,7 @@ def private_inputs(values: Sequence[Any], tree: Tree, connected: bool = False) -
         if not is_differentiable(item):
             copies.append(item.detach().clone() if item.layout is torch.strided else item)
             continue
-        leaf = item if connected and item.requires_grad else item.detach().requires_grad_()
+        leaf = item.view_as(item) if connected and item.requires_grad else item.detach().requires_grad_()
         leaves.append((name, leaf))
         copies.append(leaf.clone())
     return tree.map_held(lambda held: _copied(held, connected)).build(copies), leaves

@@ -128,10 +128,10 @@ def replicate(
     """
     model = bare(model)
     if isinstance(model, torch.jit.ScriptModule):
-        return _scripted(model, wrt, training)
+        return _scripted(model, wrt, training, connected)
     originals: dict[str, Tensor] = {}
     memo: dict[int, Any] = {}
-    builder = _Builder(memo, training)
+    builder = _Builder(memo, training, connected)
     with arithmetic(True):
         for name, parameter in model.named_parameters():
             known = _has_derivatives(parameter)
@@ -155,14 +155,27 @@ def _copied(parameter: Tensor, values: Tensor, differentiated: bool, connected: 
 
 
 @restoring
-def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bool | None) -> Replica:
+def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bool | None, connected: bool) -> Replica:
     """TorchScript modules live outside Python: only their own deep copy copies them."""
+    _refuse_scripted(model, connected)
     with arithmetic(False):
         module, originals = copy.deepcopy(model), parameter_names(model)
     private = parameter_names(module)
     for name, parameter in private.items():
         parameter.requires_grad_(wrt(name, originals[name]))
     return Replica(_in_mode(module, training), private, originals)
+
+
+def _refuse_scripted(module: nn.Module, connected: bool) -> None:
+    """Refuse a script module whose copy is to stay connected to the caller's parameters.
+
+    Raises:
+        ModelStateError: It is.
+    """
+    if connected and any(p.requires_grad for p in module.parameters()):
+        came = f"a script module ({getattr(module, 'original_name', type(module).__name__)})"
+        needed = "its copy has no graph to its parameters, which `create_graph=True` asks for"
+        raise ModelStateError.of("model", came, needed, "Pass the module that it was scripted from.")
 
 
 def _in_mode(module: nn.Module, training: bool | None) -> nn.Module:
@@ -187,8 +200,8 @@ _CONTAINERS = frozenset({list, tuple, set, dict, OrderedDict, defaultdict})
 class _Builder:
     """Copies modules and whatever plain containers and methods lead to them, each object once."""
 
-    def __init__(self, memo: dict[int, Any], training: bool | None) -> None:
-        self.memo, self.training = memo, training
+    def __init__(self, memo: dict[int, Any], training: bool | None, connected: bool) -> None:
+        self.memo, self.training, self.connected = memo, training, connected
 
     def build(self, value: Any) -> Any:
         kind = type(value)
@@ -232,6 +245,7 @@ class _Builder:
 
     @restoring
     def _scripted(self, module: nn.Module) -> nn.Module:
+        _refuse_scripted(module, self.connected)
         with arithmetic(False):
             twin = copy.deepcopy(module)
         for own, other in zip(module.parameters(), twin.parameters(), strict=True):

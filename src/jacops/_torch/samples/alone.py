@@ -40,8 +40,13 @@ class OneByOne:
         for i in range(ask.many):
             run = ask.runner.run([v[i : i + 1] for v in ask.values])
             row, shapes = ask.where.start + i, result.prepare(run, alone=True)
-            for out, (blocks, output) in enumerate(zip(jacobian_blocks(run.lin), run.lin.outputs, strict=True)):
+            parts = jacobian_blocks(run.lin, ask.runner.create_graph)
+            for out, output in enumerate(run.lin.outputs):
                 result.output[out][row] = output.detach().reshape(shapes[out])
+            if ask.runner.create_graph:
+                result.keep(slice(row, row + 1), parts)
+                continue
+            for out, blocks in enumerate(parts):
                 for leaf, block in enumerate(blocks):
                     target = result.blocks[out][leaf]
                     target[row] = block.reshape(target.shape[1:])

@@ -97,7 +97,12 @@ class BatchAsk:
     def place(self) -> tuple[str, int] | None:
         """The narrowest layer that saves sweeps, and its numbers per sample; None where there is none."""
         run = self.run
-        if run is None or self.runner.at is not None or not len(run.lin.outputs) == len(run.lin.leaves) == 1:
+        if (
+            self.runner.create_graph
+            or run is None
+            or self.runner.at is not None
+            or not len(run.lin.outputs) == len(run.lin.leaves) == 1
+        ):
             return None
         if run.head is not None:
             return run.head.codomain.names[0], run.head.outputs[0].shape[1:].numel()

@@ -65,6 +65,7 @@ class Samples:
         target: One output per sample.
         shared: Which inputs have no axis of samples.
         keep: Keep the axis that `target` picks from.
+        create_graph: Keep Jacobians differentiable.
 
     Attributes:
         values: All tensors with a row per sample, those of `target` last.
@@ -87,6 +88,7 @@ class Samples:
         target: Any = None,
         shared: Shared = None,
         keep: bool = False,
+        create_graph: bool = False,
     ) -> None:
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
@@ -99,7 +101,8 @@ class Samples:
         self.count = self._check_inputs(x)
         picks = SampleTarget.of(target, self.count, self.values[0].device, keep)
         asked = identity_key(outputs), picks is not None and (keep,), held_key(self.input_tree)
-        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback, target=picks, asked=asked)
+        more = {"target": picks, "asked": asked, "create_graph": create_graph}
+        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback, **more)
         hint_at_labels(call, outputs, self.values, "pass `target=labels`")
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):
@@ -108,17 +111,18 @@ class Samples:
             raise NotDifferentiableError.of("x", came, "integer inputs have no derivative", todo)
         self.values = self.values if picks is None else [*self.values, picks.places]
 
-    def over(self, values: Sequence[Tensor], **changes: Any) -> Samples:
+    def over(self, values: Sequence[Tensor], create_graph: bool = False, **changes: Any) -> Samples:
         """Return the same question about other samples.
 
         Args:
             values: These, in the order of `self.values`.
+            create_graph: Keep Jacobians differentiable.
             changes: Of the attributes `checks` and `fallback`.
         """
         other = copy(self)
         other.values, other.count = list(values), values[0].shape[0]
         vars(other).update(changes)
-        other.runner = replace(self.runner, checks=other.checks, fallback=other.fallback)
+        other.runner = replace(self.runner, checks=other.checks, fallback=other.fallback, create_graph=create_graph)
         return other
 
     def arranged(self, blocks: Sequence[Any]) -> Any:
@@ -195,6 +199,8 @@ class Samples:
                 where = slice(where.stop - max(where.stop - where.start, chunks.rows), where.stop)
             with chunks.halving(where, self.call, "samples"):
                 reason = self._swept(result, where, mode, reason)
+        if self.runner.create_graph:
+            result.connect()
         result.route = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.route}"
         return result
 
@@ -269,7 +275,7 @@ class Samples:
     def _known_split(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
         """Record the run cut where earlier calls found that it pays; None where the whole is to be recorded."""
         effects, path = store.assumed, store.known.get("split")
-        if mode not in ("auto", "split") or path is None or effects is None:
+        if mode not in ("auto", "split") or path is None or effects is None or self.runner.create_graph:
             return None
         run = self.runner.split(values, store, effects, path)
         return None if run is None or run.lin.proofs.needs("samples apart", values[0].shape[0]) else run

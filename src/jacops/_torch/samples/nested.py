@@ -21,9 +21,8 @@ from ..._ladder.route import answer
 from ..._runtime.contexts import autocast_on, norms_written_out
 from ..._runtime.rows import Rows
 from ..._trees import Tree, is_differentiable, output_leaves
-from ...errors import NotDifferentiableError
 from ..sweeps.ask import SweepAsk
-from ..sweeps.graph import inspect_graph
+from ..sweeps.graph import inspect_graph, refuse_cut
 from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import Proofs
@@ -132,12 +131,7 @@ class JacobianFunction:
 
     def _note(self, lin: Linearization, slopes: Rows) -> None:
         self._met |= dict.fromkeys(lin.graph_info.functions)
-        if lin.graph_info.functions and inspect_graph(slopes).refuses_twice:
-            raise NotDifferentiableError(
-                f"{self.call}: the graph holds {', '.join(self.functions)}, whose backward is marked "
-                "once_differentiable: its second derivative does not exist, and torch would drop it silently. Write "
-                "its backward with differentiable operations."
-            )
+        refuse_cut(self.call, self.functions if lin.graph_info.functions else (), slopes)
 
 
 def _shared_sweeps(lin: Linearization, many: int) -> Rows:
@@ -182,7 +176,8 @@ def nested(
     else:
         key = (*parts, tuple((v.shape, v.dtype, v.device) for v in of.values), torch.get_default_dtype())
 
-    samples = Samples(function, tuple(x), call=of.call, checks=of.checks, fallback=of.fallback)
+    kept = of.runner.create_graph
+    samples = Samples(function, tuple(x), call=of.call, checks=of.checks, fallback=of.fallback, create_graph=kept)
     samples.runner = replace(samples.runner, owner=(model, key))
     found = samples.jacobians(batch_size, progress)
     return found.blocks, found.output

@@ -41,6 +41,7 @@ class SampleJacobians:
         input_tree: The structure of the input; None at inputs without derivatives.
         inputs: Which entries of the input tree the columns stand for.
         route: How it was computed and why; of the last batch, until all are done.
+        graphs: Where graphs are kept, the blocks of some samples with theirs, by the first of these.
     """
 
     call: str
@@ -54,6 +55,7 @@ class SampleJacobians:
     input_tree: Tree = field(default_factory=lambda: flatten(0, "at")[1])
     inputs: Sequence[int] = (0,)
     route: str = "reverse"
+    graphs: dict[int, list[list[Tensor]]] = field(default_factory=dict)
     _tree: Tree | None = None
     _shapes: Shapes = field(default_factory=list)
 
@@ -90,7 +92,26 @@ class SampleJacobians:
         for name, row in zip(names, [] if self.sure else self.blocks, strict=False):
             for block in row:
                 what = f"{self.call}: in the Jacobian of {name} by x"
-                require_finite(block, what, f"; the output itself is finite.{todo}")
+                require_finite(block.detach(), what, f"; the output itself is finite.{todo}")
+
+    def keep(self, where: slice, parts: list[list[Tensor]]) -> None:
+        """Take the blocks of some samples with their graph."""
+        shaped: list[list[Tensor]] = []
+        for row, targets in zip(parts, self.blocks, strict=True):
+            shaped.append([])
+            for part, target in zip(row, targets, strict=True):
+                shaped[-1].append(part.reshape(target[where].shape))
+                target[where] = shaped[-1][-1].detach()
+        self.graphs[where.start] = shaped
+
+    def connect(self) -> None:
+        """Put the blocks with their graph in place of those without."""
+        parts = [self.graphs.pop(start) for start in sorted(self.graphs)]
+        if len(parts) == 1:
+            self.blocks = parts[0]
+            return
+        pairs = zip(*parts, strict=True)
+        self.blocks = [[torch.cat(column) for column in zip(*rows, strict=True)] for rows in pairs]
 
     def prepare(self, run: Run, alone: bool = False) -> Shapes:
         """Allocate at the first sight of the shapes, and return those of one sample's outputs.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..._runtime.contexts import arithmetic, autocast_on, random_state_kept, recording
+from ..._runtime.contexts import arithmetic, autocast_on, norms_written_out, random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, output_leaves, select
@@ -62,6 +62,7 @@ class Runner:
         checks: How often routes are checked.
         fallback: What happens when a fast route is left.
         connected: Keep outputs connected to inputs of the caller's that require grad, for derivatives of derivatives.
+        create_graph: Keep them connected to the model's trainable parameters too, and Jacobians with their graph.
         owner: For a function that was made of a model: the model, with which verdicts are kept, and their key.
         target: One output per sample; its places are the last of the values that the model is run over.
         asked: What is asked of the model beside its samples, as a key; made outside of forwards that are watched.
@@ -75,6 +76,7 @@ class Runner:
     checks: str
     fallback: str
     connected: bool = False
+    create_graph: bool = False
     owner: tuple[Any, Hashable] | None = None
     target: SampleTarget | None = None
     asked: tuple[Hashable, ...] = ()
@@ -149,7 +151,14 @@ class Runner:
     def _replica(self, effects: SideEffects) -> Replica | None:
         if not isinstance(self.model, nn.Module):
             return None
-        return replicate(self.model, training=False, cloned=effects.writes)
+        kept = self.create_graph
+        return replicate(
+            self.model,
+            wrt=lambda name, parameter: kept and parameter.requires_grad,
+            training=False,
+            connected=kept,
+            cloned=effects.writes,
+        )
 
     @restoring
     def record(
@@ -169,7 +178,8 @@ class Runner:
             noting: Learn the widths of layers.
             state: Take these parameters and buffers instead of the model's.
         """
-        with recording(), random_state_kept():
+        # With a graph, results are differentiated once more than fused norms have derivatives.
+        with recording(), random_state_kept(), norms_written_out() if self.create_graph else nullcontext():
             return self._ran(values, self._replica(effects), path, noting, state)
 
     def _ran(
@@ -182,11 +192,12 @@ class Runner:
     ) -> Run:
         widths: dict[str, int | None] = {}
         cut: Cut | None = None
-        copied, leaves = private_inputs(self.inputs_in(values), self.input_tree, self.connected)
+        connected = self.connected or self.create_graph
+        copied, leaves = private_inputs(self.inputs_in(values), self.input_tree, connected)
         args, kwargs = split_input(copied)
         with forward_explained(self.model, self.inputs_in(values)):
             if replica is not None:
-                cut = Cut(replica.module, path or self.at)
+                cut = Cut(replica.module, path or self.at, connected)
                 look = widths_noted(replica.module, values[0].shape[0], widths) if noting else nullcontext()
                 with cut.active(), look:
                     done = functional_call(replica.module, state, args, kwargs) if state else replica(args, kwargs)

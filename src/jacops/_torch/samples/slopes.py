@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 from torch import Tensor
 
 from ..._ladder.plan import Cost
-from ..._runtime.rows import plain
 from ..sweeps.ask import SweepAsk
-from .sweeps import unit_pulls, unit_pushes
+from .sweeps import pulled_slopes, pushed_slopes
 
 
 def pays_to_push(rows: int, columns: int) -> bool:
@@ -37,18 +33,7 @@ class PulledSlopes:
 
     def value(self, ask: SweepAsk) -> list[list[Tensor]]:
         """Return `(n, out entries, *in)` for every output and leaf by one pull per output entry."""
-        lin, many = ask.lin, ask.many
-        lines: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
-        for out, _, grads in unit_pulls(lin, many, create_graph=True):
-            for line, leaf, grad in zip(lines[out], lin.leaves, grads, strict=True):
-                line.append(torch.zeros_like(leaf) if grad is None else plain(grad))
-        return [
-            [
-                torch.stack(line, 1) if line else leaf.new_zeros(many, 0)
-                for line, leaf in zip(row, lin.leaves, strict=True)
-            ]
-            for row in lines
-        ]
+        return pulled_slopes(ask.lin, ask.many)
 
 
 class PushedSlopes:
@@ -70,13 +55,7 @@ class PushedSlopes:
 
     def value(self, ask: SweepAsk) -> list[list[Tensor]]:
         """Return `(n, *out, in entries)` for every output and leaf by one push per input entry."""
-        lin = ask.lin
-        columns: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
-        for index in range(len(lin.leaves)):
-            for _, changes in unit_pushes(lin, index, partial(lin.push_by_double_backward, create_graph=True)):
-                for line, change in zip(columns, changes, strict=True):
-                    line[index].append(change)
-        return [[torch.stack(column, -1) for column in line] for line in columns]
+        return pushed_slopes(ask.lin, ask.many)
 
 
 SLOPES = (PulledSlopes(), PushedSlopes())

@@ -105,6 +105,35 @@ def _write_transposed(target: Tensor, columns: Tensor) -> None:
         target[start : start + _BLOCK].copy_(columns[:, start : start + _BLOCK].T)
 
 
+def pulled_slopes(lin: Linearization, many: int) -> Blocks:
+    """Return `(n, out entries, *in)` for every output and leaf, with their graph, by one pull per output entry."""
+    lines: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
+    for out, _, grads in unit_pulls(lin, many, create_graph=True):
+        for line, leaf, grad in zip(lines[out], lin.leaves, grads, strict=True):
+            line.append(torch.zeros_like(leaf) if grad is None else plain(grad))
+    return [
+        [torch.stack(line, 1) if line else leaf.new_zeros(many, 0) for line, leaf in zip(row, lin.leaves, strict=True)]
+        for row in lines
+    ]
+
+
+def pushed_slopes(lin: Linearization, many: int) -> Blocks:
+    """Return `(n, *out, in entries)` for every output and leaf, with their graph, by one push per input entry."""
+
+    def push(tangents: list[Tensor]) -> list[Tensor]:
+        return lin.push_by_double_backward([t.clone() for t in tangents], create_graph=True)  # a graph keeps them
+
+    columns: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
+    for index in range(len(lin.leaves)):
+        for _, changes in unit_pushes(lin, index, push):
+            for line, change in zip(columns, changes, strict=True):
+                line[index].append(change)
+    return [[torch.stack(column, -1) for column in line] for line in columns]
+
+
+SLOPES_BY = {"reverse": pulled_slopes, "forward": pushed_slopes}
+
+
 class Reverse:
     """A pull per output entry, shared by all samples."""
 
@@ -125,7 +154,10 @@ class Reverse:
     def value(self, ask: BatchAsk) -> Linearization:
         """Fill in the batch; return the linearisation that was swept."""
         ask.result.proved = False
-        sweep(ask.lin, ask.result.blocks, ask.where, self.name)
+        if ask.runner.create_graph:
+            ask.result.keep(ask.where, SLOPES_BY[self.name](ask.lin, ask.many))
+        else:
+            sweep(ask.lin, ask.result.blocks, ask.where, self.name)
         return ask.lin
 
 

@@ -20,6 +20,7 @@ from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rounding import rounding_error
 from ...errors import NotDifferentiableError
+from .graph import refuse_cut
 from .linearization import Linearization
 from .record import Recording
 
@@ -50,13 +51,7 @@ def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None
         NotDifferentiableError: A backward is marked once_differentiable, or the Hessian is not symmetric.
         NonFiniteError: The loss is finite and a product with its Hessian is not.
     """
-    if gradient.graph_info.refuses_twice:
-        raise NotDifferentiableError(
-            f"{call}: the graph holds {', '.join(lin.graph_info.functions)}, whose backward is marked "
-            "once_differentiable: "
-            "its second derivative does not exist, and torch would drop it silently. Write its backward with "
-            "differentiable operations."
-        )
+    refuse_cut(call, lin.graph_info.functions, gradient.outputs)
     if not gradient.proofs.needs("symmetric") or not is_finite(lin.outputs[0]):
         return  # a loss that is not finite proves nothing; the operator made of it names the row, if it checks
     u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))

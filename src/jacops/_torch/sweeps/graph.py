@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+
+from ...errors import NotDifferentiableError
 
 _REENTRANT = "CheckpointFunctionBackward"
 _TWICE_REFUSED = "Error"
@@ -88,6 +90,25 @@ def saved_tensors(node: Any) -> Iterable[tuple[str, Tensor]]:
             yield name, value
         elif isinstance(value, tuple | list):
             yield from ((f"{name}.{i}", v) for i, v in enumerate(value) if isinstance(v, Tensor))
+
+
+def refuse_cut(call: str, functions: Sequence[str], results: Sequence[Tensor | None]) -> None:
+    """Refuse derivatives that cannot be differentiated again because a backward on the way cut their graph.
+
+    Args:
+        call: The public call.
+        functions: The custom autograd Functions that were met; without any nothing is cut.
+        results: What cotangents that require grad gave.
+
+    Raises:
+        NotDifferentiableError: A backward is marked once_differentiable.
+    """
+    if functions and inspect_graph([t for t in results if t is not None]).refuses_twice:
+        raise NotDifferentiableError(
+            f"{call}: the graph holds {', '.join(functions)}, whose backward is marked once_differentiable: its second "
+            "derivative does not exist, and torch would drop it silently. Write its backward with differentiable "
+            "operations."
+        )
 
 
 def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:

@@ -27,7 +27,7 @@ from ..._space import Space
 from ...errors import JacopsError
 from .ask import SweepAsk
 from .double_backward import DoubleBackward
-from .graph import GraphInfo, inspect_graph, passed_bytes, saved_bytes
+from .graph import GraphInfo, inspect_graph, passed_bytes, refuse_cut, saved_bytes
 from .nodewise import Nodewise
 from .proofs import Proofs, ProofStore
 from .pulls import PULLS
@@ -149,12 +149,16 @@ class Linearization:
         if not live or not targets:
             return [None] * len(self.leaves)
         outputs, seeds = [o for o, _ in live], [c for _, c in live]
+        cuts = self.graph_info.functions if create_graph else ()
+        if cuts:  # with seeds that require grad, once_differentiable backwards leave a mark instead of dropping a part
+            seeds = [c if c.requires_grad else c.detach().requires_grad_() for c in seeds]
         self.sweeps += 1
         with sweeping(outputs[0]):
             if self.graph_info.reentrant:
                 grads = backward(self, outputs, seeds, targets, create_graph, batched)
             else:
                 grads = self._grad(outputs, targets, seeds, create_graph, batched)
+        refuse_cut(self.call, cuts, grads)
         return self._merged([dense(g) for g in grads])
 
     def _grad(

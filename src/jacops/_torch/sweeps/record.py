@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..._runtime.contexts import autocast_on, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import autocast_on, norms_written_out, random_state_kept, recording, refuse_transforms
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
 from ..._trees import Selector, Tree, flatten, output_leaves, select
@@ -230,13 +230,15 @@ class ModelRun:
     ) -> tuple[Recording, Linearization]:
         replica = replicate(
             self.module,
-            wrt=lambda n, p: n in self.chosen,
+            wrt=lambda n, p: n in self.chosen or (self.connected and p.requires_grad),
             training=self.training,
             connected=self.connected,
             cloned=effects.writes,
             copies={} if effects.writes else copies,  # clones are the forward's to write into, copies are not
         )
-        with recording(), random_state_kept(), watch or nullcontext():
+        # Its results are differentiated once more than fused norms have derivatives.
+        written = norms_written_out() if self.connected else nullcontext()
+        with recording(), random_state_kept(), watch or nullcontext(), written:
             output, inputs, hidden = self._forward(replica)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
         outputs, tree = output_leaves(output)
@@ -256,7 +258,7 @@ class ModelRun:
         copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
         for name, change in (self.shift or {}).items():
             replica.parameters[name].data = replica.originals[name].detach() + change
-        hooked = Cut(replica.module, self.at)
+        hooked = Cut(replica.module, self.at, self.connected)
         args, kwargs = split_input(copied)
         tensors = [t for t in flatten(self.value, "input")[0] if isinstance(t, Tensor)]
         with hooked.active(), forward_explained(self.module, tensors):
@@ -270,8 +272,9 @@ class ModelRun:
         chosen, at = self.chosen, self.at
         if chosen:
             names = list(chosen)
-            # A connected copy leads back to the caller's parameter, which then is the leaf for every use of it.
-            own = {n for n in names if self.connected and chosen[n].requires_grad and not chosen[n].is_inference()}
+            # A connected copy leads back to the caller's parameter, then the leaf for every use of it. One that is
+            # computed may be so from another parameter, which is no use of that.
+            own = {n for n in names if self.connected and _is_trainable_leaf(chosen[n])}
             leaves = [chosen[n] if n in own else replica.parameters[n] for n in names]
             return leaves, names, [(i, chosen[n]) for i, n in enumerate(names) if n not in own]
         if hidden:
@@ -316,11 +319,18 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
 
 
 @restoring
-def record_at_outputs(found: Recording, finish: Callable[[Any], Any], purpose: Any, call: str) -> Recording:
-    """Record `finish` by a recorded output, as a function of nothing before it; what is proved belongs to `purpose`."""
+def record_at_outputs(
+    found: Recording, finish: Callable[[Any], Any], purpose: Any, call: str, connected: bool = False
+) -> Recording:
+    """Record `finish` by a recorded output, as a function of nothing before it; what is proved belongs to `purpose`.
+
+    With `connected` its derivatives can be differentiated by what is before it.
+    """
     lin = found.lin
     with recording():
-        leaves = [output.detach().requires_grad_() for output in lin.outputs]
+        kept = [connected and output.requires_grad for output in lin.outputs]
+        pairs = zip(lin.outputs, kept, strict=True)
+        leaves = [output.view_as(output) if keep else output.detach().requires_grad_() for output, keep in pairs]
         value = finish(found.tree.build([leaf.clone() for leaf in leaves]))
     tensors, tree = output_leaves(value)
     outer = Linearization(
@@ -343,6 +353,10 @@ def _joined(first: SideEffects | None, second: SideEffects | None) -> SideEffect
         first.packs or second.packs,
         max(coarse, key=lambda dtype: torch.finfo(dtype).eps, default=None),
     )
+
+
+def _is_trainable_leaf(parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.is_leaf and not parameter.is_inference()
 
 
 def _rows(tensors: Sequence[Tensor]) -> int | None:

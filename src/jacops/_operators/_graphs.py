@@ -1,0 +1,44 @@
+"""Which operators keep the graph of their products, and what stands for one where no graph is wanted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ._finite_results import parts_of
+
+Made = TypeVar("Made")
+
+
+def keeps_graph(operator: Any) -> bool:
+    """Return whether products keep their graph: an operator was made with `create_graph=True`, or a part of it was."""
+    return operator.create_graph or any(keeps_graph(part) for part in parts_of(operator))
+
+
+def has_graph(operator: Any) -> bool:
+    """Return whether products are differentiable by something: they keep a graph, or a tensor inside requires grad."""
+    tensors = (value for value in vars(operator).values() if isinstance(value, Tensor))
+    held = operator.create_graph or any(tensor.requires_grad for tensor in tensors)
+    return held or any(has_graph(part) for part in parts_of(operator))
+
+
+def without_graph(operator: Made) -> Made:
+    """Return an operator with the same entries of which nothing keeps a graph; itself where nothing does."""
+    return _detached(operator, {}) if hasattr(operator, "_apply_transpose") and has_graph(operator) else operator
+
+
+def _detached(value: Any, known: dict[int, Any]) -> Any:
+    """Return what stands for an operator, or for something that it holds; the same for the same thing."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_detached(part, known) for part in value)
+    if isinstance(value, Tensor):
+        return value.detach()
+    if not hasattr(value, "_apply_transpose"):
+        return value
+    if id(value) not in known:
+        known[id(value)] = twin = copy.copy(value)
+        for name, part in vars(value).items():
+            object.__setattr__(twin, name, False if name == "create_graph" else _detached(part, known))
+    return known[id(value)]
