@@ -503,7 +503,7 @@ WRONG |= {
     "a word for wrt": (
         lambda: jacops.jacobian(BOUND, X, wrt="weight"),  # pyright: ignore[reportArgumentType]
         InputError,
-        "'parameters', 'inputs' is needed; `parameters=` picks",
+        "'parameters', 'inputs' .and `parameters=` for some",
     ),
 }
 
