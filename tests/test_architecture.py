@@ -51,6 +51,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
     },  # 3 problem
     {
         "_jacobians",
+        "_kronecker",
         "_products",
         "_attribution",
         "_attribution_plot",
