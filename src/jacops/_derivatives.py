@@ -18,6 +18,7 @@ from ._framework import TorchOptions, asked, recorded
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Product
+from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._picks import Picks, Wrt, differentiated, variable
@@ -88,7 +89,8 @@ def jacobian(
         allow_zero: Accept an output that nothing connects to what it is differentiated by.
 
     Returns:
-        An operator from the space of parameters (or inputs) to the space of outputs.
+        An operator from the space of parameters (or inputs) to the space of outputs; `output` is what the model
+        returned.
 
     Raises:
         NotDifferentiableError: No path leads from the output to anything it is differentiated by.
@@ -112,7 +114,9 @@ def jacobian(
         check_real(found.lin)
     else:
         check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
-    return named(LinearizedMap(found.lin, found.output), "jacobian by inputs" if picks is None else "jacobian")
+    J = LinearizedMap(found.lin, found.output)
+    named(J, "jacobian by inputs" if picks is None else "jacobian")
+    return with_computed(J, Computed(detached(found.output)))
 
 
 @keywords(OperatorOptions)
@@ -134,7 +138,8 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
             (results with NaN or Inf raise).
 
     Returns:
-        A symmetric operator on the space of parameters.
+        A symmetric operator on the space of parameters. `output` is what the model returned, and
+        `value_and_gradient()` gives the loss and its gradient; neither runs the model again.
 
     Raises:
         NotDifferentiableError: There is no second derivative; the message names the cause.
@@ -157,9 +162,17 @@ def _hessian(
     chosen = resolved(model, options)
     if is_framework_model(model):
         there = model.record_loss(loss, x, y, asked(call, **chosen))
-        return LinearizedMap(there.lin, there.output, symmetric=True)
+        H = LinearizedMap(there.lin, there.output, symmetric=True)  # noqa: N806
+        return with_computed(H, Computed(loss=there.output, gradient=partial(model.slope, there)))
     found = record_loss(model, loss, x, y, call, kept=kept, **chosen)
-    return hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))
+    H = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))  # noqa: N806
+    gradient = partial(_joined, H.lin)
+    return with_computed(H, Computed(detached(found.before), None, found.lin.outputs[0].detach(), gradient))
+
+
+def _joined(lin: Any) -> Tensor:
+    """Return the recorded gradient, flat."""
+    return lin.domain.join([part.detach().unsqueeze(0) for part in lin.outputs])[0]
 
 
 def hessian_at(
@@ -227,7 +240,7 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
         A symmetric operator on the space of parameters. It is marked positive for those of torch's own losses that
         are convex in the output, and for any other loss whose Hessian by the output has no negative eigenvalue in
         any sample; that is computed when `positive` is first read, and a loss of more than some hundred outputs has
-        to be diagonal or of a softmax's form to be marked.
+        to be diagonal or of a softmax's form to be marked. `output` and `value_and_gradient()` as in `hessian`.
 
     Raises:
         NotDifferentiableError: As in `hessian`.
@@ -258,10 +271,12 @@ def ggn_at(model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = T
         there = model.record_at_output(found, loss, y, call)
         H = LinearizedMap(there.lin, there.output, symmetric=True)
         convex = partial(positive_everywhere, H._apply, output_leaves(found.output)[0])
-        return Product(Product(J.T, replace(H, mark=convex)), J)
+        known = Computed(found.output, None, there.output, lambda: J._apply_transpose(model.slope(there)[None])[0])
+        return with_computed(Product(Product(J.T, replace(H, mark=convex)), J), known)
     y = recordable(y, kept)
     outer = record_at_outputs(found, loss_of_output(loss, y), loss, call)
-    H = LinearizedMap(gradient_linearization(outer, call), outer.output, symmetric=True)
+    slope = gradient_linearization(outer, call)
+    H = LinearizedMap(slope, outer.output, symmetric=True)
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
     )
@@ -269,7 +284,14 @@ def ggn_at(model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = T
     rows, name = product._apply, "Gauss-Newton matrix by layers"
     layers = partial(gauss_newton_layers, found.lin, H._apply, rows)
     entries = partial(gauss_newton_diagonal, found.lin, H._apply, rows)
-    return replace(product, formed=ByLayers(found.lin, name, layers, rows, entries, found.lin.routes))
+    product = replace(product, formed=ByLayers(found.lin, name, layers, rows, entries, found.lin.routes))
+    known = Computed(detached(found.output), None, outer.lin.outputs[0].detach(), lambda: _pulled(J, slope))
+    return with_computed(product, known)
+
+
+def _pulled(J: LinearizedMap, slope: Any) -> Tensor:  # noqa: N803
+    """Return the gradient by the parameters, from that by the output."""
+    return J._apply_transpose(_joined(slope)[None])[0]
 
 
 def _leading(x: Any, y: Any) -> list[int]:

@@ -18,6 +18,7 @@ from ._derivatives import ggn_at
 from ._framework import likelihood_at, recorded
 from ._keywords import keywords
 from ._operators import LinearizedMap, Operator, Scaled
+from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._per_sample import sample_gradients
@@ -130,19 +131,20 @@ def fisher_at(
     """
     _refuse_weights(losses.loss, kind)
     found = record()
+    handed = Computed(detached(found.output))  # no loss: labels may be made up
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
-        return ggn_at(model, found, losses.scalar, y, "ggn")
+        return with_computed(ggn_at(model, found, losses.scalar, y, "ggn"), handed)
     output = _one_tensor(output_leaves(found.output)[0]).detach()
     likelihood = known_likelihood(losses, output, y) or likelihood_at(model, found, losses, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)
     if kind == "exact":
         labels = label_like(likelihood.kind, output, losses.loss) if y is None else y
-        return ggn_at(model, found, losses.scalar, labels, "ggn")
+        return with_computed(ggn_at(model, found, losses.scalar, labels, "ggn"), handed)
     scores = likelihood.draw(output, draws, samples)
     J = LinearizedMap(found.lin, found.output)
     rows = _Scores(found.lin.codomain, scores) @ J
-    return Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows))
+    return with_computed(Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows)), handed)
 
 
 def empirical_fisher(
@@ -161,9 +163,9 @@ def empirical_fisher(
 
     terms, total = row_scale(losses, y, rows, computed)
     if bool((terms == terms[0]).all()):
-        return float(terms[0]) ** 2 / total * (G.T @ G)
+        return with_computed(float(terms[0]) ** 2 / total * (G.T @ G), G.computed or Computed())
     scaled = G.scaled(terms)
-    return 1.0 / total * (scaled.T @ scaled)
+    return with_computed(1.0 / total * (scaled.T @ scaled), G.computed or Computed())
 
 
 def _moments(rows: Operator, directions: Tensor) -> tuple[Tensor, Tensor]:

@@ -285,15 +285,25 @@ class Objective:
             found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks, shift=shift)
         return float(found.lin.outputs[0].detach())
 
-    @eager
     def gradient(self, x: Any, y: Any) -> Tensor:
         """Return the gradient `(P,)` of a batch's loss."""
         if self.foreign:
             return self.model.gradient(self.loss, x, y, SweepOptions("gradient", self.picks))
-        lin = self.recorded_loss(x, y, "gradient").lin
+        return self.value_and_gradient(x, y, "gradient")[1]
+
+    @eager
+    def value_and_gradient(self, x: Any, y: Any, call: str = "value_and_gradient") -> tuple[float, Tensor]:
+        """Return the loss of a batch and its gradient `(P,)`, from one forward.
+
+        Raises:
+            NonFiniteError: The gradient holds NaN or Inf.
+        """
+        if self.foreign:
+            return self.value(x, y), self.gradient(x, y)
+        lin = self.recorded_loss(x, y, call).lin
         rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
-        check_finite("gradient", rows, lin.domain.names, lin, data={"x": x, "y": y})
-        return lin.domain.join(rows)[0].detach()
+        check_finite(call, rows, lin.domain.names, lin, data={"x": x, "y": y})
+        return float(lin.outputs[0].detach()), lin.domain.join(rows)[0].detach()
 
     @restoring
     def hessian(self, x: Any, y: Any) -> Operator:

@@ -190,15 +190,35 @@ class Problem(Described):
         for number, (_, (batch, _), term, factor) in enumerate(self.terms("value")):
             with InBatch(number):
                 total += factor * term.value(batch.x, batch.y)
-        return total + (0.0 if self.ridge is None else 0.5 * float((self.ridge * self.objective.point() ** 2).sum()))
+        return total + self._quadratic()[0]
 
     def gradient(self) -> Tensor:
         """Return the gradient `(P,)` of the objective, its quadratic term included."""
-        total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        for number, (_, (batch, _), term, factor) in enumerate(self.terms("gradient")):
+        return self.value_and_gradient()[1]
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """Return the objective and its gradient `(P,)`, its quadratic term included, from one pass.
+
+        The model runs once for every batch (and for the first one of a new kind on a few rows more, which verify how
+        the loss reduces them).
+
+        Raises:
+            NonFiniteError: A gradient holds NaN or Inf.
+        """
+        value, gradient = self._quadratic()
+        for number, (_, (batch, _), term, factor) in enumerate(self.terms("value_and_gradient")):
             with InBatch(number):
-                total.add_(term.gradient(batch.x, batch.y), alpha=factor)
-        return total if self.ridge is None else total + self.ridge * self.objective.point()
+                own, slope = term.value_and_gradient(batch.x, batch.y)
+            value += factor * own
+            gradient.add_(slope, alpha=factor)
+        return value, gradient
+
+    def _quadratic(self) -> tuple[float, Tensor]:
+        """Return the quadratic term and its gradient."""
+        if self.ridge is None:
+            return 0.0, torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
+        point = self.objective.point()
+        return 0.5 * float((self.ridge * point**2).sum()), self.ridge * point
 
     def hessian(self) -> SumOver:
         """Return the Hessian of the objective."""

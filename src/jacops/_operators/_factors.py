@@ -54,6 +54,11 @@ class LayerFactors(Operator):
         return self.rows
 
     @property
+    def losses(self) -> Tensor | None:
+        """The loss of every sample alone, `(n,)`, where the rows are gradients of losses."""
+        return None if self.computed is None else self.computed.losses
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are held, memory shared by two parameters counted once."""
         storages = {
