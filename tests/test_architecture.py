@@ -46,6 +46,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_data",
         "_objective",
         "_mixed",
+        "_passes",
         "_reduction",
         "_problem",
     },  # 3 problem

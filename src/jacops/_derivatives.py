@@ -23,14 +23,15 @@ from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._picks import Picks, Wrt, differentiated, variable
 from ._recorded_loss import (
+    CurvatureCallOptions,
     Loss,
-    OperatorOptions,
     check_real,
+    check_source,
     check_usable,
+    located,
     loss_of_output,
     record_loss,
     recordable,
-    resolved,
 )
 from ._runtime.agreement import size
 from ._runtime.contexts import eager, private_noise
@@ -51,9 +52,10 @@ from ._torch.protocol import (
     is_convex,
     positive_everywhere,
     record_at_outputs,
+    record_closure,
 )
 from ._trees import Selector, flatten, hint_at_labels, output_leaves
-from .errors import InputError
+from .errors import InputError, InputTypeError, NotDifferentiableError
 
 
 @keywords()
@@ -104,9 +106,7 @@ def jacobian(
         (12, 6)
     """
     picks = differentiated(variable(model, wrt, parameters))
-    if picks is not None and (at[0] if isinstance(at, tuple) else at) is not None:
-        todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
-        raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
+    check_source(picks, at)
     hint_at_labels("jacobian", outputs, inputs)
     ladder: TorchOptions = {"checks": checks, "fallback": fallback, "kept": True}
     found = recorded(model, inputs, call="jacobian", parameters=picks, outputs=outputs, at=at, **ladder)
@@ -119,11 +119,20 @@ def jacobian(
     return with_computed(J, Computed(detached(found.output)))
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
 @made_from("x", "y")
-def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> LinearizedMap:
+def hessian(
+    model: nn.Module | Callable[[], Tensor],
+    loss: Loss | None = None,
+    x: Any = None,
+    y: Any = None,
+    **options: Unpack[CurvatureCallOptions],
+) -> LinearizedMap:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
+
+    Without a loss, `hessian(func, parameters=tensors)` is that of any function without arguments by tensors that it
+    closes over, as in `jvp`: `func` is called once, as it stands, and returns one number.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
     Functions, one product is held against a central difference of gradients first, since torch does not notice a
@@ -134,8 +143,8 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
-        options: `parameters=` (as in `jacobian`), `outputs=`, `checks=`, `fallback=`, `check_finite=`
-            (results with NaN or Inf raise).
+        options: `parameters=`, `wrt=` and `at=` (as in `jacobian`: by inputs or hidden values), `outputs=`, `checks=`,
+            `fallback=`, `check_finite=` (results with NaN or Inf raise).
 
     Returns:
         A symmetric operator on the space of parameters. `output` is what the model returned, and
@@ -144,6 +153,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
     Raises:
         NotDifferentiableError: There is no second derivative; the message names the cause.
         InputError: The loss is not one number, or `y` would broadcast.
+        InputTypeError: A function without arguments comes with `x` or `y`, or without `parameters`.
         ModelStateError: No parameter requires grad.
 
     Example:
@@ -153,21 +163,58 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _hessian(model, loss, x, y, "hessian", kept=True, **options)
+    if loss is None and callable(model) and not isinstance(model, nn.Module) and not is_framework_model(model):
+        return _of_closure(model, x, y, options)
+    return _hessian(model, loss, x, y, "hessian", kept=True, **options)  # pyright: ignore[reportArgumentType]
+
+
+def _of_closure(func: Any, x: Any, y: Any, options: CurvatureCallOptions) -> LinearizedMap:
+    for name, value in {"x": x, "y": y, **options}.items():
+        if value is not None and name not in ("parameters", "fallback", "check_finite"):
+            needed = "without a loss, a function without arguments is differentiated"
+            raise InputTypeError.of(name, "given", needed, "Pass a module with `loss`, `x` and `y`.")
+    params, fallback = options.get("parameters"), options.get("fallback", "warn")
+    if params is None or isinstance(params, str):
+        needed = "the tensors that a function without arguments is differentiated by are needed"
+        raise InputTypeError.of("parameters", repr(params), needed)
+    found = record_closure(func, params, "hessian", fallback)
+    if not isinstance(found.output, Tensor) or found.output.numel() != 1:
+        shape = tuple(found.output.shape) if isinstance(found.output, Tensor) else type(found.output).__name__
+        raise InputError.of("func()", f"of shape {shape}", "one number is needed", "Take its mean or sum.")
+    check_usable(found.lin)
+    H = named(_unlayered(found, "hessian"), "hessian")  # noqa: N806
+    return with_computed(H, Computed(None, None, found.lin.outputs[0].detach(), partial(_joined, H.lin)))
 
 
 def _hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[CurvatureCallOptions]
 ) -> LinearizedMap:
-    chosen = resolved(model, options)
+    chosen = located(model, options)
     if is_framework_model(model):
         there = model.record_loss(loss, x, y, asked(call, **chosen))
         H = LinearizedMap(there.lin, there.output, symmetric=True)  # noqa: N806
         return with_computed(H, Computed(loss=there.output, gradient=partial(model.slope, there)))
     found = record_loss(model, loss, x, y, call, kept=kept, **chosen)
-    H = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))  # noqa: N806
+    if found.by_inputs:
+        H = named(_unlayered(found, call), "hessian by inputs")  # noqa: N806
+    else:
+        H = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))  # noqa: N806
     gradient = partial(_joined, H.lin)
     return with_computed(H, Computed(detached(found.before), None, found.lin.outputs[0].detach(), gradient))
+
+
+def _unlayered(found: Recording, call: str) -> LinearizedMap:
+    """Return the Hessian by inputs, hidden values or tensors of a closure, for which no layers are taken.
+
+    Raises:
+        NotDifferentiableError: A custom Function may drop its second derivative, which nothing here would show.
+    """
+    functions = found.lin.graph_info.functions
+    if functions:
+        came = f"with the custom Function {', '.join(functions)}"
+        todo = "Take a model's parameters, or `input_hessian`, which are compared with differences."
+        raise NotDifferentiableError.of("the graph", came, f"{call} cannot check its second derivative here", todo)
+    return LinearizedMap(gradient_linearization(found, call), found.output, symmetric=True)
 
 
 def _joined(lin: Any) -> Tensor:
@@ -223,10 +270,10 @@ def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[d
         raise dropped(lin.call, what, error, found.lin.graph_info.functions)
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
 @made_from("x", "y")
-def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> Operator:
+def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[CurvatureCallOptions]) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
     Args:
@@ -257,9 +304,10 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
 
 
 def _ggn(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[CurvatureCallOptions]
 ) -> Operator:
-    return ggn_at(model, recorded(model, x, call=call, kept=kept, **resolved(model, options)), loss, y, call, kept)
+    found = recorded(model, x, call=call, kept=kept, **located(model, options))
+    return ggn_at(model, found, loss, y, call, kept)
 
 
 @restoring
@@ -281,11 +329,13 @@ def ggn_at(model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = T
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
     )
     product = Product(Product(J.T, H), J)
+    known = Computed(detached(found.output), None, outer.lin.outputs[0].detach(), lambda: _pulled(J, slope))
+    if found.by_inputs:
+        return with_computed(named(product, "ggn by inputs"), known)
     rows, name = product._apply, "Gauss-Newton matrix by layers"
     layers = partial(gauss_newton_layers, found.lin, H._apply, rows)
     entries = partial(gauss_newton_diagonal, found.lin, H._apply, rows)
     product = replace(product, formed=ByLayers(found.lin, name, layers, rows, entries, found.lin.routes))
-    known = Computed(detached(found.output), None, outer.lin.outputs[0].detach(), lambda: _pulled(J, slope))
     return with_computed(product, known)
 
 
@@ -300,16 +350,16 @@ def _leading(x: Any, y: Any) -> list[int]:
     return [tensor.shape[0] for tensor in tensors if tensor.shape[0]]
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
-def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
+def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[CurvatureCallOptions]) -> Any:
     """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name."""
     return _for_one_product(model, loss, x, y, _hessian, "hvp", **options) @ v
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
-def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
+def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[CurvatureCallOptions]) -> Any:
     """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`."""
     return _for_one_product(model, loss, x, y, _ggn, "ggnvp", **options) @ v
 
@@ -322,7 +372,7 @@ def _for_one_product(
     y: Any,
     make: Callable[..., Operator],
     call: str,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[CurvatureCallOptions],
 ) -> Operator:
     """Return an operator that is dropped before anybody can write into the model's weights."""
     return make(model, loss, x, y, call, kept=False, **options)

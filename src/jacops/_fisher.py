@@ -22,7 +22,7 @@ from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._per_sample import sample_gradients
-from ._recorded_loss import Loss, OperatorOptions, resolved
+from ._recorded_loss import CurvatureCallOptions, Loss, OperatorOptions, located
 from ._requirements import check_choice, check_positive, check_whole
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
@@ -36,7 +36,7 @@ KINDS = ("exact", "monte_carlo", "empirical")
 _WEIGHTS = ("weight", "pos_weight")
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
 @made_from("x", "y")
 def fisher(
@@ -49,7 +49,7 @@ def fisher(
     samples: int = 1,
     seed: int = 0,
     first: int = 0,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[CurvatureCallOptions],
 ) -> Operator:
     r"""Return the Fisher matrix of one batch, as an operator on the space of parameters.
 
@@ -103,13 +103,17 @@ def fisher(
     check_choice("kind", kind, KINDS)
     check_positive("samples", samples)
     check_whole("first", first, 0)
-    losses, asked = RowLosses(loss), resolved(model, options)
+    losses, asked = RowLosses(loss), located(model, options)
 
     def record() -> Any:
         return recorded(model, x, call="fisher", kept=True, **asked)
 
     if kind == "empirical":
-        made = empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **asked), record)
+        if asked.get("parameters") is None or "at" in asked:
+            needed = "gradients of samples are by the parameters"
+            raise InputError.of("kind", "'empirical' with `wrt='inputs'` or `at=`", needed, "Take another kind.")
+        rows: OperatorOptions = {k: v for k, v in asked.items() if k != "at"}  # pyright: ignore[reportAssignmentType]
+        made = empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **rows), record)
     else:
         made = fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
     return named(made, "fisher" if kind == "exact" else f"{kind}_fisher")

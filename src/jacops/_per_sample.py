@@ -261,7 +261,8 @@ def _factors(
 
 
 def _no_rows(model: nn.Module, what: Definition, options: RecordOptions) -> LayerFactors:
-    named = {n: p for n, p in parameter_names(bare(model)).items() if options.get("parameters", trainable)(n, p)}
+    picks = options.get("parameters") or trainable
+    named = {n: p for n, p in parameter_names(bare(model)).items() if picks(n, p)}
     domain = Space.of(named.values(), named)
     parts = [Rows(p.detach().new_zeros(0, 1, *matrix_shape(p.shape))) for p in named.values()]
     none = torch.zeros(0, dtype=domain.dtype, device=domain.device)

@@ -130,6 +130,15 @@ class LayerFactors(Operator):
         return check_result(self, total, "the Gram matrix")
 
     @eager
+    def sample_grams(self) -> Tensor:
+        r"""Return $J_i J_i^\top$ of every sample's own k rows, `(samples, k, k)`, the diagonal blocks of `gram()`.
+
+        Positions are paired where that costs less than forming the rows, as for few outputs of wide layers.
+        """
+        grams = torch.stack([part.sample_grams() for part in self.parts]).sum(0)
+        return check_result(self, grams, "the Gram matrix of a sample")
+
+    @eager
     def squared_norms(self) -> Tensor:
         """Return the squared norm of each row, `(m,)`."""
         total = torch.zeros(self.shape[0], dtype=self.domain.dtype, device=self.domain.device)

@@ -37,6 +37,7 @@ class Recording:
         output: The output itself, as the user's function gave it.
         inputs: For each input of the caller's that has derivatives, by identity: itself and the leaf that stood for it.
         before: What a model returned (the part that was picked) before anything such as a loss was made of it.
+        by_inputs: The leaves are inputs or hidden values, not parameters.
     """
 
     lin: Linearization
@@ -44,6 +45,7 @@ class Recording:
     output: Any
     inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     before: Any = None
+    by_inputs: bool = False
 
 
 @restoring
@@ -250,7 +252,7 @@ class ModelRun:
         values, input_tree = flatten(self.value, "input")
         given = dict(zip(input_tree.names, values, strict=True))
         own = {id(given[name]): (given[name], leaf) for name, leaf in inputs}
-        return Recording(lin, tree, output, own, before), lin
+        return Recording(lin, tree, output, own, before, not self.chosen), lin
 
     def _forward(self, replica: Replica) -> tuple[Any, list[tuple[str, Tensor]], list[Tensor]]:
         """Return the output, the inputs that have derivatives by name, and the leaves inside of the model."""
@@ -308,7 +310,7 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
             output = finish(found.tree.build([part.clone() for part in lin.outputs]))
         flat, tree = output_leaves(output)
         further = lin.to(flat, tree.names, call)
-        return Recording(further, tree, output, found.inputs, found.before), further
+        return Recording(further, tree, output, found.inputs, found.before, found.by_inputs), further
 
     result = watched(own, record, lin.protected)
     result.lin.proofs.effects = _joined(lin.proofs.effects, result.lin.proofs.effects)
