@@ -15,7 +15,7 @@ FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fish
 
 
 @final
-class Passes:
+class BatchPasses:
     """Linearised batches, again and again; those that fit into memory are kept from the first pass on."""
 
     def __init__(self, problem: Any, kind: str) -> None:

@@ -18,7 +18,7 @@ from ._objective import Objective, ObjectiveOptions
 from ._operators import Operator
 from ._operators._data import StackOver, SumOver
 from ._operators._naming import named
-from ._passes import FISHERS, Passes
+from ._passes import FISHERS, BatchPasses
 from ._per_sample import Randomness
 from ._picks import Picks
 from ._requirements import check_choice, check_range
@@ -251,12 +251,12 @@ class Problem(Described):
             InputError: There is no such curvature.
             NotDifferentiableError: There is no second derivative.
         """
-        passes = Passes(self, check_choice("curvature", kind, CURVATURES))
+        passes = BatchPasses(self, check_choice("curvature", kind, CURVATURES))
         first = passes.first()
         description = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
         return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, description), kind)
 
-    def _mark(self, kind: str, first: Operator, passes: Passes) -> bool | Callable[[], bool]:
+    def _mark(self, kind: str, first: Operator, passes: BatchPasses) -> bool | Callable[[], bool]:
         """Return whether a curvature is positive, or a function that computes it, batch by batch."""
         if kind == "hessian" or (self.ridge is not None and bool((self.ridge < 0).any())):
             return False
