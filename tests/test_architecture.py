@@ -53,11 +53,13 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
     {
         "_objective",
         "_mixed",
+        "_passes",
         "_reduction",
         "_problem",
     },  # 3 problem
     {
         "_jacobians",
+        "_kronecker",
         "_products",
         "_attribution",
         "_attribution_plot",

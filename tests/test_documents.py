@@ -1,5 +1,6 @@
-"""Every snippet in the documents runs."""
+"""Every snippet in the documents runs; the snippets of a recipe run one after the other."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,11 +8,22 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-SNIPPETS = {
-    f"{path.name}-{number}": code
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
-}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+SNIPPETS = {f"{page.name}-{number}": code for page in PAGES for number, code in enumerate(snippets(page))}
+
+
+def packages(code: str) -> set[str]:
+    """Return what a page imports."""
+    nodes = list(ast.walk(ast.parse(code)))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return whole | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
@@ -20,8 +32,18 @@ def test_the_snippet_runs(name: str) -> None:
     exec(compile(SNIPPETS[name], name, "exec"), {})
 
 
+@pytest.mark.parametrize("page", RECIPES, ids=[page.stem for page in RECIPES])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of packages that are met here
+def test_the_recipe_runs(page: Path) -> None:
+    code = "\n".join(snippets(page))
+    for package in sorted(packages(code)):
+        pytest.importorskip(package, exc_type=ImportError)
+    torch.manual_seed(0)
+    exec(compile(code, page.name, "exec"), {"__name__": page.stem})
+
+
 def test_there_are_snippets_and_links_lead_somewhere() -> None:
     assert len(SNIPPETS) >= 4
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [*PAGES, *RECIPES]:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"

@@ -6,7 +6,7 @@ Which step?         gauss_newton, levenberg_marquardt; jacops.fit, jacops.charts
 Operators           jacobian, hessian, ggn, fisher, empirical_fisher; Problem for sums over a data set
 Products            jvp, vjp, batch_jvp, batch_vjp, model_jvp, model_vjp, hvp, ggnvp
 Whole Jacobians     modjac, full_jacobian, sample_jacobians, sample_gradients; sparse_plan
-Inverses            solve, inverse; jacops.solvers
+Inverses            solve, inverse; kronecker_factors; jacops.solvers
 Before and after    plan (memory and cost of a call), check (a model against finite differences)
 
 jacops.linalg       operators; trace, norm, diagonal, eigenpairs, spectral_density of one
@@ -38,6 +38,7 @@ from ._influence import (
     TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences,
 )
 from ._jacobians import compute_jacobian, full_jacobian, modjac
+from ._kronecker import kronecker_factors
 from ._per_sample import empirical_fisher, sample_gradients, sample_jacobians
 from ._planning import plan
 from ._problem import Problem
@@ -58,10 +59,10 @@ __all__ = [
     "TwiceDifferentiable", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
     "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "empirical_fisher", "errors",
     "fisher", "fit", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "inverse",
-    "jacobian", "jvp", "laplacian", "levenberg_marquardt", "linalg", "load", "model_jvp", "model_vjp", "modjac",
-    "pca_projection", "plan", "project_jacobian", "reduce_contributions", "results", "sample_gradients",
-    "sample_jacobians", "self_influences", "solve", "solvers", "sparse", "sparse_plan", "store", "testing",
-    "verify_jacobian", "vjp",
+    "jacobian", "jvp", "kronecker_factors", "laplacian", "levenberg_marquardt", "linalg", "load", "model_jvp",
+    "model_vjp", "modjac", "pca_projection", "plan", "project_jacobian", "reduce_contributions", "results",
+    "sample_gradients", "sample_jacobians", "self_influences", "solve", "solvers", "sparse", "sparse_plan", "store",
+    "testing", "verify_jacobian", "vjp",
 ]
 # fmt: on
 # isort: on

@@ -18,19 +18,21 @@ from ._framework import TorchOptions, asked, recorded, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Product
+from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._picks import Picks, Wrt, differentiated, variable
 from ._recorded_loss import (
+    CurvatureCallOptions,
     GraphOptions,
     Loss,
-    OperatorOptions,
     check_real,
+    check_source,
     check_usable,
+    located,
     loss_of_output,
     record_loss,
     recordable,
-    resolved,
 )
 from ._runtime.agreement import size
 from ._runtime.contexts import eager, private_noise
@@ -51,9 +53,10 @@ from ._torch.protocol import (
     is_convex,
     positive_everywhere,
     record_at_outputs,
+    record_closure,
 )
 from ._trees import Selector, flatten, hint_at_labels, output_leaves
-from .errors import InputError
+from .errors import InputError, InputTypeError, NotDifferentiableError
 
 
 @keywords()
@@ -92,7 +95,8 @@ def jacobian(
             require grad. Writing into the parameters spoils such an operator.
 
     Returns:
-        An operator from the space of parameters (or inputs) to the space of outputs.
+        An operator from the space of parameters (or inputs) to the space of outputs; `output` is what the model
+        returned.
 
     Raises:
         NotDifferentiableError: No path leads from the output to anything it is differentiated by.
@@ -106,9 +110,7 @@ def jacobian(
         (12, 6)
     """
     picks = differentiated(variable(model, wrt, parameters))
-    if picks is not None and (at[0] if isinstance(at, tuple) else at) is not None:
-        todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
-        raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
+    check_source(picks, at)
     hint_at_labels("jacobian", outputs, inputs)
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
@@ -118,17 +120,27 @@ def jacobian(
         check_real(found.lin)
     else:
         check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
-    operator = LinearizedMap(found.lin, found.output, create_graph=create_graph)
-    return named(operator, "jacobian by inputs" if picks is None else "jacobian")
+    J = LinearizedMap(found.lin, found.output, create_graph=create_graph)
+    named(J, "jacobian by inputs" if picks is None else "jacobian")
+    return with_computed(J, Computed(detached(found.output)))
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
 @made_from("x", "y")
 def hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, *, create_graph: bool = False, **options: Unpack[OperatorOptions]
+    model: nn.Module | Callable[[], Tensor],
+    loss: Loss | None = None,
+    x: Any = None,
+    y: Any = None,
+    *,
+    create_graph: bool = False,
+    **options: Unpack[CurvatureCallOptions],
 ) -> LinearizedMap:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
+
+    Without a loss, `hessian(func, parameters=tensors)` is that of any function without arguments by tensors that it
+    closes over, as in `jvp`: `func` is called once, as it stands, and returns one number.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
     Functions, one product is held against a central difference of gradients first, since torch does not notice a
@@ -140,15 +152,17 @@ def hessian(
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
         create_graph: As in `jacobian`.
-        options: `parameters=` (as in `jacobian`), `outputs=`, `checks=`, `fallback=`, `check_finite=`
-            (results with NaN or Inf raise).
+        options: `parameters=`, `wrt=` and `at=` (as in `jacobian`: by inputs or hidden values), `outputs=`, `checks=`,
+            `fallback=`, `check_finite=` (results with NaN or Inf raise).
 
     Returns:
-        A symmetric operator on the space of parameters.
+        A symmetric operator on the space of parameters. `output` is what the model returned, and
+        `value_and_gradient()` gives the loss and its gradient; neither runs the model again.
 
     Raises:
         NotDifferentiableError: There is no second derivative; the message names the cause.
         InputError: The loss is not one number, or `y` would broadcast.
+        InputTypeError: A function without arguments comes with `x` or `y`, or without `parameters`.
         ModelStateError: No parameter requires grad.
 
     Example:
@@ -158,29 +172,71 @@ def hessian(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _hessian(model, loss, x, y, "hessian", kept=True, create_graph=create_graph, **options)
+    if loss is None and callable(model) and not isinstance(model, nn.Module) and not is_framework_model(model):
+        if create_graph:
+            todo = "Write it as a `jacops.Function` with a loss, or differentiate the closure itself."
+            raise InputError.of("create_graph", "True", "the Hessian of a closure has no graph", todo)
+        return _of_closure(model, x, y, options)
+    options = GraphOptions(**options, create_graph=create_graph)
+    return _hessian(model, loss, x, y, "hessian", kept=True, **options)  # pyright: ignore[reportArgumentType]
+
+
+def _of_closure(func: Any, x: Any, y: Any, options: CurvatureCallOptions) -> LinearizedMap:
+    for name, value in {"x": x, "y": y, **options}.items():
+        if value is not None and name not in ("parameters", "fallback", "check_finite"):
+            needed = "without a loss, a function without arguments is differentiated"
+            raise InputTypeError.of(name, "given", needed, "Pass a module with `loss`, `x` and `y`.")
+    params, fallback = options.get("parameters"), options.get("fallback", "warn")
+    if params is None or isinstance(params, str):
+        needed = "the tensors that a function without arguments is differentiated by are needed"
+        raise InputTypeError.of("parameters", repr(params), needed)
+    found = record_closure(func, params, "hessian", fallback)
+    if not isinstance(found.output, Tensor) or found.output.numel() != 1:
+        shape = tuple(found.output.shape) if isinstance(found.output, Tensor) else type(found.output).__name__
+        raise InputError.of("func()", f"of shape {shape}", "one number is needed", "Take its mean or sum.")
+    check_usable(found.lin)
+    H = named(_unlayered(found, "hessian"), "hessian")  # noqa: N806
+    return with_computed(H, Computed(None, None, found.lin.outputs[0].detach(), partial(_joined, H.lin)))
 
 
 def _hessian(
-    model: nn.Module,
-    loss: Loss,
-    x: Any,
-    y: Any,
-    call: str,
-    *,
-    kept: bool,
-    **options: Unpack[GraphOptions],
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
 ) -> LinearizedMap:
     create_graph = options.pop("create_graph", False)
-    chosen = resolved(model, options)
+    chosen = located(model, options)
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
         there = model.record_loss(loss, x, y, asked(call, **chosen))
-        return LinearizedMap(there.lin, there.output, symmetric=True)
+        H = LinearizedMap(there.lin, there.output, symmetric=True)  # noqa: N806
+        return with_computed(H, Computed(loss=there.output, gradient=partial(model.slope, there)))
     kept = kept and not create_graph
     found = record_loss(model, loss, x, y, call, kept=kept, connected=create_graph, **chosen)
-    operator = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))
-    return replace(operator, create_graph=create_graph)
+    if found.by_inputs:
+        H = named(_unlayered(found, call), "hessian by inputs")  # noqa: N806
+    else:
+        H = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))  # noqa: N806
+    gradient = partial(_joined, H.lin)
+    H = replace(H, create_graph=create_graph)  # noqa: N806
+    return with_computed(H, Computed(detached(found.before), None, found.lin.outputs[0].detach(), gradient))
+
+
+def _unlayered(found: Recording, call: str) -> LinearizedMap:
+    """Return the Hessian by inputs, hidden values or tensors of a closure, for which no layers are taken.
+
+    Raises:
+        NotDifferentiableError: A custom Function may drop its second derivative, which nothing here would show.
+    """
+    functions = found.lin.graph_info.functions
+    if functions:
+        came = f"with the custom Function {', '.join(functions)}"
+        todo = "Take a model's parameters, or `input_hessian`, which are compared with differences."
+        raise NotDifferentiableError.of("the graph", came, f"{call} cannot check its second derivative here", todo)
+    return LinearizedMap(gradient_linearization(found, call), found.output, symmetric=True)
+
+
+def _joined(lin: Any) -> Tensor:
+    """Return the recorded gradient, flat."""
+    return lin.domain.join([part.detach().unsqueeze(0) for part in lin.outputs])[0]
 
 
 def hessian_at(
@@ -231,11 +287,17 @@ def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[d
         raise dropped(lin.call, what, error, found.lin.graph_info.functions)
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
 @made_from("x", "y")
 def ggn(
-    model: nn.Module, loss: Loss, x: Any, y: Any, *, create_graph: bool = False, **options: Unpack[OperatorOptions]
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    *,
+    create_graph: bool = False,
+    **options: Unpack[CurvatureCallOptions],
 ) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
@@ -251,7 +313,7 @@ def ggn(
         A symmetric operator on the space of parameters. It is marked positive for those of torch's own losses that
         are convex in the output, and for any other loss whose Hessian by the output has no negative eigenvalue in
         any sample; that is computed when `positive` is first read, and a loss of more than some hundred outputs has
-        to be diagonal or of a softmax's form to be marked.
+        to be diagonal or of a softmax's form to be marked. `output` and `value_and_gradient()` as in `hessian`.
 
     Raises:
         NotDifferentiableError: As in `hessian`.
@@ -268,20 +330,13 @@ def ggn(
 
 
 def _ggn(
-    model: nn.Module,
-    loss: Loss,
-    x: Any,
-    y: Any,
-    call: str,
-    *,
-    kept: bool,
-    **options: Unpack[GraphOptions],
+    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
 ) -> Operator:
     create_graph = options.pop("create_graph", False)
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
     kept = kept and not create_graph
-    found = recorded(model, x, call=call, kept=kept, connected=create_graph, **resolved(model, options))
+    found = recorded(model, x, call=call, kept=kept, connected=create_graph, **located(model, options))
     return ggn_at(model, found, loss, y, call, kept, create_graph)
 
 
@@ -296,14 +351,19 @@ def ggn_at(
         there = model.record_at_output(found, loss, y, call)
         H = LinearizedMap(there.lin, there.output, symmetric=True)
         convex = partial(positive_everywhere, H._apply, output_leaves(found.output)[0])
-        return Product(Product(J.T, replace(H, mark=convex)), J)
+        known = Computed(found.output, None, there.output, lambda: J._apply_transpose(model.slope(there)[None])[0])
+        return with_computed(Product(Product(J.T, replace(H, mark=convex)), J), known)
     y = recordable(y, kept)
     outer = record_at_outputs(found, loss_of_output(loss, y), loss, call, create_graph)
-    H = LinearizedMap(gradient_linearization(outer, call), outer.output, symmetric=True)
+    slope = gradient_linearization(outer, call)
+    H = LinearizedMap(slope, outer.output, symmetric=True)
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
     )
     product = Product(Product(J.T, H), J)
+    known = Computed(detached(found.output), None, outer.lin.outputs[0].detach(), lambda: _pulled(J, slope))
+    if found.by_inputs:
+        return with_computed(named(product, "ggn by inputs"), known)
     rows, name = product._apply, "Gauss-Newton matrix by layers"
     layers = partial(gauss_newton_layers, found.lin, H._apply, rows)
     entries = partial(gauss_newton_diagonal, found.lin, H._apply, rows)
@@ -311,7 +371,12 @@ def ggn_at(
     if create_graph:  # what is formed without a graph is formed as ever
         J, H = replace(J, create_graph=True), replace(H, create_graph=True)
         product = Product(Product(J.T, H), J)
-    return replace(product, formed=formed)
+    return with_computed(replace(product, formed=formed), known)
+
+
+def _pulled(J: LinearizedMap, slope: Any) -> Tensor:  # noqa: N803
+    """Return the gradient by the parameters, from that by the output."""
+    return J._apply_transpose(_joined(slope)[None])[0]
 
 
 def _leading(x: Any, y: Any) -> list[int]:
@@ -320,7 +385,7 @@ def _leading(x: Any, y: Any) -> list[int]:
     return [tensor.shape[0] for tensor in tensors if tensor.shape[0]]
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
 def hvp(
     model: nn.Module,
@@ -330,7 +395,7 @@ def hvp(
     v: Any,
     *,
     create_graph: bool = False,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[CurvatureCallOptions],
 ) -> Any:
     """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name.
 
@@ -339,7 +404,7 @@ def hvp(
     return _for_one_product(model, loss, x, y, _hessian, "hvp", create_graph=create_graph, **options) @ v
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
 def ggnvp(
     model: nn.Module,
@@ -349,7 +414,7 @@ def ggnvp(
     v: Any,
     *,
     create_graph: bool = False,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[CurvatureCallOptions],
 ) -> Any:
     """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`; `create_graph` is as in `hvp`."""
     return _for_one_product(model, loss, x, y, _ggn, "ggnvp", create_graph=create_graph, **options) @ v

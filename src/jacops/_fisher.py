@@ -18,10 +18,11 @@ from ._derivatives import ggn_at
 from ._framework import likelihood_at, recorded
 from ._keywords import keywords
 from ._operators import LinearizedMap, Operator, Scaled
+from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
 from ._per_sample import sample_gradients
-from ._recorded_loss import Loss, OperatorOptions, resolved
+from ._recorded_loss import CurvatureCallOptions, Loss, OperatorOptions, located
 from ._requirements import check_choice, check_positive, check_whole
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws
@@ -35,7 +36,7 @@ KINDS = ("exact", "monte_carlo", "empirical")
 _WEIGHTS = ("weight", "pos_weight")
 
 
-@keywords(OperatorOptions)
+@keywords(CurvatureCallOptions)
 @eager
 @made_from("x", "y")
 def fisher(
@@ -48,7 +49,7 @@ def fisher(
     samples: int = 1,
     seed: int = 0,
     first: int = 0,
-    **options: Unpack[OperatorOptions],
+    **options: Unpack[CurvatureCallOptions],
 ) -> Operator:
     r"""Return the Fisher matrix of one batch, as an operator on the space of parameters.
 
@@ -102,13 +103,17 @@ def fisher(
     check_choice("kind", kind, KINDS)
     check_positive("samples", samples)
     check_whole("first", first, 0)
-    losses, asked = RowLosses(loss), resolved(model, options)
+    losses, asked = RowLosses(loss), located(model, options)
 
     def record() -> Any:
         return recorded(model, x, call="fisher", kept=True, **asked)
 
     if kind == "empirical":
-        made = empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **asked), record)
+        if asked.get("parameters") is None or "at" in asked:
+            needed = "gradients of samples are by the parameters"
+            raise InputError.of("kind", "'empirical' with `wrt='inputs'` or `at=`", needed, "Take another kind.")
+        rows: OperatorOptions = {k: v for k, v in asked.items() if k != "at"}  # pyright: ignore[reportAssignmentType]
+        made = empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **rows), record)
     else:
         made = fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
     return named(made, "fisher" if kind == "exact" else f"{kind}_fisher")
@@ -130,19 +135,20 @@ def fisher_at(
     """
     _refuse_weights(losses.loss, kind)
     found = record()
+    handed = Computed(detached(found.output))  # no loss: labels may be made up
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
-        return ggn_at(model, found, losses.scalar, y, "ggn")
+        return with_computed(ggn_at(model, found, losses.scalar, y, "ggn"), handed)
     output = _one_tensor(output_leaves(found.output)[0]).detach()
     likelihood = known_likelihood(losses, output, y) or likelihood_at(model, found, losses, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)
     if kind == "exact":
         labels = label_like(likelihood.kind, output, losses.loss) if y is None else y
-        return ggn_at(model, found, losses.scalar, labels, "ggn")
+        return with_computed(ggn_at(model, found, losses.scalar, labels, "ggn"), handed)
     scores = likelihood.draw(output, draws, samples)
     J = LinearizedMap(found.lin, found.output)
     rows = _Scores(found.lin.codomain, scores) @ J
-    return Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows))
+    return with_computed(Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows)), handed)
 
 
 def empirical_fisher(
@@ -161,9 +167,9 @@ def empirical_fisher(
 
     terms, total = row_scale(losses, y, rows, computed)
     if bool((terms == terms[0]).all()):
-        return float(terms[0]) ** 2 / total * (G.T @ G)
+        return with_computed(float(terms[0]) ** 2 / total * (G.T @ G), G.computed or Computed())
     scaled = G.scaled(terms)
-    return 1.0 / total * (scaled.T @ scaled)
+    return with_computed(1.0 / total * (scaled.T @ scaled), G.computed or Computed())
 
 
 def _moments(rows: Operator, directions: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
 from ._torch.protocol import Reduction, RowLosses, Weighted, bare, is_convex, parameter_names, weights_of
-from ._trees import flatten
+from ._trees import Selector, flatten
 from .errors import InputError, InputTypeError, NotDifferentiableError
 from .solvers._output_loss import LossAtOutput
 
@@ -263,11 +263,7 @@ class Objective:
 
     @eager
     def value(self, x: Any, y: Any) -> float:
-        """Return the loss of a batch.
-
-        Raises:
-            NonFiniteError: It is NaN or Inf; the message names what holds the first NaN or Inf.
-        """
+        """Return the loss of a batch, which must be finite: else the message names what holds NaN or Inf."""
         if self.foreign:
             return self.model.value(self.loss, x, y, SweepOptions("value", self.picks))
         value = float(self.recorded_loss(x, y, "value").lin.outputs[0].detach())
@@ -286,15 +282,21 @@ class Objective:
             found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks, shift=shift)
         return float(found.lin.outputs[0].detach())
 
-    @eager
     def gradient(self, x: Any, y: Any) -> Tensor:
         """Return the gradient `(P,)` of a batch's loss."""
         if self.foreign:
             return self.model.gradient(self.loss, x, y, SweepOptions("gradient", self.picks))
-        lin = self.recorded_loss(x, y, "gradient").lin
+        return self.value_and_gradient(x, y, "gradient")[1]
+
+    @eager
+    def value_and_gradient(self, x: Any, y: Any, call: str = "value_and_gradient") -> tuple[float, Tensor]:
+        """Return the loss of a batch and its gradient `(P,)`, which must be finite, from one forward."""
+        if self.foreign:
+            return self.value(x, y), self.gradient(x, y)
+        lin = self.recorded_loss(x, y, call).lin
         rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
-        check_finite("gradient", rows, lin.domain.names, lin, data={"x": x, "y": y})
-        return lin.domain.join(rows)[0].detach()
+        check_finite(call, rows, lin.domain.names, lin, data={"x": x, "y": y})
+        return float(lin.outputs[0].detach()), lin.domain.join(rows)[0].detach()
 
     @restoring
     def hessian(self, x: Any, y: Any) -> Operator:
@@ -345,9 +347,10 @@ class Objective:
         rows = gradients_at(self.model, self.losses.scalar, given, self.seed, self._picked, record)
         return with_source(rows, Source(call, {"x": x, "y": y}))
 
-    def sample_jacobians(self, x: Any) -> LayerFactors:
-        """Return `(n * K, P)`, rows of the output's Jacobian of every sample alone."""
-        return jacobians_at(self.model, SampleInputs(x), None, self.seed, self._picked, self._record(x, "leverage"))
+    def sample_jacobians(self, x: Any, outputs: Selector = None) -> LayerFactors:
+        """Return `(n * K, P)`, rows of the Jacobian of every sample alone, of the output or a part of it."""
+        record = None if outputs is not None else self._record(x, "leverage")
+        return jacobians_at(self.model, SampleInputs(x), outputs, self.seed, self._picked, record)
 
     def _record(self, x: Any, call: str) -> Callable[[], Any] | None:
         """Return what records a batch that is kept; None for any other."""

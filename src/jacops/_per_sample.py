@@ -15,6 +15,7 @@ from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._loaders import joined
 from ._operators import LayerFactors, Operator
+from ._operators._computed import Computed, with_computed
 from ._operators._finite_results import made_from
 from ._picks import trainable
 from ._recorded_loss import (
@@ -36,6 +37,7 @@ from ._torch.protocol import (
     Definition,
     Recording,
     Rows,
+    RowSlopes,
     SampleFactors,
     Shared,
     bare,
@@ -106,7 +108,8 @@ def sample_gradients(
 
     Returns:
         An operator from the space of parameters to one row per sample; `G @ v`, `G.T @ u`, `G.gram()`, `G.norms()`,
-        `G.column_squares()` and `G.dense()`. Its repr says what is held and how it was computed.
+        `G.column_squares()` and `G.dense()`; `G.losses`, `(n,)`, and `G.output` are what was computed on the way. Its
+        repr says what is held and how it was computed.
 
     Raises:
         ModelStateError: Batch statistics or dropout are in train mode; the message names the module.
@@ -155,7 +158,7 @@ def gradients_at(
             return record()
         return record_model(model, tree.build(some)[0], call="sample_gradients", **options)
 
-    def cotangents(batch: Recording, values: Sequence[Tensor]) -> list[Tensor | None]:
+    def cotangents(batch: Recording, values: Sequence[Tensor]) -> RowSlopes:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
             return batch.tree.build(outputs), tree.build([*values[:inputs], *targets])[1]
 
@@ -199,7 +202,8 @@ def sample_jacobians(
         options: As in `hessian`.
 
     Returns:
-        An operator from the space of parameters to `(n, *output)`. `gram()` is the empirical neural tangent kernel.
+        An operator from the space of parameters to `(n, *output)`. `gram()` is the empirical neural tangent kernel;
+        `output` are the outputs themselves.
 
     Raises:
         ModelStateError: As in `sample_gradients`.
@@ -292,17 +296,19 @@ def _factors(
     found = SampleFactors(what)
     domain = found.lin.domain
     missing = [domain.names[leaf] for leaf in found.collected.missing]
-    return LayerFactors(
-        found.collected.parts(), domain, rows(found.output.detach().to(domain.dtype), n), missing, found.route
-    )
+    space = rows(found.output.detach().to(domain.dtype), n)
+    made = LayerFactors(found.collected.parts(), domain, space, missing, found.route)
+    return with_computed(made, Computed(found.computed.output, found.computed.losses))
 
 
 def _no_rows(model: nn.Module, what: Definition, options: RecordOptions) -> LayerFactors:
-    named = {n: p for n, p in parameter_names(bare(model)).items() if options.get("parameters", trainable)(n, p)}
+    picks = options.get("parameters") or trainable
+    named = {n: p for n, p in parameter_names(bare(model)).items() if picks(n, p)}
     domain = Space.of(named.values(), named)
     parts = [Rows(p.detach().new_zeros(0, 1, *matrix_shape(p.shape))) for p in named.values()]
-    rows = Space.flat(0, "rows", torch.zeros(0, dtype=domain.dtype, device=domain.device))
-    return LayerFactors(parts, domain, rows, route="no samples")
+    none = torch.zeros(0, dtype=domain.dtype, device=domain.device)
+    made = LayerFactors(parts, domain, Space.flat(0, "rows", none), route="no samples")
+    return with_computed(made, Computed(losses=none if what.cotangents else None))
 
 
 def checked_seed(randomness: Randomness, seed: int | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -17,17 +18,18 @@ from ._objective import Objective, ObjectiveOptions
 from ._operators import Operator
 from ._operators._data import StackOver, SumOver
 from ._operators._naming import named
+from ._passes import FISHERS, BatchPasses
 from ._per_sample import Randomness
 from ._picks import Picks
 from ._requirements import check_choice, check_range
 from ._space import Space
 from ._torch.protocol import Reduction
+from ._trees import Selector
 from .errors import DataError, InputError, InputTypeError, ModelStateError
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"]
 CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher")
 _KEPT_BYTES = 2**29  # 512 MiB of linearised batches: more are recorded again in every pass
-_FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo"}
 
 
 class ProblemOptions(ObjectiveOptions, total=False):
@@ -192,15 +194,35 @@ class Problem(Described):
         for number, (_, (batch, _), term, factor) in enumerate(self.terms("value")):
             with InBatch(number):
                 total += factor * term.value(batch.x, batch.y)
-        return total + (0.0 if self.ridge is None else 0.5 * float((self.ridge * self.objective.point() ** 2).sum()))
+        return total + self._quadratic()[0]
 
     def gradient(self) -> Tensor:
         """Return the gradient `(P,)` of the objective, its quadratic term included."""
-        total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        for number, (_, (batch, _), term, factor) in enumerate(self.terms("gradient")):
+        return self.value_and_gradient()[1]
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """Return the objective and its gradient `(P,)`, its quadratic term included, from one pass.
+
+        The model runs once for every batch (and for the first one of a new kind on a few rows more, which verify how
+        the loss reduces them).
+
+        Raises:
+            NonFiniteError: A gradient holds NaN or Inf.
+        """
+        value, gradient = self._quadratic()
+        for number, (_, (batch, _), term, factor) in enumerate(self.terms("value_and_gradient")):
             with InBatch(number):
-                total.add_(term.gradient(batch.x, batch.y), alpha=factor)
-        return total if self.ridge is None else total + self.ridge * self.objective.point()
+                own, slope = term.value_and_gradient(batch.x, batch.y)
+            value += factor * own
+            gradient.add_(slope, alpha=factor)
+        return value, gradient
+
+    def _quadratic(self) -> tuple[float, Tensor]:
+        """Return the quadratic term and its gradient."""
+        if self.ridge is None:
+            return 0.0, torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
+        point = self.objective.point()
+        return 0.5 * float((self.ridge * point**2).sum()), self.ridge * point
 
     def hessian(self) -> SumOver:
         """Return the Hessian of the objective."""
@@ -219,7 +241,7 @@ class Problem(Described):
         Raises:
             InputError: There is no such kind.
         """
-        names = {value: name for name, value in _FISHERS.items()}
+        names = {value: name for name, value in FISHERS.items()}
         return self.curvature(names[check_choice("kind", kind, tuple(names))])
 
     def curvature(self, kind: str) -> SumOver:
@@ -231,12 +253,12 @@ class Problem(Described):
             InputError: There is no such curvature.
             NotDifferentiableError: There is no second derivative.
         """
-        passes = _Passes(self, check_choice("curvature", kind, CURVATURES))
+        passes = BatchPasses(self, check_choice("curvature", kind, CURVATURES))
         first = passes.first()
         description = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
         return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, description), kind)
 
-    def _mark(self, kind: str, first: Operator, passes: _Passes) -> bool | Callable[[], bool]:
+    def _mark(self, kind: str, first: Operator, passes: BatchPasses) -> bool | Callable[[], bool]:
         """Return whether a curvature is positive, or a function that computes it, batch by batch."""
         if kind == "hessian" or (self.ridge is not None and bool((self.ridge < 0).any())):
             return False
@@ -269,6 +291,44 @@ class Problem(Described):
         rows = Space.flat(batches.rows, "samples", torch.empty(0, dtype=self.space.dtype, device=self.space.device))
         return named(StackOver(parts, self.space, rows), "sample_gradients")
 
+    def jacobian(self, data: Any = None, *, outputs: Selector = None) -> StackOver:
+        """Return the Jacobian of the model's outputs by the parameters, rows of all samples, as `(n * k, P)`.
+
+        Rows are entries of the outputs, sample by sample, each sample alone as in `sample_jacobians`. A product makes
+        one pass over the data, and holds the factors of one batch at a time beside what the problem keeps.
+
+        Args:
+            data: Other data than the problem's own.
+            outputs: Part of the output, as in `jacobian`; what it picks must be one tensor.
+
+        Raises:
+            DataError: There are no rows.
+            InputError: The output is not one tensor, or its shape changes between batches.
+
+        Example:
+            >>> data = [(torch.eye(2), torch.zeros(2, 1)), (torch.ones(1, 2), torch.zeros(1, 1))]
+            >>> J = Problem(torch.nn.Linear(2, 1, bias=False), torch.nn.functional.mse_loss, data).jacobian()
+            >>> J.dense()
+            tensor([[1., 0.],
+                    [0., 1.],
+                    [1., 1.]])
+        """
+        batches = self.data if data is None else Batches.of(data, "data", self.data.unpack)
+        unchanged = self.objective.unchanged()
+
+        def parts() -> Iterator[tuple[float, Operator]]:
+            unchanged("Problem.jacobian")
+            for batch in batches.tracked("jacobian", self.progress):
+                if batch.rows:
+                    yield 1.0, self.at(batch).objective.sample_jacobians(batch.x, outputs)
+
+        first = next((part for _, part in parts()), None)
+        if first is None:
+            raise DataError.of(batches.name, "without rows", "at least one is needed")
+        own = first.codomain
+        rows = replace(own, shapes=(torch.Size((batches.rows, *own.shapes[0][1:])),))
+        return named(StackOver(parts, self.space, rows), "jacobian")
+
     def fingerprint(self) -> dict[str, str]:
         """Return digests of what the objective is made of beside its data, by part."""
         return {
@@ -292,70 +352,6 @@ class Problem(Described):
         quadratic = "" if self.ridge is None else f", l2 {self.l2}"
         facts = [("parameters", self.space.layout)]
         return Description(f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})", facts)
-
-
-class _Passes:
-    """Linearised batches, again and again; those that fit into memory are kept from the first pass on."""
-
-    def __init__(self, problem: Problem, kind: str) -> None:
-        self.problem, self.kind = problem, kind
-        self._kept: list[tuple[float, Operator]] = []
-        self._held, self._whole = 0, False
-        self._unchanged = problem.objective.unchanged()
-
-    def first(self) -> Operator:
-        """Linearise the first batch that counts.
-
-        Raises:
-            DataError: There is none.
-        """
-        for _, part in self():
-            return part
-        raise DataError.of(self.problem.data.name, "without rows", "at least one is needed")
-
-    def __call__(self) -> Iterator[tuple[float, Operator]]:
-        """Yield the factor and the curvature of every batch."""
-        if self._whole:
-            yield from self._kept
-            return
-        self.check()
-        count = 0
-        for number, (row, point, term, factor) in enumerate(self.problem.terms(self.kind)):
-            count += 1
-            if number < len(self._kept):
-                yield self._kept[number]
-                continue
-            with InBatch(number):
-                part = self._made(term, point.batch, row)
-            held = self._held + part.nbytes - self.problem.keep(point)
-            if number == len(self._kept) and held <= self.problem.room:
-                self._held = held
-                self._kept.append((factor, part))
-            yield factor, part
-            del part  # whoever took it decides how long it lives
-        self._whole = count == len(self._kept)
-
-    def check(self) -> None:
-        """Refuse to run a model again that changed since the first pass: sums would mix two points.
-
-        Raises:
-            ModelStateError: It did; the message names the parameter.
-        """
-        self._unchanged(f"Problem.{self.kind}")
-
-    def will_hold(self, each: int) -> int:
-        """Return the bytes that the next pass holds beside what is kept already, for batches of `each` bytes."""
-        left = each * (0 if self._whole else self.problem.data.count - len(self._kept))
-        return min(left, self.problem.room - self._held + each)
-
-    def _made(self, term: Objective, batch: Batch, row: int) -> Operator:
-        if self.kind not in _FISHERS:
-            build: Callable[..., Operator] = getattr(term, self.kind)
-            return build(batch.x, batch.y)
-        if batch.weights is not None:
-            todo = "Take the GGN, which is the Fisher matrix for the usual losses."
-            raise InputError.of("curvature", repr(self.kind), "a Fisher matrix takes no sample weights", todo)
-        return term.fisher(_FISHERS[self.kind], batch.x, batch.y, row)
 
 
 def _objective(model: Any, loss: Any, options: ObjectiveOptions) -> Objective:

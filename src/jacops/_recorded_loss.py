@@ -8,10 +8,10 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor, nn
 
 from ._ladder.protocol import Picked
-from ._picks import Picks, picked, trainable
+from ._picks import Picks, Wrt, differentiated, picked, trainable, variable
 from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
-from ._torch.protocol import Linearization, Recording, call_loss, record_further, record_model
+from ._torch.protocol import At, Linearization, Recording, call_loss, record_further, record_model
 from ._trees import Selector, flatten
 from .errors import InputError, InputTypeError, NotDifferentiableError
 
@@ -27,7 +27,7 @@ class RecordOptions(TypedDict, total=False):
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
     """
 
-    parameters: Picked
+    parameters: Picked | None
     checks: str
     fallback: str
 
@@ -68,7 +68,19 @@ class OperatorOptions(RowOptions, total=False):
     outputs: Selector
 
 
-class GraphOptions(OperatorOptions, total=False):
+class CurvatureCallOptions(OperatorOptions, total=False):
+    """Options of `hessian`, `ggn` and `fisher`.
+
+    Attributes:
+        wrt: `"parameters"`, or `"inputs"` (those of floating point).
+        at: A submodule's path to differentiate by its output, as in `jacobian`; needs `wrt="inputs"`.
+    """
+
+    wrt: Wrt
+    at: At
+
+
+class GraphOptions(CurvatureCallOptions, total=False):
     """Options of an operator that may keep the graph of its products.
 
     Attributes:
@@ -78,12 +90,46 @@ class GraphOptions(OperatorOptions, total=False):
     create_graph: bool
 
 
+def located(model: Any, options: Mapping[str, Any]) -> LocatedOptions:
+    """Return the options of `hessian`, `ggn` or `fisher`, with what is differentiated as `parameters`, None for inputs.
+
+    Raises:
+        InputError: They contradict each other.
+    """
+    wrt, at = options.get("wrt", "parameters"), options.get("at")
+    rest = {name: value for name, value in options.items() if name not in ("wrt", "parameters", "at")}
+    picks = differentiated(variable(model, wrt, options.get("parameters")))
+    check_source(picks, at)
+    return {**rest, "parameters": picks, **({} if at is None else {"at": at})}  # pyright: ignore[reportReturnType]
+
+
+def check_source(picks: Picked | None, at: At) -> None:
+    """Refuse to differentiate by parameters from a hidden layer on.
+
+    Raises:
+        InputError: That is asked for.
+    """
+    if picks is not None and (at[0] if isinstance(at, tuple) else at) is not None:
+        todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
+        raise InputError.of("at", repr(at), "a source other than the input cuts the parameters before it off", todo)
+
+
 def resolved(model: Any, options: Mapping[str, Any]) -> CurvatureOptions:
     """Return the options of a public call, with a function of name and parameter as `parameters`."""
     return {**options, "parameters": picked(model, options.get("parameters"))}  # pyright: ignore[reportReturnType]
 
 
-class LossOptions(CurvatureOptions, total=False):
+class LocatedOptions(CurvatureOptions, total=False):
+    """How a model with a loss is recorded, as a whole or cut.
+
+    Attributes:
+        at: A cut at submodules.
+    """
+
+    at: At
+
+
+class LossOptions(LocatedOptions, total=False):
     """How a loss is recorded.
 
     Attributes:

@@ -9,7 +9,9 @@ from ._estimators import (
     diagonal,
     effective_dimension,
     eigenpairs,
+    logdet,
     norm,
+    singular_values,
     spectral_density,
     spectral_norm,
     trace,
@@ -22,6 +24,6 @@ from .solvers import inverse_quadratic_bounds
 __all__ = [
     "Diagonal", "DiagonalEstimate", "Eigenpairs", "Estimate", "Identity", "LayerFactors", "Matrix", "Operator", "Space",
     "SpectralDensity", "SpectralNorm", "diagonal", "effective_dimension", "eigenpairs", "eye",
-    "inverse_quadratic_bounds", "norm", "spectral_density", "spectral_norm", "trace",
+    "inverse_quadratic_bounds", "logdet", "norm", "singular_values", "spectral_density", "spectral_norm", "trace",
 ]
 # fmt: on

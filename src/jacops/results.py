@@ -8,12 +8,13 @@ from ._projections import Projection
 from .fit import LeastSquaresResult
 from .linalg import DiagonalEstimate, Eigenpairs, Estimate, SpectralDensity, SpectralNorm
 from .solvers import Solution
+from .solvers._kronecker_factors import KroneckerFactors
 from .sparse import SparseJacobian
 
 # fmt: off
 __all__ = [
     "Check", "Contributions", "DiagonalEstimate", "Eigenpairs", "Estimate", "InfluenceFactors", "Influences",
-    "InverseHvpResult", "JacobianVerification", "LeastSquaresResult", "Plan", "PlannedRoute", "Projection", "Solution",
-    "SparseJacobian", "SpectralDensity", "SpectralNorm",
+    "InverseHvpResult", "JacobianVerification", "KroneckerFactors", "LeastSquaresResult", "Plan", "PlannedRoute",
+    "Projection", "Solution", "SparseJacobian", "SpectralDensity", "SpectralNorm",
 ]
 # fmt: on

@@ -6,6 +6,7 @@ from ._eigenpairs import Eigenpairs, eigenpairs
 from ._norms import SpectralNorm, norm, spectral_norm
 from ._probes import Estimate
 from ._trace import trace
+from ._volumes import logdet, singular_values
 
 __all__ = [
     "DiagonalEstimate",
@@ -16,7 +17,9 @@ __all__ = [
     "diagonal",
     "effective_dimension",
     "eigenpairs",
+    "logdet",
     "norm",
+    "singular_values",
     "spectral_density",
     "spectral_norm",
     "trace",

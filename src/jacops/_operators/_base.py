@@ -21,6 +21,7 @@ from .._space import Space
 from .._torch.protocol import ByLayers
 from ..errors import InputError
 from ._arithmetic import COMPOSED, Arithmetic, ScalarIdentity, not_a_tensor
+from ._computed import Computed
 from ._dense import DENSE, DenseAsk, Held, dense_ask, matrix_place, one_by_one
 from ._finite_results import Source, check_result, leaves_of
 from ._graphs import keeps_graph
@@ -49,6 +50,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         create_graph: Its products keep their graph, whatever its parts do.
         source: The call and the data that it was made from, for messages.
         meaning: What it is, where it is more than what it is made of.
+        computed: What was computed on the way to it, where that is of a single batch.
     """
 
     symmetric: bool = False
@@ -58,6 +60,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
     create_graph: bool = False
     source: Source | None = None
     meaning: Meaning | None = None
+    computed: Computed | None = None
 
     @property
     @abstractmethod
@@ -81,6 +84,27 @@ class Operator(Arithmetic, Savable, ABC, Described):
     def shape(self) -> tuple[int, int]:
         """Rows and columns, `(m, n)`."""
         return self.codomain.dim, self.domain.dim
+
+    @property
+    def output(self) -> Any:
+        """The model's output on the batch (the part that was picked), as it was; None where there is no single one."""
+        return None if self.computed is None else self.computed.output
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """Return the loss that a `hessian` or `ggn` of one batch is of, and its gradient `(P,)`, at the same point.
+
+        The model does not run again: a Hessian has both already, a Gauss-Newton matrix takes one backward sweep.
+
+        Raises:
+            InputError: The operator is not the curvature of a loss on one batch.
+            ModelStateError: A parameter was written into since, and the sweep is not done yet.
+            NonFiniteError: The gradient holds NaN or Inf.
+        """
+        known = self.computed
+        if known is None or known.loss is None or known.gradient is None:
+            needed, todo = "`hessian` or `ggn` of a loss on one batch is needed", "A `Problem` has it for all its data."
+            raise InputError.of("the operator", f"a {self.name}", needed, todo)
+        return float(known.loss), check_result(self, known.gradient(), "the gradient")
 
     @property
     def nbytes(self) -> int:

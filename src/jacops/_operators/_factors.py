@@ -56,6 +56,11 @@ class LayerFactors(Operator):
         return self.rows
 
     @property
+    def losses(self) -> Tensor | None:
+        """The loss of every sample alone, `(n,)`, where the rows are gradients of losses."""
+        return None if self.computed is None else self.computed.losses
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are held, memory shared by two parameters counted once."""
         storages = {
@@ -131,6 +136,15 @@ class LayerFactors(Operator):
             for part in self.parts:
                 total += part.gram()
             return check_result(self, total, "the Gram matrix")
+
+    @eager
+    def sample_grams(self) -> Tensor:
+        r"""Return $J_i J_i^\top$ of every sample's own k rows, `(samples, k, k)`, the diagonal blocks of `gram()`.
+
+        Positions are paired where that costs less than forming the rows, as for few outputs of wide layers.
+        """
+        grams = torch.stack([part.sample_grams() for part in self.parts]).sum(0)
+        return check_result(self, grams, "the Gram matrix of a sample")
 
     @eager
     def squared_norms(self) -> Tensor:

@@ -108,7 +108,7 @@ def _origin_in_words(operator: Operator) -> str:
 def _origin(operator: Operator) -> str | None:
     if operator.source is not None and (row := row_in_data(operator.source.data)) is not None:
         return row
-    output = getattr(operator, "output", None)
+    output = getattr(operator, "value", None)
     if isinstance(output, Tensor) and output.ndim and (row := row_in_data({"the output": output})) is not None:
         return row
     passes: Any = getattr(operator, "parts", None)
@@ -153,7 +153,7 @@ def _check_losses(operator: Any) -> None:
     Raises:
         NonFiniteError: It is.
     """
-    value = getattr(operator, "output", None)
+    value = getattr(operator, "value", None)
     if isinstance(value, Tensor) and value.ndim == 0 and not is_finite(value):
         raise NonFiniteError(f"{_name(operator)}: the loss is {value.item()}{_origin_in_words(operator)}")
     for part in parts_of(operator):

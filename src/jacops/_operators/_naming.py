@@ -23,6 +23,8 @@ MEANINGS = {
     "jacobian": Meaning("Jacobian", "df / dθ"),
     "jacobian by inputs": Meaning("Jacobian", "df / dx"),
     "hessian": Meaning("Hessian", "d²loss / dθ²"),
+    "hessian by inputs": Meaning("Hessian", "d²loss / dx²"),
+    "ggn by inputs": Meaning("GaussNewton", "Jᵀ (d²loss / df²) J, J = df / dx"),
     "ggn": Meaning("GaussNewton", "Jᵀ (d²loss / df²) J"),
     "fisher": Meaning("Fisher", "E[g gᵀ] over the model's labels, g = d log p / dθ"),
     "monte_carlo_fisher": Meaning("MonteCarloFisher", "mean of g gᵀ over drawn labels, g = d log p / dθ"),

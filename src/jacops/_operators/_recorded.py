@@ -25,7 +25,7 @@ class LinearizedMap(Operator):
 
     Attributes:
         lin: What was recorded, by any framework.
-        output: What the function returned there, detached.
+        value: What the function returned there.
         symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
         mark: Whether it is positive semi-definite, or a function that computes that when it is first read.
         formed: A cheaper way to its matrix than products, if there is one.
@@ -33,7 +33,7 @@ class LinearizedMap(Operator):
     """
 
     lin: Linearized
-    output: Any = None
+    value: Any = None
     symmetric: bool = False
     mark: bool | Callable[[], bool] = False
     formed: ByLayers | None = None

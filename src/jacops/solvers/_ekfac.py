@@ -13,10 +13,12 @@ from .._operators import Operator
 from .._operators._eigen_blocks import EigenBlocks, covered, ridge_values
 from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
+from .._space import Space
 from ..errors import InputError
 from ._base import Prepared, Solver
 from ._judge import Raw
-from ._kronecker_passes import Fisher, Passes, check_source, estimated
+from ._kronecker_factors import KroneckerFactors
+from ._kronecker_passes import Fisher, Passes, Piece, check_source, corrected, summed
 from ._kronecker_sums import Basis
 from ._solution import Status
 from ._system import System, shifted
@@ -91,17 +93,20 @@ class EKFAC(Solver):
         check_positive("draws", self.draws)
 
     @eager
-    def approximate(self, operator: Operator) -> EigenBlocks:
+    def approximate(self, operator: Operator, factors: KroneckerFactors | None = None) -> EigenBlocks:
         """Return the approximation to a curvature operator, its quadratic term included.
 
         Args:
             operator: Of a `Problem`, such as `problem.ggn()` or `problem.hessian()`.
+            factors: From `kronecker_factors`; the first pass over the data is left out, and the eigenvectors are theirs
+                (biases are taken jointly).
 
         Returns:
             A positive operator with `inverse(damping)`, `eigenvalues` and `coverage`.
 
         Raises:
-            InputError: The operator is of something else, or the loss has no positive curvature by samples.
+            InputError: The operator is of something else, the loss has no positive curvature by samples, or the factors
+                are of other parameters.
             NonFiniteError: An output or a gradient is NaN or Inf.
             ModelStateError: The model changed since the operator was made.
         """
@@ -111,9 +116,16 @@ class EKFAC(Solver):
         operator.parts.check()  # pyright: ignore[reportAttributeAccessIssue]
         fisher = self.fisher if self.fisher != "auto" else _asked(operator)
         passes = Passes(operator.problem, fisher, self.draws, self.seed)  # pyright: ignore[reportAttributeAccessIssue]
-        basis = Basis(self.weighted, self.widest)
-        blocks, noise = estimated(passes, operator.domain, self.corrected, self.exact_up_to, basis)
-        return _with_ridge(EigenBlocks(operator.domain, blocks, noise), getattr(operator, "ridge", None))
+        space, kept = operator.domain, list[Piece]()
+        if factors is None:
+            basis = Basis(self.weighted, self.widest)
+            sums, noise = summed(passes, space, basis, self.exact_up_to, kept if self.corrected else None)
+        else:
+            _check_space(factors, space)
+            sums, noise = tuple(own.times(1.0) for own in factors.sums), factors.drawn
+        blocks = corrected(sums, passes, kept) if self.corrected else tuple(own.block() for own in sums)
+        found = EigenBlocks(space, blocks, None if noise is None else noise.value)
+        return _with_ridge(found, getattr(operator, "ridge", None))
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> PreparedEKFAC:
         """Estimate the curvature, by one or two passes over the data."""
@@ -179,6 +191,11 @@ def _fitted(factors: EigenBlocks, operator: Operator) -> EigenBlocks:
 def _asked(operator: Operator) -> Fisher:
     """Return which curvature an operator itself is."""
     return _SAID.get(getattr(getattr(operator, "parts", None), "kind", ""), "auto")
+
+
+def _check_space(factors: KroneckerFactors, space: Space) -> None:
+    if (factors.space.names, factors.space.shapes) != (space.names, space.shapes):
+        raise InputError.of("factors", f"of {factors.space.layout}", f"they must be of {space.layout}")
 
 
 def _with_ridge(found: EigenBlocks, ridge: Tensor | None) -> EigenBlocks:

@@ -32,6 +32,13 @@ class Noise:
             self._totals = self._totals + factor * squares.sum(1).cpu()
             self._squares = self._squares + factor**2 * squares.square().sum(1).cpu()
 
+    def plus(self, other: Noise, factor: float = 1.0) -> Noise:
+        """Return the sums over two data sets, the second of which enters with a factor."""
+        total = Noise()
+        total._totals = self._totals + factor * other._totals
+        total._squares = self._squares + factor**2 * other._squares
+        return total
+
     @property
     def value(self) -> float:
         """The relative standard error of a quadratic form, estimated from above as `relative_noise` does."""

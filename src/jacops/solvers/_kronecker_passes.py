@@ -26,8 +26,8 @@ from ._output_loss import LossAtOutput
 Fisher = Literal["auto", "exact", "monte_carlo", "empirical"]
 _EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one: as many as share one pass
 _FEW = 32  # samples recorded together where parameters need a sweep for each, which runs through all of them
-_SWEEP_ENTRIES = 2**23  # cotangents at all uses that are held at a time: 32 MiB in float32
 _KEPT_ENTRIES = 2**23  # what is kept of the first pass for the second: 32 MiB in float32; more is recorded again
+_SWEEP_ENTRIES = 2**23  # cotangents at all uses that are held at a time: 32 MiB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +54,11 @@ class Passes:
         fisher: Which curvature.
         draws: Random cotangents per sample.
         seed: Of those; each depends on the sample's place in the data, too.
+        call: The public call, for messages.
     """
 
-    def __init__(self, problem: Any, fisher: Fisher, draws: int, seed: int) -> None:
-        self.problem = problem
+    def __init__(self, problem: Any, fisher: Fisher, draws: int, seed: int, call: str = "EKFAC") -> None:
+        self.problem, self.call = problem, call
         self.fisher, self.draws, self.seed = fisher, draws, seed
         self.groups: tuple[Group, ...] = ()
         self.drawn = self._begun = False
@@ -74,14 +75,14 @@ class Passes:
             NotDifferentiableError: A parameter enters batches in different ways.
         """
         self._recorded = 0
-        for first, point, term, factor in self.problem.terms("EKFAC"):
+        for first, point, term, factor in self.problem.terms(self.call):
             yield from self._of_batch(point.batch, term, factor, first, outer_only)
             self.problem.keep(point)
 
     def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
-        found, model = term.recorded(data.x, "EKFAC"), term.model
-        at = LossAtOutput(model, found, term.loss, data.y, data.rows, "EKFAC")
-        batch: Any = model.layers(data.x, term.picks, "EKFAC") if at.foreign else RecordedBatch(at.output())
+        found, model = term.recorded(data.x, self.call), term.model
+        at = LossAtOutput(model, found, term.loss, data.y, data.rows, self.call)
+        batch: Any = model.layers(data.x, term.picks, self.call) if at.foreign else RecordedBatch(at.output())
         if not at.foreign and batch.lin.proofs.refused("pull", "by uses"):
             batch.distrust()
         self.groups = self.groups or batch.groups()
@@ -141,8 +142,8 @@ class Passes:
         misfit = batch.misfit(self.groups)
         if misfit is not None:
             raise NotDifferentiableError(
-                f"EKFAC: {self.problem.space.names[misfit]} enters batch {self._recorded} in another way than the "
-                "first one, so their statistics cannot be added up. Leave it out with `parameters=`, or use `CG()`."
+                f"{self.call}: {self.problem.space.names[misfit]} enters batch {self._recorded} in another way than "
+                "the first one, so their statistics cannot be added up. Leave it out with `parameters=`, or use `CG()`."
             )
 
 
@@ -181,43 +182,47 @@ def check_source(operator: Operator) -> None:
         raise InputError.of("operator", f"{operator!r}", needed, todo)
 
 
-def estimated(
-    passes: Passes, space: Space, corrected: bool, exact_up_to: int, basis: Basis
-) -> tuple[tuple[Block, ...], float | None]:
-    """Return the curvature by blocks, and its relative standard error where cotangents were drawn.
+def summed(
+    passes: Passes, space: Space, basis: Basis, exact_up_to: int, kept: list[Piece] | None = None
+) -> tuple[tuple[OuterSums | RowSums, ...], Noise | None]:
+    """Return the sums of one pass over the data, and the moments of what was drawn.
 
     Args:
         passes: The data.
         space: The parameters.
-        corrected: Find the eigenvalues by a second pass.
+        basis: How the factors are made.
         exact_up_to: Largest parameter outside Kronecker form that is kept exactly.
-        basis: How Kronecker factors are made.
+        kept: Where gradients for a second pass are left, if they fit.
     """
-    kept: list[Piece] = []
     sums: list[OuterSums | RowSums] = []
-    room, noise = _KEPT_ENTRIES, Noise()
+    room, noise = _KEPT_ENTRIES if kept is not None else -1, Noise()
     for piece in passes.pieces():
         if passes.drawn:
             noise.add(piece.gradients, piece.factor)
         sums = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
         for own, gradients in zip(sums, piece.gradients, strict=True):
             own.add(gradients, piece.factor, piece.share)
-        outer_part = [own for own in piece.gradients if isinstance(own, list)]
-        room -= sum(use.left.numel() + use.right.numel() for own in outer_part for use in own)
-        kept = [*kept, Piece(list(outer_part), piece.factor, piece.share)] if room >= 0 else []
+        outer = [own for own in piece.gradients if isinstance(own, list)]
+        room -= sum(use.left.numel() + use.right.numel() for own in outer for use in own)
+        if kept is not None:
+            kept[:] = [*kept, Piece(list(outer), piece.factor, piece.share)] if room >= 0 else []
+    return tuple(sums), noise if passes.drawn else None
+
+
+def corrected(sums: Sequence[OuterSums | RowSums], passes: Passes, kept: Sequence[Piece]) -> tuple[Block, ...]:
+    """Return blocks whose eigenvalues are found by a second pass over the data, or over what is kept of the first."""
     outer = [own for own in sums if isinstance(own, OuterSums)]
     for own in outer:
         own.settle()
-    if corrected and outer:
-        for piece in kept if room >= 0 else passes.pieces(outer_only=True):
-            for own, gradients in zip(outer, piece.gradients, strict=True):
-                own.correct(gradients, piece.factor)
-    return tuple(own.block() for own in sums), noise.value if passes.drawn else None
+    for piece in kept or (passes.pieces(outer_only=True) if outer else ()):
+        for own, gradients in zip(outer, piece.gradients, strict=True):
+            own.correct(gradients, piece.factor)
+    return tuple(own.block() for own in sums)
 
 
 def _sums(group: Group, space: Space, exact_up_to: int, basis: Basis) -> OuterSums | RowSums:
-    where = tuple(space.slices[i] for i in group.leaves)
-    name, shape = space.names[group.leaves[0]], space.shapes[group.leaves[0]]
+    where, names = tuple(space.slices[i] for i in group.leaves), tuple(space.names[i] for i in group.leaves)
+    shape = space.shapes[group.leaves[0]]
     if group.form in ("outer", "lookup"):
-        return OuterSums(where, name, group.turned, shape[0] if group.form == "lookup" else None, basis)
-    return RowSums(where, name, shape.numel() <= exact_up_to)
+        return OuterSums(where, names, group.turned, shape[0] if group.form == "lookup" else None, basis)
+    return RowSums(where, names, shape.numel() <= exact_up_to)

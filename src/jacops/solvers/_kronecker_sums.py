@@ -3,14 +3,14 @@ r"""Sums over samples that make a Kronecker-factored curvature: factors first, e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from .._operators._eigen_blocks import Block
+from .._operators._eigen_blocks import Block, Form
 from .._runtime.chunks import ENTRIES
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
@@ -24,10 +24,62 @@ class Basis:
         weighted: Weigh every row by the size of what it meets on the other side: the first step towards the nearest
             Kronecker product (Van Loan and Pitsianis, 1993). Otherwise all count alike (K-FAC).
         widest: Sides longer than this keep their own axes as eigenbasis.
+        reduced: Positions of a sample are summed (cotangents) and averaged (what they multiply) before any product
+            (K-FAC "reduce", Eschenhagen et al., 2023). Otherwise each counts as a sample ("expand").
     """
 
     weighted: bool
     widest: int
+    reduced: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two factors of the curvature of a weight `(g * p, q)`, in g groups.
+
+    Attributes:
+        where: Entries of the weight, and of a bias that is its last column, in a flat vector.
+        name: Of the weight.
+        left: `(g, p, p)`, or `(g, p)` for a diagonal.
+        right: `(g, q, q)`, or `(g, q)` for a diagonal.
+        turned: The weight is stored as `(q, p)`.
+        form: What it is of the curvature.
+    """
+
+    where: tuple[slice, ...]
+    name: str
+    left: Tensor
+    right: Tensor
+    turned: bool = False
+    form: Form = "kronecker"
+
+    def stored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the factor of the weight's first axis as it is stored, and that of all others."""
+        first, other = (self.right, self.left) if self.turned else (self.left, self.right)
+        return _plain(first, dtype), _plain(other, dtype)
+
+    def block(self, dtype: torch.dtype) -> Block:
+        """Return it in its eigenbasis.
+
+        Raises:
+            NonFiniteError: It is not finite.
+        """
+        sides = [_eigen(side, self.name) for side in (self.left, self.right)]
+        values = torch.einsum("gp,gq->gpq", *(own for own, _ in sides)).clamp_min(0)
+        left, right = (None if basis is None else basis.to(dtype) for _, basis in sides)
+        return Block(self.where, left, right, values.to(dtype), self.turned, self.form)
+
+
+def _plain(side: Tensor, dtype: torch.dtype) -> Tensor:
+    side = side.unsqueeze(-1) if side.ndim == 2 and side.shape[-1] == 1 else side
+    return (side[0] if side.shape[0] == 1 else side).to(dtype)
+
+
+def _eigen(side: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return eigenvalues `(g, p)` and eigenvectors as columns; None where it is diagonal."""
+    if not bool(side.isfinite().all()):
+        raise not_finite(name)
+    return (side, None) if side.ndim == 2 else torch.linalg.eigh(side)
 
 
 @final
@@ -36,14 +88,18 @@ class OuterSums:
 
     Args:
         where: Entries of the weight and its bias in a flat vector.
-        name: How messages call the weight.
+        names: How messages call them.
         turned: It is stored as `(q, p)`.
         rows: Length p of the left side where that is a table that is looked up in.
         basis: How the factors are made.
     """
 
-    def __init__(self, where: tuple[slice, ...], name: str, turned: bool, rows: int | None, basis: Basis) -> None:
-        self.where, self.name, self.turned, self.rows, self.basis = where, name, turned, rows, basis
+    form: Form = "kronecker"
+
+    def __init__(
+        self, where: tuple[slice, ...], names: tuple[str, ...], turned: bool, rows: int | None, basis: Basis
+    ) -> None:
+        self.where, self.names, self.turned, self.rows, self.basis = where, names, turned, rows, basis
         self._factors: dict[bool, list[Tensor]] = {}
         self._counts: dict[bool, float] = {}
         self._bases: tuple[Tensor | None, Tensor | None] | None = None
@@ -58,13 +114,32 @@ class OuterSums:
             factor: With which the batch enters the whole.
             share: Which part of the batch's cotangents this is; what they multiply is counted once.
         """
-        for use in uses:
+        for use in _reduced(uses) if self.basis.reduced else uses:
             self.dtype = use.right.dtype
             sums = self._weighted(use, factor) if self.basis.weighted else self._plain(use, factor, share)
-            old = self._factors.get(use.swapped)
-            self._factors[use.swapped] = sums if old is None else [a + b for a, b in zip(old, sums, strict=True)]
-            positions = use.left.numel() if use.looks_up else math.prod(use.left.shape[1:3])
-            self._counts[use.swapped] = self._counts.get(use.swapped, 0.0) + share * positions
+            self._take(use.swapped, sums, share * math.prod(use.right.shape[1:3]))
+
+    def _take(self, swapped: bool, sums: Sequence[Tensor], count: float) -> None:
+        old = self._factors.get(swapped)
+        self._factors[swapped] = list(sums) if old is None else [a + b for a, b in zip(old, sums, strict=True)]
+        self._counts[swapped] = self._counts.get(swapped, 0.0) + count
+
+    def times(self, factor: float) -> OuterSums:
+        """Return the statistics of the curvature times a number, none of which is corrected."""
+        other = OuterSums(self.where, self.names, self.turned, self.rows, self.basis)
+        other.dtype = self.dtype
+        for swapped, sums in self._factors.items():
+            scaled = [self.basis.weighted or side == swapped for side in (False, True)]  # the cotangents' side
+            made = [factor * own if scale else own for own, scale in zip(sums, scaled, strict=True)]
+            other._take(swapped, made, self._counts[swapped])
+        return other
+
+    def plus(self, other: OuterSums) -> OuterSums:
+        """Return the statistics of both data sets together."""
+        total = self.times(1.0)
+        for swapped, sums in other._factors.items():
+            total._take(swapped, sums, other._counts[swapped])
+        return total
 
     def _plain(self, use: OuterGradients, factor: float, share: float) -> list[Tensor]:
         left = self._counted(use.left) if use.looks_up else self._factor(use.left)
@@ -75,12 +150,23 @@ class OuterSums:
         """Return the factors with every row weighted by the size of what it meets on the other side."""
         size = use.right.square().sum((0, -1), keepdim=True)
         if use.looks_up:
-            return [factor * self._counted(use.left, size.flatten()), factor * self._factor(use.right)]
+            return [factor * self._counted(use.left, size.flatten(1)), factor * self._factor(use.right)]
         other = use.left.square().sum((0, -1), keepdim=True)
         return [factor * self._factor(use.left * size.sqrt()), factor * self._factor(use.right * other.sqrt())]
 
     def _counted(self, entries: Tensor, weights: Tensor | None = None) -> Tensor:
-        return torch.bincount(entries.flatten(), weights, minlength=self.rows or 0).double().unsqueeze(0)
+        """Return sums of squares `(1, rows)` of units, or of a sample's mean unit, under weights."""
+        table = self.rows or 0
+        if not self.basis.reduced:
+            flat = None if weights is None else weights.flatten()
+            return torch.bincount(entries.flatten(), flat, minlength=table).double().unsqueeze(0)
+        n, positions = entries.shape
+        keys = entries + table * torch.arange(n, device=entries.device).unsqueeze(1)
+        found, times = torch.unique(keys.flatten(), return_counts=True)
+        squares = (times / positions).double().square()
+        if weights is not None:
+            squares = squares * weights.flatten()[found // table]
+        return torch.bincount(found % table, squares, minlength=table).unsqueeze(0)
 
     def _factor(self, side: Tensor) -> Tensor:
         """Return the sum of squares `(g, p, p)`, or `(g, p)` for a side too wide for more."""
@@ -89,18 +175,37 @@ class OuterSums:
             return rows.square().sum(1, dtype=torch.float64)
         return (rows.mT @ rows).double()
 
+    def pair(self) -> Pair:
+        """Return the factors; of a weight that enters in two ways those that keep the trace of the sum."""
+        sizes = {swapped: self._size(swapped) for swapped in self._factors}
+        if len(sizes) == 1:
+            ((swapped, (left, right)),) = self._factors.items()
+            divided = (left / sizes[swapped], right) if swapped else (left, right / sizes[swapped])
+            return Pair(self.where, self.names[0], *divided, self.turned)
+        weights = [[float(_diagonal(s).sum()) / sizes[way] for s in own] for way, own in self._factors.items()]
+        sums = list(self._factors.values())
+        left = torch.stack([own[0] * weight[1] for own, weight in zip(sums, weights, strict=True)]).sum(0)
+        right = torch.stack([own[1] * weight[0] for own, weight in zip(sums, weights, strict=True)]).sum(0)
+        total = max(float(_diagonal(left).sum()), torch.finfo(torch.float64).tiny)
+        return Pair(self.where, self.names[0], left, right / total, self.turned)
+
+    def pairs(self, separate: bool = False) -> list[Pair]:
+        """Return the factors, of a weight and its bias together or of each."""
+        joint = self.pair()
+        if not separate or len(self.where) == 1:
+            return [joint]
+        weight, bias = self.where
+        right, last = joint.right[..., :-1], _diagonal(joint.right)[:, -1:]
+        right = right if right.ndim == 2 else right[:, :-1]
+        return [
+            Pair((weight,), self.names[0], joint.left, right, self.turned),
+            Pair((bias,), self.names[1], joint.left, last),
+        ]
+
     def settle(self) -> None:
         """Find the eigenbases: of each side's sum, weighted by the size of the other where there are several."""
-        sides: list[Tensor | None] = []
-        for own in (0, 1):
-            parts = [
-                f[own] * (_diagonal(f[1 - own]).sum() / self._size(swapped)) for swapped, f in self._factors.items()
-            ]
-            total = torch.stack(parts).sum(0)
-            if not bool(total.isfinite().all()):
-                raise not_finite(self.name)
-            sides.append(None if total.ndim == 2 else torch.linalg.eigh(total)[1])
-        self._bases = (sides[0], sides[1])
+        block = self.pair().block(torch.float64)
+        self._bases = (block.left, block.right)
 
     def _size(self, swapped: bool) -> float:
         """Return what the product of two factors is divided by."""
@@ -135,17 +240,10 @@ class OuterSums:
 
     def block(self) -> Block:
         """Return what is known now; without a second pass, eigenvalues are products of the factors' (K-FAC)."""
-        left, right = self._bases or (None, None)
-        values = self._squares if self._squares is not None else self._products(left, right)
-        bases = [None if basis is None else basis.to(self.dtype) for basis in (left, right)]
-        return Block(self.where, bases[0], bases[1], values.clamp_min(0).to(self.dtype), self.turned)
-
-    def _products(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        parts = [
-            torch.einsum("gp,gq->gpq", _along(factors[0], left), _along(factors[1], right)) / self._size(swapped)
-            for swapped, factors in self._factors.items()
-        ]
-        return torch.stack(parts).sum(0)
+        if self._squares is None:
+            return self.pair().block(self.dtype)
+        left, right = (None if basis is None else basis.to(self.dtype) for basis in self._bases or (None, None))
+        return Block(self.where, left, right, self._squares.clamp_min(0).to(self.dtype), self.turned)
 
 
 @final
@@ -154,12 +252,13 @@ class RowSums:
 
     Args:
         where: Their entries in a flat vector.
-        name: How messages call them.
+        names: How messages call them.
         whole: Keep all of it.
     """
 
-    def __init__(self, where: tuple[slice, ...], name: str, whole: bool) -> None:
-        self.where, self.name, self.whole = where, name, whole
+    def __init__(self, where: tuple[slice, ...], names: tuple[str, ...], whole: bool) -> None:
+        self.where, self.names, self.whole = where, names, whole
+        self.form: Form = "exact" if whole else "diagonal"
         self.dtype = torch.float64
         self._sum: Tensor | None = None
 
@@ -170,19 +269,50 @@ class RowSums:
         part = factor * (rows.T @ rows if self.whole else rows.square().sum(0))
         self._sum = part if self._sum is None else self._sum + part
 
+    def times(self, factor: float) -> RowSums:
+        """Return the statistics of the curvature times a number."""
+        other = RowSums(self.where, self.names, self.whole)
+        other.dtype, other._sum = self.dtype, None if self._sum is None else factor * self._sum
+        return other
+
+    def plus(self, other: RowSums) -> RowSums:
+        """Return the statistics of both data sets together."""
+        total = self.times(1.0)
+        total._sum = other._sum if total._sum is None else total._sum + other._total
+        return total
+
+    @property
+    def _total(self) -> Tensor:
+        return self._sum if self._sum is not None else torch.zeros(0, dtype=torch.float64)
+
+    def pairs(self, separate: bool = False) -> list[Pair]:
+        """Return the curvature itself, times one."""
+        total = self._total.unsqueeze(0)
+        return [Pair(self.where, self.names[0], total.new_ones(1, 1), total, turned=True, form=self.form)]
+
     def block(self) -> Block:
         """Return what is known.
 
         Raises:
             NonFiniteError: A gradient was NaN or Inf.
         """
-        total = self._sum if self._sum is not None else torch.zeros(0, dtype=torch.float64)
-        if not bool(total.isfinite().all()):
-            raise not_finite(self.name)
-        values, basis = torch.linalg.eigh(total.unsqueeze(0)) if self.whole else (total, None)
-        basis = None if basis is None else basis.to(self.dtype)
-        values = values.clamp_min(0).to(self.dtype).reshape(1, 1, -1)
-        return Block(self.where, None, basis, values, form="exact" if self.whole else "diagonal")
+        return self.pairs()[0].block(self.dtype)
+
+
+def _reduced(uses: Sequence[OuterGradients]) -> Iterator[OuterGradients]:
+    """Yield uses with one position each: the sum of the cotangents, and the mean of what they multiply.
+
+    Entries that are looked up stay as they are, their mean is taken where they are counted.
+    """
+    for swapped in dict.fromkeys(use.swapped for use in uses):
+        alike = [use for use in uses if use.swapped == swapped]
+        looks_up = alike[0].looks_up
+        left = torch.cat([use.left for use in alike], 1 if looks_up else 2)
+        right = torch.cat([use.right for use in alike], 2)
+        if swapped:
+            yield OuterGradients(left if looks_up else left.mean(2, keepdim=True), right.sum(2, keepdim=True), True)
+        else:
+            yield OuterGradients(left.sum(2, keepdim=True), right.mean(2, keepdim=True))
 
 
 def not_finite(name: str) -> NonFiniteError:
@@ -192,11 +322,6 @@ def not_finite(name: str) -> NonFiniteError:
 
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
-
-
-def _along(factor: Tensor, basis: Tensor | None) -> Tensor:
-    """Return a factor's diagonal `(g, p)` in a basis."""
-    return _diagonal(factor) if basis is None or factor.ndim == 2 else (basis * (factor @ basis)).sum(1)
 
 
 def _rotated(side: Tensor, basis: Tensor | None) -> Tensor:

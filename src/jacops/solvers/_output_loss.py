@@ -130,7 +130,7 @@ class LossAtOutput:
         probe = private_noise(self.like, 1)
         image = self.product(probe)
         if not is_finite(image):
-            raise NonFiniteError("EKFAC: in the loss's second derivative by the output, some are NaN or Inf.")
+            raise NonFiniteError(f"{self.call}: in the loss's second derivative by the output, some are NaN or Inf.")
         self._refuse_mixing(probe)
         scale, allowed = float(image.norm()), few_operations_tolerance(probe.dtype)
         signs = torch.where(private_noise(probe, 2) >= 0, 1.0, -1.0).to(probe)
@@ -166,7 +166,7 @@ class LossAtOutput:
         if self.samples * self.entries**2 > _FULL_ENTRIES:
             came = f"one whose Hessian by {self.entries} outputs is neither diagonal nor that of a softmax"
             needed = f"blocks of {self.entries} × {self.entries} for {self.samples} samples are too many"
-            raise InputError.of("loss", came, needed, "Use smaller batches, or EKFAC(fisher='empirical').")
+            raise InputError.of("loss", came, needed, "Use smaller batches, or the empirical Fisher matrix.")
         matrix = self.matrix()
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
         largest = values.abs().max()
@@ -183,7 +183,7 @@ class LossAtOutput:
         half = torch.arange(self.samples, device=probe.device) % 2 == 0
         if bool(self.product(probe * half.unsqueeze(1))[~half].any()):
             came = "one that mixes samples"
-            raise InputError.of("loss", came, "EKFAC needs a mean or a sum over samples", "Use `CG()`.")
+            raise InputError.of("loss", came, f"{self.call} needs a mean or a sum over samples", "Use `CG()`.")
 
 
 def _root(diagonal: Tensor) -> Tensor:

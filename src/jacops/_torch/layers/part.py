@@ -76,6 +76,15 @@ class RowFactors(ABC):
             total.addmm_(rows, rows.T)
         return total
 
+    def sample_grams(self) -> Tensor:
+        """Return inner products of each sample's own rows, `(n, k, k)`."""
+        n, k, _, _ = self.shape
+        total = self.like.new_zeros(n, k, k)
+        for first in self._firsts():
+            rows = self.block(first).flatten(2)
+            total.baddbmm_(rows, rows.mT)
+        return total
+
     def squares(self) -> Tensor:
         """Return squared norms of the rows, `(n, k)`."""
         n, k, _, _ = self.shape

@@ -108,6 +108,15 @@ class Products(RowFactors):
             self._add_images(found[some], torch.einsum("mnk,nktgo->mntgo", u[some], self.delta))
         return found
 
+    def sample_grams(self) -> Tensor:
+        """Pair the positions of each sample."""
+        n, k, positions, groups, _ = self.delta.shape
+        found = self.like.new_empty(n, k, k)
+        for some in slices(n, positions**2 * groups * (1 + k * k) * self.like.element_size()):
+            pairs = torch.einsum("nktgo,nlsgo->nklgts", self.delta[some], self.delta[some])
+            found[some] = torch.einsum("ngts,nklgts->nkl", self._inner(some), pairs)
+        return found
+
     def squares(self) -> Tensor:
         """Pair the positions of each sample."""
         n, k, positions, groups, _ = self.delta.shape
@@ -243,6 +252,13 @@ class Outer(Products):
                 right = torch.einsum("akto,blso->akblts", self.delta[some, :, :, g], self.delta[:, :, :, g])
                 total[some] += right.mul_(left[:, None, :, None]).sum((4, 5))
         return total.view(n * k, n * k)
+
+    def sample_grams(self) -> Tensor:
+        """Pair positions, or form rows where that is cheaper."""
+        k, positions, _, out = self.delta.shape[1:]
+        inner = self.operand.shape[3]
+        pairs, rows = positions**2 * (inner + k * k * (out + 1)), k * out * inner * (positions + k)
+        return super().sample_grams() if pairs <= rows else RowFactors.sample_grams(self)
 
     def _gram_of_products(self) -> Tensor:
         n, k, _, groups, _ = self.delta.shape

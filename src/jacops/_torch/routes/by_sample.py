@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
 from ..._runtime.side_effects import SideEffects
+from ..._trees import Tree, flatten
 from ...errors import ModelStateError
 from ..layers.collected import Collected, StructureChangedError
 from ..layers.factors import LayerRows, unit_seeds
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, differs, explain_alone, read_tolerance, with_reads
 from ..sweeps.record import Recording
+from .row_cotangents import RowSlopes
 
 _WORKING = 2**24  # bytes of a recorded batch: larger ones were not faster
 _MOST = 4096  # samples in it: tiny models have no better size, and what is recorded stays small
@@ -42,7 +45,8 @@ class Definition:
         values: The tensors of all samples, first axis samples.
         alone: Records one sample alone: its values -> a linearization with one output, whose entries are the rows.
         together: Records the model's outputs for several samples: their values -> a linearization.
-        cotangents: A loss's cotangents of a batch, row by row; None where rows are the outputs themselves.
+        cotangents: A loss's cotangents of a batch, row by row, and the losses; None where rows are the outputs
+            themselves.
         call: The public call on whose behalf this is done.
         fallback: What happens when samples mix.
         forced: Samples are taken alone for this reason.
@@ -51,7 +55,7 @@ class Definition:
     values: Sequence[Tensor]
     alone: Callable[[Sequence[Tensor]], Recording]
     together: Callable[[Sequence[Tensor]], Recording]
-    cotangents: Callable[[Recording, Sequence[Tensor]], list[Tensor | None]] | None
+    cotangents: Callable[[Recording, Sequence[Tensor]], RowSlopes] | None
     call: str
     fallback: str
     forced: str | None = None
@@ -67,6 +71,7 @@ class SampleFactors:
         collected: The rows.
         lin: Of some sample, for names and shapes.
         route: How they were computed, in words.
+        computed: The model's outputs, and the losses where there is one.
     """
 
     def __init__(self, what: Definition) -> None:
@@ -74,7 +79,7 @@ class SampleFactors:
         self.count = what.values[0].shape[0]
         self.lin, self.output = self._prepared()
         self.layers = LayerRows(self.lin, 1)
-        self.route = ""
+        self.route, self.computed = "", Handed(self.count)
         ask = RowsAsk("factors of rows", what.call, self.lin.proofs, rows=self)
         self.collected: Collected = answer(ask, _FORMS)
         if ask.routes[ask.question].startswith("without"):
@@ -135,12 +140,14 @@ class SampleFactors:
 
     def _alone(self, collected: Collected, i: int) -> None:
         """Fill in the rows of one sample from a batch of one, which defines them."""
-        lin = self._record_alone(i).lin
+        found = self._record_alone(i)
+        lin = found.lin
         (output,) = lin.outputs
         if output.numel() != self.output.numel():
             came = f"returning {tuple(output.shape)} after {tuple(self.output.shape)}"
             raise ModelStateError.of("model", came, "all samples must have outputs of one shape")
         layers, where = LayerRows(lin, 1, plainly=not self.layers.sites), slice(i, i + 1)
+        self.computed.take(where, found.before, output.detach().reshape(1) if self.what.cotangents else None)
         operands = collected.open(layers)
         for entry, seed in enumerate(unit_seeds(output.unsqueeze(0))):
             collected.fill(where, entry, layers, operands, layers.sweep([seed.view(output.shape)]))
@@ -187,7 +194,9 @@ class SampleFactors:
         where, many = ask.where, ask.where.stop - ask.where.start
         values = [v[where] for v in self.what.values]
         batch = attempt(lambda: self.what.together(values))
-        lin, seeds = _that_count(batch.lin, self.what.cotangents(batch, values) if self.what.cotangents else None)
+        slopes = self.what.cotangents(batch, values) if self.what.cotangents else None
+        lin, seeds = _that_count(batch.lin, None if slopes is None else slopes.gradients)
+        self.computed.take(where, batch.before, None if slopes is None else slopes.losses)
         _check_batchable(lin, many)
         route = ("samples apart", self.what.call, lin.domain.names, lin.codomain.names)
         fresh = lin.proofs.needs(*route) or bool(_habits(lin).reads)
@@ -250,6 +259,47 @@ class SampleFactors:
         pairs = self._pairs(collected, slice(i, i + 1), lin, [mix], mix.reshape(1, -1))
         scales = [max(size(a), size(b), least) for (a, b), least in zip(pairs, usual, strict=True)]
         _check_near("a sample alone", worst_disagreement(pairs, scales), lin)
+
+
+class Handed:
+    """Outputs and losses of all samples, as the sweeps need them anyway.
+
+    Args:
+        count: Samples altogether.
+
+    Attributes:
+        losses: `(n,)`; None where there is no loss.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.losses = count, None
+        self._outputs: list[Tensor] | None = []  # None: they have no axis of samples
+        self._tree: Tree | None = None
+
+    def take(self, where: slice, output: Any, losses: Tensor | None) -> None:
+        """Take in what is known of some samples."""
+        leaves, tree = flatten(output, "output")
+        if losses is not None:
+            self.losses = losses.new_empty(self.count) if self.losses is None else self.losses
+            self.losses[where] = losses
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        if self._outputs is None or len(tensors) < len(leaves):
+            self._outputs = None
+            return
+        if not self._outputs:
+            self._tree = tree
+            self._outputs = [leaf.new_empty(self.count, *leaf.shape[1:]) for leaf in tensors]
+        places = [place[where] for place in self._outputs]
+        if [place.shape for place in places] != [leaf.shape for leaf in tensors]:
+            self._outputs = None
+            return
+        for place, leaf in zip(places, tensors, strict=True):
+            place.copy_(leaf)
+
+    @property
+    def output(self) -> Any:
+        """In the model's structure; None where it has no axis of samples."""
+        return self._tree.build(self._outputs) if self._outputs and self._tree is not None else None
 
 
 def _that_count(

@@ -8,7 +8,7 @@ gives what single calls give, else one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,27 @@ from ..model.losses import call_loss
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import store_for
 
+
+class RowSlopes(NamedTuple):
+    """What the losses of the rows of a batch say at the output.
+
+    Attributes:
+        gradients: Of each row's loss by its own outputs, shaped like the outputs; None for one it leaves out.
+        losses: The losses themselves, `(n,)`.
+    """
+
+    gradients: list[Tensor | None]
+    losses: Tensor
+
+
 Build = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Any, Any]]
 _TRIED = 3  # random rows held against rows alone: a loss that mixes rows changes every one of them
 
 
 def row_cotangents(
     lin: Linearization, loss: Callable[[Any, Any], Tensor], targets: Sequence[Tensor], build: Build
-) -> list[Tensor | None]:
-    """Return the gradient of each row's loss by its own outputs, shaped like the outputs; None for one it leaves out.
+) -> RowSlopes:
+    """Return the loss of each row, and its gradient by the row's own outputs.
 
     Args:
         lin: A model's outputs, first axis rows. One with another first axis goes into every loss as it is.
@@ -40,21 +53,25 @@ def row_cotangents(
     outputs, targets = [o.detach() for o in lin.outputs], [out_of_inference(t) for t in targets]
     many = targets[0].shape[0]
 
-    def alone(rows: Iterable[int]) -> list[Tensor | None]:
+    def alone(rows: Iterable[int]) -> RowSlopes:
         parts = [_gradients(loss, build, outputs, targets, i) for i in rows]
-        return [_joined(column, output, many) for column, output in zip(zip(*parts, strict=True), outputs, strict=True)]
+        columns = zip(zip(*(part.gradients for part in parts), strict=True), outputs, strict=True)
+        return RowSlopes(
+            [_joined(column, output, many) for column, output in columns], torch.cat([part.losses for part in parts])
+        )
 
-    values = _vectorised(loss, build, outputs, targets)
-    if values is None:
+    recorded = _vectorised(loss, build, outputs, targets)
+    if recorded is None:
         return alone(range(many))
+    values, losses = recorded
     arrays = tuple((t.shape, t.dtype, t.device) for t in (*outputs, *targets))
     values.look_up(store_for(loss, ("losses of rows", arrays), lin.proofs.checks, many), SideEffects())
     if values.proofs.refused("losses", "together"):
         return alone(range(many))
-    found = _pulled(values)
+    found = RowSlopes(_pulled(values), losses)
     if values.proofs.needs("losses together"):
         picked = torch.randperm(many, generator=torch.Generator().manual_seed(0))[:_TRIED].tolist()
-        if not _agree(found, alone(picked), picked, lin.tolerance):
+        if not _agree(found.gradients, alone(picked).gradients, picked, lin.tolerance):
             values.proofs.refuse("losses", "together", "under vmap they differ from those of single rows")
             return alone(range(many))
         values.proofs.remember("losses together")
@@ -84,19 +101,19 @@ def _agree(found: Sequence[Tensor | None], alone: Sequence[Tensor | None], picke
 @restoring
 def _gradients(
     loss: Callable[[Any, Any], Tensor], build: Build, outputs: Sequence[Tensor], targets: Sequence[Tensor], row: int
-) -> list[Tensor | None]:
+) -> RowSlopes:
     where, many = slice(row, row + 1), targets[0].shape[0]
     leaves = [(o[where] if _by_row(o, many) else o.detach()).requires_grad_() for o in outputs]
     with recording(), random_state_kept():
         value = call_loss(loss, *build([leaf.clone() for leaf in leaves], [t[where] for t in targets]))
-    return _pulled(_linearized(value, leaves))
+    return RowSlopes(_pulled(_linearized(value, leaves)), value.detach().reshape(1))
 
 
 @restoring
 def _vectorised(
     loss: Callable[[Any, Any], Tensor], build: Build, outputs: Sequence[Tensor], targets: Sequence[Tensor]
-) -> Linearization | None:
-    """Record the sum of the losses of all rows under vmap; None where it cannot be."""
+) -> tuple[Linearization, Tensor] | None:
+    """Record the sum of the losses of all rows under vmap, and return it with the losses; None where it cannot be."""
     many = targets[0].shape[0]
     axes = [0 if _by_row(o, many) else None for o in outputs]
 
@@ -109,7 +126,7 @@ def _vectorised(
         with recording(), random_state_kept():
             mapped = torch.func.vmap(of_row, in_dims=(axes, [0] * len(targets)))
             values = mapped([leaf.clone() for leaf in leaves], list(targets))
-        return _linearized(values.sum(), leaves) if values.shape == (many,) else None
+        return (_linearized(values.sum(), leaves), values.detach()) if values.shape == (many,) else None
     except Exception as error:
         if must_surface(error):
             raise

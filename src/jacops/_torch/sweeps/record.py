@@ -36,12 +36,16 @@ class Recording:
         tree: The output's structure.
         output: The output itself, as the user's function gave it.
         inputs: For each input of the caller's that has derivatives, by identity: itself and the leaf that stood for it.
+        before: What a model returned (the part that was picked) before anything such as a loss was made of it.
+        by_inputs: The leaves are inputs or hidden values, not parameters.
     """
 
     lin: Linearization
     tree: Tree
     output: Any
     inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    before: Any = None
+    by_inputs: bool = False
 
 
 @restoring
@@ -239,7 +243,8 @@ class ModelRun:
         # Its results are differentiated once more than fused norms have derivatives.
         written = norms_written_out() if self.connected else nullcontext()
         with recording(), random_state_kept(), watch or nullcontext(), written:
-            output, inputs, hidden = self._forward(replica)
+            before, inputs, hidden = self._forward(replica)
+            output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
         outputs, tree = output_leaves(output)
         options = {"call": self.call, "fallback": self.fallback, "coarse": autocast_on(outputs)}
@@ -250,7 +255,8 @@ class ModelRun:
         lin.aliased_leaves = tuple((i, p) for i, p in aliased_leaves if id(p) in lin.graph_info.leaves)
         values, input_tree = flatten(self.value, "input")
         given = dict(zip(input_tree.names, values, strict=True))
-        return Recording(lin, tree, output, {id(given[name]): (given[name], leaf) for name, leaf in inputs}), lin
+        own = {id(given[name]): (given[name], leaf) for name, leaf in inputs}
+        return Recording(lin, tree, output, own, before, not self.chosen), lin
 
     def _forward(self, replica: Replica) -> tuple[Any, list[tuple[str, Tensor]], list[Tensor]]:
         """Return the output, the inputs that have derivatives by name, and the leaves inside of the model."""
@@ -263,8 +269,7 @@ class ModelRun:
         tensors = [t for t in flatten(self.value, "input")[0] if isinstance(t, Tensor)]
         with hooked.active(), forward_explained(self.module, tensors):
             output = hooked.result(replica(args, kwargs))
-        output = select(output, self.outputs)
-        return output if self.finish is None else self.finish(output), inputs, hooked.leaves
+        return select(output, self.outputs), inputs, hooked.leaves
 
     def _leaves(
         self, replica: Replica, inputs: list[tuple[str, Tensor]], hidden: list[Tensor]
@@ -309,7 +314,8 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
         with recording(), random_state_kept(), watch or nullcontext():
             output = finish(found.tree.build([part.clone() for part in lin.outputs]))
         flat, tree = output_leaves(output)
-        return Recording(further := lin.to(flat, tree.names, call), tree, output, found.inputs), further
+        further = lin.to(flat, tree.names, call)
+        return Recording(further, tree, output, found.inputs, found.before, found.by_inputs), further
 
     result = watched(own, record, lin.protected)
     result.lin.proofs.effects = _joined(lin.proofs.effects, result.lin.proofs.effects)
