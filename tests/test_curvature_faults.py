@@ -344,7 +344,7 @@ WRITES: dict[str, Callable[[nn.Module], Any]] = {
 OPERATORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "jacobian": lambda m, x, y: jacops.jacobian(m, x),
     "jacobian by inputs": lambda m, x, y: jacops.jacobian(m, x, "inputs"),
-    "jacobian of the last layer": lambda m, x, y: jacops.jacobian(m, x, lambda n, p: n.startswith("2")),
+    "jacobian of the last layer": lambda m, x, y: jacops.jacobian(m, x, parameters=lambda n, p: n.startswith("2")),
     "hessian": lambda m, x, y: jacops.hessian(m, F.cross_entropy, x, y),
     "ggn": lambda m, x, y: jacops.ggn(m, F.cross_entropy, x, y),
     "fisher": lambda m, x, y: jacops.fisher(m, F.cross_entropy, x),

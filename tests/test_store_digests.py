@@ -23,7 +23,7 @@ from small import draw, small_net
 CASES = """
 import torch, numpy as np
 from torch import nn
-from jacops._extras.store import digest_data, digest_function, digest_module, digest_tensors
+from jacops.store import digest_data, digest_function, digest_module, digest_tensors
 x = torch.arange(6.0).reshape(2, 3)
 class Loss(nn.Module):
     def forward(self, output, y): return ((output - y) ** 2).mean()

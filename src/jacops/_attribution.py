@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -17,14 +17,13 @@ from ._finite import check_outputs, require_finite
 from ._interop import ArrayLike, as_array
 from ._keywords import keywords
 from ._loaders import joined
+from ._options import JacobianOptions
 from ._projections import Projection
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
-from ._runtime.memory import Budget
 from ._saving import Savable
 from ._tables import Names, contribution_table
-from ._torch.protocol import At, FollowedModel, Samples, bare, check_identity, check_slopes, summed
-from ._trees import Selector
+from ._torch.protocol import FollowedModel, Samples, bare, check_identity, check_slopes, summed
 from .errors import InputError, InputTypeError, warn
 
 if TYPE_CHECKING:
@@ -275,22 +274,6 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         rows = [(", ".join(map(str, place)), f"{float(mean[place]):.4g}") for place in places]
         title = f"Contributions({n:,} samples, {out} outputs, {'x'.join(map(str, features))} features)"
         return Description(title, facts, [Table(("feature", "mean |contribution|"), rows)])
-
-
-class JacobianOptions(TypedDict, total=False):
-    """Options of `compute_jacobian`, for calls that make Jacobians with it."""
-
-    outputs: Selector
-    target: Tensor | None
-    at: At
-    mode: Literal["auto", "reverse", "forward", "split"]
-    budget: Budget
-    out: Any
-    checks: str
-    fallback: str
-    check_finite: bool
-    compile: bool
-    progress: bool | None
 
 
 @keywords(JacobianOptions)

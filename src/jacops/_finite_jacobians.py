@@ -1,11 +1,13 @@
-"""Jacobians are held to be finite, block by block: the message names the output and what it is differentiated by."""
+"""Checks of whole Jacobians, block by block: finite, and dependent. Messages name the output and the variable."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._finite import check_outputs, require_finite
 from ._torch.protocol import Blocks, Recording
+from .errors import NotDifferentiableError
 
 FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
@@ -32,3 +34,20 @@ def check_block(call: str, block: Tensor, output: str, by: str) -> None:
     """
     where = f"{call}: in the Jacobian of {output} by {by}"
     require_finite(block.detach(), where, f"; the output itself is finite.{FINITE_TODO}")
+
+
+def check_dependence(recorded: Recording) -> None:
+    """Refuse an output that does not depend on a parameter, for `modjac(strict=True)`.
+
+    Raises:
+        NotDifferentiableError: There is one; the message names both.
+    """
+    lin = recorded.lin
+    for index, (name, output) in enumerate(zip(lin.codomain.names, lin.outputs, strict=True)):
+        seeds = [torch.ones_like(o) if i == index else None for i, o in enumerate(lin.outputs)]
+        for parameter, grad in zip(lin.domain.names, lin.pull(seeds), strict=True):
+            if grad is None and output.numel():
+                raise NotDifferentiableError(
+                    f"modjac: {name} does not depend on parameter {parameter}, and strict=True asks that it does. "
+                    "Leave strict out to get zeros."
+                )

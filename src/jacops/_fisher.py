@@ -14,7 +14,7 @@ from typing import Any, Literal, Unpack, final
 import torch
 from torch import Tensor, nn
 
-from ._derivatives import ggn_at
+from ._curvature_at import ggn_at
 from ._framework import likelihood_at, recorded
 from ._keywords import keywords
 from ._operators import LinearizedMap, Operator, Scaled

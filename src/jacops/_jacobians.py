@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._data import Unpack
-from ._finite_jacobians import FINITE_TODO, check_block, check_blocks
+from ._finite_jacobians import FINITE_TODO, check_block, check_blocks, check_dependence
 from ._framework import framework_jacobian, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import everything, is_framework_model
@@ -40,7 +40,7 @@ from ._torch.protocol import (
     whole_jacobian,
 )
 from ._trees import Selector, hint_at_labels, select
-from .errors import InputError, NotDifferentiableError
+from .errors import InputError
 from .sparse._remembered import sparse_jacobian
 
 
@@ -282,7 +282,7 @@ def modjac(
         return found.matrix
     recorded = record_model(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
     lie = _lie_layout(recorded, tangent, create_graph)
-    (_check_dependence if strict else warn_if_unconnected)(recorded)
+    (check_dependence if strict else warn_if_unconnected)(recorded)
     with arithmetic(create_graph):
         ask = WholeAsk(recorded.lin, budget, forward, create_graph, not lie, out is not None)
         layout = flat if flatten else separate if out is not None else None
@@ -380,18 +380,6 @@ def _check_strategy(strategy: str) -> bool:
     if strategy not in ("reverse-mode", "forward-mode"):
         raise InputError.of("strategy", repr(strategy), "'reverse-mode' or 'forward-mode' is needed")
     return strategy == "forward-mode"
-
-
-def _check_dependence(recorded: Recording) -> None:
-    lin = recorded.lin
-    for index, (name, output) in enumerate(zip(lin.codomain.names, lin.outputs, strict=True)):
-        seeds = [torch.ones_like(o) if i == index else None for i, o in enumerate(lin.outputs)]
-        for parameter, grad in zip(lin.domain.names, lin.pull(seeds), strict=True):
-            if grad is None and output.numel():
-                raise NotDifferentiableError(
-                    f"modjac: {name} does not depend on parameter {parameter}, and strict=True asks that it does. "
-                    "Leave strict out to get zeros."
-                )
 
 
 def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:

@@ -336,26 +336,6 @@ class OnSpace(Operator):
         return self.space
 
 
-class Backwards(Operator):
-    """An operator from the codomain of another one to its domain.
-
-    Attributes:
-        of: The other one.
-    """
-
-    of: Any
-
-    @property
-    def domain(self) -> Space:
-        """The codomain of the operator."""
-        return self.of.codomain
-
-    @property
-    def codomain(self) -> Space:
-        """The domain of the operator."""
-        return self.of.domain
-
-
 class Composite(Operator):
     """An operator that is put together from others."""
 

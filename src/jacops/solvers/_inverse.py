@@ -12,7 +12,7 @@ from torch import Tensor
 from .._display import changed
 from .._keywords import keywords
 from .._operators import Operator
-from .._operators._base import Backwards
+from .._operators._algebra import Backwards
 from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice
