@@ -67,7 +67,7 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "damped": lambda: _symmetric() + 0.1 * Identity(_symmetric().domain),
     "jacobian by parameters": lambda: jacops.jacobian(net(), data()[0]),
     "jacobian by inputs": lambda: jacops.jacobian(net(), data()[0], "inputs"),
-    "jacobian by some parameters": lambda: jacops.jacobian(net(), data()[0], lambda name, p: name.endswith("bias")),
+    "jacobian by some parameters": lambda: jacops.jacobian(net(), data()[0], parameters="*bias"),
     "jacobian of one output": lambda: jacops.jacobian(net(), data()[0], outputs=1),
     "jacobian of attention": lambda: jacops.jacobian(Attention(), _tokens()),
     "jacobian from a hidden layer": lambda: jacops.jacobian(net(), data()[0], "inputs", at="0"),

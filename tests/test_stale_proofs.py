@@ -601,7 +601,7 @@ def test_every_public_call_is_in_the_table() -> None:
     spaces = (jacops, jacops.linalg, jacops.sparse, jacops.store)
     names = [(space, name) for space in spaces for name in space.__all__]
     functions = {name for space, name in names if isinstance(getattr(space, name), types.FunctionType)}
-    assert functions == (set(CALLS) | OTHERS) - {"Problem"}
+    assert functions == (set(CALLS) | OTHERS) - {"Problem", "sparse"}  # `sparse.jacobian` goes by that name
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -16,6 +16,7 @@ from .._ladder.route import answer
 from .._progress import shows_progress, tick, track
 from .._runtime.contexts import arithmetic, eager, keeping, out_of_inference
 from .._runtime.memory import Budget, ensure_fits, in_words
+from .._runtime.restoring import restoring
 from .._saving import Savable
 from .._space import Space
 from .._torch.protocol import ByLayers
@@ -200,6 +201,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         matrix = ask.target.matrix
         return check_result(self, matrix, "the matrix") if check_finite else matrix
 
+    @restoring
     def _with_graph(self, out: Any, budget: Budget) -> Tensor:
         """Return the matrix with its graph, by products of all rows or columns at once."""
         if out is not None:

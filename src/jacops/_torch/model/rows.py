@@ -79,7 +79,8 @@ def axis_explained(values: Sequence[Tensor], run: Callable[[Sequence[Tensor]], A
     except JacopsError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        if must_surface(error) or not succeeds(lambda: run([value.unsqueeze(0) for value in values])):
+        by_rows = succeeds(lambda: run([value[:1] for value in values]))  # then a loss failed, not the model
+        if must_surface(error) or by_rows or not succeeds(lambda: run([value.unsqueeze(0) for value in values])):
             raise
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
         first = str(error).strip().splitlines()[:1]
