@@ -26,10 +26,12 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_lanczos",
         "_trees",
         "_requirements",
+        "_words",
     },  # 0 ground
     {"_runtime", "_ladder", "_torch", "_jax"},  # backends
     {
         "_operators",
+        "_options",
         "_picks",
         "_framework",
         "_recorded_loss",
@@ -50,6 +52,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_problem",
     },  # 3 problem
     {
+        "_jacobian_checks",
         "_jacobians",
         "_products",
         "_attribution",
@@ -74,6 +77,7 @@ GROUND = {
     "_function",
     "_lanczos",
     "_trees",
+    "_words",
     "_runtime",
     "_ladder",
 }

@@ -6,10 +6,10 @@ $J^\top H_{loss} J$.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from ._ladder.protocol import is_framework_model
 from ._operators import LinearizedMap, Operator, Product
 from ._operators._finite_results import made_from
 from ._operators._naming import named
-from ._picks import Picks, Wrt, differentiated, variable
+from ._options import Model
+from ._picks import Picks, differentiated, variable
 from ._recorded_loss import (
     Loss,
     OperatorOptions,
@@ -52,6 +53,7 @@ from ._torch.protocol import (
     record_at_outputs,
 )
 from ._trees import Selector, flatten, hint_at_labels, output_leaves
+from ._words import Checks, Fallback, Wrt
 from .errors import InputError
 
 
@@ -59,16 +61,17 @@ from .errors import InputError
 @eager
 @made_from("inputs")
 def jacobian(
-    model: nn.Module,
+    model: Model,
     inputs: Any,
     wrt: Wrt = "parameters",
     *,
     parameters: Picks = None,
     outputs: Selector = None,
     at: At = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     allow_zero: bool = False,
+    check_finite: bool = True,
 ) -> LinearizedMap:
     """Return the Jacobian of a model's output on one batch, as an operator.
 
@@ -86,6 +89,7 @@ def jacobian(
         checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
         allow_zero: Accept an output that nothing connects to what it is differentiated by.
+        check_finite: Results with NaN or Inf raise.
 
     Returns:
         An operator from the space of parameters (or inputs) to the space of outputs.
@@ -118,7 +122,7 @@ def jacobian(
 @keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
-def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> LinearizedMap:
+def hessian(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> LinearizedMap:
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
@@ -152,7 +156,7 @@ def hessian(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Oper
 
 
 def _hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
+    model: Model, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
 ) -> LinearizedMap:
     chosen = resolved(model, options)
     if is_framework_model(model):
@@ -213,7 +217,7 @@ def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[d
 @keywords(OperatorOptions)
 @eager
 @made_from("x", "y")
-def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> Operator:
+def ggn(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack[OperatorOptions]) -> Operator:
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
     Args:
@@ -244,7 +248,7 @@ def ggn(model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[Operator
 
 
 def _ggn(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
+    model: Model, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[OperatorOptions]
 ) -> Operator:
     return ggn_at(model, recorded(model, x, call=call, kept=kept, **resolved(model, options)), loss, y, call, kept)
 
@@ -278,23 +282,43 @@ def _leading(x: Any, y: Any) -> list[int]:
     return [tensor.shape[0] for tensor in tensors if tensor.shape[0]]
 
 
+@overload
+def hvp(model: Model, loss: Loss, x: Any, y: Any, v: Tensor, **options: Unpack[OperatorOptions]) -> Tensor: ...
+@overload
+def hvp(
+    model: Model, loss: Loss, x: Any, y: Any, v: Mapping[str, Tensor], **options: Unpack[OperatorOptions]
+) -> dict[str, Tensor]: ...
+@overload
+def hvp(
+    model: Model, loss: Loss, x: Any, y: Any, v: Sequence[Tensor], **options: Unpack[OperatorOptions]
+) -> list[Tensor]: ...
 @keywords(OperatorOptions)
 @eager
-def hvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
+def hvp(model: Model, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
     """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name."""
     return _for_one_product(model, loss, x, y, _hessian, "hvp", **options) @ v
 
 
+@overload
+def ggnvp(model: Model, loss: Loss, x: Any, y: Any, v: Tensor, **options: Unpack[OperatorOptions]) -> Tensor: ...
+@overload
+def ggnvp(
+    model: Model, loss: Loss, x: Any, y: Any, v: Mapping[str, Tensor], **options: Unpack[OperatorOptions]
+) -> dict[str, Tensor]: ...
+@overload
+def ggnvp(
+    model: Model, loss: Loss, x: Any, y: Any, v: Sequence[Tensor], **options: Unpack[OperatorOptions]
+) -> list[Tensor]: ...
 @keywords(OperatorOptions)
 @eager
-def ggnvp(model: nn.Module, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
+def ggnvp(model: Model, loss: Loss, x: Any, y: Any, v: Any, **options: Unpack[OperatorOptions]) -> Any:
     """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`."""
     return _for_one_product(model, loss, x, y, _ggn, "ggnvp", **options) @ v
 
 
 @made_from("x", "y")
 def _for_one_product(
-    model: nn.Module,
+    model: Model,
     loss: Loss,
     x: Any,
     y: Any,

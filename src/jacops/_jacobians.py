@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from ._finite import check_outputs, require_finite
+from ._finite import check_outputs
 from ._framework import framework_jacobian, refuse_options
+from ._jacobian_checks import FINITE_TODO, check_block, check_blocks, check_dependence
 from ._keywords import keywords
 from ._ladder.protocol import everything, is_framework_model
+from ._options import JacobianOptions, Model, ModjacKeywords, ModjacOptions
 from ._picks import Picks, picked
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from ._products import Params, given, warn_if_unconnected
-from ._requirements import check_positive
+from ._requirements import check_choice, check_positive
 from ._runtime.contexts import arithmetic, eager
 from ._runtime.memory import Budget, given_tensors
 from ._torch.protocol import (
@@ -36,27 +38,34 @@ from ._torch.protocol import (
     whole_jacobian,
 )
 from ._trees import Selector, hint_at_labels
-from .errors import InputError, NotDifferentiableError
+from ._words import Checks, Fallback, Mode, Sweeps
+from .errors import InputError
 from .sparse._remembered import sparse_jacobian
 
-_FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
-
+@overload
+def compute_jacobian(
+    model: Model | Callable[..., Any], x: Tensor, batch_size: int = 1024, **options: Unpack[JacobianOptions]
+) -> Tensor: ...
+@overload
+def compute_jacobian(
+    model: Model | Callable[..., Any], x: Any, batch_size: int = 1024, **options: Unpack[JacobianOptions]
+) -> Any: ...
 @keywords()
 @planned_by(plan_samples)
 @eager
 def compute_jacobian(
-    model: nn.Module | Callable[..., Any],
+    model: Model | Callable[..., Any],
     x: Any,
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
     at: At = None,
-    mode: Literal["auto", "reverse", "forward", "split"] = "auto",
+    mode: Mode = "auto",
     budget: Budget = None,
     out: Any = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     check_finite: bool = True,
     compile: bool = False,
     progress: bool | None = None,
@@ -120,10 +129,10 @@ def compute_jacobian(
     found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
     if check_finite:
         names = found.output_tree.names
-        check_outputs("compute_jacobian", found.output, names, _FINITE_TODO)
+        check_outputs("compute_jacobian", found.output, names, FINITE_TODO)
         for name, row in zip(names, [] if found.sure else found.blocks, strict=False):
             for block in row:
-                _check_block("compute_jacobian", block, name, "x")
+                check_block("compute_jacobian", block, name, "x")
     places = range(len(found.input_tree.names))
     rows = (dict(zip(found.inputs, row, strict=True)) for row in found.blocks)
     return found.output_tree.build([found.input_tree.build([row.get(i) for i in places]) for row in rows])
@@ -185,13 +194,39 @@ def full_jacobian(
         ask = WholeAsk(recorded.lin, budget, None, create_graph, False, out is not None, chunk_size)
         places = _places(ask, out, by_leaf)
         blocks = whole_jacobian(ask).blocks
-        _check_blocks("full_jacobian", recorded, blocks)
+        check_blocks("full_jacobian", recorded, blocks)
         if places:
             return places.wholes
         columns = zip(*blocks, strict=True)
         return [given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
 
 
+@overload
+def modjac(
+    model: nn.Module,
+    input: Any = None,
+    *,
+    flatten: Literal[True],
+    sparse: bool = False,
+    **options: Unpack[ModjacOptions],
+) -> Tensor: ...
+@overload
+def modjac(
+    model: nn.Module, input: Any = None, *, sparse: Literal[True], **options: Unpack[ModjacOptions]
+) -> Tensor: ...
+@overload
+def modjac(
+    model: nn.Module,
+    input: Any = None,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: Sweeps = "reverse-mode",
+    flatten: bool = False,
+    *,
+    sparse: bool = False,
+    **options: Unpack[ModjacKeywords],
+) -> Any: ...
 @keywords()
 @planned_by(plan_modjac)
 @eager
@@ -201,7 +236,7 @@ def modjac(
     create_graph: bool = False,
     strict: bool = False,
     vectorize: bool = False,
-    strategy: Literal["reverse-mode", "forward-mode"] = "reverse-mode",
+    strategy: Sweeps = "reverse-mode",
     flatten: bool = False,
     *,
     parameters: Picks = None,
@@ -254,25 +289,25 @@ def modjac(
         >>> modjac(model, torch.tensor([[1.0, 2.0]])).shape
         torch.Size([1, 1, 1, 2])
     """
-    forward = _check_strategy(strategy)
+    forward = check_choice("strategy", strategy, Sweeps) == "forward-mode"
     hint_at_labels("modjac", outputs, input)
     picks = picked(model, parameters, default=everything)
     if sparse:
         _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
         found = sparse_jacobian(model, input, picks, outputs, tangent)
         if check_finite:
-            _check_block("modjac", found.matrix.values(), "the output", "the parameters")
+            check_block("modjac", found.matrix.values(), "the output", "the parameters")
         return found.matrix
     recorded = record_model(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
     lie = _lie_layout(recorded, tangent, create_graph)
-    (_check_dependence if strict else warn_if_unconnected)(recorded)
+    (check_dependence if strict else warn_if_unconnected)(recorded)
     with arithmetic(create_graph):
         ask = WholeAsk(recorded.lin, budget, forward, create_graph, not lie, out is not None)
         layout = flat if flatten else separate if out is not None else None
         places = _places(ask, out, None if lie else layout)
         found = whole_jacobian(ask)
         if check_finite:
-            _check_blocks("modjac", recorded, found.blocks, _FINITE_TODO, sure=found.finite)
+            check_blocks("modjac", recorded, found.blocks, FINITE_TODO, sure=found.finite)
         if places:
             return _placed(recorded, places, found.blocks, flatten)
         shaped = lie(found.blocks) if lie else _shaped(recorded, found.blocks)
@@ -350,41 +385,8 @@ def _shaped(recorded: Recording, blocks: Blocks) -> Blocks:
     ]
 
 
-def _check_strategy(strategy: str) -> bool:
-    if strategy not in ("reverse-mode", "forward-mode"):
-        raise InputError.of("strategy", repr(strategy), "'reverse-mode' or 'forward-mode' is needed")
-    return strategy == "forward-mode"
-
-
-def _check_dependence(recorded: Recording) -> None:
-    lin = recorded.lin
-    for index, (name, output) in enumerate(zip(lin.codomain.names, lin.outputs, strict=True)):
-        seeds = [torch.ones_like(o) if i == index else None for i, o in enumerate(lin.outputs)]
-        for parameter, grad in zip(lin.domain.names, lin.pull(seeds), strict=True):
-            if grad is None and output.numel():
-                raise NotDifferentiableError(
-                    f"modjac: {name} does not depend on parameter {parameter}, and strict=True asks that it does. "
-                    "Leave strict out to get zeros."
-                )
-
-
 def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:
     """Return how blocks of LieTensors are laid out; None where there are none, so that nobody pays for PyPose."""
     from ._extras.lie import layout
 
     return layout(recorded, tangent, create_graph)
-
-
-def _check_blocks(call: str, recorded: Recording, blocks: Blocks, todo: str = "", sure: bool = False) -> None:
-    check_outputs(call, recorded.lin.outputs, recorded.lin.codomain.names, todo)
-    if sure:
-        return
-    for output, row in zip(recorded.lin.codomain.names, blocks, strict=True):
-        for parameter, block in zip(recorded.lin.domain.names, row, strict=True):
-            _check_block(call, block, output, parameter)
-
-
-def _check_block(call: str, block: Tensor, output: str, by: str) -> None:
-    require_finite(
-        block, f"{call}: in the Jacobian of {output} by {by}", f"; the output itself is finite.{_FINITE_TODO}"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import made_from
+from ._options import Model
 from ._picks import trainable
 from ._recorded_loss import (
     CurvatureOptions,
@@ -43,9 +44,9 @@ from ._torch.protocol import (
     row_cotangents,
 )
 from ._trees import Selector, Tree, flatten, hint_at_labels
+from ._words import Randomness
 from .errors import InputError, ModelStateError
 
-Randomness = Literal["error", "same"]
 _PURE = "Pass the random key to `apply` as a part of `params` or `x`."
 
 
@@ -65,7 +66,7 @@ class SampleGradientOptions(OperatorOptions, total=False):
 @eager
 @made_from("x", "y")
 def sample_gradients(
-    model: nn.Module,
+    model: Model,
     loss: Loss,
     x: Any,
     y: Any,
@@ -153,7 +154,7 @@ def gradients_at(
 @eager
 @made_from("x")
 def sample_jacobians(
-    model: nn.Module, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Unpack[RowOptions]
+    model: Model, x: Any, *, outputs: Selector = None, seed: int | None = None, **options: Unpack[RowOptions]
 ) -> LayerFactors:
     """Return the parameter Jacobians of every sample's outputs, as rows of an operator `(n * k, P)`.
 
@@ -242,7 +243,7 @@ def _rows_of(arrays: Any, names: str) -> tuple[list[Tensor], Tree]:
 
 
 def _factors(
-    model: nn.Module, what: Definition, options: RecordOptions, rows: Callable[[Tensor, int], Space]
+    model: Model, what: Definition, options: RecordOptions, rows: Callable[[Tensor, int], Space]
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
     check_state(bare(model))
@@ -256,7 +257,7 @@ def _factors(
     )
 
 
-def _no_rows(model: nn.Module, what: Definition, options: RecordOptions) -> LayerFactors:
+def _no_rows(model: Model, what: Definition, options: RecordOptions) -> LayerFactors:
     named = {n: p for n, p in parameter_names(bare(model)).items() if options.get("parameters", trainable)(n, p)}
     domain = Space.of(named.values(), named)
     parts = [Rows(p.detach().new_zeros(0, 1, *matrix_shape(p.shape))) for p in named.values()]
@@ -270,13 +271,13 @@ def checked_seed(randomness: Randomness, seed: int | None) -> int | None:
     Raises:
         InputError: `randomness` is unknown, or `"same"` without a seed.
     """
-    check_choice("randomness", randomness, ("error", "same"))
+    check_choice("randomness", randomness, Randomness)
     if randomness == "same" and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise InputError.of("seed", repr(seed), "`randomness='same'` needs a whole number")
     return seed if randomness == "same" else None
 
 
-def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
+def refuse_mixing_modules(model: Model, random: bool = True) -> None:
     """Refuse modules that make a per-sample quantity ill-posed in train mode.
 
     Args:
@@ -308,9 +309,7 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
 
 @keywords(SampleGradientOptions)
 @made_from("x", "y")
-def empirical_fisher(
-    model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[SampleGradientOptions]
-) -> Operator:
+def empirical_fisher(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack[SampleGradientOptions]) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 
     Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's. A

@@ -16,6 +16,7 @@ from .._operators._data import BlockDiagonal, SumOver
 from .._operators._finite_results import check_result
 from .._requirements import check_choice
 from .._runtime.contexts import eager
+from .._words import DiagonalMethod
 from ._leave_one_out import ProbeSketch, sketched
 from ._probes import check_probes, check_square, chunk_of, left_out_mean, product, signs, units
 
@@ -39,13 +40,15 @@ class DiagonalEstimate(NamedTuple):
 @overload
 def diagonal(operator: Operator) -> Tensor: ...
 @overload
-def diagonal(operator: Operator, probes: None, seed: int = 0, *, method: str = "xdiag") -> Tensor: ...
+def diagonal(operator: Operator, probes: None, seed: int = 0, *, method: DiagonalMethod = "xdiag") -> Tensor: ...
 @overload
-def diagonal(operator: Operator, probes: int, seed: int = 0, *, method: str = "xdiag") -> DiagonalEstimate: ...
+def diagonal(
+    operator: Operator, probes: int, seed: int = 0, *, method: DiagonalMethod = "xdiag"
+) -> DiagonalEstimate: ...
 @keywords()
 @eager
 def diagonal(
-    operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xdiag"
+    operator: Operator, probes: int | None = None, seed: int = 0, *, method: DiagonalMethod = "xdiag"
 ) -> Tensor | DiagonalEstimate:
     r"""Return the diagonal `(n,)` of a square operator, exact or estimated with a standard error per entry.
 
@@ -78,7 +81,7 @@ def diagonal(
         tensor([1., 4.])
     """
     check_square(operator)
-    check_choice("method", method, ("xdiag", "hutchinson"))
+    check_choice("method", method, DiagonalMethod)
     if probes is None:
         return check_result(operator, _exact(operator), "the diagonal")
     check_probes(probes)

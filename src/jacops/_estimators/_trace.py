@@ -9,6 +9,7 @@ from .._keywords import keywords
 from .._operators import Operator
 from .._requirements import check_choice
 from .._runtime.contexts import eager
+from .._words import TraceMethod
 from ._diagonal import diagonal
 from ._leave_one_out import sketched
 from ._probes import Estimate, check_probes, check_square, left_out_mean, mean_of, product, signs
@@ -16,7 +17,7 @@ from ._probes import Estimate, check_probes, check_square, left_out_mean, mean_o
 
 @keywords()
 @eager
-def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xtrace") -> Estimate:
+def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, method: TraceMethod = "xtrace") -> Estimate:
     r"""Return the trace of a square operator, exact or estimated with a standard error.
 
     Without `probes` the exact diagonal is summed. With `probes`, by `method`:
@@ -47,7 +48,7 @@ def trace(operator: Operator, probes: int | None = None, seed: int = 0, *, metho
         3 (exact)
     """
     check_square(operator)
-    check_choice("method", method, ("xtrace", "hutchinson"))
+    check_choice("method", method, TraceMethod)
     if probes is None:
         return _exact(operator)
     check_probes(probes)

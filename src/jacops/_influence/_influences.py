@@ -8,7 +8,7 @@ positive where weighting sample i up lowers the loss of t.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .._keywords import keywords
 from .._problem import Problem, ProblemOptions
 from .._requirements import check_choice
 from .._runtime.contexts import eager
+from .._words import Curvature, InfluenceType, OnFailure, SolverName
 from ..errors import InputError
 from ..solvers import Solver
 from ._leverage import leveraged
@@ -26,7 +27,7 @@ from ._result import SIGN, InfluenceFactors, Influences
 from ._run import InfluenceRun, run_of
 from ._stored import shares_of, stored
 
-_UNITS = {
+_UNITS: dict[InfluenceType, str] = {
     "up": "test loss per unit of weight of the training sample",
     "perturbation": "test loss per unit of weight and unit of the training input",
 }
@@ -39,10 +40,10 @@ def compute_influence_factors(
     training_data: Any,
     test_data: Any,
     *,
-    solver: str | Solver = "auto",
+    solver: SolverName | Solver = "auto",
     damping: float = 0.0,
-    curvature: str = "hessian",
-    on_failure: Literal["raise", "return"] = "raise",
+    curvature: Curvature = "hessian",
+    on_failure: OnFailure = "raise",
     **options: Unpack[ProblemOptions],
 ) -> InfluenceFactors:
     r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
@@ -85,12 +86,12 @@ def compute_influences(
     *,
     test_data: Any = None,
     input_data: Any = None,
-    influence_type: Literal["up", "perturbation"] = "up",
+    influence_type: InfluenceType = "up",
     leverage: bool = False,
-    solver: str | Solver = "auto",
+    solver: SolverName | Solver = "auto",
     damping: float = 0.0,
-    curvature: str = "hessian",
-    on_failure: Literal["raise", "return"] = "raise",
+    curvature: Curvature = "hessian",
+    on_failure: OnFailure = "raise",
     store: Any = None,
     **options: Unpack[ProblemOptions],
 ) -> Influences:
@@ -126,7 +127,7 @@ def compute_influences(
         SolveError: As in `compute_influence_factors`.
         DataError: As in `compute_influence_factors`.
     """
-    check_choice("influence_type", influence_type, tuple(_UNITS))
+    check_choice("influence_type", influence_type, InfluenceType)
     if leverage and influence_type != "up":
         raise InputError.of("leverage", True, "it corrects influences of type 'up' only")
     train = Batches.of(training_data, "training_data", options.get("unpack"))
@@ -162,10 +163,10 @@ def self_influences(
     model: Any,
     training_data: Any,
     *,
-    solver: str | Solver = "auto",
+    solver: SolverName | Solver = "auto",
     damping: float = 0.0,
-    curvature: str = "hessian",
-    on_failure: Literal["raise", "return"] = "raise",
+    curvature: Curvature = "hessian",
+    on_failure: OnFailure = "raise",
     **options: Unpack[ProblemOptions],
 ) -> Tensor:
     r"""Return $s_i^2 g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._display import Described, Description, Table
 from .._figures import NEGATIVE, POSITIVE, bars, canvas, legend
 from .._problem import Problem
 from .._requirements import check_positive
+from .._words import InfluenceType
 from ..errors import InputError
 from ..solvers import Solution, Status
 from ..solvers._solution import gravest, level_text, residual_text
@@ -58,7 +59,7 @@ class Influences(Described):
     """
 
     values: Tensor
-    influence_type: Literal["up", "perturbation"]
+    influence_type: InfluenceType
     sign: str
     units: str
     damping: float

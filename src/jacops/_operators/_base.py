@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -98,6 +98,14 @@ class Operator(Described, ABC):
         """The transpose."""
         return self if self.symmetric else COMPOSED["transposed"](self)
 
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: Operator) -> Operator: ...
+    @overload
+    def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    @overload
+    def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
     def __matmul__(self, other: Any) -> Any:
         """Compose with an operator, or apply to a vector, to columns, or to a tree of tensors."""
         if isinstance(other, Operator):

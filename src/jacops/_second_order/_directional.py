@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from .._finite import check_vector, is_finite
 from .._keywords import keywords
+from .._options import InputDerivativeOptions
 from .._requirements import check_positive
 from .._runtime.contexts import eager
 from .._space import Space
 from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, nested, split_input
 from .._trees import Selector, Tree, flatten
+from .._words import Checks, Fallback
 from ..errors import InputError
 from ._alone import settled
 from ._common import check_finite, samples_of, tree_of
@@ -22,6 +24,24 @@ from ._differences import Differences, length_of_step
 from ._evidence import Nest
 
 
+@overload
+def directional_derivative(
+    model: nn.Module | Callable[..., Any],
+    x: Tensor,
+    v: Tensor,
+    order: int = 1,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Tensor: ...
+@overload
+def directional_derivative(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    v: Any,
+    order: int = 1,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Any: ...
 @keywords()
 @eager
 def directional_derivative(
@@ -32,8 +52,8 @@ def directional_derivative(
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     progress: bool | None = None,
 ) -> Any:
     r"""Return a derivative of any order along a direction for every sample, `(n, *out)`.

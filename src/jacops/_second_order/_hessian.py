@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from .._finite import is_finite
 from .._keywords import keywords
+from .._options import InputDerivativeOptions
 from .._runtime.agreement import size, tolerance
 from .._runtime.contexts import eager, private_noise
 from .._runtime.rounding import rounding_error
 from .._runtime.rows import rows_size
 from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, asymmetric, nested, split_input
 from .._trees import Selector, Tree
+from .._words import Checks, Fallback
 from ._alone import settled
 from ._common import Blocks, check_finite, flat, matrices, samples_of, tree_of
 from ._differences import Differences
@@ -25,6 +27,20 @@ from ._evidence import Nest
 _WORST = 4  # samples whose rounding is measured, alone: an operation that is wrong shows where it is most wrong
 
 
+@overload
+def input_hessian(
+    model: nn.Module | Callable[..., Any],
+    x: Tensor,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Tensor: ...
+@overload
+def input_hessian(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Any: ...
 @keywords()
 @eager
 def input_hessian(
@@ -33,8 +49,8 @@ def input_hessian(
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     progress: bool | None = None,
 ) -> Any:
     r"""Return the Hessian of a model's output by its input for every sample, `(n, *out, *in, *in)`.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from .._keywords import keywords
+from .._options import InputDerivativeOptions
 from .._runtime.contexts import eager
 from .._torch.protocol import Samples
 from .._trees import Selector, Tree
+from .._words import Checks, Fallback
 from ..errors import NotDifferentiableError
 from ._common import matrices, output_entries, part_of, samples_of
 from ._directional import along
@@ -21,6 +23,20 @@ _HESSIAN_ENTRIES = 2**24  # 128 MiB of Hessians in float64; beyond, only their d
 _DIRECTION_ENTRIES = 2**22  # 32 MiB of copies of the samples and directions in float64
 
 
+@overload
+def laplacian(
+    model: nn.Module | Callable[..., Any],
+    x: Tensor,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Tensor: ...
+@overload
+def laplacian(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Any: ...
 @keywords()
 @eager
 def laplacian(
@@ -29,8 +45,8 @@ def laplacian(
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     progress: bool | None = None,
 ) -> Any:
     r"""Return the Laplacian of a model's output by its input for every sample, `(n, *out)`.

@@ -12,6 +12,7 @@ from .._keywords import keywords
 from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
+from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
 from ._loop import Outcome, StoppingCriteria, run
 from ._problem import FitProblem, FunctionModule, function_module
@@ -33,10 +34,10 @@ def levenberg_marquardt(
     sqrt_weight: Any = None,
     kernel: Any = None,
     f_scale: float = 1.0,
-    corrector: str = "triggs",
-    strategy: str | Strategy = "nielsen",
+    corrector: Corrector = "triggs",
+    strategy: StrategyName | Strategy = "nielsen",
     damping: float | None = None,
-    solver: str | StepSolver = "auto",
+    solver: StepSolverName | StepSolver = "auto",
     jacobian: Any = "auto",
     x_scale: Any = "jac",
     ftol: float | None = 1e-8,
@@ -45,7 +46,7 @@ def levenberg_marquardt(
     max_steps: int = 100,
     max_nfev: int | None = None,
     inplace: bool | None = None,
-    on_failure: str = "raise",
+    on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult:
     r"""Make $\tfrac12 \sum_k \rho(\lVert S_k (f_k - y_k) \rVert^2)$ small, $f$ a model's output, $y$ the target.
@@ -133,8 +134,8 @@ def gauss_newton(
     sqrt_weight: Any = None,
     kernel: Any = None,
     f_scale: float = 1.0,
-    corrector: str = "first_order",
-    solver: str | StepSolver = "auto",
+    corrector: Corrector = "first_order",
+    solver: StepSolverName | StepSolver = "auto",
     jacobian: Any = "auto",
     x_scale: Any = "jac",
     ftol: float | None = 1e-8,
@@ -143,7 +144,7 @@ def gauss_newton(
     max_steps: int = 50,
     max_nfev: int | None = None,
     inplace: bool | None = None,
-    on_failure: str = "raise",
+    on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult:
     r"""Make the objective of `levenberg_marquardt` small by whole Gauss-Newton steps, $J^\top J p = -J^\top r$.
@@ -198,7 +199,7 @@ def gauss_newton(
 
 def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult:
     solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
-    check_choice("on_failure", on_failure, ("raise", "return"))
+    check_choice("on_failure", on_failure, OnFailure)
     rules = StoppingCriteria(*(options[key] for key in ("ftol", "xtol", "gtol", "max_steps", "max_nfev")))
     module: Any = model
     if not isinstance(model, nn.Module) and not isinstance(model, type):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from .._figures import canvas, convergence, residuals
 from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
+from .._words import FitFigure
 from ..errors import InputError, SolveError
 from ._solvers import check_pivots, factorised, triangle
 from ._system import LinearizedFit, Singular
@@ -23,9 +24,6 @@ from ._table import parameters, steps
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Figures = Literal["convergence", "residuals"]
-KINDS: tuple[Figures, ...] = ("convergence", "residuals")
 
 
 @dataclass(frozen=True)
@@ -170,10 +168,10 @@ class LeastSquaresResult(Described):
         return inverse if absolute else inverse * (2 * self.cost / (rows - size))
 
     @overload
-    def plot(self, kind: Figures | None = None, *, ax: None = None) -> Figure: ...
+    def plot(self, kind: FitFigure | None = None, *, ax: None = None) -> Figure: ...
     @overload
-    def plot(self, kind: Figures | None = None, *, ax: Axes) -> Axes: ...
-    def plot(self, kind: Figures | None = None, *, ax: Axes | None = None) -> Figure | Axes:
+    def plot(self, kind: FitFigure | None = None, *, ax: Axes) -> Axes: ...
+    def plot(self, kind: FitFigure | None = None, *, ax: Axes | None = None) -> Figure | Axes:
         """Draw the objective step by step, and the residuals at the end.
 
         Args:
@@ -187,7 +185,7 @@ class LeastSquaresResult(Described):
             MissingExtraError: Matplotlib is not installed.
             InputError: There is no such kind, or axes were given for both.
         """
-        kinds = KINDS if kind is None else (check_choice("kind", kind, KINDS),)
+        kinds = get_args(FitFigure) if kind is None else (check_choice("kind", kind, FitFigure),)
         drawn, panels = canvas(ax, (5.0 * len(kinds), 3.5), len(kinds))
         for word, panel in zip(kinds, panels, strict=True):
             if word == "residuals":

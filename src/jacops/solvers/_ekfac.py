@@ -13,14 +13,19 @@ from .._operators import Operator
 from .._operators._eigen_blocks import EigenBlocks, covered, ridge_values
 from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
+from .._words import FisherSource
 from ._base import Prepared, Solver
 from ._judge import Raw
-from ._kronecker_passes import Fisher, Passes, check_source, estimated
+from ._kronecker_passes import Passes, check_source, estimated
 from ._kronecker_sums import Basis
 from ._solution import Status
 from ._system import System, shifted
 
-_SAID: dict[str, Fisher] = {"empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo", "fisher": "exact"}
+_SAID: dict[str, FisherSource] = {
+    "empirical_fisher": "empirical",
+    "monte_carlo_fisher": "monte_carlo",
+    "fisher": "exact",
+}
 
 
 @final
@@ -72,7 +77,7 @@ class EKFAC(Solver):
         tensor([[0.5000, 1.0000]])
     """
 
-    fisher: Fisher = "auto"
+    fisher: FisherSource = "auto"
     corrected: bool = True
     weighted: bool = True
     draws: int = 1
@@ -83,7 +88,7 @@ class EKFAC(Solver):
 
     def __post_init__(self) -> None:
         """Refuse options that mean nothing."""
-        check_choice("fisher", self.fisher, ("auto", "exact", "monte_carlo", "empirical"))
+        check_choice("fisher", self.fisher, FisherSource)
         check_positive("draws", self.draws)
 
     @eager
@@ -158,7 +163,7 @@ class PreparedEKFAC(Prepared):
         return f"PreparedEKFAC({covered(self.curvature.coverage)}, damping {self.system.damping:g})"
 
 
-def _asked(operator: Operator) -> Fisher:
+def _asked(operator: Operator) -> FisherSource:
     """Return which curvature an operator itself is."""
     return _SAID.get(getattr(getattr(operator, "parts", None), "kind", ""), "auto")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, final
+from typing import Any, final, get_args
 
 from torch import Tensor
 
@@ -14,7 +14,8 @@ from .._keywords import keywords
 from .._operators import Operator
 from .._operators._base import Backwards
 from .._requirements import check_choice
-from ..errors import InputError, InputTypeError, SolveError
+from .._words import OnFailure, SolverName
+from ..errors import InputTypeError, SolveError
 from ._advice import advice
 from ._base import Prepared, Solver
 from ._names import NAMES
@@ -26,10 +27,10 @@ from ._system import System
 def solve(
     operator: Operator,
     b: Tensor,
-    solver: Solver | str = "auto",
+    solver: Solver | SolverName = "auto",
     *,
     damping: float = 0.0,
-    on_failure: Literal["raise", "return"] = "raise",
+    on_failure: OnFailure = "raise",
 ) -> Solution:
     r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
 
@@ -61,7 +62,7 @@ def solve(
         >>> solve(A, torch.tensor([4.0, 16.0])).x
         tensor([[1., 1.]])
     """
-    check_choice("on_failure", on_failure, ("raise", "return"))
+    check_choice("on_failure", on_failure, OnFailure)
     rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
     solution = solver_of(solver).solve(operator, rows, damping)
     if on_failure == "raise":
@@ -82,10 +83,10 @@ def require(solution: Solution) -> None:
 @keywords()
 def inverse(
     operator: Operator,
-    solver: Solver | str = "auto",
+    solver: Solver | SolverName = "auto",
     *,
     damping: float = 0.0,
-    on_failure: Literal["raise", "return"] = "raise",
+    on_failure: OnFailure = "raise",
 ) -> Inverse:
     r"""Return $(A + \lambda I)^{-1}$ as an operator; each product is a solve.
 
@@ -102,7 +103,7 @@ def inverse(
     Raises:
         InputError: The operator is not square, or an option does not fit. Its products raise `SolveError`.
     """
-    check_choice("on_failure", on_failure, ("raise", "return"))
+    check_choice("on_failure", on_failure, OnFailure)
     System(operator, damping)  # refuses what no solver takes
     return Inverse(operator, solver_of(solver), float(damping), on_failure)
 
@@ -122,7 +123,7 @@ class Inverse(Backwards):
     of: Operator
     solver: Solver
     damping: float = 0.0
-    on_failure: Literal["raise", "return"] = "raise"
+    on_failure: OnFailure = "raise"
 
     @property
     def symmetric(self) -> bool:
@@ -183,11 +184,9 @@ def solver_of(solver: Any, argument: str = "solver") -> Solver:
     """
     if isinstance(solver, Solver):
         return solver
-    known = f"one of {sorted(NAMES)} or a Solver is needed"
+    known = f"one of {', '.join(map(repr, get_args(SolverName)))} or a Solver is needed"
     if isinstance(solver, type) and issubclass(solver, Solver):
         raise InputTypeError.of(argument, f"the class {solver.__name__}", known, f"Use `{solver.__name__}()`.")
     if not isinstance(solver, str):
         raise InputTypeError.of(argument, f"a {type(solver).__name__}", known)
-    if solver not in NAMES:
-        raise InputError.of(argument, repr(solver), known)
-    return NAMES[solver]()
+    return NAMES[check_choice(argument, solver, SolverName, " or a Solver")]()

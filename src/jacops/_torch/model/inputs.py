@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..._requirements import check_choice
 from ..._runtime.contexts import out_of_inference
 from ..._trees import flatten, is_differentiable
+from ..._words import Fallback
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
 
 
@@ -23,7 +24,7 @@ def check_fallback(fallback: str) -> str:
     Raises:
         InputError: It is not.
     """
-    return check_choice("fallback", fallback, ("warn", "silent", "error"))
+    return check_choice("fallback", fallback, Fallback)
 
 
 def check_params(params: Any, empty: bool = False) -> list[Tensor]:
