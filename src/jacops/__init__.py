@@ -24,6 +24,8 @@ A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inp
 
 # fmt: off
 # isort: off
+import sys
+
 from . import charts, errors, fit, linalg, results, solvers, sparse, store, testing
 from ._attribution import (
     JacobianVerification, contributions, project_jacobian, reduce_contributions, verify_jacobian,
@@ -37,6 +39,7 @@ from ._influence import (
     DataLoaderType, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities,
     TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences,
 )
+from ._keywords import check_namespaces as _check_namespaces
 from ._jacobians import compute_jacobian, full_jacobian, modjac
 from ._per_sample import empirical_fisher, sample_gradients, sample_jacobians
 from ._planning import plan
@@ -64,6 +67,8 @@ __all__ = [
 ]
 # fmt: on
 # isort: on
+
+_check_namespaces(sys.modules[__name__], charts, errors, fit, linalg, results, solvers, sparse, store, testing)
 
 
 def __dir__() -> list[str]:

@@ -70,6 +70,7 @@ def solve(
     return solution
 
 
+@keywords()
 def require(solution: Solution) -> None:
     """Raise for a solution with rows that failed.
 
@@ -175,6 +176,7 @@ class Inverse(Backwards):
         yield from super()._facts()
 
 
+@keywords()
 def solver_of(solver: Any, argument: str = "solver") -> Solver:
     """Return the solver meant by a name or a recipe.
 
