@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,35 @@ from .._runtime.restoring import restoring
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
 from ._loop import Outcome, StoppingCriteria, run
+from ._options import DampedFitOptions, FitOptions
 from ._problem import FitProblem, FunctionModule, function_module
-from ._result import LeastSquaresResult, as_given
+from ._result import Found, LeastSquaresResult, as_given
 from ._solvers import StepSolver, solver_of
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
 
+@overload
+def levenberg_marquardt(
+    model: nn.Module, input: Any = None, target: Any = None, *, params: None = None, **options: Unpack[DampedFitOptions]
+) -> LeastSquaresResult[dict[str, Tensor]]: ...
+@overload
+def levenberg_marquardt(
+    model: Callable[..., Any],
+    input: Any = None,
+    target: Any = None,
+    *,
+    params: Tensor,
+    **options: Unpack[DampedFitOptions],
+) -> LeastSquaresResult[Tensor]: ...
+@overload
+def levenberg_marquardt(
+    model: Callable[..., Any],
+    input: Any = None,
+    target: Any = None,
+    *,
+    params: Found,
+    **options: Unpack[DampedFitOptions],
+) -> LeastSquaresResult[Found]: ...
 @keywords()
 def levenberg_marquardt(
     model: nn.Module | Callable[..., Any],
@@ -48,7 +71,7 @@ def levenberg_marquardt(
     inplace: bool | None = None,
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
-) -> LeastSquaresResult:
+) -> LeastSquaresResult[Any]:
     r"""Make $\tfrac12 \sum_k \rho(\lVert S_k (f_k - y_k) \rVert^2)$ small, $f$ a model's output, $y$ the target.
 
     Every step solves $(J^\top J + \lambda D) p = -J^\top r$ for residual and Jacobian of one and the same run of the
@@ -121,6 +144,18 @@ def levenberg_marquardt(
     return _fit(model, "levenberg_marquardt", recipe, options)
 
 
+@overload
+def gauss_newton(
+    model: nn.Module, input: Any = None, target: Any = None, *, params: None = None, **options: Unpack[FitOptions]
+) -> LeastSquaresResult[dict[str, Tensor]]: ...
+@overload
+def gauss_newton(
+    model: Callable[..., Any], input: Any = None, target: Any = None, *, params: Tensor, **options: Unpack[FitOptions]
+) -> LeastSquaresResult[Tensor]: ...
+@overload
+def gauss_newton(
+    model: Callable[..., Any], input: Any = None, target: Any = None, *, params: Found, **options: Unpack[FitOptions]
+) -> LeastSquaresResult[Found]: ...
 @keywords()
 def gauss_newton(
     model: nn.Module | Callable[..., Any],
@@ -146,7 +181,7 @@ def gauss_newton(
     inplace: bool | None = None,
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
-) -> LeastSquaresResult:
+) -> LeastSquaresResult[Any]:
     r"""Make the objective of `levenberg_marquardt` small by whole Gauss-Newton steps, $J^\top J p = -J^\top r$.
 
     Quick near a solution, and blind to a step that leads uphill. Where a dense Jacobian has no full rank, the shortest
@@ -197,7 +232,7 @@ def gauss_newton(
     return _fit(model, "gauss_newton", None, options)
 
 
-def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult:
+def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult[Any]:
     solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
     check_choice("on_failure", on_failure, OnFailure)
     rules = StoppingCriteria(*(options[key] for key in ("ftol", "xtol", "gtol", "max_steps", "max_nfev")))
@@ -235,7 +270,9 @@ def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             target.copy_(value.as_subclass(Tensor))
 
 
-def _result(problem: FitProblem, ended: Outcome, kind: type | None, strategy: Strategy | None) -> LeastSquaresResult:
+def _result(
+    problem: FitProblem, ended: Outcome, kind: type | None, strategy: Strategy | None
+) -> LeastSquaresResult[Any]:
     method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
     point, stop = ended.point, ended.stop
     point.system.terms = None  # holds the model's outputs

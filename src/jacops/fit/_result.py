@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, get_args, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from ._table import parameters, steps
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from scipy.sparse import csr_array
+
+Found = TypeVar("Found")  # what the parameters come in: as they were given
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LeastSquaresResult(Described):
+class LeastSquaresResult(Described, Generic[Found]):
     r"""Where a least-squares call ended.
 
     Attributes:
@@ -92,7 +95,7 @@ class LeastSquaresResult(Described):
         limited_by: What `damping` in the log is: `"damping"`, `"radius"`, or empty without either.
     """
 
-    x: Any
+    x: Found
     cost: float
     fun: Tensor
     optimality: float
@@ -126,7 +129,7 @@ class LeastSquaresResult(Described):
         return self.status in ("gradient", "objective", "step")
 
     @property
-    def jac(self) -> Any:
+    def jac(self) -> np.ndarray | csr_array | None:
         """The Jacobian at the end, weighted and corrected, by tangent columns: an array or a SciPy CSR array."""
         return None if self._system is None else self._system.J
 
@@ -221,11 +224,12 @@ class LeastSquaresResult(Described):
         return self._whole().html()
 
     def _named(self) -> dict[str, Tensor]:
-        if isinstance(self.x, Tensor):
-            return {"x": self.x}
-        if isinstance(self.x, dict):
-            return {str(name): value for name, value in self.x.items()}
-        return {f"x[{k}]": value for k, value in enumerate(self.x)}
+        x: Any = self.x
+        if isinstance(x, Tensor):
+            return {"x": x}
+        if isinstance(x, dict):
+            return {str(name): value for name, value in x.items()}
+        return {f"x[{k}]": value for k, value in enumerate(x)}
 
 
 def _inverse_part(system: LinearizedFit, wanted: np.ndarray, result: Any) -> np.ndarray:
