@@ -66,6 +66,7 @@ TYPES = {
     "jacops.Problem(net, loss, [(x, y)]).curvature('ggn')": "SumOver",
 }
 MISTAKES = [
+    "jacops.compute_influences([(x, y)], both)",
     "jacops.compute_influences(both, [(x, y)], curvature='gnn')",
     "jacops.compute_influences(both, [(x, y)], solver='ekfacc')",
     "jacops.compute_influences(both, [(x, y)], influence_type='upp')",

@@ -26,6 +26,7 @@ from ._leverage import leveraged
 from ._result import SIGN, InfluenceFactors, Influences
 from ._run import InfluenceRun, run_of
 from ._stored import shares_of, stored
+from ._twice_differentiable import TwiceDifferentiable
 
 _UNITS: dict[InfluenceType, str] = {
     "up": "test loss per unit of weight of the training sample",
@@ -36,7 +37,7 @@ _UNITS: dict[InfluenceType, str] = {
 @keywords(ProblemOptions)
 @eager
 def compute_influence_factors(
-    model: Any,
+    model: TwiceDifferentiable[Any],
     training_data: Any,
     test_data: Any,
     *,
@@ -81,7 +82,7 @@ def compute_influence_factors(
 @keywords(ProblemOptions)
 @eager
 def compute_influences(
-    model: Any,
+    model: TwiceDifferentiable[Any],
     training_data: Any,
     *,
     test_data: Any = None,
@@ -160,7 +161,7 @@ def compute_influences(
 @keywords(ProblemOptions)
 @eager
 def self_influences(
-    model: Any,
+    model: TwiceDifferentiable[Any],
     training_data: Any,
     *,
     solver: SolverName | Solver = "auto",
