@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import numpy as np
 import torch
@@ -17,14 +17,14 @@ from ._finite import check_outputs, require_finite
 from ._interop import ArrayLike, as_array
 from ._keywords import keywords
 from ._loaders import joined
+from ._options import JacobianOptions
 from ._projections import Projection
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
-from ._runtime.memory import Budget
 from ._saving import Savable
 from ._tables import Names, contribution_table
-from ._torch.protocol import At, FollowedModel, Samples, bare, check_identity, check_slopes, summed
-from ._trees import Selector
+from ._torch.protocol import FollowedModel, Samples, bare, check_identity, check_slopes, summed
+from ._words import Magnitude
 from .errors import InputError, InputTypeError, warn
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool 
 
 
 @keywords()
-def reduce_contributions(
-    contributions: Array, method: Literal["l2", "l1", "max"] = "l2", *, check_finite: bool = True
-) -> Array:
+def reduce_contributions(contributions: Array, method: Magnitude = "l2", *, check_finite: bool = True) -> Array:
     r"""Return one size per sample and feature, `(n, c, f, ...) -> (n, f, ...)`.
 
     With `"l2"` this is $\sqrt{\sum_o c_{nof}^2}$, the length of what feature $f$ adds to the embedding of sample $n$;
@@ -127,11 +125,11 @@ def reduce_contributions(
         >>> reduce_contributions(np.array([[[3.0, 0.0], [4.0, 1.0]]]))
         array([[5., 1.]])
     """
-    check_choice("method", method, ("l2", "l1", "max"))
+    check_choice("method", method, Magnitude)
     return _finite("reduce_contributions", _reduced(contributions, method), check_finite)
 
 
-def _reduced(contributions: Array, method: Literal["l2", "l1", "max"]) -> Array:
+def _reduced(contributions: Array, method: Magnitude) -> Array:
     if isinstance(contributions, Tensor) and contributions.requires_grad:
         _three_axes(contributions.shape)
         order = {"l2": 2, "l1": 1, "max": torch.inf}[method]
@@ -275,22 +273,6 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         rows = [(", ".join(map(str, place)), f"{float(mean[place]):.4g}") for place in places]
         title = f"Contributions({n:,} samples, {out} outputs, {'x'.join(map(str, features))} features)"
         return Description(title, facts, [Table(("feature", "mean |contribution|"), rows)])
-
-
-class JacobianOptions(TypedDict, total=False):
-    """Options of `compute_jacobian`, for calls that make Jacobians with it."""
-
-    outputs: Selector
-    target: Tensor | None
-    at: At
-    mode: Literal["auto", "reverse", "forward", "split"]
-    budget: Budget
-    out: Any
-    checks: str
-    fallback: str
-    check_finite: bool
-    compile: bool
-    progress: bool | None
 
 
 @keywords(JacobianOptions)

@@ -21,7 +21,8 @@ from ._operators import LinearizedMap, Operator, Product
 from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
-from ._picks import Picks, Wrt, differentiated, variable
+from ._options import Model
+from ._picks import Picks, differentiated, variable
 from ._recorded_loss import (
     CurvatureCallOptions,
     GraphOptions,
@@ -56,6 +57,7 @@ from ._torch.protocol import (
     record_closure,
 )
 from ._trees import Selector, flatten, hint_at_labels, output_leaves
+from ._words import Checks, Fallback, Wrt
 from .errors import InputError, InputTypeError, NotDifferentiableError
 
 
@@ -63,17 +65,18 @@ from .errors import InputError, InputTypeError, NotDifferentiableError
 @eager
 @made_from("inputs")
 def jacobian(
-    model: nn.Module,
+    model: Model,
     inputs: Any,
     wrt: Wrt = "parameters",
     *,
     parameters: Picks = None,
     outputs: Selector = None,
     at: At = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     allow_zero: bool = False,
     create_graph: bool = False,
+    check_finite: bool = True,
 ) -> LinearizedMap:
     """Return the Jacobian of a model's output on one batch, as an operator.
 
@@ -93,6 +96,7 @@ def jacobian(
         allow_zero: Accept an output that nothing connects to what it is differentiated by.
         create_graph: Keep products differentiable, by the model's trainable parameters and by inputs of yours that
             require grad. Writing into the parameters spoils such an operator.
+        check_finite: Results with NaN or Inf raise.
 
     Returns:
         An operator from the space of parameters (or inputs) to the space of outputs; `output` is what the model
@@ -129,7 +133,7 @@ def jacobian(
 @eager
 @made_from("x", "y")
 def hessian(
-    model: nn.Module | Callable[[], Tensor],
+    model: Model | Callable[[], Tensor],
     loss: Loss | None = None,
     x: Any = None,
     y: Any = None,
@@ -178,7 +182,7 @@ def hessian(
             raise InputError.of("create_graph", "True", "the Hessian of a closure has no graph", todo)
         return _of_closure(model, x, y, options)
     options = GraphOptions(**options, create_graph=create_graph)
-    return _hessian(model, loss, x, y, "hessian", kept=True, **options)  # pyright: ignore[reportArgumentType]
+    return make_hessian(model, loss, x, y, "hessian", kept=True, **options)  # pyright: ignore[reportArgumentType]
 
 
 def _of_closure(func: Any, x: Any, y: Any, options: CurvatureCallOptions) -> LinearizedMap:
@@ -199,9 +203,10 @@ def _of_closure(func: Any, x: Any, y: Any, options: CurvatureCallOptions) -> Lin
     return with_computed(H, Computed(None, None, found.lin.outputs[0].detach(), partial(_joined, H.lin)))
 
 
-def _hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
+def make_hessian(
+    model: Model, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
 ) -> LinearizedMap:
+    """Return the Hessian, `kept` where the caller may write into the weights before it is used."""
     create_graph = options.pop("create_graph", False)
     chosen = located(model, options)
     if is_framework_model(model):
@@ -291,7 +296,7 @@ def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[d
 @eager
 @made_from("x", "y")
 def ggn(
-    model: nn.Module,
+    model: Model,
     loss: Loss,
     x: Any,
     y: Any,
@@ -326,12 +331,13 @@ def ggn(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _ggn(model, loss, x, y, "ggn", kept=True, create_graph=create_graph, **options)
+    return make_ggn(model, loss, x, y, "ggn", kept=True, create_graph=create_graph, **options)
 
 
-def _ggn(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
+def make_ggn(
+    model: Model, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
 ) -> Operator:
+    """Return the generalised Gauss-Newton matrix, `kept` where the caller may write into the weights before its use."""
     create_graph = options.pop("create_graph", False)
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
@@ -383,52 +389,3 @@ def _leading(x: Any, y: Any) -> list[int]:
     """Return how many samples a batch may hold: the lengths of its tensors."""
     tensors = [v for part in (x, y) for v in flatten(part, "x, y")[0] if isinstance(v, Tensor) and v.ndim]
     return [tensor.shape[0] for tensor in tensors if tensor.shape[0]]
-
-
-@keywords(CurvatureCallOptions)
-@eager
-def hvp(
-    model: nn.Module,
-    loss: Loss,
-    x: Any,
-    y: Any,
-    v: Any,
-    *,
-    create_graph: bool = False,
-    **options: Unpack[CurvatureCallOptions],
-) -> Any:
-    """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name.
-
-    With `create_graph` it is differentiable, by the model's trainable parameters and by inputs that require grad.
-    """
-    return _for_one_product(model, loss, x, y, _hessian, "hvp", create_graph=create_graph, **options) @ v
-
-
-@keywords(CurvatureCallOptions)
-@eager
-def ggnvp(
-    model: nn.Module,
-    loss: Loss,
-    x: Any,
-    y: Any,
-    v: Any,
-    *,
-    create_graph: bool = False,
-    **options: Unpack[CurvatureCallOptions],
-) -> Any:
-    """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`; `create_graph` is as in `hvp`."""
-    return _for_one_product(model, loss, x, y, _ggn, "ggnvp", create_graph=create_graph, **options) @ v
-
-
-@made_from("x", "y")
-def _for_one_product(
-    model: nn.Module,
-    loss: Loss,
-    x: Any,
-    y: Any,
-    make: Callable[..., Operator],
-    call: str,
-    **options: Unpack[GraphOptions],
-) -> Operator:
-    """Return an operator that is dropped before anybody can write into the model's weights."""
-    return make(model, loss, x, y, call, kept=False, **options)

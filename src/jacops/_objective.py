@@ -19,24 +19,25 @@ from ._data import Batch, rows_of
 from ._derivatives import ggn_at, hessian, hessian_at, shifted_gradient
 from ._digests import digest_function, digest_module
 from ._finite import check_finite, is_finite
-from ._fisher import KINDS, empirical_fisher, fisher_at
+from ._fisher import empirical_fisher, fisher_at
 from ._framework import recorded
 from ._ladder.protocol import SweepOptions, is_framework_model
 from ._mixed import mixed_rows
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import Source, with_source
-from ._per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
+from ._per_sample import checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
-from ._recorded_loss import CurvatureOptions, Loss, check_loss, record_loss, record_loss_of
-from ._reduction import FEW_ROWS, check_reduction, not_finite, offset
+from ._recorded_loss import CurvatureOptions, Loss, record_loss, record_loss_of
+from ._reduction import FEW_ROWS, check_reduction, checked_loss, not_finite, offset
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
-from ._torch.protocol import Reduction, RowLosses, Weighted, bare, is_convex, parameter_names, weights_of
+from ._torch.protocol import Weighted, bare, is_convex, parameter_names, weights_of
 from ._trees import Selector, flatten
+from ._words import FisherKind, Randomness, Reduction
 from .errors import InputError, InputTypeError, NotDifferentiableError
 from .solvers._output_loss import LossAtOutput
 
@@ -331,7 +332,7 @@ class Objective:
         Raises:
             InputError: There is no such kind.
         """
-        check_choice("kind", kind, KINDS)
+        check_choice("kind", kind, FisherKind)
         record = partial(self.recorded, x, "fisher")
         with seeded(self.seed):
             if kind == "empirical":
@@ -387,16 +388,3 @@ class Objective:
             return self.model.fingerprint(self.losses.loss, f"{self.reduction} {self.space}")
         settings = f"{self.reduction} {self.space} {self.randomness} {self.seed}"
         return " ".join((digest_module(bare(self.model)), digest_function(self.losses.loss), settings))
-
-
-def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
-    """Return the losses of rows behind a loss.
-
-    Raises:
-        InputTypeError: It is not callable.
-        InputError: There is no such reduction.
-    """
-    check_loss(loss)
-    if reduction is not None:
-        check_choice("reduction", reduction, ("mean", "sum"))
-    return RowLosses(loss, reduction)

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ._data import Batch
 from ._finite import is_finite, row_in_data, where_first
+from ._recorded_loss import Loss, check_loss
+from ._requirements import check_choice
 from ._runtime.agreement import size
 from ._runtime.contexts import private_noise
-from ._torch.protocol import one_row
+from ._torch.protocol import RowLosses, one_row
 from ._trees import flatten
+from ._words import Reduction
 from .errors import InputError, JacopsError, NonFiniteError
 
 FEW_ROWS = 8
@@ -103,3 +106,16 @@ def not_finite(call: str, value: float, module: nn.Module, x: Any, y: Any) -> No
     return NonFiniteError(
         f"{call}: the loss is {value}, with finite weights and data: a value overflows, or leaves a domain."
     )
+
+
+def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
+    """Return the losses of rows behind a loss.
+
+    Raises:
+        InputTypeError: It is not callable.
+        InputError: There is no such reduction.
+    """
+    check_loss(loss)
+    if reduction is not None:
+        check_choice("reduction", reduction, Reduction)
+    return RowLosses(loss, reduction)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._space import Space
 from .._torch.protocol import ByLayers
-from ._base import COMPOSED, Backwards, Composite, OnSpace, Operator, check_same
+from ._base import COMPOSED, Operator, check_same
 from ._dense import DenseAsk
+from ._kinds import Backwards, Composite, OnSpace
 from ._noise import Moments
 from ._target import Target
 
