@@ -496,7 +496,7 @@ for argument, word, known, calls in (
     ("checks", "sometimes", "'first' .. 'always' .. 'never'", "compute_jacobian, jacobian, hessian, ggn"),
     ("fallback", "sometimes", "'warn', 'silent', 'error'", "compute_jacobian, jacobian, hessian, ggn, jvp, batch_jvp"),
     ("wrt", "input", "'parameters', 'inputs'", "jacobian"),
-    *(("strategy", word, "'reverse-mode' or 'forward-mode'", "modjac") for word in ("forwards", "", None, 1)),
+    *(("strategy", word, "'reverse-mode', 'forward-mode'", "modjac") for word in ("forwards", "", None, 1)),
     *(("method", word, "'l2', 'l1', 'max'", "reduce_contributions") for word in ("L2", None, "l3", "", 2)),
 ):
     refuse(f"{argument} is {word!r}", {argument: word}, calls, InputError, f"`{argument}` is {word!r} .. {known}")

@@ -24,12 +24,15 @@ A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inp
 
 # fmt: off
 # isort: off
+import sys
+
 from . import charts, errors, fit, linalg, results, solvers, sparse, store, testing
 from ._attribution import (
     JacobianVerification, contributions, project_jacobian, reduce_contributions, verify_jacobian,
 )
 from ._checks import check
-from ._derivatives import ggn, ggnvp, hessian, hvp, jacobian
+from ._curvature_products import ggnvp, hvp
+from ._derivatives import ggn, hessian, jacobian
 from ._extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
 from ._fisher import fisher
 from ._function import Function
@@ -37,6 +40,7 @@ from ._influence import (
     DataLoaderType, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities,
     TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences,
 )
+from ._keywords import check_namespaces as _check_namespaces
 from ._jacobians import compute_jacobian, full_jacobian, modjac
 from ._kronecker import kronecker_factors
 from ._per_sample import empirical_fisher, sample_gradients, sample_jacobians
@@ -66,6 +70,8 @@ __all__ = [
 ]
 # fmt: on
 # isort: on
+
+_check_namespaces(sys.modules[__name__], charts, errors, fit, linalg, results, solvers, sparse, store, testing)
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ._runtime.contexts import eager
 from ._saving import Savable
 from ._tables import Names, contribution_table
 from ._torch.protocol import FollowedModel, Samples, bare, check_identity, check_slopes, summed
+from ._words import Magnitude
 from .errors import InputError, InputTypeError, warn
 
 if TYPE_CHECKING:
@@ -101,9 +102,7 @@ def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool 
 
 
 @keywords()
-def reduce_contributions(
-    contributions: Array, method: Literal["l2", "l1", "max"] = "l2", *, check_finite: bool = True
-) -> Array:
+def reduce_contributions(contributions: Array, method: Magnitude = "l2", *, check_finite: bool = True) -> Array:
     r"""Return one size per sample and feature, `(n, c, f, ...) -> (n, f, ...)`.
 
     With `"l2"` this is $\sqrt{\sum_o c_{nof}^2}$, the length of what feature $f$ adds to the embedding of sample $n$;
@@ -126,11 +125,11 @@ def reduce_contributions(
         >>> reduce_contributions(np.array([[[3.0, 0.0], [4.0, 1.0]]]))
         array([[5., 1.]])
     """
-    check_choice("method", method, ("l2", "l1", "max"))
+    check_choice("method", method, Magnitude)
     return _finite("reduce_contributions", _reduced(contributions, method), check_finite)
 
 
-def _reduced(contributions: Array, method: Literal["l2", "l1", "max"]) -> Array:
+def _reduced(contributions: Array, method: Magnitude) -> Array:
     if isinstance(contributions, Tensor) and contributions.requires_grad:
         _three_axes(contributions.shape)
         order = {"l2": 2, "l1": 1, "max": torch.inf}[method]

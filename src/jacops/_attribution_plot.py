@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from ._display import Described
 from ._figures import NEGATIVE, NEUTRAL, POSITIVE, bars, canvas, heat_map, legend, positions, waterfall
 from ._requirements import check_choice, check_positive, check_whole
+from ._words import ContributionFigure
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-Kind = Literal["auto", "bars", "waterfall", "image", "sequence"]
-_BY_AXES: dict[int, Kind] = {1: "bars", 2: "sequence", 3: "image"}  # torch's images are (channels, height, width)
+_BY_AXES: dict[int, ContributionFigure] = {
+    1: "bars",
+    2: "sequence",
+    3: "image",
+}  # torch: (channels, height, width)
 _AXES = {"bars": (1, 2, 3, 4), "waterfall": (1, 2, 3, 4), "image": (2, 3), "sequence": (1, 2)}
 _ALL_OUTPUTS = 32  # rows of a heat map over a sequence that can be read
 
@@ -36,7 +40,7 @@ class DrawnContributions(Described):
         sample: int = 0,
         output: int | None = None,
         *,
-        kind: Kind = "auto",
+        kind: ContributionFigure = "auto",
         k: int = 10,
         names: Sequence[str] | None = None,
         shape: Sequence[int] | None = None,
@@ -48,7 +52,7 @@ class DrawnContributions(Described):
         sample: int = 0,
         output: int | None = None,
         *,
-        kind: Kind = "auto",
+        kind: ContributionFigure = "auto",
         k: int = 10,
         names: Sequence[str] | None = None,
         shape: Sequence[int] | None = None,
@@ -59,7 +63,7 @@ class DrawnContributions(Described):
         sample: int = 0,
         output: int | None = None,
         *,
-        kind: Kind = "auto",
+        kind: ContributionFigure = "auto",
         k: int = 10,
         names: Sequence[str] | None = None,
         shape: Sequence[int] | None = None,
@@ -116,7 +120,9 @@ class DrawnContributions(Described):
         panel.set_title(f"sample {sample}", fontsize=10)
         return drawn
 
-    def _chosen(self, sample: int, output: int | None, kind: Kind, shape: Any) -> tuple[Any, Kind]:
+    def _chosen(
+        self, sample: int, output: int | None, kind: ContributionFigure, shape: Any
+    ) -> tuple[Any, ContributionFigure]:
         """Return the values of a sample, `(outputs, *features)`, and what to draw."""
         n, out, *features = self.values.shape
         for name, value, size in (("sample", sample, n), ("output", 0 if output is None else output, out)):
@@ -128,9 +134,9 @@ class DrawnContributions(Described):
             if int(np.prod(shape)) != int(np.prod(features)):
                 raise InputError.of("shape", tuple(shape), f"a sample has {int(np.prod(features))} features")
             values = values.reshape(out, *shape)
-        check_choice("kind", kind, ("auto", *_AXES))
+        check_choice("kind", kind, ContributionFigure)
         axes = values.ndim - 1
-        found: Kind = _BY_AXES.get(axes, "bars") if kind == "auto" else kind
+        found: ContributionFigure = _BY_AXES.get(axes, "bars") if kind == "auto" else kind
         if axes not in _AXES[found]:
             todo = "Pass `shape=`, the shape of one sample."
             came = f"{found!r} for features of shape {tuple(values.shape[1:])}"

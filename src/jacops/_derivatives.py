@@ -6,22 +6,23 @@ $J^\top H_{loss} J$.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
-from ._curvature_at import ggn_at, hessian_at, joined, shifted_gradient, unlayered
 from ._framework import TorchOptions, asked, recorded, refuse_options
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
-from ._operators import LinearizedMap, Operator
+from ._operators import LinearizedMap, Operator, Product
 from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
-from ._picks import Picks, Wrt, differentiated, variable
+from ._options import Model
+from ._picks import Picks, differentiated, variable
 from ._recorded_loss import (
     CurvatureCallOptions,
     GraphOptions,
@@ -30,32 +31,52 @@ from ._recorded_loss import (
     check_source,
     check_usable,
     located,
+    loss_of_output,
     record_loss,
+    recordable,
 )
-from ._runtime.contexts import eager
+from ._runtime.agreement import size
+from ._runtime.contexts import eager, private_noise
+from ._runtime.restoring import restoring
 from ._torch.protocol import (
     At,
+    ByLayers,
+    Recording,
+    computed_convex,
+    difference_step,
+    disagreement,
+    dropped,
+    gauss_newton_diagonal,
+    gauss_newton_layers,
+    gradient_linearization,
+    hessian_diagonal,
+    hessian_layers,
+    is_convex,
+    positive_everywhere,
+    record_at_outputs,
     record_closure,
 )
-from ._trees import Selector, hint_at_labels
-from .errors import InputError, InputTypeError
+from ._trees import Selector, flatten, hint_at_labels, output_leaves
+from ._words import Checks, Fallback, Wrt
+from .errors import InputError, InputTypeError, NotDifferentiableError
 
 
 @keywords()
 @eager
 @made_from("inputs")
 def jacobian(
-    model: nn.Module,
+    model: Model,
     inputs: Any,
     wrt: Wrt = "parameters",
     *,
     parameters: Picks = None,
     outputs: Selector = None,
     at: At = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     allow_zero: bool = False,
     create_graph: bool = False,
+    check_finite: bool = True,
 ) -> LinearizedMap:
     """Return the Jacobian of a model's output on one batch, as an operator.
 
@@ -75,6 +96,7 @@ def jacobian(
         allow_zero: Accept an output that nothing connects to what it is differentiated by.
         create_graph: Keep products differentiable, by the model's trainable parameters and by inputs of yours that
             require grad. Writing into the parameters spoils such an operator.
+        check_finite: Results with NaN or Inf raise.
 
     Returns:
         An operator from the space of parameters (or inputs) to the space of outputs; `output` is what the model
@@ -111,7 +133,7 @@ def jacobian(
 @eager
 @made_from("x", "y")
 def hessian(
-    model: nn.Module | Callable[[], Tensor],
+    model: Model | Callable[[], Tensor],
     loss: Loss | None = None,
     x: Any = None,
     y: Any = None,
@@ -160,7 +182,7 @@ def hessian(
             raise InputError.of("create_graph", "True", "the Hessian of a closure has no graph", todo)
         return _of_closure(model, x, y, options)
     options = GraphOptions(**options, create_graph=create_graph)
-    return _hessian(model, loss, x, y, "hessian", kept=True, **options)  # pyright: ignore[reportArgumentType]
+    return make_hessian(model, loss, x, y, "hessian", kept=True, **options)  # pyright: ignore[reportArgumentType]
 
 
 def _of_closure(func: Any, x: Any, y: Any, options: CurvatureCallOptions) -> LinearizedMap:
@@ -177,13 +199,14 @@ def _of_closure(func: Any, x: Any, y: Any, options: CurvatureCallOptions) -> Lin
         shape = tuple(found.output.shape) if isinstance(found.output, Tensor) else type(found.output).__name__
         raise InputError.of("func()", f"of shape {shape}", "one number is needed", "Take its mean or sum.")
     check_usable(found.lin)
-    H = named(unlayered(found, "hessian"), "hessian")  # noqa: N806
-    return with_computed(H, Computed(None, None, found.lin.outputs[0].detach(), partial(joined, H.lin)))
+    H = named(_unlayered(found, "hessian"), "hessian")  # noqa: N806
+    return with_computed(H, Computed(None, None, found.lin.outputs[0].detach(), partial(_joined, H.lin)))
 
 
-def _hessian(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
+def make_hessian(
+    model: Model, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
 ) -> LinearizedMap:
+    """Return the Hessian, `kept` where the caller may write into the weights before it is used."""
     create_graph = options.pop("create_graph", False)
     chosen = located(model, options)
     if is_framework_model(model):
@@ -194,19 +217,86 @@ def _hessian(
     kept = kept and not create_graph
     found = record_loss(model, loss, x, y, call, kept=kept, connected=create_graph, **chosen)
     if found.by_inputs:
-        H = named(unlayered(found, call), "hessian by inputs")  # noqa: N806
+        H = named(_unlayered(found, call), "hessian by inputs")  # noqa: N806
     else:
         H = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))  # noqa: N806
-    gradient = partial(joined, H.lin)
+    gradient = partial(_joined, H.lin)
     H = replace(H, create_graph=create_graph)  # noqa: N806
     return with_computed(H, Computed(detached(found.before), None, found.lin.outputs[0].detach(), gradient))
+
+
+def _unlayered(found: Recording, call: str) -> LinearizedMap:
+    """Return the Hessian by inputs, hidden values or tensors of a closure, for which no layers are taken.
+
+    Raises:
+        NotDifferentiableError: A custom Function may drop its second derivative, which nothing here would show.
+    """
+    functions = found.lin.graph_info.functions
+    if functions:
+        came = f"with the custom Function {', '.join(functions)}"
+        todo = "Take a model's parameters, or `input_hessian`, which are compared with differences."
+        raise NotDifferentiableError.of("the graph", came, f"{call} cannot check its second derivative here", todo)
+    return LinearizedMap(gradient_linearization(found, call), found.output, symmetric=True)
+
+
+def _joined(lin: Any) -> Tensor:
+    """Return the recorded gradient, flat."""
+    return lin.domain.join([part.detach().unsqueeze(0) for part in lin.outputs])[0]
+
+
+def hessian_at(
+    found: Recording, x: Any, y: Any, call: str, gradient: Callable[[dict[str, Tensor]], Tensor]
+) -> LinearizedMap:
+    """Return the Hessian of a recorded loss.
+
+    Args:
+        found: The loss by the parameters.
+        x: The batch that it is of.
+        y: Its target.
+        call: The public call on whose behalf this is done.
+        gradient: Returns the gradient `(P,)` at parameters that are changed by so much, by name.
+    """
+    lin = gradient_linearization(found, call)
+    operator = LinearizedMap(lin, found.output, symmetric=True)
+    rows = operator._apply
+    layers = partial(hessian_layers, found.lin, _leading(x, y), rows)
+    entries = partial(hessian_diagonal, found.lin, _leading(x, y), rows)
+    operator = replace(operator, formed=ByLayers(found.lin, "Hessian by layers", layers, rows, entries, lin.routes))
+    if found.lin.graph_info.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in lin.leaves):
+        _spot_check(operator, found, gradient)
+    return operator
+
+
+def shifted_gradient(
+    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: Mapping[str, Any]
+) -> Tensor:
+    """Return the gradient `(P,)` of a loss where parameters are changed by so much, by name."""
+    lin = record_loss(model, loss, x, y, "hessian", shift=shift, **options).lin
+    return lin.domain.join(lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)]))[0]
+
+
+def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[dict[str, Tensor]], Tensor]) -> None:
+    """Compare one product with central differences of gradients along a random direction."""
+    space, lin = operator.domain, operator.lin
+    direction = private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device))
+    direction = direction / size(direction)
+
+    def central(step: float) -> Tensor:
+        moved = [dict(zip(space.names, space.unflatten(sign * step * direction), strict=True)) for sign in (1, -1)]
+        return (gradient(moved[0]) - gradient(moved[1])) / (2 * step)
+
+    step = difference_step(found.lin.leaves)
+    error = disagreement(operator @ direction, central(step), central, step)
+    if error is not None:
+        what = "a product with the Hessian and a central difference of gradients"
+        raise dropped(lin.call, what, error, found.lin.graph_info.functions)
 
 
 @keywords(CurvatureCallOptions)
 @eager
 @made_from("x", "y")
 def ggn(
-    model: nn.Module,
+    model: Model,
     loss: Loss,
     x: Any,
     y: Any,
@@ -241,12 +331,13 @@ def ggn(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _ggn(model, loss, x, y, "ggn", kept=True, create_graph=create_graph, **options)
+    return make_ggn(model, loss, x, y, "ggn", kept=True, create_graph=create_graph, **options)
 
 
-def _ggn(
-    model: nn.Module, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
+def make_ggn(
+    model: Model, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
 ) -> Operator:
+    """Return the generalised Gauss-Newton matrix, `kept` where the caller may write into the weights before its use."""
     create_graph = options.pop("create_graph", False)
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
@@ -255,50 +346,46 @@ def _ggn(
     return ggn_at(model, found, loss, y, call, kept, create_graph)
 
 
-@keywords(CurvatureCallOptions)
-@eager
-def hvp(
-    model: nn.Module,
-    loss: Loss,
-    x: Any,
-    y: Any,
-    v: Any,
-    *,
-    create_graph: bool = False,
-    **options: Unpack[CurvatureCallOptions],
-) -> Any:
-    """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name.
-
-    With `create_graph` it is differentiable, by the model's trainable parameters and by inputs that require grad.
-    """
-    return _for_one_product(model, loss, x, y, _hessian, "hvp", create_graph=create_graph, **options) @ v
-
-
-@keywords(CurvatureCallOptions)
-@eager
-def ggnvp(
-    model: nn.Module,
-    loss: Loss,
-    x: Any,
-    y: Any,
-    v: Any,
-    *,
-    create_graph: bool = False,
-    **options: Unpack[CurvatureCallOptions],
-) -> Any:
-    """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`; `create_graph` is as in `hvp`."""
-    return _for_one_product(model, loss, x, y, _ggn, "ggnvp", create_graph=create_graph, **options) @ v
-
-
-@made_from("x", "y")
-def _for_one_product(
-    model: nn.Module,
-    loss: Loss,
-    x: Any,
-    y: Any,
-    make: Callable[..., Operator],
-    call: str,
-    **options: Unpack[GraphOptions],
+@restoring
+def ggn_at(
+    model: Any, found: Any, loss: Loss, y: Any, call: str, kept: bool = True, create_graph: bool = False
 ) -> Operator:
-    """Return an operator that is dropped before anybody can write into the model's weights."""
-    return make(model, loss, x, y, call, kept=False, **options)
+    """Return the generalised Gauss-Newton matrix at a recorded output; a target is copied where the result is kept."""
+    check_real(found.lin)
+    J = LinearizedMap(found.lin, found.output)
+    if is_framework_model(model):
+        there = model.record_at_output(found, loss, y, call)
+        H = LinearizedMap(there.lin, there.output, symmetric=True)
+        convex = partial(positive_everywhere, H._apply, output_leaves(found.output)[0])
+        known = Computed(found.output, None, there.output, lambda: J._apply_transpose(model.slope(there)[None])[0])
+        return with_computed(Product(Product(J.T, replace(H, mark=convex)), J), known)
+    y = recordable(y, kept)
+    outer = record_at_outputs(found, loss_of_output(loss, y), loss, call, create_graph)
+    slope = gradient_linearization(outer, call)
+    H = LinearizedMap(slope, outer.output, symmetric=True)
+    H = replace(
+        H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)
+    )
+    product = Product(Product(J.T, H), J)
+    known = Computed(detached(found.output), None, outer.lin.outputs[0].detach(), lambda: _pulled(J, slope))
+    if found.by_inputs:
+        return with_computed(named(product, "ggn by inputs"), known)
+    rows, name = product._apply, "Gauss-Newton matrix by layers"
+    layers = partial(gauss_newton_layers, found.lin, H._apply, rows)
+    entries = partial(gauss_newton_diagonal, found.lin, H._apply, rows)
+    formed = ByLayers(found.lin, name, layers, rows, entries, found.lin.routes)
+    if create_graph:  # what is formed without a graph is formed as ever
+        J, H = replace(J, create_graph=True), replace(H, create_graph=True)
+        product = Product(Product(J.T, H), J)
+    return with_computed(replace(product, formed=formed), known)
+
+
+def _pulled(J: LinearizedMap, slope: Any) -> Tensor:  # noqa: N803
+    """Return the gradient by the parameters, from that by the output."""
+    return J._apply_transpose(_joined(slope)[None])[0]
+
+
+def _leading(x: Any, y: Any) -> list[int]:
+    """Return how many samples a batch may hold: the lengths of its tensors."""
+    tensors = [v for part in (x, y) for v in flatten(part, "x, y")[0] if isinstance(v, Tensor) and v.ndim]
+    return [tensor.shape[0] for tensor in tensors if tensor.shape[0]]

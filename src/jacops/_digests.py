@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ._keywords import keywords
 from ._trees import flatten
 from .errors import InputError, InputTypeError
 
@@ -65,6 +66,7 @@ class DataDigest:
         return self._hash.hexdigest()
 
 
+@keywords()
 def digest_data(batches: Iterable[Any], data_id: str | None = None) -> str:
     """Return a digest of batches in their order; with `data_id`, that name instead, and nothing is read.
 
@@ -91,6 +93,7 @@ def byte_view(tensor: Tensor) -> Tensor:
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
+@keywords()
 def digest_tensors(named: Mapping[str, Tensor | np.ndarray]) -> str:
     """Return a digest of tensors by name: dtypes, shapes and bytes, in the order of the names.
 
@@ -104,6 +107,7 @@ def digest_tensors(named: Mapping[str, Tensor | np.ndarray]) -> str:
     return found.hexdigest()
 
 
+@keywords()
 def digest_module(module: nn.Module) -> str:
     """Return a digest of a module: classes, plain settings and modes of all its parts, parameters, buffers.
 
@@ -120,6 +124,7 @@ def digest_module(module: nn.Module) -> str:
     return found.hexdigest()
 
 
+@keywords()
 def digest_function(function: Callable[..., Any]) -> str:
     """Return a digest of a function such as a loss: its name, bytecode, defaults and what it closes over.
 
@@ -134,6 +139,7 @@ def digest_function(function: Callable[..., Any]) -> str:
     return found.hexdigest()
 
 
+@keywords()
 def surroundings(device: object = "cpu") -> dict[str, str]:
     """Return what should change a run's numbers by rounding at most: versions, threads and the device."""
     found = {"python": platform.python_version(), "threads": str(torch.get_num_threads()), "device": str(device)}

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Unpack, final
+from typing import Any, Unpack, final
 
 import torch
 from torch import Tensor, nn
 
-from ._curvature_at import ggn_at
+from ._derivatives import ggn_at
 from ._framework import likelihood_at, recorded
 from ._keywords import keywords
 from ._operators import LinearizedMap, Operator, Scaled
 from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
+from ._options import Model
 from ._per_sample import sample_gradients
 from ._recorded_loss import CurvatureCallOptions, Loss, OperatorOptions, located
 from ._requirements import check_choice, check_positive, check_whole
@@ -29,10 +30,9 @@ from ._runtime.counter import Draws
 from ._space import Space
 from ._torch.protocol import KNOWN, Likelihood, RowLosses, known_kind, known_likelihood, label_like, row_scale
 from ._trees import output_leaves
+from ._words import FisherKind
 from .errors import InputError, InputTypeError
 
-Kind = Literal["exact", "monte_carlo", "empirical"]
-KINDS = ("exact", "monte_carlo", "empirical")
 _WEIGHTS = ("weight", "pos_weight")
 
 
@@ -40,12 +40,12 @@ _WEIGHTS = ("weight", "pos_weight")
 @eager
 @made_from("x", "y")
 def fisher(
-    model: nn.Module,
+    model: Model,
     loss: Loss,
     x: Any,
     y: Any = None,
     *,
-    kind: Kind = "exact",
+    kind: FisherKind = "exact",
     samples: int = 1,
     seed: int = 0,
     first: int = 0,
@@ -100,7 +100,7 @@ def fisher(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, FisherKind)
     check_positive("samples", samples)
     check_whole("first", first, 0)
     losses, asked = RowLosses(loss), located(model, options)

@@ -12,16 +12,17 @@ from ._ladder.protocol import FrameworkModel, SampleRows, SweepOptions, is_frame
 from ._operators import LayerFactors
 from ._requirements import check_choice
 from ._space import Space
-from ._torch.protocol import CHECKS, At, Likelihood, RowLosses, Rows, check_fallback, likelihood_of, record_model
+from ._torch.protocol import At, Likelihood, RowLosses, Rows, check_fallback, likelihood_of, record_model
 from ._trees import Selector, output_leaves
+from ._words import Checks, Fallback
 from .errors import InputError
 
 
 class TorchOptions(TypedDict, total=False):
     """What only torch is asked when a model is recorded, as in `record_model`."""
 
-    checks: str
-    fallback: str
+    checks: Checks
+    fallback: Fallback
     connected: bool
     kept: bool
 
@@ -115,6 +116,6 @@ def asked(call: str, kept: bool = False, connected: bool = False, **options: Any
     Raises:
         InputError: `checks` or `fallback` is unknown.
     """
-    check_choice("checks", options.get("checks", "first"), CHECKS)
+    check_choice("checks", options.get("checks", "first"), Checks)
     check_fallback(options.get("fallback", "warn"))
     return SweepOptions(call, **options)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from ._data import Unpack
-from ._finite_jacobians import FINITE_TODO, check_block, check_blocks, check_dependence
+from ._data import Unpack as Batching
 from ._framework import framework_jacobian, refuse_options
+from ._jacobian_checks import FINITE_TODO, check_block, check_blocks, check_dependence
+from ._jacobian_layout import arranged, given_out, shaped
 from ._keywords import keywords
 from ._ladder.protocol import everything, is_framework_model
 from ._loaders import by_batches
+from ._options import ComputeJacobianOptions, Model, ModjacKeywords, ModjacOptions
 from ._picks import Picks, picked
 from ._planning import plan_full_jacobian, plan_modjac, plan_samples, planned_by
 from ._products import Params, given, warn_if_unconnected
 from ._progress import shows_progress
-from ._requirements import check_positive
+from ._requirements import check_choice, check_positive
 from ._runtime.contexts import arithmetic, eager, keeping
 from ._runtime.memory import Budget, given_tensors
 from ._torch.protocol import (
     At,
     Blocks,
-    Linearization,
     Places,
     Recording,
     Samples,
@@ -40,30 +41,39 @@ from ._torch.protocol import (
     whole_jacobian,
 )
 from ._trees import Selector, hint_at_labels, select
+from ._words import Checks, Fallback, Mode, Sweeps
 from .errors import InputError
 from .sparse._remembered import sparse_jacobian
 
 
+@overload
+def compute_jacobian(
+    model: Model | Callable[..., Any], x: Tensor, batch_size: int = 1024, **options: Unpack[ComputeJacobianOptions]
+) -> Tensor: ...
+@overload
+def compute_jacobian(
+    model: Model | Callable[..., Any], x: Any, batch_size: int = 1024, **options: Unpack[ComputeJacobianOptions]
+) -> Any: ...
 @keywords()
 @by_batches("target")
 @planned_by(plan_samples)
 @eager
 @shows_progress()
 def compute_jacobian(
-    model: nn.Module | Callable[..., Any],
+    model: Model | Callable[..., Any],
     x: Any,
     batch_size: int = 1024,
     *,
     outputs: Selector = None,
     target: Tensor | None = None,
     shared: Shared = None,
-    unpack: Unpack | None = None,
+    unpack: Batching | None = None,
     at: At = None,
-    mode: Literal["auto", "reverse", "forward", "split"] = "auto",
+    mode: Mode = "auto",
     budget: Budget = None,
     out: Any = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     check_finite: bool = True,
     compile: bool = False,
     progress: bool | None = None,
@@ -208,6 +218,32 @@ def full_jacobian(
         return [given(parts[0] if len(parts) == 1 else torch.cat(parts), create_graph) for parts in columns]
 
 
+@overload
+def modjac(
+    model: nn.Module,
+    input: Any = None,
+    *,
+    flatten: Literal[True],
+    sparse: bool = False,
+    **options: Unpack[ModjacOptions],
+) -> Tensor: ...
+@overload
+def modjac(
+    model: nn.Module, input: Any = None, *, sparse: Literal[True], **options: Unpack[ModjacOptions]
+) -> Tensor: ...
+@overload
+def modjac(
+    model: nn.Module,
+    input: Any = None,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: Sweeps = "reverse-mode",
+    flatten: bool = False,
+    *,
+    sparse: bool = False,
+    **options: Unpack[ModjacKeywords],
+) -> Any: ...
 @keywords()
 @planned_by(plan_modjac)
 @eager
@@ -218,7 +254,7 @@ def modjac(
     create_graph: bool = False,
     strict: bool = False,
     vectorize: bool = False,
-    strategy: Literal["reverse-mode", "forward-mode"] = "reverse-mode",
+    strategy: Sweeps = "reverse-mode",
     flatten: bool = False,
     *,
     parameters: Picks = None,
@@ -271,7 +307,7 @@ def modjac(
         >>> modjac(model, torch.tensor([[1.0, 2.0]])).shape
         torch.Size([1, 1, 1, 2])
     """
-    forward = _check_strategy(strategy)
+    forward = check_choice("strategy", strategy, Sweeps) == "forward-mode"
     hint_at_labels("modjac", outputs, input)
     picks = picked(model, parameters, default=everything)
     if sparse:
@@ -292,8 +328,8 @@ def modjac(
             check_blocks("modjac", recorded, found.blocks, FINITE_TODO, sure=found.finite)
         if places:
             return _placed(recorded, places, found.blocks, flatten)
-        shaped = lie(found.blocks) if lie else _shaped(recorded, found.blocks)
-        return _arranged(recorded, _given(recorded.lin, shaped, ask), flatten)
+        blocks = lie(found.blocks) if lie else shaped(recorded, found.blocks)
+        return arranged(recorded, given_out(recorded.lin, blocks, ask), flatten)
 
 
 def _placed(recorded: Recording, places: Places, blocks: Blocks, flatten: bool) -> Any:
@@ -306,7 +342,7 @@ def _placed(recorded: Recording, places: Places, blocks: Blocks, flatten: bool) 
         return places.wholes[0]
     many = len(recorded.lin.leaves)
     rows = [places.wholes[i : i + many] for i in range(0, len(places.wholes), many)]
-    return _arranged(recorded, rows, False)
+    return arranged(recorded, rows, False)
 
 
 def _places(ask: WholeAsk, out: Any, layout: Callable[..., Places] | None) -> Places | None:
@@ -328,16 +364,6 @@ def _places(ask: WholeAsk, out: Any, layout: Callable[..., Places] | None) -> Pl
     return places
 
 
-def _given(lin: Linearization, blocks: Blocks, ask: WholeAsk) -> Blocks:
-    """Return blocks as they are given out; real ones that were swept forward have the output's dtype."""
-    given_out = []
-    for row, output in zip(blocks, lin.outputs, strict=True):
-        kind = output.dtype if ask.columns else None
-        row = [b if kind is None or b.is_complex() else b.to(kind) for b in row]
-        given_out.append([given(b, ask.create_graph) for b in row])
-    return given_out
-
-
 def _refuse_with_graph(**given: bool) -> None:
     for name, value in given.items():
         if value:
@@ -351,35 +377,6 @@ def _refuse_with_sparse(**given: bool) -> None:
     for name, value in given.items():
         if value:
             raise InputError.of(name, "asked for together with `sparse=True`", "a sparse result has no such variant")
-
-
-def _arranged(recorded: Recording, blocks: Blocks, flat: bool) -> Any:
-    if flat:
-        rows = [torch.cat([_matrix(b, o) for b in row], 1) for row, o in zip(blocks, recorded.lin.outputs, strict=True)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
-    if recorded.tree.single:
-        return blocks[0][0] if len(blocks[0]) == 1 else tuple(blocks[0])
-    return recorded.tree.build([tuple(row) for row in blocks])
-
-
-def _matrix(block: Tensor, output: Tensor) -> Tensor:
-    """Return a block as rows by columns, whatever its axes and however empty."""
-    return block.reshape(block.shape[: output.ndim].numel(), block.shape[output.ndim :].numel())
-
-
-def _shaped(recorded: Recording, blocks: Blocks) -> Blocks:
-    """Return blocks `(output entries, *parameter)` as `(*output, *parameter)`."""
-    params, outputs = recorded.lin.leaves, recorded.lin.outputs
-    return [
-        [block.reshape(*output.shape, *param.shape) for block, param in zip(row, params, strict=True)]
-        for row, output in zip(blocks, outputs, strict=True)
-    ]
-
-
-def _check_strategy(strategy: str) -> bool:
-    if strategy not in ("reverse-mode", "forward-mode"):
-        raise InputError.of("strategy", repr(strategy), "'reverse-mode' or 'forward-mode' is needed")
-    return strategy == "forward-mode"
 
 
 def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:

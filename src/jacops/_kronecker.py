@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
+from ._keywords import keywords
 from ._picks import Picks
 from ._problem import Problem
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
+from ._words import FactorBias, FactorKind, FisherSource, Sharing
 from .errors import InputTypeError
-from .solvers._kronecker_factors import Bias, KroneckerFactors, Sharing
-from .solvers._kronecker_passes import Fisher, Passes, summed
+from .solvers._kronecker_factors import KroneckerFactors
+from .solvers._kronecker_passes import Passes, summed
 from .solvers._kronecker_sums import Basis
 
-FactorKind = Literal["ggn", "exact", "monte_carlo", "empirical"]
-_FISHERS: dict[str, Fisher] = {
+_FISHERS: dict[FactorKind, FisherSource] = {
     "ggn": "exact", "exact": "exact", "monte_carlo": "monte_carlo", "empirical": "empirical",
 }  # fmt: skip
 
 
+@keywords()
 @eager
 def kronecker_factors(
     problem: Any,
@@ -27,7 +29,7 @@ def kronecker_factors(
     y: Any = None,
     *,
     kind: FactorKind = "ggn",
-    bias: Bias = "joint",
+    bias: FactorBias = "joint",
     sharing: Sharing = "expand",
     draws: int = 1,
     seed: int = 0,
@@ -89,9 +91,9 @@ def kronecker_factors(
         (tensor([[2.]]), tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]]))
     """
-    check_choice("kind", kind, tuple(_FISHERS))
-    check_choice("bias", bias, ("joint", "separate"))
-    check_choice("sharing", sharing, ("expand", "reduce"))
+    check_choice("kind", kind, FactorKind)
+    check_choice("bias", bias, FactorBias)
+    check_choice("sharing", sharing, Sharing)
     check_positive("draws", draws)
     of = _problem(problem, loss, x, y, parameters)
     passes = Passes(of, _FISHERS[kind], draws, seed, "kronecker_factors")

@@ -15,18 +15,17 @@ from typing import Any, TypedDict, Unpack, final
 import torch
 from torch import Tensor
 
-from ._curvature_at import ggn_at, hessian_at, shifted_gradient
 from ._data import Batch, rows_of
-from ._derivatives import hessian
+from ._derivatives import ggn_at, hessian, hessian_at, shifted_gradient
 from ._digests import digest_function, digest_module
 from ._finite import check_finite, is_finite
-from ._fisher import KINDS, empirical_fisher, fisher_at
+from ._fisher import empirical_fisher, fisher_at
 from ._framework import recorded
 from ._ladder.protocol import SweepOptions, is_framework_model
 from ._mixed import mixed_rows
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import Source, with_source
-from ._per_sample import Randomness, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
+from ._per_sample import checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
 from ._recorded_loss import CurvatureOptions, Loss, record_loss, record_loss_of
 from ._reduction import FEW_ROWS, check_reduction, checked_loss, not_finite, offset
@@ -36,8 +35,9 @@ from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
-from ._torch.protocol import Reduction, Weighted, bare, is_convex, parameter_names, weights_of
+from ._torch.protocol import Weighted, bare, is_convex, parameter_names, weights_of
 from ._trees import Selector, flatten
+from ._words import FisherKind, Randomness, Reduction
 from .errors import InputError, InputTypeError, NotDifferentiableError
 from .solvers._output_loss import LossAtOutput
 
@@ -332,7 +332,7 @@ class Objective:
         Raises:
             InputError: There is no such kind.
         """
-        check_choice("kind", kind, KINDS)
+        check_choice("kind", kind, FisherKind)
         record = partial(self.recorded, x, "fisher")
         with seeded(self.seed):
             if kind == "empirical":

@@ -9,9 +9,14 @@ from ._data import Batch
 from ._finite import InBatch
 from ._objective import Objective
 from ._operators import Operator
+from ._words import Curvature, FisherKind
 from .errors import DataError, InputError
 
-FISHERS = {"fisher": "exact", "empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo"}
+FISHERS: dict[Curvature, FisherKind] = {
+    "fisher": "exact",
+    "empirical_fisher": "empirical",
+    "monte_carlo_fisher": "monte_carlo",
+}
 
 
 @final

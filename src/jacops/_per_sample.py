@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ._loaders import joined
 from ._operators import LayerFactors, Operator
 from ._operators._computed import Computed, with_computed
 from ._operators._finite_results import made_from
+from ._options import Model
 from ._picks import trainable
 from ._recorded_loss import (
     CurvatureOptions,
@@ -51,9 +52,9 @@ from ._torch.protocol import (
     rows_with_graph,
 )
 from ._trees import Selector, hint_at_labels
+from ._words import Randomness
 from .errors import InputError, ModelStateError
 
-Randomness = Literal["error", "same"]
 _PURE = "Pass the random key to `apply` as a part of `params` or `x`."
 
 
@@ -74,7 +75,7 @@ class SampleGradientOptions(OperatorOptions, total=False):
 @eager
 @made_from("x", "y")
 def sample_gradients(
-    model: nn.Module,
+    model: Model,
     loss: Loss,
     x: Any,
     y: Any = None,
@@ -174,7 +175,7 @@ def gradients_at(
 @eager
 @made_from("x")
 def sample_jacobians(
-    model: nn.Module,
+    model: Model,
     x: Any,
     *,
     outputs: Selector = None,
@@ -278,7 +279,7 @@ def _one_output(found: Recording) -> Recording:
 
 
 def _factors(
-    model: nn.Module,
+    model: Model,
     what: Definition,
     options: RecordOptions,
     rows: Callable[[Tensor, int], Space],
@@ -301,7 +302,7 @@ def _factors(
     return with_computed(made, Computed(found.computed.output, found.computed.losses))
 
 
-def _no_rows(model: nn.Module, what: Definition, options: RecordOptions) -> LayerFactors:
+def _no_rows(model: Model, what: Definition, options: RecordOptions) -> LayerFactors:
     picks = options.get("parameters") or trainable
     named = {n: p for n, p in parameter_names(bare(model)).items() if picks(n, p)}
     domain = Space.of(named.values(), named)
@@ -317,13 +318,13 @@ def checked_seed(randomness: Randomness, seed: int | None) -> int | None:
     Raises:
         InputError: `randomness` is unknown, or `"same"` without a seed.
     """
-    check_choice("randomness", randomness, ("error", "same"))
+    check_choice("randomness", randomness, Randomness)
     if randomness == "same" and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise InputError.of("seed", repr(seed), "`randomness='same'` needs a whole number")
     return seed if randomness == "same" else None
 
 
-def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
+def refuse_mixing_modules(model: Model, random: bool = True) -> None:
     """Refuse modules that make a per-sample quantity ill-posed in train mode.
 
     Args:
@@ -355,9 +356,7 @@ def refuse_mixing_modules(model: nn.Module, random: bool = True) -> None:
 
 @keywords(SampleGradientOptions)
 @made_from("x", "y")
-def empirical_fisher(
-    model: nn.Module, loss: Loss, x: Any, y: Any, **options: Unpack[SampleGradientOptions]
-) -> Operator:
+def empirical_fisher(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack[SampleGradientOptions]) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 
     Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's. A

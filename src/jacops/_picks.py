@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from ._ladder.protocol import Picked, is_framework_model
 from ._requirements import check_choice
 from ._torch.protocol import bare, parameter_names
+from ._words import Wrt
 from .errors import InputError, InputTypeError
 
 Picks = str | Tensor | Iterable[str | Tensor] | Picked | None
-Wrt = Literal["parameters", "inputs"]
 Variable = Wrt | Picked
 
 
@@ -59,7 +59,7 @@ def variable(model: Any, wrt: Wrt, parameters: Picks) -> Variable:
         InputError: `wrt` is none of the known, or picks the inputs where `parameters` are given.
         InputTypeError: `parameters` is of the wrong kind.
     """
-    check_choice("wrt", wrt, ("parameters", "inputs"), " (and `parameters=` for some of the parameters)")
+    check_choice("wrt", wrt, Wrt, " (and `parameters=` for some of the parameters)")
     if parameters is None:
         return wrt
     if wrt == "inputs":

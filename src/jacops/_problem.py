@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,13 @@ from ._operators import Operator
 from ._operators._data import StackOver, SumOver
 from ._operators._naming import named
 from ._passes import FISHERS, BatchPasses
-from ._per_sample import Randomness
 from ._picks import Picks
 from ._requirements import check_choice, check_range
 from ._space import Space
-from ._torch.protocol import Reduction
 from ._trees import Selector
+from ._words import Curvature, FisherKind, Randomness, Reduction
 from .errors import DataError, InputError, InputTypeError, ModelStateError
 
-Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"]
-CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher")
 _KEPT_BYTES = 2**29  # 512 MiB of linearised batches: more are recorded again in every pass
 
 
@@ -232,7 +229,7 @@ class Problem(Described):
         """Return the generalised Gauss-Newton matrix of the objective, its quadratic term included."""
         return self.curvature("ggn")
 
-    def fisher(self, kind: Literal["exact", "empirical", "monte_carlo"] = "exact") -> SumOver:
+    def fisher(self, kind: FisherKind = "exact") -> SumOver:
         """Return a Fisher matrix of the data in the scale of the objective, plus the quadratic term.
 
         Labels are drawn once for each target, by the sample's place in the data; `noise` is the relative standard
@@ -241,10 +238,10 @@ class Problem(Described):
         Raises:
             InputError: There is no such kind.
         """
-        names = {value: name for name, value in FISHERS.items()}
-        return self.curvature(names[check_choice("kind", kind, tuple(names))])
+        names: dict[FisherKind, Curvature] = {value: name for name, value in FISHERS.items()}
+        return self.curvature(names[check_choice("kind", kind, FisherKind)])
 
-    def curvature(self, kind: str) -> SumOver:
+    def curvature(self, kind: Curvature) -> SumOver:
         """Return a curvature of the objective by its name.
 
         The first batch is linearised at once, so that what cannot be differentiated says so here.
@@ -253,7 +250,7 @@ class Problem(Described):
             InputError: There is no such curvature.
             NotDifferentiableError: There is no second derivative.
         """
-        passes = BatchPasses(self, check_choice("curvature", kind, CURVATURES))
+        passes = BatchPasses(self, check_choice("curvature", kind, Curvature))
         first = passes.first()
         description = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
         return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, description), kind)

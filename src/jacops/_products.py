@@ -7,27 +7,37 @@ counts too. `J v` costs one forward and two backward sweeps, whatever the size o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._finite import check_finite, check_vector
 from ._framework import recorded
 from ._keywords import keywords
 from ._ladder.protocol import is_framework_model
+from ._options import Model
 from ._runtime.contexts import arithmetic, eager, out_of_inference
 from ._runtime.restoring import restoring
 from ._torch.protocol import Recording, record_closure
+from ._words import Fallback
 from .errors import ModelStateError, warn
 
 Params = Tensor | Iterable[Tensor]
 Vectors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
+@overload
+def jvp(
+    func: Callable[[], Tensor], params: Params, v: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn"
+) -> Tensor: ...
+@overload
+def jvp(
+    func: Callable[[], Any], params: Params, v: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn"
+) -> Any: ...
 @keywords()
 @eager
 def jvp(
-    func: Callable[[], Any], params: Params, v: Vectors, create_graph: bool = False, *, fallback: str = "warn"
+    func: Callable[[], Any], params: Params, v: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn"
 ) -> Any:
     r"""Return $J v$, what a change `v` of the parameters does to the output, shaped like `func()`.
 
@@ -59,10 +69,18 @@ def jvp(
     return _push(record_closure(func, params, "jvp", fallback), v, create_graph, batch=False)
 
 
+@overload
+def batch_jvp(
+    func: Callable[[], Tensor], params: Params, vs: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn"
+) -> Tensor: ...
+@overload
+def batch_jvp(
+    func: Callable[[], Any], params: Params, vs: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn"
+) -> Any: ...
 @keywords()
 @eager
 def batch_jvp(
-    func: Callable[[], Any], params: Params, vs: Vectors, create_graph: bool = False, *, fallback: str = "warn"
+    func: Callable[[], Any], params: Params, vs: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn"
 ) -> Any:
     """Return $J v$ for a batch of directions, `(B, *out)`, all at one linearisation point.
 
@@ -89,6 +107,12 @@ def batch_jvp(
     return _push(record_closure(func, params, "batch_jvp", fallback), vs, create_graph, batch=True)
 
 
+@overload
+def vjp(func: Callable[[], Any], params: Tensor, v: Any, create_graph: bool = False) -> Tensor: ...
+@overload
+def vjp(
+    func: Callable[[], Any], params: Iterable[Tensor], v: Any, create_graph: bool = False
+) -> Tensor | list[Tensor]: ...
 @keywords()
 @eager
 def vjp(func: Callable[[], Any], params: Params, v: Any, create_graph: bool = False) -> Tensor | list[Tensor]:
@@ -145,9 +169,15 @@ def batch_vjp(func: Callable[[], Any], params: Params, vs: Any, create_graph: bo
     return _pull(record_closure(func, params, "batch_vjp"), vs, create_graph, batch=True)
 
 
+@overload
+def model_jvp(
+    model: Model, x: Tensor, v: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn"
+) -> Tensor: ...
+@overload
+def model_jvp(model: Model, x: Any, v: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn") -> Any: ...
 @keywords()
 @eager
-def model_jvp(model: nn.Module, x: Any, v: Vectors, create_graph: bool = False, *, fallback: str = "warn") -> Any:
+def model_jvp(model: Model, x: Any, v: Vectors, create_graph: bool = False, *, fallback: Fallback = "warn") -> Any:
     """Return $J v$ of a model's output by all its parameters, `list(model.parameters())`, frozen ones too.
 
     The model is run once on private copies of its state: nothing of it changes, whatever its mode.
@@ -177,7 +207,7 @@ def model_jvp(model: nn.Module, x: Any, v: Vectors, create_graph: bool = False, 
 
 @keywords()
 @eager
-def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> Tensor | list[Tensor]:
+def model_vjp(model: Model, x: Any, v: Any, create_graph: bool = False) -> Tensor | list[Tensor]:
     r"""Return $J^\top v$ of a model's output by all its parameters.
 
     Args:
@@ -203,7 +233,7 @@ def model_vjp(model: nn.Module, x: Any, v: Any, create_graph: bool = False) -> T
     return grads[0] if len(grads) == 1 else grads
 
 
-def _recorded(model: nn.Module, x: Any, call: str, create_graph: bool, fallback: str) -> Recording:
+def _recorded(model: Model, x: Any, call: str, create_graph: bool, fallback: Fallback) -> Recording:
     found = recorded(model, x, call=call, parameters=lambda *_: True, fallback=fallback, connected=create_graph)
     if is_framework_model(model):
         return found

@@ -13,6 +13,7 @@ from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
 from ._torch.protocol import At, Linearization, Recording, call_loss, record_further, record_model
 from ._trees import Selector, flatten
+from ._words import Checks, Fallback
 from .errors import InputError, InputTypeError, NotDifferentiableError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -28,8 +29,8 @@ class RecordOptions(TypedDict, total=False):
     """
 
     parameters: Picked | None
-    checks: str
-    fallback: str
+    checks: Checks
+    fallback: Fallback
 
 
 class CurvatureOptions(RecordOptions, total=False):
@@ -53,8 +54,8 @@ class RowOptions(TypedDict, total=False):
     """
 
     parameters: Picks
-    checks: str
-    fallback: str
+    checks: Checks
+    fallback: Fallback
     check_finite: bool
 
 

@@ -15,8 +15,9 @@ from ._recorded_loss import Loss, check_loss
 from ._requirements import check_choice
 from ._runtime.agreement import size
 from ._runtime.contexts import private_noise
-from ._torch.protocol import Reduction, RowLosses, one_row
+from ._torch.protocol import RowLosses, one_row
 from ._trees import flatten
+from ._words import Reduction
 from .errors import InputError, JacopsError, NonFiniteError
 
 FEW_ROWS = 8
@@ -116,5 +117,5 @@ def checked_loss(loss: Loss, reduction: Reduction | None) -> RowLosses:
     """
     check_loss(loss)
     if reduction is not None:
-        check_choice("reduction", reduction, ("mean", "sum"))
+        check_choice("reduction", reduction, Reduction)
     return RowLosses(loss, reduction)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from math import isfinite
-from typing import Any
+from typing import Any, get_args
 
 from .errors import InputError, InputTypeError
 
@@ -55,20 +54,21 @@ def check_range(name: str, value: Any, *, zero: bool = False) -> float:
     return float(value)
 
 
-def check_choice(name: str, value: Any, known: Collection[Any], more: str = "") -> Any:
+def check_choice(name: str, value: Any, known: Any, more: str = "") -> Any:
     """Return what is one of the known words.
 
     Args:
         name: The argument.
         value: What came.
-        known: The words.
+        known: The words, as their `Literal` type.
         more: What else may be given, such as `" or a Solver"`, or a remark after a semicolon.
 
     Raises:
         InputError: It is none of them.
     """
-    if value not in known:
-        needed = f"one of {', '.join(map(repr, known))}"
+    words = get_args(known)
+    if not isinstance(value, str) or value not in words:
+        needed = f"one of {', '.join(map(repr, words))}"
         remark = more.startswith(";")
         raise InputError.of(name, repr(value), f"{needed} is needed{more}" if remark else f"{needed}{more} is needed")
     return value

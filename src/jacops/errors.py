@@ -12,6 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+# fmt: off
+__all__ = [
+    "DataError", "InputError", "InputTypeError", "JacopsError", "JacopsWarning", "MemoryBudgetError",
+    "MissingExtraError", "ModelStateError", "NonFiniteError", "NotDifferentiableError", "SolveError",
+    "StoreBusyError", "StoreDamagedError", "StoreError", "StoreFileError", "StoreIncompleteError",
+    "StoreMismatchError",
+]
+# fmt: on
 _PACKAGE = str(Path(__file__).parent)
 
 

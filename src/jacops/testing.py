@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from ._checks import adjoint_check
+from ._keywords import keywords
 from ._operators import Operator
 from ._runtime.agreement import size, tolerance
 from ._runtime.contexts import private_noise
+
+__all__ = ["LawBrokenError", "check_operator"]
 
 
 class LawBrokenError(AssertionError):
     """An operator breaks a law of linear maps."""
 
 
+@keywords()
 def check_operator(operator: Operator, *, seed: int = 0, rows: int = 3) -> None:
     r"""Hold an operator to the laws: adjoint, linearity, dense = products, and the marks it carries.
 

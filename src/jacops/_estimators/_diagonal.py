@@ -21,6 +21,7 @@ from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
 from .._saving import Savable
+from .._words import DiagonalMethod
 from ._leave_one_out import ProbeSketch, sketched
 from ._probes import check_probes, check_square, chunk_of, left_out_mean, product, signs, units
 
@@ -47,17 +48,22 @@ class DiagonalEstimate(ArrayLike, Unpacked, Savable):
 def diagonal(operator: Operator, *, progress: bool | None = None) -> Tensor: ...
 @overload
 def diagonal(
-    operator: Operator, probes: None, seed: int = 0, *, method: str = "xdiag", progress: bool | None = None
+    operator: Operator, probes: None, seed: int = 0, *, method: DiagonalMethod = "xdiag", progress: bool | None = None
 ) -> Tensor: ...
 @overload
 def diagonal(
-    operator: Operator, probes: int, seed: int = 0, *, method: str = "xdiag", progress: bool | None = None
+    operator: Operator, probes: int, seed: int = 0, *, method: DiagonalMethod = "xdiag", progress: bool | None = None
 ) -> DiagonalEstimate: ...
 @keywords()
 @eager
 @shows_progress()
 def diagonal(
-    operator: Operator, probes: int | None = None, seed: int = 0, *, method: str = "xdiag", progress: bool | None = None
+    operator: Operator,
+    probes: int | None = None,
+    seed: int = 0,
+    *,
+    method: DiagonalMethod = "xdiag",
+    progress: bool | None = None,
 ) -> Tensor | DiagonalEstimate:
     r"""Return the diagonal `(n,)` of a square operator, exact or estimated with a standard error per entry.
 
@@ -92,7 +98,7 @@ def diagonal(
     """
     operator = without_graph(operator)
     check_square(operator)
-    check_choice("method", method, ("xdiag", "hutchinson"))
+    check_choice("method", method, DiagonalMethod)
     if probes is None:
         return check_result(operator, _exact(operator), "the diagonal")
     check_probes(probes)

@@ -20,6 +20,7 @@ from .._requirements import check_choice, check_positive
 from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import eager
 from .._saving import Savable
+from .._words import OnFailure, Which
 from ..errors import SolveError
 from ._probes import check_symmetric, product
 
@@ -97,12 +98,12 @@ class Eigenpairs(ArrayLike, Savable, Described):
 def eigenpairs(
     operator: Operator,
     count: int = 1,
-    which: str = "largest",
+    which: Which = "largest",
     *,
     tolerance: float | None = None,
     max_products: int | None = None,
     seed: int = 0,
-    on_failure: str = "raise",
+    on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> Eigenpairs:
     """Return some extreme eigenpairs of a symmetric operator, by restarted block Lanczos.
@@ -136,8 +137,8 @@ def eigenpairs(
     """
     operator = without_graph(operator)
     check_symmetric(operator)
-    check_choice("which", which, ("largest", "smallest", "magnitude"))
-    check_choice("on_failure", on_failure, ("raise", "return"))
+    check_choice("which", which, Which)
+    check_choice("on_failure", on_failure, OnFailure)
     count = min(check_positive("count", count), operator.shape[0])
     limit = 1000 + 40 * count if max_products is None else check_positive("max_products", max_products)
     tolerance = residual_tolerance(operator.domain.dtype) if tolerance is None else tolerance

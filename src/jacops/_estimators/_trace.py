@@ -11,6 +11,7 @@ from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
+from .._words import TraceMethod
 from ._diagonal import diagonal
 from ._leave_one_out import sketched
 from ._probes import Estimate, check_probes, check_square, left_out_mean, mean_of, product, signs
@@ -24,7 +25,7 @@ def trace(
     probes: int | None = None,
     seed: int = 0,
     *,
-    method: str = "xtrace",
+    method: TraceMethod = "xtrace",
     progress: bool | None = None,
 ) -> Estimate:
     r"""Return the trace of a square operator, exact or estimated with a standard error.
@@ -59,7 +60,7 @@ def trace(
     """
     operator = without_graph(operator)
     check_square(operator)
-    check_choice("method", method, ("xtrace", "hutchinson"))
+    check_choice("method", method, TraceMethod)
     if probes is None:
         return _exact(operator)
     check_probes(probes)

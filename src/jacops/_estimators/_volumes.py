@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._keywords import keywords
 from .._operators import Diagonal, LayerFactors, Operator
 from .._operators._eigen_blocks import EigenBlocks
 from .._operators._finite_results import check_result
@@ -12,6 +13,7 @@ from .._runtime.contexts import eager
 from ..errors import InputError, InputTypeError
 
 
+@keywords()
 @eager
 def logdet(operator: Operator, *, by_sample: bool = False) -> Tensor:
     r"""Return $\log |\det A|$; of m rows and n > m columns $\frac12 \log \det A A^\top$, the logarithm of their volume.
@@ -53,6 +55,7 @@ def logdet(operator: Operator, *, by_sample: bool = False) -> Tensor:
     return (0.5 * torch.linalg.slogdet(operator.gram().double())[1]).to(dtype)
 
 
+@keywords()
 @eager
 def singular_values(operator: Operator, *, by_sample: bool = False) -> Tensor:
     r"""Return the singular values, in descending order.

@@ -8,7 +8,7 @@ positive where weighting sample i up lowers the loss of t.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -20,14 +20,16 @@ from .._problem import Problem, ProblemOptions
 from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
+from .._words import Curvature, InfluenceType, OnFailure, SolverName
 from ..errors import InputError
 from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, InfluenceFactors, Influences
 from ._run import InfluenceRun, run_of
 from ._stored import shares_of, stored
+from ._twice_differentiable import TwiceDifferentiable
 
-_UNITS = {
+_UNITS: dict[InfluenceType, str] = {
     "up": "test loss per unit of weight of the training sample",
     "perturbation": "test loss per unit of weight and unit of the training input",
 }
@@ -37,14 +39,14 @@ _UNITS = {
 @eager
 @shows_progress()
 def compute_influence_factors(
-    model: Any,
+    model: TwiceDifferentiable[Any],
     training_data: Any,
     test_data: Any,
     *,
-    solver: str | Solver = "auto",
+    solver: SolverName | Solver = "auto",
     damping: float = 0.0,
-    curvature: str = "hessian",
-    on_failure: Literal["raise", "return"] = "raise",
+    curvature: Curvature = "hessian",
+    on_failure: OnFailure = "raise",
     **options: Unpack[ProblemOptions],
 ) -> InfluenceFactors:
     r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
@@ -83,17 +85,17 @@ def compute_influence_factors(
 @eager
 @shows_progress()
 def compute_influences(
-    model: Any,
+    model: TwiceDifferentiable[Any],
     training_data: Any,
     *,
     test_data: Any = None,
     input_data: Any = None,
-    influence_type: Literal["up", "perturbation"] = "up",
+    influence_type: InfluenceType = "up",
     leverage: bool = False,
-    solver: str | Solver = "auto",
+    solver: SolverName | Solver = "auto",
     damping: float = 0.0,
-    curvature: str = "hessian",
-    on_failure: Literal["raise", "return"] = "raise",
+    curvature: Curvature = "hessian",
+    on_failure: OnFailure = "raise",
     store: Any = None,
     **options: Unpack[ProblemOptions],
 ) -> Influences:
@@ -129,7 +131,7 @@ def compute_influences(
         SolveError: As in `compute_influence_factors`.
         DataError: As in `compute_influence_factors`.
     """
-    check_choice("influence_type", influence_type, tuple(_UNITS))
+    check_choice("influence_type", influence_type, InfluenceType)
     if leverage and influence_type != "up":
         raise InputError.of("leverage", True, "it corrects influences of type 'up' only")
     train = Batches.of(training_data, "training_data", options.get("unpack"))
@@ -163,13 +165,13 @@ def compute_influences(
 @eager
 @shows_progress()
 def self_influences(
-    model: Any,
+    model: TwiceDifferentiable[Any],
     training_data: Any,
     *,
-    solver: str | Solver = "auto",
+    solver: SolverName | Solver = "auto",
     damping: float = 0.0,
-    curvature: str = "hessian",
-    on_failure: Literal["raise", "return"] = "raise",
+    curvature: Curvature = "hessian",
+    on_failure: OnFailure = "raise",
     **options: Unpack[ProblemOptions],
 ) -> Tensor:
     r"""Return $s_i^2 g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.

@@ -21,6 +21,7 @@ from .._jax.protocol import (
     remember,
     to_numpy,
 )
+from .._keywords import check_methods
 from .._ladder.protocol import SweepOptions
 from .._objective import Objective
 from ..errors import InputTypeError, NotDifferentiableError
@@ -171,4 +172,5 @@ def _axis(options: dict[str, Any]) -> int:
     return axis
 
 
+check_methods(JaxFunction, JaxTensorUtilities, JaxTwiceDifferentiable)
 __all__ = ["JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable"]

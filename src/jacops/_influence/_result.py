@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .._problem import Problem
 from .._requirements import check_positive
 from .._saving import Savable
 from .._tables import Names, feature_axes, matrix_table, names_of, tidy_table
+from .._words import InfluenceType
 from ..errors import InputError
 from ..solvers import Solution, Status
 from ..solvers._solution import gravest, level_text, residual_text
@@ -64,7 +65,7 @@ class Influences(ArrayLike, Savable, Described):
     """
 
     values: Tensor
-    influence_type: Literal["up", "perturbation"]
+    influence_type: InfluenceType
     sign: str
     units: str
     damping: float

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._data import Batch, Batches
 from .._operators._data import SumOver
-from .._problem import CURVATURES, BatchPoint, Problem, ProblemOptions
+from .._problem import BatchPoint, Problem, ProblemOptions
 from .._requirements import check_choice, check_range
+from .._words import Curvature, OnFailure, SolverName
 from ..errors import InputTypeError, SolveError
 from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
 from ._result import described
@@ -34,10 +35,10 @@ class InfluenceRun:
     """
 
     problem: Problem
-    kind: str
+    kind: Curvature
     solver: Solver
     damping: float
-    on_failure: Literal["raise", "return"]
+    on_failure: OnFailure
 
     @cached_property
     def curvature(self) -> SumOver:
@@ -105,7 +106,13 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
 
 
 def run_of(
-    model: Any, train: Batches, method: str | Solver, damping: Any, kind: str, on_failure: Any, options: ProblemOptions
+    model: Any,
+    train: Batches,
+    method: SolverName | Solver,
+    damping: float,
+    kind: Curvature,
+    on_failure: OnFailure,
+    options: ProblemOptions,
 ) -> InfluenceRun:
     """Check the arguments; the model is not evaluated.
 
@@ -117,8 +124,8 @@ def run_of(
         came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
         raise InputTypeError.of("model", came, "a TorchTwiceDifferentiable is needed", todo)
     damping = check_range("damping", damping, zero=True)
-    check_choice("curvature", kind, CURVATURES)
-    check_choice("on_failure", on_failure, ("raise", "return"))
+    check_choice("curvature", kind, Curvature)
+    check_choice("on_failure", on_failure, OnFailure)
     # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.
     solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "solver")
     return InfluenceRun(Problem(model, data=train, **options), kind, solver, damping, on_failure)

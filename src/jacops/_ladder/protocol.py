@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import TypeIs
 
     from .._space import Space
     from .._trees import Tree
@@ -232,6 +233,6 @@ def everything(name: str, array: Any) -> bool:
     return True
 
 
-def is_framework_model(model: Any) -> TypeGuard[FrameworkModel]:
+def is_framework_model(model: Any) -> TypeIs[FrameworkModel]:
     """Return whether a model answers what `FrameworkModel` has; by its type, at the cost of one look-up."""
     return hasattr(type(model), "record_at_output")

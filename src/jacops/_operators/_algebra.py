@@ -4,36 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 
 from .._space import Space
 from .._torch.protocol import ByLayers
-from ._base import COMPOSED, Composite, OnSpace, Operator, check_same
+from ._base import COMPOSED, Operator, check_same
 from ._dense import DenseAsk
+from ._kinds import Backwards, Composite, OnSpace
 from ._noise import Moments
 from ._target import Target
-
-
-class Backwards(Operator):
-    """An operator from the codomain of another one to its domain.
-
-    Attributes:
-        of: The other one.
-    """
-
-    of: Any
-
-    @property
-    def domain(self) -> Space:
-        """The codomain of the operator."""
-        return self.of.codomain
-
-    @property
-    def codomain(self) -> Space:
-        """The domain of the operator."""
-        return self.of.domain
 
 
 @final

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -129,6 +129,14 @@ class Operator(Arithmetic, Savable, ABC, Described):
         """The transpose."""
         return self if self.symmetric else COMPOSED["transposed"](self)
 
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: Operator) -> Operator: ...
+    @overload
+    def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    @overload
+    def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
     def __matmul__(self, other: Any) -> Any:
         """Compose with an operator, or apply to a vector, to columns, or to a tree of tensors."""
         if isinstance(other, Operator):
@@ -316,57 +324,6 @@ class Operator(Arithmetic, Savable, ABC, Described):
         inside = ", ".join([f"{m:,} × {n:,}", dtype, str(self.domain.device)])
         formula = self._formula() if self.meaning is None else self.meaning.formula
         return Description(f"{self.name}({inside}){f': {formula}' if formula else ''}", tuple(self._facts()))
-
-
-class OnSpace(Operator):
-    """An operator from a space to itself.
-
-    Attributes:
-        space: Where it acts.
-    """
-
-    space: Any
-
-    @property
-    def domain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
-    @property
-    def codomain(self) -> Space:
-        """Where it acts."""
-        return self.space
-
-
-class Composite(Operator):
-    """An operator that is put together from others."""
-
-    _own = "part by part"
-
-    @property
-    @abstractmethod
-    def _parts(self) -> tuple[Operator, ...]:
-        """The others, in the order in which they are written."""
-
-    @property
-    def domain(self) -> Space:
-        """What all parts take."""
-        return self._parts[0].domain
-
-    @property
-    def codomain(self) -> Space:
-        """What all parts give."""
-        return self._parts[0].codomain
-
-    @property
-    def symmetric(self) -> bool:
-        """All parts are."""
-        return all(part.symmetric for part in self._parts)
-
-    @property
-    def positive(self) -> bool:
-        """All parts are."""
-        return all(part.positive for part in self._parts)
 
 
 def _kept(operator: Operator) -> dict[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._runtime.chunks import ENTRIES
 from .._saving import Savable
 from .._space import Space
-from ._base import OnSpace
+from ._kinds import OnSpace
 
 Form = Literal["kronecker", "exact", "diagonal"]
 FORMS: tuple[Form, ...] = ("kronecker", "exact", "diagonal")

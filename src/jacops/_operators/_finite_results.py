@@ -35,23 +35,23 @@ class Source:
     data: Mapping[str, Any]
 
 
-def made_from(*names: str) -> Callable[[Callable[Arguments, Made]], Callable[..., Made]]:
-    """Decorate a call that returns an operator: it takes `check_finite`, and messages name a row of its data.
+def made_from(*names: str) -> Callable[[Callable[Arguments, Made]], Callable[Arguments, Made]]:
+    """Decorate a call that returns an operator: its `check_finite` is kept there, and messages name a row of its data.
 
     Args:
         names: The arguments that hold data with a leading axis of samples.
     """
 
-    def decorate(function: Callable[Arguments, Made]) -> Callable[..., Made]:
+    def decorate(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         places = {name: i for i, name in enumerate(inspect.signature(function).parameters) if name in names}
 
         @wraps(function)
-        def call(*args: Any, check_finite: bool = True, **kwargs: Any) -> Made:
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+            check_finite = bool(kwargs.pop("check_finite", True))
             operator = function(*args, **kwargs)
             data = {name: args[i] if i < len(args) else kwargs.get(name) for name, i in places.items()}
             return with_source(operator, Source(function.__name__, data), check_finite)
 
-        call.__signature__ = _with_check(function)  # pyright: ignore[reportAttributeAccessIssue]
         return call
 
     return decorate
@@ -69,16 +69,6 @@ def with_source(operator: Made, source: Source, check_finite: bool = True) -> Ma
     if check_finite:
         _check_losses(operator)
     return operator
-
-
-def _with_check(function: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature of a call that takes `check_finite` besides what `function` takes."""
-    signature = inspect.signature(function)
-    parameters = list(signature.parameters.values())
-    if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        return signature  # its options have it
-    check = inspect.Parameter("check_finite", inspect.Parameter.KEYWORD_ONLY, default=True, annotation="bool")
-    return signature.replace(parameters=[*parameters, check])
 
 
 def check_result(operator: Operator, result: Tensor, what: str) -> Tensor:

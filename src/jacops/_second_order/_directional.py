@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from .._data import Unpack
+from .._data import Unpack as Batching
 from .._finite import check_vector, is_finite
 from .._keywords import keywords
 from .._loaders import by_batches
+from .._options import InputDerivativeOptions
 from .._requirements import check_positive
 from .._runtime.contexts import eager, keeping
 from .._space import Space
 from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, Shared, nested
 from .._trees import Selector, Tree, flatten
+from .._words import Checks, Fallback
 from ..errors import InputError
 from ._alone import settled
 from ._common import check_finite, detached, samples_of, tree_of
@@ -24,6 +26,24 @@ from ._differences import Differences, length_of_step
 from ._evidence import Nest
 
 
+@overload
+def directional_derivative(
+    model: nn.Module | Callable[..., Any],
+    x: Tensor,
+    v: Tensor,
+    order: int = 1,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Tensor: ...
+@overload
+def directional_derivative(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    v: Any,
+    order: int = 1,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Any: ...
 @keywords()
 @by_batches("target", "v")
 @eager
@@ -37,9 +57,9 @@ def directional_derivative(
     outputs: Selector = None,
     target: Tensor | None = None,
     shared: Shared = None,
-    unpack: Unpack | None = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    unpack: Batching | None = None,
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     progress: bool | None = None,
     create_graph: bool = False,
 ) -> Any:

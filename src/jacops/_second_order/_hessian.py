@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from .._data import Unpack
+from .._data import Unpack as Batching
 from .._finite import is_finite
 from .._keywords import keywords
 from .._loaders import by_batches
+from .._options import InputDerivativeOptions
 from .._runtime.agreement import size, tolerance
 from .._runtime.contexts import eager, keeping, private_noise
 from .._runtime.rounding import rounding_error
 from .._runtime.rows import rows_size
 from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, Shared, asymmetric, nested
 from .._trees import Selector, Tree
+from .._words import Checks, Fallback
 from ._alone import settled
 from ._common import Blocks, check_finite, detached, flat, matrices, samples_of, tree_of
 from ._differences import Differences
@@ -27,6 +29,20 @@ from ._evidence import Nest
 _WORST = 4  # samples whose rounding is measured, alone: an operation that is wrong shows where it is most wrong
 
 
+@overload
+def input_hessian(
+    model: nn.Module | Callable[..., Any],
+    x: Tensor,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Tensor: ...
+@overload
+def input_hessian(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Any: ...
 @keywords()
 @by_batches("target")
 @eager
@@ -38,9 +54,9 @@ def input_hessian(
     outputs: Selector = None,
     target: Tensor | None = None,
     shared: Shared = None,
-    unpack: Unpack | None = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    unpack: Batching | None = None,
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     progress: bool | None = None,
     create_graph: bool = False,
 ) -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from .._data import Unpack
+from .._data import Unpack as Batching
 from .._keywords import keywords
 from .._loaders import by_batches
+from .._options import InputDerivativeOptions
 from .._runtime.contexts import eager, keeping
 from .._torch.protocol import Samples, Shared
 from .._trees import Selector, Tree
+from .._words import Checks, Fallback
 from ..errors import NotDifferentiableError
 from ._common import matrices, output_entries, part_of, samples_of
 from ._directional import along
@@ -23,6 +25,20 @@ _HESSIAN_ENTRIES = 2**24  # 128 MiB of Hessians in float64; beyond, only their d
 _DIRECTION_ENTRIES = 2**22  # 32 MiB of copies of the samples and directions in float64
 
 
+@overload
+def laplacian(
+    model: nn.Module | Callable[..., Any],
+    x: Tensor,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Tensor: ...
+@overload
+def laplacian(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    **options: Unpack[InputDerivativeOptions],
+) -> Any: ...
 @keywords()
 @by_batches("target")
 @eager
@@ -34,9 +50,9 @@ def laplacian(
     outputs: Selector = None,
     target: Tensor | None = None,
     shared: Shared = None,
-    unpack: Unpack | None = None,
-    checks: str = "first",
-    fallback: str = "warn",
+    unpack: Batching | None = None,
+    checks: Checks = "first",
+    fallback: Fallback = "warn",
     progress: bool | None = None,
     create_graph: bool = False,
 ) -> Any:

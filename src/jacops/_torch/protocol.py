@@ -27,7 +27,7 @@ from .model.loss_curvature import computed_convex, positive_everywhere
 from .model.loss_facts import counted_labels, is_convex
 from .model.losses import call_loss, one_row
 from .model.replica import bare, check_state, parameter_names, replicate
-from .model.row_losses import Reduction, RowLosses, Weighted
+from .model.row_losses import RowLosses, Weighted
 from .model.rows import Shared, axis_explained, rows_apart
 from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill
@@ -50,6 +50,6 @@ from .sweeps.graph import parents_first
 from .sweeps.linearization import Linearization
 from .sweeps.mixing import by_digits
 from .sweeps.nonfinite import Lost, pull_noting_losses
-from .sweeps.proofs import CHECKS, Proofs, identity_key, store_for
+from .sweeps.proofs import Proofs, identity_key, store_for
 from .sweeps.record import Recording, record_at_outputs, record_closure, record_further, record_model
 from .sweeps.weights import check_kept, weights_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,38 @@ from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
+from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
 from ._loop import Outcome, StoppingCriteria, run
+from ._options import DampedFitOptions, FitOptions
 from ._problem import FitProblem, FunctionModule, function_module
-from ._result import LeastSquaresResult, as_given
+from ._result import Found, LeastSquaresResult, as_given
 from ._solvers import StepSolver, solver_of
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
 
+@overload
+def levenberg_marquardt(
+    model: nn.Module, input: Any = None, target: Any = None, *, params: None = None, **options: Unpack[DampedFitOptions]
+) -> LeastSquaresResult[dict[str, Tensor]]: ...
+@overload
+def levenberg_marquardt(
+    model: Callable[..., Any],
+    input: Any = None,
+    target: Any = None,
+    *,
+    params: Tensor,
+    **options: Unpack[DampedFitOptions],
+) -> LeastSquaresResult[Tensor]: ...
+@overload
+def levenberg_marquardt(
+    model: Callable[..., Any],
+    input: Any = None,
+    target: Any = None,
+    *,
+    params: Found,
+    **options: Unpack[DampedFitOptions],
+) -> LeastSquaresResult[Found]: ...
 @keywords()
 @shows_progress()
 def levenberg_marquardt(
@@ -35,10 +59,10 @@ def levenberg_marquardt(
     sqrt_weight: Any = None,
     kernel: Any = None,
     f_scale: float = 1.0,
-    corrector: str = "triggs",
-    strategy: str | Strategy = "nielsen",
+    corrector: Corrector = "triggs",
+    strategy: StrategyName | Strategy = "nielsen",
     damping: float | None = None,
-    solver: str | StepSolver = "auto",
+    solver: StepSolverName | StepSolver = "auto",
     jacobian: Any = "auto",
     x_scale: Any = "jac",
     ftol: float | None = 1e-8,
@@ -47,9 +71,9 @@ def levenberg_marquardt(
     max_steps: int = 100,
     max_nfev: int | None = None,
     inplace: bool | None = None,
-    on_failure: str = "raise",
+    on_failure: OnFailure = "raise",
     progress: bool | None = None,
-) -> LeastSquaresResult:
+) -> LeastSquaresResult[Any]:
     r"""Make $\tfrac12 \sum_k \rho(\lVert S_k (f_k - y_k) \rVert^2)$ small, $f$ a model's output, $y$ the target.
 
     Every step solves $(J^\top J + \lambda D) p = -J^\top r$ for residual and Jacobian of one and the same run of the
@@ -122,6 +146,18 @@ def levenberg_marquardt(
     return _fit(model, "levenberg_marquardt", recipe, options)
 
 
+@overload
+def gauss_newton(
+    model: nn.Module, input: Any = None, target: Any = None, *, params: None = None, **options: Unpack[FitOptions]
+) -> LeastSquaresResult[dict[str, Tensor]]: ...
+@overload
+def gauss_newton(
+    model: Callable[..., Any], input: Any = None, target: Any = None, *, params: Tensor, **options: Unpack[FitOptions]
+) -> LeastSquaresResult[Tensor]: ...
+@overload
+def gauss_newton(
+    model: Callable[..., Any], input: Any = None, target: Any = None, *, params: Found, **options: Unpack[FitOptions]
+) -> LeastSquaresResult[Found]: ...
 @keywords()
 @shows_progress()
 def gauss_newton(
@@ -136,8 +172,8 @@ def gauss_newton(
     sqrt_weight: Any = None,
     kernel: Any = None,
     f_scale: float = 1.0,
-    corrector: str = "first_order",
-    solver: str | StepSolver = "auto",
+    corrector: Corrector = "first_order",
+    solver: StepSolverName | StepSolver = "auto",
     jacobian: Any = "auto",
     x_scale: Any = "jac",
     ftol: float | None = 1e-8,
@@ -146,9 +182,9 @@ def gauss_newton(
     max_steps: int = 50,
     max_nfev: int | None = None,
     inplace: bool | None = None,
-    on_failure: str = "raise",
+    on_failure: OnFailure = "raise",
     progress: bool | None = None,
-) -> LeastSquaresResult:
+) -> LeastSquaresResult[Any]:
     r"""Make the objective of `levenberg_marquardt` small by whole Gauss-Newton steps, $J^\top J p = -J^\top r$.
 
     Quick near a solution, and blind to a step that leads uphill. Where a dense Jacobian has no full rank, the shortest
@@ -199,9 +235,9 @@ def gauss_newton(
     return _fit(model, "gauss_newton", None, options)
 
 
-def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult:
+def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult[Any]:
     solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
-    check_choice("on_failure", on_failure, ("raise", "return"))
+    check_choice("on_failure", on_failure, OnFailure)
     rules = StoppingCriteria(*(options[key] for key in ("ftol", "xtol", "gtol", "max_steps", "max_nfev")))
     module: Any = model
     if not isinstance(model, nn.Module) and not isinstance(model, type):
@@ -238,7 +274,9 @@ def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             target.copy_(value.as_subclass(Tensor))
 
 
-def _result(problem: FitProblem, ended: Outcome, kind: type | None, strategy: Strategy | None) -> LeastSquaresResult:
+def _result(
+    problem: FitProblem, ended: Outcome, kind: type | None, strategy: Strategy | None
+) -> LeastSquaresResult[Any]:
     method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
     point, stop = ended.point, ended.stop
     point.system.terms = None  # holds the model's outputs

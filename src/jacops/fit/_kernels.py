@@ -18,6 +18,7 @@ import torch
 from .._requirements import check_choice, check_number
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
+from .._words import KernelName
 from ..errors import InputError, InputTypeError
 
 Array = np.ndarray
@@ -177,7 +178,7 @@ class _Given(Kernel):
         return value.detach().numpy(), first.detach().numpy(), curve.detach().numpy()
 
 
-_NAMES: dict[str, Callable[[float], Kernel]] = {
+_NAMES: dict[KernelName, Callable[[float], Kernel]] = {
     "huber": Huber,
     "soft_l1": PseudoHuber,
     "cauchy": Cauchy,
@@ -192,12 +193,14 @@ def kernel_of(kernel: Any, f_scale: float) -> Kernel | None:
         InputError: The name is unknown, or `f_scale` is not positive.
         InputTypeError: It is none of these.
     """
-    if kernel is None or (isinstance(kernel, str) and kernel == "linear"):
+    if kernel is None:
         return None
     if isinstance(kernel, str):
-        check_choice("kernel", kernel, ["linear", *_NAMES], " or a Kernel")
+        name: KernelName = check_choice("kernel", kernel, KernelName, " or a Kernel")
+        if name == "linear":
+            return None
         check_number("f_scale", f_scale)
-        return _NAMES[kernel](float(f_scale))
+        return _NAMES[name](float(f_scale))
     if isinstance(kernel, Kernel):
         return kernel
     if callable(kernel) and not isinstance(kernel, type):

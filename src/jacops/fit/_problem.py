@@ -28,6 +28,7 @@ from .._torch.protocol import (
     split_input,
 )
 from .._trees import flatten, output_leaves
+from .._words import JacobianForm
 from ..errors import (
     InputError,
     InputTypeError,
@@ -237,7 +238,7 @@ class FitProblem:
             self.plan, self.route = jacobian, "sparse: a plan was given"
             self._check_lie()
             return
-        check_choice("jacobian", jacobian, ("auto", "dense", "sparse"), " or a SparsePlan")
+        check_choice("jacobian", jacobian, JacobianForm, " or a SparsePlan")
         size = f"{rows} x {columns}"
         if jacobian == "dense":
             self._check_budget(rows, columns)

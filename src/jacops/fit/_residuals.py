@@ -15,6 +15,7 @@ from .._extras._lie_groups import group_of
 from .._requirements import check_choice, check_kind
 from .._runtime.restoring import NumericWarningsIgnored, restoring
 from .._trees import Tree, flatten
+from .._words import Corrector
 from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
 from ..sparse._matrix import csr, sp
 from ._kernels import Kernel, correction, kernel_of
@@ -185,7 +186,7 @@ def residuals_of(outputs: Sequence[Tensor], tree: Tree, given: dict[str, Any], c
         NotDifferentiableError: An output is complex.
         NonFiniteError: An output at the start is NaN or Inf.
     """
-    check_choice("corrector", given["corrector"], ("triggs", "first_order"))
+    check_choice("corrector", given["corrector"], Corrector)
     spread = {key: _spread(given[key], tree, key) for key in ("target", "weight", "sqrt_weight")}
     kernel = given["kernel"]
     kernels = _spread(kernel, tree, "kernel") if isinstance(kernel, list | tuple | dict) else [kernel] * len(outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from .._saving import Savable
 from .._tables import record_table
+from .._words import FitFigure
 from ..errors import InputError, SolveError
 from ._solvers import check_pivots, factorised, triangle
 from ._system import LinearizedFit, Singular
@@ -26,9 +27,9 @@ from ._table import parameters, steps
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from scipy.sparse import csr_array
 
-Figures = Literal["convergence", "residuals"]
-KINDS: tuple[Figures, ...] = ("convergence", "residuals")
+Found = TypeVar("Found")  # what the parameters come in: as they were given
 
 if TYPE_CHECKING:
     import pandas
@@ -77,7 +78,7 @@ class StepRecord(Savable):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LeastSquaresResult(ArrayLike, Savable, Described):
+class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
     r"""Where a least-squares call ended.
 
     Attributes:
@@ -100,7 +101,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described):
         limited_by: What `damping` in the log is: `"damping"`, `"radius"`, or empty without either.
     """
 
-    x: Any
+    x: Found
     cost: float
     fun: Tensor
     optimality: float
@@ -134,7 +135,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described):
         return self.status in ("gradient", "objective", "step")
 
     @property
-    def jac(self) -> Any:
+    def jac(self) -> np.ndarray | csr_array | None:
         """The Jacobian at the end, weighted and corrected, by tangent columns: an array or a SciPy CSR array."""
         return None if self._system is None else self._system.J
 
@@ -184,10 +185,10 @@ class LeastSquaresResult(ArrayLike, Savable, Described):
         return record_table(self.log, StepRecord, "step")
 
     @overload
-    def plot(self, kind: Figures | None = None, *, ax: None = None) -> Figure: ...
+    def plot(self, kind: FitFigure | None = None, *, ax: None = None) -> Figure: ...
     @overload
-    def plot(self, kind: Figures | None = None, *, ax: Axes) -> Axes: ...
-    def plot(self, kind: Figures | None = None, *, ax: Axes | None = None) -> Figure | Axes:
+    def plot(self, kind: FitFigure | None = None, *, ax: Axes) -> Axes: ...
+    def plot(self, kind: FitFigure | None = None, *, ax: Axes | None = None) -> Figure | Axes:
         """Draw the objective step by step, and the residuals at the end.
 
         Args:
@@ -201,7 +202,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described):
             MissingExtraError: Matplotlib is not installed.
             InputError: There is no such kind, or axes were given for both.
         """
-        kinds = KINDS if kind is None else (check_choice("kind", kind, KINDS),)
+        kinds = get_args(FitFigure) if kind is None else (check_choice("kind", kind, FitFigure),)
         drawn, panels = canvas(ax, (5.0 * len(kinds), 3.5), len(kinds))
         for word, panel in zip(kinds, panels, strict=True):
             if word == "residuals":
@@ -237,11 +238,12 @@ class LeastSquaresResult(ArrayLike, Savable, Described):
         return self._whole().html()
 
     def _named(self) -> dict[str, Tensor]:
-        if isinstance(self.x, Tensor):
-            return {"x": self.x}
-        if isinstance(self.x, dict):
-            return {str(name): value for name, value in self.x.items()}
-        return {f"x[{k}]": value for k, value in enumerate(self.x)}
+        x: Any = self.x
+        if isinstance(x, Tensor):
+            return {"x": x}
+        if isinstance(x, dict):
+            return {str(name): value for name, value in x.items()}
+        return {f"x[{k}]": value for k, value in enumerate(x)}
 
 
 def _inverse_part(system: LinearizedFit, wanted: np.ndarray, result: Any) -> np.ndarray:

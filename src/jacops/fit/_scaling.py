@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._requirements import check_choice
+from .._words import ScaleRule
 from ..errors import InputError, InputTypeError
 from ._layout import Layout, ParameterPart, by_name
 from ._system import LinearizedFit
@@ -48,7 +49,7 @@ def scaling_of(x_scale: Any, layout: Layout) -> Scaling:
         InputError: A name or a shape does not fit, or a scale is not positive.
     """
     if isinstance(x_scale, str):
-        check_choice("x_scale", x_scale, ("jac",), ", a number or tensors like the parameters")
+        check_choice("x_scale", x_scale, ScaleRule, ", a number or tensors like the parameters")
         return Scaling(None)
     parts = layout.parts
     if isinstance(x_scale, float | int) and not isinstance(x_scale, bool):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .._requirements import check_choice, check_kind
+from .._words import StepSolverName
 from ..errors import MissingExtraError
 from ..sparse._matrix import csc, sp
 from ._system import LinearizedFit, Singular, Solved
@@ -336,7 +337,7 @@ def _stacked(system: LinearizedFit, damping: np.ndarray | None) -> tuple[torch.T
     return torch.from_numpy(J), torch.from_numpy(np.concatenate([system.r, np.zeros(J.shape[1])]))
 
 
-_NAMES: dict[str, type[StepSolver]] = {
+_NAMES: dict[StepSolverName, type[StepSolver]] = {
     "auto": AutoStepSolver,
     "qr": QR,
     "cholesky": Cholesky,
@@ -357,5 +358,5 @@ def solver_of(solver: Any) -> StepSolver:
     if isinstance(solver, StepSolver):
         return solver
     check_kind("solver", solver, str, f"one of {list(_NAMES)} or a StepSolver is needed")
-    check_choice("solver", solver, _NAMES, " or a StepSolver")
+    check_choice("solver", solver, StepSolverName, " or a StepSolver")
     return _NAMES[solver]()

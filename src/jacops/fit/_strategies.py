@@ -9,6 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from .._requirements import check_choice, check_kind, check_number
+from .._words import StrategyName
 from ..errors import InputError
 from ._solvers import StepSolver
 from ._system import LinearizedFit, Singular, Solved
@@ -210,7 +211,7 @@ def _newton(system: LinearizedFit, solver: StepSolver) -> Solved:
             raise Singular("the normal matrix is singular, however damped")
 
 
-_NAMES: dict[str, type[Strategy]] = {
+_NAMES: dict[StrategyName, type[Strategy]] = {
     "constant": Constant,
     "adaptive": Adaptive,
     "marquardt": Marquardt,
@@ -236,7 +237,7 @@ def strategy_of(strategy: Any, damping: float | None) -> Strategy:
             raise InputError.of("damping", repr(damping), "the strategy has its own", "Set it there.")
         return strategy
     check_kind("strategy", strategy, str, f"one of {list(_NAMES)} or a Strategy is needed")
-    check_choice("strategy", strategy, _NAMES, " or a Strategy")
+    check_choice("strategy", strategy, StrategyName, " or a Strategy")
     if damping is None:
         return _NAMES[strategy]()
     if strategy == "trust_region":

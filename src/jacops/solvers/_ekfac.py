@@ -14,16 +14,21 @@ from .._operators._eigen_blocks import EigenBlocks, covered, ridge_values
 from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
 from .._space import Space
+from .._words import FisherSource
 from ..errors import InputError
 from ._base import Prepared, Solver
 from ._judge import Raw
 from ._kronecker_factors import KroneckerFactors
-from ._kronecker_passes import Fisher, Passes, Piece, check_source, corrected, summed
+from ._kronecker_passes import Passes, Piece, check_source, corrected, summed
 from ._kronecker_sums import Basis
 from ._solution import Status
 from ._system import System, shifted
 
-_SAID: dict[str, Fisher] = {"empirical_fisher": "empirical", "monte_carlo_fisher": "monte_carlo", "fisher": "exact"}
+_SAID: dict[str, FisherSource] = {
+    "empirical_fisher": "empirical",
+    "monte_carlo_fisher": "monte_carlo",
+    "fisher": "exact",
+}
 
 
 @final
@@ -77,7 +82,7 @@ class EKFAC(Solver):
         tensor([[0.5000, 1.0000]])
     """
 
-    fisher: Fisher = "auto"
+    fisher: FisherSource = "auto"
     corrected: bool = True
     weighted: bool = True
     draws: int = 1
@@ -89,7 +94,7 @@ class EKFAC(Solver):
 
     def __post_init__(self) -> None:
         """Refuse options that mean nothing."""
-        check_choice("fisher", self.fisher, ("auto", "exact", "monte_carlo", "empirical"))
+        check_choice("fisher", self.fisher, FisherSource)
         check_positive("draws", self.draws)
 
     @eager
@@ -188,7 +193,7 @@ def _fitted(factors: EigenBlocks, operator: Operator) -> EigenBlocks:
     return factors
 
 
-def _asked(operator: Operator) -> Fisher:
+def _asked(operator: Operator) -> FisherSource:
     """Return which curvature an operator itself is."""
     return _SAID.get(getattr(getattr(operator, "parts", None), "kind", ""), "auto")
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, final
+from typing import Any, final, get_args
 
 from torch import Tensor
 
 from .._display import changed
 from .._keywords import keywords
 from .._operators import Operator
-from .._operators._algebra import Backwards
 from .._operators._graphs import without_graph
+from .._operators._kinds import Backwards
 from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager, keeping
-from ..errors import InputError, InputTypeError, SolveError
+from .._words import OnFailure, SolverName
+from ..errors import InputTypeError, SolveError
 from ._advice import advice
 from ._base import Prepared, Solver
 from ._implicit import connected
@@ -31,10 +32,10 @@ from ._system import System
 def solve(
     operator: Operator,
     b: Tensor,
-    solver: Solver | str = "auto",
+    solver: Solver | SolverName = "auto",
     *,
     damping: float | Tensor = 0.0,
-    on_failure: Literal["raise", "return"] = "raise",
+    on_failure: OnFailure = "raise",
     progress: bool | None = None,
     create_graph: bool = False,
 ) -> Solution:
@@ -72,7 +73,7 @@ def solve(
         >>> solve(A, torch.tensor([4.0, 16.0])).x
         tensor([[1., 1.]])
     """
-    check_choice("on_failure", on_failure, ("raise", "return"))
+    check_choice("on_failure", on_failure, OnFailure)
     with keeping(create_graph):
         rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
     if create_graph:
@@ -88,6 +89,7 @@ def as_number(damping: float | Tensor) -> Any:
     return float(damping.detach()) if isinstance(damping, Tensor) and damping.numel() == 1 else damping
 
 
+@keywords()
 def require(solution: Solution) -> None:
     """Raise for a solution with rows that failed.
 
@@ -101,10 +103,10 @@ def require(solution: Solution) -> None:
 @keywords()
 def inverse(
     operator: Operator,
-    solver: Solver | str = "auto",
+    solver: Solver | SolverName = "auto",
     *,
     damping: float | Tensor = 0.0,
-    on_failure: Literal["raise", "return"] = "raise",
+    on_failure: OnFailure = "raise",
     create_graph: bool = False,
 ) -> Inverse:
     r"""Return $(A + \lambda I)^{-1}$ as an operator; each product is a solve.
@@ -123,7 +125,7 @@ def inverse(
     Raises:
         InputError: The operator is not square, or an option does not fit. Its products raise `SolveError`.
     """
-    check_choice("on_failure", on_failure, ("raise", "return"))
+    check_choice("on_failure", on_failure, OnFailure)
     number = as_number(damping)
     System(operator, number)  # refuses what no solver takes
     scale = damping.reshape(()) if isinstance(damping, Tensor) and damping.requires_grad else None
@@ -147,7 +149,7 @@ class Inverse(Backwards):
     of: Operator
     solver: Solver
     damping: float = 0.0
-    on_failure: Literal["raise", "return"] = "raise"
+    on_failure: OnFailure = "raise"
     create_graph: bool = False
     scale: Tensor | None = None
 
@@ -215,6 +217,7 @@ class Inverse(Backwards):
         yield from super()._facts()
 
 
+@keywords()
 def solver_of(solver: Any, argument: str = "solver") -> Solver:
     """Return the solver meant by a name or a recipe.
 
@@ -224,11 +227,9 @@ def solver_of(solver: Any, argument: str = "solver") -> Solver:
     """
     if isinstance(solver, Solver):
         return solver
-    known = f"one of {sorted(NAMES)} or a Solver is needed"
+    known = f"one of {', '.join(map(repr, get_args(SolverName)))} or a Solver is needed"
     if isinstance(solver, type) and issubclass(solver, Solver):
         raise InputTypeError.of(argument, f"the class {solver.__name__}", known, f"Use `{solver.__name__}()`.")
     if not isinstance(solver, str):
         raise InputTypeError.of(argument, f"a {type(solver).__name__}", known)
-    if solver not in NAMES:
-        raise InputError.of(argument, repr(solver), known)
-    return NAMES[solver]()
+    return NAMES[check_choice(argument, solver, SolverName, " or a Solver")]()

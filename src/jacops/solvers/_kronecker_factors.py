@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -12,12 +12,10 @@ from .._display import Described, Description
 from .._operators._eigen_blocks import FORMS, Block, EigenBlocks, covered
 from .._runtime.memory import in_words
 from .._space import Space
+from .._words import FactorBias, Sharing
 from ..errors import InputError
 from ._kronecker_noise import Noise
 from ._kronecker_sums import OuterSums, Pair, RowSums
-
-Bias = Literal["joint", "separate"]
-Sharing = Literal["expand", "reduce"]
 
 
 @final
@@ -49,7 +47,7 @@ class KroneckerFactors(Described, Mapping[str, tuple[Tensor, Tensor]]):
 
     space: Space
     sums: tuple[OuterSums | RowSums, ...]
-    bias: Bias
+    bias: FactorBias
     sharing: Sharing
     kind: str
     drawn: Noise | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from .._operators._eigen_blocks import Block
 from .._runtime.counter import Draws
 from .._space import Space
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
+from .._words import FisherSource
 from ..errors import InputError, NotDifferentiableError
 from ._kronecker_noise import Noise
 from ._kronecker_sums import Basis, OuterSums, RowSums, not_finite
 from ._output_curvature import Directions, Given
 from ._output_loss import LossAtOutput
 
-Fisher = Literal["auto", "exact", "monte_carlo", "empirical"]
 _EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one: as many as share one pass
 _FEW = 32  # samples recorded together where parameters need a sweep for each, which runs through all of them
 _KEPT_ENTRIES = 2**23  # what is kept of the first pass for the second: 32 MiB in float32; more is recorded again
@@ -57,7 +57,7 @@ class Passes:
         call: The public call, for messages.
     """
 
-    def __init__(self, problem: Any, fisher: Fisher, draws: int, seed: int, call: str = "EKFAC") -> None:
+    def __init__(self, problem: Any, fisher: FisherSource, draws: int, seed: int, call: str = "EKFAC") -> None:
         self.problem, self.call = problem, call
         self.fisher, self.draws, self.seed = fisher, draws, seed
         self.groups: tuple[Group, ...] = ()

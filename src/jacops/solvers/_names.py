@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .._words import SolverName
 from ._auto import Auto
 from ._base import Solver
 from ._cg import CG
@@ -11,7 +12,7 @@ from ._lissa import LiSSA
 from ._low_rank import Lanczos, Nystrom
 from ._minres import MINRES
 
-NAMES: dict[str, type[Solver]] = {
+NAMES: dict[SolverName, type[Solver]] = {
     "arnoldi": Lanczos,
     "auto": Auto,
     "cg": CG,

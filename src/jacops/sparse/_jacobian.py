@@ -13,6 +13,7 @@ from .._operators._finite_results import check_result
 from .._progress import shows_progress
 from .._requirements import check_choice, check_whole
 from .._torch.protocol import Linearization
+from .._words import Layout
 from ..errors import InputError, NotDifferentiableError
 from ._coloring import color
 from ._compress import Assembly, Compression
@@ -20,7 +21,7 @@ from ._declared import check_declared
 from ._matrix import csr
 from ._probe import Prober
 from .detect import traced
-from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_of
+from .layouts import SparseJacobian, arranged, block_of
 from .pattern import declared
 
 
@@ -62,7 +63,7 @@ def jacobian(
         >>> found.matrix.shape, found.sweeps
         (torch.Size([100, 100]), 4)
     """
-    check_choice("layout", layout, LAYOUTS)
+    check_choice("layout", layout, Layout)
     check_whole("certify", certify, 0)
     dtypes: frozenset[torch.dtype] = frozenset()
     if pattern is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from .._saving import Savable
 from .._space import Space
 from ._compress import Assembly, Compressed
 from ._matrix import sp
-
-Layout = Literal["scipy", "coo", "csr", "bsr"]
-LAYOUTS = ("scipy", "coo", "csr", "bsr")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

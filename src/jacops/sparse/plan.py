@@ -16,11 +16,12 @@ from .._display import Described, Description
 from .._finite import check_outputs, is_finite, require_finite
 from .._keywords import keywords
 from .._operators import LinearizedMap
-from .._picks import Picks, Wrt, variable
+from .._picks import Picks, variable
 from .._progress import shows_progress
 from .._requirements import check_choice, check_whole
 from .._torch.protocol import Proofs
 from .._trees import Selector
+from .._words import Layout, Wrt
 from ..errors import DataError, InputError, NotDifferentiableError, warn
 from . import storage
 from ._compress import Assembly, Compressed, Compression
@@ -31,7 +32,7 @@ from ._pool import Array
 from ._probe import Floats, Prober, Verdict
 from ._scheme import Scheme, colored, placed, unlifted
 from .detect import traced
-from .layouts import LAYOUTS, Layout, SparseJacobian, arranged, block_of
+from .layouts import SparseJacobian, arranged, block_of
 from .pattern import Pattern, declared
 
 _ROOM = 4.0  # margin on the rounding errors measured at one point: those of the next may be larger
@@ -122,7 +123,7 @@ class SparsePlan(Described):
         self, model: nn.Module, inputs: Any, certify: int, layout: Layout, importance: Floats | None
     ) -> SparseJacobian:
         """Evaluate as above; `importance` is what the caller multiplies the rows with."""
-        check_choice("layout", layout, LAYOUTS)
+        check_choice("layout", layout, Layout)
         check_whole("certify", certify, 0)
         point = self.recorded(model, inputs, "SparsePlan")
         found = self.at(point, certify, layout, importance)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ..._requirements import check_choice
 from ..._runtime.contexts import out_of_inference
 from ..._trees import Tree, flatten, is_differentiable
+from ..._words import Fallback
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
 
 
@@ -24,7 +25,7 @@ def check_fallback(fallback: str) -> str:
     Raises:
         InputError: It is not.
     """
-    return check_choice("fallback", fallback, ("warn", "silent", "error"))
+    return check_choice("fallback", fallback, Fallback)
 
 
 def check_params(params: Any, empty: bool = False) -> list[Tensor]:

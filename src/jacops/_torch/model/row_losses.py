@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ..._runtime.contexts import random_state_kept
 from ..._runtime.restoring import restoring
 from ..._trees import flatten
+from ..._words import Reduction
 from .loss_facts import Reweighted, counts_targets, is_torch_module, torch_loss
 from .losses import call_loss
-
-Reduction = Literal["mean", "sum"]
 
 
 class RowLosses:

@@ -22,10 +22,9 @@ from ..._requirements import check_choice
 from ..._runtime.restoring import process_lock
 from ..._runtime.side_effects import SideEffects
 from ..._trees import Tree
+from ..._words import Checks
 from .evidence import NeutralEntries, Places, constants, hold, neutral, pattern
 from .graph import GraphInfo
-
-CHECKS = ("first", "always", "strict", "never")
 
 _SETTINGS = 64  # of one function: some shapes of batches times some public calls; the oldest goes
 _GRAPHS = 8  # of one setting: a flag or a branch gives a few
@@ -342,7 +341,7 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
     Raises:
         InputError: `checks` is not one of the known words.
     """
-    check_choice("checks", checks, CHECKS)
+    check_choice("checks", checks, Checks)
     if checks in ("always", "strict"):
         return ProofStore(checks, lambda: function, many)
     key = id(function)

@@ -1,0 +1,39 @@
+"""Options of the two calls, as typed dicts for overloads."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from .._words import Corrector, OnFailure, StepSolverName, StrategyName
+from ._solvers import StepSolver
+from ._strategies import Strategy
+
+
+class FitOptions(TypedDict, total=False):
+    """Options of `gauss_newton`, `params` left out, on which the type of the result depends."""
+
+    manifolds: Any
+    fixed: Any
+    weight: Any
+    sqrt_weight: Any
+    kernel: Any
+    f_scale: float
+    corrector: Corrector
+    solver: StepSolverName | StepSolver
+    jacobian: Any
+    x_scale: Any
+    ftol: float | None
+    xtol: float | None
+    gtol: float | None
+    max_steps: int
+    max_nfev: int | None
+    inplace: bool | None
+    on_failure: OnFailure
+    progress: bool | None
+
+
+class DampedFitOptions(FitOptions, total=False):
+    """Options of `levenberg_marquardt`."""
+
+    strategy: StrategyName | Strategy
+    damping: float | None
