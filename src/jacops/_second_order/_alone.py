@@ -107,7 +107,7 @@ def _of_entry(nest: Nest, output: int, entry: int, batch_size: int) -> list[list
     for _ in range(nest.order - 1):
         function = JacobianFunction(function, call)
     kept = nest.samples.runner.create_graph
-    alone = Samples(function, nest.x, call=call, checks=checks, fallback="silent", create_graph=kept)
+    alone = Samples(function, tuple(nest.x), call=call, checks=checks, fallback="silent", create_graph=kept)
     return alone.jacobians(batch_size, False, mode="reverse").blocks
 
 
