@@ -338,10 +338,10 @@ class Uses(nn.Module):
 
 def test_lifting_composes_selections() -> None:
     model, inputs = Uses(), (whole(8, 9), whole(7, 9, seed=1))
-    for options in ({}, {"lift": False}, {"wrt": lambda name, p: name == "p"}):
+    for options in ({}, {"lift": False}, {"parameters": "p"}):
         plan = sparse_plan(model, inputs, **options)
         found = plan.evaluate(model, inputs).matrix.toarray()
-        truth = jacops.jacobian(model, inputs, wrt=options.get("wrt", "parameters")).dense().numpy()
+        truth = jacops.jacobian(model, inputs, parameters=options.get("parameters")).dense().numpy()
         np.testing.assert_allclose(found, truth, atol=1e-12)
 
 

@@ -132,7 +132,10 @@ class SparsePlan(Described):
                 shape = (point.recording.lin.codomain.dim, point.widths(self._options["tangent"])[1])
                 raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
             warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
-            vars(self).update(vars(sparse_plan(model, inputs, **self._options)))
+            options = dict(self._options)
+            by = options.pop("by")
+            options |= {"parameters": by} if callable(by) else {"wrt": by}
+            vars(self).update(vars(sparse_plan(model, inputs, **options)))
             return self._evaluated(model, inputs, certify, layout, importance)
         return found
 
