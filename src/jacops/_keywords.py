@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from functools import cache, wraps
+from functools import wraps
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -83,7 +83,12 @@ def keywords(
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        accepted = cache(lambda: _Accepted.of(function, options))  # read at the first call, not at import
+        known: list[_Accepted] = []  # read at the first call, not at import; torch.compile refuses a cache
+
+        def accepted() -> _Accepted:
+            if not known:
+                known.append(_Accepted.of(function, options))
+            return known[0]
 
         @wraps(function)
         def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -7,7 +7,8 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from ._ladder.protocol import Picked
+from ._framework import refuse_options
+from ._ladder.protocol import Picked, is_framework_model
 from ._picks import Picks, Wrt, differentiated, picked, trainable, variable
 from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
@@ -98,6 +99,8 @@ def located(model: Any, options: Mapping[str, Any]) -> LocatedOptions:
         InputError: They contradict each other.
     """
     wrt, at = options.get("wrt", "parameters"), options.get("at")
+    if is_framework_model(model):
+        refuse_options(at=at, wrt=None if wrt == "parameters" else wrt)
     rest = {name: value for name, value in options.items() if name not in ("wrt", "parameters", "at")}
     picks = differentiated(variable(model, wrt, options.get("parameters")))
     check_source(picks, at)

@@ -35,7 +35,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     jacops.linalg.Estimate(1.5, 0.25).save(f"{folder}/trace.safetensors")
         ...     load(f"{folder}/trace.safetensors")
-        Estimate(value=1.5, standard_error=0.25)
+        1.50 ± 0.25
     """
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"  # a plan is NumPy's npz, which is a zip archive
