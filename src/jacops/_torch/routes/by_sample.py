@@ -113,7 +113,13 @@ class SampleFactors:
         return self.what.forced or (None if self.layers.sites else "no parameter enters by an operation with a rule")
 
     def apart(self, ask: RowsAsk) -> None:
-        """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed."""
+        """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed.
+
+        Raises:
+            StructureChangedError: Samples enter a batch in another way than alone: whole rows are shared then.
+        """
+        if isinstance(ask.left, StructureChangedError):
+            raise ask.left
         known = ask.verdicts.refusal(ask.question, "together")
         failed = ask.left is not None and not isinstance(ask.left, RouteUndecidedError)
         if (failed or known) and not (ask.warned or self.what.forced):
