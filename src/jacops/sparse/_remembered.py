@@ -11,7 +11,7 @@ from .._picks import Picked
 from .._torch.protocol import bare, identity_key, parameter_names, store_for
 from .._trees import Selector, flatten
 from .layouts import SparseJacobian
-from .plan import SparsePlan, sparse_plan
+from .plan import SparsePlan, detected, sparse_plan
 
 
 def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selector, tangent: bool) -> SparseJacobian:
@@ -39,7 +39,7 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
         if found is not None:
             return found
         del point
-    plan = sparse_plan(model, inputs, parameters=picks, outputs=outputs, tangent=tangent)
+    plan = detected(model, inputs, {"by": picks, "outputs": outputs, "tangent": tangent, "local": False})
     point = plan.recorded(model, inputs, "modjac")
     found, proofs = plan.at(point), point.recording.lin.proofs
     proofs.known[claim] = made["latest"] = plan

@@ -132,10 +132,7 @@ class SparsePlan(Described):
                 shape = (point.recording.lin.codomain.dim, point.widths(self._options["tangent"])[1])
                 raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
             warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
-            options = dict(self._options)
-            by = options.pop("by")
-            options |= {"parameters": by} if callable(by) else {"wrt": by}
-            vars(self).update(vars(sparse_plan(model, inputs, **options)))
+            vars(self).update(vars(detected(model, inputs, self._options)))
             return self._evaluated(model, inputs, certify, layout, importance)
         return found
 
@@ -313,16 +310,29 @@ def sparse_plan(
     """
     by = variable(model, wrt, parameters)
     options: dict[str, Any] = {"by": by, "outputs": outputs, "tangent": tangent, "local": local}
-    if pattern is not None:
-        return _from_declared(model, inputs, pattern, options)
-    point = record_point(model, inputs, "sparse_plan", by, outputs, lift=lift, watch=not local)
+    return (
+        detected(model, inputs, options, lift) if pattern is None else _from_declared(model, inputs, pattern, options)
+    )
+
+
+def detected(model: nn.Module, inputs: Any, options: dict[str, Any], lift: bool = True) -> SparsePlan:
+    """Return a plan whose pattern is detected.
+
+    Args:
+        model: A module.
+        inputs: Its input.
+        options: As a plan holds them: `by`, `outputs`, `tangent`, `local`.
+        lift: As in `sparse_plan`.
+    """
+    asked = model, inputs, "sparse_plan", options["by"], options["outputs"]
+    point = record_point(*asked, lift=lift, watch=not options["local"])
     if point.selections:
-        direct = record_point(model, inputs, "sparse_plan", by, outputs, lift=False, watch=not local)
+        direct = record_point(*asked, lift=False, watch=not options["local"])
         point = point if gradients_agree(point, direct) else direct
         del direct
     seen, dtypes = traced(point.lin, point.taint)
     matrix = seen.matrix
-    final, width = point.widths(tangent)
+    final, width = point.widths(options["tangent"])
     columns = point.storage_columns()
     _check_padding(matrix, final[columns], width, point)
     scheme = Scheme(matrix, colored(matrix, point.lin), point.structure(), columns)
