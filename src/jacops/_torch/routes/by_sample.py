@@ -113,13 +113,7 @@ class SampleFactors:
         return self.what.forced or (None if self.layers.sites else "no parameter enters by an operation with a rule")
 
     def apart(self, ask: RowsAsk) -> None:
-        """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed.
-
-        Raises:
-            StructureChangedError: Samples enter a batch in another way than alone: whole rows are shared then.
-        """
-        if isinstance(ask.left, StructureChangedError):
-            raise ask.left
+        """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed."""
         known = ask.verdicts.refusal(ask.question, "together")
         failed = ask.left is not None and not isinstance(ask.left, RouteUndecidedError)
         if (failed or known) and not (ask.warned or self.what.forced):
@@ -384,6 +378,8 @@ _BATCHES = (
     Way(
         "alone",
         lambda ask: ask.rows.apart(ask),
+        # Samples that enter a batch in another way than alone can share sweeps as whole rows, the next of the forms.
+        refusal=lambda ask: str(ask.left) if isinstance(ask.left, StructureChangedError) else None,
         words=lambda ask: "1 samples to a sweep" if ask.where.stop - ask.where.start == 1 else "one sample at a time",
         leaving="never",
     ),
