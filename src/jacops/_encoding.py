@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import InputTypeError
 
-# Tensor subclasses that other packages bring: how one is told, and how it is made again from plain numbers.
+# Tensor subclasses that other packages bring: how one is recognised, and how it is made again from plain numbers.
 SUBCLASSES: dict[str, tuple[Callable[[Tensor], str], Callable[[Tensor, str], Tensor]]] = {}
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _Parts = Callable[[Any, str], tuple[str, dict[str, Any]] | None]
@@ -112,8 +112,8 @@ class Encoder:
         if not isinstance(value, np.ndarray) and hasattr(value, "__array__") and hasattr(value, "shape"):
             value = np.asarray(value)  # of JAX
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
-            told = f"of dtype {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__qualname__}"
-            raise InputTypeError.of(where, told, "numbers, texts, tensors and containers of them can be saved")
+            came = f"of dtype {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__qualname__}"
+            raise InputTypeError.of(where, came, "numbers, texts, tensors and containers of them can be saved")
         native = value.astype(value.dtype.newbyteorder("="), order="C")
         return {"array": self._tensor(torch.from_numpy(native), where)}
 
@@ -140,69 +140,69 @@ class Decoder:
     ) -> None:
         self._tensors, self._place, self._made = tensors, device, made
 
-    def decode(self, told: Any) -> Any:
+    def decode(self, encoded: Any) -> Any:
         """Return the value.
 
         Raises:
             ValueError: There is no such kind of entry; other errors where an entry is malformed.
         """
-        if isinstance(told, list):
-            return [self.decode(entry) for entry in told]
-        if not isinstance(told, dict):
-            return told
-        kind = next(iter(told), "")
+        if isinstance(encoded, list):
+            return [self.decode(entry) for entry in encoded]
+        if not isinstance(encoded, dict):
+            return encoded
+        kind = next(iter(encoded), "")
         read = getattr(self, f"_{kind}", None) if kind in _KINDS else None
         if read is None:
             raise ValueError(f"there is no entry of kind {kind!r}")
-        return read(told)
+        return read(encoded)
 
-    def _float(self, told: Any) -> float:
-        return float(told["float"])
+    def _float(self, encoded: Any) -> float:
+        return float(encoded["float"])
 
-    def _size(self, told: Any) -> torch.Size:
-        return torch.Size(told["size"])
+    def _size(self, encoded: Any) -> torch.Size:
+        return torch.Size(encoded["size"])
 
-    def _tuple(self, told: Any) -> tuple[Any, ...]:
-        return tuple(self.decode(entry) for entry in told["tuple"])
+    def _tuple(self, encoded: Any) -> tuple[Any, ...]:
+        return tuple(self.decode(entry) for entry in encoded["tuple"])
 
-    def _dict(self, told: Any) -> dict[str, Any]:
-        return {key: self.decode(entry) for key, entry in told["dict"].items()}
+    def _dict(self, encoded: Any) -> dict[str, Any]:
+        return {key: self.decode(entry) for key, entry in encoded["dict"].items()}
 
-    def _items(self, told: Any) -> dict[Any, Any]:
-        return {self.decode(key): self.decode(entry) for key, entry in told["items"]}
+    def _items(self, encoded: Any) -> dict[Any, Any]:
+        return {self.decode(key): self.decode(entry) for key, entry in encoded["items"]}
 
-    def _dtype(self, told: Any) -> torch.dtype:
-        found = getattr(torch, told["dtype"])
+    def _dtype(self, encoded: Any) -> torch.dtype:
+        found = getattr(torch, encoded["dtype"])
         if not isinstance(found, torch.dtype):
-            raise ValueError(f"there is no dtype {told['dtype']!r}")
+            raise ValueError(f"there is no dtype {encoded['dtype']!r}")
         return found
 
-    def _device(self, told: Any) -> torch.device:
+    def _device(self, encoded: Any) -> torch.device:
         return self._place
 
-    def _slice(self, told: Any) -> slice:
-        return slice(*told["slice"])
+    def _slice(self, encoded: Any) -> slice:
+        return slice(*encoded["slice"])
 
-    def _type(self, told: Any) -> Any:
-        return self._made(told["type"], {key: self.decode(entry) for key, entry in told["fields"].items()})
+    def _type(self, encoded: Any) -> Any:
+        return self._made(encoded["type"], {key: self.decode(entry) for key, entry in encoded["fields"].items()})
 
-    def _tensor(self, told: Any) -> Tensor:
-        return self._tensors[told["tensor"]].to(self._place)
+    def _tensor(self, encoded: Any) -> Tensor:
+        return self._tensors[encoded["tensor"]].to(self._place)
 
-    def _complex(self, told: Any) -> Tensor:
-        return torch.view_as_complex(self._tensors[told["complex"]]).to(self._place)
+    def _complex(self, encoded: Any) -> Tensor:
+        return torch.view_as_complex(self._tensors[encoded["complex"]]).to(self._place)
 
-    def _array(self, told: Any) -> np.ndarray:
-        return self.decode(told["array"]).cpu().numpy()
+    def _array(self, encoded: Any) -> np.ndarray:
+        return self.decode(encoded["array"]).cpu().numpy()
 
-    def _scipy(self, told: Any) -> Any:
+    def _scipy(self, encoded: Any) -> Any:
         from scipy.sparse import csr_array
 
-        shape, arrays = told["scipy"]
+        shape, arrays = encoded["scipy"]
         return csr_array(tuple(self.decode(part) for part in arrays), shape=tuple(shape))
 
-    def _sparse(self, told: Any) -> Tensor:
-        layout, shape, parts = told["sparse"]
+    def _sparse(self, encoded: Any) -> Tensor:
+        layout, shape, parts = encoded["sparse"]
         made = {
             "coo": torch.sparse_coo_tensor,
             "csr": torch.sparse_csr_tensor,
@@ -211,11 +211,11 @@ class Decoder:
         options: dict[str, Any] = {"is_coalesced": True} if layout == "coo" else {}
         return made(*(self.decode(part) for part in parts), tuple(shape), check_invariants=True, **options)
 
-    def _subclass(self, told: Any) -> Tensor:
-        name = told["subclass"]
+    def _subclass(self, encoded: Any) -> Tensor:
+        name = encoded["subclass"]
         if name not in SUBCLASSES:
             raise ValueError(f"a tensor of {name!r}, which is not known here")
-        return SUBCLASSES[name][1](self.decode(told["of"]), told["kind"])
+        return SUBCLASSES[name][1](self.decode(encoded["of"]), encoded["kind"])
 
 
 _KINDS = frozenset(

@@ -90,7 +90,7 @@ def _takes_loader(function: Callable[..., Any], args: Sequence[Any], kwargs: Map
     """Say whether a call is given a loader.
 
     Raises:
-        InputError: It is not, and is told how to unpack batches.
+        InputError: It is not, and there is an `unpack` of batches.
     """
     place = list(inspect.signature(function).parameters).index("x")
     x = args[place] if place < len(args) else kwargs.get("x")

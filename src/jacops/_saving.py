@@ -88,9 +88,9 @@ def save(value: Savable, path: Place) -> None:
     from safetensors.torch import save_file
 
     encoder = Encoder(_parts)
-    told = encoder.encode(value, "")
+    encoded = encoder.encode(value, "")
     sums = {name: _checksum(tensor) for name, tensor in encoder.tensors.items()}
-    text = json.dumps({"format": FORMAT, "value": told, "crc32": sums}, allow_nan=False, separators=(",", ":"))
+    text = json.dumps({"format": FORMAT, "value": encoded, "crc32": sums}, allow_nan=False, separators=(",", ":"))
     target = Path(path)
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
