@@ -37,6 +37,7 @@ class Collected:
         self._factors: dict[int, Outer | Lookup] = {}  # by use
         self._places: dict[int, list[int]] = {}  # of leaves that are kept by factors: their uses
         self._twins: dict[int, int] = {}  # of a bias: the use of its weight, whose cotangents are its rows
+        self._idle: set[int] = set()  # uses of such biases
         self._ready = False
 
     def _empty(self, leaf: int) -> Tensor:
@@ -58,25 +59,27 @@ class Collected:
         return operands
 
     def fill(
-        self, where: slice, entry: int, layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor]
+        self, where: slice, entry: int, layers: LayerRows, operands: Sequence[Tensor | None], seeds: Sequence[Tensor]
     ) -> None:
-        """Take in one sweep: one row of some samples."""
-        single = [delta.unsqueeze(1) for delta in deltas]
+        """Take in one sweep, over cotangents of the outputs: one row of some samples."""
+        sites = [i for i in range(len(layers.sites)) if i not in self._idle]
+        deltas = dict(zip(sites, layers.sweep(seeds, [layers.sites[i] for i in sites]), strict=True))
+        single = {i: delta.unsqueeze(1) for i, delta in deltas.items()}
         if not self._ready:
-            given = zip(layers.sites, operands, single, strict=True)
-            self._make_room(layers, [None if site.derived else site.part(a, d) for site, a, d in given])
+            given = enumerate(zip(layers.sites, operands, strict=True))
+            self._make_room(layers, [None if site.derived else site.part(a, single[i]) for i, (site, a) in given])
         for i, kept in self._factors.items():
             kept.delta[where, entry], operand = deltas[i], operands[i]
             if entry == 0 and operand is not None:
                 kept.operand[where] = operand
-        for leaf, sites in layers.by_leaf():
+        for leaf, sites in layers.by_leaf:
             if leaf in self._rows:
                 add_rows(layers, operands, single, sites, self._rows[leaf][where, entry : entry + 1])
 
     def _make_room(self, layers: LayerRows, parts: Sequence[RowFactors | None]) -> None:
         """Allocate factors, or rows where those are smaller, for what one sweep gave of some samples."""
         self._ready = True
-        for leaf, sites in layers.by_leaf():
+        for leaf, sites in layers.by_leaf:
             own = {i: part for i in sites if isinstance(part := parts[i], Outer | Lookup)}
             held = sum(p.operand[0].numel() + self.entries * p.delta[0].numel() for p in own.values())
             if self._whole or len(own) < len(sites) or (own and held >= self.entries * self.leaves[leaf].numel()):
@@ -90,6 +93,7 @@ class Collected:
         self._twins = {leaf: i for leaf in self._rows for i in self._twin(layers, leaf)}
         for leaf in self._twins:
             del self._rows[leaf]
+        self._idle = {i for leaf, own in layers.by_leaf if leaf in self._twins for i in own}
 
     def _twin(self, layers: LayerRows, leaf: int) -> list[int]:
         """Return the weight whose cotangents are the rows of a bias: added by the same operation, at one position."""

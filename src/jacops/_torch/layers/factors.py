@@ -8,7 +8,8 @@ cotangent the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,11 +61,11 @@ class LayerRows:
             return [torch.stack([site.delta(plain(delta)) for delta in deltas]) for site, deltas in pairs]
         return [site.delta(plain(delta)) for site, delta in pairs]
 
-    def by_leaf(self) -> Iterator[tuple[int, list[int]]]:
-        """Yield every covered leaf and which sites are its."""
-        for leaf in range(len(self.lin.leaves)):
-            if leaf not in self.missing:
-                yield leaf, [i for i, site in enumerate(self.sites) if site.leaf == leaf]
+    @cached_property
+    def by_leaf(self) -> list[tuple[int, list[int]]]:
+        """Every covered leaf and which sites are its."""
+        covered = (leaf for leaf in range(len(self.lin.leaves)) if leaf not in self.missing)
+        return [(leaf, [i for i, site in enumerate(self.sites) if site.leaf == leaf]) for leaf in covered]
 
     def column_squares(
         self, operands: Sequence[Tensor | None], seeds: Iterable[Tensor], most: int
@@ -86,15 +87,20 @@ class LayerRows:
         self, operands: Sequence[Tensor | None], sweeps: Sequence[Sequence[Tensor]]
     ) -> Iterator[tuple[int, Tensor]]:
         deltas = [torch.stack(found, 1) for found in zip(*sweeps, strict=True)]
-        for leaf, sites in self.by_leaf():
+        for leaf, sites in self.by_leaf:
             parts = [self.sites[i].part(operands[i], deltas[i]) for i in sites]
             if parts:
                 yield leaf, (parts[0] if len(parts) == 1 else Several(parts)).column_squares()
 
 
-def add_rows(layers: LayerRows, operands: Sequence[Tensor | None], deltas: Sequence[Tensor], sites: Iterable[int],
-             target: Tensor) -> None:  # fmt: skip
-    """Write one leaf's rows for k output entries, cotangents `(n, k, T, …)`, into `(n, k, F, W)`."""
+def add_rows(
+    layers: LayerRows,
+    operands: Sequence[Tensor | None],
+    deltas: Mapping[int, Tensor] | Sequence[Tensor],
+    sites: Iterable[int],
+    target: Tensor,
+) -> None:
+    """Write one leaf's rows for k output entries, cotangents `(n, k, T, …)` by site, into `(n, k, F, W)`."""
     add = False
     for i in sites:
         layers.sites[i].part(operands[i], deltas[i]).into(target, add)

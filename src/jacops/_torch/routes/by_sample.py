@@ -150,7 +150,7 @@ class SampleFactors:
         self.computed.take(where, found.before, output.detach().reshape(1) if self.what.cotangents else None)
         operands = collected.open(layers)
         for entry, seed in enumerate(unit_seeds(output.unsqueeze(0))):
-            collected.fill(where, entry, layers, operands, layers.sweep([seed.view(output.shape)]))
+            collected.fill(where, entry, layers, operands, [seed.view(output.shape)])
         self._fill_missing(collected, i, lin)
         # A graph that depends on values is another one each time.
         if layers.sites and (_habits(lin).reads or lin.proofs.needs("rows by uses", lin.domain.names)):
@@ -221,7 +221,7 @@ class SampleFactors:
         operands = collected.open(layers)
         every = [cotangents] if cotangents else ([seed] for seed in unit_seeds(lin.outputs[0]))
         for entry, seeds in enumerate(every):
-            collected.fill(where, entry, layers, operands, layers.sweep(seeds))
+            collected.fill(where, entry, layers, operands, seeds)
 
     def _check_outputs(self, lin: Linearization, values: Sequence[Tensor], many: int) -> None:
         """Compare outputs in the batch with outputs of one sample and of a random half, or of every one."""

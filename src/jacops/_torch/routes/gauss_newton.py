@@ -64,7 +64,7 @@ def _single_positions(layers: LayerRows) -> list[LayerOutput]:
     many = layers.samples
     if not all(isinstance(site.order, int) and site.order == 1 and site.sum is None for site in layers.sites):
         return []
-    found: dict[int, list[ParameterUse]] = {leaf: [layers.sites[i] for i in own] for leaf, own in layers.by_leaf()}
+    found: dict[int, list[ParameterUse]] = {leaf: [layers.sites[i] for i in own] for leaf, own in layers.by_leaf}
     sites = [LayerOutput(site.uses, many) for site in find_sites(found)]
     single = all(site.positions == 1 and site.shape[0] == many for site in sites)
     sites = settled(sites, layers.lin.domain.slices) if single else []
@@ -297,7 +297,7 @@ def _gradient_rows(layers: LayerRows, operands: Sequence[Tensor | None], deltas:
     """Return gradients of some samples, `(samples, P)`, from cotangents at the sites; zero for parameters elsewhere."""
     space, single = layers.lin.domain, [delta.unsqueeze(1) for delta in deltas]
     rows = deltas[0].new_zeros(len(deltas[0]), space.dim)
-    for leaf, sites in layers.by_leaf():
+    for leaf, sites in layers.by_leaf:
         if sites:
             target = rows[:, space.slices[leaf]].view(-1, 1, *matrix_shape(space.shapes[leaf]))
             add_rows(layers, operands, single, sites, target)

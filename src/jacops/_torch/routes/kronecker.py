@@ -79,7 +79,7 @@ class RecordedBatch:
         self.lin = lin
         (self.output,) = lin.outputs
         self._layers = LayerRows(lin, self.samples)
-        self.uses = {leaf: [self._layers.sites[i] for i in own] for leaf, own in self._layers.by_leaf()}
+        self.uses = {leaf: [self._layers.sites[i] for i in own] for leaf, own in self._layers.by_leaf}
 
     @property
     def samples(self) -> int:

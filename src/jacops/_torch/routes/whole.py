@@ -77,7 +77,7 @@ class LayerRoute:
         self.lin, self._layers = lin, layers
         self._output = lin.outputs[0]
         self.sweeps = self._output.shape[1:].numel()
-        self._leaves = list(layers.by_leaf())
+        self._leaves = list(layers.by_leaf)
         self._first: list[Tensor] | None = None
         self._sizes: dict[int, Tensor] = {}  # norms of operands, where they are asked for
 

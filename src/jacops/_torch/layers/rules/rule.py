@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -64,12 +65,20 @@ class RowLayout:
     samples_first: bool = False
     groups: int = 1
 
+    @cached_property
+    def _in_order(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
+
+    @cached_property
+    def _rows_in_all(self) -> int:
+        return math.prod(self.row_sizes)
+
     @property
     def row_sizes(self) -> tuple[int, ...]:
         """Lengths of the axes that make rows."""
         return tuple(self.sizes[i] for i in self.order[: self.rows])
 
-    @property
+    @cached_property
     def channels(self) -> int:
         """Numbers in a row."""
         return math.prod(self.sizes[i] for i in self.order[self.rows :])
@@ -78,6 +87,8 @@ class RowLayout:
         """Return tensors `(…, *shape)` as `(…, samples, positions, channels)`."""
         ahead = raw.ndim - len(self.shape)
         lead = raw.shape[:ahead]
+        if self._in_order and _samples_first(self._rows_in_all, many, order):
+            return raw.reshape(*lead, many, self._rows_in_all // many, self.channels)
         split = raw.reshape(*lead, *self.sizes).permute(*range(ahead), *(ahead + i for i in self.order))
         return by_sample(split.reshape(*lead, *self.row_sizes, self.channels), many, order, ahead, self.rows)
 
@@ -113,9 +124,16 @@ def by_sample(rows: Tensor, many: int, order: Order, axis: int = 0, axes: int = 
     if isinstance(order, Tensor):
         flat = rows.reshape(*lead, total, *rest)
         return torch.cat([flat, flat.new_zeros(*lead, 1, *rest)], axis)[(slice(None),) * axis + (order,)]
+    if _samples_first(total, many, order):
+        return rows.reshape(*lead, many, total // many, *rest)
     ahead = order if order > 0 else total // many
     laid = rows.reshape(*lead, ahead, many, total // (ahead * many), *rest)
     return laid.transpose(axis, axis + 1).flatten(axis + 1, axis + 2)
+
+
+def _samples_first(total: int, many: int, order: Order) -> bool:
+    """Say whether no position stands in front of the samples' axis, so that rows need not be moved."""
+    return not isinstance(order, Tensor) and many > 0 and (order == 1 or total == many)
 
 
 class Rule(ABC):
