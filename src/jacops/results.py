@@ -1,6 +1,6 @@
 """Types of results, for annotations and `isinstance`; calls make them, users do not."""
 
-from ._attribution import Contributions, JacobianVerification
+from ._contributions import Contributions, JacobianVerification
 from ._checks import Check
 from ._influence import InfluenceFactors, Influences, InverseHvpResult
 from ._planning import Plan, PlannedRoute
