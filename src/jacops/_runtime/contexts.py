@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import NotDifferentiableError
 from .norms import norm_rules
@@ -30,6 +29,7 @@ from .restoring import (
     leave_function_modes,
     restoring,
 )
+from .side_effects import tensors_in
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -187,7 +187,7 @@ class _RightKernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not torch.is_grad_enabled():
-            asked = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+            asked = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
             if asked and _checkpoint_records_nothing():
                 self.lost |= {id(t): t for t in asked}
         if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]

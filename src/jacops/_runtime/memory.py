@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError, MemoryBudgetError
-from .side_effects import Light
+from .side_effects import Light, tensors_in
 
 Budget = int | float | str | None
 
@@ -222,12 +222,12 @@ class Meter(Light):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and value.layout is torch.strided:
+        for value in tensors_in((args, kwargs)):
+            if value.layout is torch.strided:
                 self._seen.setdefault(value.untyped_storage()._cdata, None)  # the caller's own
         result = func(*args, **kwargs)
-        for value in pytree.tree_leaves(result):
-            if isinstance(value, Tensor) and value.layout is torch.strided:
+        for value in tensors_in(result):
+            if value.layout is torch.strided:
                 self._count(value.untyped_storage())
         self.peak = max(self.peak, self.live)
         return result

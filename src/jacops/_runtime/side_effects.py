@@ -141,6 +141,20 @@ class _Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in what an operation takes or gives: tensors, and lists, tuples and dicts with some.
+
+    For these it takes a fraction of the time of a walk by torch's registry of trees.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [t for v in value for t in tensors_in(v)]
+
+
 def storage_of(tensor: Tensor) -> int:
     """Return what tells the memory of a tensor from that of others while it lives."""
     return tensor.untyped_storage()._cdata

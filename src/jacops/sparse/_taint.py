@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._runtime.side_effects import tensors_in
+
 _CONSTANT = {"zeros_like", "ones_like", "new_zeros", "new_ones", "empty_like", "new_empty"}  # whatever they are given
 _SCALED = {"mul", "full", "full_like", "new_full", "fill"}
 
@@ -37,16 +39,16 @@ class Taint(TorchDispatchMode):
 
     def passes(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what came of an operation, written arguments too; what it draws at random is no constant either."""
-        data = self._gives_data(func, tree_leaves((args, kwargs)))
+        data = self._gives_data(func, tensors_in((args, kwargs)))
         self.read_out = self.read_out or (data and torch.Tag.data_dependent_output in func.tags)
         self._note([out, written(func, args, kwargs)], data)
 
     def _is_data(self, key: int) -> bool:
         return key in self._listed
 
-    def _gives_data(self, func: Any, given: list[Any]) -> bool:
+    def _gives_data(self, func: Any, given: list[Tensor]) -> bool:
         random = torch.Tag.nondeterministic_seeded in func.tags
-        return random or any(self.holds(t) for t in given if isinstance(t, Tensor))
+        return random or any(self.holds(t) for t in given)
 
     def _note(self, tree: Any, data: bool) -> None:
         if data:
@@ -71,7 +73,7 @@ class Outside(Taint):
     def _is_data(self, key: int) -> bool:
         return key not in self._listed
 
-    def _gives_data(self, func: Any, given: list[Any]) -> bool:
+    def _gives_data(self, func: Any, given: list[Tensor]) -> bool:
         return base_name(func) not in _CONSTANT and super()._gives_data(func, given)
 
     def _note(self, tree: Any, data: bool) -> None:
@@ -81,15 +83,16 @@ class Outside(Taint):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        given = tree_leaves((args, kwargs))
-        if base_name(func) in _SCALED and any(isinstance(v, int | float) and v == 0 for v in given):
+        if base_name(func) in _SCALED and any(
+            isinstance(v, int | float) and v == 0 for v in tree_leaves((args, kwargs))
+        ):
             # A zero of Python's may be a flag that is off: its product is no constant.
             self._note([out, written(func, args, kwargs or {})], True)
         return out
 
 
 def _strided(tree: Any) -> Iterator[Tensor]:
-    return (t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided)
+    return (t for t in tensors_in(tree) if t.layout is torch.strided)
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -110,4 +113,4 @@ def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     arguments = func._schema.arguments
     marked = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
     given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
-    return [t for name in marked for t in tree_leaves(given.get(name)) if isinstance(t, Tensor)]
+    return [t for name in marked for t in tensors_in(given.get(name))]

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from .._progress import tick
 from .._runtime.contexts import must_surface
 from .._runtime.restoring import Hooks, restoring
+from .._runtime.side_effects import tensors_in
 from ._pool import Array, Pool
 from ._taint import Outside, Taint, base_name, storage_key, written
 
@@ -71,7 +72,7 @@ class TracedCall:
     def tensors(self) -> list[Tensor]:
         """The tensors it was given, without those that its result is written into."""
         given = {k: v for k, v in self.kwargs.items() if k != "out"}
-        return [t for t in tree_leaves((self.args, given)) if isinstance(t, Tensor)]
+        return tensors_in((self.args, given))
 
 
 Rule = Callable[
@@ -223,8 +224,8 @@ class Tracer(TorchDispatchMode):
             out = func(*args, **call.kwargs)
             if self.taint is not None:
                 self.taint.passes(func, call.args, call.kwargs, out)
-            for tensor in tree_leaves(call.kwargs.get("out")):  # written over by values without sets
-                if isinstance(tensor, Tensor) and self.tracks(tensor):
+            for tensor in tensors_in(call.kwargs.get("out")):  # written over by values without sets
+                if self.tracks(tensor):
                     self.write(tensor, 0)
             return out
         self._calls += 1

@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from ..._finite import is_finite
 from ..._runtime.contexts import is_memory_error
 from ..._runtime.restoring import restoring
-from ..._runtime.side_effects import Light, WritesState, storage_of
+from ..._runtime.side_effects import Light, WritesState, storage_of, tensors_in
 from .companions import Companions, wide
 from .local_linear import find_curved, push_entrywise, push_through, ray
-from .operation import OperationCall, Shape, is_followed, kind_of, tensors_in
+from .operation import OperationCall, Shape, is_followed, kind_of
 
 _MOVE = {torch.float64: 2.0**-20, torch.float32: 2.0**-13}  # d relative to x: far above rounding, below most kinks
 _COARSE_MOVE = 2.0**-6  # for half precision: two spacings of bfloat16 (2**-7), below which a move rounds away

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._runtime.contexts import random_state_kept, random_states, set_random_states
+from ..._runtime.side_effects import tensors_in
 from .companions import wide
 
 
@@ -195,13 +196,6 @@ def _widened(dtype: torch.dtype, like: Tensor) -> torch.dtype:
     return (
         wide(torch.empty(0, dtype=dtype, device=like.device)) if dtype.is_floating_point or dtype.is_complex else dtype
     )
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in an argument, which may be a list."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for v in value for t in tensors_in(v)] if isinstance(value, list | tuple) else []
 
 
 def is_followed(tensor: Tensor) -> bool:
