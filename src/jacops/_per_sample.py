@@ -12,23 +12,14 @@ from torch import Tensor, nn
 from ._data import Unpack as Batching
 from ._framework import framework_sample_gradients, framework_sample_jacobians, refuse_options
 from ._keywords import keywords
-from ._ladder.protocol import is_framework_model
+from ._ladder.protocol import SweepOptions, is_framework_model
 from ._loaders import joined
 from ._operators import LayerFactors, Operator
 from ._operators._computed import Computed, with_computed
 from ._operators._finite_results import made_from
-from ._options import Model
+from ._options import CurvatureOptions, Model, OperatorOptions, RecordOptions, RowOptions, SampleGradientOptions
 from ._picks import trainable
-from ._recorded_loss import (
-    CurvatureOptions,
-    Loss,
-    OperatorOptions,
-    RecordOptions,
-    RowOptions,
-    check_usable,
-    record_loss,
-    resolved,
-)
+from ._recorded_loss import Loss, check_usable, record_loss, resolved
 from ._requirements import check_choice
 from ._runtime.contexts import eager, keeping, seeded
 from ._runtime.restoring import restoring
@@ -56,18 +47,6 @@ from ._words import Randomness
 from .errors import InputError, ModelStateError
 
 _PURE = "Pass the random key to `apply` as a part of `params` or `x`."
-
-
-class SampleGradientOptions(OperatorOptions, total=False):
-    """Options of `sample_gradients`.
-
-    Attributes:
-        randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
-        seed: Of those masks.
-    """
-
-    randomness: Randomness
-    seed: int | None
 
 
 @keywords(OperatorOptions)
@@ -144,7 +123,7 @@ def gradients_at(
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_gradients(model, loss, given.x, given.y, options)
+        return framework_sample_gradients(model, loss, given.x, given.y, SweepOptions("sample_gradients", **options))
     refuse_mixing_modules(model, random=seed is None)
     values, tree, inputs = given.apart
 
@@ -237,7 +216,7 @@ def jacobians_at(
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_jacobians(model, given.x, {**options, "outputs": outputs})
+        return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", outputs=outputs, **options))
     refuse_mixing_modules(model, random=seed is None)
     (values, tree, _), picks = given.apart, given.picks
     hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")

@@ -41,7 +41,7 @@ from .routes.row_cotangents import RowSlopes, row_cotangents
 from .routes.rows_with_graph import rows_with_graph
 from .routes.whole_ask import Blocks, WholeAsk
 from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
-from .samples.batch import Samples
+from .samples.batch import SampleChanges, Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
 from .samples.routes import BY_SAMPLES
