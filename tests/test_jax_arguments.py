@@ -48,7 +48,7 @@ DONE = {  # what has a meaning for a pure function
     "ggnvp": SAME,
     "fisher": SAME | {"kind", "samples", "seed", "first"},
     "sample_gradients": SAME | {"unpack"},  # of loaders
-    "empirical_fisher": SAME,
+    "empirical_fisher": SAME | {"unpack"},
     "jacobian": {"wrt", "parameters", "outputs", "checks", "fallback", "allow_zero", "check_finite"},
     "sample_jacobians": SAME | {"unpack"},
     "compute_jacobian": {"batch_size", "outputs", "mode", "checks", "fallback", "check_finite", "progress", "unpack"},
@@ -59,7 +59,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     **{name: {"create_graph": True, "at": "0", "wrt": "inputs"} for name in ("hessian", "ggn", "hvp", "ggnvp")},
     "fisher": {"at": "0", "wrt": "inputs"},
     "sample_gradients": {"randomness": "same", "seed": 3, "shared": ["x"], "create_graph": True},
-    "empirical_fisher": {"randomness": "same", "seed": 3},
+    "empirical_fisher": {"randomness": "same", "seed": 3, "shared": ["x"], "create_graph": True},
     "sample_jacobians": {"seed": 3, "shared": ["x"], "target": torch.zeros(5, dtype=int), "create_graph": True},
     "jacobian": {"at": (None, "0"), "create_graph": True},
     "compute_jacobian": {

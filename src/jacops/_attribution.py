@@ -276,7 +276,7 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
 
 
 @keywords(JacobianOptions)
-@joined
+@joined()
 @eager
 def contributions(
     model: nn.Module,

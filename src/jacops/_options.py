@@ -106,12 +106,18 @@ class SampleGradientOptions(OperatorOptions, total=False):
     """Options of `sample_gradients`.
 
     Attributes:
+        shared: Inputs without an axis of samples.
+        unpack: How a loader's batches become inputs and targets.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks.
+        create_graph: Products are differentiable.
     """
 
+    shared: Shared
+    unpack: Unpack | None
     randomness: Randomness
     seed: int | None
+    create_graph: bool
 
 
 class CurvatureCallOptions(OperatorOptions, total=False):

@@ -50,7 +50,7 @@ _PURE = "Pass the random key to `apply` as a part of `params` or `x`."
 
 
 @keywords(OperatorOptions)
-@joined
+@joined()
 @eager
 @made_from("x", "y")
 def sample_gradients(
@@ -150,7 +150,7 @@ def gradients_at(
 
 
 @keywords(RowOptions)
-@joined
+@joined()
 @eager
 @made_from("x")
 def sample_jacobians(
@@ -334,8 +334,11 @@ def refuse_mixing_modules(model: Model, random: bool = True) -> None:
 
 
 @keywords(SampleGradientOptions)
+@joined(ordered=False)
 @made_from("x", "y")
-def empirical_fisher(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack[SampleGradientOptions]) -> Operator:
+def empirical_fisher(
+    model: Model, loss: Loss, x: Any, y: Any = None, **options: Unpack[SampleGradientOptions]
+) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 
     Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's. A
@@ -345,7 +348,7 @@ def empirical_fisher(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack
     Args:
         model: As in `sample_gradients`.
         loss: As in `sample_gradients`; a mean over one sample, the negative log-likelihood of it.
-        x: As in `sample_gradients`.
+        x: As in `sample_gradients`; a loader may shuffle, since the order of samples has no place in the result.
         y: As in `sample_gradients`.
         options: As in `sample_gradients`.
 
@@ -355,6 +358,12 @@ def empirical_fisher(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack
     Raises:
         ModelStateError: As in `sample_gradients`.
         InputError: There are no samples.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> empirical_fisher(model, lambda output, y: (output * y).sum(), torch.eye(2), torch.ones(2, 1)).dense()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
     """
     G = sample_gradients(model, loss, x, y, **options)
     if G.shape[0] == 0:
