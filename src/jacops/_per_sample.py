@@ -26,6 +26,7 @@ from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
 from ._torch.protocol import (
+    ConnectedFactors,
     Definition,
     Recording,
     Rows,
@@ -40,7 +41,6 @@ from ._torch.protocol import (
     parameter_names,
     record_model,
     row_cotangents,
-    rows_with_graph,
 )
 from ._trees import Selector, hint_at_labels
 from ._words import Randomness
@@ -83,7 +83,8 @@ def sample_gradients(
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
         create_graph: Keep rows, and all that is made of them, differentiable, by the model's trainable parameters and
-            by inputs of yours that require grad. Samples are then taken one at a time.
+            by inputs of yours that require grad. Their derivatives are checked as the rows themselves are; samples are
+            taken one at a time also where a parameter enters without a rule.
         options: As in `hessian`.
 
     Returns:
@@ -136,13 +137,13 @@ def gradients_at(
     def together(some: Sequence[Tensor]) -> Recording:
         if record is not None and len(some[0]) == len(values[0]):
             return record()
-        return record_model(model, tree.build(some)[0], call="sample_gradients", **options)
+        return record_model(model, tree.build(some)[0], call="sample_gradients", connected=create_graph, **options)
 
     def cotangents(batch: Recording, values: Sequence[Tensor]) -> RowSlopes:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
             return batch.tree.build(outputs), tree.build([*values[:inputs], *targets])[1]
 
-        return row_cotangents(batch.lin, loss, values[inputs:], build)
+        return row_cotangents(batch.lin, loss, values[inputs:], build, create_graph)
 
     forced = None if seed is None else "with the same random numbers for each"
     what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
@@ -269,15 +270,11 @@ def _factors(
     n = what.values[0].shape[0]
     if n == 0:
         return _no_rows(model, what, options)
-    if create_graph:
-        lin, parts = rows_with_graph(what)
-        space = rows(lin.outputs[0].detach().to(lin.domain.dtype), n)
-        return LayerFactors(parts, lin.domain, space, (), "one sample at a time, with its graph", create_graph=True)
-    found = SampleFactors(what)
+    found = ConnectedFactors(what) if create_graph else SampleFactors(what)
     domain = found.lin.domain
     missing = [domain.names[leaf] for leaf in found.collected.missing]
     space = rows(found.output.detach().to(domain.dtype), n)
-    made = LayerFactors(found.collected.parts(), domain, space, missing, found.route)
+    made = LayerFactors(found.collected.parts(), domain, space, missing, found.route, create_graph)
     return with_computed(made, Computed(found.computed.output, found.computed.losses))
 
 

@@ -38,7 +38,7 @@ from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
 from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
 from .routes.row_cotangents import RowSlopes, row_cotangents
-from .routes.rows_with_graph import rows_with_graph
+from .routes.rows_with_graph import ConnectedFactors
 from .routes.whole_ask import Blocks, WholeAsk
 from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
 from .samples.batch import SampleChanges, Samples
