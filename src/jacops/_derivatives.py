@@ -211,6 +211,7 @@ def make_hessian(
         refuse_options(create_graph=create_graph)
         there = model.record_loss(loss, x, y, SweepOptions(call, **chosen))
         H = LinearizedMap(there.lin, there.output, symmetric=True)  # noqa: N806
+        named(H, "hessian by inputs" if chosen.get("parameters") is None else "hessian")
         return with_computed(H, Computed(loss=there.output, gradient=partial(model.slope, there)))
     kept = kept and not create_graph
     found = record_loss(model, loss, x, y, call, kept=kept, connected=create_graph, **chosen)
@@ -356,7 +357,9 @@ def ggn_at(
         H = LinearizedMap(there.lin, there.output, symmetric=True)
         convex = partial(positive_everywhere, H._apply, output_leaves(found.output)[0])
         known = Computed(found.output, None, there.output, lambda: J._apply_transpose(model.slope(there)[None])[0])
-        return with_computed(Product(Product(J.T, replace(H, mark=convex)), J), known)
+        product = Product(Product(J.T, replace(H, mark=convex)), J)
+        by_inputs = found.lin.options.parameters is None
+        return with_computed(named(product, "ggn by inputs") if by_inputs else product, known)
     y = recordable(y, kept)
     outer = record_at_outputs(found, loss_of_output(loss, y), loss, call, create_graph)
     slope = gradient_linearization(outer, call)

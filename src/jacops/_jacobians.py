@@ -137,15 +137,15 @@ def compute_jacobian(
         tensor([[1.0000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    options: dict[str, Any] = {"outputs": outputs, "checks": checks, "fallback": fallback, "batch_size": batch_size}
+    options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared}
+    options |= {"checks": checks, "fallback": fallback, "batch_size": batch_size}
     if is_framework_model(model):
-        refuse_options(target=target, shared=shared, at=at, budget=budget, out=out, compile=compile)
-        refuse_options(create_graph=create_graph)
+        refuse_options(at=at, budget=budget, out=out, compile=compile, create_graph=create_graph)
         sweeps = SweepOptions("compute_jacobian", mode=mode, progress=progress, **options)
         return framework_jacobian(model, x, sweeps, check_finite)
     if create_graph:
         _refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split")
-    options |= {"target": target, "shared": shared, "at": at, "compile": compile, "create_graph": create_graph}
+    options |= {"at": at, "compile": compile, "create_graph": create_graph}
     with keeping(create_graph):
         samples = Samples(model, x, call="compute_jacobian", **options)
         found = samples.jacobians(progress, budget=budget, out=out, mode=mode)

@@ -107,7 +107,7 @@ def sample_gradients(
     recorded = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
-        refuse_options(shared=shared, create_graph=create_graph)
+        refuse_options(create_graph=create_graph)
     given = SampleInputs(x, y, shared)
     with keeping(create_graph):
         return gradients_at(model, loss, given, checked_seed(randomness, seed), recorded, create_graph=create_graph)
@@ -124,7 +124,8 @@ def gradients_at(
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_gradients(model, loss, given.x, given.y, SweepOptions("sample_gradients", **options))
+        sweeps = SweepOptions("sample_gradients", shared=given.shared, **options)
+        return framework_sample_gradients(model, loss, given.x, given.y, sweeps)
     refuse_mixing_modules(model, random=seed is None)
     values, tree, inputs = given.apart
 
@@ -200,7 +201,7 @@ def sample_jacobians(
     recorded: RecordOptions = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
-        refuse_options(target=target, shared=shared, create_graph=create_graph)
+        refuse_options(create_graph=create_graph)
     given = SampleInputs(x, None, shared, target)
     with keeping(create_graph):
         return jacobians_at(model, given, outputs, seed, recorded, create_graph=create_graph)
@@ -217,7 +218,8 @@ def jacobians_at(
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", outputs=outputs, **options))
+        picks = {"outputs": outputs, "target": given.target, "shared": given.shared}
+        return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", **picks, **options))
     refuse_mixing_modules(model, random=seed is None)
     (values, tree, _), picks = given.apart, given.picks
     hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")

@@ -28,7 +28,7 @@ def located(model: Any, options: Mapping[str, Any]) -> LocatedOptions:
     """
     wrt, at = options.get("wrt", "parameters"), options.get("at")
     if is_framework_model(model):
-        refuse_options(at=at, wrt=None if wrt == "parameters" else wrt)
+        refuse_options(at=at)
     rest = {name: value for name, value in options.items() if name not in ("wrt", "parameters", "at")}
     picks = differentiated(variable(model, wrt, options.get("parameters")))
     check_source(picks, at)

@@ -35,6 +35,8 @@ class SweepOptions:
         call: The public call.
         parameters: The parameters that are differentiated, by name and array; None for the inputs.
         outputs: Part of the output.
+        target: One output per sample, where samples are differentiated alone.
+        shared: Which inputs have no axis of samples, there too.
         at: A submodule to differentiate at.
         mode: Direction of the sweeps of a Jacobian by samples: `"auto"`, `"forward"` or `"reverse"`.
         checks: `"first"`, `"always"`, `"strict"` or `"never"` compare batched sweeps with single ones.
@@ -50,6 +52,8 @@ class SweepOptions:
     parameters: Picked | None = None
     outputs: Any = None
     at: Any = None
+    target: Any = None
+    shared: Any = None
     mode: str = "auto"
     checks: str = "first"
     fallback: str = "warn"

@@ -28,7 +28,7 @@ from .model.loss_facts import counted_labels, is_convex
 from .model.losses import call_loss, one_row
 from .model.replica import bare, check_state, parameter_names, replicate
 from .model.row_losses import RowLosses, Weighted
-from .model.rows import Shared, axis_explained, rows_apart
+from .model.rows import Shared, axis_explained, rows_apart, shared_places
 from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill
 from .routes.by_products import measured
