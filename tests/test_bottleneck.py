@@ -29,7 +29,7 @@ def autoencoder(*, skip: bool = False, shuffle: bool = False, twice: bool = Fals
 
 
 def route(model: nn.Module, x: Tensor) -> str:
-    return Samples(model, x, call="test").jacobians(1024).route
+    return Samples(model, x, call="test").jacobians().route
 
 
 @pytest.mark.parametrize("checks", ["first", "always", "never"])

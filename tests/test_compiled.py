@@ -27,7 +27,7 @@ def _without_compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
 
 
 def route(model: Callable[..., Tensor], x: object) -> str:
-    return Samples(model, x, call="test", compile=True).jacobians(1024).route
+    return Samples(model, x, call="test", compile=True).jacobians().route
 
 
 class Counting(nn.Module):

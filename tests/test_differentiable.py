@@ -176,6 +176,10 @@ CALLS: dict[str, tuple[Callable[[Case], Any], Callable[[Case], Tensor]]] = {
         asked(lambda c, o: jacops.sample_gradients(c.model, mse_loss, c.x, c.y, **o).T @ draw(5, seed=7)),
         lambda c: draw(5, seed=7) @ c.per_sample(loss=True),
     ),
+    "empirical_fisher": (
+        asked(lambda c, o: jacops.empirical_fisher(c.model, mse_loss, c.x, c.y, **o) @ c.v),
+        lambda c: c.per_sample(loss=True).T @ (c.per_sample(loss=True) @ c.v) / 5,
+    ),
     "sample_jacobians": (
         asked(lambda c, o: jacops.sample_jacobians(c.model, c.x, **o) @ c.v),
         lambda c: c.per_sample(loss=False) @ c.v,

@@ -389,13 +389,33 @@ def test_contributions_take_a_loader() -> None:
     torch.testing.assert_close(found.bias, whole.bias)
 
 
-@pytest.mark.parametrize("made", [
+SHUFFLED: list[Callable[[], Any]] = [
     lambda: loader(shuffle=True),
     lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(5)),
     lambda: loader(sampler=loading.SubsetRandomSampler(range(N))),
     lambda: loading.DataLoader(loading.TensorDataset(X, Y), batch_sampler=loading.BatchSampler(
         loading.RandomSampler(range(N)), 2, False)),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [*LOADERS.values(), *SHUFFLED])
+def test_an_empirical_fisher_takes_a_loader_in_any_order(made: Callable[[], Any]) -> None:
+    rows = one_by_one(gradients)
+    torch.testing.assert_close(jacops.empirical_fisher(BOUND, loss, made()).dense(), rows.T @ rows / N)
+
+
+def test_an_empirical_fisher_passes_on_what_sample_gradients_take() -> None:
+    rows = one_by_one(gradients)
+    batches = Batched([({**NAMED, "x": x}, len(y), y) for x, y in PAIRS])
+    options: dict[str, Any] = {"shared": ["table", "mask"], "unpack": lambda batch: (batch[0], batch[2])}
+    torch.testing.assert_close(jacops.empirical_fisher(MODEL, loss, batches, **options).dense(), rows.T @ rows / N)
+    with pytest.raises(InputTypeError, match="`y` is left out"):
+        jacops.empirical_fisher(BOUND, loss, X)
+    with pytest.raises(InputError, match="`y` is given beside a loader"):
+        jacops.empirical_fisher(BOUND, loss, LOADER, Y)
+
+
+@pytest.mark.parametrize("made", SHUFFLED)
 def test_a_problem_takes_a_shuffled_loader(made: Callable[[], Any]) -> None:
     problem, plain = (jacops.Problem(BOUND, nn.CrossEntropyLoss(), data) for data in (made(), [(X, Y)]))
     for what in ("hessian", "ggn", "fisher"):

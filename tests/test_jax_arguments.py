@@ -41,34 +41,33 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 DATA = {"model", "loss", "x", "y", "inputs", "v"}
 SAME = {"parameters", "outputs", "checks", "fallback", "check_finite"}  # of calls with `**options`
+CURVATURE = SAME | {"wrt"}
 DONE = {  # what has a meaning for a pure function
-    "hessian": SAME,
-    "ggn": SAME,
-    "hvp": SAME,
-    "ggnvp": SAME,
-    "fisher": SAME | {"kind", "samples", "seed", "first"},
-    "sample_gradients": SAME | {"unpack"},  # of loaders
-    "empirical_fisher": SAME,
+    "hessian": CURVATURE,
+    "ggn": CURVATURE,
+    "hvp": CURVATURE,
+    "ggnvp": CURVATURE,
+    "fisher": CURVATURE | {"kind", "samples", "seed", "first"},
+    "sample_gradients": SAME | {"unpack", "shared"},  # of loaders
+    "empirical_fisher": SAME | {"unpack", "shared"},
     "jacobian": {"wrt", "parameters", "outputs", "checks", "fallback", "allow_zero", "check_finite"},
-    "sample_jacobians": SAME | {"unpack"},
-    "compute_jacobian": {"batch_size", "outputs", "mode", "checks", "fallback", "check_finite", "progress", "unpack"},
+    "sample_jacobians": SAME | {"unpack", "shared", "target"},
+    "compute_jacobian": SAME - {"parameters"} | {"batch_size", "mode", "progress", "unpack", "shared", "target"},
     "model_jvp": {"fallback"},
     "model_vjp": set[str](),
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    **{name: {"create_graph": True, "at": "0", "wrt": "inputs"} for name in ("hessian", "ggn", "hvp", "ggnvp")},
-    "fisher": {"at": "0", "wrt": "inputs"},
-    "sample_gradients": {"randomness": "same", "seed": 3, "shared": ["x"], "create_graph": True},
-    "empirical_fisher": {"randomness": "same", "seed": 3},
-    "sample_jacobians": {"seed": 3, "shared": ["x"], "target": torch.zeros(5, dtype=int), "create_graph": True},
+    **{name: {"create_graph": True, "at": "0"} for name in ("hessian", "ggn", "hvp", "ggnvp")},
+    "fisher": {"at": "0"},
+    "sample_gradients": {"randomness": "same", "seed": 3, "create_graph": True},
+    "empirical_fisher": {"randomness": "same", "seed": 3, "create_graph": True},
+    "sample_jacobians": {"seed": 3, "create_graph": True},
     "jacobian": {"at": (None, "0"), "create_graph": True},
     "compute_jacobian": {
         "at": "0",
         "budget": "1GiB",
         "out": torch.zeros(5, 1, 2),
         "compile": True,
-        "target": torch.zeros(5, dtype=int),
-        "shared": ["x"],
         "create_graph": True,
     },
     "model_jvp": {"create_graph": True},

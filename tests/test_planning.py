@@ -319,7 +319,7 @@ def test_every_mode_gives_the_same_numbers(mode: str, widths: tuple[int, ...]) -
     for checks in ("first", "first", "always"):
         found = jacops.compute_jacobian(model, x, 4, mode=mode, checks=checks)  # type: ignore[arg-type]
         torch.testing.assert_close(found, oracle.input_jacobian(model, x))
-    route = Samples(model, x, call="test").jacobians(4, mode=mode).route
+    route = Samples(model, x, call="test", batch_size=4).jacobians(mode=mode).route
     assert mode == "auto" or mode in route
 
 

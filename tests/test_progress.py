@@ -110,6 +110,7 @@ LONG: dict[str, Callable[..., Any]] = {
     "full_jacobian": lambda **o: wide_jacobian(**o),
     "dense": lambda **o: problem().hessian().dense(**o),
     "solve": lambda **o: jacops.solve(problem().ggn(), draw(26), "cg", damping=0.1, **o),
+    "inverse": lambda **o: jacops.inverse(problem().ggn(), "cg", damping=0.1, **o) @ draw(26),
     "sparse_plan": lambda **o: jacops.sparse_plan(Chain(), draw(30), wrt="inputs", **o),
     "trace": lambda **o: jacops.linalg.trace(problem().ggn(), 4, **o),
     "diagonal": lambda **o: jacops.linalg.diagonal(problem().hessian(), **o),
@@ -177,6 +178,19 @@ def test_iterations_are_counted_in_one_bar(drawn: Recorded):
     assert "products" in bar.options["unit"]
     assert bar.n == solution.info["products"] > 3
     assert bar.places == sorted(bar.places)
+
+
+def test_every_solve_of_an_inverse_has_the_bar_that_was_asked_for(drawn: Recorded, monkeypatch: pytest.MonkeyPatch):
+    b = draw(26).requires_grad_()
+    for progress, watched in ((False, True), (True, False)):
+        monkeypatch.setattr(_progress, "is_watched", lambda watched=watched: watched)
+        drawn.bars.clear()
+        options: dict[str, Any] = {"damping": 0.1, "progress": progress, "create_graph": True}
+        A = jacops.inverse(problem().ggn(), "cg", **options)
+        _ = A @ b.detach(), A.T @ b.detach()
+        for x in (A @ b, jacops.solve(problem().ggn(), b, "cg", **options).x):
+            x.sum().backward()
+        assert len(drawn.bars) == 6 * progress
 
 
 def test_the_bar_ends_with_an_error(drawn: Recorded):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacops
+from jacops._extras.report import Report
 from jacops._saving import Savable, load, saved_fields
 from jacops.errors import DataError, InputError, InputTypeError
 from jacops.linalg import Diagonal, Estimate, Identity, Matrix, eye
@@ -206,21 +207,36 @@ def test_a_plan_is_read_by_the_same_call(tmp_path: Path):
     assert (type(found), found.shape, found.sweeps) == (type(plan), plan.shape, plan.sweeps)
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "f"
-    Estimate(1.0, 0.5).save(path)
-    Estimate(2.0, 0.5).save(path)
-    assert jacops.load(path) == Estimate(2.0, 0.5)
+def written_plan(path: Path, columns: int) -> None:
+    jacops.sparse_plan(nn.Linear(columns, 2), draw(6, columns).float()).save(path)
 
-    def full(*_: Any) -> None:
+
+WRITERS: dict[str, tuple[Callable[[Path, int], Any], tuple[Any, str]]] = {  # writes a number to a path; what by
+    "result": (lambda path, number: Estimate(float(number), 0.5).save(path), (safetensors.torch, "save_file")),
+    "plan": (written_plan, (np, "savez_compressed")),
+    "report": (lambda path, number: Report(f"number {number}").write(path), (Path, "write_text")),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_is_replaced_whole_or_not_at_all(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write, written_by = WRITERS[kind]
+    path = tmp_path / "f"
+    write(path, 1)
+    write(path, 2)
+    second = path.read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for place, call in ((safetensors.torch, "save_file"), (os, "replace"), (os, "fsync")):
+    for place, call in (written_by, (os, "replace"), (os, "fsync")):
         with monkeypatch.context() as patched:
             patched.setattr(place, call, full)
-            refused(OSError, lambda: Estimate(3.0, 0.5).save(path), "No space")
-        assert jacops.load(path) == Estimate(2.0, 0.5)
+            refused(OSError, lambda: write(path, 1), "No space")
+        assert path.read_bytes() == second
         assert os.listdir(tmp_path) == ["f"]
+    write(path, 1)
+    assert path.read_bytes() != second
 
 
 def test_saved_tensors_are_those_of_the_moment(tmp_path: Path):

@@ -16,7 +16,7 @@ from ._keywords import keywords
 from ._loaders import joined
 from ._options import JacobianOptions
 from ._projections import Projection
-from ._requirements import check_choice, check_positive
+from ._requirements import check_choice
 from ._runtime.contexts import eager
 from ._torch.protocol import FollowedModel, Samples, bare, check_identity, check_slopes, summed
 from ._words import Magnitude
@@ -164,7 +164,7 @@ def _finite(call: str, result: Array, wanted: bool) -> Array:
 
 
 @keywords(JacobianOptions)
-@joined
+@joined()
 @eager
 def contributions(
     model: nn.Module,
@@ -241,11 +241,10 @@ _OF_SAMPLES = ("outputs", "target", "at", "checks", "fallback", "compile")  # th
 
 def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[Tensor, FollowedModel]:
     """Return the Jacobian `(n, out, *in)`, and the same function to be followed as samples were taken."""
-    check_positive("batch_size", batch_size)
     chosen: dict[str, Any] = {name: value for name, value in options.items() if name in _OF_SAMPLES}
-    samples = Samples(model, x, call="contributions", keep=True, **chosen)
+    samples = Samples(model, x, call="contributions", keep=True, batch_size=batch_size, **chosen)
     how = {name: value for name, value in options.items() if name not in (*_OF_SAMPLES, "check_finite")}
-    found = samples.jacobians(batch_size, **how)
+    found = samples.jacobians(**how)
     if not found.output_tree.single or found.output[0].ndim != 2:
         came = "giving several outputs" if not found.output_tree.single else f"giving {tuple(found.output[0].shape)}"
         todo = "Pick a part of it with `outputs=`, in a list so as to keep the axis."

@@ -11,8 +11,8 @@ from ._derivatives import make_ggn, make_hessian
 from ._keywords import keywords
 from ._operators import Operator
 from ._operators._finite_results import made_from
-from ._options import Model
-from ._recorded_loss import CurvatureCallOptions, GraphOptions, Loss
+from ._options import CurvatureCallOptions, GraphOptions, Model
+from ._recorded_loss import Loss
 from ._runtime.contexts import eager
 
 

@@ -14,18 +14,16 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ._framework import TorchOptions, asked, recorded, refuse_options
+from ._framework import recorded, refuse_options
 from ._keywords import keywords
-from ._ladder.protocol import is_framework_model
+from ._ladder.protocol import SweepOptions, is_framework_model
 from ._operators import LinearizedMap, Operator, Product
 from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
-from ._options import Model
+from ._options import CurvatureCallOptions, GraphOptions, Model, TorchOptions
 from ._picks import Picks, differentiated, variable
 from ._recorded_loss import (
-    CurvatureCallOptions,
-    GraphOptions,
     Loss,
     check_real,
     check_source,
@@ -211,8 +209,9 @@ def make_hessian(
     chosen = located(model, options)
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
-        there = model.record_loss(loss, x, y, asked(call, **chosen))
+        there = model.record_loss(loss, x, y, SweepOptions(call, **chosen))
         H = LinearizedMap(there.lin, there.output, symmetric=True)  # noqa: N806
+        named(H, "hessian by inputs" if chosen.get("parameters") is None else "hessian")
         return with_computed(H, Computed(loss=there.output, gradient=partial(model.slope, there)))
     kept = kept and not create_graph
     found = record_loss(model, loss, x, y, call, kept=kept, connected=create_graph, **chosen)
@@ -358,7 +357,9 @@ def ggn_at(
         H = LinearizedMap(there.lin, there.output, symmetric=True)
         convex = partial(positive_everywhere, H._apply, output_leaves(found.output)[0])
         known = Computed(found.output, None, there.output, lambda: J._apply_transpose(model.slope(there)[None])[0])
-        return with_computed(Product(Product(J.T, replace(H, mark=convex)), J), known)
+        product = Product(Product(J.T, replace(H, mark=convex)), J)
+        by_inputs = found.lin.options.parameters is None
+        return with_computed(named(product, "ggn by inputs") if by_inputs else product, known)
     y = recordable(y, kept)
     outer = record_at_outputs(found, loss_of_output(loss, y), loss, call, create_graph)
     slope = gradient_linearization(outer, call)

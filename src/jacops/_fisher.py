@@ -21,9 +21,9 @@ from ._operators import LinearizedMap, Operator, Scaled
 from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
-from ._options import Model
+from ._options import CurvatureCallOptions, Model, OperatorOptions
 from ._per_sample import sample_gradients
-from ._recorded_loss import CurvatureCallOptions, Loss, OperatorOptions, located
+from ._recorded_loss import Loss, located
 from ._requirements import check_choice, check_positive, check_whole
 from ._runtime.contexts import eager
 from ._runtime.counter import Draws

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 
 from ._finite import require_finite
 from ._ladder.protocol import FrameworkModel, SampleRows, SweepOptions, is_framework_model
 from ._operators import LayerFactors
-from ._requirements import check_choice
+from ._options import TorchOptions
 from ._space import Space
-from ._torch.protocol import At, Likelihood, RowLosses, Rows, check_fallback, likelihood_of, record_model
+from ._torch.protocol import At, Likelihood, RowLosses, Rows, likelihood_of, record_model
 from ._trees import Selector, output_leaves
-from ._words import Checks, Fallback
 from .errors import InputError
-
-
-class TorchOptions(TypedDict, total=False):
-    """What only torch is asked when a model is recorded, as in `record_model`."""
-
-    checks: Checks
-    fallback: Fallback
-    connected: bool
-    kept: bool
 
 
 def recorded(
@@ -39,7 +29,8 @@ def recorded(
 ) -> Any:
     """Record the output of a model of any framework, as `record_model` does."""
     if is_framework_model(model):
-        return model.record(inputs, asked(call, parameters=parameters, outputs=outputs, at=at, **options))
+        checks, fallback = options.get("checks", "first"), options.get("fallback", "warn")
+        return model.record(inputs, SweepOptions(call, parameters, outputs, at, checks=checks, fallback=fallback))
     return record_model(model, inputs, call=call, parameters=parameters, outputs=outputs, at=at, **options)
 
 
@@ -63,19 +54,17 @@ def _sample_rows(found: SampleRows) -> LayerFactors:
     return LayerFactors(parts, domain, codomain, route=route)
 
 
-def framework_sample_gradients(
-    model: FrameworkModel, loss: Any, x: Any, y: Any, options: Mapping[str, Any]
-) -> LayerFactors:
+def framework_sample_gradients(model: FrameworkModel, loss: Any, x: Any, y: Any, options: SweepOptions) -> LayerFactors:
     """Return the gradients of the loss of every sample alone, `(n, P)`."""
-    return _sample_rows(model.map_rows(x, asked("sample_gradients", **options), y, loss))
+    return _sample_rows(model.map_rows(x, options, y, loss))
 
 
-def framework_sample_jacobians(model: FrameworkModel, x: Any, options: Mapping[str, Any]) -> LayerFactors:
+def framework_sample_jacobians(model: FrameworkModel, x: Any, options: SweepOptions) -> LayerFactors:
     """Return the Jacobians of every sample's outputs by the parameters, `(n * k, P)`."""
-    return _sample_rows(model.map_rows(x, asked("sample_jacobians", **options)))
+    return _sample_rows(model.map_rows(x, options))
 
 
-def framework_jacobian(model: FrameworkModel, x: Any, check_finite: bool, **options: Any) -> Any:
+def framework_jacobian(model: FrameworkModel, x: Any, options: SweepOptions, check_finite: bool) -> Any:
     """Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
 
     Returns:
@@ -84,7 +73,7 @@ def framework_jacobian(model: FrameworkModel, x: Any, check_finite: bool, **opti
     Raises:
         NonFiniteError: A derivative is NaN or Inf.
     """
-    found = model.map_rows(x, asked("compute_jacobian", **options))
+    found = model.map_rows(x, options)
     space, (n, k) = found.domain, found.rows.shape[:2]
     parts = space.split(found.rows.reshape(n * k, space.dim))
     for name, part in zip(space.names, parts if check_finite else (), strict=False):
@@ -102,20 +91,3 @@ def refuse_options(todo: str = "", **given: Any) -> None:
     for name, value in given.items():
         if value is not None and value is not False:
             raise InputError.of(name, repr(value), "models of another framework than torch have no such option", todo)
-
-
-def asked(call: str, kept: bool = False, connected: bool = False, **options: Any) -> SweepOptions:
-    """Return the options of a call, checked.
-
-    Args:
-        call: The public call.
-        kept: Ignored: nothing that the model recorded can be written into.
-        connected: Ignored: results that keep a graph are refused where they are computed.
-        options: As in `SweepOptions`.
-
-    Raises:
-        InputError: `checks` or `fallback` is unknown.
-    """
-    check_choice("checks", options.get("checks", "first"), Checks)
-    check_fallback(options.get("fallback", "warn"))
-    return SweepOptions(call, **options)

@@ -13,7 +13,7 @@ from ._framework import framework_jacobian, refuse_options
 from ._jacobian_checks import FINITE_TODO, check_block, check_blocks, check_dependence
 from ._jacobian_layout import arranged, given_out, shaped
 from ._keywords import keywords
-from ._ladder.protocol import everything, is_framework_model
+from ._ladder.protocol import SweepOptions, everything, is_framework_model
 from ._loaders import by_batches
 from ._options import ComputeJacobianOptions, Model, ModjacKeywords, ModjacOptions
 from ._picks import Picks, picked
@@ -137,19 +137,18 @@ def compute_jacobian(
         tensor([[1.0000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    check_positive("batch_size", batch_size)
-    options: dict[str, Any] = {"outputs": outputs, "checks": checks, "fallback": fallback}
+    options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared}
+    options |= {"checks": checks, "fallback": fallback, "batch_size": batch_size}
     if is_framework_model(model):
-        refuse_options(target=target, shared=shared, at=at, budget=budget, out=out, compile=compile)
-        refuse_options(create_graph=create_graph)
-        sweeps = {"mode": mode, "most": batch_size, "progress": progress}
-        return framework_jacobian(model, x, check_finite, **options, **sweeps)
+        refuse_options(at=at, budget=budget, out=out, compile=compile, create_graph=create_graph)
+        sweeps = SweepOptions("compute_jacobian", mode=mode, progress=progress, **options)
+        return framework_jacobian(model, x, sweeps, check_finite)
     if create_graph:
         _refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split")
-    options |= {"target": target, "shared": shared, "at": at, "compile": compile, "create_graph": create_graph}
+    options |= {"at": at, "compile": compile, "create_graph": create_graph}
     with keeping(create_graph):
         samples = Samples(model, x, call="compute_jacobian", **options)
-        found = samples.jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
+        found = samples.jacobians(progress, budget=budget, out=out, mode=mode)
     if check_finite:
         found.check_finite(FINITE_TODO)
     return found.arranged()

@@ -65,25 +65,35 @@ def by_batches(*aligned: str) -> Callable[[Callable[Arguments, Result]], Callabl
     return decorate
 
 
-def joined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let a call take a loader as `x`: it is made once, for the rows of all batches (and `y`, if it has that)."""
-    signature = inspect.signature(function)
-    with_target = "y" in signature.parameters
+def joined(*, ordered: bool = True) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Return a decorator that lets a call take a loader as `x`: it is made once, for the rows of all batches.
 
-    anyhow: Callable[..., Result] = function
+    Where the call has an argument `y`, that comes with the batches.
 
-    @wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        loads = _takes_loader(function, args, kwargs)
-        given = signature.bind_partial(*args, **kwargs).arguments if loads or with_target else {}
-        if not loads:
-            if with_target and "x" in given and given.get("y") is None:
-                raise InputTypeError.of("y", "left out", "with tensors as `x` the target of each is needed")
-            return function(*args, **kwargs)
-        options = given.pop("options", {})
-        return anyhow(**{**given, **options, **_whole(given, with_target)})
+    Args:
+        ordered: The order of the rows shows in the result, so that a loader that shuffles is refused.
+    """
 
-    return call
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        signature = inspect.signature(function)
+        with_target = "y" in signature.parameters
+        anyhow: Callable[..., Result] = function
+
+        @wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            loads = _takes_loader(function, args, kwargs)
+            given = signature.bind_partial(*args, **kwargs).arguments if loads or with_target else {}
+            if not loads:
+                if with_target and "x" in given and given.get("y") is None:
+                    raise InputTypeError.of("y", "left out", "with tensors as `x` the target of each is needed")
+                return function(*args, **kwargs)
+            given |= given.pop("options", {})
+            batches = Batches(given["x"], "x", given.pop("unpack", None), ordered)
+            return anyhow(**{**given, **_whole(batches, given, with_target)})
+
+        return call
+
+    return decorate
 
 
 def _takes_loader(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -204,16 +214,16 @@ class _Joined:
         return None if self.tree is None else self.tree.build(whole)
 
 
-def _whole(given: Mapping[str, Any], with_target: bool) -> dict[str, Any]:
+def _whole(batches: Batches, given: Mapping[str, Any], with_target: bool) -> dict[str, Any]:
     """Return the input (and target) of all rows of a loader.
 
     Raises:
         InputError: A target is given beside it.
         DataError: Batches have weights, or do not fit together.
     """
-    batches, shared = Batches(given["x"], "x", given.get("unpack")), given.get("shared")
+    shared = given.get("shared")
     if not with_target:
-        return {"x": _joined(list(batches.inputs()), shared, "x"), "unpack": None}
+        return {"x": _joined(list(batches.inputs()), shared, "x")}
     if given.get("y") is not None:
         raise InputError.of("y", "given beside a loader", "it comes with the batches", "Leave it out.")
     found = [(*parts, None)[:3] for parts in batches.pairs()]
@@ -221,7 +231,7 @@ def _whole(given: Mapping[str, Any], with_target: bool) -> dict[str, Any]:
         todo = "Leave them out with `unpack=`, or take `Problem(...).sample_gradients()`."
         raise DataError.of("x", "giving weights", "every row counts alike here", todo)
     x, y = (_joined([parts[i] for parts in found], shared if i == 0 else None, name) for i, name in enumerate("xy"))
-    return {"x": x, "y": y, "unpack": None}
+    return {"x": x, "y": y}
 
 
 def _joined(parts: Sequence[Any], shared: Shared, name: str) -> Any:

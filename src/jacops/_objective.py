@@ -25,9 +25,10 @@ from ._ladder.protocol import SweepOptions, is_framework_model
 from ._mixed import mixed_rows
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import Source, with_source
+from ._options import CurvatureOptions
 from ._per_sample import checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
-from ._recorded_loss import CurvatureOptions, Loss, record_loss, record_loss_of
+from ._recorded_loss import Loss, record_loss, record_loss_of
 from ._reduction import FEW_ROWS, check_reduction, checked_loss, not_finite, offset
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded

@@ -12,29 +12,21 @@ from torch import Tensor, nn
 from ._data import Unpack as Batching
 from ._framework import framework_sample_gradients, framework_sample_jacobians, refuse_options
 from ._keywords import keywords
-from ._ladder.protocol import is_framework_model
+from ._ladder.protocol import SweepOptions, is_framework_model
 from ._loaders import joined
 from ._operators import LayerFactors, Operator
 from ._operators._computed import Computed, with_computed
 from ._operators._finite_results import made_from
-from ._options import Model
+from ._options import CurvatureOptions, Model, OperatorOptions, RecordOptions, RowOptions, SampleGradientOptions
 from ._picks import trainable
-from ._recorded_loss import (
-    CurvatureOptions,
-    Loss,
-    OperatorOptions,
-    RecordOptions,
-    RowOptions,
-    check_usable,
-    record_loss,
-    resolved,
-)
+from ._recorded_loss import Loss, check_usable, record_loss, resolved
 from ._requirements import check_choice
 from ._runtime.contexts import eager, keeping, seeded
 from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
 from ._torch.protocol import (
+    ConnectedFactors,
     Definition,
     Recording,
     Rows,
@@ -49,7 +41,6 @@ from ._torch.protocol import (
     parameter_names,
     record_model,
     row_cotangents,
-    rows_with_graph,
 )
 from ._trees import Selector, hint_at_labels
 from ._words import Randomness
@@ -58,20 +49,8 @@ from .errors import InputError, ModelStateError
 _PURE = "Pass the random key to `apply` as a part of `params` or `x`."
 
 
-class SampleGradientOptions(OperatorOptions, total=False):
-    """Options of `sample_gradients`.
-
-    Attributes:
-        randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
-        seed: Of those masks.
-    """
-
-    randomness: Randomness
-    seed: int | None
-
-
 @keywords(OperatorOptions)
-@joined
+@joined()
 @eager
 @made_from("x", "y")
 def sample_gradients(
@@ -104,7 +83,8 @@ def sample_gradients(
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
         create_graph: Keep rows, and all that is made of them, differentiable, by the model's trainable parameters and
-            by inputs of yours that require grad. Samples are then taken one at a time.
+            by inputs of yours that require grad. Their derivatives are checked as the rows themselves are; samples are
+            taken one at a time also where a parameter enters without a rule.
         options: As in `hessian`.
 
     Returns:
@@ -127,7 +107,7 @@ def sample_gradients(
     recorded = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, randomness=None if randomness == "error" else randomness, seed=seed)
-        refuse_options(shared=shared, create_graph=create_graph)
+        refuse_options(create_graph=create_graph)
     given = SampleInputs(x, y, shared)
     with keeping(create_graph):
         return gradients_at(model, loss, given, checked_seed(randomness, seed), recorded, create_graph=create_graph)
@@ -144,7 +124,8 @@ def gradients_at(
 ) -> LayerFactors:
     """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_gradients(model, loss, given.x, given.y, options)
+        sweeps = SweepOptions("sample_gradients", shared=given.shared, **options)
+        return framework_sample_gradients(model, loss, given.x, given.y, sweeps)
     refuse_mixing_modules(model, random=seed is None)
     values, tree, inputs = given.apart
 
@@ -157,13 +138,13 @@ def gradients_at(
     def together(some: Sequence[Tensor]) -> Recording:
         if record is not None and len(some[0]) == len(values[0]):
             return record()
-        return record_model(model, tree.build(some)[0], call="sample_gradients", **options)
+        return record_model(model, tree.build(some)[0], call="sample_gradients", connected=create_graph, **options)
 
     def cotangents(batch: Recording, values: Sequence[Tensor]) -> RowSlopes:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
             return batch.tree.build(outputs), tree.build([*values[:inputs], *targets])[1]
 
-        return row_cotangents(batch.lin, loss, values[inputs:], build)
+        return row_cotangents(batch.lin, loss, values[inputs:], build, create_graph)
 
     forced = None if seed is None else "with the same random numbers for each"
     what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
@@ -171,7 +152,7 @@ def gradients_at(
 
 
 @keywords(RowOptions)
-@joined
+@joined()
 @eager
 @made_from("x")
 def sample_jacobians(
@@ -220,7 +201,7 @@ def sample_jacobians(
     recorded: RecordOptions = resolved(model, options)
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
-        refuse_options(target=target, shared=shared, create_graph=create_graph)
+        refuse_options(create_graph=create_graph)
     given = SampleInputs(x, None, shared, target)
     with keeping(create_graph):
         return jacobians_at(model, given, outputs, seed, recorded, create_graph=create_graph)
@@ -237,7 +218,8 @@ def jacobians_at(
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        return framework_sample_jacobians(model, given.x, {**options, "outputs": outputs})
+        picks = {"outputs": outputs, "target": given.target, "shared": given.shared}
+        return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", **picks, **options))
     refuse_mixing_modules(model, random=seed is None)
     (values, tree, _), picks = given.apart, given.picks
     hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")
@@ -290,15 +272,11 @@ def _factors(
     n = what.values[0].shape[0]
     if n == 0:
         return _no_rows(model, what, options)
-    if create_graph:
-        lin, parts = rows_with_graph(what)
-        space = rows(lin.outputs[0].detach().to(lin.domain.dtype), n)
-        return LayerFactors(parts, lin.domain, space, (), "one sample at a time, with its graph", create_graph=True)
-    found = SampleFactors(what)
+    found = ConnectedFactors(what) if create_graph else SampleFactors(what)
     domain = found.lin.domain
     missing = [domain.names[leaf] for leaf in found.collected.missing]
     space = rows(found.output.detach().to(domain.dtype), n)
-    made = LayerFactors(found.collected.parts(), domain, space, missing, found.route)
+    made = LayerFactors(found.collected.parts(), domain, space, missing, found.route, create_graph)
     return with_computed(made, Computed(found.computed.output, found.computed.losses))
 
 
@@ -355,8 +333,11 @@ def refuse_mixing_modules(model: Model, random: bool = True) -> None:
 
 
 @keywords(SampleGradientOptions)
+@joined(ordered=False)
 @made_from("x", "y")
-def empirical_fisher(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack[SampleGradientOptions]) -> Operator:
+def empirical_fisher(
+    model: Model, loss: Loss, x: Any, y: Any = None, **options: Unpack[SampleGradientOptions]
+) -> Operator:
     r"""Return the empirical Fisher matrix $\frac1N \sum_n g_n g_n^\top$ of per-sample gradients $g_n$.
 
     Source: Kunstner, Balles, Hennig (2019). It is not the Fisher matrix: labels are the data's, not the model's. A
@@ -366,7 +347,7 @@ def empirical_fisher(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack
     Args:
         model: As in `sample_gradients`.
         loss: As in `sample_gradients`; a mean over one sample, the negative log-likelihood of it.
-        x: As in `sample_gradients`.
+        x: As in `sample_gradients`; a loader may shuffle, since the order of samples has no place in the result.
         y: As in `sample_gradients`.
         options: As in `sample_gradients`.
 
@@ -376,6 +357,12 @@ def empirical_fisher(model: Model, loss: Loss, x: Any, y: Any, **options: Unpack
     Raises:
         ModelStateError: As in `sample_gradients`.
         InputError: There are no samples.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> empirical_fisher(model, lambda output, y: (output * y).sum(), torch.eye(2), torch.ones(2, 1)).dense()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
     """
     G = sample_gradients(model, loss, x, y, **options)
     if G.shape[0] == 0:

@@ -120,19 +120,22 @@ def _tqdm() -> Any:
     return tqdm
 
 
-def shows_progress(counts: str = "") -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+def shows_progress(
+    counts: str = "", *, call: str = ""
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Return a decorator for public calls that may take long; a keyword `progress` of theirs forces the bar.
 
     Args:
         counts: For iterations without a known end: what `tick` counts, such as `"products"`. Loops inside, such as the
             pass over data that one product takes, then do not move the bar.
+        call: The caption; by default the function's name.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        name = getattr(function, "__name__", "")
+        name = call or getattr(function, "__name__", "")
 
         @wraps(function)
-        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        def shown(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             enabled: Any = kwargs.get("progress")
             outer = _here.bar
             bar = outer or Bar(name, enabled)
@@ -151,7 +154,7 @@ def shows_progress(counts: str = "") -> Callable[[Callable[Arguments, Result]], 
                 if outer is None:
                     bar.close()
 
-        return call
+        return shown
 
     return decorate
 

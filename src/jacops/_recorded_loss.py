@@ -1,95 +1,23 @@
-"""Recording a loss by the parameters, and the options of calls that do."""
+"""Recording a loss by the parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from ._framework import refuse_options
 from ._ladder.protocol import Picked, is_framework_model
-from ._picks import Picks, Wrt, differentiated, picked, trainable, variable
+from ._options import CurvatureOptions, LocatedOptions, LossOptions
+from ._picks import differentiated, picked, trainable, variable
 from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
 from ._torch.protocol import At, Linearization, Recording, call_loss, record_further, record_model
-from ._trees import Selector, flatten
-from ._words import Checks, Fallback
+from ._trees import flatten
 from .errors import InputError, InputTypeError, NotDifferentiableError
 
 Loss = Callable[[Any, Any], Tensor]
-
-
-class RecordOptions(TypedDict, total=False):
-    """How a model is recorded by its parameters.
-
-    Attributes:
-        parameters: Which parameters, by name and value.
-        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
-        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
-    """
-
-    parameters: Picked | None
-    checks: Checks
-    fallback: Fallback
-
-
-class CurvatureOptions(RecordOptions, total=False):
-    """How a model with a loss is recorded.
-
-    Attributes:
-        outputs: Part of the output that the loss is given, as in `jacobian`.
-    """
-
-    outputs: Selector
-
-
-class RowOptions(TypedDict, total=False):
-    """Options of public calls that return an operator made from a model.
-
-    Attributes:
-        parameters: Which parameters, as in `jacobian`.
-        checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
-        fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
-        check_finite: Results with NaN or Inf raise.
-    """
-
-    parameters: Picks
-    checks: Checks
-    fallback: Fallback
-    check_finite: bool
-
-
-class OperatorOptions(RowOptions, total=False):
-    """Options of public calls that return an operator made from a model with a loss.
-
-    Attributes:
-        outputs: Part of the output that the loss is given, as in `jacobian`.
-    """
-
-    outputs: Selector
-
-
-class CurvatureCallOptions(OperatorOptions, total=False):
-    """Options of `hessian`, `ggn` and `fisher`.
-
-    Attributes:
-        wrt: `"parameters"`, or `"inputs"` (those of floating point).
-        at: A submodule's path to differentiate by its output, as in `jacobian`; needs `wrt="inputs"`.
-    """
-
-    wrt: Wrt
-    at: At
-
-
-class GraphOptions(CurvatureCallOptions, total=False):
-    """Options of an operator that may keep the graph of its products.
-
-    Attributes:
-        create_graph: Products are differentiable.
-    """
-
-    create_graph: bool
 
 
 def located(model: Any, options: Mapping[str, Any]) -> LocatedOptions:
@@ -100,7 +28,7 @@ def located(model: Any, options: Mapping[str, Any]) -> LocatedOptions:
     """
     wrt, at = options.get("wrt", "parameters"), options.get("at")
     if is_framework_model(model):
-        refuse_options(at=at, wrt=None if wrt == "parameters" else wrt)
+        refuse_options(at=at)
     rest = {name: value for name, value in options.items() if name not in ("wrt", "parameters", "at")}
     picks = differentiated(variable(model, wrt, options.get("parameters")))
     check_source(picks, at)
@@ -121,30 +49,6 @@ def check_source(picks: Picked | None, at: At) -> None:
 def resolved(model: Any, options: Mapping[str, Any]) -> CurvatureOptions:
     """Return the options of a public call, with a function of name and parameter as `parameters`."""
     return {**options, "parameters": picked(model, options.get("parameters"))}  # pyright: ignore[reportReturnType]
-
-
-class LocatedOptions(CurvatureOptions, total=False):
-    """How a model with a loss is recorded, as a whole or cut.
-
-    Attributes:
-        at: A cut at submodules.
-    """
-
-    at: At
-
-
-class LossOptions(LocatedOptions, total=False):
-    """How a loss is recorded.
-
-    Attributes:
-        kept: It is kept for later products, so the caller may write into the weights meanwhile.
-        connected: It stays connected to the caller's parameters, for derivatives of derivatives.
-        shift: Added to parameters, by name, for finite differences.
-    """
-
-    kept: bool
-    connected: bool
-    shift: Mapping[str, Tensor] | None
 
 
 def check_real(lin: Linearization) -> None:

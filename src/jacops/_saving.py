@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import zlib
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -91,10 +92,23 @@ def save(value: Savable, path: Place) -> None:
     encoded = encoder.encode(value, "")
     sums = {name: _checksum(tensor) for name, tensor in encoder.tensors.items()}
     text = json.dumps({"format": FORMAT, "value": encoded, "crc32": sums}, allow_nan=False, separators=(",", ":"))
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
-    try:
+    with replacing(path) as partial:
         save_file(encoder.tensors, partial, {_KEY: text, _SUM: str(zlib.crc32(text.encode()))})
+
+
+@contextlib.contextmanager
+def replacing(path: Place) -> Iterator[Path]:
+    """Give a path beside `path` to write a file at, which takes the place of `path` when the block ends.
+
+    The file is flushed to the disk before it is renamed. If the block raises, what was at `path` stays as it was.
+
+    Raises:
+        OSError: The file cannot be flushed or renamed.
+    """
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")  # two writers take two names
+    try:
+        yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)

@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jacops._saving import replacing
 from jacops.errors import InputError, InputTypeError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -149,12 +150,8 @@ class Report:
         target = Path(path)
         page = self.html()
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            draft.write_text(page, encoding="utf-8")
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
+        with replacing(target) as partial:
+            partial.write_text(page, encoding="utf-8")
         return target
 
     def _add(self, kind: str, **content: object) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import torch
 from torch import Tensor
 
 from .._finite import is_finite
@@ -27,6 +26,7 @@ from .model import Model, model_of, weighted_loss
 from .parameters import Parameters, Picked, Same, leaf_names
 from .points import Point, floating
 from .results import check_rows, digest_of, finite_gradient, finite_loss
+from .samples import Apart, Sharing
 
 JaxLoss = Callable[[Any, Any], Any]
 _MODES = ("auto", "forward", "reverse")
@@ -158,13 +158,15 @@ class JaxFunction:
         return JaxRecording(lin, tree, output, raw, model, point)
 
     def record_loss(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> JaxRecording:
-        """Record the gradient of the loss of one batch by the parameters: its Jacobian is the Hessian.
+        """Record the gradient of the loss of one batch, by the parameters picked or by the inputs.
+
+        Its Jacobian is the Hessian.
 
         Raises:
             InputError: The loss is not one number, a dtype does not fit, or `y` would broadcast against the output.
-            NotDifferentiableError: No path leads from the loss to any parameter, or a second derivative is wrong.
+            NotDifferentiableError: No path leads from the loss to any of them, or a second derivative is wrong.
         """
-        own, model, point = self.loss_at(loss, x, y, options)
+        own, model, point = self._measured(loss, x, y, options)
         return _recorded_gradient(model, point, own, options)
 
     def record_at_output(self, found: JaxRecording, loss: Any, y: Any, call: str) -> JaxRecording:
@@ -209,12 +211,12 @@ class JaxFunction:
         """Return the gradient of every sample's loss, or the Jacobian of its output, by parameters or by its input.
 
         Raises:
-            InputError: The leading axes differ, or the output is not one array.
+            InputError: The leading axes differ, the output is not one array, or `target` or `shared` does not fit.
             NonFiniteError: A derivative is NaN or Inf.
         """
         by_inputs = options.parameters is None
-        many, own, model, point = self._samples(loss, x, y, options)
-        domain = _one_sample(own.space if not by_inputs else Parameters.of(point.x, root="x").space, by_inputs)
+        apart, own, model, point = self._samples(loss, x, y, options)
+        many, domain = apart.many, own.space if not by_inputs else apart.space
         if loss is not None:
             found = model.sample_gradients(point, domain.dim, options) if many else []
             shape = ()
@@ -235,8 +237,8 @@ class JaxFunction:
             InputError: `x` has not just one array of floating point.
             NonFiniteError: A derivative is NaN or Inf.
         """
-        many, _, model, point = self._samples(loss, x, y, options)
-        arrays = [leaf for leaf in jax.tree.leaves(point.x) if is_floating(leaf)]
+        apart, _, model, point = self._samples(loss, x, y, options)
+        many, arrays = apart.many, [leaf for leaf in jax.tree.leaves(point.x) if is_floating(leaf)]
         if len(arrays) != 1:
             came = f"a tree with {len(arrays)} arrays of floating point"
             raise InputError.of("x", came, "a derivative by the input needs exactly one")
@@ -267,9 +269,12 @@ class JaxFunction:
             InputError: A dtype does not fit, the loss is not one number, or `y` would broadcast against the output.
             NotDifferentiableError: No path leads from the loss to any parameter.
         """
+        return self._measured(loss, x, y, replace(options, parameters=options.parameters or everything))
+
+    def _measured(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> tuple[Parameters, Model, Point]:
         if not callable(loss) and not isinstance(loss, WeightedRows):
             raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
-        own, model, point = self._at(x, y, replace(options, parameters=options.parameters or everything), loss)
+        own, model, point = self._at(x, y, options, loss)
         model.survey(point, options)
         return own, model, point
 
@@ -288,17 +293,19 @@ class JaxFunction:
         model = model_of(by_input(Same(apply), own.structure), loss, inputs.structure)
         return inputs, model, Point(inputs.leaves, inputs.frozen, (own.leaves, own.frozen), y)
 
-    def _samples(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> tuple[int, Parameters, Model, Point]:
-        """Return a batch all of whose leaves have one row per sample, and how many."""
-        lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else -1 for leaf in jax.tree.leaves((x, y))}
-        if len(lengths) != 1 or -1 in lengths:
-            names = "x" if y is None else "x, y"
-            raise InputError.of(names, f"of lengths {sorted(lengths)}", "all need one row per sample")
-        many = lengths.pop()
+    def _samples(self, loss: Any, x: Any, y: Any, options: SweepOptions) -> tuple[Apart, Parameters, Model, Point]:
+        """Return a batch all of whose leaves have one row per sample, and what is known of it."""
+        x, y = tree_to_jax(x, "x"), tree_to_jax(y, "y")
+        apart = Apart.of(x, y, options.shared, options.target)
         own, model, point = self._at(x, y, replace(options, parameters=options.parameters or everything), loss)
-        if many:
+        if not apart.is_plain:
+            apart.check_target(model.apply, own.tree)
+            structure = Sharing(own.structure, len(apart.held))
+            model = model_of(apart.adapted(model.apply), model.loss if model.measured else None, structure)
+            point = point._replace(frozen=(*point.frozen, *apart.held), x=apart.rows)
+        if apart.many:
             model.survey(point, options)
-        return many, own, model, point
+        return apart, own, model, point
 
 
 class ClassesLast(Likelihood):
@@ -333,13 +340,6 @@ def _check_dtypes(x: Any, y: Any, known: Sequence[str]) -> None:
             if is_floating(leaf) and str(leaf.dtype) not in known:
                 needed = f"the parameters are of {', '.join(known)}; nothing is cast"
                 raise InputError.of(name + jax.tree_util.keystr(path), f"of dtype {leaf.dtype}", needed)
-
-
-def _one_sample(space: Space, by_inputs: bool) -> Space:
-    """Return the space of one sample's input, without the axis of samples."""
-    if not by_inputs:
-        return space
-    return Space(space.names, tuple(torch.Size(shape[1:]) for shape in space.shapes), space.dtypes, space.device)
 
 
 def _one_output(model: Model, point: Point) -> tuple[int, ...]:

@@ -23,18 +23,19 @@ from .jaxpr import READS, has_custom_vjp, is_reached, refuse_broadcast
 from .parameters import Same, Structure
 from .points import Point, alone, floating, joined, one_number, replaced, size_of, split
 from .rounding import rounding_error
+from .samples import Sharing
 from .sweeps import Each, Kernel, Sweep, leave, reading, shapes
 
 _REMEMBERED = 64  # compiled programs: three a problem, of the outputs, of the loss, and of the loss at the outputs
 
 
-def model_of(apply: Callable[..., Any], loss: Callable[..., Any] | None, structure: Structure) -> Model:
+def model_of(apply: Callable[..., Any], loss: Callable[..., Any] | None, structure: Structure | Sharing) -> Model:
     """Return the model of these functions, the same one for a while."""
     return _model_of(Same(apply), Same(loss), structure)
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def _model_of(apply: Same, loss: Same, structure: Structure) -> Model:
+def _model_of(apply: Same, loss: Same, structure: Structure | Sharing) -> Model:
     return Model(apply.of, loss.of, structure)
 
 
@@ -64,7 +65,12 @@ class Model:
         structure: How leaves make `params`.
     """
 
-    def __init__(self, apply: Callable[..., Any], loss: Callable[[Any, Any], Any] | None, structure: Structure) -> None:
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        loss: Callable[[Any, Any], Any] | None,
+        structure: Structure | Sharing,
+    ) -> None:
         self.apply, self.structure, self.measured = apply, structure, loss is not None
         self.loss = _no_loss if loss is None else loss
         self.compiled, self.custom = True, False
@@ -102,7 +108,7 @@ class Model:
 
         Raises:
             InputError: The loss is not one number, or the target would broadcast against the output.
-            NotDifferentiableError: No path leads from the loss to any parameter.
+            NotDifferentiableError: No path leads from the loss to anything it is differentiated by.
         """
         key, call = shapes(point), options.call
         if not self.compiled:
@@ -121,8 +127,9 @@ class Model:
         if self.measured:
             refuse_broadcast(loss, outputs)
             if not (met and is_reached(loss.jaxpr, loss.jaxpr.invars[:outputs])):
+                places = "inputs" if options.parameters is None else "parameters"
                 raise NotDifferentiableError(
-                    f"{call}: no path leads from the loss to any of the parameters; its derivative is zero everywhere."
+                    f"{call}: no path leads from the loss to any of the {places}; its derivative is zero everywhere."
                 )
         self.custom = self.custom or has_custom_vjp(model.jaxpr) or has_custom_vjp(loss.jaxpr)
         return self._surveyed.setdefault(key, met)

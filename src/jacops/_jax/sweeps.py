@@ -89,7 +89,7 @@ class Sweep:
             NotDifferentiableError: A value is read that depends on what is differentiated.
         """
         many = rows_in(rows)
-        chunk = min(options.most or ROWS, rows_of(width))
+        chunk = min(options.batch_size or ROWS, rows_of(width))
         # A power of two, so that few shapes are compiled.
         chunk = 1 << (chunk.bit_length() - 1)
         rows = jax.tree.map(np.asarray, rows)  # cut into chunks without compiling a gather for each shape

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from .._requirements import check_choice, check_positive
+from .._words import Checks, Fallback
+
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import TypeIs
@@ -32,23 +35,36 @@ class SweepOptions:
         call: The public call.
         parameters: The parameters that are differentiated, by name and array; None for the inputs.
         outputs: Part of the output.
+        target: One output per sample, where samples are differentiated alone.
+        shared: Which inputs have no axis of samples, there too.
         at: A submodule to differentiate at.
         mode: Direction of the sweeps of a Jacobian by samples: `"auto"`, `"forward"` or `"reverse"`.
         checks: `"first"`, `"always"`, `"strict"` or `"never"` compare batched sweeps with single ones.
         fallback: `"warn"`, `"silent"` or `"error"` where batched or compiled sweeps are left.
-        most: Most rows to a sweep; None where only their size counts.
+        batch_size: Most rows to a sweep; None where only their size counts.
         progress: Show a progress bar; None on a terminal only.
+
+    Raises:
+        InputError: `checks` or `fallback` is no word that is known, or `batch_size` is not positive.
     """
 
     call: str
     parameters: Picked | None = None
     outputs: Any = None
     at: Any = None
+    target: Any = None
+    shared: Any = None
     mode: str = "auto"
     checks: str = "first"
     fallback: str = "warn"
-    most: int | None = None
+    batch_size: int | None = None
     progress: bool | None = False
+
+    def __post_init__(self) -> None:
+        check_choice("checks", self.checks, Checks)
+        check_choice("fallback", self.fallback, Fallback)
+        if self.batch_size is not None:
+            check_positive("batch_size", self.batch_size)
 
 
 class Linearized(Protocol):

@@ -107,7 +107,8 @@ class LayerFactors(Operator):
         return found
 
     def _formed_with_graph(self) -> Tensor:
-        return torch.cat([part.block(slice(None)).reshape(self.shape[0], -1) for part in self.parts], 1)
+        blocks = [part.block(slice(0, part.shape[2])) for part in self.parts]
+        return torch.cat([block.reshape(self.shape[0], -1) for block in blocks], 1)
 
     _own = "layer by layer"
 
@@ -143,8 +144,9 @@ class LayerFactors(Operator):
 
         Positions are paired where that costs less than forming the rows, as for few outputs of wide layers.
         """
-        grams = torch.stack([part.sample_grams() for part in self.parts]).sum(0)
-        return check_result(self, grams, "the Gram matrix of a sample")
+        with keeping(self.create_graph):
+            grams = torch.stack([part.sample_grams() for part in self.parts]).sum(0)
+            return check_result(self, grams, "the Gram matrix of a sample")
 
     @eager
     def squared_norms(self) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .._torch.protocol import RowFactors
 from ._finite_results import parts_of
 
 Made = TypeVar("Made")
@@ -31,11 +32,11 @@ def without_graph(operator: Made) -> Made:
 
 def _detached(value: Any, known: dict[int, Any]) -> Any:
     """Return what stands for an operator, or for something that it holds; the same for the same thing."""
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(_detached(part, known) for part in value)
+    if type(value) in (tuple, list):
+        return type(value)(_detached(part, known) for part in value)
     if isinstance(value, Tensor):
         return value.detach()
-    if not hasattr(value, "_apply_transpose"):
+    if not (hasattr(value, "_apply_transpose") or isinstance(value, RowFactors)):
         return value
     if id(value) not in known:
         known[id(value)] = twin = copy.copy(value)

@@ -43,13 +43,12 @@ class OutputEntry:
         return whole.reshape(many, -1)[:, self.entry]
 
 
-def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, differences: Differences) -> Blocks:
+def settled(nest: Nest, blocks: Blocks, flaw: str | None, differences: Differences) -> Blocks:
     """Return derivatives that nothing speaks against: `blocks`, or what every output entry alone gives.
 
     Args:
         nest: What was differentiated.
         blocks: What shared sweeps gave, `[output][input][input]`, each `(n, *out, *in, *in)`.
-        batch_size: Samples to a sweep.
         flaw: What is known to be wrong with them already.
         differences: What they are held against where something speaks against them.
 
@@ -63,7 +62,7 @@ def settled(nest: Nest, blocks: Blocks, batch_size: int, flaw: str | None, diffe
     if against is None or not (against.contradicted or _disproved(nest, differences, found, against)):
         return blocks
     error = ""
-    for rows in dict.fromkeys((batch_size, 1)):
+    for rows in dict.fromkeys((nest.samples.batch_size, 1)):
         other = _alone(nest, blocks, rows)
         if not all(map(is_finite, flat(other))):
             return other
@@ -107,8 +106,8 @@ def _of_entry(nest: Nest, output: int, entry: int, batch_size: int) -> list[list
     for _ in range(nest.order - 1):
         function = JacobianFunction(function, call)
     kept = nest.samples.runner.create_graph
-    alone = Samples(function, tuple(nest.x), call=call, checks=checks, fallback="silent", create_graph=kept)
-    return alone.jacobians(batch_size, False, mode="reverse").blocks
+    how: dict[str, Any] = {"checks": checks, "fallback": "silent", "create_graph": kept, "batch_size": batch_size}
+    return Samples(function, tuple(nest.x), call=call, **how).jacobians(False, mode="reverse").blocks
 
 
 def _joined(parts: list[Tensor], like: Tensor, shape: torch.Size) -> Tensor:

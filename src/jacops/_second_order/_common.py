@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from .._finite import require_finite
-from .._requirements import check_positive
-from .._torch.protocol import ConnectedModel, Samples
+from .._torch.protocol import ConnectedModel, SampleChanges, Samples
 from .._trees import Tree
 from ..errors import NotDifferentiableError
 
@@ -18,24 +17,18 @@ Blocks = list[list[list[Tensor]]]  # [output][input][input], each `(n, *out, *in
 FLOOR = 1e-2  # parts below this share of a typical one are measured by it: they may hold rounding of the rest only
 
 
-def samples_of(call: str, model: Any, x: Any, batch_size: int, **options: Any) -> Samples:
-    """Return the samples that a call is asked about; `options` are `outputs=`, `checks=` and more, as in `Samples`."""
-    check_positive("batch_size", batch_size)
-    return Samples(model, x, call=call, **options)
-
-
 def part_of(
     samples: Samples,
     where: slice | Tensor,
     shift: Sequence[Tensor] | None = None,
-    fallback: str | None = None,
     create_graph: bool = False,
+    **changes: Unpack[SampleChanges],
 ) -> Samples:
-    """Return some of the samples, moved by `shift` if there is one, with another `fallback` if there is one."""
+    """Return some of the samples, moved by `shift` if there is one; `changes` are as in `Samples.over`."""
     values = [v[where] for v in samples.values]
     for index, change in zip(samples.inputs, shift or (), strict=shift is not None):
         values[index] = values[index] + change
-    return samples.over(values, fallback=fallback or samples.fallback, create_graph=create_graph)
+    return samples.over(values, create_graph, **changes)
 
 
 def output_entries(samples: Samples) -> int:

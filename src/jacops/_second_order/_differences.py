@@ -25,24 +25,25 @@ class Differences:
         samples: What was differentiated.
         directions: Returns a direction per input for some of the samples.
         products: Returns what derivatives of some samples are along their directions, `(m, …)` each.
-        lower: Returns the derivatives of one order less, by samples, directions and samples to a sweep.
+        lower: Returns the derivatives of one order less, by samples and directions.
     """
 
     samples: Samples
     directions: Callable[[slice], list[Tensor]]
     products: Callable[[Blocks, slice, list[Tensor]], list[Tensor]]
-    lower: Callable[[Samples, list[Tensor], int], list[Tensor]]
+    lower: Callable[[Samples, list[Tensor]], list[Tensor]]
 
     def refute(self, blocks: Blocks, where: slice, batch_size: int = RECORDED) -> float | None:
         """Return how far derivatives of some samples are from differences that converge; None if they are not."""
-        part, moves = part_of(self.samples, where, fallback="silent"), self.directions(where)
+        part = part_of(self.samples, where, fallback="silent", batch_size=batch_size)
+        moves = self.directions(where)
         step = length_of_step(part, moves)
-        near, slope = self._central(part, moves, step, batch_size)
-        far, _ = self._central(part, moves, 2 * step, batch_size)
+        near, slope = self._central(part, moves, step)
+        far, _ = self._central(part, moves, 2 * step)
         rounding = slope * torch.finfo(moves[0].dtype).eps / step
         return refuted(self.products(blocks, where, moves), near, far, rounding)
 
-    def check(self, blocks: Blocks, functions: list[str], batch_size: int) -> None:
+    def check(self, blocks: Blocks, functions: list[str]) -> None:
         """Refuse derivatives through custom Functions that differ from differences.
 
         Raises:
@@ -50,15 +51,14 @@ class Differences:
         """
         if not functions or not self.samples.count:
             return
-        error = self.refute(blocks, slice(None), batch_size)
+        error = self.refute(blocks, slice(None), self.samples.batch_size)
         if error is not None:
             raise dropped(self.samples.call, "the derivative and differences of the one before", error, functions)
 
-    def _central(self, part: Samples, moves: list[Tensor], step: float, batch_size: int) -> tuple[list[Tensor], float]:
+    def _central(self, part: Samples, moves: list[Tensor], step: float) -> tuple[list[Tensor], float]:
         """Return central differences of derivatives of one order less, and the size of these."""
         ahead, behind = (
-            self.lower(part_of(part, slice(None), [sign * step * v for v in moves]), moves, batch_size)
-            for sign in (1, -1)
+            self.lower(part_of(part, slice(None), [sign * step * v for v in moves]), moves) for sign in (1, -1)
         )
         return [(f - b) / (2 * step) for f, b in zip(ahead, behind, strict=True)], typical(ahead)
 

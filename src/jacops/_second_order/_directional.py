@@ -21,7 +21,7 @@ from .._trees import Selector, Tree, flatten
 from .._words import Checks, Fallback
 from ..errors import InputError
 from ._alone import settled
-from ._common import check_finite, detached, samples_of, tree_of
+from ._common import check_finite, detached, tree_of
 from ._differences import Differences, length_of_step
 from ._evidence import Nest
 
@@ -103,10 +103,10 @@ def directional_derivative(
     """
     check_positive("order", order)
     options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared, "create_graph": create_graph}
-    options |= {"checks": checks, "fallback": fallback}
+    options |= {"checks": checks, "fallback": fallback, "batch_size": batch_size}
     with keeping(create_graph):
-        samples = samples_of("directional_derivative", model, x, batch_size, **options)
-        blocks, tree = along(samples, _directions(samples, v), order, batch_size, progress)
+        samples = Samples(model, x, call="directional_derivative", **options)
+        blocks, tree = along(samples, _directions(samples, v), order, progress)
         return tree.build(blocks)
 
 
@@ -122,9 +122,7 @@ def _directions(samples: Samples, v: Any) -> list[Tensor]:
     return list(tensors) if samples.runner.create_graph else [t.detach() for t in tensors]
 
 
-def along(
-    samples: Samples, directions: list[Tensor], order: int, batch_size: int, progress: bool | None
-) -> tuple[list[Tensor], Tree]:
+def along(samples: Samples, directions: list[Tensor], order: int, progress: bool | None) -> tuple[list[Tensor], Tree]:
     """Return the derivative of every output along directions, `(n, *out)`, and the structure of the outputs.
 
     The one number that is differentiated is `t` of every sample, so that nothing larger than an output is formed.
@@ -138,24 +136,24 @@ def along(
         innermost = innermost or function
     like = samples.values[samples.inputs[0]]
     x = (like.new_zeros(samples.count), torch.arange(samples.count, device=like.device))
-    lines, first = nested(function, x, samples, ("along", order), batch_size, progress)
+    lines, first = nested(function, x, samples, ("along", order), progress)
     blocks = [row[0] for row in lines]
     check_finite(samples.call, first)
     differences = Differences(
         samples,
         lambda rows: [v[rows].detach() for v in directions],
         lambda grids, rows, _: [grid[0][0][rows].detach() for grid in grids],
-        lambda part, moves, many: along(part, moves, order - 1, many, False)[0],
+        lambda part, moves: along(part, moves, order - 1, False)[0],
     )
     grids = [[[block]] for block in blocks]
     if innermost is not None:
         step = length_of_step(samples, directions)
         nest = Nest(samples, moved, x, [torch.Size()], _rerun(x, moved), innermost, order, True, step)
         flaw = None if all(is_finite(b) for b in blocks) else "values are not finite"
-        grids = settled(nest, grids, batch_size, flaw, differences)
+        grids = settled(nest, grids, flaw, differences)
         blocks = [grid[0][0] for grid in grids]
     check_finite(samples.call, blocks)
-    differences.check(detached(grids), getattr(function, "functions", []), batch_size)
+    differences.check(detached(grids), getattr(function, "functions", []))
     return blocks, tree_of(forward)
 
 

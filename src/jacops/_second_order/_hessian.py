@@ -22,7 +22,7 @@ from .._torch.protocol import ConnectedModel, JacobianFunction, Samples, Shared,
 from .._trees import Selector, Tree
 from .._words import Checks, Fallback
 from ._alone import settled
-from ._common import Blocks, check_finite, detached, flat, matrices, samples_of, tree_of
+from ._common import Blocks, check_finite, detached, flat, matrices, tree_of
 from ._differences import Differences
 from ._evidence import Nest
 
@@ -100,19 +100,19 @@ def input_hessian(
                  [2., 0.]]])
     """
     options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared, "create_graph": create_graph}
-    options |= {"checks": checks, "fallback": fallback}
+    options |= {"checks": checks, "fallback": fallback, "batch_size": batch_size}
     with keeping(create_graph):
-        samples = samples_of("input_hessian", model, x, batch_size, **options)
-        blocks, tree = hessians(samples, batch_size, progress)
+        samples = Samples(model, x, call="input_hessian", **options)
+        blocks, tree = hessians(samples, progress)
         return tree.build([samples.arranged([samples.arranged(row) for row in rows]) for rows in blocks])
 
 
-def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[Blocks, Tree]:
+def hessians(samples: Samples, progress: bool | None) -> tuple[Blocks, Tree]:
     """Return `H[output][input][input]`, each `(n, *out, *in, *in)`, and the structure of the outputs."""
     forward = ConnectedModel(samples)
     slopes = JacobianFunction(forward, samples.call)
     x = samples.values
-    lines, first = nested(slopes, x, samples, "hessian", batch_size, progress)
+    lines, first = nested(slopes, x, samples, "hessian", progress)
     many = len(samples.inputs)
     blocks = [lines[start : start + many] for start in range(0, len(lines), many)]
     check_finite(samples.call, first)
@@ -123,15 +123,15 @@ def hessians(samples: Samples, batch_size: int, progress: bool | None) -> tuple[
         samples,
         lambda rows: _unit_noise(samples, rows),
         lambda grids, rows, noise: _products(samples, grids, rows, noise),
-        lambda moved, _, many: [block for row in moved.jacobians(many, False).blocks for block in row],
+        lambda moved, _: [block for row in moved.jacobians(False).blocks for block in row],
     )
-    blocks = settled(nest, blocks, batch_size, flaw, differences)
+    blocks = settled(nest, blocks, flaw, differences)
     found = detached(blocks)
     check_finite(samples.call, flat(found))
     gap = _asymmetry(samples, found)
     if gap is not None:
         raise asymmetric(samples.call, gap, slopes.functions)
-    differences.check(found, slopes.functions, batch_size)
+    differences.check(found, slopes.functions)
     return blocks, tree_of(forward)
 
 
@@ -192,7 +192,6 @@ def _alone(samples: Samples, output: int) -> list[Tensor]:
         samples.values,
         samples,
         "rounding",
-        1,
         False,
     )
     many = len(samples.inputs)

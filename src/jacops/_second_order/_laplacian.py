@@ -17,7 +17,7 @@ from .._torch.protocol import Samples, Shared
 from .._trees import Selector, Tree
 from .._words import Checks, Fallback
 from ..errors import NotDifferentiableError
-from ._common import matrices, output_entries, part_of, samples_of
+from ._common import matrices, output_entries, part_of
 from ._directional import along
 from ._hessian import hessians
 
@@ -89,21 +89,21 @@ def laplacian(
         tensor([18.,  6.])
     """
     options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared, "create_graph": create_graph}
-    options |= {"checks": checks, "fallback": fallback}
+    options |= {"checks": checks, "fallback": fallback, "batch_size": batch_size}
     with keeping(create_graph):
-        return _laplacian(samples_of("laplacian", model, x, batch_size, **options), batch_size, progress)
+        return _laplacian(Samples(model, x, call="laplacian", **options), progress)
 
 
-def _laplacian(samples: Samples, batch_size: int, progress: bool | None) -> Any:
+def _laplacian(samples: Samples, progress: bool | None) -> Any:
     widths = [samples.values[i][:1].numel() for i in samples.inputs] if samples.count else [0]
     entries = output_entries(samples) * sum(widths) ** 2
     if entries > _HESSIAN_ENTRIES:
-        return _by_axes(samples, batch_size, progress)
-    many = min(batch_size, max(1, _HESSIAN_ENTRIES // max(entries, 1)))
+        return _by_axes(samples, progress)
+    many = min(samples.batch_size, max(1, _HESSIAN_ENTRIES // max(entries, 1)))
     parts, tree = [], None
     for start in range(0, max(samples.count, 1), many):
         part = part_of(samples, slice(start, start + many), create_graph=samples.runner.create_graph)
-        blocks, tree = hessians(part, many, progress)
+        blocks, tree = hessians(part, progress)
         parts.append([_traces(rows, part) for rows in blocks])
     return _built([torch.cat(column) for column in zip(*parts, strict=True)], tree)
 
@@ -121,18 +121,18 @@ def _traces(rows: list[list[Tensor]], samples: Samples) -> Tensor:
     return total
 
 
-def _by_axes(samples: Samples, batch_size: int, progress: bool | None) -> Any:
+def _by_axes(samples: Samples, progress: bool | None) -> Any:
     """Return the Laplacian as a sum of second derivatives along axes, some pairs of a sample and an axis at a time."""
     floats = [samples.values[i] for i in samples.inputs]
     widths = [value[:1].numel() for value in floats]
     axes, totals, tree = sum(widths), [], None
-    together = max(1, min(batch_size, _DIRECTION_ENTRIES // axes))
+    together = max(1, min(samples.batch_size, _DIRECTION_ENTRIES // axes))
     for start in range(0, samples.count * axes, together):
         pairs = torch.arange(start, min(start + together, samples.count * axes))
         units = torch.nn.functional.one_hot(pairs % axes, axes).split(widths, 1)
         copied = part_of(samples, pairs // axes, create_graph=samples.runner.create_graph)
         directions = [unit.reshape(-1, *value.shape[1:]).to(value) for unit, value in zip(units, floats, strict=True)]
-        blocks, tree = along(copied, directions, 2, len(pairs), progress)
+        blocks, tree = along(copied, directions, 2, progress)
         totals = totals or [block.new_zeros(samples.count, *block.shape[1:]) for block in blocks]
         for total, block in zip(totals, blocks, strict=True):
             total.index_add_(0, (pairs // axes).to(total.device), block)

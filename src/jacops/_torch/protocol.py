@@ -28,7 +28,7 @@ from .model.loss_facts import counted_labels, is_convex
 from .model.losses import call_loss, one_row
 from .model.replica import bare, check_state, parameter_names, replicate
 from .model.row_losses import RowLosses, Weighted
-from .model.rows import Shared, axis_explained, rows_apart
+from .model.rows import Shared, axis_explained, rows_apart, shared_places
 from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill
 from .routes.by_products import measured
@@ -38,10 +38,10 @@ from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
 from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
 from .routes.row_cotangents import RowSlopes, row_cotangents
-from .routes.rows_with_graph import rows_with_graph
+from .routes.rows_with_graph import ConnectedFactors
 from .routes.whole_ask import Blocks, WholeAsk
 from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
-from .samples.batch import Samples
+from .samples.batch import SampleChanges, Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
 from .samples.routes import BY_SAMPLES

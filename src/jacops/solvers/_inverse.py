@@ -77,7 +77,8 @@ def solve(
     with keeping(create_graph):
         rows = b.unsqueeze(0) if isinstance(b, Tensor) and b.ndim == 1 else b
     if create_graph:
-        return inverse(operator, solver, damping=damping, on_failure=on_failure, create_graph=True).solve(rows)
+        options: dict[str, Any] = {"damping": damping, "on_failure": on_failure, "progress": progress}
+        return inverse(operator, solver, create_graph=True, **options).solve(rows)
     solution = solver_of(solver).solve(operator, rows, as_number(damping))
     if on_failure == "raise":
         require(solution)
@@ -107,6 +108,7 @@ def inverse(
     *,
     damping: float | Tensor = 0.0,
     on_failure: OnFailure = "raise",
+    progress: bool | None = None,
     create_graph: bool = False,
 ) -> Inverse:
     r"""Return $(A + \lambda I)^{-1}$ as an operator; each product is a solve.
@@ -116,6 +118,7 @@ def inverse(
         solver: As in `solve`.
         damping: As in `solve`.
         on_failure: `"raise"`, or `"return"` for products that hand back what the solver had.
+        progress: As in `solve`, for each product.
         create_graph: Keep products differentiable, as in `solve`.
 
     Returns:
@@ -129,7 +132,7 @@ def inverse(
     number = as_number(damping)
     System(operator, number)  # refuses what no solver takes
     scale = damping.reshape(()) if isinstance(damping, Tensor) and damping.requires_grad else None
-    return Inverse(operator, solver_of(solver), float(number), on_failure, create_graph, scale)
+    return Inverse(operator, solver_of(solver), float(number), on_failure, create_graph, scale, progress)
 
 
 @final
@@ -144,6 +147,7 @@ class Inverse(Backwards):
         on_failure: What a product does with a solve that failed.
         create_graph: Products are differentiable.
         scale: $\lambda$ as a tensor that receives gradients, if it is one.
+        progress: Force the progress bar of products on or off.
     """
 
     of: Operator
@@ -152,6 +156,7 @@ class Inverse(Backwards):
     on_failure: OnFailure = "raise"
     create_graph: bool = False
     scale: Tensor | None = None
+    progress: bool | None = None
 
     @property
     def symmetric(self) -> bool:
@@ -170,7 +175,7 @@ class Inverse(Backwards):
 
     @cached_property
     def _transposed(self) -> Inverse:
-        options = (self.solver, self.damping, self.on_failure, self.create_graph, self.scale)
+        options = (self.solver, self.damping, self.on_failure, self.create_graph, self.scale, self.progress)
         return Inverse(self.of.T, *options)
 
     @property
@@ -192,10 +197,14 @@ class Inverse(Backwards):
         return replace(solution, x=x)
 
     def _solved(self, rows: Tensor) -> Solution:
-        solution = self.prepared.solve(rows)
+        solution = self._swept(rows, progress=self.progress)
         if self.on_failure == "raise":
             require(solution)
         return solution
+
+    @shows_progress(call="inverse")
+    def _swept(self, rows: Tensor, *, progress: bool | None) -> Solution:
+        return self.prepared.solve(rows)
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.solve(rows).x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib import format as npy
 
+from .._saving import replacing
 from .._trees import Selector
 from ..errors import DataError, InputError
 from ._coloring import Coloring, most_colors
@@ -49,18 +49,13 @@ def save(plan: SparsePlan, path: str | Path) -> None:
         "final": plan._final,
         "structure": np.asarray(scheme.structure, np.int64).reshape(-1, 2),
     }
-    target = Path(path)
-    partial = target.with_name(target.name + ".part")
     size = sum(array.nbytes for array in arrays.values())
-    try:
+    with replacing(path) as partial:
         with partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
         if size > max(_MOST, _RATIO * partial.stat().st_size):  # more than the reader believes of a compressed file
             with partial.open("wb") as file:
                 np.savez(file, **arrays)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _plain(outputs: Selector) -> Any:

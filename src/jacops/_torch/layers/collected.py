@@ -120,11 +120,15 @@ class Collected:
             return Rows(self._factors[self._twins[leaf]].delta[where, :, 0, 0].unsqueeze(3))
         kept = [self._factors[i] for i in self._places.get(leaf, ())]
         parts = [replace(part, delta=part.delta[where], operand=part.operand[where]) for part in kept]
-        if not parts:  # it enters nowhere: a sum over no positions
-            like, (long, wide) = self.leaves[leaf].detach(), matrix_shape(self.leaves[leaf].shape)
-            many = len(range(self.samples)[where])
-            parts = [Outer(like.new_empty(many, self.entries, 0, 1, long), like.new_empty(many, 0, 1, wide))]
+        if not parts:
+            return nowhere(self.leaves[leaf], len(range(self.samples)[where]), self.entries)
         return parts[0] if len(parts) == 1 else Several(parts)
+
+
+def nowhere(leaf: Tensor, samples: int, entries: int) -> Outer:
+    """Return the rows of a parameter that enters nowhere: a sum over no positions."""
+    like, (long, wide) = leaf.detach(), matrix_shape(leaf.shape)
+    return Outer(like.new_empty(samples, entries, 0, 1, long), like.new_empty(samples, 0, 1, wide))
 
 
 def _form(layers: LayerRows, operands: Sequence[Tensor | None]) -> list[tuple[int, bool, bool, tuple[int, ...]]]:

@@ -42,7 +42,11 @@ class LayerRows:
         self.sites = [use for leaf, own in found.items() if lin.leaves[leaf].numel() for use in own]
 
     def sweep(
-        self, seeds: Sequence[Tensor], sites: Sequence[ParameterUse] | None = None, batched: bool = False
+        self,
+        seeds: Sequence[Tensor],
+        sites: Sequence[ParameterUse] | None = None,
+        batched: bool = False,
+        create_graph: bool = False,
     ) -> list[Tensor]:
         """Return `(n, T, …)` at every site, or at some, by one sweep.
 
@@ -50,16 +54,17 @@ class LayerRows:
             seeds: Cotangents, shaped as the outputs.
             sites: Where; everywhere if not given.
             batched: There are k, `(k, *output)` each, which gives `(k, n, T, …)`.
+            create_graph: What is found keeps its graph.
 
         Raises:
             RouteFailedError: Torch cannot take it.
         """
         sites = self.sites if sites is None else sites
         self.lin.sweeps += len(seeds[0]) if batched else bool(sites)
-        pairs = zip(sites, cotangents(self.lin, sites, seeds, batched=batched), strict=True)
+        pairs = zip(sites, cotangents(self.lin, sites, seeds, batched, create_graph), strict=True)
         if batched:
             return [torch.stack([site.delta(plain(delta)) for delta in deltas]) for site, deltas in pairs]
-        return [site.delta(plain(delta)) for site, delta in pairs]
+        return [site.delta(plain(delta), create_graph) for site, delta in pairs]
 
     @cached_property
     def by_leaf(self) -> list[tuple[int, list[int]]]:

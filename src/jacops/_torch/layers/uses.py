@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..._ladder.failures import attempted
-from ..._runtime.contexts import sweeping
+from ..._runtime.contexts import arithmetic, sweeping
 from ..._runtime.restoring import restoring
 from ..sweeps.linearization import Linearization
 from .parts import Lookup, Outer, RowFactors, Rows, matrix_shape
@@ -98,15 +98,15 @@ class ParameterUse:
     @cached_property
     def operand(self) -> Tensor | None:
         """What multiplies the leaf, `(R, …)`, as numbers."""
-        return self._numbers()
+        return self._found(attached=False)
 
     @restoring
-    def _numbers(self) -> Tensor | None:
-        with torch.no_grad():
+    def _found(self, attached: bool) -> Tensor | None:
+        with arithmetic(attached):
             found = self._rule.operand(self.node, self.entry)
         if found is not None and self.sum is not None:
             found = found.repeat(self.shape[:-1].numel() // found.shape[0])
-        return None if found is None else found.detach()
+        return found if found is None or attached else found.detach()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,23 +120,23 @@ class ParameterUse:
 
     # ---- rows of samples ---------------------------------------------------------------------------------------
 
-    def sample_operand(self) -> Tensor | None:
-        """Return what multiplies the leaf, `(n, T, …)`; None for a vector, whose rows are multiplied already."""
-        operand = None if self.kind == "vector" else self._numbers()  # not kept: it may be larger than the graph
+    def sample_operand(self, attached: bool = False) -> Tensor | None:
+        """Return what multiplies the leaf, `(n, T, …)`; None for a vector, whose rows are multiplied already.
+
+        With `attached` it has its graph.
+        """
+        operand = None if self.kind == "vector" else self._found(attached)  # not kept: it may be larger than the graph
         return None if operand is None else by_sample(operand, self.samples, self.order)
 
-    def delta(self, cotangent: Tensor) -> Tensor:
-        """Return a cotangent at the operation's output as rows `(n, T, …)` of what the rule says."""
+    def delta(self, cotangent: Tensor, attached: bool = False) -> Tensor:
+        """Return a cotangent at the operation's output as rows `(n, T, …)` of what the rule says, with their graph."""
         if self.kind == "outer" and self._layout is not None:
             spread = self._layout.spread(cotangent, self.samples, self.order)
             return spread.unflatten(2, (self._layout.groups, -1))
-        rows = by_sample(self._rows(cotangent), self.samples, self.order)
-        return rows.unsqueeze(2) if self.kind == "lookup" else rows
-
-    def _rows(self, cotangent: Tensor) -> Tensor:
         # Rules of outer products and lookups give the cotangent back: only vectors are multiplied here.
-        factor = self.operand if self.kind == "vector" else None
-        return self._rule.rows(self.node, cotangent, self.entry, factor)
+        factor = None if self.kind != "vector" else self.attached if attached else self.operand
+        rows = by_sample(self._rule.rows(self.node, cotangent, self.entry, factor), self.samples, self.order)
+        return rows.unsqueeze(2) if self.kind == "lookup" else rows
 
     def part(self, operand: Tensor | None, delta: Tensor) -> RowFactors:
         """Return rows from cotangents `(n, k, T, …)`.
@@ -369,7 +369,11 @@ def _refusal(rule: Rule, node: Any, entry: Entry) -> str | None:
 
 @restoring
 def cotangents(
-    lin: Linearization, uses: Sequence[ParameterUse], seeds: Sequence[Tensor], batched: bool = False
+    lin: Linearization,
+    uses: Sequence[ParameterUse],
+    seeds: Sequence[Tensor],
+    batched: bool = False,
+    create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the cotangents at the outputs of all uses, by one sweep that forms no gradient of a leaf.
 
@@ -386,6 +390,7 @@ def cotangents(
             list(edges.values()),
             [seed for _, seed in live],
             retain_graph=True,
+            create_graph=create_graph,
             is_grads_batched=batched,
             materialize_grads=True,
         )

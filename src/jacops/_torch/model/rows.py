@@ -38,14 +38,23 @@ def rows_apart(x: Any, name: str, shared: Shared = None, of: Any = None) -> tupl
     """
     leaves, tree = flatten(x, name)
     settings = [] if tree.single else [i for i, leaf in enumerate(leaves) if is_setting(leaf)]
-    return tree.holding(leaves, sorted({*settings, *_shared(x if of is None else of, shared)}))
+    paths = [path for path, _ in paths_in(x if of is None else of)[0]]
+    return tree.holding(leaves, sorted({*settings, *shared_places(paths, shared)}))
 
 
-def _shared(x: Any, shared: Shared) -> list[int]:
-    """Return the places of shared leaves: a name counts wherever it stands, a position among the arguments."""
+def shared_places(paths: Sequence[Sequence[Any]], shared: Shared) -> list[int]:
+    """Return the places of shared leaves: a name counts wherever it stands, a position among the arguments.
+
+    Args:
+        paths: Of the input's leaves, as torch's or JAX's trees have them.
+        shared: Names or positions.
+
+    Raises:
+        InputError: One of them is not there.
+        InputTypeError: It is neither a name nor a position, nor several of them.
+    """
     if shared is None:
         return []
-    paths = [path for path, _ in paths_in(x)[0]]
     keys = [[getattr(step, "key", getattr(step, "idx", getattr(step, "name", None))) for step in p] for p in paths]
     names = [str(key) for path in keys for key in path if isinstance(key, str)]
     found: list[int] = []

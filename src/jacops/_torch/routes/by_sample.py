@@ -23,17 +23,18 @@ from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
 from ..._runtime.side_effects import SideEffects
-from ..._trees import Tree, flatten
 from ...errors import ModelStateError
 from ..layers.collected import Collected, StructureChangedError
 from ..layers.factors import LayerRows, unit_seeds
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, differs, explain_alone, read_tolerance, with_reads
 from ..sweeps.record import Recording
+from .handed import Handed
 from .row_cotangents import RowSlopes
 
 _WORKING = 2**24  # bytes of a recorded batch: larger ones were not faster
 _MOST = 4096  # samples in it: tiny models have no better size, and what is recorded stays small
+Pairs = list[tuple[Tensor, Tensor]]
 _ROUNDING_SHARE = 1e-4  # of a usual sample's gradient: a perfectly fitted sample has one of rounding alone
 
 
@@ -68,11 +69,14 @@ class SampleFactors:
         what: The definition of a row.
 
     Attributes:
+        connected: Rows keep their graph.
         collected: The rows.
         lin: Of some sample, for names and shapes.
         route: How they were computed, in words.
         computed: The model's outputs, and the losses where there is one.
     """
+
+    connected = False
 
     def __init__(self, what: Definition) -> None:
         self.what = what
@@ -80,10 +84,14 @@ class SampleFactors:
         self.lin, self.output = self._prepared()
         self.layers = LayerRows(self.lin, 1)
         self.route, self.computed = "", Handed(self.count)
-        ask = RowsAsk("factors of rows", what.call, self.lin.proofs, rows=self)
-        self.collected: Collected = answer(ask, _FORMS)
+        self.collected = self._collected()
+
+    def _collected(self) -> Any:
+        ask = RowsAsk("factors of rows", self.what.call, self.lin.proofs, rows=self)
+        collected = answer(ask, _FORMS)
         if ask.routes[ask.question].startswith("without"):
             self.route += f", {ask.routes[ask.question]}"
+        return collected
 
     def plain(self) -> Collected:
         """Return rows by plain sweeps."""
@@ -99,7 +107,9 @@ class SampleFactors:
 
     def all(self, whole: bool = False) -> Collected:
         """Return the rows of all samples, batch by batch."""
-        collected = Collected(self.count, self.output.numel(), self.layers, whole)
+        return self._filled(Collected(self.count, self.output.numel(), self.layers, whole))
+
+    def _filled(self, collected: Any) -> Any:
         ask = RowsAsk("samples", self.what.call, self.lin.proofs, rows=self, collected=collected)
         for ask.where in self._batches():
             answer(ask, _BATCHES)
@@ -138,16 +148,25 @@ class SampleFactors:
     def _record_alone(self, i: int) -> Recording:
         return self.what.alone([v[i : i + 1] for v in self.what.values])
 
-    def _alone(self, collected: Collected, i: int) -> None:
-        """Fill in the rows of one sample from a batch of one, which defines them."""
+    def _taken_alone(self, i: int) -> Linearization:
+        """Record one sample, and take in its output.
+
+        Raises:
+            ModelStateError: That has another shape than the first one's.
+        """
         found = self._record_alone(i)
-        lin = found.lin
-        (output,) = lin.outputs
+        (output,) = found.lin.outputs
         if output.numel() != self.output.numel():
             came = f"returning {tuple(output.shape)} after {tuple(self.output.shape)}"
             raise ModelStateError.of("model", came, "all samples must have outputs of one shape")
-        layers, where = LayerRows(lin, 1, plainly=not self.layers.sites), slice(i, i + 1)
-        self.computed.take(where, found.before, output.detach().reshape(1) if self.what.cotangents else None)
+        losses = output.detach().reshape(1) if self.what.cotangents else None
+        self.computed.take(slice(i, i + 1), found.before, losses)
+        return found.lin
+
+    def _alone(self, collected: Any, i: int) -> None:
+        """Fill in the rows of one sample from a batch of one, which defines them."""
+        lin, where = self._taken_alone(i), slice(i, i + 1)
+        (output,), layers = lin.outputs, LayerRows(lin, 1, plainly=not self.layers.sites)
         operands = collected.open(layers)
         for entry, seed in enumerate(unit_seeds(output.unsqueeze(0))):
             collected.fill(where, entry, layers, operands, [seed.view(output.shape)])
@@ -156,11 +175,11 @@ class SampleFactors:
         if layers.sites and (_habits(lin).reads or lin.proofs.needs("rows by uses", lin.domain.names)):
             mix = private_noise(output)
             pairs = self._pairs(collected, where, lin, [mix], mix.reshape(1, -1))
-            if not worst_disagreement(pairs) <= lin.tolerance:
+            if not max(map(worst_disagreement, pairs)) <= lin.tolerance:
                 raise StructureChangedError("a plain sweep disagrees with them")
             lin.proofs.remember("rows by uses", lin.domain.names)
 
-    def _fill_missing(self, collected: Collected, i: int, lin: Linearization) -> None:
+    def _fill_missing(self, collected: Any, i: int, lin: Linearization) -> None:
         """Fill in the rows of parameters without a rule, by plain sweeps over one sample's graph."""
         if not collected.missing:
             return
@@ -172,16 +191,19 @@ class SampleFactors:
                 collected.fill_leaf(i, entry, leaf, None if row is None else plain(row))
 
     def _pairs(
-        self, collected: Collected, where: slice, lin: Linearization, seeds: Sequence[Tensor], mix: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return rows mixed by `mix`, `(n, k)`, beside a plain sweep over cotangents that say the same."""
-        pulled, pairs = lin.pull(seeds), []
+        self, collected: Any, where: slice, lin: Linearization, seeds: Sequence[Tensor], mix: Tensor
+    ) -> list[Pairs]:
+        """Return rows mixed by `mix`, `(n, k)`, beside a plain sweep over cotangents that say the same.
+
+        Pairs of a list are compared by the size of all of them.
+        """
+        pulled, pairs = lin.pull(seeds, self.connected), list[tuple[Tensor, Tensor]]()
         for leaf, part in enumerate(collected.parts(where)):
             if leaf not in collected.missing:
                 ours = part.transposed(mix.to(part.like.dtype).unsqueeze(0))
                 given = pulled[leaf]
                 pairs.append((ours, torch.zeros_like(ours) if given is None else plain(given).reshape(ours.shape)))
-        return pairs
+        return [pairs]
 
     # ---- many samples ----------------------------------------------------------------------------------------
 
@@ -210,14 +232,23 @@ class SampleFactors:
         for i in range(where.start, where.stop) if ask.collected.missing else ():
             self._fill_missing(ask.collected, i, self._record_alone(i).lin)
 
-    def _fill_batch(
-        self, collected: Collected, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
-    ) -> None:
-        """Fill in a batch by one sweep for each row of a sample."""
+    def _layers(self, collected: Any, where: slice, lin: Linearization) -> LayerRows:
+        """Return the uses of a batch's parameters.
+
+        Raises:
+            RouteFailedError: Samples mix in some of them.
+        """
         layers = LayerRows(lin, where.stop - where.start)
         lost = [lin.domain.names[j] for j in layers.missing if j not in collected.missing]
         if lost:
             raise RouteFailedError(f"samples mix where {', '.join(lost)} enter")
+        return layers
+
+    def _fill_batch(
+        self, collected: Any, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
+    ) -> None:
+        """Fill in a batch by one sweep for each row of a sample."""
+        layers = self._layers(collected, where, lin)
         operands = collected.open(layers)
         every = [cotangents] if cotangents else ([seed] for seed in unit_seeds(lin.outputs[0]))
         for entry, seeds in enumerate(every):
@@ -239,7 +270,7 @@ class SampleFactors:
                     raise RouteWrongError(with_reads(reason, _habits(lin)))
 
     def _check_rows(
-        self, collected: Collected, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
+        self, collected: Any, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
     ) -> None:
         """Hold the rows of a batch against one plain sweep, and those of one sample against that sample alone."""
         many, entries = where.stop - where.start, self.output.numel()
@@ -248,58 +279,19 @@ class SampleFactors:
             seeds = [mix.view(lin.outputs[0].shape).to(lin.outputs[0].dtype)]
         else:
             seeds = [c * mix.view(-1, *[1] * (c.ndim - 1)).to(c.dtype) for c in cotangents]
-        pairs = self._pairs(collected, where, lin, seeds, mix)
-        _check_near("a plain sweep over all samples", worst_disagreement(pairs), lin)
+        of_all = self._pairs(collected, where, lin, seeds, mix)
+        for pairs in of_all:
+            _check_near("a plain sweep over all samples", worst_disagreement(pairs), lin)
         i = where.start + int(_order(many)[-1])
-        # A sample that is fitted perfectly has a gradient of rounding alone, which is compared with the usual size.
-        usual = [_ROUNDING_SHARE * max(size(a), size(b)) / math.sqrt(many) for a, b in pairs]
         lin = self._record_alone(i).lin
         (output,) = lin.outputs
         mix = private_noise(output)
-        pairs = self._pairs(collected, slice(i, i + 1), lin, [mix], mix.reshape(1, -1))
-        scales = [max(size(a), size(b), least) for (a, b), least in zip(pairs, usual, strict=True)]
-        _check_near("a sample alone", worst_disagreement(pairs, scales), lin)
-
-
-class Handed:
-    """Outputs and losses of all samples, as the sweeps need them anyway.
-
-    Args:
-        count: Samples altogether.
-
-    Attributes:
-        losses: `(n,)`; None where there is no loss.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count, self.losses = count, None
-        self._outputs: list[Tensor] | None = []  # None: they have no axis of samples
-        self._tree: Tree | None = None
-
-    def take(self, where: slice, output: Any, losses: Tensor | None) -> None:
-        """Take in what is known of some samples."""
-        leaves, tree = flatten(output, "output")
-        if losses is not None:
-            self.losses = losses.new_empty(self.count) if self.losses is None else self.losses
-            self.losses[where] = losses
-        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        if self._outputs is None or len(tensors) < len(leaves):
-            self._outputs = None
-            return
-        if not self._outputs:
-            self._tree = tree
-            self._outputs = [leaf.new_empty(self.count, *leaf.shape[1:]) for leaf in tensors]
-        places = [place[where] for place in self._outputs]
-        if [place.shape for place in places] != [leaf.shape for leaf in tensors]:
-            self._outputs = None
-            return
-        for place, leaf in zip(places, tensors, strict=True):
-            place.copy_(leaf)
-
-    @property
-    def output(self) -> Any:
-        """In the model's structure; None where it has no axis of samples."""
-        return self._tree.build(self._outputs) if self._outputs and self._tree is not None else None
+        of_one = self._pairs(collected, slice(i, i + 1), lin, [mix], mix.reshape(1, -1))
+        for pairs, others in zip(of_one, of_all, strict=True):
+            # A sample that is fitted perfectly has a gradient of rounding alone, which is compared with the usual size.
+            usual = [_ROUNDING_SHARE * max(size(a), size(b)) / math.sqrt(many) for a, b in others]
+            scales = [max(size(a), size(b), least) for (a, b), least in zip(pairs, usual, strict=True)]
+            _check_near("a sample alone", worst_disagreement(pairs, scales), lin)
 
 
 def _that_count(
@@ -357,7 +349,7 @@ class RowsAsk(Asked):
     """
 
     rows: SampleFactors = None  # type: ignore[assignment]
-    collected: Collected = None  # type: ignore[assignment]
+    collected: Any = None
     where: slice = None  # type: ignore[assignment]
     warned: bool = False
 

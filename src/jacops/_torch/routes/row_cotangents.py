@@ -40,7 +40,11 @@ _TRIED = 3  # random rows held against rows alone: a loss that mixes rows change
 
 
 def row_cotangents(
-    lin: Linearization, loss: Callable[[Any, Any], Tensor], targets: Sequence[Tensor], build: Build
+    lin: Linearization,
+    loss: Callable[[Any, Any], Tensor],
+    targets: Sequence[Tensor],
+    build: Build,
+    create_graph: bool = False,
 ) -> RowSlopes:
     """Return the loss of each row, and its gradient by the row's own outputs.
 
@@ -49,12 +53,14 @@ def row_cotangents(
         loss: As the user wrote it.
         targets: The tensors that `y` is made of, first axis rows.
         build: Makes `(output, y)` of the outputs and targets of some rows.
+        create_graph: The gradients keep their graph, through the outputs and the model.
     """
-    outputs, targets = [o.detach() for o in lin.outputs], [out_of_inference(t) for t in targets]
+    outputs = list(lin.outputs) if create_graph else [o.detach() for o in lin.outputs]
+    targets = [out_of_inference(t) for t in targets]
     many = targets[0].shape[0]
 
     def alone(rows: Iterable[int]) -> RowSlopes:
-        parts = [_gradients(loss, build, outputs, targets, i) for i in rows]
+        parts = [_gradients(loss, build, outputs, targets, i, create_graph) for i in rows]
         columns = zip(zip(*(part.gradients for part in parts), strict=True), outputs, strict=True)
         return RowSlopes(
             [_joined(column, output, many) for column, output in columns], torch.cat([part.losses for part in parts])
@@ -68,7 +74,7 @@ def row_cotangents(
     values.look_up(store_for(loss, ("losses of rows", arrays), lin.proofs.checks, many), SideEffects())
     if values.proofs.refused("losses", "together"):
         return alone(range(many))
-    found = RowSlopes(_pulled(values), losses)
+    found = RowSlopes(_pulled(values, create_graph), losses)
     if values.proofs.needs("losses together"):
         picked = torch.randperm(many, generator=torch.Generator().manual_seed(0))[:_TRIED].tolist()
         if not _agree(found.gradients, alone(picked).gradients, picked, lin.tolerance):
@@ -100,13 +106,18 @@ def _agree(found: Sequence[Tensor | None], alone: Sequence[Tensor | None], picke
 
 @restoring
 def _gradients(
-    loss: Callable[[Any, Any], Tensor], build: Build, outputs: Sequence[Tensor], targets: Sequence[Tensor], row: int
+    loss: Callable[[Any, Any], Tensor],
+    build: Build,
+    outputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    row: int,
+    create_graph: bool,
 ) -> RowSlopes:
     where, many = slice(row, row + 1), targets[0].shape[0]
     leaves = [(o[where] if _by_row(o, many) else o.detach()).requires_grad_() for o in outputs]
     with recording(), random_state_kept():
         value = call_loss(loss, *build([leaf.clone() for leaf in leaves], [t[where] for t in targets]))
-    return RowSlopes(_pulled(_linearized(value, leaves)), value.detach().reshape(1))
+    return RowSlopes(_pulled(_linearized(value, leaves), create_graph), value.detach().reshape(1))
 
 
 @restoring
@@ -140,5 +151,5 @@ def _linearized(value: Tensor, leaves: Sequence[Tensor]) -> Linearization:
     )
 
 
-def _pulled(lin: Linearization) -> list[Tensor | None]:
-    return [None if g is None else plain(g) for g in lin.pull([torch.ones_like(o) for o in lin.outputs])]
+def _pulled(lin: Linearization, create_graph: bool) -> list[Tensor | None]:
+    return [None if g is None else plain(g) for g in lin.pull([torch.ones_like(o) for o in lin.outputs], create_graph)]

@@ -1,43 +1,79 @@
-"""The rows of every sample alone, with their graph: each by the definition, a batch of one."""
+"""The rows of every sample alone, with their graph: many samples to a sweep where that is right, else one at a time.
+
+Cotangents at the places where parameters enter are differentiable like any gradient, and what multiplies the
+parameters there is a part of the recorded graph. So rows put together from both have derivatives, which are held
+against those of a plain sweep and of a sample alone, as the rows themselves are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ModelStateError
-from ..layers.parts import Rows, matrix_shape
+from ..._runtime.contexts import private_noise, sweeping
+from ..._runtime.restoring import restoring
+from ..layers.connected_rows import ConnectedRows
+from ..layers.factors import unit_seeds
+from ..layers.parts import matrix_shape
 from ..sweeps.linearization import Linearization
-from .by_sample import Definition
+from .by_sample import Pairs, SampleFactors
 from .whole_matrix import jacobian_blocks
 
 
-def rows_with_graph(what: Definition) -> tuple[Linearization, list[Rows]]:
-    """Return a linearization of some sample, for names and shapes, and the rows of all samples by each leaf.
-
-    Args:
-        what: The definition of a row, whose recordings stay connected to the caller's parameters.
+class ConnectedFactors(SampleFactors):
+    """All rows with their graph; recordings of the definition stay connected to the caller's parameters.
 
     Raises:
         ModelStateError: Samples have outputs of different shapes.
         NotDifferentiableError: A backward cannot be differentiated.
     """
-    samples = list(_alone(what))
-    first = samples[0][0]
-    columns = zip(*(rows for _, rows in samples), strict=True)
-    return first, [Rows(torch.cat(column)) for column in columns]
+
+    connected = True
+
+    def _collected(self) -> ConnectedRows:
+        found = self._filled(ConnectedRows())
+        self.route += ", with their graph"
+        return found
+
+    def forced(self, where: slice) -> str | None:
+        """Return why samples are taken alone before anything is tried; a parameter without a rule is a reason."""
+        reason, missing = super().forced(where), self.layers.missing
+        if reason is not None or not missing:
+            return reason
+        return f"{', '.join(self.lin.domain.names[leaf] for leaf in missing)} enter by operations without a rule"
+
+    def _alone(self, collected: ConnectedRows, i: int) -> None:
+        (blocks,) = jacobian_blocks(self._taken_alone(i), create_graph=True)
+        rows = [block.reshape(1, len(block), *matrix_shape(block.shape[1:])) for block in blocks]
+        collected.add_formed(i, rows)
+
+    def _fill_batch(
+        self, collected: ConnectedRows, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
+    ) -> None:
+        layers = self._layers(collected, where, lin)
+        # Each seed is written into again, and a graph keeps it.
+        every = [cotangents] if cotangents else [[seed.clone()] for seed in unit_seeds(lin.outputs[0])]
+        collected.add(where.start, layers, [layers.sweep(seeds, create_graph=True) for seeds in every])
+
+    def _pairs(
+        self, collected: Any, where: slice, lin: Linearization, seeds: Sequence[Tensor], mix: Tensor
+    ) -> list[Pairs]:
+        """Return also derivatives of both sides of all pairs, at random, by what the caller may ask for."""
+        (pairs,) = super()._pairs(collected, where, lin, seeds, mix)
+        wrt = [t for t in (*lin.protected, *self.what.values) if t.requires_grad]
+        noise = [private_noise(ours, seed) for seed, (ours, _) in enumerate(pairs)]
+        ours, plain = (_slopes(side, noise, wrt) for side in zip(*pairs, strict=True))
+        return [pairs, list(zip(ours, plain, strict=True))]
 
 
-def _alone(what: Definition) -> Iterator[tuple[Linearization, Sequence[Tensor]]]:
-    """Yield one sample after the other, with its rows `(1, k, F, W)` by each leaf."""
-    first: Linearization | None = None
-    for i in range(what.values[0].shape[0]):
-        lin = what.alone([v[i : i + 1] for v in what.values]).lin
-        first = first or lin
-        if lin.codomain.shapes != first.codomain.shapes:
-            came = f"returning {lin.codomain.shapes} after {first.codomain.shapes}"
-            raise ModelStateError.of("model", came, "all samples must have outputs of one shape")
-        (blocks,) = jacobian_blocks(lin, create_graph=True)
-        yield lin, [block.reshape(1, len(block), *matrix_shape(block.shape[1:])) for block in blocks]
+@restoring
+def _slopes(parts: Sequence[Tensor], noise: Sequence[Tensor], wrt: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the derivatives of the inner product of two lists of tensors, zeros where the first has no graph."""
+    with sweeping(parts[0]):
+        total = torch.stack([(part * weight).sum() for part, weight in zip(parts, noise, strict=True)]).sum()
+        if not wrt or not total.requires_grad:
+            return [torch.zeros_like(t) for t in wrt]
+        return torch.autograd.grad(total, wrt, retain_graph=True, materialize_grads=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..._finite import is_finite
 from ..._ladder.route import answer, answered
 from ..._progress import track
+from ..._requirements import check_positive
 from ..._runtime.chunks import Chunks
 from ..._runtime.memory import Budget, given_tensors
 from ..._trees import Selector, hint_at_labels, is_differentiable
@@ -50,6 +51,14 @@ def _differ(values: Sequence[Tensor]) -> bool:
     return any(bool((v != v[:1]).any()) for v in values)
 
 
+class SampleChanges(TypedDict, total=False):
+    """Attributes of `Samples` in which the same question about other samples may differ."""
+
+    checks: str
+    fallback: str
+    batch_size: int
+
+
 class Samples:
     """A model and a batch to be differentiated sample by sample.
 
@@ -66,6 +75,12 @@ class Samples:
         shared: Which inputs have no axis of samples.
         keep: Keep the axis that `target` picks from.
         create_graph: Keep Jacobians differentiable.
+        batch_size: Most samples to a sweep.
+
+    Raises:
+        InputTypeError: The model or its input is of the wrong kind.
+        InputError: An input or `batch_size` does not fit.
+        NotDifferentiableError: An input is complex, or none is of floating point.
 
     Attributes:
         values: All tensors with a row per sample, those of `target` last.
@@ -89,7 +104,9 @@ class Samples:
         shared: Shared = None,
         keep: bool = False,
         create_graph: bool = False,
+        batch_size: int = 1024,
     ) -> None:
+        self.batch_size = check_positive("batch_size", batch_size)
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
             check_state(model)
@@ -111,13 +128,13 @@ class Samples:
             raise NotDifferentiableError.of("x", came, "integer inputs have no derivative", todo)
         self.values = self.values if picks is None else [*self.values, picks.places]
 
-    def over(self, values: Sequence[Tensor], create_graph: bool = False, **changes: Any) -> Samples:
+    def over(self, values: Sequence[Tensor], create_graph: bool = False, **changes: Unpack[SampleChanges]) -> Samples:
         """Return the same question about other samples.
 
         Args:
             values: These, in the order of `self.values`.
             create_graph: Keep Jacobians differentiable.
-            changes: Of the attributes `checks` and `fallback`.
+            changes: Attributes that are others.
         """
         other = copy(self)
         other.values, other.count = list(values), values[0].shape[0]
@@ -155,18 +172,11 @@ class Samples:
     # ---- all samples -----------------------------------------------------------------------------------------
 
     def jacobians(
-        self,
-        batch_size: int,
-        progress: bool | None = None,
-        *,
-        budget: Budget = None,
-        out: Any = None,
-        mode: str = "auto",
+        self, progress: bool | None = None, *, budget: Budget = None, out: Any = None, mode: str = "auto"
     ) -> SampleJacobians:
         """Return the Jacobians of all samples, at most `batch_size` of them to a sweep.
 
         Args:
-            batch_size: Most samples to a sweep.
             progress: Force the progress bar on or off.
             budget: Bytes that result and working memory may take.
             out: Where to write, one tensor or array per Jacobian.
@@ -175,15 +185,13 @@ class Samples:
         if mode not in MODES:
             raise InputError.of("mode", repr(mode), f"one of {MODES} is needed")
         with self.explained():
-            return self._jacobians(batch_size, progress, budget=budget, out=out, mode=mode)
+            return self._jacobians(progress, budget=budget, out=out, mode=mode)
 
     def explained(self) -> AbstractContextManager[None]:
         """Return a context in which a model that fails on samples, but not on all as one, is said to miss an axis."""
         return axis_explained(self.runner.inputs_in(self.values), replace(self.runner, target=None).run)
 
-    def _jacobians(
-        self, batch_size: int, progress: bool | None, *, budget: Budget, out: Any, mode: str
-    ) -> SampleJacobians:
+    def _jacobians(self, progress: bool | None, *, budget: Budget, out: Any, mode: str) -> SampleJacobians:
         result = SampleJacobians(self.call, self.count, budget, given_tensors(out))
         if self.at is None or (isinstance(self.at, tuple) and self.at[0] is None):
             result.input_tree, result.inputs = self.input_tree.map_held(lambda _: None), self.inputs
@@ -191,8 +199,9 @@ class Samples:
             result.prepare(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values]), alone=True)
             result.route = "no samples"
             return result
-        if budget is not None or not is_small(self, batch_size):
-            batch_size = ensure_fits(self, planned(self, batch_size, budget, mode, out is None)).chunk
+        batch_size = self.batch_size
+        if budget is not None or not is_small(self):
+            batch_size = ensure_fits(self, planned(self, budget, mode, out is None)).chunk
         chunks, reason = Chunks(self.count, batch_size), ONE_SAMPLE if self.count == 1 else None
         for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
             if self.compile and where.stop >= chunks.rows:  # a graph takes one number of samples

@@ -152,7 +152,6 @@ def nested(
     x: Sequence[Tensor],
     of: Samples,
     kind: Hashable,
-    batch_size: int,
     progress: bool | None = None,
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Return the Jacobians of a function made from a model, sample by sample, and what the function returned.
@@ -162,7 +161,6 @@ def nested(
         x: Its arguments, one row per sample.
         of: The model and batch that were asked about.
         kind: Tells this function of the model from others, in what is remembered.
-        batch_size: Samples to a sweep.
         progress: Force the progress bar on or off.
 
     Returns:
@@ -177,7 +175,15 @@ def nested(
         key = (*parts, tuple((v.shape, v.dtype, v.device) for v in of.values), torch.get_default_dtype())
 
     kept = of.runner.create_graph
-    samples = Samples(function, tuple(x), call=of.call, checks=of.checks, fallback=of.fallback, create_graph=kept)
+    samples = Samples(
+        function,
+        tuple(x),
+        call=of.call,
+        checks=of.checks,
+        fallback=of.fallback,
+        create_graph=kept,
+        batch_size=of.batch_size,
+    )
     samples.runner = replace(samples.runner, owner=(model, key))
-    found = samples.jacobians(batch_size, progress)
+    found = samples.jacobians(progress)
     return found.blocks, found.output

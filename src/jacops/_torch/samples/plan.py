@@ -164,18 +164,17 @@ class SamplePlan(Probe):
         return parts
 
 
-def is_small(samples: Samples, batch_size: int) -> bool:
+def is_small(samples: Samples) -> bool:
     """Say whether a batch is so small that no plan is needed, without looking at the model."""
-    many = min(samples.count, batch_size)
+    many = min(samples.count, samples.batch_size)
     return many * sum(size_of(v[:1]) for v in samples.values) * _GROWTH < 32 * SMALL
 
 
-def planned(samples: Samples, batch_size: int, budget: Budget, mode: str, allocated: bool = True) -> SamplePlan:
+def planned(samples: Samples, budget: Budget, mode: str, allocated: bool = True) -> SamplePlan:
     """Return how a call would go, from runs of one and of two samples, kept with the proofs about the model.
 
     Args:
         samples: A model and its batch.
-        batch_size: Most samples to a sweep.
         budget: Bytes allowed.
         mode: `"auto"`, `"reverse"`, `"forward"` or `"split"`.
         allocated: The call allocates the result.
@@ -200,7 +199,7 @@ def planned(samples: Samples, batch_size: int, budget: Budget, mode: str, alloca
         allocated=allocated,
     )
     rows = min(plan.fits, plan.cached) if samples.values[0].device.type == "cpu" else plan.fits
-    rows = max(1, min(rows, batch_size, samples.count))
+    rows = max(1, min(rows, samples.batch_size, samples.count))
     return replace(plan, chunk=math.ceil(samples.count / math.ceil(samples.count / rows)))  # even ones
 
 

@@ -108,7 +108,7 @@ def derived(node: Any, number: int, entry: Entry, entries: int) -> Entry | None:
 
 @restoring
 def pulled_back(edge: GradientEdge, leaf: Tensor, rows: Tensor) -> Tensor:
-    """Return rows `(m, *leaf)` by a leaf from rows `(m, …)` by a tensor that is computed from it.
+    """Return rows `(m, *leaf)` by a leaf from rows `(m, …)` by a tensor that is computed from it, with their graph.
 
     Raises:
         RouteFailedError: Torch cannot take many at once.
@@ -117,7 +117,7 @@ def pulled_back(edge: GradientEdge, leaf: Tensor, rows: Tensor) -> Tensor:
     @restoring
     def swept() -> Tensor:
         with sweeping(leaf):
-            options = {"retain_graph": True, "is_grads_batched": True}
+            options = {"retain_graph": True, "is_grads_batched": True, "create_graph": rows.requires_grad}
             (found,) = torch.autograd.grad([edge], [leaf], [rows], **options)  # type: ignore[arg-type]
         return found
 
