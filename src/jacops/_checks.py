@@ -28,7 +28,7 @@ class Check(Savable, Described):
 
     Attributes:
         name: What was compared.
-        error: Relative distance.
+        error: Relative distance, without what kinks account for.
         allowed: What rounding accounts for.
     """
 
