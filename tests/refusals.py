@@ -226,6 +226,14 @@ refuse("a closure is a tensor", {"func": torch.ones(3)}, CLOSURES, InputTypeErro
 refuse("the wrapped model is bare", {"model": small_net()}, "influences as wrapped", InputTypeError,
        "`model` is a Sequential")
 refuse("the loss is text", {"loss": "mse"}, "wrap", InputTypeError, "`loss` is a str")
+refuse("the loss is a class", {"loss": nn.MSELoss}, "wrap, hessian, ggn, sample_gradients", InputTypeError,
+       "`loss` is the class MSELoss .. Did you mean MSELoss()?")
+refuse("the operator is a tensor", {"operator": torch.eye(3)}, f"{ALL}, effective_dimension", InputTypeError,
+       "`operator` is a Tensor .. an Operator is needed .. jacops.linalg.Matrix(tensor)")
+refuse("the operator is a problem", lambda: {"operator": jacops.Problem(small_net(), square, [(X, Y)])},
+       f"{ALL}, effective_dimension", InputTypeError, "`operator` is a Problem .. `.hessian()`")
+refuse("parameters are a module", lambda: {"parameters": nn.Linear(3, 4)}, "jacobian, hessian, modjac, check",
+       InputTypeError, "`parameters` is a Linear module .. module.parameters()")
 refuse("a module is lazy", lambda: {"model": nn.Sequential(nn.Identity(), nn.LazyLinear(2))},
        f"{BY_MODEL}, contributions, hessian, check, sample_gradients", ModelStateError,
        "1.weight .. module '1' (LazyLinear) .. forward pass")
@@ -313,6 +321,12 @@ refuse("the input is of words", lambda: {"model": nn.Sequential(nn.Embedding(5, 
        "without floating-point tensors .. integer .. embedding .. at=")
 refuse("the input is on another device", {"x": torch.ones(5, 3, dtype=F64, device="meta")},
        "compute_jacobian, modjac, jacobian", InputError, "`input` .. meta .. cpu")
+refuse("samples are a data set", {"x": loading.TensorDataset(X)}, "compute_jacobian", InputTypeError,
+       "`x` is a TensorDataset .. DataLoader(dataset")
+refuse("the input is a data set", {"x": loading.TensorDataset(X)}, "modjac, jacobian, hessian", InputTypeError,
+       "`input` is a TensorDataset .. one batch is needed .. DataLoader(dataset")
+refuse("the training data are a data set", {"training_data": loading.TensorDataset(X, Y)}, "influences",
+       InputTypeError, "`training_data` is a TensorDataset .. batches (x, y) .. DataLoader(dataset")
 for name in ("coo", "csr"):
     refuse(f"the input is sparse by {name}", lambda name=name: {"x": torch.eye(3, dtype=F64).to_sparse(
            layout=getattr(torch, f"sparse_{name}"))}, "compute_jacobian", InputError, f"`x` .. {name} .. to_dense()")
@@ -679,7 +693,7 @@ for where in ("training_data", "test_data"):
                f"`{where}` .. empty .. at least one batch")
     for label, make in ONCE_ONLY.items():
         refuse(f"{where} is a {label}", lambda where=where, make=make: {where: make()}, "influences", DataError,
-               f"`{where}` .. read once .. Dataset")
+               f"`{where}` .. read once .. DataLoader")
 refuse("the one batch has no row", {"training_data": [(X[:0], Y[:0])]}, "influences", DataError, "training_data .. row")
 refuse("the data is a number", {"training_data": 3}, "influences", InputTypeError,
        "`training_data` .. a int .. batches (x, y)")

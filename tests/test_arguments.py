@@ -132,6 +132,43 @@ def test_a_message_counts_arguments_as_the_user_does_and_names_keywords() -> Non
         jacops.solvers.CG(tol=1e-3)  # pyright: ignore[reportCallIssue]
 
 
+@pytest.mark.parametrize(
+    ("call", "keyword", "meant"),
+    [("compute_influences", "method", "solver"), ("compute_influences", "inversion_method", "solver"),
+     ("solve", "method", "solver"), ("compute_influences", "hessian_regularization", "damping"),
+     ("levenberg_marquardt", "x0", "params"), ("levenberg_marquardt", "loss", "kernel"), ("eigenpairs", "k", "count")],
+)  # fmt: skip
+def test_a_keyword_of_other_libraries_gets_the_one_that_is_meant(call: str, keyword: str, meant: str) -> None:
+    function = getattr(jacops, call, None) or getattr(jacops.linalg, call)
+    with pytest.raises(InputTypeError, match=rf"no keyword `{keyword}`\. Did you mean `{meant}`\?"):
+        function(**{keyword: 1})
+
+
+def test_a_keyword_of_another_meaning_gets_the_list() -> None:
+    with pytest.raises(InputTypeError, match=r"no keyword `vectorize`\. It has `at`"):
+        jacops.compute_jacobian(vectorize=True)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_misspelt_word_gets_the_nearest_one() -> None:
+    b, identity = torch.ones(2), jacops.linalg.Matrix(torch.eye(2), symmetric=True)
+    with pytest.raises(InputError, match=r"`solver` is 'CG', .* Did you mean 'cg'\?"):
+        jacops.solve(identity, b, "CG")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"`which` is 'large', .* Did you mean 'largest'\?"):
+        jacops.linalg.eigenpairs(identity, 1, "large")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"`which` is 'xyz', but one of 'largest', .* is needed\.$"):
+        jacops.linalg.eigenpairs(identity, 1, "xyz")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("home", ["linalg", "solvers", "fit", "results", "errors"])
+def test_a_name_of_a_namespace_is_found_from_the_package(home: str) -> None:
+    for name in getattr(jacops, home).__all__:
+        if not hasattr(jacops, name):
+            with pytest.raises(AttributeError, match=rf"no attribute '{name}'; it is jacops\.\w+\.{name}$"):
+                getattr(jacops, name)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'$"):
+        _ = jacops.no_such_name  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_an_error_inside_a_call_is_not_taken_for_a_wrong_argument() -> None:
     @keywords()
     def call(a: int, b: int = 0) -> int:

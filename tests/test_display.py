@@ -261,6 +261,11 @@ def test_estimates_read_as_numbers() -> None:
     assert repr(linalg.diagonal(operator, 4)).startswith(f"DiagonalEstimate({P} entries")
 
 
+def test_a_wrapped_model_says_how_many_parameters_there_are() -> None:
+    wrapped = jacops.TorchTwiceDifferentiable(NET, F.cross_entropy)
+    assert repr(wrapped) == f"TorchTwiceDifferentiable({sum(p.numel() for p in NET.parameters())} parameters)"
+
+
 def test_recipes_show_what_differs_from_the_default() -> None:
     assert changed(jacops.solvers.CG()) == "CG()"
     assert changed(dataclasses.replace(jacops.solvers.CG(), max_steps=7)) == "CG(max_steps=7)"

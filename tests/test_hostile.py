@@ -177,6 +177,25 @@ def test_row_46_a_check_finds_a_wrong_backward(pull: int, passes: bool):
     assert (found.error > 0.1) == (not passes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU, nn.Tanh])
+def test_a_check_allows_for_kinks_and_for_nothing_else(dtype: torch.dtype, activation: Any) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, reads: bool) -> None:
+            super().__init__()
+            self.first, self.last, self.reads = nn.Linear(4, 6), nn.Linear(6, 3), reads
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = activation()(self.first(x))
+            return self.last(hidden + 0.1 * hidden.detach() if self.reads else hidden)
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.randn(30, 4, dtype=dtype)
+        assert jacops.check(Scaled(False).to(dtype), x).passed
+        assert not jacops.check(Scaled(True).to(dtype), x).passed
+
+
 # What a forward or a loss may do
 
 

@@ -80,9 +80,11 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    """Load what needs JAX (extra `jax`) when it is asked for."""
+    """Load what needs JAX (extra `jax`) when it is asked for; say where else a name is."""
     if name not in ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        homes = [home for home in (linalg, solvers, sparse, fit, results, errors) if name in home.__all__]
+        hint = f"; it is {homes[0].__name__}.{name}" if homes else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     try:
         from ._influence import _jax
     except ModuleNotFoundError:

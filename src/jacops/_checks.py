@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from ._runtime.contexts import eager, private_noise
 from ._saving import Savable
 from ._torch.protocol import record_model
 
+_BENDS = 2.0  # kinks ahead and behind add up in both differences with either sign: to about the same size, if many
+
 
 @dataclass(frozen=True, repr=False)
 class Check(Savable, Described):
@@ -25,7 +28,7 @@ class Check(Savable, Described):
 
     Attributes:
         name: What was compared.
-        error: Relative distance.
+        error: Relative distance, without what kinks account for.
         allowed: What rounding accounts for.
     """
 
@@ -58,13 +61,26 @@ def _typical(tensor: Tensor) -> float:
     return size(tensor) / max(tensor.numel(), 1) ** 0.5
 
 
+def _apart(product: Sequence[Tensor], at: Sequence[Tensor], moved: Sequence[Sequence[Tensor]], h: float) -> float:
+    """Return how far products `(1, *output)` are from central differences, less what kinks between do to these."""
+    error = scale = bend = 0.0
+    for p, middle, right, left in zip(product, at, *moved, strict=True):
+        middle, right, left = middle.detach(), right.detach(), left.detach()
+        difference = (right - left) / (2 * h)
+        error, scale = error + size(p[0] - difference) ** 2, scale + max(size(p), size(difference)) ** 2
+        bend += size((right - 2 * middle + left) / (2 * h)) ** 2  # one kink changes `difference` by just as much
+    return max(0.0, error**0.5 - _BENDS * bend**0.5) / scale**0.5 if scale else 0.0
+
+
 @keywords()
 @eager
 def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = None) -> Check:
     r"""Return how far a Jacobian-vector product is from a central difference along one random direction.
 
     It finds what autograd itself is silent about: a wrong backward, `.item()` or `detach()` in the forward, a value
-    taken out and put back. Three forwards and one product.
+    taken out and put back. Three forwards and one product. Kinks on the way (a ReLU whose input changes sign) spoil a
+    difference too; what they do to it shows in the second difference, twice which is allowed for. So is an error below
+    the curvature along one step, some `eps ** (1/3) / 8` of the derivative.
 
     Args:
         model: A module, differentiated as it stands.
@@ -86,16 +102,14 @@ def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = N
     # Every tensor moves by the same share of its own typical entry.
     direction = [private_noise(leaf, seed + i) * (_typical(leaf) or 1.0) for i, leaf in enumerate(lin.leaves)]
     eps = max(torch.finfo(d).eps for d in (*lin.domain.dtypes, *lin.codomain.dtypes))
-    step = eps ** (1 / 3)
+    # An eighth of the step that is best for a smooth function: fewer kinks on the way, and rounding is a tenth of what
+    # is allowed. With it 1 of 288 right nets failed, up to 30 layers deep, and 1 of 45 wrong ones passed.
+    step = eps ** (1 / 3) / 8
     product = lin.push_rows([d.unsqueeze(0) for d in direction])
     moved = []
     for sign in (1, -1):
         shift = {name: sign * step * d for name, d in zip(lin.domain.names, direction, strict=True)}
         moved.append(record_model(model, inputs, call="check", parameters=picks, shift=shift).lin.outputs)
-    error = scale = 0.0
-    for p, up, down in zip(product, *moved, strict=True):
-        difference = (up.detach() - down.detach()) / (2 * step)
-        error, scale = error + size(p[0] - difference) ** 2, scale + max(size(p), size(difference)) ** 2
-    relative = (error / scale) ** 0.5 if scale else 0.0
+    relative = _apart(product, lin.outputs, moved, step)
     # The error of central differences is about eps ** (2/3) times that of third derivatives: room for 100.
     return Check("central difference", relative, 100 * eps ** (2 / 3))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ._digests import byte_view
 from ._progress import track
@@ -87,10 +88,11 @@ class Batches:
         if isinstance(loader, tuple) and len(loader) == 2 and hasattr(loader[1], "shape"):
             loader = [loader]
         if not isinstance(loader, Iterable):
-            raise InputTypeError.of(name, f"a {type(loader).__name__}", "an iterable of batches (x, y) is needed")
+            todo = "Pass `DataLoader(dataset, batch_size=...)`." if isinstance(loader, Dataset) else ""
+            raise InputTypeError.of(name, f"a {type(loader).__name__}", "an iterable of batches (x, y) is needed", todo)
         if isinstance(loader, Iterator):
             came = "a generator, which can be read once"
-            raise DataError.of(name, came, "several passes are needed", "Pass a list, a Dataset or a DataLoader.")
+            raise DataError.of(name, came, "several passes are needed", "Pass a list or a DataLoader.")
         self.shuffles = kind_of_random(loader)
         self.loader, self.name, self.unpack = loader, name, unpack
         if self.shuffles is not None:

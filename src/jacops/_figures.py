@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Numbers: TypeAlias = NDArray[Any]
 
 POSITIVE, NEGATIVE, NEUTRAL = "#4c72b0", "#c44e52", "0.55"  # blue and red are distinguished with any colour vision
-_CELLS = 512  # rows and columns of a picture of a matrix: more than a figure has pixels for
+_CELLS = 256  # rows and columns of a picture of a matrix: fewer than a figure has pixels for, so that each is seen
 _POINTS = 5000  # above this points are drawn as an image, so that vector files stay small
 _MOST_NAMES = 40  # names along an axis that can be read
 _DECADES = 100  # positive values that span more than this ratio go on a logarithmic axis
@@ -98,7 +98,11 @@ def heat_map(ax: Axes, values: Numbers, label: str, *, square: bool) -> None:
     most = float(np.abs(values).max(initial=0)) or 1.0
     aspect = "equal" if square else "auto"
     shown = ax.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect=aspect, interpolation="nearest")
-    ax.figure.colorbar(shown, ax=ax, label=label)
+    # Beside square cells the bar has to be part of the axes: it would be taller than the image.
+    place: dict[str, Any] = {"cax": ax.inset_axes((1.04, 0, 0.05, 1), label="<colorbar>")} if square else {"ax": ax}
+    ax.figure.colorbar(shown, label=label, **place)
+    for axis in "xy":
+        whole_numbers(ax, axis)
 
 
 def positions(ax: Axes, names: Sequence[str] | None, many: int) -> None:
@@ -111,11 +115,11 @@ def positions(ax: Axes, names: Sequence[str] | None, many: int) -> None:
         whole_numbers(ax, "x")
 
 
-def whole_numbers(ax: Axes, axis: str) -> None:
-    """Put ticks at whole numbers only."""
+def whole_numbers(ax: Axes, axis: str, most: int | None = None) -> None:
+    """Put ticks at whole numbers only, in at most `most` intervals."""
     from matplotlib.ticker import MaxNLocator
 
-    getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator(integer=True))
+    getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator(most or "auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def spy(ax: Axes, rows: Numbers, columns: Numbers, shape: tuple[int, int]) -> None:
@@ -128,8 +132,8 @@ def spy(ax: Axes, rows: Numbers, columns: Numbers, shape: tuple[int, int]) -> No
     aspect = "equal" if max(m, n) <= 4 * min(m, n) else "auto"  # a strip would be too thin to see
     ax.imshow(cells, cmap="Blues", vmin=0, vmax=1.2, extent=place, aspect=aspect, interpolation="nearest")
     ax.set(xlabel="column", ylabel="row")
-    for axis in "xy":
-        whole_numbers(ax, axis)
+    for axis, size, across in (("x", n, m), ("y", m, n)):  # fewer ticks along the short side
+        whole_numbers(ax, axis, max(1, 8 * size // max(size, across, 1)) if aspect == "equal" else None)
 
 
 def eigenvalues(ax: Axes, values: Numbers, errors: Numbers) -> None:
@@ -168,10 +172,10 @@ def residuals(ax: Axes, values: Numbers) -> None:
     """Draw residuals in their order."""
     ax.axhline(0, color="0.3", linewidth=0.8)
     look: dict[str, Any] = {"markersize": 3, "rasterized": len(values) > _POINTS}
-    ax.plot(np.arange(len(values)), values, ".", color=POSITIVE, label="output − target", **look)
-    ax.set(xlabel="row", ylabel="residual")
+    ax.plot(np.arange(len(values)), values, ".", color=POSITIVE, **look)
+    ax.set(xlabel="row", ylabel="residual: output − target")
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-    ax.legend(fontsize=8, frameon=False)
+    whole_numbers(ax, "x")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -181,9 +185,12 @@ def density(
     """Draw a density on a logarithmic axis with a band, and its ends."""
     (line,) = ax.plot(x, y.clip(lowest / 10), linewidth=1.2, color=colour, label=label)
     colour, low, high = line.get_color(), (y - band).clip(lowest / 10), (y + band).clip(lowest / 10)
-    ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, label="± 2 standard errors")
+    explained = ax.get_legend() is not None  # by a density that was drawn before
+    shade = "" if explained else "± 2 standard errors"
+    ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, label=shade)
     for k, value in enumerate(ends):
-        ax.axvline(value, color=colour, linestyle=":", linewidth=0.8, label="" if k else "extreme Ritz values")
+        word = "" if k or explained else "extreme Ritz values"
+        ax.axvline(value, color=colour, linestyle=":", linewidth=0.8, label=word)
     ax.set(yscale="log", ylim=(lowest, 2 * float((y + band).max())))
     ax.set(xlabel="eigenvalue", ylabel="density: share of eigenvalues per unit")
     ax.legend(fontsize=8, frameon=False)

@@ -18,6 +18,22 @@ _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_
 _BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _RECEIVERS = ("self", "cls", "_cls")  # `_cls` in named tuples
 _checked: set[type] = set()  # classes whose methods check their arguments
+_MEANT: dict[str, tuple[str, ...]] = {  # what torch, SciPy, scikit-learn and libraries of the same purpose call it
+    "device": (),  # as the model's; letters lead nowhere
+    "func": ("model",),
+    "hessian_regularization": ("damping",),
+    "inversion_method": ("solver",),
+    "k": ("count", "rank"),
+    "lambda_": ("damping",),
+    "loss": ("kernel",),
+    "maxiter": ("max_steps",),
+    "method": ("solver",),
+    "n_components": ("rank", "count"),
+    "regularization": ("damping",),
+    "tol": ("tolerance",),
+    "vectorize": (),
+    "x0": ("params",),
+}
 _SPECIAL = ("__init__", "__new__", "__call__")  # methods of these names are called as the object or its class is
 
 
@@ -158,7 +174,9 @@ def _keys(options: type | None) -> frozenset[str]:
 def unknown(call: str, name: str, known: Iterable[str]) -> InputTypeError:
     """Return the error for a keyword that a call does not have."""
     names = sorted(known)
-    within = [known for known in names if name in known.split("_")]  # `method`: `inversion_method`
-    near = within if len(within) == 1 else get_close_matches(name, names, 1, 0.5)
+    within = [known for known in names if name in known.split("_")]  # `type`: `influence_type`
+    meant = [known for known in _MEANT.get(name, ()) if known in names]
+    letters = [] if name in _MEANT else get_close_matches(name, names, 1, 0.5)
+    near = meant or (within if len(within) == 1 else letters)
     listed = f"It has {', '.join(f'`{one}`' for one in names)}." if names else "It takes none."
     return InputTypeError(f"{call}() has no keyword `{name}`. {f'Did you mean `{near[0]}`?' if near else listed}")

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._ladder.protocol import Picked, is_framework_model
 from ._requirements import check_choice
@@ -40,6 +40,9 @@ def picked(model: Any, parameters: Picks, default: Picked = trainable) -> Picked
     if parameters is None or isinstance(parameters, str) and parameters == "trainable":
         return default if parameters is None else trainable
     named = dict(_named(model))
+    if isinstance(parameters, nn.Module):
+        came = f"a {type(parameters).__name__} module"
+        raise InputTypeError.of("parameters", came, _NEEDED, "Pass `module.parameters()`.")
     if callable(parameters) and not isinstance(parameters, Tensor):
         if named and not any(parameters(name, value) for name, value in named.items()):
             known = ", ".join(list(named)[:3])

@@ -90,7 +90,6 @@ def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **optio
         InputTypeError: `loss` is not callable or does not return a tensor.
         InputError: The loss is not one number.
     """
-    check_loss(loss)
     options.setdefault("parameters", trainable)
     y = recordable(y, kept=options.get("kept", False))
     found = record_model(model, x, call=call, finish=loss_of_output(loss, y), purpose=loss, **options)
@@ -101,8 +100,11 @@ def check_loss(loss: Any) -> None:
     """Refuse what is no loss.
 
     Raises:
-        InputTypeError: It is not callable.
+        InputTypeError: It is not callable, or the class of one.
     """
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        came, todo = f"the class {loss.__name__}", f"Did you mean {loss.__name__}()?"
+        raise InputTypeError.of("loss", came, "a callable `loss(output, y)` is needed", todo)
     if not callable(loss):
         raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
 
@@ -114,7 +116,12 @@ def record_loss_of(found: Recording, loss: Loss, y: Any, call: str) -> Recording
 
 
 def loss_of_output(loss: Loss, y: Any) -> Callable[[Any], Tensor]:
-    """Return a loss as a function of the output, held to be one number."""
+    """Return a loss as a function of the output, held to be one number.
+
+    Raises:
+        InputTypeError: It is no loss.
+    """
+    check_loss(loss)
     return lambda output: _checked(call_loss(loss, output, y))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any, get_args
 
@@ -70,7 +71,10 @@ def check_choice(name: str, value: Any, known: Any, more: str = "") -> Any:
     if not isinstance(value, str) or value not in words:
         needed = f"one of {', '.join(map(repr, words))}"
         remark = more.startswith(";")
-        raise InputError.of(name, repr(value), f"{needed} is needed{more}" if remark else f"{needed}{more} is needed")
+        near = get_close_matches(value.lower(), words, 1) if isinstance(value, str) else []
+        todo = f"Did you mean {near[0]!r}?" if near else ""
+        needed = f"{needed} is needed{more}" if remark else f"{needed}{more} is needed"
+        raise InputError.of(name, repr(value), needed, todo)
     return value
 
 

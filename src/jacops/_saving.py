@@ -89,7 +89,12 @@ def save(value: Savable, path: Place) -> None:
     from safetensors.torch import save_file
 
     encoder = Encoder(_parts)
-    encoded = encoder.encode(value, "")
+    try:
+        encoded = encoder.encode(value, "")
+    except InputTypeError as error:
+        if not hasattr(value, "dense"):
+            raise
+        raise InputTypeError(f"{error} The operator rests on a model or on data: save its `dense()`.") from error
     sums = {name: _checksum(tensor) for name, tensor in encoder.tensors.items()}
     text = json.dumps({"format": FORMAT, "value": encoded, "crc32": sums}, allow_nan=False, separators=(",", ":"))
     with replacing(path) as partial:

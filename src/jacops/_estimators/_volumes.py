@@ -9,6 +9,7 @@ from .._keywords import keywords
 from .._operators import Diagonal, LayerFactors, Operator
 from .._operators._eigen_blocks import EigenBlocks
 from .._operators._finite_results import check_result
+from .._operators._graphs import check_operator
 from .._runtime.contexts import eager
 from ..errors import InputError, InputTypeError
 
@@ -39,6 +40,7 @@ def logdet(operator: Operator, *, by_sample: bool = False) -> Tensor:
         >>> logdet(J, by_sample=True).exp()
         tensor([5., 1.])
     """
+    check_operator(operator)
     (m, n), dtype = operator.shape, operator.codomain.dtype
     grams = _by_sample(operator) if by_sample else None
     rows = m if grams is None else grams.shape[1]
@@ -82,6 +84,7 @@ def singular_values(operator: Operator, *, by_sample: bool = False) -> Tensor:
         tensor([[5.],
                 [1.]])
     """
+    check_operator(operator)
     (m, n), dtype = operator.shape, operator.codomain.dtype
     if by_sample:
         return _roots(_by_sample(operator), n).to(dtype)

@@ -173,8 +173,9 @@ class Influences(ArrayLike, Savable, Described):
             picked = torch.cat([order[:k], order[-k:]]) if len(order) >= 2 * k else order
             bars(panel, [f"#{i}" for i in picked.tolist()], row[picked].tolist())
             panel.invert_yaxis()  # the largest one on top
-            panel.set_title(f"test sample {t}", fontsize=10, pad=8 if panel is not panels[0] else 22)
+            panel.set_title(f"test sample {t}", fontsize=10, pad=22)  # above the legend, on all panels alike
             panel.set_xlabel("influence: test loss per unit of weight")
+            panel.locator_params(axis="x", nbins=4)  # labels of more would meet in a narrow panel
         panels[0].set_ylabel("training sample")
         legend(panels[0], {"lowers the loss": POSITIVE, "raises it": NEGATIVE})
         return drawn

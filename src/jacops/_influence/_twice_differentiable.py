@@ -50,6 +50,10 @@ class TwiceDifferentiable(ABC, Generic[TensorType]):
     def parameters(self) -> list[TensorType]:
         """All the parameters that are differentiated."""
 
+    def __repr__(self) -> str:
+        """Return the type and how many parameters there are."""
+        return f"{type(self).__name__}({self.num_params:,} parameters)"
+
     def grad(self, x: TensorType, y: TensorType, create_graph: bool = False) -> TensorType:
         """Return the gradient `[P]` of the loss by the parameters.
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from .._torch.protocol import RowFactors
+from ..errors import InputTypeError
 from ._finite_results import parts_of
 
 Made = TypeVar("Made")
@@ -25,9 +26,26 @@ def has_graph(operator: Any) -> bool:
     return held or any(has_graph(part) for part in parts_of(operator))
 
 
+def check_operator(operator: Any) -> None:
+    """Refuse what is no operator.
+
+    Raises:
+        InputTypeError: It is none.
+    """
+    if not hasattr(operator, "_apply_transpose"):
+        todo = "Wrap a tensor: `jacops.linalg.Matrix(tensor)`." if isinstance(operator, Tensor) else ""
+        todo = "Take its `.hessian()` or `.ggn()`." if hasattr(operator, "hessian") else todo
+        raise InputTypeError.of("operator", f"a {type(operator).__name__}", "an Operator is needed", todo)
+
+
 def without_graph(operator: Made) -> Made:
-    """Return an operator with the same entries of which nothing keeps a graph; itself where nothing does."""
-    return _detached(operator, {}) if hasattr(operator, "_apply_transpose") and has_graph(operator) else operator
+    """Return an operator with the same entries of which nothing keeps a graph; itself where nothing does.
+
+    Raises:
+        InputTypeError: It is no operator.
+    """
+    check_operator(operator)
+    return _detached(operator, {}) if has_graph(operator) else operator
 
 
 def _detached(value: Any, known: dict[int, Any]) -> Any:

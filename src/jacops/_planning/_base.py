@@ -146,10 +146,11 @@ def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
     """
     if isinstance(call, MethodType):
         args, call = (call.__self__, *args), call.__func__.__name__
-    name = call if isinstance(call, str) else getattr(call, "__name__", repr(call))
+    name = call if isinstance(call, str) else getattr(call, "__name__", f"a {type(call).__name__}")
     if name not in _PLANNERS:
         known = ", ".join(sorted(_PLANNERS))
-        raise InputError.of("call", repr(name), f"one of {known} is needed")
+        todo = "Pass `A.dense`, not an operator `A`." if hasattr(call, "dense") else ""
+        raise InputError.of("call", repr(name), f"one of {known} is needed", todo)
     function, planner = _PLANNERS[name]
     parameters = inspect.signature(function).parameters
     for keyword in kwargs:

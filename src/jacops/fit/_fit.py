@@ -13,6 +13,7 @@ from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
+from .._torch.protocol import refuse_arrays
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
 from ._loop import Outcome, StoppingCriteria, run
@@ -246,6 +247,8 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
     elif params is not None:
         needed = "a module brings its own parameters"
         raise InputError.of("params", "given", needed, "Freeze those that are to stay as they are.")
+    else:
+        refuse_arrays(options["input"])
     problem = FitProblem(module, options["input"], call, options)
     ended = run(problem, solver, strategy, rules, options["progress"])
     result = _result(problem, ended, type(params) if isinstance(module, FunctionModule) else None, strategy)

@@ -212,7 +212,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             objectives = [record.objective for record in self.log]
             rejected = [(record.step, record.tried) for record in self.log if not record.accepted]
             convergence(panel, [*objectives, self.cost], rejected)
-            panel.set_title(f"{self.method}: {self.status}", fontsize=10)
+            panel.set_title(f"{self.method}, status: {self.status}", fontsize=10)
         return drawn
 
     def _describe(self) -> Description:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .._finite import on_finite_rows
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from .._operators._graphs import check_operator
 from .._progress import tick
 from .._requirements import check_positive, check_range
 from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import private_noise
-from ..errors import InputError, InputTypeError
+from ..errors import InputError
 
 RowMap = Callable[[Tensor], Tensor]
 _CHUNK_ENTRIES = 2**24  # entries of a matrix that are made double at a time: 128 MiB
@@ -315,9 +316,7 @@ def check_symmetric(system: System, method: str) -> None:
 
 
 def _check_operator(operator: Any) -> None:
-    if not isinstance(operator, Operator):
-        came = f"a {type(operator).__name__}"
-        raise InputTypeError.of("operator", came, "an Operator is needed", "Wrap a tensor: `Matrix(tensor)`.")
+    check_operator(operator)
     if operator.shape[0] != operator.shape[1]:
         raise InputError.of("operator", f"of shape {operator.shape}", "a square one is needed")
     if operator.domain.dtype not in (torch.float32, torch.float64):

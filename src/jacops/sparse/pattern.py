@@ -61,7 +61,7 @@ class Pattern(Described):
     @overload
     def plot(self, *, ax: Axes) -> Axes: ...
     def plot(self, *, ax: Axes | None = None) -> Figure | Axes:
-        """Draw where there are entries, up to 512 × 512 cells; a cell that stands for several is filled if one is.
+        """Draw where there are entries, up to 256 × 256 cells; a cell that stands for several is filled if one is.
 
         Args:
             ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..._requirements import check_choice
 from ..._runtime.contexts import out_of_inference
@@ -157,6 +157,8 @@ def advice_for(value: Any) -> str:
     """Return how something that is no tensor becomes one."""
     if isinstance(value, DataLoader):
         return "Pass the input of one batch; calls by samples and `Problem` take the loader."
+    if isinstance(value, Dataset):
+        return "Pass `DataLoader(dataset, batch_size=...)` where samples are taken, else the input of one batch."
     if isinstance(value, nn.Module):
         return "The model is the first argument."
     if hasattr(value, "to_numpy"):  # pandas
@@ -172,7 +174,7 @@ def refuse_arrays(value: Any) -> None:
     Raises:
         InputTypeError: There is one; the message names it.
     """
-    if isinstance(value, DataLoader):
+    if isinstance(value, DataLoader | Dataset):
         raise InputTypeError.of("input", f"a {type(value).__name__}", "one batch is needed", advice_for(value))
     leaves, tree = flatten(value, "input")
     for leaf, name in zip(leaves, tree.names, strict=True):

@@ -55,7 +55,8 @@ def bare(model: Any) -> nn.Module:
         came = f"the class {model.__name__}"
         raise InputTypeError.of("model", came, "a module is needed", f"Did you mean {model.__name__}()?")
     if not isinstance(model, nn.Module):
-        raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed")
+        todo = "Write `jacops.Function(f, params)` for a function `f(params, x)`." if callable(model) else ""
+        raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed", todo)
     kind = type(model).__name__
     if kind in ("DataParallel", "DistributedDataParallel"):
         return bare(model.module)
