@@ -37,7 +37,7 @@ class ConnectedRows:
             triples = zip(layers.sites, operands, deltas, strict=True)
             by_use = [site.part(None if a is None else a[some], delta[some]) for site, a, delta in triples]
             samples = len(range(layers.samples)[some])
-            by_leaf = [(leaf, [by_use[i] for i in uses]) for leaf, uses in layers.by_leaf()]
+            by_leaf = [(leaf, [by_use[i] for i in uses]) for leaf, uses in layers.by_leaf]
             return [_summed(parts) or nowhere(layers.lin.leaves[leaf], samples, len(sweeps)) for leaf, parts in by_leaf]
 
         self._batches[start] = of
