@@ -30,6 +30,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_trees",
         "_requirements",
         "_words",
+        "_array_inputs",
     },  # 0 ground
     {"_runtime", "_progress", "_ladder", "_torch", "_jax"},  # backends
     {
@@ -117,7 +118,6 @@ EXCEPTIONS = {
     ("long", "_estimators._density.spectral_density"),
     ("long", "_influence._influences.compute_influences"),
     ("long", "_jacobians.modjac"),
-    ("long", "_torch.samples.batch.Samples.__init__"),
     ("long", "solvers._minres._iterated"),
     ("long", "solvers._refine.refined"),
     ("long", "sparse._jacobian.jacobian"),

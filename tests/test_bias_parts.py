@@ -657,15 +657,13 @@ def test_wrong_arguments_are_named():
     net, x = network(), draw(7, 5)
     with pytest.raises(InputTypeError, match=r"contributions.*`outputs`"):
         contributions(net, x, output=[1])
-    with pytest.raises(InputError, match="at least one sample"):
-        contributions(net, x[:0])
-    with pytest.raises(InputError, match="several outputs"):
-        contributions(net, x, outputs=lambda output: (output, output))
-    with pytest.raises(InputError, match="in a list"):
-        contributions(net, x, outputs=1)
+    with pytest.raises(InputError, match="`features` is given, but they go with `projection`"):
+        contributions(net, x, features=x)
     projection = jacops.results.Projection(torch.eye(5).double(), torch.zeros(5).double())
     with pytest.raises(InputError, match="hidden layer"):
         contributions(net, x, projection=projection, features=x, at="0")
+    with pytest.raises(InputError, match=r"with `projection` a tensor \(n, in\) is needed"):
+        contributions(nn.Flatten(), x[:, None], projection=projection, features=x)
 
 
 def test_with_a_projection_the_identity_is_by_the_features():

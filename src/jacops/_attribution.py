@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._contributions import Contributions, JacobianVerification, verification_of
+from ._array_inputs import as_tensor, from_arrays, is_array
+from ._contributions import Contributions, JacobianVerification, flattened, verification_of, verified, worst
 from ._data import Unpack as Batching
-from ._finite import check_outputs, require_finite
+from ._finite import require_finite
 from ._keywords import keywords
 from ._loaders import joined
 from ._options import JacobianOptions
+from ._planning import plan_contributions, planned_by
 from ._projections import Projection
 from ._requirements import check_choice
 from ._runtime.contexts import eager
-from ._torch.protocol import FollowedModel, Samples, bare, check_identity, check_slopes, summed
+from ._runtime.memory import Budget, ensure_fits
+from ._torch.protocol import (
+    BiasParts,
+    Errors,
+    FollowedModel,
+    SampleJacobians,
+    Samples,
+    Shared,
+    Terms,
+    check_identity,
+    check_slopes,
+)
 from ._words import Magnitude
 from .errors import InputError, InputTypeError, warn
 
@@ -66,14 +80,17 @@ def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool 
 
 
 @keywords()
-def reduce_contributions(contributions: Array, method: Magnitude = "l2", *, check_finite: bool = True) -> Array:
+def reduce_contributions(
+    contributions: Array | Contributions, method: Magnitude = "l2", *, check_finite: bool = True
+) -> Array:
     r"""Return one size per sample and feature, `(n, c, f, ...) -> (n, f, ...)`.
 
     With `"l2"` this is $\sqrt{\sum_o c_{nof}^2}$, the length of what feature $f$ adds to the embedding of sample $n$;
     it does not depend on how the embedding is rotated. `"l1"` sums absolute values, `"max"` takes the largest.
 
     Args:
-        contributions: What each feature adds to each output, `(n, outputs, features, ...)`. NumPy, torch, or lists.
+        contributions: What each feature adds to each output, `(n, outputs, features, ...)`. NumPy, torch, or lists. A
+            result of `contributions` knows which axes count outputs, however many there are, and all are reduced.
         method: How to measure a contribution across outputs.
         check_finite: Raise if a size is NaN or Inf.
 
@@ -82,7 +99,7 @@ def reduce_contributions(contributions: Array, method: Magnitude = "l2", *, chec
         comes back as NumPy, as the page's type says; one that requires grad stays a tensor, with its graph.
 
     Raises:
-        InputError: `method` is unknown, or there are fewer than 3 axes.
+        InputError: `method` is unknown, there are fewer than 3 axes, or the result is of several outputs or inputs.
         NonFiniteError: A size is NaN or Inf.
 
     Example:
@@ -90,10 +107,12 @@ def reduce_contributions(contributions: Array, method: Magnitude = "l2", *, chec
         array([[5., 1.]])
     """
     check_choice("method", method, Magnitude)
+    if isinstance(contributions, Contributions):
+        contributions = flattened(contributions, "reduce_contributions").values
     return _finite("reduce_contributions", _reduced(contributions, method), check_finite)
 
 
-def _reduced(contributions: Array, method: Magnitude) -> Array:
+def _reduced(contributions: Any, method: Magnitude) -> Array:
     if isinstance(contributions, Tensor) and contributions.requires_grad:
         _three_axes(contributions.shape)
         order = {"l2": 2, "l1": 1, "max": torch.inf}[method]
@@ -163,46 +182,62 @@ def _finite(call: str, result: Array, wanted: bool) -> Array:
     return result
 
 
+@planned_by(plan_contributions, JacobianOptions)
 @keywords(JacobianOptions)
 @joined()
 @eager
 def contributions(
-    model: nn.Module,
-    x: Tensor | Iterable[Any],
+    model: nn.Module | Callable[..., Any],
+    x: Any,
     *,
     projection: Projection | None = None,
-    features: Tensor | None = None,
+    features: Array | None = None,
     batch_size: int = 1024,
+    shared: Shared = None,
     unpack: Batching | None = None,
     **options: Unpack[JacobianOptions],
 ) -> Contributions:
     r"""Return what each feature adds to each output, with the part that is due to constants, verified.
 
     For a piecewise-linear model, biases included, $f(x) = J(x)\,x + b(x)$ holds exactly. The bias part is carried
-    through the forward operation by operation, in double precision: an affine operation is applied to bias parts as
-    to values, another one passes them on by its own derivative and adds its own constant. Neither $f(x)$ nor $J$ is
-    used, and only then compared. Whether an operation is piecewise linear is measured where it is called; `notes`
-    names those that are not, for which the identity need not hold. What the model detaches counts as constant.
+    through the forward operation by operation, in the model's precision but at least in single: an affine operation is
+    applied to bias parts as to values, another one passes them on by its own derivative and adds its own constant.
+    Neither $f(x)$ nor $J$ is used, and only then compared. Whether an operation is piecewise linear is measured where
+    it is called; `notes` names those that are not, for which the identity need not hold. What the model detaches counts
+    as constant.
 
     Args:
-        model: A module, evaluated in eval mode on samples alone; its output is `(n, out)`.
-        x: The model's inputs, `(n, in)`, or a loader as in `compute_jacobian`, whose inputs are joined.
+        model: A module, evaluated in eval mode on samples alone, a `Function`, or a plain function `f(x)`. Its output
+            is a tensor of any shape, or a tuple or mapping of tensors (a ModelOutput too).
+        x: The model's input, as in `compute_jacobian`: a tensor of any shape with a row per sample; a tuple of
+            positional or a mapping of keyword arguments, which may hold integers, None, bool and numbers too; or a
+            loader, whose inputs are joined. NumPy arrays and SciPy's sparse rows get the dtype and device of the
+            model's floating-point parameters; integer arrays keep their dtype.
         projection: How `x` came from original features, such as `pca_projection(pca)`; contributions then are by
             those features.
         features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
             mean counts to none of them: contributions are of `features - mean`.
         batch_size: Samples to a sweep.
+        shared: As in `compute_jacobian`.
         unpack: For a loader, as in `compute_jacobian`.
         options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs, with `target=` of one output
-            per sample, which is an axis of length one. With `at=` from a hidden
-            layer `values` are what its units add, and `bias` what the constants behind it do. `checks="always"`
-            compares slopes for all samples and not for some of very many, `"never"` for none.
+            per sample, whose axis is not in the result. With `at=` from a hidden layer `values` are what its units add,
+            and `bias` what the constants behind it do; `at=(None, "head")` ends at a layer, such as the one before a
+            sigmoid. `out` is where the Jacobian is written. `checks="always"` compares slopes for all samples and not
+            for some of very many, `"never"` for none.
+
+    Returns:
+        All parts, as tensors for one input tensor and one output tensor. For several inputs `values` and `jacobian` are
+        in the structure of `x`, None where there is no derivative; for several outputs everything is in the structure
+        of the output, and `found["mu"]` is the result for one of them.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind, or there is no such option.
         InputError: Shapes do not fit, or `features` is missing.
+        MemoryBudgetError: Jacobians, contributions and the work on one sample do not fit the budget.
         ModelStateError: As in `compute_jacobian`.
-        NonFiniteError: As in `compute_jacobian`.
+        NotDifferentiableError: As in `compute_jacobian`.
+        NonFiniteError: As in `compute_jacobian`; in the bias part, too.
 
     Warns:
         JacopsWarning: The identity fails by more than rounding, or the Jacobian is not the slope of the output.
@@ -212,63 +247,106 @@ def contributions(
         >>> contributions(model, torch.ones(5, 3, dtype=torch.float64)).verification.relative_error < 1e-12
         True
     """
-    if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[0] == 0:
-        came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise InputError.of("x", came, "a tensor (n, in) of at least one sample is needed")
+    x = from_arrays(x, model)
     centred = _check_features(x, projection, features, options.get("at"))
-    jacobian, forward = _swept(bare(model), x, batch_size, options)
-    found = forward.parts(x)
-    require_finite(found.bias, "contributions: in the bias part")
-    slopes = check_slopes(forward, x, found, jacobian, options.get("checks", "first"))
-    if projection is not None:
-        jacobian = torch.as_tensor(project_jacobian(jacobian, projection.matrix.to(jacobian.dtype)))
-    basis = (found.point if centred is None else centred).to(jacobian.dtype)
-    bias, values = found.bias.to(found.output.dtype), jacobian * basis.unsqueeze(1)
-    added = summed(jacobian, basis)
-    verification = verification_of(*(t.cpu().double().numpy() for t in (found.output - bias, added)))
-    failures = [str(check) for check in (check_identity(found, jacobian, basis, added), slopes) if not check.holds]
-    named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(found.curved)}"
-    notes = [*([named] if found.curved else []), *failures]
-    if failures:
-        warn(f"contributions: {'; '.join(notes)}.")
+    samples, swept = _swept(model, x, shared, batch_size, options)
+    forward = FollowedModel(samples.runner, swept.followed)
+    parts, names = forward.parts(samples.values), swept.output_tree.names
+    if options.get("check_finite", True):
+        for name, bias in zip(names, parts.bias, strict=True):
+            require_finite(bias, f"contributions: in the bias part of {name}")
+    around, checks = partial(forward.moved, samples.values), options.get("checks", "first")
+    slopes = check_slopes(around, parts, names, swept.blocks, checks)
+    blocks, bases = swept.blocks, parts.points
+    if projection is not None and centred is not None:
+        blocks, bases = _by_features(blocks, projection, options.get("budget")), [centred]
+    terms = [Terms.of(output, row, bases) for output, row in zip(parts.outputs, blocks, strict=True)]
+    notes = _noted(parts.curved, [*check_identity(parts, names, terms), *slopes])
     if projection is not None:
         notes.append("contributions are of features minus their mean")
-    return Contributions(values, bias, found.output, jacobian, verification, float(slopes.relative.max()), tuple(notes))
+    return _arranged(swept, parts, blocks, terms, slopes, notes)
+
+
+def _arranged(
+    swept: SampleJacobians,
+    parts: BiasParts,
+    blocks: Sequence[Sequence[Tensor]],
+    terms: Sequence[Terms],
+    slopes: Sequence[Errors],
+    notes: Sequence[str],
+) -> Contributions:
+    """Return all parts in the structures of output and input."""
+    build, outputs = swept.output_tree.build, parts.outputs
+    bias = [of.to(output.dtype) for of, output in zip(parts.bias, outputs, strict=True)]
+    verifications = [verified(o, b, t.added) for o, b, t in zip(outputs, bias, terms, strict=True)]
+    values, jacobian = swept.arranged([of.values for of in terms]), swept.arranged(blocks)
+    slope_error = max(check.largest for check in slopes)
+    return Contributions(values, build(bias), build(outputs), jacobian, worst(verifications), slope_error, tuple(notes))
 
 
 _OF_SAMPLES = ("outputs", "target", "at", "checks", "fallback", "compile")  # the others are of a sweep
 
 
-def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[Tensor, FollowedModel]:
-    """Return the Jacobian `(n, out, *in)`, and the same function to be followed as samples were taken."""
+def _swept(
+    model: Any, x: Any, shared: Shared, batch_size: int, options: Mapping[str, Any]
+) -> tuple[Samples, SampleJacobians]:
+    """Return the samples of a call and their Jacobians."""
     chosen: dict[str, Any] = {name: value for name, value in options.items() if name in _OF_SAMPLES}
-    samples = Samples(model, x, call="contributions", keep=True, batch_size=batch_size, **chosen)
+    samples = Samples(model, x, call="contributions", shared=shared, batch_size=batch_size, **chosen)
+    samples.beside = FollowedModel.beside(samples)
     how = {name: value for name, value in options.items() if name not in (*_OF_SAMPLES, "check_finite")}
     found = samples.jacobians(**how)
-    if not found.output_tree.single or found.output[0].ndim != 2:
-        came = "giving several outputs" if not found.output_tree.single else f"giving {tuple(found.output[0].shape)}"
-        todo = "Pick a part of it with `outputs=`, in a list so as to keep the axis."
-        raise InputError.of("model", came, "one output (n, out) is needed", todo)
     if options.get("check_finite", True):
-        check_outputs("contributions", found.output, found.output_tree.names)
-        require_finite(found.blocks[0][0], "contributions: in the Jacobian")
-    many = 1 if found.alone else batch_size
-    forward = FollowedModel(model, options.get("outputs"), options.get("at"), many, samples.runner.target)
-    return found.blocks[0][0], forward
+        found.check_finite("")
+    return samples, found
 
 
-def _check_features(x: Tensor, projection: Projection | None, features: Tensor | None, at: Any) -> Tensor | None:
+def _noted(curved: Sequence[str], checks: Sequence[Errors]) -> list[str]:
+    """Return the notes of a result, warned of where a check fails."""
+    named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(curved)}"
+    failures = [str(check) for check in checks if not check.holds]
+    notes = [*([named] if curved else []), *failures]
+    if failures:
+        warn(f"contributions: {'; '.join(notes)}.")
+    return notes
+
+
+def _by_features(blocks: Sequence[Sequence[Tensor]], projection: Projection, budget: Budget) -> list[list[Tensor]]:
+    """Return Jacobians by the model's one input as Jacobians by the features that it came from.
+
+    Raises:
+        MemoryBudgetError: They, and contributions of their size, do not fit the budget.
+    """
+    features = projection.matrix.shape[1]
+    need = sum(2 * features * block.shape[:-1].numel() * block.element_size() for (block,) in blocks)
+    named = {f"Jacobian and contributions by {features:,} features": need}
+    ensure_fits("contributions", named, budget, blocks[0][0].device, "Pass fewer samples, or raise `budget=`.")
+    found = []
+    for (block,) in blocks:
+        rows = block.reshape(len(block), block.shape[1:-1].numel(), block.shape[-1])
+        by_features = torch.as_tensor(project_jacobian(rows, projection.matrix.to(rows)))
+        found.append([by_features.reshape(*block.shape[:-1], features)])
+    return found
+
+
+def _check_features(x: Any, projection: Projection | None, features: Any, at: Any) -> Tensor | None:
     """Return the centred features, None where contributions are by the input itself."""
     if projection is None:
+        if features is not None:
+            raise InputError.of("features", "given", "they go with `projection`, which is missing")
         return None
     if at is not None and (isinstance(at, str) or at[0] is not None):
         raise InputError.of("projection", "given", f"with at={at!r} contributions are by a hidden layer, not by x")
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise InputError.of("x", came, "with `projection` a tensor (n, in) is needed")
     if features is None:
         raise InputError.of("features", "missing", "with `projection` the original rows behind `x` are needed")
-    if features.shape != (x.shape[0], projection.matrix.shape[1]):
+    rows = as_tensor(features, "features", projection.mean) if is_array(features) else features
+    if rows.shape != (x.shape[0], projection.matrix.shape[1]):
         needed = (x.shape[0], projection.matrix.shape[1])
-        raise InputError.of("features", f"of shape {tuple(features.shape)}", f"shape {needed} is needed")
-    centred = features.detach().to(projection.mean.dtype) - projection.mean
+        raise InputError.of("features", f"of shape {tuple(rows.shape)}", f"shape {needed} is needed")
+    centred = rows.detach().to(projection.mean.dtype) - projection.mean
     rebuilt = centred @ projection.matrix.T
     off = (rebuilt - x.to(rebuilt.dtype)).abs().max() if x.numel() else torch.zeros(())
     # Float32 projections are good to 1e-5; other rows, or a mean left on, are off by a share of 1.

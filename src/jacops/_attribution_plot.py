@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -16,7 +17,6 @@ from .errors import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 _BY_AXES: dict[int, ContributionFigure] = {
     1: "bars",
@@ -30,9 +30,13 @@ _ALL_OUTPUTS = 32  # rows of a heat map over a sequence that can be read
 class DrawnContributions(Described):
     """Contributions that draw themselves."""
 
-    values: Tensor
-    bias: Tensor
-    output: Tensor
+    values: Any
+    bias: Any
+    output: Any
+
+    @abstractmethod
+    def _flat(self, call: str) -> DrawnContributions:
+        """Return the same with outputs on one axis."""
 
     @overload
     def plot(
@@ -97,10 +101,11 @@ class DrawnContributions(Described):
             >>> [ax.get_xlabel() for ax in found.plot(sample=1, output=0).axes]
             ['contribution to output 0']
         """
-        values, kind = self._chosen(sample, output, kind, shape)
+        flat = self._flat("plot")
+        values, kind = flat._chosen(sample, output, kind, shape)
         if kind in ("bars", "waterfall"):
-            return self._as_bars(values, sample, output, kind == "waterfall", check_positive("k", k), names, ax)
-        outputs = [self._largest(sample)] if output is None else [output]
+            return flat._as_bars(values, sample, output, kind == "waterfall", check_positive("k", k), names, ax)
+        outputs = [flat._largest(sample)] if output is None else [output]
         if kind == "sequence" and output is None and values.shape[0] <= _ALL_OUTPUTS:
             outputs = list(range(values.shape[0]))
         shown, word = values[outputs], f"contribution to output {outputs[0]}" if len(outputs) == 1 else "contribution"

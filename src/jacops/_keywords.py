@@ -62,7 +62,7 @@ class _Accepted(NamedTuple):
         needed = sum(p.default is p.empty for p in places)
         named = {p.name for p in parameters if p.kind in _BY_NAME and p.name not in _RECEIVERS}
         anything = options is None and inspect.Parameter.VAR_KEYWORD in kinds
-        names = None if anything else frozenset(named | _keys(options))
+        names = None if anything else frozenset(named | keys_of(options))
         return cls(tuple(p.name for p in places), needed, most, names)
 
     def check(self, function: Any, call: str | None, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
@@ -167,7 +167,8 @@ def _called(function: Any, args: tuple[Any, ...]) -> str:
     return name if not owner or owner.endswith("<locals>") else f"{owner}.{name}"
 
 
-def _keys(options: type | None) -> frozenset[str]:
+def keys_of(options: type | None) -> frozenset[str]:
+    """Return the keywords of a typed dict; none for None."""
     return frozenset[str]() if options is None else options.__optional_keys__ | options.__required_keys__  # pyright: ignore
 
 

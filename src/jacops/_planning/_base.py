@@ -10,7 +10,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._display import Described, Description, Table
-from .._keywords import unknown
+from .._keywords import keys_of, unknown
 from .._ladder.route import candidates
 from .._runtime.memory import in_words
 from .._saving import Savable
@@ -105,18 +105,20 @@ class Plan(Savable, Described):
         return Description(title, tables=[Table(("  route", "sweeps", "peak", "why"), rows)])
 
 
-_PLANNERS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], Plan]]] = {}
+_Planner = Callable[[dict[str, Any]], Plan]
+_PLANNERS: dict[str, tuple[Callable[..., Any], _Planner, frozenset[str]]] = {}
 
 
-def planned_by(planner: Callable[[dict[str, Any]], Plan]) -> Callable[[Call], Call]:
+def planned_by(planner: _Planner, options: type | None = None) -> Callable[[Call], Call]:
     """Return a decorator that lets `plan` foretell a call.
 
     Args:
-        planner: Takes the call's arguments by name, defaults filled in.
+        planner: Takes the call's arguments by name, defaults filled in; those of `**options` as a dict.
+        options: The typed dict that `**options` of the call stands for, where it has some.
     """
 
     def register(call: Call) -> Call:
-        _PLANNERS[call.__name__] = call, planner
+        _PLANNERS[call.__name__] = call, planner, keys_of(options)
         return call
 
     return register
@@ -128,8 +130,8 @@ def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
     At most one forward pass is run over the whole input, and for calls by samples only runs of one and of two samples.
 
     Args:
-        call: The call (`jacops.compute_jacobian`, `jacops.full_jacobian`, `jacops.modjac`, or an operator's `dense`
-            as in `plan(H.dense)`), or its name.
+        call: The call (`jacops.compute_jacobian`, `jacops.contributions`, `jacops.full_jacobian`, `jacops.modjac`, or
+            an operator's `dense` as in `plan(H.dense)`), or its name.
         *args: Its arguments.
         **kwargs: Its keyword arguments.
 
@@ -151,11 +153,12 @@ def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
         known = ", ".join(sorted(_PLANNERS))
         todo = "Pass `A.dense`, not an operator `A`." if hasattr(call, "dense") else ""
         raise InputError.of("call", repr(name), f"one of {known} is needed", todo)
-    function, planner = _PLANNERS[name]
+    function, planner, options = _PLANNERS[name]
     parameters = inspect.signature(function).parameters
+    known = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD] + sorted(options)
     for keyword in kwargs:
-        if keyword not in parameters:
-            raise unknown(f"plan: {name}", keyword, parameters)
+        if keyword not in known:
+            raise unknown(f"plan: {name}", keyword, known)
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:

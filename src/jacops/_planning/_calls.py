@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._array_inputs import from_arrays
 from .._ladder.protocol import everything
 from .._operators import Operator
 from .._operators._dense import DENSE, DenseLimits
 from .._picks import picked
-from .._torch.protocol import BY_SAMPLES, WHOLE, Samples, WholeAsk, planned, record_closure, record_model
+from .._torch.protocol import (
+    BY_SAMPLES,
+    WHOLE,
+    FollowedModel,
+    Samples,
+    WholeAsk,
+    planned,
+    record_closure,
+    record_model,
+)
 from .._trees import select
 from ..errors import InputTypeError
 from ._base import Plan, listed, planned_by
@@ -16,11 +26,23 @@ from ._base import Plan, listed, planned_by
 
 def plan_samples(arguments: dict[str, Any]) -> Plan:
     """Return the plan of `compute_jacobian`, from runs of one and of two samples."""
+    return _by_samples("compute_jacobian", arguments["x"], arguments)
+
+
+def plan_contributions(arguments: dict[str, Any]) -> Plan:
+    """Return the plan of `contributions`, from runs of one and of two samples."""
+    model, options = arguments["model"], arguments["options"]
+    return _by_samples("contributions", from_arrays(arguments["x"], model), {**arguments, **options})
+
+
+def _by_samples(call: str, x: Any, arguments: dict[str, Any]) -> Plan:
     named = ("outputs", "target", "shared", "at", "checks", "fallback", "batch_size")
-    options = {name: arguments[name] for name in named}
-    samples = Samples(arguments["model"], arguments["x"], call="compute_jacobian", **options)
-    allocated = arguments["out"] is None
-    found = planned(samples, arguments["budget"], arguments["mode"], allocated)
+    options = {name: arguments[name] for name in named if name in arguments}
+    samples = Samples(arguments["model"], x, call=call, **options)
+    if call == "contributions":
+        samples.beside = FollowedModel.beside(samples)
+    allocated, mode = arguments.get("out") is None, arguments.get("mode", "auto")
+    found = planned(samples, arguments.get("budget"), mode, allocated)
     return listed(found, BY_SAMPLES, found.result, found.startup, found.budget, "samples to a sweep")
 
 

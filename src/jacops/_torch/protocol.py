@@ -6,8 +6,8 @@ routes: `Samples` (by inputs, sample by sample), `WholeJacobian`, and matrices, 
 
 from __future__ import annotations
 
-from .bias.completeness import check_identity, check_slopes, summed
-from .bias.homogeneous import FollowedModel
+from .bias.completeness import Errors, Terms, check_identity, check_slopes
+from .bias.homogeneous import BiasParts
 from .layers.blocks import mirror
 from .layers.part import RowFactors, slices
 from .layers.parts import Outer, Rows, matrix_shape
@@ -42,8 +42,10 @@ from .routes.rows_with_graph import ConnectedFactors
 from .routes.whole_ask import Blocks, WholeAsk
 from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
 from .samples.batch import SampleChanges, Samples
+from .samples.followed import FollowedModel
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
+from .samples.results import SampleJacobians
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_linearization
 from .sweeps.graph import parents_first

@@ -6,7 +6,7 @@ transpose) then holds for companions too, because they are addressed by the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..._runtime.side_effects import storage_of
+
+Precision = Callable[[Tensor], torch.dtype]  # that the companions of a tensor are computed in
 
 _PURGE = 64  # new storages between two searches for freed ones: often enough to free memory, too rare to cost time
 
@@ -40,10 +42,10 @@ class Companions:
     """Companion tensors by storage.
 
     Attributes:
-        many: How many companions every tensor has.
+        precisions: One per companion that every tensor has.
     """
 
-    many: int
+    precisions: Sequence[Precision]
     _entries: dict[int, Companion] = field(default_factory=dict)
     _fresh: int = 0
 
@@ -75,14 +77,17 @@ class Companions:
     def prepare(self, tensor: Tensor) -> None:
         """Give a constant companions equal to its value, before it is written into."""
         if self.entry(tensor) is None:
-            whole = _whole(tensor).to(wide(tensor), copy=True)
-            self._add(tensor, [whole, *(whole.clone() for _ in range(self.many - 1))])
+            self._add(tensor, self.constant(_whole(tensor)))
+
+    def constant(self, tensor: Tensor) -> list[Tensor]:
+        """Return the companions of a constant: copies of its value."""
+        return [tensor.detach().to(precision(tensor), copy=True) for precision in self.precisions]
 
     def _adopted(self, tensor: Tensor, values: Sequence[Tensor]) -> Companion:
         size = _entries_of(tensor)
-        kind = wide(tensor)
         parts = []
-        for value in values:
+        for precision, value in zip(self.precisions, values, strict=True):
+            kind = precision(tensor)
             if _same_layout(value, tensor, size) and value.dtype is kind:
                 parts.append(value.as_strided((size,), (1,), 0))
                 continue
@@ -101,8 +106,14 @@ class Companions:
         return made
 
 
+def working(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a tensor, or single precision for a lower one."""
+    low = tensor.dtype.itemsize < (8 if tensor.is_complex() else 4)
+    return tensor.dtype if not low else torch.complex64 if tensor.is_complex() else torch.float32
+
+
 def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype that the companions of a tensor are computed in: double precision where the device has it."""
+    """Return double precision, where the device of a tensor has it."""
     if tensor.device.type == "mps":
         return torch.complex64 if tensor.is_complex() else torch.float32
     return torch.complex128 if tensor.is_complex() else torch.float64

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from ..._finite import is_finite
 from ..._runtime.contexts import is_memory_error
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import Light, WritesState, storage_of, tensors_in
-from .companions import Companions, wide
+from .companions import Companions, wide, working
 from .local_linear import find_curved, push_entrywise, push_through, ray
 from .operation import OperationCall, Shape, is_followed, kind_of
 
 _MOVE = {torch.float64: 2.0**-20, torch.float32: 2.0**-13}  # d relative to x: far above rounding, below most kinks
+_SEEDS = 3  # directions that are asked for: a further leaf moves along one of its own
 _COARSE_MOVE = 2.0**-6  # for half precision: two spacings of bfloat16 (2**-7), below which a move rounds away
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -73,7 +75,7 @@ class Follow(Light):
         self.leaves, self.moves, self.functions = leaves, [], Functions()
         self._bias, self._lengths, self._seed = bias, lengths, seed
         self._guarded = {storage_of(tensor) for tensor in guarded}
-        self._companions = Companions(bias + len(lengths))
+        self._companions = Companions([working] * bias + [wide] * len(lengths))
         self._marks: list[str] = []
         self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
@@ -121,7 +123,7 @@ class Follow(Light):
                 marks = self._companions.marks(output)
                 names = [name for i, name in enumerate(self._marks) if marks >> i & 1]
                 return [part.clone() for part in self._companions.read(output)], names
-            return self._constant(output), []
+            return self._companions.constant(output), []
 
     # ---- what is followed ------------------------------------------------------------------------------------
 
@@ -132,22 +134,25 @@ class Follow(Light):
             return False
         for leaf in self.leaves:
             if tensor is leaf:
-                self._start(leaf)
+                self.start([leaf])
                 return True
         maker = None if tensor.is_leaf else self._unseen(tensor)
         if maker is None:
             return False
-        self._companions.write(tensor, self._constant(tensor), self._marked(f"{maker} (not examined)"), True)
+        self._companions.write(tensor, self._companions.constant(tensor), self._marked(f"{maker} (not examined)"), True)
         return True
 
-    def _start(self, leaf: Tensor) -> None:
+    def start(self, leaves: Iterable[Tensor]) -> None:
+        """Follow from these leaves on, before the forward uses them; others start where it does."""
         with self._apart():
-            value = leaf.detach().to(wide(leaf))
-            starts = [torch.zeros_like(value)] if self._bias else []
-            if self._lengths:
-                self.moves.append(move := _MOVE.get(leaf.dtype, _COARSE_MOVE) * ray(value, self._seed))
-                starts += [value + length * move for length in self._lengths]
-            self._companions.write(leaf, starts, 0, True)
+            for leaf in leaves:
+                value = leaf.detach().to(wide(leaf))
+                starts = [torch.zeros_like(leaf, dtype=working(leaf), requires_grad=False)] if self._bias else []
+                if self._lengths:
+                    direction = ray(value, self._seed + _SEEDS * len(self.moves))
+                    self.moves.append(move := _MOVE.get(leaf.dtype, _COARSE_MOVE) * direction)
+                    starts += [value + length * move for length in self._lengths]
+                self._companions.write(leaf, starts, 0, True)
 
     @restoring
     def _unseen(self, tensor: Tensor) -> str | None:
@@ -186,14 +191,14 @@ class Follow(Light):
         for tensor in call.moving:
             marks |= self._companions.marks(tensor)
         try:
-            values, curved = self._carried(call)
+            values, curved = self._carried(call, results, output)
             if [v.shape for v in values[0]] != [r.shape for r in results]:
                 raise ValueError("results of other shapes")
             marks |= self._marked(self._named(call)) if curved else 0
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
             if is_memory_error(error):
                 raise
-            values = list(zip(*(self._constant(r) for r in results), strict=True))
+            values = list(zip(*(self._companions.constant(r) for r in results), strict=True))
             marks |= self._marked(f"{self._named(call)} (not examined)")
         for i, tensor in enumerate(results):
             if any(tensor is s for s in shifts):
@@ -202,31 +207,37 @@ class Follow(Light):
                 continue
             self._companions.write(tensor, [row[i] for row in values], marks, attached)
 
-    def _carried(self, call: OperationCall) -> tuple[list[Sequence[Tensor]], bool]:
+    def _carried(
+        self, call: OperationCall, results: Sequence[Tensor], output: Any
+    ) -> tuple[list[Sequence[Tensor]], bool]:
         """Return the results' companions, in rows, and whether the operation is curved."""
         rows = list(zip(*(self._companions.read(t) for t in call.moving), strict=True))
         if not self._bias:
             return [call.at(points) for points in rows], False
-        (bias, curved), moved = self._bias_parts(call, rows[0]), rows[1:]
+        shape, moved = call.shape(), rows[1:]
+        if shape is Shape.GATE:
+            bias, curved = [call.gated(rows[0][0], results[0])], False
+        elif shape is Shape.SELECTION:
+            bias, curved = [call.selected(rows[0][0], output)], False
+        else:
+            bias, curved = self._bias_parts(call, shape, rows[0])
         return [bias, *(call.at(points) for points in moved)], curved
 
-    def _bias_parts(self, call: OperationCall, bias: Sequence[Tensor]) -> tuple[Sequence[Tensor], bool]:
-        shape = call.shape()
+    def _bias_parts(self, call: OperationCall, shape: Shape, bias: Sequence[Tensor]) -> tuple[Sequence[Tensor], bool]:
         if shape is Shape.AFFINE:
-            return call.at(bias), False
-        points, along = call.points(), [_finite(b) for b in bias]
+            return call.at(bias, working), False
+        precision = wide if shape is Shape.UNKNOWN else working  # to tell curves from rounding takes all there is
+        points, at = call.points(precision), partial(call.at, precision=precision)
+        along = [_finite(b.to(p.dtype)) for b, p in zip(bias, points, strict=True)]
         if shape is Shape.HOMOGENEOUS:
-            return _finished(*push_entrywise(call.at, points[0], along[0])), False
-        values, (own, parts) = push_through(call.at, points, [[_finite(p) for p in points], along])
+            return _finished(*push_entrywise(at, points[0], along[0])), False
+        values, (own, parts) = push_through(at, points, [[_finite(p) for p in points], along])
         constants = [value - image for value, image in zip(values, own, strict=True)]
-        curved = find_curved(call.at, points, values) if shape is Shape.UNKNOWN else None
+        curved = find_curved(at, points, values) if shape is Shape.UNKNOWN else None
         if curved is not None:
             constants = [torch.where(c, 0, r) for c, r in zip(curved, constants, strict=True)]
         parts = [part + constant for part, constant in zip(parts, constants, strict=True)]
         return _finished(values, parts), curved is not None
-
-    def _constant(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor.detach().to(wide(tensor), copy=True) for _ in range(self._companions.many)]
 
     def _named(self, call: OperationCall) -> str:
         function, operation = self.functions.name, call.kind.name

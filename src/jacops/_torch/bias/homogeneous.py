@@ -10,160 +10,95 @@ fail. Where an operation is curved there is no such constant; it is named.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..._runtime.chunks import Chunks
-from ..._runtime.contexts import out_of_inference, random_state_kept, recording
-from ..._runtime.restoring import restoring
-from ..._runtime.side_effects import WritesState
-from ..._trees import Selector, select
-from ...errors import InputError, ModelStateError
-from ..model.cut import At, Cut
-from ..model.inputs import forward_explained
-from ..model.replica import replicate
-from ..model.targets import SampleTarget
 from .follow import Follow
 
-FEW = 16  # samples whose slopes are compared: a wrong derivative of an operation shows in any of them
-_SMALL = 4096  # numbers in all samples together: up to here one run costs less than a second one for fewer samples
-_AROUND = (0.0, 1.0, -1.0)  # at the point, ahead and behind: a central difference, and a second one that shows kinks
+AROUND = (0.0, 1.0, -1.0)  # at the point, ahead and behind: a central difference, and a second one that shows kinks
 
 
 @dataclass(frozen=True)
 class Moved:
-    """An output around a point, in double precision, with what is detached held fixed.
+    """Outputs around a point, in double precision, with what is detached held fixed.
 
     Attributes:
-        base: At `x`.
+        base: At `x`, one tensor per output.
         ahead: At `x + d`.
         behind: At `x - d`.
-        move: `d`.
+        move: `d`, one tensor per leaf.
     """
 
-    base: Tensor
-    ahead: Tensor
-    behind: Tensor
-    move: Tensor
+    base: list[Tensor]
+    ahead: list[Tensor]
+    behind: list[Tensor]
+    move: list[Tensor]
 
 
 @dataclass(frozen=True)
 class BiasParts:
-    """An output and its bias part, for all samples.
+    """Outputs and their bias parts, for all samples.
 
     Attributes:
-        output: The model's output, `(n, *out)`.
-        bias: Its bias part, in double precision.
-        point: What it was followed from: the input, or the output of the layer that the forward is cut at.
+        outputs: The model's outputs, `(n, *out)` each.
+        bias: Their bias parts, in at least single precision.
+        points: What was followed from: the inputs, or the output of the layer that the forward is cut at.
         curved: Names of operations that are not piecewise linear, or could not be examined.
-        moved: The output around the point, where there are few samples: to follow both at once takes less time.
+        moved: The outputs around the point, where there are few samples: to follow both at once takes less time.
     """
 
-    output: Tensor
-    bias: Tensor
-    point: Tensor
+    outputs: list[Tensor]
+    bias: list[Tensor]
+    points: list[Tensor]
     curved: tuple[str, ...]
     moved: Moved | None
 
 
 @dataclass(frozen=True)
-class FollowedModel:
-    """How a model is followed.
+class FollowedRun:
+    """One forward that was followed.
 
     Attributes:
-        model: A module, evaluated in eval mode.
-        outputs: Which part of the output.
-        at: A cut at submodules.
-        batch_size: Most samples to a forward.
-        target: One output per sample.
-    """
-
-    model: nn.Module
-    outputs: Selector
-    at: At
-    batch_size: int
-    target: SampleTarget | None = None
-
-    def parts(self, x: Tensor) -> BiasParts:
-        """Return the output for samples `x` and its bias part.
-
-        Raises:
-            InputError: `at` or `outputs` picks nothing, or several tensors.
-            ModelStateError: The forward writes into tensors that are not its own.
-        """
-        lengths = _AROUND if x.shape[0] <= FEW or x.numel() <= _SMALL else ()
-        runs = self._runs(x, slice(None), True, lengths)
-        bias, *moved = self._joined(runs)
-        output, point = torch.cat([r.output for r in runs]), torch.cat([r.point for r in runs])
-        curved = tuple(dict.fromkeys(name for r in runs for name in r.curved))
-        return BiasParts(output, bias, point, curved, Moved(*moved) if lengths else None)
-
-    def moved(self, x: Tensor, rows: Tensor, seed: int) -> Moved:
-        """Return the output around some of the samples `x`, along a random direction."""
-        return Moved(*self._joined(self._runs(x, rows, False, _AROUND, seed)))
-
-    def _joined(self, runs: Sequence[_Run]) -> list[Tensor]:
-        return [torch.cat(parts) for parts in zip(*((*r.carried, *r.moves) for r in runs), strict=True)]
-
-    def _runs(self, x: Tensor, rows: slice | Tensor, bias: bool, lengths: Sequence[float], seed: int = 0) -> list[_Run]:
-        runs: list[_Run] = []
-        x, places = x[rows], None if self.target is None else self.target.places[rows]
-        chunks = Chunks(x.shape[0], self.batch_size)
-        for where in chunks:
-            with chunks.halving(where, "contributions", "samples"):
-                some = None if places is None else places[where]
-                runs.append(self._run(x[where], some, bias, lengths, seed))
-        return runs
-
-    @restoring
-    def _run(self, x: Tensor, places: Tensor | None, bias: bool, lengths: Sequence[float], seed: int) -> _Run:
-        for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
-            with recording(), random_state_kept():
-                module = replicate(self.model, training=False, cloned=cloned).module
-                given, cut = out_of_inference(x).detach(), Cut(module, self.at)
-                leaves = cut.leaves if cut.source is not None else [given.requires_grad_()]
-                follow = Follow(leaves, [] if cloned else self.model.parameters(), bias, lengths, seed)
-                try:
-                    with follow, follow.functions, cut.active(), forward_explained(self.model, [x]):
-                        output = select(cut.result(module(given.clone())), self.outputs)
-                        if self.target is not None and places is not None:
-                            output = self.target.pick(output, places)
-                    return _Run.of(output, follow, x.shape[0] == 1)
-                except WritesState:
-                    continue
-        came = "writing into tensors that are not its own"
-        raise ModelStateError.of("model", came, "its forward must leave such tensors alone")
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One forward.
-
-    Attributes:
-        output: Its output.
-        carried: What was carried along to it.
-        point: Where it was followed from.
-        moves: `d`, where values were moved.
+        outputs: Its outputs.
+        carried: What was carried along to each of them.
+        points: Where it was followed from.
+        moves: `d` by leaf, where values were moved.
         curved: Names of what is not piecewise linear.
     """
 
-    output: Tensor
-    carried: list[Tensor]
-    point: Tensor
+    outputs: list[Tensor]
+    carried: list[list[Tensor]]
+    points: list[Tensor]
     moves: list[Tensor]
     curved: list[str]
 
     @classmethod
-    def of(cls, output: Any, follow: Follow, alone: bool) -> _Run:
-        if not isinstance(output, Tensor):
-            todo = "Pick one with `outputs=`."
-            raise InputError.of("model", f"returning a {type(output).__name__}", "one tensor is needed", todo)
-        carried, curved = follow.read(output)
-        run = cls(output.detach(), carried, follow.leaves[0].detach(), follow.moves, curved)
-        if not alone or (output.ndim and output.shape[0] == 1):
-            return run
-        # The forward drops the axis of a single sample.
-        return replace(run, output=run.output.unsqueeze(0), carried=[c.unsqueeze(0) for c in carried])
+    def of(cls, outputs: Sequence[Tensor], follow: Follow, points: Sequence[Tensor]) -> FollowedRun:
+        """Return what a forward over `points` gave, which ran while it was followed."""
+        found = [follow.read(output) for output in outputs]
+        carried, curved = [parts for parts, _ in found], [name for _, names in found for name in names]
+        made = [output.detach() for output in outputs]
+        if points and points[0].shape[0] == 1:  # the forward may drop the axis of a single sample
+            bare = [not (output.ndim and output.shape[0] == 1) for output in made]
+            made = [o.unsqueeze(0) if b else o for o, b in zip(made, bare, strict=True)]
+            carried = [[c.unsqueeze(0) for c in row] if b else row for row, b in zip(carried, bare, strict=True)]
+        return cls(made, carried, [point.detach() for point in points], follow.moves, curved)
+
+
+def joined(runs: Sequence[FollowedRun], bias: bool) -> tuple[list[Tensor], Moved | None]:
+    """Return bias parts by output, and outputs around the point, of runs over consecutive samples.
+
+    Args:
+        runs: Of the same forward.
+        bias: Bias parts were followed, before what else was.
+    """
+    outputs = zip(*(run.carried for run in runs), strict=True)
+    carried = [[torch.cat(parts) for parts in zip(*rows, strict=True)] for rows in outputs]
+    moves = [torch.cat(parts) for parts in zip(*(run.moves for run in runs), strict=True)]
+    first = [row[0] for row in carried] if bias else []
+    if not moves:
+        return first, None
+    base, ahead, behind = zip(*(row[bias:] for row in carried), strict=True)
+    return first, Moved(list(base), list(ahead), list(behind), moves)

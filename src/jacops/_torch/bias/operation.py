@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._runtime.contexts import random_state_kept, random_states, set_random_states
 from ..._runtime.side_effects import tensors_in
-from .companions import wide
+from .companions import Precision, wide
 
 
 def _names(text: str) -> frozenset[str]:
@@ -35,12 +35,19 @@ _PRODUCTS: dict[str, tuple[set[int], ...]] = {
     "div": ({0},),
 }
 _NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))  # affine in x without training
+# Results that are entries of the argument at place 0; which ones, a second result says, counted over its last axes.
+_SELECTIONS = {
+    "max_pool2d_with_indices": 2,
+    "max_pool3d_with_indices": 3,
+    "adaptive_max_pool2d": 2,
+    "adaptive_max_pool3d": 3,
+}
 # Homogeneous and piecewise linear in the argument at place 0, on each entry alone.
-_HOMOGENEOUS = frozenset(("relu", "leaky_relu", "_prelu_kernel", "abs"))
+_HOMOGENEOUS = frozenset(("leaky_relu", "_prelu_kernel", "abs"))
 # Piecewise linear in all floating-point arguments together.
 _PIECEWISE = _names(
-    "hardtanh clamp clamp_min clamp_max threshold hardsigmoid maximum minimum fmax fmin max min amax amin "
-    "max_pool2d_with_indices sort topk"
+    "hardtanh clamp clamp_min clamp_max threshold hardsigmoid hardshrink softshrink maximum minimum fmax fmin max min "
+    "amax amin sort topk"
 )
 # Of the shape of an argument, whose values they do not read; some leave their result uninitialised.
 _TEMPLATES = _names(
@@ -54,6 +61,8 @@ class Shape(Enum):
     """What is known of a function before it is examined."""
 
     AFFINE = "affine"
+    SELECTION = "some entries of its argument"
+    GATE = "the argument where the result is positive, else zero"
     HOMOGENEOUS = "on each entry alone homogeneous of degree one and piecewise linear"
     PIECEWISE = "piecewise linear"
     UNKNOWN = "unknown"
@@ -86,6 +95,8 @@ class Signature:
             return Shape.UNKNOWN
         if self.name in _AFFINE or any(places <= allowed for allowed in _PRODUCTS.get(self.name, ())):
             return Shape.AFFINE
+        if places == {0} and self.name in ("relu", *_SELECTIONS):
+            return Shape.GATE if self.name == "relu" else Shape.SELECTION
         if places == {0} and (self.name in _HOMOGENEOUS or (self.name in _NORMS and not training)):
             return Shape.AFFINE if self.name in _NORMS else Shape.HOMOGENEOUS
         return Shape.PIECEWISE if self.name in _PIECEWISE else Shape.UNKNOWN
@@ -124,7 +135,8 @@ class OperationCall:
         self.written = [t for name in self.kind.written for t in tensors_in(self._args.get(name)) if is_followed(t)]
         self._random = random_states() if self.kind.draws else None
         # Copies: what these hold now is gone once the operation has run.
-        self._values = {id(t): t.detach().to(wide(t), copy=True) for t in self.written}
+        self._found = {id(t): t.detach().clone() for t in self.written}
+        self._values: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def shape(self) -> Shape:
         """Return what is known of the operation as a function of what moves."""
@@ -135,33 +147,47 @@ class OperationCall:
             return Shape.UNKNOWN
         return self.kind.shape(places, training=self._args.get("training") is not False)
 
-    def points(self) -> list[Tensor]:
-        """Return the values of what moves, in double precision, as the operation found them."""
-        return [self._value(t) for t in self.moving]
+    def points(self, precision: Precision = wide) -> list[Tensor]:
+        """Return the values of what moves as the operation found them."""
+        return [self._value(t, precision) for t in self.moving]
 
     def change(self, tensor: Tensor) -> Tensor:
-        """Return by how much the operation changed a tensor that it wrote into."""
-        return tensor.detach() - self._values[id(tensor)]
+        """Return by how much the operation changed a tensor that it wrote into, in double precision."""
+        return tensor.detach().to(wide(tensor)) - self._found[id(tensor)]
+
+    def gated(self, values: Tensor, result: Tensor) -> Tensor:
+        """Return values where a result is positive, else zero: the backward of ReLU, faster than `torch.where`."""
+        return torch.ops.aten.threshold_backward(values, result.detach().to(values.dtype), 0)
+
+    def selected(self, values: Tensor, output: Any) -> Tensor:
+        """Return the entries that a selection picked, of other values of its argument."""
+        axes, indices = _SELECTIONS[self.kind.name], output[1]
+        return values.flatten(-axes).gather(-1, indices.flatten(-axes)).view(indices.shape)
 
     def results(self, output: Any) -> list[Tensor]:
         """Return the floating-point tensors that the operation wrote into or made."""
         return [*self.written, *_made(output, self.written)]
 
-    def at(self, points: Sequence[Tensor]) -> list[Tensor]:
-        """Return the results, in double precision, for other values of what moves."""
+    def at(self, points: Sequence[Tensor], precision: Precision = wide) -> list[Tensor]:
+        """Return the results for other values of what moves.
+
+        Args:
+            points: These.
+            precision: That of the points, in which the operation then runs.
+        """
         table = {id(t): p for t, p in zip(self.moving, points, strict=True)}
         written: list[Tensor] = []
 
         def replaced(value: Any, writes: bool) -> Any:
             if isinstance(value, Tensor):
                 found = table.get(id(value))
-                found = self._value(value) if found is None else found
+                found = self._value(value, precision) if found is None else found
                 if writes and is_followed(value):
                     written.append(found := found.clone())
                 return found
             if isinstance(value, list | tuple):
                 return type(value)(replaced(v, writes) for v in value)
-            return _widened(value, self.moving[0]) if isinstance(value, torch.dtype) else value
+            return _changed(value, self.moving[0], precision) if isinstance(value, torch.dtype) else value
 
         given = {name: replaced(value, name in self.kind.written) for name, value in self._args.items()}
         positional = [given.pop(name) for name in self.kind.names[: self._positional]]
@@ -169,13 +195,14 @@ class OperationCall:
             output = self.func(*positional, **given)
         return [*written, *_made(output, written)]
 
-    def _value(self, tensor: Tensor) -> Tensor:
-        """Return a value as the operation found it; double precision is made once."""
+    def _value(self, tensor: Tensor, precision: Precision) -> Tensor:
+        """Return a value as the operation found it; each precision is made once."""
         if not is_followed(tensor):
             return tensor
-        if id(tensor) not in self._values:
-            self._values[id(tensor)] = tensor.detach().to(wide(tensor))
-        return self._values[id(tensor)]
+        key = id(tensor), precision(tensor)
+        if key not in self._values:
+            self._values[key] = self._found.get(id(tensor), tensor).detach().to(key[1])
+        return self._values[key]
 
     @contextmanager
     def _same_draws(self) -> Iterator[None]:
@@ -192,10 +219,9 @@ def _made(output: Any, written: Sequence[Tensor]) -> list[Tensor]:
     return [t for t in tensors_in(output) if is_followed(t) and not any(t is w for w in written)]
 
 
-def _widened(dtype: torch.dtype, like: Tensor) -> torch.dtype:
-    return (
-        wide(torch.empty(0, dtype=dtype, device=like.device)) if dtype.is_floating_point or dtype.is_complex else dtype
-    )
+def _changed(dtype: torch.dtype, like: Tensor, precision: Precision) -> torch.dtype:
+    real = dtype.is_floating_point or dtype.is_complex
+    return precision(torch.empty(0, dtype=dtype, device=like.device)) if real else dtype
 
 
 def is_followed(tensor: Tensor) -> bool:

@@ -75,8 +75,10 @@ def split_input(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (value,), {}
 
 
-def private_inputs(values: Sequence[Any], tree: Tree, connected: bool = False) -> tuple[Any, list[tuple[str, Tensor]]]:
-    """Return a copy of the inputs, and the leaves in it that have derivatives.
+def private_inputs(
+    values: Sequence[Any], tree: Tree, connected: bool = False, fixed: bool = False
+) -> tuple[Any, list[tuple[str, Tensor]]]:
+    """Return a copy of the inputs, and the leaves in it that have derivatives; none where they are held `fixed`.
 
     Leaves are used through a clone, so that a forward may write into its input. With `connected`, the leaf of an input
     of the caller's that requires grad is a view of it, which only the forward's uses pass through. What the tree holds
@@ -89,7 +91,7 @@ def private_inputs(values: Sequence[Any], tree: Tree, connected: bool = False) -
             copies.append(item)
             continue
         item = out_of_inference(item)
-        if not is_differentiable(item):
+        if fixed or not is_differentiable(item):
             copies.append(item.detach().clone() if item.layout is torch.strided else item)
             continue
         leaf = item.view_as(item) if connected and item.requires_grad else item.detach().requires_grad_()

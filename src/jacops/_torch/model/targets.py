@@ -26,15 +26,13 @@ class SampleTarget:
     Attributes:
         places: Along the last axis of the output, `(n,)`.
         largest: The largest of them; -1 for no samples. It is known without reading from a tensor in a forward.
-        keep: Keep the axis, of length one.
     """
 
     places: Tensor
     largest: int
-    keep: bool = False
 
     @classmethod
-    def of(cls, target: Any, many: int, device: torch.device, keep: bool = False) -> SampleTarget | None:
+    def of(cls, target: Any, many: int, device: torch.device) -> SampleTarget | None:
         """Return what `target=` of a call asks for; None where it was left out.
 
         Raises:
@@ -53,7 +51,7 @@ class SampleTarget:
             raise InputError.of("target", f"on {target.device}", f"the samples are on {device}", todo)
         if many and int(target.min()) < 0:
             raise InputError.of("target", f"holding {int(target.min())}", "places count from 0")
-        return cls(target.detach().long(), int(target.max()) if many else -1, keep)
+        return cls(target.detach().long(), int(target.max()) if many else -1)
 
     def pick(self, output: Any, places: Tensor) -> Tensor:
         """Return the outputs at the places of some samples.
@@ -73,8 +71,7 @@ class SampleTarget:
         if self.largest >= output.shape[-1]:
             raise InputError.of("target", f"holding {self.largest}", f"the last axis has {output.shape[-1]} entries")
         index = places.view(-1, *[1] * (output.ndim - 1)).expand(*output.shape[:-1], 1)
-        picked = output.gather(-1, index)
-        return picked if self.keep else picked.squeeze(-1)
+        return output.gather(-1, index).squeeze(-1)
 
 
 def _advice(target: Any) -> str:

@@ -35,7 +35,7 @@ from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, unbatc
 from ..sweeps.proofs import ProofStore, held_key, identity_key
 from .ask import ONE_SAMPLE, BatchAsk
 from .compiled import COMPILED, GraphAsk
-from .plan import ensure_fits, is_small, planned
+from .plan import Beside, ensure_fits, is_small, planned
 from .results import ALONE, SampleJacobians
 from .routes import BY_SAMPLES
 from .runs import Run, Runner
@@ -73,7 +73,6 @@ class Samples:
         compile: Trace and compile sweeps by outputs where that proves right and faster.
         target: One output per sample.
         shared: Which inputs have no axis of samples.
-        keep: Keep the axis that `target` picks from.
         create_graph: Keep Jacobians differentiable.
         batch_size: Most samples to a sweep.
 
@@ -87,7 +86,10 @@ class Samples:
         input_tree: The structure of `x`, which holds what has no such rows.
         inputs: Which of the values are differentiated by.
         count: How many samples.
+        beside: What the call holds beside Jacobians.
     """
+
+    beside = Beside()
 
     def __init__(
         self,
@@ -102,7 +104,6 @@ class Samples:
         compile: bool = False,
         target: Any = None,
         shared: Shared = None,
-        keep: bool = False,
         create_graph: bool = False,
         batch_size: int = 1024,
     ) -> None:
@@ -116,8 +117,8 @@ class Samples:
         self.values, self.input_tree = rows_apart(x, "x", shared)
         self.compile = compile and checks in ("first", "never")
         self.count = self._check_inputs(x)
-        picks = SampleTarget.of(target, self.count, self.values[0].device, keep)
-        asked = identity_key(outputs), picks is not None and (keep,), held_key(self.input_tree)
+        picks = SampleTarget.of(target, self.count, self.values[0].device)
+        asked = identity_key(outputs), picks is not None, held_key(self.input_tree)
         more = {"target": picks, "asked": asked, "create_graph": create_graph}
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback, **more)
         hint_at_labels(call, outputs, self.values, "pass `target=labels`")
@@ -199,9 +200,10 @@ class Samples:
             result.prepare(self.runner.run([v.new_zeros((1, *v.shape[1:])) for v in self.values]), alone=True)
             result.route = "no samples"
             return result
-        batch_size = self.batch_size
+        result.followed = batch_size = self.batch_size
         if budget is not None or not is_small(self):
-            batch_size = ensure_fits(self, planned(self, budget, mode, out is None)).chunk
+            plan = ensure_fits(self, planned(self, budget, mode, out is None))
+            batch_size, result.followed = plan.chunk, plan.followed
         chunks, reason = Chunks(self.count, batch_size), ONE_SAMPLE if self.count == 1 else None
         for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:
             if self.compile and where.stop >= chunks.rows:  # a graph takes one number of samples
@@ -210,6 +212,7 @@ class Samples:
                 reason = self._swept(result, where, mode, reason)
         if self.runner.create_graph:
             result.connect()
+        result.followed = 1 if reason else result.followed
         result.route = f"{ALONE} ({reason})" if reason else f"{chunks.rows} samples to a sweep, {result.route}"
         return result
 

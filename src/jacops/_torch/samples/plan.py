@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ _GROWTH = 2**16
 # Sweeps over more bytes than this read everything from memory: 1.2 to 1.5 times slower on perceptrons, convolutions and
 # attention. Fewer samples than the least do not fill kernels.
 _CACHE, _LEAST = 2**24, 16
+_FOLLOWED = 2**28  # bytes of a run beside: it then takes 100 times as long as what is done once a run (2 ms)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,34 @@ class Working:
     def samples(self, room: float) -> int:
         """Return how many samples fit into `room` bytes."""
         return int((live(room) - self.fixed) // max(self.each, 1.0))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a call holds beside Jacobians and sweeps.
+
+    Attributes:
+        arrays: Arrays as large as the Jacobians.
+        run: Runs once more, after the sweeps, over so many samples.
+        known: Under which key it is known what that run holds.
+    """
+
+    arrays: int = 0
+    run: Callable[[int], object] | None = None
+    known: str = ""
+
+    def measured(self, count: int) -> Working:
+        """Return what a run holds, by one over one and one over two samples."""
+        if self.run is None:
+            return Working(0.0, 0.0)
+        self.run(1)  # tables that are made once are nobody's working memory
+        peaks: list[int] = []
+        for rows in range(1, min(2, count) + 1):
+            with Meter() as meter:
+                self.run(rows)
+            peaks.append(meter.peak)
+        each = max(peaks[-1] - peaks[0], 1) if count > 1 else peaks[0]
+        return Working(max(0.0, peaks[0] - each), each)
 
 
 @dataclass(frozen=True)
@@ -92,7 +122,10 @@ class SamplePlan(Probe):
         chunk: Samples to a sweep.
         startup: Bytes that the process takes for its first derivative.
         budget: Bytes allowed.
-        allocated: The result is allocated by the call, not given as `out`.
+        allocated: The Jacobians are allocated by the call, not given as `out`.
+        arrays: Arrays of the size of the Jacobians that the call allocates beside.
+        beside: Working memory of a run beside.
+        followed: Samples to such a run, if there is one.
     """
 
     call: str
@@ -102,6 +135,9 @@ class SamplePlan(Probe):
     startup: int
     budget: int
     allocated: bool
+    arrays: int
+    beside: Working
+    followed: int = 1
 
     question, argument, verdicts = "samples", "mode=", Proofs("never")  # nothing is known of a batch not recorded
 
@@ -131,18 +167,20 @@ class SamplePlan(Probe):
 
     @property
     def result(self) -> int:
-        """Bytes of the Jacobians."""
-        return self.count * self.sizes[0]
+        """Bytes of the Jacobians, and of what is as large."""
+        return self.count * self.sizes[0] * (1 + self.arrays)
 
     @property
     def kept(self) -> int:
         """Bytes held whatever the chunk is."""
-        return self.startup + self.count * self.sizes[1] + (self.result if self.allocated else 0)
+        arrays = self.arrays + self.allocated
+        return self.startup + self.count * (self.sizes[1] + arrays * self.sizes[0])
 
     @property
     def fits(self) -> int:
         """How many samples to a sweep fit the budget."""
-        return self.ways[self.route].samples(self.budget - self.kept)
+        room = self.budget - self.kept
+        return self.ways[self.route].samples(room) if self.beside.samples(room) >= 1 else 0
 
     @property
     def cached(self) -> int:
@@ -151,14 +189,17 @@ class SamplePlan(Probe):
 
     def peak(self, way: str) -> int:
         """Return the bytes held at once this way."""
-        return self.kept + self.ways[way].bytes(1 if way == ALONE else self.chunk)
+        swept = self.ways[way].bytes(1 if way == ALONE else self.chunk)
+        return self.kept + max(swept, self.beside.bytes(self.followed))
 
     def parts(self) -> dict[str, float]:
         """Return the bytes by what they are, for a refusal."""
         parts: dict[str, float] = {}
         if self.allocated:
-            parts[f"the Jacobian {(self.count, *self.jacobian)}"] = self.result
-        parts["working memory of one sample"] = self.ways[self.route].bytes(1)
+            parts[f"the Jacobian {(self.count, *self.jacobian)}"] = self.count * self.sizes[0]
+        if self.arrays:
+            parts["contributions of its shape"] = self.arrays * self.count * self.sizes[0]
+        parts["working memory of one sample"] = max(self.ways[self.route].bytes(1), self.beside.bytes(1))
         if self.startup:
             parts["what torch loads for the first derivative of a process"] = self.startup
         return parts
@@ -181,26 +222,42 @@ def planned(samples: Samples, budget: Budget, mode: str, allocated: bool = True)
     """
     startup = startup_bytes(samples.values[0].device)
     allowed = budget_bytes(budget, samples.values[0].device)
+    count = samples.count
+    if not count:  # of the shapes of one sample
+        samples = samples.over([value.new_zeros((1, *value.shape[1:])) for value in samples.values])
     known_here = samples.runner.store([v[:1] for v in samples.values]).known
     known = "probe" if samples.count > 1 else "probe of one sample"
-    probe: Probe | None = None if samples.checks in ("always", "strict") else known_here.get(known)
+    kept = samples.checks not in ("always", "strict")
+    probe: Probe | None = known_here.get(known) if kept else None
     if probe is None:
-        probe = _probe(samples, allowed - startup, allocated)
+        probe = _probe(samples, allowed - startup, samples.beside.arrays + allocated)
         if probe.reason != _TOO_LARGE:  # which another budget would not be
             known_here[known] = probe
+    name = f"{known}, {samples.beside.known}"
+    beside = Working(0.0, 0.0) if probe.reason == _TOO_LARGE else known_here.get(name) if kept else None
+    if beside is None:
+        beside = known_here[name] = samples.beside.measured(samples.count)
     plan = SamplePlan(
         **vars(probe),
         call=samples.call,
-        count=samples.count,
+        count=count,
         mode=mode,
         chunk=1,
         startup=startup,
         budget=allowed,
         allocated=allocated,
+        arrays=samples.beside.arrays,
+        beside=beside,
     )
     rows = min(plan.fits, plan.cached) if samples.values[0].device.type == "cpu" else plan.fits
-    rows = max(1, min(rows, samples.batch_size, samples.count))
-    return replace(plan, chunk=math.ceil(samples.count / math.ceil(samples.count / rows)))  # even ones
+    most = min(beside.samples(allowed - plan.kept), int(_FOLLOWED / max(beside.each, 1.0)), samples.batch_size)
+    followed = 1 if plan.apart else _evenly(count, most)
+    return replace(plan, chunk=_evenly(count, min(rows, samples.batch_size)), followed=followed)
+
+
+def _evenly(count: int, most: int) -> int:
+    """Return how many of `count` go together in chunks of one size, of at most `most`."""
+    return math.ceil(count / math.ceil(count / max(1, min(most, count)))) if count else 1
 
 
 def ensure_fits(samples: Samples, plan: SamplePlan) -> SamplePlan:
@@ -214,8 +271,14 @@ def ensure_fits(samples: Samples, plan: SamplePlan) -> SamplePlan:
     return plan
 
 
-def _probe(samples: Samples, room: float, allocated: bool) -> Probe:
-    """Return what a run of one sample shows, and a run of two where the result fits and they may share sweeps."""
+def _probe(samples: Samples, room: float, arrays: int) -> Probe:
+    """Return what a run of one sample shows, and a run of two where the result fits and they may share sweeps.
+
+    Args:
+        samples: A model and its batch.
+        room: Bytes for results and work.
+        arrays: How many arrays of the Jacobians' size are allocated.
+    """
     one, held = _recorded(samples, 1)
     outputs, leaves = one.lin.outputs, one.lin.leaves
     shapes = [o.shape[1:] if o.ndim and o.shape[0] == 1 else o.shape for o in outputs]
@@ -224,7 +287,7 @@ def _probe(samples: Samples, room: float, allocated: bool) -> Probe:
     sizes = given * entries[1], given
     pairs = [(*s, *leaf.shape[1:]) for s in shapes for leaf in leaves]
     largest = max(pairs, key=lambda shape: torch.Size(shape).numel(), default=())
-    if samples.count * (given + (sizes[0] if allocated else 0)) > room:  # no need to see more
+    if samples.count * (given + arrays * sizes[0]) > room:  # no need to see more
         return Probe({ALONE: Working(0.0, float(sizes[0]))}, sizes, largest, entries, None, _TOO_LARGE)
     peaks = _swept(one.lin, held, 1)
     pull, many = max(peaks["reverse"] - held, 1), one.lin.chunk(entries[0])

@@ -41,6 +41,7 @@ class SampleJacobians:
         input_tree: The structure of the input; None at inputs without derivatives.
         inputs: Which entries of the input tree the columns stand for.
         route: How it was computed and why; of the last batch, until all are done.
+        followed: Most samples to a run beside, where the call has such runs.
         graphs: Where graphs are kept, the blocks of some samples with theirs, by the first of these.
     """
 
@@ -55,6 +56,7 @@ class SampleJacobians:
     input_tree: Tree = field(default_factory=lambda: flatten(0, "at")[1])
     inputs: Sequence[int] = (0,)
     route: str = "reverse"
+    followed: int = 1
     graphs: dict[int, list[list[Tensor]]] = field(default_factory=dict)
     _tree: Tree | None = None
     _shapes: Shapes = field(default_factory=list)
@@ -75,10 +77,14 @@ class SampleJacobians:
             raise ModelStateError.of("model", "not evaluated", "at least one sample must run")
         return self._tree
 
-    def arranged(self) -> Any:
-        """Return the Jacobians in the structures of output and input, None at inputs that are not differentiated by."""
+    def arranged(self, blocks: Sequence[Sequence[Any]] | None = None) -> Any:
+        """Return the Jacobians in the structures of output and input, None at inputs that are not differentiated by.
+
+        Args:
+            blocks: Take these in place of the Jacobians, `[output][input]`.
+        """
         places = range(len(self.input_tree.names))
-        rows = (dict(zip(self.inputs, row, strict=True)) for row in self.blocks)
+        rows = (dict(zip(self.inputs, row, strict=True)) for row in (self.blocks if blocks is None else blocks))
         return self.output_tree.build([self.input_tree.build([row.get(i) for i in places]) for row in rows])
 
     def check_finite(self, todo: str) -> None:

@@ -138,9 +138,9 @@ class Runner:
 
     def outputs_alone(self, values: Sequence[Tensor], effects: SideEffects) -> Iterator[list[Tensor]]:
         """Yield the outputs of every sample alone, without gradient."""
-        replica = self._replica(effects)
+        replica = self.replica(effects.writes)
         for i in range(values[0].shape[0]):
-            replica = self._replica(effects) if effects.writes else replica
+            replica = self.replica(True) if effects.writes else replica
             yield self._outputs([v[i : i + 1] for v in values], replica)
 
     @restoring
@@ -148,7 +148,12 @@ class Runner:
         with arithmetic(False):
             return self._ran(values, replica).lin.outputs
 
-    def _replica(self, effects: SideEffects) -> Replica | None:
+    def replica(self, cloned: bool) -> Replica | None:
+        """Return a private copy of a module; None for a plain function.
+
+        Args:
+            cloned: Copy the weights too, for forwards that write into them.
+        """
         if not isinstance(self.model, nn.Module):
             return None
         kept = self.create_graph
@@ -157,7 +162,7 @@ class Runner:
             wrt=lambda name, parameter: kept and parameter.requires_grad,
             training=False,
             connected=kept,
-            cloned=effects.writes,
+            cloned=cloned,
         )
 
     @restoring
@@ -180,7 +185,7 @@ class Runner:
         """
         # With a graph, results are differentiated once more than fused norms have derivatives.
         with recording(), random_state_kept(), norms_written_out() if self.create_graph else nullcontext():
-            return self._ran(values, self._replica(effects), path, noting, state)
+            return self._ran(values, self.replica(effects.writes), path, noting, state)
 
     def _ran(
         self,
@@ -191,24 +196,14 @@ class Runner:
         state: dict[str, Tensor] | None = None,
     ) -> Run:
         widths: dict[str, int | None] = {}
-        cut: Cut | None = None
         connected = self.connected or self.create_graph
         copied, leaves = private_inputs(self.inputs_in(values), self.input_tree, connected)
-        args, kwargs = split_input(copied)
-        with forward_explained(self.model, self.inputs_in(values)):
-            if replica is not None:
-                cut = Cut(replica.module, path or self.at, connected)
-                look = widths_noted(replica.module, values[0].shape[0], widths) if noting else nullcontext()
-                with cut.active(), look:
-                    done = functional_call(replica.module, state, args, kwargs) if state else replica(args, kwargs)
-                    output = cut.result(done)
-            else:
-                output = self.model(*args, **kwargs)
-        output = select(output, self.outputs)
-        tensors, tree = output_leaves(output if self.target is None else self.target.pick(output, values[-1]))
-        if any(t.is_complex() for t in tensors):
-            todo = "Return torch.view_as_real(output)."
-            raise NotDifferentiableError.of("the model's output", "complex", "a Jacobian by samples is real", todo)
+        cut = None if replica is None else Cut(replica.module, path or self.at, connected)
+        noted = nullcontext()
+        if replica is not None and noting:
+            noted = widths_noted(replica.module, values[0].shape[0], widths)
+        with noted:
+            tensors, tree = self.called(copied, values, replica, cut, state)
         protected = [p for p in replica.originals.values() if p.requires_grad] if replica is not None else []
         head = None
         if path is not None and cut is not None:
@@ -217,6 +212,38 @@ class Runner:
             leaves = [(str(path or self.at), leaf) for leaf in cut.leaves]
         lin = self._linearized(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
         return Run(lin, tree, head, widths)
+
+    def called(
+        self,
+        copied: Any,
+        values: Sequence[Tensor],
+        replica: Replica | None,
+        cut: Cut | None,
+        state: dict[str, Tensor] | None = None,
+    ) -> tuple[list[Tensor], Tree]:
+        """Call the model once; return its outputs and their structure.
+
+        Args:
+            copied: Its input, private to this call.
+            values: The samples that `copied` holds.
+            replica: Of a module; None calls a plain function.
+            cut: Where the replica's forward is cut.
+            state: Take these parameters and buffers instead of the replica's.
+        """
+        args, kwargs = split_input(copied)
+        with forward_explained(self.model, self.inputs_in(values)):
+            if replica is None or cut is None:
+                output = self.model(*args, **kwargs)
+            else:
+                with cut.active():
+                    done = functional_call(replica.module, state, args, kwargs) if state else replica(args, kwargs)
+                    output = cut.result(done)
+        output = select(output, self.outputs)
+        tensors, tree = output_leaves(output if self.target is None else self.target.pick(output, values[-1]))
+        if any(t.is_complex() for t in tensors):
+            todo = "Return torch.view_as_real(output)."
+            raise NotDifferentiableError.of("the model's output", "complex", "a Jacobian by samples is real", todo)
+        return tensors, tree
 
     def _linearized(
         self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], protected: list[Tensor]
