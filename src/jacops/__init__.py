@@ -25,6 +25,7 @@ A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inp
 # fmt: off
 # isort: off
 import sys
+from importlib.util import find_spec as _find_spec
 
 from . import charts, errors, fit, linalg, results, solvers, sparse, store, testing
 from ._attribution import (
@@ -73,15 +74,17 @@ __all__ = [
 
 _check_namespaces(sys.modules[__name__], charts, errors, fit, linalg, results, solvers, sparse, store, testing)
 
+_OF_JAX = ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable")
+
 
 def __dir__() -> list[str]:
-    """Return what is public; modules with a leading underscore are not."""
-    return sorted(__all__)
+    """Return what is public, with what needs JAX where it is installed; names with a leading underscore are not."""
+    return sorted([*__all__, *(_OF_JAX if _find_spec("jax") else ())])
 
 
 def __getattr__(name: str) -> object:
     """Load what needs JAX (extra `jax`) when it is asked for; say where else a name is."""
-    if name not in ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable"):
+    if name not in _OF_JAX:
         homes = [home for home in (linalg, solvers, sparse, fit, results, errors) if name in home.__all__]
         hint = f"; it is {homes[0].__name__}.{name}" if homes else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
