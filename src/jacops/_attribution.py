@@ -228,15 +228,17 @@ def contributions(
     verification = verification_of(*(t.cpu().double().numpy() for t in (found.output - bias, added)))
     failures = [str(check) for check in (check_identity(found, jacobian, basis, added), slopes) if not check.holds]
     named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(found.curved)}"
-    notes = [*([named] if found.curved else []), *failures]
+    frozen = [] if forward.frozen is None else [forward.frozen.describe()]
+    notes = [*frozen, *([named] if found.curved else []), *failures]
     if failures:
         warn(f"contributions: {'; '.join(notes)}.")
     if projection is not None:
         notes.append("contributions are of features minus their mean")
-    return Contributions(values, bias, found.output, jacobian, verification, float(slopes.relative.max()), tuple(notes))
+    slope_error, method = float(slopes.relative.max()), "frozen" if frozen else "exact"
+    return Contributions(values, bias, found.output, jacobian, verification, slope_error, tuple(notes), method)
 
 
-_OF_SAMPLES = ("outputs", "target", "at", "checks", "fallback", "compile")  # the others are of a sweep
+_OF_SAMPLES = ("outputs", "target", "at", "freeze", "checks", "fallback", "compile")  # the others are of a sweep
 
 
 def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[Tensor, FollowedModel]:
@@ -254,7 +256,8 @@ def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[
         check_outputs("contributions", found.output, found.output_tree.names)
         require_finite(found.blocks[0][0], "contributions: in the Jacobian")
     many = 1 if found.alone else batch_size
-    forward = FollowedModel(model, options.get("outputs"), options.get("at"), many, samples.runner.target)
+    runner = samples.runner
+    forward = FollowedModel(model, runner.outputs, runner.at, many, runner.target, runner.frozen)
     return found.blocks[0][0], forward
 
 

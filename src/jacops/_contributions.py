@@ -74,7 +74,8 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         slope_error: How far `f(x + d) - f(x - d)` is from `2 J d` for small `d`, relative to the size of the terms of
             `J d`, at worst over samples and outputs. Kinks between are allowed for, and what the model detaches is held
             fixed. It is about 1e-8 in double and 1e-5 in single precision where the Jacobian is right.
-        notes: Remarks: operations that are not piecewise linear, what was centred.
+        notes: Remarks: what was frozen, operations that are not piecewise linear, what was centred.
+        method: `"exact"`, or `"frozen"` where parts of the model were held constant (`freeze=`).
     """
 
     values: Tensor
@@ -84,6 +85,7 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
     verification: JacobianVerification
     slope_error: float
     notes: tuple[str, ...]
+    method: str = "exact"
     _array: ClassVar[str] = "values"
 
     def to_pandas(

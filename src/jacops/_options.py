@@ -10,7 +10,7 @@ from ._data import Unpack
 from ._ladder.protocol import FrameworkModel
 from ._picks import Picks
 from ._runtime.memory import Budget
-from ._torch.protocol import At, Shared
+from ._torch.protocol import At, Freeze, Shared
 from ._trees import Selector
 from ._words import Checks, Fallback, Mode, Sweeps
 
@@ -23,6 +23,7 @@ class JacobianOptions(TypedDict, total=False):
     outputs: Selector
     target: Tensor | None
     at: At
+    freeze: Freeze
     mode: Mode
     budget: Budget
     out: Any

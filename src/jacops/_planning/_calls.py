@@ -16,7 +16,7 @@ from ._base import Plan, listed, planned_by
 
 def plan_samples(arguments: dict[str, Any]) -> Plan:
     """Return the plan of `compute_jacobian`, from runs of one and of two samples."""
-    options = {name: arguments[name] for name in ("outputs", "target", "shared", "at", "checks", "fallback")}
+    options = {name: arguments[name] for name in ("outputs", "target", "shared", "at", "freeze", "checks", "fallback")}
     samples = Samples(arguments["model"], arguments["x"], call="compute_jacobian", **options)
     allocated = arguments["out"] is None
     found = planned(samples, arguments["batch_size"], arguments["budget"], arguments["mode"], allocated)

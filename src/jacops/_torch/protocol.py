@@ -12,6 +12,7 @@ from .layers.blocks import mirror
 from .layers.part import RowFactors, slices
 from .layers.parts import Outer, Rows, matrix_shape
 from .model.cut import At
+from .model.freeze import Freeze
 from .model.inputs import check_fallback, split_input
 from .model.likelihoods import (
     KNOWN,

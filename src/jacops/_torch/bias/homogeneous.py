@@ -23,6 +23,7 @@ from ..._runtime.side_effects import WritesState
 from ..._trees import Selector, select
 from ...errors import InputError, ModelStateError
 from ..model.cut import At, Cut
+from ..model.freeze import FrozenModules
 from ..model.inputs import forward_explained
 from ..model.replica import replicate
 from ..model.targets import SampleTarget
@@ -79,6 +80,7 @@ class FollowedModel:
         at: A cut at submodules.
         batch_size: Most samples to a forward.
         target: One output per sample.
+        frozen: Modules that are frozen.
     """
 
     model: nn.Module
@@ -86,6 +88,7 @@ class FollowedModel:
     at: At
     batch_size: int
     target: SampleTarget | None = None
+    frozen: FrozenModules | None = None
 
     def parts(self, x: Tensor) -> BiasParts:
         """Return the output for samples `x` and its bias part.
@@ -123,7 +126,7 @@ class FollowedModel:
         for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
             with recording(), random_state_kept():
                 module = replicate(self.model, training=False, cloned=cloned).module
-                given, cut = out_of_inference(x).detach(), Cut(module, self.at)
+                given, cut = out_of_inference(x).detach(), Cut(module, self.at, frozen=self.frozen)
                 leaves = cut.leaves if cut.source is not None else [given.requires_grad_()]
                 follow = Follow(leaves, [] if cloned else self.model.parameters(), bias, lengths, seed)
                 try:

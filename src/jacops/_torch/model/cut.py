@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 from ..._trees import is_differentiable
 from ...errors import InputError, ModelStateError
+from .freeze import FrozenModules
 
 At = None | str | tuple[str | None, str | None]
 
 
 class Cut:
     """A forward cut at submodules: `source`'s output becomes a leaf, `target`'s output the result.
+
+    Args:
+        module: A replica.
+        at: Source and target.
+        connected: The leaf stays connected to what is before it.
+        frozen: Modules that are frozen meanwhile.
 
     Attributes:
         leaves: What stands for the source's output.
@@ -28,8 +35,8 @@ class Cut:
         ModelStateError: The submodule was not reached, or more than once, or its output is no tensor.
     """
 
-    def __init__(self, module: nn.Module, at: At, connected: bool = False) -> None:
-        self.connected = connected
+    def __init__(self, module: nn.Module, at: At, connected: bool = False, frozen: FrozenModules | None = None) -> None:
+        self.connected, self.frozen, self._finish = connected, frozen, None
         self.source, self.target = (at, None) if isinstance(at, str) or at is None else at
         self.module, self.leaves, self.captured, self.before = module, [], [], []
         for path in (self.source, self.target):
@@ -53,7 +60,8 @@ class Cut:
         if self.target is not None:
             handles.append(self._submodule(self.target).register_forward_hook(self._keep))
         try:
-            yield
+            with nullcontext() if self.frozen is None else self.frozen.active(self.module) as self._finish:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -82,7 +90,10 @@ class Cut:
             if path is not None and len(found) != 1:
                 needed = f"the forward must use that submodule once; it did {len(found)} times"
                 raise ModelStateError.of("at", repr(path), needed)
-        return self.captured[0] if self.target is not None else output
+        found = self.captured[0] if self.target is not None else output
+        if self._finish is not None:
+            self._finish(found)
+        return found
 
 
 def _first_tensor(output: Any, path: str | None) -> Tensor:

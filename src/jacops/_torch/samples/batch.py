@@ -25,6 +25,7 @@ from ..._runtime.memory import Budget, given_tensors
 from ..._trees import Selector, hint_at_labels, is_differentiable
 from ...errors import InputError, InputTypeError, NotDifferentiableError
 from ..model.cut import At
+from ..model.freeze import Freeze, FrozenModules
 from ..model.inputs import advice_for, check_fallback
 from ..model.replica import bare, check_state
 from ..model.rows import Shared, axis_explained, rows_apart
@@ -66,6 +67,7 @@ class Samples:
         shared: Which inputs have no axis of samples.
         keep: Keep the axis that `target` picks from.
         create_graph: Keep Jacobians differentiable.
+        freeze: Which modules are frozen.
 
     Attributes:
         values: All tensors with a row per sample, those of `target` last.
@@ -89,6 +91,7 @@ class Samples:
         shared: Shared = None,
         keep: bool = False,
         create_graph: bool = False,
+        freeze: Freeze | FrozenModules = None,
     ) -> None:
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
             model = bare(model)
@@ -100,8 +103,9 @@ class Samples:
         self.compile = compile and checks in ("first", "never")
         self.count = self._check_inputs(x)
         picks = SampleTarget.of(target, self.count, self.values[0].device, keep)
-        asked = identity_key(outputs), picks is not None and (keep,), held_key(self.input_tree)
-        more = {"target": picks, "asked": asked, "create_graph": create_graph}
+        frozen = freeze if isinstance(freeze, FrozenModules) else FrozenModules.of(freeze, model)
+        asked = identity_key(outputs), picks is not None and (keep,), held_key(self.input_tree), frozen and frozen.key
+        more = {"target": picks, "asked": asked, "create_graph": create_graph, "frozen": frozen}
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback, **more)
         hint_at_labels(call, outputs, self.values, "pass `target=labels`")
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]

@@ -17,6 +17,7 @@ from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, output_leaves, select
 from ...errors import ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
+from ..model.freeze import FrozenModules
 from ..model.inputs import forward_explained, private_inputs, split_input
 from ..model.replica import Replica, replicate
 from ..model.targets import SampleTarget
@@ -66,6 +67,7 @@ class Runner:
         owner: For a function that was made of a model: the model, with which verdicts are kept, and their key.
         target: One output per sample; its places are the last of the values that the model is run over.
         asked: What is asked of the model beside its samples, as a key; made outside of forwards that are watched.
+        frozen: Modules that are frozen.
     """
 
     model: Any
@@ -80,6 +82,7 @@ class Runner:
     owner: tuple[Any, Hashable] | None = None
     target: SampleTarget | None = None
     asked: tuple[Hashable, ...] = ()
+    frozen: FrozenModules | None = None
 
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
@@ -197,7 +200,7 @@ class Runner:
         args, kwargs = split_input(copied)
         with forward_explained(self.model, self.inputs_in(values)):
             if replica is not None:
-                cut = Cut(replica.module, path or self.at, connected)
+                cut = Cut(replica.module, path or self.at, connected, self.frozen)
                 look = widths_noted(replica.module, values[0].shape[0], widths) if noting else nullcontext()
                 with cut.active(), look:
                     done = functional_call(replica.module, state, args, kwargs) if state else replica(args, kwargs)
