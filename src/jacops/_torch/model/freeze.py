@@ -202,7 +202,8 @@ class _FrozenForward(TorchFunctionMode):
         _, paths = self._inside[-1]
         if what is not None:
             self._refuse_checkpoint()
-            self._held.append((what, next((t.grad_fn for t in dependent(result)), None)))
+            if dependent((args, kwargs)):
+                self._held.append((what, next((t.grad_fn for t in dependent(result)), None)))
             self._frozen.update(paths)
         elif dependent(result):
             for path in paths:

@@ -171,8 +171,12 @@ def _scale(call: FunctionCall) -> Frozen:
 
 
 def _spread_and_mean(call: FunctionCall) -> Frozen:
-    spread, mean = call.run()
-    return (spread.detach(), mean), NORMS
+    x = call.first
+    with held_constant():
+        spread, mean = call.on(x.detach())
+    axes = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
+    axes = tuple(range(x.ndim)) if axes is None or isinstance(axes, bool) else axes  # a flag is `unbiased`
+    return (spread, x.mean(axes, keepdim=True).reshape(mean.shape)), NORMS
 
 
 def _piecewise(call: FunctionCall) -> Frozen:
@@ -312,13 +316,14 @@ def _product(call: FunctionCall) -> Frozen:
 def _holding(call: FunctionCall, constants: Sequence[Tensor]) -> Any:
     """Return what a product gives with some factors held constant; of equal ones the first."""
     left = [id(t) for t in constants]
+    written = call.first if call.in_place else None  # what is held must not change with it
 
     def held(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)([held(v) for v in value])
         if isinstance(value, Tensor) and id(value) in left:
             left.remove(id(value))
-            return value.detach()
+            return value.detach().clone() if value is written else value.detach()
         return value
 
     args = held(call.args)
