@@ -12,7 +12,7 @@ from .layers.blocks import mirror
 from .layers.part import RowFactors, slices
 from .layers.parts import Outer, Rows, matrix_shape
 from .model.cut import At
-from .model.freeze import Freeze
+from .model.freeze import Freeze, FrozenModules
 from .model.inputs import check_fallback, split_input
 from .model.likelihoods import (
     KNOWN,
@@ -45,6 +45,7 @@ from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whol
 from .samples.batch import Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
+from .samples.pooled import SHIFT, PooledModel, counted_positions
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_linearization
 from .sweeps.graph import parents_first

@@ -41,9 +41,14 @@ class Cut:
         self.module, self.leaves, self.captured, self.before = module, [], [], []
         for path in (self.source, self.target):
             if path is not None:
-                self._submodule(path)
+                self.submodule(path)
 
-    def _submodule(self, path: str) -> nn.Module:
+    def submodule(self, path: str) -> nn.Module:
+        """Return the submodule at a path.
+
+        Raises:
+            InputError: There is none; the message holds the nearest paths.
+        """
         try:
             return self.module.get_submodule(path)
         except AttributeError:
@@ -56,9 +61,9 @@ class Cut:
         """Cut the forward while inside; the module is a replica, so hooks on it are nobody's business."""
         handles = []
         if self.source is not None:
-            handles.append(self._submodule(self.source).register_forward_hook(self._cut))
+            handles.append(self.submodule(self.source).register_forward_hook(self._cut))
         if self.target is not None:
-            handles.append(self._submodule(self.target).register_forward_hook(self._keep))
+            handles.append(self.submodule(self.target).register_forward_hook(self._keep))
         try:
             with nullcontext() if self.frozen is None else self.frozen.active(self.module) as self._finish:
                 yield
@@ -67,7 +72,7 @@ class Cut:
                 handle.remove()
 
     def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
-        tensor = _first_tensor(output, self.source)
+        tensor = first_tensor(output, self.source)
         if self.captured:
             came, swapped = (self.source, self.target), (self.target, self.source)
             needed = f"'{self.target}' returns before '{self.source}' does and cannot depend on it"
@@ -82,7 +87,7 @@ class Cut:
         return leaf.clone() if isinstance(output, Tensor) else (leaf.clone(), *output[1:])
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.captured.append(_first_tensor(output, self.target))
+        self.captured.append(first_tensor(output, self.target))
 
     def result(self, output: Any) -> Any:
         """Return what stands for the output: the target's if there is one."""
@@ -96,7 +101,12 @@ class Cut:
         return found
 
 
-def _first_tensor(output: Any, path: str | None) -> Tensor:
+def first_tensor(output: Any, path: str | None) -> Tensor:
+    """Return a submodule's output, or the first of several.
+
+    Raises:
+        ModelStateError: It is no floating-point tensor.
+    """
     tensor = output[0] if isinstance(output, tuple) and output else output
     if not is_differentiable(tensor):
         came = repr(path)
