@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import jacops
+from jacops._torch.model import frozen_rules
 from jacops.errors import InputError, InputTypeError, ModelStateError
 from small import close, draw, refused
 from world import World
@@ -284,6 +285,14 @@ def test_with_compile_the_result_is_frozen_too() -> None:
     for _ in range(2):
         options: Any = {"compile": True, "fallback": "silent", "mode": "reverse"}
         close(jacops.compute_jacobian(model, x, freeze=("GELU", "LayerNorm"), **options), expected, 1e-12)
+
+
+def test_a_rule_that_changes_a_value_is_caught_when_a_graph_is_first_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(call: Any) -> Any:
+        return call.first * 0.5, frozen_rules.GAINS
+
+    monkeypatch.setitem(frozen_rules.RULES, "gelu", wrong)
+    refused(ModelStateError, partial(jacops.compute_jacobian, mlp(), draw(2, 4), freeze="GELU"), "freeze", "gelu")
 
 
 # ---- nothing stays behind --------------------------------------------------------------------------------------------

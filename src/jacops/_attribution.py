@@ -184,6 +184,12 @@ def contributions(
     used, and only then compared. Whether an operation is piecewise linear is measured where it is called; `notes`
     names those that are not, for which the identity need not hold. What the model detaches counts as constant.
 
+    Smooth models add up where `freeze=` holds parts of them constant: while a module that it names runs, a norm divides
+    by a constant scale, softmax and attention give constant weights, an activation multiplies by a constant gain
+    $(\varphi(z) - \varphi(0)) / z$, a quotient has a constant denominator, and of two factors that depend on the input
+    the gate (what comes out of an activation) is constant, or else the first. No value of the model changes, but
+    `jacobian` is the derivative of what is left (Golden, 2025, "Equivalent Linear Mappings of Large Language Models").
+
     Args:
         model: A module, evaluated in eval mode on samples alone; its output is `(n, out)`.
         x: The model's inputs, `(n, in)`, or a loader as in `compute_jacobian`, whose inputs are joined.
@@ -193,15 +199,17 @@ def contributions(
             mean counts to none of them: contributions are of `features - mean`.
         batch_size: Samples to a sweep.
         unpack: For a loader, as in `compute_jacobian`.
-        options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs, with `target=` of one output
+        options: As in `compute_jacobian`; `freeze=` takes class names or paths of modules (`fnmatch` patterns such as
+            `"LayerNorm"` or `"blocks.*.attn"`), or a function of name and module. With `outputs=` all parts are of these outputs, with `target=` of one output
             per sample, which is an axis of length one. With `at=` from a hidden
             layer `values` are what its units add, and `bias` what the constants behind it do. `checks="always"`
             compares slopes for all samples and not for some of very many, `"never"` for none.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind, or there is no such option.
-        InputError: Shapes do not fit, or `features` is missing.
-        ModelStateError: As in `compute_jacobian`.
+        InputError: Shapes do not fit, `features` is missing, or `freeze` names no module, or one in which nothing can
+            be held constant.
+        ModelStateError: As in `compute_jacobian`; or a frozen module is scripted, or runs in an activation checkpoint.
         NonFiniteError: As in `compute_jacobian`.
 
     Warns:

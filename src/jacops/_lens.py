@@ -1,4 +1,4 @@
-"""The Jacobian lens: what a layer's output is disposed to add to later ones, on average over a corpus."""
+"""The Jacobian lens: what a layer's output adds to later results to first order, on average over a corpus."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def jacobian_lens(
 
     In a causal model only $t' \ge t$ adds anything. It is the estimator of Gurnee, Sofroniew, Lindsey et al. (2026,
     "Verbalizable Representations Form a Global Workspace in Language Models"): a sum over targets, then a mean over
-    sources, then a mean over texts, each of which counts alike. Read out by the model's own head, as
-    `model.lm_head(model.transformer.ln_f(lens(hidden)))`, it shows what a hidden vector is disposed to make the model
-    say. All positions and all sequences of a batch share min(out, width) sweeps.
+    sources, then a mean over texts, each of which counts alike. The model's own head turns what it gives into logits:
+    `model.lm_head(model.transformer.ln_f(lens(hidden)))`. All positions and all sequences of a batch share
+    min(out, width) sweeps.
 
     Args:
         model: A module, evaluated in eval mode, of which every layer named by `at` is used once.

@@ -24,6 +24,7 @@ class Cut:
         at: Source and target.
         connected: The leaf stays connected to what is before it.
         frozen: Modules that are frozen meanwhile.
+        checked: What frozen functions give is held against what they give otherwise.
 
     Attributes:
         leaves: What stands for the source's output.
@@ -35,8 +36,15 @@ class Cut:
         ModelStateError: The submodule was not reached, or more than once, or its output is no tensor.
     """
 
-    def __init__(self, module: nn.Module, at: At, connected: bool = False, frozen: FrozenModules | None = None) -> None:
-        self.connected, self.frozen, self._finish = connected, frozen, None
+    def __init__(
+        self,
+        module: nn.Module,
+        at: At,
+        connected: bool = False,
+        frozen: FrozenModules | None = None,
+        checked: bool = False,
+    ) -> None:
+        self.connected, self.frozen, self.checked, self._finish = connected, frozen, checked, None
         self.source, self.target = (at, None) if isinstance(at, str) or at is None else at
         self.module, self.leaves, self.captured, self.before = module, [], [], []
         for path in (self.source, self.target):
@@ -65,7 +73,8 @@ class Cut:
         if self.target is not None:
             handles.append(self.submodule(self.target).register_forward_hook(self._keep))
         try:
-            with nullcontext() if self.frozen is None else self.frozen.active(self.module) as self._finish:
+            frozen = nullcontext() if self.frozen is None else self.frozen.active(self.module, self.checked)
+            with frozen as self._finish:
                 yield
         finally:
             for handle in handles:

@@ -21,7 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._runtime.contexts import reentrant_checkpoint
 from ...errors import InputError, InputTypeError, ModelStateError
-from .frozen_functions import KINDS, FunctionCall, applied, dependent, name_of, note_gates, opened
+from .frozen_functions import applied, check_values, note_gates, unfrozen
+from .frozen_rules import KINDS
+from .function_call import FunctionCall, dependent, name_of, opened
 from .replica import bare
 
 Freeze = None | str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -88,14 +90,19 @@ class FrozenModules:
         return f"frozen: {', '.join(parts)} ({', '.join(f'{many} {kind}' for kind, many in modules.items())})"
 
     @contextmanager
-    def active(self, module: nn.Module) -> Iterator[Callable[[Any], None]]:
+    def active(self, module: nn.Module, checked: bool = False) -> Iterator[Callable[[Any], None]]:
         """Freeze a forward of a replica while inside; what it yields is to be told the forward's output.
 
+        Args:
+            module: The replica.
+            checked: Hold what frozen functions give against what they give otherwise.
+
         Raises:
-            ModelStateError: None of the modules was run, or one in an activation checkpoint.
+            ModelStateError: None of the modules was run, or one in an activation checkpoint; or a function gives other
+                values with a part held constant.
             InputError: Nothing was held constant in one of them.
         """
-        forward = _FrozenForward(self)
+        forward = _FrozenForward(self, checked)
         handles = forward.hook(module)
         try:
             yield forward.finish
@@ -152,11 +159,12 @@ class _FrozenForward(TorchFunctionMode):
 
     Args:
         modules: Which.
+        checked: As in `FrozenModules.active`.
     """
 
-    def __init__(self, modules: FrozenModules) -> None:
+    def __init__(self, modules: FrozenModules, checked: bool) -> None:
         super().__init__()
-        self.modules = modules
+        self.modules, self.checked = modules, checked
         self._held: list[tuple[str, Any]] = []  # what, and the node of the result, None for a constant
         self._gates = WeakIdKeyDictionary()
         self._inside: list[tuple[nn.Module, tuple[str, ...]]] = []
@@ -197,7 +205,10 @@ class _FrozenForward(TorchFunctionMode):
             with self:
                 return plain(*args, **(kwargs or {}))
         call = FunctionCall(func, name_of(func), args, kwargs or {}, self._gates)
+        otherwise = unfrozen(call) if self.checked else None  # now: the call may write into its arguments
         result, what = applied(call)
+        if what is not None and otherwise is not None:
+            check_values(call, result, otherwise)
         note_gates(call, result)
         _, paths = self._inside[-1]
         if what is not None:

@@ -200,7 +200,7 @@ class Runner:
         args, kwargs = split_input(copied)
         with forward_explained(self.model, self.inputs_in(values)):
             if replica is not None:
-                cut = Cut(replica.module, path or self.at, connected, self.frozen)
+                cut = Cut(replica.module, path or self.at, connected, self.frozen, checked=noting)
                 look = widths_noted(replica.module, values[0].shape[0], widths) if noting else nullcontext()
                 with cut.active(), look:
                     done = functional_call(replica.module, state, args, kwargs) if state else replica(args, kwargs)
