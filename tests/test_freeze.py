@@ -483,6 +483,7 @@ def test_some_of_the_modules_are_frozen() -> None:
     close(partly, torch.stack([torch.autograd.functional.jacobian(by_hand, row) for row in x]), 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
 def test_compiled_modules_are_named_by_the_paths_that_they_had() -> None:
     torch.manual_seed(0)
     model, x = Stack().double(), draw(3, 4)

@@ -200,10 +200,10 @@ def contributions(
         batch_size: Samples to a sweep.
         unpack: For a loader, as in `compute_jacobian`.
         options: As in `compute_jacobian`; `freeze=` takes class names or paths of modules (`fnmatch` patterns such as
-            `"LayerNorm"` or `"blocks.*.attn"`), or a function of name and module. With `outputs=` all parts are of these outputs, with `target=` of one output
-            per sample, which is an axis of length one. With `at=` from a hidden
-            layer `values` are what its units add, and `bias` what the constants behind it do. `checks="always"`
-            compares slopes for all samples and not for some of very many, `"never"` for none.
+            `"LayerNorm"` or `"blocks.*.attn"`), or a function of name and module. With `outputs=` all parts are of
+            these outputs, with `target=` of one output per sample, which is an axis of length one. With `at=` from a
+            hidden layer `values` are what its units add, and `bias` what the constants behind it do.
+            `checks="always"` compares slopes for all samples and not for some of very many, `"never"` for none.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind, or there is no such option.
