@@ -82,7 +82,7 @@ def _activation(call: FunctionCall) -> Frozen:
         small = held.abs() < torch.finfo(held.dtype).eps ** (1 / 3)
         gain = torch.where(small, slope, (call.on(held) - rest) / torch.where(small, 1, held))
         gain, rest = gain.to(z.dtype), rest.to(z.dtype)
-    return gain * z + rest, GAINS
+    return _like(call, gain * z + rest), GAINS
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
