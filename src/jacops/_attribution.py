@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -206,6 +207,12 @@ def contributions(
     it is called; `notes` names those that are not, for which the identity need not hold. What the model detaches counts
     as constant.
 
+    Smooth models add up where `freeze=` holds parts of them constant: while a module that it names runs, a norm divides
+    by a constant scale, softmax and attention give constant weights, an activation multiplies by a constant gain
+    $(\varphi(z) - \varphi(0)) / z$, a quotient has a constant denominator, and of two factors that depend on the input
+    the gate (what comes out of an activation) is constant, or else the first. No value of the model changes, but
+    `jacobian` is the derivative of what is left (Golden, 2025, "Equivalent Linear Mappings of Large Language Models").
+
     Args:
         model: A module, evaluated in eval mode on samples alone, a `Function`, or a plain function `f(x)`. Its output
             is a tensor of any shape, or a tuple or mapping of tensors (a ModelOutput too).
@@ -220,11 +227,13 @@ def contributions(
         batch_size: Samples to a sweep.
         shared: As in `compute_jacobian`.
         unpack: For a loader, as in `compute_jacobian`.
-        options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs, with `target=` of one output
-            per sample, whose axis is not in the result. With `at=` from a hidden layer `values` are what its units add,
-            and `bias` what the constants behind it do; `at=(None, "head")` ends at a layer, such as the one before a
-            sigmoid. `out` is where the Jacobian is written. `checks="always"` compares slopes for all samples and not
-            for some of very many, `"never"` for none.
+        options: As in `compute_jacobian`; `freeze=` takes class names or paths of modules (`fnmatch` patterns such as
+            `"LayerNorm"` or `"blocks.*.attn"`), or a function of name and module. With `outputs=` all parts are of
+            these outputs, with `target=` of one output per sample, whose axis is not in the result. With `at=` from a
+            hidden layer `values` are what its units add, and `bias` what the constants behind it do;
+            `at=(None, "head")` ends at a layer, such as the one before a sigmoid. `out` is where the Jacobian is
+            written. `checks="always"` compares slopes for all samples and not for some of very many, `"never"` for
+            none.
 
     Returns:
         All parts, as tensors for one input tensor and one output tensor. For several inputs `values` and `jacobian` are
@@ -233,9 +242,10 @@ def contributions(
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind, or there is no such option.
-        InputError: Shapes do not fit, or `features` is missing.
+        InputError: Shapes do not fit, `features` is missing, or `freeze` names no module, or one in which nothing can
+            be held constant.
         MemoryBudgetError: Jacobians, contributions and the work on one sample do not fit the budget.
-        ModelStateError: As in `compute_jacobian`.
+        ModelStateError: As in `compute_jacobian`; or a frozen module is scripted, or runs in an activation checkpoint.
         NotDifferentiableError: As in `compute_jacobian`.
         NonFiniteError: As in `compute_jacobian`; in the bias part, too.
 
@@ -264,7 +274,10 @@ def contributions(
     notes = _noted(parts.curved, [*check_identity(parts, names, terms), *slopes])
     if projection is not None:
         notes.append("contributions are of features minus their mean")
-    return _arranged(swept, parts, blocks, terms, slopes, notes)
+    frozen = samples.runner.frozen
+    notes = notes if frozen is None else [frozen.describe(), *notes]
+    found = _arranged(swept, parts, blocks, terms, slopes, notes)
+    return found if frozen is None else replace(found, method="frozen")
 
 
 def _arranged(
@@ -284,7 +297,7 @@ def _arranged(
     return Contributions(values, build(bias), build(outputs), jacobian, worst(verifications), slope_error, tuple(notes))
 
 
-_OF_SAMPLES = ("outputs", "target", "at", "checks", "fallback", "compile")  # the others are of a sweep
+_OF_SAMPLES = ("outputs", "target", "at", "freeze", "checks", "fallback", "compile")  # the others are of a sweep
 
 
 def _swept(

@@ -93,8 +93,9 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
             `J d`, at worst over samples and outputs. Kinks between are allowed for, and what the model detaches is held
             fixed. It is about 1e-8 in double and 1e-5 in single precision where the Jacobian is right. None where
             slopes are no part of the method.
-        notes: Remarks: operations that are not piecewise linear, what was centred.
-        method: `"exact"` for the Jacobian at the samples themselves.
+        notes: Remarks: what was frozen, operations that are not piecewise linear, what was centred.
+        method: `"exact"` for the Jacobian at the samples themselves, `"frozen"` where parts of the model were held
+            constant (`freeze=`).
     """
 
     values: Any

@@ -26,6 +26,7 @@ from ._runtime.memory import Budget, given_tensors
 from ._torch.protocol import (
     At,
     Blocks,
+    Freeze,
     Places,
     Recording,
     Samples,
@@ -69,6 +70,7 @@ def compute_jacobian(
     shared: Shared = None,
     unpack: Batching | None = None,
     at: At = None,
+    freeze: Freeze = None,
     mode: Mode = "auto",
     budget: Budget = None,
     out: Any = None,
@@ -102,6 +104,9 @@ def compute_jacobian(
         unpack: For a loader, batch -> `(x, y)` or `(x, y, weights)`, where a batch is no pair `(x, y)`.
         at: A submodule's path: differentiate by its output instead of by `x`. A pair `(source, target)` goes from
             one hidden layer (None: the input) to another (None: the output).
+        freeze: Modules whose nonlinear functions are held constant in a part, as in `contributions`: class names or
+            paths (`fnmatch` patterns such as `"LayerNorm"`, `"blocks.*.attn"`), or a function of name and module. The
+            result then is the Jacobian of what is left, not of the model.
         mode: `"reverse"` sweeps by output entries, `"forward"` by input entries, `"split"` at the narrowest layer that
             everything passes through and multiplies the parts; `"auto"` takes the fewest, timed where that is close.
         budget: Bytes that result and working memory may take, or a text such as `"2GiB"`; by default half of what is
@@ -140,12 +145,15 @@ def compute_jacobian(
     options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared}
     options |= {"checks": checks, "fallback": fallback, "batch_size": batch_size}
     if is_framework_model(model):
-        refuse_options(at=at, budget=budget, out=out, compile=compile, create_graph=create_graph)
+        refuse_options(at=at, freeze=freeze, budget=budget, out=out, compile=compile, create_graph=create_graph)
         sweeps = SweepOptions("compute_jacobian", mode=mode, progress=progress, **options)
         return framework_jacobian(model, x, sweeps, check_finite)
     if create_graph:
         _refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split")
-    options |= {"at": at, "compile": compile, "create_graph": create_graph}
+        if freeze is not None:
+            needed = "with `create_graph=True` what is held constant would have no derivative by the parameters"
+            raise InputError.of("freeze", repr(freeze), needed, "Leave one of them out.")
+    options |= {"at": at, "freeze": freeze, "compile": compile, "create_graph": create_graph}
     with keeping(create_graph):
         samples = Samples(model, x, call="compute_jacobian", **options)
         found = samples.jacobians(progress, budget=budget, out=out, mode=mode)

@@ -11,7 +11,7 @@ from ._data import Unpack
 from ._ladder.protocol import FrameworkModel, Picked
 from ._picks import Picks
 from ._runtime.memory import Budget
-from ._torch.protocol import At, Shared
+from ._torch.protocol import At, Freeze, Shared
 from ._trees import Selector
 from ._words import Checks, Fallback, Mode, Randomness, Sweeps, Wrt
 
@@ -24,6 +24,7 @@ class JacobianOptions(TypedDict, total=False):
     outputs: Selector
     target: Tensor | None
     at: At
+    freeze: Freeze
     mode: Mode
     budget: Budget
     out: Any

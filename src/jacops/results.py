@@ -3,6 +3,7 @@
 from ._checks import Check
 from ._contributions import Contributions, JacobianVerification
 from ._influence import InfluenceFactors, Influences, InverseHvpResult
+from ._lens import JacobianLens
 from ._planning import Plan, PlannedRoute
 from ._projections import Projection
 from .fit import LeastSquaresResult
@@ -14,7 +15,7 @@ from .sparse import SparseJacobian
 # fmt: off
 __all__ = [
     "Check", "Contributions", "DiagonalEstimate", "Eigenpairs", "Estimate", "InfluenceFactors", "Influences",
-    "InverseHvpResult", "JacobianVerification", "KroneckerFactors", "LeastSquaresResult", "Plan", "PlannedRoute",
-    "Projection", "Solution", "SparseJacobian", "SpectralDensity", "SpectralNorm",
+    "InverseHvpResult", "JacobianLens", "JacobianVerification", "KroneckerFactors", "LeastSquaresResult", "Plan",
+    "PlannedRoute", "Projection", "Solution", "SparseJacobian", "SpectralDensity", "SpectralNorm",
 ]
 # fmt: on

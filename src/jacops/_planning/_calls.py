@@ -36,7 +36,7 @@ def plan_contributions(arguments: dict[str, Any]) -> Plan:
 
 
 def _by_samples(call: str, x: Any, arguments: dict[str, Any]) -> Plan:
-    named = ("outputs", "target", "shared", "at", "checks", "fallback", "batch_size")
+    named = ("outputs", "target", "shared", "at", "freeze", "checks", "fallback", "batch_size")
     options = {name: arguments[name] for name in named if name in arguments}
     samples = Samples(arguments["model"], x, call=call, **options)
     if call == "contributions":

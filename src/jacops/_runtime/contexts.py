@@ -94,8 +94,8 @@ def math_attention() -> Guard:
     return ProcessSetting(_ATTENTION, [name == "math" for name in _KERNELS])
 
 
-def _checkpoint_records_nothing() -> bool:
-    """Return whether this runs in the forward of a reentrant checkpoint none of whose arguments requires grad.
+def reentrant_checkpoint() -> Any | None:
+    """Return the context of the reentrant checkpoint whose forward this runs in; None outside of one.
 
     Torch's own and the copies of it in other packages all pass the function as `run_function`. Within another one it
     is the outermost that counts: the inner one runs again, with gradients, in the backward of that.
@@ -106,6 +106,12 @@ def _checkpoint_records_nothing() -> bool:
         if code.co_name == "forward" and {"ctx", "run_function"} <= set(code.co_varnames[: code.co_argcount]):
             ctx = frame.f_locals.get("ctx")
         frame = frame.f_back
+    return ctx
+
+
+def _checkpoint_records_nothing() -> bool:
+    """Return whether this runs in the forward of a reentrant checkpoint none of whose arguments requires grad."""
+    ctx = reentrant_checkpoint()
     return ctx is not None and not any(getattr(ctx, "needs_input_grad", (True,)))
 
 

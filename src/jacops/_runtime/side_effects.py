@@ -17,6 +17,7 @@ _READS_OUTSIDE_DISPATCH = ("tolist", "numpy", "__array__", "__dlpack__")
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 _unwatched: ContextVar[bool] = ContextVar("_unwatched", default=False)
+_held: ContextVar[bool] = ContextVar("_held", default=False)
 
 
 @contextmanager
@@ -27,6 +28,22 @@ def unwatched() -> Iterator[None]:
         yield
     finally:
         _unwatched.reset(token)
+
+
+@contextmanager
+def held_constant() -> Iterator[None]:
+    """Compute without gradients what is a constant by decision: nobody needs to follow what it is made of."""
+    token = _held.set(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _held.reset(token)
+
+
+def is_held() -> bool:
+    """Say whether what runs now is a constant by decision."""
+    return _held.get()
 
 
 class WritesState(Exception):

@@ -12,6 +12,7 @@ from .layers.blocks import mirror
 from .layers.part import RowFactors, slices
 from .layers.parts import Outer, Rows, matrix_shape
 from .model.cut import At
+from .model.freeze import Freeze, FrozenModules
 from .model.inputs import check_fallback, refuse_arrays, split_input
 from .model.likelihoods import (
     KNOWN,
@@ -45,6 +46,7 @@ from .samples.batch import SampleChanges, Samples
 from .samples.followed import FollowedModel
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
+from .samples.pooled import SHIFT, PooledModel, counted_positions
 from .samples.results import SampleJacobians
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_linearization

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..._finite import is_finite
 from ..._runtime.contexts import is_memory_error
 from ..._runtime.restoring import restoring
-from ..._runtime.side_effects import Light, WritesState, storage_of, tensors_in
+from ..._runtime.side_effects import Light, WritesState, is_held, storage_of, tensors_in
 from .companions import Companions, wide, working
 from .local_linear import find_curved, push_entrywise, push_through, ray
 from .operation import OperationCall, Shape, is_followed, kind_of
@@ -91,7 +91,7 @@ class Follow(Light):
             given = [t for t in tensors_in([*args, *kwargs.values()]) if is_followed(t)]
             tracked = [t for t in given if self._is_tracked(t)]
             moving = [t for t in tracked if recorded and _needs_grad(t)]
-        if not tracked:
+        if not tracked or (not moving and is_held()):
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             # Where nothing is recorded (inside a custom Function) all that is tracked is followed.

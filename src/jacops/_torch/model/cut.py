@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from ..._trees import is_differentiable
 from ...errors import InputError, ModelStateError
+from .freeze import FrozenModules
 
 At = None | str | tuple[str | None, str | None]
 
 
 class Cut:
     """A forward cut at submodules: `source`'s output becomes a leaf, `target`'s output the result.
+
+    Args:
+        module: A replica.
+        at: Source and target.
+        connected: The leaf stays connected to what is before it.
+        frozen: Modules that are frozen meanwhile.
+        checked: What frozen functions give is held against what they give otherwise.
 
     Attributes:
         leaves: What stands for the source's output.
@@ -28,15 +36,27 @@ class Cut:
         ModelStateError: The submodule was not reached, or more than once, or its output is no tensor.
     """
 
-    def __init__(self, module: nn.Module, at: At, connected: bool = False) -> None:
-        self.connected = connected
+    def __init__(
+        self,
+        module: nn.Module,
+        at: At,
+        connected: bool = False,
+        frozen: FrozenModules | None = None,
+        checked: bool = False,
+    ) -> None:
+        self.connected, self.frozen, self.checked, self._finish = connected, frozen, checked, None
         self.source, self.target = (at, None) if isinstance(at, str) or at is None else at
         self.module, self.leaves, self.captured, self.before = module, [], [], []
         for path in (self.source, self.target):
             if path is not None:
-                self._submodule(path)
+                self.submodule(path)
 
-    def _submodule(self, path: str) -> nn.Module:
+    def submodule(self, path: str) -> nn.Module:
+        """Return the submodule at a path.
+
+        Raises:
+            InputError: There is none; the message holds the nearest paths.
+        """
         try:
             return self.module.get_submodule(path)
         except AttributeError:
@@ -49,17 +69,19 @@ class Cut:
         """Cut the forward while inside; the module is a replica, so hooks on it are nobody's business."""
         handles = []
         if self.source is not None:
-            handles.append(self._submodule(self.source).register_forward_hook(self._cut))
+            handles.append(self.submodule(self.source).register_forward_hook(self._cut))
         if self.target is not None:
-            handles.append(self._submodule(self.target).register_forward_hook(self._keep))
+            handles.append(self.submodule(self.target).register_forward_hook(self._keep))
         try:
-            yield
+            frozen = nullcontext() if self.frozen is None else self.frozen.active(self.module, self.checked)
+            with frozen as self._finish:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
-        tensor = _first_tensor(output, self.source)
+        tensor = first_tensor(output, self.source)
         if self.captured:
             came, swapped = (self.source, self.target), (self.target, self.source)
             needed = f"'{self.target}' returns before '{self.source}' does and cannot depend on it"
@@ -74,7 +96,7 @@ class Cut:
         return leaf.clone() if isinstance(output, Tensor) else (leaf.clone(), *output[1:])
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.captured.append(_first_tensor(output, self.target))
+        self.captured.append(first_tensor(output, self.target))
 
     def result(self, output: Any) -> Any:
         """Return what stands for the output: the target's if there is one."""
@@ -82,10 +104,18 @@ class Cut:
             if path is not None and len(found) != 1:
                 needed = f"the forward must use that submodule once; it did {len(found)} times"
                 raise ModelStateError.of("at", repr(path), needed)
-        return self.captured[0] if self.target is not None else output
+        found = self.captured[0] if self.target is not None else output
+        if self._finish is not None:
+            self._finish(found)
+        return found
 
 
-def _first_tensor(output: Any, path: str | None) -> Tensor:
+def first_tensor(output: Any, path: str | None) -> Tensor:
+    """Return a submodule's output, or the first of several.
+
+    Raises:
+        ModelStateError: It is no floating-point tensor.
+    """
     tensor = output[0] if isinstance(output, tuple) and output else output
     if not is_differentiable(tensor):
         came = repr(path)

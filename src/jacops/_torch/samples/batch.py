@@ -26,6 +26,7 @@ from ..._runtime.memory import Budget, given_tensors
 from ..._trees import Selector, hint_at_labels, is_differentiable
 from ...errors import InputError, InputTypeError, NotDifferentiableError
 from ..model.cut import At
+from ..model.freeze import Freeze, FrozenModules
 from ..model.inputs import advice_for, check_fallback
 from ..model.replica import bare, check_state
 from ..model.rows import Shared, axis_explained, rows_apart
@@ -75,6 +76,7 @@ class Samples:
         shared: Which inputs have no axis of samples.
         create_graph: Keep Jacobians differentiable.
         batch_size: Most samples to a sweep.
+        freeze: Which modules are frozen.
 
     Raises:
         InputTypeError: The model or its input is of the wrong kind.
@@ -106,6 +108,7 @@ class Samples:
         shared: Shared = None,
         create_graph: bool = False,
         batch_size: int = 1024,
+        freeze: Freeze | FrozenModules = None,
     ) -> None:
         self.batch_size = check_positive("batch_size", batch_size)
         if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
@@ -118,8 +121,9 @@ class Samples:
         self.compile = compile and checks in ("first", "never")
         self.count = self._check_inputs(x)
         picks = SampleTarget.of(target, self.count, self.values[0].device)
-        asked = identity_key(outputs), picks is not None, held_key(self.input_tree)
-        more = {"target": picks, "asked": asked, "create_graph": create_graph}
+        frozen = freeze if isinstance(freeze, FrozenModules) else FrozenModules.of(freeze, model)
+        asked = identity_key(outputs), picks is not None, held_key(self.input_tree), frozen and frozen.key
+        more = {"target": picks, "asked": asked, "create_graph": create_graph, "frozen": frozen}
         self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback, **more)
         hint_at_labels(call, outputs, self.values, "pass `target=labels`")
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]

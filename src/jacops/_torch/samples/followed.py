@@ -91,7 +91,7 @@ class FollowedModel:
         for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
             with recording(), random_state_kept():
                 replica = runner.replica(cloned)
-                cut = None if replica is None else Cut(replica.module, runner.at)
+                cut = None if replica is None else Cut(replica.module, runner.at, frozen=runner.frozen)
                 given, tree = runner.inputs_in(values), runner.input_tree
                 inside = cut is not None and cut.source is not None
                 copied = private_inputs(given, tree, fixed=inside)[0]

@@ -17,6 +17,7 @@ from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, output_leaves, select
 from ...errors import ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
+from ..model.freeze import FrozenModules
 from ..model.inputs import forward_explained, private_inputs, split_input
 from ..model.replica import Replica, replicate
 from ..model.targets import SampleTarget
@@ -66,6 +67,7 @@ class Runner:
         owner: For a function that was made of a model: the model, with which verdicts are kept, and their key.
         target: One output per sample; its places are the last of the values that the model is run over.
         asked: What is asked of the model beside its samples, as a key; made outside of forwards that are watched.
+        frozen: Modules that are frozen.
     """
 
     model: Any
@@ -80,6 +82,7 @@ class Runner:
     owner: tuple[Any, Hashable] | None = None
     target: SampleTarget | None = None
     asked: tuple[Hashable, ...] = ()
+    frozen: FrozenModules | None = None
 
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
@@ -198,7 +201,7 @@ class Runner:
         widths: dict[str, int | None] = {}
         connected = self.connected or self.create_graph
         copied, leaves = private_inputs(self.inputs_in(values), self.input_tree, connected)
-        cut = None if replica is None else Cut(replica.module, path or self.at, connected)
+        cut = None if replica is None else Cut(replica.module, path or self.at, connected, self.frozen, checked=noting)
         noted = nullcontext()
         if replica is not None and noting:
             noted = widths_noted(replica.module, values[0].shape[0], widths)
