@@ -502,6 +502,8 @@ def test_a_cut_goes_with_freezing() -> None:
     close(found.output, rest(hidden).detach(), 1e-14)
     adds_up(found, rest(hidden), 1e-12)
     assert "3 activation gains" in found.notes[0]  # the one before the cut adds nothing
+    before = jacops.contributions(model, x, at=("blocks.2.lin", "blocks.2.lin"), freeze="blocks.1")
+    assert before.notes[0] == "frozen: nothing on the way to the output (1 Mlp2)"
     inner = jacops.compute_jacobian(model, x, at=("blocks.0", "blocks.1"), freeze="Tanh")
     z = model.blocks[1].lin(hidden)  # pyright: ignore
     close(inner, ((torch.tanh(z) / z)[..., None] * model.blocks[1].lin.weight).detach(), 1e-12)  # pyright: ignore

@@ -201,6 +201,10 @@ RULES: dict[str, tuple[Function, Function]] = {
     "softsign": (functional.softsign, lambda x: x / (x.abs() + 1).detach()),
     "relu": (functional.relu, functional.relu),
     "leaky relu": (lambda x: functional.leaky_relu(x, 0.2), lambda x: functional.leaky_relu(x, 0.2)),
+    "beside functions that choose another by a flag": (
+        lambda x: functional.dropout(functional.max_pool1d(functional.silu(x), 2), 0.5, training=False),
+        lambda x: functional.max_pool1d(gain(functional.silu)(x), 2),
+    ),
     "in place": (in_place, lambda x: gain(torch.sigmoid)(gain(functional.silu)(x * 2 + 1))),
     "gate first": (lambda x: functional.silu(x @ W) * (x @ U), lambda x: functional.silu(x @ W).detach() * (x @ U)),
     "gate last": (lambda x: (x @ U) * functional.silu(x @ W), lambda x: functional.silu(x @ W).detach() * (x @ U)),

@@ -271,7 +271,7 @@ def contributions(
     if projection is not None and centred is not None:
         blocks, bases = _by_features(blocks, projection, options.get("budget")), [centred]
     terms = [Terms.of(output, row, bases) for output, row in zip(parts.outputs, blocks, strict=True)]
-    notes = _noted(parts.curved, [*check_identity(parts, names, terms), *slopes])
+    notes = _noted(parts.curved, check_identity(parts, names, terms), slopes)
     if projection is not None:
         notes.append("contributions are of features minus their mean")
     frozen = samples.runner.frozen
@@ -314,10 +314,14 @@ def _swept(
     return samples, found
 
 
-def _noted(curved: Sequence[str], checks: Sequence[Errors]) -> list[str]:
-    """Return the notes of a result, warned of where a check fails."""
+def _noted(curved: Sequence[str], *checks: Sequence[Errors]) -> list[str]:
+    """Return the notes of a result, warned of where a check fails: of several outputs the worst stands for all."""
     named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(curved)}"
-    failures = [str(check) for check in checks if not check.holds]
+    failures = []
+    for of in checks:
+        failed = [check for check in of if not check.holds]
+        more = f" (and {len(failed) - 1} more outputs)" if len(failed) > 1 else ""
+        failures += [f"{max(failed, key=lambda check: check.beyond)}{more}"] if failed else []
     notes = [*([named] if curved else []), *failures]
     if failures:
         warn(f"contributions: {'; '.join(notes)}.")

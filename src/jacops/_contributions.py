@@ -123,7 +123,7 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         if key not in known and isinstance(key, int) and -len(known) <= key < len(known):
             key = known[key]
         if key not in known:
-            near = get_close_matches(str(key), map(str, known), 1) if known else []
+            near = get_close_matches(str(key), map(str, known), 1, 0.4)
             there = f"the outputs are {listed([repr(one) for one in known])}" if known else "there is one output only"
             todo = f"Did you mean {near[0]!r}?" if near else "" if known else "Take the result as it is."
             raise InputError.of("key", repr(key), there, todo)

@@ -57,8 +57,17 @@ class Errors:
         """The largest error; 0 where there are no samples."""
         return float(self.relative.max()) if self.relative.numel() else 0.0
 
+    @property
+    def beyond(self) -> float:
+        """The largest error in units of its bound, NaN as inf."""
+        return float(self._known.max()) / self.bound if self.relative.numel() else 0.0
+
+    @property
+    def _known(self) -> Tensor:
+        return torch.where(torch.isnan(self.relative), torch.inf, self.relative)
+
     def __str__(self) -> str:
-        known = torch.where(torch.isnan(self.relative), torch.inf, self.relative)
+        known = self._known
         row, *place = (int(i) for i in torch.unravel_index(known.argmax(), known.shape))
         where = f" {place[0] if len(place) == 1 else tuple(place)}" if place else ""
         size = f"{float(known.max()):.1e} of the terms"

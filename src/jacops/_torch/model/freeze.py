@@ -87,7 +87,8 @@ class FrozenModules:
         held = [(what, self.held[what]) for what in KINDS if self.held[what]]
         parts = [f"{many} {what if many > 1 else _singular(what)}" for what, many in held]
         modules = Counter(self.kinds.values())
-        return f"frozen: {', '.join(parts)} ({', '.join(f'{many} {kind}' for kind, many in modules.items())})"
+        what = ", ".join(parts) or "nothing on the way to the output"
+        return f"frozen: {what} ({', '.join(f'{many} {kind}' for kind, many in modules.items())})"
 
     @contextmanager
     def active(self, module: nn.Module, checked: bool = False) -> Iterator[Callable[[Any], None]]:

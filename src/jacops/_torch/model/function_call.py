@@ -81,7 +81,8 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
     Such a function, multi-head attention above all, hands itself to a mode as a whole, and what it then calls is out of
     the mode's sight. The copy has the same code, and is told that no mode is there.
     """
-    if not isinstance(func, FunctionType) or func.__module__ != torch.nn.functional.__name__:
+    # Those that choose between two others by a flag are made elsewhere, and hand themselves over again when opened.
+    if not isinstance(func, FunctionType) or func.__globals__ is not vars(torch.nn.functional):
         return None
     asked = (name for name in func.__globals__ if name.startswith("has_torch_function"))
     seen = func.__globals__ | {name: _nobody for name in asked}
