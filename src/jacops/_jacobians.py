@@ -149,14 +149,10 @@ def compute_jacobian(
         sweeps = SweepOptions("compute_jacobian", mode=mode, progress=progress, **options)
         return framework_jacobian(model, x, sweeps, check_finite)
     if create_graph:
-        _refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split")
-        if freeze is not None:
-            needed = "with `create_graph=True` what is held constant would have no derivative by the parameters"
-            raise InputError.of("freeze", repr(freeze), needed, "Leave one of them out.")
+        _refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split", freeze=freeze is not None)
     options |= {"at": at, "freeze": freeze, "compile": compile, "create_graph": create_graph}
     with keeping(create_graph):
-        samples = Samples(model, x, call="compute_jacobian", **options)
-        found = samples.jacobians(progress, budget=budget, out=out, mode=mode)
+        found = Samples(model, x, call="compute_jacobian", **options).jacobians(progress, budget, out, mode)
     if check_finite:
         found.check_finite(FINITE_TODO)
     return found.arranged()
@@ -375,9 +371,10 @@ def _refuse_with_graph(**given: bool) -> None:
     for name, value in given.items():
         if value:
             came = "'split'" if name == "mode" else "given"
-            raise InputError.of(
-                name, came, "with `create_graph=True` results are not written in place", "Leave it out."
-            )
+            needed = "results are not written in place"
+            if name == "freeze":
+                needed = "what is held constant would have no derivative by the parameters"
+            raise InputError.of(name, came, f"with `create_graph=True` {needed}", "Leave it out.")
 
 
 def _refuse_with_sparse(**given: bool) -> None:

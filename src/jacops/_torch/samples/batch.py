@@ -60,6 +60,21 @@ class SampleChanges(TypedDict, total=False):
     batch_size: int
 
 
+def _checked(model: Any, at: At) -> Any:
+    """Return a module without wrappers, or a plain function as it is.
+
+    Raises:
+        InputTypeError: It is neither, or a function, which has nothing to cut `at`.
+        ModelStateError: Parameters of the module have no values here.
+    """
+    if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
+        model = bare(model)
+        check_state(model)
+    elif at is not None:
+        raise InputTypeError.of("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
+    return model
+
+
 class Samples:
     """A model and a batch to be differentiated sample by sample.
 
@@ -111,12 +126,8 @@ class Samples:
         freeze: Freeze | FrozenModules = None,
     ) -> None:
         self.batch_size = check_positive("batch_size", batch_size)
-        if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
-            model = bare(model)
-            check_state(model)
+        model = _checked(model, at)
         self.call, self.at, self.checks, self.fallback = call, at, checks, check_fallback(fallback)
-        if at is not None and not isinstance(model, nn.Module):
-            raise InputTypeError.of("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
         self.values, self.input_tree = rows_apart(x, "x", shared)
         self.compile = compile and checks in ("first", "never")
         self.count = self._check_inputs(x)
@@ -177,7 +188,7 @@ class Samples:
     # ---- all samples -----------------------------------------------------------------------------------------
 
     def jacobians(
-        self, progress: bool | None = None, *, budget: Budget = None, out: Any = None, mode: str = "auto"
+        self, progress: bool | None = None, budget: Budget = None, out: Any = None, mode: str = "auto"
     ) -> SampleJacobians:
         """Return the Jacobians of all samples, at most `batch_size` of them to a sweep.
 
