@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -15,7 +16,7 @@ from ._finite import check_outputs, require_finite
 from ._keywords import keywords
 from ._loaders import joined
 from ._options import JacobianOptions
-from ._projections import Projection
+from ._projections import Projection, as_projection
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import eager
 from ._torch.protocol import FollowedModel, Samples, bare, check_identity, check_slopes, summed
@@ -33,7 +34,7 @@ def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool 
     """Return a Jacobian by reduced inputs as one by original features: `(n, out, r) · (r, d) -> (n, out, d)`.
 
     `proj_tensor` is the derivative of the reduced input by the original features. For a whitened PCA that is not
-    `pca.components_`: take `pca_projection(pca).matrix`.
+    `pca.components_`: take `jacops.attribution.projection(pca).matrix`.
 
     Args:
         jacobian: `(n, out, r)`, torch or NumPy; gradients flow through it.
@@ -170,7 +171,7 @@ def contributions(
     model: nn.Module,
     x: Tensor | Iterable[Any],
     *,
-    projection: Projection | None = None,
+    projection: Any = None,
     features: Tensor | None = None,
     batch_size: int = 1024,
     unpack: Batching | None = None,
@@ -187,10 +188,11 @@ def contributions(
     Args:
         model: A module, evaluated in eval mode on samples alone; its output is `(n, out)`.
         x: The model's inputs, `(n, in)`, or a loader as in `compute_jacobian`, whose inputs are joined.
-        projection: How `x` came from original features, such as `pca_projection(pca)`; contributions then are by
-            those features.
+        projection: How `x` came from original features: a fitted scikit-learn transformer or pipeline, or a
+            `Projection`, see `jacops.attribution.projection`; contributions then are by those features.
         features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
-            mean counts to none of them: contributions are of `features - mean`.
+            mean counts to none of them: contributions are of `features - projection.mean`, and what the projection
+            itself adds (`projection.offset`) counts to the bias part.
         batch_size: Samples to a sweep.
         unpack: For a loader, as in `compute_jacobian`.
         options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs, with `target=` of one output
@@ -215,12 +217,15 @@ def contributions(
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[0] == 0:
         came = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise InputError.of("x", came, "a tensor (n, in) of at least one sample is needed")
+    projection = as_projection(projection)
     centred = _check_features(x, projection, features, options.get("at"))
     jacobian, forward = _swept(bare(model), x, batch_size, options)
     found = forward.parts(x)
     require_finite(found.bias, "contributions: in the bias part")
     slopes = check_slopes(forward, x, found, jacobian, options.get("checks", "first"))
     if projection is not None:
+        if projection.offset is not None:  # a part of the input that no feature accounts for
+            found = replace(found, bias=found.bias + jacobian.to(found.bias) @ projection.offset.to(found.bias))
         jacobian = torch.as_tensor(project_jacobian(jacobian, projection.matrix.to(jacobian.dtype)))
     basis = (found.point if centred is None else centred).to(jacobian.dtype)
     bias, values = found.bias.to(found.output.dtype), jacobian * basis.unsqueeze(1)
@@ -270,7 +275,7 @@ def _check_features(x: Tensor, projection: Projection | None, features: Tensor |
         needed = (x.shape[0], projection.matrix.shape[1])
         raise InputError.of("features", f"of shape {tuple(features.shape)}", f"shape {needed} is needed")
     centred = features.detach().to(projection.mean.dtype) - projection.mean
-    rebuilt = centred @ projection.matrix.T
+    rebuilt = projection(features.detach().to(projection.mean.dtype))
     off = (rebuilt - x.to(rebuilt.dtype)).abs().max() if x.numel() else torch.zeros(())
     # Float32 projections are good to 1e-5; other rows, or a mean left on, are off by a share of 1.
     if float(off) > 1e-3 * max(1.0, float(rebuilt.abs().max()) if x.numel() else 1.0):

@@ -1,7 +1,7 @@
 """Types of results, for annotations and `isinstance`; calls make them, users do not."""
 
-from ._contributions import Contributions, JacobianVerification
 from ._checks import Check
+from ._contributions import Contributions, JacobianVerification
 from ._influence import InfluenceFactors, Influences, InverseHvpResult
 from ._planning import Plan, PlannedRoute
 from ._projections import Projection
