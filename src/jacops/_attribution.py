@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._contributions import Contributions, JacobianVerification, verification_of
 from ._data import Unpack as Batching
+from ._features import FeatureGroups, FeatureLabels, feature_names
 from ._finite import check_outputs, require_finite
 from ._keywords import keywords
 from ._loaders import joined
@@ -173,6 +174,8 @@ def contributions(
     *,
     projection: Any = None,
     features: Tensor | None = None,
+    names: FeatureLabels = None,
+    groups: FeatureGroups = None,
     batch_size: int = 1024,
     unpack: Batching | None = None,
     **options: Unpack[JacobianOptions],
@@ -193,6 +196,11 @@ def contributions(
         features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
             mean counts to none of them: contributions are of `features - projection.mean`, and what the projection
             itself adds (`projection.offset`) counts to the bias part.
+        names: Of the features, for `top`, `plot`, `to_pandas` and `to_html`: a name for each, or a table whose columns
+            they are; for features with several axes an entry per axis, its names or None; for several inputs a mapping
+            from inputs. By default those that the projection's estimator was fitted with.
+        groups: Groups of features, for `grouped`: a mapping from groups to features (by name, pattern or index; what
+            is in none is in `"other"`), or a label for every feature.
         batch_size: Samples to a sweep.
         unpack: For a loader, as in `compute_jacobian`.
         options: As in `compute_jacobian`. With `outputs=` all parts are of these outputs, with `target=` of one output
@@ -221,24 +229,29 @@ def contributions(
     centred = _check_features(x, projection, features, options.get("at"))
     jacobian, forward = _swept(bare(model), x, batch_size, options)
     found = forward.parts(x)
+    labels = feature_names(found.point if features is None else features, names, groups, projection)
     require_finite(found.bias, "contributions: in the bias part")
     slopes = check_slopes(forward, x, found, jacobian, options.get("checks", "first"))
     if projection is not None:
-        if projection.offset is not None:  # a part of the input that no feature accounts for
-            found = replace(found, bias=found.bias + jacobian.to(found.bias) @ projection.offset.to(found.bias))
-        jacobian = torch.as_tensor(project_jacobian(jacobian, projection.matrix.to(jacobian.dtype)))
+        found, jacobian = _by_features(found, jacobian, projection)
     basis = (found.point if centred is None else centred).to(jacobian.dtype)
     bias, values = found.bias.to(found.output.dtype), jacobian * basis.unsqueeze(1)
     added = summed(jacobian, basis)
     verification = verification_of(*(t.cpu().double().numpy() for t in (found.output - bias, added)))
-    failures = [str(check) for check in (check_identity(found, jacobian, basis, added), slopes) if not check.holds]
-    named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(found.curved)}"
-    notes = [*([named] if found.curved else []), *failures]
+    notes = _noted(found.curved, (check_identity(found, jacobian, basis, added), slopes))
+    notes += [] if projection is None else projection.notes()
+    worst = float(slopes.relative.max())
+    return Contributions(values, bias, found.output, jacobian, verification, worst, tuple(notes), labels)
+
+
+def _noted(curved: Sequence[str], checks: Iterable[Any]) -> list[str]:
+    """Return the notes of a result, warned of where a check fails."""
+    named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(curved)}"
+    failures = [str(check) for check in checks if not check.holds]
+    notes = [*([named] if curved else []), *failures]
     if failures:
         warn(f"contributions: {'; '.join(notes)}.")
-    if projection is not None:
-        notes.append("contributions are of features minus their mean")
-    return Contributions(values, bias, found.output, jacobian, verification, float(slopes.relative.max()), tuple(notes))
+    return notes
 
 
 _OF_SAMPLES = ("outputs", "target", "at", "checks", "fallback", "compile")  # the others are of a sweep
@@ -261,6 +274,16 @@ def _swept(model: nn.Module, x: Tensor, batch_size: int, options: Any) -> tuple[
     many = 1 if found.alone else batch_size
     forward = FollowedModel(model, options.get("outputs"), options.get("at"), many, samples.runner.target)
     return found.blocks[0][0], forward
+
+
+def _by_features(found: Any, jacobian: Tensor, projection: Projection) -> tuple[Any, Tensor]:
+    """Return parts and Jacobian by features in place of those by the model's input.
+
+    What the projection adds by itself is a part of the input that no feature accounts for.
+    """
+    if projection.offset is not None:
+        found = replace(found, bias=found.bias + jacobian.to(found.bias) @ projection.offset.to(found.bias))
+    return found, torch.as_tensor(project_jacobian(jacobian, projection.matrix.to(jacobian.dtype)))
 
 
 def _check_features(x: Tensor, projection: Projection | None, features: Tensor | None, at: Any) -> Tensor | None:

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ._attribution_plot import DrawnContributions
 from ._display import Described, Description, Table
-from ._interop import ArrayLike, as_array
+from ._features import FeatureNames
+from ._interop import ArrayLike
 from ._saving import Savable
-from ._tables import Names, contribution_table
 
 if TYPE_CHECKING:
-    import pandas
     from numpy.typing import NDArray
 
 _SHOWN = 5  # features in a repr: those of largest contribution
@@ -69,43 +67,24 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
             from a hidden layer (`at=`) its axes take the place of `features`.
         bias: What the model's constants add, computed without the output, `(n, out)`.
         output: The model's output, `(n, out)`.
-        jacobian: By the features that `values` speaks of, of the shape of `values`.
+        jacobian: By the features that `values` speaks of, of the shape of `values`; None for groups of features.
         verification: `output - bias` against the sum of `values`; small means that nothing is missing.
         slope_error: How far `f(x + d) - f(x - d)` is from `2 J d` for small `d`, relative to the size of the terms of
             `J d`, at worst over samples and outputs. Kinks between are allowed for, and what the model detaches is held
             fixed. It is about 1e-8 in double and 1e-5 in single precision where the Jacobian is right.
         notes: Remarks: operations that are not piecewise linear, what was centred.
+        names: Names of the features and their groups, where some were given.
     """
 
     values: Tensor
     bias: Tensor
     output: Tensor
-    jacobian: Tensor
+    jacobian: Tensor | None
     verification: JacobianVerification
     slope_error: float
     notes: tuple[str, ...]
+    names: FeatureNames | None = None
     _array: ClassVar[str] = "values"
-
-    def to_pandas(
-        self, *, samples: Names = None, outputs: Names = None, features: Names = None, bias: bool = False
-    ) -> pandas.DataFrame:
-        """Return the contributions as a table of one row per sample, output and feature.
-
-        Args:
-            samples: Names of the samples; by default positions.
-            outputs: Names of the outputs.
-            features: Names of the features.
-            bias: Add a row of feature `"bias"` per sample and output, so that rows sum to the output.
-
-        Returns:
-            A table with columns `sample`, `output`, `feature` (`feature_0`, … where there are several axes), `value`.
-
-        Raises:
-            MissingExtraError: Pandas is not installed (extra `pandas`).
-            InputError: Names are too few or too many, or `bias` is asked of features with several axes.
-        """
-        constants = as_array(self.bias) if bias else None
-        return contribution_table(as_array(self), constants, samples, outputs, features)
 
     def _describe(self) -> Description:
         n, out, *features = self.values.shape
@@ -117,9 +96,6 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
             ("slopes", f"as the Jacobian says up to {self.slope_error:.1e}"),
             *(("note", note) for note in self.notes),
         ]
-        mean = torch.linalg.vector_norm(self.values, 1, dim=(0, 1)) / (n * out)
-        order = mean.flatten().argsort(descending=True)[:_SHOWN].tolist()
-        places = [np.unravel_index(k, tuple(features)) for k in order]
-        rows = [(", ".join(map(str, place)), f"{float(mean[place]):.4g}") for place in places]
+        shown = self.top(_SHOWN).table() if n * out else Table((), ())
         title = f"Contributions({n:,} samples, {out} outputs, {'x'.join(map(str, features))} features)"
-        return Description(title, facts, [Table(("feature", "mean |contribution|"), rows)])
+        return Description(title, facts, [shown])

@@ -47,6 +47,11 @@ class Projection(ArrayLike, Savable, Described):
         linear = (features - self.mean) @ self.matrix.T
         return linear if self.offset is None else linear + self.offset
 
+    def notes(self) -> list[str]:
+        """Return what a user of contributions through it has to know."""
+        centred = ["contributions are of features minus their mean"] if bool(self.mean.any()) else []
+        return centred + ([] if self.offset is None else ["what the projection adds by itself counts to the bias"])
+
     def _describe(self) -> Description:
         (m, n), dtype = self.matrix.shape, str(self.matrix.dtype).removeprefix("torch.")
         facts = [] if self.names is None else [("features", listed(self.names))]
