@@ -274,7 +274,7 @@ def test_without_samples_there_is_no_top() -> None:
     assert empty.grouped(["a", "a", "b"]).values.shape == (0, 2, 2)
 
 
-@pytest.mark.parametrize("call", ["top", "grouped", "to_pandas", "plot"])
+@pytest.mark.parametrize("call", ["top", "grouped", "to_pandas", "plot", "to_html"])
 def test_one_of_several_outputs_has_to_be_picked(call: str) -> None:
     parts: dict[str, Tensor] = {"mu": draw(5, 2, 3), "spread": draw(5, 2, 3)}
     given = replace(by_hand(draw(5, 2, 3)), values=parts, bias=parts, output=parts, jacobian=parts)  # pyright: ignore

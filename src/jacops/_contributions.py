@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import Tensor
 
-from ._attribution_plot import DrawnContributions
+from ._attribution_page import PagedContributions
 from ._display import Described, Description, Table
 from ._features import FeatureNames
 from ._interop import ArrayLike
@@ -59,7 +59,7 @@ def _range(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contributions(ArrayLike, Savable, DrawnContributions):
+class Contributions(ArrayLike, Savable, PagedContributions):
     """What every feature adds to every output, what none of them does, and whether that is all.
 
     Attributes:
