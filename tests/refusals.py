@@ -147,7 +147,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "project_jacobian": (jacops.project_jacobian, lambda m: {"jacobian": draw(5, 2, 3), "proj_tensor": draw(3, 7)}),
     "reduce_contributions": (jacops.reduce_contributions, lambda m: {"contributions": np.ones((2, 3, 4))}),
     "verify_jacobian": (jacops.verify_jacobian, lambda m: dict(zip("ZJX", linear_case(), strict=True))),
-    "pca_projection": (jacops.pca_projection, lambda m: {}),
+    "projection": (jacops.attribution.projection, lambda m: {}),
     "get_element": (TorchTensorUtilities.get_element, lambda m: {}),
     "cat_gen": (lambda a: TorchTensorUtilities.cat_gen(a, (5, 2), TorchTwiceDifferentiable(small_net(), square)),
                 lambda m: {}),
@@ -722,7 +722,7 @@ for a, b in (((2, 3), (3, 7)), ((5, 2, 3), (3,)), ((5, 2, 3), (1, 3, 7)), ((5, 2
 refuse("a projection is of numpy", {"proj_tensor": draw(3, 7).numpy()}, "project_jacobian", InputTypeError,
        "proj_tensor")
 refuse("a projection is of float32", {"proj_tensor": draw(3, 7).float()}, "project_jacobian", InputError, "float32")
-refuse("a PCA is an array", {"pca": np.eye(3)}, "pca_projection", InputTypeError, "`pca` is a ndarray .. fit")
+refuse("a PCA is an array", {"estimator": np.eye(3)}, "projection", InputTypeError, "`estimator` is a ndarray .. PCA")
 for shape in ((4, 3), (4,), ()):
     for kind, given in (("numpy", np.ones(shape)), ("torch", torch.ones(shape)), ("lists", np.ones(shape).tolist()),
                         ("a graph", torch.ones(shape, requires_grad=True))):

@@ -133,7 +133,7 @@ def test_w4_a_pca_whitened_or_not_is_mapped_back_exactly(whiten: bool):
     reduced = torch.from_numpy(pca.fit_transform(features))
     model = settled(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)))
 
-    projection = jacops.pca_projection(pca)
+    projection = jacops.attribution.projection(pca)
     found = project_jacobian(compute_jacobian(model, reduced), projection.matrix)
 
     step = 1e-5
@@ -154,8 +154,8 @@ def test_w4_a_reduction_that_is_not_orthonormal_takes_the_encoder_matrix():
 
 
 def test_w4_a_pca_that_was_not_fitted_is_named():
-    with pytest.raises(InputTypeError, match=r"`pca` is a PCA.*fit"):
-        jacops.pca_projection(pytest.importorskip("sklearn.decomposition").PCA(2))
+    with pytest.raises(InputTypeError, match=r"`estimator` is a PCA.*fit"):
+        jacops.attribution.projection(pytest.importorskip("sklearn.decomposition").PCA(2))
 
 
 # W5, W6, W9: sizes of contributions

@@ -12,13 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import nn
 
 import jacops
 from jacops import linalg
 from jacops.errors import InputError, InputTypeError, MissingExtraError
 from jacops.linalg import Matrix
+from jacops.results import FeatureNames
+from small import by_hand, draw
 
 F64 = torch.float64
 torch.manual_seed(0)
@@ -26,6 +30,10 @@ NET = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).double()
 X, Y = torch.randn(9, 12).double(), torch.randint(3, (9,))
 FOUND = jacops.contributions(NET, X)
 VALUES = FOUND.values.numpy()
+LONG = [f"the {i}th of the features, whose name is $ longer than any axis has room for" for i in range(12)]
+DNA = by_hand(draw(3, 2, 4, 60), names=FeatureNames.of(torch.ones(3, 4, 60), ("ACGT", None)))
+_TWO = {"image": draw(5, 3, 2, 2, 3), "table": draw(5, 3, 4, seed=1)}
+TWO = by_hand(_TWO, names=FeatureNames.of({k: v[:, 0] for k, v in _TWO.items()}, {"table": "wxyz"}))
 SPECTRUM = torch.tensor([5.0, 3.0, 1e-2, -2.0, 0.5, 0.25]).double()
 
 
@@ -63,6 +71,13 @@ PLOTS: dict[str, Callable[..., Any]] = {
     "image": lambda **k: FOUND.plot(shape=(3, 2, 2), **k),
     "flat image": lambda **k: FOUND.plot(kind="image", shape=(3, 4), **k),
     "sequence": lambda **k: FOUND.plot(shape=(4, 3), **k),
+    "all samples": lambda **k: FOUND.plot(None, **k),
+    "summary": lambda **k: FOUND.plot(kind="summary", **k),
+    "grouped": lambda **k: FOUND.grouped(["a"] * 6 + ["b"] * 6).plot(kind="waterfall", **k),
+    "long names": lambda **k: FOUND.plot(names=LONG, **k),
+    "letters": lambda **k: DNA.plot(2, positions=1, names="ACGT" * 15, **k),
+    "several inputs": lambda **k: TWO.plot(3, **k),
+    "one of several": lambda **k: TWO.plot(3, 1, kind="image", input="image", **k),
     "influences": lambda **k: influences().plot(**k),
     "eigenpairs": lambda **k: pairs().plot(**k),
     "pattern": lambda **k: pattern().plot(**k),
@@ -70,6 +85,9 @@ PLOTS: dict[str, Callable[..., Any]] = {
     "residuals": lambda **k: fit().plot("residuals", **k),
     "density": lambda **k: density().plot(**k),
 }
+
+
+OLD = ("influences", "convergence")  # whose legends stand inside
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -83,9 +101,31 @@ def test_a_new_figure_is_returned_once_and_labelled(name: str) -> None:
     assert len(beside) == (name in ("image", "flat image", "sequence"))
     assert all(ax.get_xlabel() for ax in panels)
     assert panels[0].get_ylabel()
-    if name not in ("image", "flat image", "sequence", "pattern", "residuals"):
+    if name not in ("image", "flat image", "sequence", "pattern", "residuals", "letters", "one of several"):
         assert panels[0].get_legend() is not None
     assert all("contribution" in bar.get_ylabel() for bar in beside)
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_nothing_is_cut_off_and_nothing_covers_the_legend(name: str) -> None:
+    figure = PLOTS[name]()
+    canvas = FigureCanvasAgg(figure)  # that of a figure without pyplot does not lay out
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    for ax in figure.axes:
+        title = ax.title.get_window_extent()
+        legend = ax.get_legend()
+        assert legend is None or name in OLD or not title.overlaps(legend.get_window_extent())
+        ticks = [
+            label
+            for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim())))
+            for place, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+            if low <= place <= high
+        ]
+        for text in filter(Text.get_text, [ax.title, ax.xaxis.label, ax.yaxis.label, *ticks]):
+            box = text.get_window_extent()
+            inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+            assert inside, (text.get_text(), box.extents, (width, height))
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -196,6 +236,118 @@ def test_the_shape_of_the_features_chooses_the_figure() -> None:
     bars = hidden.plot(1, 2, kind="bars", k=1).axes[0]
     largest = np.unravel_index(int(hidden.values[1, 2].abs().argmax()), (2, 3, 3))
     assert names(bars)[0] == ", ".join(map(str, largest))
+
+
+def test_bars_of_all_samples_are_mean_sizes() -> None:
+    (ax,) = FOUND.plot(None, 1, k=4).axes
+    sizes = abs(VALUES[:, 1]).mean(0)
+    order = np.argsort(-sizes)[:4]
+    assert names(ax) == [*map(str, order), "bias"]
+    np.testing.assert_allclose(widths(ax), [*sizes[order], abs(FOUND.bias[:, 1].numpy()).mean()])
+    assert ax.get_title() == "9 samples, 4 of 12 features"
+    assert ax.get_xlabel() == "mean |contribution| to output 1, in its units"
+    largest = int(FOUND.output.mean(0).argmax())
+    assert f"output {largest}" in FOUND.plot(None).axes[0].get_xlabel()
+
+
+def test_a_summary_has_a_point_for_every_sample() -> None:
+    (ax,) = FOUND.plot(output=2, kind="summary", k=3).axes
+    order = np.argsort(-abs(VALUES[:, 2]).mean(0))[:3]
+    assert names(ax) == list(map(str, order))
+    for row, (feature, points) in enumerate(zip(order, ax.collections, strict=True)):
+        x, y = np.asarray(points.get_offsets()).T
+        np.testing.assert_allclose(x, np.sort(VALUES[:, 2, feature]))
+        assert (abs(y - row) < 0.5).all()
+        colours = np.asarray(points.get_facecolor())
+        assert len(np.unique(colours, axis=0)) == len(np.unique(x >= 0))
+    same = by_hand(torch.ones(200, 1, 2).double())
+    side = np.asarray(same.plot(kind="summary").axes[0].collections[0].get_offsets())[:, 1]
+    assert len(np.unique(side)) == 200  # equal points stand side by side
+    assert (abs(side) <= 0.45).all()
+
+
+def test_names_come_from_the_result_unless_others_are_given() -> None:
+    named = jacops.contributions(NET, X, names=list("abcdefghijkl"))
+    order = np.argsort(-abs(VALUES[0, 1]))
+    assert names(named.plot(0, 1, k=12).axes[0])[:-1] == ["abcdefghijkl"[i] for i in order]
+    assert names(named.plot(0, 1, k=1, names=["z"] * 12).axes[0])[0] == "z"
+    long = names(FOUND.plot(0, 1, k=1, names=LONG).axes[0])[0]
+    assert len(long) == 32
+    assert long.startswith(f"the {order[0]}th of")
+    assert long.endswith("has room for")
+    odd = ["a\nb\x00", "$x$ \u202ec"] * 6
+    assert set(names(FOUND.plot(names=odd, k=12).axes[0])) == {"a b\ufffd", "$x$ \ufffdc", "bias"}
+
+
+def test_letters_of_a_sequence_stand_below_it() -> None:
+    ax = DNA.plot(2, positions=1, names="ACGT" * 15).axes[0]
+    np.testing.assert_allclose(pixels(ax), DNA.values[2].sum(1).numpy())
+    assert "".join(text.get_text() for text in ax.get_xticklabels()) == "ACGT" * 15
+    across = DNA.plot(2, 1).axes[0]  # by default the first axis counts positions, whose names the result has
+    np.testing.assert_allclose(pixels(across), DNA.values[2, 1].sum(1)[None].numpy())
+    assert [text.get_text() for text in across.get_xticklabels()] == list("ACGT")
+    many = by_hand(draw(1, 1, 500)).plot(kind="sequence", names=[f"w{k}" for k in range(500)]).axes[0]
+    assert [text.get_text() for text in many.get_xticklabels()] == [f"w{k}" for k in range(0, 500, 13)]
+
+
+def test_rows_and_columns_of_a_heat_map_go_by_their_names() -> None:
+    found = by_hand(
+        draw(2, 2, 3, 2), names=FeatureNames.of(torch.ones(2, 3, 2), (["p53", "myc", "ras"], ["rest", "heat"]))
+    )
+    ax = found.plot(1, 0, kind="image").axes[0]
+    assert names(ax) == ["p53", "myc", "ras"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["rest", "heat"]
+
+
+def test_several_inputs_share_their_bars_and_have_heat_maps_of_their_own() -> None:
+    flat = torch.cat([_TWO["image"].flatten(2), _TWO["table"]], -1)[3, 1].numpy()
+    order = np.argsort(-abs(flat))
+    (ax,) = TWO.plot(3, 1, k=16).axes
+    assert names(ax) == [TWO.names.label(int(i)) for i in order] + ["bias"]
+    assert {"image[0, 1, 2]", "table[w]"} < set(names(ax))
+    np.testing.assert_allclose(widths(ax)[:-1], flat[order])
+    for which in ("image", 0):
+        panel = TWO.plot(3, 1, kind="image", input=which).axes[0]
+        np.testing.assert_allclose(pixels(panel), _TWO["image"][3, 1].sum(0).numpy())
+        assert panel.get_title() == "sample 3, image"
+    panel = TWO.plot(3, kind="sequence", input="table").axes[0]
+    np.testing.assert_allclose(pixels(panel), _TWO["table"][3].numpy())
+    assert [text.get_text() for text in panel.get_xticklabels()] == list("wxyz")
+
+
+def test_outputs_with_several_axes_or_none_are_called_by_their_index() -> None:
+    grid = by_hand(draw(4, 2, 3, 5), out=2)
+    ax = grid.plot(1, (1, 2), k=1).axes[0]
+    assert ax.get_xlabel() == "contribution to output 1, 2, in its units"
+    np.testing.assert_allclose(widths(ax)[0], grid.values[1, 1, 2].abs().max() * grid.values[1, 1, 2][
+        grid.values[1, 1, 2].abs().argmax()].sign())  # fmt: skip
+    assert names(grid.plot(1, kind="sequence").axes[0]) == [f"{i}, {j}" for i in range(2) for j in range(3)]
+    lone = by_hand(draw(4, 5), out=0)
+    ax = lone.plot(2, k=5).axes[0]
+    assert ax.get_xlabel() == "contribution to the output, in its units"
+    np.testing.assert_allclose(sum(widths(ax)), float(lone.output[2]))
+
+
+def test_bars_do_not_end_where_the_axes_do() -> None:
+    for ax in (FOUND.plot(k, kind="waterfall").axes[0] for k in range(9)):
+        ends: Any = [edge for bar in ax.patches for edge in (bar.get_x(), bar.get_x() + bar.get_width())]  # pyright: ignore
+        low, high = ax.get_xlim()
+        assert low < min(ends)
+        assert max(ends) < high
+
+
+@pytest.mark.parametrize(
+    ("found", "options", "words"),
+    [(TWO, {"kind": "image"}, "`input` is missing"), (TWO, {"input": "picture"}, "`input`.*There are 2: image, table"),
+     (TWO, {"input": 2}, "`input` is 2"), (TWO, {"input": "image"}, "`input`.*'bars' is of all inputs"),
+     (FOUND, {"input": 1}, "There is one"), (FOUND, {"sample": None, "kind": "waterfall"}, "`sample` is None"),
+     (DNA, {"kind": "sequence", "positions": 2}, "`positions` is 2"), (DNA, {"output": (0, 0)}, "`output`"),
+     (by_hand(torch.ones(0, 2, 3)), {"sample": None}, "no samples"),
+     (FOUND, {"names": LONG[:3], "kind": "summary"}, "`names`.*12 are needed")],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(found: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        found.plot(**{"kind": "bars", **options})
 
 
 @pytest.mark.parametrize(

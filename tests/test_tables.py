@@ -12,8 +12,8 @@ from torch import nn
 
 import jacops
 from jacops.errors import InputError, MissingExtraError
-from jacops.results import Influences
-from small import draw, refused, settled, small_net
+from jacops.results import FeatureNames, Influences
+from small import by_hand, draw, refused, settled, small_net
 
 X, Y = draw(5, 3), torch.tensor([0, 1, 1, 0, 1])
 
@@ -89,6 +89,46 @@ def test_features_of_a_hidden_layer_with_several_axes():
         assert cells[place] == float(found.values[place])
     refused(InputError, lambda: found.to_pandas(bias=True), "bias")
     refused(InputError, lambda: found.to_pandas(features=["x"]), "features")
+
+
+def test_names_and_groups_of_the_result_stand_in_the_table():
+    found = parts(names="xyz", groups={"first": "x", "last": ["y", "z"]})
+    table = found.to_pandas(bias=True)
+    assert list(table.columns) == ["sample", "output", "feature", "group", "value"]
+    assert list(table["feature"][:4]) == ["x", "y", "z", "bias"]
+    assert list(table["group"][:4]) == ["first", "last", "last", "bias"]
+    sums = table.groupby(["sample", "output", "group"])["value"].sum()
+    whole = found.grouped()
+    for n, o, g in np.ndindex(*whole.values.shape):
+        np.testing.assert_allclose(sums[n, o, ["first", "last"][g]], whole.values[n, o, g], atol=1e-15)
+    assert list(found.to_pandas(features="uvw")["feature"][:3]) == list("uvw")
+    assert list(whole.to_pandas()["feature"][:2]) == ["first", "last"]
+
+
+def test_features_and_outputs_with_several_axes_have_a_column_for_each():
+    names = FeatureNames.of(torch.ones(2, 4, 3), ("ACGT", None))
+    found = by_hand(draw(2, 2, 3, 4, 3), out=2, names=names)
+    table = found.to_pandas()
+    assert list(table.columns) == ["sample", "output_0", "output_1", "feature_0", "feature_1", "value"]
+    cells = table.set_index(list(table.columns[:-1]))["value"]
+    assert cells[1, 0, 2, "G", 1] == float(found.values[1, 0, 2, 2, 1])
+    refused(InputError, lambda: found.to_pandas(outputs=["a", "b"]), "outputs")
+    assert list(by_hand(draw(2, 3), out=0).to_pandas().columns) == ["sample", "feature", "value"]
+    assert len(by_hand(draw(0, 2, 3)).to_pandas()) == 0
+
+
+def test_features_of_several_inputs_are_told_apart():
+    values = {"image": draw(2, 3, 2, 2), "table": draw(2, 3, 4, seed=1)}
+    found = by_hand(values, names=FeatureNames.of({k: v[:, 0] for k, v in values.items()}, None, {"all": "image"}))
+    table = found.to_pandas(samples=["u", "v"], outputs=list("abc"), bias=True)
+    assert list(table.columns) == ["sample", "output", "input", "feature", "group", "value"]
+    assert list(table["input"][:9]) == ["image"] * 4 + ["table"] * 4 + [""]
+    assert list(table["group"][:9]) == ["all"] * 4 + ["other"] * 4 + ["bias"]
+    cells = table.set_index(["sample", "output", "feature"])["value"]
+    assert cells["v", "c", "image[1, 0]"] == float(values["image"][1, 2, 1, 0])
+    assert cells["u", "b", "table[3]"] == float(values["table"][0, 1, 3])
+    sums = table.groupby(["sample", "output"])["value"].sum().to_numpy().reshape(2, 3)
+    np.testing.assert_allclose(sums, found.output.numpy())
 
 
 def test_the_steps_of_a_fit_and_the_routes_of_a_plan():

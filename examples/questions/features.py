@@ -22,7 +22,7 @@ from questions import Answer, look
 QUESTION = "Which features does each embedding coordinate rest on?"
 COMPONENTS = 8
 CODE = """
-back = jacops.pca_projection(pca)
+back = jacops.attribution.projection(pca)
 found = jacops.contributions(net, reduced, projection=back, features=rows)
 found.values         # (569, 2, 30): what each measurement adds to each coordinate
 found.bias           # (569, 2): what the biases add
@@ -163,7 +163,7 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
         tumours = load()
         net = train(tumours, steps=60 if quick else 500)
     with answer.timed("contributions, 569 tumours"):
-        projection = jacops.pca_projection(tumours.pca)
+        projection = jacops.attribution.projection(tumours.pca)
         found = jacops.contributions(net, tumours.reduced, projection=projection, features=tumours.rows)
 
     parts, bias, embedded = (np.asarray(part) for part in (found.values, found.bias, found.output))

@@ -9,6 +9,7 @@ Whole Jacobians     modjac, full_jacobian, sample_jacobians, sample_gradients; s
 Inverses            solve, inverse; kronecker_factors; jacops.solvers
 Before and after    plan (memory and cost of a call), check (a model against finite differences)
 
+jacops.attribution  contributions and what goes with them: projection
 jacops.linalg       operators; trace, norm, diagonal, eigenpairs, spectral_density of one
 jacops.solvers      CG, MINRES, Direct, EKFAC, Nystrom, Lanczos, LiSSA
 jacops.sparse       sparse Jacobians: detect_pattern, sparse_plan, jacobian
@@ -27,12 +28,11 @@ A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inp
 import sys
 from importlib.util import find_spec as _find_spec
 
-from . import charts, errors, fit, linalg, results, solvers, sparse, store, testing
-from ._attribution import (
-    JacobianVerification, contributions, project_jacobian, reduce_contributions, verify_jacobian,
-)
+from . import attribution, charts, errors, fit, linalg, results, solvers, sparse, store, testing
+from ._attribution import JacobianVerification, project_jacobian, reduce_contributions, verify_jacobian
 from ._checks import check
 from ._curvature_products import ggnvp, hvp
+from ._decomposition import contributions
 from ._derivatives import ggn, hessian, jacobian
 from ._extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
 from ._fisher import fisher
@@ -48,7 +48,6 @@ from ._per_sample import empirical_fisher, sample_gradients, sample_jacobians
 from ._planning import plan
 from ._problem import Problem
 from ._products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
-from ._projections import pca_projection
 from ._saved_files import load
 from ._second_order import directional_derivative, input_hessian, laplacian
 from .errors import JacopsError, JacopsWarning, MissingExtraError as _MissingExtraError
@@ -61,18 +60,20 @@ __version__ = "0.1.0"
 __all__ = [
     "DataLoaderType", "Function", "InverseHvpResult", "JacobianVerification", "JacopsError", "JacopsWarning",
     "ModelType", "Problem", "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable",
-    "TwiceDifferentiable", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
+    "TwiceDifferentiable", "attribution", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
     "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "empirical_fisher", "errors",
     "fisher", "fit", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "inverse",
     "jacobian", "jvp", "kronecker_factors", "laplacian", "levenberg_marquardt", "linalg", "load", "model_jvp",
-    "model_vjp", "modjac", "pca_projection", "plan", "project_jacobian", "reduce_contributions", "results",
+    "model_vjp", "modjac", "plan", "project_jacobian", "reduce_contributions", "results",
     "sample_gradients", "sample_jacobians", "self_influences", "solve", "solvers", "sparse", "sparse_plan", "store",
     "testing", "verify_jacobian", "vjp",
 ]
 # fmt: on
 # isort: on
 
-_check_namespaces(sys.modules[__name__], charts, errors, fit, linalg, results, solvers, sparse, store, testing)
+_check_namespaces(
+    sys.modules[__name__], attribution, charts, errors, fit, linalg, results, solvers, sparse, store, testing
+)
 
 _OF_JAX = ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable")
 

@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._attribution_plot import DrawnContributions
+from ._attribution_page import PagedContributions
 from ._display import Described, Description, Table, listed
-from ._interop import ArrayLike, as_array
+from ._features import FeatureNames
+from ._interop import ArrayLike
 from ._saving import Savable
-from ._tables import Names, contribution_table
 from ._trees import flatten
 from .errors import InputError, InputTypeError
 
 if TYPE_CHECKING:
-    import pandas
     from numpy.typing import NDArray
 
 _SHOWN = 5  # features in a repr: those of largest contribution
@@ -74,7 +73,7 @@ def verified(output: Tensor, bias: Tensor, added: Tensor) -> JacobianVerificatio
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contributions(ArrayLike, Savable, DrawnContributions):
+class Contributions(ArrayLike, Savable, PagedContributions):
     """What every feature adds to every output, what none of them does, and whether that is all.
 
     With one input tensor and one output tensor all parts are tensors. For several inputs `values` and `jacobian` are in
@@ -86,7 +85,7 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
             from a hidden layer (`at=`) its axes take the place of `features`.
         bias: What the model's constants add, computed without the output, `(n, *out)`.
         output: The model's output, `(n, *out)`.
-        jacobian: By the features that `values` speaks of, of the shape of `values`.
+        jacobian: By the features that `values` speaks of, of the shape of `values`; None for groups of features.
         verification: `output - bias` against the sum of `values`; small means that nothing is missing. Of several
             outputs the worst.
         slope_error: How far `f(x + d) - f(x - d)` is from `2 J d` for small `d`, relative to the size of the terms of
@@ -96,6 +95,7 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         notes: Remarks: what was frozen, operations that are not piecewise linear, what was centred.
         method: `"exact"` for the Jacobian at the samples themselves, `"frozen"` where parts of the model were held
             constant (`freeze=`).
+        names: Names of the features and their groups, where some were given.
     """
 
     values: Any
@@ -106,6 +106,7 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
     slope_error: float | None
     notes: tuple[str, ...]
     method: str = "exact"
+    names: FeatureNames | None = None
     _array: ClassVar[str] = "values"
 
     def __getitem__(self, key: str | int) -> Contributions:
@@ -132,34 +133,6 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         if isinstance(output, Tensor):
             parts["verification"] = verified(output, bias, _added(values, output))
         return replace(self, **parts)
-
-    def to_pandas(
-        self, *, samples: Names = None, outputs: Names = None, features: Names = None, bias: bool = False
-    ) -> pandas.DataFrame:
-        """Return the contributions as a table of one row per sample, output and feature.
-
-        Args:
-            samples: Names of the samples; by default positions.
-            outputs: Names of the outputs.
-            features: Names of the features.
-            bias: Add a row of feature `"bias"` per sample and output, so that rows sum to the output.
-
-        Returns:
-            A table with columns `sample`, `output`, `feature` (`feature_0`, … where there are several axes), `value`.
-
-        Raises:
-            MissingExtraError: Pandas is not installed (extra `pandas`).
-            InputError: Names are too few or too many, or `bias` is asked of features with several axes; or there are
-                several outputs or inputs.
-        """
-        flat = flattened(self, "to_pandas")
-        if outputs is None and self.output.ndim > 2:
-            outputs = [", ".join(map(str, place)) for place in np.ndindex(*self.output.shape[1:])]
-        constants = as_array(flat.bias) if bias else None
-        return contribution_table(as_array(flat), constants, samples, outputs, features)
-
-    def _flat(self, call: str) -> Contributions:
-        return flattened(self, call)
 
     def _converted(self, call: str) -> Any:
         if not isinstance(self.values, Tensor):
@@ -198,15 +171,14 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         many = self.output.shape[1:]
         outputs = "1 output" if many.numel() == 1 else f"{_sizes(many)} outputs"
         features = ", ".join(f"{name} {_sizes(shape)}".strip() for name, shape in self._shapes()) + " features"
-        rows = [(place, f"{size:.4g}") for place, size in self._largest_features(_SHOWN)]
-        tables = [Table(("feature", "mean |contribution|"), rows)] if rows else []
+        tables = [self.top(_SHOWN).table()] if self.output.numel() else []
         return Description(f"Contributions({len(self.output):,} samples, {outputs}, {features})", facts, tables)
 
     def _described_all(self, each: list[tuple[str, Contributions]]) -> Description:
         rows = []
         for name, one in each:
-            feature, size = next(iter(one._largest_features(1)), ("", 0.0))
-            cells = (_sizes(one.output.shape[1:]), f"{one._share():.0%}", feature, f"{size:.4g}" if feature else "")
+            largest = one.top(1).table().rows[0][:2] if one.output.numel() else ("", "")
+            cells = (_sizes(one.output.shape[1:]), f"{one._share():.0%}", *largest)
             rows.append((name.removeprefix("output"), *cells))
         header = ("output", "numbers", "bias", "largest feature", "mean |contribution|")
         verified = f"features + bias up to {self.verification.relative_error:.1e} of their ranges"
@@ -220,18 +192,6 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
 
     def _shapes(self) -> list[tuple[str, torch.Size]]:
         return [(name.removeprefix("x"), values.shape[self.output.ndim :]) for name, values in self._inputs()]
-
-    def _largest_features(self, k: int) -> list[tuple[str, float]]:
-        """Return features of one output by their mean absolute contribution, the largest first."""
-        found: list[tuple[str, float]] = []
-        for name, values in self._inputs() if self.output.numel() else []:
-            features = values.shape[self.output.ndim :]
-            mean = torch.linalg.vector_norm(values.reshape(-1, features.numel()), 1, 0) / self.output.numel()
-            order = mean.argsort(descending=True)[:k].tolist()
-            of = name.removeprefix("x")
-            places = (", ".join(map(str, np.unravel_index(i, tuple(features)))) if features else "" for i in order)
-            found += [(f"{of} {place}".strip(), float(mean[i])) for i, place in zip(order, places, strict=True)]
-        return sorted(found, key=lambda feature: -feature[1])[:k]
 
 
 def worst(verifications: Sequence[JacobianVerification]) -> JacobianVerification:

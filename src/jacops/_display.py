@@ -159,6 +159,19 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) <= _NAMES else [*names[:5], f"… {len(names) - 5} more"]) or "none"
 
 
+def shortened(text: str, most: int) -> str:
+    """Return a name on one line, its middle left out where it is longer than `most` characters.
+
+    What cannot be printed, such as a control character, is replaced by U+FFFD.
+
+    Example:
+        >>> shortened("ENSG00000141510 tumour protein p53", 20)
+        'ENSG000001…otein p53'
+    """
+    line = "".join(mark if mark.isprintable() else "\ufffd" for mark in " ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most // 2]}…{line[len(line) - (most - most // 2) + 1 :]}"
+
+
 def changed(recipe: Any) -> str:
     """Return a dataclass as a call with those of its fields alone that differ from their defaults."""
     given = [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ._display import shortened
 from .errors import InputError, InputTypeError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ POSITIVE, NEGATIVE, NEUTRAL = "#4c72b0", "#c44e52", "0.55"  # blue and red are d
 _CELLS = 256  # rows and columns of a picture of a matrix: fewer than a figure has pixels for, so that each is seen
 _POINTS = 5000  # above this points are drawn as an image, so that vector files stay small
 _MOST_NAMES = 40  # names along an axis that can be read
+_MOST_LETTERS = 120  # single letters, as of DNA, need no more room than their width
+_LONGEST = 32  # characters of a name beside an axis: more would leave no room for the figure
+_BINS = 60  # of values along an axis, in which points that would cover each other stand side by side
 _DECADES = 100  # positive values that span more than this ratio go on a logarithmic axis
 
 
@@ -80,13 +84,37 @@ def waterfall(ax: Axes, names: Sequence[str], values: Sequence[float]) -> None:
     starts = np.concatenate([[0.0], ends[:-1]])
     colours = [NEUTRAL, *(POSITIVE if value >= 0 else NEGATIVE for value in values[1:]), NEUTRAL]
     _rows(ax, [*names, "output"])
+    ax.use_sticky_edges = False  # where a bar begins is no end of the axis
     ax.barh(range(len(values) + 1), [*values, ends[-1]], left=[*starts, 0.0], color=colours)
     for k, end in enumerate(ends):
         ax.plot([end, end], [k - 0.4, k + 1.4], color="0.3", linewidth=0.8)
 
 
+def swarm(ax: Axes, names: Sequence[str], values: Numbers) -> None:
+    """Draw every value as a point, a row per name from the top downwards; points of a row stand side by side.
+
+    Args:
+        ax: The axes.
+        names: Of the rows.
+        values: `(rows, points)`.
+    """
+    _rows(ax, names)
+    for row, points in enumerate(values):
+        order = np.argsort(points, kind="stable")
+        low, high = float(points.min()), float(points.max())
+        cell = np.floor((points[order] - low) / ((high - low) or 1) * _BINS)
+        number = np.arange(len(points)) - np.searchsorted(cell, cell)  # within the bin
+        side = (number + 1) // 2 * np.where(number % 2, 1, -1)  # 0, 1, -1, 2, -2, …
+        room = max(1.0, float(np.abs(side).max(initial=0)) / 0.4) if len(points) else 1.0
+        step = min(0.08, 1 / room)
+        colours = np.where(points[order] >= 0, POSITIVE, NEGATIVE)
+        look: dict[str, Any] = {"s": 7, "linewidth": 0, "alpha": 0.8, "rasterized": values.size > _POINTS}
+        ax.scatter(points[order], row + side * step, c=colours, **look)
+
+
 def _rows(ax: Axes, names: Sequence[str]) -> None:
-    ax.set_yticks(range(len(names)), list(names), fontsize=8)
+    shown = [shortened(name, _LONGEST) for name in names]
+    ax.set_yticks(range(len(names)), shown, fontsize=8, parse_math=False)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.axvline(0, color="0.3", linewidth=0.8)
     ax.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
@@ -100,19 +128,25 @@ def heat_map(ax: Axes, values: Numbers, label: str, *, square: bool) -> None:
     shown = ax.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect=aspect, interpolation="nearest")
     # Beside square cells the bar has to be part of the axes: it would be taller than the image.
     place: dict[str, Any] = {"cax": ax.inset_axes((1.04, 0, 0.05, 1), label="<colorbar>")} if square else {"ax": ax}
-    ax.figure.colorbar(shown, label=label, **place)
-    for axis in "xy":
+    bar = ax.figure.colorbar(shown, **place)
+    bar.set_label(label.replace(", ", ",\n"), fontsize=8)  # one line is longer than a low figure
+    bar.ax.tick_params(labelsize=8)
+    bar.formatter.set_powerlimits((-3, 4))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def places(ax: Axes, axis: str, names: Sequence[str] | None, many: int) -> None:
+    """Name the places along an axis of a heat map, some of them where they are many; whole numbers without names."""
+    if names is None:
         whole_numbers(ax, axis)
-
-
-def positions(ax: Axes, names: Sequence[str] | None, many: int) -> None:
-    """Name the positions along the horizontal axis, some of them where they are many."""
-    ax.set_xlabel("position")
-    if names is not None:
-        step = math.ceil(many / _MOST_NAMES)
-        ax.set_xticks(range(0, many, step), list(names)[::step], rotation=90, fontsize=8)
-    else:
-        whole_numbers(ax, "x")
+        return
+    letters = max(map(len, names), default=0) <= 1
+    step = math.ceil(many / (_MOST_LETTERS if letters and axis == "x" else _MOST_NAMES))
+    shown = [shortened(name, _LONGEST) for name in names][::step]
+    turned = 90 if axis == "x" and not letters else 0
+    look: dict[str, Any] = {"rotation": turned, "fontsize": 8 if many <= _MOST_NAMES else 6, "parse_math": False}
+    getattr(ax, f"set_{axis}ticks")(range(0, many, step), shown, **look)
+    if letters and axis == "x":
+        ax.tick_params(axis="x", length=0)
 
 
 def whole_numbers(ax: Axes, axis: str, most: int | None = None) -> None:

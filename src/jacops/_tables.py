@@ -67,25 +67,6 @@ def tidy_table(values: np.ndarray, axes: Sequence[tuple[str, Any]], name: str) -
     return pandas().DataFrame({**columns, name: values.reshape(-1)})
 
 
-def contribution_table(
-    values: np.ndarray, bias: np.ndarray | None, samples: Names, outputs: Names, features: Names
-) -> Any:
-    """Return contributions `(n, out, *features)` as a tidy table, the bias as one more feature where it is given.
-
-    Raises:
-        InputError: Names are too few or too many, or there is a bias beside features with several axes.
-    """
-    n, out, *shape = values.shape
-    axes = [("sample", names_of("samples", samples, n)), ("output", names_of("outputs", outputs, out))]
-    named = feature_axes(shape, features)
-    if bias is not None:
-        if len(shape) != 1:
-            raise InputError.of("bias", "True", f"features have axes {tuple(shape)}: it is in none of them")
-        named = [("feature", [*named[0][1], "bias"])]
-        values = np.concatenate([values, bias[..., None]], -1)
-    return tidy_table(values, [*axes, *named], "value")
-
-
 def record_table(records: Iterable[Any], kind: Any, index: str) -> Any:
     """Return dataclasses of a kind as a table of one row each."""
     columns = [field.name for field in fields(kind)]

@@ -15,7 +15,7 @@ Layout = Literal["scipy", "coo", "csr", "bsr"]
 
 # Contributions, and figures of results.
 Magnitude = Literal["l2", "l1", "max"]
-ContributionFigure = Literal["auto", "bars", "waterfall", "image", "sequence"]
+ContributionFigure = Literal["auto", "bars", "waterfall", "summary", "image", "sequence"]
 FitFigure = Literal["convergence", "residuals"]
 
 # Curvature and influence.

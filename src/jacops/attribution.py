@@ -1,15 +1,16 @@
 """Attribution: what features, tokens and layers add to outputs, exactly or with parts of a model held constant."""
 
-from ._attribution import contributions, project_jacobian, reduce_contributions, verify_jacobian
+from ._attribution import project_jacobian, reduce_contributions, verify_jacobian
+from ._decomposition import contributions
 from ._lens import jacobian_lens, logit_difference
-from ._projections import pca_projection
+from ._projections import projection
 
 __all__ = [
     "contributions",
     "jacobian_lens",
     "logit_difference",
-    "pca_projection",
     "project_jacobian",
+    "projection",
     "reduce_contributions",
     "verify_jacobian",
 ]

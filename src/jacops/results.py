@@ -1,7 +1,9 @@
 """Types of results, for annotations and `isinstance`; calls make them, users do not."""
 
+from ._attribution_tables import TopFeatures
 from ._checks import Check
 from ._contributions import Contributions, JacobianVerification
+from ._features import FeatureNames
 from ._influence import InfluenceFactors, Influences, InverseHvpResult
 from ._lens import JacobianLens
 from ._planning import Plan, PlannedRoute
@@ -14,8 +16,9 @@ from .sparse import SparseJacobian
 
 # fmt: off
 __all__ = [
-    "Check", "Contributions", "DiagonalEstimate", "Eigenpairs", "Estimate", "InfluenceFactors", "Influences",
-    "InverseHvpResult", "JacobianLens", "JacobianVerification", "KroneckerFactors", "LeastSquaresResult", "Plan",
-    "PlannedRoute", "Projection", "Solution", "SparseJacobian", "SpectralDensity", "SpectralNorm",
+    "Check", "Contributions", "DiagonalEstimate", "Eigenpairs", "Estimate", "FeatureNames", "InfluenceFactors",
+    "Influences", "InverseHvpResult", "JacobianLens", "JacobianVerification", "KroneckerFactors", "LeastSquaresResult",
+    "Plan", "PlannedRoute", "Projection", "Solution", "SparseJacobian", "SpectralDensity", "SpectralNorm",
+    "TopFeatures",
 ]
 # fmt: on
