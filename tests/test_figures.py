@@ -98,7 +98,7 @@ def test_a_new_figure_is_returned_once_and_labelled(name: str) -> None:
     figure.canvas.draw()
     panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
     beside = [ax for ax in (*figure.axes, *panels[0].child_axes) if ax.get_label() == "<colorbar>"]
-    assert len(beside) == (name in ("image", "flat image", "sequence"))
+    assert len(beside) == (name in ("image", "flat image", "sequence", "letters", "one of several"))
     assert all(ax.get_xlabel() for ax in panels)
     assert panels[0].get_ylabel()
     if name not in ("image", "flat image", "sequence", "pattern", "residuals", "letters", "one of several"):

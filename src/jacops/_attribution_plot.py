@@ -207,7 +207,7 @@ def _image(of: _Drawn, grid: _Grid, ax: Axes | None) -> Any:
     place = _largest(of.flat, of.sample) if of.place is None else of.place
     values = grid.values(of.flat, of.sample)[place]
     channels = values.ndim == 3
-    drawn, (panel,) = canvas(ax, (4.8, 4.0))
+    drawn, (panel,) = canvas(ax, (5.4, 4.0))
     label = _label(of.flat, place) + (", channels summed" if channels else "")
     heat_map(panel, values.sum(0) if channels else values, label, square=True)
     for axis, names, size in zip("yx", grid.axes[-2:], grid.shape[-2:], strict=True):

@@ -128,11 +128,11 @@ def contributions(
     centred, hidden = _check_features(x, projection, features, options.get("at")), _starts_inside(options.get("at"))
     labels = None if hidden else feature_names(x if centred is None else centred, names, groups, projection)
     samples, swept = _swept(model, x, shared, batch_size, options)
-    parts, called = FollowedModel(samples.runner, swept.followed).parts(samples.values), swept.output_tree.names
+    forward, called = FollowedModel(samples.runner, swept.followed), swept.output_tree.names
+    parts = forward.parts(samples.values)
     if options.get("check_finite", True):
-        for name, bias in zip(called, parts.bias, strict=True):
-            require_finite(bias, f"contributions: in the bias part of {name}")
-    around = partial(FollowedModel(samples.runner, swept.followed).moved, samples.values)
+        _check_bias(parts, called)
+    around = partial(forward.moved, samples.values)
     slopes = check_slopes(around, parts, called, swept.blocks, options.get("checks", "first"))
     blocks, bases = swept.blocks, parts.points
     if projection is not None and centred is not None:
@@ -176,6 +176,11 @@ def _swept(
     if options.get("check_finite", True):
         found.check_finite("")
     return samples, found
+
+
+def _check_bias(parts: BiasParts, names: Sequence[str]) -> None:
+    for name, bias in zip(names, parts.bias, strict=True):
+        require_finite(bias, f"contributions: in the bias part of {name}")
 
 
 def _noted(curved: Sequence[str], *checks: Sequence[Errors]) -> list[str]:
