@@ -132,15 +132,13 @@ def contributions(
     parts = forward.parts(samples.values)
     if options.get("check_finite", True):
         _check_bias(parts, called)
-    around = partial(forward.moved, samples.values)
-    slopes = check_slopes(around, parts, called, swept.blocks, options.get("checks", "first"))
-    blocks, bases = swept.blocks, parts.points
+    blocks, bases, around = swept.blocks, parts.points, partial(forward.moved, samples.values)
+    slopes = check_slopes(around, parts, called, blocks, options.get("checks", "first"))
     if projection is not None and centred is not None:
         parts, blocks, bases = *_by_features(parts, blocks, projection, options.get("budget")), [centred]
     terms = [Terms.of(output, row, bases) for output, row in zip(parts.outputs, blocks, strict=True)]
-    notes = _noted(parts.curved, check_identity(parts, called, terms), slopes)
+    notes, frozen = _noted(parts.curved, check_identity(parts, called, terms), slopes), samples.runner.frozen
     notes += [] if projection is None else projection.notes()
-    frozen = samples.runner.frozen
     return replace(
         _arranged(swept, parts, blocks, terms),
         slope_error=max(check.largest for check in slopes),
