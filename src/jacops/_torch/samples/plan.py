@@ -81,13 +81,16 @@ class Beside:
         if self.run is None:
             return Working(0.0, 0.0)
         self.run(1)  # tables that are made once are nobody's working memory
-        peaks: list[int] = []
-        for rows in range(1, min(2, count) + 1):
-            with Meter() as meter:
-                self.run(rows)
-            peaks.append(meter.peak)
+        peaks = [_peak(self.run, rows) for rows in range(1, min(2, count) + 1)]
         each = max(peaks[-1] - peaks[0], 1) if count > 1 else peaks[0]
         return Working(max(0.0, peaks[0] - each), each)
+
+
+@restoring
+def _peak(run: Callable[[int], object], rows: int) -> int:
+    with Meter() as meter:
+        run(rows)
+    return meter.peak
 
 
 @dataclass(frozen=True)
