@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,8 +13,44 @@ from .collected import nowhere
 from .factors import LayerRows
 from .parts import Lookup, Outer, RowFactors, Rows, Several
 
-Sweeps = Sequence[Sequence[Tensor]]  # one for each row of a sample: cotangents `(n, T, …)` at every use
-Batch = Callable[[slice], list[RowFactors]]  # some of the samples of a batch -> a part for each leaf
+
+@dataclass
+class _Swept:
+    """Samples whose parameters all enter by uses.
+
+    Attributes:
+        layers: The uses.
+        operands: What multiplies the parameters there.
+        sweeps: Cotangents `(n, T, …)` at every use, for each row of a sample.
+    """
+
+    layers: LayerRows
+    operands: Sequence[Tensor | None]
+    sweeps: list[list[Tensor]] = field(default_factory=list)
+
+    @cached_property
+    def deltas(self) -> list[Tensor]:
+        """Cotangents `(n, k, T, …)` of all rows."""
+        return [torch.stack(list(found), 1) for found in zip(*self.sweeps, strict=True)]
+
+    def parts(self, some: slice) -> list[RowFactors]:
+        """Return a part for each leaf, of some of the samples."""
+        triples = zip(self.layers.sites, self.operands, self.deltas, strict=True)
+        by_use = [site.part(None if a is None else a[some], delta[some]) for site, a, delta in triples]
+        samples, entries = len(range(self.layers.samples)[some]), len(self.sweeps)
+        by_leaf = [(self.layers.lin.leaves[leaf], [by_use[i] for i in uses]) for leaf, uses in self.layers.by_leaf]
+        return [_summed(parts) or nowhere(leaf, samples, entries) for leaf, parts in by_leaf]
+
+
+@dataclass
+class _Formed:
+    """Samples whose rows were formed by plain sweeps, `(n, k, F, W)` for each leaf."""
+
+    rows: Sequence[Tensor]
+
+    def parts(self, some: slice) -> list[RowFactors]:
+        """Return a part for each leaf, of some of the samples."""
+        return [Rows(own[some]) for own in self.rows]
 
 
 class ConnectedRows:
@@ -26,32 +63,40 @@ class ConnectedRows:
     missing = ()
 
     def __init__(self) -> None:
-        self._batches: dict[int, Batch] = {}  # by the first sample
+        self._batches: dict[int, _Swept | _Formed] = {}  # by the first sample
 
-    def add(self, start: int, layers: LayerRows, sweeps: Sweeps) -> None:
-        """Take in samples whose parameters all enter by uses."""
-        operands = [site.sample_operand(attached=True) for site in layers.sites]
-        deltas = [torch.stack(list(found), 1) for found in zip(*sweeps, strict=True)]
-
+<<<<<<< ours
         def of(some: slice) -> list[RowFactors]:
             triples = zip(layers.sites, operands, deltas, strict=True)
             by_use = [site.part(None if a is None else a[some], delta[some]) for site, a, delta in triples]
             samples = len(range(layers.samples)[some])
             by_leaf = [(leaf, [by_use[i] for i in uses]) for leaf, uses in layers.by_leaf]
             return [_summed(parts) or nowhere(layers.lin.leaves[leaf], samples, len(sweeps)) for leaf, parts in by_leaf]
+=======
+    def open(self, layers: LayerRows) -> list[Tensor | None]:
+        """Return what multiplies the parameters for some samples."""
+        return [site.sample_operand(attached=True) for site in layers.sites]
+>>>>>>> theirs
 
-        self._batches[start] = of
+    def fill(
+        self, where: slice, entry: int, layers: LayerRows, operands: Sequence[Tensor | None], seeds: Sequence[Tensor]
+    ) -> None:
+        """Take in one sweep, over cotangents of the outputs: one row of some samples."""
+        batch = _Swept(layers, operands) if entry == 0 else self._batches[where.start]
+        self._batches[where.start] = batch
+        if isinstance(batch, _Swept):  # seeds may be written into again, and a graph keeps them
+            batch.sweeps.append(layers.sweep([seed.clone() for seed in seeds], create_graph=True))
 
-    def add_formed(self, start: int, rows: Sequence[Tensor]) -> None:
-        """Take in rows of some samples by every leaf, `(n, k, F, W)` each."""
-        self._batches[start] = lambda some: [Rows(own[some]) for own in rows]
+    def fill_formed(self, start: int, rows: Sequence[Tensor]) -> None:
+        """Take in the rows of some samples by every leaf, `(n, k, F, W)` each."""
+        self._batches[start] = _Formed(rows)
 
     def parts(self, where: slice | None = None) -> list[RowFactors]:
         """Return one part per leaf, of all samples, or of some within one batch."""
         if where is not None:
             start = max(first for first in self._batches if first <= where.start)
-            return self._batches[start](slice(where.start - start, where.stop - start))
-        batches = [self._batches[start](slice(None)) for start in sorted(self._batches)]
+            return self._batches[start].parts(slice(where.start - start, where.stop - start))
+        batches = [self._batches[start].parts(slice(None)) for start in sorted(self._batches)]
         return [_joined(column) for column in zip(*batches, strict=True)]
 
 
@@ -82,5 +127,5 @@ def _formed(part: RowFactors) -> Rows:
 
 def _form(part: RowFactors) -> list[object]:
     """Return what parts have in common that differ in their samples alone."""
-    values = (getattr(part, field.name) for field in fields(part))  # type: ignore[arg-type]
+    values = (getattr(part, own.name) for own in fields(part))  # type: ignore[arg-type]
     return [type(part), *(tuple(value.shape[1:]) if isinstance(value, Tensor) else value for value in values)]

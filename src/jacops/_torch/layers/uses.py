@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..._ladder.failures import attempted
-from ..._runtime.contexts import arithmetic, sweeping
+from ..._runtime.contexts import sweeping
 from ..._runtime.restoring import restoring
 from ..sweeps.linearization import Linearization
 from .parts import Lookup, Outer, RowFactors, Rows, matrix_shape
@@ -102,7 +102,7 @@ class ParameterUse:
 
     @restoring
     def _found(self, attached: bool) -> Tensor | None:
-        with arithmetic(attached):
+        with torch.set_grad_enabled(attached):
             found = self._rule.operand(self.node, self.entry)
         if found is not None and self.sum is not None:
             found = found.repeat(self.shape[:-1].numel() // found.shape[0])

@@ -32,9 +32,10 @@ from ..sweeps.record import Recording
 from .handed import Handed
 from .row_cotangents import RowSlopes
 
+Pairs = list[tuple[Tensor, Tensor]]
+
 _WORKING = 2**24  # bytes of a recorded batch: larger ones were not faster
 _MOST = 4096  # samples in it: tiny models have no better size, and what is recorded stays small
-Pairs = list[tuple[Tensor, Tensor]]
 _ROUNDING_SHARE = 1e-4  # of a usual sample's gradient: a perfectly fitted sample has one of rounding alone
 
 
@@ -232,23 +233,14 @@ class SampleFactors:
         for i in range(where.start, where.stop) if ask.collected.missing else ():
             self._fill_missing(ask.collected, i, self._record_alone(i).lin)
 
-    def _layers(self, collected: Any, where: slice, lin: Linearization) -> LayerRows:
-        """Return the uses of a batch's parameters.
-
-        Raises:
-            RouteFailedError: Samples mix in some of them.
-        """
-        layers = LayerRows(lin, where.stop - where.start)
-        lost = [lin.domain.names[j] for j in layers.missing if j not in collected.missing]
-        if lost:
-            raise RouteFailedError(f"samples mix where {', '.join(lost)} enter")
-        return layers
-
     def _fill_batch(
         self, collected: Any, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
     ) -> None:
         """Fill in a batch by one sweep for each row of a sample."""
-        layers = self._layers(collected, where, lin)
+        layers = LayerRows(lin, where.stop - where.start)
+        lost = [lin.domain.names[j] for j in layers.missing if j not in collected.missing]
+        if lost:
+            raise RouteFailedError(f"samples mix where {', '.join(lost)} enter")
         operands = collected.open(layers)
         every = [cotangents] if cotangents else ([seed] for seed in unit_seeds(lin.outputs[0]))
         for entry, seeds in enumerate(every):

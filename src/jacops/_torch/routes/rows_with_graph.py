@@ -16,7 +16,6 @@ from torch import Tensor
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
 from ..layers.connected_rows import ConnectedRows
-from ..layers.factors import unit_seeds
 from ..layers.parts import matrix_shape
 from ..sweeps.linearization import Linearization
 from .by_sample import Pairs, SampleFactors
@@ -48,15 +47,7 @@ class ConnectedFactors(SampleFactors):
     def _alone(self, collected: ConnectedRows, i: int) -> None:
         (blocks,) = jacobian_blocks(self._taken_alone(i), create_graph=True)
         rows = [block.reshape(1, len(block), *matrix_shape(block.shape[1:])) for block in blocks]
-        collected.add_formed(i, rows)
-
-    def _fill_batch(
-        self, collected: ConnectedRows, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
-    ) -> None:
-        layers = self._layers(collected, where, lin)
-        # Each seed is written into again, and a graph keeps it.
-        every = [cotangents] if cotangents else [[seed.clone()] for seed in unit_seeds(lin.outputs[0])]
-        collected.add(where.start, layers, [layers.sweep(seeds, create_graph=True) for seeds in every])
+        collected.fill_formed(i, rows)
 
     def _pairs(
         self, collected: Any, where: slice, lin: Linearization, seeds: Sequence[Tensor], mix: Tensor
