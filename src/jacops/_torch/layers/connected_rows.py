@@ -65,18 +65,9 @@ class ConnectedRows:
     def __init__(self) -> None:
         self._batches: dict[int, _Swept | _Formed] = {}  # by the first sample
 
-<<<<<<< ours
-        def of(some: slice) -> list[RowFactors]:
-            triples = zip(layers.sites, operands, deltas, strict=True)
-            by_use = [site.part(None if a is None else a[some], delta[some]) for site, a, delta in triples]
-            samples = len(range(layers.samples)[some])
-            by_leaf = [(leaf, [by_use[i] for i in uses]) for leaf, uses in layers.by_leaf]
-            return [_summed(parts) or nowhere(layers.lin.leaves[leaf], samples, len(sweeps)) for leaf, parts in by_leaf]
-=======
     def open(self, layers: LayerRows) -> list[Tensor | None]:
         """Return what multiplies the parameters for some samples."""
         return [site.sample_operand(attached=True) for site in layers.sites]
->>>>>>> theirs
 
     def fill(
         self, where: slice, entry: int, layers: LayerRows, operands: Sequence[Tensor | None], seeds: Sequence[Tensor]
