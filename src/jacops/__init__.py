@@ -3,13 +3,14 @@
 Which features?     compute_jacobian, contributions, verify_jacobian, input_hessian, laplacian, directional_derivative
 Which samples?      compute_influences, self_influences, compute_influence_factors; TorchTwiceDifferentiable
 Which step?         gauss_newton, levenberg_marquardt; jacops.fit, jacops.charts
-Operators           jacobian, hessian, ggn, fisher, empirical_fisher; Problem for sums over a data set
+Operators           jacobian, hessian, ggn, fisher; Problem for sums over a data set
 Products            jvp, vjp, batch_jvp, batch_vjp, model_jvp, model_vjp, hvp, ggnvp
 Whole Jacobians     modjac, full_jacobian, sample_jacobians, sample_gradients; sparse_plan
 Inverses            solve, inverse; kronecker_factors; jacops.solvers
 Before and after    plan (memory and cost of a call), check (a model against finite differences)
 
-jacops.linalg       operators; trace, norm, diagonal, eigenpairs, spectral_density of one
+jacops.attribution  contributions, and what is made of them: reduce_contributions, project_jacobian
+jacops.linalg       operators, empirical_fisher; trace, norm, diagonal, eigenpairs, spectral_density of one
 jacops.solvers      CG, MINRES, Direct, EKFAC, Nystrom, Lanczos, LiSSA
 jacops.sparse       sparse Jacobians: detect_pattern, sparse_plan, jacobian
 jacops.fit          least squares: solvers of a step, strategies, robust kernels
@@ -26,7 +27,7 @@ A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inp
 # isort: off
 import sys
 
-from . import charts, errors, fit, linalg, results, solvers, sparse, store, testing
+from . import attribution, charts, errors, fit, linalg, results, solvers, sparse, store, testing
 from ._attribution import (
     JacobianVerification, contributions, project_jacobian, reduce_contributions, verify_jacobian,
 )
@@ -43,7 +44,7 @@ from ._influence import (
 from ._keywords import check_namespaces as _check_namespaces
 from ._jacobians import compute_jacobian, full_jacobian, modjac
 from ._kronecker import kronecker_factors
-from ._per_sample import empirical_fisher, sample_gradients, sample_jacobians
+from ._per_sample import sample_gradients, sample_jacobians
 from ._planning import plan
 from ._problem import Problem
 from ._products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
@@ -60,8 +61,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DataLoaderType", "Function", "InverseHvpResult", "JacobianVerification", "JacopsError", "JacopsWarning",
     "ModelType", "Problem", "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable",
-    "TwiceDifferentiable", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
-    "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "empirical_fisher", "errors",
+    "TwiceDifferentiable", "attribution", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
+    "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "errors",
     "fisher", "fit", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "inverse",
     "jacobian", "jvp", "kronecker_factors", "laplacian", "levenberg_marquardt", "linalg", "load", "model_jvp",
     "model_vjp", "modjac", "pca_projection", "plan", "project_jacobian", "reduce_contributions", "results",
@@ -71,7 +72,9 @@ __all__ = [
 # fmt: on
 # isort: on
 
-_check_namespaces(sys.modules[__name__], charts, errors, fit, linalg, results, solvers, sparse, store, testing)
+_check_namespaces(
+    sys.modules[__name__], attribution, charts, errors, fit, linalg, results, solvers, sparse, store, testing
+)
 
 
 def __dir__() -> list[str]:
