@@ -76,6 +76,6 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "hessian of attention": lambda: jacops.hessian(Attention(), F.mse_loss, _tokens(), torch.zeros(4, 3, 2, dtype=F64)),
     "ggn": lambda: jacops.ggn(net(), F.mse_loss, *data()),
     "ggn of cross-entropy": lambda: jacops.ggn(net(), F.cross_entropy, data()[0], torch.tensor([0, 1, 1, 0, 1])),
-    "empirical fisher": lambda: jacops.empirical_fisher(net(), F.mse_loss, *data()),
+    "empirical fisher": lambda: jacops.linalg.empirical_fisher(net(), F.mse_loss, *data()),
     "sample gradients": lambda: jacops.sample_gradients(net(), F.mse_loss, *data()),
 }

@@ -110,7 +110,7 @@ OPERATORS: dict[str, Callable[[], jacops.linalg.Operator]] = {
     "J": lambda: jacops.jacobian(small_net(), X),
     "H": lambda: jacops.hessian(small_net(), square, X, Y),
     "G": lambda: jacops.ggn(small_net(), square, X, Y),
-    "E": lambda: jacops.empirical_fisher(small_net(), square, X, Y),
+    "E": lambda: jacops.linalg.empirical_fisher(small_net(), square, X, Y),
     "J.T": lambda: jacops.jacobian(small_net(), X).T,
 }
 SPREAD = Matrix(torch.diag(torch.linspace(1, 3, 60).double()), symmetric=True, positive=True)
@@ -119,7 +119,8 @@ SPREAD = Matrix(torch.diag(torch.linspace(1, 3, 60).double()), symmetric=True, p
 CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     **{name: (getattr(jacops, name), of_model) for name in ("compute_jacobian", "contributions", "modjac", "jacobian",
                                                            "check")},
-    **{name: (getattr(jacops, name), with_loss) for name in ("hessian", "ggn", "sample_gradients", "empirical_fisher")},
+    **{name: (getattr(jacops, name), with_loss) for name in ("hessian", "ggn", "sample_gradients")},
+    "empirical_fisher": (jacops.linalg.empirical_fisher, with_loss),
     **{f"{name} @": ((lambda v, name=name: OPERATORS[name]() @ v), lambda m: {"v": draw(26)}) for name in OPERATORS},
     **{name: (getattr(estimators, name), lambda m: {"operator": SPREAD}) for name in ALL.split(", ")},
     "effective_dimension": (estimators.effective_dimension, lambda m: {"operator": SPREAD, "damping": 1.0}),

@@ -159,11 +159,6 @@ def test_a_misspelt_word_gets_the_nearest_one() -> None:
         jacops.linalg.eigenpairs(identity, 1, "xyz")  # pyright: ignore[reportArgumentType]
 
 
-def test_what_needs_jax_is_listed_where_jax_is() -> None:
-    pytest.importorskip("jax")
-    assert {"JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable"} <= set(dir(jacops))
-
-
 @pytest.mark.parametrize("home", ["linalg", "solvers", "fit", "results", "errors"])
 def test_a_name_of_a_namespace_is_found_from_the_package(home: str) -> None:
     for name in getattr(jacops, home).__all__:

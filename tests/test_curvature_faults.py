@@ -302,7 +302,7 @@ def test_a_wrong_keyword_of_a_planned_call_is_named():
 
 
 @pytest.mark.parametrize(
-    "call", [jacops.hessian, jacops.ggn, jacops.sample_gradients, jacops.empirical_fisher, jacops.fisher]
+    "call", [jacops.hessian, jacops.ggn, jacops.sample_gradients, jacops.linalg.empirical_fisher, jacops.fisher]
 )
 def test_options_that_are_documented_go_through(call: Any):
     x, y = rows()
@@ -354,7 +354,7 @@ OPERATORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "ggn": lambda m, x, y: jacops.ggn(m, F.cross_entropy, x, y),
     "fisher": lambda m, x, y: jacops.fisher(m, F.cross_entropy, x),
     "monte carlo fisher": lambda m, x, y: jacops.fisher(m, F.cross_entropy, x, kind="monte_carlo"),
-    "empirical fisher": lambda m, x, y: jacops.empirical_fisher(m, F.cross_entropy, x, y),
+    "empirical fisher": lambda m, x, y: jacops.linalg.empirical_fisher(m, F.cross_entropy, x, y),
     "sample gradients": lambda m, x, y: jacops.sample_gradients(m, F.cross_entropy, x, y),
     "sample jacobians": lambda m, x, y: jacops.sample_jacobians(m, x),
     "inverse": lambda m, x, y: jacops.inverse(jacops.ggn(m, F.cross_entropy, x, y), damping=0.1),

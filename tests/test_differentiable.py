@@ -177,7 +177,7 @@ CALLS: dict[str, tuple[Callable[[Case], Any], Callable[[Case], Tensor]]] = {
         lambda c: draw(5, seed=7) @ c.per_sample(loss=True),
     ),
     "empirical_fisher": (
-        asked(lambda c, o: jacops.empirical_fisher(c.model, mse_loss, c.x, c.y, **o) @ c.v),
+        asked(lambda c, o: jacops.linalg.empirical_fisher(c.model, mse_loss, c.x, c.y, **o) @ c.v),
         lambda c: c.per_sample(loss=True).T @ (c.per_sample(loss=True) @ c.v) / 5,
     ),
     "sample_jacobians": (

@@ -367,7 +367,7 @@ def test_the_empirical_fisher_is_solved_in_sample_space() -> None:
     model, x = model_of("mlp")
     y, b = draw(6, 3, seed=5), draw(model[0].weight.numel() + 8 + 27)
     G = sample_gradients(model, F.mse_loss, x, y)
-    fisher = jacops.empirical_fisher(model, F.mse_loss, x, y)
+    fisher = jacops.linalg.empirical_fisher(model, F.mse_loss, x, y)
     damped = (fisher + 0.1 * Identity(fisher.domain)).dense()
     inner = 6 * 0.1 * torch.eye(6, dtype=F64) + G.gram()
     dual = (b - G.T @ torch.linalg.solve(inner, G @ b)) / 0.1

@@ -358,7 +358,7 @@ def test_adj_a_trace_estimate_is_unbiased_and_its_error_bar_holds():
 def test_adj_an_empirical_fisher_diagonal_is_the_mean_of_squares():
     model, x, y = curvature_case()
     rows = torch.stack([oracle.gradient(model, F.mse_loss, x[i : i + 1], y[i : i + 1]) for i in range(6)])
-    fisher = jacops.empirical_fisher(model, F.mse_loss, x, y)
+    fisher = jacops.linalg.empirical_fisher(model, F.mse_loss, x, y)
     close(jacops.linalg.diagonal(fisher), (rows**2).mean(0))
     close(fisher.dense(), rows.T @ rows / 6)
     squared_mean = rows.mean(0) ** 2

@@ -85,7 +85,7 @@ def test_one_draw_is_the_outer_product_of_the_gradients_at_some_labels() -> None
     possible = []
     for bits in range(8):
         labels = torch.tensor([bits & 1, bits >> 1 & 1, bits >> 2])
-        possible.append(jacops.empirical_fisher(model, F.cross_entropy, x, labels).dense())
+        possible.append(jacops.linalg.empirical_fisher(model, F.cross_entropy, x, labels).dense())
     errors = [float((found.dense() - p).abs().max()) for p in possible]
     assert min(errors) < 1e-12
 
@@ -104,7 +104,7 @@ def test_tokens_count_one_by_one_and_ignored_ones_not_at_all() -> None:
 def test_the_empirical_one_is_in_the_scale_of_the_loss() -> None:
     model, x, y = small_net(), draw(5, 3), draw(5, 2, seed=1)
     mean = fisher(model, nn.MSELoss(), x, y, kind="empirical")
-    close(mean.dense(), 2 * jacops.empirical_fisher(model, F.mse_loss, x, y).dense())  # two terms in a row
+    close(mean.dense(), 2 * jacops.linalg.empirical_fisher(model, F.mse_loss, x, y).dense())  # two terms in a row
     total = jacops.sample_gradients(model, nn.MSELoss(reduction="sum"), x, y).dense()
     close(fisher(model, nn.MSELoss(reduction="sum"), x, y, kind="empirical").dense(), total.T @ total)
     close(jacops.linalg.diagonal(mean), mean.dense().diagonal())

@@ -156,7 +156,7 @@ def test_the_exact_fisher_matrix_is_the_gauss_newton_matrix_of_these_losses(fram
 def test_the_empirical_fisher_matrix_is_the_mean_of_outer_products(framework: Framework):
     x, y = framework.batch
     G = gradients_of(framework.pair)
-    close(jacops.empirical_fisher(framework.model, framework.loss, x, y).dense(), G.T @ G / len(x))
+    close(jacops.linalg.empirical_fisher(framework.model, framework.loss, x, y).dense(), G.T @ G / len(x))
     terms = framework.pair.model(x).shape[1] if framework.pair.loss is torch.nn.functional.mse_loss else 1
     found = jacops.fisher(framework.model, framework.loss, x, y, kind="empirical").dense()
     close(found, G.T @ G * terms / len(x))  # n * terms in the denominator, of sums of as many terms

@@ -53,7 +53,7 @@ CALLS = {
     "hessian": lambda m, x, y: jacops.hessian(m, F.mse_loss, x, y).dense(),
     "ggn": lambda m, x, y: jacops.ggn(m, F.mse_loss, x, y).dense(),
     "fisher": lambda m, x, y: jacops.fisher(m, F.mse_loss, x, y).dense(),
-    "empirical_fisher": lambda m, x, y: jacops.empirical_fisher(m, F.mse_loss, x, y).dense(),
+    "empirical_fisher": lambda m, x, y: jacops.linalg.empirical_fisher(m, F.mse_loss, x, y).dense(),
     "sample_gradients": lambda m, x, y: jacops.sample_gradients(m, F.mse_loss, x, y).dense(),
     "sample_jacobians": lambda m, x, y: jacops.sample_jacobians(m, x).dense(),
     "compute_jacobian": lambda m, x, y: jacops.compute_jacobian(m, x),

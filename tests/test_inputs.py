@@ -401,18 +401,20 @@ SHUFFLED: list[Callable[[], Any]] = [
 @pytest.mark.parametrize("made", [*LOADERS.values(), *SHUFFLED])
 def test_an_empirical_fisher_takes_a_loader_in_any_order(made: Callable[[], Any]) -> None:
     rows = one_by_one(gradients)
-    torch.testing.assert_close(jacops.empirical_fisher(BOUND, loss, made()).dense(), rows.T @ rows / N)
+    torch.testing.assert_close(jacops.linalg.empirical_fisher(BOUND, loss, made()).dense(), rows.T @ rows / N)
 
 
 def test_an_empirical_fisher_passes_on_what_sample_gradients_take() -> None:
     rows = one_by_one(gradients)
     batches = Batched([({**NAMED, "x": x}, len(y), y) for x, y in PAIRS])
     options: dict[str, Any] = {"shared": ["table", "mask"], "unpack": lambda batch: (batch[0], batch[2])}
-    torch.testing.assert_close(jacops.empirical_fisher(MODEL, loss, batches, **options).dense(), rows.T @ rows / N)
+    torch.testing.assert_close(
+        jacops.linalg.empirical_fisher(MODEL, loss, batches, **options).dense(), rows.T @ rows / N
+    )
     with pytest.raises(InputTypeError, match="`y` is left out"):
-        jacops.empirical_fisher(BOUND, loss, X)
+        jacops.linalg.empirical_fisher(BOUND, loss, X)
     with pytest.raises(InputError, match="`y` is given beside a loader"):
-        jacops.empirical_fisher(BOUND, loss, LOADER, Y)
+        jacops.linalg.empirical_fisher(BOUND, loss, LOADER, Y)
 
 
 @pytest.mark.parametrize("made", SHUFFLED)

@@ -30,7 +30,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "ggn": dense_of(jacops.ggn),
     "fisher": dense_of(jacops.fisher),
     "sample_gradients": dense_of(jacops.sample_gradients),
-    "empirical_fisher": dense_of(jacops.empirical_fisher),
+    "empirical_fisher": dense_of(jacops.linalg.empirical_fisher),
     "hvp": lambda model, **more: jacops.hvp(model, mse, X, Y, draw(2), **more),
     "ggnvp": lambda model, **more: jacops.ggnvp(model, mse, X, Y, draw(2), **more),
     "jacobian": lambda model, **more: jacops.jacobian(model, X, **more).dense(),
@@ -111,7 +111,7 @@ def branching(name: str) -> Any:
 
 
 def arguments(name: str) -> set[str]:
-    call = getattr(PUBLIC, name)
+    call = getattr(PUBLIC if hasattr(PUBLIC, name) else PUBLIC.linalg, name)
     found = inspect.signature(call).parameters
     keys = set(found) - {"options"}
     if "options" in found:

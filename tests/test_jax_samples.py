@@ -99,7 +99,7 @@ def test_sample_gradients_take_shared_inputs() -> None:
     found = jacops.sample_gradients(model, mse, NAMED, Y, shared=SHARED).dense()
     right = jacops.sample_gradients(MODULE, F.mse_loss, NAMED, Y, shared=SHARED).dense()
     torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
-    fisher = jacops.empirical_fisher(model, mse, NAMED, Y, shared=SHARED).dense()
+    fisher = jacops.linalg.empirical_fisher(model, mse, NAMED, Y, shared=SHARED).dense()
     torch.testing.assert_close(fisher, right.T @ right / N, rtol=1e-9, atol=1e-12)
 
 

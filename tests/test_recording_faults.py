@@ -139,7 +139,7 @@ def operators(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> dict[st
         "hessian": lambda: jacops.hessian(model, mse, x, y, **options),
         "ggn": lambda: jacops.ggn(model, mse, x, y, **options),
         "fisher": lambda: jacops.fisher(model, nn.MSELoss(), x, y, **options),
-        "empirical_fisher": lambda: jacops.empirical_fisher(model, mse, x, y, **options),
+        "empirical_fisher": lambda: jacops.linalg.empirical_fisher(model, mse, x, y, **options),
         "sample_gradients": lambda: jacops.sample_gradients(model, mse, x, y, **options),
         "sample_jacobians": lambda: jacops.sample_jacobians(model, x, **options),
         "jacobian": lambda: jacops.jacobian(model, x, **options),
@@ -427,7 +427,7 @@ def test_parameters_of_many_axes_are_right_in_every_operation(name: str, contigu
     torch.testing.assert_close(found.gram(), G @ G.T)
     torch.testing.assert_close(found.column_squares(), G.square().sum(0))
     torch.testing.assert_close(jacops.sample_jacobians(model, x).dense(), J)
-    torch.testing.assert_close(jacops.empirical_fisher(model, mse, x, y).dense(), G.T @ G / 3)
+    torch.testing.assert_close(jacops.linalg.empirical_fisher(model, mse, x, y).dense(), G.T @ G / 3)
     torch.testing.assert_close(jacops.modjac(model, x, flatten=True), J)
     torch.testing.assert_close(jacops.linalg.diagonal(jacops.ggn(model, mse, x, y)), 2 * J.square().sum(0) / len(J))
 

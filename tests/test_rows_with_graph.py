@@ -180,7 +180,7 @@ def test_single_precision_is_no_reason_to_leave_shared_sweeps() -> None:
 def test_what_is_solved_with_them_needs_no_graph(name: str) -> None:
     model, x = model_of(name)
     y: Any = targets(model, x, True)
-    fisher = jacops.empirical_fisher(model, F.mse_loss, x, y, create_graph=True)
+    fisher = jacops.linalg.empirical_fisher(model, F.mse_loss, x, y, create_graph=True)
     b = draw(fisher.shape[0], seed=8)
     right = plain_rows(model, x, y)
     damped = right.T @ right / len(x) + 0.5 * torch.eye(len(b)).double()

@@ -51,6 +51,15 @@ OTHER_NAMES = {
 }  # fmt: skip
 
 
+def test_the_package_itself_gives_the_everyday_calls_alone() -> None:
+    assert len(dir(jacops)) <= 60
+    assert dir(jacops) == sorted(jacops.__all__)
+    documented = jacops.__doc__ or ""
+    spaces = [name for name in jacops.__all__ if inspect.ismodule(getattr(jacops, name))]
+    assert all(f"jacops.{name}" in documented for name in spaces)
+    assert all(hasattr(getattr(jacops, space), name) for space in spaces for name in getattr(jacops, space).__all__)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_a_published_signature_is_served_as_published(name: str) -> None:
     thing: Any = jacops

@@ -248,7 +248,7 @@ def test_the_space_of_rows_of_a_model() -> None:
     solution = solve(A, draw(2, 26), Direct(), damping=1e-3)
     assert "rows" in solution.method
     assert float(true_residual(Matrix(A.dense()), 1e-3, solution.x, draw(2, 26)).max()) < 1e-10
-    fisher = jacops.empirical_fisher(model, nn.CrossEntropyLoss(), x, y)
+    fisher = jacops.linalg.empirical_fisher(model, nn.CrossEntropyLoss(), x, y)
     assert "rows" in solve(fisher, draw(2, 26), damping=1e-3).method
 
 

@@ -487,7 +487,7 @@ CALLS: dict[str, tuple[Call, Call | None]] = {
         plain_sample_gradients,
     ),
     "sample_jacobians": (lambda c: jacops.sample_jacobians(c.model, c.x, **SILENT).dense(), plain_sample_jacobians),
-    "empirical_fisher": (lambda c: jacops.empirical_fisher(c.model, mse, c.x, c.y, **SILENT).dense(), None),
+    "empirical_fisher": (lambda c: jacops.linalg.empirical_fisher(c.model, mse, c.x, c.y, **SILENT).dense(), None),
     "modjac": (lambda c: jacops.modjac(c.model, c.x, flatten=True), plain_parameters),
     "jacobian": (lambda c: jacops.jacobian(c.model, c.x).dense(), lambda c: plain_parameters(c, trainable=True)),
     "hessian": (lambda c: jacops.hessian(c.model, mse, c.x, c.y).dense(), plain_hessian),

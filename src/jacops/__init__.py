@@ -3,14 +3,14 @@
 Which features?     compute_jacobian, contributions, verify_jacobian, input_hessian, laplacian, directional_derivative
 Which samples?      compute_influences, self_influences, compute_influence_factors; TorchTwiceDifferentiable
 Which step?         gauss_newton, levenberg_marquardt; jacops.fit, jacops.charts
-Operators           jacobian, hessian, ggn, fisher, empirical_fisher; Problem for sums over a data set
+Operators           jacobian, hessian, ggn, fisher; Problem for sums over a data set
 Products            jvp, vjp, batch_jvp, batch_vjp, model_jvp, model_vjp, hvp, ggnvp
 Whole Jacobians     modjac, full_jacobian, sample_jacobians, sample_gradients; sparse_plan
 Inverses            solve, inverse; kronecker_factors; jacops.solvers
 Before and after    plan (memory and cost of a call), check (a model against finite differences)
 
-jacops.attribution  contributions and what goes with them: projection
-jacops.linalg       operators; trace, norm, diagonal, eigenpairs, spectral_density of one
+jacops.attribution  contributions and what goes with them: projection, jacobian_lens, logit_difference
+jacops.linalg       operators, empirical_fisher; trace, norm, diagonal, eigenpairs, spectral_density of one
 jacops.solvers      CG, MINRES, Direct, EKFAC, Nystrom, Lanczos, LiSSA
 jacops.sparse       sparse Jacobians: detect_pattern, sparse_plan, jacobian
 jacops.fit          least squares: solvers of a step, strategies, robust kernels
@@ -26,7 +26,6 @@ A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inp
 # fmt: off
 # isort: off
 import sys
-from importlib.util import find_spec as _find_spec
 
 from . import attribution, charts, errors, fit, linalg, results, solvers, sparse, store, testing
 from ._attribution import JacobianVerification, project_jacobian, reduce_contributions, verify_jacobian
@@ -44,7 +43,7 @@ from ._influence import (
 from ._keywords import check_namespaces as _check_namespaces
 from ._jacobians import compute_jacobian, full_jacobian, modjac
 from ._kronecker import kronecker_factors
-from ._per_sample import empirical_fisher, sample_gradients, sample_jacobians
+from ._per_sample import sample_gradients, sample_jacobians
 from ._planning import plan
 from ._problem import Problem
 from ._products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
@@ -61,7 +60,7 @@ __all__ = [
     "DataLoaderType", "Function", "InverseHvpResult", "JacobianVerification", "JacopsError", "JacopsWarning",
     "ModelType", "Problem", "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable",
     "TwiceDifferentiable", "attribution", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
-    "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "empirical_fisher", "errors",
+    "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "errors",
     "fisher", "fit", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "inverse",
     "jacobian", "jvp", "kronecker_factors", "laplacian", "levenberg_marquardt", "linalg", "load", "model_jvp",
     "model_vjp", "modjac", "plan", "project_jacobian", "reduce_contributions", "results",
@@ -79,14 +78,14 @@ _OF_JAX = ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable")
 
 
 def __dir__() -> list[str]:
-    """Return what is public, with what needs JAX where it is installed; names with a leading underscore are not."""
-    return sorted([*__all__, *(_OF_JAX if _find_spec("jax") else ())])
+    """Return what is public; modules with a leading underscore are not."""
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> object:
     """Load what needs JAX (extra `jax`) when it is asked for; say where else a name is."""
     if name not in _OF_JAX:
-        homes = [home for home in (linalg, solvers, sparse, fit, results, errors) if name in home.__all__]
+        homes = [home for home in (attribution, linalg, solvers, sparse, fit, results, errors) if name in home.__all__]
         hint = f"; it is {homes[0].__name__}.{name}" if homes else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     try:

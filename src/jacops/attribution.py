@@ -2,10 +2,12 @@
 
 from ._attribution import project_jacobian, reduce_contributions, verify_jacobian
 from ._decomposition import contributions
+from ._jacobians import compute_jacobian
 from ._lens import jacobian_lens, logit_difference
 from ._projections import projection
 
 __all__ = [
+    "compute_jacobian",
     "contributions",
     "jacobian_lens",
     "logit_difference",

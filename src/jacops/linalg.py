@@ -1,4 +1,7 @@
-"""Linear operators, and numbers that sum one up: traces, norms, diagonals, eigenpairs and spectral densities."""
+"""Linear operators, and numbers that sum one up: traces, norms, diagonals, eigenpairs and spectral densities.
+
+Operators of a model that are asked for less often are made here, too: `empirical_fisher`.
+"""
 
 from ._estimators import (
     DiagonalEstimate,
@@ -17,13 +20,14 @@ from ._estimators import (
     trace,
 )
 from ._operators import Diagonal, Identity, LayerFactors, Matrix, Operator, eye
+from ._per_sample import empirical_fisher
 from ._space import Space
 from .solvers import inverse_quadratic_bounds
 
 # fmt: off
 __all__ = [
     "Diagonal", "DiagonalEstimate", "Eigenpairs", "Estimate", "Identity", "LayerFactors", "Matrix", "Operator", "Space",
-    "SpectralDensity", "SpectralNorm", "diagonal", "effective_dimension", "eigenpairs", "eye",
+    "SpectralDensity", "SpectralNorm", "diagonal", "effective_dimension", "eigenpairs", "empirical_fisher", "eye",
     "inverse_quadratic_bounds", "logdet", "norm", "singular_values", "spectral_density", "spectral_norm", "trace",
 ]
 # fmt: on
