@@ -50,6 +50,9 @@ class JacobianVerification(Savable, Described):
 
 
 def verification_of(z: NDArray[np.float64], rebuilt: NDArray[np.float64]) -> JacobianVerification:
+    """Return how well `z` was rebuilt; nothing is missing where there is nothing."""
+    if not z.size:
+        return JacobianVerification((0.0, 0.0), (0.0, 0.0), 0.0, 0.0, 0.0)
     error = np.abs(z - rebuilt)
     worst, scale = float(error.max()), float(np.abs(z).max())
     relative = worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
@@ -73,8 +76,12 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         verification: `output - bias` against the sum of `values`; small means that nothing is missing.
         slope_error: How far `f(x + d) - f(x - d)` is from `2 J d` for small `d`, relative to the size of the terms of
             `J d`, at worst over samples and outputs. Kinks between are allowed for, and what the model detaches is held
-            fixed. It is about 1e-8 in double and 1e-5 in single precision where the Jacobian is right.
+            fixed. It is about 1e-8 in double and 1e-5 in single precision where the Jacobian is right. None where the
+            Jacobian is no slope but an average.
         notes: Remarks: operations that are not piecewise linear, what was centred.
+        method: `"exact"`, or `"integrated"` for parts averaged along a path, of which `bias` is the output where it
+            begins.
+        steps: Jacobians taken along a path, at most; None where there is no path.
     """
 
     values: Tensor
@@ -82,8 +89,10 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
     output: Tensor
     jacobian: Tensor
     verification: JacobianVerification
-    slope_error: float
+    slope_error: float | None
     notes: tuple[str, ...]
+    method: str = "exact"
+    steps: int | None = None
     _array: ClassVar[str] = "values"
 
     def to_pandas(
@@ -114,7 +123,7 @@ class Contributions(ArrayLike, Savable, DrawnContributions):
         facts = [
             ("output", f"features + bias up to {self.verification.relative_error:.1e} of its range"),
             ("bias", f"{share:.0%} of it"),
-            ("slopes", f"as the Jacobian says up to {self.slope_error:.1e}"),
+            *([] if self.slope_error is None else [("slopes", f"as the Jacobian says up to {self.slope_error:.1e}")]),
             *(("note", note) for note in self.notes),
         ]
         mean = torch.linalg.vector_norm(self.values, 1, dim=(0, 1)) / (n * out)

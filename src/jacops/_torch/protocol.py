@@ -44,6 +44,7 @@ from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whol
 from .samples.batch import Samples
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
+from .samples.results import SampleJacobians
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_linearization
 from .sweeps.graph import parents_first
