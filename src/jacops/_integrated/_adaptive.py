@@ -12,7 +12,7 @@ over the linear pieces of a known network; here outputs and slopes tell where pi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Protocol
 
@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._cells import Cells, Slopes, hidden_error
+from ._cells import Cells, Edges, hidden_error
 
 # Nodes of an interval that is taken to be smooth, and of one with kinks. With 8, perceptrons with GELU or tanh are
 # complete to 1e-6 at once, LSTMs and transformer blocks after halving 2 or 3 times. Where there are kinks, 2 to 4 nodes
 # took equally many Jacobians, and 3 tell a line from a curve.
 SMOOTH, KINKED = 8, 3
-_CONVERGING = 0.1  # gap over the last Legendre coefficient: below 1e-2 where a function is smooth, about 1 at a kink
+_CONVERGING = (
+    0.1  # gap over the last coefficient, or that over the middle one: below 0.05 if smooth, above 0.3 at kinks
+)
 _RETRY = 0.25  # of the tolerance, where the gaps of a path's intervals have one sign and add up
 
 
@@ -38,11 +40,15 @@ class GaussLegendre:
         nodes: Where slopes are taken.
         weights: Their weights, which sum to 1.
         last: Weights that give the Legendre coefficient of the highest degree that the nodes resolve.
+        middle: Those of half that degree.
+        ends: Weights that give the values at 0 and 1 of the polynomial through all nodes, `(2, nodes)`.
     """
 
     nodes: Tensor
     weights: Tensor
     last: Tensor
+    middle: Tensor
+    ends: Tensor
 
 
 @cache
@@ -51,10 +57,12 @@ def rule(many: int) -> GaussLegendre:
     from scipy.special import roots_legendre
 
     nodes, weights = roots_legendre(many)
-    degree = np.zeros(many)
-    degree[-1] = (2 * many - 1) ** 0.5
-    last = weights / 2 * np.polynomial.legendre.legval(nodes, degree)
-    return GaussLegendre(*(torch.from_numpy(part) for part in ((nodes + 1) / 2, weights / 2, last)))
+    # Legendre polynomials of norm 1 on [0, 1], at the nodes and at both ends.
+    norms = np.sqrt(2 * np.arange(many) + 1)
+    inside, ends = (np.polynomial.legendre.legvander(x, many - 1) * norms for x in (nodes, np.array([-1.0, 1.0])))
+    coefficients = (inside * weights[:, None] / 2).T
+    parts = (nodes + 1) / 2, weights / 2, coefficients[-1], coefficients[many // 2], ends @ coefficients
+    return GaussLegendre(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
 
 
 class Integrand(Protocol):
@@ -66,8 +74,8 @@ class Integrand(Protocol):
 
     most: int
 
-    def slopes(self, path: Tensor, t: Tensor) -> Slopes:
-        """Return what is known at points, and keep their Jacobians until the next call."""
+    def slopes(self, path: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs and slopes at points, as in `Edges`, and keep their Jacobians until the next call."""
         ...
 
     def outputs(self, path: Tensor, t: Tensor) -> Tensor:
@@ -81,40 +89,6 @@ class Integrand(Protocol):
     def drop(self, path: Tensor) -> Tensor:
         """Take back what was added for paths and for others to the same samples, and return all of these paths."""
         ...
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Intervals of paths.
-
-    Attributes:
-        path: Which path.
-        low: Where it begins.
-        high: Where it ends.
-        first: Outputs there.
-        final: Outputs at its end.
-    """
-
-    path: Tensor
-    low: Tensor
-    high: Tensor
-    first: Tensor
-    final: Tensor
-
-    def __len__(self) -> int:
-        return len(self.path)
-
-    def __getitem__(self, rows: Tensor | slice) -> Intervals:
-        return Intervals(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-    @staticmethod
-    def joined(parts: Sequence[Intervals]) -> Intervals:
-        """Return the intervals of several."""
-        return Intervals(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Intervals)))
-
-    def at(self, nodes: Tensor) -> Tensor:
-        """Return points of every interval, `(intervals, nodes)`."""
-        return self.low.unsqueeze(1) + (self.high - self.low).unsqueeze(1) * nodes
 
 
 @dataclass
@@ -142,7 +116,7 @@ class PathIntegrals:
         return cls(first, final, scale, total, torch.zeros(paths, dtype=torch.long))
 
     def begin(self, integrand: Integrand, path: Tensor, probed: Tensor, sizes: Sequence[int]) -> None:
-        """Learn where paths lead, given integrals of `Slopes.probed`.
+        """Learn where paths lead, given integrals of slopes with random weights.
 
         Errors of a path are relative to the largest change of an output along it or, where features cancel, to how
         much they contribute: a sum with random weights is as large as the root of a sum of squares. Each tensor of the
@@ -165,11 +139,11 @@ def fixed(integrand: Integrand, paths: int, many: int, sizes: Sequence[int]) -> 
     this, found = rule(many), PathIntegrals.none(paths, sum(sizes))
     probed = torch.zeros_like(found.total)
     for where in torch.arange(paths * many).split(integrand.most):
-        path, node = where // many, where % many
-        slopes = integrand.slopes(path, this.nodes[node])
-        integrand.add(this.weights[node])
-        for total, part in ((found.total, slopes.along), (probed, slopes.probed)):
-            total.index_add_(0, path, part * this.weights[node].unsqueeze(1))
+        path, weights = where // many, this.weights[where % many]
+        _, slopes = integrand.slopes(path, this.nodes[where % many])
+        integrand.add(weights)
+        for kind, total in enumerate((found.total, probed)):
+            total.index_add_(0, path, slopes[:, kind] * weights.unsqueeze(1))
     found.begin(integrand, torch.arange(paths), probed, sizes)
     found.steps += many
     return found
@@ -223,8 +197,9 @@ class AdaptiveIntegration:
     def _refine(self, every: Tensor) -> None:
         """Integrate along some paths."""
         self._left[every] -= SMOOTH  # others are counted where they are granted
-        zero, one = (torch.full((len(every),), t, dtype=torch.float64) for t in (0.0, 1.0))
-        pending = {SMOOTH: Intervals(every, zero, one, self.found.first[every], self.found.final[every])}
+        outputs = torch.stack([self.found.first[every], self.found.final[every]], 1)
+        unknown = outputs.new_full((*outputs.shape[:2], 2, outputs.shape[2]), torch.nan)
+        pending = {SMOOTH: Edges(every, torch.tensor([[0.0, 1.0]]).double().repeat(len(every), 1), outputs, unknown)}
         while pending:
             taken, count = torch.zeros_like(self._left), torch.zeros_like(self._left)
             for many, part in pending.items():
@@ -234,65 +209,70 @@ class AdaptiveIntegration:
             # Half of what is left goes to intervals at work. Gaps have either sign, so squares are what adds up.
             share = (1 - self._used).clamp_min(0) / (2 * count.clamp_min(1))
             self._limit = torch.maximum(self._target * share.sqrt(), self.floor)
-            parts: dict[int, list[Intervals]] = {}
+            parts: dict[int, list[Edges]] = {}
             for many, part in pending.items():
                 for rows in torch.arange(len(part)).split(max(1, self.integrand.most // many)):
                     for number, more in self._step(part[rows], rule(many)).items():
                         parts.setdefault(number, []).append(more)
-            pending = {many: Intervals.joined(own) for many, own in parts.items()}
+            pending = {many: Edges.joined(own) for many, own in parts.items()}
 
-    def _step(self, part: Intervals, this: GaussLegendre) -> dict[int, Intervals]:
+    def _step(self, part: Edges, this: GaussLegendre) -> dict[int, Edges]:
         """Integrate over intervals where one rule does, or over cells of them; return the others, by nodes to take."""
-        many, t = len(this.nodes), part.at(this.nodes)
-        slopes = self.integrand.slopes(part.path.repeat_interleave(many), t.flatten())
-        if not bool(self.found.scale[part.path[0]].any()):
-            part = self._begin(part, slopes, this)
-        scale, length = self.found.scale[part.path], part.high - part.low
-        near = slopes.in_units(scale, many)
-        gaps, weights = (part.final - part.first) / scale, this.weights * length.unsqueeze(1)
-        gaps = gaps - (weights.unsqueeze(2) * near.along).sum(1)
-        beyond, smooth = self._judged(part, this, near, gaps)
+        edges = self._taken(part, this)
+        scale, length = self.found.scale[edges.path], edges.length
+        near, weights = edges.relative_to(scale), this.weights * length.unsqueeze(1)
+        gaps = near.outputs[:, -1] - near.outputs[:, 0] - (weights.unsqueeze(2) * near.along).sum(1)
+        beyond, smooth = self._judged(near, this, gaps)
         stuck = beyond & (length <= self.shortest)  # at a jump: no Jacobian adds up to that
         halved, rough = beyond & ~stuck & smooth, (beyond & ~stuck & ~smooth).nonzero().squeeze(1)
-        edges = torch.cat([part.low.unsqueeze(1), t, part.high.unsqueeze(1)], 1)
-        values = torch.cat([part.first.unsqueeze(1), slopes.outputs.unflatten(0, t.shape), part.final.unsqueeze(1)], 1)
-        cells = Cells.of(edges[rough], (values / scale.unsqueeze(1))[rough], near[rough], self.floor[part.path[rough]])
-        place, taken = self._pieces(cells, part.path[rough])
+        cells = Cells.of(near[rough], self.floor[edges.path[rough]])
+        place, taken = self._pieces(cells, edges.path[rough])
         cost = torch.where(halved, 2 * SMOOTH, 0)
         cost[rough] = KINKED * (~taken).sum(1)
-        granted = self._granted(part.path, cost)
-        self.stopped[part.path[stuck | ~granted]] = True
+        granted = self._granted(edges.path, cost)
+        self.stopped[edges.path[stuck | ~granted]] = True
         halved, apart = halved & granted, granted[rough]
         weights[halved], gaps[halved] = 0.0, 0.0
         weights[rough[apart]] = cells.weights(place, taken)[apart]
         gaps[rough[apart]] = (cells.gaps(place) * taken.unsqueeze(2)).sum(1)[apart]
-        self._take(part, slopes, weights, torch.where(stuck.unsqueeze(1), 0.0, gaps))
+        self._add(edges, weights, torch.where(stuck.unsqueeze(1), 0.0, gaps))
         row, cell = (~taken & apart.unsqueeze(1)).nonzero(as_tuple=True)
-        own, left, right = rough[row], (rough[row], cell), (rough[row], cell + 1)
-        pieces = Intervals(part.path[own], edges[left], edges[right], values[left], values[right])
-        found = {SMOOTH: self._halves(part[halved]), KINKED: pieces}
+        found = {KINKED: edges.between(rough[row], cell)}
+        if bool(halved.any()):
+            whole = edges[halved].without_nodes()
+            found[SMOOTH] = whole.halves(self.integrand.outputs(whole.path, whole.places.mean(1)))
         return {nodes: more for nodes, more in found.items() if len(more)}
 
-    def _begin(self, part: Intervals, slopes: Slopes, this: GaussLegendre) -> Intervals:
-        """Learn where paths lead, and return the intervals with the outputs at their ends."""
-        probed = (this.weights.unsqueeze(1) * slopes.probed.unflatten(0, (-1, len(this.nodes)))).sum(1)
-        self.found.begin(self.integrand, part.path, probed, self.sizes)
-        first, final = self.found.first[part.path], self.found.final[part.path]
-        sizes = torch.maximum(first.abs(), final.abs()) / self.found.scale[part.path]
-        self.floor[part.path] = self.rounding * sizes.amax(1).clamp_min(1)
-        self._limit[part.path] = self._limit[part.path].maximum(self.floor[part.path])
-        return replace(part, first=first, final=final)
+    def _taken(self, part: Edges, this: GaussLegendre) -> Edges:
+        """Take outputs and slopes at the nodes of intervals."""
+        places = part.places[:, :1] + part.length.unsqueeze(1) * this.nodes
+        path = part.path.repeat_interleave(len(this.nodes))
+        outputs, slopes = (x.unflatten(0, places.shape) for x in self.integrand.slopes(path, places.flatten()))
+        if not bool(self.found.scale[part.path[0]].any()):  # its paths are new
+            path = part.path
+            self.found.begin(self.integrand, path, (this.weights[:, None] * slopes[:, :, 1]).sum(1), self.sizes)
+            part = replace(part, outputs=torch.stack([self.found.first[path], self.found.final[path]], 1))
+            sizes = (part.outputs.abs().amax(1) / self.found.scale[path]).amax(1)
+            self.floor[path] = self.rounding * sizes.clamp_min(1)
+            self._limit[path] = self._limit[path].maximum(self.floor[path])
+        return part.with_nodes(places, outputs, slopes)
 
-    def _judged(self, part: Intervals, this: GaussLegendre, near: Slopes, gaps: Tensor) -> tuple[Tensor, Tensor]:
+    def _judged(self, edges: Edges, this: GaussLegendre, gaps: Tensor) -> tuple[Tensor, Tensor]:
         """Return in which intervals a rule is off by more than its limit, and in which the function is smooth.
 
-        The gap is the error along the step. It vanishes with the last Legendre coefficient that the nodes resolve.
+        The gap is the error along the step. What tells how much slopes vary is the last coefficient that the nodes
+        resolve and, at ends where slopes are known, how far these are from the polynomial through the nodes. Where a
+        function is smooth, the gap is far below that, or coefficients fall; between kinks that is not asked.
         """
-        length = (part.high - part.low).unsqueeze(1)
-        sizes = [(this.last.unsqueeze(1) * s).sum(1).abs().mul(length).amax(1) for s in (near.along, near.probed)]
+        nodes, length = edges.slopes[:, 1:-1].flatten(2), edges.length[:, None]
+        last, middle = (torch.einsum("q,nqk->nk", c, nodes).abs() for c in (this.last, this.middle))
+        missed = torch.einsum("eq,nqk->nek", this.ends, nodes) - edges.slopes[:, [0, -1]].flatten(2)
+        missed = missed.nan_to_num(0.0).abs().amax(1) * this.nodes[0]
+        along, probed = (torch.maximum(last, missed) * length).unflatten(1, (2, -1)).amax(2).unbind(1)
         error = gaps.abs().amax(1)
-        beyond = torch.maximum(error, hidden_error(error, *sizes, self.floor[part.path])) > self._limit[part.path]
-        return beyond, error < _CONVERGING * sizes[0]
+        hidden = hidden_error(error, along, probed, self.floor[edges.path])
+        smooth = (error < _CONVERGING * along) | (last.amax(1) < _CONVERGING * middle.amax(1))
+        return torch.maximum(error, hidden) > self._limit[edges.path], smooth & (len(this.nodes) == SMOOTH)
 
     def _pieces(self, cells: Cells, path: Tensor) -> tuple[Tensor, Tensor]:
         """Return up to where the left line holds in each cell, and for which cells two lines are all there is."""
@@ -318,15 +298,7 @@ class AdaptiveIntegration:
         self._left.index_add_(0, path, -cost * granted)
         return granted
 
-    def _take(self, part: Intervals, slopes: Slopes, weights: Tensor, gaps: Tensor) -> None:
+    def _add(self, edges: Edges, weights: Tensor, gaps: Tensor) -> None:
         self.integrand.add(weights.flatten())
-        weighted = slopes.along * weights.reshape(-1, 1)
-        self.found.total.index_add_(0, part.path, weighted.unflatten(0, weights.shape).sum(1))
-        self._used.index_add_(0, part.path, (gaps.abs().amax(1) / self._target).square())
-
-    def _halves(self, part: Intervals) -> Intervals:
-        if not len(part):
-            return part
-        middle = (part.low + part.high) / 2
-        outputs = self.integrand.outputs(part.path, middle)
-        return Intervals.joined([replace(part, high=middle, final=outputs), replace(part, low=middle, first=outputs)])
+        self.found.total.index_add_(0, edges.path, (edges.along * weights.unsqueeze(2)).sum(1))
+        self._used.index_add_(0, edges.path, (gaps.abs().amax(1) / self._target).square())

@@ -15,7 +15,6 @@ from .._runtime.memory import Budget
 from .._torch.protocol import SampleJacobians
 from ..errors import NonFiniteError
 from ._baselines import Paths
-from ._cells import Slopes
 
 # Points to a batch at least. What is proved of a model holds for one number of samples, so batches come in few sizes:
 # powers of two from here on.
@@ -49,8 +48,8 @@ class PathJacobians:
     _warned: bool = field(init=False, default=False)
     _held: tuple[Tensor, list[list[Tensor]]] = field(init=False)
 
-    def slopes(self, path: Tensor, t: Tensor) -> Slopes:
-        """Return what is known at points, and keep their Jacobians until the next call."""
+    def slopes(self, path: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs and slopes at points, as in `Edges`, and keep their Jacobians until the next call."""
         many, found = len(path), self._taken(path, t)
         if self.check_finite:
             self._refuse_lost(found, path, t)
@@ -63,7 +62,7 @@ class PathJacobians:
         products = [sum(torch.bmm(b.double(), v) for b, v in zip(row, vectors, strict=True)) for row in kept]
         joined = torch.cat([torch.as_tensor(product) for product in products], 1).cpu()
         tick(many)
-        return Slopes(_joined([o[:many] for o in found.output]), joined[..., 0], joined[..., 1])
+        return _joined([o[:many] for o in found.output]), joined.transpose(1, 2)
 
     def outputs(self, path: Tensor, t: Tensor) -> Tensor:
         """Return outputs at points, `(points, outputs)`, taken as Jacobians were before."""
