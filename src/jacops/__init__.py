@@ -1,6 +1,6 @@
 """Any derivative of a model, as an operator: exact, checked, and within the memory you have.
 
-Which features?     compute_jacobian, contributions, verify_jacobian, input_hessian, laplacian, directional_derivative
+Which features?     compute_jacobian, contributions, integrated_jacobian, verify_jacobian, input_hessian, laplacian
 Which samples?      compute_influences, self_influences, compute_influence_factors; TorchTwiceDifferentiable
 Which step?         gauss_newton, levenberg_marquardt; jacops.fit, jacops.charts
 Operators           jacobian, hessian, ggn, fisher; Problem for sums over a data set
@@ -36,6 +36,7 @@ from ._derivatives import ggn, hessian, jacobian
 from ._extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
 from ._fisher import fisher
 from ._function import Function
+from ._integrated import integrated_jacobian
 from ._influence import (
     DataLoaderType, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities,
     TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences,
@@ -60,10 +61,10 @@ __all__ = [
     "DataLoaderType", "Function", "InverseHvpResult", "JacobianVerification", "JacopsError", "JacopsWarning",
     "ModelType", "Problem", "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable",
     "TwiceDifferentiable", "attribution", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
-    "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "errors",
-    "fisher", "fit", "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "inverse",
-    "jacobian", "jvp", "kronecker_factors", "laplacian", "levenberg_marquardt", "linalg", "load", "model_jvp",
-    "model_vjp", "modjac", "plan", "project_jacobian", "reduce_contributions", "results",
+    "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "errors", "fisher", "fit",
+    "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "integrated_jacobian",
+    "inverse", "jacobian", "jvp", "kronecker_factors", "laplacian", "levenberg_marquardt", "linalg", "load",
+    "model_jvp", "model_vjp", "modjac", "plan", "project_jacobian", "reduce_contributions", "results",
     "sample_gradients", "sample_jacobians", "self_influences", "solve", "solvers", "sparse", "sparse_plan", "store",
     "testing", "verify_jacobian", "vjp",
 ]

@@ -2,6 +2,7 @@
 
 from ._attribution import project_jacobian, reduce_contributions, verify_jacobian
 from ._decomposition import contributions
+from ._integrated import integrated_jacobian
 from ._jacobians import compute_jacobian
 from ._lens import jacobian_lens, logit_difference
 from ._projections import projection
@@ -9,6 +10,7 @@ from ._projections import projection
 __all__ = [
     "compute_jacobian",
     "contributions",
+    "integrated_jacobian",
     "jacobian_lens",
     "logit_difference",
     "project_jacobian",

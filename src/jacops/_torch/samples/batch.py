@@ -307,6 +307,30 @@ class Samples:
         run = self.runner.split(values, store, effects, path)
         return None if run is None or run.lin.proofs.needs("samples apart", values[0].shape[0]) else run
 
+    def outputs(self, batch_size: int, alone: bool) -> list[Tensor]:
+        """Return the outputs of all samples, a tensor `(n, *out)` for each leaf of the output.
+
+        Args:
+            batch_size: Most samples to a run.
+            alone: Run every sample in a batch of one, as their Jacobians were taken.
+        """
+        parts, chunks = [], Chunks(self.count, 1 if alone else batch_size)
+        with self.explained():
+            for where in chunks:
+                with chunks.halving(where, self.call, "samples"):
+                    parts.append(self._outputs([v[where] for v in self.values]))
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _outputs(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs of some samples, of each alone where the forward reads values, which may be of others."""
+        run, many = self.runner.run(values), values[0].shape[0]
+        if many == 1:
+            return [(o if o.ndim and o.shape[0] == 1 else o.unsqueeze(0)).detach() for o in run.lin.outputs]
+        if not run.effects.reads:
+            return [o.detach() for o in run.lin.outputs]
+        alone = [self._outputs([v[i : i + 1] for v in values]) for i in range(many)]
+        return [torch.cat(column) for column in zip(*alone, strict=True)]
+
     # ---- do samples mix? -------------------------------------------------------------------------------------
 
     def _parts(self, values: Sequence[Tensor], many: int, store: ProofStore) -> tuple[Linearization | None, Parts]:
