@@ -198,7 +198,7 @@ class Runner:
         widths: dict[str, int | None] = {}
         connected = self.connected or self.create_graph
         copied, leaves = private_inputs(self.inputs_in(values), self.input_tree, connected)
-        cut = None if replica is None else Cut(replica.module, path or self.at, connected)
+        cut = self.cut(replica, path)
         noted = nullcontext()
         if replica is not None and noting:
             noted = widths_noted(replica.module, values[0].shape[0], widths)
@@ -212,6 +212,10 @@ class Runner:
             leaves = [(str(path or self.at), leaf) for leaf in cut.leaves]
         lin = self._linearized(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
         return Run(lin, tree, head, widths)
+
+    def cut(self, replica: Replica | None, path: str | None = None) -> Cut | None:
+        """Return where a replica's forward is cut, at `path` if there is one; None for a plain function."""
+        return None if replica is None else Cut(replica.module, path or self.at, self.connected or self.create_graph)
 
     def called(
         self,
