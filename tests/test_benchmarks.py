@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 
 from benchmarks import (
+    bench_attribution,
     bench_curvature,
     bench_input_jacobians,
     bench_parameter_jacobians,
@@ -41,6 +42,7 @@ def tiny() -> Iterator[Workload]:
     case = Case(mlp(3, 4, 2, act=nn.Tanh), 5, 3, 2)
     products = bench_products.Products(3, 4, 2, n=5)
     yield bench_input_jacobians.workload("A", "perceptron", mlp(3, 4, 2), torch.randn(5, 3), [Goal(FLOOR, faster=0.5)])
+    yield bench_attribution.workload("H", "perceptron", mlp(3, 4, 2), torch.randn(5, 3))
     yield bench_parameter_jacobians.workload("B", "perceptron", lambda: mlp(3, 4, 2), torch.randn(5, 3), [])
     for cases in (bench_products.jacobian, bench_products.curvature):
         yield from cases(products)

@@ -900,9 +900,39 @@ def test_bad_values_are_named_by_output_and_can_be_let_through():
     assert found["mu"].verification.relative_error < 1e-12
 
 
+def test_nothing_of_the_callers_state_is_in_the_result():
+    model, expected = classifier(), contributions(classifier(), X)
+    asked = contributions(model, X.clone().requires_grad_())
+    with torch.inference_mode():
+        inferred = X.clone()
+        inside = contributions(model, inferred)
+    with torch.no_grad():
+        recorded_off = contributions(model, X)
+    for found in (asked, inside, recorded_off, contributions(model, inferred)):
+        for part in ("values", "bias", "output", "jacobian"):
+            assert torch.equal(getattr(found, part), getattr(expected, part))
+            assert not getattr(found, part).requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_under_autocast_parts_add_up_to_its_precision():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = contributions(classifier().float(), X.float())
+    assert found.output.dtype == torch.bfloat16
+    close(found.values.float().sum(-1) + found.bias, found.output, 2e-2)
+    assert found.notes == ()
+
+
+def test_a_result_is_not_gone_through():
+    with pytest.raises(TypeError, match="not iterable"):
+        list(contributions(settled(Vae(named)), X))
+
+
 def test_lists_of_batches_and_loaders_of_several_inputs_are_joined():
     model = settled(Several())
     batches = [({k: v[:2] for k, v in MIXED.items() if isinstance(v, Tensor)}, torch.zeros(2)),
                ({k: v[2:] for k, v in MIXED.items() if isinstance(v, Tensor)}, torch.zeros(3))]  # fmt: skip
     found = contributions(model, batches)
     close(found.values, contributions(model, {k: v for k, v in MIXED.items() if isinstance(v, Tensor)}).values)
+    with pytest.raises(InputTypeError, match="giving a ndarray in batch 1, but batches of tensors are needed"):
+        contributions(classifier(), [(X, X), (X.numpy(), X.numpy())])

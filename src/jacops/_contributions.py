@@ -111,6 +111,7 @@ class Contributions(ArrayLike, Savable, PagedContributions):
     names: FeatureNames | None = None
     steps: int | None = None
     _array: ClassVar[str] = "values"
+    __iter__: ClassVar[None] = None  # what there is to go through, outputs or samples, would not be plain
 
     def __getitem__(self, key: str | int) -> Contributions:
         """Return the result for one of several outputs.

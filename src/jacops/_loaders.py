@@ -237,6 +237,11 @@ def _whole(batches: Batches, given: Mapping[str, Any], with_target: bool) -> dic
 def _joined(parts: Sequence[Any], shared: Shared, name: str) -> Any:
     """Return inputs of batches as one; what has no rows must be the same in all of them."""
     apart = [rows_apart(part, name, shared) for part in parts]
+    for number, (values, _) in enumerate(apart):
+        wrong = next((value for value in values if not isinstance(value, Tensor)), None)
+        if wrong is not None:
+            came = f"giving a {type(wrong).__name__} in batch {number}"
+            raise InputTypeError.of(name, came, "batches of tensors are needed", "Convert them with torch.as_tensor.")
     (first, tree), *others = apart
     for number, (values, other) in enumerate(others, 1):
         same = other.names == tree.names and len(values) == len(first)

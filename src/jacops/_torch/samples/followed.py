@@ -18,7 +18,6 @@ from ...errors import ModelStateError
 from ..bias.completeness import FEW
 from ..bias.follow import Follow
 from ..bias.homogeneous import AROUND, BiasParts, FollowedRun, Moved, joined
-from ..model.cut import Cut
 from ..model.inputs import private_inputs
 from .plan import Beside
 from .runs import Runner
@@ -91,7 +90,7 @@ class FollowedModel:
         for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
             with recording(), random_state_kept():
                 replica = runner.replica(cloned)
-                cut = None if replica is None else Cut(replica.module, runner.at, frozen=runner.frozen)
+                cut = runner.cut(replica)
                 given, tree = runner.inputs_in(values), runner.input_tree
                 inside = cut is not None and cut.source is not None
                 copied = private_inputs(given, tree, fixed=inside)[0]

@@ -201,7 +201,7 @@ class Runner:
         widths: dict[str, int | None] = {}
         connected = self.connected or self.create_graph
         copied, leaves = private_inputs(self.inputs_in(values), self.input_tree, connected)
-        cut = None if replica is None else Cut(replica.module, path or self.at, connected, self.frozen, checked=noting)
+        cut = self.cut(replica, path, checked=noting)
         noted = nullcontext()
         if replica is not None and noting:
             noted = widths_noted(replica.module, values[0].shape[0], widths)
@@ -215,6 +215,17 @@ class Runner:
             leaves = [(str(path or self.at), leaf) for leaf in cut.leaves]
         lin = self._linearized(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
         return Run(lin, tree, head, widths)
+
+    def cut(self, replica: Replica | None, path: str | None = None, checked: bool = False) -> Cut | None:
+        """Return where a replica's forward is cut, at `path` if there is one; None for a plain function.
+
+        Args:
+            replica: Of the model.
+            path: A submodule to cut at.
+            checked: Frozen functions are held against what they give otherwise.
+        """
+        connected = self.connected or self.create_graph
+        return None if replica is None else Cut(replica.module, path or self.at, connected, self.frozen, checked)
 
     def called(
         self,
