@@ -189,7 +189,7 @@ def test_smooth_models_agree_with_a_plain_loop(name: str) -> None:
     make, shape = SMOOTH[name]
     model, x, x0 = make(), draw(3, *shape, seed=9), draw(*shape, seed=8)
     found = integrated_jacobian(model, x, baseline=x0)
-    check(found, model, x, x0, 1e-6, nodes=100)
+    check(found, model, x, x0, 1e-6, nodes=400)
     assert float(gaps(found, model, x, x0).max()) < 1e-6
 
 
@@ -286,21 +286,14 @@ def test_a_number_of_steps_is_that_of_nodes_and_is_not_refined() -> None:
     assert integrated_jacobian(model, x, steps=30).verification.relative_error < 1e-9
 
 
-@pytest.mark.parametrize("most", [8, 11, 30, 100, 400])
-def test_a_path_takes_no_more_steps_than_allowed(most: int) -> None:
+@pytest.mark.parametrize(("most", "bound"), [(8, 0.2), (11, 0.2), (30, 0.2), (60, 0.02), (400, 1e-9)])
+def test_a_path_takes_no_more_steps_than_allowed(most: int, bound: float) -> None:
     model, x = mlp(4, 32, 32, 3, act=nn.ReLU), draw(3, 4, seed=9)
-    with pytest.warns(JacopsWarning, match="do not add up") if most < 400 else quiet_context():
-        found = integrated_jacobian(model, x, max_steps=most, on_failure="return", tolerance=1e-9)
+    found = quiet(integrated_jacobian, model, x, max_steps=most, on_failure="return", tolerance=1e-9)
     assert found.steps is not None
-    assert most / 4 < found.steps <= most
-    share = gaps(found, model, x, torch.zeros_like(x))
-    assert float(share.max()) < (0.3 if most < 100 else 1e-2)
-
-
-def quiet_context() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
+    assert min(most, 61) / 2 < found.steps <= most
+    assert any("do not add up" in note for note in found.notes) == (most < 400)
+    assert float(gaps(found, model, x, torch.zeros_like(x)).max()) < bound
 
 
 def test_what_does_not_add_up_is_an_error_that_holds_the_result() -> None:
@@ -547,7 +540,7 @@ def test_samples_that_cannot_share_sweeps_are_taken_alone(model: nn.Module) -> N
     found = quiet(integrated_jacobian, model, x)
     for i in range(3):
         torch.manual_seed(0)
-        one = integrated_jacobian(model, x[i : i + 1]) if i else quiet(integrated_jacobian, model, x[:1])
+        one = quiet(integrated_jacobian, model, x[i : i + 1])
         torch.testing.assert_close(found.values[i], one.values[0], rtol=0, atol=1e-6)
     if isinstance(model, Centred):  # alone, a sample is its own mean
         check(found, lambda x: (x / 2).tanh() * x.sum(1, keepdim=True), x, x * 0, 1e-6, nodes=100)
@@ -582,9 +575,9 @@ def test_all_outputs_take_the_forwards_of_one_and_no_more_sweeps_than_their_jaco
     x, spent = draw(6, 40), {}
     for outputs in (1, 30):
         model = Swept(mlp(40, 8, outputs))
-        integrated_jacobian(model, x, steps=20)
-        model.spent()
-        integrated_jacobian(model, x, steps=20)
+        for _ in range(2):  # once to prove that samples do not mix
+            model.spent()
+            quiet(integrated_jacobian, model, x, steps=20)
         spent[outputs] = model.spent()
     assert spent[30][0] == spent[1][0]  # 120 points in one batch, one sample to see shapes, both ends
     assert spent[30][1] <= spent[1][1] + 29

@@ -29,6 +29,7 @@ SMOOTH, KINKED = 8, 3
 _CONVERGING = (
     0.1  # gap over the last coefficient, or that over the middle one: below 0.05 if smooth, above 0.3 at kinks
 )
+_CANCELLED = 0.1  # outputs that change by less of what features contribute are no measure of it
 _RETRY = 0.25  # of the tolerance, where the gaps of a path's intervals have one sign and add up
 
 
@@ -118,13 +119,13 @@ class PathIntegrals:
     def begin(self, integrand: Integrand, path: Tensor, probed: Tensor, sizes: Sequence[int]) -> None:
         """Learn where paths lead, given integrals of slopes with random weights.
 
-        Errors of a path are relative to the largest change of an output along it or, where features cancel, to how
-        much they contribute: a sum with random weights is as large as the root of a sum of squares. Each tensor of the
-        output, `sizes` of which are given, has its own scale.
+        Errors of a path are relative to the largest change of an output along it or, where features cancel, to a tenth
+        of how much they contribute: a sum with random weights is as large as the root of a sum of squares. Each tensor
+        of the output, `sizes` of which are given, has its own scale.
         """
         ends = (integrand.outputs(path, torch.full((len(path),), t, dtype=torch.float64)) for t in (0.0, 1.0))
         self.first[path], self.final[path] = ends
-        own = torch.maximum((self.final - self.first)[path].abs(), probed.abs())
+        own = torch.maximum((self.final - self.first)[path].abs(), _CANCELLED * probed.abs())
         parts = own.split(list(sizes), 1)
         scale = torch.cat([p.amax(1, keepdim=True).expand_as(p) if p.shape[1] else p for p in parts], 1)
         self.scale[path] = torch.where(scale > 0, scale, 1.0)
@@ -269,9 +270,10 @@ class AdaptiveIntegration:
         missed = torch.einsum("eq,nqk->nek", this.ends, nodes) - edges.slopes[:, [0, -1]].flatten(2)
         missed = missed.nan_to_num(0.0).abs().amax(1) * this.nodes[0]
         along, probed = (torch.maximum(last, missed) * length).unflatten(1, (2, -1)).amax(2).unbind(1)
-        error = gaps.abs().amax(1)
+        error, falls = gaps.abs().amax(1), last.amax(1) < _CONVERGING * middle.amax(1)
         hidden = hidden_error(error, along, probed, self.floor[edges.path])
-        smooth = (error < _CONVERGING * along) | (last.amax(1) < _CONVERGING * middle.amax(1))
+        hidden = torch.where(falls, hidden * last.amax(1) / middle.amax(1), hidden)
+        smooth = (error < _CONVERGING * along) | (falls & (error <= along))
         return torch.maximum(error, hidden) > self._limit[edges.path], smooth & (len(this.nodes) == SMOOTH)
 
     def _pieces(self, cells: Cells, path: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ def integrated_jacobian(
         steps: `"auto"` refines until gaps are below the tolerance; a number is that of Gauss-Legendre nodes of each
             path, with whatever gap they leave.
         tolerance: The largest gap of a sample, relative to its largest change of an output from baseline to sample (or
-            to the root of the sum of squared contributions to it, where they cancel). By default 1e-6 in double, 1e-3
+            to a tenth of the length of its contributions, where they cancel to less). By default 1e-6 in double, 1e-3
             in single and 0.1 in half precision.
         max_steps: Most Jacobians of a path; the refinement of paths that would take more ends.
         on_failure: With `"raise"` a gap above the tolerance is an error, with `"return"` a warning.

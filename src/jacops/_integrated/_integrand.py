@@ -77,6 +77,8 @@ class PathJacobians:
         """Add the Jacobians of the last points to those of their samples."""
         path, blocks = self._held
         used = weights.nonzero().squeeze(1)
+        if not len(used):
+            return
         rows, weights = self.paths.rows(path[used]), weights[used] / self.paths.baselines
         steps = self.paths.steps(path[used]) if self.values is not None else []
         for out, row in enumerate(blocks):
