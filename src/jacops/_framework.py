@@ -25,6 +25,7 @@ class TorchOptions(TypedDict, total=False):
     fallback: Fallback
     connected: bool
     kept: bool
+    aside: bool
 
 
 def recorded(
@@ -47,7 +48,7 @@ def likelihood_at(model: Any, found: Any, losses: RowLosses, y: Any) -> Likeliho
     """Return the likelihood of a loss by its slopes at a recorded output of any framework, if it has one."""
     if is_framework_model(model):
         return model.likelihood(found, losses.loss, y)
-    return likelihood_of(losses.scalar, *output_leaves(found.output), y)
+    return likelihood_of(losses.scalar, *output_leaves(found.output, aside=True), y)
 
 
 def _sample_rows(found: SampleRows) -> LayerFactors:
@@ -104,13 +105,14 @@ def refuse_options(todo: str = "", **given: Any) -> None:
             raise InputError.of(name, repr(value), "models of another framework than torch have no such option", todo)
 
 
-def asked(call: str, kept: bool = False, connected: bool = False, **options: Any) -> SweepOptions:
+def asked(call: str, kept: bool = False, connected: bool = False, aside: bool = False, **options: Any) -> SweepOptions:
     """Return the options of a call, checked.
 
     Args:
         call: The public call.
         kept: Ignored: nothing that the model recorded can be written into.
         connected: Ignored: results that keep a graph are refused where they are computed.
+        aside: Ignored: outputs are arrays.
         options: As in `SweepOptions`.
 
     Raises:

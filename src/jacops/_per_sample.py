@@ -157,7 +157,7 @@ def gradients_at(
     def together(some: Sequence[Tensor]) -> Recording:
         if record is not None and len(some[0]) == len(values[0]):
             return record()
-        return record_model(model, tree.build(some)[0], call="sample_gradients", **options)
+        return record_model(model, tree.build(some)[0], call="sample_gradients", aside=True, **options)
 
     def cotangents(batch: Recording, values: Sequence[Tensor]) -> RowSlopes:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:

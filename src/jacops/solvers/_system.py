@@ -322,4 +322,6 @@ def _check_operator(operator: Any) -> None:
         raise InputError.of("operator", f"of shape {operator.shape}", "a square one is needed")
     if operator.domain.dtype not in (torch.float32, torch.float64):
         came = f"of {operator.domain.dtype}"
-        raise InputError.of("operator", came, "solves need float32 or float64", "Convert the model first.")
+        raise InputError.of(
+            "operator", came, "solves need float32 or float64", "Convert the model first, by `model.float()`."
+        )
