@@ -374,3 +374,121 @@ def test_labels_that_should_not_count_and_do_not_say_so_are_found_by_the_check()
 
     with pytest.raises(InputError, match="Labels that do not count must be -100"):
         jacops.Problem(Table(), loss, [whole]).value()
+
+
+# ---- single tokens ---------------------------------------------------------------------------------------------------
+
+
+def tokens_by_hand(model: nn.Module, whole: Any, damping: float, picked: list[nn.Parameter]) -> Tensor:
+    rows, tokens, matrix = by_hand(model, whole, picked)
+    return torch.einsum("mp,ntp->mnt", torch.linalg.solve(matrix + damping * torch.eye(len(matrix)), rows.T).T, tokens)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_influences_of_tokens_are_those_of_their_terms(name: str) -> None:
+    model, whole = MODELS[name](), sequences()
+    exact = name == "gpt2"
+    wrapped = jacops.TorchTwiceDifferentiable(model, shifted)
+    options: Any = {"curvature": "ggn", "damping": 1e-2, "parameters": HEADS[name]}
+    options["solver"] = Direct(tolerance=1e-8 if exact else 1e-6)
+    found = jacops.compute_influences(wrapped, batches(whole), influence_type="token", **options)
+    sums = jacops.compute_influences(wrapped, batches(whole), **options)
+    close(found.values.sum(2), sums.values, 1e-10 if exact else 1e-6)
+    close(found.values, tokens_by_hand(model, whole, 1e-2, some(name, model)), TOLERANCES[name])
+    assert not found.values[:, whole["labels"] == IGNORED].any()
+    assert not found.values[:, :, 0].any()
+    assert found.shape == (6, 6, 8)
+    close(found.per_sample().values, sums.values, 1e-10 if exact else 1e-6)
+    close(found.leave_one_out().sum(2), sums.leave_one_out(), 1e-10 if exact else 1e-6)
+
+
+class ClassesSecond(Table):
+    """Logits `(n, classes, T)`, as torch's cross-entropy has them."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids).transpose(1, 2)
+
+
+class Mixed(Table):
+    """Outputs of which none belongs to one token alone."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids).flatten(1)
+
+
+def unmixed(output: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output.reshape(-1, VOCABULARY), labels.flatten())
+
+
+class Reading(Table):
+    """Reads values, so that samples are taken alone."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * (1.0 + 0.1 * float(self.table[input_ids].detach().mean()))
+
+
+TABLES: dict[str, tuple[Any, Any]] = {
+    "classes second": (ClassesSecond, nn.CrossEntropyLoss()),
+    "weighted": (ClassesSecond, nn.CrossEntropyLoss(weight=torch.linspace(0.5, 2, VOCABULARY).double())),
+    "summed": (ClassesSecond, nn.CrossEntropyLoss(reduction="sum")),
+    "no positions": (Mixed, unmixed),
+    "samples alone": (Reading, unshifted),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+@pytest.mark.filterwarnings("ignore:sample_gradients")
+def test_tokens_of_other_losses_and_outputs(case: str) -> None:
+    model, loss = TABLES[case][0](), TABLES[case][1]
+    whole = sequences()
+    del whole["attention_mask"]
+    wrapped = jacops.TorchTwiceDifferentiable(model, loss)
+    options: Any = {"curvature": "ggn", "damping": 0.1}
+    found = jacops.compute_influences(wrapped, batches(whole), influence_type="token", **options)
+    factors = jacops.compute_influence_factors(wrapped, batches(whole), batches(whole), **options).x
+    right, weight = torch.zeros(6, 6, 8).double(), getattr(loss, "weight", None)
+    for i in range(6):
+        ids, labels = whole["input_ids"][i : i + 1], whole["labels"][i : i + 1]
+        counts = (labels != IGNORED) * (1.0 if weight is None else weight[labels.clamp_min(0)])
+        whole_row = 1.0 if getattr(loss, "reduction", "mean") == "sum" else float(counts.sum())
+        for t in counts[0].nonzero()[:, 0].tolist():
+            kept = torch.full_like(labels, IGNORED)
+            kept[0, t] = labels[0, t]
+            share = 1.0 if whole_row == 1.0 and getattr(loss, "reduction", "") == "sum" else float(counts[0, t])
+            (slope,) = torch.autograd.grad(loss(model(ids), kept), [model.table])
+            right[:, i, t] = factors @ slope.flatten() * share / whole_row
+    close(found.values, right, 1e-10)
+
+
+def test_what_has_no_tokens_is_refused() -> None:
+    model, whole = Table(), sequences()
+    del whole["attention_mask"]
+    options: Any = {"curvature": "ggn", "damping": 0.1, "influence_type": "token"}
+    with pytest.raises(InputError, match="mean over all tokens"):
+        jacops.compute_influences(jacops.TorchTwiceDifferentiable(model, by_sequence), [whole], **options)
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+    wrapped = jacops.TorchTwiceDifferentiable(net, F.cross_entropy)
+    with pytest.raises(InputError, match="one label for each token"):
+        jacops.compute_influences(wrapped, [(x, torch.tensor([0, 1, 1, 0]))], **options)
+    with pytest.raises(InputError, match="needs 'token'"):
+        jacops.compute_influences(wrapped, [(x, torch.tensor([0, 1, 1, 0]))], damping=0.1, curvature="ggn").per_sample()
+
+
+def test_influences_of_tokens_are_drawn_and_tabled() -> None:
+    pytest.importorskip("matplotlib")
+    whole = sequences()
+    del whole["attention_mask"]
+    wrapped = jacops.TorchTwiceDifferentiable(Table(), plainly_shifted)
+    found = jacops.compute_influences(wrapped, batches(whole), curvature="ggn", damping=0.1, influence_type="token")
+    figure = found.plot(test=[0, 4], k=4)
+    maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert [shown.shape for shown in maps] == [(4, 8), (4, 8)]
+    strongest = found.values[0].sum(1).abs().argsort(descending=True)[:4]
+    assert torch.equal(torch.as_tensor(maps[0].data), found.values[0, strongest])
+    with pytest.raises(InputError, match="per_sample"):
+        found.top(2)
+    assert found.per_sample().top(2)[0].shape == (6, 2)
+    pytest.importorskip("pandas")
+    table = found.to_pandas()
+    assert list(table.columns) == ["test", "train", "token", "influence"]
+    assert len(table) == 6 * 6 * 8

@@ -43,11 +43,12 @@ class ModelLoss:
     ignore_index = -100  # of transformers
 
     def __init__(self, model: Any) -> None:
-        function: Any = getattr(bare(model), "loss_function", None)
+        function = getattr(bare(model), "loss_function", None)
         if not callable(function):
             came = f"'{OWN}' for a {type(bare(model)).__name__}"
             raise InputTypeError.of("loss", came, "a model with a `loss_function` is needed", _WRITE)
-        self._function, self._config = function, getattr(bare(model), "config", None)
+        self._function: Any = function
+        self._config = getattr(bare(model), "config", None)
         self.name = f"{function.__module__}.{getattr(function, '__qualname__', '')}"
         self.task = str(getattr(self._config, "problem_type", None))
         taken = inspect.signature(function).parameters.values()

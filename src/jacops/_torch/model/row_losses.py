@@ -53,10 +53,21 @@ class RowLosses:
     def _shares(self, by: Divisor, y: Tensor) -> Tensor:
         if by == "rows":
             return torch.ones(y.shape[0], dtype=torch.float64, device=y.device)
-        return self.label_shares(by, y).reshape(y.shape[0], -1).sum(1)
+        return self._label_shares(by, y).reshape(y.shape[0], -1).sum(1)
 
-    def label_shares(self, by: Divisor, y: Tensor) -> Tensor:
-        """Return what each label adds to the denominator of a mean, shaped like the labels."""
+    def label_shares(self, y: Tensor) -> Tensor:
+        """Return what each label adds to the denominator of a mean over labels, shaped like them."""
+        return self._label_shares(self._divisor(y), y)
+
+    def with_labels(self, y: Tensor, kept: Tensor) -> Tensor:
+        """Return labels of which all but some are ignored."""
+        return torch.where(kept, y, self._ignored)
+
+    def lag(self, y: Tensor) -> int:
+        """Return how many positions before a label the output is that predicts it."""
+        return int(self._divisor(y) == "later labels")
+
+    def _label_shares(self, by: Divisor, y: Tensor) -> Tensor:
         weight, counted = getattr(self.loss, "weight", None), y != self._ignored
         if by == "later labels" and y.ndim == 2:
             counted[:, :1] = False
