@@ -46,10 +46,11 @@ def sequences(lengths: tuple[int, ...] = LENGTHS, width: int | None = None, left
     ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
     for i, length in enumerate(lengths):
         where = slice(width - length, width) if left else slice(0, length)
-        ids[i, where] = torch.randint(1, VOCABULARY, (length,), generator=noise)
+        ids[i, where] = torch.randint(1, VOCABULARY, (length,), generator=noise)[:width]
         mask[i, where] = 1
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
-    if left:
+    if left:  # there the first token would be predicted from padding
+        batch["labels"][torch.arange(len(lengths)), mask.argmax(1)] = IGNORED
         batch["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     return batch
 
@@ -492,3 +493,102 @@ def test_influences_of_tokens_are_drawn_and_tabled() -> None:
     table = found.to_pandas()
     assert list(table.columns) == ["test", "train", "token", "influence"]
     assert len(table) == 6 * 6 * 8
+
+
+# ---- padding ---------------------------------------------------------------------------------------------------------
+
+SOLVERS: dict[str, Any] = {
+    "direct": Direct(tolerance=1e-6),
+    "cg": CG(tolerance=1e-6),
+    "ekfac": "ekfac",
+    "ekfac, exact": EKFAC(fisher="exact"),
+    "ekfac, empirical": EKFAC(fisher="empirical"),
+    "kfac": EKFAC(corrected=False),
+    "nystrom": "nystrom",
+    "lissa": "lissa",
+    "arnoldi": "arnoldi",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")  # residuals of estimators, which are not the question
+def test_padding_changes_no_influence(name: str, solver: str) -> None:
+    wrapped = jacops.TorchTwiceDifferentiable(MODELS[name](), shifted)
+    options: Any = {"curvature": "ggn", "damping": 0.5, "solver": SOLVERS[solver], "parameters": HEADS[name]}
+    padded = [sequences(width=8), sequences(width=16), sequences(width=16, left=True)]
+    found = [jacops.compute_influences(wrapped, batches(whole), **options).values for whole in padded]
+    close(found[1], found[0], 1e-6)
+    close(found[2], found[0], 1e-6)
+
+
+def test_padding_changes_no_influence_of_a_token() -> None:
+    wrapped = jacops.TorchTwiceDifferentiable(gpt2(), shifted)
+    options: Any = {"curvature": "ggn", "damping": 0.5, "parameters": HEADS["gpt2"], "influence_type": "token"}
+    lengths = (8, 5, 7, 3, 6, 4)
+    first, second = (sequences(lengths, width) for width in (8, 6))
+    apart = [batches(first)[0], batches(second)[1]]  # each as wide as its own longest sequence, as collators pad
+    whole, shifted_left = sequences(lengths, 16), sequences(lengths, 16, left=True)
+    found, wide, left = (
+        jacops.compute_influences(wrapped, data, **options).values
+        for data in (apart, batches(whole), batches(shifted_left))
+    )
+    close(wide[:, :, :8], found, 1e-6)
+    assert not wide[:, :, 8:].any()
+    for i, length in enumerate(lengths):
+        close(left[:, i, 16 - length :], found[:, i, :length], 1e-6)
+
+
+# ---- which parameters EK-FAC covers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", MODELS)
+def test_ekfac_covers_all_parameters_and_has_the_trace_of_the_exact_matrix(name: str, tied: bool) -> None:
+    model, whole = MODELS[name](tied), sequences((4, 3, 4))
+    picked = list(model.parameters())
+    rows, _, matrix = by_hand(model, whole, picked)
+    problem = jacops.Problem(model, shifted, batches(whole, 2, 1))
+    exact = 1e-10 if name == "gpt2" else 1e-6
+    close(problem.ggn().dense(), matrix, exact)
+    close(problem.sample_gradients().dense(), rows, exact)
+    curvature = EKFAC(fisher="exact").approximate(problem.ggn())
+    close(curvature.eigenvalues.sum(), matrix.trace(), exact)
+    covered = curvature.coverage
+    assert covered["kronecker"] + covered["exact"] >= 0.99 * sum(p.numel() for p in picked)
+    assert covered["diagonal"] == 0
+    vectors = sum(p.numel() for name, p in model.named_parameters() if "ln_" in name or "norm" in name)
+    assert covered["exact"] == vectors
+
+
+def test_ekfac_keeps_diagonals_of_norms_that_are_too_wide_to_be_exact() -> None:
+    model = gpt2(tied=True).float()
+    problem = jacops.Problem(model, "model", batches(sequences()))
+    covered = EKFAC(exact_up_to=7).approximate(problem.ggn()).coverage
+    assert covered["exact"] == 0
+    assert covered["diagonal"] == sum(p.numel() for n, p in model.named_parameters() if "ln_" in n)
+    assert covered["kronecker"] == sum(covered.values()) - covered["diagonal"]
+
+
+# ---- adapters of low rank --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "targets"), [("gpt2", ["c_attn"]), ("llama", ["q_proj", "v_proj"])])
+@pytest.mark.parametrize("influence_type", ["up", "token"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_influences_by_the_adapters_of_peft(name: str, targets: list[str], influence_type: Any) -> None:
+    peft: Any = pytest.importorskip("peft", exc_type=ImportError)
+    config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2")
+    model, whole = peft.get_peft_model(MODELS[name](), config).double().eval(), sequences()
+    with torch.no_grad():
+        for p in (own := [p for n, p in model.named_parameters() if "lora_" in n]):
+            p.copy_(torch.randn_like(p) * 0.3)
+    wrapped = jacops.TorchTwiceDifferentiable(model, shifted)
+    options: Any = {"curvature": "ggn", "damping": 1e-2, "solver": Direct(tolerance=1e-6), "parameters": "*lora_*"}
+    found = jacops.compute_influences(wrapped, batches(whole), influence_type=influence_type, **options)
+    right = tokens_by_hand(model, whole, 1e-2, own) if influence_type == "token" else dense(model, whole, 1e-2, own)
+    close(found.values, right, TOLERANCES[name])
+    assert found.info["covered"] == sum(p.numel() for p in own)
+    assert all(p.grad is None for p in model.parameters())
+    problem = jacops.Problem(model.float(), "model", batches(whole), parameters="*lora_*")
+    assert EKFAC(fisher="exact").approximate(problem.ggn()).coverage["kronecker"] == problem.space.dim
