@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import jacops
 from jacops.errors import DataError, InputError, InputTypeError, NotDifferentiableError
-from jacops.solvers import CG, EKFAC, Direct
+from jacops.solvers import EKFAC
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -36,7 +36,7 @@ def llama(tied: bool = False) -> nn.Module:
 
 
 MODELS = {"gpt2": gpt2, "llama": llama}
-TOLERANCES = {"gpt2": 1e-5, "llama": 1e-5}  # Llama's norms compute in float32 whatever the dtype of the model
+TOLERANCES = {"gpt2": 1e-7, "llama": 1e-6}  # Llama's norms compute in float32 whatever the dtype of the model
 
 
 def sequences(lengths: tuple[int, ...] = LENGTHS, width: int | None = None, left: bool = False, seed: int = 1) -> Any:
@@ -126,12 +126,13 @@ def some(name: str, model: nn.Module) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("solver", [lambda: Direct(tolerance=1e-6), lambda: CG(tolerance=1e-6)], ids=["direct", "cg"])
-def test_influences_are_those_of_a_dense_solve(name: str, solver: Any) -> None:
+@pytest.mark.parametrize("solver", ["direct", "cg", "minres"])
+def test_influences_are_those_of_a_dense_solve(name: str, solver: str) -> None:
     model, whole = MODELS[name](), sequences()
-    options: Any = {"curvature": "ggn", "damping": 1e-2, "solver": solver(), "parameters": HEADS[name]}
+    options: Any = {"curvature": "ggn", "damping": 1e-2, "solver": solver, "parameters": HEADS[name]}
     found = jacops.compute_influences(jacops.TorchTwiceDifferentiable(model, shifted), batches(whole), **options)
     close(found, dense(model, whole, 1e-2, some(name, model)), TOLERANCES[name])
+    assert found.info["status"] in ("converged", "attainable" if name == "llama" else "converged")
 
 
 class Table(nn.Module):
@@ -390,8 +391,7 @@ def test_influences_of_tokens_are_those_of_their_terms(name: str) -> None:
     model, whole = MODELS[name](), sequences()
     exact = name == "gpt2"
     wrapped = jacops.TorchTwiceDifferentiable(model, shifted)
-    options: Any = {"curvature": "ggn", "damping": 1e-2, "parameters": HEADS[name]}
-    options["solver"] = Direct(tolerance=1e-8 if exact else 1e-6)
+    options: Any = {"curvature": "ggn", "damping": 1e-2, "solver": "direct", "parameters": HEADS[name]}
     found = jacops.compute_influences(wrapped, batches(whole), influence_type="token", **options)
     sums = jacops.compute_influences(wrapped, batches(whole), **options)
     close(found.values.sum(2), sums.values, 1e-10 if exact else 1e-6)
@@ -461,6 +461,25 @@ def test_tokens_of_other_losses_and_outputs(case: str) -> None:
     close(found.values, right, 1e-10)
 
 
+def test_longer_sequences_take_no_more_calls_of_the_loss() -> None:
+    calls = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(labels.shape)
+        return plainly_shifted(logits, labels)
+
+    counts = []
+    for length in (8, 16):
+        whole = sequences((length,) * 6)
+        del whole["attention_mask"]
+        wrapped = jacops.TorchTwiceDifferentiable(Table(), loss)
+        options: Any = {"curvature": "ggn", "damping": 0.1, "solver": "direct"}
+        jacops.compute_influences(wrapped, [whole], influence_type="token", **options)
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[0] == counts[1]
+
+
 def test_what_has_no_tokens_is_refused() -> None:
     model, whole = Table(), sequences()
     del whole["attention_mask"]
@@ -498,8 +517,8 @@ def test_influences_of_tokens_are_drawn_and_tabled() -> None:
 # ---- padding ---------------------------------------------------------------------------------------------------------
 
 SOLVERS: dict[str, Any] = {
-    "direct": Direct(tolerance=1e-6),
-    "cg": CG(tolerance=1e-6),
+    "direct": "direct",
+    "cg": "cg",
     "ekfac": "ekfac",
     "ekfac, exact": EKFAC(fisher="exact"),
     "ekfac, empirical": EKFAC(fisher="empirical"),
@@ -584,7 +603,7 @@ def test_influences_by_the_adapters_of_peft(name: str, targets: list[str], influ
         for p in (own := [p for n, p in model.named_parameters() if "lora_" in n]):
             p.copy_(torch.randn_like(p) * 0.3)
     wrapped = jacops.TorchTwiceDifferentiable(model, shifted)
-    options: Any = {"curvature": "ggn", "damping": 1e-2, "solver": Direct(tolerance=1e-6), "parameters": "*lora_*"}
+    options: Any = {"curvature": "ggn", "damping": 1e-2, "solver": "direct", "parameters": "*lora_*"}
     found = jacops.compute_influences(wrapped, batches(whole), influence_type=influence_type, **options)
     right = tokens_by_hand(model, whole, 1e-2, own) if influence_type == "token" else dense(model, whole, 1e-2, own)
     close(found.values, right, TOLERANCES[name])
@@ -592,3 +611,26 @@ def test_influences_by_the_adapters_of_peft(name: str, targets: list[str], influ
     assert all(p.grad is None for p in model.parameters())
     problem = jacops.Problem(model.float(), "model", batches(whole), parameters="*lora_*")
     assert EKFAC(fisher="exact").approximate(problem.ggn()).coverage["kronecker"] == problem.space.dim
+
+
+# ---- results that are stored, and leverage ---------------------------------------------------------------------------
+
+
+def test_stored_runs_and_leverage_take_a_models_own_loss(tmp_path: Any) -> None:
+    pytest.importorskip("zarr")
+    wrapped, data = jacops.TorchTwiceDifferentiable(gpt2().float(), "model"), batches(sequences())
+    options: Any = {"curvature": "ggn", "damping": 1.0, "solver": "ekfac", "parameters": HEADS["gpt2"]}
+    plain, first, again = (
+        jacops.compute_influences(wrapped, data, store=store, **options)
+        for store in (None, tmp_path / "run", tmp_path / "run")
+    )
+    assert torch.equal(first.values, again.values)
+    close(first.values, plain.values, 1e-5)
+    with pytest.raises(InputError, match="a stored run needs 'up'"):
+        jacops.compute_influences(wrapped, data, store=tmp_path / "other", influence_type="token", **options)
+    options["solver"] = "direct"
+    leverage = jacops.compute_influences(wrapped, data, leverage=True, **options).info["leverage"]
+    assert bool((leverage > 0).all())
+    tokens = jacops.compute_influences(wrapped, data, influence_type="token", **options)
+    tokens.save(tmp_path / "tokens.safetensors")
+    assert torch.equal(jacops.load(tmp_path / "tokens.safetensors").values, tokens.values)

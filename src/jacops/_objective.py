@@ -357,7 +357,7 @@ class Objective:
     def sample_jacobians(self, x: Any, outputs: Selector = None) -> LayerFactors:
         """Return `(n * K, P)`, rows of the Jacobian of every sample alone, of the output or a part of it."""
         record = None if outputs is not None else self._record(x, "leverage")
-        return jacobians_at(self.model, SampleInputs(x), outputs, self.seed, self._picked, record)
+        return jacobians_at(self.model, SampleInputs(x), outputs, self.seed, {**self._picked, "aside": True}, record)
 
     def _record(self, x: Any, call: str) -> Callable[[], Any] | None:
         """Return what records a batch that is kept; None for any other."""

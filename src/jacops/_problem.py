@@ -18,6 +18,7 @@ from ._objective import Objective, ObjectiveOptions
 from ._operators import Operator
 from ._operators._data import StackOver, SumOver
 from ._operators._naming import named
+from ._operators._precision import computed_in
 from ._passes import FISHERS, BatchPasses
 from ._picks import Picks
 from ._requirements import check_choice, check_range
@@ -259,7 +260,8 @@ class Problem(Described):
         passes = BatchPasses(self, check_choice("curvature", kind, Curvature))
         first = passes.first()
         description = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
-        return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, description), kind)
+        mark = self._mark(kind, first, passes)
+        return named(SumOver(passes, self.space, self.ridge, mark, self, description, computed_in(first)), kind)
 
     def _mark(self, kind: str, first: Operator, passes: BatchPasses) -> bool | Callable[[], bool]:
         """Return whether a curvature is positive, or a function that computes it, batch by batch."""

@@ -27,11 +27,13 @@ class RecordOptions(TypedDict, total=False):
         parameters: Which parameters, by name and value.
         checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
+        aside: Parts of the output that have no derivative are set aside, as where a loss reads the others.
     """
 
     parameters: Picked | None
     checks: Checks
     fallback: Fallback
+    aside: bool
 
 
 class CurvatureOptions(RecordOptions, total=False):

@@ -279,7 +279,7 @@ def _draw(panel: Axes, values: Tensor, k: int) -> None:
     """Draw the strongest training samples of one test sample: bars, or a map of their tokens."""
     if values.ndim == 2:
         picked = values.sum(1).abs().topk(k).indices
-        heat_map(panel, values[picked].numpy(), "influence: test loss per unit of weight", square=False)
+        heat_map(panel, values[picked].numpy(), "influence", square=False)
         panel.set_yticks(range(k), [f"#{i}" for i in picked.tolist()], fontsize=8)
         positions(panel, None, values.shape[1])
         panel.set_xlabel("token")

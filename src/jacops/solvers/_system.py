@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .._finite import on_finite_rows
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from .._operators._precision import computed_in
 from .._progress import tick
 from .._requirements import check_positive, check_range
 from .._runtime.agreement import residual_tolerance
@@ -59,10 +61,10 @@ class System:
         """Of a row."""
         return self.given.domain.dtype
 
-    @property
+    @cached_property
     def eps(self) -> float:
-        """Spacing of numbers around 1."""
-        return torch.finfo(self.dtype).eps
+        """Spacing of numbers around 1, in the coarsest precision that products are computed in."""
+        return torch.finfo(computed_in(self.given) if self.dtype == torch.float64 else self.dtype).eps
 
     @property
     def tolerance(self) -> float:
