@@ -20,8 +20,8 @@ SNIPPETS = {f"{page.name}-{number}": code for page in PAGES for number, code in 
 
 
 def packages(code: str) -> set[str]:
-    """Return what a page imports."""
-    nodes = list(ast.walk(ast.parse(code)))
+    """Return what a page imports at its top; what it tries to import it does without."""
+    nodes = ast.parse(code).body
     whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return whole | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 

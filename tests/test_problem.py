@@ -132,7 +132,7 @@ def test_a_batch_that_is_ignored_altogether_counts_nothing():
     model, x, y = small_net(), draw(6, 3), torch.tensor([0, 1, 1, -100, -100, -100])
     found = Problem(model, nn.CrossEntropyLoss(), batches(x, y, 3, 3))
     close(found.hessian().dense(), oracle.hessian(model, nn.CrossEntropyLoss(), x[:3], y[:3]))
-    with pytest.raises(DataError, match="every row counts nothing"):
+    with pytest.raises(DataError, match="no row counts"):
         Problem(model, nn.CrossEntropyLoss(), [(x[3:], y[3:])]).hessian()
 
 

@@ -341,7 +341,7 @@ def make_ggn(
     if is_framework_model(model):
         refuse_options(create_graph=create_graph)
     kept = kept and not create_graph
-    found = recorded(model, x, call=call, kept=kept, connected=create_graph, **located(model, options))
+    found = recorded(model, x, call=call, kept=kept, connected=create_graph, aside=True, **located(model, options))
     return ggn_at(model, found, loss, y, call, kept, create_graph)
 
 

@@ -106,7 +106,7 @@ def fisher(
     losses, asked = RowLosses(loss), located(model, options)
 
     def record() -> Any:
-        return recorded(model, x, call="fisher", kept=True, **asked)
+        return recorded(model, x, call="fisher", kept=True, aside=True, **asked)
 
     if kind == "empirical":
         if asked.get("parameters") is None or "at" in asked:
@@ -138,7 +138,7 @@ def fisher_at(
     handed = Computed(detached(found.output))  # no loss: labels may be made up
     if kind == "exact" and y is not None and known_kind(losses.loss) is not None:
         return with_computed(ggn_at(model, found, losses.scalar, y, "ggn"), handed)
-    output = _one_tensor(output_leaves(found.output)[0]).detach()
+    output = _one_tensor(output_leaves(found.output, aside=True)[0]).detach()
     likelihood = known_likelihood(losses, output, y) or likelihood_at(model, found, losses, y)
     if likelihood is None:
         raise _unknown(losses.loss, kind)

@@ -38,7 +38,7 @@ def likelihood_at(model: Any, found: Any, losses: RowLosses, y: Any) -> Likeliho
     """Return the likelihood of a loss by its slopes at a recorded output of any framework, if it has one."""
     if is_framework_model(model):
         return model.likelihood(found, losses.loss, y)
-    return likelihood_of(losses.scalar, *output_leaves(found.output), y)
+    return likelihood_of(losses.scalar, *output_leaves(found.output, aside=True), y)
 
 
 def _sample_rows(found: SampleRows) -> LayerFactors:

@@ -29,18 +29,20 @@ from ._options import CurvatureOptions
 from ._per_sample import checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
 from ._recorded_loss import Loss, record_loss, record_loss_of
-from ._reduction import FEW_ROWS, check_reduction, checked_loss, not_finite, offset
+from ._reduction import check_reduction, checked_loss, not_finite, offset
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
-from ._torch.protocol import Weighted, bare, is_convex, parameter_names, weights_of
-from ._trees import Selector, flatten
+from ._torch.protocol import ModelLoss, Weighted, bare, is_convex, parameter_names, resolved_loss, weights_of
+from ._trees import Selector
 from ._words import FisherKind, Randomness, Reduction
 from .errors import InputError, InputTypeError, NotDifferentiableError
 from .solvers._output_loss import LossAtOutput
+
+_FEW = 3  # rows by which it is computed how a loss divides: one that counts fewer labels, and two that do not
 
 
 class ObjectiveOptions(TypedDict, total=False):
@@ -59,7 +61,7 @@ class Objective:
     Args:
         model: A module, differentiated as it stands, or a model of another framework, such as a `JaxFunction`.
         loss: `loss(output, y)`, one number, in the framework's arrays; or a torch loss with `reduction="none"`, of
-            which the mean is taken.
+            which the mean is taken; or `"model"`, the model's own (`ModelLoss`).
         parameters: Which parameters: None takes those that require grad; name patterns (`"*.lora_*"`), one or
             several, or a function of name and parameter pick others.
         reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean.
@@ -93,6 +95,7 @@ class Objective:
             if self.foreign and value not in (None, "error"):
                 todo = "Pass the random key to `apply` as a part of `params` or `x`."
                 raise InputError.of(name, "given", "a JAX model is a pure function", todo)
+        loss = loss if self.foreign else resolved_loss(model, loss)
         self.model, self.losses = model, checked_loss(loss, reduction)
         self.loss, self.reduction = loss if self.foreign else self.losses.scalar, self.losses.reduction
         self.picks = picked(model, parameters)
@@ -183,7 +186,7 @@ class Objective:
         found = self._known(x)
         if found is None:
             with seeded(self.seed):
-                found = recorded(self.model, x, call=call, parameters=self.picks, kept=True)
+                found = recorded(self.model, x, call=call, parameters=self.picks, kept=True, aside=True)
             if self._x is x:
                 self._found[:] = [found]
         return found
@@ -224,22 +227,25 @@ class Objective:
         if self.foreign:
             check_reduction(self, batch)
             return
-        if self.losses.may_count(batch.y):
-            self._count(batch)
+        own = self.losses.loss if isinstance(self.losses.loss, ModelLoss) else None
+        if own or self.losses.may_count(batch.y):
+            output, few = self._first_rows(batch)
+            if own:
+                own.check(self.model, few.x, few.y, output)
+            self.losses.settle(output, few.y)
         found = self.recorded_loss(batch.x, batch.y, "loss", kept=True)
         proofs, claim = found.lin.proofs, ("reduction", self.reduction)
         if proofs.needs(*claim) or proofs.spot_due() or not is_finite(found.lin.outputs[0]):
             check_reduction(self, batch)
             proofs.remember(*claim)
 
-    def _count(self, batch: Batch) -> None:
-        """Compute by what a loss that is none of torch's own divides a mean, from a few rows."""
-        output = self.recorded(batch.x, "loss").output
-        leaves, tree = flatten(output, "output")
-        if all(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch.rows for leaf in leaves):
-            few = slice(0, FEW_ROWS)
-            output, batch = tree.build([leaf[few] for leaf in leaves]), batch.part(few)
-        self.losses.settle(output, batch.y)
+    def _first_rows(self, batch: Batch) -> tuple[Any, Batch]:
+        """Return the recorded output for a few rows, and those rows; for all where outputs have no such axis."""
+        found = self.recorded(batch.x, "loss")
+        outputs, few = found.lin.outputs, self.losses.few_rows(batch.y, _FEW)
+        if all(leaf.ndim and leaf.shape[0] == batch.rows for leaf in outputs):
+            outputs, batch = [leaf[few] for leaf in outputs], batch.part(few)
+        return found.tree.build(outputs), batch
 
     def weighted(self, weights: Tensor) -> Objective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
@@ -352,7 +358,7 @@ class Objective:
     def sample_jacobians(self, x: Any, outputs: Selector = None) -> LayerFactors:
         """Return `(n * K, P)`, rows of the Jacobian of every sample alone, of the output or a part of it."""
         record = None if outputs is not None else self._record(x, "leverage")
-        return jacobians_at(self.model, SampleInputs(x), outputs, self.seed, self._picked, record)
+        return jacobians_at(self.model, SampleInputs(x), outputs, self.seed, {**self._picked, "aside": True}, record)
 
     def _record(self, x: Any, call: str) -> Callable[[], Any] | None:
         """Return what records a batch that is kept; None for any other."""

@@ -150,6 +150,7 @@ class TorchOptions(TypedDict, total=False):
     fallback: Fallback
     connected: bool
     kept: bool
+    aside: bool
 
 
 class RecordOptions(TypedDict, total=False):
@@ -164,6 +165,16 @@ class RecordOptions(TypedDict, total=False):
     parameters: Picked | None
     checks: Checks
     fallback: Fallback
+
+
+class OutputRowOptions(RecordOptions, total=False):
+    """How a model is recorded for rows of its output.
+
+    Attributes:
+        aside: Parts of the output that have no derivative are set aside, as where a loss reads the others.
+    """
+
+    aside: bool
 
 
 class CurvatureOptions(RecordOptions, total=False):

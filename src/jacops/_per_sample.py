@@ -17,7 +17,15 @@ from ._loaders import joined
 from ._operators import LayerFactors, Operator
 from ._operators._computed import Computed, with_computed
 from ._operators._finite_results import made_from
-from ._options import CurvatureOptions, Model, OperatorOptions, RecordOptions, RowOptions, SampleGradientOptions
+from ._options import (
+    CurvatureOptions,
+    Model,
+    OperatorOptions,
+    OutputRowOptions,
+    RecordOptions,
+    RowOptions,
+    SampleGradientOptions,
+)
 from ._picks import trainable
 from ._recorded_loss import Loss, check_usable, record_loss, resolved
 from ._requirements import check_choice
@@ -138,7 +146,8 @@ def gradients_at(
     def together(some: Sequence[Tensor]) -> Recording:
         if record is not None and len(some[0]) == len(values[0]):
             return record()
-        return record_model(model, tree.build(some)[0], call="sample_gradients", connected=create_graph, **options)
+        inputs = tree.build(some)[0]
+        return record_model(model, inputs, call="sample_gradients", connected=create_graph, aside=True, **options)
 
     def cotangents(batch: Recording, values: Sequence[Tensor]) -> RowSlopes:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -198,7 +207,7 @@ def sample_jacobians(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    recorded: RecordOptions = resolved(model, options)
+    recorded: OutputRowOptions = {**resolved(model, options)}
     if is_framework_model(model):
         refuse_options(_PURE, seed=seed)
         refuse_options(create_graph=create_graph)
@@ -212,14 +221,15 @@ def jacobians_at(
     given: SampleInputs,
     outputs: Selector,
     seed: int | None,
-    options: RecordOptions,
+    options: OutputRowOptions,
     record: Callable[[], Recording] | None = None,
     create_graph: bool = False,
 ) -> LayerFactors:
     """Return what `sample_jacobians` does; `record` gives the output for all rows where it is kept."""
     if is_framework_model(model):
-        picks = {"outputs": outputs, "target": given.target, "shared": given.shared}
-        return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", **picks, **options))
+        picks: Any = {"outputs": outputs, "target": given.target, "shared": given.shared}
+        picks |= {name: value for name, value in options.items() if name != "aside"}
+        return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", **picks))
     refuse_mixing_modules(model, random=seed is None)
     (values, tree, _), picks = given.apart, given.picks
     hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")

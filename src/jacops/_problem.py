@@ -18,6 +18,7 @@ from ._objective import Objective, ObjectiveOptions
 from ._operators import Operator
 from ._operators._data import StackOver, SumOver
 from ._operators._naming import named
+from ._operators._precision import computed_in
 from ._passes import FISHERS, BatchPasses
 from ._picks import Picks
 from ._requirements import check_choice, check_range
@@ -58,7 +59,8 @@ class Problem(Described):
 
     Args:
         model: A module, a `JaxFunction`, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
-        loss: `loss(output, y)`, as the objective reduces it; left out where `model` brings its own.
+        loss: `loss(output, y)`, as the objective reduces it; `"model"` for the loss that a model of transformers
+            computes from its `logits` and `labels`; left out where `model` carries an objective.
         data: A loader of batches; see `Batches` for what a batch may be. One that shuffles is read in the order of its
             data set, and refused where rows are samples.
         parameters: Which parameters: None takes those that require grad; name patterns or a function pick others.
@@ -130,18 +132,23 @@ class Problem(Described):
     def denominator(self) -> float:
         """What the sum of all losses is divided by: the number of rows or of labels, or their weights; 1 for a sum."""
         if self._denominator is None:
-            total, first, convex = 0.0, None, True
+            total, first, convex, waiting = 0.0, None, True, list[Batch]()
             for number, batch in enumerate(self.batches()):
-                if first is None:
+                waiting.append(batch)
+                if first is None and not self.objective.losses.ignores(batch.y):
                     first = self.at(batch)
                     with InBatch(number):
                         first.objective.check_reduction(first.batch)
                     self.keep(first)
-                total += float(self.shares(batch).sum())
+                if first is not None:
+                    total += sum(float(self.shares(each).sum()) for each in waiting)
+                    waiting.clear()
                 convex = convex and self.objective.is_convex(batch.y)
             if first is None or not total > 0:
-                came = "without rows" if first is None else "in which every row counts nothing"
-                raise DataError.of(self.data.name, came, "at least one row is needed")
+                empty = first is None and not waiting
+                came = "without rows" if empty else "data of which no row counts"
+                todo = "" if empty else "All labels are ignored (-100), or all weights are 0."
+                raise DataError.of(self.data.name, came, "at least one row is needed", todo)
             self._convex = convex
             self._denominator = total if self.objective.reduction == "mean" else 1.0
         return self._denominator
@@ -253,7 +260,8 @@ class Problem(Described):
         passes = BatchPasses(self, check_choice("curvature", kind, Curvature))
         first = passes.first()
         description = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
-        return named(SumOver(passes, self.space, self.ridge, self._mark(kind, first, passes), self, description), kind)
+        mark = self._mark(kind, first, passes)
+        return named(SumOver(passes, self.space, self.ridge, mark, self, description, computed_in(first)), kind)
 
     def _mark(self, kind: str, first: Operator, passes: BatchPasses) -> bool | Callable[[], bool]:
         """Return whether a curvature is positive, or a function that computes it, batch by batch."""

@@ -106,7 +106,9 @@ def check_loss(loss: Any) -> None:
         came, todo = f"the class {loss.__name__}", f"Did you mean {loss.__name__}()?"
         raise InputTypeError.of("loss", came, "a callable `loss(output, y)` is needed", todo)
     if not callable(loss):
-        raise InputTypeError.of("loss", f"a {type(loss).__name__}", "a callable `loss(output, y)` is needed")
+        came = repr(loss) if isinstance(loss, str) else f"a {type(loss).__name__}"
+        todo = "`Problem` and influence take 'model' too, for a model's own loss." if isinstance(loss, str) else ""
+        raise InputTypeError.of("loss", came, "a callable `loss(output, y)` is needed", todo)
 
 
 def record_loss_of(found: Recording, loss: Loss, y: Any, call: str) -> Recording:
@@ -152,9 +154,10 @@ def recordable(y: Any, kept: bool) -> Any:
 
 def _checked(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        came = f"a {type(value).__name__}"
-        needed = "a tensor with a graph is needed"
-        raise NotDifferentiableError.of("the loss", came, needed, "Drop `.item()` and `float()` from it.")
+        came, todo = f"a {type(value).__name__}", "Drop `.item()` and `float()` from it."
+        if value is None:  # what a model's output has where the model was given no labels
+            todo = "Make it of the output and the target, or pass `'model'` for the loss that a model brings."
+        raise NotDifferentiableError.of("the loss", came, "a tensor with a graph is needed", todo)
     if value.ndim > 0:
         todo = "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it."
         raise InputError.of("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed", todo)

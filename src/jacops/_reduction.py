@@ -35,8 +35,7 @@ def check_reduction(objective: Any, batch: Batch) -> None:
         InputError: The loss does not reduce a batch as the objective says, or does not take one row alone.
         NonFiniteError: A loss is NaN or Inf.
     """
-    few = min(batch.rows, FEW_ROWS)
-    some = batch.part(slice(0, few))
+    some = batch.part(objective.losses.few_rows(batch.y, FEW_ROWS))
     allowed = max(_TOLERANCE, _ROUNDINGS * torch.finfo(objective.space.dtype).eps)
     found = _compared(objective, some, objective.value)
     if found.scale and found.gap <= allowed * found.scale:
@@ -44,10 +43,13 @@ def check_reduction(objective: Any, batch: Batch) -> None:
     near = _nearby(objective, some)
     if near.gap > allowed * near.scale:
         shown = near if found.gap <= allowed * found.scale else found
+        labels = isinstance(some.y, Tensor) and not some.y.is_floating_point() and some.y.ndim > 1
+        hint = " Labels that do not count must be -100, or the loss's `ignore_index`." if labels else ""
         raise InputError(
-            f"`reduction` is {objective.reduction!r}, but the loss of {few} rows together is {shown.together:.6g} and "
-            f"the {objective.reduction} of their losses alone is {shown.expected:.6g}. Say `reduction='sum'`, or pass "
-            "a loss with `reduction='none'`, whose mean is then taken over the rows."
+            f"`reduction` is {objective.reduction!r}, but the loss of {some.rows} rows together is "
+            f"{shown.together:.6g} and the {objective.reduction} of their losses alone is {shown.expected:.6g}. Say "
+            "`reduction='sum'`, or pass a loss with `reduction='none'`, whose mean is then taken over the rows."
+            f"{hint}"
         )
 
 

@@ -113,15 +113,66 @@ def is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def output_leaves(output: Any, name: str = "output") -> tuple[list[Tensor], Tree]:
+class SetAside:
+    """What stands for a part of a model's output that has no derivative (a cache, say) where a loss is given the rest.
+
+    Args:
+        name: The part's path.
+        part: The part; it is not kept.
+    """
+
+    def __init__(self, name: str, part: Any) -> None:
+        came = f"of dtype {part.dtype}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+        self._refusal = name, came
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to be read.
+
+        Raises:
+            NotDifferentiableError: Always; the message names the part.
+        """
+        needed = "no derivative leads through it, so a loss cannot read it"
+        todo = "Let the loss read tensors of floating point alone, and pass anything else with the target."
+        raise NotDifferentiableError.of(*self._refusal, needed, todo)
+
+    __getitem__ = __iter__ = __len__ = __call__ = __bool__ = __float__ = __int__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own questions
+            raise AttributeError(name)
+        return self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = [part for part in (*args, *(kwargs or {}).values()) if isinstance(part, cls)]
+        return own[0]._refuse() if own else NotImplemented
+
+
+_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+
+
+def output_leaves(output: Any, name: str = "output", aside: bool = False) -> tuple[list[Tensor], Tree]:
     """Return the tensors of a model's output and its shape; fields that are None are left out and stay None.
 
+    Args:
+        output: A tensor, or a tree of tensors.
+        name: How messages call it.
+        aside: It goes into a loss, which reads what it needs: leaves without a derivative are held too, constants as
+            they are and anything else as `SetAside`.
+
     Raises:
-        InputTypeError: A leaf is not a tensor; the message names it.
+        InputTypeError: A leaf is not a tensor; the message names it. With `aside`, none is one with a derivative.
         NotDifferentiableError: A leaf is of an integer dtype.
     """
     leaves, tree = flatten(output, name)
-    leaves, tree = tree.holding(leaves, [i for i, leaf in enumerate(leaves) if leaf is None])
+    if aside and any(is_differentiable(leaf) for leaf in leaves):
+        held = [i for i, leaf in enumerate(leaves) if not is_differentiable(leaf)]
+        for i in held:
+            leaves[i] = leaves[i] if isinstance(leaves[i], _CONSTANTS) else SetAside(tree.names[i], leaves[i])
+    else:
+        held = [i for i, leaf in enumerate(leaves) if leaf is None]
+    leaves, tree = tree.holding(leaves, held)
     if not leaves:
         came = f"a {type(output).__name__} without tensors"
         raise InputTypeError.of(name, came, "a tensor or a tree of tensors is needed")

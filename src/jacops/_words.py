@@ -26,7 +26,7 @@ FactorKind = Literal["ggn", "exact", "monte_carlo", "empirical"]
 FactorBias = Literal["joint", "separate"]
 Sharing = Literal["expand", "reduce"]
 Reduction = Literal["mean", "sum"]
-InfluenceType = Literal["up", "perturbation"]
+InfluenceType = Literal["up", "perturbation", "token"]
 
 # Solvers and estimators.
 OnFailure = Literal["raise", "return"]

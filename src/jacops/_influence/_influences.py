@@ -24,15 +24,11 @@ from .._words import Curvature, InfluenceType, OnFailure, SolverName
 from ..errors import InputError
 from ..solvers import Solver
 from ._leverage import leveraged
-from ._result import SIGN, InfluenceFactors, Influences
+from ._result import SIGN, UNITS, InfluenceFactors, Influences
 from ._run import InfluenceRun, run_of
 from ._stored import shares_of, stored
+from ._tokens import token_influences
 from ._twice_differentiable import TwiceDifferentiable
-
-_UNITS: dict[InfluenceType, str] = {
-    "up": "test loss per unit of weight of the training sample",
-    "perturbation": "test loss per unit of weight and unit of the training input",
-}
 
 
 @keywords(ProblemOptions)
@@ -110,7 +106,9 @@ def compute_influences(
         test_data: A loader of batches; the training data where it is left out.
         input_data: The samples whose influence is asked; the training data where it is left out.
         influence_type: `"up"` weights a sample up, `(n_test, n_input)`; `"perturbation"` moves its input,
-            `(n_test, n_input, *x)`.
+            `(n_test, n_input, *x)`; `"token"` weights the terms up that a sequence's loss is the mean of, one for each
+            label `(n_input, T)`: `(n_test, n_input, T)`, which adds up to `"up"`. Entry t is the term of label t (where
+            each token predicts the next that of predicting token t, so entry 0 is 0); ignored labels have 0.
         leverage: Take the sample's own Gauss-Newton term out of the curvature too, which divides by $1 - h_i$ where
             there is one output: the leave-one-out step of a quadratic (Cook and Weisberg, 1982). Costs a solve per
             sample and output.
@@ -141,7 +139,7 @@ def compute_influences(
     if store is not None:
         _check_storable(influence_type, leverage, on_failure)
         values, shares, info = stored(run, store, test, asked)
-        return Influences(values, "up", SIGN, _UNITS["up"], run.damping, info, shares)
+        return Influences(values, "up", SIGN, UNITS["up"], run.damping, info, shares)
     _ = run.prepared
     solutions, tiles, found = [], [], None
     for rows in run.tiles(test):
@@ -149,6 +147,8 @@ def compute_influences(
         solutions.append(replace(solution, x=solution.x[:, :0].clone()))  # what was found is used up in this tile
         if leverage:
             tile, found = leveraged(run.problem, asked, solution.x, run.solve, on_failure == "raise")
+        elif influence_type == "token":
+            tile = on_finite_rows(lambda factors: token_influences(run.problem, asked, factors), solution.x)
         elif influence_type == "up":
             tile = on_finite_rows(run.problem.sample_gradients(asked).apply, solution.x)
         else:
@@ -157,7 +157,7 @@ def compute_influences(
     info = run.described(solutions)
     if found is not None:
         info["leverage"] = found
-    units = _UNITS[influence_type]
+    units = UNITS[influence_type]
     return Influences(torch.cat(tiles), influence_type, SIGN, units, run.damping, info, shares_of(run.problem, asked))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._display import Described, Description, Table
-from .._figures import NEGATIVE, POSITIVE, bars, canvas, legend
+from .._figures import NEGATIVE, POSITIVE, bars, canvas, heat_map, legend, places
 from .._interop import ArrayLike, as_array
 from .._problem import Problem
 from .._requirements import check_positive
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 _TESTS, _STRONGEST = 5, 3  # test samples in a repr, and training samples for each
 
+UNITS: dict[InfluenceType, str] = {
+    "up": "test loss per unit of weight of the training sample",
+    "perturbation": "test loss per unit of weight and unit of the training input",
+    "token": "test loss per unit of weight of the token's term in its sequence's loss",
+}
 SIGN = "+ s_test · grad: positive where weighting the training sample up lowers the test loss"
 
 
@@ -55,8 +60,9 @@ class Influences(ArrayLike, Savable, Described):
     """Influences of training samples on test samples, and how they were made.
 
     Attributes:
-        values: `(n_test, n_train)` for `"up"`, `(n_test, n_train, *x)` for `"perturbation"`.
-        influence_type: Which of the two.
+        values: `(n_test, n_train)` for `"up"`, `(n_test, n_train, *x)` for `"perturbation"`, `(n_test, n_train, T)` for
+            `"token"`.
+        influence_type: Which of these.
         sign: The convention, in words.
         units: What a number means.
         damping: Added to the curvature.
@@ -91,16 +97,28 @@ class Influences(ArrayLike, Savable, Described):
         return self.values.cpu().numpy()
 
     def leave_one_out(self) -> Tensor:
-        """Return by how much each test loss would rise if a training sample's term were dropped, `(n_test, n_train)`.
+        """Return by how much each test loss would rise if a term of the objective were dropped, shaped like the values.
 
-        First order: a sample's influence times its weight in the objective. With `leverage=True` the curvature loses
-        the sample too, which is exact for least squares.
+        Terms are training samples, or their tokens. First order: an influence times the sample's weight in the
+        objective. With `leverage=True` the curvature loses the sample too, which is exact for least squares.
 
         Raises:
             InputError: These are perturbation influences.
         """
-        self._need_up("leave_one_out")
-        return self.values * self.shares.to(self.values)
+        if self.influence_type == "perturbation":
+            self._need_up("leave_one_out")
+        shares = self.shares.to(self.values)
+        return self.values * (shares.unsqueeze(1) if self.influence_type == "token" else shares)
+
+    def per_sample(self) -> Influences:
+        """Return influences of tokens, `(n_test, n_train, T)`, added up to those of samples, `(n_test, n_train)`.
+
+        Raises:
+            InputError: These are no influences of tokens.
+        """
+        if self.influence_type != "token":
+            raise InputError.of("influence_type", repr(self.influence_type), "`per_sample` needs 'token'")
+        return replace(self, values=self.values.sum(2), influence_type="up", units=UNITS["up"])
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """Return the `k` training samples of largest influence for every test sample, `(values, indices)`.
@@ -110,7 +128,8 @@ class Influences(ArrayLike, Savable, Described):
         """
         if self.values.ndim != 2 or not 0 < k <= self.values.shape[1]:
             came = f"influences of shape {tuple(self.shape)} need 0 < k <= {self.values.shape[1]} and two axes"
-            raise InputError.of("k", k, came)
+            todo = "Take those of `per_sample()`." if self.influence_type == "token" else ""
+            raise InputError.of("k", k, came, todo)
         values, indices = self.values.topk(k, dim=1)
         return values, indices
 
@@ -125,7 +144,8 @@ class Influences(ArrayLike, Savable, Described):
         Returns:
             One row per test sample and one column per training sample. With `top` one row per test sample and rank,
             with columns `test`, `rank`, `train`, `influence`. For perturbation influences one row per entry, with
-            columns `test`, `train`, `feature` (`feature_0`, … where inputs have several axes), `influence`.
+            columns `test`, `train`, `feature` (`feature_0`, … where inputs have several axes), `influence`; for those
+            of tokens with `token`.
 
         Raises:
             MissingExtraError: Pandas is not installed (extra `pandas`).
@@ -139,8 +159,10 @@ class Influences(ArrayLike, Savable, Described):
             return table
         if self.values.ndim == 2:
             return matrix_table(as_array(self), ("test", rows), ("train", columns))
-        axes = [("test", rows), ("train", columns), *feature_axes(self.shape[2:])]
-        return tidy_table(as_array(self), axes, "influence")
+        inner = (
+            [("token", np.arange(self.shape[2]))] if self.influence_type == "token" else feature_axes(self.shape[2:])
+        )
+        return tidy_table(as_array(self), [("test", rows), ("train", columns), *inner], "influence")
 
     @overload
     def plot(self, test: Sequence[int] | None = None, k: int = 5, *, ax: None = None) -> Figure: ...
@@ -148,6 +170,9 @@ class Influences(ArrayLike, Savable, Described):
     def plot(self, test: Sequence[int] | None = None, k: int = 5, *, ax: Axes) -> Axes: ...
     def plot(self, test: Sequence[int] | None = None, k: int = 5, *, ax: Axes | None = None) -> Figure | Axes:
         """Draw, for some test samples, the training samples that helped most and hurt most.
+
+        Influences of tokens are drawn as a map: a row for each of the `k` training sequences of largest influence of
+        either sign, a column for each token.
 
         Args:
             test: Which test samples, at most 6; the first ones by default.
@@ -159,25 +184,23 @@ class Influences(ArrayLike, Savable, Described):
 
         Raises:
             MissingExtraError: Matplotlib is not installed.
-            InputError: These are perturbation influences, or there are no such samples.
+            InputError: These are perturbation influences, or there are no such test samples.
         """
-        self._need_up("plot")
+        tokens = self.influence_type == "token"
+        if not tokens:
+            self._need_up("plot")
         chosen = list(range(min(1 if ax is not None else 3, self.shape[0])) if test is None else test)
         if not 0 < len(chosen) <= 6 or not all(0 <= t < self.shape[0] for t in chosen):
             raise InputError.of("test", chosen, f"1 to 6 of the {self.shape[0]} test samples are needed")
-        k = min(check_positive("k", k), self.shape[1] // 2 or 1)
-        drawn, panels = canvas(ax, (max(4.5, 3.2 * len(chosen)), 0.26 * 2 * k + 1.6), len(chosen))
+        k = min(check_positive("k", k), self.shape[1] if tokens else self.shape[1] // 2 or 1)
+        rows, width = (k, 5.5) if tokens else (2 * k, 3.2)
+        drawn, panels = canvas(ax, (max(4.5, width * len(chosen)), 0.26 * rows + 1.6), len(chosen))
         for panel, t in zip(panels, chosen, strict=True):
-            row = self.values[t].double().cpu()
-            order = row.argsort()
-            picked = torch.cat([order[:k], order[-k:]]) if len(order) >= 2 * k else order
-            bars(panel, [f"#{i}" for i in picked.tolist()], row[picked].tolist())
-            panel.invert_yaxis()  # the largest one on top
-            panel.set_title(f"test sample {t}", fontsize=10, pad=22)  # above the legend, on all panels alike
-            panel.set_xlabel("influence: test loss per unit of weight")
-            panel.locator_params(axis="x", nbins=4)  # labels of more would meet in a narrow panel
-        panels[0].set_ylabel("training sample")
-        legend(panels[0], {"lowers the loss": POSITIVE, "raises it": NEGATIVE})
+            _draw(panel, self.values[t].double().cpu(), k)
+            panel.set_title(f"test sample {t}", fontsize=10, pad=8 if tokens else 22)  # above the legend, all alike
+        panels[0].set_ylabel("training sequence" if tokens else "training sample")
+        if not tokens:
+            legend(panels[0], {"lowers the loss": POSITIVE, "raises it": NEGATIVE})
         return drawn
 
     def _need_up(self, call: str) -> None:
@@ -250,3 +273,20 @@ def _strongest(values: Tensor) -> Table:
         rows.append((f"{number}", *("  ".join(f"#{i} {float(row[i]):+.2g}" for i in end) for end in ends)))
     rows += [(f"… {len(values) - _TESTS} more",)] if len(values) > _TESTS else []
     return Table(("test sample", "largest influences", "smallest"), rows)
+
+
+def _draw(panel: Axes, values: Tensor, k: int) -> None:
+    """Draw the strongest training samples of one test sample: bars, or a map of their tokens."""
+    if values.ndim == 2:
+        picked = values.sum(1).abs().topk(k).indices
+        heat_map(panel, values[picked].numpy(), "influence", square=False)
+        panel.set_yticks(range(k), [f"#{i}" for i in picked.tolist()], fontsize=8)
+        places(panel, "x", None, values.shape[1])
+        panel.set_xlabel("token")
+        return
+    order = values.argsort()
+    picked = torch.cat([order[:k], order[-k:]]) if len(order) >= 2 * k else order
+    bars(panel, [f"#{i}" for i in picked.tolist()], values[picked].tolist())
+    panel.invert_yaxis()  # the largest one on top
+    panel.set_xlabel("influence: test loss per unit of weight")
+    panel.locator_params(axis="x", nbins=4)  # labels of more would meet in a narrow panel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from .._objective import Objective
 from .._progress import track
 from .._recorded_loss import check_loss, record_loss
 from .._runtime.contexts import eager, sweeping
-from .._torch.protocol import Linearization, bare, gradient_linearization, parameter_names
+from .._torch.protocol import Linearization, bare, gradient_linearization, parameter_names, resolved_loss
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
@@ -30,16 +30,18 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
 
     Args:
         model: A module with at least one parameter that requires grad.
-        loss: `loss(output, y)`, one number.
+        loss: `loss(output, y)`, one number; or `"model"`, the loss that a model of transformers computes from its
+            `logits` where it is given `labels`, which is then taken of `(output, y)`.
 
     Raises:
-        InputTypeError: `model` is not a module or `loss` not callable.
+        InputTypeError: `model` is not a module, `loss` is not callable, or the model has no loss of its own.
         ModelStateError: No parameter requires grad.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
-        check_loss(loss)
-        self.model, self.loss = model, loss
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor] | Literal["model"]) -> None:
+        found = resolved_loss(model, loss)
+        check_loss(found)
+        self.model, self.loss = model, found
         if not self.parameters:
             came = f"a {type(bare(model)).__name__} in which no parameter requires grad"
             needed = "there is nothing to differentiate"

@@ -36,6 +36,7 @@ class SumOver(OnSpace):
             read.
         problem: What it is the curvature of, for methods that look inside.
         description: How the repr describes it.
+        computed_in: The coarsest dtype of the batches' computations, None where that is not known.
     """
 
     parts: Parts
@@ -44,6 +45,7 @@ class SumOver(OnSpace):
     mark: bool | Callable[[], bool] = False
     problem: Any = None
     description: str = ""
+    computed_in: torch.dtype | None = None
     symmetric = True
     _own = "batch by batch"
 

@@ -58,7 +58,7 @@ class EKFAC(Solver):
             scale of `fisher(kind="empirical")`;
             `"auto"`, as the operator says, exact up to 64 outputs per sample.
         corrected: False stops at the factors (K-FAC), at half the sweeps.
-        weighted: False makes S and A plain averages, as in K-FAC.
+        weighted: False makes S and A plain averages, as in K-FAC: over all positions, those of padding too.
         draws: Random sweeps per batch. `info["noise"]` is the relative standard error that they leave, estimated from
             above; four times as many halve it.
         seed: Of the draws, each of which depends on the sample's place in the data and the target's place among those

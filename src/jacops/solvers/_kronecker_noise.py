@@ -48,7 +48,7 @@ class Noise:
         """Return the parts `(directions, k, n)` that a group's gradients add."""
         if isinstance(gradients, Tensor):
             signs = self._along(group, 0, (1, gradients.shape[-1]), gradients)[:, 0]
-            return [torch.einsum("kne,ze->zkn", gradients.double(), signs)]
+            return [torch.einsum("kne,ze->zkn", gradients.double(), signs.double())]
         return [self._outer(group, use) for use in gradients]
 
     def _outer(self, group: int, use: OuterGradients) -> Tensor:

@@ -54,9 +54,10 @@ class LossAtOutput:
         self.model, self.found, self.samples, self.y, self.call = model, found, samples, y, call
         self.foreign = is_framework_model(model)
         self._counted = None if self.foreign else counted_labels(loss, y)
-        outputs, tree = output_leaves(found.output)
+        outputs, tree = output_leaves(found.output, aside=True)
         check_outputs(call, outputs, tree.names)
         self._used = list(range(len(outputs)))
+        self._computed_in: torch.dtype | None = None  # the loss's own dtype, which may be coarser than the output's
         self._lin = self._gradient(loss)
         if not self._used:
             raise NotDifferentiableError(f"{call}: the loss does not depend on the model's output.")
@@ -76,6 +77,7 @@ class LossAtOutput:
         outer = record_at_outputs(self.found, loss_of_output(loss, recordable(self.y, False)), loss, self.call)
         reached = outer.lin.graph_info.leaves
         self._used = [i for i, leaf in enumerate(outer.lin.leaves) if id(leaf) in reached]
+        self._computed_in = outer.lin.outputs[0].dtype
         return gradient_linearization(outer, self.call) if self._used else outer.lin
 
     @restoring
@@ -132,7 +134,8 @@ class LossAtOutput:
         if not is_finite(image):
             raise NonFiniteError(f"{self.call}: in the loss's second derivative by the output, some are NaN or Inf.")
         self._refuse_mixing(probe)
-        scale, allowed = float(image.norm()), few_operations_tolerance(probe.dtype)
+        scale = float(image.norm())
+        allowed = max(few_operations_tolerance(dtype) for dtype in (probe.dtype, self._computed_in or probe.dtype))
         signs = torch.where(private_noise(probe, 2) >= 0, 1.0, -1.0).to(probe)
         diagonal = self.product(signs) * signs
         if self.entries == 1 or float((diagonal * probe - image).norm()) <= allowed * scale:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .._finite import on_finite_rows
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 from .._operators._graphs import check_operator
+from .._operators._precision import computed_in
 from .._progress import tick
 from .._requirements import check_positive, check_range
 from .._runtime.agreement import residual_tolerance
@@ -60,10 +62,10 @@ class System:
         """Of a row."""
         return self.given.domain.dtype
 
-    @property
+    @cached_property
     def eps(self) -> float:
-        """Spacing of numbers around 1."""
-        return torch.finfo(self.dtype).eps
+        """Spacing of numbers around 1, in the coarsest precision that products are computed in."""
+        return torch.finfo(computed_in(self.given) if self.dtype == torch.float64 else self.dtype).eps
 
     @property
     def tolerance(self) -> float:
@@ -321,4 +323,6 @@ def _check_operator(operator: Any) -> None:
         raise InputError.of("operator", f"of shape {operator.shape}", "a square one is needed")
     if operator.domain.dtype not in (torch.float32, torch.float64):
         came = f"of {operator.domain.dtype}"
-        raise InputError.of("operator", came, "solves need float32 or float64", "Convert the model first.")
+        raise InputError.of(
+            "operator", came, "solves need float32 or float64", "Convert the model first, by `model.float()`."
+        )

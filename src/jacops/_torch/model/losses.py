@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..._runtime.contexts import must_surface
 from ..._runtime.restoring import restoring
 from ...errors import InputError, JacopsError
+from .loss_facts import torch_loss
 
 
 class _NoBroadcast(TorchFunctionMode):
@@ -37,10 +38,41 @@ def call_loss(loss: Callable[[Any, Any], Any], output: Any, target: Any) -> Any:
     """Return `loss(output, target)`.
 
     Raises:
-        InputError: The target would broadcast against the output.
+        InputError: The target would broadcast against the output, or it is a loss of torch's that takes no such output.
     """
-    with _NoBroadcast():
-        return loss(output, target)
+    try:
+        with _NoBroadcast():
+            return loss(output, target)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        name = torch_loss(loss)
+        if name is None or isinstance(error, JacopsError) or must_surface(error):
+            raise
+        raise _misfit(name, output, target, error) from error
+
+
+def _misfit(name: str, output: Any, target: Any, error: Exception) -> InputError:
+    """Return the error for a loss of torch's that fails on a model's output and a target."""
+    came, labels = _shown(output), _shown(target)
+    todo = "Write a `loss(output, y)` that hands both to it in the shapes that it takes."
+    logits = None if isinstance(output, Tensor) else getattr(output, "logits", None)
+    of = "output" if logits is None else "output.logits"
+    if name == "cross_entropy" and getattr(logits if logits is not None else output, "ndim", 0) == 3:
+        todo = (
+            f"It takes classes as the second axis: write `lambda output, y: cross_entropy({of}.flatten(0, 1), "
+            f"y.flatten())`, or `{of}[:, :-1]` and `y[:, 1:]` in it where each token predicts the next."
+        )
+    elif logits is not None:
+        todo = f"Write `lambda output, y: {name}(output.logits, y)`."
+    if logits is not None:
+        todo = f"{todo} The model's own loss is `'model'`."
+    first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return InputError.of(
+        "loss", f"{name}, which fails ({first[:200]})", f"the output is {came}, the target {labels}", todo
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @contextmanager

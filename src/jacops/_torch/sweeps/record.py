@@ -171,6 +171,7 @@ class ModelRun:
         connected: Keep the result connected to the caller's trainable parameters, for derivatives of derivatives.
         shift: Added to the private copies of parameters, by name, for finite differences.
         kept: The recording is kept for later products, so the caller may write into the weights meanwhile.
+        aside: As in `output_leaves`.
     """
 
     model: Any = field(kw_only=False)
@@ -187,6 +188,7 @@ class ModelRun:
     connected: bool = False
     shift: Mapping[str, Tensor] | None = None
     kept: bool = False
+    aside: bool = False
 
     @cached_property
     def module(self) -> nn.Module:
@@ -246,7 +248,7 @@ class ModelRun:
             before, inputs, hidden = self._forward(replica)
             output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
-        outputs, tree = output_leaves(output)
+        outputs, tree = output_leaves(output, aside=self.aside)
         options = {"call": self.call, "fallback": self.fallback, "coarse": autocast_on(outputs)}
         lin = Linearization(leaves, outputs, leaf_names=names, output_names=tree.names, private=True, **options)
         lin.weights = self.weights

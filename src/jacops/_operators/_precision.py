@@ -1,0 +1,39 @@
+"""In which precision an operator's products are computed: a graph in float64 may hold parts in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._algebra import Product, Scaled, Sum, Transposed
+from ._base import Operator
+from ._data import SumOver
+from ._recorded import LinearizedMap
+
+
+def computed_in(operator: Operator) -> torch.dtype:
+    """Return the coarsest dtype in which an operator's products are computed, as far as recorded graphs tell.
+
+    Norms of some layers and losses of some models compute in float32 whatever the dtype of their input.
+    """
+    match operator:
+        case SumOver():
+            return operator.computed_in or operator.domain.dtype
+        case LinearizedMap():
+            return coarsest([operator.domain.dtype, *_in_graph(operator.lin)])
+        case Product() | Sum():
+            return coarsest([computed_in(operator.left), computed_in(operator.right)])
+        case Scaled() | Transposed():
+            return computed_in(operator.of)
+    return operator.domain.dtype
+
+
+def _in_graph(lin: Any) -> set[torch.dtype]:
+    nodes = lin.graph_info.nodes if hasattr(lin, "graph_info") else ()  # other frameworks record no such graph
+    return {made.dtype for node in nodes for made in node._input_metadata}
+
+
+def coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
+    """Return the dtype of floating point with the fewest digits."""
+    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
