@@ -226,6 +226,17 @@ def test_a_models_own_loss_in_float32_is_a_softmaxs_for_a_model_in_float64() -> 
     close(found[0].eigenvalues, found[1].eigenvalues, 1e-5)
 
 
+@pytest.mark.parametrize("call", ["grad", "hessian"])
+def test_a_loss_with_more_terms_is_refused_by_single_calls_too(call: str) -> None:
+    model, whole = WithMore(gpt2().config).eval(), sequences((4, 3))
+    for p in list(model.parameters())[1:]:
+        p.requires_grad_(False)
+    x = {key: value for key, value in whole.items() if key != "labels"}
+    wrapped = jacops.TorchTwiceDifferentiable(model, "model")
+    with pytest.raises(InputError, match="of its logits and labels"):
+        getattr(wrapped, call)(x, whole["labels"])
+
+
 def classifier(labels: int, kind: str) -> Any:
     """BERT computes the loss of a classifier in its forward, GPT-2 too; Llama by its `loss_function`."""
     torch.manual_seed(0)
@@ -492,6 +503,16 @@ def test_what_has_no_tokens_is_refused() -> None:
         jacops.compute_influences(wrapped, [(x, torch.tensor([0, 1, 1, 0]))], **options)
     with pytest.raises(InputError, match="needs 'token'"):
         jacops.compute_influences(wrapped, [(x, torch.tensor([0, 1, 1, 0]))], damping=0.1, curvature="ggn").per_sample()
+
+
+def test_jax_models_have_influences_of_samples() -> None:
+    pytest.importorskip("jax")
+    wrapped = jacops.JaxTwiceDifferentiable(
+        lambda params, x: x @ params, torch.ones(3, 1).numpy(), lambda out, y: ((out - y) ** 2).mean()
+    )
+    data = [(torch.eye(3).numpy(), torch.ones(3, 1).numpy())]
+    with pytest.raises(InputError, match="models of torch only"):
+        jacops.compute_influences(wrapped, data, curvature="ggn", damping=0.1, influence_type="token")
 
 
 def test_influences_of_tokens_are_drawn_and_tabled() -> None:

@@ -61,7 +61,9 @@ def _agree(found: Tensor, mix: Tensor, whole: Tensor, allowed: float) -> bool:
 
 def _check_labels(point: BatchPoint) -> None:
     y, losses = point.batch.y, point.objective.losses
-    if point.objective.foreign or not isinstance(y, Tensor) or y.ndim != 2 or y.is_floating_point():
+    if point.objective.foreign:
+        raise InputError.of("influence_type", "'token'", "it takes models of torch only")
+    if not isinstance(y, Tensor) or y.ndim != 2 or y.is_floating_point():
         came = f"of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise InputError.of("y", came, "influences of tokens need whole numbers (n, T), one label for each token")
     if losses.reduction == "mean" and not losses.counts_targets(y):

@@ -15,7 +15,14 @@ from .._objective import Objective
 from .._progress import track
 from .._recorded_loss import check_loss, record_loss
 from .._runtime.contexts import eager, sweeping
-from .._torch.protocol import Linearization, bare, gradient_linearization, parameter_names, resolved_loss
+from .._torch.protocol import (
+    Linearization,
+    ModelLoss,
+    bare,
+    gradient_linearization,
+    parameter_names,
+    resolved_loss,
+)
 from ..errors import InputError, InputTypeError, ModelStateError, NotDifferentiableError
 from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_rows
 
@@ -77,6 +84,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             NotDifferentiableError: With `create_graph`, there is no second derivative.
         """
         found = record_loss(self.model, self.loss, x, y, "grad", connected=create_graph)
+        self._verify(x, y, found.before)
         lin = found.lin
         if not create_graph:
             rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
@@ -107,9 +115,14 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             NotDifferentiableError: There is no second derivative; the message names the cause.
         """
         operator = hessian(self.model, self.loss, x, y)
+        self._verify(x, y, operator.output)
         matrix = operator.dense()
         check_finite("hessian", [matrix], ["the parameters"], operator.lin)
         return matrix
+
+    def _verify(self, x: Any, y: Any, output: Any) -> None:
+        if isinstance(self.loss, ModelLoss) and not self.loss.verified:
+            self.loss.check(self.model, x, y, output)
 
     @staticmethod
     @eager
