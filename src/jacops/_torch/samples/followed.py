@@ -97,9 +97,9 @@ class FollowedModel:
                 starts = [] if inside else list(filter(is_differentiable, tree.free(flatten(copied, "x")[0])))
                 leaves = cut.leaves if cut is not None and inside else starts
                 follow = Follow(leaves, [] if cloned else weights, bias, lengths, seed)
+                follow.start(starts)
                 try:
                     with follow, follow.functions:
-                        follow.start(starts)
                         outputs = runner.called(copied, values, replica, cut)[0]
                     points = leaves if inside else [value for value in given if is_differentiable(value)]
                     return FollowedRun.of(outputs, follow, points)
