@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def starts_of(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _called(argument: str, name: str) -> str:
@@ -150,7 +151,7 @@ def _entries(argument: str, given: Any, x: Any, names: Sequence[str]) -> list[An
 def _start(name: str, entry: Any, value: Tensor, movable: bool) -> Tensor | None:
     """Return where an input begins, a tensor with its dtype."""
     if _is_number(entry):
-        entry = value.new_full((1, *value.shape[1:]), entry)
+        entry = value.new_full((1, *value.shape[1:]), float(entry))
     if entry is None:
         return None
     if not isinstance(entry, Tensor):
@@ -170,9 +171,8 @@ def _rows(name: str, start: Tensor, value: Tensor) -> Tensor:
     """Return a baseline with one row, or with one for each sample."""
     one, each = tuple(value.shape[1:]), tuple(value.shape)
     if tuple(start.shape) not in (one, (1, *one), each):
-        raise InputError.of(
-            name, f"of shape {tuple(start.shape)}", f"{one} for all samples or {each} for each is needed"
-        )
+        needed = f"{one} for all samples or {each} for each is needed"
+        raise InputError.of(name, f"of shape {tuple(start.shape)}", needed)
     return start if start.ndim == value.ndim else start.unsqueeze(0)
 
 

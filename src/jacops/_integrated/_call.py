@@ -114,9 +114,9 @@ def integrated_jacobian(
         (tensor([ 1., -8.], dtype=torch.float64), True)
     """
     _check_numbers(steps, tolerance, max_steps, on_failure)
-    paths, begin = _paths(model, x, (baseline, baselines), shared, batch_size, options)
-    labels = feature_names(x if source_of(options.get("at")) is None else paths.samples.values[0], names, groups)
     with arithmetic(False):
+        paths, begin = _paths(model, x, (baseline, baselines), shared, batch_size, options)
+        labels = feature_names(x if source_of(options.get("at")) is None else paths.samples.values[0], names, groups)
         integral = Integral.of(paths, batch_size, tolerance, options)
         integral.integrate(None if isinstance(steps, str) else steps, max_steps)
         found = replace(integral.contributions(begin), names=labels)

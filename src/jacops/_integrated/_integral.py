@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._contributions import Contributions, verification_of
+from .._contributions import Contributions, verified, worst
 from .._runtime.contexts import autocast_on
 from .._runtime.memory import SMALL, budget_bytes, ensure_fits, given_tensors, size_of
 from .._torch.protocol import SampleJacobians
@@ -94,15 +94,15 @@ class Integral:
             output.copy_(end.view(output.shape))
             biases.append(torch.empty_like(output).copy_(bias.view(output.shape)))
             added.append(sum(_matrices(value, end.shape[1]).double().sum(2).cpu() for value in row) + 0 * end)
-            checks.append(verification_of((end - bias).numpy(), added[-1].numpy()))
+            checks.append(verified(end, bias, added[-1]))
         self._compare(final[:, :1].sum(1) - first.mean(1) - torch.cat(added, 1))
         build = result.output_tree.build
         return Contributions(
-            replace(result, blocks=values).arranged(),
+            result.arranged(values),
             build(biases),
             build(result.output),
             result.arranged(),
-            max(checks, key=lambda check: check.relative_error),
+            worst(checks),
             None,
             self._notes(begin),
             "integrated",
