@@ -16,6 +16,7 @@ from benchmarks import (
     bench_attribution,
     bench_curvature,
     bench_input_jacobians,
+    bench_integrated,
     bench_parameter_jacobians,
     bench_products,
     harness,
@@ -25,7 +26,7 @@ from benchmarks import (
 from benchmarks.harness import BEST, FLOOR, Goal, Workload, measure, same
 from benchmarks.models import Case, mlp
 
-PEERS = ("curvlinops", "torch-secorder", "PyPose", "BackPACK", "TorchJD")
+PEERS = ("curvlinops", "torch-secorder", "PyPose", "BackPACK", "TorchJD", "captum")
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,8 @@ def tiny() -> Iterator[Workload]:
         yield from cases(products)
     for cases in (bench_products.many_jacobian, bench_products.many_curvature):
         yield from cases(products, 3)
+    yield bench_integrated.same_nodes("J1", "perceptron", mlp(3, 4, 2), torch.randn(5, 3), 8, [])
+    yield bench_integrated.same_gap("J2", "perceptron", mlp(3, 4, 2), torch.randn(5, 3), [])
     yield bench_curvature.hessians("E1", "perceptron", case, [Goal(BEST, faster=1), Goal(mib=1e6)])
     yield bench_curvature.gauss_newton("E2", "perceptron", case, [])
     yield bench_curvature.hessian_diagonal("E4", "perceptron", case)
