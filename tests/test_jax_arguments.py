@@ -65,6 +65,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "jacobian": {"at": (None, "0"), "create_graph": True},
     "compute_jacobian": {
         "at": "0",
+        "freeze": "Linear",
         "budget": "1GiB",
         "out": torch.zeros(5, 1, 2),
         "compile": True,

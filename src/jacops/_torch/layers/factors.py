@@ -61,7 +61,7 @@ class LayerRows:
         """
         sites = self.sites if sites is None else sites
         self.lin.sweeps += len(seeds[0]) if batched else bool(sites)
-        pairs = zip(sites, cotangents(self.lin, sites, seeds, batched, create_graph), strict=True)
+        pairs = zip(sites, cotangents(self.lin, sites, seeds, batched=batched, create_graph=create_graph), strict=True)
         if batched:
             return [torch.stack([site.delta(plain(delta)) for delta in deltas]) for site, deltas in pairs]
         return [site.delta(plain(delta), create_graph) for site, delta in pairs]

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._runtime.contexts import reentrant_checkpoint
+from ..._runtime.restoring import restoring
 from ...errors import InputError, InputTypeError, ModelStateError
 from .frozen_functions import applied, check_values, note_gates, unfrozen
 from .frozen_rules import KINDS
@@ -200,6 +201,7 @@ class _FrozenForward(TorchFunctionMode):
             if not self._inside:
                 self.__exit__(None, None, None)
 
+    @restoring
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         plain = opened(func)
         if plain is not None:

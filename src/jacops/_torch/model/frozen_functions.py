@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..._runtime.agreement import few_operations_tolerance
 from ..._runtime.contexts import random_state_kept
+from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import held_constant, unwatched
 from ...errors import ModelStateError
 from .frozen_rules import BOUNDED, KEEPING, PIECEWISE, RULES, SMOOTH, Frozen
@@ -34,6 +35,7 @@ def applied(call: FunctionCall) -> Frozen:
     return result, what
 
 
+@restoring
 def unfrozen(call: FunctionCall) -> Any:
     """Return what a call gives as it is, out of place and with the same random draws; None where there is no rule."""
     if _rule(call) is None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import held_constant
 from .function_call import FunctionCall, dependent, out_of_place
 
@@ -69,6 +70,7 @@ def _piecewise(call: FunctionCall) -> Frozen:
     return call.run(), GAINS
 
 
+@restoring
 def _activation(call: FunctionCall) -> Frozen:
     """Return `gain * z + phi(0)`; near zero, where the quotient is rounding, the gain is the slope half way."""
     z = call.first
