@@ -226,7 +226,7 @@ refuse("a closure is a module", {"func": nn.Linear(3, 2)}, CLOSURES, InputTypeEr
 refuse("a closure is a tensor", {"func": torch.ones(3)}, CLOSURES, InputTypeError, "`func` is a Tensor")
 refuse("the wrapped model is bare", {"model": small_net()}, "influences as wrapped", InputTypeError,
        "`model` is a Sequential")
-refuse("the loss is text", {"loss": "mse"}, "wrap", InputTypeError, "`loss` is a str")
+refuse("the loss is text", {"loss": "mse"}, "wrap", InputTypeError, "`loss` is 'mse' .. callable")
 refuse("the loss is a class", {"loss": nn.MSELoss}, "wrap, hessian, ggn, sample_gradients", InputTypeError,
        "`loss` is the class MSELoss .. Did you mean MSELoss()?")
 refuse("the operator is a tensor", {"operator": torch.eye(3)}, f"{ALL}, effective_dimension", InputTypeError,
@@ -628,7 +628,7 @@ for label, loss, words in (("a number", lambda o, y: 1.0, "`the loss` is a float
 refuse("a model of JAX leaves its parameters out", {"apply": lambda w, x: x, "y": X}, "jax grad",
        NotDifferentiableError, "no path leads from the loss")
 for argument, value, error, words in (
-    ("apply", "mlp", InputTypeError, "`apply` is a str"), ("loss", "mse", InputTypeError, "`loss` is a str"),
+    ("apply", "mlp", InputTypeError, "`apply` is a str"), ("loss", "mse", InputTypeError, "`loss` is 'mse'"),
     ("params", (), ModelStateError, "a tree of 0 arrays"),
     ("params", {"ids": np.arange(3)}, ModelStateError, "a tree of 1 arrays in which none"),
     ("params", {"w": 1.0}, InputTypeError, "`params['w']` is a float .. array"),

@@ -139,7 +139,7 @@ def test_figures_are_those_of_the_given_operator(dtype: Any, sign: int) -> None:
     assert set(grown.status) == {"diverged"}
     needed = math.ldexp(grown.info["scale_needed"], -exponent)
     assert needed == pytest.approx(4.0, rel=0.1)
-    again = solve(positive, draw(2, 4).to(dtype), LiSSA(scale=grown.info["scale_needed"]))
+    again = solve(positive, draw(2, 4).to(dtype), LiSSA(scale=grown.info["scale_needed"], tolerance=1e-3))
     assert set(again.status) <= {"converged", "attainable"}
     assert again.damping == 0.0
 
