@@ -473,6 +473,10 @@ def outcome(call: Call, case: Case) -> Any:
 CALLS: dict[str, tuple[Call, Call | None]] = {
     "compute_jacobian": (lambda c: jacops.compute_jacobian(c.model, c.x, **SILENT), plain_jacobian),
     "contributions": (lambda c: jacops.contributions(c.model, c.x).jacobian, plain_jacobian),
+    "integrated_jacobian": (
+        lambda c: jacops.integrated_jacobian(c.model, c.x, steps=3, tolerance=1e9, fallback="silent").values,
+        None,
+    ),
     "input_hessian": (lambda c: jacops.input_hessian(c.model, c.x, **SILENT), by_sample(plain_hessians)),
     "laplacian": (
         lambda c: jacops.laplacian(c.model, c.x, **SILENT),
@@ -573,6 +577,8 @@ OTHERS = {
     "eigenpairs",
     "gauss_newton",  # its own tests: it writes into the model
     "inverse",
+    "jacobian_lens",  # `compute_jacobian` of a model of sequences; its own tests
+    "logit_difference",
     "inverse_quadratic_bounds",
     "levenberg_marquardt",
     "projection",
