@@ -21,6 +21,7 @@ from ._digests import digest_function, digest_module
 from ._finite import check_finite, is_finite
 from ._fisher import empirical_fisher, fisher_at
 from ._framework import recorded
+from ._ladder.names import Fact
 from ._ladder.protocol import SweepOptions, is_framework_model
 from ._mixed import mixed_rows
 from ._operators import LayerFactors, Operator
@@ -234,7 +235,7 @@ class Objective:
                 own.check(self.model, few.x, few.y, output)
             self.losses.settle(output, few.y)
         found = self.recorded_loss(batch.x, batch.y, "loss", kept=True)
-        proofs, claim = found.lin.proofs, ("reduction", self.reduction)
+        proofs, claim = found.lin.proofs, (Fact.REDUCTION, self.reduction)
         if proofs.needs(*claim) or proofs.spot_due() or not is_finite(found.lin.outputs[0]):
             check_reduction(self, batch)
             proofs.remember(*claim)

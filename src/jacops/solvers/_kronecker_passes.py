@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._finite import is_finite
 from .._framework import likelihood_at
+from .._ladder.names import Fact, Question, RouteName
 from .._operators import Operator
 from .._operators._eigen_blocks import Block
 from .._runtime.counter import Draws
@@ -83,7 +84,7 @@ class Passes:
         found, model = term.recorded(data.x, self.call), term.model
         at = LossAtOutput(model, found, term.loss, data.y, data.rows, self.call)
         batch: Any = model.layers(data.x, term.picks, self.call) if at.foreign else RecordedBatch(at.output())
-        if not at.foreign and batch.lin.proofs.refused("pull", "by uses"):
+        if not at.foreign and batch.lin.proofs.refused(Question.PULL, RouteName.BY_USES):
             batch.distrust()
         self.groups = self.groups or batch.groups()
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
@@ -119,18 +120,18 @@ class Passes:
         groups = [g for g in self.groups if not outer_only or g.form in ("outer", "lookup")]
         if not isinstance(batch, RecordedBatch):  # it compares them itself
             return batch.gradients(groups, seeds)
-        proofs, route = batch.lin.proofs, ("by uses", seeds.shape[0])
+        proofs, route = batch.lin.proofs, (Fact.GRADIENTS_BY_USES, seeds.shape[0])
         found = batch.gradients(groups, seeds)
         if not proofs.needs(*route):
             return found
         right = batch.confirmed(groups, seeds, found)
-        if not right and not proofs.refused("pull", "batched"):
-            proofs.refuse("pull", "batched")
+        if not right and not proofs.refused(Question.PULL, RouteName.BATCHED):
+            proofs.refuse(Question.PULL, RouteName.BATCHED)
             found = batch.gradients(groups, seeds)
             right = batch.confirmed(groups, seeds, found)
         if not right:
             _check_finite(groups, found, batch)
-            proofs.refuse("pull", "by uses")
+            proofs.refuse(Question.PULL, RouteName.BY_USES)
             batch.distrust()
             self.groups = self.groups if self._begun else batch.groups()
             self._check_alike(batch)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._ladder.names import Fact
 from .._picks import Picked
 from .._torch.protocol import bare, identity_key, parameter_names, store_for
 from .._trees import Selector, flatten
@@ -28,7 +29,7 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
         tangent: As in `sparse_plan`.
     """
     names = tuple(name for name, p in parameter_names(bare(model)).items() if picks(name, p))
-    claim = ("sparse plan", names, *_kinds(inputs), identity_key(outputs), tangent)
+    claim = (Fact.SPARSE_PLAN, names, *_kinds(inputs), identity_key(outputs), tangent)
     made = store_for(bare(model), claim, "first").known
     latest: SparsePlan | None = made.get("latest")
     if latest is not None:

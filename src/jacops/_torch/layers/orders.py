@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..._ladder.names import Fact
 from ..._runtime.contexts import private_noise
 from ..sweeps.linearization import Linearization
 from .rules import Order, by_sample
@@ -30,7 +31,7 @@ def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse
     if samples == 1:  # any order is right
         return found
     uses = _flat(found)
-    proofs, key = lin.proofs, ("orders of rows", samples, len(uses), tuple(lin.domain.names))
+    proofs, key = lin.proofs, (Fact.ORDERS_OF_ROWS, samples, len(uses), tuple(lin.domain.names))
     if key in proofs.known and not proofs.needs(*key):
         orders, lost = proofs.known[key]
         return _placed(find_uses(lin, True, [uses[i].node for i in lost]) if lost else found, orders, samples)

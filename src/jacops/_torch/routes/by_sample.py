@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..._finite import is_finite
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteUndecidedError, RouteWrongError, attempt
+from ..._ladder.names import Fact, Question, RouteName
 from ..._ladder.route import Asked, Way, answer
 from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
@@ -111,7 +112,7 @@ class SampleFactors:
         return self._filled(Collected(self.count, self.output.numel(), self.layers, whole))
 
     def _filled(self, collected: Any) -> Any:
-        ask = RowsAsk("samples", self.what.call, self.lin.proofs, rows=self, collected=collected)
+        ask = RowsAsk(Question.SAMPLES, self.what.call, self.lin.proofs, rows=self, collected=collected)
         for ask.where in self._batches():
             answer(ask, _BATCHES)
         self.route = ask.routes[ask.question]
@@ -125,7 +126,7 @@ class SampleFactors:
 
     def apart(self, ask: RowsAsk) -> None:
         """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed."""
-        known = ask.verdicts.refusal(ask.question, "together")
+        known = ask.verdicts.refusal(ask.question, RouteName.TOGETHER)
         failed = ask.left is not None and not isinstance(ask.left, RouteUndecidedError)
         if (failed or known) and not (ask.warned or self.what.forced):
             ask.warned = True
@@ -173,12 +174,12 @@ class SampleFactors:
             collected.fill(where, entry, layers, operands, [seed.view(output.shape)])
         self._fill_missing(collected, i, lin)
         # A graph that depends on values is another one each time.
-        if layers.sites and (_habits(lin).reads or lin.proofs.needs("rows by uses", lin.domain.names)):
+        if layers.sites and (_habits(lin).reads or lin.proofs.needs(Fact.ROWS_BY_USES, lin.domain.names)):
             mix = private_noise(output)
             pairs = self._pairs(collected, where, lin, [mix], mix.reshape(1, -1))
             if not max(map(worst_disagreement, pairs)) <= lin.tolerance:
                 raise StructureChangedError("a plain sweep disagrees with them")
-            lin.proofs.remember("rows by uses", lin.domain.names)
+            lin.proofs.remember(Fact.ROWS_BY_USES, lin.domain.names)
 
     def _fill_missing(self, collected: Any, i: int, lin: Linearization) -> None:
         """Fill in the rows of parameters without a rule, by plain sweeps over one sample's graph."""
@@ -221,7 +222,7 @@ class SampleFactors:
         lin, seeds = _that_count(batch.lin, None if slopes is None else slopes.gradients)
         self.computed.take(where, batch.before, None if slopes is None else slopes.losses)
         _check_batchable(lin, many)
-        route = ("samples apart", self.what.call, lin.domain.names, lin.codomain.names)
+        route = (Fact.SAMPLES_APART, self.what.call, lin.domain.names, lin.codomain.names)
         fresh = lin.proofs.needs(*route) or bool(_habits(lin).reads)
         if fresh:
             self._check_outputs(lin, values, many)
@@ -353,7 +354,7 @@ _FORMS = (  # factors where all samples enter alike, else whole rows; by plain s
 )
 _BATCHES = (
     Way(
-        "together",
+        RouteName.TOGETHER,
         lambda ask: ask.rows.together(ask),
         refusal=lambda ask: ask.rows.forced(ask.where),
         words=lambda ask: f"{ask.where.stop - ask.where.start} samples to a sweep",

@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..._ladder.names import Fact
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
@@ -273,7 +274,7 @@ def operand_by_sample(site: LayerOutput, use: ParameterUse, operand: Tensor) -> 
 def _proved(second: Second, sites: Sequence[LayerOutput], many: int) -> list[LayerOutput]:
     """Return the sites at which second derivatives keep samples apart, with the layouts in which they do."""
     proofs, slices = second.lin.proofs, second.lin.domain.slices
-    route = ("samples apart at outputs of layers", many, len(sites))
+    route = (Fact.LAYERS_APART, many, len(sites))
     known: dict[int, int] | None = None if proofs.needs(*route) else proofs.known.get(route)
     if known is not None:
         return settled(laid(sites, many, known), slices)

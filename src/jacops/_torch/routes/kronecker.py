@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError
+from ..._ladder.names import Question, RouteName
 from ..._ladder.route import Asked, Way, answer
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import private_noise
@@ -156,7 +157,8 @@ class RecordedBatch:
     def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site, all cotangents in one sweep where that is known to be right."""
         return answer(
-            SeedsAsk("pull", self.lin.call, self.lin.proofs, layers=self._layers, sites=sites, seeds=seeds), _AT_SITES
+            SeedsAsk(Question.PULL, self.lin.call, self.lin.proofs, layers=self._layers, sites=sites, seeds=seeds),
+            _AT_SITES,
         )
 
     def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:
@@ -236,9 +238,11 @@ class SeedsAsk(Asked):
 
 _AT_SITES = (
     Way(
-        "batched",
+        RouteName.BATCHED,
         lambda ask: ask.layers.sweep([ask.seeds], ask.sites, batched=True),
-        refusal=lambda ask: "" if len(ask.seeds) == 1 or ask.verdicts.refused("pull", "batched") else None,
+        refusal=lambda ask: (
+            "" if len(ask.seeds) == 1 or ask.verdicts.refused(Question.PULL, RouteName.BATCHED) else None
+        ),
     ),
     Way("one by one", SeedsAsk.alone, leaving="never"),
 )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._ladder.names import Fact, Question, RouteName
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import must_surface, out_of_inference, random_state_kept, recording
 from ..._runtime.restoring import restoring
@@ -72,15 +73,17 @@ def row_cotangents(
     values, losses = recorded
     arrays = tuple((t.shape, t.dtype, t.device) for t in (*outputs, *targets))
     values.look_up(store_for(loss, ("losses of rows", arrays), lin.proofs.checks, many), SideEffects())
-    if values.proofs.refused("losses", "together"):
+    if values.proofs.refused(Question.LOSSES, RouteName.TOGETHER):
         return alone(range(many))
     found = RowSlopes(_pulled(values, create_graph), losses)
-    if values.proofs.needs("losses together"):
+    if values.proofs.needs(Fact.LOSSES_TOGETHER):
         picked = torch.randperm(many, generator=torch.Generator().manual_seed(0))[:_TRIED].tolist()
         if not _agree(found.gradients, alone(picked).gradients, picked, lin.tolerance):
-            values.proofs.refuse("losses", "together", "under vmap they differ from those of single rows")
+            values.proofs.refuse(
+                Question.LOSSES, RouteName.TOGETHER, "under vmap they differ from those of single rows"
+            )
             return alone(range(many))
-        values.proofs.remember("losses together")
+        values.proofs.remember(Fact.LOSSES_TOGETHER)
     return found
 
 

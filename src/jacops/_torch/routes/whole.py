@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError
+from ..._ladder.names import RouteName
 from ..._ladder.plan import Cost, Memory
 from ..._progress import track
 from ..._runtime.agreement import as_rows, worst_disagreement
@@ -127,7 +128,7 @@ class LayerRoute:
         return sum(at_sites.values()) + sum(use.patch_bytes for use in uses)
 
     def _is_new(self) -> bool:
-        return self.lin.proofs.needs("by layers", BlocksMatchPlain.name, self.lin.domain.names)
+        return self.lin.proofs.needs(RouteName.BY_LAYERS, BlocksMatchPlain.name, self.lin.domain.names)
 
     # ---- running it --------------------------------------------------------------------------------------------
 
@@ -226,7 +227,7 @@ class BlocksMatchPlain:
 class WholeByLayers:
     """All samples to a sweep, where every parameter enters by operations with a rule."""
 
-    name, claims, leaving, unit = "by layers", (BlocksMatchPlain(),), "silent", "sweeps to a write"
+    name, claims, leaving, unit = RouteName.BY_LAYERS, (BlocksMatchPlain(),), "silent", "sweeps to a write"
 
     def refuses(self, ask: WholeAsk) -> str | None:
         """It takes an output with samples first, all parameters covered, and memory for one sweep."""

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..._ladder.names import Question, RouteName
 from ..._ladder.plan import Cost
 from ..._ladder.route import Route
 from ..._progress import track
@@ -61,7 +62,7 @@ class ByColumns(ByRows):
         """It is not taken where rows were asked for, or pushes go row by row."""
         if ask.columns is False:
             return "not asked for by `strategy=`"
-        known = ask.verdicts.refusal("push", "double backward")
+        known = ask.verdicts.refusal(Question.PUSH, RouteName.DOUBLE_BACKWARD)
         return None if known is None else known.reason or "no second derivative rule"
 
     def cost(self, ask: WholeAsk) -> Cost:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..._ladder.names import Question, RouteName
 from ..._ladder.plan import Memory
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import Proofs, ProofStore
@@ -54,7 +55,7 @@ class BatchAsk:
     undecided: bool = False
     routes: dict[str, str] = field(default_factory=dict, init=False)
 
-    question, argument = "samples", "mode="
+    question, argument = Question.SAMPLES, "mode="
 
     def __post_init__(self) -> None:
         self.known = self.apart  # the caller has been warned
@@ -77,7 +78,7 @@ class BatchAsk:
     @property
     def unpushable(self) -> str | None:
         """Why pushes would go row by row; None where they do not."""
-        known = self.verdicts.refusal("push", "double backward")
+        known = self.verdicts.refusal(Question.PUSH, RouteName.DOUBLE_BACKWARD)
         return None if known is None else known.reason or "no second derivative rule"
 
     @property

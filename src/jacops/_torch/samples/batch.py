@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._finite import is_finite
+from ..._ladder.names import Fact, Question, RouteName
 from ..._ladder.route import answer, answered
 from ..._progress import track
 from ..._requirements import check_positive
@@ -251,7 +252,7 @@ class Samples:
             reason = known if known is not None and reason is None else ask.apart
         else:
             self._keep(ask, swept)
-            result.route = ask.routes["samples"]
+            result.route = ask.routes[ask.question]
         if mode == "split" and ask.apart is None and route.name != "split":
             todo = "Use mode='auto', or cut the model yourself with `at=`."
             raise InputError.of("mode", "'split'", _NO_LAYER, todo)
@@ -265,7 +266,7 @@ class Samples:
         if ask.fresh and not ask.undecided and _differ(ask.runner.inputs_in(values)):
             # Equal rows prove nothing: they agree anyway.
             for proofs in (lin.proofs, swept.proofs):
-                proofs.remember("samples apart", ask.many)
+                proofs.remember(Fact.SAMPLES_APART, ask.many)
         for out, tensor in enumerate(lin.outputs):
             ask.result.output[out][ask.where] = tensor.detach()
 
@@ -277,12 +278,12 @@ class Samples:
             ask.apart = found
             return
         ask.run, parts = found
-        known, ask.fresh = ask.verdicts.refusal("samples", "together"), parts is not None
+        known, ask.fresh = ask.verdicts.refusal(Question.SAMPLES, RouteName.TOGETHER), parts is not None
         ask.apart = self._mixing(ask.run, ask.values, parts) if known is None else known.reason
         if ask.apart is None:
             ask.result.prepare(ask.run)
         elif known is None and ask.apart != NOT_FINITE:
-            ask.verdicts.refuse("samples", "together", ask.apart)
+            ask.verdicts.refuse(Question.SAMPLES, RouteName.TOGETHER, ask.apart)
 
     def _run(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> tuple[Run, Parts | None]:
         """Record a batch, and runs of its parts to hold it against where what is known of its graph asks for it."""
@@ -290,7 +291,9 @@ class Samples:
         if store.assumed is not None or self.checks == "never":
             run = self._known_split(values, store, mode) or self.runner.run(values, store)
             proofs = run.lin.proofs
-            if proofs.refusal("samples", "together") is not None or not proofs.needs("samples apart", many):
+            if proofs.refusal(Question.SAMPLES, RouteName.TOGETHER) is not None or not proofs.needs(
+                Fact.SAMPLES_APART, many
+            ):
                 return run, None
             del run, proofs  # its graph would stand beside those of the parts
         alone, parts = self._parts(values, many, store)
@@ -305,7 +308,7 @@ class Samples:
         if mode not in ("auto", "split") or path is None or effects is None or self.runner.create_graph:
             return None
         run = self.runner.split(values, store, effects, path)
-        return None if run is None or run.lin.proofs.needs("samples apart", values[0].shape[0]) else run
+        return None if run is None or run.lin.proofs.needs(Fact.SAMPLES_APART, values[0].shape[0]) else run
 
     def outputs(self, batch_size: int, alone: bool) -> list[Tensor]:
         """Return the outputs of all samples, a tensor `(n, *out)` for each leaf of the output.

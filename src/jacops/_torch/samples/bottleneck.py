@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._ladder.failures import RouteFailedError
+from ..._ladder.names import Question, RouteName
 from ..._ladder.plan import Cost, Memory
 from ..._trees import is_differentiable
 from ..sweeps.graph import inspect_graph
@@ -114,7 +115,7 @@ def _fill(head: Linearization, tail: Linearization, blocks: list[list[Tensor]], 
     last = torch.empty(many, *output.shape[1:], *hidden.shape[1:], **options)
     for part, target in ((head, first), (tail, last)):
         rows, columns = counts(part)
-        pushes = columns + 1 < rows and not part.proofs.refused("push", "double backward")
+        pushes = columns + 1 < rows and not part.proofs.refused(Question.PUSH, RouteName.DOUBLE_BACKWARD)
         sweep(part, [[target]], slice(0, many), "forward" if pushes else "reverse")
     rows, width, columns = (t.shape[1:].numel() for t in (output, hidden, leaf))
     target = blocks[0][0][where].view(many, rows, columns)

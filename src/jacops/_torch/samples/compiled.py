@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError, RouteWrongError, attempt
+from ..._ladder.names import Fact
 from ..._ladder.plan import Cost
 from ..._ladder.route import answer
 from ..._runtime.agreement import worst_disagreement
@@ -121,7 +122,7 @@ class KeptGraph:
         graph = batch.store.known.pop("graph")  # kept where it is still right
         if where.start == 0:  # once in a call
             few = batch.runner.run([v[:2] for v in batch.values])
-            if few.lin.proofs is not graph.proofs or graph.proofs.needs("compiled"):
+            if few.lin.proofs is not graph.proofs or graph.proofs.needs(Fact.COMPILED):
                 raise RouteFailedError("two samples are recorded in another way")
             result.prepare(few)
         output = graph.fill(batch, [block[where] for block in result.blocks[0]])
@@ -143,7 +144,7 @@ class NewGraph(KeptGraph):
     def refuses(self, ask: GraphAsk) -> str | None:
         """It takes samples that share sweeps by outputs, and a model that is the same in later calls."""
         batch = ask.batch
-        if batch.run is None or not batch.routes["samples"].startswith("reverse"):
+        if batch.run is None or not batch.routes[batch.question].startswith("reverse"):
             return ""
         if not any(output.requires_grad for output in batch.run.lin.outputs):
             return ""
@@ -178,7 +179,7 @@ class NewGraph(KeptGraph):
             raise RouteWrongError(f"the compiled sweeps disagree with the plain ones (by {error:.1e})")
         if fused > alone:
             raise RouteFailedError(f"compiled sweeps were measured slower ({fused:.2g} s, plain ones {alone:.2g} s)")
-        few.remember("compiled")
+        few.remember(Fact.COMPILED)
         known.pop("graphs")  # why earlier ones were left
         known["graph"] = graph
 

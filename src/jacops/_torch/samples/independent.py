@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..._ladder.failures import RouteNotFiniteError, RouteWrongError
+from ..._ladder.names import Question, RouteName
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, UNDECIDED, coupled, differs, disagrees
 
@@ -48,7 +49,7 @@ class SamplesIndependent:
             raise RouteNotFiniteError(reason)
         if self.decisive:
             ask.apart = reason
-            ask.verdicts.refuse("samples", "together", reason)
+            ask.verdicts.refuse(Question.SAMPLES, RouteName.TOGETHER, reason)
         raise RouteWrongError(reason)
 
 

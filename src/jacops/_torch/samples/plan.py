@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import succeeds
+from ..._ladder.names import Question
 from ..._ladder.plan import Memory
 from ..._ladder.route import candidates
 from ..._runtime.memory import SMALL, Budget, Meter, budget_bytes, live, refuse, resident, size_of, startup_bytes
@@ -142,7 +143,8 @@ class SamplePlan(Probe):
     beside: Working
     followed: int = 1
 
-    question, argument, verdicts = "samples", "mode=", Proofs("never")  # nothing is known of a batch not recorded
+    question, argument = Question.SAMPLES, "mode="
+    verdicts = Proofs("never")  # nothing is known of a batch not recorded
 
     @property
     def asked(self) -> str | None:

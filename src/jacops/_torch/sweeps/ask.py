@@ -17,7 +17,7 @@ class SweepAsk:
     """Rows to be swept through a linearisation, at once or one by one.
 
     Attributes:
-        question: `"pull"` or `"push"`.
+        question: PULL or PUSH.
         lin: The linearisation.
         rows: `(k, *output)` per output (None: zero) or `(k, *leaf)` per leaf.
         many: k.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, attempt
+from ..._ladder.names import RouteName
 from ..._ladder.plan import Cost
 from ..._runtime.agreement import inner, size
 from ..._runtime.contexts import private_noise, sweeping
@@ -128,7 +129,7 @@ class AdjointOfItsPull:
 class OneByOneDoubleBackward:
     """A backward pass over a recorded backward pass for every tangent."""
 
-    name, claims, leaving = "double backward", (AdjointOfItsPull(),), "warned"
+    name, claims, leaving = RouteName.DOUBLE_BACKWARD, (AdjointOfItsPull(),), "warned"
 
     def refuses(self, ask: SweepAsk) -> str | None:
         """It is tried wherever it has not failed."""
@@ -150,7 +151,7 @@ class OneByOneDoubleBackward:
 class BatchedDoubleBackward(OneByOneDoubleBackward):
     """All tangents in one such pass under vmap."""
 
-    name, leaving = "batched", "silent"
+    name, leaving = RouteName.BATCHED, "silent"
 
     def refuses(self, ask: SweepAsk) -> str | None:
         """One tangent needs no batch; a custom Function can lose the graph of its result under vmap."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._finite import check_finite, is_finite
+from ..._ladder.names import Fact
 from ..._runtime.agreement import difference_tolerance, inner, size
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
@@ -52,7 +53,7 @@ def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None
         NonFiniteError: The loss is finite and a product with its Hessian is not.
     """
     refuse_cut(call, lin.graph_info.functions, gradient.outputs)
-    if not gradient.proofs.needs("symmetric") or not is_finite(lin.outputs[0]):
+    if not gradient.proofs.needs(Fact.SYMMETRIC) or not is_finite(lin.outputs[0]):
         return  # a loss that is not finite proves nothing; the operator made of it names the row, if it checks
     u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))
 
@@ -65,7 +66,7 @@ def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None
     scale = math.hypot(*map(size, found))
     if gap <= gradient.tolerance * scale:
         if scale:  # zero is symmetric whatever an operation's second derivative is
-            gradient.proofs.remember("symmetric")
+            gradient.proofs.remember(Fact.SYMMETRIC)
     elif not gap <= rounding_error(products, found):
         raise asymmetric(call, gap / scale, lin.graph_info.functions)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._ladder.names import Question
 from ..._ladder.route import answer
 from ..._progress import track
 from ..._runtime.agreement import tolerance
@@ -200,7 +201,7 @@ class Linearization:
                 where = slice(start, start + chunk)
                 self.pull_rows([None if c is None else c[where] for c in cotangents], out=[o[where] for o in out])
             return out
-        return answer(SweepAsk("pull", self, cotangents, many, create_graph, out), PULLS)
+        return answer(SweepAsk(Question.PULL, self, cotangents, many, create_graph, out), PULLS)
 
     def stacked(self, grads: list[Tensor | None], leaf: int) -> Tensor:
         """Return gradients by one leaf as rows, zeros where no path leads to it."""
@@ -240,7 +241,7 @@ class Linearization:
 
     def _pushed(self, tangents: Sequence[Tensor], create_graph: bool, routes: Sequence[Any]) -> Rows:
         many = tangents[0].shape[0] if tangents else 1
-        return answer(SweepAsk("push", self, tangents, many, create_graph), routes)
+        return answer(SweepAsk(Question.PUSH, self, tangents, many, create_graph), routes)
 
     def push_alone(self, tangents: Sequence[Tensor]) -> Rows:
         """Return `(k, *output)` per output, never by rows.
@@ -248,7 +249,7 @@ class Linearization:
         Raises:
             RouteFailedError: The function has no such route, or it fails its check.
         """
-        return answer(SweepAsk("push", self, tangents, tangents[0].shape[0], alone=True), NEVER_BY_ROWS)
+        return answer(SweepAsk(Question.PUSH, self, tangents, tangents[0].shape[0], alone=True), NEVER_BY_ROWS)
 
     def push_by_double_backward(self, tangents: Sequence[Tensor], create_graph: bool = False) -> Rows:
         """Return `(k, *output)` per output by the differentiated backward pass.

@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..._finite import is_finite
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError
+from ..._ladder.names import Question, RouteName
 from ..._ladder.plan import Cost
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
@@ -154,7 +155,9 @@ class NodewisePush:
         """Several small tangents are faster in one batched pass; there is no graph to go through for later sweeps."""
         lin = ask.lin
         large = lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim > _LARGE
-        alone = ask.alone or ask.many == 1 or large or ask.verdicts.refusal("push", "batched") is not None
+        alone = (
+            ask.alone or ask.many == 1 or large or ask.verdicts.refusal(Question.PUSH, RouteName.BATCHED) is not None
+        )
         return None if alone and ask.rows and not ask.create_graph else ""
 
     def cost(self, ask: SweepAsk) -> Cost:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteNotFiniteError, RouteWrongError
+from ..._ladder.names import RouteName
 from ..._ladder.plan import Cost
 from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
@@ -61,7 +62,7 @@ def _disagreement(lin: Linearization, cotangents: Sequence[Tensor | None], rows:
 class BatchedPull:
     """All cotangents in one pass under vmap."""
 
-    name, claims, leaving = "batched", (MatchesPlain(),), "noted"
+    name, claims, leaving = RouteName.BATCHED, (MatchesPlain(),), "noted"
 
     def refuses(self, ask: SweepAsk) -> str | None:
         """One cotangent needs no batch; a custom Function can lose the graph of its result under vmap."""

@@ -1,0 +1,39 @@
+"""The names under which proofs and refusals are kept where more than one place asks for them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Question(StrEnum):
+    """Questions whose refused routes other questions look up."""
+
+    PULL = "pull"
+    PUSH = "push"
+    SAMPLES = "samples"
+    LOSSES = "losses"
+
+
+class RouteName(StrEnum):
+    """Routes that are looked up by others, or that fail outside of `answer`."""
+
+    BATCHED = "batched"
+    BY_LAYERS = "by layers"
+    BY_USES = "by uses"
+    DOUBLE_BACKWARD = "double backward"
+    TOGETHER = "together"
+
+
+class Fact(StrEnum):
+    """What is proved of a graph besides the claims of routes."""
+
+    COMPILED = "compiled"
+    GRADIENTS_BY_USES = "gradients by uses"
+    LAYERS_APART = "samples apart at outputs of layers"
+    LOSSES_TOGETHER = "losses together"
+    ORDERS_OF_ROWS = "orders of rows"
+    REDUCTION = "reduction"
+    ROWS_BY_USES = "rows by uses"
+    SAMPLES_APART = "samples apart"
+    SPARSE_PLAN = "sparse plan"
+    SYMMETRIC = "symmetric"
