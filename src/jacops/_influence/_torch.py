@@ -150,8 +150,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
             raise NotDifferentiableError("`grad_xy` has no graph. Make it with `grad(x, y, create_graph=True)`.")
         directions = _directions(v, grad_xy)
         targets = _targets(backprop_on, grad_xy)
-        names = [f"backprop_on[{i}]" for i in range(len(targets))]
-        lin = Linearization(targets, [grad_xy], leaf_names=names, output_names=["grad_xy"], call="mvp")
+        lin = Linearization(targets, [grad_xy], leaf_names="backprop_on", output_names=["grad_xy"], call="mvp")
         chunk = lin.chunk(max(1, directions.shape[0]))
         result = torch.zeros(directions.shape[0], lin.domain.dim, dtype=lin.domain.dtype, device=grad_xy.device)
         for start in track(range(0, directions.shape[0], chunk), "mvp", enabled=progress):

@@ -83,10 +83,8 @@ def _by_double_backward(
 
 
 def _by_rows(leaves: Sequence[Tensor], results: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
-    inputs, outputs = ([f"{name} {i}" for i in range(len(of))] for name, of in (("input", leaves), ("output", results)))
-    lin = Linearization(
-        leaves, results, leaf_names=inputs, output_names=outputs, call="contributions", fallback="silent"
-    )
+    lin = Linearization(leaves, results, leaf_names="input", output_names="output", call="contributions")
+    lin.fallback = "silent"
     return [rows[0] for rows in lin.push_rows([t.unsqueeze(0) for t in tangents])]
 
 

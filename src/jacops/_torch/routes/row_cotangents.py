@@ -148,10 +148,8 @@ def _vectorised(
 
 
 def _linearized(value: Tensor, leaves: Sequence[Tensor]) -> Linearization:
-    names = [f"output[{i}]" for i in range(len(leaves))]
-    return Linearization(
-        leaves, [value], leaf_names=names, output_names=["loss"], call="the loss of a row", private=True
-    )
+    options = {"call": "the loss of a row", "private": True}
+    return Linearization(leaves, [value], leaf_names="output", output_names=["loss"], **options)
 
 
 def _pulled(lin: Linearization, create_graph: bool) -> list[Tensor | None]:

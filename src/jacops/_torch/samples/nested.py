@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._ladder.route import answer
-from ..._runtime.contexts import autocast_on, norms_written_out
+from ..._runtime.contexts import norms_written_out
 from ..._runtime.rows import Rows
 from ..._trees import Tree, is_differentiable, output_leaves
 from ..sweeps.ask import SweepAsk
@@ -97,13 +97,12 @@ class JacobianFunction:
         lin = Linearization(
             leaves,
             outputs,
-            leaf_names=[f"input[{i}]" for i in range(len(leaves))],
-            output_names=[f"output[{i}]" for i in range(len(outputs))],
+            leaf_names="input",
+            output_names="output",
             call=self.call,
             private=True,
-            proofs=Proofs("never"),
-            coarse=autocast_on(outputs),
         )
+        lin.proofs = Proofs("never")
         slopes = _shared_sweeps(lin, many)
         self.linear = all_linear(lin.graph_info.nodes) and all_linear(first_slope(slopes))
         self.recorded = (leaves, outputs) if many <= RECORDED and not self.linear else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..._runtime.contexts import arithmetic, autocast_on, norms_written_out, random_state_kept, recording
+from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, output_leaves, select
@@ -270,7 +270,6 @@ class Runner:
             call=self.call,
             private=True,
             fallback=self.fallback,
-            coarse=autocast_on(list(outputs.values())),
         )
         lin.protected = protected
         return lin

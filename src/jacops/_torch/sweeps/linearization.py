@@ -20,7 +20,7 @@ from ..._ladder.route import answer
 from ..._progress import track
 from ..._runtime.agreement import tolerance
 from ..._runtime.chunks import to_a_pass
-from ..._runtime.contexts import must_surface, sweeping
+from ..._runtime.contexts import autocast_on, must_surface, sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, basis, contracted, dense, plain, stacked, zero_rows
 from ..._runtime.side_effects import SideEffects
@@ -43,14 +43,17 @@ class Linearization:
     Args:
         leaves: What is differentiated by, one tensor each.
         outputs: What is differentiated.
-        leaf_names: How messages call the leaves.
-        output_names: How messages call the outputs.
+        leaf_names: How messages call the leaves: a name for each, or one that they are numbered under.
+        output_names: The same of the outputs.
         call: The public call on whose behalf this is done.
-        aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
         private: Nobody but this linearization holds the leaves, so `.backward` may write into them.
-        proofs: What earlier calls proved about this graph.
         fallback: `"warn"`, `"silent"` or `"error"` when a fast route is left.
-        coarse: Values were computed in lower precision than their dtypes say (autocast).
+
+    Attributes:
+        proofs: What earlier calls proved about this graph.
+        tolerance: To which routes have to agree; under autocast values are coarser than their dtypes say.
+        aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
+        protected: Tensors whose `.grad` a backward pass must leave as it is.
     """
 
     def __init__(
@@ -58,22 +61,20 @@ class Linearization:
         leaves: Sequence[Tensor],
         outputs: Sequence[Tensor],
         *,
-        leaf_names: Sequence[str],
-        output_names: Sequence[str],
+        leaf_names: Sequence[str] | str,
+        output_names: Sequence[str] | str,
         call: str,
-        aliased_leaves: Sequence[tuple[int, Tensor]] = (),
         private: bool = False,
-        proofs: Proofs | None = None,
         fallback: str = "warn",
-        coarse: bool = False,
     ) -> None:
         self.leaves, self.outputs = list(leaves), list(outputs)
         device = self.outputs[0].device if self.outputs else None
-        self.domain = Space.of(self.leaves, leaf_names, device)
-        self.codomain = Space.of(self.outputs, output_names, device)
-        self.call, self.aliased_leaves, self.private = call, tuple(aliased_leaves), private
-        self.proofs, self.fallback = proofs or Proofs(), fallback
-        self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *([torch.bfloat16] if coarse else [])])
+        self.domain = Space.of(self.leaves, _names(leaf_names, self.leaves), device)
+        self.codomain = Space.of(self.outputs, _names(output_names, self.outputs), device)
+        self.call, self.private, self.fallback, self.proofs = call, private, fallback, Proofs()
+        coarse = [torch.bfloat16] if autocast_on(self.outputs) else []
+        self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *coarse])
+        self.aliased_leaves: tuple[tuple[int, Tensor], ...] = ()
         self.routes: dict[str, str] = {}
         self.store: ProofStore | None = None
         self.protected: Sequence[Tensor] = ()
@@ -313,3 +314,7 @@ class Linearization:
     @cached_property
     def _passed_bytes(self) -> int:
         return passed_bytes(self.graph_info.nodes)
+
+
+def _names(names: Sequence[str] | str, tensors: Sequence[Tensor]) -> Sequence[str]:
+    return [f"{names}[{i}]" for i in range(len(tensors))] if isinstance(names, str) else names

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..._runtime.contexts import autocast_on, norms_written_out, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import norms_written_out, random_state_kept, recording, refuse_transforms
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
 from ..._trees import Selector, Tree, flatten, output_leaves, select
@@ -67,16 +67,7 @@ def record_closure(
     with recording(lambda tensor: reaches(tensor, leaves), call):
         output = func()
     tensors, tree = output_leaves(output, "func()")
-    names = [f"params[{i}]" for i in range(len(leaves))]
-    lin = Linearization(
-        leaves,
-        tensors,
-        leaf_names=names,
-        output_names=tree.names,
-        call=call,
-        fallback=fallback,
-        coarse=autocast_on(tensors),
-    )
+    lin = Linearization(leaves, tensors, leaf_names="params", output_names=tree.names, call=call, fallback=fallback)
     return Recording(lin, tree, output)
 
 
@@ -249,7 +240,7 @@ class ModelRun:
             output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
         outputs, tree = output_leaves(output, aside=self.aside)
-        options = {"call": self.call, "fallback": self.fallback, "coarse": autocast_on(outputs)}
+        options = {"call": self.call, "fallback": self.fallback}
         lin = Linearization(leaves, outputs, leaf_names=names, output_names=tree.names, private=True, **options)
         lin.weights = self.weights
         lin.protected = [p for p in self.module.parameters() if p.requires_grad]
@@ -341,9 +332,8 @@ def record_at_outputs(
         leaves = [output.view_as(output) if keep else output.detach().requires_grad_() for output, keep in pairs]
         value = finish(found.tree.build([leaf.clone() for leaf in leaves]))
     tensors, tree = output_leaves(value)
-    outer = Linearization(
-        leaves, tensors, leaf_names=lin.codomain.names, output_names=tree.names, call=call, private=True
-    )
+    inner, outer_names = lin.codomain.names, tree.names
+    outer = Linearization(leaves, tensors, leaf_names=inner, output_names=outer_names, call=call, private=True)
     arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     outer.look_up(store_for(purpose, ("at outputs", arrays), lin.proofs.checks), SideEffects())
     return Recording(outer, tree, value)
