@@ -115,7 +115,7 @@ def test_networks_that_are_at_no_optimum_are_answered_by_the_formula(name: str):
     found = compute_influences(model, split(x, y), loss=loss, test_data=[test])
     G, A = by_hand(model, loss, x, y)  # noqa: N806
     tested, _ = by_hand(model, loss, *test)
-    assert found.damping == pytest.approx(SHARE * float(torch.linalg.matrix_norm(A, 2)), rel=1e-2)
+    assert found.damping == pytest.approx(SHARE * float(torch.linalg.matrix_norm(A, 2)), rel=2e-2)
     damped = A + found.damping * torch.eye(len(A)).double()
     expected = tested @ torch.linalg.solve(damped, G.T)
     torch.testing.assert_close(found.values, expected, rtol=1e-6, atol=1e-8 * float(expected.abs().max()))
@@ -151,6 +151,10 @@ def test_no_network_runs_sample_by_sample(name: str):
         compute_influences(model, data, loss=loss, test_data=[(x[:3] + 0.1, y[:3])])
         counts.append(len(forwards))
     assert counts[1] <= counts[0]
+    assert f"{ROWS} samples to a sweep" in repr(jacops.sample_gradients(model, loss, x, y))
+    curvature = jacops.ggn(model, loss, x, y)
+    curvature.dense()
+    assert "outputs of layers" in repr(curvature)
 
 
 def test_defaults_are_the_same_in_all_three_calls_and_solvers_stay_undamped():

@@ -23,6 +23,7 @@ from ..solvers import EKFAC, Solver
 # best shares between 0.001 and 0.06, and each loses little at this one.
 SHARE = 0.02
 _TOLERANCE = 1e-2  # of the norm: no score changes by a larger share than the damping
+_STEPS = 12  # of Lanczos, at most, which holds as many vectors; the largest eigenvalues of networks stand far apart
 GIVEN = "given"
 RULE = f"auto: {SHARE:g} × the spectral norm of the curvature"
 
@@ -72,7 +73,7 @@ def settled(asked: float | AutoDamping, operator: Operator, solver: Solver) -> t
         factors = solver.approximate(operator)
         solver, norm, source = replace(solver, factors=factors), factors.largest, "the largest eigenvalue of EK-FAC"
     else:
-        found = spectral_norm(operator, tolerance=_TOLERANCE, progress=False)
+        found = spectral_norm(operator, tolerance=_TOLERANCE, max_steps=_STEPS, progress=False)
         norm, source = found.value, f"± {found.error:.1g}, by {found.products} products"
     if not norm > 0:
         needed = "'auto' takes a share of its norm: the loss is linear in the output, or nothing depends on it"

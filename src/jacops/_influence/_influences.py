@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, UNITS, InfluenceFactors, Influences
-from ._run import Asked, InfluenceRun, recipe, run_of
+from ._run import InfluenceRun, Settings, recipe, run_of
 from ._stored import shares_of, stored
 from ._tokens import token_influences
 from ._twice_differentiable import TwiceDifferentiable
@@ -79,7 +79,7 @@ def compute_influence_factors(
     test = _other(test_data, "test_data", training_data, train)
     given = {"loss": loss, "solver": solver, **options}
     again = recipe("compute_influence_factors", ("model", "training_data", "test_data"), given)
-    run = run_of(model, train, Asked(loss, solver, damping, curvature, on_failure), options, again)
+    run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     _ = run.prepared  # what the model or the curvature refuses comes before the test data
     solutions = [run.solve(rows()) for rows in run.tiles(test)]
     x = torch.cat([solution.x for solution in solutions])
@@ -148,7 +148,7 @@ def compute_influences(
     asked = _other(training_data if input_data is None else input_data, "input_data", training_data, train)
     given = {"loss": loss, "test_data": test_data, "input_data": input_data, "influence_type": influence_type}
     again = recipe("compute_influences", _DATA, {**given, "leverage": leverage, "solver": solver, **options})
-    run = run_of(model, train, Asked(loss, solver, damping, curvature, on_failure), options, again)
+    run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     if store is not None:
         _check_storable(influence_type, leverage, on_failure)
         values, shares, info = stored(run, store, test, asked)
@@ -212,7 +212,7 @@ def self_influences(
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     again = recipe("self_influences", _DATA, {"loss": loss, "solver": solver, **options})
-    run = run_of(model, train, Asked(loss, solver, damping, curvature, on_failure), options, again)
+    run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     _ = run.prepared
     values = torch.cat([_own(run, rows()) for rows in run.tiles(train)])
     shares = shares_of(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)

@@ -154,8 +154,8 @@ class Influences(ArrayLike, Savable, Described):
             InputError: Names are too few or too many, or as in `top`.
         """
         table = self._table(top, test, train)
-        table.attrs |= {"sign": self.sign, "units": self.units, "curvature": self.info["curvature"]}
-        table.attrs |= {"damping": self.damping, "damping_rule": self.info["damping_rule"]}
+        table.attrs |= {"sign": self.sign, "units": self.units, "damping": self.damping}
+        table.attrs |= {name: self.info[name] for name in ("damping_rule", "curvature") if name in self.info}
         return table
 
     def _table(self, top: int | None, test: Names, train: Names) -> pandas.DataFrame:
@@ -268,7 +268,8 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what is known of solves, in words."""
     residual = residual_text(info["residual"]) + level_text(info["statuses"], info)
     rows = f"{info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
-    chosen = [] if info["damping_rule"] == GIVEN else [("damping", info["damping_rule"])]
+    rule = info.get("damping_rule", GIVEN)  # files of older versions have none
+    chosen = [] if rule == GIVEN else [("damping", rule)]
     return [
         ("curvature", f"{info['curvature']}, damping {info['damping']:g}, {rows}"),
         *chosen,

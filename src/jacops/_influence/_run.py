@@ -130,7 +130,7 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
     return lambda: torch.cat([rows(problem.at(part)) for part in parts])
 
 
-class Asked(NamedTuple):
+class Settings(NamedTuple):
     """What all influence calls are asked for, beside data.
 
     Attributes:
@@ -148,7 +148,7 @@ class Asked(NamedTuple):
     on_failure: OnFailure
 
 
-def run_of(model: Any, train: Batches, asked: Asked, options: ProblemOptions, recipe: str) -> InfluenceRun:
+def run_of(model: Any, train: Batches, asked: Settings, options: ProblemOptions, recipe: str) -> InfluenceRun:
     """Check the arguments; the model is not evaluated.
 
     Raises:
