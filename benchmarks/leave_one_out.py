@@ -117,6 +117,8 @@ def rows(case: Case) -> list[Row]:
             [(case.x, case.y)],
             test_data=[(case.test_x, case.test_y)],
             input_data=[(case.x[picked], case.y[picked])],
+            curvature="hessian",
+            damping=0,
             l2=case.l2,
             leverage=method == "with leverage",
         )

@@ -224,8 +224,11 @@ for label, model, words in (("class", nn.Linear, "`model` .. the class Linear ..
 refuse("the model is a lambda", {"model": lambda x: x}, ANY, InputTypeError, "`model` is a function .. torch.nn.Module")
 refuse("a closure is a module", {"func": nn.Linear(3, 2)}, CLOSURES, InputTypeError, "`func` is a Linear .. lambda")
 refuse("a closure is a tensor", {"func": torch.ones(3)}, CLOSURES, InputTypeError, "`func` is a Tensor")
-refuse("the wrapped model is bare", {"model": small_net()}, "influences as wrapped", InputTypeError,
-       "`model` is a Sequential")
+refuse("the model is bare and has no loss", {"model": small_net()}, "influences as wrapped", InputTypeError,
+       "`loss` is left out .. Sequential .. TorchTwiceDifferentiable")
+refuse("the model is a number", {"model": 3}, "influences as wrapped", InputTypeError, "`model` is a int .. Module")
+refuse("a wrapped model gets another loss", {"model": TorchTwiceDifferentiable(small_net(), nn.CrossEntropyLoss()),
+       "loss": nn.MSELoss()}, "influences as wrapped", InputError, "`loss` is given .. carries its own .. plain model")
 refuse("the loss is text", {"loss": "mse"}, "wrap", InputTypeError, "`loss` is 'mse' .. callable")
 refuse("the loss is a class", {"loss": nn.MSELoss}, "wrap, hessian, ggn, sample_gradients", InputTypeError,
        "`loss` is the class MSELoss .. Did you mean MSELoss()?")
@@ -497,7 +500,7 @@ for size in (0, -1, True, False, 2.5, 2.0, "4", None):
 for size in (0, -1, True, False, 2.5, 2.0, "4"):
     refuse(f"the chunk size is {size!r}", {"chunk_size": size}, "full_jacobian", InputError,
            f"`chunk_size` is {size!r} .. positive whole number")
-for damping in (-1e-9, -1, NAN, INF, "0.1", None, True, torch.tensor([1.0, 2.0])):
+for damping in (-1e-9, -1, NAN, INF, "0.1", "Auto", None, True, torch.tensor([1.0, 2.0])):
     refuse(f"damping is {damping!r}", {"damping": damping}, "influences", InputError,
            f"`damping` is {damping!r} .. not negative")
 for order in (0, -1, True, 1.5):

@@ -130,7 +130,6 @@ EXCEPTIONS = {
     ("long", "sparse._jacobian.jacobian"),
     ("parameters", "_estimators._density.spectral_density"),
     ("parameters", "_estimators._eigenpairs.eigenpairs"),
-    ("parameters", "_influence._run.run_of"),
     ("parameters", "_runtime.norms.batch_norm"),
     ("parameters", "_runtime.norms.instance_norm"),
     ("parameters", "_torch.samples.batch.Samples.__init__"),

@@ -245,7 +245,9 @@ def test_d6_a_mean_with_another_denominator_than_the_rows_is_divided_by_it(loss:
     whole = oracle.hessian(model, loss, x, labels) + 20 * torch.eye(26).double()
     for sizes in ((6,), (3, 3), (1, 5), (1, 1, 1, 1, 1, 1)):
         data = batches(x, labels, *sizes)
-        found = compute_influence_factors(TorchTwiceDifferentiable(model, loss), data, data, damping=20.0)
+        found = compute_influence_factors(
+            TorchTwiceDifferentiable(model, loss), data, data, damping=20.0, curvature="hessian"
+        )
         own = [nn.functional.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]) for i in range(6)]
         ignored = getattr(loss, "ignore_index", -100)
         rows = [
@@ -533,7 +535,7 @@ def test_interface_an_element_is_taken_along_the_first_axis_longer_than_one():
 
 def test_interface_influences_state_their_sign_and_units():
     case = Linear()
-    found = compute_influences(case.wrapped(), [(case.x, case.y)], damping=0.1)
+    found = compute_influences(case.wrapped(), [(case.x, case.y)], damping=0.1, curvature="hessian")
     assert "s_test" in found.sign
     assert "positive" in found.sign
     assert "hessian" in repr(found)
@@ -572,12 +574,14 @@ def test_refusals_a_singular_or_indefinite_system_carries_its_solution_and_advic
     for seed in range(6):  # by rounding, a singular matrix may look positive definite
         one = [(draw(1, 2, seed=seed), draw(1, 1, seed=seed))]
         with pytest.raises(SolveError, match="hessian.*singular.*damping") as error:
-            compute_influences(case.wrapped(), one, test_data=[(case.test_x, case.test_y)])
+            compute_influences(
+                case.wrapped(), one, test_data=[(case.test_x, case.test_y)], curvature="hessian", damping=0
+            )
         assert set(error.value.solution.status) == {"singular"}
     indefinite = case.wrapped(lambda output, y: -((output - y) ** 2).mean())
     with pytest.raises(SolveError, match="negative_curvature.*`damping`") as error:
-        compute_influences(indefinite, [(draw(5, 2), draw(5, 1))], damping=0.01)
+        compute_influences(indefinite, [(draw(5, 2), draw(5, 1))], curvature="hessian", damping=0.01)
     assert error.value.solution.info["lowest_curvature"] < 0
-    kept = compute_influence_factors(case.wrapped(), data, data, on_failure="return")
+    kept = compute_influence_factors(case.wrapped(), data, data, damping=0, on_failure="return")
     assert kept.info["status"] == "singular"
     assert not kept.info["converged"]

@@ -259,10 +259,11 @@ def test_ekfac_of_attention_has_the_exact_trace():
     close(found.dense(), twin.dense())
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher", "empirical_fisher", "monte_carlo_fisher", "default"])
 def test_influences_are_the_same_in_both_frameworks(curvature: str):
     pair = PAIRS["cnn"]()
     options: dict[str, Any] = {"damping": 5.0, "curvature": curvature, "solver": "direct"}
+    options = {} if curvature == "default" else options
     data = [(pair.x, pair.y)]
     expected, found = (
         jacops.compute_influences(made(name, pair).wrapped, data, **options).values for name in ("torch", "jax")

@@ -26,9 +26,12 @@ from questions import Answer, look
 QUESTION = "Which training points moved a prediction?"
 CODE = """
 problem = jacops.TorchTwiceDifferentiable(net, cross_entropy)
-scores = jacops.self_influences(problem, train_loader, damping=decay)
+scores = jacops.self_influences(
+    problem, train_loader, curvature="hessian", damping=decay
+)
 moved = jacops.compute_influences(
-    problem, train_loader, test_data=misread_loader, damping=decay
+    problem, train_loader, test_data=misread_loader,
+    curvature="hessian", damping=decay,
 )
 """
 DECAY = 3e-3  # the L2 penalty of training; the same number damps the Hessian, so the curvature is the objective's own
@@ -219,11 +222,11 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
 
     problem = jacops.TorchTwiceDifferentiable(net, cross_entropy)
     with answer.timed(f"self-influence, {n} training digits"):
-        scores = np.asarray(jacops.self_influences(problem, digits.loader(), damping=DECAY))
+        scores = np.asarray(jacops.self_influences(problem, digits.loader(), curvature="hessian", damping=DECAY))
     with answer.timed(f"influences on {len(wrong)} misread test digits"):
         influences = jacops.compute_influences(
             problem, training_data=digits.loader(), test_data=mistakes, influence_type="up",
-            solver="direct", damping=DECAY,
+            solver="direct", curvature="hessian", damping=DECAY,
         )  # fmt: skip
     info = influences.info
     moved = influences.to_numpy() / n  # what leaving a training digit out does to a test digit's loss

@@ -27,6 +27,7 @@ FactorBias = Literal["joint", "separate"]
 Sharing = Literal["expand", "reduce"]
 Reduction = Literal["mean", "sum"]
 InfluenceType = Literal["up", "perturbation", "token"]
+AutoDamping = Literal["auto"]
 
 # Solvers and estimators.
 OnFailure = Literal["raise", "return"]

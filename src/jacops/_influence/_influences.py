@@ -16,48 +16,55 @@ from torch import Tensor
 from .._data import Batches
 from .._finite import on_finite_rows
 from .._keywords import keywords
+from .._options import Model
 from .._problem import Problem, ProblemOptions
 from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
-from .._words import Curvature, InfluenceType, OnFailure, SolverName
+from .._words import AutoDamping, Curvature, InfluenceType, OnFailure, SolverName
 from ..errors import InputError
 from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, UNITS, InfluenceFactors, Influences
-from ._run import InfluenceRun, run_of
+from ._run import InfluenceRun, Settings, recipe, run_of
 from ._stored import shares_of, stored
 from ._tokens import token_influences
 from ._twice_differentiable import TwiceDifferentiable
+
+_DATA = ("model", "training_data")
 
 
 @keywords(ProblemOptions)
 @eager
 @shows_progress()
 def compute_influence_factors(
-    model: TwiceDifferentiable[Any],
+    model: TwiceDifferentiable[Any] | Model,
     training_data: Any,
     test_data: Any,
     *,
+    loss: Any = None,
     solver: SolverName | Solver = "auto",
-    damping: float = 0.0,
-    curvature: Curvature = "hessian",
+    damping: float | AutoDamping = "auto",
+    curvature: Curvature = "ggn",
     on_failure: OnFailure = "raise",
     **options: Unpack[ProblemOptions],
 ) -> InfluenceFactors:
     r"""Return $(A + \lambda I)^{-1} g_t$ for every test sample.
 
     Args:
-        model: Model and loss: a `TorchTwiceDifferentiable` or a `JaxTwiceDifferentiable`; no module may
-            mix or randomise samples in its mode.
+        model: A module, a `JaxFunction`, or model and loss in one: a `TorchTwiceDifferentiable` or a
+            `JaxTwiceDifferentiable`. No module may mix or randomise samples in its mode.
         training_data: A loader of batches in a fixed order; its objective's curvature is $A$. A batch is a pair
             `(x, y)` or a mapping; see `Batches`.
         test_data: A loader of batches; one right-hand side per row.
+        loss: `loss(output, y)` of a plain model, or `"model"`, as in `Problem`; left out where `model` carries one.
         solver: A solver's name (`"direct"`, `"cg"`, `"lissa"`, `"arnoldi"`, `"nystrom"`, `"ekfac"`,
             `"minres"`), `"auto"`, or a solver with its options, such as `CG(preconditioner="nystrom")`.
-        damping: $\lambda \ge 0$, added to the curvature of the objective as it is reduced.
-        curvature: `"hessian"`; `"ggn"`, which is positive semi-definite for convex losses; `"fisher"`,
-            `"empirical_fisher"`, `"monte_carlo_fisher"`.
+        damping: $\lambda \ge 0$, added to the curvature of the objective as it is reduced; `"auto"` takes 0.02 of the
+            curvature's spectral norm, which predicted retrained networks best (`benchmarks/datamodelling.py`).
+        curvature: `"ggn"`, the Gauss-Newton matrix, which is positive semi-definite for convex losses wherever the
+            parameters stand; `"hessian"`, which is so near an optimum; `"fisher"`, `"empirical_fisher"`,
+            `"monte_carlo_fisher"`.
         on_failure: `"raise"`, or `"return"` to get the result with its statuses; rows that have no solution are NaN.
         options: Of the objective, as in `Problem`: `parameters=` (name patterns), `reduction=`, `l2=` (weight decay),
             `unpack=`, `randomness=`, `seed=`, `progress=`.
@@ -70,7 +77,9 @@ def compute_influence_factors(
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     test = _other(test_data, "test_data", training_data, train)
-    run = run_of(model, train, solver, damping, curvature, on_failure, options)
+    given = {"loss": loss, "solver": solver, **options}
+    again = recipe("compute_influence_factors", ("model", "training_data", "test_data"), given)
+    run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     _ = run.prepared  # what the model or the curvature refuses comes before the test data
     solutions = [run.solve(rows()) for rows in run.tiles(test)]
     x = torch.cat([solution.x for solution in solutions])
@@ -81,16 +90,17 @@ def compute_influence_factors(
 @eager
 @shows_progress()
 def compute_influences(
-    model: TwiceDifferentiable[Any],
+    model: TwiceDifferentiable[Any] | Model,
     training_data: Any,
     *,
+    loss: Any = None,
     test_data: Any = None,
     input_data: Any = None,
     influence_type: InfluenceType = "up",
     leverage: bool = False,
     solver: SolverName | Solver = "auto",
-    damping: float = 0.0,
-    curvature: Curvature = "hessian",
+    damping: float | AutoDamping = "auto",
+    curvature: Curvature = "ggn",
     on_failure: OnFailure = "raise",
     store: Any = None,
     **options: Unpack[ProblemOptions],
@@ -103,6 +113,7 @@ def compute_influences(
     Args:
         model: As in `compute_influence_factors`.
         training_data: As in `compute_influence_factors`.
+        loss: As in `compute_influence_factors`.
         test_data: A loader of batches; the training data where it is left out.
         input_data: The samples whose influence is asked; the training data where it is left out.
         influence_type: `"up"` weights a sample up, `(n_test, n_input)`; `"perturbation"` moves its input,
@@ -135,11 +146,13 @@ def compute_influences(
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     test = _other(training_data if test_data is None else test_data, "test_data", training_data, train)
     asked = _other(training_data if input_data is None else input_data, "input_data", training_data, train)
-    run = run_of(model, train, solver, damping, curvature, on_failure, options)
+    given = {"loss": loss, "test_data": test_data, "input_data": input_data, "influence_type": influence_type}
+    again = recipe("compute_influences", _DATA, {**given, "leverage": leverage, "solver": solver, **options})
+    run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     if store is not None:
         _check_storable(influence_type, leverage, on_failure)
         values, shares, info = stored(run, store, test, asked)
-        return Influences(values, "up", SIGN, UNITS["up"], run.damping, info, shares)
+        return Influences(values, "up", SIGN, UNITS["up"], info["damping"], info, shares)
     _ = run.prepared
     solutions, tiles, found = [], [], None
     for rows in run.tiles(test):
@@ -157,20 +170,21 @@ def compute_influences(
     info = run.described(solutions)
     if found is not None:
         info["leverage"] = found
-    units = UNITS[influence_type]
-    return Influences(torch.cat(tiles), influence_type, SIGN, units, run.damping, info, shares_of(run.problem, asked))
+    shares = shares_of(run.problem, asked)
+    return Influences(torch.cat(tiles), influence_type, SIGN, UNITS[influence_type], info["damping"], info, shares)
 
 
 @keywords(ProblemOptions)
 @eager
 @shows_progress()
 def self_influences(
-    model: TwiceDifferentiable[Any],
+    model: TwiceDifferentiable[Any] | Model,
     training_data: Any,
     *,
+    loss: Any = None,
     solver: SolverName | Solver = "auto",
-    damping: float = 0.0,
-    curvature: Curvature = "hessian",
+    damping: float | AutoDamping = "auto",
+    curvature: Curvature = "ggn",
     on_failure: OnFailure = "raise",
     **options: Unpack[ProblemOptions],
 ) -> Tensor:
@@ -184,6 +198,7 @@ def self_influences(
     Args:
         model: As in `compute_influence_factors`.
         training_data: As in `compute_influence_factors`.
+        loss: As in `compute_influence_factors`.
         solver: As in `compute_influence_factors`.
         damping: As in `compute_influence_factors`.
         curvature: As in `compute_influence_factors`.
@@ -196,7 +211,8 @@ def self_influences(
         InputError: As in `compute_influence_factors`.
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
-    run = run_of(model, train, solver, damping, curvature, on_failure, options)
+    again = recipe("self_influences", _DATA, {"loss": loss, "solver": solver, **options})
+    run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     _ = run.prepared
     values = torch.cat([_own(run, rows()) for rows in run.tiles(train)])
     shares = shares_of(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)

@@ -21,6 +21,7 @@ from .._words import InfluenceType
 from ..errors import InputError
 from ..solvers import Solution, Status
 from ..solvers._solution import gravest, level_text, residual_text
+from ._damping import GIVEN, Damping
 from ._twice_differentiable import InverseHvpResult
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class InfluenceFactors(Described, InverseHvpResult[Tensor]):  # pyright: ignore[
     Attributes:
         x: The solutions, `(n_test, P)`.
         info: What happened: `method`, `curvature`, `status` (the worst), `statuses` and `residual` per row, `converged`
-            (every row is), `success` (no row failed), `damping`, `rows` of data, `covered` of `parameters`, and the
-            method's own figures, as in `Solution.info`. Failed rows hold what the solver had, or NaN.
+            (every row is), `success` (no row failed), `damping` and `damping_rule`, how that was
+            chosen, `rows` of data, `covered` of `parameters`, and the method's own figures, as in `Solution.info`.
+            Failed rows hold what the solver had, or NaN.
     """
 
     def _describe(self) -> Description:
@@ -65,7 +67,7 @@ class Influences(ArrayLike, Savable, Described):
         influence_type: Which of these.
         sign: The convention, in words.
         units: What a number means.
-        damping: Added to the curvature.
+        damping: Added to the curvature; how it was chosen is in `info["damping_rule"]`.
         info: As in `InfluenceFactors`; `leverage` per training sample where the correction was asked for.
         shares: The weight of each training sample in the objective, `(n_train,)`: 1/N in a plain mean, 1 in a sum.
     """
@@ -145,12 +147,18 @@ class Influences(ArrayLike, Savable, Described):
             One row per test sample and one column per training sample. With `top` one row per test sample and rank,
             with columns `test`, `rank`, `train`, `influence`. For perturbation influences one row per entry, with
             columns `test`, `train`, `feature` (`feature_0`, … where inputs have several axes), `influence`; for those
-            of tokens with `token`.
+            of tokens with `token`. Its `attrs` hold sign, units, curvature, damping and how that was chosen.
 
         Raises:
             MissingExtraError: Pandas is not installed (extra `pandas`).
             InputError: Names are too few or too many, or as in `top`.
         """
+        table = self._table(top, test, train)
+        table.attrs |= {"sign": self.sign, "units": self.units, "damping": self.damping}
+        table.attrs |= {name: self.info[name] for name in ("damping_rule", "curvature") if name in self.info}
+        return table
+
+    def _table(self, top: int | None, test: Names, train: Names) -> pandas.DataFrame:
         rows, columns = (names_of(*given) for given in (("test", test, len(self)), ("train", train, self.shape[1])))
         if top is not None:
             values, indices = (as_array(part) for part in self.top(top))
@@ -214,7 +222,7 @@ class Influences(ArrayLike, Savable, Described):
         return Description(title, facts, [_strongest(self.values)] if self.values.ndim == 2 else ())
 
 
-def described(problem: Problem, kind: str, solutions: Sequence[Solution], damping: float) -> dict[str, Any]:
+def described(problem: Problem, kind: str, solutions: Sequence[Solution], damping: Damping) -> dict[str, Any]:
     """Return what is known of some solves together, in one dictionary."""
     statuses = [str(status) for solution in solutions for status in solution.status]
     worst = gravest(statuses)
@@ -229,7 +237,8 @@ def described(problem: Problem, kind: str, solutions: Sequence[Solution], dampin
         "residual": [r for solution in solutions for r in solution.residual.tolist()],
         "iterations": [i for solution in solutions for i in solution.iterations],
         "seconds": sum(solution.info.get("seconds", 0.0) for solution in solutions),
-        "damping": damping,
+        "damping": damping.value,
+        "damping_rule": damping.rule,
         "rows": problem.rows,
         "reduction": problem.objective.reduction,
         "l2": problem.l2,
@@ -259,8 +268,11 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what is known of solves, in words."""
     residual = residual_text(info["residual"]) + level_text(info["statuses"], info)
     rows = f"{info['rows']} training rows, {info['covered']} of {info['parameters']} parameters"
+    rule = info.get("damping_rule", GIVEN)  # files of older versions have none
+    chosen = [] if rule == GIVEN else [("damping", rule)]
     return [
         ("curvature", f"{info['curvature']}, damping {info['damping']:g}, {rows}"),
+        *chosen,
         ("solver", f"{info['method']}: {info['status']}, {residual}"),
     ]
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._data import Batch, Batches
+from .._ladder.protocol import is_framework_model
 from .._operators._data import SumOver
 from .._problem import BatchPoint, Problem, ProblemOptions
-from .._requirements import check_choice, check_range
-from .._words import Curvature, OnFailure, SolverName
-from ..errors import InputTypeError, SolveError
-from ..solvers import Auto, Prepared, Solution, Solver, require, solver_of
+from .._requirements import check_choice
+from .._words import AutoDamping, Curvature, OnFailure, SolverName
+from ..errors import InputError, InputTypeError, SolveError
+from ..solvers import Auto, Prepared, Solution, Solver, Status, require, solver_of
+from ._damping import Damping, checked_damping, settled
 from ._result import described
 
 _TILE_BYTES = 2**26  # 64 MiB of right-hand sides solved for together; a solver holds up to eight times as many
@@ -30,15 +32,19 @@ class InfluenceRun:
         problem: The training objective.
         kind: Which curvature.
         solver: The recipe.
-        damping: Added to the curvature.
+        asked: What is added to the curvature, or `"auto"`.
         on_failure: What becomes of a solve that failed.
+        recipe: The call, written with curvature that is never negative.
+        known: The damping, where a stored run has chosen it.
     """
 
     problem: Problem
     kind: Curvature
     solver: Solver
-    damping: float
+    asked: float | AutoDamping
     on_failure: OnFailure
+    recipe: str
+    known: Damping | None = None
 
     @cached_property
     def curvature(self) -> SumOver:
@@ -46,9 +52,21 @@ class InfluenceRun:
         return self.problem.curvature(self.kind)
 
     @cached_property
+    def _settled(self) -> tuple[Damping, Solver]:
+        if self.known is not None:
+            return self.known, self.solver
+        return settled(self.asked, self.curvature, self.solver)
+
+    @property
+    def damping(self) -> Damping:
+        """What is added to the curvature, and how it was chosen; `"auto"` takes some products with the operator."""
+        return self._settled[0]
+
+    @cached_property
     def prepared(self) -> Prepared:
         """The solver, ready for the operator and the damping: where all is spent that right-hand sides share."""
-        return self.solver.prepare(self.curvature, self.damping)
+        damping, solver = self._settled
+        return solver.prepare(self.curvature, damping.value)
 
     def solve(self, rows: Tensor) -> Solution:
         """Return solutions for right-hand sides `(k, P)`.
@@ -61,11 +79,18 @@ class InfluenceRun:
             try:
                 require(solution)
             except SolveError as error:
-                kind = self.kind.replace("_", " ")
-                raise SolveError(
-                    f"influence with the {kind} of {self.problem.rows:,} rows: {error}", solution
-                ) from None
+                where = f"influence with the {self.kind.replace('_', ' ')} of {self.problem.rows:,} rows"
+                raise SolveError(f"{where}: {error}{self._way_out(solution)}", solution) from None
         return solution
+
+    def _way_out(self, solution: Solution) -> str:
+        """Return a call that meets no negative curvature, where the Hessian has some."""
+        if self.kind != "hessian" or Status.NEGATIVE_CURVATURE not in solution.status:
+            return ""
+        return (
+            "\nAway from an optimum a Hessian has negative curvature, the Gauss-Newton matrix of a convex loss never. "
+            f"This call takes that:\n    {self.recipe}"
+        )
 
     def described(self, solutions: Sequence[Solution]) -> dict[str, Any]:
         """Return what is known of some solves, and the noise of a curvature that was estimated from draws."""
@@ -105,27 +130,58 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
     return lambda: torch.cat([rows(problem.at(part)) for part in parts])
 
 
-def run_of(
-    model: Any,
-    train: Batches,
-    method: SolverName | Solver,
-    damping: float,
-    kind: Curvature,
-    on_failure: OnFailure,
-    options: ProblemOptions,
-) -> InfluenceRun:
+class Settings(NamedTuple):
+    """What all influence calls are asked for, beside data.
+
+    Attributes:
+        loss: `loss(output, y)` of a plain model.
+        solver: A name or a recipe.
+        damping: A number or `"auto"`.
+        curvature: Its name.
+        on_failure: What becomes of a solve that failed.
+    """
+
+    loss: Any
+    solver: SolverName | Solver
+    damping: float | AutoDamping
+    curvature: Curvature
+    on_failure: OnFailure
+
+
+def run_of(model: Any, train: Batches, asked: Settings, options: ProblemOptions, recipe: str) -> InfluenceRun:
     """Check the arguments; the model is not evaluated.
 
     Raises:
-        InputTypeError: `model` carries no objective.
-        InputError: An argument is out of range.
+        InputTypeError: `model` is no model, or plain without a loss.
+        InputError: An argument is out of range, or `model` carries a loss and another one is given.
     """
-    if not hasattr(model, "objective"):
-        came, todo = f"a {type(model).__name__}", "Wrap model and loss in one."
-        raise InputTypeError.of("model", came, "a TorchTwiceDifferentiable is needed", todo)
-    damping = check_range("damping", damping, zero=True)
-    check_choice("curvature", kind, Curvature)
-    check_choice("on_failure", on_failure, OnFailure)
-    # At an optimum curvature is positive: negative curvature is a finding, not a case for another solver.
-    solver = Auto(indefinite=False) if method == "auto" else solver_of(method, "solver")
-    return InfluenceRun(Problem(model, data=train, **options), kind, solver, damping, on_failure)
+    own = hasattr(model, "objective")
+    if own and asked.loss is not None:
+        came, needed = "given", f"a {type(model).__name__} carries its own"
+        raise InputError.of("loss", came, needed, "Leave it out, or pass the plain model with it.")
+    if not own and asked.loss is None and (isinstance(model, nn.Module) or is_framework_model(model)):
+        todo = "Pass it, or wrap model and loss in a TorchTwiceDifferentiable."
+        raise InputTypeError.of("loss", "left out", f"a plain {type(model).__name__} needs `loss(output, y)`", todo)
+    damping = checked_damping(asked.damping)
+    check_choice("curvature", asked.curvature, Curvature)
+    check_choice("on_failure", asked.on_failure, OnFailure)
+    # Negative curvature is a finding, not a case for another solver.
+    solver = Auto(indefinite=False) if asked.solver == "auto" else solver_of(asked.solver, "solver")
+    problem = Problem(model, asked.loss, train, **options)
+    return InfluenceRun(problem, asked.curvature, solver, damping, asked.on_failure, recipe)
+
+
+def recipe(call: str, data: Sequence[str], given: Mapping[str, Any]) -> str:
+    """Return a call that takes the Gauss-Newton matrix, to be pasted: words and numbers as they are, else names.
+
+    Args:
+        call: The public call.
+        data: Names of its arguments by place.
+        given: Its other arguments; what is None, False or `"auto"` is left out.
+    """
+    words = [*data]
+    for name, value in given.items():
+        if value is not None and value is not False and value not in ("auto", "up"):
+            words.append(f"{name}={value!r}" if isinstance(value, str | int | float) else f"{name}={name}")
+    words += ["curvature='ggn'", "damping='auto'"]
+    return f"jacops.{call}({', '.join(words)})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from .._digests import digest_data, surroundings
 from .._problem import Problem
 from ..errors import StoreDamagedError
 from ..solvers import Solution, Status
+from ._damping import GIVEN, Damping, identity_of
 from ._result import described
 from ._run import InfluenceRun
 
@@ -48,10 +50,12 @@ def stored(run: InfluenceRun, path: Any, test: Batches, asked: Batches) -> tuple
     grids = _grids(run, test.rows, asked.rows)
     device = run.problem.space.device
     with StoredRun.open(path, identity, grids, surroundings=surroundings()) as kept:
+        known = _known(kept)
+        run = run if known is None else replace(run, known=known)
         _finish(run, kept, test, asked)
         values = torch.from_numpy(kept.read("influences")).to(device)
         shares = torch.from_numpy(kept.read("shares")).to(device)
-        solutions = [_solution(kept, number, run.damping) for number in range(kept.arrays["residual"].total)]
+        solutions = [_solution(kept, number, run.damping.value) for number in range(kept.arrays["residual"].total)]
     info = described(run.problem, run.kind, solutions, run.damping)
     return values, shares, {**info, "store": str(path)}
 
@@ -79,7 +83,7 @@ def _identity(run: InfluenceRun, test: Batches, asked: Batches) -> dict[str, str
         **run.problem.fingerprint(),
         **{name: digests[id(data)] for name, data in sources.items()},
         "curvature": run.kind,
-        "damping": repr(run.damping),
+        "damping": identity_of(run.asked),
         "solver": repr(run.solver),
         "dtype": _dtype(run),
         "status codes": ", ".join(f"{code} {status}" for code, status in enumerate(_CODES)),
@@ -115,7 +119,7 @@ def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -
     rows = {index[0] for index in lacking["influences"]}
     for number, gradients in enumerate(run.tiles(test) if solves | rows else ()):
         if number in solves:
-            _write(kept, number, run.solve(gradients()))
+            _write(kept, number, run.solve(gradients()), run.damping)
         if number in rows:
             factors = torch.from_numpy(kept.tile("factors", (number, 0))).to(run.problem.space.device)
             kept.write("influences", (number, 0), run.problem.sample_gradients(asked).apply(factors))
@@ -124,7 +128,18 @@ def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -
     kept.complete()
 
 
-def _write(kept: StoredRun, number: int, solution: Solution) -> None:
+def _known(kept: StoredRun) -> Damping | None:
+    """Return the damping that was chosen when the first tile was solved, None where there is no such tile."""
+    tiles, missing = range(kept.arrays["report"].total), {index[0] for index in kept.missing("report")}
+    for number in tiles:
+        if number not in missing:
+            info = _unpacked(kept, number)
+            value, rule = info.get("damping"), info.get("damping_rule", GIVEN)
+            return Damping(value, rule) if isinstance(value, float) and isinstance(rule, str) else None
+    return None
+
+
+def _write(kept: StoredRun, number: int, solution: Solution, damping: Damping) -> None:
     """Write the solutions of a tile, and all that is known of them."""
     kept.write("factors", (number, 0), solution.x)
     kept.write("status", (number,), np.array([_CODES.index(Status(s)) for s in solution.status], np.uint8))
@@ -132,7 +147,8 @@ def _write(kept: StoredRun, number: int, solution: Solution) -> None:
     missing = torch.full_like(solution.residual, math.nan)
     for name in _PER_ROW:
         kept.write(name, (number,), solution.residual if name == "residual" else solution.info.get(name, missing))
-    figures = {"method": solution.method, "bounded": "error_bound" in solution.info, **solution.info}
+    chosen = {"damping": damping.value, "damping_rule": damping.rule}
+    figures = {"method": solution.method, "bounded": "error_bound" in solution.info, **chosen, **solution.info}
     kept.write("report", (number, 0), _packed(figures))
 
 
