@@ -7,7 +7,6 @@ positive where weighting sample i up lowers the loss of t.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -107,8 +106,9 @@ def compute_influences(
 ) -> Influences:
     r"""Return influences of training samples on test samples.
 
-    Test samples are solved for in tiles, and training gradients come batch by batch, as factors where that is cheaper,
-    so memory does not grow with the number of training samples times the number of parameters.
+    Test samples are solved for in tiles. As many solutions as half of the memory budget holds (a quarter of what is
+    free) meet the gradients of all other samples in one pass, which come batch by batch, as factors where that is
+    cheaper, so memory does not grow with the number of training samples times the number of parameters.
 
     Args:
         model: As in `compute_influence_factors`.
@@ -155,17 +155,16 @@ def compute_influences(
         return Influences(values, "up", SIGN, UNITS["up"], info["damping"], info, shares)
     _ = run.prepared
     solutions, tiles, found = [], [], None
-    for rows in run.tiles(test):
-        solution = run.solve(rows())
-        solutions.append(replace(solution, x=solution.x[:, :0].clone()))  # what was found is used up in this tile
+    for x, known in run.groups(test):
+        solutions += known
         if leverage:
-            tile, found = leveraged(run.problem, asked, solution.x, run.solve, on_failure == "raise")
+            tile, found = leveraged(run.problem, asked, x, run.solve, on_failure == "raise")
         elif influence_type == "token":
-            tile = on_finite_rows(lambda factors: token_influences(run.problem, asked, factors), solution.x)
+            tile = on_finite_rows(lambda factors: token_influences(run.problem, asked, factors), x)
         elif influence_type == "up":
-            tile = on_finite_rows(run.problem.sample_gradients(asked).apply, solution.x)
+            tile = on_finite_rows(run.problem.sample_gradients(asked).apply, x)
         else:
-            tile = on_finite_rows(lambda factors: _perturbations(run.problem, asked, factors), solution.x)
+            tile = on_finite_rows(lambda factors: _perturbations(run.problem, asked, factors), x)
         tiles.append(tile)
     info = run.described(solutions)
     if found is not None:

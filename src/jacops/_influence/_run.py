@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from .._ladder.protocol import is_framework_model
 from .._operators._data import SumOver
 from .._problem import BatchPoint, Problem, ProblemOptions
 from .._requirements import check_choice
+from .._runtime.memory import budget_bytes
 from .._words import AutoDamping, Curvature, OnFailure, SolverName
 from ..errors import InputError, InputTypeError, SolveError
 from ..solvers import Auto, Prepared, Solution, Solver, Status, require, solver_of
@@ -22,6 +23,7 @@ from ._damping import Damping, checked_damping, settled
 from ._result import described
 
 _TILE_BYTES = 2**26  # 64 MiB of right-hand sides solved for together; a solver holds up to eight times as many
+_GROUP_SHARE = 0.5  # of the budget, for solutions that share a pass; the rest is for a batch's gradients and a solve
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,29 @@ class InfluenceRun:
     def step(self) -> int:
         """Rows that are solved for together."""
         return max(1, _TILE_BYTES // max(1, self.problem.space.dim * self.problem.space.dtype.itemsize))
+
+    def group(self, rows: int) -> int:
+        """Return how many of so many solutions are held at once, to share a pass over the samples that they meet."""
+        each, step = self.problem.space.dim * self.problem.space.dtype.itemsize, self.step
+        if rows <= step:
+            return max(1, rows)
+        room = int(_GROUP_SHARE * budget_bytes(None, self.problem.space.device))
+        return max(1, min(-(-rows // step), room // max(1, each * step))) * step
+
+    def groups(self, data: Batches) -> Iterator[tuple[Tensor, list[Solution]]]:
+        """Yield solutions `(k, P)` of a group of rows, which are used up, and what is known of them tile by tile."""
+        left, tiles = data.rows, self.tiles(data)
+        most = self.group(left)
+        while left:
+            space = self.problem.space
+            x, known, filled = torch.empty(min(most, left), space.dim, dtype=space.dtype, device=space.device), [], 0
+            while filled < len(x):
+                solution = self.solve(next(tiles)())
+                x[filled : filled + len(solution.x)] = solution.x
+                filled += len(solution.x)
+                known.append(replace(solution, x=solution.x[:, :0].clone()))
+            left -= filled
+            yield x, known
 
     def tiles(self, data: Batches) -> Iterator[Callable[[], Tensor]]:
         """Yield for each tile of `step` rows, across batches, a function that returns their gradients."""

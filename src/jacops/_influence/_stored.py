@@ -117,12 +117,16 @@ def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -
     lacking["factors"] = set(kept.missing("factors"))
     solves = {index[0] for name in (*_PER_ROW, "factors", "status", "iterations", "report") for index in lacking[name]}
     rows = {index[0] for index in lacking["influences"]}
+    waiting, group = list[int](), run.group(test.rows) // run.step or 1
     for number, gradients in enumerate(run.tiles(test) if solves | rows else ()):
         if number in solves:
             _write(kept, number, run.solve(gradients()), run.damping)
-        if number in rows:
-            factors = torch.from_numpy(kept.tile("factors", (number, 0))).to(run.problem.space.device)
-            kept.write("influences", (number, 0), run.problem.sample_gradients(asked).apply(factors))
+        waiting += [number] * (number in rows)
+        if len(waiting) == group:
+            _meet(run, kept, waiting, asked)
+            waiting = []
+    if waiting:
+        _meet(run, kept, waiting, asked)
     if lacking["shares"]:
         kept.write("shares", (0,), shares_of(run.problem, asked).double())
     kept.complete()
@@ -137,6 +141,14 @@ def _known(kept: StoredRun) -> Damping | None:
             value, rule = info.get("damping"), info.get("damping_rule", GIVEN)
             return Damping(value, rule) if isinstance(value, float) and isinstance(rule, str) else None
     return None
+
+
+def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) -> None:
+    """Write the influences of some tiles, whose solutions meet the gradients of all samples in one pass."""
+    parts = [torch.from_numpy(kept.tile("factors", (number, 0))) for number in tiles]
+    found = run.problem.sample_gradients(asked).apply(torch.cat(parts).to(run.problem.space.device))
+    for number, tile in zip(tiles, found.split([len(part) for part in parts]), strict=True):
+        kept.write("influences", (number, 0), tile)
 
 
 def _write(kept: StoredRun, number: int, solution: Solution, damping: Damping) -> None:

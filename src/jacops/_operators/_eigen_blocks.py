@@ -78,11 +78,13 @@ class EigenBlocks(OnSpace):
         space: The parameters.
         blocks: Every parameter stands in exactly one.
         drawn: The relative standard error of eigenvalues that were estimated from draws; None where none were.
+        model: Digest of the model, its loss and its weights, that they are of; empty where that is not known.
     """
 
     space: Space
     blocks: tuple[Block, ...]
     drawn: float | None = None
+    model: str = ""
     symmetric = True
 
     @property

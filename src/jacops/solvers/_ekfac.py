@@ -30,6 +30,11 @@ _SAID: dict[str, FisherSource] = {
     "fisher": "exact",
 }
 
+_REFIT = (
+    "Fit them again, by `EKFAC().approximate(operator)`; or take them unchecked, as "
+    "`dataclasses.replace(factors, model='')`."
+)
+
 
 @final
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ class EKFAC(Solver):
         widest: Sides of a weight longer than this keep their own axes as eigenbasis.
         report_residual: Compute the residual of every solution, one pass over the data; else it is NaN, and the
             status `unchecked`.
-        factors: What `approximate` returned for the same operator, an earlier run's from a file perhaps: `curvature` of
-            a prepared solver has `save`. Nothing is estimated then.
+        factors: What `approximate` returned for the same model with the same weights, an earlier run's from a file
+            perhaps: it has `save`. Nothing is estimated then.
 
     Raises:
         InputError: `fisher` is unknown, or `draws` is less than 1.
@@ -129,7 +134,8 @@ class EKFAC(Solver):
             _check_space(factors, space)
             sums, noise = tuple(own.times(1.0) for own in factors.sums), factors.drawn
         blocks = corrected(sums, passes, kept) if self.corrected else tuple(own.block() for own in sums)
-        found = EigenBlocks(space, blocks, None if noise is None else noise.value)
+        of = operator.problem.fingerprint()["model"]  # pyright: ignore[reportAttributeAccessIssue]
+        found = EigenBlocks(space, blocks, None if noise is None else noise.value, of)
         return _with_ridge(found, getattr(operator, "ridge", None))
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> PreparedEKFAC:
@@ -182,14 +188,18 @@ class PreparedEKFAC(Prepared):
 
 
 def _fitted(factors: EigenBlocks, operator: Operator) -> EigenBlocks:
-    """Return factors if they are of an operator's parameters.
+    """Return factors if they are of an operator's model.
 
     Raises:
-        InputError: They are of others.
+        InputError: They are of another one, or of other weights.
     """
     if not isinstance(factors, EigenBlocks) or factors.space != operator.domain:
         came = repr(factors.space) if isinstance(factors, EigenBlocks) else f"a {type(factors).__name__}"
         raise InputError.of("factors", came, f"those of {operator.domain} on {operator.device} are needed")
+    problem = getattr(operator, "problem", None)
+    if factors.model and problem is not None and problem.fingerprint()["model"] != factors.model:
+        came, needed = "of another model, or of other weights or another loss", "they must be of the operator's own"
+        raise InputError.of("factors", came, needed, _REFIT)
     return factors
 
 

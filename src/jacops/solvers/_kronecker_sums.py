@@ -14,6 +14,7 @@ from .._operators._eigen_blocks import Block, Form
 from .._runtime.chunks import ENTRIES
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
+from ._running_sums import Running, SideSum
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,14 @@ def _eigen(side: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
     """Return eigenvalues `(g, p)` and eigenvectors as columns; None where it is diagonal."""
     if not bool(side.isfinite().all()):
         raise not_finite(name)
-    return (side, None) if side.ndim == 2 else torch.linalg.eigh(side)
+    if side.ndim == 2:
+        return side, None
+    try:
+        values, basis = torch.linalg.eigh(side)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        # In single precision LAPACK gives up on some matrices with close eigenvalues.
+        values, basis = torch.linalg.eigh(side.double())
+    return values.to(side), basis.to(side)
 
 
 @final
@@ -100,10 +108,10 @@ class OuterSums:
         self, where: tuple[slice, ...], names: tuple[str, ...], turned: bool, rows: int | None, basis: Basis
     ) -> None:
         self.where, self.names, self.turned, self.rows, self.basis = where, names, turned, rows, basis
-        self._factors: dict[bool, list[Tensor]] = {}
+        self._factors: dict[bool, tuple[SideSum, SideSum]] = {}
         self._counts: dict[bool, float] = {}
         self._bases: tuple[Tensor | None, Tensor | None] | None = None
-        self._squares: Tensor | None = None
+        self._squares = Running()
         self.dtype = torch.float64
 
     def add(self, uses: Any, factor: float, share: float) -> None:
@@ -116,43 +124,52 @@ class OuterSums:
         """
         for use in _reduced(uses) if self.basis.reduced else uses:
             self.dtype = use.right.dtype
-            sums = self._weighted(use, factor) if self.basis.weighted else self._plain(use, factor, share)
-            self._take(use.swapped, sums, share * math.prod(use.right.shape[1:3]))
-
-    def _take(self, swapped: bool, sums: Sequence[Tensor], count: float) -> None:
-        old = self._factors.get(swapped)
-        self._factors[swapped] = list(sums) if old is None else [a + b for a, b in zip(old, sums, strict=True)]
-        self._counts[swapped] = self._counts.get(swapped, 0.0) + count
+            sides = self._factors.setdefault(use.swapped, (SideSum(self.basis.widest), SideSum(self.basis.widest)))
+            (self._add_weighted if self.basis.weighted else self._add_plain)(sides, use, factor, share)
+            counted = share * math.prod(use.right.shape[1:3])
+            self._counts[use.swapped] = self._counts.get(use.swapped, 0.0) + counted
 
     def times(self, factor: float) -> OuterSums:
         """Return the statistics of the curvature times a number, none of which is corrected."""
-        other = OuterSums(self.where, self.names, self.turned, self.rows, self.basis)
-        other.dtype = self.dtype
-        for swapped, sums in self._factors.items():
-            scaled = [self.basis.weighted or side == swapped for side in (False, True)]  # the cotangents' side
-            made = [factor * own if scale else own for own, scale in zip(sums, scaled, strict=True)]
-            other._take(swapped, made, self._counts[swapped])
+        other = self._empty()
+        for swapped, (left, right) in self._factors.items():
+            scaled = [factor if self.basis.weighted or side == swapped else 1.0 for side in (False, True)]
+            other._factors[swapped] = left.times(scaled[0]), right.times(scaled[1])  # the cotangents' side
+        other._counts = dict(self._counts)
         return other
 
     def plus(self, other: OuterSums) -> OuterSums:
         """Return the statistics of both data sets together."""
         total = self.times(1.0)
-        for swapped, sums in other._factors.items():
-            total._take(swapped, sums, other._counts[swapped])
+        for swapped, (left, right) in other._factors.items():
+            own = total._factors.get(swapped)
+            total._factors[swapped] = (left, right) if own is None else (own[0].plus(left), own[1].plus(right))
+            total._counts[swapped] = total._counts.get(swapped, 0.0) + other._counts[swapped]
         return total
 
-    def _plain(self, use: OuterGradients, factor: float, share: float) -> list[Tensor]:
-        left = self._counted(use.left) if use.looks_up else self._factor(use.left)
-        weights = [share, factor] if use.swapped else [factor, share]
-        return [side * weight for side, weight in zip((left, self._factor(use.right)), weights, strict=True)]
+    def _empty(self) -> OuterSums:
+        other = OuterSums(self.where, self.names, self.turned, self.rows, self.basis)
+        other.dtype = self.dtype
+        return other
 
-    def _weighted(self, use: OuterGradients, factor: float) -> list[Tensor]:
-        """Return the factors with every row weighted by the size of what it meets on the other side."""
+    def _add_plain(self, sides: tuple[SideSum, SideSum], use: OuterGradients, factor: float, share: float) -> None:
+        weights = [share, factor] if use.swapped else [factor, share]
+        if use.looks_up:
+            sides[0].add_diagonal(self._counted(use.left), weights[0])
+        else:
+            sides[0].add(_rows(use.left), weights[0])
+        sides[1].add(_rows(use.right), weights[1])
+
+    def _add_weighted(self, sides: tuple[SideSum, SideSum], use: OuterGradients, factor: float, share: float) -> None:
+        """Add with every row weighted by the size of what it meets on the other side."""
         size = use.right.square().sum((0, -1), keepdim=True)
         if use.looks_up:
-            return [factor * self._counted(use.left, size.flatten(1)), factor * self._factor(use.right)]
+            sides[0].add_diagonal(self._counted(use.left, size.flatten(1)), factor)
+            sides[1].add(_rows(use.right), factor)
+            return
         other = use.left.square().sum((0, -1), keepdim=True)
-        return [factor * self._factor(use.left * size.sqrt()), factor * self._factor(use.right * other.sqrt())]
+        sides[0].add(_rows(use.left * size.sqrt()), factor)
+        sides[1].add(_rows(use.right * other.sqrt()), factor)
 
     def _counted(self, entries: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return sums of squares `(1, rows)` of units, or of a sample's mean unit, under weights."""
@@ -168,26 +185,21 @@ class OuterSums:
             squares = squares * weights.flatten()[found // table]
         return torch.bincount(found % table, squares, minlength=table).unsqueeze(0)
 
-    def _factor(self, side: Tensor) -> Tensor:
-        """Return the sum of squares `(g, p, p)`, or `(g, p)` for a side too wide for more."""
-        rows = side.movedim(3, 0).flatten(1, 3)
-        if rows.shape[-1] > self.basis.widest:
-            return rows.square().sum(1, dtype=torch.float64)
-        return (rows.mT @ rows).double()
-
     def pair(self) -> Pair:
         """Return the factors; of a weight that enters in two ways those that keep the trace of the sum."""
         sizes = {swapped: self._size(swapped) for swapped in self._factors}
         if len(sizes) == 1:
             ((swapped, (left, right)),) = self._factors.items()
-            divided = (left / sizes[swapped], right) if swapped else (left, right / sizes[swapped])
-            return Pair(self.where, self.names[0], *divided, self.turned)
-        weights = [[float(_diagonal(s).sum()) / sizes[way] for s in own] for way, own in self._factors.items()]
-        sums = list(self._factors.values())
-        left = torch.stack([own[0] * weight[1] for own, weight in zip(sums, weights, strict=True)]).sum(0)
-        right = torch.stack([own[1] * weight[0] for own, weight in zip(sums, weights, strict=True)]).sum(0)
-        total = max(float(_diagonal(left).sum()), torch.finfo(torch.float64).tiny)
-        return Pair(self.where, self.names[0], left, right / total, self.turned)
+            whole = 1 / sizes[swapped]
+            left, right = (left.times(whole), right) if swapped else (left, right.times(whole))
+            return Pair(self.where, self.names[0], left.matrix(), right.matrix(), self.turned)
+        weights = [[side.trace() / sizes[way] for side in own] for way, own in self._factors.items()]
+        (left, right), *others = self._factors.values()
+        left, right = left.times(weights[0][1]), right.times(weights[0][0])
+        for own, weight in zip(others, weights[1:], strict=True):
+            left, right = left.plus(own[0].times(weight[1])), right.plus(own[1].times(weight[0]))
+        total = max(left.trace(), self._tiny)
+        return Pair(self.where, self.names[0], left.matrix(), right.times(1 / total).matrix(), self.turned)
 
     def pairs(self, separate: bool = False) -> list[Pair]:
         """Return the factors, of a weight and its bias together or of each."""
@@ -203,19 +215,25 @@ class OuterSums:
         ]
 
     def settle(self) -> None:
-        """Find the eigenbases: of each side's sum, weighted by the size of the other where there are several."""
-        block = self.pair().block(torch.float64)
-        self._bases = (block.left, block.right)
+        """Find the eigenbases, of each side's sum; the sums are dropped."""
+        pair = self.pair()
+        self._factors = {}
+        _, left = _eigen(pair.left, pair.name)
+        _, right = _eigen(pair.right, pair.name)
+        self._bases = (left, right)
+
+    @property
+    def _tiny(self) -> float:
+        return torch.finfo(self.dtype).tiny
 
     def _size(self, swapped: bool) -> float:
         """Return what the product of two factors is divided by."""
-        if self.basis.weighted:
-            return max(float(_diagonal(self._factors[swapped][0]).sum()), torch.finfo(torch.float64).tiny)
-        return max(self._counts[swapped], torch.finfo(torch.float64).tiny)
+        size = self._factors[swapped][0].trace() if self.basis.weighted else self._counts[swapped]
+        return max(size, self._tiny)
 
     def correct(self, uses: Any, factor: float) -> None:
         """Add the squares of a batch's gradients in the eigenbasis, sample by sample (George et al., 2018)."""
-        left, right = (None if b is None else b.to(self.dtype) for b in self._bases or (None, None))
+        left, right = self._bases or (None, None)
         turned = [
             OuterGradients(
                 use.left if use.looks_up else _rotated(use.left, left), _rotated(use.right, right), use.swapped
@@ -224,8 +242,7 @@ class OuterSums:
         ]
         if turned:
             found = self._looked_up(turned) if turned[0].looks_up else _squares(turned)
-            part = factor * found.double()
-            self._squares = part if self._squares is None else self._squares + part
+            self._squares.add(found, factor)
 
     def _looked_up(self, uses: Sequence[OuterGradients]) -> Tensor:
         """Return squares `(1, p, q)`, positions that look up the same entry for one sample added up before."""
@@ -240,10 +257,9 @@ class OuterSums:
 
     def block(self) -> Block:
         """Return what is known now; without a second pass, eigenvalues are products of the factors' (K-FAC)."""
-        if self._squares is None:
+        if self._bases is None:
             return self.pair().block(self.dtype)
-        left, right = (None if basis is None else basis.to(self.dtype) for basis in self._bases or (None, None))
-        return Block(self.where, left, right, self._squares.clamp_min(0).to(self.dtype), self.turned)
+        return Block(self.where, *self._bases, self._squares.value().clamp_min_(0), self.turned)
 
 
 @final
@@ -260,34 +276,29 @@ class RowSums:
         self.where, self.names, self.whole = where, names, whole
         self.form: Form = "exact" if whole else "diagonal"
         self.dtype = torch.float64
-        self._sum: Tensor | None = None
+        self._sum = SideSum(where[0].stop - where[0].start if whole else 0)
 
     def add(self, rows: Any, factor: float, share: float) -> None:
         """Add rows `(k, n, entries)`."""
         self.dtype = rows.dtype
-        rows = rows.flatten(0, 1).double()
-        part = factor * (rows.T @ rows if self.whole else rows.square().sum(0))
-        self._sum = part if self._sum is None else self._sum + part
+        self._sum.add(rows.flatten(0, 1).unsqueeze(0), factor)
 
     def times(self, factor: float) -> RowSums:
         """Return the statistics of the curvature times a number."""
-        other = RowSums(self.where, self.names, self.whole)
-        other.dtype, other._sum = self.dtype, None if self._sum is None else factor * self._sum
-        return other
+        return self._with(self._sum.times(factor))
 
     def plus(self, other: RowSums) -> RowSums:
         """Return the statistics of both data sets together."""
-        total = self.times(1.0)
-        total._sum = other._sum if total._sum is None else total._sum + other._total
-        return total
+        return self._with(self._sum.plus(other._sum))
 
-    @property
-    def _total(self) -> Tensor:
-        return self._sum if self._sum is not None else torch.zeros(0, dtype=torch.float64)
+    def _with(self, total: SideSum) -> RowSums:
+        other = RowSums(self.where, self.names, self.whole)
+        other.dtype, other._sum = self.dtype, total
+        return other
 
     def pairs(self, separate: bool = False) -> list[Pair]:
         """Return the curvature itself, times one."""
-        total = self._total.unsqueeze(0)
+        total = self._sum.matrix()
         return [Pair(self.where, self.names[0], total.new_ones(1, 1), total, turned=True, form=self.form)]
 
     def block(self) -> Block:
@@ -322,6 +333,11 @@ def not_finite(name: str) -> NonFiniteError:
 
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
+
+
+def _rows(side: Tensor) -> Tensor:
+    """Return `(g, k n t, p)`, what a factor is the sum of squares of."""
+    return side.movedim(3, 0).flatten(1, 3)
 
 
 def _rotated(side: Tensor, basis: Tensor | None) -> Tensor:

@@ -35,7 +35,6 @@ class ModelLoss:
     Attributes:
         name: Of the function.
         task: The model's `config.problem_type`, if it has one.
-        verified: It was held against what the model returns.
 
     Raises:
         InputTypeError: It has none.
@@ -52,9 +51,14 @@ class ModelLoss:
         self._config = getattr(bare(model), "config", None)
         self.name = f"{function.__module__}.{getattr(function, '__qualname__', '')}"
         self.task = str(getattr(self._config, "problem_type", None))
-        self.verified = False
+        self._verified = False  # no part of a digest
         taken = inspect.signature(function).parameters.values()
         self._takes = None if any(p.kind is p.VAR_KEYWORD for p in taken) else {p.name for p in taken}
+
+    @property
+    def verified(self) -> bool:
+        """It was held against what the model returns."""
+        return self._verified
 
     def __call__(self, output: Any, y: Any) -> Tensor:
         """Return the loss of some rows.
@@ -94,7 +98,7 @@ class ModelLoss:
         if not abs(found - float(expected)) <= allowed * max(abs(float(expected)), 1e-3):
             came = f"'{OWN}' for a model whose loss is {float(expected):.6g} where its `loss_function` is {found:.6g}"
             raise InputError.of("loss", came, "the model's own loss must be one of its logits and labels alone", _WRITE)
-        self.verified = True
+        self._verified = True
 
 
 def _part(output: Any, name: str) -> Any:
