@@ -927,6 +927,56 @@ def test_under_autocast_parts_add_up_to_its_precision():
     assert found.notes == ()
 
 
+class PartlySingle(nn.Module):
+    """Double precision around a layer that computes in single precision, as norms of language models do."""
+
+    def __init__(self, act: nn.Module, reads: bool = False) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(5, 64), nn.Linear(64, 64), nn.Linear(64, 2)
+        self.act, self.reads = act, reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).float()
+        hidden = self.act(F.linear(hidden, self.inner.weight.float(), self.inner.bias.float()))
+        return self.last(hidden.double()) * (2 if self.reads and bool((x > 1e9).any()) else 1)
+
+
+def test_rounding_is_that_of_the_coarsest_part_of_the_forward():
+    x = draw(4, 5, seed=3)
+    found = contributions(settled(PartlySingle(nn.ReLU())), x)
+    assert found.notes == ()
+    assert 1e-10 < found.verification.relative_error < 1e-5
+    frozen = contributions(settled(PartlySingle(nn.GELU())), x, freeze=("GELU",))
+    assert [note.partition(":")[0] for note in frozen.notes] == ["frozen"]
+    along = jacops.integrated_jacobian(settled(PartlySingle(nn.GELU())), x, tolerance=1e-12)
+    assert along.verification.relative_error < 1e-5
+    assert along.steps is not None
+    assert along.steps < 200
+
+
+def test_samples_that_differ_by_rounding_in_single_precision_share_sweeps():
+    model, x = settled(PartlySingle(nn.ReLU(), reads=True)), draw(16, 5, seed=3)
+    alone = torch.cat([model(row) for row in x.split(1)]).detach()
+    assert float((model(x).detach() - alone).abs().max()) > 1e-11
+    jacops.compute_jacobian(model, x)  # one at a time would be a warning
+
+
+def test_constants_of_single_precision_are_no_excuse():
+    table = draw(4, seed=5).float()
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return grads[0] * (1 + 1e-6)
+
+    with pytest.warns(JacopsWarning, match="output and features \\+ bias differ"):
+        contributions(lambda x: Off.apply(x * (2 * table).double()), X)
+
+
 def test_a_result_is_not_gone_through():
     with pytest.raises(TypeError, match="not iterable"):
         list(contributions(settled(Vae(named)), X))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._contributions import Contributions, verified, worst
-from .._runtime.contexts import autocast_on
+from .._runtime.agreement import coarsest
 from .._runtime.memory import SMALL, budget_bytes, ensure_fits, given_tensors, size_of
 from .._torch.protocol import SampleJacobians
 from ._adaptive import AdaptiveIntegration, PathIntegrals, fixed
@@ -78,7 +78,7 @@ class Integral:
             self.found = fixed(self.integrand, self.paths.count, nodes, sizes)
             return
         kinds = [self.paths.samples.values[place].dtype for place in self.paths.samples.inputs]
-        shortest = _ROUNDINGS * max(torch.finfo(kind).eps for kind in kinds)
+        shortest = self._rounding(kinds)
         adaptive = AdaptiveIntegration(self.integrand, sizes, self.tolerance, self._rounding(), shortest, max_steps)
         self.found = adaptive.integrate(self.paths.count)
 
@@ -157,10 +157,10 @@ class Integral:
                 found[-1].append(value.view(block.shape).to(block.dtype))
         return found
 
-    def _rounding(self) -> float:
-        kinds = [output.dtype for output in self.result.output]
-        kinds += [torch.bfloat16] if autocast_on(self.result.output) else []
-        return _ROUNDINGS * max(torch.finfo(kind).eps for kind in kinds)
+    def _rounding(self, given: Sequence[torch.dtype] = ()) -> float:
+        """Return what rounding may add up to, relative to numbers of these dtypes and of those that they go through."""
+        dtypes = given or [output.dtype for output in self.result.output]
+        return _ROUNDINGS * torch.finfo(coarsest([self.result.coarse, *dtypes]) or torch.float32).eps
 
 
 def _entries(output: Tensor) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .._runtime.agreement import coarsest
 from ._algebra import Product, Scaled, Sum, Transposed
 from ._base import Operator
 from ._data import SumOver
@@ -21,9 +22,9 @@ def computed_in(operator: Operator) -> torch.dtype:
         case SumOver():
             return operator.computed_in or operator.domain.dtype
         case LinearizedMap():
-            return coarsest([operator.domain.dtype, *_in_graph(operator.lin)])
+            return coarsest(_in_graph(operator.lin) | {operator.domain.dtype}) or operator.domain.dtype
         case Product() | Sum():
-            return coarsest([computed_in(operator.left), computed_in(operator.right)])
+            return coarsest([computed_in(operator.left), computed_in(operator.right)]) or operator.domain.dtype
         case Scaled() | Transposed():
             return computed_in(operator.of)
     return operator.domain.dtype
@@ -32,8 +33,3 @@ def computed_in(operator: Operator) -> torch.dtype:
 def _in_graph(lin: Any) -> set[torch.dtype]:
     nodes = lin.graph_info.nodes if hasattr(lin, "graph_info") else ()  # other frameworks record no such graph
     return {made.dtype for node in nodes for made in node._input_metadata}
-
-
-def coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
-    """Return the dtype of floating point with the fewest digits."""
-    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)

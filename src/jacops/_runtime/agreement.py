@@ -27,6 +27,15 @@ def tolerance(dtypes: Iterable[torch.dtype]) -> float:
     return max((_TOLERANCE.get(d, _COARSE) for d in real), default=_COARSE)
 
 
+def coarsest(dtypes: Iterable[torch.dtype | None]) -> torch.dtype | None:
+    """Return the dtype of floating point with the fewest digits; None where there is none."""
+    return max((d for d in dtypes if d is not None and d.is_floating_point), key=_spacing, default=None)
+
+
+def _spacing(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
 def few_operations_tolerance(dtype: torch.dtype, coarse: float = 1e-2) -> float:
     """Return how far two right results of a few operations may differ; `coarse` is for less precise dtypes."""
     return _FEW_OPERATIONS.get(dtype, coarse)

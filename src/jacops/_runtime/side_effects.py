@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .agreement import coarsest
+
 _READS_OUTSIDE_DISPATCH = ("tolist", "numpy", "__array__", "__dlpack__")
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -104,8 +106,7 @@ class SideEffectWatch:
         """Note the dtype of a result, and whether tensors are saved as they are."""
         self.packs = self.packs or _hooks(False) is not None
         if isinstance(result, Tensor) and result.dtype.is_floating_point and result.dtype is not self.coarse:
-            known = self.coarse
-            self.coarse = result.dtype if known is None else max(known, result.dtype, key=lambda d: torch.finfo(d).eps)
+            self.coarse = coarsest([self.coarse, result.dtype])
 
     def note(self, operation: Any, args: tuple[Any, ...]) -> None:
         if _unwatched.get():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._runtime.contexts import autocast_on
+from ..._runtime.agreement import coarsest
 from .companions import wide
 from .homogeneous import BiasParts, Moved
 
@@ -21,14 +21,15 @@ _TEMPORARY = 2**18  # entries of temporaries: 2 MiB in double precision, which c
 _SEEDS = (0, 1, 2)  # directions; the least error counts, since kinks spoil one direction and seldom three
 
 
-def exactness(*tensors: Tensor) -> float:
-    """Return how far two computations of the same quantity may differ, relative to the sum of its terms' sizes.
+def exactness(output: Tensor, parts: BiasParts) -> float:
+    """Return how far two computations of an output may differ, relative to the sum of its terms' sizes.
 
     It is 1.5e-10 in double and 1e-4 in single precision: four times the power 2/3 of the precision, which is a million
-    roundings of the one and a thousand of the other.
+    roundings of the one and a thousand of the other. Of several dtypes that the forward computed in the coarsest
+    counts.
     """
-    coarse = [torch.finfo(torch.bfloat16).eps] if autocast_on(tensors) else []
-    return 4 * max([torch.finfo(t.dtype).eps for t in tensors] + coarse) ** (2 / 3)
+    dtypes = output.dtype, parts.coarse, *(point.dtype for point in parts.points)
+    return 4 * torch.finfo(coarsest(dtypes) or output.dtype).eps ** (2 / 3)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def check_identity(parts: BiasParts, names: Sequence[str], terms: Sequence[Terms
     for name, output, bias, of in zip(names, parts.outputs, parts.bias, terms, strict=True):
         error = (_wide(output) - _wide(bias) - of.added).abs()
         sizes = _wide(output).abs() + bias.abs() + of.sizes
-        bound = exactness(output, *parts.points)
+        bound = exactness(output, parts)
         found.append(Errors("output and features + bias differ", name, _ratio(error, sizes), bound))
     return found
 
@@ -141,7 +142,7 @@ def check_slopes(
         blocks: Jacobians, `J[output][input]`.
         checks: `"always"` compares slopes for all samples, `"never"` for none.
     """
-    bounds = [max(exactness(o, *parts.points), _CURVED if parts.curved else 0.0) for o in parts.outputs]
+    bounds = [max(exactness(o, parts), _CURVED if parts.curved else 0.0) for o in parts.outputs]
     relative = [torch.zeros(o.shape, dtype=wide(o), device=o.device) for o in parts.outputs]
     count = parts.outputs[0].shape[0]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ..._finite import is_finite
+from ..._runtime.agreement import coarsest
 from ..._runtime.contexts import is_memory_error
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import Light, WritesState, is_held, storage_of, tensors_in
@@ -66,6 +67,7 @@ class Follow(Light):
 
     Attributes:
         moves: `d` by leaf.
+        coarse: The coarsest dtype of what was followed.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Follow(Light):
     ) -> None:
         super().__init__()
         self.leaves, self.moves, self.functions = leaves, [], Functions()
+        self.coarse: torch.dtype | None = None
         self._bias, self._lengths, self._seed = bias, lengths, seed
         self._guarded = {storage_of(tensor) for tensor in guarded}
         self._companions = Companions([working] * bias + [wide] * len(lengths))
@@ -187,6 +190,7 @@ class Follow(Light):
         results = call.results(output)
         if not results:
             return
+        self.coarse = coarsest([self.coarse, *(result.dtype for result in results)])
         marks = 0
         for tensor in call.moving:
             marks |= self._companions.marks(tensor)

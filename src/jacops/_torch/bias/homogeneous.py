@@ -47,6 +47,7 @@ class BiasParts:
         points: What was followed from: the inputs, or the output of the layer that the forward is cut at.
         curved: Names of operations that are not piecewise linear, or could not be examined.
         moved: The outputs around the point, where there are few samples: to follow both at once takes less time.
+        coarse: The coarsest dtype of what was followed on the way; None where nothing was.
     """
 
     outputs: list[Tensor]
@@ -54,6 +55,7 @@ class BiasParts:
     points: list[Tensor]
     curved: tuple[str, ...]
     moved: Moved | None
+    coarse: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class FollowedRun:
         points: Where it was followed from.
         moves: `d` by leaf, where values were moved.
         curved: Names of what is not piecewise linear.
+        coarse: As in `BiasParts`.
     """
 
     outputs: list[Tensor]
@@ -73,6 +76,7 @@ class FollowedRun:
     points: list[Tensor]
     moves: list[Tensor]
     curved: list[str]
+    coarse: torch.dtype | None
 
     @classmethod
     def of(cls, outputs: Sequence[Tensor], follow: Follow, points: Sequence[Tensor]) -> FollowedRun:
@@ -84,7 +88,7 @@ class FollowedRun:
             bare = [not (output.ndim and output.shape[0] == 1) for output in made]
             made = [o.unsqueeze(0) if b else o for o, b in zip(made, bare, strict=True)]
             carried = [[c.unsqueeze(0) for c in row] if b else row for row, b in zip(carried, bare, strict=True)]
-        return cls(made, carried, [point.detach() for point in points], follow.moves, curved)
+        return cls(made, carried, [point.detach() for point in points], follow.moves, curved, follow.coarse)
 
 
 def joined(runs: Sequence[FollowedRun], bias: bool) -> tuple[list[Tensor], Moved | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..._runtime.agreement import coarsest
 from ..._runtime.chunks import Chunks
 from ..._runtime.contexts import random_state_kept, recording
 from ..._runtime.restoring import restoring
@@ -57,7 +58,8 @@ class FollowedModel:
         bias, moved = joined(runs, True)
         outputs = [torch.cat(parts) for parts in zip(*(run.outputs for run in runs), strict=True)]
         points = [torch.cat(parts) for parts in zip(*(run.points for run in runs), strict=True)]
-        return BiasParts(outputs, bias, points, tuple(dict.fromkeys(n for run in runs for n in run.curved)), moved)
+        curved, coarse = dict.fromkeys(n for run in runs for n in run.curved), coarsest(run.coarse for run in runs)
+        return BiasParts(outputs, bias, points, tuple(curved), moved, coarse)
 
     def moved(self, values: Sequence[Tensor], rows: Tensor, seed: int) -> Moved | None:
         """Return the outputs around some of the samples, along a random direction."""

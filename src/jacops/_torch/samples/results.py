@@ -42,6 +42,7 @@ class SampleJacobians:
         inputs: Which entries of the input tree the columns stand for.
         route: How it was computed and why; of the last batch, until all are done.
         followed: Most samples to a run beside, where the call has such runs.
+        coarse: The coarsest dtype that the forward computed in, where it was watched.
         graphs: Where graphs are kept, the blocks of some samples with theirs, by the first of these.
     """
 
@@ -57,6 +58,7 @@ class SampleJacobians:
     inputs: Sequence[int] = (0,)
     route: str = "reverse"
     followed: int = 1
+    coarse: torch.dtype | None = None
     graphs: dict[int, list[list[Tensor]]] = field(default_factory=dict)
     _tree: Tree | None = None
     _shapes: Shapes = field(default_factory=list)
@@ -137,7 +139,7 @@ class SampleJacobians:
                 came = f"returning {shapes} after {self._shapes}"
                 raise ModelStateError.of("model", came, "all samples must have outputs of one shape")
             return shapes
-        self._shapes, self._tree = shapes, run.tree
+        self._shapes, self._tree, self.coarse = shapes, run.tree, run.effects.coarse
         leaves = (run.head or run.lin).leaves
         whole = [(self.count, *shape, *leaf.shape[1:]) for shape in shapes for leaf in leaves]
         like = [output for output in outputs for _ in leaves]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..._runtime.agreement import tolerance, worst_disagreement
+from ..._runtime.agreement import coarsest, tolerance, worst_disagreement
 from ..._runtime.contexts import must_surface, private_noise
 from ..._runtime.rounding import is_rounding
 from ..._runtime.side_effects import SideEffects
@@ -55,7 +55,9 @@ def read_tolerance(lin: Linearization) -> float:
     A value that is read from the whole batch changes them by little where samples are alike, so only rounding is
     allowed: 1,000 times that of one operation, for sums over as many terms as layers have.
     """
-    return min(lin.tolerance, max(_SUMS * torch.finfo(o.dtype).eps for o in lin.outputs))
+    effects = lin.proofs.effects or SideEffects()
+    coarse = coarsest([effects.coarse, *(output.dtype for output in lin.outputs)])
+    return min(lin.tolerance, _SUMS * torch.finfo(coarse or torch.float64).eps)
 
 
 def with_reads(reason: str, effects: SideEffects) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..._runtime.agreement import coarsest
 from ..._runtime.contexts import norms_written_out, random_state_kept, recording, refuse_transforms
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
@@ -343,13 +344,12 @@ def _joined(first: SideEffects | None, second: SideEffects | None) -> SideEffect
     """Return what two parts of a computation do together; None where one of them was not watched."""
     if first is None or second is None:
         return None
-    coarse = [dtype for dtype in (first.coarse, second.coarse) if dtype is not None]
     return SideEffects(
         tuple(dict.fromkeys((*first.reads, *second.reads))),
         tuple(dict.fromkeys((*first.draws, *second.draws))),
         first.writes or second.writes,
         first.packs or second.packs,
-        max(coarse, key=lambda dtype: torch.finfo(dtype).eps, default=None),
+        coarsest([first.coarse, second.coarse]),
     )
 
 
