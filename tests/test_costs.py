@@ -112,6 +112,22 @@ def test_one_logit_of_fifty_thousand_costs_one_sweep(call: str) -> None:
     assert model.spent() == (1, 1)
 
 
+@pytest.mark.parametrize("budget", [None, "300MB"])
+def test_a_dense_jacobian_takes_the_sweeps_of_modjac(budget: str | None) -> None:
+    model, x = net(3, 10), torch.randn(40, 3, dtype=F64)
+    spent = {}
+    for call in range(3):
+        J = jacops.jacobian(model, x)
+        dense = J.dense(budget=budget)
+        spent["dense", call] = model.spent()
+        matrix = jacops.modjac(model, x, flatten=True, budget=budget)
+        spent["modjac", call] = model.spent()
+        torch.testing.assert_close(dense, matrix)
+    assert spent["dense", 1] == spent["dense", 2] == spent["modjac", 1] == (1, 10)
+    assert spent["dense", 0][1] <= 10 + 3  # what holds it against a plain sweep, and measures one
+    close(matrix, torch.cat([block.reshape(400, -1) for block in oracle.parameter_jacobian(model.model, x)[0]], 1))
+
+
 def test_a_trusted_push_is_no_backward_sweep_at_all() -> None:
     model, x = net(3, 50), torch.randn(5, 3, dtype=F64)
     v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=F64)

@@ -123,3 +123,19 @@ def test_operators_between_other_spaces_do_not_join() -> None:
         OPERATORS["matrix wide"]() @ OPERATORS["matrix wide"]()
     with pytest.raises(InputError, match="sum"):
         OPERATORS["matrix wide"]() + OPERATORS["matrix tall"]()
+
+
+def test_a_dense_jacobian_is_written_wherever_it_belongs() -> None:
+    model, (x, _) = net(), data()
+    J = jacops.jacobian(model, x)
+    expected = jacops.modjac(model, x, flatten=True)
+    for operator, matrix in ((J, expected), (J.T, expected.T), (-2.0 * J, -2 * expected), (J + J, 2 * expected)):
+        torch.testing.assert_close(operator.dense(), matrix)
+    places = [torch.full(J.shape, torch.nan, dtype=F64), torch.full(J.shape[::-1], torch.nan, dtype=F64).T,
+              torch.full(J.shape, torch.nan)]  # fmt: skip
+    for place in places:
+        assert J.dense(place) is place
+        torch.testing.assert_close(place.to(F64), expected, rtol=1e-6, atol=1e-6, check_dtype=False)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    torch.testing.assert_close(J.dense(), expected)

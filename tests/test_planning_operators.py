@@ -233,6 +233,7 @@ def test_plans_of_operators_say_how() -> None:
         "by columns": plan((A @ Matrix(draw(20, 10))).dense),
         "batch by batch": plan(Problem(model, nn.MSELoss(), data).ggn().dense),
         "layer by layer": plan(jacops.sample_gradients(model, F.mse_loss, *data[0]).dense),
+        "by samples": plan(jacops.jacobian(model, data[0][0]).dense, budget="1GB"),
     }
     for name, told in found.items():
         assert told.chosen.name == name
@@ -270,7 +271,8 @@ n = 2048
 x, y = torch.randn(n, 30), torch.randn(n, 5)
 data = [(x[i : i + 450], y[i : i + 450]) for i in range(0, n, 450)]
 made = {"hessian": lambda: jacops.hessian(model, mse_loss, x, y), "ggn": lambda: jacops.ggn(model, mse_loss, x, y),
-        "problem": lambda: jacops.Problem(model, nn.MSELoss(), data, l2=0.1).hessian()}
+        "problem": lambda: jacops.Problem(model, nn.MSELoss(), data, l2=0.1).hessian(),
+        "jacobian": lambda: jacops.jacobian(model, x)}
 operator = made[name]()
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
 before = high("VmRSS")
@@ -302,7 +304,7 @@ def _tells() -> bool:
 
 @pytest.mark.skipif(not _tells(), reason="the system does not tell resident memory")
 @pytest.mark.parametrize(
-    "name", [pytest.param("hessian", marks=pytest.mark.slow), pytest.param("ggn", marks=pytest.mark.slow), "problem"]
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("hessian", "ggn", "jacobian")), "problem"]
 )
 def test_measured_memory_is_what_was_predicted(name: str) -> None:
     assert 0.8 <= fresh(name, 2**33, "run") / fresh(name, 2**33, "plan") <= 1.25
@@ -310,7 +312,7 @@ def test_measured_memory_is_what_was_predicted(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not _tells(), reason="the system does not tell resident memory")
-@pytest.mark.parametrize("name", ["hessian", "ggn", "problem"])
+@pytest.mark.parametrize("name", ["hessian", "ggn", "problem", "jacobian"])
 def test_measured_memory_keeps_to_the_budget(name: str) -> None:
     own = fresh(name, 2**33, "run")
     for share in (0.5, 1.0, 2.0):

@@ -122,7 +122,7 @@ def jacobian(
         check_real(found.lin)
     else:
         check_usable(found.lin, todo=" Pass `allow_zero=True` if that is meant.")
-    J = LinearizedMap(found.lin, found.output, create_graph=create_graph)
+    J = LinearizedMap(found.lin, found.output, by_parameters=picks is not None, create_graph=create_graph)
     named(J, "jacobian by inputs" if picks is None else "jacobian")
     return with_computed(J, Computed(detached(found.output)))
 

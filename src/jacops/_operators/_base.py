@@ -19,13 +19,14 @@ from .._runtime.memory import Budget, ensure_fits, in_words
 from .._runtime.restoring import restoring
 from .._saving import Savable
 from .._space import Space
-from .._torch.protocol import ByLayers
+from .._torch.protocol import ByLayers, Linearization
 from ..errors import InputError
 from ._arithmetic import COMPOSED, Arithmetic, ScalarIdentity, not_a_tensor
 from ._computed import Computed
-from ._dense import DENSE, DenseAsk, Held, dense_ask, matrix_place, one_by_one
+from ._dense import DENSE, DenseAsk, dense_ask, matrix_place
 from ._finite_results import Source, check_result, leaves_of
 from ._graphs import keeps_graph
+from ._held import Held, one_by_one
 from ._naming import Meaning
 from ._noise import Moments, relative_noise
 from ._target import Target
@@ -47,6 +48,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         symmetric: The operator is known to equal its transpose.
         positive: It is known to be positive semi-definite.
         formed: A cheaper way to its matrix than products, if there is one.
+        by_samples: What was recorded, where its matrix is the Jacobian of a model's output by its parameters.
         check_finite: Results with NaN or Inf raise.
         create_graph: Its products keep their graph, whatever its parts do.
         source: The call and the data that it was made from, for messages.
@@ -57,6 +59,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
     symmetric: bool = False
     positive: bool = False
     formed: ByLayers | None = None
+    by_samples: Linearization | None = None
     check_finite: bool = True
     create_graph: bool = False
     source: Source | None = None

@@ -15,7 +15,8 @@ from .._runtime.memory import Meter
 from .._runtime.restoring import restoring
 from .._space import Space
 from ._base import Operator
-from ._dense import DenseAsk, Held
+from ._dense import DenseAsk
+from ._held import Held
 from ._kinds import Composite, OnSpace
 from ._noise import Moments
 from ._target import Target

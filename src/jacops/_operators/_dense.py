@@ -3,67 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .._ladder.failures import RouteFailedError
+from .._ladder.failures import RouteFailedError, RouteUndecidedError
 from .._ladder.plan import Cost, Memory
-from .._ladder.route import answer, candidates
+from .._ladder.route import answer, candidates, refused
 from .._progress import track
 from .._runtime.chunks import ROWS, rows_of
-from .._runtime.memory import SMALL, Budget, budget_bytes, given_tensors, live, refuse, resident, startup_bytes
+from .._runtime.memory import SMALL, Budget, budget_bytes, given_tensors, live, refuse, startup_bytes
 from .._space import Space
-from .._torch.protocol import PreparedFill, Proofs, measured
+from .._torch.protocol import BY_LAYERS, PreparedFill, Proofs, WholeAsk, check_kept, flat, is_plain, measured
 from ..errors import InputError
+from ._held import HOLES, IN_MEMORY, TIGHT, Held
 from ._target import Target
 
 if TYPE_CHECKING:
     from ._base import Operator
 
-_TIGHT = 1.3  # what few and large tensors take from the system: measured over perceptrons and convolutions
-_HOLES = 1.65  # what others take, in `memory.resident`
-
 _TODO = "Use products (`A @ v`) or `jacops.solve` instead, write into a memmap with `out=`, or raise `budget=`."
-
-
-@dataclass(frozen=True)
-class Held:
-    """What is held while a matrix is filled.
-
-    Attributes:
-        bytes: Besides the matrix; 0 where that was not asked or is nothing.
-        chunk: How many of `unit` go together.
-        unit: What is counted.
-        tight: These are few and large tensors, which leave few holes.
-    """
-
-    bytes: float = 0.0
-    chunk: int = 1
-    unit: str = "vectors to a pass"
-    tight: bool = False
-
-    @property
-    def resident(self) -> int:
-        """Bytes that are taken from the system."""
-        if self is IN_MEMORY:
-            return 0
-        return resident(0) + int(_TIGHT * self.bytes) if self.tight else resident(self.bytes)
-
-
-IN_MEMORY = Held(unit="copy")
-
-
-def one_by_one(parts: Iterable[Held]) -> Held:
-    """Return what is held where parts are filled one after the other."""
-    parts = tuple(parts)
-    larger = max(parts, key=lambda held: (held.bytes, held is not IN_MEMORY), default=IN_MEMORY)
-    prepared = sum(held.bytes for held in parts if held.tight)  # what the layers say is there from the start
-    return larger if prepared <= larger.bytes else replace(larger, bytes=prepared)
 
 
 class DenseAsk:
@@ -78,6 +41,7 @@ class DenseAsk:
     Attributes:
         target: Where it is written.
         inner: What parts may hold that are made on the way.
+        whole: The same as `modjac` asks it, where rows are the outputs of samples.
         layers: What layers say of it, where they were asked.
         spoiled: Something that may be wrong was added to what was there before.
     """
@@ -90,8 +54,11 @@ class DenseAsk:
         self.operator, self.free, self.limits = operator, free, limits
         self.call = call or f"{operator.name}.dense"
         formed = operator.formed
-        self.verdicts = Proofs("never") if formed is None else formed.verdicts
-        self.routes: dict[str, str] = {} if formed is None else formed.routes
+        lin = operator.by_samples
+        self.whole = WholeAsk(lin, free=free, routes={}) if lin is not None and is_plain(lin) else None
+        known = self.whole or formed
+        self.verdicts = Proofs("never") if known is None else known.verdicts
+        self.routes: dict[str, str] = {} if known is None else known.routes
         self.shape, self.description = "", ""
         self.parts = [DenseAsk(part, free, limits, self.call) for part in operator._parts]
         self.inner = free
@@ -301,7 +268,7 @@ class FilledByLayers:
         if way is None or not ask.free > 0:
             return ""
         if ask.layers is None:
-            free = _HOLES / _TIGHT * ask.free  # few and large tensors leave few holes
+            free = HOLES / TIGHT * ask.free  # few and large tensors leave few holes
             layers = way.begin(free)
             if layers.bytes > free:
                 return "more than the budget"
@@ -342,12 +309,56 @@ class FilledByLayers:
         return layers, before
 
 
+class FilledBySamples:
+    """Columns of each parameter from what sweeps of all samples at once find at the outputs of layers."""
+
+    name, claims, leaving = "by samples", (), "silent"
+    why = "fewest sweeps: one per entry of one sample's output"
+
+    def refuses(self, ask: DenseAsk) -> str | None:
+        """It is for a model's output by its parameters, as the route of `modjac` is."""
+        if ask.whole is None:
+            return ""
+        check_kept(ask.whole.lin.weights, ask.whole.call)
+        return refused(ask.whole, BY_LAYERS)
+
+    def cost(self, ask: DenseAsk) -> Cost:
+        """As many sweeps as for `modjac`."""
+        sweeps = math.inf if ask.whole is None else BY_LAYERS.cost(ask.whole).sweeps
+        return Cost(sweeps, lambda: ask.memory(self))
+
+    def held(self, ask: DenseAsk) -> Held:
+        """Return what is held meanwhile."""
+        if ask.whole is None:
+            return ask.by_products
+        together, held = BY_LAYERS.held(ask.whole)
+        return Held(held, together, BY_LAYERS.unit)
+
+    def describe(self, ask: DenseAsk) -> str:
+        """Name the samples."""
+        return self.name if ask.whole is None else BY_LAYERS.describe(ask.whole)
+
+    def value(self, ask: DenseAsk) -> None:
+        """Write the matrix in place.
+
+        Raises:
+            RouteFailedError: It disagrees with a plain sweep, or is to be added to another matrix.
+        """
+        whole, target = ask.whole, ask.target
+        if whole is None or target.adds or target.matrix.dtype != whole.lin.domain.dtype:
+            raise RouteUndecidedError("it is not written in place")
+        whole.into = flat(whole.lin, [target.matrix]).blocks
+        answer(whole, (BY_LAYERS,))
+        target.multiply()
+
+
 DENSE = (
     Filled("in memory", "the entries are there"),
     Filled("layer by layer", "each parameter writes its columns"),
     Filled("batch by batch", "one pass over the data"),
     Filled("part by part", "each part writes its own"),
     FilledByLayers(),
+    FilledBySamples(),
     Filled("by columns", "fewer vectors", axis=1),
     Filled("by rows", "fewer vectors", axis=0),
 )

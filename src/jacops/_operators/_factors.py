@@ -14,8 +14,9 @@ from .._runtime.contexts import eager, keeping
 from .._space import Space
 from .._torch.protocol import Outer, RowFactors, Rows, slices
 from ._base import Operator
-from ._dense import DenseAsk, Held, put_products
+from ._dense import DenseAsk, put_products
 from ._finite_results import check_result
+from ._held import Held
 from ._target import Target
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._ladder.protocol import Linearized
 from .._space import Space
-from .._torch.protocol import ByLayers, check_kept
+from .._torch.protocol import ByLayers, Linearization, check_kept
 from ._base import Operator
 
 
@@ -29,6 +29,7 @@ class LinearizedMap(Operator):
         symmetric: The function is a gradient, so this is a Hessian and pushes are pulls.
         mark: Whether it is positive semi-definite, or a function that computes that when it is first read.
         formed: A cheaper way to its matrix than products, if there is one.
+        by_parameters: It is the Jacobian of a model's output by its parameters.
         create_graph: Products keep their graph.
     """
 
@@ -37,7 +38,13 @@ class LinearizedMap(Operator):
     symmetric: bool = False
     mark: bool | Callable[[], bool] = False
     formed: ByLayers | None = None
+    by_parameters: bool = False
     create_graph: bool = False
+
+    @property
+    def by_samples(self) -> Linearization | None:
+        """What was recorded, where the matrix may be found for all samples at once."""
+        return self.lin if self.by_parameters and isinstance(self.lin, Linearization) else None
 
     @cached_property
     def positive(self) -> bool:

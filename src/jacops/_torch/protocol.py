@@ -42,7 +42,7 @@ from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
 from .routes.row_cotangents import RowSlopes, row_cotangents
 from .routes.rows_with_graph import ConnectedFactors
 from .routes.whole_ask import Blocks, WholeAsk
-from .routes.whole_matrix import WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
+from .routes.whole_matrix import BY_LAYERS, WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
 from .samples.batch import SampleChanges, Samples
 from .samples.followed import FollowedModel
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested

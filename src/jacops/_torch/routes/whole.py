@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -244,9 +244,18 @@ class WholeByLayers:
 
     def cost(self, ask: WholeAsk) -> Cost:
         """A sweep per entry of one sample's output."""
-        route, together = ask.known("layers"), ask.known("together")
-        memory = (lambda: Memory(together, ask.peak(route.needs.live(together)))) if together else None
+        route = ask.known("layers")
+        memory = partial(self._memory, ask) if ask.known("together") else None
         return Cost(route.sweeps if route else math.inf, memory)
+
+    def _memory(self, ask: WholeAsk) -> Memory:
+        together, held = self.held(ask)
+        return Memory(together, ask.peak(held))
+
+    def held(self, ask: WholeAsk) -> tuple[int, int]:
+        """Return how many sweeps are written together, and the bytes held meanwhile beside the graph."""
+        together = self._together(ask)
+        return together, self._route(ask).needs.live(together)
 
     def describe(self, ask: WholeAsk) -> str:
         """Name the number of samples."""

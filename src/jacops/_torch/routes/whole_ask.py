@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,7 +49,10 @@ class WholeAsk:
         layers: The route by layers may be taken.
         placed: The result is given a place by the caller, and is no part of the budget.
         chunk_size: Most vectors to a pass; by default by size.
+        free: Bytes of tensors that may be alive beside the result and the graph, where the caller counts all others;
+            infinite where nobody counts.
         into: Where to write blocks, if they have places already; not with `create_graph`.
+        routes: Where it is noted how the result was computed; by default with what was recorded.
     """
 
     lin: Linearization
@@ -58,14 +62,17 @@ class WholeAsk:
     layers: bool = True
     placed: bool = False
     chunk_size: int | None = None
+    free: float | None = None
     into: Blocks | None = None
+    routes: dict[str, str] | None = None
     question: str = field(default="whole", init=False)
     argument: str = field(default="strategy=", init=False)
 
     def __post_init__(self) -> None:
         self.startup = startup_bytes(self.lin.domain.device)  # now: looking for layers takes a derivative already
         self.call, self.fallback = self.lin.call, self.lin.fallback
-        self.shape, self.routes = self.lin.domain.names, self.lin.routes
+        self.shape = self.lin.domain.names
+        self.routes = self.lin.routes if self.routes is None else self.routes
         self.asked = "forward" if self.columns else None
         self._kept: dict[str, Any] = {}
 
@@ -97,7 +104,7 @@ class WholeAsk:
     @property
     def is_small(self) -> bool:
         """Nothing has to be measured."""
-        return self.budget is None and self.result < SMALL
+        return self.budget is None and self.result < SMALL if self.free is None else self.free == math.inf
 
     @cached_property
     def allowed(self) -> int:
@@ -107,6 +114,8 @@ class WholeAsk:
     @property
     def room(self) -> float:
         """Bytes of tensors that may be alive beside the result and the graph."""
+        if self.free is not None:
+            return self.free
         return live(self.allowed - self.startup - self.allocated) - self.lin.held_bytes
 
     def peak(self, held: float) -> int:

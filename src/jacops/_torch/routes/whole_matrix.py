@@ -8,7 +8,8 @@ from .whole import WholeByLayers
 from .whole_ask import Blocks, WholeAsk, WholeBlocks
 from .whole_sweeps import ByColumns, ByRows, fitted
 
-WHOLE = (WholeByLayers(), ByRows(), ByColumns())
+BY_LAYERS = WholeByLayers()
+WHOLE = (BY_LAYERS, ByRows(), ByColumns())
 
 
 def whole_jacobian(ask: WholeAsk) -> WholeBlocks:
