@@ -323,6 +323,7 @@ def test_failures_that_are_returned_are_nan_rows_with_their_status(influence_typ
     wrapped = TorchTwiceDifferentiable(model.double(), F.cross_entropy)
     train, test = ([(x.double(), y) for x, y in data] for data in (train, test))
     options: dict[str, Any] = {"test_data": test, "influence_type": influence_type, "on_failure": "return"}
+    options |= {"curvature": "hessian", "damping": 0}
     found = compute_influences(wrapped, train, solver="direct", **options)
     assert found.info["status"] in ("negative_curvature", "singular")
     assert found.info["statuses"] == [found.info["status"]] * 5
