@@ -23,6 +23,7 @@ import jacops
 from jacops.solvers import CG, EKFAC
 
 from .harness import BEST, Goal, Workload, same
+from .models import LanguageModel
 
 DAMPING = 1e-2
 DIRECT, FISHER = "jacops: Hessian, direct", "jacops: empirical Fisher, direct"
@@ -115,6 +116,58 @@ class Case:
         return call
 
 
+class Fit:
+    """The fit of EK-FAC to the linear layers of a language model, on random texts.
+
+    Both libraries draw one label for each word, average plain products, and correct the eigenvalues; eigenvectors are
+    found in single precision.
+
+    Args:
+        blocks: Of the model.
+        texts: How many, of 128 words, eight to a batch.
+    """
+
+    def __init__(self, blocks: int, texts: int) -> None:
+        self.model = LanguageModel(blocks, 128).eval()
+        self.x, self.y = (torch.randint(LanguageModel.WORDS, (texts, 128)) for _ in range(2))
+
+    def ours(self) -> Any:
+        """Fit by jacops."""
+        data = list(zip(self.x.split(8), self.y.split(8), strict=True))
+        layers = ["*.inputs.*", "*.mixed.*", "*.up.*", "*.down.*", "head.*"]
+        problem = jacops.Problem(self.model, nn.CrossEntropyLoss(), data, parameters=layers)
+        return EKFAC(fisher="monte_carlo", weighted=False).approximate(problem.ggn())
+
+    def kronfluence(self) -> Callable[[], None]:
+        """Return the same by kronfluence."""
+        import copy
+
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.arguments import FactorArguments
+        from kronfluence.task import Task
+
+        class Texts(Task):
+            def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+                scores, labels = model(batch[0]).mT.flatten(0, 1), batch[1].flatten()
+                if sample:
+                    labels = torch.multinomial(scores.detach().softmax(1), 1).flatten()
+                return cross_entropy(scores, labels, reduction="sum")
+
+            def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+                return self.compute_train_loss(batch, model)
+
+        task, data = Texts(), TensorDataset(self.x, self.y)
+        model = prepare_model(copy.deepcopy(self.model), task)
+
+        def call() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                analyzer = Analyzer("texts", model, task, cpu=True, output_dir=folder, disable_tqdm=True)
+                settings = FactorArguments(strategy="ekfac", eigendecomposition_dtype=torch.float32)
+                analyzer.fit_all_factors("f", data, per_device_batch_size=8, factor_args=settings)
+
+        return call
+
+
 def alike(least: float) -> Callable[[Any, Any], bool]:
     """Return a comparison by correlation."""
 
@@ -125,7 +178,7 @@ def alike(least: float) -> Callable[[Any, Any], bool]:
 
 
 def workloads() -> Iterator[Workload]:
-    """Yield the cases F1 to F6, and the network of a million parameters."""
+    """Yield the cases F1 to F6, the network of a million parameters, and the fit for a language model."""
     logging.disable(logging.WARNING)
     c, peer = Case(64), find_spec("pydvl") is not None
     rivals = {DIRECT: c.ours("direct")}
@@ -181,6 +234,12 @@ def workloads() -> Iterator[Workload]:
         rivals["pyDVL: EK-FAC"] = big.pydvl("EkfacInfluence", update_diagonal=True, hessian_regularization=DAMPING)
     goals = [Goal(mib=1024), Goal(mib=1024, ours=FISHER)]
     yield Workload("F7", "955,050 parameters, 1,500 × 200", rivals, None, rounds=1, goals=goals)
+    fit = Fit(9, 16)
+    rivals = {"jacops: EK-FAC, fit": fit.ours}
+    if find_spec("kronfluence") is not None:
+        rivals["kronfluence: EK-FAC, fit"] = fit.kronfluence()
+    goals = [Goal("kronfluence: EK-FAC, fit", faster=1.5)]
+    yield Workload("F8", "EK-FAC fitted to a transformer of 30.5 million parameters", rivals, None, 1, goals)
 
 
 def correlation(call: Callable[[], Tensor], exact: Tensor) -> str:

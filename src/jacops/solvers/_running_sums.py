@@ -50,9 +50,8 @@ class Running:
         return found
 
     def value(self) -> Tensor:
-        """Return the sum; nothing may be added before."""
-        assert self.total is not None
-        return self.total
+        """Return the sum, which has no entries before anything was added."""
+        return torch.zeros(0) if self.total is None else self.total
 
 
 @final
