@@ -113,7 +113,8 @@ def fisher(
             needed = "gradients of samples are by the parameters"
             raise InputError.of("kind", "'empirical' with `wrt='inputs'` or `at=`", needed, "Take another kind.")
         rows: OperatorOptions = {k: v for k, v in asked.items() if k != "at"}  # pyright: ignore[reportAssignmentType]
-        made = empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **rows), record)  # pyright: ignore[reportArgumentType]  # refuses functions
+        given: Any = model  # a function is refused there
+        made = empirical_fisher(model, losses, y, lambda: sample_gradients(given, losses.scalar, x, y, **rows), record)
     else:
         made = fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
     return named(made, "fisher" if kind == "exact" else f"{kind}_fisher")
