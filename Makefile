@@ -61,7 +61,8 @@ $(VENV)/.created:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.ready-%: pyproject.toml constraints.txt | $(VENV)/.created
+$(VENV)/.ready-%: pyproject.toml constraints.txt tests/clients.txt | $(VENV)/.created
 	@echo "Installing jacops[$*] into $(VENV); the first time this takes some minutes."
 	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(if $(filter test dev,$*),$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r tests/clients.txt)
 	@touch $(HOLDS_$*:%=$(VENV)/.ready-%)

@@ -84,6 +84,62 @@ def test_a_function_of_a_tree_gives_what_the_module_gives(name: str) -> None:
     torch.testing.assert_close(call(jacops.Function(network, params), x, y), right)
 
 
+BY_INPUTS = {
+    "jacobian": lambda m, x, y: jacops.jacobian(m, x, wrt="inputs").dense(),
+    "hessian": lambda m, x, y: jacops.hessian(m, F.mse_loss, x, y, wrt="inputs").dense(),
+    "ggn": lambda m, x, y: jacops.ggn(m, F.mse_loss, x, y, wrt="inputs").dense(),
+    "fisher": lambda m, x, y: jacops.fisher(m, F.mse_loss, x, y, wrt="inputs").dense(),
+    "hvp": lambda m, x, y: jacops.hvp(m, F.mse_loss, x, y, [x], wrt="inputs")[0],
+    "ggnvp": lambda m, x, y: jacops.ggnvp(m, F.mse_loss, x, y, [x], wrt="inputs")[0],
+    "sparse_plan": lambda m, x, y: jacops.sparse_plan(m, x, wrt="inputs").evaluate(m, x).matrix.toarray(),
+    "sparse.jacobian": lambda m, x, y: jacops.sparse.jacobian(jacops.jacobian(m, x, wrt="inputs")).matrix.to_dense(),
+    "samples_independent": lambda m, x, y: bool(jacops.sparse.samples_independent(m, x)),
+    **{name: CALLS[name] for name in ("compute_jacobian", "input_hessian", "laplacian", "directional_derivative")},
+    "contributions": lambda m, x, y: jacops.contributions(m, x).values,
+    "integrated_jacobian": lambda m, x, y: jacops.integrated_jacobian(m, x).values,
+    "plan": lambda m, x, y: jacops.plan(jacops.jacobian(m, x, wrt="inputs").dense).result_bytes,
+}
+
+
+@pytest.mark.filterwarnings("ignore:contributions. not piecewise linear")
+@pytest.mark.parametrize("name", BY_INPUTS)
+def test_every_call_by_inputs_takes_modules_functions_of_parameters_and_plain_functions(name: str) -> None:
+    torch.manual_seed(3)
+    params, x, y = tree(), draw(5, 3), draw(5, 2)
+    call, module = BY_INPUTS[name], Same(params)
+    right = call(module, x, y)
+    for model in (jacops.Function(network, params), lambda x: module(x), module.forward):
+        for _ in range(2):  # what the first call proved is remembered with the function
+            torch.testing.assert_close(call(model, x, y), right)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS if name not in BY_INPUTS or name in ("jacobian", "hessian", "ggn")]
+)
+def test_a_plain_function_has_no_parameters(name: str) -> None:
+    x, y = draw(5, 3), draw(5, 2)
+    words = (
+        "Pass `params=`" if name == "levenberg_marquardt" else r"Write `jacops\.Function\(f, params\)`.*wrt='inputs'"
+    )
+    with pytest.raises((InputTypeError, AttributeError), match=f"{words}|no attribute 'parameters'"):
+        CALLS[name](lambda x: x @ x.T, x, y)
+
+
+def test_a_plain_function_whose_captured_tensor_changes_is_proved_anew() -> None:
+    gate = torch.zeros((), dtype=F64)
+
+    def model(x: Tensor) -> Tensor:
+        return x.sin() + gate * x.sum(0)
+
+    x = draw(4, 3)
+    for value in (0.0, 1.0):
+        gate.fill_(value)
+        J = jacops.jacobian(model, x, wrt="inputs")
+        right = jacrev(model)(x).reshape(12, 12)
+        torch.testing.assert_close(J.dense(), right)
+        torch.testing.assert_close(J @ x.flatten(), right @ x.flatten())
+
+
 def test_parameters_are_named_by_their_paths_and_other_leaves_are_passed_on() -> None:
     seen = []
     model = jacops.Function(lambda params, x: (seen.append(params), network(params, x))[1], tree())

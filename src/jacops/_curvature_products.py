@@ -11,25 +11,25 @@ from ._derivatives import make_ggn, make_hessian
 from ._keywords import keywords
 from ._operators import Operator
 from ._operators._finite_results import made_from
-from ._options import CurvatureCallOptions, GraphOptions, Model
+from ._options import AnyModel, CurvatureCallOptions, GraphOptions
 from ._recorded_loss import Loss
 from ._runtime.contexts import eager
 
 
 @overload
-def hvp(model: Model, loss: Loss, x: Any, y: Any, v: Tensor, **options: Unpack[GraphOptions]) -> Tensor: ...
+def hvp(model: AnyModel, loss: Loss, x: Any, y: Any, v: Tensor, **options: Unpack[GraphOptions]) -> Tensor: ...
 @overload
 def hvp(
-    model: Model, loss: Loss, x: Any, y: Any, v: Mapping[str, Tensor], **options: Unpack[GraphOptions]
+    model: AnyModel, loss: Loss, x: Any, y: Any, v: Mapping[str, Tensor], **options: Unpack[GraphOptions]
 ) -> dict[str, Tensor]: ...
 @overload
 def hvp(
-    model: Model, loss: Loss, x: Any, y: Any, v: Sequence[Tensor], **options: Unpack[GraphOptions]
+    model: AnyModel, loss: Loss, x: Any, y: Any, v: Sequence[Tensor], **options: Unpack[GraphOptions]
 ) -> list[Tensor]: ...
 @keywords(CurvatureCallOptions)
 @eager
 def hvp(
-    model: Model,
+    model: AnyModel,
     loss: Loss,
     x: Any,
     y: Any,
@@ -46,19 +46,19 @@ def hvp(
 
 
 @overload
-def ggnvp(model: Model, loss: Loss, x: Any, y: Any, v: Tensor, **options: Unpack[GraphOptions]) -> Tensor: ...
+def ggnvp(model: AnyModel, loss: Loss, x: Any, y: Any, v: Tensor, **options: Unpack[GraphOptions]) -> Tensor: ...
 @overload
 def ggnvp(
-    model: Model, loss: Loss, x: Any, y: Any, v: Mapping[str, Tensor], **options: Unpack[GraphOptions]
+    model: AnyModel, loss: Loss, x: Any, y: Any, v: Mapping[str, Tensor], **options: Unpack[GraphOptions]
 ) -> dict[str, Tensor]: ...
 @overload
 def ggnvp(
-    model: Model, loss: Loss, x: Any, y: Any, v: Sequence[Tensor], **options: Unpack[GraphOptions]
+    model: AnyModel, loss: Loss, x: Any, y: Any, v: Sequence[Tensor], **options: Unpack[GraphOptions]
 ) -> list[Tensor]: ...
 @keywords(CurvatureCallOptions)
 @eager
 def ggnvp(
-    model: Model,
+    model: AnyModel,
     loss: Loss,
     x: Any,
     y: Any,
@@ -73,7 +73,7 @@ def ggnvp(
 
 @made_from("x", "y")
 def _for_one_product(
-    model: Model,
+    model: AnyModel,
     loss: Loss,
     x: Any,
     y: Any,

@@ -21,7 +21,7 @@ from ._operators import LinearizedMap, Operator, Product
 from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
-from ._options import CurvatureCallOptions, GraphOptions, Model, TorchOptions
+from ._options import AnyModel, CurvatureCallOptions, GraphOptions, TorchOptions
 from ._picks import Picks, differentiated, variable
 from ._recorded_loss import (
     Loss,
@@ -63,7 +63,7 @@ from .errors import InputError, InputTypeError, NotDifferentiableError
 @eager
 @made_from("inputs")
 def jacobian(
-    model: Model,
+    model: AnyModel,
     inputs: Any,
     wrt: Wrt = "parameters",
     *,
@@ -81,7 +81,7 @@ def jacobian(
     The model runs once, as it stands (train or eval mode), on private copies; products are sweeps over that graph.
 
     Args:
-        model: A module, or a `JaxFunction`.
+        model: A module, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
         inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         wrt: `"parameters"`, or `"inputs"` (those of floating point).
         parameters: Which parameters: None and `"trainable"` take those that require grad; name patterns (`"head.*"`),
@@ -131,7 +131,7 @@ def jacobian(
 @eager
 @made_from("x", "y")
 def hessian(
-    model: Model | Callable[[], Tensor],
+    model: AnyModel,
     loss: Loss | None = None,
     x: Any = None,
     y: Any = None,
@@ -149,7 +149,7 @@ def hessian(
     second derivative that a backward drops.
 
     Args:
-        model: A module, differentiated as it stands, or a `JaxFunction`.
+        model: A module, differentiated as it stands, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
@@ -202,7 +202,7 @@ def _of_closure(func: Any, x: Any, y: Any, options: CurvatureCallOptions) -> Lin
 
 
 def make_hessian(
-    model: Model, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
+    model: AnyModel, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
 ) -> LinearizedMap:
     """Return the Hessian, `kept` where the caller may write into the weights before it is used."""
     create_graph = options.pop("create_graph", False)
@@ -267,7 +267,7 @@ def hessian_at(
 
 
 def shifted_gradient(
-    model: nn.Module, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: Mapping[str, Any]
+    model: Any, loss: Loss, x: Any, y: Any, shift: dict[str, Tensor], options: Mapping[str, Any]
 ) -> Tensor:
     """Return the gradient `(P,)` of a loss where parameters are changed by so much, by name."""
     lin = record_loss(model, loss, x, y, "hessian", shift=shift, **options).lin
@@ -295,7 +295,7 @@ def _spot_check(operator: LinearizedMap, found: Recording, gradient: Callable[[d
 @eager
 @made_from("x", "y")
 def ggn(
-    model: Model,
+    model: AnyModel,
     loss: Loss,
     x: Any,
     y: Any,
@@ -306,7 +306,7 @@ def ggn(
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
     Args:
-        model: A module, differentiated as it stands.
+        model: As in `hessian`.
         loss: `loss(output, y)`, one number, twice differentiable in the output.
         x: The model's input, as in `jacobian`.
         y: The target.
@@ -334,7 +334,7 @@ def ggn(
 
 
 def make_ggn(
-    model: Model, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
+    model: AnyModel, loss: Loss, x: Any, y: Any, call: str, *, kept: bool, **options: Unpack[GraphOptions]
 ) -> Operator:
     """Return the generalised Gauss-Newton matrix, `kept` where the caller may write into the weights before its use."""
     create_graph = options.pop("create_graph", False)

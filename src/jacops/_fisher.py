@@ -21,7 +21,7 @@ from ._operators import LinearizedMap, Operator, Scaled
 from ._operators._computed import Computed, detached, with_computed
 from ._operators._finite_results import made_from
 from ._operators._naming import named
-from ._options import CurvatureCallOptions, Model, OperatorOptions
+from ._options import AnyModel, CurvatureCallOptions, OperatorOptions
 from ._per_sample import sample_gradients
 from ._recorded_loss import Loss, located
 from ._requirements import check_choice, check_positive, check_whole
@@ -40,7 +40,7 @@ _WEIGHTS = ("weight", "pos_weight")
 @eager
 @made_from("x", "y")
 def fisher(
-    model: Model,
+    model: AnyModel,
     loss: Loss,
     x: Any,
     y: Any = None,
@@ -72,7 +72,7 @@ def fisher(
     multiple. A loss that is none counts one term a row in `"empirical"`, one for all if `loss.reduction` is `"sum"`.
 
     Args:
-        model: A module, or a `JaxFunction`, whose losses are compared so.
+        model: A module, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`, whose losses are compared so.
         loss: `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, their functional forms, or a loss that
             computes the same; any loss of one number for `"empirical"`.
         x: The model's input, as in `jacobian`.
@@ -113,7 +113,8 @@ def fisher(
             needed = "gradients of samples are by the parameters"
             raise InputError.of("kind", "'empirical' with `wrt='inputs'` or `at=`", needed, "Take another kind.")
         rows: OperatorOptions = {k: v for k, v in asked.items() if k != "at"}  # pyright: ignore[reportAssignmentType]
-        made = empirical_fisher(model, losses, y, lambda: sample_gradients(model, losses.scalar, x, y, **rows), record)
+        given: Any = model  # a function is refused there
+        made = empirical_fisher(model, losses, y, lambda: sample_gradients(given, losses.scalar, x, y, **rows), record)
     else:
         made = fisher_at(model, losses, y, kind, samples, Draws(seed, first), record)
     return named(made, "fisher" if kind == "exact" else f"{kind}_fisher")

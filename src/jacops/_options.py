@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from ._trees import Selector
 from ._words import Checks, Fallback, Mode, Randomness, Sweeps, Wrt
 
 Model = nn.Module | FrameworkModel
+AnyModel = Model | Callable[..., Any]
+"""A model, or a function `f(x)`, which is differentiated by its inputs."""
 
 
 class JacobianOptions(TypedDict, total=False):

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._data import Batch, Batches, Unpack
 from ._display import Described, Description
@@ -23,6 +23,7 @@ from ._passes import FISHERS, BatchPasses
 from ._picks import Picks
 from ._requirements import check_choice, check_range
 from ._space import Space
+from ._torch.protocol import bare
 from ._trees import Selector
 from ._words import Curvature, FisherKind, Randomness, Reduction
 from .errors import DataError, InputError, InputTypeError, ModelStateError
@@ -364,8 +365,8 @@ def _objective(model: Any, loss: Any, options: ObjectiveOptions) -> Objective:
     if isinstance(own, Objective):
         given: Any = {name: value for name, value in options.items() if value not in (None, "error")}
         return own.changed(loss=loss, **given) if loss is not None or given else own
-    if not isinstance(model, nn.Module) and not is_framework_model(model):
-        raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed")
+    if not is_framework_model(model):
+        bare(model)  # refuses what is no module
     if loss is None:
         raise InputTypeError.of("loss", "left out", "a callable `loss(output, y)` is needed with a module")
     return Objective(model, loss, **options)

@@ -83,7 +83,7 @@ def check_usable(lin: Linearization, what: str = "", todo: str = "") -> None:
         )
 
 
-def record_loss(model: nn.Module, loss: Loss, x: Any, y: Any, call: str, **options: Unpack[LossOptions]) -> Recording:
+def record_loss(model: Any, loss: Loss, x: Any, y: Any, call: str, **options: Unpack[LossOptions]) -> Recording:
     """Record the loss of one batch by the parameters that are asked for.
 
     Raises:

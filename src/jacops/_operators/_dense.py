@@ -55,7 +55,7 @@ class DenseAsk:
         self.call = call or f"{operator.name}.dense"
         formed = operator.formed
         lin = operator.by_samples
-        self.whole = WholeAsk(lin, free=free, routes={}) if lin is not None and is_plain(lin) else None
+        self.whole = WholeAsk(lin, free=free, noted={}) if lin is not None and is_plain(lin) else None
         known = self.whole or formed
         self.verdicts = Proofs("never") if known is None else known.verdicts
         self.routes: dict[str, str] = {} if known is None else known.routes

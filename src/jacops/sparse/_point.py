@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._picks import Variable, differentiated
 from .._recorded_loss import check_usable
@@ -91,7 +91,7 @@ def _lie_widths(tensor: Tensor, tangent: bool) -> tuple[int, int]:
 
 @restoring
 def record_point(
-    model: nn.Module,
+    model: Any,
     inputs: Any,
     call: str,
     by: Variable,
@@ -103,7 +103,7 @@ def record_point(
     """Record a model with its selections lifted where that is sound.
 
     Args:
-        model: A module.
+        model: A module, or a function that is differentiated by its inputs.
         inputs: Its input.
         call: The public call on whose behalf this is done.
         by: What to differentiate by.

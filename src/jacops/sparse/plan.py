@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +92,13 @@ class SparsePlan(Described):
 
     @shows_progress()
     def evaluate(
-        self, model: nn.Module, inputs: Any, *, certify: int = 1, layout: Layout = "scipy", progress: bool | None = None
+        self,
+        model: nn.Module | Callable[..., Any],
+        inputs: Any,
+        *,
+        certify: int = 1,
+        layout: Layout = "scipy",
+        progress: bool | None = None,
     ) -> SparseJacobian:
         """Return the sparse Jacobian and the output at the model's present parameters and these inputs.
 
@@ -120,7 +127,7 @@ class SparsePlan(Described):
         return self._evaluated(model, inputs, certify, layout, None)
 
     def _evaluated(
-        self, model: nn.Module, inputs: Any, certify: int, layout: Layout, importance: Floats | None
+        self, model: Any, inputs: Any, certify: int, layout: Layout, importance: Floats | None
     ) -> SparseJacobian:
         """Evaluate as above; `importance` is what the caller multiplies the rows with."""
         check_choice("layout", layout, Layout)
@@ -136,7 +143,7 @@ class SparsePlan(Described):
             return self._evaluated(model, inputs, certify, layout, importance)
         return found
 
-    def recorded(self, model: nn.Module, inputs: Any, call: str) -> RecordedPoint:
+    def recorded(self, model: Any, inputs: Any, call: str) -> RecordedPoint:
         """Return a point to evaluate at."""
         lift = bool(self._scheme.structure)
         return record_point(model, inputs, call, self._options["by"], self._options["outputs"], lift=lift)
@@ -262,7 +269,7 @@ def _learn(compression: Compression, found: Compressed, plain_probe: Verdict, im
 @keywords()
 @shows_progress("operations")
 def sparse_plan(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     inputs: Any,
     *,
     wrt: Wrt = "parameters",
@@ -281,7 +288,7 @@ def sparse_plan(
     is differentiated by do not count as zeros; those of buffers and frozen weights do.
 
     Args:
-        model: A module.
+        model: A module, or with `wrt="inputs"` a function `f(x)`.
         inputs: Its input, as in `jacobian`.
         wrt: `"parameters"` or `"inputs"`.
         parameters: Which parameters, as in `jacobian`.
@@ -315,7 +322,7 @@ def sparse_plan(
     )
 
 
-def detected(model: nn.Module, inputs: Any, options: dict[str, Any], lift: bool = True) -> SparsePlan:
+def detected(model: Any, inputs: Any, options: dict[str, Any], lift: bool = True) -> SparsePlan:
     """Return a plan whose pattern is detected.
 
     Args:
@@ -360,7 +367,7 @@ def _check_padding(matrix: Csr, column_of: Array, width: int, point: RecordedPoi
         )
 
 
-def _from_declared(model: nn.Module, inputs: Any, pattern: Any, options: dict[str, Any]) -> SparsePlan:
+def _from_declared(model: Any, inputs: Any, pattern: Any, options: dict[str, Any]) -> SparsePlan:
     point = record_point(model, inputs, "sparse_plan", options["by"], options["outputs"], lift=False)
     final, width = point.widths(options["tangent"])
     shape = (point.recording.lin.codomain.dim, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from .._recorded_loss import check_usable
 from .._runtime.contexts import private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
-from .._torch.protocol import Linearization, bare, by_digits, record_model
+from .._torch.protocol import Linearization, by_digits, record_model
 from .._trees import Selector
 from ..errors import InputError
 from ._taint import Outside
@@ -47,7 +48,12 @@ class Separation:
 @keywords()
 @restoring
 def samples_independent(
-    model: nn.Module, x: Any, *, outputs: Selector = None, training: bool | None = None, strict: bool = False
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    *,
+    outputs: Selector = None,
+    training: bool | None = None,
+    strict: bool = False,
 ) -> Separation:
     """Say whether sample i of the output depends on sample i of the input alone, by the recorded graph.
 
@@ -62,7 +68,7 @@ def samples_independent(
     a detached batch statistic does to values: compare outputs alone with outputs in the batch for that.
 
     Args:
-        model: A module.
+        model: A module, or a function `f(x)`.
         x: Samples along the first axis; a tuple is positional arguments, a mapping keywords.
         outputs: Part of the output, as in `jacobian`.
         training: A mode for all modules, None for their own.
@@ -82,9 +88,7 @@ def samples_independent(
         (0, 1)
     """
     with Outside() as taint:
-        found = record_model(
-            bare(model), x, call="samples_independent", parameters=None, outputs=outputs, training=training
-        )
+        found = record_model(model, x, call="samples_independent", parameters=None, outputs=outputs, training=training)
     lin = found.lin
     check_usable(lin)
     if taint.read_out:

@@ -55,7 +55,7 @@ def bare(model: Any) -> nn.Module:
         came = f"the class {model.__name__}"
         raise InputTypeError.of("model", came, "a module is needed", f"Did you mean {model.__name__}()?")
     if not isinstance(model, nn.Module):
-        todo = "Write `jacops.Function(f, params)` for a function `f(params, x)`." if callable(model) else ""
+        todo = _FUNCTIONS if callable(model) else ""
         raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed", todo)
     kind = type(model).__name__
     if kind in ("DataParallel", "DistributedDataParallel"):
@@ -65,6 +65,34 @@ def bare(model: Any) -> nn.Module:
     if kind == "FullyShardedDataParallel" or kind.startswith("FSDP"):
         raise _spread(kind)
     return model
+
+
+_FUNCTIONS = (
+    "Write `jacops.Function(f, params)` for a function `f(params, x)`; a plain `f(x)` is differentiated by its inputs, "
+    "with `wrt='inputs'` where a call has that."
+)
+
+
+class PlainFunction(nn.Module):
+    """A function `f(x)` as a model without parameters.
+
+    Args:
+        function: Any callable.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what it returns."""
+        return self.function(*args, **kwargs)
+
+
+def by_inputs(model: Any) -> nn.Module:
+    """Return the module that is differentiated by its inputs: `bare`, or a plain function as one."""
+    plain = callable(model) and not isinstance(model, type | nn.Module)
+    return PlainFunction(model) if plain else bare(model)
 
 
 def _spread(kind: str) -> ModelStateError:

@@ -52,7 +52,7 @@ class WholeAsk:
         free: Bytes of tensors that may be alive beside the result and the graph, where the caller counts all others;
             infinite where nobody counts.
         into: Where to write blocks, if they have places already; not with `create_graph`.
-        routes: Where it is noted how the result was computed; by default with what was recorded.
+        noted: Where it is noted how the result was computed; by default with what was recorded.
     """
 
     lin: Linearization
@@ -64,7 +64,7 @@ class WholeAsk:
     chunk_size: int | None = None
     free: float | None = None
     into: Blocks | None = None
-    routes: dict[str, str] | None = None
+    noted: dict[str, str] | None = None
     question: str = field(default="whole", init=False)
     argument: str = field(default="strategy=", init=False)
 
@@ -72,7 +72,7 @@ class WholeAsk:
         self.startup = startup_bytes(self.lin.domain.device)  # now: looking for layers takes a derivative already
         self.call, self.fallback = self.lin.call, self.lin.fallback
         self.shape = self.lin.domain.names
-        self.routes = self.lin.routes if self.routes is None else self.routes
+        self.routes = self.lin.routes if self.noted is None else self.noted
         self.asked = "forward" if self.columns else None
         self._kept: dict[str, Any] = {}
 

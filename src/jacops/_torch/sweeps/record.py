@@ -19,7 +19,7 @@ from ..._trees import Selector, Tree, flatten, output_leaves, select
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
 from ..model.inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
-from ..model.replica import Replica, bare, check_state, parameter_names, replicate
+from ..model.replica import PlainFunction, Replica, bare, by_inputs, check_state, parameter_names, replicate
 from .graph import reaches
 from .linearization import Linearization
 from .proofs import KeptProofs, ProofStore, identity_key, store_for
@@ -74,7 +74,7 @@ def record_closure(
 
 def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
     """Return a key under which proofs about a model hold: its modules, modes and shapes, and the inputs'."""
-    modules = list(model.modules())
+    modules = [] if isinstance(model, PlainFunction) else list(model.modules())
     parts = [
         (id(m), type(m), getattr(m, "training", False), len(m._forward_hooks), len(m._forward_pre_hooks))
         for m in modules
@@ -185,7 +185,12 @@ class ModelRun:
     @cached_property
     def module(self) -> nn.Module:
         """The module itself, without what wraps it."""
-        return bare(self.model)
+        return by_inputs(self.model) if self.parameters is None else bare(self.model)
+
+    @property
+    def owner(self) -> Any:
+        """What proofs are kept with: a function itself, not the module that stands for it in this run."""
+        return self.module.function if isinstance(self.module, PlainFunction) else self.module
 
     @cached_property
     def weights(self) -> Weights | None:
@@ -216,7 +221,7 @@ class ModelRun:
         key = setting(module, tensors, "whole", self.training, self.at, *asked)
         weights = self.weights
         copies = {} if weights is None else weights.copies(module)
-        store = store_for(module, key, self.checks, _rows(tensors))
+        store = store_for(self.owner, key, self.checks, _rows(tensors))
         found = watched(store, partial(self._record, copies), [*module.parameters(), *copies.values()])
         if weights is not None:
             found.lin.proofs = KeptProofs(found.lin.proofs, lambda: weights.changed_in(module) is None)
