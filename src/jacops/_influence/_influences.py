@@ -162,7 +162,7 @@ def compute_influences(
         elif influence_type == "token":
             tile = on_finite_rows(lambda factors: token_influences(run.problem, asked, factors), x)
         elif influence_type == "up":
-            tile = on_finite_rows(run.problem.sample_gradients(asked).apply, x)
+            tile = on_finite_rows(lambda factors: _met(run, asked, factors), x)
         else:
             tile = on_finite_rows(lambda factors: _perturbations(run.problem, asked, factors), x)
         tiles.append(tile)
@@ -221,6 +221,11 @@ def self_influences(
 def _other(data: Any, name: str, training_data: Any, train: Batches) -> Batches:
     """Return data as batches; the training data are read as such."""
     return train if data is training_data else Batches.of(data, name, train.unpack)
+
+
+def _met(run: InfluenceRun, data: Batches, factors: Tensor) -> Tensor:
+    """Return influences tile by tile, as a stored run has them, in one pass over the samples."""
+    return torch.cat(run.problem.sample_gradients(data).apply_each(factors.split(run.step)))
 
 
 def _own(run: InfluenceRun, rows: Tensor) -> Tensor:

@@ -145,9 +145,8 @@ def _known(kept: StoredRun) -> Damping | None:
 
 def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) -> None:
     """Write the influences of some tiles, whose solutions meet the gradients of all samples in one pass."""
-    parts = [torch.from_numpy(kept.tile("factors", (number, 0))) for number in tiles]
-    found = run.problem.sample_gradients(asked).apply(torch.cat(parts).to(run.problem.space.device))
-    for number, tile in zip(tiles, found.split([len(part) for part in parts]), strict=True):
+    parts = [torch.from_numpy(kept.tile("factors", (number, 0))).to(run.problem.space.device) for number in tiles]
+    for number, tile in zip(tiles, run.problem.sample_gradients(asked).apply_each(parts), strict=True):
         kept.write("influences", (number, 0), tile)
 
 

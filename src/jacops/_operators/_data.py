@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
@@ -16,6 +16,7 @@ from .._runtime.restoring import restoring
 from .._space import Space
 from ._base import Operator
 from ._dense import DenseAsk
+from ._finite_results import check_result
 from ._held import Held
 from ._kinds import Composite, OnSpace
 from ._noise import Moments
@@ -123,13 +124,23 @@ class StackOver(Operator):
         return self.rows
 
     def _apply(self, rows: Tensor) -> Tensor:
-        result = rows.new_empty(rows.shape[0], self.rows.dim)
+        return self._apply_each([rows])[0]
+
+    def apply_each(self, tiles: Sequence[Tensor]) -> list[Tensor]:
+        """Return what `apply` gives for each tile of vectors `(k, P)`, to the last bit, in one pass over the data."""
+        for rows in tiles:
+            self.domain.check_rows("v", rows)
+        return [check_result(self, found, "a product") for found in self._apply_each(tiles)]
+
+    def _apply_each(self, tiles: Sequence[Tensor]) -> list[Tensor]:
+        results = [rows.new_empty(rows.shape[0], self.rows.dim) for rows in tiles]
         start = 0
         for factor, part in self.parts():
             stop = start + part.shape[0]
-            result[:, start:stop] = factor * part._apply(rows)
+            for rows, result in zip(tiles, results, strict=True):
+                result[:, start:stop] = factor * part._apply(rows)
             start = stop
-        return result
+        return results
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         total = rows.new_zeros(rows.shape[0], self.space.dim)
