@@ -25,6 +25,7 @@ FisherSource = Literal["auto", "exact", "monte_carlo", "empirical"]
 FactorKind = Literal["ggn", "exact", "monte_carlo", "empirical"]
 FactorBias = Literal["joint", "separate"]
 Sharing = Literal["expand", "reduce"]
+IndexCurvature = Literal["empirical_fisher", "monte_carlo_fisher", "ggn"]
 Reduction = Literal["mean", "sum"]
 InfluenceType = Literal["up", "perturbation", "token"]
 
