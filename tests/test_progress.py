@@ -119,6 +119,10 @@ LONG: dict[str, Callable[..., Any]] = {
     "eigenpairs": lambda **o: jacops.linalg.eigenpairs(problem().ggn(), 2, **o),
     "spectral_density": lambda **o: jacops.linalg.spectral_density(problem().ggn(), probes=2, **o),
     "compute_influences": lambda **o: jacops.compute_influences(wrapped(), DATA, curvature="ggn", damping=0.1, **o),
+    "top_influences": lambda **o: jacops.influence.top_influences(
+        wrapped(), DATA, 1, curvature="ggn", damping=0.1, **o
+    ),
+    "projected_index": lambda **o: jacops.influence.projected_index(wrapped(), DATA, **o).shares,
     "self_influences": lambda **o: jacops.self_influences(wrapped(), DATA, curvature="ggn", damping=0.1, **o),
     "input_hessian": lambda **o: jacops.input_hessian(small_net(), X, batch_size=4, **o),
     "levenberg_marquardt": lambda **o: jacops.levenberg_marquardt(

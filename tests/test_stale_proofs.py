@@ -566,11 +566,22 @@ CALLS: dict[str, tuple[Call, Call | None]] = {
         lambda c: jacops.compute_influence_factors(wrapped(c), pairs(c), pairs(c)[1:], curvature="ggn", damping=1e-2).x,
         None,
     ),
+    "projected_index": (
+        lambda c: jacops.influence.projected_index(wrapped(c), pairs(c), rank=2).influences(damping=1e-2).values,
+        None,
+    ),
     "Problem": (lambda c: torch.stack([problem(c).ggn().dense(), problem(c).hessian().dense()]), None),
 }
 
 # Public functions that take no model, or only operators and results of the calls above.
 OTHERS = {
+    "ensemble_influences",  # `compute_influences` of several models
+    "group_influences",  # by the solves and gradients of `compute_influences`
+    "grouped",  # of results
+    "layer_influences",
+    "ranked",  # of results
+    "top_influences",
+    "tracin",  # by the gradients of `projected_index`, of a copy for each state
     "check",  # compares a call with finite differences
     "detect_pattern",  # traced in each call
     "effective_dimension",
@@ -604,7 +615,7 @@ OTHERS = {
 
 
 def test_every_public_call_is_in_the_table() -> None:
-    spaces = (jacops, jacops.attribution, jacops.linalg, jacops.sparse, jacops.store)
+    spaces = (jacops, jacops.attribution, jacops.influence, jacops.linalg, jacops.sparse, jacops.store)
     names = [(space, name) for space in spaces for name in space.__all__]
     functions = {name for space, name in names if isinstance(getattr(space, name), types.FunctionType)}
     assert functions == (set(CALLS) | OTHERS) - {"Problem", "sparse"}  # `sparse.jacobian` goes by that name

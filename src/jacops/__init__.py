@@ -10,6 +10,7 @@ Inverses            solve, inverse; kronecker_factors; jacops.solvers
 Before and after    plan (memory and cost of a call), check (a model against finite differences)
 
 jacops.attribution  contributions and what goes with them: projection, jacobian_lens, logit_difference
+jacops.influence    the strongest alone, groups, layers; projected_index for many queries; tracin, ensembles
 jacops.linalg       operators, empirical_fisher; trace, norm, diagonal, eigenpairs, spectral_density of one
 jacops.solvers      CG, MINRES, Direct, EKFAC, Nystrom, Lanczos, LiSSA
 jacops.sparse       sparse Jacobians: detect_pattern, sparse_plan, jacobian
@@ -27,7 +28,7 @@ A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inp
 # isort: off
 import sys
 
-from . import attribution, charts, errors, fit, linalg, results, solvers, sparse, store, testing
+from . import attribution, charts, errors, fit, influence, linalg, results, solvers, sparse, store, testing
 from ._attribution import JacobianVerification, project_jacobian, reduce_contributions, verify_jacobian
 from ._checks import check
 from ._curvature_products import ggnvp, hvp
@@ -62,17 +63,28 @@ __all__ = [
     "ModelType", "Problem", "TensorType", "TensorUtilities", "TorchTensorUtilities", "TorchTwiceDifferentiable",
     "TwiceDifferentiable", "attribution", "batch_jvp", "batch_vjp", "charts", "check", "compute_influence_factors",
     "compute_influences", "compute_jacobian", "contributions", "directional_derivative", "errors", "fisher", "fit",
-    "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "input_hessian", "integrated_jacobian",
-    "inverse", "jacobian", "jvp", "kronecker_factors", "laplacian", "levenberg_marquardt", "linalg", "load",
-    "model_jvp", "model_vjp", "modjac", "plan", "project_jacobian", "reduce_contributions", "results",
+    "full_jacobian", "gauss_newton", "ggn", "ggnvp", "hessian", "hvp", "influence", "input_hessian",
+    "integrated_jacobian", "inverse", "jacobian", "jvp", "kronecker_factors", "laplacian", "levenberg_marquardt",
+    "linalg", "load", "model_jvp", "model_vjp", "modjac", "plan", "project_jacobian", "reduce_contributions", "results",
     "sample_gradients", "sample_jacobians", "self_influences", "solve", "solvers", "sparse", "sparse_plan", "store",
-    "testing", "verify_jacobian", "vjp",
+    "verify_jacobian", "vjp",
 ]
 # fmt: on
 # isort: on
 
 _check_namespaces(
-    sys.modules[__name__], attribution, charts, errors, fit, linalg, results, solvers, sparse, store, testing
+    sys.modules[__name__],
+    attribution,
+    charts,
+    errors,
+    fit,
+    influence,
+    linalg,
+    results,
+    solvers,
+    sparse,
+    store,
+    testing,
 )
 
 _OF_JAX = ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable")
@@ -86,7 +98,8 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     """Load what needs JAX (extra `jax`) when it is asked for; say where else a name is."""
     if name not in _OF_JAX:
-        homes = [home for home in (attribution, linalg, solvers, sparse, fit, results, errors) if name in home.__all__]
+        spaces = (attribution, influence, linalg, solvers, sparse, fit, results, errors)
+        homes = [home for home in spaces if name in home.__all__]
         hint = f"; it is {homes[0].__name__}.{name}" if homes else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     try:

@@ -152,6 +152,27 @@ def fisher_at(
     return with_computed(Scaled(rows.T @ rows, 1.0 / samples, partial(_moments, rows)), handed)
 
 
+def drawn_scores(model: Any, losses: RowLosses, y: Any, found: Any, draws: Draws) -> Tensor:
+    """Return the gradient of a batch's loss by the output, one tensor, for one drawn label of every target.
+
+    Args:
+        model: The model.
+        losses: Of the batch's rows.
+        y: Its target.
+        found: The model's recorded output.
+        draws: Where labels come from.
+
+    Raises:
+        InputError: The loss is no likelihood that is known, or weighted.
+    """
+    _refuse_weights(losses.loss, "monte_carlo")
+    output = _one_tensor(output_leaves(found.output, aside=True)[0]).detach()
+    likelihood = known_likelihood(losses, output, y) or likelihood_at(model, found, losses, y)
+    if likelihood is None:
+        raise _unknown(losses.loss, "monte_carlo")
+    return likelihood.draw(output, draws, 1)[0].view_as(output)
+
+
 def empirical_fisher(
     model: Any, losses: RowLosses, y: Any, gradients: Callable[[], Operator], record: Callable[[], Any]
 ) -> Operator:

@@ -125,13 +125,14 @@ class Objective:
         """Entries of all the model's parameters, differentiated or not."""
         return self.model.total if self.foreign else sum(p.numel() for p in self._named.values())
 
-    def changed(self, *, loss: Loss | None = None, **options: Unpack[ObjectiveOptions]) -> Objective:
-        """Return the objective with other options, or with another loss.
+    def changed(self, model: Any = None, loss: Loss | None = None, **options: Unpack[ObjectiveOptions]) -> Objective:
+        """Return the objective with other options, with another loss, or of another model.
 
         Raises:
             InputError: As for an objective.
         """
-        return Objective(self.model, loss or self.losses.loss, **(self._options | options))
+        model = self.model if model is None else model
+        return Objective(model, loss or self.losses.loss, **(self._options | options))
 
     def point(self) -> Tensor:
         """Return the parameters as they are, `(P,)`."""

@@ -5,6 +5,8 @@ from ._checks import Check
 from ._contributions import Contributions, JacobianVerification
 from ._features import FeatureNames
 from ._influence import InfluenceFactors, Influences, InverseHvpResult
+from ._influence._index import GradientIndex
+from ._influence._rankings import GroupedInfluences, LayerInfluences, RankedInfluences
 from ._lens import JacobianLens
 from ._planning import Plan, PlannedRoute
 from ._projections import Projection
@@ -16,9 +18,9 @@ from .sparse import SparseJacobian
 
 # fmt: off
 __all__ = [
-    "Check", "Contributions", "DiagonalEstimate", "Eigenpairs", "Estimate", "FeatureNames", "InfluenceFactors",
-    "Influences", "InverseHvpResult", "JacobianLens", "JacobianVerification", "KroneckerFactors", "LeastSquaresResult",
-    "Plan", "PlannedRoute", "Projection", "Solution", "SparseJacobian", "SpectralDensity", "SpectralNorm",
-    "TopFeatures",
+    "Check", "Contributions", "DiagonalEstimate", "Eigenpairs", "Estimate", "FeatureNames", "GradientIndex",
+    "GroupedInfluences", "InfluenceFactors", "Influences", "InverseHvpResult", "JacobianLens", "JacobianVerification",
+    "KroneckerFactors", "LayerInfluences", "LeastSquaresResult", "Plan", "PlannedRoute", "Projection",
+    "RankedInfluences", "Solution", "SparseJacobian", "SpectralDensity", "SpectralNorm", "TopFeatures",
 ]
 # fmt: on

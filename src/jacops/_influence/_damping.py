@@ -76,7 +76,16 @@ def settled(asked: float | AutoDamping, operator: Operator, solver: Solver) -> t
     else:
         found = spectral_norm(operator, tolerance=_TOLERANCE, max_steps=_STEPS, progress=False)
         norm, source = found.value, f"± {found.error:.1g}, by {found.products} products"
+    return relative(norm, source), solver
+
+
+def relative(norm: float, source: str) -> Damping:
+    """Return the damping of a curvature with this spectral norm.
+
+    Raises:
+        InputError: There is no curvature to be relative to.
+    """
     if not norm > 0:
         needed = "'auto' takes a share of its norm: the loss is linear in the output, or nothing depends on it"
         raise InputError.of("damping", "'auto' where the curvature is zero", needed, "Pass a number.")
-    return Damping(SHARE * norm, f"{RULE} ({norm:.4g}, {source})"), solver
+    return Damping(SHARE * norm, f"{RULE} ({norm:.4g}, {source})")

@@ -128,11 +128,22 @@ class Influences(ArrayLike, Savable, Described):
         Raises:
             InputError: There are fewer training samples, or these are perturbation influences.
         """
+        return self._ends(k, largest=True)
+
+    def bottom(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the `k` training samples of smallest influence for every test sample, `(values, indices)`.
+
+        Raises:
+            InputError: As in `top`.
+        """
+        return self._ends(k, largest=False)
+
+    def _ends(self, k: int, largest: bool) -> tuple[Tensor, Tensor]:
         if self.values.ndim != 2 or not 0 < k <= self.values.shape[1]:
             came = f"influences of shape {tuple(self.shape)} need 0 < k <= {self.values.shape[1]} and two axes"
             todo = "Take those of `per_sample()`." if self.influence_type == "token" else ""
             raise InputError.of("k", k, came, todo)
-        values, indices = self.values.topk(k, dim=1)
+        values, indices = self.values.topk(k, dim=1, largest=largest)
         return values, indices
 
     def to_pandas(self, top: int | None = None, *, test: Names = None, train: Names = None) -> pandas.DataFrame:

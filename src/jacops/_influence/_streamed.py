@@ -1,0 +1,262 @@
+"""Influences of which not the whole matrix is held, from passes over data, from results and from stored runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+
+from .._data import Batches
+from .._finite import on_finite_rows
+from .._keywords import keywords
+from .._operators import LayerFactors
+from .._progress import shows_progress, track
+from .._runtime.contexts import eager
+from .._words import Which
+from ..errors import InputError, InputTypeError
+from ..solvers import Solution
+from ._rankings import GroupedInfluences, LayerInfluences, RankedInfluences
+from ._result import Influences
+from ._run import InfluenceRun
+from ._selection import Block, Grouping, Strongest, cut, step_for
+from ._settings import InfluenceOptions, blocks_of, data_of, solved_by
+from ._stored import shares_of
+
+
+@keywords(InfluenceOptions)
+@eager
+@shows_progress()
+def top_influences(
+    model: Any,
+    training_data: Any,
+    k: int,
+    *,
+    which: Which = "largest",
+    test_data: Any = None,
+    input_data: Any = None,
+    **options: Unpack[InfluenceOptions],
+) -> RankedInfluences:
+    """Return the `k` training samples of strongest influence on every test sample.
+
+    They are those of `compute_influences`, of which only `k` a row and a block of 32 MiB or one batch are ever held.
+
+    Args:
+        model: As in `compute_influences`, as are all others that are not here.
+        training_data: As in `compute_influences`.
+        k: How many.
+        which: `"largest"` helped most, `"smallest"` hurt most, `"magnitude"` either.
+        test_data: A loader of batches; the training data where it is left out.
+        input_data: The samples to choose from; the training data where it is left out.
+        options: As in `compute_influences`: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=`,
+            `parameters=`, `reduction=`, `l2=`, `unpack=`, `randomness=`, `seed=`, `progress=`.
+
+    Raises:
+        InputError: There are fewer than `k` samples, or as in `compute_influences`.
+        JacopsError: As in `compute_influences`.
+
+    Example:
+        >>> import jacops
+        >>> wrapped = jacops.TorchTwiceDifferentiable(torch.nn.Linear(1, 1, bias=False), torch.nn.functional.mse_loss)
+        >>> data = [(torch.tensor([[1.0], [2.0], [3.0]]), torch.full((3, 1), 9.0))]
+        >>> values, indices = top_influences(wrapped, data, 2, damping=1.0)
+        >>> indices.shape
+        torch.Size([3, 2])
+    """
+    asked = _asked(model, training_data, test_data, input_data, options)
+    selection = Strongest((asked.test.rows, asked.data.rows), k, which)
+    known: list[Solution] = []
+    values, indices = selection.take(blocks_of(asked.run, asked.test, asked.data, known))
+    return RankedInfluences(values, indices, which, asked.data.rows, asked.run.described(known))
+
+
+@keywords(InfluenceOptions)
+@eager
+@shows_progress()
+def group_influences(
+    model: Any,
+    training_data: Any,
+    groups: Any,
+    *,
+    test_data: Any = None,
+    input_data: Any = None,
+    **options: Unpack[InfluenceOptions],
+) -> GroupedInfluences:
+    """Return influences added up over groups of training samples, such as classes, authors or sources.
+
+    To first order, leaving out a group does what leaving out its samples one by one adds up to (Koh, Ang, Teo and
+    Liang, 2019); `leave_group_out()` gives that. Only the sums and one batch's influences are held.
+
+    Args:
+        model: As in `compute_influences`, as are all others that are not here.
+        training_data: As in `compute_influences`.
+        groups: The group of each training sample, in order: whole numbers or strings.
+        test_data: As in `top_influences`.
+        input_data: As in `top_influences`; `groups` are then of these.
+        options: As in `top_influences`.
+
+    Raises:
+        InputError: There are more or fewer labels than samples, or as in `compute_influences`.
+        JacopsError: As in `compute_influences`.
+    """
+    asked = _asked(model, training_data, test_data, input_data, options)
+    grouping = Grouping(groups, asked.data.rows)
+    shares, known = shares_of(asked.run.problem, asked.data), list[Solution]()
+    blocks = blocks_of(asked.run, asked.test, asked.data, known)
+    values, weighted = grouping.sums(asked.test.rows, blocks, shares)
+    return GroupedInfluences(values, grouping.names, grouping.counts, weighted, asked.run.described(known))
+
+
+@keywords(InfluenceOptions)
+@eager
+@shows_progress()
+def layer_influences(
+    model: Any,
+    training_data: Any,
+    *,
+    test_data: Any = None,
+    input_data: Any = None,
+    **options: Unpack[InfluenceOptions],
+) -> LayerInfluences:
+    """Return influences split by the parameters that they go through, `(n_test, n_train, n_parameters)`.
+
+    The part of a parameter is the product of its entries of the solution with those of the training gradient: the
+    curvature couples all of them, and the parts add up to what `compute_influences` returns.
+
+    Args:
+        model: As in `compute_influences`, as are all others that are not here.
+        training_data: As in `compute_influences`.
+        test_data: As in `top_influences`.
+        input_data: As in `top_influences`.
+        options: As in `top_influences`.
+
+    Returns:
+        Values with the names of the parameters; `.by_module()` adds up those of a module.
+
+    Raises:
+        JacopsError: As in `compute_influences`.
+    """
+    asked = _asked(model, training_data, test_data, input_data, options)
+    names, known = list(asked.run.problem.space.names), list[Solution]()
+    values: Tensor | None = None
+    for rows, columns, block in blocks_of(asked.run, asked.test, asked.data, known, _by_parameter):
+        if values is None:
+            values = block.new_empty(asked.test.rows, asked.data.rows, len(names))
+        values[rows, columns] = block
+    return LayerInfluences(values if values is not None else torch.empty(0), names, asked.run.described(known))
+
+
+def _by_parameter(factors: LayerFactors, solutions: Tensor) -> Tensor:
+    """Return `(m, n, parameters)`."""
+
+    def apply(rows: Tensor) -> Tensor:
+        parts = zip(factors.parts, factors.domain.split(rows), strict=True)
+        return torch.stack([part.times(v.reshape(len(rows), *part.shape[2:])).flatten(1) for part, v in parts], 2)
+
+    return on_finite_rows(apply, solutions)
+
+
+class _Asked(NamedTuple):
+    run: InfluenceRun
+    test: Batches
+    data: Batches
+
+
+def _asked(model: Any, training_data: Any, test_data: Any, input_data: Any, options: InfluenceOptions) -> _Asked:
+    train = Batches.of(training_data, "training_data", options.get("unpack"))
+    test, data = data_of(test_data, "test_data", train), data_of(input_data, "input_data", train)
+    return _Asked(solved_by(model, train, options), test, data)
+
+
+# ---- from what was computed before -----------------------------------------------------------------------------------
+
+
+@keywords()
+@shows_progress()
+def ranked(scores: Any, k: int, *, which: Which = "largest", progress: bool | None = None) -> RankedInfluences:
+    """Return the `k` strongest training samples of every test sample, from scores that were computed before.
+
+    Args:
+        scores: An `Influences`, a matrix `(n_test, n_train)`, or the folder of a run that `compute_influences` stored,
+            which is read tile by tile.
+        k: How many.
+        which: As in `top_influences`.
+        progress: Force the progress bar on or off.
+
+    Raises:
+        InputTypeError: `scores` is none of these.
+        InputError: There are fewer than `k` columns, or not two axes.
+        StoreError: The stored run is not finished, or damaged.
+
+    Example:
+        >>> ranked(torch.tensor([[1.0, -5.0, 3.0]]), 2, which="magnitude").indices
+        tensor([[1, 2]])
+    """
+    source = _Source.of(scores, progress)
+    values, indices = Strongest(source.shape, k, which).take(source.blocks)
+    return RankedInfluences(values, indices, which, source.shape[1], source.info)
+
+
+@keywords()
+@shows_progress()
+def grouped(scores: Any, groups: Any, *, progress: bool | None = None) -> GroupedInfluences:
+    """Return scores that were computed before, added up over groups of training samples.
+
+    Args:
+        scores: As in `ranked`, with weights of training samples: no plain matrix.
+        groups: As in `group_influences`.
+        progress: Force the progress bar on or off.
+
+    Raises:
+        InputTypeError: `scores` is of another kind.
+        InputError: There are more or fewer labels than columns, or not two axes.
+        StoreError: The stored run is not finished, or damaged.
+    """
+    source = _Source.of(scores, progress)
+    if source.shares is None:
+        raise InputTypeError.of("scores", f"a {type(scores).__name__}", "an Influences or a stored run is needed")
+    grouping = Grouping(groups, source.shape[1])
+    values, weighted = grouping.sums(source.shape[0], source.blocks, source.shares)
+    return GroupedInfluences(values, grouping.names, grouping.counts, weighted, source.info)
+
+
+class _Source(NamedTuple):
+    """Scores that are there, block by block."""
+
+    shape: tuple[int, int]
+    blocks: Iterable[Block]
+    shares: Tensor | None
+    info: dict[str, Any]
+
+    @classmethod
+    def of(cls, scores: Any, progress: bool | None) -> _Source:
+        if isinstance(scores, str | os.PathLike):
+            return _of_store(scores, progress)
+        if not isinstance(scores, Tensor | Influences):
+            needed = "an Influences, a matrix, or the folder of a stored run is needed"
+            raise InputTypeError.of("scores", f"a {type(scores).__name__}", needed)
+        values = scores if isinstance(scores, Tensor) else scores.values
+        if values.ndim != 2:
+            todo = "Take those of `per_sample()`." if getattr(scores, "influence_type", "") == "token" else ""
+            raise InputError.of("scores", f"of shape {tuple(values.shape)}", "a row per test sample is needed", todo)
+        shares, info = (None, {}) if isinstance(scores, Tensor) else (scores.shares, scores.info)
+        shape = (values.shape[0], values.shape[1])
+        return cls(shape, cut(values, step_for(len(values), values.element_size())), shares, info)
+
+
+def _of_store(path: str | os.PathLike[str], progress: bool | None) -> _Source:
+    from ..store import Store
+
+    kept = Store.open(path)
+    if "influences" not in kept.arrays:
+        raise InputError.of("scores", f"{str(path)!r}", "a run that `compute_influences` stored is needed")
+    shares, grid = torch.from_numpy(kept.read("shares")), kept.arrays["influences"]  # reads finished runs alone
+
+    def blocks() -> Iterable[Block]:
+        for index in track(list(grid.indices()), "ranked", enabled=progress):
+            where: Any = grid.selection(index)
+            yield *where, torch.from_numpy(kept.tile("influences", index))
+
+    return _Source((grid.shape[0], grid.shape[1]), blocks(), shares, {})
