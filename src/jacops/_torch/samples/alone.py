@@ -40,6 +40,7 @@ class OneByOne:
         for i in range(ask.many):
             run = ask.runner.run([v[i : i + 1] for v in ask.values])
             row, shapes = ask.where.start + i, result.prepare(run, alone=True)
+            result.batches.append((1, run.lin.proofs, run.followed))
             parts = jacobian_blocks(run.lin, ask.runner.create_graph)
             for out, output in enumerate(run.lin.outputs):
                 result.output[out][row] = output.detach().reshape(shapes[out])

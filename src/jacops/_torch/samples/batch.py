@@ -105,9 +105,11 @@ class Samples:
         inputs: Which of the values are differentiated by.
         count: How many samples.
         beside: What the call holds beside Jacobians.
+        follows: Carry bias parts along with batches of which all is known.
     """
 
     beside = Beside()
+    follows = False
 
     def __init__(
         self,
@@ -238,7 +240,8 @@ class Samples:
         store = self.runner.store(values)
         known = reason or (ONE_SAMPLE if where.stop - where.start == 1 else None)
         strict = self.checks == "strict"
-        ask = BatchAsk(self.runner, result, where, values, mode, self.fallback, store, known, strict=strict)
+        runner = replace(self.runner, following=True) if self.follows else self.runner
+        ask = BatchAsk(runner, result, where, values, mode, self.fallback, store, known, strict=strict)
         if known is None and self.compile:
             return answer(GraphAsk(ask, lambda: self._filled(ask, reason)), COMPILED)
         return self._filled(ask, reason)
@@ -267,12 +270,13 @@ class Samples:
             # Equal rows prove nothing: they agree anyway.
             for proofs in (lin.proofs, swept.proofs):
                 proofs.remember(Fact.SAMPLES_APART, ask.many)
+        ask.result.batches.append((ask.many, lin.proofs, ask.run.followed if ask.run is not None else None))
         for out, tensor in enumerate(lin.outputs):
             ask.result.output[out][ask.where] = tensor.detach()
 
     def _record(self, ask: BatchAsk) -> None:
         """Record a batch, and note why its samples are taken one at a time, where that is known before any sweep."""
-        found = batched(lambda: self._run(ask.values, ask.store, ask.mode), ask.many)
+        found = batched(lambda: self._run(ask), ask.many)
         if isinstance(found, str):
             self.runner.run([v[:1] for v in self.values])  # where it fails alone too, that is the error to see
             ask.apart = found
@@ -285,11 +289,11 @@ class Samples:
         elif known is None and ask.apart != NOT_FINITE:
             ask.verdicts.refuse(Question.SAMPLES, RouteName.TOGETHER, ask.apart)
 
-    def _run(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> tuple[Run, Parts | None]:
+    def _run(self, ask: BatchAsk) -> tuple[Run, Parts | None]:
         """Record a batch, and runs of its parts to hold it against where what is known of its graph asks for it."""
-        many = values[0].shape[0]
+        values, store, many = ask.values, ask.store, ask.many
         if store.assumed is not None or self.checks == "never":
-            run = self._known_split(values, store, mode) or self.runner.run(values, store)
+            run = self._known_split(values, store, ask.mode) or ask.runner.run(values, store)
             proofs = run.lin.proofs
             if proofs.refusal(Question.SAMPLES, RouteName.TOGETHER) is not None or not proofs.needs(
                 Fact.SAMPLES_APART, many

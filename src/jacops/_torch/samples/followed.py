@@ -14,7 +14,7 @@ from ..._runtime.chunks import Chunks
 from ..._runtime.contexts import random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import WritesState
-from ..._trees import flatten, is_differentiable
+from ..._trees import is_differentiable
 from ...errors import ModelStateError
 from ..bias.completeness import FEW
 from ..bias.follow import Follow
@@ -42,11 +42,13 @@ class FollowedModel:
     runner: Runner
     batch_size: int
 
-    def parts(self, values: Sequence[Tensor]) -> BiasParts:
+    def parts(self, values: Sequence[Tensor], done: Sequence[FollowedRun] = (), slopes: bool = True) -> BiasParts:
         """Return the outputs for samples and their bias parts.
 
         Args:
             values: All tensors with a row per sample, as `Samples` has them.
+            done: Runs over all samples that were followed already, if there were some.
+            slopes: Slopes are compared.
 
         Raises:
             ModelStateError: The forward writes into tensors that are not its own.
@@ -54,7 +56,7 @@ class FollowedModel:
         count = values[0].shape[0]
         if not count:  # shapes are those of one sample
             return _without_rows(self.parts([v.new_zeros((1, *v.shape[1:])) for v in values]))
-        runs = self._runs(values, True, _lengths(values))
+        runs = done or self._runs(values, True, _lengths(values) if slopes else ())
         bias, moved = joined(runs, True)
         outputs = [torch.cat(parts) for parts in zip(*(run.outputs for run in runs), strict=True)]
         points = [torch.cat(parts) for parts in zip(*(run.points for run in runs), strict=True)]
@@ -96,7 +98,7 @@ class FollowedModel:
                 given, tree = runner.inputs_in(values), runner.input_tree
                 inside = cut is not None and cut.source is not None
                 copied = private_inputs(given, tree, fixed=inside)[0]
-                starts = [] if inside else list(filter(is_differentiable, tree.free(flatten(copied, "x")[0])))
+                starts = [] if inside else runner.starts(copied)
                 leaves = cut.leaves if cut is not None and inside else starts
                 follow = Follow(leaves, [] if cloned else weights, bias, lengths, seed)
                 follow.start(starts)

@@ -14,10 +14,14 @@ from ..._finite import check_outputs, require_finite
 from ..._runtime.memory import Budget, check_places, ensure_fits
 from ..._trees import Tree, flatten
 from ...errors import ModelStateError
+from ..bias.completeness import Errors
+from ..bias.homogeneous import FollowedRun
+from ..sweeps.proofs import Proofs
 from .runs import Run
 
 Shapes = list[tuple[int, ...]]
 
+SLOPES = "slopes"  # under which it is known how far they are from Jacobians
 ALONE = "one sample at a time"  # how a route begins where samples could not share sweeps
 SAMPLES_TODO = (
     "Pass fewer samples at a time, pick outputs with `outputs=`, write into a memmap with `out=`, use products "
@@ -43,6 +47,7 @@ class SampleJacobians:
         route: How it was computed and why; of the last batch, until all are done.
         followed: Most samples to a run beside, where the call has such runs.
         coarse: The coarsest dtype that the forward computed in, where it was watched.
+        batches: How many samples each batch had, the proofs of its graph, and what was carried along with it.
         graphs: Where graphs are kept, the blocks of some samples with theirs, by the first of these.
     """
 
@@ -59,6 +64,7 @@ class SampleJacobians:
     route: str = "reverse"
     followed: int = 1
     coarse: torch.dtype | None = None
+    batches: list[tuple[int, Proofs, FollowedRun | None]] = field(default_factory=list)
     graphs: dict[int, list[list[Tensor]]] = field(default_factory=dict)
     _tree: Tree | None = None
     _shapes: Shapes = field(default_factory=list)
@@ -78,6 +84,29 @@ class SampleJacobians:
         if self._tree is None:
             raise ModelStateError.of("model", "not evaluated", "at least one sample must run")
         return self._tree
+
+    def slope_error(self) -> float | None:
+        """Return how far slopes were from Jacobians where they were compared; None where they are to be compared."""
+        graphs = {id(proofs): proofs for _, proofs, _ in self.batches}.values()
+        if sum(rows for rows, *_ in self.batches) != self.count or any(proofs.needs(SLOPES) for proofs in graphs):
+            return None
+        errors = [proofs.known.get(SLOPES) for proofs in graphs if not proofs.spot_due(SLOPES)]
+        known = [error for error in errors if error is not None]
+        return max(known) if known and len(known) == len(graphs) else None
+
+    def keep_slopes(self, checks: Sequence[Errors]) -> float:
+        """Return how far slopes are from Jacobians, and remember it where rounding explains that."""
+        error = max(check.largest for check in checks)
+        for _, proofs, _ in self.batches if all(check.holds for check in checks) else ():
+            proofs.remember(SLOPES)
+            proofs.known[SLOPES] = error
+        return error
+
+    @property
+    def runs(self) -> list[FollowedRun]:
+        """What was carried along with all samples; nothing where some were not followed."""
+        found = [run for _, _, run in self.batches if run is not None]
+        return found if sum(len(run.points[0]) for run in found) == self.count else []
 
     def arranged(self, blocks: Sequence[Sequence[Any]] | None = None) -> Any:
         """Return the Jacobians in the structures of output and input, None at inputs that are not differentiated by.

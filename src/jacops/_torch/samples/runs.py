@@ -14,8 +14,10 @@ from torch.func import functional_call
 from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
-from ..._trees import Selector, Tree, output_leaves, select
+from ..._trees import Selector, Tree, flatten, is_differentiable, output_leaves, select
 from ...errors import ModelStateError, NotDifferentiableError
+from ..bias.follow import Follow
+from ..bias.homogeneous import FollowedRun
 from ..model.cut import At, Cut
 from ..model.freeze import FrozenModules
 from ..model.inputs import forward_explained, private_inputs, split_input
@@ -37,12 +39,14 @@ class Run:
         tree: The structure of the output.
         head: From the inputs to the layer that was cut, if one was.
         widths: Numbers per sample that each submodule gives, where they were noted.
+        followed: What was carried along with the forward, where it was followed.
     """
 
     lin: Linearization
     tree: Tree
     head: Linearization | None = None
     widths: dict[str, int | None] = field(default_factory=dict)
+    followed: FollowedRun | None = None
 
     @property
     def effects(self) -> SideEffects:
@@ -68,6 +72,7 @@ class Runner:
         target: One output per sample; its places are the last of the values that the model is run over.
         asked: What is asked of the model beside its samples, as a key; made outside of forwards that are watched.
         frozen: Modules that are frozen.
+        following: Carry bias parts along with forwards that are not watched, so that these need no run of their own.
     """
 
     model: Any
@@ -83,6 +88,7 @@ class Runner:
     target: SampleTarget | None = None
     asked: tuple[Hashable, ...] = ()
     frozen: FrozenModules | None = None
+    following: bool = False
 
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
@@ -205,8 +211,10 @@ class Runner:
         noted = nullcontext()
         if replica is not None and noting:
             noted = widths_noted(replica.module, values[0].shape[0], widths)
-        with noted:
+        follow = self._follow(cut, copied) if self.following and not noting else None
+        with noted, follow or nullcontext(), follow.functions if follow is not None else nullcontext():
             tensors, tree = self.called(copied, values, replica, cut, state)
+        followed = None if follow is None else FollowedRun.of(tensors, follow, [leaf for _, leaf in leaves])
         protected = [p for p in replica.originals.values() if p.requires_grad] if replica is not None else []
         head = None
         if path is not None and cut is not None:
@@ -214,7 +222,20 @@ class Runner:
         if cut is not None and cut.leaves:
             leaves = [(str(path or self.at), leaf) for leaf in cut.leaves]
         lin = self._linearized(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
-        return Run(lin, tree, head, widths)
+        return Run(lin, tree, head, widths, followed)
+
+    def _follow(self, cut: Cut | None, copied: Any) -> Follow | None:
+        """Return what carries bias parts along from a copy of the input; None where they start at a layer."""
+        if cut is not None and cut.source is not None:
+            return None
+        starts = self.starts(copied)
+        follow = Follow(starts, (), bias=True, lengths=(), seed=0)
+        follow.start(starts)
+        return follow
+
+    def starts(self, copied: Any) -> list[Tensor]:
+        """Return the tensors with derivatives in a private copy of the input, which a model is followed from."""
+        return list(filter(is_differentiable, self.input_tree.free(flatten(copied, "x")[0])))
 
     def cut(self, replica: Replica | None, path: str | None = None, checked: bool = False) -> Cut | None:
         """Return where a replica's forward is cut, at `path` if there is one; None for a plain function.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -100,7 +100,8 @@ class Proofs:
         self._proved: Bounded[bool] = Bounded(_CLAIMS)
         self._refused: dict[tuple[str, str], _Refused] = {}
         self._rests_on: list[NeutralEntries] | None = None
-        self._age = self._relied = 0
+        self._age = 0
+        self._relied: Counter[str] = Counter()
 
     def renew(self) -> None:
         """Begin a recording: forget all if what proofs rest on has changed."""
@@ -150,10 +151,14 @@ class Proofs:
 
     # ---- checks of single samples ------------------------------------------------------------------------------
 
-    def spot_due(self) -> bool:
-        """Say whether a sample is to be checked alone: once in some recordings, so that routes are reproducible."""
-        self._relied += 1
-        return self.checks == "first" and self._relied % _SPOT_EVERY == 0
+    def spot_due(self, what: str = "samples") -> bool:
+        """Say whether a sample is to be checked alone: once in some recordings, so that routes are reproducible.
+
+        Args:
+            what: Is checked; each is counted by itself.
+        """
+        self._relied[what] += 1
+        return self.checks == "first" and self._relied[what] % _SPOT_EVERY == 0
 
     def pick(self, many: int) -> int:
         """Return a sample to check, another one each time."""
@@ -188,9 +193,9 @@ class KeptProofs(Proofs):
         """Say whether `route` still has to be checked."""
         return self.checks in ("always", "strict") or (self.checks == "first" and route not in self._holds)
 
-    def spot_due(self) -> bool:
+    def spot_due(self, what: str = "samples") -> bool:
         """Say whether a sample is to be checked alone, counting all recordings of the graph."""
-        return self._shared.spot_due()
+        return self._shared.spot_due(what)
 
     def remember(self, *route: Hashable) -> None:
         """Note that `route` was right."""
