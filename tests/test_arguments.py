@@ -159,6 +159,11 @@ def test_a_misspelt_word_gets_the_nearest_one() -> None:
         jacops.linalg.eigenpairs(identity, 1, "xyz")  # pyright: ignore[reportArgumentType]
 
 
+def test_a_tensor_in_place_of_a_word_is_named_by_its_shape() -> None:
+    with pytest.raises(InputError, match=r"^`wrt` is a tensor \(2, 3\), but one of 'parameters'"):
+        jacops.jacobian(torch.nn.Linear(3, 1), {}, torch.ones(2, 3))  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("home", ["linalg", "solvers", "fit", "results", "errors"])
 def test_a_name_of_a_namespace_is_found_from_the_package(home: str) -> None:
     for name in getattr(jacops, home).__all__:

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any, get_args
 
+from torch import Tensor
+
 from .errors import InputError, InputTypeError
 
 
@@ -74,7 +76,8 @@ def check_choice(name: str, value: Any, known: Any, more: str = "") -> Any:
         near = get_close_matches(value.lower(), words, 1) if isinstance(value, str) else []
         todo = f"Did you mean {near[0]!r}?" if near else ""
         needed = f"{needed} is needed{more}" if remark else f"{needed}{more} is needed"
-        raise InputError.of(name, repr(value), needed, todo)
+        came = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise InputError.of(name, came, needed, todo)
     return value
 
 
