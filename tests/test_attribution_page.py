@@ -85,6 +85,14 @@ def test_hostile_names_are_text() -> None:
     page.encode("utf-8")
 
 
+def test_places_are_names_and_verification_has_a_heading() -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), NET)
+    page = jacops.contributions(net, draw(3, 1, 2, 2)).to_html(output=0)
+    assert "Verification" in texts(page)
+    assert "<td>0, 1, 1</td>" in page  # to the left, as names are
+    refused(InputError, lambda: jacops.contributions(net, draw(0, 1, 2, 2)).to_html(), "to_html", "no samples")
+
+
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     found: Any = by_hand(draw(2, 2, 3))
     refused(InputError, lambda: found.to_html(k=0), "`k`")

@@ -16,6 +16,13 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
+# Packages that the extras do not bring stand in a list beside the page; such pages load and train for longer.
+RUNS = [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.with_suffix(".txt").exists() else [])
+    for page in RECIPES
+]
+
+
 SNIPPETS = {f"{page.name}-{number}": code for page in PAGES for number, code in enumerate(snippets(page))}
 
 
@@ -32,7 +39,7 @@ def test_the_snippet_runs(name: str) -> None:
     exec(compile(SNIPPETS[name], name, "exec"), {})
 
 
-@pytest.mark.parametrize("page", RECIPES, ids=[page.stem for page in RECIPES])
+@pytest.mark.parametrize("page", RUNS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of packages that are met here
 def test_the_recipe_runs(page: Path) -> None:
     code = "\n".join(snippets(page))

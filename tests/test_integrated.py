@@ -264,6 +264,20 @@ def test_a_norm_at_the_input_makes_the_path_stand_still_but_for_its_beginning() 
 # Steps
 
 
+@pytest.mark.parametrize("output", range(3))
+def test_one_output_alone_is_as_exact_as_among_others(output: int) -> None:
+    # Two kinks of opposite sign between two nodes: the lines through these meet beyond both, on the function.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.LeakyReLU(0.1), nn.Linear(16, 3)).double()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    alone = integrated_jacobian(net, x, outputs=[output]).values[:, 0]
+    torch.testing.assert_close(alone, integrated_jacobian(net, x).values[:, output], atol=1e-7, rtol=0)
+    points = (torch.arange(20_000, dtype=torch.float64)[:, None, None] + 0.5) / 20_000 * x
+    points.requires_grad_()
+    (slopes,) = torch.autograd.grad(net(points)[..., output].sum(), points)
+    assert (alone - slopes.mean(0) * x).abs().max() < 1e-5  # 1.4e-3 where two kinks pass for one
+
+
 def test_smooth_models_take_few_steps_and_kinks_no_more_than_there_are() -> None:
     assert integrated_jacobian(mlp(4, 8, 3), draw(5, 4)).steps == 8
     for units in (4, 16, 64):

@@ -10,6 +10,7 @@ from ._attribution_plot import BY_AXES, DrawnContributions
 from ._attribution_tables import FlatContributions, OutputPlace
 from ._requirements import check_positive
 from ._words import ContributionFigure
+from .errors import InputError
 
 if TYPE_CHECKING:
     from ._extras.report import Report
@@ -73,6 +74,8 @@ class PagedContributions(DrawnContributions):
         check_positive("k", k)
         place = flat.place(output)
         n, out, many = flat.values.shape
+        if not n:
+            raise InputError.of("to_html", "asked of no samples", "at least one is needed")
         lead = f"{_counted(n, 'sample')}, {_counted(out, 'output')}, {_counted(many, 'feature')}"
         report = Report(title, f"What each feature adds to each output, in the units of the output: {lead}.")
         self._add_checks(report)
@@ -90,11 +93,12 @@ class PagedContributions(DrawnContributions):
         return report.html()
 
     def _add_checks(self, report: Report) -> None:
+        report.section("Verification")
         seen = self.verification
         error = f"largest error {seen.max_error:.1e}, {seen.relative_error:.1e} of the largest output"
         lines = {"output = sum of the contributions + bias": error}
         if self.slope_error is not None:
-            lines["slopes of the output"] = f"as the Jacobian says up to {self.slope_error:.1e}"
+            lines["slopes of the output"] = slopes_in_words(self.slope_error)
         report.certificate({**lines, **{f"note {k + 1}": note for k, note in enumerate(self.notes)}})
 
     def _add_features(self, report: Report, flat: FlatContributions, place: int, k: int) -> None:
@@ -104,7 +108,7 @@ class PagedContributions(DrawnContributions):
         if flat.names.groups:
             tops.insert(0, (self.grouped().top(len(flat.names.groups), output=index), "group"))
         first = tops[-1][0]
-        most = ", ".join(f"{name} ({share:.1%})" for name, share in zip(first.features[:3], first.shares, strict=False))
+        most = "; ".join(f"{name} ({share:.1%})" for name, share in zip(first.features[:3], first.shares, strict=False))
         report.section(word[0].upper() + word[1:], f"The largest contributions are those of {most}.")
         for top, what in tops:
             numbers = (
@@ -126,6 +130,11 @@ class PagedContributions(DrawnContributions):
             kind = "waterfall" if kind == "bars" else kind
         figure = self.plot(sample, **{**how, "kind": kind})
         report.figure(figure, f"Sample {sample}. {_READ.get(kind, '')}".strip())
+
+
+def slopes_in_words(error: float) -> str:
+    """Return how well the Jacobian is the slope of the output; an error of 0 is one that rounding can hide."""
+    return f"as the Jacobian says {f'up to {error:.1e}' if error else 'to rounding'}"
 
 
 def _counted(many: int, what: str) -> str:

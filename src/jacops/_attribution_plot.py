@@ -208,7 +208,7 @@ def _image(of: _Drawn, grid: _Grid, ax: Axes | None) -> Any:
     values = grid.values(of.flat, of.sample)[place]
     channels = values.ndim == 3
     drawn, (panel,) = canvas(ax, (5.4, 4.0))
-    label = _label(of.flat, place) + (", channels summed" if channels else "")
+    label = _label(of.flat, place) + (", channels summed" if channels and len(values) > 1 else "")
     heat_map(panel, values.sum(0) if channels else values, label, square=True)
     for axis, names, size in zip("yx", grid.axes[-2:], grid.shape[-2:], strict=True):
         places(panel, axis, names, size)

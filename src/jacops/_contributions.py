@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._attribution_page import PagedContributions
+from ._attribution_page import PagedContributions, slopes_in_words
 from ._display import Described, Description, Table, listed
 from ._features import FeatureNames
 from ._interop import ArrayLike
@@ -166,7 +166,7 @@ class Contributions(ArrayLike, Savable, PagedContributions):
         return self._described_one() if isinstance(self.output, Tensor) else self._described_all(each)
 
     def _facts(self) -> list[tuple[str, str]]:
-        slopes = [] if self.slope_error is None else [("slopes", f"as the Jacobian says up to {self.slope_error:.1e}")]
+        slopes = [] if self.slope_error is None else [("slopes", slopes_in_words(self.slope_error))]
         method = [] if self.method == "exact" else [("method", self.method)]
         return [*method, *slopes, *(("note", note) for note in self.notes)]
 

@@ -100,9 +100,11 @@ def swarm(ax: Axes, names: Sequence[str], values: Numbers) -> None:
     """
     _rows(ax, names)
     for row, points in enumerate(values):
-        order = np.argsort(points, kind="stable")
         low, high = float(points.min()), float(points.max())
-        cell = np.floor((points[order] - low) / ((high - low) or 1) * _BINS)
+        cell = np.floor((points - low) / ((high - low) or 1) * _BINS)
+        # By value within a bin, points would stand in arrows that mean nothing.
+        order = np.lexsort((np.random.default_rng(0).random(len(points)), cell))
+        cell = cell[order]
         number = np.arange(len(points)) - np.searchsorted(cell, cell)  # within the bin
         side = (number + 1) // 2 * np.where(number % 2, 1, -1)  # 0, 1, -1, 2, -2, …
         room = max(1.0, float(np.abs(side).max(initial=0)) / 0.4) if len(points) else 1.0

@@ -27,7 +27,7 @@ Cell = str | int | float | None
 
 # Marks that reorder the text around them: a name could pretend to be another one.
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_NUMBER = re.compile(r"[-+−±<≤]?\s?\d")
+_NUMBER = re.compile(r"[-+−±<≤]?\s?\d(?!.*,\s)")  # several in a row, as in "0, 1, 3", are the name of a place
 _XML_FORBIDS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 # Matplotlib's neutral colours follow the reader's light or dark page; data colours stay as they are.
 _THEME = {"#000000": "var(--ink)", "#ffffff": "var(--paper)", "#b0b0b0": "var(--line)", "#cccccc": "var(--line)"}

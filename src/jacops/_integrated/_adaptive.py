@@ -285,8 +285,11 @@ class AdaptiveIntegration:
         if bool(kinked.any()):
             where = kinked.nonzero(as_tuple=True)
             own = path[where[0]]
-            outputs = self.integrand.outputs(own, cells.start[where] + place[where]) / self.found.scale[own]
-            kinked[where] = cells.off(where, place, outputs) <= limit[where[0]].squeeze(1)
+            allowed = limit[where[0]].squeeze(1)
+            around = cells.around(where, place, allowed)
+            outputs = self.integrand.outputs(own.repeat(3), (cells.start[where] + around).flatten())
+            outputs = outputs.unflatten(0, around.shape) / self.found.scale[own]
+            kinked[where] = cells.off(where, around, outputs) <= allowed
         return torch.where(straight, cells.length / 2, place), straight | kinked
 
     def _granted(self, path: Tensor, cost: Tensor) -> Tensor:

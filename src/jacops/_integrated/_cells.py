@@ -158,12 +158,23 @@ class Cells:
         error = (self.gaps(place).abs().amax(2) + self.noise) * self.hidden
         return place, torch.where(inside, error, torch.inf)
 
-    def off(self, where: tuple[Tensor, ...], place: Tensor, outputs: Tensor) -> Tensor:
-        """Return how far outputs at places in the cells `where` are from the lines through both ends."""
-        at = place[where].unsqueeze(1)
-        ahead = outputs - self.before[where] - self.left[where] * at
-        behind = self.after[where] - outputs - self.right[where] * (self.length[where].unsqueeze(1) - at)
-        return torch.stack([ahead, behind]).abs().amax((0, 2)) * self.hidden[where]
+    def around(self, where: tuple[Tensor, ...], place: Tensor, limit: Tensor) -> Tensor:
+        """Return where the lines of the cells `where` meet, between a place before and one behind it, `(3, cells)`.
+
+        Two kinks of opposite sign can lie on one side of where the lines of one output meet, which then is on both
+        lines, and so is the function there. Beside it the function is on the wrong line: by four times the limit.
+        """
+        at, length = place[where], self.length[where]
+        bend = (self.left - self.right)[where].abs().amax(1) * self.hidden[where]
+        step = 4 * limit / bend
+        return torch.stack([at - step.minimum(at / 2), at, at + step.minimum((length - at) / 2)])
+
+    def off(self, where: tuple[Tensor, ...], around: Tensor, outputs: Tensor) -> Tensor:
+        """Return how far outputs at the places `around` of the cells `where` are from the lines through both ends."""
+        left, right = around[:2].unsqueeze(2), (self.length[where] - around[1:]).unsqueeze(2)
+        ahead = outputs[:2] - self.before[where] - self.left[where] * left
+        behind = self.after[where] - outputs[1:] - self.right[where] * right
+        return torch.cat([ahead, behind]).abs().amax((0, 2)) * self.hidden[where]
 
     def gaps(self, place: Tensor) -> Tensor:
         """Return the completeness gaps if the left line holds up to a place, and the right one behind it."""
