@@ -24,7 +24,7 @@ from ._index_tiles import IndexPlan
 from ._rankings import GroupedInfluences, LayerInfluences, RankedInfluences
 from ._result import SIGN, UNITS, Influences
 from ._selection import Block, Grouping, Strongest
-from ._settings import unchecked
+from ._settings import Modelled, unchecked
 from ._sketch import GradientSketch
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _SHARE = 0.03  # of the curvature's spectral norm, as for influences that are no
 @eager
 @shows_progress()
 def projected_index(
-    model: Any,
+    model: Modelled,
     training_data: Any,
     *,
     loss: Any = None,
@@ -97,6 +97,7 @@ def projected_index(
         came = f"in {str(problem.space.dtype).removeprefix('torch.')}"
         raise InputError.of("model", came, "sums of products need single precision", "Call `model.float()` first.")
     plan = IndexPlan(problem, GradientSketch(problem.space, rank, projection_seed), curvature)
+    plan.check_size()
     if store is None:
         tiles = [tile for _, tile in plan.tiles(lambda number: True)]
         shares, summed = torch.cat([t.shares for t in tiles]), torch.stack([t.curvature for t in tiles]).sum(0)
