@@ -342,6 +342,23 @@ def test_data_that_are_not_finite_are_named():
         projected_index(wrapped(), batches(x, Y, 5, 4, 3), reduction="mean")
 
 
+def test_a_rank_whose_curvature_fits_no_memory_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_index_tiles, "_TOGETHER", 4)
+    monkeypatch.setattr(_index_tiles, "_WIDEST", 9)
+    projected_index(wrapped(), DATA, rank=3)
+    with pytest.raises(InputError, match="`rank` is 4.*12 numbers.*at most 9.*at most 3"):
+        projected_index(wrapped(), DATA, rank=4)
+
+
+def test_a_loss_that_is_not_convex_has_no_gauss_newton_index():
+    def waves(output: Tensor, y: Tensor) -> Tensor:
+        return (2 * output).sin().sum(1).mean() + 0 * y.sum()
+
+    with pytest.raises(InputError, match="`curvature` is 'ggn' of a loss that is not convex"):
+        projected_index(wrapped(loss=waves), DATA, curvature="ggn")
+    assert projected_index(wrapped(loss=waves), DATA).influences(TEST).shape == (7, 12)
+
+
 def test_more_outputs_than_sweeps_are_refused_by_the_curvature(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_index_tiles, "_MOST_OUTPUTS", 1)
     with pytest.raises(InputError, match="`curvature` is 'ggn' with 2 outputs.*monte_carlo_fisher"):

@@ -23,7 +23,7 @@ from .._torch.protocol import bare
 from ..errors import DataError, InputError, InputTypeError
 from ._influences import compute_influences
 from ._result import SIGN, Influences
-from ._settings import InfluenceOptions, data_of, gradients_of, in_tiles, unchecked
+from ._settings import InfluenceOptions, Modelled, data_of, gradients_of, in_tiles, unchecked
 from ._stored import shares_of
 
 _TILE_BYTES = 2**26  # 64 MiB of test gradients at a time, as for solves
@@ -34,7 +34,7 @@ _NEEDED = "a state dict, the path of one, or a model is needed"
 @eager
 @shows_progress()
 def tracin(
-    model: Any,
+    model: Modelled,
     training_data: Any,
     checkpoints: Sequence[Any],
     *,
@@ -99,7 +99,7 @@ def tracin(
 @eager
 @shows_progress()
 def ensemble_influences(
-    model: Any,
+    model: Modelled,
     training_data: Any,
     checkpoints: Sequence[Any],
     *,
@@ -109,7 +109,7 @@ def ensemble_influences(
 ) -> Influences:
     """Return the mean of the influences of several trained models, which varies less than that of one.
 
-    Sources: Søgaard, Katharopoulos et al. (2021) on the spread between seeds; Park et al. (2023) on ensembles.
+    Sources: K and Søgaard (2021) on how much influences differ between trainings; Park et al. (2023) on ensembles.
 
     Args:
         model: As in `tracin`.
@@ -128,6 +128,15 @@ def ensemble_influences(
         InputTypeError: As in `tracin`.
         DataError: As in `tracin`.
         SolveError: As in `compute_influences`.
+
+    Example:
+        >>> import jacops
+        >>> model, data = torch.nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.zeros(2, 1))]
+        >>> states = [{"weight": torch.tensor([[1.0, 2.0]])}, {"weight": torch.tensor([[0.5, 1.0]])}]
+        >>> options = {"loss": torch.nn.functional.mse_loss, "curvature": "ggn", "damping": 1.0}
+        >>> ensemble_influences(model, data, states, **options).values
+        tensor([[1.2500, 0.0000],
+                [0.0000, 5.0000]])
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     test, asked = data_of(test_data, "test_data", train), data_of(input_data, "input_data", train)

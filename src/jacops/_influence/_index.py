@@ -25,7 +25,7 @@ from ._index_tiles import IndexPlan
 from ._rankings import GroupedInfluences, LayerInfluences, RankedInfluences
 from ._result import SIGN, UNITS, Influences
 from ._selection import Block, Grouping, Strongest
-from ._settings import unchecked
+from ._settings import Modelled, unchecked
 from ._sketch import GradientSketch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @eager
 @shows_progress()
 def projected_index(
-    model: Any,
+    model: Modelled,
     training_data: Any,
     *,
     loss: Any = None,
@@ -96,6 +96,7 @@ def projected_index(
         came = f"in {str(problem.space.dtype).removeprefix('torch.')}"
         raise InputError.of("model", came, "sums of products need single precision", "Call `model.float()` first.")
     plan = IndexPlan(problem, GradientSketch(problem.space, rank, projection_seed), curvature)
+    plan.check_size()
     if store is None:
         tiles = [tile for _, tile in plan.tiles(lambda number: True)]
         shares, summed = torch.cat([t.shares for t in tiles]), torch.stack([t.curvature for t in tiles]).sum(0)

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 _TILE_BYTES = 2**24  # 16 MiB of rows, what `jacops.store` recommends for a tile
 _TOGETHER = 4096  # columns up to which the curvature is one matrix: 128 MiB in float64
+_WIDEST = 16384  # side of a block: 2 GiB in float64
 _PAIRS_BYTES = 2**28  # 256 MiB of rows of output Jacobians at a time
 _MOST_OUTPUTS = 4096  # of a sample, each of which takes a sweep: beyond that a Gauss-Newton matrix is refused
+_CONVEX = 1e-5  # relative: negative eigenvalues of a loss's Hessian up to this are rounding, in float32 too
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class IndexPlan:
         """Columns that the curvature couples: all of them where it is small enough, else those of each parameter."""
         return [slice(0, self.sketch.dim)] if self.sketch.dim <= _TOGETHER else self.sketch.slices
 
+    def check_size(self) -> None:
+        """Refuse a rank with which a block of the curvature would take more than 2 GiB.
+
+        Raises:
+            InputError: It would.
+        """
+        sides = {block.stop - block.start for block in self.blocks}
+        if max(sides, default=0) > _WIDEST:
+            came, needed = f"{self.sketch.rank}", f"a parameter would have {max(sides):,} numbers, at most {_WIDEST:,}"
+            raise InputError.of("rank", came, f"{needed} are taken", f"Take at most {int(_WIDEST**0.5)}.")
+
     @property
     def sizes(self) -> list[int]:
         """Entries of each block of the curvature."""
@@ -84,6 +97,7 @@ class IndexPlan:
 
     def tiles(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Tile]]:
         """Compute those tiles that are wanted, by number."""
+        _ = self.problem.denominator  # before any other pass: it computes by what the loss divides
         unchanged, first = self.problem.objective.unchanged(), 0
         batches = iter(self.problem.data.tracked("projected_index", self.problem.progress))
         for number, parts in enumerate(in_tiles(batches, self.step)):
@@ -96,11 +110,10 @@ class IndexPlan:
         problem = self.problem
         total = [torch.zeros(b.stop - b.start, b.stop - b.start, dtype=torch.float64) for b in self.blocks]
         rows, shares = list[Tensor](), list[Tensor]()
-        whole = problem.denominator  # first: it computes by what the loss divides
         for part in parts:
             point = self._point(part)
             rows.append(self.sketch.rows(point.objective.sample_gradients(part.x, part.y)))
-            shares.append(problem.shares(part).double() / whole)
+            shares.append(problem.shares(part).double() / problem.denominator)
             for more in self._roots(point, rows[-1], shares[-1], first):
                 for block, sums in zip(self.blocks, total, strict=True):
                     own = more[:, block].double()
@@ -152,6 +165,9 @@ class IndexPlan:
             part, objective = point if step >= batch.rows else self._point(batch.part(some))
             J, _, curvature = objective.outputs(part.x, part.y)  # noqa: N806
             values, vectors = torch.linalg.eigh(curvature.double())
+            if float(values.min()) < -_CONVEX * float(values.max()):
+                todo = "Pass `curvature='empirical_fisher'`."
+                raise InputError.of("curvature", "'ggn' of a loss that is not convex", "its matrix has no root", todo)
             root = vectors * (values.clamp_min(0) * shares[some].to(values).unsqueeze(1)).sqrt().unsqueeze(1)
             rows = self.sketch.rows(J).view(part.rows, -1, self.sketch.dim)  # pyright: ignore[reportArgumentType]
             yield torch.einsum("nke,nkr->ner", root, rows.to(root)).flatten(0, 1)

@@ -13,12 +13,15 @@ from torch import Tensor
 from .._data import Batch, Batches
 from .._finite import on_finite_rows
 from .._operators import LayerFactors
+from .._options import Model
 from .._problem import Problem, ProblemOptions
 from .._words import AutoDamping, Curvature, OnFailure, SolverName
 from ..solvers import Solution, Solver
 from ._run import InfluenceRun, Settings, recipe, run_of
+from ._twice_differentiable import TwiceDifferentiable
 
 Product = Callable[[LayerFactors, Tensor], Tensor]
+Modelled = TwiceDifferentiable[Any] | Model
 
 
 class InfluenceOptions(ProblemOptions, total=False):

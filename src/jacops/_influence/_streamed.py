@@ -22,7 +22,7 @@ from ._rankings import GroupedInfluences, LayerInfluences, RankedInfluences
 from ._result import Influences
 from ._run import InfluenceRun
 from ._selection import Block, Grouping, Strongest, cut, step_for
-from ._settings import InfluenceOptions, blocks_of, data_of, solved_by
+from ._settings import InfluenceOptions, Modelled, blocks_of, data_of, solved_by
 from ._stored import shares_of
 
 
@@ -30,7 +30,7 @@ from ._stored import shares_of
 @eager
 @shows_progress()
 def top_influences(
-    model: Any,
+    model: Modelled,
     training_data: Any,
     k: int,
     *,
@@ -76,7 +76,7 @@ def top_influences(
 @eager
 @shows_progress()
 def group_influences(
-    model: Any,
+    model: Modelled,
     training_data: Any,
     groups: Any,
     *,
@@ -100,6 +100,14 @@ def group_influences(
     Raises:
         InputError: There are more or fewer labels than samples, or as in `compute_influences`.
         JacopsError: As in `compute_influences`.
+
+    Example:
+        >>> import jacops
+        >>> wrapped = jacops.TorchTwiceDifferentiable(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> data = [(torch.tensor([[1.0], [2.0], [3.0]]), torch.full((3, 1), 9.0))]
+        >>> found = group_influences(wrapped, data, ["a", "b", "a"], damping=1.0)
+        >>> found.names, found.values.shape
+        (['a', 'b'], torch.Size([3, 2]))
     """
     asked = _asked(model, training_data, test_data, input_data, options)
     grouping = Grouping(groups, asked.data.rows)
@@ -113,7 +121,7 @@ def group_influences(
 @eager
 @shows_progress()
 def layer_influences(
-    model: Any,
+    model: Modelled,
     training_data: Any,
     *,
     test_data: Any = None,
@@ -137,6 +145,14 @@ def layer_influences(
 
     Raises:
         JacopsError: As in `compute_influences`.
+
+    Example:
+        >>> import jacops
+        >>> wrapped = jacops.TorchTwiceDifferentiable(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> data = [(torch.tensor([[1.0], [2.0], [3.0]]), torch.full((3, 1), 9.0))]
+        >>> found = layer_influences(wrapped, data, damping=1.0)
+        >>> found.names, found.values.shape
+        (['weight', 'bias'], torch.Size([3, 3, 2]))
     """
     asked = _asked(model, training_data, test_data, input_data, options)
     names, known = list(asked.run.problem.space.names), list[Solution]()
@@ -213,6 +229,14 @@ def grouped(scores: Any, groups: Any, *, progress: bool | None = None) -> Groupe
         InputTypeError: `scores` is of another kind.
         InputError: There are more or fewer labels than columns, or not two axes.
         StoreError: The stored run is not finished, or damaged.
+
+    Example:
+        >>> import jacops
+        >>> wrapped = jacops.TorchTwiceDifferentiable(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> data = [(torch.tensor([[1.0], [2.0], [3.0]]), torch.full((3, 1), 9.0))]
+        >>> found = jacops.compute_influences(wrapped, data, damping=1.0)
+        >>> torch.equal(grouped(found, ["a", "a", "a"]).values, found.values.sum(1, keepdim=True))
+        True
     """
     source = _Source.of(scores, progress)
     if source.shares is None:
