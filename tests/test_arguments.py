@@ -17,7 +17,8 @@ from jacops.errors import InputError, InputTypeError
 from jacops.fit import _kernels, _solvers, _strategies
 from jacops.solvers import _names
 
-SPACES = [jacops, *(getattr(jacops, name) for name in jacops.__all__ if inspect.ismodule(getattr(jacops, name)))]
+MODULES = [value for name in jacops.__all__ if inspect.ismodule(value := getattr(jacops, name))]
+SPACES = [jacops, *MODULES, jacops.testing]  # which `dir(jacops)` has no room for
 JAX = ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable")
 
 

@@ -56,6 +56,8 @@ TYPES = {
     "jacops.linalg.diagonal(H, 10)": "DiagonalEstimate",
     "influences": "Influences",
     "influences.top(3)": "tuple[Tensor, Tensor]",
+    "jacops.influence.top_influences(both, [(x, y)], 3)": "RankedInfluences",
+    "jacops.influence.projected_index(both, [(x, y)]).influences()": "Influences",
     "jacops.self_influences(both, [(x, y)])": "Tensor",
     "jacops.inverse(H, 'cg', damping=1.0) @ torch.ones(8)": "Tensor",
     "jacops.solve(H, torch.ones(8), damping=1.0).x": "Tensor",
@@ -67,6 +69,8 @@ TYPES = {
 }
 MISTAKES = [
     "jacops.compute_influences([(x, y)], both)",
+    "jacops.influence.top_influences(both, [(x, y)], 3, which='most')",
+    "jacops.influence.projected_index(both, [(x, y)], curvature='hessian')",
     "jacops.compute_influences(both, [(x, y)], curvature='gnn')",
     "jacops.compute_influences(both, [(x, y)], solver='ekfacc')",
     "jacops.compute_influences(both, [(x, y)], influence_type='upp')",
