@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,16 +80,15 @@ def blocks_of(
         product: Of a batch's gradients with solutions.
     """
     unchanged, row = run.problem.objective.unchanged(), 0
-    for gradients in run.tiles(test):
-        solution = run.solve(gradients())
-        known.append(replace(solution, x=solution.x[:, :0].clone()))
-        rows, column = slice(row, row + len(solution.x)), 0
+    for solutions, of_tiles in run.groups(test):
+        known += of_tiles
+        rows, column = slice(row, row + len(solutions)), 0
         for batch in asked.tracked("influences", run.problem.progress):
             if batch.rows:
                 unchanged("influences")
                 factors = run.problem.at(batch).objective.sample_gradients(batch.x, batch.y)
                 columns = slice(column, column + batch.rows)
-                yield rows, columns, product(factors, solution.x)
+                yield rows, columns, product(factors, solutions)
                 column = columns.stop
         row = rows.stop
 
