@@ -1,0 +1,255 @@
+"""How well influences predict networks that are trained again: every method of jacops beside those of other packages.
+
+`python -m benchmarks.influence_quality [--peers FOLDER]` prints the table of `docs/influence.md` and writes it to
+`benchmarks/results/influence_quality.md`. Two networks and their data, splits and seeds are fixed; what training them
+gave is read from disk (`benchmarks.datamodelling`). kronfluence, dattri and pyDVL are each executed by the Python of
+their own environment, `FOLDER/NAME/bin/python` (`make peers` sets them up, in `.peers`), and get states as safetensors
+and data as npz (`benchmarks.rivals`). One whose environment is missing is left out of the table, and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import jacops
+from jacops.influence import ensemble_influences, projected_index, tracin
+from jacops.solvers import EKFAC
+
+from .datamodelling import Case, Trainings, digits, kept, network, score, shown
+from .harness import RESULTS
+from .networks import SCORED
+
+HERE = Path(__file__).parent
+LONGEST = 300  # seconds that a rival may take
+CASES = [
+    Case("MLP", SCORED["MLP"], digits, cross_entropy, 500, 10, 3e-3),
+    Case("transformer, two layers", SCORED["transformer, two layers"], digits, cross_entropy, 500, 12, 3e-3),
+]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A trained network that methods are asked about.
+
+    Attributes:
+        case: The network, its data, and how it is trained.
+        trained: What training gave.
+    """
+
+    case: Case
+    trained: Trainings
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The network."""
+        return network(self.case, self.trained)
+
+    @cached_property
+    def damping(self) -> float:
+        """That of the default call, which rivals are given too where they take one."""
+        return self.case.influences(self.model).damping
+
+    def over(self, call: Callable[..., Any], states: Sequence[Any], **options: Any) -> Tensor:
+        """Return scores of a call that takes several states."""
+        train, test = self.case.data
+        return call(self.model, [train], states, loss=self.case.loss, test_data=[test], **options).values
+
+    def index(self, curvature: Any) -> Tensor:
+        """Return scores of projected gradients."""
+        train, test = self.case.data
+        return projected_index(self.model, [train], loss=self.case.loss, curvature=curvature).influences([test]).values
+
+
+def direct(curvature: str, share: float) -> Callable[[Question], Tensor]:
+    """Return a solve with a damping that is so many times the default's."""
+    return lambda q: q.case.influences(q.model, curvature=curvature, solver="direct", damping=share * q.damping).values
+
+
+FACTORS = EKFAC(report_residual=False)
+OURS: dict[str, Callable[[Question], Tensor]] = {
+    "gradient products": lambda q: q.over(tracin, q.trained.states[-1:]),
+    "TracIn, 4 checkpoints": lambda q: q.over(tracin, q.trained.states),
+    "default (GGN)": lambda q: q.case.influences(q.model).values,
+    "EK-FAC": lambda q: q.case.influences(q.model, solver=FACTORS).values,
+    "Hessian, direct": direct("hessian", 1),
+    "Hessian, direct, 5 × the damping": direct("hessian", 5),
+    "Hessian, MINRES": lambda q: (
+        q.case.influences(q.model, curvature="hessian", solver="minres", damping=q.damping).values
+    ),
+    "index, empirical Fisher, rank 16": lambda q: q.index("empirical_fisher"),
+    "index, GGN, rank 16": lambda q: q.index("ggn"),
+    "default, mean of 5 networks": lambda q: q.over(ensemble_influences, q.trained.members),
+    "EK-FAC, mean of 5 networks": lambda q: q.over(ensemble_influences, q.trained.members, solver=FACTORS),
+}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A method of another package.
+
+    Attributes:
+        peer: The package, as in `benchmarks.rivals`; its environment is named so in lower case.
+        label: In the table.
+        method: Its class there.
+        settings: Its arguments.
+        damped: The argument that takes the damping of the default call, if any.
+    """
+
+    peer: str
+    label: str
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    damped: str | None = None
+
+
+TRAK = {"projector_kwargs": {"proj_dim": 128}}
+RIVALS = [
+    Rival("kronfluence", "EK-FAC", "ekfac", damped="damping_factor"),
+    Rival("kronfluence", "EK-FAC, damping 0.1 of the mean eigenvalue", "ekfac", {"damping_factor": None}),
+    Rival("kronfluence", "EK-FAC, its default damping 1e-8", "ekfac"),
+    Rival("dattri", "TRAK, dimension 128", "TRAKAttributor", TRAK),
+    Rival("dattri", "TRAK, dimension 512 (its default)", "TRAKAttributor"),
+    Rival("dattri", "TRAK, dimension 128, 5 networks", "TRAKAttributor", {**TRAK, "members": 5}),
+    Rival("dattri", "Hessian, CG, 10 steps (its default)", "IFAttributorCG", {}, "regularization"),
+    Rival("dattri", "LiSSA, 500 steps", "IFAttributorLiSSA", {"recursion_depth": 500}, "damping"),
+    Rival("pyDVL", "EK-FAC", "EkfacInfluence", {"update_diagonal": True}, "hessian_regularization"),
+    Rival("pyDVL", "Hessian, CG", "CgInfluence", {"solve_simultaneously": True}, "regularization"),
+    Rival("pyDVL", "Hessian, Nyström, rank 100", "NystroemSketchInfluence", {"rank": 100}, "regularization"),
+    Rival("pyDVL", "GGN, direct", "DirectInfluence", {"second_order_mode": "GAUSS_NEWTON"}, "regularization"),
+]
+
+
+class Left(Exception):
+    """Why a method has no scores."""
+
+
+def ask(rival: Rival, question: Question, python: Path) -> tuple[Tensor, float]:
+    """Return a rival's scores, and the seconds that they took, from its own environment.
+
+    Raises:
+        Left: It failed, or took too long.
+    """
+    settings = {**rival.settings, **({rival.damped: question.damping} if rival.damped else {})}
+    request = {"network": question.case.name, "rival": rival.peer, "method": rival.method, "settings": settings}
+    (x, y), (u, v) = question.case.data
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        np.savez(folder / "data.npz", x=x.numpy(), y=y.numpy(), u=u.numpy(), v=v.numpy())
+        for number, state in enumerate(question.trained.members):
+            save_file(state, folder / f"member-{number}.safetensors")
+        command = [str(python), "-W", "ignore", "-m", "benchmarks.rivals", str(folder)]
+        one = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+        try:
+            done = subprocess.run(
+                command, cwd=HERE.parent, env=one, capture_output=True, text=True, timeout=LONGEST, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Left(f"more than {LONGEST} s") from error
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise Left(f"failed: {lines[-1][:70]}")
+        found = np.load(folder / "scores.npz")
+        return torch.from_numpy(found["scores"]), float(found["seconds"])
+
+
+def ours(method: Callable[[Question], Tensor], question: Question) -> tuple[Tensor, float]:
+    """Return our scores and the seconds that they took.
+
+    Raises:
+        Left: They are refused.
+    """
+    _ = question.damping  # not part of the time
+    start = time.perf_counter()
+    try:
+        return method(question), time.perf_counter() - start
+    except jacops.errors.JacopsError as error:
+        raise Left(f"refused: {type(error).__name__}") from error
+
+
+Asked = Callable[[Question], tuple[Tensor, float]]
+
+
+def interpreter(peer: str, peers: Path | None) -> Path | None:
+    """Return the Python of a package's own environment; None where there is none."""
+    python = None if peers is None else peers.absolute() / peer.lower() / "bin" / "python"
+    return python if python is not None and python.exists() else None
+
+
+def methods(peers: Path | None) -> Iterator[tuple[str, str, Asked]]:
+    """Yield package, label and call of every method; those of rivals whose environment is there."""
+    for label, method in OURS.items():
+        yield "jacops", label, lambda q, method=method: ours(method, q)
+    for rival in RIVALS:
+        python = interpreter(rival.peer, peers)
+        if python is not None:
+            yield rival.peer, rival.label, lambda q, rival=rival, python=python: ask(rival, q, python)
+
+
+def absent(peers: Path | None) -> list[str]:
+    """Return a line for every rival that is left out."""
+    why = "no `--peers`" if peers is None else "no environment"
+    missing = [peer for peer in dict.fromkeys(rival.peer for rival in RIVALS) if interpreter(peer, peers) is None]
+    return [f"{peer} is left out: {why} (`make peers`)." for peer in missing]
+
+
+def cells(asked: Asked, question: Question) -> list[str]:
+    """Return a method's score and seconds for a network, or why there is none."""
+    try:
+        values, seconds = asked(question)
+    except Left as why:
+        return [str(why), ""]
+    if not bool(values.isfinite().all()):
+        return ["not finite", f"{seconds:.2f}"]
+    return [shown(score(values, question.case.halves, question.trained.losses)), f"{seconds:.2f}"]
+
+
+def table(cases: Sequence[Case], peers: Path | None = None, folder: Path = RESULTS) -> str:
+    """Return the table, whose lines are printed as they come, and write it.
+
+    Args:
+        cases: The networks.
+        peers: Where the environments of rivals are.
+        folder: For what training gave, and for the table.
+    """
+    questions = [Question(case, kept(case, folder)) for case in cases]
+    sizes = [sum(p.numel() for p in question.model.parameters()) for question in questions]
+    heads = [f"{case.name}, {size:,} parameters | s" for case, size in zip(cases, sizes, strict=True)]
+    lines = [f"| package | method | {' | '.join(heads)} |", "|---" * (2 + 2 * len(cases)) + "|"]
+    print("\n".join(lines))
+    for package, label, asked in methods(peers):
+        parts = [part for question in questions for part in cells(asked, question)]
+        lines.append(f"| {package} | {label} | {' | '.join(parts)} |")
+        print(lines[-1], flush=True)
+    lines += ["", *absent(peers)]
+    print("\n".join(lines[-len(absent(peers)) - 1 :]))
+    (folder / "influence_quality.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table and write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.influence_quality", description=__doc__)
+    parser.add_argument("--peers", type=Path, help="a folder with an environment for each rival, made by `make peers`")
+    torch.set_num_threads(1)
+    table(CASES, parser.parse_args().peers)
+
+
+if __name__ == "__main__":
+    main()
