@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .harness import RESULTS
 from .networks import SCORED
 
 HERE = Path(__file__).parent
-LONGEST = 300  # seconds that a rival may take
+LONGEST = 1800  # seconds that all methods of a rival may take
 CASES = [
     Case("MLP", SCORED["MLP"], digits, cross_entropy, 500, 10, 3e-3),
     Case("transformer, two layers", SCORED["transformer, two layers"], digits, cross_entropy, 500, 12, 3e-3),
@@ -117,14 +118,19 @@ class Rival:
     settings: dict[str, Any] = field(default_factory=dict)
     damped: str | None = None
 
+    def given(self, damping: float) -> dict[str, Any]:
+        """Return the arguments with the damping of the default call."""
+        return {**self.settings, **({self.damped: damping} if self.damped else {})}
 
-TRAK = {"projector_kwargs": {"proj_dim": 128}}
+
+# Said even where it is the default, which in dattri 0.3 is what an earlier call asked for.
+TRAK, WIDE = ({"projector_kwargs": {"proj_dim": dimension}} for dimension in (128, 512))
 RIVALS = [
     Rival("kronfluence", "EK-FAC", "ekfac", damped="damping_factor"),
     Rival("kronfluence", "EK-FAC, damping 0.1 of the mean eigenvalue", "ekfac", {"damping_factor": None}),
     Rival("kronfluence", "EK-FAC, its default damping 1e-8", "ekfac"),
     Rival("dattri", "TRAK, dimension 128", "TRAKAttributor", TRAK),
-    Rival("dattri", "TRAK, dimension 512 (its default)", "TRAKAttributor"),
+    Rival("dattri", "TRAK, dimension 512 (its default)", "TRAKAttributor", WIDE),
     Rival("dattri", "TRAK, dimension 128, 5 networks", "TRAKAttributor", {**TRAK, "members": 5}),
     Rival("dattri", "Hessian, CG, 10 steps (its default)", "IFAttributorCG", {}, "regularization"),
     Rival("dattri", "LiSSA, 500 steps", "IFAttributorLiSSA", {"recursion_depth": 500}, "damping"),
@@ -135,55 +141,54 @@ RIVALS = [
 ]
 
 
-class Left(Exception):
-    """Why a method has no scores."""
+Answer = tuple[Tensor, float] | str  # scores with their processor seconds, or why there are none
 
 
-def ask(rival: Rival, question: Question, python: Path) -> tuple[Tensor, float]:
-    """Return a rival's scores, and the seconds that they took, from its own environment.
-
-    Raises:
-        Left: It failed, or took too long.
-    """
-    settings = {**rival.settings, **({rival.damped: question.damping} if rival.damped else {})}
-    request = {"network": question.case.name, "rival": rival.peer, "method": rival.method, "settings": settings}
+def ask(rivals: Sequence[Rival], question: Question, python: Path) -> list[Answer]:
+    """Return the answers of a package's methods, all in one process of its own environment."""
+    asked = [{"method": rival.method, "settings": rival.given(question.damping)} for rival in rivals]
     (x, y), (u, v) = question.case.data
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        request = {"network": question.case.name, "rival": rivals[0].peer, "asked": asked}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         np.savez(folder / "data.npz", x=x.numpy(), y=y.numpy(), u=u.numpy(), v=v.numpy())
         for number, state in enumerate(question.trained.members):
             save_file(state, folder / f"member-{number}.safetensors")
-        command = [str(python), "-W", "ignore", "-m", "benchmarks.rivals", str(folder)]
-        one = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-        try:
-            done = subprocess.run(
-                command, cwd=HERE.parent, env=one, capture_output=True, text=True, timeout=LONGEST, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise Left(f"more than {LONGEST} s") from error
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise Left(f"failed: {lines[-1][:70]}")
-        found = np.load(folder / "scores.npz")
-        return torch.from_numpy(found["scores"]), float(found["seconds"])
+        why = executed([str(python), "-W", "ignore", "-m", "benchmarks.rivals", name])
+        return [answer(folder / f"answer-{number}.npz", why) for number in range(len(rivals))]
 
 
-def ours(method: Callable[[Question], Tensor], question: Question) -> tuple[Tensor, float]:
-    """Return our scores and the seconds that they took.
-
-    Raises:
-        Left: They are refused.
-    """
-    _ = question.damping  # not part of the time
-    start = time.perf_counter()
+def executed(command: list[str]) -> str:
+    """Return what is to be said where a command leaves an answer out."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": LONGEST, "check": False}
     try:
-        return method(question), time.perf_counter() - start
+        done = subprocess.run(command, cwd=HERE.parent, env=environment, **options)
+    except subprocess.TimeoutExpired:
+        return f"not within {LONGEST} s"
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return f"failed: {lines[-1][:70]}"
+
+
+def answer(path: Path, why: str) -> Answer:
+    """Return what a rival wrote; what is given where there is nothing."""
+    if not path.exists():
+        return why
+    found = np.load(path)
+    if "failed" in found:
+        return f"failed: {found['failed'].item()[:70]}"
+    return torch.from_numpy(found["scores"]), float(found["seconds"])
+
+
+def ours(method: Callable[[Question], Tensor], question: Question) -> Answer:
+    """Return our scores and their processor seconds, or that they are refused."""
+    _ = question.damping  # not part of the time
+    start = time.process_time()
+    try:
+        return method(question), time.process_time() - start
     except jacops.errors.JacopsError as error:
-        raise Left(f"refused: {type(error).__name__}") from error
-
-
-Asked = Callable[[Question], tuple[Tensor, float]]
+        return f"refused: {type(error).__name__}"
 
 
 def interpreter(peer: str, peers: Path | None) -> Path | None:
@@ -192,14 +197,16 @@ def interpreter(peer: str, peers: Path | None) -> Path | None:
     return python if python is not None and python.exists() else None
 
 
-def methods(peers: Path | None) -> Iterator[tuple[str, str, Asked]]:
-    """Yield package, label and call of every method; those of rivals whose environment is there."""
+def answers(questions: Sequence[Question], peers: Path | None) -> Iterator[tuple[str, str, list[Answer]]]:
+    """Yield package, label and answers of every method; those of rivals whose environment is there."""
     for label, method in OURS.items():
-        yield "jacops", label, lambda q, method=method: ours(method, q)
-    for rival in RIVALS:
-        python = interpreter(rival.peer, peers)
+        yield "jacops", label, [ours(method, question) for question in questions]
+    for peer, rivals in groupby(RIVALS, lambda rival: rival.peer):
+        python, methods = interpreter(peer, peers), list(rivals)
         if python is not None:
-            yield rival.peer, rival.label, lambda q, rival=rival, python=python: ask(rival, q, python)
+            found = [ask(methods, question, python) for question in questions]
+            for rival, of_each in zip(methods, zip(*found, strict=True), strict=True):
+                yield peer, rival.label, list(of_each)
 
 
 def absent(peers: Path | None) -> list[str]:
@@ -209,12 +216,11 @@ def absent(peers: Path | None) -> list[str]:
     return [f"{peer} is left out: {why} (`make peers`)." for peer in missing]
 
 
-def cells(asked: Asked, question: Question) -> list[str]:
+def cells(found: Answer, question: Question) -> list[str]:
     """Return a method's score and seconds for a network, or why there is none."""
-    try:
-        values, seconds = asked(question)
-    except Left as why:
-        return [str(why), ""]
+    if isinstance(found, str):
+        return [found, ""]
+    values, seconds = found
     if not bool(values.isfinite().all()):
         return ["not finite", f"{seconds:.2f}"]
     return [shown(score(values, question.case.halves, question.trained.losses)), f"{seconds:.2f}"]
@@ -233,8 +239,8 @@ def table(cases: Sequence[Case], peers: Path | None = None, folder: Path = RESUL
     heads = [f"{case.name}, {size:,} parameters | s" for case, size in zip(cases, sizes, strict=True)]
     lines = [f"| package | method | {' | '.join(heads)} |", "|---" * (2 + 2 * len(cases)) + "|"]
     print("\n".join(lines))
-    for package, label, asked in methods(peers):
-        parts = [part for question in questions for part in cells(asked, question)]
+    for package, label, found in answers(questions, peers):
+        parts = [part for one, question in zip(found, questions, strict=True) for part in cells(one, question)]
         lines.append(f"| {package} | {label} | {' | '.join(parts)} |")
         print(lines[-1], flush=True)
     lines += ["", *absent(peers)]

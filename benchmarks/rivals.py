@@ -1,8 +1,9 @@
 """Influence by one rival, executed in the rival's own environment: `python -m benchmarks.rivals FOLDER`.
 
-The folder holds `request.json` (network, rival, method, its settings), `data.npz` (training and test data) and
-`member-K.safetensors` (trained states, the first of which is the network's). `scores.npz` is written: the scores,
-`(tested, rows)`, positive where a training sample lowers the test loss, and the seconds that they took without imports.
+The folder holds `request.json` (network, rival, methods with their settings), `data.npz` (training and test data) and
+`member-K.safetensors` (trained states, the first of which is the network's). `answer-K.npz` is written for each method:
+the scores, `(tested, rows)`, positive where a training sample lowers the test loss, and the processor's seconds without
+imports; or why it failed.
 Only torch, numpy and safetensors are needed beside the rival.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,14 +35,16 @@ class Request:
 
     Args:
         folder: With the files that this module describes.
+        network: Its name.
+        method: The rival's class.
+        settings: Its arguments.
     """
 
-    def __init__(self, folder: Path) -> None:
-        asked = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-        self.folder, self.method, self.settings = folder, asked["method"], asked["settings"]
+    def __init__(self, folder: Path, network: str, method: str, settings: dict[str, Any]) -> None:
+        self.folder, self.method, self.settings = folder, method, settings
         paths = sorted(folder.glob("member-*.safetensors"))
         self.members = [load_file(path) for path in paths]
-        self.model = SCORED[asked["network"]]()
+        self.model = SCORED[network]()
         self.model.load_state_dict(self.members[0])
         self.model.eval()
         data = np.load(folder / "data.npz")
@@ -70,9 +74,9 @@ def kronfluence(asked: Request) -> Callable[[], Tensor]:
             return cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
     def call() -> Tensor:
-        task = Classes()
+        task, output = Classes(), tempfile.mkdtemp(dir=asked.folder)
         analyzer = Analyzer(
-            "run", prepare_model(asked.model, task), task, cpu=True, output_dir=str(asked.folder), disable_tqdm=True
+            "run", prepare_model(asked.model, task), task, cpu=True, output_dir=output, disable_tqdm=True
         )
         analyzer.fit_all_factors("ekfac", asked.train, per_device_batch_size=BATCH)
         sizes = {"per_device_query_batch_size": BATCH, "per_device_train_batch_size": BATCH}
@@ -135,16 +139,20 @@ RIVALS = {"kronfluence": kronfluence, "pyDVL": pydvl, "dattri": dattri}
 
 
 def main() -> None:
-    """Answer the request of a folder."""
+    """Answer the request of a folder, one method after another."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     folder = Path(sys.argv[1])
-    rival = json.loads((folder / "request.json").read_text(encoding="utf-8"))["rival"]
-    call = RIVALS[rival](Request(folder))
-    start = time.perf_counter()
-    scores = call()
-    seconds = time.perf_counter() - start
-    np.savez(folder / "scores.npz", scores=scores.detach().float().numpy(), seconds=seconds)
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    for number, asked in enumerate(request["asked"]):
+        torch.manual_seed(0)
+        try:
+            call = RIVALS[request["rival"]](Request(folder, request["network"], **asked))
+            start = time.process_time()
+            scores = call().detach().float().numpy()
+            found: dict[str, Any] = {"scores": scores, "seconds": time.process_time() - start}
+        except Exception as error:  # a method that cannot is a finding
+            found = {"failed": f"{type(error).__name__}: {error}"}
+        np.savez(folder / f"answer-{number}.npz", **found)
 
 
 if __name__ == "__main__":

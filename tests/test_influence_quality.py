@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import datamodelling, influence_quality
 from benchmarks.datamodelling import Case, digits, kept, score
-from benchmarks.influence_quality import Left, Question, Rival
+from benchmarks.influence_quality import Question, Rival
 from benchmarks.networks import SCORED, Sequences
 
 TINY = Case("MLP", SCORED["MLP"], digits, cross_entropy, rows=20, epochs=4, rate=3e-3, tested=6, many=5)
@@ -65,17 +65,22 @@ def test_a_rival_gets_weights_and_data_as_files_and_its_failure_is_a_reason(tmp_
 import json, sys
 import numpy as np
 folder = sys.argv[-1]
-asked = json.load(open(folder + "/request.json"))
-if asked["method"] == "broken":
-    sys.exit("no such method")
+request = json.load(open(folder + "/request.json"))
 data = np.load(folder + "/data.npz")
-np.savez(folder + "/scores.npz", scores=data["u"] @ data["x"].T * asked["settings"]["damping"], seconds=2.0)
+for number, asked in enumerate(request["asked"]):
+    if asked["method"] == "broken":
+        np.savez(folder + f"/answer-{{number}}.npz", failed="no such method")
+    elif asked["method"] == "fatal":
+        sys.exit("out of memory")
+    else:
+        scores = data["u"] @ data["x"].T * asked["settings"]["damping"]
+        np.savez(folder + f"/answer-{{number}}.npz", scores=scores, seconds=2.0)
 """
     python.write_text(code)
     python.chmod(0o755)
-    values, seconds = influence_quality.ask(Rival("dattri", "products", "any", damped="damping"), question, python)
+    rivals = [Rival("dattri", "products", "any", damped="damping"), Rival("dattri", "none", "broken")]
+    found, failed, killed = influence_quality.ask([*rivals, Rival("dattri", "none", "fatal")], question, python)
     (x, _), (u, _) = TINY.data
-    torch.testing.assert_close(values, (u @ x.T * question.damping), check_dtype=False)
-    assert seconds == 2
-    with pytest.raises(Left, match="failed: no such method"):
-        influence_quality.ask(Rival("dattri", "none", "broken"), question, python)
+    torch.testing.assert_close(found[0], u @ x.T * question.damping)
+    assert found[1] == 2
+    assert (failed, killed) == ("failed: no such method", "failed: out of memory")
