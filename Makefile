@@ -21,7 +21,7 @@ HOLDS_dev := demo test dev
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench compare lint format clean
+.PHONY: help demo test test-all bench peers compare lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -39,6 +39,13 @@ bench: $(VENV)/.ready-test ## Time named rivals on the same work (choose with AR
 	$(if $(PEERS),$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt)
 	$(RUN) -W ignore -m benchmarks $(ARGS)
 
+peers: $(VENV)/.ready-test ## Set up an environment for each rival of benchmarks.influence_quality, in .peers
+	@for list in benchmarks/peers/*.txt; do \
+		own=.peers/$$(basename $$list .txt) && $(RUN) -m venv $$own && \
+		$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+			> $$($$own/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth && \
+		$$own/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $$list || exit 1; done
+
 compare: $(VENV)/.ready-test ## Compare the speed of two checkouts (OLD=../old NEW=. ARGS="products:C1"); fails if NEW is slower
 	$(if $(OLD),,$(error name the checkout to compare with, as in `make compare OLD=../old`))
 	$(RUN) -W ignore -m benchmarks.compare $(OLD) $(NEW) $(ARGS)
@@ -52,7 +59,7 @@ format: $(VENV)/.ready-dev ## Put style right where that can be done by machine
 	$(RUN) -m ruff format .
 
 clean: ## Remove the environment, caches, build outputs and the report
-	rm -rf $(VENV) build dist report .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .peers build dist report .pytest_cache .ruff_cache .hypothesis
 	find src tests examples benchmarks \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.created:

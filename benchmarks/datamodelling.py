@@ -5,89 +5,40 @@ the default damping was taken. Five small networks are trained briefly, far from
 from the same start on random halves of its data. For every test sample, the score is Spearman's rank correlation, over
 these halves, of the test loss with the one that is predicted: a sum of influences of the samples in the half (Park et
 al., 2023). Printed is the mean over test samples with its standard error. Everything is seeded; one thread.
+
+What training gave is kept in `benchmarks/results`, below a digest of everything that decides it, and read from there
+by whoever asks again, `benchmarks.influence_quality` too.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss, relu
+from torch.nn.functional import cross_entropy, mse_loss
 
 import jacops
 
+from . import networks
+from .harness import RESULTS
+from .networks import Recurrent, ResNet, Transformer, mlp, regression
+
 HALVES, TESTED, BATCH = 96, 100, 50
 SHARES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 1.0)  # of the curvature's spectral norm
-
-
-class Block(nn.Module):
-    """A residual block with batch normalisation."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add two convolutions to what came."""
-        return relu(x + self.norms[1](self.second(relu(self.norms[0](self.first(x))))))
-
-
-class ResNet(nn.Module):
-    """Two residual blocks over images of digits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.blocks, self.head = nn.Sequential(Block(8), Block(8)), nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits `(n, 10)`."""
-        return self.head(self.blocks(relu(self.norm(self.stem(x.view(-1, 1, 8, 8))))).mean((2, 3)))
-
-
-class Recurrent(nn.Module):
-    """An LSTM that reads an image row by row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits `(n, 10)`."""
-        return self.head(self.lstm(x.view(-1, 8, 8))[0][:, -1])
-
-
-class Transformer(nn.Module):
-    """One encoder layer over an image's rows as tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.places = nn.Linear(8, 16), nn.Parameter(torch.zeros(8, 16))
-        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits `(n, 10)`."""
-        return self.head(self.layer(self.embed(x.view(-1, 8, 8)) + self.places).mean(1))
-
-
-def mlp() -> nn.Module:
-    """Return a perceptron for images of digits."""
-    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-
-def regression() -> nn.Module:
-    """Return a perceptron with one output for ten features."""
-    return nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
-
+MEMBERS = 5  # of an ensemble; the first is the network itself
 
 Data = tuple[Tensor, Tensor]
+State = dict[str, Tensor]
 
 
 def digits(rows: int) -> Data:
@@ -117,6 +68,8 @@ class Case:
         rows: Of the training data.
         epochs: Of training by Adam.
         rate: Its learning rate.
+        tested: Test samples.
+        many: Halves on which it is trained again.
     """
 
     name: str
@@ -126,42 +79,60 @@ class Case:
     rows: int
     epochs: int
     rate: float
+    tested: int = TESTED
+    many: int = HALVES
 
-    @property
+    @cached_property
     def data(self) -> tuple[Data, Data]:
         """Training and test data."""
-        x, y = self.load(self.rows + TESTED)
+        x, y = self.load(self.rows + self.tested)
         return (x[: self.rows], y[: self.rows]), (x[self.rows :], y[self.rows :])
 
-    def trained(self, rows: Tensor) -> nn.Module:
-        """Return the network, trained on some rows of the training data, in eval mode."""
+    def trained(self, rows: Tensor, seed: int = 0, states: list[State] | None = None) -> nn.Module:
+        """Return the network trained on some rows of the training data; `states` takes four on its way."""
         (x, y), _ = self.data
-        torch.manual_seed(0)
-        model, generator = self.make().train(), torch.Generator().manual_seed(1)
+        torch.manual_seed(seed)
+        model, generator = self.make().train(), torch.Generator().manual_seed(seed + 1)
         optimiser = torch.optim.Adam(model.parameters(), self.rate)
-        for _ in range(self.epochs):
+        for epoch in range(1, self.epochs + 1):
             for some in rows[torch.randperm(len(rows), generator=generator)].split(BATCH):
                 optimiser.zero_grad()
                 self.loss(model(x[some]), y[some]).backward()
                 optimiser.step()
+            if states is not None and epoch in [-(-self.epochs * part // 4) for part in range(1, 5)]:
+                states.append(state(model))
         return model.eval()
 
     def test_losses(self, model: nn.Module) -> Tensor:
         """Return the loss of every test sample, `(tested,)`."""
         _, (x, y) = self.data
         with torch.no_grad():
-            return torch.stack([self.loss(model(a), b) for a, b in zip(x.split(1), y.split(1), strict=True)])
+            return self.loss(model(x), y, reduction="none").reshape(len(x), -1).mean(1)
 
-    def halves(self, many: int = HALVES) -> Tensor:
-        """Return which rows are in each half, `(many, rows)`, as ones."""
-        generator, found = torch.Generator().manual_seed(2), torch.zeros(many, self.rows)
+    @cached_property
+    def halves(self) -> Tensor:
+        """Which rows are in each half, `(many, rows)`, as ones."""
+        generator, found = torch.Generator().manual_seed(2), torch.zeros(self.many, self.rows)
         for half in found:
             half[torch.randperm(self.rows, generator=generator)[: self.rows // 2]] = 1
         return found
 
-    def retrained(self, halves: Tensor) -> Tensor:
-        """Return the test losses of the networks trained on each half, `(halves, tested)`."""
-        return torch.stack([self.test_losses(self.trained(half.nonzero()[:, 0])) for half in halves])
+    def retrained(self) -> Tensor:
+        """Return the test losses of the networks trained on each half, `(many, tested)`."""
+        return torch.stack([self.test_losses(self.trained(half.nonzero()[:, 0])) for half in self.halves])
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what training gives: data, start, halves, settings, and the code of both."""
+        torch.manual_seed(0)  # as `trained` does
+        tensors = [self.halves, *(part for pair in self.data for part in pair), *state(self.make()).values()]
+        settings = [self.name, self.loss.__name__, self.epochs, self.rate, self.tested, self.many, BATCH, MEMBERS]
+        found = hashlib.sha256(repr([*settings, torch.__version__]).encode())
+        for code in (networks, Case.trained, Case.test_losses, trainings):
+            found.update(inspect.getsource(code).encode())
+        for tensor in tensors:
+            found.update(repr((tensor.shape, tensor.dtype)).encode() + tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def influences(self, model: nn.Module, **options: Any) -> jacops.results.Influences:
         """Return influences of the training on the test samples, by default those that a bare call gives."""
@@ -184,6 +155,61 @@ CASES = [
 ]
 
 
+def state(model: nn.Module) -> State:
+    """Return a copy of a network's state."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """What training a case gave.
+
+    Attributes:
+        losses: Test losses of the networks trained on each half, `(many, tested)`.
+        states: Four states on the way of the network itself, the last of which is the network.
+        members: The network, and others that started and went through the data by other seeds.
+    """
+
+    losses: Tensor
+    states: list[State]
+    members: list[State]
+
+
+def trainings(case: Case) -> Trainings:
+    """Train a case: itself, others by other seeds, and on each half of its data."""
+    states: list[State] = []
+    rows = torch.arange(case.rows)
+    members = [state(case.trained(rows, seed, states if seed == 0 else None)) for seed in range(MEMBERS)]
+    return Trainings(case.retrained(), states, members)
+
+
+def kept(case: Case, folder: Path = RESULTS) -> Trainings:
+    """Return what training a case gave, from the file of its digest; where there is none, train and write it."""
+    path = folder / f"trained-{case.digest}.safetensors"
+    if not path.exists():
+        found = trainings(case)
+        groups = {f"state {k}": part for k, part in enumerate(found.states)}
+        groups |= {f"member {k}": part for k, part in enumerate(found.members)}
+        tensors = {f"{group}/{name}": value for group, part in groups.items() for name, value in part.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"losses": found.losses, **tensors}, path.with_suffix(".part"), {"case": case.name})
+        path.with_suffix(".part").replace(path)  # so that a killed run leaves none that looks whole
+    read = load_file(path)
+    grouped: dict[str, State] = {}
+    for name in sorted(read.keys() - {"losses"}):
+        group, _, own = name.partition("/")
+        grouped.setdefault(group, {})[own] = read[name]
+    states, members = ([part for group, part in grouped.items() if group.startswith(k)] for k in ("state", "member"))
+    return Trainings(read["losses"], states, members)
+
+
+def network(case: Case, found: Trainings) -> nn.Module:
+    """Return the trained network of a case, in eval mode."""
+    model = case.make()
+    model.load_state_dict(found.members[0])
+    return model.eval()
+
+
 def score(values: Tensor, halves: Tensor, losses: Tensor) -> Tensor:
     """Return the rank correlation of predicted and real losses over the halves, for each test sample, `(tested,)`."""
     predicted = -halves @ values.T.to(halves)  # a positive influence lowers the loss
@@ -199,8 +225,8 @@ def shown(scores: Tensor) -> str:
 
 def line(case: Case, dampings: bool) -> str:
     """Return a network's line in the table of defaults, or in that of dampings."""
-    model, halves = case.trained(torch.arange(case.rows)), case.halves()
-    losses = case.retrained(halves)
+    trained = kept(case)
+    model, halves, losses = network(case, trained), case.halves, trained.losses
     found = case.influences(model)
     plain, own = (score(values, halves, losses) for values in (case.products(model), found.values))
     if dampings:
