@@ -226,6 +226,23 @@ def test_a_models_own_loss_in_float32_is_a_softmaxs_for_a_model_in_float64() -> 
     close(found[0].eigenvalues, found[1].eigenvalues, 1e-5)
 
 
+def in_float32(output: Any, labels: Tensor, bend: float = 0.0) -> Tensor:
+    wide = output.logits[:, :-1].float()
+    return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten()) - bend * wide.square().mean()
+
+
+def bent(output: Any, labels: Tensor) -> Tensor:
+    """Not convex, by less than a loss in float32 rounds."""
+    return in_float32(output, labels, 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("loss", "convex"), [("model", True), (in_float32, True), (bent, False)])
+def test_a_loss_in_float32_is_judged_by_its_eigenvalues_in_float64(loss: Any, convex: bool, dtype: Any) -> None:
+    problem = jacops.Problem(gpt2().to(dtype), loss, batches(sequences()))
+    assert problem.ggn().positive is convex
+
+
 @pytest.mark.parametrize("call", ["grad", "hessian"])
 def test_a_loss_with_more_terms_is_refused_by_single_calls_too(call: str) -> None:
     model, whole = WithMore(gpt2().config).eval(), sequences((4, 3))

@@ -99,7 +99,7 @@ class Judge:
         scale = norm * length / self.size[where]
         self.residual[where] = left / self.size[where]
         self.attainable[where] = system.eps * scale
-        if system.is_positive:
+        if not raw.unchecked and system.is_positive:  # which may take a pass over the data
             self.bound[where] = self._bound(left, norm * length, self.size[where], shift)
         self.info["approximate"] |= raw.approximate
         if raw.unchecked:
@@ -170,7 +170,7 @@ class Judge:
     def verdict(self, method: str) -> Solution:
         """Return all rows with what is known of them."""
         info = {"tolerance": self.system.tolerance, "attainable": self.attainable, **self.info}
-        if self.system.is_positive:
+        if "unchecked" not in info and self.system.is_positive:
             info["error_bound"] = self.bound
         info = {name: info[name] for name in sorted(info)}
         status, iterations = tuple(self.status), tuple(self.iterations)

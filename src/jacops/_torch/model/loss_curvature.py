@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..._finite import is_finite
 from ..._runtime.contexts import (
@@ -63,18 +64,18 @@ def positive_everywhere(product: Rows, outputs: Sequence[Tensor], replay: Callab
     Args:
         product: Products of the Hessian with rows `(k, entries)`, entries of all outputs one after the other.
         outputs: The model's outputs, which may share a first axis of samples.
-        replay: Makes the same products in float64 where the outputs are narrower. There rounding hides the sign of
-            what is small, and a row is judged by its own scale.
+        replay: Makes the same products in float64, where outputs may be narrower and a loss may compute in float32
+            whatever its outputs are. Without it rounding hides the sign of what is small there, and a row is judged by
+            its own scale.
     """
     total, widest = sum(o.numel() for o in outputs), reduce(torch.promote_types, [o.dtype for o in outputs])
     like = torch.empty(0, dtype=widest, device=outputs[0].device)
     if total == 0:
         return True
     exact = like.dtype == torch.float64
-    if not exact and replay is not None:
-        wide = _replayed(product, replay, like, total)
-        product, exact = (product, False) if wide is None else (wide, True)
-        like = like.double() if exact else like
+    wide = None if replay is None else _replayed(product, replay, like, total)
+    if wide is not None:
+        product, exact, like = wide, True, like.double()
     image = product(private_noise(like.new_empty(1, total)))[0]
     if not is_finite(image):
         return False
@@ -188,12 +189,24 @@ def _replayed(product: Rows, replay: Callable[[], Rows], like: Tensor, many: int
     return wide if bool(((expected - found).abs() <= allowed).all()) else None
 
 
+class _Wide(TorchDispatchMode):
+    """Casts to a narrower floating-point dtype go to float64 instead, as those of losses that compute in float32."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        dtype = kwargs.get("dtype")
+        if func is torch.ops.aten._to_copy.default and dtype is not None and dtype.is_floating_point:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
 @restoring
 def _double_products(function: Callable[[Sequence[Tensor]], Tensor], outputs: Sequence[Tensor]) -> Rows:
     """Return products in float64 with the Hessian of a function of the outputs."""
     with recording(), random_state_kept():
         leaves = [o.detach().double().requires_grad_() for o in outputs]
-        value = function([leaf.clone() for leaf in leaves])
+        with _Wide():
+            value = function([leaf.clone() for leaf in leaves])
         slopes = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
     live = [i for i, slope in enumerate(slopes) if slope.requires_grad]
     sizes = [leaf.numel() for leaf in leaves]
