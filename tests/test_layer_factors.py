@@ -13,7 +13,7 @@ from jacops._ladder.route import answer
 from jacops._torch.routes.whole import WholeByLayers
 from jacops._torch.routes.whole_ask import WholeAsk, WholeBlocks
 from jacops._torch.sweeps.linearization import Linearization
-from jacops._torch.sweeps.record import record_model
+from jacops._torch.sweeps.record import ModelRun
 from layer_cases import MODELS, model_of
 from small import Calls, close, draw
 
@@ -35,7 +35,7 @@ def by_layers(lin: Linearization) -> WholeBlocks | None:
 
 
 def taken(model: nn.Module, x: Tensor) -> bool:
-    found = record_model(model, x, call="test", parameters=lambda name, p: True, checks="always")
+    found = ModelRun(model, x, call="test", parameters=lambda name, p: True, checks="always").recorded()
     return by_layers(found.lin) is not None
 
 
@@ -72,7 +72,7 @@ def test_it_costs_a_sweep_per_output_entry_and_two_to_check() -> None:
     model, x = model_of("mlp")
     sweeps = []
     for _ in range(2):
-        found = record_model(model, x, call="test", parameters=lambda name, p: True)
+        found = ModelRun(model, x, call="test", parameters=lambda name, p: True).recorded()
         by_layers(found.lin)
         sweeps.append(found.lin.sweeps)
     assert sweeps == [3 + 2, 3]

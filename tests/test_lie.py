@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import jacops
 from jacops import JacopsWarning, modjac
 from jacops._extras.lie import layout
-from jacops._torch.sweeps.record import record_model
+from jacops._torch.sweeps.record import ModelRun
 from jacops.errors import ModelStateError, NonFiniteError, NotDifferentiableError
 
 GROUPS = {"SO3": 4, "SE3": 7, "Sim3": 8, "RxSO3": 5}  # widths of storage; a tangent is one narrower
@@ -800,7 +800,7 @@ def test_products_with_lie_tensors_as_outputs_and_vectors() -> None:
 
 def test_no_layout_without_lie_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     def record() -> Any:
-        return record_model(nn.Linear(2, 1), torch.ones(1, 2), call="modjac", parameters=lambda name, p: True)
+        return ModelRun(nn.Linear(2, 1), torch.ones(1, 2), call="modjac", parameters=lambda name, p: True).recorded()
 
     assert layout(record(), tangent=True) is None
     monkeypatch.delitem(sys.modules, "pypose")

@@ -17,7 +17,7 @@ from ._recorded_loss import check_usable
 from ._runtime.agreement import inner, size, tolerance
 from ._runtime.contexts import eager, private_noise
 from ._saving import Savable
-from ._torch.protocol import record_model
+from ._torch.protocol import ModelRun
 
 _BENDS = 2.0  # kinks ahead and behind add up in both differences with either sign: to about the same size, if many
 
@@ -96,7 +96,7 @@ def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = N
         NotDifferentiableError: The output has no path to them.
     """
     picks = picked(model, parameters)
-    found = record_model(model, inputs, call="check", parameters=picks)
+    found = ModelRun(model, inputs, call="check", parameters=picks).recorded()
     lin = found.lin
     check_usable(lin)
     # Every tensor moves by the same share of its own typical entry.
@@ -109,7 +109,7 @@ def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = N
     moved = []
     for sign in (1, -1):
         shift = {name: sign * step * d for name, d in zip(lin.domain.names, direction, strict=True)}
-        moved.append(record_model(model, inputs, call="check", parameters=picks, shift=shift).lin.outputs)
+        moved.append(ModelRun(model, inputs, call="check", parameters=picks, shift=shift).recorded().lin.outputs)
     relative = _apart(product, lin.outputs, moved, step)
     # The error of central differences is about eps ** (2/3) times that of third derivatives: room for 100.
     return Check("central difference", relative, 100 * eps ** (2 / 3))

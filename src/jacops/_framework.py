@@ -12,7 +12,7 @@ from ._ladder.protocol import FrameworkModel, SampleRows, SweepOptions, is_frame
 from ._operators import LayerFactors
 from ._options import TorchOptions
 from ._space import Space
-from ._torch.protocol import At, Likelihood, RowLosses, Rows, likelihood_of, record_model
+from ._torch.protocol import At, Likelihood, ModelRun, RowLosses, Rows, likelihood_of
 from ._trees import Selector, output_leaves
 from .errors import InputError
 
@@ -27,11 +27,11 @@ def recorded(
     at: At = None,
     **options: Unpack[TorchOptions],
 ) -> Any:
-    """Record the output of a model of any framework, as `record_model` does."""
+    """Record the output of a model of any framework, as `ModelRun` does."""
     if is_framework_model(model):
         checks, fallback = options.get("checks", "first"), options.get("fallback", "warn")
         return model.record(inputs, SweepOptions(call, parameters, outputs, at, checks=checks, fallback=fallback))
-    return record_model(model, inputs, call=call, parameters=parameters, outputs=outputs, at=at, **options)
+    return ModelRun(model, inputs, call=call, parameters=parameters, outputs=outputs, at=at, **options).recorded()
 
 
 def likelihood_at(model: Any, found: Any, losses: RowLosses, y: Any) -> Likelihood | None:

@@ -27,6 +27,7 @@ from ._torch.protocol import (
     At,
     Blocks,
     Freeze,
+    ModelRun,
     Places,
     Recording,
     Samples,
@@ -37,7 +38,6 @@ from ._torch.protocol import (
     flat,
     is_plain,
     record_closure,
-    record_model,
     separate,
     whole_jacobian,
 )
@@ -319,7 +319,8 @@ def modjac(
         if check_finite:
             check_block("modjac", found.matrix.values(), "the output", "the parameters")
         return found.matrix
-    recorded = record_model(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
+    run = ModelRun(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
+    recorded = run.recorded()
     lie = _lie_layout(recorded, tangent, create_graph)
     (check_dependence if strict else warn_if_unconnected)(recorded)
     with arithmetic(create_graph):

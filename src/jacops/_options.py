@@ -146,7 +146,7 @@ class GraphOptions(CurvatureCallOptions, total=False):
 
 
 class TorchOptions(TypedDict, total=False):
-    """What only torch is asked when a model is recorded, as in `record_model`."""
+    """What only torch is asked when a model is recorded, as in `ModelRun`."""
 
     checks: Checks
     fallback: Fallback

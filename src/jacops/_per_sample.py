@@ -36,6 +36,7 @@ from ._space import Space
 from ._torch.protocol import (
     ConnectedFactors,
     Definition,
+    ModelRun,
     Recording,
     Rows,
     RowSlopes,
@@ -47,7 +48,6 @@ from ._torch.protocol import (
     matrix_shape,
     one_row,
     parameter_names,
-    record_model,
     row_cotangents,
 )
 from ._trees import Selector, hint_at_labels
@@ -147,7 +147,8 @@ def gradients_at(
         if record is not None and len(some[0]) == len(values[0]):
             return record()
         inputs = tree.build(some)[0]
-        return record_model(model, inputs, call="sample_gradients", connected=create_graph, aside=True, **options)
+        run = ModelRun(model, inputs, call="sample_gradients", connected=create_graph, aside=True, **options)
+        return run.recorded()
 
     def cotangents(batch: Recording, values: Sequence[Tensor]) -> RowSlopes:
         def build(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -242,7 +243,7 @@ def jacobians_at(
         finish = None if picks is None else partial(picks.pick, places=some[-1])
         how: Any = {"outputs": outputs, "finish": finish, "purpose": purpose, "connected": create_graph}
         with seeded(seed), given.explained(model, "sample_jacobians", options):
-            made = record_model(model, tree.build(inputs)[0], call="sample_jacobians", **how, **options)
+            made = ModelRun(model, tree.build(inputs)[0], call="sample_jacobians", **how, **options).recorded()
         return _one_output(made)
 
     def together(some: Sequence[Tensor]) -> Recording:

@@ -13,7 +13,7 @@ from ._options import CurvatureOptions, LocatedOptions, LossOptions
 from ._picks import differentiated, picked, trainable, variable
 from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
-from ._torch.protocol import At, Linearization, Recording, call_loss, record_further, record_model
+from ._torch.protocol import At, Linearization, ModelRun, Recording, call_loss, record_further
 from ._trees import flatten
 from .errors import InputError, InputTypeError, NotDifferentiableError
 
@@ -92,7 +92,7 @@ def record_loss(model: Any, loss: Loss, x: Any, y: Any, call: str, **options: Un
     """
     options.setdefault("parameters", trainable)
     y = recordable(y, kept=options.get("kept", False))
-    found = record_model(model, x, call=call, finish=loss_of_output(loss, y), purpose=loss, **options)
+    found = ModelRun(model, x, call=call, finish=loss_of_output(loss, y), purpose=loss, **options).recorded()
     return _connected(found, call)
 
 

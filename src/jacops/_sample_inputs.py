@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._torch.protocol import SampleTarget, Shared, axis_explained, record_model, rows_apart
+from ._torch.protocol import ModelRun, SampleTarget, Shared, axis_explained, rows_apart
 from ._trees import Tree
 from .errors import InputError
 
@@ -57,6 +57,6 @@ class SampleInputs:
         values, tree, inputs = self.apart
 
         def run(some: Sequence[Tensor]) -> None:
-            record_model(model, tree.build([*some, *values[inputs:]])[0], call=call, **options)
+            ModelRun(model, tree.build([*some, *values[inputs:]])[0], call=call, **options).recorded()
 
         return axis_explained(values[:inputs], run)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError, InputTypeError
 from ._graphs import without_graph
 from ._scipy import as_linear_operator
+from ._words import NotAnArray
 
 if TYPE_CHECKING:
     from ._base import Operator
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 COMPOSED: dict[str, Callable[..., Any]] = {}
 
 
-class Arithmetic:
+class Arithmetic(NotAnArray):
     """The part of an `Operator` that is the same for all: `2 * A`, `A + B`, `v @ A`, `A + 0.1 * eye`, `to_scipy()`."""
 
     __array_ufunc__ = None  # NumPy leaves `array @ A` and `number * A` to the operator
@@ -82,6 +83,10 @@ class Arithmetic:
         if isinstance(factor, Tensor) and factor.ndim == 0 and not factor.is_complex():
             scale = factor if factor.requires_grad else None
             return COMPOSED["scaled"](self, float(factor.detach()), scale=scale)
+        if isinstance(factor, Tensor | Arithmetic):
+            came = "an operator" if isinstance(factor, Arithmetic) else f"a tensor {tuple(factor.shape)}"
+            todo = "Write `A @ B` for a product; `jacops.linalg.Diagonal(v) @ A` scales rows."
+            raise InputTypeError.of("*", f"given {came} beside an operator", "a number is needed", todo)
         return COMPOSED["scaled"](self, float(factor)) if isinstance(factor, Real) else NotImplemented
 
     __mul__ = __rmul__
@@ -197,6 +202,15 @@ class ScalarIdentity:
     def __rmatmul__(self, other: Any) -> Any:
         """Scale what stands on the left."""
         return self.factor * other
+
+    def __call__(self, *size: Any) -> NoReturn:
+        """Refuse a size: it takes that of the other operand.
+
+        Raises:
+            InputTypeError: Always.
+        """
+        todo = "Write `A + 0.1 * eye`; `Identity(A.domain)` is an operator of its own."
+        raise InputTypeError.of("eye", f"called with {size}", "it is the identity of any size", todo)
 
     def __repr__(self) -> str:
         return f"{self.factor:g} * eye"

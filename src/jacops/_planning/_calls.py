@@ -13,11 +13,11 @@ from .._torch.protocol import (
     BY_SAMPLES,
     WHOLE,
     FollowedModel,
+    ModelRun,
     Samples,
     WholeAsk,
     planned,
     record_closure,
-    record_model,
 )
 from .._trees import select
 from ..errors import InputTypeError
@@ -57,13 +57,9 @@ def plan_full_jacobian(arguments: dict[str, Any]) -> Plan:
 
 def plan_modjac(arguments: dict[str, Any]) -> Plan:
     """Return the plan of `modjac`; the model runs forward once, on a private copy, and backward for one cotangent."""
-    lin = record_model(
-        arguments["model"],
-        arguments["input"],
-        call="modjac",
-        parameters=picked(arguments["model"], arguments["parameters"], default=everything),
-        outputs=arguments["outputs"],
-    ).lin
+    model, outputs = arguments["model"], arguments["outputs"]
+    picks = picked(model, arguments["parameters"], default=everything)
+    lin = ModelRun(model, arguments["input"], call="modjac", parameters=picks, outputs=outputs).recorded().lin
     columns = arguments["strategy"] == "forward-mode"
     placed, create_graph = arguments["out"] is not None, arguments["create_graph"]
     return _plan(WholeAsk(lin, arguments["budget"], columns, create_graph, placed=placed))

@@ -1,6 +1,6 @@
 """What the rest of the library uses of the torch backend; nothing else of it is imported from outside.
 
-Models are recorded (`record_model`, `record_closure`) as a `Linearization`, which pulls and pushes. Whole results have
+Models are recorded (`ModelRun`, `record_closure`) as a `Linearization`, which pulls and pushes. Whole results have
 routes: `Samples` (by inputs, sample by sample), `WholeJacobian`, and matrices, diagonals and rows by layers.
 """
 
@@ -57,5 +57,5 @@ from .sweeps.linearization import Linearization
 from .sweeps.mixing import by_digits
 from .sweeps.nonfinite import Lost, pull_noting_losses
 from .sweeps.proofs import Proofs, identity_key, store_for
-from .sweeps.record import Recording, record_at_outputs, record_closure, record_further, record_model
+from .sweeps.record import ModelRun, Recording, record_at_outputs, record_closure, record_further
 from .sweeps.weights import check_kept, weights_of

@@ -18,12 +18,12 @@ from .._requirements import check_choice, check_kind
 from .._runtime.contexts import arithmetic, out_of_inference, private_noise, random_state_kept, recording
 from .._runtime.restoring import restoring
 from .._torch.protocol import (
+    ModelRun,
     Recording,
     bare,
     check_state,
     jacobian_blocks,
     parameter_names,
-    record_model,
     replicate,
     split_input,
 )
@@ -209,7 +209,8 @@ class FitProblem:
             return replica(args, kwargs)
 
     def _recorded(self) -> Recording:
-        return record_model(self.work, self.value, call=self.call, parameters=lambda name, _: name in self.original)
+        run = ModelRun(self.work, self.value, call=self.call, parameters=lambda name, _: name in self.original)
+        return run.recorded()
 
     @restoring
     def _dense(self) -> tuple[list[Tensor], np.ndarray]:

@@ -17,7 +17,7 @@ from .._recorded_loss import check_usable
 from .._runtime.contexts import must_surface, private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
-from .._torch.protocol import Linearization, Proofs, Recording, bare, parameter_names, record_model
+from .._torch.protocol import Linearization, ModelRun, Proofs, Recording, bare, parameter_names
 from .._trees import Selector, flatten
 from ._lift import Lift, Selection
 from ._pool import Array
@@ -121,7 +121,7 @@ def record_point(
 
     def record() -> Recording:
         with taint or nullcontext():
-            return record_model(model, inputs, call=call, parameters=parameters, outputs=outputs)
+            return ModelRun(model, inputs, call=call, parameters=parameters, outputs=outputs).recorded()
 
     lifted = _lifted(record, chosen) if lift and not any(t.is_inference() for t in chosen) else None
     recording, selections = lifted or (record(), [])

@@ -15,7 +15,7 @@ from .._recorded_loss import check_usable
 from .._runtime.contexts import private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
-from .._torch.protocol import Linearization, by_digits, record_model
+from .._torch.protocol import Linearization, ModelRun, by_digits
 from .._trees import Selector
 from ..errors import InputError
 from ._taint import Outside
@@ -88,7 +88,8 @@ def samples_independent(
         (0, 1)
     """
     with Outside() as taint:
-        found = record_model(model, x, call="samples_independent", parameters=None, outputs=outputs, training=training)
+        run = ModelRun(model, x, call="samples_independent", parameters=None, outputs=outputs, training=training)
+        found = run.recorded()
     lin = found.lin
     check_usable(lin)
     if taint.read_out:

@@ -128,29 +128,13 @@ def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | 
     raise ModelStateError.of("model", came, "its forward must leave such tensors alone")
 
 
-def record_model(model: Any, value: Any, **options: Any) -> Recording:
-    """Run a model once on private copies and record it.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelRun:
+    """One run of a model, on private copies, that is recorded.
 
     Args:
         model: The caller's module.
         value: Its input: a tuple or a mapping is unpacked, None is no argument.
-        options: `call=`, `parameters=` and more, as in `ModelRun`.
-
-    Raises:
-        ModelStateError: The model has no parameters to differentiate.
-        InputError: An input does not fit, `outputs` or `at` pick nothing.
-        NotDifferentiableError: Nothing among the inputs has a derivative.
-    """
-    return ModelRun(model, value, **options).recorded()
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ModelRun:
-    """One run of a model that is recorded.
-
-    Args:
-        model: As in `record_model`.
-        value: As in `record_model`.
         call: The public call on whose behalf this is done.
         parameters: Which parameters are the leaves; None takes the floating-point inputs instead.
         outputs: Which part of the output.
@@ -204,7 +188,13 @@ class ModelRun:
         return {n: p for n, p in parameter_names(self.module).items() if picks is not None and picks(n, p)}
 
     def recorded(self) -> Recording:
-        """Return the recording, watched where it is not known what the forward does besides arithmetic."""
+        """Return the recording, watched where it is not known what the forward does besides arithmetic.
+
+        Raises:
+            ModelStateError: The model has no parameters to differentiate.
+            InputError: An input does not fit, `outputs` or `at` pick nothing.
+            NotDifferentiableError: Nothing among the inputs has a derivative.
+        """
         refuse_transforms()  # before weights are copied: inside one, copies have no memory of their own
         module = self.module
         check_state(module)
