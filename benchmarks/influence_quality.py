@@ -123,15 +123,15 @@ class Rival:
         return {**self.settings, **({self.damped: damping} if self.damped else {})}
 
 
-# Said even where it is the default, which in dattri 0.3 is what an earlier call asked for.
-TRAK, WIDE = ({"projector_kwargs": {"proj_dim": dimension}} for dimension in (128, 512))
+TRAK = {"projector_kwargs": {"proj_dim": 512}}  # its default
+DAMPED = {**TRAK, "regularization": 1.0}  # the best of 0, 0.01, 0.1, 1, 10 and 100 for the perceptron
 RIVALS = [
     Rival("kronfluence", "EK-FAC", "ekfac", damped="damping_factor"),
     Rival("kronfluence", "EK-FAC, damping 0.1 of the mean eigenvalue", "ekfac", {"damping_factor": None}),
     Rival("kronfluence", "EK-FAC, its default damping 1e-8", "ekfac"),
-    Rival("dattri", "TRAK, dimension 128", "TRAKAttributor", TRAK),
-    Rival("dattri", "TRAK, dimension 512 (its default)", "TRAKAttributor", WIDE),
-    Rival("dattri", "TRAK, dimension 128, 5 networks", "TRAKAttributor", {**TRAK, "members": 5}),
+    Rival("dattri", "TRAK, its defaults", "TRAKAttributor", TRAK),
+    Rival("dattri", "TRAK, regularisation 1", "TRAKAttributor", DAMPED),
+    Rival("dattri", "TRAK, regularisation 1, 5 networks", "TRAKAttributor", {**DAMPED, "members": 5}),
     Rival("dattri", "Hessian, CG, 10 steps (its default)", "IFAttributorCG", {}, "regularization"),
     Rival("dattri", "LiSSA, 500 steps", "IFAttributorLiSSA", {"recursion_depth": 500}, "damping"),
     Rival("pyDVL", "EK-FAC", "EkfacInfluence", {"update_diagonal": True}, "hessian_regularization"),
