@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import (
     bench_attribution,
     bench_curvature,
+    bench_differentiable,
     bench_input_jacobians,
     bench_integrated,
     bench_parameter_jacobians,
@@ -53,6 +54,11 @@ def tiny() -> Iterator[Workload]:
     yield bench_integrated.same_gap("J2", "perceptron", mlp(3, 4, 2), torch.randn(5, 3), [])
     yield bench_curvature.hessians("E1", "perceptron", case, [Goal(BEST, faster=1), Goal(mib=1e6)])
     yield bench_curvature.gauss_newton("E2", "perceptron", case, [])
+    yield bench_differentiable.contractive(4, 5, 4, 3)
+    yield bench_differentiable.penalty(5, 3, 4, 2)
+    yield bench_differentiable.poisson(4, 2, 5, 1)
+    yield bench_differentiable.meta(4, 3, 5, 2)
+    yield bench_differentiable.hypergradient(4, 3, 4, 1)
     yield bench_curvature.hessian_diagonal("E4", "perceptron", case)
     yield bench_curvature.gauss_newton_diagonal("E5", "perceptron", case)
 
