@@ -27,7 +27,7 @@ def public() -> Iterator[tuple[str, Any]]:
     for space in SPACES:
         for name in getattr(space, "__all__", None) or [n for n in dir(space) if not n.startswith("_")]:
             value = getattr(space, name)
-            is_call = inspect.isroutine(value) or isinstance(value, type)  # `eye` is an object that refuses to be called
+            is_call = inspect.isroutine(value) or isinstance(value, type)  # `eye` is an object that refuses calls
             if is_call and getattr(value, "__module__", "").startswith("jacops"):
                 yield f"{space.__name__}.{name}", value
     yield from ((f"jacops.{name}", getattr(jacops, name)) for name in JAX)
