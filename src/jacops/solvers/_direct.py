@@ -92,8 +92,9 @@ class _Factorised(Prepared):
         def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
             return IterationResult(self.once(rows), [0] * rows.shape[0])  # no norm: steps below rounding pay too
 
-        # A step is a product: of the matrix in memory for next to nothing, of the operator itself for a sweep.
-        raw = refined(self.system, rows, 1, run, self._left, share=0.1 if self.entries is None else 0.01)
+        # A step costs next to nothing beside a factorisation of the whole matrix, and else as much as the first one.
+        share = 0.01 if isinstance(self.entries, Matrix) else 0.1
+        raw = refined(self.system, rows, 1, run, self._left, share=share)
         left = raw.left if self._stands_for_operator(raw.x, rows) else None
         return replace(raw, norm=self.norm, info=self.info, left=left)
 
