@@ -135,9 +135,9 @@ RIVALS = [
     Rival("dattri", "Hessian, CG, 10 steps (its default)", "IFAttributorCG", {}, "regularization"),
     Rival("dattri", "LiSSA, 500 steps", "IFAttributorLiSSA", {"recursion_depth": 500}, "damping"),
     Rival("pyDVL", "EK-FAC", "EkfacInfluence", {"update_diagonal": True}, "hessian_regularization"),
-    Rival("pyDVL", "Hessian, CG", "CgInfluence", {"solve_simultaneously": True}, "regularization"),
     Rival("pyDVL", "Hessian, Nyström, rank 100", "NystroemSketchInfluence", {"rank": 100}, "regularization"),
     Rival("pyDVL", "GGN, direct", "DirectInfluence", {"second_order_mode": "GAUSS_NEWTON"}, "regularization"),
+    Rival("pyDVL", "Hessian, CG", "CgInfluence", {"solve_simultaneously": True}, "regularization"),
 ]
 
 
@@ -167,6 +167,8 @@ def executed(command: list[str]) -> str:
         done = subprocess.run(command, cwd=HERE.parent, env=environment, **options)
     except subprocess.TimeoutExpired:
         return f"not within {LONGEST} s"
+    if done.returncode < 0:  # what is written last says nothing then
+        return f"ended by signal {-done.returncode}"
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     return f"failed: {lines[-1][:70]}"
 

@@ -10,6 +10,7 @@ Only torch, numpy and safetensors are needed beside the rival.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from .networks import SCORED
 
 BATCH = 100
+MEMORY = 8  # GiB of address space: what takes more would end the whole process, and others' too
 
 
 class Request:
@@ -141,6 +143,7 @@ RIVALS = {"kronfluence": kronfluence, "pyDVL": pydvl, "dattri": dattri}
 def main() -> None:
     """Answer the request of a folder, one method after another."""
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY * 2**30, MEMORY * 2**30))
     folder = Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     for number, asked in enumerate(request["asked"]):
@@ -151,7 +154,8 @@ def main() -> None:
             scores = call().detach().float().numpy()
             found: dict[str, Any] = {"scores": scores, "seconds": time.process_time() - start}
         except Exception as error:  # a method that cannot is a finding
-            found = {"failed": f"{type(error).__name__}: {error}"}
+            short = "allocate memory" in str(error) or isinstance(error, MemoryError)
+            found = {"failed": f"more than {MEMORY} GiB" if short else f"{type(error).__name__}: {error}"}
         np.savez(folder / f"answer-{number}.npz", **found)
 
 
