@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 import jacops
 
-from .harness import BEST, Goal, Workload, same
+from .harness import BEST, Goal, Workload, curvlinops_module, same
 from .models import Case, Gated, after_step, flat, mlp
 
 CHUNK = 256
@@ -28,10 +28,8 @@ def row_by_row(c: Case) -> Tensor:
 
 def peer(name: str, c: Case) -> Tensor:
     """Return a matrix by curvlinops: its operator times the identity."""
-    import curvlinops
-
     params, data = list(c.model.parameters()), [(c.x, c.y)]
-    kind = getattr(curvlinops, name)
+    kind = getattr(curvlinops_module(), name)
     operator = kind(c.model, nn.CrossEntropyLoss(), params, data, check_deterministic=False, num_data=len(c.x))
     return operator @ torch.eye(len(c.theta))
 

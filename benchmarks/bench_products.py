@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import jacops
 
-from .harness import Goal, Workload, same
+from .harness import Goal, Workload, curvlinops_module, same
 from .models import Case, Tree, flat, mlp
 
 
@@ -52,11 +52,9 @@ def curvlinops(c: Products, name: str, vectors: Tensor) -> Callable[[], Tensor]:
 
     @cache
     def operator() -> Any:
-        import curvlinops
-
         losses = [] if name == "JacobianLinearOperator" else [torch.nn.CrossEntropyLoss()]
         options = {"check_deterministic": False, "num_data": len(c.x)}
-        return getattr(curvlinops, name)(c.model, *losses, c.listed, [(c.x, c.y)], **options)
+        return getattr(curvlinops_module(), name)(c.model, *losses, c.listed, [(c.x, c.y)], **options)
 
     return lambda: (operator() @ vectors).movedim(-1, 0)
 

@@ -6,6 +6,7 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,19 @@ def same(tolerance: float = 1e-3) -> Callable[[Any, Any], bool]:
         return left.shape == right.shape and float((left - right).norm()) <= tolerance * float(left.norm() + 1e-30)
 
     return close
+
+
+def curvlinops_module() -> Any:
+    """Return curvlinops, from version 3 on; the tests install 2 for laplace-torch, whose operators take NumPy arrays.
+
+    Raises:
+        ModuleNotFoundError: It is not there, or older.
+    """
+    import curvlinops
+
+    if int(version("curvlinops-for-pytorch").partition(".")[0]) < 3:
+        raise ModuleNotFoundError("an older curvlinops is installed", name="curvlinops 3")
+    return curvlinops
 
 
 def _listed(value: Any) -> list[torch.Tensor]:
