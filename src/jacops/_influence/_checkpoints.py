@@ -23,7 +23,8 @@ from .._torch.protocol import bare
 from ..errors import DataError, InputError, InputTypeError
 from ._influences import compute_influences
 from ._result import SIGN, Influences
-from ._settings import InfluenceOptions, Modelled, data_of, gradients_of, in_tiles, unchecked
+from ._run import in_tiles
+from ._settings import InfluenceOptions, Modelled, data_of, gradients_of, unchecked
 from ._stored import shares_of
 
 _TILE_BYTES = 2**26  # 64 MiB of test gradients at a time, as for solves
@@ -168,7 +169,7 @@ class _Carrying:
 def _products(problem: Problem, test: Batches, asked: Batches) -> Tensor:
     """Return products of the gradients of all test samples with those of all samples."""
     step = max(1, _TILE_BYTES // max(1, problem.space.dim * problem.space.dtype.itemsize))
-    batches = iter(test.tracked("gradients", problem.progress))
+    batches = test.tracked("gradients", problem.progress)
     rows = (gradients_of(problem, parts) for parts in in_tiles(batches, step))
     return torch.cat([problem.sample_gradients(asked).apply(some) for some in rows])
 

@@ -342,15 +342,15 @@ class GradientIndex(Described):
 class _Query:
     """Solutions for some test samples, and what is said of their scores."""
 
-    def __init__(self, index: GradientIndex, solutions: Tensor, chosen: tuple[float, str]) -> None:
-        self.index, self.solutions, self.damping = index, solutions, chosen[0]
+    def __init__(self, index: GradientIndex, solutions: Tensor, chosen: Damping) -> None:
+        self.index, self.solutions, self.damping = index, solutions, chosen.value
         plan = index._plan
         self.info: dict[str, Any] = {
             "method": "projection" if not plan.sketch.is_exact else "direct",
             "curvature": plan.kind,
             **unchecked(len(solutions)),
-            "damping": chosen[0],
-            "damping_rule": chosen[1],
+            "damping": chosen.value,
+            "damping_rule": chosen.rule,
             "rows": len(index),
             "covered": plan.sketch.space.dim,
             "parameters": plan.problem.objective.parameters_total,

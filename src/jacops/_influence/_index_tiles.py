@@ -20,7 +20,7 @@ from .._torch.protocol import row_scale
 from .._trees import output_leaves
 from .._words import IndexCurvature
 from ..errors import InputError
-from ._settings import in_tiles
+from ._run import in_tiles
 from ._sketch import VERSION, GradientSketch
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class IndexPlan:
         """Compute those tiles that are wanted, by number."""
         _ = self.problem.denominator  # before any other pass: it computes by what the loss divides
         unchanged, first = self.problem.objective.unchanged(), 0
-        batches = iter(self.problem.data.tracked("projected_index", self.problem.progress))
+        batches = self.problem.data.tracked("projected_index", self.problem.progress)
         for number, parts in enumerate(in_tiles(batches, self.step)):
             if wanted(number):
                 unchanged("projected_index")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -131,19 +131,25 @@ class InfluenceRun:
 
     def tiles(self, data: Batches) -> Iterator[Callable[[], Tensor]]:
         """Yield for each tile of `step` rows, across batches, a function that returns their gradients."""
-        parts: list[Batch] = []
-        filled = 0
-        for batch in data.tracked("solving", self.problem.progress):
-            at = 0
-            while at < batch.rows:
-                take = min(self.step - filled, batch.rows - at)
-                parts.append(batch if take == batch.rows else batch.part(slice(at, at + take)))
-                at, filled = at + take, filled + take
-                if filled == self.step:
-                    yield _gradients(self.problem, parts)
-                    parts, filled = [], 0
-        if parts:
+        for parts in in_tiles(data.tracked("solving", self.problem.progress), self.step):
             yield _gradients(self.problem, parts)
+
+
+def in_tiles(batches: Iterable[Batch], step: int) -> Iterator[list[Batch]]:
+    """Yield the rows of batches, `step` at a time, as parts of batches."""
+    parts: list[Batch] = []
+    filled = 0
+    for batch in batches:
+        at = 0
+        while at < batch.rows:
+            take = min(step - filled, batch.rows - at)
+            parts.append(batch if take == batch.rows else batch.part(slice(at, at + take)))
+            at, filled = at + take, filled + take
+            if filled == step:
+                yield parts
+                parts, filled = [], 0
+    if parts:
+        yield parts
 
 
 def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:

@@ -93,23 +93,6 @@ def blocks_of(
         row = rows.stop
 
 
-def in_tiles(batches: Iterator[Batch], step: int) -> Iterator[list[Batch]]:
-    """Yield the rows of batches, `step` at a time, as parts of batches."""
-    parts: list[Batch] = []
-    filled = 0
-    for batch in batches:
-        at = 0
-        while at < batch.rows:
-            take = min(step - filled, batch.rows - at)
-            parts.append(batch if take == batch.rows else batch.part(slice(at, at + take)))
-            at, filled = at + take, filled + take
-            if filled == step:
-                yield parts
-                parts, filled = [], 0
-    if parts:
-        yield parts
-
-
 def gradients_of(problem: Problem, parts: list[Batch]) -> Tensor:
     """Return the gradients `(n, P)` of the rows of some batches."""
     return torch.cat([problem.at(part).gradients().dense() for part in parts])
