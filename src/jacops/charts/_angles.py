@@ -12,17 +12,23 @@ from torch import Tensor
 _SERIES_BELOW = 1.0  # squared angles below which the series are used
 _TERMS = 12  # at angles up to 1 what is left out is below 1e-19
 _RATIO_BELOW = 1e-3  # squared tangents of the half angle, the same for the arctangent
+_ARCTANGENT = [2 * (-1.0) ** k / (2 * k + 1) for k in range(8)]  # what is left out is below 1e-24
 
 
 def _even(squared: Tensor, series: list[float], closed: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a function of a squared angle: a power series in it near zero, else `closed(angle)`."""
     small = squared < _SERIES_BELOW
-    near = torch.where(small, squared, torch.zeros_like(squared))
-    far = torch.where(small, torch.ones_like(squared), squared).sqrt()
-    total = torch.full_like(near, series[-1])
-    for coefficient in reversed(series[:-1]):
-        total = total * near + coefficient
-    return torch.where(small, total, closed(far))
+    near = polynomial(series, torch.where(small, squared, torch.zeros_like(squared)))
+    return torch.where(small, near, closed(torch.where(small, torch.ones_like(squared), squared).sqrt()))
+
+
+def polynomial(coefficients: list[float], x: Tensor) -> Tensor:
+    """Return a polynomial's values, by Horner's rule with one operation a term, which is one node to differentiate."""
+    *others, last, highest = x.new_tensor(coefficients).unbind()
+    total = torch.addcmul(last, highest, x)
+    for coefficient in reversed(others):
+        total = torch.addcmul(coefficient, total, x)
+    return total
 
 
 def _taylor(offset: int) -> list[float]:
@@ -75,28 +81,34 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 
 def turned_2d(angle: Tensor, p: Tensor) -> Tensor:
-    c, s = angle.cos(), angle.sin()
-    x, y = p[..., :1], p[..., 1:]
-    return torch.cat([c * x - s * y, s * x + c * y], -1)
+    return angle.cos() * p + angle.sin() * quarter_turn(p)
 
 
 def quarter_turn(p: Tensor) -> Tensor:
-    return torch.cat([-p[..., 1:], p[..., :1]], -1)
+    x, y = p.split(1, -1)
+    return torch.cat([-y, x], -1)
+
+
+def axis_and_rest(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first three numbers and the others."""
+    first, rest = q.split([3, q.shape[-1] - 3], -1)
+    return first, rest
 
 
 def turned(q: Tensor, p: Tensor) -> Tensor:
-    v, w = q[..., :3], q[..., 3:]
+    v, w = axis_and_rest(q)
     twice = 2 * cross(v, p)
-    return p + w * twice + cross(v, twice)
+    return p + torch.addcmul(cross(v, twice), w, twice)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    v, w, u, z = a[..., :3], a[..., 3:], b[..., :3], b[..., 3:]
-    return torch.cat([w * u + z * v + cross(v, u), w * z - dot(v, u)], -1)
+    (v, w), (u, z) = axis_and_rest(a), axis_and_rest(b)
+    return torch.cat([torch.addcmul(torch.addcmul(cross(v, u), w, u), z, v), w * z - dot(v, u)], -1)
 
 
 def conjugate(q: Tensor) -> Tensor:
-    return torch.cat([-q[..., :3], q[..., 3:]], -1)
+    v, w = axis_and_rest(q)
+    return torch.cat([-v, w], -1)
 
 
 def quaternion_exp(d: Tensor) -> Tensor:
@@ -106,15 +118,10 @@ def quaternion_exp(d: Tensor) -> Tensor:
 
 def quaternion_log(q: Tensor) -> Tensor:
     """Return rotation vectors: 2 atan2(|v|, w) v / |v| on the side w >= 0; the length of `q` does not matter."""
-    q = torch.where(q[..., 3:] < 0, -q, q)
-    v, w = q[..., :3], q[..., 3:]
-    squared = dot(v, v)
+    v, w = axis_and_rest(torch.where(q[..., 3:] < 0, -q, q))
+    squared, ones = dot(v, v), torch.ones_like(w)
     small = squared < _RATIO_BELOW * w * w
-    ratio = torch.where(small, squared, torch.zeros_like(w)) / torch.where(small, w, torch.ones_like(w)) ** 2
-    total = torch.zeros_like(ratio)
-    # Eight terms at ratios up to 1e-3: what is left out is below 1e-24.
-    for k in reversed(range(8)):
-        total = total * ratio + (-1.0) ** k / (2 * k + 1)
-    size = torch.where(small, torch.ones_like(w), squared).sqrt()
-    near = 2 * total / torch.where(small, w, torch.ones_like(w))
+    divisor = torch.where(small, w, ones)
+    near = polynomial(_ARCTANGENT, torch.where(small, squared, torch.zeros_like(w)) / divisor**2) / divisor
+    size = torch.where(small, ones, squared).sqrt()
     return v * torch.where(small, near, 2 * torch.atan2(size, w) / size)

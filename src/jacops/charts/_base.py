@@ -73,7 +73,7 @@ class Chart(ABC):
     def between(self, a: Tensor, b: Tensor) -> Tensor:
         r"""Return $A^{-1} B$: `b` as seen from `a`."""
         self._check(a=a, b=b)
-        return self._compose(self._inverse(a), b)
+        return self._between(a, b)
 
     def act(self, x: Tensor, points: Tensor) -> Tensor:
         """Return points `(*, space)` turned and moved by elements `(*, storage)`."""
@@ -129,6 +129,9 @@ class Chart(ABC):
 
     @abstractmethod
     def _act(self, x: Tensor, p: Tensor) -> Tensor: ...
+
+    def _between(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._compose(self._inverse(a), b)
 
     def _check(self, **elements: Tensor) -> None:
         first, shape = "", None

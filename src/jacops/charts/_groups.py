@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._angles import (
+    axis_and_rest,
     conjugate,
     cotangent_rest,
     cross,
@@ -74,16 +75,23 @@ class _SE2(Chart):
         return torch.cat([sinc(squared) * step + versine(squared) * angle * quarter_turn(step), angle], -1)
 
     def _log(self, x: Tensor) -> Tensor:
-        angle, moved = wrapped(x[..., 2:]), x[..., :2]
+        moved, angle = x.split([2, 1], -1)
+        angle = wrapped(angle)
         squared = angle * angle
         step = (1 - squared * cotangent_rest(squared)) * moved - angle / 2 * quarter_turn(moved)
         return torch.cat([step, angle], -1)
 
     def _compose(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a[..., :2] + turned_2d(a[..., 2:], b[..., :2]), a[..., 2:] + b[..., 2:]], -1)
+        (moved, angle), (step, turn) = a.split([2, 1], -1), b.split([2, 1], -1)
+        return torch.cat([moved + turned_2d(angle, step), angle + turn], -1)
 
     def _inverse(self, x: Tensor) -> Tensor:
-        return torch.cat([-turned_2d(-x[..., 2:], x[..., :2]), -x[..., 2:]], -1)
+        moved, angle = x.split([2, 1], -1)
+        return torch.cat([-turned_2d(-angle, moved), -angle], -1)
+
+    def _between(self, a: Tensor, b: Tensor) -> Tensor:
+        moved, turn = (b - a).split([2, 1], -1)
+        return torch.cat([turned_2d(-a[..., 2:], moved), turn], -1)
 
     def _act(self, x: Tensor, p: Tensor) -> Tensor:
         return x[..., :2] + turned_2d(x[..., 2:], p)
@@ -146,17 +154,25 @@ class _SE3(Chart):
         return torch.cat([moved, quaternion_exp(turn)], -1)
 
     def _log(self, x: Tensor) -> Tensor:
-        moved, turn = x[..., :3], quaternion_log(x[..., 3:])
+        moved, turn = axis_and_rest(x)
+        turn = quaternion_log(turn)
         once = cross(turn, moved)
         step = moved - once / 2 + cotangent_rest(dot(turn, turn)) * cross(turn, once)
         return torch.cat([step, turn], -1)
 
     def _compose(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a[..., :3] + turned(a[..., 3:], b[..., :3]), product(a[..., 3:], b[..., 3:])], -1)
+        (moved, q), (step, r) = axis_and_rest(a), axis_and_rest(b)
+        return torch.cat([moved + turned(q, step), product(q, r)], -1)
 
     def _inverse(self, x: Tensor) -> Tensor:
-        back = conjugate(x[..., 3:])
-        return torch.cat([-turned(back, x[..., :3]), back], -1)
+        moved, q = axis_and_rest(x)
+        back = conjugate(q)
+        return torch.cat([-turned(back, moved), back], -1)
+
+    def _between(self, a: Tensor, b: Tensor) -> Tensor:
+        (moved, q), (place, r) = axis_and_rest(a), axis_and_rest(b)
+        back = conjugate(q)
+        return torch.cat([turned(back, place - moved), product(back, r)], -1)
 
     def _act(self, x: Tensor, p: Tensor) -> Tensor:
         return x[..., :3] + turned(x[..., 3:], p)

@@ -68,12 +68,14 @@ class Lift(TorchFunctionMode):
         self._known: dict[int, tuple[int, Tensor]] = {}
         self.selections: list[Selection] = []
 
-    @restoring
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name not in _SELECTIONS or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") not in _SELECTIONS or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        return self._selected(func, args, kwargs or {})
+
+    @restoring
+    def _selected(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        name = func.__name__
         at = _source_argument(name, args, kwargs)
         found = None if at is None else self._find(args[at])
         if at is None or found is None:

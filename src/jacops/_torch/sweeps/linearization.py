@@ -125,6 +125,8 @@ class Linearization:
             setattr(other, name, getattr(self, name))
         other.aliased_leaves = tuple((some.index(i), tensor) for i, tensor in self.aliased_leaves if i in some)
         other.tolerance = max(other.tolerance, self.tolerance)
+        if len(outputs) == len(self.outputs) and all(a is b for a, b in zip(outputs, self.outputs, strict=True)):
+            other._graph_info = self._graph_info
         return other
 
     @property
