@@ -76,6 +76,11 @@ def silently(call: Any) -> Any:
 # ---- a plan at points where new entries appear ---------------------------------------------------------------------
 
 
+def switched(on: Tensor, rows: Tensor) -> Tensor:
+    """Rows that are on, by an index made of data; of a `where` both branches are in the pattern from the start."""
+    return torch.stack([torch.zeros_like(rows), rows])[on.long(), torch.arange(len(rows))]
+
+
 class Switch(nn.Module):
     """Each row reads a neighbour where its switch is on; rows have sizes of their own."""
 
@@ -87,7 +92,7 @@ class Switch(nn.Module):
 
     def forward(self, i: Tensor, j: Tensor, scale: Tensor, on: Tensor) -> Tensor:
         p = self.p if self.lifted else self.p * 1
-        rows = scale * p[i].sin() + torch.where(on, scale * p[j] ** 2, torch.zeros_like(scale))
+        rows = scale * p[i].sin() + switched(on, scale * p[j] ** 2)
         return rows + scale * self.s if self.shared else rows
 
 
@@ -119,7 +124,7 @@ def test_new_entries_of_small_rows_are_found(dtype: torch.dtype, scale: float, l
 def test_a_row_that_was_empty_is_found_at_any_scale() -> None:
     def model(self: nn.Module, scale: Tensor) -> Tensor:
         x = self.x * 1
-        return torch.cat([1e3 * x**2, torch.where(scale > 0, scale * x[:3] * x[5:8], torch.zeros_like(scale))])
+        return torch.cat([1e3 * x**2, switched(scale > 0, scale * x[:3] * x[5:8])])
 
     off = torch.zeros(3, dtype=F64)
     for scale in (1e-9, 1e-6, 1.0):
@@ -130,6 +135,14 @@ def test_a_row_that_was_empty_is_found_at_any_scale() -> None:
         with pytest.warns(JacopsWarning, match="no longer holds"):
             found = plan.evaluate(net, given)
         assert_rows_right(found.matrix.toarray(), rows_of(net, given), 1e-12)
+
+
+def test_a_plan_holds_for_both_branches_of_a_where() -> None:
+    net = Plain(lambda self, x: torch.where(x > 0, x * x.roll(1), x.roll(2) ** 2))
+    plan = jacops.sparse_plan(net, -noise(8).abs(), wrt="inputs")
+    for x in (noise(8).abs(), noise(8), -noise(8).abs()):
+        found = plan.evaluate(net, x).matrix.toarray()  # warnings are errors
+        assert_rows_right(found, rows_of(net, x, "inputs"), 1e-12)
 
 
 def test_sizes_may_change_from_one_evaluation_to_the_next() -> None:
@@ -240,7 +253,7 @@ def test_rounding_raises_no_alarm(name: str, dtype: torch.dtype) -> None:
 def test_probes_still_see_after_rounding_was_met() -> None:
     def model(self: nn.Module, x: Tensor, on: Tensor) -> Tensor:
         y = x * 1
-        extra = torch.where(on, y.roll(3), torch.zeros_like(x))
+        extra = switched(on, y.roll(3))
         return torch.cat([(60 * x).softmax(-1), x.sin() - x.sin(), 1e-6 * (x**2 + extra), x * x.roll(1)])
 
     net, off, on = Plain(model), torch.zeros(12, dtype=torch.bool), torch.ones(12, dtype=torch.bool)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class Assembly:
         columns: CSR column indices, sorted within rows.
         places: For each term its place in the flat pulls `(pulls, columns swept)` and, after them, pushes.
         entry: For each term the entry it adds to; None where every entry has one term.
+        kept: What others work out from the pattern.
     """
 
     shape: tuple[int, int]
@@ -51,6 +53,7 @@ class Assembly:
     columns: NDArray[np.int32]
     places: Array
     entry: Array | None
+    kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, matrix: Csr, coloring: Coloring, column_of: Array, width: int) -> Assembly:

@@ -69,7 +69,7 @@ def jacobian(
     if pattern is not None:
         known = declared(pattern, operator.shape)
     elif isinstance(operator, LinearizedMap) and isinstance(operator.lin, Linearization):
-        known, dtypes = traced(operator.lin, None)
+        known, dtypes, _ = traced(operator.lin, None)
     else:
         todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
         raise InputError.of("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo)

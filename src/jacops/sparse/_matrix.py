@@ -1,4 +1,4 @@
-"""scipy's sparse arrays, whose shapes and results no type checker can follow: one name for them, checked nowhere.
+"""Parts of scipy whose shapes and results no type checker can follow: one name for each, checked nowhere.
 
 They are loaded when first used, since that takes as long as a seventh of torch.
 """
@@ -22,6 +22,8 @@ class _Loaded:
 
 
 sp: Any = _Loaded("scipy.sparse")
+blas: Any = _Loaded("scipy.linalg.blas")
+lapack: Any = _Loaded("scipy.linalg.lapack")
 
 
 def csr(given: Any, shape: Any = None, copy: bool = False) -> Csr:

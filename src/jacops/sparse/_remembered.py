@@ -11,6 +11,7 @@ from .._ladder.names import Fact
 from .._picks import Picked
 from .._torch.protocol import bare, identity_key, parameter_names, store_for
 from .._trees import Selector, flatten
+from ._probe import Floats
 from .layouts import SparseJacobian
 from .plan import SparsePlan, detected, sparse_plan
 
@@ -48,20 +49,33 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
     return found or plan.evaluate(model, inputs, layout="csr")  # it selects other parameters each time
 
 
-def plan_for_fit(model: Any, module: nn.Module, inputs: Any, setting: Hashable) -> SparsePlan:
-    """Return the plan by parameters that an earlier fit made, if it holds at this point, else a new one.
+def kept_plan(
+    model: Any, module: nn.Module, inputs: Any, setting: Hashable, importance: Floats
+) -> tuple[SparsePlan, SparseJacobian] | None:
+    """Return the plan by parameters that an earlier fit made and what it gives at this point, None if it does not hold.
 
     Args:
         model: A module or function, by whose identity the plan is kept.
         module: What it is evaluated by.
         inputs: Its input.
         setting: What tells plans apart, besides the kinds of inputs.
+        importance: What rows are multiplied with.
     """
-    made = store_for(model, ("plan for fits", setting, *_kinds(inputs)), "first").known
-    plan: SparsePlan | None = made.get("plan")
-    if plan is None or plan.at(plan.recorded(module, inputs, "SparsePlan"), learns=False) is None:
-        plan = made["plan"] = sparse_plan(module, inputs)
+    plan: SparsePlan | None = _made(model, inputs, setting).get("plan")
+    if plan is None:
+        return None
+    found = plan.at(plan.recorded(module, inputs, "SparsePlan"), 1, "scipy", importance, learns=False)
+    return None if found is None else (plan, found)
+
+
+def new_plan(model: Any, module: nn.Module, inputs: Any, setting: Hashable) -> SparsePlan:
+    """Return a plan by parameters, kept for `kept_plan`."""
+    plan = _made(model, inputs, setting)["plan"] = sparse_plan(module, inputs)
     return plan
+
+
+def _made(model: Any, inputs: Any, setting: Hashable) -> dict[Any, Any]:
+    return store_for(model, ("plan for fits", setting, *_kinds(inputs)), "first").known
 
 
 def _kinds(inputs: Any) -> tuple[Hashable, ...]:

@@ -35,7 +35,8 @@ _WHEREVER = {"take", "put", "masked_select", "masked_scatter", "masked_scatter_b
 
 def rule_of(tracer: Tracer, call: TracedCall) -> Rule | Decomposed | None:
     """Return how an operation is followed; None where nothing is known about it."""
-    return (_any_route(tracer, call) if tracer.takes_all_routes else None) or rule_for(call.func, call.base)
+    found = _any_route(tracer, call) if tracer.takes_all_routes else tracer.note_indices(call)
+    return found or rule_for(call.func, call.base)
 
 
 def _any_route(tracer: Tracer, call: TracedCall) -> Rule | None:

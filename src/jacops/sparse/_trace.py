@@ -99,6 +99,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.pool, self.taint, self._rule_of = pool, taint, rule_of
         self.unknown: dict[str, int] = {}
+        self._pointed = False
         self.dtypes: set[torch.dtype] = set()
         self._held: dict[int, tuple[StorageWeakRef, int, Tensor]] = {}
         self._calls = 0
@@ -212,6 +213,21 @@ class Tracer(TorchDispatchMode):
         """Say whether an index or condition may be another one elsewhere, and is to be taken for all of them."""
         taint = self.taint
         return isinstance(taint, Outside) and isinstance(route, Tensor) and taint.holds(route)
+
+    def may_turn(self, condition: Any) -> bool:
+        """Say whether a condition depends on the point, so that either branch may be taken elsewhere."""
+        return self.taint is not None and isinstance(condition, Tensor) and self.taint.holds(condition)
+
+    @property
+    def holds_here_only(self) -> bool:
+        """Whether the sets rest on this point: on indices made of its values, or on values that Python read."""
+        return self.taint is None or self.taint.read_out or self._pointed
+
+    def note_indices(self, call: TracedCall) -> None:
+        """Note whether an operation takes indices that depend on the point."""
+        if self.taint is not None and not self._pointed:
+            whole = (t for t in call.tensors if not (t.is_floating_point() or t.is_complex()) and t.dtype != torch.bool)
+            self._pointed = any(self.taint.holds(t) for t in whole)
 
     # ---- dispatch ----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ stored numbers are not what their gradients count, and for every custom Function
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def detect_pattern(
     """
     by = variable(model, wrt, parameters)
     point = record_point(model, inputs, "detect_pattern", by, outputs, lift=False, watch=not local)
-    return traced(point.lin, point.taint)[0]
+    return traced(point.lin, point.taint).pattern
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,14 @@ class Traced:
         ids: One array of ids per leaf, in its shape.
         unknown: Operations without a rule.
         dtypes: Of the floating-point numbers that carried sets.
+        here_only: Whether they rest on indices or conditions that may be others elsewhere.
     """
 
     pool: Pool
     ids: list[Array]
     unknown: dict[str, int]
     dtypes: frozenset[torch.dtype]
+    here_only: bool
 
 
 @restoring
@@ -112,7 +114,7 @@ def trace(lin: Linearization, members: Array, size: int, taint: Taint | None) ->
         if nonzero is not None and (nonzero & (found == 0)).any():  # where nothing should have reached it
             raise CannotFollowError("a backward pass that leaves torch")
         ids.append(found)
-    return Traced(pool, ids, tracer.unknown, frozenset(tracer.dtypes))
+    return Traced(pool, ids, tracer.unknown, frozenset(tracer.dtypes), tracer.holds_here_only)
 
 
 def _cotangent(output: Tensor, seed: int) -> Tensor:
@@ -121,11 +123,25 @@ def _cotangent(output: Tensor, seed: int) -> Tensor:
     return (noise + torch.where(noise < 0, -1.0, 1.0).to(noise.dtype)).contiguous()
 
 
-def traced(lin: Linearization, taint: Taint | None) -> tuple[Pattern, frozenset[torch.dtype]]:
-    """Return the pattern of a linearization, and the dtypes of all floating-point numbers on the way.
+class Seen(NamedTuple):
+    """What one traced backward pass shows.
+
+    Attributes:
+        pattern: Where the Jacobian may be nonzero.
+        dtypes: Of all floating-point numbers on the way.
+        here_only: Whether the pattern rests on indices made of values at this point.
+    """
+
+    pattern: Pattern
+    dtypes: frozenset[torch.dtype]
+    here_only: bool
+
+
+def traced(lin: Linearization, taint: Taint | None) -> Seen:
+    """Return what is seen of a linearization.
 
     Raises:
-        MemoryBudgetError: It is too full to be held.
+        MemoryBudgetError: The pattern is too full to be held.
     """
     m, ends = lin.codomain.dim, frozenset((*lin.domain.dtypes, *lin.codomain.dtypes))
     try:
@@ -133,10 +149,11 @@ def traced(lin: Linearization, taint: Taint | None) -> tuple[Pattern, frozenset[
     except CannotFollowError as reason:
         unknown = {str(reason): 1}
         _check_size(lin, lin.domain.dim * m, unknown)
-        return Pattern(csr(np.ones((m, lin.domain.dim), bool)), taint is None, unknown), ends
+        return Seen(Pattern(csr(np.ones((m, lin.domain.dim), bool)), taint is None, unknown), ends, True)
     flat = np.concatenate([np.zeros(0, np.int64), *(part.ravel() for part in found.ids)])
     _check_size(lin, int(found.pool.sizes(flat).sum()), found.unknown)
-    return Pattern(csr(found.pool.matrix(flat).T), taint is None, found.unknown), ends | found.dtypes
+    pattern = Pattern(csr(found.pool.matrix(flat).T), taint is None, found.unknown)
+    return Seen(pattern, ends | found.dtypes, found.here_only)
 
 
 def _check_size(lin: Linearization, entries: int, unknown: dict[str, int]) -> None:

@@ -26,8 +26,8 @@ _BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 class Pattern(Described):
     """Where a Jacobian may hold something other than zero.
 
-    It never lacks an entry that is not zero; it may hold some that are. Routes that depend on values (`where`, sorting,
-    pooling by maxima, indices) are those taken at the point it was made at, in either kind.
+    It never lacks an entry that is not zero; it may hold some that are. Indices that depend on values (of sorting, of
+    pooling by maxima) are those of the point it was made at; `where` may take either branch, unless it is local.
 
     Attributes:
         matrix: True where an entry may be nonzero, (m, n), scipy CSR.

@@ -58,6 +58,8 @@ class SparsePlan(Described):
     _dtypes: frozenset[torch.dtype] = frozenset()  # met inside the model, as far as it was traced
     _proofs: Proofs = field(default_factory=Proofs)
     _prober: Prober | None = None
+    _traced: bool = False  # the pattern is that of a graph whatever the values of what is differentiated by
+    _certified: tuple[Any, ...] | None = None  # such a graph that a probe was taken of
 
     # ---- what it knows -----------------------------------------------------------------------------------------
 
@@ -127,12 +129,17 @@ class SparsePlan(Described):
         return self._evaluated(model, inputs, certify, layout, None)
 
     def _evaluated(
-        self, model: Any, inputs: Any, certify: int, layout: Layout, importance: Floats | None
+        self, model: Any, inputs: Any, certify: int | None, layout: Layout, importance: Floats | None
     ) -> SparseJacobian:
-        """Evaluate as above; `importance` is what the caller multiplies the rows with."""
+        """Evaluate as above; `importance` is what the caller multiplies the rows with.
+
+        With `certify=None` a probe is taken unless one has certified this very graph, whose operations are all known.
+        """
         check_choice("layout", layout, Layout)
-        check_whole("certify", certify, 0)
         point = self.recorded(model, inputs, "SparsePlan")
+        if certify is None:
+            certify = int(self._certified != point.lin.graph_info.wiring)
+        check_whole("certify", certify, 0)
         found = self.at(point, certify, layout, importance)
         if found is None:
             if not self._fits(point):
@@ -177,6 +184,8 @@ class SparsePlan(Described):
         found = self._compressed(point, certify, importance)
         check_outputs("SparsePlan", point.lin.outputs, point.lin.codomain.names)
         holds = found.verdict is None or found.verdict.excess <= self._compression(point).prober.tolerance
+        if found.verdict is not None:
+            self._certified = point.lin.graph_info.wiring if holds and self._traced and not self._unknown else None
         if not holds and is_finite(found.values):
             if not learns:
                 return None
@@ -204,7 +213,7 @@ class SparsePlan(Described):
         Raises:
             NotDifferentiableError: The pattern is right and a probe fails all the same.
         """
-        seen, dtypes = traced(point.lin, None)
+        seen, dtypes, _ = traced(point.lin, None)
         self._dtypes |= dtypes
         both = csr((self._scheme.matrix + seen.matrix).astype(bool))
         grown = both.nnz > self._scheme.matrix.nnz
@@ -337,7 +346,7 @@ def detected(model: Any, inputs: Any, options: dict[str, Any], lift: bool = True
         direct = record_point(*asked, lift=False, watch=not options["local"])
         point = point if gradients_agree(point, direct) else direct
         del direct
-    seen, dtypes = traced(point.lin, point.taint)
+    seen, dtypes, here_only = traced(point.lin, point.taint)
     matrix = seen.matrix
     final, width = point.widths(options["tangent"])
     columns = point.storage_columns()
@@ -347,7 +356,7 @@ def detected(model: Any, inputs: Any, options: dict[str, Any], lift: bool = True
         scheme = unlifted(scheme, point.lin, point.recording.lin.domain.dim)
     names, shape = point.recording.lin.domain.names, (matrix.shape[0], width)
     del point  # and the graph with it
-    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes)
+    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes, _traced=not here_only)
     plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
     return plan
 
