@@ -92,3 +92,68 @@ def synthetic_bundle(cameras: int = 4, points: int = 20, noise: float = 0.5, see
     observed = projected(true[camera], cloud[point]) + noise * drawn(cameras * points, 2)
     guess = true + torch.tensor([0.02] * 3 + [0.1] * 3 + [5.0, 1e-3, 1e-4], dtype=torch.float64) * drawn(cameras, 9)
     return Bundle(guess, cloud + 0.1 * drawn(points, 3), camera, point, observed)
+
+
+def walk_graph(
+    poses: int, closures: int, straight: int = 5, side: int = 30, noise: float = 0.02, seed: int = 0
+) -> PoseGraph:
+    """Return a random walk through the streets of a square town in SE(2), tied where it comes by an earlier pose.
+
+    Args:
+        poses: How many steps of length one.
+        closures: How many ties beside the odometry.
+        straight: Steps between two crossings.
+        side: Blocks on each side of the town.
+        noise: Standard deviation of what is measured, in translation and in radians.
+        seed: For a generator of its own.
+
+    Returns:
+        A graph whose poses are chained from its odometry.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ways = torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1]])
+    at, way = torch.tensor([side // 2 * straight] * 2), 0
+    places, headings = [], []
+    for step in range(poses):
+        if step % straight == 0:
+            turns = torch.tensor([0, 0, 1, 3])[torch.randperm(4, generator=generator)]
+            inside = [
+                w for w in ((way + int(t)) % 4 for t in turns) if _is_inside(at + straight * ways[w], side * straight)
+            ]
+            way = inside[0] if inside else (way + 2) % 4
+        places.append(at)
+        headings.append(way)
+        at = at + ways[way]
+    where = torch.stack(places)
+    true = torch.cat([where.double(), pi / 2 * torch.tensor(headings, dtype=torch.float64).unsqueeze(1)], -1)
+    step = torch.stack([torch.arange(poses - 1), torch.arange(1, poses)])
+    return _measured(SE2, true, torch.cat([step, _ties(where, closures, generator)], 1), noise, seed)
+
+
+def _is_inside(place: Tensor, limit: int) -> bool:
+    return bool(((place >= 0) & (place <= limit)).all())
+
+
+def _ties(where: Tensor, closures: int, generator: torch.Generator) -> Tensor:
+    """Return pairs (2, closures) of poses at one place or next to it, the earlier first and not one after the other."""
+    near = torch.cdist(where.float(), where.float()) <= 1.5
+    first, second = near.triu(10).nonzero(as_tuple=True)
+    chosen = torch.randperm(len(first), generator=generator)[:closures].sort().values
+    return torch.stack([first[chosen], second[chosen]])
+
+
+def garage_graph(
+    poses: int = 1661, per_floor: int = 330, ties: int = 3, noise: float = 0.01, seed: int = 0
+) -> PoseGraph:
+    """Return a drive up the ramps of a garage in SE(3), each pose tied to the `ties` nearest ones a floor below."""
+    along = torch.arange(poses, dtype=torch.float64)
+    azimuth = 2 * pi * along / per_floor
+    place = torch.stack([30 * azimuth.cos(), 20 * azimuth.sin(), 3 * along / per_floor], -1)
+    turn = torch.zeros(poses, 3, dtype=torch.float64)
+    turn[:, 2] = azimuth
+    true = torch.cat([place, SO3.exp(turn)], -1)
+    edges = [torch.stack([torch.arange(poses - 1), torch.arange(1, poses)])]
+    for tie in range(ties):
+        apart = per_floor + tie - ties // 2
+        edges.append(torch.stack([torch.arange(poses - apart), torch.arange(apart, poses)]))
+    return _measured(SE3, true, torch.cat(edges, 1), noise, seed)

@@ -101,7 +101,8 @@ def levenberg_marquardt(
         strategy: `"nielsen"`, `"marquardt"`, `"adaptive"`, `"constant"`, `"trust_region"` (dogleg) or a `Strategy`.
         damping: The first $\lambda$, in units of the diagonal of $J^\top J$ (with `x_scale` given, of its largest
             scaled entry); the only one with `"constant"`.
-        solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"splu"`, `"qdldl"`, `"pcg"` or a `StepSolver`.
+        solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"sparse_cholesky"`, `"splu"`, `"qdldl"`, `"pcg"` or a
+            `StepSolver`.
         jacobian: `"auto"`, `"dense"`, `"sparse"`, or a plan, such as an earlier result's `plan`. A sparse plan is kept
             for the next call with the same model (or function) and shapes, certified there, and made anew if it fails.
         x_scale: Scales of the parameters: steps, damping and radius are measured in `x / x_scale`. `"jac"`: one over

@@ -55,6 +55,11 @@ class ParameterPart:
         """How many tangent columns there are, fixed ones included."""
         return self.lead.numel() * self.width
 
+    @property
+    def stored(self) -> int:
+        """How many columns there are for a Jacobian that knows no charts."""
+        return self.shape.numel() if self.chart else self.columns
+
     @cached_property
     def kept(self) -> np.ndarray:
         """Positions of the columns of its tangent that move."""

@@ -37,16 +37,17 @@ from ..errors import (
     NonFiniteError,
     NotDifferentiableError,
 )
-from ..sparse import SparsePlan
-from ..sparse._matrix import csr
-from ..sparse._remembered import plan_for_fit
-from ._layout import Layout, Values, layout_of
-from ._residuals import Residuals, block_diagonal, residuals_of
+from ..sparse import SparseJacobian, SparsePlan
+from ..sparse._remembered import kept_plan, new_plan
+from ._fit_pattern import FitPattern
+from ._layout import Layout, ParameterPart, Values, layout_of
+from ._residuals import Residuals, residuals_of
 from ._scaling import scaling_of
 from ._system import LinearizedFit
 
 _DENSE_ENTRIES = 250_000  # up to so many, a dense step takes less than the tenth of a second that a plan takes
 _DENSE_COLUMNS = 64  # columns, or rows, that one batched pass gives: a plan's sweeps cannot be fewer passes
+_NONE = np.zeros(0)
 _FULL = 0.1  # rows fuller than this save less than a factor of ten, which sparse factorisation loses to dense
 
 
@@ -124,6 +125,18 @@ def function_module(function: Any, params: Any) -> FunctionModule:
     return FunctionModule(function, named, keyword)
 
 
+def _moved_by_charts(parts: tuple[ParameterPart, ...], held: Mapping[str, Tensor], J: np.ndarray) -> np.ndarray:
+    """Return a Jacobian by stored numbers as one by tangents: times one small block per element."""
+    found, start = [], 0
+    for part in parts:
+        own, start = J[:, start : start + part.stored], start + part.stored
+        if part.chart:
+            slots = own.reshape(len(J), part.lead.numel(), -1).swapaxes(0, 1)
+            own = np.matmul(slots, part.moves(held[part.name])).swapaxes(0, 1).reshape(len(J), -1)
+        found.append(own)
+    return np.concatenate(found, 1)
+
+
 class FitProblem:
     """A model in private, its parameters wherever the steps lead.
 
@@ -154,6 +167,7 @@ class FitProblem:
         self.evaluations = self.linearisations = 0
         self.route, self.may_be_dense = "", isinstance(given["jacobian"], str) and given["jacobian"] == "auto"
         self.plan: Any = None
+        self._at_start: SparseJacobian | None = None
         outputs, tree = output_leaves(self._forward())
         self.residuals: Residuals = residuals_of(outputs, tree, given, call)
         self._choose(given["jacobian"])
@@ -180,14 +194,15 @@ class FitProblem:
         self.linearisations += 1
         self.evaluations += 1
         outputs, J = self._sparse() if self.plan is not None else self._dense()
-        kept = self.layout.kept
-        if kept is not None:
-            J = J[:, kept]
         raw = self.residuals.raw(outputs)
-        cost, r, J = self.residuals.corrected(outputs, J)
+        cost, r, lefts = self.residuals.corrected(outputs)
         eps = max(torch.finfo(v.dtype).eps for v in (*outputs, *self.original.values()))
-        terms = partial(self.residuals.magnitude, outputs)
-        return cost, LinearizedFit(J, r, self.layout.blocks, eps=eps, terms=terms), raw
+        about: dict[str, Any] = {"eps": eps, "terms": partial(self.residuals.magnitude, outputs)}
+        if self.plan is None:
+            return cost, LinearizedFit(self.residuals.times(lefts, J), r, self.layout.blocks, **about), raw
+        pattern = self._pattern()
+        found = pattern.moved.matrix(pattern.weighted(J, lefts))
+        return cost, LinearizedFit(found, r, self.layout.blocks, structure=pattern.normal, **about), raw
 
     # ---- the model ---------------------------------------------------------------------------------------------
 
@@ -195,7 +210,10 @@ class FitProblem:
     def _set(self, values: Values) -> None:
         with arithmetic(False):
             for name, value in values.items():
-                self.held[name].detach().as_subclass(Tensor).copy_(value.as_subclass(Tensor))
+                held, new = self.held[name].detach().as_subclass(Tensor), value.as_subclass(Tensor)
+                if self._at_start is not None and not torch.equal(held, new):
+                    self._at_start = None
+                held.copy_(new)
 
     @restoring
     def _forward(self) -> Any:
@@ -223,13 +241,16 @@ class FitProblem:
             for name, line in zip(recorded.lin.codomain.names, blocks, strict=True):
                 for part, block in zip(self.layout.parts, line, strict=True):
                     require_finite(block, f"{self.call}: in the Jacobian of {name} by {part.name}")
-            widths = [part.shape.numel() if part.chart else part.columns for part in self.layout.parts]
+            widths = [part.stored for part in self.layout.parts]
             J = np.empty((self.residuals.rows, sum(widths)))
             for rows, line in zip(recorded.lin.codomain.slices, blocks, strict=True):
                 many, into = rows.stop - rows.start, zip(line, widths, strict=True)
                 parts = [block.reshape(many, width).to("cpu", torch.float64).numpy() for block, width in into]
                 np.concatenate(parts, 1, out=J[rows])
-        return outputs, self._on_charts(J)
+        if any(part.chart for part in self.layout.parts):
+            J = _moved_by_charts(self.layout.parts, self.held, J)
+        kept = self.layout.kept
+        return outputs, J if kept is None else J[:, kept]
 
     # ---- sparse ------------------------------------------------------------------------------------------------
 
@@ -248,12 +269,15 @@ class FitProblem:
         if jacobian == "auto" and (rows * columns <= _DENSE_ENTRIES or min(rows, columns) <= _DENSE_COLUMNS):
             self.route = f"dense: {size} is small"
             return
-        if jacobian == "auto" and (share := self._fullness()) > _FULL:
-            self._check_budget(rows, columns)
-            self.route = f"dense: {size}, rows are {share:.0%} full"
-            return
         setting = (jacobian, *((name, p.shape, p.dtype, p.device) for name, p in self.original.items()))
-        plan = plan_for_fit(self.owner, self.work, self.value, setting)
+        asked = self.owner, self.work, self.value, setting
+        plan, self._at_start = kept_plan(*asked, self.residuals.importance) or (None, None)
+        if plan is None:
+            if jacobian == "auto" and (share := self._fullness()) > _FULL:
+                self._check_budget(rows, columns)
+                self.route = f"dense: {size}, rows are {share:.0%} full"
+                return
+            plan = new_plan(*asked)
         self.plan, self.route = plan, f"sparse: {size}, {plan.sweeps} sweeps"
         self._check_lie()
 
@@ -294,8 +318,8 @@ class FitProblem:
             return
         values = self.values()
         self._set(values)
-        outputs, J = self._sparse()
-        J = J if self.layout.kept is None else J[:, self.layout.kept]
+        outputs, entries = self._sparse()
+        J = self._pattern().moved.matrix(entries)
         direction = private_noise(torch.empty(self.layout.columns, dtype=torch.float64)).numpy()
         eps = max(torch.finfo(o.dtype).eps for o in outputs)
         step = eps ** (1 / 3) * direction / float(np.linalg.norm(direction))
@@ -313,17 +337,26 @@ class FitProblem:
                 "`jacobian='dense'`, or read them through Act, Log or matrix()."
             )
 
-    def _sparse(self) -> tuple[list[Tensor], Any]:
-        found = self.plan._evaluated(self.work, self.value, 1, "scipy", self.residuals.importance)
+    def _sparse(self) -> tuple[list[Tensor], np.ndarray]:
+        """Return the outputs and the entries of the Jacobian by free directions, as `_pattern` places them."""
+        found, self._at_start = self._at_start, None
+        if found is None:
+            found = self.plan._evaluated(self.work, self.value, None, "scipy", self.residuals.importance)
         outputs = [o.detach() for o in output_leaves(found.output)[0]]
-        J = csr(found.matrix).astype(np.float64)
-        if not np.isfinite(J.data).all():
+        entries = found.matrix.data.astype(np.float64)
+        if not np.isfinite(entries).all():
             raise NonFiniteError(f"{self.call}: the Jacobian has NaN or Inf; the output itself is finite.")
-        return outputs, self._on_charts(J)
+        moves = [part.moves(self.held[part.name]) if part.chart else _NONE for part in self.layout.parts]
+        return outputs, self._pattern().jacobian(entries, moves)
 
-    def _on_charts(self, J: Any) -> Any:
-        """Return a Jacobian by storage as one by tangents: times one small block per element."""
-        if all(part.chart is None for part in self.layout.parts):
-            return J
-        moved = J @ block_diagonal([part.moves(self.held[part.name]) for part in self.layout.parts])
-        return np.ascontiguousarray(moved) if isinstance(J, np.ndarray) else csr(moved)
+    def _pattern(self) -> FitPattern:
+        """Return how entries of the plan become a Jacobian; kept with the plan for other fits of this layout."""
+        assembly, outputs = self.plan.assembly, [(t.rows, t.together) for t in self.residuals.terms]
+        free = tuple(None if part.free is None else part.free.tobytes() for part in self.layout.parts)
+        key = (tuple((part.name, part.shape, part.chart, part.group) for part in self.layout.parts), free, *outputs)
+        found = assembly.kept.get(key)
+        if found is None:
+            found = FitPattern.of(assembly.ends, assembly.columns, self.layout, outputs)
+            assembly.kept.clear()
+            assembly.kept[key] = found
+        return found

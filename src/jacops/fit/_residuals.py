@@ -17,7 +17,6 @@ from .._runtime.restoring import NumericWarningsIgnored, restoring
 from .._trees import Tree, flatten
 from .._words import Corrector
 from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
-from ..sparse._matrix import csr, sp
 from ._kernels import Kernel, correction, kernel_of
 
 
@@ -48,6 +47,11 @@ class Term:
     def width(self) -> int:
         """How many numbers a kernel's block has."""
         return self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
+    def together(self) -> int:
+        """How many rows of the Jacobian are multiplied by one matrix of weights, or of a kernel."""
+        return self.width if self.root is None or self.root.ndim == 1 else self.root.shape[-1]
 
     def magnitude(self, output: Tensor) -> np.ndarray:
         """Return the magnitude of what the weighted residual is the difference of, flat, and weighed as it is."""
@@ -114,28 +118,48 @@ class Residuals:
         """Return outputs minus targets, neither weighted nor corrected."""
         return np.concatenate([t.raw(o) for t, o in zip(self.terms, outputs, strict=True)])
 
-    def corrected(self, outputs: Sequence[Tensor], J: Any) -> tuple[float, np.ndarray, Any]:
-        """Return the objective, and residual and Jacobian weighted and corrected; `J` may be overwritten."""
-        total, start = 0.0, 0
-        residuals, rows = [], []
+    def corrected(self, outputs: Sequence[Tensor]) -> tuple[float, np.ndarray, list[np.ndarray | None]]:
+        """Return the objective, the residual weighted and corrected, and what rows of the Jacobian are multiplied by.
+
+        That is for each output None, a number per row, or a matrix per block `(blocks, d, d)`.
+        """
+        total, residuals, lefts = 0.0, [], []
         for term, output in zip(self.terms, outputs, strict=True):
-            where, r = slice(start, start + term.rows), term.weighted(output)
-            start += term.rows
-            part = _times(term.root, J[where])
+            r, left = term.weighted(output), term.root
             if term.kernel is None:
                 total += float(r @ r) / 2
             else:
                 blocks = r.reshape(-1, term.width)
                 cost, fixed, factor, along = correction(term.kernel, blocks, self.second_order)
                 total, r = total + cost, fixed.reshape(-1)
-                if along is not None:
-                    part = part - block_diagonal([along[:, :, None]]) @ (block_diagonal([blocks[:, None]]) @ part)
-                part = _times(np.repeat(factor, term.width), part)
+                left = _corrected(term, blocks, factor, along)
             residuals.append(r)
-            rows.append(part)
-            if isinstance(J, np.ndarray):
-                J[where] = part
-        return total, np.concatenate(residuals), J if isinstance(J, np.ndarray) else csr(sp.vstack(rows))
+            lefts.append(left)
+        return total, np.concatenate(residuals), lefts
+
+    def times(self, lefts: Sequence[np.ndarray | None], J: np.ndarray) -> np.ndarray:
+        """Return a dense Jacobian multiplied from the left as `corrected` says; it is overwritten."""
+        start = 0
+        for term, left in zip(self.terms, lefts, strict=True):
+            where = slice(start, start + term.rows)
+            J[where] = _times(left, J[where])
+            start += term.rows
+        return J
+
+
+def _corrected(term: Term, r: np.ndarray, factor: np.ndarray, along: np.ndarray | None) -> np.ndarray:
+    """Return what rows of the Jacobian are multiplied by under a kernel: numbers per row, or matrices per block."""
+    root = np.ones(term.rows) if term.root is None else term.root
+    if term.width == 1:
+        rows = factor * (1.0 if along is None else 1 - along[:, 0] * r[:, 0])
+        return rows * root if root.ndim == 1 else rows.reshape(len(root), -1, 1) * root
+    if root.ndim == 1 and along is None:
+        return root * np.repeat(factor, term.width)
+    if root.ndim == 1:
+        root = root.reshape(-1, term.width, 1) * np.eye(term.width)
+    if along is not None:
+        root = root - along[:, :, None] * np.matmul(r[:, None], root)
+    return factor[:, None, None] * root
 
 
 def array(output: Tensor) -> np.ndarray:
@@ -143,29 +167,13 @@ def array(output: Tensor) -> np.ndarray:
     return output.detach().as_subclass(Tensor).reshape(-1).to("cpu", torch.float64).numpy()
 
 
-def _times(left: np.ndarray | None, J: Any) -> Any:
-    """Return numbers per row `(rows,)`, or matrices per block `(blocks, d, d)`, times rows of a Jacobian."""
+def _times(left: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+    """Return numbers per row, or matrices per block `(blocks, d, d)`, times rows."""
     if left is None:
-        return J
-    if left.ndim == 1 and isinstance(J, np.ndarray):
-        return left[:, None] * J
+        return rows
     if left.ndim == 1:
-        return csr((J.data * np.repeat(left, np.diff(J.indptr)), J.indices, J.indptr), shape=J.shape)
-    if not isinstance(J, np.ndarray):
-        return csr(block_diagonal([left]) @ J)
-    return np.matmul(left, J.reshape(len(left), -1, J.shape[1])).reshape(J.shape)
-
-
-def block_diagonal(parts: Sequence[np.ndarray]) -> Any:
-    """Return the sparse matrix with these on its diagonal: numbers `(k,)`, or blocks `(k, rows, columns)`."""
-    index = [np.arange(len(part) + 1) for part in parts]
-    return sp.block_diag(
-        [
-            sp.diags_array(part) if part.ndim == 1 else sp.bsr_array((part, at[:-1], at))
-            for part, at in zip(parts, index, strict=True)
-        ],
-        format="csr",
-    )
+        return left[:, None] * rows
+    return np.matmul(left, rows.reshape(len(left), left.shape[-1], rows.shape[1])).reshape(rows.shape)
 
 
 # ---- what the caller gives ---------------------------------------------------------------------------------------

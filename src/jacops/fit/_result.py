@@ -254,7 +254,7 @@ def _inverse_part(system: LinearizedFit, wanted: np.ndarray, result: Any) -> np.
     try:
         if system.is_sparse:
             factor = factorised(system)
-            check_pivots(factor.U.diagonal(), "splu")
+            check_pivots(factor.pivots, "sparse_cholesky")
             solved = factor.solve(unit)
         else:
             R = triangle(torch.from_numpy(system.J / scale))[2]

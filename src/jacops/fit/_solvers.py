@@ -14,6 +14,7 @@ from .._requirements import check_choice, check_kind
 from .._words import StepSolverName
 from ..errors import MissingExtraError
 from ..sparse._matrix import csc, sp
+from ._multifrontal import FrontalCholesky
 from ._system import LinearizedFit, Singular, Solved
 
 Map = Callable[[np.ndarray], np.ndarray]
@@ -131,29 +132,46 @@ def rank_note(rank: int, columns: int) -> str:
 
 @final
 @dataclass(frozen=True)
+class SparseCholesky(StepSolver):
+    """Cholesky of the sparse normal matrix by dense fronts (the multifrontal method), and one refinement.
+
+    Ordering and analysis are made once for a structure and kept with its plan. Duff and Reid, The multifrontal
+    solution of indefinite sparse symmetric linear equations, 1983.
+    """
+
+    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
+        """Return a step."""
+        factor = factorised(system, damping)
+        return _refined(system, damping, factor.solve, factor.pivots, "sparse_cholesky")
+
+
+def factorised(system: LinearizedFit, damping: np.ndarray | None = None) -> FrontalCholesky:
+    """Return the Cholesky factors of the sparse normal matrix with unit diagonal.
+
+    Raises:
+        Singular: It is not positive definite.
+    """
+    try:
+        return system.normal.analysis.factorised(system.unit_entries(damping))
+    except np.linalg.LinAlgError as error:
+        raise Singular(f"sparse_cholesky: {error}") from None
+
+
+@final
+@dataclass(frozen=True)
 class SparseLU(StepSolver):
     """SciPy's SuperLU on the normal matrix, ordered and pivoted as if by Cholesky, and one refinement."""
 
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
-        factor = factorised(system, damping)
+        from scipy.sparse.linalg import splu
+
+        total, options = csc(system.unit_normal(damping)), {"SymmetricMode": True}
+        try:
+            factor = splu(total, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+        except RuntimeError as error:
+            raise Singular(f"SuperLU: {error}") from None
         return _refined(system, damping, factor.solve, factor.U.diagonal(), "splu")
-
-
-def factorised(system: LinearizedFit, damping: np.ndarray | None = None) -> Any:
-    """Return SuperLU's factors of the normal matrix with unit diagonal.
-
-    Raises:
-        Singular: There are none.
-    """
-    from scipy.sparse.linalg import splu
-
-    total = csc(system.unit_normal(damping))
-    total.sum_duplicates()
-    try:
-        return splu(total, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-    except RuntimeError as error:
-        raise Singular(f"SuperLU: {error}") from None
 
 
 @final
@@ -285,7 +303,7 @@ class AutoStepSolver(StepSolver):
         """Return a step."""
         rows, columns = system.J.shape
         if system.is_sparse:
-            chosen, why = SparseLU(), "sparse"
+            chosen, why = SparseCholesky(), "sparse"
         elif rows * columns <= _FEW_ENTRIES or damping is None:
             chosen, why = QR(), "dense and small" if rows * columns <= _FEW_ENTRIES else "dense, no damping"
         else:
@@ -342,6 +360,7 @@ _NAMES: dict[StepSolverName, type[StepSolver]] = {
     "qr": QR,
     "cholesky": Cholesky,
     "lstsq": LSTSQ,
+    "sparse_cholesky": SparseCholesky,
     "splu": SparseLU,
     "qdldl": QDLDL,
     "pcg": PCG,

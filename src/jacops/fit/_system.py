@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from .._saving import Savable
-from ..sparse._matrix import sp
+from ._normal import NormalPattern
+from ._row_blocks import RowBlocks
 
 _LEAST_SQUARE = 1e-250  # squares below may have lost digits to underflow (smallest normal number: 2e-308)
 _FEW = 10_000_000  # entries that are worth copying at once, 80 MB
@@ -39,6 +40,7 @@ class LinearizedFit(Savable):
         unit: Factor that makes a damping in these scales one in units of the normal matrix.
         eps: Relative rounding error of the entries of `J` and `r`.
         terms: Returns the magnitude of the terms that each residual is a sum of, (rows,).
+        structure: Of the normal matrix, where it was worked out before.
     """
 
     J: Any
@@ -49,6 +51,7 @@ class LinearizedFit(Savable):
     unit: float = 1.0
     eps: float = float(np.finfo(np.float64).eps)
     terms: Callable[[], np.ndarray] | None = field(default=None, repr=False, metadata={"saved": False})
+    structure: NormalPattern | None = field(default=None, repr=False, metadata={"saved": False})
 
     @property
     def is_sparse(self) -> bool:
@@ -96,8 +99,8 @@ class LinearizedFit(Savable):
     def with_unit_columns(self) -> LinearizedFit:
         """Return the problem in unknowns `p * norms`."""
         norms = positive(self.norms)
-        J = (self.J @ sp.diags_array(1 / norms)).tocsr() if self.is_sparse else self.J / norms
-        return LinearizedFit(J, self.r, self.blocks, eps=self.eps)
+        J = self.normal.blocks.matrix(self._unit_entries) if self.is_sparse else self.J / norms
+        return LinearizedFit(J, self.r, self.blocks, eps=self.eps, structure=self.structure)
 
     @cached_property
     def scale(self) -> np.ndarray:
@@ -109,25 +112,53 @@ class LinearizedFit(Savable):
         return positive(self.norms if damping is None else np.hypot(self.norms, np.sqrt(damping)))
 
     @cached_property
-    def _cosines(self) -> Any:
-        """The normal matrix of unit columns."""
-        J = self.with_unit_columns().J
+    def normal(self) -> NormalPattern:
+        """The structure of the normal matrix of a sparse Jacobian."""
+        if self.structure is None:
+            self.J.sum_duplicates()
+            self.structure = NormalPattern.of(RowBlocks.of_matrix(self.J))
+        return self.structure
+
+    @property
+    def _unit_entries(self) -> np.ndarray:
+        self.normal  # noqa: B018 - sorts the entries of a Jacobian that came without structure
+        return self.J.data / positive(self.norms)[self.J.indices]
+
+    @cached_property
+    def _cosines(self) -> np.ndarray:
+        """The normal matrix of unit columns; of a sparse Jacobian its entries, as `normal` places them."""
+        if self.is_sparse and self.has_safe_squares:
+            share, normal = 1 / positive(self.norms), self.normal
+            return normal.product(self.J.data) * share[normal.rows] * share[normal.cols]
         if self.is_sparse:
-            return (J.T @ J).tocsc()
-        return (torch.from_numpy(J).T @ torch.from_numpy(J)).numpy()
+            return self.normal.product(self._unit_entries)
+        J = torch.from_numpy(self.J / positive(self.norms))
+        return (J.T @ J).numpy()
 
     def unit_normal(self, damping: np.ndarray | None) -> Any:
         """Return the normal matrix plus a diagonal, rows and columns divided by `equilibration(damping)`."""
+        if self.is_sparse:
+            return self.normal.full(self.unit_entries(damping))
         if damping is None:
             return self._cosines
-        unit = self.equilibration(damping)
-        share, rest = positive(self.norms) / unit, (np.sqrt(damping) / unit) ** 2
-        if self.is_sparse:
-            scaled = sp.diags_array(share)
-            return scaled @ self._cosines @ scaled + sp.diags_array(rest)
+        share, rest = self._shares(damping)
         total = self._cosines * np.outer(share, share)
         total[np.diag_indices_from(total)] += rest
         return total
+
+    def unit_entries(self, damping: np.ndarray | None) -> np.ndarray:
+        """Return the entries of `unit_normal` of a sparse Jacobian, as `normal` places them."""
+        if damping is None:
+            return self._cosines
+        share, rest = self._shares(damping)
+        total = self._cosines * share[self.normal.rows] * share[self.normal.cols]
+        total[self.normal.diagonal] += rest
+        return total
+
+    def _shares(self, damping: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the Jacobian and the damping have of the unit diagonal, the former as a root."""
+        unit = self.equilibration(damping)
+        return positive(self.norms) / unit, (np.sqrt(damping) / unit) ** 2
 
     def residual(self, p: np.ndarray, damping: np.ndarray | None) -> np.ndarray:
         """Return what a step leaves of the equations, by products with the Jacobian itself."""

@@ -142,7 +142,7 @@ def _lightly_damped_sparse(system: LinearizedFit, damping: float) -> tuple[Solve
     def inverse(v: np.ndarray) -> np.ndarray:
         return factor.solve(v / unit) / unit
 
-    return system.solved(-inverse(system.gradient), None, "splu", note=f"damped by {damping:.0e}"), inverse
+    return system.solved(-inverse(system.gradient), None, "sparse_cholesky", note=f"damped by {damping:.0e}"), inverse
 
 
 def _refined(system: LinearizedFit) -> Solved:
@@ -164,4 +164,4 @@ def _refined(system: LinearizedFit) -> Solved:
                 raise
     floor = (_RANK * system.eps) ** 2 / damping * float(system.r @ system.r)
     p, steps = conjugate_gradients(system, None, inverse, found.step, lambda _, square: square <= floor, _MOST)
-    return system.solved(p, None, "splu", steps, f"{found.note}, undamped by {steps} iterations")
+    return system.solved(p, None, "sparse_cholesky", steps, f"{found.note}, undamped by {steps} iterations")

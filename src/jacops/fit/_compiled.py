@@ -1,0 +1,162 @@
+# pyright: basic, reportMissingImports=false, reportCallIssue=false
+# ruff: noqa: ANN001, ANN202 - numba finds the types
+"""The loops over fronts, compiled by numba: imported only where that is installed (extra `fast`).
+
+Dense kernels are SciPy's own BLAS and LAPACK, called by addresses that stand in an array: a global pointer would
+forbid a cache on disk. All arrays are arguments, since numba frees one of its own after its last visible use, whatever
+address was taken of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import get_cython_function_address as address
+from numba.extending import intrinsic
+
+word = np.uintp
+
+# Words and numbers that BLAS takes by address.
+_LETTERS = np.frombuffer(b"LRTN", np.uint8).copy()
+_NUMBERS = np.array([1.0, -1.0])
+_KERNELS = np.array(
+    [
+        address("scipy.linalg.cython_lapack", "dpotrf"),
+        address("scipy.linalg.cython_blas", "dtrsm"),
+        address("scipy.linalg.cython_blas", "dsyrk"),
+    ],
+    np.uintp,
+)
+
+
+@intrinsic
+def _call(typing, at, args):
+    """Call the function at an address with machine words."""
+    count = len(args)
+
+    def generate(context, builder, signature, values):
+        size = ir.IntType(64)
+        function = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), [size] * count).as_pointer())
+        builder.call(function, [builder.extract_value(values[1], k) for k in range(count)])
+        return context.get_dummy_value()
+
+    return types.void(at, args), generate
+
+
+@njit(nogil=True, cache=True)
+def _added(child, begin, L, place, fronts, work):
+    """Add what a child leaves to the panel and the rest of its parent."""
+    (panel, own, below), (_, _, high, ends, inside), (left, rest) = place, fronts, work
+    many, rows, size = high[child], ends[child], own + below
+    for j in range(many):
+        column, from_ = inside[rows + j], begin[child] + j * many
+        if column < own:
+            to = panel + column * size
+            for i in range(j, many):
+                L[to + inside[rows + i]] += left[from_ + i]
+        else:
+            to = (column - own) * below - own
+            for i in range(j, many):
+                rest[to + inside[rows + i]] += left[from_ + i]
+
+
+@njit(nogil=True, cache=True)
+def _factorised(kernels, words, L, fronts, tree, work):
+    (letters, sizes, numbers), (starts, wide, high, _, _), (first, children), (left, rest) = words, fronts, tree, work
+    at_letters, at_sizes, at_numbers = word(letters.ctypes.data), word(sizes.ctypes.data), word(numbers.ctypes.data)
+    at_factor, at_rest = word(L.ctypes.data), word(rest.ctypes.data)
+    begin = np.zeros(len(wide) + 1, np.int64)  # where what a front leaves lies on the stack
+    top = 0
+    for front in range(len(wide)):
+        own, below, panel = wide[front], high[front], starts[front]
+        size = own + below
+        rest[: below * below] = 0.0
+        lowest = top
+        for k in range(first[front], first[front + 1]):
+            lowest = min(lowest, begin[children[k]])
+            _added(children[k], begin, L, (panel, own, below), fronts, work)
+        sizes[0], sizes[1], sizes[2], sizes[3] = own, size, below, 0
+        at_own, at_size = at_sizes, at_sizes + word(4)
+        at_below, at_failed = at_sizes + word(8), at_sizes + word(12)
+        lower, right, transposed, plain = at_letters, at_letters + word(1), at_letters + word(2), at_letters + word(3)
+        one, minus = at_numbers, at_numbers + word(8)
+        diagonal, rows = at_factor + word(8 * panel), at_factor + word(8 * (panel + own))
+        _call(kernels[0], (lower, at_own, diagonal, at_size, at_failed))
+        if sizes[3] != 0:
+            return False
+        top = begin[front] = lowest
+        if below > 0:
+            _call(
+                kernels[1],
+                (right, lower, transposed, plain, at_below, at_own, one, diagonal, at_size, rows, at_size),
+            )
+            _call(kernels[2], (lower, plain, at_below, at_own, minus, rows, at_size, one, at_rest, at_below))
+            left[top : top + below * below] = rest[: below * below]
+            top += below * below
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _solved(x, L, fronts, some):
+    starts, columns, wide, high, ends, rows = fronts
+    for front in range(len(wide)):
+        own, below, c, panel = wide[front], high[front], columns[front], starts[front]
+        some[:below] = 0.0
+        for j in range(own):
+            at = panel + j * (own + below)
+            value = x[c + j] / L[at + j]
+            x[c + j] = value
+            for i in range(j + 1, own):
+                x[c + i] -= L[at + i] * value
+            for i in range(below):
+                some[i] += L[at + own + i] * value
+        for i in range(below):
+            x[rows[ends[front] + i]] -= some[i]
+    for front in range(len(wide) - 1, -1, -1):
+        own, below, c, panel = wide[front], high[front], columns[front], starts[front]
+        for i in range(below):
+            some[i] = x[rows[ends[front] + i]]
+        for j in range(own - 1, -1, -1):
+            at = panel + j * (own + below)
+            value = x[c + j]
+            for i in range(j + 1, own):
+                value -= L[at + i] * x[c + i]
+            for i in range(below):
+                value -= L[at + own + i] * some[i]
+            x[c + j] = value / L[at + j]
+
+
+class Loops:
+    """The loops over the fronts of one analysis, with the memory that they work in.
+
+    Args:
+        fronts: The fronts.
+        children: Of each front.
+    """
+
+    def __init__(self, fronts, children) -> None:
+        self.fronts = fronts
+        self._first = np.cumsum([0, *(len(own) for own in children)])
+        self._children = np.array([child for own in children for child in own], np.int64)
+        self._sizes = np.zeros(4, np.int32)
+        held = most = 0
+        for own, below in zip(children, fronts.high.tolist(), strict=True):
+            held += below**2
+            most = max(most, held)
+            held -= int((fronts.high[own] ** 2).sum())
+        widest = int(fronts.high.max(initial=1))
+        self._left, self._rest, self._some = np.empty(most + widest**2), np.empty(widest**2), np.empty(widest)
+
+    def factorised(self, L: np.ndarray) -> bool:
+        """Factorise in place, from the entries of the matrix; return whether it is positive definite."""
+        fronts = self.fronts
+        about = fronts.starts, fronts.wide, fronts.high, fronts.ends, fronts.inside
+        words, tree = (_LETTERS, self._sizes, _NUMBERS), (self._first, self._children)
+        return _factorised(_KERNELS, words, L, about, tree, (self._left, self._rest))
+
+    def solved(self, L: np.ndarray, x: np.ndarray) -> None:
+        """Solve in place for one right-hand side in the order of elimination."""
+        fronts = self.fronts
+        about = fronts.starts, fronts.columns, fronts.wide, fronts.high, fronts.ends, fronts.rows
+        _solved(x, L, about, self._some)

@@ -1,0 +1,206 @@
+"""Jacobians of steps from the entries of a sparse plan, by products of small dense blocks.
+
+The pattern is found once. At each point entries are put into blocks; charts, weights and kernels are then products of
+small matrices, and the pattern stays the same although entries may vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ._layout import Layout, ParameterPart
+from ._normal import NormalPattern
+from ._row_blocks import DenseBlocks, RowBlocks, Stack
+
+_PADDED = 1.5  # factor on the stored entries that whole blocks may cost; else columns are units of their own
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Which unknowns go together: the elements of a chart, rows of a parameter, or single columns.
+
+    Attributes:
+        of_stored: For each stored number the unit that it is in, -1 where it is fixed.
+        stored: Stored numbers of each unit.
+        moved: Free directions of each unit.
+        part: Number of the parameter of each unit.
+        element: Element of the chart of each unit, -1 without a chart.
+    """
+
+    of_stored: np.ndarray
+    stored: np.ndarray
+    moved: np.ndarray
+    part: np.ndarray
+    element: np.ndarray
+
+    @property
+    def alike(self) -> np.ndarray:
+        """A number that units of one kind agree in."""
+        return np.where(self.element < 0, -self.stored, self.part)
+
+    @classmethod
+    def of(cls, layout: Layout, rows: np.ndarray, columns: np.ndarray) -> Units:
+        """Return the units of a layout, for a pattern whose entries are given.
+
+        Args:
+            layout: The parameters.
+            rows: Row of each entry.
+            columns: Stored number of each entry.
+        """
+        of_stored, sizes, many, start = [], [], 0, 0
+        for number, part in enumerate(layout.parts):
+            inside = (columns >= start) & (columns < start + part.stored)
+            own = _units_of(part, rows[inside], columns[inside] - start)
+            _, compact = np.unique(own[own >= 0], return_inverse=True)
+            own[own >= 0] = compact + many
+            widths = np.bincount(compact)
+            moved = np.full(len(widths), part.chart.tangent) if part.chart else widths
+            elements = np.unique(part.kept // part.width) if part.chart else np.full(len(widths), -1)
+            sizes.append((widths, moved, np.full(len(widths), number), elements))
+            of_stored.append(own)
+            many, start = many + len(widths), start + part.stored
+        return cls(np.concatenate(of_stored), *(np.concatenate(each) for each in zip(*sizes, strict=True)))
+
+
+def _units_of(part: ParameterPart, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return for each stored number of a parameter a number of its unit, -1 where it is fixed."""
+    if part.chart:
+        free = np.zeros(part.lead.numel(), bool)
+        free[part.kept // part.width] = True
+        return np.where(free, np.arange(len(free)), -1).repeat(part.chart.storage)
+    free = np.full(part.columns, -1)
+    free[part.kept] = part.kept
+    wide = part.preferred_block
+    if wide > 1 and not part.group:
+        padded = wide * len(np.unique(rows * (part.columns // wide + 1) + columns // wide))
+        wide = wide if padded <= _PADDED * len(columns) else 1
+    return np.where(free >= 0, free // wide, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class FitPattern:
+    """How the entries of a plan become the Jacobian of a step.
+
+    Attributes:
+        stored: DenseBlocks by stored numbers.
+        moved: The same blocks by free directions; the same object where there is no chart.
+        taken: Which entries of the plan count: those of what is fixed do not; None for all.
+        places: Where they go among the stored; None where they are all of these.
+        units: The unknowns.
+        outputs: For each output its rows, and how many of them one block of weights or of a kernel has.
+    """
+
+    stored: RowBlocks
+    moved: RowBlocks
+    taken: np.ndarray | None
+    places: np.ndarray | None
+    units: Units
+    outputs: Sequence[tuple[int, int]]
+
+    @classmethod
+    def of(
+        cls, ends: np.ndarray, columns: np.ndarray, layout: Layout, outputs: Sequence[tuple[int, int]]
+    ) -> FitPattern:
+        """Return the pattern for the entries of a plan.
+
+        Args:
+            ends: CSR row pointers of the plan.
+            columns: Its column indices, stored numbers.
+            layout: The parameters.
+            outputs: As the attribute.
+        """
+        counts = np.diff(ends)
+        rows, columns = np.repeat(np.arange(len(counts)), counts), columns.astype(np.int64)
+        units = Units.of(layout, rows, columns)
+        unit = units.of_stored[columns]
+        taken = None if (unit >= 0).all() else np.flatnonzero(unit >= 0)
+        if taken is not None:
+            rows, columns, unit = rows[taken], columns[taken], unit[taken]
+        blocks = [many // wide for many, wide in outputs]
+        heights = np.repeat([wide for _, wide in outputs], blocks)
+        found = np.unique(np.repeat(np.arange(len(heights)), heights)[rows] * len(units.stored) + unit)
+        own_ends = np.searchsorted(found, np.arange(len(heights) + 1) * len(units.stored))
+        labels = np.repeat(np.arange(len(outputs)), blocks)
+        stack = Stack(heights, own_ends, found % len(units.stored), labels).merged()
+        stored = moved = RowBlocks.of(stack, units.stored, units.alike)
+        if (units.element >= 0).any():
+            moved = RowBlocks.of(stack, units.moved, units.alike)
+        return cls(stored, moved, taken, _places(stored, units, rows, columns), units, outputs)
+
+    @cached_property
+    def normal(self) -> NormalPattern:
+        """The pattern of the normal matrix."""
+        return NormalPattern.of(self.moved)
+
+    def jacobian(self, entries: np.ndarray, moves: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the entries of the Jacobian by free directions.
+
+        Args:
+            entries: Those of the plan.
+            moves: How the stored numbers of each parameter move, `(elements, storage, tangent)` on a chart.
+        """
+        data = entries if self.taken is None else entries[self.taken]
+        if self.places is not None:
+            found, data = data, np.zeros(len(self.stored.columns))
+            data[self.places] = found
+        if self.moved is self.stored:
+            return data
+        result = np.empty(len(self.moved.columns))
+        for old, new in zip(self.stored.kinds, self.moved.kinds, strict=True):
+            new.put(self._on_charts(old, new, old.of(data), moves), result)
+        return result
+
+    def _on_charts(
+        self, old: DenseBlocks, new: DenseBlocks, blocks: np.ndarray, moves: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        result = np.empty((len(blocks), new.height, new.width))
+        at = to = 0
+        for first, last in _runs(self.units.part[old.units[0]]):
+            units = old.units[:, first:last]
+            wide, free = int(self.units.stored[units[0]].sum()), int(self.units.moved[units[0]].sum())
+            own = blocks[:, :, at : at + wide]
+            if self.units.element[units[0, 0]] >= 0:
+                slots = own.reshape(len(own), old.height, last - first, -1).swapaxes(1, 2)
+                own = np.matmul(slots, moves[int(self.units.part[units[0, 0]])][self.units.element[units]]).swapaxes(
+                    1, 2
+                )
+            result[:, :, to : to + free] = own.reshape(len(own), old.height, free)
+            at, to = at + wide, to + free
+        return result
+
+    def weighted(self, data: np.ndarray, lefts: Sequence[np.ndarray | None]) -> np.ndarray:
+        """Return the entries of the Jacobian multiplied from the left; `data` is overwritten.
+
+        Args:
+            data: Its entries.
+            lefts: For each output None, a number per row, or a matrix per block.
+        """
+        ends, firsts = self.moved.ends, np.cumsum([0, *(many for many, _ in self.outputs)]).tolist()
+        for left, first, last in zip(lefts, firsts[:-1], firsts[1:], strict=True):
+            if left is not None and left.ndim == 1:
+                data[ends[first] : ends[last]] *= np.repeat(left, np.diff(ends[first : last + 1]))
+        for kind in self.moved.kinds:
+            left = lefts[kind.label]
+            if left is not None and left.ndim > 1:
+                number = (kind.rows - firsts[kind.label]) // kind.height
+                kind.put(np.matmul(left[number], kind.of(data)), data)
+        return data
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield where runs of equal values begin and end."""
+    cuts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return zip(cuts[:-1], cuts[1:], strict=True)
+
+
+def _places(stored: RowBlocks, units: Units, rows: np.ndarray, columns: np.ndarray) -> np.ndarray | None:
+    """Return where entries, in CSR order, are among those of whole blocks; None where they are all of these."""
+    compact = np.cumsum(units.of_stored >= 0) - 1  # columns without those that are fixed
+    width = stored.shape[1]
+    keys = np.repeat(np.arange(stored.shape[0]), np.diff(stored.ends)) * width + stored.columns
+    wanted = rows * width + compact[columns]
+    return None if len(keys) == len(wanted) else np.searchsorted(keys, wanted)

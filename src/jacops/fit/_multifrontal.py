@@ -1,0 +1,146 @@
+r"""Sparse Cholesky factors $L L^\top$ of a normal matrix by dense fronts; the analysis is kept, values change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .._runtime.contexts import one_blas_thread
+from ..sparse._matrix import blas, lapack
+from ._fronts import Fronts, Graph
+
+_LEAF = 96  # columns of subtrees that make one front: 48 to 128 took the same time on graphs of 1,000 to 10,000 poses
+_LEAF_COMPILED = 24  # where a front costs no Python
+
+
+@dataclass(frozen=True, eq=False)
+class FrontalAnalysis:
+    """What a factorisation needs to know of a pattern.
+
+    Attributes:
+        fronts: The dense blocks.
+        taken: Which stored entries of the normal matrix go into the factor: those of the lower triangle.
+        places: Where they go.
+        compiled: The loops compiled, None where numba is not installed.
+    """
+
+    fronts: Fronts
+    taken: np.ndarray
+    places: np.ndarray
+    compiled: Any
+
+    @classmethod
+    def of(cls, graph: Graph, rows: np.ndarray, cols: np.ndarray) -> FrontalAnalysis:
+        """Return the analysis of a symmetric matrix.
+
+        Args:
+            graph: Which units meet.
+            rows: Row of each stored entry; those above the diagonal are left out.
+            cols: Its column.
+        """
+        try:
+            from ._compiled import Loops
+        except ImportError:
+            Loops = None  # noqa: N806
+        fronts = Fronts.of(graph, _LEAF if Loops is None else _LEAF_COMPILED)
+        taken = np.flatnonzero(rows >= cols)
+        compiled = None if Loops is None else Loops(fronts, fronts.children)
+        return cls(fronts, taken, fronts.scattered(rows[taken], cols[taken]), compiled)
+
+    @cached_property
+    def _into(self) -> list[np.ndarray]:
+        """Where what each front leaves is added in the front of its parent, flat, by columns."""
+        fronts = self.fronts
+        sizes = np.r_[fronts.wide + fronts.high, 0][fronts.parent].tolist()
+        rows = np.split(fronts.inside, fronts.ends[1:-1])
+        return [(own[:, None] * size + own).reshape(-1) for own, size in zip(rows, sizes, strict=True)]
+
+    def factorised(self, entries: np.ndarray) -> FrontalCholesky:
+        """Return the factors of a matrix with these entries.
+
+        Raises:
+            LinAlgError: It is not positive definite.
+        """
+        L = np.zeros(int(self.fronts.starts[-1]))
+        L[self.places] = entries[self.taken]
+        with one_blas_thread():
+            definite = self._by_fronts(L) if self.compiled is None else self.compiled.factorised(L)
+        if not definite:
+            raise np.linalg.LinAlgError("the matrix is not positive definite")
+        return FrontalCholesky(self.fronts, L, self.compiled)
+
+    def _by_fronts(self, L: np.ndarray) -> bool:
+        """Factorise in place, from the entries of the matrix; return whether it is positive definite."""
+        left: list[Any] = [None] * self.fronts.count
+        for front, (panel, own) in enumerate(self.fronts.panels(L)):
+            rest = None
+            if self.fronts.children[front]:
+                whole = np.zeros((len(panel), len(panel)), order="F")
+                whole[:, :own] = panel
+                flat = whole.T.reshape(-1)
+                for child in self.fronts.children[front]:
+                    flat[self._into[child]] += left[child].T.reshape(-1)
+                    left[child] = None
+                panel[:], rest = whole[:, :own], np.asfortranarray(whole[own:, own:])
+            diagonal, failed = lapack.dpotrf(panel[:own], lower=1, clean=0)
+            if failed:
+                return False
+            panel[:own] = diagonal
+            if len(panel) > own:
+                panel[own:] = rows = blas.dtrsm(1.0, diagonal, panel[own:], side=1, lower=1, trans_a=1)
+                more = {} if rest is None else {"beta": 1.0, "c": rest, "overwrite_c": 1}
+                left[front] = blas.dsyrk(-1.0, rows, lower=1, **more)
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class FrontalCholesky:
+    """The factors of a matrix.
+
+    Attributes:
+        fronts: Where their entries are.
+        entries: They, front by front, by columns.
+        compiled: The loops compiled.
+    """
+
+    fronts: Fronts
+    entries: np.ndarray
+    compiled: Any
+
+    @property
+    def pivots(self) -> np.ndarray:
+        """The squared diagonal of the factor."""
+        fronts = self.fronts
+        inside = np.arange(int(fronts.columns[-1])) - np.repeat(fronts.columns[:-1], fronts.wide)
+        at = np.repeat(fronts.starts[:-1], fronts.wide) + inside * np.repeat(fronts.wide + fronts.high + 1, fronts.wide)
+        return np.square(self.entries[at])
+
+    def solve(self, right: np.ndarray) -> np.ndarray:
+        """Return the solution for right-hand sides `(n,)` or `(n, k)`."""
+        x = np.array(right[self.fronts.order], np.float64)
+        if self.compiled is not None and x.ndim == 1:
+            self.compiled.solved(self.entries, x)
+        else:
+            with one_blas_thread():
+                self._solve(x if x.ndim > 1 else x[:, None])
+        result = np.empty_like(x)
+        result[self.fronts.order] = x
+        return result
+
+    def _solve(self, x: np.ndarray) -> None:
+        """Solve in place for columns in the order of elimination."""
+        columns, ends, rows = self.fronts.columns.tolist(), self.fronts.ends.tolist(), self.fronts.rows
+        fronts = [
+            (panel[:wide], panel[wide:], slice(columns[f], columns[f + 1]), rows[ends[f] : ends[f + 1]])
+            for f, (panel, wide) in enumerate(self.fronts.panels(self.entries))
+        ]
+        for diagonal, below, own, at in fronts:
+            x[own] = lapack.dtrtrs(diagonal, x[own], lower=1)[0]
+            if len(at):
+                x[at] -= below @ x[own]
+        for diagonal, below, own, at in reversed(fronts):
+            right = x[own] - below.T @ x[at] if len(at) else x[own]
+            x[own] = lapack.dtrtrs(diagonal, right, lower=1, trans=1)[0]
