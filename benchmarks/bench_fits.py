@@ -1,0 +1,106 @@
+"""Pose graphs solved beside GTSAM's Levenberg-Marquardt, in its C++: graphs of the sizes of well-known public ones.
+
+Both begin at the same poses, end at the same objective to eight digits, and hold the first pose; residuals differ in
+nothing (`log(Z⁻¹ X_i⁻¹ X_j)`). A fit *again* is one of the same model, whose plan, ordering and fronts are kept. Goals
+are for the processor time of one thread: `python -m benchmarks fits --threads 1 --clock processor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+from examples.synthetic_graphs import garage_graph, sphere_graph, walk_graph
+from torch import nn
+
+from jacops._extras.graph_problems import PoseGraph
+from jacops.fit import levenberg_marquardt
+
+from .harness import Goal, Workload
+
+GTSAM = "gtsam: LevenbergMarquardtOptimizer"
+AGAIN, FIRST = "jacops: again", "jacops: first"
+
+
+def ours(graph: PoseGraph, model: nn.Module) -> float:
+    """Return the objective that our fit ends at."""
+    found = levenberg_marquardt(
+        model,
+        manifolds={"poses": graph.chart},
+        weight=graph.information,
+        fixed={"poses": 0},
+        strategy="trust_region",
+        inplace=False,
+        progress=False,
+    )
+    return found.cost
+
+
+def theirs(graph: PoseGraph) -> Callable[[], float]:
+    """Return GTSAM's optimisation of the same graph, which is built in the first call."""
+
+    @cache
+    def built() -> tuple[Any, Any, Any]:
+        import gtsam
+
+        planar = graph.chart.tangent == 3
+        order = [0, 1, 2] if planar else [3, 4, 5, 0, 1, 2]  # GTSAM has rotations first
+
+        def pose(numbers: list[float]) -> Any:
+            if planar:
+                return gtsam.Pose2(*numbers)
+            x, y, z, w = numbers[3:]
+            return gtsam.Pose3(gtsam.Rot3.Quaternion(w, x, y, z), gtsam.Point3(*numbers[:3]))
+
+        factors, start = gtsam.NonlinearFactorGraph(), gtsam.Values()
+        between = gtsam.BetweenFactorPose2 if planar else gtsam.BetweenFactorPose3
+        for number, numbers in enumerate(graph.poses.tolist()):
+            start.insert(number, pose(numbers))
+        edges = zip(graph.source.tolist(), graph.target.tolist(), graph.measured.tolist(), strict=True)
+        for (source, target, measured), information in zip(edges, graph.information.numpy(), strict=True):
+            noise = gtsam.noiseModel.Gaussian.Information(information[np.ix_(order, order)])
+            factors.add(between(source, target, pose(measured), noise))
+        prior = gtsam.PriorFactorPose2 if planar else gtsam.PriorFactorPose3
+        held = gtsam.noiseModel.Isotropic.Sigma(graph.chart.tangent, 1e-6)
+        factors.add(prior(0, pose(graph.poses[0].tolist()), held))
+        options = gtsam.LevenbergMarquardtParams()
+        options.setRelativeErrorTol(1e-8)
+        options.setAbsoluteErrorTol(1e-8)
+        return factors, start, options
+
+    def call() -> float:
+        import gtsam
+
+        factors, start, options = built()
+        return factors.error(gtsam.LevenbergMarquardtOptimizer(factors, start, options).optimize())
+
+    return call
+
+
+def alike(a: float, b: float) -> bool:
+    """Say whether two objectives agree to eight digits."""
+    return abs(a - b) <= 1e-8 * abs(b)
+
+
+def workloads() -> Iterator[Workload]:
+    """Yield graphs like intel, manhattan, kitti_00, parking-garage, sphere2500 and city10000."""
+    cases = {
+        "intel": (walk_graph(1228, 256, straight=12, side=4, noise=0.01), 2.0, 2.8),
+        "manhattan": (walk_graph(3500, 1954, straight=5, side=12, noise=0.01), 1.5, 2.0),
+        "kitti_00": (walk_graph(4541, 136, straight=90, side=8, noise=0.003), 1.5, 2.0),
+        "parking-garage": (garage_graph(), 2.6, 2.8),
+        "sphere2500": (sphere_graph(50, 50, 0.02), 1.5, 2.0),
+        "city10000": (walk_graph(10_000, 10_688, straight=5, side=20, noise=0.01), 1.0, 2.0),
+    }
+    for number, (name, (graph, again, first)) in enumerate(cases.items(), 1):
+        model = graph.residual()
+        rivals: dict[str, Callable[[], Any]] = {
+            AGAIN: lambda graph=graph, model=model: ours(graph, model),
+            FIRST: lambda graph=graph: ours(graph, graph.residual()),
+            GTSAM: theirs(graph),
+        }
+        goals = [Goal(GTSAM, faster=1 / again, ours=AGAIN), Goal(GTSAM, faster=1 / first, ours=FIRST)]
+        what = f"like {name}: {len(graph.poses):,} poses, {len(graph.source):,} edges"
+        yield Workload(f"L{number}", what, rivals, alike, goals=goals, compiles=True)
