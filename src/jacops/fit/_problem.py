@@ -38,6 +38,7 @@ from ..errors import (
     NotDifferentiableError,
 )
 from ..sparse import SparseJacobian, SparsePlan
+from ..sparse._point import RecordedPoint
 from ..sparse._remembered import kept_plan, new_plan
 from ._fit_pattern import FitPattern
 from ._layout import Layout, ParameterPart, Values, layout_of
@@ -167,7 +168,7 @@ class FitProblem:
         self.evaluations = self.linearisations = 0
         self.route, self.may_be_dense = "", isinstance(given["jacobian"], str) and given["jacobian"] == "auto"
         self.plan: Any = None
-        self._at_start: SparseJacobian | None = None
+        self._here: RecordedPoint | SparseJacobian | None = None  # recorded, or evaluated, where the parameters are
         outputs, tree = output_leaves(self._forward())
         self.residuals: Residuals = residuals_of(outputs, tree, given, call)
         self._choose(given["jacobian"])
@@ -179,10 +180,13 @@ class FitProblem:
             return {name: self.held[name].detach().clone() for name in self.original}
 
     def objective(self, values: Values) -> float:
-        """Return the objective at these parameters, by one forward pass."""
+        """Return the objective at these parameters, by one forward pass, which a sparse plan can go on from."""
         self._set(values)
-        outputs, _ = output_leaves(self._forward())
-        return self.residuals.objective(outputs)
+        if self.plan is None:
+            return self.residuals.objective(output_leaves(self._forward())[0])
+        self.evaluations += 1
+        self._here = point = self.plan.recorded(self.work, self.value, "SparsePlan")
+        return self.residuals.objective(output_leaves(point.output)[0])
 
     def linearised(self, values: Values) -> tuple[float, LinearizedFit, np.ndarray]:
         """Return the objective, the linearised problem and the raw residual, all from one forward pass.
@@ -192,7 +196,7 @@ class FitProblem:
         """
         self._set(values)
         self.linearisations += 1
-        self.evaluations += 1
+        self.evaluations += self._here is None
         outputs, J = self._sparse() if self.plan is not None else self._dense()
         raw = self.residuals.raw(outputs)
         cost, r, lefts = self.residuals.corrected(outputs)
@@ -211,9 +215,9 @@ class FitProblem:
         with arithmetic(False):
             for name, value in values.items():
                 held, new = self.held[name].detach().as_subclass(Tensor), value.as_subclass(Tensor)
-                if self._at_start is not None and not torch.equal(held, new):
-                    self._at_start = None
-                held.copy_(new)
+                if not torch.equal(held, new):
+                    self._here = None
+                    held.copy_(new)
 
     @restoring
     def _forward(self) -> Any:
@@ -271,7 +275,7 @@ class FitProblem:
             return
         setting = (jacobian, *((name, p.shape, p.dtype, p.device) for name, p in self.original.items()))
         asked = self.owner, self.work, self.value, setting
-        plan, self._at_start = kept_plan(*asked, self.residuals.importance) or (None, None)
+        plan, self._here = kept_plan(*asked, self.residuals.importance) or (None, None)
         if plan is None:
             if jacobian == "auto" and (share := self._fullness()) > _FULL:
                 self._check_budget(rows, columns)
@@ -339,9 +343,10 @@ class FitProblem:
 
     def _sparse(self) -> tuple[list[Tensor], np.ndarray]:
         """Return the outputs and the entries of the Jacobian by free directions, as `_pattern` places them."""
-        found, self._at_start = self._at_start, None
-        if found is None:
-            found = self.plan._evaluated(self.work, self.value, None, "scipy", self.residuals.importance)
+        found, self._here = self._here, None
+        if not isinstance(found, SparseJacobian):
+            asked = self.work, self.value, None, "scipy", self.residuals.importance
+            found = self.plan._evaluated(*asked, found)
         outputs = [o.detach() for o in output_leaves(found.output)[0]]
         entries = found.matrix.data.astype(np.float64)
         if not np.isfinite(entries).all():

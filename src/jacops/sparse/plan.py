@@ -129,14 +129,20 @@ class SparsePlan(Described):
         return self._evaluated(model, inputs, certify, layout, None)
 
     def _evaluated(
-        self, model: Any, inputs: Any, certify: int | None, layout: Layout, importance: Floats | None
+        self,
+        model: Any,
+        inputs: Any,
+        certify: int | None,
+        layout: Layout,
+        importance: Floats | None,
+        point: RecordedPoint | None = None,
     ) -> SparseJacobian:
-        """Evaluate as above; `importance` is what the caller multiplies the rows with.
+        """Evaluate as above; `importance` is what the caller multiplies the rows with, `point` what it has recorded.
 
         With `certify=None` a probe is taken unless one has certified this very graph, whose operations are all known.
         """
         check_choice("layout", layout, Layout)
-        point = self.recorded(model, inputs, "SparsePlan")
+        point = point or self.recorded(model, inputs, "SparsePlan")
         if certify is None:
             certify = int(self._certified != point.lin.graph_info.wiring)
         check_whole("certify", certify, 0)
