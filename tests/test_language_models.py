@@ -226,6 +226,20 @@ def test_a_models_own_loss_in_float32_is_a_softmaxs_for_a_model_in_float64() -> 
     close(found[0].eigenvalues, found[1].eigenvalues, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", ["model", shifted])
+def test_the_default_call_takes_conjugate_gradients(loss: Any, dtype: Any) -> None:
+    model, whole = gpt2(), sequences()
+    found = jacops.compute_influences(model.to(dtype), batches(whole), loss=loss)
+    assert found.info["chosen"].startswith("block CG")
+    assert "did not do" not in found.info["chosen"]
+    mixed = loss == "model" and dtype == torch.float64  # a loss in float32: its products have no residual of 1e-8
+    assert found.info["status"] == ("attainable" if mixed else "converged")
+    assert max(found.info["residual"]) <= (1e-6 if mixed else 1e-4 if dtype == torch.float32 else 1e-8)
+    assert bool(found.values.isfinite().all())
+    close(found.values.double(), dense(model.double(), whole, found.damping), 1e-3 if dtype == torch.float32 else 1e-6)
+
+
 def in_float32(output: Any, labels: Tensor, bend: float = 0.0) -> Tensor:
     wide = output.logits[:, :-1].float()
     return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten()) - bend * wide.square().mean()

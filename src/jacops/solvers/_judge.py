@@ -26,6 +26,17 @@ def condition_limit(dtype: torch.dtype) -> float:
     return 1e14 if dtype == torch.float64 else 1e6
 
 
+def is_attainable(system: System, residual: float, condition: float) -> bool:
+    """Whether a relative residual is at the level that rounding of the operator's products allows.
+
+    Args:
+        system: The equations.
+        residual: Of a right-hand side.
+        condition: The norm of the operator times that of the solution, over that of the right-hand side.
+    """
+    return residual <= system.eps * condition and condition <= condition_limit(system.dtype) and residual < 1
+
+
 @dataclass(eq=False)
 class Raw:
     """What a method hands back for finite right-hand sides that are not zero; the judge makes a `Solution` of it.
@@ -144,7 +155,7 @@ class Judge:
         limit = condition_limit(self.system.dtype)
         if promised and judged and residual <= self.system.tolerance:
             return Status.CONVERGED
-        if promised and judged and residual <= self.system.eps * condition and condition <= limit and residual < 1:
+        if promised and judged and is_attainable(self.system, residual, condition):
             return Status.ATTAINABLE
         if loss > (self.system.eps if promised else self.system.tolerance):
             self.info["reason"] = f"{OUT_OF_RANGE} {self.system.dtype}"
