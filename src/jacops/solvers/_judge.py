@@ -50,6 +50,7 @@ class Raw:
         left: Norms of the true residuals, `(k,)` in double, where the method has just computed them.
         approximate: The answer is an approximation by design: a residual above the tolerance is no failure.
         unchecked: Its residual was not asked for: it is NaN.
+        measured: `left` was computed for it, together with that of others.
     """
 
     x: Tensor
@@ -60,6 +61,7 @@ class Raw:
     left: Tensor | None = None
     approximate: bool = False
     unchecked: bool = False
+    measured: bool = False
 
 
 @final
