@@ -16,6 +16,7 @@ from jacops._objective import Objective
 from jacops._operators import _ranked_rows
 from jacops._operators._ranked_rows import RankedRows
 from jacops._passes import BatchPasses
+from jacops._runtime.memory import Meter
 from jacops._space import Space
 from jacops._torch.layers import ranked as layers_ranked
 from jacops.errors import InputError
@@ -301,6 +302,28 @@ def test_results_say_the_rank_and_the_error(tmp_path: Path) -> None:
     close(solution.residual, right.norm(dim=1) / at.gradients.norm(dim=1), 1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("scale", [1.0, 2.0**30])  # the latter has a unit of its own
+def test_residuals_of_tiles_together_are_those_of_each_solution(
+    scale: float, rank: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_run, "_TILE_BYTES", 1)
+    at = Setting()
+    at.model = at.model.to(dtype)
+    at.loss = lambda output, y: scale * F.cross_entropy(output, y)
+    at.train, at.test = ([(x.to(dtype), y) for x, y in data] for data in (at.train, at.test))
+    found = at.run(compute_influence_factors, rank, residual=True, damping=2.0 * scale)
+    problem = Problem(at.model, at.loss, at.train)
+    rows = problem.sample_gradients(at.test).dense().double()
+    left = problem.ggn().apply(found.x).double() + 2.0 * scale * found.x.double() - rows
+    right = left.norm(dim=1) / rows.norm(dim=1)
+    close(torch.tensor(found.info["residual"], dtype=torch.float64), right, 1e-4 if dtype == torch.float32 else 1e-10)
+    alone = EKFAC(query_rank=rank).solve(problem.ggn(), rows.to(dtype), damping=2.0 * scale)
+    close(alone.residual, right, 1e-4 if dtype == torch.float32 else 1e-10)
+    assert found.info["products"] == 7
+
+
 @pytest.mark.parametrize("rank", [0, -1, 1.5, "4"])
 def test_a_rank_is_a_whole_number_above_zero(rank: Any) -> None:
     with pytest.raises((InputError, TypeError), match="query_rank"):
@@ -342,6 +365,22 @@ def room(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Let a tile be one row, and the budget so many bytes."""
     monkeypatch.setattr(_run, "_TILE_BYTES", 1)
     monkeypatch.setattr(_run, "budget_bytes", lambda budget, device: size)
+
+
+def test_factors_meet_gradients_of_layers_without_the_entries_of_either() -> None:
+    rows, many, rank, side = 16, 64, 2, 1000
+    model = settled(nn.Sequential(nn.Linear(side, side, bias=False), nn.Tanh(), nn.Linear(side, 2, bias=False)))
+    problem = Problem(model, F.cross_entropy, [(draw(rows, side), torch.arange(rows) % 2)])
+    held = RankedRows(problem.space, rank)
+    solutions = draw(many, held.dim)
+    right = held.dense(solutions[:3]) @ problem.sample_gradients().dense().T
+    with Meter() as meter:
+        (found,) = problem.sample_gradients().apply_each([solutions], held)
+    close(found[:3], right)
+    assert meter.peak < 8 * side**2  # one solution, or one gradient, of 64 and 16
+    with Meter() as meter:
+        problem.sample_gradients().apply(held.dense(solutions[:4]))
+    assert meter.peak > 8 * side**2
 
 
 @pytest.mark.parametrize("stored", [False, True])

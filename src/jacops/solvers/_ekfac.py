@@ -71,8 +71,8 @@ class EKFAC(Solver):
             that count: padding and batch sizes change nothing. The global random state is not touched.
         exact_up_to: Parameters outside Kronecker form are kept exactly up to this many in one tensor.
         widest: Sides of a weight longer than this keep their own axes as eigenbasis.
-        report_residual: Compute the residuals of solutions, in one pass over the data for each call, or in influence
-            for as many solutions as fit into memory; else they are NaN, and the status `unchecked`.
+        report_residual: Compute the residuals of solutions, by a pass over the data, which in influence as many
+            solutions share as fit into memory; else they are NaN, and the status `unchecked`.
         query_rank: Truncate the part of each weight in a solution, seen as a matrix `(p, q)`, to this rank, by a
             singular value decomposition, where `rank * (p + q)` numbers are fewer; biases, norms and smaller weights
             stay as they are. Influence then holds solutions as these factors, so that many more of them share a pass

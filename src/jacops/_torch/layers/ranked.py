@@ -26,7 +26,7 @@ def times_vectors(part: RowFactors, vectors: Vectors) -> Tensor:
 def _times_ranked(part: RowFactors, left: Tensor, right: Tensor) -> Tensor:
     if isinstance(part, Several):
         return torch.stack([_times_ranked(use, left, right) for use in part.uses]).sum(0)
-    if isinstance(part, Lookup) or (isinstance(part, Outer) and not part.long and _contracts(part, left, right)):
+    if isinstance(part, Lookup) or (isinstance(part, Outer) and part.is_matrix and _contracts(part, left, right)):
         return _by_factors(cast(Products, part), left, right)
     return _by_blocks(part, left, right)
 
