@@ -64,14 +64,14 @@ def test_the_strongest_are_those_of_the_whole_matrix(which: Any, k: int):
 
 def test_a_pass_holds_the_influences_of_one_batch(monkeypatch: pytest.MonkeyPatch):
     widest: list[int] = []
-    real = jacops.linalg.LayerFactors.apply
+    real = jacops.linalg.LayerFactors.times
 
-    def noted(self: Any, rows: Tensor) -> Tensor:
-        result = real(self, rows)
+    def noted(self: Any, vectors: Any, like: Tensor) -> Tensor:
+        result = real(self, vectors, like)
         widest.append(result.numel())
         return result
 
-    monkeypatch.setattr(jacops.linalg.LayerFactors, "apply", noted)
+    monkeypatch.setattr(jacops.linalg.LayerFactors, "times", noted)
     top_influences(wrapped(), DATA, 2, **SETTINGS)
     assert sorted(set(widest)) == [21, 28, 35]  # seven test samples, times a batch
 

@@ -42,16 +42,16 @@ def test_a_stored_run_gives_the_numbers_of_one_that_is_not(tmp_path: Path):
 
 def test_a_killed_run_goes_on_and_repeats_no_solve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     solved: list[int] = []
-    real = _run.InfluenceRun.solve
+    real = _run.InfluenceRun.solve_each
 
-    def counted(self: _run.InfluenceRun, rows: Tensor) -> Any:
+    def counted(self: _run.InfluenceRun, tiles: list[Tensor]) -> Any:
         if len(solved) == 2 and not hasattr(counted, "over"):
             counted.over = True  # type: ignore[attr-defined]
             raise KeyboardInterrupt
-        solved.append(len(rows))
-        return real(self, rows)
+        solved.extend(map(len, tiles))
+        return real(self, tiles)
 
-    monkeypatch.setattr(_run.InfluenceRun, "solve", counted)
+    monkeypatch.setattr(_run.InfluenceRun, "solve_each", counted)
     with pytest.raises(KeyboardInterrupt):
         influences(tmp_path / "run")
     found = influences(tmp_path / "run")

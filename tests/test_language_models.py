@@ -1,6 +1,8 @@
 """Influence of language models as their users write them, against plain autograd and dense solves in float64."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +11,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import jacops
+from jacops._fisher import fisher_at
+from jacops._runtime.counter import Draws
 from jacops.errors import DataError, InputError, InputTypeError, NotDifferentiableError
+from jacops.influence import projected_index
 from jacops.solvers import EKFAC
 
 transformers: Any = pytest.importorskip("transformers")
@@ -117,8 +122,6 @@ HEADS = {
 
 
 def some(name: str, model: nn.Module) -> list[nn.Parameter]:
-    from fnmatch import fnmatchcase
-
     return [p for n, p in model.named_parameters() if any(fnmatchcase(n, pattern) for pattern in HEADS[name])]
 
 
@@ -226,6 +229,20 @@ def test_a_models_own_loss_in_float32_is_a_softmaxs_for_a_model_in_float64() -> 
     close(found[0].eigenvalues, found[1].eigenvalues, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", ["model", shifted])
+def test_the_default_call_takes_conjugate_gradients(loss: Any, dtype: Any) -> None:
+    model, whole = gpt2(), sequences()
+    found = jacops.compute_influences(model.to(dtype), batches(whole), loss=loss)
+    assert found.info["chosen"].startswith("block CG")
+    assert "did not do" not in found.info["chosen"]
+    mixed = loss == "model" and dtype == torch.float64  # a loss in float32: its products have no residual of 1e-8
+    assert found.info["status"] == ("attainable" if mixed else "converged")
+    assert max(found.info["residual"]) <= (1e-6 if mixed else 1e-4 if dtype == torch.float32 else 1e-8)
+    assert bool(found.values.isfinite().all())
+    close(found.values.double(), dense(model.double(), whole, found.damping), 1e-3 if dtype == torch.float32 else 1e-6)
+
+
 def in_float32(output: Any, labels: Tensor, bend: float = 0.0) -> Tensor:
     wide = output.logits[:, :-1].float()
     return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten()) - bend * wide.square().mean()
@@ -302,6 +319,50 @@ def test_classifiers_of_sequences_bring_their_loss(kind: str, target: str) -> No
     found = jacops.compute_influences(wrapped, data, curvature="ggn", damping=0.1, parameters=parameters)
     assert found.shape == (6, 6)
     assert bool((found.values.diagonal() > 0).all())
+
+
+# ---- Fisher matrices -------------------------------------------------------------------------------------------------
+
+
+def drawn(problem: jacops.Problem, draws: int, seed: int) -> Tensor:
+    """The Fisher matrix of all samples by so many labels for each prediction."""
+    objective, (batch,) = problem.objective, problem.batches()
+    record = partial(objective.recorded, batch.x, "fisher")
+    return fisher_at(objective.model, objective.losses, batch.y, "monte_carlo", draws, Draws(seed), record).dense()
+
+
+@pytest.mark.parametrize("loss", ["model", shifted])
+@pytest.mark.parametrize("name", MODELS)
+def test_drawn_labels_give_the_exact_fisher_matrix_on_average(name: str, loss: Any) -> None:
+    model, whole = MODELS[name](), sequences((8, 5, 3))
+    parameters = {"gpt2": "transformer.ln_f.*", "llama": "model.norm.*"}[name]
+    _, _, right = by_hand(model, whole, [p for n, p in model.named_parameters() if fnmatchcase(n, parameters)])
+    problem = jacops.Problem(model, loss, [whole], parameters=parameters)
+    close(problem.fisher("exact").dense(), right, 1e-5)
+    few, many = (torch.stack([drawn(problem, n, seed) for seed in range(4)]).mean(0) for n in (100, 10_000))
+    assert float((many - right).norm()) <= 0.03 * float(right.norm())  # by one over the root of 40,000 draws
+    assert float((few - right).norm()) <= 0.3 * float(right.norm())
+    one = problem.fisher("monte_carlo")
+    assert float((one.dense() - right).norm()) <= 5 * float(one.noise or 0) * float(right.norm())
+
+
+def test_drawn_labels_go_by_places_of_sequences_whatever_batches_and_padding() -> None:
+    model, parameters = gpt2(), HEADS["gpt2"]
+    right = jacops.Problem(model, "model", [sequences()], parameters=parameters).fisher("monte_carlo").dense()
+    for data in (batches(sequences()), batches(sequences(width=16), 1, 5), batches(sequences(width=16, left=True))):
+        close(jacops.Problem(model, "model", data, parameters=parameters).fisher("monte_carlo").dense(), right, 1e-5)
+
+
+def test_influences_by_drawn_labels_are_those_of_a_dense_solve() -> None:
+    model, data = gpt2(), batches(sequences())
+    problem = jacops.Problem(model, "model", data, parameters=HEADS["gpt2"])
+    rows, matrix = problem.sample_gradients().dense(), problem.fisher("monte_carlo").dense()
+    options: Any = {"loss": "model", "parameters": HEADS["gpt2"], "damping": 0.1}
+    found = jacops.compute_influences(model, data, curvature="monte_carlo_fisher", **options)
+    close(found.values, rows @ torch.linalg.solve(matrix + 0.1 * torch.eye(len(matrix)).double(), rows.T), 1e-5)
+    damping = options.pop("damping")
+    index = projected_index(model, data, rank=64, curvature="monte_carlo_fisher", **options)
+    close(index.influences(data, damping=damping).values, found.values, 1e-5)
 
 
 # ---- labels that are ignored, and what does not fit ------------------------------------------------------------------

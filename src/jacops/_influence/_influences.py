@@ -15,6 +15,7 @@ from torch import Tensor
 from .._data import Batches
 from .._finite import on_finite_rows
 from .._keywords import keywords
+from .._operators._ranked_rows import RankedRows
 from .._options import Model
 from .._problem import Problem, ProblemOptions
 from .._progress import shows_progress
@@ -80,7 +81,7 @@ def compute_influence_factors(
     again = recipe("compute_influence_factors", ("model", "training_data", "test_data"), given)
     run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     _ = run.prepared  # what the model or the curvature refuses comes before the test data
-    solutions = [run.solve(rows()) for rows in run.tiles(test)]
+    solutions = [solution for _, solution in run.solved(test)]
     x = torch.cat([solution.x for solution in solutions])
     return InfluenceFactors(x, run.described(solutions))
 
@@ -107,8 +108,9 @@ def compute_influences(
     r"""Return influences of training samples on test samples.
 
     Test samples are solved for in tiles. As many solutions as half of the memory budget holds (a quarter of what is
-    free) meet the gradients of all other samples in one pass, which come batch by batch, as factors where that is
-    cheaper, so memory does not grow with the number of training samples times the number of parameters.
+    free; `EKFAC(query_rank=...)` makes them smaller) meet the gradients of all other samples in one pass, which come
+    batch by batch, as factors where that is cheaper, so memory does not grow with the number of training samples times
+    the number of parameters.
 
     Args:
         model: As in `compute_influence_factors`.
@@ -155,14 +157,16 @@ def compute_influences(
         return Influences(values, "up", SIGN, UNITS["up"], info["damping"], info, shares)
     _ = run.prepared
     solutions, tiles, found = [], [], None
-    for x, known in run.groups(test):
+    plain = leverage or influence_type == "perturbation"  # which take solutions as they are
+    held = RankedRows(run.problem.space) if plain else run.held
+    for x, known in run.groups(test, held):
         solutions += known
         if leverage:
             tile, found = leveraged(run.problem, asked, x, run.solve, on_failure == "raise")
         elif influence_type == "token":
-            tile = on_finite_rows(lambda factors: token_influences(run.problem, asked, factors), x)
+            tile = on_finite_rows(lambda rows: token_influences(run.problem, asked, rows, held), x)
         elif influence_type == "up":
-            tile = on_finite_rows(lambda factors: _met(run, asked, factors), x)
+            tile = on_finite_rows(lambda rows: _met(run, asked, rows), x)
         else:
             tile = on_finite_rows(lambda factors: _perturbations(run.problem, asked, factors), x)
         tiles.append(tile)
@@ -213,7 +217,7 @@ def self_influences(
     again = recipe("self_influences", _DATA, {"loss": loss, "solver": solver, **options})
     run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     _ = run.prepared
-    values = torch.cat([_own(run, rows()) for rows in run.tiles(train)])
+    values = torch.cat([(solution.x * rows).sum(1) for rows, solution in run.solved(train)])
     shares = shares_of(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)
     return values * shares.to(values) ** 2
 
@@ -225,11 +229,7 @@ def _other(data: Any, name: str, training_data: Any, train: Batches) -> Batches:
 
 def _met(run: InfluenceRun, data: Batches, factors: Tensor) -> Tensor:
     """Return influences tile by tile, as a stored run has them, in one pass over the samples."""
-    return torch.cat(run.problem.sample_gradients(data).apply_each(factors.split(run.step)))
-
-
-def _own(run: InfluenceRun, rows: Tensor) -> Tensor:
-    return (run.solve(rows).x * rows).sum(1)
+    return torch.cat(run.problem.sample_gradients(data).apply_each(factors.split(run.step), run.held))
 
 
 def _check_storable(influence_type: str, leverage: bool, on_failure: str) -> None:

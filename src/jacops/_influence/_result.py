@@ -20,7 +20,7 @@ from .._tables import Names, feature_axes, matrix_table, names_of, tidy_table
 from .._words import InfluenceType
 from ..errors import InputError
 from ..solvers import Solution, Status
-from ..solvers._solution import gravest, level_text, residual_text
+from ..solvers._solution import gravest, level_text, residual_text, truncation_facts
 from ._damping import GIVEN, Damping
 from ._twice_differentiable import InverseHvpResult
 
@@ -47,8 +47,8 @@ class InfluenceFactors(Described, InverseHvpResult[Tensor]):  # pyright: ignore[
         x: The solutions, `(n_test, P)`.
         info: What happened: `method`, `curvature`, `status` (the worst), `statuses` and `residual` per row, `converged`
             (every row is), `success` (no row failed), `damping` and `damping_rule`, how that was
-            chosen, `rows` of data, `covered` of `parameters`, and the method's own figures, as in `Solution.info`.
-            Failed rows hold what the solver had, or NaN.
+            chosen, `rows` of data, `covered` of `parameters`, and the method's own figures, as in `Solution.info`, such
+            as `query_rank` and `truncation` per row. Failed rows hold what the solver had, or NaN.
     """
 
     def _describe(self) -> Description:
@@ -284,6 +284,7 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("curvature", f"{info['curvature']}, damping {info['damping']:g}, {rows}"),
         *chosen,
+        *truncation_facts(info),
         ("solver", f"{info['method']}: {info['status']}, {residual}"),
     ]
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._data import Batch, Batches
+from .._finite import on_finite_rows
 from .._ladder.protocol import is_framework_model
 from .._operators._data import SumOver
+from .._operators._ranked_rows import RankedRows
 from .._problem import BatchPoint, Problem, ProblemOptions
 from .._requirements import check_choice
 from .._runtime.memory import budget_bytes
 from .._words import AutoDamping, Curvature, OnFailure, SolverName
 from ..errors import InputError, InputTypeError, SolveError
-from ..solvers import Auto, Prepared, Solution, Solver, Status, require, solver_of
+from ..solvers import EKFAC, Auto, Prepared, Solution, Solver, Status, require, solver_of
 from ._damping import Damping, checked_damping, settled
 from ._result import described
 
 _TILE_BYTES = 2**26  # 64 MiB of right-hand sides solved for together; a solver holds up to eight times as many
-_GROUP_SHARE = 0.5  # of the budget, for solutions that share a pass; the rest is for a batch's gradients and a solve
+_GROUP_SHARE = 0.5  # of the budget, for solutions that share a pass; the rest is for a batch's gradients and solves
+_SOLVE_SHARE = 0.25  # of the budget, for tiles whose residuals share a pass
 
 
 @dataclass(frozen=True)
@@ -70,20 +74,33 @@ class InfluenceRun:
         damping, solver = self._settled
         return solver.prepare(self.curvature, damping.value)
 
+    @cached_property
+    def held(self) -> RankedRows:
+        """How solutions are held while they meet samples."""
+        return RankedRows(self.problem.space, self.solver.query_rank if isinstance(self.solver, EKFAC) else None)
+
     def solve(self, rows: Tensor) -> Solution:
         """Return solutions for right-hand sides `(k, P)`.
 
         Raises:
             SolveError: One failed, unless failures are returned.
         """
-        solution = self.prepared.solve(rows)
-        if self.on_failure == "raise":
+        return self.solve_each([rows])[0]
+
+    def solve_each(self, tiles: Sequence[Tensor]) -> list[Solution]:
+        """Return solutions for tiles of right-hand sides, whose residuals share passes over the data.
+
+        Raises:
+            SolveError: One failed, unless failures are returned.
+        """
+        solutions = self.prepared.solve_each(tiles)
+        for solution in solutions if self.on_failure == "raise" else ():
             try:
                 require(solution)
             except SolveError as error:
                 where = f"influence with the {self.kind.replace('_', ' ')} of {self.problem.rows:,} rows"
                 raise SolveError(f"{where}: {error}{self._way_out(solution)}", solution) from None
-        return solution
+        return solutions
 
     def _way_out(self, solution: Solution) -> str:
         """Return a call that meets no negative curvature, where the Hessian has some."""
@@ -106,28 +123,46 @@ class InfluenceRun:
         """Rows that are solved for together."""
         return max(1, _TILE_BYTES // max(1, self.problem.space.dim * self.problem.space.dtype.itemsize))
 
-    def group(self, rows: int) -> int:
-        """Return how many of so many solutions are held at once, to share a pass over the samples that they meet."""
-        each, step = self.problem.space.dim * self.problem.space.dtype.itemsize, self.step
-        if rows <= step:
-            return max(1, rows)
-        room = int(_GROUP_SHARE * budget_bytes(None, self.problem.space.device))
-        return max(1, min(-(-rows // step), room // max(1, each * step))) * step
+    @property
+    def together(self) -> int:
+        """Tiles that are solved for together: as many as fit where EK-FAC is held against the curvature itself."""
+        if not (isinstance(self.solver, EKFAC) and self.solver.report_residual):
+            return 1
+        return self._tiles_within(_SOLVE_SHARE, 3 * self.problem.space.dim)  # gradients, solutions and products
 
-    def groups(self, data: Batches) -> Iterator[tuple[Tensor, list[Solution]]]:
-        """Yield solutions `(k, P)` of a group of rows, which are used up, and what is known of them tile by tile."""
-        left, tiles = data.rows, self.tiles(data)
-        most = self.group(left)
+    def group(self, rows: int, held: RankedRows) -> int:
+        """Return how many of so many solutions are held at once, to share a pass over the samples that they meet."""
+        if rows <= self.step:
+            return max(1, rows)
+        return min(-(-rows // self.step), self._tiles_within(_GROUP_SHARE, held.dim)) * self.step
+
+    def _tiles_within(self, share: float, entries: int) -> int:
+        """Return how many tiles of rows that take so many entries each fit into a share of the budget."""
+        space = self.problem.space
+        each = max(1, entries * space.dtype.itemsize * self.step)
+        return max(1, int(share * budget_bytes(None, space.device)) // each)
+
+    def groups(self, data: Batches, held: RankedRows) -> Iterator[tuple[Tensor, list[Solution]]]:
+        """Yield solutions of a group of rows, held as told, and what is known of them tile by tile."""
+        left, solved, space = data.rows, self.solved(data), self.problem.space
+        most = self.group(left, held)
         while left:
-            space = self.problem.space
-            x, known, filled = torch.empty(min(most, left), space.dim, dtype=space.dtype, device=space.device), [], 0
+            x, known, filled = torch.empty(min(most, left), held.dim, dtype=space.dtype, device=space.device), [], 0
             while filled < len(x):
-                solution = self.solve(next(tiles)())
-                x[filled : filled + len(solution.x)] = solution.x
+                _, solution = next(solved)
+                x[filled : filled + len(solution.x)] = on_finite_rows(held.packed, solution.x)
                 filled += len(solution.x)
                 known.append(replace(solution, x=solution.x[:, :0].clone()))
             left -= filled
             yield x, known
+
+    def solved(self, data: Batches) -> Iterator[tuple[Tensor, Solution]]:
+        """Yield the gradients of each tile of rows, and the solutions for them."""
+        tiles, together = self.tiles(data), self.together
+        while some := [tile() for tile in islice(tiles, together)]:
+            found = self.solve_each(some)
+            while some:
+                yield some.pop(0), found.pop(0)
 
     def tiles(self, data: Batches) -> Iterator[Callable[[], Tensor]]:
         """Yield for each tile of `step` rows, across batches, a function that returns their gradients."""

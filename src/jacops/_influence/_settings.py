@@ -12,6 +12,8 @@ from torch import Tensor
 from .._data import Batch, Batches
 from .._finite import on_finite_rows
 from .._operators import LayerFactors
+from .._operators._finite_results import check_result
+from .._operators._ranked_rows import RankedRows
 from .._options import Model
 from .._problem import Problem, ProblemOptions
 from .._words import AutoDamping, Curvature, OnFailure, SolverName
@@ -19,7 +21,7 @@ from ..solvers import Solution, Solver
 from ._run import InfluenceRun, Settings, recipe, run_of
 from ._twice_differentiable import TwiceDifferentiable
 
-Product = Callable[[LayerFactors, Tensor], Tensor]
+Product = Callable[[LayerFactors, Tensor, RankedRows], Tensor]
 Modelled = TwiceDifferentiable[Any] | Model
 
 
@@ -62,9 +64,13 @@ def data_of(data: Any, name: str, train: Batches) -> Batches:
     return train if data is None or data is train.loader else Batches.of(data, name, train.unpack)
 
 
-def plain_product(factors: LayerFactors, solutions: Tensor) -> Tensor:
+def plain_product(factors: LayerFactors, solutions: Tensor, held: RankedRows) -> Tensor:
     """Return influences `(m, n)` of the samples of a batch on the test samples that were solved for."""
-    return on_finite_rows(factors.apply, solutions)
+
+    def apply(rows: Tensor) -> Tensor:
+        return check_result(factors, factors.times(held.parts(rows), rows), "a product")
+
+    return on_finite_rows(apply, solutions)
 
 
 def blocks_of(
@@ -80,7 +86,7 @@ def blocks_of(
         product: Of a batch's gradients with solutions.
     """
     unchanged, row = run.problem.objective.unchanged(), 0
-    for solutions, of_tiles in run.groups(test):
+    for solutions, of_tiles in run.groups(test, run.held):
         known += of_tiles
         rows, column = slice(row, row + len(solutions)), 0
         for batch in asked.tracked("influences", run.problem.progress):
@@ -88,7 +94,7 @@ def blocks_of(
                 unchanged("influences")
                 factors = run.problem.at(batch).objective.sample_gradients(batch.x, batch.y)
                 columns = slice(column, column + batch.rows)
-                yield rows, columns, product(factors, solutions)
+                yield rows, columns, product(factors, solutions, run.held)
                 column = columns.stop
         row = rows.stop
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +30,7 @@ _CODES = (Status.CONVERGED, Status.ATTAINABLE, Status.APPROXIMATE, Status.UNCHEC
 _REPORT_BYTES = 4096  # of a tile's report; those of all solvers take less than 1000
 _TEXT = 500  # characters of a text in it
 _PER_ROW = ("residual", "attainable", "error_bound")
+_TRUNCATION = "truncation"  # the same where solutions are
 
 
 def stored(run: InfluenceRun, path: Any, test: Batches, asked: Batches) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -93,16 +96,20 @@ def _identity(run: InfluenceRun, test: Batches, asked: Batches) -> dict[str, str
 def _grids(run: InfluenceRun, rows: int, columns: int) -> dict[str, Grid]:
     from ..store import Grid
 
-    tile, kind, unknowns = max(1, min(run.step, rows)), _dtype(run), run.problem.space.dim
+    tile, kind, unknowns = max(1, min(run.step, rows)), _dtype(run), run.held.dim
     return {
         "factors": Grid((rows, unknowns), tile=(tile, unknowns), dtype=kind),
         "status": Grid((rows,), tile=(tile,), dtype="uint8"),
         "iterations": Grid((rows,), tile=(tile,), dtype="int64"),
-        **{name: Grid((rows,), tile=(tile,), dtype="float64", finite=False) for name in _PER_ROW},
+        **{name: Grid((rows,), tile=(tile,), dtype="float64", finite=False) for name in _per_row(run)},
         "report": Grid((-(-rows // tile), _REPORT_BYTES), tile=(1, _REPORT_BYTES), dtype="uint8"),
         "influences": Grid((rows, columns), tile=(tile, columns), dtype=kind),
         "shares": Grid((columns,), tile=(max(1, columns),), dtype="float64"),
     }
+
+
+def _per_row(run: InfluenceRun) -> tuple[str, ...]:
+    return _PER_ROW if run.held.rank is None else (*_PER_ROW, _TRUNCATION)
 
 
 def _dtype(run: InfluenceRun) -> str:
@@ -115,18 +122,15 @@ def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -
     if kept.is_complete and not any(lacking.values()):
         return
     lacking["factors"] = set(kept.missing("factors"))
-    solves = {index[0] for name in (*_PER_ROW, "factors", "status", "iterations", "report") for index in lacking[name]}
+    solves = {
+        index[0] for name in (*_per_row(run), "factors", "status", "iterations", "report") for index in lacking[name]
+    }
     rows = {index[0] for index in lacking["influences"]}
-    waiting, group = list[int](), run.group(test.rows) // run.step or 1
-    for number, gradients in enumerate(run.tiles(test) if solves | rows else ()):
-        if number in solves:
-            _write(kept, number, run.solve(gradients()), run.damping)
-        waiting += [number] * (number in rows)
-        if len(waiting) == group:
-            _meet(run, kept, waiting, asked)
-            waiting = []
-    if waiting:
-        _meet(run, kept, waiting, asked)
+    for number, solution in _solved(run, test, solves):
+        _write(run, kept, number, solution)
+    group, waiting = run.group(test.rows, run.held) // run.step or 1, sorted(rows)
+    for start in range(0, len(waiting), group):
+        _meet(run, kept, waiting[start : start + group], asked)
     if lacking["shares"]:
         kept.write("shares", (0,), shares_of(run.problem, asked).double())
     kept.complete()
@@ -143,22 +147,32 @@ def _known(kept: StoredRun) -> Damping | None:
     return None
 
 
+def _solved(run: InfluenceRun, test: Batches, numbers: set[int]) -> Iterator[tuple[int, Solution]]:
+    """Yield the solutions of some tiles."""
+    tiles, together = (
+        ((n, tile) for n, tile in enumerate(run.tiles(test) if numbers else ()) if n in numbers),
+        run.together,
+    )
+    while some := list(islice(tiles, together)):
+        yield from zip((n for n, _ in some), run.solve_each([tile() for _, tile in some]), strict=True)
+
+
 def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) -> None:
     """Write the influences of some tiles, whose solutions meet the gradients of all samples in one pass."""
     parts = [torch.from_numpy(kept.tile("factors", (number, 0))).to(run.problem.space.device) for number in tiles]
-    for number, tile in zip(tiles, run.problem.sample_gradients(asked).apply_each(parts), strict=True):
+    for number, tile in zip(tiles, run.problem.sample_gradients(asked).apply_each(parts, run.held), strict=True):
         kept.write("influences", (number, 0), tile)
 
 
-def _write(kept: StoredRun, number: int, solution: Solution, damping: Damping) -> None:
+def _write(run: InfluenceRun, kept: StoredRun, number: int, solution: Solution) -> None:
     """Write the solutions of a tile, and all that is known of them."""
-    kept.write("factors", (number, 0), solution.x)
+    kept.write("factors", (number, 0), run.held.packed(solution.x))
     kept.write("status", (number,), np.array([_CODES.index(Status(s)) for s in solution.status], np.uint8))
     kept.write("iterations", (number,), np.array(solution.iterations, np.int64))
     missing = torch.full_like(solution.residual, math.nan)
-    for name in _PER_ROW:
+    for name in _per_row(run):
         kept.write(name, (number,), solution.residual if name == "residual" else solution.info.get(name, missing))
-    chosen = {"damping": damping.value, "damping_rule": damping.rule}
+    chosen = {"damping": run.damping.value, "damping_rule": run.damping.rule}
     figures = {"method": solution.method, "bounded": "error_bound" in solution.info, **chosen, **solution.info}
     kept.write("report", (number, 0), _packed(figures))
 
@@ -171,7 +185,8 @@ def _solution(kept: StoredRun, number: int, damping: float) -> Solution:
         raise StoreDamagedError(kept.path, reason, "status", (number,))
     info = _unpacked(kept, number)
     method = str(info.pop("method", "none"))
-    rows = {name: torch.from_numpy(kept.tile(name, (number,))) for name in _PER_ROW}
+    names = [name for name in (*_PER_ROW, _TRUNCATION) if name in kept.arrays]
+    rows = {name: torch.from_numpy(kept.tile(name, (number,))) for name in names}
     residual = rows.pop("residual")
     if not info.pop("bounded", False):
         del rows["error_bound"]

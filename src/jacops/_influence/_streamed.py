@@ -13,8 +13,10 @@ from .._data import Batches
 from .._finite import on_finite_rows
 from .._keywords import keywords
 from .._operators import LayerFactors
+from .._operators._ranked_rows import RankedRows
 from .._progress import shows_progress, track
 from .._runtime.contexts import eager
+from .._torch.protocol import times_vectors
 from .._words import Which
 from ..errors import InputError, InputTypeError
 from ..solvers import Solution
@@ -164,12 +166,12 @@ def layer_influences(
     return LayerInfluences(values if values is not None else torch.empty(0), names, asked.run.described(known))
 
 
-def _by_parameter(factors: LayerFactors, solutions: Tensor) -> Tensor:
+def _by_parameter(factors: LayerFactors, solutions: Tensor, held: RankedRows) -> Tensor:
     """Return `(m, n, parameters)`."""
 
     def apply(rows: Tensor) -> Tensor:
-        parts = zip(factors.parts, factors.domain.split(rows), strict=True)
-        return torch.stack([part.times(v.reshape(len(rows), *part.shape[2:])).flatten(1) for part, v in parts], 2)
+        parts = zip(factors.parts, held.parts(rows), strict=True)
+        return torch.stack([times_vectors(part, own).flatten(1) for part, own in parts], 2)
 
     return on_finite_rows(apply, solutions)
 

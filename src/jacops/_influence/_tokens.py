@@ -16,17 +16,19 @@ from torch import Tensor
 
 from .._data import Batch, Batches
 from .._operators import LinearizedMap
+from .._operators._ranked_rows import RankedRows
 from .._problem import BatchPoint, Problem
 from .._runtime.agreement import worst_disagreement
 from .._runtime.contexts import private_noise
 from .._torch.protocol import row_cotangents
 from ..errors import InputError, NotDifferentiableError
 
+_FORMED = 2**24  # entries of solutions that are formed at a time: 64 MiB in float32
 _ENTRIES = 2**25  # changes of outputs that are held at a time: 128 MiB in float32
 
 
-def token_influences(problem: Problem, data: Batches, factors: Tensor) -> Tensor:
-    """Return `(m, n, T)`, solutions `(m, P)` times the gradients of the terms of all samples' labels.
+def token_influences(problem: Problem, data: Batches, solutions: Tensor, held: RankedRows) -> Tensor:
+    """Return `(m, n, T)`, solutions `(m, P)`, held as told, times the gradients of the terms of all samples' labels.
 
     T is the length of the longest row of labels; what is ignored or lies behind a shorter one is 0.
 
@@ -34,16 +36,29 @@ def token_influences(problem: Problem, data: Batches, factors: Tensor) -> Tensor
         InputError: The labels are no `(n, T)`, or the loss is no mean, or sum, over them.
         NotDifferentiableError: The terms do not add up to the gradient of a sample alone.
     """
-    parts = [_of_batch(problem.at(batch), factors) for batch in data.tracked("tokens", problem.progress) if batch.rows]
+    rows = _Solutions(solutions, held)
+    parts = [_of_batch(problem.at(batch), rows) for batch in data.tracked("tokens", problem.progress) if batch.rows]
     widest = max((part.shape[2] for part in parts), default=0)
     return torch.cat([torch.nn.functional.pad(part, (0, widest - part.shape[2])) for part in parts], 1)
 
 
-def _of_batch(point: BatchPoint, factors: Tensor) -> Tensor:
+@final
+class _Solutions:
+    """Solutions `(m, P)`, some of which are formed at a time where they are held in low rank."""
+
+    def __init__(self, rows: Tensor, held: RankedRows) -> None:
+        self.rows, self.held = rows, held
+        self.mix = private_noise(rows[:, 0])
+        self.step = max(1, _FORMED // max(1, held.space.dim)) if not held.is_dense else max(1, len(rows))
+        parts = zip(self.mix.split(self.step), rows.split(self.step), strict=True)
+        self.mixed = sum((mix @ held.dense(some) for mix, some in parts), rows.new_zeros(held.space.dim))
+
+
+def _of_batch(point: BatchPoint, factors: _Solutions) -> Tensor:
     """Return the influences of a batch's tokens, samples apart where they mix."""
-    batch, mix = point.batch, private_noise(factors[:, 0])
+    batch, mix = point.batch, factors.mix
     _check_labels(point)
-    whole = point.gradients().apply((mix @ factors).unsqueeze(0))[0]
+    whole = point.gradients().apply(factors.mixed.unsqueeze(0))[0]
     allowed = point.objective.recorded(batch.x, "tokens").lin.tolerance
     found = _terms(point, factors)
     if not _agree(found, mix, whole, allowed):
@@ -71,15 +86,17 @@ def _check_labels(point: BatchPoint) -> None:
         raise InputError.of("loss", came, needed, "Take the mean over all tokens of a batch.")
 
 
-def _terms(point: BatchPoint, factors: Tensor) -> Tensor:
+def _terms(point: BatchPoint, factors: _Solutions) -> Tensor:
     """Return `(m, n, T)` for samples that do not mix."""
     slopes = _Slopes(point)
     lin = slopes.found.lin
     J = LinearizedMap(lin, slopes.found.output)  # noqa: N806
-    found = factors.new_empty(factors.shape[0], *point.batch.y.shape)
-    step = max(1, _ENTRIES // max(1, lin.codomain.dim))
-    for some in torch.arange(factors.shape[0]).split(step):
-        found[some] = slopes.along(lin.codomain.split(J._apply(factors[some]))).to(found.dtype)
+    rows = factors.rows
+    found = rows.new_empty(len(rows), *point.batch.y.shape)
+    step = min(factors.step, max(1, _ENTRIES // max(1, lin.codomain.dim)))
+    for some in torch.arange(len(rows)).split(step):
+        moved = J._apply(factors.held.dense(rows[some]))
+        found[some] = slopes.along(lin.codomain.split(moved)).to(found.dtype)
     return found
 
 

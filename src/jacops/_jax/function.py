@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .._finite import is_finite
 from .._ladder.protocol import SampleRows, Shift, SweepOptions, everything
-from .._runtime.counter import Draws
 from .._space import Space
 from .._torch.protocol import Likelihood, computed_likelihood
 from .._trees import flatten, output_leaves
@@ -189,21 +188,15 @@ class JaxFunction:
         targets, form = ([], None) if y is None else jax.tree.flatten(tree_to_jax(y, "y"))
         if len(leaves) != 1 or len(targets) > 1:
             return None
-        # Classes stand last here, after the samples in torch.
-        turned = leaves[0].ndim > 2 and bool(targets) and not is_floating(targets[0])
 
         def slope(at: Tensor, labels: Tensor) -> Tensor:
-            output = jnp.asarray(to_numpy(at.movedim(1, -1) if turned else at))
+            output = jnp.asarray(to_numpy(at))
             target = to_jax(labels, "y")
             if targets:
                 target = jax.tree.unflatten(form, [target.astype(targets[0].dtype)])
-            gradient = jax.grad(lambda leaf: loss(jax.tree.unflatten(tree, [leaf]), target))(output)
-            return to_torch(gradient).movedim(-1, 1) if turned else to_torch(gradient)
+            return to_torch(jax.grad(lambda leaf: loss(jax.tree.unflatten(tree, [leaf]), target))(output))
 
-        output = to_torch(leaves[0])
-        labels = to_torch(targets[0]) if targets else None
-        known = computed_likelihood(slope, output.movedim(-1, 1) if turned else output, labels)
-        return ClassesLast(known.kind, known.strength, known.real) if turned and known is not None else known
+        return computed_likelihood(slope, to_torch(leaves[0]), to_torch(targets[0]) if targets else None)
 
     # ---- maps over samples -----------------------------------------------------------------------------------------
 
@@ -306,16 +299,6 @@ class JaxFunction:
         if apart.many:
             model.survey(point, options)
         return apart, own, model, point
-
-
-class ClassesLast(Likelihood):
-    """A categorical likelihood of outputs whose classes stand on the last axis."""
-
-    def draw(self, output: Tensor, draws: Draws, many: int) -> Tensor:
-        """Return `(many, n, entries)`, cotangents at drawn labels."""
-        turned = output.movedim(-1, 1)
-        found = super().draw(turned, draws, many).reshape(many, *turned.shape)
-        return found.movedim(2, -1).reshape(many, output.shape[0], -1)
 
 
 def _recorded_gradient(model: Model, point: Point, own: Parameters, options: SweepOptions) -> JaxRecording:

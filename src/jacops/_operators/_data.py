@@ -20,6 +20,7 @@ from ._finite_results import check_result
 from ._held import Held
 from ._kinds import Composite, OnSpace
 from ._noise import Moments
+from ._ranked_rows import RankedRows
 from ._target import Target
 
 Parts = Callable[[], Iterable[tuple[float, Operator]]]
@@ -57,10 +58,15 @@ class SumOver(OnSpace):
         return self.mark() if callable(self.mark) else self.mark
 
     def _apply(self, rows: Tensor) -> Tensor:
-        total = torch.zeros_like(rows) if self.ridge is None else rows * self.ridge
+        return self._apply_each([rows])[0]
+
+    def _apply_each(self, tiles: Sequence[Tensor]) -> list[Tensor]:
+        """Return what `_apply` gives for each tile of rows, to the last bit, in one pass over the data."""
+        totals = [torch.zeros_like(rows) if self.ridge is None else rows * self.ridge for rows in tiles]
         for factor, part in self.parts():
-            total += factor * part._apply(rows)
-        return total
+            for rows, total in zip(tiles, totals, strict=True):
+                total += factor * part._apply(rows)
+        return totals
 
     _apply_transpose = _apply
 
@@ -124,21 +130,27 @@ class StackOver(Operator):
         return self.rows
 
     def _apply(self, rows: Tensor) -> Tensor:
-        return self._apply_each([rows])[0]
+        return self._apply_each([rows], RankedRows(self.space))[0]
 
-    def apply_each(self, tiles: Sequence[Tensor]) -> list[Tensor]:
-        """Return what `apply` gives for each tile of vectors `(k, P)`, to the last bit, in one pass over the data."""
-        for rows in tiles:
+    def apply_each(self, tiles: Sequence[Tensor], held: RankedRows | None = None) -> list[Tensor]:
+        """Return what `apply` gives for each tile of vectors `(k, P)`, to the last bit, in one pass over the data.
+
+        Args:
+            tiles: The vectors.
+            held: How they are held, where that is not as they are; the rows are then layer factors.
+        """
+        held = held or RankedRows(self.space)
+        for rows in tiles if held.is_dense else ():
             self.domain.check_rows("v", rows)
-        return [check_result(self, found, "a product") for found in self._apply_each(tiles)]
+        return [check_result(self, found, "a product") for found in self._apply_each(tiles, held)]
 
-    def _apply_each(self, tiles: Sequence[Tensor]) -> list[Tensor]:
+    def _apply_each(self, tiles: Sequence[Tensor], held: RankedRows) -> list[Tensor]:
         results = [rows.new_empty(rows.shape[0], self.rows.dim) for rows in tiles]
         start = 0
         for factor, part in self.parts():
             stop = start + part.shape[0]
             for rows, result in zip(tiles, results, strict=True):
-                result[:, start:stop] = factor * part._apply(rows)
+                result[:, start:stop] = factor * _along(part, rows, held)
             start = stop
         return results
 
@@ -163,6 +175,10 @@ class StackOver(Operator):
             DenseAsk(part, ask.inner).fill(target.times(factor).part(slice(start, stop)))
             start = stop
             del part
+
+
+def _along(part: Any, rows: Tensor, held: RankedRows) -> Tensor:
+    return part._apply(rows) if held.is_dense else part.times(held.parts(rows), rows)
 
 
 @restoring

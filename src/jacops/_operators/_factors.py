@@ -12,11 +12,12 @@ from torch import Tensor
 from .._display import listed
 from .._runtime.contexts import eager, keeping
 from .._space import Space
-from .._torch.protocol import Outer, RowFactors, Rows, slices
+from .._torch.protocol import Outer, RowFactors, Rows, Vectors, slices, times_vectors
 from ._base import Operator
 from ._dense import DenseAsk, put_products
 from ._finite_results import check_result
 from ._held import Held
+from ._ranked_rows import RankedRows
 from ._target import Target
 
 
@@ -94,9 +95,18 @@ class LayerFactors(Operator):
 
     def _apply(self, rows: Tensor) -> Tensor:
         rows = rows if self.create_graph else rows.detach()
-        total = rows.new_zeros(rows.shape[0], self.codomain.dim)
-        for part, v in zip(self.parts, self.domain.split(rows), strict=True):
-            total += part.times(v.reshape(rows.shape[0], *part.shape[2:])).flatten(1)
+        return self.times(RankedRows(self.domain).parts(rows), rows)
+
+    def times(self, vectors: Sequence[Vectors], like: Tensor) -> Tensor:
+        """Return products `(k, m)` of the rows with vectors, which are given parameter by parameter.
+
+        Args:
+            vectors: One for each parameter, seen as a matrix `(F, W)`: k of these, or of their factors of low rank.
+            like: A row for each of the k vectors, in the dtype in which products are added up.
+        """
+        total = like.new_zeros(like.shape[0], self.codomain.dim)
+        for part, own in zip(self.parts, vectors, strict=True):
+            total += times_vectors(part, own).flatten(1)
         return total.to(self.codomain.dtype)
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .layers.blocks import mirror
 from .layers.part import RowFactors, slices
 from .layers.parts import Outer, Rows, matrix_shape
 from .layers.projected import projected
+from .layers.ranked import Vectors, times_vectors
 from .model.cut import At
 from .model.freeze import Freeze, FrozenModules
 from .model.inputs import check_fallback, refuse_arrays, split_input

@@ -14,7 +14,7 @@ from .._requirements import check_range
 from ._base import Prepared, Solver
 from ._cg import CG, prepared_cg
 from ._direct import Direct
-from ._judge import Raw
+from ._judge import Raw, is_attainable
 from ._minres import MINRES
 from ._precondition import Preconditioner, nystrom
 from ._solution import Status
@@ -105,9 +105,7 @@ class _PreparedAuto(Prepared):
         why = f"about {expected:.0f} products were expected to do, where a factorisation costs {self.cost:.0f}"
         raw = self._run(cg, rows, why)
         self.spent += self.system.products - before
-        size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        good = raw.left is not None and bool((raw.left <= self.system.tolerance * size).all())
-        if good or Status.NEGATIVE_CURVATURE in raw.failed.values():
+        if _is_solved(system, rows, raw) or Status.NEGATIVE_CURVATURE in raw.failed.values():
             return raw
         self.why += "; conjugate gradients did not do"
         return None
@@ -135,6 +133,20 @@ class _PreparedAuto(Prepared):
         self._count(prepared.system)
         self.method = f"Auto: {prepared.method}"
         return replace(raw, info={**raw.info, "chosen": f"{prepared.method}: {why}"})
+
+
+def _is_solved(system: System, rows: Tensor, raw: Raw) -> bool:
+    """Whether every row has the residual that was asked for, or one that products allow whoever solves by them.
+
+    Of a matrix in memory residuals are exact, so that a factorisation gets below the rounding of products.
+    """
+    if raw.left is None:
+        return False
+    size, length = (torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in (rows, raw.x))
+    residuals, norm = raw.left / size, max(raw.norm or system.norm, system.damping)
+    pairs = zip(residuals.tolist(), (norm * length / size).tolist(), strict=True)
+    by_products = not in_memory(system.given)
+    return all(left <= system.tolerance or (by_products and is_attainable(system, left, k)) for left, k in pairs)
 
 
 def _direct(recipe: Auto, system: System) -> tuple[Solver | None, float, str]:

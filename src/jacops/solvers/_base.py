@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
+from .._finite import is_finite
 from .._operators import Operator
 from .._operators._graphs import without_graph
 from .._progress import shows_progress
@@ -51,15 +52,69 @@ class Prepared(ABC):
         Raises:
             InputError: The rows have another width, dtype or device than the operator.
         """
-        self.system.given.domain.check_rows("b", rows)
         started, products = time.perf_counter(), self.system.products
-        judge = Judge(self.system, rows.detach())
+        judge = self._judge(rows)
+        for where, raw in self._attempts(judge):
+            judge.take(where, raw)
+        return self._verdict(judge, self.system.products - products, time.perf_counter() - started)
+
+    @eager
+    @shows_progress("products")
+    def solve_each(self, tiles: Sequence[Tensor]) -> list[Solution]:
+        """Solve for each tile of right-hand sides as `solve` does, to the last bit.
+
+        Residuals that a method does not compute itself take one pass over the data for all tiles, which holds the
+        tiles, their solutions and as many products.
+
+        Args:
+            tiles: Right-hand sides `(k, n)`.
+
+        Raises:
+            InputError: As in `solve`.
+        """
+        judges, counts, times = [self._judge(rows) for rows in tiles], list[int](), list[float]()
+        raws: list[list[tuple[Tensor, Raw]]] = []
+        for judge in judges:
+            started, products = time.perf_counter(), self.system.products
+            raws.append(list(self._attempts(judge)))
+            counts.append(self.system.products - products)
+            times.append(time.perf_counter() - started)
+        started, found = time.perf_counter(), list[Solution]()
+        self._measure(judges, raws)
+        shared = (time.perf_counter() - started) / max(1, len(judges))
+        for judge, own, count, spent in zip(judges, raws, counts, times, strict=True):
+            started, products = time.perf_counter(), self.system.products
+            count += sum(len(where) for where, raw in own if raw.measured)
+            for where, raw in own:
+                judge.take(where, raw)
+            count += self.system.products - products
+            found.append(self._verdict(judge, count, spent + shared + time.perf_counter() - started))
+        return found
+
+    def _judge(self, rows: Tensor) -> Judge:
+        self.system.given.domain.check_rows("b", rows)
+        return Judge(self.system, rows.detach())
+
+    def _attempts(self, judge: Judge) -> Iterator[tuple[Tensor, Raw]]:
+        """Solve for the rows that need it, some at a time."""
         step = max(1, _WORKING_ENTRIES // (_VECTORS * max(1, self.system.n)))
         for where in judge.solvable.split(step):
             if len(where):
-                judge.take(where, self._attempted(judge.rows[where]))
-        judge.info["products"] = self.system.products - products
-        judge.info["seconds"] = time.perf_counter() - started
+                yield where, self._attempted(judge.rows[where])
+
+    def _measure(self, judges: Sequence[Judge], raws: Sequence[Sequence[tuple[Tensor, Raw]]]) -> None:
+        """Compute the residuals that methods left to be computed, all together; those of failed rows stay for later."""
+        asked, pairs = list[Raw](), list[tuple[Tensor, Tensor]]()
+        for judge, own in zip(judges, raws, strict=True):
+            for where, raw in own:
+                if raw.left is None and not raw.unchecked and not raw.failed and is_finite(raw.x):
+                    asked.append(raw)
+                    pairs.append((raw.x, judge.rows[where]))
+        for raw, left in zip(asked, self.system.residual_norms(pairs) if pairs else (), strict=True):
+            raw.left, raw.measured = left, True
+
+    def _verdict(self, judge: Judge, products: int, seconds: float) -> Solution:
+        judge.info["products"], judge.info["seconds"] = products, seconds
         solution = judge.verdict(self.method)
         self._warn_of_poor(solution)
         return solution
@@ -105,6 +160,11 @@ class PreparedBy(Prepared):
 
 class Solver(ABC):
     r"""A recipe for $(A + \lambda I) x = b$; concrete ones are frozen dataclasses."""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether solutions depend linearly on right-hand sides, as far as residuals go to zero."""
+        return True
 
     @abstractmethod
     def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:

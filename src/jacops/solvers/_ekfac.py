@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from .._operators import Operator
 from .._operators._eigen_blocks import EigenBlocks, covered, ridge_values
+from .._operators._ranked_rows import RankedRows
 from .._requirements import check_choice, check_positive
 from .._runtime.contexts import eager
 from .._space import Space
@@ -70,13 +71,19 @@ class EKFAC(Solver):
             that count: padding and batch sizes change nothing. The global random state is not touched.
         exact_up_to: Parameters outside Kronecker form are kept exactly up to this many in one tensor.
         widest: Sides of a weight longer than this keep their own axes as eigenbasis.
-        report_residual: Compute the residual of every solution, one pass over the data; else it is NaN, and the
-            status `unchecked`.
+        report_residual: Compute the residuals of solutions, by a pass over the data, which in influence as many
+            solutions share as fit into memory; else they are NaN, and the status `unchecked`.
+        query_rank: Truncate the part of each weight in a solution, seen as a matrix `(p, q)`, to this rank, by a
+            singular value decomposition, where `rank * (p + q)` numbers are fewer; biases, norms and smaller weights
+            stay as they are. Influence then holds solutions as these factors, so that many more of them share a pass
+            over the training data, and multiplies gradients of layers with factors. `info["truncation"]` is the
+            relative change of each solution (Frobenius norm); residuals are those of truncated solutions. None
+            truncates nothing.
         factors: What `approximate` returned for the same model with the same weights, an earlier run's from a file
             perhaps: it has `save`. Nothing is estimated then.
 
     Raises:
-        InputError: `fisher` is unknown, or `draws` is less than 1.
+        InputError: `fisher` is unknown, or `draws` or `query_rank` is less than 1.
 
     Example:
         >>> import jacops
@@ -95,12 +102,20 @@ class EKFAC(Solver):
     exact_up_to: int = 512
     widest: int = 4096
     report_residual: bool = True
+    query_rank: int | None = None
     factors: EigenBlocks | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse options that mean nothing."""
         check_choice("fisher", self.fisher, FisherSource)
         check_positive("draws", self.draws)
+        if self.query_rank is not None:
+            check_positive("query_rank", self.query_rank)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether nothing is truncated."""
+        return self.query_rank is None
 
     @eager
     def approximate(self, operator: Operator, factors: KroneckerFactors | None = None) -> EigenBlocks:
@@ -150,12 +165,14 @@ class PreparedEKFAC(Prepared):
 
     Attributes:
         curvature: The approximation, without damping.
+        held: How solutions are truncated.
     """
 
     method = "ekfac"
 
     def __init__(self, system: System, curvature: EigenBlocks, recipe: EKFAC) -> None:
         self.system, self.curvature, self.recipe = system, curvature, recipe
+        self.held = RankedRows(curvature.space, recipe.query_rank)
         system.measure(curvature.largest)
         damping, exponent = system.damping, system.exponent
         self.lowest, self.largest = (system.in_unit(e) + damping for e in (curvature.lowest, curvature.largest))
@@ -176,11 +193,17 @@ class PreparedEKFAC(Prepared):
 
     def _solve(self, rows: Tensor) -> Raw:
         many, largest, lowest = rows.shape[0], self.largest, self.lowest
-        info = {"coverage": self.curvature.coverage, "condition": largest / lowest if lowest > 0 else float("inf")}
+        info: dict[str, Any] = {
+            "coverage": self.curvature.coverage,
+            "condition": largest / lowest if lowest > 0 else float("inf"),
+        }
         if self.curvature.noise is not None:
             info["noise"] = self.curvature.noise
         failed = dict.fromkeys(range(many), Status.SINGULAR) if self.singular else {}
         x, unchecked = self._inverse._apply(rows), not self.recipe.report_residual
+        if self.recipe.query_rank is not None:
+            x, info["truncation"] = self.held.truncated(x)
+            info["query_rank"] = self.recipe.query_rank
         return Raw(x, [0] * many, failed, largest, info, approximate=True, unchecked=unchecked)
 
     def __repr__(self) -> str:

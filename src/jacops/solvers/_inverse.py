@@ -18,11 +18,12 @@ from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager, keeping
 from .._words import OnFailure, SolverName
-from ..errors import InputTypeError, SolveError
+from ..errors import InputError, InputTypeError, SolveError
 from ._advice import advice
 from ._base import Prepared, Solver
 from ._implicit import connected
 from ._names import NAMES
+from ._precondition import NOT_LINEAR
 from ._solution import Solution
 from ._system import System
 
@@ -131,8 +132,11 @@ def inverse(
     check_choice("on_failure", on_failure, OnFailure)
     number = as_number(damping)
     System(operator, number)  # refuses what no solver takes
+    recipe = solver_of(solver)
+    if not recipe.is_linear:
+        raise InputError.of("solver", repr(recipe), *NOT_LINEAR)
     scale = damping.reshape(()) if isinstance(damping, Tensor) and damping.requires_grad else None
-    return Inverse(operator, solver_of(solver), float(number), on_failure, create_graph, scale, progress)
+    return Inverse(operator, recipe, float(number), on_failure, create_graph, scale, progress)
 
 
 @final

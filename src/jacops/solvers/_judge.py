@@ -26,6 +26,17 @@ def condition_limit(dtype: torch.dtype) -> float:
     return 1e14 if dtype == torch.float64 else 1e6
 
 
+def is_attainable(system: System, residual: float, condition: float) -> bool:
+    """Whether a relative residual is at the level that rounding of the operator's products allows.
+
+    Args:
+        system: The equations.
+        residual: Of a right-hand side.
+        condition: The norm of the operator times that of the solution, over that of the right-hand side.
+    """
+    return residual <= system.eps * condition and condition <= condition_limit(system.dtype) and residual < 1
+
+
 @dataclass(eq=False)
 class Raw:
     """What a method hands back for finite right-hand sides that are not zero; the judge makes a `Solution` of it.
@@ -39,6 +50,7 @@ class Raw:
         left: Norms of the true residuals, `(k,)` in double, where the method has just computed them.
         approximate: The answer is an approximation by design: a residual above the tolerance is no failure.
         unchecked: Its residual was not asked for: it is NaN.
+        measured: `left` was computed for it, together with that of others.
     """
 
     x: Tensor
@@ -49,6 +61,7 @@ class Raw:
     left: Tensor | None = None
     approximate: bool = False
     unchecked: bool = False
+    measured: bool = False
 
 
 @final
@@ -144,7 +157,7 @@ class Judge:
         limit = condition_limit(self.system.dtype)
         if promised and judged and residual <= self.system.tolerance:
             return Status.CONVERGED
-        if promised and judged and residual <= self.system.eps * condition and condition <= limit and residual < 1:
+        if promised and judged and is_attainable(self.system, residual, condition):
             return Status.ATTAINABLE
         if loss > (self.system.eps if promised else self.system.tolerance):
             self.info["reason"] = f"{OUT_OF_RANGE} {self.system.dtype}"

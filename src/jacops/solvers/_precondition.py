@@ -22,6 +22,9 @@ _EXACT_DIAGONAL = 512  # unknowns: exact entries take up to eight times the prod
 _PROBES = 64  # an entry's error is an eighth (64 ** -0.5) of the size of its row beside the diagonal
 
 
+NOT_LINEAR = ("a linear map is needed, and truncation to a rank is none", "Leave `query_rank` out.")
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Preconditioner:
@@ -50,6 +53,8 @@ def preconditioner_of(system: System, kind: Any, rank: int | None, max_rank: int
     if kind == "nystrom":
         return nystrom(system, rank, max_rank, seed)
     if isinstance(kind, Solver):
+        if not kind.is_linear:
+            raise InputError.of("preconditioner", repr(kind), *NOT_LINEAR)
         prepared = kind.prepare(system.given, system.given_damping)
         return Preconditioner(_in_unit(lambda rows: prepared._solve(rows).x), {"preconditioner": prepared.method})
     needed = "None, 'jacobi', 'nystrom', an Operator or a Solver is needed"

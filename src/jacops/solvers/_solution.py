@@ -89,8 +89,9 @@ class Solution(ArrayLike, Savable, Described):
         info: The method's own figures, of these what applies: `tolerance`; `attainable`, the residual that rounding
             allows, per row; `error_bound` on $\lVert x - x^* \rVert$, per row, for positive operators under damping;
             `condition`; `lowest_curvature`; `rank`; `approximate`, whether the method promises no residual;
-            `unchecked`, whether none was computed; `reason` of a breakdown; `chosen`; `products`, rows put through
-            $A$; `seconds`.
+            `unchecked`, whether none was computed; `query_rank` and `truncation`, the relative change of a solution by
+            that, per row, NaN where there was nothing to solve; `reason` of a breakdown; `chosen`; `products`, rows put
+            through $A$; `seconds`.
     """
 
     x: Tensor
@@ -129,6 +130,7 @@ class Solution(ArrayLike, Savable, Described):
         level = level_text(self.status, self.info)
         facts = [("status", f"{self.counts}, {residual_text(self.residual.tolist())}{level}")]
         facts += [("method", f"{self.method}, damping {self.damping:g}")]
+        facts += truncation_facts(self.info)
         facts += [("steps", f"at most {max(self.iterations)}")] if any(self.iterations) else []
         facts += [("products", f"{self.info['products']}")] if "products" in self.info else []
         return Description(f"Solution({shape}, {dtype}, {self.x.device})", facts)
@@ -141,6 +143,14 @@ def residual_text(residuals: Iterable[float]) -> str:
     if given and not known:
         return "no residual computed"
     return f"worst residual {max(known, default=0.0):.1e}"
+
+
+def truncation_facts(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return to which rank solutions were truncated, and the largest change by that; nothing where they were not."""
+    if "query_rank" not in info:
+        return []
+    worst = max((change for change in info["truncation"].tolist() if change == change), default=0.0)
+    return [("solutions", f"rank {info['query_rank']} for each weight, relative change up to {worst:.1e}")]
 
 
 def level_text(statuses: Iterable[str], info: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@ r"""The equations a solver sees: $(A + \lambda I) x = b$, with products counted 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._finite import on_finite_rows
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
+from .._operators._data import SumOver
 from .._operators._graphs import check_operator
 from .._operators._precision import computed_in
 from .._progress import tick
@@ -152,6 +153,25 @@ class System:
         wide = x.double()
         image = self._guarded(lambda rows: in_double(self.given, rows).detach(), wide)
         return b.double() - image - self.damping * wide
+
+    def residual_norms(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Return norms of residuals `(k,)` for pairs of finite x and b, to the last bit those of `residual`.
+
+        Products of a sum over data share one pass over them; x, b and a product are held for all pairs at once.
+        """
+        if not isinstance(self.given, SumOver):
+            return [torch.linalg.vector_norm(self.residual(x, b), dim=1) for x, b in pairs]
+        exponent = self.fixed()
+        half, dtype = exponent // 2, self.dtype
+        self.products += sum(x.shape[0] for x, _ in pairs)
+        tick()
+        scaled = [(x.double() * 2.0**-half).to(dtype) if exponent else x for x, _ in pairs]
+        images, norms = self.given._apply_each(scaled), list[Tensor]()
+        for (x, b), image in zip(pairs, images, strict=True):
+            wide = image.detach().double()
+            wide = wide * 2.0 ** (half - exponent) if exponent else wide
+            norms.append(torch.linalg.vector_norm(b.double() - wide - self.damping * x.double(), dim=1))
+        return norms
 
     @property
     def norm(self) -> float:

@@ -154,6 +154,11 @@ class Outer(Products):
         return (groups * inner, out) if self.turned else (groups * out, inner)
 
     @property
+    def is_matrix(self) -> bool:
+        """The parameter's first axis is that of the matrix."""
+        return self.long in (0, self._sizes[0])
+
+    @property
     def _plain(self) -> bool:
         """One position, one group: a row is one outer product."""
         return self.delta.shape[2] == self.delta.shape[3] == 1

@@ -24,7 +24,7 @@ def projected(part: RowFactors, left: Side, right: Side) -> Tensor:
     """
     if isinstance(part, Several):
         return torch.stack([projected(use, left, right) for use in part.uses]).sum(0)
-    if isinstance(part, Outer) and not part.long:
+    if isinstance(part, Outer) and part.is_matrix:
         return _of_products(part, left, right)
     if isinstance(part, Lookup) and left is not None:
         delta = _times(part.delta[:, :, :, 0], right)

@@ -8,9 +8,9 @@ therefore the Fisher matrix in the scale of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,11 +53,13 @@ class Likelihood:
         strength: The factor of a prediction's term in the loss: for torch's means, one over their number, times two
             for squared errors.
         real: Which of a sample's predictions count, `(n, m)`: positions of a categorical output, entries of others.
+        axis: Of the classes of a categorical output.
     """
 
     kind: Kind
     strength: float
     real: Tensor
+    axis: int = 1
 
     def scale(self, rows: int) -> tuple[Tensor, float]:
         """Return what `row_scale` does.
@@ -86,7 +88,7 @@ class Likelihood:
             p = output.sigmoid().reshape(n, -1)
             found = p - (draws.uniform(self.real, many) < p).to(p)
         else:
-            axis = class_axis(output)
+            axis = self.axis
             p = output.movedim(axis, -1).softmax(-1)
             labels = draws.classes(p.reshape(*self.real.shape, -1), self.real, many).reshape(many, *p.shape[:-1])
             found = p - torch.nn.functional.one_hot(labels, p.shape[-1]).to(p)
@@ -100,9 +102,11 @@ def class_axis(output: Tensor) -> int:
     return 1 if output.ndim > 1 else 0
 
 
-def positions(kind: Kind, output: Tensor) -> torch.Size:
-    """Return the shape of an output's predictions."""
-    return output.select(class_axis(output), 0).shape if kind == "categorical" else output.shape
+def positions(kind: Kind, output: Tensor, axis: int | None = None) -> torch.Size:
+    """Return the shape of an output's predictions, whose classes stand where torch has them if not at another axis."""
+    return (
+        output.select(class_axis(output) if axis is None else axis, 0).shape if kind == "categorical" else output.shape
+    )
 
 
 def label_like(kind: Kind, output: Tensor, loss: Any = None) -> Tensor:
@@ -115,8 +119,8 @@ def label_like(kind: Kind, output: Tensor, loss: Any = None) -> Tensor:
     return allowed[torch.arange(shape.numel(), device=output.device) % len(allowed)].reshape(shape)
 
 
-def _all_real(kind: Kind, output: Tensor) -> Tensor:
-    shape = positions(kind, output)
+def _all_real(kind: Kind, output: Tensor, axis: int | None = None) -> Tensor:
+    shape = positions(kind, output, axis)
     rows = shape[0] if len(shape) else 1
     return torch.ones(rows, shape.numel() // max(1, rows), dtype=torch.bool, device=output.device)
 
@@ -136,7 +140,7 @@ def known_likelihood(losses: RowLosses, output: Tensor, y: Any) -> Likelihood | 
         real = counted(loss, y).reshape(real.shape).to(real.device)
     summed = reduction_of(loss) == "sum" or (reduction_of(loss) == "none" and losses.reduction == "sum")
     terms = 1 if summed else max(1, int(real.sum()))
-    return Likelihood(kind, (2.0 if kind == "gaussian" else 1.0) / terms, real)
+    return Likelihood(kind, (2.0 if kind == "gaussian" else 1.0) / terms, real, class_axis(output))
 
 
 @restoring
@@ -157,7 +161,9 @@ def likelihood_of(
         with recording(), random_state_kept():
             leaves = [part.detach().requires_grad_() for part in parts]
             value = call_loss(loss, tree.build([leaf.clone() for leaf in leaves]), labels)
-            return torch.autograd.grad(value, leaves, allow_unused=True)
+            found = torch.autograd.grad(value, leaves, allow_unused=True)
+            # Slopes have no more digits than the loss that they are of, which may be computed in a coarser dtype.
+            return [part if part is None else part.to(_coarser(part.dtype, value.dtype)) for part in found]
 
     with arithmetic(False):
         y, own = out_of_inference(y) if isinstance(y, Tensor) else y, [out_of_inference(o.detach()) for o in outputs]
@@ -173,29 +179,59 @@ def likelihood_of(
         return computed_likelihood(slope, own[place], y)
 
 
+def _coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    return max(first, second, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def computed_likelihood(slope: Slope, output: Tensor, y: Any) -> Likelihood | None:
     """Return the likelihood of a loss by its slopes at other outputs and other labels; None where it has none.
 
+    Classes may stand on the second axis or on the last; and where labels are `(n, T)`, a prediction may be of its own
+    label or, as in causal language models, of the next one.
+
     Args:
-        slope: The gradient of the loss by an output, for a target.
+        slope: The gradient of the loss by an output, for a target; in the dtype that it was computed in.
         output: The model's output.
         y: The target, by which it is known which predictions count; None where all do.
     """
-    kinds: tuple[Kind, ...] = ("categorical", "bernoulli", "gaussian")
-    for kind in kinds:
-        shape = positions(kind, output)
-        whole = isinstance(y, Tensor) and not y.is_floating_point()
-        fits = y is None or (isinstance(y, Tensor) and y.shape == shape and whole == (kind == "categorical"))
-        if fits and (kind != "categorical" or output.ndim):
-            try:
-                found = _compared(slope, kind, output, label_like(kind, output) if y is None else y)
-            except Exception as error:
-                if is_memory_error(error):
-                    raise
-                continue  # a loss that refuses such labels
-            if found is not None:
-                return found
+    for case in _cases(output, y):
+        try:
+            found = _compared(slope, case, output, label_like(case.kind, output) if y is None else y)
+        except Exception as error:
+            if is_memory_error(error):
+                raise
+            continue  # a loss that refuses such labels
+        if found is not None:
+            return found
     return None
+
+
+class _Case(NamedTuple):
+    """What a loss may be the likelihood of.
+
+    Attributes:
+        kind: The distribution of a label.
+        axis: Of the classes.
+        lag: How many positions before a label its prediction stands.
+    """
+
+    kind: Kind
+    axis: int
+    lag: int = 0
+
+
+def _cases(output: Tensor, y: Any) -> Iterator[_Case]:
+    """Yield what fits the shapes of an output and of a target."""
+    first, last = class_axis(output), output.ndim - 1
+    whole = isinstance(y, Tensor) and not y.is_floating_point()
+    if output.ndim and (y is None or whole):
+        for axis in dict.fromkeys([first] if y is None else [first, last]):
+            if y is None or y.shape == positions("categorical", output, axis):
+                yield _Case("categorical", axis)
+                if y is not None and y.ndim == 2:
+                    yield _Case("categorical", axis, 1)
+    if y is None or (isinstance(y, Tensor) and not whole and y.shape == output.shape):
+        yield from (_Case("bernoulli", first), _Case("gaussian", first))
 
 
 def row_scale(losses: RowLosses, y: Any, rows: int, computed: Callable[[], Likelihood | None]) -> tuple[Tensor, float]:
@@ -225,33 +261,36 @@ def row_scale(losses: RowLosses, y: Any, rows: int, computed: Callable[[], Likel
     return terms, total if total > 0 else 1.0
 
 
-def _compared(slope: Slope, kind: Kind, output: Tensor, y: Tensor) -> Likelihood | None:
+def _compared(slope: Slope, case: _Case, output: Tensor, y: Tensor) -> Likelihood | None:
     """Return a likelihood of this kind, if all slopes are one factor times the mean less the label."""
-    real = _all_real(kind, output)
+    kind, axis, lag = case
+    real = _all_real(kind, output, axis)
     if kind == "categorical":  # a label that costs nothing where all classes are as likely is an ignored one
-        real = slope(torch.zeros_like(output), y).abs().amax(class_axis(output)).reshape(real.shape) > 0
+        real = slope(torch.zeros_like(output), y).abs().amax(axis).reshape(real.shape) > 0
+    own = torch.nn.functional.pad(y[:, lag:], (0, lag)) if lag else y  # each prediction's
     pairs: list[tuple[Tensor, Tensor]] = []
     for i, reach in enumerate(_REACHES):
         at = output if i == 0 else output + private_noise(output, i)
-        labels, expected = _labels(kind, at, y, real.reshape(y.shape), reach, i)
+        labels, expected = _labels(case, at, own, real.reshape(y.shape), reach, i)
+        labels = torch.cat([y[:, :lag], labels[:, : y.shape[1] - lag]], 1) if lag else labels
         pairs.append((slope(at, labels), expected))
     strength = float(sum((g * e).sum() for g, e in pairs)) / max(float(sum(e.square().sum() for _, e in pairs)), 1e-300)
-    allowed = few_operations_tolerance(output.dtype)
+    allowed = max(few_operations_tolerance(g.dtype) for g, _ in pairs)
     agree = all(
         is_finite(g) and bool(((g - strength * e).abs() <= allowed * strength * e.abs().max()).all()) for g, e in pairs
     )
-    return Likelihood(kind, strength, real) if strength > 0 and agree else None
+    return Likelihood(kind, strength, real, axis) if strength > 0 and agree else None
 
 
-def _labels(kind: Kind, at: Tensor, y: Tensor, real: Tensor, reach: float, seed: int) -> tuple[Tensor, Tensor]:
+def _labels(case: _Case, at: Tensor, y: Tensor, real: Tensor, reach: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return other labels, and the mean less them at an output."""
-    if kind == "gaussian":
+    if case.kind == "gaussian":
         noise = reach * private_noise(at, 10 + seed) * real
         return at + noise, -noise
-    if kind == "bernoulli":
+    if case.kind == "bernoulli":
         labels = (private_noise(at, 10 + seed) > 0).to(at)
         return labels, at.sigmoid() - labels
-    axis = class_axis(at)
+    axis = case.axis
     present = y[real].unique()  # no class that may be the ignored one
     if not present.numel():
         return y, torch.zeros_like(at)
