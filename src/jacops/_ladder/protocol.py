@@ -170,8 +170,8 @@ class LayerGradients(Protocol[Group, Gradients]):
         """Return a parameter that enters in another way than its group says."""
         ...
 
-    def gradients(self, groups: Sequence[Group], seeds: Tensor) -> list[Gradients]:
-        """Return what each group's gradients are made of, under cotangents `(k, n, entries)` at the output."""
+    def gradients(self, groups: Sequence[Group], seeds: Tensor) -> Iterable[Gradients]:
+        """Return, once, what each group's gradients are made of, under cotangents `(k, n, entries)` at the output."""
         ...
 
 
