@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Picked = Callable[[str, Any], bool]
 Shift = Callable[[Any, int], Any]  # parameter and its number -> what is added to it
 Group = TypeVar("Group")
-Gradients = TypeVar("Gradients")
+Gradients = TypeVar("Gradients", covariant=True)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .._framework import likelihood_at
 from .._ladder.names import Fact, Question, RouteName
 from .._operators import Operator
 from .._operators._eigen_blocks import Block
+from .._requirements import check_precision
 from .._runtime.counter import Draws
 from .._space import Space
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
@@ -59,6 +60,7 @@ class Passes:
     """
 
     def __init__(self, problem: Any, fisher: FisherSource, draws: int, seed: int, call: str = "EKFAC") -> None:
+        check_precision("model", problem.space.dtype, f"{call} needs")
         self.problem, self.call = problem, call
         self.fisher, self.draws, self.seed = fisher, draws, seed
         self.groups: tuple[Group, ...] = ()

@@ -15,7 +15,7 @@ from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, 
 from .._operators._graphs import check_operator
 from .._operators._precision import computed_in
 from .._progress import tick
-from .._requirements import check_positive, check_range
+from .._requirements import check_positive, check_precision, check_range
 from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import private_noise
 from ..errors import InputError
@@ -321,8 +321,4 @@ def _check_operator(operator: Any) -> None:
     check_operator(operator)
     if operator.shape[0] != operator.shape[1]:
         raise InputError.of("operator", f"of shape {operator.shape}", "a square one is needed")
-    if operator.domain.dtype not in (torch.float32, torch.float64):
-        came = f"of {operator.domain.dtype}"
-        raise InputError.of(
-            "operator", came, "solves need float32 or float64", "Convert the model first, by `model.float()`."
-        )
+    check_precision("operator", operator.domain.dtype, "solves need")
