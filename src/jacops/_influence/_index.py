@@ -19,7 +19,7 @@ from .._progress import shows_progress, track
 from .._requirements import check_choice, check_positive, check_precision, check_whole
 from .._runtime.contexts import eager
 from .._words import IndexCurvature, Which
-from ..errors import InputError, SolveError
+from ..errors import SolveError
 from ._damping import Damping, checked_damping, relative
 from ._index_tiles import IndexPlan
 from ._rankings import GroupedInfluences, LayerInfluences, RankedInfluences

@@ -98,7 +98,7 @@ class Judge:
         norm = max(raw.norm or system.norm, system.damping) if bool(judged.any()) else math.nan
         scale = norm * length / self.size[where]
         self.residual[where] = left / self.size[where]
-        self.attainable[where] = system.eps * scale
+        self.attainable[where] = system.rounding * scale
         if not raw.unchecked and system.is_positive:  # which may take a pass over the data
             self.bound[where] = self._bound(left, norm * length, self.size[where], shift)
         self.info["approximate"] |= raw.approximate
@@ -130,7 +130,7 @@ class Judge:
         """Return bounds on the errors of positive operators, the rounding of what is returned included."""
         system = self.system
         # Rounding errors of n terms add up like their root; for few unknowns like four.
-        rounding = system.eps * max(4.0, math.sqrt(system.n)) * (image + size)
+        rounding = system.rounding * max(4.0, math.sqrt(system.n)) * (image + size)
         bound = times(((left + rounding) / system.damping).unsqueeze(1), shift)[:, 0]
         return bound + math.sqrt(system.n) * torch.finfo(system.dtype).smallest_normal * system.eps
 
@@ -144,7 +144,7 @@ class Judge:
         limit = condition_limit(self.system.dtype)
         if promised and judged and residual <= self.system.tolerance:
             return Status.CONVERGED
-        if promised and judged and residual <= self.system.eps * condition and condition <= limit and residual < 1:
+        if promised and judged and residual <= self.system.rounding * condition and condition <= limit and residual < 1:
             return Status.ATTAINABLE
         if loss > (self.system.eps if promised else self.system.tolerance):
             self.info["reason"] = f"{OUT_OF_RANGE} {self.system.dtype}"

@@ -67,6 +67,11 @@ class System:
         """Spacing of numbers around 1, in the coarsest precision that products are computed in."""
         return torch.finfo(computed_in(self.given) if self.dtype == torch.float64 else self.dtype).eps
 
+    @cached_property
+    def rounding(self) -> float:
+        """As `eps`, half precision included: of a model in bfloat16 below adapters in float32, say."""
+        return max(self.eps, torch.finfo(computed_in(self.given)).eps)
+
     @property
     def tolerance(self) -> float:
         """The relative residual that is asked for, by default 1e-8 in double and 1e-4 in single precision."""
