@@ -10,8 +10,9 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sklearn.datasets import load_digits
@@ -25,7 +26,9 @@ from jacops.solvers import CG, EKFAC
 from .harness import BEST, Goal, Workload, same
 from .models import LanguageModel
 
+Factors = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]  # eigenvectors and eigenvalues by module
 DAMPING = 1e-2
+LINEAR = ("*.inputs", "*.mixed", "*.up", "*.down", "head")  # layers of `LanguageModel` that kronfluence factors
 DIRECT, FISHER = "jacops: Hessian, direct", "jacops: empirical Fisher, direct"
 
 
@@ -119,8 +122,8 @@ class Case:
 class Fit:
     """The fit of EK-FAC to the linear layers of a language model, on random texts.
 
-    Both libraries draw one label for each word, average plain products, and correct the eigenvalues; eigenvectors are
-    found in single precision.
+    Both libraries take the same batches, draw one label for each word, average plain products, find eigenvectors in
+    single precision and correct the eigenvalues.
 
     Args:
         blocks: Of the model.
@@ -131,14 +134,15 @@ class Fit:
         self.model = LanguageModel(blocks, 128).eval()
         self.x, self.y = (torch.randint(LanguageModel.WORDS, (texts, 128)) for _ in range(2))
 
-    def ours(self) -> Any:
+    def ours(self, fisher: Literal["monte_carlo", "empirical"] = "monte_carlo") -> Any:
         """Fit by jacops."""
-        data = list(zip(self.x.split(8), self.y.split(8), strict=True))
-        layers = ["*.inputs.*", "*.mixed.*", "*.up.*", "*.down.*", "head.*"]
-        problem = jacops.Problem(self.model, nn.CrossEntropyLoss(), data, parameters=layers)
-        return EKFAC(fisher="monte_carlo", weighted=False).approximate(problem.ggn())
+        problem = self._problem(list(zip(self.x.split(8), self.y.split(8), strict=True)))
+        return EKFAC(fisher=fisher, weighted=False).approximate(problem.ggn())
 
-    def kronfluence(self) -> Callable[[], None]:
+    def _problem(self, data: Any) -> jacops.Problem:
+        return jacops.Problem(self.model, nn.CrossEntropyLoss(), data, parameters=[f"{name}.*" for name in LINEAR])
+
+    def kronfluence(self, empirical: bool = False) -> Callable[[], Factors]:
         """Return the same by kronfluence."""
         import copy
 
@@ -158,14 +162,38 @@ class Fit:
 
         task, data = Texts(), TensorDataset(self.x, self.y)
         model = prepare_model(copy.deepcopy(self.model), task)
+        settings = FactorArguments(
+            strategy="ekfac", use_empirical_fisher=empirical, eigendecomposition_dtype=torch.float32
+        )
 
-        def call() -> None:
+        def call() -> Factors:
             with tempfile.TemporaryDirectory() as folder:
                 analyzer = Analyzer("texts", model, task, cpu=True, output_dir=folder, disable_tqdm=True)
-                settings = FactorArguments(strategy="ekfac", eigendecomposition_dtype=torch.float32)
                 analyzer.fit_all_factors("f", data, per_device_batch_size=8, factor_args=settings)
+                return analyzer.load_eigendecomposition("f"), analyzer.load_lambda_matrices("f")
 
         return call
+
+    def agreement(self) -> float:
+        """Return the correlation of both libraries' preconditioned gradients of a text, from the data's own labels.
+
+        Every layer is damped by a tenth of its mean eigenvalue, since the two differ in scale.
+        """
+        blocks, (bases, squares) = self.ours("empirical"), self.kronfluence(empirical=True)()
+        problem = self._problem([(self.x[:1], self.y[:1])])
+        gradient, found = problem.gradient().unsqueeze(0), list[Tensor]()
+        names = {where.start: name for name, where in zip(problem.space.names, problem.space.slices, strict=True)}
+        for block in blocks.blocks:
+            name = names[block.where[0].start].removesuffix(".weight")
+            left, right = (bases[f"{side}_eigenvectors"][name] for side in ("gradient", "activation"))
+            theirs = replace(block, left=left[None], right=right[None], values=squares["lambda_matrix"][name][None])
+            both = list[Tensor]()
+            for own in (block, theirs):
+                share, rows = own.values / own.values.mean(), torch.zeros_like(gradient)
+                own.write(own.coordinates(gradient) / (share + 0.1), rows)
+                both.append(rows[0])
+            found.append(torch.stack(both))
+        return float(torch.corrcoef(torch.stack(found).sum(0))[0, 1])
 
 
 def alike(least: float) -> Callable[[Any, Any], bool]:
@@ -237,6 +265,7 @@ def workloads() -> Iterator[Workload]:
     fit = Fit(9, 16)
     rivals = {"jacops: EK-FAC, fit": fit.ours}
     if find_spec("kronfluence") is not None:
+        print(f"  preconditioned gradients, one block: correlation with kronfluence {Fit(1, 16).agreement():.5f}")
         rivals["kronfluence: EK-FAC, fit"] = fit.kronfluence()
     goals = [Goal("kronfluence: EK-FAC, fit", faster=1.5)]
     yield Workload("F8", "EK-FAC fitted to a transformer of 30.5 million parameters", rivals, None, 1, goals)

@@ -480,3 +480,17 @@ def test_awkward_models_keep_the_trace(name: str) -> None:
         found, expected = EKFAC().approximate(exact), exact.dense().trace()
     torch.testing.assert_close(found.eigenvalues.sum(), expected, rtol=1e-9, atol=1e-14)
     assert sum(found.coverage.values()) == exact.shape[0]
+
+
+def test_large_batches_are_not_kept_and_values_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    data = list(zip(torch.randn(64, 6).double().split(8), torch.randint(4, (64,)).split(8), strict=True))
+    found, held = list[Tensor](), list[int]()
+    for most in (2**26, 0):
+        monkeypatch.setattr("jacops._problem._KEPT_FOR_FEW", most)
+        problem = Problem(model, F.cross_entropy, data)
+        found.append(EKFAC().approximate(problem.ggn()).eigenvalues)
+        held.append(len(problem._kept))
+    assert held == [8, 0]
+    assert torch.equal(*found)

@@ -247,8 +247,9 @@ class Batches:
             came = f"{len(raw)} things as batch {number}"
         else:
             came = f"a {type(raw).__name__} as batch {number}"
+        needed = f"pairs (x, y), or mappings with the target under {', '.join(map(repr, _TARGETS))}, are needed"
         todo = "Say with `unpack=` how a batch becomes (x, y) or (x, y, weights)."
-        raise DataError.of(self.name, f"giving {came}", "pairs (x, y) are needed", todo)
+        raise DataError.of(self.name, f"giving {came}", needed, todo)
 
 
 _END = object()

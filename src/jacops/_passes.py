@@ -69,6 +69,11 @@ class BatchPasses:
         """
         self._unchanged(f"Problem.{self.kind}")
 
+    def release(self) -> None:
+        """Drop what is linearised, unless all batches are small; a later pass begins anew."""
+        if not all(self.problem.fits(part.nbytes) for _, part in self._kept):
+            self._kept, self._held, self._whole = [], 0, False
+
     def will_hold(self, each: int) -> int:
         """Return the bytes that the next pass holds beside what is kept already, for batches of `each` bytes."""
         left = each * (0 if self._whole else self.problem.data.count - len(self._kept))

@@ -29,6 +29,7 @@ from ._words import Curvature, FisherKind, Randomness, Reduction
 from .errors import DataError, InputError, InputTypeError, ModelStateError
 
 _KEPT_BYTES = 2**29  # 512 MiB of linearised batches: more are recorded again in every pass
+_KEPT_FOR_FEW = 2**26  # 64 MiB where passes are few: what an epoch of small data takes, and less than a fit's own sums
 
 
 class ProblemOptions(ObjectiveOptions, total=False):
@@ -167,10 +168,20 @@ class Problem(Described):
             return BatchPoint(batch, self.objective)
         return self._kept.get(batch.place) or BatchPoint(batch, self.objective.on(batch.x))
 
-    def keep(self, point: BatchPoint) -> int:
-        """Keep what was recorded of a batch for later passes, where it fits; return its bytes, 0 if it is not kept."""
+    def fits(self, held: int) -> bool:
+        """Say whether all batches, if each takes so many bytes, are few enough to be kept for a few passes only."""
+        return held * self.data.count <= _KEPT_FOR_FEW
+
+    def keep(self, point: BatchPoint, few: bool = False) -> int:
+        """Keep what was recorded of a batch for later passes, where it fits; return its bytes, 0 if it is not kept.
+
+        Where these are `few`, it is dropped unless all batches are small.
+        """
         place, held = point.batch.place, point.objective.held_bytes
         if place is None or (place not in self._kept and held > self.room):
+            return 0
+        if few and not self.fits(held):
+            self.room += held if self._kept.pop(place, None) else 0
             return 0
         if held and place not in self._kept:
             self.room -= held

@@ -13,9 +13,9 @@ from ._data import Batch
 from ._finite import is_finite, row_in_data, where_first
 from ._recorded_loss import Loss, check_loss
 from ._requirements import check_choice
-from ._runtime.agreement import size
+from ._runtime.agreement import coarsest, size
 from ._runtime.contexts import private_noise
-from ._torch.protocol import RowLosses, one_row
+from ._torch.protocol import RowLosses, bare, one_row
 from ._trees import flatten
 from ._words import Reduction
 from .errors import InputError, JacopsError, NonFiniteError
@@ -36,7 +36,7 @@ def check_reduction(objective: Any, batch: Batch) -> None:
         NonFiniteError: A loss is NaN or Inf.
     """
     some = batch.part(objective.losses.few_rows(batch.y, FEW_ROWS))
-    allowed = max(_TOLERANCE, _ROUNDINGS * torch.finfo(objective.space.dtype).eps)
+    allowed = max(_TOLERANCE, _ROUNDINGS * torch.finfo(_computed_in(objective)).eps)
     found = _compared(objective, some, objective.value)
     if found.scale and found.gap <= allowed * found.scale:
         return
@@ -51,6 +51,12 @@ def check_reduction(objective: Any, batch: Batch) -> None:
             "`reduction='sum'`, or pass a loss with `reduction='none'`, whose mean is then taken over the rows."
             f"{hint}"
         )
+
+
+def _computed_in(objective: Any) -> torch.dtype:
+    """Return the coarsest dtype of a model's parameters: of adapters in single precision the model below is in half."""
+    held = [] if objective.foreign else bare(objective.model).parameters()
+    return coarsest([objective.space.dtype, *(p.dtype for p in held)]) or objective.space.dtype
 
 
 def _nearby(objective: Any, some: Batch) -> _Compared:

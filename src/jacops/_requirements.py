@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from .errors import InputError, InputTypeError
@@ -89,3 +90,14 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], needed: str
     """
     if not isinstance(value, kind) or isinstance(value, bool):
         raise InputTypeError.of(name, f"a {type(value).__name__}", needed)
+
+
+def check_precision(name: str, dtype: torch.dtype, needs: str) -> None:
+    """Refuse half precision, in which sums over data lose all digits.
+
+    Raises:
+        InputError: It is half precision, or no floating point.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        todo = "Convert the model first, by `model.float()`."
+        raise InputError.of(name, f"of {dtype}", f"{needs} float32 or float64", todo)

@@ -16,10 +16,10 @@ from .._keywords import keywords
 from .._operators import Matrix
 from .._problem import Problem, ProblemOptions
 from .._progress import shows_progress, track
-from .._requirements import check_choice, check_positive, check_whole
+from .._requirements import check_choice, check_positive, check_precision, check_whole
 from .._runtime.contexts import eager
 from .._words import IndexCurvature, Which
-from ..errors import InputError, SolveError
+from ..errors import SolveError
 from ._damping import Damping, checked_damping, relative
 from ._index_tiles import IndexPlan
 from ._rankings import GroupedInfluences, LayerInfluences, RankedInfluences
@@ -92,9 +92,7 @@ def projected_index(
     check_choice("curvature", curvature, IndexCurvature)
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     problem = Problem(model, loss, train, **options)
-    if problem.space.dtype.itemsize < 4:
-        came = f"in {str(problem.space.dtype).removeprefix('torch.')}"
-        raise InputError.of("model", came, "sums of products need single precision", "Call `model.float()` first.")
+    check_precision("model", problem.space.dtype, "sums of products need")
     plan = IndexPlan(problem, GradientSketch(problem.space, rank, projection_seed), curvature)
     plan.check_size()
     if store is None:

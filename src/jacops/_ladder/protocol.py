@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Picked = Callable[[str, Any], bool]
 Shift = Callable[[Any, int], Any]  # parameter and its number -> what is added to it
 Group = TypeVar("Group")
-Gradients = TypeVar("Gradients")
+Gradients = TypeVar("Gradients", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ class LayerGradients(Protocol[Group, Gradients]):
         """Return a parameter that enters in another way than its group says."""
         ...
 
-    def gradients(self, groups: Sequence[Group], seeds: Tensor) -> list[Gradients]:
-        """Return what each group's gradients are made of, under cotangents `(k, n, entries)` at the output."""
+    def gradients(self, groups: Sequence[Group], seeds: Tensor) -> Iterable[Gradients]:
+        """Return, once, what each group's gradients are made of, under cotangents `(k, n, entries)` at the output."""
         ...
 
 

@@ -57,9 +57,12 @@ class Draws:
 
     def classes(self, p: Tensor, real: Tensor, many: int) -> Tensor:
         """Return classes drawn from probabilities `(n, m, classes)`, `(many, n, m)`."""
-        steps = p.double().cumsum(-1)
-        places = self.uniform(real, many).to(steps) * steps[..., -1]
-        found = torch.searchsorted(steps, places.permute(1, 2, 0).contiguous(), right=True)
+        places = self.uniform(real, many).permute(1, 2, 0).contiguous()
+        found = torch.empty_like(places, dtype=torch.long)
+        rows = max(1, _AT_ONCE // max(1, p[:1].numel()))
+        for some, own, into in zip(p.split(rows), places.split(rows), found.split(rows), strict=True):
+            steps = some.double().cumsum(-1)
+            into.copy_(torch.searchsorted(steps, own.to(steps) * steps[..., -1:], right=True))
         return found.clamp_(max=p.shape[-1] - 1).permute(2, 0, 1)
 
 

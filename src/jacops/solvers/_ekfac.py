@@ -139,6 +139,7 @@ class EKFAC(Solver):
             return _fitted(self.factors, operator)
         check_source(operator)
         operator.parts.check()  # pyright: ignore[reportAttributeAccessIssue]
+        operator.parts.release()  # pyright: ignore[reportAttributeAccessIssue]
         fisher = self.fisher if self.fisher != "auto" else _asked(operator)
         passes = Passes(operator.problem, fisher, self.draws, self.seed)  # pyright: ignore[reportAttributeAccessIssue]
         space, kept = operator.domain, list[Piece]()

@@ -34,7 +34,7 @@ def is_attainable(system: System, residual: float, condition: float) -> bool:
         residual: Of a right-hand side.
         condition: The norm of the operator times that of the solution, over that of the right-hand side.
     """
-    return residual <= system.eps * condition and condition <= condition_limit(system.dtype) and residual < 1
+    return residual <= system.rounding * condition and condition <= condition_limit(system.dtype) and residual < 1
 
 
 @dataclass(eq=False)
@@ -111,7 +111,7 @@ class Judge:
         norm = max(raw.norm or system.norm, system.damping) if bool(judged.any()) else math.nan
         scale = norm * length / self.size[where]
         self.residual[where] = left / self.size[where]
-        self.attainable[where] = system.eps * scale
+        self.attainable[where] = system.rounding * scale
         if not raw.unchecked and system.is_positive:  # which may take a pass over the data
             self.bound[where] = self._bound(left, norm * length, self.size[where], shift)
         self.info["approximate"] |= raw.approximate
@@ -143,7 +143,7 @@ class Judge:
         """Return bounds on the errors of positive operators, the rounding of what is returned included."""
         system = self.system
         # Rounding errors of n terms add up like their root; for few unknowns like four.
-        rounding = system.eps * max(4.0, math.sqrt(system.n)) * (image + size)
+        rounding = system.rounding * max(4.0, math.sqrt(system.n)) * (image + size)
         bound = times(((left + rounding) / system.damping).unsqueeze(1), shift)[:, 0]
         return bound + math.sqrt(system.n) * torch.finfo(system.dtype).smallest_normal * system.eps
 

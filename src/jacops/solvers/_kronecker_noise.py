@@ -24,11 +24,10 @@ class Noise:
     def __init__(self) -> None:
         self._squares = self._totals = torch.zeros(DIRECTIONS, dtype=torch.float64)
 
-    def add(self, gradients: Sequence[Gradients], factor: float) -> None:
-        """Add the gradients of a batch under drawn cotangents, which enter with a factor."""
-        slopes = [part for group, own in enumerate(gradients) for part in self._slopes(group, own)]
+    def add(self, slopes: Sequence[Tensor], factor: float) -> None:
+        """Add a batch under drawn cotangents, which enters with a factor: the slopes by all of its groups."""
         if slopes:
-            squares = torch.stack(slopes).sum(0).square().flatten(1)
+            squares = torch.stack(list(slopes)).sum(0).square().flatten(1)
             self._totals = self._totals + factor * squares.sum(1).cpu()
             self._squares = self._squares + factor**2 * squares.square().sum(1).cpu()
 
@@ -44,8 +43,8 @@ class Noise:
         """The relative standard error of a quadratic form, estimated from above as `relative_noise` does."""
         return ratio(self._squares, self._totals)
 
-    def _slopes(self, group: int, gradients: Gradients) -> list[Tensor]:
-        """Return the parts `(directions, k, n)` that a group's gradients add."""
+    def slopes(self, group: int, gradients: Gradients) -> list[Tensor]:
+        """Return the parts `(directions, k, n)` that a group's gradients add to the samples' slopes."""
         if isinstance(gradients, Tensor):
             signs = self._along(group, 0, (1, gradients.shape[-1]), gradients)[:, 0]
             return [torch.einsum("kne,ze->zkn", gradients.double(), signs.double())]

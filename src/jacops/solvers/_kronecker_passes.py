@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,6 +15,7 @@ from .._framework import likelihood_at
 from .._ladder.names import Fact, Question, RouteName
 from .._operators import Operator
 from .._operators._eigen_blocks import Block
+from .._requirements import check_precision
 from .._runtime.counter import Draws
 from .._space import Space
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
@@ -36,12 +37,12 @@ class Piece:
     """Gradients of one batch under some cotangents.
 
     Attributes:
-        gradients: By groups of parameters.
+        gradients: By groups of parameters; they can be read once, where nothing was kept.
         factor: With which the batch enters the whole.
         share: Which part of the batch's cotangents these are.
     """
 
-    gradients: list[Gradients]
+    gradients: Iterable[Gradients]
     factor: float
     share: float
 
@@ -59,6 +60,7 @@ class Passes:
     """
 
     def __init__(self, problem: Any, fisher: FisherSource, draws: int, seed: int, call: str = "EKFAC") -> None:
+        check_precision("model", problem.space.dtype, f"{call} needs")
         self.problem, self.call = problem, call
         self.fisher, self.draws, self.seed = fisher, draws, seed
         self.groups: tuple[Group, ...] = ()
@@ -78,7 +80,8 @@ class Passes:
         self._recorded = 0
         for first, point, term, factor in self.problem.terms(self.call):
             yield from self._of_batch(point.batch, term, factor, first, outer_only)
-            self.problem.keep(point)
+            self.problem.keep(point, few=True)
+            del point, term  # before the next batch is recorded
 
     def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
         found, model = term.recorded(data.x, self.call), term.model
@@ -98,6 +101,7 @@ class Passes:
         self._recorded += 1
         self._check_alike(batch)
         directions = self._directions(at, term, data, first)
+        del at, found  # the loss's own graph is not needed for sweeps
         columns = directions.columns
         size = max(1, min(columns, _SWEEP_ENTRIES // max(1, batch.entries(self.groups))))
         for start in range(0, columns, size):
@@ -115,19 +119,19 @@ class Passes:
         self.drawn = True
         return Given(hessian.draw(Draws(self.seed, first), self.draws) / math.sqrt(self.draws))
 
-    def _confirmed(self, batch: Any, seeds: Tensor, outer_only: bool) -> list[Gradients]:
-        """Return gradients that were held against a plain sweep, once for each shape."""
+    def _confirmed(self, batch: Any, seeds: Tensor, outer_only: bool) -> Iterable[Gradients]:
+        """Return gradients that are held against a plain sweep, once for each shape."""
         groups = [g for g in self.groups if not outer_only or g.form in ("outer", "lookup")]
         if not isinstance(batch, RecordedBatch):  # it compares them itself
             return batch.gradients(groups, seeds)
         proofs, route = batch.lin.proofs, (Fact.GRADIENTS_BY_USES, seeds.shape[0])
-        found = batch.gradients(groups, seeds)
         if not proofs.needs(*route):
-            return found
+            return batch.gradients(groups, seeds)
+        found = list(batch.gradients(groups, seeds))
         right = batch.confirmed(groups, seeds, found)
         if not right and not proofs.refused(Question.PULL, RouteName.BATCHED):
             proofs.refuse(Question.PULL, RouteName.BATCHED)
-            found = batch.gradients(groups, seeds)
+            found = list(batch.gradients(groups, seeds))
             right = batch.confirmed(groups, seeds, found)
         if not right:
             _check_finite(groups, found, batch)
@@ -198,15 +202,17 @@ def summed(
     sums: list[OuterSums | RowSums] = []
     room, noise = _KEPT_ENTRIES if kept is not None else -1, Noise()
     for piece in passes.pieces():
-        if passes.drawn:
-            noise.add(piece.gradients, piece.factor)
         sums = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
-        for own, gradients in zip(sums, piece.gradients, strict=True):
+        slopes, outer = list[Tensor](), list[Gradients]()
+        for number, (own, gradients) in enumerate(zip(sums, piece.gradients, strict=True)):
+            slopes += noise.slopes(number, gradients) if passes.drawn else []
             own.add(gradients, piece.factor, piece.share)
-        outer = [own for own in piece.gradients if isinstance(own, list)]
-        room -= sum(use.left.numel() + use.right.numel() for own in outer for use in own)
+            if room >= 0 and isinstance(gradients, list):
+                room -= sum(use.left.numel() + use.right.numel() for use in gradients)
+                outer.append(gradients)
+        noise.add(slopes, piece.factor)
         if kept is not None:
-            kept[:] = [*kept, Piece(list(outer), piece.factor, piece.share)] if room >= 0 else []
+            kept[:] = [*kept, Piece(outer, piece.factor, piece.share)] if room >= 0 else []
     return tuple(sums), noise if passes.drawn else None
 
 

@@ -58,8 +58,10 @@ class Softmax:
         """Return `e_c - p` for classes c drawn from p."""
         spread, n = self.p.movedim(2, -1), self.p.shape[0]
         drawn = draws.classes(spread.reshape(n, -1, spread.shape[-1]), self.real.reshape(n, -1), many)
-        chosen = torch.nn.functional.one_hot(drawn, spread.shape[-1]).reshape(many, *spread.shape).movedim(-1, 3)
-        return ((chosen.to(self.p) - self.p) * self.root).flatten(2)
+        drawn = drawn.reshape(many, *spread.shape[:-1]).unsqueeze(3)
+        chosen = (-self.p).repeat(many, 1, 1, 1, 1)
+        chosen.scatter_add_(3, drawn, chosen.new_ones(()).expand(drawn.shape))
+        return chosen.mul_(self.root).flatten(2)
 
 
 @dataclass(frozen=True, eq=False)

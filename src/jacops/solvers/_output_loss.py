@@ -66,8 +66,8 @@ class LossAtOutput:
             if leaf.ndim == 0 or leaf.numel() % samples or (self.foreign and leaf.shape[0] != samples):
                 came = f"of shape {tuple(leaf.shape)} for {samples} samples"
                 raise InputError.of(tree.names[i], came, "its first axis must be the samples")
-        self.like = torch.empty_like(self._joined([leaf.detach() for leaf in self.leaves]))
-        self.entries = self.like.shape[1]
+        self.entries = sum(leaf.numel() // samples for leaf in self.leaves)
+        self.like = self.leaves[0].detach().new_empty(()).expand(samples, self.entries)  # takes no memory
 
     @restoring
     def _gradient(self, loss: Any) -> Linearized:

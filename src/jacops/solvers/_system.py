@@ -16,7 +16,7 @@ from .._operators._data import SumOver
 from .._operators._graphs import check_operator
 from .._operators._precision import computed_in
 from .._progress import tick
-from .._requirements import check_positive, check_range
+from .._requirements import check_positive, check_precision, check_range
 from .._runtime.agreement import residual_tolerance
 from .._runtime.contexts import private_noise
 from ..errors import InputError
@@ -67,6 +67,11 @@ class System:
     def eps(self) -> float:
         """Spacing of numbers around 1, in the coarsest precision that products are computed in."""
         return torch.finfo(computed_in(self.given) if self.dtype == torch.float64 else self.dtype).eps
+
+    @cached_property
+    def rounding(self) -> float:
+        """As `eps`, half precision included: of a model in bfloat16 below adapters in float32, say."""
+        return max(self.eps, torch.finfo(computed_in(self.given)).eps)
 
     @property
     def tolerance(self) -> float:
@@ -341,8 +346,4 @@ def _check_operator(operator: Any) -> None:
     check_operator(operator)
     if operator.shape[0] != operator.shape[1]:
         raise InputError.of("operator", f"of shape {operator.shape}", "a square one is needed")
-    if operator.domain.dtype not in (torch.float32, torch.float64):
-        came = f"of {operator.domain.dtype}"
-        raise InputError.of(
-            "operator", came, "solves need float32 or float64", "Convert the model first, by `model.float()`."
-        )
+    check_precision("operator", operator.domain.dtype, "solves need")

@@ -25,8 +25,9 @@ class _NoBroadcast(TorchFunctionMode):
             shapes = [tuple(t.shape) for t in [*args, *kwargs.values()] if isinstance(t, Tensor)][:2]
             if len(set(shapes)) > 1:
                 came = f"of shape {shapes[1]}"
-                needed = f"the model's output has shape {shapes[0]} and the loss is elementwise"
-                raise InputError.of("y", came, needed, "Give both the same shape, e.g. `y.unsqueeze(-1)`.")
+                needed = f"the model's output has shape {shapes[0]} and the loss ({func.__name__}) is elementwise"
+                todo = ", e.g. `y.unsqueeze(-1)`" if len(shapes[1]) < len(shapes[0]) else ""
+                raise InputError.of("y", came, needed, f"Give both the same shape{todo}.")
         return func(*args, **kwargs)
 
 
@@ -38,37 +39,58 @@ def call_loss(loss: Callable[[Any, Any], Any], output: Any, target: Any) -> Any:
     """Return `loss(output, target)`.
 
     Raises:
-        InputError: The target would broadcast against the output, or it is a loss of torch's that takes no such output.
+        InputError: The target would broadcast against the output, or a loss of torch's takes no such output or target:
+            this one, or one that it calls.
     """
     try:
         with _NoBroadcast():
             return loss(output, target)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        name = torch_loss(loss)
-        if name is None or isinstance(error, JacopsError) or must_surface(error):
+        if isinstance(error, JacopsError) or must_surface(error):
             raise
-        raise _misfit(name, output, target, error) from error
+        name = torch_loss(loss) or _failing(error)
+        if name is None:
+            error.add_note(f"{_named(loss)} was given an output {_shown(output)}, a target {_shown(target)}.")
+            raise
+        raise _misfit(loss, name, output, target, error) from error
 
 
-def _misfit(name: str, output: Any, target: Any, error: Exception) -> InputError:
-    """Return the error for a loss of torch's that fails on a model's output and a target."""
-    came, labels = _shown(output), _shown(target)
-    todo = "Write a `loss(output, y)` that hands both to it in the shapes that it takes."
+def _failing(error: Exception) -> str | None:
+    """Return the function of `torch.nn.functional` that raised an error, None where none did."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        found = code.co_name if code.co_filename == F.__file__ else found
+        trace = trace.tb_next
+    return found
+
+
+def _misfit(loss: Any, name: str, output: Any, target: Any, error: Exception) -> InputError:
+    """Return the error for a loss of torch's, or one that calls it, that fails on a model's output and a target."""
     logits = None if isinstance(output, Tensor) else getattr(output, "logits", None)
-    of = "output" if logits is None else "output.logits"
-    if name == "cross_entropy" and getattr(logits if logits is not None else output, "ndim", 0) == 3:
-        todo = (
-            f"It takes classes as the second axis: write `lambda output, y: cross_entropy({of}.flatten(0, 1), "
-            f"y.flatten())`, or `{of}[:, :-1]` and `y[:, 1:]` in it where each token predicts the next."
-        )
-    elif logits is not None:
-        todo = f"Write `lambda output, y: {name}(output.logits, y)`."
-    if logits is not None:
-        todo = f"{todo} The model's own loss is `'model'`."
+    of, direct = "output" if logits is None else "output.logits", torch_loss(loss) is not None
+    scores = output if logits is None else logits
     first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return InputError.of(
-        "loss", f"{name}, which fails ({first[:200]})", f"the output is {came}, the target {labels}", todo
-    )
+    todo = "Write a `loss(output, y)` that hands both to it in the shapes that it takes."
+    if "out of bounds" in first:
+        todo = "Labels are numbers of classes, from 0 to one less than there are scores; -100 is ignored."
+    elif name in ("cross_entropy", "nll_loss") and (getattr(scores, "ndim", 0), getattr(target, "ndim", 0)) == (3, 2):
+        todo = (
+            f"It takes classes as the second axis: write `lambda output, y: {name}({of}.flatten(0, 1), y.flatten())`, "
+            f"or `{of}[:, :-1]` and `y[:, 1:]` in it where each token predicts the next."
+        )
+    elif logits is not None and direct:
+        todo = f"Write `lambda output, y: {name}(output.logits, y)`."
+    if logits is not None and direct:
+        todo = f"{todo} The model's own loss is `'model'`."
+    came = f"{name}, which fails ({first[:200]})" if direct else f"{_named(loss)}, where {name} fails ({first[:200]})"
+    shapes = f"the output is {_shown(output)}{'' if logits is None else f', its logits {_shown(logits)}'}"
+    return InputError.of("loss", came, f"{shapes}, the target {_shown(target)}", todo)
+
+
+def _named(loss: Any) -> str:
+    own = getattr(loss, "name", None) or getattr(loss, "__qualname__", type(loss).__qualname__)
+    return str(own).rpartition(".")[2]
 
 
 def _shown(value: Any) -> str:

@@ -15,10 +15,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..._runtime.agreement import coarsest
 from ..._runtime.contexts import random_state_kept
 from ..._runtime.restoring import restoring
 from ...errors import InputError, InputTypeError
 from .inputs import split_input
+from .losses import call_loss
 from .replica import bare, replicate
 
 OWN = "model"  # what `loss=` is given for it
@@ -85,8 +87,8 @@ class ModelLoss:
         noted = dict(vars(self._config)) if self._config is not None else {}
         try:
             with torch.no_grad(), random_state_kept():
+                found = float(call_loss(self, output, y))  # first: what does not fit is explained there
                 expected = _part(replicate(bare(model))(args, {**kwargs, "labels": y}), "loss")
-                found = float(self(output, y))
         finally:
             if self._config is not None:
                 vars(self._config).update(noted)
@@ -94,7 +96,8 @@ class ModelLoss:
             came = f"'{OWN}' for a model that returns no `loss` for `labels=`"
             raise InputError.of("loss", came, "the model's own loss is what it returns there", _WRITE)
         # Both are computed from the same logits, in half precision perhaps; weights of additional terms are 1e-3 or so.
-        allowed = 1e-2 if torch.finfo(expected.dtype).eps > 1e-3 else 1e-5
+        dtypes = [expected.dtype, *(p.dtype for p in bare(model).parameters())]
+        allowed = 1e-2 if torch.finfo(coarsest(dtypes) or expected.dtype).eps > 1e-5 else 1e-5
         if not abs(found - float(expected)) <= allowed * max(abs(float(expected)), 1e-3):
             came = f"'{OWN}' for a model whose loss is {float(expected):.6g} where its `loss_function` is {found:.6g}"
             raise InputError.of("loss", came, "the model's own loss must be one of its logits and labels alone", _WRITE)

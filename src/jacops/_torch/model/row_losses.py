@@ -203,7 +203,7 @@ class RowLosses:
         for i in range(len(shares)):
             one, target = _row(leaves, tree, i)
             value = call_loss(self.loss, one, target)
-            parts.append(value * float(shares[i]) if float(shares[i]) else torch.zeros_like(value))
+            parts.append(value * float(shares[i]) if float(shares[i]) else _nothing(leaves, value))
         return torch.stack([part.reshape(()) for part in parts])
 
     def _unreduced(self) -> Callable[[Any, Any], Tensor] | None:
@@ -222,6 +222,12 @@ def _ends(ignored: int, y: Tensor) -> list[int]:
     if y.ndim != 2 or not y.numel():
         return [ignored]
     return list(dict.fromkeys([ignored, 0, *y[:, [0, -1]].mode(0).values.tolist()]))
+
+
+def _nothing(leaves: Sequence[Any], like: Tensor) -> Tensor:
+    """Return zero that depends on all the output, as the losses of other rows do; a loss of no label is 0 / 0."""
+    live = (leaf.reshape(-1)[:0].sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
+    return sum(live, like.new_zeros(())).to(like.dtype)
 
 
 def _row(leaves: Sequence[Any], tree: Tree, i: int) -> tuple[Any, Any]:

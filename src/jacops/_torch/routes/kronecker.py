@@ -7,7 +7,7 @@ of a whole weight, except to check itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,7 +89,7 @@ class RecordedBatch:
 
     def entries(self, groups: Sequence[Group]) -> int:
         """Return how many numbers one cotangent at the output costs."""
-        return sum(s.shape.numel() for group in groups for leaf in group.leaves for s in self.uses.get(leaf, []))
+        return sum(s.shape.numel() for group in groups for s in self.uses.get(group.leaves[0], []))
 
     # ---- which parameters go together --------------------------------------------------------------------------
 
@@ -144,15 +144,20 @@ class RecordedBatch:
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
-    def gradients(self, groups: Sequence[Group], seeds: Tensor) -> list[Gradients]:
-        """Return what each group's gradients are made of, under cotangents `(k, n, entries)` at the output."""
-        sites = [site for group in groups if group.form != "swept" for leaf in group.leaves for site in self.uses[leaf]]
-        deltas = dict(zip(sites, self._at_sites(sites, seeds), strict=True))
+    def gradients(self, groups: Sequence[Group], seeds: Tensor) -> Iterator[Gradients]:
+        """Yield what each group's gradients are made of, under cotangents `(k, n, entries)` at the output.
+
+        The cotangents come from one sweep; what they multiply is computed group by group, and neither is held longer
+        than whoever takes them does.
+        """
+        own = [self.uses[group.leaves[0]] if group.form != "swept" else [] for group in groups]
+        deltas = iter(self._at_sites([site for sites in own for site in sites], seeds))
+        waiting = [[next(deltas) for _ in sites] for sites in own]
+        del deltas
         swept = self._by_sweeps([group.leaves[0] for group in groups if group.form == "swept"], seeds)
-        return [
-            swept[group.leaves[0]] if group.form == "swept" else self._gradients(group, deltas, seeds)
-            for group in groups
-        ]
+        for group, sites in zip(groups, own, strict=True):
+            found = waiting.pop(0)
+            yield swept.pop(group.leaves[0]) if group.form == "swept" else self._gradients(group, sites, found, seeds)
 
     def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site, all cotangents in one sweep where that is known to be right."""
@@ -161,14 +166,16 @@ class RecordedBatch:
             _AT_SITES,
         )
 
-    def _gradients(self, group: Group, deltas: dict[ParameterUse, Tensor], seeds: Tensor) -> Gradients:
-        (leaf, *bias), sites = group.leaves, self.uses[group.leaves[0]]
+    def _gradients(
+        self, group: Group, sites: Sequence[ParameterUse], deltas: Sequence[Tensor], seeds: Tensor
+    ) -> Gradients:
+        pairs = list(zip(sites, deltas, strict=True))
         if group.form != "rows":
-            return [self._outer(group, site, deltas[site], bool(bias)) for site in sites]
-        like = self.lin.leaves[leaf].detach()
+            return [self._outer(group, site, delta, len(group.leaves) > 1) for site, delta in pairs]
+        like = self.lin.leaves[group.leaves[0]].detach()
         rows = like.new_zeros(self.samples, seeds.shape[0], *matrix_shape(like.shape))
-        for site in sites:
-            site.part(site.sample_operand(), deltas[site].transpose(0, 1)).into(rows, add=True)
+        for site, delta in pairs:
+            site.part(site.sample_operand(), delta.transpose(0, 1)).into(rows, add=True)
         return rows.flatten(2).transpose(0, 1)
 
     def _outer(self, group: Group, site: ParameterUse, delta: Tensor, with_one: bool) -> OuterGradients:
