@@ -15,7 +15,7 @@ from typing import Self
 # fmt: off
 __all__ = [
     "DataError", "InputError", "InputTypeError", "JacopsError", "JacopsWarning", "MemoryBudgetError",
-    "MissingExtraError", "ModelStateError", "NonFiniteError", "NotDifferentiableError", "SolveError",
+    "MissingExtraError", "ModelStateError", "NonFiniteError", "NotDifferentiableError", "PeerFailedError", "SolveError",
     "StoreBusyError", "StoreDamagedError", "StoreError", "StoreFileError", "StoreIncompleteError",
     "StoreMismatchError",
 ]
@@ -66,6 +66,10 @@ class SolveError(JacopsError, RuntimeError):
     def __init__(self, message: str, solution: object = None) -> None:
         super().__init__(message)
         self.solution = solution
+
+
+class PeerFailedError(JacopsError, RuntimeError):
+    """Another rank of the process group failed or did not answer, so this one cannot go on."""
 
 
 class MemoryBudgetError(JacopsError, MemoryError):
