@@ -107,7 +107,7 @@ class Stage:
     def _heard(self, said: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for rank, words in enumerate(said):
             if "error" in words:
-                raise PeerFailedError(f"{self._ranks.call}: rank {rank} failed: {words['error']}")
+                raise PeerFailedError(f"{self._ranks.call}: rank {rank} failed: {words['error']}", [rank])
         return said
 
     def differing(self, word: str) -> list[int]:
