@@ -89,7 +89,7 @@ def row_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most:
         finished = r.norm(dim=1) <= goals.maximum(0.5 * system.eps * seen.norm * x.norm(dim=1))
         ended = seen.ended(system, result, step, finished, (rz > 0) & p.isfinite().all(1))
         if step == most:
-            ended = {i: ended.get(i, (step, Status.MAX_STEPS)) for i in range(len(left))}
+            ended = dict.fromkeys(range(len(left)), (step, Status.MAX_STEPS)) | ended
         going = result.settle(left, x, ended)
         if not left:
             break

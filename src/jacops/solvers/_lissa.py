@@ -64,7 +64,7 @@ def _summed(system: System, scale: float, most: int, rows: Tensor) -> Raw:
         # A residual at its rounding level wavers by some roundings; growth is a factor per step.
         grown = (now > before * (1 + 100 * system.eps)) & (now > goals)
         done, finite, grew = read(now <= goals, now.isfinite(), grown)
-        ended: dict[int, tuple[int, Status | None]] = {i: (step, None) for i in done.nonzero()[0].tolist()}
+        ended: dict[int, tuple[int, Status | None]] = dict.fromkeys(done.nonzero()[0].tolist(), (step, None))
         if not finite.all():
             status = _overflowed(system, info)
             ended |= {i: (step, status) for i in (1 - finite).nonzero()[0].tolist()}
@@ -76,7 +76,7 @@ def _summed(system: System, scale: float, most: int, rows: Tensor) -> Raw:
                 ended |= {i: (step, kind) for i, kind in zip(growing, kinds, strict=True)}
             before = now
         if step == most:
-            ended = {i: ended.get(i, (step, Status.MAX_STEPS)) for i in range(len(left))}
+            ended = dict.fromkeys(range(len(left)), (step, Status.MAX_STEPS)) | ended
         going = result.settle(left, x, ended)
         if not left:
             break
