@@ -229,7 +229,7 @@ def by_kronfluence(model: nn.Module, x: Tensor, y: Tensor) -> Call:
                 return self.compute_train_loss(batch, model)
 
         task = Squares()
-        prepared = prepare_model(copy.deepcopy(model), task)
+        prepared = prepare_model(nn.Sequential(copy.deepcopy(model)), task)  # it wraps children alone
         rows, few = (torch.utils.data.TensorDataset(x[:k].cpu(), y[:k].cpu()) for k in (len(x), 8))
         with tempfile.TemporaryDirectory() as folder:
             quiet: Any = {"disable_tqdm": True, "disable_model_save": True, "output_dir": folder}
@@ -239,7 +239,8 @@ def by_kronfluence(model: nn.Module, x: Tensor, y: Tensor) -> Call:
             run.fit_all_factors("factors", rows, per_device_batch_size=size, factor_args=how)
             sizes: Any = {"per_device_query_batch_size": 8, "per_device_train_batch_size": size}
             scored = {"query_dataset": few, "train_dataset": rows, "score_args": ScoreArguments(damping_factor=DAMPING)}
-            return run.compute_pairwise_scores("scores", "factors", **scored, **sizes)["all_modules"]
+            run.compute_pairwise_scores("scores", "factors", **scored, **sizes)
+            return run.load_pairwise_scores("scores")["all_modules"]
 
     return call
 
