@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacops
+from jacops._data import Batches, digest_there
 from jacops.linalg import Matrix
 from jacops.solvers import CG, EKFAC, MINRES, LiSSA
 
@@ -188,3 +189,34 @@ def test_logits_are_not_copied_to_the_processor(name: str):
         reads, _ = reads_of(lambda: CALLS[name](model, data))
         copied = [read for read in reads if read.what in {*METHODS, "to"} and read.numel >= LOGITS]
         assert not copied, copied
+
+
+def test_a_digest_made_on_a_device_tells_orders_and_values_apart():
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    others = [x[torch.arange(50).roll(1)], x.flip(1), x + 1e-6, x[:49], x.double(), -x, torch.zeros(50, 3)]
+    rows = torch.eye(50)  # all rows hold the same numbers
+    more = [rows, rows.flip(0), rows[torch.arange(50).roll(1)], torch.zeros(3), torch.zeros(0)]
+    digests = [digest_there(t) for t in (x, *others, *more)]
+    assert digest_there(x.clone()) == digests[0]
+    assert digest_there(x.T.contiguous().T) == digests[0]
+    assert len(set(digests)) >= len(digests) - 2  # zeros of any number are told apart by their count alone
+    large = torch.arange(2**23 + 5)
+    assert digest_there(large) != digest_there(large.roll(2**22))
+
+
+def test_batches_in_a_device_s_memory_are_read_in_the_first_pass_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("jacops._data._is_apart", lambda array: isinstance(array, Tensor))
+    data = [(torch.randn(4, 3), torch.randn(4, 2)), (torch.randn(4, 3), torch.randn(4, 2))]
+    batches = Batches(data, "data")
+    first, _ = reads_of(lambda: list(batches))
+    later, _ = reads_of(lambda: list(batches))
+    assert len(first) == 4
+    assert not later
+    data.reverse()
+    with pytest.raises(jacops.errors.DataError):
+        list(batches)
+    data.reverse()
+    assert len(list(batches)) == 2
+    data[1][0].add_(1)
+    with pytest.raises(jacops.errors.DataError):
+        list(batches)
