@@ -233,13 +233,13 @@ class Batches:
 
     def _digest(self, arrays: list[Any], number: int) -> int:
         """Return the digest of a batch; one that stays in a device's memory is read in the first pass alone."""
-        if not all(map(_is_apart, arrays)):
+        if not all(_is_apart(array) and not array.is_inference() for array in arrays):  # those have no versions
             return _digest(arrays)
         marks, found = self._known.get(number, ([], 0))
-        own = [(weakref.ref(array), array._version) for array in arrays]
-        if [(ref(), version) for ref, version in marks] != [(ref(), version) for ref, version in own] or not own:
+        same = len(marks) == len(arrays)
+        if not same or any(ref() is not a or v != a._version for (ref, v), a in zip(marks, arrays, strict=True)):
             found = _digest(arrays)
-            self._known[number] = own, found
+            self._known[number] = [(weakref.ref(array), array._version) for array in arrays], found
         return found
 
     def _unpacked(self, raw: Any, number: int) -> tuple[Any, ...]:
