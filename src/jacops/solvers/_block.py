@@ -27,7 +27,8 @@ def block_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, mos
     result = IterationResult.start(rows)
     x, r, size, goals = result.x, rows.clone(), rows.norm(dim=1), goals.to(rows.dtype)
     active = _places(*read(size > goals))
-    P, step = _directions(inner, r[active], None, result, size[active]), 0
+    rows_left = _index(active, len(rows))
+    P, step = _directions(inner, r[rows_left], None, result, size[rows_left]), 0
     flat = 0
     while active and P.shape[0] and step < most:
         step += 1
@@ -45,11 +46,12 @@ def block_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, mos
             break
         turned, bent = torch.from_numpy(turn[:, firm].T.copy()).to(P), torch.from_numpy(curvatures[firm]).to(P)
         P, AP = turned @ P, turned @ AP
-        alpha = (r[active] @ P.T) / bent
-        x[active] += alpha @ P
-        r[active] -= alpha @ AP
+        alpha = (r[rows_left] @ P.T) / bent
+        x[rows_left] += alpha @ P
+        r[rows_left] -= alpha @ AP
         active = _left(system, result, step, active, (x, r, goals, size))
-        P = _directions(inner, r[active], (P, AP, bent), result, size[active])
+        rows_left = _index(active, len(rows))
+        P = _directions(inner, r[rows_left], (P, AP, bent), result, size[rows_left])
     status = Status.STAGNATED if not P.shape[0] else Status.MAX_STEPS
     status = Status.BREAKDOWN if result.reason else Status.SINGULAR if flat else status
     return _failed(result, active, status, step)
@@ -94,6 +96,11 @@ def _directions(
     keep = singular > rounding * singular[0]
     keep[0] = True
     return (basis @ torch.from_numpy(left[:, keep].copy()).to(basis)).T
+
+
+def _index(active: list[int], many: int) -> slice | list[int]:
+    """Return what picks some of `many` rows; all of them without a copy."""
+    return slice(None) if len(active) == many else active
 
 
 def _places(flags: np.ndarray) -> list[int]:

@@ -82,8 +82,11 @@ class IterationResult:
 def read(*parts: Tensor) -> list[np.ndarray]:
     """Return the values of small tensors in double precision, all in one copy from the device."""
     flat = torch.cat([part.detach().reshape(-1).to(torch.float64) for part in parts]).cpu().numpy()
-    ends = np.cumsum([part.numel() for part in parts])[:-1]
-    return [one.reshape(part.shape) for one, part in zip(np.split(flat, ends), parts, strict=True)]
+    found, start = [], 0
+    for part in parts:
+        found.append(flat[start : start + part.numel()].reshape(part.shape))
+        start += part.numel()
+    return found
 
 
 def noise(system: System) -> float:
