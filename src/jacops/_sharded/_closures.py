@@ -31,6 +31,7 @@ def sharded_closure(params: Any) -> tuple[Any, bool]:
 class _JointClosure:
     """A function without arguments that all ranks call together, over parameters of which some are DTensors."""
 
+    @restoring
     def __init__(self, func: Any, params: Any, call: str) -> None:
         if not callable(func):
             raise InputTypeError.of("func", f"a {type(func).__name__}", "a callable without arguments is needed")

@@ -64,6 +64,7 @@ class _Joint:
         check_common(stage, self.call, "the call", "parameters that are not sharded", "buffers", "v")
         return are_summed(stage, self.call), parts
 
+    @restoring
     def run(self, x: Any, summed: bool, finish: Callable[[list[Tensor], Tree, Any], Any]) -> Any:
         """Return what `finish` makes of the leaves, the structure and the value of the model's output.
 
