@@ -21,7 +21,7 @@ HOLDS_dev := demo test dev
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench peers compare lint format clean
+.PHONY: help demo test test-all bench gpu-check peers compare lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -38,6 +38,9 @@ test-all: $(VENV)/.ready-test ## The tests, the slow ones too
 bench: $(VENV)/.ready-test ## Time named rivals on the same work (choose with ARGS="products:C1"; PEERS=1 installs more)
 	$(if $(PEERS),$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt)
 	$(RUN) -W ignore -m benchmarks $(ARGS)
+
+gpu-check: $(VENV)/.ready-test ## Check answers and speed on a GPU in ten minutes (ARGS="--device cpu --tiny" tries it without)
+	$(RUN) -W ignore -m benchmarks.gpu_check $(ARGS)
 
 peers: $(VENV)/.ready-test ## Set up an environment for each rival of benchmarks.influence_quality, in .peers
 	@for list in benchmarks/peers/*.txt; do \

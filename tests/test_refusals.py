@@ -75,6 +75,7 @@ BUILTINS = {
     "DataError": ValueError,
     "SolveError": RuntimeError,
     "MemoryBudgetError": MemoryError,
+    "PeerFailedError": RuntimeError,
     "MissingExtraError": ImportError,
     "StoreError": RuntimeError,
     "StoreMismatchError": RuntimeError,

@@ -14,6 +14,8 @@ from ._operators._finite_results import made_from
 from ._options import AnyModel, CurvatureCallOptions, GraphOptions
 from ._recorded_loss import Loss
 from ._runtime.contexts import eager
+from ._sharded import sharded_ggnvp, sharded_hvp
+from ._torch.protocol import is_sharded
 
 
 @overload
@@ -42,6 +44,8 @@ def hvp(
 
     With `create_graph` it is differentiable, by the model's trainable parameters and by inputs that require grad.
     """
+    if is_sharded(model):
+        return sharded_hvp(model, loss, x, y, v, create_graph=create_graph, **options)
     return _for_one_product(model, loss, x, y, make_hessian, "hvp", create_graph=create_graph, **options) @ v
 
 
@@ -68,6 +72,8 @@ def ggnvp(
     **options: Unpack[CurvatureCallOptions],
 ) -> Any:
     """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`; `create_graph` is as in `hvp`."""
+    if is_sharded(model):
+        return sharded_ggnvp(model, loss, x, y, v, create_graph=create_graph, **options)
     return _for_one_product(model, loss, x, y, make_ggn, "ggnvp", create_graph=create_graph, **options) @ v
 
 

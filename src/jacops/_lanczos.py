@@ -55,6 +55,7 @@ class KrylovSpace:
     def __init__(self, apply: RowMap, start: Tensor, capacity: int, seed: int = 0) -> None:
         runs, _, n = start.shape
         self.apply, self.capacity = apply, min(capacity, n)
+        # On the processor: fresh directions are drawn only where a space is used up.
         self.generator = torch.Generator().manual_seed(seed)
         self._buffer = start.new_empty(runs, self.capacity, n)
         self.projected = torch.zeros(runs, 0, 0, dtype=torch.float64, device=start.device)

@@ -18,7 +18,9 @@ from ._ladder.protocol import is_framework_model
 from ._options import Model
 from ._runtime.contexts import arithmetic, eager, out_of_inference
 from ._runtime.restoring import restoring
-from ._torch.protocol import Recording, record_closure
+from ._sharded import closure_jvp, closure_vjp, sharded_closure, sharded_jvp, sharded_vjp
+from ._torch.protocol import Recording, is_sharded, record_closure
+from ._trees import leaves_for
 from ._words import Fallback
 from .errors import ModelStateError, warn
 
@@ -66,6 +68,9 @@ def jvp(
         >>> jvp(lambda: torch.stack([x[0] ** 2, 3 * x[1] ** 2]), [x], torch.tensor([0.5, -1.0]))
         tensor([  1., -12.])
     """
+    params, sharded = sharded_closure(params)
+    if sharded:
+        return closure_jvp(func, params, v, create_graph)
     return _push(record_closure(func, params, "jvp", fallback), v, create_graph, batch=False)
 
 
@@ -138,7 +143,11 @@ def vjp(func: Callable[[], Any], params: Params, v: Any, create_graph: bool = Fa
         >>> vjp(lambda: torch.stack([x[0] ** 2, 3 * x[1] ** 2]), [x], torch.tensor([0.5, -1.0]))
         tensor([  1., -12.])
     """
-    grads = _pull(record_closure(func, params, "vjp"), v, create_graph, batch=False)
+    params, sharded = sharded_closure(params)
+    if sharded:
+        grads = closure_vjp(func, params, v, create_graph)
+    else:
+        grads = _pull(record_closure(func, params, "vjp"), v, create_graph, batch=False)
     return grads[0] if len(grads) == 1 else grads
 
 
@@ -183,7 +192,7 @@ def model_jvp(model: Model, x: Any, v: Vectors, create_graph: bool = False, *, f
     The model is run once on private copies of its state: nothing of it changes, whatever its mode.
 
     Args:
-        model: A module, or a `JaxFunction`.
+        model: A module, or a `JaxFunction`. Its parameters may be sharded (docs/sharded.md).
         x: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         v: One tensor per parameter, in order (or a dict by name; a single tensor for a single parameter).
         create_graph: Keep the result differentiable, also by the model's own trainable parameters.
@@ -202,6 +211,8 @@ def model_jvp(model: Model, x: Any, v: Vectors, create_graph: bool = False, *, f
         >>> model_jvp(model, torch.tensor([[1.0, 2.0]]), torch.ones(1, 2))
         tensor([[3.]])
     """
+    if is_sharded(model):
+        return sharded_jvp(model, x, v, "model_jvp", create_graph)
     return _push(_recorded(model, x, "model_jvp", create_graph, fallback), v, create_graph, batch=False)
 
 
@@ -229,7 +240,10 @@ def model_vjp(model: Model, x: Any, v: Any, create_graph: bool = False) -> Tenso
         >>> model_vjp(model, torch.tensor([[1.0, 2.0]]), torch.ones(1, 1))
         tensor([[1., 2.]])
     """
-    grads = _pull(_recorded(model, x, "model_vjp", create_graph, "warn"), v, create_graph, batch=False)
+    if is_sharded(model):
+        grads = sharded_vjp(model, x, v, "model_vjp", create_graph)
+    else:
+        grads = _pull(_recorded(model, x, "model_vjp", create_graph, "warn"), v, create_graph, batch=False)
     return grads[0] if len(grads) == 1 else grads
 
 
@@ -258,12 +272,7 @@ def _push(found: Recording, v: Vectors, create_graph: bool, batch: bool) -> Any:
 @restoring
 def _pull(found: Recording, v: Any, create_graph: bool, batch: bool) -> list[Tensor]:
     lin, name = found.lin, "vs" if batch else "v"
-    if not isinstance(v, Tensor | list) and not found.tree.single:
-        from ._trees import flatten
-
-        v = [leaf for leaf in flatten(v, name)[0] if leaf is not None]
-    if isinstance(v, list) and found.tree.held:
-        v = [leaf for leaf in v if leaf is not None]
+    v = leaves_for(v, found.tree, name)
     vectors = [out_of_inference(t) for t in lin.codomain.check(v, name, batch=batch)]
     check_vector(lin.call, name, vectors)
     warn_if_unconnected(found)

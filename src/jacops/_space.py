@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._saving import Savable
+from ._trees import is_dtensor
 from .errors import InputError, InputTypeError
 
 
@@ -94,13 +95,14 @@ class Space(Savable):
         rows[:, where].fill_diagonal_(1)
         return rows
 
-    def check(self, tree: Any, argument: str, batch: bool = False) -> list[Tensor]:
+    def check(self, tree: Any, argument: str, batch: bool = False, spread: bool = False) -> list[Tensor]:
         """Return `tree` as one tensor per array, every shape, dtype and device held against the space.
 
         Args:
             tree: A tensor where there is one array, else a list or tuple in order, or a dict by name.
             argument: How error messages call it.
             batch: True where every tensor has one more leading axis, the same for all.
+            spread: Tensors may be DTensors, of the whole shape.
 
         Raises:
             InputTypeError: `tree` or an entry is of the wrong kind.
@@ -110,6 +112,11 @@ class Space(Savable):
         many = None
         for tensor, name, shape, dtype in zip(tensors, self.names, self.shapes, self.dtypes, strict=True):
             label = f"{argument} for {name}" if len(self.names) > 1 else argument
+            if is_dtensor(tensor) and not spread:
+                todo = "Pass its `full_tensor()`."
+                raise InputError.of(
+                    label, "a DTensor", "the parameters are not sharded, so plain ones are needed", todo
+                )
             self._check_one(tensor, label, shape, dtype, batch)
             if batch and many is not None and tensor.shape[0] != many:
                 raise InputError.of(label, f"a batch of {tensor.shape[0]}", f"the first tensor is a batch of {many}")

@@ -113,6 +113,20 @@ def is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def is_dtensor(value: Any) -> bool:
+    """Say whether a value is a tensor that is spread over processes (torch.distributed.tensor)."""
+    return type(value).__name__ == "DTensor"
+
+
+def leaves_for(value: Any, tree: Tree, name: str) -> Any:
+    """Return the leaves of a value that is a tree like an output's; tensors and lists of leaves stay as they are."""
+    if not isinstance(value, Tensor | list) and not tree.single:
+        return [leaf for leaf in flatten(value, name)[0] if leaf is not None]
+    if isinstance(value, list) and tree.held:
+        return [leaf for leaf in value if leaf is not None]
+    return value
+
+
 class SetAside:
     """What stands for a part of a model's output that has no derivative (a cache, say) where a loss is given the rest.
 

@@ -18,7 +18,7 @@ from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice, check_positive
 from .._runtime.agreement import residual_tolerance
-from .._runtime.contexts import eager
+from .._runtime.contexts import eager, private_generator
 from .._saving import Savable
 from .._words import OnFailure, Which
 from ..errors import SolveError
@@ -167,8 +167,9 @@ def krylov_space(operator: Operator, start: Tensor, capacity: int, seed: int) ->
 
 def random_block(operator: Operator, width: int, seed: int) -> Tensor:
     """Return a random starting block `(1, width, n)`."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, width, operator.domain.dim, generator=generator, dtype=torch.float64)
+    generator = private_generator(operator.domain.device, seed)
+    shape = 1, width, operator.domain.dim
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def _grown(run: KrylovSpace, count: int, which: str, tolerance: float, limit: int) -> Ritz:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._operators import Operator
 from .._progress import track
 from .._runtime.chunks import rows_of
+from .._runtime.contexts import private_generator
 from .._space import Space
 from ..errors import InputError
 from ._estimate import Estimate
@@ -59,8 +60,8 @@ def chunk_of(operator: Operator) -> int:
 
 def signs(probes: int, space: Space, seed: int) -> Tensor:
     """Return random vectors of signs, `(probes, n)`."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, 2, (probes, space.dim), generator=generator)
+    generator = private_generator(space.device, seed)
+    drawn = torch.randint(0, 2, (probes, space.dim), generator=generator, device=generator.device)
     return drawn.to(space.device, space.dtype) * 2 - 1
 
 

@@ -10,7 +10,7 @@ from .._operators import Operator
 from .._operators._graphs import without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice
-from .._runtime.contexts import eager
+from .._runtime.contexts import eager, private_generator
 from .._words import TraceMethod
 from ._diagonal import diagonal
 from ._leave_one_out import sketched
@@ -96,7 +96,7 @@ def _xtrace(operator: Operator, probes: int, seed: int) -> Estimate:
 
 def _on_sphere(operator: Operator, probes: int, seed: int) -> Tensor:
     """Return random rows of length √n in uniform directions."""
-    space, generator = operator.domain, torch.Generator().manual_seed(seed)
-    rows = torch.randn(probes, space.dim, generator=generator, dtype=torch.float64)
+    space, generator = operator.domain, private_generator(operator.domain.device, seed)
+    rows = torch.randn(probes, space.dim, generator=generator, dtype=torch.float64, device=generator.device)
     rows *= space.dim**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows.to(space.device, space.dtype)

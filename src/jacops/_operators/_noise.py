@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .._runtime.contexts import private_generator
 from .._space import Space
 
 # Of drawn terms along directions (k, n): the sums of squared terms and of terms, (k,) each.
@@ -38,8 +39,8 @@ def relative_noise(space: Space, parts: Iterable[tuple[float, Moments]]) -> floa
 
 def random_directions(space: Space) -> Tensor:
     """Return a few random directions, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(DIRECTIONS, space.dim, generator=generator, dtype=torch.float64)
+    generator = private_generator(space.device, 0)
+    rows = torch.randn(DIRECTIONS, space.dim, generator=generator, dtype=torch.float64, device=generator.device)
     return rows.to(space.device, space.dtype)
 
 

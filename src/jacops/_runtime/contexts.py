@@ -363,9 +363,25 @@ def must_surface(error: BaseException) -> bool:
 
 def private_noise(like: Tensor, seed: int = 0) -> Tensor:
     """Return normal noise shaped like `like`, never from the global generator."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = private_generator(like.device, seed)
     kind = like.dtype if like.dtype.is_complex or like.dtype.itemsize >= 4 else torch.float32
-    return torch.randn(like.shape, generator=generator, dtype=kind).to(like.device, like.dtype)
+    drawn = torch.randn(like.shape, generator=generator, dtype=kind, device=generator.device)
+    return drawn.to(like.device, like.dtype)
+
+
+def private_generator(device: torch.device, seed: int) -> torch.Generator:
+    """Return a seeded generator that draws on a device, where it has one.
+
+    A model's worth of noise takes longer to draw on a processor and to copy than a pass on a device does. What is drawn
+    differs between kinds of devices.
+    """
+    has_one = device.type == "cpu" or torch.accelerator.is_available() and _accelerates(device)
+    return torch.Generator(device if has_one else "cpu").manual_seed(seed)
+
+
+def _accelerates(device: torch.device) -> bool:
+    found = torch.accelerator.current_accelerator()
+    return found is not None and found.type == device.type
 
 
 @cache

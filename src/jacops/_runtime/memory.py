@@ -101,6 +101,7 @@ def _address_room() -> Iterator[int]:
 def startup_bytes(device: torch.device) -> int:
     """Return what the first derivative of a process takes for good: torch loads modules and library pages for it."""
     loaded = "torch.fx.experimental.symbolic_shapes" in sys.modules
+    # Those pages are of the processor's memory; of a device's memory nothing is taken.
     return 0 if loaded or device.type != "cpu" else _STARTUP
 
 

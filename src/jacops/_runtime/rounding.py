@@ -39,6 +39,7 @@ class RoundedOff(Light):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
+        # On the processor: operations on any device draw from it, and only where a check has failed.
         self._generator = torch.Generator().manual_seed(seed)
         # Storages of what backward passes made, held on to: another one may get the address of one that is freed.
         self._passed: dict[int, torch.UntypedStorage] = {}

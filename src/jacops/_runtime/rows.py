@@ -25,9 +25,8 @@ def dense(grad: Tensor | None) -> Tensor | None:
 
 def rows_size(rows: Tensor) -> Tensor:
     """Return the norms of rows `(k, …)` as `(k,)` in float64."""
-    flat = as_rows(plain(rows.detach()))
-    quick = torch.linalg.vector_norm(flat.to(torch.promote_types(flat.dtype, torch.float32)), dim=1)
-    doubtful = ~((quick > SQUARES) & (quick < 1 / SQUARES))
+    flat, quick = as_rows(plain(rows.detach())), quick_size(rows)
+    doubtful = is_doubtful(quick)
     norms = quick.to(torch.float64)
     if not bool(doubtful.any()) or not flat.shape[1]:
         return norms
@@ -38,6 +37,17 @@ def rows_size(rows: Tensor) -> Tensor:
         scale = largest[doubtful]
         norms[doubtful] = scale * torch.linalg.vector_norm(flat[doubtful].to(wide) / scale.unsqueeze(1), dim=1)
     return norms
+
+
+def quick_size(rows: Tensor) -> Tensor:
+    """Return the norms of rows `(k, …)` as `(k,)`, by squares that may overflow or underflow."""
+    flat = as_rows(plain(rows.detach()))
+    return torch.linalg.vector_norm(flat.to(torch.promote_types(flat.dtype, torch.float32)), dim=1)
+
+
+def is_doubtful(quick: Tensor) -> Tensor:
+    """Say of which norms by squares it cannot be told whether one overflowed or underflowed."""
+    return ~((quick > SQUARES) & (quick < 1 / SQUARES))
 
 
 def stacked(grads: Sequence[Tensor | None]) -> Tensor | None:

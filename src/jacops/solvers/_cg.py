@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from ._base import Prepared, PreparedBy, Solver
 from ._block import block_iteration
 from ._judge import Raw, condition_limit
 from ._precondition import Preconditioner, preconditioner_of
-from ._refine import Ended, IterationResult, noise, refined
+from ._refine import IterationResult, noise, read, refined
 from ._solution import Status
 from ._system import System, symmetric_system
 
@@ -73,31 +75,33 @@ def prepared_cg(system: System, inner: Preconditioner, most: int, block: bool = 
 
 
 def row_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
-    """Run preconditioned conjugate gradients on each row from zero."""
-    result = IterationResult.start(rows)
-    ids = torch.arange(rows.shape[0], device=rows.device)
-    x, r = torch.zeros_like(rows), rows
+    """Run preconditioned conjugate gradients on each row from zero.
+
+    How rows stand is read from the device once a step: what ends a row in a product is acted upon at the next step, and
+    the row stays where it is until then.
+    """
+    result, left = IterationResult.start(rows), list(range(rows.shape[0]))
+    x, r, size = torch.zeros_like(rows), rows, rows.norm(dim=1)
     p = z = inner(r)
     rz = (r * z).sum(1)
+    seen = _Seen.nothing(size)
     for step in range(most + 1):
-        scale = result.norm * x.norm(dim=1)
-        finished = r.norm(dim=1) <= goals[ids].maximum(0.5 * system.eps * scale)
-        last = step == most or bool(finished.all())
-        Ap = p if last else system.apply(p)
-        curvature = (p * Ap).sum(1)
-        ended: list[Ended] = [(None, finished), (Status.BREAKDOWN, ~(rz > 0) | ~curvature.isfinite())]
-        if last:
-            ended.append((Status.MAX_STEPS, torch.ones_like(finished)))
-        else:
-            flat = (curvature <= 0) | (scale > condition_limit(system.dtype) * rows[ids].norm(dim=1))
-            negative = _is_negative(system, result, p, Ap, curvature, ~finished)
-            ended += [(Status.NEGATIVE_CURVATURE, negative), (Status.SINGULAR, flat)]
-        active = result.settle(ids, x, step, ended)
-        if not bool(active.any()):
+        finished = r.norm(dim=1) <= goals.maximum(0.5 * system.eps * seen.norm * x.norm(dim=1))
+        ended = seen.ended(system, result, step, finished, (rz > 0) & p.isfinite().all(1))
+        if step == most:
+            ended = dict.fromkeys(range(len(left)), (step, Status.MAX_STEPS)) | ended
+        going = result.settle(left, x, ended)
+        if not left:
             break
-        ids, x, r, p, rz, Ap, curvature = (value[active] for value in (ids, x, r, p, rz, Ap, curvature))
-        alpha = (rz / curvature).unsqueeze(1)
-        x, r = x + alpha * p, r - alpha * Ap
+        if going is not None:
+            x, r, p, rz, goals, size = (value[going] for value in (x, r, p, rz, goals, size))
+        Ap = system.apply(p, finite=True)
+        curvature = (p * Ap).sum(1)
+        far = result.norm * x.norm(dim=1) > condition_limit(system.dtype) * size
+        seen = _Seen.along(p, Ap, curvature, far, result.norm)
+        alpha = torch.where(seen.stopped, 0, rz / curvature).unsqueeze(1)
+        x = x + alpha * p
+        r = torch.where(seen.stopped[:, None], r, r - alpha * Ap)
         z = inner(r)
         along = (r * z).sum(1)
         p, rz = z + (along / rz).unsqueeze(1) * p, along
@@ -106,18 +110,63 @@ def row_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most:
     return result
 
 
-def _is_negative(
-    system: System, result: IterationResult, p: Tensor, Ap: Tensor, curvature: Tensor, active: Tensor
-) -> Tensor:
-    """Return along which directions the curvature is negative, beyond rounding; note norm and lowest curvature."""
-    square = (p * p).sum(1)
-    relative = curvature / square
-    norm = float((Ap.norm(dim=1) / square.sqrt()).nan_to_num(0, 0, 0).max())
-    seen = relative[active & relative.isfinite()]
-    if len(seen):
-        result.is_negative(system, norm, float(seen.min()))
-    result.norm = max(result.norm, norm)
-    return relative < -noise(system) * result.norm
+@dataclass(eq=False)
+class _Seen:
+    """What a step saw of the operator, on its device.
+
+    Attributes:
+        broken: Rows whose product is not finite.
+        flat: Rows along whose direction there is no curvature to speak of, or a negative one.
+        relative: The curvature along each direction of unit length.
+        norm: The largest stretch so far.
+    """
+
+    broken: Tensor
+    flat: Tensor
+    relative: Tensor
+    norm: Tensor
+
+    @classmethod
+    def nothing(cls, like: Tensor) -> _Seen:
+        """Return what is seen before the first step."""
+        none = torch.zeros_like(like, dtype=torch.bool)
+        return cls(none, none, torch.full_like(like, math.inf), like.new_zeros(()))
+
+    @classmethod
+    def along(cls, p: Tensor, Ap: Tensor, curvature: Tensor, far: Tensor, norm: float) -> _Seen:
+        """Return what a product along the directions `p` shows; `far` are rows of which no digit is left."""
+        square = (p * p).sum(1)
+        stretch = (Ap.norm(dim=1) / square.sqrt()).nan_to_num(0, 0, 0).max()
+        return cls(~curvature.isfinite(), (curvature <= 0) | far, curvature / square, stretch.clamp_min(norm))
+
+    @property
+    def stopped(self) -> Tensor:
+        """The rows that a step does not move."""
+        return self.broken | self.flat
+
+    def ended(
+        self, system: System, result: IterationResult, step: int, finished: Tensor, sound: Tensor
+    ) -> dict[int, tuple[int, Status | None]]:
+        """Return which rows end and how, by place; note norm and lowest curvature."""
+        broken, flat, relative, norm, done, fit = read(
+            self.broken, self.flat, self.relative, self.norm, finished, sound
+        )
+        known = relative[np.isfinite(relative)]
+        if known.size:
+            result.is_negative(system, float(norm), float(known.min()))
+        result.norm = max(result.norm, float(norm))
+        negative = relative < -noise(system) * result.norm
+        ended: dict[int, tuple[int, Status | None]] = {}
+        for i in range(len(done)):
+            if broken[i]:
+                ended[i] = step - 1, Status.BREAKDOWN
+            elif flat[i]:
+                ended[i] = step - 1, Status.NEGATIVE_CURVATURE if negative[i] else Status.SINGULAR
+            elif done[i]:
+                ended[i] = step, None
+            elif not fit[i]:
+                ended[i] = step, Status.BREAKDOWN
+        return ended
 
 
 def steps_allowed(max_steps: int | None, n: int) -> int:

@@ -13,7 +13,7 @@ from .._operators import Operator
 from .._requirements import check_range
 from ._base import Prepared, PreparedBy, Solver
 from ._judge import Raw
-from ._refine import Ended, IterationResult, noise
+from ._refine import IterationResult, noise, read
 from ._solution import Status
 from ._system import System, symmetric_system
 
@@ -55,32 +55,35 @@ class LiSSA(Solver):
 
 def _summed(system: System, scale: float, most: int, rows: Tensor) -> Raw:
     """Add up terms of the series for each row."""
-    result, info = IterationResult.start(rows), {"scale": scale}
-    ids, x, r = torch.arange(rows.shape[0], device=rows.device), torch.zeros_like(rows), rows
+    result, info, left = IterationResult.start(rows), {"scale": scale}, list(range(rows.shape[0]))
+    x, r = torch.zeros_like(rows), rows
     before = rows.norm(dim=1)
     goals = system.tolerance * before
     for step in range(most + 1):
         now = r.norm(dim=1)
-        lost = ~now.isfinite()
-        ended: list[Ended] = [(None, now <= goals[ids])]
-        if bool(lost.any()):
-            ended.append((_overflowed(system, info), lost))
+        # A residual at its rounding level wavers by some roundings; growth is a factor per step.
+        grown = (now > before * (1 + 100 * system.eps)) & (now > goals)
+        done, finite, grew = read(now <= goals, now.isfinite(), grown)
+        ended: dict[int, tuple[int, Status | None]] = dict.fromkeys(done.nonzero()[0].tolist(), (step, None))
+        if not finite.all():
+            status = _overflowed(system, info)
+            ended |= {i: (step, status) for i in (1 - finite).nonzero()[0].tolist()}
         if step and step % _WINDOW == 0:
-            # A residual at its rounding level wavers by some roundings; growth is a factor per step.
-            grown = (now > before * (1 + 100 * system.eps)) & (now > goals[ids]) & ~lost
-            if bool(grown.any()):
-                negative = grown.clone()
-                negative[grown] = _is_negative(system, r[grown], info)
-                ended += [(Status.NEGATIVE_CURVATURE, negative), (Status.DIVERGED, grown)]
+            growing = [i for i in grew.nonzero()[0].tolist() if i not in ended]
+            if growing:
+                negative = _is_negative(system, r[growing], info).tolist()
+                kinds = [Status.NEGATIVE_CURVATURE if is_so else Status.DIVERGED for is_so in negative]
+                ended |= {i: (step, kind) for i, kind in zip(growing, kinds, strict=True)}
             before = now
         if step == most:
-            ended.append((Status.MAX_STEPS, torch.ones_like(lost)))
-        active = result.settle(ids, x, step, ended)
-        if not bool(active.any()):
+            ended = dict.fromkeys(range(len(left)), (step, Status.MAX_STEPS)) | ended
+        going = result.settle(left, x, ended)
+        if not left:
             break
-        ids, x, r, before = (value[active] for value in (ids, x, r, before))
+        if going is not None:
+            x, r, before, goals = (value[going] for value in (x, r, before, goals))
         x = x + r / scale
-        r = r - system.apply(r) / scale
+        r = r - system.apply(r, finite=True) / scale
     return Raw(result.x, result.steps, result.failed, info=info)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,6 @@ from ._solution import Status
 from ._system import System
 
 _ROUNDS = 5  # each has to halve the residual; at the rounding level none does, and one or two reach it
-
-
-Ended = tuple[Status | None, Tensor]  # how rows end, None for success, and of which rows that is true
 
 
 @dataclass(eq=False)
@@ -45,9 +43,9 @@ class IterationResult:
         """Return where an iteration begins: at zero, for each row."""
         return cls(torch.zeros_like(rows), [0] * rows.shape[0])
 
-    def end(self, rows: Tensor, step: int, status: Status | None = None) -> None:
+    def end(self, rows: Iterable[int], step: int, status: Status | None = None) -> None:
         """Note the numbers of rows that end at a step, and how those of them end that failed."""
-        for row in rows.tolist():
+        for row in rows:
             self.steps[row] = step
             if status is not None:
                 self.failed[row] = status
@@ -59,21 +57,36 @@ class IterationResult:
             self.norm = max(self.norm, system.norm)  # rounding of a norm not seen yet is no curvature
         return self.lowest < -noise(system) * self.norm
 
-    def settle(self, ids: Tensor, x: Tensor, step: int, ended: Iterable[Ended]) -> Tensor:
-        """Note the rows that end at a step, each by the first status that is true of it; return which go on.
+    def settle(self, rows: list[int], x: Tensor, ended: Mapping[int, tuple[int, Status | None]]) -> Tensor | None:
+        """Keep what rows that end came to.
 
         Args:
-            ids: The numbers of the rows that are left.
+            rows: The numbers of the rows that are left; those that end are taken out.
             x: Where these came to.
-            step: How many steps they took.
-            ended: How, in order of precedence.
+            ended: By place among them, at which step and how some of them end; None for success.
+
+        Returns:
+            The places of those that go on, where some end; None where all go on.
         """
-        active = torch.ones_like(ids, dtype=torch.bool)
-        for status, flags in ended:
-            self.end(ids[flags & active], step, status)
-            active = active & ~flags
-        self.x[ids[~active]] = x[~active]
-        return active
+        if not ended:
+            return None
+        for place, (step, status) in ended.items():
+            self.end([rows[place]], step, status)
+        last = list(ended)
+        self.x[[rows[place] for place in last]] = x[last]
+        places = [place for place in range(len(rows)) if place not in ended]
+        rows[:] = [rows[place] for place in places]
+        return torch.tensor(places, dtype=torch.long, device=x.device)
+
+
+def read(*parts: Tensor) -> list[np.ndarray]:
+    """Return the values of small tensors in double precision, all in one copy from the device."""
+    flat = torch.cat([part.detach().reshape(-1).to(torch.float64) for part in parts]).cpu().numpy()
+    found, start = [], 0
+    for part in parts:
+        found.append(flat[start : start + part.numel()].reshape(part.shape))
+        start += part.numel()
+    return found
 
 
 def noise(system: System) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from .._finite import on_finite_rows
+from .._finite import is_finite, on_finite_rows
 from .._operators import Diagonal, Identity, Matrix, Operator, Product, Scaled, Sum, Transposed
 from .._operators._data import SumOver
 from .._operators._graphs import check_operator
@@ -144,9 +144,9 @@ class System:
         r"""Return $A$ times each row; a row with NaN or Inf is not multiplied, its image is NaN."""
         return self._guarded(self._image, rows)
 
-    def apply(self, rows: Tensor) -> Tensor:
-        r"""Return $A + \lambda I$ times each row, as `undamped` does."""
-        image = self.undamped(rows)
+    def apply(self, rows: Tensor, finite: bool = False) -> Tensor:
+        r"""Return $A + \lambda I$ times each row, as `undamped` does; `finite` where all are known to be so."""
+        image = self._scaled(self._image, rows) if finite else self.undamped(rows)
         return image.add(rows, alpha=self.damping) if self.given_damping else image
 
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
@@ -188,17 +188,19 @@ class System:
         return self._norm[1]
 
     def _guarded(self, apply: RowMap, rows: Tensor) -> Tensor:
-        """Return images in the unit: half of it before and half after, so that factors like J overflow neither."""
+        """Return images in the unit of the rows that are finite, NaN for the others."""
+        if is_finite(rows):
+            return self._scaled(apply, rows)
         if not bool(rows.isfinite().all(1).any()):
             return torch.full_like(rows, math.nan)
+        return on_finite_rows(partial(self._scaled, apply), rows)
 
-        def scaled(good: Tensor) -> Tensor:
-            self.products += good.shape[0]
-            tick()
-            half, exponent = (self._exponent or 0) // 2, self._exponent or 0
-            return apply(good * 2.0**-half) * 2.0 ** (half - exponent) if exponent else apply(good)
-
-        return on_finite_rows(scaled, rows)
+    def _scaled(self, apply: RowMap, rows: Tensor) -> Tensor:
+        """Return images in the unit: half of it before and half after, so that factors like J overflow neither."""
+        self.products += rows.shape[0]
+        tick()
+        half, exponent = (self._exponent or 0) // 2, self._exponent or 0
+        return apply(rows * 2.0**-half) * 2.0 ** (half - exponent) if exponent else apply(rows)
 
     def _image(self, rows: Tensor) -> Tensor:
         """Return products with $A$; the first ones fix the unit."""

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..._requirements import check_choice
 from ..._runtime.contexts import out_of_inference
-from ..._trees import Tree, flatten, is_differentiable
+from ..._trees import Tree, flatten, is_differentiable, is_dtensor
 from ..._words import Fallback
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
+from .replica import SHARDED_CALLS
 
 
 def check_fallback(fallback: str) -> str:
@@ -28,12 +29,13 @@ def check_fallback(fallback: str) -> str:
     return check_choice("fallback", fallback, Fallback)
 
 
-def check_params(params: Any, empty: bool = False) -> list[Tensor]:
-    """Return `params` as a list: one tensor, or any iterable of tensors, read once.
+def check_params(params: Any, empty: bool = False, spread: bool = False) -> list[Tensor]:
+    """Return `params` as a list: one tensor, or any iterable of tensors, read once; DTensors if they may be `spread`.
 
     Raises:
         InputTypeError: An entry is not a tensor.
-        InputError: There are none where `empty` does not allow it, or an entry is repeated, frozen or sparse.
+        InputError: There are none where `empty` does not allow it, or an entry is repeated, frozen, sparse or
+            sharded.
     """
     try:
         leaves = (
@@ -50,6 +52,9 @@ def check_params(params: Any, empty: bool = False) -> list[Tensor]:
         name = f"params[{i}]"
         if not isinstance(leaf, Tensor):
             raise InputTypeError.of(name, f"a {type(leaf).__name__}", "a tensor is needed")
+        if is_dtensor(leaf) and not spread:
+            todo = f"{SHARDED_CALLS} take DTensors."
+            raise InputError.of(name, "a DTensor", "this call needs whole parameters", todo)
         if id(leaf) in seen:
             raise InputError.of(name, f"the same tensor as params[{seen[id(leaf)]}]", "each may stand there once")
         if not leaf.requires_grad:
@@ -174,12 +179,15 @@ def refuse_arrays(value: Any) -> None:
     """Refuse NumPy arrays and bare numbers where a model's input is expected.
 
     Raises:
+        InputError: There is a DTensor.
         InputTypeError: There is one; the message names it.
     """
     if isinstance(value, DataLoader | Dataset):
         raise InputTypeError.of("input", f"a {type(value).__name__}", "one batch is needed", advice_for(value))
     leaves, tree = flatten(value, "input")
     for leaf, name in zip(leaves, tree.names, strict=True):
+        if is_dtensor(leaf):
+            raise InputError.of(name, "a DTensor", "this rank's tensor is needed", "Pass its `full_tensor()`.")
         if isinstance(leaf, np.ndarray) or (isinstance(value, list) and isinstance(leaf, int | float)):
             came = "an array" if isinstance(leaf, np.ndarray) else "a number in a list"
             came = f"{came} ({type(leaf).__name__})"

@@ -9,8 +9,9 @@ shared in memory, buffers are cloned, anything else is shared as it is.
 from __future__ import annotations
 
 import copy
+import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..._runtime.contexts import arithmetic, out_of_inference
 from ..._runtime.restoring import restoring
+from ..._trees import is_dtensor
 from ...errors import InputTypeError, ModelStateError
 
 
@@ -49,7 +51,19 @@ def bare(model: Any) -> nn.Module:
 
     Raises:
         InputTypeError: `model` is not a module.
-        ModelStateError: The wrapper spreads the parameters over processes.
+        ModelStateError: Its parameters are sharded over processes.
+    """
+    module = unwrapped(model)
+    if is_sharded(module):
+        raise _sharded(module)
+    return module
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """Return the module behind wrappers; its parameters may be sharded.
+
+    Raises:
+        InputTypeError: `model` is not a module.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
         came = f"the class {model.__name__}"
@@ -59,12 +73,35 @@ def bare(model: Any) -> nn.Module:
         raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed", todo)
     kind = type(model).__name__
     if kind in ("DataParallel", "DistributedDataParallel"):
-        return bare(model.module)
+        return unwrapped(model.module)
     if kind == "OptimizedModule":
-        return bare(model._orig_mod)
-    if kind == "FullyShardedDataParallel" or kind.startswith("FSDP"):
-        raise _spread(kind)
+        return unwrapped(model._orig_mod)
     return model
+
+
+def is_sharded(model: Any) -> bool:
+    """Say whether a model's parameters are spread over processes: by FSDP of either kind, or as DTensors."""
+    if not isinstance(model, nn.Module) or not _SPREADING & sys.modules.keys():
+        return False  # nobody has made such a thing: nothing is walked through
+    return any(is_wrapped(module) for module in model.modules()) or any(map(is_dtensor, _tensors(model)))
+
+
+# Modules of torch without which nothing is sharded; `import torch` loads none of them.
+_SPREADING = frozenset({"torch.distributed.tensor", "torch.distributed.fsdp"})
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Say whether FSDP, of either kind, manages the parameters of this module."""
+    return type(module).__name__ == "FullyShardedDataParallel" or _manages(type(module))
+
+
+def _manages(kind: type) -> bool:
+    return any(parent.__name__ == "FSDPModule" for parent in kind.__mro__)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 _FUNCTIONS = (
@@ -95,20 +132,23 @@ def by_inputs(model: Any) -> nn.Module:
     return PlainFunction(model) if plain else bare(model)
 
 
-def _spread(kind: str) -> ModelStateError:
-    came, todo = f"a {kind}, sharded over processes (FullyShardedDataParallel)", "Gather them into an unwrapped module."
-    return ModelStateError.of("model", came, "its parameters must be whole", todo)
+def _sharded(module: nn.Module) -> ModelStateError:
+    came = f"a {type(module).__name__}, whose parameters are sharded over processes (FSDP or DTensor)"
+    needed = "this call needs whole parameters"
+    todo = f"{SHARDED_CALLS} take sharded ones. Else load `full_state_dict`s into a module that is not sharded."
+    return ModelStateError.of("model", came, needed, todo)
+
+
+SHARDED_CALLS = "`jvp`, `vjp`, `model_jvp`, `model_vjp`, `hvp` and `ggnvp`"
 
 
 def check_state(model: nn.Module) -> None:
     """Refuse parameters that have no values here.
 
     Raises:
-        ModelStateError: A parameter or buffer is lazy, on the meta device or spread over processes.
+        ModelStateError: A parameter or buffer is lazy or on the meta device.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if type(tensor).__name__ == "DTensor":
-            raise _spread(type(model).__name__)
         if torch.nn.parameter.is_lazy(tensor):
             owner = _owner(model, name)
             came = f"not initialised ({owner} is lazy)"
@@ -170,6 +210,30 @@ def replicate(
             memo[id(parameter)] = _copied(parameter, values, known and wrt(name, parameter), connected, cloned)
         module = builder.build(model)
     return Replica(module, {n: memo[id(p)] for n, p in originals.items()}, originals)
+
+
+@restoring
+def skeleton(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> tuple[nn.Module, dict[int, nn.Module]]:
+    """Return a copy of a model with other tensors for its parameters, by identity, and the copies of its modules.
+
+    FSDP's classes and hooks, which gather parameters, are left behind; the caller's own hooks are not.
+    """
+    memo: dict[int, Any] = dict(stand_ins)
+    with arithmetic(True):
+        twin = _Builder(memo, None, False).build(model)
+    twins: dict[int, nn.Module] = {id(module): memo[id(module)] for module in model.modules()}
+    for module in twins.values():
+        if is_wrapped(module):
+            module.__class__ = next(
+                kind for kind in type(module).__mro__[1:] if issubclass(kind, nn.Module) and not _manages(kind)
+            )
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, hook in hooks.items() if getattr(hook, "__module__", "").startswith(_FSDP)]:
+                del hooks[number]
+    return twin, twins
+
+
+_FSDP = "torch.distributed.fsdp"
 
 
 def _copied(parameter: Tensor, values: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:

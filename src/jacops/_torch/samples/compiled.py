@@ -245,7 +245,7 @@ def _seconds(call: Callable[[], Any], like: Tensor) -> float:
     """Return what a call takes, the device's work included."""
     started = time.perf_counter()
     call()
-    if like.device.type != "cpu":
+    if like.device.type != "cpu":  # whose work is not done when the call returns
         torch.accelerator.synchronize(like.device)
     return time.perf_counter() - started
 

@@ -254,6 +254,7 @@ def planned(samples: Samples, budget: Budget, mode: str, allocated: bool = True)
         arrays=samples.beside.arrays,
         beside=beside,
     )
+    # Chunks that fit the cache are faster on a processor; a device takes what fits its memory.
     rows = min(plan.fits, plan.cached) if samples.values[0].device.type == "cpu" else plan.fits
     most = min(beside.samples(allowed - plan.kept), int(_FOLLOWED / max(beside.each, 1.0)), samples.batch_size)
     followed = 1 if plan.apart else _evenly(count, most)

@@ -19,7 +19,7 @@ from ..._ladder.plan import Cost
 from ..._runtime.agreement import inner, size
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
-from ..._runtime.rows import Rows, dense, plain, rows_size, stacked, zero_rows
+from ..._runtime.rows import Rows, dense, is_doubtful, plain, quick_size, rows_size, stacked, zero_rows
 from ..._runtime.side_effects import unwatched
 from .ask import SweepAsk
 
@@ -182,6 +182,18 @@ def adjoint_error(
     entries = sum(g.numel() for g, _ in paired)
     typical = _FLOOR * math.sqrt(sum(s**2 for s in sizes) / max(entries, 1))
     spread = [s / math.sqrt(max(g.numel(), 1)) + typical for s, (g, _) in zip(sizes, paired, strict=True)]
-    scale = sum((rows_size(t) * s for s, (_, t) in zip(spread, paired, strict=True)), nothing)
-    scale = scale + sum((rows_size(r) for r in pushed), nothing)
-    return float(((left - right).abs() / (scale + torch.finfo(torch.float64).tiny)).max())
+    pairs = [(s, t) for s, (_, t) in zip(spread, paired, strict=True)] + [(1.0, r) for r in pushed]
+    return _relative_gap((left - right).abs(), pairs)
+
+
+def _relative_gap(gap: Tensor, weighed: list[tuple[float, Tensor]]) -> float:
+    """Return the largest ratio of gaps `(k,)` to weighed sums of the sizes of rows, in one read from their device."""
+    tiny = torch.finfo(torch.float64).tiny
+    norms = [quick_size(rows) for _, rows in weighed]
+    scale = sum((n.to(torch.float64) * w for n, (w, _) in zip(norms, weighed, strict=True)), torch.zeros_like(gap))
+    doubtful = torch.stack([is_doubtful(n).any() for n in norms]).any()
+    worst, doubt = torch.stack([(gap / (scale + tiny)).max(), doubtful.to(gap.dtype)]).tolist()
+    if not doubt:
+        return worst
+    sizes = (rows_size(rows) * w for w, rows in weighed)
+    return float((gap / (sum(sizes, torch.zeros_like(gap)) + tiny)).max())

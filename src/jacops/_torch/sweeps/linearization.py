@@ -310,6 +310,7 @@ class Linearization:
 
     def chunk(self, rows: int) -> int:
         """Return how many cotangents go into one batched pass."""
+        # A pass fits a processor's cache or not; devices have room for more cotangents than that, and need them.
         on_processor = rows > 1 and self.domain.device.type == "cpu"
         return to_a_pass(rows, self.domain.dim + self.codomain.dim, self._passed_bytes if on_processor else 0)
 

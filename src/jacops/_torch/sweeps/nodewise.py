@@ -154,6 +154,7 @@ class NodewisePush:
     def refuses(self, ask: SweepAsk) -> str | None:
         """Several small tangents are faster in one batched pass; there is no graph to go through for later sweeps."""
         lin = ask.lin
+        # A processor is as fast tangent by tangent once they are large; a device is faster with all in one pass.
         large = lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim > _LARGE
         alone = (
             ask.alone or ask.many == 1 or large or ask.verdicts.refusal(Question.PUSH, RouteName.BATCHED) is not None
