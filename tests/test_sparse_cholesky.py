@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from synthetic_graphs import garage_graph, sphere_graph, synthetic_bundle, walk_graph
 from torch import Tensor, nn
 
-from jacops._runtime.contexts import _blas_libraries, one_blas_thread
+from jacops._runtime.blas import _blas_libraries, one_blas_thread
 from jacops.charts import SE2, SE3
 from jacops.errors import JacopsWarning, SolveError
 from jacops.fit import SparseCholesky, gauss_newton, levenberg_marquardt

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -382,27 +382,3 @@ def private_generator(device: torch.device, seed: int) -> torch.Generator:
 def _accelerates(device: torch.device) -> bool:
     found = torch.accelerator.current_accelerator()
     return found is not None and found.type == device.type
-
-
-@cache
-def _blas_libraries() -> list[Any]:
-    import scipy.linalg.blas  # loads the library of SciPy  # noqa: F401
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(user_api="blas").lib_controllers
-
-
-def _set_blas_threads(numbers: Sequence[int]) -> None:
-    for library, number in zip(_blas_libraries(), numbers, strict=True):
-        library.set_num_threads(number)
-
-
-_BLAS = ProcessState(lambda: [library.get_num_threads() for library in _blas_libraries()], _set_blas_threads)
-
-
-def one_blas_thread() -> Guard:
-    """Return a context in which the BLAS of NumPy and SciPy takes one thread, for many small matrices.
-
-    Several threads that share matrices of a hundred columns mostly wait for one another.
-    """
-    return ProcessSetting(_BLAS, [1] * len(_blas_libraries()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._runtime.contexts import one_blas_thread
+from .._runtime.blas import one_blas_thread
 from ..sparse._matrix import blas, lapack
 from ._fronts import Fronts, Graph
 
