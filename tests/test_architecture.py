@@ -50,6 +50,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_features",
         "_projections",
         "_data",
+        "_sharing",
         "_shuffling",
         "_loaders",
     },  # 1
@@ -60,6 +61,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_passes",
         "_reduction",
         "_problem",
+        "_problem_parts",
     },  # 3 problem
     {
         "_jacobian_checks",

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 # fmt: off
 __all__ = [
     "DataError", "InputError", "InputTypeError", "JacopsError", "JacopsWarning", "MemoryBudgetError",
-    "MissingExtraError", "ModelStateError", "NonFiniteError", "NotDifferentiableError", "SolveError",
-    "StoreBusyError", "StoreDamagedError", "StoreError", "StoreFileError", "StoreIncompleteError",
+    "MissingExtraError", "ModelStateError", "NonFiniteError", "NotDifferentiableError", "PeerFailedError",
+    "SolveError", "StoreBusyError", "StoreDamagedError", "StoreError", "StoreFileError", "StoreIncompleteError",
     "StoreMismatchError",
 ]
 # fmt: on
@@ -70,6 +70,18 @@ class SolveError(JacopsError, RuntimeError):
 
 class MemoryBudgetError(JacopsError, MemoryError):
     """The result would not fit the memory budget; nothing was allocated."""
+
+
+class PeerFailedError(JacopsError, RuntimeError):
+    """Another rank of a `torch.distributed` group failed, did not come to a call, or came with something else.
+
+    Attributes:
+        ranks: Which, where that is known.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class StoreError(JacopsError, RuntimeError):

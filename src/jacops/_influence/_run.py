@@ -16,6 +16,7 @@ from .._operators._data import SumOver
 from .._problem import BatchPoint, Problem, ProblemOptions
 from .._requirements import check_choice
 from .._runtime.memory import budget_bytes
+from .._sharing import refuse_apart
 from .._words import AutoDamping, Curvature, OnFailure, SolverName
 from ..errors import InputError, InputTypeError, SolveError
 from ..solvers import Auto, Prepared, Solution, Solver, Status, require, solver_of
@@ -111,7 +112,8 @@ class InfluenceRun:
         each, step = self.problem.space.dim * self.problem.space.dtype.itemsize, self.step
         if rows <= step:
             return max(1, rows)
-        room = int(_GROUP_SHARE * budget_bytes(None, self.problem.space.device))
+        free = self.problem.ranks.least("the memory for influences", budget_bytes(None, self.problem.space.device))
+        room = int(_GROUP_SHARE * free)
         return max(1, min(-(-rows // step), room // max(1, each * step))) * step
 
     def groups(self, data: Batches) -> Iterator[tuple[Tensor, list[Solution]]]:
@@ -131,6 +133,7 @@ class InfluenceRun:
 
     def tiles(self, data: Batches) -> Iterator[Callable[[], Tensor]]:
         """Yield for each tile of `step` rows, across batches, a function that returns their gradients."""
+        refuse_apart(data, self.problem.ranks, "each row is a sample of the result")
         for parts in in_tiles(data.tracked("solving", self.problem.progress), self.step):
             yield _gradients(self.problem, parts)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -16,6 +17,7 @@ from .._ladder.names import Fact, Question, RouteName
 from .._operators import Operator
 from .._operators._eigen_blocks import Block
 from .._runtime.counter import Draws
+from .._sharing import PLACES, refuse_apart
 from .._space import Space
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
 from .._words import FisherSource
@@ -25,6 +27,7 @@ from ._kronecker_sums import Basis, OuterSums, RowSums, not_finite
 from ._output_curvature import Directions, Given
 from ._output_loss import LossAtOutput
 
+Summed = OuterSums | RowSums | Noise
 _EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one: as many as share one pass
 _FEW = 32  # samples recorded together where parameters need a sweep for each, which runs through all of them
 _KEPT_ENTRIES = 2**23  # what is kept of the first pass for the second: 32 MiB in float32; more is recorded again
@@ -92,8 +95,8 @@ class Passes:
             for start in range(0, data.rows, _FEW):
                 part = data.part(slice(start, start + _FEW))
                 _, own, share = self.problem.term(part)
-                if share:
-                    yield from self._of_batch(part, own, share, first + start, outer_only)
+                if share:  # a batch that only tells shapes has no factor, nor have its parts
+                    yield from self._of_batch(part, own, share if factor else 0.0, first + start, outer_only)
             return
         self._recorded += 1
         self._check_alike(batch)
@@ -104,7 +107,7 @@ class Passes:
             seeds = directions.chunk(start, min(start + size, columns))
             gradients = self._confirmed(batch, seeds, outer_only)
             self._begun = True
-            yield Piece(gradients, factor, seeds.shape[0] / columns)
+            yield Piece(gradients, factor, seeds.shape[0] / columns if factor else 0.0)
 
     def _directions(self, at: LossAtOutput, term: Any, data: Any, first: int) -> Directions:
         if self.fisher == "empirical":
@@ -112,6 +115,7 @@ class Passes:
         hessian = at.hessian()
         if self.fisher == "exact" or (self.fisher == "auto" and hessian.columns <= _EXACT_UP_TO):
             return hessian
+        refuse_apart(self.problem.data, self.problem.ranks, PLACES)
         self.drawn = True
         return Given(hessian.draw(Draws(self.seed, first), self.draws) / math.sqrt(self.draws))
 
@@ -196,29 +200,53 @@ def summed(
         kept: Where gradients for a second pass are left, if they fit.
     """
     sums: list[OuterSums | RowSums] = []
-    room, noise = _KEPT_ENTRIES if kept is not None else -1, Noise()
-    for piece in passes.pieces():
-        if passes.drawn:
-            noise.add(piece.gradients, piece.factor)
-        sums = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
-        for own, gradients in zip(sums, piece.gradients, strict=True):
-            own.add(gradients, piece.factor, piece.share)
-        outer = [own for own in piece.gradients if isinstance(own, list)]
-        room -= sum(use.left.numel() + use.right.numel() for own in outer for use in own)
-        if kept is not None:
-            kept[:] = [*kept, Piece(list(outer), piece.factor, piece.share)] if room >= 0 else []
+    noise = Noise()
+
+    def gather() -> list[Summed]:
+        room = _KEPT_ENTRIES if kept is not None else -1
+        for piece in passes.pieces():
+            if passes.drawn:
+                noise.add(piece.gradients, piece.factor)
+            sums[:] = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
+            for own, gradients in zip(sums, piece.gradients, strict=True):
+                own.add(gradients, piece.factor, piece.share)
+            outer = [own for own in piece.gradients if isinstance(own, list)]
+            room -= sum(use.left.numel() + use.right.numel() for own in outer for use in own)
+            if kept is not None:
+                kept[:] = [*kept, Piece(list(outer), piece.factor, piece.share)] if room >= 0 else []
+        return [*sums, noise]
+
+    _added_up(passes, gather)
     return tuple(sums), noise if passes.drawn else None
 
 
 def corrected(sums: Sequence[OuterSums | RowSums], passes: Passes, kept: Sequence[Piece]) -> tuple[Block, ...]:
     """Return blocks whose eigenvalues are found by a second pass over the data, or over what is kept of the first."""
     outer = [own for own in sums if isinstance(own, OuterSums)]
-    for own in outer:
-        own.settle()
-    for piece in kept or (passes.pieces(outer_only=True) if outer else ()):
-        for own, gradients in zip(outer, piece.gradients, strict=True):
-            own.correct(gradients, piece.factor)
+    for own in outer:  # the signs of eigenvectors are a processor's own choice
+        own.settle(partial(passes.problem.ranks.leading, passes.call))
+
+    def gather() -> list[Summed]:
+        for piece in kept or (passes.pieces(outer_only=True) if outer else ()):
+            for own, gradients in zip(outer, piece.gradients, strict=True):
+                own.correct(gradients, piece.factor)
+        return [*outer]
+
+    _added_up(passes, gather)
     return tuple(own.block() for own in sums)
+
+
+def _added_up(passes: Passes, gather: Callable[[], list[Summed]]) -> None:
+    """Add up over ranks what each gathers in a pass."""
+    found: list[Summed] = []
+
+    def own() -> list[Tensor]:
+        found[:] = gather()
+        return [part for one in found for part in one.parts()] if passes.problem.ranks.shared else []
+
+    totals = iter(passes.problem.sums(passes.call, own))
+    for one in found if passes.problem.ranks.shared else ():
+        one.take(totals)
 
 
 def _sums(group: Group, space: Space, exact_up_to: int, basis: Basis) -> OuterSums | RowSums:

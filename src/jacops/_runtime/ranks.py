@@ -1,0 +1,304 @@
+"""Ranks: processes of a `torch.distributed` group that share sums over data.
+
+A sum takes three steps, the same ones on all ranks. They *meet*: each leaves the name of its call and what it has to
+have in common with the others in the group's store, and waits for theirs. Each computes its own part. They *settle*:
+one small reduction says whether all of them have one, of the same shapes; only then are the parts added up, by
+`all_reduce`, whose result is the same on all ranks to the last bit. So a rank that fails never keeps others waiting,
+and one that did not come is missed after a given time, by a store that is good for the next call all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import PeerFailedError
+
+T = TypeVar("T")
+TIMEOUT = 30.0  # seconds for ranks that do the same to come to the same call: the slowest imports and first reads
+_LONGEST_NAP = 0.02  # seconds between looks at the store: few enough requests where a thousand ranks look
+_TEXT = 2000  # characters of an error that others are told
+_TODO = (
+    "In a torch.distributed group, calls that take a loader or a Problem share their sums and are made on all ranks "
+    "alike; pass `distributed=False` for one that is made on a single rank."
+)
+
+
+@final
+class Rendezvous:
+    """The default process group: where ranks meet, tell failures, and add up.
+
+    Args:
+        group: The process group.
+        store: Its store.
+
+    Attributes:
+        busy: A rank computes its part of a sum; what it calls meanwhile is its own.
+    """
+
+    def __init__(self, group: Any, store: Any) -> None:
+        self.group, self.store = group, dist.PrefixStore("jacops", store)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.busy = False
+        self._meeting = 0
+
+    def meet(self, call: str, facts: Mapping[str, Any], timeout: float) -> list[dict[str, Any]]:
+        """Wait for all ranks at a call; return what each brought.
+
+        Whether a meeting takes place is decided once for all, by the first to see that everybody is there or that
+        the time is over. Who comes to one that was given up goes to the next.
+
+        Raises:
+            PeerFailedError: Some did not come in time, or came to another call.
+        """
+        message = json.dumps({"call": call, **facts})
+        try:
+            brought = self._met(message, time.monotonic() + timeout)
+        except RuntimeError as error:  # of the store
+            raise _lost(call, error) from error
+        absent = [rank for rank, one in enumerate(brought) if one is None]
+        if absent:
+            who = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
+            raise PeerFailedError(f"{call}: {who} of {self.size} did not come within {timeout:g} s. {_TODO}", absent)
+        found = [json.loads(one) for one in brought if one is not None]
+        _check_calls(call, found)
+        return found
+
+    def _met(self, message: str, deadline: float) -> list[bytes | None]:
+        """Return what each rank brought to the first meeting that takes place; None for one that did not come."""
+        while True:
+            number, self._meeting = self._meeting, self._meeting + 1
+            keys = [f"{number}/{rank}" for rank in range(self.size)]
+            self.store.set(keys[self.rank], message)
+            here = self._wait(keys, deadline)
+            held = self.store.compare_set(f"{number}/held", "", "yes" if here else "no") == b"yes"
+            if held or not here:
+                break
+        brought = [self.store.get(key) if held or self.store.check([key]) else None for key in keys]
+        if held:
+            self._forget(number - 1)
+        return brought
+
+    def _wait(self, keys: list[str], deadline: float) -> bool:
+        """Return whether all keys are there before the time is over; short sleeps leave room for an interrupt."""
+        started = time.monotonic()
+        while not self.store.check(keys):
+            now = time.monotonic()
+            if now >= deadline:
+                return False
+            time.sleep(min(_LONGEST_NAP, 1e-4 + 0.1 * (now - started)))
+        return True
+
+    def _forget(self, number: int) -> None:
+        """Take what this rank left at an earlier meeting out of the store: all have come to a later one."""
+        if number >= 0:
+            for key in (f"{number}/{self.rank}", *([f"{number}/held"] if self.rank == 0 else [])):
+                self.store.delete_key(key)
+
+    def settle(self, call: str, error: BaseException | None, parts: Sequence[Tensor], like: torch.device) -> None:
+        """Tell the others whether this rank has its part of a sum, and wait for them.
+
+        Raises:
+            PeerFailedError: Another rank has none, or one of other shapes.
+        """
+        number = self._meeting - 1
+        if error is not None:
+            text = f"{type(error).__name__}: {error}"[:_TEXT]
+            self.store.set(f"{number}/failed/{self.rank}", text)
+        kind = zlib.crc32(repr([(tuple(part.shape), part.dtype) for part in parts]).encode()) & 0xFFFFF
+        flags = torch.zeros(self.size + 2, dtype=torch.int64, device=like)
+        flags[self.rank] = int(error is not None)
+        flags[-2], flags[-1] = kind, kind**2
+        *failed, total, squares = self.added(call, flags).tolist()
+        if error is not None:
+            return
+        if any(failed):
+            who = [rank for rank, flag in enumerate(failed) if flag]
+            text = self.store.get(f"{number}/failed/{who[0]}").decode()
+            raise PeerFailedError(f"{call}: rank {who[0]} of {self.size} failed: {text}", who)
+        # Sums of numbers and of their squares are those of equal numbers only where all are equal.
+        if (total, squares) != (self.size * kind, self.size * kind**2):
+            raise PeerFailedError(
+                f"{call}: the ranks' parts of a sum have different shapes: the model or the data's kind differs between"
+                f" them, or their processors round a decision differently. {_TODO}"
+            )
+
+    def added(self, call: str, part: Tensor) -> Tensor:
+        """Return the sum of a tensor of each rank; the tensor's memory may be used up.
+
+        Raises:
+            PeerFailedError: A rank is gone.
+        """
+        if not part.numel():
+            return part
+        wide = part.to(self._place(part.device), _exact(part.dtype)).contiguous()
+        try:
+            dist.all_reduce(wide, group=self.group)
+        except RuntimeError as error:  # of torch's own kinds, and plain where gloo lost a connection
+            raise _lost(call, error) from error
+        return wide.to(part.device, part.dtype)
+
+    def _place(self, device: torch.device) -> torch.device:
+        """Return where the group reduces tensors of a device."""
+        kinds = [own.type for own in self.group._device_types]
+        if device.type in kinds:
+            return device
+        return torch.device(kinds[0], torch.cuda.current_device()) if kinds[0] == "cuda" else torch.device(kinds[0])
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over ranks are taken: half precision in single."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
+def _lost(call: str, error: Exception) -> PeerFailedError:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return PeerFailedError(f"{call}: the connection to another rank was lost: it ended or was killed ({text}).")
+
+
+def _check_calls(call: str, brought: Sequence[Mapping[str, Any]]) -> None:
+    others = {rank: one["call"] for rank, one in enumerate(brought) if one["call"] != call}
+    if others:
+        rank, other = next(iter(others.items()))
+        raise PeerFailedError(f"{call}: rank {rank} came to {other} instead. {_TODO}", list(others))
+
+
+@final
+@dataclass(frozen=True)
+class Ranks:
+    """Who shares a sum over data: this process alone, or all ranks of a group.
+
+    Attributes:
+        rank: This process.
+        size: How many there are.
+        group: How they reach each other; None for one.
+        timeout: Seconds to wait for others at a call.
+        apart: Each rank reads rows of its own; otherwise all read the same batches, and batch b is of rank b mod size.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Rendezvous | None = None
+    timeout: float = TIMEOUT
+    apart: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is more than one."""
+        return self.group is not None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank adds what counts once."""
+        return self.rank == 0
+
+    def owns(self, number: int) -> bool:
+        """Return whether a batch is this rank's."""
+        return self.apart or number % self.size == self.rank
+
+    def agree(self, call: str, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Wait for all ranks; return what each brought.
+
+        Raises:
+            PeerFailedError: Some did not come, came to another call, or came with other facts.
+        """
+        if self.group is None:
+            return [dict(facts)]
+        brought = self.group.meet(call, facts, self.timeout)
+        for name in facts:
+            values = [one.get(name) for one in brought]
+            others = [rank for rank, value in enumerate(values) if value != values[0]]
+            if others:
+                came = f"{name} of rank 0 ({values[0]}) and of rank {others[0]} ({values[others[0]]})"
+                raise PeerFailedError(f"{call}: {came} differ, but must be the same on all ranks. {_TODO}", others)
+        return brought
+
+    def run(self, call: str, compute: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
+        """Return what this rank computes, after all ranks have computed theirs.
+
+        Raises:
+            PeerFailedError: As for `agree`, or another rank failed.
+        """
+        found: list[T] = []
+
+        def parts() -> list[Tensor]:
+            found.append(compute())
+            return []
+
+        self.sums(call, parts, facts)
+        return found[0]
+
+    def sums(
+        self, call: str, compute: Callable[[], Sequence[Tensor]], facts: Mapping[str, Any] | None = None
+    ) -> list[Tensor]:
+        """Return the sums over ranks of the tensors that each computes, the same on all to the last bit.
+
+        Raises:
+            PeerFailedError: As for `agree`, or another rank failed; this rank's own error comes as it is.
+        """
+        if self.group is None:
+            return list(compute())
+        group = self.group
+        self.agree(call, facts or {})
+        group.busy = True
+        try:
+            parts = [part.detach() for part in compute()]
+        except BaseException as error:
+            with suppress(PeerFailedError):
+                group.settle(call, error, [], torch.device("cpu"))
+            raise
+        finally:
+            group.busy = False
+        group.settle(call, None, parts, parts[0].device if parts else torch.device("cpu"))
+        return [group.added(call, part) for part in parts]
+
+    def total(self, call: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the sum over ranks of the tensor that each computes."""
+        return self.sums(call, lambda: [compute()])[0]
+
+    def leading(self, call: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors of the first rank on all."""
+        return self.sums(call, lambda: [t if self.leads else torch.zeros_like(t) for t in tensors])
+
+    def every(self, call: str, compute: Callable[[], bool]) -> bool:
+        """Return whether something holds on every rank."""
+        return not self.total(call, lambda: torch.tensor(0 if compute() else 1)).item()
+
+    def least(self, call: str, number: int) -> int:
+        """Return the smallest of the ranks' numbers."""
+        if self.group is None:
+            return number
+        brought = self.group.meet(call, {"number": number}, self.timeout)
+        return min(int(one["number"]) for one in brought)
+
+
+ALONE = Ranks()
+_groups: list[Rendezvous] = []  # of the default process group, while it is the same
+
+
+def ranks_here(distributed: bool = True, timeout: float = TIMEOUT, apart: bool = False) -> Ranks:
+    """Return the ranks of the default process group; one alone where there is none, or inside of another sum.
+
+    Args:
+        distributed: Look for a group.
+        timeout: Seconds to wait for others at a call.
+        apart: As for `Ranks`.
+    """
+    if not (distributed and dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return ALONE
+    from torch.distributed.distributed_c10d import _get_default_group, _get_default_store
+
+    current = _get_default_group()
+    if not _groups or _groups[0].group is not current:
+        _groups[:] = [Rendezvous(current, _get_default_store())]
+    group = _groups[0]
+    return ALONE if group.busy else Ranks(group.rank, group.size, group, timeout, apart)
