@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -134,7 +133,7 @@ class Problem(Described):
     @property
     def rows(self) -> int:
         """Samples in the data, of all ranks."""
-        return self._first_pass().rows if self.ranks.shared else self.data.rows
+        return self.first_pass("Problem.rows").rows if self.ranks.shared else self.data.rows
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches that have rows."""
@@ -143,29 +142,20 @@ class Problem(Described):
     @property
     def denominator(self) -> float:
         """What the sum of all losses is divided by: the number of rows or of labels, or their weights; 1 for a sum."""
-        return self._first_pass().denominator
+        return self.first_pass("Problem.denominator").denominator
 
-    def _first_pass(self) -> FirstPass:
-        """Return what the first pass found, which is made if it was not."""
-        self.known = self.known or first_pass(self)
+    def first_pass(self, call: str) -> FirstPass:
+        """Return what the first pass found, which is made if it was not, for a call."""
+        self.known = self.known or first_pass(self, call)
         return self.known
 
     def sums(self, call: str, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         """Return the sums over ranks, which all must have the same problem, of the tensors that each computes."""
-        if self.ranks.shared:
-            self._first_pass()
-        return self.ranks.sums(call, compute, facts_of(self))
+        return self.ranks.sums(call, compute, facts_of(self, call))
 
-    def one_by_rank(self, call: str, compute: Callable[[], Made]) -> Made:
-        """Return what a rank computes on its own, once all ranks, which must have the same problem, have theirs."""
-        found: list[Made] = []
-
-        def own() -> list[Tensor]:
-            found.append(compute())
-            return []
-
-        self.sums(call, own)
-        return found[0]
+    def on_each(self, call: str, compute: Callable[[], Made]) -> Made:
+        """Return what this rank computes, once all ranks, which must have the same problem, have computed theirs."""
+        return self.ranks.run(call, compute, facts_of(self, call))
 
     def shares(self, batch: Batch) -> Tensor:
         """Return what each row of a batch weighs before the division, `(rows,)`."""
@@ -281,7 +271,7 @@ class Problem(Described):
             NotDifferentiableError: There is no second derivative.
         """
         passes = BatchPasses(self, check_choice("curvature", kind, Curvature))
-        first = self.one_by_rank(f"Problem.{kind}", passes.first)
+        first = self.on_each(f"Problem.{kind}", passes.first)
         description = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
         mark = self._mark(kind, first, passes)
         found = SumOver(passes, self.space, self.ridge, mark, self, description, computed_in(first), self.ranks)
@@ -328,7 +318,7 @@ class Problem(Described):
         batches = self.data.in_order() if data is None else Batches.of(data, "data", self.data.unpack)
         refuse_apart(batches, self.ranks, "rows of the result need the order of the data set")
         if self.ranks.shared:
-            self.one_by_rank(call, lambda: batches.rows)
+            self.on_each(call, lambda: batches.rows)
             self.ranks.agree(call, {f"`{batches.name}`": batches.digest})
         return batches
 
@@ -367,10 +357,14 @@ class Problem(Described):
         def rows_at(batch: Batch) -> Operator:
             return self.at(batch).objective.sample_jacobians(batch.x, outputs)
 
-        first = self.one_by_rank("Problem.jacobian", lambda: [rows_at(b) for b in islice(_with_rows(batches), 1)])
-        if not first:
+        def first() -> Space:
+            for batch in batches:
+                if batch.rows:
+                    return rows_at(batch).codomain
             raise DataError.of(batches.name, "without rows", "at least one is needed")
-        own, width = first[0].codomain, first[0].codomain.shapes[0][1:]
+
+        own = self.on_each("Problem.jacobian", first)
+        width = own.shapes[0][1:]
 
         def parts() -> Iterator[tuple[float, int, Operator]]:
             unchanged("Problem.jacobian")
@@ -397,7 +391,3 @@ class Problem(Described):
         quadratic = "" if self.ridge is None else f", l2 {self.l2}"
         facts = [("parameters", self.space.layout)]
         return Description(f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})", facts)
-
-
-def _with_rows(batches: Batches) -> Iterator[Batch]:
-    return (batch for batch in batches if batch.rows)

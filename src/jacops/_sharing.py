@@ -75,7 +75,7 @@ class FirstPass(NamedTuple):
     convex: bool
 
 
-def first_pass(problem: Any) -> FirstPass:
+def first_pass(problem: Any, call: str) -> FirstPass:
     """Read the data once, and verify on the first batch that counts how the loss reduces it.
 
     Raises:
@@ -88,7 +88,7 @@ def first_pass(problem: Any) -> FirstPass:
     def read() -> Tensor:
         return torch.tensor(_read(problem), dtype=torch.float64)
 
-    found = ranks.total("Problem", read) if ranks.apart else ranks.run("Problem", read)
+    found = ranks.total(call, read) if ranks.apart else ranks.run(call, read)
     total, rows, others, checked = found.tolist()
     if not (checked and total > 0):
         came = "data of which no row counts" if rows else "without rows"
@@ -143,10 +143,11 @@ def terms(problem: Any, what: str, ranks: Ranks) -> Iterator[tuple[int, Any, Any
 
 
 @torch.no_grad()
-def facts_of(problem: Any) -> dict[str, str]:
-    """Return digests of what ranks must have in common, by name; none of a process alone."""
+def facts_of(problem: Any, call: str) -> dict[str, str]:
+    """Return digests of what ranks must have in common, the data of the first pass too; none of a process alone."""
     if not problem.ranks.shared:
         return {}
+    problem.first_pass(call)
     objective = problem.objective
     facts = {
         "the model": _model_digest(problem),
@@ -159,7 +160,7 @@ def facts_of(problem: Any) -> dict[str, str]:
     sampler = sharing_sampler(problem.data.loader) if problem.ranks.apart else None
     if sampler is not None:
         facts["the DistributedSampler"] = f"seed {sampler.seed}, epoch {sampler.epoch}, shuffle {sampler.shuffle}"
-    elif problem.known is not None:
+    else:
         facts[f"`{problem.data.name}`"] = problem.data.digest
     return facts
 

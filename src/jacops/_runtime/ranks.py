@@ -10,11 +10,13 @@ and one that did not come is missed after a given time, by a store that is good 
 from __future__ import annotations
 
 import json
+import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, final
 
 import torch
@@ -31,6 +33,11 @@ _TODO = (
     "In a torch.distributed group, calls that take a loader or a Problem share their sums and are made on all ranks "
     "alike; pass `distributed=False` for one that is made on a single rank."
 )
+_PACKAGE = str(Path(__file__).parents[1])
+_ALIKE = (
+    "Give all ranks the same model, loss, options and data (or rows of their own by a DistributedSampler); "
+    "`distributed=False` works on one rank alone."
+)
 
 
 @final
@@ -46,7 +53,9 @@ class Rendezvous:
     """
 
     def __init__(self, group: Any, store: Any) -> None:
-        self.group, self.store = group, dist.PrefixStore("jacops", store)
+        from torch.distributed.distributed_c10d import PrefixStore
+
+        self.group, self.store = group, PrefixStore("jacops", store)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.busy = False
         self._meeting = 0
@@ -68,7 +77,8 @@ class Rendezvous:
         absent = [rank for rank, one in enumerate(brought) if one is None]
         if absent:
             who = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
-            raise PeerFailedError(f"{call}: {who} of {self.size} did not come within {timeout:g} s. {_TODO}", absent)
+            came = f"{who} of {self.size} did not come within {timeout:g} s"
+            raise PeerFailedError(f"{_asked(call)}: {came}. {_TODO}", absent)
         found = [json.loads(one) for one in brought if one is not None]
         _check_calls(call, found)
         return found
@@ -155,6 +165,18 @@ class Rendezvous:
         return torch.device(kinds[0], torch.cuda.current_device()) if kinds[0] == "cuda" else torch.device(kinds[0])
 
 
+def _asked(call: str) -> str:
+    """Return how messages call a call: by the public one that it is a part of, too."""
+    found, frame = "", sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_qualname
+        hidden = "<" in name or any(part.startswith("_") for part in name.split("."))
+        if frame.f_code.co_filename.startswith(_PACKAGE) and not hidden:
+            found = name
+        frame = frame.f_back
+    return call if found in call or found.startswith("Operator.") else f"{found} ({call})"
+
+
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums over ranks are taken: half precision in single."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
@@ -169,7 +191,7 @@ def _check_calls(call: str, brought: Sequence[Mapping[str, Any]]) -> None:
     others = {rank: one["call"] for rank, one in enumerate(brought) if one["call"] != call}
     if others:
         rank, other = next(iter(others.items()))
-        raise PeerFailedError(f"{call}: rank {rank} came to {other} instead. {_TODO}", list(others))
+        raise PeerFailedError(f"{_asked(call)}: rank {rank} came to {other} instead. {_TODO}", list(others))
 
 
 @final
@@ -219,7 +241,7 @@ class Ranks:
             others = [rank for rank, value in enumerate(values) if value != values[0]]
             if others:
                 came = f"{name} of rank 0 ({values[0]}) and of rank {others[0]} ({values[others[0]]})"
-                raise PeerFailedError(f"{call}: {came} differ, but must be the same on all ranks. {_TODO}", others)
+                raise PeerFailedError(f"{call}: {came} differ, but must be the same on all ranks. {_ALIKE}", others)
         return brought
 
     def run(self, call: str, compute: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:

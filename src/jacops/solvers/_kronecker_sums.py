@@ -216,8 +216,7 @@ class OuterSums:
 
     def running(self) -> list[Running]:
         """Return the sums that are over samples, in an order that does not depend on these."""
-        sides = [side for _, own in sorted(self._factors.items()) for side in own]
-        return [strip for side in sides for strip in side.strips] + [self._squares]
+        return [s for _, own in sorted(self._factors.items()) for side in own for s in side.strips] + [self._squares]
 
     def parts(self) -> list[Tensor]:
         """Return the tensors that sums over ranks add up."""
@@ -237,7 +236,7 @@ class OuterSums:
         found = [_eigen(side, pair.name)[1] for side in (pair.left, pair.right)]
         taken = iter(leading([basis for basis in found if basis is not None]))
         left, right = (None if basis is None else next(taken) for basis in found)
-        self._bases = (left, right)
+        self._bases = left, right
 
     @property
     def _tiny(self) -> float:
