@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import jacops
-from jacops.solvers import CG, EKFAC, Direct, Nystrom
+from jacops.solvers import CG, EKFAC, MINRES, Direct, LiSSA, Nystrom
 
 ROWS = 23
 Data = list[Any]
@@ -106,8 +106,12 @@ def solves(data: Data) -> dict[str, Tensor]:
     found["kfac"] = EKFAC(corrected=False, weighted=False).solve(A, b, damping=0.1).x
     factors = jacops.kronecker_factors(problem, kind="monte_carlo", draws=2)
     found |= {f"factor {name} {i}": f for name, pair in factors.items() for i, f in enumerate(pair)}
-    found |= {"norm": number(jacops.linalg.spectral_norm(A).value)}
-    return found
+    more = {"lissa": LiSSA(), "minres": MINRES(tolerance=1e-12)}
+    found |= {f"{name} cg": jacops.solve(A, b, solver=how, damping=1.0).x for name, how in more.items()}
+    pairs = jacops.linalg.eigenpairs(A, 3)
+    trace = jacops.linalg.trace(A, 10)
+    found |= {"norm": number(jacops.linalg.spectral_norm(A).value), "pairs cg": pairs.values}
+    return {**found, "trace": number(trace.value)}
 
 
 def by_samples(data: Data) -> dict[str, Tensor]:
@@ -130,7 +134,19 @@ def influences(data: Data) -> dict[str, Tensor]:
     cg = jacops.compute_influences(model(), data, test_data=test, solver="cg", **given)
     top = jacops.influence.top_influences(model(), data, 3, test_data=test, solver="cg", **given)
     scaled = jacops.compute_influences(model(), data, loss=nn.functional.cross_entropy)
-    return {"ekfac": ekfac.values, "cg": cg.values, "top": top.values, "auto damping": scaled.values}
+    found = {"ekfac": ekfac.values, "cg": cg.values, "top cg": top.values, "auto damping": scaled.values}
+    own = jacops.self_influences(model(), data, solver="direct", **given)
+    return {**found, "own": own}
+
+
+def other_influences(data: Data) -> dict[str, Tensor]:
+    given: Any = {"loss": nn.functional.cross_entropy, "damping": 0.1, "solver": "direct", "test_data": batches(4, 7)}
+    sided = jacops.compute_influences(model(), data, leverage=True, **given)
+    moved = jacops.compute_influences(model(), data, influence_type="perturbation", **given)
+    grouped = jacops.influence.group_influences(model(), data, [i % 3 for i in range(ROWS)], **given)
+    states = [model().state_dict(), model().state_dict()]
+    tracked = jacops.influence.tracin(model(), data, states, loss=nn.functional.cross_entropy)
+    return {"leverage": sided.values, "moved": moved.values, "grouped": grouped.values, "tracked": tracked.values}
 
 
 CLASSES = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
@@ -146,6 +162,7 @@ SAME: dict[str, Callable[[], dict[str, Tensor]]] = {
     "solves float32": lambda: solves_in_single(batches()),
     "by samples": lambda: by_samples(batches()),
     "influences": lambda: influences(batches()),
+    "other influences": lambda: other_influences(batches()),
 }
 
 
@@ -253,6 +270,7 @@ def differing() -> Said:
     if dist.get_rank() == 1:
         with torch.no_grad():
             trained.objective.model[0].bias[0] += 1.0
+    mine = rows(5 + dist.get_rank())
     of_rows = jacops.Problem(model(), CROSS, batches())
     return {
         "model": other_on_rank_1(model=other),
@@ -263,6 +281,8 @@ def differing() -> Said:
         "loss": other_on_rank_1(loss=nn.CrossEntropyLoss(label_smoothing=0.1)),
         "l2": other_on_rank_1(l2=0.5),
         "parameters": other_on_rank_1(parameters="0.*"),
+        "v": said(lambda: of_rows.ggn() @ (direction() + dist.get_rank())),
+        "test": said(lambda: jacops.compute_influences(model(), batches(), test_data=[mine], loss=CROSS, damping=0.1)),
         "samples": said(lambda: of_rows.sample_gradients(batches(3 + dist.get_rank()))),
     }
 

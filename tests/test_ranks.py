@@ -278,6 +278,8 @@ def test_different_calls_end(world: Callable[[int], World], size: int) -> None:
             ("data", "`data`"),
             ("order", "`data`"),
             ("samples", "`data`"),
+            ("v", "`v`"),
+            ("test", "`test_data`"),
             ("l2", "`l2`"),
             ("parameters", "`parameters`"),
         ),

@@ -129,7 +129,8 @@ def compute_influences(
         on_failure: As in `compute_influence_factors`.
         store: A folder to which finished tiles are written (zarr v3); the same line run again goes on where a killed
             one stopped, returns what a finished one computed without evaluating the model, and is refused if anything
-            that the numbers rest on is different. For influences of type `"up"` without leverage.
+            that the numbers rest on is different. For influences of type `"up"` without leverage. Ranks of a process
+            group share nothing else then.
         options: As in `compute_influence_factors`.
 
     Returns:
@@ -148,6 +149,8 @@ def compute_influences(
     asked = _other(training_data if input_data is None else input_data, "input_data", training_data, train)
     given = {"loss": loss, "test_data": test_data, "input_data": input_data, "influence_type": influence_type}
     again = recipe("compute_influences", _DATA, {**given, "leverage": leverage, "solver": solver, **options})
+    if store is not None:  # which says who computes what
+        options["distributed"] = False
     run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     if store is not None:
         _check_storable(influence_type, leverage, on_failure)

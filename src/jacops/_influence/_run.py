@@ -16,7 +16,6 @@ from .._operators._data import SumOver
 from .._problem import BatchPoint, Problem, ProblemOptions
 from .._requirements import check_choice
 from .._runtime.memory import budget_bytes
-from .._sharing import refuse_apart
 from .._words import AutoDamping, Curvature, OnFailure, SolverName
 from ..errors import InputError, InputTypeError, SolveError
 from ..solvers import Auto, Prepared, Solution, Solver, Status, require, solver_of
@@ -133,7 +132,7 @@ class InfluenceRun:
 
     def tiles(self, data: Batches) -> Iterator[Callable[[], Tensor]]:
         """Yield for each tile of `step` rows, across batches, a function that returns their gradients."""
-        refuse_apart(data, self.problem.ranks, "each row is a sample of the result")
+        data = self.problem.rows_of(data, "gradients of test samples")
         for parts in in_tiles(data.tracked("solving", self.problem.progress), self.step):
             yield _gradients(self.problem, parts)
 

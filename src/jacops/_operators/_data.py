@@ -67,7 +67,7 @@ class SumOver(OnSpace):
                 total += factor * part._apply(rows)
             return total
 
-        return self.ranks.total(f"{self.name} @ v", own)
+        return self.ranks.total(f"{self.name} @ v", own, rows)
 
     _apply_transpose = _apply
 
@@ -175,7 +175,7 @@ class StackOver(Operator):
                     result[:, start : start + part.shape[0]] = factor * part._apply(rows)
             return results
 
-        return self.ranks.sums(f"{self.name} @ v", own)
+        return self.ranks.sums(f"{self.name} @ v", own, vectors=tiles)
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         def own() -> Tensor:
@@ -184,7 +184,7 @@ class StackOver(Operator):
                 total += factor * part._apply_transpose(rows[:, start : start + part.shape[0]])
             return total
 
-        return self.ranks.total(f"{self.name}.T @ v", own)
+        return self.ranks.total(f"{self.name}.T @ v", own, rows)
 
     _own = "batch by batch"
 

@@ -10,6 +10,7 @@ and one that did not come is missed after a given time, by a store that is good 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import zlib
@@ -28,6 +29,7 @@ from ..errors import PeerFailedError
 T = TypeVar("T")
 TIMEOUT = 30.0  # seconds for ranks that do the same to come to the same call: the slowest imports and first reads
 _LONGEST_NAP = 0.02  # seconds between looks at the store: few enough requests where a thousand ranks look
+_ROUNDING = 1e-3  # of its norm by which a vector may differ between ranks: a solve's in single precision, never another
 _TEXT = 2000  # characters of an error that others are told
 _TODO = (
     "In a torch.distributed group, calls that take a loader or a Problem share their sums and are made on all ranks "
@@ -35,8 +37,8 @@ _TODO = (
 )
 _PACKAGE = str(Path(__file__).parents[1])
 _ALIKE = (
-    "Give all ranks the same model, loss, options and data (or rows of their own by a DistributedSampler); "
-    "`distributed=False` works on one rank alone."
+    "Give all ranks the same model, loss, options, vectors (random ones from the same seed) and data (or rows of their "
+    "own by a DistributedSampler); `distributed=False` works on one rank alone."
 )
 
 
@@ -182,6 +184,27 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
+def _figures(vector: Tensor) -> dict[str, Any]:
+    """Return a vector's shape, and figures that another one hardly has: its norm and the sum of its entries."""
+    wide = vector.detach().double()
+    return {"shape": list(vector.shape), "norm": float(torch.linalg.vector_norm(wide)), "sum": float(wide.sum())}
+
+
+def _near(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> bool:
+    """Return whether figures are of the same vectors, up to rounding; of those that are not finite nothing is known."""
+    if [a["shape"] for a in one] != [b["shape"] for b in other]:
+        return False
+    pairs = [(a[name] - b[name], a["norm"]) for a, b in zip(one, other, strict=True) for name in ("norm", "sum")]
+    return all(abs(difference) <= _ROUNDING * norm or not math.isfinite(difference) for difference, norm in pairs)
+
+
+def _check_alike(call: str, name: str, values: Sequence[Any], same: Callable[[Any, Any], bool]) -> None:
+    others = [rank for rank, value in enumerate(values) if not same(values[0], value)]
+    if others:
+        came = f"{name} of rank 0 ({values[0]}) and of rank {others[0]} ({values[others[0]]})"
+        raise PeerFailedError(f"{_asked(call)}: {came} differ, but must be the same on all ranks. {_ALIKE}", others)
+
+
 def _lost(call: str, error: Exception) -> PeerFailedError:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return PeerFailedError(f"{call}: the connection to another rank was lost: it ended or was killed ({text}).")
@@ -227,21 +250,23 @@ class Ranks:
         """Return whether a batch is this rank's."""
         return self.apart or number % self.size == self.rank
 
-    def agree(self, call: str, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def agree(self, call: str, facts: Mapping[str, Any], vectors: Sequence[Tensor] = ()) -> list[dict[str, Any]]:
         """Wait for all ranks; return what each brought.
+
+        Args:
+            call: On whose behalf.
+            facts: What must be the same on all ranks, by name.
+            vectors: What must be the same up to rounding: each rank computes its own.
 
         Raises:
             PeerFailedError: Some did not come, came to another call, or came with other facts.
         """
         if self.group is None:
             return [dict(facts)]
-        brought = self.group.meet(call, facts, self.timeout)
+        brought = self.group.meet(call, {**facts, "v": [_figures(vector) for vector in vectors]}, self.timeout)
         for name in facts:
-            values = [one.get(name) for one in brought]
-            others = [rank for rank, value in enumerate(values) if value != values[0]]
-            if others:
-                came = f"{name} of rank 0 ({values[0]}) and of rank {others[0]} ({values[others[0]]})"
-                raise PeerFailedError(f"{call}: {came} differ, but must be the same on all ranks. {_ALIKE}", others)
+            _check_alike(call, name, [one.get(name) for one in brought], lambda a, b: a == b)
+        _check_alike(call, "`v`", [one["v"] for one in brought], _near)
         return brought
 
     def run(self, call: str, compute: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
@@ -260,7 +285,11 @@ class Ranks:
         return found[0]
 
     def sums(
-        self, call: str, compute: Callable[[], Sequence[Tensor]], facts: Mapping[str, Any] | None = None
+        self,
+        call: str,
+        compute: Callable[[], Sequence[Tensor]],
+        facts: Mapping[str, Any] | None = None,
+        vectors: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Return the sums over ranks of the tensors that each computes, the same on all to the last bit.
 
@@ -270,7 +299,7 @@ class Ranks:
         if self.group is None:
             return list(compute())
         group = self.group
-        self.agree(call, facts or {})
+        self.agree(call, facts or {}, vectors)
         group.busy = True
         try:
             parts = [part.detach() for part in compute()]
@@ -283,9 +312,9 @@ class Ranks:
         group.settle(call, None, parts, parts[0].device if parts else torch.device("cpu"))
         return [group.added(call, part) for part in parts]
 
-    def total(self, call: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the sum over ranks of the tensor that each computes."""
-        return self.sums(call, lambda: [compute()])[0]
+    def total(self, call: str, compute: Callable[[], Tensor], *vectors: Tensor) -> Tensor:
+        """Return the sum over ranks of the tensor that each computes, from the same vectors."""
+        return self.sums(call, lambda: [compute()], vectors=vectors)[0]
 
     def leading(self, call: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors of the first rank on all."""

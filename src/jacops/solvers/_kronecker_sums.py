@@ -231,8 +231,7 @@ class OuterSums:
 
     def settle(self, leading: Callable[[list[Tensor]], list[Tensor]] = list) -> None:
         """Find the eigenbases, of each side's sum, and drop the sums; `leading` chooses those that all ranks take."""
-        pair = self.pair()
-        self._factors = {}
+        pair, self._factors = self.pair(), {}
         found = [_eigen(side, pair.name)[1] for side in (pair.left, pair.right)]
         taken = iter(leading([basis for basis in found if basis is not None]))
         left, right = (None if basis is None else next(taken) for basis in found)
