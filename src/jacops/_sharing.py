@@ -98,9 +98,9 @@ def first_pass(problem: Any, call: str) -> FirstPass:
 
 
 def _read(problem: Any) -> list[float]:
-    """Return what rows weigh, their number, how many batches are not known to be convex, and whether one counted."""
+    """Return what rows weigh, their number, whether a batch is not known to be convex, and whether one counted."""
     objective = problem.objective
-    total, rows, others, first, waiting = 0.0, 0, 0, None, list[Batch]()
+    total, rows, others, first, waiting = 0.0, 0, False, None, list[Batch]()
     for number, batch in enumerate(problem.batches()):
         waiting.append(batch)
         rows += batch.rows
@@ -113,7 +113,7 @@ def _read(problem: Any) -> list[float]:
         if first is not None:
             total += sum(float(problem.shares(each).sum()) for each in waiting)
             waiting.clear()
-        others += not objective.is_convex(batch.y)
+        others = others or not objective.is_convex(batch.y)
     return [total, rows, others, first is not None]
 
 
