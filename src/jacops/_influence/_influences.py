@@ -66,7 +66,7 @@ def compute_influence_factors(
             `"monte_carlo_fisher"`.
         on_failure: `"raise"`, or `"return"` to get the result with its statuses; rows that have no solution are NaN.
         options: Of the objective, as in `Problem`: `parameters=` (name patterns), `reduction=`, `l2=` (weight decay),
-            `unpack=`, `randomness=`, `seed=`, `progress=`.
+            `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`, `timeout=`.
 
     Raises:
         SolveError: A solve failed; the error carries its `Solution` and says what to do.

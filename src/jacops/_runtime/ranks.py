@@ -73,32 +73,32 @@ class Rendezvous:
         """
         message = json.dumps({"call": call, **facts})
         try:
-            brought = self._met(message, time.monotonic() + timeout)
+            brought, absent = self._met(message, time.monotonic() + timeout)
         except RuntimeError as error:  # of the store
             raise _lost(call, error) from error
-        absent = [rank for rank, one in enumerate(brought) if one is None]
-        if absent:
-            who = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
+        if not brought:
+            who = f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}" if absent else "a rank"
             came = f"{who} of {self.size} did not come within {timeout:g} s"
             raise PeerFailedError(f"{_asked(call)}: {came}. {_TODO}", absent)
-        found = [json.loads(one) for one in brought if one is not None]
-        _check_calls(call, found)
-        return found
+        _check_calls(call, brought)
+        return brought
 
-    def _met(self, message: str, deadline: float) -> list[bytes | None]:
-        """Return what each rank brought to the first meeting that takes place; None for one that did not come."""
+    def _met(self, message: str, deadline: float) -> tuple[list[dict[str, Any]], list[int]]:
+        """Return what all ranks brought to the first meeting that takes place, or nothing and who did not come."""
         while True:
             number, self._meeting = self._meeting, self._meeting + 1
             keys = [f"{number}/{rank}" for rank in range(self.size)]
             self.store.set(keys[self.rank], message)
-            here = self._wait(keys, deadline)
-            held = self.store.compare_set(f"{number}/held", "", "yes" if here else "no") == b"yes"
-            if held or not here:
-                break
-        brought = [self.store.get(key) if held or self.store.check([key]) else None for key in keys]
-        if held:
-            self._forget(number - 1)
-        return brought
+            here = False
+            try:
+                here = self._wait(keys, deadline)
+            finally:  # also after an interrupt
+                held = self.store.compare_set(f"{number}/held", "", "yes" if here else "no") == b"yes"
+            if held:
+                self._forget(number - 1)
+                return [json.loads(self.store.get(key)) for key in keys], []
+            if not here:
+                return [], [rank for rank, key in enumerate(keys) if not self.store.check([key])]
 
     def _wait(self, keys: list[str], deadline: float) -> bool:
         """Return whether all keys are there before the time is over; short sleeps leave room for an interrupt."""
