@@ -160,7 +160,7 @@ SAME: dict[str, Callable[[], dict[str, Tensor]]] = {
     "solves": lambda: solves(batches()),
     "solves in one": lambda: solves(batches(30)),
     "solves float32": lambda: solves_in_single(batches()),
-    "by samples": lambda: by_samples(batches()),
+    "by samples": lambda: by_samples(batches(12)),
     "influences": lambda: influences(batches()),
     "other influences": lambda: other_influences(batches()),
 }
@@ -282,6 +282,7 @@ def differing() -> Said:
         "loss": other_on_rank_1(loss=nn.CrossEntropyLoss(label_smoothing=0.1)),
         "l2": other_on_rank_1(l2=0.5),
         "parameters": other_on_rank_1(parameters="0.*"),
+        "budget": said(lambda: of_rows.hessian().dense(budget="1kB" if dist.get_rank() == 1 else "1GiB")),
         "v": said(lambda: of_rows.ggn() @ (direction() + dist.get_rank())),
         "test": said(lambda: jacops.compute_influences(model(), batches(), test_data=[mine], loss=CROSS, damping=0.1)),
         "samples": said(lambda: of_rows.sample_gradients(batches(3 + dist.get_rank()))),

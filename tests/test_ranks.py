@@ -294,6 +294,12 @@ def test_what_differs_between_ranks_is_named(world: Callable[[int], World], size
         assert "of rank 1 (" in found[case]
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_the_smallest_budget_is_that_of_all_ranks(world: Callable[[int], World], size: int) -> None:
+    for found in world(size).found("differing"):
+        assert found["budget"].startswith("MemoryBudgetError"), found["budget"]
+
+
 def test_training_goes_on_after_an_error(world: Callable[[int], World]) -> None:
     found = world(2).found("training_goes_on")
     check_same_bits(found)
