@@ -51,6 +51,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_features",
         "_projections",
         "_data",
+        "_sharing",
         "_shuffling",
         "_loaders",
     },  # 1
@@ -61,6 +62,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_passes",
         "_reduction",
         "_problem",
+        "_problem_parts",
     },  # 3 problem
     {
         "_jacobian_checks",

@@ -13,6 +13,7 @@ import jacops
 import layer_cases
 from jacops import Problem
 from jacops._operators._eigen_blocks import EigenBlocks
+from jacops._sharing import FirstPass
 from jacops.errors import InputError, NonFiniteError
 from jacops.solvers import CG, EKFAC, Direct, Status, _kronecker_passes
 from jacops.testing import check_operator
@@ -444,7 +445,7 @@ def test_losses_without_positive_curvature_by_samples_are_refused(loss: Any, nam
 
 def _unchecked(own: Problem) -> Problem:
     """Return a problem whose loss is not held against its reduction."""
-    own._denominator = float(own.rows)
+    own.known = FirstPass(float(own.rows), own.rows, convex=False)
     return own
 
 

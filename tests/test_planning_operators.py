@@ -172,7 +172,8 @@ def test_what_rounding_would_hide_goes_by_products() -> None:
 
 def test_rows_of_batches_are_written_in_place() -> None:
     J = [Matrix(draw(n, 50, seed=n)) for n in (40, 60)]
-    stack = StackOver(lambda: iter([(1.0, J[0]), (2.0, J[1])]), J[0].domain, Space.flat(100, "rows", J[0].matrix))
+    parts, rows = [(1.0, 0, J[0]), (2.0, 40, J[1])], Space.flat(100, "rows", J[0].matrix)
+    stack = StackOver(lambda: iter(parts), J[0].domain, rows)
     matrix, most = metered(stack)
     torch.testing.assert_close(matrix, torch.cat([J[0].matrix, 2 * J[1].matrix]))
     assert most < 1.001

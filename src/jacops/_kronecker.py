@@ -103,7 +103,7 @@ def kronecker_factors(
 
 def _problem(problem: Any, loss: Any, x: Any, y: Any, parameters: Picks) -> Problem:
     if not isinstance(problem, Problem):
-        return Problem(problem, loss, [(x, y)], parameters=parameters)
+        return Problem(problem, loss, [(x, y)], parameters=parameters, distributed=False)
     given = {"loss": loss, "x": x, "y": y, "parameters": parameters}
     for name, value in given.items():
         if value is not None:

@@ -9,6 +9,7 @@ from ._data import Batch
 from ._finite import InBatch
 from ._objective import Objective
 from ._operators import Operator
+from ._sharing import PLACES, number_of, refuse_apart
 from ._words import Curvature, FisherKind
 from .errors import DataError, InputError
 
@@ -51,7 +52,7 @@ class BatchPasses:
             if number < len(self._kept):
                 yield self._kept[number]
                 continue
-            with InBatch(number):
+            with InBatch(number_of(point.batch)):
                 part = self._made(term, point.batch, row)
             held = self._held + part.nbytes - self.problem.keep(point)
             if number == len(self._kept) and held <= self.problem.room:
@@ -60,6 +61,16 @@ class BatchPasses:
             yield factor, part
             del part  # whoever took it decides how long it lives
         self._whole = count == len(self._kept)
+
+    def whole(self) -> Iterator[tuple[float, Operator]]:
+        """Yield what a pass does, of the batches of all ranks; those of others are not kept."""
+        if not self.problem.ranks.shared:
+            yield from self()
+            return
+        self.check()
+        for row, point, term, factor in self.problem.terms(self.kind, everyone=True):
+            with InBatch(number_of(point.batch)):
+                yield factor, self._made(term, point.batch, row)
 
     def check(self) -> None:
         """Refuse to run a model again that changed since the first pass: sums would mix two points.
@@ -86,4 +97,6 @@ class BatchPasses:
         if batch.weights is not None:
             todo = "Take the GGN, which is the Fisher matrix for the usual losses."
             raise InputError.of("curvature", repr(self.kind), "a Fisher matrix takes no sample weights", todo)
+        if self.kind == "monte_carlo_fisher":
+            refuse_apart(self.problem.data, self.problem.ranks, PLACES)
         return term.fisher(FISHERS[self.kind], batch.x, batch.y, row)

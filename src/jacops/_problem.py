@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from ._data import Batch, Batches, Unpack
 from ._display import Described, Description
 from ._finite import InBatch
-from ._ladder.protocol import is_framework_model
 from ._objective import Objective, ObjectiveOptions
 from ._operators import Operator
 from ._operators._data import StackOver, SumOver
@@ -21,13 +19,16 @@ from ._operators._naming import named
 from ._operators._precision import computed_in
 from ._passes import FISHERS, BatchPasses
 from ._picks import Picks
-from ._requirements import check_choice, check_range
+from ._problem_parts import objective_of, ridge_of
+from ._requirements import check_choice
+from ._runtime.ranks import ALONE, TIMEOUT
+from ._sharing import FirstPass, facts_of, first_pass, number_of, ranks_of, refuse_apart, terms
 from ._space import Space
-from ._torch.protocol import bare
 from ._trees import Selector
 from ._words import Curvature, FisherKind, Randomness, Reduction
-from .errors import DataError, InputError, InputTypeError, ModelStateError
+from .errors import DataError, ModelStateError
 
+Made = TypeVar("Made")
 _KEPT_BYTES = 2**29  # 512 MiB of linearised batches: more are recorded again in every pass
 _KEPT_FOR_FEW = 2**26  # 64 MiB where passes are few: what an epoch of small data takes, and less than a fit's own sums
 
@@ -38,6 +39,8 @@ class ProblemOptions(ObjectiveOptions, total=False):
     l2: float | Mapping[str, float]
     unpack: Unpack | None
     progress: bool | None
+    distributed: bool
+    timeout: float
 
 
 class BatchPoint(NamedTuple):
@@ -72,10 +75,14 @@ class Problem(Described):
         randomness: As in `sample_gradients`.
         seed: As in `sample_gradients`.
         progress: Force progress bars on or off.
+        distributed: Share sums over the data among the ranks of an initialised `torch.distributed` group; all of them
+            make the same calls then. False works on this rank alone.
+        timeout: Seconds to wait for other ranks at a call.
 
     Raises:
-        DataError: A loader draws with replacement or drops rows at random, runs dry, or gives something else than
-            batches.
+        DataError: A loader draws with replacement or drops rows at random, repeats rows for other ranks, runs dry, or
+            gives something else than batches.
+        PeerFailedError: In any call that takes a pass: another rank failed, differs, or did not come.
         InputError: An argument is out of range, or the loss does not reduce batches as said.
         ModelStateError: Batch statistics or dropout are in train mode.
         InputTypeError: `loss` is not callable, or left out with a module.
@@ -101,18 +108,21 @@ class Problem(Described):
         randomness: Randomness = "error",
         seed: int | None = None,
         progress: bool | None = None,
+        distributed: bool = True,
+        timeout: float = TIMEOUT,
     ) -> None:
         options = ObjectiveOptions(parameters=parameters, reduction=reduction, randomness=randomness, seed=seed)
-        self.objective = _objective(model, loss, options)
+        self.objective = objective_of(model, loss, options)
         self.objective.check_state()
         self.data, self.progress = Batches.of(data, "data", unpack, ordered=False), progress
         if not self.objective.space.dim:
             came = f"a {type(self.objective.model).__name__} without parameters to differentiate"
             raise ModelStateError.of("model", came, "at least one must be a floating-point parameter that is trainable")
-        self.ridge = _ridge(l2, self.objective.space)
+        self.ridge = ridge_of(l2, self.objective.space)
         self.l2 = l2
-        self._denominator: float | None = None
-        self._convex = False
+        self.ranks = ranks_of(self.data, distributed, timeout)
+        self.known: FirstPass | None = None
+        self.digested: tuple[Any, str] | None = None
         self._kept: dict[tuple[Batches, int], BatchPoint] = {}
         self.room = _KEPT_BYTES
 
@@ -123,8 +133,8 @@ class Problem(Described):
 
     @property
     def rows(self) -> int:
-        """Samples in the data."""
-        return self.data.rows
+        """Samples in the data, of all ranks."""
+        return self.first_pass("Problem.rows").rows if self.ranks.shared else self.data.rows
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches that have rows."""
@@ -133,27 +143,20 @@ class Problem(Described):
     @property
     def denominator(self) -> float:
         """What the sum of all losses is divided by: the number of rows or of labels, or their weights; 1 for a sum."""
-        if self._denominator is None:
-            total, first, convex, waiting = 0.0, None, True, list[Batch]()
-            for number, batch in enumerate(self.batches()):
-                waiting.append(batch)
-                if first is None and not self.objective.losses.ignores(batch.y):
-                    first = self.at(batch)
-                    with InBatch(number):
-                        first.objective.check_reduction(first.batch)
-                    self.keep(first)
-                if first is not None:
-                    total += sum(float(self.shares(each).sum()) for each in waiting)
-                    waiting.clear()
-                convex = convex and self.objective.is_convex(batch.y)
-            if first is None or not total > 0:
-                empty = first is None and not waiting
-                came = "without rows" if empty else "data of which no row counts"
-                todo = "" if empty else "All labels are ignored (-100), or all weights are 0."
-                raise DataError.of(self.data.name, came, "at least one row is needed", todo)
-            self._convex = convex
-            self._denominator = total if self.objective.reduction == "mean" else 1.0
-        return self._denominator
+        return self.first_pass("Problem.denominator").denominator
+
+    def first_pass(self, call: str) -> FirstPass:
+        """Return what the first pass found, which is made if it was not, for a call."""
+        self.known = self.known or first_pass(self, call)
+        return self.known
+
+    def sums(self, call: str, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        """Return the sums over ranks, which all must have the same problem, of the tensors that each computes."""
+        return self.ranks.sums(call, compute, facts_of(self, call))
+
+    def on_each(self, call: str, compute: Callable[[], Made]) -> Made:
+        """Return what this rank computes, once all ranks, which must have the same problem, have computed theirs."""
+        return self.ranks.run(call, compute, facts_of(self, call))
 
     def shares(self, batch: Batch) -> Tensor:
         """Return what each row of a batch weighs before the division, `(rows,)`."""
@@ -206,11 +209,15 @@ class Problem(Described):
         Raises:
             NonFiniteError: The loss of a batch is NaN or Inf.
         """
-        total = 0.0
-        for number, (_, (batch, _), term, factor) in enumerate(self.terms("value")):
-            with InBatch(number):
-                total += factor * term.value(batch.x, batch.y)
-        return total + self._quadratic()[0]
+
+        def own() -> list[Tensor]:
+            total = 0.0
+            for _, (batch, _), term, factor in self.terms("value"):
+                with InBatch(number_of(batch)):
+                    total += factor * term.value(batch.x, batch.y)
+            return [torch.tensor(total, dtype=torch.float64)]
+
+        return self.sums("Problem.value", own)[0].item() + self._quadratic()[0]
 
     def gradient(self) -> Tensor:
         """Return the gradient `(P,)` of the objective, its quadratic term included."""
@@ -225,17 +232,22 @@ class Problem(Described):
         Raises:
             NonFiniteError: A gradient holds NaN or Inf.
         """
-        value, gradient = self._quadratic()
-        for number, (_, (batch, _), term, factor) in enumerate(self.terms("value_and_gradient")):
-            with InBatch(number):
-                own, slope = term.value_and_gradient(batch.x, batch.y)
-            value += factor * own
-            gradient.add_(slope, alpha=factor)
-        return value, gradient
 
-    def _quadratic(self) -> tuple[float, Tensor]:
-        """Return the quadratic term and its gradient."""
-        if self.ridge is None:
+        def own() -> list[Tensor]:
+            value, gradient = self._quadratic(self.ranks.leads)
+            for _, (batch, _), term, factor in self.terms("value_and_gradient"):
+                with InBatch(number_of(batch)):
+                    own, slope = term.value_and_gradient(batch.x, batch.y)
+                value += factor * own
+                gradient.add_(slope, alpha=factor)
+            return [torch.tensor(value, dtype=torch.float64), gradient]
+
+        value, gradient = self.sums("Problem.value_and_gradient", own)
+        return value.item(), gradient
+
+    def _quadratic(self, counts: bool = True) -> tuple[float, Tensor]:
+        """Return the quadratic term and its gradient; zeros where another rank counts them."""
+        if self.ridge is None or not counts:
             return 0.0, torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
         point = self.objective.point()
         return 0.5 * float((self.ridge * point**2).sum()), self.ridge * point
@@ -270,10 +282,11 @@ class Problem(Described):
             NotDifferentiableError: There is no second derivative.
         """
         passes = BatchPasses(self, check_choice("curvature", kind, Curvature))
-        first = passes.first()
+        first = self.on_each(f"Problem.{kind}", passes.first)
         description = f"{self.rows} rows{'' if self.ridge is None else ' with a quadratic term'}"
         mark = self._mark(kind, first, passes)
-        return named(SumOver(passes, self.space, self.ridge, mark, self, description, computed_in(first)), kind)
+        found = SumOver(passes, self.space, self.ridge, mark, self, description, computed_in(first), self.ranks)
+        return named(found, kind)
 
     def _mark(self, kind: str, first: Operator, passes: BatchPasses) -> bool | Callable[[], bool]:
         """Return whether a curvature is positive, or a function that computes it, batch by batch."""
@@ -281,12 +294,12 @@ class Problem(Described):
             return False
         if kind in ("empirical_fisher", "monte_carlo_fisher"):  # squares, in every batch
             return first.positive
-        if self._convex or self.objective.is_convex(None):
+        if (self.known is not None and self.known.convex) or self.objective.is_convex(None):
             return True
 
         def computed() -> bool:
-            known = self._denominator is None and all(self.objective.is_convex(b.y) for b in self.batches())
-            return known or all(part.positive for _, part in passes())
+            known = self.known is None and all(self.objective.is_convex(b.y) for b in self.batches())
+            return known or self.ranks.every(f"{kind}.positive", lambda: all(part.positive for _, part in passes()))
 
         return computed
 
@@ -296,17 +309,37 @@ class Problem(Described):
         Args:
             data: Other data than the problem's own.
         """
-        batches = self.data.in_order() if data is None else Batches.of(data, "data", self.data.unpack)
-        unchanged = self.objective.unchanged()
+        batches, unchanged = self.rows_of(data, "Problem.sample_gradients"), self.objective.unchanged()
 
-        def parts() -> Iterator[tuple[float, Operator]]:
+        def parts() -> Iterator[tuple[float, int, Operator]]:
             unchanged("Problem.sample_gradients")
-            for batch in batches.tracked("gradients", self.progress):
-                if batch.rows:
-                    yield 1.0, self.at(batch).gradients()
+            for first, batch in self._own(batches, "gradients"):
+                yield 1.0, first, self.at(batch).gradients()
 
         rows = Space.flat(batches.rows, "samples", torch.empty(0, dtype=self.space.dtype, device=self.space.device))
-        return named(StackOver(parts, self.space, rows), "sample_gradients")
+        return named(StackOver(parts, self.space, rows, self.ranks), "sample_gradients")
+
+    def rows_of(self, data: Any, call: str) -> Batches:
+        """Return batches whose rows are samples of a result, the problem's own for None, the same on all ranks.
+
+        Raises:
+            DataError: Their order is not known, or each rank has rows of its own.
+            PeerFailedError: They differ between ranks.
+        """
+        batches = self.data.in_order() if data is None else Batches.of(data, "data", self.data.unpack)
+        refuse_apart(batches, self.ranks, "rows of the result need the order of the data set")
+        if self.ranks.shared:
+            self.on_each(call, lambda: batches.rows)
+            self.ranks.agree(call, {f"`{batches.name}`": batches.digest})
+        return batches
+
+    def _own(self, batches: Batches, what: str) -> Iterator[tuple[int, Batch]]:
+        """Yield the batches of this rank that have rows, with the number of rows before each."""
+        first = 0
+        for batch in batches.tracked(what, self.progress):
+            if batch.rows and self.ranks.owns(number_of(batch)):
+                yield first, batch
+            first += batch.rows
 
     def jacobian(self, data: Any = None, *, outputs: Selector = None) -> StackOver:
         """Return the Jacobian of the model's outputs by the parameters, rows of all samples, as `(n * k, P)`.
@@ -330,21 +363,27 @@ class Problem(Described):
                     [0., 1.],
                     [1., 1.]])
         """
-        batches = self.data if data is None else Batches.of(data, "data", self.data.unpack)
-        unchanged = self.objective.unchanged()
+        batches, unchanged = self.rows_of(data, "Problem.jacobian"), self.objective.unchanged()
 
-        def parts() -> Iterator[tuple[float, Operator]]:
-            unchanged("Problem.jacobian")
-            for batch in batches.tracked("jacobian", self.progress):
+        def rows_at(batch: Batch) -> Operator:
+            return self.at(batch).objective.sample_jacobians(batch.x, outputs)
+
+        def first() -> Space:
+            for batch in batches:
                 if batch.rows:
-                    yield 1.0, self.at(batch).objective.sample_jacobians(batch.x, outputs)
-
-        first = next((part for _, part in parts()), None)
-        if first is None:
+                    return rows_at(batch).codomain
             raise DataError.of(batches.name, "without rows", "at least one is needed")
-        own = first.codomain
-        rows = replace(own, shapes=(torch.Size((batches.rows, *own.shapes[0][1:])),))
-        return named(StackOver(parts, self.space, rows), "jacobian")
+
+        own = self.on_each("Problem.jacobian", first)
+        width = own.shapes[0][1:]
+
+        def parts() -> Iterator[tuple[float, int, Operator]]:
+            unchanged("Problem.jacobian")
+            for start, batch in self._own(batches, "jacobian"):
+                yield 1.0, start * width.numel(), rows_at(batch)
+
+        rows = replace(own, shapes=(torch.Size((batches.rows, *width)),))
+        return named(StackOver(parts, self.space, rows, self.ranks), "jacobian")
 
     def fingerprint(self) -> dict[str, str]:
         """Return digests of what the objective is made of beside its data, by part."""
@@ -354,46 +393,12 @@ class Problem(Described):
             "l2": repr(self.l2 if not isinstance(self.l2, Mapping) else sorted(self.l2.items())),
         }
 
-    def terms(self, what: str) -> Iterator[tuple[int, BatchPoint, Objective, float]]:
-        """Yield batches that count: the number of rows before it, the batch, its objective and factor."""
-        first = 0
-        for batch in self.data.tracked(what, self.progress):
-            if batch.rows:
-                point, term, factor = self.term(batch)
-                if factor:
-                    yield first, point, term, factor
-                first += batch.rows
+    def terms(self, what: str, everyone: bool = False) -> Iterator[tuple[int, BatchPoint, Objective, float]]:
+        """Yield batches that count, as `terms` in `_sharing` does, of this rank or of everyone."""
+        return terms(self, what, ALONE if everyone else self.ranks)
 
     def _describe(self) -> Description:
         covered = f"{self.space.dim:,} of {self.objective.parameters_total:,} parameters"
         quadratic = "" if self.ridge is None else f", l2 {self.l2}"
         facts = [("parameters", self.space.layout)]
         return Description(f"Problem({self.objective.reduction} over {self.data.name}, {covered}{quadratic})", facts)
-
-
-def _objective(model: Any, loss: Any, options: ObjectiveOptions) -> Objective:
-    own = model if isinstance(model, Objective) else getattr(model, "objective", None)
-    if isinstance(own, Objective):
-        given: Any = {name: value for name, value in options.items() if value not in (None, "error")}
-        return own.changed(loss=loss, **given) if loss is not None or given else own
-    if not is_framework_model(model):
-        bare(model)  # refuses what is no module
-    if loss is None:
-        raise InputTypeError.of("loss", "left out", "a callable `loss(output, y)` is needed with a module")
-    return Objective(model, loss, **options)
-
-
-def _ridge(l2: float | Mapping[str, float], space: Space) -> Tensor | None:
-    """Return the quadratic term's diagonal; None where it is zero everywhere."""
-    by_pattern = l2 if isinstance(l2, Mapping) else {"*": l2}
-    for pattern, value in by_pattern.items():
-        check_range("l2", value, zero=True)
-        if not any(fnmatchcase(name, pattern) for name in space.names):
-            raise InputError.of("l2", f"for {pattern!r}", f"no parameter fits; there are {space.layout}")
-    if not any(by_pattern.values()):
-        return None
-    ridge = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
-    for name, where in zip(space.names, space.slices, strict=True):
-        fitting = [value for pattern, value in by_pattern.items() if fnmatchcase(name, pattern)]
-        ridge[where] = fitting[-1] if fitting else 0.0
-    return ridge

@@ -48,9 +48,19 @@ def without_shuffling(loader: Any, name: str) -> Any:
     return read
 
 
+def sharing_sampler(loader: Any) -> Any:
+    """Return the `DistributedSampler` that a loader draws by, None for none."""
+    from torch.utils.data.distributed import DistributedSampler
+
+    return next((sampler for sampler in _samplers(loader) if isinstance(sampler, DistributedSampler)), None)
+
+
+def _samplers(loader: Any) -> list[Any]:
+    return [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+
+
 def _random(loader: Any) -> Any:
     from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
     kinds = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
-    return next((sampler for sampler in samplers if isinstance(sampler, kinds)), None)
+    return next((sampler for sampler in _samplers(loader) if isinstance(sampler, kinds)), None)

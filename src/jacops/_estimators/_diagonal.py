@@ -128,7 +128,7 @@ def _exact(operator: Operator) -> Tensor:
         case BlockDiagonal():
             return torch.cat([_exact(block) for block in operator.blocks])
         case SumOver():
-            return _over_data(operator)
+            return operator.diagonal(_exact)
         case Product(left=Transposed(of=LayerFactors() as factors), right=right) if factors is right:
             return factors.column_squares()
         case _:
@@ -143,14 +143,6 @@ def _by_products(operator: Operator) -> Tensor:
     if isinstance(operator, Product) and 2 * operator.right.shape[0] < operator.shape[0]:
         return _through(operator.left, operator.right)
     return _by_units(operator)
-
-
-def _over_data(operator: SumOver) -> Tensor:
-    space = operator.space
-    total = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
-    for factor, part in operator.parts():
-        total.add_(_exact(part), alpha=factor)
-    return total if operator.ridge is None else total.add_(operator.ridge)
 
 
 def _through(left: Operator, right: Operator) -> Tensor:

@@ -81,11 +81,12 @@ def tracin(
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     test, asked = data_of(test_data, "test_data", train), data_of(input_data, "input_data", train)
     objective = Problem(model, loss, train, **options).objective
+    kept: Any = {name: value for name, value in options.items() if name in ("progress", "distributed", "timeout")}
     rates = _rates(learning_rates, _checked(checkpoints))
     total: Tensor | None = None
     problem: Problem | None = None
     for rate, other in zip(rates, _objectives(objective, checkpoints), strict=True):
-        problem = Problem(other, None, train, l2=0.0, progress=options.get("progress"))
+        problem = Problem(other, None, train, **kept)
         _ = problem.denominator  # computes by what the loss divides
         found = rate * _products(problem, test, asked)
         total = found if total is None else total.add_(found)
@@ -145,7 +146,7 @@ def ensemble_influences(
     rest: Any = {name: value for name, value in options.items() if name not in chosen and name != "loss"}
     objective = Problem(model, options.get("loss"), train, **rest).objective
     _checked(checkpoints)
-    chosen |= {name: rest[name] for name in ("l2", "progress") if name in rest}
+    chosen |= {name: rest[name] for name in ("l2", "progress", "distributed", "timeout") if name in rest}
     found = [
         compute_influences(_Carrying(other), train, test_data=test, input_data=asked, **chosen)  # pyright: ignore
         for other in track(_objectives(objective, checkpoints), "ensemble_influences", total=len(checkpoints))

@@ -91,6 +91,7 @@ def projected_index(
     check_whole("projection_seed", projection_seed, 0)
     check_choice("curvature", curvature, IndexCurvature)
     train = Batches.of(training_data, "training_data", options.get("unpack"))
+    options["distributed"] = False  # its rows are no sum
     problem = Problem(model, loss, train, **options)
     check_precision("model", problem.space.dtype, "sums of products need")
     plan = IndexPlan(problem, GradientSketch(problem.space, rank, projection_seed), curvature)

@@ -67,7 +67,7 @@ def compute_influence_factors(
             `"monte_carlo_fisher"`.
         on_failure: `"raise"`, or `"return"` to get the result with its statuses; rows that have no solution are NaN.
         options: Of the objective, as in `Problem`: `parameters=` (name patterns), `reduction=`, `l2=` (weight decay),
-            `unpack=`, `randomness=`, `seed=`, `progress=`.
+            `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`, `timeout=`.
 
     Raises:
         SolveError: A solve failed; the error carries its `Solution` and says what to do.
@@ -131,7 +131,8 @@ def compute_influences(
         on_failure: As in `compute_influence_factors`.
         store: A folder to which finished tiles are written (zarr v3); the same line run again goes on where a killed
             one stopped, returns what a finished one computed without evaluating the model, and is refused if anything
-            that the numbers rest on is different. For influences of type `"up"` without leverage.
+            that the numbers rest on is different. For influences of type `"up"` without leverage. Ranks of a process
+            group share nothing else then.
         options: As in `compute_influence_factors`.
 
     Returns:
@@ -150,6 +151,8 @@ def compute_influences(
     asked = _other(training_data if input_data is None else input_data, "input_data", training_data, train)
     given = {"loss": loss, "test_data": test_data, "input_data": input_data, "influence_type": influence_type}
     again = recipe("compute_influences", _DATA, {**given, "leverage": leverage, "solver": solver, **options})
+    if store is not None:  # which says who computes what
+        options["distributed"] = False
     run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     if store is not None:
         _check_storable(influence_type, leverage, on_failure)

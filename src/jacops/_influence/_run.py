@@ -140,7 +140,8 @@ class InfluenceRun:
         """Return how many tiles of rows that take so many entries each fit into a share of the budget."""
         space = self.problem.space
         each = max(1, entries * space.dtype.itemsize * self.step)
-        return max(1, int(share * budget_bytes(None, space.device)) // each)
+        free = self.problem.ranks.least("the memory for influences", budget_bytes(None, space.device))
+        return max(1, int(share * free) // each)
 
     def groups(self, data: Batches, held: RankedRows) -> Iterator[tuple[Tensor, list[Solution]]]:
         """Yield solutions of a group of rows, held as told, and what is known of them tile by tile."""
@@ -166,6 +167,7 @@ class InfluenceRun:
 
     def tiles(self, data: Batches) -> Iterator[Callable[[], Tensor]]:
         """Yield for each tile of `step` rows, across batches, a function that returns their gradients."""
+        data = self.problem.rows_of(data, "gradients of test samples")
         for parts in in_tiles(data.tracked("solving", self.problem.progress), self.step):
             yield _gradients(self.problem, parts)
 

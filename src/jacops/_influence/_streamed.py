@@ -53,7 +53,8 @@ def top_influences(
         test_data: A loader of batches; the training data where it is left out.
         input_data: The samples to choose from; the training data where it is left out.
         options: As in `compute_influences`: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=`,
-            `parameters=`, `reduction=`, `l2=`, `unpack=`, `randomness=`, `seed=`, `progress=`.
+            `parameters=`, `reduction=`, `l2=`, `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`,
+            `timeout=`.
 
     Raises:
         InputError: There are fewer than `k` samples, or as in `compute_influences`.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .._runtime.contexts import must_surface
-from ..errors import NotDifferentiableError
+from ..errors import NotDifferentiableError, PeerFailedError
 
 Result = TypeVar("Result")
 
@@ -56,7 +56,7 @@ def attempted() -> Iterator[None]:
     """
     try:
         yield
-    except (RouteFailedError, NotDifferentiableError):
+    except (RouteFailedError, NotDifferentiableError, PeerFailedError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if must_surface(error):

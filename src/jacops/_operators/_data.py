@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._runtime.memory import Meter
+from .._runtime.ranks import ALONE, Ranks
 from .._runtime.restoring import restoring
 from .._space import Space
 from ._base import Operator
@@ -24,6 +25,7 @@ from ._ranked_rows import RankedRows
 from ._target import Target
 
 Parts = Callable[[], Iterable[tuple[float, Operator]]]
+Rows = Callable[[], Iterable[tuple[float, int, Operator]]]
 
 
 @final
@@ -40,6 +42,7 @@ class SumOver(OnSpace):
         problem: What it is the curvature of, for methods that look inside.
         description: How the repr describes it.
         computed_in: The coarsest dtype of the batches' computations, None where that is not known.
+        ranks: Whose parts are added up, where each has some of the batches; the ridge is the first one's.
     """
 
     parts: Parts
@@ -49,6 +52,7 @@ class SumOver(OnSpace):
     problem: Any = None
     description: str = ""
     computed_in: torch.dtype | None = None
+    ranks: Ranks = ALONE
     symmetric = True
     _own = "batch by batch"
 
@@ -62,33 +66,64 @@ class SumOver(OnSpace):
 
     def _apply_each(self, tiles: Sequence[Tensor]) -> list[Tensor]:
         """Return what `_apply` gives for each tile of rows, to the last bit, in one pass over the data."""
-        totals = [torch.zeros_like(rows) if self.ridge is None else rows * self.ridge for rows in tiles]
-        for factor, part in self.parts():
-            for rows, total in zip(tiles, totals, strict=True):
-                total += factor * part._apply(rows)
-        return totals
+        ridge = self.ridge if self.ranks.leads else None
+
+        def own() -> list[Tensor]:
+            totals = [torch.zeros_like(rows) if ridge is None else rows * ridge for rows in tiles]
+            for factor, part in self.parts():
+                for rows, total in zip(tiles, totals, strict=True):
+                    total += factor * part._apply(rows)
+            return totals
+
+        return self.ranks.sums(f"{self.name} @ v", own, vectors=tiles)
 
     _apply_transpose = _apply
 
+    def diagonal(self, of: Callable[[Operator], Tensor]) -> Tensor:
+        """Return the diagonal, where `of` gives that of a part."""
+        space = self.space
+
+        def own() -> Tensor:
+            total = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+            for factor, part in self.parts():
+                total.add_(of(part), alpha=factor)
+            return total
+
+        total = self.ranks.total(f"the diagonal of the {self.name}", own)
+        return total if self.ridge is None else total.add_(self.ridge)
+
     def _drawn(self) -> Iterator[tuple[float, Moments]]:
-        for factor, part in self.parts():
-            drawn = [(factor * own, moments) for own, moments in part._drawn()]
-            if not drawn:  # of a sum of batches all are estimates, or none is
-                return
-            yield from drawn
-            del part
+        first = next((part for _, part in self.parts()), None)
+        if first is not None and any(True for _ in first._drawn()):  # of a sum all are estimates, or none is
+            yield 1.0, self._moments
+
+    def _moments(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        def own() -> list[Tensor]:
+            squares = totals = torch.zeros(len(directions), dtype=torch.float64, device=directions.device)
+            for factor, part in self.parts():
+                for inner, moments in part._drawn():
+                    fourth, second = moments(directions)
+                    squares = squares + (factor * inner) ** 2 * fourth.double()
+                    totals = totals + factor * inner * second.double()
+            return [squares, totals]
+
+        squares, totals = self.ranks.sums(f"the noise of the {self.name}", own)
+        return squares, totals
 
     @property
     def _halves(self) -> bool:
         return True
 
     def _held(self, ask: DenseAsk) -> Held:
-        return _first(self.parts, ask)
+        return _first(self.parts, ask, self.ranks)
 
     def _fill(self, target: Target, ask: DenseAsk) -> None:
-        for factor, part in self.parts():
-            DenseAsk(part, ask.inner).fill(target.times(factor))
-            del part
+        def own(place: Target) -> None:
+            for factor, part in self.parts():
+                DenseAsk(part, ask.inner).fill(place.times(factor))
+                del part
+
+        _added_up(f"{self.name}.dense", self.ranks, target, own)
         if self.ridge is not None:  # last: what the layers say is held against a matrix without it
             target.put_diagonal(self.ridge)
 
@@ -110,14 +145,16 @@ class StackOver(Operator):
     """Rows of all batches, one batch below the other.
 
     Attributes:
-        parts: A pass over the data: each call yields 1 and the rows of every batch, in one order.
+        parts: A pass over the data: each call yields a factor, the number of rows before, and the rows of every batch.
         space: What the columns mean.
         rows: What the rows mean.
+        ranks: Who has the rows, where each has those of some batches.
     """
 
-    parts: Parts
+    parts: Rows
     space: Space
     rows: Space
+    ranks: Ranks = ALONE
 
     @property
     def domain(self) -> Space:
@@ -145,36 +182,52 @@ class StackOver(Operator):
         return [check_result(self, found, "a product") for found in self._apply_each(tiles, held)]
 
     def _apply_each(self, tiles: Sequence[Tensor], held: RankedRows) -> list[Tensor]:
-        results = [rows.new_empty(rows.shape[0], self.rows.dim) for rows in tiles]
-        start = 0
-        for factor, part in self.parts():
-            stop = start + part.shape[0]
-            for rows, result in zip(tiles, results, strict=True):
-                result[:, start:stop] = factor * _along(part, rows, held)
-            start = stop
-        return results
+        def own() -> list[Tensor]:
+            results = [rows.new_zeros(rows.shape[0], self.rows.dim) for rows in tiles]
+            for factor, start, part in self.parts():
+                for rows, result in zip(tiles, results, strict=True):
+                    result[:, start : start + part.shape[0]] = factor * _along(part, rows, held)
+            return results
+
+        return self.ranks.sums(f"{self.name} @ v", own, vectors=tiles)
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
-        total = rows.new_zeros(rows.shape[0], self.space.dim)
-        start = 0
-        for factor, part in self.parts():
-            stop = start + part.shape[0]
-            total += factor * part._apply_transpose(rows[:, start:stop])
-            start = stop
-        return total
+        def own() -> Tensor:
+            total = rows.new_zeros(rows.shape[0], self.space.dim)
+            for factor, start, part in self.parts():
+                total += factor * part._apply_transpose(rows[:, start : start + part.shape[0]])
+            return total
+
+        return self.ranks.total(f"{self.name}.T @ v", own, rows)
 
     _own = "batch by batch"
 
     def _held(self, ask: DenseAsk) -> Held:
-        return _first(self.parts, ask)
+        return _first(lambda: ((factor, part) for factor, _, part in self.parts()), ask, self.ranks)
 
     def _fill(self, target: Target, ask: DenseAsk) -> None:
-        start = 0
-        for factor, part in self.parts():
-            stop = start + part.shape[0]
-            DenseAsk(part, ask.inner).fill(target.times(factor).part(slice(start, stop)))
-            start = stop
-            del part
+        def own(place: Target) -> None:
+            for factor, start, part in self.parts():
+                where = slice(start, start + part.shape[0])
+                DenseAsk(part, ask.inner).fill(place.times(factor).part(where))
+                del part
+
+        _added_up(f"{self.name}.dense", self.ranks, target, own)
+
+
+def _added_up(call: str, ranks: Ranks, target: Target, fill: Callable[[Target], None]) -> None:
+    """Write the sum of what each rank writes; one alone writes in place."""
+    if not ranks.shared:
+        fill(target)
+        return
+
+    def own() -> Tensor:
+        place = Target(torch.zeros_like(target.matrix), adds=True, half=target.half)
+        fill(place)
+        return place.matrix
+
+    whole = replace(target, half=False)  # halves were written as such
+    whole.put(ranks.total(call, own))
 
 
 def _along(part: Any, rows: Tensor, held: RankedRows) -> Tensor:
@@ -182,7 +235,7 @@ def _along(part: Any, rows: Tensor, held: RankedRows) -> Tensor:
 
 
 @restoring
-def _first(parts: Parts, ask: DenseAsk) -> Held:
+def _first(parts: Parts, ask: DenseAsk, ranks: Ranks) -> Held:
     """Return what the first batch holds, and what the pass keeps of the others."""
     if not 0 < ask.free < math.inf:
         return Held()
@@ -193,6 +246,7 @@ def _first(parts: Parts, ask: DenseAsk) -> Held:
     will_hold = getattr(parts, "will_hold", None)
     held = part.nbytes if will_hold is None else will_hold(part.nbytes)
     ask.inner = max(0.0, ask.free - held)
+    held += ask.operator.domain.dtype.itemsize * math.prod(ask.operator.shape) if ranks.shared else 0
     own = DenseAsk(part, ask.inner).held
     return replace(own, bytes=held + max(own.bytes, meter.peak - part.nbytes))
 

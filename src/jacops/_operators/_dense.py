@@ -20,6 +20,7 @@ from .._runtime.memory import SMALL, Budget, budget_bytes, given_tensors, live, 
 from .._space import Space
 from .._torch.protocol import BY_LAYERS, PreparedFill, Proofs, WholeAsk, check_kept, flat, is_plain, measured
 from ..errors import InputError
+from ._finite_results import ranks_in
 from ._held import HOLES, IN_MEMORY, TIGHT, Held
 from ._target import Target
 
@@ -118,8 +119,10 @@ class DenseLimits:
     def __init__(self, operator: Operator, budget: Budget, out: Any) -> None:
         self.result = _result_bytes(operator)
         self.allocated = self.result if out is None else 0
-        self.budget = budget_bytes(budget, operator.domain.device)
-        self._startup = startup_bytes(operator.domain.device)
+        self._startup, self._ranks = startup_bytes(operator.domain.device), ranks_in(operator)
+        room = budget_bytes(budget, operator.domain.device) - self._startup
+        # Chunks, and with them the number of sums over ranks, follow from it: it is the same on all of them.
+        self.budget = self._ranks.least(f"{operator.name}.dense", room) + self._startup
         self.ask = DenseAsk(operator, max(0.0, live(self.budget - self._startup - self.allocated)), self)
 
     @property
@@ -140,7 +143,8 @@ class DenseLimits:
         Raises:
             MemoryBudgetError: It does not; nothing was allocated.
         """
-        if self.peak <= self.budget:
+        fits = self.peak <= self.budget
+        if self._ranks.every(self.ask.call, lambda: fits):
             return
         parts: dict[str, float] = {}
         if self.ask.held is not IN_MEMORY:
@@ -388,4 +392,5 @@ def _by_products(operator: Operator, free: float) -> Held:
     space, apply, _ = _shorter(operator)
     fixed, each = measured(apply, space)
     chunk = max(1, min(most, int((free - fixed) // max(each, 1.0))))
+    chunk = ranks_in(operator).least(f"products with the {operator.name}", chunk)
     return Held(fixed + each * chunk, chunk)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from torch import Tensor
 
 from .._finite import is_finite, row_in_data, where_first
+from .._runtime.ranks import ALONE, Ranks
 from ..errors import NonFiniteError
 from ._naming import named
 
@@ -103,7 +104,7 @@ def _origin(operator: Operator) -> str | None:
         return row
     passes: Any = getattr(operator, "parts", None)
     if callable(passes):
-        for number, (_, part) in enumerate(passes()):  # pyright: ignore[reportArgumentType]
+        for number, (*_, part) in enumerate(passes()):  # pyright: ignore[reportArgumentType]
             if (row := _origin(part)) is not None:
                 return f"batch {number}: {row}"
     return next((row for part in parts_of(operator) if (row := _origin(part)) is not None), None)
@@ -126,6 +127,13 @@ def parts_of(operator: Operator) -> Iterator[Operator]:
         for part in value if isinstance(value, tuple) else (value,):
             if hasattr(part, "_apply_transpose"):
                 yield part
+
+
+def ranks_in(operator: Operator) -> Ranks:
+    """Return the ranks that share the sums in an operator, or in one that it is made of."""
+    own: Ranks = getattr(operator, "ranks", ALONE)
+    shared = (found for part in parts_of(operator) if (found := ranks_in(part)).shared)
+    return own if own.shared else next(shared, ALONE)
 
 
 def leaves_of(operator: Operator) -> dict[int, Operator]:

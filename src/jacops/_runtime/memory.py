@@ -7,6 +7,7 @@ to be right beforehand.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import weakref
@@ -62,8 +63,14 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    rooms = [*_free_ram(), *_cgroup_room(), *_address_room()]
+    rooms = [room // _processes() for room in (*_free_ram(), *_cgroup_room())] + [*_address_room()]
     return max(0, min(rooms)) if rooms else 2**33  # a system that tells nothing: as if 8 GiB were free
+
+
+def _processes() -> int:
+    """Return how many ranks were started on this machine, which `torchrun` says: they share what is free."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdecimal() else 1
 
 
 def _free_ram() -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -37,6 +37,14 @@ class Noise:
         total._totals = self._totals + factor * other._totals
         total._squares = self._squares + factor**2 * other._squares
         return total
+
+    def parts(self) -> list[Tensor]:
+        """Return the tensors that sums over ranks add up."""
+        return [self._squares, self._totals]
+
+    def take(self, parts: Iterator[Tensor]) -> None:
+        """Replace the tensors that `parts` returns."""
+        self._squares, self._totals = next(parts), next(parts)
 
     @property
     def value(self) -> float:

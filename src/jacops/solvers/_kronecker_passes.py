@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -17,6 +18,7 @@ from .._operators import Operator
 from .._operators._eigen_blocks import Block
 from .._requirements import check_precision
 from .._runtime.counter import Draws
+from .._sharing import PLACES, refuse_apart
 from .._space import Space
 from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
 from .._words import FisherSource
@@ -26,6 +28,7 @@ from ._kronecker_sums import Basis, OuterSums, RowSums, not_finite
 from ._output_curvature import Directions, Given
 from ._output_loss import LossAtOutput
 
+Summed = OuterSums | RowSums | Noise
 _EXACT_UP_TO = 64  # outputs per sample that `auto` sweeps one by one: as many as share one pass
 _FEW = 32  # samples recorded together where parameters need a sweep for each, which runs through all of them
 _KEPT_ENTRIES = 2**23  # what is kept of the first pass for the second: 32 MiB in float32; more is recorded again
@@ -95,8 +98,8 @@ class Passes:
             for start in range(0, data.rows, _FEW):
                 part = data.part(slice(start, start + _FEW))
                 _, own, share = self.problem.term(part)
-                if share:
-                    yield from self._of_batch(part, own, share, first + start, outer_only)
+                if share:  # a batch that only tells shapes has no factor, nor have its parts
+                    yield from self._of_batch(part, own, share if factor else 0.0, first + start, outer_only)
             return
         self._recorded += 1
         self._check_alike(batch)
@@ -108,7 +111,7 @@ class Passes:
             seeds = directions.chunk(start, min(start + size, columns))
             gradients = self._confirmed(batch, seeds, outer_only)
             self._begun = True
-            yield Piece(gradients, factor, seeds.shape[0] / columns)
+            yield Piece(gradients, factor, seeds.shape[0] / columns if factor else 0.0)
 
     def _directions(self, at: LossAtOutput, term: Any, data: Any, first: int) -> Directions:
         if self.fisher == "empirical":
@@ -116,6 +119,7 @@ class Passes:
         hessian = at.hessian()
         if self.fisher == "exact" or (self.fisher == "auto" and hessian.columns <= _EXACT_UP_TO):
             return hessian
+        refuse_apart(self.problem.data, self.problem.ranks, PLACES)
         self.drawn = True
         return Given(hessian.draw(Draws(self.seed, first), self.draws) / math.sqrt(self.draws))
 
@@ -200,31 +204,55 @@ def summed(
         kept: Where gradients for a second pass are left, if they fit.
     """
     sums: list[OuterSums | RowSums] = []
-    room, noise = _KEPT_ENTRIES if kept is not None else -1, Noise()
-    for piece in passes.pieces():
-        sums = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
-        slopes, outer = list[Tensor](), list[Gradients]()
-        for number, (own, gradients) in enumerate(zip(sums, piece.gradients, strict=True)):
-            slopes += noise.slopes(number, gradients) if passes.drawn else []
-            own.add(gradients, piece.factor, piece.share)
-            if room >= 0 and isinstance(gradients, list):
-                room -= sum(use.left.numel() + use.right.numel() for use in gradients)
-                outer.append(gradients)
-        noise.add(slopes, piece.factor)
-        if kept is not None:
-            kept[:] = [*kept, Piece(outer, piece.factor, piece.share)] if room >= 0 else []
+    noise = Noise()
+
+    def gather() -> list[Summed]:
+        room = _KEPT_ENTRIES if kept is not None else -1
+        for piece in passes.pieces():
+            sums[:] = sums or [_sums(group, space, exact_up_to, basis) for group in passes.groups]
+            slopes, outer = list[Tensor](), list[Gradients]()
+            for number, (own, gradients) in enumerate(zip(sums, piece.gradients, strict=True)):
+                slopes += noise.slopes(number, gradients) if passes.drawn else []
+                own.add(gradients, piece.factor, piece.share)
+                if room >= 0 and isinstance(gradients, list):
+                    room -= sum(use.left.numel() + use.right.numel() for use in gradients)
+                    outer.append(gradients)
+            noise.add(slopes, piece.factor)
+            if kept is not None:
+                kept[:] = [*kept, Piece(outer, piece.factor, piece.share)] if room >= 0 else []
+        return [*sums, noise]
+
+    _added_up(passes, gather)
     return tuple(sums), noise if passes.drawn else None
 
 
 def corrected(sums: Sequence[OuterSums | RowSums], passes: Passes, kept: Sequence[Piece]) -> tuple[Block, ...]:
     """Return blocks whose eigenvalues are found by a second pass over the data, or over what is kept of the first."""
     outer = [own for own in sums if isinstance(own, OuterSums)]
-    for own in outer:
-        own.settle()
-    for piece in kept or (passes.pieces(outer_only=True) if outer else ()):
-        for own, gradients in zip(outer, piece.gradients, strict=True):
-            own.correct(gradients, piece.factor)
+    for own in outer:  # the signs of eigenvectors are a processor's own choice
+        own.settle(partial(passes.problem.ranks.leading, passes.call))
+
+    def gather() -> list[Summed]:
+        for piece in kept or (passes.pieces(outer_only=True) if outer else ()):
+            for own, gradients in zip(outer, piece.gradients, strict=True):
+                own.correct(gradients, piece.factor)
+        return [*outer]
+
+    _added_up(passes, gather)
     return tuple(own.block() for own in sums)
+
+
+def _added_up(passes: Passes, gather: Callable[[], list[Summed]]) -> None:
+    """Add up over ranks what each gathers in a pass."""
+    found: list[Summed] = []
+
+    def own() -> list[Tensor]:
+        found[:] = gather()
+        return [part for one in found for part in one.parts()] if passes.problem.ranks.shared else []
+
+    totals = iter(passes.problem.sums(passes.call, own))
+    for one in found if passes.problem.ranks.shared else ():
+        one.take(totals)
 
 
 def _sums(group: Group, space: Space, exact_up_to: int, basis: Basis) -> OuterSums | RowSums:

@@ -3,7 +3,7 @@ r"""Sums over samples that make a Kronecker-factored curvature: factors first, e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -214,13 +214,28 @@ class OuterSums:
             Pair((bias,), self.names[1], joint.left, last),
         ]
 
-    def settle(self) -> None:
-        """Find the eigenbases, of each side's sum; the sums are dropped."""
-        pair = self.pair()
-        self._factors = {}
-        _, left = _eigen(pair.left, pair.name)
-        _, right = _eigen(pair.right, pair.name)
-        self._bases = (left, right)
+    def running(self) -> list[Running]:
+        """Return the sums that are over samples, in an order that does not depend on these."""
+        return [s for _, own in sorted(self._factors.items()) for side in own for s in side.strips] + [self._squares]
+
+    def parts(self) -> list[Tensor]:
+        """Return the tensors that sums over ranks add up."""
+        counts = torch.tensor([self._counts[way] for way in sorted(self._factors)], dtype=torch.float64)
+        return [part for own in self.running() for part in own.parts()] + [counts]
+
+    def take(self, parts: Iterator[Tensor]) -> None:
+        """Replace the tensors that `parts` returns."""
+        for own in self.running():
+            own.take(parts)
+        self._counts |= dict(zip(sorted(self._factors), next(parts).tolist(), strict=True))
+
+    def settle(self, leading: Callable[[list[Tensor]], list[Tensor]] = list) -> None:
+        """Find the eigenbases, of each side's sum, and drop the sums; `leading` chooses those that all ranks take."""
+        pair, self._factors = self.pair(), {}
+        found = [_eigen(side, pair.name)[1] for side in (pair.left, pair.right)]
+        taken = iter(leading([basis for basis in found if basis is not None]))
+        left, right = (None if basis is None else next(taken) for basis in found)
+        self._bases = left, right
 
     @property
     def _tiny(self) -> float:
@@ -282,6 +297,15 @@ class RowSums:
         """Add rows `(k, n, entries)`."""
         self.dtype = rows.dtype
         self._sum.add(rows.flatten(0, 1).unsqueeze(0), factor)
+
+    def parts(self) -> list[Tensor]:
+        """Return the tensors that sums over ranks add up."""
+        return [part for strip in self._sum.strips for part in strip.parts()]
+
+    def take(self, parts: Iterator[Tensor]) -> None:
+        """Replace the tensors that `parts` returns."""
+        for strip in self._sum.strips:
+            strip.take(parts)
 
     def times(self, factor: float) -> RowSums:
         """Return the statistics of the curvature times a number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Self, final
 
 import torch
@@ -48,6 +49,18 @@ class Running:
             if part is not None:
                 found.add(part.clone(), sign)
         return found
+
+    def parts(self) -> list[Tensor]:
+        """Return the tensors that sums over ranks add up."""
+        if self.total is None or self.total.dtype == torch.float64:
+            return [] if self.total is None else [self.total]
+        return [self.total, torch.zeros_like(self.total) if self._excess is None else self._excess]
+
+    def take(self, parts: Iterator[Tensor]) -> None:
+        """Replace the tensors that `parts` returns."""
+        if self.total is not None:
+            self.total = next(parts)
+            self._excess = None if self.total.dtype == torch.float64 else next(parts)
 
     def value(self) -> Tensor:
         """Return the sum, which has no entries before anything was added."""

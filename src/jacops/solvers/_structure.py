@@ -58,22 +58,26 @@ def congruence(operator: Operator) -> Congruence | None:
 
 
 def _summed(operator: SumOver) -> Congruence | None:
-    """Return a sum of congruences over batches as one with their rows stacked, while these stay few."""
+    """Return a sum of congruences over batches as one with their rows stacked, while these stay few.
+
+    Where ranks share the batches, each takes all of them: so few rows are not worth an exchange.
+    """
     ridge = operator.ridge
-    if ridge is not None and bool((ridge != ridge[0]).any()):
+    if operator.ranks.apart or (ridge is not None and bool((ridge != ridge[0]).any())):
         return None
-    found: list[tuple[float, Congruence]] = []
+    found: list[tuple[float, int, Congruence]] = []
     rows = 0
-    for factor, part in operator.parts():
+    for factor, part in getattr(operator.parts, "whole", operator.parts)():
         one = congruence(part)
-        rows += one.J.shape[0] if one is not None else 0
+        many = one.J.shape[0] if one is not None else 0
+        rows += many
         if one is None or one.shift or factor * one.scale < 0 or rows >= min(operator.shape[0], MOST_ROWS):
             return None
-        found.append((math.sqrt(factor * one.scale), one))
+        found.append((math.sqrt(factor * one.scale), rows - many, one))
     stacked = Space.flat(rows, "rows", torch.empty(0, dtype=operator.space.dtype, device=operator.space.device))
-    J = StackOver(lambda: iter((root, one.J) for root, one in found), operator.space, stacked)
-    inner = [one.S or Identity(one.J.codomain) for _, one in found]
-    plain = all(one.S is None for _, one in found)
+    J = StackOver(lambda: iter((root, start, one.J) for root, start, one in found), operator.space, stacked)
+    inner = [one.S or Identity(one.J.codomain) for *_, one in found]
+    plain = all(one.S is None for *_, one in found)
     S = None if plain else BlockDiagonal(tuple(inner), stacked)
     return Congruence(J, S, 1.0, 0.0 if ridge is None else float(ridge[0]))
 
