@@ -80,7 +80,6 @@ BUILTINS = {
     "StoreMismatchError": RuntimeError,
     "StoreDamagedError": RuntimeError,
     "StoreIncompleteError": RuntimeError,
-    "StoreBusyError": RuntimeError,
     "StoreFileError": OSError,
 }
 

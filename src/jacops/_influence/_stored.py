@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from .._digests import digest_data, surroundings
 from .._problem import Problem
 from ..errors import StoreDamagedError
 from ..solvers import Solution, Status
-from ._damping import GIVEN, Damping, identity_of
+from ._damping import identity_of
+from ._pinned import damping_in, facts_of, pinned_by
 from ._result import described
 from ._run import InfluenceRun
 
@@ -28,49 +29,44 @@ _CODES = (Status.CONVERGED, Status.ATTAINABLE, Status.APPROXIMATE, Status.UNCHEC
 _REPORT_BYTES = 4096  # of a tile's report; those of all solvers take less than 1000
 _TEXT = 500  # characters of a text in it
 _PER_ROW = ("residual", "attainable", "error_bound")
+_SOLVED = ("factors", "status", "iterations", *_PER_ROW, "report")
 
 
 def stored(run: InfluenceRun, path: Any, test: Batches, asked: Batches) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return influences `(n_test, n_asked)`, weights `(n_asked,)` and what is known of the solves.
 
-    Solutions are kept beside influences, so that a crash never repeats a solve. A finished store is compared with the
-    digests of model and data, and read; the model is not evaluated.
+    Any number of processes may do so at once: each tile of test samples is computed by one of them. Solutions are kept
+    beside influences, so that a crash never repeats a solve. A finished store is compared with the digests of model
+    and data, and read; the model is not evaluated.
 
     Raises:
         StoreMismatchError: The store was made with something else; the message names what.
-        StoreBusyError: Another process writes to it.
         StoreDamagedError: A status or a report is not what a run writes.
         MissingExtraError: zarr is not installed.
     """
     from ..store import StoredRun
 
-    if _is_new(path):
-        _ = run.prepared  # what cannot be solved leaves no store behind
-    identity = _identity(run, test, asked)
-    grids = _grids(run, test.rows, asked.rows)
-    device = run.problem.space.device
-    with StoredRun.open(path, identity, grids, surroundings=surroundings()) as kept:
-        known = _known(kept)
-        run = run if known is None else replace(run, known=known)
-        _finish(run, kept, test, asked)
+    identity, grids = _identity(run, test, asked), _grids(run, test.rows, asked.rows)
+    device, settled = run.problem.space.device, list[InfluenceRun]()
+
+    def facts() -> dict[str, Any]:
+        found, facts = facts_of(run, lambda: next(run.tiles(test))())
+        settled.append(found)
+        return facts
+
+    with StoredRun.open(path, identity, grids, surroundings=surroundings(), facts=facts) as kept:
+        _finish(_TestTiles(run, test, settled), kept, asked)
         values = torch.from_numpy(kept.read("influences")).to(device)
         shares = torch.from_numpy(kept.read("shares")).to(device)
-        solutions = [_solution(kept, number, run.damping.value) for number in range(kept.arrays["residual"].total)]
-    info = described(run.problem, run.kind, solutions, run.damping)
+        damping = damping_in(kept)
+        solutions = [_solution(kept, number, damping.value) for number in range(kept.arrays["residual"].total)]
+    info = described(run.problem, run.kind, solutions, damping)
     return values, shares, {**info, "store": str(path)}
 
 
 def shares_of(problem: Problem, data: Batches) -> Tensor:
     """Return the weight of each sample in the objective, `(n,)`."""
     return torch.cat([problem.shares(batch) for batch in data]) / problem.denominator
-
-
-def _is_new(path: Any) -> bool:
-    """Whether there is no store in a folder."""
-    from ..store._files import Folder
-    from ..store._reading import header_in
-
-    return header_in(Folder.at(path)) is None
 
 
 def _identity(run: InfluenceRun, test: Batches, asked: Batches) -> dict[str, str]:
@@ -109,38 +105,68 @@ def _dtype(run: InfluenceRun) -> str:
     return str(run.problem.space.dtype).removeprefix("torch.")
 
 
-def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -> None:
+class _TestTiles:
+    """Test samples, solved for tile by tile; the solver is prepared when it is first needed.
+
+    Args:
+        run: The run, as it was asked for.
+        data: The test samples.
+        settled: The run as its facts left it, in the process that computed these.
+    """
+
+    def __init__(self, run: InfluenceRun, data: Batches, settled: list[InfluenceRun]) -> None:
+        self.run, self.group = run, run.group(data.rows) // run.step or 1
+        self._data, self._settled, self._next = data, settled, 0
+        self._walk: Iterator[Callable[[], Tensor]] = iter(())
+
+    def solve(self, number: int, kept: StoredRun) -> Solution:
+        """Return the solutions of a tile; those before the last one asked for cost another pass over the samples."""
+        if not self._settled:
+            self._settled.append(pinned_by(self.run, kept))
+        if number < self._next or self._next == 0:
+            self._walk, self._next = self.run.tiles(self._data), 0
+        while True:
+            gradients = next(self._walk)
+            self._next += 1
+            if self._next > number:
+                return self._settled[0].solve(gradients())
+
+    def rest(self) -> None:
+        """Leave the pass that is under way."""
+        self._walk, self._next = iter(()), 0
+
+
+def _finish(rows: _TestTiles, kept: StoredRun, asked: Batches) -> None:
     """Compute what the store lacks, if anything; solutions that nothing needs any more are not even read."""
-    lacking = {name: set(kept.missing(name)) for name in kept.arrays if name != "factors"}
-    if kept.is_complete and not any(lacking.values()):
+    needed = [(name, grid) for name, grid in kept.arrays.items() if name != "factors"]
+    if kept.is_complete and all(kept.has(name, index) for name, grid in needed for index in grid.indices()):
         return
-    lacking["factors"] = set(kept.missing("factors"))
-    solves = {index[0] for name in (*_PER_ROW, "factors", "status", "iterations", "report") for index in lacking[name]}
-    rows = {index[0] for index in lacking["influences"]}
-    waiting, group = list[int](), run.group(test.rows) // run.step or 1
-    for number, gradients in enumerate(run.tiles(test) if solves | rows else ()):
-        if number in solves:
-            _write(kept, number, run.solve(gradients()), run.damping)
-        waiting += [number] * (number in rows)
-        if len(waiting) == group:
-            _meet(run, kept, waiting, asked)
-            waiting = []
-    if waiting:
-        _meet(run, kept, waiting, asked)
-    if lacking["shares"]:
-        kept.write("shares", (0,), shares_of(run.problem, asked).double())
+    free = True
+    while free:
+        waiting = list[int]()
+        for number, column in kept.arrays["influences"].indices():
+            if not kept.take("influences", (number, column), *_SOLVED):
+                continue
+            if not all(kept.has(name, index) for name, index in _tiles(kept, number)):
+                _write(kept, number, rows.solve(number, kept))
+            if kept.has("influences", (number, column)):
+                kept.leave("influences", (number, column))
+                continue
+            waiting.append(number)
+            if len(waiting) == rows.group:
+                _meet(rows.run, kept, waiting, asked)
+                waiting = []
+        if waiting:
+            _meet(rows.run, kept, waiting, asked)
+        rows.rest()
+        free = kept.wait("influences", *_SOLVED)
+    kept.obtain("shares", (0,), lambda: shares_of(rows.run.problem, asked).double())
     kept.complete()
 
 
-def _known(kept: StoredRun) -> Damping | None:
-    """Return the damping that was chosen when the first tile was solved, None where there is no such tile."""
-    tiles, missing = range(kept.arrays["report"].total), {index[0] for index in kept.missing("report")}
-    for number in tiles:
-        if number not in missing:
-            info = _unpacked(kept, number)
-            value, rule = info.get("damping"), info.get("damping_rule", GIVEN)
-            return Damping(value, rule) if isinstance(value, float) and isinstance(rule, str) else None
-    return None
+def _tiles(kept: StoredRun, number: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the tiles that hold the solves of some rows."""
+    return [(name, (number, 0)[: len(kept.arrays[name].counts)]) for name in _SOLVED]
 
 
 def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) -> None:
@@ -150,7 +176,7 @@ def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) 
         kept.write("influences", (number, 0), tile)
 
 
-def _write(kept: StoredRun, number: int, solution: Solution, damping: Damping) -> None:
+def _write(kept: StoredRun, number: int, solution: Solution) -> None:
     """Write the solutions of a tile, and all that is known of them."""
     kept.write("factors", (number, 0), solution.x)
     kept.write("status", (number,), np.array([_CODES.index(Status(s)) for s in solution.status], np.uint8))
@@ -158,8 +184,7 @@ def _write(kept: StoredRun, number: int, solution: Solution, damping: Damping) -
     missing = torch.full_like(solution.residual, math.nan)
     for name in _PER_ROW:
         kept.write(name, (number,), solution.residual if name == "residual" else solution.info.get(name, missing))
-    chosen = {"damping": damping.value, "damping_rule": damping.rule}
-    figures = {"method": solution.method, "bounded": "error_bound" in solution.info, **chosen, **solution.info}
+    figures = {"method": solution.method, "bounded": "error_bound" in solution.info, **solution.info}
     kept.write("report", (number, 0), _packed(figures))
 
 
