@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import jacops
+from jacops import _stored_rows
 from jacops._influence import _run
 from jacops.solvers import EKFAC
 from jacops.store import StoredRun
@@ -79,3 +80,23 @@ def hold(store: Path, log: Path) -> None:
     note(log, "holds")
     time.sleep(60)
     run.close()
+
+
+def jacobian(store: Path) -> Any:
+    _stored_rows._TILE_BYTES = 4 * 2 * 3 * 8  # four rows to a tile
+    return jacops.compute_jacobian(small_net(), draw(32, 3), store=store)
+
+
+def share_jacobian(store: Path, log: Path, slow: float) -> None:
+    """Run the line that everybody runs, slowly, and note tiles."""
+    write = StoredRun.write
+
+    def slowly(self: StoredRun, name: str, *args: Any) -> None:
+        if name == "jacobian":
+            note(log, "tile")
+            time.sleep(slow)
+        write(self, name, *args)
+
+    StoredRun.write = slowly  # type: ignore[method-assign]
+    jacobian(store)
+    note(log, "done")

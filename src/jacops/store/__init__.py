@@ -14,13 +14,14 @@ import numpy as np
 from .._digests import DataDigest, digest_data, digest_function, digest_module, digest_tensors, surroundings
 from .._keywords import keywords
 from ._format import Grid
-from ._reading import Location, Store
+from ._reading import Location, Store, StoredArray
 from ._writing import StoredRun
 
 __all__ = [
     "DataDigest",
     "Grid",
     "Store",
+    "StoredArray",
     "StoredRun",
     "digest_data",
     "digest_function",
