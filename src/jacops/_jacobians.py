@@ -166,15 +166,14 @@ def compute_jacobian(
         tensor([[1.0000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared}
-    options |= {"checks": checks, "fallback": fallback, "batch_size": batch_size}
+    options = dict[str, Any](outputs=outputs, target=target, shared=shared, checks=checks, fallback=fallback)
     if is_framework_model(model):
         refuse_options(at=at, freeze=freeze, budget=budget, out=out, compile=compile, create_graph=create_graph)
-        sweeps = SweepOptions("compute_jacobian", mode=mode, progress=progress, **options)
+        sweeps = SweepOptions("compute_jacobian", mode=mode, progress=progress, batch_size=batch_size, **options)
         return framework_jacobian(model, x, sweeps, check_finite)
     if create_graph:
         refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split", freeze=freeze is not None)
-    options |= {"at": at, "freeze": freeze, "compile": compile, "create_graph": create_graph}
+    options |= {"at": at, "freeze": freeze, "compile": compile, "create_graph": create_graph, "batch_size": batch_size}
     with keeping(create_graph):
         found = Samples(model, x, call="compute_jacobian", **options).jacobians(progress, budget, out, mode)
     if check_finite:

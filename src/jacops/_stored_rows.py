@@ -56,7 +56,7 @@ def _through_store(function: Callable[..., Any], given: dict[str, Any]) -> Any:
             raise InputError.of(name, "given", "a stored run writes plain numbers to its own folder", "Leave it out.")
     if is_framework_model(given["model"]):
         refuse_options(store=path)
-    rows = _Rows(given)
+    rows = _StoredSamples(given)
     identity = _identity(function.__name__, given, rows)
 
     def facts() -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _through_store(function: Callable[..., Any], given: dict[str, Any]) -> Any:
 _NAME = "jacobian"
 
 
-def _fill(function: Callable[..., Any], given: dict[str, Any], rows: _Rows, kept: StoredRun) -> None:
+def _fill(function: Callable[..., Any], given: dict[str, Any], rows: _StoredSamples, kept: StoredRun) -> None:
     """Compute the tiles that are missing, until all are there."""
     names = [name for name in kept.arrays if name.startswith(_NAME)]
     first, *others = names
@@ -106,7 +106,7 @@ def _grids_in(path: Any) -> Mapping[str, Grid] | None:
     return grids or None
 
 
-def _grids_of(function: Callable[..., Any], given: dict[str, Any], rows: _Rows) -> Mapping[str, Grid]:
+def _grids_of(function: Callable[..., Any], given: dict[str, Any], rows: _StoredSamples) -> Mapping[str, Grid]:
     """Return the arrays for a result, whose shapes one sample tells."""
     from .store import Grid
 
@@ -129,7 +129,7 @@ def _leaves(found: Any) -> list[Tensor]:
     return [leaf for leaf in flatten(found, "result")[0] if leaf is not None]
 
 
-def _identity(call: str, given: Mapping[str, Any], rows: _Rows) -> dict[str, str]:
+def _identity(call: str, given: Mapping[str, Any], rows: _StoredSamples) -> dict[str, str]:
     """Return digests of all that the numbers rest on."""
     model = given["model"]
     digest = digest_module(bare(model)) if isinstance(model, nn.Module) else digest_function(model)
@@ -150,7 +150,7 @@ def _is_short(value: Any) -> bool:
     return several or value is None or isinstance(value, str | int)
 
 
-class _Rows:
+class _StoredSamples:
     """The samples of a call, from tensors or from a loader.
 
     Args:
