@@ -13,7 +13,7 @@ from torch import Tensor
 import jacops
 from jacops import _stored_rows
 from jacops._influence import _run
-from jacops.solvers import EKFAC
+from jacops.solvers import CG, EKFAC, _block, _kept
 from jacops.store import StoredRun
 from small import draw, small_net
 from stored_run import ARRAYS, IDENTITY
@@ -21,7 +21,12 @@ from stored_run import ARRAYS, IDENTITY
 ROWS, TILES = 18, 6
 X, Y = draw(9, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1])
 TEST = draw(ROWS, 3, seed=5), Y.repeat(2)
-SOLVERS: dict[str, Any] = {"auto": "auto", "ekfac": EKFAC(report_residual=False)}
+SOLVERS: dict[str, Any] = {
+    "auto": "auto",
+    "cg": CG(),
+    "cg by nystrom": CG(preconditioner="nystrom", rank=4),
+    "ekfac": EKFAC(report_residual=False),
+}
 
 
 def note(log: Path, what: str) -> None:
@@ -100,3 +105,22 @@ def share_jacobian(store: Path, log: Path, slow: float) -> None:
     StoredRun.write = slowly  # type: ignore[method-assign]
     jacobian(store)
     note(log, "done")
+
+
+def keep_always() -> None:
+    """Let solves keep a state after every step."""
+    _kept._SECONDS, _kept._SHARE = 0.0, 1e9
+
+
+def solve_slowly(store: Path, log: Path, solver: str) -> None:
+    """Run the line that everybody runs, and note products of conjugate gradients, which take long."""
+    keep_always()
+    advance = _block._BlockRun.advance
+
+    def slowly(self: Any) -> Any:
+        note(log, "step")
+        time.sleep(0.05)
+        return advance(self)
+
+    _block._BlockRun.advance = slowly  # type: ignore[method-assign]
+    influences(store, solver)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
@@ -20,16 +20,41 @@ from ._run import InfluenceRun
 
 if TYPE_CHECKING:
     from ..store import StoredRun
+    from ..store._states import TileStates
 
 _CHOICES: dict[str, type[Solver]] = {kind.__name__: kind for kind in (CG, Direct, MINRES)}  # what `Auto` takes
 
 
-def facts_of(run: InfluenceRun, first: Callable[[], Tensor]) -> tuple[InfluenceRun, dict[str, Any]]:
+@final
+class SolveStates:
+    """Where conjugate gradients keep their states: in the store, with the solutions of the tile that is solved for."""
+
+    def __init__(self) -> None:
+        self._tile: TileStates | None = None
+
+    def solving(self, kept: StoredRun, number: int) -> None:
+        """Say which tile is solved for from now on."""
+        self._tile = kept.states("factors", (number, 0))
+
+    def load(self, name: str) -> bytes | None:
+        """Return what was kept of the tile under a name."""
+        return None if self._tile is None else self._tile.load(name)
+
+    def keep(self, name: str, raw: bytes) -> None:
+        """Keep bytes of the tile under a name."""
+        if self._tile is not None:
+            self._tile.keep(name, raw)
+
+
+def facts_of(
+    run: InfluenceRun, first: Callable[[], Tensor], states: SolveStates
+) -> tuple[InfluenceRun, dict[str, Any]]:
     """Return a run with its damping and its solver settled, ready to solve, and what others need for the same.
 
     Args:
         run: The run.
         first: Gives the right-hand sides of the first tile.
+        states: Where states of its solves are kept.
     """
     damping, solver = settled(run.asked, run.curvature, run.solver)
     facts: dict[str, Any] = {"damping": damping.value, "rule": damping.rule}
@@ -40,7 +65,7 @@ def facts_of(run: InfluenceRun, first: Callable[[], Tensor]) -> tuple[InfluenceR
         factors = ekfac.approximate(run.curvature)
         solver = _with_ekfac(solver, replace(ekfac, factors=factors))
         facts["factors"] = to_bytes(factors)
-    found = replace(run, solver=solver, known=damping)
+    found = replace(run, solver=_keeping(solver, states), known=damping)
     _ = found.prepared  # what cannot be solved leaves no store behind
     return found, facts
 
@@ -57,8 +82,8 @@ def damping_in(kept: StoredRun) -> Damping:
     return Damping(float(value), rule)
 
 
-def pinned_by(run: InfluenceRun, kept: StoredRun) -> InfluenceRun:
-    """Return a run with the damping and the solver of a stored one.
+def pinned_by(run: InfluenceRun, kept: StoredRun, states: SolveStates) -> InfluenceRun:
+    """Return a run with the damping and the solver of a stored one, which keeps states of its solves.
 
     Raises:
         StoreDamagedError: The store holds what no run writes.
@@ -72,7 +97,14 @@ def pinned_by(run: InfluenceRun, kept: StoredRun) -> InfluenceRun:
         except DataError as error:
             raise _damaged(kept, str(error)) from None
         solver = _with_ekfac(solver, replace(ekfac, factors=factors))
-    return replace(run, solver=solver, known=damping_in(kept))
+    return replace(run, solver=_keeping(solver, states), known=damping_in(kept))
+
+
+def _keeping(solver: Solver, states: SolveStates) -> Solver:
+    """Return a solver that keeps its states, where it is one that can."""
+    if isinstance(solver, Auto) and solver.taken is not None:
+        return replace(solver, taken=(_keeping(solver.taken[0], states), solver.taken[1]))
+    return replace(solver, kept=states) if isinstance(solver, CG) else solver
 
 
 def _ekfac(solver: Solver) -> EKFAC | None:
@@ -88,7 +120,7 @@ def _with_ekfac(solver: Solver, ekfac: EKFAC) -> Solver:
 def _named(solver: Auto) -> dict[str, Any]:
     """Return what was chosen in plain words and numbers."""
     chosen, why = solver.taken or (Direct(), "")
-    options: dict[str, Any] = {f.name: getattr(chosen, f.name) for f in fields(chosen)}  # pyright: ignore[reportArgumentType]
+    options: dict[str, Any] = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.repr}  # pyright: ignore[reportArgumentType]
     return {"method": type(chosen).__name__, "options": options, "why": why}
 
 

@@ -17,7 +17,7 @@ from .._problem import Problem
 from ..errors import StoreDamagedError
 from ..solvers import Solution, Status
 from ._damping import identity_of
-from ._pinned import damping_in, facts_of, pinned_by
+from ._pinned import SolveStates, damping_in, facts_of, pinned_by
 from ._result import described
 from ._run import InfluenceRun
 
@@ -47,15 +47,15 @@ def stored(run: InfluenceRun, path: Any, test: Batches, asked: Batches) -> tuple
     from ..store import StoredRun
 
     identity, grids = _identity(run, test, asked), _grids(run, test.rows, asked.rows)
-    device, settled = run.problem.space.device, list[InfluenceRun]()
+    device, settled, states = run.problem.space.device, list[InfluenceRun](), SolveStates()
 
     def facts() -> dict[str, Any]:
-        found, facts = facts_of(run, lambda: next(run.tiles(test))())
+        found, facts = facts_of(run, lambda: next(run.tiles(test))(), states)
         settled.append(found)
         return facts
 
     with StoredRun.open(path, identity, grids, surroundings=surroundings(), facts=facts) as kept:
-        _finish(_TestTiles(run, test, settled), kept, asked)
+        _finish(_TestTiles(run, test, settled, states), kept, asked)
         values = torch.from_numpy(kept.read("influences")).to(device)
         shares = torch.from_numpy(kept.read("shares")).to(device)
         damping = damping_in(kept)
@@ -112,9 +112,11 @@ class _TestTiles:
         run: The run, as it was asked for.
         data: The test samples.
         settled: The run as its facts left it, in the process that computed these.
+        states: Where its solver keeps states.
     """
 
-    def __init__(self, run: InfluenceRun, data: Batches, settled: list[InfluenceRun]) -> None:
+    def __init__(self, run: InfluenceRun, data: Batches, settled: list[InfluenceRun], states: SolveStates) -> None:
+        self._states = states
         self.run, self.group = run, run.group(data.rows) // run.step or 1
         self._data, self._settled, self._next = data, settled, 0
         self._walk: Iterator[Callable[[], Tensor]] = iter(())
@@ -122,13 +124,14 @@ class _TestTiles:
     def solve(self, number: int, kept: StoredRun) -> Solution:
         """Return the solutions of a tile; those before the last one asked for cost another pass over the samples."""
         if not self._settled:
-            self._settled.append(pinned_by(self.run, kept))
+            self._settled.append(pinned_by(self.run, kept, self._states))
         if number < self._next or self._next == 0:
             self._walk, self._next = self.run.tiles(self._data), 0
         while True:
             gradients = next(self._walk)
             self._next += 1
             if self._next > number:
+                self._states.solving(kept, number)
                 return self._settled[0].solve(gradients())
 
     def rest(self) -> None:

@@ -16,8 +16,10 @@ from ._files import Folder
 from ._format import HEADER, Grid, Header, Index, TileCodec, dumped_json, loaded_json
 from ._locks import Claims, Use, Wait
 from ._reading import Location, Store, chunk_at, explained, header_in, mark_at
+from ._states import TileStates
 
 Facts = Callable[[], Mapping[str, Any]]
+_STATE_BYTES = 8, 2**20  # of a state at most: so many tiles (an iteration holds three or four), and what is beside
 
 
 class StoredRun(Store):
@@ -45,6 +47,7 @@ class StoredRun(Store):
         self._use, self._make_facts = use, facts
         self._right: dict[str, set[Index]] = {name: set() for name in header.arrays}
         self._claims = Claims(folder.path)
+        self._states: dict[tuple[str, Index], TileStates] = {}
 
     @classmethod
     def open(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -260,9 +263,16 @@ class StoredRun(Store):
                 self._folder.write(chunk_at(name, index), raw)
             with explained(self._folder, mark_at(name, index), name, index):
                 self._folder.write(mark_at(name, index), dumped_json(self._mark(name, index, raw)))
+            if (states := self._states.pop((name, index), None)) is not None:
+                states.forget()
         finally:
             self._claims.let_go(name, index)
         self._right[name].add(index)
+
+    def states(self, name: str, index: Index) -> TileStates:
+        """Return what is kept of a tile that is in work, to go on from after a kill; it is removed with `write`."""
+        limit = _STATE_BYTES[0] * self._grid(name).encoded + _STATE_BYTES[1]
+        return self._states.setdefault((name, index), TileStates(self._folder, name, index, limit))
 
     def obtain(self, name: str, index: Index, compute: Callable[[], Tensor | np.ndarray]) -> np.ndarray:
         """Return a tile: from the store where it is finished, else computed, written and handed back.
