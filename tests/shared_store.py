@@ -39,18 +39,27 @@ def notes(log: Path) -> list[tuple[int, str]]:
     return [(int(pid), what) for pid, what in (line.split(" ", 1) for line in lines)]
 
 
+def gather(log: Path, what: str, parties: int) -> None:
+    """Wait until so many processes have noted something, so that none comes too late for its part."""
+    for _ in range(2000):
+        if len({pid for pid, noted in notes(log) if noted == what}) >= parties:
+            return
+        time.sleep(0.01)
+
+
 def influences(store: Path | None, solver: str) -> jacops.results.Influences:
     _run._TILE_BYTES = 3 * 26 * 8  # three rows to a tile
     options: dict[str, Any] = {"loss": F.cross_entropy, "solver": SOLVERS[solver], "store": store}
     return jacops.compute_influences(small_net(), [(X, Y)], test_data=[TEST], **options)
 
 
-def share(store: Path, log: Path, solver: str, slow: float) -> None:
+def share(store: Path, log: Path, solver: str, slow: float, parties: int) -> None:
     """Run the line that everybody runs, slowly, and note solves and fits."""
     solve, fit = _run.InfluenceRun.solve, EKFAC.approximate
 
     def slowly(self: Any, rows: Tensor) -> Any:
         note(log, "solve")
+        gather(log, "solve", parties)
         time.sleep(slow)
         return solve(self, rows)
 
@@ -92,13 +101,14 @@ def jacobian(store: Path) -> Any:
     return jacops.compute_jacobian(small_net(), draw(32, 3), store=store)
 
 
-def share_jacobian(store: Path, log: Path, slow: float) -> None:
+def share_jacobian(store: Path, log: Path, slow: float, parties: int) -> None:
     """Run the line that everybody runs, slowly, and note tiles."""
     write = StoredRun.write
 
     def slowly(self: StoredRun, name: str, *args: Any) -> None:
         if name == "jacobian":
             note(log, "tile")
+            gather(log, "tile", parties)
             time.sleep(slow)
         write(self, name, *args)
 
@@ -124,3 +134,14 @@ def solve_slowly(store: Path, log: Path, solver: str) -> None:
 
     _block._BlockRun.advance = slowly  # type: ignore[method-assign]
     influences(store, solver)
+
+
+def begin_for_long(store: Path, log: Path) -> None:
+    """Begin a store whose facts take longer than anybody waits."""
+
+    def facts() -> dict[str, Any]:
+        note(log, "begins")
+        time.sleep(60)
+        return {}
+
+    StoredRun.open(store, IDENTITY, ARRAYS, facts=facts)

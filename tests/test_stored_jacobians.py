@@ -152,7 +152,7 @@ def test_a_sample_that_is_not_finite_is_named_and_the_rest_kept(tmp_path: Path):
 def test_processes_share_the_rows_and_one_may_be_killed(tmp_path: Path):
     store, log = tmp_path / "run", tmp_path / "log"
     alone = np.asarray(jacobian(tmp_path / "alone"))
-    with started(2, share_jacobian, store, log, 0.1) as workers:
+    with started(2, share_jacobian, store, log, 0.1, 2) as workers:
         until(lambda: len({pid for pid, _ in notes(log)}) == 2, workers)
         os.kill(workers[0].pid, signal.SIGKILL)
         ended(workers)

@@ -3,6 +3,7 @@
 A store is one folder with one or more arrays, each cut into tiles. A tile is a pure function of its index and of the
 run's identity: the digests of model, data, loss and settings. It is finished once its chunk is on the disk, whole,
 and after that its mark, which holds a digest of the chunk's bytes keyed by the identity and the tile's place.
+Any number of processes may write one store: each tile is computed by one of them, under a lock of the kernel's.
 
 Any zarr v3 reader opens such a folder. This one also checks the marks. Needs `pip install 'jacops[store]'`.
 """

@@ -231,6 +231,17 @@ class StoredArray:
     Attributes:
         store: The stored run.
         name: Which of its arrays.
+
+    Example:
+        >>> import torch, jacops
+        >>> from tempfile import mkdtemp
+        >>> x = torch.arange(12.0).reshape(6, 2)
+        >>> found = jacops.compute_jacobian(lambda x: x**2, x, store=mkdtemp())
+        >>> found.shape
+        (6, 2, 2)
+        >>> found[1]
+        array([[4., 0.],
+               [0., 6.]], dtype=float32)
     """
 
     def __init__(self, store: Store, name: str) -> None:

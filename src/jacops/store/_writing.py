@@ -209,7 +209,7 @@ class StoredRun(Store):
 
     def _finishing(self, name: str, also: tuple[str, ...], held: list[Index], freed: list[Index]) -> Iterator[Index]:
         """Yield tiles as others finish them, until all are, or one was left."""
-        waited = Wait(f"store {self.path!r}: {len(held)} tiles of {name!r} are computed by other processes")
+        waited = Wait(f"store {self.path!r}: {len(held)} of the tiles of {name!r} are left to other processes")
         while held:
             for index in list(held):
                 free = self._claims.is_free(name, index)  # before it is looked at: who ends writes, then lets go
