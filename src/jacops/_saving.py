@@ -220,7 +220,8 @@ def _parsed(raw: bytes) -> tuple[str, dict[str, Tensor]]:
     from safetensors.torch import load as loaded
 
     try:
-        tensors = loaded(raw)
+        # Copies, in memory of the allocator's own alignment: sums over others may round otherwise.
+        tensors = {name: tensor.clone() for name, tensor in loaded(raw).items()}
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     # The reader of bytes gives no metadata; the format begins with the length of its header, which is JSON.

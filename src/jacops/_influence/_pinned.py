@@ -62,9 +62,10 @@ def facts_of(
         solver = solver.decided(run.curvature, damping.value, first)
         facts["solver"] = _named(solver)
     if (ekfac := _ekfac(solver)) is not None:
-        factors = ekfac.approximate(run.curvature)
+        raw = facts["factors"] = to_bytes(ekfac.approximate(run.curvature))
+        # Read again, as others read it: products with another layout in memory round otherwise.
+        factors = from_bytes(raw, "fitted factors", device=run.problem.space.device)
         solver = _with_ekfac(solver, replace(ekfac, factors=factors))
-        facts["factors"] = to_bytes(factors)
     found = replace(run, solver=_keeping(solver, states), known=damping)
     _ = found.prepared  # what cannot be solved leaves no store behind
     return found, facts

@@ -50,9 +50,9 @@ def stored(run: InfluenceRun, path: Any, test: Batches, asked: Batches) -> tuple
     device, settled, states = run.problem.space.device, list[InfluenceRun](), SolveStates()
 
     def facts() -> dict[str, Any]:
-        found, facts = facts_of(run, lambda: next(run.tiles(test))(), states)
-        settled.append(found)
-        return facts
+        pinned, found = facts_of(run, lambda: next(run.tiles(test))(), states)
+        settled.append(pinned)
+        return found
 
     with StoredRun.open(path, identity, grids, surroundings=surroundings(), facts=facts) as kept:
         _finish(_TestTiles(run, test, settled, states), kept, asked)

@@ -176,10 +176,7 @@ class _BlockRun:
             return False
         system.exponent = state.exponent
         system.products += state.products
-        # Copies: memory of the allocator's own alignment, on which sums may depend.
-        result.x, self.r, self.P, self.active = (
-            part.clone() for part in (state.x, state.r, state.directions, state.active)
-        )
+        result.x, self.r, self.P, self.active = state.x, state.r, state.directions, state.active
         self.step, self.flat, result.steps = state.step, state.flat, list(state.steps)
         result.failed = {row: Status(status) for row, status in state.failed}
         result.norm, result.lowest = state.norm, state.lowest

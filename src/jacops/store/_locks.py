@@ -79,9 +79,9 @@ class Lock:
             raise self._refused(error) from error
         _HELD.add(self)
         if not shared:
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._file.flush()
+            with contextlib.suppress(OSError):  # a courtesy to those who wait
+                os.ftruncate(self._file.fileno(), 0)
+                os.pwrite(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return True
 
     def holder(self) -> str:
