@@ -67,8 +67,9 @@ def work(path: Path, log: Path, slow: float) -> None:
 
 
 def hold_and_fork(path: Path, ready: Path) -> None:
-    """Hold the store, and leave a forked child that lives on as long as the file `ready` does."""
+    """Hold a tile, and leave a forked child that lives on as long as the file `ready` does."""
     run = StoredRun.open(path, IDENTITY, ARRAYS)
+    run.take("influences", (0, 0))
     ready.touch()
     if os.fork() == 0:
         while ready.exists():

@@ -1,5 +1,6 @@
 """An index of projected gradients: exact where nothing is projected, unbiased where something is, resumed, refused."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,23 @@ def test_a_killed_index_goes_on_and_a_finished_one_runs_no_model(tmp_path: Path,
     monkeypatch.undo()
     torch.testing.assert_close(again.influences(TEST).values, expected)
     assert str(tmp_path / "index") in repr(again)
+
+
+def test_a_tile_that_another_process_left_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from jacops.store import Store, StoredRun, read_store
+
+    monkeypatch.setattr(_index_tiles, "_TILE_BYTES", 1)
+    projected_index(wrapped(), DATA, rank=2, store=tmp_path / "index")
+    expected, kept = read_store(tmp_path / "index", "rows"), Store.open(tmp_path / "index")
+    assert kept.arrays["rows"].total > 1
+    (tmp_path / "index" / "rows" / "done" / "1.0").unlink()
+    with StoredRun.open(tmp_path / "index", kept.identity, kept.arrays, surroundings=kept.surroundings) as other:
+        assert other.take("rows", (1, 0))
+        closing = threading.Timer(0.3, other.close)
+        closing.start()
+        projected_index(wrapped(), DATA, rank=2, store=tmp_path / "index")
+        assert not closing.is_alive()
+    assert (read_store(tmp_path / "index", "rows") == expected).all()
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {

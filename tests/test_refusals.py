@@ -81,7 +81,6 @@ BUILTINS = {
     "StoreMismatchError": RuntimeError,
     "StoreDamagedError": RuntimeError,
     "StoreIncompleteError": RuntimeError,
-    "StoreBusyError": RuntimeError,
     "StoreFileError": OSError,
 }
 

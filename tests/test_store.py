@@ -1,7 +1,6 @@
 """Stored runs: what is written is what is read, and nothing else is taken for it."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from jacops.errors import (
     MemoryBudgetError,
     MissingExtraError,
     NonFiniteError,
-    StoreBusyError,
     StoreError,
     StoreFileError,
     StoreIncompleteError,
@@ -201,13 +199,15 @@ def test_other_surroundings_are_warned_of(tmp_path: Path):
         assert run.surroundings == {"torch": "2.8", "threads": "1"}
 
 
-def test_a_second_writer_is_refused(tmp_path: Path):
-    with half(tmp_path / "run"):
-        with pytest.raises(StoreBusyError, match=f"process {os.getpid()} is writing it") as error:
-            StoredRun.open(tmp_path / "run", IDENTITY, ARRAYS)
-        assert error.value.pid == os.getpid()
+def test_a_second_run_shares_the_tiles_that_are_left(tmp_path: Path):
+    with half(tmp_path / "run") as one, StoredRun.open(tmp_path / "run", IDENTITY, ARRAYS) as two:
+        first, second = one.missing("influences"), two.missing("influences")
+        taken = [next(walk) for walk in (first, second, first, second)]
+        assert len(set(taken)) == 4
+        assert not {(0, 0), (1, 2)} & set(taken)
         read_store(tmp_path / "run", partial=True)  # readers come and go
-    half(tmp_path / "run").close()
+    assert not (tmp_path / "run.jacops-locks").exists()
+    assert len(whole(tmp_path / "run")) == TILES - 2  # what was taken and not written is free again
 
 
 def test_a_closed_run_writes_no_more(tmp_path: Path):
@@ -339,8 +339,13 @@ def test_a_store_may_be_moved_and_reached_through_a_link(tmp_path: Path):
     (tmp_path / "link").symlink_to("moved")
     assert np.array_equal(read_store(tmp_path / "link", "factors"), truth("factors"))
     assert whole(tmp_path / "link") == []
-    with StoredRun.open(tmp_path / "link", IDENTITY, ARRAYS), pytest.raises(StoreBusyError):
-        StoredRun.open(tmp_path / "moved", IDENTITY, ARRAYS)
+    (tmp_path / "moved" / "influences" / "done" / "0.0").unlink()
+    with (
+        StoredRun.open(tmp_path / "link", IDENTITY, ARRAYS) as one,
+        StoredRun.open(tmp_path / "moved", IDENTITY, ARRAYS) as two,
+    ):
+        assert one.take("influences", (0, 0))
+        assert not two.take("influences", (0, 0))  # one folder, one lock
 
 
 def test_a_run_that_has_only_begun_is_unfinished_and_not_damaged(tmp_path: Path):

@@ -16,8 +16,9 @@ pytest.importorskip("zarr")
 
 import jacops
 from jacops import TorchTwiceDifferentiable, compute_influences
+from jacops._influence import _run
 from jacops.errors import JacopsError, JacopsWarning, SolveError, StoreDamagedError, StoreMismatchError
-from jacops.solvers import CG, EKFAC, Lanczos, Nystrom
+from jacops.solvers import CG, EKFAC, MINRES, Lanczos, Nystrom, _auto
 from jacops.store import Grid, Store, StoredRun
 
 CALLS: Counter[str] = Counter()
@@ -207,6 +208,53 @@ def test_a_header_with_any_byte_changed_is_a_typed_error_or_the_same_run(positio
     except (JacopsError, JacopsWarning):
         return
     assert torch.equal(found.values, whole.values)
+
+
+def forget_a_tile(path: Path, number: int) -> None:
+    for name in ("factors", "status", "iterations", "residual", "attainable", "error_bound", "report", "influences"):
+        for mark in (path / name / "done").glob(f"{number}*"):
+            mark.unlink()
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("method", [*METHODS, "minres", "cg by rows", "cg by ekfac"])
+@pytest.mark.filterwarnings("ignore::jacops.errors.JacopsWarning")  # of poor approximations
+def test_a_tile_computed_alone_has_the_bits_of_one_among_others(
+    method: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_run, "_TILE_BYTES", 3 * 43 * 8)  # three rows to a tile, one in the last
+    more = {"minres": MINRES(), "cg by rows": CG(block=False), "cg by ekfac": CG(preconditioner=EKFAC())}
+    options: dict[str, Any] = {"solver": {**METHODS, **more}[method], "damping": "auto"}
+    whole = run(tmp_path / "s", **options)
+    factors = Store.open(tmp_path / "s").read("factors")
+    forget_a_tile(tmp_path / "s", number)
+    assert torch.equal(run(tmp_path / "s", **options).values, whole.values)
+    assert np.array_equal(Store.open(tmp_path / "s").read("factors"), factors)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_what_auto_tried_for_the_first_tile_is_taken_for_all(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_run, "_TILE_BYTES", 3 * 303 * 8)
+    draw, y = torch.Generator().manual_seed(0), torch.arange(400) % 3
+    x = torch.randn(400, 100, generator=draw, dtype=torch.float64) * 10.0 ** -torch.linspace(0, 5, 100)
+    model = nn.Linear(100, 3).double()
+    nn.init.zeros_(model.weight)
+
+    def found() -> jacops.results.Influences:
+        options: dict[str, Any] = {"test_data": [(x[:7], y[:7])], "loss": F.cross_entropy, "damping": 1e-4}
+        return compute_influences(model, [(x, y)], store=tmp_path / "s", **options)
+
+    whole = found()
+    assert whole.info["chosen"].startswith("block CG")
+    forget_a_tile(tmp_path / "s", number)
+    trials: list[int] = []
+    real = _auto._PreparedAuto._attempt
+    monkeypatch.setattr(_auto._PreparedAuto, "_attempt", lambda self, rows: trials.append(1) or real(self, rows))
+    again = found()
+    assert torch.equal(again.values, whole.values)
+    assert (again.info["chosen"], trials) == (whole.info["chosen"], [])
 
 
 def test_other_work_is_refused_before_the_solver_is_prepared(tmp_path: Path, monkeypatch: Any) -> None:

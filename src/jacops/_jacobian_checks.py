@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._finite import check_outputs, require_finite
 from ._torch.protocol import Blocks, Recording
-from .errors import NotDifferentiableError
+from .errors import InputError, NotDifferentiableError
 
 FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
 
@@ -51,3 +51,29 @@ def check_block(call: str, block: Tensor, output: str, by: str) -> None:
     """
     where = f"{call}: in the Jacobian of {output} by {by}"
     require_finite(block.detach(), where, f"; the output itself is finite.{FINITE_TODO}")
+
+
+def refuse_with_graph(**given: bool) -> None:
+    """Refuse options that results with a graph do not have.
+
+    Raises:
+        InputError: One is given.
+    """
+    for name, value in given.items():
+        if value:
+            came = "'split'" if name == "mode" else "given"
+            needed = "results are not written in place"
+            if name == "freeze":
+                needed = "what is held constant would have no derivative by the parameters"
+            raise InputError.of(name, came, f"with `create_graph=True` {needed}", "Leave it out.")
+
+
+def refuse_with_sparse(**given: bool) -> None:
+    """Refuse options that a sparse result does not have.
+
+    Raises:
+        InputError: One is given.
+    """
+    for name, value in given.items():
+        if value:
+            raise InputError.of(name, "asked for together with `sparse=True`", "a sparse result has no such variant")

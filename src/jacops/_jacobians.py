@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from ._data import Unpack as Batching
 from ._framework import framework_jacobian, refuse_options
-from ._jacobian_checks import FINITE_TODO, check_block, check_blocks, check_dependence
+from ._jacobian_checks import (
+    FINITE_TODO,
+    check_block,
+    check_blocks,
+    check_dependence,
+    refuse_with_graph,
+    refuse_with_sparse,
+)
 from ._jacobian_layout import arranged, given_out, shaped
 from ._keywords import keywords
 from ._ladder.protocol import SweepOptions, everything, is_framework_model
@@ -23,6 +31,7 @@ from ._progress import shows_progress
 from ._requirements import check_choice, check_positive
 from ._runtime.contexts import arithmetic, eager, keeping
 from ._runtime.memory import Budget, given_tensors
+from ._stored_rows import in_store
 from ._torch.protocol import (
     At,
     Blocks,
@@ -53,9 +62,19 @@ def compute_jacobian(
 ) -> Tensor: ...
 @overload
 def compute_jacobian(
+    model: Model | Callable[..., Any],
+    x: Any,
+    batch_size: int = 1024,
+    *,
+    store: str | PathLike[str],
+    **options: Unpack[ComputeJacobianOptions],
+) -> Any: ...
+@overload
+def compute_jacobian(
     model: Model | Callable[..., Any], x: Any, batch_size: int = 1024, **options: Unpack[ComputeJacobianOptions]
 ) -> Any: ...
 @keywords()
+@in_store
 @by_batches("target")
 @planned_by(plan_samples)
 @eager
@@ -74,6 +93,7 @@ def compute_jacobian(
     mode: Mode = "auto",
     budget: Budget = None,
     out: Any = None,
+    store: str | PathLike[str] | None = None,
     checks: Checks = "first",
     fallback: Fallback = "warn",
     check_finite: bool = True,
@@ -113,6 +133,9 @@ def compute_jacobian(
             free. `jacops.plan` tells beforehand.
         out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, outside the
             budget; for several outputs or inputs a tuple or list of them.
+        store: A folder for results larger than memory (zarr v3), written in tiles of rows. Any number of processes that
+            run the same line share the tiles; run again, it goes on where a killed one stopped, and reads what is there
+            without evaluating the model. It is refused if model, data or settings are others.
         checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"` does so in
             every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
         fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
@@ -126,7 +149,8 @@ def compute_jacobian(
     Returns:
         A tensor `(n, *out, *in)` with the dtype and device of the output, requiring grad only with `create_graph`;
         `(0, *out, *in)` for no samples. Tuple or dict outputs give the same structure of Jacobians; tuple or dict
-        inputs that structure inside, with None at entries that are not differentiated by.
+        inputs that structure inside, with None at entries that are not differentiated by. With `store` a
+        `jacops.store.StoredArray`, read where it is indexed; for several outputs or inputs a tuple of them.
 
     Raises:
         InputTypeError: `model` or `x` is of the wrong kind.
@@ -142,15 +166,14 @@ def compute_jacobian(
         tensor([[1.0000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    options: dict[str, Any] = {"outputs": outputs, "target": target, "shared": shared}
-    options |= {"checks": checks, "fallback": fallback, "batch_size": batch_size}
+    options = dict[str, Any](outputs=outputs, target=target, shared=shared, checks=checks, fallback=fallback)
     if is_framework_model(model):
         refuse_options(at=at, freeze=freeze, budget=budget, out=out, compile=compile, create_graph=create_graph)
-        sweeps = SweepOptions("compute_jacobian", mode=mode, progress=progress, **options)
+        sweeps = SweepOptions("compute_jacobian", mode=mode, progress=progress, batch_size=batch_size, **options)
         return framework_jacobian(model, x, sweeps, check_finite)
     if create_graph:
-        _refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split", freeze=freeze is not None)
-    options |= {"at": at, "freeze": freeze, "compile": compile, "create_graph": create_graph}
+        refuse_with_graph(compile=compile, out=out is not None, mode=mode == "split", freeze=freeze is not None)
+    options |= {"at": at, "freeze": freeze, "compile": compile, "create_graph": create_graph, "batch_size": batch_size}
     with keeping(create_graph):
         found = Samples(model, x, call="compute_jacobian", **options).jacobians(progress, budget, out, mode)
     if check_finite:
@@ -314,7 +337,7 @@ def modjac(
     hint_at_labels("modjac", outputs, input)
     picks = picked(model, parameters, default=everything)
     if sparse:
-        _refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
+        refuse_with_sparse(create_graph=create_graph, strict=strict, forward=forward, out=out is not None)
         found = sparse_jacobian(model, input, picks, outputs, tangent)
         if check_finite:
             check_block("modjac", found.matrix.values(), "the output", "the parameters")
@@ -366,22 +389,6 @@ def _places(ask: WholeAsk, out: Any, layout: Callable[..., Places] | None) -> Pl
     places = layout(ask.lin, given_tensors(out))
     ask.into = places.blocks
     return places
-
-
-def _refuse_with_graph(**given: bool) -> None:
-    for name, value in given.items():
-        if value:
-            came = "'split'" if name == "mode" else "given"
-            needed = "results are not written in place"
-            if name == "freeze":
-                needed = "what is held constant would have no derivative by the parameters"
-            raise InputError.of(name, came, f"with `create_graph=True` {needed}", "Leave it out.")
-
-
-def _refuse_with_sparse(**given: bool) -> None:
-    for name, value in given.items():
-        if value:
-            raise InputError.of(name, "asked for together with `sparse=True`", "a sparse result has no such variant")
 
 
 def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:

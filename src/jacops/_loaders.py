@@ -119,7 +119,7 @@ def _in_turn(function: Callable[..., Any], given: dict[str, Any], aligned: Seque
     rows = _Joined(call, batches.known_rows, given.get("budget"), given_tensors(given.get("out")))
     for number, x in enumerate(track(batches.inputs(), call, enabled=progress)):
         with InBatch(number):
-            many = _length(x, shared, number)
+            many = rows_of(x, shared, number)
             where = slice(rows.done, rows.done + many)
             some = {name: _cut(given[name], where, name) for name in aligned}
             out = rows.room(where)
@@ -144,7 +144,12 @@ def _cut(value: Any, where: slice, name: str) -> Any:
     return tree.build([leaf[where] if isinstance(leaf, Tensor) and leaf.ndim else leaf for leaf in leaves])
 
 
-def _length(x: Any, shared: Shared, number: int) -> int:
+def rows_of(x: Any, shared: Shared, number: int) -> int:
+    """Return how many samples a batch holds.
+
+    Raises:
+        DataError: Nothing in it has rows.
+    """
     values = rows_apart(x, "x", shared)[0]
     first = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
     if first is None:
@@ -232,6 +237,17 @@ def _whole(batches: Batches, given: Mapping[str, Any], with_target: bool) -> dic
         raise DataError.of("x", "giving weights", "every row counts alike here", todo)
     x, y = (_joined([parts[i] for parts in found], shared if i == 0 else None, name) for i, name in enumerate("xy"))
     return {"x": x, "y": y}
+
+
+def cut_rows(x: Any, shared: Shared, where: slice) -> Any:
+    """Return some samples of an input, with all that has no rows."""
+    values, tree = rows_apart(x, "x", shared)
+    return tree.build([value[where] for value in values])
+
+
+def joined_rows_of(parts: Sequence[Any], shared: Shared) -> Any:
+    """Return the samples of several inputs as one input."""
+    return parts[0] if len(parts) == 1 else _joined(parts, shared, "x")
 
 
 def _joined(parts: Sequence[Any], shared: Shared, name: str) -> Any:

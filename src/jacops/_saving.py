@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -88,6 +88,24 @@ def save(value: Savable, path: Place) -> None:
     """Write a value to a file, as `Savable.save`."""
     from safetensors.torch import save_file
 
+    tensors, about = _encoded(value)
+    with replacing(path) as partial:
+        save_file(tensors, partial, about)
+
+
+def to_bytes(value: Savable) -> bytes:
+    """Return what `save` writes to a file.
+
+    Raises:
+        InputTypeError: A part cannot be saved.
+    """
+    from safetensors.torch import save as dumped
+
+    return dumped(*_encoded(value))
+
+
+def _encoded(value: Savable) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata that stand for a value."""
     encoder = Encoder(_parts)
     try:
         encoded = encoder.encode(value, "")
@@ -97,8 +115,7 @@ def save(value: Savable, path: Place) -> None:
         raise InputTypeError(f"{error} The operator rests on a model or on data: save its `dense()`.") from error
     sums = {name: _checksum(tensor) for name, tensor in encoder.tensors.items()}
     text = json.dumps({"format": FORMAT, "value": encoded, "crc32": sums}, allow_nan=False, separators=(",", ":"))
-    with replacing(path) as partial:
-        save_file(encoder.tensors, partial, {_KEY: text, _SUM: str(zlib.crc32(text.encode()))})
+    return encoder.tensors, {_KEY: text, _SUM: str(zlib.crc32(text.encode()))}
 
 
 @contextlib.contextmanager
@@ -133,11 +150,29 @@ def load(path: Place, *, device: torch.device | str = "cpu") -> Any:
         DataError: The file is of another program or a newer version, or it is damaged.
         OSError: It cannot be read.
     """
-    place = torch.device(device)
     with open(path, "rb"):  # what the system refuses is an OSError, before the format is looked at
         pass
+    return _decoded(lambda: _read(path), str(path), torch.device(device))
+
+
+def from_bytes(raw: bytes, what: str, *, device: torch.device | str = "cpu") -> Any:
+    """Return the value that `to_bytes` made bytes of.
+
+    Args:
+        raw: The bytes.
+        what: What they are, for the message.
+        device: Where its tensors are put.
+
+    Raises:
+        DataError: They are something else, or damaged.
+    """
+    return _decoded(lambda: _parsed(raw), what, torch.device(device))
+
+
+def _decoded(read: Callable[[], tuple[str, dict[str, Tensor]]], path: str, place: torch.device) -> Any:
+    """Return the value that a JSON text and tensors stand for."""
     try:
-        text, tensors = _read(path)
+        text, tensors = read()
         about = json.loads(text)
         if not isinstance(about, dict) or not isinstance(about.get("format"), int):
             raise ValueError("its header has no version")
@@ -172,11 +207,34 @@ def _read(path: Place) -> tuple[str, dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+    return _checked_text(about), tensors
+
+
+def _parsed(raw: bytes) -> tuple[str, dict[str, Tensor]]:
+    """Return the JSON text and the tensors of a file's bytes.
+
+    Raises:
+        ValueError: As `_read`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as loaded
+
+    try:
+        # Copies, in memory of the allocator's own alignment: sums over others may round otherwise.
+        tensors = {name: tensor.clone() for name, tensor in loaded(raw).items()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    # The reader of bytes gives no metadata; the format begins with the length of its header, which is JSON.
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return _checked_text(header.get("__metadata__") or {}), tensors
+
+
+def _checked_text(about: Mapping[str, str]) -> str:
     if _KEY not in about:
         raise ValueError("a safetensors file of another program")
     if about.get(_SUM) != str(zlib.crc32(about[_KEY].encode())):
         raise ValueError("the header is not the one that was written")
-    return about[_KEY], tensors
+    return about[_KEY]
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ from typing import Self
 __all__ = [
     "DataError", "InputError", "InputTypeError", "JacopsError", "JacopsWarning", "MemoryBudgetError",
     "MissingExtraError", "ModelStateError", "NonFiniteError", "NotDifferentiableError", "PeerFailedError",
-    "SolveError", "StoreBusyError", "StoreDamagedError", "StoreError", "StoreFileError", "StoreIncompleteError",
+    "SolveError", "StoreDamagedError", "StoreError", "StoreFileError", "StoreIncompleteError",
     "StoreMismatchError",
 ]
 # fmt: on
@@ -143,19 +143,6 @@ class StoreIncompleteError(StoreError):
         what = ", ".join(f"{count} tiles of {name!r}" for name, count in missing.items()) or "its last mark"
         super().__init__(path, f"the run has not finished: it lacks {what}. Resume it, or read with partial=True.")
         self.missing = dict(missing)
-
-
-class StoreBusyError(StoreError):
-    """Another process, or another run of this one, is writing the store.
-
-    Attributes:
-        pid: The holder's process id, None where it is not known.
-    """
-
-    def __init__(self, path: object, pid: int | None = None) -> None:
-        holder = "another run" if pid is None else f"process {pid}"
-        super().__init__(path, f"{holder} is writing it. Wait for its end, or write to another folder.")
-        self.pid = pid
 
 
 class StoreFileError(StoreError, OSError):

@@ -66,9 +66,9 @@ def projected_index(
             labels drawn from the model; or `"ggn"`, a sweep for each of a sample's outputs. A sequence's labels count
             together. Above 4,096 numbers a sample the curvature is taken for each parameter alone.
         projection_seed: Of the projection, whose numbers depend on it, on a parameter's name and on their place alone.
-        store: A folder for the index (zarr v3), which is otherwise held in memory. The same line run again goes on
-            where a killed one stopped, reads what a finished one wrote without evaluating the model, and is refused if
-            model, loss, data or projection are others.
+        store: A folder for the index (zarr v3), which is otherwise held in memory. Processes that run the same line
+            share its tiles. Run again, it goes on where a killed one stopped, reads what a finished one wrote without
+            evaluating the model, and is refused if model, loss, data or projection are others.
         options: Of the objective, as in `Problem`.
 
     Raises:

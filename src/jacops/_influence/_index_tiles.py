@@ -209,18 +209,19 @@ class IndexPlan:
 
         Raises:
             StoreMismatchError: The store is of another model, loss, data set or projection; the message names what.
-            StoreBusyError: Another process writes to it.
-            MissingExtraError: zarr is not installed.
+                MissingExtraError: zarr is not installed.
         """
         from ..store import StoredRun
 
         with StoredRun.open(path, self.identity(), self.grids(), surroundings=surroundings()) as kept:
-            lacking = {index[0] for name in kept.arrays for index in kept.missing(name)}
-            if lacking:
-                for number, tile in self.tiles(lacking.__contains__):
-                    kept.write("rows", (number, 0), tile.rows)
+            beside = ("shares", "curvature")
+            free = not all(kept.has(name, index) for name, grid in self.grids().items() for index in grid.indices())
+            while free:
+                for number, tile in self.tiles(lambda number: kept.take("rows", (number, 0), *beside)):
                     kept.write("shares", (number,), tile.shares)
                     kept.write("curvature", (number, 0), tile.curvature.unsqueeze(0))
+                    kept.write("rows", (number, 0), tile.rows)
+                free = kept.wait("rows", *beside)
             kept.complete()
 
 

@@ -129,10 +129,11 @@ def compute_influences(
         damping: As in `compute_influence_factors`.
         curvature: As in `compute_influence_factors`.
         on_failure: As in `compute_influence_factors`.
-        store: A folder to which finished tiles are written (zarr v3); the same line run again goes on where a killed
-            one stopped, returns what a finished one computed without evaluating the model, and is refused if anything
-            that the numbers rest on is different. For influences of type `"up"` without leverage. Ranks of a process
-            group share nothing else then.
+        store: A folder to which finished tiles are written (zarr v3). Any number of processes that run the same line
+            share the tiles, and each returns the whole. Run again, the line goes on where a killed one stopped, returns
+            what a finished one computed without evaluating the model, and is refused if anything that the numbers rest
+            on is different. For influences of type `"up"` without leverage. Ranks of a process group share nothing else
+            then.
         options: As in `compute_influence_factors`.
 
     Returns:

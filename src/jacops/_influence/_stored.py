@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,8 @@ from .._digests import digest_data, surroundings
 from .._problem import Problem
 from ..errors import StoreDamagedError
 from ..solvers import Solution, Status
-from ._damping import GIVEN, Damping, identity_of
+from ._damping import identity_of
+from ._pinned import SolveStates, damping_in, facts_of, pinned_by
 from ._result import described
 from ._run import InfluenceRun
 
@@ -30,50 +29,44 @@ _CODES = (Status.CONVERGED, Status.ATTAINABLE, Status.APPROXIMATE, Status.UNCHEC
 _REPORT_BYTES = 4096  # of a tile's report; those of all solvers take less than 1000
 _TEXT = 500  # characters of a text in it
 _PER_ROW = ("residual", "attainable", "error_bound")
-_TRUNCATION = "truncation"  # the same where solutions are
+_TRUNCATION = "truncation"  # the same where solutions are cut to a rank
 
 
 def stored(run: InfluenceRun, path: Any, test: Batches, asked: Batches) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return influences `(n_test, n_asked)`, weights `(n_asked,)` and what is known of the solves.
 
-    Solutions are kept beside influences, so that a crash never repeats a solve. A finished store is compared with the
-    digests of model and data, and read; the model is not evaluated.
+    Any number of processes may do so at once: each tile of test samples is computed by one of them. Solutions are kept
+    beside influences, so that a crash never repeats a solve. A finished store is compared with the digests of model
+    and data, and read; the model is not evaluated.
 
     Raises:
         StoreMismatchError: The store was made with something else; the message names what.
-        StoreBusyError: Another process writes to it.
         StoreDamagedError: A status or a report is not what a run writes.
         MissingExtraError: zarr is not installed.
     """
     from ..store import StoredRun
 
-    if _is_new(path):
-        _ = run.prepared  # what cannot be solved leaves no store behind
-    identity = _identity(run, test, asked)
-    grids = _grids(run, test.rows, asked.rows)
-    device = run.problem.space.device
-    with StoredRun.open(path, identity, grids, surroundings=surroundings()) as kept:
-        known = _known(kept)
-        run = run if known is None else replace(run, known=known)
-        _finish(run, kept, test, asked)
+    identity, grids = _identity(run, test, asked), _grids(run, test.rows, asked.rows)
+    device, settled, states = run.problem.space.device, list[InfluenceRun](), SolveStates()
+
+    def facts() -> dict[str, Any]:
+        pinned, found = facts_of(run, lambda: next(run.tiles(test))(), states)
+        settled.append(pinned)
+        return found
+
+    with StoredRun.open(path, identity, grids, surroundings=surroundings(), facts=facts) as kept:
+        _finish(_TestTiles(run, test, settled, states), kept, asked)
         values = torch.from_numpy(kept.read("influences")).to(device)
         shares = torch.from_numpy(kept.read("shares")).to(device)
-        solutions = [_solution(kept, number, run.damping.value) for number in range(kept.arrays["residual"].total)]
-    info = described(run.problem, run.kind, solutions, run.damping)
+        damping = damping_in(kept)
+        solutions = [_solution(kept, number, damping.value) for number in range(kept.arrays["residual"].total)]
+    info = described(run.problem, run.kind, solutions, damping)
     return values, shares, {**info, "store": str(path)}
 
 
 def shares_of(problem: Problem, data: Batches) -> Tensor:
     """Return the weight of each sample in the objective, `(n,)`."""
     return torch.cat([problem.shares(batch) for batch in data]) / problem.denominator
-
-
-def _is_new(path: Any) -> bool:
-    """Whether there is no store in a folder."""
-    from ..store._files import Folder
-    from ..store._reading import header_in
-
-    return header_in(Folder.at(path)) is None
 
 
 def _identity(run: InfluenceRun, test: Batches, asked: Batches) -> dict[str, str]:
@@ -116,52 +109,91 @@ def _dtype(run: InfluenceRun) -> str:
     return str(run.problem.space.dtype).removeprefix("torch.")
 
 
-def _finish(run: InfluenceRun, kept: StoredRun, test: Batches, asked: Batches) -> None:
+class _TestTiles:
+    """Test samples, solved for tile by tile; the solver is prepared when it is first needed.
+
+    Args:
+        run: The run, as it was asked for.
+        data: The test samples.
+        settled: The run as its facts left it, in the process that computed these.
+        states: Where its solver keeps states.
+    """
+
+    def __init__(self, run: InfluenceRun, data: Batches, settled: list[InfluenceRun], states: SolveStates) -> None:
+        self._states = states
+        self.run, self.group = run, run.group(data.rows, run.held) // run.step or 1
+        self._data, self._settled, self._next = data, settled, 0
+        self._walk: Iterator[Callable[[], Tensor]] = iter(())
+
+    def solve(self, numbers: list[int], kept: StoredRun) -> list[int]:
+        """Solve some tiles, rising, and write what is known of them; return those left, none."""
+        if not numbers:
+            return []
+        if not self._settled:
+            self._settled.append(pinned_by(self.run, kept, self._states))
+        tiles = [self._gradients(number) for number in numbers]
+        self._states.solving(kept, numbers[0])  # solvers that keep states solve one tile at a time
+        for number, solution in zip(numbers, self._settled[0].solve_each(tiles), strict=True):
+            _write(self.run, kept, number, solution)
+        return []
+
+    def _gradients(self, number: int) -> Tensor:
+        """Return the gradients of a tile; one before the last one asked for costs another pass over the samples."""
+        if number < self._next or self._next == 0:
+            self._walk, self._next = self.run.tiles(self._data), 0
+        while True:
+            gradients = next(self._walk)
+            self._next += 1
+            if self._next > number:
+                return gradients()
+
+    def rest(self) -> None:
+        """Leave the pass that is under way."""
+        self._walk, self._next = iter(()), 0
+
+
+def _finish(rows: _TestTiles, kept: StoredRun, asked: Batches) -> None:
     """Compute what the store lacks, if anything; solutions that nothing needs any more are not even read."""
-    lacking = {name: set(kept.missing(name)) for name in kept.arrays if name != "factors"}
-    if kept.is_complete and not any(lacking.values()):
+    needed = [(name, grid) for name, grid in kept.arrays.items() if name != "factors"]
+    if kept.is_complete and all(kept.has(name, index) for name, grid in needed for index in grid.indices()):
         return
-    lacking["factors"] = set(kept.missing("factors"))
-    solves = {
-        index[0] for name in (*_per_row(run), "factors", "status", "iterations", "report") for index in lacking[name]
-    }
-    rows = {index[0] for index in lacking["influences"]}
-    for number, solution in _solved(run, test, solves):
-        _write(run, kept, number, solution)
-    group, waiting = run.group(test.rows, run.held) // run.step or 1, sorted(rows)
-    for start in range(0, len(waiting), group):
-        _meet(run, kept, waiting[start : start + group], asked)
-    if lacking["shares"]:
-        kept.write("shares", (0,), shares_of(run.problem, asked).double())
+    needed_here, free = _solved(rows.run), True
+    while free:
+        waiting, unsolved = list[int](), list[int]()
+        for number, column in kept.arrays["influences"].indices():
+            if not kept.take("influences", (number, column), *needed_here):
+                continue
+            is_solved = all(kept.has(name, (number, 0)[: len(kept.arrays[name].counts)]) for name in needed_here)
+            if is_solved and kept.has("influences", (number, column)):
+                kept.leave("influences", (number, column))
+                continue
+            waiting.append(number)
+            unsolved += [] if is_solved else [number]
+            if len(unsolved) == rows.run.together or len(waiting) == rows.group:
+                unsolved = rows.solve(unsolved, kept)
+            if len(waiting) == rows.group:
+                waiting = _meet(rows.run, kept, waiting, asked)
+        rows.solve(unsolved, kept)
+        _meet(rows.run, kept, waiting, asked)
+        rows.rest()
+        free = kept.wait("influences", *needed_here)
+    kept.obtain("shares", (0,), lambda: shares_of(rows.run.problem, asked).double())
     kept.complete()
 
 
-def _known(kept: StoredRun) -> Damping | None:
-    """Return the damping that was chosen when the first tile was solved, None where there is no such tile."""
-    tiles, missing = range(kept.arrays["report"].total), {index[0] for index in kept.missing("report")}
-    for number in tiles:
-        if number not in missing:
-            info = _unpacked(kept, number)
-            value, rule = info.get("damping"), info.get("damping_rule", GIVEN)
-            return Damping(value, rule) if isinstance(value, float) and isinstance(rule, str) else None
-    return None
+def _solved(run: InfluenceRun) -> tuple[str, ...]:
+    """Return the arrays that hold what is known of solves."""
+    return ("factors", "status", "iterations", *_per_row(run), "report")
 
 
-def _solved(run: InfluenceRun, test: Batches, numbers: set[int]) -> Iterator[tuple[int, Solution]]:
-    """Yield the solutions of some tiles."""
-    tiles, together = (
-        ((n, tile) for n, tile in enumerate(run.tiles(test) if numbers else ()) if n in numbers),
-        run.together,
-    )
-    while some := list(islice(tiles, together)):
-        yield from zip((n for n, _ in some), run.solve_each([tile() for _, tile in some]), strict=True)
-
-
-def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) -> None:
-    """Write the influences of some tiles, whose solutions meet the gradients of all samples in one pass."""
+def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) -> list[int]:
+    """Write the influences of some tiles, whose solutions meet all samples in one pass; return those left, none."""
+    if not tiles:
+        return []
     parts = [torch.from_numpy(kept.tile("factors", (number, 0))).to(run.problem.space.device) for number in tiles]
     for number, tile in zip(tiles, run.problem.sample_gradients(asked).apply_each(parts, run.held), strict=True):
         kept.write("influences", (number, 0), tile)
+    return []
 
 
 def _write(run: InfluenceRun, kept: StoredRun, number: int, solution: Solution) -> None:
@@ -172,8 +204,7 @@ def _write(run: InfluenceRun, kept: StoredRun, number: int, solution: Solution) 
     missing = torch.full_like(solution.residual, math.nan)
     for name in _per_row(run):
         kept.write(name, (number,), solution.residual if name == "residual" else solution.info.get(name, missing))
-    chosen = {"damping": run.damping.value, "damping_rule": run.damping.rule}
-    figures = {"method": solution.method, "bounded": "error_bound" in solution.info, **chosen, **solution.info}
+    figures = {"method": solution.method, "bounded": "error_bound" in solution.info, **solution.info}
     kept.write("report", (number, 0), _packed(figures))
 
 

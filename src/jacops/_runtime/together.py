@@ -23,8 +23,8 @@ _MESSAGE = 1500  # characters of an error's message, of at most two bytes each a
 _PATIENCE = timedelta(seconds=30)  # for the first exchange, so that a call of one rank alone does not hang
 
 
-class Ranks:
-    """The ranks of one group, in one call.
+class MeshRanks:
+    """The ranks of one mesh, in one call.
 
     Args:
         group: The process group.
@@ -71,7 +71,7 @@ class Stage:
         said: What all ranks said, once the stage has ended.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: MeshRanks) -> None:
         self._ranks, self._open = ranks, True
         self.words: dict[str, Any] = {}
         self.said: list[dict[str, Any]] = []

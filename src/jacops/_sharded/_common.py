@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._digests import DataDigest
 from .._finite import require_finite
-from .._runtime.together import Ranks, Stage
+from .._runtime.together import MeshRanks, Stage
 from .._torch.protocol import Shard
 from .._trees import flatten
 from ..errors import InputError
@@ -18,9 +18,9 @@ from ..errors import InputError
 Grads = Sequence[Tensor | None]
 
 
-def ranks_of(shards: Mapping[str, Shard], call: str) -> Ranks:
+def ranks_of(shards: Mapping[str, Shard], call: str) -> MeshRanks:
     first = next(iter(shards.values()))
-    return Ranks(first.mesh.get_group(0), first.local.device, call)
+    return MeshRanks(first.mesh.get_group(0), first.local.device, call)
 
 
 def words_of(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def agree(stage: Stage, leaves: Sequence[Tensor]) -> bool:
     return max(gaps) <= tolerance * abs(first[0])
 
 
-def results_of(ranks: Ranks, shards: Mapping[str, Shard], grads: Grads) -> list[Tensor]:
+def results_of(ranks: MeshRanks, shards: Mapping[str, Shard], grads: Grads) -> list[Tensor]:
     found: list[Tensor] = []
     with ranks.stage():
         for (name, shard), grad in zip(shards.items(), grads, strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -43,11 +44,13 @@ class Auto(Solver):
         budget: Bytes for dense matrices; 2 GiB by default.
         indefinite: Take indefinite operators as they are, and do not fail for negative curvature.
         tolerance: On the relative residual; 1e-8 in float64, 1e-4 in float32.
+        taken: What was chosen before, and why, by `decided`; nothing is chosen then.
     """
 
     budget: int | None = None
     indefinite: bool = True
     tolerance: float | None = None
+    taken: tuple[Solver, str] | None = field(default=None, repr=False)
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
         """Look at the operator.
@@ -60,6 +63,19 @@ class Auto(Solver):
             check_range("budget", self.budget)
         return _PreparedAuto(self, System(operator, damping, self.tolerance))
 
+    def decided(self, operator: Operator, damping: float, rows: Callable[[], Tensor]) -> Auto:
+        """Return this recipe with its choice made, so that no solve depends on those before it.
+
+        Args:
+            operator: As in `prepare`.
+            damping: As in `prepare`.
+            rows: Gives right-hand sides `(k, n)`, to be solved for where the choice takes a trial.
+        """
+        prepared = _PreparedAuto(self, System(operator, damping, self.tolerance))
+        if self.taken is None and prepared.direct is not None and prepared.may_try:
+            prepared.solve(rows())
+        return replace(self, taken=prepared.taken())
+
 
 @final
 class _PreparedAuto(Prepared):
@@ -68,15 +84,30 @@ class _PreparedAuto(Prepared):
         self.chosen: Prepared | None = None
         self.sketched: tuple[System, Preconditioner] | None = None
         self.spent = 0.0
+        self.tried: tuple[Solver, str] | None = None  # what a trial found to do
         self.direct, self.cost, self.why = _direct(recipe, system)
 
+    @property
+    def may_try(self) -> bool:
+        """Whether conjugate gradients might be cheaper than a direct solve."""
+        return self.system.is_positive and self.system.n >= _TOO_FEW
+
+    def taken(self) -> tuple[Solver, str]:
+        """Return what was chosen, or is to be where nothing was tried, and why."""
+        if self.recipe.taken is not None:
+            return self.recipe.taken
+        if self.chosen is None and self.tried is not None:
+            return self.tried
+        solver = self.direct if self.direct is not None else self._iterative()
+        return solver, self.why
+
     def _solve(self, rows: Tensor) -> Raw:
-        if self.chosen is None and self.direct is not None:
+        if self.chosen is None and self.recipe.taken is None and self.direct is not None:
             raw = self._attempt(rows)
             if raw is not None:
                 return raw
         if self.chosen is None:
-            solver = self.direct if self.direct is not None else self._iterative()
+            solver, self.why = self.taken()
             self.chosen = self._prepared(solver)
         return self._run(self.chosen, rows, self.why)
 
@@ -91,8 +122,8 @@ class _PreparedAuto(Prepared):
 
     def _attempt(self, rows: Tensor) -> Raw | None:
         """Try conjugate gradients where a sketch says that they are cheaper than a direct solve."""
-        expected = _STEPS * rows.shape[0] ** 0.5
-        if not self.system.is_positive or self.system.n < _TOO_FEW or self.cost - expected < _LEAST_RANK:
+        expected, self.tried = _STEPS * rows.shape[0] ** 0.5, None
+        if not self.may_try or self.cost - expected < _LEAST_RANK:
             return None
         system, inner = self.sketched = self.sketched or self._sketch(int(self.cost - expected))
         # Twice the goal of the sketch (10): it gave up, and the condition number left over is above 20.
@@ -106,6 +137,8 @@ class _PreparedAuto(Prepared):
         raw = self._run(cg, rows, why)
         self.spent += self.system.products - before
         if _is_solved(system, rows, raw) or Status.NEGATIVE_CURVATURE in raw.failed.values():
+            rank = inner.info.get("rank")
+            self.tried = CG(preconditioner="nystrom", tolerance=self.recipe.tolerance, rank=rank), why
             return raw
         self.why += "; conjugate gradients did not do"
         return None

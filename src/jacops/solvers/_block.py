@@ -2,113 +2,194 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._saving import Savable
 from ._judge import condition_limit
+from ._kept import Kept, StateFile
 from ._refine import IterationResult, read
 from ._solution import Status
 from ._system import System
 
 _FLAT_STEPS = 50  # steps without curvature until the operator counts as singular: rounding makes a few of them flat
 
+_Step = tuple[Tensor, Tensor, Tensor]  # directions, their products and their curvatures
 
-def block_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most: int) -> IterationResult:
-    """Run preconditioned block conjugate gradients on all rows from zero.
+
+def block_iteration(
+    system: System, inner: Any, rows: Tensor, goals: Tensor, most: int, kept: Kept | None = None
+) -> IterationResult:
+    """Run preconditioned block conjugate gradients on all rows from zero, or from a state that was kept of this run.
 
     Each step minimises the error of every row over all directions, which are kept orthonormal, so that it neither
     matters how many rows there are nor whether some depend on others. Curvatures, the rows that are left and the rank
     of their residuals decide on shapes: each of them is read from the device once a step, as a few numbers, and small
     matrices are decomposed on the processor.
     """
-    result = IterationResult.start(rows)
-    x, r, size, goals = result.x, rows.clone(), rows.norm(dim=1), goals.to(rows.dtype)
-    active = _places(*read(size > goals))
-    rows_left = _index(active, len(rows))
-    P, step = _directions(inner, r[rows_left], None, result, size[rows_left]), 0
-    flat = 0
-    while active and P.shape[0] and step < most:
-        step += 1
+    run = _BlockRun(system, inner, rows, goals)
+    file = None if kept is None else StateFile(kept, BlockState, {"rows": rows, "goals": goals}, f"{most}")
+    state = None if file is None else file.state(rows.device)
+    if state is None or not run.restored(state):
+        run.start()
+    while run.active and run.P.shape[0] and run.step < most:
+        failed = run.advance()
+        if failed is not None:
+            return failed
+        if file is not None and file.is_due():
+            file.write(run.state())
+    return run.ended()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class BlockState(Savable):
+    """Where an iteration stands between two steps: all that the next ones rest on.
+
+    Attributes:
+        x: Solutions.
+        r: Residuals.
+        directions: Of the next step.
+        active: Numbers of the rows that go on.
+        step: Steps taken.
+        flat: Those without curvature.
+        steps: Of each row that ended.
+        failed: Rows that failed, and how.
+        norm: The largest stretch that was seen.
+        lowest: The lowest curvature that was seen.
+        exponent: The unit of the system.
+        products: How many were made.
+    """
+
+    x: Tensor
+    r: Tensor
+    directions: Tensor
+    active: tuple[int, ...]
+    step: int
+    flat: int
+    steps: tuple[int, ...]
+    failed: tuple[tuple[int, str], ...]
+    norm: float
+    lowest: float | None
+    exponent: int
+    products: int
+
+
+class _BlockRun:
+    """An iteration at work."""
+
+    def __init__(self, system: System, inner: Any, rows: Tensor, goals: Tensor) -> None:
+        self.system, self.inner, self.r = system, inner, rows.clone()
+        self.size, self.goals = rows.norm(dim=1), goals.to(rows.dtype)
+        self.active: list[int] = read(self.size > self.goals)[0].nonzero()[0].tolist()
+        self.result, self.P, self.step, self.flat = IterationResult.start(rows), rows[:0], 0, 0
+        self._products = system.products
+
+    @property
+    def left(self) -> slice | list[int]:
+        """What picks the rows that go on; all of them without a copy."""
+        return slice(None) if len(self.active) == len(self.r) else self.active
+
+    def start(self) -> None:
+        """Find the first directions."""
+        self.P = self._directions(None)
+
+    def advance(self) -> IterationResult | None:
+        """Take a step; return the result where that ends all."""
+        system, result, P = self.system, self.result, self.P
+        self.step += 1
         AP = system.apply(P, finite=True)
         small, longest, finite = read(P @ AP.T / 2 + AP @ P.T / 2, AP.norm(dim=1).max(), AP.isfinite().all())
         if not finite:
-            return _failed(result, active, Status.BREAKDOWN, step, "a product is not finite")
+            return self._failed(Status.BREAKDOWN, self.step, "a product is not finite")
         curvatures, turn = np.linalg.eigh(small)
         stretch = max(float(longest), float(np.abs(curvatures).max()))
         if result.is_negative(system, stretch, float(curvatures[0])):
-            return _failed(result, active, Status.NEGATIVE_CURVATURE, step - 1)
+            return self._failed(Status.NEGATIVE_CURVATURE, self.step - 1)
         firm = curvatures > system.eps * result.norm
-        flat += not firm.all()
-        if flat > _FLAT_STEPS:
-            break
+        self.flat += not firm.all()
+        if self.flat > _FLAT_STEPS:
+            return self.ended()
         turned, bent = torch.from_numpy(turn[:, firm].T.copy()).to(P), torch.from_numpy(curvatures[firm]).to(P)
-        P, AP = turned @ P, turned @ AP
-        alpha = (r[rows_left] @ P.T) / bent
-        x[rows_left] += alpha @ P
-        r[rows_left] -= alpha @ AP
-        active = _left(system, result, step, active, (x, r, goals, size))
-        rows_left = _index(active, len(rows))
-        P = _directions(inner, r[rows_left], (P, AP, bent), result, size[rows_left])
-    status = Status.STAGNATED if not P.shape[0] else Status.MAX_STEPS
-    status = Status.BREAKDOWN if result.reason else Status.SINGULAR if flat else status
-    return _failed(result, active, status, step)
+        self._move(turned @ P, turned @ AP, bent)
+        return None
 
+    def _move(self, P: Tensor, AP: Tensor, curvatures: Tensor) -> None:
+        """Minimise along directions, let rows go that are done, and find the next directions."""
+        x, r, left, result, system = self.result.x, self.r, self.left, self.result, self.system
+        alpha = (r[left] @ P.T) / curvatures
+        x[left] += alpha @ P
+        r[left] -= alpha @ AP
+        scale = result.norm * x.norm(dim=1)
+        above, far = read(
+            r.norm(dim=1) > self.goals.maximum(0.5 * system.eps * scale),
+            scale > condition_limit(system.dtype) * self.size,
+        )
+        result.end([row for row in self.active if not above[row]], self.step)
+        result.end([row for row in self.active if above[row] and far[row]], self.step, Status.SINGULAR)
+        self.active = [row for row in self.active if above[row] and not far[row]]
+        self.P = self._directions((P, AP, curvatures))
 
-def _left(
-    system: System, result: IterationResult, step: int, active: list[int], state: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> list[int]:
-    """Note the rows that end at a step; return those that are left."""
-    x, r, goals, size = state
-    scale = result.norm * x.norm(dim=1)
-    above, far = read(
-        r.norm(dim=1) > goals.maximum(0.5 * system.eps * scale), scale > condition_limit(system.dtype) * size
-    )
-    result.end([row for row in active if not above[row]], step)
-    result.end([row for row in active if above[row] and far[row]], step, Status.SINGULAR)
-    return [row for row in active if above[row] and not far[row]]
+    def _directions(self, last: _Step | None) -> Tensor:
+        """Return orthonormal directions from the residuals, conjugate to the last ones."""
+        residual = self.r[self.left] if self.active else self.r[:0]
+        if not self.active:
+            return residual
+        z = self.inner(residual)
+        along, shrunk = (residual * z).sum(1), (self.size[self.left] / residual.norm(dim=1)).max()
+        z = z / z.norm(dim=1, keepdim=True)
+        if last is not None and last[0].shape[0]:
+            P, AP, curvatures = last
+            z = z - ((z @ AP.T) / curvatures) @ P
+            z = z / z.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+        basis, triangle = torch.linalg.qr(z.T)
+        positive, shrinking, small = read(along > 0, shrunk, triangle)
+        if not positive.all() or not np.isfinite(small).all():
+            self.result.reason = "the preconditioner is not positive definite"
+            return residual[:0]
+        turn, singular, _ = np.linalg.svd(small, full_matrices=False)
+        # Rounding of a sum of that many terms, margin four; residuals that shrank carry that of the first ones, and
+        # what rounding of the first residuals made of dependent rows is no direction.
+        rounding = 4 * max(z.shape) ** 0.5 * torch.finfo(z.dtype).eps * max(float(shrinking), 1.0)
+        keep = singular > rounding * singular[0]
+        keep[0] = True
+        # Contiguous as a state has them: sums of another layout round otherwise.
+        return (basis @ torch.from_numpy(turn[:, keep].copy()).to(basis)).T.contiguous()
 
+    def ended(self) -> IterationResult:
+        """Return the result, in which the rows that are left failed."""
+        status = Status.STAGNATED if not self.P.shape[0] else Status.MAX_STEPS
+        status = Status.BREAKDOWN if self.result.reason else Status.SINGULAR if self.flat else status
+        return self._failed(status, self.step)
 
-def _directions(
-    inner: Any, residual: Tensor, last: tuple[Tensor, Tensor, Tensor] | None, result: IterationResult, size: Tensor
-) -> Tensor:
-    """Return orthonormal directions from residuals, conjugate to the last ones; `size` is that of right-hand sides."""
-    if not residual.shape[0]:
-        return residual
-    z = inner(residual)
-    along, shrunk = (residual * z).sum(1), (size / residual.norm(dim=1)).max()
-    z = z / z.norm(dim=1, keepdim=True)
-    if last is not None and last[0].shape[0]:
-        P, AP, curvatures = last
-        z = z - ((z @ AP.T) / curvatures) @ P
-        z = z / z.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-    basis, triangle = torch.linalg.qr(z.T)
-    positive, shrinking, small = read(along > 0, shrunk, triangle)
-    if not positive.all() or not np.isfinite(small).all():
-        result.reason = "the preconditioner is not positive definite"
-        return residual[:0]
-    left, singular, _ = np.linalg.svd(small, full_matrices=False)
-    # Rounding of a sum of that many terms, margin four; residuals that shrank carry that of the first ones, and what
-    # rounding of the first residuals made of dependent rows is no direction.
-    rounding = 4 * max(z.shape) ** 0.5 * torch.finfo(z.dtype).eps * max(float(shrinking), 1.0)
-    keep = singular > rounding * singular[0]
-    keep[0] = True
-    return (basis @ torch.from_numpy(left[:, keep].copy()).to(basis)).T
+    def _failed(self, status: Status, step: int, reason: str = "") -> IterationResult:
+        self.result.end(self.active, step, status)
+        self.result.reason = reason or self.result.reason
+        return self.result
 
+    # ---- states ----------------------------------------------------------------------------------------------------
 
-def _index(active: list[int], many: int) -> slice | list[int]:
-    """Return what picks some of `many` rows; all of them without a copy."""
-    return slice(None) if len(active) == many else active
+    def state(self) -> BlockState:
+        """Return where the iteration stands."""
+        result, system = self.result, self.system
+        failed = tuple((row, str(status)) for row, status in result.failed.items())
+        products, unit = system.products - self._products, system.fixed()
+        parts = result.x, self.r, self.P, tuple(self.active), self.step, self.flat, tuple(result.steps), failed
+        return BlockState(*parts, result.norm, result.lowest, unit, products)
 
-
-def _places(flags: np.ndarray) -> list[int]:
-    return flags.nonzero()[0].tolist()
-
-
-def _failed(result: IterationResult, active: list[int], status: Status, step: int, reason: str = "") -> IterationResult:
-    """Return a result in which the rows that are left failed."""
-    result.end(active, step, status)
-    result.reason = reason or result.reason
-    return result
+    def restored(self, state: BlockState) -> bool:
+        """Go on from a state; False where it was of another unit."""
+        system, result = self.system, self.result
+        if system._exponent not in (None, state.exponent):
+            return False
+        system.exponent = state.exponent
+        system.products += state.products
+        result.x, self.r, self.P, self.active = state.x, state.r, state.directions, list(state.active)
+        self.step, self.flat, result.steps = state.step, state.flat, list(state.steps)
+        result.failed = {row: Status(status) for row, status in state.failed}
+        result.norm, result.lowest = state.norm, state.lowest
+        return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
 
@@ -15,6 +15,7 @@ from .._operators import Operator
 from ._base import Prepared, PreparedBy, Solver
 from ._block import block_iteration
 from ._judge import Raw, condition_limit
+from ._kept import Kept
 from ._precondition import Preconditioner, preconditioner_of
 from ._refine import IterationResult, noise, read, refined
 from ._solution import Status
@@ -41,6 +42,7 @@ class CG(Solver):
         rank: Of the sketch; by default found as above.
         max_rank: Of the sketch where it is found.
         seed: Of the sketch.
+        kept: Where states of long solves are kept, by stored runs, to go on from after a kill; of blocks alone.
     """
 
     preconditioner: Any = None
@@ -50,6 +52,7 @@ class CG(Solver):
     rank: int | None = None
     max_rank: int = 512
     seed: int = 0
+    kept: Kept | None = field(default=None, repr=False, compare=False)
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
         """Build the preconditioner.
@@ -59,12 +62,14 @@ class CG(Solver):
         """
         system = symmetric_system(operator, damping, "CG", self.tolerance, self.max_steps)
         inner = preconditioner_of(system, self.preconditioner, self.rank, self.max_rank, self.seed)
-        return prepared_cg(system, inner, steps_allowed(self.max_steps, system.n), self.block)
+        return prepared_cg(system, inner, steps_allowed(self.max_steps, system.n), self.block, self.kept)
 
 
-def prepared_cg(system: System, inner: Preconditioner, most: int, block: bool = True) -> PreparedBy:
+def prepared_cg(
+    system: System, inner: Preconditioner, most: int, block: bool = True, kept: Kept | None = None
+) -> PreparedBy:
     """Return conjugate gradients with their preconditioner built, of so many steps at the most."""
-    iteration = block_iteration if block else row_iteration
+    iteration = partial(block_iteration, kept=kept) if block else row_iteration
 
     def solve(rows: Tensor) -> Raw:
         raw = refined(system, rows, most, partial(iteration, system, inner.apply))

@@ -1,4 +1,4 @@
-"""A folder whose files appear whole or not at all, reached without following links, and the lock of its one writer.
+"""A folder whose files appear whole or not at all, reached without following links.
 
 Names inside the folder are tuples of parts. Every folder on the way is opened relative to the one before it and
 without following a symbolic link, so nothing a store holds can lead a read or a write out of it.
@@ -13,13 +13,12 @@ import re
 import secrets
 import stat
 import sys
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, final
+from typing import final
 
-from ..errors import InputError, InputTypeError, StoreBusyError, StoreFileError
+from ..errors import InputError, InputTypeError
 
 Parts = tuple[str, ...]
 
@@ -108,6 +107,15 @@ class Folder:
                 raise
             os.fsync(place)
 
+    def remove(self, parts: Parts) -> None:
+        """Remove a file, if it is there.
+
+        Raises:
+            OSError: The file system refuses.
+        """
+        with contextlib.suppress(FileNotFoundError), self._inside(parts[:-1]) as place:
+            os.unlink(parts[-1], dir_fd=place)
+
     def sweep(self, parts: Parts, deep: bool = True) -> None:
         """Remove what killed writers left half-written in a folder, and in the folders below it if `deep`."""
         for name in self.names(parts):
@@ -146,84 +154,3 @@ def _make(name: str, place: int) -> None:
     except FileExistsError:
         return
     os.fsync(place)
-
-
-@final
-class Lock:
-    """The one writer's kernel lock, in a file beside the store: gone when its holder dies, by whatever death.
-
-    The file is removed at a clean end. Who waits for a removed file would hold a lock that nobody sees, hence the
-    comparison of inodes. A forked child lets go of the file at once, else it would hold the lock beyond its parent.
-
-    Raises:
-        StoreBusyError: Another run holds it.
-        StoreFileError: The lock file cannot be made.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path.with_name(path.name + ".jacops-lock")
-        self._file: TextIO | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            while self._file is None:
-                self._file = self._taken(path)
-        except OSError as error:
-            raise StoreFileError(path, self.path.name, error.strerror or str(error)) from error
-        _HELD.add(self)
-
-    @property
-    def held(self) -> bool:
-        """Whether this process holds it."""
-        return self._file is not None
-
-    def release(self) -> None:
-        """Let go, and remove the file."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Close the file only."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        _HELD.discard(self)
-
-    def _taken(self, store: Path) -> TextIO | None:
-        import fcntl
-
-        number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with contextlib.ExitStack() as undo:
-            file = undo.enter_context(os.fdopen(number, "r+", errors="replace"))
-            try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = file.read(20).strip()
-                raise StoreBusyError(store, int(holder) if holder.isdecimal() else None) from None
-            if not _same_file(number, self.path):  # its holder removed it between our opening and our locking
-                return None
-            file.truncate()
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            undo.pop_all()
-            return file
-
-
-def _same_file(number: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(number), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
-
-
-_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
-
-
-def _let_go_in_child() -> None:
-    for lock in list(_HELD):
-        lock.abandon()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..errors import InputError, InputTypeError, MissingExtraError, StoreDamagedError
+from .._finite import where_first
+from ..errors import InputError, InputTypeError, MissingExtraError, NonFiniteError, StoreDamagedError
 
 Index = tuple[int, ...]
 
@@ -126,6 +129,27 @@ class Grid:
         """
         return tuple(part.stop - part.start for part in self.selection(index))
 
+    def fitting(self, name: str, index: Index, block: Any) -> np.ndarray:
+        """Return the values of a tile of the array of this name as NumPy has them.
+
+        Raises:
+            InputError: There is no such tile, or shape or dtype do not fit.
+            InputTypeError: They are neither a tensor nor an array.
+            NonFiniteError: They hold NaN or Inf, which are not let in.
+        """
+        needed = self.tile_shape(index)
+        if not isinstance(block, Tensor | np.ndarray):
+            raise InputTypeError.of("block", f"a {type(block).__name__}", "a tensor or a NumPy array is needed")
+        came = f"{tuple(block.shape)} of {str(block.dtype).removeprefix('torch.')}"
+        if came != f"{needed} of {self.dtype}":
+            raise InputError.of("block", came, f"tile {name}{list(index)} is {needed} of {self.dtype}")
+        if isinstance(block, Tensor):
+            block = block.detach().resolve_conj().resolve_neg().cpu().numpy()
+        if self.finite and block.dtype.kind in "fc" and not np.isfinite(block).all():
+            where = where_first(torch.from_numpy(np.ascontiguousarray(block)))
+            raise NonFiniteError(f"in the block for tile {name}{list(index)}, {where}. It was not written.")
+        return block
+
     def described(self) -> dict[str, Any]:
         """Return what the header says of it."""
         return {"shape": list(self.shape), "tile": list(self.tile), "dtype": self.dtype}
@@ -165,8 +189,7 @@ class Header:
         if not isinstance(self.arrays, Mapping) or not self.arrays:
             raise InputError.of("arrays", f"{self.arrays!r:.80}", "a mapping of names to `Grid`s is needed")
         for name, grid in self.arrays.items():
-            if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise InputError.of("arrays", f"naming {name!r:.80}", "names are like 'influences', a-z 0-9 _")
+            check_name("arrays", name)
             if not isinstance(grid, Grid):
                 raise InputTypeError.of(f"arrays[{name!r}]", f"a {type(grid).__name__}", "a `Grid` is needed")
 
@@ -221,6 +244,16 @@ class Header:
         if type(header.complete) is not bool:
             raise StoreDamagedError(path, f"complete is {header.complete!r:.80}, but true or false is needed")
         return header
+
+
+def check_name(argument: str, name: Any) -> None:
+    """Refuse a name that is no safe name of a file.
+
+    Raises:
+        InputError: It is none.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError.of(argument, f"naming {name!r:.80}", "names are like 'influences', a-z 0-9 _")
 
 
 def not_ours(path: Path) -> InputError:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
@@ -104,6 +104,16 @@ class Store:
             for index in indices
             if len(index) == len(counts) and all(i < count for i, count in zip(index, counts, strict=True))
         }
+
+    def array(self, name: str) -> StoredArray:
+        """Return an array of a finished run, to be read where it is indexed.
+
+        Raises:
+            InputError: There is no such array.
+            StoreIncompleteError: The run has not finished.
+        """
+        self._refuse_unfinished(name, self.marked(name))
+        return StoredArray(self, name)
 
     def tile(self, name: str, index: Index) -> np.ndarray:
         """Return one tile.
@@ -210,6 +220,92 @@ class Store:
         digest = hashlib.blake2b(json.dumps([name, *index]).encode(), digest_size=32, key=self._header.key)
         digest.update(raw)
         return {"blake2b": digest.hexdigest()}
+
+
+@final
+class StoredArray:
+    """An array on the disk, of which an index reads what it needs; every tile is compared with its mark.
+
+    Made by `Store.array`. The first index is a row or a slice of rows; `numpy.asarray` reads all.
+
+    Attributes:
+        store: The stored run.
+        name: Which of its arrays.
+
+    Example:
+        >>> import torch, jacops
+        >>> from tempfile import mkdtemp
+        >>> x = torch.arange(12.0).reshape(6, 2)
+        >>> found = jacops.compute_jacobian(lambda x: x**2, x, store=mkdtemp())
+        >>> found.shape
+        (6, 2, 2)
+        >>> found[1]
+        array([[4., 0.],
+               [0., 6.]], dtype=float32)
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name = store, name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole array."""
+        return self.store.arrays[self.name].shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its entries."""
+        return np.dtype(self.store.arrays[self.name].dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, were it in memory."""
+        return self.store.arrays[self.name].nbytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Return rows, or what further indices take of them.
+
+        Raises:
+            InputError: The first index is neither a whole number in range nor a slice.
+            StoreDamagedError: A tile is not what the run wrote there.
+        """
+        first, *others = index if isinstance(index, tuple) else (index,)
+        rows = len(self)
+        single = isinstance(first, int | np.integer) and not isinstance(first, bool)
+        if not isinstance(first, slice) and not (single and -rows <= first < rows):
+            raise InputError.of("index", f"{first!r:.80}", f"a row from 0 to {rows - 1} or a slice of rows is needed")
+        picked = range(rows)[first] if isinstance(first, slice) else range(int(first) % rows, int(first) % rows + 1)
+        found = self._rows(picked)
+        return found[(slice(None), *others)] if isinstance(first, slice) else found[0][tuple(others)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        found = self.store.read(self.name)
+        return found if dtype is None else found.astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"StoredArray({self.name!r} {self.shape} of {self.dtype}, in {self.store.path!r})"
+
+    def _rows(self, picked: range) -> np.ndarray:
+        grid = self.store.arrays[self.name]
+        result = np.full((len(picked), *grid.shape[1:]), grid.blank, grid.dtype)
+        if not picked:
+            return result
+        places, size = np.asarray(picked), grid.tile[0]
+        touched = set((places // size).tolist())
+        for index in grid.indices() if len(grid.counts) > 1 else ((number,) for number in sorted(touched)):
+            if index[0] in touched:
+                where = grid.selection(index)
+                inside = (places >= where[0].start) & (places < where[0].stop)
+                result[(inside, *where[1:])] = self.store.tile(self.name, index)[places[inside] - where[0].start]
+        return result
 
 
 def header_in(folder: Folder) -> Header | None:
