@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,14 @@ def influences(store: Path | None, solver: str) -> jacops.results.Influences:
 
 def share(store: Path, log: Path, solver: str, slow: float, parties: int) -> None:
     """Run the line that everybody runs, slowly, and note solves and fits."""
-    solve, fit = _run.InfluenceRun.solve, EKFAC.approximate
+    solve, fit = _run.InfluenceRun.solve_each, EKFAC.approximate
 
-    def slowly(self: Any, rows: Tensor) -> Any:
-        note(log, "solve")
-        gather(log, "solve", parties)
-        time.sleep(slow)
-        return solve(self, rows)
+    def slowly(self: Any, tiles: Sequence[Tensor]) -> Any:
+        for _ in tiles:
+            note(log, "solve")
+            gather(log, "solve", parties)
+            time.sleep(slow)
+        return solve(self, tiles)
 
     def fitted(self: EKFAC, *args: Any) -> Any:
         if self.factors is None:
@@ -69,7 +71,7 @@ def share(store: Path, log: Path, solver: str, slow: float, parties: int) -> Non
             time.sleep(slow)
         return fit(self, *args)
 
-    _run.InfluenceRun.solve = slowly  # type: ignore[method-assign]
+    _run.InfluenceRun.solve_each = slowly  # type: ignore[method-assign]
     EKFAC.approximate = fitted  # type: ignore[method-assign]
     found = influences(store, solver)
     np.save(log.parent / f"values-{os.getpid()}.npy", found.values.numpy())

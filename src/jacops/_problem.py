@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ._operators._naming import named
 from ._operators._precision import computed_in
 from ._passes import FISHERS, BatchPasses
 from ._picks import Picks
-from ._problem_parts import objective_of, ridge_of
+from ._problem_parts import BatchPoint, objective_of, ridge_of
 from ._requirements import check_choice
 from ._runtime.ranks import ALONE, TIMEOUT
 from ._sharing import FirstPass, facts_of, first_pass, number_of, ranks_of, refuse_apart, terms
@@ -41,17 +41,6 @@ class ProblemOptions(ObjectiveOptions, total=False):
     progress: bool | None
     distributed: bool
     timeout: float
-
-
-class BatchPoint(NamedTuple):
-    """A batch, and the objective for it, which keeps what it records of it."""
-
-    batch: Batch
-    objective: Objective
-
-    def gradients(self) -> Operator:
-        """Return the gradients of the rows' own losses."""
-        return self.objective.sample_gradients(self.batch.x, self.batch.y)
 
 
 class Problem(Described):

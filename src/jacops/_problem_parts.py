@@ -1,20 +1,33 @@
-"""What a problem is made of beside its data: the objective of its model, and its quadratic term."""
+"""What a problem is made of: the objective of its model, on a batch too, and its quadratic term."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._data import Batch
 from ._ladder.protocol import is_framework_model
 from ._objective import Objective, ObjectiveOptions
+from ._operators import Operator
 from ._requirements import check_range
 from ._space import Space
 from ._torch.protocol import bare
 from .errors import InputError, InputTypeError
+
+
+class BatchPoint(NamedTuple):
+    """A batch, and the objective for it, which keeps what it records of it."""
+
+    batch: Batch
+    objective: Objective
+
+    def gradients(self) -> Operator:
+        """Return the gradients of the rows' own losses."""
+        return self.objective.sample_gradients(self.batch.x, self.batch.y)
 
 
 def objective_of(model: Any, loss: Any, options: ObjectiveOptions) -> Objective:
