@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,3 +44,10 @@ def shaped(recorded: Recording, blocks: Blocks) -> Blocks:
         [block.reshape(*output.shape, *param.shape) for block, param in zip(row, params, strict=True)]
         for row, output in zip(blocks, outputs, strict=True)
     ]
+
+
+def lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:
+    """Return how blocks of LieTensors are laid out; None where there are none, so that nobody pays for PyPose."""
+    from ._extras.lie import layout
+
+    return layout(recorded, tangent, create_graph)

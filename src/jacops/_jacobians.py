@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._data import Unpack as Batching
+from ._dense_by_plan import DenseByPlan
 from ._framework import framework_jacobian, refuse_options
 from ._jacobian_checks import (
     FINITE_TODO,
@@ -19,7 +20,7 @@ from ._jacobian_checks import (
     refuse_with_graph,
     refuse_with_sparse,
 )
-from ._jacobian_layout import arranged, given_out, shaped
+from ._jacobian_layout import arranged, given_out, lie_layout, shaped
 from ._keywords import keywords
 from ._ladder.protocol import SweepOptions, everything, is_framework_model
 from ._loaders import by_batches
@@ -342,9 +343,13 @@ def modjac(
         if check_finite:
             check_block("modjac", found.matrix.values(), "the output", "the parameters")
         return found.matrix
+    plain = check_finite and not (create_graph or strict or forward or tangent) and budget is None and out is None
+    again = DenseByPlan(model, input, picks, outputs) if plain else None
+    if again and (known := again.matrix()):
+        return known[0] if flatten else again.arranged(*known)
     run = ModelRun(model, input, call="modjac", parameters=picks, outputs=outputs, connected=create_graph)
     recorded = run.recorded()
-    lie = _lie_layout(recorded, tangent, create_graph)
+    lie = lie_layout(recorded, tangent, create_graph)
     (check_dependence if strict else warn_if_unconnected)(recorded)
     with arithmetic(create_graph):
         ask = WholeAsk(recorded.lin, budget, forward, create_graph, not lie, out is not None)
@@ -353,6 +358,8 @@ def modjac(
         found = whole_jacobian(ask)
         if check_finite:
             check_blocks("modjac", recorded, found.blocks, FINITE_TODO, sure=found.finite)
+        if again and found.by_rows:
+            again.note(recorded, found.blocks)
         if places:
             return _placed(recorded, places, found.blocks, flatten)
         blocks = lie(found.blocks) if lie else shaped(recorded, found.blocks)
@@ -389,10 +396,3 @@ def _places(ask: WholeAsk, out: Any, layout: Callable[..., Places] | None) -> Pl
     places = layout(ask.lin, given_tensors(out))
     ask.into = places.blocks
     return places
-
-
-def _lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:
-    """Return how blocks of LieTensors are laid out; None where there are none, so that nobody pays for PyPose."""
-    from ._extras.lie import layout
-
-    return layout(recorded, tangent, create_graph)

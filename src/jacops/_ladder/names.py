@@ -28,6 +28,7 @@ class Fact(StrEnum):
     """What is proved of a graph besides the claims of routes."""
 
     COMPILED = "compiled"
+    DENSE_BY_PLAN = "dense by plan"
     GRADIENTS_BY_USES = "gradients by uses"
     LAYERS_APART = "samples apart at outputs of layers"
     LOSSES_TOGETHER = "losses together"

@@ -49,6 +49,11 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
     return found or plan.evaluate(model, inputs, layout="csr")  # it selects other parameters each time
 
 
+def notes_of(model: nn.Module, inputs: Any, question: Hashable, outputs: Selector) -> dict[Any, Any]:
+    """Return what is remembered of a question about a model, for inputs of one kind."""
+    return store_for(bare(model), (question, *_kinds(inputs), identity_key(outputs)), "first").known
+
+
 def kept_plan(
     model: Any, module: nn.Module, inputs: Any, setting: Hashable, importance: Floats
 ) -> tuple[SparsePlan, SparseJacobian] | None:

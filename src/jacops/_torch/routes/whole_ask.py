@@ -31,10 +31,12 @@ class WholeBlocks:
     Attributes:
         blocks: `J[output][leaf]`, `(output entries, *leaf)`.
         finite: It is certain that no entry is NaN or Inf.
+        by_rows: They took a sweep per output entry.
     """
 
     blocks: Blocks
     finite: bool = False
+    by_rows: bool = False
 
 
 @dataclass

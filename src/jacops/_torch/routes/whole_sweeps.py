@@ -50,7 +50,7 @@ class ByRows:
         Raises:
             MemoryBudgetError: They do not fit; nothing was allocated.
         """
-        return WholeBlocks(_collected(ask, self.columns, fitted(ask, self)))
+        return WholeBlocks(_collected(ask, self.columns, fitted(ask, self)), by_rows=not self.columns)
 
 
 class ByColumns(ByRows):
