@@ -67,6 +67,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
     {
         "_jacobian_checks",
         "_jacobian_layout",
+        "_dense_by_plan",
         "_jacobians",
         "_kronecker",
         "_products",

@@ -81,6 +81,8 @@ def _misfit(loss: Any, name: str, output: Any, target: Any, error: Exception) ->
         )
     elif logits is not None and direct:
         todo = f"Write `lambda output, y: {name}(output.logits, y)`."
+    elif not direct and isinstance(scores, Tensor) and scores.ndim and len(scores) == 1:
+        todo = f"It is one sample alone, whose axis `.squeeze()` drops: write `.squeeze(1)`. {todo}"
     if logits is not None and direct:
         todo = f"{todo} The model's own loss is `'model'`."
     came = f"{name}, which fails ({first[:200]})" if direct else f"{_named(loss)}, where {name} fails ({first[:200]})"
