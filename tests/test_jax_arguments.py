@@ -70,6 +70,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "out": torch.zeros(5, 1, 2),
         "compile": True,
         "create_graph": True,
+        "store": "a folder",
     },
     "model_jvp": {"create_graph": True},
     "model_vjp": {"create_graph": True},
