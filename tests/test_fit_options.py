@@ -2,17 +2,19 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import Bounds, least_squares, lsq_linear
-from synthetic_graphs import grid_graph, walk_graph
+from scipy.spatial.transform import Rotation
+from synthetic_graphs import grid_graph, synthetic_bundle, walk_graph
 from torch import Tensor, nn
 
 from jacops.charts import SE2
-from jacops.errors import InputError, InputTypeError, SolveError
+from jacops.errors import InputError, InputTypeError, NonFiniteError, SolveError
 from jacops.fit import PCG, FitProgress, Nielsen, gauss_newton, levenberg_marquardt
 
 BOTH = pytest.mark.parametrize("solve", [gauss_newton, levenberg_marquardt])
@@ -319,7 +321,7 @@ def test_lines_are_printed_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(f"LeastSquaresResult({fit.status}")
     levenberg_marquardt(decay, params=tensor(2.0, 1.0), verbose=2)
     lines = capsys.readouterr().out.splitlines()
-    assert sum(bool(re.match(r" +\d+: .* -> .*gradient", line)) for line in lines) == len(fit.log)
+    assert sum(bool(re.match(r" +\d+: .* -> .*gradient.*radius", line)) for line in lines) == len(fit.log)
 
 
 def test_time_is_limited() -> None:
@@ -376,3 +378,65 @@ def test_every_familiar_name_is_taken_or_points_to_the_one_to_use(solve: Callabl
 def test_a_recipe_keeps_its_own_damping() -> None:
     with pytest.raises(InputError, match="the strategy has its own"):
         levenberg_marquardt(decay, params=tensor(2.0, 1.0), strategy=Nielsen(), damping=1.0)
+
+
+# ---- what no fit can do --------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+def test_a_free_frame_names_what_to_hold() -> None:
+    graph = grid_graph(6, 6)
+    model = graph.residual()
+    before = model.poses.detach().clone()
+    options = {"manifolds": {"poses": SE2}, "weight": graph.information, "jacobian": "sparse"}
+    with pytest.raises(SolveError, match=r"a joint move of 'poses' changes no residual.*`fixed=\{'poses': \d+\}`"):
+        gauss_newton(model, **options)
+    assert torch.equal(model.poses, before)
+    assert gauss_newton(model, fixed={"poses": 0}, **options).success
+
+
+def test_a_part_that_floats_is_found() -> None:
+    """Two chains, of which the first is held by a prior: what to hold is in the second one."""
+
+    def chains(x: Tensor) -> Tensor:
+        return torch.cat([x[:1], x[1:5] - x[:4] - 1, x[6:] - x[5:-1] - 1])
+
+    with pytest.raises(SolveError, match=r"a joint move of 'x' .*`fixed=\{'x': (5|6|7|8)\}`") as caught:
+        gauss_newton(chains, params=torch.zeros(9).double(), jacobian="sparse")
+    held = int(re.findall(r"'x': (\d)", str(caught.value))[0])
+    assert gauss_newton(chains, params=torch.zeros(9).double(), jacobian="sparse", fixed={0: held}).success
+
+
+def test_a_number_that_no_residual_sees_is_named() -> None:
+    start = torch.zeros(2, 3).double()
+    with pytest.raises(SolveError, match=r"no residual depends on 'x' at \(1, 1\) \(and on 1 numbers more\).*fixed="):
+        gauss_newton(lambda x: x.reshape(-1)[:4] - 1, params=start, jacobian="sparse")
+    alone = [torch.zeros(3).double(), torch.zeros(()).double()]
+    with pytest.raises(SolveError, match=r"no residual depends on 'x\[1\]' at True; hold it with `fixed=.*: True"):
+        gauss_newton(lambda x, y: x - 1 + 0 * y, params=alone, jacobian="sparse")
+
+
+@pytest.mark.parametrize("jacobian", ["dense", "sparse"])
+@BOTH
+def test_parameters_that_are_nan_are_named(solve: Callable[..., Any], jacobian: str) -> None:
+    with pytest.raises(NonFiniteError, match="at the start, in the parameter x, 1 of 2 entries are NaN"):
+        solve(lambda x: x[1:] - 1, params=tensor(NAN, 1.0), jacobian=jacobian)
+    with pytest.raises(NonFiniteError, match="at the start, output has 1 entries"):
+        solve(lambda x, t: x - t, tensor(NAN, 1.0), params=tensor(0.0, 1.0), jacobian=jacobian)
+
+
+def test_points_behind_cameras_are_reported() -> None:
+    bundle = synthetic_bundle(3, 8)
+    assert len(bundle.behind) == 0
+    points = bundle.points.clone()
+    points[2] = tensor(0.0, 0.0, 50.0)
+    moved = replace(bundle, points=points)
+    cameras = bundle.cameras.numpy()
+    right = [
+        k for k, (c, p) in enumerate(zip(bundle.camera.tolist(), bundle.point.tolist(), strict=True))
+        if (Rotation.from_rotvec(cameras[c, :3]).apply(points[p].numpy()) + cameras[c, 3:6])[2] >= 0
+    ]  # fmt: skip
+    assert moved.behind.tolist() == right
+    assert right
+    assert f"{len(right)} of points behind their camera" in repr(moved)

@@ -231,12 +231,25 @@ class Bundle:
     point: Tensor
     observed: Tensor
 
+    @property
+    def behind(self) -> Tensor:
+        """Positions of observations whose point is not in front of its camera: the model mirrors them, or is infinite.
+
+        No small step leads a point through the camera's plane; start such points anew or leave the lines out.
+        """
+        cameras = self.cameras[self.camera]
+        depth = SO3.act(SO3.exp(cameras[:, :3]), self.points[self.point])[:, 2] + cameras[:, 5]
+        return (depth >= 0).nonzero()[:, 0]
+
     def residual(self) -> BundleResidual:
         """Return the model whose output is one row per observation, over its parameters `cameras` and `points`."""
         return BundleResidual(self)
 
     def __repr__(self) -> str:
-        return f"Bundle({len(self.cameras)} cameras, {len(self.points)} points, {len(self.observed)} observations)"
+        behind = f", {len(self.behind)} of points behind their camera" if len(self.behind) else ""
+        return (
+            f"Bundle({len(self.cameras)} cameras, {len(self.points)} points, {len(self.observed)} observations{behind})"
+        )
 
 
 class BundleResidual(nn.Module):

@@ -294,10 +294,11 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
     else:
         refuse_arrays(options["input"])
     kind = type(params) if isinstance(module, FunctionModule) else None
-    told = Observer(options["callback"], options["verbose"], kind)
+    limited_by = "" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping"
+    told = Observer(options["callback"], options["verbose"], kind, limited_by)
     problem = FitProblem(module, options["input"], call, options)
     ended = run(problem, solver, strategy, rules, told, progress=options["progress"])
-    result = _result(problem, ended, kind, strategy)
+    result = _result(problem, ended, told, strategy)
     if told.verbose:
         print(repr(result), flush=True)
     if not (result.rule_met or result.status == "callback") and on_failure == "raise":
@@ -325,14 +326,12 @@ def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             target.copy_(value.as_subclass(Tensor))
 
 
-def _result(
-    problem: FitProblem, ended: Outcome, kind: type | None, strategy: Strategy | None
-) -> LeastSquaresResult[Any]:
+def _result(problem: FitProblem, ended: Outcome, told: Observer, strategy: Strategy | None) -> LeastSquaresResult[Any]:
     method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
     point, stop = ended.point, ended.stop
     point.whole.terms = None  # holds the model's outputs
     return LeastSquaresResult(
-        x=as_given(point.values, kind),
+        x=as_given(point.values, told.kind),
         cost=point.cost,
         fun=torch.from_numpy(point.raw),
         optimality=point.optimality,
@@ -341,12 +340,12 @@ def _result(
         certificate=stop.certificate.reason,
         predicted=stop.certificate.predicted,
         method=method,
-        limited_by="" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping",
+        limited_by=told.limited_by,
         log=ended.log,
         nfev=problem.evaluations,
         njev=problem.linearisations,
         route=problem.route,
         plan=problem.plan,
-        active_mask=None if problem.bounds is None else as_given(problem.bounds.active(point.values), kind),
+        active_mask=None if problem.bounds is None else as_given(problem.bounds.active(point.values), told.kind),
         _system=point.whole,
     )

@@ -11,6 +11,7 @@ from .._progress import track
 from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ..errors import NonFiniteError
 from ._certificate import MOST_REDUCTION, Certificate, certificate, small_reduction
+from ._freedom import what_to_hold
 from ._layout import Values
 from ._problem import FitProblem
 from ._result import StepRecord
@@ -313,13 +314,14 @@ class _Loop:
 
     def _no_step(self, reason: str) -> Stop | None:
         if self.strategy is None:
-            todo = "hold something fixed with `fixed=`, or use levenberg_marquardt"
+            todo = f"{what_to_hold(self.point, self.problem.layout)}, or use levenberg_marquardt"
             return self.unmet("singular", f"{reason}; {todo}")
         self.rejections += 1
         damping = self.damping if self.damping is not None else 1.0
         self._note(None, damping, None, reason)
         if isinstance(self.strategy, Constant) or self.rejections >= _REJECTIONS:
-            return self.unmet("singular", f"{reason}; hold something fixed with `fixed=`, or damp more")
+            todo = f"{what_to_hold(self.point, self.problem.layout)}, or damp more"
+            return self.unmet("singular", f"{reason}; {todo}")
         self.damping = self.strategy.next(damping, -1.0, self.rejections, damping)
         return None
 

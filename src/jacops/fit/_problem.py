@@ -161,9 +161,11 @@ class FitProblem:
         if not self.original:
             todo = "Call `.requires_grad_()` on what is to be solved for."
             raise ModelStateError.of("model", "without parameters that require grad", "some must move", todo)
+        for name, start in self.original.items():
+            require_finite(start.detach().as_subclass(Tensor), f"{call}: at the start, in the parameter {name}")
         self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
         self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
-        self.bounds = bounds_of(given["bounds"], self.layout, self.original)
+        self.bounds = bounds_of(given.get("bounds"), self.layout, self.original)
         self.call, self.value = call, value
         self.owner = module.function if isinstance(module, FunctionModule) else module
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module

@@ -71,11 +71,13 @@ class Observer:
         callback: Called after each step that is taken.
         verbose: 0 for nothing, 1 for a summary at the end, 2 for a line per step too.
         kind: The form that parameters are handed out in.
+        limited_by: What limits steps, as in the result.
     """
 
     callback: Callable[[FitProgress[Any]], Any] | None
     verbose: int
     kind: type | None
+    limited_by: str
 
     def __post_init__(self) -> None:
         """Refuse what is no callback, and levels that there are not.
@@ -93,7 +95,7 @@ class Observer:
     def report(self, record: StepRecord) -> None:
         """Print the line of a step."""
         if self.verbose == 2:
-            print(record, flush=True)
+            print(str(record).replace("damping", self.limited_by or "damping"), flush=True)
 
     def stop(self, point: FitPoint, record: StepRecord, passes: int) -> Stop | None:
         """Call the callback for a step that was taken; return the stop if it asks for one."""
