@@ -93,6 +93,78 @@ def test_the_default_strategy_follows_damping_and_solver() -> None:
         levenberg_marquardt(decay, params=start, strategy="trust_region", damping=1e-3)
 
 
+OSBORNE = [
+    0.844,
+    0.908,
+    0.932,
+    0.936,
+    0.925,
+    0.908,
+    0.881,
+    0.850,
+    0.818,
+    0.784,
+    0.751,
+    0.718,
+    0.685,
+    0.658,
+    0.628,
+    0.603,
+    0.580,
+    0.558,
+]
+OSBORNE += [0.538, 0.522, 0.506, 0.490, 0.478, 0.467, 0.457, 0.448, 0.438, 0.431, 0.424, 0.420, 0.414, 0.411, 0.406]
+
+
+def powell_singular(x: Tensor) -> Tensor:
+    squares = [(x[1] - 2 * x[2]) ** 2, 10**0.5 * (x[0] - x[3]) ** 2]
+    return torch.stack([x[0] + 10 * x[1], 5**0.5 * (x[2] - x[3]), *squares])
+
+
+def brown_badly_scaled(x: Tensor) -> Tensor:
+    return torch.stack([x[0] - 1e6, x[1] - 2e-6, x[0] * x[1] - 2])
+
+
+def freudenstein_roth(x: Tensor) -> Tensor:
+    a, b = ((5 - x[1]) * x[1] - 2) * x[1], ((x[1] + 1) * x[1] - 14) * x[1]
+    return torch.stack([x[0] + a - 13, x[0] + b - 29])
+
+
+def box(x: Tensor) -> Tensor:
+    t = 0.1 * torch.arange(1, 11).double()
+    return torch.exp(-t * x[0]) - torch.exp(-t * x[1]) - x[2] * (torch.exp(-t) - torch.exp(-10 * t))
+
+
+def osborne(x: Tensor) -> Tensor:
+    t = 10 * torch.arange(33).double()
+    return tensor(*OSBORNE) - (x[0] + x[1] * torch.exp(-t * x[3]) + x[2] * torch.exp(-t * x[4]))
+
+
+@pytest.mark.parametrize(
+    ("residual", "start", "right"),
+    [
+        (rosenbrock, [-1.2, 1], 0),
+        (rosenbrock, [-12.0, 10], 0),
+        (powell_singular, [3.0, -1, 0, 1], 0),
+        (powell_singular, [30.0, -10, 0, 10], 0),
+        (brown_badly_scaled, [1.0, 1], 0),
+        (brown_badly_scaled, [100.0, 100], 0),
+        (wood, [-3.0, -1, -3, -1], 0),
+        (box, [0.0, 10, 20], 0),
+        (osborne, [0.5, 1.5, -1, 0.01, 0.02], 5.46489e-5),
+        (freudenstein_roth, [0.5, -2], 48.98425),
+    ],
+)
+def test_the_default_strategy_finds_published_minima(
+    residual: Callable[[Tensor], Tensor], start: list, right: float
+) -> None:
+    """Of Moré, Garbow and Hillstrom, Testing unconstrained optimization software, 1981."""
+    fit = levenberg_marquardt(residual, params=tensor(*start), on_failure="return", progress=False)
+    assert 2 * fit.cost == pytest.approx(right, rel=1e-5, abs=1e-12)
+    # Where the Jacobian is singular at a minimum that is not zero, an undamped step is no evidence for it.
+    assert fit.success or residual is freudenstein_roth
+
+
 # ---- bounds --------------------------------------------------------------------------------------------------------
 
 

@@ -82,7 +82,7 @@ def test_bal(tmp_path: Path) -> None:
     assert bundle.cameras.tolist() == [list(range(9))]
     assert bundle.points.tolist() == [[1, 2, 3], [4, 5, 6]]
     assert bundle.observed.tolist() == [[1.5, -2], [3, 4]]
-    assert repr(bundle) == "Bundle(1 cameras, 2 points, 2 observations)"
+    assert repr(bundle) == "Bundle(1 cameras, 2 points, 2 observations, 2 of points behind their camera)"
 
 
 E2 = f"EDGE_SE2 0 1 1 0 0 {EYE3}\n"

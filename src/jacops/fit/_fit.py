@@ -120,7 +120,8 @@ def levenberg_marquardt(
             pairs by parameter name; None, or Inf, leaves a side open. Iterates are feasible. What is at a bound that
             the gradient leads out of is left out of the step and of `optimality` (Bertsekas, 1982).
         weight: What squares are multiplied by: a number; per entry or per block (blocks are the last axes of an
-            output); or information matrices `(d, d)` or `(*blocks, d, d)`. A tree of these for several outputs.
+            output); or information matrices `(d, d)` or `(*blocks, d, d)`. A tree of these for several outputs; a
+            prior is one more output, `(residual, x - mean)`, whose weight is the prior's precision.
         sqrt_weight: The same as square roots: residuals are multiplied by it from the left.
         kernel: A robust kernel of squared lengths: `"huber"`, `"soft_l1"`, `"cauchy"`, `"arctan"` with the scale
             `f_scale` as in SciPy, a `Kernel`, or a function of a tensor. It sees the length of a weighted block, in a
