@@ -20,13 +20,12 @@ from jacops.fit import LeastSquaresResult, levenberg_marquardt
 
 
 def solved(graph: PoseGraph) -> LeastSquaresResult:
-    """Return the fit of all poses but the first, which stays where it is."""
+    """Return the fit of all poses but those that stay where they are: what the file fixes, or the first one."""
     return levenberg_marquardt(
         graph.residual(),
         manifolds={"poses": graph.chart},
-        weight=graph.information,
-        fixed={"poses": 0},
-        strategy="trust_region",
+        weight=graph.weights,
+        fixed={"poses": graph.anchors},
         ftol=None,
         xtol=None,
         gtol=1e-6,

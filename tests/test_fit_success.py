@@ -459,7 +459,7 @@ def test_print_shows_parameters_and_every_step() -> None:
     fit = jacops.levenberg_marquardt(Decay(), T, target=3 * torch.exp(-1.5 * T))
     lines = str(fit).splitlines()
     assert lines[0].startswith(f"LeastSquaresResult({fit.status}: {fit.message}")
-    assert sum("damping" in line for line in lines) == len(fit.log) > 0
+    assert sum("radius" in line for line in lines) == len(fit.log) > 0
     for record in fit.log:
         (line,) = [line for line in lines if line.startswith(f"  {record.step:4d}  ")]
         assert f"{record.objective:.6e}" in line

@@ -12,7 +12,7 @@ from synthetic_graphs import grid_graph, sphere_graph, synthetic_bundle
 from jacops._extras.graph_files import read_bal, read_g2o, read_toro
 from jacops._extras.graph_problems import projected
 from jacops.charts import SE2, SE3, SO3
-from jacops.errors import DataError
+from jacops.errors import DataError, InputError
 from jacops.fit import gauss_newton, levenberg_marquardt
 
 DATA = Path(os.environ.get("JACOPS_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
@@ -82,7 +82,7 @@ def test_bal(tmp_path: Path) -> None:
     assert bundle.cameras.tolist() == [list(range(9))]
     assert bundle.points.tolist() == [[1, 2, 3], [4, 5, 6]]
     assert bundle.observed.tolist() == [[1.5, -2], [3, 4]]
-    assert repr(bundle) == "Bundle(1 cameras, 2 points, 2 observations)"
+    assert repr(bundle) == "Bundle(1 cameras, 2 points, 2 observations, 2 of points behind their camera)"
 
 
 E2 = f"EDGE_SE2 0 1 1 0 0 {EYE3}\n"
@@ -159,6 +159,188 @@ def test_the_camera_model_is_that_of_the_format() -> None:
         p = -moved[:2] / moved[2]
         right = camera[6] * (1 + camera[7] * (p @ p) + camera[8] * (p @ p) ** 2) * p
         np.testing.assert_allclose(found.numpy(), right, rtol=1e-12)
+
+
+# ---- landmarks, priors, and what files leave out -------------------------------------------------------------------
+
+POLE = torch.tensor([2.0, 3.0]).double()
+
+
+def seen_from(pose: list[float], point: torch.Tensor) -> np.ndarray:
+    """Return a point in the axes of a pose in the plane, by a rotation matrix written out."""
+    c, s = np.cos(pose[2]), np.sin(pose[2])
+    return np.array([[c, s], [-s, c]]) @ (point.numpy() - np.array(pose[:2]))
+
+
+def test_landmarks_and_priors_in_the_plane(tmp_path: Path) -> None:
+    poses = [[0.5, -0.25, 0.75], [1.0, 0.5, -2.5]]
+    text = "".join(f"VERTEX_SE2 {4 + i} {p[0]} {p[1]} {p[2]}\n" for i, p in enumerate(poses))
+    text += "VERTEX_XY 9 2.5 3.5\nFIX 4\nFIX 5 9\n"
+    for i, pose in enumerate(poses):
+        x, y = seen_from(pose, POLE)
+        text += f"EDGE_SE2_XY {4 + i} 9 {x!r} {y!r} 2 0.5 1\nEDGE_BEARING_SE2_XY {4 + i} 9 {np.arctan2(y, x)!r} 4\n"
+        text = text.replace("np.float64(", "").replace(")", "")
+    text += f"EDGE_PRIOR_SE2 5 1 0.5 -2.5 {EYE3}\nEDGE_PRIOR_SE2_XY 4 0 0 1 0 1\n"
+    graph = read_g2o(written(tmp_path, text))
+    assert (graph.landmark_ids, graph.landmarks.tolist()) == ((9,), [[2.5, 3.5]])
+    assert (graph.fixed.tolist(), graph.fixed_landmarks.tolist()) == ([0, 1], [0])
+    assert [o.kind for o in graph.observations] == ["point", "bearing", "prior", "position"]
+    assert graph.observations[0].information[0].tolist() == [[2, 0.5], [0.5, 1]]
+    model = graph.residual()
+    with torch.no_grad():
+        model.landmarks.copy_(POLE)
+    outputs = [o.detach() for o in model()]
+    assert [float(o.abs().max()) < 1e-12 for o in outputs] == [True, True, True, False]
+    torch.testing.assert_close(outputs[3], graph.poses[:1, :2])
+    fit = levenberg_marquardt(graph.residual(), weight=graph.weights, manifolds={"poses": SE2}, fixed={"poses": [0, 1]})
+    torch.testing.assert_close(fit.x["landmarks"][0], POLE)
+    assert "1 landmarks" in repr(graph)
+    assert "2 poses fixed" in repr(graph)
+
+
+def test_landmarks_in_space_are_seen_by_a_sensor_beside_the_pose(tmp_path: Path) -> None:
+    turn = Rotation.from_rotvec([0.1, -0.4, 0.3])
+    q, offset = turn.as_quat(), np.array([0.5, 0.25, -1.0])
+    point, place = np.array([3.0, -2.0, 1.0]), np.array([1.0, 2.0, 0.5])
+    seen = turn.inv().apply(point - place) - offset
+    words = lambda *v: " ".join(repr(float(n)) for n in v)  # noqa: E731
+    text = f"PARAMS_SE3OFFSET 0 {words(*offset, 0, 0, 0, 1)}\nVERTEX_SE3:QUAT 1 {words(*place, *q)}\n"
+    text += f"VERTEX_TRACKXYZ 2 {words(*point)}\nEDGE_SE3_TRACKXYZ 1 2 0 {words(*seen)} 1 0 0 1 0 1\n"
+    text += f"EDGE_SE3_PRIOR 1 0 {words(*(place + turn.apply(offset)), *q)} {EYE6}\n"
+    graph = read_g2o(written(tmp_path, text))
+    for output in graph.residual()():
+        assert float(output.detach().abs().max()) < 1e-12
+    with pytest.raises(DataError, match="line 4: EDGE_SE3_TRACKXYZ is naming offset 3, but there is no such offset"):
+        read_g2o(written(tmp_path, text.replace("1 2 0 ", "1 2 3 ")))
+
+
+def test_bearing_and_range_place_a_landmark(tmp_path: Path) -> None:
+    x, y = seen_from([1.0, 0.0, 0.0], POLE)
+    text = f"EDGE2 0 1 1 0 0\nBR 1 7 {np.arctan2(y, x)} {np.hypot(x, y)} 0.1 0.5\n"
+    graph = read_toro(written(tmp_path, text))
+    torch.testing.assert_close(graph.landmarks[0], POLE)
+    assert graph.information[0].tolist() == torch.eye(3).tolist()
+    torch.testing.assert_close(graph.observations[0].information[0], torch.diag(torch.tensor([100.0, 4.0])).double())
+    assert all(float(o.detach().abs().max()) < 1e-12 for o in graph.residual()())
+    with pytest.raises(DataError, match="line 2: BR is with a standard deviation of 0"):
+        read_toro(written(tmp_path, text.replace("0.1 0.5", "0 0.5")))
+
+
+def test_edges_without_information_have_the_identity(tmp_path: Path) -> None:
+    graph = read_toro(written(tmp_path, f"EDGE3 0 1 1 0 0 0 0 0\nEDGE3 1 2 1 0 0 0 0 0 {EYE6.replace('1', '4')}\n"))
+    assert graph.information.tolist() == [torch.eye(6).tolist(), (4 * torch.eye(6)).tolist()]
+
+
+def test_toro_files_in_the_order_of_g2o(tmp_path: Path) -> None:
+    by_rows = written(tmp_path, "EDGE2 0 1 1 0 0 4 0 0 9 0 25\nEDGE2 1 2 1 0 0 4 0.5 0.25 9 0.125 25\n", "rows")
+    right = [[4, 0.5, 0.25], [0.5, 9, 0.125], [0.25, 0.125, 25]]
+    for order in ("auto", "g2o"):
+        found = read_toro(by_rows, order=order).information  # type: ignore[arg-type]
+        assert found[0].tolist() == torch.diag(torch.tensor([4, 9, 25])).tolist()
+        assert found[1].tolist() == right
+    with pytest.raises(DataError, match="line 1: EDGE2 is with an information matrix"):
+        read_toro(by_rows, order="toro")
+    own = written(tmp_path, "EDGE2 0 1 1 0 0 4 0.5 9 25 0.25 0.125\n")
+    for order in ("auto", "toro"):
+        assert read_toro(own, order=order).information[0].tolist() == right  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="`order` is 'rows'"):
+        read_toro(own, order="rows")  # type: ignore[arg-type]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "marked.g2o"
+    file.write_bytes(b"\xef\xbb\xbf" + (V2 + E2).encode())
+    assert len(read_g2o(file).poses) == 2
+
+
+def test_information_rounded_to_seven_digits_is_definite(tmp_path: Path) -> None:
+    """Matrices of condition 1e9, of very different scales, whose rounding makes them negative in a direction."""
+    draw = np.random.default_rng(0)
+    text, exact = V2, []
+    while len(exact) < 20:
+        Q = np.linalg.qr(draw.normal(size=(3, 3)))[0]
+        scale = np.diag([1.0, 1e3, 1e-2])
+        A = scale @ Q @ np.diag([1.0, 1.0, 1e-9]) @ Q.T @ scale
+        rounded = np.array([[float(f"{v:.6e}") for v in row] for row in A])
+        if np.linalg.eigvalsh(rounded)[0] < 0:
+            exact.append(A)
+            text += "EDGE_SE2 0 1 1 0 0 " + " ".join(f"{A[i, j]:.6e}" for i in range(3) for j in range(i, 3)) + "\n"
+    found = read_g2o(written(tmp_path, text)).information
+    torch.linalg.cholesky(found)
+    assert torch.equal(found, found.mT)
+    scale = np.sqrt(np.stack([np.diag(A) for A in exact]))
+    error = (found.numpy() - np.stack(exact)) / scale[:, :, None] / scale[:, None]
+    assert np.abs(error).max() < 2e-6
+
+
+def test_matrices_that_are_definite_are_kept_to_the_bit(tmp_path: Path) -> None:
+    graph = read_g2o(written(tmp_path, V2 + "EDGE_SE2 0 1 1 0 0 2 0.1 0.2 3 0.3 0.1\nEDGE_SE2 0 1 1 0 0 1 0 0 0 0 1\n"))
+    assert graph.information[0].tolist() == [[2, 0.1, 0.2], [0.1, 3, 0.3], [0.2, 0.3, 0.1]]
+    assert graph.information[1].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]  # nothing is known of y
+
+
+def test_all_lines_whose_information_is_negative_are_listed(tmp_path: Path) -> None:
+    bad = "EDGE_SE2 0 1 1 0 0 -1 0 0 1 0 1\n"
+    with pytest.raises(DataError, match=r"line 4: .*eigenvalue -1, .*\(so are 2 of 3 such lines: 4, 5\)"):
+        read_g2o(written(tmp_path, V2 + E2 + 2 * bad))
+    with pytest.raises(DataError, match=r"so are 20 of 20 such lines: 3, 4, .*12, \.\.\.\)"):
+        read_g2o(written(tmp_path, V2 + 20 * bad))
+
+
+def test_lines_of_other_kinds_are_skipped_and_counted(tmp_path: Path) -> None:
+    file = written(tmp_path, V2 + E2 + "CAMERA 1 2\nCAMERA 3\nGPS x\n")
+    graph = read_g2o(file, unknown="skip")
+    assert graph.skipped == {"CAMERA": 2, "GPS": 1}
+    assert "lines skipped: {'CAMERA': 2, 'GPS': 1}" in repr(graph)
+    with pytest.raises(DataError, match='line 4: CAMERA is not known, .*`unknown="skip"`'):
+        read_g2o(file)
+    with pytest.raises(DataError, match=r"there is no edge in it, .*Lines skipped: \{'GPS': 1\}"):
+        read_g2o(written(tmp_path, "GPS x\n"), unknown="skip")
+    with pytest.raises(InputError, match="`unknown` is 'ignore'"):
+        read_g2o(file, unknown="ignore")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "right"),
+    [
+        (read_toro, V2, "read_g2o"),
+        (read_g2o, "EDGE2 0 1 1 0 0 1 0 1 1 0 0\n", "read_toro"),
+        (read_g2o, "1 2 2\n0 0 1 1\n", "read_bal"),
+        (read_toro, "1 2 2\n0 0 1 1\n", "read_bal"),
+        (read_bal, V2, "read_g2o"),
+        (read_bal, "VERTEX2 0 0 0 0\n", "read_toro"),
+    ],
+)
+def test_the_wrong_reader_names_the_right_one(read: object, text: str, right: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"line 1: .*`{right}`"):
+        read(written(tmp_path, text))  # type: ignore[operator]
+
+
+def test_parts_and_isolated_poses_are_reported(tmp_path: Path) -> None:
+    text = "".join(f"VERTEX_SE2 {n} {n} 0 0\n" for n in range(7)) + "VERTEX_XY 7 0 0\nFIX 3\n"
+    text += f"EDGE_SE2 1 0 1 0 0 {EYE3}\nEDGE_SE2 2 3 1 0 0 {EYE3}\n"
+    text += "EDGE_SE2_XY 4 7 0 0 1 0 1\nEDGE_SE2_XY 5 7 0 0 1 0 1\n"
+    graph = read_g2o(written(tmp_path, text))
+    assert graph.components.tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert graph.isolated.tolist() == [6]
+    assert graph.anchors.tolist() == [0, 3, 4, 6]
+    assert "4 parts that nothing ties together, 1 isolated poses" in repr(graph)
+    whole = read_g2o(written(tmp_path, V2 + E2))
+    assert whole.anchors.tolist() == [0]
+    assert "parts" not in repr(whole)
+    apart = read_g2o(written(tmp_path, text.replace("FIX 3\n", f"EDGE_PRIOR_SE2 2 0 0 0 {EYE3}\n")))
+    assert apart.anchors.tolist() == [0, 4, 6]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_quaternions_of_zeros_and_numbers_that_are_none_are_refused(place: int, tmp_path: Path) -> None:
+    zero = "VERTEX_SE3:QUAT 0 0 0 0 0 0 0 0\n"
+    with pytest.raises(DataError, match="line 1: .*with a quaternion of length 0, but length one is needed"):
+        read_g2o(written(tmp_path, zero))
+    words = ["0", "0", "0", "1"]
+    words[place] = "NaN"
+    with pytest.raises(DataError, match="line 1: .*followed by 'NaN' in place .*, but finite numbers are needed"):
+        read_g2o(written(tmp_path, f"VERTEX_SE3:QUAT 0 0 0 0 {' '.join(words)}\n"))
 
 
 # ---- made up -------------------------------------------------------------------------------------------------------

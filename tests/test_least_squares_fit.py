@@ -433,7 +433,7 @@ def test_results_are_the_same_every_time() -> None:
         ({"params": [1.0]}, InputTypeError, r"`params\[0\]` is a float"),
         ({"params": torch.ones(2, dtype=torch.int64)}, InputTypeError, "`params` is of dtype torch.int64"),
         ({"params": torch.ones(2, dtype=torch.complex64)}, InputTypeError, "real floating-point"),
-        ({"params": torch.tensor([1.0, torch.inf]).double()}, NonFiniteError, r"at the start, output has 1 entries"),
+        ({"params": torch.tensor([1.0, torch.inf]).double()}, NonFiniteError, r"at the start, in the parameter x"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(solve: object, options: dict, error: type, message: str) -> None:

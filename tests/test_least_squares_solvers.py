@@ -179,7 +179,7 @@ def test_gauss_newton_on_a_sparse_singular_problem_says_what_to_do() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qdldl", None)
     with pytest.raises(MissingExtraError, match=r"jacops\[qdldl\]"):
-        levenberg_marquardt(lambda x: x - 1, params=torch.zeros(2), solver="qdldl")
+        levenberg_marquardt(lambda x: x - 1, params=torch.zeros(2).double(), solver="qdldl")
 
 
 def test_what_is_no_solver_or_strategy_is_refused() -> None:

@@ -20,6 +20,7 @@ _RECEIVERS = ("self", "cls", "_cls")  # `_cls` in named tuples
 _checked: set[type] = set()  # classes whose methods check their arguments
 _MEANT: dict[str, tuple[str, ...]] = {  # what torch, SciPy, scikit-learn and libraries of the same purpose call it
     "device": (),  # as the model's; letters lead nowhere
+    "fun": ("model",),
     "func": ("model",),
     "hessian_regularization": ("damping",),
     "inversion_method": ("solver",),
@@ -45,15 +46,17 @@ class _Accepted(NamedTuple):
         needed: How many of them have no default.
         most: How many arguments can be given by place.
         names: The keywords; None where any will do.
+        instead: What to do instead, by names that other libraries have.
     """
 
     places: tuple[str, ...]
     needed: int
     most: float
     names: frozenset[str] | None
+    instead: Mapping[str, str]
 
     @classmethod
-    def of(cls, function: Callable[..., Any], options: type | None) -> _Accepted:
+    def of(cls, function: Callable[..., Any], options: type | None, instead: Mapping[str, str]) -> _Accepted:
         """Return what a function accepts, `**options` being those of a typed dict."""
         parameters = list(inspect.signature(function).parameters.values())
         kinds = {p.kind for p in parameters}
@@ -63,7 +66,7 @@ class _Accepted(NamedTuple):
         named = {p.name for p in parameters if p.kind in _BY_NAME and p.name not in _RECEIVERS}
         anything = options is None and inspect.Parameter.VAR_KEYWORD in kinds
         names = None if anything else frozenset(named | keys_of(options))
-        return cls(tuple(p.name for p in places), needed, most, names)
+        return cls(tuple(p.name for p in places), needed, most, names, instead)
 
     def check(self, function: Any, call: str | None, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
         """Refuse arguments that the call does not have, that come twice, or that are missing.
@@ -75,7 +78,7 @@ class _Accepted(NamedTuple):
         method = self.places[:1] and self.places[0] in _RECEIVERS
         for name in given:
             if self.names is not None and name not in self.names:
-                raise unknown(call, name, self.names)
+                raise unknown(call, name, self.names, self.instead.get(name, ""))
         if len(args) > self.most:
             more = sorted((self.names or frozenset()) - set(self.places))
             hint = f" Pass the others by keyword: {', '.join(f'`{name}`' for name in more)}." if more else ""
@@ -89,13 +92,14 @@ class _Accepted(NamedTuple):
 
 
 def keywords(
-    options: type | None = None, *, call: str | None = None
+    options: type | None = None, *, call: str | None = None, instead: Mapping[str, str] | None = None
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Return a decorator that checks which arguments a public call is given before it runs.
 
     Args:
         options: The typed dict that `**options` of the call stands for, where it has some.
         call: How messages name the call; by default as the function is named, methods after their class.
+        instead: What to do instead, in a sentence, by names that other libraries have and no keyword stands for.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -103,12 +107,12 @@ def keywords(
 
         def accepted() -> _Accepted:
             if not known:
-                known.append(_Accepted.of(function, options))
+                known.append(_Accepted.of(function, options, instead or {}))
             return known[0]
 
         @wraps(function)
         def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            places, needed, most, names = accepted()
+            places, needed, most, names, _ = accepted()
             fits = needed <= len(args) <= most and (names is None or names.issuperset(kwargs))
             if not fits or (kwargs and not kwargs.keys().isdisjoint(places[: len(args)])):
                 accepted().check(function, call, args, kwargs)
@@ -172,8 +176,10 @@ def keys_of(options: type | None) -> frozenset[str]:
     return frozenset[str]() if options is None else options.__optional_keys__ | options.__required_keys__  # pyright: ignore
 
 
-def unknown(call: str, name: str, known: Iterable[str]) -> InputTypeError:
+def unknown(call: str, name: str, known: Iterable[str], instead: str = "") -> InputTypeError:
     """Return the error for a keyword that a call does not have."""
+    if instead:
+        return InputTypeError(f"{call}() has no keyword `{name}`. {instead}")
     names = sorted(known)
     within = [known for known in names if name in known.split("_")]  # `type`: `influence_type`
     meant = [known for known in _MEANT.get(name, ()) if known in names]

@@ -39,7 +39,7 @@ Which = Literal["largest", "smallest", "magnitude"]
 
 # Least squares.
 StepSolverName = Literal["auto", "qr", "cholesky", "lstsq", "sparse_cholesky", "splu", "qdldl", "pcg"]
-StrategyName = Literal["constant", "adaptive", "marquardt", "nielsen", "trust_region"]
+StrategyName = Literal["auto", "constant", "adaptive", "marquardt", "nielsen", "trust_region"]
 KernelName = Literal["linear", "huber", "soft_l1", "cauchy", "arctan"]
 Corrector = Literal["triggs", "first_order"]
 JacobianForm = Literal["auto", "dense", "sparse"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 import torch
@@ -10,6 +10,28 @@ from torch import Tensor, nn
 
 from ..charts import SO3, Chart
 from ..errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Observations:
+    r"""Measurements of one kind beside those between poses.
+
+    Attributes:
+        kind: `"point"`: where a pose sees a landmark, in its own axes; `"bearing"` and `"polar"`: in which direction,
+            and how far away; `"prior"`: where a pose is, $\log(Z^{-1} X_i)$; `"position"`: its translation.
+        pose: Positions in `poses`, (m,).
+        point: Positions in `landmarks`, (m,); None without landmarks.
+        offset: Where on the pose the sensor is, in space, (m, storage).
+        measured: (m, numbers).
+        information: Inverse covariances, (m, rows, rows).
+    """
+
+    kind: str
+    pose: Tensor
+    point: Tensor | None
+    offset: Tensor | None
+    measured: Tensor
+    information: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +48,12 @@ class PoseGraph:
         ids: The name of each pose in its file.
         equivalent: Pairs of poses that are one and the same, (k, 2); see `merged`.
         chained: True if the poses were not in the file but chained from the edges.
+        landmarks: Where each one is thought to be at first, (k, space).
+        landmark_ids: Their names in the file.
+        observations: What else was measured, kind by kind.
+        fixed: Positions of poses that the file holds fixed.
+        fixed_landmarks: Positions of landmarks that it does.
+        skipped: How many lines of each other kind were left out.
     """
 
     chart: Chart
@@ -37,10 +65,58 @@ class PoseGraph:
     ids: tuple[int, ...]
     equivalent: Tensor
     chained: bool = False
+    landmarks: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    landmark_ids: tuple[int, ...] = ()
+    observations: tuple[Observations, ...] = ()
+    fixed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    fixed_landmarks: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def residual(self) -> PoseGraphResidual:
-        r"""Return the model with one row $\log(Z^{-1} X_i^{-1} X_j)$ per edge, over its parameter `poses`."""
+        r"""Return the model with one row $\log(Z^{-1} X_i^{-1} X_j)$ per edge, over its parameter `poses`.
+
+        With observations there is one output for the edges, where there are some, and one for each kind of these, and
+        a parameter `landmarks` where there are some; `weights` has as many entries.
+        """
         return PoseGraphResidual(self)
+
+    @property
+    def weights(self) -> Tensor | list[Tensor]:
+        """The information matrices as `weight` of a fit: one tensor, or one for each output."""
+        edges = [self.information] if len(self.source) else []
+        return [*edges, *(o.information for o in self.observations)] if self.observations else self.information
+
+    @property
+    def components(self) -> Tensor:
+        """For each pose the number of the connected part that it is in, landmarks and equivalences being ties too."""
+        count = len(self.poses)
+        lead = list(range(count + len(self.landmarks)))
+        ties = [torch.stack([self.source, self.target], 1), self.equivalent]
+        ties += [torch.stack([o.pose, count + o.point], 1) for o in self.observations if o.point is not None]
+        for a, b in torch.cat(ties).tolist():
+            a, b = _root(lead, a), _root(lead, b)
+            lead[max(a, b)] = min(a, b)
+        return torch.tensor([_root(lead, i) for i in range(count)]).unique(return_inverse=True)[1]
+
+    @property
+    def isolated(self) -> Tensor:
+        """Positions of poses that no line measures."""
+        ends = [self.source, self.target, self.equivalent.reshape(-1), *(o.pose for o in self.observations)]
+        seen = torch.zeros(len(self.poses), dtype=torch.bool)
+        seen[torch.cat(ends)] = True
+        return (~seen).nonzero()[:, 0]
+
+    @property
+    def anchors(self) -> Tensor:
+        """Positions to hold fixed so that a fit is determined: the file's, and the first pose of each part without.
+
+        A part with a prior needs none.
+        """
+        parts = self.components
+        held = [self.fixed, *(o.pose for o in self.observations if o.kind == "prior")]
+        settled = set(parts[torch.cat(held)].tolist())
+        first = [int((parts == p).nonzero()[0]) for p in range(int(parts.max()) + 1) if p not in settled]
+        return torch.cat([self.fixed, torch.tensor(first, dtype=torch.long)]).unique()
 
     def merged(self) -> PoseGraph:
         """Return the graph with equivalent poses put together, the first of each staying; loops that arise go."""
@@ -62,11 +138,21 @@ class PoseGraph:
             information=self.information[real],
             ids=tuple(self.ids[k] for k in kept),
             equivalent=self.equivalent[:0],
+            observations=tuple(replace(o, pose=position[o.pose]) for o in self.observations),
+            fixed=position[self.fixed].unique(),
         )
 
     def __repr__(self) -> str:
-        extra = f", {len(self.equivalent)} equivalent pairs" if len(self.equivalent) else ""
-        return f"PoseGraph({self.chart}: {len(self.poses)} poses, {len(self.source)} edges{extra})"
+        parts, alone = int(self.components.max()) + 1, len(self.isolated)
+        facts = [f"{len(self.poses)} poses, {len(self.source)} edges"]
+        facts += [f"{len(self.equivalent)} equivalent pairs"] * bool(len(self.equivalent))
+        facts += [f"{len(self.landmarks)} landmarks"] * bool(len(self.landmarks))
+        facts += [f"{len(o.pose)} of kind {o.kind!r}" for o in self.observations]
+        facts += [f"{len(self.fixed)} poses fixed"] * bool(len(self.fixed))
+        facts += [f"{parts} parts that nothing ties together"] * (parts > 1)
+        facts += [f"{alone} isolated poses"] * bool(alone)
+        facts += [f"lines skipped: {self.skipped}"] * bool(self.skipped)
+        return f"PoseGraph({self.chart}: {', '.join(facts)})"
 
 
 def _root(lead: list[int], i: int) -> int:
@@ -91,11 +177,40 @@ class PoseGraphResidual(nn.Module):
         self.register_buffer("target", graph.target)
         self.register_buffer("expected", graph.chart.inverse(graph.measured))
 
-    def forward(self) -> Tensor:
-        """Return the residuals, (edges, tangent)."""
+        self.kinds = tuple((o.kind, o.point is not None, o.offset is not None) for o in graph.observations)
+        if len(graph.landmarks):
+            self.landmarks = nn.Parameter(graph.landmarks.clone())
+        for k, o in enumerate(graph.observations):
+            for name in ("pose", "point", "offset", "measured"):
+                if getattr(o, name) is not None:
+                    self.register_buffer(f"{name}{k}", getattr(o, name))
+
+    def forward(self) -> Tensor | tuple[Tensor, ...]:
+        """Return the residuals, (edges, tangent); a tuple where there are observations of other kinds."""
         chart = self.chart
         between = chart.between(self.poses[self.source], self.poses[self.target])
-        return chart.log(chart.compose(self.expected, between))
+        edges = chart.log(chart.compose(self.expected, between))
+        if not self.kinds:
+            return edges
+        others = (self._observed(k, *kind) for k, kind in enumerate(self.kinds))
+        return (edges, *others) if len(self.source) else tuple(others)
+
+    def _observed(self, k: int, kind: str, sees: bool, is_offset: bool) -> Tensor:
+        chart, measured, poses = self.chart, getattr(self, f"measured{k}"), self.poses[getattr(self, f"pose{k}")]
+        if kind == "position":
+            return poses[:, : chart.space] - measured
+        poses = chart.compose(poses, getattr(self, f"offset{k}")) if is_offset else poses
+        if not sees:
+            return chart.log(chart.between(measured, poses))
+        seen = chart.act(chart.inverse(poses), self.landmarks[getattr(self, f"point{k}")])
+        if kind == "point":
+            return seen - measured
+        # The angle between two directions, which does not jump where angles do.
+        c, s = measured[:, 0].cos(), measured[:, 0].sin()
+        turn = torch.atan2(c * seen[:, 1] - s * seen[:, 0], c * seen[:, 0] + s * seen[:, 1])
+        if kind == "bearing":
+            return turn.unsqueeze(1)
+        return torch.stack([turn, seen.norm(dim=1) - measured[:, 1]], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +231,25 @@ class Bundle:
     point: Tensor
     observed: Tensor
 
+    @property
+    def behind(self) -> Tensor:
+        """Positions of observations whose point is not in front of its camera: the model mirrors them, or is infinite.
+
+        No small step leads a point through the camera's plane; start such points anew or leave the lines out.
+        """
+        cameras = self.cameras[self.camera]
+        depth = SO3.act(SO3.exp(cameras[:, :3]), self.points[self.point])[:, 2] + cameras[:, 5]
+        return (depth >= 0).nonzero()[:, 0]
+
     def residual(self) -> BundleResidual:
         """Return the model whose output is one row per observation, over its parameters `cameras` and `points`."""
         return BundleResidual(self)
 
     def __repr__(self) -> str:
-        return f"Bundle({len(self.cameras)} cameras, {len(self.points)} points, {len(self.observed)} observations)"
+        behind = f", {len(self.behind)} of points behind their camera" if len(self.behind) else ""
+        return (
+            f"Bundle({len(self.cameras)} cameras, {len(self.points)} points, {len(self.observed)} observations{behind})"
+        )
 
 
 class BundleResidual(nn.Module):

@@ -2,14 +2,15 @@
 
 from ._fit import gauss_newton, levenberg_marquardt
 from ._kernels import Arctan, Cauchy, Huber, Kernel, PseudoHuber, Scale, SoftLOne, Tolerant
-from ._result import LeastSquaresResult, StepRecord
+from ._result import FitProgress, LeastSquaresResult, StepRecord
 from ._solvers import LSTSQ, PCG, QDLDL, QR, AutoStepSolver, Cholesky, SparseCholesky, SparseLU, StepSolver
 from ._strategies import Adaptive, Constant, Marquardt, Nielsen, Strategy, TrustRegion
 
 # fmt: off
 __all__ = [
-    "LSTSQ", "PCG", "QDLDL", "QR", "Adaptive", "Arctan", "AutoStepSolver", "Cauchy", "Cholesky", "Constant", "Huber",
-    "Kernel", "LeastSquaresResult", "Marquardt", "Nielsen", "PseudoHuber", "Scale", "SoftLOne", "StepSolver",
+    "LSTSQ", "PCG", "QDLDL", "QR", "Adaptive", "Arctan", "AutoStepSolver", "Cauchy", "Cholesky", "Constant",
+    "FitProgress", "Huber", "Kernel", "LeastSquaresResult", "Marquardt", "Nielsen", "PseudoHuber", "Scale", "SoftLOne",
+    "StepSolver",
     "SparseCholesky", "SparseLU", "StepRecord", "Strategy", "Tolerant", "TrustRegion", "gauss_newton",
     "levenberg_marquardt",
 ]

@@ -16,12 +16,33 @@ from .._runtime.restoring import restoring
 from .._torch.protocol import refuse_arrays
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
-from ._loop import Outcome, StoppingCriteria, run
+from ._loop import Outcome, run
 from ._options import DampedFitOptions, FitOptions
 from ._problem import FitProblem, FunctionModule, function_module
-from ._result import Found, LeastSquaresResult, as_given
+from ._result import FitProgress, Found, LeastSquaresResult, as_given
 from ._solvers import StepSolver, solver_of
+from ._stopping import Observer, StoppingCriteria
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
+
+# What SciPy's `least_squares` and PyPose's `LM` and `GN` have, where no keyword of the same meaning stands for it.
+_FAMILIAR = {
+    "args": "Pass what the model is called with as `input`: a tuple is unpacked.",
+    "diff_step": "Derivatives are exact, so there is no step to choose; `jacobian` says how they are stored.",
+    "jac": "Derivatives are exact; `jacobian` says how they are stored.",
+    "jac_sparsity": "Pass `jacobian='sparse'`: the pattern is found from the model.",
+    "kwargs": "Pass what the model is called with as `input`: a mapping gives keyword arguments.",
+    "max": "Steps are limited by `strategy`; a damping has no upper limit to choose.",
+    "max_iter": "Did you mean `max_steps`?",
+    "method": "Did you mean `solver`, how the equations of a step are solved, or levenberg_marquardt's `strategy`?",
+    "min": "The first damping is levenberg_marquardt's `damping`; there is no lower limit to choose.",
+    "prior": "A prior is one more output: return `(residual, x - mean)`, and its precision in `weight=[None, ...]`.",
+    "reject": "The call ends where no step helps; `max_steps` and `max_nfev` limit how many are tried.",
+    "tr_options": "Did you mean `solver`? It takes a `StepSolver` with its options.",
+    "tr_solver": "Did you mean `solver`?",
+    "vectorize": "Jacobians are always taken for many rows at once; leave it out.",
+}
+_FAMILIAR |= {"max_iterations": _FAMILIAR["max_iter"], "priors": _FAMILIAR["prior"]}
+_RULES = ("ftol", "xtol", "gtol", "max_steps", "max_nfev", "max_seconds")
 
 
 @overload
@@ -46,7 +67,7 @@ def levenberg_marquardt(
     params: Found,
     **options: Unpack[DampedFitOptions],
 ) -> LeastSquaresResult[Found]: ...
-@keywords()
+@keywords(instead=_FAMILIAR)
 @shows_progress()
 def levenberg_marquardt(
     model: nn.Module | Callable[..., Any],
@@ -56,12 +77,13 @@ def levenberg_marquardt(
     params: Any = None,
     manifolds: Any = None,
     fixed: Any = None,
+    bounds: Any = None,
     weight: Any = None,
     sqrt_weight: Any = None,
     kernel: Any = None,
     f_scale: float = 1.0,
     corrector: Corrector = "triggs",
-    strategy: StrategyName | Strategy = "nielsen",
+    strategy: StrategyName | Strategy = "auto",
     damping: float | None = None,
     solver: StepSolverName | StepSolver = "auto",
     jacobian: Any = "auto",
@@ -71,6 +93,9 @@ def levenberg_marquardt(
     gtol: float | None = 1e-8,
     max_steps: int = 100,
     max_nfev: int | None = None,
+    max_seconds: float | None = None,
+    callback: Callable[[FitProgress[Any]], Any] | None = None,
+    verbose: int = 0,
     inplace: bool | None = None,
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
@@ -89,16 +114,23 @@ def levenberg_marquardt(
         params: For a function: a tensor, or a list or dict of tensors, where the search starts.
         manifolds: Charts by parameter name, such as `{"poses": SE3}`: that parameter's last axis holds elements, moved
             by `chart.retract`. LieTensors of PyPose move by their own retraction, $\exp(d) X$; all else by addition.
-        fixed: By parameter name, an index or a mask of elements that stay where they are: `{"poses": 0}`.
+        fixed: What stays where it is: a parameter's name or a pattern of names, such as `"camera*"`, or a list of
+            these; or by name or pattern True for the whole, an index, or a mask of elements: `{"poses": 0}`.
+        bounds: Where parameters stay: a pair `(lower, upper)` of numbers or tensors like `params`, as in SciPy, or such
+            pairs by parameter name; None, or Inf, leaves a side open. Iterates are feasible. What is at a bound that
+            the gradient leads out of is left out of the step and of `optimality` (Bertsekas, 1982).
         weight: What squares are multiplied by: a number; per entry or per block (blocks are the last axes of an
-            output); or information matrices `(d, d)` or `(*blocks, d, d)`. A tree of these for several outputs.
+            output); or information matrices `(d, d)` or `(*blocks, d, d)`. A tree of these for several outputs; a
+            prior is one more output, `(residual, x - mean)`, whose weight is the prior's precision.
         sqrt_weight: The same as square roots: residuals are multiplied by it from the left.
         kernel: A robust kernel of squared lengths: `"huber"`, `"soft_l1"`, `"cauchy"`, `"arctan"` with the scale
             `f_scale` as in SciPy, a `Kernel`, or a function of a tensor. It sees the length of a weighted block, in a
             vector that of an entry. A list or dict for several outputs.
         f_scale: Scale of a kernel that is given by name.
         corrector: `"triggs"` takes the kernel's curvature into account, `"first_order"` its slope only.
-        strategy: `"nielsen"`, `"marquardt"`, `"adaptive"`, `"constant"`, `"trust_region"` (dogleg) or a `Strategy`.
+        strategy: How long a step may be: `"trust_region"` (dogleg; Powell, 1970), dampings `"nielsen"`, `"marquardt"`,
+            `"adaptive"`, `"constant"`, or a `Strategy`. `"auto"` is the first, and `"nielsen"` where `damping` is
+            given or the solver is `"pcg"`.
         damping: The first $\lambda$, in units of the diagonal of $J^\top J$ (with `x_scale` given, of its largest
             scaled entry); the only one with `"constant"`.
         solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"sparse_cholesky"`, `"splu"`, `"qdldl"`, `"pcg"` or a
@@ -116,6 +148,10 @@ def levenberg_marquardt(
             result); where it does not, that step is tried. Rules looser than 1e-8 stop at their own tolerance.
         max_steps: How many steps may be tried.
         max_nfev: How many forward passes may be made.
+        max_seconds: How long the call may take; it ends after the step that takes it past that.
+        callback: Called with a `FitProgress` after each step that is taken. If it returns True or raises StopIteration
+            the call ends there, and returns its result with the status `"callback"`.
+        verbose: 1 prints a summary at the end, 2 a line per step too.
         inplace: Write the result into the tensors given. By default a module's parameters are written and tensors in
             `params` are not. An exception leaves everything untouched.
         on_failure: `"raise"` a `SolveError` where no rule stopped the call (its `.solution` is the result), or
@@ -143,7 +179,7 @@ def levenberg_marquardt(
         >>> fit.success
         True
     """
-    recipe = strategy_of(strategy, damping)
+    recipe = strategy_of(strategy, damping, solver_of(solver))
     options = {k: v for k, v in locals().items() if k not in ("model", "strategy", "damping", "recipe")}
     return _fit(model, "levenberg_marquardt", recipe, options)
 
@@ -160,7 +196,7 @@ def gauss_newton(
 def gauss_newton(
     model: Callable[..., Any], input: Any = None, target: Any = None, *, params: Found, **options: Unpack[FitOptions]
 ) -> LeastSquaresResult[Found]: ...
-@keywords()
+@keywords(instead=_FAMILIAR)
 @shows_progress()
 def gauss_newton(
     model: nn.Module | Callable[..., Any],
@@ -170,6 +206,7 @@ def gauss_newton(
     params: Any = None,
     manifolds: Any = None,
     fixed: Any = None,
+    bounds: Any = None,
     weight: Any = None,
     sqrt_weight: Any = None,
     kernel: Any = None,
@@ -183,6 +220,9 @@ def gauss_newton(
     gtol: float | None = 1e-8,
     max_steps: int = 50,
     max_nfev: int | None = None,
+    max_seconds: float | None = None,
+    callback: Callable[[FitProgress[Any]], Any] | None = None,
+    verbose: int = 0,
     inplace: bool | None = None,
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
@@ -200,6 +240,7 @@ def gauss_newton(
         params: Where the search starts, for a function.
         manifolds: Charts by parameter name.
         fixed: What stays where it is, by parameter name.
+        bounds: A box that parameters stay in.
         weight: Weights or information matrices.
         sqrt_weight: Their square roots.
         kernel: A robust kernel.
@@ -213,6 +254,9 @@ def gauss_newton(
         gtol: Stop by the scaled gradient.
         max_steps: How many steps may be taken.
         max_nfev: How many forward passes may be made.
+        max_seconds: How long the call may take.
+        callback: Called after each step that is taken.
+        verbose: 0, 1 or 2.
         inplace: Write the result into the tensors given.
         on_failure: `"raise"` or `"return"`.
         progress: Force the progress bar on or off.
@@ -240,7 +284,7 @@ def gauss_newton(
 def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult[Any]:
     solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
     check_choice("on_failure", on_failure, OnFailure)
-    rules = StoppingCriteria(*(options[key] for key in ("ftol", "xtol", "gtol", "max_steps", "max_nfev")))
+    rules = StoppingCriteria(*(options[key] for key in _RULES))
     module: Any = model
     if not isinstance(model, nn.Module) and not isinstance(model, type):
         module = function_module(model, params)
@@ -250,10 +294,15 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
         raise InputError.of("params", "given", needed, "Freeze those that are to stay as they are.")
     else:
         refuse_arrays(options["input"])
+    kind = type(params) if isinstance(module, FunctionModule) else None
+    limited_by = "" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping"
+    told = Observer(options["callback"], options["verbose"], kind, limited_by)
     problem = FitProblem(module, options["input"], call, options)
-    ended = run(problem, solver, strategy, rules, options["progress"])
-    result = _result(problem, ended, type(params) if isinstance(module, FunctionModule) else None, strategy)
-    if not result.rule_met and on_failure == "raise":
+    ended = run(problem, solver, strategy, rules, told, progress=options["progress"])
+    result = _result(problem, ended, told, strategy)
+    if told.verbose:
+        print(repr(result), flush=True)
+    if not (result.rule_met or result.status == "callback") and on_failure == "raise":
         message = f"{call}: {result.message}. The error's `.solution` is the result so far.\n{result!r}"
         raise SolveError(message, result)
     inplace = options["inplace"]
@@ -278,14 +327,12 @@ def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             target.copy_(value.as_subclass(Tensor))
 
 
-def _result(
-    problem: FitProblem, ended: Outcome, kind: type | None, strategy: Strategy | None
-) -> LeastSquaresResult[Any]:
+def _result(problem: FitProblem, ended: Outcome, told: Observer, strategy: Strategy | None) -> LeastSquaresResult[Any]:
     method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
     point, stop = ended.point, ended.stop
-    point.system.terms = None  # holds the model's outputs
+    point.whole.terms = None  # holds the model's outputs
     return LeastSquaresResult(
-        x=as_given(point.values, kind),
+        x=as_given(point.values, told.kind),
         cost=point.cost,
         fun=torch.from_numpy(point.raw),
         optimality=point.optimality,
@@ -294,11 +341,12 @@ def _result(
         certificate=stop.certificate.reason,
         predicted=stop.certificate.predicted,
         method=method,
-        limited_by="" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping",
+        limited_by=told.limited_by,
         log=ended.log,
         nfev=problem.evaluations,
         njev=problem.linearisations,
         route=problem.route,
         plan=problem.plan,
-        _system=point.system,
+        active_mask=None if problem.bounds is None else as_given(problem.bounds.active(point.values), told.kind),
+        _system=point.whole,
     )

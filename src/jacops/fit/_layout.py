@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -170,7 +171,7 @@ def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> L
         InputError: A name is unknown, or a chart or a selection does not fit.
     """
     names = list(parameters)
-    charts, held = by_name("manifolds", manifolds, names), by_name("fixed", fixed, names)
+    charts, held = by_name("manifolds", manifolds, names), _held(fixed, names)
     parts = []
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
@@ -212,6 +213,26 @@ def by_name(argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
         if name not in names:
             raise InputError.of(argument, f"naming {name!r}", f"the parameters that move are {names}")
     return found
+
+
+def _held(fixed: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return what stays where it is by parameter name, where names may be patterns.
+
+    Raises:
+        InputTypeError: It is not a mapping and there are several parameters.
+        InputError: A name or pattern fits no parameter.
+    """
+    if isinstance(fixed, str):
+        fixed = {fixed: True}
+    elif isinstance(fixed, list | tuple | set) and fixed and all(isinstance(name, str) for name in fixed):
+        fixed = dict.fromkeys(fixed, True)
+    if not isinstance(fixed, Mapping):
+        return by_name("fixed", fixed, names)
+    spread: dict[Any, Any] = {}
+    for key, value in fixed.items():
+        fitting = [key] if key in names or not isinstance(key, str) else [n for n in names if fnmatchcase(n, key)]
+        spread |= dict.fromkeys(fitting or [key], value)
+    return by_name("fixed", spread, names)
 
 
 def _free(part: ParameterPart, fixed: Any) -> np.ndarray:

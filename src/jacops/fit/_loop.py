@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
-from types import NoneType
 
 import numpy as np
 
 from .._progress import track
-from .._requirements import check_kind, check_positive
 from .._runtime.restoring import NumericWarningsIgnored, restoring
-from ..errors import InputError, NonFiniteError
+from ..errors import NonFiniteError
 from ._certificate import MOST_REDUCTION, Certificate, certificate, small_reduction
+from ._freedom import what_to_hold
 from ._layout import Values
 from ._problem import FitProblem
 from ._result import StepRecord
 from ._solvers import StepSolver
 from ._state import NOISE, FitPoint, Outcome, Stop, Trial
+from ._stopping import Observer, StoppingCriteria
 from ._strategies import Constant, Strategy
 from ._system import Singular, Solved
 from ._undamped import is_undamped, predicted_reduction, remember, undamped
@@ -32,49 +32,20 @@ _EXCURSION = 8  # steps through a curved valley; each must halve the objective, 
 _CAREFUL = "levenberg_marquardt is more careful"
 
 
-@dataclass(frozen=True)
-class StoppingCriteria:
-    """When to stop.
-
-    Attributes:
-        ftol: Relative change of the objective.
-        xtol: Relative length of a step.
-        gtol: Scaled gradient.
-        max_steps: Steps tried.
-        max_nfev: Forward passes.
-    """
-
-    ftol: float | None
-    xtol: float | None
-    gtol: float | None
-    max_steps: int
-    max_nfev: int | None
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            InputTypeError: A rule is not a number.
-            InputError: A rule is negative, or a count not positive.
-        """
-        for name in ("ftol", "xtol", "gtol"):
-            value = getattr(self, name)
-            check_kind(name, value, (float, int, NoneType), "a number or None is needed")
-            if value is not None and not value >= 0:
-                raise InputError.of(name, repr(value), "a number from zero on, or None, is needed")
-        check_positive("max_steps", self.max_steps)
-        if self.max_nfev is not None:
-            check_positive("max_nfev", self.max_nfev)
-
-
 @restoring
 def run(
-    problem: FitProblem, solver: StepSolver, strategy: Strategy | None, rules: StoppingCriteria, progress: bool | None
+    problem: FitProblem,
+    solver: StepSolver,
+    strategy: Strategy | None,
+    rules: StoppingCriteria,
+    told: Observer,
+    *,
+    progress: bool | None,
 ) -> Outcome:
     """Run steps until a rule is met; without a strategy every Gauss-Newton step is taken whole."""
     # Numbers that are not finite are looked for, and end a step.
     with NumericWarningsIgnored("divide", "over", "under", "invalid"):
-        loop = _Loop(problem, solver, strategy, rules)
+        loop = _Loop(problem, solver, strategy, rules, told)
         stop = loop.settled(loop.at_rest(), None)
         if stop is None:
             for _ in track(range(rules.max_steps), problem.call, enabled=progress):
@@ -90,9 +61,15 @@ def run(
 
 class _Loop:
     def __init__(
-        self, problem: FitProblem, solver: StepSolver, strategy: Strategy | None, rules: StoppingCriteria
+        self,
+        problem: FitProblem,
+        solver: StepSolver,
+        strategy: Strategy | None,
+        rules: StoppingCriteria,
+        told: Observer,
     ) -> None:
-        self.problem, self.solver, self.strategy, self.rules = problem, solver, strategy, rules
+        self.problem, self.solver, self.strategy, self.rules, self.told = problem, solver, strategy, rules, told
+        self.bounds = problem.bounds
         self.started = perf_counter()
         self.point = self._at(problem.values())
         self.first = self.point.cost
@@ -106,7 +83,8 @@ class _Loop:
     def _at(self, values: Values, *, aside: bool = False) -> FitPoint:
         cost, system, raw = self.problem.linearised(values)
         self.problem.scaling.apply(system, keep=not aside)
-        return FitPoint(values, cost, system, raw, self.problem.layout.magnitudes(values))
+        point = FitPoint(values, cost, system, raw, self.problem.layout.magnitudes(values))
+        return point if self.bounds is None else self.bounds.at(point)
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -115,12 +93,17 @@ class _Loop:
         insisted, self.insist = self.insist, False
         try:
             solved, damping = self._solved(insisted)
+            while self.bounds and (face := self.bounds.narrowed(self.point, solved.step)) is not None:
+                self.point = face
+                solved, damping = self._solved(insisted)
         except Singular as reason:
             return self._no_step(str(reason))
         trial = self._accepted(self._tried(solved, damping, insisted))
         self._note(trial.solved, damping, trial)
         self._adapt(trial)
-        return self._judged(trial)
+        stop = self._judged(trial)
+        told = self.told.stop(self.point, self.log[-1], self.problem.evaluations) if trial.good else None
+        return stop or told
 
     def _solved(self, insisted: bool) -> tuple[Solved, float | None]:
         system = self.point.system
@@ -141,8 +124,13 @@ class _Loop:
 
     def _tried(self, solved: Solved, damping: float | None, insisted: bool, point: FitPoint | None = None) -> Trial:
         point = self.point if point is None else point
+        if insisted or solved is point.system.memory.get("undamped"):
+            point.system.memory["tried"] = True
+        if self.bounds is not None:
+            solved = self.bounds.within(point, solved)
         predicted = predicted_reduction(point.system, solved.step)
-        values = self.problem.layout.moved(point.values, solved.step)
+        values = point.moved(self.problem.layout, solved.step)
+        values = values if self.bounds is None else self.bounds.clamped(values)
         tried = self.problem.objective(values)
         gain = point.cost - tried
         known = 0 < predicted < np.inf and np.isfinite(tried)
@@ -151,8 +139,6 @@ class _Loop:
             noise = point.noise
         # Both values of the objective may be off by that noise; a margin of two.
         at_noise = bool(predicted <= noise and abs(gain) <= 4 * noise)
-        if solved is point.system.memory.get("undamped"):
-            point.system.memory["tried"] = True
         return Trial(
             solved, damping, values, tried, predicted, gain / predicted if known else -np.inf, at_noise, insisted
         )
@@ -167,7 +153,8 @@ class _Loop:
             return replace(trial, good=bool(good))
         if trial.at_noise:
             return self._compared(trial, self._certificate_at(self.point))
-        return self._excursion(trial) if trial.insisted and self.refusals >= self.next_excursion else trial
+        able = trial.insisted and self.bounds is None and self.refusals >= self.next_excursion
+        return self._excursion(trial) if able else trial
 
     def _compared(self, trial: Trial, before: Certificate) -> Trial:
         """Return a trial judged by what undamped steps predict, where objectives differ by rounding only."""
@@ -262,7 +249,10 @@ class _Loop:
         return small_reduction(share)
 
     def _certificate_at(self, point: FitPoint) -> Certificate:
-        return certificate(point.system, point.cost, self.solver, point.magnitudes)
+        if point.face is not None and not point.face.free.any() and point.face.blocked.all():
+            return Certificate(0.0, "every parameter is at a bound that the gradient leads out of")
+        found = certificate(point.system, point.cost, self.solver, point.magnitudes)
+        return found if self.bounds is None else self.bounds.judged(point, found)
 
     def settled(self, rule: tuple[str, str] | None, evidence: Certificate | None) -> Stop | None:
         """Return the stop for a rule that is met, if there is evidence for a minimum or the rule asks for less."""
@@ -307,9 +297,8 @@ class _Loop:
             return self.unmet("stalled", "a step led uphill, and with constant damping the next one would be the same")
         if self.rejections >= _REJECTIONS:
             return self._exhausted(f"{self.rejections} steps in a row led nowhere")
-        if self.rules.max_nfev is not None and self.problem.evaluations >= self.rules.max_nfev:
-            return self.unmet("max_nfev", f"{self.rules.max_nfev} forward passes were not enough")
-        return None
+        limit = self.rules.used_up(self.problem.evaluations)
+        return None if limit is None else self.unmet(*limit)
 
     def _exhausted(self, message: str) -> Stop:
         """Return the stop of steps that change nothing: by rounding, or for no reason that is known."""
@@ -325,13 +314,14 @@ class _Loop:
 
     def _no_step(self, reason: str) -> Stop | None:
         if self.strategy is None:
-            todo = "hold something fixed with `fixed=`, or use levenberg_marquardt"
+            todo = f"{what_to_hold(self.point, self.problem.layout)}, or use levenberg_marquardt"
             return self.unmet("singular", f"{reason}; {todo}")
         self.rejections += 1
         damping = self.damping if self.damping is not None else 1.0
         self._note(None, damping, None, reason)
         if isinstance(self.strategy, Constant) or self.rejections >= _REJECTIONS:
-            return self.unmet("singular", f"{reason}; hold something fixed with `fixed=`, or damp more")
+            todo = f"{what_to_hold(self.point, self.problem.layout)}, or damp more"
+            return self.unmet("singular", f"{reason}; {todo}")
         self.damping = self.strategy.next(damping, -1.0, self.rejections, damping)
         return None
 
@@ -356,6 +346,7 @@ class _Loop:
             )
         )
         self.started = now
+        self.told.report(self.log[-1])
 
 
 def _left(found: Certificate) -> str:

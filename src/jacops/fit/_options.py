@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
+from ._result import FitProgress
 from ._solvers import StepSolver
 from ._strategies import Strategy
 
@@ -14,6 +16,7 @@ class FitOptions(TypedDict, total=False):
 
     manifolds: Any
     fixed: Any
+    bounds: Any
     weight: Any
     sqrt_weight: Any
     kernel: Any
@@ -27,6 +30,9 @@ class FitOptions(TypedDict, total=False):
     gtol: float | None
     max_steps: int
     max_nfev: int | None
+    max_seconds: float | None
+    callback: Callable[[FitProgress[Any]], Any] | None
+    verbose: int
     inplace: bool | None
     on_failure: OnFailure
     progress: bool | None

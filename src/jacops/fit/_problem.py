@@ -40,6 +40,7 @@ from ..errors import (
 from ..sparse import SparseJacobian, SparsePlan
 from ..sparse._point import RecordedPoint
 from ..sparse._remembered import kept_plan, new_plan
+from ._bounds import bounds_of
 from ._fit_pattern import FitPattern
 from ._layout import Layout, ParameterPart, Values, layout_of
 from ._residuals import Residuals, residuals_of
@@ -144,6 +145,7 @@ class FitProblem:
     Attributes:
         layout: Which parameters move and how.
         scaling: Scales of their columns.
+        bounds: The box they stay in, if any.
         residuals: Outputs minus targets, weighted.
         evaluations: Forward passes so far.
         linearisations: Jacobians so far.
@@ -159,8 +161,11 @@ class FitProblem:
         if not self.original:
             todo = "Call `.requires_grad_()` on what is to be solved for."
             raise ModelStateError.of("model", "without parameters that require grad", "some must move", todo)
+        for name, start in self.original.items():
+            require_finite(start.detach().as_subclass(Tensor), f"{call}: at the start, in the parameter {name}")
         self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
         self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
+        self.bounds = bounds_of(given.get("bounds"), self.layout, self.original)
         self.call, self.value = call, value
         self.owner = module.function if isinstance(module, FunctionModule) else module
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module

@@ -77,6 +77,27 @@ class StepRecord(Savable):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class FitProgress(Generic[Found]):
+    """What a callback is given after a step that was taken.
+
+    Attributes:
+        x: The parameters now, a copy in the form of the result's `x`.
+        cost: The objective.
+        optimality: The scaled gradient.
+        nit: Steps tried so far.
+        nfev: Forward passes so far.
+        step: The record of the step.
+    """
+
+    x: Found
+    cost: float
+    optimality: float
+    nit: int
+    nfev: int
+    step: StepRecord
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
     r"""Where a least-squares call ended.
@@ -87,7 +108,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         fun: Output minus target there, flat, neither weighted nor corrected.
         optimality: Scaled gradient: the largest cosine between the residual and a column of the Jacobian.
         status: The test that stopped the call: `"gradient"`, `"objective"`, `"step"` (the rules gtol, ftol, xtol), or
-            `"max_steps"`, `"max_nfev"`, `"stalled"`, `"singular"`, `"diverged"`.
+            `"max_steps"`, `"max_nfev"`, `"max_seconds"`, `"callback"`, `"stalled"`, `"singular"`, `"diverged"`.
         message: The status in words.
         log: One record per step tried.
         nfev: Forward passes.
@@ -99,6 +120,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             the objective; NaN where it was not needed or could not be computed.
         method: The call and its strategy.
         limited_by: What `damping` in the log is: `"damping"`, `"radius"`, or empty without either.
+        active_mask: With bounds, in the form of `x`: -1 where a lower bound is met, 1 an upper one, else 0; else None.
     """
 
     x: Found
@@ -116,6 +138,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
     predicted: float = float("nan")
     method: str = "least squares"
     limited_by: str = "damping"
+    active_mask: Found | None = None
     _system: LinearizedFit | None = field(default=None, repr=False)
 
     @property

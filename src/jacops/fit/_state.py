@@ -7,11 +7,38 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ._certificate import ROUNDING, Certificate, magnitude_of_terms
-from ._layout import Values
+from ._layout import Layout, Values
 from ._result import StepRecord
 from ._system import LinearizedFit, Solved, positive
 
 NOISE = 4.0  # rounding errors of each residual that may show in the objective
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """Where a point is within bounds.
+
+    Attributes:
+        whole: The linearised problem in all columns.
+        magnitudes: Magnitudes of what they move.
+        free: Which of them move.
+        blocked: Which are at a bound that the gradient leads out of.
+        down: How far each may go down, zero or less.
+        up: How far each may go up.
+    """
+
+    whole: LinearizedFit
+    magnitudes: np.ndarray
+    free: np.ndarray
+    blocked: np.ndarray
+    down: np.ndarray
+    up: np.ndarray
+
+    def full(self, step: np.ndarray) -> np.ndarray:
+        """Return a step of all columns."""
+        found = np.zeros(len(self.free))
+        found[self.free] = step
+        return found
 
 
 @dataclass(eq=False)
@@ -24,6 +51,7 @@ class FitPoint:
         system: The linearised problem.
         raw: Outputs minus targets, neither weighted nor corrected.
         magnitudes: Magnitudes of what the columns move.
+        face: Where it is within bounds, where there are some; `system` then has the free columns only.
     """
 
     values: Values
@@ -31,14 +59,26 @@ class FitPoint:
     system: LinearizedFit
     raw: np.ndarray
     magnitudes: np.ndarray
+    face: Face | None = None
+
+    @property
+    def whole(self) -> LinearizedFit:
+        """The linearised problem in all columns."""
+        return self.system if self.face is None else self.face.whole
 
     @property
     def optimality(self) -> float:
-        r"""The scaled gradient: the largest $|J_j^\top r| / (\lVert J_j \rVert \sqrt{2F})$."""
+        r"""The scaled gradient: the largest $|J_j^\top r| / (\lVert J_j \rVert \sqrt{2F})$ that bounds leave."""
         if self.cost <= 0:
             return 0.0
-        slopes = np.abs(self.system.gradient / positive(self.system.norms))
+        slopes = np.abs(self.whole.gradient / positive(self.whole.norms))
+        if self.face is not None:
+            slopes = slopes[~self.face.blocked]
         return float(slopes.max(initial=0.0)) / (2 * self.cost) ** 0.5
+
+    def moved(self, layout: Layout, step: np.ndarray) -> Values:
+        """Return the parameters after a step."""
+        return layout.moved(self.values, step if self.face is None else self.face.full(step))
 
     @property
     def floor(self) -> float:

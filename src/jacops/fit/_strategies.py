@@ -11,7 +11,7 @@ import numpy as np
 from .._requirements import check_choice, check_kind, check_number
 from .._words import StrategyName
 from ..errors import InputError
-from ._solvers import StepSolver
+from ._solvers import PCG, StepSolver
 from ._system import LinearizedFit, Singular, Solved
 from ._undamped import undamped
 
@@ -217,6 +217,7 @@ _NAMES: dict[StrategyName, type[Strategy]] = {
     "marquardt": Marquardt,
     "nielsen": Nielsen,
     "trust_region": TrustRegion,
+    "auto": TrustRegion,
 }
 
 
@@ -225,8 +226,13 @@ def name_of(strategy: Strategy) -> str:
     return next((name for name, kind in _NAMES.items() if type(strategy) is kind), type(strategy).__name__)
 
 
-def strategy_of(strategy: Any, damping: float | None) -> Strategy:
+def strategy_of(strategy: Any, damping: float | None, solver: StepSolver) -> Strategy:
     """Return the strategy meant by a name or a recipe, and a first damping.
+
+    `"auto"` is the dogleg. Over 16 made-up pose graphs it took 4 to 46 steps, 7 in the median, where Nielsen's damping
+    took 8 to 42, 20 in the median. Over 62 curve fits of Moré, Garbow and Hillstrom (1981) and of NIST, many from far
+    starts, the medians were 32 and 57, and 16 and 14 had no success within 200 steps. An exact trust region (Moré,
+    1978) did no better than the dogleg on either.
 
     Raises:
         InputError: The name is unknown, or a damping is given where there is none.
@@ -238,6 +244,9 @@ def strategy_of(strategy: Any, damping: float | None) -> Strategy:
         return strategy
     check_kind("strategy", strategy, str, f"one of {list(_NAMES)} or a Strategy is needed")
     check_choice("strategy", strategy, StrategyName, " or a Strategy")
+    # Conjugate gradients converge slowly on undamped equations, which the dogleg needs.
+    if strategy == "auto" and (damping is not None or isinstance(solver, PCG)):
+        strategy = "nielsen"
     if damping is None:
         return _NAMES[strategy]()
     if strategy == "trust_region":
