@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..charts import SE2, SE3, SO3, Chart
+from ..charts import SE2, SE3, SO3, GroupChart
 from ..errors import DataError, InputError
 from .graph_problems import Bundle, PoseGraph, chained
 
@@ -80,7 +80,7 @@ class _Draft:
     """What was read so far."""
 
     file: Path
-    chart: Chart | None = None
+    chart: GroupChart | None = None
     since: int = 0
     vertices: dict[int, Tensor] = field(default_factory=dict)
     edges: list[tuple[_Row, int, int]] = field(default_factory=list)
@@ -88,7 +88,7 @@ class _Draft:
     upper: list[list[float]] = field(default_factory=list)
     equivalent: list[tuple[_Row, int, int]] = field(default_factory=list)
 
-    def use(self, chart: Chart, row: _Row) -> None:
+    def use(self, chart: GroupChart, row: _Row) -> None:
         if self.chart is not None and self.chart is not chart:
             raise row.error(f"of {chart}", f"the file is of {self.chart} since line {self.since}")
         if self.chart is None:
@@ -192,7 +192,7 @@ class _LineKind:
         order: Of the information matrix's upper triangle, row by row.
     """
 
-    chart: Chart | None
+    chart: GroupChart | None
     ends: int
     pose: int
     what: str
@@ -258,7 +258,7 @@ def _finished(draft: _Draft) -> PoseGraph:
     return PoseGraph(chart, poses, pairs[0], pairs[1], measured, information, tuple(ids), same, chain)
 
 
-def _information(draft: _Draft, chart: Chart) -> Tensor:
+def _information(draft: _Draft, chart: GroupChart) -> Tensor:
     width = chart.tangent
     rows, columns = torch.triu_indices(width, width)
     full = torch.zeros(len(draft.upper), width, width, dtype=torch.float64)
