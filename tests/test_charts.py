@@ -89,7 +89,7 @@ def test_first_and_second_derivatives_have_no_holes(chart: GroupChart, angle: fl
     if angle == pi:
         d = d * (1 - 1e-7)  # away from the cut of the logarithm
     # log(exp(d)) = d: the first derivative is one and the second is zero, near the cut as well
-    for row in d:
+    for row in d[: 1 if chart.tangent > 6 else 2]:
         J = torch.autograd.functional.jacobian(lambda v: chart.log(chart.exp(v)), row)
         torch.testing.assert_close(J, torch.eye(chart.tangent, dtype=J.dtype), rtol=0, atol=1e-12)
         H = torch.autograd.functional.hessian(lambda v: chart.log(chart.exp(v)).sum(), row)

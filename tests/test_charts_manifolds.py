@@ -73,7 +73,7 @@ def test_every_chart_keeps_the_laws(chart: Chart, dtype: torch.dtype) -> None:
 
 
 @EACH
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.floats(1e-12, 1.5))
 def test_steps_lead_there_and_back(chart: Chart, seed: int, size: float) -> None:
     torch.manual_seed(seed)
@@ -85,9 +85,9 @@ def test_steps_lead_there_and_back(chart: Chart, seed: int, size: float) -> None
 
 
 @EACH
-@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-3, 1.0])
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1.0])
 def test_gradients_agree_with_differences(chart: Chart, size: float) -> None:
-    x, d = elements(chart, 2), size * torch.randn(2, chart.tangent).double()
+    x, d = elements(chart, 1), size * torch.randn(1, chart.tangent).double()
     y = chart.retract(x, d)
     assert torch.autograd.gradcheck(chart.retract, (x.requires_grad_(), d.requires_grad_()))
     assert torch.autograd.gradgradcheck(lambda v: chart.retract(x.detach(), v), d)
@@ -108,22 +108,36 @@ def test_storage_jacobian_is_the_derivative_that_autograd_finds(chart: Chart) ->
 # ---- similarities ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("angle", [0.0, 1e-300, 1e-12, 1e-8, 1e-4, 0.03, 0.7, 0.999, 1.001, 2.5, pi - 1e-9])
-@pytest.mark.parametrize("sigma", [0.0, 1e-300, 1e-12, 1e-8, -1e-4, 0.03, -0.7, 0.999, -1.001, 2.0, -4.0])
-def test_similarities_in_all_limits(angle: float, sigma: float) -> None:
-    d = torch.randn(7, dtype=torch.float64)
-    d[3:6] *= angle / d[3:6].norm()
-    d[6] = sigma
-    x, y, z = d[3:6].tolist()
-    G = np.zeros((4, 4))
-    G[:3] = np.c_[np.array([[sigma, -z, y], [z, sigma, -x], [-y, x, sigma]]), d[:3].numpy()]
-    right = scipy.linalg.expm(G)
-    np.testing.assert_allclose(Sim3.matrix(Sim3.exp(d)).numpy(), right, rtol=0, atol=1e-12 * abs(right).max())
-    torch.testing.assert_close(Sim3.log(Sim3.exp(d)), d, rtol=1e-13, atol=4e-15)
+LIMITS = [0.0, 1e-300, 1e-12, 1e-8, 1e-4, 0.03, 0.7, 0.999, 1.001, 2.5, pi - 1e-9]
+
+
+@pytest.mark.parametrize("angle", LIMITS)
+def test_similarities_in_all_limits(angle: float) -> None:
+    for sigma in [*LIMITS, *(-s for s in LIMITS[1:]), 4.0, -4.0]:
+        d = similar(angle, sigma)
+        x, y, z = d[3:6].tolist()
+        G = np.zeros((4, 4))
+        G[:3] = np.c_[np.array([[sigma, -z, y], [z, sigma, -x], [-y, x, sigma]]), d[:3].numpy()]
+        right = scipy.linalg.expm(G)
+        np.testing.assert_allclose(Sim3.matrix(Sim3.exp(d)).numpy(), right, rtol=0, atol=1e-12 * abs(right).max())
+        torch.testing.assert_close(Sim3.log(Sim3.exp(d)), d, rtol=1e-13, atol=4e-15)
+
+
+@pytest.mark.parametrize(("angle", "sigma"), [(0.0, 0.0), (0.0, 1e-8), (1e-8, 0.0), (0.0, 2.0), (0.7, 0.7), (1e-8, -2)])
+def test_derivatives_of_similarities_have_no_holes(angle: float, sigma: float) -> None:
+    d = similar(angle, sigma)
     J = torch.autograd.functional.jacobian(lambda v: Sim3.log(Sim3.exp(v)), d)
     torch.testing.assert_close(J, torch.eye(7, dtype=J.dtype), rtol=0, atol=1e-12)
     H = torch.autograd.functional.hessian(lambda v: Sim3.log(Sim3.exp(v)).sum(), d)
     assert float(H.abs().max()) < 1e-10
+
+
+def similar(angle: float, sigma: float) -> Tensor:
+    """A tangent vector of given angle and logarithm of the scale."""
+    d = torch.randn(7, dtype=torch.float64)
+    d[3:6] *= angle / d[3:6].norm()
+    d[6] = sigma
+    return d
 
 
 def test_scales_that_are_not_positive_are_refused() -> None:
@@ -226,7 +240,7 @@ class WrongDerivative(Positive):
 
 class Writing(Positive):
     def retract(self, x: Tensor, d: Tensor) -> Tensor:
-        moved = x * d.exp()
+        moved = x.clone() * d.exp()
         x += 1e-12
         return moved
 
@@ -245,12 +259,12 @@ class Detached(Positive):
     ("kind", "words"),
     [
         (NotZero, r"`retract\(x, 0\)` off `x` by 0.001"),
-        (NotBack, r"`local\(x, retract\(x, d\)\)` for \|d\| = 0.1 off `d` by 0.1"),
+        (NotBack, r"`local\(x, retract\(x, d\)\)` for \|d\| <= 0.1 off `d` by 0.1"),
         (Mixed, "`retract` of elements alone off `retract` of them together"),
         (NoDerivative, "derivative at d = 0 that is not finite"),
         (WrongDerivative, "column 0 of `storage_jacobian` that is off central differences by"),
         (Writing, "writing into `x`"),
-        (Narrow, r"`local` of shape \(3,\); shape \(3, 1\) is needed|`local` of shape \(3,\)"),
+        (Narrow, r"`local` of shape \(3,\), but shape \(3, 1\) is needed"),
         (Detached, "`retract` does not depend on `d`"),
     ],
 )

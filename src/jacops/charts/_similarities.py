@@ -52,8 +52,10 @@ def _near(sigma: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:
     p, q, r = torch.ones_like(sigma), torch.zeros_like(sigma), torch.zeros_like(sigma)
     first, second = q, r
     for k in range(1, _TERMS):
-        p, q, r = sigma * p - squared * q, sigma * q + p, sigma * r + q
-        first, second = first + q / factorial(k + 1), second + r / factorial(k + 1)
+        shift = squared * q
+        q, r, p = torch.addcmul(p, sigma, q), torch.addcmul(q, sigma, r), sigma * p - shift
+        first = torch.add(first, q, alpha=1 / factorial(k + 1))
+        second = torch.add(second, r, alpha=1 / factorial(k + 1))
     return first, second
 
 
