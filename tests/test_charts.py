@@ -47,7 +47,7 @@ def generator(chart: GroupChart, d: Tensor) -> np.ndarray:
         pieces = zip(chart.parts, cuts[:-1], cuts[1:], strict=True)  # type: ignore[attr-defined]
         return scipy.linalg.block_diag(*(generator(part, d[a:b]) for part, a, b in pieces))
     v, space = d.numpy(), chart.space
-    turn = v[TURNS[chart]]
+    turn = v[TURNS.get(chart, slice(0, 0))]
     A = np.zeros((space, space))
     if len(turn) == 1:
         A = np.array([[0, -turn[0]], [turn[0], 0]])
@@ -68,7 +68,9 @@ def generator(chart: GroupChart, d: Tensor) -> np.ndarray:
 def test_exp_is_the_matrix_exponential(chart: GroupChart, angle: float) -> None:
     for d in with_angle(chart, angle):
         right = scipy.linalg.expm(generator(chart, d))
-        np.testing.assert_allclose(chart.matrix(chart.exp(d)).numpy(), right, rtol=0, atol=4e-14)
+        # scipy's own exponential is off by as much where a scale makes the norm large
+        near = 1e-12 * abs(right).max() if "Sim3" in repr(chart) else 4e-15
+        np.testing.assert_allclose(chart.matrix(chart.exp(d)).numpy(), right, rtol=0, atol=near)
 
 
 @EACH
@@ -157,7 +159,9 @@ def test_what_does_not_fit_is_refused_by_name(chart: GroupChart) -> None:
     x = chart.identity(3)
     with pytest.raises(InputError, match=r"`d` is of shape .*Nothing is broadcast"):
         chart.retract(x, torch.zeros(chart.tangent))
-    with pytest.raises(InputError, match=rf"`x` is of shape .* {re.escape(chart.name)} needs a last axis of {chart.storage}"):
+    with pytest.raises(
+        InputError, match=rf"`x` is of shape .* {re.escape(chart.name)} needs a last axis of {chart.storage}"
+    ):
         chart.log(torch.zeros(3, chart.storage + 1))
     with pytest.raises(InputError, match="`b` is of shape"):
         chart.compose(x, x[:1])

@@ -37,6 +37,7 @@ class Chart(ABC):
         >>> class Positive(Chart):
         ...     def retract(self, x, d):
         ...         return x * d.exp()
+        ...
         ...     def local(self, x, y):
         ...         return (y / x).log()
         >>> positive = Positive("positive", storage=1, tangent=1)

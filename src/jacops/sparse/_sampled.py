@@ -13,9 +13,8 @@ from torch import Tensor
 from ._pool import Array
 from ._trace import Rule, TracedCall, Tracer
 
-_BILINEAR, _NEAREST, _BICUBIC = 0, 1, 2  # torch's numbers of modes
-_ZEROS, _BORDER, _REFLECTION = 0, 1, 2
-_SUM, _MEAN, _MAX = 0, 1, 2
+_NEAREST, _BICUBIC, _MAX = 1, 2, 2  # torch's numbers of modes; bilinear, sum and mean need none
+_ZEROS, _REFLECTION = 0, 2  # of paddings; 1 is the border
 _ROUNDINGS = 8  # of a coordinate in pixels, that kernels may differ by
 
 
@@ -48,34 +47,37 @@ def _read_along(x: Tensor, size: int, mode: int, padding: int, align: bool) -> T
     slack = _ROUNDINGS * torch.finfo(x.dtype).eps * (1 + x.abs().double()) * size
     x = x.double()
     at = (x + 1) / 2 * (size - 1) if align else ((x + 1) * size - 1) / 2
-    if mode != _BICUBIC:
-        at = _padded(at, size, padding, align)
-    round_ = torch.round if mode == _NEAREST else torch.floor
-    steps = {_NEAREST: (0,), _BILINEAR: (0, 1), _BICUBIC: (-1, 0, 1, 2)}[mode]
-    found = torch.stack([round_(at + side * slack) + step for side in (-1, 1) for step in steps])
+    sides = torch.stack([at - slack, at + slack])
     if mode == _BICUBIC:
-        found = _padded(found, size, padding, align).round()
+        steps = torch.arange(-1, 3).reshape(-1, *[1] * sides.ndim)
+        found = _padded(sides.floor() + steps, size, padding, align).round().flatten(0, 1)
+    else:
+        sides = _padded(sides, size, padding, align)  # at a border exact again, where the pixel beside it has no weight
+        found = sides.round() if mode == _NEAREST else torch.cat([sides.floor(), sides.ceil()])
     inside = (found >= 0) & (found <= size - 1)  # NaN is outside, where kernels read nothing that is finite
     return torch.where(inside, found, -1.0).long()
 
 
 def _grid_backward(tracer: Tracer, call: TracedCall) -> Any:
     named = call.named
-    grad, image, grid, mask = (named[k] for k in ("grad_output", "input", "grid", "output_mask"))
-    _only_grad(tracer, grad, [image, grid])
-    ids, found = tracer.array(grad), list[Any]()
-    if mask[0]:
-        tracer.places_rest_on([grid])
-        space = image.shape[2:]
-        how = named["interpolation_mode"], named["padding_mode"], named["align_corners"]
-        # The last axis of a grid names the axes of the image from the last one on.
-        along = [_read_along(grid[..., -1 - i], n, *how).flatten(2).numpy() for i, n in enumerate(space)]
-        found.append(_to_pixels(tracer, ids.reshape(*ids.shape[:2], -1), along, tuple(space)).reshape(image.shape))
-    else:
-        found.append(None)
-    if mask[1]:
-        found.append(np.moveaxis(tracer.along(ids, [1]), 1, -1))
-    return found
+    grad = named["grad_output"]
+    _only_grad(tracer, grad, [named["input"], named["grid"]])
+    ids = tracer.array(grad)
+    return [_to_image(tracer, call, ids) if k == 0 else _to_grid(tracer, ids) for k in call.places]
+
+
+def _to_grid(tracer: Tracer, ids: Array) -> Array:
+    return np.moveaxis(tracer.along(ids, [1]), 1, -1)
+
+
+def _to_image(tracer: Tracer, call: TracedCall, ids: Array) -> Array:
+    named, image = call.named, call.named["input"]
+    tracer.places_rest_on([named["grid"]])
+    space = image.shape[2:]
+    how = named["interpolation_mode"], named["padding_mode"], named["align_corners"]
+    # The last axis of a grid names the axes of the image from the last one on.
+    along = [_read_along(named["grid"][..., -1 - i], n, *how).flatten(2).numpy() for i, n in enumerate(space)]
+    return _to_pixels(tracer, ids.reshape(*ids.shape[:2], -1), along, tuple(space)).reshape(tuple(image.shape))
 
 
 def _to_pixels(tracer: Tracer, ids: Array, along: list[Array], space: tuple[int, ...]) -> Array:
