@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_charts_manifolds import ALL, CIRCLE, POSITIVE, Narrow, elements
 from torch import Tensor, nn
 
 from jacops.charts import S2, SE3, Chart, GroupChart, Product, R, Sim3
@@ -13,6 +12,7 @@ from jacops.errors import InputError, InputTypeError
 from jacops.fit import levenberg_marquardt
 from jacops.fit._layout import layout_of
 from jacops.fit._problem import FitProblem
+from test_charts_manifolds import ALL, CIRCLE, POSITIVE, Narrow, elements
 
 EACH = pytest.mark.parametrize("chart", ALL, ids=repr)
 

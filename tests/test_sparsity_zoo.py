@@ -137,7 +137,7 @@ def residuals() -> Iterator[Expected]:
             yield Expected(
                 f"cdist, {p:g}, {exact}",
                 lambda p=p, e=exact: Residual(lambda m: torch.cdist(m.x, m.fixed, p, compute_mode=e),
-                                              torch.randn(2, 6, 3), fixed=torch.randn(2, 5, 3).double()), 5)  # fmt: skip
+                                              torch.randn(2, 6, 3), fixed=torch.ones(2, 5, 3).double()), 5)  # fmt: skip
     yield Expected(
         "cdist of both",
         lambda: Residual(lambda m: torch.cdist(m.x[:4], m.x[4:], 1.0), torch.randn(9, 3)), 27)  # fmt: skip
@@ -158,7 +158,9 @@ def residuals() -> Iterator[Expected]:
     yield Expected("logcumsumexp", lambda: Residual(lambda m: m.x.logcumsumexp(-1), torch.randn(50, 4)), 4)
     yield Expected(
         "a few of a long cumsum",
-        lambda: Residual(lambda m: m.x.cumsum(0)[m.at], torch.randn(1500, 2), at=torch.arange(8) * 170 + 50), 8)  # fmt: skip
+        lambda: Residual(lambda m: m.x.cumsum(0)[m.at], torch.randn(1500, 2), at=torch.arange(8) * 170),
+        8,
+    )
 
 
 RESIDUALS = list(residuals())

@@ -22,8 +22,8 @@ def check_laws(chart: Chart, x: Tensor) -> None:
     """Check a chart at given elements: that what it gives is what least squares rely on.
 
     Checked are the shapes, that `x` is left as it is and each element moves by itself, that `retract(x, 0)` is `x`,
-    that `local(x, retract(x, d))` is `d` for random steps of lengths up to 0.1, 1e-4 and 1e-9, and that `storage_jacobian` is
-    finite and agrees with central differences of `retract`.
+    that `local(x, retract(x, d))` is `d` for random steps of lengths up to 0.1, 1e-4 and 1e-9, and that
+    `storage_jacobian` is finite and agrees with central differences of `retract`.
 
     Args:
         chart: The chart.

@@ -49,7 +49,8 @@ _POINTWISE = set(
     masked_fill_scalar _add_relu
     """.split()  # noqa: SIM905
 )
-_ALONG = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "cummax", "cummin", "sort", "_fft_c2c", "_fft_r2c", "_fft_c2r", "renorm"}  # fmt: skip
+_ALONG = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "cummax", "cummin", "sort",
+          "_fft_c2c", "_fft_r2c", "_fft_c2r", "renorm"}  # fmt: skip
 _REDUCE = set(
     """
     sum mean amax amin prod var std norm linalg_vector_norm logsumexp max min nansum median nanmedian var_mean std_mean
