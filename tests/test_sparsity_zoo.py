@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import jacops
 import zoo
+from jacops.charts import SO3
 from jacops.sparse import detect_pattern, sparse_plan
 
 
@@ -217,3 +218,69 @@ def test_a_sparse_matrix_that_is_the_point_keeps_its_pattern() -> None:
     found = detect_pattern(Given(), values)
     assert found.unknown == {}
     np.testing.assert_array_equal(found.matrix.toarray(), (dense != 0).numpy())
+
+
+# ---- selections of what is computed row by row -------------------------------------------------------------------
+
+
+def pairs(compute: Callable[[Tensor], Tensor], width: int | None, select: Callable[..., Tensor] | None = None) -> Any:
+    """Return a model whose rows each read two rows of what is computed from its parameter."""
+    torch.manual_seed(2)
+    i, j = torch.randint(0, 40, (2, 300))
+    select = select or (lambda p, k: p[k])
+    shape = (40,) if width is None else (40, width)
+    return Residual(lambda m: select(compute(m.x), i) - 2 * select(compute(m.x), j) ** 2, torch.randn(*shape).double())
+
+
+W = torch.rand(40, 1).double()
+BY_ROWS: dict[str, tuple[Any, int]] = {
+    "elementwise": (lambda: pairs(lambda x: 1 / (1 + x**2), None), 1),
+    "with constants": (lambda: pairs(lambda x: (x.exp() * W + torch.ones(3).double()).sin(), 3), 1),
+    "normalized": (lambda: pairs(lambda x: x / x.norm(dim=-1, keepdim=True), 4), 4),
+    "rows of the exponential": (lambda: pairs(SO3.exp, 3), 4),
+    "of parts": (lambda: pairs(lambda x: torch.cat([x[..., :2].sin(), x[:, 2:] * x[:, :1]], -1), 3), 2),
+    "two ways": (lambda: pairs(lambda x: x.cos(), 3, lambda p, k: p.index_select(0, k) + p[k, :1] + p[k, 1:2]), 3),
+    "of a turned one": (lambda: pairs(lambda x: x.sin() + x.roll(1, 0).relu(), 2), 1),
+}
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_selections_of_what_is_computed_by_rows_are_lifted(name: str) -> None:
+    build, most = BY_ROWS[name]
+    model = build()
+    plan = sparse_plan(model, ())
+    assert plan.sweeps <= most < sparse_plan(model, (), lift=False).sweeps
+    for _ in range(2):
+        found = plan.evaluate(model, ())
+        J, truth = exact_pattern(model)
+        np.testing.assert_allclose(found.matrix.toarray(), J, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.output, model().detach(), rtol=1e-12, atol=1e-12)
+        assert not (truth & ~plan.pattern.matrix.toarray()).any()
+        with torch.no_grad():
+            model.x += 0.3
+
+
+def written(x: Tensor) -> Tensor:
+    p = x.sin()
+    p += x.roll(1, 0).mean(0)
+    return p
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda x: x.softmax(0),
+        lambda x: x - x.mean(0),
+        lambda x: x.cumsum(0).sin(),
+        lambda x: (x @ x.T) @ x,
+        lambda x: x.exp().flip(0).T.reshape(40, 3),
+        written,
+        lambda x: x.sin().max(0, keepdim=True).values + x,
+    ],
+)
+def test_rows_that_mix_are_not_taken_for_rows(mixing: Callable[[Tensor], Tensor]) -> None:
+    model = pairs(mixing, 3)
+    plan = sparse_plan(model, ())
+    J, truth = exact_pattern(model)
+    np.testing.assert_allclose(plan.evaluate(model, ()).matrix.toarray(), J, rtol=1e-9, atol=1e-12)
+    assert not (truth & ~plan.pattern.matrix.toarray()).any()

@@ -77,7 +77,7 @@ class Lift(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name == "__getitem__" and (rows := self._replay.rows(*args)) is not None:
+        if not kwargs and (rows := self._replay.selected(name, args)) is not None:
             return rows
         out = self._selected(func, args, kwargs) if name in _SELECTIONS else func(*args, **kwargs)
         if name:

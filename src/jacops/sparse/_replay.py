@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 from .._runtime.agreement import few_operations_tolerance
 from .._runtime.side_effects import tensors_in
 
-_OPERATORS = {"truediv": "div", "rtruediv": "div", "rdiv": "div", "radd": "add", "rmul": "mul", "rpow": "pow"}
+_OPERATORS = {"truediv": "div", "rtruediv": "div", "rdiv": "div", "radd": "add", "rmul": "mul", "rpow": "pow",
+              "rsub": "sub"}  # fmt: skip
 _BY_POSITION = {"sum", "mean", "softmax", "log_softmax", "cumsum", "cat", "stack", "logsumexp", "amax", "amin"}
 _BY_NAME = _BY_POSITION | {"norm", "linalg_norm", "linalg_vector_norm"}
 Select = Callable[[Tensor, Any], Tensor | None]
@@ -70,8 +71,22 @@ class Replay:
             if not any(out is t for t in given):
                 self._steps[id(out)] = _Step(out, run, args, kwargs, _versions(out, given))
 
-    def rows(self, value: Any, index: Any) -> Tensor | None:
-        """Return `value[index]` computed from rows of parameters; None where that is not possible."""
+    def selected(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
+        """Return what a selection gives, computed from rows of parameters; None where that is not possible."""
+        if name == "index_select" and len(args) == 3 and args[1] == 0:
+            return self._rows(args[0], args[2])
+        if name != "__getitem__":
+            return None
+        value, index = args
+        if not isinstance(index, tuple) or not index or not isinstance(index[0], Tensor):
+            return self._rows(value, index)
+        first, rest = index[0], index[1:]
+        if not all(isinstance(k, int | slice) or k is Ellipsis for k in rest):
+            return None
+        found = self._rows(value, first)
+        return None if found is None else found[(slice(None),) * first.ndim + rest]
+
+    def _rows(self, value: Any, index: Any) -> Tensor | None:
         known = isinstance(value, Tensor) and id(value) in self._steps
         if not known or value.ndim == 0 or not isinstance(index, Tensor | slice):
             return None
@@ -117,7 +132,7 @@ def _versions(out: Tensor, given: list[Tensor]) -> list[int]:
 def _is_by_rows(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
     if "out" in kwargs or (name.endswith("_") and not name.endswith("__")):
         return False
-    if _is_pointwise(name):
+    if _is_pointwise(name) or (name == "where" and len(args) == 3):
         return True
     first = args[0] if args else None
     ranks = {t.ndim for t in tensors_in((first,))}
@@ -139,4 +154,7 @@ def _is_pointwise(name: str) -> bool:
     packet = getattr(torch.ops.aten, _OPERATORS.get(plain, plain), None)
     if packet is None or not hasattr(packet, "overloads"):
         return False
-    return all(torch.Tag.pointwise in getattr(packet, kind).tags for kind in packet.overloads() if "out" not in kind)
+    kinds = [getattr(packet, kind) for kind in packet.overloads()]
+    of_tensors = [k for k in kinds if k._schema.arguments[:1] and str(k._schema.arguments[0].type) == "Tensor"]
+    run = [k for k in of_tensors if not k._schema.is_mutable]
+    return bool(run) and all(torch.Tag.pointwise in k.tags for k in run)
