@@ -211,7 +211,7 @@ def test_a_sparse_matrix_that_is_the_point_keeps_its_pattern() -> None:
             self.x = nn.Parameter(torch.randn(12).double())
 
         def forward(self, values: Tensor) -> Tensor:
-            return torch.sparse_coo_tensor(dense.nonzero().T, values, dense.shape) @ self.x
+            return torch.sparse_coo_tensor(dense.nonzero().T, values, dense.shape, check_invariants=False) @ self.x
 
     values = dense[dense != 0]
     values[::3] = 0  # zeros of an input are no zeros for good
@@ -226,7 +226,7 @@ def test_a_sparse_matrix_that_is_the_point_keeps_its_pattern() -> None:
 def pairs(compute: Callable[[Tensor], Tensor], width: int | None, select: Callable[..., Tensor] | None = None) -> Any:
     """Return a model whose rows each read two rows of what is computed from its parameter."""
     torch.manual_seed(2)
-    i, j = torch.randint(0, 40, (2, 300))
+    i, j = torch.randint(0, 40, (2, 150))
     select = select or (lambda p, k: p[k])
     shape = (40,) if width is None else (40, width)
     return Residual(lambda m: select(compute(m.x), i) - 2 * select(compute(m.x), j) ** 2, torch.randn(*shape).double())

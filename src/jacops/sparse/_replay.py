@@ -27,7 +27,7 @@ Select = Callable[[Tensor, Any], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
+class _RowsComputed:
     """How a tensor was computed.
 
     Attributes:
@@ -62,14 +62,14 @@ class Replay:
 
     def __init__(self, select: Select) -> None:
         self._select = select
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, _RowsComputed] = {}
 
     def note(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note a call, if it treats rows by themselves."""
         if isinstance(out, Tensor) and out.requires_grad and _is_by_rows(run.__name__, args, kwargs, out):
             given = tensors_in((args, kwargs))
             if not any(out is t for t in given):
-                self._steps[id(out)] = _Step(out, run, args, kwargs, _versions(out, given))
+                self._steps[id(out)] = _RowsComputed(out, run, args, kwargs, _versions(out, given))
 
     def selected(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
         """Return what a selection gives, computed from rows of parameters; None where that is not possible."""
@@ -77,7 +77,7 @@ class Replay:
             return self._rows(args[0], args[2])
         if name != "__getitem__":
             return None
-        value, index = args
+        value, index = args[0], args[1]
         if not isinstance(index, tuple) or not index or not isinstance(index[0], Tensor):
             return self._rows(value, index)
         first, rest = index[0], index[1:]

@@ -87,7 +87,7 @@ def _to_pixels(tracer: Tracer, ids: Array, along: list[Array], space: tuple[int,
     total = np.zeros(many * channels * math.prod(space), np.int64)
     for reads in product(*along):
         held = np.logical_and.reduce([read >= 0 for read in reads])
-        flat = np.ravel_multi_index([np.maximum(read, 0) for read in reads], space)
+        flat = np.asarray(np.ravel_multi_index([np.maximum(read, 0) for read in reads], space))
         taken = np.where(held[:, None], ids, 0)
         part = tracer.group(maps + flat[:, None], taken, len(total))
         total = tracer.pool.union_pairs(total, part)
