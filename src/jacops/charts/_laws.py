@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .._keywords import keywords
 from .._requirements import check_kind
 from .._runtime.agreement import difference_tolerance, few_operations_tolerance
 from .._runtime.contexts import arithmetic, private_noise
@@ -17,6 +18,7 @@ from ._base import Chart
 _SIZES = (1e-1, 1e-4, 1e-9)  # of steps: an ordinary one, one where closed forms cancel, and one that is almost none
 
 
+@keywords()
 @restoring
 def check_laws(chart: Chart, x: Tensor) -> None:
     """Check a chart at given elements: that what it gives is what least squares rely on.

@@ -9,6 +9,7 @@ from typing import Any, final, overload
 import torch
 from torch import Tensor
 
+from .._keywords import keywords
 from .._requirements import check_positive
 from ..errors import InputError, InputTypeError
 from ._base import Chart
@@ -40,6 +41,7 @@ class _Numbers(GroupChart):
         return x + p
 
 
+@keywords()
 def R(n: int) -> GroupChart:  # noqa: N802 - the name of the group
     """Return the chart of vectors of `n` numbers, which move by addition.
 
@@ -144,6 +146,7 @@ class _GroupCharts(_Charts, GroupChart):
 def Product(*charts: GroupChart) -> GroupChart: ...
 @overload
 def Product(*charts: Chart) -> Chart: ...
+@keywords()
 def Product(*charts: Chart) -> Chart:  # noqa: N802 - stands where the names of charts stand
     """Return the chart of elements that stand side by side in one last axis, each moved by its own chart.
 
