@@ -176,7 +176,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_jacobians_in_blocks_are_the_dense_ones(name: str) -> None:
-    options = {"manifolds": {"poses": SE3, "flat": SE2}, "inplace": False, "strategy": "nielsen", "on_failure": "return", **OPTIONS[name]}
+    options = {
+        "manifolds": {"poses": SE3, "flat": SE2},
+        "inplace": False,
+        "strategy": "nielsen",
+        "on_failure": "return",
+        **OPTIONS[name],
+    }
     dense, sparse = (
         levenberg_marquardt(Mixed(), jacobian=form, max_steps=1, **options) for form in ("dense", "sparse")
     )

@@ -15,7 +15,7 @@ jacops.linalg       operators, empirical_fisher; trace, norm, diagonal, eigenpai
 jacops.solvers      CG, MINRES, Direct, EKFAC, Nystrom, Lanczos, LiSSA
 jacops.sparse       sparse Jacobians: detect_pattern, sparse_plan, jacobian
 jacops.fit          least squares: solvers of a step, strategies, robust kernels
-jacops.charts       SO2, SE2, SO3, SE3: parameters on a group
+jacops.charts       SO2 ... Sim3, S2, products: parameters on a manifold
 jacops.store        results on disk, in tiles: a run that was stopped goes on
 jacops.results      types of results
 jacops.errors       types of errors; all of them are a JacopsError

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..charts import Chart
+from ..charts import GroupChart
 from ..errors import DataError, InputError
 from ._graph_lines import TORO_ORDER, LineKind, Role, Row
 from .graph_problems import Observations, PoseGraph, chained
@@ -35,7 +35,7 @@ class GraphDraft:
     """What was read so far."""
 
     file: Path
-    chart: Chart | None = None
+    chart: GroupChart | None = None
     since: int = 0
     poses: dict[int, list[float]] = field(default_factory=dict)
     landmarks: dict[int, list[float]] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class GraphDraft:
                 raise row.error(f"from {names[0]} to itself", "two poses are needed")
             self.measured.setdefault(kind.role, []).append(_Measured(row, kind, names, values, upper))
 
-    def _use(self, chart: Chart, row: Row) -> None:
+    def _use(self, chart: GroupChart, row: Row) -> None:
         if self.chart is not None and self.chart is not chart:
             raise row.error(f"of {chart}", f"the file is of {self.chart} since line {self.since}")
         if self.chart is None:
@@ -121,13 +121,13 @@ class GraphDraft:
             _places(spots, [(r, n) for r, n in self.fixed if n in spots]).unique(), dict(self.skipped),
         )  # fmt: skip
 
-    def _chained(self, chart: Chart, count: int, source: Tensor, target: Tensor, measured: Tensor) -> Tensor:
+    def _chained(self, chart: GroupChart, count: int, source: Tensor, target: Tensor, measured: Tensor) -> Tensor:
         try:
             return chained(chart, count, source, target, measured, chart.identity(1, dtype=torch.float64))
         except InputError as error:
             raise DataError(f"{self.file}: {error} Nothing was read.") from None
 
-    def _landmarks(self, chart: Chart, poses: Tensor, place: dict[int, int]) -> tuple[Tensor, list[int]]:
+    def _landmarks(self, chart: GroupChart, poses: Tensor, place: dict[int, int]) -> tuple[Tensor, list[int]]:
         """Return the landmarks: as written, or where the first line that measures bearing and range sees them."""
         found = dict(self.landmarks)
         for m in self.measured.get("polar", []):
@@ -138,7 +138,7 @@ class GraphDraft:
         return _table(list(found.values()), chart.space), list(found)
 
     def _observations(
-        self, role: Role, chart: Chart, place: dict[int, int], spots: dict[int, int]
+        self, role: Role, chart: GroupChart, place: dict[int, int], spots: dict[int, int]
     ) -> list[Observations]:
         own = self.measured[role]
         sees = role in ("point", "bearing", "polar")
@@ -153,7 +153,7 @@ class GraphDraft:
         values = _table([m.values for m in own], 0)
         return [Observations(role, pose, point, offset, values, _definite(own, _full(own)))]
 
-    def _edge_information(self, edges: list[_Measured], chart: Chart, order: str) -> Tensor:
+    def _edge_information(self, edges: list[_Measured], chart: GroupChart, order: str) -> Tensor:
         if not edges:
             return torch.zeros(0, chart.tangent, chart.tangent, dtype=torch.float64)
         full = _full(edges)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from ..charts import SE2, SE3, SO3, Chart
+from ..charts import SE2, SE3, SO3, GroupChart
 from ..errors import DataError
 
 File = str | PathLike[str]
@@ -113,7 +113,7 @@ class LineKind:
     """
 
     role: Role
-    chart: Chart | None
+    chart: GroupChart | None
     names: int
     values: int
     what: str

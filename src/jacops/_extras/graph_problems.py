@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush
 import torch
 from torch import Tensor, nn
 
-from ..charts import SO3, Chart
+from ..charts import SO3, GroupChart
 from ..errors import InputError
 
 
@@ -56,7 +56,7 @@ class PoseGraph:
         skipped: How many lines of each other kind were left out.
     """
 
-    chart: Chart
+    chart: GroupChart
     poses: Tensor
     source: Tensor
     target: Tensor
@@ -281,7 +281,7 @@ def projected(cameras: Tensor, points: Tensor) -> Tensor:
     return focal * (1 + squared * (k1 + k2 * squared)) * p
 
 
-def chained(chart: Chart, count: int, source: Tensor, target: Tensor, measured: Tensor, first: Tensor) -> Tensor:
+def chained(chart: GroupChart, count: int, source: Tensor, target: Tensor, measured: Tensor, first: Tensor) -> Tensor:
     """Return poses found by following edges from the first pose, those between neighbours in order before others.
 
     Raises:

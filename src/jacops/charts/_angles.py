@@ -9,15 +9,15 @@ from math import comb, factorial, pi
 import torch
 from torch import Tensor
 
-_SERIES_BELOW = 1.0  # squared angles below which the series are used
+SERIES_BELOW = 1.0  # squared angles below which the series are used
 _TERMS = 12  # at angles up to 1 what is left out is below 1e-19
 _RATIO_BELOW = 1e-3  # squared tangents of the half angle, the same for the arctangent
-_ARCTANGENT = [2 * (-1.0) ** k / (2 * k + 1) for k in range(8)]  # what is left out is below 1e-24
+_ARCTANGENT = [(-1.0) ** k / (2 * k + 1) for k in range(8)]  # what is left out is below 1e-24
 
 
 def _even(squared: Tensor, series: list[float], closed: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a function of a squared angle: a power series in it near zero, else `closed(angle)`."""
-    small = squared < _SERIES_BELOW
+    small = squared < SERIES_BELOW
     near = polynomial(series, torch.where(small, squared, torch.zeros_like(squared)))
     return torch.where(small, near, closed(torch.where(small, torch.ones_like(squared), squared).sqrt()))
 
@@ -119,9 +119,19 @@ def quaternion_exp(d: Tensor) -> Tensor:
 def quaternion_log(q: Tensor) -> Tensor:
     """Return rotation vectors: 2 atan2(|v|, w) v / |v| on the side w >= 0; the length of `q` does not matter."""
     v, w = axis_and_rest(torch.where(q[..., 3:] < 0, -q, q))
-    squared, ones = dot(v, v), torch.ones_like(w)
-    small = squared < _RATIO_BELOW * w * w
+    return 2 * v * angle_per_length(dot(v, v), w)
+
+
+def angle_per_length(squared: Tensor, w: Tensor) -> Tensor:
+    """Return atan2(|v|, w) / |v| for a squared length of v; at v = 0 with w < 0, where there is none, some number."""
+    ones = torch.ones_like(w)
+    small = (squared < _RATIO_BELOW * w * w) & (w > 0)
     divisor = torch.where(small, w, ones)
     near = polynomial(_ARCTANGENT, torch.where(small, squared, torch.zeros_like(w)) / divisor**2) / divisor
-    size = torch.where(small, ones, squared).sqrt()
-    return v * torch.where(small, near, 2 * torch.atan2(size, w) / size)
+    size = torch.where(small | (squared == 0), ones, squared).sqrt()
+    return torch.where(small, near, torch.atan2(size, w) / size)
+
+
+def lengths(v: Tensor, width: int) -> Tensor:
+    """Return the lengths of vectors, each `width` times along the last axis."""
+    return v.norm(dim=-1, keepdim=True).expand(*v.shape[:-1], width)

@@ -1,4 +1,4 @@
-"""What every chart can do, with its arguments checked."""
+"""What every chart can do: elements moved by flat steps."""
 
 from __future__ import annotations
 
@@ -9,129 +9,99 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, InputTypeError
+from .._requirements import check_positive
+from .._runtime.contexts import arithmetic
+from .._runtime.restoring import restoring
+from ..errors import InputError, InputTypeError, NotDifferentiableError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Chart(ABC):
-    r"""A group whose elements are stored as `storage` numbers and move along `tangent` directions.
+    r"""Elements stored as `storage` numbers each, which move along `tangent` directions.
 
-    All methods are batched over leading axes, which must agree exactly, and differentiable to any order.
+    A chart of your own is a class below this one with `retract` and `local`; all else follows from them, or may be
+    written for speed. Both take elements along leading axes and treat each by itself, with operations of torch that can
+    be differentiated, also at a step of zero: write series where `d / d.norm()` would be 0 / 0. `check_laws` tells
+    whether they agree with each other. Charts of groups are `GroupChart`s.
 
     Attributes:
         name: What messages call it.
         storage: Numbers per element, the last axis of `x`.
         tangent: Directions per element, the last axis of `d`.
-        space: Dimension of the points that it moves.
+
+    Raises:
+        InputError: A width is not positive.
+
+    Example:
+        >>> from jacops.charts import Chart, check_laws
+        >>> class Positive(Chart):
+        ...     def retract(self, x, d):
+        ...         return x * d.exp()
+        ...
+        ...     def local(self, x, y):
+        ...         return (y / x).log()
+        >>> positive = Positive("positive", storage=1, tangent=1)
+        >>> check_laws(positive, torch.tensor([[0.5], [3.0]], dtype=torch.float64))
+        >>> positive.storage_jacobian(torch.tensor([[3.0]]))
+        tensor([[[3.]]])
     """
 
     name: str
     storage: int
     tangent: int
-    space: int
 
+    def __post_init__(self) -> None:
+        check_positive("storage", self.storage)
+        check_positive("tangent", self.tangent)
+
+    @abstractmethod
     def retract(self, x: Tensor, d: Tensor) -> Tensor:
-        r"""Return $\exp(d)\,X$: elements `(*, storage)` moved by tangent vectors `(*, tangent)`.
+        """Return elements `(*, storage)` moved by steps `(*, tangent)`; a step of zero gives `x`."""
+
+    @abstractmethod
+    def local(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the step `(*, tangent)` that leads from `x` to `y`: `local(x, retract(x, d))` is `d` for small `d`."""
+
+    @restoring
+    def storage_jacobian(self, x: Tensor) -> Tensor:
+        r"""Return how stored numbers move with $d$ at $d = 0$, `(*, storage, tangent)`; here by autograd.
 
         Raises:
-            InputError: A width or a leading axis does not fit.
-
-        Example:
-            >>> from jacops.charts import SE2
-            >>> SE2.retract(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0]))
-            tensor([1., 2., 0.])
+            NotDifferentiableError: `retract` is not recorded by autograd.
         """
-        self._check(x=x)
-        self._check_like(x, d=d, width=self.tangent)
-        return self.normalize(self._compose(self._exp(d), x))
-
-    def local(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""Return the step that leads from `x` to `y`, $\log(Y X^{-1})$; `retract(x, step)` is `y`."""
-        self._check(x=x, y=y)
-        return self._log(self._compose(y, self._inverse(x)))
-
-    def exp(self, d: Tensor) -> Tensor:
-        """Return elements `(*, storage)` from tangent vectors `(*, tangent)`."""
-        self._check_width("d", d, self.tangent)
-        return self._exp(d)
-
-    def log(self, x: Tensor) -> Tensor:
-        """Return tangent vectors `(*, tangent)` from elements `(*, storage)`; angles lie in [-pi, pi]."""
-        self._check(x=x)
-        return self._log(x)
-
-    def compose(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return `a b`: first `b`, then `a`."""
-        self._check(a=a, b=b)
-        return self._compose(a, b)
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """Return the inverse elements."""
-        self._check(x=x)
-        return self._inverse(x)
-
-    def between(self, a: Tensor, b: Tensor) -> Tensor:
-        r"""Return $A^{-1} B$: `b` as seen from `a`."""
-        self._check(a=a, b=b)
-        return self._between(a, b)
-
-    def act(self, x: Tensor, points: Tensor) -> Tensor:
-        """Return points `(*, space)` turned and moved by elements `(*, storage)`."""
-        self._check(x=x)
-        self._check_like(x, points=points, width=self.space)
-        return self._act(x, points)
-
-    def matrix(self, x: Tensor) -> Tensor:
-        """Return elements as matrices: `(*, space, space)` for rotations, one larger for poses (homogeneous)."""
-        self._check(x=x)
-        eye = torch.eye(self.space, dtype=x.dtype, device=x.device)
-        columns = [self._act(x, eye[i].expand(*x.shape[:-1], -1)) for i in range(self.space)]
-        if self.tangent == self.storage == 1 or self.name == "SO3":
-            return torch.stack(columns, -1)
-        moved = self._act(x, torch.zeros_like(columns[0]))
-        top = torch.stack([*(c - moved for c in columns), moved], -1)
-        last = torch.zeros_like(top[..., :1, :])
-        last[..., -1] = 1
-        return torch.cat([top, last], -2)
-
-    def identity(self, *shape: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-        """Return identity elements `(*shape, storage)`."""
-        return self._exp(torch.zeros(*shape, self.tangent, dtype=dtype, device=device))
+        with arithmetic(True):
+            zero = x.new_zeros(*x.shape[:-1], self.tangent).requires_grad_()
+            moved = self.retract(x, zero)
+            if not moved.requires_grad:
+                raise NotDifferentiableError(f"{self.name}: `retract` does not depend on `d` by operations of torch.")
+            rows = [
+                torch.autograd.grad(
+                    each.sum(), zero, retain_graph=True, create_graph=x.requires_grad, materialize_grads=True
+                )[0]
+                for each in moved.unbind(-1)
+            ]
+        return torch.stack(rows, -2)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Return elements with unit quaternions; what has none is returned as it is."""
+        """Return the elements that are meant by numbers that were rounded, such as quaternions of length one."""
         return x
 
+    def magnitudes(self, x: Tensor) -> Tensor:
+        """Return the magnitude of what each direction moves, `(*, tangent)`: a length, or one for an angle.
+
+        Rounding of the stored numbers moves an element by a rounding of that; here the length of all stored numbers.
+        """
+        return x.norm(dim=-1, keepdim=True).expand(*x.shape[:-1], self.tangent)
+
     def check(self, x: Any, argument: str = "x") -> None:
-        """Refuse a tensor that does not hold elements of this group.
+        """Refuse a tensor that does not hold elements.
 
         Raises:
             InputTypeError: It is not a tensor of real floating-point numbers.
-            InputError: Its last axis has another width, or a quaternion is not of length one.
+            InputError: Its last axis has another width, or its numbers are those of no element (a quaternion that is
+                not of length one).
         """
         self._check_width(argument, x, self.storage)
-
-    @abstractmethod
-    def storage_jacobian(self, x: Tensor) -> Tensor:
-        r"""Return how stored numbers move with $d$ in $\exp(d) X$ at $d = 0$, `(*, storage, tangent)`."""
-
-    @abstractmethod
-    def _exp(self, d: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def _log(self, x: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def _compose(self, a: Tensor, b: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def _inverse(self, x: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def _act(self, x: Tensor, p: Tensor) -> Tensor: ...
-
-    def _between(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._compose(self._inverse(a), b)
 
     def _check(self, **elements: Tensor) -> None:
         first, shape = "", None

@@ -1,4 +1,4 @@
-"""The four groups."""
+"""Rotations and poses of the plane and of space."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ._angles import (
     cotangent_rest,
     cross,
     dot,
+    lengths,
     product,
     quarter_turn,
     quaternion_exp,
@@ -26,22 +27,30 @@ from ._angles import (
     versine,
     wrapped,
 )
-from ._base import Chart
+from ._group import GroupChart
 
 
-def _check_unit(name: str, argument: str, q: Tensor) -> None:
-    lengths = q.detach().norm(dim=-1)
+def check_unit(name: str, argument: str, q: Tensor, what: str = "quaternion") -> None:
+    """Refuse rows that are not of length one.
+
+    Raises:
+        InputError: One is not.
+    """
+    sizes = q.detach().norm(dim=-1)
     # Numbers written with four digits pass; in half precision a few roundings do.
     tolerance = 1e-3 if q.dtype in (torch.float32, torch.float64) else 5e-2
-    if lengths.numel() and not bool(((lengths - 1).abs() <= tolerance).all()):
-        worst = int((lengths - 1).abs().nan_to_num(torch.inf).argmax())
-        came = f"holding a quaternion of length {float(lengths.reshape(-1)[worst]):.3g} (element {worst})"
+    if sizes.numel() and not bool(((sizes - 1).abs() <= tolerance).all()):
+        worst = int((sizes - 1).abs().nan_to_num(torch.inf).argmax())
+        came = f"holding a {what} of length {float(sizes.reshape(-1)[worst]):.3g} (element {worst})"
         raise InputError.of(argument, came, f"{name} needs length one", f"Call `{name}.normalize` on it.")
 
 
 @final
 @dataclass(frozen=True, repr=False)
-class _SO2(Chart):
+class _SO2(GroupChart):
+    def magnitudes(self, x: Tensor) -> Tensor:
+        return x.abs().clamp(min=1.0)
+
     def storage_jacobian(self, x: Tensor) -> Tensor:
         return torch.ones_like(x).unsqueeze(-1)
 
@@ -60,10 +69,17 @@ class _SO2(Chart):
     def _act(self, x: Tensor, p: Tensor) -> Tensor:
         return turned_2d(x, p)
 
+    def _matrix(self, x: Tensor) -> Tensor:
+        return self._linear(x)
+
 
 @final
 @dataclass(frozen=True, repr=False)
-class _SE2(Chart):
+class _SE2(GroupChart):
+    def magnitudes(self, x: Tensor) -> Tensor:
+        moved, angle = x.split([2, 1], -1)
+        return torch.cat([lengths(moved, 2), SO2.magnitudes(angle)], -1)
+
     def storage_jacobian(self, x: Tensor) -> Tensor:
         move = torch.eye(3, dtype=x.dtype, device=x.device).expand(*x.shape, 3).clone()
         move[..., :2, 2] = quarter_turn(x[..., :2])
@@ -99,13 +115,16 @@ class _SE2(Chart):
 
 @final
 @dataclass(frozen=True, repr=False)
-class _SO3(Chart):
+class _SO3(GroupChart):
+    def magnitudes(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x[..., 1:])
+
     def normalize(self, x: Tensor) -> Tensor:
         return x / x.norm(dim=-1, keepdim=True)
 
     def check(self, x: Any, argument: str = "x") -> None:
         super().check(x, argument)
-        _check_unit(self.name, argument, x)
+        check_unit(self.name, argument, x)
 
     def storage_jacobian(self, x: Tensor) -> Tensor:
         turn = torch.eye(3, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], 3, 3)
@@ -127,16 +146,22 @@ class _SO3(Chart):
     def _act(self, x: Tensor, p: Tensor) -> Tensor:
         return turned(x, p)
 
+    def _matrix(self, x: Tensor) -> Tensor:
+        return self._linear(x)
+
 
 @final
 @dataclass(frozen=True, repr=False)
-class _SE3(Chart):
+class _SE3(GroupChart):
+    def magnitudes(self, x: Tensor) -> Tensor:
+        return torch.cat([lengths(x[..., :3], 3), SO3.magnitudes(x[..., 3:])], -1)
+
     def normalize(self, x: Tensor) -> Tensor:
         return torch.cat([x[..., :3], SO3.normalize(x[..., 3:])], -1)
 
     def check(self, x: Any, argument: str = "x") -> None:
         super().check(x, argument)
-        _check_unit(self.name, argument, x[..., 3:])
+        check_unit(self.name, argument, x[..., 3:])
 
     def storage_jacobian(self, x: Tensor) -> Tensor:
         move = torch.zeros(*x.shape, 6, dtype=x.dtype, device=x.device)
@@ -178,11 +203,11 @@ class _SE3(Chart):
         return x[..., :3] + turned(x[..., 3:], p)
 
 
-SO2: Chart = _SO2("SO2", 1, 1, 2)
+SO2: GroupChart = _SO2("SO2", 1, 1, 2)
 """Rotations of the plane, stored as an angle `(*, 1)`."""
-SE2: Chart = _SE2("SE2", 3, 3, 2)
+SE2: GroupChart = _SE2("SE2", 3, 3, 2)
 """Poses in the plane, stored as `(x, y, angle)`; tangent `(step, turn)`."""
-SO3: Chart = _SO3("SO3", 4, 3, 3)
+SO3: GroupChart = _SO3("SO3", 4, 3, 3)
 """Rotations of space, stored as unit quaternions `(x, y, z, w)`; tangent: rotation vectors."""
-SE3: Chart = _SE3("SE3", 7, 6, 3)
+SE3: GroupChart = _SE3("SE3", 7, 6, 3)
 """Poses in space, stored as translation and unit quaternion; tangent `(step, turn)`."""

@@ -16,10 +16,10 @@ from .._extras._lie_groups import group_of
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from ..charts import Chart
+from ..charts._laws import check_shapes
 from ..errors import InputError, InputTypeError
 
 Values = dict[str, Tensor]
-_ROTATIONS = {2: 1, 3: 3}  # directions of rotation in the plane and in space
 _TRANSLATED = ("SE3", "Sim3")  # PyPose's groups that begin with a translation
 
 
@@ -30,7 +30,7 @@ class ParameterPart:
     Attributes:
         name: Its name.
         shape: Its shape.
-        chart: The group its elements are in; None for ordinary numbers and LieTensors.
+        chart: How its elements move; None for ordinary numbers and LieTensors.
         group: PyPose's name of a LieTensor's group, else empty.
         free: Which columns of its tangent move, as positions; None for all.
     """
@@ -77,7 +77,7 @@ class ParameterPart:
         full[self.kept] = step
         d = torch.from_numpy(full).to(value.device, value.dtype).reshape(self.tangent_shape)
         if self.chart is not None:
-            return self.chart.retract(value, d)
+            return self.chart.retract(value.detach(), d)
         return _retracted(value, d) if self.group else value + d
 
     def magnitudes(self, value: Tensor) -> np.ndarray:
@@ -85,14 +85,12 @@ class ParameterPart:
         stored = value.detach().as_subclass(Tensor).to("cpu", torch.float64)
         if not self.chart and not self.group:
             return stored.abs().reshape(-1).numpy()
-        moved = 3 * (self.group in _TRANSLATED)
-        if self.chart:
-            moved = self.chart.tangent - _ROTATIONS.get(self.chart.space, self.chart.tangent)
         stored = stored.reshape(self.lead.numel(), -1)
+        if self.chart:
+            return self.chart.magnitudes(stored).reshape(-1).numpy()
         sizes = torch.ones(self.lead.numel(), self.width, dtype=torch.float64)
-        sizes[:, :moved] = stored[:, :moved].norm(dim=1, keepdim=True)
-        if self.chart and self.chart.space == 2:  # the angle itself is stored
-            sizes[:, -1] = stored[:, -1].abs().clamp(min=1.0)
+        if self.group in _TRANSLATED:
+            sizes[:, :3] = stored[:, :3].norm(dim=1, keepdim=True)
         return sizes.reshape(-1).numpy()
 
     def moves(self, value: Tensor) -> np.ndarray:
@@ -186,6 +184,7 @@ def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> L
                 needed = "a LieTensor brings its own retraction"
                 raise InputError.of("manifolds", f"{chart} for the LieTensor '{name}'", needed, "Leave it out.")
             chart.check(parameter.detach(), name)
+            check_shapes(chart, parameter.detach().to("cpu", torch.float64), "manifolds")
         part = ParameterPart(name, parameter.shape, chart, group, None)
         parts.append(replace(part, free=_free(part, held[name])) if name in held else part)
     layout = Layout(tuple(parts))

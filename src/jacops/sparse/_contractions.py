@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ._pool import Array
+from ._taint import parts_of
 from ._trace import Rule, TracedCall, Tracer, rank_of
 
 _EXPANDED = 20_000_000  # 160 MB for each of three index arrays; larger products are followed one by one
@@ -59,12 +61,30 @@ def _product(tracer: Tracer, call: TracedCall) -> Any:
     is_sum = call.base in ("addmm", "addmv", "baddbmm")
     left, right = call.args[is_sum : is_sum + 2]
     ids = [tracer.ids(call.args[0]).numpy()] if is_sum else []
-    if tracer.tracks(left) or tracer.tracks(right):
+    if left.layout is not torch.strided:
+        ids.append(_sparse_product(tracer, left, right))
+    elif right.layout is not torch.strided:
+        ids.append(_sparse_product(tracer, right.t(), left.t()).T)
+    elif tracer.tracks(left) or tracer.tracks(right):
         wide = right[:, None] if right.ndim == 1 else right
         found = product(tracer, left[(None,) * (3 - left.ndim)], wide[(None,) * (3 - wide.ndim)])
         found = found[..., 0] if right.ndim == 1 else found
         ids.append(found[(0,) * (3 - left.ndim)])
     return tracer.union(ids, call.outs[0].shape)
+
+
+def _sparse_product(tracer: Tracer, matrix: Tensor, right: Tensor) -> Array:
+    """Return ids of the product of a sparse matrix, whose pattern counts, and a strided vector or matrix."""
+    tracer.places_rest_on(parts_of(matrix)[:-1])
+    if right.layout is not torch.strided:
+        raise NotImplementedError
+    coo = matrix.detach().to_sparse_coo()
+    rows, columns = coo._indices().cpu().numpy()
+    ids = tracer.array(right).reshape(right.shape[0], -1)
+    many = ids.shape[1]
+    groups = rows[:, None] * many + np.arange(many)
+    found = tracer.group(groups, ids[columns], matrix.shape[0] * many)
+    return found.reshape(matrix.shape[0], *right.shape[1:])
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Lifting: a pure selection of a parameter (`p[i]`, a slice, a view, an embedding) becomes a leaf of its own.
 
+Rows of what is computed row by row from parameters are computed from such leaves.
+
 Then `J = sum_k J_k S_k`, where `S_k` says which entry each entry of leaf k is a copy of. In residual models every
 residual reads its own copies, so `J_k` is block diagonal and takes as many sweeps as a residual has rows, however many
 parameters and residuals there are.
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
+from ._replay import Replay
 from ._taint import storage_key
 
 _SELECTIONS = set(
@@ -67,11 +70,23 @@ class Lift(TorchFunctionMode):
         self._roots = {_place(t): i for i, t in enumerate(self._sources)}
         self._known: dict[int, tuple[int, Tensor]] = {}
         self.selections: list[Selection] = []
+        self._replay = Replay(self._rows)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in _SELECTIONS or not torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
-        return self._selected(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if not kwargs and (rows := self._replay.selected(name, args)) is not None:
+            return rows
+        out = self._selected(func, args, kwargs) if name in _SELECTIONS else func(*args, **kwargs)
+        if name:
+            self._replay.note(func, args, kwargs, out)
+        return out
+
+    def _rows(self, value: Tensor, index: Any) -> Tensor | None:
+        """Return rows of a parameter, or of a selection of one, as a leaf; None for another tensor."""
+        return None if self._find(value) is None else self._selected(Tensor.__getitem__, (value, index), {})
 
     @restoring
     def _selected(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

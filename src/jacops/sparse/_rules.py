@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ._contractions import CONTRACTIONS
 from ._pool import Array
+from ._sampled import SAMPLED
 from ._scatters import SCATTERS
 from ._trace import Decomposed, Rule, TracedCall, Tracer
 
@@ -48,8 +49,8 @@ _POINTWISE = set(
     masked_fill_scalar _add_relu
     """.split()  # noqa: SIM905
 )
-_ALONG = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "cumprod", "logcumsumexp",
-          "cummax", "cummin", "sort", "_fft_c2c", "renorm"}  # fmt: skip
+_ALONG = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "cummax", "cummin", "sort",
+          "_fft_c2c", "_fft_r2c", "_fft_c2r", "renorm"}  # fmt: skip
 _REDUCE = set(
     """
     sum mean amax amin prod var std norm linalg_vector_norm logsumexp max min nansum median nanmedian var_mean std_mean
@@ -194,15 +195,21 @@ def _fill(tracer: Tracer, call: TracedCall) -> Any:
     return tracer.ids(value) if isinstance(value, Tensor) else 0
 
 
-def _cumsum(tracer: Tracer, call: TracedCall) -> Any:
+def _cumulative(tracer: Tracer, call: TracedCall) -> Any:
+    """Let each entry depend on those before it; entries that add nothing to the set before them cost nothing."""
     source = _source(tracer, call)
-    if not source.ndim or source.shape[call.named["dim"]] > _LONG:
-        return _along(tracer, call)
+    if not source.ndim:
+        return source
     rows = np.moveaxis(source, call.named["dim"], 0)
-    done = [rows[0]] if len(rows) else []
-    for row in rows[1:]:
-        done.append(tracer.pool.union_pairs(done[-1], np.ascontiguousarray(row)))
-    return np.moveaxis(np.stack(done), 0, call.named["dim"]) if done else source
+    flat = rows.reshape(len(rows), -1)
+    fresh = np.flatnonzero((flat != 0).any(1) & np.r_[True, (flat[1:] != flat[:-1]).any(1)][: len(flat)])
+    if len(fresh) > _LONG:
+        return _along(tracer, call)
+    done = [np.zeros(flat.shape[1], np.int64)]
+    for row in fresh:
+        done.append(tracer.pool.union_pairs(done[-1], np.ascontiguousarray(flat[row])))
+    known = np.stack(done)[np.searchsorted(fresh, np.arange(len(flat)), side="right")]
+    return np.moveaxis(known.reshape(rows.shape), 0, call.named["dim"])
 
 
 def _matrices(tracer: Tracer, call: TracedCall) -> Any:
@@ -227,10 +234,11 @@ _OWN: dict[str, Rule] = {
     "where": _where,
     "masked_fill": _where,
     "fill": _fill,
-    "cumsum": _cumsum,
+    **dict.fromkeys(["cumsum", "cumprod", "logcumsumexp"], _cumulative),
     "_softmax_backward_data": _softmax_backward,
     **SCATTERS,
     **CONTRACTIONS,
+    **SAMPLED,
 }
 _NAMED: list[tuple[Container[str], Rule]] = [
     (_SAME, _same),

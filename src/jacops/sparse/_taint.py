@@ -35,7 +35,8 @@ class Taint(TorchDispatchMode):
 
     def holds(self, tensor: Tensor) -> bool:
         """Say whether a tensor depends on the point; everything may once a value was read into Python."""
-        return self.read_out or tensor.layout is not torch.strided or self._is_data(storage_key(tensor))
+        parts = parts_of(tensor)
+        return self.read_out or not parts or any(self._is_data(storage_key(part)) for part in parts)
 
     def passes(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what came of an operation, written arguments too; what it draws at random is no constant either."""
@@ -92,7 +93,20 @@ class Outside(Taint):
 
 
 def _strided(tree: Any) -> Iterator[Tensor]:
-    return (t for t in tensors_in(tree) if t.layout is torch.strided)
+    return (part for t in tensors_in(tree) for part in parts_of(t))
+
+
+def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors that hold a tensor: itself, or indices and values of a sparse one; none of other layouts."""
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()
 
 
 def storage_key(tensor: Tensor) -> int:

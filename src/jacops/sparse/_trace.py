@@ -223,6 +223,18 @@ class Tracer(TorchDispatchMode):
         """Whether the sets rest on this point: on indices made of its values, or on values that Python read."""
         return self.taint is None or self.taint.read_out or self._pointed
 
+    def places_rest_on(self, tensors: Iterable[Tensor]) -> None:
+        """Note that these tell where entries go.
+
+        Raises:
+            NotImplementedError: They stand for all that they could be.
+        """
+        if self.taint is None or not any(self.taint.holds(t) for t in tensors):
+            return
+        if self.takes_all_routes:
+            raise NotImplementedError
+        self._pointed = True
+
     def note_indices(self, call: TracedCall) -> None:
         """Note whether an operation takes indices that depend on the point."""
         if self.taint is not None and not self._pointed:
