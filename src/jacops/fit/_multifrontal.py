@@ -3,7 +3,6 @@ r"""Sparse Cholesky factors $L L^\top$ of a normal matrix by dense fronts; the a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,14 +48,6 @@ class FrontalAnalysis:
             compiled, leaves = Loops(fronts, fronts.children), ()
         return cls(fronts, fronts.scattered(), leaves, compiled)
 
-    @cached_property
-    def _into(self) -> list[np.ndarray]:
-        """Where what each front leaves is added in the front of its parent, flat, by columns."""
-        fronts = self.fronts
-        sizes = np.r_[fronts.wide + fronts.high, 0][fronts.parent].tolist()
-        rows = np.split(fronts.inside, fronts.ends[1:-1])
-        return [(own[:, None] * size + own).reshape(-1) for own, size in zip(rows, sizes, strict=True)]
-
     def factorised(self, entries: np.ndarray) -> FrontalCholesky:
         """Return the factors of a matrix with these entries.
 
@@ -75,7 +66,8 @@ class FrontalAnalysis:
         """Factorise in place, from the entries of the matrix; return whether it is positive definite."""
         if not all(leaves.factorise(L) for leaves in self.leaves):
             return False
-        left: list[Any] = [None] * self.fronts.count
+        left: dict[int, np.ndarray] = {}
+        inside, ends = self.fronts.inside, self.fronts.ends.tolist()
         for front, panel, own in self.fronts.panels(L):
             rest = None
             if self.fronts.children[front]:
@@ -83,8 +75,8 @@ class FrontalAnalysis:
                 whole[:, :own] = panel
                 flat = whole.T.reshape(-1)
                 for child in self.fronts.children[front]:
-                    flat[self._into[child]] += left[child].T.reshape(-1)
-                    left[child] = None
+                    at = inside[ends[child] : ends[child + 1]]
+                    flat[(at[:, None] * len(panel) + at).reshape(-1)] += left.pop(child).T.reshape(-1)
                 panel[:], rest = whole[:, :own], np.asfortranarray(whole[own:, own:])
             diagonal, failed = lapack.dpotrf(panel[:own], lower=1, clean=0)
             if failed:
