@@ -12,9 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
+from ..sparse._pool import distinct
 from ._layout import Layout, ParameterPart
 from ._normal import NormalPattern
-from ._row_blocks import DenseBlocks, RowBlocks, Stack, distinct
+from ._row_blocks import DenseBlocks, RowBlocks, Stack
 
 _PADDED = 1.5  # factor on the stored entries that whole blocks may cost; else columns are units of their own
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..sparse._matrix import csc
-from ._row_blocks import Stack, classes, distinct, spread
+from ..sparse._pool import distinct
+from ._row_blocks import Stack, classes, spread
 
 _RELAX = 0.1  # share of zeros that a front may gain by taking in its last child: 0.1 to 0.2 cost the same
 _NARROW = 32  # a narrow front below a front of up to so many columns is taken in though it brings more zeros

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..sparse._matrix import csc
+from ..sparse._pool import distinct
 from ._fronts import Graph
 from ._multifrontal import FrontalAnalysis
-from ._row_blocks import DenseBlocks, RowBlocks, distinct, spread
+from ._row_blocks import DenseBlocks, RowBlocks, spread
 from ._squares import Squares
 
 

@@ -20,12 +20,6 @@ def spread(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - counts), counts) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def distinct(keys: np.ndarray) -> np.ndarray:
-    """Return the values that occur, rising: by sorting, which is faster than `numpy.unique`'s table of hashes."""
-    keys = np.sort(keys)
-    return keys[np.r_[True, keys[1:] != keys[:-1]][: len(keys)]]
-
-
 def classes(columns: Iterable[np.ndarray], many: int) -> list[np.ndarray]:
     """Return the numbers of rows that agree in all columns, each an array of `many` whole numbers."""
     label = np.zeros(many, np.int64)
