@@ -244,8 +244,11 @@ class Fronts:
         return total - np.repeat(self.ends[:-1], np.diff(self.below_ends))
 
     def meeting(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the factor's entries of units `low` and rows `high`, not before them, begin; and how far its
-        next column is.
+        """Return where the factor's entries of columns `low` and rows `high` begin, and how far the next column is.
+
+        Args:
+            low: Places of units.
+            high: Places of units, not before them.
         """
         front = self.owner[low]
         size = (self.wide + self.high)[front]
@@ -313,8 +316,7 @@ def _structures(many: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarra
     Columns that no earlier one meets are eliminated at once, as long as they are many. What one of them leaves is for
     its parent: the first of its rows meets the others.
     """
-    counts, parts = np.zeros(many, np.int64), []
-    is_left = np.ones(many, bool)
+    parts, is_left = [], np.ones(many, bool)
     keys = distinct(low * many + high)
     while True:
         low, high = np.divmod(keys, many)
