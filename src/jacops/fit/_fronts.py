@@ -270,7 +270,8 @@ class Fronts:
         found = np.empty(graph.size, number)
         wide, high = graph.widths[graph.columns], graph.widths[graph.units]
         for own in classes((wide, high), len(wide)):
-            i, j = np.arange(high[own[0]], dtype=number), np.arange(wide[own[0]], dtype=number)[:, None]
+            rows, columns = int(high[own[0]]), int(wide[own[0]])
+            i, j = np.arange(rows, dtype=number), np.arange(columns, dtype=number)[:, None]
             at = [part[own].astype(number)[:, None, None] for part in (from_, below, to, right, down)]
             found[at[0] + j * at[1] + i] = at[2] + j * at[3] + i * at[4]
         return found
