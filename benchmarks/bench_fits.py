@@ -1,21 +1,24 @@
-"""Pose graphs solved beside GTSAM's Levenberg-Marquardt, in its C++: graphs of the sizes of well-known public ones.
+"""Pose graphs solved beside GTSAM's Levenberg-Marquardt, in its C++, and bundles beside SciPy and SuperLU.
 
-Both begin at the same poses, end at the same objective to eight digits, and hold the first pose; residuals differ in
-nothing (`log(Z⁻¹ X_i⁻¹ X_j)`). A fit *again* is one of the same model, whose plan, ordering and fronts are kept. Goals
-are for the processor time of one thread: `python -m benchmarks fits --threads 1 --clock processor`.
+The graphs are of the sizes of well-known public ones. Both begin at the same poses, end at the same objective to eight
+digits, and hold the first pose; residuals differ in nothing (`log(Z⁻¹ X_i⁻¹ X_j)`). A fit *again* is one of the same
+model, whose plan, ordering and fronts are kept. Goals are for the processor time of one thread: `python -m benchmarks
+fits --threads 1 --clock processor`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from examples.synthetic_graphs import garage_graph, sphere_graph, walk_graph
+import torch
+from examples.synthetic_graphs import garage_graph, sphere_graph, synthetic_bundle, walk_graph
 from torch import nn
 
-from jacops._extras.graph_problems import PoseGraph
+from jacops._extras.graph_problems import Bundle, PoseGraph, projected
+from jacops._words import StepSolverName
 from jacops.fit import levenberg_marquardt
 
 from .harness import Goal, Workload
@@ -79,13 +82,84 @@ def theirs(graph: PoseGraph) -> Callable[[], float]:
     return call
 
 
+SCIPY, SUPERLU = "scipy: least_squares", "scipy: splu of everything"
+_BUNDLE = {"fixed": {"cameras": 0}, "jacobian": "sparse", "inplace": False, "progress": False}
+
+
+def bundled(model: nn.Module) -> float:
+    """Return the objective that our fit of a bundle ends at."""
+    return levenberg_marquardt(model, **_BUNDLE).cost
+
+
+def by_scipy(model: nn.Module) -> Callable[[], float]:
+    """Return SciPy's fit of the same bundle, by differences on the true pattern; pattern and start are made once."""
+    parameters = dict(model.named_parameters())
+    sizes = np.cumsum([p.numel() for p in parameters.values()])[:-1]
+    start = torch.cat([p.detach().reshape(-1) for p in parameters.values()]).numpy()
+    held, free = start[:9], start[9:]
+    pattern = levenberg_marquardt(model, max_steps=1, on_failure="return", **_BUNDLE).jac != 0
+
+    def residual(z: np.ndarray) -> np.ndarray:
+        parts = np.split(np.r_[held, z], sizes)
+        new = {n: torch.from_numpy(own).view(p.shape) for own, (n, p) in zip(parts, parameters.items(), strict=True)}
+        with torch.no_grad():
+            return torch.func.functional_call(model, new, ()).reshape(-1).numpy()
+
+    def call() -> float:
+        from scipy.optimize import least_squares
+
+        # A tolerance of 1e-8, as it is by default, leaves the objective 4e-9 too large.
+        return least_squares(residual, free, jac_sparsity=pattern, method="trf", x_scale="jac", ftol=1e-10).cost
+
+    return call
+
+
+def one_step(model: nn.Module) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Return two ways to take one Levenberg-Marquardt step: ours, and the same with SuperLU on the whole matrix."""
+
+    def step(solver: StepSolverName) -> float:
+        return levenberg_marquardt(model, max_steps=1, on_failure="return", solver=solver, **_BUNDLE).cost
+
+    return partial(step, "sparse_cholesky"), partial(step, "splu")
+
+
+def ring(cameras: int, points: int, seen: int) -> Bundle:
+    """Return a bundle whose points are seen by a few neighbours among cameras in a ring."""
+    generator = torch.Generator().manual_seed(0)
+    views = synthetic_bundle(cameras, 1).cameras
+    cloud = torch.randn(points, 3, generator=generator, dtype=torch.float64)
+    window = max(2 * seen, cameras // 8)
+    near = torch.rand(points, window, generator=generator).argsort(1)[:, :seen]
+    camera = ((torch.arange(points)[:, None] * cameras // points + near) % cameras).flatten()
+    point = torch.arange(points).repeat_interleave(seen)
+    noise = torch.randn(points * seen, 2, generator=generator, dtype=torch.float64)
+    return Bundle(views, cloud + 0.01, camera, point, projected(views[camera], cloud[point]) + 0.5 * noise)
+
+
+def bundles() -> Iterator[Workload]:
+    """Yield a small bundle that is solved, and a step of a large one."""
+    small = synthetic_bundle(8, 250)
+    model = small.residual()
+    rivals: dict[str, Callable[[], Any]] = {
+        AGAIN: partial(bundled, model),
+        FIRST: lambda: bundled(small.residual()),
+        SCIPY: by_scipy(model),
+    }
+    goals = [Goal(SCIPY, faster=1.0, ours=AGAIN), Goal(SCIPY, faster=1.0, ours=FIRST)]
+    yield Workload("L7", "bundle of 8 cameras, 4,000 x 822", rivals, alike, goals=goals, compiles=True)
+    ours_once, theirs_once = one_step(ring(100, 20_000, 5).residual())
+    rivals = {AGAIN: ours_once, SUPERLU: theirs_once}
+    what = "a step of a bundle of 100 cameras, 200,000 x 60,900"
+    yield Workload("L8", what, rivals, alike, goals=[Goal(SUPERLU, faster=3.0)], compiles=True)
+
+
 def alike(a: float, b: float) -> bool:
     """Say whether two objectives agree to eight digits."""
     return abs(a - b) <= 1e-8 * abs(b)
 
 
 def workloads() -> Iterator[Workload]:
-    """Yield graphs like intel, manhattan, kitti_00, parking-garage, sphere2500 and city10000."""
+    """Yield graphs like intel, manhattan, kitti_00, parking-garage, sphere2500 and city10000, and bundles."""
     cases = {
         "intel": (walk_graph(1228, 256, straight=12, side=4, noise=0.01), 2.0, 2.8),
         "manhattan": (walk_graph(3500, 1954, straight=5, side=12, noise=0.01), 1.5, 2.0),
@@ -104,3 +178,4 @@ def workloads() -> Iterator[Workload]:
         goals = [Goal(GTSAM, faster=1 / again, ours=AGAIN), Goal(GTSAM, faster=1 / first, ours=FIRST)]
         what = f"like {name}: {len(graph.poses):,} poses, {len(graph.source):,} edges"
         yield Workload(f"L{number}", what, rivals, alike, goals=goals, compiles=True)
+    yield from bundles()

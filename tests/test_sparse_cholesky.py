@@ -63,6 +63,54 @@ def test_normal_matrices_and_their_factors_are_those_of_numpy(seed: int, many: i
         np.testing.assert_allclose(factor.solve(b), np.linalg.solve(A, b), rtol=1e-9, atol=1e-10)
 
 
+def bundle_blocks(rng: np.random.Generator, cameras: int, points: int, fixed: int) -> RowBlocks:
+    """Observations of two rows: a camera, of nine or some of six columns, and a point; some points are fixed."""
+    widths = np.r_[np.where(np.arange(cameras) % 5, 9, 6), np.full(points, 3)]
+    units = []
+    for point in range(points):
+        seen = np.sort(rng.choice(cameras, int(rng.integers(2, 5)), replace=True))  # some cameras see it twice
+        units += [np.array([camera, cameras + point] if point >= fixed else [camera]) for camera in seen]
+    units += [np.array([unit]) for unit in range(len(widths))]
+    ends = np.r_[0, np.cumsum([len(own) for own in units])]
+    heights = np.r_[np.full(len(units) - len(widths), 2), widths]
+    return RowBlocks.of(Stack(heights, ends, np.concatenate(units), 0 * heights).merged(), widths, widths)
+
+
+@pytest.mark.parametrize(("cameras", "points", "fixed"), [(4, 120, 0), (12, 150, 20), (40, 400, 5)])
+def test_equal_leaves_are_eliminated_as_numpy_does(cameras: int, points: int, fixed: int, loops: str) -> None:
+    rng = np.random.default_rng(cameras)
+    blocks = bundle_blocks(rng, cameras, points, fixed)
+    data, normal = rng.normal(size=len(blocks.columns)), NormalPattern.of(blocks)
+    J, entries = blocks.matrix(data).toarray(), normal.product(data)
+    A = J.T @ J
+    np.testing.assert_allclose(normal.full(entries).toarray(), A, atol=1e-12)
+    analysis = normal.analysis
+    # Points, whose fronts have three columns, go in batches where loops cost Python.
+    batched = sum(len(leaves.columns) for leaves in analysis.leaves if leaves.wide == 3)
+    assert batched > points / 4 if loops == "scipy" else not analysis.leaves
+    factor = analysis.factorised(entries)
+    assert np.log(factor.pivots).sum() == pytest.approx(np.linalg.slogdet(A)[1], rel=1e-10)
+    for b in (rng.normal(size=len(A)), rng.normal(size=(len(A), 4))):
+        np.testing.assert_allclose(factor.solve(b), np.linalg.solve(A, b), rtol=1e-8, atol=1e-10)
+    entries[normal.diagonal[-1]] = 0.0  # of a point
+    with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
+        analysis.factorised(entries)
+
+
+@pytest.mark.parametrize("most", [1, 400])
+def test_products_in_chunks_are_those_at_once(most: int, monkeypatch: pytest.MonkeyPatch, loops: str) -> None:
+    rng = np.random.default_rng(0)
+    blocks = bundle_blocks(rng, 6, 50, 0)
+    data, b = rng.normal(size=len(blocks.columns)), rng.normal(size=blocks.shape[1])
+    expected = NormalPattern.of(blocks).product(data)
+    monkeypatch.setattr("jacops.fit._squares.CHUNK", most)
+    normal = NormalPattern.of(blocks)
+    entries = normal.product(data)
+    np.testing.assert_allclose(entries, expected, rtol=1e-13, atol=1e-13)
+    A = normal.full(entries).toarray()
+    np.testing.assert_allclose(normal.analysis.factorised(entries).solve(b), np.linalg.solve(A, b), rtol=1e-9)
+
+
 GRAPHS: dict[str, Any] = {
     "chain": lambda n: [(i, i + 1) for i in range(n - 1)],
     "ring": lambda n: [(i, (i + 1) % n) for i in range(n)],

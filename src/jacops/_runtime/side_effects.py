@@ -170,7 +170,13 @@ def tensors_in(value: Any) -> list[Tensor]:
         value = value.values()
     elif not isinstance(value, list | tuple):
         return []
-    return [t for v in value for t in tensors_in(v)]
+    found: list[Tensor] = []
+    for part in value:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, list | tuple | dict):
+            found += tensors_in(part)
+    return found
 
 
 def storage_of(tensor: Tensor) -> int:

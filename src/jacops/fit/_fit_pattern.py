@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ..sparse._pool import distinct
 from ._layout import Layout, ParameterPart
 from ._normal import NormalPattern
 from ._row_blocks import DenseBlocks, RowBlocks, Stack
@@ -76,7 +77,8 @@ def _units_of(part: ParameterPart, rows: np.ndarray, columns: np.ndarray) -> np.
     free[part.kept] = part.kept
     wide = part.preferred_block
     if wide > 1 and not part.group:
-        padded = wide * len(np.unique(rows * (part.columns // wide + 1) + columns // wide))
+        blocks = rows * (part.columns // wide + 1) + columns // wide  # rising, as entries are
+        padded = wide * (1 + np.count_nonzero(np.diff(blocks)))
         wide = wide if padded <= _PADDED * len(columns) else 1
     return np.where(free >= 0, free // wide, -1)
 
@@ -122,7 +124,8 @@ class FitPattern:
             rows, columns, unit = rows[taken], columns[taken], unit[taken]
         blocks = [many // wide for many, wide in outputs]
         heights = np.repeat([wide for _, wide in outputs], blocks)
-        found = np.unique(np.repeat(np.arange(len(heights)), heights)[rows] * len(units.stored) + unit)
+        found = np.repeat(np.arange(len(heights)), heights)[rows] * len(units.stored) + unit
+        found = distinct(found[np.r_[True, found[1:] != found[:-1]][: len(found)]])  # rows have theirs side by side
         own_ends = np.searchsorted(found, np.arange(len(heights) + 1) * len(units.stored))
         labels = np.repeat(np.arange(len(outputs)), blocks)
         stack = Stack(heights, own_ends, found % len(units.stored), labels).merged()

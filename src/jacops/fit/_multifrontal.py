@@ -3,7 +3,6 @@ r"""Sparse Cholesky factors $L L^\top$ of a normal matrix by dense fronts; the a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,10 @@ import numpy as np
 from .._runtime.blas import one_blas_thread
 from ..sparse._matrix import blas, lapack
 from ._fronts import Fronts, Graph
+from ._leaves import Leaves
 
 _LEAF = 96  # columns of subtrees that make one front: 48 to 128 took the same time on graphs of 1,000 to 10,000 poses
+_BATCH = 8  # equal fronts without children that are worked with at once
 _LEAF_COMPILED = 24  # where a front costs no Python
 
 
@@ -22,41 +23,30 @@ class FrontalAnalysis:
 
     Attributes:
         fronts: The dense blocks.
-        taken: Which stored entries of the normal matrix go into the factor: those of the lower triangle.
-        places: Where they go.
+        places: Where the stored entries of the normal matrix go.
+        leaves: Fronts that are worked with at once.
         compiled: The loops compiled, None where numba is not installed.
     """
 
     fronts: Fronts
-    taken: np.ndarray
     places: np.ndarray
+    leaves: tuple[Leaves, ...]
     compiled: Any
 
     @classmethod
-    def of(cls, graph: Graph, rows: np.ndarray, cols: np.ndarray) -> FrontalAnalysis:
-        """Return the analysis of a symmetric matrix.
-
-        Args:
-            graph: Which units meet.
-            rows: Row of each stored entry; those above the diagonal are left out.
-            cols: Its column.
-        """
+    def of(cls, graph: Graph) -> FrontalAnalysis:
+        """Return the analysis of a symmetric matrix."""
         try:
             from ._compiled import Loops
         except ImportError:
             Loops = None  # noqa: N806
-        fronts = Fronts.of(graph, _LEAF if Loops is None else _LEAF_COMPILED)
-        taken = np.flatnonzero(rows >= cols)
-        compiled = None if Loops is None else Loops(fronts, fronts.children)
-        return cls(fronts, taken, fronts.scattered(rows[taken], cols[taken]), compiled)
-
-    @cached_property
-    def _into(self) -> list[np.ndarray]:
-        """Where what each front leaves is added in the front of its parent, flat, by columns."""
-        fronts = self.fronts
-        sizes = np.r_[fronts.wide + fronts.high, 0][fronts.parent].tolist()
-        rows = np.split(fronts.inside, fronts.ends[1:-1])
-        return [(own[:, None] * size + own).reshape(-1) for own, size in zip(rows, sizes, strict=True)]
+        if Loops is None:
+            fronts = Fronts.of(graph, _LEAF, _BATCH)
+            compiled, leaves = None, tuple(Leaves.of(fronts, batch) for batch in fronts.batches)
+        else:
+            fronts = Fronts.of(graph, _LEAF_COMPILED)
+            compiled, leaves = Loops(fronts, fronts.children), ()
+        return cls(fronts, fronts.scattered(), leaves, compiled)
 
     def factorised(self, entries: np.ndarray) -> FrontalCholesky:
         """Return the factors of a matrix with these entries.
@@ -64,26 +54,29 @@ class FrontalAnalysis:
         Raises:
             LinAlgError: It is not positive definite.
         """
-        L = np.zeros(int(self.fronts.starts[-1]))
-        L[self.places] = entries[self.taken]
+        L = np.zeros(self.fronts.size)
+        L[self.places] = entries
         with one_blas_thread():
             definite = self._by_fronts(L) if self.compiled is None else self.compiled.factorised(L)
         if not definite:
             raise np.linalg.LinAlgError("the matrix is not positive definite")
-        return FrontalCholesky(self.fronts, L, self.compiled)
+        return FrontalCholesky(self.fronts, L, self.leaves, self.compiled)
 
     def _by_fronts(self, L: np.ndarray) -> bool:
         """Factorise in place, from the entries of the matrix; return whether it is positive definite."""
-        left: list[Any] = [None] * self.fronts.count
-        for front, (panel, own) in enumerate(self.fronts.panels(L)):
+        if not all(leaves.factorise(L) for leaves in self.leaves):
+            return False
+        left: dict[int, np.ndarray] = {}
+        inside, ends = self.fronts.inside, self.fronts.ends.tolist()
+        for front, panel, own in self.fronts.panels(L):
             rest = None
             if self.fronts.children[front]:
                 whole = np.zeros((len(panel), len(panel)), order="F")
                 whole[:, :own] = panel
                 flat = whole.T.reshape(-1)
                 for child in self.fronts.children[front]:
-                    flat[self._into[child]] += left[child].T.reshape(-1)
-                    left[child] = None
+                    at = inside[ends[child] : ends[child + 1]]
+                    flat[(at[:, None] * len(panel) + at).reshape(-1)] += left.pop(child).T.reshape(-1)
                 panel[:], rest = whole[:, :own], np.asfortranarray(whole[own:, own:])
             diagonal, failed = lapack.dpotrf(panel[:own], lower=1, clean=0)
             if failed:
@@ -103,11 +96,13 @@ class FrontalCholesky:
     Attributes:
         fronts: Where their entries are.
         entries: They, front by front, by columns.
+        leaves: Fronts that are worked with at once.
         compiled: The loops compiled.
     """
 
     fronts: Fronts
     entries: np.ndarray
+    leaves: tuple[Leaves, ...]
     compiled: Any
 
     @property
@@ -115,28 +110,31 @@ class FrontalCholesky:
         """The squared diagonal of the factor."""
         fronts = self.fronts
         inside = np.arange(int(fronts.columns[-1])) - np.repeat(fronts.columns[:-1], fronts.wide)
-        at = np.repeat(fronts.starts[:-1], fronts.wide) + inside * np.repeat(fronts.wide + fronts.high + 1, fronts.wide)
+        at = np.repeat(fronts.starts, fronts.wide) + inside * np.repeat(fronts.wide + fronts.high + 1, fronts.wide)
         return np.square(self.entries[at])
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         """Return the solution for right-hand sides `(n,)` or `(n, k)`."""
-        x = np.array(right[self.fronts.order], np.float64)
+        x = np.array(right[self.fronts.eliminated], np.float64)
         if self.compiled is not None and x.ndim == 1:
             self.compiled.solved(self.entries, x)
         else:
             with one_blas_thread():
                 self._solve(x if x.ndim > 1 else x[:, None])
         result = np.empty_like(x)
-        result[self.fronts.order] = x
+        result[self.fronts.eliminated] = x
         return result
 
     def _solve(self, x: np.ndarray) -> None:
         """Solve in place for columns in the order of elimination."""
         columns, ends, rows = self.fronts.columns.tolist(), self.fronts.ends.tolist(), self.fronts.rows
+        L = self.entries
         fronts = [
             (panel[:wide], panel[wide:], slice(columns[f], columns[f + 1]), rows[ends[f] : ends[f + 1]])
-            for f, (panel, wide) in enumerate(self.fronts.panels(self.entries))
+            for f, panel, wide in self.fronts.panels(L)
         ]
+        for leaves in self.leaves:
+            leaves.forward(L, x)
         for diagonal, below, own, at in fronts:
             x[own] = lapack.dtrtrs(diagonal, x[own], lower=1)[0]
             if len(at):
@@ -144,3 +142,5 @@ class FrontalCholesky:
         for diagonal, below, own, at in reversed(fronts):
             right = x[own] - below.T @ x[at] if len(at) else x[own]
             x[own] = lapack.dtrtrs(diagonal, right, lower=1, trans=1)[0]
+        for leaves in self.leaves:
+            leaves.backward(L, x)

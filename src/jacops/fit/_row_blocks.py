@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +18,17 @@ def spread(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return the ranges `start, ..., start + count - 1`, one after the other."""
     ends = np.cumsum(counts)
     return np.repeat(starts - (ends - counts), counts) + np.arange(int(ends[-1]) if len(ends) else 0)
+
+
+def classes(columns: Iterable[np.ndarray], many: int) -> list[np.ndarray]:
+    """Return the numbers of rows that agree in all columns, each an array of `many` whole numbers."""
+    label = np.zeros(many, np.int64)
+    for column in columns:
+        least, most = (int(column.min()), int(column.max())) if many else (0, 0)
+        if least < most:
+            label = np.unique(label * (most - least + 1) + (column - least), return_inverse=True)[1].reshape(-1)
+    order = np.argsort(label, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if many else []
 
 
 class Stack(NamedTuple):
@@ -56,15 +67,10 @@ class Stack(NamedTuple):
     def kinds(self, alike: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the numbers of blocks that agree in height, label, and `alike` of their units."""
         counts = np.diff(self.ends)
-        _, shapes = np.unique(np.stack([self.heights, counts, self.labels]), axis=1, return_inverse=True)
-        for shape in range(int(shapes.max(initial=-1)) + 1):
-            own = np.flatnonzero(shapes.reshape(-1) == shape)
-            if not counts[own[0]]:
-                continue
+        for own in classes((self.heights, counts, self.labels), len(counts)):
             units = self.units[self.ends[own][:, None] + np.arange(int(counts[own[0]]))]
-            _, signs = np.unique(alike[units], axis=0, return_inverse=True)
-            for sign in range(int(signs.max()) + 1):
-                yield own[signs.reshape(-1) == sign]
+            for same in classes(alike[units].T, len(own)):
+                yield own[same]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +82,7 @@ class DenseBlocks:
         height: Rows of each.
         rows: First row of each, (g,).
         units: Units that each depends on, rising, (g, s).
-        columns: Columns of these, (g, c).
+        width: Columns of these.
         starts: Where the entries of each begin, row by row, (g,).
     """
 
@@ -84,13 +90,8 @@ class DenseBlocks:
     height: int
     rows: np.ndarray
     units: np.ndarray
-    columns: np.ndarray
+    width: int
     starts: np.ndarray
-
-    @property
-    def width(self) -> int:
-        """Columns of each."""
-        return self.columns.shape[1]
 
     @cached_property
     def _runs(self) -> list[slice] | np.ndarray:
@@ -154,21 +155,19 @@ class RowBlocks:
         heights, ends, units, labels = stack
         starts, counts = np.cumsum(widths) - widths, np.diff(ends)
         wide = np.add.reduceat(np.r_[widths[units], 0], ends[:-1]) * (counts > 0)
-        columns = spread(starts[units], widths[units])
-        column_starts = np.cumsum(wide) - wide
+        columns = spread(starts[units], widths[units]).astype(np.int32)
         block = np.repeat(np.arange(len(heights)), heights)
         row_ends = np.r_[0, np.cumsum(wide[block])]
-        entries = columns[spread(column_starts[block], wide[block])]
+        entries = columns[spread((np.cumsum(wide) - wide)[block], wide[block])]
         rows = np.cumsum(heights) - heights
         kinds = []
         for own in stack.kinds(alike):
-            slots = units[ends[own][:, None] + np.arange(int(counts[own[0]]))]
-            at = columns[column_starts[own][:, None] + np.arange(int(wide[own[0]]))]
-            kinds.append(
-                DenseBlocks(int(labels[own[0]]), int(heights[own[0]]), rows[own], slots, at, row_ends[rows[own]])
-            )
+            if counts[own[0]]:
+                slots, first = units[ends[own][:, None] + np.arange(int(counts[own[0]]))], own[0]
+                label, height, width = int(labels[first]), int(heights[first]), int(wide[first])
+                kinds.append(DenseBlocks(label, height, rows[own], slots, width, row_ends[rows[own]]))
         shape = int(heights.sum()), int(widths.sum())
-        return cls(shape, row_ends.astype(np.int32), entries.astype(np.int32), tuple(kinds), widths)
+        return cls(shape, row_ends.astype(np.int32), entries, tuple(kinds), widths)
 
     @classmethod
     def of_matrix(cls, matrix: Csr) -> RowBlocks:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .._saving import Savable
+from ..sparse._matrix import csr
 from ._normal import NormalPattern
 from ._row_blocks import RowBlocks
 
@@ -72,8 +73,8 @@ class LinearizedFit(Savable):
     def norms(self) -> np.ndarray:
         """Norms of the columns, safe from overflow and underflow; zero for a column of zeros."""
         if self.is_sparse:
-            columns, size = self.J.indices, self.J.shape[1]
-            squares = np.bincount(columns, self.J.data**2, minlength=size)
+            J = self.J
+            squares = csr((J.data**2, J.indices, J.indptr), shape=J.shape).T @ np.ones(J.shape[0])
         else:
             squares = np.einsum("ij,ij->j", self.J, self.J)
         norms = np.sqrt(squares)
@@ -126,14 +127,19 @@ class LinearizedFit(Savable):
 
     @cached_property
     def _cosines(self) -> np.ndarray:
-        """The normal matrix of unit columns; of a sparse Jacobian its entries, as `normal` places them."""
-        if self.is_sparse and self.has_safe_squares:
-            share, normal = 1 / positive(self.norms), self.normal
-            return normal.product(self.J.data) * share[normal.rows] * share[normal.cols]
-        if self.is_sparse:
-            return self.normal.product(self._unit_entries)
+        """The normal matrix of unit columns of a dense Jacobian."""
         J = torch.from_numpy(self.J / positive(self.norms))
         return (J.T @ J).numpy()
+
+    @cached_property
+    def _entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Entries of the normal matrix of a sparse Jacobian, as `normal` places them, and what columns were divided by.
+
+        That is one, or where squares are not safe the norms.
+        """
+        if self.has_safe_squares:
+            return self.normal.product(self.J.data), np.ones(self.J.shape[1])
+        return self.normal.product(self._unit_entries), positive(self.norms)
 
     def unit_normal(self, damping: np.ndarray | None) -> Any:
         """Return the normal matrix plus a diagonal, rows and columns divided by `equilibration(damping)`."""
@@ -141,24 +147,21 @@ class LinearizedFit(Savable):
             return self.normal.full(self.unit_entries(damping))
         if damping is None:
             return self._cosines
-        share, rest = self._shares(damping)
+        unit = self.equilibration(damping)
+        share = positive(self.norms) / unit
         total = self._cosines * np.outer(share, share)
-        total[np.diag_indices_from(total)] += rest
+        total[np.diag_indices_from(total)] += (np.sqrt(damping) / unit) ** 2
         return total
 
     def unit_entries(self, damping: np.ndarray | None) -> np.ndarray:
         """Return the entries of `unit_normal` of a sparse Jacobian, as `normal` places them."""
-        if damping is None:
-            return self._cosines
-        share, rest = self._shares(damping)
-        total = self._cosines * share[self.normal.rows] * share[self.normal.cols]
-        total[self.normal.diagonal] += rest
+        (entries, divided), unit, normal = self._entries, self.equilibration(damping), self.normal
+        share = divided / unit
+        total = entries * share[normal.rows]
+        total *= share[normal.cols]
+        if damping is not None:
+            total[normal.diagonal] += (np.sqrt(damping) / unit) ** 2
         return total
-
-    def _shares(self, damping: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return what the Jacobian and the damping have of the unit diagonal, the former as a root."""
-        unit = self.equilibration(damping)
-        return positive(self.norms) / unit, (np.sqrt(damping) / unit) ** 2
 
     def residual(self, p: np.ndarray, damping: np.ndarray | None) -> np.ndarray:
         """Return what a step leaves of the equations, by products with the Jacobian itself."""

@@ -1,4 +1,4 @@
-"""Rules for matrix products and convolutions, which mix entries along known axes."""
+"""Rules for products of matrices and vectors and for convolutions, which mix entries along known axes."""
 
 from __future__ import annotations
 
@@ -190,9 +190,18 @@ def _pooled(tracer: Tracer, call: TracedCall) -> Any:
     return moved.reshape(tuple(out.shape))
 
 
+def _crossed(tracer: Tracer, call: TracedCall) -> Any:
+    """Follow a cross product, whose entries take the two others of both operands."""
+    named, shape = call.named, tuple(call.outs[0].shape)
+    given = [np.broadcast_to(tracer.array(t), shape) for t in (named["self"], named["other"]) if tracer.tracks(t)]
+    found = tracer.union([np.roll(ids, -shift, named["dim"]) for ids in given for shift in (1, 2)], shape)
+    return tracer.of_shadows([torch.from_numpy(np.array(found))], call.outs)
+
+
 _PRODUCTS = ["mm", "bmm", "mv", "dot", "vdot", "addmm", "addmv", "baddbmm"]
 CONTRACTIONS: dict[str, Rule] = {
     **dict.fromkeys(_PRODUCTS, _product),
+    "linalg_cross": _crossed,
     "convolution": _convolution,
     "_convolution": _convolution,
     "convolution_backward": _convolution_backward,

@@ -7,6 +7,8 @@ taken for the same with probability 3e-8.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -58,10 +60,11 @@ class Pool:
         if not left.any():
             return right
         bits = _bits(len(self))
-        pairs, where = np.unique((left.ravel() << bits) | right.ravel(), return_inverse=True)
-        group = np.arange(len(pairs))
-        ids = self.union_groups(np.r_[group, group], np.r_[pairs >> bits, pairs & _mask(bits)], len(pairs))
-        return ids[where.ravel()].reshape(left.shape)
+        pairs, where = _numbered((np.minimum(left, right).ravel() << bits) | np.maximum(left, right).ravel())
+        # Side by side and rising, so that no sort is needed.
+        ids = np.stack([pairs >> bits, pairs & _mask(bits)], 1).ravel()
+        ids = self.union_groups(np.arange(len(pairs)).repeat(2), ids, len(pairs))
+        return ids[where].reshape(left.shape)
 
     def union_groups(self, groups: Array, ids: Array, count: int) -> Array:
         """Return, for each of `count` groups, the id of the union of the sets that carry its number."""
@@ -86,7 +89,9 @@ class Pool:
         mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX
         marks = np.add.reduceat(mixed, start)[several]
-        _, first, where = np.unique(marks, return_index=True, return_inverse=True)
+        marks, where = _numbered(marks)
+        first = np.empty(len(marks), np.int64)
+        first[where] = np.arange(len(where))
         runs = several[first]
         members_of = ids[spans(start[runs], count_of[runs])]
         sizes = self.sizes(members_of)
@@ -95,11 +100,13 @@ class Pool:
         keys = distinct((rows << bits) | self._members[spans(self._ends[members_of], sizes)])
         rows, members = keys >> bits, keys & _mask(bits)
         ends = np.searchsorted(rows, np.arange(len(runs) + 1))
-        return self._interned(ends, members, np.add.reduceat(self._keys[members], ends[:-1]))[where.ravel()]
+        return self._interned(ends, members, np.add.reduceat(self._keys[members], ends[:-1]))[where]
 
     def _interned(self, ends: Array, members: Array, hashes: NDArray[np.uint64]) -> Array:
         """Return the ids of these sets, of the same ones stored before where there are any."""
-        fresh, first, where = np.unique(hashes, return_index=True, return_inverse=True)
+        fresh, where = _numbered(hashes)
+        first = np.empty(len(fresh), np.int64)
+        first[where] = np.arange(len(where))
         place = np.searchsorted(self._hashes, fresh)
         known = self._hashes[np.minimum(place, len(self._hashes) - 1)] == fresh
         ids = np.where(known, self._ids[np.minimum(place, len(self._ids) - 1)], 0)
@@ -110,7 +117,7 @@ class Pool:
             self._append(members[spans(ends[:-1][first[new]], sizes)], sizes)
             self._hashes = np.insert(self._hashes, place[new], fresh[new])
             self._ids = np.insert(self._ids, place[new], ids[new])
-        return ids[where.ravel()]
+        return ids[where]
 
     def _append(self, members: Array, sizes: Array) -> None:
         used = int(self._ends[-1])
@@ -138,11 +145,21 @@ def spans(start: Array, length: Array) -> Array:
 
 
 def distinct(values: Array) -> Array:
-    """Return the different values, sorted."""
+    """Return the different values, sorted; quick where they come in sorted runs, as they mostly do (timsort)."""
     if len(values) < 2:
         return values
-    ordered = values if bool((values[1:] >= values[:-1]).all()) else np.sort(values)
+    ordered = values if bool((values[1:] >= values[:-1]).all()) else np.sort(values, kind="stable")
     return ordered[np.r_[True, ordered[1:] != ordered[:-1]]]
+
+
+def _numbered(values: NDArray[Any]) -> tuple[NDArray[Any], Array]:
+    """Return the different values, sorted, and for each given one its number."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    fresh = np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)]
+    where = np.empty(len(values), np.int64)
+    where[order] = np.cumsum(fresh) - 1
+    return ordered[fresh], where
 
 
 def _bits(count: int) -> int:
