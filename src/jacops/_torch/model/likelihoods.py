@@ -166,7 +166,7 @@ def likelihood_of(
             return [part if part is None else part.to(_coarser(part.dtype, value.dtype)) for part in found]
 
     with arithmetic(False):
-        y, own = out_of_inference(y) if isinstance(y, Tensor) else y, [out_of_inference(o.detach()) for o in outputs]
+        y, own = out_of_inference(y) if isinstance(y, Tensor) else y, [_single(o) for o in outputs]
         used = [0] if len(own) == 1 else [i for i, slope in enumerate(slopes(own, y)) if slope is not None]
         if len(used) != 1:
             return None
@@ -177,6 +177,12 @@ def likelihood_of(
             return torch.zeros_like(at) if found is None else found
 
         return computed_likelihood(slope, own[place], y)
+
+
+def _single(output: Tensor) -> Tensor:
+    """Return an output in single precision at least: in half, a factor is told from others by its third digit only."""
+    own = out_of_inference(output.detach())
+    return own.float() if own.dtype in (torch.bfloat16, torch.float16) else own
 
 
 def _coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:
