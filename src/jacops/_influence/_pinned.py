@@ -1,7 +1,7 @@
 """What all tiles of a stored run rest on beside their place: the damping, the solver that was chosen, fitted factors.
 
-One process finds them, before there is a first tile; others read them. So a tile is the same whoever computes it, and
-whatever that process computed before.
+One process computes them before there is a first tile, and others read them, so that a tile depends neither on the
+process that computes it nor on what that process computed before.
 """
 
 from __future__ import annotations

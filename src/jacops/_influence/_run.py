@@ -144,7 +144,7 @@ class InfluenceRun:
         return max(1, int(share * free) // each)
 
     def groups(self, data: Batches, held: RankedRows) -> Iterator[tuple[Tensor, list[Solution]]]:
-        """Yield solutions of a group of rows, held as told, and what is known of them tile by tile."""
+        """Yield solutions of a group of rows, in the form of `held`, and what is known of them tile by tile."""
         left, solved, space = data.rows, self.solved(data), self.problem.space
         most = self.group(left, held)
         while left:

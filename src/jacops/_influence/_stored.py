@@ -121,21 +121,21 @@ class _TestTiles:
 
     def __init__(self, run: InfluenceRun, data: Batches, settled: list[InfluenceRun], states: SolveStates) -> None:
         self._states = states
-        self.run, self.group = run, run.group(data.rows, run.held) // run.step or 1
+        # Once for all tiles: both follow the memory that is free.
+        self.run, self.group, self.together = run, run.group(data.rows, run.held) // run.step or 1, run.together
         self._data, self._settled, self._next = data, settled, 0
         self._walk: Iterator[Callable[[], Tensor]] = iter(())
 
-    def solve(self, numbers: list[int], kept: StoredRun) -> list[int]:
-        """Solve some tiles, rising, and write what is known of them; return those left, none."""
+    def solve(self, numbers: list[int], kept: StoredRun) -> None:
+        """Solve some tiles, rising, and write what is known of them."""
         if not numbers:
-            return []
+            return
         if not self._settled:
             self._settled.append(pinned_by(self.run, kept, self._states))
         tiles = [self._gradients(number) for number in numbers]
         self._states.solving(kept, numbers[0])  # solvers that keep states solve one tile at a time
         for number, solution in zip(numbers, self._settled[0].solve_each(tiles), strict=True):
             _write(self.run, kept, number, solution)
-        return []
 
     def _gradients(self, number: int) -> Tensor:
         """Return the gradients of a tile; one before the last one asked for costs another pass over the samples."""
@@ -157,26 +157,29 @@ def _finish(rows: _TestTiles, kept: StoredRun, asked: Batches) -> None:
     needed = [(name, grid) for name, grid in kept.arrays.items() if name != "factors"]
     if kept.is_complete and all(kept.has(name, index) for name, grid in needed for index in grid.indices()):
         return
-    needed_here, free = _solved(rows.run), True
+    solved, free = _solved(rows.run), True
     while free:
         waiting, unsolved = list[int](), list[int]()
         for number, column in kept.arrays["influences"].indices():
-            if not kept.take("influences", (number, column), *needed_here):
+            if not kept.take("influences", (number, column), *solved):
                 continue
-            is_solved = all(kept.has(name, (number, 0)[: len(kept.arrays[name].counts)]) for name in needed_here)
+            is_solved = all(kept.has(name, (number, 0)[: len(kept.arrays[name].counts)]) for name in solved)
             if is_solved and kept.has("influences", (number, column)):
                 kept.leave("influences", (number, column))
                 continue
             waiting.append(number)
-            unsolved += [] if is_solved else [number]
-            if len(unsolved) == rows.run.together or len(waiting) == rows.group:
-                unsolved = rows.solve(unsolved, kept)
+            if not is_solved:
+                unsolved.append(number)
+            if len(unsolved) == rows.together or len(waiting) == rows.group:
+                rows.solve(unsolved, kept)
+                unsolved = []
             if len(waiting) == rows.group:
-                waiting = _meet(rows.run, kept, waiting, asked)
+                _meet(rows.run, kept, waiting, asked)
+                waiting = []
         rows.solve(unsolved, kept)
         _meet(rows.run, kept, waiting, asked)
         rows.rest()
-        free = kept.wait("influences", *needed_here)
+        free = kept.wait("influences", *solved)
     kept.obtain("shares", (0,), lambda: shares_of(rows.run.problem, asked).double())
     kept.complete()
 
@@ -186,14 +189,13 @@ def _solved(run: InfluenceRun) -> tuple[str, ...]:
     return ("factors", "status", "iterations", *_per_row(run), "report")
 
 
-def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) -> list[int]:
-    """Write the influences of some tiles, whose solutions meet all samples in one pass; return those left, none."""
+def _meet(run: InfluenceRun, kept: StoredRun, tiles: list[int], asked: Batches) -> None:
+    """Write the influences of some tiles, whose solutions meet the gradients of all samples in one pass."""
     if not tiles:
-        return []
+        return
     parts = [torch.from_numpy(kept.tile("factors", (number, 0))).to(run.problem.space.device) for number in tiles]
     for number, tile in zip(tiles, run.problem.sample_gradients(asked).apply_each(parts, run.held), strict=True):
         kept.write("influences", (number, 0), tile)
-    return []
 
 
 def _write(run: InfluenceRun, kept: StoredRun, number: int, solution: Solution) -> None:
