@@ -17,11 +17,12 @@ NEW ?= .
 # Installing one extra also installs those inside it.
 HOLDS_demo := demo
 HOLDS_test := demo test
-HOLDS_dev := demo test dev
+HOLDS_docs := demo docs
+HOLDS_dev := demo docs test dev
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench gpu-check peers compare lint format clean
+.PHONY: help demo docs test test-all bench gpu-check peers compare lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -52,6 +53,10 @@ peers: $(VENV)/.ready-test ## Set up an environment for each rival of benchmarks
 compare: $(VENV)/.ready-test ## Compare the speed of two checkouts (OLD=../old NEW=. ARGS="products:C1"); fails if NEW is slower
 	$(if $(OLD),,$(error name the checkout to compare with, as in `make compare OLD=../old`))
 	$(RUN) -W ignore -m benchmarks.compare $(OLD) $(NEW) $(ARGS)
+
+docs: $(VENV)/.ready-docs ## Build the site in build/html, running its tutorials (open build/html/index.html)
+	OMP_NUM_THREADS=1 $(RUN) -m sphinx -W --keep-going -q -b html docs build/html $(ARGS)
+	@echo "Open build/html/index.html."
 
 lint: $(VENV)/.ready-dev ## Check style and types
 	$(RUN) -m ruff check .

@@ -1,0 +1,8 @@
+"""
+Fit a curve
+===========
+
+Text.
+"""
+import torch, jacops
+print(jacops.jacobian(torch.nn.Linear(2,3), torch.randn(4,2)))
