@@ -38,6 +38,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+napoleon_attr_annotations = False  # the signature has the types
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples/tutorials",

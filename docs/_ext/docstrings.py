@@ -29,6 +29,8 @@ def _converted(paragraph: str) -> str:
 
 def _convert(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Rewrite a docstring's lines in place, before its sections are read."""
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # an empty comment; napoleon takes `words:` at the very beginning for a type
     lines[:] = "\n\n".join(_converted(part) for part in _PARAGRAPH.split("\n".join(lines))).split("\n")
 
 
@@ -43,13 +45,11 @@ class LinkNames(SphinxPostTransform):
         for code in list(self.document.findall(nodes.literal)):
             if isinstance(code.parent, nodes.reference | nodes.title) or "xref" in code["classes"]:
                 continue
-            text = code.astext().removesuffix("()")
-            name = text if text.startswith("jacops.") else f"jacops.{text}"
-            found = objects.get(name)
-            if found and found.docname != self.env.docname and self.app.builder:
-                code.replace_self(
-                    make_refnode(self.app.builder, self.env.docname, found.docname, found.node_id, code.deepcopy(), name)
-                )
+            name = f"jacops.{code.astext().removesuffix('()').removeprefix('jacops.')}"
+            found, here = objects.get(name), self.env.docname
+            if found and found.docname != here:
+                link = make_refnode(self.app.builder, here, found.docname, found.node_id, code.deepcopy(), name)
+                code.replace_self(link)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

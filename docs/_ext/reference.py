@@ -31,7 +31,8 @@ def _summary(thing: Any) -> str:
 def _directive(name: str, thing: Any) -> str:
     """Return what autodoc is told for an object."""
     if inspect.isclass(thing):
-        return f".. autoclass:: {name}\n   :members:\n   :special-members: __matmul__\n   :inherited-members: {_OUTSIDE}"
+        members = f"   :members:\n   :special-members: __matmul__\n   :inherited-members: {_OUTSIDE}"
+        return f".. autoclass:: {name}\n{members}"
     if callable(thing) and inspect.isroutine(thing):
         return f".. autofunction:: {name}"
     return f".. autodata:: {name}\n   :no-value:"

@@ -4,5 +4,9 @@ Fit a curve
 
 Text.
 """
-import torch, jacops
-print(jacops.jacobian(torch.nn.Linear(2,3), torch.randn(4,2)))
+
+import torch
+
+import jacops
+
+print(jacops.jacobian(torch.nn.Linear(2, 3), torch.randn(4, 2)))
