@@ -22,7 +22,7 @@ HOLDS_dev := demo docs test dev
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo docs test test-all bench gpu-check peers compare lint format clean
+.PHONY: help demo docs test test-all test-matrix bench gpu-check peers compare lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -35,6 +35,9 @@ test: $(VENV)/.ready-test ## Set up, then run the tests (pass more to pytest wit
 
 test-all: $(VENV)/.ready-test ## The tests, the slow ones too
 	$(TESTS) -q -m "slow or not slow" $(ARGS)
+
+test-matrix: $(VENV)/.ready-test ## A smoke set on other releases of torch and Python, each in an environment of its own (ARGS="3.12:2.13.0")
+	OMP_NUM_THREADS=1 $(RUN) tests/matrix.py $(ARGS)
 
 bench: $(VENV)/.ready-test ## Time named rivals on the same work (choose with ARGS="products:C1"; PEERS=1 installs more)
 	$(if $(PEERS),$(RUN) -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt)

@@ -33,6 +33,9 @@ def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool 
         proj_tensor: `(r, d)`, of the same kind and dtype.
         check_finite: Raise if the result holds NaN or Inf.
 
+    Returns:
+        `(n, out, d)`, of the kind and dtype of the arguments.
+
     Raises:
         InputTypeError: One is torch and the other NumPy, or neither.
         InputError: Shapes, dtypes or devices do not match exactly.
@@ -128,6 +131,9 @@ def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # no
         Z: Outputs, `(n, out)`.
         J: Jacobians, `(n, out, in)`.
         X: Inputs, `(n, in)`.
+
+    Returns:
+        A `JacobianVerification`: the largest error, the relative one, and whether both are at rounding level.
 
     Raises:
         InputError: Shapes do not match exactly, or there are no samples.

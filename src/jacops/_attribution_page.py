@@ -54,8 +54,8 @@ class PagedContributions(DrawnContributions):
             samples: Which samples have a picture; those that there are not are left out.
             k: How many features are listed.
             kind: The pictures, as in `plot`; a waterfall in place of bars by default.
-            shape: As in `plot`.
-            positions: As in `plot`.
+            shape: The shape of a sample whose features came flat, such as `(28, 28)`.
+            positions: Which axis of the features counts positions.
 
         Raises:
             MissingExtraError: Matplotlib or Jinja2 is not installed (extra `demo`).

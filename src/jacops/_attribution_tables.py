@@ -182,7 +182,8 @@ class TabledContributions(Described):
         Bias and output stay as they are, and so does what was verified: output = sum over groups + bias.
 
         Args:
-            groups: As in `contributions`; by default those that were given to it.
+            groups: Features that are added up: a mapping of names to features, or one label per feature; by default
+                those that were given to it.
 
         Returns:
             Contributions with the groups as features, `(n, *out, groups)`. Their `jacobian` is None: the derivative by

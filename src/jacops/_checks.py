@@ -86,7 +86,7 @@ def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = N
         model: A module, differentiated as it stands.
         inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         seed: Of the random direction.
-        parameters: Which parameters are moved, as in `jacobian`.
+        parameters: Which parameters are moved: names with patterns (`fnmatch`), tensors or a predicate; None for all.
 
     Returns:
         A `Check`; where its `passed` is False, the derivative is not that of the function.
@@ -94,6 +94,10 @@ def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = N
     Raises:
         ModelStateError: There are no parameters to move.
         NotDifferentiableError: The output has no path to them.
+
+    Example:
+        >>> check(torch.nn.Linear(2, 1), torch.ones(3, 2)).passed
+        True
     """
     picks = picked(model, parameters)
     found = ModelRun(model, inputs, call="check", parameters=picks).recorded()

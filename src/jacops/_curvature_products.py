@@ -40,9 +40,32 @@ def hvp(
     create_graph: bool = False,
     **options: Unpack[CurvatureCallOptions],
 ) -> Any:
-    """Return the Hessian of the loss times `v`, in the form of `v`: flat, columns, list or dict by name.
+    """Return the Hessian of the loss of one batch times a vector, by the trainable parameters.
 
-    With `create_graph` it is differentiable, by the model's trainable parameters and by inputs that require grad.
+    One sweep over the recorded gradient (Pearlmutter, 1994). For many products keep `hessian(...)`.
+
+    Args:
+        model: A module, differentiated as it stands, or a `JaxFunction`.
+        loss: `loss(output, y)`, one number; the objective as you reduce it.
+        x: The model's input: a tensor, a tuple of arguments or a mapping of keywords.
+        y: The target, passed to the loss as it is.
+        v: A vector `(P,)`, columns `(P, k)`, or one tensor per parameter in a list or a dict.
+        create_graph: Keep the result differentiable, by trainable parameters, by `v` and by inputs that require grad.
+        options: `parameters=`, `wrt=`, `at=`, `outputs=`, `checks=`, `fallback=`, `check_finite=`; see `hessian`.
+
+    Returns:
+        The product, in the form of `v`.
+
+    Raises:
+        InputError: `v` does not match the parameters, or the loss is not one number.
+        ModelStateError: No parameter requires grad.
+        NotDifferentiableError: There is no second derivative; the message names the cause.
+        NonFiniteError: `v` or the result holds NaN or Inf.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> hvp(model, torch.nn.functional.mse_loss, torch.eye(2), torch.zeros(2, 1), torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
     """
     if is_sharded(model):
         return sharded_hvp(model, loss, x, y, v, create_graph=create_graph, **options)
@@ -71,7 +94,33 @@ def ggnvp(
     create_graph: bool = False,
     **options: Unpack[CurvatureCallOptions],
 ) -> Any:
-    """Return the generalised Gauss-Newton matrix times `v`, in the form of `v`; `create_graph` is as in `hvp`."""
+    r"""Return the generalised Gauss-Newton matrix of one batch times a vector, $J^\top H_\ell J v$.
+
+    A sweep forward, the product with the loss's Hessian by the output, and a sweep backward (Schraudolph, 2002).
+
+    Args:
+        model: A module, differentiated as it stands, or a `JaxFunction`.
+        loss: `loss(output, y)`, one number; the objective as you reduce it.
+        x: The model's input: a tensor, a tuple of arguments or a mapping of keywords.
+        y: The target, passed to the loss as it is.
+        v: A vector `(P,)`, columns `(P, k)`, or one tensor per parameter in a list or a dict.
+        create_graph: Keep the result differentiable, by the parameters and by `v`.
+        options: `parameters=`, `wrt=`, `at=`, `outputs=`, `checks=`, `fallback=`, `check_finite=`; see `hessian`.
+
+    Returns:
+        The product, in the form of `v`.
+
+    Raises:
+        InputError: `v` does not match the parameters, or the loss is not one number.
+        ModelStateError: No parameter requires grad.
+        NotDifferentiableError: The output has no derivative; the message names the cause.
+        NonFiniteError: `v` or the result holds NaN or Inf.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> ggnvp(model, torch.nn.functional.mse_loss, torch.eye(2), torch.zeros(2, 1), torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+    """
     if is_sharded(model):
         return sharded_ggnvp(model, loss, x, y, v, create_graph=create_graph, **options)
     return _for_one_product(model, loss, x, y, make_ggn, "ggnvp", create_graph=create_graph, **options) @ v

@@ -92,9 +92,11 @@ def contributions(
         groups: Groups of features, for `grouped`: a mapping from groups to features (by name, pattern or index; what
             is in none is in `"other"`), or a label for every feature.
         batch_size: Samples to a sweep.
-        shared: As in `compute_jacobian`.
+        shared: Inputs without an axis of samples, by name or position.
         unpack: For a loader, as in `compute_jacobian`.
-        options: As in `compute_jacobian`; `freeze=` takes class names or paths of modules (`fnmatch` patterns such as
+        options: `outputs=`, `target=`, `mode=`, `at=`, `budget=`, `out=`, `checks=`, `fallback=`, `check_finite=`,
+            `progress=`; see `compute_jacobian`; `freeze=` takes class names or paths of modules (`fnmatch` patterns
+            such as
             `"LayerNorm"` or `"blocks.*.attn"`), or a function of name and module. With `outputs=` all parts are of
             these outputs, with `target=` of one output per sample, whose axis is not in the result. With `at=` from a
             hidden layer `values` are what its units add, and `bias` what the constants behind it do;
@@ -112,9 +114,10 @@ def contributions(
         InputError: Shapes do not fit, `features` is missing, or `freeze` names no module, or one in which nothing can
             be held constant.
         MemoryBudgetError: Jacobians, contributions and the work on one sample do not fit the budget.
-        ModelStateError: As in `compute_jacobian`; or a frozen module is scripted, or runs in an activation checkpoint.
-        NotDifferentiableError: As in `compute_jacobian`.
-        NonFiniteError: As in `compute_jacobian`; in the bias part, too.
+        ModelStateError: Parameters are lazy or without values, `at` does not fit the forward; or a frozen module is scripted, or runs in an
+            activation checkpoint.
+        NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
+        NonFiniteError: An output or a derivative is NaN or Inf; in the bias part, too.
 
     Warns:
         JacopsWarning: The identity fails by more than rounding, or the Jacobian is not the slope of the output.

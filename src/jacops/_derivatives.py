@@ -153,7 +153,7 @@ def hessian(
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
-        create_graph: As in `jacobian`.
+        create_graph: Keep products and all that is made of them differentiable.
         options: `parameters=`, `wrt=` and `at=` (as in `jacobian`: by inputs or hidden values), `outputs=`, `checks=`,
             `fallback=`, `check_finite=` (results with NaN or Inf raise).
 
@@ -306,12 +306,12 @@ def ggn(
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
     Args:
-        model: As in `hessian`.
+        model: A module, differentiated as it stands, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
         loss: `loss(output, y)`, one number, twice differentiable in the output.
         x: The model's input, as in `jacobian`.
         y: The target.
-        create_graph: As in `jacobian`.
-        options: As in `hessian`.
+        create_graph: Keep products and all that is made of them differentiable.
+        options: `parameters=`, `wrt=`, `at=`, `outputs=`, `checks=`, `fallback=`, `check_finite=`; see `hessian`.
 
     Returns:
         A symmetric operator on the space of parameters. It is marked positive for those of torch's own losses that
@@ -320,9 +320,9 @@ def ggn(
         to be diagonal or of a softmax's form to be marked. `output` and `value_and_gradient()` as in `hessian`.
 
     Raises:
-        NotDifferentiableError: As in `hessian`.
-        InputError: As in `hessian`.
-        ModelStateError: As in `hessian`.
+        NotDifferentiableError: There is no derivative; the message names the cause.
+        InputError: The loss is not one number, or `y` would broadcast.
+        ModelStateError: No parameter requires grad.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

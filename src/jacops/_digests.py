@@ -74,9 +74,16 @@ def digest_data(batches: Iterable[Any], data_id: str | None = None) -> str:
         batches: As `DataDigest` takes them.
         data_id: The caller's own name for data too large to read for this; it is on the caller to change it with them.
 
+    Returns:
+        Hexadecimal digits, or `id:` and the name.
+
     Raises:
         InputTypeError: A leaf is of a kind that has no digest.
         InputError: A leaf is a tensor without values of its own, or sparse.
+
+    Example:
+        >>> digest_data([torch.zeros(2)]) == digest_data([torch.zeros(2)]), digest_data([], "cells-2024")
+        (True, 'id:cells-2024')
     """
     if data_id is not None:
         return f"id:{data_id}"
@@ -97,8 +104,18 @@ def byte_view(tensor: Tensor) -> Tensor:
 def digest_tensors(named: Mapping[str, Tensor | np.ndarray]) -> str:
     """Return a digest of tensors by name: dtypes, shapes and bytes, in the order of the names.
 
+    Args:
+        named: Tensors or arrays by name.
+
+    Returns:
+        Hexadecimal digits.
+
     Raises:
         InputError: A tensor has no values of its own (lazy, meta), or is sparse.
+
+    Example:
+        >>> digest_tensors({"a": torch.zeros(2)}) == digest_tensors({"a": torch.zeros(2).double()})
+        False
     """
     found = _new()
     for name in sorted(named):
@@ -113,8 +130,19 @@ def digest_module(module: nn.Module) -> str:
 
     The code of its `nodewise` is not in it, nor are objects it holds that are neither modules nor plain values.
 
+    Args:
+        module: Any module.
+
+    Returns:
+        Hexadecimal digits.
+
     Raises:
         InputError: A parameter has no values yet.
+
+    Example:
+        >>> model = torch.nn.Dropout(0.1)
+        >>> digest_module(model.train()) == digest_module(model.eval())
+        False
     """
     found = _new()
     for name, part in module.named_modules(remove_duplicate=False):
@@ -131,8 +159,18 @@ def digest_function(function: Callable[..., Any]) -> str:
     Modules go by `digest_module`. What a function finds in its module's globals is not in the digest, and another
     version of Python has another bytecode.
 
+    Args:
+        function: A function, method, partial or callable object.
+
+    Returns:
+        Hexadecimal digits.
+
     Raises:
         InputError: It closes over a tensor without values.
+
+    Example:
+        >>> digest_function(lambda x: 2 * x) == digest_function(lambda x: 3 * x)
+        False
     """
     found = _new()
     _take(found, function, "function")
@@ -141,7 +179,18 @@ def digest_function(function: Callable[..., Any]) -> str:
 
 @keywords()
 def surroundings(device: object = "cpu") -> dict[str, str]:
-    """Return what should change a run's numbers by rounding at most: versions, threads and the device."""
+    """Return what should change a run's numbers by rounding at most: versions, threads and the device.
+
+    Args:
+        device: The device of the run, as text or as `torch.device`.
+
+    Returns:
+        Python, threads, device, and the versions of jacops, torch and NumPy.
+
+    Example:
+        >>> sorted(surroundings())
+        ['device', 'jacops', 'numpy', 'python', 'threads', 'torch']
+    """
     found = {"python": platform.python_version(), "threads": str(torch.get_num_threads()), "device": str(device)}
     for package in ("jacops", "torch", "numpy"):
         try:

@@ -82,7 +82,7 @@ def fisher(
         seed: Which stream of labels is drawn. A label depends on the seed, the sample's place in the data and its
             target's place among the sample's targets that count: padding and the size of batches change nothing.
         first: Place of the first sample in the data, for a batch of a larger data set.
-        options: As in `hessian`.
+        options: `parameters=`, `outputs=`, `checks=`, `fallback=`, `check_finite=`; see `hessian`.
 
     Returns:
         A positive operator.
@@ -91,8 +91,8 @@ def fisher(
         InputError: `kind`, `samples` or `first` is unknown or out of range, `y` is missing, or the loss is no
             likelihood that is known here (or weighted by class or element).
         InputTypeError: The output is not one tensor with a row per sample.
-        NotDifferentiableError: As in `ggn`.
-        ModelStateError: As in `ggn`, for `"empirical"` as in `sample_gradients`.
+        NotDifferentiableError: The model has no derivative; the message names the cause.
+        ModelStateError: No parameter requires grad, or for `"empirical"` a module mixes or randomises samples.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

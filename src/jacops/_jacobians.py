@@ -210,7 +210,7 @@ def full_jacobian(
         chunk_size: Most rows (or columns) per batched pass; by default by size, and fewer where the budget asks for it.
         budget: Bytes that result and working memory may take, as in `compute_jacobian`.
         out: Where to write, as in `compute_jacobian`: one tensor or array per parameter.
-        progress: As in `compute_jacobian`.
+        progress: Force the progress bar on or off.
 
     Returns:
         One tensor per parameter; `output_dim` is the number of entries of `func()`.
@@ -315,7 +315,7 @@ def modjac(
         budget: Bytes that result and working memory may take, as in `compute_jacobian`.
         out: Where to write, as in `compute_jacobian`: of the structure that the result has, one matrix with `flatten`.
         check_finite: Raise if an output or a derivative is NaN or Inf.
-        progress: As in `compute_jacobian`.
+        progress: Force the progress bar on or off.
 
     Returns:
         For one parameter and one output tensor `(*out, *param)`; for several parameters a tuple of such; for a tuple

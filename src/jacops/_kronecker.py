@@ -71,8 +71,8 @@ def kronecker_factors(
         weighted: Weigh every row by the size of what it meets on the other side, as `EKFAC` does by default; then only
             the product of two factors has a scale.
         parameters: Which parameters, with a model, as in `jacobian`.
-        exact_up_to: As in `EKFAC`.
-        widest: As in `EKFAC`.
+        exact_up_to: Parameters outside Kronecker form are kept exactly up to this many entries.
+        widest: Sides of a weight longer than this keep their own axes as eigenbasis.
 
     Returns:
         A mapping; `a + b` adds batches or problems, `c * a` scales, `to_operator()` gives the operator, and

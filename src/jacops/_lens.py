@@ -125,9 +125,12 @@ def jacobian_lens(
         budget: Bytes that may be held at once, as in `compute_jacobian`; that is about `sequences * out * width`
             numbers and the working memory of a sweep.
         checks: Whether sequences mix is proved as in `compute_jacobian`.
-        fallback: As in `compute_jacobian`.
+        fallback: `"warn"`, `"silent"` or `"error"` when the fast route does not apply.
         check_finite: Raise if a result or a derivative is NaN or Inf.
-        progress: As in `compute_jacobian`.
+        progress: Force the progress bar on or off.
+
+    Returns:
+        A `JacobianLens` with the mean Jacobian `matrix` `(out, width)` and its sampling error.
 
     Raises:
         InputTypeError: `model` or `corpus` is of the wrong kind.

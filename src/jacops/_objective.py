@@ -66,8 +66,8 @@ class Objective:
         parameters: Which parameters: None takes those that require grad; name patterns (`"*.lora_*"`), one or
             several, or a function of name and parameter pick others.
         reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean.
-        randomness: As in `sample_gradients`.
-        seed: As in `sample_gradients`.
+        randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
+        seed: Of those masks; needed with `randomness="same"`.
 
     Attributes:
         foreign: The model is of another framework than torch.

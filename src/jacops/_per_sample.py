@@ -93,7 +93,7 @@ def sample_gradients(
         create_graph: Keep rows, and all that is made of them, differentiable, by the model's trainable parameters and
             by inputs of yours that require grad. Their derivatives are checked as the rows themselves are; samples are
             taken one at a time also where a parameter enters without a rule.
-        options: As in `hessian`.
+        options: `parameters=`, `outputs=`, `checks=`, `fallback=`, `check_finite=`; see `hessian`.
 
     Returns:
         An operator from the space of parameters to one row per sample; `G @ v`, `G.T @ u`, `G.gram()`, `G.norms()`,
@@ -183,22 +183,22 @@ def sample_jacobians(
     with 288,306 parameters take 4 MiB instead of 880.
 
     Args:
-        model: As in `sample_gradients`.
-        x: As in `sample_gradients`.
+        model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
+        x: A tensor, tuple or mapping of tensors with one leading axis, or a loader of batches `(x, y)`.
         outputs: Part of the output, as in `jacobian`; what it picks must be one tensor.
         target: One output per sample, as in `compute_jacobian`; rows are then `(n, P)` for an output `(n, classes)`.
         shared: Inputs without an axis of samples, as in `compute_jacobian`.
         unpack: For a loader, as in `compute_jacobian`.
         seed: Of random layers in train mode, which draw the same masks for every sample; None refuses them.
-        create_graph: As in `sample_gradients`.
-        options: As in `hessian`.
+        create_graph: Keep rows, and all that is made of them, differentiable.
+        options: `parameters=`, `outputs=`, `checks=`, `fallback=`, `check_finite=`; see `hessian`.
 
     Returns:
         An operator from the space of parameters to `(n, *output)`. `gram()` is the empirical neural tangent kernel;
         `output` are the outputs themselves.
 
     Raises:
-        ModelStateError: As in `sample_gradients`.
+        ModelStateError: Batch statistics or dropout are in train mode; the message names the module.
         InputError: The leading axes differ, or the output is not one tensor.
         NotDifferentiableError: No path leads from the output to a parameter; or samples mix, and `fallback="error"`.
 
@@ -317,7 +317,7 @@ def refuse_mixing_modules(model: Model, random: bool = True) -> None:
     """Refuse modules that make a per-sample quantity ill-posed in train mode.
 
     Args:
-        model: As in `sample_gradients`.
+        model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
         random: Refuse random modules too, not only batch statistics.
 
     Raises:
@@ -356,17 +356,18 @@ def empirical_fisher(
     scale of the other Fisher matrices.
 
     Args:
-        model: As in `sample_gradients`.
-        loss: As in `sample_gradients`; a mean over one sample, the negative log-likelihood of it.
-        x: As in `sample_gradients`; a loader may shuffle, since the order of samples has no place in the result.
-        y: As in `sample_gradients`.
-        options: As in `sample_gradients`.
+        model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
+        loss: `loss(output, y)`, one number; a mean over one sample, the negative log-likelihood of it.
+        x: A tensor, tuple or mapping of tensors with one leading axis, or a loader of batches `(x, y)`; a loader may
+            shuffle, since the order of samples has no place in the result.
+        y: A tensor with the same leading axis; left out with a loader.
+        options: `parameters=`, `outputs=`, `checks=`, `fallback=`, `check_finite=`; see `hessian`.
 
     Returns:
         A positive operator on the space of parameters.
 
     Raises:
-        ModelStateError: As in `sample_gradients`.
+        ModelStateError: Batch statistics or dropout are in train mode; the message names the module.
         InputError: There are no samples.
 
     Example:

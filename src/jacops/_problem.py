@@ -61,8 +61,8 @@ class Problem(Described):
         reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean. It is verified.
         l2: Weight decay $r$: one number, or numbers by name pattern; parameters that no pattern fits have none.
         unpack: Batch -> `(x, y)` or `(x, y, weights)`.
-        randomness: As in `sample_gradients`.
-        seed: As in `sample_gradients`.
+        randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
+        seed: Of those masks; needed with `randomness="same"`.
         progress: Force progress bars on or off.
         distributed: Share sums over the data among the ranks of an initialised `torch.distributed` group; all of them
             make the same calls then. False works on this rank alone.

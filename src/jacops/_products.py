@@ -90,18 +90,19 @@ def batch_jvp(
     """Return $J v$ for a batch of directions, `(B, *out)`, all at one linearisation point.
 
     Args:
-        func: As in `jvp`, called once for the whole batch.
-        params: As in `jvp`.
+        func: A function without arguments that returns a tensor or a tree of tensors, called once for the whole batch.
+        params: One tensor or any iterable of tensors that `func` uses.
         vs: Per parameter a tensor `(B, *param)`.
-        create_graph: As in `jvp`.
-        fallback: As in `jvp`.
+        create_graph: Keep the result differentiable, to any order.
+        fallback: `"warn"`, `"silent"` or `"error"` when the fast route does not apply.
 
     Returns:
         A tensor `(B, *out)`, or the same tree of such.
 
     Raises:
-        InputError: As in `jvp`; also if the tensors of `vs` differ in `B`.
-        NonFiniteError: As in `jvp`.
+        InputError: Vectors do not match in count, shape, dtype or device, or a parameter is repeated or frozen; also if
+            the tensors of `vs` differ in `B`.
+        NonFiniteError: A vector or the result holds NaN or Inf.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -126,10 +127,10 @@ def vjp(func: Callable[[], Any], params: Params, v: Any, create_graph: bool = Fa
     For complex outputs this is what `torch.autograd.grad` returns for the cotangent `v`.
 
     Args:
-        func: As in `jvp`.
-        params: As in `jvp`.
+        func: A function without arguments that returns a tensor or a tree of tensors.
+        params: One tensor or any iterable of tensors that `func` uses.
         v: A tensor like the output in shape, dtype and device (for a tree: the same tree, or a list of its leaves).
-        create_graph: As in `jvp`.
+        create_graph: Keep the result differentiable, to any order.
 
     Returns:
         A tensor for one parameter, else a list of tensors, each shaped like its parameter.
@@ -157,10 +158,10 @@ def batch_vjp(func: Callable[[], Any], params: Params, vs: Any, create_graph: bo
     r"""Return $J^\top v$ for a batch of cotangents: always a list, `(B, *param)` each.
 
     Args:
-        func: As in `jvp`, called once for the whole batch.
-        params: As in `jvp`.
+        func: A function without arguments that returns a tensor or a tree of tensors, called once for the whole batch.
+        params: One tensor or any iterable of tensors that `func` uses.
         vs: A tensor `(B, *out)`, or a tree of such.
-        create_graph: As in `jvp`.
+        create_graph: Keep the result differentiable, to any order.
 
     Returns:
         One tensor `(B, *param)` per parameter.
@@ -196,15 +197,15 @@ def model_jvp(model: Model, x: Any, v: Vectors, create_graph: bool = False, *, f
         x: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         v: One tensor per parameter, in order (or a dict by name; a single tensor for a single parameter).
         create_graph: Keep the result differentiable, also by the model's own trainable parameters.
-        fallback: As in `jvp`.
+        fallback: `"warn"`, `"silent"` or `"error"` when the fast route does not apply.
 
     Returns:
         A tensor shaped like the output, or the same tree.
 
     Raises:
         ModelStateError: The model has no parameters, or its state makes the question ill-posed.
-        InputError: As in `jvp`.
-        NonFiniteError: As in `jvp`.
+        InputError: Vectors do not match in count, shape, dtype or device, or a parameter is repeated or frozen.
+        NonFiniteError: A vector or the result holds NaN or Inf.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -223,17 +224,17 @@ def model_vjp(model: Model, x: Any, v: Any, create_graph: bool = False) -> Tenso
 
     Args:
         model: A module.
-        x: As in `model_jvp`.
-        v: As in `vjp`.
-        create_graph: As in `model_jvp`.
+        x: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
+        v: A tensor like the output in shape, dtype and device (for a tree: the same tree, or a list of its leaves).
+        create_graph: Keep the result differentiable, to any order.
 
     Returns:
         A tensor for one parameter, else a list in the order of `model.parameters()`.
 
     Raises:
-        ModelStateError: As in `model_jvp`.
-        InputError: As in `vjp`.
-        NonFiniteError: As in `vjp`.
+        ModelStateError: The model has no parameters, or its state makes the question ill-posed.
+        InputError: Vectors do not match in count, shape, dtype or device, or a parameter is repeated or frozen.
+        NonFiniteError: A vector or the result holds NaN or Inf.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

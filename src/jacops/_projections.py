@@ -75,6 +75,9 @@ def projection(estimator: Any, dtype: torch.dtype = torch.float64) -> Projection
             features (VarianceThreshold, SelectKBest, …); or a Pipeline of these, steps that pass data on included.
         dtype: Of the result.
 
+    Returns:
+        A `Projection` for `contributions(projection=)`: the affine map between features and what the model is given.
+
     Raises:
         InputTypeError: `estimator` is not fitted, or is none of these, such as a KernelPCA or a scaler that clips.
         InputError: `estimator.transform` gives something else, as that of a subclass can.

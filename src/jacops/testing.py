@@ -33,6 +33,10 @@ def check_operator(operator: Operator, *, seed: int = 0, rows: int = 3) -> None:
 
     Raises:
         LawBrokenError: A law does not hold; the message names it and by how much.
+
+    Example:
+        >>> import jacops
+        >>> check_operator(jacops.jacobian(torch.nn.Linear(3, 2), torch.ones(4, 3)))
     """
     allowed = tolerance([operator.domain.dtype, operator.codomain.dtype])
     adjoint = adjoint_check(operator, seed)

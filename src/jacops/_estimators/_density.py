@@ -155,6 +155,9 @@ def spectral_density(
         seed: Seeds a private generator.
         progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
+    Returns:
+        A `SpectralDensity`: `grid` and `density`, each `(g,)`, the density per unit of eigenvalue; Ritz values and weights.
+
     Raises:
         InputError: The operator is not known to be symmetric, or an argument is out of range.
         NonFiniteError: A product holds NaN or Inf.
@@ -238,6 +241,9 @@ def effective_dimension(
         steps: Lanczos steps of each probe.
         seed: Seeds a private generator.
         progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+
+    Returns:
+        An `Estimate`: `value` between 0 and the number of columns, and its `standard_error`.
 
     Raises:
         InputError: The operator is not known to be positive, or `damping` is not.

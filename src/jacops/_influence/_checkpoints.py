@@ -69,7 +69,7 @@ def tracin(
         InputError: A state does not fit the model, or rates are not one for each checkpoint.
         InputTypeError: A checkpoint is no state, path or model.
         DataError: A file holds something else than a state.
-        JacopsError: As in `compute_influences`.
+        JacopsError: The data or the loss is refused; the message says why.
 
     Example:
         >>> model, data = torch.nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.zeros(2, 1))]
@@ -114,22 +114,22 @@ def ensemble_influences(
     Sources: K and Søgaard (2021) on how much influences differ between trainings; Park et al. (2023) on ensembles.
 
     Args:
-        model: As in `tracin`.
-        training_data: As in `tracin`.
+        model: A module with `loss`, or model and loss in one; it is not changed.
+        training_data: A loader of batches `(x, y)` in a fixed order.
         checkpoints: The models, or their states, as in `tracin`.
-        test_data: As in `tracin`.
-        input_data: As in `tracin`.
-        options: As in `top_influences`.
+        test_data: A loader of batches; the training data where it is left out.
+        input_data: The samples whose score is asked; the training data where it is left out.
+        options: `solver=`, `damping=`, `curvature=`, `on_failure=` and those of `Problem`; see `compute_influences`.
 
     Returns:
         As `compute_influences`; `info["spread"]` is the standard deviation over models, `(n_test, n_train)`, and
         `info["members"]` the status and damping of each.
 
     Raises:
-        InputError: As in `tracin`.
-        InputTypeError: As in `tracin`.
-        DataError: As in `tracin`.
-        SolveError: As in `compute_influences`.
+        InputError: A state does not fit the model, or numbers are out of range.
+        InputTypeError: A checkpoint is no state, path or model.
+        DataError: A file or a loader holds something else than is needed.
+        SolveError: A solve failed; the error carries its `Solution`.
 
     Example:
         >>> import jacops

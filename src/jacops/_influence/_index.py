@@ -71,6 +71,9 @@ def projected_index(
             evaluating the model, and is refused if model, loss, data or projection are others.
         options: Of the objective, as in `Problem`.
 
+    Returns:
+        An index with `influences`, `top`, `groups` and `self_influences` for any test data.
+
     Raises:
         StoreMismatchError: The store is of another model, loss, data set or projection; the message names what.
         MissingExtraError: zarr is not installed.
@@ -169,7 +172,7 @@ class GradientIndex(Described):
             ModelStateError: The model is no longer what the index was made of.
             SolveError: The projected curvature is singular, and `damping` is 0.
             InputError: `damping` is out of range.
-            DataError: As in `compute_influences`.
+            DataError: A loader shuffles, runs dry, or gives something else than batches.
         """
         query = self._query(test_data, damping)
         values = torch.cat([block for _, _, block in query.blocks(progress)], 1)
@@ -186,18 +189,18 @@ class GradientIndex(Described):
         damping: float | Literal["auto"] = "auto",
         progress: bool | None = None,
     ) -> RankedInfluences:
-        """Return the `k` training samples of strongest influence on every test sample, tile by tile.
+        r"""Return the `k` training samples of strongest influence on every test sample, tile by tile.
 
         Args:
-            test_data: As in `influences`.
+            test_data: A loader of batches `(x, y)`.
             k: How many.
-            which: As in `top_influences`.
-            damping: As in `influences`.
-            progress: As in `influences`.
+            which: `"largest"` helped most, `"smallest"` hurt most, `"magnitude"` either.
+            damping: $\lambda \ge 0$, added to the projected curvature; `"auto"` takes 0.02 of its norm.
+            progress: Force the progress bar on or off.
 
         Raises:
             InputError: There are fewer than `k` training samples.
-            JacopsError: As in `influences`.
+            JacopsError: The data, the loss or a solve is refused; the message says why.
         """
         check_choice("which", which, Which)
         query = self._query(test_data, damping)
@@ -214,17 +217,17 @@ class GradientIndex(Described):
         damping: float | Literal["auto"] = "auto",
         progress: bool | None = None,
     ) -> GroupedInfluences:
-        """Return influences added up over groups of training samples, as `jacops.influence.group_influences` does.
+        r"""Return influences added up over groups of training samples, as `jacops.influence.group_influences` does.
 
         Args:
             groups: The group of each training sample: whole numbers or strings.
-            test_data: As in `influences`.
-            damping: As in `influences`.
-            progress: As in `influences`.
+            test_data: A loader of batches `(x, y)`.
+            damping: $\lambda \ge 0$, added to the projected curvature; `"auto"` takes 0.02 of its norm.
+            progress: Force the progress bar on or off.
 
         Raises:
             InputError: There are more or fewer labels than training samples.
-            JacopsError: As in `influences`.
+            JacopsError: The data, the loss or a solve is refused; the message says why.
         """
         grouping = Grouping(groups, len(self))
         query = self._query(test_data, damping)
@@ -236,15 +239,15 @@ class GradientIndex(Described):
     def layer_influences(
         self, test_data: Any = None, *, damping: float | Literal["auto"] = "auto", progress: bool | None = None
     ) -> LayerInfluences:
-        """Return influences split by the parameters that they go through, which add up to the whole.
+        r"""Return influences split by the parameters that they go through, which add up to the whole.
 
         Args:
-            test_data: As in `influences`.
-            damping: As in `influences`.
-            progress: As in `influences`.
+            test_data: A loader of batches `(x, y)`.
+            damping: $\lambda \ge 0$, added to the projected curvature; `"auto"` takes 0.02 of its norm.
+            progress: Force the progress bar on or off.
 
         Raises:
-            JacopsError: As in `influences`.
+            JacopsError: The data, the loss or a solve is refused; the message says why.
         """
         query, sketch = self._query(test_data, damping), self._plan.sketch
         tiles = [
@@ -256,14 +259,14 @@ class GradientIndex(Described):
     @eager
     @shows_progress(call="GradientIndex.self_influences")
     def self_influences(self, *, damping: float | Literal["auto"] = "auto", progress: bool | None = None) -> Tensor:
-        """Return the influence of every training sample on itself, `(n,)`, weighted as in `jacops.self_influences`.
+        r"""Return the influence of every training sample on itself, `(n,)`, weighted as in `jacops.self_influences`.
 
         Args:
-            damping: As in `influences`.
-            progress: As in `influences`.
+            damping: $\lambda \ge 0$, added to the projected curvature; `"auto"` takes 0.02 of its norm.
+            progress: Force the progress bar on or off.
 
         Raises:
-            JacopsError: As in `influences`.
+            JacopsError: The data, the loss or a solve is refused; the message says why.
         """
         solve, _ = self._solver(damping)
         tiles = [self._like(rows) for rows in track(self._tiles, "self_influences", enabled=progress)]

@@ -57,7 +57,7 @@ def compute_influence_factors(
         training_data: A loader of batches in a fixed order; its objective's curvature is $A$. A batch is a pair
             `(x, y)` or a mapping; see `Batches`.
         test_data: A loader of batches; one right-hand side per row.
-        loss: `loss(output, y)` of a plain model, or `"model"`, as in `Problem`; left out where `model` carries one.
+        loss: `loss(output, y)` of a plain model, or `"model"`, the model's own; left out where `model` carries one.
         solver: A solver's name (`"direct"`, `"cg"`, `"lissa"`, `"arnoldi"`, `"nystrom"`, `"ekfac"`,
             `"minres"`), `"auto"`, or a solver with its options, such as `CG(preconditioner="nystrom")`.
         damping: $\lambda \ge 0$, added to the curvature of the objective as it is reduced; `"auto"` takes 0.02 of the
@@ -69,11 +69,20 @@ def compute_influence_factors(
         options: Of the objective, as in `Problem`: `parameters=` (name patterns), `reduction=`, `l2=` (weight decay),
             `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`, `timeout=`.
 
+    Returns:
+        `x` `(n_test, P)` in the space of parameters, with solver, damping, residuals and statuses in `info`.
+
     Raises:
         SolveError: A solve failed; the error carries its `Solution` and says what to do.
         DataError: A loader shuffles, runs dry, or gives something else than batches.
-        InputError: An argument is out of range, or the loss is not reduced as said.
+        InputError: An argument is out of range, or the loss is not reduced as stated.
         ModelStateError: Batch statistics or dropout are in train mode.
+
+    Example:
+        >>> model, data = torch.nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.zeros(2, 1))]
+        >>> factors = compute_influence_factors(model, data, data, loss=torch.nn.functional.mse_loss, damping=1.0)
+        >>> factors.x.shape
+        torch.Size([2, 2])
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     test = _other(test_data, "test_data", training_data, train)
@@ -113,9 +122,9 @@ def compute_influences(
     the number of parameters.
 
     Args:
-        model: As in `compute_influence_factors`.
-        training_data: As in `compute_influence_factors`.
-        loss: As in `compute_influence_factors`.
+        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`).
+        training_data: A loader of batches `(x, y)` or mappings in a fixed order.
+        loss: `loss(output, y)`, or `"model"`; left out where `model` carries one.
         test_data: A loader of batches; the training data where it is left out.
         input_data: The samples whose influence is asked; the training data where it is left out.
         influence_type: `"up"` weights a sample up, `(n_test, n_input)`; `"perturbation"` moves its input,
@@ -125,24 +134,33 @@ def compute_influences(
         leverage: Take the sample's own Gauss-Newton term out of the curvature too, which divides by $1 - h_i$ where
             there is one output: the leave-one-out step of a quadratic (Cook and Weisberg, 1982). Costs a solve per
             sample and output.
-        solver: As in `compute_influence_factors`.
-        damping: As in `compute_influence_factors`.
-        curvature: As in `compute_influence_factors`.
-        on_failure: As in `compute_influence_factors`.
+        solver: A solver's name, `"auto"`, or a solver with its options.
+        damping: $\lambda \ge 0$, added to the curvature; `"auto"` takes 0.02 of its spectral norm.
+        curvature: `"ggn"`, `"hessian"`, `"fisher"`, `"empirical_fisher"` or `"monte_carlo_fisher"`.
+        on_failure: `"raise"`, or `"return"` to get the result with its statuses.
         store: A folder to which finished tiles are written (zarr v3). Any number of processes that run the same line
             share the tiles, and each returns the whole. Run again, the line goes on where a killed one stopped, returns
             what a finished one computed without evaluating the model, and is refused if anything that the numbers rest
             on is different. For influences of type `"up"` without leverage. Ranks of a process group share nothing else
             then.
-        options: As in `compute_influence_factors`.
+        options: `parameters=`, `reduction=`, `l2=`, `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`,
+            `timeout=`; see `Problem`.
 
     Returns:
         Values with sign, units, damping and coverage; `.leave_one_out()` says what dropping a sample would do.
 
     Raises:
-        InputError: `influence_type` is unknown, or as in `compute_influence_factors`.
-        SolveError: As in `compute_influence_factors`.
-        DataError: As in `compute_influence_factors`.
+        InputError: `influence_type` is unknown, an argument is out of range, or the loss is not reduced as stated.
+        SolveError: A solve failed; the error carries its `Solution` and says what to do.
+        DataError: A loader shuffles, runs dry, or gives something else than batches.
+
+    Source: Koh and Liang (2017).
+
+    Example:
+        >>> model, data = torch.nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.zeros(2, 1))]
+        >>> found = compute_influences(model, data, loss=torch.nn.functional.mse_loss, damping=1.0)
+        >>> found.values.shape, found.sign
+        (torch.Size([2, 2]), '+ s_test · grad: positive where weighting the training sample up lowers the test loss')
     """
     check_choice("influence_type", influence_type, InfluenceType)
     if leverage and influence_type != "up":
@@ -203,19 +221,28 @@ def self_influences(
     for a sum. Without weights and ignored targets it is 1.
 
     Args:
-        model: As in `compute_influence_factors`.
-        training_data: As in `compute_influence_factors`.
-        loss: As in `compute_influence_factors`.
-        solver: As in `compute_influence_factors`.
-        damping: As in `compute_influence_factors`.
-        curvature: As in `compute_influence_factors`.
-        on_failure: As in `compute_influence_factors`.
-        options: As in `compute_influence_factors`.
+        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`).
+        training_data: A loader of batches `(x, y)` or mappings in a fixed order.
+        loss: `loss(output, y)`, or `"model"`; left out where `model` carries one.
+        solver: A solver's name, `"auto"`, or a solver with its options.
+        damping: $\lambda \ge 0$, added to the curvature; `"auto"` takes 0.02 of its spectral norm.
+        curvature: `"ggn"`, `"hessian"`, `"fisher"`, `"empirical_fisher"` or `"monte_carlo_fisher"`.
+        on_failure: `"raise"`, or `"return"` to get the result with its statuses.
+        options: `parameters=`, `reduction=`, `l2=`, `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`,
+            `timeout=`; see `Problem`.
+
+    Returns:
+        One number per training sample, not negative for a positive curvature.
 
     Raises:
-        SolveError: As in `compute_influence_factors`.
-        DataError: As in `compute_influence_factors`.
-        InputError: As in `compute_influence_factors`.
+        SolveError: A solve failed; the error carries its `Solution` and says what to do.
+        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        InputError: An argument is out of range, or the loss is not reduced as stated.
+
+    Example:
+        >>> model, data = torch.nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.tensor([[0.0], [9.0]]))]
+        >>> int(self_influences(model, data, loss=torch.nn.functional.mse_loss, damping=1.0).argmax())
+        1
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
     again = recipe("self_influences", _DATA, {"loss": loss, "solver": solver, **options})

@@ -88,7 +88,7 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
         """Return the Hessian `[P, P]` of the loss by the parameters, for one batch.
 
         Raises:
-            InputError: As in `grad`.
+            InputError: The loss is not one number, or `y` would broadcast.
             NonFiniteError: The loss or its Hessian is NaN or Inf.
             NotDifferentiableError: The second derivative that JAX gives is not symmetric.
         """

@@ -30,7 +30,7 @@ class RankedInfluences(ArrayLike, Savable, Described):
         indices: Which training samples, `(n_test, k)`.
         which: What counts as strong: `"largest"`, `"smallest"` or `"magnitude"`.
         rows: Training samples that they were chosen from.
-        info: As in `Influences`.
+        info: Solver, damping, curvature, rows, residuals and statuses.
     """
 
     values: Tensor
@@ -86,7 +86,7 @@ class GroupedInfluences(ArrayLike, Savable, Described):
         names: The groups.
         counts: Training samples of each, `(n_groups,)`.
         weighted: The same sums with each sample times its weight in the objective.
-        info: As in `Influences`.
+        info: Solver, damping, curvature, rows, residuals and statuses.
     """
 
     values: Tensor
@@ -132,7 +132,7 @@ class LayerInfluences(ArrayLike, Savable, Described):
     Attributes:
         values: `(n_test, n_train, n_parameters)`.
         names: The parameters, or modules.
-        info: As in `Influences`.
+        info: Solver, damping, curvature, rows, residuals and statuses.
     """
 
     values: Tensor

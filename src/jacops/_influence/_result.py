@@ -68,7 +68,8 @@ class Influences(ArrayLike, Savable, Described):
         sign: The convention, in words.
         units: What a number means.
         damping: Added to the curvature; how it was chosen is in `info["damping_rule"]`.
-        info: As in `InfluenceFactors`; `leverage` per training sample where the correction was asked for.
+        info: Solver, damping, curvature, rows, residuals and statuses; `leverage` per training sample where the
+            correction was asked for.
         shares: The weight of each training sample in the objective, `(n_train,)`: 1/N in a plain mean, 1 in a sum.
     """
 
@@ -134,7 +135,7 @@ class Influences(ArrayLike, Savable, Described):
         """Return the `k` training samples of smallest influence for every test sample, `(values, indices)`.
 
         Raises:
-            InputError: As in `top`.
+            InputError: `k` is out of range.
         """
         return self._ends(k, largest=False)
 

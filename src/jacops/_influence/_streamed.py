@@ -46,19 +46,24 @@ def top_influences(
     They are those of `compute_influences`, of which only `k` a row and a block of 32 MiB or one batch are ever held.
 
     Args:
-        model: As in `compute_influences`, as are all others that are not here.
-        training_data: As in `compute_influences`.
+        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`), as are all others that
+            are not here.
+        training_data: A loader of batches `(x, y)` or mappings in a fixed order.
         k: How many.
         which: `"largest"` helped most, `"smallest"` hurt most, `"magnitude"` either.
         test_data: A loader of batches; the training data where it is left out.
         input_data: The samples to choose from; the training data where it is left out.
-        options: As in `compute_influences`: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=`,
+        options: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=` and those of `Problem`; see
+            `compute_influences`: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=`,
             `parameters=`, `reduction=`, `l2=`, `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`,
             `timeout=`.
 
+    Returns:
+        `values` and `indices`, each `(n_test, k)`, strongest first.
+
     Raises:
-        InputError: There are fewer than `k` samples, or as in `compute_influences`.
-        JacopsError: As in `compute_influences`.
+        InputError: There are fewer than `k` samples, or an argument is out of range.
+        JacopsError: The data, the loss or a solve is refused; the message says why.
 
     Example:
         >>> import jacops
@@ -93,16 +98,22 @@ def group_influences(
     Liang, 2019); `leave_group_out()` gives that. Only the sums and one batch's influences are held.
 
     Args:
-        model: As in `compute_influences`, as are all others that are not here.
-        training_data: As in `compute_influences`.
+        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`), as are all others that
+            are not here.
+        training_data: A loader of batches `(x, y)` or mappings in a fixed order.
         groups: The group of each training sample, in order: whole numbers or strings.
-        test_data: As in `top_influences`.
-        input_data: As in `top_influences`; `groups` are then of these.
-        options: As in `top_influences`.
+        test_data: A loader of batches; the training data where it is left out.
+        input_data: The samples whose influence is asked; the training data where it is left out; `groups` are then of
+            these.
+        options: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=` and those of `Problem`; see
+            `compute_influences`.
+
+    Returns:
+        `values` `(n_test, groups)` with the groups' names and sizes.
 
     Raises:
-        InputError: There are more or fewer labels than samples, or as in `compute_influences`.
-        JacopsError: As in `compute_influences`.
+        InputError: There are more or fewer labels than samples, or an argument is out of range.
+        JacopsError: The data, the loss or a solve is refused; the message says why.
 
     Example:
         >>> import jacops
@@ -137,17 +148,19 @@ def layer_influences(
     curvature couples all of them, and the parts add up to what `compute_influences` returns.
 
     Args:
-        model: As in `compute_influences`, as are all others that are not here.
-        training_data: As in `compute_influences`.
-        test_data: As in `top_influences`.
-        input_data: As in `top_influences`.
-        options: As in `top_influences`.
+        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`), as are all others that
+            are not here.
+        training_data: A loader of batches `(x, y)` or mappings in a fixed order.
+        test_data: A loader of batches; the training data where it is left out.
+        input_data: The samples whose influence is asked; the training data where it is left out.
+        options: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=` and those of `Problem`; see
+            `compute_influences`.
 
     Returns:
         Values with the names of the parameters; `.by_module()` adds up those of a module.
 
     Raises:
-        JacopsError: As in `compute_influences`.
+        JacopsError: The data, the loss or a solve is refused; the message says why.
 
     Example:
         >>> import jacops
@@ -201,8 +214,11 @@ def ranked(scores: Any, k: int, *, which: Which = "largest", progress: bool | No
         scores: An `Influences`, a matrix `(n_test, n_train)`, or the folder of a run that `compute_influences` stored,
             which is read tile by tile.
         k: How many.
-        which: As in `top_influences`.
+        which: `"largest"` helped most, `"smallest"` hurt most, `"magnitude"` either.
         progress: Force the progress bar on or off.
+
+    Returns:
+        `values` and `indices`, each `(n_test, k)`, strongest first.
 
     Raises:
         InputTypeError: `scores` is none of these.
@@ -224,9 +240,12 @@ def grouped(scores: Any, groups: Any, *, progress: bool | None = None) -> Groupe
     """Return scores that were computed before, added up over groups of training samples.
 
     Args:
-        scores: As in `ranked`, with weights of training samples: no plain matrix.
-        groups: As in `group_influences`.
+        scores: `Influences`, or an iterable of blocks, with weights of training samples: no plain matrix.
+        groups: The group of each training sample, in order: whole numbers or strings.
         progress: Force the progress bar on or off.
+
+    Returns:
+        `values` `(n_test, groups)` with the groups' names and sizes.
 
     Raises:
         InputTypeError: `scores` is of another kind.

@@ -106,11 +106,11 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         """Return the Hessian `[P, P]` of the loss by the parameters, for one batch.
 
         Args:
-            x: As in `grad`.
-            y: As in `grad`.
+            x: The model's input: a tensor, a tuple of arguments or a mapping of keywords.
+            y: The target, passed to the loss as it is.
 
         Raises:
-            InputError: As in `grad`.
+            InputError: The loss is not one number, or `y` would broadcast.
             NonFiniteError: The loss or its Hessian is NaN or Inf.
             NotDifferentiableError: There is no second derivative; the message names the cause.
         """

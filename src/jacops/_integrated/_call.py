@@ -69,8 +69,9 @@ def integrated_jacobian(
     of, and Jacobians are summed as they come.
 
     Args:
-        model: As in `compute_jacobian`.
-        x: As in `compute_jacobian`, or a loader, whose inputs are joined.
+        model: A module (its copy is put in eval mode), or a plain function.
+        x: Samples along the first axis, `(n, *in)`; a tuple or mapping of such tensors, or a loader, whose inputs are
+            joined.
         baseline: Where paths begin: None for zeros, a number, a tensor of one sample's shape `(*in)` or `(1, *in)`, or
             one for each sample `(n, *in)`; for several inputs a structure of these as `x` is, with None for an input
             that stays as it is, which those without derivatives do.
@@ -82,12 +83,13 @@ def integrated_jacobian(
             in single and 0.1 in half precision.
         max_steps: Most Jacobians of a path; the refinement of paths that would take more ends.
         on_failure: With `"raise"` a gap above the tolerance is an error, with `"return"` a warning.
-        names: As in `contributions`.
-        groups: As in `contributions`.
+        names: Of the features: a name for each, or a table whose columns they are; for several inputs a mapping.
+        groups: A mapping from groups to features (by name, pattern or index), or a label for every feature.
         batch_size: Most points of paths to a sweep.
-        shared: As in `compute_jacobian`.
+        shared: Inputs without an axis of samples, by name or position.
         unpack: For a loader, as in `compute_jacobian`.
-        options: As in `compute_jacobian`, without `freeze`. With `at=` from a hidden layer paths lead from the layer's
+        options: `outputs=`, `target=`, `at=`, `mode=`, `budget=`, `out=`, `checks=`, `fallback=`, `progress=`; see
+            `compute_jacobian`, without `freeze`. With `at=` from a hidden layer paths lead from the layer's
             output at the baseline to that at the sample, the model's inputs being the sample's. `out` takes the
             Jacobian.
 
@@ -99,10 +101,11 @@ def integrated_jacobian(
     Raises:
         InputTypeError: An argument is of the wrong kind.
         InputError: A shape, dtype or number does not fit; the message names the argument.
-        MemoryBudgetError: As in `compute_jacobian`; the result takes two tensors of the Jacobian's size.
-        ModelStateError: As in `compute_jacobian`.
+        MemoryBudgetError: The result and one sweep do not fit the budget; the result takes two tensors of the Jacobian's
+            size.
+        ModelStateError: Parameters are lazy or without values, or `at` does not fit the forward.
         NonFiniteError: A baseline, or an output or derivative along a path is NaN or Inf.
-        NotDifferentiableError: As in `compute_jacobian`.
+        NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
         SolveError: A gap is above the tolerance; the result is its `solution`.
 
     Warns:

@@ -71,28 +71,31 @@ def directional_derivative(
     two to four with every order.
 
     Args:
-        model: As in `input_hessian`.
-        x: As in `input_hessian`.
+        model: A module (its copy is put in eval mode), or a plain function.
+        x: Samples along the first axis, `(n, *in)`; a tuple or mapping of such tensors, or a loader.
         v: Directions, one per sample, shaped like `x`; a tuple or dict like `x`, with None at integer entries.
         order: How often to differentiate, at least once.
         batch_size: Samples to a sweep.
-        outputs: As in `input_hessian`.
-        target: As in `input_hessian`.
-        shared: As in `input_hessian`.
-        unpack: As in `input_hessian`.
-        checks: As in `input_hessian`.
-        fallback: As in `input_hessian`.
+        outputs: Part of the output: indices along its last axis, an entry of a tuple or dict, or a callable.
+        target: One output per sample: an integer tensor `(n,)` of places along the last axis.
+        shared: Inputs without an axis of samples, by name or position.
+        unpack: For a loader whose batches are no pairs: batch -> `(x, y)`.
+        checks: `"first"`, `"always"`, `"strict"` or `"never"`: how often it is proved that samples do not mix.
+        fallback: `"warn"`, `"silent"` or `"error"` when the fast route does not apply.
         progress: Force the progress bar on or off.
-        create_graph: As in `compute_jacobian`; the result is differentiable by `v` too.
+        create_graph: Keep the result differentiable by trainable parameters and by inputs that require grad; the result
+            is differentiable by `v` too.
 
     Returns:
         A tensor shaped like the output, or the same structure of tensors.
 
     Raises:
-        NotDifferentiableError: As in `input_hessian`; the symmetry of a Hessian cannot be seen here. From order 3 on
+        NotDifferentiableError: There is no derivative of that order; the message names the cause; the symmetry of a
+            Hessian cannot be seen here. From order 3 on
             also where torch gets a derivative wrong that its own tests do not cover, by central differences.
-        InputTypeError: As in `input_hessian`, or `v` is of the wrong kind.
-        InputError: As in `input_hessian`, or `v` does not match `x`, or `order` is not a positive whole number.
+        InputTypeError: `model` or `x` is of the wrong kind, or `v` is of the wrong kind.
+        InputError: `batch_size` is not a positive whole number, or `v` does not match `x`, or `order` is not a positive
+            whole number.
         NonFiniteError: `v` or a derivative is NaN or Inf.
 
     Example:

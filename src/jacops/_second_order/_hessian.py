@@ -79,10 +79,11 @@ def input_hessian(
         target: One output per sample, as in `compute_jacobian`.
         shared: Inputs without an axis of samples, as in `compute_jacobian`.
         unpack: For a loader, as in `compute_jacobian`.
-        checks: As in `compute_jacobian`; the comparison with a mixture is made in every call but with `"never"`.
+        checks: `"first"`, `"always"`, `"strict"` or `"never"`: how often it is proved that samples do not mix; the
+            comparison with a mixture is made in every call but with `"never"`.
         fallback: `"warn"`, `"silent"` or `"error"` where samples or outputs must be taken one at a time.
         progress: Force the progress bar on or off.
-        create_graph: As in `compute_jacobian`.
+        create_graph: Keep the result differentiable by trainable parameters and by inputs that require grad.
 
     Returns:
         A tensor with the dtype of the output. A tuple or dict of outputs gives the same structure of Hessians; a

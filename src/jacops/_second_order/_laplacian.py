@@ -63,26 +63,28 @@ def laplacian(
     directional derivatives along the axes instead and forms none.
 
     Args:
-        model: As in `input_hessian`.
-        x: As in `input_hessian`; with several inputs the sum goes over all of them.
+        model: A module (its copy is put in eval mode), or a plain function.
+        x: Samples along the first axis, `(n, *in)`; a tuple or mapping of such tensors, or a loader; with several
+            inputs the sum goes over all of them.
         batch_size: Samples to a sweep, at most.
-        outputs: As in `input_hessian`.
-        target: As in `input_hessian`.
-        shared: As in `input_hessian`.
-        unpack: As in `input_hessian`.
-        checks: As in `input_hessian`.
-        fallback: As in `input_hessian`.
+        outputs: Part of the output: indices along its last axis, an entry of a tuple or dict, or a callable.
+        target: One output per sample: an integer tensor `(n,)` of places along the last axis.
+        shared: Inputs without an axis of samples, by name or position.
+        unpack: For a loader whose batches are no pairs: batch -> `(x, y)`.
+        checks: `"first"`, `"always"`, `"strict"` or `"never"`: how often it is proved that samples do not mix.
+        fallback: `"warn"`, `"silent"` or `"error"` when the fast route does not apply.
         progress: Force the progress bar on or off.
-        create_graph: As in `compute_jacobian`; samples then go together, whatever memory their graphs take.
+        create_graph: Keep the result differentiable by trainable parameters and by inputs that require grad; samples
+            then go together, whatever memory their graphs take.
 
     Returns:
         A tensor shaped like the output, or the same structure of tensors.
 
     Raises:
-        NotDifferentiableError: As in `input_hessian`.
-        InputTypeError: As in `input_hessian`.
-        InputError: As in `input_hessian`.
-        NonFiniteError: As in `input_hessian`.
+        NotDifferentiableError: There is no second derivative, or torch gets it wrong; the message names the cause.
+        InputTypeError: `model` or `x` is of the wrong kind.
+        InputError: `batch_size` is not a positive whole number, or `x` does not fit the model.
+        NonFiniteError: A derivative is NaN or Inf.
 
     Example:
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0], [0.0, 1.0]]))

@@ -48,8 +48,15 @@ def R(n: int) -> GroupChart:  # noqa: N802 - the name of the group
     Args:
         n: How many.
 
+    Returns:
+        A chart of width `n`, whose points are `n` numbers.
+
     Raises:
         InputError: It is not positive.
+
+    Example:
+        >>> R(2).retract(torch.ones(1, 2), torch.tensor([[1.0, -1.0]]))
+        tensor([[2., 0.]])
     """
     check_positive("n", n)
     return _Numbers(f"R({n})", n, n, n)
@@ -155,6 +162,9 @@ def Product(*charts: Chart) -> Chart:  # noqa: N802 - stands where the names of 
 
     Args:
         charts: At least one.
+
+    Returns:
+        A chart whose points and tangents are those of `charts`, one after the other.
 
     Raises:
         InputTypeError: One is no chart.

@@ -234,7 +234,7 @@ def gauss_newton(
     default (iteratively reweighted least squares), which needs no damping.
 
     Args:
-        model: As in `levenberg_marquardt`, like all that follow.
+        model: A module whose parameters are fitted, or a function of `params` and `input`; see `levenberg_marquardt`.
         input: The model's input.
         target: Taken off the output.
         params: Where the search starts, for a function.
@@ -262,7 +262,7 @@ def gauss_newton(
         progress: Force the progress bar on or off.
 
     Returns:
-        As `levenberg_marquardt`.
+        The fitted parameters `x`, `cost`, `success`, why it stopped, and a `log` of every step.
 
     Raises:
         SolveError: No stop rule was met, and `on_failure="raise"`.

@@ -64,11 +64,11 @@ class Auto(Solver):
         return _PreparedAuto(self, System(operator, damping, self.tolerance))
 
     def decided(self, operator: Operator, damping: float, rows: Callable[[], Tensor]) -> Auto:
-        """Return this recipe with its choice made, so that no solve depends on those before it.
+        r"""Return this recipe with its choice made, so that no solve depends on those before it.
 
         Args:
-            operator: As in `prepare`.
-            damping: As in `prepare`.
+            operator: $A$, square.
+            damping: $\lambda \ge 0$, added to it.
             rows: Gives right-hand sides `(k, n)`, to be solved for where the choice takes a trial.
         """
         prepared = _PreparedAuto(self, System(operator, damping, self.tolerance))

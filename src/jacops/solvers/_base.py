@@ -70,7 +70,7 @@ class Prepared(ABC):
             tiles: Right-hand sides `(k, n)`.
 
         Raises:
-            InputError: As in `solve`.
+            InputError: A right-hand side does not fit.
         """
         judges, counts, times = [self._judge(rows) for rows in tiles], list[int](), list[float]()
         raws: list[list[tuple[Tensor, Raw]]] = []

@@ -95,8 +95,15 @@ def as_number(damping: float | Tensor) -> Any:
 def require(solution: Solution) -> None:
     """Raise for a solution with rows that failed.
 
+    Args:
+        solution: What `solve` returned with `on_failure="return"`.
+
     Raises:
         SolveError: Some did; the message says what to do.
+
+    Example:
+        >>> from jacops.linalg import Matrix
+        >>> require(solve(Matrix(torch.eye(2)), torch.ones(2), on_failure="return"))
     """
     if not solution.success:
         raise SolveError(advice(solution), solution)
@@ -116,10 +123,10 @@ def inverse(
 
     Args:
         operator: $A$, square.
-        solver: As in `solve`.
-        damping: As in `solve`.
+        solver: A solver's name, `"auto"`, or a solver with its options, such as `CG(tolerance=1e-8)`.
+        damping: $\lambda \ge 0$, added to the operator.
         on_failure: `"raise"`, or `"return"` for products that hand back what the solver had.
-        progress: As in `solve`, for each product.
+        progress: Force the progress bar on or off, for each product.
         create_graph: Keep products differentiable, as in `solve`.
 
     Returns:
@@ -128,6 +135,11 @@ def inverse(
 
     Raises:
         InputError: The operator is not square, or an option does not fit. Its products raise `SolveError`.
+
+    Example:
+        >>> from jacops.linalg import Matrix
+        >>> inverse(Matrix(torch.diag(torch.tensor([1.0, 3.0]))), damping=1.0) @ torch.ones(2)
+        tensor([0.5000, 0.2500])
     """
     check_choice("on_failure", on_failure, OnFailure)
     number = as_number(damping)
@@ -232,11 +244,22 @@ class Inverse(Backwards):
 
 @keywords()
 def solver_of(solver: Any, argument: str = "solver") -> Solver:
-    """Return the solver meant by a name or a recipe.
+    """Return the solver that a name or an object stands for.
+
+    Args:
+        solver: A solver's name, or a solver with its options.
+        argument: What the caller calls it, for errors.
+
+    Returns:
+        A solver.
 
     Raises:
         InputError: The name is unknown.
-        InputTypeError: It is neither a name nor a recipe.
+        InputTypeError: It is neither a name nor a solver.
+
+    Example:
+        >>> type(solver_of("minres")).__name__
+        'MINRES'
     """
     if isinstance(solver, Solver):
         return solver

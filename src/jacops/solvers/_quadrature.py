@@ -53,8 +53,18 @@ def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float
         damping: $\lambda > 0$.
         steps: Products per row, at most; fewer where the space ends.
 
+    Returns:
+        `Bounds` with `lower` and `upper`, each `(k,)` in double precision; NaN for rows with NaN or Inf.
+
     Raises:
         InputError: The operator is not marked positive, `damping` is 0, or the rows do not fit.
+
+    Example:
+        >>> from jacops.linalg import Matrix
+        >>> A = Matrix(torch.diag(torch.tensor([1.0, 3.0])), symmetric=True, positive=True)
+        >>> found = inverse_quadratic_bounds(A, torch.ones(2), damping=1.0)
+        >>> found.lower, found.upper
+        (tensor([0.7500], dtype=torch.float64), tensor([0.7500], dtype=torch.float64))
     """
     operator = without_graph(operator)
     system = System(operator, damping)

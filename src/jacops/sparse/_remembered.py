@@ -26,8 +26,8 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
         model: A module.
         inputs: Its input.
         picks: Which parameters.
-        outputs: As in `sparse_plan`.
-        tangent: As in `sparse_plan`.
+        outputs: Part of the output: indices along its last axis, an entry of a tuple or dict, or a callable.
+        tangent: Columns are tangent coordinates of LieTensors.
     """
     names = tuple(name for name, p in parameter_names(bare(model)).items() if picks(name, p))
     claim = (Fact.SPARSE_PLAN, names, *_kinds(inputs), identity_key(outputs), tangent)

@@ -116,7 +116,7 @@ class SparsePlan(Described):
             certify: Number of random probes: 1 to notice a pattern that no longer holds, 5 for an error bound within
                 a factor 5 of what was seen, 0 for none.
             layout: `"scipy"` (CSR), or torch's `"coo"`, `"csr"`, `"bsr"`.
-            progress: As in `sparse_plan`.
+            progress: Force the progress bar on or off.
 
         Returns:
             The matrix, the output, the error bound and the number of sweeps.
@@ -344,7 +344,7 @@ def detected(model: Any, inputs: Any, options: dict[str, Any], lift: bool = True
         model: A module.
         inputs: Its input.
         options: As a plan holds them: `by`, `outputs`, `tangent`, `local`.
-        lift: As in `sparse_plan`.
+        lift: Whether selections of parameters may be lifted.
     """
     asked = model, inputs, "sparse_plan", options["by"], options["outputs"]
     point = record_point(*asked, lift=lift, watch=not options["local"])

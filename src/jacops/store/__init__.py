@@ -40,9 +40,21 @@ def read_store(path: Location, name: str = "influences", *, partial: bool = Fals
     Args:
         path: The store's folder.
         name: Which array.
-        partial: As in `Store.read`.
+        partial: Accept an unfinished run; what is missing is NaN (in arrays of integers the smallest value).
+
+    Returns:
+        The array, in memory.
 
     Raises:
-        JacopsError: As `Store.open` and `Store.read`.
+        StoreError: There is no store, it is damaged, or it is unfinished and not `partial`.
+
+    Example:
+        >>> import pytest, tempfile; _ = pytest.importorskip("zarr")
+        >>> import jacops
+        >>> folder = tempfile.mkdtemp() + "/run"
+        >>> model, data = torch.nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.zeros(2, 1))]
+        >>> found = jacops.compute_influences(model, data, loss=torch.nn.functional.mse_loss, damping=1.0, store=folder)
+        >>> bool((read_store(folder) == found.values.numpy()).all())
+        True
     """
     return Store.open(path).read(name, partial=partial)

@@ -161,7 +161,7 @@ class StoredRun(Store):
         Args:
             name: Which array.
             index: Which tile.
-            also: As in `missing`.
+            also: Arrays that are written together with it: their tiles of the same first indices.
 
         Raises:
             InputError: There is no such array or tile.
@@ -195,7 +195,7 @@ class StoredRun(Store):
 
         Args:
             name: Which array.
-            also: As in `missing`.
+            also: Arrays that are written together with it: their tiles of the same first indices.
 
         Raises:
             InputError: There is no such array.
