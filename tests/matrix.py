@@ -18,11 +18,34 @@ ROOT = Path(__file__).parent.parent
 GIGABYTES = 15  # torch brings up to 9 GB of libraries; as much again lies in pip's temporary files while it unpacks
 CELLS = ("3.11:2.8.0", "3.11:2.13.0", "3.11:newest", "3.12:2.13.0", "3.13:2.13.0")
 SMOKE = (
-    "test_operators test_inputs test_faults_products test_second_order test_kronecker test_least_squares_fit test_charts "
-    "test_sparsity_detect test_sparsity_modjac test_solvers test_influence_results test_features test_stale_proofs "
-    "test_hostile test_zoo test_saving"
-).split()
-TOOLS = ("pytest>=8", "pytest-xdist", "hypothesis", "pandas>=2.2", "scikit-learn", "matplotlib", "jinja2", "expecttest", "zarr>=3.1,<4")
+    "test_operators",
+    "test_inputs",
+    "test_faults_products",
+    "test_second_order",
+    "test_kronecker",
+    "test_least_squares_fit",
+    "test_charts",
+    "test_sparsity_detect",
+    "test_sparsity_modjac",
+    "test_solvers",
+    "test_influence_results",
+    "test_features",
+    "test_stale_proofs",
+    "test_hostile",
+    "test_zoo",
+    "test_saving",
+)
+TOOLS = (
+    "pytest>=8",
+    "pytest-xdist",
+    "hypothesis",
+    "pandas>=2.2",
+    "scikit-learn",
+    "matplotlib",
+    "jinja2",
+    "expecttest",
+    "zarr>=3.1,<4",
+)
 
 
 class Cell(NamedTuple):

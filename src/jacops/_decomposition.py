@@ -114,8 +114,8 @@ def contributions(
         InputError: Shapes do not fit, `features` is missing, or `freeze` names no module, or one in which nothing can
             be held constant.
         MemoryBudgetError: Jacobians, contributions and the work on one sample do not fit the budget.
-        ModelStateError: Parameters are lazy or without values, `at` does not fit the forward; or a frozen module is scripted, or runs in an
-            activation checkpoint.
+        ModelStateError: Parameters are lazy or without values, `at` does not fit the forward, or a frozen module is
+            scripted or runs in an activation checkpoint.
         NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
         NonFiniteError: An output or a derivative is NaN or Inf; in the bias part, too.
 

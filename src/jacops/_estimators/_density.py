@@ -156,7 +156,7 @@ def spectral_density(
         progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
 
     Returns:
-        A `SpectralDensity`: `grid` and `density`, each `(g,)`, the density per unit of eigenvalue; Ritz values and weights.
+        A `SpectralDensity`: `grid` and `density` `(g,)`, per unit of eigenvalue; Ritz values and their weights.
 
     Raises:
         InputError: The operator is not known to be symmetric, or an argument is out of range.

@@ -101,8 +101,7 @@ def integrated_jacobian(
     Raises:
         InputTypeError: An argument is of the wrong kind.
         InputError: A shape, dtype or number does not fit; the message names the argument.
-        MemoryBudgetError: The result and one sweep do not fit the budget; the result takes two tensors of the Jacobian's
-            size.
+        MemoryBudgetError: The result, two tensors of the Jacobian's size, and one sweep do not fit the budget.
         ModelStateError: Parameters are lazy or without values, or `at` does not fit the forward.
         NonFiniteError: A baseline, or an output or derivative along a path is NaN or Inf.
         NotDifferentiableError: Inputs or outputs are of integer or complex dtype.
