@@ -23,7 +23,7 @@ WIDTH = 80
 
 
 def say(answer: Answer, number: int) -> None:
-    """Print one answer and what vouches for it."""
+    """Print one answer and its certificate."""
     print(f"\n{number}. {answer.question}")
     print(textwrap.fill(answer.finding, WIDTH, initial_indent="   ", subsequent_indent="   "))
     for name, value in answer.certificate.items():
@@ -67,8 +67,8 @@ def main() -> None:
 
     report = Report(
         "Three questions, answered by derivatives",
-        "Which features does an output rest on? Which training points moved a prediction? Which step shrinks a "
-        "residual? Each is a product with a Jacobian or a Hessian, taken exactly, with the figures that vouch for it.",
+        "Which features does an output depend on? Which training points moved a prediction? Which step shrinks a "
+        "residual? Each is a product with a Jacobian or a Hessian, taken exactly, with its certificate.",
     )
     print("jacops: three questions, answered by derivatives")
     print("=" * WIDTH)

@@ -1,4 +1,4 @@
-"""Progress bars: one for each call, only after a while and where someone looks, of whatever kind the call is."""
+"""Progress bars: one for each call, only after a while and in a terminal or notebook, of whatever kind the call is."""
 
 import io
 import subprocess

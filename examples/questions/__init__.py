@@ -15,7 +15,7 @@ class Answer:
     Attributes:
         question: The question, as a heading.
         finding: The answer in one or two sentences.
-        certificate: What vouches for it: errors, residuals, settings.
+        certificate: Its certificate: errors, residuals, settings.
         seconds: How long each step took.
     """
 

@@ -1,4 +1,4 @@
-"""Question 1: which features does each coordinate of an embedding rest on?
+"""Question 1: which features does each coordinate of an embedding depend on?
 
 A small piecewise-linear network places 569 breast tumours on a plane, from 8 principal components of 30
 measurements. Its output is taken apart, exactly, into one part per measurement and one from the biases.
@@ -19,7 +19,7 @@ import jacops
 from jacops._extras.report import Report
 from questions import Answer, look
 
-QUESTION = "Which features does each embedding coordinate rest on?"
+QUESTION = "Which features does each embedding coordinate depend on?"
 COMPONENTS = 8
 CODE = """
 back = jacops.attribution.projection(pca)

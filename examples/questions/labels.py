@@ -193,13 +193,13 @@ def draw_teachers(
     return figure
 
 
-def draw_truth(foretold: np.ndarray, happened: np.ndarray) -> look.Figure:
-    """Foretold against retrained."""
+def draw_truth(predicted: np.ndarray, retrained: np.ndarray) -> look.Figure:
+    """Predicted against retrained changes of loss."""
     figure, (axes,) = look.axes_in_a_row(3.8, 1)
-    low, high = min(foretold.min(), happened.min()), max(foretold.max(), happened.max())
-    axes.plot([low, high], [low, high], color=look.GREY, linewidth=1, label="foretold = happened")
-    axes.scatter(foretold, happened, s=30, color=look.ORANGE, alpha=0.85, linewidth=0, label="one training digit each")
-    axes.set(xlabel="change of the test digit's loss, foretold (nats)", ylabel="after retraining without it (nats)")
+    low, high = min(predicted.min(), retrained.min()), max(predicted.max(), retrained.max())
+    axes.plot([low, high], [low, high], color=look.GREY, linewidth=1, label="predicted = retrained")
+    axes.scatter(predicted, retrained, s=30, color=look.ORANGE, alpha=0.85, linewidth=0, label="one training digit each")
+    axes.set(xlabel="change of the test digit's loss, predicted (nats)", ylabel="after retraining without it (nats)")
     axes.grid(True)
     axes.legend(loc="upper left")
     return figure
@@ -243,8 +243,8 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     with answer.timed(f"retrain {len(tried)} times to check"):
         hessian = problem.hessian(digits.x, digits.given)
         root = torch.linalg.cholesky(hessian + DECAY * torch.eye(len(hessian), dtype=hessian.dtype))
-        happened = change_on_leaving_out(net, digits, tried, root, one_x, one_y)
-    agreement = float(np.corrcoef(first[tried], happened)[0, 1])
+        retrained = change_on_leaving_out(net, digits, tried, root, one_x, one_y)
+    agreement = float(np.corrcoef(first[tried], retrained)[0, 1])
 
     answer.finding = (
         f"Looking at the worst-scored 10% of the training digits finds {curves['self-influence'][at[0.1]]:.0%} of "
@@ -300,8 +300,8 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
         "frame: the label was replaced.",
     )  # fmt: skip
     report.figure(
-        draw_truth(first[tried], happened),
-        f"Foretold and real: {len(tried)} training digits (the most helpful, the most harmful, some at random) were "
+        draw_truth(first[tried], retrained),
+        f"Predicted and real: {len(tried)} training digits (the most helpful, the most harmful, some at random) were "
         "left out one at a time and the network was trained on to its new minimum. Influence is a forecast of first "
         "order, so the largest changes stray from the line.",
     )

@@ -34,7 +34,7 @@ from ._checks import check
 from ._curvature_products import ggnvp, hvp
 from ._decomposition import contributions
 from ._derivatives import ggn, hessian, jacobian
-from ._extras import lie as _lie  # noqa: F401 - tells the sparse engine what it knows of LieTensors
+from ._extras import lie as _lie  # noqa: F401 - registers the rules for LieTensors with the sparse engine
 from ._fisher import fisher
 from ._function import Function
 from ._integrated import integrated_jacobian

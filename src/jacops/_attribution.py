@@ -1,4 +1,4 @@
-"""Attribution by input Jacobian: "which feature does this output rest on?", exact and checked."""
+"""Attribution by input Jacobian: "which feature does this output depend on?", exact and checked."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def reduce_contributions(
 
     Args:
         contributions: What each feature adds to each output, `(n, outputs, features, ...)`. NumPy, torch, or lists. A
-            result of `contributions` knows which axes count outputs, however many there are, and all are reduced.
+            result of `contributions` records which axes count outputs, however many there are, and all are reduced.
         method: How to measure a contribution across outputs.
         check_finite: Raise if a size is NaN or Inf.
 

@@ -85,7 +85,7 @@ class DrawnContributions(TabledContributions):
             shape: The shape of a sample whose features came flat, such as `(28, 28)` with `kind="image"`.
             input: Of which input a heat map is, by its name or number, where there are several.
             positions: Which axis of the features counts positions: 1 for `(channels, positions)`, as of one-hot DNA.
-            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not show.
 
         Returns:
             The figure; the axes where they were given.

@@ -128,7 +128,7 @@ class FlatContributions:
 
 
 class TabledContributions(Described):
-    """Contributions that tell the largest features, are summed over groups and convert to tables."""
+    """Contributions that list the largest features, are summed over groups and convert to tables."""
 
     values: Any
     bias: Any

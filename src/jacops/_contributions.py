@@ -85,7 +85,7 @@ class Contributions(ArrayLike, Savable, PagedContributions):
             from a hidden layer (`at=`) its axes take the place of `features`.
         bias: What the model's constants add, computed without the output, `(n, *out)`.
         output: The model's output, `(n, *out)`.
-        jacobian: By the features that `values` speaks of, of the shape of `values`; None for groups of features.
+        jacobian: By the same features as `values`, of the shape of `values`; None for groups of features.
         verification: `output - bias` against the sum of `values`; small means that nothing is missing. Of several
             outputs the worst.
         slope_error: How far `f(x + d) - f(x - d)` is from `2 J d` for small `d`, relative to the size of the terms of

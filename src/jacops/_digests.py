@@ -1,4 +1,4 @@
-"""What a run's numbers rest on, as short digests: tensors, modules, functions, data in their order (BLAKE2b).
+"""What a run's numbers depend on, as short digests: tensors, modules, functions, data in their order (BLAKE2b).
 
 Digests are compared between processes, so nothing enters them that differs from one to the next: no addresses, no
 order of sets, no hashes that Python salts.

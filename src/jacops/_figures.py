@@ -124,7 +124,7 @@ def _rows(ax: Axes, names: Sequence[str]) -> None:
 
 
 def heat_map(ax: Axes, values: Numbers, label: str, *, square: bool) -> None:
-    """Draw signed values as colours, white at zero, with a bar that tells them."""
+    """Draw signed values as colours, white at zero, with a colour bar."""
     most = float(np.abs(values).max(initial=0)) or 1.0
     aspect = "equal" if square else "auto"
     shown = ax.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect=aspect, interpolation="nearest")

@@ -30,7 +30,7 @@ def on_finite_rows(apply: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     if is_finite(rows):
         return apply(rows)
     good = rows.isfinite().all(1)
-    some = rows[good] if bool(good.any()) else torch.zeros_like(rows[:1])  # which tells the shape of a result
+    some = rows[good] if bool(good.any()) else torch.zeros_like(rows[:1])  # for the shape of a result
     found = apply(some)
     result = found.new_full((rows.shape[0], *found.shape[1:]), math.nan)
     if bool(good.any()):

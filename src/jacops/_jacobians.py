@@ -131,7 +131,7 @@ def compute_jacobian(
         mode: `"reverse"` sweeps by output entries, `"forward"` by input entries, `"split"` at the narrowest layer that
             everything passes through and multiplies the parts; `"auto"` takes the fewest, timed where that is close.
         budget: Bytes that result and working memory may take, or a text such as `"2GiB"`; by default half of what is
-            free. `jacops.plan` tells beforehand.
+            free. `jacops.plan` predicts it.
         out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, outside the
             budget; for several outputs or inputs a tuple or list of them.
         store: A folder for results larger than memory (zarr v3), written in tiles of rows. Any number of processes that
@@ -141,11 +141,11 @@ def compute_jacobian(
             every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
         fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
         check_finite: Raise if an output or a derivative is NaN or Inf.
-        compile: Compile the sweeps by outputs (`torch.compile`, up to a minute, and memory that no budget knows). The
+        compile: Compile the sweeps by outputs (`torch.compile`, up to a minute, and memory outside the budget). The
             first call compares all of it with plain sweeps and keeps it where it was faster; later ones two samples.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
         create_graph: Keep the result differentiable by trainable parameters (a `Function`'s tensors that require grad)
-            and inputs that require grad. All sweeps' graphs stay in memory, which no budget knows.
+            and inputs that require grad. All sweeps' graphs stay in memory, outside the budget.
 
     Returns:
         A tensor `(n, *out, *in)` with the dtype and device of the output, requiring grad only with `create_graph`;

@@ -118,7 +118,7 @@ def jacobian_lens(
             model's output).
         outputs: Part of the result, such as `"logits"`; it must be `(sequences, positions, out)`.
         freeze: Modules that are frozen, as in `contributions`.
-        skip: How many positions are left out at the beginning of every sequence, where attention rests on whatever is
+        skip: How many positions are left out at the beginning of every sequence, where attention depends on whatever is
             there; 16 in the paper.
         batch_size: Most sequences to a sweep; fewer where the budget asks for it.
         unpack: For a loader, as in `compute_jacobian`.

@@ -48,7 +48,7 @@ class Projection(ArrayLike, Savable, Described):
         return linear if self.offset is None else linear + self.offset
 
     def notes(self) -> list[str]:
-        """Return what a user of contributions through it has to know."""
+        """Return notes for contributions through it."""
         centred = ["contributions are of features minus their mean"] if bool(self.mean.any()) else []
         return centred + ([] if self.offset is None else ["what the projection adds by itself counts to the bias"])
 

@@ -28,7 +28,7 @@ _ROUNDINGS = 16  # of low precisions, where rounding exceeds that
 def check_reduction(objective: Any, batch: Batch) -> None:
     """Compare the loss of some rows together with the losses of the rows alone.
 
-    Where the model fits its data, losses are zero or hold rounding errors, which no comparison can tell anything by:
+    Where the model fits its data, losses are zero or hold rounding errors, which no comparison can use:
     then it is made nearby, with parameters a little off and each row's target given to the next one.
 
     Raises:

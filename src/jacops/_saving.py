@@ -80,7 +80,9 @@ def saved_fields(kind: Any) -> list[Field[Any]]:
         InputTypeError: It is no dataclass, so that its parts are not known.
     """
     if not is_dataclass(kind):
-        raise InputTypeError(f"a {kind.__name__} cannot be saved: it is not made of data alone (it rests on a model).")
+        raise InputTypeError(
+            f"a {kind.__name__} cannot be saved: it depends on a model, not on data alone."
+        )
     return [f for f in fields(kind) if f.init and f.metadata.get("saved", True)]
 
 
@@ -112,7 +114,7 @@ def _encoded(value: Savable) -> tuple[dict[str, Tensor], dict[str, str]]:
     except InputTypeError as error:
         if not hasattr(value, "dense"):
             raise
-        raise InputTypeError(f"{error} The operator rests on a model or on data: save its `dense()`.") from error
+        raise InputTypeError(f"{error} The operator depends on a model or on data: save its `dense()`.") from error
     sums = {name: _checksum(tensor) for name, tensor in encoder.tensors.items()}
     text = json.dumps({"format": FORMAT, "value": encoded, "crc32": sums}, allow_nan=False, separators=(",", ":"))
     return encoder.tensors, {_KEY: text, _SUM: str(zlib.crc32(text.encode()))}

@@ -125,7 +125,7 @@ def number_of(batch: Batch) -> int:
 def terms(problem: Any, what: str, ranks: Ranks) -> Iterator[tuple[int, Any, Any, float]]:
     """Yield a rank's batches that count: the number of rows before it, the batch, its objective and factor.
 
-    A rank that has none gets the first one of all with a factor of 0, which tells it shapes and kinds.
+    A rank that has none gets the first one of all with a factor of 0, which gives it shapes and kinds.
     """
     first, none_yet, spare = 0, True, None
     for batch in problem.data.tracked(what, problem.progress):

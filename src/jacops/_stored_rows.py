@@ -107,7 +107,7 @@ def _grids_in(path: Any) -> Mapping[str, Grid] | None:
 
 
 def _grids_of(function: Callable[..., Any], given: dict[str, Any], rows: _StoredSamples) -> Mapping[str, Grid]:
-    """Return the arrays for a result, whose shapes one sample tells."""
+    """Return the arrays for a result, whose shapes are those of one sample."""
     from .store import Grid
 
     blocks = _leaves(function(**{**given, **rows.some(slice(0, 1)), "fallback": "silent"}))
@@ -130,7 +130,7 @@ def _leaves(found: Any) -> list[Tensor]:
 
 
 def _identity(call: str, given: Mapping[str, Any], rows: _StoredSamples) -> dict[str, str]:
-    """Return digests of all that the numbers rest on."""
+    """Return digests of all that the numbers depend on."""
     model = given["model"]
     digest = digest_module(bare(model)) if isinstance(model, nn.Module) else digest_function(model)
     identity = {"call": call, "model": digest, "data": rows.digest}

@@ -104,7 +104,7 @@ class SpectralDensity(ArrayLike, Savable, Described):
             floor: The lowest density shown; by default a tenth of one eigenvalue spread over `width`.
             color: Of line and band; by default the next one of the axes.
             label: In the legend; by default the number of probes.
-            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not show.
 
         Returns:
             The figure; the axes where they were given.
@@ -143,7 +143,7 @@ def spectral_density(
 
     Stochastic Lanczos quadrature (Ubaru, Chen and Saad, 2017; for networks Ghorbani, Krishnan and Xiao, 2019): each
     random sign vector $z$ gives by `steps` Lanczos steps, fully reorthogonalised, a Gauss rule for
-    $z^\top f(A) z / n$, exact for polynomials of degree $2 \cdot$`steps`$ - 1$. Error bars tell the spread between
+    $z^\top f(A) z / n$, exact for polynomials of degree $2 \cdot$`steps`$ - 1$. Error bars show the spread between
     probes; what `steps` and `width` smooth away they do not tell.
 
     Args:
@@ -153,7 +153,7 @@ def spectral_density(
         width: Standard deviation of the Gaussian that smooths the density; by default a hundredth of the range.
         grid: Number of points over the range, or the points themselves.
         seed: Seeds a private generator.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         A `SpectralDensity`: `grid` and `density` `(g,)`, per unit of eigenvalue; Ritz values and their weights.
@@ -240,7 +240,7 @@ def effective_dimension(
         probes: Number of random vectors, at least 2; None for the exact number.
         steps: Lanczos steps of each probe.
         seed: Seeds a private generator.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         An `Estimate`: `value` between 0 and the number of columns, and its `standard_error`.

@@ -83,7 +83,7 @@ def diagonal(
         probes: Number of random vectors, at least 2; None for the exact diagonal.
         seed: Seeds a private generator.
         method: `"xdiag"` or `"hutchinson"`.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         A tensor without `probes`, a `DiagonalEstimate` with them.

@@ -68,7 +68,7 @@ class Eigenpairs(ArrayLike, Savable, Described):
         The axis is logarithmic where all are positive and span more than two decades.
 
         Args:
-            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not show.
 
         Returns:
             The figure; the axes where they were given.
@@ -119,7 +119,7 @@ def eigenpairs(
         max_products: How many vectors may be mapped; by default 40 per pair and 1000 more.
         seed: Seeds a private generator.
         on_failure: `"raise"`, or `"return"` what there is.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         Values in descending order for `"largest"`, ascending for `"smallest"`, by size for `"magnitude"`.

@@ -43,7 +43,7 @@ class Estimate(ArrayLike, Unpacked, Savable):
     """A number and how far it may be off; unpacks as `value, standard_error`.
 
     It calculates, compares and converts (`float`, `np.asarray`) as its value does. Sums and products carry the
-    standard error, to first order and added up without squares: two estimates may rest on the same random vectors, and
+    standard error, to first order and summed without squares: two estimates may depend on the same random vectors, and
     what is added up is not too small whatever their correlation.
 
     Attributes:

@@ -58,7 +58,7 @@ def norm(operator: Operator, probes: int | None = None, seed: int = 0, *, progre
         operator: Any operator.
         probes: Number of random vectors, at least 2; None for the exact norm.
         seed: Seeds a private generator.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         An `Estimate`: `value` in the units of an entry, and its `standard_error`, 0 where exact.
@@ -99,7 +99,7 @@ def spectral_norm(
         tolerance: On `error`, relative to `value`.
         max_steps: How many Lanczos steps at most.
         seed: Seeds a private generator.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         A `SpectralNorm`: `value`, a lower bound; `upper`, which holds with a probability of 99.9 %; `converged`.

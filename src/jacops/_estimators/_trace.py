@@ -44,7 +44,7 @@ def trace(
         probes: Number of random vectors, at least 2; None for the exact trace.
         seed: Seeds a private generator; the global one is not drawn from.
         method: `"xtrace"` or `"hutchinson"`.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         The trace and one standard error of it, 0 where it is exact.

@@ -1,4 +1,4 @@
-"""A walk over a recorded graph that tells apart, edge by edge, elements of Lie groups and plain numbers."""
+"""A walk over a recorded graph that distinguishes, edge by edge, elements of Lie groups from plain numbers."""
 
 from __future__ import annotations
 

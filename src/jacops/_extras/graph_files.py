@@ -88,7 +88,7 @@ def _read(path: File, kinds: Mapping[str, LineKind], unknown: Unknown, order: In
 
 
 def _todo(row: Row, kinds: Mapping[str, LineKind]) -> str:
-    known = f"this reader knows {', '.join(kinds)}"
+    known = f"this reader accepts {', '.join(kinds)}"
     for name, others in READERS.items():
         if others is not kinds and row.tag in others:
             return f"{known}: read the file with `{name}`"

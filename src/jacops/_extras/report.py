@@ -116,7 +116,7 @@ class Report:
         self._add("figure", source=_inline(figure), caption=caption, alt=alt or caption)
 
     def certificate(self, lines: Mapping[str, Cell]) -> None:
-        """Add what vouches for an answer: errors, residuals, signs and settings, one line each."""
+        """Add the certificate of an answer: errors, residuals, signs and settings, one line each."""
         self._add("certificate", lines={name: _shown(value) for name, value in lines.items()})
 
     def html(self) -> str:

@@ -1,4 +1,4 @@
-"""Influence: "which training point moved this prediction?" and the twice-differentiable interface it rests on."""
+"""Influence: "which training point moved this prediction?" and the twice-differentiable interface it depends on."""
 
 from ._influences import compute_influence_factors, compute_influences, self_influences
 from ._result import InfluenceFactors, Influences

@@ -183,7 +183,7 @@ class IndexPlan:
     # ---- on disk -------------------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, str]:
-        """Return digests of all that the rows rest on, in one pass over the data."""
+        """Return digests of all that the rows depend on, in one pass over the data."""
         data = digest_data((b.x, b.y, b.weights) for b in self.problem.data)
         return {
             **self.problem.fingerprint(),

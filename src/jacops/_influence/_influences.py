@@ -215,7 +215,7 @@ def self_influences(
 ) -> Tensor:
     r"""Return $s_i^2 g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
 
-    Large values are samples whose loss rests on themselves alone: mislabelled ones come first. With $g_i$ the gradient
+    Large values are samples whose loss depends on no other sample: mislabelled ones come first. With $g_i$ the gradient
     of a sample's own loss, in which its class weight cancels, $s_i$ is its share in the objective relative to an equal
     one: $n w_i d_i / \sum_j w_j d_j$ for a mean with sample weights $w$ and class weights or counted targets $d$, $w_i$
     for a sum. Without weights and ignored targets it is 1.

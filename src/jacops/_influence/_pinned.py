@@ -1,4 +1,4 @@
-"""What all tiles of a stored run rest on beside their place: the damping, the solver that was chosen, fitted factors.
+"""What all tiles of a stored run depend on beside their place: the damping, the solver that was chosen, fitted factors.
 
 One process computes them before there is a first tile, and others read them, so that a tile depends neither on the
 process that computes it nor on what that process computed before.

@@ -197,7 +197,7 @@ class Influences(ArrayLike, Savable, Described):
         Args:
             test: Which test samples, at most 6; the first ones by default.
             k: How many training samples on either side.
-            ax: Matplotlib axes to draw one test sample into; a new figure otherwise, which `pyplot.show` does not know.
+            ax: Matplotlib axes to draw one test sample into; a new figure otherwise, which `pyplot.show` does not show.
 
         Returns:
             The figure; the axes where they were given.

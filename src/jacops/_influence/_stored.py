@@ -70,7 +70,7 @@ def shares_of(problem: Problem, data: Batches) -> Tensor:
 
 
 def _identity(run: InfluenceRun, test: Batches, asked: Batches) -> dict[str, str]:
-    """Return digests of all that the numbers rest on, in one pass over each data set."""
+    """Return digests of all that the numbers depend on, in one pass over each data set."""
     sources = {"training data": run.problem.data, "test data": test, "input data": asked}
     digests = {id(data): "" for data in sources.values()}
     for data in sources.values():

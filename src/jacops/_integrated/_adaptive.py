@@ -6,7 +6,7 @@ refined where that is large. A smooth function needs one interval of few Gauss-L
 exponentially. A piecewise-linear one has kinks, at which errors of any such rule fall like one over the number of
 nodes; there, an interval is taken apart between its nodes: where the lines through two neighbours are one line, or meet
 at a kink between them, the integral is exact, and only other cells are refined. Sotoudeh and Thakur (2019) integrate
-over the linear pieces of a known network; here outputs and slopes tell where pieces end.
+over the linear pieces of a known network; here outputs and slopes determine where pieces end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._cells import Cells, Edges, hidden_error
 
 # Nodes of an interval that is taken to be smooth, and of one with kinks. With 8, perceptrons with GELU or tanh are
 # complete to 1e-6 at once, LSTMs and transformer blocks after halving 2 or 3 times. Where there are kinks, 2 to 4 nodes
-# took equally many Jacobians, and 3 tell a line from a curve.
+# took equally many Jacobians, and 3 distinguish a line from a curve.
 SMOOTH, KINKED = 8, 3
 _CONVERGING = (
     0.1  # gap over the last coefficient, or that over the middle one: below 0.05 if smooth, above 0.3 at kinks
@@ -261,7 +261,7 @@ class AdaptiveIntegration:
     def _judged(self, edges: Edges, this: GaussLegendre, gaps: Tensor) -> tuple[Tensor, Tensor]:
         """Return in which intervals a rule is off by more than its limit, and in which the function is smooth.
 
-        The gap is the error along the step. What tells how much slopes vary is the last coefficient that the nodes
+        The gap is the error along the step. The variation of slopes is measured by the last coefficient that the nodes
         resolve and, at ends where slopes are known, how far these are from the polynomial through the nodes. Where a
         function is smooth, the gap is far below that, or coefficients fall; between kinks that is not asked.
         """

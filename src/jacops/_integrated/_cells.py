@@ -77,7 +77,7 @@ class Edges:
 
 
 def hidden_error(error: Tensor, change: Tensor, probed: Tensor, noise: Tensor) -> Tensor:
-    """Return how far an integral may be off in directions that outputs do not tell of.
+    """Return how far an integral may be off in directions that outputs do not show.
 
     Args:
         error: Of the integral along the step.

@@ -1,4 +1,4 @@
-"""What a trace of a model and its loss tells before anything runs: broadcast targets, parameters without a path."""
+"""What a trace of a model and its loss shows before anything runs: broadcast targets, parameters without a path."""
 
 from __future__ import annotations
 

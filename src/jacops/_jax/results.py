@@ -69,7 +69,7 @@ def digest_of(params: Any, functions: Sequence[Callable[..., Any]], more: str) -
 
 
 def _bytes_of(leaf: Any) -> bytes:
-    """Return a leaf of the parameters in a form that tells it from others, the same in every process."""
+    """Return a leaf of the parameters in a form that is unique and the same in every process."""
     if not isinstance(leaf, jax.Array):
         return f"{type(leaf)} {_named(leaf) if callable(leaf) else _ADDRESS.sub('', repr(leaf))}".encode()
     random = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -77,7 +77,7 @@ class Linearized(Protocol):
 
     @property
     def weights(self) -> Any:
-        """What tells whether the parameters were written into since, None where they cannot be."""
+        """A value that changes when the parameters are written into; None where they cannot be."""
         ...
 
     @property

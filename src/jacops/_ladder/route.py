@@ -18,7 +18,7 @@ from .plan import Cost
 
 
 class Verdicts(Protocol):
-    """What earlier calls proved and refused; each entry ends when what it rests on changes."""
+    """What earlier calls proved and refused; each entry ends when what it depends on changes."""
 
     @property
     def checks(self) -> str:
@@ -68,7 +68,7 @@ class Ask(Protocol):
 
 
 class Claim(Protocol):
-    """A statement that a route rests on, with its evidence.
+    """A statement that a route depends on, with its evidence.
 
     Attributes:
         name: What proofs are kept under.
@@ -93,7 +93,7 @@ class Route(Protocol):
 
     Attributes:
         name: What plans, reprs and refusals call it.
-        claims: What is proved before its result is believed, once per graph and shape.
+        claims: What is proved before its result is returned, once per graph and shape.
         leaving: What leaving it means. `"silent"`: the next route is as exact, and slower by a constant. `"noted"`:
             `fallback="error"` forbids it. `"warned"`: it is worth a warning, as wrong numbers are for `"noted"` too.
             `"never"`: it is the plain route, which defines what is right, and whose errors are the caller's.
@@ -205,7 +205,7 @@ def answer(ask: Ask, routes: Sequence[Any]) -> Any:
 def answered(ask: Ask, routes: Sequence[Any]) -> tuple[Any, Route]:
     """Return the result by the first candidate whose claims hold, and that route.
 
-    A route that fails is left: its reason is kept until what it rests on changes, described in `ask.routes`, and warned
+    A route that fails is left: its reason is kept until its evidence changes, described in `ask.routes`, and warned
     of as `ask.fallback` asks. Errors for want of memory pass through, as do those of the plain route.
 
     Raises:

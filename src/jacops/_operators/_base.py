@@ -195,7 +195,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
             budget: Bytes that the matrix and the work on it may take, or a text such as `"2GiB"`; by default half of
                 what is free.
             check_finite: Raise if an entry is NaN or Inf.
-            progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+            progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
         Raises:
             InputError: `out` has another shape.

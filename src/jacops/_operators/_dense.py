@@ -192,12 +192,12 @@ def matrix_place(operator: Operator, out: Any) -> Target:
 
 @dataclass(frozen=True)
 class Filled:
-    """What an operator knows of its own matrix, or products with unit vectors, as many together as fit.
+    """The matrix of an operator as the operator gives it, or by products with unit vectors, as many together as fit.
 
     Attributes:
         name: As in the operator's `_own`.
         why: Why it is taken.
-        axis: The axis of the matrix that unit vectors run over; None for what the operator knows.
+        axis: The axis of the matrix that unit vectors run over; None for the former.
     """
 
     name: str

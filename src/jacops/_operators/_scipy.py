@@ -26,7 +26,7 @@ def as_linear_operator(operator: Any) -> Any:
 
 
 def _presented(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the NumPy dtype of products; LAPACK and ARPACK know no half precision, NumPy no bfloat16."""
+    """Return the NumPy dtype of products; LAPACK and ARPACK have no half precision, NumPy no bfloat16."""
     wide = torch.promote_types(dtype, torch.float32)
     return torch.empty(0, dtype=wide).numpy().dtype
 

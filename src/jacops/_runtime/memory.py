@@ -64,7 +64,7 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     rooms = [room // _processes() for room in (*_free_ram(), *_cgroup_room())] + [*_address_room()]
-    return max(0, min(rooms)) if rooms else 2**33  # a system that tells nothing: as if 8 GiB were free
+    return max(0, min(rooms)) if rooms else 2**33  # a system that reports nothing: as if 8 GiB were free
 
 
 def _processes() -> int:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 TIMEOUT = 30.0  # seconds for ranks that do the same to come to the same call: the slowest imports and first reads
 _LONGEST_NAP = 0.02  # seconds between looks at the store: few enough requests where a thousand ranks look
 _ROUNDING = 1e-3  # of its norm by which a vector may differ between ranks: a solve's in single precision, never another
-_TEXT = 2000  # characters of an error that others are told
+_TEXT = 2000  # characters of an error that are sent to other ranks
 _TODO = (
     "In a torch.distributed group, calls that take a loader or a Problem share their sums and are made on all ranks "
     "alike; pass `distributed=False` for one that is made on a single rank."
@@ -44,7 +44,7 @@ _ALIKE = (
 
 @final
 class Rendezvous:
-    """The default process group: where ranks meet, tell failures, and add up.
+    """The default process group: where ranks synchronise, report failures, and add up.
 
     Args:
         group: The process group.

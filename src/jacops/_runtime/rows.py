@@ -46,7 +46,7 @@ def quick_size(rows: Tensor) -> Tensor:
 
 
 def is_doubtful(quick: Tensor) -> Tensor:
-    """Say of which norms by squares it cannot be told whether one overflowed or underflowed."""
+    """Return which norms by squares may have overflowed or underflowed."""
     return ~((quick > SQUARES) & (quick < 1 / SQUARES))
 
 

@@ -180,7 +180,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Return what tells the memory of a tensor from that of others while it lives."""
+    """Return a key of the memory of a tensor, unique while the tensor exists."""
     return tensor.untyped_storage()._cdata
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell each other before they compute together.
+"""What the ranks of a process group exchange before they compute together.
 
 A call whose ranks meet in collectives goes through stages. In each a rank works by itself; then all exchange a few
 words. A rank that failed says so there, so that every rank ends with an error instead of waiting for it.
@@ -64,7 +64,7 @@ class MeshRanks:
 
 
 class Stage:
-    """A part of a call that each rank does by itself; leaving it tells the other ranks how it went.
+    """A part of a call that each rank does by itself; leaving it reports the outcome to the other ranks.
 
     Attributes:
         words: What this rank says when it is done.

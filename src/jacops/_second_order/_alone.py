@@ -44,13 +44,13 @@ class OutputEntry:
 
 
 def settled(nest: Nest, blocks: Blocks, flaw: str | None, differences: Differences) -> Blocks:
-    """Return derivatives that nothing speaks against: `blocks`, or what every output entry alone gives.
+    """Return derivatives that passed every check: `blocks`, or what every output entry alone gives.
 
     Args:
         nest: What was differentiated.
         blocks: What shared sweeps gave, `[output][input][input]`, each `(n, *out, *in, *in)`.
         flaw: What is known to be wrong with them already.
-        differences: What they are held against where something speaks against them.
+        differences: What they are compared with where a check fails.
 
     Raises:
         NotDifferentiableError: Every output entry alone is wrong too, or `fallback="error"` and it differs.

@@ -85,7 +85,7 @@ class Doubt:
 
 
 def doubt(nest: Nest, blocks: Blocks) -> Doubt | None:
-    """Return what speaks against `blocks[output][input][input]`, each `(n, *out, *in, *in)`; None if nothing."""
+    """Return what refutes `blocks[output][input][input]`, each `(n, *out, *in, *in)`; None if nothing."""
     found = (_doubt_of(nest, blocks, rows, recorded) for rows, recorded in _recorded(nest))
     return next((d for d in found if d is not None), None)
 

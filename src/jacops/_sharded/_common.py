@@ -1,4 +1,4 @@
-"""What the ranks of one product tell each other, and what they must have in common."""
+"""What the ranks of one product exchange, and what they must have in common."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def certificate(system: LinearizedFit, cost: float, solver: StepSolver, magnitud
     if (np.abs(system.r) <= _FEW / ROUNDING * rounding).all():
         return Certificate(float("nan"), "every residual is at the rounding level of its terms")
     if not system.norms.any():
-        return Certificate(0.0)  # a minimum or a plateau: there is nothing to tell them by
+        return Certificate(0.0)  # a minimum or a plateau: nothing distinguishes them
     kept = system.memory.get("certificate")
     if kept is None:
         kept = system.memory["certificate"] = _by_the_step(system, cost, solver, rounding, magnitudes)

@@ -58,7 +58,7 @@ class ParameterPart:
 
     @property
     def stored(self) -> int:
-        """How many columns there are for a Jacobian that knows no charts."""
+        """How many columns there are for a Jacobian without charts."""
         return self.shape.numel() if self.chart else self.columns
 
     @cached_property

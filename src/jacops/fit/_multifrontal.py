@@ -19,7 +19,7 @@ _LEAF_COMPILED = 24  # where a front costs no Python
 
 @dataclass(frozen=True, eq=False)
 class FrontalAnalysis:
-    """What a factorisation needs to know of a pattern.
+    """What a factorisation needs of a pattern.
 
     Attributes:
         fronts: The dense blocks.

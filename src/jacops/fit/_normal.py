@@ -40,7 +40,7 @@ class NormalPattern:
 
     @cached_property
     def analysis(self) -> FrontalAnalysis:
-        """What a Cholesky factorisation needs to know."""
+        """What a Cholesky factorisation needs."""
         return FrontalAnalysis.of(self.graph)
 
     @cached_property

@@ -216,7 +216,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
 
         Args:
             kind: `"convergence"` or `"residuals"`; both side by side by default.
-            ax: Matplotlib axes to draw one of them into; a new figure otherwise, which `pyplot.show` does not know.
+            ax: Matplotlib axes to draw one of them into; a new figure otherwise, which `pyplot.show` does not show.
 
         Returns:
             The figure; the axes where they were given.

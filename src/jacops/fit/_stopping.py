@@ -1,4 +1,4 @@
-"""When a least-squares loop stops by the caller's wish, and what the caller is told on the way."""
+"""When a least-squares loop stops at the caller's request, and what is reported on the way."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StoppingCriteria:
 
 @dataclass(frozen=True)
 class Observer:
-    """What the caller is told.
+    """What is reported to the caller.
 
     Attributes:
         callback: Called after each step that is taken.

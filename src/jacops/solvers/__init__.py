@@ -1,4 +1,4 @@
-"""Solvers: frozen recipes that turn an operator and a damping into an inverse, and tell how each solve went."""
+"""Solvers: frozen dataclasses that make an inverse of an operator and a damping, with a status for each solve."""
 
 from ._auto import Auto
 from ._base import Prepared, Solver

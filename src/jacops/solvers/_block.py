@@ -48,7 +48,7 @@ def block_iteration(
 @final
 @dataclass(frozen=True, eq=False)
 class BlockState(Savable):
-    """Where an iteration stands between two steps: all that the next ones rest on.
+    """Where an iteration stands between two steps: all that the next ones depend on.
 
     Attributes:
         x: Solutions.

@@ -121,7 +121,7 @@ class _Seen:
 
     Attributes:
         broken: Rows whose product is not finite.
-        flat: Rows along whose direction there is no curvature to speak of, or a negative one.
+        flat: Rows along whose direction the curvature is negligible or negative.
         relative: The curvature along each direction of unit length.
         norm: The largest stretch so far.
     """

@@ -55,7 +55,7 @@ def solve(
         solver: A recipe, such as `CG()`, or the name of one; `Auto` chooses.
         damping: $\lambda \ge 0$, a number or a tensor of one.
         on_failure: `"raise"`, or `"return"` to get the solution with its statuses.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
         create_graph: Keep `x` differentiable, once, by `b`, by a tensor as damping, and by what the operator receives
             gradients for (one made with `create_graph=True`, a matrix that requires grad): backward solves the
             transposed system once (implicit differentiation), whatever the solver did.

@@ -98,7 +98,7 @@ class Passes:
             for start in range(0, data.rows, _FEW):
                 part = data.part(slice(start, start + _FEW))
                 _, own, share = self.problem.term(part)
-                if share:  # a batch that only tells shapes has no factor, nor have its parts
+                if share:  # a batch that only gives shapes has no factor, nor have its parts
                     yield from self._of_batch(part, own, share if factor else 0.0, first + start, outer_only)
             return
         self._recorded += 1

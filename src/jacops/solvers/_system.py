@@ -98,7 +98,7 @@ class System:
         self._exponent = value
 
     def measure(self, size: float) -> None:
-        """Fix the unit by an estimate of the norm of $A$, unless it is fixed; a size of 0, NaN or Inf tells nothing."""
+        """Fix the unit by an estimate of the norm of $A$, unless it is fixed; a size of 0, NaN or Inf is ignored."""
         size = max(size, self.given_damping)
         if self._exponent is None and 0 < size < math.inf:
             found = math.frexp(size)[1]

@@ -71,7 +71,7 @@ class Assembly:
         found = reading(rows, inner, coloring)
         if found is None:
             raise NotDifferentiableError(
-                "sparse: a colouring does not tell all entries apart; this is a fault in jacops."
+                "sparse: a colouring does not separate all entries; this is a fault in jacops."
             )
         pushed, sweep, at = found
         places = np.where(pushed, coloring.pulls * wide + sweep * m, sweep * wide) + at

@@ -46,7 +46,7 @@ def jacobian(
         layout: torch's `"csr"`, `"coo"` or `"bsr"`, or `"scipy"`.
         certify: Number of random probes; 5 give a useful `error_bound`, 0 none.
         pattern: Where entries may be nonzero: a scipy or torch sparse matrix, or a `Pattern`.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         The matrix with its error bound and sweeps; `output` is the function's where the operator was recorded.
@@ -72,7 +72,7 @@ def jacobian(
         known, dtypes, _ = traced(operator.lin, None)
     else:
         todo = "Detection needs a recorded Jacobian or Hessian; pass a scipy or torch sparse matrix."
-        raise InputError.of("pattern", "missing", f"a {type(operator).__name__} does not tell its own", todo)
+        raise InputError.of("pattern", "missing", f"a {type(operator).__name__} does not have one of its own", todo)
     matrix = csr(known.matrix + known.matrix.T).astype(bool) if operator.symmetric else known.matrix
     n = operator.domain.dim
     assembly = Assembly.of(matrix, color(matrix, symmetric=operator.symmetric), np.arange(n), n)

@@ -19,7 +19,7 @@ from .plan import SparsePlan, detected, sparse_plan
 def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selector, tangent: bool) -> SparseJacobian:
     """Return the sparse Jacobian of a model, as torch's CSR.
 
-    A plan serves the graph that it was made for. It is made again where an entry that its pattern may rest on became
+    A plan serves the graph that it was made for. It is made again where an entry that its pattern may depend on became
     zero or ceased to be, and where a random probe shows that the pattern does not hold.
 
     Args:
@@ -63,7 +63,7 @@ def kept_plan(
         model: A module or function, by whose identity the plan is kept.
         module: What it is evaluated by.
         inputs: Its input.
-        setting: What tells plans apart, besides the kinds of inputs.
+        setting: What distinguishes plans, besides the kinds of inputs.
         importance: What rows are multiplied with.
     """
     plan: SparsePlan | None = _made(model, inputs, setting).get("plan")

@@ -110,7 +110,7 @@ def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Return what tells storages apart."""
+    """Return a key of a storage."""
     return tensor.untyped_storage()._cdata
 
 

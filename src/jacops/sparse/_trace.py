@@ -220,11 +220,11 @@ class Tracer(TorchDispatchMode):
 
     @property
     def holds_here_only(self) -> bool:
-        """Whether the sets rest on this point: on indices made of its values, or on values that Python read."""
+        """Whether the sets depend on this point: on indices made of its values, or on values that Python read."""
         return self.taint is None or self.taint.read_out or self._pointed
 
     def places_rest_on(self, tensors: Iterable[Tensor]) -> None:
-        """Note that these tell where entries go.
+        """Note that these determine where entries go.
 
         Raises:
             NotImplementedError: They stand for all that they could be.

@@ -82,7 +82,7 @@ class Traced:
         ids: One array of ids per leaf, in its shape.
         unknown: Operations without a rule.
         dtypes: Of the floating-point numbers that carried sets.
-        here_only: Whether they rest on indices or conditions that may be others elsewhere.
+        here_only: Whether they depend on indices or conditions that may be others elsewhere.
     """
 
     pool: Pool
@@ -129,7 +129,7 @@ class Seen(NamedTuple):
     Attributes:
         pattern: Where the Jacobian may be nonzero.
         dtypes: Of all floating-point numbers on the way.
-        here_only: Whether the pattern rests on indices made of values at this point.
+        here_only: Whether the pattern depends on indices made of values at this point.
     """
 
     pattern: Pattern
@@ -161,5 +161,5 @@ def _check_size(lin: Linearization, entries: int, unknown: dict[str, int]) -> No
         names = f" Operations without a rule count as dense: {', '.join(unknown)}." if unknown else ""
         raise MemoryBudgetError(
             f"{lin.call}: the pattern of {lin.codomain.dim} × {lin.domain.dim} would have {entries} entries.{names} "
-            "Pass `pattern=` where you know it to be sparse, or use products (`jacobian(...) @ v`)."
+            "Pass `pattern=` if it is known to be sparse, or use products (`jacobian(...) @ v`)."
         )

@@ -64,7 +64,7 @@ class Pattern(Described):
         """Draw where there are entries, up to 256 × 256 cells; a cell that stands for several is filled if one is.
 
         Args:
-            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not know.
+            ax: Matplotlib axes to draw into; a new figure otherwise, which `pyplot.show` does not show.
 
         Returns:
             The figure; the axes where they were given.

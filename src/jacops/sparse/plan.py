@@ -61,7 +61,7 @@ class SparsePlan(Described):
     _traced: bool = False  # the pattern is that of a graph whatever the values of what is differentiated by
     _certified: tuple[Any, ...] | None = None  # such a graph that a probe was taken of
 
-    # ---- what it knows -----------------------------------------------------------------------------------------
+    # ---- properties -----------------------------------------------------------------------------------------
 
     @cached_property
     def assembly(self) -> Assembly:
@@ -265,7 +265,7 @@ class SparsePlan(Described):
         try:
             plan.assembly  # noqa: B018 - shows whether the colouring fits the pattern
         except NotDifferentiableError:
-            raise DataError(f"{path}: damaged, its colours do not tell the entries of its pattern apart.") from None
+            raise DataError(f"{path}: damaged, its colours do not separate the entries of its pattern.") from None
         return plan
 
 
@@ -309,10 +309,10 @@ def sparse_plan(
         parameters: Which parameters, as in `jacobian`.
         outputs: Part of the output, as in `jacobian`.
         tangent: For LieTensor parameters: tangent width, without columns of zeros.
-        pattern: Where you know it: a scipy or torch sparse matrix, or a `Pattern`; verified by a random probe.
+        pattern: If known: a scipy or torch sparse matrix, or a `Pattern`; verified by a random probe.
         local: The pattern at this very point, which may be emptier and must be detected again elsewhere.
         lift: Whether selections of parameters may be lifted.
-        progress: Force the progress bar on or off; by default it is shown after 2 s, where someone looks.
+        progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
         A plan, for `plan.evaluate(model, inputs)`.

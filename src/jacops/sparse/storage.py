@@ -53,7 +53,7 @@ def save(plan: SparsePlan, path: str | Path) -> None:
     with replacing(path) as partial:
         with partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        if size > max(_MOST, _RATIO * partial.stat().st_size):  # more than the reader believes of a compressed file
+        if size > max(_MOST, _RATIO * partial.stat().st_size):  # more than the reader accepts of a compressed file
             with partial.open("wb") as file:
                 np.savez(file, **arrays)
 

@@ -1,4 +1,4 @@
-"""How a stored run begins: whether it is the one that is there, and the facts that all of its tiles rest on."""
+"""How a stored run begins: whether it is the one that is there, and the facts that all of its tiles depend on."""
 
 from __future__ import annotations
 

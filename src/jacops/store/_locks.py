@@ -1,6 +1,6 @@
 """Kernel locks beside a store, one for each tile in work: gone when their holder dies, by whatever death.
 
-They are files in a folder beside the store, locked by `flock`, and removed when they are let go. Network file systems
+They are files in a folder beside the store, locked by `flock`, and removed when they are released. Network file systems
 that pass `flock` on to their server (NFS, SMB) share them between machines.
 """
 
@@ -34,7 +34,7 @@ def locks_of(store: Path) -> Path:
 class Lock:
     """A lock of one name, which this or another process may hold.
 
-    Its file is removed when it is let go. Who locks a removed file would hold what nobody sees, hence the comparison
+    Its file is removed when it is released. A lock on a removed file is invisible to others, hence the comparison
     of inodes. A forked child lets go of its copies at once, else it would hold them beyond its parent.
 
     Args:
@@ -173,7 +173,7 @@ class Claims:
         return self._lock(name, index).holder()
 
     def let_go(self, name: str, index: Index) -> None:
-        """Leave a tile to whoever wants it."""
+        """Release a tile."""
         lock = self._locks.pop((name, index), None)
         if lock is not None:
             lock.release()

@@ -30,7 +30,7 @@ class Store:
 
     Attributes:
         path: The folder, absolute.
-        identity: What the numbers rest on, by name.
+        identity: What the numbers depend on, by name.
         surroundings: Versions, threads and the like of the run that began it.
         arrays: The grid of every array.
     """
@@ -69,7 +69,7 @@ class Store:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the numbers rest on, by name."""
+        """What the numbers depend on, by name."""
         return dict(self._header.identity)
 
     @property

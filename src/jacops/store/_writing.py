@@ -63,10 +63,10 @@ class StoredRun(Store):
 
         Args:
             path: A folder of a file system with locks.
-            identity: Names and digests, or short texts, of everything the numbers rest on. A difference is refused.
+            identity: Names and digests, or short texts, of everything the numbers depend on. A difference is refused.
             arrays: The arrays and how they are cut.
             surroundings: What should not change the numbers beyond rounding. A difference is warned of.
-            facts: Computes what all tiles rest on beside their place, such as a step size or fitted factors: plain
+            facts: Computes what all tiles depend on beside their place, such as a step size or fitted factors: plain
                 values and bytes by name, which `fact` returns. One process calls it, before the store is there; if it
                 raises, there is none.
 
@@ -125,7 +125,7 @@ class StoredRun(Store):
         self.close()
 
     def close(self) -> None:
-        """Let go of the store, and of tiles that were taken and not written."""
+        """Release the store, and tiles that were taken and not written."""
         self._claims.close()
         self._use.end()
 
@@ -176,7 +176,7 @@ class StoredRun(Store):
         return True
 
     def leave(self, name: str, index: Index) -> None:
-        """Let go of a tile that was taken, to whoever wants it."""
+        """Release a tile that was taken."""
         self._claims.let_go(name, index)
 
     def has(self, name: str, index: Index) -> bool:
@@ -277,7 +277,7 @@ class StoredRun(Store):
     def obtain(self, name: str, index: Index, compute: Callable[[], Tensor | np.ndarray]) -> np.ndarray:
         """Return a tile: from the store where it is finished, else computed, written and handed back.
 
-        One process computes it; others that want it wait.
+        One process computes it; others wait for it.
 
         Args:
             name: Which array.

@@ -230,7 +230,7 @@ class Follow(Light):
     def _bias_parts(self, call: OperationCall, shape: Shape, bias: Sequence[Tensor]) -> tuple[Sequence[Tensor], bool]:
         if shape is Shape.AFFINE:
             return call.at(bias, working), False
-        precision = wide if shape is Shape.UNKNOWN else working  # to tell curves from rounding takes all there is
+        precision = wide if shape is Shape.UNKNOWN else working  # curves differ from rounding only in full precision
         points, at = call.points(precision), partial(call.at, precision=precision)
         along = [_finite(b.to(p.dtype)) for b, p in zip(bias, points, strict=True)]
         if shape is Shape.HOMOGENEOUS:

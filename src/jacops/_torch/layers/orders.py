@@ -1,4 +1,4 @@
-"""Which sample a row of a use belongs to: found by sweeps with cotangents that tell samples apart."""
+"""Which sample a row of a use belongs to: found by sweeps with cotangents that differ between samples."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def without(sites: Sequence[LayerOutput], lost: set[int]) -> list[LayerOutput]:
 
 
 def settled(sites: Sequence[LayerOutput], slices: Sequence[slice]) -> list[LayerOutput]:
-    """Return the sites with their panels, apart from leaves that tell samples apart."""
+    """Return the sites with their panels, apart from leaves that separate samples."""
     lost = {use.leaf for site in sites for use in site.uses if not site.describes(use)}
     found = without(sites, lost)
     for site in found:

@@ -76,7 +76,7 @@ class FrozenModules:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells proofs about models frozen in one way from others."""
+        """What distinguishes proofs about models frozen in different ways."""
         return tuple(self.kinds)
 
     def below(self, path: str) -> FrozenModules:
@@ -93,7 +93,7 @@ class FrozenModules:
 
     @contextmanager
     def active(self, module: nn.Module, checked: bool = False) -> Iterator[Callable[[Any], None]]:
-        """Freeze a forward of a replica while inside; what it yields is to be told the forward's output.
+        """Freeze a forward of a replica while inside; what it yields is to be given the forward's output.
 
         Args:
             module: The replica.

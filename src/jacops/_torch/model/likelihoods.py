@@ -180,7 +180,7 @@ def likelihood_of(
 
 
 def _single(output: Tensor) -> Tensor:
-    """Return an output in single precision at least: in half, a factor is told from others by its third digit only."""
+    """Return an output in single precision at least: in half precision, factors differ in their third digit only."""
     own = out_of_inference(output.detach())
     return own.float() if own.dtype in (torch.bfloat16, torch.float16) else own
 

@@ -1,7 +1,7 @@
 """`target=`: one output per sample, by its place along the last axis of the output.
 
 It travels with the samples as one more tensor with a row for each, which is never differentiated, and the selection is
-the last step of the function: chunks, samples alone and proofs need to know nothing of it.
+the last step of the function: chunks, samples alone and proofs do not depend on it.
 """
 
 from __future__ import annotations

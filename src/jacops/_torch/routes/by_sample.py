@@ -1,7 +1,7 @@
 """The rows of every sample alone, as factors: many samples to a sweep where that is right, else one at a time.
 
 A row is defined by its sample alone, in a batch of one. A batch gives the same rows if samples do not mix, which is
-believed where these agree, at the very shape that is used: no value is read out of a tensor; a cotangent on half of
+accepted where these agree, at the very shape that is used: no value is read out of a tensor; a cotangent on half of
 the samples leaves exact zeros at the others; the outputs of some samples are the same alone; the row of one sample is
 the same alone; and a plain sweep over a random mix of all rows is what the factors say.
 """
@@ -313,7 +313,7 @@ def _check_batchable(lin: Linearization, many: int) -> None:
         raise RouteUndecidedError("the loss of no row depends on its output")
     effects = _habits(lin)
     if effects.reads and effects.coarse in (torch.bfloat16, torch.float16):
-        raise RouteFailedError(with_reads("in half precision outputs alone cannot tell whether samples mix", effects))
+        raise RouteFailedError(with_reads("in half precision outputs alone do not show whether samples mix", effects))
     if effects.draws:
         raise RouteFailedError(f"the forward is random ({', '.join(effects.draws)})")
     for name, output in zip(lin.codomain.names, lin.outputs, strict=True):

@@ -79,7 +79,7 @@ class WholeAsk:
         self._kept: dict[str, Any] = {}
 
     def kept(self, what: str, make: Callable[[], Any]) -> Any:
-        """Return what a route found out for this question, found out now if it was not yet."""
+        """Return what a route prepared for this question; it is prepared now if it was not before."""
         if what not in self._kept:
             self._kept[what] = make()
         return self._kept[what]

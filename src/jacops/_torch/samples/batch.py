@@ -1,7 +1,7 @@
 """Input Jacobians sample by sample, in a few sweeps over whole batches where samples do not mix.
 
 One backward pass from the i-th output of every sample at once gives row i of every sample's Jacobian, if and only if
-no sample touches another. That is proved before it is believed (contract: three things together): no value is read
+no sample touches another. That is proved before it is used (contract: three things together): no value is read
 out of a tensor; outputs alone and in the batch agree; and the batched Jacobian is what plain `autograd.grad` gives
 for a random cotangent, with exact zeros where the cotangent has them. Otherwise: one sample at a time.
 """
@@ -353,7 +353,7 @@ class Samples:
         return alone, parts
 
     def _mixing(self, run: Run, values: Sequence[Tensor], parts: Parts | None) -> str | None:
-        """Return what speaks against shared sweeps before any is made; None where nothing does."""
+        """Return why sweeps cannot be shared, before any is made; None where they may be."""
         many = values[0].shape[0]
         reason = unbatchable(run.lin if run.head is None else run.head, run.effects, many)
         if reason is not None or (parts is None and not run.effects.reads):

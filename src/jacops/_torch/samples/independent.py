@@ -31,7 +31,7 @@ class SamplesIndependent:
     always: bool = True  # what is remembered depends on the samples' values: the caller does that
 
     def evidence(self, route: Any, ask: BatchAsk, found: Linearization) -> bool:
-        """Return True where nothing speaks against it.
+        """Return True where no check fails.
 
         Raises:
             RouteWrongError: It is refuted.

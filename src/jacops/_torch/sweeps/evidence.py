@@ -1,4 +1,4 @@
-"""What a remembered proof rests on: the recorded graph, and the entries whose value can hide a path through it.
+"""What a remembered proof depends on: the recorded graph, and the entries whose value can hide a path through it.
 
 A proof made where a weight was nonzero survives training; only a value that removes a path can hide one. So a proof
 holds while the wiring of the graph is the same, and while entries of parameters, buffers and small constants that were

@@ -22,7 +22,7 @@ Ran = TypeVar("Ran")
 NOT_FINITE = "values are not finite"
 _SUMS = 1e3  # roundings in a sum over as many terms as layers have
 _DECIDED = 1e-2  # outputs that may differ by more, in half precision, decide nothing
-UNDECIDED = ""  # rounding explains the difference: it speaks against nothing and proves nothing
+UNDECIDED = ""  # rounding explains the difference: it neither refutes nor proves independence
 
 
 def batched(run: Callable[[], Ran], many: int) -> Ran | str:
@@ -39,7 +39,7 @@ def unbatchable(lin: Linearization, effects: SideEffects, many: int) -> str | No
     """Return why a batch cannot be swept at all: random draws, no batch axis, coarse reads; None if it can."""
     coarse = torch.finfo(effects.coarse).eps if effects.coarse is not None else 0.0
     if effects.reads and _SUMS * coarse > _DECIDED:
-        return with_reads("in half precision outputs alone cannot tell whether samples mix", effects)
+        return with_reads("in half precision outputs alone do not show whether samples mix", effects)
     if effects.draws:
         return f"the forward is random in eval mode ({', '.join(effects.draws)})"
     for space, tensors in ((lin.codomain, lin.outputs), (lin.domain, lin.leaves)):

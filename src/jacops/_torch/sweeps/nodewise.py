@@ -32,7 +32,7 @@ from .node_rules import Rule, rule_for
 if TYPE_CHECKING:
     from .linearization import Linearization
 
-_SLOW, _NEGLIGIBLE = 4.0, 5e-3  # a differentiated pull takes 2 to 3 pulls; seconds below which timing tells nothing
+_SLOW, _NEGLIGIBLE = 4.0, 5e-3  # a differentiated pull takes 2 to 3 pulls; seconds below which timing is noise
 _LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 Place = tuple[Any, int]
 

@@ -1,7 +1,7 @@
 """What earlier calls proved about a function, so that a check is paid once and not in every call.
 
 A proof belongs to one function, in one setting (shapes, dtypes, modes), for one recorded graph. It ends when the graph
-or what it rests on (`evidence`) changes. So a model is recorded first, and only then is it asked what is known of it.
+or what it depends on (`evidence`) changes. So a model is recorded first, and only then is it asked what is known of it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Proofs:
     Args:
         checks: `"first"` checks a route once per shape, `"always"` each time, `"strict"` each time and every pair of
             samples, `"never"` not at all.
-        function: What was recorded, for the tensors that proofs rest on; None where nothing is remembered.
+        function: What was recorded, for the tensors that proofs depend on; None where nothing is remembered.
 
     Attributes:
         effects: What the forward was seen to do besides arithmetic; None where it was not watched.
@@ -104,7 +104,7 @@ class Proofs:
         self._relied: Counter[str] = Counter()
 
     def renew(self) -> None:
-        """Begin a recording: forget all if what proofs rest on has changed."""
+        """Begin a recording: forget all if what proofs depend on has changed."""
         self._age += 1
         if self._rests_on is not None and not hold(self._rests_on):
             self._proved.clear()
@@ -317,7 +317,7 @@ def identity_key(value: Any) -> Hashable:
 
 
 def held_key(tree: Tree) -> Hashable:
-    """Return a key for what an input's structure holds: settings by value, tensors by what proofs may rest on."""
+    """Return a key for what an input's structure holds: settings by value, tensors by what proofs may depend on."""
     return tuple((place, _held_key(leaf)) for place, leaf in tree.held)
 
 

@@ -90,6 +90,6 @@ class ByChannel(Rule):
 
 
 def _leading(output: Sequence[int], leaf: Sequence[int]) -> int:
-    """Return how many leading axes of an operation's output a vector knows nothing of."""
+    """Return how many leading axes of an operation's output a vector does not have."""
     lead = len(output) - len(leaf)
     return lead if lead > 0 else int(lead == 0 and len(leaf) > 0 and leaf[0] == 1)
