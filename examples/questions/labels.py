@@ -198,7 +198,9 @@ def draw_truth(predicted: np.ndarray, retrained: np.ndarray) -> look.Figure:
     figure, (axes,) = look.axes_in_a_row(3.8, 1)
     low, high = min(predicted.min(), retrained.min()), max(predicted.max(), retrained.max())
     axes.plot([low, high], [low, high], color=look.GREY, linewidth=1, label="predicted = retrained")
-    axes.scatter(predicted, retrained, s=30, color=look.ORANGE, alpha=0.85, linewidth=0, label="one training digit each")
+    axes.scatter(
+        predicted, retrained, s=30, color=look.ORANGE, alpha=0.85, linewidth=0, label="one training digit each"
+    )
     axes.set(xlabel="change of the test digit's loss, predicted (nats)", ylabel="after retraining without it (nats)")
     axes.grid(True)
     axes.legend(loc="upper left")

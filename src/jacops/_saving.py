@@ -80,9 +80,7 @@ def saved_fields(kind: Any) -> list[Field[Any]]:
         InputTypeError: It is no dataclass, so that its parts are not known.
     """
     if not is_dataclass(kind):
-        raise InputTypeError(
-            f"a {kind.__name__} cannot be saved: it depends on a model, not on data alone."
-        )
+        raise InputTypeError(f"a {kind.__name__} cannot be saved: it depends on a model, not on data alone.")
     return [f for f in fields(kind) if f.init and f.metadata.get("saved", True)]
 
 
