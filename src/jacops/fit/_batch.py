@@ -1,0 +1,1 @@
+"""The call for many problems of one shape."""
