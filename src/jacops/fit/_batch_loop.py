@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -55,6 +56,23 @@ class Ended:
     evaluations: int = 0
     linearisations: int = 0
     route: str = ""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ended]) -> Ended:
+        """Return the ends of several batches as those of one."""
+        names = parts[0].values
+        arrays = {
+            f.name: np.concatenate([getattr(part, f.name) for part in parts])
+            for f in fields(cls)
+            if isinstance(getattr(parts[0], f.name), np.ndarray)
+        }
+        return cls(
+            values={name: torch.cat([part.values[name] for part in parts]) for name in names},
+            evaluations=sum(part.evaluations for part in parts),
+            linearisations=sum(part.linearisations for part in parts),
+            route=parts[0].route,
+            **arrays,
+        )
 
 
 @dataclass(eq=False)

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._runtime.contexts import arithmetic, random_state_kept
+from .._runtime.contexts import arithmetic, must_surface, random_state_kept
 from .._runtime.restoring import restoring
-from .._torch.protocol import ModelRun, Shared, bare, check_state, problem_jacobians, refuse_arrays, split_input
-from .._torch.protocol import rows_apart
+from .._torch.protocol import (
+    ModelRun,
+    Shared,
+    bare,
+    check_state,
+    problem_jacobians,
+    refuse_arrays,
+    rows_apart,
+    split_input,
+)
 from .._trees import Tree, flatten, output_leaves
 from ..errors import InputError, InputTypeError, warn
 from ._layout import Values
@@ -230,7 +238,9 @@ def _disagreement(
     try:
         with arithmetic(False), random_state_kept():
             found = function.together(*(v[rows.to(v.device)] for v in flat))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if must_surface(error):
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"torch.func.vmap does not take it ({first[:120].rstrip('.')})"
     for own, batched in zip(zip(*alone, strict=True), found, strict=True):

@@ -1,8 +1,8 @@
 r"""Many linearised problems of one shape: their steps and what these predict, each problem for itself.
 
 All of it is made of the triangles of $U = Q R$, $U$ a problem's Jacobian with unit columns: a damped step, or one that
-holds some columns, is that of the triangle with rows of a diagonal matrix below it. So no number is squared, as it is
-in normal equations. What has no full rank goes to singular values, problem by problem.
+holds some columns, is that of the triangle with rows of a diagonal matrix below it. Triangles are Cholesky factors of
+$U^\top U$ where this has enough digits, else those of $U$ itself; what has no full rank goes to singular values.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ._undamped import shortest
 
 _PIVOT = 1e-6  # smallest entry of a triangle's diagonal, of unit columns, whose step has ten digits in double precision
 _COARSE = 1e4  # or so many rounding errors of the Jacobian, since gains along smaller ones are uncertain by 1e-8
+_SQUARED = 1e-3  # smallest entry of a Cholesky factor's diagonal whose squares leave ten digits
 # Why a point is a minimum, by number.
 REASONS = (
     "",
@@ -109,9 +110,27 @@ class Points:
     @cached_property
     def _triangle(self) -> tuple[np.ndarray, np.ndarray]:
         """The triangles of unit columns, and what their orthogonal factors make of the residuals."""
-        unit = torch.from_numpy(self.J / positive(self.norms)[:, None])
-        Q, R = torch.linalg.qr(unit)
-        return R.numpy(), np.matmul(self.r[:, None], Q.numpy())[:, 0]
+        norms = positive(self.norms)
+        cosines = np.matmul(self.J.swapaxes(1, 2), self.J) / (norms[:, :, None] * norms[:, None])
+        diagonal = np.arange(norms.shape[1])
+        cosines[:, diagonal, diagonal] = 1.0  # also of columns of zeros, which never move
+        lower, info = torch.linalg.cholesky_ex(torch.from_numpy(cosines))
+        right = torch.from_numpy((self.gradient / norms)[:, :, None])
+        along = torch.linalg.solve_triangular(lower, right, upper=False).numpy()[:, :, 0]
+        R, pivots = lower.mT.numpy(), lower.diagonal(dim1=1, dim2=2).amin(1)
+        weak = (~(pivots > _SQUARED) | (info != 0)).nonzero()[:, 0].numpy()
+        if len(weak):
+            R = R.copy()
+            R[weak], along[weak] = self._by_qr(weak)
+        return R, along
+
+    def _by_qr(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same of some problems without squaring their numbers."""
+        columns = self.J.shape[2]
+        Q, R = torch.linalg.qr(torch.from_numpy(self.J[which] / positive(self.norms)[which, None]))
+        along, rows = np.matmul(self.r[which, None], Q.numpy())[:, 0], R.shape[1]
+        below = ((0, 0), (0, columns - rows))
+        return np.pad(R.numpy(), (*below, (0, 0))), np.pad(along, below)
 
     def moved(self, step: np.ndarray) -> np.ndarray:
         """Return what the Jacobians make of steps, (n, rows)."""
@@ -161,7 +180,7 @@ class Points:
         """Return steps of the free columns, and the smallest entry of each triangle's diagonal."""
         R, along = self._triangle
         below = np.where(free, 0.0 if diagonal is None else diagonal, 1.0)
-        if below.any() or R.shape[1] < R.shape[2]:
+        if below.any():
             many, columns = free.shape
             stack = np.zeros((many, R.shape[1] + columns, columns))
             np.multiply(R, free[:, None], out=stack[:, : R.shape[1]])

@@ -16,6 +16,7 @@ from .._runtime.restoring import restoring
 from .._torch.protocol import refuse_arrays
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
+from ._familiar import FAMILIAR
 from ._loop import Outcome, run
 from ._options import DampedFitOptions, FitOptions
 from ._problem import FitProblem, FunctionModule, function_module
@@ -24,24 +25,6 @@ from ._solvers import StepSolver, solver_of
 from ._stopping import Observer, StoppingCriteria
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
-# What SciPy's `least_squares` and PyPose's `LM` and `GN` have, where no keyword of the same meaning stands for it.
-_FAMILIAR = {
-    "args": "Pass what the model is called with as `input`: a tuple is unpacked.",
-    "diff_step": "Derivatives are exact, so there is no step to choose; `jacobian` says how they are stored.",
-    "jac": "Derivatives are exact; `jacobian` says how they are stored.",
-    "jac_sparsity": "Pass `jacobian='sparse'`: the pattern is found from the model.",
-    "kwargs": "Pass what the model is called with as `input`: a mapping gives keyword arguments.",
-    "max": "Steps are limited by `strategy`; a damping has no upper limit to choose.",
-    "max_iter": "Did you mean `max_steps`?",
-    "method": "Did you mean `solver`, how the equations of a step are solved, or levenberg_marquardt's `strategy`?",
-    "min": "The first damping is levenberg_marquardt's `damping`; there is no lower limit to choose.",
-    "prior": "A prior is one more output: return `(residual, x - mean)`, and its precision in `weight=[None, ...]`.",
-    "reject": "The call ends where no step helps; `max_steps` and `max_nfev` limit how many are tried.",
-    "tr_options": "Did you mean `solver`? It takes a `StepSolver` with its options.",
-    "tr_solver": "Did you mean `solver`?",
-    "vectorize": "Jacobians are always taken for many rows at once; leave it out.",
-}
-_FAMILIAR |= {"max_iterations": _FAMILIAR["max_iter"], "priors": _FAMILIAR["prior"]}
 _RULES = ("ftol", "xtol", "gtol", "max_steps", "max_nfev", "max_seconds")
 
 
@@ -67,7 +50,7 @@ def levenberg_marquardt(
     params: Found,
     **options: Unpack[DampedFitOptions],
 ) -> LeastSquaresResult[Found]: ...
-@keywords(instead=_FAMILIAR)
+@keywords(instead=FAMILIAR)
 @shows_progress()
 def levenberg_marquardt(
     model: nn.Module | Callable[..., Any],
@@ -196,7 +179,7 @@ def gauss_newton(
 def gauss_newton(
     model: Callable[..., Any], input: Any = None, target: Any = None, *, params: Found, **options: Unpack[FitOptions]
 ) -> LeastSquaresResult[Found]: ...
-@keywords(instead=_FAMILIAR)
+@keywords(instead=FAMILIAR)
 @shows_progress()
 def gauss_newton(
     model: nn.Module | Callable[..., Any],

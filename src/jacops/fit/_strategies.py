@@ -246,6 +246,9 @@ _NAMES: dict[StrategyName, type[Strategy]] = {
 }
 
 
+BUILT_IN = tuple(dict.fromkeys(_NAMES.values()))
+
+
 def name_of(strategy: Strategy) -> str:
     """Return the name of a strategy: that by which it can be given, or of its class."""
     return next((name for name, kind in _NAMES.items() if type(strategy) is kind), type(strategy).__name__)
