@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
@@ -11,16 +12,17 @@ from torch import Tensor, nn
 
 from .._keywords import keywords
 from .._progress import shows_progress
-from .._requirements import check_choice
+from .._requirements import check_choice, check_flag
 from .._torch.protocol import Shared
 from .._words import BatchFailure, Corrector, StrategyName
 from ..errors import InputError, SolveError, warn
 from ._batch_loop import MET, Ended, run_batch
 from ._batch_model import problems_of
 from ._batch_problem import BatchProblem, batch_problem
-from ._batch_result import BatchFitResult, in_form
+from ._batch_result import BatchFitResult
 from ._familiar import FAMILIAR
-from ._result import Found
+from ._implicit import Minima
+from ._result import Found, in_form
 from ._solvers import AutoStepSolver
 from ._stopping import StoppingCriteria
 from ._strategies import BUILT_IN, Strategy, name_of, strategy_of
@@ -183,6 +185,7 @@ def least_squares_batch(
     """
     options = {k: v for k, v in locals().items() if k != "model"}
     check_choice("on_failure", on_failure, BatchFailure)
+    check_flag("create_graph", create_graph)
     recipe = _recipe(strategy, damping)
     rules = StoppingCriteria(*(options[key] for key in _RULES))
     problems, values, kind = problems_of(model, params, input, shared, vectorized, _CALL)
@@ -190,7 +193,11 @@ def least_squares_batch(
     ended = _in_parts(problem, values, recipe, rules, progress)
     result = _result(problem, ended, kind, f"{_CALL}, {name_of(recipe)}")
     _report(result, on_failure)
-    return result
+    if not create_graph:
+        return result
+    active = None if problem.bounds is None else problem.bounds.active(ended.values)
+    minima = Minima(ended.values, result.success, problem.layout, active, problems.connected, options, _CALL)
+    return replace(result, x=in_form(minima.connected(), kind))
 
 
 def _recipe(strategy: Any, damping: float | None) -> Strategy:

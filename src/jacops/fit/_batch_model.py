@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._runtime.contexts import arithmetic, must_surface, random_state_kept
+from .._requirements import check_flag
+from .._runtime.contexts import arithmetic, must_surface, out_of_inference, random_state_kept
 from .._runtime.restoring import restoring
 from .._torch.protocol import (
     ModelRun,
@@ -82,6 +83,7 @@ class ProblemBatch:
     Attributes:
         function: Their function.
         data: What each problem's own data are, (n, ...) each.
+        given: The same of all problems as the caller gave them, for derivatives by them.
         module: Holds their parameters where they are linearised.
         evaluations: Forward passes so far.
         linearisations: Jacobians so far.
@@ -90,6 +92,7 @@ class ProblemBatch:
 
     function: ProblemFunction
     data: list[Tensor]
+    given: list[Tensor]
     module: FunctionModule | None = None
     evaluations: int = 0
     linearisations: int = 0
@@ -99,6 +102,12 @@ class ProblemBatch:
         """Return some of the problems."""
         picked = torch.from_numpy(which)
         return replace(self, data=[v[picked.to(v.device)] for v in self.data], module=None)
+
+    def connected(self, values: Values) -> Any:
+        """Return the outputs of all problems as a tree, connected to what the caller gave."""
+        found = self.function.together(*values.values(), *self.given)
+        tree = self.function.outputs
+        return found if tree is None else tree.build(found)
 
     @restoring
     def residuals(self, values: Values) -> list[Tensor]:
@@ -142,8 +151,7 @@ def problems_of(
         InputTypeError: An argument is of the wrong kind, or the function cannot be called as it would be.
         InputError: First axes differ, or there is no problem.
     """
-    if not isinstance(vectorized, bool):
-        raise InputTypeError.of("vectorized", repr(vectorized), "True or False is needed")
+    check_flag("vectorized", vectorized)
     stacked = _stacked(model, params)
     values = {name: stacked._parameters[name].detach() for name in stacked.names}  # pyright: ignore[reportOptionalMemberAccess]
     refuse_arrays(value)
@@ -153,8 +161,9 @@ def problems_of(
     one = function_module(stacked.function, _one(params)) if isinstance(params, Mapping) else None
     (one or stacked).check_arguments(value)
     data = [leaf.detach() for leaf in leaves]
+    given = [out_of_inference(leaf) for leaf in leaves]
     kind = Tensor if isinstance(params, Tensor) else dict if isinstance(params, Mapping) else type(params)
-    batch = ProblemBatch(function, data)
+    batch = ProblemBatch(function, data, given)
     if not vectorized:
         _settle_way(function, [*values.values(), *data], many)
     return batch, values, kind
@@ -181,7 +190,7 @@ def _stacked(model: Any, params: Any) -> FunctionModule:
     for name in params:
         if name not in known:
             raise InputError.of("params", f"naming {name!r}", f"the module's parameters are {list(known)}")
-    state = {n: v.detach() for n, v in known.items() if n not in params}
+    state = {n: v for n, v in known.items() if n not in params}
     buffers = dict(module.named_buffers())
 
     def function(*args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from ._batch_points import Points, column_norms
 from ._bounds import Box, bounds_of, free_numbers
 from ._kernels import correction, kernel_of
 from ._layout import Layout, Values, layout_of
-from ._residuals import Term, array, corrected_left, spread, weighed, weight_root
+from ._residuals import Term, array, corrected_left, problem_root, spread, weighed
 from ._scaling import scaling_of
 
 
@@ -210,45 +210,3 @@ def _target(target: Any, output: Tensor, argument: str) -> np.ndarray | None:
         todo = f"Call `.to({output.dtype})` on it."
         raise InputError.of(argument, f"of dtype {target.dtype}", f"the output is of {output.dtype}", todo)
     return array(target)
-
-
-def problem_root(weight: Any, shape: torch.Size, argument: str, squared: bool) -> np.ndarray | None:
-    """Return the root of weights of outputs `(n, *out)`, given for all problems alike or for each.
-
-    Raises:
-        InputTypeError: It is neither a number nor a tensor.
-        InputError: Its shape fits none of the known ones, or two of them, or it is not positive.
-    """
-    if weight is None or not isinstance(weight, Tensor) or not weight.ndim:
-        return weight_root(weight, torch.Size((shape.numel(),)), argument, squared)
-    full = spread_weight(weight, shape, argument)
-    if full.shape == shape:
-        return weight_root(full.reshape(-1), torch.Size((shape.numel(),)), argument, squared)
-    return weight_root(full, shape if len(shape) > 1 else torch.Size((*shape, 1)), argument, squared)
-
-
-def spread_weight(weight: Tensor, shape: torch.Size, argument: str) -> Tensor:
-    """Return weights for each entry `(n, *out)`, or matrices `(n, *out[:-1], d, d)`.
-
-    Raises:
-        InputError: The shape fits none of the known ones, or two of them.
-    """
-    out = tuple(shape[1:])
-    last, lead = out[-1:] or (1,), out[:-1]
-    entries = {out} | ({lead} if len(out) > 1 else set())
-    matrices = {(*last, *last), (*lead, *last, *last)}
-    given = tuple(weight.shape)
-    each = given[:1] == tuple(shape[:1]) and given[1:] in entries | matrices
-    same = given in entries | matrices
-    inner = given[1:] if each else given
-    if not (each or same):
-        known = ", ".join(str(known) for known in sorted(entries | matrices, key=lambda one: (len(one), one)))
-        needed = f"a number is needed, or one of {known}, or one of these behind a first axis of {shape[0]} problems"
-        raise InputError.of(argument, f"of shape {given}", needed)
-    if (each and same) or (inner in entries and inner in matrices):
-        todo = f"Give one for every problem: expand it to {tuple(shape)}, or to {(*shape[:-1], *last, *last)} as matrices."
-        raise InputError.of(argument, f"of shape {given}, which could be meant in two ways", "one is needed", todo)
-    full = weight if each else weight.expand(shape[0], *given)
-    if inner in entries:
-        return full.reshape(*full.shape, *[1] * (len(shape) - full.ndim)).expand(shape)
-    return full.reshape(shape[0], *[1] * (len(lead) + 2 - len(inner)), *inner).expand(shape[0], *lead, *last, *last)

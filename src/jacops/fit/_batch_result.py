@@ -92,10 +92,3 @@ class BatchFitResult(ArrayLike, Savable, Described, Generic[Found]):
         if good < many:
             facts.append(("without success", listed([str(i) for i in self.failed.tolist()])))
         return Description(f"BatchFitResult({good:,} of {many:,} problems with success)", facts)
-
-
-def in_form(values: dict[str, Any], kind: type) -> Any:
-    """Return tensors by name in the form that parameters were given in."""
-    if issubclass(kind, dict):
-        return dict(values)
-    return next(iter(values.values())) if issubclass(kind, Tensor) else kind(values.values())

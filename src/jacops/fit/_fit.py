@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .._keywords import keywords
 from .._progress import shows_progress
-from .._requirements import check_choice
+from .._requirements import check_choice, check_flag
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from .._torch.protocol import refuse_arrays
+from .._trees import output_leaves
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
 from ._familiar import FAMILIAR
+from ._implicit import Minima
 from ._loop import Outcome, run
 from ._options import DampedFitOptions, FitOptions
-from ._problem import FitProblem, FunctionModule, function_module
-from ._result import FitProgress, Found, LeastSquaresResult, as_given
+from ._problem import FitProblem, FunctionModule, called, function_module
+from ._result import FitProgress, Found, LeastSquaresResult, as_given, in_form
 from ._solvers import StepSolver, solver_of
 from ._stopping import Observer, StoppingCriteria
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
@@ -80,6 +84,7 @@ def levenberg_marquardt(
     callback: Callable[[FitProgress[Any]], Any] | None = None,
     verbose: int = 0,
     inplace: bool | None = None,
+    create_graph: bool = False,
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult[Any]:
@@ -137,6 +142,10 @@ def levenberg_marquardt(
         verbose: 1 prints a summary at the end, 2 a line per step too.
         inplace: Write the result into the tensors given. By default a module's parameters are written and tensors in
             `params` are not. An exception leaves everything untouched.
+        create_graph: Return parameters that are differentiable by data, once: by tensors in `input`, `target`, `weight`
+            and `sqrt_weight`, and by any that the function holds, where they require grad. By the implicit function
+            theorem with the Hessian of the objective, second derivatives included; parameters at a bound that the
+            gradient leads out of do not move.
         on_failure: `"raise"` a `SolveError` where no rule stopped the call (its `.solution` is the result), or
             `"return"`.
         progress: Force the progress bar on or off.
@@ -207,6 +216,7 @@ def gauss_newton(
     callback: Callable[[FitProgress[Any]], Any] | None = None,
     verbose: int = 0,
     inplace: bool | None = None,
+    create_graph: bool = False,
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult[Any]:
@@ -241,6 +251,7 @@ def gauss_newton(
         callback: Called after each step that is taken.
         verbose: 0, 1 or 2.
         inplace: Write the result into the tensors given.
+        create_graph: Return parameters that are differentiable by data.
         on_failure: `"raise"` or `"return"`.
         progress: Force the progress bar on or off.
 
@@ -267,6 +278,7 @@ def gauss_newton(
 def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult[Any]:
     solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
     check_choice("on_failure", on_failure, OnFailure)
+    check_flag("create_graph", options["create_graph"])
     rules = StoppingCriteria(*(options[key] for key in _RULES))
     module: Any = model
     if not isinstance(model, nn.Module) and not isinstance(model, type):
@@ -288,10 +300,30 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
     if not (result.rule_met or result.status == "callback") and on_failure == "raise":
         message = f"{call}: {result.message}. The error's `.solution` is the result so far.\n{result!r}"
         raise SolveError(message, result)
+    if options["create_graph"]:
+        result = replace(result, x=in_form(_connected(module, problem, ended, options, result.success), kind))
     inplace = options["inplace"]
     if inplace if inplace is not None else not isinstance(module, FunctionModule):
         _write(_originals(module, problem, params), ended.point.values)
     return result
+
+
+def _connected(
+    module: Any, problem: FitProblem, ended: Outcome, options: dict[str, Any], success: bool
+) -> dict[str, Tensor]:
+    """Return the parameters found with their graph, as those of a batch of one problem."""
+    values = {name: value.unsqueeze(0) for name, value in ended.point.values.items()}
+    active = None if problem.bounds is None else problem.bounds.active(values)
+
+    def outputs(moved: dict[str, Tensor]) -> Any:
+        found = called(module, {name: value[0] for name, value in moved.items()}, options["input"])
+        tensors, tree = output_leaves(found)
+        return tree.build([tensor.unsqueeze(0) for tensor in tensors])
+
+    target = tree_map(lambda v: v.unsqueeze(0) if isinstance(v, Tensor) else v, options["target"])
+    given = {**options, "target": target}
+    found = Minima(values, torch.tensor([success]), problem.layout, active, outputs, given, problem.call).connected()
+    return {name: value[0] for name, value in found.items()}
 
 
 def _originals(module: Any, problem: FitProblem, params: Any) -> dict[str, Tensor]:
