@@ -159,8 +159,8 @@ def least_squares_batch(
         create_graph: Return parameters that are differentiable by data: by tensors in `input`, `target`, `weight` and
             `sqrt_weight`, and by any that the function holds, where they require grad (implicit differentiation of the
             minimum; see `levenberg_marquardt`).
-        on_failure: `"warn"` where a problem had no success, `"raise"` a `SolveError` (its `.solution` is the result), or
-            `"return"`.
+        on_failure: `"warn"` where a problem met no stop rule, `"raise"` a `SolveError` (its `.solution` is the
+            result), or `"return"`.
         progress: Force the progress bar on or off.
 
     Returns:
@@ -183,17 +183,21 @@ def least_squares_batch(
         >>> fit.success.all()
         tensor(True)
     """
-    options = {k: v for k, v in locals().items() if k != "model"}
-    check_choice("on_failure", on_failure, BatchFailure)
-    check_flag("create_graph", create_graph)
-    recipe = _recipe(strategy, damping)
+    return _fitted(model, {k: v for k, v in locals().items() if k != "model"})
+
+
+def _fitted(model: Any, options: dict[str, Any]) -> BatchFitResult[Any]:
+    check_choice("on_failure", options["on_failure"], BatchFailure)
+    check_flag("create_graph", options["create_graph"])
+    recipe = _recipe(options["strategy"], options["damping"])
     rules = StoppingCriteria(*(options[key] for key in _RULES))
-    problems, values, kind = problems_of(model, params, input, shared, vectorized, _CALL)
+    shared, vectorized = options["shared"], options["vectorized"]
+    problems, values, kind = problems_of(model, options["params"], options["input"], shared, vectorized, _CALL)
     problem = batch_problem(problems, values, options)
-    ended = _in_parts(problem, values, recipe, rules, progress)
+    ended = _in_parts(problem, values, recipe, rules, options["progress"])
     result = _result(problem, ended, kind, f"{_CALL}, {name_of(recipe)}")
-    _report(result, on_failure)
-    if not create_graph:
+    _report(result, options["on_failure"])
+    if not options["create_graph"]:
         return result
     active = None if problem.bounds is None else problem.bounds.active(ended.values)
     minima = Minima(ended.values, result.success, problem.layout, active, problems.connected, options, _CALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -241,8 +242,9 @@ class _BatchLoop:
         """Set the next damping or radius."""
         states, good = self.states, trial.good
         states.rejections = np.where(good, 0, states.rejections + ~trial.insisted)
-        usual = self.strategy.next(states.damping, trial.ratio, states.rejections, trial.length)
-        after = self.strategy.after_undamped(states.damping, good, trial.length)
+        strategy: Any = self.strategy  # those of BUILT_IN take arrays
+        usual = strategy.next(states.damping, trial.ratio, states.rejections, trial.length)
+        after = strategy.after_undamped(states.damping, good, trial.length)
         after = np.where(good | (states.rejections == 0), after, states.damping)
         states.damping = np.where(trial.insisted, after, usual)
         states.insist = np.zeros_like(states.insist)

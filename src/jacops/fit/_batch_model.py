@@ -24,7 +24,7 @@ from .._torch.protocol import (
     rows_apart,
     split_input,
 )
-from .._trees import Tree, flatten, output_leaves
+from .._trees import Tree, output_leaves
 from ..errors import InputError, InputTypeError, warn
 from ._layout import Values
 from ._problem import FunctionModule, function_module
@@ -218,9 +218,14 @@ def _many(params: Any, named: Mapping[str, Tensor], leaves: Sequence[Any], tree:
         raise InputError.of(first, "empty", "at least one problem is needed")
     for name, value in (*named.items(), *zip(tree.names if tree else (), leaves, strict=True)):
         if not isinstance(value, Tensor):
-            raise InputTypeError.of(name, f"a {type(value).__name__}", "a tensor is needed", "Name others in `shared=`.")
+            raise InputTypeError.of(
+                name, f"a {type(value).__name__}", "a tensor is needed", "Name others in `shared=`."
+            )
         if not value.ndim or len(value) != many:
-            came, needed = f"of shape {tuple(value.shape)}", f"a first axis of {many} problems, as `{first}` has, is needed"
+            came, needed = (
+                f"of shape {tuple(value.shape)}",
+                f"a first axis of {many} problems, as `{first}` has, is needed",
+            )
             raise InputError.of(name, came, needed, "Name in `shared=` what all problems have in common.")
     return many
 

@@ -68,7 +68,7 @@ class Points:
     @property
     def is_finite(self) -> np.ndarray:
         """Whether residuals and Jacobian of each problem are finite."""
-        return np.isfinite(self.J).all((1, 2)) & np.isfinite(self.r).all(1)
+        return np.asarray(np.isfinite(self.J).all((1, 2)) & np.isfinite(self.r).all(1))
 
     def silence(self, which: np.ndarray) -> None:
         """Take the residuals of some problems for zero, before anything is made of them."""
@@ -228,7 +228,7 @@ class Points:
             moves & self.blocked.all(1),
         ]
         reason = np.select(tests, [1, 2, 3, 4, 5], 0)
-        close = (np.abs(self.r) <= rounding).all(1) | (moves & (moved <= rounding).all(1))
+        close = np.asarray((np.abs(self.r) <= rounding).all(1) | (moves & (moved <= rounding).all(1)))
         return reason, np.where(known, share, 0.0), close
 
 

@@ -82,7 +82,9 @@ class Minima:
         for part in self.layout.parts:
             if part.group:
                 todo = "Pass its `.tensor()` and a chart in `manifolds=`."
-                raise InputTypeError.of("create_graph", f"True for the LieTensor '{part.name}'", "a chart is needed", todo)
+                raise InputTypeError.of(
+                    "create_graph", f"True for the LieTensor '{part.name}'", "a chart is needed", todo
+                )
 
     def _moved(self, step: Tensor) -> Values:
         """Return the parameters moved by steps of the free columns, (n, columns)."""
@@ -225,7 +227,7 @@ class _RobustSlope(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grads[0] * ctx.second, None
 
 

@@ -223,8 +223,8 @@ def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[Array, Arr
         second_order: Take the second derivative into account.
 
     Returns:
-        Values $\rho(s)$ per block; corrected residuals `(blocks, d)`; the factor $\sqrt{\rho'}$ per block; and per block
-        $(1 - \sqrt{D})\, r / s$, None in the first order.
+        Values $\rho(s)$ per block; corrected residuals `(blocks, d)`; the factor $\sqrt{\rho'}$ per block; and per
+        block $(1 - \sqrt{D})\, r / s$, None in the first order.
     """
     s = np.einsum("kd,kd->k", r, r)
     value, first, second = kernel(s)

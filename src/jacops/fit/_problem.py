@@ -97,7 +97,9 @@ def called(model: nn.Module, values: Mapping[str, Tensor], value: Any) -> Any:
     args, kwargs = split_input(value)
     if isinstance(model, FunctionModule):
         own = {name: values[name] for name in model.names}
-        return model.function(*args, **own, **kwargs) if model.keyword else model.function(*own.values(), *args, **kwargs)
+        return (
+            model.function(*args, **own, **kwargs) if model.keyword else model.function(*own.values(), *args, **kwargs)
+        )
     module = bare(model)
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     return functional_call(module, {**buffers, **values}, args, kwargs)

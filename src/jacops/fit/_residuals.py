@@ -372,7 +372,9 @@ def spread_weight(weight: Tensor, shape: torch.Size, argument: str) -> Tensor:
         needed = f"a number is needed, or one of {known}, or one of these behind a first axis of {shape[0]} problems"
         raise InputError.of(argument, f"of shape {given}", needed)
     if (each and same and shape[0] > 1) or (inner in entries and inner in matrices):
-        todo = f"Give one for every problem: expand it to {tuple(shape)}, or to {(*shape[:-1], *last, *last)} as matrices."
+        todo = (
+            f"Give one for every problem: expand it to {tuple(shape)}, or to {(*shape[:-1], *last, *last)} as matrices."
+        )
         raise InputError.of(argument, f"of shape {given}, which could be meant in two ways", "one is needed", todo)
     full = weight if each else weight.expand(shape[0], *given)
     if inner in entries:
