@@ -198,33 +198,34 @@ def curves(many: int) -> Workload:
 
 
 def arms(many: int) -> Workload:
-    """Return inverse kinematics of planar arms of six joints within limits, that stay near a posture."""
+    """Return inverse kinematics of planar arms of six joints within limits, each from a posture that it stays near."""
     rng, lengths = np.random.default_rng(1), np.linspace(1.0, 0.5, 6)
 
     def reached(q: np.ndarray) -> np.ndarray:
         angles = np.cumsum(q, -1)
         return np.stack([(lengths * np.cos(angles)).sum(-1), (lengths * np.sin(angles)).sum(-1)], -1)
 
-    goals = reached(rng.uniform(-0.5, 0.5, (many, 6)))
-    links, points = torch.from_numpy(lengths), torch.from_numpy(goals)
+    postures = rng.uniform(-1, 1, (many, 6))
+    goals = reached(postures + rng.uniform(-0.2, 0.2, (many, 6)))
+    links, points, start = torch.from_numpy(lengths), torch.from_numpy(goals), torch.from_numpy(postures)
 
     def batch() -> float:
-        def residual(q: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        def residual(q: torch.Tensor, goal: torch.Tensor, posture: torch.Tensor) -> torch.Tensor:
             angles = torch.cumsum(q, 0)
             hand = torch.stack([(links * torch.cos(angles)).sum(), (links * torch.sin(angles)).sum()])
-            return torch.cat([hand - goal, 0.05 * q])
+            return torch.cat([hand - goal, 0.05 * (q - posture)])
 
-        start = torch.full((many, 6), 0.1, dtype=torch.float64)
-        return float(least_squares_batch(residual, points, params=start, bounds=(-1.2, 1.2), progress=False).cost.sum())
+        given = {"params": start, "bounds": (-1.2, 1.2), "progress": False}
+        return float(least_squares_batch(residual, (points, start), **given).cost.sum())
 
     def loop() -> float:
         from scipy.optimize import least_squares
 
-        def residual(q: np.ndarray, goal: np.ndarray) -> np.ndarray:
-            return np.concatenate([reached(q) - goal, 0.05 * q])
+        def residual(q: np.ndarray, goal: np.ndarray, posture: np.ndarray) -> np.ndarray:
+            return np.concatenate([reached(q) - goal, 0.05 * (q - posture)])
 
-        start = np.full(6, 0.1)
-        return sum(least_squares(residual, start, bounds=(-1.2, 1.2), args=(goal,)).cost for goal in goals)
+        pairs = zip(goals, postures, strict=True)
+        return sum(least_squares(residual, q, bounds=(-1.2, 1.2), args=(goal, q)).cost for goal, q in pairs)
 
     what = f"inverse kinematics of {many:,} arms of 6 joints within limits"
     rivals: dict[str, Callable[[], Any]] = {"jacops: batch": batch, LOOP: loop}

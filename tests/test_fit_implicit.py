@@ -107,7 +107,7 @@ def test_a_batch_has_the_derivatives_of_its_problems_alone() -> None:
             again = least_squares_batch(curve, v, y.detach(), params=start, kernel="soft_l1", f_scale=0.1, **TIGHT)
         return (again.x * SUMMED).sum()
 
-    torch.testing.assert_close(found[0], differences(refit, times.detach()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0], differences(refit, times.detach()), rtol=3e-5, atol=3e-6)
 
 
 def test_information_matrices_and_elements_of_groups() -> None:

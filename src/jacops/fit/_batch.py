@@ -177,7 +177,7 @@ def least_squares_batch(
         >>> rates = torch.tensor([0.5, 1.0, 1.5]).double()
         >>> signals = 3 * torch.exp(-rates[:, None] * t)
         >>> decay = lambda x: x[0] * torch.exp(-x[1] * t)
-        >>> fit = jacops.fit.least_squares_batch(decay, target=signals, params=torch.ones(3, 2).double())
+        >>> fit = least_squares_batch(decay, target=signals, params=torch.ones(3, 2).double())
         >>> fit.x[:, 1]
         tensor([0.5000, 1.0000, 1.5000], dtype=torch.float64)
         >>> fit.success.all()
