@@ -264,4 +264,4 @@ def workloads() -> Iterator[Workload]:
         yield Workload(f"L{number}", what, rivals, alike, goals=goals, compiles=True)
     yield from bundles()
     yield curves(5_000)
-    yield arms(2_000)
+    yield arms(10_000)
