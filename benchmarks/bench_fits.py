@@ -1,4 +1,4 @@
-"""Pose graphs solved beside GTSAM's Levenberg-Marquardt, in its C++, and bundles beside SciPy and SuperLU.
+"""Pose graphs solved beside GTSAM's Levenberg-Marquardt, in its C++; bundles and batches beside SciPy and SuperLU.
 
 The graphs are of the sizes of well-known public ones. Both begin at the same poses, end at the same objective to eight
 digits, and hold the first pose; residuals differ in nothing (`log(Z⁻¹ X_i⁻¹ X_j)`). A fit *again* is one of the same
@@ -19,7 +19,7 @@ from torch import nn
 
 from jacops._extras.graph_problems import Bundle, PoseGraph, projected
 from jacops._words import StepSolverName
-from jacops.fit import levenberg_marquardt
+from jacops.fit import least_squares_batch, levenberg_marquardt
 
 from .harness import Goal, Workload
 
@@ -153,6 +153,90 @@ def bundles() -> Iterator[Workload]:
     yield Workload("L8", what, rivals, alike, goals=[Goal(SUPERLU, faster=3.0)], compiles=True)
 
 
+LOOP, WITH_JACOBIANS = "scipy: least_squares, a loop", "scipy: least_squares, a loop, derivatives by hand"
+_TIMES = np.linspace(0, 2, 20)
+
+
+def decays(many: int) -> np.ndarray:
+    """Return noisy data of as many decays, (many, 20)."""
+    rng = np.random.default_rng(0)
+    a, b, c = 0.5 + rng.random((3, many, 1)) * np.array([3.0, 2.0, 1.0])[:, None, None]
+    return a * np.exp(-b * _TIMES) + c + 0.01 * rng.standard_normal((many, 20))
+
+
+def curves(many: int) -> Workload:
+    """Return fits of three parameters to 20 points each, beside loops over SciPy's with derivatives and without."""
+    data = decays(many)
+    signals, times = torch.from_numpy(data), torch.from_numpy(_TIMES)
+
+    def batch() -> float:
+        def decay(x: torch.Tensor) -> torch.Tensor:
+            return x[0] * torch.exp(-x[1] * times) + x[2]
+
+        start = torch.ones(many, 3, dtype=torch.float64)
+        return float(least_squares_batch(decay, target=signals, params=start, progress=False).cost.sum())
+
+    def residual(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return x[0] * np.exp(-x[1] * _TIMES) + x[2] - y
+
+    def jacobian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        falling = np.exp(-x[1] * _TIMES)
+        return np.stack([falling, -x[0] * _TIMES * falling, np.ones(20)], 1)
+
+    def loop(jac: Any) -> float:
+        from scipy.optimize import least_squares
+
+        return sum(least_squares(residual, np.ones(3), jac, args=(row,)).cost for row in data)
+
+    rivals: dict[str, Callable[[], Any]] = {
+        "jacops: batch": batch,
+        LOOP: lambda: loop("2-point"),
+        WITH_JACOBIANS: lambda: loop(jacobian),
+    }
+    what = f"{many:,} curve fits of 3 parameters to 20 points"
+    return Workload("L9", what, rivals, nearly, goals=[Goal(LOOP, faster=20.0)])
+
+
+def arms(many: int) -> Workload:
+    """Return inverse kinematics of planar arms of six joints within limits, each from a posture that it stays near."""
+    rng, lengths = np.random.default_rng(1), np.linspace(1.0, 0.5, 6)
+
+    def reached(q: np.ndarray) -> np.ndarray:
+        angles = np.cumsum(q, -1)
+        return np.stack([(lengths * np.cos(angles)).sum(-1), (lengths * np.sin(angles)).sum(-1)], -1)
+
+    postures = rng.uniform(-1, 1, (many, 6))
+    goals = reached(postures + rng.uniform(-0.2, 0.2, (many, 6)))
+    links, points, start = torch.from_numpy(lengths), torch.from_numpy(goals), torch.from_numpy(postures)
+
+    def batch() -> float:
+        def residual(q: torch.Tensor, goal: torch.Tensor, posture: torch.Tensor) -> torch.Tensor:
+            angles = torch.cumsum(q, 0)
+            hand = torch.stack([(links * torch.cos(angles)).sum(), (links * torch.sin(angles)).sum()])
+            return torch.cat([hand - goal, 0.05 * (q - posture)])
+
+        given = {"params": start, "bounds": (-1.2, 1.2), "progress": False}
+        return float(least_squares_batch(residual, (points, start), **given).cost.sum())
+
+    def loop() -> float:
+        from scipy.optimize import least_squares
+
+        def residual(q: np.ndarray, goal: np.ndarray, posture: np.ndarray) -> np.ndarray:
+            return np.concatenate([reached(q) - goal, 0.05 * (q - posture)])
+
+        pairs = zip(goals, postures, strict=True)
+        return sum(least_squares(residual, q, bounds=(-1.2, 1.2), args=(goal, q)).cost for goal, q in pairs)
+
+    what = f"inverse kinematics of {many:,} arms of 6 joints within limits"
+    rivals: dict[str, Callable[[], Any]] = {"jacops: batch": batch, LOOP: loop}
+    return Workload("L10", what, rivals, nearly, goals=[Goal(LOOP, faster=20.0)])
+
+
+def nearly(a: float, b: float) -> bool:
+    """Say whether two sums of objectives agree to four digits, as far as SciPy's fits end near minima."""
+    return abs(a - b) <= 1e-4 * abs(b)
+
+
 def alike(a: float, b: float) -> bool:
     """Say whether two objectives agree to eight digits."""
     return abs(a - b) <= 1e-8 * abs(b)
@@ -179,3 +263,5 @@ def workloads() -> Iterator[Workload]:
         what = f"like {name}: {len(graph.poses):,} poses, {len(graph.source):,} edges"
         yield Workload(f"L{number}", what, rivals, alike, goals=goals, compiles=True)
     yield from bundles()
+    yield curves(5_000)
+    yield arms(10_000)

@@ -84,8 +84,8 @@ def test_corrections_keep_gradient_and_hessian(kernel: Kernel, seed: int, scale:
     s = float((r**2).sum())
     _, first, second = kernel(np.array([s]))
     for second_order in (False, True):
-        cost, fixed, factor, along = correction(kernel, r, second_order)
-        assert cost == pytest.approx(float(kernel(np.array([s]))[0][0]) / 2)
+        values, fixed, factor, along = correction(kernel, r, second_order)
+        assert values[0] == pytest.approx(float(kernel(np.array([s]))[0][0]))
         moved = J if along is None else J - along[0][:, None] * (r[0] @ J)
         moved = factor[0] * moved
         np.testing.assert_allclose(moved.T @ fixed[0], first[0] * J.T @ r[0], rtol=1e-8, atol=1e-12)

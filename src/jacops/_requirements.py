@@ -92,6 +92,16 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], needed: str
         raise InputTypeError.of(name, f"a {type(value).__name__}", needed)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        InputTypeError: It is.
+    """
+    if not isinstance(value, bool):
+        raise InputTypeError.of(name, repr(value), "True or False is needed")
+
+
 def check_precision(name: str, dtype: torch.dtype, needs: str) -> None:
     """Refuse half precision, in which sums over data lose all digits.
 

@@ -58,6 +58,7 @@ from .samples.followed import FollowedModel
 from .samples.nested import RECORDED, ConnectedModel, JacobianFunction, nested
 from .samples.plan import planned
 from .samples.pooled import SHIFT, PooledModel, counted_positions
+from .samples.problems import problem_jacobians
 from .samples.results import SampleJacobians
 from .samples.routes import BY_SAMPLES
 from .sweeps.gradients import asymmetric, difference_step, disagreement, dropped, gradient_linearization

@@ -1,5 +1,7 @@
 """Least squares: "which step makes the residual smaller?" Gauss-Newton and Levenberg-Marquardt, dense and sparse."""
 
+from ._batch import least_squares_batch
+from ._batch_result import BatchFitResult
 from ._fit import gauss_newton, levenberg_marquardt
 from ._kernels import Arctan, Cauchy, Huber, Kernel, PseudoHuber, Scale, SoftLOne, Tolerant
 from ._result import FitProgress, LeastSquaresResult, StepRecord
@@ -8,10 +10,11 @@ from ._strategies import Adaptive, Constant, Marquardt, Nielsen, Strategy, Trust
 
 # fmt: off
 __all__ = [
-    "LSTSQ", "PCG", "QDLDL", "QR", "Adaptive", "Arctan", "AutoStepSolver", "Cauchy", "Cholesky", "Constant",
+    "LSTSQ", "PCG", "QDLDL", "QR", "Adaptive", "Arctan", "AutoStepSolver", "BatchFitResult", "Cauchy", "Cholesky",
+    "Constant",
     "FitProgress", "Huber", "Kernel", "LeastSquaresResult", "Marquardt", "Nielsen", "PseudoHuber", "Scale", "SoftLOne",
     "StepSolver",
     "SparseCholesky", "SparseLU", "StepRecord", "Strategy", "Tolerant", "TrustRegion", "gauss_newton",
-    "levenberg_marquardt",
+    "least_squares_batch", "levenberg_marquardt",
 ]
 # fmt: on

@@ -136,10 +136,10 @@ class Box:
             raise InputError.of("bounds", came, "the start must be within its bounds", todo)
 
     def _numbers(self, values: Values) -> np.ndarray:
-        return _columns(self.layout, values, self.lower)
+        return free_numbers(self.layout, values, self.lower)
 
 
-def _columns(layout: Layout, values: Mapping[str, Tensor], bounded: Mapping[str, Tensor]) -> np.ndarray:
+def free_numbers(layout: Layout, values: Mapping[str, Tensor], bounded: Mapping[str, Tensor]) -> np.ndarray:
     """Return the free columns of parameters with bounds as numbers, zeros for the others."""
     found = []
     for part in layout.parts:
@@ -189,7 +189,7 @@ def bounds_of(given: Any, layout: Layout, values: Values) -> Box | None:
     ends = []
     for side, sign in ((lower, -1), (upper, 1)):
         column = [p.name in lower for p in layout.parts for _ in p.kept]
-        ends.append(np.where(column, _columns(layout, side, side), sign * np.inf))
+        ends.append(np.where(column, free_numbers(layout, side, side), sign * np.inf))
     found = Box(layout, lower, upper, *ends)
     found.check_start(values)
     return found
@@ -238,7 +238,7 @@ def _side(part: ParameterPart, side: Any, value: Tensor, sign: int) -> Tensor:
         came = f"a {type(side).__name__} for '{part.name}'"
         raise InputTypeError.of("bounds", came, "a number, None or a tensor is needed")
     found = torch.as_tensor(side, dtype=value.dtype).detach().as_subclass(Tensor).to(value.device)
-    if found.ndim and found.shape != part.shape:
+    if found.ndim and found.shape not in (part.shape, part.shape[part.batch :]):
         needed = f"a number or the parameter's shape {tuple(part.shape)} is needed"
         raise InputError.of("bounds", f"of shape {tuple(found.shape)} for '{part.name}'", needed)
     if bool(torch.isnan(found).any()):

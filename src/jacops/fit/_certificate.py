@@ -12,7 +12,7 @@ from ._undamped import above_rounding, predicted_reduction, replace_undamped, un
 
 MOST_REDUCTION = 1e-8  # predicted by the undamped step, relative to the objective: what success means
 ROUNDING = 64.0  # rounding errors of a residual that is computed in some tens of operations
-_FEW = 4.0  # rounding errors of a residual of few operations, or of a step that changes nothing
+FEW = 4.0  # rounding errors of a residual of few operations, or of a step that changes nothing
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def certificate(system: LinearizedFit, cost: float, solver: StepSolver, magnitud
     if not cost > 0:
         return Certificate(0.0, "the objective is zero")
     rounding = ROUNDING * system.eps * magnitude_of_terms(system, magnitudes)
-    if (np.abs(system.r) <= _FEW / ROUNDING * rounding).all():
+    if (np.abs(system.r) <= FEW / ROUNDING * rounding).all():
         return Certificate(float("nan"), "every residual is at the rounding level of its terms")
     if not system.norms.any():
         return Certificate(0.0)  # a minimum or a plateau: nothing distinguishes them
@@ -96,7 +96,7 @@ def _judged(
     if predicted <= MOST_REDUCTION:
         return replace(found, reason=small_reduction(predicted).reason)
     moved = np.abs(system.J @ step)
-    if (moved <= _FEW / ROUNDING * rounding).all():
+    if (moved <= FEW / ROUNDING * rounding).all():
         return replace(found, reason="an undamped step moves every residual by no more than the rounding of its terms")
     if (moved <= rounding).all():
         return replace(

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .._keywords import keywords
 from .._progress import shows_progress
-from .._requirements import check_choice
+from .._requirements import check_choice, check_flag
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from .._torch.protocol import refuse_arrays
+from .._trees import output_leaves
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
+from ._familiar import FAMILIAR
+from ._implicit import Minima
 from ._loop import Outcome, run
 from ._options import DampedFitOptions, FitOptions
-from ._problem import FitProblem, FunctionModule, function_module
-from ._result import FitProgress, Found, LeastSquaresResult, as_given
+from ._problem import FitProblem, FunctionModule, called, function_module
+from ._result import FitProgress, Found, LeastSquaresResult, as_given, in_form
 from ._solvers import StepSolver, solver_of
 from ._stopping import Observer, StoppingCriteria
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
-# What SciPy's `least_squares` and PyPose's `LM` and `GN` have, where no keyword of the same meaning stands for it.
-_FAMILIAR = {
-    "args": "Pass what the model is called with as `input`: a tuple is unpacked.",
-    "diff_step": "Derivatives are exact, so there is no step to choose; `jacobian` says how they are stored.",
-    "jac": "Derivatives are exact; `jacobian` says how they are stored.",
-    "jac_sparsity": "Pass `jacobian='sparse'`: the pattern is found from the model.",
-    "kwargs": "Pass what the model is called with as `input`: a mapping gives keyword arguments.",
-    "max": "Steps are limited by `strategy`; a damping has no upper limit to choose.",
-    "max_iter": "Did you mean `max_steps`?",
-    "method": "Did you mean `solver`, how the equations of a step are solved, or levenberg_marquardt's `strategy`?",
-    "min": "The first damping is levenberg_marquardt's `damping`; there is no lower limit to choose.",
-    "prior": "A prior is one more output: return `(residual, x - mean)`, and its precision in `weight=[None, ...]`.",
-    "reject": "The call ends where no step helps; `max_steps` and `max_nfev` limit how many are tried.",
-    "tr_options": "Did you mean `solver`? It takes a `StepSolver` with its options.",
-    "tr_solver": "Did you mean `solver`?",
-    "vectorize": "Jacobians are always taken for many rows at once; leave it out.",
-}
-_FAMILIAR |= {"max_iterations": _FAMILIAR["max_iter"], "priors": _FAMILIAR["prior"]}
 _RULES = ("ftol", "xtol", "gtol", "max_steps", "max_nfev", "max_seconds")
 
 
@@ -67,7 +54,7 @@ def levenberg_marquardt(
     params: Found,
     **options: Unpack[DampedFitOptions],
 ) -> LeastSquaresResult[Found]: ...
-@keywords(instead=_FAMILIAR)
+@keywords(instead=FAMILIAR)
 @shows_progress()
 def levenberg_marquardt(
     model: nn.Module | Callable[..., Any],
@@ -97,6 +84,7 @@ def levenberg_marquardt(
     callback: Callable[[FitProgress[Any]], Any] | None = None,
     verbose: int = 0,
     inplace: bool | None = None,
+    create_graph: bool = False,
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult[Any]:
@@ -154,6 +142,10 @@ def levenberg_marquardt(
         verbose: 1 prints a summary at the end, 2 a line per step too.
         inplace: Write the result into the tensors given. By default a module's parameters are written and tensors in
             `params` are not. An exception leaves everything untouched.
+        create_graph: Return parameters that are differentiable by data, once: by tensors in `input`, `target`, `weight`
+            and `sqrt_weight`, and by any that the function holds, where they require grad. By the implicit function
+            theorem with the Hessian of the objective, second derivatives included; parameters at a bound that the
+            gradient leads out of do not move.
         on_failure: `"raise"` a `SolveError` where no rule stopped the call (its `.solution` is the result), or
             `"return"`.
         progress: Force the progress bar on or off.
@@ -196,7 +188,7 @@ def gauss_newton(
 def gauss_newton(
     model: Callable[..., Any], input: Any = None, target: Any = None, *, params: Found, **options: Unpack[FitOptions]
 ) -> LeastSquaresResult[Found]: ...
-@keywords(instead=_FAMILIAR)
+@keywords(instead=FAMILIAR)
 @shows_progress()
 def gauss_newton(
     model: nn.Module | Callable[..., Any],
@@ -224,6 +216,7 @@ def gauss_newton(
     callback: Callable[[FitProgress[Any]], Any] | None = None,
     verbose: int = 0,
     inplace: bool | None = None,
+    create_graph: bool = False,
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult[Any]:
@@ -258,6 +251,7 @@ def gauss_newton(
         callback: Called after each step that is taken.
         verbose: 0, 1 or 2.
         inplace: Write the result into the tensors given.
+        create_graph: Return parameters that are differentiable by data.
         on_failure: `"raise"` or `"return"`.
         progress: Force the progress bar on or off.
 
@@ -284,6 +278,7 @@ def gauss_newton(
 def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, Any]) -> LeastSquaresResult[Any]:
     solver, params, on_failure = solver_of(options["solver"]), options["params"], options["on_failure"]
     check_choice("on_failure", on_failure, OnFailure)
+    check_flag("create_graph", options["create_graph"])
     rules = StoppingCriteria(*(options[key] for key in _RULES))
     module: Any = model
     if not isinstance(model, nn.Module) and not isinstance(model, type):
@@ -305,10 +300,30 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
     if not (result.rule_met or result.status == "callback") and on_failure == "raise":
         message = f"{call}: {result.message}. The error's `.solution` is the result so far.\n{result!r}"
         raise SolveError(message, result)
+    if options["create_graph"]:
+        result = replace(result, x=in_form(_connected(module, problem, ended, options, result.success), kind))
     inplace = options["inplace"]
     if inplace if inplace is not None else not isinstance(module, FunctionModule):
         _write(_originals(module, problem, params), ended.point.values)
     return result
+
+
+def _connected(
+    module: Any, problem: FitProblem, ended: Outcome, options: dict[str, Any], success: bool
+) -> dict[str, Tensor]:
+    """Return the parameters found with their graph, as those of a batch of one problem."""
+    values = {name: value.unsqueeze(0) for name, value in ended.point.values.items()}
+    active = None if problem.bounds is None else problem.bounds.active(values)
+
+    def outputs(moved: dict[str, Tensor]) -> Any:
+        found = called(module, {name: value[0] for name, value in moved.items()}, options["input"])
+        tensors, tree = output_leaves(found)
+        return tree.build([tensor.unsqueeze(0) for tensor in tensors])
+
+    target = tree_map(lambda v: v.unsqueeze(0) if isinstance(v, Tensor) else v, options["target"])
+    given = {**options, "target": target}
+    found = Minima(values, torch.tensor([success]), problem.layout, active, outputs, given, problem.call).connected()
+    return {name: value[0] for name, value in found.items()}
 
 
 def _originals(module: Any, problem: FitProblem, params: Any) -> dict[str, Tensor]:

@@ -209,8 +209,8 @@ def kernel_of(kernel: Any, f_scale: float) -> Kernel | None:
     raise InputTypeError.of("kernel", came, "a name, a Kernel or a function of squared lengths is needed")
 
 
-def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[float, Array, Array, Array | None]:
-    r"""Return the objective, corrected residuals, and what the rows of the Jacobian are multiplied by.
+def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[Array, Array, Array, Array | None]:
+    r"""Return the kernel's values, corrected residuals, and what the rows of the Jacobian are multiplied by.
 
     First order: residual and Jacobian times $\sqrt{\rho'}$. Second order (Triggs et al., Bundle adjustment: a modern
     synthesis, 1999, section 4.3): with $D = 1 + 2 s \rho''/\rho'$, residuals times $\sqrt{\rho'/D}$ and Jacobians times
@@ -223,8 +223,8 @@ def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[float, Arr
         second_order: Take the second derivative into account.
 
     Returns:
-        Objective; corrected residuals `(blocks, d)`; the factor $\sqrt{\rho'}$ per block; and per block
-        $(1 - \sqrt{D})\, r / s$, None in the first order.
+        Values $\rho(s)$ per block; corrected residuals `(blocks, d)`; the factor $\sqrt{\rho'}$ per block; and per
+        block $(1 - \sqrt{D})\, r / s$, None in the first order.
     """
     s = np.einsum("kd,kd->k", r, r)
     value, first, second = kernel(s)
@@ -232,8 +232,8 @@ def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[float, Arr
         raise InputError.of("kernel", "falling somewhere, or without a slope", "it must rise with its argument")
     factor = np.sqrt(first)
     if not second_order:
-        return float(value.sum()) / 2, r * factor[:, None], factor, None
+        return value, r * factor[:, None], factor, None
     curvature = 1 + 2 * s * np.divide(second, first, out=np.zeros_like(s), where=first > 0)
     root = np.sqrt(np.maximum(curvature, _FLOOR))
     share = np.divide(1 - root, s, out=np.zeros_like(s), where=s > 0)
-    return float(value.sum()) / 2, r * (factor / root)[:, None], factor, share[:, None] * r
+    return value, r * (factor / root)[:, None], factor, share[:, None] * r

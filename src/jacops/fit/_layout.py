@@ -33,6 +33,7 @@ class ParameterPart:
         chart: How its elements move; None for ordinary numbers and LieTensors.
         group: PyPose's name of a LieTensor's group, else empty.
         free: Which columns of its tangent move, as positions; None for all.
+        batch: How many first axes count problems.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ParameterPart:
     chart: Chart | None
     group: str
     free: np.ndarray | None
+    batch: int = 0
 
     @property
     def lead(self) -> torch.Size:
@@ -99,6 +101,11 @@ class ParameterPart:
             return np.ones(self.columns)
         blocks = self.chart.storage_jacobian(value.detach().to("cpu", torch.float64))
         return blocks.reshape(self.lead.numel(), self.chart.storage, self.width).numpy()
+
+    def of_problems(self, many: int) -> ParameterPart:
+        """Return the part of as many problems, stacked along a new first axis."""
+        free = None if self.free is None else np.add.outer(np.arange(many) * self.columns, self.free).reshape(-1)
+        return ParameterPart(self.name, torch.Size((many, *self.shape)), self.chart, self.group, free, self.batch + 1)
 
     @property
     def preferred_block(self) -> int:

@@ -199,9 +199,9 @@ class _Loop:
         length = float(np.linalg.norm(trial.solved.step * self.point.system.scale))
         if trial.insisted:
             if trial.good or not self.rejections:
-                self.damping = self.strategy.after_undamped(trial.damping, trial.good, length)
+                self.damping = float(self.strategy.after_undamped(trial.damping, trial.good, length))
         else:
-            self.damping = self.strategy.next(trial.damping, trial.ratio, self.rejections, length)
+            self.damping = float(self.strategy.next(trial.damping, trial.ratio, self.rejections, length))
 
     # ---- when to stop ------------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class _Loop:
         if isinstance(self.strategy, Constant) or self.rejections >= _REJECTIONS:
             todo = f"{what_to_hold(self.point, self.problem.layout)}, or damp more"
             return self.unmet("singular", f"{reason}; {todo}")
-        self.damping = self.strategy.next(damping, -1.0, self.rejections, damping)
+        self.damping = float(self.strategy.next(damping, -1.0, self.rejections, damping))
         return None
 
     def _note(self, solved: Solved | None, damping: float | None, trial: Trial | None, note: str = "") -> None:

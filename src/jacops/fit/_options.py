@@ -34,6 +34,7 @@ class FitOptions(TypedDict, total=False):
     callback: Callable[[FitProgress[Any]], Any] | None
     verbose: int
     inplace: bool | None
+    create_graph: bool
     on_failure: OnFailure
     progress: bool | None
 

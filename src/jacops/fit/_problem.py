@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .._extras.lie import layout as lie_layout
 from .._finite import require_finite
@@ -89,6 +90,19 @@ class FunctionModule(nn.Module):
         """Call the function on the parameters and the input."""
         own = {name: self._parameters[name] for name in self.names}
         return self.function(*args, **own, **kwargs) if self.keyword else self.function(*own.values(), *args, **kwargs)
+
+
+def called(model: nn.Module, values: Mapping[str, Tensor], value: Any) -> Any:
+    """Return a model's output for other parameters, connected to them and to its input."""
+    args, kwargs = split_input(value)
+    if isinstance(model, FunctionModule):
+        own = {name: values[name] for name in model.names}
+        return (
+            model.function(*args, **own, **kwargs) if model.keyword else model.function(*own.values(), *args, **kwargs)
+        )
+    module = bare(model)
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    return functional_call(module, {**buffers, **values}, args, kwargs)
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,10 +53,26 @@ class Term:
         """How many rows of the Jacobian are multiplied by one matrix of weights, or of a kernel."""
         return self.width if self.root is None or self.root.ndim == 1 else self.root.shape[-1]
 
+    def of_problems(self, which: np.ndarray, many: int) -> Term:
+        """Return the term of some of the problems that its blocks belong to, as many to each."""
+
+        def picked(values: np.ndarray | None) -> np.ndarray | None:
+            if values is None:
+                return None
+            return values.reshape(many, len(values) // many, *values.shape[1:])[which].reshape(-1, *values.shape[1:])
+
+        shape = torch.Size((self.shape[0] // many * len(which), *self.shape[1:]))
+        return replace(self, shape=shape, target=picked(self.target), root=picked(self.root))
+
+    def values(self, output: Tensor) -> np.ndarray:
+        """Return the square of each weighted residual, or what the kernel makes of each block's squared length."""
+        squares = np.square(self.weighted(output))
+        return squares if self.kernel is None else self.kernel(squares.reshape(-1, self.width).sum(1))[0]
+
     def magnitude(self, output: Tensor) -> np.ndarray:
         """Return the magnitude of what the weighted residual is the difference of, flat, and weighed as it is."""
         size = np.abs(array(output)) + (0.0 if self.target is None else np.abs(self.target))
-        size = _times(None if self.root is None else np.abs(self.root), size[:, None])[:, 0]
+        size = weighed(None if self.root is None else np.abs(self.root), size[:, None])[:, 0]
         if self.kernel is None:
             return size
         squares = np.square(self.weighted(output).reshape(-1, self.width)).sum(1)
@@ -68,7 +84,7 @@ class Term:
 
     def weighted(self, output: Tensor) -> np.ndarray:
         """Return the weighted residual, flat."""
-        return _times(self.root, self.raw(output)[:, None])[:, 0]
+        return weighed(self.root, self.raw(output)[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -103,11 +119,11 @@ class Residuals:
         total = 0.0
         with NumericWarningsIgnored("over", "invalid"):
             for term, output in zip(self.terms, outputs, strict=True):
-                r = term.weighted(output)
                 if term.kernel is None:
+                    r = term.weighted(output)
                     total += float(r @ r) / 2
                 else:
-                    total += float(term.kernel(np.square(r.reshape(-1, term.width)).sum(1))[0].sum()) / 2
+                    total += float(term.values(output).sum()) / 2
         return total
 
     def magnitude(self, outputs: Sequence[Tensor]) -> np.ndarray:
@@ -130,9 +146,9 @@ class Residuals:
                 total += float(r @ r) / 2
             else:
                 blocks = r.reshape(-1, term.width)
-                cost, fixed, factor, along = correction(term.kernel, blocks, self.second_order)
-                total, r = total + cost, fixed.reshape(-1)
-                left = _corrected(term, blocks, factor, along)
+                values, fixed, factor, along = correction(term.kernel, blocks, self.second_order)
+                total, r = total + float(values.sum()) / 2, fixed.reshape(-1)
+                left = corrected_left(term, blocks, factor, along)
             residuals.append(r)
             lefts.append(left)
         return total, np.concatenate(residuals), lefts
@@ -142,12 +158,12 @@ class Residuals:
         start = 0
         for term, left in zip(self.terms, lefts, strict=True):
             where = slice(start, start + term.rows)
-            J[where] = _times(left, J[where])
+            J[where] = weighed(left, J[where])
             start += term.rows
         return J
 
 
-def _corrected(term: Term, r: np.ndarray, factor: np.ndarray, along: np.ndarray | None) -> np.ndarray:
+def corrected_left(term: Term, r: np.ndarray, factor: np.ndarray, along: np.ndarray | None) -> np.ndarray:
     """Return what rows of the Jacobian are multiplied by under a kernel: numbers per row, or matrices per block."""
     root = np.ones(term.rows) if term.root is None else term.root
     if term.width == 1:
@@ -167,7 +183,7 @@ def array(output: Tensor) -> np.ndarray:
     return output.detach().as_subclass(Tensor).reshape(-1).to("cpu", torch.float64).numpy()
 
 
-def _times(left: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+def weighed(left: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
     """Return numbers per row, or matrices per block `(blocks, d, d)`, times rows."""
     if left is None:
         return rows
@@ -195,19 +211,19 @@ def residuals_of(outputs: Sequence[Tensor], tree: Tree, given: dict[str, Any], c
         NonFiniteError: An output at the start is NaN or Inf.
     """
     check_choice("corrector", given["corrector"], Corrector)
-    spread = {key: _spread(given[key], tree, key) for key in ("target", "weight", "sqrt_weight")}
+    each = {key: spread(given[key], tree, key) for key in ("target", "weight", "sqrt_weight")}
     kernel = given["kernel"]
-    kernels = _spread(kernel, tree, "kernel") if isinstance(kernel, list | tuple | dict) else [kernel] * len(outputs)
+    kernels = spread(kernel, tree, "kernel") if isinstance(kernel, list | tuple | dict) else [kernel] * len(outputs)
     terms = []
     for i, (name, output) in enumerate(zip(tree.names, outputs, strict=True)):
         _check_output(output, name, call)
         label = "" if tree.single else name.removeprefix("output")
-        target = _target(spread["target"][i], output, f"target{label}")
-        if spread["weight"][i] is not None and spread["sqrt_weight"][i] is not None:
+        target = _target(each["target"][i], output, f"target{label}")
+        if each["weight"][i] is not None and each["sqrt_weight"][i] is not None:
             raise InputError.of(f"weight{label}", "given beside `sqrt_weight`", "one of them is needed, not both")
-        root = _root(spread["weight"][i], output.shape, f"weight{label}", squared=True)
+        root = weight_root(each["weight"][i], output.shape, f"weight{label}", squared=True)
         if root is None:
-            root = _root(spread["sqrt_weight"][i], output.shape, f"sqrt_weight{label}", squared=False)
+            root = weight_root(each["sqrt_weight"][i], output.shape, f"sqrt_weight{label}", squared=False)
         terms.append(Term(name, output.shape, target, root, kernel_of(kernels[i], given["f_scale"])))
     found = Residuals(tuple(terms), given["corrector"] == "triggs")
     if not found.rows:
@@ -230,7 +246,7 @@ def _check_output(output: Tensor, name: str, call: str) -> None:
         )
 
 
-def _spread(given: Any, tree: Tree, argument: str) -> list[Any]:
+def spread(given: Any, tree: Tree, argument: str) -> list[Any]:
     """Return one entry per output."""
     if given is None:
         return [None] * len(tree.names)
@@ -268,7 +284,7 @@ def _target(target: Any, output: Tensor, argument: str) -> np.ndarray | None:
     return array(target)
 
 
-def _root(weight: Any, shape: torch.Size, argument: str, squared: bool) -> np.ndarray | None:
+def weight_root(weight: Any, shape: torch.Size, argument: str, squared: bool) -> np.ndarray | None:
     """Return the root of weights, per entry or per block.
 
     Raises:
@@ -318,3 +334,49 @@ def _matrix_root(blocks: Tensor, argument: str) -> np.ndarray:
         came = f"with the eigenvalue {float(values[worst, 0]):.3g} in block {worst}"
         raise InputError.of(argument, came, "information matrices must not be negative anywhere")
     return (values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT).contiguous().numpy()
+
+
+def problem_root(weight: Any, shape: torch.Size, argument: str, squared: bool) -> np.ndarray | None:
+    """Return the root of weights of outputs `(n, *out)`, given for all problems alike or for each.
+
+    Raises:
+        InputTypeError: It is neither a number nor a tensor.
+        InputError: Its shape fits none of the known ones, or two of them, or it is not positive.
+    """
+    if weight is None or not isinstance(weight, Tensor) or not weight.ndim:
+        return weight_root(weight, torch.Size((shape.numel(),)), argument, squared)
+    full = spread_weight(weight, shape, argument)
+    if full.shape == shape:
+        return weight_root(full.reshape(-1), torch.Size((shape.numel(),)), argument, squared)
+    return weight_root(full, shape if len(shape) > 1 else torch.Size((*shape, 1)), argument, squared)
+
+
+def spread_weight(weight: Tensor, shape: torch.Size, argument: str) -> Tensor:
+    """Return weights for each entry `(n, *out)`, or matrices `(n, *out[:-1], d, d)`.
+
+    Raises:
+        InputError: The shape fits none of the known ones, or two of them.
+    """
+    out = tuple(shape[1:])
+    last, lead = out[-1:] or (1,), out[:-1]
+    entries = {out} | ({lead} if len(out) > 1 else set())
+    matrices = {(*last, *last), (*lead, *last, *last), (*[1] * len(lead), *last, *last)}
+    given = tuple(weight.shape)
+    if weight.numel() == 1:
+        return weight.reshape(()).expand(shape)
+    each = given[:1] == tuple(shape[:1]) and given[1:] in entries | matrices
+    same = given in entries | matrices
+    inner = given[1:] if each else given
+    if not (each or same):
+        known = ", ".join(str(known) for known in sorted(entries | matrices, key=lambda one: (len(one), one)))
+        needed = f"a number is needed, or one of {known}, or one of these behind a first axis of {shape[0]} problems"
+        raise InputError.of(argument, f"of shape {given}", needed)
+    if (each and same and shape[0] > 1) or (inner in entries and inner in matrices):
+        todo = (
+            f"Give one for every problem: expand it to {tuple(shape)}, or to {(*shape[:-1], *last, *last)} as matrices."
+        )
+        raise InputError.of(argument, f"of shape {given}, which could be meant in two ways", "one is needed", todo)
+    full = weight if each else weight.expand(shape[0], *given)
+    if inner in entries:
+        return full.reshape(*full.shape, *[1] * (len(shape) - full.ndim)).expand(shape)
+    return full.reshape(shape[0], *[1] * (len(lead) + 2 - len(inner)), *inner).expand(shape[0], *lead, *last, *last)

@@ -290,11 +290,16 @@ def _inverse_part(system: LinearizedFit, wanted: np.ndarray, result: Any) -> np.
     return (found + found.T) / 2
 
 
+def in_form(values: dict[str, Tensor], kind: type | None) -> Any:
+    """Return tensors by name in the form that parameters were given in: a tensor, a list, or a dict by name."""
+    if kind is None or issubclass(kind, dict):
+        return dict(values)
+    return next(iter(values.values())) if issubclass(kind, Tensor) else kind(values.values())
+
+
 @restoring
 def as_given(values: dict[str, Tensor], kind: type | None) -> Any:
     """Return the parameters in the form they were given in: a tensor, a list, or a dict by name."""
     with arithmetic(False):
         detached = {name: value.detach().clone() for name, value in values.items()}
-    if kind is None or issubclass(kind, dict):
-        return detached
-    return next(iter(detached.values())) if issubclass(kind, Tensor) else kind(detached.values())
+    return in_form(detached, kind)

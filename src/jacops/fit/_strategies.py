@@ -22,7 +22,8 @@ _MOST, _LEAST = 1e32, 1e-16  # dampings beyond change nothing: steps of length z
 class Strategy(ABC):
     r"""A recipe for steps, with one number that limits them: the damping, or the radius of a trust region.
 
-    Dampings solve $(J^\top J + \lambda D) p = -J^\top r$, $D$ the diagonal of $J^\top J$ (Marquardt, 1963).
+    Dampings solve $(J^\top J + \lambda D) p = -J^\top r$, $D$ the diagonal of $J^\top J$ (Marquardt, 1963). What the
+    strategies here make of numbers they make of arrays too, entry by entry, one for each problem of a batch.
     """
 
     @abstractmethod
@@ -76,7 +77,7 @@ class _Damped(Strategy):
 
     def after_undamped(self, damping: float, good: bool, length: float, /) -> float:
         """Return less damping, since a stop without evidence is one where damping holds the steps back."""
-        return max(damping * (1e-2 if good else 0.3), _LEAST)
+        return _at_least(damping * _chosen(good, 1e-2, 0.3))
 
 
 @final
@@ -106,9 +107,8 @@ class Adaptive(_Damped):
 
     def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
         """Return the next damping; rejections in a row double the exponent, or many steps would be wasted."""
-        if ratio > self.high:
-            return max(damping * self.down, _LEAST)
-        return min(damping * self.up ** max(1, rejections), _MOST) if ratio < self.low else damping
+        grown = _at_most(damping * self.up ** np.maximum(1.0, rejections))
+        return _chosen(ratio > self.high, _at_least(damping * self.down), _chosen(ratio < self.low, grown, damping))
 
 
 @final
@@ -118,7 +118,7 @@ class Marquardt(_Damped):
 
     def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
         """Return the next damping."""
-        return min(damping * 10, _MOST) if rejections else max(damping / 10, _LEAST)
+        return _chosen(rejections, _at_most(damping * 10), _at_least(damping / 10))
 
 
 @final
@@ -128,9 +128,9 @@ class Nielsen(_Damped):
 
     def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
         """Return the next damping."""
-        if rejections:
-            return min(damping * 2.0 ** min(rejections, 60), _MOST)
-        return max(damping * max(1 / 3, 1 - (2 * ratio - 1) ** 3), _LEAST)
+        bounded = np.clip(ratio, 0.0, 1.0)  # beyond, the factor is a third, or the step is rejected
+        shrunk = _at_least(damping * np.maximum(1 / 3, 1 - (2 * bounded - 1) ** 3))
+        return _chosen(rejections, _at_most(damping * 2.0 ** np.minimum(rejections, 60)), shrunk)
 
 
 @final
@@ -171,27 +171,52 @@ class TrustRegion(Strategy):
         if length <= radius:
             return newton, radius
         slope = system.gradient / scale
-        steepest = float(slope @ slope) / max(float(np.sum((system.J @ (slope / scale)) ** 2)), np.finfo(float).tiny)
-        cauchy = -steepest * slope
-        descent = float(np.linalg.norm(cauchy))
-        if descent >= radius:
-            path = cauchy * (radius / descent)
-        else:
-            leg = full - cauchy
-            a, b, c = float(leg @ leg), float(cauchy @ leg), descent**2 - radius**2
-            path = cauchy + leg * (-c / (b + np.sqrt(b * b - a * c)))
+        path = dogleg(full, slope, np.sum((system.J @ (slope / scale)) ** 2), radius)
         return replace(newton, step=path / scale, note=", ".join(filter(None, (newton.note, "dogleg")))), radius
 
     def next(self, radius: float, ratio: float, rejections: int, length: float, /) -> float:
         """Return the next radius."""
         # The usual quarters, and factors, of trust regions (Nocedal and Wright, 2006, algorithm 4.1).
-        if rejections or ratio < 0.25:
-            return max(min(length, radius) / 4, _LEAST)
-        return min(max(radius, 3 * length), _MOST) if ratio > 0.75 else radius
+        less = _at_least(np.minimum(length, radius) / 4)
+        more = _at_most(np.maximum(radius, 3 * length))
+        return _chosen(rejections, less, _chosen(ratio < 0.25, less, _chosen(ratio > 0.75, more, radius)))
 
     def after_undamped(self, radius: float, good: bool, length: float, /) -> float:
         """Return a radius that holds the step if it was taken."""
-        return min(max(radius, length), _MOST) if good else radius
+        return _chosen(good, _at_most(np.maximum(radius, length)), radius)
+
+
+def dogleg(full: np.ndarray, slope: np.ndarray, bend: Any, radius: Any) -> np.ndarray:
+    """Return where Powell's path ends at a radius that the Gauss-Newton step exceeds; of many problems, row by row.
+
+    Args:
+        full: The Gauss-Newton step, in units of the scaled parameters, (..., columns).
+        slope: The gradient by these.
+        bend: The squared length of what the Jacobian makes of `slope`.
+        radius: The radius.
+    """
+    steepest = np.einsum("...k,...k->...", slope, slope) / np.maximum(bend, np.finfo(float).tiny)
+    cauchy = -steepest[..., None] * slope
+    descent = np.linalg.norm(cauchy, axis=-1)
+    leg = full - cauchy
+    a, b = np.einsum("...k,...k->...", leg, leg), np.einsum("...k,...k->...", cauchy, leg)
+    c = np.minimum(descent**2 - radius**2, 0.0)
+    share = -c / np.maximum(b + np.sqrt(b * b - a * c), np.finfo(float).tiny)
+    scaled = cauchy * (radius / np.maximum(descent, np.finfo(float).tiny))[..., None]
+    return np.where((descent >= radius)[..., None], scaled, cauchy + leg * share[..., None])
+
+
+def _chosen(condition: Any, one: Any, other: Any) -> Any:
+    """Return one of two numbers, or of two arrays entry by entry."""
+    return np.where(condition, one, other)[()]
+
+
+def _at_least(number: Any) -> Any:
+    return np.maximum(number, _LEAST)
+
+
+def _at_most(number: Any) -> Any:
+    return np.minimum(number, _MOST)
 
 
 def _newton(system: LinearizedFit, solver: StepSolver) -> Solved:
@@ -219,6 +244,9 @@ _NAMES: dict[StrategyName, type[Strategy]] = {
     "trust_region": TrustRegion,
     "auto": TrustRegion,
 }
+
+
+BUILT_IN = tuple(dict.fromkeys(_NAMES.values()))
 
 
 def name_of(strategy: Strategy) -> str:

@@ -113,20 +113,37 @@ def _is_accurate(system: LinearizedFit, step: np.ndarray) -> bool:
 def _dense(system: LinearizedFit) -> Solved:
     """Return the shortest step by QR and the singular values of R, along what rounding of J leaves certain."""
     J, unit = system.dense, system.equilibration(None)
-    scaled = torch.from_numpy(J / unit)
-    wide = J.shape[0] < J.shape[1]
-    Q, R = torch.linalg.qr(scaled.T if wide else scaled)
     try:
-        U, s, Vt = torch.linalg.svd(R)
+        step, rank = shortest(J / unit, system.r, system.eps)
     except RuntimeError as error:
         raise Singular(f"svd: {error}") from None
-    r = torch.from_numpy(system.r)
-    along = Vt @ r if wide else U.T @ (Q.T @ r)
-    kept = s > _RANK * system.eps * s.max()
-    gained = kept & (along.abs() * s > _NOISE * system.eps * s.max() * torch.linalg.norm(r))
+    return system.solved(step / unit, None, "svd", note=rank_note(int(rank), J.shape[1]))
+
+
+def shortest(J: np.ndarray, r: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shortest step that makes `J p + r` smallest, along what rounding of J leaves certain, and the rank.
+
+    Args:
+        J: Jacobian with unit columns, (..., rows, columns).
+        r: Residual, (..., rows).
+        eps: Relative rounding error of both.
+    """
+    scaled, given = torch.from_numpy(J), torch.from_numpy(r)
+    wide = J.shape[-2] < J.shape[-1]
+    Q, R = torch.linalg.qr(scaled.mT if wide else scaled)
+    U, s, Vt = torch.linalg.svd(R)
+    along = _times(Vt, given) if wide else _times(U.mT, _times(Q.mT, given))
+    largest = s.amax(-1, keepdim=True)
+    kept = s > _RANK * eps * largest
+    size = torch.linalg.vector_norm(given, dim=-1, keepdim=True)
+    gained = kept & (along.abs() * s > _NOISE * eps * largest * size)
     scaled_back = torch.where(gained, along / torch.where(kept, s, 1.0), 0.0)
-    step = -Q @ (U @ scaled_back) if wide else -Vt.T @ scaled_back
-    return system.solved(step.numpy() / unit, None, "svd", note=rank_note(int(kept.sum()), J.shape[1]))
+    step = -_times(Q, _times(U, scaled_back)) if wide else -_times(Vt.mT, scaled_back)
+    return step.numpy(), kept.sum(-1).numpy()
+
+
+def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _lightly_damped(system: LinearizedFit, damping: float) -> Solved:

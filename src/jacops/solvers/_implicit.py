@@ -25,7 +25,7 @@ class ImplicitSolution(torch.autograd.Function):
     """The solution that was found, with the derivative of the solution for a residual."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, adjoint: RowMap) -> Tensor:
+    def forward(ctx: Any, residual: Tensor, x: Tensor, adjoint: RowMap, call: str) -> Tensor:
         """Return the solution.
 
         Args:
@@ -33,8 +33,9 @@ class ImplicitSolution(torch.autograd.Function):
             residual: $b - A x$, with its graph.
             x: The solution.
             adjoint: Solves the transposed system for rows.
+            call: The public call.
         """
-        ctx.adjoint = adjoint
+        ctx.adjoint, ctx.call = adjoint, call
         return x.clone()
 
     @staticmethod
@@ -46,10 +47,10 @@ class ImplicitSolution(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise NotDifferentiableError(
-                "solve: ImplicitSolution, the derivative of a solution, is given once; its own derivative is not "
+                f"{ctx.call}: ImplicitSolution, the derivative of a solution, is given once; its own derivative is not "
                 "recorded. Differentiate without `create_graph=True`."
             )
-        return ctx.adjoint(grads[0]), None, None
+        return ctx.adjoint(grads[0]), None, None, None
 
 
 @restoring
@@ -69,4 +70,4 @@ def connected(operator: Operator, rows: Tensor, x: Tensor, damping: float | Tens
             residual = residual - operator._apply(x)
         if isinstance(damping, Tensor):
             residual = residual - damping.to(x) * x
-        return ImplicitSolution.apply(residual, x, adjoint)  # pyright: ignore[reportReturnType]
+        return ImplicitSolution.apply(residual, x, adjoint, "solve")  # pyright: ignore[reportReturnType]

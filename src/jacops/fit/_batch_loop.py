@@ -1,0 +1,369 @@
+"""The loop over many problems: all step at once, each by its own damping, and each stops by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._progress import track
+from .._runtime.restoring import NumericWarningsIgnored, restoring
+from ._batch_points import AT_ROUNDING, Points
+from ._batch_problem import BatchProblem
+from ._layout import Values
+from ._stopping import StoppingCriteria
+from ._strategies import Constant, Strategy, TrustRegion, dogleg
+
+_GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be taken, as in a single fit
+_REJECTIONS = 32  # in a row, as in a single fit
+_ZERO = 64.0  # rounding errors of the first residual that are worth asking whether it is zero, as in a single fit
+_NOISY = 3  # steps in a row at the rounding level that change nothing, as in a single fit
+_FEW = 64  # problems that are not worth making fewer: a pass costs what its calls cost
+_DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a problem without evidence for a minimum
+
+
+MET = ("gradient", "objective", "step")  # the rules
+
+
+@dataclass(eq=False)
+class Ended:
+    """How problems ended, each array over all of them.
+
+    Attributes:
+        values: Their parameters.
+        cost: Their objectives.
+        optimality: Their scaled gradients.
+        status: Why they stopped.
+        reason: The evidence for a minimum, by number in `REASONS`.
+        predicted: What an undamped step predicts, relative to the objective; NaN where that is not known.
+        steps: Steps tried.
+        raw: Outputs minus targets.
+        evaluations: Forward passes.
+        linearisations: Jacobians.
+        route: How Jacobians were taken.
+    """
+
+    values: Values
+    cost: np.ndarray
+    optimality: np.ndarray
+    status: np.ndarray
+    reason: np.ndarray
+    predicted: np.ndarray
+    steps: np.ndarray
+    raw: np.ndarray
+    evaluations: int = 0
+    linearisations: int = 0
+    route: str = ""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ended]) -> Ended:
+        """Return the ends of several batches as those of one."""
+        names = parts[0].values
+        arrays = {
+            f.name: np.concatenate([getattr(part, f.name) for part in parts])
+            for f in fields(cls)
+            if isinstance(getattr(parts[0], f.name), np.ndarray)
+        }
+        return cls(
+            values={name: torch.cat([part.values[name] for part in parts]) for name in names},
+            evaluations=sum(part.evaluations for part in parts),
+            linearisations=sum(part.linearisations for part in parts),
+            route=parts[0].route,
+            **arrays,
+        )
+
+
+@dataclass(eq=False)
+class _States:
+    """The problems that are still worked on, each array over them: which they are, and what they remember."""
+
+    number: np.ndarray
+    first: np.ndarray
+    largest: np.ndarray
+    damping: np.ndarray
+    rejections: np.ndarray
+    noisy: np.ndarray
+    refused: np.ndarray
+    insist: np.ndarray
+    tried: np.ndarray
+    steps: np.ndarray
+    status: np.ndarray
+
+    def some(self, which: np.ndarray) -> _States:
+        return _States(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+
+
+@dataclass(eq=False)
+class _Trial:
+    """A step of every problem."""
+
+    step: np.ndarray
+    length: np.ndarray
+    tried: np.ndarray
+    predicted: np.ndarray
+    ratio: np.ndarray
+    at_noise: np.ndarray
+    insisted: np.ndarray
+    good: np.ndarray
+
+
+@restoring
+def run_batch(
+    problem: BatchProblem, values: Values, strategy: Strategy, rules: StoppingCriteria, progress: bool | None
+) -> Ended:
+    """Run steps until every problem has stopped."""
+    with NumericWarningsIgnored("divide", "over", "under", "invalid"):
+        loop = _BatchLoop(problem, values, strategy, rules)
+        for _ in track(range(rules.max_steps), problem.problems.function.call, enabled=progress):
+            if not loop.going:
+                break
+            loop.step()
+        loop.stop_all("max_steps")
+        return loop.ended
+
+
+class _BatchLoop:
+    def __init__(self, problem: BatchProblem, values: Values, strategy: Strategy, rules: StoppingCriteria) -> None:
+        self.problem, self.strategy, self.rules = problem, strategy, rules
+        many = problem.many
+        cost = problem.objectives(values)
+        self.ended = Ended(
+            {name: value.clone() for name, value in values.items()},
+            np.where(np.isfinite(cost), cost, np.nan),
+            np.full(many, np.nan),
+            np.where(np.isfinite(cost), "", "nonfinite").astype(object),
+            np.zeros(many, dtype=int),
+            np.full(many, np.nan),
+            np.zeros(many, dtype=int),
+            np.full((many, sum(t.rows for t in problem.terms) // many), np.nan),
+        )
+        self.going = self._begin(np.isfinite(cost).nonzero()[0], values)
+
+    def _begin(self, number: np.ndarray, values: Values) -> bool:
+        """Linearise the problems at their start, without those whose Jacobian is not finite; return whether any is."""
+        while len(number):
+            self.problem, picked = self._some(number), torch.from_numpy(number)
+            points, largest = self.problem.points({n: v[picked.to(v.device)] for n, v in values.items()}, None)
+            finite = points.is_finite
+            if finite.all():
+                break
+            self.ended.status[number[~finite]] = "nonfinite"
+            number = number[finite]
+        else:
+            return False
+        many, first = len(number), self.strategy.begin()
+        self.points = points
+        self.states = _States(
+            number=number,
+            first=points.cost.copy(),
+            largest=largest,
+            damping=np.full(many, np.nan if first is None else first),
+            rejections=np.zeros(many, dtype=int),
+            noisy=np.zeros(many, dtype=int),
+            refused=np.full(many, np.inf),
+            insist=np.zeros(many, dtype=bool),
+            tried=np.zeros(many, dtype=bool),
+            steps=np.zeros(many, dtype=int),
+            status=np.full(many, "", dtype=object),
+        )
+        self.going = True
+        self._settle(self._at_rest())
+        self._finish()
+        return self.going
+
+    def _some(self, number: np.ndarray) -> BatchProblem:
+        """Return the problems of these numbers; those that are left last are asked for first."""
+        return self.problem if len(number) == self.problem.many else self.problem.some(number)
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Try one step of every problem that goes on."""
+        states, before = self.states, self.points
+        trial, values = self._tried()
+        states.steps += states.status == ""
+        self._adapt(trial)
+        if trial.good.any():
+            self._move(trial, values)
+        rule = self._rules(before, trial)
+        self._settle(rule)
+        self._patience(trial, rule)
+        self._finish()
+
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps, and which of them are the undamped ones."""
+        states, points = self.states, self.points
+        newton = points.newton[0]
+        if isinstance(self.strategy, TrustRegion):
+            full = newton * points.lengths
+            length = np.linalg.norm(full, axis=1)
+            states.damping = np.where(np.isnan(states.damping), length, states.damping)
+            slope = np.where(points.newton[1], points.gradient, 0.0) / points.lengths
+            bend = np.square(points.moved(slope / points.lengths)).sum(1)
+            whole = states.insist | (length <= states.damping)
+            path = dogleg(full, slope, bend, states.damping) / points.lengths
+        else:
+            whole = states.insist
+            path = points.damped(states.damping[:, None] * np.square(points.unit * points.lengths))
+        return np.where(whole[:, None], newton, path), whole
+
+    def _tried(self) -> tuple[_Trial, Values]:
+        states, points = self.states, self.points
+        step, whole = self._steps()
+        states.tried |= whole
+        goes = (states.status == "") & np.isfinite(step).all(1)
+        step = self._within(np.where(goes[:, None], step, 0.0))
+        predicted = points.predicted(step)
+        values = self.problem.moved(points.values, step)
+        tried = self.problem.objectives(values)
+        gain = points.cost - tried
+        known = (predicted > 0) & np.isfinite(tried) & np.isfinite(predicted)
+        ratio = np.where(known, gain / np.where(known, predicted, 1.0), -np.inf)
+        at_noise = (predicted <= points.noise) & (np.abs(gain) <= 4 * points.noise)
+        good = goes & np.isfinite(tried) & ((ratio > _GOOD) | (at_noise & (tried <= points.cost)))
+        length = np.linalg.norm(step * points.lengths, axis=1)
+        return _Trial(step, length, tried, predicted, ratio, at_noise, states.insist.copy(), good), values
+
+    def _within(self, step: np.ndarray) -> np.ndarray:
+        """Return steps that stay in the box: projected onto it, or cut where they leave, whichever predicts more."""
+        if self.points.room is None:
+            return step
+        down, up = self.points.room
+        projected = np.clip(step, down, up)
+        room = np.where(step < 0, down, up) / np.where(step != 0, step, 1.0)
+        cut = np.minimum(1.0, np.where(step != 0, room, 1.0).min(1, initial=1.0))[:, None] * step
+        better = self.points.predicted(projected) >= self.points.predicted(cut)
+        return np.where(better[:, None], projected, cut)
+
+    def _adapt(self, trial: _Trial) -> None:
+        """Set the next damping or radius."""
+        states, good = self.states, trial.good
+        states.rejections = np.where(good, 0, states.rejections + ~trial.insisted)
+        strategy: Any = self.strategy  # those of BUILT_IN take arrays
+        usual = strategy.next(states.damping, trial.ratio, states.rejections, trial.length)
+        after = strategy.after_undamped(states.damping, good, trial.length)
+        after = np.where(good | (states.rejections == 0), after, states.damping)
+        states.damping = np.where(trial.insisted, after, usual)
+        states.insist = np.zeros_like(states.insist)
+
+    def _move(self, trial: _Trial, values: Values) -> None:
+        """Linearise where steps were taken; a problem whose Jacobian is not finite there ends."""
+        states, good = self.states, torch.from_numpy(trial.good)
+        chosen = {
+            n: torch.where(good.to(v.device).view(-1, *[1] * (v.ndim - 1)), values[n], v)
+            for n, v in self.points.values.items()
+        }
+        self.points, states.largest = self.problem.points(chosen, states.largest)
+        states.tried &= ~trial.good
+        finite = self.points.is_finite
+        if not finite.all():
+            self.points.silence(~finite)
+            states.largest = np.where(finite[:, None], states.largest, 0.0)
+            states.status[~finite & (states.status == "")] = "nonfinite"
+
+    # ---- when to stop ------------------------------------------------------------------------------------------
+
+    def _at_rest(self) -> np.ndarray:
+        """Return the rule that is met by each point itself, empty where there is none."""
+        points, gtol = self.points, self.rules.gtol
+        zero = points.cost <= (_ZERO * points.eps) ** 2 * self.states.first
+        found = np.where(zero, "objective", "").astype(object)
+        if gtol is not None:
+            found[points.optimality <= gtol] = "gradient"
+        return found
+
+    def _rules(self, before: Points, trial: _Trial) -> np.ndarray:
+        ftol, xtol = self.rules.ftol, self.rules.xtol
+        found = np.full(len(trial.good), "", dtype=object)
+        size = np.linalg.norm(before.magnitudes * before.lengths, axis=1)
+        if xtol is not None:
+            found[trial.length <= xtol * size] = "step"
+        found[trial.at_noise & (trial.predicted >= 0)] = "objective"
+        if ftol is not None:
+            change = np.maximum(np.abs(before.cost - trial.tried), trial.predicted)
+            found[trial.good & (change <= ftol * before.cost)] = "objective"
+        rest = self._at_rest()
+        return np.where(trial.good & (rest != ""), rest, found)
+
+    def _settle(self, rule: np.ndarray) -> None:
+        """Stop the problems that meet a rule with evidence for a minimum, or whose rule asks for less."""
+        met = (rule != "") & (self.states.status == "")
+        if not met.any():
+            return
+        states, points = self.states, self.points
+        reason, predicted, _ = points.evidence
+        flat = ~points.norms.any(1) & (reason == 0)
+        loose = np.zeros(len(met), dtype=bool)
+        for word, bound in (("objective", self.rules.ftol or 0.0), ("gradient", (self.rules.gtol or 0.0) ** 2)):
+            loose |= (rule == word) & (predicted <= bound)
+        if (self.rules.xtol or 0.0) > _DEFAULT_TOLERANCE:
+            length = np.linalg.norm(points.newton[0] * points.lengths, axis=1)
+            size = np.linalg.norm(points.magnitudes * points.lengths, axis=1)
+            loose |= (rule == "step") & (length <= (self.rules.xtol or 0.0) * size)
+        stops = met & ((reason > 0) | loose) & ~flat
+        states.status[stops] = rule[stops]
+        states.status[met & flat] = "stalled"
+        refused = met & ~stops & ~flat
+        states.noisy[refused & (predicted < 0.8 * states.refused)] = 0
+        states.refused = np.where(refused, predicted, states.refused)
+        if self.strategy.may_be_undamped:
+            states.insist = refused & np.isfinite(predicted) & ~states.tried
+
+    def _patience(self, trial: _Trial, rule: np.ndarray) -> None:
+        """Stop the problems whose steps change nothing, and all where a limit is reached."""
+        states = self.states
+        close = trial.at_noise & (rule != "")
+        states.noisy = np.where(close, states.noisy + 1, 0)
+        idle = (states.status == "") & ~states.insist
+        worn = idle & ((states.noisy >= _NOISY) | (states.rejections >= _REJECTIONS))
+        if isinstance(self.strategy, Constant):
+            worn |= idle & (states.rejections > 0)
+        if worn.any():
+            at_rounding = self.points.evidence[2] & worn
+            states.status[worn] = "stalled"
+            states.status[at_rounding] = "objective"
+            self.ended.reason[states.number[at_rounding]] = AT_ROUNDING
+        limit = self.rules.used_up(self.problem.problems.evaluations)
+        if limit is not None:
+            states.status[states.status == ""] = limit[0]
+
+    def stop_all(self, status: str) -> None:
+        """Stop what still goes on."""
+        if self.going:
+            self.states.status[self.states.status == ""] = status
+            self._finish()
+        run = self.problem.problems
+        self.ended.evaluations, self.ended.linearisations = run.evaluations, run.linearisations
+        self.ended.route = run.route
+
+    def _finish(self) -> None:
+        """Write down problems that have stopped, and go on with the others alone where these are few."""
+        stopped = self.states.status != ""
+        if not stopped.any():
+            return
+        self._record((stopped & (self.ended.status[self.states.number] == "")).nonzero()[0])
+        going = (~stopped).nonzero()[0]
+        self.going = bool(len(going))
+        if self.going and len(stopped) > _FEW and 2 * len(going) <= len(stopped):
+            self.states, self.points = self.states.some(going), self.points.some(going)
+            self.problem = self.problem.some(going)
+
+    def _record(self, which: np.ndarray) -> None:
+        """Write down where problems have stopped."""
+        if not len(which):
+            return
+        states, points, ended = self.states, self.points, self.ended
+        number, status = states.number[which], states.status[which]
+        picked, places = torch.from_numpy(which), torch.from_numpy(number)
+        for name, value in points.values.items():
+            ended.values[name][places.to(value.device)] = value[picked.to(value.device)]
+        reason, predicted, _ = points.evidence
+        met = np.isin(status, MET) & (ended.reason[number] == 0)
+        ended.status[number] = status
+        ended.reason[number] = np.where(met, reason[which], ended.reason[number])
+        ended.predicted[number] = np.where(status == "nonfinite", np.nan, predicted[which])
+        ended.cost[number], ended.optimality[number] = points.cost[which], points.optimality[which]
+        ended.steps[number], ended.raw[number] = states.steps[which], points.raw[which]

@@ -1,0 +1,244 @@
+r"""Many linearised problems of one shape: their steps and what these predict, each problem for itself.
+
+All of it is made of the triangles of $U = Q R$, $U$ a problem's Jacobian with unit columns: a damped step, or one that
+holds some columns, is that of the triangle with rows of a diagonal matrix below it. Triangles are Cholesky factors of
+$U^\top U$ where this has enough digits, else those of $U$ itself; what has no full rank goes to singular values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ._certificate import FEW, MOST_REDUCTION, ROUNDING
+from ._layout import Values
+from ._state import NOISE
+from ._system import positive
+from ._undamped import shortest
+
+_PIVOT = 1e-6  # smallest entry of a triangle's diagonal, of unit columns, whose step has ten digits in double precision
+_COARSE = 1e4  # or so many rounding errors of the Jacobian, since gains along smaller ones are uncertain by 1e-8
+_SQUARED = 1e-3  # smallest entry of a Cholesky factor's diagonal whose squares leave ten digits
+# Why a point is a minimum, by number.
+REASONS = (
+    "",
+    "the objective is zero",
+    "every residual is at the rounding level of its terms",
+    "an undamped step predicts a reduction of at most 1e-8 of the objective",
+    "an undamped step moves every residual by no more than the rounding of its terms",
+    "every parameter is at a bound that the gradient leads out of",
+    "residuals are near the rounding level of their terms",
+)
+AT_ROUNDING = len(REASONS) - 1
+
+
+@dataclass(eq=False)
+class Points:
+    """Where problems are, linearised.
+
+    Attributes:
+        values: Their parameters by name, (n, ...).
+        cost: Objectives, (n,).
+        J: Jacobians, weighted and corrected, (n, rows, columns).
+        r: Residuals, weighted and corrected, (n, rows).
+        raw: Outputs minus targets, (n, rows).
+        terms: Magnitudes of what residuals are differences of, (n, rows).
+        magnitudes: Magnitudes of what columns move, (n, columns).
+        lengths: What lengths of steps are measured with, (n, columns), positive.
+        unit: Factor that makes a damping in these scales one in units of the normal matrix, (n, 1).
+        eps: Relative rounding error of `J` and `r`.
+        room: How far columns may go down and up, (n, columns) each; None without bounds.
+    """
+
+    values: Values
+    cost: np.ndarray
+    J: np.ndarray
+    r: np.ndarray
+    raw: np.ndarray
+    terms: np.ndarray
+    magnitudes: np.ndarray
+    lengths: np.ndarray
+    unit: np.ndarray
+    eps: float
+    room: tuple[np.ndarray, np.ndarray] | None
+
+    @property
+    def is_finite(self) -> np.ndarray:
+        """Whether residuals and Jacobian of each problem are finite."""
+        return np.asarray(np.isfinite(self.J).all((1, 2)) & np.isfinite(self.r).all(1))
+
+    def silence(self, which: np.ndarray) -> None:
+        """Take the residuals of some problems for zero, before anything is made of them."""
+        self.J[which], self.r[which], self.terms[which] = 0.0, 0.0, 0.0
+
+    def some(self, which: np.ndarray) -> Points:
+        """Return some of the points."""
+        picked = torch.from_numpy(which)
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        arrays = {name: value[which] for name, value in found.items() if isinstance(value, np.ndarray)}
+        room = None if self.room is None else (self.room[0][which], self.room[1][which])
+        values = {name: value[picked.to(value.device)] for name, value in self.values.items()}
+        return Points(**{**found, **arrays, "values": values, "room": room})
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """Norms of the columns."""
+        return column_norms(self.J)
+
+    @cached_property
+    def gradient(self) -> np.ndarray:
+        """The gradient of the objective, (n, columns)."""
+        return np.matmul(self.r[:, None], self.J)[:, 0]
+
+    @cached_property
+    def blocked(self) -> np.ndarray:
+        """Columns at a bound that the gradient leads out of."""
+        if self.room is None:
+            return np.zeros(self.norms.shape, dtype=bool)
+        down, up = self.room
+        return ((down >= 0) & (self.gradient > 0)) | ((up <= 0) & (self.gradient < 0))
+
+    @cached_property
+    def optimality(self) -> np.ndarray:
+        """The scaled gradient: the largest cosine between residual and a column that bounds leave."""
+        slopes = np.where(self.blocked, 0.0, np.abs(self.gradient) / positive(self.norms)).max(1, initial=0.0)
+        return np.where(self.cost > 0, slopes / np.sqrt(2 * positive(self.cost)), 0.0)
+
+    @cached_property
+    def _triangle(self) -> tuple[np.ndarray, np.ndarray]:
+        """The triangles of unit columns, and what their orthogonal factors make of the residuals."""
+        norms = positive(self.norms)
+        cosines = np.matmul(self.J.swapaxes(1, 2), self.J) / (norms[:, :, None] * norms[:, None])
+        diagonal = np.arange(norms.shape[1])
+        cosines[:, diagonal, diagonal] = 1.0  # also of columns of zeros, which never move
+        lower, info = torch.linalg.cholesky_ex(torch.from_numpy(cosines))
+        right = torch.from_numpy((self.gradient / norms)[:, :, None])
+        along = torch.linalg.solve_triangular(lower, right, upper=False).numpy()[:, :, 0]
+        R, pivots = lower.mT.numpy(), lower.diagonal(dim1=1, dim2=2).amin(1)
+        weak = (~(pivots > _SQUARED) | (info != 0)).nonzero()[:, 0].numpy()
+        if len(weak):
+            R = R.copy()
+            R[weak], along[weak] = self._by_qr(weak)
+        return R, along
+
+    def _by_qr(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same of some problems without squaring their numbers."""
+        columns = self.J.shape[2]
+        Q, R = torch.linalg.qr(torch.from_numpy(self.J[which] / positive(self.norms)[which, None]))
+        along, rows = np.matmul(self.r[which, None], Q.numpy())[:, 0], R.shape[1]
+        below = ((0, 0), (0, columns - rows))
+        return np.pad(R.numpy(), (*below, (0, 0))), np.pad(along, below)
+
+    def moved(self, step: np.ndarray) -> np.ndarray:
+        """Return what the Jacobians make of steps, (n, rows)."""
+        return np.matmul(self.J, step[:, :, None])[:, :, 0]
+
+    def predicted(self, step: np.ndarray) -> np.ndarray:
+        """Return the reductions of the objective that the linearised problems predict."""
+        squares = np.square(self.moved(step)).sum(1)
+        return -np.einsum("nk,nk->n", self.gradient, step) - squares / 2
+
+    @cached_property
+    def newton(self) -> tuple[np.ndarray, np.ndarray]:
+        """The Gauss-Newton steps, the shortest where rank lacks, and the columns that they move.
+
+        Columns at a bound that the gradient or the step leads out of are held.
+        """
+        free = (self.norms > 0) & ~self.blocked
+        step = self._undamped(free)
+        if self.room is not None:
+            down, up = self.room
+            for _ in range(free.shape[1]):
+                out = free & (((down >= 0) & (step < 0)) | ((up <= 0) & (step > 0)))
+                if not out.any():
+                    break
+                free = free & ~out
+                step = self._undamped(free)
+        return step, free
+
+    def damped(self, damping: np.ndarray) -> np.ndarray:
+        """Return the steps for a damping per column, (n, columns), that is added to the normal matrix."""
+        free = self.newton[1]
+        return self._solved(free, np.sqrt(damping) / positive(self.norms))[0]
+
+    def _undamped(self, free: np.ndarray) -> np.ndarray:
+        step, pivots = self._solved(free, None)
+        weak = (~(pivots > max(_PIVOT, _COARSE * self.eps)) & free.any(1)).nonzero()[0]
+        if len(weak):
+            unit = self.J[weak] / positive(self.norms)[weak, None] * free[weak, None]
+            finite = np.isfinite(unit).all((1, 2))
+            step[weak] = 0.0
+            step[weak[finite]] = shortest(unit[finite], self.r[weak[finite]], self.eps)[0] / positive(
+                self.norms[weak[finite]]
+            )
+        return step
+
+    def _solved(self, free: np.ndarray, diagonal: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return steps of the free columns, and the smallest entry of each triangle's diagonal."""
+        R, along = self._triangle
+        below = np.where(free, 0.0 if diagonal is None else diagonal, 1.0)
+        if below.any():
+            many, columns = free.shape
+            stack = np.zeros((many, R.shape[1] + columns, columns))
+            np.multiply(R, free[:, None], out=stack[:, : R.shape[1]])
+            stack[:, R.shape[1] + np.arange(columns), np.arange(columns)] = below
+            Q, T = torch.linalg.qr(torch.from_numpy(stack))
+            R, along = T.numpy(), np.matmul(along[:, None], Q.numpy()[:, : along.shape[1]])[:, 0]
+        pivots = np.abs(np.diagonal(R, axis1=1, axis2=2)).min(1, initial=np.inf)
+        upper, right = torch.from_numpy(np.ascontiguousarray(R)), torch.from_numpy(-along[:, :, None])
+        step = torch.linalg.solve_triangular(upper, right, upper=True).numpy()[:, :, 0]
+        step = np.where(free, step / positive(self.norms), 0.0)
+        return step, np.where(np.isfinite(step).all(1), pivots, 0.0)
+
+    # ---- evidence ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def magnitude(self) -> np.ndarray:
+        """Magnitudes of the terms each residual is made of: outputs, targets, and parameters times slopes."""
+        return self.terms + np.matmul(np.abs(self.J), self.magnitudes[:, :, None])[:, :, 0]
+
+    @cached_property
+    def noise(self) -> np.ndarray:
+        """How far rounding of the residuals moves the objectives."""
+        products = np.sqrt(np.square(self.r * self.magnitude).sum(1))
+        return NOISE * self.eps * np.maximum(2 * self.cost, products)
+
+    @cached_property
+    def evidence(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Why each point is a minimum, by number in `REASONS`, 0 for no reason; what an undamped step predicts there.
+
+        The third is where the evidence would be the rounding level, which counts once steps change nothing.
+        """
+        step, free = self.newton
+        rounding = ROUNDING * self.eps * self.magnitude
+        few = FEW / ROUNDING * rounding
+        moved, held = np.abs(self.moved(step)), ~free & ~self.blocked & (self.norms > 0)
+        gains = np.where(held, np.square(self.gradient / positive(self.norms)) / 2, 0.0).sum(1)
+        known = self.cost > 0
+        share = np.maximum(self.predicted(step) + gains, 0.0) / positive(self.cost)
+        moves = self.norms.any(1)
+        tests = [
+            ~known,
+            (np.abs(self.r) <= few).all(1),
+            moves & (share <= MOST_REDUCTION),
+            moves & (gains == 0) & (moved <= few).all(1),
+            moves & self.blocked.all(1),
+        ]
+        reason = np.select(tests, [1, 2, 3, 4, 5], 0)
+        close = np.asarray((np.abs(self.r) <= rounding).all(1) | (moves & (moved <= rounding).all(1)))
+        return reason, np.where(known, share, 0.0), close
+
+
+def column_norms(J: np.ndarray) -> np.ndarray:
+    """Return the norms of the columns of Jacobians, safe from overflow and underflow."""
+    squares = np.einsum("nmk,nmk->nk", J, J)
+    norms = np.sqrt(squares)
+    unsafe = ~((squares > 1e-250) & (squares < 1e250))  # digits may be lost; the smallest normal number is 2e-308
+    if unsafe.any():
+        largest = np.abs(J).max(1, initial=0.0)
+        safe = largest * np.sqrt(np.square(J / positive(largest)[:, None]).sum(1))
+        norms = np.where(unsafe, safe, norms)
+    return norms
