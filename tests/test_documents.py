@@ -114,7 +114,7 @@ def test_words_are_compared_and_numbers_are_not() -> None:
 
 def test_there_are_snippets_and_links_lead_somewhere() -> None:
     assert len(SNIPPETS) >= 4
-    assert len(LESSONS) >= 1
+    assert len(LESSONS) >= 20
     for path in [*PAGES, *RECIPES, *LESSONS]:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"
