@@ -49,6 +49,7 @@ sphinx_gallery_conf = {
     "ignore_repr_types": r"matplotlib",
     "download_all_examples": False,
     "show_memory": False,
+    "write_computation_times": False,  # that page would load scripts from a network
     "min_reported_time": 0,
     "remove_config_comments": True,
     "plot_gallery": True,

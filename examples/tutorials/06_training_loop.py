@@ -108,14 +108,14 @@ plt.show()
 # Thick grey lines are the true orbits. The direct network spirals from one orbit to
 # another, though it fits the velocities as well as noise allows. The Hamiltonian
 # network stays on an orbit, since motion along its equations cannot change its own
-# energy. The true energy of the middle pendulum:
+# energy. The true energy of the outer pendulum:
 
 figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for (name, path), colour in zip(paths.items(), ("C1", "C0", "0.5"), strict=True):
-    level = path[:, 1, 1] ** 2 / 2 - path[:, 1, 0].cos()
+    level = path[:, 2, 1] ** 2 / 2 - path[:, 2, 0].cos()
     axes.plot(torch.arange(601) * 0.1, level, label=name, color=colour)
-axes.set(xlabel="time", ylabel="energy", ylim=(-0.6, 0.4))
-axes.legend(frameon=False, loc="lower right", ncols=3, fontsize=9)
+axes.set(xlabel="time", ylabel="energy")
+axes.legend(frameon=False, loc="lower left")
 plt.show()
 
 # %%
