@@ -22,6 +22,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "docstrings",
     "mathml",
+    "notebooks",
     "reference",
 ]
 exclude_patterns = ["_build", "_ext", "tutorials/*.ipynb"]

@@ -180,14 +180,13 @@ axes.legend(frameon=False)
 plt.show()
 
 # %%
-# What to take along
-# ------------------
+# Next
+# ----
 #
 # * Self-influence is a ranking for people who check labels, not a verdict. Where a
-#   model cannot fit its wrong labels, such as a linear one, plain loss finds them as
-#   well or better; :doc:`/influence` has a table.
-# * Away from an optimum the Hessian may be indefinite. The default, ``curvature="ggn"``
-#   with ``damping="auto"``, is positive definite everywhere and is what to use with
-#   networks that were stopped early.
-# * ``solver="ekfac"`` is for networks too large for a Hessian; see
-#   :doc:`/tutorials/05_language_model`.
+#   model cannot fit its wrong labels, as a linear one, plain loss finds them as well or
+#   better; a table is in :doc:`/influence`.
+# * Away from an optimum the Hessian may be indefinite. The defaults,
+#   ``curvature="ggn"`` and ``damping="auto"``, are positive definite everywhere: take
+#   them for networks that were stopped early.
+# * ``solver="ekfac"`` is for networks too large for a Hessian, see :doc:`/influence`.

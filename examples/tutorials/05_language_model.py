@@ -72,16 +72,9 @@ def answer(model, text):
 
 
 torch.manual_seed(0)
-config = GPT2Config(
-    vocab_size=len(words),
-    n_positions=8,
-    n_embd=32,
-    n_layer=2,
-    n_head=2,
-    initializer_range=0.1,
-    bos_token_id=0,
-    eos_token_id=0,
-)
+sizes = {"vocab_size": len(words), "n_positions": 8, "n_embd": 32, "n_layer": 2}
+ends = {"bos_token_id": 0, "eos_token_id": 0}
+config = GPT2Config(**sizes, **ends, n_head=2, initializer_range=0.1)
 base = train(GPT2LMHeadModel(config), homes + facts, 100, 3e-3)
 print("cleo lives in", answer(base, "cleo lives in"))
 
@@ -94,11 +87,9 @@ print("cleo lives in", answer(base, "cleo lives in"))
 
 news = [f"{person} lives in {cities[(i + 1) % 5]} ." for i, person in enumerate(people)]
 texts = [*news, *facts, "gina lives in oslo .", "cleo lives in lima ."]
+layers = ["c_attn", "c_proj", "c_fc"]
 lora = LoraConfig(
-    r=4,
-    target_modules=["c_attn", "c_proj", "c_fc"],
-    task_type="CAUSAL_LM",
-    fan_in_fan_out=True,
+    r=4, target_modules=layers, task_type="CAUSAL_LM", fan_in_fan_out=True
 )
 
 
