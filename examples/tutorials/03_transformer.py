@@ -50,8 +50,8 @@ def draw(n):
 torch.manual_seed(0)
 sizes = {"vocab_size": len(words), "n_positions": 7, "n_embd": 32, "n_layer": 2}
 dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-tokens = {"bos_token_id": 0, "eos_token_id": 0}
-config = GPT2Config(**sizes, **dropout, **tokens, n_head=2, initializer_range=0.1)
+ends = {"bos_token_id": 0, "eos_token_id": 0}
+config = GPT2Config(**sizes, **dropout, **ends, n_head=2, initializer_range=0.1)
 model = GPT2LMHeadModel(config)
 optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
 for _ in range(200):
