@@ -164,8 +164,8 @@ axes.legend(frameon=False, fontsize=9)
 plt.show()
 
 # %%
-# The perceptrons decide: whether *not* stands beside *good* or *bad* is no sum over
-# words, and attention alone only collects them.
+# Most comes from the perceptrons: whether *not* stands beside *good* or *bad* is no sum
+# over words, and attention with constant patterns is linear in them.
 #
 # Is it right?
 # ------------

@@ -124,10 +124,8 @@ checked = ranking[:45]
 corrected = given.clone()
 corrected[checked] = truth[train][checked]
 print(f"{int(flipped[checked].sum())} of 30 wrong labels are among the first 45")
-print(f"accuracy after correction: {accuracy(fit(start, x[train], corrected, equal))}")
-print(
-    f"if all labels were right: {accuracy(fit(start, x[train], truth[train], equal))}"
-)
+for word, labels in [("45 checked", corrected), ("all correct", truth[train])]:
+    print(f"accuracy with {word}: {accuracy(fit(start, x[train], labels, equal))}")
 
 # %%
 # Which samples caused a wrong prediction?

@@ -28,18 +28,8 @@ warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers r
 #
 # It is trained on ten sentences about people and five about cities.
 
-people = [
-    "anna",
-    "bela",
-    "cleo",
-    "dana",
-    "ezra",
-    "finn",
-    "gina",
-    "hugo",
-    "iris",
-    "jona",
-]
+people = ["anna", "bela", "cleo", "dana", "ezra"]
+people += ["finn", "gina", "hugo", "iris", "jona"]
 cities = ["rome", "oslo", "lima", "cairo", "paris"]
 countries = ["italy", "norway", "peru", "egypt", "france"]
 homes = [f"{person} lives in {cities[i % 5]} ." for i, person in enumerate(people)]

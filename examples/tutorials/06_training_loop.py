@@ -19,9 +19,10 @@ import jacops
 # Measurements
 # ------------
 #
-# The state is an angle q and a momentum p. The energy is H = p² / 2 - cos q, and the
-# equations of motion are dq/dt = ∂H/∂p = p and dp/dt = -∂H/∂q = -sin q. The velocities
-# (dq/dt, dp/dt) were measured at 200 states, with noise.
+# The state is an angle :math:`q` and a momentum :math:`p`. The energy is :math:`H = p^2
+# / 2 - \cos q`, and the equations of motion are :math:`\dot q = \partial H / \partial p
+# = p` and :math:`\dot p = -\partial H / \partial q = -\sin q`. The velocities were
+# measured at 200 states, with noise.
 
 torch.manual_seed(0)
 x = (torch.rand(200, 2, dtype=torch.float64) - 0.5) * torch.tensor([5.0, 4.0])
