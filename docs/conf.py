@@ -22,6 +22,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "docstrings",
     "mathml",
+    "notebooks",
     "reference",
 ]
 exclude_patterns = ["_build", "_ext", "tutorials/*.ipynb"]
@@ -44,8 +45,13 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples/tutorials",
     "gallery_dirs": "tutorials",
     "filename_pattern": r"\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("figures.scrape",),
+    "image_srcset": ["2x"],
+    "ignore_repr_types": r"matplotlib",
     "download_all_examples": False,
     "show_memory": False,
+    "write_computation_times": False,  # that page would load scripts from a network
     "min_reported_time": 0,
     "remove_config_comments": True,
     "plot_gallery": True,
