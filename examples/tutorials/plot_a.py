@@ -1,8 +1,0 @@
-"""
-Fit a curve
-===========
-
-Text.
-"""
-import torch, jacops
-print(jacops.jacobian(torch.nn.Linear(2,3), torch.randn(4,2)))
