@@ -136,9 +136,7 @@ figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
 for colour, (name, H) in zip(("C3", "C0"), operators.items(), strict=True):
     density = spectral_density(H, probes=6, steps=60, width=0.15)
     density.plot(ax=axes, color=colour, label=name)
-    print(
-        f"{name}: {density.share(-0.01, 0.01)} of the eigenvalues are within 0.01 of 0"
-    )
+    print(f"{name}: share within 0.01 of zero {density.share(-0.01, 0.01)}")
 plt.show()
 
 # %%
@@ -151,13 +149,10 @@ plt.show()
 
 figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
 for colour, (name, (_, sharpness)) in zip(("C3", "C0"), runs.items(), strict=True):
-    axes.plot(
-        *zip(*sharpness, strict=True), "o-", markersize=4, color=colour, label=name
-    )
-    axes.axhline(2 / rates[name], color=colour, linestyle="--", linewidth=1)
-    axes.text(
-        2000, 2 / rates[name] - 1.2, f"2 / {rates[name]}", color=colour, ha="right"
-    )
+    limit, label = 2 / rates[name], f"2 / {rates[name]}"
+    axes.plot(*zip(*sharpness, strict=True), "o-", color=colour, label=name)
+    axes.axhline(limit, color=colour, linestyle="--", linewidth=1)
+    axes.text(2000, limit - 1.3, label, color=colour, ha="right")
 axes.set(xlabel="step of gradient descent", ylabel="largest eigenvalue", ylim=(0, 22))
 axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.92))
 plt.show()

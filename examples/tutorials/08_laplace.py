@@ -64,7 +64,7 @@ fit = jacops.levenberg_marquardt(
     weight=[1 / noise**2, precision],
     max_steps=500,
 )
-print(repr(fit))
+print(f"success {fit.success}: {fit.certificate}")
 
 # %%
 # Curvature, inverse, Jacobians
@@ -103,7 +103,7 @@ for band, alpha in ((total, 0.15), (deviation, 0.35)):
 axes.plot(points, mean, color="C0", label="net, ± 2 standard deviations")
 axes.plot(points, truth(points), "--", color="0.4", linewidth=1, label="truth")
 axes.plot(x, y, ".", color="C3", markersize=4, label="measurements")
-axes.set(xlabel="x", ylabel="y", ylim=(-6, 6))
+axes.set(xlabel="x", ylabel="y", ylim=(-4, 5))
 axes.legend(frameon=False, loc="upper center")
 plt.show()
 
@@ -118,9 +118,8 @@ plt.show()
 from_fit = ((J @ torch.as_tensor(fit.covariance(absolute=True))) * J).sum(1)
 
 at_data = jacops.sample_jacobians(net, x).dense()
-inner = at_data @ at_data.T / precision + noise**2 * torch.eye(
-    len(x), dtype=torch.float64
-)
+inner = at_data @ at_data.T / precision
+inner += noise**2 * torch.eye(60, dtype=torch.float64)
 across = J @ at_data.T / precision
 explained = (across * torch.linalg.solve(inner, across.T).T).sum(1)
 from_process = (J * J).sum(1) / precision - explained

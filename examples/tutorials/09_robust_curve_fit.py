@@ -64,7 +64,7 @@ guess = torch.tensor([5.0, 5.0, 1.0, 0.0, 0.0], dtype=torch.float64)
 squares, huber = fit("linear", guess), fit("huber", guess)
 cauchy = fit("cauchy", huber.x)
 fits = {"linear": squares, "huber": huber, "cauchy": cauchy}
-print(repr(cauchy))
+cauchy
 
 # %%
 # The first line says why the fit ended and why its end is a minimum. The parameters
@@ -122,9 +122,8 @@ for kernel, found in fits.items():
     start = huber.x if kernel == "cauchy" else guess
     options = {"loss": kernel, "f_scale": scale, "x_scale": "jac", "xtol": 1e-12}
     theirs = least_squares(residuals, start.numpy(), **options)
-    print(
-        f"{kernel}: parameters differ by {np.abs(theirs.x - found.x.numpy()).max():.0e}"
-    )
+    error = np.abs(theirs.x - found.x.numpy()).max()
+    print(f"{kernel}: parameters differ by {error:.0e}")
 
 # %%
 # Confidence intervals

@@ -87,7 +87,8 @@ after = fit.fun.reshape(-1, 2)
 fit
 
 # %%
-# From above: every point is tied to where it is in truth, and triangles are cameras.
+# From above: every point is tied to where it is in truth. Triangles are cameras, and
+# crosses where these are in truth.
 
 figure, panels = plt.subplots(1, 2, figsize=(6.4, 3.8), layout="constrained")
 first = {"cameras": first_cameras, "points": first_points}
@@ -95,9 +96,9 @@ for axes, found, title in zip(panels, (first, fit.x), ("guess", "solved"), stric
     ties = torch.stack([found["points"], true_points], 1)[..., [0, 2]]
     axes.add_collection(LineCollection(list(ties.numpy()), colors="C3", linewidths=0.7))
     axes.plot(*found["points"][:, [0, 2]].T, ".", color="C0", markersize=3)
-    for poses, look in ((true_cameras, "k+"), (found["cameras"], "C1^")):
+    for poses, look in ((true_cameras, "kx"), (found["cameras"], "C1^")):
         at = SE3.inverse(poses)[:, [0, 2]]
-        axes.plot(*at.T, look, markersize=7)
+        axes.plot(*at.T, look, markersize=8, markerfacecolor="none")
     error = (found["points"] - true_points).norm(dim=1).mean()
     axes.set(title=f"{title}: off by {error:.3f} m", xlabel="x (m)", aspect="equal")
 panels[0].set_ylabel("z (m)")
@@ -112,9 +113,8 @@ plt.show()
 figure, panels = plt.subplots(2, 1, figsize=(5.6, 6.0), layout="constrained")
 own = camera == 6
 arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.004}
-for axes, errors, title in zip(
-    panels, (before, after), ("guess", "solved"), strict=True
-):
+titles = ("guess", "solved")
+for axes, errors, title in zip(panels, (before, after), titles, strict=True):
     axes.plot(*images[own].T, ".", color="C0", markersize=5)
     axes.quiver(*images[own].T, *errors[own].T, color="C3", **arrows)
     root = errors.square().mean().sqrt()

@@ -79,8 +79,7 @@ def fill(path, most=None):
 
 
 def main(folder):
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")  # "nccl" where each process has a GPU
+    dist.init_process_group("gloo")  # "nccl" where each process has a GPU
     rank = dist.get_rank()
     torch.save((sums(), fill(f"{folder}/run")), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -94,7 +93,7 @@ digits = load_digits()
 order = digits.target[:600].argsort(kind="stable")  # by digit
 x, y = torch.as_tensor(digits.data[order]) / 16, torch.as_tensor(digits.target[order])
 torch.save((x, y), folder / "digits.pt")
-(folder / "scale_out.py").write_text(SCRIPT)
+_ = (folder / "scale_out.py").write_text(SCRIPT)
 
 # %%
 # One process first
@@ -115,7 +114,7 @@ print(f"value {alone[0]:.4f}, curvature {alone[1]:.4f}; {len(first)} of 25 tiles
 try:
     read_store(folder / "run", "similarity")
 except jacops.errors.StoreIncompleteError as error:
-    print(f"{type(error).__name__}: {str(error).split(': ', 1)[1]}")
+    print(str(error).split(": ", 1)[1].replace(". ", ".\n"))
 
 # %%
 # Two processes
@@ -134,14 +133,11 @@ ranks = [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 # order of summation.
 
 (ours, _), (theirs, _) = ranks
-for name, a, b, one in zip(
-    ("value", "curvature", "step"), ours, theirs, alone, strict=True
-):
-    a, b, one = (torch.as_tensor(numbers) for numbers in (a, b, one))
+names = ("value", "curvature", "step")
+for name, *found in zip(names, ours, theirs, alone, strict=True):
+    a, b, one = (torch.as_tensor(numbers) for numbers in found)
     error = (a - one).norm() / one.norm()
-    print(
-        f"{name}: equal {torch.equal(a, b)}, relative difference from one {error:.0e}"
-    )
+    print(f"{name}: equal {torch.equal(a, b)}, from one process {error:.0e}")
 
 # %%
 # Who filled the store
