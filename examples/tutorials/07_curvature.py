@@ -61,8 +61,8 @@ nets = {name: net for name, (net, _) in runs.items()}
 # %%
 # One call
 # --------
-# :class:`jacops.Problem` is the objective: model, loss and data (a loader, for more
-# data than fits into memory). Its Hessian is an operator that is multiplied and never
+# ``jacops.Problem`` is the objective: model, loss and data (a loader, for more data
+# than fits into memory). Its Hessian is an operator that is multiplied and never
 # formed. The repr tells what is known of it.
 
 operators = {name: hessian(net) for name, net in nets.items()}

@@ -156,8 +156,8 @@ plt.show()
 # What next
 # ---------
 # * For classification, pass ``torch.nn.functional.cross_entropy`` as the loss. For
-#   larger nets, build :math:`G` by ``jacops.Problem`` over a loader and invert with
-#   ``jacops.solvers.EKFAC()``.
+#   larger nets, build :math:`G` by ``jacops.Problem(..., reduction="sum")`` over a
+#   loader, and invert with ``jacops.solvers.CG()``, or approximately with ``EKFAC()``.
 # * :doc:`/recipes/laplace` makes jacops the curvature backend of laplace-torch.
-# * ``jacops.linalg.logdet`` gives the evidence that chooses noise and prior;
-#   :doc:`/estimators` has its kind.
+# * The evidence, which chooses noise and prior, needs ``jacops.linalg.logdet`` of
+#   :math:`G + \alpha I`. More of its kind: :doc:`/estimators`.

@@ -51,7 +51,7 @@ loss = nn.functional.cross_entropy
 
 
 def sums():
-    problem = jacops.Problem(net, loss, list(zip(x.split(100), y.split(100))))
+    problem = jacops.Problem(net, loss, list(zip(x.split(150), y.split(150))))
     value, gradient = problem.value_and_gradient()
     G = problem.ggn()
     step = jacops.solve(G, -gradient, damping=0.1).x[0]
