@@ -103,7 +103,7 @@ fit
 # ----------------
 
 ties = torch.stack([source, target], 1)[599:]
-figure, panels = plt.subplots(1, 2, figsize=(6.4, 3.9), layout="constrained")
+figure, panels = plt.subplots(1, 2, figsize=(5.6, 3.5), layout="constrained")
 panels[0].set_ylabel("y (m)")
 objectives = (fit.log[0].objective, fit.cost)
 for axes, poses, value in zip(panels, (guess, solved), objectives, strict=True):
@@ -168,7 +168,7 @@ print(f"{(error.abs() < 2 * spread).double().mean():.0%} of the poses are inside
 # ---------
 # * A wrong closure bends everything: ``kernel="cauchy"`` counts it less
 #   (:doc:`09_robust_curve_fit`).
-# * Solving again with more measurements: pass ``jacobian=fit.plan`` to skip the
-#   detection.
+# * Other measurements of the same pairs: pass ``jacobian=fit.plan``, and nothing is
+#   detected again.
 # * Poses in space are ``SE3``; charts of your own, and conventions beside those of
 #   PyPose: :doc:`/charts`.

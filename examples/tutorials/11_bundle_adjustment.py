@@ -90,7 +90,7 @@ fit
 # From above: every point is tied to where it is in truth. Triangles are cameras, and
 # crosses where these are in truth.
 
-figure, panels = plt.subplots(1, 2, figsize=(6.4, 3.8), layout="constrained")
+figure, panels = plt.subplots(1, 2, figsize=(5.6, 3.2), layout="constrained")
 first = {"cameras": first_cameras, "points": first_points}
 for axes, found, title in zip(panels, (first, fit.x), ("guess", "solved"), strict=True):
     ties = torch.stack([found["points"], true_points], 1)[..., [0, 2]]
@@ -98,7 +98,7 @@ for axes, found, title in zip(panels, (first, fit.x), ("guess", "solved"), stric
     axes.plot(*found["points"][:, [0, 2]].T, ".", color="C0", markersize=3)
     for poses, look in ((true_cameras, "kx"), (found["cameras"], "C1^")):
         at = SE3.inverse(poses)[:, [0, 2]]
-        axes.plot(*at.T, look, markersize=8, markerfacecolor="none")
+        axes.plot(*at.T, look, markersize=7, markerfacecolor="none")
     error = (found["points"] - true_points).norm(dim=1).mean()
     axes.set(title=f"{title}: off by {error:.3f} m", xlabel="x (m)", aspect="equal")
 panels[0].set_ylabel("z (m)")

@@ -152,7 +152,7 @@ for owner, tiles in enumerate((first, *(mine for _, mine in ranks)), 1):
         owners[tile] = owner
 similarity = read_store(folder / "run", "similarity")
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.7), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(5.6, 3.4), layout="constrained")
 left.imshow(similarity, cmap="RdBu", vmin=-3, vmax=3)
 left.set(title="similarity of gradients", xlabel="sample", ylabel="sample")
 colours = {"stopped run": "0.8", "rank 0": "#4c72b0", "rank 1": "#dd8452"}
