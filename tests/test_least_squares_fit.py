@@ -473,3 +473,13 @@ def test_a_strategy_object_can_be_reused() -> None:
         fit = levenberg_marquardt(decay, target=noisy(), params=torch.tensor([2.0, 1.0]).double(), strategy=recipe)
         assert fit.log[0].damping == 1e-2
     assert jacops.fit.Nielsen is Nielsen
+
+
+@pytest.mark.parametrize("name", ["weight", "sqrt_weight"])
+def test_a_weight_that_is_a_python_number_is_not_rounded(name: str) -> None:
+    t = torch.linspace(0, 1, 5).double()
+    found = [
+        jacops.levenberg_marquardt(lambda p: p[0] + p[1] * t, target=t**2, params=torch.ones(2).double(), **{name: w})
+        for w in (1 / 0.15**2, torch.tensor(1 / 0.15**2, dtype=torch.float64))
+    ]
+    assert found[0].jac[0, 0] == found[1].jac[0, 0]

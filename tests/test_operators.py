@@ -139,3 +139,19 @@ def test_a_dense_jacobian_is_written_wherever_it_belongs() -> None:
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
     torch.testing.assert_close(J.dense(), expected)
+
+
+def test_a_vector_may_have_the_shape_of_the_only_array() -> None:
+    x, y = torch.randn(5, 4).double(), torch.randint(3, (5,))
+    model, loss = torch.nn.Linear(4, 3).double(), torch.nn.functional.cross_entropy
+    v = torch.randn_like(x)
+    found = jacops.hvp(model, loss, x, y, v, wrt="inputs")
+    assert found.shape == x.shape
+    torch.testing.assert_close(found.flatten(), jacops.hvp(model, loss, x, y, v.flatten(), wrt="inputs"))
+    with pytest.raises(InputError, match="first axis needs 20 entries"):
+        jacops.hvp(model, loss, x, y, v[:4], wrt="inputs")
+
+
+def test_the_error_of_a_spectral_norm_is_not_below_rounding() -> None:
+    A = jacops.linalg.Matrix(torch.diag(torch.tensor([3.0, 1.0]).double()), symmetric=True, positive=True)  # noqa: N806
+    assert jacops.linalg.spectral_norm(A).error >= 3 * torch.finfo(torch.float64).eps

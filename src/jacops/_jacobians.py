@@ -129,7 +129,7 @@ def compute_jacobian(
             paths (`fnmatch` patterns such as `"LayerNorm"`, `"blocks.*.attn"`), or a function of name and module. The
             result then is the Jacobian of what is left, not of the model.
         mode: `"reverse"` sweeps by output entries, `"forward"` by input entries, `"split"` at the narrowest layer that
-            everything passes through and multiplies the parts; `"auto"` takes the fewest, timed where that is close.
+            everything passes through and multiplies the parts; `"auto"` takes the fewest.
         budget: Bytes that result and working memory may take, or a text such as `"2GiB"`; by default half of what is
             free. `jacops.plan` predicts it.
         out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, outside the

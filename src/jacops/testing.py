@@ -41,7 +41,7 @@ def check_operator(operator: Operator, *, seed: int = 0, rows: int = 3) -> None:
     allowed = tolerance([operator.domain.dtype, operator.codomain.dtype])
     adjoint = adjoint_check(operator, seed)
     if not adjoint.error <= allowed:
-        raise LawBrokenError(f"{operator!r}: <Av, u> and <v, A'u> differ by {adjoint.error:.1e} (relative)")
+        raise LawBrokenError(f"<Av, u> and <v, A'u> differ by {adjoint.error:.1e} (relative), of {operator!r}")
     v, w = _draw(operator, rows, seed), _draw(operator, rows, seed + 10)
     u = _draw(operator.T, rows, seed + 20)
     image, dense = operator._apply(v), operator.dense()
@@ -54,7 +54,7 @@ def check_operator(operator: Operator, *, seed: int = 0, rows: int = 3) -> None:
     if operator.symmetric:
         _same("symmetric", operator, dense, dense.T, allowed)
     if operator.positive and float((v * image).sum(1).min()) < -allowed * size(v) * max(size(image), 1.0):
-        raise LawBrokenError(f"{operator!r}: marked positive, but v'Av is {float((v * image).sum(1).min()):.1e}")
+        raise LawBrokenError(f"marked positive, but v'Av is {float((v * image).sum(1).min()):.1e}, of {operator!r}")
 
 
 def _draw(operator: Operator, rows: int, seed: int) -> Tensor:
@@ -65,4 +65,4 @@ def _draw(operator: Operator, rows: int, seed: int) -> Tensor:
 def _same(law: str, operator: Operator, a: Tensor, b: Tensor, allowed: float) -> None:
     scale = max(size(a), size(b))
     if a.shape != b.shape or not size(a - b) <= allowed * scale + torch.finfo(a.dtype).tiny:
-        raise LawBrokenError(f"{operator!r}: '{law}' fails by {size(a - b) / max(scale, 1e-300):.1e} (relative)")
+        raise LawBrokenError(f"'{law}' fails by {size(a - b) / max(scale, 1e-300):.1e} (relative), of {operator!r}")

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import finfo
+
 from .._interop import ArrayLike, Unpacked
 from .._keywords import keywords
 from .._operators import Operator
@@ -122,11 +124,13 @@ def spectral_norm(
     gram = narrow.T @ narrow if squared else operator
     run = krylov_space(gram, random_block(gram, 1, seed), max_steps, seed)
     value, error, upper, settled = 0.0, math.inf, math.inf, False
+    rounding = finfo(gram.domain.dtype).eps * gram.shape[1] ** 0.5  # of a product, which a residual cannot show
     # The bound that holds but with probability 1e-3 closes slowly; within 10 % it is of use.
     while run.room and not (settled and upper <= 1.1 * value):
         run.step()
         ritz = run.ritz()
         value, error = _singular(float(ritz.values[0, -1]), float(ritz.residuals[0, -1]), squared)
+        error = max(error, rounding * value)
         upper = _upper_bound(value, run.projected.shape[1], gram.shape[0], squared)
         settled = error <= tolerance * value
     return SpectralNorm(value, error, upper, settled, run.products * (2 if squared else 1))

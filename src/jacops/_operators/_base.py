@@ -151,6 +151,9 @@ class Operator(Arithmetic, Savable, ABC, Described):
         if not isinstance(other, Tensor):
             raise not_a_tensor(other, "right")
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
+            if self.domain.shapes == (other.shape,):  # the one array that there is, in its own shape
+                image = self._of_tree([other])
+                return image[0] if len(image) == 1 else image
             needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
             todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
             raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)

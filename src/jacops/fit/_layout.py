@@ -23,6 +23,12 @@ Values = dict[str, Tensor]
 _TRANSLATED = ("SE3", "Sim3")  # PyPose's groups that begin with a translation
 
 
+def in_double(value: Any) -> Tensor:
+    """Return a number, array or tensor in double precision on the processor; Python's floats are not rounded before."""
+    dtype = None if hasattr(value, "dtype") else torch.float64
+    return torch.as_tensor(value, dtype=dtype).detach().as_subclass(Tensor).to("cpu", torch.float64)
+
+
 @dataclass(frozen=True)
 class ParameterPart:
     """One parameter.

@@ -18,6 +18,7 @@ from .._trees import Tree, flatten
 from .._words import Corrector
 from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
 from ._kernels import Kernel, correction, kernel_of
+from ._layout import in_double
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def weight_root(weight: Any, shape: torch.Size, argument: str, squared: bool) ->
     if weight is None:
         return None
     check_kind(argument, weight, (Tensor, float, int), "a number or a tensor is needed")
-    value = torch.as_tensor(weight).detach().as_subclass(Tensor).to("cpu", torch.float64)
+    value = in_double(weight)
     if not torch.isfinite(value).all():
         raise NonFiniteError.of(argument, "holding NaN or Inf", "finite numbers are needed")
     last = shape[-1] if shape else 1

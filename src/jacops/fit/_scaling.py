@@ -12,7 +12,7 @@ from torch import Tensor
 from .._requirements import check_choice
 from .._words import ScaleRule
 from ..errors import InputError, InputTypeError
-from ._layout import Layout, ParameterPart, by_name
+from ._layout import Layout, ParameterPart, by_name, in_double
 from ._system import LinearizedFit
 
 
@@ -68,7 +68,7 @@ def _free_scales(part: ParameterPart, scale: Any) -> np.ndarray:
     if isinstance(scale, bool) or not isinstance(scale, float | int | Tensor | np.ndarray):
         came = f"a {type(scale).__name__} for '{part.name}'"
         raise InputTypeError.of("x_scale", came, "a number or a tensor is needed")
-    value = torch.as_tensor(scale).detach().as_subclass(Tensor).to("cpu", torch.float64)
+    value = in_double(scale)
     shape = part.tangent_shape
     if value.ndim and tuple(value.shape) != shape:
         came = f"of shape {tuple(value.shape)} for '{part.name}'"

@@ -72,7 +72,7 @@ class Split:
         """Samples have to be apart, and a layer narrow."""
         if ask.apart is not None:
             return ask.apart
-        return None if ask.place is not None else "no narrow layer that everything passes"
+        return None if ask.place is not None else "no layer that everything passes is narrow enough to save sweeps"
 
     def cost(self, ask: BatchAsk) -> Cost:
         """About as many sweeps over each part as the layer is wide."""
