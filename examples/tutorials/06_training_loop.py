@@ -124,8 +124,8 @@ plt.show()
 # ------------
 #
 # The loss holds a derivative, and its gradient a second one. Move all parameters by a
-# small step in a random direction, and compare the change of the loss with what the
-# gradient says:
+# small step in a random direction, and compare the change of the loss with the
+# gradient:
 
 
 def loss():
