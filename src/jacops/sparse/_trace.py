@@ -31,6 +31,7 @@ from ._pool import Array, Pool
 from ._taint import Outside, Taint, base_name, storage_key, written
 
 _PURGE_EVERY = 64  # calls between two searches for freed tensors: often enough to free memory, too rare to cost time
+_FOLDED = 16  # entries that are united one after another; for more, sorting them takes less time
 _ESCAPES = ("tolist", "numpy", "__array__", "__dlpack__")
 
 
@@ -180,6 +181,10 @@ class Tracer(TorchDispatchMode):
         """Return the union along axes, which are kept with one entry each."""
         axes = {axis % max(ids.ndim, 1) for axis in axes}
         kept = [1 if i in axes else size for i, size in enumerate(ids.shape)]
+        if 0 < ids.size <= _FOLDED * math.prod(kept):
+            moved = np.moveaxis(ids, sorted(axes), range(len(axes)))
+            rest = moved.shape[len(axes) :]
+            return self.union(moved.reshape(-1, *rest), rest).reshape(kept)
         groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), ids.shape)
         return self.group(groups, ids, math.prod(kept)).reshape(kept)
 
