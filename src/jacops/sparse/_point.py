@@ -125,7 +125,21 @@ def record_point(
 
     lifted = _lifted(record, chosen) if lift and not any(t.is_inference() for t in chosen) else None
     recording, selections = lifted or (record(), [])
-    lin = recording.lin
+    return point_of(recording, call, selections, taint)
+
+
+def point_of(
+    recording: Recording, call: str, selections: list[Selection] | None = None, taint: Taint | None = None
+) -> RecordedPoint:
+    """Return a recording as a point.
+
+    Args:
+        recording: The recorded model.
+        call: The public call on whose behalf this is done.
+        selections: What was lifted.
+        taint: What was watched.
+    """
+    lin, selections = recording.lin, selections or []
     names = lin.domain.names
     leaves = {f"{names[s.source]} (selection {i})": s.leaf for i, s in enumerate(selections)}
     lin = lin.to(lin.outputs, lin.codomain.names, call, more=leaves)

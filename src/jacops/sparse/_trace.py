@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -251,6 +251,8 @@ class Tracer(TorchDispatchMode):
     @restoring
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tick()
+        if _is_view(func):  # the same storage, which has its sets already
+            return func(*args, **(kwargs or {}))
         call = TracedCall(func, base_name(func), args, kwargs or {}, [])
         live = [t for t in call.tensors if self.tracks(t)]
         if not live:
@@ -264,7 +266,7 @@ class Tracer(TorchDispatchMode):
         self._calls += 1
         if self._calls % _PURGE_EVERY == 0:
             self._purge()
-        if _is_view(func) or torch.Tag.inplace_view in func.tags:
+        if torch.Tag.inplace_view in func.tags:
             return func(*args, **call.kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             raise CannotFollowError(f"{func} (reads a value)")
@@ -387,6 +389,7 @@ def rank_of(call: TracedCall) -> int:
     return next(rank for rank in (1, 2, 3) if f"{rank}d" in call.base)
 
 
+@cache
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     info = returns[0].alias_info if returns else None
