@@ -60,6 +60,7 @@ class SparsePlan(Described):
     _proofs: Proofs = field(default_factory=Proofs)
     _prober: Prober | None = None
     _traced: bool = False  # the pattern is that of a graph whatever the values of what is differentiated by
+    _replays: bool = True  # some selections are rows of what is computed
     _certified: tuple[Any, ...] | None = None  # such a graph that a probe was taken of
 
     # ---- what it knows -----------------------------------------------------------------------------------------
@@ -144,8 +145,7 @@ class SparsePlan(Described):
         """
         check_choice("layout", layout, Layout)
         point = point or self.recorded(model, inputs, "SparsePlan")
-        if certify is None:
-            certify = int(self._certified != point.lin.graph_info.wiring)
+        certify = int(self._certified != point.lin.graph_info.wiring) if certify is None else certify
         check_whole("certify", certify, 0)
         found = self.at(point, certify, layout, importance)
         if found is None:
@@ -159,8 +159,8 @@ class SparsePlan(Described):
 
     def recorded(self, model: Any, inputs: Any, call: str) -> RecordedPoint:
         """Return a point to evaluate at."""
-        lift = bool(self._scheme.structure)
-        return record_point(model, inputs, call, self._options["by"], self._options["outputs"], lift=lift)
+        lift, asked = bool(self._scheme.structure), (self._options["by"], self._options["outputs"])
+        return record_point(model, inputs, call, *asked, lift=lift, replay=self._replays)
 
     def _fits(self, point: RecordedPoint) -> bool:
         final, width = point.widths(self._options["tangent"])
@@ -333,9 +333,9 @@ def sparse_plan(
     """
     by = variable(model, wrt, parameters)
     options: dict[str, Any] = {"by": by, "outputs": outputs, "tangent": tangent, "local": local}
-    return (
-        detected(model, inputs, options, lift)[0] if pattern is None else _from_declared(model, inputs, pattern, options)
-    )
+    if pattern is not None:
+        return _from_declared(model, inputs, pattern, options)
+    return detected(model, inputs, options, lift)[0]
 
 
 def detected(
@@ -362,10 +362,11 @@ def detected(
     scheme = Scheme(matrix, colored(matrix, point.lin), point.structure(), columns)
     if point.selections:
         scheme = unlifted(scheme, point.lin, point.recording.lin.domain.dim)
-    names, shape = point.recording.lin.domain.names, (matrix.shape[0], width)
+    names, shape, replays = point.recording.lin.domain.names, (matrix.shape[0], width), point.replayed
     kept = point if point.structure() == scheme.structure and matrix.nnz <= _KEPT else None
     del point  # and the graph with it
-    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes, _traced=not here_only)
+    told = {"_traced": not here_only, "_replays": replays}
+    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes, **told)
     plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
     return plan, kept
 
