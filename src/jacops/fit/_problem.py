@@ -48,7 +48,7 @@ from ._residuals import Residuals, residuals_of
 from ._scaling import scaling_of
 from ._system import LinearizedFit
 
-_DENSE_ENTRIES = 20_000  # up to so many, dense fits of 5 to 20 steps took less time than a plan and sparse steps
+_DENSE_ENTRIES = 10_000  # up to so many, dense fits of 5 to 20 steps took no longer than a plan and sparse steps
 _DENSE_COLUMNS = 64  # columns, or rows, that one batched pass gives: a plan's sweeps cannot be fewer passes
 _NONE = np.zeros(0)
 _FULL = 0.1  # rows fuller than this save less than a factor of ten, which sparse factorisation loses to dense
