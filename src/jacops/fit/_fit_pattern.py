@@ -165,7 +165,8 @@ class FitPattern:
 
         One selection into blocks saves passing through arrays of all entries, whose fresh memory took most of the time.
         """
-        taken = np.arange(self.stored.ends[-1]) if self.taken is None else self.taken
+        count = len(self.stored.columns if self.places is None else self.places)
+        taken = np.arange(count) if self.taken is None else self.taken
         every = taken if self.places is None else np.full(len(self.stored.columns), -1)
         if self.places is not None:
             every[self.places] = taken
