@@ -90,12 +90,15 @@ def _computed(system: LinearizedFit, solver: StepSolver) -> Solved:
     if system.eps >= _DOUBLE:
         damping = (_COARSE * system.eps) ** 2
         return _lightly_damped_sparse(system, damping)[0] if system.is_sparse else _lightly_damped(system, damping)
-    try:
-        found = (PCG(_ACCURATE) if isinstance(solver, PCG) else solver).solve(system, None)
-        if _is_accurate(system, found.step):
-            return found
-    except Singular:
-        pass
+    # Where a scale is free, as in bundles, it is free at every point: the factorisation would fail at its last pivot.
+    known = system.normal.found if system.is_sparse and not isinstance(solver, PCG) else set[str]()
+    if "singular" not in known:
+        try:
+            found = (PCG(_ACCURATE) if isinstance(solver, PCG) else solver).solve(system, None)
+            if _is_accurate(system, found.step):
+                return found
+        except Singular:
+            known.add("singular")
     if not system.is_sparse:
         return _dense(system)
     found = _refined(system)
