@@ -125,7 +125,8 @@ def record_point(
 
     def record() -> Recording:
         with taint or nullcontext():
-            return ModelRun(model, inputs, call=call, parameters=parameters, outputs=outputs).recorded()
+            run = ModelRun(model, inputs, call=call, parameters=parameters, outputs=outputs, anew=watch and lift)
+            return run.recorded()
 
     mode = Lift(chosen, replay)
     lifted = _lifted(record, mode) if lift and not any(t.is_inference() for t in chosen) else None
