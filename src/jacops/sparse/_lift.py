@@ -81,7 +81,7 @@ class Lift(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         replay = self._replay
-        if replay is not None and not kwargs and (rows := replay.selected(name, args)) is not None:
+        if replay is not None and (rows := _computed_rows(replay, name, args, kwargs)) is not None:
             self.replayed = True
             return rows
         out = self._selected(func, args, kwargs) if name in _SELECTIONS else func(*args, **kwargs)
@@ -132,6 +132,14 @@ def _place(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
     if tensor.layout is not torch.strided:
         return (0, 0, ())
     return storage_key(tensor), int(tensor.storage_offset()), tuple(tensor.stride())
+
+
+def _computed_rows(replay: Replay, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return rows of a computed tensor, computed from rows of parameters; None where the call selects none."""
+    if name != "embedding":
+        return None if kwargs else replay.selected(name, args)
+    at = _source_argument(name, args, kwargs)
+    return None if at is None else replay.selected("__getitem__", (args[at], args[1 - at]))
 
 
 def _source_argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
