@@ -64,7 +64,7 @@ class Pool:
         """Return the members of these sets, one set after another, and how many each has."""
         sizes, stored = self.sizes(ids), ids >= self._first
         own = ids[stored] - self._first
-        found = self._members[spans(self._ends[own], sizes[stored])]
+        found = self._members[spans(self._ends[own], sizes[stored])].astype(np.int64)
         if stored.all():
             return found, sizes
         members = np.empty(int(sizes.sum()), np.int64)

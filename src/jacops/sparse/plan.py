@@ -365,8 +365,8 @@ def detected(
     names, shape, replays = point.recording.lin.domain.names, (matrix.shape[0], width), point.replayed
     kept = point if point.structure() == scheme.structure and matrix.nnz <= _KEPT else None
     del point  # and the graph with it
-    told = {"_traced": not here_only, "_replays": replays}
-    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes, **told)
+    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes)
+    plan._traced, plan._replays = not here_only, replays
     plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
     return plan, kept
 
