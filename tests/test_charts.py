@@ -1,6 +1,7 @@
 """Charts: held against matrix exponentials and logarithms, finite differences, and the laws of a group."""
 
 import re
+from collections.abc import Callable
 from math import pi
 
 import numpy as np
@@ -135,6 +136,22 @@ def test_the_laws_of_a_group(chart: GroupChart, seed: int, scale: float) -> None
     close(M(chart.compose(chart.identity(3, dtype=torch.float64), a)), M(a))
     p = torch.randn(3, chart.space, dtype=torch.float64)
     close(chart.act(chart.compose(a, b), p), chart.act(a, chart.act(b, p)))
+    error = chart.edge_error(c, a, b)
+    close(M(chart.exp(error)), M(c) @ M(chart.inverse(a)) @ M(b))
+
+
+@EACH
+def test_errors_of_edges_have_the_derivatives_of_what_they_are_made_of(chart: GroupChart) -> None:
+    torch.manual_seed(3)
+    e, a, b = (chart.exp(0.7 * drawn(chart, 1)) for _ in range(3))
+    steps = torch.zeros(2, 1, chart.tangent, dtype=torch.float64)
+
+    def slope(function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        moved = lambda d: function(e, chart.retract(a, d[0]), chart.retract(b, d[1]))  # noqa: E731
+        return torch.autograd.functional.jacobian(moved, steps)
+
+    right = slope(lambda e, a, b: chart.log(chart.compose(e, chart.between(a, b))))
+    torch.testing.assert_close(slope(chart.edge_error), right, rtol=1e-12, atol=1e-12)
 
 
 @EACH

@@ -14,13 +14,15 @@ import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_graphs import garage_graph, sphere_graph, synthetic_bundle, walk_graph
+from synthetic_graphs import garage_graph, grid_graph, sphere_graph, synthetic_bundle, walk_graph
 from torch import Tensor, nn
 
+from jacops._extras.graph_problems import PoseGraphResidual
 from jacops._runtime.blas import _blas_libraries, one_blas_thread
 from jacops.charts import SE2, SE3
 from jacops.errors import JacopsWarning, SolveError
 from jacops.fit import SparseCholesky, gauss_newton, levenberg_marquardt
+from jacops.fit._multifrontal import FrontalAnalysis
 from jacops.fit._normal import NormalPattern
 from jacops.fit._row_blocks import RowBlocks, Stack
 from jacops.fit._system import LinearizedFit
@@ -270,6 +272,37 @@ def test_structure_is_kept_for_the_next_fit(monkeypatch: pytest.MonkeyPatch) -> 
     costs = [levenberg_marquardt(model, fixed={"poses": held}, **options).cost for held in (0, 0, 1, 0)]
     assert costs == pytest.approx([costs[0]] * 4, rel=1e-8)
     assert len(made) == 3  # one for each layout that is met anew
+
+
+def test_a_free_frame_costs_a_vain_factorisation_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, run = [], FrontalAnalysis.factorised
+    monkeypatch.setattr(FrontalAnalysis, "factorised", lambda self, entries: made.append(1) or run(self, entries))
+    graph = grid_graph(4, 5)
+    model, counts = graph.residual(), []
+    for _ in range(3):
+        made.clear()
+        options = {"manifolds": {"poses": SE2}, "jacobian": "sparse", "inplace": False, "strategy": "trust_region"}
+        counts.append((levenberg_marquardt(model, weight=graph.information, **options).cost, len(made)))
+    (first, most), *others = counts
+    assert all(cost == pytest.approx(first, rel=1e-8) and many < most for cost, many in others)
+
+
+def test_a_start_is_recorded_once_for_a_plan_that_is_kept() -> None:
+    graph = grid_graph(4, 5)
+    runs = []
+
+    class Counted(PoseGraphResidual):
+        def forward(self) -> Any:
+            runs.append(1)
+            return super().forward()
+
+    model, counts = Counted(graph), []
+    for _ in range(3):
+        runs.clear()
+        options = {"manifolds": {"poses": SE2}, "weight": graph.information, "fixed": {"poses": 0}, "max_steps": 1}
+        levenberg_marquardt(model, jacobian="sparse", inplace=False, on_failure="return", **options)
+        counts.append(len(runs))
+    assert counts == [4, 2, 2]  # outputs, rows, lifted, and a trial; then the start and a trial
 
 
 def test_bundles_end_where_dense_ones_end(loops: str) -> None:

@@ -142,6 +142,7 @@ def residuals() -> Iterator[Expected]:
     yield Expected(
         "cdist of both",
         lambda: Residual(lambda m: torch.cdist(m.x[:4], m.x[4:], 1.0), torch.randn(9, 3)), 27)  # fmt: skip
+    yield Expected("pdist", lambda: Residual(lambda m: F.pdist(m.x, 2.0), torch.randn(20, 3)), 30)
     for name in ("rfft", "hfft", "fft"):
         yield Expected(
             name,
@@ -240,6 +241,8 @@ BY_ROWS: dict[str, tuple[Any, int]] = {
     "rows of the exponential": (lambda: pairs(SO3.exp, 3), 4),
     "of parts": (lambda: pairs(lambda x: torch.cat([x[..., :2].sin(), x[:, 2:] * x[:, :1]], -1), 3), 2),
     "two ways": (lambda: pairs(lambda x: x.cos(), 3, lambda p, k: p.index_select(0, k) + p[k, :1] + p[k, 1:2]), 3),
+    "normalized by torch": (lambda: pairs(lambda x: F.normalize(x, dim=-1), 4), 4),
+    "embedded": (lambda: pairs(torch.exp, 3, lambda p, k: F.embedding(k, p)), 1),
     "of a turned one": (lambda: pairs(lambda x: x.sin() + x.roll(1, 0).relu(), 2), 1),
 }
 
@@ -271,6 +274,7 @@ def written(x: Tensor) -> Tensor:
     [
         lambda x: x.softmax(0),
         lambda x: x - x.mean(0),
+        lambda x: F.normalize(x, dim=0),
         lambda x: x.cumsum(0).sin(),
         lambda x: (x @ x.T) @ x,
         lambda x: x.exp().flip(0).T.reshape(40, 3),

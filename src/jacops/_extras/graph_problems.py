@@ -188,8 +188,7 @@ class PoseGraphResidual(nn.Module):
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         """Return the residuals, (edges, tangent); a tuple where there are observations of other kinds."""
         chart = self.chart
-        between = chart.between(self.poses[self.source], self.poses[self.target])
-        edges = chart.log(chart.compose(self.expected, between))
+        edges = chart.edge_error(self.expected, self.poses[self.source], self.poses[self.target])
         if not self.kinds:
             return edges
         others = (self._observed(k, *kind) for k, kind in enumerate(self.kinds))

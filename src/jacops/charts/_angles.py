@@ -118,8 +118,13 @@ def quaternion_exp(d: Tensor) -> Tensor:
 
 def quaternion_log(q: Tensor) -> Tensor:
     """Return rotation vectors: 2 atan2(|v|, w) v / |v| on the side w >= 0; the length of `q` does not matter."""
-    v, w = axis_and_rest(torch.where(q[..., 3:] < 0, -q, q))
-    return 2 * v * angle_per_length(dot(v, v), w)
+    return rotation_vector(*axis_and_rest(q))
+
+
+def rotation_vector(v: Tensor, w: Tensor) -> Tensor:
+    """Return `quaternion_log` of `(v, w)`."""
+    side = torch.where(w.detach() < 0, -torch.ones_like(w), torch.ones_like(w))
+    return (2 * side) * v * angle_per_length(dot(v, v), side * w)
 
 
 def angle_per_length(squared: Tensor, w: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ._angles import (
     quarter_turn,
     quaternion_exp,
     quaternion_log,
+    rotation_vector,
     sinc,
     sine_rest,
     turned,
@@ -91,7 +92,9 @@ class _SE2(GroupChart):
         return torch.cat([sinc(squared) * step + versine(squared) * angle * quarter_turn(step), angle], -1)
 
     def _log(self, x: Tensor) -> Tensor:
-        moved, angle = x.split([2, 1], -1)
+        return self._log_of(*x.split([2, 1], -1))
+
+    def _log_of(self, moved: Tensor, angle: Tensor) -> Tensor:
         angle = wrapped(angle)
         squared = angle * angle
         step = (1 - squared * cotangent_rest(squared)) * moved - angle / 2 * quarter_turn(moved)
@@ -108,6 +111,11 @@ class _SE2(GroupChart):
     def _between(self, a: Tensor, b: Tensor) -> Tensor:
         moved, turn = (b - a).split([2, 1], -1)
         return torch.cat([turned_2d(-a[..., 2:], moved), turn], -1)
+
+    def _edge_error(self, expected: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        (place, back), (start, angle), (end, turn) = (x.split([2, 1], -1) for x in (expected, a, b))
+        back = back - angle
+        return self._log_of(place + turned_2d(back, end - start), back + turn)
 
     def _act(self, x: Tensor, p: Tensor) -> Tensor:
         return x[..., :2] + turned_2d(x[..., 2:], p)
@@ -180,7 +188,9 @@ class _SE3(GroupChart):
 
     def _log(self, x: Tensor) -> Tensor:
         moved, turn = axis_and_rest(x)
-        turn = quaternion_log(turn)
+        return self._log_of(moved, quaternion_log(turn))
+
+    def _log_of(self, moved: Tensor, turn: Tensor) -> Tensor:
         once = cross(turn, moved)
         step = moved - once / 2 + cotangent_rest(dot(turn, turn)) * cross(turn, once)
         return torch.cat([step, turn], -1)
@@ -198,6 +208,16 @@ class _SE3(GroupChart):
         (moved, q), (place, r) = axis_and_rest(a), axis_and_rest(b)
         back = conjugate(q)
         return torch.cat([turned(back, place - moved), product(back, r)], -1)
+
+    def _edge_error(self, expected: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        # Quaternions as (v, w), without putting them together in between; first Q = Z^-1 A^-1, which turns once.
+        (place, e, e_w), (start, v, w), (end, u, u_w) = (x.split([3, 3, 1], -1) for x in (expected, a, b))
+        q = torch.addcmul(torch.addcmul(cross(v, e), w, e), e_w, v, value=-1)
+        q_w = e_w * w + dot(e, v)
+        twice = 2 * cross(q, end - start)
+        moved = place + (end - start) + torch.addcmul(cross(q, twice), q_w, twice)
+        v = torch.addcmul(torch.addcmul(cross(q, u), q_w, u), u_w, q)
+        return self._log_of(moved, rotation_vector(v, q_w * u_w - dot(q, u)))
 
     def _act(self, x: Tensor, p: Tensor) -> Tensor:
         return x[..., :3] + turned(x[..., 3:], p)

@@ -146,16 +146,32 @@ class FitPattern:
             entries: Those of the plan.
             moves: How the stored numbers of each parameter move, `(elements, storage, tangent)` on a chart.
         """
-        data = entries if self.taken is None else entries[self.taken]
-        if self.places is not None:
-            found, data = data, np.zeros(len(self.stored.columns))
-            data[self.places] = found
         if self.moved is self.stored:
+            data = entries if self.taken is None else entries[self.taken]
+            if self.places is not None:
+                found, data = data, np.zeros(len(self.stored.columns))
+                data[self.places] = found
             return data
         result = np.empty(len(self.moved.columns))
-        for old, new in zip(self.stored.kinds, self.moved.kinds, strict=True):
-            new.put(self._on_charts(old, new, old.of(data), moves), result)
+        for old, new, (source, blank) in zip(self.stored.kinds, self.moved.kinds, self._sources, strict=True):
+            blocks = entries[source]
+            blocks[blank] = 0
+            new.put(self._on_charts(old, new, blocks.reshape(-1, old.height, old.width), moves), result)
         return result
+
+    @cached_property
+    def _sources(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each kind of blocks which entry of the plan stands where, flat, and where there is none.
+
+        One selection into blocks saves passing through arrays of all entries, whose fresh memory took most of the time.
+        """
+        count = len(self.stored.columns if self.places is None else self.places)
+        taken = np.arange(count) if self.taken is None else self.taken
+        every = taken if self.places is None else np.full(len(self.stored.columns), -1)
+        if self.places is not None:
+            every[self.places] = taken
+        found = [kind.of(every).reshape(-1).astype(np.int64) for kind in self.stored.kinds]
+        return [(np.maximum(own, 0), np.flatnonzero(own < 0)) for own in found]
 
     def _on_charts(
         self, old: DenseBlocks, new: DenseBlocks, blocks: np.ndarray, moves: Sequence[np.ndarray]

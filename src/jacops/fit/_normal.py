@@ -2,7 +2,7 @@ r"""The normal matrix $J^\top J$ of a Jacobian in dense blocks: its pattern once
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,10 +23,12 @@ class NormalPattern:
     Attributes:
         blocks: The Jacobian.
         graph: Which units meet, and how their entries are stored.
+        found: What was found of matrices with this pattern: `"singular"` where one without damping was.
     """
 
     blocks: RowBlocks
     graph: Graph
+    found: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, blocks: RowBlocks) -> NormalPattern:

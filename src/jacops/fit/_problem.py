@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from .._requirements import check_choice, check_kind
 from .._runtime.contexts import arithmetic, out_of_inference, private_noise, random_state_kept, recording
 from .._runtime.restoring import restoring
 from .._torch.protocol import (
+    Linearization,
     ModelRun,
     Recording,
     bare,
@@ -39,7 +40,7 @@ from ..errors import (
     NotDifferentiableError,
 )
 from ..sparse import SparseJacobian, SparsePlan
-from ..sparse._point import RecordedPoint
+from ..sparse._point import RecordedPoint, point_of
 from ..sparse._remembered import kept_plan, new_plan
 from ._bounds import bounds_of
 from ._fit_pattern import FitPattern
@@ -48,7 +49,7 @@ from ._residuals import Residuals, residuals_of
 from ._scaling import scaling_of
 from ._system import LinearizedFit
 
-_DENSE_ENTRIES = 20_000  # up to so many, dense fits of 5 to 20 steps took less time than a plan and sparse steps
+_DENSE_ENTRIES = 10_000  # up to so many, dense fits of 5 to 20 steps took no longer than a plan and sparse steps
 _DENSE_COLUMNS = 64  # columns, or rows, that one batched pass gives: a plan's sweeps cannot be fewer passes
 _NONE = np.zeros(0)
 _FULL = 0.1  # rows fuller than this save less than a factor of ten, which sparse factorisation loses to dense
@@ -153,6 +154,19 @@ def _moved_by_charts(parts: tuple[ParameterPart, ...], held: Mapping[str, Tensor
     return np.concatenate(found, 1)
 
 
+def _fullness(lin: Linearization) -> float:
+    """Return how full a few rows of the Jacobian are, by one backward pass each."""
+    shares = []
+    for index, output in enumerate(lin.outputs):
+        for entry in {0, output.numel() // 2, output.numel() - 1} if output.numel() else ():
+            seed = torch.zeros_like(output).reshape(-1)
+            seed[entry] = 1
+            seeds = [seed.reshape(output.shape) if i == index else None for i in range(len(lin.outputs))]
+            found = sum(int(g.count_nonzero()) for g in lin.pull(seeds) if g is not None)
+            shares.append(found / lin.domain.dim)
+    return sum(shares) / max(len(shares), 1)
+
+
 class FitProblem:
     """A model in private, its parameters wherever the steps lead.
 
@@ -188,7 +202,8 @@ class FitProblem:
         self.route, self.may_be_dense = "", isinstance(given["jacobian"], str) and given["jacobian"] == "auto"
         self.plan: Any = None
         self._here: RecordedPoint | SparseJacobian | None = None  # recorded, or evaluated, where the parameters are
-        outputs, tree = output_leaves(self._forward())
+        self._kept = self._kept_plan(given["jacobian"])
+        outputs, tree = output_leaves(self._forward() if self._here is None else self._here.output)
         self.residuals: Residuals = residuals_of(outputs, tree, given, call)
         self._choose(given["jacobian"])
 
@@ -292,29 +307,35 @@ class FitProblem:
         if jacobian == "auto" and (rows * columns <= _DENSE_ENTRIES or min(rows, columns) <= _DENSE_COLUMNS):
             self.route = f"dense: {size} is small"
             return
-        setting = (jacobian, *((name, p.shape, p.dtype, p.device) for name, p in self.original.items()))
-        asked = self.owner, self.work, self.value, setting
-        plan, self._here = kept_plan(*asked, self.residuals.importance) or (None, None)
+        plan = self._still_held()
         if plan is None:
-            if jacobian == "auto" and (share := self._fullness()) > _FULL:
+            direct = point_of(self._recorded(), self.call)
+            if jacobian == "auto" and (share := _fullness(direct.recording.lin)) > _FULL:
                 self._check_budget(rows, columns)
                 self.route = f"dense: {size}, rows are {share:.0%} full"
                 return
-            plan = new_plan(*asked)
+            asked = self.owner, self.work, self.value, self._setting(jacobian)
+            plan, self._here = new_plan(*asked, direct)
         self.plan, self.route = plan, f"sparse: {size}, {plan.sweeps} sweeps"
         self._check_lie()
 
-    def _fullness(self) -> float:
-        """Return how full a few rows of the Jacobian are, by one backward pass each."""
-        lin, shares = self._recorded().lin, []
-        for index, output in enumerate(lin.outputs):
-            for entry in {0, output.numel() // 2, output.numel() - 1} if output.numel() else ():
-                seed = torch.zeros_like(output).reshape(-1)
-                seed[entry] = 1
-                seeds = [seed.reshape(output.shape) if i == index else None for i in range(len(lin.outputs))]
-                found = sum(int(g.count_nonzero()) for g in lin.pull(seeds) if g is not None)
-                shares.append(found / lin.domain.dim)
-        return sum(shares) / max(len(shares), 1)
+    def _setting(self, jacobian: Any) -> Hashable:
+        return (jacobian, *((name, p.shape, p.dtype, p.device) for name, p in self.original.items()))
+
+    def _kept_plan(self, jacobian: Any) -> SparsePlan | None:
+        """Return the plan of an earlier fit, and record the start as it will be swept."""
+        known = kept_plan(self.owner, self.value, self._setting(jacobian)) if isinstance(jacobian, str) else None
+        if known is not None:
+            self.evaluations += 1
+            self._here = known.recorded(self.work, self.value, self.call)
+        return known
+
+    def _still_held(self) -> SparsePlan | None:
+        """Return the plan of an earlier fit if it holds here, and evaluate it."""
+        known, point, self._here = self._kept, self._here, None
+        if known is not None and isinstance(point, RecordedPoint):
+            self._here = known.at(point, 1, "scipy", self.residuals.importance, learns=False)
+        return None if self._here is None else known
 
     def _check_budget(self, rows: int, columns: int) -> None:
         """Refuse a dense Jacobian that would not fit.

@@ -20,6 +20,7 @@ from ._system import LinearizedFit, Singular, Solved
 Map = Callable[[np.ndarray], np.ndarray]
 
 _LEAST_PIVOT = 2e-15  # pivots of a matrix with unit diagonal that are rounding errors
+_EXACT = 1e-12  # left of equations with unit diagonal, relative: refining such a step changes nothing that is used
 _FEW_ENTRIES = 2_000_000  # up to so many, orthogonal factors cost little and are the most exact
 
 
@@ -329,13 +330,15 @@ def check_pivots(pivots: np.ndarray, name: str) -> None:
 
 
 def _refined(system: LinearizedFit, damping: np.ndarray | None, solve: Map, pivots: np.ndarray, name: str) -> Solved:
-    """Return the step of a factorisation of the normal matrix with unit diagonal, refined once."""
+    """Return the step of a factorisation of the normal matrix with unit diagonal, refined where that changes it."""
     scale = system.equilibration(damping)
     check_pivots(pivots, name)
     p = -solve(system.gradient / scale) / scale
     if not np.isfinite(p).all():
         raise Singular(f"{name}: the normal matrix is singular")
-    p = p - solve(system.residual(p, damping) / scale) / scale
+    left = system.residual(p, damping) / scale
+    if not np.linalg.norm(left) <= _EXACT * np.linalg.norm(system.gradient / scale):
+        p = p - solve(left) / scale
     found = system.solved(p, damping, name)
     # After one refinement; a step that solves its system worse than that is no step of it.
     if found.residual > 1e-3:

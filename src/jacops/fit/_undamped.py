@@ -9,7 +9,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ._solvers import PCG, Cholesky, Map, StepSolver, conjugate_gradients, factorised, rank_note
+from ._solvers import (
+    PCG,
+    AutoStepSolver,
+    Cholesky,
+    Map,
+    SparseCholesky,
+    StepSolver,
+    conjugate_gradients,
+    factorised,
+    rank_note,
+)
 from ._system import LinearizedFit, Singular, Solved, positive
 
 _RANK = 32.0  # singular values below so many rounding errors of a Jacobian with unit columns are taken for zero
@@ -90,12 +100,16 @@ def _computed(system: LinearizedFit, solver: StepSolver) -> Solved:
     if system.eps >= _DOUBLE:
         damping = (_COARSE * system.eps) ** 2
         return _lightly_damped_sparse(system, damping)[0] if system.is_sparse else _lightly_damped(system, damping)
-    try:
-        found = (PCG(_ACCURATE) if isinstance(solver, PCG) else solver).solve(system, None)
-        if _is_accurate(system, found.step):
-            return found
-    except Singular:
-        pass
+    # Where a scale is free, as in bundles, it is free at every point: the factorisation would fail at its last pivot.
+    by_fronts = system.is_sparse and isinstance(solver, SparseCholesky | AutoStepSolver)
+    known = system.normal.found if by_fronts else set[str]()
+    if "singular" not in known:
+        try:
+            found = (PCG(_ACCURATE) if isinstance(solver, PCG) else solver).solve(system, None)
+            if _is_accurate(system, found.step):
+                return found
+        except Singular:
+            known.add("singular")
     if not system.is_sparse:
         return _dense(system)
     found = _refined(system)

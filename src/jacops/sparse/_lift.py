@@ -59,29 +59,34 @@ class Lift(TorchFunctionMode):
 
     Args:
         sources: The parameters; copies that share their memory are known by it.
+        replay: Whether rows of what is computed from parameters are lifted too.
 
     Attributes:
         selections: What was lifted, in order.
+        replayed: Whether some of them are rows of what is computed.
     """
 
-    def __init__(self, sources: Iterable[Tensor]) -> None:
+    def __init__(self, sources: Iterable[Tensor], replay: bool = True) -> None:
         super().__init__()
         self._sources = list(sources)
         self._roots = {_place(t): i for i, t in enumerate(self._sources)}
         self._known: dict[int, tuple[int, Tensor]] = {}
         self.selections: list[Selection] = []
-        self._replay = Replay(self._rows)
+        self.replayed = False
+        self._replay = Replay(self._rows) if replay else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if not kwargs and (rows := self._replay.selected(name, args)) is not None:
+        replay = self._replay
+        if replay is not None and (rows := _computed_rows(replay, name, args, kwargs)) is not None:
+            self.replayed = True
             return rows
         out = self._selected(func, args, kwargs) if name in _SELECTIONS else func(*args, **kwargs)
-        if name:
-            self._replay.note(func, args, kwargs, out)
+        if name and replay is not None:
+            replay.note(func, args, kwargs, out)
         return out
 
     def _rows(self, value: Tensor, index: Any) -> Tensor | None:
@@ -127,6 +132,14 @@ def _place(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
     if tensor.layout is not torch.strided:
         return (0, 0, ())
     return storage_key(tensor), int(tensor.storage_offset()), tuple(tensor.stride())
+
+
+def _computed_rows(replay: Replay, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return rows of a computed tensor, computed from rows of parameters; None where the call selects none."""
+    if name != "embedding":
+        return None if kwargs else replay.selected(name, args)
+    at = _source_argument(name, args, kwargs)
+    return None if at is None else replay.selected("__getitem__", (args[at], args[1 - at]))
 
 
 def _source_argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

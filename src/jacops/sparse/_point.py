@@ -38,12 +38,14 @@ class RecordedPoint:
         lin: The linearization to sweep: its leaves are the parameters, then the selections that were lifted.
         selections: Those.
         taint: What depends on the point, where that was asked for.
+        replayed: Whether some selections are rows of what is computed from parameters.
     """
 
     recording: Recording
     lin: Linearization
     selections: list[Selection]
     taint: Taint | None
+    replayed: bool = False
 
     @property
     def output(self) -> Any:
@@ -98,6 +100,7 @@ def record_point(
     outputs: Selector,
     *,
     lift: bool = True,
+    replay: bool = True,
     watch: bool = False,
 ) -> RecordedPoint:
     """Record a model with its selections lifted where that is sound.
@@ -109,6 +112,7 @@ def record_point(
         by: What to differentiate by.
         outputs: Part of the output.
         lift: Whether to lift.
+        replay: Whether to lift rows of what is computed from parameters, which takes notes of the whole forward pass.
         watch: Note which constants depend on the point.
     """
     parameters = differentiated(by)
@@ -121,11 +125,27 @@ def record_point(
 
     def record() -> Recording:
         with taint or nullcontext():
-            return ModelRun(model, inputs, call=call, parameters=parameters, outputs=outputs).recorded()
+            run = ModelRun(model, inputs, call=call, parameters=parameters, outputs=outputs, anew=watch and lift)
+            return run.recorded()
 
-    lifted = _lifted(record, chosen) if lift and not any(t.is_inference() for t in chosen) else None
+    mode = Lift(chosen, replay)
+    lifted = _lifted(record, mode) if lift and not any(t.is_inference() for t in chosen) else None
     recording, selections = lifted or (record(), [])
-    lin = recording.lin
+    return replace(point_of(recording, call, selections, taint), replayed=bool(selections) and mode.replayed)
+
+
+def point_of(
+    recording: Recording, call: str, selections: list[Selection] | None = None, taint: Taint | None = None
+) -> RecordedPoint:
+    """Return a recording as a point.
+
+    Args:
+        recording: The recorded model.
+        call: The public call on whose behalf this is done.
+        selections: What was lifted.
+        taint: What was watched.
+    """
+    lin, selections = recording.lin, selections or []
     names = lin.domain.names
     leaves = {f"{names[s.source]} (selection {i})": s.leaf for i, s in enumerate(selections)}
     lin = lin.to(lin.outputs, lin.codomain.names, call, more=leaves)
@@ -137,13 +157,12 @@ def record_point(
 
 
 @restoring
-def _lifted(record: Callable[[], Recording], chosen: list[Tensor]) -> tuple[Recording, list[Selection]] | None:
+def _lifted(record: Callable[[], Recording], mode: Lift) -> tuple[Recording, list[Selection]] | None:
     """Return a recording with the selections that its output depends on as leaves.
 
     None is returned where the model writes into one, so that copies no longer agree with each other, or the forward
     fails: the plain one then says whether that is an error.
     """
-    mode = Lift(chosen)
     try:
         with mode:
             recording = record()

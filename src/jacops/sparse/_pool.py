@@ -1,8 +1,9 @@
 """Index sets, each kept once: the values that detection computes with.
 
-A set of outputs is stored once and named by a number, its id, so that a dense layer costs one set and not one per
-entry. Sets are known by a 64-bit sum of random keys (Zobrist, 1970): with a million sets, two different ones are
-taken for the same with probability 3e-8.
+A set of outputs is named by a number, its id. Outputs are in small blocks: rows of a residual, for example. Inside one
+block the id is the block's number and a mask, so that a union is one `or` of numbers. A set that reaches over several
+blocks is stored once, so that a dense layer costs one set and not one per entry. Such sets are known by a 64-bit sum of
+random keys (Zobrist, 1970): with a million sets, two different ones are taken for the same with probability 3e-8.
 """
 
 from __future__ import annotations
@@ -23,28 +24,56 @@ class Pool:
 
     Args:
         size: How many different members there may be.
+        starts: First members of the blocks, rising from 0; by default every member is one.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, starts: Array | None = None) -> None:
         self.size = size
+        self._starts = np.arange(size) if starts is None else starts
+        widths = np.diff(np.r_[self._starts, size])
+        self._width = int(widths.max(initial=1))  # bits of a mask
+        self._block = np.repeat(np.arange(len(widths)), widths)
+        self._first = (len(widths) + 1) << self._width  # least id of a set that is stored
+        self._counts = ((np.arange(1 << self._width)[:, None] >> np.arange(self._width)) & 1).sum(1)
         self._keys = np.random.default_rng(0).integers(1, 2**63 - 1, size=max(size, 1), dtype=np.uint64)
-        self._ends = np.zeros(2, np.int64)  # set i holds members[ends[i]:ends[i + 1]]
+        self._ends = np.zeros(1, np.int64)  # stored set i holds members[ends[i]:ends[i + 1]]
         # Doubled when full.
         self._members = np.zeros(1024, np.int32)
-        self._hashes = np.zeros(1, np.uint64)  # sorted, with the ids they belong to
-        self._ids = np.zeros(1, np.int64)
+        self._hashes = np.zeros(0, np.uint64)  # sorted, with the ids they belong to
+        self._ids = np.zeros(0, np.int64)
 
-    def __len__(self) -> int:
-        return len(self._ends) - 1
+    @property
+    def _bits(self) -> int:
+        """How many bits an id has."""
+        return (self._first + len(self._ends)).bit_length()
 
     def singletons(self, members: Array) -> Array:
         """Return the ids of `{m}` for each given member."""
-        members = np.asarray(members, np.int64)
-        return self._interned(np.arange(len(members) + 1), members, self._keys[members])
+        block = self._block[members]
+        return ((block + 1) << self._width) | np.left_shift(1, members - self._starts[block])
 
     def sizes(self, ids: Array) -> Array:
         """Return how many members each set has."""
-        return self._ends[ids + 1] - self._ends[ids]
+        stored = ids >= self._first
+        if not stored.any():
+            return self._counts[ids & _mask(self._width)]
+        own = np.where(stored, ids - self._first, 0)
+        return np.where(stored, self._ends[own + 1] - self._ends[own], self._counts[ids & _mask(self._width)])
+
+    def _held(self, ids: Array) -> tuple[Array, Array]:
+        """Return the members of these sets, one set after another, and how many each has."""
+        sizes, stored = self.sizes(ids), ids >= self._first
+        own = ids[stored] - self._first
+        found = self._members[spans(self._ends[own], sizes[stored])].astype(np.int64)
+        if stored.all():
+            return found, sizes
+        members = np.empty(int(sizes.sum()), np.int64)
+        in_stored = np.repeat(stored, sizes)
+        members[in_stored] = found
+        masks = ids[~stored]
+        which, bit = np.nonzero((masks[:, None] >> np.arange(self._width)) & 1)
+        members[~in_stored] = self._starts[(masks[which] >> self._width) - 1] + bit
+        return members, sizes
 
     def union(self, ids: Array) -> int:
         """Return the id of the union of all these sets."""
@@ -53,33 +82,42 @@ class Pool:
 
     def union_pairs(self, left: Array, right: Array) -> Array:
         """Return unions entry by entry of two arrays of one shape."""
-        if left is right or np.array_equal(left, right):
-            return left
-        if not right.any():
+        if left is right or not right.any():
             return left
         if not left.any():
             return right
-        bits = _bits(len(self))
-        pairs, where = _numbered((np.minimum(left, right).ravel() << bits) | np.maximum(left, right).ravel())
+        differ = left ^ right
+        apart = ((differ >> self._width) != 0) | ((left >= self._first) & (differ != 0))
+        apart &= (left != 0) & (right != 0)
+        joined = left | right
+        if apart.any():
+            joined[apart] = self._paired(left[apart], right[apart])
+        return joined
+
+    def _paired(self, left: Array, right: Array) -> Array:
+        """Return unions of pairs of sets that are not in one block, flat."""
+        bits = self._bits
+        pairs, where = _numbered((np.minimum(left, right) << bits) | np.maximum(left, right))
         # Side by side and rising, so that no sort is needed.
         ids = np.stack([pairs >> bits, pairs & _mask(bits)], 1).ravel()
-        ids = self.union_groups(np.arange(len(pairs)).repeat(2), ids, len(pairs))
-        return ids[where].reshape(left.shape)
+        return self.union_groups(np.arange(len(pairs)).repeat(2), ids, len(pairs))[where]
 
     def union_groups(self, groups: Array, ids: Array, count: int) -> Array:
         """Return, for each of `count` groups, the id of the union of the sets that carry its number."""
         out = np.zeros(count, np.int64)
         held = ids != 0
-        bits = _bits(len(self))
+        bits = self._bits
         keys = distinct((groups[held] << bits) | ids[held])
         if not len(keys):
             return out
         groups, ids = keys >> bits, keys & _mask(bits)
         start = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
         count_of = np.diff(np.r_[start, len(groups)])
-        alone = count_of == 1
-        out[groups[start[alone]]] = ids[start[alone]]
-        several = np.flatnonzero(~alone)
+        last = ids[start + count_of - 1]  # the largest
+        near = ((ids[start] ^ last) >> self._width == 0) & (last < self._first)
+        near |= count_of == 1
+        out[groups[start[near]]] = np.bitwise_or.reduceat(ids, start)[near]
+        several = np.flatnonzero(~near)
         if len(several):
             out[groups[start[several]]] = self._unions(ids, start, count_of, several)
         return out
@@ -93,11 +131,10 @@ class Pool:
         first = np.empty(len(marks), np.int64)
         first[where] = np.arange(len(where))
         runs = several[first]
-        members_of = ids[spans(start[runs], count_of[runs])]
-        sizes = self.sizes(members_of)
+        members, sizes = self._held(ids[spans(start[runs], count_of[runs])])
         rows = np.repeat(np.repeat(np.arange(len(runs)), count_of[runs]), sizes)
-        bits = _bits(self.size)
-        keys = distinct((rows << bits) | self._members[spans(self._ends[members_of], sizes)])
+        bits = self.size.bit_length()
+        keys = distinct((rows << bits) | members)
         rows, members = keys >> bits, keys & _mask(bits)
         ends = np.searchsorted(rows, np.arange(len(runs) + 1))
         return self._interned(ends, members, np.add.reduceat(self._keys[members], ends[:-1]))[where]
@@ -108,11 +145,13 @@ class Pool:
         first = np.empty(len(fresh), np.int64)
         first[where] = np.arange(len(where))
         place = np.searchsorted(self._hashes, fresh)
-        known = self._hashes[np.minimum(place, len(self._hashes) - 1)] == fresh
-        ids = np.where(known, self._ids[np.minimum(place, len(self._ids) - 1)], 0)
+        near = np.minimum(place, len(self._hashes) - 1)
+        known = self._hashes[near] == fresh if len(self._hashes) else np.zeros(len(fresh), bool)
+        ids = np.zeros(len(fresh), np.int64)
+        ids[known] = self._ids[near[known]]
         new = np.flatnonzero(~known)
         if len(new):
-            ids[new] = len(self) + np.arange(len(new))
+            ids[new] = self._first + len(self._ends) - 1 + np.arange(len(new))
             sizes = np.diff(ends)[first[new]]
             self._append(members[spans(ends[:-1][first[new]], sizes)], sizes)
             self._hashes = np.insert(self._hashes, place[new], fresh[new])
@@ -130,8 +169,7 @@ class Pool:
 
     def matrix(self, ids: Array) -> Csr:
         """Return a boolean matrix `(len(ids), size)` with a row per set."""
-        sizes = self.sizes(ids)
-        members = self._members[spans(self._ends[ids], sizes)]
+        members, sizes = self._held(ids)
         ends = np.r_[0, np.cumsum(sizes)]
         return csr((np.ones(len(members), bool), members, ends), shape=(len(ids), self.size))
 
@@ -160,10 +198,6 @@ def _numbered(values: NDArray[Any]) -> tuple[NDArray[Any], Array]:
     where = np.empty(len(values), np.int64)
     where[order] = np.cumsum(fresh) - 1
     return ordered[fresh], where
-
-
-def _bits(count: int) -> int:
-    return max(1, int(count).bit_length())
 
 
 def _mask(bits: int) -> int:

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._ladder.names import Fact
-from .._picks import Picked
+from .._picks import Picked, variable
 from .._torch.protocol import bare, identity_key, parameter_names, store_for
 from .._trees import Selector, flatten
-from ._probe import Floats
+from ._point import RecordedPoint
 from .layouts import SparseJacobian
-from .plan import SparsePlan, detected, sparse_plan
+from .plan import SparsePlan, detected
 
 
 def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selector, tangent: bool) -> SparseJacobian:
@@ -41,7 +41,7 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
         if found is not None:
             return found
         del point
-    plan = detected(model, inputs, {"by": picks, "outputs": outputs, "tangent": tangent, "local": False})
+    plan, _ = detected(model, inputs, {"by": picks, "outputs": outputs, "tangent": tangent, "local": False})
     point = plan.recorded(model, inputs, "modjac")
     found, proofs = plan.at(point), point.recording.lin.proofs
     proofs.known[claim] = made["latest"] = plan
@@ -54,29 +54,33 @@ def notes_of(model: nn.Module, inputs: Any, question: Hashable, outputs: Selecto
     return store_for(bare(model), (question, *_kinds(inputs), identity_key(outputs)), "first").known
 
 
-def kept_plan(
-    model: Any, module: nn.Module, inputs: Any, setting: Hashable, importance: Floats
-) -> tuple[SparsePlan, SparseJacobian] | None:
-    """Return the plan by parameters that an earlier fit made and what it gives at this point, None if it does not hold.
+def kept_plan(model: Any, inputs: Any, setting: Hashable) -> SparsePlan | None:
+    """Return the plan by parameters that an earlier fit made, None if there is none.
 
     Args:
         model: A module or function, by whose identity the plan is kept.
-        module: What it is evaluated by.
         inputs: Its input.
         setting: What distinguishes plans, besides the kinds of inputs.
-        importance: What rows are multiplied with.
     """
-    plan: SparsePlan | None = _made(model, inputs, setting).get("plan")
-    if plan is None:
-        return None
-    found = plan.at(plan.recorded(module, inputs, "SparsePlan"), 1, "scipy", importance, learns=False)
-    return None if found is None else (plan, found)
+    return _made(model, inputs, setting).get("plan")
 
 
-def new_plan(model: Any, module: nn.Module, inputs: Any, setting: Hashable) -> SparsePlan:
-    """Return a plan by parameters, kept for `kept_plan`."""
-    plan = _made(model, inputs, setting)["plan"] = sparse_plan(module, inputs)
-    return plan
+def new_plan(
+    model: Any, module: nn.Module, inputs: Any, setting: Hashable, direct: RecordedPoint | None
+) -> tuple[SparsePlan, RecordedPoint | None]:
+    """Return a plan by parameters, kept for `kept_plan`, and the point where it was made, if that can be swept.
+
+    Args:
+        model: As in `kept_plan`.
+        module: What is recorded.
+        inputs: As in `kept_plan`.
+        setting: As in `kept_plan`.
+        direct: The point as it was recorded without lifting, where it was.
+    """
+    options = {"by": variable(module, "parameters", None), "outputs": None, "tangent": True, "local": False}
+    plan, point = detected(module, inputs, options, direct=direct)
+    _made(model, inputs, setting)["plan"] = plan
+    return plan, point
 
 
 def _made(model: Any, inputs: Any, setting: Hashable) -> dict[Any, Any]:

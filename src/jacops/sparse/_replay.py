@@ -129,7 +129,7 @@ def _versions(out: Tensor, given: list[Tensor]) -> list[int]:
 
 
 def _is_by_rows(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-    if "out" in kwargs or (name.endswith("_") and not name.endswith("__")):
+    if kwargs.get("out") is not None or (name.endswith("_") and not name.endswith("__")):
         return False
     if _is_pointwise(name) or (name == "where" and len(args) == 3):
         return True
@@ -139,6 +139,8 @@ def _is_by_rows(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: T
         return False
     if name == "linalg_cross":
         return kwargs.get("dim", -1) == -1
+    if name == "normalize":
+        return kwargs.get("dim", 1) in (-1, min(ranks) - 1) and len(args) == 1
     if name == "__getitem__":
         index = args[1]
         return isinstance(index, tuple) and index[:1] == (Ellipsis,) and len(index) == 2 and isinstance(index[1], slice)

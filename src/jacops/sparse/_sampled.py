@@ -139,6 +139,14 @@ def _distances_backward(tracer: Tracer, call: TracedCall) -> Any:
     return tracer.along(tracer.array(grad), [-1])
 
 
+def _pairs_backward(tracer: Tracer, call: TracedCall) -> Any:
+    """Give each row the sets of its distances to all other rows of one tensor."""
+    grad, *others = (call.named[k] for k in ("grad", "self", "pdist"))
+    _only_grad(tracer, grad, others)
+    ids, many = tracer.array(grad), len(others[0])
+    return tracer.group(np.concatenate(np.triu_indices(many, 1)), np.tile(ids, 2), many)[:, None]
+
+
 SAMPLED: dict[str, Rule] = {
     "grid_sampler_2d_backward": _grid_backward,
     "grid_sampler_3d_backward": _grid_backward,
@@ -146,4 +154,5 @@ SAMPLED: dict[str, Rule] = {
     "_embedding_bag_dense_backward": _bag_backward,
     "_embedding_bag_per_sample_weights_backward": _bag_weights_backward,
     "_cdist_backward": _distances_backward,
+    "_pdist_backward": _pairs_backward,
 }

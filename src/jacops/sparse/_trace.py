@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from ._pool import Array, Pool
 from ._taint import Outside, Taint, base_name, storage_key, written
 
 _PURGE_EVERY = 64  # calls between two searches for freed tensors: often enough to free memory, too rare to cost time
+_FOLDED = 16  # entries that are united one after another; for more, sorting them takes less time
 _ESCAPES = ("tolist", "numpy", "__array__", "__dlpack__")
 
 
@@ -180,6 +181,10 @@ class Tracer(TorchDispatchMode):
         """Return the union along axes, which are kept with one entry each."""
         axes = {axis % max(ids.ndim, 1) for axis in axes}
         kept = [1 if i in axes else size for i, size in enumerate(ids.shape)]
+        if 0 < ids.size <= _FOLDED * math.prod(kept):
+            moved = np.moveaxis(ids, sorted(axes), range(len(axes)))
+            rest = moved.shape[len(axes) :]
+            return self.union(moved.reshape(-1, *rest), rest).reshape(kept)
         groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), ids.shape)
         return self.group(groups, ids, math.prod(kept)).reshape(kept)
 
@@ -246,6 +251,8 @@ class Tracer(TorchDispatchMode):
     @restoring
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tick()
+        if _is_view(func):  # the same storage, which has its sets already
+            return func(*args, **(kwargs or {}))
         call = TracedCall(func, base_name(func), args, kwargs or {}, [])
         live = [t for t in call.tensors if self.tracks(t)]
         if not live:
@@ -259,7 +266,7 @@ class Tracer(TorchDispatchMode):
         self._calls += 1
         if self._calls % _PURGE_EVERY == 0:
             self._purge()
-        if _is_view(func) or torch.Tag.inplace_view in func.tags:
+        if torch.Tag.inplace_view in func.tags:
             return func(*args, **call.kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             raise CannotFollowError(f"{func} (reads a value)")
@@ -382,6 +389,7 @@ def rank_of(call: TracedCall) -> int:
     return next(rank for rank in (1, 2, 3) if f"{rank}d" in call.base)
 
 
+@cache
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     info = returns[0].alias_info if returns else None

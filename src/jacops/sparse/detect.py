@@ -29,6 +29,7 @@ from ._taint import Taint
 from ._trace import CannotFollowError, Escapes, Tracer
 from .pattern import Pattern
 
+_WIDEST = 12  # entries of a block of outputs whose sets are masks: wider rows of residuals are rare
 _MOST = 2**27  # entries of a pattern; beyond, it is as good as dense
 
 
@@ -99,7 +100,7 @@ def trace(lin: Linearization, members: Array, size: int, taint: Taint | None) ->
     Raises:
         CannotFollowError: Values leave for Python or NumPy on the way, or have a layout without storage.
     """
-    pool = Pool(size)
+    pool = Pool(size, _blocks(lin) if size == lin.codomain.dim else None)
     tracer = Tracer(pool, taint, rule_of)
     seeds = [_cotangent(o, i) for i, o in enumerate(lin.outputs)]
     starts = torch.from_numpy(pool.singletons(members))
@@ -115,6 +116,15 @@ def trace(lin: Linearization, members: Array, size: int, taint: Taint | None) ->
             raise CannotFollowError("a backward pass that leaves torch")
         ids.append(found)
     return Traced(pool, ids, tracer.unknown, frozenset(tracer.dtypes), tracer.holds_here_only)
+
+
+def _blocks(lin: Linearization) -> Array:
+    """Return where blocks of the flat output begin: its last axes, where these are short, else every entry."""
+    parts = [np.zeros(0, np.int64)]
+    for shape, where in zip(lin.codomain.shapes, lin.codomain.slices, strict=True):
+        wide = shape[-1] if shape and 0 < shape[-1] <= _WIDEST else 1
+        parts.append(np.arange(where.start, where.stop, wide))
+    return np.concatenate(parts)
 
 
 def _cotangent(output: Tensor, seed: int) -> Tensor:

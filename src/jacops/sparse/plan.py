@@ -36,6 +36,7 @@ from .detect import traced
 from .layouts import SparseJacobian, arranged, block_of
 from .pattern import Pattern, declared
 
+_KEPT = 4_000_000  # entries of a pattern whose graph may be held while the plan is made: about 300 MB
 _ROOM = 4.0  # margin on the rounding errors measured at one point: those of the next may be larger
 
 
@@ -59,6 +60,7 @@ class SparsePlan(Described):
     _proofs: Proofs = field(default_factory=Proofs)
     _prober: Prober | None = None
     _traced: bool = False  # the pattern is that of a graph whatever the values of what is differentiated by
+    _replays: bool = True  # some selections are rows of what is computed
     _certified: tuple[Any, ...] | None = None  # such a graph that a probe was taken of
 
     # ---- properties -----------------------------------------------------------------------------------------
@@ -143,8 +145,7 @@ class SparsePlan(Described):
         """
         check_choice("layout", layout, Layout)
         point = point or self.recorded(model, inputs, "SparsePlan")
-        if certify is None:
-            certify = int(self._certified != point.lin.graph_info.wiring)
+        certify = int(self._certified != point.lin.graph_info.wiring) if certify is None else certify
         check_whole("certify", certify, 0)
         found = self.at(point, certify, layout, importance)
         if found is None:
@@ -152,14 +153,14 @@ class SparsePlan(Described):
                 shape = (point.recording.lin.codomain.dim, point.widths(self._options["tangent"])[1])
                 raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
             warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
-            vars(self).update(vars(detected(model, inputs, self._options)))
+            vars(self).update(vars(detected(model, inputs, self._options)[0]))
             return self._evaluated(model, inputs, certify, layout, importance)
         return found
 
     def recorded(self, model: Any, inputs: Any, call: str) -> RecordedPoint:
         """Return a point to evaluate at."""
-        lift = bool(self._scheme.structure)
-        return record_point(model, inputs, call, self._options["by"], self._options["outputs"], lift=lift)
+        lift, asked = bool(self._scheme.structure), (self._options["by"], self._options["outputs"])
+        return record_point(model, inputs, call, *asked, lift=lift, replay=self._replays)
 
     def _fits(self, point: RecordedPoint) -> bool:
         final, width = point.widths(self._options["tangent"])
@@ -332,26 +333,27 @@ def sparse_plan(
     """
     by = variable(model, wrt, parameters)
     options: dict[str, Any] = {"by": by, "outputs": outputs, "tangent": tangent, "local": local}
-    return (
-        detected(model, inputs, options, lift) if pattern is None else _from_declared(model, inputs, pattern, options)
-    )
+    if pattern is not None:
+        return _from_declared(model, inputs, pattern, options)
+    return detected(model, inputs, options, lift)[0]
 
 
-def detected(model: Any, inputs: Any, options: dict[str, Any], lift: bool = True) -> SparsePlan:
-    """Return a plan whose pattern is detected.
+def detected(
+    model: Any, inputs: Any, options: dict[str, Any], lift: bool = True, direct: RecordedPoint | None = None
+) -> tuple[SparsePlan, RecordedPoint | None]:
+    """Return a plan whose pattern is detected, and the point of detection where that is small and can be swept.
 
     Args:
         model: A module.
         inputs: Its input.
         options: As a plan holds them: `by`, `outputs`, `tangent`, `local`.
         lift: Whether selections of parameters may be lifted.
+        direct: The same point, recorded without lifting, where there is one.
     """
-    asked = model, inputs, "sparse_plan", options["by"], options["outputs"]
-    point = record_point(*asked, lift=lift, watch=not options["local"])
-    if point.selections:
-        direct = record_point(*asked, lift=False, watch=not options["local"])
-        point = point if gradients_agree(point, direct) else direct
-        del direct
+    asked, watch = (model, inputs, "sparse_plan", options["by"], options["outputs"]), not options["local"]
+    point = record_point(*asked, lift=lift, watch=watch)
+    if point.selections and not gradients_agree(point, direct or record_point(*asked, lift=False)):
+        point = record_point(*asked, lift=False, watch=watch)
     seen, dtypes, here_only = traced(point.lin, point.taint)
     matrix = seen.matrix
     final, width = point.widths(options["tangent"])
@@ -360,11 +362,13 @@ def detected(model: Any, inputs: Any, options: dict[str, Any], lift: bool = True
     scheme = Scheme(matrix, colored(matrix, point.lin), point.structure(), columns)
     if point.selections:
         scheme = unlifted(scheme, point.lin, point.recording.lin.domain.dim)
-    names, shape = point.recording.lin.domain.names, (matrix.shape[0], width)
+    names, shape, replays = point.recording.lin.domain.names, (matrix.shape[0], width), point.replayed
+    kept = point if point.structure() == scheme.structure and matrix.nnz <= _KEPT else None
     del point  # and the graph with it
-    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes, _traced=not here_only)
+    plan = SparsePlan(scheme, shape, final, options, dict(seen.unknown), names, dtypes)
+    plan._traced, plan._replays = not here_only, replays
     plan.assembly  # noqa: B018 - worked out now, so that every evaluation costs the same
-    return plan
+    return plan, kept
 
 
 def _check_padding(matrix: Csr, column_of: Array, width: int, point: RecordedPoint) -> None:

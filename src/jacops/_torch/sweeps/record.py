@@ -90,18 +90,19 @@ def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any
 
 
 def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | None], tuple[Result, Linearization]],
-            guarded: Iterable[Tensor]) -> Result:  # fmt: skip
+            guarded: Iterable[Tensor], anew: bool = False) -> Result:  # fmt: skip
     """Record a forward, watched where it is not known what it does besides arithmetic.
 
     Args:
         store: What is known of the function.
         record: Records it, on copies of its weights if it writes into them, and under a watch if there is one.
         guarded: What a forward must not write into.
+        anew: A graph is expected that is not known yet, so that it is watched at once.
 
     Raises:
         ModelStateError: It writes into tensors that are not its own.
     """
-    assumed, plain = store.assumed, None
+    assumed, plain = None if anew else store.assumed, None
     if assumed is not None:
         done, lin = record(assumed, None)
         if lin.look_up(store) is not None:
@@ -148,6 +149,7 @@ class ModelRun:
         shift: Added to the private copies of parameters, by name, for finite differences.
         kept: The recording is kept for later products, so the caller may write into the weights meanwhile.
         aside: As in `output_leaves`.
+        anew: As in `watched`.
     """
 
     model: Any = field(kw_only=False)
@@ -165,6 +167,7 @@ class ModelRun:
     shift: Mapping[str, Tensor] | None = None
     kept: bool = False
     aside: bool = False
+    anew: bool = False
 
     @cached_property
     def module(self) -> nn.Module:
@@ -212,7 +215,8 @@ class ModelRun:
         weights = self.weights
         copies = {} if weights is None else weights.copies(module)
         store = store_for(self.owner, key, self.checks, _rows(tensors))
-        found = watched(store, partial(self._record, copies), [*module.parameters(), *copies.values()])
+        guarded = [*module.parameters(), *copies.values()]
+        found = watched(store, partial(self._record, copies), guarded, self.anew)
         if weights is not None:
             found.lin.proofs = KeptProofs(found.lin.proofs, lambda: weights.changed_in(module) is None)
         return found
