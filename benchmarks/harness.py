@@ -198,7 +198,7 @@ def _judge(goal: Goal, rows: list[Measured]) -> None:
     own = next((r for r in rows if r.rival == goal.ours or (not goal.ours and r.rival.startswith(OURS))), None)
     others = [r for r in rows if not r.rival.startswith(OURS) and r.seconds is not None]
     beside = min(others, key=lambda r: r.seconds or 0.0, default=None) if goal.rival == BEST else None
-    beside = beside or next((r for r in others if r.rival == goal.rival), None)
+    beside = beside or next((r for r in rows if r.rival == goal.rival and r.seconds is not None), None)
     if own is None or (goal.rival not in ("", FLOOR) and beside is None):
         return  # nobody to compare with
     rival = beside or own

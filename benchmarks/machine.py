@@ -17,7 +17,15 @@ import torch
 import jacops
 
 Clock = Callable[[], float]
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def processor_time() -> float:
+    """Return the seconds of processor time that this process took, and those that it started and that ended."""
+    spent = os.times()
+    return time.process_time() + spent.children_user + spent.children_system
+
+
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": processor_time}
 SIDE = 1024
 WRITTEN = 64 * 2**20
 

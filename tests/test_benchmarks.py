@@ -20,6 +20,7 @@ from benchmarks import (
     bench_integrated,
     bench_parameter_jacobians,
     bench_products,
+    bench_small_calls,
     harness,
     machine,
     report,
@@ -61,6 +62,12 @@ def tiny() -> Iterator[Workload]:
     yield bench_differentiable.hypergradient(4, 3, 4, 1)
     yield bench_curvature.hessian_diagonal("E4", "perceptron", case)
     yield bench_curvature.gauss_newton_diagonal("E5", "perceptron", case)
+    yield bench_small_calls.inputs("M1", "perceptron", mlp(3, 4, 2), torch.randn(5, 3))
+    toy = bench_small_calls.Toy(3, 4, 2, n=5)
+    yield bench_small_calls.one_product(toy)
+    yield bench_small_calls.kept_product(toy)
+    yield bench_small_calls.dense("M6", "perceptron", mlp(3, 4, 2), torch.randn(5, 3))
+    yield bench_small_calls.sparse(20)
 
 
 @pytest.mark.filterwarnings("ignore")  # rivals warn
@@ -91,6 +98,13 @@ def test_a_call_that_compiles_is_made_once_more_than_it_counts():
     for compiles in (False, True):
         measure(Workload("X", "", {"jacops": lambda: calls.append(1)}, compiles=compiles), rounds=1)
     assert len(calls) == 3 + 4
+
+
+def test_a_call_of_ours_may_be_the_one_to_compare_with():
+    rivals = {"jacops": lambda: torch.zeros(1), "jacops, again": lambda: torch.zeros(1)}
+    goals = [Goal("jacops", faster=1e-9, ours="jacops, again")]
+    rows, _ = measure(Workload("X", "", rivals, goals=goals), rounds=1)
+    assert [goal["met"] for goal in rows[0].goals] == [True]
 
 
 def test_rivals_that_fail_are_findings():

@@ -1,6 +1,7 @@
 """What calls cost, in forward and backward passes, counted and not timed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,52 @@ def test_one_logit_of_fifty_thousand_costs_one_sweep(call: str) -> None:
     model, x = net(3, 50_000), torch.randn(3, 3, dtype=F64)
     PICKS[call](model, x)
     assert model.spent() == (1, 1)
+
+
+@pytest.mark.parametrize(("outputs", "n", "sweeps"), [(7, 4, 7), (8, 4, 1), (10, 4000, 10)])
+def test_many_outputs_of_few_small_samples_are_pulled_at_once(outputs: int, n: int, sweeps: int) -> None:
+    model, x = net(50, outputs).eval(), torch.randn(n, 50, dtype=F64)
+    for _ in range(2):
+        found = jacops.compute_jacobian(model, x)
+        spent = model.spent()
+    assert spent == (1 if n < 1000 else 4, sweeps if n < 1000 else 4 * sweeps)
+    close(found[-1:], oracle.input_jacobian(model.model, x[-1:]))
+
+
+@pytest.mark.parametrize("checks", ["first", "always"])
+def test_a_batched_pull_that_is_wrong_is_left(checks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = net(50, 9).eval(), torch.randn(4, 50, dtype=F64)
+    right, truth = oracle.input_jacobian(model.model, x), torch.autograd.grad
+
+    def lying(*args: Any, **options: Any) -> Any:
+        found = truth(*args, **options)
+        return tuple(1.01 * g for g in found) if options.get("is_grads_batched") else found
+
+    monkeypatch.setattr(torch.autograd, "grad", lying)
+    for _ in range(3):
+        close(jacops.compute_jacobian(model, x, checks=checks, fallback="silent"), right)
+    assert not torch.allclose(jacops.compute_jacobian(model, x, checks="never"), right)  # it is what is taken
+
+
+def test_a_small_call_does_not_ask_again_what_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jacops._runtime import memory
+
+    asked: list[int] = []
+    free = memory.free_bytes
+
+    def counted(device: torch.device) -> int:
+        asked.append(1)
+        return free(device)
+
+    monkeypatch.setattr(memory, "free_bytes", counted)
+    model, x = net(50, 3).eval(), torch.randn(300, 50, dtype=F64)
+    for _ in range(2):  # the first derivative of a process takes more
+        jacops.compute_jacobian(model, x)
+    asked.clear()
+    jacops.compute_jacobian(model, x)
+    assert not asked
+    jacops.compute_jacobian(model, torch.randn(60_000, 50, dtype=F64))  # whose result is large
+    assert asked
 
 
 @pytest.mark.parametrize("budget", [None, "300MB"])

@@ -52,10 +52,11 @@ def by_batches(*aligned: str) -> Callable[[Callable[Arguments, Result]], Callabl
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         signature = inspect.signature(function)
+        place = list(signature.parameters).index("x")
 
         @wraps(function)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            if not _takes_loader(function, args, kwargs):
+            if not _takes_loader(place, args, kwargs):
                 return function(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
             return _in_turn(function, given, [name for name in aligned if given.get(name) is not None])
@@ -76,12 +77,12 @@ def joined(*, ordered: bool = True) -> Callable[[Callable[Arguments, Result]], C
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         signature = inspect.signature(function)
-        with_target = "y" in signature.parameters
+        place, with_target = list(signature.parameters).index("x"), "y" in signature.parameters
         anyhow: Callable[..., Result] = function
 
         @wraps(function)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            loads = _takes_loader(function, args, kwargs)
+            loads = _takes_loader(place, args, kwargs)
             given = signature.bind_partial(*args, **kwargs).arguments if loads or with_target else {}
             if not loads:
                 if with_target and "x" in given and given.get("y") is None:
@@ -96,13 +97,17 @@ def joined(*, ordered: bool = True) -> Callable[[Callable[Arguments, Result]], C
     return decorate
 
 
-def _takes_loader(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _takes_loader(place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Say whether a call is given a loader.
+
+    Args:
+        place: Of `x` among the arguments.
+        args: Arguments by place.
+        kwargs: The others.
 
     Raises:
         InputError: It is not, and there is an `unpack` of batches.
     """
-    place = list(inspect.signature(function).parameters).index("x")
     x = args[place] if place < len(args) else kwargs.get("x")
     if is_loader(x):
         return True

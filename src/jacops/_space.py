@@ -86,8 +86,15 @@ class Space(Savable):
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Return one `(k, *shape)` tensor per array from rows `(k, dim)`."""
-        parts = zip(self.slices, self.shapes, self.dtypes, strict=True)
-        return [rows[:, where].reshape(rows.shape[0], *shape).to(dtype) for where, shape, dtype in parts]
+        many, wide = rows.shape[0], rows.dtype
+        if len(self.shapes) == 1:
+            parts: Sequence[Tensor] = (rows,)
+        else:
+            parts = rows.split(self.sizes, 1)
+        return [
+            part.reshape(many, *shape) if dtype == wide else part.reshape(many, *shape).to(dtype)
+            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+        ]
 
     def units(self, where: slice) -> Tensor:
         """Return the unit vectors of some entries as rows `(k, dim)`."""

@@ -95,9 +95,15 @@ pytree.register_pytree_node(
 
 def flatten(tree: Any, name: str) -> tuple[list[Any], Tree]:
     """Return the leaves of `tree` and its shape; paths in error messages start with `name`."""
+    if type(tree) in _LEAVES:  # what most calls are given
+        return [tree], Tree((name,), True, _LEAF)
     paths, spec = paths_in(tree)
     names = tuple(name + pytree.keystr(path) for path, _ in paths)
     return [leaf for _, leaf in paths], Tree(names, len(paths) == 1 and not paths[0][0], spec)
+
+
+_LEAVES = (Tensor, torch.nn.Parameter)
+_LEAF = pytree.tree_structure(0)
 
 
 def paths_in(tree: Any) -> tuple[list[tuple[pytree.KeyPath, Any]], pytree.TreeSpec]:

@@ -254,7 +254,12 @@ def recording(matters: Callable[[Tensor], bool] = lambda tensor: True, call: str
 
 def sweeping(like: Tensor) -> Guards:
     """Run backward passes in the dtypes they were recorded in, also inside the caller's autocast."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast_on([like]):
+        return _UNCHANGED  # the state is right as it is: to save it and set it again takes as long as a small pass
     return Guards(_Gradients(True), _no_autocast(like.device.type))
+
+
+_UNCHANGED = Guards()
 
 
 def arithmetic(create_graph: bool, inference: bool = False) -> Guard:
@@ -321,11 +326,13 @@ def random_state_kept() -> Guard:
     return _RandomState()
 
 
-@restoring
 def out_of_inference(tensor: Tensor) -> Tensor:
     """Return `tensor`, cloned if it was made in inference mode and so cannot be recorded."""
-    if not tensor.is_inference():
-        return tensor
+    return _recordable(tensor) if tensor.is_inference() else tensor
+
+
+@restoring
+def _recordable(tensor: Tensor) -> Tensor:
     with arithmetic(False):
         return tensor.clone()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -81,9 +81,10 @@ def unwrapped(model: Any) -> nn.Module:
 
 def is_sharded(model: Any) -> bool:
     """Say whether a model's parameters are spread over processes: by FSDP of either kind, or as DTensors."""
-    if not isinstance(model, nn.Module) or not _SPREADING & sys.modules.keys():
+    if not isinstance(model, nn.Module) or not any(name in sys.modules for name in _SPREADING):
         return False  # nobody has made such a thing: nothing is walked through
-    return any(is_wrapped(module) for module in model.modules()) or any(map(is_dtensor, _tensors(model)))
+    modules = list(model.modules())
+    return any(map(is_wrapped, modules)) or any(is_dtensor(tensor) for tensor in _tensors(modules))
 
 
 # Modules of torch without which nothing is sharded; `import torch` loads none of them.
@@ -99,9 +100,11 @@ def _manages(kind: type) -> bool:
     return any(parent.__name__ == "FSDPModule" for parent in kind.__mro__)
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters and buffers that modules hold themselves, without their names, which take longest."""
+    for module in modules:
+        for held in (module._parameters, module._buffers):
+            yield from (tensor for tensor in held.values() if tensor is not None)
 
 
 _FUNCTIONS = (
@@ -148,6 +151,8 @@ def check_state(model: nn.Module) -> None:
     Raises:
         ModelStateError: A parameter or buffer is lazy or on the meta device.
     """
+    if all(map(_has_values, _tensors(model.modules()))):
+        return
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(tensor):
             owner = _owner(model, name)
@@ -159,6 +164,10 @@ def check_state(model: nn.Module) -> None:
         if tensor.is_meta:
             came = "on the meta device"
             raise ModelStateError.of(name, came, "a derivative needs values", "Load or initialise the weights first.")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and not torch.nn.parameter.is_lazy(tensor)
 
 
 def _owner(model: nn.Module, name: str) -> str:

@@ -37,7 +37,7 @@ from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, unbatc
 from ..sweeps.proofs import ProofStore, held_key, identity_key
 from .ask import ONE_SAMPLE, BatchAsk
 from .compiled import COMPILED, GraphAsk
-from .plan import Beside, ensure_fits, is_small, planned
+from .plan import Beside, is_small, remembered_plan
 from .results import ALONE, SampleJacobians
 from .routes import BY_SAMPLES
 from .runs import Run, Runner
@@ -220,7 +220,7 @@ class Samples:
             return result
         result.followed = batch_size = self.batch_size
         if budget is not None or not is_small(self):
-            plan = ensure_fits(self, planned(self, budget, mode, out is None))
+            plan = remembered_plan(self, budget, mode, out is None)
             batch_size, result.followed = plan.chunk, plan.followed
         chunks, reason = Chunks(self.count, batch_size), ONE_SAMPLE if self.count == 1 else None
         for where in track(chunks, self.call, enabled=progress) if len(chunks) > 1 else chunks:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._ladder.plan import Cost, Memory
 from ..._runtime.rows import plain
 from ..layers.factors import unit_seeds
+from ..sweeps.graph import passed_bytes
 from ..sweeps.linearization import Linearization
 from .independent import SamplesIndependent
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 Blocks = list[list[Tensor]]
 
 _BLOCK = 2**16  # numbers copied at a time while transposing: they stay in a near cache
+
+# Batched passes of eight cotangents and more, over at most so many bytes, took 0.6 to 0.85 of the time of pulls one by
+# one, for perceptrons and convolutions; those of fewer or larger ones took 1.0 to 1.5 times as long.
+_FEWEST, _AT_ONCE = 8, 2**22
 
 
 def counts(lin: Linearization) -> tuple[int, int]:
@@ -40,7 +45,10 @@ def sweep(lin: Linearization, blocks: Blocks, where: slice, direction: str, limi
     Raises:
         RouteFailedError: Pushes do not work for this model.
     """
-    sweeps = _rows(lin, blocks, where) if direction == "reverse" else _columns(lin, blocks, where)
+    if direction == "reverse":
+        sweeps = _rows(lin, blocks, where, 1 if limit is not None else _to_a_pass(lin))
+    else:
+        sweeps = _columns(lin, blocks, where)
     for done, _ in enumerate(sweeps, 1):
         if limit is not None and done >= limit:
             return
@@ -71,7 +79,20 @@ def unit_pushes(
         flat[:, entry] = 0  # only now: a push may be the tangent itself
 
 
-def _rows(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]:
+def _to_a_pass(lin: Linearization) -> int:
+    """Return how many output entries of every sample are pulled in one batched pass; 1 where that is no faster."""
+    entries = max((o.shape[1:].numel() for o in lin.outputs), default=0)
+    if entries < _FEWEST or lin.domain.device.type != "cpu":
+        return 1
+    known = lin.proofs.known
+    passed = known.get("bytes of a pass")
+    if passed is None:
+        passed = known["bytes of a pass"] = passed_bytes(lin.graph_info.nodes)
+    most = min(entries, _AT_ONCE // max(1, passed))
+    return most if most >= _FEWEST else 1
+
+
+def _rows(lin: Linearization, blocks: Blocks, where: slice, together: int) -> Iterator[None]:
     many = where.stop - where.start
     targets = [
         [
@@ -80,10 +101,26 @@ def _rows(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]:
         ]
         for row, output in zip(blocks, lin.outputs, strict=True)
     ]
+    if together > 1:
+        yield from _batched(lin, targets, together)
+        return
     for out, entry, grads in unit_pulls(lin, many):
         for target, grad in zip(targets[out], grads, strict=True):
             target[:, entry] = 0 if grad is None else plain(grad)
         yield
+
+
+def _batched(lin: Linearization, targets: Blocks, together: int) -> Iterator[None]:
+    for out, output in enumerate(lin.outputs):
+        entries, many = output.shape[1:].numel(), output.shape[0]
+        for start in range(0, entries, together):
+            stop = min(start + together, entries)
+            seeds = torch.zeros(stop - start, many, entries, dtype=output.dtype, device=output.device)
+            seeds[:, :, start:stop].diagonal(dim1=0, dim2=2).fill_(1)
+            cotangents = [seeds.view(-1, *output.shape) if i == out else None for i in range(len(lin.outputs))]
+            for target, rows in zip(targets[out], lin.pull_rows(cotangents), strict=True):
+                target[:, start:stop] = plain(rows).detach().transpose(0, 1)
+            yield
 
 
 def _columns(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]:

@@ -41,6 +41,7 @@ def gradient_linearization(found: Recording, call: str) -> Linearization:
     full = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
     names = [f"d loss / d {name}" for name in lin.domain.names]
     gradient = lin.to(full, names, call)
+    gradient.plain = not lin.graph_info.functions  # torch's own backward passes are made of torch's own operations
     _check_twice(lin, gradient, call)
     return gradient
 

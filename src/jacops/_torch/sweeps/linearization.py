@@ -54,6 +54,7 @@ class Linearization:
         tolerance: To which routes have to agree; under autocast values are coarser than their dtypes say.
         aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
         protected: Tensors whose `.grad` a backward pass must leave as it is.
+        plain: The graph is known to hold no custom Functions, without a walk over it.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Linearization:
         self.store: ProofStore | None = None
         self.protected: Sequence[Tensor] = ()
         self.weights: Weights | None = None
-        self.sweeps = 0
+        self.sweeps, self.plain = 0, False
         self._double_backward: DoubleBackward | None = None
         self._nodewise: Nodewise | None = None
         self._graph_info: GraphInfo | None = None
@@ -158,7 +159,7 @@ class Linearization:
             seeds = [c if c.requires_grad else c.detach().requires_grad_() for c in seeds]
         self.sweeps += 1
         with sweeping(outputs[0]):
-            if self.graph_info.reentrant:
+            if not self.plain and self.graph_info.reentrant:
                 grads = backward(self, outputs, seeds, targets, create_graph, batched)
             else:
                 grads = self._grad(outputs, targets, seeds, create_graph, batched)

@@ -102,6 +102,9 @@ class PlainPull:
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *leaf)` per leaf."""
         lin, out = ask.lin, ask.out
+        if ask.many == 1 and out is None:
+            grads = lin.pull([None if c is None else c[0] for c in ask.rows], ask.create_graph)
+            return lin.filled([None if g is None else g.unsqueeze(0) for g in grads], 1)
         kept: list[list[Tensor | None]] = []
         for i in range(ask.many):
             grads = lin.pull([None if c is None else c[i] for c in ask.rows], ask.create_graph)
