@@ -138,6 +138,16 @@ class ParameterUse:
         rows = by_sample(self._rule.rows(self.node, cotangent, self.entry, factor), self.samples, self.order)
         return rows.unsqueeze(2) if self.kind == "lookup" else rows
 
+    def deltas(self, cotangents: Tensor) -> Tensor:
+        """Return the rows `(k, n, T, …)` for several cotangents `(k, *shape)`."""
+        if self.kind == "outer" and self._layout is not None:
+            return self._layout.spread(cotangents, self.samples, self.order).unflatten(3, (self._layout.groups, -1))
+        if self.kind == "vector" and self.operand is None and self.entry.copies == 1 and len(self.shape) > 1:
+            # The first axis makes rows, of whatever cotangent.
+            rows = self._rule.rows(self.node, cotangents.flatten(0, 1), self.entry, None)
+            return by_sample(rows.unflatten(0, (len(cotangents), -1)), self.samples, self.order, axis=1)
+        return torch.stack([self.delta(cotangent) for cotangent in cotangents])
+
     def part(self, operand: Tensor | None, delta: Tensor) -> RowFactors:
         """Return rows from cotangents `(n, k, T, …)`.
 
@@ -372,7 +382,6 @@ def cotangents(
     lin: Linearization,
     uses: Sequence[ParameterUse],
     seeds: Sequence[Tensor],
-    batched: bool = False,
     create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the cotangents at the outputs of all uses, by one sweep that forms no gradient of a leaf.
@@ -391,7 +400,6 @@ def cotangents(
             [seed for _, seed in live],
             retain_graph=True,
             create_graph=create_graph,
-            is_grads_batched=batched,
             materialize_grads=True,
         )
     by_node = dict(zip(edges, found, strict=True))
