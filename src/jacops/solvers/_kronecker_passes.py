@@ -131,12 +131,7 @@ class Passes:
         if not proofs.needs(*route):
             return batch.gradients(groups, seeds)
         found = list(batch.gradients(groups, seeds))
-        right = batch.confirmed(groups, seeds, found)
-        if not right and not proofs.refused(Question.PULL, RouteName.BATCHED):
-            proofs.refuse(Question.PULL, RouteName.BATCHED)
-            found = list(batch.gradients(groups, seeds))
-            right = batch.confirmed(groups, seeds, found)
-        if not right:
+        if not batch.confirmed(groups, seeds, found):
             _check_finite(groups, found, batch)
             proofs.refuse(Question.PULL, RouteName.BY_USES)
             batch.distrust()
