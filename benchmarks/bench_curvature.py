@@ -137,7 +137,7 @@ def factors_by_backpack(name: str, c: Batch) -> Callable[[], list[Tensor]]:
 
 
 def factors_by_asdfghjkl(kind: str, c: Batch) -> Callable[[], list[Tensor]]:
-    """Return the factors of all weights, biases as one more input, by asdfghjkl (imported as asdl)."""
+    """Return the factors of all weights by asdfghjkl (imported as asdl)."""
 
     def run() -> list[Tensor]:
         import asdl
@@ -150,7 +150,7 @@ def factors_by_asdfghjkl(kind: str, c: Batch) -> Callable[[], list[Tensor]]:
         maker.setup_loss_call(cross_entropy, output, c.y)
         maker.forward_and_backward()
         found = [part.fisher.kron for part in model.modules() if hasattr(part, "fisher") and part.fisher is not None]
-        return weight_factors((own.B, own.A[:-1, :-1]) for own in found)
+        return weight_factors((own.B, own.A) for own in found)
 
     makers: list[Any] = []
     model = deepcopy(c.model)
