@@ -149,7 +149,8 @@ def factors_by_asdfghjkl(kind: str, c: Batch) -> Callable[[], list[Tensor]]:
         output = maker.setup_model_call(model, c.x)
         maker.setup_loss_call(cross_entropy, output, c.y)
         maker.forward_and_backward()
-        found = [part.fisher.kron for part in model.modules() if hasattr(part, "fisher") and part.fisher is not None]
+        parts: list[Any] = list(model.modules())
+        found = [part.fisher.kron for part in parts if hasattr(part, "fisher") and part.fisher is not None]
         return weight_factors((own.B, own.A) for own in found)
 
     makers: list[Any] = []

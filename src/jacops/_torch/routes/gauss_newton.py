@@ -100,7 +100,7 @@ def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most:
     return diagonal, f"through {len(layers.sites)} outputs of layers, {swept} sweeps{beside}"
 
 
-def _signed_roots(curvature: Rows, output: Tensor) -> list[tuple[int, Directions]] | None:
+def _signed_roots(curvature: Rows, output: Tensor) -> Sequence[tuple[int, Directions]] | None:
     """Return directions s with signs such that H is the sum of all `sign * s s^T`; None where it mixes samples."""
     many, entries = output.shape[0], output[0].numel()
 
