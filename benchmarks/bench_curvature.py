@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,17 @@ from torch.nn.functional import cross_entropy, one_hot
 import jacops
 
 from .harness import BEST, Goal, Workload, curvlinops_module, same
-from .models import Case, Gated, after_step, flat, mlp
+from .models import Case, Gated, after_step, cnn, flat, mlp
 
 CHUNK = 256
+
+
+class Batch(NamedTuple):
+    """A classifier and a batch of data."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
 
 
 def row_by_row(c: Case) -> Tensor:
@@ -87,10 +95,10 @@ def gauss_newton(name: str, what: str, c: Case, goals: list[Goal]) -> Workload:
     return Workload(name, what, rivals, same(), goals=goals, **bound(c))
 
 
-def by_backpack(name: str, c: Case) -> Callable[[], Tensor]:
-    """Return a diagonal by BackPACK, on a model of its own, which it changes."""
+def backpack_fields(name: str, c: Batch) -> Callable[[], list[Any]]:
+    """Return what BackPACK keeps of each parameter, on a model of its own, which it changes."""
 
-    def run() -> Tensor:
+    def run() -> list[Any]:
         import backpack
         from backpack import extensions
 
@@ -99,10 +107,65 @@ def by_backpack(name: str, c: Case) -> Callable[[], Tensor]:
         rule, lossfunc = getattr(extensions, name)(), backpack.extend(nn.CrossEntropyLoss())
         with backpack.backpack(rule):
             lossfunc(models[0](c.x), c.y).backward()
-        return flat([getattr(p, rule.savefield) for p in models[0].parameters()])
+        return [getattr(p, rule.savefield) for p in models[0].parameters()]
 
     models: list[nn.Module] = []
     return run
+
+
+def by_backpack(name: str, c: Batch) -> Callable[[], Tensor]:
+    """Return a diagonal by BackPACK."""
+    found = backpack_fields(name, c)
+    return lambda: flat(found())
+
+
+def weight_factors(pairs: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Return factors of weights, outputs' first, each divided by its norm: libraries share out the scale otherwise."""
+    return [side / side.norm() for pair in pairs for side in pair[:2]]
+
+
+def kronecker_factors(c: Batch, kind: Literal["ggn", "empirical"]) -> list[Tensor]:
+    """Return the factors of all weights by jacops."""
+    found = jacops.kronecker_factors(c.model, cross_entropy, c.x, c.y, kind=kind, bias="separate")
+    return weight_factors(found[name] for name, p in c.model.named_parameters() if p.ndim > 1)
+
+
+def factors_by_backpack(name: str, c: Batch) -> Callable[[], list[Tensor]]:
+    """Return the factors of all weights by BackPACK."""
+    fields = backpack_fields(name, c)
+    return lambda: weight_factors(pair for pair in fields() if len(pair) > 1)
+
+
+def factors_by_asdfghjkl(kind: str, c: Batch) -> Callable[[], list[Tensor]]:
+    """Return the factors of all weights by asdfghjkl (imported as asdl)."""
+
+    def run() -> list[Tensor]:
+        import asdl
+
+        if not makers:
+            settings = {"fisher_type": kind, "fisher_shapes": ["kron"], "loss_type": "cross_entropy", "data_size": 1}
+            makers.append(asdl.get_fisher_maker(model, asdl.FisherConfig(**settings)))
+        maker = makers[0]
+        output = maker.setup_model_call(model, c.x)
+        maker.setup_loss_call(cross_entropy, output, c.y)
+        maker.forward_and_backward()
+        parts: list[Any] = list(model.modules())
+        found = [part.fisher.kron for part in parts if hasattr(part, "fisher") and part.fisher is not None]
+        return weight_factors((own.B, own.A) for own in found)
+
+    makers: list[Any] = []
+    model = deepcopy(c.model)
+    return run
+
+
+def kronecker(name: str, what: str, c: Batch, kind: Literal["ggn", "empirical"]) -> Workload:
+    """Return the case of Kronecker factors."""
+    exact, peers = kind == "ggn", dict[str, Callable[[], Any]]()
+    peers[f"jacops: kronecker_factors, {kind}"] = lambda: kronecker_factors(c, kind)
+    if exact:
+        peers["BackPACK: KFLR"] = factors_by_backpack("KFLR", c)
+    peers["asdfghjkl: kron"] = factors_by_asdfghjkl("fisher_exact" if exact else "fisher_emp", c)
+    return Workload(name, what, peers, same(), goals=[Goal(BEST, faster=1 / 1.2)])
 
 
 def by_unit_vectors(product: Callable[[Tensor], Tensor], size: int) -> Tensor:
@@ -118,7 +181,7 @@ def hessian_diagonal(name: str, what: str, c: Case) -> Workload:
         "jacops: diagonal(hessian(…))": lambda: jacops.linalg.diagonal(
             jacops.hessian(c.model, cross_entropy, c.x, c.y)
         ),
-        "BackPACK: DiagHessian": by_backpack("DiagHessian", c),
+        "BackPACK: DiagHessian": by_backpack("DiagHessian", Batch(c.model, c.x, c.y)),
         "torch.func: jvp of grad, unit vectors": lambda: by_unit_vectors(
             lambda v: jvp(slope, (c.theta,), (v,))[1], len(c.theta)
         ),
@@ -126,13 +189,13 @@ def hessian_diagonal(name: str, what: str, c: Case) -> Workload:
     return Workload(name, what, rivals, same())
 
 
-def gauss_newton_diagonal(name: str, what: str, c: Case) -> Workload:
+def gauss_newton_diagonal(name: str, what: str, c: Batch) -> Workload:
     """Return the case of a Gauss-Newton matrix's diagonal."""
     rivals: dict[str, Callable[[], Any]] = {
         "jacops: diagonal(ggn(…))": lambda: jacops.linalg.diagonal(jacops.ggn(c.model, cross_entropy, c.x, c.y)),
         "BackPACK: DiagGGNExact": by_backpack("DiagGGNExact", c),
     }
-    return Workload(name, what, rivals, same())
+    return Workload(name, what, rivals, same(), goals=[Goal(BEST, faster=1 / 1.1)])
 
 
 def bound(c: Case) -> dict[str, float]:
@@ -142,7 +205,7 @@ def bound(c: Case) -> dict[str, float]:
 
 
 def workloads() -> Iterator[Workload]:
-    """Yield the cases E1 to E5."""
+    """Yield the cases E1 to E12."""
     c = Case(mlp(16, 32, 32, 10, act=nn.Tanh), 512, 16, 10)
     goals = [Goal(BEST, faster=8), Goal("torch.func: hessian", faster=40), Goal(mib=64)]
     yield hessians("E1", "full Hessian, MLP of 1,930 parameters, 512 samples", c, goals)
@@ -152,4 +215,13 @@ def workloads() -> Iterator[Workload]:
     yield hessians("E3", what, gated, [Goal(BEST, faster=3)])
     yield hessian_diagonal("E4", "diagonal of the Hessian of E1", c)
     large = Case(mlp(256, 768, 768, 256, 10, act=nn.Tanh), 256, 256, 10)
-    yield gauss_newton_diagonal("E5", "diagonal of a Gauss-Newton matrix, 987,402 parameters", large)
+    wide, small = Batch(large.model, large.x, large.y), Batch(c.model, c.x, c.y)
+    pictures = Batch(cnn(), torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
+    yield gauss_newton_diagonal("E5", "diagonal of a Gauss-Newton matrix, 987,402 parameters", wide)
+    yield gauss_newton_diagonal("E6", "the same of the MLP of E1", small)
+    yield gauss_newton_diagonal("E7", "the same of the CNN of B2, 64 samples", pictures)
+    yield kronecker("E8", "Kronecker factors of the Gauss-Newton matrix of E1's MLP", small, "ggn")
+    yield kronecker("E9", "the same of the MLP of E5", wide, "ggn")
+    yield kronecker("E10", "the same of the CNN of E7", pictures, "ggn")
+    yield kronecker("E11", "Kronecker factors of the empirical Fisher matrix of E5's MLP", wide, "empirical")
+    yield kronecker("E12", "the same of the CNN of E7", pictures, "empirical")

@@ -11,7 +11,7 @@ from torch.func import functional_call, jacrev, vmap
 
 import jacops
 
-from .harness import Goal, Workload, same
+from .harness import BEST, Goal, Workload, same
 from .models import after_step, cnn, forward_flops, mlp
 
 PYPOSE = "PyPose: modjac"
@@ -92,8 +92,29 @@ def factors() -> Workload:
     return Workload("B4", what, rivals, same(1e-6), goals=[Goal(mib=16)])
 
 
+def forward() -> Workload:
+    """Return B5: a push per parameter, as who asks for forward mode gets."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+    x, params = torch.randn(32, 1, 8, 8), {n: p.detach() for n, p in model.named_parameters()}
+
+    def functional() -> Tensor:
+        found = torch.func.jacfwd(lambda p: functional_call(model, p, (x,)))(params)
+        return torch.cat([block.flatten(2) for block in found.values()], 2).flatten(0, 1)
+
+    rivals: dict[str, Callable[[], Any]] = {
+        "jacops.modjac, forward mode": lambda: jacops.modjac(model, x, flatten=True, strategy="forward-mode"),
+        "torch.func: jacfwd": functional,
+    }
+    what = "forward mode, small CNN, 32 samples: 320 × 666"
+    return Workload("B5", what, rivals, same(), goals=[Goal(BEST, faster=1.0)])
+
+
 def workloads() -> Iterator[Workload]:
-    """Yield the cases B1, B2 (with B3, the same through `modjac`) and B4."""
+    """Yield the cases B1, B2 (with B3, the same through `modjac`), B4 and B5."""
     torch.manual_seed(3)
 
     def goals(modjac: float, functional: float, mib: float) -> list[Goal]:
@@ -107,3 +128,4 @@ def workloads() -> Iterator[Workload]:
     yield workload("B1", what, lambda: mlp(20, 64, 64, 5, act=nn.Tanh), small, goals(50, 1.6, 8))
     yield workload("B2", "CNN, 64 samples: 640 × 25,578", cnn, torch.randn(64, 3, 32, 32), goals(30, 1.0, 48))
     yield factors()
+    yield forward()

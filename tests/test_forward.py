@@ -87,6 +87,37 @@ def test_a_push_agrees_with_the_rows_of_the_jacobian(name: str, monkeypatch: pyt
     assert "node by node" in J.lin.routes["push"]
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_columns_in_one_batched_pass_are_those_of_the_jacobian(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "_NEGLIGIBLE", torch.inf)
+    func, shapes = FUNCTIONS[name]
+    model, x = of(func, *shapes), drawn(5, 4)
+    J = jacops.jacobian(model, x)
+    wanted = torch.stack([J.T @ row for row in torch.eye(J.shape[0], dtype=F64)])
+    loose = 1e-5 if "precisions" in name else 1e-12
+    found = jacops.modjac(model, x, flatten=True, strategy="forward-mode")
+    torch.testing.assert_close(found, wanted, rtol=loose, atol=loose)
+
+
+def test_columns_of_one_parameter_take_a_pass_for_many_of_them() -> None:
+    J = jacops.jacobian(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(F64), drawn(5, 4))
+    tangents = torch.eye(32, dtype=F64).reshape(32, 8, 4)
+    J.lin.push_columns(0, tangents)
+    before = J.lin.sweeps
+    (found,) = J.lin.push_columns(0, tangents)
+    assert J.lin.sweeps == before + 1
+    assert "in one batched pass" in J.lin.routes["push"]
+    torch.testing.assert_close(found.flatten(1).T, J.dense()[:, :32])
+
+
+def test_a_hook_on_the_way_is_noticed_by_columns_in_a_batched_pass() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), Calls(turned_round), nn.Linear(3, 5)).to(F64)
+    J = jacops.jacobian(net, drawn(5, 4))
+    (found,) = J.lin.push_columns(0, torch.eye(12, dtype=F64).reshape(12, 3, 4))
+    torch.testing.assert_close(found.flatten(1).T, J.dense()[:, :12])
+    assert J.lin.routes["push"].startswith("differentiated")
+
+
 def turned_round(hidden: Tensor) -> Tensor:
     """A gradient turned round by a hook, which no node of the graph tells of."""
     if hidden.requires_grad:

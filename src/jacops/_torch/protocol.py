@@ -36,6 +36,7 @@ from .model.likelihoods import (
 from .model.loss_curvature import computed_convex, positive_everywhere
 from .model.loss_facts import counted_labels, is_convex
 from .model.losses import call_loss, one_row
+from .model.output_curvature import Directions, Elementwise, FullBlocks, Given, ProbedHessian, Softmax
 from .model.own_loss import ModelLoss, resolved_loss
 from .model.replica import bare, check_state, is_sharded, parameter_names, replicate
 from .model.row_losses import RowLosses, Weighted

@@ -20,12 +20,11 @@ from .._requirements import check_precision
 from .._runtime.counter import Draws
 from .._sharing import PLACES, refuse_apart
 from .._space import Space
-from .._torch.protocol import Gradients, Group, RecordedBatch, row_scale
+from .._torch.protocol import Directions, Given, Gradients, Group, RecordedBatch, row_scale
 from .._words import FisherSource
 from ..errors import InputError, NotDifferentiableError
 from ._kronecker_noise import Noise
 from ._kronecker_sums import Basis, OuterSums, RowSums, not_finite
-from ._output_curvature import Directions, Given
 from ._output_loss import LossAtOutput
 
 Summed = OuterSums | RowSums | Noise
@@ -132,12 +131,7 @@ class Passes:
         if not proofs.needs(*route):
             return batch.gradients(groups, seeds)
         found = list(batch.gradients(groups, seeds))
-        right = batch.confirmed(groups, seeds, found)
-        if not right and not proofs.refused(Question.PULL, RouteName.BATCHED):
-            proofs.refuse(Question.PULL, RouteName.BATCHED)
-            found = list(batch.gradients(groups, seeds))
-            right = batch.confirmed(groups, seeds, found)
-        if not right:
+        if not batch.confirmed(groups, seeds, found):
             _check_finite(groups, found, batch)
             proofs.refuse(Question.PULL, RouteName.BY_USES)
             batch.distrust()

@@ -7,23 +7,29 @@ small blocks in full.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from .._finite import check_outputs, is_finite
+from .._finite import check_outputs
 from .._ladder.protocol import Linearized, is_framework_model
 from .._recorded_loss import loss_of_output, recordable
-from .._runtime.agreement import few_operations_tolerance
-from .._runtime.contexts import private_noise, recording
+from .._runtime.contexts import recording
 from .._runtime.restoring import restoring
-from .._torch.protocol import counted_labels, gradient_linearization, record_at_outputs
+from .._torch.protocol import (
+    Elementwise,
+    FullBlocks,
+    ProbedHessian,
+    Softmax,
+    counted_labels,
+    gradient_linearization,
+    record_at_outputs,
+)
 from .._trees import output_leaves
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
-from ._output_curvature import Blocks, Elementwise, Softmax
 
 _FULL_ENTRIES = 2**26  # 512 MiB of blocks, which are held in float64
 
@@ -58,7 +64,7 @@ class LossAtOutput:
         check_outputs(call, outputs, tree.names)
         self._used = list(range(len(outputs)))
         self._computed_in: torch.dtype | None = None  # the loss's own dtype, which may be coarser than the output's
-        self._lin = self._gradient(loss)
+        self._at = self._recorded(loss)
         if not self._used:
             raise NotDifferentiableError(f"{call}: the loss does not depend on the model's output.")
         self.leaves = [outputs[i] for i in self._used]
@@ -70,15 +76,20 @@ class LossAtOutput:
         self.like = self.leaves[0].detach().new_empty(()).expand(samples, self.entries)  # takes no memory
 
     @restoring
-    def _gradient(self, loss: Any) -> Linearized:
-        """Return the gradient of the loss by the output, linearised there, and note what it depends on."""
+    def _recorded(self, loss: Any) -> Any:
+        """Return the loss by the output, recorded there, and note what it depends on."""
         if self.foreign:
-            return self.model.record_at_output(self.found, loss, self.y, self.call).lin
+            return self.model.record_at_output(self.found, loss, self.y, self.call)
         outer = record_at_outputs(self.found, loss_of_output(loss, recordable(self.y, False)), loss, self.call)
         reached = outer.lin.graph_info.leaves
         self._used = [i for i, leaf in enumerate(outer.lin.leaves) if id(leaf) in reached]
         self._computed_in = outer.lin.outputs[0].dtype
-        return gradient_linearization(outer, self.call) if self._used else outer.lin
+        return outer
+
+    @cached_property
+    def _lin(self) -> Linearized:
+        """The gradient of the loss by the output, linearised there."""
+        return self._at.lin if self.foreign else gradient_linearization(self._at, self.call)
 
     @restoring
     def output(self) -> Any:
@@ -89,12 +100,18 @@ class LossAtOutput:
 
     def product(self, rows: Tensor) -> Tensor:
         """Return the Hessian times `(n, entries)`."""
-        full = self._lin.codomain.split(rows.new_zeros(1, self._lin.codomain.dim))
-        parts = rows.split([leaf.numel() // self.samples for leaf in self.leaves], 1)
+        return self._products(rows.unsqueeze(0))[0]
+
+    def _products(self, rows: Tensor) -> Tensor:
+        """Return the Hessian times `(k, n, entries)`."""
+        many = len(rows)
+        full = self._lin.codomain.split(rows.new_zeros(many, self._lin.codomain.dim))
+        parts = rows.split([leaf.numel() // self.samples for leaf in self.leaves], 2)
         for i, part, leaf in zip(self._used, parts, self.leaves, strict=True):
-            full[i] = part.reshape(1, *leaf.shape).to(leaf.dtype)
+            full[i] = part.reshape(many, *leaf.shape).to(leaf.dtype)
         found = self._lin.pull_rows(full)
-        return self._joined([found[i][0] for i in self._used]).detach()
+        joined = [found[i].reshape(many, self.samples, -1).to(self.leaves[0].dtype) for i in self._used]
+        return torch.cat(joined, 2).detach()
 
     @restoring
     def gradient(self, loss: Any) -> Tensor:
@@ -122,50 +139,25 @@ class LossAtOutput:
             matrix[:, :, i] = self.product(unit)
         return matrix
 
-    def hessian(self) -> Elementwise | Softmax | Blocks:
+    def hessian(self) -> Elementwise | Softmax | FullBlocks:
         """Return the Hessian in the simplest form that gives its products.
 
         Raises:
             NonFiniteError: It holds NaN or Inf.
             InputError: The loss mixes samples, is not convex in the output, or is of a kind too large for its blocks.
         """
-        probe = private_noise(self.like, 1)
-        image = self.product(probe)
-        if not is_finite(image):
+        found = ProbedHessian(self._products, self.like, self.leaves, self._computed_in)
+        if not found.is_finite:
             raise NonFiniteError(f"{self.call}: in the loss's second derivative by the output, some are NaN or Inf.")
-        self._refuse_mixing(probe)
-        scale = float(image.norm())
-        allowed = max(few_operations_tolerance(dtype) for dtype in (probe.dtype, self._computed_in or probe.dtype))
-        signs = torch.where(private_noise(probe, 2) >= 0, 1.0, -1.0).to(probe)
-        diagonal = self.product(signs) * signs
-        if self.entries == 1 or float((diagonal * probe - image).norm()) <= allowed * scale:
+        if found.mixes:
+            came = "one that mixes samples"
+            raise InputError.of("loss", came, f"{self.call} needs a mean or a sum over samples", "Use `CG()`.")
+        diagonal = found.diagonal()
+        if diagonal is not None:
             return Elementwise(_root(diagonal))
-        return self._softmax(probe, image, allowed * scale) or self._blocks()
+        return found.softmax(self._counted) or self._blocks()
 
-    def _softmax(self, probe: Tensor, image: Tensor, allowed: float) -> Softmax | None:
-        output = self.leaves[0].detach()
-        shape = output.shape
-        if len(self.leaves) != 1 or shape[0] != self.samples:
-            return None
-        for axis in {1, len(shape) - 1}:
-            folded = (self.samples, math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :]))
-            p = output.softmax(axis).reshape(folded)
-            v, seen = probe.reshape(folded), image.reshape(folded)
-            plain = p * (v - (p * v).sum(2, keepdim=True))
-            strength = (v * plain).sum(2, keepdim=True)
-            # Factors are quotients: below that, rounding of float32 (6e-8) leaves them no two digits.
-            sure = strength > 1e-6 * strength.max()
-            factor = torch.where(sure, (v * seen).sum(2, keepdim=True) / torch.where(sure, strength, 1.0), 0.0)
-            usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())
-            factor = torch.where(sure, factor, usual * (seen.abs().amax(2, keepdim=True) > 0))
-            if float((factor * plain - seen).norm()) <= allowed and bool((factor >= 0).all()):
-                real, labels = factor > 0, self._counted
-                if labels is not None and labels.numel() == real.numel():
-                    real = labels.reshape(real.shape).to(real.device)
-                return Softmax(p, factor.sqrt(), real)
-        return None
-
-    def _blocks(self) -> Blocks:
+    def _blocks(self) -> FullBlocks:
         if self.samples * self.entries**2 > _FULL_ENTRIES:
             came = f"one whose Hessian by {self.entries} outputs is neither diagonal nor that of a softmax"
             needed = f"blocks of {self.entries} × {self.entries} for {self.samples} samples are too many"
@@ -180,13 +172,7 @@ class LossAtOutput:
         kept = (values > 1e-14 * largest).any(0)
         kept[-1] = True
         root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1))[..., kept].to(self.like.dtype)
-        return Blocks(root, matrix.diagonal(dim1=1, dim2=2) != 0)
-
-    def _refuse_mixing(self, probe: Tensor) -> None:
-        half = torch.arange(self.samples, device=probe.device) % 2 == 0
-        if bool(self.product(probe * half.unsqueeze(1))[~half].any()):
-            came = "one that mixes samples"
-            raise InputError.of("loss", came, f"{self.call} needs a mean or a sum over samples", "Use `CG()`.")
+        return FullBlocks(root, matrix.diagonal(dim1=1, dim2=2) != 0)
 
 
 def _root(diagonal: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._runtime.rows import plain
+from ..sweeps.batched import at_once, passed
 from ..sweeps.linearization import Linearization
 from .orders import sample_uses
 from .parts import Several
@@ -42,29 +43,37 @@ class LayerRows:
         self.sites = [use for leaf, own in found.items() if lin.leaves[leaf].numel() for use in own]
 
     def sweep(
-        self,
-        seeds: Sequence[Tensor],
-        sites: Sequence[ParameterUse] | None = None,
-        batched: bool = False,
-        create_graph: bool = False,
+        self, seeds: Sequence[Tensor], sites: Sequence[ParameterUse] | None = None, create_graph: bool = False
     ) -> list[Tensor]:
         """Return `(n, T, …)` at every site, or at some, by one sweep.
 
         Args:
             seeds: Cotangents, shaped as the outputs.
             sites: Where; everywhere if not given.
-            batched: There are k, `(k, *output)` each, which gives `(k, n, T, …)`.
             create_graph: What is found keeps its graph.
 
         Raises:
             RouteFailedError: Torch cannot take it.
         """
         sites = self.sites if sites is None else sites
-        self.lin.sweeps += len(seeds[0]) if batched else bool(sites)
-        pairs = zip(sites, cotangents(self.lin, sites, seeds, batched=batched, create_graph=create_graph), strict=True)
-        if batched:
-            return [torch.stack([site.delta(plain(delta)) for delta in deltas]) for site, deltas in pairs]
+        self.lin.sweeps += bool(sites)
+        pairs = zip(sites, cotangents(self.lin, sites, seeds, create_graph=create_graph), strict=True)
         return [site.delta(plain(delta), create_graph) for site, delta in pairs]
+
+    def sweeps(self, seeds: Tensor, sites: Sequence[ParameterUse] | None = None) -> Iterator[list[Tensor]]:
+        """Yield `(m, n, T, …)` at every site, or at some, for cotangents `(k, *output)`, m of them at a time.
+
+        Raises:
+            RouteFailedError: Torch cannot take them.
+        """
+        sites = self.sites if sites is None else sites
+        edges = {use.node: use.edge for use in sites}  # a weight and its bias enter together
+        entries = {use.node: use.shape.numel() for use in sites}
+        step = at_once(sum(entries.values()))
+        for some in seeds.split(step) if sites else ():
+            found = passed(self.lin, self.lin.outputs, list(edges.values()), [some])
+            by_node = dict(zip(edges, found, strict=True))
+            yield [_deltas(use, by_node[use.node], some) for use in sites]
 
     @cached_property
     def by_leaf(self) -> list[tuple[int, list[int]]]:
@@ -78,11 +87,17 @@ class LayerRows:
         """Yield covered leaves with what to add to the sum of their squared gradients, over samples and seeds.
 
         Cotangents of several seeds are squared together, up to `most` numbers of them.
+
+        Args:
+            operands: What multiplies the parameters, by site.
+            seeds: Cotangents, `(k, *output)` each.
+            most: Numbers that an array on the way may hold.
         """
         waiting: list[list[Tensor]] = []
-        for seed in seeds:
-            waiting.append(self.sweep([seed]))
-            if (len(waiting) + 1) * sum(delta.numel() for delta in waiting[0]) > most:
+        for deltas in (found for some in seeds for found in self.sweeps(some)):
+            waiting.append(deltas)
+            held = sum(delta.numel() for own in waiting for delta in own)
+            if held + sum(delta.numel() for delta in deltas) > most:
                 yield from self._squared(operands, waiting)
                 waiting = []
         if waiting:
@@ -91,11 +106,18 @@ class LayerRows:
     def _squared(
         self, operands: Sequence[Tensor | None], sweeps: Sequence[Sequence[Tensor]]
     ) -> Iterator[tuple[int, Tensor]]:
-        deltas = [torch.stack(found, 1) for found in zip(*sweeps, strict=True)]
+        by_sample = ([rows.transpose(0, 1) for rows in found] for found in zip(*sweeps, strict=True))
+        deltas = [found[0] if len(found) == 1 else torch.cat(found, 1) for found in by_sample]
         for leaf, sites in self.by_leaf:
             parts = [self.sites[i].part(operands[i], deltas[i]) for i in sites]
             if parts:
                 yield leaf, (parts[0] if len(parts) == 1 else Several(parts)).column_squares()
+
+
+def _deltas(use: ParameterUse, found: Tensor | None, seeds: Tensor) -> Tensor:
+    """Return cotangents `(m, *shape)` at a use's output as rows `(m, n, T, …)`; zero where nothing arrives."""
+    cotangent = seeds.new_zeros(len(seeds), *use.shape, dtype=use.dtype) if found is None else plain(found)
+    return use.deltas(cotangent)
 
 
 def add_rows(

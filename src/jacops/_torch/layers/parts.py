@@ -58,6 +58,10 @@ class Rows(RowFactors):
         """Square them."""
         return torch.linalg.vector_norm(self.rows, dim=(2, 3)).square()  # a graph may keep the norms
 
+    def column_squares(self) -> Tensor:
+        """Square them."""
+        return self.rows.square().sum((0, 1))
+
 
 @dataclass(frozen=True, eq=False)
 class Products(RowFactors):

@@ -36,6 +36,7 @@ from .rules import (
     output_shape,
     passed_on,
     pulled_back,
+    refusal,
     repeating_sums,
 )
 
@@ -137,6 +138,16 @@ class ParameterUse:
         factor = None if self.kind != "vector" else self.attached if attached else self.operand
         rows = by_sample(self._rule.rows(self.node, cotangent, self.entry, factor), self.samples, self.order)
         return rows.unsqueeze(2) if self.kind == "lookup" else rows
+
+    def deltas(self, cotangents: Tensor) -> Tensor:
+        """Return the rows `(k, n, T, …)` for several cotangents `(k, *shape)`."""
+        if self.kind == "outer" and self._layout is not None:
+            return self._layout.spread(cotangents, self.samples, self.order).unflatten(3, (self._layout.groups, -1))
+        if self.kind == "vector" and self.operand is None and self.entry.copies == 1 and len(self.shape) > 1:
+            # The first axis makes rows, of whatever cotangent.
+            rows = self._rule.rows(self.node, cotangents.flatten(0, 1), self.entry, None)
+            return by_sample(rows.unflatten(0, (len(cotangents), -1)), self.samples, self.order, axis=1)
+        return torch.stack([self.delta(cotangent) for cotangent in cotangents])
 
     def part(self, operand: Tensor | None, delta: Tensor) -> RowFactors:
         """Return rows from cotangents `(n, k, T, …)`.
@@ -341,30 +352,9 @@ class _Search:
 
     def _use(self, node: Any, place: int, entry: Entry) -> ParameterUse | None:
         rule = RULES.get((node.name(), place))
-        if rule is None or node in self._inside or _refusal(rule, node, entry) is not None:
+        if rule is None or node in self._inside or refusal(rule, node, entry) is not None:
             return None
         return ParameterUse(node, entry, output_shape(node), rule, self._lin.leaves[entry.leaf])
-
-
-def _refusal(rule: Rule, node: Any, entry: Entry) -> str | None:
-    """Return why an operation is not the one its rule describes: factors, transposition, spoiled values."""
-    meta = node._input_metadata[0]
-    if meta.dtype != entry.dtype or not meta.shape:
-        return "its output has another dtype, or no axes"
-    if any(getattr(node, factor) != 1 for factor in rule.factors):
-        return "it is multiplied by a number"
-    if rule.kind == "vector" and entry.turned:
-        return "the vector is transposed"
-    try:  # what is costly to compute is not looked at but at what it is computed from
-        source = rule.source(node)
-        reason = rule.refuses(node, entry)
-    except RuntimeError:  # a saved tensor was written into since
-        return "what it kept was written into"
-    if reason is not None or source is None:
-        return reason if reason is not None or rule.kind == "vector" else "it kept no operand"
-    same = type(source) is Tensor and (not source.is_floating_point() or source.dtype == entry.dtype)
-    plain = source.layout is torch.strided and (rule.kind == "vector" or same)
-    return None if plain else "its operand is of another kind"
 
 
 @restoring
@@ -372,7 +362,6 @@ def cotangents(
     lin: Linearization,
     uses: Sequence[ParameterUse],
     seeds: Sequence[Tensor],
-    batched: bool = False,
     create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the cotangents at the outputs of all uses, by one sweep that forms no gradient of a leaf.
@@ -391,7 +380,6 @@ def cotangents(
             [seed for _, seed in live],
             retain_graph=True,
             create_graph=create_graph,
-            is_grads_batched=batched,
             materialize_grads=True,
         )
     by_node = dict(zip(edges, found, strict=True))

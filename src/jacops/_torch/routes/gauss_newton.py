@@ -22,6 +22,7 @@ from ..layers.factors import LayerRows, add_rows
 from ..layers.parts import matrix_shape
 from ..layers.sites import LayerOutput, find_sites, pays, settled, shadows
 from ..layers.uses import ParameterUse
+from ..model.output_curvature import Directions, Elementwise, Given, ProbedHessian
 from ..sweeps.batched import at_once, passed
 from ..sweeps.linearization import Linearization
 from .by_layers import Rehearsal, Rows
@@ -81,20 +82,48 @@ def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most:
     if not _applies(lin) or lin.outputs[0][0].numel() == lin.domain.dim:
         return None
     (output,) = lin.outputs
-    layers, H = LayerRows(lin, output.shape[0]), _blocks(curvature, output)
-    if H is None or not layers.sites:
+    layers = LayerRows(lin, output.shape[0])
+    signed = _signed_roots(curvature, output) if layers.sites else None
+    if signed is None:
         return None
     before, slices = lin.sweeps, lin.domain.slices
     diagonal = torch.zeros(lin.domain.dim, dtype=lin.domain.dtype, device=lin.domain.device)
-    operands, (values, factors) = [site.sample_operand() for site in layers.sites], _factored(H)
-    for sign in (1, -1):
-        of_sign = (values.sign() == sign).to(factors.dtype)
-        seeds = (factors[:, :, k] * of_sign[:, k : k + 1] for k in range(H.shape[1]) if bool(of_sign[:, k].any()))
-        for leaf, squares in layers.column_squares(operands, (seed.view(output.shape) for seed in seeds), most):
+    operands = [site.sample_operand() for site in layers.sites]
+    step = max(1, at_once(output.numel()))
+    for sign, roots in signed:
+        chunks = (range(start, min(start + step, roots.columns)) for start in range(0, roots.columns, step))
+        seeds = (roots.chunk(some.start, some.stop).view(-1, *output.shape) for some in chunks)
+        for leaf, squares in layers.column_squares(operands, seeds, most):
             diagonal[slices[leaf]].add_(squares.flatten(), alpha=sign)
     swept, lost = lin.sweeps - before, [slices[leaf] for leaf in layers.missing]
     beside = ByProducts(lin, rows, lost).add_diagonal(diagonal, most)
     return diagonal, f"through {len(layers.sites)} outputs of layers, {swept} sweeps{beside}"
+
+
+def _signed_roots(curvature: Rows, output: Tensor) -> Sequence[tuple[int, Directions]] | None:
+    """Return directions s with signs such that H is the sum of all `sign * s s^T`; None where it mixes samples."""
+    many, entries = output.shape[0], output[0].numel()
+
+    def product(rows: Tensor) -> Tensor:
+        return curvature(rows.flatten(1)).view(-1, many, entries)
+
+    probed = ProbedHessian(product, output.detach().reshape(many, entries), [output])
+    if probed.mixes:
+        return None
+    found = probed.diagonal() if probed.is_finite else None
+    if found is not None:
+        return [(1, Elementwise(found.clamp_min(0).sqrt())), (-1, Elementwise(found.clamp_max(0).neg().sqrt()))][
+            : 1 + bool((found < 0).any())
+        ]
+    softmax = probed.softmax() if probed.is_finite else None
+    if softmax is not None:
+        return [(1, softmax)]
+    H = _blocks(curvature, output)
+    if H is None:
+        return None
+    values, factors = _factored(H)
+    signed = ((sign, factors * (values.sign() == sign).unsqueeze(1)) for sign in (1, -1))
+    return [(sign, Given(own[:, :, own.any(1).any(0)].permute(2, 0, 1))) for sign, own in signed if bool(own.any())]
 
 
 @dataclass(eq=False)

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError
-from ..._ladder.names import Question, RouteName
-from ..._ladder.route import Asked, Way, answer
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
@@ -160,11 +158,9 @@ class RecordedBatch:
             yield swept.pop(group.leaves[0]) if group.form == "swept" else self._gradients(group, sites, found, seeds)
 
     def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
-        """Return the rows `(k, n, t, …)` at every site, all cotangents in one sweep where that is known to be right."""
-        return answer(
-            SeedsAsk(Question.PULL, self.lin.call, self.lin.proofs, layers=self._layers, sites=sites, seeds=seeds),
-            _AT_SITES,
-        )
+        """Return the rows `(k, n, t, …)` at every site."""
+        found = list(self._layers.sweeps(seeds, sites))
+        return [own[0] if len(own) == 1 else torch.cat(own) for own in zip(*found, strict=True)]
 
     def _gradients(
         self, group: Group, sites: Sequence[ParameterUse], deltas: Sequence[Tensor], seeds: Tensor
@@ -227,32 +223,6 @@ class RecordedBatch:
     def distrust(self) -> None:
         """Take ordinary sweeps for all parameters from now on."""
         self.uses = {}
-
-
-@dataclass
-class SeedsAsk(Asked):
-    """Cotangents `(k, *output)`, to be swept to sites."""
-
-    layers: LayerRows = None  # type: ignore[assignment]
-    sites: Sequence[ParameterUse] = ()
-    seeds: Tensor = None  # type: ignore[assignment]
-
-    def alone(self) -> list[Tensor]:
-        """Return the rows by one sweep each."""
-        singles = [self.layers.sweep([seed], self.sites) for seed in self.seeds]
-        return [torch.stack(own) for own in zip(*singles, strict=True)]
-
-
-_AT_SITES = (
-    Way(
-        RouteName.BATCHED,
-        lambda ask: ask.layers.sweep([ask.seeds], ask.sites, batched=True),
-        refusal=lambda ask: (
-            "" if len(ask.seeds) == 1 or ask.verdicts.refused(Question.PULL, RouteName.BATCHED) else None
-        ),
-    ),
-    Way("one by one", SeedsAsk.alone, leaving="never"),
-)
 
 
 def _forms(sites: Sequence[ParameterUse]) -> set[str]:

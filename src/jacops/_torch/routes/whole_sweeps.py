@@ -136,7 +136,7 @@ def _refuse_not_holomorphic(lin: Linearization, index: int, leaf: int, straight:
 
 def _fill_columns(lin: Linearization, create_graph: bool, chunk_size: int | None) -> Iterator[Piece]:
     for leaf, array in enumerate(lin.leaves):
-        chunks = Chunks(array.numel(), chunk_size or lin.chunk(array.numel()))
+        chunks = Chunks(array.numel(), chunk_size or lin.column_chunk(leaf, create_graph))
         for where in track(chunks, lin.call):
             with chunks.halving(where, lin.call):
                 for index, part in enumerate(_columns(lin, leaf, where, create_graph)):
@@ -158,11 +158,12 @@ def _columns(lin: Linearization, leaf: int, where: slice, create_graph: bool) ->
 
 
 def _push_basis(lin: Linearization, leaf: int, where: slice, unit: complex, create_graph: bool) -> Rows:
+    own = basis(lin.leaves[leaf].detach(), where) * unit
+    if not create_graph:
+        return lin.push_columns(leaf, own)
     many = where.stop - where.start
     tangents = [
-        basis(array, where) * unit
-        if j == leaf
-        else torch.zeros(many, *array.shape, dtype=array.dtype, device=array.device)
+        own if j == leaf else torch.zeros(many, *array.shape, dtype=array.dtype, device=array.device)
         for j, array in enumerate(map(torch.Tensor.detach, lin.leaves))
     ]
     return lin.push_by_double_backward(tangents, create_graph)

@@ -19,7 +19,7 @@ class SweepAsk:
     Attributes:
         question: PULL or PUSH.
         lin: The linearisation.
-        rows: `(k, *output)` per output (None: zero) or `(k, *leaf)` per leaf.
+        rows: `(k, *output)` per output or `(k, *leaf)` per leaf (None: zero).
         many: k.
         create_graph: Keep the result differentiable.
         out: Where to write, if there is a place already.
@@ -39,4 +39,6 @@ class SweepAsk:
     def __post_init__(self) -> None:
         lin = self.lin
         self.call, self.fallback, self.verdicts, self.routes = lin.call, lin.fallback, lin.proofs, lin.routes
-        self.shape = self.many  # proofs are per number of rows
+        # proofs are per number of rows, and per tensors that move
+        moving = tuple(i for i, rows in enumerate(self.rows) if rows is not None)
+        self.shape = self.many if len(moving) == len(self.rows) else (self.many, moving)

@@ -65,9 +65,9 @@ class DoubleBackward:
             with unwatched():
                 self.sizes = [size(g) for g in self.grads if g is not None]
 
-    def push(self, lin: Linearization, tangents: Sequence[Tensor], create_graph: bool, batched: bool) -> Rows:
-        """Return `(k, *output)` per output from `(k, *leaf)` per leaf."""
-        many = tangents[0].shape[0]
+    def push(self, lin: Linearization, tangents: Sequence[Tensor | None], create_graph: bool, batched: bool) -> Rows:
+        """Return `(k, *output)` per output from `(k, *leaf)` per leaf, None for zero."""
+        many = next(t.shape[0] for t in tangents if t is not None)
         if not self.live:
             return [zero_rows(many, o) for o in lin.outputs]
         results: list[Tensor | None] = [None] * len(self.seeds)
@@ -77,9 +77,15 @@ class DoubleBackward:
         pushed = iter(zero_rows(many, o) if r is None else plain(r) for o, r in zip(self.live, results, strict=True))
         return [next(pushed) if o.requires_grad else zero_rows(many, o) for o in lin.outputs]
 
-    def paired(self, tangents: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return each gradient with the tangents of its leaf."""
-        return [(g, tangents[j]) for g, j in zip(self.grads, self.index, strict=True) if g is not None]
+    def paired(self, tangents: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        """Return each gradient with the tangents of its leaf, where both are there."""
+        pairs = ((g, tangents[j]) for g, j in zip(self.grads, self.index, strict=True))
+        return [(g, t) for g, t in pairs if g is not None and t is not None]
+
+    def sizes_along(self, tangents: Sequence[Tensor | None]) -> list[float]:
+        """Return the norms of the gradients that `paired` returns."""
+        known = zip(self.sizes, (j for g, j in zip(self.grads, self.index, strict=True) if g is not None), strict=True)
+        return [norm for norm, j in known if tangents[j] is not None]
 
     @restoring
     def _swept(
@@ -114,7 +120,7 @@ class AdjointOfItsPull:
         if not pushed:
             return True
         with unwatched():
-            error = adjoint_error(own.seeds, own.paired(ask.rows), pushed, own.sizes)
+            error = adjoint_error(own.seeds, own.paired(ask.rows), pushed, own.sizes_along(ask.rows))
         if not error <= lin.tolerance:
             names = lin.graph_info.functions
             blame = f", perhaps by the custom Function {', '.join(names)}" if names else ""

@@ -19,7 +19,7 @@ from ..._ladder.names import Question
 from ..._ladder.route import answer
 from ..._progress import track
 from ..._runtime.agreement import tolerance
-from ..._runtime.chunks import to_a_pass
+from ..._runtime.chunks import MOST_COLUMNS, to_a_pass
 from ..._runtime.contexts import autocast_on, must_surface, sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, basis, contracted, dense, plain, stacked, zero_rows
@@ -32,7 +32,7 @@ from .graph import GraphInfo, inspect_graph, passed_bytes, refuse_cut, saved_byt
 from .nodewise import Nodewise
 from .proofs import Proofs, ProofStore
 from .pulls import PULLS
-from .pushes import BY_DOUBLE_BACKWARD, NEVER_BY_ROWS, PUSHES
+from .pushes import BY_DOUBLE_BACKWARD, COLUMNS, NEVER_BY_ROWS, PUSHES
 from .reentrant import backward
 from .weights import Weights, not_swept
 
@@ -263,6 +263,15 @@ class Linearization:
         """
         return self._pushed(tangents, create_graph, BY_DOUBLE_BACKWARD)
 
+    def push_columns(self, leaf: int, tangents: Tensor) -> Rows:
+        """Return `(k, *output)` per output from tangents `(k, *leaf)` of one leaf alone.
+
+        Raises:
+            RouteFailedError: The function has no route that pushes, or they fail their checks.
+        """
+        rows = [tangents if i == leaf else None for i in range(len(self.leaves))]
+        return answer(SweepAsk(Question.PUSH, self, rows, tangents.shape[0]), COLUMNS)
+
     @property
     def double_backward(self) -> DoubleBackward:
         """The recorded backward pass, made when it is first needed."""
@@ -314,6 +323,13 @@ class Linearization:
         # A pass fits a processor's cache or not; devices have room for more cotangents than that, and need them.
         on_processor = rows > 1 and self.domain.device.type == "cpu"
         return to_a_pass(rows, self.domain.dim + self.codomain.dim, self._passed_bytes if on_processor else 0)
+
+    def column_chunk(self, leaf: int, create_graph: bool = False) -> int:
+        """Return how many tangents of one leaf go into one batched pass."""
+        columns = self.domain.sizes[leaf]
+        if create_graph or self.domain.device.type != "cpu":
+            return self.chunk(columns)
+        return to_a_pass(columns, columns + self.codomain.dim, self._passed_bytes, MOST_COLUMNS)
 
     @cached_property
     def _passed_bytes(self) -> int:

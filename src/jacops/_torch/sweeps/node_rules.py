@@ -179,7 +179,7 @@ def _convolved(node: Any, tangents: Tangents) -> list[Tensor | None]:
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return left.mm(right) if total is None else total.addmm_(left, right)
+    return left.mm(right) if total is None else torch.addmm(total, left, right)  # in place it has no batching rule
 
 
 def _plus(left: Tensor | None, right: Tensor | None) -> Tensor | None:

@@ -77,24 +77,36 @@ class Nodewise:
         self.steps = _planned({p for p in self.starts if p}, [p for p in self.ends if p])
 
     @restoring
-    def push(self, lin: Linearization, tangent: Sequence[Tensor]) -> Rows:
-        """Return one tensor per output from one tangent per leaf.
+    def push(self, lin: Linearization, tangent: Sequence[Tensor | None], together: bool = False) -> Rows:
+        """Return one tensor per output from one tangent per leaf, None for zero.
+
+        Args:
+            lin: Whose graph it is.
+            tangent: The tangents.
+            together: There are several, `(k, *leaf)` each, which gives `(k, *output)`.
 
         Raises:
             RouteNotFiniteError: A value is NaN or Inf.
         """
         lin.sweeps += 1
+        given = [t for t in tangent if t is not None]
+
+        def pushed(*moving: Tensor) -> tuple[Tensor, ...]:
+            rest = iter(moving)
+            return tuple(self._pushed(lin.outputs, [None if t is None else next(rest) for t in tangent]))
+
         with sweeping(lin.outputs[0]), torch.no_grad():
-            row = self._pushed(lin.outputs, tangent)
+            row = list((torch.func.vmap(pushed) if together else pushed)(*given))
         if not all(is_finite(part) for part in row):
             raise RouteNotFiniteError("values are not finite")
         return row
 
-    def _pushed(self, outputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Rows:
+    def _pushed(self, outputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Rows:
         known: dict[Place, Tensor] = {}
         for place, j in zip(self.starts, self.index, strict=True):
-            if place is not None:
-                _add(known, place, tangents[j])
+            tangent = tangents[j]
+            if place is not None and tangent is not None:
+                _add(known, place, tangent)
         for step in self.steps:
             arrived = [None if source is None else known.get(source) for source in step.sources]
             if any(t is not None for t in arrived):
@@ -130,19 +142,19 @@ class Adjoint:
         started = time.perf_counter()
         pulled = lin.pull(noise)
         limit = _SLOW * (time.perf_counter() - started) + _NEGLIGIBLE
-        pairs = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None]
+        pairs = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None and t is not None]
         error = adjoint_error(noise, pairs, found)
         if not error <= lin.tolerance:
             raise RouteWrongError(f"a push node by node fails the adjoint identity (by {error:.1e})")
         # Twice: the machine may have been busy with something else.
         if lin.nodewise.seconds > limit and _seconds(ask) > limit:
-            ask.verdicts.refuse(ask.question, NodewisePush.name, "measured slower than a differentiated pull")
+            ask.verdicts.refuse(ask.question, route.name, "measured slower than a differentiated pull")
         return True
 
 
 def _seconds(ask: SweepAsk) -> float:
     started = time.perf_counter()
-    ask.lin.nodewise.push(ask.lin, [t[0] for t in ask.rows])
+    ask.lin.nodewise.push(ask.lin, _of(ask, 0))
     return time.perf_counter() - started
 
 
@@ -172,11 +184,38 @@ class NodewisePush:
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *output)` per output."""
         lin, started = ask.lin, time.perf_counter()
-        pushed = [lin.nodewise.push(lin, [t[i] for t in ask.rows]) for i in range(ask.many)]
+        pushed = [lin.nodewise.push(lin, _of(ask, i)) for i in range(ask.many)]
         lin.nodewise.seconds = (time.perf_counter() - started) / max(1, ask.many)
         if len(pushed) == 1:
             return [part.unsqueeze(0) for part in pushed[0]]
         return [torch.stack(parts) for parts in zip(*pushed, strict=True)]
+
+
+class BatchedNodewise(NodewisePush):
+    """All tangents through the recorded graph, node by node, in one pass under vmap."""
+
+    name = "node by node, batched"
+
+    def refuses(self, ask: SweepAsk) -> str | None:
+        """One tangent needs no batch; saved tensors that are made again when they are used would be under vmap, too."""
+        effects = ask.lin.proofs.effects
+        again = effects is not None and effects.packs
+        return "" if ask.many == 1 or ask.create_graph or again or not any(t is not None for t in ask.rows) else None
+
+    def describe(self, ask: SweepAsk) -> str:
+        """Name the number of tangents."""
+        return f"{ask.many} tangents node by node through the recorded graph, in one batched pass"
+
+    def value(self, ask: SweepAsk) -> Rows:
+        """Return `(k, *output)` per output."""
+        lin, started = ask.lin, time.perf_counter()
+        found = lin.nodewise.push(lin, ask.rows, together=True)
+        lin.nodewise.seconds = (time.perf_counter() - started) / ask.many
+        return found
+
+
+def _of(ask: SweepAsk, number: int) -> list[Tensor | None]:
+    return [None if t is None else t[number] for t in ask.rows]
 
 
 def _place(tensor: Tensor) -> Place:

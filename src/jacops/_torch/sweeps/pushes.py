@@ -6,7 +6,7 @@ from ..._ladder.plan import Cost
 from ..._runtime.rows import Rows
 from .ask import SweepAsk
 from .double_backward import BatchedDoubleBackward, OneByOneDoubleBackward
-from .nodewise import NodewisePush
+from .nodewise import BatchedNodewise, NodewisePush
 
 
 class PushByRows:
@@ -33,5 +33,6 @@ class PushByRows:
 
 
 BY_DOUBLE_BACKWARD = (BatchedDoubleBackward(), OneByOneDoubleBackward())
+COLUMNS = (BatchedNodewise(), NodewisePush(), *BY_DOUBLE_BACKWARD)
 NEVER_BY_ROWS = (NodewisePush(), *BY_DOUBLE_BACKWARD)
 PUSHES = (PushByRows(), *NEVER_BY_ROWS)

@@ -11,7 +11,7 @@ from .embedding import Embedding, repeating_sums
 from .linear import BatchedProduct, MatrixProduct
 from .normalisation import BatchGain, BatchOffset, GroupGain, LayerGain
 from .parametrised import derived, passed_on, pulled_back
-from .rule import Entry, Kind, Order, RowLayout, Rule, by_sample, output_shape
+from .rule import Entry, Kind, Order, RowLayout, Rule, by_sample, output_shape, refusal
 from .scale import Broadcast, ByChannel, Slope
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "output_shape",
     "passed_on",
     "pulled_back",
+    "refusal",
     "repeating_sums",
 ]
 

@@ -184,3 +184,24 @@ class Rule(ABC):
     def patch_bytes(self, node: Any, entry: Entry) -> int:
         """Return the bytes of an operand that is larger than what it is made of; 0 elsewhere."""
         return 0
+
+
+def refusal(rule: Rule, node: Any, entry: Entry) -> str | None:
+    """Return why an operation is not the one its rule describes: factors, transposition, spoiled values."""
+    meta = node._input_metadata[0]
+    if meta.dtype != entry.dtype or not meta.shape:
+        return "its output has another dtype, or no axes"
+    if any(getattr(node, factor) != 1 for factor in rule.factors):
+        return "it is multiplied by a number"
+    if rule.kind == "vector" and entry.turned:
+        return "the vector is transposed"
+    try:  # what is costly to compute is not looked at but at what it is computed from
+        source = rule.source(node)
+        reason = rule.refuses(node, entry)
+    except RuntimeError:  # a saved tensor was written into since
+        return "what it kept was written into"
+    if reason is not None or source is None:
+        return reason if reason is not None or rule.kind == "vector" else "it kept no operand"
+    same = type(source) is Tensor and (not source.is_floating_point() or source.dtype == entry.dtype)
+    plain = source.layout is torch.strided and (rule.kind == "vector" or same)
+    return None if plain else "its operand is of another kind"

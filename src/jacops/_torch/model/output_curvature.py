@@ -2,12 +2,17 @@ r"""The loss's Hessian by the model's output, sample by sample, as directions $s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .._runtime.counter import Draws
+from ..._finite import is_finite
+from ..._runtime.agreement import few_operations_tolerance
+from ..._runtime.contexts import private_noise
+from ..._runtime.counter import Draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +86,7 @@ class Given:
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class FullBlocks:
     """Any positive Hessian of small outputs.
 
     Attributes:
@@ -109,10 +114,77 @@ class Blocks:
         return torch.einsum("nek,snk->sne", self.root, along)
 
 
-Directions = Elementwise | Softmax | Given | Blocks
+Directions = Elementwise | Softmax | Given | FullBlocks
 
 
 def _units(start: int, stop: int, like: Tensor) -> Tensor:
     """Return unit vectors `(stop - start, 1, entries)` of a sample's output."""
     entries = torch.arange(start, stop, device=like.device)
     return torch.nn.functional.one_hot(entries, like.shape[1:].numel()).unsqueeze(1).to(like)
+
+
+class ProbedHessian:
+    """What three products tell of the Hessian of a loss by the outputs: its form is read off them, not off the loss.
+
+    Args:
+        product: Products with rows `(k, n, entries)`.
+        like: `(n, entries)`, in the dtype and on the device of the outputs.
+        outputs: The outputs whose entries these are, one after the other.
+        computed_in: The loss's own dtype, which may be coarser than the outputs'.
+
+    Attributes:
+        is_finite: The products are.
+        mixes: A sample's output changes the slope at another's.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        like: Tensor,
+        outputs: Sequence[Tensor],
+        computed_in: torch.dtype | None = None,
+    ) -> None:
+        self._outputs, self._probe = outputs, private_noise(like, 1)
+        half = torch.arange(like.shape[0], device=like.device) % 2 == 0
+        self._signs = torch.where(private_noise(like, 2) >= 0, 1.0, -1.0).to(self._probe)
+        self._image, masked, self._signed = product(
+            torch.stack([self._probe, self._probe * half[:, None], self._signs])
+        )
+        self.is_finite = is_finite(self._image)
+        self.mixes = bool(masked[~half].any())
+        rounding = max(few_operations_tolerance(dtype) for dtype in (like.dtype, computed_in or like.dtype))
+        self._allowed = rounding * float(self._image.norm())
+
+    def diagonal(self) -> Tensor | None:
+        """Return its diagonal `(n, entries)`, where there is nothing beside it."""
+        found = self._signed * self._signs
+        alone = self._probe.shape[1] == 1
+        return found if alone or float((found * self._probe - self._image).norm()) <= self._allowed else None
+
+    def softmax(self, counted: Tensor | None = None) -> Softmax | None:
+        """Return it as that of a softmax at each position of the one output, where it is.
+
+        Args:
+            counted: Which positions have labels that count, where that is known.
+        """
+        output, samples = self._outputs[0].detach(), self._probe.shape[0]
+        shape = output.shape
+        if len(self._outputs) != 1 or output.ndim == 0 or shape[0] != samples:
+            return None
+        for axis in {1, len(shape) - 1}:
+            folded = (samples, math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+            p = output.softmax(axis).reshape(folded)
+            v, seen = self._probe.reshape(folded), self._image.reshape(folded)
+            plain = p * (v - (p * v).sum(2, keepdim=True))
+            strength = (v * plain).sum(2, keepdim=True)
+            # Factors are quotients: below that, rounding of float32 (6e-8) leaves them no two digits.
+            sure = strength > 1e-6 * strength.max()
+            factor = torch.where(sure, (v * seen).sum(2, keepdim=True) / torch.where(sure, strength, 1.0), 0.0)
+            usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())
+            factor = torch.where(sure, factor, usual * (seen.abs().amax(2, keepdim=True) > 0))
+            if float((factor * plain - seen).norm()) <= self._allowed and bool((factor >= 0).all()):
+                real = factor > 0
+                if counted is not None and counted.numel() == real.numel():
+                    real = counted.reshape(real.shape).to(real.device)
+                return Softmax(p, factor.sqrt(), real)
+        return None
