@@ -314,16 +314,21 @@ class _Loop:
 
     def _no_step(self, reason: str) -> Stop | None:
         if self.strategy is None:
-            todo = f"{what_to_hold(self.point, self.problem.layout)}, or use levenberg_marquardt"
+            todo = f"{self._what_to_hold()}, or use levenberg_marquardt"
             return self.unmet("singular", f"{reason}; {todo}")
         self.rejections += 1
         damping = self.damping if self.damping is not None else 1.0
         self._note(None, damping, None, reason)
         if isinstance(self.strategy, Constant) or self.rejections >= _REJECTIONS:
-            todo = f"{what_to_hold(self.point, self.problem.layout)}, or damp more"
+            todo = f"{self._what_to_hold()}, or damp more"
             return self.unmet("singular", f"{reason}; {todo}")
         self.damping = self.strategy.next(damping, -1.0, self.rejections, damping)
         return None
+
+    def _what_to_hold(self) -> str:
+        face = self.point.face
+        taken = None if face is None else face.free.nonzero()[0]
+        return what_to_hold(self.point.system, self.problem.layout.named, taken)
 
     def _note(self, solved: Solved | None, damping: float | None, trial: Trial | None, note: str = "") -> None:
         now, nan = perf_counter(), float("nan")
