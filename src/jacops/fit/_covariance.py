@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     from ._result import LeastSquaresResult
 
 _SUSPECT = 1e-9  # pivots of a matrix with unit diagonal: those of free directions are rounding, up to 1e-11 was seen
-
-
-class Inverse(Protocol):
-    """Entries of the inverse of a normal matrix with unit diagonal."""
-
-    def entries(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Return the entries at pairs of rows and columns."""
-        ...
-
-    def joint(self, columns: np.ndarray) -> np.ndarray:
-        """Return the rows and columns at positions that are all different."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +129,7 @@ def _chosen(result: LeastSquaresResult[Any], system: LinearizedFit, columns: Any
     return wanted
 
 
-def _inverse(system: LinearizedFit, result: LeastSquaresResult[Any]) -> Inverse:
+def _inverse(system: LinearizedFit, result: LeastSquaresResult[Any]) -> SparseInverse | DenseInverse:
     """Return the inverse of the normal matrix with unit diagonal; it is kept with the problem.
 
     Raises:

@@ -22,9 +22,7 @@ from ..sparse._matrix import blas, lapack
 from ._fronts import Fronts
 from ._multifrontal import FrontalCholesky
 
-_PAIRS = (
-    128  # pairs off the pattern that are worked with at once: up to 256 columns of the inverse factor, side by side
-)
+_PAIRS = 128  # pairs off the pattern that are worked with at once, by up to 256 columns of the inverse factor
 
 
 @dataclass(frozen=True, eq=False)
