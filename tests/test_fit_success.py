@@ -91,6 +91,38 @@ def test_a_map_of_long_and_exact_legs_is_closed(options: dict) -> None:
     assert float(big_map(fit.x["x"]).abs().max()) < 1e-9
 
 
+# ---- zeros where the Jacobian is singular ----------------------------------------------------------------------------
+
+SHIFT = torch.tensor([0.3, -1.7], dtype=torch.float64)
+ZEROS = {
+    "square": (lambda x: x**2, [1.0, -2.0], [0.0, 0.0]),
+    "square, shifted": (lambda x: (x - SHIFT) ** 2, [1.0, -2.0], SHIFT.tolist()),
+    "cube, shifted": (lambda x: (x - SHIFT) ** 3, [1.0, -2.0], SHIFT.tolist()),
+    "beside a regular one": (lambda x: torch.stack([(x[0] - 0.3) ** 2, 5 * x[1].exp() - 5]), [2.0, 1.0], [0.3, 0.0]),
+    "from far away": (lambda x: x**2 - 1, [1e12, 3.0], [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("jacobian", ["dense", "sparse"])
+@pytest.mark.parametrize("strategy", ["trust_region", "gauss_newton"])
+@pytest.mark.parametrize("name", ZEROS)
+def test_a_zero_where_the_jacobian_vanishes_is_a_success(name: str, strategy: str, jacobian: str) -> None:
+    model, start, zero = ZEROS[name]
+    fit = fitted(strategy, model, params=torch.tensor(start, dtype=torch.float64), jacobian=jacobian)
+    assert fit.success, fit
+    torch.testing.assert_close(fit.x, torch.tensor(zero, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert len(fit.log) <= 60
+
+
+@pytest.mark.parametrize("strategy", ["trust_region", "gauss_newton"])
+@pytest.mark.parametrize(
+    "model", [lambda x: (-x).exp(), lambda x: 1 / x, lambda x: 1 / x**2], ids=["exp(-x)", "1/x", "1/x^2"]
+)
+def test_an_objective_that_falls_for_ever_is_no_success(strategy: str, model: object) -> None:
+    fit = fitted(strategy, model, params=torch.ones(1, dtype=torch.float64), max_steps=60)
+    assert not fit.success
+
+
 # ---- data of NIST's Statistical Reference Datasets, nonlinear regression, with their certified sums of squares -----
 
 X_THURBER = [-3.067, -2.981, -2.921, -2.912, -2.840, -2.797, -2.702, -2.699, -2.633, -2.481, -2.363, -2.322, -1.501]

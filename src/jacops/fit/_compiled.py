@@ -19,12 +19,14 @@ word = np.uintp
 
 # Words and numbers that BLAS takes by address.
 _LETTERS = np.frombuffer(b"LRTN", np.uint8).copy()
-_NUMBERS = np.array([1.0, -1.0])
+_NUMBERS = np.array([1.0, -1.0, 0.0])
 _KERNELS = np.array(
     [
         address("scipy.linalg.cython_lapack", "dpotrf"),
         address("scipy.linalg.cython_blas", "dtrsm"),
         address("scipy.linalg.cython_blas", "dsyrk"),
+        address("scipy.linalg.cython_lapack", "dpotri"),
+        address("scipy.linalg.cython_blas", "dgemm"),
     ],
     np.uintp,
 )
@@ -98,6 +100,68 @@ def _factorised(kernels, words, L, fronts, tree, work):
 
 
 @njit(nogil=True, cache=True)
+def _handed_down(child, begin, Z, place, fronts, work):
+    """Put on the stack what the rows below a child have of the inverse: entries of its parent's front."""
+    (panel, own, below), (_, _, high, ends, inside), (left, rest) = place, fronts, work
+    many, rows, size = high[child], ends[child], own + below
+    for j in range(many):
+        column = inside[rows + j]
+        for i in range(j, many):
+            row = inside[rows + i]
+            value = Z[panel + column * size + row] if column < own else rest[(column - own) * below + row - own]
+            left[begin[child] + j * many + i] = left[begin[child] + i * many + j] = value
+
+
+@njit(nogil=True, cache=True)
+def _inverted_front(kernels, words, Z, place, work):
+    """Turn the factor's entries of a front into those of the inverse; `rest` is that of the rows below."""
+    (letters, sizes, numbers), (panel, own, below), (_, rest, product) = words, place, work
+    at_letters, at_sizes, at_numbers = word(letters.ctypes.data), word(sizes.ctypes.data), word(numbers.ctypes.data)
+    at_inverse, at_rest, at_product = word(Z.ctypes.data), word(rest.ctypes.data), word(product.ctypes.data)
+    lower, right, transposed, plain = at_letters, at_letters + word(1), at_letters + word(2), at_letters + word(3)
+    one, minus, zero = at_numbers, at_numbers + word(8), at_numbers + word(16)
+    at_own, at_size, at_below, at_failed = at_sizes, at_sizes + word(4), at_sizes + word(8), at_sizes + word(12)
+    size = own + below
+    sizes[0], sizes[1], sizes[2], sizes[3] = own, size, below, 0
+    diagonal, rows = at_inverse + word(8 * panel), at_inverse + word(8 * (panel + own))
+    if below > 0:
+        _call(kernels[1], (right, lower, plain, plain, at_below, at_own, one, diagonal, at_size, rows, at_size))
+        shape = (plain, plain, at_below, at_own, at_below)
+        _call(kernels[4], shape + (minus, at_rest, at_below, rows, at_size, zero, at_product, at_below))
+    _call(kernels[3], (lower, at_own, diagonal, at_size, at_failed))
+    for j in range(own):
+        for i in range(j + 1, own):
+            Z[panel + i * size + j] = Z[panel + j * size + i]
+    if below > 0:
+        shape = (transposed, plain, at_own, at_own, at_below)
+        _call(kernels[4], shape + (minus, rows, at_size, at_product, at_below, one, diagonal, at_size))
+        for j in range(own):
+            Z[panel + j * size + own : panel + (j + 1) * size] = product[j * below : (j + 1) * below]
+
+
+@njit(nogil=True, cache=True)
+def _inverted(kernels, words, Z, fronts, tree, work):
+    """Turn the factor's entries of the needed fronts into those of the inverse, from the root down."""
+    (starts, wide, high, _, _), (first, children, needed), (left, rest, _) = fronts, tree, work
+    begin = np.zeros(len(wide) + 1, np.int64)
+    top = 0
+    for front in range(len(wide) - 1, -1, -1):
+        if not needed[front]:
+            continue
+        below, place = high[front], (starts[front], wide[front], high[front])
+        if below > 0:
+            top = begin[front]
+            rest[: below * below] = left[top : top + below * below]
+        _inverted_front(kernels, words, Z, place, work)
+        for k in range(first[front], first[front + 1]):
+            child = children[k]
+            if needed[child]:
+                begin[child] = top
+                top += high[child] ** 2
+                _handed_down(child, begin, Z, place, fronts, (left, rest))
+
+
+@njit(nogil=True, cache=True)
 def _solved(x, L, fronts, some):
     starts, columns, wide, high, ends, rows = fronts
     for front in range(len(wide)):
@@ -154,6 +218,17 @@ class Loops:
         about = fronts.starts, fronts.wide, fronts.high, fronts.ends, fronts.inside
         words, tree = (_LETTERS, self._sizes, _NUMBERS), (self._first, self._children)
         return _factorised(_KERNELS, words, L, about, tree, (self._left, self._rest))
+
+    def inverted(self, Z: np.ndarray, needed: np.ndarray) -> None:
+        """Turn entries of the factor in place into those of the inverse, for fronts that are needed.
+
+        Those above a needed front are needed too. Other entries are left as they are.
+        """
+        fronts = self.fronts
+        about = fronts.starts, fronts.wide, fronts.high, fronts.ends, fronts.inside
+        words, tree = (_LETTERS, self._sizes, _NUMBERS), (self._first, self._children, needed)
+        product = np.empty(int((fronts.wide * fronts.high).max(initial=1)))
+        _inverted(_KERNELS, words, Z, about, tree, (self._left, self._rest, product))
 
     def solved(self, L: np.ndarray, x: np.ndarray) -> None:
         """Solve in place for one right-hand side in the order of elimination."""

@@ -364,4 +364,5 @@ def _result(problem: FitProblem, ended: Outcome, told: Observer, strategy: Strat
         plan=problem.plan,
         active_mask=None if problem.bounds is None else as_given(problem.bounds.active(point.values), told.kind),
         _system=point.whole,
+        _columns=problem.layout.named,
     )

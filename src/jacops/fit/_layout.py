@@ -18,6 +18,7 @@ from .._runtime.restoring import restoring
 from ..charts import Chart
 from ..charts._laws import check_shapes
 from ..errors import InputError, InputTypeError
+from ._columns import FitColumns, ParameterColumns
 
 Values = dict[str, Tensor]
 _TRANSLATED = ("SE3", "Sim3")  # PyPose's groups that begin with a translation
@@ -157,6 +158,13 @@ class Layout:
     def blocks(self) -> np.ndarray:
         """For every free column the number of the block it is in, rising."""
         return np.unique(self._placed([p.kept // p.preferred_block for p in self.parts]), return_inverse=True)[1]
+
+    @cached_property
+    def named(self) -> FitColumns:
+        """The free columns by parameter, for what is asked of a result."""
+        starts = np.cumsum([0, *self.sizes]).tolist()
+        parts = zip(self.parts, starts, strict=False)
+        return FitColumns(tuple(ParameterColumns(p.name, tuple(p.lead), p.width, p.free, start) for p, start in parts))
 
     def _placed(self, positions: list[np.ndarray]) -> np.ndarray:
         starts = np.cumsum([0, *(p.columns for p in self.parts)])

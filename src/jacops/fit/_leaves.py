@@ -91,6 +91,23 @@ class Leaves:
                 own[:, j] = (own[:, j] - later.sum(1)) / panels[:, j, j, None]
             x[self.columns[which]] = own
 
+    def invert(self, L: np.ndarray, Z: np.ndarray, which: np.ndarray) -> None:
+        """Put the entries of the inverse where the factor has its own, for some of the fronts; those above are there.
+
+        Args:
+            L: Entries of the factor.
+            Z: Entries of the inverse.
+            which: Which of the fronts.
+        """
+        panels, found, wide = self._panels(L), self._panels(Z), self.wide
+        for own in self.squares.split(which):
+            columns = panels[own]
+            inverse = np.linalg.inv(np.triu(columns[:, :, :wide])).swapaxes(1, 2)  # of the lower triangles
+            W = np.matmul(columns[:, :, wide:].swapaxes(1, 2), inverse)
+            below = -np.matmul(self.squares.whole(own, Z), W)
+            square = np.matmul(inverse.swapaxes(1, 2), inverse) - np.matmul(W.swapaxes(1, 2), below)
+            found[own] = np.concatenate([square, below], 1).swapaxes(1, 2)
+
     def _chunks(self, L: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         panels = self._panels(L)
         return ((which, panels[which]) for which in self.squares.chunks())

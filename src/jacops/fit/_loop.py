@@ -29,6 +29,8 @@ _NOISY = 3  # steps in a row at the rounding level that change nothing: one or t
 _FALLS = 0.8  # a predicted reduction that is less than this part of the last one has become less, not just rounded
 _DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a call without evidence for a minimum
 _EXCURSION = 8  # steps through a curved valley; each must halve the objective, so together gain a factor of 256
+_PARALLEL = 0.9  # cosine between steps that are taken for a geometric sequence
+_SLOWEST = 0.95  # ratio of such steps: that towards a zero of order 20
 _CAREFUL = "levenberg_marquardt is more careful"
 
 
@@ -79,6 +81,7 @@ class _Loop:
         self.refused: Certificate | None = None
         self.refusals, self.next_excursion, self.failed_excursions = 0, 1, 0
         self.log: list[StepRecord] = []
+        self.last: np.ndarray | None = None  # the last step that was taken
 
     def _at(self, values: Values, *, aside: bool = False) -> FitPoint:
         cost, system, raw = self.problem.linearised(values)
@@ -108,7 +111,7 @@ class _Loop:
     def _solved(self, insisted: bool) -> tuple[Solved, float | None]:
         system = self.point.system
         if insisted:
-            return undamped(system, self.solver), self.damping
+            return self._extrapolated() or undamped(system, self.solver), self.damping
         if self.strategy is not None:
             return self.strategy.step(system, self.solver, self.damping)
         solved = system.memory.get("undamped")
@@ -146,7 +149,10 @@ class _Loop:
     def _accepted(self, trial: Trial) -> Trial:
         """Return a trial with the decision about it."""
         good = np.isfinite(trial.tried) and (
-            self.strategy is None or trial.ratio > _GOOD or (trial.at_noise and trial.tried <= self.point.cost)
+            (self.strategy is None and not trial.insisted)
+            or (trial.insisted and self._is_zero and trial.tried < self.point.cost)
+            or trial.ratio > _GOOD
+            or (trial.at_noise and trial.tried <= self.point.cost)
         )
         undamped_step = trial.solved is self.point.system.memory.get("undamped")
         if good or not undamped_step or not np.isfinite(trial.tried):
@@ -207,18 +213,43 @@ class _Loop:
 
     def at_rest(self) -> tuple[str, str] | None:
         """Return the rule that is met by the point itself, if one is."""
-        optimality, gtol, cost = self.point.optimality, self.rules.gtol, self.point.cost
+        optimality, gtol = self.point.optimality, self.rules.gtol
         if gtol is not None and optimality <= gtol:
             return "gradient", f"the scaled gradient {optimality:.1e} is at most gtol={gtol:g}"
-        if cost <= (_ZERO * self.point.system.eps) ** 2 * self.first:
+        if self._is_zero:
             return "objective", "the objective is zero to the rounding of its first value"
         return None
+
+    @property
+    def _is_zero(self) -> bool:
+        """Whether the objective is zero to the rounding of its first value."""
+        return self.point.cost <= (_ZERO * self.point.system.eps) ** 2 * self.first
+
+    def _extrapolated(self) -> Solved | None:
+        r"""Return the limit of undamped steps that shrink by a constant factor towards a zero; None where they do not.
+
+        Near a zero of order p along a direction, where the Jacobian vanishes, such steps leave $1 - 1/p$ of the
+        distance (Schröder, 1870); the factor is measured, as in Aitken's extrapolation.
+        """
+        last, system = self.last, self.point.system
+        if last is None or not self._is_zero or self.bounds is not None:
+            return None
+        try:
+            step = undamped(system, self.solver).step
+        except Singular:
+            return None
+        sizes, along = float(np.linalg.norm(last) * np.linalg.norm(step)), float(last @ step)
+        ratio = along / max(float(last @ last), np.finfo(np.float64).tiny)
+        if not (along > _PARALLEL * sizes and 0 < ratio < _SLOWEST):
+            return None
+        note = f"extrapolated by {1 / (1 - ratio):.2g}"
+        return system.solved(step / (1 - ratio), None, "undamped", note=note)
 
     def _judged(self, trial: Trial) -> Stop | None:
         before = self.point
         if trial.good:
-            self.point = trial.point or self._at(trial.values)
-        elif self.strategy is None:
+            self.point, self.last = trial.point or self._at(trial.values), trial.solved.step
+        elif self.strategy is None and not trial.insisted:
             return Stop("diverged", f"a whole Gauss-Newton step led to NaN or Inf; {_CAREFUL}")
         # Plain Gauss-Newton may overshoot and return; from 1e8 times its start that is not to be expected.
         if self.strategy is None and trial.tried > 1e8 * max(self.first, 1.0):
@@ -271,6 +302,7 @@ class _Loop:
         self.refused = found
         self.refusals += 1
         able = self.strategy is not None and self.strategy.may_be_undamped
+        able = able or self._extrapolated() is not None
         self.insist = able and np.isfinite(found.predicted) and "tried" not in self.point.system.memory
         return None
 
@@ -314,16 +346,21 @@ class _Loop:
 
     def _no_step(self, reason: str) -> Stop | None:
         if self.strategy is None:
-            todo = f"{what_to_hold(self.point, self.problem.layout)}, or use levenberg_marquardt"
+            todo = f"{self._what_to_hold()}, or use levenberg_marquardt"
             return self.unmet("singular", f"{reason}; {todo}")
         self.rejections += 1
         damping = self.damping if self.damping is not None else 1.0
         self._note(None, damping, None, reason)
         if isinstance(self.strategy, Constant) or self.rejections >= _REJECTIONS:
-            todo = f"{what_to_hold(self.point, self.problem.layout)}, or damp more"
+            todo = f"{self._what_to_hold()}, or damp more"
             return self.unmet("singular", f"{reason}; {todo}")
         self.damping = float(self.strategy.next(damping, -1.0, self.rejections, damping))
         return None
+
+    def _what_to_hold(self) -> str:
+        face = self.point.face
+        taken = None if face is None else face.free.nonzero()[0]
+        return what_to_hold(self.point.system, self.problem.layout.named, taken)
 
     def _note(self, solved: Solved | None, damping: float | None, trial: Trial | None, note: str = "") -> None:
         now, nan = perf_counter(), float("nan")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, overload
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .._display import Described, Description
@@ -19,9 +17,9 @@ from .._runtime.restoring import restoring
 from .._saving import Savable
 from .._tables import record_table
 from .._words import FitFigure
-from ..errors import InputError, SolveError
-from ._solvers import check_pivots, factorised, triangle
-from ._system import LinearizedFit, Singular
+from . import _covariance
+from ._columns import FitColumns
+from ._system import LinearizedFit
 from ._table import parameters, steps
 
 if TYPE_CHECKING:
@@ -140,6 +138,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
     limited_by: str = "damping"
     active_mask: Found | None = None
     _system: LinearizedFit | None = field(default=None, repr=False)
+    _columns: FitColumns | None = field(default=None, repr=False)
 
     @property
     def success(self) -> bool:
@@ -167,18 +166,29 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         """The gradient of the objective at the end, by tangent columns."""
         return None if self._system is None else self._system.gradient
 
-    def covariance(self, columns: Sequence[int] | None = None, *, absolute: bool = False) -> np.ndarray:
-        r"""Return the covariance of the parameters found, $\sigma^2 (J^\top J)^{-1}$, over tangent columns.
+    def covariance(self, columns: Any = None, rows: Any = None, *, absolute: bool = False) -> np.ndarray:
+        r"""Return the joint covariance of parameters, $\sigma^2 (J^\top J)^{-1}$, along tangents of their charts.
+
+        Of a sparse Jacobian only fronts between the chosen columns and the root of the elimination tree are solved
+        with: $C^\top C$ for $C = L^{-1} E$, $L$ the Cholesky factor and $E$ columns of the identity.
 
         Args:
-            columns: Positions among the free tangent columns (parameters in order, fixed ones left out); by default
-                all of them.
+            columns: A parameter's name, a list of names, or a dict of rows by name (None for all rows); or positions
+                among the free tangent columns, which are those of the parameters in order, fixed ones left out. By
+                default all of the latter.
+            rows: Places of the first axis of the one parameter that is named, or a mask over them; by default all.
             absolute: True where weights are inverse variances: $\sigma^2 = 1$. Otherwise it is twice the objective
                 over the degrees of freedom, as in `scipy.optimize.curve_fit`.
 
+        Returns:
+            (k, k), in the order asked for; zero for what was held fixed. In units of the parameters; on a chart, of
+            its tangent at `x`.
+
         Raises:
-            SolveError: The Jacobian has no full rank, so that some direction has no variance.
-            InputError: A position is out of range, or there are no degrees of freedom to estimate the variance from.
+            SolveError: The Jacobian has no full rank, so that some direction has no variance; the message says which
+                and what to hold.
+            InputError: A name, a row or a position does not exist, or there are no degrees of freedom to estimate the
+                variance from.
 
         Example:
             >>> from jacops import gauss_newton
@@ -186,18 +196,39 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             >>> fit.covariance()
             array([[1.]])
         """
-        if self._system is None:
-            raise SolveError("there is no Jacobian at the end of this call, so no covariance", self)
-        rows, size = self._system.J.shape
-        wanted = np.arange(size) if columns is None else np.asarray(list(columns), dtype=np.int64)
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < size):
-            raise InputError.of("columns", f"reaching from {wanted.min()} to {wanted.max()}", f"there are {size}")
-        if not absolute and rows <= size:
-            came = f"of {rows} residuals for {size} columns"
-            todo = "Pass `absolute=True` if weights are inverse variances."
-            raise InputError.of("the problem", came, "the variance is estimated from what is left over", todo)
-        inverse = _inverse_part(self._system, wanted, self)
-        return inverse if absolute else inverse * (2 * self.cost / (rows - size))
+        return _covariance.joint(self, columns, rows, absolute)
+
+    def marginals(
+        self, name: str | None = None, rows: Any = None, *, against: Any = None, absolute: bool = False
+    ) -> np.ndarray:
+        r"""Return the covariance of each row of a parameter by itself, or with a row of a parameter paired with it.
+
+        Blocks of the diagonal of $\sigma^2 (J^\top J)^{-1}$ and what else is on the pattern of a sparse factor are
+        computed on that pattern alone, from the root of the elimination tree down to the chosen rows (Takahashi, Fagan
+        and Chen, 1973), in about the time of a factorisation for all rows, and the memory of a second factor.
+
+        Args:
+            name: The parameter; may be left out where there is one.
+            rows: Places of its first axis, or a mask over them; by default all.
+            against: As many rows, paired with these in order: of the same parameter, or of another one in a dict by
+                its name. By default the same rows.
+            absolute: As in `covariance`.
+
+        Returns:
+            (rows, w, w): w tangent directions of a row; (rows, w, v) for a parameter of v directions in `against`. Zero
+            for what was held fixed.
+
+        Raises:
+            SolveError: The Jacobian has no full rank.
+            InputError: A name or a row does not exist, numbers of rows differ, or there are no degrees of freedom.
+
+        Example:
+            >>> from jacops import gauss_newton
+            >>> fit = gauss_newton(lambda x: x - 1, params=torch.zeros(2, 3))
+            >>> fit.marginals("x", rows=[1], absolute=True).shape
+            (1, 3, 3)
+        """
+        return _covariance.blocks(self, name, rows, against, absolute)
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return the log as a table: one row per step tried, one column per field of `StepRecord`.
@@ -267,27 +298,6 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         if isinstance(x, dict):
             return {str(name): value for name, value in x.items()}
         return {f"x[{k}]": value for k, value in enumerate(x)}
-
-
-def _inverse_part(system: LinearizedFit, wanted: np.ndarray, result: Any) -> np.ndarray:
-    scale = system.equilibration(None)
-    unit = np.zeros((len(scale), len(wanted)))
-    unit[wanted, np.arange(len(wanted))] = 1 / scale[wanted]
-    failure = "the Jacobian at the end has no full rank: some direction has no variance. Fix it with `fixed=`."
-    try:
-        if system.is_sparse:
-            factor = factorised(system)
-            check_pivots(factor.pivots, "sparse_cholesky")
-            solved = factor.solve(unit)
-        else:
-            R = triangle(torch.from_numpy(system.J / scale))[2]
-            solved = torch.cholesky_solve(torch.from_numpy(unit), R, upper=True).numpy()
-    except Singular:
-        raise SolveError(failure, result) from None
-    found = (solved / scale[:, None])[wanted]
-    if not (np.isfinite(found).all() and (np.diag(found) >= 0).all()):
-        raise SolveError(failure, result)
-    return (found + found.T) / 2
 
 
 def in_form(values: dict[str, Tensor], kind: type | None) -> Any:

@@ -37,6 +37,11 @@ class Squares:
         ends = self._offsets
         return sum(wide * (ends[-1] - start) for wide, start in zip(self.widths, ends[:-1], strict=True))
 
+    def split(self, which: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the numbers of blocks, as many as are taken at once."""
+        many = max(1, CHUNK // max(1, self._size))
+        yield from (which[start : start + many] for start in range(0, len(which), many))
+
     def chunks(self) -> Iterator[slice]:
         """Yield which blocks are taken at once."""
         many = max(1, CHUNK // max(1, self._size))
@@ -49,12 +54,23 @@ class Squares:
             found = np.matmul(blocks[:, :, first:last].swapaxes(1, 2), blocks[:, :, first:])
             combine.at(into, places, found.reshape(-1))
 
+    def whole(self, which: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """Return the symmetric matrices that stand where the products of some blocks go."""
+        size = self._offsets[-1]
+        found = np.empty((len(which), size, size))
+        for unit, places in enumerate(self._at(which)):
+            first, last = self._offsets[unit : unit + 2]
+            columns = entries[places].reshape(len(which), last - first, size - first)
+            found[:, first:last, first:] = columns
+            found[:, first:, first:last] = columns.swapaxes(1, 2)
+        return found
+
     @cached_property
     def _kept(self) -> list[np.ndarray] | None:
         """The places of all blocks, where these are one chunk."""
         return list(self._at(slice(None))) if len(self.steps) * self._size <= CHUNK else None
 
-    def _at(self, which: slice) -> Iterator[np.ndarray]:
+    def _at(self, which: slice | np.ndarray) -> Iterator[np.ndarray]:
         for unit, (wide, places) in enumerate(zip(self.widths, self.places, strict=True)):
             left = np.array(self.widths[unit:])
             inside = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
