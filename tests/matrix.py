@@ -22,7 +22,6 @@ SMOKE = (
     "test_operators",
     "test_inputs",
     "test_faults_products",
-    "test_second_order",
     "test_kronecker",
     "test_least_squares_fit",
     "test_charts",
@@ -31,9 +30,7 @@ SMOKE = (
     "test_solvers",
     "test_influence_results",
     "test_features",
-    "test_stale_proofs",
     "test_hostile",
-    "test_zoo",
     "test_saving",
 )
 TOOLS = (
@@ -45,6 +42,7 @@ TOOLS = (
     "matplotlib",
     "jinja2",
     "expecttest",
+    "transformers",
     "zarr>=3.1,<4",
 )
 
