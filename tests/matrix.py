@@ -26,7 +26,7 @@ SMOKE = (
     "test_least_squares_fit",
     "test_charts",
     "test_sparsity_detect",
-    "test_sparsity_modjac",
+    "test_sparse_cholesky",
     "test_solvers",
     "test_influence_results",
     "test_features",
