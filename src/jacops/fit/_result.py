@@ -272,10 +272,12 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
     def _describe(self) -> Description:
         first = self.log[0].objective if self.log else self.cost
         taken = sum(r.accepted for r in self.log)
-        title = f"LeastSquaresResult({self.status}: {self.message})"
+        reason, *more = self.message.split("; ", 1)
+        title = f"LeastSquaresResult({self.status}: {reason})"
         steps = f"{taken} of {len(self.log)} taken, {sum(r.seconds for r in self.log):.2f} s"
         sweeps = f"{self.njev} ({self.route}), {self.nfev} forward passes"
-        facts = [("objective", f"{first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}")]
+        facts = [("note", more[0])] if more else []
+        facts += [("objective", f"{first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}")]
         return Description(title, [*facts, ("steps", steps), ("Jacobians", sweeps)])
 
     def _whole(self) -> Description:
