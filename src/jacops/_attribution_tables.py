@@ -31,7 +31,7 @@ class TopFeatures(ArrayLike, Savable, Described):
 
     Attributes:
         features: Their names.
-        places: Where they stand among all features, flattened input after input, `(k,)`.
+        places: Their indices among all features, flattened input after input, `(k,)`.
         sizes: Mean absolute contributions, in the units of the output, `(k,)`.
         contributions: Mean contributions with their signs, `(k,)`.
         shares: Sizes over the sum of those of all features, `(k,)`.

@@ -59,7 +59,7 @@ def contributions(
     unpack: Batching | None = None,
     **options: Unpack[JacobianOptions],
 ) -> Contributions:
-    r"""Return what each feature adds to each output, with the part that is due to constants, verified.
+    r"""Return the contribution of each feature to each output, and that of the constants, verified.
 
     For a piecewise-linear model, biases included, $f(x) = J(x)\,x + b(x)$ holds exactly. The bias part is carried
     through the forward operation by operation, in the model's precision but at least in single: an affine operation is
@@ -71,7 +71,7 @@ def contributions(
     Smooth models add up where `freeze=` holds parts of them constant: while a module that it names runs, a norm divides
     by a constant scale, softmax and attention give constant weights, an activation multiplies by a constant gain
     $(\varphi(z) - \varphi(0)) / z$, a quotient has a constant denominator, and of two factors that depend on the input
-    the gate (what comes out of an activation) is constant, or else the first. No value of the model changes, but
+    the gate (the output of an activation) is constant, or else the first. No value of the model changes, but
     `jacobian` is the derivative of what is left (Golden, 2025, "Equivalent Linear Mappings of Large Language Models").
 
     Args:
@@ -82,7 +82,7 @@ def contributions(
             loader, whose inputs are joined. NumPy arrays and SciPy's sparse rows get the dtype and device of the
             model's floating-point parameters; integer arrays keep their dtype.
         projection: How `x` came from original features: a fitted scikit-learn transformer or pipeline, or a
-            `Projection`, see `jacops.attribution.projection`; contributions then are by those features.
+            `Projection`, see `jacops.attribution.projection`; contributions then refer to those features.
         features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
             mean counts to none of them: contributions are of `features - projection.mean`, and what the projection
             itself adds (`projection.offset`) counts to the bias part.

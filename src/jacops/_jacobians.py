@@ -115,7 +115,7 @@ def compute_jacobian(
         x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or mapping (keyword) of such tensors, in
             which None, bools, numbers and strings are passed on as they are; or a loader of batches `(x, y)`, of which
             the inputs are taken, in order.
-        batch_size: Most samples to a sweep; fewer where the budget asks for it.
+        batch_size: Maximum number of samples per sweep; fewer if the budget requires it.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
             the output. One logit of 50,000 costs one sweep.
         target: One output per sample: an integer tensor `(n,)` of places along the last axis of the output (labels,
@@ -135,7 +135,7 @@ def compute_jacobian(
         out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, outside the
             budget; for several outputs or inputs a tuple or list of them.
         store: A folder for results larger than memory (zarr v3), written in tiles of rows. Any number of processes that
-            run the same line share the tiles; run again, it goes on where a killed one stopped, and reads what is there
+            run the same line share the tiles; run again, it continues a killed run, and reads existing tiles
             without evaluating the model. It is refused if model, data or settings are others.
         checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"` does so in
             every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
@@ -207,7 +207,7 @@ def full_jacobian(
         params: One tensor or any iterable of tensors that `func` uses.
         create_graph: Keep the result differentiable, to any order.
         outputs: Part of the output, as in `compute_jacobian`.
-        chunk_size: Most rows (or columns) per batched pass; by default by size, and fewer where the budget asks for it.
+        chunk_size: Maximum number of rows (or columns) per batched pass; fewer if the budget requires it.
         budget: Bytes that result and working memory may take, as in `compute_jacobian`.
         out: Where to write, as in `compute_jacobian`: one tensor or array per parameter.
         progress: Force the progress bar on or off.
@@ -295,8 +295,8 @@ def modjac(
 ) -> Any:
     r"""Return the Jacobian of a model's output by its parameters.
 
-    The function is differentiated as it stands: batch statistics in train mode, one dropout mask; nothing of the
-    model changes. Frozen parameters are included, as the page says. (The original returned a 1-tuple for one
+    The function is differentiated in its current mode: batch statistics in train mode, one dropout mask; nothing of the
+    model changes. Frozen parameters are included, as documented. (The original returned a 1-tuple for one
     parameter and one output, where its page promises a tensor; here it is the tensor.)
 
     Args:

@@ -58,7 +58,7 @@ class Problem(Described):
         data: A loader of batches; see `Batches` for what a batch may be. One that shuffles is read in the order of its
             data set, and refused where rows are samples.
         parameters: Which parameters: None takes those that require grad; name patterns or a function pick others.
-        reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean. It is verified.
+        reduction: How the loss reduces a batch; by default `loss.reduction`, else the mean. It is verified.
         l2: Weight decay $r$: one number, or numbers by name pattern; parameters that no pattern fits have none.
         unpack: Batch -> `(x, y)` or `(x, y, weights)`.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
@@ -72,7 +72,7 @@ class Problem(Described):
         DataError: A loader draws with replacement or drops rows at random, repeats rows for other ranks, runs dry, or
             gives something else than batches.
         PeerFailedError: In any call that takes a pass: another rank failed, differs, or did not come.
-        InputError: An argument is out of range, or the loss does not reduce batches as said.
+        InputError: An argument is out of range, or the loss has another reduction.
         ModelStateError: Batch statistics or dropout are in train mode.
         InputTypeError: `loss` is not callable, or left out with a module.
 

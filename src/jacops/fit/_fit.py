@@ -220,7 +220,7 @@ def gauss_newton(
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult[Any]:
-    r"""Make the objective of `levenberg_marquardt` small by whole Gauss-Newton steps, $J^\top J p = -J^\top r$.
+    r"""Minimise the objective of `levenberg_marquardt` by undamped Gauss-Newton steps, $J^\top J p = -J^\top r$.
 
     Quick near a solution, and blind to a step that leads uphill. Where a dense Jacobian has no full rank, the shortest
     step is taken; a sparse one is refused then (hold something `fixed`). Kernels are corrected in the first order by

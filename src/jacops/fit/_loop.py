@@ -328,7 +328,7 @@ class _Loop:
         if isinstance(self.strategy, Constant) and self.rejections:
             return self.unmet("stalled", "a step led uphill, and with constant damping the next one would be the same")
         if self.rejections >= _REJECTIONS:
-            return self._exhausted(f"{self.rejections} steps in a row led nowhere")
+            return self._exhausted(f"{self.rejections} steps in a row gave no reduction")
         limit = self.rules.used_up(self.problem.evaluations)
         return None if limit is None else self.unmet(*limit)
 

@@ -40,7 +40,7 @@ def solve(
     progress: bool | None = None,
     create_graph: bool = False,
 ) -> Solution:
-    r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
+    r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, with the true residual of each.
 
     A row is `converged` if its residual, recomputed from $A$, is at most the tolerance (1e-8 relative in float64, 1e-4
     in float32 unless the solver has one of its own), and `attainable` if it is at most the level that rounding allows,
@@ -64,7 +64,7 @@ def solve(
         The solution; for one right-hand side `(n,)` it has one row.
 
     Raises:
-        SolveError: A row failed; the error carries the solution and says what to do.
+        SolveError: A row failed; the error has the solution and states what to do.
         InputError: The operator, the right-hand side or an option does not fit.
 
     Example:
@@ -99,7 +99,7 @@ def require(solution: Solution) -> None:
         solution: What `solve` returned with `on_failure="return"`.
 
     Raises:
-        SolveError: Some did; the message says what to do.
+        SolveError: A solve failed; the message states what to do.
 
     Example:
         >>> from jacops.linalg import Matrix
@@ -125,7 +125,7 @@ def inverse(
         operator: $A$, square.
         solver: A solver's name, `"auto"`, or a solver with its options, such as `CG(tolerance=1e-8)`.
         damping: $\lambda \ge 0$, added to the operator.
-        on_failure: `"raise"`, or `"return"` for products that hand back what the solver had.
+        on_failure: `"raise"`, or `"return"` for products that return the last iterate of the solver.
         progress: Force the progress bar on or off, for each product.
         create_graph: Keep products differentiable, as in `solve`.
 
@@ -244,7 +244,7 @@ class Inverse(Backwards):
 
 @keywords()
 def solver_of(solver: Any, argument: str = "solver") -> Solver:
-    """Return the solver that a name or an object stands for.
+    """Return the solver for a name or an object.
 
     Args:
         solver: A solver's name, or a solver with its options.

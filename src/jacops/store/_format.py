@@ -151,7 +151,7 @@ class Grid:
         return block
 
     def described(self) -> dict[str, Any]:
-        """Return what the header says of it."""
+        """Return its description in the header."""
         return {"shape": list(self.shape), "tile": list(self.tile), "dtype": self.dtype}
 
 
