@@ -50,7 +50,8 @@ def _value_page(name: str, thing: Any, text: str) -> str:
     space, _, _ = name.removeprefix("jacops.").rpartition(".")
     kind = next(c for c in type(thing).__mro__ if not c.__name__.startswith("_"))
     public = getattr(_namespace(space), kind.__name__, None) is kind
-    methods = f"\n\nAn instance of `{kind.__name__}`, whose page describes its methods." if public else ""
+    link = f"[`{kind.__name__}`](jacops.{space}.{kind.__name__}.md)"
+    methods = f"\n\nAn instance of {link}, whose page describes its methods." if public else ""
     return f"# {name}\n\n```{{py:data}} {name}\n```\n\n{text}{methods}\n"
 
 

@@ -182,8 +182,8 @@ print(f"relative difference from the matrix made at once: {error:.0e}, in float3
 #   ``DistributedSampler`` lets each rank read its own rows only.
 # * The folder of a store has to be on a file system that all nodes see and that has
 #   locks (``flock``). Its processes need no group: the tasks of an array job
-# (``#SBATCH --array=0-31``) share it as well, and if a task is killed, only its
-# current   tile is computed again.
+#   (``#SBATCH --array=0-31``) share it as well, and if a task is killed, only its
+#   current tile is computed again.
 # * ``jacops.compute_influences(..., store=)`` and ``compute_jacobian(..., store=)``
 #   fill a store in one call.
 #

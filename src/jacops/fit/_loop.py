@@ -31,7 +31,7 @@ _DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a call without evidence
 _EXCURSION = 8  # steps through a curved valley; each must halve the objective, so together gain a factor of 256
 _PARALLEL = 0.9  # cosine between steps that are taken for a geometric sequence
 _SLOWEST = 0.95  # ratio of such steps: that towards a zero of order 20
-_CAREFUL = "levenberg_marquardt is more careful"
+_CAREFUL = "use levenberg_marquardt, which damps steps"
 
 
 @restoring
