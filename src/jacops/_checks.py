@@ -78,9 +78,9 @@ def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = N
     r"""Return how far a Jacobian-vector product is from a central difference along one random direction.
 
     It detects errors that autograd does not report: a wrong backward, `.item()` or `detach()` in the forward, a value
-    taken out and put back. Three forwards and one product. Kinks on the way (a ReLU whose input changes sign) spoil a
-    difference too; what they do to it shows in the second difference, twice which is allowed for. So is an error below
-    the curvature along one step, some `eps ** (1/3) / 8` of the derivative.
+    taken out and put back. It takes three forward passes and one product. Kinks (a ReLU whose input changes sign)
+    change the difference too, by at most about the second difference, twice which is tolerated. An error below the
+    curvature along one step, some `eps ** (1/3) / 8` of the derivative, is tolerated as well.
 
     Args:
         model: A module, differentiated in its current mode.

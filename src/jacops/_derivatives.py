@@ -93,7 +93,7 @@ def jacobian(
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
         allow_zero: Accept an output that nothing connects to what it is differentiated by.
         create_graph: Keep products differentiable, by the model's trainable parameters and by inputs that
-            require grad. Writing into the parameters spoils such an operator.
+            require grad. Writing into the parameters invalidates such an operator.
         check_finite: Results with NaN or Inf raise.
 
     Returns:

@@ -46,10 +46,10 @@ class ProblemOptions(ObjectiveOptions, total=False):
 class Problem(Described):
     r"""A model, its loss and its data, as one objective to differentiate.
 
-    It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights
-    $w$, what each row adds to the denominator $d$ (1, or its labels' number or weights) and weight decay $r$. Sums and
-    denominators are added up over batches and divided once, so batches of any size, class weights, ignored
-    targets and sample weights come out as the whole objective in one batch would.
+    It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights $w$,
+    what each row adds to the denominator $d$ (1, or its labels' number or weights) and weight decay $r$. Sums and
+    denominators are added up over batches and divided once, so that batches of any size, class weights, ignored targets
+    and sample weights give the result of one large batch.
 
     Args:
         model: A module, a `JaxFunction`, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
@@ -69,9 +69,9 @@ class Problem(Described):
         timeout: Seconds to wait for other ranks at a call.
 
     Raises:
-        DataError: A loader draws with replacement or drops rows at random, repeats rows for other ranks, runs dry, or
-            gives something else than batches.
-        PeerFailedError: In any call that takes a pass: another rank failed, differs, or did not come.
+        DataError: A loader draws with replacement or drops rows at random, repeats rows for other ranks, is empty, or
+            does not yield batches.
+        PeerFailedError: In any call that takes a pass: another rank failed, differs, or is missing.
         InputError: An argument is out of range, or the loss has another reduction.
         ModelStateError: Batch statistics or dropout are in train mode.
         InputTypeError: `loss` is not callable, or left out with a module.

@@ -78,7 +78,7 @@ def projected_index(
         StoreMismatchError: The store is of another model, loss, data set or projection; the message names what.
         MissingExtraError: zarr is not installed.
         InputError: An argument is out of range, or the loss has another reduction.
-        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        DataError: A loader shuffles, is empty, or does not yield batches.
         ModelStateError: Batch statistics or dropout are in train mode.
         NonFiniteError: A gradient is NaN or Inf.
 
@@ -172,7 +172,7 @@ class GradientIndex(Described):
             ModelStateError: The model is no longer what the index was made of.
             SolveError: The projected curvature is singular, and `damping` is 0.
             InputError: `damping` is out of range.
-            DataError: A loader shuffles, runs dry, or gives something else than batches.
+            DataError: A loader shuffles, is empty, or does not yield batches.
         """
         query = self._query(test_data, damping)
         values = torch.cat([block for _, _, block in query.blocks(progress)], 1)

@@ -107,7 +107,7 @@ class InfluenceRun:
         if self.kind != "hessian" or Status.NEGATIVE_CURVATURE not in solution.status:
             return ""
         return (
-            "\nAway from an optimum a Hessian has negative eigenvalues, the Gauss-Newton matrix of a convex loss has none. "
+            "\nAway from an optimum a Hessian has negative eigenvalues, a Gauss-Newton matrix of a convex loss none. "
             f"This call uses it:\n    {self.recipe}"
         )
 

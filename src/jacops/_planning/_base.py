@@ -125,7 +125,7 @@ def planned_by(planner: _Planner, options: type | None = None) -> Callable[[Call
 
 
 def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
-    """Return what `call(*args, **kwargs)` will take, without running it.
+    """Return the predicted sweeps and memory of `call(*args, **kwargs)`, without running it.
 
     At most one forward pass is run over the whole input, and for calls by samples only runs of one and of two samples.
 

@@ -45,20 +45,19 @@ def solve(
     A row is `converged` if its residual, recomputed from $A$, is at most the tolerance (1e-8 relative in float64, 1e-4
     in float32 unless the solver has one of its own), and `attainable` if it is at most the level that rounding allows,
     $\epsilon \lVert A \rVert \lVert x \rVert / \lVert b \rVert$, which is in `info["attainable"]`. Rows of methods
-    that promise no residual are `approximate`, with the residual that was measured, or `unchecked` if none was
-    computed. Every other status is a failure. Operator and right-hand sides may have any scale: both are scaled by
-    powers of two.
+    without a tolerance are `approximate`, with the residual that was measured, or `unchecked` if none was computed.
+    Every other status is a failure. Operator and right-hand sides may have any scale: both are scaled by powers of two.
 
     Args:
         operator: $A$, square.
         b: One right-hand side `(n,)` or rows `(k, n)`, with the operator's dtype and device.
-        solver: A recipe, such as `CG()`, or the name of one; `Auto` chooses.
+        solver: A solver, such as `CG()`, or its name; by default `Auto`.
         damping: $\lambda \ge 0$, a number or a tensor of one.
         on_failure: `"raise"`, or `"return"` to get the solution with its statuses.
         progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
         create_graph: Keep `x` differentiable, once, by `b`, by a tensor as damping, and by what the operator receives
             gradients for (one made with `create_graph=True`, a matrix that requires grad): backward solves the
-            transposed system once (implicit differentiation), whatever the solver did.
+            transposed system once (implicit differentiation), for every solver.
 
     Returns:
         The solution; for one right-hand side `(n,)` it has one row.
