@@ -260,7 +260,7 @@ def _check_features(x: Any, projection: Projection | None, features: Any, at: An
     # Float32 projections are good to 1e-5; other rows, or a mean left on, are off by a share of 1.
     if float(off) > 1e-3 * max(1.0, float(rebuilt.abs().max()) if x.numel() else 1.0):
         raise InputError(
-            f"`x` is not what `projection` makes of `features`: they differ by {float(off):.1e}. Pass the rows "
+            f"`x` is not `projection` applied to `features`: they differ by {float(off):.1e}. Pass the rows "
             "`x` came from."
         )
     return centred

@@ -127,7 +127,7 @@ class StoreDamagedError(StoreError):
         place = (
             "its metadata" if array is None else f"array {array!r}" if index is None else f"tile {array}{list(index)}"
         )
-        todo = "" if index is None else " Run it again: the writer computes damaged tiles anew."
+        todo = "" if index is None else " Run it again: the writer computes damaged tiles again."
         super().__init__(path, f"{place} is damaged: {reason}.{todo}")
         self.array, self.index, self.reason = array, index, reason
 

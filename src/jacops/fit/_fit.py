@@ -286,7 +286,7 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
         module = function_module(model, params)
         module.check_arguments(options["input"])
     elif params is not None:
-        needed = "a module brings its own parameters"
+        needed = "a module has its own parameters"
         raise InputError.of("params", "given", needed, "Freeze those that are to stay as they are.")
     else:
         refuse_arrays(options["input"])
