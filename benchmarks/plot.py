@@ -47,17 +47,23 @@ def ratios(rows: list[Row], path: Path) -> None:
 
 
 def _goals(axes: Any, rows: list[Row], places: dict[str, int], colours: dict[str, Any]) -> None:
-    """Mark the goals of our first contender, in the colour of the rival beside whom they hold."""
+    """Mark the goals of our first contender, in the colour of the rival; black beside another call of ours."""
     first = {}
     for row in rows:
         if row["rival"].startswith(OURS):
             first.setdefault(row["workload"], row["rival"])
-    for row in rows:
+    for row in [r for r in rows if r["workload"] in places]:
         for goal in row["goals"]:
             words = goal["wanted"].split()
             if words[-1] == "faster" and goal["ours"] == first.get(row["workload"]) and row["ratio"]:
                 x, y = float(words[1]), places[row["workload"]]
-                axes.plot([x, x], [y - 0.4, y + 0.4], color=colours[_family(goal["beside"])], linewidth=2, zorder=2)
+                axes.plot(
+                    [x, x],
+                    [y - 0.4, y + 0.4],
+                    color=colours.get(_family(goal["beside"]), "black"),
+                    linewidth=2,
+                    zorder=2,
+                )
     axes.plot([], [], color="grey", marker="|", markersize=9, markeredgewidth=2, linestyle="", label="goal beside it")
 
 

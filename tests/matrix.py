@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 GIGABYTES = 15  # torch brings up to 9 GB of libraries; as much again lies in pip's temporary files while it unpacks
-CELLS = ("3.11:2.8.0", "3.11:2.13.0", "3.11:newest", "3.12:2.13.0", "3.13:2.13.0")
+CELLS = ("3.11:lowest", "3.11:2.13.0", "3.11:newest", "3.12:2.13.0", "3.13:2.13.0")
 SMOKE = (
     "test_operators",
     "test_inputs",
@@ -56,13 +57,17 @@ class Cell(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Cell:
-        """Read `3.12:2.13.0`; `newest` is what the package index has last."""
+        """Read `3.12:2.13.0`; `newest` is the last release, `lowest` means all lower bounds of pyproject.toml."""
         python, _, torch = text.partition(":")
         return cls(python, torch)
 
     @property
-    def requirement(self) -> str:
-        return "torch" if self.torch == "newest" else f"torch=={self.torch}"
+    def requirements(self) -> list[str]:
+        """What is installed before jacops."""
+        if self.torch == "lowest":
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            return [bound.replace(">=", "==") for bound in project["dependencies"]]
+        return ["torch" if self.torch == "newest" else f"torch=={self.torch}"]
 
 
 def interpreter(version: str) -> str | None:
@@ -102,7 +107,7 @@ def _tested(cell: Cell, python: str, folder: Path, wheel: Path, options: list[st
     own = str(folder / "bin" / "python")
     install = [own, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    for what in ([cell.requirement], [str(wheel), *TOOLS]):
+    for what in (cell.requirements, [str(wheel), *TOOLS]):
         made = subprocess.run([*install, *what], capture_output=True, text=True)
         if made.returncode:
             return f"skipped: pip cannot install {what[0]}: {made.stderr.strip().splitlines()[-1]}"

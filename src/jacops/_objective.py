@@ -44,6 +44,7 @@ from .errors import InputError, InputTypeError, NotDifferentiableError
 from .solvers._output_loss import LossAtOutput
 
 _FEW = 3  # rows by which it is computed how a loss divides: one that counts fewer labels, and two that do not
+_NO_BATCH = object()
 
 
 class ObjectiveOptions(TypedDict, total=False):
@@ -103,7 +104,7 @@ class Objective:
         self._picked: CurvatureOptions = {"parameters": self.picks}
         self.randomness: Randomness = randomness
         self.seed = checked_seed(randomness, seed)
-        self._x: Any = self  # the input of the batch that it is for; no input is an objective
+        self._x: Any = _NO_BATCH  # the input of the batch that it is for
         self._found: list[Any] = []  # its recorded output, once it was asked for; shared with weighted ones
 
     @property
@@ -174,7 +175,7 @@ class Objective:
     def on(self, x: Any) -> Objective:
         """Return the objective for one batch: a torch model runs once for all that is asked of it."""
         other = copy.copy(self)
-        other._x, other._found = (self if self.foreign else x), []
+        other._x, other._found = (_NO_BATCH if self.foreign else x), []
         return other
 
     @property

@@ -212,7 +212,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             rows: Places of its first axis, or a mask over them; by default all.
             against: As many rows, paired with these in order: of the same parameter, or of another one in a dict by
                 its name. By default the same rows.
-            absolute: As in `covariance`.
+            absolute: Weights are inverse variances; otherwise the variance is that of the residuals at the end.
 
         Returns:
             (rows, w, w): w tangent directions of a row; (rows, w, v) for a parameter of v directions in `against`. Zero

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -197,7 +198,6 @@ class _Dual(_Factorised):
             inner = self.J if self.S is None else self.S @ self.J
             self.entries = self.scale * (self.J.T @ inner) + self.shift * Identity(system.given.domain)
         self.info.update(rows=m, factorisation="Woodbury")
-        self.once = self._woodbury
         inner = self.scale * (gram if self.S is None else self.S._apply(gram).T)
         inner.diagonal().add_(self.shift)
         self._factorise(inner)
@@ -206,18 +206,28 @@ class _Dual(_Factorised):
     def _factorise(self, inner: Tensor) -> None:
         if self.S is None:
             factor, failed = torch.linalg.cholesky_ex(inner)
-            self.inner: RowMap = lambda rows: torch.cholesky_solve(rows.T, factor).T
+            solve: RowMap = lambda rows: torch.cholesky_solve(rows.T, factor).T  # noqa: E731
         else:
             lu, pivots, failed = torch.linalg.lu_factor_ex(inner)
-            self.inner = lambda rows: torch.linalg.lu_solve(lu, pivots, rows.T).T
+            solve = lambda rows: torch.linalg.lu_solve(lu, pivots, rows.T).T  # noqa: E731
+        self.once = partial(_woodbury, self.J, self.S, self.scale, self.shift, solve)  # no method: that were a cycle
         if int(failed):
             self.failed = Status.SINGULAR if bool(inner.isfinite().all()) else Status.BREAKDOWN
             self.once = lambda rows: torch.full_like(rows, math.nan)
 
-    def _woodbury(self, rows: Tensor) -> Tensor:
-        image = self.J._apply(rows)
-        image = self.scale * (image if self.S is None else self.S._apply(image))
-        return (rows - on_finite_rows(self.J._apply_transpose, self.inner(image))) / self.shift
+
+def _woodbury(
+    J: Operator,
+    S: Operator | None,
+    scale: Tensor | float,
+    shift: Tensor | float,
+    solve: RowMap,
+    rows: Tensor,  # noqa: N803
+) -> Tensor:
+    """Return $(scale · JᵀSJ + shift)^{-1}$ times rows, by a solve in the space of the rows of J."""
+    image = J._apply(rows)
+    image = scale * (image if S is None else S._apply(image))
+    return (rows - on_finite_rows(J._apply_transpose, solve(image))) / shift
 
 
 def _balanced(parts: Congruence) -> tuple[Operator | None, Operator, int, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._runtime.contexts import random_state_kept, random_states, set_random_states
 from ..._runtime.side_effects import tensors_in
+from ..._trees import map_nested
 from .companions import Precision, wide
 
 
@@ -178,18 +179,19 @@ class OperationCall:
         table = {id(t): p for t, p in zip(self.moving, points, strict=True)}
         written: list[Tensor] = []
 
-        def replaced(value: Any, writes: bool) -> Any:
-            if isinstance(value, Tensor):
-                found = table.get(id(value))
-                found = self._value(value, precision) if found is None else found
-                if writes and is_followed(value):
-                    written.append(found := found.clone())
-                return found
-            if isinstance(value, list | tuple):
-                return type(value)(replaced(v, writes) for v in value)
-            return _changed(value, self.moving[0], precision) if isinstance(value, torch.dtype) else value
+        def found(value: Any, writes: bool) -> Any:
+            if not isinstance(value, Tensor):
+                return _changed(value, self.moving[0], precision) if isinstance(value, torch.dtype) else value
+            point = table.get(id(value))
+            point = self._value(value, precision) if point is None else point
+            if writes and is_followed(value):
+                written.append(point := point.clone())
+            return point
 
-        given = {name: replaced(value, name in self.kind.written) for name, value in self._args.items()}
+        given = {
+            name: map_nested(value, partial(found, writes=name in self.kind.written))
+            for name, value in self._args.items()
+        }
         positional = [given.pop(name) for name in self.kind.names[: self._positional]]
         with self._same_draws():
             output = self.func(*positional, **given)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import held_constant
+from ..._trees import map_nested
 from .function_call import FunctionCall, dependent, out_of_place
 
 NORMS, ATTENTION, GAINS = "normalisation scales", "attention patterns", "activation gains"
@@ -207,15 +208,13 @@ def _holding(call: FunctionCall, constants: Sequence[Tensor]) -> Any:
     written = call.first if call.in_place else None  # what is held must not change with it
 
     def held(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return type(value)([held(v) for v in value])
         if isinstance(value, Tensor) and id(value) in left:
             left.remove(id(value))
             return value.detach().clone() if value is written else value.detach()
         return value
 
-    args = held(call.args)
-    kwargs = {name: held(value) for name, value in call.kwargs.items()}
+    args = map_nested(call.args, held)
+    kwargs = {name: map_nested(value, held) for name, value in call.kwargs.items()}
     return out_of_place(call.func)(*args, **kwargs)
 
 

@@ -72,10 +72,10 @@ class FollowedModel:
     @classmethod
     def beside(cls, samples: Samples) -> Beside:
         """Return what contributions of samples hold beside Jacobians: themselves, and what following takes."""
-        values, lengths = samples.values, _lengths(samples.values)
+        runner, values, lengths = samples.runner, samples.values, _lengths(samples.values)
 
         def run(rows: int) -> None:
-            cls(samples.runner, rows)._runs([value[:rows] for value in values], True, lengths)
+            cls(runner, rows)._runs([value[:rows] for value in values], True, lengths)
 
         return Beside(1, run, "bias parts and slopes" if lengths else "bias parts")
 
