@@ -83,8 +83,8 @@ class _Accepted(NamedTuple):
             more = sorted((self.names or frozenset()) - set(self.places))
             hint = f" Pass the others by keyword: {', '.join(f'`{name}`' for name in more)}." if more else ""
             took, came = int(self.most) - bool(method), len(args) - bool(method)
-            plural, given = "s" * (took != 1), "was given" if came == 1 else "were given"
-            raise InputTypeError(f"{call}() takes {took} positional argument{plural}, but {came} {given}.{hint}")
+            plural, verb = "s" * (took != 1), "was" if came == 1 else "were"
+            raise InputTypeError(f"{call}() takes {took} positional argument{plural}, but {came} {verb} given.{hint}")
         for place, name in enumerate(self.places):
             if place < len(args) and name in given:
                 raise InputTypeError(f"{call}() has `{name}` twice, by place and by keyword.")
