@@ -124,7 +124,7 @@ def test_a_message_counts_arguments_as_the_user_does_and_names_keywords() -> Non
     J = jacops.jacobian(model, x)
     with pytest.raises(InputTypeError, match=r"^Operator\.gram\(\) takes 0 positional arguments, but 1 was given\.$"):
         J.gram(1)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(InputTypeError, match=r"^compute_jacobian\(\) takes 3 .* but 4 came\. Pass .*`outputs`"):
+    with pytest.raises(InputTypeError, match=r"^compute_jacobian\(\) takes 3 .* but 4 were given\. Pass .*`outputs`"):
         jacops.compute_jacobian(model, x, 2, None)  # pyright: ignore[reportCallIssue]
     with pytest.raises(InputTypeError, match=r"^compute_jacobian\(\) needs `x`, which is missing\.$"):
         jacops.compute_jacobian(model)  # pyright: ignore[reportCallIssue]

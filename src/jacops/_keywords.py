@@ -87,7 +87,7 @@ class _Accepted(NamedTuple):
             raise InputTypeError(f"{call}() takes {took} positional argument{plural}, but {came} {verb} given.{hint}")
         for place, name in enumerate(self.places):
             if place < len(args) and name in given:
-                raise InputTypeError(f"{call}() has `{name}` twice, by place and by keyword.")
+                raise InputTypeError(f"{call}() has `{name}` twice, by position and by keyword.")
             if len(args) <= place < self.needed and name not in given:
                 raise InputTypeError(f"{call}() needs `{name}`, which is missing.")
 
