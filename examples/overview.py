@@ -47,19 +47,19 @@ def draw_features(axes: Axes, net: nn.Module, x: Tensor, y: Tensor) -> None:
     axes.set(xticks=[], yticks=[], anchor="N")
     axes.spines[:].set_visible(False)
     axes.set_title("Which features?", fontweight="bold", loc="left")
-    axes.set_xlabel("dots: ink; colour: for 3 or for 8 (nats)")
+    axes.set_xlabel("evidence for 3 (red), 8 (blue)")
     axes.figure.colorbar(image, ax=axes, shrink=0.75, pad=0.03)
 
 
 def draw_samples(axes: Axes, net: nn.Module, x: Tensor, given: Tensor, flipped: Tensor) -> None:
-    """How many wrong labels are found, by how many digits are looked at."""
+    """How many wrong labels are found, by how many are checked."""
     scores = jacops.self_influences(net, [(x, given)], loss=nn.functional.cross_entropy)
     order = scores.argsort(descending=True)
     found = flipped[order].cumsum(0).numpy()
     looked = np.arange(1, len(x) + 1)
     axes.plot(looked, found, color=look.ORANGE, label="by influence")
     axes.plot(looked, looked * int(flipped.sum()) / len(x), color=look.GREY, linewidth=1, label="at random")
-    axes.set(xlim=(0, 300), ylim=(0, int(flipped.sum()) + 2), xlabel="training digits looked at (of 1,000)")
+    axes.set(xlim=(0, 300), ylim=(0, int(flipped.sum()) + 2), xlabel="labels checked (of 1,000)")
     axes.set_title("Which training points?", fontweight="bold", loc="left")
     axes.set_ylabel("wrong labels found (of 60)")
     axes.legend(loc="center right")
@@ -93,12 +93,12 @@ def main(file: Path) -> None:
     flipped = torch.zeros(len(x), dtype=torch.bool)
     flipped[torch.randperm(len(x), generator=generator)[:60]] = True
     given = torch.where(flipped, (y + torch.randint(1, 10, y.shape, generator=generator)) % 10, y)
-    figure = Figure(figsize=(11.6, 3.1), layout="constrained")
+    figure = Figure(figsize=(9.6, 2.9), layout="constrained")
     features, samples, before, after = figure.subplots(1, 4, width_ratios=(1.15, 1.35, 1, 1))
     draw_features(features, classifier(x, y), x, y)
     draw_samples(samples, classifier(x, given), x, given, flipped)
     draw_step(before, after)
-    figure.savefig(file, dpi=160)
+    figure.savefig(file, dpi=200)
 
 
 if __name__ == "__main__":

@@ -289,4 +289,15 @@ def test_the_html_of_a_fit_has_parameters_and_every_step() -> None:
     found = fit()
     shown = found._repr_html_()
     assert "x = [3, 1]" in shown
-    assert shown.count("<tr>") == 4 + 1 + 1 + len(found.log)  # facts, parameter, header, steps
+    assert shown.count("<tr>") == len(found._whole().facts) + 1 + 1 + len(found.log)  # parameter, header, steps
+
+
+def test_the_html_of_a_fit_folds_its_steps_from_ten_on() -> None:
+    def rosenbrock(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+    short, long = (jacops.levenberg_marquardt(rosenbrock, params=torch.tensor(x)) for x in ([1.0, 1.0], [-1.2, 1.0]))
+    assert len(short.log) < 10 <= len(long.log)
+    assert "<details>" not in short._repr_html_()
+    assert f"<details><summary>{len(long.log)} steps: " in long._repr_html_()
+    assert long._repr_html_().count("<tr>") == len(long._whole().facts) + 1 + 1 + len(long.log)

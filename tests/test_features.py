@@ -270,7 +270,7 @@ def test_what_there_is_not_is_refused(call: Callable[[Contributions], Any], word
 
 def test_without_samples_there_is_no_top() -> None:
     empty = by_hand(torch.ones(0, 2, 3))
-    refused(InputError, lambda: empty.top(), "`top` is asked of no samples")
+    refused(InputError, lambda: empty.top(), "`top` is called with no samples")
     assert empty.grouped(["a", "a", "b"]).values.shape == (0, 2, 2)
 
 
@@ -278,7 +278,7 @@ def test_without_samples_there_is_no_top() -> None:
 def test_one_of_several_outputs_has_to_be_picked(call: str) -> None:
     parts: dict[str, Tensor] = {"mu": draw(5, 2, 3), "spread": draw(5, 2, 3)}
     given = replace(by_hand(draw(5, 2, 3)), values=parts, bias=parts, output=parts, jacobian=parts)  # pyright: ignore
-    words = rf"`{call}` is asked of several outputs, but one is needed: pick it, as in found\['mu'\]\.{call}\(\)"
+    words = rf"`{call}` is called with several outputs, but one is needed: pick it, as in found\['mu'\]\.{call}\(\)"
     with pytest.raises(InputError, match=words):
         getattr(given, call)()
 

@@ -490,7 +490,8 @@ class Decay(nn.Module):
 def test_print_shows_parameters_and_every_step() -> None:
     fit = jacops.levenberg_marquardt(Decay(), T, target=3 * torch.exp(-1.5 * T))
     lines = str(fit).splitlines()
-    assert lines[0].startswith(f"LeastSquaresResult({fit.status}: {fit.message}")
+    reason, note = fit.message.split("; ")
+    assert lines[:2] == [f"LeastSquaresResult({fit.status}: {reason})", f"  note: {note}"]
     assert sum("radius" in line for line in lines) == len(fit.log) > 0
     for record in fit.log:
         (line,) = [line for line in lines if line.startswith(f"  {record.step:4d}  ")]
@@ -500,7 +501,7 @@ def test_print_shows_parameters_and_every_step() -> None:
     assert any(line.split() == ["scale", "=", "3"] for line in lines)
     assert "success True" in str(fit)
     assert repr(fit) in str(fit)
-    assert len(repr(fit).splitlines()) <= 4
+    assert len(repr(fit).splitlines()) <= 5
 
 
 def test_print_names_radius_rejection_and_failure() -> None:

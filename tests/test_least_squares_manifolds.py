@@ -314,7 +314,7 @@ def test_charts_that_do_not_fit_are_refused() -> None:
         fit(params=torch.ones(2, 3), manifolds=SE3)
     with pytest.raises(InputError, match=r"length 2 \(element 0\)"):
         fit(params=torch.ones(2, 4), manifolds=SO3)
-    with pytest.raises(InputError, match="a LieTensor brings its own"):
+    with pytest.raises(InputError, match="a LieTensor has its own"):
         fit(params=pp.identity_SE3(2), manifolds=SE3)
     with pytest.raises(InputError, match=r"`output` is an element of SE3.*\.Log\(\)"):
         fit(params=pp.identity_SE3(2))

@@ -247,5 +247,5 @@ def test_a_projection_that_does_not_belong_to_the_rows_is_refused() -> None:
     estimator = fitted("pca and scaler")
     reduced, net = T(estimator.transform(ROWS)), nn.Linear(3, 2).double()
     found = Projection(*(getattr(projection(estimator), name) for name in ("matrix", "mean")))  # the offset left out
-    with pytest.raises(InputError, match="`x` is not what `projection` makes of `features`"):
+    with pytest.raises(InputError, match="`x` is not `projection` applied to `features`"):
         jacops.contributions(net, reduced, projection=found, features=T(ROWS))

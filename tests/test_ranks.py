@@ -252,7 +252,7 @@ def test_a_call_on_one_rank_ends(world: Callable[[int], World], size: int) -> No
     for case, call in calls.items():
         text = found[0][case]
         assert text.startswith("PeerFailedError after short")
-        assert f"{call}: {absent} did not come within 1 s" in text
+        assert f"{call}: {absent} did not make this call within 1 s" in text
         assert "distributed=False" in text
     assert found[0]["factors"] == ""  # a call on tensors is local
     assert "GaussNewton" in found[0]["repr"]  # and so is a repr
@@ -266,9 +266,9 @@ def test_a_call_on_one_rank_ends(world: Callable[[int], World], size: int) -> No
 @pytest.mark.parametrize("size", SIZES)
 def test_different_calls_end(world: Callable[[int], World], size: int) -> None:
     first, *others = world(size).found("different_calls")
-    assert "Problem.value: rank 1 came to Problem.value_and_gradient" in first["error"]
+    assert "Problem.value: rank 1 called Problem.value_and_gradient" in first["error"]
     for one in others:
-        assert "Problem.value_and_gradient: rank 0 came to Problem.value instead" in one["error"]
+        assert "Problem.value_and_gradient: rank 0 called Problem.value instead" in one["error"]
 
 
 @pytest.mark.parametrize(

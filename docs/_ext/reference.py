@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from sphinx.pycode import ModuleAnalyzer
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -22,10 +25,34 @@ def _namespace(name: str) -> ModuleType:
     return importlib.import_module(f"jacops.{name}".rstrip("."))
 
 
-def _summary(thing: Any) -> str:
+def _is_value(thing: Any) -> bool:
+    return not (inspect.isclass(thing) or inspect.isroutine(thing) or inspect.ismodule(thing))
+
+
+def _below(short: str, thing: Any) -> str:
+    """Return the text below the assignment of a value, such as a chart, which Python does not keep; else nothing."""
+    for name, module in sorted(sys.modules.items()) if _is_value(thing) else ():
+        if name.startswith("jacops.") and vars(module).get(short) is thing:
+            lines = ModuleAnalyzer.for_module(name).find_attr_docs().get(("", short))
+            if lines:
+                return "\n".join(lines).strip()
+    return ""
+
+
+def _summary(short: str, thing: Any) -> str:
     """Return the first sentence of a docstring, as a cell of a table."""
-    first = (inspect.getdoc(thing) or "").split("\n\n")[0]
+    first = (_below(short, thing) or inspect.getdoc(thing) or "").split("\n\n")[0]
     return re.sub(r"\s+", " ", first).replace("|", r"\|")
+
+
+def _value_page(name: str, thing: Any, text: str) -> str:
+    """Return the page of a value: its text, and the public class that describes its methods."""
+    space, _, _ = name.removeprefix("jacops.").rpartition(".")
+    kind = next(c for c in type(thing).__mro__ if not c.__name__.startswith("_"))
+    public = getattr(_namespace(space), kind.__name__, None) is kind
+    link = f"[`{kind.__name__}`](jacops.{space}.{kind.__name__}.md)"
+    methods = f"\n\nAn instance of {link}, whose page describes its methods." if public else ""
+    return f"# {name}\n\n```{{py:data}} {name}\n```\n\n{text}{methods}\n"
 
 
 def _directive(name: str, thing: Any) -> str:
@@ -33,18 +60,21 @@ def _directive(name: str, thing: Any) -> str:
     if inspect.isclass(thing):
         members = f"   :members:\n   :special-members: __matmul__\n   :inherited-members: {_OUTSIDE}"
         return f".. autoclass:: {name}\n{members}"
-    if callable(thing) and inspect.isroutine(thing):
+    if inspect.isroutine(thing):
         return f".. autofunction:: {name}"
     return f".. autodata:: {name}\n   :no-value:"
 
 
 def _object_page(name: str, thing: Any) -> str:
+    text = _below(name.rpartition(".")[2], thing)
+    if text:
+        return _value_page(name, thing, text)
     return f"# {name}\n\n```{{eval-rst}}\n{_directive(name, thing)}\n```\n"
 
 
 def _namespace_page(module: ModuleType, names: dict[str, str]) -> str:
     """Return the page of a namespace: what it is for, a table, and the pages below it."""
-    rows = [f"| [`{short}`]({full}.md) | {_summary(getattr(module, short))} |" for short, full in names.items()]
+    rows = [f"| [`{short}`]({full}.md) | {_summary(short, getattr(module, short))} |" for short, full in names.items()]
     below = "\n".join(f"{s} <{full}>" for s, full in names.items() if full.rpartition(".")[0] == module.__name__)
     about = (inspect.getdoc(module) or "").split("\n\n")[0]
     hidden = f"```{{toctree}}\n:hidden:\n\n{below}\n```\n" if below else ""
@@ -66,7 +96,7 @@ def pages() -> dict[str, str]:
             found.setdefault(f"{names[short]}.md", _object_page(names[short], thing))
         found[f"{module.__name__}.md"] = _namespace_page(module, names)
     listed = "\n".join(f"jacops.{space}".rstrip(".") for space in (*_NAMESPACES, *_LAST))
-    about = {space: _summary(_namespace(space)) for space in (*_NAMESPACES, *_LAST)}
+    about = {space: _summary(space, _namespace(space)) for space in (*_NAMESPACES, *_LAST)}
     rows = [f"| [`jacops.{space}`](jacops.{space}.md) | {about[space]} |" for space in (*_NAMESPACES[1:], *_LAST)]
     table = "\n".join(["| Namespace | |", "|---|---|", f"| [`jacops`](jacops.md) | {about['']} |", *rows])
     found["index.md"] = f"# Reference\n\n{table}\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"

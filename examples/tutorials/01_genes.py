@@ -7,7 +7,7 @@ where a cell lies? For a network of linear layers and ReLU the answer is exact: 
 coordinate is a sum of one part for each gene and one part for the biases. The parts go
 through the PCA in front of the network, so they belong to genes and not to components.
 
-The counts here are made up, so the right answer is known: each cell type has eight
+The counts here are synthetic, so the right answer is known: each cell type has eight
 marker genes.
 """
 
@@ -20,8 +20,8 @@ from sklearn.neighbors import kneighbors_graph
 import jacops
 
 # %%
-# Made-up counts
-# --------------
+# Synthetic counts
+# ----------------
 #
 # There are 600 cells of four types and 300 genes. A gene's mean expression is drawn at
 # random; a type expresses its markers six times as much. Counts are negative binomial,
@@ -49,9 +49,9 @@ x = torch.from_numpy(pca.transform(expression))
 # The encoder
 # -----------
 #
-# It is trained with the loss of UMAP: neighbours attract each other, random pairs repel
-# each other. It never sees a cell's type. Double precision costs little at this size,
-# and lets the checks below be strict.
+# It is trained with the loss of UMAP: neighbours attract each other, random pairs
+# repel each other. Cell types are not part of the training data. Double precision
+# costs little at this size, and lets the checks below be strict.
 
 torch.manual_seed(0)
 graph = kneighbors_graph(x.numpy(), 15).nonzero()
@@ -118,8 +118,8 @@ axes.set_title("600 cells, and the genes that place them")
 plt.show()
 
 # %%
-# The network was told neither types nor markers. How many of the eight strongest genes
-# of each type are its markers?
+# Neither types nor markers were used in training. How many of the eight genes with the
+# largest mean of each type are its markers?
 
 for number, name in enumerate(types):
     strongest = along[number].topk(8).indices
@@ -154,10 +154,10 @@ found.plot(sample=cell, output=0, kind="waterfall", k=10)
 # Is it right?
 # ------------
 #
-# The line *output* of the result above compares two numbers that were computed apart:
+# The line *output* of the result above compares two independently computed numbers:
 # the output of the network, and the sum of all parts, whose bias part was propagated
-# through the network operation by operation. So the comparison can fail. Here it is by
-# hand, and then one derivative by finite differences through PCA and network.
+# through the network operation by operation. Here the comparison is made by hand, and
+# then one derivative by finite differences through PCA and network.
 
 error = found.values.sum(2) + found.bias - encoder(x).detach()
 print(f"genes + biases - output: at most {error.abs().max():.1e}")
@@ -173,7 +173,7 @@ print(f"by finite differences: {slope.tolist()}")
 # Next
 # ----
 #
-# * :doc:`/attribution`: scalers and pipelines in front of a model, groups of genes, a
-#   page to hand on (``to_html``).
+# * :doc:`/attribution`: scalers and pipelines in front of a model, groups of genes, an
+#   HTML report (``to_html``).
 # * :doc:`/integrated`: networks that are not piecewise linear (GELU, softmax, tanh).
 # * :doc:`/recipes/single_cell`: the same with 700 real blood cells from scanpy.

@@ -79,11 +79,11 @@ figure.colorbar(shown, ax=axes, label="units of the logit", shrink=0.8)
 plt.show()
 
 # %%
-# What the network mixes up
-# -------------------------
+# Wrong predictions
+# -----------------
 #
-# An image that is read wrongly is worth a closer look. By default a figure is of the
-# largest logit; here are the wrong answer and the right one.
+# An image that is classified wrongly. By default a figure shows the largest logit; here
+# are the wrong class and the right one.
 
 wrong = int((~right).nonzero()[0])
 answer, truth = int(found.output[wrong].argmax()), int(test_labels[wrong])
@@ -98,14 +98,14 @@ plt.show()
 # Is it right?
 # ------------
 #
-# The result verifies itself: the part of the biases is propagated through the network
+# The sum is verified: the part of the biases is propagated through the network
 # on its own, and then the sum of all parts is compared with the logits.
 
 print(f"largest error, relative: {found.verification.relative_error:.1e}")
 
 # %%
-# Exact sums say how the network computes, not what it would answer to another image.
-# That can be tried: erase pixels of each image from the largest contribution downwards,
+# Exact sums describe the output for this image, not that for another image. To test
+# this, erase pixels of each image from the largest contribution downwards,
 # and compare with pixels of ink in random order. The logits fall much faster.
 
 predicted = found.output.argmax(1)
@@ -151,6 +151,6 @@ against.plot(sample=0)
 # ----
 #
 # * :doc:`/attribution`: names, groups of pixels, ``target=`` for one logit of each
-#   image at the cost of one backward pass, a page to hand on.
+#   image at the cost of one backward pass, an HTML report.
 # * :doc:`/integrated`: integrated Jacobians and their error estimate.
 # * :doc:`/tutorials/01_genes`: contributions through a PCA.

@@ -2,8 +2,8 @@
 Which words and which layers decide?
 ====================================
 
-A small GPT-2 reads reviews such as *the film was not really good* and says whether they
-are positive. Which words made it say so, and which of its layers? A transformer is not
+A small GPT-2 reads reviews such as *the film was not really good* and predicts whether
+they are positive. Which words decide, and which layers? A transformer is not
 piecewise linear. Its logits become an exact sum of parts as soon as some of its
 functions are held constant: attention patterns, scales of norms and gains of
 activations. ``freeze=`` does this by name, and the sum is verified.
@@ -20,7 +20,7 @@ from jacops.attribution import logit_difference
 # Reviews and model
 # -----------------
 #
-# A review is made up: a subject, two words of which one may be *not*, and an adjective.
+# A review consists of a subject, two words of which one may be *not*, and an adjective.
 # *not* turns the answer around, so no word decides alone. The answer is the token after
 # the full stop.
 
@@ -181,7 +181,7 @@ for name, total, result in [
 
 # %%
 # An exact sum is not a prediction of what happens without a word, since all that is
-# held constant would change as well. Both are worth knowing:
+# held constant would change as well. Both can be compared:
 
 with torch.no_grad():
     logits = model(torch.stack([prompts[1], encoded(texts[0])])).logits[:, -1]

@@ -42,7 +42,7 @@ given = torch.where(flipped[:, None], 1 - truth[train], truth[train])
 # -----------
 #
 # A small perceptron with weight decay is trained to convergence. It fits most of the
-# wrong labels as well, and pays for that on the test tumours.
+# wrong labels as well, which lowers its accuracy on the test tumours.
 
 DECAY = 3e-3
 loss = torch.nn.functional.binary_cross_entropy_with_logits
@@ -83,7 +83,7 @@ print(f"accuracy on {len(test)} test tumours: {accuracy(net)}")
 # One call
 # --------
 #
-# ``l2=`` tells that weight decay is a part of the objective. The curvature is then the
+# With ``l2=`` weight decay is a part of the objective. The curvature is then the
 # Hessian of what was minimised. At the optimum it is positive definite, and needs no
 # damping.
 
@@ -131,9 +131,9 @@ for word, labels in [("45 checked", corrected), ("all correct", truth[train])]:
 # Which samples caused a wrong prediction?
 # ----------------------------------------
 #
-# ``compute_influences`` says which training tumours raised the loss of a test tumour.
-# Here it is asked of the one with the largest loss. In a network this small a sample
-# moves its own curvature; ``leverage=True`` takes that into account.
+# ``compute_influences`` returns how training tumours change the loss of a test tumour,
+# here of the one with the largest loss. In a network this small a sample changes the
+# curvature considerably; ``leverage=True`` takes that into account.
 
 test_losses = loss(net(x[test]).detach(), truth[test], reduction="none")[:, 0]
 worst = test[test_losses.argmax()][None]

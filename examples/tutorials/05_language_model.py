@@ -4,9 +4,9 @@ Which texts taught a language model this?
 
 A language model was tuned with LoRA, and still gives an outdated answer. Which of the
 texts that it was tuned on are the reason, and which of their tokens? Influence
-functions say so without training again. The model here is a small GPT-2 that is trained
-on the spot, so that the answer can be checked by tuning again; any causal model of
-transformers, adapted with peft, goes the same way.
+functions answer this without retraining. The model here is a small GPT-2 that is
+trained on the spot, so that the answer can be checked by tuning again; any causal model
+of transformers, adapted with peft, works in the same way.
 """
 
 import copy
@@ -23,7 +23,7 @@ logging.set_verbosity_error()  # transformers notes that a new config names no l
 warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers renames
 
 # %%
-# A model that knows where people live
+# A model trained on where people live
 # ------------------------------------
 #
 # It is trained on ten sentences about people and five about cities.
@@ -96,7 +96,7 @@ print("cleo lives in", answer(model, "cleo lives in"))
 # --------
 #
 # The question is about the loss of one word: *cairo* in the sentence *cleo lives in
-# cairo*. Labels of -100 are ignored. ``"model"`` stands for the loss that the model
+# cairo*. Labels of -100 are ignored. ``"model"`` is the loss that the model
 # computes from its logits and labels, and ``parameters=`` picks the adapters by name.
 # Curvature and damping are the defaults.
 

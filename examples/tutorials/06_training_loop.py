@@ -3,10 +3,10 @@ Learn a law of physics: Jacobians in a training loop
 ====================================================
 
 A pendulum keeps its energy. A network that is fitted to noisy measurements of its
-motion does not know that, and simulations with it gain or lose energy. A Hamiltonian
-network (`Greydanus et al., 2019 <https://arxiv.org/abs/1906.01563>`_) learns the energy
-itself: the motion that it predicts is made of the derivatives of its output. So a
-Jacobian is a part of the loss, and training differentiates it once more.
+motion does not have this property, and simulations with it gain or lose energy. A
+Hamiltonian network (`Greydanus et al., 2019 <https://arxiv.org/abs/1906.01563>`_)
+learns the energy itself: the motion that it predicts is made of the derivatives of its
+output. So a Jacobian is a part of the loss, and training differentiates it once more.
 ``create_graph=True`` makes that possible.
 """
 
@@ -123,8 +123,8 @@ plt.show()
 # Is it right?
 # ------------
 #
-# The loss holds a derivative, and its gradient a second one. Move all parameters by a
-# small step in a random direction, and compare the change of the loss with the
+# The loss contains a derivative, and its gradient a second one. Move all parameters
+# by a small step in a random direction, and compare the change of the loss with the
 # gradient:
 
 

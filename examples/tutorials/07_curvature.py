@@ -3,9 +3,9 @@ Curvature: sharp and flat minima
 ================================
 
 Two runs of gradient descent reach about the same loss. *Did they end in the same kind
-of minimum?* The eigenvalues of the Hessian :math:`H` of the training loss tell: in a
-sharp minimum the loss rises fast along some direction, in a flat one slowly along all
-of them. This tutorial trains two nets that differ in their learning rate only, and
+of minimum?* The eigenvalues of the Hessian :math:`H` of the training loss answer this:
+in a sharp minimum the loss rises fast along some direction, in a flat one slowly along
+all of them. This tutorial trains two nets that differ in their learning rate only, and
 takes the largest eigenvalues, the trace and the whole spectrum of each Hessian without
 ever forming it.
 """
@@ -63,7 +63,7 @@ nets = {name: net for name, (net, _) in runs.items()}
 # --------
 # ``jacops.Problem`` is the objective: model, loss and data (a loader, for more data
 # than fits into memory). Its Hessian is an operator that is multiplied and never
-# formed. The repr tells what is known of it.
+# formed. The repr lists its known properties.
 
 operators = {name: hessian(net) for name, net in nets.items()}
 operators["small steps"]
@@ -165,6 +165,6 @@ plt.show()
 # * Sharpness depends on how the net is written: scaling one layer up and the next one
 #   down changes it, and not the function (Dinh et al., 2017). Compare nets of one
 #   architecture, trained alike.
-# * :doc:`/estimators` lists what else sums an operator up: norms, diagonals, effective
+# * :doc:`/estimators` lists other properties of operators: norms, diagonals, effective
 #   dimensions.
 # * The same operators answer which training samples matter: :doc:`/influence`.

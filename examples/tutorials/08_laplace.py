@@ -41,10 +41,10 @@ net = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 1)).double()
 # %%
 # The fit
 # -------
-# The approximation holds at a minimum of the negative log-posterior. With normal noise
-# and a normal prior that is a least-squares problem: the weights themselves are a
-# second output, with the target zero. ``levenberg_marquardt`` says whether the end is a
-# minimum, which an optimiser for nets does not.
+# The approximation holds at a minimum of the negative log-posterior. With normal
+# noise and a normal prior that is a least-squares problem: the weights themselves are
+# a second output, with the target zero. ``levenberg_marquardt`` reports whether the
+# result is a minimum, which optimisers for networks do not.
 
 
 class Posterior(nn.Module):
@@ -110,7 +110,7 @@ plt.show()
 # %%
 # Is it right?
 # ------------
-# Two checks by other ways. The fit has a covariance of its own, from its last Jacobian.
+# Two independent checks. The fit has a covariance, computed from its last Jacobian.
 # And a net that is linear in its weights is a Gaussian process whose kernel is
 # :math:`k(x, x') = J(x) J(x')^\top / \alpha`: its variance is known from the outputs
 # alone, with a matrix of sixty rows.

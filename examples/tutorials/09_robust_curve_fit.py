@@ -67,8 +67,8 @@ fits = {"linear": squares, "huber": huber, "cauchy": cauchy}
 cauchy
 
 # %%
-# The first line says why the fit ended and why its end is a minimum. The parameters
-# that were found:
+# The first lines state which criterion stopped the fit, and why the result is a
+# minimum. The parameters:
 
 
 def table(rows):
@@ -108,8 +108,8 @@ axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.9))
 plt.show()
 
 # %%
-# Beside SciPy
-# ------------
+# Comparison with SciPy
+# ---------------------
 # The objective is that of ``scipy.optimize.least_squares`` with ``loss=``. From the
 # same start both must end at the same point.
 
@@ -144,7 +144,7 @@ sandwich = np.linalg.inv(A) @ B @ np.linalg.inv(A)
 
 # %%
 # Two checks need nothing but refits. The bootstrap draws channels with replacement. And
-# since the data are made up, they can be measured anew.
+# since the data are synthetic, they can be drawn again.
 
 generator = torch.Generator().manual_seed(0)
 drawn = [torch.randint(120, (120,), generator=generator) for _ in range(60)]

@@ -24,8 +24,8 @@ from jacops.charts import SE2
 # A town and a drive through it
 # -----------------------------
 # True poses are needed only to make measurements and to judge the result: x, y and
-# heading, a step of one metre each, a crossing every five metres. A pose sees an
-# earlier one that is at most 1.5 m away.
+# heading, a step of one metre each, a crossing every five metres. A pose is measured
+# relative to an earlier one that is at most 1.5 m away.
 
 generator = torch.Generator().manual_seed(4)
 headings = torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1]], dtype=torch.float64)
@@ -54,7 +54,7 @@ source, target = torch.cat([moves, closures]).T
 
 # %%
 # Measurements have errors of 5 cm and 0.02 rad (about one degree). ``SE2`` is a chart:
-# it composes, compares and moves poses, in batches. Chaining the moves gives the first
+# it has functions for poses, in batches. Chaining the moves gives the first
 # guess.
 
 deviation = torch.tensor([0.05, 0.05, 0.02], dtype=torch.float64)
@@ -70,8 +70,8 @@ guess = torch.stack(guess)
 # The model, and one call
 # -----------------------
 # The output is a row for each measurement: how the pose of the target, seen from the
-# source, differs from what was measured, in tangent numbers. Nothing is said about
-# sparsity; it is detected.
+# source, differs from what was measured, in tangent coordinates. The
+# sparsity is detected.
 
 
 class PoseGraph(nn.Module):
@@ -94,9 +94,9 @@ solved = fit.x["poses"]
 fit
 
 # %%
-# The first line says why the fit ended: no step is left that gains anything. From the
-# third step on, predicted and actual reductions agree, so the quadratic model of the
-# last steps was right.
+# The first line states why the fit ended: no step reduces the objective further. From
+# the third step on, predicted and actual reductions agree, so the quadratic model of
+# the last steps was right.
 
 # %%
 # Before and after
@@ -141,11 +141,11 @@ for name, poses in {"first guess": guess, "solved": solved}.items():
     print(f"{name}: {error:.2f} m from the true path (root mean square)")
 
 # %%
-# ``fit.covariance`` says how certain each pose is. It is in tangent numbers: a step
+# The covariance of the poses is in tangent coordinates: a step
 # moves a pose to :math:`\exp(d)\,X`, which turns it around the origin, so that the
 # position moves by :math:`(d_x - d_\varphi\, y,\; d_y + d_\varphi\, x)`. The true
 # errors must be inside two standard deviations for about 95 % of the poses (in one
-# drive more or fewer: neighbours err alike).
+# drive more or fewer: errors of neighbours are correlated).
 
 blocks = torch.as_tensor(fit.covariance(absolute=True)).reshape(599, 3, 599, 3)
 blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # of each pose with itself
@@ -166,7 +166,7 @@ print(f"{(error.abs() < 2 * spread).double().mean():.0%} of the poses are inside
 # %%
 # What next
 # ---------
-# * A wrong closure bends everything: ``kernel="cauchy"`` counts it less
+# * A wrong closure distorts the map: ``kernel="cauchy"`` counts it less
 #   (:doc:`09_robust_curve_fit`).
 # * Other measurements of the same pairs: pass ``jacobian=fit.plan``, and nothing is
 #   detected again.

@@ -7,7 +7,7 @@ their images. *Where were the cameras, and where are the marks?* Bundle adjustme
 both until the marks, projected into the images, are where they were seen. Its linear
 equations are large and have a famous structure: points meet cameras only, so they can
 be eliminated first, which leaves the *Schur complement*, a small system over the
-cameras. Here nobody says which parameters are points. The structure is detected.
+cameras. Which parameters are points is not specified; the structure is detected.
 """
 
 import math
@@ -55,8 +55,7 @@ images = project(true_cameras[camera], true_points[point]) + drawn(len(camera), 
 
 # %%
 # The first guess is wrong by 0.2 m and two degrees for cameras, and by 0.3 m for
-# points. Two cameras are known: images alone tell neither where the world is nor how
-# large.
+# points. Two cameras are known: images alone determine neither position nor scale.
 
 wrong = torch.tensor([0.2] * 3 + [0.03] * 3, dtype=torch.float64)
 first_cameras = SE3.retract(true_cameras, wrong * drawn(12, 6))
@@ -133,9 +132,9 @@ print(f"{math.sqrt(1 - 960 / after.numel()):.2f} pixels are expected")
 # The structure that was found
 # ----------------------------
 # Two backward sweeps gave the Jacobian, instead of 984. Below is the matrix of the
-# normal equations: a block for each camera and each point, and one where a camera sees
-# a point. ``"sparse_cholesky"`` orders the columns so that those that meet no other of
-# their kind, here the points, are eliminated first and many at once. What is left is
+# normal equations: a block for each camera and each point, and one where a camera
+# sees a point. ``"sparse_cholesky"`` orders the columns so that those without entries
+# in common, here the points, are eliminated first and many at once. What is left is
 # the Schur complement.
 
 normal = scipy.sparse.csr_array(fit.jac.T @ fit.jac)

@@ -4,9 +4,9 @@ Scale out: several processes
 
 *A pass over the data takes too long. What has to change so that several processes share
 it?* Nothing in the calls. Under ``torchrun`` every process runs the same script, and
-jacops lets each of them take its share of the batches. And where a result is larger
-than memory, any number of processes fill one folder on the disk with it, tile by tile,
-so that a job that was killed goes on. This tutorial starts two processes on this
+each of them computes a part of the batches. If a result is larger than memory, any
+number of processes write it to one folder on disk, tile by tile, and a job that was
+killed can be continued. This tutorial starts two processes on this
 machine, in both ways, and compares with one.
 """
 
@@ -32,7 +32,7 @@ from jacops.store import read_store
 # ``sums`` is about the whole objective of a net before its training: value, largest
 # curvature, and a damped Gauss-Newton step, by passes over all batches. ``fill``
 # computes a large matrix tile by tile: the similarity of samples, :math:`g_i^\top g_j`,
-# of the gradients of their losses. Neither knows how many processes there are; only
+# of the gradients of their losses. Neither depends on the number of processes; only
 # ``main`` does.
 
 SCRIPT = """
@@ -109,7 +109,7 @@ first = scale_out.fill(folder / "run", most=5)
 print(f"value {alone[0]:.4f}, curvature {alone[1]:.4f}; {len(first)} of 25 tiles")
 
 # %%
-# Reading what is not finished is an error, unless it is asked for.
+# Reading an unfinished array raises an error, unless ``partial=True``.
 
 try:
     read_store(folder / "run", "similarity")
@@ -143,7 +143,7 @@ for name, *found in zip(names, ours, theirs, alone, strict=True):
 # Who filled the store
 # --------------------
 # The tiles of the stopped run were kept. Each of the others was computed by one of the
-# two ranks; which one depends on who came first, the numbers do not. Images of one
+# two ranks; which one depends on timing, the numbers do not. Images of one
 # digit have similar gradients, hence the blocks.
 
 owners = np.zeros((5, 5))
@@ -182,8 +182,8 @@ print(f"relative difference from the matrix made at once: {error:.0e}, in float3
 #   ``DistributedSampler`` lets each rank read its own rows only.
 # * The folder of a store has to be on a file system that all nodes see and that has
 #   locks (``flock``). Its processes need no group: the tasks of an array job
-#   (``#SBATCH --array=0-31``) share it as well, and a task that is lost costs the tile
-#   it was at.
+#   (``#SBATCH --array=0-31``) share it as well, and if a task is killed, only its
+#   current tile is computed again.
 # * ``jacops.compute_influences(..., store=)`` and ``compute_jacobian(..., store=)``
 #   fill a store in one call.
 #

@@ -9,14 +9,14 @@ Whole Jacobians     modjac, full_jacobian, sample_jacobians, sample_gradients; s
 Inverses            solve, inverse; kronecker_factors; jacops.solvers
 Before and after    plan (memory and cost of a call), check (a model against finite differences)
 
-jacops.attribution  contributions and what goes with them: projection, jacobian_lens, logit_difference
+jacops.attribution  contributions and related functions: projection, jacobian_lens, logit_difference
 jacops.influence    the strongest alone, groups, layers; projected_index for many queries; tracin, ensembles
 jacops.linalg       operators, empirical_fisher; trace, norm, diagonal, eigenpairs, spectral_density of one
 jacops.solvers      CG, MINRES, Direct, EKFAC, Nystrom, Lanczos, LiSSA
 jacops.sparse       sparse Jacobians: detect_pattern, sparse_plan, jacobian
 jacops.fit          least squares: solvers of a step, strategies, robust kernels
 jacops.charts       SO2 ... Sim3, S2, products: parameters on a manifold
-jacops.store        results on disk, in tiles: a run that was stopped goes on
+jacops.store        results on disk, in tiles; a stopped run can be continued
 jacops.results      types of results
 jacops.errors       types of errors; all of them are a JacopsError
 jacops.testing      check_operator: the laws of linear maps

@@ -65,7 +65,7 @@ def project_jacobian(jacobian: Array, proj_tensor: Array, *, check_finite: bool 
 def reduce_contributions(
     contributions: Array | Contributions, method: Magnitude = "l2", *, check_finite: bool = True
 ) -> Array:
-    r"""Return one size per sample and feature, `(n, c, f, ...) -> (n, f, ...)`.
+    r"""Return one magnitude per sample and feature, `(n, c, f, ...) -> (n, f, ...)`.
 
     With `"l2"` this is $\sqrt{\sum_o c_{nof}^2}$, the length of what feature $f$ adds to the embedding of sample $n$;
     it does not depend on how the embedding is rotated. `"l1"` sums absolute values, `"max"` takes the largest.
@@ -78,7 +78,7 @@ def reduce_contributions(
 
     Returns:
         Sizes in the units of the output, of the dtype given (integers become float64). A torch tensor without grad
-        comes back as NumPy, as the page's type says; one that requires grad stays a tensor, with its graph.
+        is returned as NumPy, as documented; one that requires grad stays a tensor, with its graph.
 
     Raises:
         InputError: `method` is unknown, there are fewer than 3 axes, or the result is of several outputs or inputs.
@@ -122,7 +122,7 @@ def _three_axes(shape: Any) -> None:
 
 @keywords()
 def verify_jacobian(Z: Array, J: Array, X: Array) -> JacobianVerification:  # noqa: N803
-    """Return how well `Z = J X` holds, sample by sample.
+    """Return the error of `Z = J X` for each sample.
 
     The identity holds for piecewise-linear models without biases (take `contributions` for models with them). Data
     that went through a PCA must be centred first: `Z = J (x - mean)`.

@@ -75,7 +75,7 @@ class PagedContributions(DrawnContributions):
         place = flat.place(output)
         n, out, many = flat.values.shape
         if not n:
-            raise InputError.of("to_html", "asked of no samples", "at least one is needed")
+            raise InputError.of("to_html", "called with no samples", "at least one is needed")
         lead = f"{_counted(n, 'sample')}, {_counted(out, 'output')}, {_counted(many, 'feature')}"
         report = Report(title, f"What each feature adds to each output, in the units of the output: {lead}.")
         self._add_checks(report)
@@ -134,7 +134,7 @@ class PagedContributions(DrawnContributions):
 
 def slopes_in_words(error: float) -> str:
     """Return how well the Jacobian is the slope of the output; an error of 0 is one that rounding can hide."""
-    return f"as the Jacobian says {f'up to {error:.1e}' if error else 'to rounding'}"
+    return f"agree with the Jacobian {f'up to {error:.1e}' if error else 'to rounding'}"
 
 
 def _counted(many: int, what: str) -> str:

@@ -105,7 +105,7 @@ class DrawnContributions(TabledContributions):
         if sample is not None:
             flat.check_sample(sample)
         elif not len(flat.values):
-            raise InputError.of("plot", "asked of no samples", "at least one is needed")
+            raise InputError.of("plot", "called with no samples", "at least one is needed")
         place = flat.place(output)
         grid = _grid(flat, shape, input)
         kind = _kind(kind, sample, grid)

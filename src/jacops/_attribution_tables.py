@@ -31,7 +31,7 @@ class TopFeatures(ArrayLike, Savable, Described):
 
     Attributes:
         features: Their names.
-        places: Where they stand among all features, flattened input after input, `(k,)`.
+        places: Their indices among all features, flattened input after input, `(k,)`.
         sizes: Mean absolute contributions, in the units of the output, `(k,)`.
         contributions: Mean contributions with their signs, `(k,)`.
         shares: Sizes over the sum of those of all features, `(k,)`.
@@ -166,7 +166,7 @@ class TabledContributions(Described):
         part = part if place is None else part[:, place : place + 1]
         n, out = part.shape[:2]
         if not n * out:
-            raise InputError.of("top", "asked of no samples", "at least one is needed")
+            raise InputError.of("top", "called with no samples", "at least one is needed")
         sizes = torch.linalg.vector_norm(part, 1, dim=(0, 1), dtype=torch.float64) / (n * out)
         places = sizes.argsort(descending=True, stable=True)[:k]
         means = part[:, :, places].sum((0, 1), dtype=torch.float64) / (n * out)
@@ -263,7 +263,7 @@ class TabledContributions(Described):
             first = paths_in(self.output)[0][0][0][0]
             key = getattr(first, "key", getattr(first, "idx", getattr(first, "name", 0)))
             raise InputError.of(
-                call, "asked of several outputs", f"one is needed: pick it, as in found[{key!r}].{call}()"
+                call, "called with several outputs", f"one is needed: pick it, as in found[{key!r}].{call}()"
             )
         n, *shape = self.output.shape
         out = int(np.prod(shape))

@@ -24,7 +24,7 @@ _BENDS = 2.0  # kinks ahead and behind add up in both differences with either si
 
 @dataclass(frozen=True, repr=False)
 class Check(Savable, Described):
-    """How far two ways to the same number are apart.
+    """A comparison of two computations of the same values.
 
     Attributes:
         name: What was compared.
@@ -77,13 +77,13 @@ def _apart(product: Sequence[Tensor], at: Sequence[Tensor], moved: Sequence[Sequ
 def check(model: nn.Module, inputs: Any, *, seed: int = 0, parameters: Picks = None) -> Check:
     r"""Return how far a Jacobian-vector product is from a central difference along one random direction.
 
-    It finds what autograd itself is silent about: a wrong backward, `.item()` or `detach()` in the forward, a value
-    taken out and put back. Three forwards and one product. Kinks on the way (a ReLU whose input changes sign) spoil a
-    difference too; what they do to it shows in the second difference, twice which is allowed for. So is an error below
-    the curvature along one step, some `eps ** (1/3) / 8` of the derivative.
+    It detects errors that autograd does not report: a wrong backward, `.item()` or `detach()` in the forward, a value
+    taken out and put back. It takes three forward passes and one product. Kinks (a ReLU whose input changes sign)
+    change the difference too, by at most about the second difference, twice which is tolerated. An error below the
+    curvature along one step, some `eps ** (1/3) / 8` of the derivative, is tolerated as well.
 
     Args:
-        model: A module, differentiated as it stands.
+        model: A module, differentiated in its current mode.
         inputs: Its input: a tuple is unpacked into positional arguments, a mapping into keyword arguments.
         seed: Of the random direction.
         parameters: Which parameters are moved: names with patterns (`fnmatch`), tensors or a predicate; None for all.

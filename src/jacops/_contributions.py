@@ -27,7 +27,7 @@ _SHOWN = 5  # features in a repr: those of largest contribution
 
 @dataclass(repr=False)
 class JacobianVerification(Savable, Described):
-    """How well `Z = J X` holds.
+    """The error of `Z = J X`.
 
     Attributes:
         z_range: Smallest and largest entry of `Z`.
@@ -74,7 +74,7 @@ def verified(output: Tensor, bias: Tensor, added: Tensor) -> JacobianVerificatio
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Contributions(ArrayLike, Savable, PagedContributions):
-    """What every feature adds to every output, what none of them does, and whether that is all.
+    """Contributions of features to outputs, the bias part, and the check of their sum.
 
     With one input tensor and one output tensor all parts are tensors. For several inputs `values` and `jacobian` are in
     the structure of the input, with None where there is no derivative; for several outputs `values`, `bias`, `output`
@@ -89,9 +89,9 @@ class Contributions(ArrayLike, Savable, PagedContributions):
         verification: `output - bias` against the sum of `values`; small means that nothing is missing. Of several
             outputs the worst.
         slope_error: How far `f(x + d) - f(x - d)` is from `2 J d` for small `d`, relative to the size of the terms of
-            `J d`, at worst over samples and outputs. Kinks between are allowed for, and what the model detaches is held
-            fixed. It is about 1e-8 in double and 1e-5 in single precision where the Jacobian is right. For a model that
-            is known from earlier calls it is what was measured then. None where the Jacobian is no slope but an
+            `J d`, at worst over samples and outputs. Kinks in between are taken into account, and detached tensors are
+            held fixed. It is about 1e-8 in double and 1e-5 in single precision where the Jacobian is right. For a model
+            that is known from earlier calls it is what was measured then. None where the Jacobian is no slope but an
             average.
         notes: Remarks: what was frozen, operations that are not piecewise linear, what was centred.
         method: `"exact"` for the Jacobian at the samples themselves; `"frozen"` where parts of the model were held

@@ -45,7 +45,7 @@ def hvp(
     One sweep over the recorded gradient (Pearlmutter, 1994). For many products keep `hessian(...)`.
 
     Args:
-        model: A module, differentiated as it stands, or a `JaxFunction`.
+        model: A module, differentiated in its current mode, or a `JaxFunction`.
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input: a tensor, a tuple of arguments or a mapping of keywords.
         y: The target, passed to the loss as it is.
@@ -99,7 +99,7 @@ def ggnvp(
     A sweep forward, the product with the loss's Hessian by the output, and a sweep backward (Schraudolph, 2002).
 
     Args:
-        model: A module, differentiated as it stands, or a `JaxFunction`.
+        model: A module, differentiated in its current mode, or a `JaxFunction`.
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input: a tensor, a tuple of arguments or a mapping of keywords.
         y: The target, passed to the loss as it is.

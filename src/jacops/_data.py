@@ -319,7 +319,7 @@ class _Copies:
         if self.workers > 1 and self.seen and self.workers * len(set(self.seen)) == len(self.seen):
             came = f"an IterableDataset that gives every row {self.workers} times, once from each worker"
             todo = "Share it out by `torch.utils.data.get_worker_info()`, or take one worker."
-            raise DataError.of(name, came, "every row must come once", todo)
+            raise DataError.of(name, came, "every row must be given once", todo)
 
 
 def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:

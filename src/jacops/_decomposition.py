@@ -59,20 +59,21 @@ def contributions(
     unpack: Batching | None = None,
     **options: Unpack[JacobianOptions],
 ) -> Contributions:
-    r"""Return what each feature adds to each output, with the part that is due to constants, verified.
+    r"""Return the contribution of each feature to each output, and that of the constants, verified.
 
     For a piecewise-linear model, biases included, $f(x) = J(x)\,x + b(x)$ holds exactly. The bias part is carried
     through the forward operation by operation, in the model's precision but at least in single: an affine operation is
-    applied to bias parts as to values, another one passes them on by its own derivative and adds its own constant.
-    Neither $f(x)$ nor $J$ is used, and only then compared. Whether an operation is piecewise linear is measured where
-    it is called; `notes` names those that are not, for which the identity need not hold. What the model detaches counts
-    as constant.
+    applied to bias parts as to values, another one passes them on by its own derivative and adds its own constant. It
+    does not use $f(x)$ or $J$; they are compared with it afterwards. Whether an operation is piecewise linear is
+    measured where it is called; `notes` names those that are not, for which the identity need not hold. What the model
+    detaches counts as constant.
 
-    Smooth models add up where `freeze=` holds parts of them constant: while a module that it names runs, a norm divides
-    by a constant scale, softmax and attention give constant weights, an activation multiplies by a constant gain
-    $(\varphi(z) - \varphi(0)) / z$, a quotient has a constant denominator, and of two factors that depend on the input
-    the gate (what comes out of an activation) is constant, or else the first. No value of the model changes, but
-    `jacobian` is the derivative of what is left (Golden, 2025, "Equivalent Linear Mappings of Large Language Models").
+    Contributions of smooth models sum to the output where `freeze=` holds parts of them constant: while a module that
+    it names runs, a norm divides by a constant scale, softmax and attention give constant weights, an activation
+    multiplies by a constant gain $(\varphi(z) - \varphi(0)) / z$, a quotient has a constant denominator, and of two
+    factors that depend on the input the gate (the output of an activation) is constant, or else the first. No value of
+    the model changes, but `jacobian` is the derivative with these parts constant (Golden, 2025, "Equivalent Linear
+    Mappings of Large Language Models").
 
     Args:
         model: A module, evaluated in eval mode on samples alone, a `Function`, or a plain function `f(x)`. Its output
@@ -81,8 +82,8 @@ def contributions(
             positional or a mapping of keyword arguments, which may hold integers, None, bool and numbers too; or a
             loader, whose inputs are joined. NumPy arrays and SciPy's sparse rows get the dtype and device of the
             model's floating-point parameters; integer arrays keep their dtype.
-        projection: How `x` came from original features: a fitted scikit-learn transformer or pipeline, or a
-            `Projection`, see `jacops.attribution.projection`; contributions then are by those features.
+        projection: How `x` was computed from original features: a fitted scikit-learn transformer or pipeline, or a
+            `Projection`, see `jacops.attribution.projection`; contributions then refer to those features.
         features: The original rows `(n, d)` behind `x`; needed with `projection`. With it the part of the features'
             mean counts to none of them: contributions are of `features - projection.mean`, and what the projection
             itself adds (`projection.offset`) counts to the bias part.
@@ -259,7 +260,7 @@ def _check_features(x: Any, projection: Projection | None, features: Any, at: An
     # Float32 projections are good to 1e-5; other rows, or a mean left on, are off by a share of 1.
     if float(off) > 1e-3 * max(1.0, float(rebuilt.abs().max()) if x.numel() else 1.0):
         raise InputError(
-            f"`x` is not what `projection` makes of `features`: they differ by {float(off):.1e}. Pass the rows "
+            f"`x` is not `projection` applied to `features`: they differ by {float(off):.1e}. Pass the rows "
             "`x` came from."
         )
     return centred

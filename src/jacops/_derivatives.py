@@ -78,7 +78,7 @@ def jacobian(
 ) -> LinearizedMap:
     """Return the Jacobian of a model's output on one batch, as an operator.
 
-    The model runs once, as it stands (train or eval mode), on private copies; products are sweeps over that graph.
+    The model runs once, in its current mode (train or eval), on private copies; products are sweeps over that graph.
 
     Args:
         model: A module, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
@@ -92,8 +92,8 @@ def jacobian(
         checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
         allow_zero: Accept an output that nothing connects to what it is differentiated by.
-        create_graph: Keep products differentiable, by the model's trainable parameters and by inputs of yours that
-            require grad. Writing into the parameters spoils such an operator.
+        create_graph: Keep products differentiable, by the model's trainable parameters and by inputs that
+            require grad. Writing into the parameters invalidates such an operator.
         check_finite: Results with NaN or Inf raise.
 
     Returns:
@@ -145,11 +145,11 @@ def hessian(
     closes over, as in `jvp`: `func` is called once, as it stands, and returns one number.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
-    Functions, one product is held against a central difference of gradients first, since torch does not notice a
+    Functions, one product is compared with a central difference of gradients first, since torch does not detect a
     second derivative that a backward drops.
 
     Args:
-        model: A module, differentiated as it stands, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
+        model: A module, differentiated in its current mode, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
         loss: `loss(output, y)`, one number; the objective as you reduce it.
         x: The model's input, as in `jacobian`.
         y: The target, passed to the loss as it is.
@@ -164,7 +164,7 @@ def hessian(
     Raises:
         NotDifferentiableError: There is no second derivative; the message names the cause.
         InputError: The loss is not one number, or `y` would broadcast.
-        InputTypeError: A function without arguments comes with `x` or `y`, or without `parameters`.
+        InputTypeError: A function without arguments is passed with `x` or `y`, or without `parameters`.
         ModelStateError: No parameter requires grad.
 
     Example:
@@ -306,7 +306,7 @@ def ggn(
     r"""Return the generalised Gauss-Newton matrix $J^\top H_{loss} J$ for one batch (Schraudolph, 2002; Martens, 2014).
 
     Args:
-        model: A module, differentiated as it stands, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
+        model: A module, differentiated in its current mode, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
         loss: `loss(output, y)`, one number, twice differentiable in the output.
         x: The model's input, as in `jacobian`.
         y: The target.

@@ -28,7 +28,7 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), type(...))
 
 
 class DataDigest:
-    """A digest of batches, fed one by one while a pass reads them anyway.
+    """A digest of batches that is updated batch by batch during a pass.
 
     Batches are any trees of tensors, NumPy arrays, numbers and strings. Their order and their borders count.
 
@@ -49,7 +49,7 @@ class DataDigest:
 
         Raises:
             InputTypeError: A leaf is of a kind that has no digest.
-            InputError: A leaf is a tensor without values of its own, or sparse.
+            InputError: A leaf is a tensor without values (lazy, meta), or sparse.
         """
         name = f"batch {self.batches}"
         leaves, tree = flatten(batch, name)
@@ -79,7 +79,7 @@ def digest_data(batches: Iterable[Any], data_id: str | None = None) -> str:
 
     Raises:
         InputTypeError: A leaf is of a kind that has no digest.
-        InputError: A leaf is a tensor without values of its own, or sparse.
+        InputError: A leaf is a tensor without values (lazy, meta), or sparse.
 
     Example:
         >>> digest_data([torch.zeros(2)]) == digest_data([torch.zeros(2)]), digest_data([], "cells-2024")
@@ -179,7 +179,7 @@ def digest_function(function: Callable[..., Any]) -> str:
 
 @keywords()
 def surroundings(device: object = "cpu") -> dict[str, str]:
-    """Return what should change a run's numbers by rounding at most: versions, threads and the device.
+    """Return versions, threads and device, a change of which should alter results only by rounding.
 
     Args:
         device: The device of the run, as text or as `torch.device`.

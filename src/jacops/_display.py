@@ -22,12 +22,14 @@ class Table:
         rows: The cells; a row of one cell spans all columns.
         caption: What stands above it.
         labelled: In text, cells from this column on follow the word of their column, which then has no header line.
+        folded: Whether HTML shows the caption alone until it is clicked.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     labelled: int | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,11 @@ def _html(table: Table) -> str:
     header = _row(f"<th {_LEFT}>{escape(word)}</th>" for word in table.header) if any(table.header) else ""
     span = f' colspan="{len(table.header)}"'
     rows = [_row(_cell(cell, span if len(row) != len(table.header) else "") for cell in row) for row in table.rows]
+    body = f"<thead>{header}</thead><tbody>{''.join(rows)}</tbody></table>"
+    if table.folded:
+        return f"<details><summary>{escape(table.caption)}</summary><table>{body}</details>"
     caption = f"<caption {_LEFT}>{escape(table.caption)}</caption>" if table.caption else ""
-    return f"<table>{caption}<thead>{header}</thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<table>{caption}{body}"
 
 
 def _row(cells: Iterable[str]) -> str:

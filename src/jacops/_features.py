@@ -46,7 +46,7 @@ class FeatureNames(Savable, Described):
 
     @classmethod
     def of(cls, tree: Any, names: FeatureLabels = None, groups: FeatureGroups = None, leading: int = 1) -> FeatureNames:
-        """Return the names of features that stand on the last axes of the tensors of a tree.
+        """Return the names of features along the last axes of the tensors of a tree.
 
         Args:
             tree: A tensor, or a tree of them, such as a model's inputs. What has no derivatives has no features.

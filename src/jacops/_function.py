@@ -13,7 +13,7 @@ from .errors import InputError, InputTypeError
 
 
 class Function(nn.Module):
-    """A pure function `function(params, *inputs)` with its parameters: a model, wherever a module goes.
+    """A pure function `function(params, *inputs)` with its parameters, accepted wherever a module is.
 
     Tensors of floating point in `params` are its parameters, named by their paths (`"layer.weight"`; `"params"` for one
     bare tensor). Those that require grad are trainable; where none does, all are. They share memory with the tensors
@@ -56,7 +56,7 @@ class Function(nn.Module):
 
     @property
     def params(self) -> Any:
-        """The tree of parameters, as the function gets it."""
+        """The tree of parameters that is passed to the function."""
         held = {**self._parameters, **self._buffers}
         return self._tree.build(
             held.get(path, constant) for path, constant in zip(self._paths, self._constants, strict=True)

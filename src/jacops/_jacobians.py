@@ -104,18 +104,18 @@ def compute_jacobian(
 ) -> Any:
     r"""Return the Jacobian of a model's output by its input for every sample, `(n, *out, *in)`.
 
-    It is the derivative of the model in eval mode on a batch of one: $J_{n} = \partial f(x_n) / \partial x_n$. Where
-    samples provably do not mix, all samples of a batch share min(outputs, inputs) sweeps; where they do, or where the
-    forward is random, every sample is differentiated alone and a `JacopsWarning` describes why. A forward that reads
-    values out of tensors takes one more forward per sample, which must give the outputs of the batch. Random layers
-    draw what they would draw for that sample in the caller's random state.
+    It is the derivative of the model in eval mode on a batch of one: $J_{n} = \partial f(x_n) / \partial x_n$. If
+    samples are proved to be independent, all samples of a batch share min(outputs, inputs) sweeps; otherwise, or if the
+    forward pass is random, every sample is differentiated alone and a `JacopsWarning` states why. A model that reads
+    values out of tensors takes one more forward pass per sample, whose output must equal that of the batch. Random
+    layers draw what they would draw for that sample in the caller's random state.
 
     Args:
         model: A module (its copy is put in eval mode, not the caller's), a plain function, or a `JaxFunction`.
         x: Samples along the first axis, `(n, *in)`; or a tuple (positional) or mapping (keyword) of such tensors, in
             which None, bools, numbers and strings are passed on as they are; or a loader of batches `(x, y)`, of which
             the inputs are taken, in order.
-        batch_size: Most samples to a sweep; fewer where the budget asks for it.
+        batch_size: Maximum number of samples per sweep; fewer if the budget requires it.
         outputs: Part of the output: indices along a tensor's last axis, an entry of a tuple or dict, or a callable on
             the output. One logit of 50,000 costs one sweep.
         target: One output per sample: an integer tensor `(n,)` of places along the last axis of the output (labels,
@@ -127,17 +127,17 @@ def compute_jacobian(
             one hidden layer (None: the input) to another (None: the output).
         freeze: Modules whose nonlinear functions are held constant in a part, as in `contributions`: class names or
             paths (`fnmatch` patterns such as `"LayerNorm"`, `"blocks.*.attn"`), or a function of name and module. The
-            result then is the Jacobian of what is left, not of the model.
+            result is then the Jacobian of the model with these parts constant.
         mode: `"reverse"` sweeps by output entries, `"forward"` by input entries, `"split"` at the narrowest layer that
             everything passes through and multiplies the parts; `"auto"` takes the fewest.
         budget: Bytes that result and working memory may take, or a text such as `"2GiB"`; by default half of what is
             free. `jacops.plan` predicts it.
         out: Where to write: a tensor or array (a `numpy.memmap` too) of the result's shape and dtype, outside the
             budget; for several outputs or inputs a tuple or list of them.
-        store: A folder for results larger than memory (zarr v3), written in tiles of rows. Any number of processes that
-            run the same line share the tiles; run again, it goes on where a killed one stopped, and reads what is there
-            without evaluating the model. It is refused if model, data or settings are others.
-        checks: `"first"` proves once per model, mode and shape that samples do not mix; `"always"` does so in
+        store: A folder for results larger than memory (zarr v3), written in tiles of rows. Processes that make the same
+            call share the tiles; run again, it continues a killed run, and reads existing tiles without evaluating the
+            model. An error is raised if model, data or settings differ.
+        checks: `"first"` proves once per model, mode and shape that samples are independent; `"always"` does so in
             every call, `"strict"` for every pair of samples (2 log2(n) more sweeps), `"never"` not at all.
         fallback: `"warn"`, `"silent"` or `"error"` where samples must be taken one at a time.
         check_finite: Raise if an output or a derivative is NaN or Inf.
@@ -207,7 +207,7 @@ def full_jacobian(
         params: One tensor or any iterable of tensors that `func` uses.
         create_graph: Keep the result differentiable, to any order.
         outputs: Part of the output, as in `compute_jacobian`.
-        chunk_size: Most rows (or columns) per batched pass; by default by size, and fewer where the budget asks for it.
+        chunk_size: Maximum number of rows (or columns) per batched pass; fewer if the budget requires it.
         budget: Bytes that result and working memory may take, as in `compute_jacobian`.
         out: Where to write, as in `compute_jacobian`: one tensor or array per parameter.
         progress: Force the progress bar on or off.
@@ -295,8 +295,8 @@ def modjac(
 ) -> Any:
     r"""Return the Jacobian of a model's output by its parameters.
 
-    The function is differentiated as it stands: batch statistics in train mode, one dropout mask; nothing of the
-    model changes. Frozen parameters are included, as the page says. (The original returned a 1-tuple for one
+    The function is differentiated in its current mode: batch statistics in train mode, one dropout mask; nothing of the
+    model changes. Frozen parameters are included, as documented. (The original returned a 1-tuple for one
     parameter and one output, where its page promises a tensor; here it is the tensor.)
 
     Args:

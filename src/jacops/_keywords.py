@@ -83,10 +83,11 @@ class _Accepted(NamedTuple):
             more = sorted((self.names or frozenset()) - set(self.places))
             hint = f" Pass the others by keyword: {', '.join(f'`{name}`' for name in more)}." if more else ""
             took, came = int(self.most) - bool(method), len(args) - bool(method)
-            raise InputTypeError(f"{call}() takes {took} argument{'s' * (took != 1)} by place, but {came} came.{hint}")
+            plural, verb = "s" * (took != 1), "was" if came == 1 else "were"
+            raise InputTypeError(f"{call}() takes {took} positional argument{plural}, but {came} {verb} given.{hint}")
         for place, name in enumerate(self.places):
             if place < len(args) and name in given:
-                raise InputTypeError(f"{call}() has `{name}` twice, by place and by keyword.")
+                raise InputTypeError(f"{call}() has `{name}` twice, by position and by keyword.")
             if len(args) <= place < self.needed and name not in given:
                 raise InputTypeError(f"{call}() needs `{name}`, which is missing.")
 

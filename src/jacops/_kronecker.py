@@ -107,5 +107,5 @@ def _problem(problem: Any, loss: Any, x: Any, y: Any, parameters: Picks) -> Prob
     given = {"loss": loss, "x": x, "y": y, "parameters": parameters}
     for name, value in given.items():
         if value is not None:
-            raise InputTypeError.of(name, "given", "a `Problem` brings its own", "Pass the model instead.")
+            raise InputTypeError.of(name, "given", "a `Problem` has its own", "Pass the model instead.")
     return problem

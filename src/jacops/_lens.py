@@ -120,7 +120,7 @@ def jacobian_lens(
         freeze: Modules that are frozen, as in `contributions`.
         skip: How many positions are left out at the beginning of every sequence, where attention depends on whatever is
             there; 16 in the paper.
-        batch_size: Most sequences to a sweep; fewer where the budget asks for it.
+        batch_size: Maximum number of sequences per sweep; fewer if the budget requires it.
         unpack: For a loader, as in `compute_jacobian`.
         budget: Bytes that may be held at once, as in `compute_jacobian`; that is about `sequences * out * width`
             numbers and the working memory of a sweep.
@@ -275,7 +275,7 @@ class LogitDifference:
 def logit_difference(
     first: int | Sequence[int], second: int | Sequence[int], position: int = -1
 ) -> Callable[[Any], Tensor]:
-    """Return what to pass as `outputs=` for differences of two tokens' logits at one position.
+    """Return a function for `outputs=` that selects the difference of two tokens' logits at one position.
 
     What a part of a model adds to the difference of two logits shows what it prefers one token to the other by; what it
     adds to all logits alike cancels (Wang et al., 2023, "Interpretability in the Wild"). For a pair of tokens of every

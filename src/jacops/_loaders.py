@@ -235,7 +235,7 @@ def _whole(batches: Batches, given: Mapping[str, Any], with_target: bool) -> dic
     if not with_target:
         return {"x": _joined(list(batches.inputs()), shared, "x")}
     if given.get("y") is not None:
-        raise InputError.of("y", "given beside a loader", "it comes with the batches", "Leave it out.")
+        raise InputError.of("y", "given beside a loader", "it is part of the batches", "Leave it out.")
     found = [(*parts, None)[:3] for parts in batches.pairs()]
     if any(weights is not None for _, _, weights in found):
         todo = "Leave them out with `unpack=`, or take `Problem(...).sample_gradients()`."

@@ -61,12 +61,12 @@ class Objective:
     """A model of any framework with its loss.
 
     Args:
-        model: A module, differentiated as it stands, or a model of another framework, such as a `JaxFunction`.
+        model: A module, differentiated in its current mode, or a model of another framework, such as a `JaxFunction`.
         loss: `loss(output, y)`, one number, in the framework's arrays; or a torch loss with `reduction="none"`, of
             which the mean is taken; or `"model"`, the model's own (`ModelLoss`).
         parameters: Which parameters: None takes those that require grad; name patterns (`"*.lora_*"`), one or
             several, or a function of name and parameter pick others.
-        reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean.
+        reduction: How the loss reduces a batch; by default `loss.reduction`, else the mean.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
 

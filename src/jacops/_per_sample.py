@@ -91,7 +91,7 @@ def sample_gradients(
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
         seed: Of those masks; needed with `randomness="same"`.
         create_graph: Keep rows, and all that is made of them, differentiable, by the model's trainable parameters and
-            by inputs of yours that require grad. Their derivatives are checked as the rows themselves are; samples are
+            by inputs that require grad. Their derivatives are checked as the rows themselves are; samples are
             taken one at a time also where a parameter enters without a rule.
         options: `parameters=`, `outputs=`, `checks=`, `fallback=`, `check_finite=`; see `hessian`.
 

@@ -46,10 +46,10 @@ class ProblemOptions(ObjectiveOptions, total=False):
 class Problem(Described):
     r"""A model, its loss and its data, as one objective to differentiate.
 
-    It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights
-    $w$, what each row adds to the denominator $d$ (1, or its labels' number or weights) and weight decay $r$. Sums and
-    denominators are added up over batches and divided once, so batches of any size, class weights, ignored
-    targets and sample weights come out as the whole objective in one batch would.
+    It is $L = \sum_i w_i \ell_i / \sum_i w_i d_i + \frac12 \sum_j r_j \theta_j^2$ for a mean, with sample weights $w$,
+    what each row adds to the denominator $d$ (1, or its labels' number or weights) and weight decay $r$. Sums and
+    denominators are added up over batches and divided once, so that batches of any size, class weights, ignored targets
+    and sample weights give the result of one large batch.
 
     Args:
         model: A module, a `JaxFunction`, or whatever carries an `objective` (a `TwiceDifferentiable` of any framework).
@@ -58,7 +58,7 @@ class Problem(Described):
         data: A loader of batches; see `Batches` for what a batch may be. One that shuffles is read in the order of its
             data set, and refused where rows are samples.
         parameters: Which parameters: None takes those that require grad; name patterns or a function pick others.
-        reduction: How the loss reduces a batch; by default what `loss.reduction` says, else the mean. It is verified.
+        reduction: How the loss reduces a batch; by default `loss.reduction`, else the mean. It is verified.
         l2: Weight decay $r$: one number, or numbers by name pattern; parameters that no pattern fits have none.
         unpack: Batch -> `(x, y)` or `(x, y, weights)`.
         randomness: `"error"` refuses dropout in train mode; `"same"` draws the same masks for every sample.
@@ -69,10 +69,10 @@ class Problem(Described):
         timeout: Seconds to wait for other ranks at a call.
 
     Raises:
-        DataError: A loader draws with replacement or drops rows at random, repeats rows for other ranks, runs dry, or
-            gives something else than batches.
-        PeerFailedError: In any call that takes a pass: another rank failed, differs, or did not come.
-        InputError: An argument is out of range, or the loss does not reduce batches as said.
+        DataError: A loader draws with replacement or drops rows at random, repeats rows for other ranks, is empty, or
+            does not yield batches.
+        PeerFailedError: In any call that takes a pass: another rank failed, differs, or is missing.
+        InputError: An argument is out of range, or the loss has another reduction.
         ModelStateError: Batch statistics or dropout are in train mode.
         InputTypeError: `loss` is not callable, or left out with a module.
 

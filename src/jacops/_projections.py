@@ -60,7 +60,7 @@ class Projection(ArrayLike, Savable, Described):
 
 @keywords()
 def projection(estimator: Any, dtype: torch.dtype = torch.float64) -> Projection:
-    r"""Return what a fitted scikit-learn transformer does to features, where that is an affine map.
+    r"""Return the affine map of a fitted scikit-learn transformer.
 
     For a PCA the matrix is `components_`, with whitening $C / \sqrt{\lambda}$ row by row: the derivative of the reduced
     input by the original features, which is what the chain rule needs. Steps of a pipeline are multiplied. The map is

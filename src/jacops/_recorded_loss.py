@@ -156,7 +156,7 @@ def _checked(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         came, todo = f"a {type(value).__name__}", "Drop `.item()` and `float()` from it."
         if value is None:  # what a model's output has where the model was given no labels
-            todo = "Make it of the output and the target, or pass `'model'` for the loss that a model brings."
+            todo = "Make it of the output and the target, or pass `'model'` for the model's own loss."
         raise NotDifferentiableError.of("the loss", came, "a tensor with a graph is needed", todo)
     if value.ndim > 0:
         todo = "Take its mean or sum (`reduction='mean'`), or `.squeeze()` it."

@@ -24,7 +24,7 @@ class Space(Savable):
         names: One name per array, in order.
         shapes: Their shapes.
         dtypes: Their dtypes; a flat vector has the promoted one.
-        device: Where they live.
+        device: Their device.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Space(Savable):
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor], names: Iterable[str], device: torch.device | None = None) -> Space:
-        """Return the space in which these tensors live."""
+        """Return the space of these tensors."""
         tensors = list(tensors)
         where = tensors[0].device if tensors else device or torch.device("cpu")
         return cls(tuple(names), tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors), where)
@@ -61,7 +61,7 @@ class Space(Savable):
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
-        """Where each array stands in a flat vector."""
+        """The position of each array in a flat vector."""
         ends = list(accumulate(self.sizes, initial=0))
         return tuple(slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True))
 
@@ -103,7 +103,7 @@ class Space(Savable):
         return rows
 
     def check(self, tree: Any, argument: str, batch: bool = False, spread: bool = False) -> list[Tensor]:
-        """Return `tree` as one tensor per array, every shape, dtype and device held against the space.
+        """Return `tree` as one tensor per array, with every shape, dtype and device compared with the space.
 
         Args:
             tree: A tensor where there is one array, else a list or tuple in order, or a dict by name.

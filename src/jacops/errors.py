@@ -1,4 +1,4 @@
-"""Every error and warning of jacops, and the one way to build a message.
+"""The errors and warnings of jacops.
 
 An error says four things: which argument, what came, what was needed, what to do. Each type is a child of
 `JacopsError` and of the builtin a caller would expect, so both `except JacopsError` and `except ValueError` work.
@@ -24,7 +24,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 class JacopsError(Exception):
-    """Anything jacops raises on purpose."""
+    """Base class of the errors of jacops."""
 
     @classmethod
     def of(cls, argument: str, came: object, needed: str, todo: str = "") -> Self:
@@ -41,7 +41,7 @@ class InputError(JacopsError, ValueError):
 
 
 class ModelStateError(JacopsError, ValueError):
-    """The model as it stands makes the question ill-posed; the message names the module and the switch to flip."""
+    """The derivative is not defined for the model in its current mode; the message names module and remedy."""
 
 
 class NotDifferentiableError(JacopsError, RuntimeError):
@@ -49,15 +49,15 @@ class NotDifferentiableError(JacopsError, RuntimeError):
 
 
 class NonFiniteError(JacopsError, ArithmeticError):
-    """NaN or Inf was met; the message says where it was seen first."""
+    """NaN or Inf was found; the message states where it was found first."""
 
 
 class DataError(JacopsError, ValueError):
-    """A data loader ran dry, changed its order or its length, or repeats rows."""
+    """A data loader is empty, changed its order or length, or repeats rows."""
 
 
 class SolveError(JacopsError, RuntimeError):
-    """A linear solve did not converge; `solution` holds how far it came.
+    """A linear solve did not converge; `solution` has the result so far.
 
     Attributes:
         solution: What the solver had when it stopped, with its status and true residuals.
@@ -73,7 +73,7 @@ class MemoryBudgetError(JacopsError, MemoryError):
 
 
 class PeerFailedError(JacopsError, RuntimeError):
-    """Another rank of a `torch.distributed` group failed, did not come to a call, or came with something else.
+    """Another rank of a `torch.distributed` group failed, did not make a call, or made a different one.
 
     Attributes:
         ranks: Which, where that is known.
@@ -85,7 +85,7 @@ class PeerFailedError(JacopsError, RuntimeError):
 
 
 class StoreError(JacopsError, RuntimeError):
-    """A stored run cannot go on or be read.
+    """A stored run cannot be continued or read.
 
     Attributes:
         path: The store.
@@ -97,7 +97,7 @@ class StoreError(JacopsError, RuntimeError):
 
 
 class StoreMismatchError(StoreError):
-    """The store belongs to another computation: resuming it would mix two results.
+    """The store belongs to another computation.
 
     Attributes:
         differences: What the store has and what this run has, for every field that differs; None where one lacks it.
@@ -113,7 +113,7 @@ class StoreMismatchError(StoreError):
 
 
 class StoreDamagedError(StoreError):
-    """A part of a store is not what its run wrote.
+    """A part of a store differs from what its run wrote.
 
     Attributes:
         array: The array, or None where the store's own metadata is damaged.
@@ -127,13 +127,13 @@ class StoreDamagedError(StoreError):
         place = (
             "its metadata" if array is None else f"array {array!r}" if index is None else f"tile {array}{list(index)}"
         )
-        todo = "" if index is None else " Run it again: the writer computes damaged tiles anew."
+        todo = "" if index is None else " Run it again: the writer computes damaged tiles again."
         super().__init__(path, f"{place} is damaged: {reason}.{todo}")
         self.array, self.index, self.reason = array, index, reason
 
 
 class StoreIncompleteError(StoreError):
-    """A run has not finished, and what it has so far was not asked for.
+    """A run has not finished, and partial results were not requested.
 
     Attributes:
         missing: For every array that lacks some, how many tiles.
@@ -146,7 +146,7 @@ class StoreIncompleteError(StoreError):
 
 
 class StoreFileError(StoreError, OSError):
-    """The file system refused: disk full, read-only, no permission, vanished. Finished tiles are safe; run it again.
+    """A file system error (disk full, read-only, no permission, missing). Finished tiles are kept; run the call again.
 
     Attributes:
         file: The file inside the store.
@@ -179,7 +179,7 @@ class MissingExtraError(JacopsError, ImportError):
 
 
 class JacopsWarning(UserWarning):
-    """A route was changed or an answer deserves a remark; the numbers are right all the same."""
+    """A route failed and another was used, or a result has a remark; the result is correct."""
 
 
 def explain(argument: str, came: object, needed: str, todo: str = "") -> str:

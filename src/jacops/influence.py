@@ -1,4 +1,4 @@
-"""More ways to score training samples: the strongest alone, groups, layers, projections, several checkpoints.
+"""Further influence scores: largest values, groups, layers, projections, several checkpoints.
 
 The everyday calls are `jacops.compute_influences`, `jacops.self_influences` and `jacops.compute_influence_factors`.
 """

@@ -1,6 +1,6 @@
-"""Linear operators, and numbers that sum one up: traces, norms, diagonals, eigenpairs and spectral densities.
+"""Linear operators, and their traces, norms, diagonals, eigenpairs and spectral densities.
 
-Operators of a model that are asked for less often are made here, too: `empirical_fisher`.
+Less common operators of a model are created here, too: `empirical_fisher`.
 """
 
 from ._estimators import (

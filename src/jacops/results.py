@@ -1,4 +1,4 @@
-"""Types of results, for annotations and `isinstance`; calls make them, users do not."""
+"""Types of results, for annotations and `isinstance`; they are created by calls."""
 
 from ._attribution_tables import TopFeatures
 from ._checks import Check

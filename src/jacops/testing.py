@@ -1,4 +1,4 @@
-"""The laws every operator keeps, public so that yours can be held to them too."""
+"""The properties that every operator must have, as tests for custom operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LawBrokenError(AssertionError):
 
 @keywords()
 def check_operator(operator: Operator, *, seed: int = 0, rows: int = 3) -> None:
-    r"""Hold an operator to the laws: adjoint, linearity, dense = products, and the marks it carries.
+    r"""Check the properties of an operator: adjoint, linearity, `dense()` equal to products, and its marks.
 
     It checks $\langle A v, u\rangle = \langle v, A^\top u\rangle$, $A(2v + w) = 2Av + Aw$, that `dense()` gives what
     products with random vectors give on both sides, that many rows at once give what one by one gives, and that

@@ -34,7 +34,7 @@ _DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decompo
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SpectralDensity(ArrayLike, Savable, Described):
-    r"""How the eigenvalues of an operator are spread, from random vectors, with the spread between these.
+    r"""A spectral density, estimated from random vectors, with standard errors.
 
     Every probe gives a quadrature rule, eigenvalues (`nodes`) and shares (`weights`), whose mean over probes stands
     for the spectrum; `density` is that mean, smoothed by a Gaussian of width `width`. It integrates to 1 over all
@@ -144,7 +144,7 @@ def spectral_density(
     Stochastic Lanczos quadrature (Ubaru, Chen and Saad, 2017; for networks Ghorbani, Krishnan and Xiao, 2019): each
     random sign vector $z$ gives by `steps` Lanczos steps, fully reorthogonalised, a Gauss rule for
     $z^\top f(A) z / n$, exact for polynomials of degree $2 \cdot$`steps`$ - 1$. Error bars show the spread between
-    probes; what `steps` and `width` smooth away they do not tell.
+    probes; they do not include the smoothing by `steps` and `width`.
 
     Args:
         operator: A symmetric operator.
@@ -230,7 +230,7 @@ def effective_dimension(
     *,
     progress: bool | None = None,
 ) -> Estimate:
-    r"""Return $\mathrm{tr} A (A + \lambda I)^{-1}$, how many directions stand out against the damping $\lambda$.
+    r"""Return $\mathrm{tr} A (A + \lambda I)^{-1}$, the effective number of eigenvalues above $\lambda$.
 
     Exact from all eigenvalues, or with `probes` by stochastic Lanczos quadrature.
 

@@ -28,7 +28,7 @@ from ._probes import check_probes, check_square, chunk_of, left_out_mean, produc
 
 @dataclass(frozen=True, eq=False)
 class DiagonalEstimate(ArrayLike, Unpacked, Savable):
-    """A diagonal and how far each entry may be off.
+    """A diagonal, with a standard error per entry.
 
     Attributes:
         value: The estimate, (n,).
@@ -67,15 +67,15 @@ def diagonal(
 ) -> Tensor | DiagonalEstimate:
     r"""Return the diagonal `(n,)` of a square operator, exact or estimated with a standard error per entry.
 
-    Without `probes` it is exact. Hessians and Gauss-Newton matrices are asked at the outputs of layers, batch by batch:
-    one sweep per number there for a Hessian, one per output of a sample for a Gauss-Newton matrix (Dangel, Kunstner and
-    Hennig, 2020), held against products at two entries of every parameter the first time. Empirical Fisher matrices
-    square their factors, a product `B @ C` goes through the inner space where that is smaller, everything else takes
-    unit vectors. With `probes`, by `method`:
+    Without `probes` it is exact. For Hessians and Gauss-Newton matrices it is computed at the outputs of layers, batch
+    by batch: one sweep per number there for a Hessian, one per output of a sample for a Gauss-Newton matrix (Dangel,
+    Kunstner and Hennig, 2020), compared with products at two entries of every parameter the first time. Empirical
+    Fisher matrices square their factors, a product `B @ C` goes through the inner space where that is smaller,
+    everything else takes unit vectors. With `probes`, by `method`:
 
-    - `"xdiag"` (Epperly, Tropp and Webber, 2024): the diagonal of a low-rank part plus what random sign vectors say
-      of the rest, every vector testing the part made from the others. One product and one with the transpose for
-      each probe. Where so many would give the exact diagonal, that is returned.
+    - `"xdiag"` (Epperly, Tropp and Webber, 2024): the diagonal of a low-rank part plus an estimate of the rest from
+      random sign vectors, every vector testing the part made from the others. One product and one with the transpose
+      for each probe. Where so many would give the exact diagonal, that is returned.
     - `"hutchinson"` (Bekas, Kokiopoulou and Saad, 2007): the mean of $z \odot A z$ over random sign vectors.
 
     Args:

@@ -152,7 +152,7 @@ def eigenpairs(
         raise SolveError(
             f"eigenpairs: after {found.products} products a residual is {float(found.residuals.max()):.1e}, above "
             f"{tolerance:.1e} of the norm {found.norm:.2e}. Pass a larger `max_products` or `tolerance`, or "
-            "`on_failure='return'`; the error's `solution` holds what there is.",
+            "`on_failure='return'`; the error's `solution` is the result so far.",
             found,
         )
     return found

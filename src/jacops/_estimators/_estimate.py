@@ -40,7 +40,7 @@ def _compared(operation: Callable[[float, float], bool]) -> Any:
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate(ArrayLike, Unpacked, Savable):
-    """A number and how far it may be off; unpacks as `value, standard_error`.
+    """A number and its standard error; unpacks as `value, standard_error`.
 
     It calculates, compares and converts (`float`, `np.asarray`) as its value does. Sums and products carry the
     standard error, to first order and summed without squares: two estimates may depend on the same random vectors, and

@@ -24,7 +24,7 @@ _FAILURE = 1e-3  # probability over the start that the upper bound fails, as `_u
 
 @dataclass(frozen=True, eq=False)
 class SpectralNorm(ArrayLike, Unpacked, Savable):
-    """A spectral norm between bounds.
+    """A spectral norm with bounds.
 
     Attributes:
         value: The largest size that a unit vector was mapped to: never above the norm, but for rounding.

@@ -95,7 +95,7 @@ def check_symmetric(operator: Operator) -> Operator:
     """
     check_square(operator)
     if not operator.symmetric:
-        todo = "Take `A.T @ A` for singular values, or say `Matrix(a, symmetric=True)` of a matrix that is."
+        todo = "Take `A.T @ A` for singular values, or pass `Matrix(a, symmetric=True)` if the matrix is symmetric."
         raise InputError.of("operator", repr(operator).splitlines()[0], "it must be known to be symmetric", todo)
     if operator.shape[0] == 0:
         raise InputError.of("operator", "of shape (0, 0)", "a spectrum needs at least one dimension")

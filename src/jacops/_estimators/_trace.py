@@ -32,10 +32,10 @@ def trace(
 
     Without `probes` the exact diagonal is summed. With `probes`, by `method`:
 
-    - `"xtrace"` (Epperly, Tropp and Webber, 2024): the trace of a low-rank part plus what random vectors say of the
-      rest, where every vector tests the part made from the others. Two products per probe, and the error falls much
-      faster than by averaging where the spectrum decays. Where so many products would give the exact diagonal, that
-      is returned.
+    - `"xtrace"` (Epperly, Tropp and Webber, 2024): the trace of a low-rank part plus an estimate of the rest from
+      random vectors, where every vector tests the part made from the others. Two products per probe, and the error
+      falls much faster than by averaging where the spectrum decays. Where so many products would give the exact
+      diagonal, that is returned.
     - `"hutchinson"` (Girard, 1989; Hutchinson, 1990): $\frac1k \sum z^\top A z$ over random sign vectors. One product
       per probe; the error falls as $1/\sqrt k$ whatever the spectrum.
 

@@ -78,7 +78,7 @@ class GraphDraft:
         homes = [self.offsets] if role == "offset" else [self.poses, self.landmarks]
         if any(name in home for home in homes):
             what = "offset" if role == "offset" else "vertex"
-            raise row.error(f"naming {what} {name} again", "each may stand there once")
+            raise row.error(f"naming {what} {name} again", "each may be given once")
         homes[role == "landmark"][name] = values
 
     # ---- the graph ---------------------------------------------------------------------------------------------

@@ -178,14 +178,14 @@ class Walk:
 
     def _made(self, kind: EdgeKind, group: str, by: str) -> NotDifferentiableError:
         what = f"an element of {group} made of plain numbers that depend on parameter {kind.parameter} goes into {by}"
-        remark = "and PyPose hands on its tangent as if it were the derivative by these numbers"
+        remark = "and PyPose uses its tangent as if it were the derivative by these numbers"
         todo = f"Make it by `pp.{group.lower()}(…).Exp()`, or keep it as a `pp.Parameter` of a LieTensor."
         return self._refusal(f"{what}, {remark}", todo)
 
     def _custom(self, kind: EdgeKind, by: str) -> NotDifferentiableError:
         what = f"a LieTensor that depends on parameter {kind.parameter} goes into {by} as raw storage"
         todo = "Call checkpoint with use_reentrant=False." if by == "CheckpointFunction" else _TODO
-        return self._refusal(f"{what}, and nobody sees what it does to it", todo)
+        return self._refusal(f"{what}, whose effect on it is not known", todo)
 
     def _refusal(self, what: str, todo: str) -> NotDifferentiableError:
         if self.twice:

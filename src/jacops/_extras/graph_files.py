@@ -154,7 +154,7 @@ def _numbers(file: Path, rest: list[tuple[int, str]], needed: int, last: int) ->
         row = Row(file, number, "a camera or point", words)
         found += row.numbers(len(words), 0, "nine numbers per camera, then three per point")
         if len(found) > needed:
-            raise row.error(f"holding the number {needed + 1}", f"the counts ask for {needed} in all")
+            raise row.error(f"holding the number {needed + 1}", f"the counts give {needed} in all")
     if len(found) < needed:
         raise DataError(f"{file}, line {last}: the file ends after {len(found)} of {needed} numbers. Nothing was read.")
     return torch.tensor(found, dtype=torch.float64)

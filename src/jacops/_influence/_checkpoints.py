@@ -58,7 +58,7 @@ def tracin(
             `torch.save`, read with `weights_only=True`; or models.
         learning_rates: The steps' size at each checkpoint, or one for all.
         test_data: A loader of batches; the training data where it is left out.
-        input_data: The samples whose score is asked; the training data where it is left out.
+        input_data: The samples whose score is computed; by default the training data.
         loss: `loss(output, y)`, or `"model"`, where `model` carries none.
         options: Of the objective, as in `Problem`.
 
@@ -69,7 +69,7 @@ def tracin(
         InputError: A state does not fit the model, or rates are not one for each checkpoint.
         InputTypeError: A checkpoint is no state, path or model.
         DataError: A file holds something else than a state.
-        JacopsError: The data or the loss is refused; the message says why.
+        JacopsError: The data or the loss is not supported; the message states why.
 
     Example:
         >>> model, data = torch.nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.zeros(2, 1))]
@@ -118,7 +118,7 @@ def ensemble_influences(
         training_data: A loader of batches `(x, y)` in a fixed order.
         checkpoints: The models, or their states, as in `tracin`.
         test_data: A loader of batches; the training data where it is left out.
-        input_data: The samples whose score is asked; the training data where it is left out.
+        input_data: The samples whose score is computed; by default the training data.
         options: `solver=`, `damping=`, `curvature=`, `on_failure=` and those of `Problem`; see `compute_influences`.
 
     Returns:

@@ -67,7 +67,7 @@ def projected_index(
             together. Above 4,096 numbers a sample the curvature is taken for each parameter alone.
         projection_seed: Of the projection, whose numbers depend on it, on a parameter's name and on their place alone.
         store: A folder for the index (zarr v3), which is otherwise held in memory. Processes that run the same line
-            share its tiles. Run again, it goes on where a killed one stopped, reads what a finished one wrote without
+            share its tiles. Run again, it continues a killed run, reads the tiles of a finished one without
             evaluating the model, and is refused if model, loss, data or projection are others.
         options: Of the objective, as in `Problem`.
 
@@ -77,8 +77,8 @@ def projected_index(
     Raises:
         StoreMismatchError: The store is of another model, loss, data set or projection; the message names what.
         MissingExtraError: zarr is not installed.
-        InputError: An argument is out of range, or the loss is not reduced as said.
-        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        InputError: An argument is out of range, or the loss has another reduction.
+        DataError: A loader shuffles, is empty, or does not yield batches.
         ModelStateError: Batch statistics or dropout are in train mode.
         NonFiniteError: A gradient is NaN or Inf.
 
@@ -172,7 +172,7 @@ class GradientIndex(Described):
             ModelStateError: The model is no longer what the index was made of.
             SolveError: The projected curvature is singular, and `damping` is 0.
             InputError: `damping` is out of range.
-            DataError: A loader shuffles, runs dry, or gives something else than batches.
+            DataError: A loader shuffles, is empty, or does not yield batches.
         """
         query = self._query(test_data, damping)
         values = torch.cat([block for _, _, block in query.blocks(progress)], 1)
@@ -200,7 +200,7 @@ class GradientIndex(Described):
 
         Raises:
             InputError: There are fewer than `k` training samples.
-            JacopsError: The data, the loss or a solve is refused; the message says why.
+            JacopsError: The data or the loss is not supported, or a solve failed; the message states why.
         """
         check_choice("which", which, Which)
         query = self._query(test_data, damping)
@@ -217,7 +217,7 @@ class GradientIndex(Described):
         damping: float | Literal["auto"] = "auto",
         progress: bool | None = None,
     ) -> GroupedInfluences:
-        r"""Return influences added up over groups of training samples, as `jacops.influence.group_influences` does.
+        r"""Return influences summed over groups of training samples, as `jacops.influence.group_influences` does.
 
         Args:
             groups: The group of each training sample: whole numbers or strings.
@@ -227,7 +227,7 @@ class GradientIndex(Described):
 
         Raises:
             InputError: There are more or fewer labels than training samples.
-            JacopsError: The data, the loss or a solve is refused; the message says why.
+            JacopsError: The data or the loss is not supported, or a solve failed; the message states why.
         """
         grouping = Grouping(groups, len(self))
         query = self._query(test_data, damping)
@@ -247,7 +247,7 @@ class GradientIndex(Described):
             progress: Force the progress bar on or off.
 
         Raises:
-            JacopsError: The data, the loss or a solve is refused; the message says why.
+            JacopsError: The data or the loss is not supported, or a solve failed; the message states why.
         """
         query, sketch = self._query(test_data, damping), self._plan.sketch
         tiles = [
@@ -266,7 +266,7 @@ class GradientIndex(Described):
             progress: Force the progress bar on or off.
 
         Raises:
-            JacopsError: The data, the loss or a solve is refused; the message says why.
+            JacopsError: The data or the loss is not supported, or a solve failed; the message states why.
         """
         solve, _ = self._solver(damping)
         tiles = [self._like(rows) for rows in track(self._tiles, "self_influences", enabled=progress)]

@@ -73,8 +73,8 @@ def compute_influence_factors(
         `x` `(n_test, P)` in the space of parameters, with solver, damping, residuals and statuses in `info`.
 
     Raises:
-        SolveError: A solve failed; the error carries its `Solution` and says what to do.
-        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        SolveError: A solve failed; the error has the `Solution` and states what to do.
+        DataError: A loader shuffles, is empty, or does not yield batches.
         InputError: An argument is out of range, or the loss is not reduced as stated.
         ModelStateError: Batch statistics or dropout are in train mode.
 
@@ -116,18 +116,18 @@ def compute_influences(
 ) -> Influences:
     r"""Return influences of training samples on test samples.
 
-    Test samples are solved for in tiles. As many solutions as half of the memory budget holds (a quarter of what is
-    free; `EKFAC(query_rank=...)` makes them smaller) meet the gradients of all other samples in one pass, which come
-    batch by batch, as factors where that is cheaper, so memory does not grow with the number of training samples times
-    the number of parameters.
+    Test samples are processed in tiles, with as many solutions as fit into half of the memory budget (a quarter of the
+    free memory; `EKFAC(query_rank=...)` makes them smaller). Each tile takes one pass over the other samples, whose
+    gradients are computed batch by batch, as factors where that is cheaper. Memory does not grow with the number of
+    training samples times the number of parameters.
 
     Args:
         model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`).
         training_data: A loader of batches `(x, y)` or mappings in a fixed order.
         loss: `loss(output, y)`, or `"model"`; left out where `model` carries one.
         test_data: A loader of batches; the training data where it is left out.
-        input_data: The samples whose influence is asked; the training data where it is left out.
-        influence_type: `"up"` weights a sample up, `(n_test, n_input)`; `"perturbation"` moves its input,
+        input_data: The samples whose influence is computed; by default the training data.
+        influence_type: `"up"` weights a sample up, `(n_test, n_input)`; `"perturbation"` changes its input,
             `(n_test, n_input, *x)`; `"token"` weights the terms up that a sequence's loss is the mean of, one for each
             label `(n_input, T)`: `(n_test, n_input, T)`, which adds up to `"up"`. Entry t is the term of label t (where
             each token predicts the next that of predicting token t, so entry 0 is 0); ignored labels have 0.
@@ -138,21 +138,21 @@ def compute_influences(
         damping: $\lambda \ge 0$, added to the curvature; `"auto"` takes 0.02 of its spectral norm.
         curvature: `"ggn"`, `"hessian"`, `"fisher"`, `"empirical_fisher"` or `"monte_carlo_fisher"`.
         on_failure: `"raise"`, or `"return"` to get the result with its statuses.
-        store: A folder to which finished tiles are written (zarr v3). Any number of processes that run the same line
-            share the tiles, and each returns the whole. Run again, the line goes on where a killed one stopped, returns
-            what a finished one computed without evaluating the model, and is refused if anything that the numbers rest
-            on is different. For influences of type `"up"` without leverage. Ranks of a process group share nothing else
+        store: A folder to which finished tiles are written (zarr v3). Processes that make the same call share the
+            tiles, and each returns the whole result. Run again, the call continues a killed run, returns what a
+            finished one computed without evaluating the model, and raises an error if anything that the result depends
+            on differs. For influences of type `"up"` without leverage. Ranks of a process group share nothing else
             then.
         options: `parameters=`, `reduction=`, `l2=`, `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`,
             `timeout=`; see `Problem`.
 
     Returns:
-        Values with sign, units, damping and coverage; `.leave_one_out()` says what dropping a sample would do.
+        Values with sign, units, damping and coverage; `.leave_one_out()` predicts the effect of leaving out a sample.
 
     Raises:
         InputError: `influence_type` is unknown, an argument is out of range, or the loss is not reduced as stated.
-        SolveError: A solve failed; the error carries its `Solution` and says what to do.
-        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        SolveError: A solve failed; the error has the `Solution` and states what to do.
+        DataError: A loader shuffles, is empty, or does not yield batches.
 
     Source: Koh and Liang (2017).
 
@@ -215,10 +215,10 @@ def self_influences(
 ) -> Tensor:
     r"""Return $s_i^2 g_i^\top (A + \lambda I)^{-1} g_i$ for every training sample, `(n_train,)`.
 
-    Large values are samples whose loss depends on no other sample: mislabelled ones come first. With $g_i$ the gradient
-    of a sample's own loss, in which its class weight cancels, $s_i$ is its share in the objective relative to an equal
-    one: $n w_i d_i / \sum_j w_j d_j$ for a mean with sample weights $w$ and class weights or counted targets $d$, $w_i$
-    for a sum. Without weights and ignored targets it is 1.
+    Large values belong to samples whose loss depends on no other sample, such as mislabelled ones. With $g_i$ the
+    gradient of a sample's own loss, in which its class weight cancels, $s_i$ is its share in the objective relative to
+    an equal one: $n w_i d_i / \sum_j w_j d_j$ for a mean with sample weights $w$ and class weights or counted targets
+    $d$, $w_i$ for a sum. Without weights and ignored targets it is 1.
 
     Args:
         model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`).
@@ -235,8 +235,8 @@ def self_influences(
         One number per training sample, not negative for a positive curvature.
 
     Raises:
-        SolveError: A solve failed; the error carries its `Solution` and says what to do.
-        DataError: A loader shuffles, runs dry, or gives something else than batches.
+        SolveError: A solve failed; the error has the `Solution` and states what to do.
+        DataError: A loader shuffles, is empty, or does not yield batches.
         InputError: An argument is out of range, or the loss is not reduced as stated.
 
     Example:

@@ -23,10 +23,10 @@ _TESTS, _STRONGEST, _GROUPS = 5, 3, 6  # rows and columns of a repr
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RankedInfluences(ArrayLike, Savable, Described):
-    """The training samples of strongest influence for every test sample; unpacks as `values, indices`.
+    """The training samples of largest influence for every test sample; unpacks as `values, indices`.
 
     Attributes:
-        values: `(n_test, k)`, the strongest first; of equal ones the training sample that comes first.
+        values: `(n_test, k)`, the largest first; ties are broken by the index.
         indices: Which training samples, `(n_test, k)`.
         which: What counts as strong: `"largest"`, `"smallest"` or `"magnitude"`.
         rows: Training samples that they were chosen from.

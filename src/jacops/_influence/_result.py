@@ -59,7 +59,7 @@ class InfluenceFactors(Described, InverseHvpResult[Tensor]):  # pyright: ignore[
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Influences(ArrayLike, Savable, Described):
-    """Influences of training samples on test samples, and how they were made.
+    """Influences of training samples on test samples, with sign, units and solver.
 
     Attributes:
         values: `(n_test, n_train)` for `"up"`, `(n_test, n_train, *x)` for `"perturbation"`, `(n_test, n_train, T)` for

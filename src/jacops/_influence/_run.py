@@ -107,8 +107,8 @@ class InfluenceRun:
         if self.kind != "hessian" or Status.NEGATIVE_CURVATURE not in solution.status:
             return ""
         return (
-            "\nAway from an optimum a Hessian has negative curvature, the Gauss-Newton matrix of a convex loss never. "
-            f"This call takes that:\n    {self.recipe}"
+            "\nAway from an optimum a Hessian has negative eigenvalues, a Gauss-Newton matrix of a convex loss none. "
+            f"This call uses it:\n    {self.recipe}"
         )
 
     def described(self, solutions: Sequence[Solution]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def top_influences(
     input_data: Any = None,
     **options: Unpack[InfluenceOptions],
 ) -> RankedInfluences:
-    """Return the `k` training samples of strongest influence on every test sample.
+    """Return the `k` training samples of largest influence on every test sample.
 
     They are those of `compute_influences`, of which only `k` a row and a block of 32 MiB or one batch are ever held.
 
@@ -63,7 +63,7 @@ def top_influences(
 
     Raises:
         InputError: There are fewer than `k` samples, or an argument is out of range.
-        JacopsError: The data, the loss or a solve is refused; the message says why.
+        JacopsError: The data or the loss is not supported, or a solve failed; the message states why.
 
     Example:
         >>> import jacops
@@ -92,7 +92,7 @@ def group_influences(
     input_data: Any = None,
     **options: Unpack[InfluenceOptions],
 ) -> GroupedInfluences:
-    """Return influences added up over groups of training samples, such as classes, authors or sources.
+    """Return influences summed over groups of training samples, such as classes, authors or sources.
 
     To first order, leaving out a group does what leaving out its samples one by one adds up to (Koh, Ang, Teo and
     Liang, 2019); `leave_group_out()` gives that. Only the sums and one batch's influences are held.
@@ -103,7 +103,7 @@ def group_influences(
         training_data: A loader of batches `(x, y)` or mappings in a fixed order.
         groups: The group of each training sample, in order: whole numbers or strings.
         test_data: A loader of batches; the training data where it is left out.
-        input_data: The samples whose influence is asked; the training data where it is left out; `groups` are then of
+        input_data: The samples whose influence is computed; by default the training data; `groups` are then of
             these.
         options: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=` and those of `Problem`; see
             `compute_influences`.
@@ -113,7 +113,7 @@ def group_influences(
 
     Raises:
         InputError: There are more or fewer labels than samples, or an argument is out of range.
-        JacopsError: The data, the loss or a solve is refused; the message says why.
+        JacopsError: The data or the loss is not supported, or a solve failed; the message states why.
 
     Example:
         >>> import jacops
@@ -152,7 +152,7 @@ def layer_influences(
             are not here.
         training_data: A loader of batches `(x, y)` or mappings in a fixed order.
         test_data: A loader of batches; the training data where it is left out.
-        input_data: The samples whose influence is asked; the training data where it is left out.
+        input_data: The samples whose influence is computed; by default the training data.
         options: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=` and those of `Problem`; see
             `compute_influences`.
 
@@ -160,7 +160,7 @@ def layer_influences(
         Values with the names of the parameters; `.by_module()` adds up those of a module.
 
     Raises:
-        JacopsError: The data, the loss or a solve is refused; the message says why.
+        JacopsError: The data or the loss is not supported, or a solve failed; the message states why.
 
     Example:
         >>> import jacops
@@ -208,7 +208,7 @@ def _asked(model: Any, training_data: Any, test_data: Any, input_data: Any, opti
 @keywords()
 @shows_progress()
 def ranked(scores: Any, k: int, *, which: Which = "largest", progress: bool | None = None) -> RankedInfluences:
-    """Return the `k` strongest training samples of every test sample, from scores that were computed before.
+    """Return the `k` training samples of largest influence on every test sample, from existing scores.
 
     Args:
         scores: An `Influences`, a matrix `(n_test, n_train)`, or the folder of a run that `compute_influences` stored,
@@ -237,7 +237,7 @@ def ranked(scores: Any, k: int, *, which: Which = "largest", progress: bool | No
 @keywords()
 @shows_progress()
 def grouped(scores: Any, groups: Any, *, progress: bool | None = None) -> GroupedInfluences:
-    """Return scores that were computed before, added up over groups of training samples.
+    """Return sums of existing scores over groups of training samples.
 
     Args:
         scores: `Influences`, or an iterable of blocks, with weights of training samples: no plain matrix.

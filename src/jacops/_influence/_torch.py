@@ -32,8 +32,8 @@ _ORIGIN = "_jacops_private_inputs"
 class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
     """A torch model with its loss; `loss(model(x), y)` is called just so, everywhere.
 
-    The model is differentiated as it stands, on private copies: its buffers, modes, gradients and the caller's `x`
-    stay as they are. Parameters that do not require grad are left out.
+    The model is differentiated in its current mode, on private copies; buffers, modes, gradients and the caller's `x`
+    are not changed. Parameters that do not require grad are left out.
 
     Args:
         model: A module with at least one parameter that requires grad.

@@ -21,7 +21,7 @@ DataLoaderType = TypeVar("DataLoaderType", bound=Iterable)
 
 @dataclass(frozen=True)
 class InverseHvpResult(ArrayLike, Savable, Generic[TensorType]):
-    """The solution of `A x = b`, and how it came about; unpacks as `x, info`.
+    """The solution of `A x = b`, with information about the solver; unpacks as `x, info`.
 
     Attributes:
         x: The solution, one row per right-hand side.

@@ -55,7 +55,7 @@ def integrated_jacobian(
     unpack: Batching | None = None,
     **options: Unpack[JacobianOptions],
 ) -> Contributions:
-    r"""Return what each feature adds to each output along the path from a baseline, of any differentiable model.
+    r"""Return contributions of features along the path from a baseline, for any differentiable model.
 
     These are the integrated gradients of Sundararajan, Taly and Yan (2017), of all outputs at once: feature $f$ adds
     $(x - x_0)_f \int_0^1 \partial F_o / \partial x_f (x_0 + t (x - x_0))\, dt$ to output $o$, and all of them together

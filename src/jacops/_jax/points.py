@@ -78,7 +78,7 @@ def one_number(value: Any) -> Any:
         todo = "Return one array of shape (), without `float()` or auxiliary results."
         raise NotDifferentiableError.of("the loss", f"a {type(value).__name__}", "an array is needed", todo)
     if value.ndim > 0:
-        todo = "Take its mean or sum, as the objective's reduction says."
+        todo = "Take its mean or sum, like the reduction of the objective."
         raise InputError.of("the loss", f"of shape {tuple(value.shape)}", "one number, shape (), is needed", todo)
     if not is_floating(value):
         todo = "Take scores rather than labels or counts."

@@ -228,7 +228,7 @@ class Scaled(Composite):
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Identity(OnSpace):
-    """The map that changes nothing; `damping * Identity(space)` is how damping is written.
+    """The identity; `damping * Identity(space)` is a damping.
 
     Attributes:
         space: Where it acts.

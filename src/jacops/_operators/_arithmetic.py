@@ -153,7 +153,7 @@ class Arithmetic(NotAnArray):
 
 @final
 class ScalarIdentity:
-    """A multiple of the identity on whatever space the other operand is of; `jacops.linalg.eye` is this times one.
+    """A multiple of the identity, on the space of the other operand; `jacops.linalg.eye` is the identity.
 
     Example:
         >>> from jacops.linalg import Matrix, eye

@@ -38,7 +38,7 @@ _GRAM_ENTRIES = 2**26  # 512 MiB in float64: larger matrices are not formed, but
 class Operator(Arithmetic, Savable, ABC, Described):
     r"""A linear map $A$ that is applied, composed and transposed without being formed.
 
-    A concrete operator says what its axes mean (`domain`, `codomain`) and how it acts on rows, `_apply` and
+    A concrete operator defines its axes (`domain`, `codomain`) and how it acts on rows, `_apply` and
     `_apply_transpose`; all else follows. `A @ v` takes a flat vector `(n,)`, columns `(n, k)`, or a tree (a list in
     order or a dict by name) and answers in kind; `A @ B` composes; `A.T`, `A + B`, `2 * A` are operators again.
 

@@ -24,7 +24,7 @@ from ._target import Target
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerFactors(Operator):
-    r"""Rows of a Jacobian by parameters, one or several per sample, that are never formed unless asked for.
+    r"""Rows of a Jacobian by parameters, one or several per sample, that are formed only on request.
 
     Where a weight enters by $z_{nt} = W a_{nt}$, a row is $\sum_t \delta_{nt} a_{nt}^\top$ with the cotangent
     $\delta$ at z (Goodfellow, 2015): cotangents and operands are kept, and products, Gram matrix, norms and diagonal
@@ -64,7 +64,7 @@ class LayerFactors(Operator):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held, memory shared by two parameters counted once."""
+        """Bytes held; memory shared by two parameters is counted once."""
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for part in self.parts for t in part.tensors
         }

@@ -32,11 +32,11 @@ _TODO = {word: todo for todo, words in _USE.items() for word in words.split()}
 
 
 class NoSuchWordError(InputTypeError, AttributeError):
-    """An attribute that an operator does not have; `hasattr` says so too."""
+    """An attribute that an operator does not have; `hasattr` returns False."""
 
 
 def _refused(what: str, came: str, todo: str, kind: type[InputTypeError] = InputTypeError) -> InputTypeError:
-    return kind.of(what, f"asked of {came}", "an operator has products, no entries", todo)
+    return kind.of(what, f"used on {came}", "an operator has products, no entries", todo)
 
 
 class NotAnArray:

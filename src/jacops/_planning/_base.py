@@ -25,12 +25,12 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class PlannedRoute(Savable):
-    """One way to an answer.
+    """One route of a plan.
 
     Attributes:
         name: What it is called, as in `mode=` where there is such an argument.
         sweeps: Passes over the model for every chunk; None where that is not known.
-        peak_bytes: Most bytes held at once, the result included where the call allocates it; None if unknown.
+        peak_bytes: Largest number of bytes held at once, with the result if the call allocates it; None if unknown.
         why: Why it is taken, or why not.
         chosen: It is taken.
     """
@@ -44,12 +44,12 @@ class PlannedRoute(Savable):
 
 @dataclass(frozen=True, repr=False)
 class Plan(Savable, Described):
-    """What a call will take.
+    """The predicted sweeps and memory of a call.
 
     Attributes:
         call: The call.
         routes: The ways there are, the chosen one first.
-        result_bytes: Bytes of the result, whoever allocates it.
+        result_bytes: Bytes of the result, also where the caller allocates it.
         startup_bytes: Part of every peak: what torch loads for the first derivative of a process, 0 later.
         budget_bytes: Bytes allowed.
         chunk: How many of `unit` go through the model together.
@@ -125,7 +125,7 @@ def planned_by(planner: _Planner, options: type | None = None) -> Callable[[Call
 
 
 def plan(call: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Plan:
-    """Return what `call(*args, **kwargs)` will take, without running it.
+    """Return the predicted sweeps and memory of `call(*args, **kwargs)`, without running it.
 
     At most one forward pass is run over the whole input, and for calls by samples only runs of one and of two samples.
 

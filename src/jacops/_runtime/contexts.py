@@ -70,7 +70,7 @@ def refuse_transforms() -> None:
     if functorch.peek_interpreter_stack() is not None:
         raise NotDifferentiableError(
             "jacops was called inside a torch.func transform (vmap, grad, jvp …), whose tensors it cannot record. "
-            "Call it outside, or ask for `create_graph=True` and differentiate its result with torch.autograd."
+            "Call it outside, or pass `create_graph=True` and differentiate its result with torch.autograd."
         )
 
 

@@ -78,7 +78,7 @@ class Rendezvous:
             raise _lost(call, error) from error
         if not brought:
             who = f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}" if absent else "a rank"
-            came = f"{who} of {self.size} did not come within {timeout:g} s"
+            came = f"{who} of {self.size} did not make this call within {timeout:g} s"
             raise PeerFailedError(f"{_asked(call)}: {came}. {_TODO}", absent)
         _check_calls(call, brought)
         return brought
@@ -214,7 +214,7 @@ def _check_calls(call: str, brought: Sequence[Mapping[str, Any]]) -> None:
     others = {rank: one["call"] for rank, one in enumerate(brought) if one["call"] != call}
     if others:
         rank, other = next(iter(others.items()))
-        raise PeerFailedError(f"{_asked(call)}: rank {rank} came to {other} instead. {_TODO}", list(others))
+        raise PeerFailedError(f"{_asked(call)}: rank {rank} called {other} instead. {_TODO}", list(others))
 
 
 @final

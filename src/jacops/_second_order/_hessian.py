@@ -64,8 +64,8 @@ def input_hessian(
 
     It is $\partial^2 f(x_n) / \partial x_n^2$ of the model in eval mode on a batch of one. Where samples provably do
     not mix they share sweeps, min(inputs, outputs · inputs) of them over the graph of the Jacobian; otherwise every
-    sample is taken alone and a `JacopsWarning` says why. The result is held to be symmetric; with custom autograd
-    Functions in the graph also to agree with a central difference of Jacobians, since torch does not notice a second
+    sample is computed alone and a `JacopsWarning` states why. The result is held to be symmetric; with custom autograd
+    Functions in the graph also to agree with a central difference of Jacobians, since torch does not detect a second
     derivative that a backward drops. Unless all operations are known to have backwards that are linear in their
     cotangent, every call compares the result with the derivative of one random mixture of the outputs, taken alone;
     where they disagree (`logcumsumexp`), every output is differentiated alone. Piecewise linear models have zeros.
@@ -90,7 +90,7 @@ def input_hessian(
         tuple or dict of inputs that structure twice inside, `H[output][input][input]`, with None at integer entries.
 
     Raises:
-        NotDifferentiableError: There is no second derivative, or torch gets it wrong; the message names the cause.
+        NotDifferentiableError: There is no second derivative, or torch's is wrong; the message names the cause.
         InputTypeError: `model` or `x` is of the wrong kind.
         InputError: `batch_size` is not a positive whole number, or `x` does not fit the model.
         NonFiniteError: A derivative is NaN or Inf.

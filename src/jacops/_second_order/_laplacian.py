@@ -81,7 +81,7 @@ def laplacian(
         A tensor shaped like the output, or the same structure of tensors.
 
     Raises:
-        NotDifferentiableError: There is no second derivative, or torch gets it wrong; the message names the cause.
+        NotDifferentiableError: There is no second derivative, or torch's is wrong; the message names the cause.
         InputTypeError: `model` or `x` is of the wrong kind.
         InputError: `batch_size` is not a positive whole number, or `x` does not fit the model.
         NonFiniteError: A derivative is NaN or Inf.

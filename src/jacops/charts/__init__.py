@@ -1,7 +1,7 @@
-r"""Charts: how parameters that live on a manifold are stored, and how a flat step moves them.
+r"""Charts: the storage of parameters on a manifold, and their change by a step in the tangent space.
 
-Groups (SO(2), SE(2), SO(3), SE(3), Sim(3), vectors), directions (S2), several of them side by side and charts of your
-own, as plain tensors, for optimisation without any class of tensors of its own. One convention throughout for groups: a
+Groups (SO(2), SE(2), SO(3), SE(3), Sim(3), vectors), directions (S2), several of them side by side and custom charts,
+as plain tensors, without a tensor subclass. One convention throughout for groups: a
 step $d$ of tangent width moves an element from the left, $X \leftarrow \exp(d)\,X$, which is also PyPose's, and storage
 is laid out as in PyPose (SO(3): quaternion x y z w; SE(3): translation, quaternion; Sim(3): scale after these) and in
 the common graph files (SE(2): x y angle). A `GroupChart` has `exp`, `log`, `compose` and what follows from them; a

@@ -17,7 +17,7 @@ from ..errors import InputError, InputTypeError, NotDifferentiableError
 
 @dataclass(frozen=True, repr=False)
 class Chart(ABC):
-    r"""Elements stored as `storage` numbers each, which move along `tangent` directions.
+    r"""A chart: elements stored as `storage` numbers each, with `tangent` directions.
 
     A chart of your own is a class below this one with `retract` and `local`; all else follows from them, or may be
     written for speed. Both take elements along leading axes and treat each by itself, with operations of torch that can

@@ -13,7 +13,7 @@ from ._base import Chart
 
 @dataclass(frozen=True, repr=False)
 class GroupChart(Chart):
-    r"""A group whose elements move from the left: $X \leftarrow \exp(d)\,X$.
+    r"""A group chart with left multiplication: $X \leftarrow \exp(d)\,X$.
 
     All methods are batched over leading axes, which must agree exactly, and differentiable to any order.
 
@@ -64,7 +64,7 @@ class GroupChart(Chart):
         return self._inverse(x)
 
     def between(self, a: Tensor, b: Tensor) -> Tensor:
-        r"""Return $A^{-1} B$: `b` as seen from `a`."""
+        r"""Return $A^{-1} B$: `b` relative to `a`."""
         self._check(a=a, b=b)
         return self._between(a, b)
 

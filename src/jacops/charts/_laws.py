@@ -21,9 +21,9 @@ _SIZES = (1e-1, 1e-4, 1e-9)  # of steps: an ordinary one, one where closed forms
 @keywords()
 @restoring
 def check_laws(chart: Chart, x: Tensor) -> None:
-    """Check a chart at given elements: that what it gives is what least squares rely on.
+    """Check that a chart has the properties that least squares require, at given elements.
 
-    Checked are the shapes, that `x` is left as it is and each element moves by itself, that `retract(x, 0)` is `x`,
+    Checks the shapes, that `x` is left as it is and each element moves by itself, that `retract(x, 0)` is `x`,
     that `local(x, retract(x, d))` is `d` for random steps of lengths up to 0.1, 1e-4 and 1e-9, and that
     `storage_jacobian` is finite and agrees with central differences of `retract`.
 

@@ -43,7 +43,7 @@ class _Numbers(GroupChart):
 
 @keywords()
 def R(n: int) -> GroupChart:  # noqa: N802 - the name of the group
-    """Return the chart of vectors of `n` numbers, which move by addition.
+    """Return the chart of vectors of `n` numbers, with addition as the retraction.
 
     Args:
         n: How many.
@@ -155,7 +155,7 @@ def Product(*charts: GroupChart) -> GroupChart: ...
 def Product(*charts: Chart) -> Chart: ...
 @keywords()
 def Product(*charts: Chart) -> Chart:  # noqa: N802 - stands where the names of charts stand
-    """Return the chart of elements that stand side by side in one last axis, each moved by its own chart.
+    """Return the chart of elements concatenated along the last axis, each with its own chart.
 
     Storage, tangents and points are those of the parts one after the other. Where all parts are groups the result is
     their direct product; its matrices have a block for each part.

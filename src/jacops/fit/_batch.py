@@ -117,12 +117,12 @@ def least_squares_batch(
     on_failure: BatchFailure = "warn",
     progress: bool | None = None,
 ) -> BatchFitResult[Any]:
-    r"""Make the objective of `levenberg_marquardt` small for each of many problems of one shape, all at once.
+    r"""Minimise the objective of `levenberg_marquardt` for many problems of one shape at once.
 
     The function is written for one problem, and vectorised by `torch.func.vmap`; where that gives other values for
     some of the problems than the function alone, or fails, it is run for one after another, with a warning. Every
     problem has its own damping or radius, its own scales, and stops by itself; one that is NaN, or does not converge,
-    changes nothing for the others. Jacobians are held against plain backward passes.
+    changes nothing for the others. Jacobians are compared with plain backward passes.
 
     Args:
         model: A function `f(*params, *input)` of one problem (with a dict of `params`: `f(*input, **params)`); or a
@@ -262,4 +262,4 @@ def _report(result: BatchFitResult[Any], on_failure: str) -> None:
     message = f"{_CALL}: {len(unmet):,} of {len(result.status):,} problems met no stop rule ({first})"
     if on_failure == "raise":
         raise SolveError(f"{message}. The error's `.solution` is the result.\n{result!r}", result)
-    warn(f"{message}. `success` and `status` of the result tell which.")
+    warn(f"{message}. See `success` and `status` of the result.")

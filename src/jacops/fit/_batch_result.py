@@ -30,7 +30,7 @@ _WORDS = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BatchFitResult(ArrayLike, Savable, Described, Generic[Found]):
-    r"""Where the problems of a batch ended; first axes count the problems.
+    r"""The result of a batch of fits; the first axis of each array counts the problems.
 
     Attributes:
         x: The parameters found, in the form of `params`. With `create_graph=True` they have a graph. A problem without
@@ -48,7 +48,7 @@ class BatchFitResult(ArrayLike, Savable, Described, Generic[Found]):
         njev: Jacobians, likewise.
         route: How Jacobians were taken.
         method: The call and its strategy.
-        reasons: The evidence for each minimum, as a number; `certificate` says it in words.
+        reasons: The evidence for each minimum, as a number; `certificate` describes it.
         active_mask: With bounds, in the form of `x`: -1 where a lower bound is met, 1 an upper one, else 0; else None.
     """
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 # What SciPy's `least_squares` and PyPose's `LM` and `GN` have, where no keyword of the same meaning stands for it.
 FAMILIAR = {
     "args": "Pass what the model is called with as `input`: a tuple is unpacked.",
-    "diff_step": "Derivatives are exact, so there is no step to choose; `jacobian` says how they are stored.",
-    "jac": "Derivatives are exact; `jacobian` says how they are stored.",
+    "diff_step": "Derivatives are exact, so there is no step to choose; `jacobian` selects how they are stored.",
+    "jac": "Derivatives are exact; `jacobian` selects how they are stored.",
     "jac_sparsity": "Pass `jacobian='sparse'`: the pattern is found from the model.",
     "kwargs": "Pass what the model is called with as `input`: a mapping gives keyword arguments.",
     "max": "Steps are limited by `strategy`; a damping has no upper limit to choose.",

@@ -88,35 +88,35 @@ def levenberg_marquardt(
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult[Any]:
-    r"""Make $\tfrac12 \sum_k \rho(\lVert S_k (f_k - y_k) \rVert^2)$ small, $f$ a model's output, $y$ the target.
+    r"""Minimise $\tfrac12 \sum_k \rho(\lVert S_k (f_k - y_k) \rVert^2)$, $f$ a model's output, $y$ the target.
 
     Every step solves $(J^\top J + \lambda D) p = -J^\top r$ for residual and Jacobian of one and the same run of the
     model: batch statistics, dropout masks and random draws are those of one fixed function during the whole call, and
-    buffers and random states are as they were afterwards.
+    buffers and random states are restored afterwards.
 
     Args:
-        model: A module, whose parameters that require grad are moved; or a function `f(*params, *input)` (with a dict
+        model: A module, whose parameters that require grad are fitted; or a function `f(*params, *input)` (with a dict
             of `params`: `f(*input, **params)`).
         input: The model's input: a tuple is unpacked, a mapping gives keyword arguments, None is no argument.
-        target: Taken off the output, of its very shape; a tree like the output's where that is one.
-        params: For a function: a tensor, or a list or dict of tensors, where the search starts.
+        target: Subtracted from the output, with the same shape; a tree like that of the output.
+        params: For a function: a tensor, or a list or dict of tensors, the initial values.
         manifolds: Charts by parameter name, such as `{"poses": SE3}`: that parameter's last axis holds elements, moved
             by `chart.retract`. LieTensors of PyPose move by their own retraction, $\exp(d) X$; all else by addition.
-        fixed: What stays where it is: a parameter's name or a pattern of names, such as `"camera*"`, or a list of
+        fixed: Parameters held fixed: a parameter's name or a pattern of names, such as `"camera*"`, or a list of
             these; or by name or pattern True for the whole, an index, or a mask of elements: `{"poses": 0}`.
-        bounds: Where parameters stay: a pair `(lower, upper)` of numbers or tensors like `params`, as in SciPy, or such
-            pairs by parameter name; None, or Inf, leaves a side open. Iterates are feasible. What is at a bound that
-            the gradient leads out of is left out of the step and of `optimality` (Bertsekas, 1982).
-        weight: What squares are multiplied by: a number; per entry or per block (blocks are the last axes of an
+        bounds: A pair `(lower, upper)` of numbers or tensors like `params`, as in SciPy, or such pairs by parameter
+            name; None, or Inf, leaves a side open. Iterates are feasible. Parameters at a bound with the gradient
+            pointing outwards are left out of the step and of `optimality` (Bertsekas, 1982).
+        weight: Factors of the squared residuals: a number; per entry or per block (blocks are the last axes of an
             output); or information matrices `(d, d)` or `(*blocks, d, d)`. A tree of these for several outputs; a
             prior is one more output, `(residual, x - mean)`, whose weight is the prior's precision.
         sqrt_weight: The same as square roots: residuals are multiplied by it from the left.
         kernel: A robust kernel of squared lengths: `"huber"`, `"soft_l1"`, `"cauchy"`, `"arctan"` with the scale
-            `f_scale` as in SciPy, a `Kernel`, or a function of a tensor. It sees the length of a weighted block, in a
-            vector that of an entry. A list or dict for several outputs.
+            `f_scale` as in SciPy, a `Kernel`, or a function of a tensor. It is applied to squared lengths of weighted
+            blocks, or of entries for a vector. A list or dict for several outputs.
         f_scale: Scale of a kernel that is given by name.
         corrector: `"triggs"` takes the kernel's curvature into account, `"first_order"` its slope only.
-        strategy: How long a step may be: `"trust_region"` (dogleg; Powell, 1970), dampings `"nielsen"`, `"marquardt"`,
+        strategy: What limits a step: `"trust_region"` (dogleg; Powell, 1970), dampings `"nielsen"`, `"marquardt"`,
             `"adaptive"`, `"constant"`, or a `Strategy`. `"auto"` is the first, and `"nielsen"` where `damping` is
             given or the solver is `"pcg"`.
         damping: The first $\lambda$, in units of the diagonal of $J^\top J$ (with `x_scale` given, of its largest
@@ -124,7 +124,8 @@ def levenberg_marquardt(
         solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"sparse_cholesky"`, `"splu"`, `"qdldl"`, `"pcg"` or a
             `StepSolver`.
         jacobian: `"auto"`, `"dense"`, `"sparse"`, or a plan, such as an earlier result's `plan`. A sparse plan is kept
-            for the next call with the same model (or function) and shapes, certified there, and made anew if it fails.
+            for the next call with the same model (or function) and shapes, certified there, and made again if that
+            fails.
         x_scale: Scales of the parameters: steps, damping and radius are measured in `x / x_scale`. `"jac"`: one over
             the largest norm of each Jacobian column so far (Moré, 1978), which makes the call independent of units.
             Or a number; or a tensor like `params` (a list or dict of them where that is one), over the tangent
@@ -220,7 +221,7 @@ def gauss_newton(
     on_failure: OnFailure = "raise",
     progress: bool | None = None,
 ) -> LeastSquaresResult[Any]:
-    r"""Make the objective of `levenberg_marquardt` small by whole Gauss-Newton steps, $J^\top J p = -J^\top r$.
+    r"""Minimise the objective of `levenberg_marquardt` by undamped Gauss-Newton steps, $J^\top J p = -J^\top r$.
 
     Quick near a solution, and blind to a step that leads uphill. Where a dense Jacobian has no full rank, the shortest
     step is taken; a sparse one is refused then (hold something `fixed`). Kernels are corrected in the first order by
@@ -285,7 +286,7 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
         module = function_module(model, params)
         module.check_arguments(options["input"])
     elif params is not None:
-        needed = "a module brings its own parameters"
+        needed = "a module has its own parameters"
         raise InputError.of("params", "given", needed, "Freeze those that are to stay as they are.")
     else:
         refuse_arrays(options["input"])

@@ -148,9 +148,9 @@ def _solved(factor: tuple[Tensor, Tensor], free: Tensor, regular: Tensor, rows: 
     asked = ((rows != 0) & free).any(1) & ~regular
     if bool(asked.any()):
         first = int(asked.nonzero()[0])
-        which = f"of {int(asked.sum())} problems, the first being {first}," if len(rows) > 1 else ""
+        which = f" of {int(asked.sum())} problems, the first being {first}," if len(rows) > 1 else ""
         raise SolveError(
-            f"{call}: the derivative of the minimum {which} was asked for, and it has none: the fit had no success, or "
+            f"{call}: the minimum{which} has no derivative: the fit had no success, or "
             "the Hessian of the objective there is not positive definite. Take the loss over results with `success`, "
             "and hold what is not determined with `fixed=`."
         )

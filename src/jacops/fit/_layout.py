@@ -202,7 +202,7 @@ def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> L
                 came = f"{chart!r} for '{name}'"
                 raise InputTypeError.of("manifolds", came, "a chart such as jacops.charts.SE3 is needed")
             if group:
-                needed = "a LieTensor brings its own retraction"
+                needed = "a LieTensor has its own retraction"
                 raise InputError.of("manifolds", f"{chart} for the LieTensor '{name}'", needed, "Leave it out.")
             chart.check(parameter.detach(), name)
             check_shapes(chart, parameter.detach().to("cpu", torch.float64), "manifolds")
@@ -210,7 +210,7 @@ def layout_of(parameters: Mapping[str, Tensor], manifolds: Any, fixed: Any) -> L
         parts.append(replace(part, free=_free(part, held[name])) if name in held else part)
     layout = Layout(tuple(parts))
     if not layout.columns:
-        raise InputError.of("fixed", "everything", "something must be left to move")
+        raise InputError.of("fixed", "everything", "at least one parameter must be free")
     return layout
 
 
@@ -231,7 +231,7 @@ def by_name(argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
     found: dict[Any, Any] = {names[k] if isinstance(k, int) and 0 <= k < len(names) else k: v for k, v in given.items()}
     for name in found:
         if name not in names:
-            raise InputError.of(argument, f"naming {name!r}", f"the parameters that move are {names}")
+            raise InputError.of(argument, f"naming {name!r}", f"the free parameters are {names}")
     return found
 
 

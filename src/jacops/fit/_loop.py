@@ -31,7 +31,7 @@ _DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a call without evidence
 _EXCURSION = 8  # steps through a curved valley; each must halve the objective, so together gain a factor of 256
 _PARALLEL = 0.9  # cosine between steps that are taken for a geometric sequence
 _SLOWEST = 0.95  # ratio of such steps: that towards a zero of order 20
-_CAREFUL = "levenberg_marquardt is more careful"
+_CAREFUL = "use levenberg_marquardt, which damps steps"
 
 
 @restoring
@@ -328,7 +328,7 @@ class _Loop:
         if isinstance(self.strategy, Constant) and self.rejections:
             return self.unmet("stalled", "a step led uphill, and with constant damping the next one would be the same")
         if self.rejections >= _REJECTIONS:
-            return self._exhausted(f"{self.rejections} steps in a row led nowhere")
+            return self._exhausted(f"{self.rejections} steps in a row gave no reduction")
         limit = self.rules.used_up(self.problem.evaluations)
         return None if limit is None else self.unmet(*limit)
 

@@ -121,7 +121,7 @@ def function_module(function: Any, params: Any) -> FunctionModule:
     if not callable(function):
         raise InputTypeError.of("model", f"a {type(function).__name__}", "a module or a function is needed")
     if params is None:
-        todo = "Pass `params=` (a tensor, a list or a dict of tensors): where the search starts."
+        todo = "Pass `params=` (a tensor, a list or a dict of tensors): the initial values."
         raise InputTypeError.of("params", "None", "a plain function needs the tensors it is to be solved for", todo)
     keyword = isinstance(params, Mapping)
     if isinstance(params, Tensor):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepRecord(Savable):
-    """One step, taken or not.
+    """One step, accepted or rejected.
 
     Attributes:
         step: Its number, from 1.
@@ -77,7 +77,7 @@ class StepRecord(Savable):
 
 @dataclass(frozen=True, eq=False)
 class FitProgress(Generic[Found]):
-    """What a callback is given after a step that was taken.
+    """The argument of a callback, after each accepted step.
 
     Attributes:
         x: The parameters now, a copy in the form of the result's `x`.
@@ -98,7 +98,7 @@ class FitProgress(Generic[Found]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
-    r"""Where a least-squares call ended.
+    r"""The result of a least-squares fit.
 
     Attributes:
         x: The parameters found: by name for a module, else in the form of `params`.
@@ -112,7 +112,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         nfev: Forward passes.
         njev: Jacobians.
         route: How Jacobians were taken, and why.
-        plan: The sparse plan, to be given to a later call; `save` leaves it out, since it has a file of its own.
+        plan: The sparse plan, for a later call; `save` leaves it out, since it has a file of its own.
         certificate: The evidence that the point is a minimum, as in `success`; empty where there is none.
         predicted: The reduction that an undamped Gauss-Newton step predicts where it was last computed, relative to
             the objective; NaN where it was not needed or could not be computed.
@@ -272,10 +272,12 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
     def _describe(self) -> Description:
         first = self.log[0].objective if self.log else self.cost
         taken = sum(r.accepted for r in self.log)
-        title = f"LeastSquaresResult({self.status}: {self.message})"
+        reason, *more = self.message.split("; ", 1)
+        title = f"LeastSquaresResult({self.status}: {reason})"
         steps = f"{taken} of {len(self.log)} taken, {sum(r.seconds for r in self.log):.2f} s"
         sweeps = f"{self.njev} ({self.route}), {self.nfev} forward passes"
-        facts = [("objective", f"{first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}")]
+        facts = [("note", more[0])] if more else []
+        facts += [("objective", f"{first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}")]
         return Description(title, [*facts, ("steps", steps), ("Jacobians", sweeps)])
 
     def _whole(self) -> Description:

@@ -59,7 +59,7 @@ def scaling_of(x_scale: Any, layout: Layout) -> Scaling:
         found = by_name("x_scale", tree, [p.name for p in parts])
     missing = [p.name for p in parts if p.name not in found]
     if missing:
-        needed = f"a scale for every parameter that moves is needed, for {missing} too"
+        needed = f"a scale for every free parameter is needed, for {missing} too"
         raise InputError.of("x_scale", f"given for {list(found)}", needed)
     return Scaling(1 / np.concatenate([_free_scales(p, found[p.name]) for p in parts]))
 

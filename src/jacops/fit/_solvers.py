@@ -116,7 +116,7 @@ def _by_rows(system: LinearizedFit, damping: np.ndarray) -> Solved:
 @final
 @dataclass(frozen=True)
 class LSTSQ(StepSolver):
-    """The shortest of all best steps, by singular values: for Jacobians without full rank. Dense."""
+    """The minimum-norm solution, by singular values, for Jacobians without full rank. Dense."""
 
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
@@ -211,7 +211,7 @@ class PCG(StepSolver):
     max_steps: int | None = None
 
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
-        """Return a step; one that stopped early says so and is kept, since every iterate leads downhill."""
+        """Return a step; one that stopped early is marked and kept, since every iterate leads downhill."""
         bound = self.tolerance * float(np.linalg.norm(system.gradient))
         p, steps = conjugate_gradients(
             system,
@@ -298,7 +298,7 @@ def _block_jacobi(system: LinearizedFit, damping: np.ndarray | None) -> Map:
 @final
 @dataclass(frozen=True)
 class AutoStepSolver(StepSolver):
-    """Chooses by how the Jacobian is stored, its size and whether there is damping, and says why."""
+    """Chooses by the storage and size of the Jacobian and by damping, and reports the reason."""
 
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""

@@ -106,4 +106,4 @@ class Observer:
             ends = self.callback(FitProgress(x, point.cost, point.optimality, record.step, passes, record))
         except StopIteration:
             ends = True
-        return Stop("callback", "the callback asked to stop") if ends is True else None
+        return Stop("callback", "the callback stopped the fit") if ends is True else None

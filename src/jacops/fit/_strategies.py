@@ -114,7 +114,7 @@ class Adaptive(_Damped):
 @final
 @dataclass(frozen=True)
 class Marquardt(_Damped):
-    """Damping by ten after every good step, times ten after every bad one (Marquardt, 1963)."""
+    """Damping divided by ten after every accepted step, times ten after every rejected one (Marquardt, 1963)."""
 
     def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
         """Return the next damping."""
@@ -124,7 +124,7 @@ class Marquardt(_Damped):
 @final
 @dataclass(frozen=True)
 class Nielsen(_Damped):
-    r"""Damping times $\max(1/3, 1 - (2\varrho - 1)^3)$; $\times 2, 4, 8 \dots$ while steps are bad (Nielsen, 1999)."""
+    r"""Damping times $\max(1/3, 1 - (2\varrho - 1)^3)$; $\times 2, 4, 8 \dots$ while rejected (Nielsen, 1999)."""
 
     def next(self, damping: float, ratio: float, rejections: int, length: float, /) -> float:
         """Return the next damping."""

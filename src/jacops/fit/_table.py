@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LINES = 100  # steps that are all shown: the default of `max_steps`
 _FIRST, _LAST = 50, 40  # of a longer run
+_FOLDED = 10  # steps; with so many, HTML is longer than a screen, and shows them when clicked
 _VALUES = 6  # numbers of a tensor that are shown; of more, the first and last three
 
 
@@ -47,8 +48,8 @@ def steps(log: Sequence[StepRecord], limited_by: str) -> Table:
     if len(log) > _LINES:
         left_out = (f"... {len(log) - _FIRST - _LAST} steps not shown; `log` has all ...",)
         rows = [*rows[:_FIRST], left_out, *rows[-_LAST:]]
-    caption = "steps: the objective before each, and how it changed" if rows else ""
-    return Table(header, rows, caption, labelled=2)
+    caption = f"{len(log)} steps: the objective before each, and its change" if rows else ""
+    return Table(header, rows, caption, labelled=2, folded=len(log) >= _FOLDED)
 
 
 def _step(record: StepRecord, limited_by: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Solvers: frozen dataclasses that make an inverse of an operator and a damping, with a status for each solve."""
+"""Solvers for a damped operator: frozen dataclasses, with a status for each right-hand side."""
 
 from ._auto import Auto
 from ._base import Prepared, Solver

@@ -17,7 +17,7 @@ def advice(solution: Solution) -> str:
         f"{sum(not Status(s).success for s in solution.status)} of {len(solution.status)} right-hand sides "
         f"({solution.counts}); the first {status} is row {first}; {residual_text(solution.residual.tolist())}{asked}. "
     )
-    return head + _WORDS[status](solution) + " `on_failure='return'` hands back what was found."
+    return head + _WORDS[status](solution) + " `on_failure='return'` returns what was found."
 
 
 def _nonfinite(solution: Solution) -> str:
@@ -30,7 +30,7 @@ def _negative(solution: Solution) -> str:
         return "The operator is not positive definite. Raise `damping`, take the GGN, or use `MINRES()`."
     needed = solution.damping - lowest
     return (
-        f"The damped operator is not positive definite: along one direction its curvature is {lowest:.3g}, so that "
+        f"The damped operator is not positive definite: in one direction its curvature is {lowest:.3g}, so that "
         f"`damping` of more than {needed:.3g} is needed at least. Raise it (try {2 * needed:.1g}), take the GGN "
         "instead of the Hessian, or, if an indefinite system is meant, use `MINRES()` or `Direct(indefinite=True)`."
     )

@@ -38,7 +38,7 @@ class Auto(Solver):
     Costs are counted in products with one row, never timed, so that a choice can be repeated. For a positive operator
     under damping a Nyström sketch is begun first, and given up where eigenvalues fall too slowly for it to be cheaper
     than the direct solve; where it takes in all of the spectrum that stands above the damping, conjugate gradients
-    follow. The choice and its reason stand in `info["chosen"]`.
+    follow. The choice and its reason are in `info["chosen"]`.
 
     Attributes:
         budget: Bytes for dense matrices; 2 GiB by default.

@@ -26,7 +26,7 @@ _VECTORS = 8  # rows of working memory per right-hand side, at most
 
 
 class Prepared(ABC):
-    """A solver made ready for one operator and damping; it solves as often as asked.
+    """A solver prepared for one operator and damping, for any number of solves.
 
     Attributes:
         system: The damped operator.
@@ -168,7 +168,7 @@ class Solver(ABC):
 
     @abstractmethod
     def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
-        """Do what all right-hand sides share.
+        """Prepare what all right-hand sides share.
 
         Raises:
             InputError: The operator is not square or not one that this solver can take.

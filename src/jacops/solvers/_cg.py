@@ -42,7 +42,7 @@ class CG(Solver):
         rank: Of the sketch; by default found as above.
         max_rank: Of the sketch where it is found.
         seed: Of the sketch.
-        kept: Where states of long solves are kept, by stored runs, to go on from after a kill; of blocks alone.
+        kept: Where stored runs keep the states of long solves, from which a killed run continues; for blocks only.
     """
 
     preconditioner: Any = None

@@ -30,7 +30,7 @@ _DENSE_FACTOR = 2**26  # entries of a factor J that are kept in memory: 512 MiB 
 @final
 @dataclass(frozen=True)
 class Direct(Solver):
-    r"""Factorise once, then solve for any number of right-hand sides; refined where the residual asks for it.
+    r"""Factorise once, then solve for any number of right-hand sides; refined where the residual is too large.
 
     A symmetric matrix takes Cholesky's factorisation, which fails, with a word on the lowest eigenvalue, where the
     matrix is not positive definite; a general one takes LU. A positive operator written $s J^\top S J$ with fewer rows

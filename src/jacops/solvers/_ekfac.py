@@ -62,7 +62,7 @@ class EKFAC(Solver):
             squared error and logistic losses), by one sweep per output; `"monte_carlo"`, the same by `draws` random
             sweeps (labels drawn from the predictive distribution); `"empirical"`, from the data's own labels, in the
             scale of `fisher(kind="empirical")`;
-            `"auto"`, as the operator says, exact up to 64 outputs per sample.
+            `"auto"`, as the operator states, exact up to 64 outputs per sample.
         corrected: False stops at the factors (K-FAC), at half the sweeps.
         weighted: False makes S and A plain averages, as in K-FAC: over all positions, those of padding too.
         draws: Random sweeps per batch. `info["noise"]` is the relative standard error that they leave, estimated from

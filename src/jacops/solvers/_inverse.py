@@ -40,31 +40,30 @@ def solve(
     progress: bool | None = None,
     create_graph: bool = False,
 ) -> Solution:
-    r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, each judged by its true residual.
+    r"""Solve $(A + \lambda I) x = b$ for one right-hand side or many, with the true residual of each.
 
     A row is `converged` if its residual, recomputed from $A$, is at most the tolerance (1e-8 relative in float64, 1e-4
     in float32 unless the solver has one of its own), and `attainable` if it is at most the level that rounding allows,
     $\epsilon \lVert A \rVert \lVert x \rVert / \lVert b \rVert$, which is in `info["attainable"]`. Rows of methods
-    that promise no residual are `approximate`, with the residual that was measured, or `unchecked` if none was
-    computed. Every other status is a failure. Operator and right-hand sides may have any scale: both are scaled by
-    powers of two.
+    without a tolerance are `approximate`, with the residual that was measured, or `unchecked` if none was computed.
+    Every other status is a failure. Operator and right-hand sides may have any scale: both are scaled by powers of two.
 
     Args:
         operator: $A$, square.
         b: One right-hand side `(n,)` or rows `(k, n)`, with the operator's dtype and device.
-        solver: A recipe, such as `CG()`, or the name of one; `Auto` chooses.
+        solver: A solver, such as `CG()`, or its name; by default `Auto`.
         damping: $\lambda \ge 0$, a number or a tensor of one.
         on_failure: `"raise"`, or `"return"` to get the solution with its statuses.
         progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
         create_graph: Keep `x` differentiable, once, by `b`, by a tensor as damping, and by what the operator receives
             gradients for (one made with `create_graph=True`, a matrix that requires grad): backward solves the
-            transposed system once (implicit differentiation), whatever the solver did.
+            transposed system once (implicit differentiation), for every solver.
 
     Returns:
         The solution; for one right-hand side `(n,)` it has one row.
 
     Raises:
-        SolveError: A row failed; the error carries the solution and says what to do.
+        SolveError: A row failed; the error has the solution and states what to do.
         InputError: The operator, the right-hand side or an option does not fit.
 
     Example:
@@ -99,7 +98,7 @@ def require(solution: Solution) -> None:
         solution: What `solve` returned with `on_failure="return"`.
 
     Raises:
-        SolveError: Some did; the message says what to do.
+        SolveError: A solve failed; the message states what to do.
 
     Example:
         >>> from jacops.linalg import Matrix
@@ -125,7 +124,7 @@ def inverse(
         operator: $A$, square.
         solver: A solver's name, `"auto"`, or a solver with its options, such as `CG(tolerance=1e-8)`.
         damping: $\lambda \ge 0$, added to the operator.
-        on_failure: `"raise"`, or `"return"` for products that hand back what the solver had.
+        on_failure: `"raise"`, or `"return"` for products that return the last iterate of the solver.
         progress: Force the progress bar on or off, for each product.
         create_graph: Keep products differentiable, as in `solve`.
 
@@ -244,7 +243,7 @@ class Inverse(Backwards):
 
 @keywords()
 def solver_of(solver: Any, argument: str = "solver") -> Solver:
-    """Return the solver that a name or an object stands for.
+    """Return the solver for a name or an object.
 
     Args:
         solver: A solver's name, or a solver with its options.

@@ -39,7 +39,7 @@ def is_attainable(system: System, residual: float, condition: float) -> bool:
 
 @dataclass(eq=False)
 class Raw:
-    """What a method hands back for finite right-hand sides that are not zero; the judge makes a `Solution` of it.
+    """The result of a method for finite right-hand sides that are not zero; the judge makes a `Solution` of it.
 
     Attributes:
         x: Solutions, `(k, n)`.
@@ -49,7 +49,7 @@ class Raw:
         info: The method's own figures; tensors of length k are per row.
         left: Norms of the true residuals, `(k,)` in double, where the method has just computed them.
         approximate: The answer is an approximation by design: a residual above the tolerance is no failure.
-        unchecked: Its residual was not asked for: it is NaN.
+        unchecked: Its residual was not requested and is NaN.
         measured: `left` was computed for it, together with that of others.
     """
 

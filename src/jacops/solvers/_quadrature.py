@@ -25,7 +25,7 @@ _WORKING_ENTRIES = 2**26  # 512 MiB of Krylov bases in float64
 @final
 @dataclass(frozen=True, eq=False)
 class Bounds:
-    """A number per row, from below and from above.
+    """A lower and an upper bound per row.
 
     Attributes:
         lower: `(k,)`, in double.

@@ -16,7 +16,7 @@ from .._saving import Savable
 
 
 class Status(StrEnum):
-    """How the solve of one right-hand side ended; each is a plain string.
+    """The status of the solve of one right-hand side, a string.
 
     The first four are results, the others are failures, which raise `SolveError` unless failures are returned.
 

@@ -75,7 +75,7 @@ class System:
 
     @property
     def tolerance(self) -> float:
-        """The relative residual that is asked for, by default 1e-8 in double and 1e-4 in single precision."""
+        """The relative residual to reach, by default 1e-8 in double and 1e-4 in single precision."""
         return self._tolerance or residual_tolerance(self.dtype)
 
     @property
@@ -133,7 +133,7 @@ class System:
     # ---- rows ------------------------------------------------------------------------------------------------------
 
     def zeros(self, *shape: int) -> Tensor:
-        """Return zeros where the operator lives."""
+        """Return zeros on the operator's device."""
         return torch.zeros(*shape, dtype=self.dtype, device=self.given.domain.device)
 
     def noise(self, rows: int, seed: int) -> Tensor:

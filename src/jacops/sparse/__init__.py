@@ -1,4 +1,4 @@
-"""Sparse Jacobians: detect, lift, colour, compress, certify."""
+"""Sparse Jacobians: patterns are detected, coloured and tested."""
 
 from ._jacobian import jacobian
 from ._point import inspectors

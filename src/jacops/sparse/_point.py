@@ -26,7 +26,7 @@ from ._taint import Taint
 _EMPTY = 1e-2  # a column is judged by no less than this share of the tolerance of the largest column
 
 inspectors: list[Callable[[Recording], None]] = []
-"""Called with every recording before it is swept: an extra may refuse or mend what it knows better (LieTensors)."""
+"""Functions called with each recording before its sweeps; an extension may raise an error or change it (LieTensors)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ def detect_pattern(
     outputs: Selector = None,
     local: bool = False,
 ) -> Pattern:
-    """Return where the Jacobian of a model may be nonzero, without computing it.
+    """Return the sparsity pattern of the Jacobian of a model, without computing it.
 
     One forward and one backward pass are run, with index sets following the backward one. The pattern never lacks a
     nonzero entry. Operations without a rule count as dense and are named in the result.

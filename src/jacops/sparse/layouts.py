@@ -24,7 +24,7 @@ class SparseJacobian(ArrayLike, Savable, Described):
     """A sparse Jacobian, and the output at the same point.
 
     Attributes:
-        matrix: In the layout asked for.
+        matrix: In the requested layout.
         output: What the model gave, detached: the residual of the same linearisation.
         error_bound: With probability 99.9 % the Frobenius norm of what is missing or wrong is at most this, by
             random probes; NaN with `certify=0`.

@@ -24,7 +24,7 @@ _BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pattern(Described):
-    """Where a Jacobian may hold something other than zero.
+    """The positions where a Jacobian may be nonzero.
 
     It never lacks an entry that is not zero; it may hold some that are. Indices that depend on values (of sorting, of
     pooling by maxima) are those of the point it was made at; `where` may take either branch, unless it is local.

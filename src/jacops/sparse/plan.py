@@ -42,7 +42,7 @@ _ROOM = 4.0  # margin on the rounding errors measured at one point: those of the
 
 @dataclass(eq=False, repr=False)
 class SparsePlan(Described):
-    """How to evaluate the sparse Jacobian of a model in few sweeps; made by `sparse_plan`, `SparsePlan.load`.
+    """A plan to evaluate the sparse Jacobian of a model in few sweeps; made by `sparse_plan`, `SparsePlan.load`.
 
     Attributes:
         pattern: Where the Jacobian may be nonzero.
@@ -152,7 +152,7 @@ class SparsePlan(Described):
             if not self._fits(point):
                 shape = (point.recording.lin.codomain.dim, point.widths(self._options["tangent"])[1])
                 raise InputError.of("model", f"one with a Jacobian of {shape}", f"the plan is for {self.shape}")
-            warn("SparsePlan: the model selects other parts of its parameters than when the plan was made; made anew.")
+            warn("SparsePlan: the model selects other parts of its parameters than before; the plan was made again.")
             vars(self).update(vars(detected(model, inputs, self._options)[0]))
             return self._evaluated(model, inputs, certify, layout, importance)
         return found
@@ -297,7 +297,7 @@ def sparse_plan(
     lift: bool = True,
     progress: bool | None = None,
 ) -> SparsePlan:
-    """Return a plan for the sparse Jacobian of a model: how few sweeps give all of it.
+    """Return a plan for the sparse Jacobian of a model, with few sweeps.
 
     The pattern is detected from one traced backward pass (`detect_pattern`), selections of parameters are lifted into
     leaves of their own where that saves sweeps, and rows, columns or both are coloured. Zeros of the inputs and of what

@@ -27,7 +27,7 @@ _NAMED = 5  # pairs that a message can name
 
 @dataclass(frozen=True)
 class Separation:
-    """Whether each sample's output depends on that sample alone; true or false by itself.
+    """Whether the output of each sample depends on that sample alone; has a truth value.
 
     Attributes:
         apart: It does, as far as was looked.
@@ -55,7 +55,7 @@ def samples_independent(
     training: bool | None = None,
     strict: bool = False,
 ) -> Separation:
-    """Say whether sample i of the output depends on sample i of the input alone, by the recorded graph.
+    """Return whether sample i of the output depends on sample i of the input alone, by the recorded graph.
 
     One backward pass is traced with a set per sample, which sees every dependence that the graph holds, however
     small, also those that are zero at this point: zeros of inputs, parameters, buffers and of whatever is computed from
@@ -75,7 +75,7 @@ def samples_independent(
         strict: Send masks through too.
 
     Returns:
-        The verdict, with the pairs that were seen to mix.
+        The verdict, with the pairs of dependent samples that were found.
 
     Raises:
         InputError: An input or output has another number of samples along its first axis.

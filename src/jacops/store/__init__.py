@@ -1,4 +1,4 @@
-"""Stored runs: finished tiles go to a zarr v3 store, a killed run goes on where it was, and nothing torn gets through.
+"""Stored runs: tiles are written to a zarr v3 store, killed runs can be continued, and damaged tiles are detected.
 
 A store is one folder with one or more arrays, each cut into tiles. A tile is a pure function of its index and of the
 run's identity: the digests of model, data, loss and settings. It is finished once its chunk is on the disk, whole,

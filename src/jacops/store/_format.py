@@ -151,7 +151,7 @@ class Grid:
         return block
 
     def described(self) -> dict[str, Any]:
-        """Return what the header says of it."""
+        """Return its description in the header."""
         return {"shape": list(self.shape), "tile": list(self.tile), "dtype": self.dtype}
 
 
@@ -185,7 +185,7 @@ class Header:
             if not isinstance(parts, Mapping) or not all(type(x) is str for pair in parts.items() for x in pair):
                 raise InputTypeError.of(argument, f"{parts!r:.80}", "a mapping of names to strings is needed")
         if not self.identity:
-            raise InputError.of("identity", "empty", "it must say what the numbers depend on")
+            raise InputError.of("identity", "empty", "it must describe what the result depends on")
         if not isinstance(self.arrays, Mapping) or not self.arrays:
             raise InputError.of("arrays", f"{self.arrays!r:.80}", "a mapping of names to `Grid`s is needed")
         for name, grid in self.arrays.items():

@@ -26,7 +26,7 @@ _LINK_OR_SO = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO}
 
 
 class Store:
-    """A stored run, to be read; made by `Store.open`.
+    """A stored run, opened for reading by `Store.open`.
 
     Attributes:
         path: The folder, absolute.
@@ -224,7 +224,7 @@ class Store:
 
 @final
 class StoredArray:
-    """An array on the disk, of which an index reads what it needs; every tile is compared with its mark.
+    """An array on disk; indexing reads the tiles that are needed and compares each with its mark.
 
     Made by `Store.array`. The first index is a row or a slice of rows; `numpy.asarray` reads all.
 

@@ -23,7 +23,7 @@ _STATE_BYTES = 8, 2**20  # of a state at most: so many tiles (an iteration holds
 
 
 class StoredRun(Store):
-    """A run that writes its tiles to a store, beside others, and goes on where an earlier one stopped.
+    """A run that writes its tiles to a store, shares it with other processes, and continues an earlier run.
 
     Made by `StoredRun.open`. Any number of processes may run the same lines: each computes tiles that no other has,
     waits for those, takes over what a killed one left, and reads all. Use it as a context: leaving it lets go of the
@@ -275,7 +275,7 @@ class StoredRun(Store):
         return self._states.setdefault((name, index), TileStates(self._folder, name, index, limit))
 
     def obtain(self, name: str, index: Index, compute: Callable[[], Tensor | np.ndarray]) -> np.ndarray:
-        """Return a tile: from the store where it is finished, else computed, written and handed back.
+        """Return a tile: from the store if it is finished; otherwise it is computed and written.
 
         One process computes it; others wait for it.
 

@@ -231,7 +231,7 @@ class _FrozenForward(TorchFunctionMode):
         if by_hooks or (not torch.is_grad_enabled() and reentrant_checkpoint() is not None):
             came = f"naming {self._inside[-1][1][0]!r}, which runs in an activation checkpoint"
             needed = "its forward runs again in every sweep, where nothing is frozen"
-            raise ModelStateError.of("freeze", came, needed, "Switch checkpoints off: they save memory in training.")
+            raise ModelStateError.of("freeze", came, needed, "Disable checkpoints; they only save memory in training.")
 
     def finish(self, output: Any) -> None:
         """Note what was held constant on the way to an output, and refuse modules in which nothing was.

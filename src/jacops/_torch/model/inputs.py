@@ -56,7 +56,7 @@ def check_params(params: Any, empty: bool = False, spread: bool = False) -> list
             todo = f"{SHARDED_CALLS} take DTensors."
             raise InputError.of(name, "a DTensor", "this call needs whole parameters", todo)
         if id(leaf) in seen:
-            raise InputError.of(name, f"the same tensor as params[{seen[id(leaf)]}]", "each may stand there once")
+            raise InputError.of(name, f"the same tensor as params[{seen[id(leaf)]}]", "each may be given once")
         if not leaf.requires_grad:
             todo = "Call `.requires_grad_()` on it before the function uses it, leave it out, or use the model_* calls."
             if leaf.is_inference():

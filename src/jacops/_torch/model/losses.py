@@ -71,7 +71,7 @@ def _misfit(loss: Any, name: str, output: Any, target: Any, error: Exception) ->
     of, direct = "output" if logits is None else "output.logits", torch_loss(loss) is not None
     scores = output if logits is None else logits
     first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    todo = "Write a `loss(output, y)` that hands both to it in the shapes that it takes."
+    todo = "Write a `loss(output, y)` that passes both in the shapes that it requires."
     if "out of bounds" in first:
         todo = "Labels are numbers of classes, from 0 to one less than there are scores; -100 is ignored."
     elif name in ("cross_entropy", "nll_loss") and (getattr(scores, "ndim", 0), getattr(target, "ndim", 0)) == (3, 2):

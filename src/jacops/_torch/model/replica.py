@@ -276,7 +276,7 @@ def _refuse_scripted(module: nn.Module, connected: bool) -> None:
     """
     if connected and any(p.requires_grad for p in module.parameters()):
         came = f"a script module ({getattr(module, 'original_name', type(module).__name__)})"
-        needed = "its copy has no graph to its parameters, which `create_graph=True` asks for"
+        needed = "its copy has no graph to its parameters, which `create_graph=True` requires"
         raise ModelStateError.of("model", came, needed, "Pass the module that it was scripted from.")
 
 

@@ -32,7 +32,7 @@ class RowLosses:
 
     Args:
         loss: As the user wrote it.
-        reduction: How it reduces a batch; by default what `loss.reduction` says, else the mean.
+        reduction: How it reduces a batch; by default `loss.reduction`, else the mean.
     """
 
     def __init__(self, loss: Callable[[Any, Any], Tensor], reduction: Reduction | None = None) -> None:

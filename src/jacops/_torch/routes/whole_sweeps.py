@@ -130,7 +130,7 @@ def _refuse_not_holomorphic(lin: Linearization, index: int, leaf: int, straight:
         raise NotDifferentiableError(
             f"{lin.call}: {lin.codomain.names[index]} is not a holomorphic function of "
             f"{lin.domain.names[leaf]}, so it "
-            "has no complex Jacobian. Use torch.view_as_real on both and ask for the real one."
+            "has no complex Jacobian. Use torch.view_as_real on both and compute the real one."
         )
 
 

@@ -110,7 +110,7 @@ class FollowedModel:
                 except WritesState:
                     continue
         came = "writing into tensors that are not its own"
-        raise ModelStateError.of("model", came, "its forward must leave such tensors alone")
+        raise ModelStateError.of("model", came, "its forward must not modify such tensors")
 
 
 def _lengths(values: Sequence[Tensor]) -> Sequence[float]:

@@ -126,7 +126,7 @@ def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | 
         lin.look_up(store)
         return done
     came = "writing into tensors that are not its own"
-    raise ModelStateError.of("model", came, "its forward must leave such tensors alone")
+    raise ModelStateError.of("model", came, "its forward must not modify such tensors")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
