@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import jacops
+from jacops._torch.model.output_curvature import ProbedHessian
 from jacops.errors import InputError, InputTypeError, ModelStateError, NonFiniteError, NotDifferentiableError
 
 FLOATS = [torch.float32, torch.float64]
@@ -560,3 +561,65 @@ def test_self_influences_of_ignored_targets_are_zero():
     kept = torch.arange(8) != 3
     fewer = jacops.self_influences(twice, [(x[kept], y[kept])], damping=0.3)
     torch.testing.assert_close(found[kept], fewer * (8 / 7) ** 2, rtol=1e-6, atol=1e-9)
+
+
+# ---- the form of the loss's Hessian, read off products ----
+
+
+def embedded(outputs: int, dtype: torch.dtype) -> Any:
+    """Return a model whose parameters each belong to one sample, and seven samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 4), nn.Tanh(), nn.Linear(4, outputs)).to(dtype)
+    model[2].requires_grad_(False)
+    return model, torch.arange(7)
+
+
+def relative_errors(model: Any, loss: Any, x: Tensor) -> Tensor:
+    """Return how far each sample's part of the Gauss-Newton diagonal is off."""
+    found = jacops.linalg.diagonal(jacops.ggn(model, loss, x, x)).double().view(-1, 4)[: len(x)]
+    model = model.double()
+    weight, output = model[0].weight, model(x)
+    J = torch.stack([torch.autograd.grad(o, weight, retain_graph=True)[0].flatten() for o in output.flatten()])
+    H: Any = torch.autograd.functional.hessian(lambda o: loss(o, x), output.detach())
+    expected = (J * (H.reshape(len(J), -1) @ J)).sum(0).view(-1, 4)[: len(x)]
+    return (found - expected).norm(dim=1) / expected.norm(dim=1)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 3), (4, 6)])
+def test_two_samples_that_a_loss_couples_are_seen_wherever_they_stand(outputs: int, pair: tuple[int, int]):
+    first, second = pair
+    model, x = embedded(outputs, torch.float64)
+    errors = relative_errors(model, lambda o, y: (o[first] * o[second]).sum() + o.square().sum(), x)
+    assert float(errors.max()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("large", [1.0, 1e5, 1e10])
+@pytest.mark.parametrize("form", ["diagonal", "softmax"])
+def test_a_sample_of_little_weight_has_a_hessian_of_its_own_form(form: str, large: float, dtype: torch.dtype):
+    model, x = embedded(3, dtype)
+
+    def loss(o: Tensor, y: Tensor) -> Tensor:
+        most = o[:6].square().sum() if form == "diagonal" else F.cross_entropy(o[:6], y[:6] % 3)
+        return large * most + o[6].sum().square()
+
+    errors = relative_errors(model, loss, x)
+    assert float(errors.max()) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("gain", [1.0, 10.0, 30.0])
+def test_cross_entropy_is_a_softmax_with_any_gain_and_weights(gain: float, dtype: torch.dtype):
+    torch.manual_seed(0)
+    output = (gain * torch.randn(50, 7)).to(dtype).requires_grad_()
+    weight = 10.0 ** torch.randint(-2, 3, (50,))
+    loss = (F.cross_entropy(output, torch.randint(7, (50,)), reduction="none") * weight.to(dtype)).sum()
+    (slope,) = torch.autograd.grad(loss, output, create_graph=True)
+
+    def product(rows: Tensor) -> Tensor:
+        return torch.stack([torch.autograd.grad(slope, output, row, retain_graph=True)[0] for row in rows])
+
+    probed = ProbedHessian(product, output.detach(), [output])
+    assert probed.diagonal() is None
+    assert probed.softmax() is not None

@@ -315,3 +315,87 @@ def test_wrong_arguments_are_refused_by_name(options: dict[str, Any], error: typ
     given: dict[str, Any] = {"params": torch.ones(4, 3).double(), **options}
     with pytest.raises(error, match=words):
         least_squares_batch(model, **given)
+
+
+WAYS = ["vmap", "one after another", "vectorized"]
+
+
+def in_a_way(way: str, function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Callable[..., Tensor], bool]:
+    """Return a function of parameters and times that is run in this way, and whether it takes all problems."""
+
+    def f(x: Tensor, s: Tensor) -> Tensor:
+        if way == "one after another":
+            float(x.detach().sum())  # vmap refuses that
+        return function(x[..., None], s) if way == "vectorized" else function(x, s)
+
+    return f, way == "vectorized"
+
+
+@pytest.mark.filterwarnings("ignore::jacops.errors.JacopsWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_function_may_write_into_its_arguments(way: str, shared: bool) -> None:
+    def writing(x: Tensor, s: Tensor) -> Tensor:
+        s.neg_()
+        x.mul_(2.0)
+        axis = 1 if way == "vectorized" else 0
+        a, b, c = x.unbind(axis)
+        return (a * torch.exp(b * s / 2) + c) / torch.tensor([2.0]).double()
+
+    y = signals(5)[1]
+    times, start = T.clone() if shared else T.expand(5, 20).clone(), torch.ones(5, 3).double()
+    f, vectorized = in_a_way(way, writing)
+    options: Any = {"shared": [0] if shared else None, "vectorized": vectorized}
+    found = least_squares_batch(f, (times,), target=y, params=start, **options)
+    torch.testing.assert_close(found.x, torch.stack([fit.x for fit in alone(y)]), rtol=1e-6, atol=1e-7)
+    assert bool((times == T).all())
+    assert bool((start == 1).all())
+
+
+def test_what_is_detached_may_not_couple_problems() -> None:
+    y = signals(6)[1]
+
+    def coupled(x: Tensor) -> Tensor:
+        mean = x[:, :1].detach().mean() - 1  # nothing at the start, and no derivative anywhere
+        return x[:, :1] * torch.exp(-x[:, 1:2] * T) + x[:, 2:] + 0.1 * mean
+
+    def whole(x: Tensor) -> Tensor:
+        return x[:, :1] * torch.exp(-x[:, 1:2] * T) + x[:, 2:] - many
+
+    for n in (2, 6):
+        with pytest.raises(InputError, match="residuals of some problems depend on others"):
+            least_squares_batch(coupled, target=y[:n], params=torch.ones(n, 3).double(), vectorized=True)
+    with pytest.raises(InputError, match="residuals of some problems depend on others"):
+        least_squares_batch(lambda x: coupled(x) - y, params=torch.ones(6, 3).double(), vectorized=True)
+    many = signals(70)[1]
+    with pytest.raises(InputError, match="fails for 3 of 70 problems"):
+        least_squares_batch(whole, params=torch.ones(70, 3).double(), vectorized=True)
+
+
+@pytest.mark.filterwarnings("ignore::jacops.errors.JacopsWarning")
+@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("many", [3, 100])
+def test_random_residuals_are_those_that_each_problem_has_alone(way: str, many: int) -> None:
+    y = signals(many)[1]
+    f, _ = in_a_way(way, lambda x, s: x[0] * torch.exp(-x[1] * s) + x[2] + 0.01 * torch.randn(20).double())
+    torch.manual_seed(5)
+    found = least_squares_batch(f, (T.expand(many, 20),), target=y, params=torch.ones(many, 3).double())
+    for i in (0, many - 1):
+        torch.manual_seed(5)
+        one = levenberg_marquardt(f, (T,), target=y[i], params=torch.ones(3).double())
+        torch.testing.assert_close(found.x[i], one.x, rtol=1e-5, atol=1e-6)
+
+
+def test_data_made_in_inference_mode() -> None:
+    y = signals(4)[1]
+    with torch.inference_mode():
+        made = T.expand(4, 20) + 0
+        shared = T + 0
+        found = least_squares_batch(
+            lambda x, s, t: x[0] * torch.exp(-x[1] * (s + t) / 2) + x[2],
+            (made, shared),
+            target=y,
+            params=torch.ones(4, 3).double(),
+            shared=[1],
+        )
+    torch.testing.assert_close(found.x.clone(), torch.stack([fit.x for fit in alone(y)]), rtol=1e-6, atol=1e-7)

@@ -176,3 +176,23 @@ def test_without_the_option_nothing_has_a_graph() -> None:
     assert fit.x.requires_grad
     with pytest.raises(InputTypeError, match="create_graph.*True or False"):
         levenberg_marquardt(decay, target=y, params=torch.ones(3).double(), create_graph="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+def test_a_problem_without_success_leaves_derivatives_by_shared_data_alone(bad: float, vectorized: bool) -> None:
+    def f(x: Tensor, s: Tensor) -> Tensor:
+        x = x.mT.unsqueeze(-1) if vectorized else x
+        return x[0] * torch.exp(-x[1] * s)
+
+    def gradient(y: Tensor, which: list[int]) -> Tensor:
+        times, y = T.clone().requires_grad_(), y.clone().requires_grad_()
+        options: Any = {"shared": [0], "vectorized": vectorized, "create_graph": True, "on_failure": "return"}
+        fits = least_squares_batch(f, (times,), target=y, params=torch.ones(len(y), 2).double(), **options)
+        by_times, by_target = torch.autograd.grad(fits.x[which].sum(), [times, y])
+        return torch.cat([by_times, by_target[which].flatten()])
+
+    y = noisy(4)
+    spoilt = y.clone()
+    spoilt[2, 5] = bad
+    torch.testing.assert_close(gradient(spoilt, [0, 1, 3]), gradient(y, [0, 1, 3]), rtol=1e-6, atol=1e-9)

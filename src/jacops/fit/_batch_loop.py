@@ -11,6 +11,7 @@ import torch
 
 from .._progress import track
 from .._runtime.restoring import NumericWarningsIgnored, restoring
+from ._batch_model import FEW
 from ._batch_points import AT_ROUNDING, Points
 from ._batch_problem import BatchProblem
 from ._layout import Values
@@ -21,7 +22,6 @@ _GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be ta
 _REJECTIONS = 32  # in a row, as in a single fit
 _ZERO = 64.0  # rounding errors of the first residual that are worth asking whether it is zero, as in a single fit
 _NOISY = 3  # steps in a row at the rounding level that change nothing, as in a single fit
-_FEW = 64  # problems that are not worth making fewer: a pass costs what its calls cost
 _DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a problem without evidence for a minimum
 
 
@@ -347,7 +347,7 @@ class _BatchLoop:
         self._record((stopped & (self.ended.status[self.states.number] == "")).nonzero()[0])
         going = (~stopped).nonzero()[0]
         self.going = bool(len(going))
-        if self.going and len(stopped) > _FEW and 2 * len(going) <= len(stopped):
+        if self.going and len(stopped) > FEW and 2 * len(going) <= len(stopped):
             self.states, self.points = self.states.some(going), self.points.some(going)
             self.problem = self.problem.some(going)
 

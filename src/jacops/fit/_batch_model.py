@@ -29,6 +29,7 @@ from ..errors import InputError, InputTypeError, warn
 from ._layout import Values
 from ._problem import FunctionModule, function_module
 
+FEW = 64  # problems that are not worth making fewer when some have stopped: a pass costs what its calls cost
 _CHECKED = 3  # problems that are run alone to compare: the first, the last and one between
 _AGREE = 1e3  # rounding errors that sums of as many terms as residuals have may differ by
 
@@ -58,9 +59,9 @@ class ProblemFunction:
     outputs: Tree | None = field(default=None, init=False)
 
     def alone(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        """Return the residuals for parameters and data as the function takes them."""
+        """Return the residuals for parameters and data as the function takes them; it may write into them."""
         own, data = flat[: len(self.names)], flat[len(self.names) :]
-        args, kwargs = split_input(None if self.tree is None else self.tree.build(data))
+        args, kwargs = split_input(None if self.tree is None else self.tree.map_held(private).build(data))
         named = dict(zip(self.names, own, strict=True))
         found = self.function(*args, **named, **kwargs) if self.keyword else self.function(*own, *args, **kwargs)
         tensors, self.outputs = output_leaves(found)
@@ -68,12 +69,19 @@ class ProblemFunction:
 
     def together(self, *flat: Tensor) -> tuple[Tensor, ...]:
         """Return the residuals of many problems, stacked."""
+        if self.looped:
+            rows = [self.seeded(*(private(v[i]) for v in flat)) for i in range(len(flat[0]))]
+            return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+        flat = tuple(private(v) for v in flat)
         if self.vectorized:
             return self.alone(*flat)
-        if self.looped:
-            rows = [self.alone(*(v[i] for v in flat)) for i in range(len(flat[0]))]
-            return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
         return torch.func.vmap(self.alone, randomness="same")(*flat)
+
+    @restoring
+    def seeded(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        """Return the residuals of one problem, which draws what every other one draws."""
+        with random_state_kept():
+            return self.alone(*flat)
 
 
 @dataclass(eq=False)
@@ -103,9 +111,10 @@ class ProblemBatch:
         picked = torch.from_numpy(which)
         return replace(self, data=[v[picked.to(v.device)] for v in self.data], module=None)
 
-    def connected(self, values: Values) -> Any:
-        """Return the outputs of all problems as a tree, connected to what the caller gave."""
-        found = self.function.together(*values.values(), *self.given)
+    def connected(self, values: Values, rows: Tensor | None) -> Any:
+        """Return the outputs of all problems, or of those in these rows, connected to what the caller gave."""
+        given = self.given if rows is None else [v[rows.to(v.device)] for v in self.given]
+        found = self.function.together(*values.values(), *given)
         tree = self.function.outputs
         return found if tree is None else tree.build(found)
 
@@ -136,7 +145,41 @@ class ProblemBatch:
         lin = run.recorded().lin
         blocks = problem_jacobians(lin)
         self.route = lin.routes["problems"]
-        return [o.detach() for o in lin.outputs], blocks
+        outputs = [o.detach() for o in lin.outputs]
+        if self.function.vectorized and len(outputs[0]) > 1:
+            self._check_apart(list(values.values()), outputs)
+        return outputs, blocks
+
+    def _check_apart(self, values: list[Tensor], outputs: list[Tensor]) -> None:
+        """Run few problems without the others: what is detached couples them without a trace in the Jacobian.
+
+        Raises:
+            InputError: They have other residuals then, or the function fails and would do so later.
+        """
+        flat, many = [*values, *self.data], len(values[0])
+        picked = _few(many)
+        needed = "each problem's residual must be its own, whichever others are given with it"
+        todo = "Write it for one problem, without `vectorized=True`."
+        try:
+            found = self._detached([v[picked.to(v.device)] for v in flat])
+        except (RuntimeError, ValueError, IndexError) as error:
+            if must_surface(error):
+                raise
+            if many > FEW:
+                came = f"one that fails for {len(picked)} of {many} problems ({error})"
+                need = f"{needed}; tensors of all problems belong in `input`"
+                raise InputError.of("model", came, need, todo) from error
+            picked = torch.arange(0, many, 2)  # it holds tensors of all problems: move the others instead
+            found = [o[picked.to(o.device)] for o in self._detached([*map(_odd_ones_moved, values), *self.data])]
+        for whole, few in zip(outputs, found, strict=True):
+            rows = whole[picked.to(whole.device)]
+            if few.shape != rows.shape or not all(map(_agree, rows, few)):
+                raise InputError.of("model", "one whose residuals of some problems depend on others", needed, todo)
+
+    @restoring
+    def _detached(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        with arithmetic(False), random_state_kept():
+            return [o.detach() for o in self.function.together(*flat)]
 
 
 # ---- what the caller gives ---------------------------------------------------------------------------------------
@@ -160,8 +203,8 @@ def problems_of(
     function = ProblemFunction(stacked.function, stacked.names, stacked.keyword, tree, vectorized, call)
     one = function_module(stacked.function, _one(params)) if isinstance(params, Mapping) else None
     (one or stacked).check_arguments(value)
-    data = [leaf.detach() for leaf in leaves]
     given = [out_of_inference(leaf) for leaf in leaves]
+    data = [leaf.detach() for leaf in given]
     kind = Tensor if isinstance(params, Tensor) else dict if isinstance(params, Mapping) else type(params)
     batch = ProblemBatch(function, data, given)
     if not vectorized:
@@ -234,8 +277,8 @@ def _many(params: Any, named: Mapping[str, Tensor], leaves: Sequence[Any], tree:
 def _settle_way(function: ProblemFunction, flat: list[Tensor], many: int) -> None:
     """Find out whether the function can be run for all problems at once; it is looped over where it cannot."""
     picked = sorted({0, many // 2, many - 1})[:_CHECKED]
-    with arithmetic(False), random_state_kept():
-        alone = [function.alone(*(v[i] for v in flat)) for i in picked]
+    with arithmetic(False):
+        alone = [function.seeded(*(private(v[i]) for v in flat)) for i in picked]
     function.looped = False
     reason = _disagreement(function, flat, picked, alone)
     if reason:
@@ -258,9 +301,32 @@ def _disagreement(
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"torch.func.vmap does not take it ({first[:120].rstrip('.')})"
     for own, batched in zip(zip(*alone, strict=True), found, strict=True):
-        for one, row in zip(own, batched, strict=True):
-            size = float(one.abs().nan_to_num(0.0).amax()) if one.numel() else 0.0
-            most = _AGREE * torch.finfo(one.dtype).eps * size
-            if one.shape != row.shape or not torch.allclose(one, row, rtol=0.0, atol=most, equal_nan=True):
-                return "torch.func.vmap gives other values than the function alone"
+        if not all(map(_agree, own, batched)):
+            return "torch.func.vmap gives other values than the function alone"
     return ""
+
+
+def _agree(one: Tensor, row: Tensor) -> bool:
+    """Return whether residuals of a problem are those that it has alone, up to rounding."""
+    size = float(one.abs().nan_to_num(0.0).amax()) if one.numel() else 0.0
+    most = _AGREE * torch.finfo(one.dtype).eps * size
+    return one.shape == row.shape and torch.allclose(one, row, rtol=0.0, atol=most, equal_nan=True)
+
+
+def _few(many: int) -> Tensor:
+    """Return a few of many problems, or one of few."""
+    return torch.tensor(sorted({0, many // 2, many - 1}) if many > _CHECKED else [many // 2])
+
+
+def _odd_ones_moved(value: Tensor) -> Tensor:
+    moved = value.clone()
+    moved[1::2] += 0.01 * (1 + moved[1::2].abs())  # far more than rounding, and near enough to be in the domain
+    return moved
+
+
+def private(value: Any) -> Any:
+    """Return a copy of a tensor, with its graph, that a function may write into; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    value = out_of_inference(value)
+    return value.clone() if value.layout is torch.strided else value

@@ -316,7 +316,7 @@ def _connected(
     values = {name: value.unsqueeze(0) for name, value in ended.point.values.items()}
     active = None if problem.bounds is None else problem.bounds.active(values)
 
-    def outputs(moved: dict[str, Tensor]) -> Any:
+    def outputs(moved: dict[str, Tensor], rows: Tensor | None) -> Any:
         found = called(module, {name: value[0] for name, value in moved.items()}, options["input"])
         tensors, tree = output_leaves(found)
         return tree.build([tensor.unsqueeze(0) for tensor in tensors])

@@ -38,7 +38,8 @@ class Minima:
         success: Whether each is a minimum, (n,).
         layout: The parameters of one problem.
         active: Where they are at a bound, -1, 0 or 1, by name; None without bounds.
-        outputs: Returns the outputs for parameters, (n, ...) each, connected to the caller's tensors.
+        outputs: Returns the outputs for parameters, (n, ...) each, connected to the caller's tensors; with rows, those
+            of the problems in these rows.
         given: `target`, `weight`, `sqrt_weight`, `kernel` and `f_scale` as the caller gave them, for n problems.
         call: The public call.
     """
@@ -47,7 +48,7 @@ class Minima:
     success: Tensor
     layout: Layout
     active: Values | None
-    outputs: Callable[[Values], Any]
+    outputs: Callable[[Values, Tensor | None], Any]
     given: dict[str, Any]
     call: str
 
@@ -64,9 +65,9 @@ class Minima:
         like = next(iter(self.values.values()))
         with recording(), random_state_kept(), norms_written_out():
             zero = like.new_zeros(len(like), self.layout.columns).requires_grad_()
-            gradient = self._gradient(zero)
+            gradient, H, usable = self._expanded(zero, self.success)
             free = self._free(gradient.detach())
-            factor, regular = _factorised(self._hessian(gradient, zero), free, self.success)
+            factor, regular = _factorised(H, free, usable)
 
             def adjoint(rows: Tensor) -> Tensor:
                 return _solved(factor, free, regular, rows, self.call)
@@ -97,8 +98,24 @@ class Minima:
             found[part.name] = value + full if part.chart is None else part.chart.retract(value, full)
         return found
 
-    def _gradient(self, zero: Tensor) -> Tensor:
-        total = objectives(*output_leaves(self.outputs(self._moved(zero))), self.given).sum()
+    def _expanded(self, zero: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gradients, Hessians and which problems have both; where not, neither depends on anything."""
+        while True:
+            gradient = self._gradient(zero, usable)
+            H = self._hessian(gradient, zero)
+            finite = (torch.isfinite(gradient.detach()).all(1) & torch.isfinite(H).all((1, 2))).to(usable.device)
+            if bool((finite | ~usable).all()):
+                return gradient, H, usable
+            usable = usable & finite
+
+    def _gradient(self, zero: Tensor, usable: Tensor) -> Tensor:
+        moved, rows = self._moved(zero), None
+        if len(usable) > 1 and bool(usable.any()) and not bool(usable.all()):
+            # Zero times the infinite slopes of a problem is NaN, also by data that all share: run another one for it.
+            rows = torch.where(usable, torch.arange(len(usable)), usable.nonzero()[0, 0])
+            moved = {name: value[rows.to(value.device)] for name, value in moved.items()}
+        outputs, tree = output_leaves(self.outputs(moved, rows))
+        total = objectives(outputs, tree, self.given, None if rows is None else usable).sum()
         if not total.requires_grad:
             raise NotDifferentiableError(f"{self.call}: the residual does not depend on the parameters.")
         found = torch.autograd.grad(total, zero, create_graph=True, allow_unused=True)[0]
@@ -164,13 +181,14 @@ def _solved(factor: tuple[Tensor, Tensor], free: Tensor, regular: Tensor, rows: 
 # ---- the objective, in torch -------------------------------------------------------------------------------------
 
 
-def objectives(outputs: Sequence[Tensor], tree: Tree, given: dict[str, Any]) -> Tensor:
+def objectives(outputs: Sequence[Tensor], tree: Tree, given: dict[str, Any], usable: Tensor | None = None) -> Tensor:
     """Return the objectives of many problems, (n,), with their graph; all arguments have been checked.
 
     Args:
         outputs: Their outputs, (n, ...) each.
         tree: The structure of the output.
         given: As `Minima` holds it.
+        usable: Of which problems; the others have none. By default all.
     """
     each = {key: spread(given[key], tree, key) for key in ("target", "weight", "sqrt_weight")}
     kernel = given["kernel"]
@@ -179,6 +197,8 @@ def objectives(outputs: Sequence[Tensor], tree: Tree, given: dict[str, Any]) -> 
     for i, output in enumerate(outputs):
         target = each["target"][i]
         r = output if target is None else output - target
+        if usable is not None:
+            r = torch.where(usable.to(r.device).view(-1, *[1] * (r.ndim - 1)), r, 0.0)
         found = kernel_of(kernels[i], given["f_scale"])
         s = _squares(r, each["weight"][i], each["sqrt_weight"][i], by_entry=found is not None and r.ndim == 2)
         if found is not None:

@@ -123,6 +123,10 @@ def _units(start: int, stop: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(entries, like.shape[1:].numel()).unsqueeze(1).to(like)
 
 
+# Roundings of a sample's largest entry that a small one may be off by: it holds some of those of sums over the entries.
+_ROUNDINGS = 64
+
+
 class ProbedHessian:
     """What three products tell of the Hessian of a loss by the outputs: its form is read off them, not off the loss.
 
@@ -152,14 +156,35 @@ class ProbedHessian:
         )
         self.is_finite = is_finite(self._image)
         self.mixes = bool(masked[~half].any())
-        rounding = max(few_operations_tolerance(dtype) for dtype in (like.dtype, computed_in or like.dtype))
-        self._allowed = rounding * float(self._image.norm())
+        dtypes = like.dtype, computed_in or like.dtype
+        self._rounding = max(few_operations_tolerance(dtype) for dtype in dtypes)
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        self._closely = max(self._rounding, 10 * eps)  # of one sample: in bfloat16, roundings do not cancel there
+        self._floor = min(self._rounding, _ROUNDINGS * eps)
+        self._allowed = self._rounding * float(self._image.norm())
 
     def diagonal(self) -> Tensor | None:
         """Return its diagonal `(n, entries)`, where there is nothing beside it."""
         found = self._signed * self._signs
-        alone = self._probe.shape[1] == 1
-        return found if alone or float((found * self._probe - self._image).norm()) <= self._allowed else None
+        return found if self._is_image(found * self._probe) else None
+
+    def is_of(self, blocks: Tensor) -> bool:
+        """Return whether it consists of these blocks `(n, entries, entries)`, with nothing between samples."""
+        probe = self._probe.to(blocks.dtype).unsqueeze(2)
+        return self._is_image((blocks @ probe).squeeze(2), (blocks.abs() @ probe.abs()).squeeze(2))
+
+    def _is_image(self, found: Tensor, terms: Tensor | None = None) -> bool:
+        """Return whether this is what the products gave for the probe, by the scale of each sample.
+
+        Samples may differ by far more than a rounding, and each alone may decide the curvature of a parameter.
+
+        Args:
+            found: To be compared.
+            terms: Magnitudes of what its entries are sums of; by default their own.
+        """
+        size = torch.maximum(found.abs() if terms is None else terms, self._image.abs())
+        largest = size.amax(1, keepdim=True) if size.shape[1] else size
+        return bool(((found - self._image).abs() <= self._closely * size + self._floor * largest).all())
 
     def softmax(self, counted: Tensor | None = None) -> Softmax | None:
         """Return it as that of a softmax at each position of the one output, where it is.
@@ -177,12 +202,14 @@ class ProbedHessian:
             v, seen = self._probe.reshape(folded), self._image.reshape(folded)
             plain = p * (v - (p * v).sum(2, keepdim=True))
             strength = (v * plain).sum(2, keepdim=True)
-            # Factors are quotients: below that, rounding of float32 (6e-8) leaves them no two digits.
-            sure = strength > 1e-6 * strength.max()
+            # Factors are quotients: below that, rounding leaves them no two digits.
+            sure = strength > min(1e-6, 10 * torch.finfo(p.dtype).eps) * strength.max()
             factor = torch.where(sure, (v * seen).sum(2, keepdim=True) / torch.where(sure, strength, 1.0), 0.0)
             usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())
             factor = torch.where(sure, factor, usual * (seen.abs().amax(2, keepdim=True) > 0))
-            if float((factor * plain - seen).norm()) <= self._allowed and bool((factor >= 0).all()):
+            gap, terms = factor * plain - seen, factor * p * (v.abs() + (p * v.abs()).sum(2, keepdim=True))
+            close = (gap.abs() <= self._closely * terms.amax(2, keepdim=True)) | ~sure
+            if float(gap.norm()) <= self._allowed and bool((close & (factor >= 0)).all()):
                 real = factor > 0
                 if counted is not None and counted.numel() == real.numel():
                     real = counted.reshape(real.shape).to(real.device)

@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..._runtime.contexts import private_noise
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import Chunk, Found, add_blocks
@@ -45,7 +44,7 @@ def gauss_newton_layers(lin: Linearization, curvature: Rows, rows: Rows) -> Gaus
         return None
     (output,) = lin.outputs
     layers = LayerRows(lin, output.shape[0])
-    H = _blocks(curvature, output) if layers.sites else None
+    H = _blocks(_probed(curvature, output), curvature, output) if layers.sites else None
     described = {site.leaf for site in layers.sites}
     rows_at_layers = max((site.row_count for site in layers.sites), default=0)
     if H is None or not pays(lin.domain.sizes, described, rows_at_layers, 2 * output[0].numel()):
@@ -102,12 +101,7 @@ def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most:
 
 def _signed_roots(curvature: Rows, output: Tensor) -> Sequence[tuple[int, Directions]] | None:
     """Return directions s with signs such that H is the sum of all `sign * s s^T`; None where it mixes samples."""
-    many, entries = output.shape[0], output[0].numel()
-
-    def product(rows: Tensor) -> Tensor:
-        return curvature(rows.flatten(1)).view(-1, many, entries)
-
-    probed = ProbedHessian(product, output.detach().reshape(many, entries), [output])
+    probed = _probed(curvature, output)
     if probed.mixes:
         return None
     found = probed.diagonal() if probed.is_finite else None
@@ -118,7 +112,7 @@ def _signed_roots(curvature: Rows, output: Tensor) -> Sequence[tuple[int, Direct
     softmax = probed.softmax() if probed.is_finite else None
     if softmax is not None:
         return [(1, softmax)]
-    H = _blocks(curvature, output)
+    H = _blocks(probed, curvature, output)
     if H is None:
         return None
     values, factors = _factored(H)
@@ -201,19 +195,26 @@ class GaussNewtonLayers:
         return float(meter.peak), [delta.to("meta") for delta in found]
 
 
-def _blocks(curvature: Rows, output: Tensor) -> Tensor | None:
-    """Return H sample by sample, `(n, entries, entries)`; None where it mixes samples."""
+def _probed(curvature: Rows, output: Tensor) -> ProbedHessian:
     many, entries = output.shape[0], output[0].numel()
-    kept = _half(many, output)
-    noise = (private_noise(output) * kept.to(output.dtype).view(-1, *[1] * (output.ndim - 1))).reshape(1, -1)
-    if many > 1 and bool(curvature(noise).reshape(many, entries)[~kept].any()):
+
+    def product(rows: Tensor) -> Tensor:
+        return curvature(rows.flatten(1)).view(-1, many, entries)
+
+    return ProbedHessian(product, output.detach().reshape(many, entries), [output])
+
+
+def _blocks(probed: ProbedHessian, curvature: Rows, output: Tensor) -> Tensor | None:
+    """Return H sample by sample, `(n, entries, entries)`; None where it mixes samples, or is not finite."""
+    if probed.mixes or not probed.is_finite:
         return None
+    many, entries = output.shape[0], output[0].numel()
     H, step = output.new_empty(many, entries, entries), at_once(output.numel())
     for start in range(0, entries, step):
         some = range(start, min(start + step, entries))
         found = curvature(_units(some, output).flatten(1))
         H[:, start : some.stop] = found.view(-1, many, entries).transpose(0, 1)
-    return H
+    return H if probed.is_of(H) else None  # a pair of samples that were both moved may still mix
 
 
 def _units(some: range, output: Tensor) -> Tensor:
@@ -221,10 +222,6 @@ def _units(some: range, output: Tensor) -> Tensor:
     units = output.new_zeros(len(some), output.shape[0], output[0].numel())
     units[range(len(some)), :, some] = 1
     return units
-
-
-def _half(many: int, like: Tensor) -> Tensor:
-    return (torch.randperm(many, generator=torch.Generator().manual_seed(0)) < (many + 1) // 2).to(like.device)
 
 
 def _at_once(sites: Sequence[LayerOutput], many: int) -> int:
