@@ -1,5 +1,6 @@
 """Solvers: frozen dataclasses that make an inverse of an operator and a damping, with a status for each solve."""
 
+from .._lazy import eager
 from ._auto import Auto
 from ._base import Prepared, Solver
 from ._cg import CG
@@ -37,3 +38,5 @@ __all__ = [
     "solve",
     "solver_of",
 ]
+
+eager(__name__)
