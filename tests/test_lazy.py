@@ -51,11 +51,8 @@ def test_import_loads_no_method() -> None:
         "from torch import nn, ones\nH = jacops.jacobian(nn.Linear(2, 1), ones(1, 2))\nH.dense(wrong=1)",
         "from jacops._operators import Matrix\nimport torch\njacops.hessian\nMatrix(torch.eye(2)).dense(wrong=1)",
         "from jacops.solvers import CG\nCG(wrong=1)",
-        "from jacops.fit import Huber\nHuber(wrong=1)",
         "jacops.linalg.Identity(wrong=1)",
-        "jacops.results.Estimate(wrong=1)",
         "jacops.Function(wrong=1)",
-        "jacops.testing.check_operator(wrong=1)",
         "jacops.TorchTwiceDifferentiable(wrong=1)",
     ],
 )
@@ -66,10 +63,13 @@ def test_a_wrong_keyword_is_refused_in_a_process_that_loaded_nothing_else(code: 
 
 
 def test_submodules_import_as_they_are_named() -> None:
-    assert fresh("import jacops.fit as f; from jacops.charts import SE3; print(f.Huber.__name__, SE3)")
-    assert fresh("from jacops import *; print(callable(hessian), fit.__name__)") == "True jacops.fit"
-    assert fresh("import threading, jacops\nts = [threading.Thread(target=lambda: jacops.hessian) for _ in range(8)]\n"
-                 "[t.start() for t in ts]; [t.join() for t in ts]; print(callable(jacops.hessian))") == "True"  # fmt: skip
+    assert fresh("import jacops.fit as f; from jacops import *; print(f.Huber.__name__, fit is f)") == "Huber True"
+
+
+def test_threads_may_ask_at_once() -> None:
+    start = "ts = [threading.Thread(target=lambda: jacops.hessian) for _ in range(8)]"
+    asked = f"import threading, jacops\n{start}\n[t.start() for t in ts]; [t.join() for t in ts]"
+    assert fresh(f"{asked}; print(callable(jacops.hessian))") == "True"
 
 
 def test_a_name_that_is_elsewhere_is_pointed_to() -> None:
