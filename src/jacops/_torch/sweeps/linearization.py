@@ -154,7 +154,7 @@ class Linearization:
         targets = [*self.leaves, *(tensor for _, tensor in self.aliased_leaves)] if self.aliased_leaves else self.leaves
         if not live or not targets:
             return [None] * len(self.leaves)
-        outputs, seeds = zip(*live, strict=True)
+        outputs, seeds = [o for o, _ in live], [c for _, c in live]
         cuts = self.graph_info.functions if create_graph else ()
         if cuts:  # with seeds that require grad, once_differentiable backwards leave a mark instead of dropping a part
             seeds = [c if c.requires_grad else c.detach().requires_grad_() for c in seeds]
