@@ -12,6 +12,7 @@ from torch import nn
 import jacops
 import oracle
 from cases import F64, OPERATORS, data, net
+from jacops._runtime.engine import swept
 from jacops.errors import InputError, NotDifferentiableError
 from jacops.linalg import Identity, Matrix, Operator
 from jacops.testing import LawBrokenError, check_operator
@@ -155,3 +156,17 @@ def test_a_vector_may_have_the_shape_of_the_only_array() -> None:
 def test_the_error_of_a_spectral_norm_is_not_below_rounding() -> None:
     A = jacops.linalg.Matrix(torch.diag(torch.tensor([3.0, 1.0]).double()), symmetric=True, positive=True)  # noqa: N806
     assert jacops.linalg.spectral_norm(A).error >= 3 * torch.finfo(torch.float64).eps
+
+
+def test_the_engine_is_given_what_fits_alone() -> None:
+    """What `autograd.grad` refuses, such as a cotangent that would broadcast, is still refused."""
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y, unused = x.sin(), torch.zeros(2, requires_grad=True)
+    seed = torch.randn_like(y)
+    (found, none), (right,) = swept([y], [x, unused], [seed]), torch.autograd.grad(y, x, seed, retain_graph=True)
+    assert none is None
+    assert found is not None
+    assert torch.equal(found, right)
+    for wrong in (seed[0], seed[:, :1]):
+        with pytest.raises(RuntimeError, match="Mismatch in shape"):
+            swept([y], [x], [wrong])

@@ -26,35 +26,38 @@ A model is a module, `Function(f, params)` for a pure `f(params, x)`, or, by inp
 
 # fmt: off
 # isort: off
-import sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from . import attribution, charts, errors, fit, influence, linalg, results, solvers, sparse, store, testing
-from ._attribution import JacobianVerification, project_jacobian, reduce_contributions, verify_jacobian
-from ._checks import check
-from ._curvature_products import ggnvp, hvp
-from ._decomposition import contributions
-from ._derivatives import ggn, hessian, jacobian
-from ._extras import lie as _lie  # noqa: F401 - registers the rules for LieTensors with the sparse engine
-from ._fisher import fisher
-from ._function import Function
-from ._integrated import integrated_jacobian
-from ._influence import (
-    DataLoaderType, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities,
-    TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences,
-)
-from ._keywords import check_namespaces as _check_namespaces
-from ._jacobians import compute_jacobian, full_jacobian, modjac
-from ._kronecker import kronecker_factors
-from ._per_sample import sample_gradients, sample_jacobians
-from ._planning import plan
-from ._problem import Problem
-from ._products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
-from ._saved_files import load
-from ._second_order import directional_derivative, input_hessian, laplacian
+from . import attribution, errors, influence, linalg, results
+from ._extras import registered as _registered  # noqa: F401 - before anything that asks what there is
+from ._lazy import eager as _eager, lazy as _from_homes, settle as _settle
 from .errors import JacopsError, JacopsWarning, MissingExtraError as _MissingExtraError
-from .fit import gauss_newton, levenberg_marquardt
-from .solvers import inverse, solve
-from .sparse import sparse_plan
+
+if _TYPE_CHECKING:
+    from . import charts, fit, solvers, sparse, store, testing as testing
+    from ._attribution import JacobianVerification, project_jacobian, reduce_contributions, verify_jacobian
+    from ._checks import check
+    from ._curvature_products import ggnvp, hvp
+    from ._decomposition import contributions
+    from ._derivatives import ggn, hessian, jacobian
+    from ._fisher import fisher
+    from ._function import Function
+    from ._integrated import integrated_jacobian
+    from ._influence import (
+        DataLoaderType, InverseHvpResult, ModelType, TensorType, TensorUtilities, TorchTensorUtilities,
+        TorchTwiceDifferentiable, TwiceDifferentiable, compute_influence_factors, compute_influences, self_influences,
+    )
+    from ._jacobians import compute_jacobian, full_jacobian, modjac
+    from ._kronecker import kronecker_factors
+    from ._per_sample import sample_gradients, sample_jacobians
+    from ._planning import plan
+    from ._problem import Problem
+    from ._products import batch_jvp, batch_vjp, jvp, model_jvp, model_vjp, vjp
+    from ._saved_files import load
+    from ._second_order import directional_derivative, input_hessian, laplacian
+    from .fit import gauss_newton, levenberg_marquardt
+    from .solvers import inverse, solve
+    from .sparse import sparse_plan
 
 __version__ = "0.1.0"
 
@@ -69,25 +72,39 @@ __all__ = [
     "sample_gradients", "sample_jacobians", "self_influences", "solve", "solvers", "sparse", "sparse_plan", "store",
     "verify_jacobian", "vjp",
 ]
+_HOMES = {  # as above
+    "": "charts fit solvers sparse store testing",
+    "_attribution": "JacobianVerification project_jacobian reduce_contributions verify_jacobian",
+    "_checks": "check",
+    "_curvature_products": "ggnvp hvp",
+    "_decomposition": "contributions",
+    "_derivatives": "ggn hessian jacobian",
+    "_fisher": "fisher",
+    "_function": "Function",
+    "_integrated": "integrated_jacobian",
+    "_influence": (
+        "DataLoaderType InverseHvpResult ModelType TensorType TensorUtilities TorchTensorUtilities "
+        "TorchTwiceDifferentiable TwiceDifferentiable compute_influence_factors compute_influences "
+        "self_influences"
+    ),
+    "_jacobians": "compute_jacobian full_jacobian modjac",
+    "_kronecker": "kronecker_factors",
+    "_per_sample": "sample_gradients sample_jacobians",
+    "_planning": "plan",
+    "_problem": "Problem",
+    "_products": "batch_jvp batch_vjp jvp model_jvp model_vjp vjp",
+    "_saved_files": "load",
+    "_second_order": "directional_derivative input_hessian laplacian",
+    "fit": "gauss_newton levenberg_marquardt",
+    "solvers": "inverse solve",
+    "sparse": "sparse_plan",
+}
+_OF_JAX = ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable")
 # fmt: on
 # isort: on
 
-_check_namespaces(
-    sys.modules[__name__],
-    attribution,
-    charts,
-    errors,
-    fit,
-    influence,
-    linalg,
-    results,
-    solvers,
-    sparse,
-    store,
-    testing,
-)
-
-_OF_JAX = ("JaxFunction", "JaxTensorUtilities", "JaxTwiceDifferentiable")
+_eager(errors.__name__)
+_load, _ = _from_homes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
@@ -96,14 +113,24 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    """Load what needs JAX (extra `jax`) when it is asked for; say where else a name is."""
-    if name not in _OF_JAX:
-        spaces = (attribution, influence, linalg, solvers, sparse, fit, results, errors)
-        homes = [home for home in spaces if name in home.__all__]
-        hint = f"; it is {homes[0].__name__}.{name}" if homes else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+    """Load a name when it is asked for; say where else one is that is not here."""
+    if name in __all__ or name == "testing":
+        return _load(name)
+    if name in _OF_JAX:
+        return _of_jax(name)
+    if name.startswith("_"):  # what Python and its tools look for loads nothing
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    spaces = attribution, influence, linalg, _load("solvers"), _load("sparse"), _load("fit"), results, errors
+    homes = [space for space in spaces if name in space.__all__]
+    hint = f"; it is {homes[0].__name__}.{name}" if homes else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+
+
+def _of_jax(name: str) -> object:
+    """Load what needs JAX (extra `jax`)."""
     try:
         from ._influence import _jax
     except ModuleNotFoundError:
         raise _MissingExtraError("jax", "jax") from None
+    _settle()
     return getattr(_jax, name)

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._hooks import SUBCLASSES
 from .errors import InputTypeError
 
-# Tensor subclasses that other packages bring: how one is recognised, and how it is made again from plain numbers.
-SUBCLASSES: dict[str, tuple[Callable[[Tensor], str], Callable[[Tensor, str], Tensor]]] = {}
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _Parts = Callable[[Any, str], tuple[str, dict[str, Any]] | None]
 

@@ -15,13 +15,13 @@ from .errors import NonFiniteError
 
 def is_finite(tensor: Tensor) -> bool:
     """Say whether every entry is finite, reading the tensor once and allocating nothing of its size."""
-    tensor = tensor.detach()
-    if tensor.numel() == 0:
-        return True
-    if tensor.is_complex():
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype.is_complex:
         tensor = torch.view_as_real(tensor.resolve_conj())
     # A sum is finite unless an entry is not, or it overflows: only then look at each entry.
-    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    total = tensor.sum() if wide else tensor.sum(dtype=torch.float32)
     return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
 
 

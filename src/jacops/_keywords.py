@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import wraps
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from .errors import InputTypeError
@@ -123,15 +123,6 @@ def keywords(
         return checked
 
     return decorate
-
-
-def check_namespaces(*modules: ModuleType) -> None:
-    """Let constructors and public methods of all public classes check their arguments, as `check_methods` does."""
-    for module in modules:
-        for name in getattr(module, "__all__", None) or dir(module):
-            value = getattr(module, name)
-            if isinstance(value, type):
-                check_methods(value)
 
 
 def check_methods(*kinds: type) -> None:

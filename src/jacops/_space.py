@@ -71,11 +71,24 @@ class Space(Savable):
         Raises:
             InputError: An array is missing, or has another shape, dtype or device than the space's.
         """
-        return self.join([t.unsqueeze(0) for t in self.check(tree, argument)])[0]
+        return self.join_row(self.check(tree, argument))[0]
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """Return one tensor per array from a flat vector `(dim,)`, each in its own dtype."""
-        return [part[0] for part in self.split(flat.unsqueeze(0))]
+        parts = flat.split_with_sizes(self.sizes) if len(self.sizes) > 1 else (flat,)
+        if self._is_uniform:
+            return [part.reshape(shape) for part, shape in zip(parts, self._layouts, strict=True)]
+        kinds = zip(parts, self._layouts, self.dtypes, strict=True)
+        return [part.reshape(shape).to(dtype) for part, shape, dtype in kinds]
+
+    @cached_property
+    def _layouts(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes as torch reads them soonest: to read a `Size` takes longer than to make the view."""
+        return tuple(tuple(shape) for shape in self.shapes)
+
+    @cached_property
+    def _is_uniform(self) -> bool:
+        return all(dtype is self.dtype for dtype in self.dtypes)
 
     def join(self, arrays: Sequence[Tensor]) -> Tensor:
         """Return rows `(k, dim)` from one `(k, *shape)` tensor per array."""
@@ -84,13 +97,20 @@ class Space(Savable):
         rows = [a.reshape(a.shape[0], size).to(self.dtype) for a, size in zip(arrays, self.sizes, strict=True)]
         return torch.cat(rows, 1)
 
+    def join_row(self, arrays: Sequence[Tensor]) -> Tensor:
+        """Return one row `(1, dim)` from one tensor per array."""
+        flat = [array.reshape(-1) for array in arrays]
+        if not self._is_uniform:
+            flat = [array.to(self.dtype) for array in flat]
+        return (flat[0] if len(flat) == 1 else torch.cat(flat)).unsqueeze(0)
+
     def split(self, rows: Tensor) -> list[Tensor]:
         """Return one `(k, *shape)` tensor per array from rows `(k, dim)`."""
         many, wide = rows.shape[0], rows.dtype
         if len(self.shapes) == 1:
             parts: Sequence[Tensor] = (rows,)
         else:
-            parts = rows.split(self.sizes, 1)
+            parts = rows.split_with_sizes(self.sizes, 1)
         return [
             part.reshape(many, *shape) if dtype == wide else part.reshape(many, *shape).to(dtype)
             for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ._checks import adjoint_check
 from ._keywords import keywords
+from ._lazy import eager
 from ._operators import Operator
 from ._runtime.agreement import size, tolerance
 from ._runtime.contexts import private_noise
@@ -66,3 +67,6 @@ def _same(law: str, operator: Operator, a: Tensor, b: Tensor, allowed: float) ->
     scale = max(size(a), size(b))
     if a.shape != b.shape or not size(a - b) <= allowed * scale + torch.finfo(a.dtype).tiny:
         raise LawBrokenError(f"'{law}' fails by {size(a - b) / max(scale, 1e-300):.1e} (relative), of {operator!r}")
+
+
+eager(__name__)

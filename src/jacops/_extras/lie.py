@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._encoding import SUBCLASSES
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
-from ..errors import MissingExtraError, NotDifferentiableError
-from ..sparse import inspectors
+from ..errors import NotDifferentiableError
 from ._lie_groups import group_of, storage_jacobian, storage_width
 from ._lie_walk import OPERATIONS, EdgeKind, Walk
 
@@ -104,9 +102,6 @@ def inspect(recorded: Any) -> None:
             )
 
 
-inspectors.append(inspect)
-
-
 def _columns(block: Tensor, output: Tensor, leaf: Tensor, tangent: bool) -> Tensor:
     block = block.reshape(*output.shape, *leaf.shape)
     return _padded(block[..., :-1], -1, tangent) if group_of(leaf) else block
@@ -148,20 +143,3 @@ def _check_twice(walk: Walk, blocks: list[Tensor]) -> None:
     walk.check_frozen()
     again = Walk(walk.call, walk.sources, twice=True)
     again.check_outputs(again.kinds(blocks), blocks)
-
-
-def _ltype(tensor: Tensor) -> str:
-    """Return the name of a LieTensor's type, empty for other tensors."""
-    ltype: Any = getattr(tensor, "ltype", None)
-    return "" if ltype is None else type(ltype).__name__.removesuffix("Type")
-
-
-def _of_ltype(plain: Tensor, name: str) -> Tensor:
-    try:
-        import pypose
-    except ImportError as error:
-        raise MissingExtraError("pypose", "pypose") from error
-    return pypose.LieTensor(plain, ltype=getattr(pypose, f"{name}_type"))
-
-
-SUBCLASSES["pypose"] = _ltype, _of_ltype

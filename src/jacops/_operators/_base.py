@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._display import Described, Description
-from .._finite import check_vector
+from .._finite import check_vector, is_finite
 from .._ladder.route import answer
 from .._progress import shows_progress, tick, track
 from .._runtime.contexts import arithmetic, eager, keeping, out_of_inference
@@ -142,22 +142,15 @@ class Operator(Arithmetic, Savable, ABC, Described):
     def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
     def __matmul__(self, other: Any) -> Any:
         """Compose with an operator, or apply to a vector, to columns, or to a tree of tensors."""
+        if isinstance(other, Tensor):
+            return self._of_tensor(other)
         if isinstance(other, Operator):
             return COMPOSED["product"](self, other)
         if isinstance(other, ScalarIdentity):
             return other.factor * self
         if isinstance(other, list | tuple | Mapping):
             return self._of_tree(other)
-        if not isinstance(other, Tensor):
-            raise not_a_tensor(other, "right")
-        if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
-            if self.domain.shapes == (other.shape,):  # the one array that there is, in its own shape
-                image = self._of_tree([other])
-                return image[0] if len(image) == 1 else image
-            needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
-            todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
-            raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
-        return self._of_tensor(other)
+        raise not_a_tensor(other, "right")
 
     @eager
     def _of_tree(self, other: Any) -> Any:
@@ -166,9 +159,17 @@ class Operator(Arithmetic, Savable, ABC, Described):
         return dict(zip(self.codomain.names, image, strict=True)) if isinstance(other, Mapping) else image
 
     @eager
-    def _of_tensor(self, other: Tensor) -> Tensor:
-        with keeping(keeps_graph(self)):
-            return self.apply(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply(other.T).T
+    def _of_tensor(self, other: Tensor) -> Any:
+        if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
+            if self.domain.shapes == (other.shape,):  # the one array that there is, in its own shape
+                image = self._of_tree([other])
+                return image[0] if len(image) == 1 else image
+            needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
+            todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
+            raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
+        kept = keeps_graph(self)
+        with keeping(kept):
+            return self._applied(other.unsqueeze(0), kept)[0] if other.ndim == 1 else self._applied(other.T, kept).T
 
     @eager
     def apply(self, rows: Tensor) -> Tensor:
@@ -178,13 +179,16 @@ class Operator(Arithmetic, Savable, ABC, Described):
             InputError: The rows have another width, dtype or device than the domain.
             NonFiniteError: They or the product hold NaN or Inf.
         """
-        self.domain.check_rows("v", rows)
-        tick()
-        if self.check_finite:
-            check_vector(self.name, "v", [rows])
         kept = keeps_graph(self)
         with keeping(kept):
-            return check_result(self, self._apply(out_of_inference(rows) if kept else rows), "a product")
+            return self._applied(rows, kept)
+
+    def _applied(self, rows: Tensor, kept: bool) -> Tensor:
+        self.domain.check_rows("v", rows)
+        tick()
+        if self.check_finite and not is_finite(rows):
+            check_vector(self.name, "v", [rows])
+        return check_result(self, self._apply(out_of_inference(rows) if kept else rows), "a product")
 
     @eager
     @shows_progress()

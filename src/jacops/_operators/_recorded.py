@@ -78,6 +78,8 @@ class LinearizedMap(Operator):
         space = self.domain
         if self.create_graph:
             return space.join(self.lin.pull_rows(self.codomain.split(rows), True))
+        if rows.shape[0] == 1 and isinstance(self.lin, Linearization):
+            return self.lin.pull_row(rows).detach()
         if rows.shape[0] == 1 or any(dtype != space.dtype for dtype in space.dtypes):  # one row is joined at once
             return space.join(self.lin.pull_rows(self.codomain.split(rows))).detach()
         flat = torch.empty(rows.shape[0], space.dim, dtype=space.dtype, device=space.device)

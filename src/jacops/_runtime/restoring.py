@@ -103,6 +103,12 @@ class Guards(Guard):
 process_lock = threading.RLock()
 function_modes: Callable[[], int] = _len_torch_function_stack  # how many function modes are entered
 
+
+def modes_at_work() -> bool:
+    """Say whether a function mode or a dispatch mode sees what runs now."""
+    return bool(function_modes() or _len_torch_dispatch_stack())
+
+
 # Torch keeps these beside the stack of dispatch modes and sets them back in `__exit__` only.
 _FLAGS = tuple(name for name, value in vars(dispatch_modes).items() if name.startswith("_is_in_") and value is False)
 _set_flag_in_torch = getattr(dispatch_modes, "set_is_in_mode_without_ignore_compile_internals", None)

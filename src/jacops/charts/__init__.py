@@ -11,6 +11,7 @@ Functions of an angle are series where the closed form would cancel, so values a
 rounding at zero and up to half a turn. At exactly half a turn the logarithm takes one of its two values.
 """
 
+from .._lazy import eager
 from ._base import Chart
 from ._group import GroupChart
 from ._groups import SE2, SE3, SO2, SO3
@@ -20,3 +21,5 @@ from ._similarities import Sim3
 from ._sphere import S2
 
 __all__ = ["S2", "SE2", "SE3", "SO2", "SO3", "Chart", "GroupChart", "Product", "R", "Sim3", "check_laws"]
+
+eager(__name__)

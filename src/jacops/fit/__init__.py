@@ -1,5 +1,6 @@
 """Least squares: "which step makes the residual smaller?" Gauss-Newton and Levenberg-Marquardt, dense and sparse."""
 
+from .._lazy import eager
 from ._batch import least_squares_batch
 from ._batch_result import BatchFitResult
 from ._fit import gauss_newton, levenberg_marquardt
@@ -18,3 +19,5 @@ __all__ = [
     "least_squares_batch", "levenberg_marquardt",
 ]
 # fmt: on
+
+eager(__name__)

@@ -1,5 +1,6 @@
 """Solvers for a damped operator: frozen dataclasses, with a status for each right-hand side."""
 
+from .._lazy import eager
 from ._auto import Auto
 from ._base import Prepared, Solver
 from ._cg import CG
@@ -37,3 +38,5 @@ __all__ = [
     "solve",
     "solver_of",
 ]
+
+eager(__name__)

@@ -1,5 +1,6 @@
 """Sparse Jacobians: patterns are detected, coloured and tested."""
 
+from .._lazy import eager
 from ._jacobian import jacobian
 from ._point import inspectors
 from .detect import detect_pattern
@@ -14,3 +15,5 @@ __all__ = [
     "samples_independent", "sparse_plan",
 ]
 # fmt: on
+
+eager(__name__)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._hooks import inspectors
 from .._picks import Variable, differentiated
 from .._recorded_loss import check_usable
 from .._runtime.contexts import must_surface, private_noise
@@ -24,9 +25,6 @@ from ._pool import Array
 from ._taint import Taint
 
 _EMPTY = 1e-2  # a column is judged by no less than this share of the tolerance of the largest column
-
-inspectors: list[Callable[[Recording], None]] = []
-"""Functions called with each recording before its sweeps; an extension may raise an error or change it (LieTensors)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import numpy as np
 
 from .._digests import DataDigest, digest_data, digest_function, digest_module, digest_tensors, surroundings
 from .._keywords import keywords
+from .._lazy import eager
 from ._format import Grid
 from ._reading import Location, Store, StoredArray
 from ._writing import StoredRun
@@ -60,3 +61,6 @@ def read_store(path: Location, name: str = "influences", *, partial: bool = Fals
         True
     """
     return Store.open(path).read(name, partial=partial)
+
+
+eager(__name__)

@@ -177,10 +177,11 @@ def _owner(model: nn.Module, name: str) -> str:
 
 def parameter_names(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that can be differentiated, tied ones once, by their first names."""
-    return {n: p for n, p in model.named_parameters() if _has_derivatives(p)}
+    return {n: p for n, p in model.named_parameters() if has_derivatives(p)}
 
 
-def _has_derivatives(parameter: Tensor) -> bool:
+def has_derivatives(parameter: Tensor) -> bool:
+    """Say whether a parameter can be differentiated."""
     return parameter.is_floating_point() or parameter.is_complex()
 
 
@@ -212,7 +213,7 @@ def replicate(
     builder = _Builder(memo, training, connected)
     with arithmetic(True):
         for name, parameter in model.named_parameters():
-            known = _has_derivatives(parameter)
+            known = has_derivatives(parameter)
             if known:
                 originals[name] = parameter
             values = (copies or {}).get(id(parameter), parameter)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..._runtime.restoring import modes_at_work
 from .graph import saved_tensors
 
 Places = tuple[tuple[int, str], ...]
@@ -75,18 +76,28 @@ def _saved(nodes: Mapping[Any, int]) -> Iterator[tuple[int, str, Tensor]]:
 
 def pattern(nodes: Sequence[Any], places: Places) -> bytes:
     """Return which entries of some saved tensors are neutral; integers and masks by value."""
-    parts: list[Tensor] = []
-    with _unseen():
+    found: list[bytes] = []
+    away: list[Tensor] = []  # fetched together: each transfer waits for the device
+    with _unseen() if modes_at_work() else nullcontext():  # what is read has no graph, and the context takes longer
         for place, name in places:
             tensor = _read(nodes[place], name)
-            if tensor is None:
+            if tensor is None or not tensor.numel():
                 continue
-            if tensor.is_floating_point() or tensor.is_complex():
-                parts += [tensor == 0, tensor == 1]
+            if tensor.dtype in _OF_NUMPY and tensor.device.type == "cpu" and type(tensor) is Tensor:
+                array: Any = tensor.resolve_neg().numpy()  # small as these are, torch takes ten times as long
+                found += [array.tobytes()] if array.dtype.kind != "f" else [part.tobytes() for part in _marks(array)]
             else:
-                parts.append(tensor)
-        flat = [part.reshape(-1).contiguous().view(torch.uint8) for part in parts if part.numel()]
-        return torch.cat(flat).cpu().numpy().tobytes() if flat else b""
+                exact = not (tensor.is_floating_point() or tensor.is_complex())
+                away += [tensor] if exact else _marks(tensor)
+        flat = [part.reshape(-1).contiguous().view(torch.uint8) for part in away]
+        return b"".join([*found, torch.cat(flat).cpu().numpy().tobytes() if flat else b""])
+
+
+_OF_NUMPY = frozenset({torch.float32, torch.float64, torch.bool, torch.int64, torch.int32, torch.uint8})
+
+
+def _marks(values: Any) -> list[Any]:
+    return [values == 0, values == 1]
 
 
 def _read(node: Any, name: str) -> Tensor | None:

@@ -21,6 +21,7 @@ from ..._progress import track
 from ..._runtime.agreement import tolerance
 from ..._runtime.chunks import MOST_COLUMNS, to_a_pass
 from ..._runtime.contexts import autocast_on, must_surface, sweeping
+from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, basis, contracted, dense, plain, stacked, zero_rows
 from ..._runtime.side_effects import SideEffects
@@ -150,7 +151,7 @@ class Linearization:
     ) -> list[Tensor | None]:
         """Return one gradient per leaf by one backward pass; None where no path leads to the leaf."""
         live = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
-        targets = [*self.leaves, *(tensor for _, tensor in self.aliased_leaves)]
+        targets = [*self.leaves, *(tensor for _, tensor in self.aliased_leaves)] if self.aliased_leaves else self.leaves
         if not live or not targets:
             return [None] * len(self.leaves)
         outputs, seeds = [o for o, _ in live], [c for _, c in live]
@@ -170,8 +171,10 @@ class Linearization:
         self, outputs: Rows, targets: Rows, seeds: Rows, create_graph: bool, batched: bool
     ) -> tuple[Tensor | None, ...]:
         try:
+            if not batched:
+                return swept(outputs, targets, seeds, create_graph)
             options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
-            return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)
+            return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=True, **options)
         except RuntimeError as error:
             if batched or must_surface(error) or isinstance(error, JacopsError):
                 raise
@@ -188,6 +191,11 @@ class Linearization:
         """Return one gradient per leaf by one backward pass, zeros where no path leads to the leaf."""
         pulled = zip(self.pull(cotangents), self.leaves, strict=True)
         return [torch.zeros_like(plain(leaf)) if g is None else plain(g) for g, leaf in pulled]
+
+    def pull_row(self, row: Tensor) -> Tensor:
+        """Return `(1, dim)` from a flat cotangent `(1, dim)` by one backward pass, which is right by definition."""
+        self.routes.setdefault(Question.PULL, PULLS[-1].describe(None))
+        return self.domain.join_row(self.gradient(self.codomain.unflatten(row[0])))
 
     # ---- many cotangents -------------------------------------------------------------------------------------
 

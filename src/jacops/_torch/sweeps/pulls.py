@@ -95,7 +95,7 @@ class PlainPull:
         """A pass per cotangent."""
         return Cost(ask.many)
 
-    def describe(self, ask: SweepAsk) -> str:
+    def describe(self, ask: SweepAsk | None) -> str:
         """Name the function."""
         return "autograd.grad, one cotangent at a time"
 

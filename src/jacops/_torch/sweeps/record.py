@@ -19,7 +19,7 @@ from ..._trees import Selector, Tree, flatten, output_leaves, select
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
 from ..model.inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
-from ..model.replica import PlainFunction, Replica, bare, by_inputs, check_state, parameter_names, replicate
+from ..model.replica import PlainFunction, Replica, bare, by_inputs, check_state, has_derivatives, replicate
 from .graph import reaches
 from .linearization import Linearization
 from .proofs import KeptProofs, ProofStore, identity_key, store_for
@@ -185,10 +185,17 @@ class ModelRun:
         return weights_of(self.module) if self.kept else None
 
     @cached_property
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The caller's parameters by their first names, found by one walk over the modules."""
+        return dict(self.module.named_parameters())
+
+    @cached_property
     def chosen(self) -> dict[str, Tensor]:
         """The parameters that are differentiated, by name."""
         picks = self.parameters
-        return {n: p for n, p in parameter_names(self.module).items() if picks is not None and picks(n, p)}
+        if picks is None:
+            return {}
+        return {n: p for n, p in self.own_parameters.items() if has_derivatives(p) and picks(n, p)}
 
     def recorded(self) -> Recording:
         """Return the recording, watched where it is not known what the forward does besides arithmetic.
@@ -215,7 +222,7 @@ class ModelRun:
         weights = self.weights
         copies = {} if weights is None else weights.copies(module)
         store = store_for(self.owner, key, self.checks, _rows(tensors))
-        guarded = [*module.parameters(), *copies.values()]
+        guarded = [*self.own_parameters.values(), *copies.values()]
         found = watched(store, partial(self._record, copies), guarded, self.anew)
         if weights is not None:
             found.lin.proofs = KeptProofs(found.lin.proofs, lambda: weights.changed_in(module) is None)
@@ -243,7 +250,7 @@ class ModelRun:
         options = {"call": self.call, "fallback": self.fallback}
         lin = Linearization(leaves, outputs, leaf_names=names, output_names=tree.names, private=True, **options)
         lin.weights = self.weights
-        lin.protected = [p for p in self.module.parameters() if p.requires_grad]
+        lin.protected = [p for p in self.own_parameters.values() if p.requires_grad]
         # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
         lin.aliased_leaves = tuple((i, p) for i, p in aliased_leaves if id(p) in lin.graph_info.leaves)
         values, input_tree = flatten(self.value, "input")
