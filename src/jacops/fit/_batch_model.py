@@ -26,8 +26,8 @@ from .._torch.protocol import (
 )
 from .._trees import Tree, output_leaves
 from ..errors import InputError, InputTypeError, warn
+from ._functions import FunctionModule, function_module
 from ._layout import Values
-from ._problem import FunctionModule, function_module
 
 _CHECKED = 3  # problems that are run alone to compare: the first, the last and one between
 _AGREE = 1e3  # rounding errors that sums of as many terms as residuals have may differ by
