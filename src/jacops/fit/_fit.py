@@ -348,6 +348,7 @@ def _result(problem: FitProblem, ended: Outcome, told: Observer, strategy: Strat
     method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
     point, stop = ended.point, ended.stop
     point.whole.terms = None  # holds the model's outputs
+    point.whole.samples, point.whole.curvature = problem.residuals.samples(point.raw)
     return LeastSquaresResult(
         x=as_given(point.values, told.kind),
         cost=point.cost,
