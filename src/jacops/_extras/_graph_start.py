@@ -25,7 +25,7 @@ _FLOOR = 1e-6  # of the largest weight: what ties poses whose information has no
 
 
 @dataclass
-class _Blocks:
+class _LinearTies:
     """Linear equations between vectors of one width, weighted: rows of blocks, and their right-hand sides.
 
     Attributes:
@@ -107,7 +107,7 @@ def _parts(chart: GroupChart, poses: Tensor) -> tuple[Tensor, Tensor]:
 def _rotations(graph: PoseGraph) -> Tensor:
     chart, space = graph.chart, graph.chart.space
     now, eye = _parts(chart, graph.poses)[0], torch.eye(space, dtype=torch.float64)
-    equations = _Blocks(len(now), space)
+    equations = _LinearTies(len(now), space)
 
     def tie(source: Tensor, target: Tensor, turn: Tensor, weight: Tensor) -> None:
         none = torch.zeros(len(turn), space, space, dtype=torch.float64)
@@ -131,7 +131,7 @@ def _translations(graph: PoseGraph, turned: Tensor) -> Tensor:
     """Return where poses and landmarks are, (poses + landmarks, space, 1), for rotations of the poses."""
     chart, count, space = graph.chart, len(turned), graph.chart.space
     now = torch.cat([_parts(chart, graph.poses)[1], graph.landmarks.reshape(-1, space, 1)])
-    equations, eye = _Blocks(len(now), space), torch.eye(space, dtype=torch.float64)
+    equations, eye = _LinearTies(len(now), space), torch.eye(space, dtype=torch.float64)
     turn, move = _parts(chart, graph.measured)
     seen = _root(graph.information[:, :space, :space]) @ turn.mT
     there = seen @ turned[graph.source].mT
@@ -145,7 +145,7 @@ def _translations(graph: PoseGraph, turned: Tensor) -> Tensor:
     return equations.solved(torch.cat([*held, count + graph.fixed_landmarks]), now)
 
 
-def _observe(equations: _Blocks, graph: PoseGraph, o: Observations, turned: Tensor) -> None:
+def _observe(equations: _LinearTies, graph: PoseGraph, o: Observations, turned: Tensor) -> None:
     """Add what observations measure of translations; bearings alone do not."""
     chart, count, space = graph.chart, len(graph.poses), graph.chart.space
     eye, own = torch.eye(space, dtype=torch.float64).expand(len(o.pose), space, space), turned[o.pose]
