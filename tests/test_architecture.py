@@ -117,7 +117,7 @@ GROUND = {
     "_ladder",
 }
 INSIDE = ["model", "sweeps", "bias", "layers", "routes", "samples", "protocol"]  # of _torch, as LAYERS
-OPTIONAL = {"sklearn", "matplotlib", "jinja2", "pypose", "zarr", "jax", "pandas", "transformers", "qdldl"}
+OPTIONAL = {"sklearn", "matplotlib", "jinja2", "pypose", "zarr", "jax", "pandas", "transformers", "qdldl", "rslab"}
 LAZY = OPTIONAL | {"scipy", "safetensors"}
 MAX_LINES = 400
 MAX_BODY = 35  # lines of a function, docstring and blank lines left out

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import logm
 from scipy.spatial.transform import Rotation
 from synthetic_graphs import grid_graph, sphere_graph, synthetic_bundle
 
@@ -212,6 +213,71 @@ def test_landmarks_in_space_are_seen_by_a_sensor_beside_the_pose(tmp_path: Path)
         assert float(output.detach().abs().max()) < 1e-12
     with pytest.raises(DataError, match="line 4: EDGE_SE3_TRACKXYZ is naming offset 3, but there is no such offset"):
         read_g2o(written(tmp_path, text.replace("1 2 0 ", "1 2 3 ")))
+
+
+def as_matrix(pose: np.ndarray) -> np.ndarray:
+    """Return a pose of three or seven numbers as a homogeneous matrix."""
+    space = 2 if len(pose) == 3 else 3
+    found = np.eye(space + 1)
+    found[:space, space] = pose[:space]
+    turn = Rotation.from_rotvec([0, 0, pose[2]]) if space == 2 else Rotation.from_quat(pose[3:])
+    found[:space, :space] = turn.as_matrix()[:space, :space]
+    return found
+
+
+def as_tangent(matrix: np.ndarray) -> np.ndarray:
+    """Return the logarithm of a homogeneous matrix, translation first."""
+    found = np.real(logm(matrix))
+    turns = [found[1, 0]] if len(matrix) == 3 else [found[2, 1], found[0, 2], found[1, 0]]
+    return np.r_[found[:-1, -1], turns]
+
+
+def random_pose(space: int, generator: np.random.Generator) -> np.ndarray:
+    place, turn = generator.normal(size=space), generator.normal(size=3)
+    return np.r_[place, turn[2]] if space == 2 else np.r_[place, Rotation.from_rotvec(turn).as_quat()]
+
+
+@pytest.mark.parametrize(("space", "tag"), [(2, "SE2"), (3, "SE3")])
+def test_edges_between_sensors_have_the_length_that_they_measure(space: int, tag: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(space)
+    first, second, here, there, measured, plain = (random_pose(space, generator) for _ in range(6))
+    width = 3 if space == 2 else 6
+    root = generator.normal(size=(width, width))
+    full = root.T @ root
+    upper = full[np.triu_indices(width)]
+    words = lambda *v: " ".join(repr(float(n)) for n in v)  # noqa: E731
+    kind = "" if space == 2 else ":QUAT"
+    text = f"PARAMS_{tag}OFFSET 0 {words(*here)}\nPARAMS_{tag}OFFSET 1 {words(*there)}\n"
+    text += f"VERTEX_{tag}{kind} 4 {words(*first)}\nVERTEX_{tag}{kind} 5 {words(*second)}\n"
+    text += f"EDGE_{tag}{kind} 4 5 {words(*plain)} {words(*upper)}\n"
+    text += f"EDGE_{tag}_OFFSET 4 5 0 1 {words(*measured)} {words(*upper)}\n"
+    graph = read_g2o(written(tmp_path, text))
+    X, Y, H, T, M, P = (as_matrix(p) for p in (first, second, here, there, measured, plain))
+    errors = [np.linalg.inv(P) @ np.linalg.inv(X) @ Y, np.linalg.inv(M) @ np.linalg.inv(X @ H) @ Y @ T]
+    found = graph.residual()().detach().numpy()
+    for k, error in enumerate(map(as_tangent, errors)):
+        assert found[k] @ graph.information[k].numpy() @ found[k] == pytest.approx(error @ full @ error, rel=1e-9)
+    with pytest.raises(DataError, match=rf"line 6: EDGE_{tag}_OFFSET is naming offset 7, but there is no such offset"):
+        read_g2o(written(tmp_path, text.replace("4 5 0 1 ", "4 5 0 7 ")))
+
+
+def test_a_chain_of_sensors_gives_the_chain_of_poses(tmp_path: Path) -> None:
+    text = f"PARAMS_SE2OFFSET 3 1 0 0\nEDGE_SE2_OFFSET 0 1 3 3 0 0 {np.pi / 2} {EYE3}\n"
+    graph = read_g2o(written(tmp_path, text))  # the sensor, one ahead, turns on the spot: its pose goes round it
+    torch.testing.assert_close(graph.poses[1], torch.tensor([1.0, -1.0, np.pi / 2]).double())
+    assert graph.ids == (0, 1)
+
+
+def test_landmarks_in_the_plane_are_seen_by_sensors_beside_their_poses_and_on_them(tmp_path: Path) -> None:
+    pose, sensor = np.array([1.0, 2.0, 0.5]), np.array([0.5, -0.25, 1.25])
+    near, far = (
+        np.linalg.inv(m) @ [*POLE.tolist(), 1.0] for m in (as_matrix(pose), as_matrix(pose) @ as_matrix(sensor))
+    )
+    text = f"PARAMS_SE2OFFSET 0 0.5 -0.25 1.25\nVERTEX_SE2 1 1 2 0.5\nVERTEX_XY 2 {POLE[0]} {POLE[1]}\n"
+    text += f"EDGE_SE2_XY 1 2 {near[0]} {near[1]} 1 0 1\nEDGE_SE2_POINTXY_OFFSET 1 2 0 {far[0]} {far[1]} 1 0 1\n"
+    (output,) = read_g2o(written(tmp_path, text)).residual()()
+    assert output.shape == (2, 2)
+    assert float(output.detach().abs().max()) < 1e-12
 
 
 def test_bearing_and_range_place_a_landmark(tmp_path: Path) -> None:

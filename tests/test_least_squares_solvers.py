@@ -1,5 +1,6 @@
 """Linear solvers and strategies: the right step or none, and a residual that is true."""
 
+import importlib.util
 import sys
 
 import numpy as np
@@ -9,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
+from jacops._words import StepSolverName
 from jacops.errors import InputError, InputTypeError, MemoryBudgetError, MissingExtraError, SolveError
 from jacops.fit import (
     LSTSQ,
     PCG,
     QDLDL,
     QR,
+    RSLAB,
     Adaptive,
     AutoStepSolver,
     Cholesky,
@@ -30,12 +33,12 @@ from jacops.fit import (
 from jacops.fit._system import LinearizedFit, Singular
 
 SOLVERS = [QR(), Cholesky(), LSTSQ(), SparseLU(), PCG(), AutoStepSolver()]
-SOLVERS.append(
-    pytest.param(
-        QDLDL(),
-        marks=pytest.mark.skipif(not __import__("importlib").util.find_spec("qdldl"), reason="needs the package qdldl"),
-    )
-)
+PACKAGES = {"qdldl": (QDLDL(), "Solver"), "rslab": (RSLAB(), "analyze")}
+HAS = {
+    name: pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"needs the package {name}")
+    for name in PACKAGES
+}
+SOLVERS += [pytest.param(solver, marks=HAS[name]) for name, (solver, _) in PACKAGES.items()]
 EACH = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 STRATEGIES = [Nielsen(), Marquardt(), Adaptive(1e-3), Constant(1e-2), TrustRegion(), TrustRegion(0.5)]
 
@@ -176,10 +179,30 @@ def test_gauss_newton_on_a_sparse_singular_problem_says_what_to_do() -> None:
     assert caught.value.solution.status == "singular"  # type: ignore[attr-defined]
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "qdldl", None)
-    with pytest.raises(MissingExtraError, match=r"jacops\[qdldl\]"):
-        levenberg_marquardt(lambda x: x - 1, params=torch.zeros(2).double(), solver="qdldl")
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named(package: StepSolverName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"jacops\[{package}\]"):
+        levenberg_marquardt(lambda x: x - 1, params=torch.zeros(2).double(), solver=package)
+
+
+@pytest.mark.parametrize("package", [pytest.param(name, marks=mark) for name, mark in HAS.items()])
+def test_what_packages_analyse_is_kept_with_the_structure(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    solver, analysis = PACKAGES[package]
+    module = importlib.import_module(package)
+    analyse, made = getattr(module, analysis), []
+    monkeypatch.setattr(module, analysis, lambda *given, **options: made.append(1) or analyse(*given, **options))
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:1] - 0.5, torch.sin(x[1:]) - x[:-1] ** 2, 0.1 * x])
+
+    for start in (0.1, 0.2):
+        begin = torch.full((40,), start, dtype=torch.float64)
+        found = levenberg_marquardt(chain, params=begin, solver=solver, strategy="nielsen", jacobian="sparse")
+        other = levenberg_marquardt(chain, params=begin, solver="qr", strategy="nielsen", jacobian="dense")
+        torch.testing.assert_close(found.x, other.x, rtol=1e-6, atol=1e-7)
+        assert len(found.log) > 2
+    assert made == [1]
 
 
 def test_what_is_no_solver_or_strategy_is_refused() -> None:

@@ -38,7 +38,7 @@ DiagonalMethod = Literal["xdiag", "hutchinson"]
 Which = Literal["largest", "smallest", "magnitude"]
 
 # Least squares.
-StepSolverName = Literal["auto", "qr", "cholesky", "lstsq", "sparse_cholesky", "splu", "qdldl", "pcg"]
+StepSolverName = Literal["auto", "qr", "cholesky", "lstsq", "sparse_cholesky", "splu", "qdldl", "rslab", "pcg"]
 StrategyName = Literal["auto", "constant", "adaptive", "marquardt", "nielsen", "trust_region"]
 KernelName = Literal["linear", "huber", "soft_l1", "cauchy", "arctan"]
 Corrector = Literal["triggs", "first_order"]

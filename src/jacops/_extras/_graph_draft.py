@@ -29,6 +29,11 @@ class _Measured(NamedTuple):
     values: list[float]
     upper: list[float]
 
+    @property
+    def offsets(self) -> list[int]:
+        """The offsets that it names."""
+        return self.names[len(self.names) - self.kind.offsets :]
+
 
 @dataclass
 class GraphDraft:
@@ -99,12 +104,13 @@ class GraphDraft:
                 f"{self.file}: there is no edge in it, but a pose graph needs some.{note} Nothing was read."
             )
         chain = not self.poses
-        ids = sorted({n for m in edges for n in m.names}) if chain else list(self.poses)
+        ids = sorted({n for m in edges for n in m.names[:2]}) if chain else list(self.poses)
         place = {name: i for i, name in enumerate(ids)}
         source = _places(place, [(m.row, m.names[0]) for m in edges])
         target = _places(place, [(m.row, m.names[1]) for m in edges])
-        measured = _table([m.values for m in edges], chart.storage)
-        information = self._edge_information(edges, chart, order)
+        measured, information = self._between_poses(
+            edges, chart, _table([m.values for m in edges], chart.storage), self._edge_information(edges, chart, order)
+        )
         poses = (
             self._chained(chart, len(ids), source, target, measured) if chain else _table(list(self.poses.values()), 0)
         )
@@ -144,14 +150,40 @@ class GraphDraft:
         sees = role in ("point", "bearing", "polar")
         pose = _places(place, [(m.row, m.names[0]) for m in own])
         point = _places(spots, [(m.row, m.names[1]) for m in own], "landmark") if sees else None
-        offset = None
-        if chart.space == 3:
-            key = 2 if sees else 1
-            numbers = list(self.offsets)
-            which = _places({n: i for i, n in enumerate(numbers)}, [(m.row, m.names[key]) for m in own], "offset")
-            offset = _table(list(self.offsets.values()), chart.storage)[which]
+        offset = self._offset(own, chart, 0) if any(m.offsets for m in own) else None
         values = _table([m.values for m in own], 0)
         return [Observations(role, pose, point, offset, values, _definite(own, _full(own)))]
+
+    def _offset(self, own: list[_Measured], chart: GroupChart, number: int) -> Tensor:
+        """Return where the sensor of each line is on its pose; on the pose itself where the line names none."""
+        place = {name: i for i, name in enumerate(self.offsets)}
+        named = [(k, m) for k, m in enumerate(own) if m.offsets]
+        found = chart.identity(len(own), dtype=torch.float64)
+        which = _places(place, [(m.row, m.offsets[number]) for _, m in named], "offset")
+        found[[k for k, _ in named]] = _table(list(self.offsets.values()), chart.storage)[which]
+        return found
+
+    def _between_poses(
+        self, edges: list[_Measured], chart: GroupChart, measured: Tensor, information: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""Return what edges between sensors measure of their poses, and its information.
+
+        With sensors at $O_i$ and $O_j$, $\log(Z^{-1} (X_i O_i)^{-1} X_j O_j)$ is $\mathrm{Ad}(O_j^{-1})$ times
+        $\log((O_i Z O_j^{-1})^{-1} X_i^{-1} X_j)$.
+        """
+        where = [k for k, m in enumerate(edges) if m.offsets]
+        if not where:
+            return measured, information
+        some = [edges[k] for k in where]
+        source, target = self._offset(some, chart, 0), self._offset(some, chart, 1)
+        back = chart.inverse(target)
+        measured[where] = chart.compose(chart.compose(source, measured[where]), back)
+        # exp(A v) is g exp(v) g^-1 for any v; turns of one radian have one logarithm.
+        axes = chart.exp(torch.eye(chart.tangent, dtype=torch.float64))
+        columns = [chart.log(chart.compose(chart.compose(back, axis.expand_as(back)), target)) for axis in axes]
+        adjoint = torch.stack(columns, -1)
+        information[where] = adjoint.mT @ information[where] @ adjoint
+        return measured, information
 
     def _edge_information(self, edges: list[_Measured], chart: GroupChart, order: str) -> Tensor:
         if not edges:

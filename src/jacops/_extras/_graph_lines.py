@@ -110,6 +110,7 @@ class LineKind:
         order: Of the information matrix's upper triangle, row by row.
         may_be_bare: Whether the information may be left out, which is then the identity.
         has_deviations: Whether standard deviations stand in place of it.
+        offsets: How many of the last whole numbers name offsets of sensors.
     """
 
     role: Role
@@ -121,6 +122,7 @@ class LineKind:
     order: tuple[int, ...] = ()
     may_be_bare: bool = False
     has_deviations: bool = False
+    offsets: int = 0
 
     @property
     def width(self) -> int:
@@ -174,10 +176,20 @@ G2O: dict[str, LineKind] = {
     "EDGE_SE3:QUAT": LineKind("edge", SE3, 2, 7, f"from to x y z qx qy qz qw and 21 {_T}", _unit, _ALL),
     "EDGE_SE2_XY": LineKind("point", SE2, 2, 2, f"pose landmark x y and 3 {_T}", order=(0, 1, 2)),
     "EDGE_BEARING_SE2_XY": LineKind("bearing", SE2, 2, 1, "pose landmark bearing and its information", order=(0,)),
-    "EDGE_SE3_TRACKXYZ": LineKind("point", SE3, 3, 3, f"pose landmark offset x y z and 6 {_T}", order=_SIX),
+    "EDGE_SE2_OFFSET": LineKind(
+        "edge", SE2, 4, 3, f"from to offset offset x y angle and 6 {_T}", order=_SIX, offsets=2
+    ),
+    "EDGE_SE3_OFFSET": LineKind(
+        "edge", SE3, 4, 7, f"from to offset offset x y z qx qy qz qw and 21 {_T}", _unit, _ALL, offsets=2
+    ),
+    "EDGE_SE2_POINTXY_OFFSET": LineKind(
+        "point", SE2, 3, 2, f"pose landmark offset x y and 3 {_T}", order=(0, 1, 2), offsets=1
+    ),
+    "EDGE_SE3_TRACKXYZ": LineKind("point", SE3, 3, 3, f"pose landmark offset x y z and 6 {_T}", order=_SIX, offsets=1),
     "EDGE_PRIOR_SE2": LineKind("prior", SE2, 1, 3, f"id x y angle and 6 {_T}", order=_SIX),
     "EDGE_PRIOR_SE2_XY": LineKind("position", SE2, 1, 2, f"id x y and 3 {_T}", order=(0, 1, 2)),
-    "EDGE_SE3_PRIOR": LineKind("prior", SE3, 2, 7, f"id offset x y z qx qy qz qw and 21 {_T}", _unit, _ALL),
+    "EDGE_SE3_PRIOR": LineKind("prior", SE3, 2, 7, f"id offset x y z qx qy qz qw and 21 {_T}", _unit, _ALL, offsets=1),
+    "PARAMS_SE2OFFSET": LineKind("offset", SE2, 1, 3, "id x y angle"),
     "PARAMS_SE3OFFSET": LineKind("offset", SE3, 1, 7, "id x y z qx qy qz qw", _unit),
     "FIX": LineKind("fixed", None, 1, 0, "id"),
 }

@@ -55,7 +55,9 @@ def read_g2o(path: File, *, unknown: Unknown = "error") -> PoseGraph:
     """Return the graph of a g2o file: poses, landmarks, what was measured of them, priors, and what is fixed.
 
     VERTEX_SE2, EDGE_SE2, VERTEX_XY, EDGE_SE2_XY, EDGE_BEARING_SE2_XY, EDGE_PRIOR_SE2, EDGE_PRIOR_SE2_XY in the plane;
-    VERTEX_SE3:QUAT, EDGE_SE3:QUAT, VERTEX_TRACKXYZ, EDGE_SE3_TRACKXYZ, EDGE_SE3_PRIOR, PARAMS_SE3OFFSET in space; FIX.
+    VERTEX_SE3:QUAT, EDGE_SE3:QUAT, VERTEX_TRACKXYZ, EDGE_SE3_TRACKXYZ, EDGE_SE3_PRIOR in space; FIX. Sensors beside
+    their poses: PARAMS_SE2OFFSET, EDGE_SE2_OFFSET, EDGE_SE2_POINTXY_OFFSET, PARAMS_SE3OFFSET, EDGE_SE3_OFFSET; edges
+    between two sensors are kept as edges between their poses, with the same residual in weighted length.
     Information matrices are upper triangles, row by row; those that rounding to seven digits made negative in some
     direction are lifted to be positive definite.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..charts import SO3, GroupChart
 from ..errors import InputError
+from ._graph_start import linear_start
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,29 @@ class PoseGraph:
         settled = set(parts[torch.cat(held)].tolist())
         first = [int((parts == p).nonzero()[0]) for p in range(int(parts.max()) + 1) if p not in settled]
         return torch.cat([self.fixed, torch.tensor(first, dtype=torch.long)]).unique()
+
+    def initialised(self) -> PoseGraph:
+        r"""Return the graph with poses and landmarks where linear least squares place them, whatever they were before.
+
+        Rotations first, as matrices without constraints, then translations (Carlone, Tron, Daniilidis and Dellaert,
+        Initialization techniques for 3D SLAM, 2015). Poses that are not tied to a prior start from `anchors`, which
+        stay. A fit of poses that were chained from strongly noisy odometry may end at a minimum that is not the least;
+        one from here seldom does, and takes fewer steps. Landmarks of which bearings alone are known move with the
+        first pose that sees them.
+
+        Raises:
+            InputError: What is measured determines no start.
+
+        Example:
+            >>> import tempfile, pathlib
+            >>> file, eye = pathlib.Path(tempfile.mkdtemp()) / "square.g2o", "1 0 0 1 0 1"
+            >>> _ = file.write_text("".join(f"EDGE_SE2 {k} {(k + 1) % 4} 1 0 1.6 {eye}\n" for k in range(4)))
+            >>> from jacops._extras.graph_files import read_g2o
+            >>> graph = read_g2o(file)
+            >>> graph.poses[:2, 2], graph.initialised().poses[:2, 2].round(decimals=3)
+            (tensor([0.0000, 1.6000], dtype=torch.float64), tensor([0.0000, 1.5710], dtype=torch.float64))
+        """
+        return linear_start(self)
 
     def merged(self) -> PoseGraph:
         """Return the graph with equivalent poses put together, the first of each staying; loops that arise go."""

@@ -5,14 +5,15 @@ from ._batch import least_squares_batch
 from ._batch_result import BatchFitResult
 from ._fit import gauss_newton, levenberg_marquardt
 from ._kernels import Arctan, Cauchy, Huber, Kernel, PseudoHuber, Scale, SoftLOne, Tolerant
+from ._named_solvers import QDLDL, RSLAB
 from ._result import FitProgress, LeastSquaresResult, StepRecord
-from ._solvers import LSTSQ, PCG, QDLDL, QR, AutoStepSolver, Cholesky, SparseCholesky, SparseLU, StepSolver
+from ._solvers import LSTSQ, PCG, QR, AutoStepSolver, Cholesky, SparseCholesky, SparseLU, StepSolver
 from ._strategies import Adaptive, Constant, Marquardt, Nielsen, Strategy, TrustRegion
 
 # fmt: off
 __all__ = [
-    "LSTSQ", "PCG", "QDLDL", "QR", "Adaptive", "Arctan", "AutoStepSolver", "BatchFitResult", "Cauchy", "Cholesky",
-    "Constant",
+    "LSTSQ", "PCG", "QDLDL", "QR", "RSLAB", "Adaptive", "Arctan", "AutoStepSolver", "BatchFitResult", "Cauchy",
+    "Cholesky", "Constant",
     "FitProgress", "Huber", "Kernel", "LeastSquaresResult", "Marquardt", "Nielsen", "PseudoHuber", "Scale", "SoftLOne",
     "StepSolver",
     "SparseCholesky", "SparseLU", "StepRecord", "Strategy", "Tolerant", "TrustRegion", "gauss_newton",

@@ -26,8 +26,8 @@ from .._torch.protocol import (
 )
 from .._trees import Tree, output_leaves
 from ..errors import InputError, InputTypeError, warn
+from ._functions import FunctionModule, function_module
 from ._layout import Values
-from ._problem import FunctionModule, function_module
 
 FEW = 64  # problems that are not worth making fewer when some have stopped: a pass costs what its calls cost
 _CHECKED = 3  # problems that are run alone to compare: the first, the last and one between

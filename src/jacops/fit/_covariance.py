@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .._requirements import check_flag
 from ..errors import InputError, SolveError
 from ._columns import FitColumns
 from ._freedom import UNSEEN, free_directions, what_to_hold
 from ._marginals import SparseInverse
+from ._sandwich import sandwich
 from ._solvers import check_pivots, factorised, triangle
 from ._system import LinearizedFit, Singular
 
@@ -54,13 +56,22 @@ class DenseInverse:
         return root.T @ root
 
 
-def joint(result: LeastSquaresResult[Any], columns: Any, rows: Any, absolute: bool) -> np.ndarray:
+def joint(result: LeastSquaresResult[Any], columns: Any, rows: Any, absolute: bool, robust: bool) -> np.ndarray:
     """Return the covariance of chosen columns, as `LeastSquaresResult.covariance`."""
-    system, variance = _asked(result, absolute)
+    check_flag("robust", robust)
+    if absolute and robust:
+        raise InputError.of("robust", "True with `absolute=True`", "its variances are those of the residuals left over")
+    system, variance = _asked(result, absolute or robust)
     wanted = _chosen(result, system, columns, rows)
     moving, index = np.unique(wanted[wanted >= 0], return_inverse=True)
     found, scale = np.zeros((len(wanted), len(wanted))), system.equilibration(None)[moving]
-    some = _inverse(system, result).joint(moving) / np.outer(scale, scale)
+    if robust:
+        try:
+            some = sandwich(system, moving)
+        except Singular:
+            raise _failure(result) from None
+    else:
+        some = _inverse(system, result).joint(moving) / np.outer(scale, scale)
     inside = np.flatnonzero(wanted >= 0)
     found[np.ix_(inside, inside)] = some[np.ix_(index, index)]
     return variance * _checked(found, np.diag(found), result)

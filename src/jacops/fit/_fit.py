@@ -20,12 +20,14 @@ from .._trees import output_leaves
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
 from ._familiar import FAMILIAR
+from ._functions import FunctionModule, called, function_module
 from ._implicit import Minima
 from ._loop import Outcome, run
+from ._named_solvers import solver_of
 from ._options import DampedFitOptions, FitOptions
-from ._problem import FitProblem, FunctionModule, called, function_module
+from ._problem import FitProblem
 from ._result import FitProgress, Found, LeastSquaresResult, as_given, in_form
-from ._solvers import StepSolver, solver_of
+from ._solvers import StepSolver
 from ._stopping import Observer, StoppingCriteria
 from ._strategies import Strategy, TrustRegion, name_of, strategy_of
 
@@ -121,8 +123,8 @@ def levenberg_marquardt(
             given or the solver is `"pcg"`.
         damping: The first $\lambda$, in units of the diagonal of $J^\top J$ (with `x_scale` given, of its largest
             scaled entry); the only one with `"constant"`.
-        solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"sparse_cholesky"`, `"splu"`, `"qdldl"`, `"pcg"` or a
-            `StepSolver`.
+        solver: `"auto"`, `"qr"`, `"cholesky"`, `"lstsq"`, `"sparse_cholesky"`, `"splu"`, `"qdldl"`, `"rslab"`, `"pcg"`
+            or a `StepSolver`.
         jacobian: `"auto"`, `"dense"`, `"sparse"`, or a plan, such as an earlier result's `plan`. A sparse plan is kept
             for the next call with the same model (or function) and shapes, certified there, and made again if that
             fails.
@@ -347,6 +349,7 @@ def _result(problem: FitProblem, ended: Outcome, told: Observer, strategy: Strat
     method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
     point, stop = ended.point, ended.stop
     point.whole.terms = None  # holds the model's outputs
+    point.whole.samples, point.whole.curvature = problem.residuals.samples(point.raw)
     return LeastSquaresResult(
         x=as_given(point.values, told.kind),
         cost=point.cost,

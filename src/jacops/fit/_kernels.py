@@ -237,3 +237,11 @@ def correction(kernel: Kernel, r: Array, second_order: bool) -> tuple[Array, Arr
     root = np.sqrt(np.maximum(curvature, _FLOOR))
     share = np.divide(1 - root, s, out=np.zeros_like(s), where=s > 0)
     return value, r * (factor / root)[:, None], factor, share[:, None] * r
+
+
+def left_curvature(kernel: Kernel, r: Array, second_order: bool) -> Array:
+    r"""Return per block the curvature along its residual, by that which corrected Jacobians have: $D$, or one."""
+    s = np.einsum("kd,kd->k", r, r)
+    _, first, second = kernel(s)
+    curvature = 1 + 2 * s * np.divide(second, first, out=np.zeros_like(s), where=first > 0)
+    return curvature / np.maximum(curvature, _FLOOR) if second_order else curvature

@@ -24,11 +24,13 @@ class NormalPattern:
         blocks: The Jacobian.
         graph: Which units meet, and how their entries are stored.
         found: What was found of matrices with this pattern: `"singular"` where one without damping was.
+        kept: What packages whose solvers were used keep for it.
     """
 
     blocks: RowBlocks
     graph: Graph
     found: set[str] = field(default_factory=set)
+    kept: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def of(cls, blocks: RowBlocks) -> NormalPattern:

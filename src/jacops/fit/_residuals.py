@@ -17,7 +17,7 @@ from .._runtime.restoring import NumericWarningsIgnored, restoring
 from .._trees import Tree, flatten
 from .._words import Corrector
 from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
-from ._kernels import Kernel, correction, kernel_of
+from ._kernels import Kernel, correction, kernel_of, left_curvature
 from ._layout import in_double
 
 
@@ -153,6 +153,16 @@ class Residuals:
             residuals.append(r)
             lefts.append(left)
         return total, np.concatenate(residuals), lefts
+
+    def samples(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which block each number belongs to, and what `left_curvature` says of each block."""
+        blocks, curvature, parts = [], [], np.split(raw, np.cumsum([t.rows for t in self.terms])[:-1])
+        for term, own in zip(self.terms, parts, strict=True):
+            r = weighed(term.root, own[:, None]).reshape(-1, term.width)
+            blocks.append(np.repeat(np.arange(len(r)) + sum(map(len, curvature)), term.width))
+            kernel = term.kernel
+            curvature.append(np.ones(len(r)) if kernel is None else left_curvature(kernel, r, self.second_order))
+        return np.concatenate(blocks), np.concatenate(curvature)
 
     def times(self, lefts: Sequence[np.ndarray | None], J: np.ndarray) -> np.ndarray:
         """Return a dense Jacobian multiplied from the left as `corrected` says; it is overwritten."""

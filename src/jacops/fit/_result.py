@@ -166,7 +166,9 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         """The gradient of the objective at the end, by tangent columns."""
         return None if self._system is None else self._system.gradient
 
-    def covariance(self, columns: Any = None, rows: Any = None, *, absolute: bool = False) -> np.ndarray:
+    def covariance(
+        self, columns: Any = None, rows: Any = None, *, absolute: bool = False, robust: bool = False
+    ) -> np.ndarray:
         r"""Return the joint covariance of parameters, $\sigma^2 (J^\top J)^{-1}$, along tangents of their charts.
 
         Of a sparse Jacobian only fronts between the chosen columns and the root of the elimination tree are solved
@@ -179,6 +181,10 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             rows: Places of the first axis of the one parameter that is named, or a mask over them; by default all.
             absolute: True where weights are inverse variances: $\sigma^2 = 1$. Otherwise it is twice the objective
                 over the degrees of freedom, as in `scipy.optimize.curve_fit`.
+            robust: Return $A^{-1} B A^{-1}$ instead, B the sum of squares of each block's own gradient and A the
+                Hessian with the kernel's curvature (Huber, 1967; White, 1980), times m / (m - n) for m blocks. It holds
+                for residuals of any distribution, each block by itself, so for fits with a kernel and outliers, where
+                the other is too wide, and for weights that are wrong; it needs many more blocks than columns.
 
         Returns:
             (k, k), in the order asked for; zero for what was held fixed. In units of the parameters; on a chart, of
@@ -196,7 +202,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             >>> fit.covariance()
             array([[1.]])
         """
-        return _covariance.joint(self, columns, rows, absolute)
+        return _covariance.joint(self, columns, rows, absolute, robust)
 
     def marginals(
         self, name: str | None = None, rows: Any = None, *, against: Any = None, absolute: bool = False

@@ -5,14 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 
-from .._requirements import check_choice, check_kind
-from .._words import StepSolverName
-from ..errors import MissingExtraError
 from ..sparse._matrix import csc, sp
 from ._multifrontal import FrontalCholesky
 from ._system import LinearizedFit, Singular, Solved
@@ -90,7 +87,7 @@ class Cholesky(StepSolver):
         def solve(v: np.ndarray) -> np.ndarray:
             return torch.cholesky_solve(torch.from_numpy(v).unsqueeze(1), factor)[:, 0].numpy()
 
-        return _refined(system, damping, solve, factor.diagonal().square().numpy(), "cholesky")
+        return refined(system, damping, solve, factor.diagonal().square().numpy(), "cholesky")
 
 
 def _by_rows(system: LinearizedFit, damping: np.ndarray) -> Solved:
@@ -143,7 +140,7 @@ class SparseCholesky(StepSolver):
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
         factor = factorised(system, damping)
-        return _refined(system, damping, factor.solve, factor.pivots, "sparse_cholesky")
+        return refined(system, damping, factor.solve, factor.pivots, "sparse_cholesky")
 
 
 def factorised(system: LinearizedFit, damping: np.ndarray | None = None) -> FrontalCholesky:
@@ -172,29 +169,7 @@ class SparseLU(StepSolver):
             factor = splu(total, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
         except RuntimeError as error:
             raise Singular(f"SuperLU: {error}") from None
-        return _refined(system, damping, factor.solve, factor.U.diagonal(), "splu")
-
-
-@final
-@dataclass(frozen=True)
-class QDLDL(StepSolver):
-    """The LDL factorisation of the package `qdldl` (extra `qdldl`) on the normal matrix, and one refinement."""
-
-    def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
-        """Return a step.
-
-        Raises:
-            MissingExtraError: The package is not installed.
-        """
-        try:
-            import qdldl
-        except ImportError:
-            raise MissingExtraError("qdldl", "qdldl") from None
-        try:
-            factor = qdldl.Solver(sp.csc_matrix(system.unit_normal(damping)))
-        except RuntimeError as error:
-            raise Singular(f"qdldl: {error}") from None
-        return _refined(system, damping, factor.solve, factor.factors()[1], "qdldl")
+        return refined(system, damping, factor.solve, factor.U.diagonal(), "splu")
 
 
 @final
@@ -329,7 +304,7 @@ def check_pivots(pivots: np.ndarray, name: str) -> None:
         raise Singular(f"{name}: the normal matrix is singular (a pivot of {pivots.min():.0e} where 1 is the largest)")
 
 
-def _refined(system: LinearizedFit, damping: np.ndarray | None, solve: Map, pivots: np.ndarray, name: str) -> Solved:
+def refined(system: LinearizedFit, damping: np.ndarray | None, solve: Map, pivots: np.ndarray, name: str) -> Solved:
     """Return the step of a factorisation of the normal matrix with unit diagonal, refined where that changes it."""
     scale = system.equilibration(damping)
     check_pivots(pivots, name)
@@ -356,29 +331,3 @@ def _stacked(system: LinearizedFit, damping: np.ndarray | None) -> tuple[torch.T
         return torch.from_numpy(J), torch.from_numpy(system.r)
     J = np.vstack([J, np.diag(np.sqrt(damping) / scale)])
     return torch.from_numpy(J), torch.from_numpy(np.concatenate([system.r, np.zeros(J.shape[1])]))
-
-
-_NAMES: dict[StepSolverName, type[StepSolver]] = {
-    "auto": AutoStepSolver,
-    "qr": QR,
-    "cholesky": Cholesky,
-    "lstsq": LSTSQ,
-    "sparse_cholesky": SparseCholesky,
-    "splu": SparseLU,
-    "qdldl": QDLDL,
-    "pcg": PCG,
-}
-
-
-def solver_of(solver: Any) -> StepSolver:
-    """Return the solver meant by a name or a recipe.
-
-    Raises:
-        InputError: The name is unknown.
-        InputTypeError: It is neither a name nor a recipe.
-    """
-    if isinstance(solver, StepSolver):
-        return solver
-    check_kind("solver", solver, str, f"one of {list(_NAMES)} or a StepSolver is needed")
-    check_choice("solver", solver, StepSolverName, " or a StepSolver")
-    return _NAMES[solver]()

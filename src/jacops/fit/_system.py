@@ -42,6 +42,8 @@ class LinearizedFit(Savable):
         eps: Relative rounding error of the entries of `J` and `r`.
         terms: Returns the magnitude of the terms that each residual is a sum of, (rows,).
         structure: Of the normal matrix, where it was worked out before.
+        samples: The block that a kernel sees each row in, (rows,); where a call ended.
+        curvature: Of each such block along its residual, by that which `J` has, (blocks,).
     """
 
     J: Any
@@ -53,6 +55,8 @@ class LinearizedFit(Savable):
     eps: float = float(np.finfo(np.float64).eps)
     terms: Callable[[], np.ndarray] | None = field(default=None, repr=False, metadata={"saved": False})
     structure: NormalPattern | None = field(default=None, repr=False, metadata={"saved": False})
+    samples: np.ndarray | None = field(default=None, repr=False)
+    curvature: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def is_sparse(self) -> bool:

@@ -159,7 +159,7 @@ def check_state(model: nn.Module) -> None:
             came = f"not initialised ({owner} is lazy)"
             raise ModelStateError.of(name, came, "a parameter needs its values", "Run one forward pass first.")
         if tensor.layout is not torch.strided:
-            todo = "Make it dense with `.to_dense()`."
+            todo = "Make it dense with `.to_dense()`, or keep a sparse matrix as a plain attribute, not registered."
             raise ModelStateError.of(name, f"of layout {tensor.layout}", "parameters and buffers must be dense", todo)
         if tensor.is_meta:
             came = "on the meta device"
