@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -185,34 +185,42 @@ class OuterSums:
             squares = squares * weights.flatten()[found // table]
         return torch.bincount(found % table, squares, minlength=table).unsqueeze(0)
 
-    def pair(self) -> Pair:
-        """Return the factors; of a weight that enters in two ways those that keep the trace of the sum."""
+    def _joined(self) -> tuple[SideSum, SideSum, tuple[float, float]]:
+        """Return both sides' sums, and by what each has to be multiplied.
+
+        Of a weight that enters in two ways they are those that keep the trace of the sum.
+        """
         sizes = {swapped: self._size(swapped) for swapped in self._factors}
         if len(sizes) == 1:
             ((swapped, (left, right)),) = self._factors.items()
             whole = 1 / sizes[swapped]
-            left, right = (left.times(whole), right) if swapped else (left, right.times(whole))
-            return Pair(self.where, self.names[0], left.matrix(), right.matrix(), self.turned)
+            return left, right, (whole, 1.0) if swapped else (1.0, whole)
         weights = [[side.trace() / sizes[way] for side in own] for way, own in self._factors.items()]
         (left, right), *others = self._factors.values()
         left, right = left.times(weights[0][1]), right.times(weights[0][0])
         for own, weight in zip(others, weights[1:], strict=True):
             left, right = left.plus(own[0].times(weight[1])), right.plus(own[1].times(weight[0]))
-        total = max(left.trace(), self._tiny)
-        return Pair(self.where, self.names[0], left.matrix(), right.times(1 / total).matrix(), self.turned)
+        return left, right, (1.0, 1 / max(left.trace(), self._tiny))
 
-    def pairs(self, separate: bool = False) -> list[Pair]:
-        """Return the factors, of a weight and its bias together or of each."""
-        joint = self.pair()
-        if not separate or len(self.where) == 1:
-            return [joint]
-        weight, bias = self.where
-        right, last = joint.right[..., :-1], _diagonal(joint.right)[:, -1:]
-        right = right if right.ndim == 2 else right[:, :-1]
-        return [
-            Pair((weight,), self.names[0], joint.left, right, self.turned),
-            Pair((bias,), self.names[1], joint.left, last),
-        ]
+    def pair(self) -> Pair:
+        """Return the factors of the weight, and of its bias as its last column."""
+        left, right, (p, q) = self._joined()
+        return Pair(self.where, self.names[0], left.matrix(p), right.matrix(q), self.turned)
+
+    def owners(self, separate: bool = False) -> tuple[str, ...]:
+        """Return the names of parameters with factors of their own."""
+        return self.names if separate else self.names[:1]
+
+    def pair_of(self, name: str, separate: bool = False) -> Pair:
+        """Return the factors of the weight, with its bias or without, or of the bias."""
+        if name == self.names[0]:
+            joint = self.pair()
+            if not separate or len(self.where) == 1:
+                return joint
+            right = joint.right[..., :-1]
+            return replace(joint, where=self.where[:1], right=right if right.ndim == 2 else right[:, :-1])
+        left, right, (p, q) = self._joined()
+        return Pair(self.where[1:], name, left.matrix(p), right.last(q), self.turned)
 
     def running(self) -> list[Running]:
         """Return the sums that are over samples, in an order that does not depend on these."""
@@ -320,10 +328,14 @@ class RowSums:
         other.dtype, other._sum = self.dtype, total
         return other
 
-    def pairs(self, separate: bool = False) -> list[Pair]:
+    def owners(self, separate: bool = False) -> tuple[str, ...]:
+        """Return the name of the parameter."""
+        return self.names
+
+    def pair_of(self, name: str, separate: bool = False) -> Pair:
         """Return the curvature itself, times one."""
         total = self._sum.matrix()
-        return [Pair(self.where, self.names[0], total.new_ones(1, 1), total, turned=True, form=self.form)]
+        return Pair(self.where, name, total.new_ones(1, 1), total, turned=True, form=self.form)
 
     def block(self) -> Block:
         """Return what is known.
@@ -331,7 +343,7 @@ class RowSums:
         Raises:
             NonFiniteError: A gradient was NaN or Inf.
         """
-        return self.pairs()[0].block(self.dtype)
+        return self.pair_of(self.names[0]).block(self.dtype)
 
 
 def _reduced(uses: Sequence[OuterGradients]) -> Iterator[OuterGradients]:
@@ -353,10 +365,6 @@ def _reduced(uses: Sequence[OuterGradients]) -> Iterator[OuterGradients]:
 def not_finite(name: str) -> NonFiniteError:
     """Return the error for a parameter with gradients that are not finite."""
     return NonFiniteError(f"EKFAC: in the gradients by {name}, some are NaN or Inf. Look at the data.")
-
-
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
 
 
 def _rows(side: Tensor) -> Tensor:

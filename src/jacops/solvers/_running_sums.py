@@ -120,17 +120,22 @@ class SideSum:
         ends = (part[:, :, -part.shape[1] :].diagonal(dim1=1, dim2=2) for part in parts)
         return sum(float(end.sum(dtype=torch.float64)) for end in ends)
 
-    def matrix(self) -> Tensor:
-        """Return `(g, p, p)`, or the diagonal `(g, p)`."""
-        if self.diagonal:
-            return self.strips[0].value()
+    def matrix(self, factor: float = 1.0) -> Tensor:
+        """Return the sum times a number, `(g, p, p)`, or the diagonal `(g, p)`, in memory of its own."""
+        if self.diagonal or len(self.strips) == 1:
+            return self.strips[0].value() * factor
         last = self.strips[-1].value()
         found = last.new_empty(last.shape[0], last.shape[2], last.shape[2])
         start = 0
         for strip in self.strips:
             part = strip.value()
             stop = part.shape[2]
-            found[:, start:stop, :stop] = part
-            found[:, :start, start:stop] = part[:, :, :start].mT
+            torch.mul(part, factor, out=found[:, start:stop, :stop])
+            found[:, :start, start:stop] = found[:, start:stop, :start].mT
             start = stop
         return found
+
+    def last(self, factor: float = 1.0) -> Tensor:
+        """Return the last entry of the diagonal times a number, `(g, 1)`."""
+        part = self.strips[-1].value()
+        return (part[:, -1:] if self.diagonal else part[:, -1, -1:]) * factor
