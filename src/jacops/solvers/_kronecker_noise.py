@@ -14,7 +14,6 @@ from .._operators._noise import DIRECTIONS, ratio
 from .._runtime.counter import Draws
 from .._torch.protocol import Gradients, OuterGradients
 
-
 _REMEMBERED = 2**12  # places of a side: in 4 directions 64 KiB of signs, for 128 sides 8 MiB
 
 

@@ -161,6 +161,12 @@ class ProbedHessian:
         alone = self._probe.shape[1] == 1
         return found if alone or float((found * self._probe - self._image).norm()) <= self._allowed else None
 
+    def agrees(self, softmax: Softmax) -> bool:
+        """Say whether products with a softmax's Hessian are those that were seen."""
+        v, p = self._probe.reshape(softmax.p.shape), softmax.p
+        image = softmax.root.square() * p * (v - (p * v).sum(2, keepdim=True))
+        return float((image.reshape(self._image.shape) - self._image).norm()) <= self._allowed
+
     def softmax(self, counted: Tensor | None = None) -> Softmax | None:
         """Return it as that of a softmax at each position of the one output, where it is.
 

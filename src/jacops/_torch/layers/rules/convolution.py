@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .rule import Entry, RowLayout, Rule, output_shape, second_axis
 
+
 class Convolution(Rule):
     """The weight is multiplied by patches of the input.
 
