@@ -28,7 +28,7 @@ from ._operators._finite_results import Source, with_source
 from ._options import CurvatureOptions
 from ._per_sample import checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
-from ._recorded_loss import Loss, LossAt, record_loss, record_loss_of
+from ._recorded_loss import Loss, LossAt, LossOf, record_loss, record_loss_of
 from ._reduction import check_reduction, checked_loss, not_finite, offset, prove_reduction
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
@@ -357,7 +357,7 @@ class Objective:
             InputError: The output is not one tensor with a row per sample.
         """
         J, own = self.sample_jacobians(x), self.own(rows_of(x))  # noqa: N806
-        at = LossAtOutput(self.model, self.recorded(x, "leverage"), own, y, rows_of(x), "leverage")
+        at = LossAtOutput(self.model, self.recorded(x, "leverage"), LossOf(own, y), rows_of(x), "leverage")
         return J, at.gradient(own), at.matrix(at.like.dtype)
 
     @eager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -125,6 +126,21 @@ def loss_of_output(loss: Loss, y: Any) -> Callable[[Any], Tensor]:
     """
     check_loss(loss)
     return lambda output: _checked(call_loss(loss, output, y))
+
+
+@dataclass(frozen=True, eq=False)
+class LossOf:
+    """A loss with a target.
+
+    Attributes:
+        loss: `loss(output, y)`, one number.
+        y: The target.
+        record: Records it at an output of a torch model, for a call, where it may be recorded already.
+    """
+
+    loss: Any
+    y: Any
+    record: Callable[[Any, Any, str], Recording] | None = None
 
 
 class LossAt:

@@ -16,6 +16,7 @@ from .._framework import likelihood_at
 from .._ladder.names import Fact, Question, RouteName
 from .._operators import Operator
 from .._operators._eigen_blocks import Block
+from .._recorded_loss import LossOf
 from .._requirements import check_precision
 from .._runtime.counter import Draws
 from .._sharing import PLACES, refuse_apart
@@ -87,7 +88,8 @@ class Passes:
 
     def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
         found, model = term.recorded(data.x, self.call), term.model
-        at = LossAtOutput(model, found, term.loss, data.y, data.rows, self.call, term.at_output)
+        of = LossOf(term.loss, data.y, term.at_output)
+        at = LossAtOutput(model, found, of, data.rows, self.call)
         batch: Any = model.layers(data.x, term.picks, self.call) if at.foreign else RecordedBatch(at.output())
         if not at.foreign and batch.lin.proofs.refused(Question.PULL, RouteName.BY_USES):
             batch.distrust()

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .._operators._eigen_blocks import Block, Form
-from .._runtime.chunks import ENTRIES
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
-from ._running_sums import Running, SideSum
+from ._running_sums import Running, SideSum, squares
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ class OuterSums:
             for use in uses
         ]
         if turned:
-            found = self._looked_up(turned) if turned[0].looks_up else _squares(turned)
+            found = self._looked_up(turned) if turned[0].looks_up else squares(turned)
             self._squares.add(found, factor)
 
     def _looked_up(self, uses: Sequence[OuterGradients]) -> Tensor:
@@ -377,32 +376,3 @@ def _rotated(side: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         return side
     return side @ basis[0] if basis.shape[0] == 1 else (side.unsqueeze(-2) @ basis).squeeze(-2)
-
-
-def _squares(uses: Sequence[OuterGradients]) -> Tensor:
-    """Return the sum of squares `(g, p, q)` of the gradients of all samples under all cotangents."""
-    if len(uses) == 1 and uses[0].left.shape[2] == 1:
-        left, right = (side.square().sum(0)[:, 0].movedim(1, 0) for side in (uses[0].left, uses[0].right))
-        return left.mT @ right
-    many = max(side.shape[0] for use in uses for side in (use.left, use.right))
-    alike = len({use.swapped for use in uses}) == 1
-    left, right = (
-        torch.cat([s if alike else s.expand(many, *s.shape[1:]) for s in sides], 2).permute(1, 3, 0, 4, 2)
-        for sides in zip(*((use.left, use.right) for use in uses), strict=True)
-    )  # (n, g, k or 1, p, t)
-    n, g, _, p, _ = left.shape
-    q = right.shape[3]
-    chunk = max(1, ENTRIES // max(1, many * g * p * q))
-    total = left.new_zeros(g, p, q)
-    for start in range(0, n, chunk):
-        total += _squared_sums(left[start : start + chunk], right[start : start + chunk])
-    return total
-
-
-def _squared_sums(left: Tensor, right: Tensor) -> Tensor:
-    """Return squares `(g, p, q)` of `sum_t left outer right`, `(n, g, k or 1, p or q, t)` each, summed over n and k."""
-    (n, g, a, p, t), (_, _, b, q, _) = left.shape, right.shape
-    if a == b:
-        return (left @ right.mT).square().sum((0, 2))
-    product = left.reshape(n, g, a * p, t) @ right.reshape(n, g, b * q, t).mT
-    return product.square().reshape(n, g, a, p, b, q).sum((0, 2, 4))

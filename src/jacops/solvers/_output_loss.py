@@ -7,7 +7,7 @@ small blocks in full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .._finite import check_outputs
 from .._ladder.names import Fact
 from .._ladder.protocol import Linearized, is_framework_model
-from .._recorded_loss import loss_of_output, recordable
+from .._recorded_loss import LossOf, loss_of_output, recordable
 from .._runtime.agreement import worst_disagreement
 from .._runtime.contexts import recording
 from .._runtime.restoring import restoring
@@ -45,11 +45,9 @@ class LossAtOutput:
     Args:
         model: The model.
         found: Its recorded output, in any framework.
-        loss: `loss(output, y)`, one number.
-        y: The target.
+        of: The loss and its target.
         samples: How many.
         call: The public call, for messages.
-        record: Records the loss at an output, with a target, for a call, where it may be recorded already.
 
     Attributes:
         entries: Of one sample's output.
@@ -61,20 +59,11 @@ class LossAtOutput:
         NonFiniteError: An output is NaN or Inf.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        found: Any,
-        loss: Any,
-        y: Any,
-        samples: int,
-        call: str,
-        record: Callable[[Any, Any, str], Any] | None = None,
-    ) -> None:
-        self.model, self.found, self.samples, self.y, self.call = model, found, samples, y, call
-        self._record = record
+    def __init__(self, model: Any, found: Any, of: LossOf, samples: int, call: str) -> None:
+        self.model, self.found, self.samples, self.call = model, found, samples, call
+        self.y, self._record, loss = of.y, of.record, of.loss
         self.foreign = is_framework_model(model)
-        self._counted = None if self.foreign else counted_labels(loss, y)
+        self._counted = None if self.foreign else counted_labels(loss, of.y)
         outputs, tree = output_leaves(found.output, aside=True)
         check_outputs(call, outputs, tree.names)
         self._used = list(range(len(outputs)))
@@ -161,12 +150,17 @@ class LossAtOutput:
         if mean:
             factors = torch.where(shares > 0, shares.sum() / torch.where(shares > 0, shares, 1.0), 0.0)
             whole = whole * factors.to(whole).unsqueeze(1)
-        if lin.proofs.needs(*claim) or lin.proofs.spot_due(Fact.ROWS_OF_LOSS):
+        if self._due(*claim):
             plain = self.gradient(own)
             if not worst_disagreement([(whole, plain)]) <= lin.tolerance:
                 return plain
             lin.proofs.remember(*claim)
         return whole
+
+    def _due(self, *claim: Hashable) -> bool:
+        """Say whether a claim about a torch loss has to be looked at: it is not proved, or was long ago."""
+        proofs = self._at.lin.proofs
+        return proofs.needs(*claim) or proofs.spot_due(str(claim[0]))
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Return outputs `(n, entries)`, in the dtype of the first."""
@@ -195,8 +189,7 @@ class LossAtOutput:
             InputError: The loss mixes samples, is not convex in the output, or is of a kind too large for its blocks.
         """
         expected = None if losses is None or self.foreign else self._labelled(losses)
-        proofs = self._at.lin.proofs
-        if expected is not None and not proofs.needs(_LABELLED) and not proofs.spot_due(_LABELLED):
+        if expected is not None and not self._due(_LABELLED):
             return expected
         found = ProbedHessian(self._products, self.like, self.leaves, self._computed_in)
         if not found.is_finite:
@@ -208,7 +201,7 @@ class LossAtOutput:
         if diagonal is not None:
             return Elementwise(_root(diagonal))
         if expected is not None and found.agrees(expected):
-            proofs.remember(_LABELLED)
+            self._at.lin.proofs.remember(_LABELLED)
             return expected
         return found.softmax(self._counted) or self._blocks()
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self, final
 
 import torch
 from torch import Tensor
+
+from .._runtime.chunks import ENTRIES
+from .._torch.protocol import OuterGradients
 
 _STRIP = 256  # rows of a symmetric matrix summed together: 64 to 512 took the same time for a side of 2,048
 
@@ -139,3 +142,32 @@ class SideSum:
         """Return the last entry of the diagonal times a number, `(g, 1)`."""
         part = self.strips[-1].value()
         return (part[:, -1:] if self.diagonal else part[:, -1, -1:]) * factor
+
+
+def squares(uses: Sequence[OuterGradients]) -> Tensor:
+    """Return the sum of squares `(g, p, q)` of the gradients of all samples under all cotangents."""
+    if len(uses) == 1 and uses[0].left.shape[2] == 1:
+        left, right = (side.square().sum(0)[:, 0].movedim(1, 0) for side in (uses[0].left, uses[0].right))
+        return left.mT @ right
+    many = max(side.shape[0] for use in uses for side in (use.left, use.right))
+    alike = len({use.swapped for use in uses}) == 1
+    left, right = (
+        torch.cat([s if alike else s.expand(many, *s.shape[1:]) for s in sides], 2).permute(1, 3, 0, 4, 2)
+        for sides in zip(*((use.left, use.right) for use in uses), strict=True)
+    )  # (n, g, k or 1, p, t)
+    n, g, _, p, _ = left.shape
+    q = right.shape[3]
+    chunk = max(1, ENTRIES // max(1, many * g * p * q))
+    total = left.new_zeros(g, p, q)
+    for start in range(0, n, chunk):
+        total += _squared_sums(left[start : start + chunk], right[start : start + chunk])
+    return total
+
+
+def _squared_sums(left: Tensor, right: Tensor) -> Tensor:
+    """Return squares `(g, p, q)` of `sum_t left outer right`, `(n, g, k or 1, p or q, t)` each, summed over n and k."""
+    (n, g, a, p, t), (_, _, b, q, _) = left.shape, right.shape
+    if a == b:
+        return (left @ right.mT).square().sum((0, 2))
+    product = left.reshape(n, g, a * p, t) @ right.reshape(n, g, b * q, t).mT
+    return product.square().reshape(n, g, a, p, b, q).sum((0, 2, 4))
