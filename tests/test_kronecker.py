@@ -237,3 +237,70 @@ def test_factors_made_otherwise_do_not_add() -> None:
         EKFAC().approximate(problem("lstm").ggn(), expand)
     with pytest.raises(KeyError):
         expand["nothing"]
+
+
+# ---- what is remembered ------------------------------------------------------------------------------------------
+
+
+def weighted_classes() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """Return a classifier whose labels weigh unequally, and some not at all."""
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 1.0], dtype=F64))
+    return layer(), loss, draw(6, 4), torch.tensor([0, 1, -100, 2, 1, 0])
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical", "monte_carlo"])
+def test_a_call_that_relies_on_proofs_returns_what_the_first_one_does(kind: Any) -> None:
+    model, loss, x, y = weighted_classes()
+    first = dict(kronecker_factors(model, loss, x, y, kind=kind))
+    for _ in range(3):
+        again = dict(kronecker_factors(model, loss, x, y, kind=kind))
+        for name, pair in first.items():
+            for before, after in zip(pair, again[name], strict=True):
+                torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_of_labels_that_change_show_at_once() -> None:
+    model, loss, x, y = weighted_classes()
+    for _ in range(2):
+        kronecker_factors(model, loss, x, y)
+    loss.weight.copy_(torch.tensor([3.0, 0.25, 1.0]))
+    _, other, _, _ = weighted_classes()
+    other.weight.copy_(loss.weight)
+    for found, expected in zip(
+        kronecker_factors(model, loss, x, y)["weight"], kronecker_factors(model, other, x, y)["weight"], strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical"])
+def test_a_factor_of_the_loss_that_changes_shows_at_once(kind: Any) -> None:
+    class Scaled(nn.CrossEntropyLoss):
+        scale = torch.ones((), dtype=F64)
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return self.scale * super().forward(input, target)
+
+    model, loss, x, y = layer(), Scaled(), draw(6, 4), torch.arange(6) % 3
+    before = [kronecker_factors(model, loss, x, y, kind=kind)["weight"][0] for _ in range(2)][-1]
+    loss.scale.fill_(2.0)
+    after = kronecker_factors(model, loss, x, y, kind=kind)["weight"][0]
+    torch.testing.assert_close(after, before * (2 if kind == "ggn" else 4))
+
+
+def test_a_remembered_hessian_takes_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jacops.solvers._output_loss import LossAtOutput
+
+    model, loss, x, y = weighted_classes()
+    kronecker_factors(model, loss, x, y)
+    monkeypatch.setattr(LossAtOutput, "_products", lambda *_: pytest.fail("a product was taken"))
+    kronecker_factors(model, loss, x, y)
+
+
+def test_factors_that_are_written_into_stay_the_same_in_the_mapping() -> None:
+    model, loss, x, y = weighted_classes()
+    factors = kronecker_factors(model, loss, x, y)
+    kept = [side.clone() for side in factors["weight"]]
+    for side in factors["weight"]:
+        side.mul_(2)
+    for side, before in zip(factors["weight"], kept, strict=True):
+        assert torch.equal(side, before)

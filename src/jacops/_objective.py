@@ -18,10 +18,9 @@ from torch import Tensor
 from ._data import Batch, rows_of
 from ._derivatives import ggn_at, hessian, hessian_at, shifted_gradient
 from ._digests import digest_function, digest_module
-from ._finite import check_finite, is_finite
+from ._finite import check_finite
 from ._fisher import empirical_fisher, fisher_at
 from ._framework import recorded
-from ._ladder.names import Fact
 from ._ladder.protocol import SweepOptions, is_framework_model
 from ._mixed import mixed_rows
 from ._operators import LayerFactors, Operator
@@ -29,21 +28,20 @@ from ._operators._finite_results import Source, with_source
 from ._options import CurvatureOptions
 from ._per_sample import checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
-from ._recorded_loss import Loss, record_loss, record_loss_of
-from ._reduction import check_reduction, checked_loss, not_finite, offset
+from ._recorded_loss import Loss, LossAt, LossOf, record_loss, record_loss_of
+from ._reduction import check_reduction, checked_loss, not_finite, offset, prove_reduction
 from ._requirements import check_choice
 from ._runtime.contexts import eager, seeded
 from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
-from ._torch.protocol import ModelLoss, Weighted, bare, is_convex, parameter_names, resolved_loss, weights_of
+from ._torch.protocol import Weighted, bare, is_convex, parameter_names, resolved_loss, weights_of
 from ._trees import Selector
 from ._words import FisherKind, Randomness, Reduction
 from .errors import InputError, InputTypeError, NotDifferentiableError
 from .solvers._output_loss import LossAtOutput
 
-_FEW = 3  # rows by which it is computed how a loss divides: one that counts fewer labels, and two that do not
 _NO_BATCH = object()
 
 
@@ -106,6 +104,7 @@ class Objective:
         self.seed = checked_seed(randomness, seed)
         self._x: Any = _NO_BATCH  # the input of the batch that it is for
         self._found: list[Any] = []  # its recorded output, once it was asked for; shared with weighted ones
+        self._at = LossAt()
 
     @property
     def _named(self) -> dict[str, Tensor]:
@@ -175,7 +174,7 @@ class Objective:
     def on(self, x: Any) -> Objective:
         """Return the objective for one batch: a torch model runs once for all that is asked of it."""
         other = copy.copy(self)
-        other._x, other._found = (_NO_BATCH if self.foreign else x), []
+        other._x, other._found, other._at = (_NO_BATCH if self.foreign else x), [], LossAt()
         return other
 
     @property
@@ -227,28 +226,11 @@ class Objective:
             InputError: It does not.
             NonFiniteError: A loss is NaN or Inf.
         """
-        if self.foreign:
-            check_reduction(self, batch)
-            return
-        own = self.losses.loss if isinstance(self.losses.loss, ModelLoss) else None
-        if own or self.losses.may_count(batch.y):
-            output, few = self._first_rows(batch)
-            if own:
-                own.check(self.model, few.x, few.y, output)
-            self.losses.settle(output, few.y)
-        found = self.recorded_loss(batch.x, batch.y, "loss", kept=True)
-        proofs, claim = found.lin.proofs, (Fact.REDUCTION, self.reduction)
-        if proofs.needs(*claim) or proofs.spot_due() or not is_finite(found.lin.outputs[0]):
-            check_reduction(self, batch)
-            proofs.remember(*claim)
+        (check_reduction if self.foreign else prove_reduction)(self, batch)
 
-    def _first_rows(self, batch: Batch) -> tuple[Any, Batch]:
-        """Return the recorded output for a few rows, and those rows; for all where outputs have no such axis."""
-        found = self.recorded(batch.x, "loss")
-        outputs, few = found.lin.outputs, self.losses.few_rows(batch.y, _FEW)
-        if all(leaf.ndim and leaf.shape[0] == batch.rows for leaf in outputs):
-            outputs, batch = [leaf[few] for leaf in outputs], batch.part(few)
-        return found.tree.build(outputs), batch
+    def at_output(self, found: Any, y: Any, call: str, kept: bool = False) -> Any:
+        """Return the loss by a recorded output of a torch model, recorded there; with `kept` for who asks next too."""
+        return self._at.of(found, self.loss, y, call, kept)
 
     def weighted(self, weights: Tensor) -> Objective:
         """Return the objective whose batch loss is the sum of its rows' numerators times `weights`."""
@@ -377,7 +359,7 @@ class Objective:
             InputError: The output is not one tensor with a row per sample.
         """
         J, own = self.sample_jacobians(x), self.own(rows_of(x))  # noqa: N806
-        at = LossAtOutput(self.model, self.recorded(x, "leverage"), own, y, rows_of(x), "leverage")
+        at = LossAtOutput(self.model, self.recorded(x, "leverage"), LossOf(own, y), rows_of(x), "leverage")
         return J, at.gradient(own), at.matrix(at.like.dtype)
 
     @eager

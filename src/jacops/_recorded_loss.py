@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ._options import CurvatureOptions, LocatedOptions, LossOptions
 from ._picks import differentiated, picked, trainable, variable
 from ._runtime.contexts import arithmetic, out_of_inference
 from ._runtime.restoring import restoring
-from ._torch.protocol import At, Linearization, ModelRun, Recording, call_loss, record_further
+from ._torch.protocol import At, Linearization, ModelRun, Recording, call_loss, record_at_outputs, record_further
 from ._trees import flatten
 from .errors import InputError, InputTypeError, NotDifferentiableError
 
@@ -125,6 +126,40 @@ def loss_of_output(loss: Loss, y: Any) -> Callable[[Any], Tensor]:
     """
     check_loss(loss)
     return lambda output: _checked(call_loss(loss, output, y))
+
+
+@dataclass(frozen=True, eq=False)
+class LossOf:
+    """A loss with a target.
+
+    Attributes:
+        loss: `loss(output, y)`, one number.
+        y: The target.
+        record: Records it at an output of a torch model, for a call, where it may be recorded already.
+    """
+
+    loss: Any
+    y: Any
+    record: Callable[[Any, Any, str], Recording] | None = None
+
+
+class LossAt:
+    """The loss recorded at a batch's recorded output, kept until somebody else asks for it."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Any, Any, Any, int | None, Recording]] = []
+
+    @restoring
+    def of(self, found: Recording, loss: Loss, y: Any, call: str, kept: bool) -> Recording:
+        """Return the recording, with `kept` for the next to ask too, where a write into the target would show."""
+        version = y._version if isinstance(y, Tensor) and not y.is_inference() else None
+        for output, other, target, before, at in (self._kept.pop() for _ in self._kept[:]):
+            if output is found and other is loss and target is y and before == version:
+                return at
+        at = record_at_outputs(found, loss_of_output(loss, recordable(y, False)), loss, call)
+        if kept and version is not None:
+            self._kept.append((found, loss, y, version, at))
+        return at
 
 
 def _connected(found: Recording, call: str) -> Recording:

@@ -11,21 +11,24 @@ from torch import Tensor, nn
 
 from ._data import Batch
 from ._finite import is_finite, row_in_data, where_first
+from ._ladder.names import Fact
 from ._recorded_loss import Loss, check_loss
 from ._requirements import check_choice
 from ._runtime.agreement import coarsest, size
 from ._runtime.contexts import private_noise
-from ._torch.protocol import RowLosses, bare, one_row
+from ._torch.protocol import ModelLoss, Recording, RowLosses, bare, one_row
 from ._trees import flatten
 from ._words import Reduction
-from .errors import InputError, JacopsError, NonFiniteError
+from .errors import InputError, InputTypeError, JacopsError, NonFiniteError, NotDifferentiableError
 
 FEW_ROWS = 8
+_SPOT_ROWS = 2  # where a proof is only looked at again: the fewest that can be together
+_DIVIDED = 3  # rows by which it is computed how a loss divides: one that counts fewer labels, and two that do not
 _TOLERANCE = 1e-3  # a sum taken for a mean is off by a factor of the rows; the order of summation by some rounding
 _ROUNDINGS = 16  # of low precisions, where rounding exceeds that
 
 
-def check_reduction(objective: Any, batch: Batch) -> None:
+def check_reduction(objective: Any, batch: Batch, rows: int = FEW_ROWS) -> None:
     """Compare the loss of some rows together with the losses of the rows alone.
 
     Where the model fits its data, losses are zero or hold rounding errors, which no comparison can use:
@@ -35,7 +38,7 @@ def check_reduction(objective: Any, batch: Batch) -> None:
         InputError: The loss does not reduce a batch as the objective says, or does not take one row alone.
         NonFiniteError: A loss is NaN or Inf.
     """
-    some = batch.part(objective.losses.few_rows(batch.y, FEW_ROWS))
+    some = batch.part(objective.losses.few_rows(batch.y, rows))
     allowed = max(_TOLERANCE, _ROUNDINGS * torch.finfo(_computed_in(objective)).eps)
     found = _compared(objective, some, objective.value)
     if found.scale and found.gap <= allowed * found.scale:
@@ -51,6 +54,49 @@ def check_reduction(objective: Any, batch: Batch) -> None:
             "`reduction='sum'`, or pass a loss with `reduction='none'`, whose mean is then taken over the rows."
             f"{hint}"
         )
+
+
+def prove_reduction(objective: Any, batch: Batch) -> None:
+    """Check the reduction of a loss of a torch model's output where it was not proved, or again from time to time.
+
+    A proof belongs to the model's graph and to the loss's, which is recorded at the output.
+
+    Raises:
+        InputError: As `check_reduction`.
+        NonFiniteError: A loss is NaN or Inf.
+    """
+    own = objective.losses.loss if isinstance(objective.losses.loss, ModelLoss) else None
+    if own or objective.losses.may_count(batch.y):
+        output, few = _first_rows(objective, batch)
+        if own:
+            own.check(objective.model, few.x, few.y, output)
+        objective.losses.settle(output, few.y)
+    found = _recorded_apart(objective, batch)
+    claim = Fact.REDUCTION, objective.reduction, found[-1].lin.graph_info.wiring
+    proofs = [recording.lin.proofs for recording in found]
+    new, due = any(one.needs(*claim) for one in proofs), any(one.spot_due(Fact.REDUCTION) for one in proofs)
+    if new or due or not is_finite(found[-1].lin.outputs[0]):
+        check_reduction(objective, batch, FEW_ROWS if new else _SPOT_ROWS)
+        for one in proofs:
+            one.remember(*claim)
+
+
+def _recorded_apart(objective: Any, batch: Batch) -> list[Recording]:
+    """Return the recorded output and the loss recorded there; of an output that is no tensor, the loss alone."""
+    try:
+        found = objective.recorded(batch.x, "loss")
+    except (InputTypeError, NotDifferentiableError):
+        return [objective.recorded_loss(batch.x, batch.y, "loss", kept=True)]
+    return [found, objective.at_output(found, batch.y, "loss", kept=True)]
+
+
+def _first_rows(objective: Any, batch: Batch) -> tuple[Any, Batch]:
+    """Return the recorded output for a few rows, and those rows; for all where outputs have no such axis."""
+    found = objective.recorded(batch.x, "loss")
+    outputs, few = found.lin.outputs, objective.losses.few_rows(batch.y, _DIVIDED)
+    if all(leaf.ndim and leaf.shape[0] == batch.rows for leaf in outputs):
+        outputs, batch = [leaf[few] for leaf in outputs], batch.part(few)
+    return found.tree.build(outputs), batch
 
 
 def _computed_in(objective: Any) -> torch.dtype:

@@ -35,6 +35,8 @@ class Fact(StrEnum):
     ORDERS_OF_ROWS = "orders of rows"
     REDUCTION = "reduction"
     ROWS_BY_USES = "rows by uses"
+    ROWS_OF_LOSS = "rows of the loss's slope"
     SAMPLES_APART = "samples apart"
+    SOFTMAX_OF_LABELS = "softmax weighted by labels"
     SPARSE_PLAN = "sparse plan"
     SYMMETRIC = "symmetric"

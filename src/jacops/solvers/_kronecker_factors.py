@@ -9,7 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from .._display import Described, Description
-from .._operators._eigen_blocks import FORMS, Block, EigenBlocks, covered
+from .._operators._eigen_blocks import FORMS, EigenBlocks, covered
 from .._runtime.memory import in_words
 from .._space import Space
 from .._words import FactorBias, Sharing
@@ -53,27 +53,26 @@ class KroneckerFactors(Described, Mapping[str, tuple[Tensor, Tensor]]):
     drawn: Noise | None = None
 
     @property
-    def pairs(self) -> list[Pair]:
-        """The factors with the entries of a flat vector that they are of, in the order of the parameters."""
-        found = [pair for own in self.sums for pair in own.pairs(self.bias == "separate")]
-        return sorted(found, key=lambda pair: pair.where[0].start)
+    def _owners(self) -> dict[str, OuterSums | RowSums]:
+        """The statistics that a parameter's factors are made of, in the order of the parameters."""
+        own = {name: sums for sums in self.sums for name in sums.owners(self.bias == "separate")}
+        return dict(sorted(own.items(), key=lambda item: self.space.names.index(item[0])))
+
+    def _pair(self, name: str, sums: OuterSums | RowSums) -> Pair:
+        return sums.pair_of(name, self.bias == "separate")
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the factors of a parameter."""
-        for own in self.sums:
-            if name in own.names:
-                for pair in own.pairs(self.bias == "separate"):
-                    if pair.name == name:
-                        return pair.stored(own.dtype)
-        raise KeyError(name)
+        """Return the factors of a parameter, made anew."""
+        sums = self._owners[name]
+        return self._pair(name, sums).stored(sums.dtype)
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names of parameters with factors of their own."""
-        return (pair.name for pair in self.pairs)
+        return iter(self._owners)
 
     def __len__(self) -> int:
         """How many they are."""
-        return len(self.pairs)
+        return len(self._owners)
 
     @property
     def noise(self) -> float | None:
@@ -115,16 +114,13 @@ class KroneckerFactors(Described, Mapping[str, tuple[Tensor, Tensor]]):
         Raises:
             NonFiniteError: A factor holds NaN or Inf.
         """
-        dtypes = {own.where[0].start: own.dtype for own in self.sums}
-        blocks = list[Block]()
-        for own in self.sums:
-            blocks += [pair.block(dtypes[own.where[0].start]) for pair in own.pairs(self.bias == "separate")]
-        return EigenBlocks(self.space, tuple(blocks), self.noise)
+        blocks = tuple(self._pair(name, own).block(own.dtype) for name, own in self._owners.items())
+        return EigenBlocks(self.space, blocks, self.noise)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the factors take."""
-        return sum(side.nbytes for pair in self.pairs for side in (pair.left, pair.right))
+        return sum(side.nbytes for pair in self.values() for side in pair)
 
     @property
     def coverage(self) -> dict[str, int]:
@@ -133,7 +129,7 @@ class KroneckerFactors(Described, Mapping[str, tuple[Tensor, Tensor]]):
         return {form: sum(n for found, n in sizes if found == form) for form in FORMS}
 
     def _describe(self) -> Description:
-        facts = [(p.name, " ⊗ ".join(str(tuple(side.shape)) for side in self[p.name])) for p in self.pairs[:8]]
+        facts = [(name, " ⊗ ".join(str(tuple(side.shape)) for side in self[name])) for name in list(self)[:8]]
         if len(self) > len(facts):
             facts.append(("and", f"{len(self) - len(facts)} more"))
         facts += [("form", covered(self.coverage)), ("memory", in_words(self.nbytes))]

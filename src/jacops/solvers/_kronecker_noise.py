@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import final
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from .._operators._noise import DIRECTIONS, ratio
 from .._runtime.counter import Draws
 from .._torch.protocol import Gradients, OuterGradients
+
+_REMEMBERED = 2**12  # places of a side: in 4 directions 64 KiB of signs, for 128 sides 8 MiB
 
 
 @final
@@ -72,5 +76,16 @@ class Noise:
 
     def _along(self, group: int, side: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Return signs `(directions, *shape)`, the same at each place of a group's side every time."""
-        places = torch.ones(shape, dtype=torch.bool, device=like.device)
-        return Draws(2 * group + side).signs(places, DIRECTIONS)
+        return _signs(2 * group + side, shape, like.device)
+
+
+def _signs(stream: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Return signs `(directions, *shape)`, remembered unless there are very many."""
+    return (_small_signs if math.prod(shape) <= _REMEMBERED else _drawn)(stream, shape, device)
+
+
+def _drawn(stream: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    return Draws(stream).signs(torch.ones(shape, dtype=torch.bool, device=device), DIRECTIONS)
+
+
+_small_signs = lru_cache(128)(_drawn)

@@ -16,6 +16,7 @@ from .._framework import likelihood_at
 from .._ladder.names import Fact, Question, RouteName
 from .._operators import Operator
 from .._operators._eigen_blocks import Block
+from .._recorded_loss import LossOf
 from .._requirements import check_precision
 from .._runtime.counter import Draws
 from .._sharing import PLACES, refuse_apart
@@ -87,7 +88,8 @@ class Passes:
 
     def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
         found, model = term.recorded(data.x, self.call), term.model
-        at = LossAtOutput(model, found, term.loss, data.y, data.rows, self.call)
+        of = LossOf(term.loss, data.y, term.at_output)
+        at = LossAtOutput(model, found, of, data.rows, self.call)
         batch: Any = model.layers(data.x, term.picks, self.call) if at.foreign else RecordedBatch(at.output())
         if not at.foreign and batch.lin.proofs.refused(Question.PULL, RouteName.BY_USES):
             batch.distrust()
@@ -115,7 +117,7 @@ class Passes:
     def _directions(self, at: LossAtOutput, term: Any, data: Any, first: int) -> Directions:
         if self.fisher == "empirical":
             return Given(_of_own_labels(at, term, data).unsqueeze(0))
-        hessian = at.hessian()
+        hessian = at.hessian(term.losses if data.weights is None else None)
         if self.fisher == "exact" or (self.fisher == "auto" and hessian.columns <= _EXACT_UP_TO):
             return hessian
         refuse_apart(self.problem.data, self.problem.ranks, PLACES)
@@ -155,13 +157,18 @@ def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
     losses, many = term.losses, data.rows
     shares = losses.denominators(data.y, many) if losses.reduction == "mean" else torch.ones(many)
     shares = torch.where(shares > 0, shares, 1.0)  # a sample that is ignored has no loss to divide
-    own = at.gradient(term.own(many))
+    own = _slopes(at, term, data, shares)
     counted, total = row_scale(losses, data.y, many, lambda: likelihood_at(at.model, at.found, losses, data.y))
     counted = counted.to(own)
     if data.weights is not None:  # the batch enters by its numerator, in the units of its denominator
         units = counted / shares.to(own)
         return own * (counted * (data.weights.to(own) / torch.where(units > 0, units, 1.0)).sqrt()).unsqueeze(1)
     return own * (counted / math.sqrt(total)).unsqueeze(1)
+
+
+def _slopes(at: LossAtOutput, term: Any, data: Any, shares: Tensor) -> Tensor:
+    own = term.own(data.rows)
+    return at.gradient(own) if data.weights is not None else at.slopes(own, shares, term.losses.reduction == "mean")
 
 
 def _check_finite(groups: Sequence[Group], found: Sequence[Gradients], batch: RecordedBatch) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from .._operators._eigen_blocks import Block, Form
-from .._runtime.chunks import ENTRIES
 from .._torch.protocol import OuterGradients
 from ..errors import NonFiniteError
-from ._running_sums import Running, SideSum
+from ._running_sums import Running, SideSum, squares
 
 
 @dataclass(frozen=True)
@@ -185,34 +184,42 @@ class OuterSums:
             squares = squares * weights.flatten()[found // table]
         return torch.bincount(found % table, squares, minlength=table).unsqueeze(0)
 
-    def pair(self) -> Pair:
-        """Return the factors; of a weight that enters in two ways those that keep the trace of the sum."""
+    def _joined(self) -> tuple[SideSum, SideSum, tuple[float, float]]:
+        """Return both sides' sums, and by what each has to be multiplied.
+
+        Of a weight that enters in two ways they are those that keep the trace of the sum.
+        """
         sizes = {swapped: self._size(swapped) for swapped in self._factors}
         if len(sizes) == 1:
             ((swapped, (left, right)),) = self._factors.items()
             whole = 1 / sizes[swapped]
-            left, right = (left.times(whole), right) if swapped else (left, right.times(whole))
-            return Pair(self.where, self.names[0], left.matrix(), right.matrix(), self.turned)
+            return left, right, (whole, 1.0) if swapped else (1.0, whole)
         weights = [[side.trace() / sizes[way] for side in own] for way, own in self._factors.items()]
         (left, right), *others = self._factors.values()
         left, right = left.times(weights[0][1]), right.times(weights[0][0])
         for own, weight in zip(others, weights[1:], strict=True):
             left, right = left.plus(own[0].times(weight[1])), right.plus(own[1].times(weight[0]))
-        total = max(left.trace(), self._tiny)
-        return Pair(self.where, self.names[0], left.matrix(), right.times(1 / total).matrix(), self.turned)
+        return left, right, (1.0, 1 / max(left.trace(), self._tiny))
 
-    def pairs(self, separate: bool = False) -> list[Pair]:
-        """Return the factors, of a weight and its bias together or of each."""
-        joint = self.pair()
-        if not separate or len(self.where) == 1:
-            return [joint]
-        weight, bias = self.where
-        right, last = joint.right[..., :-1], _diagonal(joint.right)[:, -1:]
-        right = right if right.ndim == 2 else right[:, :-1]
-        return [
-            Pair((weight,), self.names[0], joint.left, right, self.turned),
-            Pair((bias,), self.names[1], joint.left, last),
-        ]
+    def pair(self) -> Pair:
+        """Return the factors of the weight, and of its bias as its last column."""
+        left, right, (p, q) = self._joined()
+        return Pair(self.where, self.names[0], left.matrix(p), right.matrix(q), self.turned)
+
+    def owners(self, separate: bool = False) -> tuple[str, ...]:
+        """Return the names of parameters with factors of their own."""
+        return self.names if separate else self.names[:1]
+
+    def pair_of(self, name: str, separate: bool = False) -> Pair:
+        """Return the factors of the weight, with its bias or without, or of the bias."""
+        if name == self.names[0]:
+            joint = self.pair()
+            if not separate or len(self.where) == 1:
+                return joint
+            right = joint.right[..., :-1]
+            return replace(joint, where=self.where[:1], right=right if right.ndim == 2 else right[:, :-1])
+        left, right, (p, q) = self._joined()
+        return Pair(self.where[1:], name, left.matrix(p), right.last(q), self.turned)
 
     def running(self) -> list[Running]:
         """Return the sums that are over samples, in an order that does not depend on these."""
@@ -256,7 +263,7 @@ class OuterSums:
             for use in uses
         ]
         if turned:
-            found = self._looked_up(turned) if turned[0].looks_up else _squares(turned)
+            found = self._looked_up(turned) if turned[0].looks_up else squares(turned)
             self._squares.add(found, factor)
 
     def _looked_up(self, uses: Sequence[OuterGradients]) -> Tensor:
@@ -320,10 +327,14 @@ class RowSums:
         other.dtype, other._sum = self.dtype, total
         return other
 
-    def pairs(self, separate: bool = False) -> list[Pair]:
+    def owners(self, separate: bool = False) -> tuple[str, ...]:
+        """Return the name of the parameter."""
+        return self.names
+
+    def pair_of(self, name: str, separate: bool = False) -> Pair:
         """Return the curvature itself, times one."""
         total = self._sum.matrix()
-        return [Pair(self.where, self.names[0], total.new_ones(1, 1), total, turned=True, form=self.form)]
+        return Pair(self.where, name, total.new_ones(1, 1), total, turned=True, form=self.form)
 
     def block(self) -> Block:
         """Return what is known.
@@ -331,7 +342,7 @@ class RowSums:
         Raises:
             NonFiniteError: A gradient was NaN or Inf.
         """
-        return self.pairs()[0].block(self.dtype)
+        return self.pair_of(self.names[0]).block(self.dtype)
 
 
 def _reduced(uses: Sequence[OuterGradients]) -> Iterator[OuterGradients]:
@@ -355,10 +366,6 @@ def not_finite(name: str) -> NonFiniteError:
     return NonFiniteError(f"EKFAC: in the gradients by {name}, some are NaN or Inf. Look at the data.")
 
 
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
-
-
 def _rows(side: Tensor) -> Tensor:
     """Return `(g, k n t, p)`, what a factor is the sum of squares of."""
     return side.movedim(3, 0).flatten(1, 3)
@@ -369,32 +376,3 @@ def _rotated(side: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         return side
     return side @ basis[0] if basis.shape[0] == 1 else (side.unsqueeze(-2) @ basis).squeeze(-2)
-
-
-def _squares(uses: Sequence[OuterGradients]) -> Tensor:
-    """Return the sum of squares `(g, p, q)` of the gradients of all samples under all cotangents."""
-    if len(uses) == 1 and uses[0].left.shape[2] == 1:
-        left, right = (side.square().sum(0)[:, 0].movedim(1, 0) for side in (uses[0].left, uses[0].right))
-        return left.mT @ right
-    many = max(side.shape[0] for use in uses for side in (use.left, use.right))
-    alike = len({use.swapped for use in uses}) == 1
-    left, right = (
-        torch.cat([s if alike else s.expand(many, *s.shape[1:]) for s in sides], 2).permute(1, 3, 0, 4, 2)
-        for sides in zip(*((use.left, use.right) for use in uses), strict=True)
-    )  # (n, g, k or 1, p, t)
-    n, g, _, p, _ = left.shape
-    q = right.shape[3]
-    chunk = max(1, ENTRIES // max(1, many * g * p * q))
-    total = left.new_zeros(g, p, q)
-    for start in range(0, n, chunk):
-        total += _squared_sums(left[start : start + chunk], right[start : start + chunk])
-    return total
-
-
-def _squared_sums(left: Tensor, right: Tensor) -> Tensor:
-    """Return squares `(g, p, q)` of `sum_t left outer right`, `(n, g, k or 1, p or q, t)` each, summed over n and k."""
-    (n, g, a, p, t), (_, _, b, q, _) = left.shape, right.shape
-    if a == b:
-        return (left @ right.mT).square().sum((0, 2))
-    product = left.reshape(n, g, a * p, t) @ right.reshape(n, g, b * q, t).mT
-    return product.square().reshape(n, g, a, p, b, q).sum((0, 2, 4))

@@ -7,7 +7,7 @@ small blocks in full.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from .._finite import check_outputs
+from .._ladder.names import Fact
 from .._ladder.protocol import Linearized, is_framework_model
-from .._recorded_loss import loss_of_output, recordable
+from .._recorded_loss import LossOf, loss_of_output, recordable
+from .._runtime.agreement import worst_disagreement
 from .._runtime.contexts import recording
 from .._runtime.restoring import restoring
 from .._torch.protocol import (
     Elementwise,
     FullBlocks,
     ProbedHessian,
+    RowLosses,
     Softmax,
     counted_labels,
     gradient_linearization,
@@ -31,6 +34,7 @@ from .._torch.protocol import (
 from .._trees import output_leaves
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
 
+_LABELLED = Fact.SOFTMAX_OF_LABELS
 _FULL_ENTRIES = 2**26  # 512 MiB of blocks, which are held in float64
 
 
@@ -41,8 +45,7 @@ class LossAtOutput:
     Args:
         model: The model.
         found: Its recorded output, in any framework.
-        loss: `loss(output, y)`, one number.
-        y: The target.
+        of: The loss and its target.
         samples: How many.
         call: The public call, for messages.
 
@@ -56,10 +59,11 @@ class LossAtOutput:
         NonFiniteError: An output is NaN or Inf.
     """
 
-    def __init__(self, model: Any, found: Any, loss: Any, y: Any, samples: int, call: str) -> None:
-        self.model, self.found, self.samples, self.y, self.call = model, found, samples, y, call
+    def __init__(self, model: Any, found: Any, of: LossOf, samples: int, call: str) -> None:
+        self.model, self.found, self.samples, self.call = model, found, samples, call
+        self.y, self._record, loss = of.y, of.record, of.loss
         self.foreign = is_framework_model(model)
-        self._counted = None if self.foreign else counted_labels(loss, y)
+        self._counted = None if self.foreign else counted_labels(loss, of.y)
         outputs, tree = output_leaves(found.output, aside=True)
         check_outputs(call, outputs, tree.names)
         self._used = list(range(len(outputs)))
@@ -80,7 +84,10 @@ class LossAtOutput:
         """Return the loss by the output, recorded there, and note what it depends on."""
         if self.foreign:
             return self.model.record_at_output(self.found, loss, self.y, self.call)
-        outer = record_at_outputs(self.found, loss_of_output(loss, recordable(self.y, False)), loss, self.call)
+        if self._record is not None:
+            outer = self._record(self.found, self.y, self.call)
+        else:
+            outer = record_at_outputs(self.found, loss_of_output(loss, recordable(self.y, False)), loss, self.call)
         reached = outer.lin.graph_info.leaves
         self._used = [i for i, leaf in enumerate(outer.lin.leaves) if id(leaf) in reached]
         self._computed_in = outer.lin.outputs[0].dtype
@@ -125,6 +132,36 @@ class LossAtOutput:
             parts = [rows[0] for rows in lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])]
         return self._joined([parts[i] for i in self._used]).detach()
 
+    def slopes(self, own: Any, shares: Tensor, mean: bool) -> Tensor:
+        """Return the gradient `(n, entries)` of every sample's own loss by the output.
+
+        That of the whole loss is made of them, which is compared with `own` once for a graph, and now and then.
+
+        Args:
+            own: The sum of the samples' own losses, as a loss.
+            shares: What each sample adds to the denominator of a mean, `(n,)`.
+            mean: The whole loss is a mean, not a sum.
+        """
+        if self.foreign:
+            return self.gradient(own)
+        lin, claim = self._at.lin, (Fact.ROWS_OF_LOSS, mean)
+        slope = lin.gradient([torch.ones_like(lin.outputs[0])])
+        whole = self._joined([slope[i] for i in self._used]).detach()
+        if mean:
+            factors = torch.where(shares > 0, shares.sum() / torch.where(shares > 0, shares, 1.0), 0.0)
+            whole = whole * factors.to(whole).unsqueeze(1)
+        if self._due(*claim):
+            plain = self.gradient(own)
+            if not worst_disagreement([(whole, plain)]) <= lin.tolerance:
+                return plain
+            lin.proofs.remember(*claim)
+        return whole
+
+    def _due(self, *claim: Hashable) -> bool:
+        """Say whether a claim about a torch loss has to be looked at: it is not proved, or was long ago."""
+        proofs = self._at.lin.proofs
+        return proofs.needs(*claim) or proofs.spot_due(str(claim[0]))
+
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Return outputs `(n, entries)`, in the dtype of the first."""
         rows = [part.reshape(self.samples, -1) for part in parts]
@@ -139,13 +176,21 @@ class LossAtOutput:
             matrix[:, :, i] = self.product(unit)
         return matrix
 
-    def hessian(self) -> Elementwise | Softmax | FullBlocks:
+    def hessian(self, losses: RowLosses | None = None) -> Elementwise | Softmax | FullBlocks:
         """Return the Hessian in the simplest form that gives its products.
+
+        That of a softmax is read off the labels where it was found to be so for this graph, and now and then again.
+
+        Args:
+            losses: What the loss's rows are known to be, where they count alike.
 
         Raises:
             NonFiniteError: It holds NaN or Inf.
             InputError: The loss mixes samples, is not convex in the output, or is of a kind too large for its blocks.
         """
+        expected = None if losses is None or self.foreign else self._labelled(losses)
+        if expected is not None and not self._due(_LABELLED):
+            return expected
         found = ProbedHessian(self._products, self.like, self.leaves, self._computed_in)
         if not found.is_finite:
             raise NonFiniteError(f"{self.call}: in the loss's second derivative by the output, some are NaN or Inf.")
@@ -155,7 +200,26 @@ class LossAtOutput:
         diagonal = found.diagonal()
         if diagonal is not None:
             return Elementwise(_root(diagonal))
+        if expected is not None and found.agrees(expected):
+            self._at.lin.proofs.remember(_LABELLED)
+            return expected
         return found.softmax(self._counted) or self._blocks()
+
+    def _labelled(self, losses: RowLosses) -> Softmax | None:
+        """Return the Hessian of cross-entropy with these labels and weights; None where they do not fit the output."""
+        output, y = self.leaves[0].detach(), self.y
+        if len(self.leaves) != 1 or not isinstance(y, Tensor) or not losses.counts_targets(y) or losses.lag(y):
+            return None
+        axes = {axis for axis in (1, output.ndim - 1) if y.shape == output.shape[:axis] + output.shape[axis + 1 :]}
+        if output.ndim < 2 or len(axes) != 1:
+            return None
+        (axis,) = axes
+        shape = output.shape
+        folded = (shape[0], shape[1:axis].numel(), shape[axis], shape[axis + 1 :].numel())
+        shares = losses.label_shares(y).reshape(folded[0], folded[1], 1, folded[3])
+        factor = shares / shares.sum() if losses.reduction == "mean" else shares
+        real = shares > 0 if self._counted is None else self._counted.reshape(shares.shape)
+        return Softmax(output.softmax(axis).reshape(folded), factor.sqrt().to(output), real.to(output.device))
 
     def _blocks(self) -> FullBlocks:
         if self.samples * self.entries**2 > _FULL_ENTRIES:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self, final
 
 import torch
 from torch import Tensor
+
+from .._runtime.chunks import ENTRIES
+from .._torch.protocol import OuterGradients
 
 _STRIP = 256  # rows of a symmetric matrix summed together: 64 to 512 took the same time for a side of 2,048
 
@@ -120,17 +123,51 @@ class SideSum:
         ends = (part[:, :, -part.shape[1] :].diagonal(dim1=1, dim2=2) for part in parts)
         return sum(float(end.sum(dtype=torch.float64)) for end in ends)
 
-    def matrix(self) -> Tensor:
-        """Return `(g, p, p)`, or the diagonal `(g, p)`."""
-        if self.diagonal:
-            return self.strips[0].value()
+    def matrix(self, factor: float = 1.0) -> Tensor:
+        """Return the sum times a number, `(g, p, p)`, or the diagonal `(g, p)`, in memory of its own."""
+        if self.diagonal or len(self.strips) == 1:
+            return self.strips[0].value() * factor
         last = self.strips[-1].value()
         found = last.new_empty(last.shape[0], last.shape[2], last.shape[2])
         start = 0
         for strip in self.strips:
             part = strip.value()
             stop = part.shape[2]
-            found[:, start:stop, :stop] = part
-            found[:, :start, start:stop] = part[:, :, :start].mT
+            torch.mul(part, factor, out=found[:, start:stop, :stop])
+            found[:, :start, start:stop] = found[:, start:stop, :start].mT
             start = stop
         return found
+
+    def last(self, factor: float = 1.0) -> Tensor:
+        """Return the last entry of the diagonal times a number, `(g, 1)`."""
+        part = self.strips[-1].value()
+        return (part[:, -1:] if self.diagonal else part[:, -1, -1:]) * factor
+
+
+def squares(uses: Sequence[OuterGradients]) -> Tensor:
+    """Return the sum of squares `(g, p, q)` of the gradients of all samples under all cotangents."""
+    if len(uses) == 1 and uses[0].left.shape[2] == 1:
+        left, right = (side.square().sum(0)[:, 0].movedim(1, 0) for side in (uses[0].left, uses[0].right))
+        return left.mT @ right
+    many = max(side.shape[0] for use in uses for side in (use.left, use.right))
+    alike = len({use.swapped for use in uses}) == 1
+    left, right = (
+        torch.cat([s if alike else s.expand(many, *s.shape[1:]) for s in sides], 2).permute(1, 3, 0, 4, 2)
+        for sides in zip(*((use.left, use.right) for use in uses), strict=True)
+    )  # (n, g, k or 1, p, t)
+    n, g, _, p, _ = left.shape
+    q = right.shape[3]
+    chunk = max(1, ENTRIES // max(1, many * g * p * q))
+    total = left.new_zeros(g, p, q)
+    for start in range(0, n, chunk):
+        total += _squared_sums(left[start : start + chunk], right[start : start + chunk])
+    return total
+
+
+def _squared_sums(left: Tensor, right: Tensor) -> Tensor:
+    """Return squares `(g, p, q)` of `sum_t left outer right`, `(n, g, k or 1, p or q, t)` each, summed over n and k."""
+    (n, g, a, p, t), (_, _, b, q, _) = left.shape, right.shape
+    if a == b:
+        return (left @ right.mT).square().sum((0, 2))
+    product = left.reshape(n, g, a * p, t) @ right.reshape(n, g, b * q, t).mT
+    return product.square().reshape(n, g, a, p, b, q).sum((0, 2, 4))

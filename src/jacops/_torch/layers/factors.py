@@ -86,7 +86,7 @@ class LayerRows:
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield covered leaves with what to add to the sum of their squared gradients, over samples and seeds.
 
-        Cotangents of several seeds are squared together, up to `most` numbers of them.
+        With one position a sample, cotangents of several seeds are squared together, up to `most` numbers of them.
 
         Args:
             operands: What multiplies the parameters, by site.
@@ -97,11 +97,16 @@ class LayerRows:
         for deltas in (found for some in seeds for found in self.sweeps(some)):
             waiting.append(deltas)
             held = sum(delta.numel() for own in waiting for delta in own)
-            if held + sum(delta.numel() for delta in deltas) > most:
+            if not self._single or held + sum(delta.numel() for delta in deltas) > most:
                 yield from self._squared(operands, waiting)
                 waiting = []
         if waiting:
             yield from self._squared(operands, waiting)
+
+    @property
+    def _single(self) -> bool:
+        """Whether samples have one position each: then squares of several seeds add up before they meet the operand."""
+        return all(site.kind == "vector" or site.row_count <= self.samples for site in self.sites)
 
     def _squared(
         self, operands: Sequence[Tensor | None], sweeps: Sequence[Sequence[Tensor]]

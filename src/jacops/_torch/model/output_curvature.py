@@ -186,6 +186,12 @@ class ProbedHessian:
         largest = size.amax(1, keepdim=True) if size.shape[1] else size
         return bool(((found - self._image).abs() <= self._closely * size + self._floor * largest).all())
 
+    def agrees(self, softmax: Softmax) -> bool:
+        """Say whether products with a softmax's Hessian are those that were seen."""
+        v, p = self._probe.reshape(softmax.p.shape), softmax.p
+        image = softmax.root.square() * p * (v - (p * v).sum(2, keepdim=True))
+        return float((image.reshape(self._image.shape) - self._image).norm()) <= self._allowed
+
     def softmax(self, counted: Tensor | None = None) -> Softmax | None:
         """Return it as that of a softmax at each position of the one output, where it is.
 

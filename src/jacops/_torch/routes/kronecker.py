@@ -7,8 +7,9 @@ of a whole weight, except to check itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -116,7 +117,7 @@ class RecordedBatch:
         if uses is None:
             return Group("swept", (leaf,))
         forms = _forms(uses)
-        if not uses or forms & {"vector", "derived"} or len(set(map(_sides, uses))) > 1:
+        if not uses or forms & {"vector", "derived"} or (len(uses) > 1 and len(set(map(_sides, uses))) > 1):
             return Group("rows", (leaf,))
         if forms == {"lookup"}:
             return Group("lookup", (leaf,))
@@ -130,7 +131,11 @@ class RecordedBatch:
         if not weights or not vectors:
             return {}
         flat = [site for own in (*weights.values(), *vectors.values()) for site in own]
-        deltas = dict(zip(flat, self._layers.sweep([private_noise(self.output)], flat), strict=True))
+
+        @cache
+        def deltas() -> dict[ParameterUse, Tensor]:
+            return dict(zip(flat, self._layers.sweep([private_noise(self.output)], flat), strict=True))
+
         partners: dict[int, int] = {}
         for exact in (True, False):  # the same operation first: a later sum has the same cotangent
             for weight, own in weights.items():
@@ -239,7 +244,10 @@ def _sides(use: ParameterUse) -> tuple[int, int]:
 
 
 def _is_bias(
-    weights: list[ParameterUse], vectors: list[ParameterUse], deltas: dict[ParameterUse, Tensor], exact: bool
+    weights: list[ParameterUse],
+    vectors: list[ParameterUse],
+    deltas: Callable[[], dict[ParameterUse, Tensor]],
+    exact: bool,
 ) -> bool:
     if len(weights) != len(vectors) or any(site.operand is not None for site in vectors):
         return False
@@ -247,7 +255,7 @@ def _is_bias(
     if exact:
         return all(w.node is v.node and w.layout is not None for w, v in pairs)
     for w, v in pairs:
-        at_weight, at_vector = deltas[w].flatten(2), deltas[v].flatten(2)
+        at_weight, at_vector = deltas()[w].flatten(2), deltas()[v].flatten(2)
         if at_weight.shape != at_vector.shape or not torch.equal(at_weight, at_vector):
             return False
     return True

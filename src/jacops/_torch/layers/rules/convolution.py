@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..part import slices
 from .rule import Entry, RowLayout, Rule, output_shape, second_axis
-
-_TURNED = 2**19  # bytes of patches that are turned at once: they stay in a near cache
 
 
 class Convolution(Rule):
@@ -86,18 +83,13 @@ def _windows(
     stride: tuple[int, ...],
     positions: torch.Size | None,
 ) -> Tensor:
-    """Return `(samples, positions, in)`: long runs copied first, which `F.unfold` does not, and then turned."""
+    """Return `(samples, positions, in)`, a view of `(in, samples, positions)`, which is copied in long runs."""
     axes = len(kernel)
     a = F.pad(a, [p for own in reversed(padding) for p in (own, own)]) if any(padding) else a
     for axis in range(axes):
         a = a.unfold(axis + 2, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
         a = a if positions is None else a.narrow(axis + 2, 0, positions[axis])
     a = a[(..., *(slice(None, None, step) for step in dilation))]
-    a = a.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-    inner, many = a.shape[1 : 2 + axes].numel(), a.shape[2 + axes :].numel()
-    if torch.is_grad_enabled() and a.requires_grad:
-        return a.reshape(a.shape[0], inner, many).transpose(1, 2)
-    found = a.new_empty(a.shape[0], many, inner)
-    for some in slices(a.shape[0], inner * many * a.element_size(), _TURNED):
-        found[some] = a[some].reshape(-1, inner, many).transpose(1, 2)
-    return found
+    a = a.permute(1, *range(2 + axes, 2 + 2 * axes), 0, *range(2, 2 + axes))
+    inner, samples, many = (a.shape[i:j].numel() for i, j in ((0, 1 + axes), (1 + axes, 2 + axes), (2 + axes, a.ndim)))
+    return a.reshape(inner, samples, many).permute(1, 2, 0)
