@@ -304,7 +304,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("vectorized", {"vectorized": 1}, InputTypeError, "True or False"),
     ("solver", {"solver": "qr"}, InputTypeError, "QR or Cholesky"),
     ("shared", {"input": torch.ones(4, 2), "shared": "t"}, InputError, "there is no such input"),
-    ("fixed", {"fixed": {"y": 0}}, InputError, "the parameters that move"),
+    ("fixed", {"fixed": {"y": 0}}, InputError, "the free parameters"),
     ("kernel", {"kernel": "hubert"}, InputError, "huber"),
 ]
 

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -354,15 +355,11 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
         reference, settings = _known.get(key, (None, None))
         if reference is None or settings is None or reference() is not function:  # by identity: never by ==
             try:
-                reference = weakref.ref(function, lambda gone, key=key: _drop(key, gone))
+                # No Python runs when a function dies, since an interrupt in such a callback would be lost. The entry
+                # is its own: an identity is used again only after the callback.
+                reference = weakref.ref(function, partial(_known.pop, key))
             except TypeError:
                 return ProofStore(checks, lambda: function, many)
             settings = Bounded(_SETTINGS)
             _known[key] = (reference, settings)
         return settings.take((setting, checks), lambda: ProofStore(checks, reference, many))
-
-
-def _drop(key: int, reference: weakref.ref[Any]) -> None:
-    with process_lock:
-        if key in _known and _known[key][0] is reference:
-            del _known[key]
