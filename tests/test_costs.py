@@ -258,6 +258,7 @@ def test_large_tangents_go_one_by_one_and_small_ones_together() -> None:
             nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 9)), torch.randn(2, width)
         )
         rows = torch.randn(3, J.shape[1])
+        J.apply(rows)  # with its proofs
         before = J.lin.sweeps
         found = J.apply(rows)
         assert (J.lin.sweeps - before >= 3) != together

@@ -613,3 +613,31 @@ def test_refusals_an_error_of_the_closure_s_own_passes_through():
 
     with pytest.raises(OwnError):
         jvp(function, [weight(3)], draw(3))
+
+
+class Scaled(nn.Module):
+    """A hook scales gradients by a number that it reads out of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 8).double(), nn.Linear(8, 6).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if h.requires_grad:
+            h.register_hook(lambda g: g * g.detach().abs().max().item())
+        return self.last(h)
+
+
+@pytest.mark.filterwarnings("ignore::jacops.JacopsWarning")
+def test_a_backward_that_reads_numbers_out_of_its_cotangent_is_taken_row_by_row() -> None:
+    """What was read while a pull was recorded is a constant of the double backward."""
+    model, x = Scaled(), torch.randn(4, 3).double()
+    rows = []
+    for i in range(len(x)):
+        own = x[i : i + 1].clone().requires_grad_()
+        out = model(own)
+        rows.append(torch.stack([torch.autograd.grad(o, own, retain_graph=True)[0][0] for o in out[0]]))
+    for mode in ("reverse", "forward", "auto"):
+        torch.testing.assert_close(jacops.compute_jacobian(model, x, mode=mode), torch.stack(rows))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Share of all gradients' typical entry that a gradient is measured by at least: a zero one holds rounding.
 _FLOOR = 1e-2
+_OTHER = 1000  # the seed of another cotangent than the recorded one, whose seeds count from 0
 
 
 class DoubleBackward:
@@ -132,10 +133,36 @@ class AdjointOfItsPull:
         return True
 
 
+class LinearPull:
+    """`<w, J v> = <Jᵀw, v>` for a pull along another random `w`.
+
+    The pull that was recorded does not show a backward pass that is not linear in its cotangent, such as a hook that
+    reads a number out of it: there that number is a constant.
+    """
+
+    name, always = "linear", False
+
+    def evidence(self, route: Any, ask: SweepAsk, found: Rows) -> bool:
+        """Return whether the identity holds.
+
+        Raises:
+            RouteFailedError: It does not.
+        """
+        lin = ask.lin
+        with unwatched():
+            other = [2 * private_noise(o, seed=_OTHER + i) for i, o in enumerate(lin.outputs)]
+            pulled = lin.pull(other)
+            pairs = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None and t is not None]
+            error = adjoint_error(other, pairs, found)
+        if not error <= lin.tolerance:
+            raise RouteFailedError(f"the backward pass is not linear in its cotangent (off by {error:.1e})")
+        return True
+
+
 class OneByOneDoubleBackward:
     """A backward pass over a recorded backward pass for every tangent."""
 
-    name, claims, leaving = RouteName.DOUBLE_BACKWARD, (AdjointOfItsPull(),), "warned"
+    name, claims, leaving = RouteName.DOUBLE_BACKWARD, (AdjointOfItsPull(), LinearPull()), "warned"
 
     def refuses(self, ask: SweepAsk) -> str | None:
         """It is tried wherever it has not failed."""
