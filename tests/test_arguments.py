@@ -14,7 +14,7 @@ from jacops import JacopsError, _words
 from jacops._keywords import keywords
 from jacops._requirements import check_choice
 from jacops.errors import InputError, InputTypeError
-from jacops.fit import _kernels, _solvers, _strategies
+from jacops.fit import _kernels, _named_solvers, _strategies
 from jacops.solvers import _names
 
 MODULES = [value for name in jacops.__all__ if inspect.ismodule(value := getattr(jacops, name))]
@@ -200,6 +200,6 @@ def test_a_word_is_checked_against_its_type(name: str) -> None:
 
 def test_every_name_of_a_type_stands_for_something() -> None:
     assert set(_names.NAMES) == set(get_args(_words.SolverName))
-    assert set(_solvers._NAMES) == set(get_args(_words.StepSolverName))
+    assert set(_named_solvers._NAMES) == set(get_args(_words.StepSolverName))
     assert set(_strategies._NAMES) == set(get_args(_words.StrategyName))
     assert {"linear", *_kernels._NAMES} == set(get_args(_words.KernelName))
