@@ -475,7 +475,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an empty loader": (jac(BOUND, Batched([])), DataError, "`x` is empty.*at least one batch"),
     "batches of three": (jac(BOUND, Batched([(X, Y, Y)])), DataError, "3 things as batch 0.*`unpack=`"),
     "y is left out": (lambda: jacops.sample_gradients(BOUND, loss, X), InputTypeError, "`y` is left out"),
-    "y beside a loader": (lambda: jacops.sample_gradients(BOUND, loss, LOADER, Y), InputError, "comes with"),
+    "y beside a loader": (lambda: jacops.sample_gradients(BOUND, loss, LOADER, Y), InputError, "is given beside"),
     "weights in batches": (lambda: jacops.sample_gradients(BOUND, loss, LOADER, unpack=lambda b: (*b, torch.ones(3))),
                            DataError, "giving weights.*`unpack=`"),
     "settings that change": (lambda: jacops.sample_jacobians(MODEL, Batched([({**NAMED, "x": X, "power": p}, Y) for p in

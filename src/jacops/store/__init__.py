@@ -50,9 +50,7 @@ def read_store(path: Location, name: str = "influences", *, partial: bool = Fals
         StoreError: There is no store, it is damaged, or it is unfinished and not `partial`.
 
     Example:
-        >>> import pytest, tempfile
-        ...
-        ... _ = pytest.importorskip("zarr")
+        >>> import tempfile
         >>> import jacops
         >>> folder = tempfile.mkdtemp() + "/run"
         >>> model, data = torch.nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.zeros(2, 1))]

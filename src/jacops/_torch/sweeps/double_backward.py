@@ -50,6 +50,7 @@ class DoubleBackward:
         self.seeds: Rows = []
         self.grads: list[Tensor | None] = []
         self.sizes: list[float] = []
+        self.typical = 0.0
         if self.live:
             self._record(lin)
 
@@ -65,6 +66,7 @@ class DoubleBackward:
             self.grads = [dense(g) for g in grads]
             with unwatched():
                 self.sizes = [size(g) for g in self.grads if g is not None]
+                self.typical = typical_entry(self.grads, self.sizes)
 
     def push(self, lin: Linearization, tangents: Sequence[Tensor | None], create_graph: bool, batched: bool) -> Rows:
         """Return `(k, *output)` per output from `(k, *leaf)` per leaf, None for zero."""
@@ -121,7 +123,7 @@ class AdjointOfItsPull:
         if not pushed:
             return True
         with unwatched():
-            error = adjoint_error(own.seeds, own.paired(ask.rows), pushed, own.sizes_along(ask.rows))
+            error = adjoint_error(own.seeds, own.paired(ask.rows), pushed, own.typical, own.sizes_along(ask.rows))
         if not error <= lin.tolerance:
             names = lin.graph_info.functions
             blame = f", perhaps by the custom Function {', '.join(names)}" if names else ""
@@ -153,7 +155,7 @@ class LinearPull:
             other = [2 * private_noise(o, seed=_OTHER + i) for i, o in enumerate(lin.outputs)]
             pulled = lin.pull(other)
             pairs = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None and t is not None]
-            error = adjoint_error(other, pairs, found)
+            error = adjoint_error(other, pairs, found, typical_entry(pulled))
         if not error <= lin.tolerance:
             raise RouteFailedError(f"the backward pass is not linear in its cotangent (off by {error:.1e})")
         return True
@@ -195,8 +197,19 @@ class BatchedDoubleBackward(OneByOneDoubleBackward):
         return ask.lin.double_backward.push(ask.lin, ask.rows, ask.create_graph, batched=True)
 
 
+def typical_entry(grads: Sequence[Tensor | None], sizes: list[float] | None = None) -> float:
+    """Return the root mean square entry of all gradients, those of leaves that do not move included."""
+    there = [g for g in grads if g is not None]
+    sizes = [size(plain(g)) for g in there] if sizes is None else sizes
+    return math.sqrt(sum(s**2 for s in sizes) / max(sum(g.numel() for g in there), 1))
+
+
 def adjoint_error(
-    seeds: Rows, paired: list[tuple[Tensor, Tensor]], pushed: Rows, sizes: list[float] | None = None
+    seeds: Rows,
+    paired: list[tuple[Tensor, Tensor]],
+    pushed: Rows,
+    typical: float,
+    sizes: list[float] | None = None,
 ) -> float:
     """Return how far `<u, J v>` and `<Jᵀu, v>` are apart, relative to the size of their parts, at worst over rows.
 
@@ -204,6 +217,7 @@ def adjoint_error(
         seeds: `u`, one tensor per output.
         paired: Gradients `Jᵀu`, each with the rows `(k, …)` of `v` for the same tensor.
         pushed: `J v`, rows `(k, …)` per output.
+        typical: The typical entry of all gradients.
         sizes: The norms of the gradients, where they are known.
     """
     nothing = torch.zeros(pushed[0].shape[0], dtype=torch.float64, device=pushed[0].device)
@@ -212,9 +226,8 @@ def adjoint_error(
     sizes = [size(g) for g, _ in paired] if sizes is None else sizes
     # The size of <g, v> is about that of v times a typical entry of g, whatever cancels in it; a gradient that is
     # zero but for rounding is measured by the typical entry of all.
-    entries = sum(g.numel() for g, _ in paired)
-    typical = _FLOOR * math.sqrt(sum(s**2 for s in sizes) / max(entries, 1))
-    spread = [s / math.sqrt(max(g.numel(), 1)) + typical for s, (g, _) in zip(sizes, paired, strict=True)]
+    floor = _FLOOR * typical
+    spread = [s / math.sqrt(max(g.numel(), 1)) + floor for s, (g, _) in zip(sizes, paired, strict=True)]
     pairs = [(s, t) for s, (_, t) in zip(spread, paired, strict=True)] + [(1.0, r) for r in pushed]
     return _relative_gap((left - right).abs(), pairs)
 

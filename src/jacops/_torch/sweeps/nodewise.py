@@ -22,16 +22,18 @@ from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWron
 from ..._ladder.names import Question, RouteName
 from ..._ladder.plan import Cost
 from ..._runtime.contexts import private_noise, sweeping
-from ..._runtime.restoring import restoring
+from ..._runtime.restoring import Setting, restoring
 from ..._runtime.rows import Rows, plain
 from .ask import SweepAsk
-from .double_backward import adjoint_error
+from .double_backward import adjoint_error, typical_entry
 from .graph import parents_first
 from .node_rules import Rule, rule_for
 
 if TYPE_CHECKING:
     from .linearization import Linearization
 
+# Sets whether torch warns of operations that vmap runs one by one, which is slow and right; it cannot be read.
+_warn_of_loops = torch._C._functorch._set_vmap_fallback_warning_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _SLOW, _NEGLIGIBLE = 4.0, 5e-3  # a differentiated pull takes 2 to 3 pulls; seconds below which timing is noise
 _LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 Place = tuple[Any, int]
@@ -95,7 +97,7 @@ class Nodewise:
             rest = iter(moving)
             return tuple(self._pushed(lin.outputs, [None if t is None else next(rest) for t in tangent]))
 
-        with sweeping(lin.outputs[0]), torch.no_grad():
+        with sweeping(lin.outputs[0]), torch.no_grad(), Setting(lambda: True, _warn_of_loops, not together):
             row = list((torch.func.vmap(pushed) if together else pushed)(*given))
         if not all(is_finite(part) for part in row):
             raise RouteNotFiniteError("values are not finite")
@@ -143,7 +145,7 @@ class Adjoint:
         pulled = lin.pull(noise)
         limit = _SLOW * (time.perf_counter() - started) + _NEGLIGIBLE
         pairs = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None and t is not None]
-        error = adjoint_error(noise, pairs, found)
+        error = adjoint_error(noise, pairs, found, typical_entry(pulled))
         if not error <= lin.tolerance:
             raise RouteWrongError(f"a push node by node fails the adjoint identity (by {error:.1e})")
         # Twice: the machine may have been busy with something else.
