@@ -63,5 +63,5 @@ def true_residual(operator: Matrix, damping: float, x: torch.Tensor, b: torch.Te
 def attainable(operator: Matrix, damping: float, x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the residuals that rounding allows: eps |A| |x| / |b|."""
     matrix = operator.matrix.double() + damping * torch.eye(operator.shape[0], dtype=F64)
-    size = float(torch.linalg.matrix_norm(matrix, 2))
+    size = float(torch.linalg.matrix_norm(matrix, 2)) if matrix.numel() else 0.0
     return torch.finfo(x.dtype).eps * size * x.double().norm(dim=1) / b.double().norm(dim=1)

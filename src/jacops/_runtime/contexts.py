@@ -41,15 +41,16 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     A trace cannot hold sweeps over graphs.
     """
     function = restoring(function)
-    disabled: list[Callable[Arguments, Result]] = []
+    disabled: Callable[Arguments, Result] | None = None
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        nonlocal disabled
         if "torch._dynamo" not in sys.modules or not (torch.compiler.is_compiling() or _compiles()):
             return function(*args, **kwargs)  # nobody compiles: to say so takes long, and to import that longer
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))  # pyright: ignore[reportArgumentType]
-        return disabled[0](*args, **kwargs)
+        if disabled is None:  # no list: releases of torch before 2.13 do not trace `append`
+            disabled = torch.compiler.disable(function)  # pyright: ignore[reportArgumentType]
+        return disabled(*args, **kwargs)
 
     return call
 
