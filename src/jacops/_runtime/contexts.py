@@ -49,8 +49,8 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         if "torch._dynamo" not in sys.modules or not (torch.compiler.is_compiling() or _compiles()):
             return function(*args, **kwargs)  # nobody compiles: to say so takes long, and to import that longer
         if disabled is None:  # no list: releases of torch before 2.13 do not trace `append`
-            disabled = torch.compiler.disable(function)  # pyright: ignore[reportArgumentType]
-        return disabled(*args, **kwargs)
+            disabled = torch.compiler.disable(function)  # pyright: ignore[reportArgumentType, reportAssignmentType]
+        return disabled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
 
     return call
 
