@@ -30,8 +30,9 @@ SHARE = 0.5  # the other half is for other processes and what a plan cannot see:
 SMALL = 2**25  # 32 MiB: any machine has them, and reading what is free takes as long as a small call
 """Below this a call runs without asking the system what is free."""
 
-# Measured: modules and library pages of a process's first derivative, through `torch.autograd.grad` and without it.
-_STARTUP, _LIGHT = 46 * 2**20, 14 * 2**20
+# Measured: modules and library pages of the first derivative of a process. Those of `torch.autograd.grad` are 33 MiB
+# of it, which a call may need or not, also after a first sweep without them.
+_STARTUP = 46 * 2**20
 # Measured over MLPs, convolutions, attention, encoders and decoders.
 _KERNELS, _HOLES, _MOST_HOLES = 12 * 2**20, 0.65, 96 * 2**20
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -106,15 +107,11 @@ def _address_room() -> Iterator[int]:
         return
 
 
-def startup_bytes(device: torch.device, light: bool = False) -> int:
-    """Return what the first derivative of a process takes for good: torch loads modules and library pages for it.
-
-    Args:
-        device: Where it runs; of a device's memory nothing is taken.
-        light: It is known not to go through `torch.autograd.grad`, whose modules are most of that.
-    """
+def startup_bytes(device: torch.device) -> int:
+    """Return what the first derivative of a process takes for good: torch loads modules and library pages for it."""
     loaded = "torch.fx.experimental.symbolic_shapes" in sys.modules
-    return 0 if loaded or device.type != "cpu" else _LIGHT if light else _STARTUP
+    # Those pages are of the processor's memory; of a device's memory nothing is taken.
+    return 0 if loaded or device.type != "cpu" else _STARTUP
 
 
 def resident(held: float) -> int:

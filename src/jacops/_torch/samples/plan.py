@@ -25,7 +25,7 @@ from .bottleneck import narrowest
 from .results import SAMPLES_TODO
 from .routes import BY_SAMPLES
 from .runs import Run
-from .sweeps import FEWEST, sweep
+from .sweeps import sweep
 
 if TYPE_CHECKING:
     from .batch import Samples
@@ -253,18 +253,11 @@ def planned(samples: Samples, budget: Budget, mode: str, allocated: bool = True)
         arrays=samples.beside.arrays,
         beside=beside,
     )
-    plan = replace(plan, startup=min(startup, _startup(samples, plan)))
     # Chunks that fit the cache are faster on a processor; a device takes what fits its memory.
     rows = min(plan.fits, plan.cached) if samples.values[0].device.type == "cpu" else plan.fits
     most = min(beside.samples(allowed - plan.kept), int(_FOLLOWED / max(beside.each, 1.0)), samples.batch_size)
     followed = 1 if plan.apart else _evenly(count, most)
     return replace(plan, chunk=_evenly(count, min(rows, samples.batch_size)), followed=followed)
-
-
-def _startup(samples: Samples, plan: SamplePlan) -> int:
-    """Return what is still to be loaded: sweeps of one and two samples did not need what batched passes do."""
-    light = plan.route == "forward" or plan.entries[0] < FEWEST
-    return startup_bytes(samples.values[0].device, light=light)
 
 
 def remembered_plan(samples: Samples, budget: Budget, mode: str, allocated: bool) -> SamplePlan:

@@ -24,7 +24,7 @@ _BLOCK = 2**16  # numbers copied at a time while transposing: they stay in a nea
 
 # Batched passes of eight cotangents and more, over at most so many bytes, took 0.6 to 0.85 of the time of pulls one by
 # one, for perceptrons and convolutions; those of fewer or larger ones took 1.0 to 1.5 times as long.
-FEWEST, _AT_ONCE = 8, 2**22
+_FEWEST, _AT_ONCE = 8, 2**22
 
 
 def counts(lin: Linearization) -> tuple[int, int]:
@@ -82,14 +82,14 @@ def unit_pushes(
 def _to_a_pass(lin: Linearization) -> int:
     """Return how many output entries of every sample are pulled in one batched pass; 1 where that is no faster."""
     entries = max((o.shape[1:].numel() for o in lin.outputs), default=0)
-    if entries < FEWEST or lin.domain.device.type != "cpu":
+    if entries < _FEWEST or lin.domain.device.type != "cpu":
         return 1
     known = lin.proofs.known
     passed = known.get("bytes of a pass")
     if passed is None:
         passed = known["bytes of a pass"] = passed_bytes(lin.graph_info.nodes)
     most = min(entries, _AT_ONCE // max(1, passed))
-    return most if most >= FEWEST else 1
+    return most if most >= _FEWEST else 1
 
 
 def _rows(lin: Linearization, blocks: Blocks, where: slice, together: int) -> Iterator[None]:
