@@ -153,9 +153,7 @@ class LinearPull:
         lin = ask.lin
         with unwatched():
             other = [2 * private_noise(o, seed=_OTHER + i) for i, o in enumerate(lin.outputs)]
-            pulled = lin.pull(other)
-            pairs = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None and t is not None]
-            error = adjoint_error(other, pairs, found, typical_entry(pulled))
+            error = error_beside(lin.pull(other), other, ask, found)
         if not error <= lin.tolerance:
             raise RouteFailedError(f"the backward pass is not linear in its cotangent (off by {error:.1e})")
         return True
@@ -197,19 +195,29 @@ class BatchedDoubleBackward(OneByOneDoubleBackward):
         return ask.lin.double_backward.push(ask.lin, ask.rows, ask.create_graph, batched=True)
 
 
-def typical_entry(grads: Sequence[Tensor | None], sizes: list[float] | None = None) -> float:
-    """Return the root mean square entry of all gradients, those of leaves that do not move included."""
-    there = [g for g in grads if g is not None]
-    sizes = [size(plain(g)) for g in there] if sizes is None else sizes
-    return math.sqrt(sum(s**2 for s in sizes) / max(sum(g.numel() for g in there), 1))
+def error_beside(pulled: Sequence[Tensor | None], seeds: Rows, ask: SweepAsk, pushed: Rows) -> float:
+    """Return the error of the adjoint identity of a push beside a plain pull along `seeds`."""
+    there = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None]
+    sizes = [size(g) for g, _ in there]
+    typical = typical_entry([g for g, _ in there], sizes)
+    paired = [(g, t) for g, t in there if t is not None]
+    return adjoint_error(
+        seeds, paired, pushed, typical, [s for s, (_, t) in zip(sizes, there, strict=True) if t is not None]
+    )
+
+
+def typical_entry(grads: Sequence[Tensor | None], sizes: list[float]) -> float:
+    """Return the root mean square entry of all gradients, those of leaves that do not move included.
+
+    Args:
+        grads: The gradients.
+        sizes: The norms of those that are there.
+    """
+    return math.sqrt(sum(s**2 for s in sizes) / max(sum(g.numel() for g in grads if g is not None), 1))
 
 
 def adjoint_error(
-    seeds: Rows,
-    paired: list[tuple[Tensor, Tensor]],
-    pushed: Rows,
-    typical: float,
-    sizes: list[float] | None = None,
+    seeds: Rows, paired: list[tuple[Tensor, Tensor]], pushed: Rows, typical: float, sizes: list[float]
 ) -> float:
     """Return how far `<u, J v>` and `<Jᵀu, v>` are apart, relative to the size of their parts, at worst over rows.
 
@@ -218,12 +226,11 @@ def adjoint_error(
         paired: Gradients `Jᵀu`, each with the rows `(k, …)` of `v` for the same tensor.
         pushed: `J v`, rows `(k, …)` per output.
         typical: The typical entry of all gradients.
-        sizes: The norms of the gradients, where they are known.
+        sizes: The norms of the gradients in `paired`.
     """
     nothing = torch.zeros(pushed[0].shape[0], dtype=torch.float64, device=pushed[0].device)
     left = sum((inner(u, r) for u, r in zip(seeds, pushed, strict=True)), nothing)
     right = sum((inner(g, t) for g, t in paired), nothing)
-    sizes = [size(g) for g, _ in paired] if sizes is None else sizes
     # The size of <g, v> is about that of v times a typical entry of g, whatever cancels in it; a gradient that is
     # zero but for rounding is measured by the typical entry of all.
     floor = _FLOOR * typical

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import Setting, restoring
 from ..._runtime.rows import Rows, plain
 from .ask import SweepAsk
-from .double_backward import adjoint_error, typical_entry
+from .double_backward import error_beside
 from .graph import parents_first
 from .node_rules import Rule, rule_for
 
@@ -97,7 +98,8 @@ class Nodewise:
             rest = iter(moving)
             return tuple(self._pushed(lin.outputs, [None if t is None else next(rest) for t in tangent]))
 
-        with sweeping(lin.outputs[0]), torch.no_grad(), Setting(lambda: True, _warn_of_loops, not together):
+        quiet = Setting(lambda: True, _warn_of_loops, False) if together else nullcontext()
+        with sweeping(lin.outputs[0]), torch.no_grad(), quiet:
             row = list((torch.func.vmap(pushed) if together else pushed)(*given))
         if not all(is_finite(part) for part in row):
             raise RouteNotFiniteError("values are not finite")
@@ -144,8 +146,7 @@ class Adjoint:
         started = time.perf_counter()
         pulled = lin.pull(noise)
         limit = _SLOW * (time.perf_counter() - started) + _NEGLIGIBLE
-        pairs = [(plain(g), t) for g, t in zip(pulled, ask.rows, strict=True) if g is not None and t is not None]
-        error = adjoint_error(noise, pairs, found, typical_entry(pulled))
+        error = error_beside(pulled, noise, ask, found)
         if not error <= lin.tolerance:
             raise RouteWrongError(f"a push node by node fails the adjoint identity (by {error:.1e})")
         # Twice: the machine may have been busy with something else.
