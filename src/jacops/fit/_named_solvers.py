@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, final
 
 import numpy as np
@@ -42,11 +43,7 @@ class QDLDL(StepSolver):
         Raises:
             MissingExtraError: The package is not installed.
         """
-        try:
-            import qdldl
-        except ImportError:
-            raise MissingExtraError("qdldl", "qdldl") from None
-        total = sp.csc_matrix(system.unit_normal(damping))
+        qdldl, total = _package("qdldl"), sp.csc_matrix(system.unit_normal(damping))
         try:
             with _kept(system, "qdldl", lambda: qdldl.Solver(total)) as (factor, is_new):
                 if not is_new:
@@ -70,10 +67,7 @@ class RSLAB(StepSolver):
         Raises:
             MissingExtraError: The package is not installed.
         """
-        try:
-            import rslab
-        except ImportError:
-            raise MissingExtraError("rslab", "rslab") from None
+        rslab = _package("rslab")
         total, threads = sp.csc_matrix(system.unit_normal(damping)), torch.get_num_threads()
         try:
             with _kept(system, "rslab", lambda: rslab.analyze(total, path="ldlt", threads=threads)) as (analysis, _):
@@ -86,6 +80,18 @@ class RSLAB(StepSolver):
         noise = np.random.default_rng(0).standard_normal(total.shape[0])
         bound = np.linalg.norm(noise) / np.linalg.norm(factor.solve(noise)) if len(noise) else np.inf
         return refined(system, damping, factor.solve, np.array([bound]), "rslab")
+
+
+def _package(name: str) -> Any:
+    """Return a package that the extra of its name installs.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError:
+        raise MissingExtraError(name, name) from None
 
 
 @contextmanager
@@ -115,11 +121,11 @@ _NAMES: dict[StepSolverName, type[StepSolver]] = {
 
 
 def solver_of(solver: Any) -> StepSolver:
-    """Return the solver meant by a name or a recipe.
+    """Return the solver that a name or an object stands for.
 
     Raises:
         InputError: The name is unknown.
-        InputTypeError: It is neither a name nor a recipe.
+        InputTypeError: It is neither a name nor a solver.
     """
     if isinstance(solver, StepSolver):
         return solver
