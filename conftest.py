@@ -1,6 +1,8 @@
-"""Names that doctests may use without importing them, and one seed for every test."""
+"""Names that doctests may use without importing them, one seed for every test, and a fixture of several files."""
 
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,3 +20,13 @@ def _same_seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(params=["numba", "scipy"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loops over fronts, compiled or not."""
+    if request.param == "scipy":
+        monkeypatch.setitem(sys.modules, "jacops.fit._compiled", None)
+    elif find_spec("numba") is None:
+        pytest.skip("numba is not installed")
+    return request.param

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ from jacops.fit._normal import NormalPattern
 from test_sparse_cholesky import bundle_blocks, stacked
 
 F64 = torch.float64
-
-
-@pytest.fixture(params=["numba", "scipy"])
-def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The loops over fronts, compiled or not."""
-    if request.param == "scipy":
-        monkeypatch.setitem(sys.modules, "jacops.fit._compiled", None)
-    elif find_spec("numba") is None:
-        pytest.skip("numba is not installed")
-    return request.param
 
 
 # ---- entries of the inverse ------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -26,16 +24,6 @@ from jacops.fit._multifrontal import FrontalAnalysis
 from jacops.fit._normal import NormalPattern
 from jacops.fit._row_blocks import RowBlocks, Stack
 from jacops.fit._system import LinearizedFit
-
-
-@pytest.fixture(params=["numba", "scipy"])
-def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The loops over fronts, compiled or not."""
-    if request.param == "scipy":
-        monkeypatch.setitem(sys.modules, "jacops.fit._compiled", None)
-    elif find_spec("numba") is None:
-        pytest.skip("numba is not installed")
-    return request.param
 
 
 def stacked(rng: np.random.Generator, many: int, most: int) -> RowBlocks:
