@@ -56,7 +56,7 @@ def _value_page(name: str, thing: Any, text: str) -> str:
 
 
 def _directive(name: str, thing: Any) -> str:
-    """Return what autodoc is told for an object."""
+    """Return the autodoc directive of an object."""
     if inspect.isclass(thing):
         members = f"   :members:\n   :special-members: __matmul__\n   :inherited-members: {_OUTSIDE}"
         return f".. autoclass:: {name}\n{members}"

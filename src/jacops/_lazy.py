@@ -1,7 +1,7 @@
 """Namespaces whose names load the module that makes them when they are first asked for.
 
 `import jacops` stays as quick as `import torch`, and a program pays for what it uses. Classes among the names check the
-arguments of their methods (`_keywords.check_methods`) as soon as the module of any of them is loaded, whoever loads it.
+arguments of their methods (`_keywords.check_methods`) as soon as the module that defines one of them is loaded.
 """
 
 from __future__ import annotations
