@@ -183,24 +183,35 @@ class Objective:
         return self._found[0].lin.held_bytes if self._found else 0
 
     @restoring
-    def recorded(self, x: Any, call: str) -> Any:
-        """Return the model's recorded output by the parameters, the same one while nothing was written into them."""
-        found = self._known(x)
+    def recorded(self, x: Any, call: str, pulled: bool = False) -> Any:
+        """Return the model's recorded output by the parameters, the same one while nothing was written into them.
+
+        Args:
+            x: The model's input.
+            call: On whose behalf.
+            pulled: Only pulls are taken of it, never their derivatives.
+        """
+        found = self._known(x, pulled)
         if found is None:
+            how: Any = {"kept": True, "aside": True, "pulled": pulled}
             with seeded(self.seed):
-                found = recorded(self.model, x, call=call, parameters=self.picks, kept=True, aside=True)
+                found = recorded(self.model, x, call=call, parameters=self.picks, **how)
             if self._x is x:
                 self._found[:] = [found]
         return found
 
-    def _known(self, x: Any) -> Any:
+    def _known(self, x: Any, pulled: bool) -> Any:
         """Return the recorded output of a batch if it is kept and the model still is as it was recorded."""
         found = self._found[0] if self._x is x and self._found else None
         weights = None if found is None else found.lin.weights
-        return None if weights is None or weights.changed_in(bare(self.model)) is not None else found
+        if found is None or weights is None or weights.changed_in(bare(self.model)) is not None:
+            return None
+        return found if pulled or not found.lin.is_pulled_only else None
 
     @restoring
-    def recorded_loss(self, x: Any, y: Any, call: str, loss: Loss | None = None, kept: bool = False) -> Any:
+    def recorded_loss(
+        self, x: Any, y: Any, call: str, loss: Loss | None = None, kept: bool = False, pulled: bool = False
+    ) -> Any:
         """Return the recorded loss of a batch, over the graph of its recorded output where that is known.
 
         Args:
@@ -209,15 +220,16 @@ class Objective:
             call: On whose behalf.
             loss: Another loss than the objective's.
             kept: It is kept for later products, as is the output.
+            pulled: Only pulls are taken of it, never their derivatives.
         """
-        found, chosen = self._known(x), loss or self.loss
+        found, chosen = self._known(x, pulled), loss or self.loss
         if found is None and kept and self._x is x:
             with suppress(InputTypeError, NotDifferentiableError):  # an output that is no tensor, but its loss is
-                found = self.recorded(x, call)
+                found = self.recorded(x, call, pulled)
         if found is not None:
             return record_loss_of(found, chosen, y, call)
         with seeded(self.seed):
-            return record_loss(self.model, chosen, x, y, call, parameters=self.picks, kept=kept)
+            return record_loss(self.model, chosen, x, y, call, parameters=self.picks, kept=kept, pulled=pulled)
 
     def check_reduction(self, batch: Batch) -> None:
         """Refuse a loss that does not reduce a batch as said, or a row alone; proved once for a torch graph.
@@ -259,7 +271,7 @@ class Objective:
         """Return the loss of a batch, which must be finite: else the message names what holds NaN or Inf."""
         if self.foreign:
             return self.model.value(self.loss, x, y, SweepOptions("value", self.picks))
-        value = float(self.recorded_loss(x, y, "value").lin.outputs[0].detach())
+        value = float(self.recorded_loss(x, y, "value", pulled=True).lin.outputs[0].detach())
         if not math.isfinite(value):
             raise not_finite("Problem", value, bare(self.model), x, y)
         return value
@@ -272,7 +284,7 @@ class Objective:
         named = self._named
         shift = {name: offset(named[name].detach(), seed) for seed, name in enumerate(self.space.names)}
         with seeded(self.seed):
-            found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks, shift=shift)
+            found = record_loss(self.model, self.loss, x, y, "value", parameters=self.picks, shift=shift, pulled=True)
         return float(found.lin.outputs[0].detach())
 
     def gradient(self, x: Any, y: Any) -> Tensor:
@@ -286,7 +298,7 @@ class Objective:
         """Return the loss of a batch and its gradient `(P,)`, which must be finite, from one forward."""
         if self.foreign:
             return self.value(x, y), self.gradient(x, y)
-        lin = self.recorded_loss(x, y, call).lin
+        lin = self.recorded_loss(x, y, call, pulled=True).lin
         rows = lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])
         check_finite(call, rows, lin.domain.names, lin, data={"x": x, "y": y})
         return float(lin.outputs[0].detach()), lin.domain.join(rows)[0].detach()
@@ -336,7 +348,7 @@ class Objective:
     def sample_gradients(self, x: Any, y: Any) -> LayerFactors:
         """Return `(n, P)`, row i the gradient of the loss of sample i alone."""
         call = "sample_gradients"
-        given, record = SampleInputs(x, y), self._record(x, call)
+        given, record = SampleInputs(x, y), self._record(x, call, pulled=True)
         rows = gradients_at(self.model, self.losses.scalar, given, self.seed, self._picked, record)
         return with_source(rows, Source(call, {"x": x, "y": y}))
 
@@ -345,9 +357,9 @@ class Objective:
         record = None if outputs is not None else self._record(x, "leverage")
         return jacobians_at(self.model, SampleInputs(x), outputs, self.seed, {**self._picked, "aside": True}, record)
 
-    def _record(self, x: Any, call: str) -> Callable[[], Any] | None:
+    def _record(self, x: Any, call: str, pulled: bool = False) -> Callable[[], Any] | None:
         """Return what records a batch that is kept; None for any other."""
-        return partial(self.recorded, x, call) if self._x is x else None
+        return partial(self.recorded, x, call, pulled) if self._x is x else None
 
     @restoring
     def outputs(self, x: Any, y: Any) -> tuple[Operator, Tensor, Tensor]:

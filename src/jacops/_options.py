@@ -153,6 +153,7 @@ class TorchOptions(TypedDict, total=False):
     connected: bool
     kept: bool
     aside: bool
+    pulled: bool
 
 
 class RecordOptions(TypedDict, total=False):
@@ -206,8 +207,10 @@ class LossOptions(LocatedOptions, total=False):
         kept: It is kept for later products, so the caller may write into the weights meanwhile.
         connected: It stays connected to the caller's parameters, for derivatives of derivatives.
         shift: Added to parameters, by name, for finite differences.
+        pulled: Only pulls are taken of it, never their derivatives.
     """
 
     kept: bool
     connected: bool
+    pulled: bool
     shift: Mapping[str, Tensor] | None

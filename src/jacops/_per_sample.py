@@ -136,18 +136,19 @@ def gradients_at(
         return framework_sample_gradients(model, loss, given.x, given.y, sweeps)
     refuse_mixing_modules(model, random=seed is None)
     values, tree, inputs = given.apart
+    how: Any = {"connected": create_graph, "pulled": True}  # of a connected recording more than pulls is taken
 
     @restoring
     def alone(values: Sequence[Tensor]) -> Recording:
         one_x, one_y = tree.build(values)
         with seeded(seed), one_row("sample_gradients"), given.explained(model, "sample_gradients", options):
-            return record_loss(model, loss, one_x, one_y, "sample_gradients", connected=create_graph, **options)
+            return record_loss(model, loss, one_x, one_y, "sample_gradients", **how, **options)
 
     def together(some: Sequence[Tensor]) -> Recording:
         if record is not None and len(some[0]) == len(values[0]):
             return record()
         inputs = tree.build(some)[0]
-        run = ModelRun(model, inputs, call="sample_gradients", connected=create_graph, aside=True, **options)
+        run = ModelRun(model, inputs, call="sample_gradients", aside=True, **how, **options)
         return run.recorded()
 
     def cotangents(batch: Recording, values: Sequence[Tensor]) -> RowSlopes:

@@ -84,15 +84,15 @@ def prove_reduction(objective: Any, batch: Batch) -> None:
 def _recorded_apart(objective: Any, batch: Batch) -> list[Recording]:
     """Return the recorded output and the loss recorded there; of an output that is no tensor, the loss alone."""
     try:
-        found = objective.recorded(batch.x, "loss")
+        found = objective.recorded(batch.x, "loss", pulled=True)
     except (InputTypeError, NotDifferentiableError):
-        return [objective.recorded_loss(batch.x, batch.y, "loss", kept=True)]
+        return [objective.recorded_loss(batch.x, batch.y, "loss", kept=True, pulled=True)]
     return [found, objective.at_output(found, batch.y, "loss", kept=True)]
 
 
 def _first_rows(objective: Any, batch: Batch) -> tuple[Any, Batch]:
     """Return the recorded output for a few rows, and those rows; for all where outputs have no such axis."""
-    found = objective.recorded(batch.x, "loss")
+    found = objective.recorded(batch.x, "loss", pulled=True)
     outputs, few = found.lin.outputs, objective.losses.few_rows(batch.y, _DIVIDED)
     if all(leaf.ndim and leaf.shape[0] == batch.rows for leaf in outputs):
         outputs, batch = [leaf[few] for leaf in outputs], batch.part(few)

@@ -146,7 +146,7 @@ class IndexPlan:
         if objective.foreign:
             came, todo = "'monte_carlo_fisher' for a JAX model", "Pass 'ggn' or 'empirical_fisher'."
             raise InputError.of("curvature", came, "drawn labels are taken with torch models", todo)
-        found = objective.recorded(batch.x, "projected_index")
+        found = objective.recorded(batch.x, "projected_index", pulled=True)
         scores = drawn_scores(objective.model, objective.losses, batch.y, found, Draws(0, first))
         drawn = objective.changed(loss=_along, reduction="sum")
         return self.sketch.rows(drawn.sample_gradients(batch.x, scores))
@@ -231,7 +231,8 @@ def _of_labels(point: BatchPoint, rows: Tensor) -> Tensor:
     losses = objective.losses
 
     def computed() -> Any:
-        return likelihood_at(objective.model, objective.recorded(batch.x, "projected_index"), losses, batch.y)
+        found = objective.recorded(batch.x, "projected_index", pulled=True)
+        return likelihood_at(objective.model, found, losses, batch.y)
 
     terms, total = row_scale(losses, batch.y, batch.rows, computed)
     return (terms.double() / total**0.5).to(rows).unsqueeze(1) * rows

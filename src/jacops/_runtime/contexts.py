@@ -33,6 +33,7 @@ from .side_effects import tensors_in
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Matters = Callable[[Tensor], bool]
 
 
 def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -224,13 +225,15 @@ class GraphRecording(Guards):
     """A context in which a graph is recorded.
 
     Args:
-        matters: Which tensors' gradients matter; those of all that require grad by default.
+        matters: Which tensors' gradients matter.
         call: The public call, for messages.
+        pulled: Only pulls are taken of the graph, never their derivatives: attention keeps the caller's kernels.
     """
 
-    def __init__(self, matters: Callable[[Tensor], bool] = lambda tensor: True, call: str = "") -> None:
+    def __init__(self, matters: Matters, call: str, pulled: bool) -> None:
         self._mode, self._matters, self._call = _RightKernels(), matters, call
-        super().__init__(_Gradients(True), math_attention(), _Mode(self._mode), _FreshAutocastCache())
+        attention = () if pulled else (math_attention(),)
+        super().__init__(_Gradients(True), *attention, _Mode(self._mode), _FreshAutocastCache())
 
     def __exit__(self, kind: object = None, *rest: object) -> None:
         super().__exit__(kind, *rest)
@@ -242,19 +245,20 @@ class GraphRecording(Guards):
             )
 
 
-def recording(matters: Callable[[Tensor], bool] = lambda tensor: True, call: str = "") -> GraphRecording:
+def recording(matters: Matters = lambda tensor: True, call: str = "", pulled: bool = False) -> GraphRecording:
     """Record a graph whatever the caller's modes are: `no_grad`, inference mode or autocast's weight cache.
 
     Args:
-        matters: As in `GraphRecording`.
+        matters: As in `GraphRecording`; those of all that require grad by default.
         call: As in `GraphRecording`.
+        pulled: As in `GraphRecording`.
 
     Raises:
         NotDifferentiableError: A `torch.func` transform of the caller is active around the call; or, on leaving, a
             reentrant checkpoint lost the gradient of a tensor that matters.
     """
     refuse_transforms()
-    return GraphRecording(matters, call)
+    return GraphRecording(matters, call, pulled)
 
 
 def sweeping(like: Tensor) -> Guards:

@@ -87,7 +87,7 @@ class Passes:
             del point, term  # before the next batch is recorded
 
     def _of_batch(self, data: Any, term: Any, factor: float, first: int, outer_only: bool) -> Iterator[Piece]:
-        found, model = term.recorded(data.x, self.call), term.model
+        found, model = term.recorded(data.x, self.call, pulled=True), term.model
         of = LossOf(term.loss, data.y, term.at_output)
         at = LossAtOutput(model, found, of, data.rows, self.call)
         batch: Any = model.layers(data.x, term.picks, self.call) if at.foreign else RecordedBatch(at.output())

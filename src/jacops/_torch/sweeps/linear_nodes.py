@@ -58,6 +58,11 @@ def has_fused_norm(nodes: Iterable[Any]) -> bool:
     return any("LayerNorm" in name or "BatchNorm" in name for name in (node.name() for node in nodes))
 
 
+def has_fused_attention(nodes: Iterable[Any]) -> bool:
+    """Say whether a graph holds attention by a fused kernel, whose backward has no derivative."""
+    return any(node.name().startswith("ScaledDotProduct") for node in nodes)
+
+
 def is_linear(node: Any) -> bool:
     """Say whether a node's backward is known to be linear in its cotangent, with finite coefficients."""
     if isinstance(node, BackwardCFunction):

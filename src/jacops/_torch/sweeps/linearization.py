@@ -30,6 +30,7 @@ from ...errors import JacopsError
 from .ask import SweepAsk
 from .double_backward import DoubleBackward
 from .graph import GraphInfo, inspect_graph, passed_bytes, refuse_cut, saved_bytes
+from .linear_nodes import has_fused_attention
 from .nodewise import Nodewise
 from .proofs import Proofs, ProofStore
 from .pulls import PULLS
@@ -135,6 +136,11 @@ class Linearization:
     def held_bytes(self) -> int:
         """Bytes of the values that the graph keeps, leaves left out."""
         return saved_bytes(self.graph_info.nodes, self.leaves)
+
+    @property
+    def is_pulled_only(self) -> bool:
+        """Attention is on a fused kernel, whose backward has no derivative."""
+        return has_fused_attention(self.graph_info.nodes)
 
     def is_connected(self) -> bool:
         """Say whether a path leads from an output to any leaf, as far as a walk over the graph can see."""

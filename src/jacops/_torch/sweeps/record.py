@@ -149,6 +149,7 @@ class ModelRun:
         shift: Added to the private copies of parameters, by name, for finite differences.
         kept: The recording is kept for later products, so the caller may write into the weights meanwhile.
         aside: As in `output_leaves`.
+        pulled: Only pulls are taken of it, never their derivatives, as in `GraphRecording`.
         anew: As in `watched`.
     """
 
@@ -167,6 +168,7 @@ class ModelRun:
     shift: Mapping[str, Tensor] | None = None
     kept: bool = False
     aside: bool = False
+    pulled: bool = False
     anew: bool = False
 
     @cached_property
@@ -242,7 +244,8 @@ class ModelRun:
         )
         # Its results are differentiated once more than fused norms have derivatives.
         written = norms_written_out() if self.connected else nullcontext()
-        with recording(), random_state_kept(), watch or nullcontext(), written:
+        pulled = self.pulled and not self.connected
+        with recording(pulled=pulled), random_state_kept(), watch or nullcontext(), written:
             before, inputs, hidden = self._forward(replica)
             output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
