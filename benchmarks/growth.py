@@ -332,6 +332,7 @@ def _panel(axes: Any, points: Sequence[Point], what: str) -> None:
                 zorder=3 if ours else 2,
             )
     axes.set(xscale="log", yscale="log")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
 
 
@@ -342,6 +343,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="SERIES", help=f"all of {', '.join(names)} by default")
     parser.add_argument("--limit", type=float, default=10.0, help="processor seconds of a call after which it stops")
     parser.add_argument("--most", type=int, help="largest size")
+    parser.add_argument("--figure", help="also write the plot here")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     points: list[Point] = []
@@ -355,7 +357,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "growth.jsonl").write_text("".join(json.dumps(asdict(p)) + "\n" for p in points), encoding="utf-8")
     (RESULTS / "growth.md").write_text(table(points), encoding="utf-8")
-    draw(points, RESULTS / "growth.png")
+    for path in filter(None, (RESULTS / "growth.png", asked.figure)):
+        draw(points, path)
     print(table(points))
 
 
