@@ -105,6 +105,6 @@ def gradients_of(problem: Problem, parts: list[Batch]) -> Tensor:
 
 
 def unchecked(many: int) -> dict[str, Any]:
-    """Return what `info` says of scores of which no residual was computed."""
+    """Return the entries of `info` for scores without a residual."""
     rows = {"statuses": ["unchecked"] * many, "residual": [math.nan] * many}
     return {"status": "unchecked", "converged": False, "success": True, **rows}
