@@ -103,7 +103,7 @@ class Batches:
         self._rows = 0
 
     def in_order(self) -> Batches:
-        """Return these batches if their order is one that the caller knows.
+        """Return these batches if their order is fixed.
 
         Raises:
             DataError: They come from a loader that shuffles.
@@ -150,7 +150,7 @@ class Batches:
 
     @property
     def known_rows(self) -> int | None:
-        """Rows of all batches as far as a loader's sampler says, without reading any; None where none does."""
+        """Rows of all batches by a loader's sampler, without reading any; None where it has no length."""
         batches: Any = getattr(self.loader, "batch_sampler", None)
         try:
             rows, most = len(batches.sampler), batches.batch_size

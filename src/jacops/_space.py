@@ -127,7 +127,7 @@ class Space(Savable):
 
         Args:
             tree: A tensor where there is one array, else a list or tuple in order, or a dict by name.
-            argument: How error messages call it.
+            argument: Its name in error messages.
             batch: True where every tensor has one more leading axis, the same for all.
             spread: Tensors may be DTensors, of the whole shape.
 
@@ -151,7 +151,7 @@ class Space(Savable):
         return tensors
 
     def check_rows(self, argument: str, rows: Any) -> None:
-        """Refuse what is not rows `(k, dim)` of flat vectors.
+        """Raise unless these are rows `(k, dim)` of flat vectors.
 
         Raises:
             InputTypeError: It is no tensor.
@@ -199,12 +199,12 @@ class Space(Savable):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one flat array, of which there is nothing more to say than its size."""
+        """Whether it is one flat array without a name."""
         return len(self.shapes) == 1 and len(self.shapes[0]) == 1
 
     @property
     def layout(self) -> str:
-        """Names and shapes in one line, for people."""
+        """Names and shapes in one line."""
         parts = [f"{name} {tuple(shape)}" for name, shape in zip(self.names, self.shapes, strict=True)]
         return ", ".join(parts if len(parts) <= 6 else [*parts[:3], f"… {len(parts) - 4} more …", parts[-1]])
 

@@ -1,6 +1,6 @@
 """The errors and warnings of jacops.
 
-An error says four things: which argument, what came, what was needed, what to do. Each type is a child of
+An error states four things: the argument, its value, what is needed, and what to do. Each type is a child of
 `JacopsError` and of the builtin a caller would expect, so both `except JacopsError` and `except ValueError` work.
 """
 
@@ -28,7 +28,7 @@ class JacopsError(Exception):
 
     @classmethod
     def of(cls, argument: str, came: object, needed: str, todo: str = "") -> Self:
-        """Return the error whose message is what `explain` makes of these."""
+        """Return the error with the message that `explain` builds from these."""
         return cls(explain(argument, came, needed, todo))
 
 

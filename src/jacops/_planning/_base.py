@@ -110,7 +110,7 @@ _PLANNERS: dict[str, tuple[Callable[..., Any], _Planner, frozenset[str]]] = {}
 
 
 def planned_by(planner: _Planner, options: type | None = None) -> Callable[[Call], Call]:
-    """Return a decorator that lets `plan` foretell a call.
+    """Return a decorator that registers a call with `plan`.
 
     Args:
         planner: Takes the call's arguments by name, defaults filled in; those of `**options` as a dict.

@@ -1,4 +1,4 @@
-"""Auto: chooses a solver by size, structure, damping and the number of right-hand sides, and says why."""
+"""Auto: chooses a solver by size, structure, damping and the number of right-hand sides, and reports the reason."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Auto(Solver):
 
     Costs are counted in products with one row, never timed, so that a choice can be repeated. For a positive operator
     under damping a Nyström sketch is begun first, and given up where eigenvalues fall too slowly for it to be cheaper
-    than the direct solve; where it takes in all of the spectrum that stands above the damping, conjugate gradients
-    follow. The choice and its reason are in `info["chosen"]`.
+    than the direct solve; where it covers all of the spectrum above the damping, conjugate gradients follow. The choice
+    and its reason are in `info["chosen"]`.
 
     Attributes:
         budget: Bytes for dense matrices; 2 GiB by default.
         indefinite: Take indefinite operators as they are, and do not fail for negative curvature.
         tolerance: On the relative residual; 1e-8 in float64, 1e-4 in float32.
-        taken: What was chosen before, and why, by `decided`; nothing is chosen then.
+        taken: The choice made by `decided`, and its reason; no other choice is made then.
     """
 
     budget: int | None = None
@@ -121,7 +121,7 @@ class _PreparedAuto(Prepared):
         return MINRES(tolerance=tolerance)
 
     def _attempt(self, rows: Tensor) -> Raw | None:
-        """Try conjugate gradients where a sketch says that they are cheaper than a direct solve."""
+        """Try conjugate gradients where a sketch shows that they are cheaper than a direct solve."""
         expected, self.tried = _STEPS * rows.shape[0] ** 0.5, None
         if not self.may_try or self.cost - expected < _LEAST_RANK:
             return None

@@ -48,7 +48,7 @@ def block_iteration(
 @final
 @dataclass(frozen=True, eq=False)
 class BlockState(Savable):
-    """Where an iteration stands between two steps: all that the next ones depend on.
+    """The state of an iteration between two steps: all that the next ones depend on.
 
     Attributes:
         x: Solutions.
@@ -174,7 +174,7 @@ class _BlockRun:
     # ---- states ----------------------------------------------------------------------------------------------------
 
     def state(self) -> BlockState:
-        """Return where the iteration stands."""
+        """Return the state of the iteration."""
         result, system = self.result, self.system
         failed = tuple((row, str(status)) for row, status in result.failed.items())
         products, unit = system.products - self._products, system.fixed()

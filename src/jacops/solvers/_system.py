@@ -1,4 +1,4 @@
-r"""The equations a solver sees: $(A + \lambda I) x = b$, with products counted and residuals in double."""
+r"""The equations of a solver: $(A + \lambda I) x = b$, with products counted and residuals in double."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class System:
             self._exponent = 0 if abs(found) <= _ORDINARY else min(max(found, -most), most)
 
     def fixed(self) -> int:
-        """Return the exponent; one that nothing has shown is 0 from now on."""
+        """Return the exponent, from now on 0 if nothing has determined it."""
         self._exponent = self._exponent or 0
         return self._exponent
 
