@@ -557,7 +557,7 @@ def test_features_before_a_projection_may_be_arrays_or_sparse():
         ([1.0, 2.0], InputTypeError, "`x` is a list"),
         (torch.ones(2, 4).to_sparse(), InputError, "must be dense"),
         (np.array([[1.0, np.nan, 0.0, 0.0]]), NonFiniteError, "contributions"),
-        (None, InputTypeError, "`x` is a NoneType"),
+        (None, InputTypeError, "`x` is None"),
     ],
     ids=str,
 )

@@ -299,4 +299,4 @@ def _masks(entry: str, fits: Any, names: FeatureNames) -> Iterable[np.ndarray]:
 def near(name: Any, known: Sequence[str]) -> str:
     """Return the part of an error message that lists the names nearest to an unknown one."""
     found = get_close_matches(str(name), known, 3, 0.4) or list(known)[:3]
-    return f"; near are {', '.join(found)}" if found else ""
+    return f"; the nearest are {', '.join(found)}" if found else ""

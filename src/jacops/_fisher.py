@@ -215,7 +215,7 @@ def _refuse_weights(loss: Any, kind: str) -> None:
 
 def _unknown(loss: Any, kind: str) -> InputError:
     name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", type(loss).__name__)
-    needed = f"a {kind!r} Fisher matrix needs a loss with a known likelihood"
+    needed = f"the Fisher matrix of kind {kind!r} needs a loss with a known likelihood"
     todo = f"Pass {KNOWN}, a loss with the gradients of one of them, or take `kind='empirical'` or `ggn`."
     return InputError.of("loss", f"{name!r}", needed, todo)
 

@@ -197,7 +197,7 @@ class _Joined:
             self.parts.append(tensors)
         elif self.given is None:
             if self.done + many > len(self.places[0]):
-                raise DataError.of("x", f"giving {self.done + many} rows or more", f"its sampler says {self.count}")
+                raise DataError.of("x", f"giving {self.done + many} rows or more", f"its sampler gives {self.count}")
             for place, part in zip(self.places, tensors, strict=True):
                 place[self.done : self.done + many] = part
         self.done += many
@@ -219,7 +219,7 @@ class _Joined:
         if self.given is not None and any(len(place) != self.done for place in self.given):
             raise InputError.of("out", f"of {len(self.given[0])} rows", f"the loader gives {self.done}")
         if places is not None and any(len(place) != self.done for place in places):
-            raise DataError.of("x", f"giving {self.done} rows", f"its sampler says {self.count}")
+            raise DataError.of("x", f"giving {self.done} rows", f"its sampler gives {self.count}")
         whole = [torch.cat(column) for column in zip(*self.parts, strict=True)] if places is None else places
         return None if self.tree is None else self.tree.build(whole)
 
@@ -239,7 +239,7 @@ def _whole(batches: Batches, given: Mapping[str, Any], with_target: bool) -> dic
     found = [(*parts, None)[:3] for parts in batches.pairs()]
     if any(weights is not None for _, _, weights in found):
         todo = "Leave them out with `unpack=`, or take `Problem(...).sample_gradients()`."
-        raise DataError.of("x", "giving weights", "every row counts alike here", todo)
+        raise DataError.of("x", "giving weights", "all rows have the same weight here", todo)
     x, y = (_joined([parts[i] for parts in found], shared if i == 0 else None, name) for i, name in enumerate("xy"))
     return {"x": x, "y": y}
 

@@ -104,7 +104,7 @@ def _fitting(entry: Any, named: dict[str, Any]) -> list[str]:
         found = [name for name in named if name == entry] or [name for name in named if fnmatchcase(name, entry)]
         if not found:
             near = get_close_matches(entry, named, 3, 0.4) or list(named)[:3]
-            raise InputError.of("parameters", repr(entry), f"no parameter fits; near are {', '.join(near)}")
+            raise InputError.of("parameters", repr(entry), f"no parameter fits; the nearest are {', '.join(near)}")
         return found
     found = [name for name, value in named.items() if value is entry]
     if not found and not hasattr(entry, "shape"):

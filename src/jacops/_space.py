@@ -159,10 +159,14 @@ class Space(Savable):
         """
         if not isinstance(rows, Tensor):
             raise InputTypeError.of(argument, f"a {type(rows).__name__}", "a tensor is needed")
-        if rows.ndim != 2 or (rows.shape[1], rows.dtype, rows.device) != (self.dim, self.dtype, self.device):
-            came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
-            needed = f"rows of width {self.dim}, {self.dtype} on {self.device} are needed; nothing is cast"
-            raise InputError.of(argument, came, needed, f"The axis is {self.layout}." if self.dim else "")
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            single = rows.ndim == 2 and len(rows) == 1  # a vector `(n,)` is one row here
+            came = f"one vector of {rows.shape[1]} entries" if single else f"of shape {tuple(rows.shape)}"
+            needed = f"{'' if single else 'rows of '}{self.dim} entries are needed"
+            raise InputError.of(argument, came, needed, f"They are those of {self.layout}." if self.dim else "")
+        if (rows.dtype, rows.device) != (self.dtype, self.device):
+            needed = f"{self.dtype} on {self.device} is needed; nothing is cast"
+            raise InputError.of(argument, f"of {rows.dtype} on {rows.device}", needed)
 
     def _listed(self, tree: Any, argument: str) -> list[Tensor]:
         if isinstance(tree, Tensor):
@@ -170,7 +174,8 @@ class Space(Savable):
         if isinstance(tree, Mapping):
             unknown, missing = [k for k in tree if k not in self.names], [n for n in self.names if n not in tree]
             if unknown or missing:
-                came = f"a dict with unknown names {unknown} and without {missing}"
+                parts = f"with unknown names {unknown}" if unknown else "", f"without {missing}" if missing else ""
+                came = f"a dict {' and '.join(filter(None, parts))}"
                 raise InputError.of(argument, came, f"one tensor per name is needed: {self.layout}")
             tree = [tree[name] for name in self.names]
         if not isinstance(tree, list | tuple):

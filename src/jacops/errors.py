@@ -6,6 +6,7 @@ An error states four things: the argument, its value, what is needed, and what t
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -184,7 +185,8 @@ class JacopsWarning(UserWarning):
 
 def explain(argument: str, came: object, needed: str, todo: str = "") -> str:
     """Return one sentence or two: `argument` came as `came`, needed was `needed`, do `todo`."""
-    return f"`{argument}` is {came}, but {needed}." + (f" {todo}" if todo else "")
+    words = "None" if came == "a NoneType" else re.sub(r"^a (?=[aeioAEIO]|nd)", "an ", str(came))  # of a type's name
+    return f"`{argument}` is {words}, but {needed}." + (f" {todo}" if todo else "")
 
 
 def warn(message: str) -> None:

@@ -97,7 +97,7 @@ class Walk:
         return [known[node][i] for node, i in edges]
 
     def check_outputs(self, kinds: Sequence[EdgeKind | None], outputs: Sequence[Tensor]) -> None:
-        """Refuse outputs whose rows nobody could mend.
+        """Refuse outputs whose rows cannot be corrected.
 
         Raises:
             NotDifferentiableError: One holds numbers out of storage, or elements of another group than it says.
@@ -213,14 +213,14 @@ class Walk:
         for node in self.series:
             name, vectors = type(node)._forward_cls.__name__, node.saved_tensors[0].detach()
             eps = torch.finfo(vectors.dtype).eps
-            # Worth mending where three digits more than rounding are lost; worth a warning where half of all are.
+            # Corrected where three digits more than rounding are lost; with a warning where half of all are.
             exact = exact_series(name, vectors, noise=1000 * eps if private else eps**0.5)
             if exact is not None and private:
                 node.register_hook(Mended(node, name, exact))
             elif exact is not None:
                 warn(
                     f"{self.call}: PyPose's gradient of {name} is not exact here (a series cut off, or digits lost at "
-                    "small angles), and the graph is partly the caller's, where it is not put right."
+                    "small angles), and the graph is partly the caller's, where it is not corrected."
                 )
 
 

@@ -95,7 +95,7 @@ def starts_of(
     names = samples.input_tree.names
     if baselines is not None:
         if baseline is not None:
-            raise InputError.of("baselines", "given beside `baseline`", "one of them says where paths begin")
+            raise InputError.of("baselines", "given beside `baseline`", "one of them is needed, not both")
         entries = _entries("baselines", baselines, x, names)
     elif baseline is None or _is_number(baseline):
         fill = 0.0 if baseline is None else float(baseline)

@@ -286,9 +286,9 @@ def _keep(ask: Any, route: Route, error: RouteFailedError) -> bool:
 
 
 def _report(ask: Ask, route: Route, error: RouteFailedError, news: bool, instead: str) -> None:
-    """Say that a route was left, as the caller asked for."""
+    """Report that a route was left, as `fallback` requires."""
     asked = route.name == ask.asked
     _check_allowed(ask, route, error)
     wrong = route.leaving == "noted" and isinstance(error, RouteWrongError)
     if news and ask.fallback == "warn" and (asked or route.leaving == "warned" or wrong):
-        warn(f"{ask.call} went {instead}: {error}.")
+        warn(f"{ask.call}: {error}. Route used: {instead}.")

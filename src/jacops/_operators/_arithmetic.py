@@ -50,23 +50,23 @@ class Arithmetic(NotAnArray):
         """
         return as_linear_operator(without_graph(self))
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
+    def __array__(self: Any, dtype: Any = None, copy: bool | None = None) -> NoReturn:
         """Refuse: an operator is not formed without being asked to.
 
         Raises:
             InputTypeError: Always; it names `dense()`.
         """
         todo = "Form it with `.dense()` (`.dense().numpy()`), or give SciPy `.to_scipy()`."
-        raise InputTypeError.of("np.asarray", f"given a {type(self).__name__}", "an operator has no entries", todo)
+        raise InputTypeError.of("np.asarray", f"given a {self.name}", "an operator has no entries", todo)
 
     @property
-    def matvec(self) -> NoReturn:
-        """Refuse: SciPy looks for this name in what it takes for a linear operator.
+    def matvec(self: Any) -> NoReturn:
+        """Refuse: SciPy looks for this name to recognise a linear operator.
 
         Raises:
             InputTypeError: Always; it names `to_scipy()`.
         """
-        came = f"a {type(self).__name__} of torch tensors"
+        came = f"a {self.name} of torch tensors"
         raise InputTypeError.of("the operator", came, "NumPy arrays are multiplied here", "Pass `A.to_scipy()`.")
 
     def __rmatmul__(self: Any, other: Any) -> Any:

@@ -165,7 +165,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
                 image = self._of_tree([other])
                 return image[0] if len(image) == 1 else image
             needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
-            todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
+            todo = "" if self.domain.is_plain else "Pass one tensor per array, or `A.domain.flatten(tree)`."
             raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
         kept = keeps_graph(self)
         with keeping(kept):
@@ -187,7 +187,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         self.domain.check_rows("v", rows)
         tick()
         if self.check_finite and not is_finite(rows):
-            check_vector(self.name, "v", [rows])
+            check_vector(self.name, "v", [rows[0] if len(rows) == 1 else rows])
         return check_result(self, self._apply(out_of_inference(rows) if kept else rows), "a product")
 
     @eager

@@ -227,10 +227,10 @@ class Filled:
         """Write the matrix.
 
         Raises:
-            RouteFailedError: What was there before is spoiled.
+            RouteFailedError: An earlier route has changed the tensor that it adds to.
         """
         if ask.spoiled:
-            raise RouteFailedError("what was added to is spoiled")
+            raise RouteFailedError("an earlier route has changed the tensor that it adds to")
         if self.axis is not None:
             ask.layers = None  # what it holds is no part of the products
             put_products(ask.operator, ask.target, ask.by_products.chunk)

@@ -99,7 +99,7 @@ class Judge:
         self.iterations = [0] * k
         self.info: dict[str, Any] = {"approximate": False}
         if not bool(finite.all()):
-            self.info["nonfinite"] = where_first(rows)
+            self.info["nonfinite"] = where_first(rows[0] if k == 1 else rows)
 
     def take(self, where: Tensor, raw: Raw) -> None:
         """Judge what a method found for some rows."""

@@ -136,7 +136,9 @@ def _fitting(pattern: str, named: dict[str, nn.Module]) -> list[str]:
     if not found:
         known = list(dict.fromkeys([*(type(m).__name__ for m in named.values()), *filter(None, named)]))
         near = get_close_matches(pattern, known, _LISTED, 0.4) or known[:_LISTED]
-        raise InputError.of("freeze", repr(pattern), f"no class name or path of a module fits; near are {_few(near)}")
+        raise InputError.of(
+            "freeze", repr(pattern), f"no class name or path of a module fits; the nearest are {_few(near)}"
+        )
     return found
 
 

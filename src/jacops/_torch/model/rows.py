@@ -66,7 +66,9 @@ def shared_places(paths: Sequence[Sequence[Any]], shared: Shared) -> list[int]:
         fitting = [i for i, path in enumerate(keys) if (entry in path if by_name else path[:1] == [entry])]
         if not fitting:
             near = get_close_matches(str(entry), names, 3, 0.4) or sorted({str(path[0]) for path in keys if path})
-            known = f"near are {', '.join(near[:5])}" if near else "the input is one tensor, whose rows are samples"
+            known = (
+                f"the nearest are {', '.join(near[:5])}" if near else "the input is one tensor, whose rows are samples"
+            )
             raise InputError.of("shared", repr(entry), f"there is no such input; {known}")
         found += fitting
     return found

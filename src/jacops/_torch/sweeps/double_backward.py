@@ -44,7 +44,7 @@ class DoubleBackward:
 
     def __init__(self, lin: Linearization) -> None:
         if lin.graph_info.reentrant:
-            raise RouteFailedError("a reentrant activation checkpoint answers plain backward passes only")
+            raise RouteFailedError("a reentrant activation checkpoint supports plain backward passes only")
         self.live = [o for o in lin.outputs if o.requires_grad]
         self.index = [*range(len(lin.leaves)), *(j for j, _ in lin.aliased_leaves)]
         self.seeds: Rows = []

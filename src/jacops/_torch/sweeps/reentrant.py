@@ -28,7 +28,7 @@ def backward(
     """
     if not lin.private:
         raise NotDifferentiableError(
-            f"{lin.call}: the graph holds a reentrant activation checkpoint, which cannot answer for tensors of the "
+            f"{lin.call}: the graph holds a reentrant activation checkpoint, which has no derivative by tensors of the "
             "caller's. Use checkpoint(…, use_reentrant=False), or the call that takes the model instead of a closure."
         )
     if create_graph:
