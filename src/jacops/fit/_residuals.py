@@ -253,7 +253,7 @@ def _check_output(output: Tensor, name: str, call: str) -> None:
     if len(bad):
         raise NonFiniteError(
             f"{call}: at the start, {name} has {len(bad)} entries that are NaN or Inf, the first at index "
-            f"{tuple(bad[0].tolist())}. Start somewhere else or mend the model."
+            f"{tuple(bad[0].tolist())}. Choose another start, or correct the model."
         )
 
 
