@@ -1,7 +1,7 @@
 """Pushes by differentiating a pull: `J v = d<Jᵀu, v>/du` (Griewank and Walther, 2008, §5), with a free certificate.
 
 One backward pass is recorded from a random cotangent `u`, once; every push is one backward pass over that record.
-The adjoint identity `<u, J v> = <Jᵀu, v>` then holds the push against the plain pull that it came from.
+The adjoint identity `<u, J v> = <Jᵀu, v>` then compares the push with the plain pull that it came from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Backward passes that also show where a cotangent became NaN or Inf and where it was dropped again.
+"""Backward passes that also show where a cotangent turns NaN or Inf and where it is dropped again.
 
 A backward that multiplies a zero cotangent by an infinite slope makes NaN; one that selects entries by a condition on
 them turns NaN into zero. The result is then finite and may be wrong, and autograd reports nothing.
@@ -24,7 +24,7 @@ from .linear_nodes import is_linear
 
 @dataclass(frozen=True)
 class Lost:
-    """Cotangents that became NaN or Inf on the way of a pull.
+    """Cotangents that turn NaN or Inf during a pull.
 
     Attributes:
         makers: Operations that made them of finite ones.

@@ -1,4 +1,4 @@
-"""Many cotangents: in one batched pass, held against a plain one, or one at a time by `autograd.grad`."""
+"""Many cotangents: in one batched pass, compared with a plain one, or one at a time by `autograd.grad`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def backward(
     """Return gradients that `.backward()` writes into leaves that only the linearization holds.
 
     Raises:
-        NotDifferentiableError: The leaves are the caller's, or a second derivative is asked for.
+        NotDifferentiableError: The leaves are the caller's, or a second derivative is requested.
         RouteFailedError: Several cotangents are to share the pass.
     """
     if not lin.private:
