@@ -250,10 +250,10 @@ def _result(problem: BatchProblem, ended: Ended, kind: type, method: str) -> Bat
 
 
 def _report(result: BatchFitResult[Any], on_failure: str) -> None:
-    """Say which problems met no stop rule.
+    """Report the problems that met no stop rule.
 
     Raises:
-        SolveError: There is one, and the caller asked for an error.
+        SolveError: There is one, and the caller requested an error.
     """
     unmet = [i for i, word in enumerate(result.status) if word not in MET]
     if not unmet or on_failure == "return":
