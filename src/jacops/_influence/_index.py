@@ -120,7 +120,7 @@ def _opened(plan: IndexPlan, path: Any) -> GradientIndex:
 
 @final
 class _StoredRows(Sequence[Tensor]):
-    """Tiles of rows, read when they are asked for."""
+    """Tiles of rows, read when they are requested."""
 
     def __init__(self, kept: Store) -> None:
         self.kept = kept

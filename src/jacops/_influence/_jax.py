@@ -100,7 +100,7 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
     def mvp(grad_xy: jax.Array, v: Any, backprop_on: Any, *, progress: bool = False) -> jax.Array:
         """Return the derivative of `grad_xy` by `backprop_on`, along directions: `[D, P]` gives `[D, M]`.
 
-        Directions go through one compiled pass in chunks, held against one at a time the first time.
+        Directions go through one compiled pass in chunks, compared with one at a time the first time.
 
         Args:
             grad_xy: What `grad(x, y, create_graph=True)` returned, itself and not a copy.

@@ -33,7 +33,7 @@ class SolveStates:
         self._tile: TileStates | None = None
 
     def solving(self, kept: StoredRun, number: int) -> None:
-        """Say which tile is solved for from now on."""
+        """Set the tile that is solved for from now on."""
         self._tile = kept.states("factors", (number, 0))
 
     def load(self, name: str) -> bytes | None:

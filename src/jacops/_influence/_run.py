@@ -125,7 +125,7 @@ class InfluenceRun:
 
     @property
     def together(self) -> int:
-        """Tiles that are solved for together: as many as fit where EK-FAC is held against the curvature itself."""
+        """Tiles that are solved for together: as many as fit where EK-FAC is compared with the curvature itself."""
         if not (isinstance(self.solver, EKFAC) and self.solver.report_residual):
             return 1
         return self._tiles_within(_SOLVE_SHARE, 3 * self.problem.space.dim)  # gradients, solutions and products
@@ -199,7 +199,7 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
 
 
 class Settings(NamedTuple):
-    """What all influence calls are asked for, beside data.
+    """What all influence calls are requested, beside data.
 
     Attributes:
         loss: `loss(output, y)` of a plain model.

@@ -171,7 +171,7 @@ class TensorUtilities(ABC, Generic[TensorType, ModelType]):
 
 
 def _is_abstract(cls: type) -> bool:
-    """Say whether a class leaves methods open; `__abstractmethods__` is not set yet in `__init_subclass__`."""
+    """Return whether a class leaves methods open; `__abstractmethods__` is not set yet in `__init_subclass__`."""
     return any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls))
 
 
