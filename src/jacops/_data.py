@@ -261,7 +261,7 @@ class Batches:
         else:
             came = f"a {type(raw).__name__} as batch {number}"
         needed = f"pairs (x, y), or mappings with the target under {', '.join(map(repr, _TARGETS))}, are needed"
-        todo = "Say with `unpack=` how a batch becomes (x, y) or (x, y, weights)."
+        todo = "Pass `unpack=`, a function from a batch to (x, y) or (x, y, weights)."
         raise DataError.of(self.name, f"giving {came}", needed, todo)
 
 
@@ -344,7 +344,7 @@ def _digest(arrays: list[Any]) -> int:
 
 
 def _is_apart(array: Any) -> bool:
-    """Say whether an array is in a device's memory, which is slow to read and which nothing but torch writes to."""
+    """Return whether an array is in a device's memory, which is slow to read and which nothing but torch writes to."""
     return isinstance(array, Tensor) and array.device.type != "cpu"
 
 

@@ -194,7 +194,7 @@ def _check_bias(parts: BiasParts, names: Sequence[str]) -> None:
 
 
 def _noted(curved: Sequence[str], *checks: Sequence[Errors]) -> list[str]:
-    """Return the notes of a result, warned of where a check fails: of several outputs the worst stands for all."""
+    """Return the notes of a result, and warn if a check fails, for several outputs that of the worst."""
     named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(curved)}"
     failures = []
     for of in checks:
@@ -208,7 +208,7 @@ def _noted(curved: Sequence[str], *checks: Sequence[Errors]) -> list[str]:
 
 
 def _starts_inside(at: Any) -> bool:
-    """Say whether contributions are by a hidden layer."""
+    """Return whether contributions are by a hidden layer."""
     return at is not None and (isinstance(at, str) or at[0] is not None)
 
 

@@ -24,13 +24,13 @@ _FEWER = 4  # times fewer sweeps than rows that a plan must take
 
 
 class DenseByPlan:
-    """One question for a dense Jacobian, and what is remembered of it.
+    """One question for a dense Jacobian, and its stored facts.
 
     Args:
         model: A module.
         inputs: Its input.
         picks: Which parameters.
-        outputs: As in `sparse_plan`.
+        outputs: Part of the output to differentiate.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, picks: Picked, outputs: Selector) -> None:

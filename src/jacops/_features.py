@@ -257,7 +257,7 @@ def _by_lists(groups: Mapping[Any, Any], names: FeatureNames) -> tuple[tuple[str
 
 
 def _places(argument: str, entry: Any, names: FeatureNames) -> np.ndarray:
-    """Return the places of the features that an entry of a group stands for."""
+    """Return the places of the features that an entry of a group selects."""
     if isinstance(entry, str):
         return _named(argument, entry, names)
     index = entry if isinstance(entry, tuple) else (entry,)

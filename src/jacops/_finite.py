@@ -14,7 +14,7 @@ from .errors import NonFiniteError
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Say whether every entry is finite, reading the tensor once and allocating nothing of its size."""
+    """Return whether every entry is finite, reading the tensor once and allocating nothing of its size."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype.is_complex:

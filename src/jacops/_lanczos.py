@@ -17,7 +17,7 @@ from ._finite import is_finite, where_first
 from .errors import NonFiniteError
 
 RowMap = Callable[[Tensor], Tensor]
-_DRAWS = 5  # tries: a random direction lies outside a space almost surely; only the start's own seed repeats it
+_DRAWS = 5  # tries: a random direction is outside a space almost surely; only the start's own seed repeats it
 
 
 class Ritz(NamedTuple):

@@ -1,4 +1,4 @@
-"""Loaders where samples are asked for: a call is made for every batch in turn, or once for all rows joined.
+"""Loaders where samples are requested: a call is made for every batch in turn, or once for all rows joined.
 
 Results whose rows are samples are joined in the order of the data, or written to places of the caller's.
 """
@@ -30,7 +30,7 @@ _TODO = "Write into a memmap with `out=`, pick outputs with `outputs=` or `targe
 
 
 def is_loader(x: Any) -> bool:
-    """Say whether `x` is an iterable of batches: no array, table, model or mapping, and no list of numbers."""
+    """Return whether `x` is an iterable of batches: no array, table, model or mapping, and no list of numbers."""
     others = Tensor, Mapping, tuple, str, bytes, set, frozenset, nn.Module
     if isinstance(x, others) or not isinstance(x, Iterable):
         return False
@@ -98,7 +98,7 @@ def joined(*, ordered: bool = True) -> Callable[[Callable[Arguments, Result]], C
 
 
 def _takes_loader(place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Say whether a call is given a loader.
+    """Return whether a call is given a loader.
 
     Args:
         place: Of `x` among the arguments.

@@ -91,7 +91,7 @@ def inspect(recorded: Any) -> None:
     """Apply the same walk before a sparse sweep: correct what can be corrected, refuse what is wrong.
 
     Raises:
-        NotDifferentiableError: As in `layout`; also for an output that is an element of a group.
+        NotDifferentiableError: PyPose's derivative is wrong here, or an output is an element of a group.
     """
     lin, walked = recorded.lin, _walked(recorded.lin)
     for kind, name in zip(walked[1], lin.codomain.names, strict=True) if walked else ():
@@ -108,12 +108,12 @@ def _columns(block: Tensor, output: Tensor, leaf: Tensor, tangent: bool) -> Tens
 
 
 def _rows(block: Tensor, output: Tensor, carried: str, tangent: bool) -> Tensor:
-    """Return a block with the rows that its output asks for, from those that the graph gave it.
+    """Return a block with the rows that its output needs, from those of the graph.
 
     Args:
         block: `(*output, *leaf)`; the rows of a group are tangent ones and a last one to be dropped.
         output: What the rows are of.
-        carried: The group that the graph says it is in, empty for numbers.
+        carried: The group that it has in the graph, empty for numbers.
         tangent: Leave the padding out.
     """
     own, axis = group_of(output), output.ndim - 1

@@ -195,7 +195,7 @@ def _integrand(paths: Paths, result: SampleJacobians, batch_size: int, options: 
     jacobian = [[_summed(b, _entries(output)) for b in row] for output, row in pairs]
     values = None if paths.baselines == 1 else [[torch.zeros_like(b) for b in row] for row in jacobian]
     blocks, budget = [b for row in jacobian for b in row], options.get("budget")
-    # Points are held as they come, weighted, and in double precision. As many bytes as the result has are asked for
+    # Points are held as they come, weighted, and in double precision. As many bytes as the result has are requested
     # anyway; fewer than any machine has are no matter.
     each = sum(b.shape[1:].numel() * (3 * b.element_size() + 8) for b in blocks)
     held = sum(map(size_of, blocks))

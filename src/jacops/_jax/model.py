@@ -272,7 +272,7 @@ class Model:
         return sweep(shared, (point.x, point.y), width, options, compiled=self.compiled)
 
     def check_twice(self, point: Point, options: SweepOptions) -> None:
-        """Hold products with the Hessian against each other, and against gradients, once per shape.
+        """Compare products of the Hessian with each other and with gradients, once per shape.
 
         Raises:
             NotDifferentiableError: The Hessian that JAX gives is not symmetric, or a backward pass written by hand

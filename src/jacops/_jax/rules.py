@@ -35,7 +35,7 @@ class WeightEntry(NamedTuple):
 
 
 class NoRuleError(Exception):
-    """An operation's rule does not cover this use of it; the message says what it is."""
+    """An operation's rule does not cover this use of it, which the message states."""
 
 
 def _by_dot_general(place: int, weight: np.ndarray, values: Sequence[Any], params: dict[str, Any]) -> WeightEntry:

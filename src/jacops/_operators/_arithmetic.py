@@ -37,7 +37,7 @@ class Arithmetic(NotAnArray):
         return self.domain.device
 
     def to_scipy(self: Any) -> Any:
-        """Return this as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `svds`, `cg`, `lsmr` and the like.
+        """Return this as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `svds`, `cg`, `lsmr` and others.
 
         Products are computed here, in the operator's dtype and on its device; vectors of another precision are
         converted, so that results are as exact as the operator is. Half precision is presented as float32.
@@ -192,7 +192,7 @@ class ScalarIdentity:
         return ScalarIdentity(self.factor - other.factor) if isinstance(other, ScalarIdentity) else NotImplemented
 
     def __matmul__(self, other: Any) -> Any:
-        """Scale what stands on the right: an operator, a tensor, or a tree."""
+        """Scale the right-hand operand: an operator, a tensor, or a tree."""
         if isinstance(other, list | tuple):
             return [self.factor * entry for entry in other]
         if isinstance(other, dict):
@@ -200,7 +200,7 @@ class ScalarIdentity:
         return self.factor * other
 
     def __rmatmul__(self, other: Any) -> Any:
-        """Scale what stands on the left."""
+        """Scale the left-hand operand."""
         return self.factor * other
 
     def __call__(self, *size: Any) -> NoReturn:

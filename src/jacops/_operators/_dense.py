@@ -42,7 +42,7 @@ class DenseAsk:
     Attributes:
         target: Where it is written.
         inner: What parts may hold that are made on the way.
-        whole: The same as `modjac` asks it, where rows are the outputs of samples.
+        whole: The same in the form of `modjac`, where rows are the outputs of samples.
         layers: What layers say of it, where they were asked.
         spoiled: Something that may be wrong was added to what was there before.
     """
@@ -92,7 +92,7 @@ class DenseAsk:
 
     @property
     def leading(self) -> DenseAsk:
-        """The largest part, which says how the whole is filled."""
+        """The largest part, which determines how the whole is filled."""
         ranked = sorted(self.parts, key=lambda part: (part.held.bytes, part.held is not IN_MEMORY))
         return ranked[-1].leading if ranked else self
 
@@ -161,7 +161,7 @@ def _result_bytes(operator: Operator) -> int:
 
 
 def dense_ask(operator: Operator, out: Any, budget: Budget) -> DenseAsk:
-    """Return what is asked, held against a budget where one is given or the matrix is large.
+    """Return the question, checked against a budget where one is given or the matrix is large.
 
     Raises:
         MemoryBudgetError: It does not fit; nothing was allocated.

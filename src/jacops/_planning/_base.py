@@ -114,7 +114,7 @@ def planned_by(planner: _Planner, options: type | None = None) -> Callable[[Call
 
     Args:
         planner: Takes the call's arguments by name, defaults filled in; those of `**options` as a dict.
-        options: The typed dict that `**options` of the call stands for, where it has some.
+        options: The typed dict of the call's `**options`, where it has some.
     """
 
     def register(call: Call) -> Call:

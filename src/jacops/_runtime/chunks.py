@@ -77,7 +77,7 @@ class Halving:
         """Nothing to prepare."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        """Say whether the error was dealt with."""
+        """Return whether the error was dealt with."""
         if not isinstance(error, RuntimeError | MemoryError) or isinstance(error, JacopsError):
             return False
         if self.many < 2 or not is_memory_error(error):

@@ -68,7 +68,7 @@ class RoundedOff(Light):
         return found
 
     def _is_linear(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> bool:
-        """Say whether twice what a backward pass made gives twice the results, as exponentials of it do not."""
+        """Return whether twice what a backward pass made gives twice the results, as exponentials of it do not."""
         doubled = func(*tree_map_only(Tensor, lambda t: 2 * t if self._is_passed(t) else t, args), **kwargs)
         pairs = zip(tensors_in((doubled,)), results, strict=True)
         return all(size(twice - 2 * once) <= _LINEAR * size(once) for twice, once in pairs)
@@ -121,10 +121,10 @@ def rounding_error(compute: Callable[[], Sequence[Tensor]], found: Sequence[Tens
 
 
 def is_rounding(pull: Callable[[], Sequence[Tensor | None]], pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Say whether results of another route differ from those of a backward pass by no more than rounding.
+    """Return whether results of another route differ from those of a backward pass by no more than rounding.
 
     Args:
-        pull: Repeats the backward pass; None stands for zeros.
+        pull: Repeats the backward pass; None means zeros.
         pairs: What the other route gave, and what the backward pass did.
     """
 

@@ -1,4 +1,4 @@
-"""Derivatives held against central differences of those of one order less."""
+"""Derivatives compared with central differences of those of one order less."""
 
 from __future__ import annotations
 

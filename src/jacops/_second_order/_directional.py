@@ -114,7 +114,7 @@ def directional_derivative(
 
 
 def _directions(samples: Samples, v: Any) -> list[Tensor]:
-    """Return `v` as one tensor per differentiable input, held against these."""
+    """Return `v` as one tensor per differentiable input, with shapes and dtypes checked."""
     given, many = samples.input_tree.free(flatten(v, "v")[0]), len(samples.input_tree.names)
     if len(given) != many:
         raise InputError.of("v", f"{len(given)} tensors", f"{many} are needed, in the structure of `x`")

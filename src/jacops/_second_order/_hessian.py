@@ -177,7 +177,7 @@ def _gaps(samples: Samples, rows: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: Tensor) -> bool:
-    """Say whether the Hessians of the least symmetric samples hold rounding errors of that size."""
+    """Return whether the Hessians of the least symmetric samples hold rounding errors of that size."""
     for worst in gaps.topk(min(_WORST, len(gaps))).indices.tolist():
         where = slice(worst, worst + 1)
         one = samples.over([v[where] for v in samples.values], checks="never", fallback="warn")

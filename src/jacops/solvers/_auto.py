@@ -169,7 +169,7 @@ class _PreparedAuto(Prepared):
 
 
 def _is_solved(system: System, rows: Tensor, raw: Raw) -> bool:
-    """Whether every row has the residual that was asked for, or one that products allow whoever solves by them.
+    """Whether every row has the residual that was requested, or one that products allow whoever solves by them.
 
     Of a matrix in memory residuals are exact, so that a factorisation gets below the rounding of products.
     """

@@ -100,7 +100,7 @@ class _Factorised(Prepared):
         return replace(raw, norm=self.norm, info=self.info, left=left)
 
     def _stands_for_operator(self, x: Tensor, rows: Tensor) -> bool:
-        """Hold residuals from the matrix against those from the operator, along a random mixture of all rows."""
+        """Compare residuals from the matrix with those from the operator, along a random mixture of all rows."""
         if self.entries is None or not is_finite(x):
             return True  # they come from the operator, or there are none
         mix = private_noise(x.new_empty(1, x.shape[0], dtype=torch.float64), 19)

@@ -90,7 +90,7 @@ def _unscaled(operator: Operator) -> tuple[float, Operator]:
 
 
 def in_memory(operator: Operator) -> bool:
-    """Say whether the entries of an operator are there already, so that its matrix costs next to nothing."""
+    """Return whether the entries of an operator are there already, so that its matrix costs next to nothing."""
     if isinstance(operator, Transposed | Scaled):
         return in_memory(operator.of)
     if isinstance(operator, Sum | Product):
@@ -104,7 +104,7 @@ def dense_of(operator: Operator) -> Tensor:
 
 
 def is_symmetric(matrix: Tensor) -> bool:
-    """Say whether a matrix equals its transpose to rounding."""
+    """Return whether a matrix equals its transpose to rounding."""
     step = max(1, ENTRIES // max(1, matrix.shape[1]))
     worst = largest = 0.0
     for start in range(0, matrix.shape[0], step):

@@ -201,7 +201,7 @@ class Compression:
         return self._judged(matrix, [probe], self.pulled(probe[None]))
 
     def is_rounding(self, error: float) -> bool:
-        """Say whether rounding alone explains that products are off by `error`, relative to their size.
+        """Return whether rounding alone explains that products are off by `error`, relative to their size.
 
         A product of 0.7 u is 0.7 times that of u but for rounding, whose size it shows. A product of 2 u is twice that
         of u without any rounding, unless it is random or not linear.

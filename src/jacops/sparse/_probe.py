@@ -186,7 +186,7 @@ class Prober:
         return cls(operator.codomain.dtype, met.union(operator.codomain.dtypes, operator.domain.dtypes))
 
     def fits(self, operator: Operator, met: frozenset[torch.dtype]) -> bool:
-        """Say whether it is that of such an operator."""
+        """Return whether it is that of such an operator."""
         other = Prober.of(operator, met)
         return (self.rows, self.dtypes) == (other.rows, other.dtypes)
 
@@ -201,7 +201,7 @@ class Prober:
         return rounding(self.dtypes)
 
     def outdated(self, matrix: Csr, used: Floats | None, importance: Floats | None) -> bool:
-        """Say whether divisors `used` are too far from the sizes of the rows; then keep new ones."""
+        """Return whether divisors `used` are too far from the sizes of the rows; then keep new ones."""
         sizes = row_sizes(matrix)
         if self._spread == math.inf or not np.isfinite(sizes).all():
             return False

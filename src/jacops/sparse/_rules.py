@@ -17,7 +17,7 @@ from ._sampled import SAMPLED
 from ._scatters import SCATTERS
 from ._trace import Decomposed, Rule, TracedCall, Tracer
 
-# Operations that move entries without mixing them: the same operation on the ids says where they go.
+# Operations that move entries without mixing them: the same operation on the ids gives their places.
 _MOVES = set(
     """
     index gather index_select cat stack flip roll repeat constant_pad_nd slice_backward select_backward slice_scatter
@@ -183,7 +183,7 @@ def _along(tracer: Tracer, call: TracedCall) -> Any:
 
 
 def _softmax_backward(tracer: Tracer, call: TracedCall) -> Any:
-    """Leave out where the softmax itself is zero for good: masked attention."""
+    """Leave out where the softmax itself is always zero: masked attention."""
     grad, output = call.args[:2]
     if tracer.tracks(output) or (nonzero := tracer.nonzero(output)) is None:
         return _along(tracer, call)

@@ -34,7 +34,7 @@ class Taint(TorchDispatchMode):
         self._note(list(sources), True)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Say whether a tensor depends on the point; everything may once a value was read into Python."""
+        """Return whether a tensor depends on the point; everything may once a value was read into Python."""
         parts = parts_of(tensor)
         return self.read_out or not parts or any(self._is_data(storage_key(part)) for part in parts)
 

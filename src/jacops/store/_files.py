@@ -144,7 +144,7 @@ class Folder:
 
 
 def is_partial(name: str) -> bool:
-    """Say whether a file is what a killed writer had not yet renamed."""
+    """Return whether a file is what a killed writer had not yet renamed."""
     return _PARTIAL.fullmatch(name) is not None
 
 

@@ -271,7 +271,7 @@ def loaded_json(raw: bytes) -> dict[str, Any]:
     """Return the object in strict JSON.
 
     Raises:
-        ValueError: It is something else; the message says what, to follow "is".
+        ValueError: It is something else; the message states what, to follow "is".
     """
 
     def refuse(name: str) -> None:

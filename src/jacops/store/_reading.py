@@ -216,7 +216,7 @@ class Store:
             raise StoreDamagedError(self.path, str(error), name, index) from None
 
     def _mark(self, name: str, index: Index, raw: bytes) -> dict[str, Any]:
-        """Return what stands for these bytes, at this place, in this run."""
+        """Return the mark of these bytes, at this place, in this run."""
         digest = hashlib.blake2b(json.dumps([name, *index]).encode(), digest_size=32, key=self._header.key)
         digest.update(raw)
         return {"blake2b": digest.hexdigest()}

@@ -1,4 +1,4 @@
-"""A stored run as its writers see it, any number of processes at once: each takes tiles that nobody else has."""
+"""Writing a stored run, in any number of processes at once: each takes tiles that no other has."""
 
 from __future__ import annotations
 

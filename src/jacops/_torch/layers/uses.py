@@ -45,14 +45,14 @@ _DEEPEST = 50  # operations between a parameter and the weight made of it: a cha
 
 @dataclass(frozen=True, eq=False)
 class ParameterUse:
-    """One place where a leaf enters, as rows `(samples, positions, …)`; `Rule` says what these are.
+    """One place where a leaf enters, as rows `(samples, positions, …)`; `Rule` defines these.
 
     Attributes:
-        node: The operation; `edge` is its output, where cotangents are asked for.
+        node: The operation; `edge` is its output, where cotangents are requested.
         entry: How the leaf arrives.
         shape: Of the operation's output; of the sum's where there is one.
         sum: The sum that repeats the operation's output for all samples (positions added to tokens), if there is one:
-            cotangents are asked for at its output, where samples are still apart.
+            cotangents are requested at its output, where samples are still apart.
         samples: How many.
         order: How rows belong to them.
     """
@@ -88,7 +88,7 @@ class ParameterUse:
 
     @property
     def edge(self) -> GradientEdge:
-        """Where cotangents are asked for."""
+        """Where cotangents are requested."""
         return GradientEdge(self.node if self.sum is None else self.sum, 0)
 
     @cached_property
@@ -130,7 +130,7 @@ class ParameterUse:
         return None if operand is None else by_sample(operand, self.samples, self.order)
 
     def delta(self, cotangent: Tensor, attached: bool = False) -> Tensor:
-        """Return a cotangent at the operation's output as rows `(n, T, …)` of what the rule says, with their graph."""
+        """Return a cotangent at the operation's output as rows `(n, T, …)` of the rule, with their graph."""
         if self.kind == "outer" and self._layout is not None:
             spread = self._layout.spread(cotangent, self.samples, self.order)
             return spread.unflatten(2, (self._layout.groups, -1))
@@ -193,7 +193,7 @@ class ParameterUse:
 
     @property
     def row_count(self) -> int:
-        """Samples times positions, as far as the output says."""
+        """Samples times positions, by the shape of the output."""
         return math.prod(self.layout.row_sizes) if self.layout is not None else self.shape[:1].numel()
 
     def entries(self) -> Tensor:

@@ -48,7 +48,7 @@ class FrozenModules:
 
     @classmethod
     def of(cls, freeze: Freeze, model: Any) -> FrozenModules | None:
-        """Return what `freeze=` of a call asks for; None where it was left out.
+        """Return the modules that `freeze=` of a call selects; None where it was left out.
 
         Raises:
             InputTypeError: It is of the wrong kind, or the model has no modules.
@@ -97,7 +97,7 @@ class FrozenModules:
 
         Args:
             module: The replica.
-            checked: Hold what frozen functions give against what they give otherwise.
+            checked: Compare results of frozen functions with those of the original functions.
 
         Raises:
             ModelStateError: None of the modules was run, or one in an activation checkpoint; or a function gives other
@@ -163,7 +163,7 @@ class _FrozenForward(TorchFunctionMode):
 
     Args:
         modules: Which.
-        checked: As in `FrozenModules.active`.
+        checked: Compare results of frozen functions with those of the original functions.
     """
 
     def __init__(self, modules: FrozenModules, checked: bool) -> None:

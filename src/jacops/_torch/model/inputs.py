@@ -119,7 +119,7 @@ def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
 
     Raises:
         InputError: An input has another dtype or device than the weights; torch's own error is its cause.
-        ModelStateError: An exported module was asked for another batch size than it was exported with.
+        ModelStateError: An exported module was requested another batch size than it was exported with.
     """
     try:
         yield

@@ -153,7 +153,7 @@ def likelihood_of(
         loss: `loss(output, y)`, one number.
         outputs: The tensors of the model's output.
         tree: How they make the output.
-        y: As in `computed_likelihood`.
+        y: The target, which determines the predictions that count; None where all do.
     """
 
     @restoring
@@ -198,7 +198,7 @@ def computed_likelihood(slope: Slope, output: Tensor, y: Any) -> Likelihood | No
     Args:
         slope: The gradient of the loss by an output, for a target; in the dtype that it was computed in.
         output: The model's output.
-        y: The target, by which it is known which predictions count; None where all do.
+        y: The target, which determines the predictions that count; None where all do.
     """
     for case in _cases(output, y):
         try:
@@ -218,7 +218,7 @@ class _Case(NamedTuple):
     Attributes:
         kind: The distribution of a label.
         axis: Of the classes.
-        lag: How many positions before a label its prediction stands.
+        lag: How many positions before a label its prediction is.
     """
 
     kind: Kind

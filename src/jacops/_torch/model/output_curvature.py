@@ -128,7 +128,7 @@ _ROUNDINGS = 64
 
 
 class ProbedHessian:
-    """What three products tell of the Hessian of a loss by the outputs: its form is read off them, not off the loss.
+    """The form of the Hessian of a loss by the outputs, determined from three products and not from the loss.
 
     Args:
         product: Products with rows `(k, n, entries)`.
@@ -187,7 +187,7 @@ class ProbedHessian:
         return bool(((found - self._image).abs() <= self._closely * size + self._floor * largest).all())
 
     def agrees(self, softmax: Softmax) -> bool:
-        """Say whether products with a softmax's Hessian are those that were seen."""
+        """Return whether products with a softmax's Hessian are those that were seen."""
         v, p = self._probe.reshape(softmax.p.shape), softmax.p
         image = softmax.root.square() * p * (v - (p * v).sum(2, keepdim=True))
         return float((image.reshape(self._image.shape) - self._image).norm()) <= self._allowed
