@@ -334,7 +334,7 @@ def test_scales_come_in_the_form_of_the_parameters() -> None:
         (torch.ones(3), InputError, r"of shape \(3,\) for 'x'"),
         ({"y": 1.0}, InputError, "`x_scale` is naming 'y'"),
         ({}, InputError, r"for \['x'\] too"),
-        (object(), InputTypeError, "`x_scale` is a object for 'x'"),
+        (object(), InputTypeError, "`x_scale` is an object for 'x'"),
         (True, InputTypeError, "`x_scale` is a bool"),
     ],
     ids=["word", "zero", "negative", "shape", "name", "none", "object", "flag"],
