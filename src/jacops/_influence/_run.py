@@ -199,7 +199,7 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
 
 
 class Settings(NamedTuple):
-    """What all influence calls are requested, beside data.
+    """The settings of all influence calls, besides data.
 
     Attributes:
         loss: `loss(output, y)` of a plain model.
