@@ -362,7 +362,7 @@ def test_adj_an_empirical_fisher_diagonal_is_the_mean_of_squares():
     close(jacops.linalg.diagonal(fisher), (rows**2).mean(0))
     close(fisher.dense(), rows.T @ rows / 6)
     squared_mean = rows.mean(0) ** 2
-    assert ((rows**2).mean(0) - squared_mean).norm() > 0.3 * squared_mean.norm()  # the two can be told apart
+    assert ((rows**2).mean(0) - squared_mean).norm() > 0.3 * squared_mean.norm()  # the two can be distinguished
 
 
 def test_adj_gauss_newton_with_an_unused_first_parameter_is_aligned_and_leaves_grads_alone():

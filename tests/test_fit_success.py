@@ -228,7 +228,7 @@ def test_success_is_never_without_evidence(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["nielsen", "trust_region"])
 @pytest.mark.parametrize("digits", [16, 13, 5])
-def test_exponentials_are_told_apart_as_far_as_their_digits_go(strategy: str, digits: int) -> None:
+def test_exponentials_are_distinguished_as_far_as_their_digits_go(strategy: str, digits: int) -> None:
     start = torch.tensor([0.5, 0.7, 3.6, 4.2, 4, 6.3]).double()
     fit = fitted(strategy, lanczos(digits), params=start, max_steps=300)
     assert fit.success, fit

@@ -198,7 +198,7 @@ def test_models_with_kinks_agree_with_a_plain_loop(name: str) -> None:
     make, shape = KINKED[name]
     model, x, x0 = make(), draw(2, *shape, seed=9), draw(*shape, seed=8)
     found = integrated_jacobian(model, x, baseline=x0)
-    check(found, model, x, x0, 1e-3)  # as far as 2,000 nodes tell
+    check(found, model, x, x0, 1e-3)  # to the accuracy of 2,000 nodes
     assert float(gaps(found, model, x, x0).max()) < 1e-6
 
 
@@ -238,7 +238,7 @@ def test_under_autocast_contributions_add_up_as_coarsely(name: str) -> None:
     assert found.verification.relative_error < 0.1
 
 
-# What outputs do not tell
+# What outputs do not show
 
 
 def test_what_cancels_in_the_outputs_is_integrated_too() -> None:

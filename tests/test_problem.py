@@ -279,7 +279,7 @@ def test_sample_gradients_are_those_of_the_rows_own_losses():
     close(rows.T.apply(u), u @ found)
 
 
-def test_fingerprints_tell_weights_data_and_losses_apart():
+def test_fingerprints_distinguish_weights_data_and_losses():
     x = draw(9, 3)
     model = small_net()
     base = Problem(model, F.cross_entropy, batches(x, LABELS, 4, 5)).fingerprint()
