@@ -163,7 +163,7 @@ class Space(Savable):
             single = rows.ndim == 2 and len(rows) == 1  # a vector `(n,)` is one row here
             came = f"one vector of {rows.shape[1]} entries" if single else f"of shape {tuple(rows.shape)}"
             needed = f"{'' if single else 'rows of '}{self.dim} entries are needed"
-            raise InputError.of(argument, came, needed, f"They are those of {self.layout}." if self.dim else "")
+            raise InputError.of(argument, came, needed, "" if self.is_plain else f"They are those of {self.layout}.")
         if (rows.dtype, rows.device) != (self.dtype, self.device):
             needed = f"{self.dtype} on {self.device} is needed; nothing is cast"
             raise InputError.of(argument, f"of {rows.dtype} on {rows.device}", needed)
@@ -204,7 +204,7 @@ class Space(Savable):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one flat array without a name."""
+        """Whether it is a single array with one axis."""
         return len(self.shapes) == 1 and len(self.shapes[0]) == 1
 
     @property

@@ -164,8 +164,9 @@ class Operator(Arithmetic, Savable, ABC, Described):
             if self.domain.shapes == (other.shape,):  # the one array that there is, in its own shape
                 image = self._of_tree([other])
                 return image[0] if len(image) == 1 else image
-            needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
-            todo = "" if self.domain.is_plain else "Pass one tensor per array, or `A.domain.flatten(tree)`."
+            plain = self.domain.is_plain
+            needed = f"its first axis needs {self.domain.dim} entries" + ("" if plain else f": {self.domain.layout}")
+            todo = "" if plain else "Pass one tensor per array, or `A.domain.flatten(tree)`."
             raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
         kept = keeps_graph(self)
         with keeping(kept):
