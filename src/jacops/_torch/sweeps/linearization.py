@@ -99,7 +99,7 @@ class Linearization:
         return self.rely_on(store.proofs(self.graph_info, effects))
 
     def compare(self, other: Linearization) -> None:
-        """Learn from another recording, of fewer samples, which tensors in the graph are constants."""
+        """Take from another recording, of fewer samples, which tensors in the graph are constants."""
         if self.store is not None:
             self.rely_on(self.proofs.beside(self.store.refined(self.graph_info, other.graph_info)))
 

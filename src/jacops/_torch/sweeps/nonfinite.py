@@ -56,7 +56,7 @@ def pull_noting_losses(
     ends = {get_gradient_edge(leaf).node for leaf in leaves}
     nodes = _between([o.grad_fn or get_gradient_edge(o).node for o, _ in live], ends)
     inner = set(nodes)
-    # What is not finite first leaves an operation with infinite slopes: there are few, and few edges to keep.
+    # Non-finite values begin at operations with infinite slopes: there are few, and few edges to keep.
     made = [e for node in nodes if not is_linear(node) for e in node.next_functions if e[0] in inner]
     grads, kept = _pulled(live, leaves, list(dict.fromkeys(made)))
     if not _nonfinite(kept):

@@ -355,8 +355,8 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
         reference, settings = _known.get(key, (None, None))
         if reference is None or settings is None or reference() is not function:  # by identity: never by ==
             try:
-                # No Python runs when a function dies, since an interrupt in such a callback would be lost. The entry
-                # is its own: an identity is used again only after the callback.
+                # No Python code runs when a function is deleted, since an interrupt in such a callback would be lost.
+                # The entry is its own callback, after which the identity may be used again.
                 reference = weakref.ref(function, partial(_known.pop, key))
             except TypeError:
                 return ProofStore(checks, lambda: function, many)

@@ -251,7 +251,7 @@ class ModelRun:
         lin = Linearization(leaves, outputs, leaf_names=names, output_names=tree.names, private=True, **options)
         lin.weights = self.weights
         lin.protected = [p for p in self.own_parameters.values() if p.requires_grad]
-        # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
+        # The caller's own parameter in the graph of a private copy: something outside the module holds it.
         lin.aliased_leaves = tuple((i, p) for i, p in aliased_leaves if id(p) in lin.graph_info.leaves)
         values, input_tree = flatten(self.value, "input")
         given = dict(zip(input_tree.names, values, strict=True))
