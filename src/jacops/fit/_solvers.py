@@ -315,7 +315,7 @@ def refined(system: LinearizedFit, damping: np.ndarray | None, solve: Map, pivot
     if not np.linalg.norm(left) <= _EXACT * np.linalg.norm(system.gradient / scale):
         p = p - solve(left) / scale
     found = system.solved(p, damping, name)
-    # After one refinement; a step that solves its system worse than that is no step of it.
+    # After one refinement; a step with a larger residual is not a solution.
     if found.residual > 1e-3:
         raise Singular(f"{name}: the normal matrix is too near to singular (relative residual {found.residual:.0e})")
     return found
