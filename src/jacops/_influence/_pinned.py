@@ -63,7 +63,7 @@ def facts_of(
         facts["solver"] = _named(solver)
     if (ekfac := _ekfac(solver)) is not None:
         raw = facts["factors"] = to_bytes(ekfac.approximate(run.curvature))
-        # Read again, as others read it: products with another layout in memory round otherwise.
+        # Read again, as other processes do: products with another memory layout round differently.
         factors = from_bytes(raw, "fitted factors", device=run.problem.space.device)
         solver = _with_ekfac(solver, replace(ekfac, factors=factors))
     found = replace(run, solver=_keeping(solver, states), known=damping)

@@ -233,7 +233,7 @@ def run_of(model: Any, train: Batches, asked: Settings, options: ProblemOptions,
     damping = checked_damping(asked.damping)
     check_choice("curvature", asked.curvature, Curvature)
     check_choice("on_failure", asked.on_failure, OnFailure)
-    # Negative curvature is a finding, not a case for another solver.
+    # Negative curvature is reported, and no other solver is tried.
     solver = Auto(indefinite=False) if asked.solver == "auto" else solver_of(asked.solver, "solver")
     problem = Problem(model, asked.loss, train, **options)
     return InfluenceRun(problem, asked.curvature, solver, damping, asked.on_failure, recipe)

@@ -94,7 +94,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         with sweeping(lin.outputs[0]):
             flat = lin.domain.join([g.unsqueeze(0) for g in gradient.outputs])[0]
             if not flat.requires_grad:
-                # A loss linear in the parameters: its gradient is constant, which is no lost graph for mvp.
+                # A loss linear in the parameters: its gradient is constant, which mvp must not take for a missing
+                # graph.
                 for leaf in lin.leaves:
                     flat = flat + leaf.flatten()[:0].sum().to(flat.dtype)
         check_finite("grad", [flat], ["the parameters"], lin)
