@@ -304,7 +304,7 @@ class _Copies:
         self.seen: list[int] = []
 
     def note(self, batch: Batch) -> None:
-        """Remember the rows of a batch."""
+        """Store the number of rows of a batch."""
         if self.workers < 2:
             return
         arrays = [leaf for leaf in flatten((batch.x, batch.y), "batch")[0] if hasattr(leaf, "shape")]

@@ -257,7 +257,7 @@ def _check_features(x: Any, projection: Projection | None, features: Any, at: An
     rows = rows.detach().to(projection.mean.dtype)
     centred, rebuilt = rows - projection.mean, projection(rows)
     off = (rebuilt - x.to(rebuilt.dtype)).abs().max() if x.numel() else torch.zeros(())
-    # Float32 projections are good to 1e-5; other rows, or a mean left on, are off by a share of 1.
+    # Float32 projections are accurate to 1e-5; other rows, or a mean that was not subtracted, differ by about 100 %.
     if float(off) > 1e-3 * max(1.0, float(rebuilt.abs().max()) if x.numel() else 1.0):
         raise InputError(
             f"`x` is not `projection` applied to `features`: they differ by {float(off):.1e}. Pass the rows "

@@ -68,7 +68,7 @@ class DenseByPlan:
         return tree.build(blocks)
 
     def note(self, recorded: Recording, blocks: Blocks) -> None:
-        """Remember whether a Jacobian that was found by sweeps is large and mostly zeros."""
+        """Store whether a Jacobian that was computed by sweeps is large and mostly zeros."""
         size = recorded.lin.codomain.dim * recorded.lin.domain.dim
         if "sparse" in self._notes or size < _ENTRIES or not is_plain(recorded.lin) or not recorded.lin.is_connected():
             return

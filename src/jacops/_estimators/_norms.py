@@ -126,7 +126,7 @@ def spectral_norm(
     run = krylov_space(gram, random_block(gram, 1, seed), max_steps, seed)
     value, error, upper, settled = 0.0, math.inf, math.inf, False
     rounding = finfo(gram.domain.dtype).eps * gram.shape[1] ** 0.5  # of a product, which a residual cannot show
-    # The bound that holds but with probability 1e-3 closes slowly; within 10 % it is of use.
+    # The bound that holds with probability 0.999 converges slowly; within 10 % it is useful.
     while run.room and not (settled and upper <= 1.1 * value):
         run.step()
         ritz = run.ritz()

@@ -117,7 +117,7 @@ class PathIntegrals:
         return cls(first, final, scale, total, torch.zeros(paths, dtype=torch.long))
 
     def begin(self, integrand: Integrand, path: Tensor, probed: Tensor, sizes: Sequence[int]) -> None:
-        """Learn where paths lead, given integrals of slopes with random weights.
+        """Determine where paths lead, from integrals of slopes with random weights.
 
         Errors of a path are relative to the largest change of an output along it or, where features cancel, to a tenth
         of how much they contribute: a sum with random weights is as large as the root of a sum of squares. Each tensor

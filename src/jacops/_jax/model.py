@@ -333,7 +333,7 @@ class Model:
         error = _relative(product, wide)
         if not error > tolerated:
             return
-        # A quarter of the step has a sixteenth of its error: what is left is not the step's.
+        # A quarter of the step has a sixteenth of its error: the rest has another cause.
         narrow = np.asarray(central(point, step / 4), np.float64)
         error, distance = _relative(product, narrow), float(np.linalg.norm(product - narrow))
         explained = float(np.linalg.norm(wide - narrow)) + rounding_error(lambda p: central(p, step / 4), point)

@@ -80,7 +80,7 @@ def _by_convolution(place: int, weight: np.ndarray, values: Sequence[Any], param
 
 
 RULES = {"dot_general": _by_dot_general, "conv_general_dilated": _by_convolution}
-# WeightEntry by entry: a parameter that enters so is kept as rows, its whole gradient for every sample.
+# Entry by entry: a parameter that enters so is kept as rows, its whole gradient for every sample.
 ENTRYWISE = frozenset(
     {"add", "sub", "mul", "div", "max", "min", "pow", "neg", "abs", "exp", "log", "log1p", "tanh", "logistic", "sqrt"}
     | {"rsqrt", "square", "integer_pow", "select_n"}

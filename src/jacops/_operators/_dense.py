@@ -293,7 +293,7 @@ class FilledByLayers:
         return ask.description
 
     def value(self, ask: DenseAsk) -> tuple[PreparedFill, Tensor | float]:
-        """Write the matrix; return what the layers say, and a product with what was there before.
+        """Write the matrix; return the part by layers, and a product with what was there before.
 
         Raises:
             RouteFailedError: Rounding would hide what is added.

@@ -60,7 +60,7 @@ class Chunks:
         return Halving(self, where.stop - where.start, call, unit)
 
     def halve(self, many: int) -> None:
-        """Have the slice that is at work come again, `many // 2` entries at a time."""
+        """Repeat the current slice, `many // 2` entries at a time."""
         self.rows, self.halved, self._again = many // 2, self.halved + 1, True
 
 

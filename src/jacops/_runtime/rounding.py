@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from .agreement import size
 from .side_effects import Light, tensors_in
 
-# Sums round off more than one operation's share: gaps of up to 1.2 times what is measured were seen, over 3,000
+# Sums have larger rounding errors than one operation: gaps of up to 1.2 times the measured ones occurred, over 3,000
 # classifiers with logits from 1 to 1000 and 15 losses, in float32, float64 and bfloat16.
 SAFETY = 8.0
 _DRAWS = 3  # the largest of three counts: one random draw of rounding may be small by chance

@@ -24,7 +24,7 @@ _held: ContextVar[bool] = ContextVar("_held", default=False)
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Note nothing inside: checks of this library's own read values too, which no forward of the user's did."""
+    """Record nothing inside: checks of this library read values too, which are not those of the user's forward."""
     token = _unwatched.set(True)
     try:
         yield

@@ -25,7 +25,7 @@ from ._system import System, check_options
 _MOST_UNKNOWNS = 8192  # 512 MiB in float64; with two working copies it fits `_BUDGET`, and is factorised in seconds
 _BUDGET = 2**31  # 2 GiB: three matrices of `_MOST_UNKNOWNS` rows in float64
 _TOO_FEW = 256  # unknowns: a factorisation costs milliseconds, less than a sketch and its checks
-# Sketches start at 8; at condition 3e6 one of rank 512 left 50 steps, where 1,500 without it did not do.
+# Sketches start at 8; at condition 3e6 one of rank 512 left 50 steps, where 1,500 without it were not enough.
 _LEAST_RANK, _MOST_RANK = 8, 512
 _STEPS = 60  # products after a sketch, as measured (50 to 58 at condition 3e2 to 3e6); for k rows about sqrt(k) times
 
@@ -53,7 +53,7 @@ class Auto(Solver):
     taken: tuple[Solver, str] | None = field(default=None, repr=False)
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
-        """Look at the operator.
+        """Choose a solver for the operator.
 
         Raises:
             InputError: An option is out of range.
@@ -130,7 +130,7 @@ class _PreparedAuto(Prepared):
         if inner.info.get("remainder", math.inf) > 20 * system.damping or self.spent > self.cost:
             self.why += "; conjugate gradients would cost more"
             return None
-        # Half as much again as a factorisation costs, then it is made: 2.5 times its cost at the worst.
+        # After 1.5 times the cost of a factorisation it is made: 2.5 times its cost at worst.
         cg = prepared_cg(system, inner, max(1, int(1.5 * self.cost / rows.shape[0])))
         before = self.system.products
         why = f"about {expected:.0f} products were expected to do, where a factorisation costs {self.cost:.0f}"

@@ -153,7 +153,7 @@ class _BlockRun:
             return residual[:0]
         turn, singular, _ = np.linalg.svd(small, full_matrices=False)
         # Rounding of a sum of that many terms, margin four; residuals that shrank carry that of the first ones, and
-        # what rounding of the first residuals made of dependent rows is no direction.
+        # what rounding of the first residuals leaves of dependent rows is not a direction.
         rounding = 4 * max(z.shape) ** 0.5 * torch.finfo(z.dtype).eps * max(float(shrinking), 1.0)
         keep = singular > rounding * singular[0]
         keep[0] = True

@@ -176,5 +176,5 @@ class _Seen:
 
 def steps_allowed(max_steps: int | None, n: int) -> int:
     """Return the number of steps meant."""
-    # In exact arithmetic n steps do; rounding takes some times as many, and 10,000 take too long anyway.
+    # In exact arithmetic n steps are enough; rounding multiplies that by some, and 10,000 take too long in any case.
     return max_steps if max_steps is not None else min(max(10 * n, 100), 10_000)

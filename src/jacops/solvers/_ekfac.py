@@ -182,7 +182,7 @@ class PreparedEKFAC(Prepared):
 
         def inverted(values: Tensor) -> Tensor:
             damped = shifted(values, -exponent) + damping
-            # Directions without curvature get nothing where nothing damps them.
+            # Directions without curvature are zero without damping.
             return torch.where(damped > floor, 1.0 / damped.clamp_min(floor or 1.0), 0.0)
 
         self._inverse = curvature.map(inverted)

@@ -91,7 +91,7 @@ def _pairs(krylov: KrylovSpace, rank: int, tolerance: float, info: dict[str, Any
         small = residuals[leading] <= tolerance * largest
         info["pairs_found"] = len(leading) if steps == n else int(small.sum())
         # an invariant subspace gives no information on its complement
-        # All residuals at once that small: the space is invariant, not the pairs good.
+        # All residuals that small: the space is invariant, which does not mean that the pairs have converged.
         if info["pairs_found"] >= rank and not bool((residuals <= 1e-3 * tolerance * largest).all()):
             break
     basis = krylov.vectors(coefficients[None, leading])[0]
@@ -124,7 +124,8 @@ class Nystrom(Solver):
         """
         check_positive("rank", 1 if self.rank is None else self.rank)
         system = symmetric_system(operator, damping, "Nystrom")
-        # A tenth of the damping left out moves a solution by a tenth at most; a preconditioner may leave ten times it.
+        # Eigenvalues of a tenth of the damping change a solution by a tenth at most; a preconditioner may omit ten
+        # times that.
         found = sketch(system, self.rank, self.max_rank, self.seed, ratio=0.1)
         failed, info = None, {"rank": found.rank}
         if found.lowest is not None and found.lowest < 0:

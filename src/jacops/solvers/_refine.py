@@ -51,7 +51,7 @@ class IterationResult:
                 self.failed[row] = status
 
     def is_negative(self, system: System, norm: float, lowest: float) -> bool:
-        """Note a stretch and a curvature that were seen; return whether the lowest one is negative beyond rounding."""
+        """Record a measured stretch and curvature; return whether the lowest curvature is negative beyond rounding."""
         self.norm, self.lowest = max(self.norm, norm), min(lowest, math.inf if self.lowest is None else self.lowest)
         if self.lowest < -noise(system) * self.norm:
             self.norm = max(self.norm, system.norm)  # rounding of a norm not seen yet is no curvature

@@ -111,5 +111,5 @@ def is_symmetric(matrix: Tensor) -> bool:
         block = matrix[start : start + step]
         worst = max(worst, float((block - matrix[:, start : start + step].T).abs().max()))
         largest = max(largest, float(block.abs().max()))
-    # Entries are sums over data: as many roundings as they have terms, by and large.
+    # Entries are sums over data: about as many rounding errors as they have terms.
     return worst <= 1e3 * torch.finfo(matrix.dtype).eps * largest

@@ -327,7 +327,7 @@ def check_options(tolerance: float | None, max_steps: int | None) -> None:
 
 
 def check_symmetric(system: System, method: str) -> None:
-    """Hold an operator that is not marked symmetric to symmetry, with two products.
+    """Check an operator that is not marked symmetric for symmetry, with two products.
 
     Raises:
         InputError: It is not symmetric.

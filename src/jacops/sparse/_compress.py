@@ -158,7 +158,7 @@ class Compression:
         needed = {f"{many} sweeps": many * (rows.dim + columns.dim) * columns.dtype.itemsize}
         ensure_fits("sparse", needed, None, rows.device, _TODO)
         divisors = self.prober.divisors if certify == 1 else None
-        # With several, numbers near zero do not meet in one row, and the bound is that of normal ones.
+        # With several, small random numbers do not coincide in one row, and the bound is that of normal ones.
         probes = [draw(rows, _SEED + i, divisors, apart=certify == 1) for i in range(certify)]
         pulled = self.pulled(torch.cat([_seeds(coloring.rows, rows), *(p[None] for p in probes)]))
         pushed = self._swept(_seeds(coloring.columns, columns), self.operator._apply, rows)

@@ -111,7 +111,7 @@ def _where(tracer: Tracer, call: TracedCall) -> Any:
     a, b = (tracer.ids(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.int64) for x in branches)
     if tracer.may_turn(condition):
         return tracer.union([a.numpy(), b.numpy(), tracer.ids(condition).numpy()], shape)
-    # What the condition itself depends on is nothing in a backward pass that is linear.
+    # In a linear backward pass the condition depends on nothing that is followed.
     return tracer.union([torch.where(condition.cpu(), a, b).numpy(), tracer.ids(condition).numpy()], shape)
 
 

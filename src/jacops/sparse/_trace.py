@@ -159,7 +159,7 @@ class Tracer(TorchDispatchMode):
             held.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
 
     def _purge(self) -> None:
-        """Forget storages that are gone; the weak reference kept their address from being used again till now."""
+        """Drop storages that no longer exist; until now the weak reference kept their address from being used again."""
         for key in [key for key, (alive, _, _) in self._held.items() if alive.expired()]:
             del self._held[key]
 

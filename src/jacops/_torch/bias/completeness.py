@@ -172,7 +172,7 @@ def _slope_errors(around: Moved, number: int, blocks: Sequence[Tensor]) -> Tenso
     total, sizes = terms.sum(-1), terms.abs().sum(-1)
     error = ((ahead - behind) / 2 - total).abs()
     kinks = _CANCELLED * (ahead - 2 * base + behind).abs()
-    # An output that is tiny beside the sample's others may be what is left of terms of their size.
+    # An output that is tiny beside the sample's others may be the remainder of terms of their size.
     others = torch.linalg.vector_norm(base.reshape(len(base), -1), torch.inf, 1) if base.numel() else base
     scale = torch.maximum(base.abs(), _LEFT * others.reshape(-1, *[1] * (base.ndim - 1)))
     rounding = _TERMS * torch.finfo(base.dtype).eps * scale

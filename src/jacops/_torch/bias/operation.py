@@ -22,7 +22,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What is known of torch's own operations saves time; all others are examined where they are called. These are affine in
+# Tables of torch's own operations save time; all others are examined where they are called. These are affine in
 # all floating-point arguments together.
 _AFFINE = _names(
     "add sub rsub neg sum mean cat stack clone copy _to_copy index gather index_select where masked_fill fill "
@@ -135,7 +135,7 @@ class OperationCall:
         self._positional = len(args)
         self.written = [t for name in self.kind.written for t in tensors_in(self._args.get(name)) if is_followed(t)]
         self._random = random_states() if self.kind.draws else None
-        # Copies: what these hold now is gone once the operation has run.
+        # Copies: the values of these are overwritten by the operation.
         self._found = {id(t): t.detach().clone() for t in self.written}
         self._values: dict[tuple[int, torch.dtype], Tensor] = {}
 

@@ -169,7 +169,7 @@ def _add(matrix: Tensor, rows: _Rows, columns: _Columns, weight: float, most: in
     left, right, values = rows.operand, columns.operand, rows.values
     if right is not None and values.shape[0] > right.shape[0]:
         right = right.repeat_interleave(values.shape[0] // right.shape[0], 0)
-    # A panel against itself is symmetric, and K was cut to a triangle: columns before the rows hold zeros.
+    # A panel times itself is symmetric, and K was cut to a triangle: columns before the rows hold zeros.
     own = rows.panel is columns.panel and right is not None
     for some, both, inner, packed in _pairs(left, right, values.shape[0], own, most // 2):
         # A quarter: the product, its two operands and the block that is written share what is allowed.

@@ -134,7 +134,7 @@ class ParameterUse:
         if self.kind == "outer" and self._layout is not None:
             spread = self._layout.spread(cotangent, self.samples, self.order)
             return spread.unflatten(2, (self._layout.groups, -1))
-        # Rules of outer products and lookups give the cotangent back: only vectors are multiplied here.
+        # Rules of outer products and lookups return the cotangent: only vectors are multiplied here.
         factor = None if self.kind != "vector" else self.attached if attached else self.operand
         rows = by_sample(self._rule.rows(self.node, cotangent, self.entry, factor), self.samples, self.order)
         return rows.unsqueeze(2) if self.kind == "lookup" else rows
@@ -144,7 +144,7 @@ class ParameterUse:
         if self.kind == "outer" and self._layout is not None:
             return self._layout.spread(cotangents, self.samples, self.order).unflatten(3, (self._layout.groups, -1))
         if self.kind == "vector" and self.operand is None and self.entry.copies == 1 and len(self.shape) > 1:
-            # The first axis makes rows, of whatever cotangent.
+            # The first axis becomes rows, for any cotangent.
             rows = self._rule.rows(self.node, cotangents.flatten(0, 1), self.entry, None)
             return by_sample(rows.unflatten(0, (len(cotangents), -1)), self.samples, self.order, axis=1)
         return torch.stack([self.delta(cotangent) for cotangent in cotangents])
@@ -257,7 +257,7 @@ class _Search:
         """Return the uses of the leaves that have rules everywhere."""
         while True:
             found = {i: own for i in range(len(self._lin.leaves)) if (own := self._of_leaf(i)) is not None}
-            # What makes a weight of parameters is no place where one of these enters: paths would count twice.
+            # Operations that compute a weight from parameters are not uses of these: paths would count twice.
             edges = [use.entry.edge for uses in found.values() for use in uses]
             inside: set[Any] = set()
             for edge in edges:

@@ -251,7 +251,7 @@ class _FrozenForward(TorchFunctionMode):
             new = {node for node, _ in waiting.pop().next_functions} - nodes
             nodes |= new
             waiting += new
-        # Of products, those that only lead into a constant, as queries times keys do, are no matter.
+        # Products that only lead into a constant, such as queries times keys, need no rule.
         self.modules.held.clear()
         self.modules.held.update(what for what, node in self._held if node in nodes)
 

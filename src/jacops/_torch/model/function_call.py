@@ -81,7 +81,7 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
     Such a function, multi-head attention above all, hands itself to a mode as a whole, and what it then calls is out of
     the mode. The copy has the same code, and no mode applies to it.
     """
-    # Those that choose between two others by a flag are made elsewhere, and hand themselves over again when opened.
+    # Those that choose between two others by a flag are made elsewhere, and return themselves when unwrapped.
     if not isinstance(func, FunctionType) or func.__globals__ is not vars(torch.nn.functional):
         return None
     asked = (name for name in func.__globals__ if name.startswith("has_torch_function"))

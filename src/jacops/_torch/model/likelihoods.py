@@ -68,10 +68,10 @@ class Likelihood:
         size that no mean has; and a sum has the denominator 1.
         """
         each, ones = self.real.sum(1).double(), torch.ones(rows, dtype=torch.float64, device=self.real.device)
-        # Half a square is as usual as a whole one.
+        # Half squares are as common as whole ones.
         usual = (1.0, 2.0) if self.kind == "gaussian" else (1.0,)
         total = float(each.sum())
-        # Rounding in float32 is far below 1e-3; two counts of predictions that near each other are one.
+        # Rounding in float32 is far below 1e-3; two counts of predictions that close are the same.
         means, by_rows, summed = (
             any(abs(self.strength * count - size) <= 1e-3 * size for size in usual) for count in (total, rows, 1)
         )
@@ -162,7 +162,7 @@ def likelihood_of(
             leaves = [part.detach().requires_grad_() for part in parts]
             value = call_loss(loss, tree.build([leaf.clone() for leaf in leaves]), labels)
             found = torch.autograd.grad(value, leaves, allow_unused=True)
-            # Slopes have no more digits than the loss that they are of, which may be computed in a coarser dtype.
+            # Slopes have no more digits than their loss, which may be computed in a coarser dtype.
             return [part if part is None else part.to(_coarser(part.dtype, value.dtype)) for part in found]
 
     with arithmetic(False):

@@ -123,7 +123,7 @@ def _units(start: int, stop: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(entries, like.shape[1:].numel()).unsqueeze(1).to(like)
 
 
-# Roundings of a sample's largest entry that a small one may be off by: it holds some of those of sums over the entries.
+# The error of a small entry, in rounding errors of a sample's largest one: it has some of those of sums over entries.
 _ROUNDINGS = 64
 
 
@@ -208,7 +208,7 @@ class ProbedHessian:
             v, seen = self._probe.reshape(folded), self._image.reshape(folded)
             plain = p * (v - (p * v).sum(2, keepdim=True))
             strength = (v * plain).sum(2, keepdim=True)
-            # Factors are quotients: below that, rounding leaves them no two digits.
+            # Factors are quotients: below that they have less than two digits.
             sure = strength > min(1e-6, 10 * torch.finfo(p.dtype).eps) * strength.max()
             factor = torch.where(sure, (v * seen).sum(2, keepdim=True) / torch.where(sure, strength, 1.0), 0.0)
             usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())

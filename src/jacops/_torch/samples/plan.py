@@ -368,7 +368,7 @@ def _swept(lin: Linearization, held: int, rows: int) -> dict[str, int]:
         with Meter() as sweeping:
             lin.pull([torch.ones_like(o) for o in lin.outputs])
         return {"reverse": held + sweeping.peak}
-    # Places for results are made outside: they are counted apart, and not touched where nothing is written.
+    # Places for results are allocated outside: they are counted separately, and take no memory until they are written.
     blocks, peaks = [[_room(o, leaf, rows) for leaf in lin.leaves] for o in lin.outputs], {}
     for direction in ("reverse", "forward"):
         with Meter() as sweeping:
