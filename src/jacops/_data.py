@@ -304,7 +304,7 @@ class _Copies:
         self.seen: list[int] = []
 
     def note(self, batch: Batch) -> None:
-        """Store the number of rows of a batch."""
+        """Record the rows of a batch, so that repeated rows are found."""
         if self.workers < 2:
             return
         arrays = [leaf for leaf in flatten((batch.x, batch.y), "batch")[0] if hasattr(leaf, "shape")]
