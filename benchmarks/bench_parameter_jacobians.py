@@ -29,7 +29,7 @@ def by_functional(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def pypose(model: nn.Module, x: Tensor, vectorize: bool = False) -> Tensor:
-    """Return `(n * k, P)` by PyPose's function, which knows nothing of samples."""
+    """Return `(n * k, P)` by PyPose's function, which does not distinguish samples."""
     from pypose.optim.functional import modjac
 
     return modjac(model, x, vectorize=vectorize, flatten=True)

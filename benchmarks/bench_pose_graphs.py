@@ -1,7 +1,7 @@
 """Jacobians of pose graphs from a hundred to ten thousand poses: who still runs, how long, in how much memory?
 
 A *sweep* is one forward and one backward pass of the unchanged model, timed in the same run: what planning and
-evaluation cost is best told in sweeps.
+evaluation cost is best counted in sweeps.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Function(nn.Module):
 
 
 def problems(np: Any) -> dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]]:
-    """Return functions of one array and its shape, in torch or in jax.numpy, which speak alike enough for these."""
+    """Return functions of one array and its shape, in torch or in jax.numpy, which have the same names for these."""
     cat = getattr(np, "concatenate")  # noqa: B009 - both have it
 
     def roll(s: Any, by: int, axis: int) -> Any:

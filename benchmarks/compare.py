@@ -30,7 +30,7 @@ REPEATS = 2  # three measurements in all, so that one that was disturbed, or unl
 WARM = 2  # calls after the first that are not counted: the second may still compile or prove what the first could not
 ROUND = 0.05  # seconds of a round at least, by repeated calls: a switch between processes empties caches once a round
 MOST_CALLS = 50
-LIMIT = 1.05  # what some tens of rounds can tell from noise on a machine that others use as well
+LIMIT = 1.05  # what some tens of rounds can distinguish from noise on a shared machine
 QUICK = 5e-3  # seconds of the old call below which ...
 QUICK_LIMIT = 1.15  # ... fixed costs of Python, which vary more, are most of it
 # One thread; and freed memory is kept and used again, up to what glibc allows. By default the size of earlier arrays

@@ -1,7 +1,7 @@
 """Is jacops right and fast on a device? One command, ten minutes: `python -m benchmarks.gpu_check --device cuda`.
 
 Every row is one question. Its answer is held against plain autograd in float64 on the same device, and a row without
-such an error, or with a larger one than it allows, fails. Its time is told beside that of torch.func, curvlinops and
+such an error, or with a larger one than it allows, fails. Its time is printed beside that of torch.func, curvlinops and
 kronfluence, as a ratio (above 1 jacops is faster); those that are not installed are said to be. `--tiny` takes seconds
 and needs no device: it shows that the script runs. The last line is `PASS`, or how many rows failed and were not
 reached; so is the exit status.
@@ -80,7 +80,7 @@ class Clock:
         return 1e3 * fastest
 
     def waits(self, call: Call) -> int | None:
-        """Return how often a call waits for the device, as torch tells; None where it does not."""
+        """Return how often a call waits for the device, as torch reports; None where it does not."""
         if self.device.type != "cuda":
             return None
         with warnings.catch_warnings(record=True) as caught:
@@ -93,7 +93,7 @@ class Clock:
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
     def peak(self, call: Call) -> float | None:
-        """Return how far a call raises the device's memory, in MiB; None where that is not told."""
+        """Return how far a call raises the device's memory, in MiB; None where that is unknown."""
         if self.device.type != "cuda":
             return None
         torch.cuda.empty_cache()
@@ -307,7 +307,7 @@ def language(s: Sizes, device: torch.device) -> Iterator[Row]:
 GROUPS = (jacobians, products, influence, least_squares, language)
 
 
-def told(row: Row, clock: Clock) -> bool:
+def row_passes(row: Row, clock: Clock) -> bool:
     """Print a row; return whether it passed."""
     try:
         answer = row.ours()
@@ -353,7 +353,7 @@ def main(given: Sequence[str] | None = None) -> int:
         for row in rows(sizes, device):
             if time.monotonic() - start > options.seconds:
                 late.append(row.name)
-            elif not told(row, clock):
+            elif not row_passes(row, clock):
                 failed.append(row.name)
     took = f"in {time.monotonic() - start:.0f} s"
     bad = [f"{len(failed)} FAILED: {failed}"] if failed else []

@@ -51,7 +51,7 @@ class Workload:
     Attributes:
         name: Short id, such as `A1`.
         what: One line for the table.
-        rivals: Callables by name, the one that ratios are told to first; those that start with `jacops` are ours.
+        rivals: Callables by name, the one that ratios refer to first; those that start with `jacops` are ours.
             Others are named `package: call`.
         close: Says whether two answers are the same; None where answers are of different kinds.
         rounds: How often each is run at least, interleaved; quick ones more often, slow ones once.

@@ -35,7 +35,7 @@ class Rates:
 
     Args:
         dtype: Of the matrix products.
-        clock: What tells the time.
+        clock: The source of the time.
     """
 
     def __init__(self, dtype: torch.dtype, clock: Clock) -> None:
@@ -72,7 +72,7 @@ class Rates:
         return WRITTEN / self._median("fresh")
 
     def floor(self, flops: float, result_bytes: float) -> float | None:
-        """Return the seconds that neither arithmetic nor writing the result can do without; None if neither is told."""
+        """Return the least seconds for arithmetic and for writing the result; None if neither is known."""
         return max(flops / self.flops, result_bytes / self.warm) or None
 
 
@@ -84,7 +84,7 @@ def timed(call: Callable[[], Any], clock: Clock) -> float:
 
 
 def watched(call: Callable[[], Any], clock: Clock) -> tuple[Any, float, float | None]:
-    """Return a call's answer, its seconds, and how far it raised resident memory, in MiB (None where that is not told).
+    """Return a call's answer, its seconds, and how far it raised resident memory, in MiB (None where that is unknown).
 
     The answer is still alive when the memory is read, so it counts.
     """

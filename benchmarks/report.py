@@ -1,4 +1,4 @@
-"""What was measured, told: JSON lines, one table and one plot.
+"""Reports of measurements: JSON lines, one table and one plot.
 
 `python -m benchmarks.report` writes the table and the plot again, from the newest figures of every workload, and prints
 the goals.
@@ -31,7 +31,7 @@ def run(
     rounds: int | None = None,
     clock: str = "wall",
 ) -> list[Measured]:
-    """Measure workloads one after the other, tell each row and append it to `results/NAME.jsonl`."""
+    """Measure workloads one after the other, print each row and append it to `results/NAME.jsonl`."""
     RESULTS.mkdir(exist_ok=True)
     about, rows = {**machine(), "clock": clock}, []
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
@@ -42,7 +42,7 @@ def run(
             found, rates = measure(workload, rounds, clock)
             speed = {"gflops": rates.flops / 1e9, "warm_gbs": rates.warm / 1e9, "fresh_gbs": rates.fresh / 1e9}
             for row in found:
-                note(told(row))
+                note(line_of(row))
                 line = {**asdict(row), "what": workload.what, "group": name, **speed, **about}
                 file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
             file.flush()
@@ -50,7 +50,7 @@ def run(
     return rows
 
 
-def told(row: Measured) -> str:
+def line_of(row: Measured) -> str:
     """Return a row as it is printed while running."""
     if row.error is not None:
         return f"  {row.rival:46s} {row.error}"

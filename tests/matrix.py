@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-GIGABYTES = 15  # torch brings up to 9 GB of libraries; as much again lies in pip's temporary files while it unpacks
+GIGABYTES = 15  # torch brings up to 9 GB of libraries; as much again is in pip's temporary files while it unpacks
 CELLS = ("3.11:lowest", "3.11:2.13.0", "3.11:newest", "3.12:2.13.0", "3.13:2.13.0")
 SMOKE = (
     "test_operators",

@@ -31,6 +31,7 @@ from small import Calls, draw, settled, small_net, square, tangents, tied_net
 X, Y = draw(5, 3), draw(5, 2, seed=1)
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
 Arguments = Callable[[Any], dict[str, Any]]  # for a model
+SHOWN = {"NoneType": "None", "int": "an int", "ndarray": "an ndarray"}  # values, as messages name them
 LAYOUT = "0.weight (4, 3), 0.bias (4,), 2.weight (2, 4), 2.bias (2,)"
 
 
@@ -219,14 +220,14 @@ def asked(label: str, call: str) -> tuple[Callable[..., Any], dict[str, Any]]:
 ANY = "modjac, model_jvp, model_vjp, jacobian, hessian, ggn, sample_gradients, check, wrap"
 for label, model, words in (("class", nn.Linear, "`model` .. the class Linear .. Did you mean Linear()?"),
                             ("path", "model.pt", "`model` is a str .. torch.nn.Module"),
-                            ("state dict", small_net().state_dict(), "`model` is a OrderedDict .. torch.nn.Module")):
+                            ("state dict", small_net().state_dict(), "`model` is an OrderedDict .. torch.nn.Module")):
     refuse(f"the model is a {label}", {"model": model}, f"compute_jacobian, {ANY}", InputTypeError, words)
 refuse("the model is a lambda", {"model": lambda x: x}, ANY, InputTypeError, "`model` is a function .. torch.nn.Module")
 refuse("a closure is a module", {"func": nn.Linear(3, 2)}, CLOSURES, InputTypeError, "`func` is a Linear .. lambda")
 refuse("a closure is a tensor", {"func": torch.ones(3)}, CLOSURES, InputTypeError, "`func` is a Tensor")
 refuse("the model is bare and has no loss", {"model": small_net()}, "influences as wrapped", InputTypeError,
        "`loss` is left out .. Sequential .. TorchTwiceDifferentiable")
-refuse("the model is a number", {"model": 3}, "influences as wrapped", InputTypeError, "`model` is a int .. Module")
+refuse("the model is a number", {"model": 3}, "influences as wrapped", InputTypeError, "`model` is an int .. Module")
 refuse("a wrapped model gets another loss", {"model": TorchTwiceDifferentiable(small_net(), nn.CrossEntropyLoss()),
        "loss": nn.MSELoss()}, "influences as wrapped", InputError, "`loss` is given .. carries its own .. plain model")
 refuse("the loss is text", {"loss": "mse"}, "wrap", InputTypeError, "`loss` is 'mse' .. callable")
@@ -310,7 +311,8 @@ for label, value, words in (("list", [[1.0, 2.0, 3.0]] * 5, "list .. torch.as_te
 for value in ([1.0, 2.0], "x", None, 3.0, {1.0}, type("DataFrame", (), {"to_numpy": lambda _: np.ones((5, 3))})()):
     kind = type(value).__name__
     refuse(f"the input is no tensor but a {kind}", {"x": value}, "compute_jacobian, input_hessian", InputTypeError,
-           f"`x` is a {kind} .. tensor{' .. torch.as_tensor' if kind in ('list', 'DataFrame') else ''}")
+           f"`x` is {SHOWN.get(kind, 'a ' + kind)} .. tensor"
+           + (" .. torch.as_tensor" if kind in ("list", "DataFrame") else ""))
 refuse("inputs of several lengths", {"model": Calls(lambda a, b: a), "x": (X, X[:4])}, "compute_jacobian", InputError,
        "`x` .. x[0] .. 5 .. x[1] .. 4 .. one row per sample")
 for own, given in ((F32, F64), (F64, F32), (F32, torch.bfloat16), (F32, torch.int64)):
@@ -395,8 +397,9 @@ for shape in ((3, 2), (2,), ()):
            "`vs` is of shape .. (batch, 3, 2) is needed")
 for v in (1.0, 2, True, "v", None, np.ones(3)):
     kind = type(v).__name__
-    refuse(f"a direction is a {kind}", of(3, v=v), "jvp", InputTypeError, f"`v` is a {kind}")
-    refuse(f"a direction is a list of a {kind}", of(3, v=[v]), "jvp", InputTypeError, f"`v` is a {kind}")
+    words = f"`v` is {SHOWN.get(kind, 'a ' + kind)}"
+    refuse(f"a direction is a {kind}", of(3, v=v), "jvp", InputTypeError, words)
+    refuse(f"a direction is a list of a {kind}", of(3, v=[v]), "jvp", InputTypeError, words)
 for own, given in ((F32, F64), (F64, F32), (F32, torch.bfloat16), (F32, torch.int64), (F64, torch.complex128),
                    (torch.complex64, F32)):
     for calls, v in (("jvp, vjp", torch.ones(3, dtype=given)), ("batch_jvp, batch_vjp", torch.ones(2, 3, dtype=given))):
@@ -421,7 +424,7 @@ for bad in (NAN, INF):
     for call in VECTORS.split(", "):
         name, v = ("vs", vector[12:18].view(2, 3)) if "batch" in call else ("v", vector[16:19])
         refuse(f"an entry for {call} is {bad}", of(3, v=v), call, NonFiniteError,
-               f"{call}: in `{name}`, tensor 0, 1 of {v.numel()} entries")
+               f"{call}: in `{name}`, 1 of {v.numel()} entries")
 refuse("a vector is a number", {"v": 3.0}, "J @", InputTypeError, "float")
 refuse("a vector lacks tensors", {"v": VS[:1]}, "J @", InputError, "0.bias")
 for shape in ((4, 1), (1,), (1, 1), (25,), (27,), (4, 25), (2, 3, 26), (26, 1), (), (0,)):
@@ -430,13 +433,13 @@ for shape in ((4, 1), (1,), (1, 1), (25,), (27,), (4, 25), (2, 3, 26), (26, 1), 
 for v, calls, error, words in ((np.ones(26, np.float32), "mvp, jax mvp", InputError, "float32"),
                                (torch.full((26,), NAN).double(), "mvp, jax mvp", NonFiniteError, "`v`"),
                                ("v", "mvp, jax mvp", InputTypeError, "`v` is a str"),
-                               (None, "mvp, jax mvp", InputTypeError, "`v` is a NoneType"),
+                               (None, "mvp, jax mvp", InputTypeError, "`v` is None"),
                                (torch.ones(26), "mvp", InputError, "torch.float32"),
                                (np.ones(26, int), "jax mvp", InputError, "int64")):
     refuse(f"directions say {words}", {"v": v}, calls, error, words)
 for on, calls, error, words in (([], "mvp, jax mvp", InputError, "is empty"),
-                                ([None], "mvp, jax mvp", InputTypeError, "[0]` is a NoneType"),
-                                (3, "mvp, jax mvp", InputTypeError, "` is a int"),
+                                ([None], "mvp, jax mvp", InputTypeError, "[0]` is None"),
+                                (3, "mvp, jax mvp", InputTypeError, "` is an int"),
                                 (torch.ones(3), "mvp", InputError, "[0]` is neither a parameter"),
                                 (torch.ones(3), "jax mvp", InputError, "` is neither a parameter"),
                                 ({"w": np.ones(3)}, "jax mvp", InputError, "['w']` is neither a parameter")):
@@ -551,7 +554,7 @@ refuse("samples that mix may not be taken alone", {"model": Calls(lambda x: x - 
 # What comes out of a model or closure
 
 for label, function, error, words in (
-    ("none", lambda W, x: None, InputTypeError, "NoneType .. tensor"),
+    ("none", lambda W, x: None, InputTypeError, "None .. tensor"),
     ("text in a tuple", lambda W, x: (x @ W, "me"), InputTypeError, "[1] .. str .. outputs="),
     ("text in a dict", lambda W, x: {"y": x @ W, "name": "me"}, InputTypeError, "['name'] .. str .. outputs="),
     ("a number", lambda W, x: float((x @ W).detach().sum()), InputTypeError, "float .. tensor"),
@@ -635,10 +638,10 @@ for argument, value, error, words in (
     ("params", (), ModelStateError, "a tree of 0 arrays"),
     ("params", {"ids": np.arange(3)}, ModelStateError, "a tree of 1 arrays in which none"),
     ("params", {"w": 1.0}, InputTypeError, "`params['w']` is a float .. array"),
-    ("params", {"w": None}, InputTypeError, "`params['w']` is a NoneType"),
+    ("params", {"w": None}, InputTypeError, "`params['w']` is None"),
     ("params", ["w"], InputTypeError, "`params[0]` is a str"),
     ("params", {"w": np.ones(2, complex)}, NotDifferentiableError, "`w` is of dtype complex128 .. real"),
-    ("params", {"w": np.array(["a"])}, InputTypeError, "`params['w']` is a ndarray"),
+    ("params", {"w": np.array(["a"])}, InputTypeError, "`params['w']` is an ndarray"),
 ):
     refuse(f"to JAX {words}", {argument: value}, "jax wrap", error, words)
 refuse("the loss is not reduced", {"loss": nn.MSELoss(reduction="none")}, "hessian, ggn, grad", InputError,
@@ -700,7 +703,7 @@ for where in ("training_data", "test_data"):
                f"`{where}` .. read once .. DataLoader")
 refuse("the one batch has no row", {"training_data": [(X[:0], Y[:0])]}, "influences", DataError, "training_data .. row")
 refuse("the data is a number", {"training_data": 3}, "influences", InputTypeError,
-       "`training_data` .. a int .. batches (x, y)")
+       "`training_data` .. an int .. batches (x, y)")
 for less, words in ((False, "different in batch 0"), (True, "batch")):
     refuse(f"passes differ {'in length' if less else 'in order'}", lambda less=less: {"training_data": loader(
            sampler=Turning(less))}, "influences", DataError, f"`training_data` is .. {words}")
@@ -726,7 +729,7 @@ for a, b in (((2, 3), (3, 7)), ((5, 2, 3), (3,)), ((5, 2, 3), (1, 3, 7)), ((5, 2
 refuse("a projection is of numpy", {"proj_tensor": draw(3, 7).numpy()}, "project_jacobian", InputTypeError,
        "proj_tensor")
 refuse("a projection is of float32", {"proj_tensor": draw(3, 7).float()}, "project_jacobian", InputError, "float32")
-refuse("a PCA is an array", {"estimator": np.eye(3)}, "projection", InputTypeError, "`estimator` is a ndarray .. PCA")
+refuse("a PCA is an array", {"estimator": np.eye(3)}, "projection", InputTypeError, "`estimator` is an ndarray .. PCA")
 for shape in ((4, 3), (4,), ()):
     for kind, given in (("numpy", np.ones(shape)), ("torch", torch.ones(shape)), ("lists", np.ones(shape).tolist()),
                         ("a graph", torch.ones(shape, requires_grad=True))):

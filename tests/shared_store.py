@@ -1,4 +1,4 @@
-"""Processes that share a store, for tests: what each computes is noted in a file, whatever becomes of it."""
+"""Processes that share a store, for tests: what each computes is noted in a file that survives it."""
 
 import os
 import time

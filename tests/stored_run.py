@@ -50,7 +50,7 @@ def whole(path: Path) -> list[str]:
 
 
 class Log(list[str]):
-    """A list that also stands in a file, line by line, whatever becomes of the process."""
+    """A list that is also written to a file, line by line, so that it survives the process."""
 
     def __init__(self, path: Path):
         super().__init__()

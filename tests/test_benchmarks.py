@@ -71,7 +71,7 @@ def tiny() -> Iterator[Workload]:
 
 
 @pytest.mark.filterwarnings("ignore")  # rivals warn
-def test_tiny_workloads_answer_alike_and_are_told(tmp_path, monkeypatch):
+def test_tiny_workloads_answer_alike_and_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     rows = report.run(tiny(), "tiny", rounds=1)
     assert not [(r.workload, r.rival, r.error) for r in rows if r.error and not r.rival.startswith(PEERS)]

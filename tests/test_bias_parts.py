@@ -306,7 +306,7 @@ def test_a_smooth_operation_is_named_and_the_identity_warns(name: str):
     assert name in found.notes[0]
     assert name in said
     close(found.output, model(x).detach(), 1e-14)
-    # The bias part is not what is left over: it knows neither the output nor the Jacobian.
+    # The bias part is not what is left over: it uses neither the output nor the Jacobian.
     assert float((found.bias - bias_of(model, x)).abs().max()) > 1e-6
     assert found.slope_error <= 1e-9  # and yet the Jacobian is right
 

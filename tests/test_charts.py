@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused_by_name(chart: GroupChart) -> None:
         chart.inverse(torch.zeros(3, chart.storage, dtype=torch.int64))
 
 
-def test_quaternions_of_another_length_are_refused_and_can_be_mended() -> None:
+def test_quaternions_of_another_length_are_refused_and_can_be_corrected() -> None:
     x = torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 2]])
     with pytest.raises(InputError, match=r"length 2 \(element 1\).*SO3.normalize"):
         SO3.check(x, "poses")

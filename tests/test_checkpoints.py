@@ -174,7 +174,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     ("a.pt", InputTypeError, "`checkpoints` is a str.*list"),
     ({"0.weight": torch.ones(4, 3)}, InputTypeError, "`checkpoints` is a dict.*list"),
     (small_net(), InputTypeError, "`checkpoints` is a Sequential"),
-    ([3], InputTypeError, r"`checkpoints\[0\]` is a int.*state dict"),
+    ([3], InputTypeError, r"`checkpoints\[0\]` is an int.*state dict"),
     ([{"0.weight": 3}], InputTypeError, r"`checkpoints\[0\]` is a dict"),
 ]
 

@@ -31,7 +31,7 @@ def route(model: Callable[..., Tensor], x: object) -> str:
 
 
 class Counting(nn.Module):
-    """Notes how many samples every forward sees; its factor is a Python number that no graph knows."""
+    """Notes how many samples every forward sees; its factor is a Python number that is in no graph."""
 
     def __init__(self) -> None:
         super().__init__()

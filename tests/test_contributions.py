@@ -204,7 +204,7 @@ def tensors_of(inputs: Any) -> Any:
 def plain(case: Case) -> tuple[Any, list[tuple[Tensor, Tensor, Any]]]:
     """The Jacobian, and for every output itself, its bias part and its Jacobian, by a loop over samples."""
     model, inputs = case.make(), case.inputs()
-    if isinstance(inputs, dict):  # the oracle knows tensors only
+    if isinstance(inputs, dict):  # the oracle supports tensors only
         settings = {k: v for k, v in inputs.items() if not isinstance(v, Tensor)}
         bound = Bound(model, settings)
         jacobian = oracle.input_jacobian(bound, {k: v for k, v in inputs.items() if isinstance(v, Tensor)})
@@ -557,7 +557,7 @@ def test_features_before_a_projection_may_be_arrays_or_sparse():
         ([1.0, 2.0], InputTypeError, "`x` is a list"),
         (torch.ones(2, 4).to_sparse(), InputError, "must be dense"),
         (np.array([[1.0, np.nan, 0.0, 0.0]]), NonFiniteError, "contributions"),
-        (None, InputTypeError, "`x` is a NoneType"),
+        (None, InputTypeError, "`x` is None"),
     ],
     ids=str,
 )
@@ -832,7 +832,7 @@ def test_what_takes_one_output_says_how_to_pick_it():
     refused(InputError, lambda: jacops.reduce_contributions(several), "by several inputs", ".values")
 
 
-def test_reductions_know_which_axes_are_outputs():
+def test_reductions_use_which_axes_are_outputs():
     for name, axes in (("image", 1), ("sequence", 2), ("one-dimensional output", 0)):
         found = contributions(CASES[name].make(), CASES[name].inputs())
         whole = found.values.reshape(len(found.output), -1, *found.values.shape[1 + axes :]).numpy()
@@ -929,7 +929,7 @@ def test_under_autocast_parts_add_up_to_its_precision():
 
 
 class Doubles(torch.autograd.Function):
-    """The identity, with a wrong derivative where it is told so."""
+    """The identity, with a wrong derivative on request."""
 
     wrong = False
 
@@ -968,7 +968,7 @@ def test_what_is_known_of_a_model_is_followed_in_its_one_forward(rows: int, batc
         assert (again.notes, again.verification.relative_error < 1e-12) == ((), True)
 
 
-def test_slopes_of_a_model_that_is_known_are_compared_now_and_then_and_always_where_asked():
+def test_slopes_of_a_verified_model_are_compared_in_some_calls_and_always_where_asked():
     model = Counted()
     contributions(model, X)
     Doubles.wrong = True

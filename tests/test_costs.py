@@ -175,7 +175,7 @@ def test_a_dense_jacobian_takes_the_sweeps_of_modjac(budget: str | None) -> None
     close(matrix, torch.cat([block.reshape(400, -1) for block in oracle.parameter_jacobian(model.model, x)[0]], 1))
 
 
-def test_a_trusted_push_is_no_backward_sweep_at_all() -> None:
+def test_a_proved_push_is_no_backward_sweep_at_all() -> None:
     model, x = net(3, 50), torch.randn(5, 3, dtype=F64)
     v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=F64)
     jacops.jacobian(model, x) @ v
@@ -232,7 +232,7 @@ class Leak(nn.Module):
 
 @pytest.mark.parametrize("reads", range(6))
 @pytest.mark.parametrize("writes", range(6))
-def test_strict_checks_tell_every_pair_of_samples_apart(reads: int, writes: int) -> None:
+def test_strict_checks_separate_every_pair_of_samples(reads: int, writes: int) -> None:
     model, x = Leak(reads, writes), torch.randn(6, 2, dtype=F64)
     if reads == writes:
         jacops.compute_jacobian(model, x, checks="strict")

@@ -256,7 +256,7 @@ def test_outputs_that_the_loss_does_not_read_cost_nothing() -> None:
     torch.testing.assert_close(found.eigenvalues, plain.eigenvalues)
 
 
-# ---- how good it is, and what is told ------------------------------------------------------------------------------
+# ---- accuracy, and what is reported ------------------------------------------------------------------------------
 
 
 @POOR
@@ -352,7 +352,7 @@ def test_the_residual_is_the_true_one_and_can_be_left_out() -> None:
     assert blind.info["products"] == 0
 
 
-def test_rows_that_are_not_finite_are_told() -> None:
+def test_rows_that_are_not_finite_are_reported() -> None:
     A = problem("mlp").ggn()
     rows = draw(2, A.shape[0])
     rows[1, 3] = torch.nan

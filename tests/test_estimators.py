@@ -76,7 +76,7 @@ def test_a_gauss_newton_diagonal_goes_through_the_outputs() -> None:
     close(diagonal(operator), expected)
     before = lin.sweeps
     close(diagonal(operator), expected)
-    assert lin.sweeps - before <= 2 * y[0].numel() + 1  # once it is trusted, by outputs of a sample
+    assert lin.sweeps - before <= 2 * y[0].numel() + 1  # once it is proved, by outputs of a sample
     fisher = jacops.linalg.empirical_fisher(model, F.mse_loss, x, y)
     close(diagonal(fisher), fisher.dense().diagonal())
 

@@ -20,7 +20,7 @@ from jacops.errors import InputTypeError
 from refusals import linear_case
 from small import Calls, Swept, close, draw, flat, settled
 
-# W1: vmap over jacrev lies for PReLU where the rows of a chunk are as many as outputs
+# W1: vmap over jacrev is wrong for PReLU where the rows of a chunk are as many as outputs
 
 
 PRELU_MODELS = {

@@ -191,7 +191,7 @@ def test_d4_one_row_one_output_and_both(rows: int):
         )
 
 
-# D5, D6: batches weigh by their rows; sums and means are told apart
+# D5, D6: batches weigh by their rows; sums and means are distinguished
 
 
 SPLITS = [(11,), (10, 1), (1, 10), (1,) * 11, (4, 4, 3), (5, 1, 5)]
@@ -347,7 +347,7 @@ def test_d12_some_of_the_parameters_give_some_of_the_columns():
 # A gradient without a graph, and a graph without a second derivative
 
 
-def test_a_forgotten_create_graph_is_told_from_a_linear_loss():
+def test_a_missing_create_graph_is_distinguished_from_a_linear_loss():
     case = Linear()
     wrapped = case.wrapped(lambda output, y: output.sum())
     v = torch.ones(1, 2).double()

@@ -274,7 +274,7 @@ class Rooted(nn.Module):
         return self.fine * x, torch.where(self.root > 0, root, torch.zeros(())) if self.masked else root * x
 
 
-rows_are_fine = pytest.mark.filterwarnings("ignore:modjac went row by row")  # forward mode says so first
+rows_are_fine = pytest.mark.filterwarnings("ignore:modjac.*Route used. row by row")  # forward mode says so first
 
 
 @rows_are_fine

@@ -98,11 +98,11 @@ def test_names_of_another_result_are_taken_over() -> None:
 
 REFUSED: list[tuple[dict[str, Any], type[JacopsError], str]] = [
     ({"names": "abc"}, InputError, r"`names` is 3 names, but 6 are needed, one for each feature"),
-    ({"names": 3}, InputTypeError, r"`names` is a int"),
+    ({"names": 3}, InputTypeError, r"`names` is an int"),
     ({"names": {"x": "abcdef"}}, InputTypeError, r"`names` is a mapping, but with one input"),
     ({"names": FeatureNames.of(torch.ones(2, 3))}, InputError, r"`names` is of features of shapes \(\(3,\),\)"),
-    ({"groups": {"left": "bb"}}, InputError, r"`groups\['left'\]` is given 'bb', .*near are b"),
-    ({"groups": {"left": "zz*"}}, InputError, r"`groups\['left'\]` is given 'zz\*', .*near are a, b, c"),
+    ({"groups": {"left": "bb"}}, InputError, r"`groups\['left'\]` is given 'bb', .*the nearest are b"),
+    ({"groups": {"left": "zz*"}}, InputError, r"`groups\['left'\]` is given 'zz\*', .*the nearest are a, b, c"),
     ({"groups": {"left": [6]}}, InputError, r"given 6, but features have shape \(6,\)"),
     ({"groups": {"left": [-1]}}, InputError, r"given -1"),
     ({"groups": {"left": [(0, 1)]}}, InputError, r"given \(0, 1\)"),
@@ -112,7 +112,7 @@ REFUSED: list[tuple[dict[str, Any], type[JacopsError], str]] = [
     ({"groups": list("abc")}, InputError, r"labels of shape \(3,\), but features have shape \(6,\)"),
     ({"groups": [["a"], ["b", "c"]]}, InputError, r"`groups` is"),
     ({"groups": "abcdef"}, InputTypeError, r"`groups` is a str"),
-    ({"groups": 3}, InputTypeError, r"`groups` is a int"),
+    ({"groups": 3}, InputTypeError, r"`groups` is an int"),
 ]  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], kind: Any, words:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"names": {"tabel": "wxyz"}}, r"`names` is given for 'tabel', .*near are table"),
+    [({"names": {"tabel": "wxyz"}}, r"`names` is given for 'tabel', .*the nearest are table"),
      ({"names": {"table": "wx"}}, "4 are needed, one for each feature of table"),
      ({"names": {"image": ["ab"]}}, r"features of image have shape \(2, 3\): an entry per axis"),
      ({"names": {"image": ["abc", None]}}, "2 are needed, one for each place along axis 0 of image"),
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], kind: Any, words:
      ({"names": ["ab"]}, "there are 2 inputs: image, table"),
      ({"groups": {"g": [3]}}, r"names are needed, such as 'image\[0, 0\]'"),
      ({"groups": list("abcdefghij")}, "mapping"),
-     ({"groups": {"g": "tables"}}, "near are table")],
+     ({"groups": {"g": "tables"}}, "the nearest are table")],
 )  # fmt: skip
 def test_what_does_not_fit_several_inputs_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -410,7 +410,7 @@ def test_time_is_limited() -> None:
     [
         ({"max_seconds": 0}, InputError, "`max_seconds`"),
         ({"max_seconds": "1"}, InputTypeError, "`max_seconds`"),
-        ({"callback": 3}, InputTypeError, "`callback` is a int"),
+        ({"callback": 3}, InputTypeError, "`callback` is an int"),
         ({"verbose": 3}, InputError, "`verbose` is 3"),
         ({"verbose": "yes"}, InputTypeError, "`verbose`"),
     ],

@@ -228,7 +228,7 @@ def test_success_is_never_without_evidence(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["nielsen", "trust_region"])
 @pytest.mark.parametrize("digits", [16, 13, 5])
-def test_exponentials_are_told_apart_as_far_as_their_digits_go(strategy: str, digits: int) -> None:
+def test_exponentials_are_distinguished_as_far_as_their_digits_go(strategy: str, digits: int) -> None:
     start = torch.tensor([0.5, 0.7, 3.6, 4.2, 4, 6.3]).double()
     fit = fitted(strategy, lanczos(digits), params=start, max_steps=300)
     assert fit.success, fit
@@ -334,7 +334,7 @@ def test_scales_come_in_the_form_of_the_parameters() -> None:
         (torch.ones(3), InputError, r"of shape \(3,\) for 'x'"),
         ({"y": 1.0}, InputError, "`x_scale` is naming 'y'"),
         ({}, InputError, r"for \['x'\] too"),
-        (object(), InputTypeError, "`x_scale` is a object for 'x'"),
+        (object(), InputTypeError, "`x_scale` is an object for 'x'"),
         (True, InputTypeError, "`x_scale` is a bool"),
     ],
     ids=["word", "zero", "negative", "shape", "name", "none", "object", "flag"],

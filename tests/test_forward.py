@@ -119,7 +119,7 @@ def test_a_hook_on_the_way_is_noticed_by_columns_in_a_batched_pass() -> None:
 
 
 def turned_round(hidden: Tensor) -> Tensor:
-    """A gradient turned round by a hook, which no node of the graph tells of."""
+    """A gradient reversed by a hook, which is in no node of the graph."""
     if hidden.requires_grad:
         hidden.register_hook(lambda grad: -grad)
     return hidden

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from benchmarks import gpu_check
-from benchmarks.gpu_check import Clock, Row, relative, told
+from benchmarks.gpu_check import Clock, Row, relative, row_passes
 
 
 @pytest.fixture
@@ -35,18 +35,18 @@ ONE = torch.ones(3, dtype=torch.float64)
     "found", [ONE * 1.1, ONE * math.nan, ONE[:2], None], ids=["another answer", "NaN", "another shape", "an exception"]
 )
 def test_a_row_that_is_wrong_or_has_no_error_fails(found: torch.Tensor | None, clock: Clock, capsys):
-    assert told(Row("right", lambda: ONE, relative(lambda: ONE)), clock)
-    assert not told(Row("wrong", lambda: found, relative(lambda: ONE)), clock)
-    assert not told(Row("without an error", lambda: ONE, lambda answer: math.nan), clock)
+    assert row_passes(Row("right", lambda: ONE, relative(lambda: ONE)), clock)
+    assert not row_passes(Row("wrong", lambda: found, relative(lambda: ONE)), clock)
+    assert not row_passes(Row("without an error", lambda: ONE, lambda answer: math.nan), clock)
     assert capsys.readouterr().out.count("ok ") == 1
 
 
-def test_rivals_that_fail_or_are_missing_are_told(clock: Clock, capsys: pytest.CaptureFixture[str]):
+def test_rivals_that_fail_or_are_missing_are_reported(clock: Clock, capsys: pytest.CaptureFixture[str]):
     def missing() -> None:
         raise ModuleNotFoundError("no such package", name="rival")
 
     rivals = {"missing": missing, "failing": lambda: 1 / 0, "there": lambda: time.sleep(0)}
-    assert told(Row("right", lambda: ONE, relative(lambda: ONE), rivals=rivals), clock)
+    assert row_passes(Row("right", lambda: ONE, relative(lambda: ONE), rivals=rivals), clock)
     words = capsys.readouterr().out
     assert "not installed: rival" in words
     assert "fails: ZeroDivisionError" in words

@@ -126,7 +126,7 @@ def test_an_unfinished_store_and_other_things_are_refused(tmp_path: Path):
         run.complete()
     with pytest.raises(InputError, match="`scores`.*compute_influences"):
         ranked(tmp_path / "other", 1)
-    with pytest.raises(InputTypeError, match="`scores` is a int"):
+    with pytest.raises(InputTypeError, match="`scores` is an int"):
         ranked(3, 1)
     with pytest.raises(InputTypeError, match="`scores` is a Tensor"):
         grouped(torch.ones(2, 12), GROUPS)

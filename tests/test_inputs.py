@@ -455,7 +455,7 @@ def jac(*args: Any, **kwargs: Any) -> Callable[[], Any]:
 
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "target is a number": (jac(BOUND, X, target=3), InputTypeError, r"a int.*`outputs=3` for the same output"),
+    "target is a number": (jac(BOUND, X, target=3), InputTypeError, r"an int.*`outputs=3` for the same output"),
     "target is a list": (jac(BOUND, X, target=Y.tolist()), InputTypeError, r"a list.*torch.as_tensor"),
     "target is floating": (jac(BOUND, X, target=Y.double()), InputTypeError, r"torch.float64.*integer tensor \(n,\)"),
     "target is too short": (jac(BOUND, X, target=Y[:5]), InputError, r"of shape \(5,\) for 7 samples"),
@@ -464,7 +464,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "target without classes": (jac(lambda x: x.sum(1), X, target=Y), InputError, r"of shape \(\d,\) for \d samples"),
     "target beside a longer loader": (jac(BOUND, LOADER, target=Y[:5]), InputError, "of 5 rows.*loader gives 6"),
     "target beside a shorter loader": (jac(BOUND, LOADER, target=torch.cat([Y, Y])), InputError, "14 rows.*7"),
-    "shared is not there": (jac(MODEL, NAMED, shared="tabel"), InputError, "`shared` is 'tabel'.*near are table"),
+    "shared is not there": (jac(MODEL, NAMED, shared="tabel"), InputError, "`shared` is 'tabel'.*nearest are table"),
     "shared with one tensor": (jac(BOUND, X, shared="x"), InputError, "the input is one tensor"),
     "shared is a tensor": (jac(MODEL, NAMED, shared=[TABLE]), InputTypeError, "names of keyword inputs"),
     "shared is left out": (jac(MODEL, NAMED), InputError, r"of lengths.*one row per sample.*`shared=`"),

@@ -198,7 +198,7 @@ def test_models_with_kinks_agree_with_a_plain_loop(name: str) -> None:
     make, shape = KINKED[name]
     model, x, x0 = make(), draw(2, *shape, seed=9), draw(*shape, seed=8)
     found = integrated_jacobian(model, x, baseline=x0)
-    check(found, model, x, x0, 1e-3)  # as far as 2,000 nodes tell
+    check(found, model, x, x0, 1e-3)  # to the accuracy of 2,000 nodes
     assert float(gaps(found, model, x, x0).max()) < 1e-6
 
 
@@ -238,7 +238,7 @@ def test_under_autocast_contributions_add_up_as_coarsely(name: str) -> None:
     assert found.verification.relative_error < 0.1
 
 
-# What outputs do not tell
+# What outputs do not show
 
 
 def test_what_cancels_in_the_outputs_is_integrated_too() -> None:
@@ -642,7 +642,7 @@ X = draw(5, 4)
         ({"baseline": torch.zeros(3, dtype=F64)}, InputError, r"`baseline` is of shape \(3,\), but \(4,\) for all"),
         ({"baseline": torch.zeros(3, 4, dtype=F64)}, InputError, r"`baseline` is of shape \(3, 4\)"),
         ({"baseline": torch.zeros(4)}, InputError, "`baseline` is of torch.float32 .* the input is of torch.float64"),
-        ({"baseline": np.zeros(4)}, InputTypeError, r"`baseline` is a ndarray.*torch.as_tensor\(baseline\)"),
+        ({"baseline": np.zeros(4)}, InputTypeError, r"`baseline` is an ndarray.*torch.as_tensor\(baseline\)"),
         ({"baseline": "mean"}, InputTypeError, "`baseline` is a str"),
         ({"baseline": math.nan}, NonFiniteError, "in `baseline`"),
         ({"baseline": torch.full((4,), math.inf, dtype=F64)}, NonFiniteError, "in `baseline`"),
@@ -665,7 +665,7 @@ X = draw(5, 4)
         ({"target": torch.zeros(3, dtype=torch.long)}, InputError, "`target` is of shape"),
         ({"outputs": 9}, InputError, "`outputs` is 9"),
         ({"out": torch.empty(5, 3, 3, dtype=F64)}, InputError, "`out` is of shape"),
-        ({"x": X.numpy()}, InputTypeError, "`x` is a ndarray"),
+        ({"x": X.numpy()}, InputTypeError, "`x` is an ndarray"),
         ({"x": X[:, :3]}, RuntimeError, "shapes cannot be multiplied"),
         ({"x": torch.full((2, 4), math.nan, dtype=F64)}, NonFiniteError, "in `x`"),
         ({"x": torch.ones(5, 4, dtype=torch.long)}, NotDifferentiableError, "integer inputs have no derivative"),

@@ -261,7 +261,7 @@ def test_d12_one_array_in_two_places_is_two_parameters():
 # A gradient that nothing is known about, and second derivatives that are zero
 
 
-def test_a_forgotten_create_graph_is_told_from_a_linear_loss():
+def test_a_missing_create_graph_is_distinguished_from_a_linear_loss():
     own = linear(lambda output, y: output.sum())
     x, y, v = draw(5, 2), draw(5, 1), jnp.ones((1, 2))
     with pytest.raises(NotDifferentiableError, match=r"`grad_xy` has no graph.*create_graph=True"):
@@ -390,7 +390,7 @@ def test_a_second_derivative_of_which_a_part_is_dropped_is_found(apply: Callable
             call(x, y)
 
 
-def test_a_batching_rule_that_lies_is_found_and_left():
+def test_a_wrong_batching_rule_is_found_and_left():
     @jax.custom_batching.custom_vmap
     def double(x: Any) -> Any:
         return 2 * x
@@ -437,13 +437,13 @@ def test_importing_jacops_does_not_import_jax_and_the_names_do():
     assert (done.stdout.split(), done.stderr) == (["False", "True", "JaxTwiceDifferentiable"], "")
 
 
-def test_a_missing_jax_is_told_with_its_pip_line():
+def test_a_missing_jax_is_reported_with_its_pip_line():
     code = "import sys; sys.modules['jax'] = None; import jacops; jacops.JaxTwiceDifferentiable"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MissingExtraError" in done.stderr
     assert "pip install 'jacops[jax]'" in done.stderr
 
 
-def test_names_that_are_not_there_are_still_told():
+def test_names_that_are_not_there_are_still_reported():
     with pytest.raises(AttributeError, match="no attribute 'Jax'"):
         jacops.Jax  # noqa: B018

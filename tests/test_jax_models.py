@@ -86,7 +86,7 @@ def test_leaves_that_are_no_arrays_are_part_of_the_program():
     assert model.total == 22
 
 
-def test_what_is_no_array_tells_programs_apart():
+def test_what_is_no_array_distinguishes_programs():
     params, other = tree(), {**tree(), "rate": 2.0}
     first, second = (jacops.JaxFunction(through_tree, p) for p in (params, other))
     J, twice = (jacops.jacobian(model, X).dense() for model in (first, second))

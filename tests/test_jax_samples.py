@@ -119,7 +119,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "floating places": ({"target": X[:, 0]}, InputTypeError, "`target` is a tensor of torch.float64"),
     "a negative place": ({"target": PLACES - 1}, InputError, "`target` is holding -1"),
     "no axis to pick from": ({"target": PLACES % 1, "outputs": 0}, InputError, "`target` is given with an output of"),
-    "no such input": ({"shared": ["tables", "mask"]}, InputError, "`shared` is 'tables'.*near are table"),
+    "no such input": ({"shared": ["tables", "mask"]}, InputError, "`shared` is 'tables'.*the nearest are table"),
     "one left out": ({"shared": "table"}, InputError, r"`x` is of lengths \[4, 5\].*`shared=`"),
     "all of them": ({"shared": ["x", "table", "mask"]}, InputError, "all need one row per sample"),
 }

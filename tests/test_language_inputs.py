@@ -317,7 +317,7 @@ def test_other_errors_of_a_loss_keep_their_type_and_name_the_shapes() -> None:
     [("transformer.h.0.atn.*", "transformer.h.0.attn.c_proj.bias"), (["transformer.*", "lm_heads*"], "lm_head.weight")],
 )
 def test_patterns_that_fit_nothing_name_what_is_near(picked: Any, near: str, estimate: Estimate) -> None:
-    with pytest.raises(InputError, match=f"no parameter fits; near are .*{near}"):
+    with pytest.raises(InputError, match=f"no parameter fits; the nearest are .*{near}"):
         estimate(gpt2(), shifted, batches(sequences()), parameters=picked)
 
 

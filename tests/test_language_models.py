@@ -352,7 +352,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "a cache": (gpt2, lambda o, y: o.past_key_values.layers[0].keys.sum(), {}, NotDifferentiableError, "past_key_val"),
     "no reduction": (gpt2, lambda o, y: o.logits, {}, InputError, "one number"),
     "no labels": (gpt2, lambda o, y: o.loss, {}, NotDifferentiableError, "'model'"),
-    "no parameters": (gpt2, shifted, {"parameters": "*lora_*"}, InputError, "near are transformer.wte.weight"),
+    "no parameters": (gpt2, shifted, {"parameters": "*lora_*"}, InputError, "the nearest are transformer.wte.weight"),
     "half precision": (lambda: gpt2().bfloat16(), shifted, {}, InputError, r"`model.float\(\)`"),
 }
 

@@ -371,7 +371,7 @@ def test_every_rule_stops_and_says_so() -> None:
     assert levenberg_marquardt(lambda x: x - 1, params=torch.ones(1)).log == []
 
 
-def test_the_log_and_the_repr_tell() -> None:
+def test_the_log_and_the_repr_show_the_fit() -> None:
     fit = levenberg_marquardt(decay, target=noisy(), params=torch.tensor([2.0, 1.0]).double())
     assert [r.step for r in fit.log] == list(range(1, len(fit.log) + 1))
     assert fit.log[-1].tried >= fit.cost

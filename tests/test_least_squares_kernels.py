@@ -136,7 +136,7 @@ def test_what_is_no_kernel_is_refused() -> None:
         Huber(-1)
     with pytest.raises(InputTypeError, match="`kernel` is the class Huber"):
         fit(kernel=Huber)
-    with pytest.raises(InputTypeError, match="`kernel` is a int"):
+    with pytest.raises(InputTypeError, match="`kernel` is an int"):
         fit(kernel=3)
     with pytest.raises(InputError, match="`kernel` is falling somewhere"):
         fit(kernel=lambda s: -s)

@@ -300,7 +300,7 @@ def test_raw_storage_of_a_lietensor_is_right_or_refused_by_name(jacobian: str) -
             except NotDifferentiableError as error:
                 assert "x" in str(error)  # noqa: PT017
                 continue
-            assert fit.log[0].ratio > 0.2  # a wrong Jacobian foretells badly
+            assert fit.log[0].ratio > 0.2  # a wrong Jacobian predicts badly
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

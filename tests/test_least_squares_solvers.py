@@ -211,11 +211,11 @@ def test_what_is_no_solver_or_strategy_is_refused() -> None:
 
     with pytest.raises(InputError, match="`solver` is 'lu', but one of"):
         fit(solver="lu")
-    with pytest.raises(InputTypeError, match="`solver` is a int"):
+    with pytest.raises(InputTypeError, match="`solver` is an int"):
         fit(solver=1)
     with pytest.raises(InputError, match="`strategy` is 'newton', but one of"):
         fit(strategy="newton")
-    with pytest.raises(InputTypeError, match="`strategy` is a int"):
+    with pytest.raises(InputTypeError, match="`strategy` is an int"):
         fit(strategy=1)
     with pytest.raises(InputError, match="`damping` is -1"):
         fit(damping=-1)

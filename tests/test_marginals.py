@@ -193,7 +193,7 @@ def test_plain_parameters_go_by_the_first_axis(jacobian: str) -> None:
     )
 
 
-def test_a_loaded_result_knows_whose_columns_are_whose(tmp_path: Path) -> None:
+def test_a_loaded_result_keeps_which_columns_belong_to_which_parameter(tmp_path: Path) -> None:
     fit = fitted(grid_graph(5, 4), fixed={"poses": 0})
     fit.save(tmp_path / "fit")
     found = LeastSquaresResult.load(tmp_path / "fit").marginals("poses")  # ordered anew, so that rounding differs

@@ -115,7 +115,7 @@ def test_a_name_with_brackets_is_a_name_first() -> None:
 
 
 CASES: dict[str, tuple[Any, type[Exception], str]] = {
-    "a pattern that fits nothing": ("0.wieght", InputError, "0.wieght.*near are 0.weight"),
+    "a pattern that fits nothing": ("0.wieght", InputError, "0.wieght.*the nearest are 0.weight"),
     "a copy of a parameter": (NET[0].weight.detach().clone(), InputError, "0.weight"),
     "a number": (3, InputTypeError, "int"),
     "numbers": ([1, 2], InputTypeError, "an entry of type int"),

@@ -1,4 +1,4 @@
-"""Plans and budgets: told before anything runs, kept while it runs, refused where they cannot be."""
+"""Plans and budgets: predicted before anything runs, kept while it runs, refused where they cannot be."""
 
 import subprocess
 import sys
@@ -67,7 +67,7 @@ def test_the_meter_counts_what_lives_at_once_and_nothing_of_the_callers() -> Non
 # ---- plans ---------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_tells_routes_and_bytes_and_runs_no_more_than_two_samples() -> None:
+def test_a_plan_shows_routes_and_bytes_and_runs_no_more_than_two_samples() -> None:
     seen: list[int] = []
 
     model = net(6, 5, 40)
@@ -203,7 +203,7 @@ def test_rows_by_layers_keep_to_a_budget_by_fewer_sweeps_at_once() -> None:
     model, x = net(20, 64, 64, 12), torch.randn(300, 20, dtype=F64)
     matrix = jacops.modjac(net(20, 64, 64, 12), x, flatten=True)  # by a twin: here the route is to be new
     out = torch.empty_like(matrix)
-    for _ in range(2):  # where the route is new, and where it is trusted
+    for _ in range(2):  # where the route is new, and where it is proved
         sizes = range(10, 100)
         least = sizes[bisect_left(sizes, True, key=lambda s: fits(model, x, out, s))]
         tight, wide = (plan(jacops.modjac, model, x, flatten=True, out=out, budget=b) for b in (least * 2**20, 2**33))
@@ -375,7 +375,7 @@ def fresh(name: str, budget: float, what: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell resident memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not report resident memory")
 @pytest.mark.parametrize("name", ["encoder", "images", "weights", slow("decoder"), slow("kernels")])
 def test_measured_memory_is_what_was_predicted_and_keeps_to_the_budget(name: str) -> None:
     predicted, own = fresh(name, 2**33, "plan"), fresh(name, 2**33, "run")

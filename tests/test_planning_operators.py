@@ -1,4 +1,4 @@
-"""What forming an operator takes: foretold, kept to, and never a second copy of the matrix."""
+"""The memory of forming an operator: predicted, kept to, and never a second copy of the matrix."""
 
 import subprocess
 import sys
@@ -294,8 +294,8 @@ def fresh(name: str, budget: float, what: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def _tells() -> bool:
-    """Say whether the system tells resident memory, and lets the high-water mark start again."""
+def _has_resident_memory() -> bool:
+    """Return whether the system reports resident memory, and lets the high-water mark start again."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -303,7 +303,7 @@ def _tells() -> bool:
     return Path("/proc/self/status").exists()
 
 
-@pytest.mark.skipif(not _tells(), reason="the system does not tell resident memory")
+@pytest.mark.skipif(not _has_resident_memory(), reason="the system does not report resident memory")
 @pytest.mark.parametrize(
     "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("hessian", "ggn", "jacobian")), "problem"]
 )
@@ -312,7 +312,7 @@ def test_measured_memory_is_what_was_predicted(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _tells(), reason="the system does not tell resident memory")
+@pytest.mark.skipif(not _has_resident_memory(), reason="the system does not report resident memory")
 @pytest.mark.parametrize("name", ["hessian", "ggn", "problem", "jacobian"])
 def test_measured_memory_keeps_to_the_budget(name: str) -> None:
     own = fresh(name, 2**33, "run")

@@ -173,7 +173,7 @@ def test_parameters_are_picked_by_pattern():
     assert found.sample_gradients().shape == (9, int(where.sum()))
     frozen = copy.deepcopy(model).requires_grad_(False)
     close(Problem(frozen, F.cross_entropy, [(x, LABELS)], parameters=["*"]).hessian().dense(), whole)
-    with pytest.raises(InputError, match="`parameters` is '9.wieght'.*near are"):
+    with pytest.raises(InputError, match="`parameters` is '9.wieght'.*nearest are"):
         Problem(model, F.cross_entropy, [(x, LABELS)], parameters="9.wieght")
     with pytest.raises(InputTypeError, match="`parameters`"):
         Problem(model, F.cross_entropy, [(x, LABELS)], parameters=3)
@@ -279,7 +279,7 @@ def test_sample_gradients_are_those_of_the_rows_own_losses():
     close(rows.T.apply(u), u @ found)
 
 
-def test_fingerprints_tell_weights_data_and_losses_apart():
+def test_fingerprints_distinguish_weights_data_and_losses():
     x = draw(9, 3)
     model = small_net()
     base = Problem(model, F.cross_entropy, batches(x, LABELS, 4, 5)).fingerprint()

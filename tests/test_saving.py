@@ -1,4 +1,4 @@
-"""Results on disk: what was saved comes back bit by bit, a damaged or foreign file is told, nothing is executed."""
+"""Results on disk: what was saved is loaded bit by bit, a damaged or foreign file is reported, nothing is executed."""
 
 import dataclasses
 import json
@@ -155,7 +155,7 @@ def test_what_was_saved_comes_back(name: str, tmp_path: Path):
     assert os.listdir(tmp_path) == [path.name], "something was left behind"
 
 
-def test_a_loaded_fit_still_knows_its_covariance(tmp_path: Path):
+def test_a_loaded_fit_still_has_its_covariance(tmp_path: Path):
     for number, name in enumerate(("fit, dense", "fit, list")):
         fit = RESULTS[name]()
         fit.save(tmp_path / str(number))
@@ -278,7 +278,7 @@ def test_a_type_of_the_user_is_refused_where_it_is_saved(tmp_path: Path):
     assert Savable._types["Estimate"] is jacops.linalg.Estimate
 
 
-def test_another_type_is_told(tmp_path: Path):
+def test_another_type_is_reported(tmp_path: Path):
     Estimate(1.0, 0.5).save(tmp_path / "f")
     refused(DataError, lambda: Contributions.load(tmp_path / "f"), "Estimate", "Contributions")
     refused(FileNotFoundError, lambda: jacops.load(tmp_path / "none"), "none")
@@ -291,7 +291,7 @@ class Bomb:
         return (os.mkdir, ("exploded",))
 
 
-def test_foreign_files_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_foreign_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "f"
     safetensors.torch.save_file({"values": X}, path)
@@ -312,7 +312,7 @@ def test_foreign_files_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (tmp_path / "exploded").exists()
 
 
-def test_damage_anywhere_is_told(tmp_path: Path):
+def test_damage_anywhere_is_reported(tmp_path: Path):
     path = tmp_path / "f"
     RESULTS["eigenpairs"]().save(path)
     whole = path.read_bytes()
@@ -373,7 +373,7 @@ def test_a_forged_header_makes_nothing_but_an_error(name: str, tmp_path: Path):
     refused(DataError, lambda: load(path), FORGED[name][1])
 
 
-def test_a_header_too_deep_is_told(tmp_path: Path):
+def test_a_header_too_deep_is_reported(tmp_path: Path):
     path = tmp_path / "f"
     Estimate(1.0, 0.5).save(path)
     deep: Any = 1

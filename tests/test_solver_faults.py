@@ -355,7 +355,7 @@ def test_attainable_has_a_level_and_does_not_raise() -> None:
     assert "attainable" in seen
 
 
-def test_methods_without_a_promise_are_approximate_and_warn_once_where_they_are_no_better_than_zero() -> None:
+def test_methods_without_a_tolerance_are_approximate_and_warn_once_where_they_are_no_better_than_zero() -> None:
     A, b = Matrix(spectrum(torch.logspace(0, -2, 30)), symmetric=True, positive=True), draw(4, 30)
     for solver in (Lanczos(rank=3), Nystrom(rank=3)):
         good = solve(A, b, solver, damping=10.0)

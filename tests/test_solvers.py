@@ -20,7 +20,7 @@ APPROXIMATE = {"lanczos", "nystrom"}
 KINDS = list(operators(F64))
 
 
-def check_honest(operator: Matrix, damping: float, b: torch.Tensor, solution: Solution) -> None:
+def check_statement(operator: Matrix, damping: float, b: torch.Tensor, solution: Solution) -> None:
     """Hold a solution to the truth, row by row."""
     k = b.shape[0]
     assert solution.x.shape == b.shape
@@ -51,13 +51,15 @@ def check_honest(operator: Matrix, damping: float, b: torch.Tensor, solution: So
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOLVERS)
-def test_every_solver_is_honest_on_every_matrix(name: str, kind: str, dtype: torch.dtype, damping: float) -> None:
+def test_every_solver_reports_true_residuals_on_every_matrix(
+    name: str, kind: str, dtype: torch.dtype, damping: float
+) -> None:
     operator = operators(dtype)[kind]
     n = operator.shape[0]
     b = draw(5, n, seed=3, dtype=dtype)
     b[1], b[3] = 0, b[0]
     solution = solve(operator, b, SOLVERS[name], damping=damping, on_failure="return")
-    check_honest(operator, damping, b, solution)
+    check_statement(operator, damping, b, solution)
     assert repr(solution)
 
 
@@ -137,7 +139,7 @@ EVERYWHERE = st.sampled_from([Direct(), Direct(indefinite=True), Auto(), LiSSA(m
 def converged_is_true(system: tuple[Matrix, torch.Tensor, float], solver: Solver) -> None:
     operator, b, damping = system
     solution = solve(operator, b, solver, damping=damping, on_failure="return")
-    check_honest(operator, damping, b, solution)
+    check_statement(operator, damping, b, solution)
     bound = solution.info.get("error_bound")
     if bound is not None:
         matrix = operator.matrix.double() + damping * torch.eye(b.shape[1], dtype=F64)
@@ -207,7 +209,7 @@ def test_the_damping_asked_for_is_a_lower_bound(solver: Solver) -> None:
     assert lowest + 0.05 <= solution.info["lowest_curvature"] * (1 - 1e-12) < 0
 
 
-def test_single_precision_is_told_to_go_double() -> None:
+def test_an_error_in_single_precision_suggests_double() -> None:
     with pytest.raises(SolveError, match="float64"):
         solve(rotated(falling(20, 1e9), dtype=F32, positive=True), draw(2, 20, dtype=F32), "direct")
 
@@ -218,7 +220,7 @@ def test_a_tolerance_below_rounding_is_taken_to_what_can_be_reached() -> None:
         solution = solve(operator, b, solver, on_failure="return")
         assert set(solution.status) <= {"converged", "attainable", "stagnated"}
         assert float(solution.info["attainable"].min()) > 1e-8
-        check_honest(operator, 0.0, b, solution)
+        check_statement(operator, 0.0, b, solution)
 
 
 class Overflows(Operator):
@@ -257,7 +259,7 @@ def test_the_inverse_of_a_general_matrix() -> None:
     torch.testing.assert_close(inverse(A).T.dense(), torch.linalg.inv(A.matrix).T)
 
 
-def test_the_inverse_raises_unless_told() -> None:
+def test_the_inverse_raises_by_default() -> None:
     operator, v = operators(F64)["indefinite"], draw(15)
     with pytest.raises(SolveError, match="not positive definite"):
         inverse(operator, "cg") @ v

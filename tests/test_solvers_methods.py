@@ -120,7 +120,7 @@ def test_nystrom_preconditioner_follows_its_rule(block: bool) -> None:
 
 @pytest.mark.parametrize("block", [True, False])
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_jacobi_mends_scales(block: bool, dtype: torch.dtype) -> None:
+def test_jacobi_corrects_scales(block: bool, dtype: torch.dtype) -> None:
     scale = torch.logspace(0, 2, 40, dtype=F64)
     inner = rotated(falling(40, 5), positive=True).matrix
     A = Matrix((scale[:, None] * inner * scale).to(dtype), symmetric=True, positive=True)
@@ -281,7 +281,7 @@ def test_direct_reports_inertia_and_condition() -> None:
     assert solve(close, b, Direct(max_condition=math.inf)).worst < 0.1
 
 
-def test_a_large_indefinite_matrix_is_told_from_a_singular_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_indefinite_matrix_is_distinguished_from_a_singular_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jacops.solvers._direct._EXACT_SPECTRUM", 10)
     values = torch.cat([torch.linspace(-0.16, -0.01, 12), torch.linspace(0.01, 0.3, 270), torch.tensor([8.0, 50.0])])
     A, b = rotated(values, dtype=F32), draw(2, len(values), dtype=F32)

@@ -315,7 +315,7 @@ def test_declared_patterns_that_lack_an_entry_of_a_small_row_are_refused() -> No
 
 
 def test_declared_patterns_may_leave_rounding_out() -> None:
-    """The second half is zero but for rounding, which the caller knows and detection cannot."""
+    """The second half is zero but for rounding, which the caller knows and detection does not find."""
     model = Plain(lambda self, x: torch.cat([x**2, 3 * x - x * (1 + 1e-3) - x * (2 - 1e-3)]))
     x = noise(20).abs() + 1
     pattern = sp.csr_array(np.vstack([np.eye(20), np.zeros((20, 20))]))

@@ -1,4 +1,4 @@
-"""Colourings tell every entry apart, always come out the same, and need no more colours than scipy's grouping."""
+"""Colourings separate every entry, are reproducible, and need no more colours than scipy's grouping."""
 
 import numpy as np
 import pytest

@@ -215,7 +215,7 @@ def test_a_sparse_matrix_that_is_the_point_keeps_its_pattern() -> None:
             return torch.sparse_coo_tensor(dense.nonzero().T, values, dense.shape, check_invariants=False) @ self.x
 
     values = dense[dense != 0]
-    values[::3] = 0  # zeros of an input are no zeros for good
+    values[::3] = 0  # zeros of an input are not permanent
     found = detect_pattern(Given(), values)
     assert found.unknown == {}
     np.testing.assert_array_equal(found.matrix.toarray(), (dense != 0).numpy())

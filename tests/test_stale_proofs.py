@@ -707,7 +707,7 @@ def test_a_captured_value_of_a_plain_function_counts(kind: str) -> None:
     torch.testing.assert_close(jacops.compute_jacobian(function, x), plain_of(function, x))
 
 
-def test_selectors_of_one_shortened_repr_are_told_apart() -> None:
+def test_selectors_of_one_shortened_repr_are_distinguished() -> None:
     class Wide(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             h = x.repeat(1, 1000)
@@ -722,7 +722,7 @@ def test_selectors_of_one_shortened_repr_are_told_apart() -> None:
     torch.testing.assert_close(found, plain_of(lambda z: model(z)[:, second[700:701]], x)[:, 0])
 
 
-def test_equal_callables_are_told_apart() -> None:
+def test_equal_callables_are_distinguished() -> None:
     class Function:
         def __init__(self, coupled: bool = False) -> None:
             self.coupled = coupled

@@ -244,7 +244,7 @@ def test_there_must_be_a_store_to_read(tmp_path: Path):
     with pytest.raises(InputError, match="no stored run"):
         read_store(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
-    with pytest.raises(InputTypeError, match="NoneType"):
+    with pytest.raises(InputTypeError, match="is None"):
         read_store(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="address"):
         StoredRun.open("s3://bucket/run", IDENTITY, ARRAYS)

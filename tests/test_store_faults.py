@@ -235,7 +235,7 @@ def test_links_out_of_the_store_are_not_followed(tmp_path: Path, finished: Path,
     before = [(file, file.read_bytes()) for file in sorted(tmp_path.rglob("outside/**/*")) if file.is_file()]
     with pytest.raises(StoreDamagedError, match="link"):
         read_store(path)
-    if name.endswith("zarr.json"):  # the writer knows what must stand there, and puts it in the link's place
+    if name.endswith("zarr.json"):  # the writer replaces the link by the file that it wrote
         assert whole(path) == []
     else:
         with pytest.raises(StoreDamagedError, match="link"):

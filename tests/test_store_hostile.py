@@ -111,7 +111,7 @@ def fuzz(folder: Path, finished: Path, rounds: int, seed: int) -> None:
 
 @pytest.fixture
 def marker() -> list[str]:
-    """A codec that tells when zarr looks it up; stores that name it must not make it speak."""
+    """A codec that records when zarr looks it up, which stores that name it must not cause."""
     from zarr.abc.codec import BytesBytesCodec
     from zarr.registry import register_codec
 
@@ -159,5 +159,5 @@ def test_other_codecs_and_types_are_refused_by_name(
     file.write_text(json.dumps({**json.loads(right), field: value}))
     with pytest.raises(StoreDamagedError, match=f"array 'influences' is damaged: {field}"):
         Store.open(tmp_path / "run")
-    assert whole(tmp_path / "run") == []  # the writer knows what must stand there
+    assert whole(tmp_path / "run") == []  # the writer replaces it
     assert (file.read_bytes(), marker) == (right, [])

@@ -191,7 +191,7 @@ def test_logits_are_not_copied_to_the_processor(name: str):
         assert not copied, copied
 
 
-def test_a_digest_made_on_a_device_tells_orders_and_values_apart():
+def test_a_digest_made_on_a_device_distinguishes_orders_and_values():
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     others = [x[torch.arange(50).roll(1)], x.flip(1), x + 1e-6, x[:49], x.double(), -x, torch.zeros(50, 3)]
     rows = torch.eye(50)  # all rows hold the same numbers
@@ -199,7 +199,7 @@ def test_a_digest_made_on_a_device_tells_orders_and_values_apart():
     digests = [digest_there(t) for t in (x, *others, *more)]
     assert digest_there(x.clone()) == digests[0]
     assert digest_there(x.T.contiguous().T) == digests[0]
-    assert len(set(digests)) >= len(digests) - 2  # zeros of any number are told apart by their count alone
+    assert len(set(digests)) >= len(digests) - 2  # zeros of any number differ by their count alone
     large = torch.arange(2**23 + 5)
     assert digest_there(large) != digest_there(large.roll(2**22))
 

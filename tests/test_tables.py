@@ -117,7 +117,7 @@ def test_features_and_outputs_with_several_axes_have_a_column_for_each():
     assert len(by_hand(draw(0, 2, 3)).to_pandas()) == 0
 
 
-def test_features_of_several_inputs_are_told_apart():
+def test_features_of_several_inputs_are_distinguished():
     values = {"image": draw(2, 3, 2, 2), "table": draw(2, 3, 4, seed=1)}
     found = by_hand(values, names=FeatureNames.of({k: v[:, 0] for k, v in values.items()}, None, {"all": "image"}))
     table = found.to_pandas(samples=["u", "v"], outputs=list("abc"), bias=True)

@@ -25,7 +25,7 @@ from oracle import Blocks, called, leaves, mapped
 from world import Interruption, SideEffectWatch, World, prepared, watched
 from zoo import BY_NAME, CLOSURES, ROWS, SECOND, SEED, ZOO, Case
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what must and may be said is looked at in `told`
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # warnings are checked in `told`
 
 CELLS = [(case.name, call) for case in ZOO for call in case.calls]
 cells = pytest.mark.parametrize(("name", "call"), CELLS, ids=[f"{name}-{call}" for name, call in CELLS])

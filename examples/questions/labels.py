@@ -42,7 +42,7 @@ class Digits:
     """Training digits, some with a wrong label, and untouched test digits."""
 
     x: Tensor  # (n, 64), grey levels from 0 to 1
-    given: Tensor  # (n,), what the network is told
+    given: Tensor  # (n,), the labels in training
     true: Tensor  # (n,)
     test_x: Tensor
     test_y: Tensor
@@ -236,7 +236,7 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     curves = {"self-influence": found_by(scores, flipped), "loss": found_by(losses, flipped)}
     at = {share: int(share * n) - 1 for share in (0.1, 0.2)}
     teachers = np.argsort(moved, axis=1)  # most harmful first
-    guilty = flipped[teachers[:, :10]].mean()
+    mislabelled = flipped[teachers[:, :10]].mean()
     first = moved[0]
     harmful, helpful = teachers[0, :6], teachers[0, ::-1][:6]
     some = np.random.default_rng(1).choice(n, 2 if quick else 8, replace=False)
@@ -251,7 +251,7 @@ def ask(report: Report, *, quick: bool = False) -> Answer:
     answer.finding = (
         f"Looking at the worst-scored 10% of the training digits finds {curves['self-influence'][at[0.1]]:.0%} of "
         f"the wrong labels by self-influence, {curves['loss'][at[0.1]]:.0%} by plain loss (10% by chance). Of the ten "
-        f"training digits that harmed a misread test digit most, {guilty:.0%} carry a wrong label."
+        f"training digits that harmed a misread test digit most, {mislabelled:.0%} carry a wrong label."
     )
     answer.certificate = {
         "sign": influences.sign,

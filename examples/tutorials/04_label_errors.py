@@ -181,7 +181,7 @@ plt.show()
 # Next
 # ----
 #
-# * Self-influence is a ranking for people who check labels, not a verdict. Where a
+# * Self-influence is a ranking for people who check labels, not a decision. Where a
 #   model cannot fit its wrong labels, as a linear one, plain loss finds them as well or
 #   better; a table is in :doc:`/influence`.
 # * Away from an optimum the Hessian may be indefinite. The defaults,

@@ -164,7 +164,7 @@ plt.show()
 #   to hold as factors of layers.
 # * Sharpness depends on how the net is written: scaling one layer up and the next one
 #   down changes it, and not the function (Dinh et al., 2017). Compare nets of one
-#   architecture, trained alike.
+#   architecture, trained in the same way.
 # * :doc:`/estimators` lists other properties of operators: norms, diagonals, effective
 #   dimensions.
 # * The same operators answer which training samples matter: :doc:`/influence`.

@@ -113,7 +113,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    """Load a name when it is asked for; say where else one is that is not here."""
+    """Load a name when it is requested; for an unknown one name the nearest."""
     if name in __all__ or name == "testing":
         return _load(name)
     if name in _OF_JAX:

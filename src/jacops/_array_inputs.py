@@ -38,7 +38,7 @@ def from_arrays(x: Any, model: Any) -> Any:
 
 
 def is_array(value: Any) -> bool:
-    """Say whether a value is an array of NumPy's or a sparse one of SciPy's."""
+    """Return whether a value is an array of NumPy's or a sparse one of SciPy's."""
     return isinstance(value, np.ndarray) or _is_sparse(value)
 
 

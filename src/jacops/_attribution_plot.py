@@ -195,7 +195,7 @@ class _Drawn(NamedTuple):
     names: Sequence[str] | None
 
     def title(self, word: str) -> str:
-        """Return what stands above it."""
+        """Return the title."""
         return f"sample {self.sample}" + (f", {word}" if word else "")
 
 

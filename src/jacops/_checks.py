@@ -28,8 +28,8 @@ class Check(Savable, Described):
 
     Attributes:
         name: What was compared.
-        error: Relative distance, without what kinks account for.
-        allowed: What rounding accounts for.
+        error: Relative distance, minus what kinks explain.
+        allowed: What rounding explains.
     """
 
     name: str

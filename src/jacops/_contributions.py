@@ -91,8 +91,8 @@ class Contributions(ArrayLike, Savable, PagedContributions):
         slope_error: How far `f(x + d) - f(x - d)` is from `2 J d` for small `d`, relative to the size of the terms of
             `J d`, at worst over samples and outputs. Kinks in between are taken into account, and detached tensors are
             held fixed. It is about 1e-8 in double and 1e-5 in single precision where the Jacobian is right. For a model
-            that is known from earlier calls it is what was measured then. None where the Jacobian is no slope but an
-            average.
+            that an earlier call verified it is the value measured then. None where the Jacobian is an average along a
+            path.
         notes: Remarks: what was frozen, operations that are not piecewise linear, what was centred.
         method: `"exact"` for the Jacobian at the samples themselves; `"frozen"` where parts of the model were held
             constant (`freeze=`); `"integrated"` for parts averaged along a path, of which `bias` is the output where it

@@ -103,7 +103,7 @@ class Batches:
         self._rows = 0
 
     def in_order(self) -> Batches:
-        """Return these batches if their order is one that the caller knows.
+        """Return these batches if their order is fixed.
 
         Raises:
             DataError: They come from a loader that shuffles.
@@ -150,7 +150,7 @@ class Batches:
 
     @property
     def known_rows(self) -> int | None:
-        """Rows of all batches as far as a loader's sampler says, without reading any; None where none does."""
+        """Rows of all batches by a loader's sampler, without reading any; None where it has no length."""
         batches: Any = getattr(self.loader, "batch_sampler", None)
         try:
             rows, most = len(batches.sampler), batches.batch_size
@@ -261,7 +261,7 @@ class Batches:
         else:
             came = f"a {type(raw).__name__} as batch {number}"
         needed = f"pairs (x, y), or mappings with the target under {', '.join(map(repr, _TARGETS))}, are needed"
-        todo = "Say with `unpack=` how a batch becomes (x, y) or (x, y, weights)."
+        todo = "Pass `unpack=`, a function from a batch to (x, y) or (x, y, weights)."
         raise DataError.of(self.name, f"giving {came}", needed, todo)
 
 
@@ -304,7 +304,7 @@ class _Copies:
         self.seen: list[int] = []
 
     def note(self, batch: Batch) -> None:
-        """Remember the rows of a batch."""
+        """Record the rows of a batch, so that repeated rows are found."""
         if self.workers < 2:
             return
         arrays = [leaf for leaf in flatten((batch.x, batch.y), "batch")[0] if hasattr(leaf, "shape")]
@@ -344,7 +344,7 @@ def _digest(arrays: list[Any]) -> int:
 
 
 def _is_apart(array: Any) -> bool:
-    """Say whether an array is in a device's memory, which is slow to read and which nothing but torch writes to."""
+    """Return whether an array is in a device's memory, which is slow to read and which nothing but torch writes to."""
     return isinstance(array, Tensor) and array.device.type != "cpu"
 
 

@@ -194,7 +194,7 @@ def _check_bias(parts: BiasParts, names: Sequence[str]) -> None:
 
 
 def _noted(curved: Sequence[str], *checks: Sequence[Errors]) -> list[str]:
-    """Return the notes of a result, warned of where a check fails: of several outputs the worst stands for all."""
+    """Return the notes of a result, and warn if a check fails, for several outputs that of the worst."""
     named = f"not piecewise linear, so output = features + bias need not hold: {', '.join(curved)}"
     failures = []
     for of in checks:
@@ -208,7 +208,7 @@ def _noted(curved: Sequence[str], *checks: Sequence[Errors]) -> list[str]:
 
 
 def _starts_inside(at: Any) -> bool:
-    """Say whether contributions are by a hidden layer."""
+    """Return whether contributions are by a hidden layer."""
     return at is not None and (isinstance(at, str) or at[0] is not None)
 
 
@@ -257,7 +257,7 @@ def _check_features(x: Any, projection: Projection | None, features: Any, at: An
     rows = rows.detach().to(projection.mean.dtype)
     centred, rebuilt = rows - projection.mean, projection(rows)
     off = (rebuilt - x.to(rebuilt.dtype)).abs().max() if x.numel() else torch.zeros(())
-    # Float32 projections are good to 1e-5; other rows, or a mean left on, are off by a share of 1.
+    # Float32 projections are accurate to 1e-5; other rows, or a mean that was not subtracted, differ by about 100 %.
     if float(off) > 1e-3 * max(1.0, float(rebuilt.abs().max()) if x.numel() else 1.0):
         raise InputError(
             f"`x` is not `projection` applied to `features`: they differ by {float(off):.1e}. Pass the rows "

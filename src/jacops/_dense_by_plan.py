@@ -24,13 +24,13 @@ _FEWER = 4  # times fewer sweeps than rows that a plan must take
 
 
 class DenseByPlan:
-    """One question for a dense Jacobian, and what is remembered of it.
+    """One question for a dense Jacobian, and its stored facts.
 
     Args:
         model: A module.
         inputs: Its input.
         picks: Which parameters.
-        outputs: As in `sparse_plan`.
+        outputs: Part of the output to differentiate.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, picks: Picked, outputs: Selector) -> None:
@@ -68,7 +68,7 @@ class DenseByPlan:
         return tree.build(blocks)
 
     def note(self, recorded: Recording, blocks: Blocks) -> None:
-        """Remember whether a Jacobian that was found by sweeps is large and mostly zeros."""
+        """Store whether a Jacobian that was computed by sweeps is large and mostly zeros."""
         size = recorded.lin.codomain.dim * recorded.lin.domain.dim
         if "sparse" in self._notes or size < _ENTRIES or not is_plain(recorded.lin) or not recorded.lin.is_connected():
             return

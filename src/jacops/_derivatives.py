@@ -91,7 +91,7 @@ def jacobian(
             `wrt="inputs"`.
         checks: `"first"`, `"always"` or `"never"` check fast routes against the plain one.
         fallback: `"warn"`, `"silent"` or `"error"` where a fast route is left.
-        allow_zero: Accept an output that nothing connects to what it is differentiated by.
+        allow_zero: Accept an output without a path to what it is differentiated by.
         create_graph: Keep products differentiable, by the model's trainable parameters and by inputs that
             require grad. Writing into the parameters invalidates such an operator.
         check_finite: Results with NaN or Inf raise.
@@ -142,7 +142,7 @@ def hessian(
     r"""Return the Hessian of `loss(model(x), y)` by the trainable parameters, for one batch, as an operator.
 
     Without a loss, `hessian(func, parameters=tensors)` is that of any function without arguments by tensors that it
-    closes over, as in `jvp`: `func` is called once, as it stands, and returns one number.
+    closes over, as in `jvp`: `func` is called once, without arguments, and returns one number.
 
     A product is one sweep over the recorded gradient (Pearlmutter, 1994). Where the graph holds custom autograd
     Functions, one product is compared with a central difference of gradients first, since torch does not detect a

@@ -45,7 +45,7 @@ class DataDigest:
         self.batches = 0
 
     def update(self, batch: Any) -> None:
-        """Take in the next batch.
+        """Update the digest with the next batch.
 
         Raises:
             InputTypeError: A leaf is of a kind that has no digest.
@@ -62,7 +62,7 @@ class DataDigest:
         self.batches += 1
 
     def hexdigest(self) -> str:
-        """Return the digest of what came so far, 32 hexadecimal digits."""
+        """Return the digest of all batches so far, 32 hexadecimal digits."""
         return self._hash.hexdigest()
 
 
@@ -71,8 +71,8 @@ def digest_data(batches: Iterable[Any], data_id: str | None = None) -> str:
     """Return a digest of batches in their order; with `data_id`, that name instead, and nothing is read.
 
     Args:
-        batches: As `DataDigest` takes them.
-        data_id: The caller's own name for data too large to read for this; it is on the caller to change it with them.
+        batches: Trees of tensors, NumPy arrays, numbers and strings.
+        data_id: The caller's own name for data too large to read for this; it must change whenever the data do.
 
     Returns:
         Hexadecimal digits, or `id:` and the name.
@@ -128,7 +128,7 @@ def digest_tensors(named: Mapping[str, Tensor | np.ndarray]) -> str:
 def digest_module(module: nn.Module) -> str:
     """Return a digest of a module: classes, plain settings and modes of all its parts, parameters, buffers.
 
-    The code of its `nodewise` is not in it, nor are objects it holds that are neither modules nor plain values.
+    Not included are the code of its `forward` and objects that are neither modules nor plain values.
 
     Args:
         module: Any module.
@@ -156,8 +156,8 @@ def digest_module(module: nn.Module) -> str:
 def digest_function(function: Callable[..., Any]) -> str:
     """Return a digest of a function such as a loss: its name, bytecode, defaults and what it closes over.
 
-    Modules go by `digest_module`. What a function finds in its module's globals is not in the digest, and another
-    version of Python has another bytecode.
+    Modules are included by `digest_module`. What a function reads from its module's globals is not included, and other
+    versions of Python compile to other bytecode.
 
     Args:
         function: A function, method, partial or callable object.
@@ -246,7 +246,7 @@ def _take_callable(found: Any, value: Any, name: str, inside: tuple[int, ...]) -
         empty = types.CellType()  # of a name that has no value yet
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
         parts = [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
-    else:  # a built-in, a class, an object: its kind and what it says of itself plainly
+    else:  # a built-in, a class, an object: its type and its plain values
         parts = []
     _update(found, [*_kind(value), _settings(value)])
     for part in parts:

@@ -20,7 +20,7 @@ class Table:
     Attributes:
         header: One word per column; without any word the text has no header line.
         rows: The cells; a row of one cell spans all columns.
-        caption: What stands above it.
+        caption: The text above it.
         labelled: In text, cells from this column on follow the word of their column, which then has no header line.
         folded: Whether HTML shows the caption alone until it is clicked.
     """
@@ -38,7 +38,7 @@ class Description:
 
     Attributes:
         title: What it is, in one line.
-        facts: Words and what stands for each.
+        facts: Names and values.
         tables: Its tables.
         picture: Lines of characters of equal width.
     """

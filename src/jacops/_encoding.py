@@ -1,6 +1,6 @@
 """Values as JSON beside named tensors, and back: numbers, texts, containers, arrays, sparse matrices, dataclasses.
 
-JSON's own kinds stand for themselves, a list too; anything else is an object with one entry, whose name says what it
+JSON's own types are stored as they are, lists too; anything else is an object with one entry, whose name states what it
 is: `{"tensor": "info.leverage"}`.
 """
 

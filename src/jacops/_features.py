@@ -52,14 +52,14 @@ class FeatureNames(Savable, Described):
             tree: A tensor, or a tree of them, such as a model's inputs. What has no derivatives has no features.
             names: For features on one axis a name for each: a sequence, or a table whose columns they are. For
                 several axes a sequence with an entry per axis: its names, or None. With several inputs a mapping from
-                inputs to these, or a sequence of them in order. A text stands for its letters.
+                inputs to these, or a sequence of them in order. A string is a sequence of letters.
             groups: A mapping from groups to features, each given by its name, a pattern (`fnmatch`), its index, the
                 name of a place along an axis or that of a whole input; what is in no group is in `"other"`. Or a label
                 for every feature, of the features' shape.
-            leading: How many axes stand before those of features.
+            leading: Number of axes before those of features.
 
         Raises:
-            InputError: Names or groups do not fit the features; the message holds the nearest names.
+            InputError: Names or groups do not fit the features; the message contains the nearest names.
             InputTypeError: They are of the wrong kind.
 
         Example:
@@ -257,7 +257,7 @@ def _by_lists(groups: Mapping[Any, Any], names: FeatureNames) -> tuple[tuple[str
 
 
 def _places(argument: str, entry: Any, names: FeatureNames) -> np.ndarray:
-    """Return the places of the features that an entry of a group stands for."""
+    """Return the places of the features that an entry of a group selects."""
     if isinstance(entry, str):
         return _named(argument, entry, names)
     index = entry if isinstance(entry, tuple) else (entry,)
@@ -297,6 +297,6 @@ def _masks(entry: str, fits: Any, names: FeatureNames) -> Iterable[np.ndarray]:
 
 
 def near(name: Any, known: Sequence[str]) -> str:
-    """Return what an error message says of the names nearest to one that is not known."""
+    """Return the part of an error message that lists the names nearest to an unknown one."""
     found = get_close_matches(str(name), known, 3, 0.4) or list(known)[:3]
-    return f"; near are {', '.join(found)}" if found else ""
+    return f"; the nearest are {', '.join(found)}" if found else ""

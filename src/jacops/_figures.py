@@ -102,7 +102,7 @@ def swarm(ax: Axes, names: Sequence[str], values: Numbers) -> None:
     for row, points in enumerate(values):
         low, high = float(points.min()), float(points.max())
         cell = np.floor((points - low) / ((high - low) or 1) * _BINS)
-        # By value within a bin, points would stand in arrows that mean nothing.
+        # Sorted by value within a bin, points would form meaningless patterns.
         order = np.lexsort((np.random.default_rng(0).random(len(points)), cell))
         cell = cell[order]
         number = np.arange(len(points)) - np.searchsorted(cell, cell)  # within the bin

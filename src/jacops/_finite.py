@@ -14,7 +14,7 @@ from .errors import NonFiniteError
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Say whether every entry is finite, reading the tensor once and allocating nothing of its size."""
+    """Return whether every entry is finite, reading the tensor once and allocating nothing of its size."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype.is_complex:
@@ -47,7 +47,7 @@ def require_finite(tensor: Tensor, where: str, more: str = ".") -> None:
         more: What else to say.
 
     Raises:
-        NonFiniteError: It has some; the message says where.
+        NonFiniteError: It has some; the message states where.
     """
     if not is_finite(tensor):
         raise NonFiniteError(f"{where}, {where_first(tensor)}{more}")
@@ -98,10 +98,12 @@ def check_vector(call: str, argument: str, vectors: Iterable[Tensor]) -> None:
     """Refuse a given vector with NaN or Inf.
 
     Raises:
-        NonFiniteError: It has some; the message says where.
+        NonFiniteError: It has some; the message states where.
     """
+    vectors = list(vectors)
     for i, vector in enumerate(vectors):
-        require_finite(vector, f"{call}: in `{argument}`, tensor {i}", ". Nothing was computed.")
+        which = f", tensor {i}" if len(vectors) > 1 else ""
+        require_finite(vector, f"{call}: in `{argument}`{which}", ". Nothing was computed.")
 
 
 def check_finite(

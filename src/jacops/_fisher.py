@@ -64,15 +64,15 @@ def fisher(
       or the sum of their weights. With labels drawn from the model its expectation is `"exact"`; with the data's it
       is not an estimate of the other two (Kunstner, Balles and Hennig, 2019).
 
-    All are in the scale of the loss, so that one damping fits all. A batch in train mode is differentiated as it
-    stands, but for `"empirical"`, which takes rows alone.
+    All are in the scale of the loss, so that one damping fits all. In train mode the whole batch is differentiated at
+    once, except for `"empirical"`, which differentiates each row by itself.
 
-    torch's own losses are known by their exact type or identity. Any other is compared with their gradients at other
-    outputs and labels: one that is a multiple of them is taken for that likelihood, and its terms are counted by the
-    multiple. A loss that is none counts one term a row in `"empirical"`, one for all if `loss.reduction` is `"sum"`.
+    torch's own losses are recognised by their exact type or identity. Any other is compared with their gradients at
+    other outputs and labels: one that is a multiple of them is treated as that likelihood, and its terms are counted by
+    the multiple. Any other loss counts one term per row in `"empirical"`, one for all if `loss.reduction` is `"sum"`.
 
     Args:
-        model: A module, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`, whose losses are compared so.
+        model: A module, a `JaxFunction`, or with `wrt="inputs"` a function `f(x)`.
         loss: `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, their functional forms, or a loss that
             computes the same; any loss of one number for `"empirical"`.
         x: The model's input, as in `jacobian`.
@@ -215,7 +215,7 @@ def _refuse_weights(loss: Any, kind: str) -> None:
 
 def _unknown(loss: Any, kind: str) -> InputError:
     name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", type(loss).__name__)
-    needed = f"a {kind!r} Fisher matrix needs a loss with a known likelihood"
+    needed = f"the Fisher matrix of kind {kind!r} needs a loss with a known likelihood"
     todo = f"Pass {KNOWN}, a loss with the gradients of one of them, or take `kind='empirical'` or `ggn`."
     return InputError.of("loss", f"{name!r}", needed, todo)
 

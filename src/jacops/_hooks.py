@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 inspectors: list[Callable[[Any], None]] = []
-"""Called with every recording before it is swept in a sparse way: an extra may refuse or mend what it knows better."""
+"""Functions called with every recording before a sparse sweep; an extra may refuse it or correct it."""
 
 # By package: what kind of its tensors one is (empty: not one of them), and such a tensor of a plain one.
 SUBCLASSES: dict[str, tuple[Callable[[Tensor], str], Callable[[Tensor, str], Tensor]]] = {}

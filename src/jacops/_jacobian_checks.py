@@ -9,7 +9,7 @@ from ._finite import check_outputs, require_finite
 from ._torch.protocol import Blocks, Recording
 from .errors import InputError, NotDifferentiableError
 
-FINITE_TODO = " Mend the model or the data, or pass `check_finite=False`."
+FINITE_TODO = " Correct the model or the data, or pass `check_finite=False`."
 
 
 def check_dependence(recorded: Recording) -> None:
@@ -24,7 +24,7 @@ def check_dependence(recorded: Recording) -> None:
         for parameter, grad in zip(lin.domain.names, lin.pull(seeds), strict=True):
             if grad is None and output.numel():
                 raise NotDifferentiableError(
-                    f"modjac: {name} does not depend on parameter {parameter}, and strict=True asks that it does. "
+                    f"modjac: {name} does not depend on parameter {parameter}, and strict=True requires it. "
                     "Leave strict out to get zeros."
                 )
 

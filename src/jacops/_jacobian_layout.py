@@ -47,7 +47,7 @@ def shaped(recorded: Recording, blocks: Blocks) -> Blocks:
 
 
 def lie_layout(recorded: Recording, tangent: bool, create_graph: bool) -> Callable[[Blocks], Blocks] | None:
-    """Return how blocks of LieTensors are laid out; None where there are none, so that nobody pays for PyPose."""
+    """Return how blocks of LieTensors are laid out; None where there are none, so that PyPose is not imported."""
     from ._extras.lie import layout
 
     return layout(recorded, tangent, create_graph)

@@ -199,8 +199,9 @@ def full_jacobian(
 ) -> list[Tensor]:
     """Return the Jacobian of `func()` by each parameter, a list of `(output_dim, *param.shape)`.
 
-    One sweep per output row at most, or per column where those are fewer. (The original flattened both axes; its page
-    promises the parameter's shape.) Complex parameters: `df = J dz` for holomorphic outputs, `df = Re(J dz)` for real.
+    One sweep per output row at most, or per column where those are fewer. (The original flattened both axes; its
+    documentation states the parameter's shape.) Complex parameters: `df = J dz` for holomorphic outputs, `df = Re(J
+    dz)` for real.
 
     Args:
         func: Called once, without arguments; the rows of a tree of outputs follow one another.
@@ -296,8 +297,8 @@ def modjac(
     r"""Return the Jacobian of a model's output by its parameters.
 
     The function is differentiated in its current mode: batch statistics in train mode, one dropout mask; nothing of the
-    model changes. Frozen parameters are included, as documented. (The original returned a 1-tuple for one
-    parameter and one output, where its page promises a tensor; here it is the tensor.)
+    model changes. Frozen parameters are included. (The original returned a 1-tuple for one parameter and one output,
+    where its documentation states a tensor; here it is a tensor.)
 
     Args:
         model: A module with tensors, LieTensors (PyPose) or a tree of them as output.
@@ -305,7 +306,7 @@ def modjac(
             one argument; None is no argument.
         create_graph: Keep the result differentiable by the model's trainable parameters.
         strict: Raise if an output does not depend on a parameter at all.
-        vectorize: Accepted for the page's sake: rows are batched wherever that agrees with one by one.
+        vectorize: Accepted for compatibility; rows are batched wherever that agrees with single rows.
         strategy: `"reverse-mode"` sweeps over output entries, `"forward-mode"` over parameter entries.
         flatten: Return one matrix, all outputs by all parameters, columns in `named_parameters()` order.
         parameters: Which parameters, as in `jacobian`; None takes all, frozen ones too.

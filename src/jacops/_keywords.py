@@ -98,9 +98,9 @@ def keywords(
     """Return a decorator that checks which arguments a public call is given before it runs.
 
     Args:
-        options: The typed dict that `**options` of the call stands for, where it has some.
+        options: The typed dict of the call's `**options`, where it has some.
         call: How messages name the call; by default as the function is named, methods after their class.
-        instead: What to do instead, in a sentence, by names that other libraries have and no keyword stands for.
+        instead: What to do instead, in a sentence, by names that other libraries have and this call does not.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

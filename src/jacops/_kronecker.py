@@ -51,8 +51,7 @@ def kronecker_factors(
 
     Cotangents run over the columns of a root of the loss's Hessian by the output (`kind="ggn"`), over drawn labels or
     over the data's own. With one position the two are equal; then B ⊗ A is exact for one sample, and for one layer
-    whose cotangents do not depend on the sample. `KroneckerFactors` says what stands for parameters without such a
-    form.
+    whose cotangents do not depend on the sample. `KroneckerFactors` describes how other parameters are represented.
 
     Sources: Martens and Grosse (2015); Grosse and Martens (2016) for convolutions; Eschenhagen, Immer, Turner,
     Schneider and Hennig (2023) for the two kinds of sharing.
@@ -65,11 +64,11 @@ def kronecker_factors(
         kind: `"ggn"`; or a Fisher matrix as in `fisher`: `"exact"`, which is the GGN for the usual losses and is
             computed as that, `"monte_carlo"` or `"empirical"`.
         bias: `"joint"` takes a bias as one more input of its weight, `"separate"` as a block of its own.
-        sharing: How the positions of a sample are taken.
+        sharing: How the positions of a sample are combined.
         draws: Labels drawn for each target, for `"monte_carlo"`.
         seed: Of those, as in `fisher`.
-        weighted: Weigh every row by the size of what it meets on the other side, as `EKFAC` does by default; then only
-            the product of two factors has a scale.
+        weighted: Weight every row of one factor by the size of its counterpart in the other, as `EKFAC` does by
+            default; then only the product of two factors has a scale.
         parameters: Which parameters, with a model, as in `jacobian`.
         exact_up_to: Parameters outside Kronecker form are kept exactly up to this many entries.
         widest: Sides of a weight longer than this keep their own axes as eigenbasis.

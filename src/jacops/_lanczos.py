@@ -17,7 +17,7 @@ from ._finite import is_finite, where_first
 from .errors import NonFiniteError
 
 RowMap = Callable[[Tensor], Tensor]
-_DRAWS = 5  # tries: a random direction lies outside a space almost surely; only the start's own seed repeats it
+_DRAWS = 5  # tries: a random direction is outside a space almost surely; only the start's own seed repeats it
 
 
 class Ritz(NamedTuple):
@@ -90,7 +90,7 @@ class KrylovSpace:
         row = image @ basis.mT
         image = image - row @ basis
         self.projected = _bordered(self.projected, row.double())
-        # Some roundings of a product of that size: what is left below is no direction.
+        # Some rounding errors of a product of that size: a smaller remainder is not a direction.
         floor = 10 * torch.finfo(image.dtype).eps * self.scale
         self._block, coupling = self._orthonormal(image, floor)
         self._coupling = torch.cat([self.projected.new_zeros(runs, old, coupling.shape[2]), coupling], 1)
@@ -111,7 +111,7 @@ class KrylovSpace:
         block = right[:, :width]
         if bool(small.any()):
             block = torch.where(small.unsqueeze(2), self._fresh(runs, width, n), block)
-        # Rounding turned the directions of small size: outside again, and orthonormal among themselves.
+        # Rounding changed the small directions: orthogonalise against the space again, and among themselves.
         return _orthonormal_rows(self._outside(self._outside(block))), coupling.double()
 
     def _fresh(self, runs: int, width: int, n: int) -> Tensor:

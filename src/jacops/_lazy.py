@@ -1,7 +1,8 @@
-"""Namespaces whose names load the module that makes them when they are first asked for.
+"""Namespaces whose names load the module that makes them when they are first requested.
 
-`import jacops` stays as quick as `import torch`, and a program pays for what it uses. Classes among the names check the
-arguments of their methods (`_keywords.check_methods`) as soon as the module that defines one of them is loaded.
+`import jacops` takes as long as `import torch`, and other modules are imported when they are used. Classes among the
+names check the arguments of their methods (`_keywords.check_methods`) as soon as the module that defines one of them is
+loaded.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def jacobian_lens(
 
     In a causal model only $t' \ge t$ adds anything. It is the estimator of Gurnee, Sofroniew, Lindsey et al. (2026,
     "Verbalizable Representations Form a Global Workspace in Language Models"): a sum over targets, then a mean over
-    sources, then a mean over texts, each of which counts alike. The model's own head turns what it gives into logits:
+    sources, then a mean over texts, each of which counts alike. The model's own head maps the result to logits:
     `model.lm_head(model.transformer.ln_f(lens(hidden)))`. All positions and all sequences of a batch share
     min(out, width) sweeps.
 
@@ -118,8 +118,8 @@ def jacobian_lens(
             model's output).
         outputs: Part of the result, such as `"logits"`; it must be `(sequences, positions, out)`.
         freeze: Modules that are frozen, as in `contributions`.
-        skip: How many positions are left out at the beginning of every sequence, where attention depends on whatever is
-            there; 16 in the paper.
+        skip: Number of positions left out at the beginning of every sequence, where attention is atypical; 16 in the
+            paper.
         batch_size: Maximum number of sequences per sweep; fewer if the budget requires it.
         unpack: For a loader, as in `compute_jacobian`.
         budget: Bytes that may be held at once, as in `compute_jacobian`; that is about `sequences * out * width`
@@ -277,9 +277,9 @@ def logit_difference(
 ) -> Callable[[Any], Tensor]:
     """Return a function for `outputs=` that selects the difference of two tokens' logits at one position.
 
-    What a part of a model adds to the difference of two logits shows what it prefers one token to the other by; what it
-    adds to all logits alike cancels (Wang et al., 2023, "Interpretability in the Wild"). For a pair of tokens of every
-    sample's own, subtract what two calls with `target=first` and `target=second` give.
+    What a part of a model adds to the difference of two logits shows its preference for one token over the other; what
+    it adds equally to all logits cancels (Wang et al., 2023, "Interpretability in the Wild"). For a pair of tokens of
+    every sample's own, subtract what two calls with `target=first` and `target=second` give.
 
     Args:
         first: A token, or several.

@@ -1,4 +1,4 @@
-"""Loaders where samples are asked for: a call is made for every batch in turn, or once for all rows joined.
+"""Loaders where samples are requested: a call is made for every batch in turn, or once for all rows joined.
 
 Results whose rows are samples are joined in the order of the data, or written to places of the caller's.
 """
@@ -30,7 +30,7 @@ _TODO = "Write into a memmap with `out=`, pick outputs with `outputs=` or `targe
 
 
 def is_loader(x: Any) -> bool:
-    """Say whether `x` is an iterable of batches: no array, table, model or mapping, and no list of numbers."""
+    """Return whether `x` is an iterable of batches: no array, table, model or mapping, and no list of numbers."""
     others = Tensor, Mapping, tuple, str, bytes, set, frozenset, nn.Module
     if isinstance(x, others) or not isinstance(x, Iterable):
         return False
@@ -98,7 +98,7 @@ def joined(*, ordered: bool = True) -> Callable[[Callable[Arguments, Result]], C
 
 
 def _takes_loader(place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Say whether a call is given a loader.
+    """Return whether a call is given a loader.
 
     Args:
         place: Of `x` among the arguments.
@@ -197,7 +197,7 @@ class _Joined:
             self.parts.append(tensors)
         elif self.given is None:
             if self.done + many > len(self.places[0]):
-                raise DataError.of("x", f"giving {self.done + many} rows or more", f"its sampler says {self.count}")
+                raise DataError.of("x", f"giving {self.done + many} rows or more", f"its sampler gives {self.count}")
             for place, part in zip(self.places, tensors, strict=True):
                 place[self.done : self.done + many] = part
         self.done += many
@@ -219,7 +219,7 @@ class _Joined:
         if self.given is not None and any(len(place) != self.done for place in self.given):
             raise InputError.of("out", f"of {len(self.given[0])} rows", f"the loader gives {self.done}")
         if places is not None and any(len(place) != self.done for place in places):
-            raise DataError.of("x", f"giving {self.done} rows", f"its sampler says {self.count}")
+            raise DataError.of("x", f"giving {self.done} rows", f"its sampler gives {self.count}")
         whole = [torch.cat(column) for column in zip(*self.parts, strict=True)] if places is None else places
         return None if self.tree is None else self.tree.build(whole)
 
@@ -239,7 +239,7 @@ def _whole(batches: Batches, given: Mapping[str, Any], with_target: bool) -> dic
     found = [(*parts, None)[:3] for parts in batches.pairs()]
     if any(weights is not None for _, _, weights in found):
         todo = "Leave them out with `unpack=`, or take `Problem(...).sample_gradients()`."
-        raise DataError.of("x", "giving weights", "every row counts alike here", todo)
+        raise DataError.of("x", "giving weights", "all rows have the same weight here", todo)
     x, y = (_joined([parts[i] for parts in found], shared if i == 0 else None, name) for i, name in enumerate("xy"))
     return {"x": x, "y": y}
 

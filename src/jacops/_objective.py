@@ -103,7 +103,7 @@ class Objective:
         self.randomness: Randomness = randomness
         self.seed = checked_seed(randomness, seed)
         self._x: Any = _NO_BATCH  # the input of the batch that it is for
-        self._found: list[Any] = []  # its recorded output, once it was asked for; shared with weighted ones
+        self._found: list[Any] = []  # its recorded output, once it was requested; shared with weighted ones
         self._at = LossAt()
 
     @property
@@ -241,7 +241,7 @@ class Objective:
         (check_reduction if self.foreign else prove_reduction)(self, batch)
 
     def at_output(self, found: Any, y: Any, call: str, kept: bool = False) -> Any:
-        """Return the loss by a recorded output of a torch model, recorded there; with `kept` for who asks next too."""
+        """Return the loss by a recorded output of a torch model, recorded there; with `kept` for later uses too."""
         return self._at.of(found, self.loss, y, call, kept)
 
     def weighted(self, weights: Tensor) -> Objective:
@@ -328,7 +328,7 @@ class Objective:
         """Return a Fisher matrix of a batch in the scale of its loss, from one label drawn for each target.
 
         Args:
-            kind: As in `jacops.fisher`.
+            kind: Which Fisher matrix.
             x: The input.
             y: The target.
             first: Place of the first sample in the data.

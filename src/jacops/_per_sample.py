@@ -77,8 +77,8 @@ def sample_gradients(
     """Return the gradients of the loss of every sample alone, as rows of an operator `(n, P)`.
 
     Each is the gradient of `loss(model(x[i:i+1]), y[i:i+1])`: a mean over one sample is that sample's loss, whatever
-    class weights or ignored targets do to a batch's. The rows are not formed: the operator keeps what they are
-    products of, found for many samples in one sweep where samples do not mix (which is checked), else one by one.
+    class weights or ignored targets do to a batch's. The rows are not formed: the operator keeps their factors,
+    computed for many samples in one sweep where samples are independent (which is checked), else one by one.
 
     Args:
         model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
@@ -98,7 +98,7 @@ def sample_gradients(
     Returns:
         An operator from the space of parameters to one row per sample; `G @ v`, `G.T @ u`, `G.gram()`, `G.norms()`,
         `G.column_squares()` and `G.dense()`; `G.losses`, `(n,)`, and `G.output` are what was computed on the way. Its
-        repr says what is held and how it was computed.
+        repr shows what is held and how it was computed.
 
     Raises:
         ModelStateError: Batch statistics or dropout are in train mode; the message names the module.

@@ -20,12 +20,12 @@ Variable = Wrt | Picked
 
 
 def trainable(name: str, parameter: Tensor) -> bool:
-    """Say whether a parameter requires grad: the default set for curvature."""
+    """Return whether a parameter requires grad: the default set for curvature."""
     return getattr(parameter, "requires_grad", True)  # arrays of other frameworks have no such mark
 
 
 def picked(model: Any, parameters: Picks, default: Picked = trainable) -> Picked:
-    """Return a function of name and parameter that picks what `parameters` asks for.
+    """Return a function of name and parameter that is true for those that `parameters` selects.
 
     Args:
         model: A module, or a model of another framework.
@@ -99,12 +99,12 @@ def _entries(parameters: Any) -> list[Any]:
 
 
 def _fitting(entry: Any, named: dict[str, Any]) -> list[str]:
-    """Return the names that a pattern fits, or under which a tensor stands."""
+    """Return the names that match a pattern, or those of a tensor."""
     if isinstance(entry, str):
         found = [name for name in named if name == entry] or [name for name in named if fnmatchcase(name, entry)]
         if not found:
             near = get_close_matches(entry, named, 3, 0.4) or list(named)[:3]
-            raise InputError.of("parameters", repr(entry), f"no parameter fits; near are {', '.join(near)}")
+            raise InputError.of("parameters", repr(entry), f"no parameter fits; the nearest are {', '.join(near)}")
         return found
     found = [name for name, value in named.items() if value is entry]
     if not found and not hasattr(entry, "shape"):

@@ -135,7 +135,7 @@ class Problem(Described):
         return self.first_pass("Problem.denominator").denominator
 
     def first_pass(self, call: str) -> FirstPass:
-        """Return what the first pass found, which is made if it was not, for a call."""
+        """Return the results of the first pass, which is made if necessary."""
         self.known = self.known or first_pass(self, call)
         return self.known
 
@@ -161,7 +161,7 @@ class Problem(Described):
         return self._kept.get(batch.place) or BatchPoint(batch, self.objective.on(batch.x))
 
     def fits(self, held: int) -> bool:
-        """Say whether all batches, if each takes so many bytes, are few enough to be kept for a few passes only."""
+        """Return whether all batches, at this size, may be kept for the duration of a few passes."""
         return held * self.data.count <= _KEPT_FOR_FEW
 
     def keep(self, point: BatchPoint, few: bool = False) -> int:
@@ -264,7 +264,7 @@ class Problem(Described):
     def curvature(self, kind: Curvature) -> SumOver:
         """Return a curvature of the objective by its name.
 
-        The first batch is linearised at once, so that what cannot be differentiated says so here.
+        The first batch is linearised here, so that an objective without a derivative raises here.
 
         Raises:
             InputError: There is no such curvature.
@@ -383,7 +383,7 @@ class Problem(Described):
         }
 
     def terms(self, what: str, everyone: bool = False) -> Iterator[tuple[int, BatchPoint, Objective, float]]:
-        """Yield batches that count, as `terms` in `_sharing` does, of this rank or of everyone."""
+        """Yield batches that count, as `terms` in `_sharing` does, of this rank or of all ranks."""
         return terms(self, what, ALONE if everyone else self.ranks)
 
     def _describe(self) -> Description:

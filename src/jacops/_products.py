@@ -284,7 +284,7 @@ def _pull(found: Recording, v: Any, create_graph: bool, batch: bool) -> list[Ten
 
 
 def given(result: Tensor, create_graph: bool) -> Tensor:
-    """Return a result as it is given out: with its graph where that was asked for, else without."""
+    """Return a result as it is given out: with its graph where that was requested, else without."""
     return result if create_graph else result.detach()
 
 

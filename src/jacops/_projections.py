@@ -94,7 +94,7 @@ def projection(estimator: Any, dtype: torch.dtype = torch.float64) -> Projection
 
 
 def as_projection(given: Any) -> Projection | None:
-    """Return the projection that `projection=` of a call stands for, None for none; estimators are converted."""
+    """Return the projection that `projection=` of a call gives, None for none; estimators are converted."""
     return given if given is None or isinstance(given, Projection) else _projection_of("projection", given)
 
 

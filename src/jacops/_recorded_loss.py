@@ -40,7 +40,7 @@ def check_source(picks: Picked | None, at: At) -> None:
     """Refuse to differentiate by parameters from a hidden layer on.
 
     Raises:
-        InputError: That is asked for.
+        InputError: That is requested.
     """
     if picks is not None and (at[0] if isinstance(at, tuple) else at) is not None:
         todo = "Pass `wrt='inputs'`, or a pair `(None, target)`."
@@ -85,7 +85,7 @@ def check_usable(lin: Linearization, what: str = "", todo: str = "") -> None:
 
 
 def record_loss(model: Any, loss: Loss, x: Any, y: Any, call: str, **options: Unpack[LossOptions]) -> Recording:
-    """Record the loss of one batch by the parameters that are asked for.
+    """Record the loss of one batch by the parameters that are requested.
 
     Raises:
         InputTypeError: `loss` is not callable or does not return a tensor.
@@ -144,7 +144,7 @@ class LossOf:
 
 
 class LossAt:
-    """The loss recorded at a batch's recorded output, kept until somebody else asks for it."""
+    """The loss recorded at a batch's recorded output, kept until it is used again."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[Any, Any, Any, int | None, Recording]] = []

@@ -35,7 +35,7 @@ def check_reduction(objective: Any, batch: Batch, rows: int = FEW_ROWS) -> None:
     then it is made nearby, with parameters a little off and each row's target given to the next one.
 
     Raises:
-        InputError: The loss does not reduce a batch as the objective says, or does not take one row alone.
+        InputError: The loss does not reduce a batch as the objective states, or does not accept a single row.
         NonFiniteError: A loss is NaN or Inf.
     """
     some = batch.part(objective.losses.few_rows(batch.y, rows))

@@ -186,7 +186,7 @@ def _decoded(read: Callable[[], tuple[str, dict[str, Tensor]]], path: str, place
         return found
     except OSError:
         raise
-    # Whatever a damaged header makes of it: entries that lack, of other kinds, too deep, or refused by a type.
+    # The effects of a damaged header: missing entries, other kinds, too deep, or refused by a type.
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, RuntimeError) as error:
         reason = str(error) if isinstance(error, ValueError | JacopsError) else f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: not a saved result of jacops, or damaged: {reason.rstrip('.')}.") from error

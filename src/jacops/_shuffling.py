@@ -11,7 +11,7 @@ from .errors import DataError
 def kind_of_random(loader: Any) -> str | None:
     """Return the kind of random sampler that a loader draws by, None for none.
 
-    By kind and not by comparing passes: with the random state put back, they would agree by chance.
+    By kind and not by comparing passes: with the random state restored, they would agree by chance.
     """
     sampler = _random(loader)
     return None if sampler is None else type(sampler).__name__

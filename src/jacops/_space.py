@@ -127,7 +127,7 @@ class Space(Savable):
 
         Args:
             tree: A tensor where there is one array, else a list or tuple in order, or a dict by name.
-            argument: How error messages call it.
+            argument: Its name in error messages.
             batch: True where every tensor has one more leading axis, the same for all.
             spread: Tensors may be DTensors, of the whole shape.
 
@@ -151,7 +151,7 @@ class Space(Savable):
         return tensors
 
     def check_rows(self, argument: str, rows: Any) -> None:
-        """Refuse what is not rows `(k, dim)` of flat vectors.
+        """Raise unless these are rows `(k, dim)` of flat vectors.
 
         Raises:
             InputTypeError: It is no tensor.
@@ -159,10 +159,14 @@ class Space(Savable):
         """
         if not isinstance(rows, Tensor):
             raise InputTypeError.of(argument, f"a {type(rows).__name__}", "a tensor is needed")
-        if rows.ndim != 2 or (rows.shape[1], rows.dtype, rows.device) != (self.dim, self.dtype, self.device):
-            came = f"of shape {tuple(rows.shape)}, {rows.dtype} on {rows.device}"
-            needed = f"rows of width {self.dim}, {self.dtype} on {self.device} are needed; nothing is cast"
-            raise InputError.of(argument, came, needed, f"The axis is {self.layout}." if self.dim else "")
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            single = rows.ndim == 2 and len(rows) == 1  # a vector `(n,)` is one row here
+            came = f"one vector of {rows.shape[1]} entries" if single else f"of shape {tuple(rows.shape)}"
+            needed = f"{'' if single else 'rows of '}{self.dim} entries are needed"
+            raise InputError.of(argument, came, needed, "" if self.is_plain else f"They are those of {self.layout}.")
+        if (rows.dtype, rows.device) != (self.dtype, self.device):
+            needed = f"{self.dtype} on {self.device} is needed; nothing is cast"
+            raise InputError.of(argument, f"of {rows.dtype} on {rows.device}", needed)
 
     def _listed(self, tree: Any, argument: str) -> list[Tensor]:
         if isinstance(tree, Tensor):
@@ -170,7 +174,8 @@ class Space(Savable):
         if isinstance(tree, Mapping):
             unknown, missing = [k for k in tree if k not in self.names], [n for n in self.names if n not in tree]
             if unknown or missing:
-                came = f"a dict with unknown names {unknown} and without {missing}"
+                parts = f"with unknown names {unknown}" if unknown else "", f"without {missing}" if missing else ""
+                came = f"a dict {' and '.join(filter(None, parts))}"
                 raise InputError.of(argument, came, f"one tensor per name is needed: {self.layout}")
             tree = [tree[name] for name in self.names]
         if not isinstance(tree, list | tuple):
@@ -199,12 +204,12 @@ class Space(Savable):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one flat array, of which there is nothing more to say than its size."""
+        """Whether it is a single array with one axis."""
         return len(self.shapes) == 1 and len(self.shapes[0]) == 1
 
     @property
     def layout(self) -> str:
-        """Names and shapes in one line, for people."""
+        """Names and shapes in one line."""
         parts = [f"{name} {tuple(shape)}" for name, shape in zip(self.names, self.shapes, strict=True)]
         return ", ".join(parts if len(parts) <= 6 else [*parts[:3], f"… {len(parts) - 4} more …", parts[-1]])
 

@@ -180,7 +180,7 @@ class _StoredSamples:
         return {"x": self.part(where), "target": target, "unpack": None, "progress": False}
 
     def part(self, where: slice) -> Any:
-        """Return some samples; of a loader those before the last ones asked for cost another pass."""
+        """Return some samples; of a loader those before the last ones requested cost another pass."""
         if self._batches is None:
             return cut_rows(self._x, self._shared, where)
         if where.start < self._start or self._batch is None:

@@ -1,4 +1,4 @@
-"""Trees of tensors: tuples, lists, dicts and whatever torch's own pytree registry knows (transformers' outputs too).
+"""Trees of tensors: tuples, lists, dicts and all types in torch's pytree registry (transformers' outputs too).
 
 A tree is flattened once into named leaves at the edge of a call; everything inside works on flat lists.
 """
@@ -126,12 +126,12 @@ def paths_in(tree: Any) -> tuple[list[tuple[pytree.KeyPath, Any]], pytree.TreeSp
 
 
 def is_differentiable(value: Any) -> bool:
-    """Say whether `value` is a tensor of a dtype that has derivatives."""
+    """Return whether `value` is a tensor of a dtype that has derivatives."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def is_dtensor(value: Any) -> bool:
-    """Say whether a value is a tensor that is spread over processes (torch.distributed.tensor)."""
+    """Return whether a value is a tensor that is spread over processes (torch.distributed.tensor)."""
     return type(value).__name__ == "DTensor"
 
 
@@ -145,7 +145,7 @@ def leaves_for(value: Any, tree: Tree, name: str) -> Any:
 
 
 class SetAside:
-    """What stands for a part of a model's output that has no derivative (a cache, say) where a loss is given the rest.
+    """A placeholder for a part of a model's output without a derivative (such as a cache) in what a loss is given.
 
     Args:
         name: The part's path.

@@ -1,11 +1,12 @@
 """The errors and warnings of jacops.
 
-An error says four things: which argument, what came, what was needed, what to do. Each type is a child of
+An error states four things: the argument, its value, what is needed, and what to do. Each type is a child of
 `JacopsError` and of the builtin a caller would expect, so both `except JacopsError` and `except ValueError` work.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ class JacopsError(Exception):
 
     @classmethod
     def of(cls, argument: str, came: object, needed: str, todo: str = "") -> Self:
-        """Return the error whose message is what `explain` makes of these."""
+        """Return the error with the message that `explain` builds from these."""
         return cls(explain(argument, came, needed, todo))
 
 
@@ -184,7 +185,8 @@ class JacopsWarning(UserWarning):
 
 def explain(argument: str, came: object, needed: str, todo: str = "") -> str:
     """Return one sentence or two: `argument` came as `came`, needed was `needed`, do `todo`."""
-    return f"`{argument}` is {came}, but {needed}." + (f" {todo}" if todo else "")
+    words = "None" if came == "a NoneType" else re.sub(r"^a (?=[aeioAEIO]|nd)", "an ", str(came))  # of a type's name
+    return f"`{argument}` is {words}, but {needed}." + (f" {todo}" if todo else "")
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that sum an operator up: exact by default, estimated with an error bar where that is asked for."""
+"""Numbers that summarise an operator: exact by default, estimated with an error bar on request."""
 
 from ._density import SpectralDensity, effective_dimension, spectral_density
 from ._diagonal import DiagonalEstimate, diagonal

@@ -36,9 +36,9 @@ _DENSE_ENTRIES = 2**27  # 1 GiB in float64: 11,585 rows, beside what the decompo
 class SpectralDensity(ArrayLike, Savable, Described):
     r"""A spectral density, estimated from random vectors, with standard errors.
 
-    Every probe gives a quadrature rule, eigenvalues (`nodes`) and shares (`weights`), whose mean over probes stands
-    for the spectrum; `density` is that mean, smoothed by a Gaussian of width `width`. It integrates to 1 over all
-    real numbers: an eigenvalue of multiplicity $m$ weighs $m / n$.
+    Every probe gives a quadrature rule, eigenvalues (`nodes`) and shares (`weights`), whose mean over probes
+    approximates the spectrum; `density` is that mean, smoothed by a Gaussian of width `width`. It integrates to 1 over
+    all real numbers: an eigenvalue of multiplicity $m$ weighs $m / n$.
 
     Attributes:
         grid: Where the density is given, (g,).
@@ -46,11 +46,11 @@ class SpectralDensity(ArrayLike, Savable, Described):
         standard_error: One standard error of `density` over the probes, (g,).
         nodes: Ritz values, (probes, steps), ascending.
         weights: Their shares, (probes, steps); each row sums to 1.
-        smallest: The smallest Ritz value that has a share: never below the smallest eigenvalue, but for rounding.
-        largest: The largest one: never above the largest eigenvalue.
+        smallest: The smallest Ritz value that has a share: never below the smallest eigenvalue, up to rounding.
+        largest: The largest one: never above the largest eigenvalue, up to rounding.
         width: The standard deviation of the Gaussian.
         dim: Number of eigenvalues.
-        products: How many vectors were mapped.
+        products: Number of products with a vector.
     """
 
     grid: Tensor
@@ -85,7 +85,7 @@ class SpectralDensity(ArrayLike, Savable, Described):
         return mean_of(self.dim * parts.sum(1))
 
     def share(self, low: float, high: float) -> Estimate:
-        """Return which part of the eigenvalues lies in `[low, high]`, between 0 and 1."""
+        """Return the share of the eigenvalues in `[low, high]`, between 0 and 1."""
         found = self.trace_of(lambda x: ((x >= low) & (x <= high)).to(x.dtype))
         return Estimate(found.value / self.dim, found.standard_error / self.dim)
 

@@ -36,18 +36,18 @@ _BLOCK = 8  # vectors to a step: products share passes, and eigenvalues of multi
 class Eigenpairs(ArrayLike, Savable, Described):
     """Eigenvalues and eigenvectors with their certificates.
 
-    For every pair an eigenvalue of the operator lies within `residuals` of `values` (Weyl); to first order in the gap
-    to the next one the value is off by the square of it only. That no eigenvalue was left out in between is all but
-    certain from a random start, not proved.
+    For every pair an eigenvalue of the operator lies within `residuals` of `values` (Weyl); the error of the value
+    itself is about the square of that over the gap to the next eigenvalue. That no eigenvalue in between is missing is
+    almost certain with a random start, but not proved.
 
     Attributes:
         values: In order of `which`, (k,), in float64.
         vectors: Orthonormal, one to a row, (k, n).
         residuals: `|A v - θ v|`, recomputed, (k,).
         converged: All residuals are below the tolerance.
-        tolerance: What that is, relative to `norm`.
-        norm: The largest size of an eigenvalue met.
-        products: How many vectors were mapped.
+        tolerance: Relative to `norm`.
+        norm: The largest absolute Ritz value.
+        products: Number of products with a vector.
     """
 
     values: Tensor
@@ -116,9 +116,9 @@ def eigenpairs(
         count: How many; at most n are returned.
         which: `"largest"`, `"smallest"` or `"magnitude"` (largest absolute values).
         tolerance: On residuals, relative to the norm; by default 1e-8 in float64, 1e-4 in lower precision.
-        max_products: How many vectors may be mapped; by default 40 per pair and 1000 more.
+        max_products: Maximum number of products with a vector; by default 40 per pair and 1000 more.
         seed: Seeds a private generator.
-        on_failure: `"raise"`, or `"return"` what there is.
+        on_failure: `"raise"`, or `"return"` the pairs found so far.
         progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
     Returns:
@@ -143,7 +143,7 @@ def eigenpairs(
     limit = 1000 + 40 * count if max_products is None else check_positive("max_products", max_products)
     tolerance = residual_tolerance(operator.domain.dtype) if tolerance is None else tolerance
     width = min(count, _BLOCK, operator.shape[0])
-    # Room for twice what is wanted and eight blocks: a space that restarts forgets what it has not kept.
+    # Room for twice what is wanted and eight blocks: what a restart does not keep is lost.
     room = max(2 * count + 8 * width, 40)
     run = krylov_space(operator, random_block(operator, width, seed), room, seed)
     ritz = _grown(run, count, which, tolerance, limit)

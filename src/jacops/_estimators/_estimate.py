@@ -42,9 +42,9 @@ def _compared(operation: Callable[[float, float], bool]) -> Any:
 class Estimate(ArrayLike, Unpacked, Savable):
     """A number and its standard error; unpacks as `value, standard_error`.
 
-    It calculates, compares and converts (`float`, `np.asarray`) as its value does. Sums and products carry the
-    standard error, to first order and summed without squares: two estimates may depend on the same random vectors, and
-    what is added up is not too small whatever their correlation.
+    Arithmetic, comparisons and conversions (`float`, `np.asarray`) use the value. Sums and products propagate the
+    standard error to first order. Standard errors are added linearly, which is an upper bound for any correlation,
+    because two estimates may depend on the same random vectors.
 
     Attributes:
         value: The estimate.

@@ -36,7 +36,7 @@ def sketched(operator: Operator, probes: Tensor) -> ProbeSketch:
     """Return the sketch of an operator by probes, one to a row."""
     basis, upper = torch.linalg.qr(product(operator, probes).double().mT)
     left, sizes, _ = torch.linalg.svd(upper)
-    # Some roundings of the largest: smaller ones are no rank.
+    # Some rounding errors of the largest: smaller ones do not count to the rank.
     floor = 10 * torch.finfo(operator.codomain.dtype).eps * float(sizes[0])
     rank = int((sizes > floor).sum())
     if rank < probes.shape[0]:

@@ -27,11 +27,11 @@ class SpectralNorm(ArrayLike, Unpacked, Savable):
     """A spectral norm with bounds.
 
     Attributes:
-        value: The largest size that a unit vector was mapped to: never above the norm, but for rounding.
+        value: The largest norm of the image of a unit vector: never above the norm, up to rounding.
         error: A singular value lies within this of `value`.
         upper: The norm is at most this, with a probability of 99.9 % over the random start.
-        converged: `error` came below the tolerance; bounds hold without.
-        products: How many vectors were mapped.
+        converged: `error` is below the tolerance; the bounds hold in any case.
+        products: Number of products with a vector.
     """
 
     value: float
@@ -52,9 +52,9 @@ class SpectralNorm(ArrayLike, Unpacked, Savable):
 def norm(operator: Operator, probes: int | None = None, seed: int = 0, *, progress: bool | None = None) -> Estimate:
     r"""Return the Frobenius norm $\lVert A \rVert_F$, exact or estimated with a standard error.
 
-    The exact one goes through the rows or the columns, whichever are fewer. With `probes` it is the root of the mean
-    of $\lVert A z \rVert^2$ over random sign vectors, one product each, and the standard error is that of the mean to
-    first order. For the norm of a difference of operators this is a check that needs no matrix.
+    The exact one is computed from the rows or the columns, whichever are fewer. With `probes` it is the root of the
+    mean of $\lVert A z \rVert^2$ over random sign vectors, one product each, and the standard error is that of the mean
+    to first order. For the norm of a difference of operators this is a check that needs no matrix.
 
     Args:
         operator: Any operator.
@@ -93,13 +93,14 @@ def spectral_norm(
 ) -> SpectralNorm:
     r"""Return the spectral norm $\lVert A \rVert_2$, the largest singular value, by Lanczos on $A^\top A$.
 
-    A positive operator is taken as it is, one product a step instead of two. The residual bounds how far a singular
-    value is; that none is larger is known with a probability only (Kuczynski and Wozniakowski, 1992, theorem 4.1).
+    For a positive operator Lanczos runs on $A$ itself, with one product per step instead of two. The residual bounds
+    the distance to a singular value; that no other one is larger holds with a probability only (Kuczynski and
+    Wozniakowski, 1992, theorem 4.1).
 
     Args:
         operator: Any operator.
         tolerance: On `error`, relative to `value`.
-        max_steps: How many Lanczos steps at most.
+        max_steps: Maximum number of Lanczos steps.
         seed: Seeds a private generator.
         progress: Force the progress bar on or off; by default it is shown after 2 s in a terminal or notebook.
 
@@ -125,7 +126,7 @@ def spectral_norm(
     run = krylov_space(gram, random_block(gram, 1, seed), max_steps, seed)
     value, error, upper, settled = 0.0, math.inf, math.inf, False
     rounding = finfo(gram.domain.dtype).eps * gram.shape[1] ** 0.5  # of a product, which a residual cannot show
-    # The bound that holds but with probability 1e-3 closes slowly; within 10 % it is of use.
+    # The bound that holds with probability 0.999 converges slowly; within 10 % it is useful.
     while run.room and not (settled and upper <= 1.1 * value):
         run.step()
         ritz = run.ritz()

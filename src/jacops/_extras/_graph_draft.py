@@ -191,7 +191,7 @@ class GraphDraft:
         full = _full(edges)
         if edges[0].kind.order == TORO_ORDER and order != "toro":
             turned = [m._replace(upper=_rowwise(m)) for m in edges]
-            # Diagonal matrices row by row have zero variances when read as TORO's, and the other way about.
+            # Diagonal matrices row by row have zero variances when read as TORO's, and vice versa.
             if order == "g2o" or (len(_bad(full)) and not len(_bad(_full(turned)))):
                 full = _full(turned)
         return _definite(edges, full)

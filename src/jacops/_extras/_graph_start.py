@@ -122,7 +122,7 @@ def _rotations(graph: PoseGraph) -> Tensor:
         weight, turn = _turning(o.information, space), _parts(chart, o.measured)[0]
         turn = turn if o.offset is None else turn @ _parts(chart, o.offset)[0].mT
         equations.add(weight * turn.mT, (o.pose, weight * eye.expand_as(turn)))
-    # Landmarks turn no pose: parts that only they tie are held one by one.
+    # Landmarks do not determine rotations: parts that only they connect are fixed one by one.
     held = replace(graph, observations=priors, landmarks=graph.landmarks[:0]).anchors
     return _nearest(equations.solved(held, now.mT).mT)
 

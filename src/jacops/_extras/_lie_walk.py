@@ -74,7 +74,7 @@ class Walk:
 
     @classmethod
     def over(cls, lin: Any) -> Walk:
-        """Return a walk from the leaves of a linearization and what stands for them."""
+        """Return a walk from the leaves of a linearization and their representatives."""
         names = lin.domain.names
         leaves = [*zip(names, lin.leaves, strict=True), *((names[i], tensor) for i, tensor in lin.aliased_leaves)]
         return cls(lin.call, {_edge(t): EdgeKind(name, group_of(t)) for name, t in leaves if t.requires_grad})
@@ -97,10 +97,10 @@ class Walk:
         return [known[node][i] for node, i in edges]
 
     def check_outputs(self, kinds: Sequence[EdgeKind | None], outputs: Sequence[Tensor]) -> None:
-        """Refuse outputs whose rows nobody could mend.
+        """Refuse outputs whose rows cannot be corrected.
 
         Raises:
-            NotDifferentiableError: One holds numbers out of storage, or elements of another group than it says.
+            NotDifferentiableError: One holds numbers out of storage, or elements of another group than its own.
         """
         for kind, output in zip(kinds, outputs, strict=True):
             own = group_of(output)
@@ -201,7 +201,7 @@ class Walk:
             NotDifferentiableError: An adjoint was applied whose element and vector both depend on parameters.
         """
         if self.frozen is not None:
-            what = f"Adj of a LieTensor that depends on parameter {self.frozen.parameter} stands as a constant"
+            what = f"Adj of a LieTensor that depends on parameter {self.frozen.parameter} enters as a constant"
             raise replace(self, twice=True)._refusal(what, "")
 
     def mend(self, private: bool) -> None:
@@ -213,14 +213,14 @@ class Walk:
         for node in self.series:
             name, vectors = type(node)._forward_cls.__name__, node.saved_tensors[0].detach()
             eps = torch.finfo(vectors.dtype).eps
-            # Worth mending where three digits more than rounding are lost; worth a warning where half of all are.
+            # Corrected where three digits more than rounding are lost; with a warning where half of all are.
             exact = exact_series(name, vectors, noise=1000 * eps if private else eps**0.5)
             if exact is not None and private:
                 node.register_hook(Mended(node, name, exact))
             elif exact is not None:
                 warn(
                     f"{self.call}: PyPose's gradient of {name} is not exact here (a series cut off, or digits lost at "
-                    "small angles), and the graph is partly the caller's, where it is not put right."
+                    "small angles), and the graph is partly the caller's, where it is not corrected."
                 )
 
 
@@ -241,7 +241,7 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
 
 @restoring
 def _probe(node: Any, width: int) -> list[Tensor | None]:
-    """Return what a copying node hands back of cotangents `a ⊗ b`, with one `b` of this width for all elements."""
+    """Return what a copying node returns of cotangents `a ⊗ b`, with one `b` of this width for all elements."""
     seeds = [_seed(meta) if len(meta.shape) and meta.shape[-1] == width else None for meta in node._input_metadata]
     with arithmetic(False):
         grads = node(*seeds)
@@ -268,7 +268,7 @@ def _part_of(group: str, grad: Tensor, width: int) -> tuple[str, str]:
 
 
 def _is_marked(grad: Tensor, start: int, width: int) -> bool:
-    """Say whether every row of `grad` is a multiple of the mark from `start` on, and zero elsewhere."""
+    """Return whether every row of `grad` is a multiple of the mark from `start` on, and zero elsewhere."""
     rows = grad.reshape(-1, grad.shape[-1]).double()
     mark = rows.new_zeros(rows.shape[-1])
     mark[start : start + width] = _mark(width)
@@ -278,7 +278,7 @@ def _is_marked(grad: Tensor, start: int, width: int) -> bool:
 
 
 def _overwrites(node: Any, grads: Sequence[Tensor | None]) -> bool:
-    """Say whether a write into a view copies: arithmetic in place hands on the entries that it changed."""
+    """Return whether a write into a view copies: arithmetic in place hands on the entries that it changed."""
     base, sources = grads[0], [grad for grad in grads[1:] if grad is not None]
     if base is None:
         return True

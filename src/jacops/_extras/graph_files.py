@@ -36,7 +36,7 @@ def read_toro(path: File, *, unknown: Unknown = "error", order: InformationOrder
         The graph, in double precision; equivalences are kept apart (`PoseGraph.merged` applies them).
 
     Raises:
-        DataError: A line is malformed; the message says which. Nothing is half-read.
+        DataError: A line is malformed; the message states which. Nothing is half-read.
         InputError: `unknown` or `order` is another word.
 
     Example:
@@ -69,7 +69,7 @@ def read_g2o(path: File, *, unknown: Unknown = "error") -> PoseGraph:
         The graph, in double precision.
 
     Raises:
-        DataError: A line is malformed; the message says which. Nothing is half-read.
+        DataError: A line is malformed; the message states which. Nothing is half-read.
         InputError: `unknown` is another word.
     """
     return _read(path, G2O, unknown)
@@ -109,7 +109,7 @@ def read_bal(path: File) -> Bundle:
         The problem, in double precision.
 
     Raises:
-        DataError: A line is malformed; the message says which. Nothing is half-read.
+        DataError: A line is malformed; the message states which. Nothing is half-read.
     """
     file, found = Path(path), list(lines(path))
     if not found:

@@ -18,7 +18,7 @@ class Observations:
     r"""Measurements of one kind beside those between poses.
 
     Attributes:
-        kind: `"point"`: where a pose sees a landmark, in its own axes; `"bearing"` and `"polar"`: in which direction,
+        kind: `"point"`: the position of a landmark relative to a pose; `"bearing"` and `"polar"`: in which direction,
             and how far away; `"prior"`: where a pose is, $\log(Z^{-1} X_i)$; `"position"`: its translation.
         pose: Positions in `poses`, (m,).
         point: Positions in `landmarks`, (m,); None without landmarks.
@@ -238,7 +238,7 @@ class PoseGraphResidual(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """Bundle adjustment in the large's model: cameras, points, and where which camera saw which point.
+    """The model of "bundle adjustment in the large": cameras, points, and observations of points by cameras.
 
     Attributes:
         cameras: Rotation vector, translation, focal length and two radial distortions, (cameras, 9).

@@ -3,7 +3,7 @@
 PyPose stores an element of a Lie group in one number more than it can move (SE3: 7 and 6). Backward passes of its own
 operations hand on the derivative along the update `X <- Exp(d) X`, padded with a zero; those of torch hand on the
 derivative by the stored numbers. Both pass as "the gradient of X" and fit each other in shape, so where the two meet
-it is wrong without a word. A walk over the recorded graph finds out where. At an output the rows are mended, since its
+it is wrong without an error. A walk over the recorded graph finds where. At an output the rows are corrected, since its
 value is at hand; anywhere else the call is refused by name.
 """
 
@@ -67,7 +67,7 @@ def layout(recorded: Any, tangent: bool, create_graph: bool = False) -> Callable
 
 
 def _walked(lin: Any) -> tuple[Walk, list[EdgeKind | None]] | None:
-    """Return the walk and what the outputs carry, gradients mended on the way; None where no LieTensor is involved."""
+    """Return the walk and what the outputs hold, with gradients corrected; None where no LieTensor is involved."""
     if not _involved(lin):
         return None
     walk = Walk.over(lin)
@@ -88,10 +88,10 @@ def _involved(lin: Any) -> bool:
 
 
 def inspect(recorded: Any) -> None:
-    """Hold a recording that will be swept in a sparse way to the same walk: refuse what is wrong, mend what can be.
+    """Apply the same walk before a sparse sweep: correct what can be corrected, refuse what is wrong.
 
     Raises:
-        NotDifferentiableError: As in `layout`; also for an output that is an element of a group.
+        NotDifferentiableError: PyPose's derivative is wrong here, or an output is an element of a group.
     """
     lin, walked = recorded.lin, _walked(recorded.lin)
     for kind, name in zip(walked[1], lin.codomain.names, strict=True) if walked else ():
@@ -108,12 +108,12 @@ def _columns(block: Tensor, output: Tensor, leaf: Tensor, tangent: bool) -> Tens
 
 
 def _rows(block: Tensor, output: Tensor, carried: str, tangent: bool) -> Tensor:
-    """Return a block with the rows that its output asks for, from those that the graph gave it.
+    """Return a block with the rows that its output needs, from those of the graph.
 
     Args:
         block: `(*output, *leaf)`; the rows of a group are tangent ones and a last one to be dropped.
         output: What the rows are of.
-        carried: The group that the graph says it is in, empty for numbers.
+        carried: The group that it has in the graph, empty for numbers.
         tangent: Leave the padding out.
     """
     own, axis = group_of(output), output.ndim - 1

@@ -71,7 +71,7 @@ class Report:
         self._sections = [_Section("", "")]  # what comes before the first heading
 
     def section(self, title: str, answer: str = "") -> None:
-        """Begin a section; its `answer` also stands in the overview at the top of the report."""
+        """Begin a section; its `answer` also appears in the overview at the top of the report."""
         self._sections.append(_Section(title, answer))
 
     def text(self, text: str) -> None:

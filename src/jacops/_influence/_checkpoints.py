@@ -68,7 +68,7 @@ def tracin(
     Raises:
         InputError: A state does not fit the model, or rates are not one for each checkpoint.
         InputTypeError: A checkpoint is no state, path or model.
-        DataError: A file holds something else than a state.
+        DataError: A file does not contain a state.
         JacopsError: The data or the loss is not supported; the message states why.
 
     Example:

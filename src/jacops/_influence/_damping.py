@@ -55,7 +55,7 @@ def checked_damping(damping: Any) -> float | AutoDamping:
 
 
 def identity_of(damping: float | AutoDamping) -> str:
-    """Return what a stored run's identity says of it: the number, or the rule."""
+    """Return its entry in a stored run's identity: the number, or the rule."""
     return RULE if isinstance(damping, str) else repr(damping)
 
 

@@ -62,13 +62,13 @@ def projected_index(
         training_data: A loader of batches in a fixed order.
         loss: `loss(output, y)`, or `"model"`, where `model` carries none.
         rank: The longest side of a projected weight. Memory and the disk grow with rank².
-        curvature: `"empirical_fisher"`, from the gradients that are there; `"monte_carlo_fisher"`, one more sweep with
+        curvature: `"empirical_fisher"`, from the same gradients; `"monte_carlo_fisher"`, one more sweep with
             labels drawn from the model; or `"ggn"`, a sweep for each of a sample's outputs. A sequence's labels count
             together. Above 4,096 numbers a sample the curvature is taken for each parameter alone.
         projection_seed: Of the projection, whose numbers depend on it, on a parameter's name and on their place alone.
         store: A folder for the index (zarr v3), which is otherwise held in memory. Processes that run the same line
             share its tiles. Run again, it continues a killed run, reads the tiles of a finished one without
-            evaluating the model, and is refused if model, loss, data or projection are others.
+            evaluating the model, and is refused if model, loss, data or projection differ.
         options: Of the objective, as in `Problem`.
 
     Returns:
@@ -120,7 +120,7 @@ def _opened(plan: IndexPlan, path: Any) -> GradientIndex:
 
 @final
 class _StoredRows(Sequence[Tensor]):
-    """Tiles of rows, read when they are asked for."""
+    """Tiles of rows, read when they are requested."""
 
     def __init__(self, kept: Store) -> None:
         self.kept = kept
@@ -169,7 +169,7 @@ class GradientIndex(Described):
             progress: Force the progress bar on or off.
 
         Raises:
-            ModelStateError: The model is no longer what the index was made of.
+            ModelStateError: The model has changed since the index was made.
             SolveError: The projected curvature is singular, and `damping` is 0.
             InputError: `damping` is out of range.
             DataError: A loader shuffles, is empty, or does not yield batches.

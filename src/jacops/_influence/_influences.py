@@ -170,7 +170,7 @@ def compute_influences(
     asked = _other(training_data if input_data is None else input_data, "input_data", training_data, train)
     given = {"loss": loss, "test_data": test_data, "input_data": input_data, "influence_type": influence_type}
     again = recipe("compute_influences", _DATA, {**given, "leverage": leverage, "solver": solver, **options})
-    if store is not None:  # which says who computes what
+    if store is not None:  # which assigns tiles to processes
         options["distributed"] = False
     run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
     if store is not None:

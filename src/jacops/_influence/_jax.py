@@ -31,7 +31,7 @@ from ._twice_differentiable import ArrayUtilities, TwiceDifferentiable, joined_r
 class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore[reportInvalidTypeArguments]
     """A JAX model with its loss; `loss(apply(params, x), y)` is called just so, everywhere.
 
-    Both functions must be pure, as JAX asks of what it compiles; a model that branches on values runs uncompiled.
+    Both functions must be pure, as JAX requires of compiled functions; a model that branches on values runs uncompiled.
     Arrays of whole numbers among the parameters are passed on and not differentiated. Float64 needs
     `jax_enable_x64`, which is the caller's to set: nothing is cast.
 
@@ -100,7 +100,7 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
     def mvp(grad_xy: jax.Array, v: Any, backprop_on: Any, *, progress: bool = False) -> jax.Array:
         """Return the derivative of `grad_xy` by `backprop_on`, along directions: `[D, P]` gives `[D, M]`.
 
-        Directions go through one compiled pass in chunks, held against one at a time the first time.
+        Directions go through one compiled pass in chunks, compared with one at a time the first time.
 
         Args:
             grad_xy: What `grad(x, y, create_graph=True)` returned, itself and not a copy.
@@ -114,7 +114,7 @@ class JaxTwiceDifferentiable(TwiceDifferentiable[jax.Array]):  # pyright: ignore
 
         Raises:
             InputError: Shapes or dtypes do not match exactly, or `backprop_on` was not part of the computation.
-            NotDifferentiableError: Where `grad_xy` comes from is not known: `create_graph=True` was forgotten.
+            NotDifferentiableError: `grad_xy` does not come from `grad`; pass `create_graph=True` to it.
         """
         if not isinstance(grad_xy, jax.Array) or grad_xy.ndim != 1:
             raise InputTypeError.of("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed")

@@ -33,7 +33,7 @@ class SolveStates:
         self._tile: TileStates | None = None
 
     def solving(self, kept: StoredRun, number: int) -> None:
-        """Say which tile is solved for from now on."""
+        """Set the tile that is solved for from now on."""
         self._tile = kept.states("factors", (number, 0))
 
     def load(self, name: str) -> bytes | None:
@@ -63,7 +63,7 @@ def facts_of(
         facts["solver"] = _named(solver)
     if (ekfac := _ekfac(solver)) is not None:
         raw = facts["factors"] = to_bytes(ekfac.approximate(run.curvature))
-        # Read again, as others read it: products with another layout in memory round otherwise.
+        # Read again, as other processes do: products with another memory layout round differently.
         factors = from_bytes(raw, "fitted factors", device=run.problem.space.device)
         solver = _with_ekfac(solver, replace(ekfac, factors=factors))
     found = replace(run, solver=_keeping(solver, states), known=damping)

@@ -69,7 +69,7 @@ class Influences(ArrayLike, Savable, Described):
         units: What a number means.
         damping: Added to the curvature; how it was chosen is in `info["damping_rule"]`.
         info: Solver, damping, curvature, rows, residuals and statuses; `leverage` per training sample where the
-            correction was asked for.
+            correction was requested.
         shares: The weight of each training sample in the objective, `(n_train,)`: 1/N in a plain mean, 1 in a sum.
     """
 
@@ -84,7 +84,7 @@ class Influences(ArrayLike, Savable, Described):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the values."""
+        """Shape of the values."""
         return self.values.shape
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class Influences(ArrayLike, Savable, Described):
         """Return by how much each test loss would rise if a term of the objective were dropped, shaped like the values.
 
         Terms are training samples, or their tokens. First order: an influence times the sample's weight in the
-        objective. With `leverage=True` the curvature loses the sample too, which is exact for least squares.
+        objective. With `leverage=True` the sample is removed from the curvature too, which is exact for least squares.
 
         Raises:
             InputError: These are perturbation influences.
@@ -117,7 +117,7 @@ class Influences(ArrayLike, Savable, Described):
         """Return influences of tokens, `(n_test, n_train, T)`, added up to those of samples, `(n_test, n_train)`.
 
         Raises:
-            InputError: These are no influences of tokens.
+            InputError: These are not influences of tokens.
         """
         if self.influence_type != "token":
             raise InputError.of("influence_type", repr(self.influence_type), "`per_sample` needs 'token'")

@@ -125,7 +125,7 @@ class InfluenceRun:
 
     @property
     def together(self) -> int:
-        """Tiles that are solved for together: as many as fit where EK-FAC is held against the curvature itself."""
+        """Tiles that are solved for together: as many as fit where EK-FAC is compared with the curvature itself."""
         if not (isinstance(self.solver, EKFAC) and self.solver.report_residual):
             return 1
         return self._tiles_within(_SOLVE_SHARE, 3 * self.problem.space.dim)  # gradients, solutions and products
@@ -199,7 +199,7 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
 
 
 class Settings(NamedTuple):
-    """What all influence calls are asked for, beside data.
+    """The settings of all influence calls, besides data.
 
     Attributes:
         loss: `loss(output, y)` of a plain model.
@@ -233,7 +233,7 @@ def run_of(model: Any, train: Batches, asked: Settings, options: ProblemOptions,
     damping = checked_damping(asked.damping)
     check_choice("curvature", asked.curvature, Curvature)
     check_choice("on_failure", asked.on_failure, OnFailure)
-    # Negative curvature is a finding, not a case for another solver.
+    # Negative curvature is reported, and no other solver is tried.
     solver = Auto(indefinite=False) if asked.solver == "auto" else solver_of(asked.solver, "solver")
     problem = Problem(model, asked.loss, train, **options)
     return InfluenceRun(problem, asked.curvature, solver, damping, asked.on_failure, recipe)

@@ -47,7 +47,7 @@ def solved_by(model: Any, train: Batches, options: InfluenceOptions) -> Influenc
     """Return the run that such options describe, prepared for solves.
 
     Raises:
-        JacopsError: As in `compute_influences`.
+        JacopsError: The data, the loss or an option is not supported, or a solve fails.
     """
     given: dict[str, Any] = dict(options)
     kept = {name: value for name, value in given.items() if name not in ("damping", "curvature", "on_failure")}
@@ -105,6 +105,6 @@ def gradients_of(problem: Problem, parts: list[Batch]) -> Tensor:
 
 
 def unchecked(many: int) -> dict[str, Any]:
-    """Return what `info` says of scores of which no residual was computed."""
+    """Return the entries of `info` for scores without a residual."""
     rows = {"statuses": ["unchecked"] * many, "residual": [math.nan] * many}
     return {"status": "unchecked", "converged": False, "success": True, **rows}

@@ -113,7 +113,7 @@ class _TestTiles:
     """Test samples, solved for tile by tile; the solver is prepared when it is first needed.
 
     Args:
-        run: The run, as it was asked for.
+        run: The run, as it was requested.
         data: The test samples.
         settled: The run as its facts left it, in the process that computed these.
         states: Where its solver keeps states.
@@ -138,7 +138,7 @@ class _TestTiles:
             _write(self.run, kept, number, solution)
 
     def _gradients(self, number: int) -> Tensor:
-        """Return the gradients of a tile; one before the last one asked for costs another pass over the samples."""
+        """Return the gradients of a tile; one before the last one requested costs another pass over the samples."""
         if number < self._next or self._next == 0:
             self._walk, self._next = self.run.tiles(self._data), 0
         while True:

@@ -46,17 +46,14 @@ def top_influences(
     They are those of `compute_influences`, of which only `k` a row and a block of 32 MiB or one batch are ever held.
 
     Args:
-        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`), as are all others that
-            are not here.
+        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`).
         training_data: A loader of batches `(x, y)` or mappings in a fixed order.
         k: How many.
         which: `"largest"` helped most, `"smallest"` hurt most, `"magnitude"` either.
         test_data: A loader of batches; the training data where it is left out.
         input_data: The samples to choose from; the training data where it is left out.
         options: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=` and those of `Problem`; see
-            `compute_influences`: `solver=`, `damping=`, `curvature=`, `on_failure=`, `loss=`,
-            `parameters=`, `reduction=`, `l2=`, `unpack=`, `randomness=`, `seed=`, `progress=`, `distributed=`,
-            `timeout=`.
+            `compute_influences`.
 
     Returns:
         `values` and `indices`, each `(n_test, k)`, strongest first.
@@ -98,8 +95,7 @@ def group_influences(
     Liang, 2019); `leave_group_out()` gives that. Only the sums and one batch's influences are held.
 
     Args:
-        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`), as are all others that
-            are not here.
+        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`).
         training_data: A loader of batches `(x, y)` or mappings in a fixed order.
         groups: The group of each training sample, in order: whole numbers or strings.
         test_data: A loader of batches; the training data where it is left out.
@@ -148,8 +144,7 @@ def layer_influences(
     curvature couples all of them, and the parts add up to what `compute_influences` returns.
 
     Args:
-        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`), as are all others that
-            are not here.
+        model: A module, a `JaxFunction`, or model and loss in one (`TorchTwiceDifferentiable`).
         training_data: A loader of batches `(x, y)` or mappings in a fixed order.
         test_data: A loader of batches; the training data where it is left out.
         input_data: The samples whose influence is computed; by default the training data.

@@ -30,7 +30,7 @@ _ENTRIES = 2**25  # changes of outputs that are held at a time: 128 MiB in float
 def token_influences(problem: Problem, data: Batches, solutions: Tensor, held: RankedRows) -> Tensor:
     """Return `(m, n, T)`, solutions `(m, P)` in the form of `held`, times the gradients of the terms of all labels.
 
-    T is the length of the longest row of labels; what is ignored or lies behind a shorter one is 0.
+    T is the length of the longest row of labels; entries that are ignored or behind a shorter one are 0.
 
     Raises:
         InputError: The labels are no `(n, T)`, or the loss is no mean, or sum, over them.

@@ -30,7 +30,7 @@ _ORIGIN = "_jacops_private_inputs"
 
 
 class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[reportInvalidTypeArguments]
-    """A torch model with its loss; `loss(model(x), y)` is called just so, everywhere.
+    """A torch model with its loss, called as `loss(model(x), y)`.
 
     The model is differentiated in its current mode, on private copies; buffers, modes, gradients and the caller's `x`
     are not changed. Parameters that do not require grad are left out.
@@ -56,7 +56,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
 
     @property
     def objective(self) -> Objective:
-        """Model and loss, as problems over data take them."""
+        """Model and loss, as `Problem` accepts them."""
         return Objective(self.model, self.loss)
 
     @property
@@ -94,7 +94,8 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
         with sweeping(lin.outputs[0]):
             flat = lin.domain.join([g.unsqueeze(0) for g in gradient.outputs])[0]
             if not flat.requires_grad:
-                # A loss linear in the parameters: its gradient is constant, which is no lost graph for mvp.
+                # A loss linear in the parameters: its gradient is constant, which mvp must not take for a missing
+                # graph.
                 for leaf in lin.leaves:
                     flat = flat + leaf.flatten()[:0].sum().to(flat.dtype)
         check_finite("grad", [flat], ["the parameters"], lin)
@@ -142,7 +143,7 @@ class TorchTwiceDifferentiable(TwiceDifferentiable[Tensor]):  # pyright: ignore[
 
         Raises:
             InputError: Shapes or dtypes do not match exactly, or `backprop_on` was not part of the computation.
-            NotDifferentiableError: `grad_xy` has no graph: `create_graph=True` was forgotten.
+            NotDifferentiableError: `grad_xy` has no graph; pass `create_graph=True` to `grad`.
         """
         if not isinstance(grad_xy, Tensor) or grad_xy.ndim != 1:
             raise InputTypeError.of("grad_xy", f"a {type(grad_xy).__name__}", "a gradient `[P]` from `grad` is needed")
@@ -212,7 +213,7 @@ class TorchTensorUtilities(ArrayUtilities):
 
     @staticmethod
     def cat(a: Sequence[Tensor], **kwargs: Any) -> Tensor:
-        """Join tensors along an axis there is (`dim=`)."""
+        """Join tensors along an existing axis (`dim=`)."""
         return torch.cat(list(a), **kwargs)
 
     @staticmethod
@@ -227,7 +228,7 @@ class TorchTensorUtilities(ArrayUtilities):
         """Join tensors from a generator along the first axis, in the dtype and on the device of the model.
 
         Raises:
-            InputError: The generator gives fewer or more rows than promised, or rows of another shape.
+            InputError: The generator gives fewer or more rows than `resulting_shape`, or rows of another shape.
         """
         like = model.parameters[0]
         result = torch.empty(resulting_shape, dtype=like.dtype, device=like.device)

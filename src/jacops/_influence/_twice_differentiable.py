@@ -1,4 +1,4 @@
-"""The interface of models that can be differentiated twice, and of the tensors they speak; bound to no framework."""
+"""The interface of models that can be differentiated twice, and of tensor operations, for any framework."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class TwiceDifferentiable(ABC, Generic[TensorType]):
 class TensorUtilities(ABC, Generic[TensorType, ModelType]):
     """Tensor operations by framework, found through the type of the model.
 
-    A subclass names its model type in `twice_differentiable_type` and is registered for it; models of a subclass of
-    that type find it along their ancestors. The first one registered for a type stays.
+    A subclass names its model type in `twice_differentiable_type` and is registered for it; it is used for models of
+    subclasses of that type too. The first registration for a type is kept.
     """
 
     twice_differentiable_type: ClassVar[type[TwiceDifferentiable]]
@@ -119,7 +119,7 @@ class TensorUtilities(ABC, Generic[TensorType, ModelType]):
     @staticmethod
     @abstractmethod
     def cat(a: Sequence[Any], **kwargs: Any) -> Any:
-        """Join tensors along an axis there is."""
+        """Join tensors along an existing axis."""
 
     @staticmethod
     @abstractmethod
@@ -158,10 +158,10 @@ class TensorUtilities(ABC, Generic[TensorType, ModelType]):
 
     @classmethod
     def from_twice_differentiable(cls, twice_diff: TwiceDifferentiable) -> type[TensorUtilities]:
-        """Return the tensor utilities for a model, looked up along its type's ancestors.
+        """Return the tensor utilities for a model, looked up along the method resolution order of its type.
 
         Raises:
-            KeyError: None is registered; the message names the type and the ones known.
+            KeyError: None is registered; the message names the type and the registered ones.
         """
         for ancestor in type(twice_diff).__mro__:
             if ancestor in TensorUtilities.registry:
@@ -171,7 +171,7 @@ class TensorUtilities(ABC, Generic[TensorType, ModelType]):
 
 
 def _is_abstract(cls: type) -> bool:
-    """Say whether a class leaves methods open; `__abstractmethods__` is not set yet in `__init_subclass__`."""
+    """Return whether a class leaves methods open; `__abstractmethods__` is not set yet in `__init_subclass__`."""
     return any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls))
 
 

@@ -1,6 +1,6 @@
 """Integrals of slopes along paths, refined until every path is complete.
 
-Along a path from `t = 0` to `t = 1` a function's outputs `F(t)` are known wherever they are asked for, so the error of
+Along a path from `t = 0` to `t = 1` a function's outputs `F(t)` are known wherever they are requested, so the error of
 a quadrature of `F'` over any interval is known, too: it is its completeness gap `F(b) - F(a) - integral`. Intervals are
 refined where that is large. A smooth function needs one interval of few Gauss-Legendre nodes, whose error falls
 exponentially. A piecewise-linear one has kinks, at which errors of any such rule fall like one over the number of
@@ -117,7 +117,7 @@ class PathIntegrals:
         return cls(first, final, scale, total, torch.zeros(paths, dtype=torch.long))
 
     def begin(self, integrand: Integrand, path: Tensor, probed: Tensor, sizes: Sequence[int]) -> None:
-        """Learn where paths lead, given integrals of slopes with random weights.
+        """Determine where paths lead, from integrals of slopes with random weights.
 
         Errors of a path are relative to the largest change of an output along it or, where features cancel, to a tenth
         of how much they contribute: a sum with random weights is as large as the root of a sum of squares. Each tensor

@@ -95,7 +95,7 @@ def starts_of(
     names = samples.input_tree.names
     if baselines is not None:
         if baseline is not None:
-            raise InputError.of("baselines", "given beside `baseline`", "one of them says where paths begin")
+            raise InputError.of("baselines", "given beside `baseline`", "one of them is needed, not both")
         entries = _entries("baselines", baselines, x, names)
     elif baseline is None or _is_number(baseline):
         fill = 0.0 if baseline is None else float(baseline)
@@ -131,7 +131,7 @@ def _called(argument: str, name: str) -> str:
 
 
 def _entries(argument: str, given: Any, x: Any, names: Sequence[str]) -> list[Any]:
-    """Return what is given for each input, by where it stands in the structure of `x`."""
+    """Return what is given for each input, by its place in the structure of `x`."""
     leaves, tree = flatten(given, argument)
     known = dict(zip(tree.names, leaves, strict=True))
     wanted = {_called(argument, name): name for name in flatten(x, "x")[1].names}

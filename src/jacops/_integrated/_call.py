@@ -62,11 +62,11 @@ def integrated_jacobian(
     add $F(x) - F(x_0)$. With a set of `baselines` they are expected gradients (Erion et al. 2021): the exact mean over
     the set, at the cost of as many paths per sample.
 
-    That sum is known, so the error of the quadrature is, too, also that of any part of a path: its completeness gap.
+    The sum is known, and so is the error of the quadrature on a path and on each part of it: its completeness gap.
     Smooth parts are integrated by Gauss-Legendre rules, halved while gaps are too large. Where a piecewise-linear model
-    has kinks, pieces of the path are found by outputs and slopes, and each one is integrated exactly. What cancels in
-    the sum is watched along random directions. A sweep takes `batch_size` points of paths, whichever samples they are
-    of, and Jacobians are summed as they come.
+    has kinks, pieces of the path are found by outputs and slopes, and each one is integrated exactly. Errors that
+    cancel in the sum are measured along random directions. A sweep takes `batch_size` points, of one or several
+    samples, and Jacobians are accumulated.
 
     Args:
         model: A module (its copy is put in eval mode), or a plain function.
@@ -77,7 +77,7 @@ def integrated_jacobian(
             that stays as it is, which those without derivatives do.
         baselines: A set of them, `(m, *in)`, in the structure of `x`; instead of `baseline`.
         steps: `"auto"` refines until gaps are below the tolerance; a number is that of Gauss-Legendre nodes of each
-            path, with whatever gap they leave.
+            path, whatever the gap.
         tolerance: The largest gap of a sample, relative to its largest change of an output from baseline to sample (or
             to a tenth of the length of its contributions, where they cancel to less). By default 1e-6 in double, 1e-3
             in single and 0.1 in half precision.

@@ -92,7 +92,7 @@ def hidden_error(error: Tensor, change: Tensor, probed: Tensor, noise: Tensor) -
 class Cells:
     """What intervals are made of between neighbouring places, `(intervals, cells, ...)`.
 
-    The first and the last cell of an interval have a node at one side only, whose Jacobian stands for both.
+    The first and the last cell of an interval have a node at one side only, whose Jacobian is used for both.
 
     Attributes:
         start: Where they begin.

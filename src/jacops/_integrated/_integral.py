@@ -18,8 +18,8 @@ from ._baselines import Paths
 from ._integrand import PathJacobians
 from ._layers import source_of
 
-# What a sample's contributions may lack, relative to its largest change of an output. In double precision six digits;
-# in single precision three, which take a tenth of the steps where there are kinks, and in half precision one.
+# The largest gap of a sample's contributions, relative to its largest change of an output. In double precision six
+# digits; in single precision three, which take a tenth of the steps where there are kinks, and in half precision one.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE = 1e-1
 _ROUNDINGS = 16.0  # of a forward: nets of up to 50 layers were off by less
@@ -195,8 +195,8 @@ def _integrand(paths: Paths, result: SampleJacobians, batch_size: int, options: 
     jacobian = [[_summed(b, _entries(output)) for b in row] for output, row in pairs]
     values = None if paths.baselines == 1 else [[torch.zeros_like(b) for b in row] for row in jacobian]
     blocks, budget = [b for row in jacobian for b in row], options.get("budget")
-    # Points are held as they come, weighted, and in double precision. As many bytes as the result has are asked for
-    # anyway; fewer than any machine has are no matter.
+    # Points are held as they come, weighted, and in double precision. As many bytes as the result has are requested
+    # anyway; less than that need not be counted.
     each = sum(b.shape[1:].numel() * (3 * b.element_size() + 8) for b in blocks)
     held = sum(map(size_of, blocks))
     room = max(SMALL, held)

@@ -31,7 +31,7 @@ class PathJacobians:
         batch_size: Most points to a sweep.
         jacobian: Averaged Jacobians so far, `J[output][input]`, each `(n, entries of output, entries of input)`.
         values: The same times sample minus baseline; None where the steps of all paths to a sample are the same.
-        mode: As in `compute_jacobian`.
+        mode: `"reverse"`, `"forward"`, `"split"` or `"auto"`.
         budget: Bytes that points may take.
         check_finite: Refuse points at which an output or a derivative is NaN or Inf.
     """

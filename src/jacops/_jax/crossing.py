@@ -106,13 +106,13 @@ def tree_to_jax(tree: Any, name: str) -> Any:
     """Return a tree of arrays with every leaf as `to_jax` gives it; messages call leaves by their path.
 
     Raises:
-        InputTypeError: As in `to_jax`.
-        InputError: As in `to_jax`.
-        NotDifferentiableError: As in `to_jax`.
+        InputTypeError: A leaf is neither an array nor a number.
+        InputError: JAX, as it is configured, cannot hold the dtype of a leaf.
+        NotDifferentiableError: A leaf belongs to a transformation of JAX around the call.
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: to_jax(leaf, name + jax.tree_util.keystr(path)), tree)
 
 
 def is_floating(leaf: Any) -> bool:
-    """Say whether a leaf is an array of floating-point numbers, real ones."""
+    """Return whether a leaf is an array of floating-point numbers, real ones."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -31,7 +31,7 @@ _Origins = dict[Var, _Origin]
 
 
 def is_reached(jaxpr: Jaxpr, sources: Sequence[Var]) -> bool:
-    """Say whether any result of a traced function is computed from any of some arguments."""
+    """Return whether any result of a traced function is computed from any of some arguments."""
     known = set(sources)
     for equation in jaxpr.eqns:
         if any(isinstance(v, Var) and v in known for v in equation.invars):
@@ -40,7 +40,7 @@ def is_reached(jaxpr: Jaxpr, sources: Sequence[Var]) -> bool:
 
 
 def has_custom_vjp(jaxpr: Jaxpr) -> bool:
-    """Say whether a traced function holds a backward pass that somebody wrote by hand, at any depth."""
+    """Return whether a traced function holds a backward pass that somebody wrote by hand, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive.name.startswith(CUSTOM_VJP):
             return True
@@ -121,7 +121,7 @@ def _size(shape: Sequence[int]) -> int:
 
 
 def _keeps_rows(gives: tuple[int, ...], equation: Any, origins: _Origins) -> bool:
-    """Say whether a result has the entries of the value it follows, perhaps with axes of length one in front."""
+    """Return whether a result has the entries of the value it follows, perhaps with axes of length one in front."""
     came = next(_shape(v) for v in equation.invars if isinstance(v, Var) and v in origins)
     return gives[len(gives) - len(came) :] == came and _size(gives) == _size(came)
 

@@ -127,7 +127,7 @@ class JaxLayers:
         return Group("outer", (leaf,) if bias is None else (leaf, bias), turned)
 
     def misfit(self, groups: Sequence[Group]) -> int | None:
-        """Return a parameter that enters in another way than its group says."""
+        """Return a parameter that enters in another way than its group has."""
         return next((own.leaves[0] for own, group in zip(self.groups(), groups, strict=True) if own != group), None)
 
     def entries(self, groups: Sequence[Group]) -> int:

@@ -1,4 +1,4 @@
-"""The Jacobian of a JAX function at a point, as the rest of the library asks for it: pushes and pulls of tensors."""
+"""The Jacobian of a JAX function at a point, as pushes and pulls of tensors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class JaxLinearization:
         """Return `J v` for rows of `v`.
 
         Raises:
-            InputError: A graph is asked for.
+            InputError: A graph is requested.
         """
         self._refuse_graph(create_graph)
         return self.codomain.split(self._swept(self.push, self.domain.join(rows), self.codomain))
@@ -86,7 +86,7 @@ class JaxLinearization:
         """Return `J' u` for rows of `u`.
 
         Raises:
-            InputError: A graph is asked for.
+            InputError: A graph is requested.
         """
         self._refuse_graph(create_graph)
         found = self.domain.split(self._swept(self.pull, self.codomain.join(rows), self.domain))

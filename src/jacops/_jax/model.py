@@ -272,7 +272,7 @@ class Model:
         return sweep(shared, (point.x, point.y), width, options, compiled=self.compiled)
 
     def check_twice(self, point: Point, options: SweepOptions) -> None:
-        """Hold products with the Hessian against each other, and against gradients, once per shape.
+        """Compare products of the Hessian with each other and with gradients, once per shape.
 
         Raises:
             NotDifferentiableError: The Hessian that JAX gives is not symmetric, or a backward pass written by hand
@@ -333,7 +333,7 @@ class Model:
         error = _relative(product, wide)
         if not error > tolerated:
             return
-        # A quarter of the step has a sixteenth of its error: what is left is not the step's.
+        # A quarter of the step has a sixteenth of its error: the rest has another cause.
         narrow = np.asarray(central(point, step / 4), np.float64)
         error, distance = _relative(product, narrow), float(np.linalg.norm(product - narrow))
         explained = float(np.linalg.norm(wide - narrow)) + rounding_error(lambda p: central(p, step / 4), point)

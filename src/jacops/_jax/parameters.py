@@ -136,7 +136,7 @@ def leaf_names(params: Any, root: str = "params") -> tuple[str, ...]:
 
 
 def _arrays(paths: Sequence[tuple[Any, Any]], root: str) -> Iterator[Any]:
-    """Yield every array as one of its own, so that one that stands in two places is distinguished by identity."""
+    """Yield every array as one of its own, so that one that is used in two places is distinguished by identity."""
     places = Counter(id(leaf) for _, leaf in paths)
     for path, leaf in paths:
         if not _is_array(leaf):

@@ -73,7 +73,7 @@ class _Noise:
 
 
 def _is_call(inner: ClosedJaxpr | Jaxpr, equation: Any) -> bool:
-    """Say whether an operation only calls a traced function: loops and branches do more than that."""
+    """Return whether an operation only calls a traced function: loops and branches do more than that."""
     jaxpr = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
     return (
         equation.primitive.name not in LOOPS

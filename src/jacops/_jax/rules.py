@@ -35,7 +35,7 @@ class WeightEntry(NamedTuple):
 
 
 class NoRuleError(Exception):
-    """An operation's rule does not cover this use of it; the message says what it is."""
+    """An operation's rule does not cover this use of it, which the message states."""
 
 
 def _by_dot_general(place: int, weight: np.ndarray, values: Sequence[Any], params: dict[str, Any]) -> WeightEntry:
@@ -80,7 +80,7 @@ def _by_convolution(place: int, weight: np.ndarray, values: Sequence[Any], param
 
 
 RULES = {"dot_general": _by_dot_general, "conv_general_dilated": _by_convolution}
-# WeightEntry by entry: a parameter that enters so is kept as rows, its whole gradient for every sample.
+# Entry by entry: a parameter that enters so is kept as rows, its whole gradient for every sample.
 ENTRYWISE = frozenset(
     {"add", "sub", "mul", "div", "max", "min", "pow", "neg", "abs", "exp", "log", "log1p", "tanh", "logistic", "sqrt"}
     | {"rsqrt", "square", "integer_pow", "select_n"}

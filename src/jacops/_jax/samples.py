@@ -105,7 +105,7 @@ class Apart:
 
 
 def _split(leaves: Sequence[Any], places: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
-    """Return what stands elsewhere, and what stands at some places."""
+    """Return the entries elsewhere, and those at some places."""
     return [leaf for i, leaf in enumerate(leaves) if i not in places], [leaves[i] for i in places]
 
 

@@ -1,4 +1,4 @@
-"""Many rows of a derivative at once: compiled and batched, held against the same rows one by one."""
+"""Many rows of a derivative at once: compiled and batched, compared with the same rows one by one."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Sweep:
 
 
 def leave(options: SweepOptions, reason: str, instead: str, news: bool) -> None:
-    """Report that a fast way is left, once, as the caller asked for.
+    """Report that a fast way is left, once, as the caller requested.
 
     Raises:
         NotDifferentiableError: `fallback="error"` forbids it.

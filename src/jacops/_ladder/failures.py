@@ -1,4 +1,4 @@
-"""The ladder's steps: what it means that a fast route does not apply, or lies."""
+"""Exceptions for a fast route that does not apply, or gives wrong numbers."""
 
 from __future__ import annotations
 

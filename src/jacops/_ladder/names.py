@@ -1,4 +1,4 @@
-"""The names under which proofs and refusals are kept where more than one place asks for them."""
+"""The names under which proofs and refusals are kept where more than one place uses them."""
 
 from __future__ import annotations
 

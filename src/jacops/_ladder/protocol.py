@@ -1,4 +1,4 @@
-r"""What a framework provides, and all that the rest of the library knows of it.
+r"""The interface between a framework and the rest of the library.
 
 A model is recorded at a point: `push` is $J v$ and `pull` is $J^\top u$ there, for many rows at once; `map_rows` is the
 Jacobian of every sample alone. Operators, objectives, Fisher matrices, influences, leverage and Kronecker-factored
@@ -167,7 +167,7 @@ class LayerGradients(Protocol[Group, Gradients]):
         ...
 
     def misfit(self, groups: Sequence[Group]) -> int | None:
-        """Return a parameter that enters in another way than its group says."""
+        """Return a parameter that enters in another way than its group has."""
         ...
 
     def gradients(self, groups: Sequence[Group], seeds: Tensor) -> Iterable[Gradients]:

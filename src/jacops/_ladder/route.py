@@ -46,11 +46,11 @@ class Verdicts(Protocol):
 
 
 class Ask(Protocol):
-    """One question with the public call that it is asked for; routes of a question know its further fields.
+    """One question and the public call that it belongs to; routes of a question use its further fields.
 
     Attributes:
         question: Under what refusals and descriptions are kept, such as `"pull"`.
-        asked: The route that the user asked for by name; leaving it is always worth a warning.
+        asked: The route that the user requested by name; leaving it is always worth a warning.
         verdicts: What is known about routes.
         call: The public call on whose behalf this is done.
         fallback: `"warn"`, `"silent"` or `"error"` when a route is left.
@@ -79,7 +79,7 @@ class Claim(Protocol):
     always: Any
 
     def evidence(self, route: Any, ask: Any, found: Any) -> bool:
-        """Return whether what a route found proves the claim for later calls; False where it could not tell.
+        """Return whether a route's result proves the claim for later calls; False if it is undecided.
 
         Raises:
             RouteWrongError: The claim is refuted.
@@ -174,7 +174,7 @@ class Way:
 
 
 def refused(ask: Any, route: Route) -> str | None:
-    """Return why a route is not taken: what an earlier call found, or what the route itself says; None if it may be."""
+    """Return why a route is not taken: what an earlier call found, or the route's own reason; None if it may be."""
     known = ask.verdicts.refusal(ask.question, route.name)
     return _own_reason(ask, route) if known is None else str(known.reason)
 
@@ -188,7 +188,7 @@ def _own_reason(ask: Any, route: Route) -> str | None:
 
 
 def candidates(ask: Any, routes: Sequence[Any]) -> list[tuple[Route, str | None]]:
-    """Return routes with the reason why each is not taken: the one asked for, then by sweeps, then in their order."""
+    """Return routes with the reason why each is not taken: the one requested, then by sweeps, then in their order."""
     reasons = [(route, refused(ask, route)) for route in routes]
     return sorted(reasons, key=lambda pair: _place(ask, *pair))
 
@@ -238,7 +238,7 @@ def answered(ask: Ask, routes: Sequence[Any]) -> tuple[Any, Route]:
 
 
 def prove(ask: Ask, route: Route, found: Any) -> list[str]:
-    """Hold a route's result against the evidence of its claims, where that is not known yet.
+    """Compare a route's result with the evidence of its claims, where that is not known yet.
 
     Returns:
         The claims that are proved, now or by an earlier call.
@@ -286,9 +286,9 @@ def _keep(ask: Any, route: Route, error: RouteFailedError) -> bool:
 
 
 def _report(ask: Ask, route: Route, error: RouteFailedError, news: bool, instead: str) -> None:
-    """Say that a route was left, as the caller asked for."""
+    """Report that a route was left, as `fallback` requires."""
     asked = route.name == ask.asked
     _check_allowed(ask, route, error)
     wrong = route.leaving == "noted" and isinstance(error, RouteWrongError)
     if news and ask.fallback == "warn" and (asked or route.leaving == "warned" or wrong):
-        warn(f"{ask.call} went {instead}: {error}.")
+        warn(f"{ask.call}: {error}. Route used: {instead}.")

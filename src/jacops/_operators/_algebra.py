@@ -69,7 +69,7 @@ class Product(Operator):
     formed: ByLayers | None = None
 
     def __post_init__(self) -> None:
-        """Hold the inner spaces against each other."""
+        """Compare the inner spaces with each other."""
         check_same(self.left.domain, self.right.codomain, "a product")
 
     @property
@@ -137,7 +137,7 @@ class Sum(Composite):
     right: Operator
 
     def __post_init__(self) -> None:
-        """Hold the spaces against each other."""
+        """Compare the spaces with each other."""
         check_same(self.left.domain, self.right.domain, "a sum")
         check_same(self.left.codomain, self.right.codomain, "a sum")
 

@@ -37,7 +37,7 @@ class Arithmetic(NotAnArray):
         return self.domain.device
 
     def to_scipy(self: Any) -> Any:
-        """Return this as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `svds`, `cg`, `lsmr` and the like.
+        """Return this as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `svds`, `cg`, `lsmr` and others.
 
         Products are computed here, in the operator's dtype and on its device; vectors of another precision are
         converted, so that results are as exact as the operator is. Half precision is presented as float32.
@@ -50,23 +50,23 @@ class Arithmetic(NotAnArray):
         """
         return as_linear_operator(without_graph(self))
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
+    def __array__(self: Any, dtype: Any = None, copy: bool | None = None) -> NoReturn:
         """Refuse: an operator is not formed without being asked to.
 
         Raises:
             InputTypeError: Always; it names `dense()`.
         """
         todo = "Form it with `.dense()` (`.dense().numpy()`), or give SciPy `.to_scipy()`."
-        raise InputTypeError.of("np.asarray", f"given a {type(self).__name__}", "an operator has no entries", todo)
+        raise InputTypeError.of("np.asarray", f"given a {self.name}", "an operator has no entries", todo)
 
     @property
-    def matvec(self) -> NoReturn:
-        """Refuse: SciPy looks for this name in what it takes for a linear operator.
+    def matvec(self: Any) -> NoReturn:
+        """Refuse: SciPy looks for this name to recognise a linear operator.
 
         Raises:
             InputTypeError: Always; it names `to_scipy()`.
         """
-        came = f"a {type(self).__name__} of torch tensors"
+        came = f"a {self.name} of torch tensors"
         raise InputTypeError.of("the operator", came, "NumPy arrays are multiplied here", "Pass `A.to_scipy()`.")
 
     def __rmatmul__(self: Any, other: Any) -> Any:
@@ -192,7 +192,7 @@ class ScalarIdentity:
         return ScalarIdentity(self.factor - other.factor) if isinstance(other, ScalarIdentity) else NotImplemented
 
     def __matmul__(self, other: Any) -> Any:
-        """Scale what stands on the right: an operator, a tensor, or a tree."""
+        """Scale the right-hand operand: an operator, a tensor, or a tree."""
         if isinstance(other, list | tuple):
             return [self.factor * entry for entry in other]
         if isinstance(other, dict):
@@ -200,7 +200,7 @@ class ScalarIdentity:
         return self.factor * other
 
     def __rmatmul__(self, other: Any) -> Any:
-        """Scale what stands on the left."""
+        """Scale the left-hand operand."""
         return self.factor * other
 
     def __call__(self, *size: Any) -> NoReturn:

@@ -40,7 +40,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
 
     A concrete operator defines its axes (`domain`, `codomain`) and how it acts on rows, `_apply` and
     `_apply_transpose`; all else follows. `A @ v` takes a flat vector `(n,)`, columns `(n, k)`, or a tree (a list in
-    order or a dict by name) and answers in kind; `A @ B` composes; `A.T`, `A + B`, `2 * A` are operators again.
+    order or a dict by name) and returns the same form; `A @ B` composes; `A.T`, `A + B`, `2 * A` are operators again.
 
     Attributes:
         domain: What the columns mean.
@@ -52,7 +52,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         check_finite: Results with NaN or Inf raise.
         create_graph: Its products keep their graph, whatever its parts do.
         source: The call and the data that it was made from, for messages.
-        meaning: What it is, where it is more than what it is made of.
+        meaning: A name for it, where it is more than the composition of its parts.
         computed: What was computed on the way to it, where that is of a single batch.
     """
 
@@ -91,7 +91,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
 
     @property
     def output(self) -> Any:
-        """The model's output on the batch (the part that was picked), as it was; None where there is no single one."""
+        """The model's output on the batch, or the selected part of it; None where there is no single one."""
         return None if self.computed is None else self.computed.output
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
@@ -164,8 +164,9 @@ class Operator(Arithmetic, Savable, ABC, Described):
             if self.domain.shapes == (other.shape,):  # the one array that there is, in its own shape
                 image = self._of_tree([other])
                 return image[0] if len(image) == 1 else image
-            needed = f"its first axis needs {self.domain.dim} entries: {self.domain.layout}"
-            todo = "Pass one tensor per array, or flatten with `A.domain.flatten(tree)`."
+            plain = self.domain.is_plain
+            needed = f"its first axis needs {self.domain.dim} entries" + ("" if plain else f": {self.domain.layout}")
+            todo = "" if plain else "Pass one tensor per array, or `A.domain.flatten(tree)`."
             raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
         kept = keeps_graph(self)
         with keeping(kept):
@@ -187,7 +188,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         self.domain.check_rows("v", rows)
         tick()
         if self.check_finite and not is_finite(rows):
-            check_vector(self.name, "v", [rows])
+            check_vector(self.name, "v", [rows[0] if len(rows) == 1 else rows])
         return check_result(self, self._apply(out_of_inference(rows) if kept else rows), "a product")
 
     @eager

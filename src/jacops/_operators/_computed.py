@@ -1,4 +1,4 @@
-"""What was computed on the way to an operator, and is handed back: outputs, losses, gradients."""
+"""Values computed on the way to an operator and returned with it: outputs, losses, gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Computed:
 
 
 def with_computed(operator: Made, computed: Computed) -> Made:
-    """Return an operator that hands back what was computed."""
+    """Return an operator that returns what was computed."""
     object.__setattr__(operator, "computed", computed)
     return operator
 

@@ -124,7 +124,7 @@ class SumOver(OnSpace):
                 del part
 
         _added_up(f"{self.name}.dense", self.ranks, target, own)
-        if self.ridge is not None:  # last: what the layers say is held against a matrix without it
+        if self.ridge is not None:  # last: the result by layers is compared with a matrix without it
             target.put_diagonal(self.ridge)
 
     def _marks(self) -> Iterator[str]:

@@ -42,7 +42,7 @@ class DenseAsk:
     Attributes:
         target: Where it is written.
         inner: What parts may hold that are made on the way.
-        whole: The same as `modjac` asks it, where rows are the outputs of samples.
+        whole: The same in the form of `modjac`, where rows are the outputs of samples.
         layers: What layers say of it, where they were asked.
         spoiled: Something that may be wrong was added to what was there before.
     """
@@ -92,7 +92,7 @@ class DenseAsk:
 
     @property
     def leading(self) -> DenseAsk:
-        """The largest part, which says how the whole is filled."""
+        """The largest part, which determines how the whole is filled."""
         ranked = sorted(self.parts, key=lambda part: (part.held.bytes, part.held is not IN_MEMORY))
         return ranked[-1].leading if ranked else self
 
@@ -161,7 +161,7 @@ def _result_bytes(operator: Operator) -> int:
 
 
 def dense_ask(operator: Operator, out: Any, budget: Budget) -> DenseAsk:
-    """Return what is asked, held against a budget where one is given or the matrix is large.
+    """Return the question, checked against a budget where one is given or the matrix is large.
 
     Raises:
         MemoryBudgetError: It does not fit; nothing was allocated.
@@ -227,10 +227,10 @@ class Filled:
         """Write the matrix.
 
         Raises:
-            RouteFailedError: What was there before is spoiled.
+            RouteFailedError: An earlier route has changed the tensor that it adds to.
         """
         if ask.spoiled:
-            raise RouteFailedError("what was added to is spoiled")
+            raise RouteFailedError("an earlier route has changed the tensor that it adds to")
         if self.axis is not None:
             ask.layers = None  # what it holds is no part of the products
             put_products(ask.operator, ask.target, ask.by_products.chunk)
@@ -293,7 +293,7 @@ class FilledByLayers:
         return ask.description
 
     def value(self, ask: DenseAsk) -> tuple[PreparedFill, Tensor | float]:
-        """Write the matrix; return what the layers say, and a product with what was there before.
+        """Write the matrix; return the part by layers, and a product with what was there before.
 
         Raises:
             RouteFailedError: Rounding would hide what is added.

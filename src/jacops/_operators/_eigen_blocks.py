@@ -28,8 +28,8 @@ class Block(Savable):
 
     Attributes:
         where: Entries of the weight, and of its bias, in a flat vector.
-        left: Eigenvectors U as columns, `(g, p, p)`; None stands for the identity.
-        right: Eigenvectors V as columns, `(g, q, q)`; None stands for the identity.
+        left: Eigenvectors U as columns, `(g, p, p)`; None means the identity.
+        right: Eigenvectors V as columns, `(g, q, q)`; None means the identity.
         values: Eigenvalues, `(g, p, q)`.
         turned: The weight is stored as `(q, p)`.
         form: What is known of it: a Kronecker product, all, or the diagonal.
@@ -76,7 +76,7 @@ class EigenBlocks(OnSpace):
 
     Attributes:
         space: The parameters.
-        blocks: Every parameter stands in exactly one.
+        blocks: Every parameter is in exactly one.
         drawn: The relative standard error of eigenvalues that were estimated from draws; None where none were.
         model: Digest of the model, its loss and its weights, that they are of; empty where that is not known.
     """

@@ -134,7 +134,7 @@ class LayerFactors(Operator):
             part.into(target.matrix[:, where].unflatten(0, part.shape[:2]).unflatten(2, part.shape[2:]))
         target.multiply()
 
-    # ---- what rows are asked for -----------------------------------------------------------------------------
+    # ---- products and sums of rows ----------------------------------------------------------------------------
 
     @eager
     def gram(self) -> Tensor:

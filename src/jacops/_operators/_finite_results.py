@@ -59,7 +59,7 @@ def made_from(*names: str) -> Callable[[Callable[Arguments, Made]], Callable[Arg
 
 
 def with_source(operator: Made, source: Source, check_finite: bool = True) -> Made:
-    """Return an operator that says what it was made from, and whether its results are checked.
+    """Return an operator with what it was made from, and whether its results are checked.
 
     Raises:
         NonFiniteError: It is checked, and the loss that it is of is NaN or Inf.

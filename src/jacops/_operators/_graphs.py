@@ -1,4 +1,4 @@
-"""Which operators keep the graph of their products, and what stands for one where no graph is wanted."""
+"""Which operators keep the graph of their products, and copies of operators without a graph."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def without_graph(operator: Made) -> Made:
 
 
 def _detached(value: Any, known: dict[int, Any]) -> Any:
-    """Return what stands for an operator, or for something that it holds; the same for the same thing."""
+    """Return a copy without graph of an operator, or of something that it holds; the same copy for the same object."""
     if type(value) in (tuple, list):
         return type(value)(_detached(part, known) for part in value)
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What operators are called: by what they are, whatever they are made of."""
+"""Names of operators: by what they are, not by what they are made of."""
 
 from __future__ import annotations
 

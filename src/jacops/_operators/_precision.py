@@ -14,7 +14,7 @@ from ._recorded import LinearizedMap
 
 
 def computed_in(operator: Operator) -> torch.dtype:
-    """Return the coarsest dtype in which an operator's products are computed, as far as recorded graphs tell.
+    """Return the coarsest dtype in which an operator's products are computed, by the recorded graphs.
 
     Norms of some layers and losses of some models compute in float32 whatever the dtype of their input.
     """

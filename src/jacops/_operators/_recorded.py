@@ -21,7 +21,7 @@ from ._base import Operator
 class LinearizedMap(Operator):
     """The Jacobian at one linearisation point, by forward and backward sweeps over a recorded graph.
 
-    The function ran once; products only sweep. The repr says which route they took and why.
+    The function ran once; products only sweep. The repr shows which route they took and why.
 
     Attributes:
         lin: What was recorded, by any framework.

@@ -1,4 +1,4 @@
-"""What arrays have and an operator does not: every such word is refused with the one to use."""
+"""Attributes and functions of arrays that an operator does not have: each is refused, and its replacement named."""
 
 from __future__ import annotations
 
@@ -35,8 +35,13 @@ class NoSuchWordError(InputTypeError, AttributeError):
     """An attribute that an operator does not have; `hasattr` returns False."""
 
 
-def _refused(what: str, came: str, todo: str, kind: type[InputTypeError] = InputTypeError) -> InputTypeError:
-    return kind.of(what, f"used on {came}", "an operator has products, no entries", todo)
+def _name(operator: Any) -> str:
+    """Return what a user calls it, such as `"Hessian"`; copies that are not filled in yet have no name."""
+    return operator.name if vars(operator) else type(operator).__name__
+
+
+def _refused(what: str, operator: Any, todo: str, kind: type[InputTypeError] = InputTypeError) -> InputTypeError:
+    return kind.of(what, f"used on a {_name(operator)}", "an operator has products, no entries", todo)
 
 
 class NotAnArray:
@@ -53,36 +58,36 @@ class NotAnArray:
 
         def __getattr__(self, name: str) -> Any:
             """Refuse a name; what a property of that name raised is raised again."""
-            kind = type(self).__name__
             if hasattr(type(self), name):
                 return object.__getattribute__(self, name)
             if name in _TODO:
-                raise _refused(f".{name}", f"a {kind}", _TODO[name], NoSuchWordError)
-            raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=self)
+                raise _refused(f".{name}", self, _TODO[name], NoSuchWordError)
+            raise AttributeError(f"{_name(self)!r} object has no attribute {name!r}", name=name, obj=self)
 
         def __getitem__(self, index: Any) -> NoReturn:
             """Refuse an index."""
             todo = "Index `A.dense()`; a row is `u @ A`, a column `A @ v`, with a unit vector."
-            raise _refused("A[...]", f"a {type(self).__name__}", todo)
+            raise _refused("A[...]", self, todo)
 
         def __iter__(self) -> NoReturn:
             """Refuse to be iterated over."""
-            raise _refused("iteration", f"a {type(self).__name__}", "Iterate over the rows of `A.dense()`.")
+            raise _refused("iteration", self, "Iterate over the rows of `A.dense()`.")
 
         def __len__(self) -> NoReturn:
             """Refuse: the length of a matrix is that of its rows, which is easily mistaken."""
-            raise _refused("len", f"a {type(self).__name__}", "Take `A.shape[0]`, or `A.dense()` for a tensor.")
+            raise _refused("len", self, "Take `A.shape[0]`, or `A.dense()` for a tensor.")
 
         def __pow__(self, power: Any) -> NoReturn:
             """Refuse a power."""
             todo = "Write `A @ A`, or `jacops.inverse(A, damping=...)` for a negative one."
-            raise _refused("**", f"a {type(self).__name__}", todo)
+            raise _refused("**", self, todo)
 
         @classmethod
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            """Refuse functions of tensors; `v @ A` and the like come back to the operator's own methods."""
+            """Refuse functions of tensors; operands of `v @ A` return to the operator's own methods."""
             name = getattr(function, "__name__", str(function))
             if name.startswith("__"):
                 return NotImplemented
+            operator = next((a for a in args if isinstance(a, NotAnArray)), None)
             todo = _TODO.get(name.removeprefix("linalg_"), "Form it with `A.dense()`.")
-            raise _refused(f"torch.{name.replace('linalg_', 'linalg.')}", f"a {cls.__name__}", todo)
+            raise _refused(f"torch.{name.replace('linalg_', 'linalg.')}", operator, todo)

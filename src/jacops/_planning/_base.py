@@ -110,11 +110,11 @@ _PLANNERS: dict[str, tuple[Callable[..., Any], _Planner, frozenset[str]]] = {}
 
 
 def planned_by(planner: _Planner, options: type | None = None) -> Callable[[Call], Call]:
-    """Return a decorator that lets `plan` foretell a call.
+    """Return a decorator that registers a call with `plan`.
 
     Args:
         planner: Takes the call's arguments by name, defaults filled in; those of `**options` as a dict.
-        options: The typed dict that `**options` of the call stands for, where it has some.
+        options: The typed dict of the call's `**options`, where it has some.
     """
 
     def register(call: Call) -> Call:

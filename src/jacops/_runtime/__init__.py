@@ -1,1 +1,1 @@
-"""How torch is run here: state put back after a call, noise drawn in private, memory, tolerances, chunks."""
+"""How torch is run here: state restored after a call, noise drawn in private, memory, tolerances, chunks."""

@@ -60,7 +60,7 @@ class Chunks:
         return Halving(self, where.stop - where.start, call, unit)
 
     def halve(self, many: int) -> None:
-        """Have the slice that is at work come again, `many // 2` entries at a time."""
+        """Repeat the current slice, `many // 2` entries at a time."""
         self.rows, self.halved, self._again = many // 2, self.halved + 1, True
 
 
@@ -77,7 +77,7 @@ class Halving:
         """Nothing to prepare."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        """Say whether the error was dealt with."""
+        """Return whether the error was dealt with."""
         if not isinstance(error, RuntimeError | MemoryError) or isinstance(error, JacopsError):
             return False
         if self.many < 2 or not is_memory_error(error):

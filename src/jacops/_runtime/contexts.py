@@ -57,7 +57,7 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def _compiles() -> bool:
-    """Say whether this runs below code that the caller compiles."""
+    """Return whether this runs below code that the caller compiles."""
     from torch._C._dynamo import eval_frame  # pyright: ignore[reportMissingModuleSource, reportAttributeAccessIssue]
 
     return eval_frame.get_eval_frame_callback() is not None
@@ -186,7 +186,7 @@ class _RightKernels(TorchFunctionMode):
     """Write out fused kernels whose derivatives torch gets wrong, or which hide where weights enter.
 
     Weight norm has a wrong second one (its gradgradcheck fails). Norms by statistics of the input have a wrong third
-    one, since their second takes these statistics for constants; they are written out where that is asked for.
+    one, since their second takes these statistics for constants; they are written out where that is requested.
 
     Attributes:
         lost: By identity, the tensors whose gradient an activation checkpoint loses. A reentrant one records no node
@@ -249,9 +249,9 @@ def recording(matters: Matters = lambda tensor: True, call: str = "", pulled: bo
     """Record a graph whatever the caller's modes are: `no_grad`, inference mode or autocast's weight cache.
 
     Args:
-        matters: As in `GraphRecording`; those of all that require grad by default.
-        call: As in `GraphRecording`.
-        pulled: As in `GraphRecording`.
+        matters: Which tensors' gradients matter; those of all that require grad by default.
+        call: The public call, for messages.
+        pulled: Only pulls are taken of the graph, never their derivatives: attention keeps the caller's kernels.
 
     Raises:
         NotDifferentiableError: A `torch.func` transform of the caller is active around the call; or, on leaving, a
@@ -272,7 +272,7 @@ _UNCHANGED = Guards()
 
 
 def arithmetic(create_graph: bool, inference: bool = False) -> Guard:
-    """Put results together in the gradient mode that the call asks for, whatever the caller's is."""
+    """Assemble results in the gradient mode that the call needs, whatever the caller's is."""
     return _Gradients(create_graph, inference)
 
 
@@ -347,13 +347,13 @@ def _recordable(tensor: Tensor) -> Tensor:
 
 
 def autocast_on(tensors: Sequence[Tensor]) -> bool:
-    """Say whether the caller's autocast is at work where these tensors live."""
+    """Return whether the caller's autocast is at work where these tensors live."""
     kind = tensors[0].device.type if tensors else "cpu"
     return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Say whether an exception means that memory ran out, on a device or on the processor."""
+    """Return whether an exception means that memory ran out, on a device or on the processor."""
     words = ("not enough memory", "can't allocate memory", "bad_alloc")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
@@ -361,7 +361,7 @@ def is_memory_error(error: BaseException) -> bool:
 def must_surface(error: BaseException) -> bool:
     """Return whether no route may take an exception for its own failure: memory ran out, or the caller's mode raised.
 
-    A mode of the caller's (`TorchDispatchMode`, `TorchFunctionMode`) sees all operations of a call and may refuse one.
+    A caller's mode (`TorchDispatchMode`, `TorchFunctionMode`) receives all operations of a call and may refuse one.
     """
     if is_memory_error(error):
         return True

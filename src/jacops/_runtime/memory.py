@@ -70,7 +70,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _processes() -> int:
-    """Return how many ranks were started on this machine, which `torchrun` says: they share what is free."""
+    """Return how many ranks `torchrun` started on this machine: they share its free memory."""
     said = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(said)) if said.isdecimal() else 1
 
@@ -108,7 +108,7 @@ def _address_room() -> Iterator[int]:
 
 
 def startup_bytes(device: torch.device) -> int:
-    """Return what the first derivative of a process takes for good: torch loads modules and library pages for it."""
+    """Return the bytes that the first derivative of a process takes permanently, for modules and libraries of torch."""
     loaded = "torch.fx.experimental.symbolic_shapes" in sys.modules
     # Those pages are of the processor's memory; of a device's memory nothing is taken.
     return 0 if loaded or device.type != "cpu" else _STARTUP
@@ -169,7 +169,7 @@ def refuse(call: str, tensors: Mapping[str, float], budget: int, todo: str) -> N
 
 
 def ensure_fits(call: str, tensors: Mapping[str, float], budget: Budget, device: torch.device, todo: str) -> None:
-    """Refuse tensors that do not fit the budget; the system is asked what is free only where they are large.
+    """Refuse tensors that do not fit the budget; free memory is read only where they are large.
 
     Raises:
         MemoryBudgetError: They do not; nothing was allocated.
@@ -202,7 +202,7 @@ def given_tensors(out: Any) -> list[Tensor] | None:
 
 
 def check_places(places: Sequence[Tensor], shapes: Sequence[Any], like: Sequence[Tensor]) -> None:
-    """Hold the caller's places against what will be written there.
+    """Check the caller's places for what will be written there.
 
     Raises:
         InputError: Count, shape, dtype or device differ, or a place is not laid out in order.

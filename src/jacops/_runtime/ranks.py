@@ -2,7 +2,7 @@
 
 A sum takes three steps, the same ones on all ranks. They *meet*: each leaves the name of its call and what it has to
 have in common with the others in the group's store, and waits for theirs. Each computes its own part. They *settle*:
-one small reduction says whether all of them have one, of the same shapes; only then are the parts added up, by
+one small reduction checks that all of them have one, of the same shapes; only then are the parts added up, by
 `all_reduce`, whose result is the same on all ranks to the last bit. So a rank that fails never keeps others waiting,
 and one that did not come is missed after a given time, by a store that is good for the next call all the same.
 """
@@ -117,7 +117,7 @@ class Rendezvous:
                 self.store.delete_key(key)
 
     def settle(self, call: str, error: BaseException | None, parts: Sequence[Tensor], like: torch.device) -> None:
-        """Tell the others whether this rank has its part of a sum, and wait for them.
+        """Report to the others whether this rank has its part of a sum, and wait for them.
 
         Raises:
             PeerFailedError: Another rank has none, or one of other shapes.

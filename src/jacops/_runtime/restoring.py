@@ -105,7 +105,7 @@ function_modes: Callable[[], int] = _len_torch_function_stack  # how many functi
 
 
 def modes_at_work() -> bool:
-    """Say whether a function mode or a dispatch mode sees what runs now."""
+    """Return whether a function mode or a dispatch mode is active."""
     return bool(function_modes() or _len_torch_dispatch_stack())
 
 

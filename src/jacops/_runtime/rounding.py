@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from .agreement import size
 from .side_effects import Light, tensors_in
 
-# Sums round off more than one operation's share: gaps of up to 1.2 times what is measured were seen, over 3,000
+# Sums have larger rounding errors than one operation: gaps of up to 1.2 times the measured ones occurred, over 3,000
 # classifiers with logits from 1 to 1000 and 15 losses, in float32, float64 and bfloat16.
 SAFETY = 8.0
 _DRAWS = 3  # the largest of three counts: one random draw of rounding may be small by chance
@@ -68,7 +68,7 @@ class RoundedOff(Light):
         return found
 
     def _is_linear(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> bool:
-        """Say whether twice what a backward pass made gives twice the results, as exponentials of it do not."""
+        """Return whether twice what a backward pass made gives twice the results, as exponentials of it do not."""
         doubled = func(*tree_map_only(Tensor, lambda t: 2 * t if self._is_passed(t) else t, args), **kwargs)
         pairs = zip(tensors_in((doubled,)), results, strict=True)
         return all(size(twice - 2 * once) <= _LINEAR * size(once) for twice, once in pairs)
@@ -121,10 +121,10 @@ def rounding_error(compute: Callable[[], Sequence[Tensor]], found: Sequence[Tens
 
 
 def is_rounding(pull: Callable[[], Sequence[Tensor | None]], pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Say whether results of another route differ from those of a backward pass by no more than rounding.
+    """Return whether results of another route differ from those of a backward pass by no more than rounding.
 
     Args:
-        pull: Repeats the backward pass; None stands for zeros.
+        pull: Repeats the backward pass; None means zeros.
         pairs: What the other route gave, and what the backward pass did.
     """
 

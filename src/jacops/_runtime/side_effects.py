@@ -24,7 +24,7 @@ _held: ContextVar[bool] = ContextVar("_held", default=False)
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Note nothing inside: checks of this library's own read values too, which no forward of the user's did."""
+    """Record nothing inside: checks of this library read values too, which are not those of the user's forward."""
     token = _unwatched.set(True)
     try:
         yield
@@ -34,7 +34,7 @@ def unwatched() -> Iterator[None]:
 
 @contextmanager
 def held_constant() -> Iterator[None]:
-    """Compute without gradients what is a constant by decision: nobody needs to follow what it is made of."""
+    """Compute without gradients what is constant by definition, so that it is not followed."""
     token = _held.set(True)
     try:
         with torch.no_grad():
@@ -44,7 +44,7 @@ def held_constant() -> Iterator[None]:
 
 
 def is_held() -> bool:
-    """Say whether what runs now is a constant by decision."""
+    """Return whether what runs now is a constant by decision."""
     return _held.get()
 
 
@@ -192,7 +192,7 @@ def _reads(operation: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _is_idle(operation: Any, args: tuple[Any, ...]) -> bool:
-    """Say whether a random operation draws nothing: training is off, or its dropout probability is zero."""
+    """Return whether a random operation draws nothing: training is off, or its dropout probability is zero."""
     arguments = operation._schema.arguments
     named = {a.name: a.default_value for a in arguments if a.has_default_value()}
     named |= {a.name: v for a, v in zip(arguments, args, strict=False)}

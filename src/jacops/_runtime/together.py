@@ -1,7 +1,7 @@
 """What the ranks of a process group exchange before they compute together.
 
 A call whose ranks meet in collectives goes through stages. In each a rank works by itself; then all exchange a few
-words. A rank that failed says so there, so that every rank ends with an error instead of waiting for it.
+words. A rank that failed reports it there, so that every rank ends with an error instead of waiting for it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MeshRanks:
         return Stage(self)
 
     def exchange(self, words: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return what every rank says, in the order of the ranks.
+        """Return the words of all ranks, in the order of the ranks.
 
         Raises:
             PeerFailedError: The other ranks do not answer, or one of them failed.
@@ -67,7 +67,7 @@ class Stage:
     """A part of a call that each rank does by itself; leaving it reports the outcome to the other ranks.
 
     Attributes:
-        words: What this rank says when it is done.
+        words: What this rank reports when it is done.
         said: What all ranks said, once the stage has ended.
     """
 
@@ -90,7 +90,7 @@ class Stage:
             self._heard(self._ranks.exchange({}))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Tell the other ranks, and learn from them.
+        """Exchange words with the other ranks.
 
         Raises:
             PeerFailedError: Another rank failed.

@@ -118,7 +118,7 @@ def _joined(parts: list[Tensor], like: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _same(ones: Blocks, others: Blocks) -> bool:
-    """Say whether two answers are equal but for rounding."""
+    """Return whether two answers are equal but for rounding."""
     error, scale = compared(flat(ones), flat(others))
     return bool((error <= tolerance([a.dtype for a in flat(ones)]) * scale).all())
 

@@ -1,4 +1,4 @@
-"""What derivatives by the input share: the samples asked about, and what an answer is held against."""
+"""Shared by derivatives by the input: the samples, and the reference of a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Derivatives held against central differences of those of one order less."""
+"""Derivatives compared with central differences of those of one order less."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._runtime.agreement import difference_tolerance
 from .._torch.protocol import RECORDED, Samples, dropped
 from ._common import Blocks, compared, part_of, typical
 
-# Differences of two steps whose distance is a quarter of what they refute are no chance agreement of two errors.
+# Differences of two steps that agree to a quarter of what they refute do not agree by chance.
 _CONVERGED = 0.25
 _ROUNDINGS = 100.0  # roundings in a model, at most, that add up to an error of its derivative
 

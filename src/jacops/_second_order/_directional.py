@@ -91,8 +91,8 @@ def directional_derivative(
 
     Raises:
         NotDifferentiableError: There is no derivative of that order; the message names the cause; the symmetry of a
-            Hessian cannot be seen here. From order 3 on
-            also where torch gets a derivative wrong that its own tests do not cover, by central differences.
+            Hessian is not checked. From order 3 on also where central differences show that torch's derivative is
+            wrong.
         InputTypeError: `model` or `x` is of the wrong kind, or `v` is of the wrong kind.
         InputError: `batch_size` is not a positive whole number, or `v` does not match `x`, or `order` is not a positive
             whole number.
@@ -114,7 +114,7 @@ def directional_derivative(
 
 
 def _directions(samples: Samples, v: Any) -> list[Tensor]:
-    """Return `v` as one tensor per differentiable input, held against these."""
+    """Return `v` as one tensor per differentiable input, with shapes and dtypes checked."""
     given, many = samples.input_tree.free(flatten(v, "v")[0]), len(samples.input_tree.names)
     if len(given) != many:
         raise InputError.of("v", f"{len(given)} tensors", f"{many} are needed, in the structure of `x`")

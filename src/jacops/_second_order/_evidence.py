@@ -71,7 +71,7 @@ class Nest:
 
 @dataclass(frozen=True)
 class Doubt:
-    """What the evidence says against derivatives.
+    """The evidence against derivatives.
 
     Attributes:
         reason: In words.
@@ -180,7 +180,7 @@ def _chain(
 def _refuted_by_lower(nest: Nest, rows: slice, weights: list[Tensor], found: list[Tensor]) -> float | None:
     """Return how far a derivative of third order or more is from differences of the one before.
 
-    Torch's tests hold the first two derivatives of its operations against differences, and no higher ones.
+    Torch's tests compare the first two derivatives of its operations with differences, and no higher ones.
     """
 
     def difference(step: float) -> list[Tensor]:

@@ -62,10 +62,10 @@ def input_hessian(
 ) -> Any:
     r"""Return the Hessian of a model's output by its input for every sample, `(n, *out, *in, *in)`.
 
-    It is $\partial^2 f(x_n) / \partial x_n^2$ of the model in eval mode on a batch of one. Where samples provably do
-    not mix they share sweeps, min(inputs, outputs · inputs) of them over the graph of the Jacobian; otherwise every
-    sample is computed alone and a `JacopsWarning` states why. The result is held to be symmetric; with custom autograd
-    Functions in the graph also to agree with a central difference of Jacobians, since torch does not detect a second
+    It is $\partial^2 f(x_n) / \partial x_n^2$ of the model in eval mode on a batch of one. Where samples are proved to
+    be independent they share sweeps, min(inputs, outputs · inputs) of them over the graph of the Jacobian; otherwise
+    every sample is computed alone and a `JacopsWarning` states why. The result is checked for symmetry and, with custom
+    autograd Functions in the graph, against a central difference of Jacobians, since torch does not detect a second
     derivative that a backward drops. Unless all operations are known to have backwards that are linear in their
     cotangent, every call compares the result with the derivative of one random mixture of the outputs, taken alone;
     where they disagree (`logcumsumexp`), every output is differentiated alone. Piecewise linear models have zeros.
@@ -177,7 +177,7 @@ def _gaps(samples: Samples, rows: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _is_rounding(samples: Samples, rows: list[list[Tensor]], output: int, gaps: Tensor) -> bool:
-    """Say whether the Hessians of the least symmetric samples hold rounding errors of that size."""
+    """Return whether the Hessians of the least symmetric samples hold rounding errors of that size."""
     for worst in gaps.topk(min(_WORST, len(gaps))).indices.tolist():
         where = slice(worst, worst + 1)
         one = samples.over([v[where] for v in samples.values], checks="never", fallback="warn")

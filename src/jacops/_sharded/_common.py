@@ -24,7 +24,7 @@ def ranks_of(shards: Mapping[str, Shard], call: str) -> MeshRanks:
 
 
 def words_of(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a rank says of its data: a digest, and whether there are any."""
+    """Return a rank's description of its data: a digest, and whether there are any."""
     digest = DataDigest()
     digest.update(dict(data))
     tensors = [value for value in flatten(dict(data), "data")[0] if isinstance(value, Tensor)]
@@ -68,7 +68,7 @@ def sketch(leaves: Sequence[Tensor]) -> list[float]:
 
 
 def agree(stage: Stage, leaves: Sequence[Tensor]) -> bool:
-    """Say whether the outputs of all ranks are the same up to rounding, as far as their sketches show."""
+    """Return whether the outputs of all ranks are the same up to rounding, as far as their sketches show."""
     tolerance = max(torch.finfo(leaf.dtype).eps for leaf in leaves) ** 0.5
     first = stage.said[0]["output"]
     gaps = [abs(a - b) for words in stage.said for a, b in zip(words["output"], first, strict=True)]

@@ -54,7 +54,7 @@ def pushed(call: str, outputs: Sequence[Tensor], leaves: Sequence[Tensor], parts
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Describe what torch says of sharded tensors and of missing derivatives.
+    """Translate torch's errors about sharded tensors and missing derivatives.
 
     Raises:
         ModelStateError: A parameter is used outside the module that gathers it.
@@ -90,7 +90,7 @@ def _refuse_functions(call: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _is_known(node: Any) -> bool:
-    """Say whether a Function is one that gathers or spreads: ours, or those of DTensors."""
+    """Return whether a Function is one that gathers or spreads: ours, or those of DTensors."""
     home = getattr(getattr(type(node), "_forward_cls", None), "__module__", "")
     return type(node).__name__ in OWN_FUNCTIONS or home.startswith("torch.distributed.")
 

@@ -19,13 +19,13 @@ from ..errors import InputError, InputTypeError, NotDifferentiableError
 class Chart(ABC):
     r"""A chart: elements stored as `storage` numbers each, with `tangent` directions.
 
-    A chart of your own is a class below this one with `retract` and `local`; all else follows from them, or may be
-    written for speed. Both take elements along leading axes and treat each by itself, with operations of torch that can
-    be differentiated, also at a step of zero: write series where `d / d.norm()` would be 0 / 0. `check_laws` tells
-    whether they agree with each other. Charts of groups are `GroupChart`s.
+    A custom chart is a subclass with `retract` and `local`; the other methods are derived from them, and may be
+    overridden for speed. Both take elements along leading axes and treat each by itself, with operations of torch that
+    can be differentiated, also at a step of zero: write series where `d / d.norm()` would be 0 / 0. `check_laws` checks
+    that they agree with each other. Charts of groups are `GroupChart`s.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         storage: Numbers per element, the last axis of `x`.
         tangent: Directions per element, the last axis of `d`.
 
@@ -83,7 +83,7 @@ class Chart(ABC):
         return torch.stack(rows, -2)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Return the elements that are meant by numbers that were rounded, such as quaternions of length one."""
+        """Return the valid elements nearest to rounded numbers, such as quaternions of length one."""
         return x
 
     def magnitudes(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Does a chart keep its promises? Widths, independence of elements, and retraction against step and derivative."""
+"""Checks of a chart: widths, independence of elements, and retraction against step and derivative."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def Product(*charts: GroupChart) -> GroupChart: ...
 @overload
 def Product(*charts: Chart) -> Chart: ...
 @keywords()
-def Product(*charts: Chart) -> Chart:  # noqa: N802 - stands where the names of charts stand
+def Product(*charts: Chart) -> Chart:  # noqa: N802 - used like the names of charts
     """Return the chart of elements concatenated along the last axis, each with its own chart.
 
     Storage, tangents and points are those of the parts one after the other. Where all parts are groups the result is

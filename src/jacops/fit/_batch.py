@@ -129,19 +129,19 @@ def least_squares_batch(
             module that is called with parameters of its own that are named in `params`.
         input: Its input: a tuple is unpacked, a mapping gives keyword arguments, None is no argument. First axes of
             tensors count the problems; the function is given one row.
-        target: Taken off the outputs of all problems, (n, ...), of their very shape.
-        params: Where the searches start: a tensor (n, ...), or a list or dict of tensors whose first axis counts the
+        target: Subtracted from the outputs of all problems, (n, ...), with the same shape.
+        params: The initial values: a tensor (n, ...), or a list or dict of tensors whose first axis counts the
             problems, as `torch.func.stack_module_state` gives them.
         shared: Names or positions of inputs that all problems have in common.
         vectorized: The function takes all problems at once, with first axes that count them; that these do not mix is
             checked in every pass.
         manifolds: Charts by parameter name, as in `levenberg_marquardt`.
-        fixed: What stays where it is, by name and index of one problem's parameters.
-        bounds: Where parameters stay, as in `levenberg_marquardt`; tensors of the shape of one problem's parameters, or
-            of all problems'.
-        weight: What squares are multiplied by, as in `levenberg_marquardt`, for one problem's output, or with a first
-            axis for all. Zeros leave out what is not there, as in data of different lengths; numbers there must be
-            finite.
+        fixed: Parameters held fixed, by name and index of one problem's parameters.
+        bounds: Bounds of the parameters, as in `levenberg_marquardt`; tensors of the shape of one problem's parameters,
+            or of all problems'.
+        weight: Factors of the squared residuals, as in `levenberg_marquardt`, for one problem's output, or with a first
+            axis for all. Zeros exclude entries, such as the padding of data of different lengths; padded numbers must
+            be finite.
         sqrt_weight: The same as square roots.
         kernel: A robust kernel.
         f_scale: Scale of a kernel that is given by name.
@@ -250,10 +250,10 @@ def _result(problem: BatchProblem, ended: Ended, kind: type, method: str) -> Bat
 
 
 def _report(result: BatchFitResult[Any], on_failure: str) -> None:
-    """Say which problems met no stop rule.
+    """Report the problems that met no stop rule.
 
     Raises:
-        SolveError: There is one, and the caller asked for an error.
+        SolveError: There is one, and the caller requested an error.
     """
     unmet = [i for i, word in enumerate(result.status) if word not in MET]
     if not unmet or on_failure == "return":

@@ -175,7 +175,7 @@ class _BatchLoop:
         return self.going
 
     def _some(self, number: np.ndarray) -> BatchProblem:
-        """Return the problems of these numbers; those that are left last are asked for first."""
+        """Return the problems of these numbers; those that are left last are requested first."""
         return self.problem if len(number) == self.problem.many else self.problem.some(number)
 
     # ---- one step ----------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ class _BatchLoop:
         return np.where(trial.good & (rest != ""), rest, found)
 
     def _settle(self, rule: np.ndarray) -> None:
-        """Stop the problems that meet a rule with evidence for a minimum, or whose rule asks for less."""
+        """Stop the problems that meet a rule with evidence for a minimum, or whose rule requires less."""
         met = (rule != "") & (self.states.status == "")
         if not met.any():
             return

@@ -34,7 +34,7 @@ class BatchFitResult(ArrayLike, Savable, Described, Generic[Found]):
 
     Attributes:
         x: The parameters found, in the form of `params`. With `create_graph=True` they have a graph. A problem without
-            success has the best that was found, one that is NaN at the start has its start.
+            success has the best parameters found, one that is NaN at the start its initial values.
         cost: The objectives $\tfrac12 \sum_k \rho(\lVert r_k \rVert^2)$ there, (n,), in double precision; NaN where a
             residual is not finite at the start.
         fun: Outputs minus targets there, flat for each problem, neither weighted nor corrected, (n, rows).

@@ -17,7 +17,7 @@ FEW = 4.0  # rounding errors of a residual of few operations, or of a step that 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the undamped step says of a point.
+    """The evidence of the undamped step at a point.
 
     Attributes:
         predicted: The reduction it predicts, relative to the objective; NaN where it was not needed or not found.

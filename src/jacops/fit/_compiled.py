@@ -68,7 +68,7 @@ def _factorised(kernels, words, L, fronts, tree, work):
     (letters, sizes, numbers), (starts, wide, high, _, _), (first, children), (left, rest) = words, fronts, tree, work
     at_letters, at_sizes, at_numbers = word(letters.ctypes.data), word(sizes.ctypes.data), word(numbers.ctypes.data)
     at_factor, at_rest = word(L.ctypes.data), word(rest.ctypes.data)
-    begin = np.zeros(len(wide) + 1, np.int64)  # where what a front leaves lies on the stack
+    begin = np.zeros(len(wide) + 1, np.int64)  # where the update matrix of a front is on the stack
     top = 0
     for front in range(len(wide)):
         own, below, panel = wide[front], high[front], starts[front]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What SciPy's `least_squares` and PyPose's `LM` and `GN` have, where no keyword of the same meaning stands for it.
+# What SciPy's `least_squares` and PyPose's `LM` and `GN` have, where no keyword has the same meaning.
 FAMILIAR = {
     "args": "Pass what the model is called with as `input`: a tuple is unpacked.",
     "diff_step": "Derivatives are exact, so there is no step to choose; `jacobian` selects how they are stored.",

@@ -135,7 +135,7 @@ def levenberg_marquardt(
         ftol: Stop when the objective changes by no more than this part of itself; None to switch off.
         xtol: Stop when a scaled step is no longer than this part of the scaled parameters.
         gtol: Stop when the scaled gradient is no larger: the largest cosine between residual and a Jacobian's column.
-            A rule stops the call only if an undamped step shows that nothing is left to gain (`success` of the
+            A rule stops the call only if an undamped step predicts no further reduction (`success` of the
             result); where it does not, that step is tried. Rules looser than 1e-8 stop at their own tolerance.
         max_steps: How many steps may be tried.
         max_nfev: How many forward passes may be made.
@@ -147,8 +147,8 @@ def levenberg_marquardt(
             `params` are not. An exception leaves everything untouched.
         create_graph: Return parameters that are differentiable by data, once: by tensors in `input`, `target`, `weight`
             and `sqrt_weight`, and by any that the function holds, where they require grad. By the implicit function
-            theorem with the Hessian of the objective, second derivatives included; parameters at a bound that the
-            gradient leads out of do not move.
+            theorem with the Hessian of the objective, second derivatives included; parameters at a bound with the
+            gradient pointing outwards do not move.
         on_failure: `"raise"` a `SolveError` where no rule stopped the call (its `.solution` is the result), or
             `"return"`.
         progress: Force the progress bar on or off.
@@ -225,18 +225,18 @@ def gauss_newton(
 ) -> LeastSquaresResult[Any]:
     r"""Minimise the objective of `levenberg_marquardt` by undamped Gauss-Newton steps, $J^\top J p = -J^\top r$.
 
-    Quick near a solution, and blind to a step that leads uphill. Where a dense Jacobian has no full rank, the shortest
-    step is taken; a sparse one is refused then (hold something `fixed`). Kernels are corrected in the first order by
-    default (iteratively reweighted least squares), which needs no damping.
+    Fast near a solution; a step that increases the objective is not rejected. Where a dense Jacobian has no full rank,
+    the shortest step is taken; a sparse one is refused then (hold something `fixed`). Kernels are corrected in the
+    first order by default (iteratively reweighted least squares), which needs no damping.
 
     Args:
         model: A module whose parameters are fitted, or a function of `params` and `input`; see `levenberg_marquardt`.
         input: The model's input.
-        target: Taken off the output.
-        params: Where the search starts, for a function.
+        target: Subtracted from the output, with the same shape.
+        params: The initial values, for a function.
         manifolds: Charts by parameter name.
-        fixed: What stays where it is, by parameter name.
-        bounds: A box that parameters stay in.
+        fixed: Parameters held fixed, by name or pattern.
+        bounds: A pair `(lower, upper)`, or such pairs by parameter name.
         weight: Weights or information matrices.
         sqrt_weight: Their square roots.
         kernel: A robust kernel.

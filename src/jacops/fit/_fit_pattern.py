@@ -161,7 +161,7 @@ class FitPattern:
 
     @cached_property
     def _sources(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each kind of blocks which entry of the plan stands where, flat, and where there is none.
+        """For each kind of blocks the flat place of each entry of the plan, and where there is none.
 
         One selection into blocks saves passing through arrays of all entries, whose fresh memory took most of the time.
         """

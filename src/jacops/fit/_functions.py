@@ -28,7 +28,7 @@ class FunctionModule(nn.Module):
         """Refuse an input that the function cannot be called with beside its parameters.
 
         Raises:
-            InputTypeError: There are too many arguments or too few; the message says how it would be called.
+            InputTypeError: There are too many arguments or too few; the message states how it would be called.
         """
         try:
             signature = inspect.signature(self.function)

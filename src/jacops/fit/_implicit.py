@@ -160,7 +160,7 @@ def _solved(factor: tuple[Tensor, Tensor], free: Tensor, regular: Tensor, rows: 
     """Return rows times the inverses of the Hessians, zero where columns are held.
 
     Raises:
-        SolveError: The derivative of a problem is asked for that has none.
+        SolveError: The derivative of a problem is requested that has none.
     """
     asked = ((rows != 0) & free).any(1) & ~regular
     if bool(asked.any()):
@@ -217,7 +217,7 @@ def _squares(r: Tensor, weight: Any, root: Any, by_entry: bool) -> Tensor:
     full = spread_weight(given.to(r.dtype), r.shape, "weight")
     if full.shape == r.shape:
         return full * r.square() if weight is not None else (full * r).square()
-    if weight is not None and by_entry:  # a kernel sees entries of the root times a vector
+    if weight is not None and by_entry:  # a kernel is applied to entries of the root times a vector
         full, weight = torch.linalg.cholesky(full).mT, None
     moved = (full @ r.unsqueeze(-1)).squeeze(-1)
     return r * moved if weight is not None else moved.square()

@@ -1,7 +1,7 @@
 r"""Robust kernels: how much a residual block of squared length $s$ counts, $\rho(s)$, and the correction for it.
 
 The objective is $\tfrac12 \sum_k \rho(s_k)$, $s_k = \lVert r_k \rVert^2$. Kernels are those of Ceres, SciPy and PyPose,
-under their names; each formula stands at its class.
+under their names; each class documents its formula.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Arctan(_Scaled):
 class Tolerant(Kernel):
     r"""$b\ln(1 + e^{(s-a)/b}) - b\ln(1 + e^{-a/b})$ with $b > 0$, Ceres' tolerant loss: nearly nothing below $a$.
 
-    (PyPose's page asks for $b < 0$, with which the kernel levels off at $a$ instead: `b=-1.0` gives that one.)
+    (PyPose's documentation requires $b < 0$, with which the kernel levels off at $a$ instead: `b=-1.0` gives that one.)
     """
 
     a: float = 1.0

@@ -1,4 +1,4 @@
-"""Layout: which parameters move, on which chart, and where each stands in the flat step."""
+"""Layout: which parameters move, on which chart, and the place of each in the flat step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: linearise, step, compare, until a rule says stop."""
+"""The loop: linearise, step, compare, until a stop rule is met."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ class _Loop:
         return found if self.bounds is None else self.bounds.judged(point, found)
 
     def settled(self, rule: tuple[str, str] | None, evidence: Certificate | None) -> Stop | None:
-        """Return the stop for a rule that is met, if there is evidence for a minimum or the rule asks for less."""
+        """Return the stop for a rule that is met, if there is evidence for a minimum or the rule requires less."""
         if rule is None:
             return None
         found = evidence or self._certificate_at(self.point)

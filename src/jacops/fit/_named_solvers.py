@@ -76,7 +76,7 @@ class RSLAB(StepSolver):
             raise Singular(f"rslab: {error}") from None
         if factor.inertia != (total.shape[0], 0, 0):
             raise Singular("rslab: the normal matrix is not positive definite")
-        # Pivots are not handed out: a bound on the least eigenvalue, which no pivot is smaller than, stands for them.
+        # Pivots are not available: a bound on the least eigenvalue, which no pivot is smaller than, replaces them.
         noise = np.random.default_rng(0).standard_normal(total.shape[0])
         bound = np.linalg.norm(noise) / np.linalg.norm(factor.solve(noise)) if len(noise) else np.inf
         return refined(system, damping, factor.solve, np.array([bound]), "rslab")
@@ -121,7 +121,7 @@ _NAMES: dict[StepSolverName, type[StepSolver]] = {
 
 
 def solver_of(solver: Any) -> StepSolver:
-    """Return the solver that a name or an object stands for.
+    """Return the solver for a name or an object.
 
     Raises:
         InputError: The name is unknown.

@@ -165,7 +165,7 @@ class FitProblem:
 
     @restoring
     def _forward(self) -> Any:
-        """Run the model on copies of its buffers and inputs, with the random numbers that every run sees."""
+        """Run the model on copies of its buffers and inputs, with the same random numbers in every run."""
         self.evaluations += 1
         with recording(), random_state_kept():
             replica = replicate(self.work)
@@ -262,7 +262,7 @@ class FitProblem:
             )
 
     def _check_lie(self) -> None:
-        """Hold the sparse Jacobian of LieTensors against their retraction along one random direction.
+        """Compare the sparse Jacobian of LieTensors with their retraction along one random direction.
 
         Raises:
             NotDifferentiableError: PyPose's derivative is wrong for how the model uses a LieTensor.

@@ -27,7 +27,7 @@ class Term:
 
     Attributes:
         name: How messages call it.
-        shape: Its shape; entries of a vector, or last axes otherwise, are the blocks a kernel sees.
+        shape: Its shape; entries of a vector, or last axes otherwise, are the blocks that a kernel is applied to.
         target: What is taken off it, flat.
         root: Root of the weights: per entry `(rows,)`, or per block `(blocks, d, d)`.
         kernel: The robust kernel.
@@ -155,7 +155,7 @@ class Residuals:
         return total, np.concatenate(residuals), lefts
 
     def samples(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which block each number belongs to, and what `left_curvature` says of each block."""
+        """Return which block each number belongs to, and the `left_curvature` of each block."""
         blocks, curvature, parts = [], [], np.split(raw, np.cumsum([t.rows for t in self.terms])[:-1])
         for term, own in zip(self.terms, parts, strict=True):
             r = weighed(term.root, own[:, None]).reshape(-1, term.width)
@@ -165,7 +165,7 @@ class Residuals:
         return np.concatenate(blocks), np.concatenate(curvature)
 
     def times(self, lefts: Sequence[np.ndarray | None], J: np.ndarray) -> np.ndarray:
-        """Return a dense Jacobian multiplied from the left as `corrected` says; it is overwritten."""
+        """Return a dense Jacobian multiplied from the left as in `corrected`; it is overwritten."""
         start = 0
         for term, left in zip(self.terms, lefts, strict=True):
             where = slice(start, start + term.rows)
@@ -253,7 +253,7 @@ def _check_output(output: Tensor, name: str, call: str) -> None:
     if len(bad):
         raise NonFiniteError(
             f"{call}: at the start, {name} has {len(bad)} entries that are NaN or Inf, the first at index "
-            f"{tuple(bad[0].tolist())}. Start somewhere else or mend the model."
+            f"{tuple(bad[0].tolist())}. Choose another start, or correct the model."
         )
 
 

@@ -187,12 +187,12 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
                 the other is too wide, and for weights that are wrong; it needs many more blocks than columns.
 
         Returns:
-            (k, k), in the order asked for; zero for what was held fixed. In units of the parameters; on a chart, of
+            (k, k), in the order requested; zero for what was held fixed. In units of the parameters; on a chart, of
             its tangent at `x`.
 
         Raises:
-            SolveError: The Jacobian has no full rank, so that some direction has no variance; the message says which
-                and what to hold.
+            SolveError: The Jacobian has no full rank, so that some direction has no variance; the message states which
+                and what to hold fixed.
             InputError: A name, a row or a position does not exist, or there are no degrees of freedom to estimate the
                 variance from.
 

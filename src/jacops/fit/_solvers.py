@@ -37,7 +37,7 @@ class StepSolver(ABC):
 @final
 @dataclass(frozen=True)
 class QR(StepSolver):
-    """Householder QR of the Jacobian over the root of the damping: never squares the condition. Dense."""
+    """Householder QR of the Jacobian over the root of the damping, without squaring the condition number. Dense."""
 
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
         """Return a step."""
@@ -186,7 +186,7 @@ class PCG(StepSolver):
     max_steps: int | None = None
 
     def solve(self, system: LinearizedFit, damping: np.ndarray | None) -> Solved:
-        """Return a step; one that stopped early is marked and kept, since every iterate leads downhill."""
+        """Return a step; one that stopped early is marked and kept, since every iterate is a descent direction."""
         bound = self.tolerance * float(np.linalg.norm(system.gradient))
         p, steps = conjugate_gradients(
             system,
@@ -315,7 +315,7 @@ def refined(system: LinearizedFit, damping: np.ndarray | None, solve: Map, pivot
     if not np.linalg.norm(left) <= _EXACT * np.linalg.norm(system.gradient / scale):
         p = p - solve(left) / scale
     found = system.solved(p, damping, name)
-    # After one refinement; a step that solves its system worse than that is no step of it.
+    # After one refinement; a step with a larger residual is not a solution.
     if found.residual > 1e-3:
         raise Singular(f"{name}: the normal matrix is too near to singular (relative residual {found.residual:.0e})")
     return found

@@ -98,7 +98,7 @@ class Observer:
             print(str(record).replace("damping", self.limited_by or "damping"), flush=True)
 
     def stop(self, point: FitPoint, record: StepRecord, passes: int) -> Stop | None:
-        """Call the callback for a step that was taken; return the stop if it asks for one."""
+        """Call the callback for a step that was taken; return the stop if it requests one."""
         if self.callback is None:
             return None
         x = as_given(point.values, self.kind)

@@ -22,8 +22,8 @@ _MOST, _LEAST = 1e32, 1e-16  # dampings beyond change nothing: steps of length z
 class Strategy(ABC):
     r"""A recipe for steps, with one number that limits them: the damping, or the radius of a trust region.
 
-    Dampings solve $(J^\top J + \lambda D) p = -J^\top r$, $D$ the diagonal of $J^\top J$ (Marquardt, 1963). What the
-    strategies here make of numbers they make of arrays too, entry by entry, one for each problem of a batch.
+    Dampings solve $(J^\top J + \lambda D) p = -J^\top r$, $D$ the diagonal of $J^\top J$ (Marquardt, 1963). The
+    strategies of this module also accept arrays, with one number for each problem of a batch.
     """
 
     @abstractmethod

@@ -42,7 +42,7 @@ class LinearizedFit(Savable):
         eps: Relative rounding error of the entries of `J` and `r`.
         terms: Returns the magnitude of the terms that each residual is a sum of, (rows,).
         structure: Of the normal matrix, where it was worked out before.
-        samples: The block that a kernel sees each row in, (rows,); where a call ended.
+        samples: The block of each row that a kernel is applied to, (rows,); where a call ended.
         curvature: Of each such block along its residual, by that which `J` has, (blocks,).
     """
 
@@ -60,7 +60,7 @@ class LinearizedFit(Savable):
 
     @property
     def is_sparse(self) -> bool:
-        """Say whether the Jacobian is stored sparsely."""
+        """Return whether the Jacobian is stored sparsely."""
         return not isinstance(self.J, np.ndarray)
 
     @property

@@ -1,4 +1,4 @@
-"""Auto: chooses a solver by size, structure, damping and the number of right-hand sides, and says why."""
+"""Auto: chooses a solver by size, structure, damping and the number of right-hand sides, and reports the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ._system import System, check_options
 _MOST_UNKNOWNS = 8192  # 512 MiB in float64; with two working copies it fits `_BUDGET`, and is factorised in seconds
 _BUDGET = 2**31  # 2 GiB: three matrices of `_MOST_UNKNOWNS` rows in float64
 _TOO_FEW = 256  # unknowns: a factorisation costs milliseconds, less than a sketch and its checks
-# Sketches start at 8; at condition 3e6 one of rank 512 left 50 steps, where 1,500 without it did not do.
+# Sketches start at 8; at condition 3e6 one of rank 512 left 50 steps, where 1,500 without it were not enough.
 _LEAST_RANK, _MOST_RANK = 8, 512
 _STEPS = 60  # products after a sketch, as measured (50 to 58 at condition 3e2 to 3e6); for k rows about sqrt(k) times
 
@@ -37,14 +37,14 @@ class Auto(Solver):
 
     Costs are counted in products with one row, never timed, so that a choice can be repeated. For a positive operator
     under damping a Nyström sketch is begun first, and given up where eigenvalues fall too slowly for it to be cheaper
-    than the direct solve; where it takes in all of the spectrum that stands above the damping, conjugate gradients
-    follow. The choice and its reason are in `info["chosen"]`.
+    than the direct solve; where it covers all of the spectrum above the damping, conjugate gradients follow. The choice
+    and its reason are in `info["chosen"]`.
 
     Attributes:
         budget: Bytes for dense matrices; 2 GiB by default.
         indefinite: Take indefinite operators as they are, and do not fail for negative curvature.
         tolerance: On the relative residual; 1e-8 in float64, 1e-4 in float32.
-        taken: What was chosen before, and why, by `decided`; nothing is chosen then.
+        taken: The choice made by `decided`, and its reason; no other choice is made then.
     """
 
     budget: int | None = None
@@ -53,7 +53,7 @@ class Auto(Solver):
     taken: tuple[Solver, str] | None = field(default=None, repr=False)
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
-        """Look at the operator.
+        """Choose a solver for the operator.
 
         Raises:
             InputError: An option is out of range.
@@ -121,7 +121,7 @@ class _PreparedAuto(Prepared):
         return MINRES(tolerance=tolerance)
 
     def _attempt(self, rows: Tensor) -> Raw | None:
-        """Try conjugate gradients where a sketch says that they are cheaper than a direct solve."""
+        """Try conjugate gradients where a sketch shows that they are cheaper than a direct solve."""
         expected, self.tried = _STEPS * rows.shape[0] ** 0.5, None
         if not self.may_try or self.cost - expected < _LEAST_RANK:
             return None
@@ -130,7 +130,7 @@ class _PreparedAuto(Prepared):
         if inner.info.get("remainder", math.inf) > 20 * system.damping or self.spent > self.cost:
             self.why += "; conjugate gradients would cost more"
             return None
-        # Half as much again as a factorisation costs, then it is made: 2.5 times its cost at the worst.
+        # After 1.5 times the cost of a factorisation it is made: 2.5 times its cost at worst.
         cg = prepared_cg(system, inner, max(1, int(1.5 * self.cost / rows.shape[0])))
         before = self.system.products
         why = f"about {expected:.0f} products were expected to do, where a factorisation costs {self.cost:.0f}"
@@ -169,7 +169,7 @@ class _PreparedAuto(Prepared):
 
 
 def _is_solved(system: System, rows: Tensor, raw: Raw) -> bool:
-    """Whether every row has the residual that was asked for, or one that products allow whoever solves by them.
+    """Whether every row has the residual that was requested, or one that products allow whoever solves by them.
 
     Of a matrix in memory residuals are exact, so that a factorisation gets below the rounding of products.
     """

@@ -1,4 +1,4 @@
-r"""Solver: a frozen recipe that turns an operator and a damping into an inverse, and says how each solve went."""
+r"""Solver: a frozen recipe that turns an operator and a damping into an inverse, and reports how each solve ended."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def block_iteration(
 @final
 @dataclass(frozen=True, eq=False)
 class BlockState(Savable):
-    """Where an iteration stands between two steps: all that the next ones depend on.
+    """The state of an iteration between two steps: all that the next ones depend on.
 
     Attributes:
         x: Solutions.
@@ -153,7 +153,7 @@ class _BlockRun:
             return residual[:0]
         turn, singular, _ = np.linalg.svd(small, full_matrices=False)
         # Rounding of a sum of that many terms, margin four; residuals that shrank carry that of the first ones, and
-        # what rounding of the first residuals made of dependent rows is no direction.
+        # what rounding of the first residuals leaves of dependent rows is not a direction.
         rounding = 4 * max(z.shape) ** 0.5 * torch.finfo(z.dtype).eps * max(float(shrinking), 1.0)
         keep = singular > rounding * singular[0]
         keep[0] = True
@@ -174,7 +174,7 @@ class _BlockRun:
     # ---- states ----------------------------------------------------------------------------------------------------
 
     def state(self) -> BlockState:
-        """Return where the iteration stands."""
+        """Return the state of the iteration."""
         result, system = self.result, self.system
         failed = tuple((row, str(status)) for row, status in result.failed.items())
         products, unit = system.products - self._products, system.fixed()

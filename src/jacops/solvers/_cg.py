@@ -35,7 +35,7 @@ class CG(Solver):
     Attributes:
         preconditioner: None; `"jacobi"`, the diagonal; `"nystrom"`, a randomised sketch (Frangella, Tropp and Udell,
             2023), whose rank doubles until its smallest eigenvalue is at most ten times the damping; an operator that
-            stands in for the inverse; or a solver such as `EKFAC()`. It has to be positive definite.
+            approximates the inverse; or a solver such as `EKFAC()`. It has to be positive definite.
         block: Whether right-hand sides share their Krylov space.
         tolerance: On the relative residual; 1e-8 in float64, 1e-4 in float32.
         max_steps: At most so many steps per row; by default ten for each unknown, 100 to 10,000.
@@ -117,7 +117,7 @@ def row_iteration(system: System, inner: Any, rows: Tensor, goals: Tensor, most:
 
 @dataclass(eq=False)
 class _Seen:
-    """What a step saw of the operator, on its device.
+    """What a step measured of the operator, on its device.
 
     Attributes:
         broken: Rows whose product is not finite.
@@ -176,5 +176,5 @@ class _Seen:
 
 def steps_allowed(max_steps: int | None, n: int) -> int:
     """Return the number of steps meant."""
-    # In exact arithmetic n steps do; rounding takes some times as many, and 10,000 take too long anyway.
+    # In exact arithmetic n steps are enough; rounding multiplies that by some, and 10,000 take too long in any case.
     return max_steps if max_steps is not None else min(max(10 * n, 100), 10_000)

@@ -32,7 +32,7 @@ _DENSE_FACTOR = 2**26  # entries of a factor J that are kept in memory: 512 MiB 
 class Direct(Solver):
     r"""Factorise once, then solve for any number of right-hand sides; refined where the residual is too large.
 
-    A symmetric matrix takes Cholesky's factorisation, which fails, with a word on the lowest eigenvalue, where the
+    A symmetric matrix takes Cholesky's factorisation, which fails, and reports on the lowest eigenvalue, where the
     matrix is not positive definite; a general one takes LU. A positive operator written $s J^\top S J$ with fewer rows
     in $J$ than unknowns, under damping, is solved in the space of rows (Woodbury): $(A + \lambda I)^{-1} =
     \frac1\lambda (I - J^\top (\lambda I + s S J J^\top)^{-1} s S J)$.
@@ -100,7 +100,7 @@ class _Factorised(Prepared):
         return replace(raw, norm=self.norm, info=self.info, left=left)
 
     def _stands_for_operator(self, x: Tensor, rows: Tensor) -> bool:
-        """Hold residuals from the matrix against those from the operator, along a random mixture of all rows."""
+        """Compare residuals from the matrix with those from the operator, along a random mixture of all rows."""
         if self.entries is None or not is_finite(x):
             return True  # they come from the operator, or there are none
         mix = private_noise(x.new_empty(1, x.shape[0], dtype=torch.float64), 19)

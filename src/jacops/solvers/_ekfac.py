@@ -79,8 +79,8 @@ class EKFAC(Solver):
             over the training data, and multiplies gradients of layers with factors. `info["truncation"]` is the
             relative change of each solution (Frobenius norm); residuals are those of truncated solutions. None
             truncates nothing.
-        factors: What `approximate` returned for the same model with the same weights, an earlier run's from a file
-            perhaps: it has `save`. Nothing is estimated then.
+        factors: What `approximate` returned for the same model with the same weights, such as that of an earlier run,
+            loaded from a file. Nothing is estimated then.
 
     Raises:
         InputError: `fisher` is unknown, or `draws` or `query_rank` is less than 1.
@@ -182,7 +182,7 @@ class PreparedEKFAC(Prepared):
 
         def inverted(values: Tensor) -> Tensor:
             damped = shifted(values, -exponent) + damping
-            # Directions without curvature get nothing where nothing damps them.
+            # Directions without curvature are zero without damping.
             return torch.where(damped > floor, 1.0 / damped.clamp_min(floor or 1.0), 0.0)
 
         self._inverse = curvature.map(inverted)

@@ -13,7 +13,7 @@ from .._finite import where_first
 from ._solution import OUT_OF_RANGE, Solution, Status
 from ._system import System
 
-FOR_GOOD = {Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.BREAKDOWN, Status.DIVERGED}  # no residual mends them
+FOR_GOOD = {Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.BREAKDOWN, Status.DIVERGED}  # whatever the residual
 _SIZES = {"lowest_curvature", "remainder", "scale", "scale_needed", "sketch_curvature"}  # figures of the size of A
 # Exponents of the largest entry of a row between which scaling by a power of two is exact: that of the smallest normal
 # number plus the digits of the dtype, and that of the largest number.
@@ -99,7 +99,7 @@ class Judge:
         self.iterations = [0] * k
         self.info: dict[str, Any] = {"approximate": False}
         if not bool(finite.all()):
-            self.info["nonfinite"] = where_first(rows)
+            self.info["nonfinite"] = where_first(rows[0] if k == 1 else rows)
 
     def take(self, where: Tensor, raw: Raw) -> None:
         """Judge what a method found for some rows."""
@@ -191,7 +191,7 @@ class Judge:
 
 
 def _failed_for_good(raw: Raw, where: Tensor) -> Tensor:
-    """Return for each row whether it failed in a way that no residual can mend."""
+    """Return for each row whether it failed whatever its residual."""
     failed = [raw.failed.get(i) in FOR_GOOD for i in range(len(where))]
     return torch.tensor(failed, dtype=torch.bool, device=where.device)
 

@@ -15,7 +15,7 @@ from ..errors import DataError, warn
 
 State = TypeVar("State", bound=Savable)
 
-# A kill costs what was done since the last state. Half a minute is what a process takes to begin anew: imports,
+# A killed run loses the work since the last state. Half a minute is what a process takes to start again: imports,
 # digests of the data, a preconditioner. Where writing takes long, it may have a fiftieth of the time.
 _SECONDS, _SHARE = 30.0, 0.02
 

@@ -125,7 +125,7 @@ class Passes:
         return Given(hessian.draw(Draws(self.seed, first), self.draws) / math.sqrt(self.draws))
 
     def _confirmed(self, batch: Any, seeds: Tensor, outer_only: bool) -> Iterable[Gradients]:
-        """Return gradients that are held against a plain sweep, once for each shape."""
+        """Return gradients that are compared with a plain sweep, once for each shape."""
         groups = [g for g in self.groups if not outer_only or g.form in ("outer", "lookup")]
         if not isinstance(batch, RecordedBatch):  # it compares them itself
             return batch.gradients(groups, seeds)

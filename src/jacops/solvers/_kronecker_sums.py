@@ -363,7 +363,7 @@ def _reduced(uses: Sequence[OuterGradients]) -> Iterator[OuterGradients]:
 
 def not_finite(name: str) -> NonFiniteError:
     """Return the error for a parameter with gradients that are not finite."""
-    return NonFiniteError(f"EKFAC: in the gradients by {name}, some are NaN or Inf. Look at the data.")
+    return NonFiniteError(f"EKFAC: in the gradients by {name}, some are NaN or Inf. Check the data.")
 
 
 def _rows(side: Tensor) -> Tensor:

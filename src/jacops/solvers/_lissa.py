@@ -25,9 +25,9 @@ _WINDOW = 10  # steps between two looks at the residual: one that has not shrunk
 class LiSSA(Solver):
     r"""The series $x = \frac1s \sum_j (I - A/s)^j b$ (Agarwal, Bullins and Hazan, 2017), with exact products.
 
-    Its terms are the residuals. Those of a symmetric operator, once they grow over some steps, grow for ever: the first
-    window of ten steps over which they do ends the solve, as `diverged` with the scale to use in
-    `info["scale_needed"]`, or as `negative_curvature`, which no scale mends. It takes about $\log(1/\text{tolerance})$
+    Its terms are the residuals. For a symmetric operator, once they grow over some steps, they never decrease again:
+    the first window of ten steps over which they grow ends the solve, as `diverged` with the scale to use in
+    `info["scale_needed"]`, or as `negative_curvature`, which no scale avoids. It takes about $\log(1/\text{tolerance})$
     times the condition number of steps; it is a baseline, conjugate gradients need the root of that.
 
     Attributes:

@@ -28,15 +28,15 @@ class Lanczos(Solver):
     r"""The leading eigenpairs, by Lanczos's iteration with full reorthogonalisation (Schioppa et al., 2022: "Arnoldi").
 
     $(A + \lambda I)^{-1} b \approx V (\Theta + \lambda)^{-1} V^\top b + (b - V V^\top b) / \lambda$. The second term,
-    which others leave out, is where the inverse is largest; it makes the answer exact for operators of that rank.
-    Without damping it is left out, and the answer is that of the pseudo-inverse. No residual is promised:
-    the status is `approximate` if the eigenpairs have converged, and the residual is that of the solution.
+    which other implementations omit, is where the inverse is largest; it makes the answer exact for operators of that
+    rank. Without damping it is left out, and the answer is that of the pseudo-inverse. There is no tolerance on the
+    residual: the status is `approximate` if the eigenpairs have converged, and the residual is that of the solution.
 
     Attributes:
         rank: Number of eigenpairs, of largest magnitude.
         max_steps: At most so many Lanczos steps; by default four for each pair and at least forty more.
         tolerance: On the residual of an eigenpair, relative to the largest eigenvalue; 1e-7, or 1e-4 in float32.
-        indefinite: Take negative curvature as it is, and do not fail for it.
+        indefinite: Accept negative curvature.
         seed: Of the start.
         report_residual: Compute the residual of every solution, one product each; else it is NaN, and the status
             `unchecked`.
@@ -90,8 +90,8 @@ def _pairs(krylov: KrylovSpace, rank: int, tolerance: float, info: dict[str, Any
         largest = float(values.abs().max())
         small = residuals[leading] <= tolerance * largest
         info["pairs_found"] = len(leading) if steps == n else int(small.sum())
-        # a space that closed on itself says nothing of what lies outside
-        # All residuals at once that small: the space is invariant, not the pairs good.
+        # an invariant subspace gives no information on its complement
+        # All residuals that small: the space is invariant, which does not mean that the pairs have converged.
         if info["pairs_found"] >= rank and not bool((residuals <= 1e-3 * tolerance * largest).all()):
             break
     basis = krylov.vectors(coefficients[None, leading])[0]
@@ -124,7 +124,8 @@ class Nystrom(Solver):
         """
         check_positive("rank", 1 if self.rank is None else self.rank)
         system = symmetric_system(operator, damping, "Nystrom")
-        # A tenth of the damping left out moves a solution by a tenth at most; a preconditioner may leave ten times it.
+        # Eigenvalues of a tenth of the damping change a solution by a tenth at most; a preconditioner may omit ten
+        # times that.
         found = sketch(system, self.rank, self.max_rank, self.seed, ratio=0.1)
         failed, info = None, {"rank": found.rank}
         if found.lowest is not None and found.lowest < 0:

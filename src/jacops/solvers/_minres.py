@@ -26,7 +26,7 @@ _WATCHED = 200  # steps of the first row whose Ritz values are looked at: the lo
 class MINRES(Solver):
     """Minimal residuals for symmetric operators, indefinite ones included (Paige and Saunders, 1975).
 
-    It never fails for negative curvature; the lowest Ritz value of the first right-hand side stands in
+    It never fails for negative curvature; the lowest Ritz value of the first right-hand side is in
     `info["lowest_curvature"]`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The names by which solvers can be asked for."""
+"""The names by which solvers can be requested."""
 
 from __future__ import annotations
 

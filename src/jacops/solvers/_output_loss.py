@@ -158,7 +158,7 @@ class LossAtOutput:
         return whole
 
     def _due(self, *claim: Hashable) -> bool:
-        """Say whether a claim about a torch loss has to be looked at: it is not proved, or was long ago."""
+        """Return whether a claim about a torch loss has to be looked at: it is not proved, or was long ago."""
         proofs = self._at.lin.proofs
         return proofs.needs(*claim) or proofs.spot_due(str(claim[0]))
 

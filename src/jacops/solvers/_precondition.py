@@ -122,6 +122,6 @@ def _jacobi(system: System, seed: int) -> Preconditioner:
         return Preconditioner(lambda rows: rows)
     entries = entries + system.damping
     typical = float(entries.abs().mean()) or 1.0
-    # An estimate that is not positive says "small"; one tiny entry must not rule the preconditioned norm.
+    # An estimate that is not positive is small; one tiny entry must not dominate the preconditioned norm.
     safe = torch.where(entries > 0, entries, 1e-3 * typical).clamp_min(1e-6 * typical)
     return Preconditioner(lambda rows: rows / safe, {"preconditioner": "jacobi"})

@@ -43,7 +43,7 @@ class Bounds:
 def inverse_quadratic_bounds(operator: Operator, rows: Tensor, *, damping: float, steps: int = 30) -> Bounds:
     r"""Bracket $b^\top (A + \lambda I)^{-1} b$ for each row b, such as the self-influence of a sample's gradient.
 
-    Lanczos's matrix of each row gives a lower bound (Gauss) and, since no eigenvalue lies below $\lambda$, an upper one
+    Lanczos's matrix of each row gives a lower bound (Gauss) and, since no eigenvalue is below $\lambda$, an upper one
     (Gauss-Radau); both tighten with every step (Golub and Meurant, 1994). The vectors are kept orthogonal; without
     that rounding can break the upper one late.
 

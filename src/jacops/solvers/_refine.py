@@ -26,8 +26,8 @@ class IterationResult:
         x: Where it came to, `(k, n)`.
         steps: Steps per row.
         failed: Rows that failed and how.
-        norm: The largest stretch that it saw, a lower bound of the operator's norm.
-        lowest: The lowest curvature that it saw, an upper bound of the lowest eigenvalue; None if none.
+        norm: The largest stretch measured, a lower bound of the operator's norm.
+        lowest: The lowest curvature measured, an upper bound of the lowest eigenvalue; None if none.
         reason: Why it broke down, if it did.
     """
 
@@ -51,7 +51,7 @@ class IterationResult:
                 self.failed[row] = status
 
     def is_negative(self, system: System, norm: float, lowest: float) -> bool:
-        """Note a stretch and a curvature that were seen; return whether the lowest one is negative beyond rounding."""
+        """Record a measured stretch and curvature; return whether the lowest curvature is negative beyond rounding."""
         self.norm, self.lowest = max(self.norm, norm), min(lowest, math.inf if self.lowest is None else self.lowest)
         if self.lowest < -noise(system) * self.norm:
             self.norm = max(self.norm, system.norm)  # rounding of a norm not seen yet is no curvature
@@ -155,7 +155,7 @@ def refined(
 
 
 def _true_residuals(residual: Residual, x: Tensor, b: Tensor, ended: dict[int, Status]) -> Tensor:
-    """Return residuals, NaN for the rows of which no residual is asked since they failed for good."""
+    """Return residuals, NaN for rows that failed whatever their residual."""
     asked = torch.tensor([ended.get(i) not in FOR_GOOD for i in range(len(x))], device=x.device)
     if bool(asked.all()):
         return residual(x, b)

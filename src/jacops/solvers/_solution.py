@@ -23,14 +23,14 @@ class Status(StrEnum):
     Attributes:
         CONVERGED: The true residual is at most the tolerance.
         ATTAINABLE: The residual is above the tolerance, but at the level that rounding allows, and below 1.
-        APPROXIMATE: The method promises no residual (EK-FAC, Nyström, Lanczos); it was computed.
+        APPROXIMATE: The method has no tolerance on the residual (EK-FAC, Nyström, Lanczos); it was computed.
         UNCHECKED: No residual was computed.
         MAX_STEPS: The iteration took as many steps as were allowed.
         STAGNATED: The residual no longer decreases, and is above what rounding allows.
         NEGATIVE_CURVATURE: The operator is not positive definite.
         SINGULAR: The operator is singular to rounding.
         BREAKDOWN: A number stopped being finite, or the solution is outside the range of the dtype.
-        DIVERGED: A series grows.
+        DIVERGED: The series diverges.
         NONFINITE_INPUT: The right-hand side holds NaN or Inf.
     """
 
@@ -82,13 +82,13 @@ class Solution(ArrayLike, Savable, Described):
         x: The solutions, `(k, n)`; a row that has none is NaN.
         status: One `Status` per row.
         residual: $\lVert b - (A + \lambda I) x \rVert / \lVert b \rVert$ per row, `(k,)`, recomputed from $A$ itself;
-            NaN for rows that are unchecked, and for failed rows whose failure no residual can mend.
+            NaN for rows that are unchecked, and for rows that failed whatever their residual.
         iterations: Steps per row; 0 for direct methods.
         damping: $\lambda$.
         method: The solver's name.
         info: The method's own figures, of these what applies: `tolerance`; `attainable`, the residual that rounding
             allows, per row; `error_bound` on $\lVert x - x^* \rVert$, per row, for positive operators under damping;
-            `condition`; `lowest_curvature`; `rank`; `approximate`, whether the method promises no residual;
+            `condition`; `lowest_curvature`; `rank`; `approximate`, whether the method has no tolerance on the residual;
             `unchecked`, whether none was computed; `query_rank` and `truncation`, the relative change of a solution by
             that, per row, NaN where there was nothing to solve; `reason` of a breakdown; `chosen`; `products`, rows put
             through $A$; `seconds`.
@@ -137,7 +137,7 @@ class Solution(ArrayLike, Savable, Described):
 
 
 def residual_text(residuals: Iterable[float]) -> str:
-    """Return the worst of some residuals in words; NaN stands for one that was not computed."""
+    """Return the worst of some residuals in words; NaN is one that was not computed."""
     given = list(residuals)
     known = [residual for residual in given if residual == residual]
     if given and not known:

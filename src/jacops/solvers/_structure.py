@@ -90,7 +90,7 @@ def _unscaled(operator: Operator) -> tuple[float, Operator]:
 
 
 def in_memory(operator: Operator) -> bool:
-    """Say whether the entries of an operator are there already, so that its matrix costs next to nothing."""
+    """Return whether the entries of an operator are there already, so that its matrix costs next to nothing."""
     if isinstance(operator, Transposed | Scaled):
         return in_memory(operator.of)
     if isinstance(operator, Sum | Product):
@@ -104,12 +104,12 @@ def dense_of(operator: Operator) -> Tensor:
 
 
 def is_symmetric(matrix: Tensor) -> bool:
-    """Say whether a matrix equals its transpose to rounding."""
+    """Return whether a matrix equals its transpose to rounding."""
     step = max(1, ENTRIES // max(1, matrix.shape[1]))
     worst = largest = 0.0
     for start in range(0, matrix.shape[0], step):
         block = matrix[start : start + step]
         worst = max(worst, float((block - matrix[:, start : start + step].T).abs().max()))
         largest = max(largest, float(block.abs().max()))
-    # Entries are sums over data: as many roundings as they have terms, by and large.
+    # Entries are sums over data: about as many rounding errors as they have terms.
     return worst <= 1e3 * torch.finfo(matrix.dtype).eps * largest

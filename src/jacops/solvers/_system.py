@@ -1,4 +1,4 @@
-r"""The equations a solver sees: $(A + \lambda I) x = b$, with products counted and residuals in double."""
+r"""The equations of a solver: $(A + \lambda I) x = b$, with products counted and residuals in double."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class System:
             self._exponent = 0 if abs(found) <= _ORDINARY else min(max(found, -most), most)
 
     def fixed(self) -> int:
-        """Return the exponent; one that nothing has shown is 0 from now on."""
+        """Return the exponent, from now on 0 if nothing has determined it."""
         self._exponent = self._exponent or 0
         return self._exponent
 
@@ -327,7 +327,7 @@ def check_options(tolerance: float | None, max_steps: int | None) -> None:
 
 
 def check_symmetric(system: System, method: str) -> None:
-    """Hold an operator that is not marked symmetric to symmetry, with two products.
+    """Check an operator that is not marked symmetric for symmetry, with two products.
 
     Raises:
         InputError: It is not symmetric.

@@ -247,7 +247,7 @@ def _star_colors(matrix: Csr) -> Array:
 def reading(rows: Array, columns: Array, coloring: Coloring) -> tuple[NDArray[np.bool_], Array, Array] | None:
     """Return how entries at these rows and columns are read off; None if the colouring does not allow it.
 
-    Entry k stands in sweep `sweep[k]` at place `at[k]`: where `pushed[k]` in a row of a push, else in a column of a
+    Entry k is in sweep `sweep[k]` at place `at[k]`: where `pushed[k]` in a row of a push, else in a column of a
     pull. The three are returned in the order pushed, sweep, at.
     """
     alone = _alone(coloring.rows, rows, columns)
@@ -262,7 +262,7 @@ def reading(rows: Array, columns: Array, coloring: Coloring) -> tuple[NDArray[np
 
 
 def _alone(colors: Array, own: Array, other: Array) -> NDArray[np.bool_]:
-    """Say which entries are the only one of their colour in their line across."""
+    """Return which entries are the only one of their colour in their line across."""
     if not len(own):
         return np.zeros(0, bool)
     keys = (colors[own] + 1) * (int(other.max()) + 1) + other

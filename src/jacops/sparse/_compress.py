@@ -158,7 +158,7 @@ class Compression:
         needed = {f"{many} sweeps": many * (rows.dim + columns.dim) * columns.dtype.itemsize}
         ensure_fits("sparse", needed, None, rows.device, _TODO)
         divisors = self.prober.divisors if certify == 1 else None
-        # With several, numbers near zero do not meet in one row, and the bound is that of normal ones.
+        # With several, small random numbers do not coincide in one row, and the bound is that of normal ones.
         probes = [draw(rows, _SEED + i, divisors, apart=certify == 1) for i in range(certify)]
         pulled = self.pulled(torch.cat([_seeds(coloring.rows, rows), *(p[None] for p in probes)]))
         pushed = self._swept(_seeds(coloring.columns, columns), self.operator._apply, rows)
@@ -201,7 +201,7 @@ class Compression:
         return self._judged(matrix, [probe], self.pulled(probe[None]))
 
     def is_rounding(self, error: float) -> bool:
-        """Say whether rounding alone explains that products are off by `error`, relative to their size.
+        """Return whether rounding alone explains that products are off by `error`, relative to their size.
 
         A product of 0.7 u is 0.7 times that of u but for rounding, whose size it shows. A product of 2 u is twice that
         of u without any rounding, unless it is random or not linear.

@@ -93,7 +93,7 @@ def _sparse_product(tracer: Tracer, matrix: Tensor, right: Tensor) -> Array:
 def _windows(
     large: Sequence[int], kernel: Sequence[int], small: Sequence[int], named: dict[str, Any]
 ) -> tuple[Array, Array]:
-    """Return which entries of the larger side each entry of the smaller side sees: flat places of both, in pairs."""
+    """Return the entries of the larger side for each entry of the smaller side: flat places of both, in pairs."""
     stride, padding, dilation = (_each(named[k], len(large)) for k in ("stride", "padding", "dilation"))
     wide = narrow = np.zeros(1, np.int64)
     for d in range(len(large)):

@@ -38,11 +38,11 @@ def jacobian(
     """Return an operator as a sparse matrix, by as many products as its colours.
 
     For a recorded Jacobian or Hessian (`jacobian`, `hessian`) the pattern at this point is detected; a Hessian needs
-    fewer sweeps, since an entry may be read from its mirror. Any other operator needs `pattern=`. Random probes hold
-    the matrix against the operator.
+    fewer sweeps, since an entry may be read from its mirror. Any other operator needs `pattern=`. Random probes compare
+    the matrix with the operator.
 
     Args:
-        operator: What is wanted.
+        operator: The operator to form.
         layout: torch's `"csr"`, `"coo"` or `"bsr"`, or `"scipy"`.
         certify: Number of random probes; 5 give a useful `error_bound`, 0 none.
         pattern: Where entries may be nonzero: a scipy or torch sparse matrix, or a `Pattern`.

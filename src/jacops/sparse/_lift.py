@@ -2,9 +2,9 @@
 
 Rows of what is computed row by row from parameters are computed from such leaves.
 
-Then `J = sum_k J_k S_k`, where `S_k` says which entry each entry of leaf k is a copy of. In residual models every
-residual reads its own copies, so `J_k` is block diagonal and takes as many sweeps as a residual has rows, however many
-parameters and residuals there are.
+Then `J = sum_k J_k S_k`, where `S_k` maps each entry of leaf k to the entry that it is a copy of. In residual models
+every residual reads its own copies, so `J_k` is block diagonal and takes as many sweeps as a residual has rows, however
+many parameters and residuals there are.
 """
 
 from __future__ import annotations

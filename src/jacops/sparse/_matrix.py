@@ -12,7 +12,7 @@ Csr: TypeAlias = Any
 
 
 class _Loaded:
-    """A module that is imported when something is asked of it."""
+    """A module that is imported when it is first used."""
 
     def __init__(self, name: str) -> None:
         self._name = name

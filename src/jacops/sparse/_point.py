@@ -35,7 +35,7 @@ class RecordedPoint:
         recording: What was recorded.
         lin: The linearization to sweep: its leaves are the parameters, then the selections that were lifted.
         selections: Those.
-        taint: What depends on the point, where that was asked for.
+        taint: What depends on the point, where that was requested.
         replayed: Whether some selections are rows of what is computed from parameters.
     """
 
@@ -159,7 +159,7 @@ def _lifted(record: Callable[[], Recording], mode: Lift) -> tuple[Recording, lis
     """Return a recording with the selections that its output depends on as leaves.
 
     None is returned where the model writes into one, so that copies no longer agree with each other, or the forward
-    fails: the plain one then says whether that is an error.
+    fails: the plain one then decides whether that is an error.
     """
     try:
         with mode:
@@ -174,7 +174,7 @@ def _lifted(record: Callable[[], Recording], mode: Lift) -> tuple[Recording, lis
 
 
 def gradients_agree(point: RecordedPoint, plain_point: RecordedPoint) -> bool:
-    """Say whether a backward pass through lifted selections gives what one without lifting gives, in every column."""
+    """Return whether backward passes with and without lifted selections agree in every column."""
     seeds = [private_noise(plain(o.detach()), 31 + i) for i, o in enumerate(point.lin.outputs)]
     found, sizes = _summed(point, seeds)
     right, others = _summed(plain_point, seeds)

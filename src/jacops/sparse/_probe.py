@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 # Rows down to this share of the largest are judged by their own size. Below, a row that is a difference of equal
 # numbers would be judged by its rounding errors. In other dtypes all rows are judged alike: 1.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
-# Sizes that are out of date by no more than this are used on: an entry as large as its row still stands out of a column
+# Sizes that changed by no more than this are still used: an entry as large as its row still stands out of a column
 # of about a thousand others, tolerance * sqrt(1000) * spread being below _LEAST.
 _SPREAD = {torch.float64: 1e4, torch.float32: 32.0}
 _LEAST = 0.25  # smallest number in a single probe, so that no row is hidden by a small random number
@@ -186,7 +186,7 @@ class Prober:
         return cls(operator.codomain.dtype, met.union(operator.codomain.dtypes, operator.domain.dtypes))
 
     def fits(self, operator: Operator, met: frozenset[torch.dtype]) -> bool:
-        """Say whether it is that of such an operator."""
+        """Return whether it is that of such an operator."""
         other = Prober.of(operator, met)
         return (self.rows, self.dtypes) == (other.rows, other.dtypes)
 
@@ -201,7 +201,7 @@ class Prober:
         return rounding(self.dtypes)
 
     def outdated(self, matrix: Csr, used: Floats | None, importance: Floats | None) -> bool:
-        """Say whether divisors `used` are too far from the sizes of the rows; then keep new ones."""
+        """Return whether divisors `used` are too far from the sizes of the rows; then keep new ones."""
         sizes = row_sizes(matrix)
         if self._spread == math.inf or not np.isfinite(sizes).all():
             return False
@@ -215,7 +215,7 @@ class Prober:
         return True
 
     def raise_floor(self, importance: Floats | None) -> bool:
-        """Judge small rows by more than their own size; say whether that was possible."""
+        """Judge small rows by more than their own size; return whether that was possible."""
         if self.floor >= 1 or self.sizes is None:
             return False
         self.floor = min(1.0, self.floor * _RAISED.get(self.rows, math.inf))

@@ -19,8 +19,8 @@ from .plan import SparsePlan, detected
 def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selector, tangent: bool) -> SparseJacobian:
     """Return the sparse Jacobian of a model, as torch's CSR.
 
-    A plan serves the graph that it was made for. It is made again where an entry that its pattern may depend on became
-    zero or ceased to be, and where a random probe shows that the pattern does not hold.
+    A plan serves the graph that it was made for. It is made again where an entry that its pattern may depend on has
+    become zero or ceased to be, and where a random probe shows that the pattern does not hold.
 
     Args:
         model: A module.
@@ -50,7 +50,7 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
 
 
 def notes_of(model: nn.Module, inputs: Any, question: Hashable, outputs: Selector) -> dict[Any, Any]:
-    """Return what is remembered of a question about a model, for inputs of one kind."""
+    """Return the stored facts on a question about a model, for inputs of one kind."""
     return store_for(bare(model), (question, *_kinds(inputs), identity_key(outputs)), "first").known
 
 
@@ -71,10 +71,10 @@ def new_plan(
     """Return a plan by parameters, kept for `kept_plan`, and the point where it was made, if that can be swept.
 
     Args:
-        model: As in `kept_plan`.
+        model: A module or function, by whose identity the plan is kept.
         module: What is recorded.
-        inputs: As in `kept_plan`.
-        setting: As in `kept_plan`.
+        inputs: Its input.
+        setting: What distinguishes plans, besides the kinds of inputs.
         direct: The point as it was recorded without lifting, where it was.
     """
     options = {"by": variable(module, "parameters", None), "outputs": None, "tangent": True, "local": False}

@@ -111,7 +111,7 @@ class Replay:
         def chosen(given: Any) -> Any:
             nonlocal missing
             if not isinstance(given, Tensor) or given.ndim < rank:
-                return given  # it stands before every row alike
+                return given  # it is the same for every row
             if given.shape[0] != count:
                 missing = True
                 return given
@@ -150,7 +150,7 @@ def _is_by_rows(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: T
 
 @cache
 def _is_pointwise(name: str) -> bool:
-    """Say whether torch tags an operation as pointwise, by the name of its function or operator."""
+    """Return whether torch tags an operation as pointwise, by the name of its function or operator."""
     plain = name.strip("_") if name.startswith("__") else name
     packet = getattr(torch.ops.aten, _OPERATORS.get(plain, plain), None)
     if packet is None or not hasattr(packet, "overloads"):

@@ -1,4 +1,4 @@
-"""Operations that move entries by indices made of data: each index stands for all that it could be.
+"""Operations that move entries by indices made of data: each index may take any of its values.
 
 A pattern takes the routes of its point. Whether samples mix must not depend on the point, so along the axes that such
 an index points into, everything may come from or go anywhere; the other axes are followed as usual.

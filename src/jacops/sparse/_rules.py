@@ -17,7 +17,7 @@ from ._sampled import SAMPLED
 from ._scatters import SCATTERS
 from ._trace import Decomposed, Rule, TracedCall, Tracer
 
-# Operations that move entries without mixing them: the same operation on the ids says where they go.
+# Operations that move entries without mixing them: the same operation on the ids gives their places.
 _MOVES = set(
     """
     index gather index_select cat stack flip roll repeat constant_pad_nd slice_backward select_backward slice_scatter
@@ -111,7 +111,7 @@ def _where(tracer: Tracer, call: TracedCall) -> Any:
     a, b = (tracer.ids(x) if isinstance(x, Tensor) else torch.zeros((), dtype=torch.int64) for x in branches)
     if tracer.may_turn(condition):
         return tracer.union([a.numpy(), b.numpy(), tracer.ids(condition).numpy()], shape)
-    # What the condition itself depends on is nothing in a backward pass that is linear.
+    # In a linear backward pass the condition depends on nothing that is followed.
     return tracer.union([torch.where(condition.cpu(), a, b).numpy(), tracer.ids(condition).numpy()], shape)
 
 
@@ -183,7 +183,7 @@ def _along(tracer: Tracer, call: TracedCall) -> Any:
 
 
 def _softmax_backward(tracer: Tracer, call: TracedCall) -> Any:
-    """Leave out where the softmax itself is zero for good: masked attention."""
+    """Leave out where the softmax itself is always zero: masked attention."""
     grad, output = call.args[:2]
     if tracer.tracks(output) or (nonzero := tracer.nonzero(output)) is None:
         return _along(tracer, call)

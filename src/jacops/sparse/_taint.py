@@ -34,12 +34,12 @@ class Taint(TorchDispatchMode):
         self._note(list(sources), True)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Say whether a tensor depends on the point; everything may once a value was read into Python."""
+        """Return whether a tensor depends on the point; everything may once a value was read into Python."""
         parts = parts_of(tensor)
         return self.read_out or not parts or any(self._is_data(storage_key(part)) for part in parts)
 
     def passes(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note what came of an operation, written arguments too; what it draws at random is no constant either."""
+        """Record the results of an operation, written arguments too; random results are not constant either."""
         data = self._gives_data(func, tensors_in((args, kwargs)))
         self.read_out = self.read_out or (data and torch.Tag.data_dependent_output in func.tags)
         self._note([out, written(func, args, kwargs)], data)
@@ -87,7 +87,7 @@ class Outside(Taint):
         if base_name(func) in _SCALED and any(
             isinstance(v, int | float) and v == 0 for v in tree_leaves((args, kwargs))
         ):
-            # A zero of Python's may be a flag that is off: its product is no constant.
+            # A Python zero may be a flag: its product is not constant.
             self._note([out, written(func, args, kwargs or {})], True)
         return out
 

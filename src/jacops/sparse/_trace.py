@@ -109,7 +109,7 @@ class Tracer(TorchDispatchMode):
     # ---- ids on storages ---------------------------------------------------------------------------------------
 
     def tracks(self, tensor: Tensor) -> bool:
-        """Say whether sets are kept for the storage of a tensor."""
+        """Return whether sets are kept for the storage of a tensor."""
         return tensor.layout is torch.strided and storage_key(tensor) in self._held
 
     def read(self, tensor: Tensor) -> Tensor | None:
@@ -159,7 +159,7 @@ class Tracer(TorchDispatchMode):
             held.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
 
     def _purge(self) -> None:
-        """Forget storages that are gone; the weak reference kept their address from being used again till now."""
+        """Drop storages that no longer exist; until now the weak reference kept their address from being used again."""
         for key in [key for key, (alive, _, _) in self._held.items() if alive.expired()]:
             del self._held[key]
 
@@ -201,7 +201,7 @@ class Tracer(TorchDispatchMode):
         return None if mask.all() else mask
 
     def is_constant(self, tensors: Iterable[Tensor]) -> bool:
-        """Say whether zeros in these tensors are zeros for good (or at this point, if that is all that is asked)."""
+        """Return whether zeros in these tensors are permanent (or zero at this point, for a local pattern)."""
         if self._loose:
             return False
         tensors = list(tensors)
@@ -215,12 +215,12 @@ class Tracer(TorchDispatchMode):
         return isinstance(self.taint, Outside)
 
     def is_open(self, route: Any) -> bool:
-        """Say whether an index or condition may be another one elsewhere, and is to be taken for all of them."""
+        """Return whether an index or condition may be another one elsewhere, and is to be taken for all of them."""
         taint = self.taint
         return isinstance(taint, Outside) and isinstance(route, Tensor) and taint.holds(route)
 
     def may_turn(self, condition: Any) -> bool:
-        """Say whether a condition depends on the point, so that either branch may be taken elsewhere."""
+        """Return whether a condition depends on the point, so that either branch may be taken elsewhere."""
         return self.taint is not None and isinstance(condition, Tensor) and self.taint.holds(condition)
 
     @property
@@ -351,7 +351,7 @@ class Decomposed:
 
 
 class Escapes(TorchFunctionMode):
-    """Notices values with sets leaving for NumPy or Python, where nobody can follow them.
+    """Notices values with sets leaving for NumPy or Python, where they cannot be followed.
 
     Only backward passes written in Python can do that; torch leaves function modes before it runs them, so hooks
     enter this one around each.

@@ -25,7 +25,7 @@ class SparseJacobian(ArrayLike, Savable, Described):
 
     Attributes:
         matrix: In the requested layout.
-        output: What the model gave, detached: the residual of the same linearisation.
+        output: The model's output at the same point, detached.
         error_bound: With probability 99.9 % the Frobenius norm of what is missing or wrong is at most this, by
             random probes; NaN with `certify=0`.
         sweeps: Backward and forward sweeps taken, probes included.

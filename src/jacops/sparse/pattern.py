@@ -33,8 +33,7 @@ class Pattern(Described):
         matrix: True where an entry may be nonzero, (m, n), scipy CSR.
         local: It holds at this point only, entries that are zero here left out; otherwise zeros that depend on the
             point are kept, and it can be used again at others.
-        unknown: Operations no rule was known for, so that all they gave counts as depending on all they took, with how
-            often they were met.
+        unknown: Operations without a rule, treated as dense, and how often each occurs.
     """
 
     matrix: Csr

@@ -116,7 +116,7 @@ class SparsePlan(Described):
             model: The model, of the same structure as the plan was made with.
             inputs: Its input.
             certify: Number of random probes: 1 to notice a pattern that no longer holds, 5 for an error bound within
-                a factor 5 of what was seen, 0 for none.
+                a factor 5 of the error measured, 0 for none.
             layout: `"scipy"` (CSR), or torch's `"coo"`, `"csr"`, `"bsr"`.
             progress: Force the progress bar on or off.
 
@@ -126,7 +126,7 @@ class SparsePlan(Described):
         Raises:
             InputError: Shapes do not fit the plan.
             NonFiniteError: The output or the Jacobian holds NaN or Inf.
-            NotDifferentiableError: The derivative does not answer to any pattern (it is random).
+            NotDifferentiableError: The derivative is random, so that it has no pattern.
         """
         return self._evaluated(model, inputs, certify, layout, None)
 
@@ -176,10 +176,10 @@ class SparsePlan(Described):
         *,
         learns: bool = True,
     ) -> SparseJacobian | None:
-        """Evaluate at a recorded point; a pattern that does not hold there is detected again if the plan `learns`.
+        """Evaluate at a recorded point; a pattern that does not hold there is detected again with `learns`.
 
         None is returned where the shape is another one, other selections are lifted, or the pattern does not hold and
-        the plan does not learn.
+        `learns` is False.
         """
         if not self._fits(point) or point.structure() != self._scheme.structure:
             return None
@@ -257,7 +257,7 @@ class SparsePlan(Described):
 
         Args:
             path: Where `save` wrote it.
-            outputs: Again, where it was given and is no name, index or list of them.
+            outputs: The selection passed to `sparse_plan`, if it is not a name, an index or a list of them.
 
         Raises:
             DataError: The file is no plan, of another version, or damaged.

@@ -30,9 +30,9 @@ class Separation:
     """Whether the output of each sample depends on that sample alone; has a truth value.
 
     Attributes:
-        apart: It does, as far as was looked.
+        apart: Whether it does, by the recorded graph.
         mixed: Pairs `(output sample, input sample)` that depend on each other, the first few.
-        unknown: Operations without a rule, which count as mixing all they take, and reading values into Python.
+        unknown: Operations without a rule, which count as mixing their inputs, and reads of values into Python.
         sweeps: Backward passes taken.
     """
 
@@ -57,25 +57,26 @@ def samples_independent(
 ) -> Separation:
     """Return whether sample i of the output depends on sample i of the input alone, by the recorded graph.
 
-    One backward pass is traced with a set per sample, which sees every dependence that the graph holds, however
-    small, also those that are zero at this point: zeros of inputs, parameters, buffers and of whatever is computed from
-    them hide nothing, and conditions and indices made of them stand for all that they could be. Only what the forward
-    pass makes of its own text (`torch.eye`, `torch.tril`, `torch.arange`) counts as zero for good. A model that reads
-    values into Python may take another branch elsewhere, and is never called apart.
+    One backward pass is traced with a set per sample, which includes every dependence in the graph, however small, also
+    those that are zero at this point: zeros of inputs, parameters, buffers and of whatever is computed from them do not
+    count as zeros, and conditions and indices computed from them may take any value. Only constants made in the forward
+    pass (`torch.eye`, `torch.tril`, `torch.arange`) count as always zero. A model that reads values into Python may
+    take another branch elsewhere, and is never reported as independent.
 
     With `strict`, `2 ceil(log2 n)` more backward passes with random cotangents on half of the samples must leave the
-    gradient of the other half exactly zero; every ordered pair of samples is parted by one of them. Neither sees what
-    a detached batch statistic does to values: compare outputs alone with outputs in the batch for that.
+    gradient of the other half exactly zero; every ordered pair of samples is separated by one of them. Neither test
+    detects the effect of detached batch statistics on values: compare outputs of single samples with outputs of the
+    batch for that.
 
     Args:
         model: A module, or a function `f(x)`.
         x: Samples along the first axis; a tuple is positional arguments, a mapping keywords.
         outputs: Part of the output, as in `jacobian`.
         training: A mode for all modules, None for their own.
-        strict: Send masks through too.
+        strict: Test with masked cotangents, too.
 
     Returns:
-        The verdict, with the pairs of dependent samples that were found.
+        A `Separation` with the pairs of dependent samples that were found.
 
     Raises:
         InputError: An input or output has another number of samples along its first axis.

@@ -69,7 +69,7 @@ def load(path: str | Path, outputs: Selector) -> tuple[Any, ...]:
     """Return what a `SparsePlan` in a file is made of, in its order.
 
     Raises:
-        DataError: The file is no plan, of another version, or damaged; the message says what of it.
+        DataError: The file is no plan, of another version, or damaged; the message states which.
         InputError: `outputs` was no name or index and has to be given again.
     """
     try:

@@ -55,7 +55,7 @@ def refuse_other_things(folder: Folder) -> None:
 
 
 def packed(folder: Folder, facts: Mapping[str, Any]) -> np.ndarray:
-    """Return the tile that stands for facts, after bytes among them went to files beside it.
+    """Return the tile that encodes facts, after writing bytes among them to files beside it.
 
     Raises:
         InputError: There are too many of them.

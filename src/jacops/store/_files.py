@@ -22,7 +22,7 @@ from ..errors import InputError, InputTypeError
 
 Parts = tuple[str, ...]
 
-# Our own left-overs and no one else's: what a killed writer had not yet renamed.
+# Only our own temporary files: those that a killed writer had not renamed yet.
 _PARTIAL = re.compile(r".+\.[0-9a-f]{16}\.jacops-partial")
 
 
@@ -144,7 +144,7 @@ class Folder:
 
 
 def is_partial(name: str) -> bool:
-    """Say whether a file is what a killed writer had not yet renamed."""
+    """Return whether a file is what a killed writer had not yet renamed."""
     return _PARTIAL.fullmatch(name) is not None
 
 

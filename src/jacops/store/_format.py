@@ -1,6 +1,6 @@
-"""What a stored run looks like on the disk: grids of tiles, the header that says whose they are, their bytes.
+"""The format of a stored run on disk: grids of tiles, the header that identifies the run, their bytes.
 
-Metadata read from a disk is checked against what this module would have written and nothing else: zarr never sees
+Metadata read from a disk is checked against what this module would have written and nothing else: zarr never reads
 metadata that someone else may have made, so no codec, type or name in it is ever looked up.
 """
 
@@ -45,7 +45,7 @@ class Grid:
         tile: Of one tile, clipped to the array.
         dtype: A NumPy name such as `"float64"`; a NumPy or torch dtype is taken too. Real, complex or whole numbers.
         finite: Whether NaN and Inf are refused. A tile that was not written reads as NaN (in whole numbers as the
-            smallest value, unsigned as the largest), so let them in only beside an array of statuses.
+            smallest value, unsigned as the largest), so allow them only together with an array of statuses.
 
     Raises:
         InputError: A side is out of range, or the dtype cannot be stored.
@@ -92,7 +92,7 @@ class Grid:
 
     @property
     def blank(self) -> Any:
-        """What a place holds that was never written."""
+        """The value of entries that were never written."""
         kind = np.dtype(self.dtype)
         if kind.kind in "iu":
             return int(np.iinfo(kind).min if kind.kind == "i" else np.iinfo(kind).max)
@@ -130,12 +130,12 @@ class Grid:
         return tuple(part.stop - part.start for part in self.selection(index))
 
     def fitting(self, name: str, index: Index, block: Any) -> np.ndarray:
-        """Return the values of a tile of the array of this name as NumPy has them.
+        """Return the values of a tile of the array of this name as a NumPy array.
 
         Raises:
             InputError: There is no such tile, or shape or dtype do not fit.
             InputTypeError: They are neither a tensor nor an array.
-            NonFiniteError: They hold NaN or Inf, which are not let in.
+            NonFiniteError: They hold NaN or Inf, which are not allowed.
         """
         needed = self.tile_shape(index)
         if not isinstance(block, Tensor | np.ndarray):
@@ -271,7 +271,7 @@ def loaded_json(raw: bytes) -> dict[str, Any]:
     """Return the object in strict JSON.
 
     Raises:
-        ValueError: It is something else; the message says what, to follow "is".
+        ValueError: It is something else; the message states what, to follow "is".
     """
 
     def refuse(name: str) -> None:

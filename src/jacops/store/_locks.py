@@ -1,4 +1,4 @@
-"""Kernel locks beside a store, one for each tile in work: gone when their holder dies, by whatever death.
+"""Kernel locks beside a store, one for each tile in work: released when their holder ends, in whatever way.
 
 They are files in a folder beside the store, locked by `flock`, and removed when they are released. Network file systems
 that pass `flock` on to their server (NFS, SMB) share them between machines.
@@ -22,7 +22,7 @@ from ._format import Index
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 2.0  # seconds: a tile takes a flush of some milliseconds at least, often minutes
-_SAY_AFTER = 20.0  # seconds of waiting without a word, where nobody looks at a progress bar
+_SAY_AFTER = 20.0  # seconds of waiting without a message, where there is no progress bar
 
 
 def locks_of(store: Path) -> Path:
@@ -40,7 +40,7 @@ class Lock:
     Args:
         store: The store's folder.
         name: What is locked.
-        tile: The tile that it stands for, to be named where the file system refuses.
+        tile: The tile that it locks, for error messages.
     """
 
     def __init__(self, store: Path, name: str, tile: tuple[str, Index] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A stored run as its reader sees it: every byte is compared with its mark before it counts."""
+"""Reading a stored run: every byte is compared with its mark before it is used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Store:
     Attributes:
         path: The folder, absolute.
         identity: What the numbers depend on, by name.
-        surroundings: Versions, threads and the like of the run that began it.
+        surroundings: Versions, threads and device of the run that began it.
         arrays: The grid of every array.
     """
 
@@ -74,7 +74,7 @@ class Store:
 
     @property
     def surroundings(self) -> dict[str, str]:
-        """Versions, threads and the like of the run that began it."""
+        """Versions, threads and device of the run that began it."""
         return dict(self._header.surroundings)
 
     @property
@@ -134,12 +134,12 @@ class Store:
 
         Args:
             name: Which array.
-            partial: Whether an unfinished run will do; what is missing is then NaN, in arrays of whole numbers the
+            partial: Accept an unfinished run; what is missing is then NaN, in arrays of whole numbers the
                 smallest value, of unsigned ones the largest.
 
         Raises:
             InputError: There is no such array.
-            StoreIncompleteError: The run has not finished, and `partial` was not asked for.
+            StoreIncompleteError: The run has not finished, and `partial` is False.
             StoreDamagedError: Bytes are not what the run wrote there.
             StoreFileError: It cannot be read.
             MemoryBudgetError: The array is larger than the machine's memory; read it tile by tile.
@@ -216,7 +216,7 @@ class Store:
             raise StoreDamagedError(self.path, str(error), name, index) from None
 
     def _mark(self, name: str, index: Index, raw: bytes) -> dict[str, Any]:
-        """Return what stands for these bytes, at this place, in this run."""
+        """Return the mark of these bytes, at this place, in this run."""
         digest = hashlib.blake2b(json.dumps([name, *index]).encode(), digest_size=32, key=self._header.key)
         digest.update(raw)
         return {"blake2b": digest.hexdigest()}
@@ -319,7 +319,7 @@ def header_in(folder: Folder) -> Header | None:
 def explained(
     folder: Folder, parts: tuple[str, ...], name: str | None = None, index: Index | None = None
 ) -> Iterator[None]:
-    """Turn what the file system says of a file into an error with path and tile."""
+    """Convert an error of the file system to one with path and tile."""
     try:
         yield
     except StoreError:
@@ -327,7 +327,7 @@ def explained(
     except OSError as error:
         file = "/".join(parts) or "."
         if error.errno in _LINK_OR_SO and folder.path.is_dir():
-            reason = f"on the way to {file!r} stands a link, or something else that no run makes"
+            reason = f"on the way to {file!r} stands a link, or something else that jacops does not create"
             raise StoreDamagedError(folder.path, reason, name, index) from None
         raise StoreFileError(folder.path, file, error.strerror or str(error), name, index) from error
 

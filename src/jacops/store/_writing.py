@@ -1,4 +1,4 @@
-"""A stored run as its writers see it, any number of processes at once: each takes tiles that nobody else has."""
+"""Writing a stored run, in any number of processes at once: each takes tiles that no other has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StoredRun(Store):
     """A run that writes its tiles to a store, shares it with other processes, and continues an earlier run.
 
     Made by `StoredRun.open`. Any number of processes may run the same lines: each computes tiles that no other has,
-    waits for those, takes over what a killed one left, and reads all. Use it as a context: leaving it lets go of the
+    waits for those, takes over what a killed one left, and reads all. Use it as a context: leaving it releases the
     store, finished or not.
 
     Example:
@@ -134,9 +134,9 @@ class StoredRun(Store):
     def missing(self, name: str, *also: str) -> Iterator[Index]:
         """Iterate over the tiles that this run is to compute, the last axis fastest, until all are finished.
 
-        A tile is given to one of the processes that are at work, and is its own until it is written or the run is
-        closed. What others have is waited for, and given out where they end without having written it. Finished tiles
-        are read and compared with their marks on the way; a damaged one is warned of and given out.
+        A tile is assigned to one of the running processes until it is written or the run is closed. Tiles of other
+        processes are waited for, and assigned again if their process ends without having written them. Finished tiles
+        are read and compared with their marks; a damaged one causes a warning and is assigned again.
 
         Args:
             name: Which array.
@@ -191,7 +191,7 @@ class StoredRun(Store):
     def wait(self, name: str, *also: str) -> bool:
         """Wait for the tiles that other runs have; return whether one of them is to be computed after all.
 
-        What this run itself has taken is not waited for: write that first, since others may wait for it.
+        Tiles that this run has taken itself are not waited for: write them first, since other runs may wait for them.
 
         Args:
             name: Which array.
@@ -226,7 +226,7 @@ class StoredRun(Store):
         return self._claims.has(name, index) or self._is_finished(name, index, also)
 
     def _is_finished(self, name: str, index: Index, also: Iterable[str] = (), tell: bool = False) -> bool:
-        """Return whether a tile and those that belong to it are there and right; `tell` of damage."""
+        """Return whether a tile and those that belong to it exist undamaged; with `tell`, warn of damage."""
         tiles = [(name, index), *((other, (*index, *ONLY)[: len(self._grid(other).counts)]) for other in also)]
         return all([place in self._right[of] or self._kept(of, place, tell) is not None for of, place in tiles])
 
@@ -239,7 +239,7 @@ class StoredRun(Store):
     def write(self, name: str, index: Index, block: Tensor | np.ndarray) -> None:
         """Finish a tile: when this returns, it is on the disk and marked, and no longer this run's own.
 
-        Where another process has the tile, that is waited for.
+        If another process has the tile, the call waits for it.
 
         Args:
             name: Which array.
@@ -248,7 +248,7 @@ class StoredRun(Store):
 
         Raises:
             InputError: There is no such array or tile, or shape or dtype do not fit.
-            NonFiniteError: The block holds NaN or Inf, and the grid does not let them in.
+            NonFiniteError: The block holds NaN or Inf, and the grid does not allow them.
             StoreFileError: The file system refuses; finished tiles are kept.
             StoreError: The run was closed.
         """
@@ -285,9 +285,9 @@ class StoredRun(Store):
             compute: Gives the tile's values.
 
         Raises:
-            InputError: As `write`.
-            NonFiniteError: As `write`.
-            StoreError: As `write`.
+            InputError: There is no such array or tile, or shape or dtype do not fit.
+            NonFiniteError: The block holds NaN or Inf, and the grid does not allow them.
+            StoreError: The run was closed, or the file system refuses.
         """
         raw = self._kept(name, index, tell=False)
         if raw is None:

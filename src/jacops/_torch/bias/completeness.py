@@ -18,7 +18,7 @@ _CANCELLED = 1e3  # how far several kinks at one point may cancel in a second di
 _TERMS = 2.0**12  # roundings of its terms that a result may hold
 _LEFT = 2.0**-10  # a tiny output may be what is left of terms 1,000 times as large, as a sample's other outputs are
 _TEMPORARY = 2**18  # entries of temporaries: 2 MiB in double precision, which caches hold
-_SEEDS = (0, 1, 2)  # directions; the least error counts, since kinks spoil one direction and seldom three
+_SEEDS = (0, 1, 2)  # directions; the least error counts, since kinks affect one direction and rarely three
 
 
 def exactness(output: Tensor, parts: BiasParts) -> float:
@@ -172,7 +172,7 @@ def _slope_errors(around: Moved, number: int, blocks: Sequence[Tensor]) -> Tenso
     total, sizes = terms.sum(-1), terms.abs().sum(-1)
     error = ((ahead - behind) / 2 - total).abs()
     kinks = _CANCELLED * (ahead - 2 * base + behind).abs()
-    # An output that is tiny beside the sample's others may be what is left of terms of their size.
+    # An output that is tiny beside the sample's others may be the remainder of terms of their size.
     others = torch.linalg.vector_norm(base.reshape(len(base), -1), torch.inf, 1) if base.numel() else base
     scale = torch.maximum(base.abs(), _LEFT * others.reshape(-1, *[1] * (base.ndim - 1)))
     rounding = _TERMS * torch.finfo(base.dtype).eps * scale

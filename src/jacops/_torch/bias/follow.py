@@ -29,13 +29,13 @@ from .local_linear import find_curved, push_entrywise, push_through, ray
 from .operation import OperationCall, Shape, is_followed, kind_of
 
 _MOVE = {torch.float64: 2.0**-20, torch.float32: 2.0**-13}  # d relative to x: far above rounding, below most kinks
-_SEEDS = 3  # directions that are asked for: a further leaf moves along one of its own
+_SEEDS = 3  # directions that are requested: a further leaf moves along one of its own
 _COARSE_MOVE = 2.0**-6  # for half precision: two spacings of bfloat16 (2**-7), below which a move rounds away
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class Functions(TorchFunctionMode):
-    """Knows which function of torch's the forward is in: one of them may run many operations."""
+    """Records which function of torch the forward is in: one of them may run many operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class Follow(Light):
 
 
 def _needs_grad(tensor: Tensor) -> bool:
-    """Return whether autograd follows a tensor; a view of what was written into learns that from its `grad_fn`."""
+    """Return whether autograd follows a tensor; a view of a tensor that was written into does if it has a `grad_fn`."""
     return tensor.grad_fn is not None or tensor.requires_grad
 
 

@@ -68,7 +68,7 @@ class FollowedRun:
         points: Where it was followed from.
         moves: `d` by leaf, where values were moved.
         curved: Names of what is not piecewise linear.
-        coarse: As in `BiasParts`.
+        coarse: The coarsest dtype of what was followed; None where nothing was.
     """
 
     outputs: list[Tensor]

@@ -16,7 +16,7 @@ from ..sweeps.linearization import Linearization
 
 Operation = Callable[[Sequence[Tensor]], list[Tensor]]
 
-# Moves relative to the values. At the first one a curvature of 1e-9 of the result is seen in double precision; the
+# Moves relative to the values. The first one detects a curvature of 1e-9 of the result in double precision; the
 # smaller ones pass fewer kinks, for results with many of them (a sum of 10,000 absolute values).
 _MOVES = (2.0**-6, 2.0**-12, 2.0**-18)
 _ROUNDING = 2.0**7  # in units of the precision: second differences of linear operations were seen to stay below 2**4
@@ -34,7 +34,7 @@ def push_through(
     A push is the derivative of a backward pass by its cotangent; where a backward cannot be differentiated, it is made
     of backward passes, one per entry of the results.
     """
-    # The hooks of a checkpoint around the operation must not see what is saved here.
+    # What is saved here must not reach the hooks of a checkpoint around the operation.
     with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
         leaves = [point.detach().requires_grad_() for point in points]
         results = operation(leaves)

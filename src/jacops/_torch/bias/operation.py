@@ -22,7 +22,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What is known of torch's own operations saves time; all others are examined where they are called. These are affine in
+# Tables of torch's own operations save time; all others are examined where they are called. These are affine in
 # all floating-point arguments together.
 _AFFINE = _names(
     "add sub rsub neg sum mean cat stack clone copy _to_copy index gather index_select where masked_fill fill "
@@ -36,7 +36,7 @@ _PRODUCTS: dict[str, tuple[set[int], ...]] = {
     "div": ({0},),
 }
 _NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))  # affine in x without training
-# Results that are entries of the argument at place 0; which ones, a second result says, counted over its last axes.
+# Results that are entries of the argument at place 0; a second result holds which ones, counted over its last axes.
 _SELECTIONS = {
     "max_pool2d_with_indices": 2,
     "max_pool3d_with_indices": 3,
@@ -71,7 +71,7 @@ class Shape(Enum):
 
 @dataclass(frozen=True)
 class Signature:
-    """What the signature of an operation says.
+    """The properties of an operation that its signature gives.
 
     Attributes:
         name: Its name, without overload and underscore.
@@ -105,7 +105,7 @@ class Signature:
 
 @lru_cache(maxsize=4096)
 def kind_of(func: Any) -> Signature:
-    """Return what the signature of an operation says."""
+    """Return the properties of an operation that its signature gives."""
     schema = func._schema
     names = tuple(a.name for a in schema.arguments)
     written = frozenset(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
@@ -135,7 +135,7 @@ class OperationCall:
         self._positional = len(args)
         self.written = [t for name in self.kind.written for t in tensors_in(self._args.get(name)) if is_followed(t)]
         self._random = random_states() if self.kind.draws else None
-        # Copies: what these hold now is gone once the operation has run.
+        # Copies: the values of these are overwritten by the operation.
         self._found = {id(t): t.detach().clone() for t in self.written}
         self._values: dict[tuple[int, torch.dtype], Tensor] = {}
 

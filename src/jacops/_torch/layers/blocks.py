@@ -169,7 +169,7 @@ def _add(matrix: Tensor, rows: _Rows, columns: _Columns, weight: float, most: in
     left, right, values = rows.operand, columns.operand, rows.values
     if right is not None and values.shape[0] > right.shape[0]:
         right = right.repeat_interleave(values.shape[0] // right.shape[0], 0)
-    # A panel against itself is symmetric, and K was cut to a triangle: columns before the rows hold zeros.
+    # A panel times itself is symmetric, and K was cut to a triangle: columns before the rows hold zeros.
     own = rows.panel is columns.panel and right is not None
     for some, both, inner, packed in _pairs(left, right, values.shape[0], own, most // 2):
         # A quarter: the product, its two operands and the block that is written share what is allowed.
@@ -200,7 +200,7 @@ def _pairs(
 ) -> Iterator[tuple[slice, Tensor | None, torch.Size, Tensor | None]]:
     """Yield products of two operands for some samples at a time, `(samples, left * right)`, and their shape.
 
-    Of an operand with itself only one half is made; the last item says which product stands for which.
+    Of an operand with itself only one half is made; the last item maps products to those that were made.
     """
     inner = torch.Size([1 if left is None else left.shape[1], 1 if right is None else right.shape[1]])
     if left is None or right is None:
@@ -219,7 +219,7 @@ def _pairs(
 
 
 def _half_of(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the pairs of a square's upper half, and for every pair of the square where it stands among them."""
+    """Return the pairs of a square's upper half, and for every pair of the square its place among them."""
     i, j = torch.triu_indices(size, size, device=device)
     packed = torch.empty(size, size, dtype=torch.long, device=device)
     packed[i, j] = packed[j, i] = torch.arange(len(i), device=device)

@@ -44,7 +44,7 @@ def together(sites: Sequence[LayerOutput]) -> list[LayerOutput]:
 
 
 def add_pairs(diagonal: Tensor, site: LayerOutput, chunk: Chunk, later: LayerOutput, found: Found) -> None:
-    """Add what a chunk of a site's output says of parameters that enter there and at a later site, or there alone."""
+    """Add a chunk of a site's output for parameters that enter there, alone or at a later site too."""
     share = 1.0 if later is site else 2.0  # of two sites, each is met by the other
     for row_block in site.panels:
         for column_block in later.panels:

@@ -65,10 +65,10 @@ def _placed(
 
 
 def find_orders(lin: Linearization, uses: Sequence[ParameterUse], many: int) -> list[Order | None]:
-    """Say for each use how its rows belong to samples, by one sweep or three; None where samples mix.
+    """Return for each use how its rows belong to samples, by one sweep or three; None where samples mix.
 
     A random cotangent on half of the samples leaves exact zeros in the rows of the others. Where rows are laid out in
-    neither of the usual ways (packed sequences), one that is multiplied by each sample's number says whose they are.
+    neither of the usual ways (packed sequences), one that is multiplied by each sample's number shows it.
 
     Raises:
         RouteFailedError: Torch cannot take a sweep.

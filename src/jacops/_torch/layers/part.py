@@ -1,4 +1,4 @@
-"""What is asked of one parameter's share of many rows, and how it is answered some columns at a time."""
+"""Computations with one parameter's share of many rows, some columns at a time."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ class Outer(Products):
         return grouped.mT if self.turned else grouped
 
     def _contracts(self, many: int) -> bool:
-        """Say whether m products are cheaper by factors than by rows."""
+        """Return whether m products are cheaper by factors than by rows."""
         k, positions = self.delta.shape[1:3]
         if positions == 1:  # the same arithmetic either way: what counts is how much is written on the way
             return 2 * many <= k * self.operand.shape[3]
@@ -390,7 +390,7 @@ class Several(RowFactors):
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Return the lengths of a parameter's first axis and of the others laid end to end, as `RowFactors` sees it."""
+    """Return the lengths of a parameter's first axis and of the others laid end to end, as `RowFactors` views it."""
     return shape[0] if shape else 1, shape[1:].numel()
 
 

@@ -32,7 +32,7 @@ def _times_ranked(part: RowFactors, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _contracts(part: Outer, left: Tensor, right: Tensor) -> bool:
-    """Say whether factors take less arithmetic than the entries of rows and vectors."""
+    """Return whether factors take less arithmetic than the entries of rows and vectors."""
     n, k, positions, groups, out = part.delta.shape
     (many, long, rank), wide, inner = left.shape, right.shape[1], part.operand.shape[3]
     by_factors = n * positions * groups * many * rank * (inner + k * (out + 1))

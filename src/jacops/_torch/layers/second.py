@@ -76,5 +76,5 @@ class Second:
 
 
 def moves(use: ParameterUse) -> bool:
-    """Say whether what multiplies a parameter depends on others."""
+    """Return whether what multiplies a parameter depends on others."""
     return use.kind != "lookup" and use.attached is not None and use.attached.requires_grad

@@ -49,7 +49,7 @@ class LayerOutput:
 
     @property
     def edge(self) -> GradientEdge:
-        """Its output, where cotangents are asked for."""
+        """Its output, where cotangents are requested."""
         return GradientEdge(self.node, 0)
 
     @cached_property
@@ -112,7 +112,7 @@ class LayerOutput:
         return self.gathered(seeds)
 
     def describes(self, use: ParameterUse) -> bool:
-        """Say whether a use is the same for all samples: a parameter may have an entry per sample."""
+        """Return whether a use is the same for all samples: a parameter may have an entry per sample."""
         if use.kind != "vector":
             return use.operand is not None and use.operand.shape[0] == self.many * self.positions
         index = self.spread(use.entries())
@@ -317,7 +317,7 @@ def leaves_of(sites: Sequence[LayerOutput]) -> set[int]:
 
 
 def pays(sizes: Sequence[int], described: Set[int], rows: int, sweeps: int) -> bool:
-    """Say whether a matrix by layers should beat the same one by products, many to a sweep.
+    """Return whether a matrix by layers should beat the same one by products, many to a sweep.
 
     Both take time per sweep and per number multiplied; the seconds are what a processor was measured to take. Small
     matrices are products' own.

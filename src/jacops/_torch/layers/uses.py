@@ -45,14 +45,14 @@ _DEEPEST = 50  # operations between a parameter and the weight made of it: a cha
 
 @dataclass(frozen=True, eq=False)
 class ParameterUse:
-    """One place where a leaf enters, as rows `(samples, positions, …)`; `Rule` says what these are.
+    """One place where a leaf enters, as rows `(samples, positions, …)`; `Rule` defines these.
 
     Attributes:
-        node: The operation; `edge` is its output, where cotangents are asked for.
+        node: The operation; `edge` is its output, where cotangents are requested.
         entry: How the leaf arrives.
         shape: Of the operation's output; of the sum's where there is one.
         sum: The sum that repeats the operation's output for all samples (positions added to tokens), if there is one:
-            cotangents are asked for at its output, where samples are still apart.
+            cotangents are requested at its output, where samples are still apart.
         samples: How many.
         order: How rows belong to them.
     """
@@ -88,7 +88,7 @@ class ParameterUse:
 
     @property
     def edge(self) -> GradientEdge:
-        """Where cotangents are asked for."""
+        """Where cotangents are requested."""
         return GradientEdge(self.node if self.sum is None else self.sum, 0)
 
     @cached_property
@@ -130,11 +130,11 @@ class ParameterUse:
         return None if operand is None else by_sample(operand, self.samples, self.order)
 
     def delta(self, cotangent: Tensor, attached: bool = False) -> Tensor:
-        """Return a cotangent at the operation's output as rows `(n, T, …)` of what the rule says, with their graph."""
+        """Return a cotangent at the operation's output as rows `(n, T, …)` of the rule, with their graph."""
         if self.kind == "outer" and self._layout is not None:
             spread = self._layout.spread(cotangent, self.samples, self.order)
             return spread.unflatten(2, (self._layout.groups, -1))
-        # Rules of outer products and lookups give the cotangent back: only vectors are multiplied here.
+        # Rules of outer products and lookups return the cotangent: only vectors are multiplied here.
         factor = None if self.kind != "vector" else self.attached if attached else self.operand
         rows = by_sample(self._rule.rows(self.node, cotangent, self.entry, factor), self.samples, self.order)
         return rows.unsqueeze(2) if self.kind == "lookup" else rows
@@ -144,7 +144,7 @@ class ParameterUse:
         if self.kind == "outer" and self._layout is not None:
             return self._layout.spread(cotangents, self.samples, self.order).unflatten(3, (self._layout.groups, -1))
         if self.kind == "vector" and self.operand is None and self.entry.copies == 1 and len(self.shape) > 1:
-            # The first axis makes rows, of whatever cotangent.
+            # The first axis becomes rows, for any cotangent.
             rows = self._rule.rows(self.node, cotangents.flatten(0, 1), self.entry, None)
             return by_sample(rows.unflatten(0, (len(cotangents), -1)), self.samples, self.order, axis=1)
         return torch.stack([self.delta(cotangent) for cotangent in cotangents])
@@ -193,7 +193,7 @@ class ParameterUse:
 
     @property
     def row_count(self) -> int:
-        """Samples times positions, as far as the output says."""
+        """Samples times positions, by the shape of the output."""
         return math.prod(self.layout.row_sizes) if self.layout is not None else self.shape[:1].numel()
 
     def entries(self) -> Tensor:
@@ -257,7 +257,7 @@ class _Search:
         """Return the uses of the leaves that have rules everywhere."""
         while True:
             found = {i: own for i in range(len(self._lin.leaves)) if (own := self._of_leaf(i)) is not None}
-            # What makes a weight of parameters is no place where one of these enters: paths would count twice.
+            # Operations that compute a weight from parameters are not uses of these: paths would count twice.
             edges = [use.entry.edge for uses in found.values() for use in uses]
             inside: set[Any] = set()
             for edge in edges:

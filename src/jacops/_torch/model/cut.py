@@ -24,10 +24,10 @@ class Cut:
         at: Source and target.
         connected: The leaf stays connected to what is before it.
         frozen: Modules that are frozen meanwhile.
-        checked: What frozen functions give is held against what they give otherwise.
+        checked: What frozen functions give is compared with what they give otherwise.
 
     Attributes:
-        leaves: What stands for the source's output.
+        leaves: The tensors that replace the source's output.
         before: The source's output itself, with its graph.
         captured: The target's output.
 
@@ -66,7 +66,7 @@ class Cut:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Cut the forward while inside; the module is a replica, so hooks on it are nobody's business."""
+        """Cut the forward while inside; the module is a replica, so hooks on it affect no one else."""
         handles = []
         if self.source is not None:
             handles.append(self.submodule(self.source).register_forward_hook(self._cut))
@@ -99,7 +99,7 @@ class Cut:
         self.captured.append(first_tensor(output, self.target))
 
     def result(self, output: Any) -> Any:
-        """Return what stands for the output: the target's if there is one."""
+        """Return the output, the target's if there is one."""
         for path, found in ((self.source, self.leaves), (self.target, self.captured)):
             if path is not None and len(found) != 1:
                 needed = f"the forward must use that submodule once; it did {len(found)} times"

@@ -48,7 +48,7 @@ class FrozenModules:
 
     @classmethod
     def of(cls, freeze: Freeze, model: Any) -> FrozenModules | None:
-        """Return what `freeze=` of a call asks for; None where it was left out.
+        """Return the modules that `freeze=` of a call selects; None where it was left out.
 
         Raises:
             InputTypeError: It is of the wrong kind, or the model has no modules.
@@ -97,7 +97,7 @@ class FrozenModules:
 
         Args:
             module: The replica.
-            checked: Hold what frozen functions give against what they give otherwise.
+            checked: Compare results of frozen functions with those of the original functions.
 
         Raises:
             ModelStateError: None of the modules was run, or one in an activation checkpoint; or a function gives other
@@ -136,7 +136,9 @@ def _fitting(pattern: str, named: dict[str, nn.Module]) -> list[str]:
     if not found:
         known = list(dict.fromkeys([*(type(m).__name__ for m in named.values()), *filter(None, named)]))
         near = get_close_matches(pattern, known, _LISTED, 0.4) or known[:_LISTED]
-        raise InputError.of("freeze", repr(pattern), f"no class name or path of a module fits; near are {_few(near)}")
+        raise InputError.of(
+            "freeze", repr(pattern), f"no class name or path of a module fits; the nearest are {_few(near)}"
+        )
     return found
 
 
@@ -161,7 +163,7 @@ class _FrozenForward(TorchFunctionMode):
 
     Args:
         modules: Which.
-        checked: As in `FrozenModules.active`.
+        checked: Compare results of frozen functions with those of the original functions.
     """
 
     def __init__(self, modules: FrozenModules, checked: bool) -> None:
@@ -249,7 +251,7 @@ class _FrozenForward(TorchFunctionMode):
             new = {node for node, _ in waiting.pop().next_functions} - nodes
             nodes |= new
             waiting += new
-        # Of products, those that only lead into a constant, as queries times keys do, are no matter.
+        # Products that only lead into a constant, such as queries times keys, need no rule.
         self.modules.held.clear()
         self.modules.held.update(what for what, node in self._held if node in nodes)
 

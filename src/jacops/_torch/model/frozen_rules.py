@@ -34,7 +34,7 @@ _WEIGHTS = _names("softmax special_softmax _softmax _safe_softmax exp")
 _SCALES = _names(
     "rsqrt sqrt reciprocal var std norm linalg_norm linalg_vector_norm nuclear_norm frobenius_norm linalg_matrix_norm"
 )
-# By how much a result is a gate: it lies between two bounds, or it comes out of another activation.
+# By how much a result is a gate: it is between two bounds, or the result of another activation.
 BOUNDED = _names("sigmoid special_expit expit hardsigmoid erf special_erf")
 SMOOTH = _names(
     "gelu silu tanh elu selu celu softplus mish hardswish log_sigmoid logsigmoid sin cos atan arctan asinh arcsinh"
@@ -178,7 +178,7 @@ def _attention(call: FunctionCall) -> Frozen:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        unseen = torch.isneginf(scores).all(-1, keepdim=True)  # a query that sees no key gets zeros
+        unseen = torch.isneginf(scores).all(-1, keepdim=True)  # a query without a key gets zeros
         pattern = scores.masked_fill(unseen, 0).softmax(-1).masked_fill(unseen, 0).to(value.dtype)
         pattern = torch.nn.functional.dropout(pattern, dropped) if dropped else pattern
     return pattern @ value, ATTENTION

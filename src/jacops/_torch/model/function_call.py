@@ -1,4 +1,4 @@
-"""A call of a function of torch, as a mode sees it."""
+"""A call of a function of torch, as a mode receives it."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
     """Return a function of `torch.nn.functional` as one that shows a mode what it calls; None for all others.
 
     Such a function, multi-head attention above all, hands itself to a mode as a whole, and what it then calls is out of
-    the mode's sight. The copy has the same code, and sees no mode.
+    the mode. The copy has the same code, and no mode applies to it.
     """
-    # Those that choose between two others by a flag are made elsewhere, and hand themselves over again when opened.
+    # Those that choose between two others by a flag are made elsewhere, and return themselves when unwrapped.
     if not isinstance(func, FunctionType) or func.__globals__ is not vars(torch.nn.functional):
         return None
     asked = (name for name in func.__globals__ if name.startswith("has_torch_function"))

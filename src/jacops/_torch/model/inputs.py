@@ -119,7 +119,7 @@ def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
 
     Raises:
         InputError: An input has another dtype or device than the weights; torch's own error is its cause.
-        ModelStateError: An exported module was asked for another batch size than it was exported with.
+        ModelStateError: An exported module was requested another batch size than it was exported with.
     """
     try:
         yield
@@ -151,8 +151,8 @@ def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
         raise
 
 
-# How the modules of torch.export begin to refuse a shape: the guards of `ExportedProgram.module()`, and what it and
-# `torch.export.unflatten` check before the first operation.
+# The beginnings of torch.export's messages that refuse a shape: the guards of `ExportedProgram.module()`, and what it
+# and `torch.export.unflatten` check before the first operation.
 _FIXED_SHAPE = re.compile(r"Guard failed: .*size\(\)|Expected input at .*shape\[")
 
 

@@ -68,10 +68,10 @@ class Likelihood:
         size that no mean has; and a sum has the denominator 1.
         """
         each, ones = self.real.sum(1).double(), torch.ones(rows, dtype=torch.float64, device=self.real.device)
-        # Half a square is as usual as a whole one.
+        # Half squares are as common as whole ones.
         usual = (1.0, 2.0) if self.kind == "gaussian" else (1.0,)
         total = float(each.sum())
-        # Rounding in float32 is far below 1e-3; two counts of predictions that near each other are one.
+        # Rounding in float32 is far below 1e-3; two counts of predictions that close are the same.
         means, by_rows, summed = (
             any(abs(self.strength * count - size) <= 1e-3 * size for size in usual) for count in (total, rows, 1)
         )
@@ -153,7 +153,7 @@ def likelihood_of(
         loss: `loss(output, y)`, one number.
         outputs: The tensors of the model's output.
         tree: How they make the output.
-        y: As in `computed_likelihood`.
+        y: The target, which determines the predictions that count; None where all do.
     """
 
     @restoring
@@ -162,7 +162,7 @@ def likelihood_of(
             leaves = [part.detach().requires_grad_() for part in parts]
             value = call_loss(loss, tree.build([leaf.clone() for leaf in leaves]), labels)
             found = torch.autograd.grad(value, leaves, allow_unused=True)
-            # Slopes have no more digits than the loss that they are of, which may be computed in a coarser dtype.
+            # Slopes have no more digits than their loss, which may be computed in a coarser dtype.
             return [part if part is None else part.to(_coarser(part.dtype, value.dtype)) for part in found]
 
     with arithmetic(False):
@@ -198,7 +198,7 @@ def computed_likelihood(slope: Slope, output: Tensor, y: Any) -> Likelihood | No
     Args:
         slope: The gradient of the loss by an output, for a target; in the dtype that it was computed in.
         output: The model's output.
-        y: The target, by which it is known which predictions count; None where all do.
+        y: The target, which determines the predictions that count; None where all do.
     """
     for case in _cases(output, y):
         try:
@@ -218,7 +218,7 @@ class _Case(NamedTuple):
     Attributes:
         kind: The distribution of a label.
         axis: Of the classes.
-        lag: How many positions before a label its prediction stands.
+        lag: How many positions before a label its prediction is.
     """
 
     kind: Kind

@@ -40,7 +40,7 @@ def computed_convex(
     Args:
         loss: `loss(output, y)`, one number.
         y: The target.
-        product: As in `positive_everywhere`.
+        product: Products of the Hessian with rows `(k, entries)`.
         outputs: The tensors of the output.
         tree: How they make the output.
     """
@@ -94,7 +94,7 @@ class _Blocks:
     """Products with the blocks of all samples at once.
 
     Args:
-        product: As in `positive_everywhere`.
+        product: Products of the Hessian with rows `(k, entries)`.
         order: Where the entries of each sample stand in a row, `(n, entries)`.
         total: Entries of a row.
         like: A tensor of the dtype and on the device of the rows.

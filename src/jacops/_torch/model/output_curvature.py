@@ -123,12 +123,12 @@ def _units(start: int, stop: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(entries, like.shape[1:].numel()).unsqueeze(1).to(like)
 
 
-# Roundings of a sample's largest entry that a small one may be off by: it holds some of those of sums over the entries.
+# The error of a small entry, in rounding errors of a sample's largest one: it has some of those of sums over entries.
 _ROUNDINGS = 64
 
 
 class ProbedHessian:
-    """What three products tell of the Hessian of a loss by the outputs: its form is read off them, not off the loss.
+    """The form of the Hessian of a loss by the outputs, determined from three products and not from the loss.
 
     Args:
         product: Products with rows `(k, n, entries)`.
@@ -187,7 +187,7 @@ class ProbedHessian:
         return bool(((found - self._image).abs() <= self._closely * size + self._floor * largest).all())
 
     def agrees(self, softmax: Softmax) -> bool:
-        """Say whether products with a softmax's Hessian are those that were seen."""
+        """Return whether products with a softmax's Hessian are those that were seen."""
         v, p = self._probe.reshape(softmax.p.shape), softmax.p
         image = softmax.root.square() * p * (v - (p * v).sum(2, keepdim=True))
         return float((image.reshape(self._image.shape) - self._image).norm()) <= self._allowed
@@ -208,7 +208,7 @@ class ProbedHessian:
             v, seen = self._probe.reshape(folded), self._image.reshape(folded)
             plain = p * (v - (p * v).sum(2, keepdim=True))
             strength = (v * plain).sum(2, keepdim=True)
-            # Factors are quotients: below that, rounding leaves them no two digits.
+            # Factors are quotients: below that they have less than two digits.
             sure = strength > min(1e-6, 10 * torch.finfo(p.dtype).eps) * strength.max()
             factor = torch.where(sure, (v * seen).sum(2, keepdim=True) / torch.where(sure, strength, 1.0), 0.0)
             usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())

@@ -1,7 +1,7 @@
 """The loss that a model computes itself where it is given labels, as a function of its logits.
 
 Models of transformers return `loss` beside `logits`. Curvature through the output, losses of rows and drawn labels need
-that loss as `loss(output, labels)`, which is what their `loss_function` computes from the logits; it is held against
+that loss as `loss(output, labels)`, which is what their `loss_function` computes from the logits; it is compared with
 what the model returns.
 """
 
@@ -59,7 +59,7 @@ class ModelLoss:
 
     @property
     def verified(self) -> bool:
-        """It was held against what the model returns."""
+        """It was compared with what the model returns."""
         return self._verified
 
     def __call__(self, output: Any, y: Any) -> Tensor:
@@ -78,7 +78,7 @@ class ModelLoss:
 
     @restoring
     def check(self, model: Any, x: Any, y: Any, output: Any) -> None:
-        """Hold the loss of some rows against what the model returns for them.
+        """Compare the loss of some rows with what the model returns for them.
 
         Raises:
             InputError: It returns another loss, or none.
@@ -109,5 +109,5 @@ def _part(output: Any, name: str) -> Any:
 
 
 def resolved_loss(model: Any, loss: Any) -> Any:
-    """Return a loss as it was given, or the model's own where that is asked for."""
+    """Return a loss as it was given, or the model's own where that is requested."""
     return ModelLoss(model) if isinstance(loss, str) and loss == OWN else loss

@@ -80,7 +80,7 @@ def unwrapped(model: Any) -> nn.Module:
 
 
 def is_sharded(model: Any) -> bool:
-    """Say whether a model's parameters are spread over processes: by FSDP of either kind, or as DTensors."""
+    """Return whether a model's parameters are spread over processes: by FSDP of either kind, or as DTensors."""
     if not isinstance(model, nn.Module) or not any(name in sys.modules for name in _SPREADING):
         return False  # nobody has made such a thing: nothing is walked through
     modules = list(model.modules())
@@ -92,7 +92,7 @@ _SPREADING = frozenset({"torch.distributed.tensor", "torch.distributed.fsdp"})
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Say whether FSDP, of either kind, manages the parameters of this module."""
+    """Return whether FSDP, of either kind, manages the parameters of this module."""
     return type(module).__name__ == "FullyShardedDataParallel" or _manages(type(module))
 
 
@@ -181,7 +181,7 @@ def parameter_names(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_derivatives(parameter: Tensor) -> bool:
-    """Say whether a parameter can be differentiated."""
+    """Return whether a parameter can be differentiated."""
     return parameter.is_floating_point() or parameter.is_complex()
 
 
@@ -282,7 +282,7 @@ def _refuse_scripted(module: nn.Module, connected: bool) -> None:
 
 
 def _in_mode(module: nn.Module, training: bool | None) -> nn.Module:
-    """Return a script module in the mode that is asked for; a frozen one has none."""
+    """Return a script module in the mode that is requested; a frozen one has none."""
     return module if training is None or not hasattr(module, "training") else module.train(training)
 
 

@@ -136,7 +136,7 @@ class RowLosses:
                 return
 
     def _fitting(self, output: Any, y: Tensor) -> list[Divisor]:
-        """Return by what a loss may divide, as far as the losses of a few rows tell."""
+        """Return by what a loss may divide, judging by the losses of a few rows."""
         measured = [(labels, self._measured(output, labels)) for labels in self._probes(y)]
         known = _DIVISORS if y.ndim == 2 else _DIVISORS[:2]
         return [by for by in known if measured and all(self._fits(by, *one) for one in measured)]

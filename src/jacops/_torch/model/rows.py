@@ -19,7 +19,7 @@ Shared = None | str | int | Sequence[str | int]
 
 
 def is_setting(value: Any) -> bool:
-    """Say whether an input is None, a bool, a number or a string: something to pass on, not to differentiate."""
+    """Return whether an input is None, a bool, a number or a string: something to pass on, not to differentiate."""
     return value is None or isinstance(value, Number | str)
 
 
@@ -43,7 +43,7 @@ def rows_apart(x: Any, name: str, shared: Shared = None, of: Any = None) -> tupl
 
 
 def shared_places(paths: Sequence[Sequence[Any]], shared: Shared) -> list[int]:
-    """Return the places of shared leaves: a name counts wherever it stands, a position among the arguments.
+    """Return the places of shared leaves: a name counts in any position, a position among the arguments.
 
     Args:
         paths: Of the input's leaves, as torch's or JAX's trees have them.
@@ -66,7 +66,9 @@ def shared_places(paths: Sequence[Sequence[Any]], shared: Shared) -> list[int]:
         fitting = [i for i, path in enumerate(keys) if (entry in path if by_name else path[:1] == [entry])]
         if not fitting:
             near = get_close_matches(str(entry), names, 3, 0.4) or sorted({str(path[0]) for path in keys if path})
-            known = f"near are {', '.join(near[:5])}" if near else "the input is one tensor, whose rows are samples"
+            known = (
+                f"the nearest are {', '.join(near[:5])}" if near else "the input is one tensor, whose rows are samples"
+            )
             raise InputError.of("shared", repr(entry), f"there is no such input; {known}")
         found += fitting
     return found

@@ -33,7 +33,7 @@ class Shard:
         parameter: The caller's parameter, a DTensor or a tensor that every rank holds.
         mesh: The ranks.
         placements: How it is spread over them.
-        differentiated: A derivative by it is asked for.
+        differentiated: A derivative by it is requested.
     """
 
     parameter: Tensor
@@ -43,7 +43,7 @@ class Shard:
 
     @cached_property
     def local(self) -> Tensor:
-        """A leaf that stands for this rank's part; its memory is the caller's."""
+        """A leaf that represents this rank's part; its memory is the caller's."""
         parameter = out_of_inference(self.parameter).detach()
         local = parameter.to_local().detach() if self.is_dtensor else parameter  # pyright: ignore
         return local.requires_grad_(self.differentiated)
@@ -135,7 +135,7 @@ class _Unit:
     Attributes:
         module: The copy of it.
         forward: Its forward.
-        places: Where each of its parameters stands: the copy of the module that has it, and its name there.
+        places: Where each of its parameters is: the copy of the module that has it, and its name there.
         before: Called before parameters are gathered for the first time.
     """
 
@@ -166,7 +166,7 @@ class _Unit:
 
 
 class ShardedModel:
-    """A model with parameters spread over one mesh axis, as this rank sees it.
+    """A model with parameters sharded over one mesh axis, on this rank.
 
     Args:
         model: The caller's module.

@@ -33,7 +33,7 @@ class SampleTarget:
 
     @classmethod
     def of(cls, target: Any, many: int, device: torch.device) -> SampleTarget | None:
-        """Return what `target=` of a call asks for; None where it was left out.
+        """Return the selection that `target=` of a call makes; None where it was left out.
 
         Raises:
             InputTypeError: It is no tensor of whole numbers.

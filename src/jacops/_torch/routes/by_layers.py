@@ -1,4 +1,4 @@
-"""Curvature by layers: prepared, held against products, and planned in bytes.
+"""Curvature by layers: prepared, compared with products, and planned in bytes.
 
 What it holds on the way is found without doing it: preparations and one sweep are measured, and the products of
 matrices that follow are rehearsed on tensors that have shapes and no entries.
@@ -136,12 +136,12 @@ class ByLayers:
         raise RouteNotFiniteError("values are not finite")  # they look like samples that mix
 
     def direction(self) -> Tensor:
-        """Return the direction along which a matrix is held against a product."""
+        """Return the direction along which a matrix is compared with a product."""
         space = self.lin.domain
         return private_noise(torch.empty(space.dim, dtype=space.dtype, device=space.device), seed=7)
 
     def is_new(self, result: str) -> bool:
-        """Say whether a result still has to be held against products: where values are read, the graph may differ."""
+        """Return whether a result must still be compared with products: where values are read, the graph may differ."""
         effects = self.lin.proofs.effects
         return self.lin.proofs.needs(self.name, result) or bool(effects is not None and effects.reads)
 
@@ -195,7 +195,7 @@ class PreparedFill:
             raise RouteUndecidedError("rounding of the sum would hide what is added by layers")
 
     def check(self, added: Tensor, weight: float) -> None:
-        """Hold a product with what was added against ordinary sweeps, parameter by parameter.
+        """Compare a product with what was added to plain sweeps, parameter by parameter.
 
         Raises:
             RouteFailedError: They disagree.

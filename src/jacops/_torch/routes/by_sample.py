@@ -103,7 +103,7 @@ class SampleFactors:
     # ---- all samples -----------------------------------------------------------------------------------------
 
     def _prepared(self) -> tuple[Linearization, Tensor]:
-        """Record one sample alone: its errors are those of the definition, its size says how many go together."""
+        """Record one sample alone: its errors are those of the definition, its size determines how many go together."""
         lin = self._record_alone(self.count // 2).lin
         return lin, lin.outputs[0]
 
@@ -265,7 +265,7 @@ class SampleFactors:
     def _check_rows(
         self, collected: Any, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
     ) -> None:
-        """Hold the rows of a batch against one plain sweep, and those of one sample against that sample alone."""
+        """Compare the rows of a batch with one plain sweep, and those of one sample with that sample alone."""
         many, entries = where.stop - where.start, self.output.numel()
         mix = private_noise(self.output.new_empty(many, entries))
         if cotangents is None:

@@ -158,7 +158,7 @@ def describable(lin: Linearization) -> list[LayerOutput]:
 
 
 def is_plain(lin: Linearization) -> bool:
-    """Say whether everything has one dtype, in which sums over samples keep their digits."""
+    """Return whether everything has one dtype, in which sums over samples keep their digits."""
     return {*lin.domain.dtypes, *lin.codomain.dtypes} in ({torch.float32}, {torch.float64})
 
 
@@ -296,7 +296,7 @@ def laid(sites: Sequence[LayerOutput], many: int, layouts: dict[int, int]) -> li
 
 
 def _layouts(second: Second, sites: Sequence[LayerOutput], many: int, kept: Tensor, which: int) -> dict[int, int]:
-    """Return for each site how its entries belong to samples, as a sweep from one of them says."""
+    """Return for each site how its entries belong to samples, by a sweep from one of them."""
     options = [site.layouts(many) for site in sites]
     live = [i for i, site in enumerate(sites) if options[i] and second.delta(site) is not None]
     if not live:
@@ -328,7 +328,7 @@ def _masked(site: LayerOutput, second: Second, kept: Tensor) -> Tensor:
 
 
 def _is_apart(site: LayerOutput, grad: Tensor | None, moved: dict[int, Tensor | None], kept: Tensor) -> bool:
-    """Say whether nothing arrived at the samples that were left out."""
+    """Return whether nothing arrived at the samples that were left out."""
     parts = [] if grad is None else [site.spread(grad)]
     parts += [operand_by_sample(site, u, g[None])[0] for u in site.uses if (g := moved.get(id(u))) is not None]
     return not any(bool(part[~kept.to(part.device)].any()) for part in parts)

@@ -53,7 +53,7 @@ def gauss_newton_layers(lin: Linearization, curvature: Rows, rows: Rows) -> Gaus
 
 
 def _applies(lin: Linearization) -> bool:
-    """Say whether there is one output, samples first, with fewer entries for each than there are parameters."""
+    """Return whether there is one output, samples first, with fewer entries for each than there are parameters."""
     if len(lin.outputs) != 1 or lin.outputs[0].ndim == 0 or lin.outputs[0].numel() == 0:
         return False
     return is_plain(lin) and lin.outputs[0][0].numel() <= lin.domain.dim
@@ -178,7 +178,7 @@ class GaussNewtonLayers:
         return max(meter.peak, held + sweep, self.ordinary.working(most))
 
     def _by_channels(self, most: int) -> bool:
-        # By channels all outputs' cotangents are held at once, for which a quarter of the entries stands.
+        # By channels all outputs' cotangents are held at once, which takes the place of a quarter of the entries.
         share = max(sum(site.entries for site in self.sites) // 4, 1)
         return bool(self.sites) and self.lin.outputs[0].numel() * share <= most
 

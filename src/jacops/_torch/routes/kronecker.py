@@ -102,7 +102,7 @@ class RecordedBatch:
         return tuple(grouped)
 
     def misfit(self, groups: Sequence[Group]) -> int | None:
-        """Return a leaf that enters this batch in another way than its group says."""
+        """Return a leaf that enters this batch in another way than its group has."""
         for group in groups:
             for place, leaf in enumerate(group.leaves):
                 forms = _forms(self.uses.get(leaf, []))
@@ -213,7 +213,7 @@ class RecordedBatch:
     # ---- are they right? ---------------------------------------------------------------------------------------
 
     def confirmed(self, groups: Sequence[Group], seeds: Tensor, found: Sequence[Gradients]) -> bool:
-        """Hold gradients, put together under random weights, against one plain sweep."""
+        """Compare gradients, put together under random weights, with one plain sweep."""
         mix = private_noise(seeds[:, 0, 0])
         pulled = self.lin.pull([torch.tensordot(mix, seeds, 1)])
         pairs = []

@@ -28,7 +28,7 @@ class Places:
 
 
 def is_plain(lin: Linearization) -> bool:
-    """Say whether all blocks have one dtype that is known beforehand: the leaves', and nothing complex."""
+    """Return whether all blocks have one dtype that is known beforehand: the leaves', and nothing complex."""
     tensors = [*lin.leaves, *lin.outputs]
     return len({t.dtype for t in tensors}) == 1 and not tensors[0].is_complex()
 

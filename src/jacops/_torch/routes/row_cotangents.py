@@ -1,4 +1,4 @@
-"""What the loss of every row alone says at the output, for all rows of a batch.
+"""Derivatives of the loss of every row alone at the output, for all rows of a batch.
 
 The loss of row i is `loss(output[i : i + 1], y[i : i + 1])`, whatever the loss divides a batch by: class weights and
 ignored targets make a batch's loss no mean over rows. All rows go through the loss in one vectorised call where that
@@ -37,7 +37,7 @@ class RowSlopes(NamedTuple):
 
 
 Build = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Any, Any]]
-_TRIED = 3  # random rows held against rows alone: a loss that mixes rows changes every one of them
+_TRIED = 3  # random rows compared with rows alone: a loss that mixes rows changes every one of them
 
 
 def row_cotangents(

@@ -80,7 +80,7 @@ class LayerRoute:
         self.sweeps = self._output.shape[1:].numel()
         self._leaves = list(layers.by_leaf)
         self._first: list[Tensor] | None = None
-        self._sizes: dict[int, Tensor] = {}  # norms of operands, where they are asked for
+        self._sizes: dict[int, Tensor] = {}  # norms of operands, where they are requested
 
     @cached_property
     def _operands(self) -> list[Tensor | None]:

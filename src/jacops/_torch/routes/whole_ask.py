@@ -1,4 +1,4 @@
-"""What is asked of a whole Jacobian, and what memory it may take."""
+"""The question of a whole Jacobian, and the memory it may take."""
 
 from __future__ import annotations
 

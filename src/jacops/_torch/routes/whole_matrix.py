@@ -1,4 +1,4 @@
-"""Whole Jacobians: the routes there are, and how they are asked for."""
+"""Whole Jacobians: the routes there are, and how they are requested."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class ByColumns(ByRows):
     name, leaving, columns = "forward", "warned", True
 
     def refuses(self, ask: WholeAsk) -> str | None:
-        """It is not taken where rows were asked for, or pushes go row by row."""
+        """It is not taken where rows were requested, or pushes go row by row."""
         if ask.columns is False:
             return "not asked for by `strategy=`"
         known = ask.verdicts.refusal(Question.PUSH, RouteName.DOUBLE_BACKWARD)

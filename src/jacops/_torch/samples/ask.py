@@ -1,4 +1,4 @@
-"""What is asked of one batch: the Jacobians of its samples, written in place."""
+"""The question of the Jacobians of a batch's samples, written in place."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class BatchAsk:
         result: Where Jacobians and outputs are written.
         where: Which samples.
         values: Their inputs.
-        mode: The route asked for by name, or `"auto"`.
+        mode: The route requested by name, or `"auto"`.
         fallback: What happens when a route is left.
         store: What is known of the model with batches like this one.
         apart: Why samples cannot share sweeps; None where they may.
-        run: The recorded batch; None where `apart` says why there is none.
+        run: The recorded batch; None where `apart` holds why there is none.
         fresh: It still has to be proved that samples do not mix.
         strict: Every ordered pair of samples is checked.
-        undecided: Rounding explains what the evidence saw, so that it proves nothing for later calls.
+        undecided: Rounding explains what the evidence found, so that it proves nothing for later calls.
     """
 
     runner: Runner
@@ -83,7 +83,7 @@ class BatchAsk:
 
     @property
     def asked(self) -> str | None:
-        """The route that the user asked for by name."""
+        """The route that the user requested by name."""
         return None if self.mode == "auto" else self.mode
 
     @property

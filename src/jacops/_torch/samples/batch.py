@@ -49,7 +49,7 @@ _SHARED_TODO = "Name those that have no axis of samples with `shared=`."
 
 
 def _differ(values: Sequence[Tensor]) -> bool:
-    """Say whether samples differ in anything: equal rows prove nothing about others."""
+    """Return whether samples differ in anything: equal rows prove nothing about others."""
     return any(bool((v != v[:1]).any()) for v in values)
 
 
@@ -290,7 +290,7 @@ class Samples:
             ask.verdicts.refuse(Question.SAMPLES, RouteName.TOGETHER, ask.apart)
 
     def _run(self, ask: BatchAsk) -> tuple[Run, Parts | None]:
-        """Record a batch, and runs of its parts to hold it against where what is known of its graph asks for it."""
+        """Record a batch, and runs of its parts to compare it with where its proofs require it."""
         values, store, many = ask.values, ask.store, ask.many
         if store.assumed is not None or self.checks == "never":
             run = self._known_split(values, store, ask.mode) or ask.runner.run(values, store)
@@ -307,7 +307,7 @@ class Samples:
         return run, parts
 
     def _known_split(self, values: Sequence[Tensor], store: ProofStore, mode: str) -> Run | None:
-        """Record the run cut where earlier calls found that it pays; None where the whole is to be recorded."""
+        """Record the run cut where earlier calls found that this is faster; None where the whole is to be recorded."""
         effects, path = store.assumed, store.known.get("split")
         if mode not in ("auto", "split") or path is None or effects is None or self.runner.create_graph:
             return None
@@ -359,7 +359,7 @@ class Samples:
         if reason is not None or (parts is None and not run.effects.reads):
             return reason
         pieces, most = parts or [], run.lin.tolerance
-        if run.effects.reads:  # other samples may take other paths: only outputs of every one alone can tell
+        if run.effects.reads:  # other samples may take other paths: only outputs of every one alone show it
             pieces = zip(torch.arange(many).split(1), self.runner.outputs_alone(values, run.effects), strict=True)
             most = read_tolerance(run.lin)
         for picked, outputs in pieces:

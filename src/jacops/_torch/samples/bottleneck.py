@@ -59,7 +59,7 @@ def narrowest(widths: dict[str, int | None], rows: int, columns: int, gain: floa
 
 
 def separates(tail: Linearization, inputs: list[Tensor]) -> bool:
-    """Say whether no path leads around the cut, from the input to the output."""
+    """Return whether no path leads around the cut, from the input to the output."""
     return not any(id(leaf) in inspect_graph(tail.outputs).leaves for leaf in inputs)
 
 

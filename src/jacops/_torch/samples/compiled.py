@@ -1,6 +1,6 @@
 """Sweeps by outputs as one compiled graph: the forward and a group of backward passes, traced together and fused.
 
-A trace holds what Python did when it was made. So a graph is held against plain sweeps when it is made, all of it, and
+A trace holds what Python did when it was made. So a graph is compared with plain sweeps when it is made, all of it, and
 in every later call on two samples; and it stays only where it was measured to be faster.
 """
 
@@ -40,7 +40,7 @@ class GraphAsk:
 
     Attributes:
         batch: The batch.
-        plainly: Fills it in by sweeps, and says why samples were taken one at a time.
+        plainly: Fills it in by sweeps, and returns why samples were taken one at a time.
     """
 
     batch: BatchAsk
@@ -155,7 +155,7 @@ class NewGraph(KeptGraph):
         """Make it.
 
         Raises:
-            RouteFailedError: There is none; the message says why.
+            RouteFailedError: There is none; the message states why.
         """
         batch, run, known = ask.batch, ask.batch.run, ask.batch.store.known
         known["tries"] = known.get("tries", 0) + 1

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class SamplesIndependent:
     """The filled blocks are what plain sweeps over the batch give, with zeros between samples.
 
-    Where that was proved before, one sample is held against a run of it alone from time to time.
+    Where that was proved before, one sample is compared with a run of it alone from time to time.
 
     Attributes:
         decisive: Where it is refuted, samples mix; else the route itself may be wrong.
@@ -54,7 +54,7 @@ class SamplesIndependent:
 
 
 def _spot(ask: BatchAsk) -> str | None:
-    """Hold one sample of a batch against a run of it alone; return how they differ."""
+    """Compare one sample of a batch with a run of it alone; return how they differ."""
     if ask.run is None:
         return None
     picked = ask.verdicts.pick(ask.many)

@@ -159,7 +159,7 @@ def nested(
         function: Made of `Forward` and `JacobianFunction`.
         x: Its arguments, one row per sample.
         of: The model and batch that were asked about.
-        kind: Tells this function of the model from others, in what is remembered.
+        kind: Distinguishes this function of the model from others in stored proofs.
         progress: Force the progress bar on or off.
 
     Returns:

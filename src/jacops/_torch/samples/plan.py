@@ -103,7 +103,7 @@ class Probe:
         sizes: Bytes of one sample's Jacobians, of its outputs.
         jacobian: Shape of the largest Jacobian of one sample.
         entries: Entries of a sample's outputs and inputs.
-        place: Where a split pays, and how wide it is.
+        place: Where a split saves sweeps, and how wide it is.
         reason: Why samples cannot share sweeps, where two of them show it.
     """
 
@@ -122,7 +122,7 @@ class SamplePlan(Probe):
     Attributes:
         call: The public call.
         count: Samples altogether.
-        mode: The mode asked for.
+        mode: The mode requested.
         chunk: Samples to a sweep.
         startup: Bytes that the process takes for its first derivative.
         budget: Bytes allowed.
@@ -148,7 +148,7 @@ class SamplePlan(Probe):
 
     @property
     def asked(self) -> str | None:
-        """The route asked for by name."""
+        """The route requested by name."""
         return None if self.mode == "auto" else self.mode
 
     @property
@@ -211,7 +211,7 @@ class SamplePlan(Probe):
 
 
 def is_small(samples: Samples) -> bool:
-    """Say whether a batch is so small that no plan is needed, without looking at the model."""
+    """Return whether a batch is so small that no plan is needed, without looking at the model."""
     many = min(samples.count, samples.batch_size)
     return many * sum(size_of(v[:1]) for v in samples.values) * _GROWTH < 32 * SMALL
 
@@ -267,7 +267,7 @@ def remembered_plan(samples: Samples, budget: Budget, mode: str, allocated: bool
     as long as a small call.
 
     Raises:
-        MemoryBudgetError: As in `ensure_fits`.
+        MemoryBudgetError: The tensors do not fit the budget; nothing was allocated.
     """
     if budget is not None or not samples.count or samples.values[0].device.type != "cpu":
         return ensure_fits(samples, planned(samples, budget, mode, allocated))
@@ -368,7 +368,7 @@ def _swept(lin: Linearization, held: int, rows: int) -> dict[str, int]:
         with Meter() as sweeping:
             lin.pull([torch.ones_like(o) for o in lin.outputs])
         return {"reverse": held + sweeping.peak}
-    # Places for results are made outside: they are counted apart, and not touched where nothing is written.
+    # Places for results are allocated outside: they are counted separately, and take no memory until they are written.
     blocks, peaks = [[_room(o, leaf, rows) for leaf in lin.leaves] for o in lin.outputs], {}
     for direction in ("reverse", "forward"):
         with Meter() as sweeping:

@@ -59,7 +59,7 @@ class ProblemsAsk:
         return [own[live.index(i)] if i in live else [b.zero_() for b in row] for i, row in enumerate(blocks)]
 
     def coupled(self, blocks: Blocks) -> str | None:
-        """Return why problems mix, or that values are not finite; None or empty where nothing speaks for it."""
+        """Return why problems mix, or that values are not finite; None or empty if there is no reason."""
         return coupled(self.lin, blocks, slice(0, self.many))
 
 
@@ -69,7 +69,7 @@ class ProblemsIndependent:
     name, always = "problems independent", False
 
     def evidence(self, route: Any, ask: ProblemsAsk, found: Blocks) -> bool:
-        """Return True where nothing speaks against it, False where only rounding was compared.
+        """Return True where it is proved, False where only rounding was compared.
 
         Raises:
             RouteWrongError: It is refuted.

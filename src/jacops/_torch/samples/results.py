@@ -122,7 +122,7 @@ class SampleJacobians:
         """Refuse outputs and Jacobians with NaN or Inf.
 
         Raises:
-            NonFiniteError: There is one; the message names the output, and says what to do.
+            NonFiniteError: There is one; the message names the output, and states what to do.
         """
         names = self.output_tree.names
         check_outputs(self.call, self.output, names, todo)

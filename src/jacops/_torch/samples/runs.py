@@ -63,14 +63,14 @@ class Runner:
         input_tree: The structure of its input.
         call: The public call on whose behalf this is done.
         outputs: Which part of the output.
-        at: A cut that the user asked for.
+        at: A cut that the user requested.
         checks: How often routes are checked.
         fallback: What happens when a fast route is left.
         connected: Keep outputs connected to inputs of the caller's that require grad, for derivatives of derivatives.
         create_graph: Keep them connected to the model's trainable parameters too, and Jacobians with their graph.
         owner: For a function that was made of a model: the model, with which verdicts are kept, and their key.
         target: One output per sample; its places are the last of the values that the model is run over.
-        asked: What is asked of the model beside its samples, as a key; made outside of forwards that are watched.
+        asked: The question to the model beside its samples, as a key; made outside of forwards that are watched.
         frozen: Modules that are frozen.
         following: Carry bias parts along with forwards that are not watched, so that these need no run of their own.
     """
@@ -243,7 +243,7 @@ class Runner:
         Args:
             replica: Of the model.
             path: A submodule to cut at.
-            checked: Frozen functions are held against what they give otherwise.
+            checked: Frozen functions are compared with what they give otherwise.
         """
         connected = self.connected or self.create_graph
         return None if replica is None else Cut(replica.module, path or self.at, connected, self.frozen, checked)

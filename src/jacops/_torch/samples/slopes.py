@@ -42,7 +42,7 @@ class PushedSlopes:
     name, claims, leaving = "pushes", (), "silent"
 
     def refuses(self, ask: SweepAsk) -> str | None:
-        """It is tried wherever it pays."""
+        """It is tried wherever it saves sweeps."""
         return None
 
     def cost(self, ask: SweepAsk) -> Cost:

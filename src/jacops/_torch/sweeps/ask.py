@@ -1,4 +1,4 @@
-"""What is asked of a linearisation."""
+"""Questions to a linearisation: many cotangents or tangents."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SweepAsk:
     out: Rows | None = None
     alone: bool = False
 
-    asked = None  # sweeps are never asked for by the name of a route
+    asked = None  # sweeps are never requested by the name of a route
 
     def __post_init__(self) -> None:
         lin = self.lin

@@ -39,7 +39,7 @@ class EdgeAsk(SweepAsk):
 
     Attributes:
         outputs: Where the cotangents are given.
-        edges: Where they are asked for.
+        edges: Where they are requested.
     """
 
     outputs: Sequence[Tensor] = ()
@@ -69,7 +69,7 @@ class LastRowMatchesPlain:
 
         Raises:
             RouteWrongError: It is not.
-            RouteNotFiniteError: Values are not finite, which says nothing about the route.
+            RouteNotFiniteError: Values are not finite, which is no evidence about the route.
         """
         plain = ask.sweep([c[-1] for c in ask.rows])
         pairs = [

@@ -1,7 +1,7 @@
 """Pushes by differentiating a pull: `J v = d<Jᵀu, v>/du` (Griewank and Walther, 2008, §5), with a free certificate.
 
 One backward pass is recorded from a random cotangent `u`, once; every push is one backward pass over that record.
-The adjoint identity `<u, J v> = <Jᵀu, v>` then holds the push against the plain pull that it came from.
+The adjoint identity `<u, J v> = <Jᵀu, v>` then compares the push with the plain pull that it came from.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DoubleBackward:
 
     def __init__(self, lin: Linearization) -> None:
         if lin.graph_info.reentrant:
-            raise RouteFailedError("a reentrant activation checkpoint answers plain backward passes only")
+            raise RouteFailedError("a reentrant activation checkpoint supports plain backward passes only")
         self.live = [o for o in lin.outputs if o.requires_grad]
         self.index = [*range(len(lin.leaves)), *(j for j, _ in lin.aliased_leaves)]
         self.seeds: Rows = []

@@ -150,7 +150,7 @@ class NeutralEntries:
     like: tuple[torch.Size, torch.dtype]
 
     def holds(self, tensor: Tensor | None) -> bool:
-        """Say whether these entries of a tensor are what they were; None stands for one that is gone."""
+        """Return whether these entries of a tensor are unchanged; None means a tensor that no longer exists."""
         if tensor is None or (tensor.shape, tensor.dtype) != self.like:
             return False
         return torch.equal(_flat(tensor)[self.where], self.values)
@@ -168,7 +168,7 @@ def neutral(function: Any) -> list[NeutralEntries]:
 
 
 def hold(found: Sequence[NeutralEntries]) -> bool:
-    """Say whether all of these entries are what they were."""
+    """Return whether all of these entries are what they were."""
     if not found:
         return True
     looked_up: dict[tuple[int, str], Mapping[Any, Any]] = {}
@@ -188,7 +188,7 @@ def hold(found: Sequence[NeutralEntries]) -> bool:
 
 
 def _is_log(name: Any, kept: NeutralEntries, tensor: Tensor | None) -> bool:
-    """Say whether a list of numbers has another length: what grows with every call is no table of indices."""
+    """Return whether a list of numbers has another length: what grows with every call is no table of indices."""
     listed = isinstance(name, tuple) and name[-1] is list
     return listed and (tensor is None or tensor.shape != kept.like[0])
 

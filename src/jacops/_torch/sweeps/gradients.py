@@ -106,8 +106,8 @@ def disagreement(product: Tensor, wide: Tensor, central: Callable[[float], Tenso
     error = _relative(product, wide)
     if not error > tolerance:
         return None
-    # A shorter step moves the difference by what the step's length is to blame for; rounding is measured.
-    # A quarter of the step has a sixteenth of its error: what is left is not the step's.
+    # A shorter step changes the difference by its truncation error; rounding is measured.
+    # A quarter of the step has a sixteenth of its error: the rest has another cause.
     narrow = central(step / 4)
     error = _relative(product, narrow)
     explained = size(wide - narrow) + rounding_error(lambda: [central(step / 4)], [narrow])

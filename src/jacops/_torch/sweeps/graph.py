@@ -22,12 +22,12 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What one walk over a graph saw.
+    """The result of one walk over a graph.
 
     Attributes:
         functions: Names of custom autograd Functions.
         reentrant: A reentrant checkpoint is among them, which answers `backward()` only.
-        refuses_twice: A node stands where a `once_differentiable` backward cut the graph.
+        refuses_twice: A `once_differentiable` backward cuts the graph at a node.
         leaves: Identities of the leaf tensors the graph ends in.
         nodes: All nodes with their places in the walk, which are the same for every graph of this wiring.
         wiring: Types of nodes, their connections, and the numbers, flags and words that they hold.

@@ -34,7 +34,7 @@ _known: dict[str, bool] = {}
 
 
 def all_linear(nodes: Iterable[Any]) -> bool:
-    """Say whether every node of a graph is known to be linear in its cotangent, with finite coefficients."""
+    """Return whether every node of a graph is known to be linear in its cotangent, with finite coefficients."""
     return all(is_linear(node) for node in nodes)
 
 
@@ -54,7 +54,7 @@ def first_slope(slopes: Iterable[Tensor]) -> Iterator[Any]:
 
 
 def has_fused_norm(nodes: Iterable[Any]) -> bool:
-    """Say whether a graph holds a fused norm, whose derivatives beyond the second torch gets wrong."""
+    """Return whether a graph holds a fused norm, whose derivatives beyond the second torch gets wrong."""
     return any("LayerNorm" in name or "BatchNorm" in name for name in (node.name() for node in nodes))
 
 
@@ -64,7 +64,7 @@ def has_fused_attention(nodes: Iterable[Any]) -> bool:
 
 
 def is_linear(node: Any) -> bool:
-    """Say whether a node's backward is known to be linear in its cotangent, with finite coefficients."""
+    """Return whether a node's backward is known to be linear in its cotangent, with finite coefficients."""
     if isinstance(node, BackwardCFunction):
         return False
     name = node.name()

@@ -2,8 +2,8 @@
 
 `pull` is a backward pass (cotangents to gradients), `push` its transpose (tangents to changes of the output). Plain
 `autograd.grad`, one cotangent at a time, defines what is right. Faster routes are taken where they apply and agree:
-many cotangents in one batched pass, held against one plain pass over a random mix of them; pushes node by node
-(`nodewise`), held against one pull; and pushes by a differentiated pull (`double_backward`), held against that pull.
+many cotangents in one batched pass, compared with one plain pass over a random mix of them; pushes node by node
+(`nodewise`), compared with one pull; and pushes by a differentiated pull (`double_backward`), compared with that pull.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ class Linearization:
         return self._graph_info
 
     def look_up(self, store: ProofStore, effects: SideEffects | None = None) -> SideEffects | None:
-        """Use what `store` knows of this graph, recorded with these effects if it was watched; return as `rely_on`."""
+        """Use the proofs of this graph in `store`, recorded with these effects if observed; return as `rely_on`."""
         self.store = store
         return self.rely_on(store.proofs(self.graph_info, effects))
 
     def compare(self, other: Linearization) -> None:
-        """Learn from another recording, of fewer samples, which tensors in the graph are constants."""
+        """Take from another recording, of fewer samples, which tensors in the graph are constants."""
         if self.store is not None:
             self.rely_on(self.proofs.beside(self.store.refined(self.graph_info, other.graph_info)))
 
@@ -143,7 +143,7 @@ class Linearization:
         return has_fused_attention(self.graph_info.nodes)
 
     def is_connected(self) -> bool:
-        """Say whether a path leads from an output to any leaf, as far as a walk over the graph can see."""
+        """Return whether a path leads from an output to any leaf, as far as a walk over the graph can see."""
         targets = [*self.leaves, *(t for _, t in self.aliased_leaves)]
         nodes = {t.grad_fn for t in targets if t.grad_fn is not None}
         reached = any(id(t) in self.graph_info.leaves for t in targets) or not nodes.isdisjoint(self.graph_info.nodes)

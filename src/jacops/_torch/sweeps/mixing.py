@@ -78,11 +78,11 @@ def differs(whole: Tensor, alone: Tensor, picked: Tensor, most: float | None = N
 
 
 def coupled(lin: Linearization, blocks: list[list[Tensor]], where: slice, strict: bool = False) -> str | None:
-    """Hold a batch's blocks against two plain backward passes, over all samples and over half of them.
+    """Compare a batch's blocks with two plain backward passes, over all samples and over half of them.
 
     A cotangent on half of the samples must leave exact zeros on the others, however small a coupling is. With
     `strict` halves are taken by every binary digit of the samples' numbers, both ways: then every ordered pair of
-    samples stands on two sides once, in 2 log2(n) passes.
+    samples is on different sides once, in 2 log2(n) passes.
 
     Returns:
         Why samples mix; None where they do not, `UNDECIDED` where only rounding was compared.
@@ -107,7 +107,7 @@ def coupled(lin: Linearization, blocks: list[list[Tensor]], where: slice, strict
 
 
 def disagrees(alone: Linearization, blocks: list[list[Tensor]], row: int) -> str | None:
-    """Hold one sample's blocks against a plain backward pass over a run of it alone."""
+    """Compare one sample's blocks with a plain backward pass over a run of it alone."""
     seeds, where = [private_noise(o, seed=i) for i, o in enumerate(alone.outputs)], slice(row, row + 1)
     grads = alone.gradient(seeds)
     rows = [s.reshape(1, *b[0].shape[1 : b[0].ndim - grads[0].ndim + 1]) for s, b in zip(seeds, blocks, strict=True)]
@@ -119,7 +119,7 @@ def disagrees(alone: Linearization, blocks: list[list[Tensor]], row: int) -> str
 
 
 def explain_alone(call: str, fallback: str, reason: str) -> None:
-    """Say why samples are taken alone, as the caller asked for: it takes many more sweeps, so in every call.
+    """Report why samples are taken alone, as `fallback` requires, in every call, since it takes many more sweeps.
 
     Raises:
         NotDifferentiableError: `fallback="error"` forbids it.

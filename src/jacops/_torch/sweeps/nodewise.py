@@ -33,7 +33,8 @@ from .node_rules import Rule, rule_for
 if TYPE_CHECKING:
     from .linearization import Linearization
 
-# Sets whether torch warns of operations that vmap runs one by one, which is slow and right; it cannot be read.
+# Sets whether torch warns of operations that vmap runs one by one, which is slow and correct; the setting cannot be
+# read.
 _warn_of_loops = torch._C._functorch._set_vmap_fallback_warning_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _SLOW, _NEGLIGIBLE = 4.0, 5e-3  # a differentiated pull takes 2 to 3 pulls; seconds below which timing is noise
 _LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing

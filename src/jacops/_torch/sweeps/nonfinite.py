@@ -1,4 +1,4 @@
-"""Backward passes that also show where a cotangent became NaN or Inf and where it was dropped again.
+"""Backward passes that also show where a cotangent turns NaN or Inf and where it is dropped again.
 
 A backward that multiplies a zero cotangent by an infinite slope makes NaN; one that selects entries by a condition on
 them turns NaN into zero. The result is then finite and may be wrong, and autograd reports nothing.
@@ -24,7 +24,7 @@ from .linear_nodes import is_linear
 
 @dataclass(frozen=True)
 class Lost:
-    """Cotangents that became NaN or Inf on the way of a pull.
+    """Cotangents that turn NaN or Inf during a pull.
 
     Attributes:
         makers: Operations that made them of finite ones.
@@ -56,7 +56,7 @@ def pull_noting_losses(
     ends = {get_gradient_edge(leaf).node for leaf in leaves}
     nodes = _between([o.grad_fn or get_gradient_edge(o).node for o, _ in live], ends)
     inner = set(nodes)
-    # What is not finite first leaves an operation with infinite slopes: there are few, and few edges to keep.
+    # Non-finite values begin at operations with infinite slopes: there are few, and few edges to keep.
     made = [e for node in nodes if not is_linear(node) for e in node.next_functions if e[0] in inner]
     grads, kept = _pulled(live, leaves, list(dict.fromkeys(made)))
     if not _nonfinite(kept):

@@ -1,4 +1,4 @@
-"""What earlier calls proved about a function, so that a check is paid once and not in every call.
+"""Proofs of earlier calls about a function, so that a check is run once and not in every call.
 
 A proof belongs to one function, in one setting (shapes, dtypes, modes), for one recorded graph. It ends when the graph
 or what it depends on (`evidence`) changes. So a model is recorded first, and only then is it asked what is known of it.
@@ -37,7 +37,7 @@ Kept = TypeVar("Kept")
 
 
 class Bounded(OrderedDict[Hashable, Kept], Generic[Kept]):
-    """A mapping that forgets what was asked for longest ago."""
+    """A mapping that drops the least recently used entry."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Proofs:
         self._rests_on = self._rests_on if self._proved else None
 
     def needs(self, *route: Hashable) -> bool:
-        """Say whether `route` still has to be checked."""
+        """Return whether `route` still has to be checked."""
         return self.checks in ("always", "strict") or (self.checks == "first" and route not in self._proved)
 
     def remember(self, *route: Hashable) -> None:
@@ -146,14 +146,14 @@ class Proofs:
         return known.refusal
 
     def refused(self, question: str, route: str) -> bool:
-        """Say whether `route` failed before."""
+        """Return whether `route` failed before."""
         known = self._refused.get((question, route))
         return known is not None and self._age < known.until
 
     # ---- checks of single samples ------------------------------------------------------------------------------
 
     def spot_due(self, what: str = "samples") -> bool:
-        """Say whether a sample is to be checked alone: once in some recordings, so that routes are reproducible.
+        """Return whether a sample is to be checked alone: once in some recordings, so that routes are reproducible.
 
         Args:
             what: Is checked; each is counted by itself.
@@ -174,7 +174,7 @@ class KeptProofs(Proofs):
 
     Args:
         proofs: Of the graph.
-        unchanged: Says whether the model still is as it was recorded, so that what is proved holds for later calls.
+        unchanged: Returns whether the model still is as it was recorded, so that what is proved holds for later calls.
     """
 
     def __init__(self, proofs: Proofs, unchanged: Callable[[], bool]) -> None:
@@ -191,11 +191,11 @@ class KeptProofs(Proofs):
         return self if proofs is self._shared else KeptProofs(proofs, self._unchanged)
 
     def needs(self, *route: Hashable) -> bool:
-        """Say whether `route` still has to be checked."""
+        """Return whether `route` still has to be checked."""
         return self.checks in ("always", "strict") or (self.checks == "first" and route not in self._holds)
 
     def spot_due(self, what: str = "samples") -> bool:
-        """Say whether a sample is to be checked alone, counting all recordings of the graph."""
+        """Return whether a sample is to be checked alone, counting all recordings of the graph."""
         return self._shared.spot_due(what)
 
     def remember(self, *route: Hashable) -> None:
@@ -355,8 +355,8 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
         reference, settings = _known.get(key, (None, None))
         if reference is None or settings is None or reference() is not function:  # by identity: never by ==
             try:
-                # No Python runs when a function dies, since an interrupt in such a callback would be lost. The entry
-                # is its own: an identity is used again only after the callback.
+                # No Python code runs when a function is deleted, since an interrupt in such a callback would be lost.
+                # The entry is its own callback, after which the identity may be used again.
                 reference = weakref.ref(function, partial(_known.pop, key))
             except TypeError:
                 return ProofStore(checks, lambda: function, many)

@@ -1,4 +1,4 @@
-"""Many cotangents: in one batched pass, held against a plain one, or one at a time by `autograd.grad`."""
+"""Many cotangents: in one batched pass, compared with a plain one, or one at a time by `autograd.grad`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MatchesPlain:
         lin, many, tolerance = ask.lin, ask.many, ask.lin.tolerance
         error = _disagreement(lin, ask.rows, found, many)
         if tolerance < error < math.inf:
-            # Rows that nearly cancel differ by rounding alone: noise, which does not cancel, has the last word.
+            # Rows that nearly cancel differ by rounding alone: noise, which does not cancel, decides.
             noise = [None if c is None else private_noise(c) for c in ask.rows]
             error = _disagreement(lin, noise, route.value(replace(ask, rows=noise, out=None)), many)
         if not error <= tolerance:

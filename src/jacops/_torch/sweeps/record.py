@@ -97,7 +97,7 @@ def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | 
         store: What is known of the function.
         record: Records it, on copies of its weights if it writes into them, and under a watch if there is one.
         guarded: What a forward must not write into.
-        anew: A graph is expected that is not known yet, so that it is watched at once.
+        anew: A new graph is expected, so that it is observed in the first run.
 
     Raises:
         ModelStateError: It writes into tensors that are not its own.
@@ -144,13 +144,13 @@ class ModelRun:
         fallback: What happens when a fast route is left.
         training: A mode for all modules, None for their own.
         finish: Applied to the output last (a loss).
-        purpose: Tells one `finish` from another in what is remembered.
+        purpose: Distinguishes one `finish` from another in stored proofs.
         connected: Keep the result connected to the caller's trainable parameters, for derivatives of derivatives.
         shift: Added to the private copies of parameters, by name, for finite differences.
         kept: The recording is kept for later products, so the caller may write into the weights meanwhile.
-        aside: As in `output_leaves`.
-        pulled: Only pulls are taken of it, never their derivatives, as in `GraphRecording`.
-        anew: As in `watched`.
+        aside: Leaves of the output without a derivative are set aside instead of refused.
+        pulled: Only pulls are taken of the graph, never their derivatives: attention keeps the caller's kernels.
+        anew: A new graph is expected, so that it is observed in the first run.
     """
 
     model: Any = field(kw_only=False)
@@ -178,7 +178,7 @@ class ModelRun:
 
     @property
     def owner(self) -> Any:
-        """What proofs are kept with: a function itself, not the module that stands for it in this run."""
+        """What proofs are kept with: a function itself, not the module that represents it in this run."""
         return self.module.function if isinstance(self.module, PlainFunction) else self.module
 
     @cached_property
@@ -254,7 +254,7 @@ class ModelRun:
         lin = Linearization(leaves, outputs, leaf_names=names, output_names=tree.names, private=True, **options)
         lin.weights = self.weights
         lin.protected = [p for p in self.own_parameters.values() if p.requires_grad]
-        # The caller's own parameter in the graph of a private copy: something outside the module holds on to it.
+        # The caller's own parameter in the graph of a private copy: something outside the module holds it.
         lin.aliased_leaves = tuple((i, p) for i, p in aliased_leaves if id(p) in lin.graph_info.leaves)
         values, input_tree = flatten(self.value, "input")
         given = dict(zip(input_tree.names, values, strict=True))
@@ -263,7 +263,7 @@ class ModelRun:
 
     def _forward(self, replica: Replica) -> tuple[Any, list[tuple[str, Tensor]], list[Tensor]]:
         """Return the output, the inputs that have derivatives by name, and the leaves inside of the model."""
-        # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks for one.
+        # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input requires one.
         copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
         for name, change in (self.shift or {}).items():
             replica.parameters[name].data = replica.originals[name].detach() + change
@@ -300,7 +300,7 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
     Args:
         found: The model's output, by leaves that nothing wrote into since.
         finish: A loss, say.
-        purpose: Tells one `finish` from another in what is remembered.
+        purpose: Distinguishes one `finish` from another in stored proofs.
         call: The public call on whose behalf this is done.
     """
     lin, store = found.lin, found.lin.store

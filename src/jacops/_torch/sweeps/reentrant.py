@@ -23,12 +23,12 @@ def backward(
     """Return gradients that `.backward()` writes into leaves that only the linearization holds.
 
     Raises:
-        NotDifferentiableError: The leaves are the caller's, or a second derivative is asked for.
+        NotDifferentiableError: The leaves are the caller's, or a second derivative is requested.
         RouteFailedError: Several cotangents are to share the pass.
     """
     if not lin.private:
         raise NotDifferentiableError(
-            f"{lin.call}: the graph holds a reentrant activation checkpoint, which cannot answer for tensors of the "
+            f"{lin.call}: the graph holds a reentrant activation checkpoint, which has no derivative by tensors of the "
             "caller's. Use checkpoint(…, use_reentrant=False), or the call that takes the model instead of a closure."
         )
     if create_graph:

@@ -51,7 +51,7 @@ class Weights:
         return {id(p): self._values[name] for name, p in module.named_parameters()} if self._values else {}
 
     def fits(self, module: nn.Module) -> bool:
-        """Say whether a recording of a module as it is now is at these values, in this memory if it is not copied."""
+        """Return whether a recording of a module now would have these values, in this memory if it is not copied."""
         here = {name: p.data_ptr() for name, p in module.named_parameters()} if self._recorded else {}
         if here != {name: p.data_ptr() for name, p in self._recorded.items()}:
             return False

@@ -40,7 +40,7 @@ class Convolution(Rule):
 
     def rows(self, node: Any, delta: Tensor, entry: Entry, operand: Tensor | None) -> Tensor:
         """Return patches of a transposed convolution's cotangent, `(samples * positions, groups, out)`."""
-        # Padding of the output alone may make room for patches that no pixel of the input belongs to.
+        # Output padding may add patches that no pixel of the input belongs to.
         return _by_group(node, _patches(node, delta, node._saved_input.shape[2:]))
 
     def layout(self, node: Any, entry: Entry) -> RowLayout | None:

@@ -12,7 +12,7 @@ from .rule import Entry, RowLayout, Rule, last_axis, output_shape
 
 
 class Embedding(Rule):
-    """Cotangents are added to the rows that were looked up, apart from the one that stands for padding."""
+    """Cotangents are added to the rows that were looked up, apart from that of padding."""
 
     kind = "lookup"
 
@@ -31,7 +31,7 @@ class Embedding(Rule):
         return node._saved_indices.flatten()
 
     def rows(self, node: Any, delta: Tensor, entry: Entry, operand: Tensor | None) -> Tensor:
-        """Return `(R, width)`, zero where the entry that stands for padding was looked up."""
+        """Return `(R, width)`, zero where the entry of padding was looked up."""
         padding = int(node._saved_padding_idx)
         padding = padding if padding < 2**63 else -1  # "none" comes back as an unsigned number
         rows, indices = delta.flatten(0, -2), node._saved_indices.flatten()
@@ -49,7 +49,7 @@ def repeating_sums(lookups: Iterable[Any], nodes: Iterable[Any], ends: Iterable[
     Args:
         lookups: Operations that look up.
         nodes: All operations.
-        ends: Those whose outputs are asked for.
+        ends: Those whose outputs are requested.
     """
     ends = set(ends)
     into: dict[Any, list[Any]] = {node: [] for node in lookups if node not in ends}

@@ -73,12 +73,12 @@ class BatchGain(BatchOffset):
 
 
 def _by_instance(node: Any, entry: Entry) -> bool:
-    """Say whether statistics are those of each sample and channel: what is one sample to torch has copied weights."""
+    """Return whether statistics are those of each sample and channel (as one sample, with copied weights, in torch)."""
     return _by_batch(node) and entry.repeated and node._saved_input.shape[0] == 1
 
 
 def _by_batch(node: Any) -> bool:
-    """Say whether statistics are those of the input; cuDNN's operation is used for nothing else."""
+    """Return whether statistics are those of the input; cuDNN's operation is used for nothing else."""
     return bool(getattr(node, "_saved_training", True))
 
 

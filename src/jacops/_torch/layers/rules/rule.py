@@ -1,4 +1,4 @@
-"""What a rule for an operation says, and how the operation's output is seen."""
+"""The interface of rules for operations, and the view of an operation's output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kind = Literal["outer", "lookup", "vector"]
 Order = int | Tensor
 """How rows belong to samples: positions in front of the samples' axis (-1: all of them), or whose they are.
 
-A tensor `(samples, positions)` says which rows are a sample's, the number of rows standing for none.
+A tensor `(samples, positions)` holds which rows are a sample's, where the number of rows means none.
 """
 
 
@@ -132,7 +132,7 @@ def by_sample(rows: Tensor, many: int, order: Order, axis: int = 0, axes: int = 
 
 
 def _samples_first(total: int, many: int, order: Order) -> bool:
-    """Say whether no position stands in front of the samples' axis, so that rows need not be moved."""
+    """Return whether no axis of positions precedes the samples' axis, so that rows need not be moved."""
     return not isinstance(order, Tensor) and many > 0 and (order == 1 or total == many)
 
 
@@ -158,7 +158,7 @@ class Rule(ABC):
         return None
 
     def turned(self, node: Any, entry: Entry) -> bool:
-        """Say whether the weight is stored inputs first."""
+        """Return whether the weight is stored inputs first."""
         return False
 
     def source(self, node: Any) -> Tensor | None:
