@@ -220,7 +220,7 @@ def make_hessian(
     else:
         H = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))  # noqa: N806
     gradient = partial(_joined, H.lin)
-    H = replace(H, create_graph=create_graph)  # noqa: N806
+    H = replace(H, create_graph=True) if create_graph else H  # noqa: N806
     return with_computed(H, Computed(detached(found.before), None, found.lin.outputs[0].detach(), gradient))
 
 
@@ -256,11 +256,11 @@ def hessian_at(
         gradient: Returns the gradient `(P,)` at parameters that are changed by so much, by name.
     """
     lin = gradient_linearization(found, call)
-    operator = LinearizedMap(lin, found.output, symmetric=True)
-    rows = operator._apply
+    rows = LinearizedMap(lin, found.output, True)._apply
     layers = partial(hessian_layers, found.lin, _leading(x, y), rows)
     entries = partial(hessian_diagonal, found.lin, _leading(x, y), rows)
-    operator = replace(operator, formed=ByLayers(found.lin, "Hessian by layers", layers, rows, entries, lin.routes))
+    formed = ByLayers(found.lin, "Hessian by layers", layers, rows, entries, lin.routes)
+    operator = LinearizedMap(lin, found.output, True, formed=formed)
     if found.lin.graph_info.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in lin.leaves):
         _spot_check(operator, found, gradient)
     return operator
