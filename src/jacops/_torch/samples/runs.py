@@ -228,13 +228,12 @@ class Runner:
         """
         refuse_transforms()  # before weights are copied
         # With a graph, results are differentiated once more than fused norms have derivatives.
-        written = norms_written_out() if self.create_graph else nullcontext()
-        with watch or nullcontext():
-            # In the function mode of a recording every look at a tensor's shape is a call in Python: copies come first.
-            with arithmetic(True):
-                private = self._private(values, self.replica(effects.writes))
-            with recording(), random_state_kept(), written:
-                done = self._ran(values, private, path, watch is not None, state)
+        written, watching = norms_written_out() if self.create_graph else nullcontext(), watch or nullcontext()
+        # In the function mode of a recording every look at a tensor's shape is a call in Python: copies come first.
+        with arithmetic(True), watching:
+            private = self._private(values, self.replica(effects.writes))
+        with recording(), random_state_kept(), watching, written:
+            done = self._ran(values, private, path, watch is not None, state)
         return self._recorded(done, private, path)
 
     def _private(self, values: Sequence[Tensor], replica: Replica | None) -> _Private:

@@ -248,15 +248,14 @@ class ModelRun:
             copies={} if effects.writes else copies,  # clones are the forward's to write into, copies are not
         )
         # Its results are differentiated once more than fused norms have derivatives.
-        written = norms_written_out() if self.connected else nullcontext()
-        with watch or nullcontext():
-            # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks for
-            # one. They are copied first: in a recording's function mode every look at a shape is a call in Python.
-            with arithmetic(True):
-                copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
-            with recording(), random_state_kept(), written:
-                before, hidden = self._forward(replica, copied)
-                output = before if self.finish is None else self.finish(before)
+        written, watching = norms_written_out() if self.connected else nullcontext(), watch or nullcontext()
+        # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input asks for one.
+        # They are copied first: in the function mode of a recording every look at a tensor's shape is a call in Python.
+        with arithmetic(True), watching:
+            copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
+        with recording(), random_state_kept(), watching, written:
+            before, hidden = self._forward(replica, copied)
+            output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
         outputs, tree = output_leaves(output, aside=self.aside)
         named = {"leaf_names": names, "output_names": tree.names}
