@@ -213,14 +213,18 @@ def make_hessian(
         H = LinearizedMap(there.lin, there.output, symmetric=True)  # noqa: N806
         named(H, "hessian by inputs" if chosen.get("parameters") is None else "hessian")
         return with_computed(H, Computed(loss=there.output, gradient=partial(model.slope, there)))
+    once = not kept
     kept = kept and not create_graph
     found = record_loss(model, loss, x, y, call, kept=kept, connected=create_graph, **chosen)
     if found.by_inputs:
         H = named(_unlayered(found, call), "hessian by inputs")  # noqa: N806
     else:
-        H = hessian_at(found, x, y, call, lambda shift: shifted_gradient(model, loss, x, y, shift, chosen))  # noqa: N806
+        moved = partial(shifted_gradient, model, loss, x, y, options=chosen)
+        H = hessian_at(found, x, y, call, moved, once)  # noqa: N806
+    if once and not create_graph:
+        return H
     gradient = partial(_joined, H.lin)
-    H = replace(H, create_graph=create_graph)  # noqa: N806
+    H = replace(H, create_graph=True) if create_graph else H  # noqa: N806
     return with_computed(H, Computed(detached(found.before), None, found.lin.outputs[0].detach(), gradient))
 
 
@@ -244,7 +248,7 @@ def _joined(lin: Any) -> Tensor:
 
 
 def hessian_at(
-    found: Recording, x: Any, y: Any, call: str, gradient: Callable[[dict[str, Tensor]], Tensor]
+    found: Recording, x: Any, y: Any, call: str, gradient: Callable[[dict[str, Tensor]], Tensor], once: bool = False
 ) -> LinearizedMap:
     """Return the Hessian of a recorded loss.
 
@@ -254,13 +258,16 @@ def hessian_at(
         y: Its target.
         call: The public call on whose behalf this is done.
         gradient: Returns the gradient `(P,)` at parameters that are changed by so much, by name.
+        once: It is for one product, so that nobody asks for its matrix or diagonal.
     """
     lin = gradient_linearization(found, call)
-    operator = LinearizedMap(lin, found.output, symmetric=True)
-    rows = operator._apply
-    layers = partial(hessian_layers, found.lin, _leading(x, y), rows)
-    entries = partial(hessian_diagonal, found.lin, _leading(x, y), rows)
-    operator = replace(operator, formed=ByLayers(found.lin, "Hessian by layers", layers, rows, entries, lin.routes))
+    operator = LinearizedMap(lin, found.output, True)
+    if not once:
+        rows, many = operator._apply, _leading(x, y)
+        layers = partial(hessian_layers, found.lin, many, rows)
+        entries = partial(hessian_diagonal, found.lin, many, rows)
+        formed = ByLayers(found.lin, "Hessian by layers", layers, rows, entries, lin.routes)
+        operator = LinearizedMap(lin, found.output, True, formed=formed)
     if found.lin.graph_info.functions and all(type(leaf) in (Tensor, nn.Parameter) for leaf in lin.leaves):
         _spot_check(operator, found, gradient)
     return operator

@@ -37,7 +37,7 @@ class Space(Savable):
         """Return the space of these tensors."""
         tensors = list(tensors)
         where = tensors[0].device if tensors else device or torch.device("cpu")
-        return cls(tuple(names), tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors), where)
+        return cls(tuple(names), tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors]), where)
 
     @classmethod
     def flat(cls, size: int, name: str, like: Tensor) -> Space:
@@ -47,7 +47,7 @@ class Space(Savable):
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each array."""
-        return tuple(shape.numel() for shape in self.shapes)
+        return tuple([shape.numel() for shape in self.shapes])
 
     @cached_property
     def dim(self) -> int:
@@ -57,7 +57,7 @@ class Space(Savable):
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of a flat vector: the promotion of all dtypes."""
-        return reduce(torch.promote_types, self.dtypes) if self.dtypes else torch.get_default_dtype()
+        return reduce(torch.promote_types, dict.fromkeys(self.dtypes)) if self.dtypes else torch.get_default_dtype()
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
@@ -84,11 +84,11 @@ class Space(Savable):
     @cached_property
     def _layouts(self) -> tuple[tuple[int, ...], ...]:
         """The shapes as torch reads them soonest: to read a `Size` takes longer than to make the view."""
-        return tuple(tuple(shape) for shape in self.shapes)
+        return tuple([tuple(shape) for shape in self.shapes])
 
     @cached_property
     def _is_uniform(self) -> bool:
-        return all(dtype is self.dtype for dtype in self.dtypes)
+        return len(set(self.dtypes)) <= 1
 
     def join(self, arrays: Sequence[Tensor]) -> Tensor:
         """Return rows `(k, dim)` from one `(k, *shape)` tensor per array."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor
@@ -125,8 +125,13 @@ def parts_of(operator: Operator) -> Iterator[Operator]:
     """Yield the operators that one is made of."""
     for value in vars(operator).values():
         for part in value if isinstance(value, tuple) else (value,):
-            if hasattr(part, "_apply_transpose"):
+            if _acts(type(part)):
                 yield part
+
+
+@lru_cache(maxsize=256)  # asked of every attribute in every product; the kinds of them are few
+def _acts(kind: type) -> bool:
+    return hasattr(kind, "_apply_transpose")
 
 
 def ranks_in(operator: Operator) -> Ranks:

@@ -210,9 +210,10 @@ class ProbedHessian:
             strength = (v * plain).sum(2, keepdim=True)
             # Factors are quotients: below that they have less than two digits.
             sure = strength > min(1e-6, 10 * torch.finfo(p.dtype).eps) * strength.max()
-            factor = torch.where(sure, (v * seen).sum(2, keepdim=True) / torch.where(sure, strength, 1.0), 0.0)
-            usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())
-            factor = torch.where(sure, factor, usual * (seen.abs().amax(2, keepdim=True) > 0))
+            factor = (v * seen).sum(2, keepdim=True) / strength
+            if not bool(sure.all()):
+                usual = factor[sure].median() if bool(sure.any()) else factor.new_zeros(())
+                factor = torch.where(sure, factor, usual * (seen.abs().amax(2, keepdim=True) > 0))
             gap, terms = factor * plain - seen, factor * p * (v.abs() + (p * v.abs()).sum(2, keepdim=True))
             close = (gap.abs() <= self._closely * terms.amax(2, keepdim=True)) | ~sure
             if float(gap.norm()) <= self._allowed and bool((close & (factor >= 0)).all()):

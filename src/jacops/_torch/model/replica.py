@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -24,6 +24,7 @@ from ..._runtime.contexts import arithmetic, out_of_inference
 from ..._runtime.restoring import restoring
 from ..._trees import is_dtensor
 from ...errors import InputTypeError, ModelStateError
+from .walk import modules_of, named_parameters_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def is_sharded(model: Any) -> bool:
     """Return whether a model's parameters are spread over processes: by FSDP of either kind, or as DTensors."""
     if not isinstance(model, nn.Module) or not any(name in sys.modules for name in _SPREADING):
         return False  # nobody has made such a thing: nothing is walked through
-    modules = list(model.modules())
-    return any(map(is_wrapped, modules)) or any(is_dtensor(tensor) for tensor in _tensors(modules))
+    modules = modules_of(model)
+    return any(map(is_wrapped, modules)) or any(is_dtensor(tensor) for tensor in tensors_of(modules))
 
 
 # Modules of torch without which nothing is sharded; `import torch` loads none of them.
@@ -98,13 +99,6 @@ def is_wrapped(module: nn.Module) -> bool:
 
 def _manages(kind: type) -> bool:
     return any(parent.__name__ == "FSDPModule" for parent in kind.__mro__)
-
-
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Yield the parameters and buffers that modules hold themselves, without their names, which take longest."""
-    for module in modules:
-        for held in (module._parameters, module._buffers):
-            yield from (tensor for tensor in held.values() if tensor is not None)
 
 
 _FUNCTIONS = (
@@ -151,7 +145,7 @@ def check_state(model: nn.Module) -> None:
     Raises:
         ModelStateError: A parameter or buffer is lazy or on the meta device.
     """
-    if all(map(_has_values, _tensors(model.modules()))):
+    if all(map(_has_values, tensors_of(modules_of(model)))):
         return
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(tensor):
@@ -177,7 +171,7 @@ def _owner(model: nn.Module, name: str) -> str:
 
 def parameter_names(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that can be differentiated, tied ones once, by their first names."""
-    return {n: p for n, p in model.named_parameters() if has_derivatives(p)}
+    return {n: p for n, p in named_parameters_of(model).items() if has_derivatives(p)}
 
 
 def has_derivatives(parameter: Tensor) -> bool:
@@ -212,7 +206,7 @@ def replicate(
     memo: dict[int, Any] = {}
     builder = _Builder(memo, training, connected)
     with arithmetic(True):
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters_of(model).items():
             known = has_derivatives(parameter)
             if known:
                 originals[name] = parameter
@@ -231,7 +225,7 @@ def skeleton(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> tuple[nn.Modu
     memo: dict[int, Any] = dict(stand_ins)
     with arithmetic(True):
         twin = _Builder(memo, None, False).build(model)
-    twins: dict[int, nn.Module] = {id(module): memo[id(module)] for module in model.modules()}
+    twins: dict[int, nn.Module] = {id(module): memo[id(module)] for module in modules_of(model)}
     for module in twins.values():
         if is_wrapped(module):
             module.__class__ = next(
@@ -247,9 +241,8 @@ _FSDP = "torch.distributed.fsdp"
 
 
 def _copied(parameter: Tensor, values: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:
-    parameter = out_of_inference(parameter)
-    if connected and differentiated and parameter.requires_grad:
-        return parameter.clone() if cloned else parameter.view_as(parameter)
+    if connected and differentiated and (kept := out_of_inference(parameter)).requires_grad:
+        return kept.clone() if cloned else kept.view_as(kept)
     values = out_of_inference(values)
     private = values.detach().clone() if cloned else values.detach()
     if type(parameter) in (nn.Parameter, Tensor):
@@ -371,7 +364,7 @@ class _Builder:
             return twin
         if kind is tuple or kind is set:
             return kind(self.build(item) for item in value)
-        self.memo[id(value)] = twin = copy.copy(value)
+        self.memo[id(value)] = twin = value.copy()
         if isinstance(value, list):
             twin[:] = [self.build(item) for item in value]
         else:

@@ -89,10 +89,7 @@ class BatchAsk:
     @property
     def entries(self) -> tuple[int, int] | None:
         """Entries of a sample's outputs and of its inputs; None where nothing is recorded."""
-        if self.run is None:
-            return None
-        outputs, leaves = self.run.lin.outputs, (self.run.head or self.run.lin).leaves
-        return sum(o.shape[1:].numel() for o in outputs), sum(leaf.shape[1:].numel() for leaf in leaves)
+        return None if self.run is None else self.run.entries
 
     @property
     def place(self) -> tuple[str, int] | None:

@@ -208,7 +208,11 @@ class Samples:
 
     def explained(self) -> AbstractContextManager[None]:
         """Return a context in which a model that fails on samples, but not on all as one, is said to miss an axis."""
-        return axis_explained(self.runner.inputs_in(self.values), replace(self.runner, target=None).run)
+        return axis_explained(self.runner.inputs_in(self.values), self._whole)
+
+    def _whole(self, values: Sequence[Tensor]) -> Run:
+        """Return a run over samples, with all outputs."""
+        return replace(self.runner, target=None).run(values)
 
     def _jacobians(self, progress: bool | None, *, budget: Budget, out: Any, mode: str) -> SampleJacobians:
         result = SampleJacobians(self.call, self.count, budget, given_tensors(out))

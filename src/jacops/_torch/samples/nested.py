@@ -26,7 +26,7 @@ from ..sweeps.graph import inspect_graph, refuse_cut
 from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import Proofs
-from ..sweeps.record import setting
+from ..sweeps.record import parts_key, setting
 from .batch import Samples
 from .slopes import SLOPES, pays_to_push
 
@@ -169,7 +169,7 @@ def nested(
     equal = all(bool((v == v[:1]).all()) for v in inputs)  # such a batch proves nothing about another
     parts = ("nested", kind, *of.runner.asked, equal)
     if isinstance(model, nn.Module):
-        key: Hashable = setting(model, of.values, *parts)
+        key: Hashable = setting(parts_key(model), of.values, *parts)
     else:
         key = (*parts, tuple((v.shape, v.dtype, v.device) for v in of.values), torch.get_default_dtype())
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording
+from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording, refuse_transforms
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, flatten, is_differentiable, output_leaves, select
@@ -23,10 +24,11 @@ from ..model.freeze import FrozenModules
 from ..model.inputs import forward_explained, private_inputs, split_input
 from ..model.replica import Replica, replicate
 from ..model.targets import SampleTarget
+from ..model.walk import named_parameters_of
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import ProofStore, store_for
-from ..sweeps.record import setting, watched
+from ..sweeps.record import parts_key, setting, watched
 from .bottleneck import separates, widths_noted
 
 
@@ -48,10 +50,36 @@ class Run:
     widths: dict[str, int | None] = field(default_factory=dict)
     followed: FollowedRun | None = None
 
+    @cached_property
+    def entries(self) -> tuple[int, int]:
+        """Entries of a sample's outputs and of its inputs."""
+        outputs, leaves = self.lin.outputs, (self.head or self.lin).leaves
+        return sum(o.shape[1:].numel() for o in outputs), sum(leaf.shape[1:].numel() for leaf in leaves)
+
     @property
     def effects(self) -> SideEffects:
         """What the forward was seen to do besides arithmetic."""
         return self.lin.proofs.effects or SideEffects()
+
+
+@dataclass
+class _Private:
+    """What one forward may change: copies of the model and of its input, and the leaves in that by name."""
+
+    replica: Replica | None
+    copied: Any
+    leaves: list[tuple[str, Tensor]]
+
+
+@dataclass
+class _Forward:
+    """What one forward gave, and what it was cut and followed by."""
+
+    outputs: list[Tensor]
+    tree: Tree
+    cut: Cut | None
+    widths: dict[str, int | None]
+    followed: FollowedRun | None
 
 
 @dataclass(frozen=True)
@@ -92,17 +120,22 @@ class Runner:
 
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
-
-        @restoring
-        def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Run, Linearization]:
-            with watch or nullcontext():
-                done = self.record(values, effects, noting=watch is not None)
-            return done, done.lin
-
-        done = watched(store or self.store(values), record, self._parameters())
+        done = watched(store or self.store(values), partial(self._watched, values), self._parameters())
         proofs = done.lin.proofs
         proofs.widths = done.widths = done.widths or proofs.widths
         return done
+
+    @cached_property
+    def _parts(self) -> tuple[Any, ...]:
+        """The model's part of the key, read once for all batches of a call: graphs are compared in each."""
+        return parts_key(self.model)
+
+    @restoring
+    def _watched(
+        self, values: Sequence[Tensor], effects: SideEffects, watch: SideEffectWatch | None
+    ) -> tuple[Run, Linearization]:
+        done = self.record(values, effects, None, watch)
+        return done, done.lin
 
     def store(self, values: Sequence[Tensor]) -> ProofStore:
         """Return what is known of the model with inputs of these shapes."""
@@ -111,7 +144,7 @@ class Runner:
             owner, known = self.owner
             return store_for(owner, (known, tuple(v.shape for v in values)), self.checks, many)
         if isinstance(self.model, nn.Module):
-            key = setting(self.model, values, "samples", self.at, *self.asked)
+            key = setting(self._parts, values, "samples", self.at, *self.asked)
         else:
             arrays = tuple((v.shape, v.dtype, v.device) for v in values)
             key = ("samples", arrays, *self.asked, torch.get_default_dtype())
@@ -142,8 +175,9 @@ class Runner:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         return {name: p.detach() for name, p in self.model.named_parameters()} | buffers
 
-    def _parameters(self) -> list[Tensor]:
-        return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
+    def _parameters(self) -> Iterator[Tensor]:
+        if isinstance(self.model, nn.Module):
+            yield from named_parameters_of(self.model).values()
 
     def outputs_alone(self, values: Sequence[Tensor], effects: SideEffects) -> Iterator[list[Tensor]]:
         """Yield the outputs of every sample alone, without gradient."""
@@ -155,7 +189,7 @@ class Runner:
     @restoring
     def _outputs(self, values: Sequence[Tensor], replica: Replica | None) -> list[Tensor]:
         with arithmetic(False):
-            return self._ran(values, replica).lin.outputs
+            return self._ran(values, self._private(values, replica)).outputs
 
     def replica(self, cloned: bool) -> Replica | None:
         """Return a private copy of a module; None for a plain function.
@@ -180,33 +214,42 @@ class Runner:
         values: Sequence[Tensor],
         effects: SideEffects,
         path: str | None = None,
-        noting: bool = False,
+        watch: SideEffectWatch | None = None,
         state: dict[str, Tensor] | None = None,
     ) -> Run:
-        """Record one forward, cut at `path` if there is one; with `noting` learn the widths of layers.
+        """Record one forward, cut at `path` if there is one; under a `watch` learn the widths of layers.
 
         Args:
             values: The samples.
             effects: What earlier forwards were seen to do.
             path: A submodule to cut at.
-            noting: Learn the widths of layers.
+            watch: Notes what the forward does besides arithmetic.
             state: Take these parameters and buffers instead of the model's.
         """
+        refuse_transforms()  # before weights are copied
         # With a graph, results are differentiated once more than fused norms have derivatives.
-        with recording(), random_state_kept(), norms_written_out() if self.create_graph else nullcontext():
-            return self._ran(values, self.replica(effects.writes), path, noting, state)
+        written, watching = norms_written_out() if self.create_graph else nullcontext(), watch or nullcontext()
+        # In the function mode of a recording every look at a tensor's shape is a call in Python: copies come first.
+        with arithmetic(True), watching:
+            private = self._private(values, self.replica(effects.writes))
+        with recording(), random_state_kept(), watching, written:
+            done = self._ran(values, private, path, watch is not None, state)
+        return self._recorded(done, private, path)
+
+    def _private(self, values: Sequence[Tensor], replica: Replica | None) -> _Private:
+        connected = self.connected or self.create_graph
+        return _Private(replica, *private_inputs(self.inputs_in(values), self.input_tree, connected))
 
     def _ran(
         self,
         values: Sequence[Tensor],
-        replica: Replica | None,
+        private: _Private,
         path: str | None = None,
         noting: bool = False,
         state: dict[str, Tensor] | None = None,
-    ) -> Run:
+    ) -> _Forward:
         widths: dict[str, int | None] = {}
-        connected = self.connected or self.create_graph
-        copied, leaves = private_inputs(self.inputs_in(values), self.input_tree, connected)
+        replica, copied, leaves = private.replica, private.copied, private.leaves
         cut = self.cut(replica, path, checked=noting)
         noted = nullcontext()
         if replica is not None and noting:
@@ -215,14 +258,17 @@ class Runner:
         with noted, follow or nullcontext(), follow.functions if follow is not None else nullcontext():
             tensors, tree = self.called(copied, values, replica, cut, state)
         followed = None if follow is None else FollowedRun.of(tensors, follow, [leaf for _, leaf in leaves])
+        return _Forward(tensors, tree, cut, widths, followed)
+
+    def _recorded(self, done: _Forward, private: _Private, path: str | None) -> Run:
+        replica, leaves, cut, head = private.replica, private.leaves, done.cut, None
         protected = [p for p in replica.originals.values() if p.requires_grad] if replica is not None else []
-        head = None
         if path is not None and cut is not None:
-            head = self._linearized(leaves, {path: cut.before[0]}, protected)
+            head = self._linearized(leaves, [path], [cut.before[0]], protected)
         if cut is not None and cut.leaves:
             leaves = [(str(path or self.at), leaf) for leaf in cut.leaves]
-        lin = self._linearized(leaves, dict(zip(tree.names, tensors, strict=True)), protected)
-        return Run(lin, tree, head, widths, followed)
+        lin = self._linearized(leaves, done.tree.names, done.outputs, protected)
+        return Run(lin, done.tree, head, done.widths, done.followed)
 
     def _follow(self, cut: Cut | None, copied: Any) -> Follow | None:
         """Return what carries bias parts along from a copy of the input; None where they start at a layer."""
@@ -281,13 +327,13 @@ class Runner:
         return tensors, tree
 
     def _linearized(
-        self, leaves: list[tuple[str, Tensor]], outputs: dict[str, Tensor], protected: list[Tensor]
+        self, leaves: list[tuple[str, Tensor]], names: Sequence[str], outputs: list[Tensor], protected: list[Tensor]
     ) -> Linearization:
         lin = Linearization(
             [leaf for _, leaf in leaves],
-            list(outputs.values()),
+            outputs,
             leaf_names=[name for name, _ in leaves],
-            output_names=list(outputs),
+            output_names=names,
             call=self.call,
             private=True,
             fallback=self.fallback,

@@ -51,6 +51,7 @@ class _Kind:
         tensors: Attributes of the saved tensors.
         custom: It is a Python Function's.
         leaf: It ends in a leaf.
+        refuses: It stands where a `once_differentiable` backward cut the graph.
     """
 
     name: str
@@ -58,6 +59,7 @@ class _Kind:
     tensors: tuple[str, ...]
     custom: bool
     leaf: bool
+    refuses: bool = False
 
 
 _kinds: dict[type, _Kind] = {}
@@ -69,8 +71,9 @@ def _kind(node: Any) -> _Kind:
     names, name = dir(type(node)), node.name()
     tensors = tuple(_SAVED + n.removeprefix(_RAW) for n in names if n.startswith(_RAW))
     scalars = [n for n in names if n.startswith(_SAVED) and n not in tensors and not _is_size(n)]
-    leaf = name.rpartition("::")[2] == "AccumulateGrad"
-    found = _Kind(name, attrgetter(*scalars) if scalars else None, tensors, False, leaf)
+    last = name.rpartition("::")[2]
+    read = attrgetter(*scalars) if scalars else None
+    found = _Kind(name, read, tensors, False, last == "AccumulateGrad", last == _TWICE_REFUSED)
     return _kinds.setdefault(type(node), found)
 
 
@@ -124,13 +127,14 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
         elif root not in numbers:
             numbers[root] = len(numbers)
             stack.append(root)
-    add = wiring.append
+    add, place_of, kinds = wiring.append, numbers.get, _kinds.get
     while stack:
         node = stack.pop()
-        kind = _kinds.get(type(node)) or _kind(node)
-        add(type(node))
+        type_ = type(node)
+        kind = kinds(type_) or _kind(node)
+        add(type_)
         for parent, number in node.next_functions:
-            place = None if parent is None else numbers.get(parent)
+            place = None if parent is None else place_of(parent)
             if place is None and parent is not None:
                 place = numbers[parent] = len(numbers)
                 stack.append(parent)
@@ -142,16 +146,16 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
         elif kind.custom:
             functions[kind.name] = None
             add(_context(node))
-        elif kind.name.rpartition("::")[2] == _TWICE_REFUSED:
+        elif kind.refuses:
             refuses = True
     named = tuple(name.removesuffix("Backward") for name in functions)
     return GraphInfo(named, _REENTRANT in functions, refuses, frozenset(leaves), numbers, tuple(wiring))
 
 
 def _frozen(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return tuple(_frozen(item) for item in value)
-    return value if isinstance(value, _PLAIN) else str(value)
+    if isinstance(value, _PLAIN):
+        return value
+    return tuple([_frozen(item) for item in value]) if isinstance(value, tuple | list) else str(value)
 
 
 def _context(node: Any) -> Any:

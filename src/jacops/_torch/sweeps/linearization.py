@@ -50,6 +50,7 @@ class Linearization:
         call: The public call on whose behalf this is done.
         private: Nobody but this linearization holds the leaves, so `.backward` may write into them.
         fallback: `"warn"`, `"silent"` or `"error"` when a fast route is left.
+        domain: The leaves' space, where it is known.
 
     Attributes:
         proofs: What earlier calls proved about this graph.
@@ -69,10 +70,11 @@ class Linearization:
         call: str,
         private: bool = False,
         fallback: str = "warn",
+        domain: Space | None = None,
     ) -> None:
         self.leaves, self.outputs = list(leaves), list(outputs)
         device = self.outputs[0].device if self.outputs else None
-        self.domain = Space.of(self.leaves, _names(leaf_names, self.leaves), device)
+        self.domain = domain or Space.of(self.leaves, _names(leaf_names, self.leaves), device)
         self.codomain = Space.of(self.outputs, _names(output_names, self.outputs), device)
         self.call, self.private, self.fallback, self.proofs = call, private, fallback, Proofs()
         coarse = [torch.bfloat16] if autocast_on(self.outputs) else []
@@ -123,7 +125,10 @@ class Linearization:
         some, more = range(len(self.leaves)) if leaves is None else leaves, more or {}
         leaf_names = [*(self.domain.names[i] for i in some), *more]
         kept = [*(self.leaves[i] for i in some), *more.values()]
-        other = Linearization(kept, outputs, leaf_names=leaf_names, output_names=names, call=call or self.call)
+        domain = self.domain if leaves is None and not more and kept else None
+        other = Linearization(
+            kept, outputs, leaf_names=leaf_names, output_names=names, call=call or self.call, domain=domain
+        )
         for name in ("private", "proofs", "fallback", "protected", "weights"):
             setattr(other, name, getattr(self, name))
         other.aliased_leaves = tuple((some.index(i), tensor) for i, tensor in self.aliased_leaves if i in some)

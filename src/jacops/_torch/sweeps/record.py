@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._runtime.agreement import coarsest
-from ..._runtime.contexts import norms_written_out, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording, refuse_transforms
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
 from ..._trees import Selector, Tree, flatten, output_leaves, select
@@ -20,6 +20,7 @@ from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
 from ..model.inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
 from ..model.replica import PlainFunction, Replica, bare, by_inputs, check_state, has_derivatives, replicate
+from ..model.walk import modules_of, named_parameters_of
 from .graph import reaches
 from .linearization import Linearization
 from .proofs import KeptProofs, ProofStore, identity_key, store_for
@@ -72,21 +73,27 @@ def record_closure(
     return Recording(lin, tree, output)
 
 
-def setting(model: nn.Module, inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
-    """Return a key under which proofs about a model hold: its modules, modes and shapes, and the inputs'."""
-    modules = [] if isinstance(model, PlainFunction) else list(model.modules())
+def parts_key(model: nn.Module) -> tuple[Any, ...]:
+    """Return the part of `setting` that is about the model: its modules, modes and shapes."""
+    modules = [] if isinstance(model, PlainFunction) else modules_of(model)
     parts = [
         (id(m), type(m), getattr(m, "training", False), len(m._forward_hooks), len(m._forward_pre_hooks))
         for m in modules
     ]
-    weights = [(p.shape, p.dtype, p.device) for m in modules for p in m._parameters.values() if p is not None]
+    held = [m._parameters for m in modules if m._parameters]
+    weights = [(p.shape, p.dtype, p.device) for own in held for p in own.values() if p is not None]
+    return tuple(parts), tuple(weights)
+
+
+def setting(parts: tuple[Any, ...], inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
+    """Return a key under which proofs about a model hold: its `parts_key`, the inputs' shapes, torch's settings."""
     arrays = [(t.shape, t.dtype, t.device) for t in inputs]
     context = (
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda") if torch.cuda.is_available() else False,
         torch.get_default_dtype(),
     )
-    return (tuple(parts), tuple(weights), tuple(arrays), context, *more)
+    return (*parts, tuple(arrays), context, *more)
 
 
 def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | None], tuple[Result, Linearization]],
@@ -189,7 +196,7 @@ class ModelRun:
     @cached_property
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The caller's parameters by their first names, found by one walk over the modules."""
-        return dict(self.module.named_parameters())
+        return named_parameters_of(self.module)
 
     @cached_property
     def chosen(self) -> dict[str, Tensor]:
@@ -220,7 +227,7 @@ class ModelRun:
         tensors = [t for t in given if isinstance(t, Tensor)]
         others = [leaf for leaf in given if not isinstance(leaf, Tensor)]
         asked = identity_key(self.outputs), identity_key(self.purpose), identity_key(others)
-        key = setting(module, tensors, "whole", self.training, self.at, *asked)
+        key = setting(parts_key(module), tensors, "whole", self.training, self.at, *asked)
         weights = self.weights
         copies = {} if weights is None else weights.copies(module)
         store = store_for(self.owner, key, self.checks, _rows(tensors))
@@ -243,15 +250,19 @@ class ModelRun:
             copies={} if effects.writes else copies,  # clones are the forward's to write into, copies are not
         )
         # Its results are differentiated once more than fused norms have derivatives.
-        written = norms_written_out() if self.connected else nullcontext()
+        written, watching = norms_written_out() if self.connected else nullcontext(), watch or nullcontext()
+        # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input requires one.
+        # They are copied first: in the function mode of a recording every look at a tensor's shape is a call in Python.
+        with arithmetic(True), watching:
+            copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
         pulled = self.pulled and not self.connected
-        with recording(pulled=pulled), random_state_kept(), watch or nullcontext(), written:
-            before, inputs, hidden = self._forward(replica)
+        with recording(pulled=pulled), random_state_kept(), watching, written:
+            before, hidden = self._forward(replica, copied)
             output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
         outputs, tree = output_leaves(output, aside=self.aside)
-        options = {"call": self.call, "fallback": self.fallback}
-        lin = Linearization(leaves, outputs, leaf_names=names, output_names=tree.names, private=True, **options)
+        named = {"leaf_names": names, "output_names": tree.names}
+        lin = Linearization(leaves, outputs, **named, call=self.call, private=True, fallback=self.fallback)
         lin.weights = self.weights
         lin.protected = [p for p in self.own_parameters.values() if p.requires_grad]
         # The caller's own parameter in the graph of a private copy: something outside the module holds it.
@@ -261,10 +272,8 @@ class ModelRun:
         own = {id(given[name]): (given[name], leaf) for name, leaf in inputs}
         return Recording(lin, tree, output, own, before, not self.chosen), lin
 
-    def _forward(self, replica: Replica) -> tuple[Any, list[tuple[str, Tensor]], list[Tensor]]:
-        """Return the output, the inputs that have derivatives by name, and the leaves inside of the model."""
-        # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input requires one.
-        copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
+    def _forward(self, replica: Replica, copied: Any) -> tuple[Any, list[Tensor]]:
+        """Return the output for a copy of the input, and the leaves inside of the model."""
         for name, change in (self.shift or {}).items():
             replica.parameters[name].data = replica.originals[name].detach() + change
         hooked = Cut(replica.module, self.at, self.connected)
@@ -272,7 +281,7 @@ class ModelRun:
         tensors = [t for t in flatten(self.value, "input")[0] if isinstance(t, Tensor)]
         with hooked.active(), forward_explained(self.module, tensors):
             output = hooked.result(replica(args, kwargs))
-        return select(output, self.outputs), inputs, hooked.leaves
+        return select(output, self.outputs), hooked.leaves
 
     def _leaves(
         self, replica: Replica, inputs: list[tuple[str, Tensor]], hidden: list[Tensor]

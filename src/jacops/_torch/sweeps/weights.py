@@ -18,6 +18,7 @@ from ..._digests import byte_view
 from ..._runtime.contexts import arithmetic
 from ..._runtime.restoring import process_lock, restoring
 from ...errors import JacopsError, ModelStateError, NotDifferentiableError
+from ..model.walk import modules_of, named_parameters_of
 
 # Copies of 9 MiB took 35 ms, as long as recording such a model, and digests of them 0.8 ms, one percent of a product
 # with one row; below 1 MiB a copy takes microseconds, and digests 5 to 10 percent of a product.
@@ -43,16 +44,16 @@ class Weights:
             if sum(t.nbytes for t in held.values()) <= COPIED:
                 self._values = {name: t.detach().clone() for name, t in held.items()}
             else:
-                self._recorded = {name: p.detach() for name, p in module.named_parameters()}
+                self._recorded = {name: p.detach() for name, p in named_parameters_of(module).items()}
                 self._digests = {name: _digest(t) for name, t in held.items()}
 
     def copies(self, module: nn.Module) -> dict[int, Tensor]:
         """Return copies of a module's parameters by the identity of its own; none where they are too large."""
-        return {id(p): self._values[name] for name, p in module.named_parameters()} if self._values else {}
+        return {id(p): self._values[name] for name, p in named_parameters_of(module).items()} if self._values else {}
 
     def fits(self, module: nn.Module) -> bool:
         """Return whether a recording of a module now would have these values, in this memory if it is not copied."""
-        here = {name: p.data_ptr() for name, p in module.named_parameters()} if self._recorded else {}
+        here = {name: p.data_ptr() for name, p in named_parameters_of(module).items()} if self._recorded else {}
         if here != {name: p.data_ptr() for name, p in self._recorded.items()}:
             return False
         return self.changed_in(module) is None
@@ -61,7 +62,7 @@ class Weights:
         """Return what of a module differs from what it was, as messages call it; None where nothing does."""
         name = self._changed(_tensors(module))
         if name is not None:
-            kind = "parameter" if name in dict(module.named_parameters()) else "buffer"
+            kind = "parameter" if name in named_parameters_of(module) else "buffer"
             return f"{kind} '{name}'"
         return None if self._modes == _modes(module) else "its mode (train or eval)"
 
@@ -138,11 +139,11 @@ def weights_of(module: nn.Module) -> Weights:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {**named_parameters_of(module), **dict(module.named_buffers())}
 
 
 def _modes(module: nn.Module) -> tuple[bool, ...]:
-    return tuple(part.training for part in module.modules())
+    return tuple(part.training for part in modules_of(module))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
