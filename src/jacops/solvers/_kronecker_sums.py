@@ -365,8 +365,8 @@ def not_finite(name: str) -> NonFiniteError:
 
 
 def _rows(side: Tensor) -> Tensor:
-    """Return `(g, k n t, p)`, what a factor is the sum of squares of."""
-    return side.movedim(3, 0).flatten(1, 3)
+    """Return `(g, k n t, p)`, what a factor is the sum of squares of; what has to be copied is so in long runs."""
+    return side.permute(3, 4, 0, 1, 2).flatten(2).mT
 
 
 def _rotated(side: Tensor, basis: Tensor | None) -> Tensor:

@@ -142,7 +142,7 @@ class SideSum:
             part = strip.value()[:, : size - start, :size]
             stop = part.shape[2]
             torch.mul(part, factor, out=found[:, start:stop, :stop])
-            found[:, :start, start:stop] = found[:, start:stop, :start].mT
+            torch.mul(part[:, :, :start].mT, factor, out=found[:, :start, start:stop])
             start = stop
         return found
 
