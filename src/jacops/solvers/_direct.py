@@ -113,7 +113,7 @@ class _Factorised(Prepared):
     def _left(self, x: Tensor, rows: Tensor) -> Tensor:
         if self.entries is None:
             return self.system.residual(x, rows)
-        return rows.double() - in_double(self.entries, x.double())
+        return in_double(self.entries, x.double()).neg_().add_(rows)
 
 
 @final

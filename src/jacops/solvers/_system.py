@@ -282,9 +282,13 @@ def in_double(operator: Operator, rows: Tensor) -> Tensor:
         return operator._apply(rows)
     match operator:
         case Matrix():
-            step = max(1, _CHUNK_ENTRIES // max(1, operator.shape[1]))
-            parts = [rows @ part.double().T for part in operator.matrix.split(step)]
-            return torch.cat(parts, 1) if parts else operator._apply(rows.to(operator.domain.dtype)).double()
+            step, image = (
+                max(1, _CHUNK_ENTRIES // max(1, operator.shape[1])),
+                rows.new_empty(len(rows), operator.shape[0]),
+            )
+            for start, part in enumerate(operator.matrix.split(step)):
+                image[:, start * step : start * step + len(part)] = rows @ part.double().T
+            return image
         case Diagonal():
             return rows * operator.entries.double()
         case Identity():
