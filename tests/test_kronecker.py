@@ -304,3 +304,17 @@ def test_factors_that_are_written_into_stay_the_same_in_the_mapping() -> None:
         side.mul_(2)
     for side, before in zip(factors["weight"], kept, strict=True):
         assert torch.equal(side, before)
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize("width", [255, 256, 300])
+def test_single_precision_agrees_with_sums_in_double(width: int, bias: Any) -> None:
+    # Sides are summed in strips of 256 rows, and a bias is one row more.
+    model, x, y = settled(nn.Linear(width, 4)).float(), draw(64, width).float(), torch.arange(64) % 4
+    left, right = kronecker_factors(model, nn.CrossEntropyLoss(), x, y, kind="empirical", bias=bias)["weight"]
+    rows = x.double()
+    rows = torch.cat([rows, torch.ones(64, 1, dtype=F64)], 1) if bias == "joint" else rows
+    slope = model.double()(x.double()).softmax(1).detach() - nn.functional.one_hot(y, 4)
+    for found, expected in ((left, slope.T @ slope / 64), (right, rows.T @ rows / 64)):
+        assert found.is_contiguous()
+        assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())

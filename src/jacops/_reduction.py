@@ -74,7 +74,8 @@ def prove_reduction(objective: Any, batch: Batch) -> None:
     found = _recorded_apart(objective, batch)
     claim = Fact.REDUCTION, objective.reduction, found[-1].lin.graph_info.wiring
     proofs = [recording.lin.proofs for recording in found]
-    new, due = any(one.needs(*claim) for one in proofs), any(one.spot_due(Fact.REDUCTION) for one in proofs)
+    new = any(one.needs(*claim) for one in proofs)
+    due = any([one.spot_due(Fact.REDUCTION) for one in proofs])  # both count, so that both come due at once
     if new or due or not is_finite(found[-1].lin.outputs[0]):
         check_reduction(objective, batch, FEW_ROWS if new else _SPOT_ROWS)
         for one in proofs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -201,10 +201,12 @@ class OuterSums:
             left, right = left.plus(own[0].times(weight[1])), right.plus(own[1].times(weight[0]))
         return left, right, (1.0, 1 / max(left.trace(), self._tiny))
 
-    def pair(self) -> Pair:
-        """Return the factors of the weight, and of its bias as its last column."""
+    def pair(self, separate: bool = False) -> Pair:
+        """Return the factors of the weight, and of its bias as its last column unless that is `separate`."""
         left, right, (p, q) = self._joined()
-        return Pair(self.where, self.names[0], left.matrix(p), right.matrix(q), self.turned)
+        where = self.where[:1] if separate else self.where
+        other = right.matrix(q, len(self.where) - len(where))
+        return Pair(where, self.names[0], left.matrix(p), other, self.turned)
 
     def owners(self, separate: bool = False) -> tuple[str, ...]:
         """Return the names of parameters with factors of their own."""
@@ -213,11 +215,7 @@ class OuterSums:
     def pair_of(self, name: str, separate: bool = False) -> Pair:
         """Return the factors of the weight, with its bias or without, or of the bias."""
         if name == self.names[0]:
-            joint = self.pair()
-            if not separate or len(self.where) == 1:
-                return joint
-            right = joint.right[..., :-1]
-            return replace(joint, where=self.where[:1], right=right if right.ndim == 2 else right[:, :-1])
+            return self.pair(separate)
         left, right, (p, q) = self._joined()
         return Pair(self.where[1:], name, left.matrix(p), right.last(q), self.turned)
 
@@ -367,8 +365,8 @@ def not_finite(name: str) -> NonFiniteError:
 
 
 def _rows(side: Tensor) -> Tensor:
-    """Return `(g, k n t, p)`, what a factor is the sum of squares of."""
-    return side.movedim(3, 0).flatten(1, 3)
+    """Return `(g, k n t, p)`, what a factor is the sum of squares of; what has to be copied is so in long runs."""
+    return side.permute(3, 4, 0, 1, 2).flatten(2).mT
 
 
 def _rotated(side: Tensor, basis: Tensor | None) -> Tensor:

@@ -123,18 +123,26 @@ class SideSum:
         ends = (part[:, :, -part.shape[1] :].diagonal(dim1=1, dim2=2) for part in parts)
         return sum(float(end.sum(dtype=torch.float64)) for end in ends)
 
-    def matrix(self, factor: float = 1.0) -> Tensor:
-        """Return the sum times a number, `(g, p, p)`, or the diagonal `(g, p)`, in memory of its own."""
-        if self.diagonal or len(self.strips) == 1:
-            return self.strips[0].value() * factor
+    def matrix(self, factor: float = 1.0, without: int = 0) -> Tensor:
+        """Return the sum times a number, `(g, p, p)`, or the diagonal `(g, p)`, in memory of its own.
+
+        Args:
+            factor: The number.
+            without: So many places at the end are left out.
+        """
         last = self.strips[-1].value()
-        found = last.new_empty(last.shape[0], last.shape[2], last.shape[2])
+        size = last.shape[-1] - without
+        if self.diagonal:
+            return last[:, :size] * factor
+        if len(self.strips) == 1:
+            return last[:, :size, :size] * factor
+        found = last.new_empty(last.shape[0], size, size)
         start = 0
         for strip in self.strips:
-            part = strip.value()
+            part = strip.value()[:, : size - start, :size]
             stop = part.shape[2]
             torch.mul(part, factor, out=found[:, start:stop, :stop])
-            found[:, :start, start:stop] = found[:, start:stop, :start].mT
+            torch.mul(part[:, :, :start].mT, factor, out=found[:, :start, start:stop])
             start = stop
         return found
 

@@ -22,7 +22,9 @@ from .._runtime.contexts import private_noise
 from ..errors import InputError
 
 RowMap = Callable[[Tensor], Tensor]
-_CHUNK_ENTRIES = 2**24  # entries of a matrix that are made double at a time: 128 MiB
+# Entries of a matrix that are made double at a time. 8 MiB stay in caches: of a matrix of 4,810 rows, one product took
+# 6 ms and 200 took 183, with 128 MiB 90 and 252.
+_CHUNK_ENTRIES = 2**20
 # Norms from 6e-8 to 2e7 need no unit of their own: with condition numbers of 1e6, which is what single precision
 # solves, squares of curvatures stay above 1e-27 and below 1e15.
 _ORDINARY = 24
@@ -280,9 +282,13 @@ def in_double(operator: Operator, rows: Tensor) -> Tensor:
         return operator._apply(rows)
     match operator:
         case Matrix():
-            step = max(1, _CHUNK_ENTRIES // max(1, operator.shape[1]))
-            parts = [rows @ part.double().T for part in operator.matrix.split(step)]
-            return torch.cat(parts, 1) if parts else operator._apply(rows.to(operator.domain.dtype)).double()
+            step, image = (
+                max(1, _CHUNK_ENTRIES // max(1, operator.shape[1])),
+                rows.new_empty(len(rows), operator.shape[0]),
+            )
+            for start, part in enumerate(operator.matrix.split(step)):
+                image[:, start * step : start * step + len(part)] = rows @ part.double().T
+            return image
         case Diagonal():
             return rows * operator.entries.double()
         case Identity():

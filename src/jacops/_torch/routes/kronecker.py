@@ -189,7 +189,7 @@ class RecordedBatch:
             sides = (delta, entries) if group.turned else (entries, delta)
             return OuterGradients(*sides, swapped=not group.turned)
         if with_one:
-            operand = torch.cat([operand, site.ones(operand)], -1)
+            operand = _beside(operand, site.ones(operand))
         swapped = site.turned != group.turned
         return OuterGradients(operand[None], delta, swapped) if swapped else OuterGradients(delta, operand[None])
 
@@ -265,6 +265,13 @@ def _given(operand: Tensor | None) -> Tensor:
     if operand is None:
         raise RouteFailedError("an operation kept nothing that multiplies its parameter")
     return operand
+
+
+def _beside(operand: Tensor, ones: Tensor) -> Tensor:
+    """Return both along the last axis, in the operand's layout: patches of images have that axis outermost."""
+    if operand.stride(-1) == 1:
+        return torch.cat([operand, ones], -1)
+    return torch.cat([operand.movedim(-1, 0), ones.movedim(-1, 0)]).movedim(0, -1)
 
 
 def assembled(gradients: Gradients, mix: Tensor, leaves: Sequence[Tensor], turned: bool) -> list[Tensor]:
