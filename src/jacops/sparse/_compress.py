@@ -75,14 +75,18 @@ class Assembly:
             )
         pushed, sweep, at = found
         places = np.where(pushed, coloring.pulls * wide + sweep * m, sweep * wide) + at
-        keys = rows * width + column_of[inner]
+        final = column_of[inner]
+        keys = rows * width + final
+        if bool((keys[1:] > keys[:-1]).all()):  # in order, and no two copies of one column in a row
+            ends, columns = matrix.indptr.astype(np.int32), final.astype(np.int32)
+            return cls((m, width), coloring, column_of, ends, columns, places, None)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        first = np.r_[True, keys[1:] != keys[:-1]][: len(keys)]
+        first = np.r_[True, keys[1:] != keys[:-1]]
         entry = None if first.all() else np.cumsum(first) - 1
-        entries = keys[first]
-        ends = np.searchsorted(entries, np.arange(m + 1) * width).astype(np.int32)
-        columns = (entries % width).astype(np.int32)
+        taken = order[first]
+        ends = np.r_[0, np.cumsum(np.bincount(rows[taken], minlength=m))].astype(np.int32)
+        columns = final[taken].astype(np.int32)
         return cls((m, width), coloring, column_of, ends, columns, places[order], entry)
 
     def values(self, *swept: Tensor) -> Tensor:
