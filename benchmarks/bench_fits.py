@@ -115,10 +115,15 @@ def by_scipy(model: nn.Module) -> Callable[[], float]:
 
 
 def one_step(model: nn.Module) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Return two ways to take one Levenberg-Marquardt step: ours, and the same with SuperLU on the whole matrix."""
+    """Return two ways to take one Levenberg-Marquardt step: ours, and the same with SuperLU on the whole matrix.
+
+    Two cameras are held: with one the scale is free, and an undamped step is not determined.
+    """
+    held = torch.arange(len(model.get_parameter("cameras"))) < 2
+    options = {**_BUNDLE, "fixed": {"cameras": held}, "max_steps": 1, "on_failure": "return"}
 
     def step(solver: StepSolverName) -> float:
-        return levenberg_marquardt(model, max_steps=1, on_failure="return", solver=solver, **_BUNDLE).cost
+        return levenberg_marquardt(model, solver=solver, **options).cost
 
     return partial(step, "sparse_cholesky"), partial(step, "splu")
 
