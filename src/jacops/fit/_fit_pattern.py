@@ -216,13 +216,15 @@ class FitPattern:
         for first, last in _runs(self.units.part[old.units[0]]):
             units = old.units[:, first:last]
             wide, free = int(self.units.stored[units[0]].sum()), int(self.units.moved[units[0]].sum())
-            own = blocks[:, :, at : at + wide]
+            own, into = blocks[:, :, at : at + wide], result[:, :, to : to + free]
             if self.units.element[units[0, 0]] >= 0:
-                slots = own.reshape(len(own), old.height, last - first, -1).swapaxes(1, 2)
-                own = np.matmul(slots, moves[int(self.units.part[units[0, 0]])][self.units.element[units]]).swapaxes(
-                    1, 2
-                )
-            result[:, :, to : to + free] = own.reshape(len(own), old.height, free)
+                # Axes that are split are views, so that products go where they belong.
+                shape = len(own), old.height, last - first, -1
+                slots, target = own.reshape(shape).swapaxes(1, 2), into.reshape(shape).swapaxes(1, 2)
+                moved = moves[int(self.units.part[units[0, 0]])][self.units.element[units]]
+                np.matmul(slots, moved, out=target)
+            else:
+                into[:] = own
             at, to = at + wide, to + free
         return result
 
