@@ -27,7 +27,7 @@ def test_points_of_a_bundle_are_said_to_be_eliminated_first(capsys: pytest.Captu
     found = re.search(r"([0-9]+) blocks of 3 columns eliminated first \(Schur complement\), then", fit.equations)
     assert found is not None
     assert 60 < int(found[1]) <= 100
-    assert f"equations: {fit.equations}" in repr(fit)
+    assert f" s, by {fit.equations}" in repr(fit)
     assert fit.equations in capsys.readouterr().out
 
 

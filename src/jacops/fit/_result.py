@@ -287,8 +287,8 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         sweeps = f"{self.njev} ({self.route}), {self.nfev} forward passes"
         facts = [("note", more[0])] if more else []
         facts += [("objective", f"{first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}")]
-        facts += [("steps", steps), ("Jacobians", sweeps)]
-        return Description(title, [*facts, *([("equations", self.equations)] if self.equations else [])])
+        steps += f", by {self.equations}" if self.equations else ""
+        return Description(title, [*facts, ("steps", steps), ("Jacobians", sweeps)])
 
     def _whole(self) -> Description:
         """Return the description with parameters and steps."""
