@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Unpack, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -366,7 +367,15 @@ def _result(problem: FitProblem, ended: Outcome, told: Observer, strategy: Strat
         njev=problem.linearisations,
         route=problem.route,
         plan=problem.plan,
+        equations=_equations(ended),
         active_mask=None if problem.bounds is None else as_given(problem.bounds.active(point.values), told.kind),
         _system=point.whole,
         _columns=problem.layout.named,
     )
+
+
+def _equations(ended: Outcome) -> str:
+    """Return how the equations of the last step were solved."""
+    solver = next((record.solver for record in reversed(ended.log) if np.isfinite(record.inner_residual)), "")
+    elimination = ended.point.system.elimination if solver.startswith("sparse_cholesky") else ""
+    return f"{solver}: {elimination}" if elimination else solver

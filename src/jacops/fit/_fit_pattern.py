@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from ..sparse._pool import distinct
 from ._layout import Layout, ParameterPart
 from ._normal import NormalPattern
-from ._row_blocks import DenseBlocks, RowBlocks, Stack
+from ._row_blocks import DenseBlocks, RowBlocks, Stack, spread
 
 _PADDED = 1.5  # factor on the stored entries that whole blocks may cost; else columns are units of their own
 
@@ -44,18 +45,17 @@ class Units:
         return np.where(self.element < 0, -self.stored, self.part)
 
     @classmethod
-    def of(cls, layout: Layout, rows: np.ndarray, columns: np.ndarray) -> Units:
+    def of(cls, layout: Layout, ends: np.ndarray, columns: np.ndarray) -> Units:
         """Return the units of a layout, for a pattern whose entries are given.
 
         Args:
             layout: The parameters.
-            rows: Row of each entry.
+            ends: CSR row pointers.
             columns: Stored number of each entry.
         """
         of_stored, sizes, many, start = [], [], 0, 0
         for number, part in enumerate(layout.parts):
-            inside = (columns >= start) & (columns < start + part.stored)
-            own = _units_of(part, rows[inside], columns[inside] - start)
+            own = _units_of(part, ends, columns, start)
             _, compact = np.unique(own[own >= 0], return_inverse=True)
             own[own >= 0] = compact + many
             widths = np.bincount(compact)
@@ -67,8 +67,8 @@ class Units:
         return cls(np.concatenate(of_stored), *(np.concatenate(each) for each in zip(*sizes, strict=True)))
 
 
-def _units_of(part: ParameterPart, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return for each stored number of a parameter a number of its unit, -1 where it is fixed."""
+def _units_of(part: ParameterPart, ends: np.ndarray, columns: np.ndarray, start: int) -> np.ndarray:
+    """Return for each number of a parameter, which is stored from `start` on, a number of its unit, -1 if fixed."""
     if part.chart:
         free = np.zeros(part.lead.numel(), bool)
         free[part.kept // part.width] = True
@@ -77,10 +77,41 @@ def _units_of(part: ParameterPart, rows: np.ndarray, columns: np.ndarray) -> np.
     free[part.kept] = part.kept
     wide = part.preferred_block
     if wide > 1 and not part.group:
-        blocks = rows * (part.columns // wide + 1) + columns // wide  # rising, as entries are
+        inside = (columns >= start) & (columns < start + part.stored)
+        rows = np.repeat(np.arange(len(ends) - 1), np.diff(ends))[inside]
+        own = columns[inside].astype(np.int64) - start
+        blocks = rows * (part.columns // wide + 1) + own // wide  # rising, as entries are
         padded = wide * (1 + np.count_nonzero(np.diff(blocks)))
-        wide = wide if padded <= _PADDED * len(columns) else 1
+        wide = wide if padded <= _PADDED * len(own) else 1
     return np.where(free >= 0, free // wide, -1)
+
+
+class Runs(NamedTuple):
+    """Neighbouring entries of one row in one unit; those of units that are fixed are left out.
+
+    Attributes:
+        rows: Row of each.
+        units: Unit of each.
+        starts: First entry of each.
+        counts: Entries of each.
+    """
+
+    rows: np.ndarray
+    units: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, ends: np.ndarray, units: np.ndarray) -> Runs:
+        """Return the runs of entries in CSR order, given the row pointers and the unit of each."""
+        fresh = np.ones(len(units) + 1, bool)
+        np.not_equal(units[1:], units[:-1], out=fresh[1:-1])
+        fresh[ends] = True
+        cuts = np.flatnonzero(fresh)
+        starts = cuts[:-1]
+        held = units[starts] >= 0
+        starts, counts = starts[held], np.diff(cuts)[held]
+        return cls(np.searchsorted(ends, starts, side="right") - 1, units[starts], starts, counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,24 +146,28 @@ class FitPattern:
             layout: The parameters.
             outputs: As the attribute.
         """
-        counts = np.diff(ends)
-        rows, columns = np.repeat(np.arange(len(counts)), counts), columns.astype(np.int64)
-        units = Units.of(layout, rows, columns)
-        unit = units.of_stored[columns]
-        taken = None if (unit >= 0).all() else np.flatnonzero(unit >= 0)
-        if taken is not None:
-            rows, columns, unit = rows[taken], columns[taken], unit[taken]
+        units = Units.of(layout, ends, columns)
+        runs = Runs.of(ends, units.of_stored[columns])
         blocks = [many // wide for many, wide in outputs]
         heights = np.repeat([wide for _, wide in outputs], blocks)
-        found = np.repeat(np.arange(len(heights)), heights)[rows] * len(units.stored) + unit
-        found = distinct(found[np.r_[True, found[1:] != found[:-1]][: len(found)]])  # rows have theirs side by side
+        keys = np.repeat(np.arange(len(heights)), heights)[runs.rows] * len(units.stored) + runs.units
+        found = distinct(keys)
         own_ends = np.searchsorted(found, np.arange(len(heights) + 1) * len(units.stored))
         labels = np.repeat(np.arange(len(outputs)), blocks)
-        stack = Stack(heights, own_ends, found % len(units.stored), labels).merged()
+        slots = Stack(heights, own_ends, found % len(units.stored), labels)
+        stack = slots.merged()
         stored = moved = RowBlocks.of(stack, units.stored, units.alike)
         if (units.element >= 0).any():
             moved = RowBlocks.of(stack, units.moved, units.alike)
-        return cls(stored, moved, taken, _places(stored, units, rows, columns), units, outputs)
+        taken = None if runs.counts.sum() == len(columns) else spread(runs.starts, runs.counts)
+        held = columns if taken is None else columns[taken]
+        places = None
+        if len(held) < len(stored.columns):
+            compact = np.cumsum(units.of_stored >= 0) - 1  # columns without those that are fixed
+            before = _widths_before(slots, units.stored)[np.searchsorted(found, keys)]
+            firsts = stored.ends[runs.rows] + before - (np.cumsum(units.stored) - units.stored)[runs.units]
+            places = np.repeat(firsts, runs.counts) + compact[held]
+        return cls(stored, moved, taken, places, units, outputs)
 
     @cached_property
     def normal(self) -> NormalPattern:
@@ -181,13 +216,15 @@ class FitPattern:
         for first, last in _runs(self.units.part[old.units[0]]):
             units = old.units[:, first:last]
             wide, free = int(self.units.stored[units[0]].sum()), int(self.units.moved[units[0]].sum())
-            own = blocks[:, :, at : at + wide]
+            own, into = blocks[:, :, at : at + wide], result[:, :, to : to + free]
             if self.units.element[units[0, 0]] >= 0:
-                slots = own.reshape(len(own), old.height, last - first, -1).swapaxes(1, 2)
-                own = np.matmul(slots, moves[int(self.units.part[units[0, 0]])][self.units.element[units]]).swapaxes(
-                    1, 2
-                )
-            result[:, :, to : to + free] = own.reshape(len(own), old.height, free)
+                # Axes that are split are views, so that products go where they belong.
+                shape = len(own), old.height, last - first, -1
+                slots, target = own.reshape(shape).swapaxes(1, 2), into.reshape(shape).swapaxes(1, 2)
+                moved = moves[int(self.units.part[units[0, 0]])][self.units.element[units]]
+                np.matmul(slots, moved, out=target)
+            else:
+                into[:] = own
             at, to = at + wide, to + free
         return result
 
@@ -216,10 +253,9 @@ def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
     return zip(cuts[:-1], cuts[1:], strict=True)
 
 
-def _places(stored: RowBlocks, units: Units, rows: np.ndarray, columns: np.ndarray) -> np.ndarray | None:
-    """Return where entries, in CSR order, are among those of whole blocks; None where they are all of these."""
-    compact = np.cumsum(units.of_stored >= 0) - 1  # columns without those that are fixed
-    width = stored.shape[1]
-    keys = np.repeat(np.arange(stored.shape[0]), np.diff(stored.ends)) * width + stored.columns
-    wanted = rows * width + compact[columns]
-    return None if len(keys) == len(wanted) else np.searchsorted(keys, wanted)
+def _widths_before(slots: Stack, widths: np.ndarray) -> np.ndarray:
+    """Return for each unit of each block how many columns the units before it in the block have."""
+    wide = widths[slots.units]
+    before = np.cumsum(wide) - wide
+    held = np.diff(slots.ends)
+    return before - np.repeat(before[slots.ends[:-1][held > 0]], held[held > 0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -341,7 +342,7 @@ def _structures(many: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarra
             found[above] |= rows
             found[above].discard(above)
     columns = np.repeat(list(found), [len(rows) for rows in found.values()]).astype(np.int64)
-    flat = np.fromiter((row for rows in found.values() for row in rows), np.int64, len(columns))
+    flat = np.fromiter(chain.from_iterable(found.values()), np.int64, len(columns))
     keys = np.sort(np.concatenate([*parts, columns * many + flat]))
     columns, rows = np.divmod(keys, many)
     return np.r_[0, np.cumsum(np.bincount(columns, minlength=many))], rows
@@ -349,15 +350,16 @@ def _structures(many: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarra
 
 def _postorder(parent: np.ndarray) -> np.ndarray:
     """Return nodes with children before parents and subtrees together."""
-    children: list[list[int]] = [[] for _ in parent]
-    stack: list[int] = []
+    # The last child of each node, that of none at the end, and the child before each: no list per node to collect.
+    last, before = [-1] * (len(parent) + 1), [-1] * len(parent)
     for node, above in enumerate(parent.tolist()):
-        (children[above] if above >= 0 else stack).append(node)
-    backwards = []
+        before[node], last[above] = last[above], node
+    backwards, stack = [], last[-1:]
     while stack:
         node = stack.pop()
-        backwards.append(node)
-        stack += children[node]
+        if node >= 0:
+            backwards.append(node)
+            stack += (before[node], last[node])
     return np.array(backwards[::-1], np.int64)
 
 

@@ -48,6 +48,23 @@ class FrontalAnalysis:
             compiled, leaves = Loops(fronts, fronts.children), ()
         return cls(fronts, fronts.scattered(), leaves, compiled)
 
+    @property
+    def description(self) -> str:
+        """What is eliminated how, in a phrase."""
+        fronts = self.fronts
+        single = np.diff(fronts.firsts) == 1
+        single &= np.bincount(fronts.parent + 1, minlength=fronts.count + 1)[1:] == 0  # nothing is left to them
+        blocks = fronts.wide[single]
+        if 2 * blocks.sum() <= fronts.columns[-1]:
+            blocks, single = blocks[:0], np.zeros_like(single)
+        rest, most = int((~single).sum()), int((fronts.wide + fronts.high)[~single].max(initial=0))
+        others = f"{rest:,} dense front{_s(rest)} of up to {most:,} rows, ordered by minimum degree"
+        if not len(blocks):
+            return others
+        counted = zip(*(found.tolist() for found in np.unique(blocks, return_counts=True)), strict=True)
+        parts = [f"{many:,} block{_s(many)} of {wide} column{_s(wide)}" for wide, many in counted]
+        return f"{' and '.join(parts)} eliminated first (Schur complement)" + (f", then {others}" if rest else "")
+
     def factorised(self, entries: np.ndarray) -> FrontalCholesky:
         """Return the factors of a matrix with these entries.
 
@@ -87,6 +104,10 @@ class FrontalAnalysis:
                 more = {} if rest is None else {"beta": 1.0, "c": rest, "overwrite_c": 1}
                 left[front] = blas.dsyrk(-1.0, rows, lower=1, **more)
         return True
+
+
+def _s(many: int) -> str:
+    return "s" * (many != 1)
 
 
 @dataclass(frozen=True, eq=False)

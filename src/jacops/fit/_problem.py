@@ -65,16 +65,20 @@ def _moved_by_charts(parts: tuple[ParameterPart, ...], held: Mapping[str, Tensor
 
 
 def _fullness(lin: Linearization) -> float:
-    """Return how full a few rows of the Jacobian are, by one backward pass each."""
-    shares = []
-    for index, output in enumerate(lin.outputs):
-        for entry in {0, output.numel() // 2, output.numel() - 1} if output.numel() else ():
-            seed = torch.zeros_like(output).reshape(-1)
-            seed[entry] = 1
-            seeds = [seed.reshape(output.shape) if i == index else None for i in range(len(lin.outputs))]
-            found = sum(int(g.count_nonzero()) for g in lin.pull(seeds) if g is not None)
-            shares.append(found / lin.domain.dim)
-    return sum(shares) / max(len(shares), 1)
+    """Return how full a few rows of the Jacobian are; of sparse ones, at most how full, by one backward pass."""
+    chosen = [(i, e) for i, o in enumerate(lin.outputs) if (n := o.numel()) for e in sorted({0, n // 2, n - 1})]
+
+    def share(entries: list[tuple[int, int]]) -> float:
+        seeds: dict[int, Tensor] = {}
+        for number, (index, entry) in enumerate(entries):
+            seed = seeds.setdefault(index, torch.zeros_like(lin.outputs[index]).contiguous())
+            seed.view(-1)[entry] = 1 + number / 7  # different numbers, so that rows do not cancel
+        found = lin.pull([seeds.get(i) for i in range(len(lin.outputs))])
+        return sum(int(g.count_nonzero()) for g in found if g is not None) / lin.domain.dim
+
+    together = share(chosen) if chosen else 0.0
+    # No row is fuller than several together.
+    return together if together <= _FULL else sum(share([one]) for one in chosen) / len(chosen)
 
 
 class FitProblem:

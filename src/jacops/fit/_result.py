@@ -118,6 +118,8 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             the objective; NaN where it was not needed or could not be computed.
         method: The call and its strategy.
         limited_by: What `damping` in the log is: `"damping"`, `"radius"`, or empty without either.
+        equations: How the linear equations of the last step were solved: the solver, why it was chosen, and for a
+            factorisation by dense fronts what it eliminated how.
         active_mask: With bounds, in the form of `x`: -1 where a lower bound is met, 1 an upper one, else 0; else None.
     """
 
@@ -137,6 +139,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
     method: str = "least squares"
     limited_by: str = "damping"
     active_mask: Found | None = None
+    equations: str = ""
     _system: LinearizedFit | None = field(default=None, repr=False)
     _columns: FitColumns | None = field(default=None, repr=False)
 
@@ -284,6 +287,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         sweeps = f"{self.njev} ({self.route}), {self.nfev} forward passes"
         facts = [("note", more[0])] if more else []
         facts += [("objective", f"{first:.6e} -> {self.cost:.6e}, scaled gradient {self.optimality:.1e}")]
+        steps += f", by {self.equations}" if self.equations else ""
         return Description(title, [*facts, ("steps", steps), ("Jacobians", sweeps)])
 
     def _whole(self) -> Description:

@@ -3,7 +3,7 @@ r"""A linearised problem, $(J^\top J + \mathrm{diag}(\lambda)) p = -J^\top r$, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -57,6 +57,17 @@ class LinearizedFit(Savable):
     structure: NormalPattern | None = field(default=None, repr=False, metadata={"saved": False})
     samples: np.ndarray | None = field(default=None, repr=False)
     curvature: np.ndarray | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are of the problem; what was worked out of it is worked out again where it is needed."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        return kept | {"memory": {}, "terms": None, "structure": None}
+
+    @property
+    def elimination(self) -> str:
+        """How the normal equations were factorised, in a phrase; empty where they were not by dense fronts."""
+        found = self.structure
+        return "" if found is None or "analysis" not in vars(found) else found.analysis.description
 
     @property
     def is_sparse(self) -> bool:

@@ -133,14 +133,18 @@ def group(matrix: Csr) -> Array:
     m = matrix.shape[0]
     held = np.diff(matrix.indptr) > 0
     met, bound = _met(matrix)
-    orders = [np.arange(m), np.argsort(-met, kind="stable"), np.random.default_rng(0).permutation(m)]
+    orders: list[Callable[[], Array]] = [
+        lambda: np.arange(m),
+        lambda: np.argsort(-met, kind="stable"),
+        lambda: np.random.default_rng(0).permutation(m),
+    ]
     best = np.full(m, -1)
     if not bound:
         return best
     groups = _grouper()
     least = m + 1
     for order in orders:
-        colors = np.where(held, groups(matrix, order), -1)
+        colors = np.where(held, groups(matrix, order()), -1)
         colors = _renumbered(colors)
         if colors.max() + 1 < least:
             best, least = colors, int(colors.max()) + 1

@@ -27,6 +27,7 @@ _CHUNK_ENTRIES = 2**24  # 128 MiB of seeds and products in float64
 _CONFIDENCE = 1e-3  # probability that an error bound fails: the 99.9 % of `SparseJacobian.error_bound`
 _SEED = 7000  # fixed, so that routes are reproducible, and apart from the seeds of other noise
 _LESS = 0.7  # no power of two, which would not round at all
+_ROOM = 4.0  # margin on the rounding errors measured at one point: those of the next may be larger
 _SAMPLED = 100.0  # one sample of the rounding errors may be this much smaller than another
 _TODO = "Use products (`jacobian(...) @ v`) where the pattern is not sparse, or fewer outputs at a time."
 
@@ -75,14 +76,18 @@ class Assembly:
             )
         pushed, sweep, at = found
         places = np.where(pushed, coloring.pulls * wide + sweep * m, sweep * wide) + at
-        keys = rows * width + column_of[inner]
+        final = column_of[inner]
+        keys = rows * width + final
+        if bool((keys[1:] > keys[:-1]).all()):  # in order, and no two copies of one column in a row
+            ends, columns = matrix.indptr.astype(np.int32), final.astype(np.int32)
+            return cls((m, width), coloring, column_of, ends, columns, places, None)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        first = np.r_[True, keys[1:] != keys[:-1]][: len(keys)]
+        first = np.r_[True, keys[1:] != keys[:-1]]
         entry = None if first.all() else np.cumsum(first) - 1
-        entries = keys[first]
-        ends = np.searchsorted(entries, np.arange(m + 1) * width).astype(np.int32)
-        columns = (entries % width).astype(np.int32)
+        taken = order[first]
+        ends = np.r_[0, np.cumsum(np.bincount(rows[taken], minlength=m))].astype(np.int32)
+        columns = final[taken].astype(np.int32)
         return cls((m, width), coloring, column_of, ends, columns, places[order], entry)
 
     def values(self, *swept: Tensor) -> Tensor:
@@ -199,6 +204,17 @@ class Compression:
         """Return the verdict of one more probe."""
         probe = draw(self.operator.codomain, seed, divisors, apart=True)
         return self._judged(matrix, [probe], self.pulled(probe[None]))
+
+    def learn(self, found: Compressed, plain_probe: Verdict, importance: Floats | None) -> None:
+        """Raise floor and tolerance of the probes to the rounding errors of this point, whose pattern was verified."""
+        prober = self.prober
+        prober.outdated(found.matrix, None, importance)
+        now = self.probed(found.matrix, prober.divisors)
+        while now.excess > prober.tolerance and prober.raise_floor(importance):
+            now = self.probed(found.matrix, prober.divisors)
+        worst = max(now.excess, plain_probe.excess)
+        if prober.tolerance < worst < math.inf:
+            prober.slack *= _ROOM * worst / prober.tolerance
 
     def is_rounding(self, error: float) -> bool:
         """Return whether rounding alone explains that products are off by `error`, relative to their size.

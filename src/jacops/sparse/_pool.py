@@ -34,7 +34,9 @@ class Pool:
         self._width = int(widths.max(initial=1))  # bits of a mask
         self._block = np.repeat(np.arange(len(widths)), widths)
         self._first = (len(widths) + 1) << self._width  # least id of a set that is stored
-        self._counts = ((np.arange(1 << self._width)[:, None] >> np.arange(self._width)) & 1).sum(1)
+        held = (np.arange(1 << self._width)[:, None] >> np.arange(self._width)) & 1
+        self._counts = held.sum(1)
+        self._places = np.nonzero(held)[1]  # of the bits of each mask, one mask after another
         self._keys = np.random.default_rng(0).integers(1, 2**63 - 1, size=max(size, 1), dtype=np.uint64)
         self._ends = np.zeros(1, np.int64)  # stored set i holds members[ends[i]:ends[i + 1]]
         # Doubled when full.
@@ -63,6 +65,8 @@ class Pool:
     def _held(self, ids: Array) -> tuple[Array, Array]:
         """Return the members of these sets, one set after another, and how many each has."""
         sizes, stored = self.sizes(ids), ids >= self._first
+        if not stored.any():
+            return self._masked(ids, sizes), sizes
         own = ids[stored] - self._first
         found = self._members[spans(self._ends[own], sizes[stored])].astype(np.int64)
         if stored.all():
@@ -70,10 +74,14 @@ class Pool:
         members = np.empty(int(sizes.sum()), np.int64)
         in_stored = np.repeat(stored, sizes)
         members[in_stored] = found
-        masks = ids[~stored]
-        which, bit = np.nonzero((masks[:, None] >> np.arange(self._width)) & 1)
-        members[~in_stored] = self._starts[(masks[which] >> self._width) - 1] + bit
+        members[~in_stored] = self._masked(ids[~stored], sizes[~stored])
         return members, sizes
+
+    def _masked(self, ids: Array, sizes: Array) -> Array:
+        """Return the members of sets within a block, one set after another."""
+        first = (np.cumsum(self._counts) - self._counts)[ids & _mask(self._width)]
+        blocks = ids >> self._width
+        return self._places[spans(first, sizes)] + np.repeat(self._starts[np.maximum(blocks, 1) - 1], sizes)
 
     def union(self, ids: Array) -> int:
         """Return the id of the union of all these sets."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ._contractions import CONTRACTIONS
 from ._pool import Array
 from ._sampled import SAMPLED
 from ._scatters import SCATTERS
+from ._taint import zeros_in
 from ._trace import Decomposed, Rule, TracedCall, Tracer
 
 # Operations that move entries without mixing them: the same operation on the ids gives their places.
@@ -68,6 +69,7 @@ _MATRICES = set(
 _LONG = 512  # entries of a cumulative sum that are followed one by one, in Python; of longer ones all depend on all
 
 
+@cache
 def rule_for(func: Any, base: str) -> Rule | Decomposed | None:
     """Return how an operation is followed; None where nothing is known about it."""
     if func.namespace != "aten":
@@ -116,15 +118,17 @@ def _where(tracer: Tracer, call: TracedCall) -> Any:
 
 
 def _pointwise(tracer: Tracer, call: TracedCall) -> Any:
-    arrays = [found.numpy() for t in call.tensors if (found := tracer.read(t)) is not None]
+    arrays = [found.numpy() for t in call.live if (found := tracer.read(t)) is not None]
     shape = call.outs[0].shape
     ids = tracer.union(arrays, shape)
-    constants = [t for t in call.tensors if not tracer.tracks(t)]
-    zero = call.zero if len(call.outs) == 1 and not call.outs[0].is_complex() else None
-    if zero is not None and tracer.is_constant(constants):
-        # Linear in its one operand: zero from nonzero means that the factor is zero here.
-        pruned = (call.outs[0].detach() == 0).cpu().numpy() & ~np.broadcast_to(zero.cpu().numpy(), shape)
+    if len(call.live) != 1 or len(call.outs) != 1 or call.outs[0].is_complex():
+        return ids
+    operand = call.live[0]
+    if tracer.is_constant(t for t in call.tensors if t is not operand):
+        pruned = zeros_in(call.outs[0])
         if pruned.any():
+            # Linear in its one operand: zero from nonzero means that the factor is zero here.
+            pruned &= ~np.broadcast_to(zeros_in(operand) if call.zero is None else call.zero, shape)
             ids = np.where(pruned, 0, ids)
     return ids
 

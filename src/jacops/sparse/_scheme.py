@@ -10,7 +10,7 @@ import torch
 from .._ladder.failures import succeeds
 from .._torch.protocol import Linearization
 from ._coloring import Coloring, color
-from ._matrix import Csr, csr, sp
+from ._matrix import Csr, csr
 from ._pool import Array
 
 
@@ -52,6 +52,6 @@ def unlifted(scheme: Scheme, lin: Linearization, width: int) -> Scheme:
 
 def placed(matrix: Csr, columns: Array, width: int) -> Csr:
     """Return a pattern with each column moved to another one, of `width`; several may fall onto one."""
-    entries = matrix.tocoo()
-    moved = sp.coo_array((entries.data, (entries.row, columns[entries.col])), shape=(matrix.shape[0], width))
-    return csr(moved).astype(bool)
+    moved = csr((matrix.data, columns[matrix.indices], matrix.indptr), shape=(matrix.shape[0], width), copy=True)
+    moved.sum_duplicates()
+    return moved.astype(bool)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .._runtime.side_effects import tensors_in
+from .._runtime.side_effects import Light, tensors_in
 
 _CONSTANT = {"zeros_like", "ones_like", "new_zeros", "new_ones", "empty_like", "new_empty"}  # whatever they are given
+# Floating-point dtypes that NumPy has: it compares a few thousand numbers in a fraction of the time that torch takes.
+_IN_NUMPY = (torch.float64, torch.float32, torch.float16, torch.complex128, torch.complex64)
 _SCALED = {"mul", "full", "full_like", "new_full", "fill"}
 
 
-class Taint(TorchDispatchMode):
+class Taint(Light):
     """Notes which storages hold values that depend on the point, so that their zeros are not taken for constants.
 
     Args:
@@ -35,21 +39,24 @@ class Taint(TorchDispatchMode):
 
     def holds(self, tensor: Tensor) -> bool:
         """Return whether a tensor depends on the point; everything may once a value was read into Python."""
+        if self.read_out:
+            return True
         parts = parts_of(tensor)
-        return self.read_out or not parts or any(self._is_data(storage_key(part)) for part in parts)
+        return not parts or any(self._is_data(storage_key(part)) for part in parts)
 
     def passes(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Record the results of an operation, written arguments too; random results are not constant either."""
-        data = self._gives_data(func, tensors_in((args, kwargs)))
-        self.read_out = self.read_out or (data and torch.Tag.data_dependent_output in func.tags)
-        self._note([out, written(func, args, kwargs)], data)
+        data = self._gives_data(func, tensors_in(args) + tensors_in(kwargs))
+        self.read_out = self.read_out or (data and traits_of(func).reads)
+        self._note(out, data)
+        if traits_of(func).written:
+            self._note(written(func, args, kwargs), data)
 
     def _is_data(self, key: int) -> bool:
         return key in self._listed
 
     def _gives_data(self, func: Any, given: list[Tensor]) -> bool:
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        return random or any(self.holds(t) for t in given)
+        return traits_of(func).is_random or any(self.holds(t) for t in given)
 
     def _note(self, tree: Any, data: bool) -> None:
         if data:
@@ -75,7 +82,7 @@ class Outside(Taint):
         return key not in self._listed
 
     def _gives_data(self, func: Any, given: list[Tensor]) -> bool:
-        return base_name(func) not in _CONSTANT and super()._gives_data(func, given)
+        return traits_of(func).base not in _CONSTANT and super()._gives_data(func, given)
 
     def _note(self, tree: Any, data: bool) -> None:
         super()._note(tree, not data)
@@ -84,7 +91,7 @@ class Outside(Taint):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if base_name(func) in _SCALED and any(
+        if traits_of(func).base in _SCALED and any(
             isinstance(v, int | float) and v == 0 for v in tree_leaves((args, kwargs))
         ):
             # A Python zero may be a flag: its product is not constant.
@@ -114,17 +121,55 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def base_name(func: Any) -> str:
-    """Return the name of an operation, without the mark of those that write in place."""
-    name = func._schema.name.partition("::")[2]
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+def zeros_in(tensor: Tensor) -> NDArray[np.bool_]:
+    """Return where a tensor is zero."""
+    with torch._C.DisableTorchFunction():  # the numbers do not escape: where they are zero is followed
+        tensor = tensor.detach()
+        if tensor.dtype not in _IN_NUMPY or tensor._is_zerotensor():
+            return (tensor == 0).cpu().numpy()
+        return tensor.cpu().resolve_conj().resolve_neg().numpy() == 0
+
+
+class OperationTraits(NamedTuple):
+    """What does not depend on the arguments of an operation.
+
+    Attributes:
+        base: Its name, without the mark of those that write in place.
+        written: Names of the arguments that it writes into.
+        is_view: It gives the storage that it was given.
+        is_random: It draws random numbers.
+        reads: It gives Python a value.
+        resizes: It changes the shape of what it is given.
+    """
+
+    base: str
+    written: frozenset[str]
+    is_view: bool
+    is_random: bool
+    reads: bool
+    resizes: bool
+
+
+@cache
+def traits_of(func: Any) -> OperationTraits:
+    """Return what is known of an operation; worked out once, since a trace meets the same ones again and again."""
+    schema, tags = func._schema, func.tags
+    name = schema.name.partition("::")[2]
+    info = schema.returns[0].alias_info if schema.returns else None
+    return OperationTraits(
+        base=name[:-1] if name.endswith("_") and not name.endswith("__") else name,
+        written=frozenset(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write),
+        is_view=info is not None and not info.is_write,
+        is_random=torch.Tag.nondeterministic_seeded in tags,
+        reads=torch.Tag.data_dependent_output in tags,
+        resizes=torch.Tag.inplace_view in tags,
+    )
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the tensors that an operation writes into; it need not give them back."""
-    if not func._schema.is_mutable:
+    marked = traits_of(func).written
+    if not marked:
         return []
-    arguments = func._schema.arguments
-    marked = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-    given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     return [t for name in marked for t in tensors_in(given.get(name))]

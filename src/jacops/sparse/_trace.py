@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,14 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .._progress import tick
 from .._runtime.contexts import must_surface
 from .._runtime.restoring import Hooks, restoring
-from .._runtime.side_effects import tensors_in
+from .._runtime.side_effects import Light, tensors_in
 from ._pool import Array, Pool
-from ._taint import Outside, Taint, base_name, storage_key, written
+from ._taint import Outside, Taint, storage_key, traits_of, written, zeros_in
 
 _PURGE_EVERY = 64  # calls between two searches for freed tensors: often enough to free memory, too rare to cost time
 _FOLDED = 16  # entries that are united one after another; for more, sorting them takes less time
@@ -50,7 +49,8 @@ class TracedCall:
         kwargs: What it was given by name.
         outs: The tensors it gave.
         places: Where they stand among all it gave.
-        zero: For pointwise operations: where the one operand that carries sets was zero before.
+        live: Those of the tensors it was given that carry sets.
+        zero: Where the one operand that carries sets was zero before, if it is written over.
     """
 
     func: Any
@@ -58,7 +58,8 @@ class TracedCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outs: list[Tensor]
-    zero: Tensor | None = None
+    live: list[Tensor] = field(default_factory=list)
+    zero: NDArray[np.bool_] | None = None
     places: list[int] = field(default_factory=list)
 
     @cached_property
@@ -72,8 +73,8 @@ class TracedCall:
     @cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors it was given, without those that its result is written into."""
-        given = {k: v for k, v in self.kwargs.items() if k != "out"}
-        return tensors_in((self.args, given))
+        given = tensors_in(self.args)
+        return given + tensors_in({k: v for k, v in self.kwargs.items() if k != "out"}) if self.kwargs else given
 
 
 Rule = Callable[
@@ -81,7 +82,7 @@ Rule = Callable[
 ]  # ids as a tensor or array that broadcasts to the output; a list for several
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(Light):
     """A mode in which index sets flow along.
 
     Args:
@@ -142,21 +143,23 @@ class Tracer(TorchDispatchMode):
             raise CannotFollowError(f"a result of layout {tensor.layout}")
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             self.dtypes.add(tensor.dtype)
-        ids = torch.from_numpy(np.array(ids)) if isinstance(ids, np.ndarray) else torch.as_tensor(ids)
+        ids = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids, np.int64)
         key = storage_key(tensor)
         if key not in self._held:
-            if not bool(ids.any()):
+            if not _any(ids):
                 return
             storage = tensor.untyped_storage()
-            blank = torch.zeros(storage.nbytes() // tensor.element_size(), dtype=torch.int64)
+            many = storage.nbytes() // tensor.element_size()
+            whole = many == tensor.numel() and tensor.is_contiguous()  # then all of it is written below
+            blank = torch.empty(many, dtype=torch.int64) if whole else torch.zeros(many, dtype=torch.int64)
             self._held[key] = (StorageWeakRef(storage), tensor.element_size(), blank)
         _, size, held = self._held[key]
         if size != tensor.element_size() or any(
             step == 0 and many > 1 for step, many in zip(tensor.stride(), tensor.shape, strict=True)
         ):
-            held.fill_(self.pool.union(np.r_[held.numpy(), ids.numpy().ravel()]))
+            held.fill_(self.pool.union(np.r_[held.numpy(), ids.ravel()]))
         else:
-            held.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
+            held.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).numpy()[...] = ids
 
     def _purge(self) -> None:
         """Drop storages that no longer exist; until now the weak reference kept their address from being used again."""
@@ -167,11 +170,12 @@ class Tracer(TorchDispatchMode):
 
     def union(self, arrays: Iterable[Any], shape: Iterable[int]) -> Array:
         """Return unions entry by entry of arrays that broadcast to `shape`."""
-        total: Array | None = None
+        total, shape = None, tuple(shape)
         for array in arrays:
-            part = np.broadcast_to(np.asarray(array), tuple(shape))
+            part = np.asarray(array)
+            part = part if part.shape == shape else np.broadcast_to(part, shape)
             total = part if total is None else self.pool.union_pairs(total, part)
-        return np.zeros(tuple(shape), np.int64) if total is None else total
+        return np.zeros(shape, np.int64) if total is None else total
 
     def group(self, groups: Any, ids: Any, count: int) -> Array:
         """Return the union over each of `count` groups."""
@@ -197,7 +201,7 @@ class Tracer(TorchDispatchMode):
         """Return where a constant is not zero, None if it has to count as nonzero everywhere."""
         if not self.is_constant([tensor]):
             return None
-        mask = (tensor.detach() != 0).cpu().numpy()
+        mask = ~zeros_in(tensor)
         return None if mask.all() else mask
 
     def is_constant(self, tensors: Iterable[Tensor]) -> bool:
@@ -251,11 +255,12 @@ class Tracer(TorchDispatchMode):
     @restoring
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tick()
-        if _is_view(func):  # the same storage, which has its sets already
+        traits = traits_of(func)
+        if traits.is_view:  # the same storage, which has its sets already
             return func(*args, **(kwargs or {}))
-        call = TracedCall(func, base_name(func), args, kwargs or {}, [])
-        live = [t for t in call.tensors if self.tracks(t)]
-        if not live:
+        call = TracedCall(func, traits.base, args, kwargs or {}, [])
+        call.live = [t for t in call.tensors if self.tracks(t)]
+        if not call.live:
             out = func(*args, **call.kwargs)
             if self.taint is not None:
                 self.taint.passes(func, call.args, call.kwargs, out)
@@ -266,18 +271,18 @@ class Tracer(TorchDispatchMode):
         self._calls += 1
         if self._calls % _PURGE_EVERY == 0:
             self._purge()
-        if torch.Tag.inplace_view in func.tags:
+        if traits.resizes:
             return func(*args, **call.kwargs)
-        if torch.Tag.data_dependent_output in func.tags:
+        if traits.reads:
             raise CannotFollowError(f"{func} (reads a value)")
         rule = self._rule_of(self, call)
         if isinstance(rule, Decomposed):
-            if rule.exact or func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+            if rule.exact or traits.written or traits.is_random:
                 with self:
                     return rule.run(*args, **call.kwargs)
             rule = self._written_out(rule, call)
-        if rule is not None and len(live) == 1:
-            call.zero = live[0].detach() == 0
+        if rule is not None and len(call.live) == 1 and traits.written:
+            call.zero = zeros_in(call.live[0])
         out = func(*args, **call.kwargs)
         self._follow(call, rule, out)
         return out
@@ -307,12 +312,12 @@ class Tracer(TorchDispatchMode):
             array = ids.numpy()
             if self.taint is None and not self._loose:
                 # One member: the entry is that member's factor times a number of size one or more.
-                array = np.where((out.detach() == 0).cpu().numpy() & (self.pool.sizes(array) == 1), 0, array)
+                array = np.where(zeros_in(out) & (self.pool.sizes(array) == 1), 0, array)
             kept.append(array)
         return kept
 
     def _follow(self, call: TracedCall, rule: Rule | None, out: Any) -> None:
-        leaves = tree_leaves(out)
+        leaves = [out] if isinstance(out, Tensor) else tree_leaves(out)
         call.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         call.outs = [leaves[i] for i in call.places]
         into = written(call.func, call.args, call.kwargs)
@@ -389,8 +394,6 @@ def rank_of(call: TracedCall) -> int:
     return next(rank for rank in (1, 2, 3) if f"{rank}d" in call.base)
 
 
-@cache
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    info = returns[0].alias_info if returns else None
-    return info is not None and not info.is_write
+def _any(ids: Array) -> bool:
+    """Say whether there is a set with members. Mostly the first one is, which takes no pass over all of them."""
+    return ids.size > 0 and bool(ids.item(0) or ids.any())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,14 +29,13 @@ from ._declared import check_declared
 from ._matrix import Csr, csr
 from ._point import RecordedPoint, gradients_agree, record_point
 from ._pool import Array
-from ._probe import Floats, Prober, Verdict
+from ._probe import Floats, Prober
 from ._scheme import Scheme, colored, placed, unlifted
 from .detect import traced
 from .layouts import SparseJacobian, arranged, block_of
 from .pattern import Pattern, declared
 
 _KEPT = 4_000_000  # entries of a pattern whose graph may be held while the plan is made: about 300 MB
-_ROOM = 4.0  # margin on the rounding errors measured at one point: those of the next may be larger
 
 
 @dataclass(eq=False, repr=False)
@@ -62,6 +60,10 @@ class SparsePlan(Described):
     _traced: bool = False  # the pattern is that of a graph whatever the values of what is differentiated by
     _replays: bool = True  # some selections are rows of what is computed
     _certified: tuple[Any, ...] | None = None  # such a graph that a probe was taken of
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are of what `assembly` is made from; a probe certifies their first evaluation anew."""
+        return {name: value for name, value in vars(self).items() if name != "assembly"} | {"_certified": None}
 
     # ---- properties -----------------------------------------------------------------------------------------
 
@@ -238,7 +240,7 @@ class SparsePlan(Described):
                 "rounding errors of this dtype; use float64 then."
             )
         if not grown:
-            _learn(compression, found, plain_probe, importance)
+            compression.learn(found, plain_probe, importance)
         return found
 
     def _use(self, scheme: Scheme) -> None:
@@ -268,18 +270,6 @@ class SparsePlan(Described):
         except NotDifferentiableError:
             raise DataError(f"{path}: damaged, its colours do not separate the entries of its pattern.") from None
         return plan
-
-
-def _learn(compression: Compression, found: Compressed, plain_probe: Verdict, importance: Floats | None) -> None:
-    """Raise floor and tolerance of the probes to the rounding errors of this point, whose pattern was verified."""
-    prober = compression.prober
-    prober.outdated(found.matrix, None, importance)
-    now = compression.probed(found.matrix, prober.divisors)
-    while now.excess > prober.tolerance and prober.raise_floor(importance):
-        now = compression.probed(found.matrix, prober.divisors)
-    worst = max(now.excess, plain_probe.excess)
-    if prober.tolerance < worst < math.inf:
-        prober.slack *= _ROOM * worst / prober.tolerance
 
 
 @keywords()

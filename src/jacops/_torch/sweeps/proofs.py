@@ -104,6 +104,10 @@ class Proofs:
         self._age = 0
         self._relied: Counter[str] = Counter()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles know nothing: what was proved is of one function, and keyed by what is in this process."""
+        return Proofs, (self.checks,)
+
     def renew(self) -> None:
         """Begin a recording: forget all if what proofs depend on has changed."""
         self._age += 1
