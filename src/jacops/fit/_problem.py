@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .._extras.lie import layout as lie_layout
 from .._finite import require_finite
@@ -40,7 +41,8 @@ from ..sparse._point import RecordedPoint, point_of
 from ..sparse._remembered import kept_plan, new_plan
 from ._bounds import bounds_of
 from ._fit_pattern import FitPattern
-from ._functions import FunctionModule
+from ._functions import FunctionModule, called
+from ._implicit import Minima
 from ._layout import Layout, ParameterPart, Values, layout_of
 from ._residuals import Residuals, residuals_of
 from ._scaling import scaling_of
@@ -77,6 +79,10 @@ def _fullness(lin: Linearization) -> float:
     return sum(shares) / max(len(shares), 1)
 
 
+def _copied(value: Any) -> Any:
+    return out_of_inference(value).detach().clone() if isinstance(value, Tensor) else value
+
+
 class FitProblem:
     """A model in private, its parameters wherever the steps lead.
 
@@ -104,7 +110,7 @@ class FitProblem:
         self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
         self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
         self.bounds = bounds_of(given.get("bounds"), self.layout, self.original)
-        self.call, self.value = call, value
+        self.call, self.value, self.given = call, value, given
         self.owner = module.function if isinstance(module, FunctionModule) else module
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
         self.held = parameter_names(self.work)
@@ -152,6 +158,27 @@ class FitProblem:
         found = pattern.moved.matrix(pattern.weighted(J, lefts))
         return cost, LinearizedFit(found, r, self.layout.blocks, structure=pattern.normal, **about), raw
 
+    def minimum(self, module: nn.Module, values: Values, success: bool) -> Minima:
+        """Return a point as a batch of one that is or may be a minimum.
+
+        Args:
+            module: What is run: the caller's model, for derivatives by its data, or `work`.
+            values: The parameters.
+            success: Whether the point is asked about.
+        """
+        one = {name: value.unsqueeze(0) for name, value in values.items()}
+        active = None if self.bounds is None else self.bounds.active(one)
+        mine = module is self.work
+
+        def outputs(moved: Values, rows: Tensor | None) -> Any:
+            value = tree_map(_copied, self.value) if mine else self.value
+            tensors, tree = output_leaves(called(module, {name: value[0] for name, value in moved.items()}, value))
+            return tree.build([tensor.unsqueeze(0) for tensor in tensors])
+
+        target = tree_map(lambda v: v.unsqueeze(0) if isinstance(v, Tensor) else v, self.given["target"])
+        given = {**self.given, "target": target}
+        return Minima(one, torch.tensor([success]), self.layout, active, outputs, given, self.call)
+
     # ---- the model ---------------------------------------------------------------------------------------------
 
     @restoring
@@ -170,8 +197,7 @@ class FitProblem:
         with recording(), random_state_kept():
             replica = replicate(self.work)
             leaves, tree = flatten(self.value, "input")
-            copies = [out_of_inference(v).detach().clone() if isinstance(v, Tensor) else v for v in leaves]
-            args, kwargs = split_input(tree.build(copies))
+            args, kwargs = split_input(tree.build([_copied(v) for v in leaves]))
             return replica(args, kwargs)
 
     def _recorded(self) -> Recording:

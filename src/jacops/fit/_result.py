@@ -145,9 +145,16 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         """Whether a stop rule was met and there is evidence for a minimum.
 
         That is one of: an undamped Gauss-Newton step predicts a reduction of at most 1e-8 of the objective; every
-        residual is at the rounding level of its terms; such a step moves none by more than this. With a kernel the
-        objective is the robust one and the step that of the reweighted problem. A stop rule looser than its default
-        may end the call without this evidence; `status` and `message` then describe which.
+        residual is at the rounding level of its terms; such a step moves none by more than this; the Hessian of the
+        objective, second derivatives of residuals included, is positive definite, and a Newton step with it predicts
+        at most 1e-8. With a kernel the objective is the robust one and the undamped step that of the reweighted
+        problem.
+
+        The Hessian is computed for up to 100 parameters, where the Jacobian lacks rank, or predicts 1e-2 or more
+        although steps end; a negative curvature, as of saddles and maxima, is no success there. Where the Jacobian has
+        full rank, success says that the gradient is small, and does not tell minima from saddles of curved residuals.
+        A stop rule looser than its default may end the call without this evidence; `status` and `message` then
+        describe which.
         """
         return self.rule_met and bool(self.certificate)
 
