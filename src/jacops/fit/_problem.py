@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any
@@ -51,6 +52,7 @@ from ._system import LinearizedFit
 _DENSE_ENTRIES = 10_000  # up to so many, dense fits of 5 to 20 steps took no longer than a plan and sparse steps
 _DENSE_COLUMNS = 64  # columns, or rows, that one batched pass gives: a plan's sweeps cannot be fewer passes
 _NONE = np.zeros(0)
+_INTO_LEAF = re.compile(r"leaf Variable that requires grad .* in-place")
 _FULL = 0.1  # rows fuller than this save less than a factor of ten, which sparse factorisation loses to dense
 
 
@@ -81,6 +83,10 @@ def _fullness(lin: Linearization) -> float:
 
 def _copied(value: Any) -> Any:
     return out_of_inference(value).detach().clone() if isinstance(value, Tensor) else value
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 class FitProblem:
@@ -114,6 +120,7 @@ class FitProblem:
         self.owner = module.function if isinstance(module, FunctionModule) else module
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
         self.held = parameter_names(self.work)
+        self._wanted = self.values()
         self.evaluations = self.linearisations = 0
         self.route, self.may_be_dense = "", isinstance(given["jacobian"], str) and given["jacobian"] == "auto"
         self.plan: Any = None
@@ -183,6 +190,7 @@ class FitProblem:
 
     @restoring
     def _set(self, values: Values) -> None:
+        self._wanted = values
         with arithmetic(False):
             for name, value in values.items():
                 held, new = self.held[name].detach().as_subclass(Tensor), value.as_subclass(Tensor)
@@ -198,11 +206,25 @@ class FitProblem:
             replica = replicate(self.work)
             leaves, tree = flatten(self.value, "input")
             args, kwargs = split_input(tree.build([_copied(v) for v in leaves]))
-            return replica(args, kwargs)
+            found = replica(args, kwargs)
+        for name, wanted in self._wanted.items():
+            if not _same(self.held[name].detach().as_subclass(Tensor), wanted.as_subclass(Tensor)):
+                raise self._written(f" {name}")
+        return found
+
+    def _written(self, name: str) -> ModelStateError:
+        came = f"one that writes into its parameter{name} in place"
+        todo = "Let it return what it computes, or write into a copy: `x = x.clone()`."
+        return ModelStateError.of("model", came, f"{self.call} moves parameters itself, and reads them again", todo)
 
     def _recorded(self) -> Recording:
         run = ModelRun(self.work, self.value, call=self.call, parameters=lambda name, _: name in self.original)
-        return run.recorded()
+        try:
+            return run.recorded()
+        except RuntimeError as error:
+            if _INTO_LEAF.search(str(error)):
+                raise self._written("s") from error
+            raise
 
     @restoring
     def _dense(self) -> tuple[list[Tensor], np.ndarray]:
