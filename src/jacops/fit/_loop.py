@@ -287,7 +287,7 @@ class _Loop:
         return small_reduction(share)
 
     def _certificate_at(self, point: FitPoint) -> Certificate:
-        if point.face is not None and not point.face.free.any() and point.face.blocked.all():
+        if self.bounds is not None and self.bounds.holds(point):
             return Certificate(0.0, "every parameter is at a bound that the gradient leads out of")
         found = certificate(point.system, point.cost, self.solver, point.magnitudes)
         return found if self.bounds is None else self.bounds.judged(point, found)

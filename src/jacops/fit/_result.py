@@ -212,7 +212,13 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         return _covariance.joint(self, columns, rows, absolute, robust)
 
     def marginals(
-        self, name: str | None = None, rows: Any = None, *, against: Any = None, absolute: bool = False
+        self,
+        name: str | None = None,
+        rows: Any = None,
+        *,
+        against: Any = None,
+        absolute: bool = False,
+        robust: bool = False,
     ) -> np.ndarray:
         r"""Return the covariance of each row of a parameter by itself, or with a row of a parameter paired with it.
 
@@ -226,6 +232,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             against: As many rows, paired with these in order: of the same parameter, or of another one in a dict by
                 its name. By default the same rows.
             absolute: Weights are inverse variances; otherwise the variance is that of the residuals at the end.
+            robust: As in `covariance`; the chosen columns are solved for with a sparse factor, some at a time.
 
         Returns:
             (rows, w, w): w tangent directions of a row; (rows, w, v) for a parameter of v directions in `against`. Zero
@@ -241,7 +248,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             >>> fit.marginals("x", rows=[1], absolute=True).shape
             (1, 3, 3)
         """
-        return _covariance.blocks(self, name, rows, against, absolute)
+        return _covariance.blocks(self, name, rows, against, absolute, robust)
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return the log as a table: one row per step tried, one column per field of `StepRecord`.
