@@ -118,7 +118,7 @@ class BatchProblem:
         first, own = self.first or self, np.arange(self.many) if self.number is None else self.number
         cost, sizes = np.ones(first.many), np.ones((first.many, self.layout.columns))
         cost[own], sizes[own] = points.cost, points.magnitudes
-        found = minima_and_saddles(self.minima(points.values, asked), cost, sizes)
+        found = minima_and_saddles(self.minima(points.values, asked), cost, sizes, points.eps)
         return found[0][own] & asked, found[1][own] & asked
 
     def points(self, values: Values, largest: np.ndarray | None) -> tuple[Points, np.ndarray]:
