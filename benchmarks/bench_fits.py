@@ -220,32 +220,38 @@ def arms(many: int) -> Workload:
     goals = reached(postures + rng.uniform(-0.2, 0.2, (many, 6)))
     links, points, start = torch.from_numpy(lengths), torch.from_numpy(goals), torch.from_numpy(postures)
 
-    def batch() -> float:
+    def batch() -> np.ndarray:
         def residual(q: torch.Tensor, goal: torch.Tensor, posture: torch.Tensor) -> torch.Tensor:
             angles = torch.cumsum(q, 0)
             hand = torch.stack([(links * torch.cos(angles)).sum(), (links * torch.sin(angles)).sum()])
             return torch.cat([hand - goal, 0.05 * (q - posture)])
 
         given = {"params": start, "bounds": (-1.2, 1.2), "progress": False}
-        return float(least_squares_batch(residual, (points, start), **given).cost.sum())
+        return least_squares_batch(residual, (points, start), **given).cost.numpy()
 
-    def loop() -> float:
+    def loop() -> np.ndarray:
         from scipy.optimize import least_squares
 
         def residual(q: np.ndarray, goal: np.ndarray, posture: np.ndarray) -> np.ndarray:
             return np.concatenate([reached(q) - goal, 0.05 * (q - posture)])
 
         pairs = zip(goals, postures, strict=True)
-        return sum(least_squares(residual, q, bounds=(-1.2, 1.2), args=(goal, q)).cost for goal, q in pairs)
+        given = {"bounds": (-1.2, 1.2)}
+        return np.array([least_squares(residual, q, args=(goal, q), **given).cost for goal, q in pairs])
 
     what = f"inverse kinematics of {many:,} arms of 6 joints within limits"
     rivals: dict[str, Callable[[], Any]] = {"jacops: batch": batch, LOOP: loop}
-    return Workload("L10", what, rivals, nearly, goals=[Goal(LOOP, faster=20.0)])
+    return Workload("L10", what, rivals, one_by_one, goals=[Goal(LOOP, faster=20.0)])
 
 
 def nearly(a: float, b: float) -> bool:
     """Say whether two sums of objectives agree to four digits, as far as SciPy's fits end near minima."""
     return abs(a - b) <= 1e-4 * abs(b)
+
+
+def one_by_one(a: np.ndarray, b: np.ndarray) -> bool:
+    """Say whether objectives agree to six digits, but for one arm in 500, which may fold to another local minimum."""
+    return bool((np.abs(a - b) <= 1e-6 * np.abs(b)).mean() >= 0.998)
 
 
 def alike(a: float, b: float) -> bool:
@@ -275,6 +281,6 @@ def workloads() -> Iterator[Workload]:
         yield Workload(f"L{number}", what, rivals, alike, goals=goals, compiles=True)
     yield from bundles()
     yield curves(5_000)
-    yield arms(10_000)
+    yield arms(2_000)
     # Large: minutes, and 4 GiB for the whole matrix.
     yield step_of_bundle("L11", 100_000, 8.0, rounds=1)

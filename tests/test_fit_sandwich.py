@@ -97,3 +97,29 @@ def test_what_cannot_be_is_refused() -> None:
     free = gauss_newton(lambda x: x[:1] + x[1:] - data[0], params=torch.zeros(2, dtype=F64), on_failure="return")
     with pytest.raises(SolveError, match="no full rank"):
         free.covariance(robust=True)
+
+
+@pytest.mark.parametrize("jacobian", ["dense", "sparse"])
+def test_marginals_are_blocks_of_the_whole(jacobian: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jacops.fit._sandwich._AT_ONCE", 1)
+    rng = np.random.default_rng(3)
+    X, y = torch.from_numpy(rng.standard_normal((60, 8))), torch.from_numpy(rng.standard_normal(60))
+    fit = levenberg_marquardt(
+        lambda a, b: X[:, :6] @ a.reshape(-1) + X[:, 6:] @ b - y,
+        params=[torch.zeros(3, 2, dtype=F64), torch.zeros(2, dtype=F64)],
+        fixed={"x[0]": (1, 0)},
+        kernel=Huber(1.0),
+        jacobian=jacobian,
+    )
+    whole = np.zeros((8, 8))
+    moving = np.array([0, 1, 3, 4, 5, 6, 7])
+    whole[np.ix_(moving, moving)] = fit.covariance(robust=True)
+    blocks = fit.marginals("x[0]", robust=True)
+    for row in range(3):
+        own = slice(2 * row, 2 * row + 2)
+        np.testing.assert_allclose(blocks[row], whole[own, own], rtol=1e-9, atol=1e-18)
+    other = fit.marginals("x[0]", [2], against={"x[1]": [1]}, robust=True)
+    np.testing.assert_allclose(other[0, :, 0], whole[4:6, 7], rtol=1e-9, atol=1e-18)
+    assert not np.allclose(blocks, fit.marginals("x[0]"), rtol=0.02)
+    with pytest.raises(InputError, match="`robust` is True with `absolute=True`"):
+        fit.marginals("x[0]", absolute=True, robust=True)

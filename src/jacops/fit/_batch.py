@@ -18,16 +18,14 @@ from .._words import BatchFailure, Corrector, StrategyName
 from ..errors import InputError, SolveError, warn
 from ._batch_loop import MET, Ended, run_batch
 from ._batch_model import problems_of
-from ._batch_problem import BatchProblem, batch_problem
+from ._batch_problem import CALL, BatchProblem, batch_problem
 from ._batch_result import BatchFitResult
 from ._familiar import FAMILIAR
-from ._implicit import Minima
 from ._result import Found, in_form
 from ._solvers import AutoStepSolver
 from ._stopping import StoppingCriteria
 from ._strategies import BUILT_IN, Strategy, name_of, strategy_of
 
-_CALL = "least_squares_batch"
 _ENTRIES = 2**24  # of Jacobians that are held at once, 128 MiB; more problems are solved some after others
 _RULES = ("ftol", "xtol", "gtol", "max_steps", "max_nfev", "max_seconds")
 
@@ -192,16 +190,14 @@ def _fitted(model: Any, options: dict[str, Any]) -> BatchFitResult[Any]:
     recipe = _recipe(options["strategy"], options["damping"])
     rules = StoppingCriteria(*(options[key] for key in _RULES))
     shared, vectorized = options["shared"], options["vectorized"]
-    problems, values, kind = problems_of(model, options["params"], options["input"], shared, vectorized, _CALL)
+    problems, values, kind = problems_of(model, options["params"], options["input"], shared, vectorized, CALL)
     problem = batch_problem(problems, values, options)
     ended = _in_parts(problem, values, recipe, rules, options["progress"])
-    result = _result(problem, ended, kind, f"{_CALL}, {name_of(recipe)}")
+    result = _result(problem, ended, kind, f"{CALL}, {name_of(recipe)}")
     _report(result, options["on_failure"])
     if not options["create_graph"]:
         return result
-    active = None if problem.bounds is None else problem.bounds.active(ended.values)
-    minima = Minima(ended.values, result.success, problem.layout, active, problems.connected, options, _CALL)
-    return replace(result, x=in_form(minima.connected(), kind))
+    return replace(result, x=in_form(problem.minima(ended.values, result.success.numpy()).connected(), kind))
 
 
 def _recipe(strategy: Any, damping: float | None) -> Strategy:
@@ -259,7 +255,7 @@ def _report(result: BatchFitResult[Any], on_failure: str) -> None:
     if not unmet or on_failure == "return":
         return
     first = f"the first is problem {unmet[0]}: {result.status[unmet[0]]}"
-    message = f"{_CALL}: {len(unmet):,} of {len(result.status):,} problems met no stop rule ({first})"
+    message = f"{CALL}: {len(unmet):,} of {len(result.status):,} problems met no stop rule ({first})"
     if on_failure == "raise":
         raise SolveError(f"{message}. The error's `.solution` is the result.\n{result!r}", result)
     warn(f"{message}. See `success` and `status` of the result.")

@@ -12,18 +12,13 @@ import torch
 from .._progress import track
 from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ._batch_model import FEW
-from ._batch_points import AT_ROUNDING, Points
+from ._batch_points import AT_ROUNDING, BY_CURVATURE, Points
 from ._batch_problem import BatchProblem
 from ._layout import Values
-from ._stopping import StoppingCriteria
+from ._sequences import Sequences
+from ._stopping import FALLS, GOOD, NOISY, REJECTIONS, ZERO, StoppingCriteria
 from ._strategies import Constant, Strategy, TrustRegion, dogleg
-
-_GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be taken, as in a single fit
-_REJECTIONS = 32  # in a row, as in a single fit
-_ZERO = 64.0  # rounding errors of the first residual that are worth asking whether it is zero, as in a single fit
-_NOISY = 3  # steps in a row at the rounding level that change nothing, as in a single fit
-_DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a problem without evidence for a minimum
-
+from ._system import positive
 
 MET = ("gradient", "objective", "step")  # the rules
 
@@ -87,13 +82,17 @@ class _States:
     rejections: np.ndarray
     noisy: np.ndarray
     refused: np.ndarray
+    refusals: np.ndarray
     insist: np.ndarray
     tried: np.ndarray
     steps: np.ndarray
     status: np.ndarray
+    sequences: Sequences
 
     def some(self, which: np.ndarray) -> _States:
-        return _States(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        arrays = {name: value[which] for name, value in own.items() if isinstance(value, np.ndarray)}
+        return _States(**arrays, sequences=self.sequences.some(which))
 
 
 @dataclass(eq=False)
@@ -107,6 +106,7 @@ class _Trial:
     ratio: np.ndarray
     at_noise: np.ndarray
     insisted: np.ndarray
+    factor: np.ndarray
     good: np.ndarray
 
 
@@ -164,10 +164,12 @@ class _BatchLoop:
             rejections=np.zeros(many, dtype=int),
             noisy=np.zeros(many, dtype=int),
             refused=np.full(many, np.inf),
+            refusals=np.zeros(many, dtype=int),
             insist=np.zeros(many, dtype=bool),
             tried=np.zeros(many, dtype=bool),
             steps=np.zeros(many, dtype=int),
             status=np.full(many, "", dtype=object),
+            sequences=Sequences.begin(largest.shape),
         )
         self.going = True
         self._settle(self._at_rest())
@@ -213,19 +215,34 @@ class _BatchLoop:
     def _tried(self) -> tuple[_Trial, Values]:
         states, points = self.states, self.points
         step, whole = self._steps()
-        states.tried |= whole
+        factor = self._factors(whole)
+        states.tried |= whole & (factor == 1)
+        step = np.where((factor == 1)[:, None], step, points.newton[0] * factor[:, None])
         goes = (states.status == "") & np.isfinite(step).all(1)
         step = self._within(np.where(goes[:, None], step, 0.0))
-        predicted = points.predicted(step)
+        predicted = np.where(factor == 1, points.predicted(step), points.whole * factor)
         values = self.problem.moved(points.values, step)
         tried = self.problem.objectives(values)
         gain = points.cost - tried
         known = (predicted > 0) & np.isfinite(tried) & np.isfinite(predicted)
         ratio = np.where(known, gain / np.where(known, predicted, 1.0), -np.inf)
         at_noise = (predicted <= points.noise) & (np.abs(gain) <= 4 * points.noise)
-        good = goes & np.isfinite(tried) & ((ratio > _GOOD) | (at_noise & (tried <= points.cost)))
+        good = goes & np.isfinite(tried) & ((ratio > GOOD) | (at_noise & (tried <= points.cost)))
         length = np.linalg.norm(step * points.lengths, axis=1)
-        return _Trial(step, length, tried, predicted, ratio, at_noise, states.insist.copy(), good), values
+        return _Trial(step, length, tried, predicted, ratio, at_noise, states.insist.copy(), factor, good), values
+
+    def _factors(self, whole: np.ndarray) -> np.ndarray:
+        """Return how many times the undamped steps lead on, 1 where that is not known."""
+        states, points = self.states, self.points
+        if not isinstance(self.strategy, TrustRegion) or not states.sequences.last.any():
+            return np.ones(len(whole))
+        full = points.newton[0]
+        factor = states.sequences.factor(full, points.lengths, points.whole / positive(points.cost), whole)
+        able = ~states.insist
+        if points.room is not None:
+            further = full * factor[:, None]
+            able &= ((points.room[0] <= further) & (further <= points.room[1])).all(1)
+        return np.where(able, factor, 1.0)
 
     def _within(self, step: np.ndarray) -> np.ndarray:
         """Return steps that stay in the box: projected onto it, or cut where they leave, whichever predicts more."""
@@ -240,13 +257,16 @@ class _BatchLoop:
 
     def _adapt(self, trial: _Trial) -> None:
         """Set the next damping or radius."""
-        states, good = self.states, trial.good
-        states.rejections = np.where(good, 0, states.rejections + ~trial.insisted)
+        states, good, further = self.states, trial.good, trial.factor != 1
+        newton = self.points.newton[0]
+        whole = (trial.step == newton).all(1)
+        states.sequences.note(np.where(whole[:, None], newton, 0.0), trial.factor, good)
+        states.rejections = np.where(good, 0, states.rejections + ~(trial.insisted | further))
         strategy: Any = self.strategy  # those of BUILT_IN take arrays
         usual = strategy.next(states.damping, trial.ratio, states.rejections, trial.length)
         after = strategy.after_undamped(states.damping, good, trial.length)
         after = np.where(good | (states.rejections == 0), after, states.damping)
-        states.damping = np.where(trial.insisted, after, usual)
+        states.damping = np.where(trial.insisted | further, after, usual)
         states.insist = np.zeros_like(states.insist)
 
     def _move(self, trial: _Trial, values: Values) -> None:
@@ -269,7 +289,7 @@ class _BatchLoop:
     def _at_rest(self) -> np.ndarray:
         """Return the rule that is met by each point itself, empty where there is none."""
         points, gtol = self.points, self.rules.gtol
-        zero = points.cost <= (_ZERO * points.eps) ** 2 * self.states.first
+        zero = points.cost <= (ZERO * points.eps) ** 2 * self.states.first
         found = np.where(zero, "objective", "").astype(object)
         if gtol is not None:
             found[points.optimality <= gtol] = "gradient"
@@ -296,21 +316,26 @@ class _BatchLoop:
         states, points = self.states, self.points
         reason, predicted, _ = points.evidence
         flat = ~points.norms.any(1) & (reason == 0)
-        loose = np.zeros(len(met), dtype=bool)
-        for word, bound in (("objective", self.rules.ftol or 0.0), ("gradient", (self.rules.gtol or 0.0) ** 2)):
-            loose |= (rule == word) & (predicted <= bound)
-        if (self.rules.xtol or 0.0) > _DEFAULT_TOLERANCE:
-            length = np.linalg.norm(points.newton[0] * points.lengths, axis=1)
-            size = np.linalg.norm(points.magnitudes * points.lengths, axis=1)
-            loose |= (rule == "step") & (length <= (self.rules.xtol or 0.0) * size)
+        asked = points.doubted(met) & ((reason > 0) | (states.refusals & (states.refusals + 1) == 0))
+        is_minimum, falls = self.problem.minima_and_saddles(points, asked)
+        self._found_by_curvature(is_minimum & (reason == 0))
+        reason = np.where(is_minimum & (reason == 0), BY_CURVATURE, reason)
+        flat = (flat & ~is_minimum) | (falls & (reason > 0))
+        size = np.linalg.norm(points.magnitudes * points.lengths, axis=1)
+        length = np.linalg.norm(points.newton[0] * points.lengths, axis=1) / size
+        loose = self.rules.ask_for_less(rule, predicted, length)
         stops = met & ((reason > 0) | loose) & ~flat
         states.status[stops] = rule[stops]
         states.status[met & flat] = "stalled"
         refused = met & ~stops & ~flat
-        states.noisy[refused & (predicted < 0.8 * states.refused)] = 0
+        states.noisy[refused & (predicted < FALLS * states.refused)] = 0
         states.refused = np.where(refused, predicted, states.refused)
+        states.refusals = states.refusals + refused
         if self.strategy.may_be_undamped:
             states.insist = refused & np.isfinite(predicted) & ~states.tried
+
+    def _found_by_curvature(self, which: np.ndarray) -> None:
+        self.ended.reason[self.states.number[which]] = BY_CURVATURE
 
     def _patience(self, trial: _Trial, rule: np.ndarray) -> None:
         """Stop the problems whose steps change nothing, and all where a limit is reached."""
@@ -318,12 +343,14 @@ class _BatchLoop:
         close = trial.at_noise & (rule != "")
         states.noisy = np.where(close, states.noisy + 1, 0)
         idle = (states.status == "") & ~states.insist
-        worn = idle & ((states.noisy >= _NOISY) | (states.rejections >= _REJECTIONS))
+        worn = idle & ((states.noisy >= NOISY) | (states.rejections >= REJECTIONS))
         if isinstance(self.strategy, Constant):
             worn |= idle & (states.rejections > 0)
         if worn.any():
             at_rounding = self.points.evidence[2] & worn
-            states.status[worn] = "stalled"
+            is_minimum = self.problem.minima_and_saddles(self.points, self.points.doubted(worn))[0]
+            self._found_by_curvature(is_minimum)
+            states.status[worn] = np.where(is_minimum, "gradient", "stalled")[worn]
             states.status[at_rounding] = "objective"
             self.ended.reason[states.number[at_rounding]] = AT_ROUNDING
         limit = self.rules.used_up(self.problem.problems.evaluations)

@@ -15,6 +15,7 @@ import torch
 
 from ._certificate import FEW, MOST_REDUCTION, ROUNDING
 from ._layout import Values
+from ._second_order import DOUBTED, MINIMUM
 from ._state import NOISE
 from ._system import positive
 from ._undamped import shortest
@@ -32,7 +33,8 @@ REASONS = (
     "every parameter is at a bound that the gradient leads out of",
     "residuals are near the rounding level of their terms",
 )
-AT_ROUNDING = len(REASONS) - 1
+AT_ROUNDING, BY_CURVATURE = len(REASONS) - 1, len(REASONS)
+REASONS = (*REASONS, MINIMUM)
 
 
 @dataclass(eq=False)
@@ -159,6 +161,11 @@ class Points:
                 step = self._undamped(free)
         return step, free
 
+    @cached_property
+    def whole(self) -> np.ndarray:
+        """The reductions that the Gauss-Newton steps predict."""
+        return self.predicted(self.newton[0])
+
     def damped(self, damping: np.ndarray) -> np.ndarray:
         """Return the steps for a damping per column, (n, columns), that is added to the normal matrix."""
         free = self.newton[1]
@@ -218,7 +225,7 @@ class Points:
         moved, held = np.abs(self.moved(step)), ~free & ~self.blocked & (self.norms > 0)
         gains = np.where(held, np.square(self.gradient / positive(self.norms)) / 2, 0.0).sum(1)
         known = self.cost > 0
-        share = np.maximum(self.predicted(step) + gains, 0.0) / positive(self.cost)
+        share = np.maximum(self.whole + gains, 0.0) / positive(self.cost)
         moves = self.norms.any(1)
         tests = [
             ~known,
@@ -230,6 +237,16 @@ class Points:
         reason = np.select(tests, [1, 2, 3, 4, 5], 0)
         close = np.asarray((np.abs(self.r) <= rounding).all(1) | (moves & (moved <= rounding).all(1)))
         return reason, np.where(known, share, 0.0), close
+
+    def doubted(self, which: np.ndarray) -> np.ndarray:
+        """Return which of some points the Jacobian says little of: it is singular, or predicts much where steps end."""
+        reason, predicted, _ = self.evidence
+        pivots = np.abs(np.diagonal(self._triangle[0], axis1=1, axis2=2)).min(1, initial=np.inf)
+        singular = (self.norms == 0).any(1) | ~(pivots > max(_PIVOT, _COARSE * self.eps))
+        found = which & (reason != 1) & (singular | ((reason == 0) & (predicted >= DOUBTED)))
+        if found.any():
+            found &= (np.abs(self.r) > ROUNDING * self.eps * self.magnitude).any(1)
+        return found
 
 
 def column_norms(J: np.ndarray) -> np.ndarray:

@@ -15,10 +15,14 @@ from ..errors import InputError, InputTypeError, NotDifferentiableError
 from ._batch_model import ProblemBatch
 from ._batch_points import Points, column_norms
 from ._bounds import Box, bounds_of, free_numbers
+from ._implicit import Minima
 from ._kernels import correction, kernel_of
 from ._layout import Layout, Values, layout_of
 from ._residuals import Term, array, corrected_left, problem_root, spread, weighed
 from ._scaling import scaling_of
+from ._second_order import minima_and_saddles
+
+CALL = "least_squares_batch"
 
 
 @dataclass(eq=False)
@@ -33,6 +37,9 @@ class BatchProblem:
         bounds: The box of all problems, if any.
         scales: One over the scales that were given, (columns,); None for those of the Jacobian.
         many: How many problems there are.
+        given: What the caller gave, for all problems there were at first.
+        first: Those, where these are some of them.
+        number: Which of them these are.
     """
 
     problems: ProblemBatch
@@ -42,12 +49,17 @@ class BatchProblem:
     bounds: Box | None
     scales: np.ndarray | None
     many: int
+    given: dict[str, Any]
+    first: BatchProblem | None = None
+    number: np.ndarray | None = None
 
     def some(self, which: np.ndarray) -> BatchProblem:
         """Return some of the problems."""
         terms = tuple(t.of_problems(which, self.many) for t in self.terms)
         box = None if self.bounds is None else self._box(self.bounds, which)
-        return replace(self, problems=self.problems.some(which), terms=terms, bounds=box, many=len(which))
+        number = which if self.number is None else self.number[which]
+        own = {"problems": self.problems.some(which), "terms": terms, "bounds": box, "many": len(which)}
+        return replace(self, **own, first=self.first or self, number=number)
 
     def _box(self, box: Box, which: np.ndarray) -> Box:
         places = torch.from_numpy(which)
@@ -81,6 +93,33 @@ class BatchProblem:
             for term, output in zip(self.terms, outputs, strict=True):
                 total += term.values(output).reshape(self.many, -1).sum(1) / 2
         return total
+
+    def minima(self, values: Values, success: np.ndarray) -> Minima:
+        """Return problems, of all there were at first, that are or may be at minima.
+
+        Args:
+            values: The parameters of these.
+            success: Which of them are asked about.
+        """
+        first, asked = self.first or self, torch.from_numpy(success)
+        if self.number is not None:
+            number, picked = torch.from_numpy(self.number), asked.nonzero()[:, 0]
+            asked = torch.zeros(first.many, dtype=torch.bool).index_put((number,), asked)
+            places = torch.zeros(first.many, dtype=torch.int64).fill_(picked[0])  # what is there elsewhere has no part
+            places[number] = torch.where(torch.from_numpy(success), torch.arange(len(number)), picked[0])
+            values = {name: value[places.to(value.device)] for name, value in values.items()}
+        active = None if first.bounds is None else first.bounds.active(values)
+        return Minima(values, asked, first.layout, active, first.problems.connected, self.given, CALL)
+
+    def minima_and_saddles(self, points: Points, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which problems are minima by second derivatives, and which fall both ways, among those asked about."""
+        if not asked.any():
+            return asked, asked
+        first, own = self.first or self, np.arange(self.many) if self.number is None else self.number
+        cost, sizes = np.ones(first.many), np.ones((first.many, self.layout.columns))
+        cost[own], sizes[own] = points.cost, points.magnitudes
+        found = minima_and_saddles(self.minima(points.values, asked), cost, sizes, points.eps)
+        return found[0][own] & asked, found[1][own] & asked
 
     def points(self, values: Values, largest: np.ndarray | None) -> tuple[Points, np.ndarray]:
         """Return the problems linearised, and the largest norms of columns so far.
@@ -167,7 +206,7 @@ def batch_problem(problems: ProblemBatch, values: Values, given: dict[str, Any])
     bounds = bounds_of(given["bounds"], whole, values)
     scales = scaling_of(given["x_scale"], layout).given
     terms = _terms(problems, values, given, many)
-    return BatchProblem(problems, layout, terms, given["corrector"] == "triggs", bounds, scales, many)
+    return BatchProblem(problems, layout, terms, given["corrector"] == "triggs", bounds, scales, many, given)
 
 
 def _terms(problems: ProblemBatch, values: Values, given: dict[str, Any], many: int) -> tuple[Term, ...]:

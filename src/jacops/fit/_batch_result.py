@@ -23,7 +23,7 @@ _WORDS = {
     "max_steps": "max_steps were not enough",
     "max_nfev": "max_nfev forward passes were not enough",
     "max_seconds": "max_seconds were not enough",
-    "stalled": "steps led nowhere, or the Jacobian is zero",
+    "stalled": "steps led nowhere, the Jacobian is zero, or this is a saddle or a maximum",
     "nonfinite": "a residual at the start, or a Jacobian, is NaN or Inf",
 }
 

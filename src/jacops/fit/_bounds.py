@@ -87,6 +87,11 @@ class Box:
         best = max((projected, cut), key=lambda one: predicted_reduction(point.system, one))
         return replace(solved, step=best, note=", ".join(filter(None, (solved.note, "within bounds"))))
 
+    def holds(self, point: FitPoint) -> bool:
+        """Return whether all columns that change a residual are at a bound that the gradient leads out of."""
+        face = point.face
+        return face is not None and bool(face.blocked.any() and (face.blocked | (face.whole.norms == 0)).all())
+
     def judged(self, point: FitPoint, found: Certificate) -> Certificate:
         """Return a certificate, without its reason where a column that is held by a step alone could gain."""
         face = point.face

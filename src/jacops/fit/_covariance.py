@@ -14,7 +14,7 @@ from ..errors import InputError, SolveError
 from ._columns import FitColumns
 from ._freedom import UNSEEN, free_directions, what_to_hold
 from ._marginals import SparseInverse
-from ._sandwich import sandwich
+from ._sandwich import Sandwich
 from ._solvers import check_pivots, factorised, triangle
 from ._system import LinearizedFit, Singular
 
@@ -58,28 +58,23 @@ class DenseInverse:
 
 def joint(result: LeastSquaresResult[Any], columns: Any, rows: Any, absolute: bool, robust: bool) -> np.ndarray:
     """Return the covariance of chosen columns, as `LeastSquaresResult.covariance`."""
-    check_flag("robust", robust)
-    if absolute and robust:
-        raise InputError.of("robust", "True with `absolute=True`", "its variances are those of the residuals left over")
-    system, variance = _asked(result, absolute or robust)
+    system, variance = _asked(result, absolute, robust)
     wanted = _chosen(result, system, columns, rows)
     moving, index = np.unique(wanted[wanted >= 0], return_inverse=True)
-    found, scale = np.zeros((len(wanted), len(wanted))), system.equilibration(None)[moving]
-    if robust:
-        try:
-            some = sandwich(system, moving)
-        except Singular:
-            raise _failure(result) from None
-    else:
-        some = _inverse(system, result).joint(moving) / np.outer(scale, scale)
+    found, some = np.zeros((len(wanted), len(wanted))), _inverse(system, result, robust).joint(moving)
+    if not robust:
+        scale = system.equilibration(None)[moving]
+        some = some / np.outer(scale, scale)
     inside = np.flatnonzero(wanted >= 0)
     found[np.ix_(inside, inside)] = some[np.ix_(index, index)]
     return variance * _checked(found, np.diag(found), result)
 
 
-def blocks(result: LeastSquaresResult[Any], name: str | None, rows: Any, against: Any, absolute: bool) -> np.ndarray:
+def blocks(
+    result: LeastSquaresResult[Any], name: str | None, rows: Any, against: Any, absolute: bool, robust: bool
+) -> np.ndarray:
     """Return covariances of pairs of rows, as `LeastSquaresResult.marginals`."""
-    system, variance = _asked(result, absolute)
+    system, variance = _asked(result, absolute, robust)
     own = _columns(result).of(name).rows(rows)
     other = own if against is None else _other(result, name, against)
     if len(own) != len(other):
@@ -87,17 +82,24 @@ def blocks(result: LeastSquaresResult[Any], name: str | None, rows: Any, against
     shape = len(own), own.shape[1], other.shape[1]
     a, b = np.broadcast_to(own[:, :, None], shape), np.broadcast_to(other[:, None], shape)
     moves = (a >= 0) & (b >= 0)
-    found, scale = np.zeros(shape), system.equilibration(None)
-    found[moves] = _inverse(system, result).entries(a[moves], b[moves]) / (scale[a[moves]] * scale[b[moves]])
+    found = np.zeros(shape)
+    found[moves] = _inverse(system, result, robust).entries(a[moves], b[moves])
+    if not robust:
+        scale = system.equilibration(None)
+        found[moves] /= scale[a[moves]] * scale[b[moves]]
     return variance * _checked(found, found[moves & (a == b)], result)
 
 
-def _asked(result: LeastSquaresResult[Any], absolute: bool) -> tuple[LinearizedFit, float]:
+def _asked(result: LeastSquaresResult[Any], absolute: bool, robust: bool) -> tuple[LinearizedFit, float]:
     """Return the linearised problem and the variance of a residual of weight one."""
+    check_flag("robust", robust)
+    if absolute and robust:
+        raise InputError.of("robust", "True with `absolute=True`", "its variances are those of the residuals left over")
     system = result._system
     if system is None:
         raise SolveError("there is no Jacobian at the end of this call, so no covariance", result)
     rows, size = system.J.shape
+    absolute = absolute or robust
     if not absolute and rows <= size:
         came = f"of {rows} residuals for {size} columns"
         todo = "Pass `absolute=True` if weights are inverse variances."
@@ -140,29 +142,34 @@ def _chosen(result: LeastSquaresResult[Any], system: LinearizedFit, columns: Any
     return wanted
 
 
-def _inverse(system: LinearizedFit, result: LeastSquaresResult[Any]) -> SparseInverse | DenseInverse:
-    """Return the inverse of the normal matrix with unit diagonal; it is kept with the problem.
+def _inverse(
+    system: LinearizedFit, result: LeastSquaresResult[Any], robust: bool
+) -> SparseInverse | DenseInverse | Sandwich:
+    """Return the inverse of the normal matrix with unit diagonal, or the robust covariance; the problem keeps it.
 
     Raises:
         SolveError: It is singular.
     """
-    found = system.memory.get("inverse")
+    kind = "sandwich" if robust else "inverse"
+    found = system.memory.get(kind)
     if found is None:
         try:
-            if (system.norms == 0).any():
-                raise Singular("a column of zeros")
-            if system.is_sparse:
-                factor = factorised(system)
-                check_pivots(factor.pivots, "sparse_cholesky")
-                if factor.pivots.min(initial=1.0) < _SUSPECT and free_directions(system, UNSEEN):
-                    raise Singular("a direction changes no residual")
-                found = SparseInverse(factor)
-            else:
-                found = DenseInverse.of(system.J / system.equilibration(None))
+            found = system.memory[kind] = Sandwich.of(system) if robust else _of_normal(system)
         except Singular:
             raise _failure(result) from None
-        system.memory["inverse"] = found
     return found
+
+
+def _of_normal(system: LinearizedFit) -> SparseInverse | DenseInverse:
+    if (system.norms == 0).any():
+        raise Singular("a column of zeros")
+    if not system.is_sparse:
+        return DenseInverse.of(system.J / system.equilibration(None))
+    factor = factorised(system)
+    check_pivots(factor.pivots, "sparse_cholesky")
+    if factor.pivots.min(initial=1.0) < _SUSPECT and free_directions(system, UNSEEN):
+        raise Singular("a direction changes no residual")
+    return SparseInverse(factor)
 
 
 def _failure(result: LeastSquaresResult[Any]) -> SolveError:

@@ -9,7 +9,6 @@ from typing import Any, Unpack, overload
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .._keywords import keywords
 from .._progress import shows_progress
@@ -17,12 +16,10 @@ from .._requirements import check_choice, check_flag
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
 from .._torch.protocol import refuse_arrays
-from .._trees import output_leaves
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
 from ._familiar import FAMILIAR
-from ._functions import FunctionModule, called, function_module
-from ._implicit import Minima
+from ._functions import FunctionModule, function_module
 from ._loop import Outcome, run
 from ._named_solvers import solver_of
 from ._options import DampedFitOptions, FitOptions
@@ -305,29 +302,12 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
         message = f"{call}: {result.message}. The error's `.solution` is the result so far.\n{result!r}"
         raise SolveError(message, result)
     if options["create_graph"]:
-        result = replace(result, x=in_form(_connected(module, problem, ended, options, result.success), kind))
+        connected = problem.minimum(module, ended.point.values, result.success).connected()
+        result = replace(result, x=in_form({name: value[0] for name, value in connected.items()}, kind))
     inplace = options["inplace"]
     if inplace if inplace is not None else not isinstance(module, FunctionModule):
         _write(_originals(module, problem, params), ended.point.values)
     return result
-
-
-def _connected(
-    module: Any, problem: FitProblem, ended: Outcome, options: dict[str, Any], success: bool
-) -> dict[str, Tensor]:
-    """Return the parameters found with their graph, as those of a batch of one problem."""
-    values = {name: value.unsqueeze(0) for name, value in ended.point.values.items()}
-    active = None if problem.bounds is None else problem.bounds.active(values)
-
-    def outputs(moved: dict[str, Tensor], rows: Tensor | None) -> Any:
-        found = called(module, {name: value[0] for name, value in moved.items()}, options["input"])
-        tensors, tree = output_leaves(found)
-        return tree.build([tensor.unsqueeze(0) for tensor in tensors])
-
-    target = tree_map(lambda v: v.unsqueeze(0) if isinstance(v, Tensor) else v, options["target"])
-    given = {**options, "target": target}
-    found = Minima(values, torch.tensor([success]), problem.layout, active, outputs, given, problem.call).connected()
-    return {name: value[0] for name, value in found.items()}
 
 
 def _originals(module: Any, problem: FitProblem, params: Any) -> dict[str, Tensor]:

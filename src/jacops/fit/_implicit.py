@@ -65,9 +65,9 @@ class Minima:
         like = next(iter(self.values.values()))
         with recording(), random_state_kept(), norms_written_out():
             zero = like.new_zeros(len(like), self.layout.columns).requires_grad_()
-            gradient, H, usable = self._expanded(zero, self.success)
-            free = self._free(gradient.detach())
-            factor, regular = _factorised(H, free, usable)
+            gradient, H, usable = self.expanded(zero, self.success)
+            free = self.free(gradient.detach())
+            factor, regular = factorised_hessians(H, free, usable)
 
             def adjoint(rows: Tensor) -> Tensor:
                 return _solved(factor, free, regular, rows, self.call)
@@ -98,7 +98,7 @@ class Minima:
             found[part.name] = value + full if part.chart is None else part.chart.retract(value, full)
         return found
 
-    def _expanded(self, zero: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def expanded(self, zero: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return gradients, Hessians and which problems have both; where not, neither depends on anything."""
         while True:
             gradient = self._gradient(zero, usable)
@@ -132,7 +132,7 @@ class Minima:
         H = torch.stack(rows, 1).double()
         return (H + H.mT) / 2
 
-    def _free(self, gradient: Tensor) -> Tensor:
+    def free(self, gradient: Tensor) -> Tensor:
         """Return where columns are not held by a bound, (n, columns)."""
         if self.active is None:
             return torch.ones_like(gradient, dtype=torch.bool)
@@ -145,7 +145,7 @@ class Minima:
         return ~(((side < 0) & (gradient > 0)) | ((side > 0) & (gradient < 0)))
 
 
-def _factorised(H: Tensor, free: Tensor, success: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def factorised_hessians(H: Tensor, free: Tensor, success: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Return Cholesky factors of Hessians with unit diagonals and what these were divided by; and which are regular."""
     both = free[:, :, None] & free[:, None]
     H = torch.where(both, H, 0.0) + torch.diag_embed((~free).to(H))

@@ -15,22 +15,16 @@ from ._freedom import what_to_hold
 from ._layout import Values
 from ._problem import FitProblem
 from ._result import StepRecord
+from ._second_order import by_curvature
+from ._sequences import Sequences, sum_of_steps
 from ._solvers import StepSolver
 from ._state import NOISE, FitPoint, Outcome, Stop, Trial
-from ._stopping import Observer, StoppingCriteria
-from ._strategies import Constant, Strategy
-from ._system import Singular, Solved
+from ._stopping import FALLS, GOOD, NOISY, REJECTIONS, ZERO, Observer, StoppingCriteria
+from ._strategies import Constant, Strategy, TrustRegion
+from ._system import LinearizedFit, Singular, Solved
 from ._undamped import is_undamped, predicted_reduction, remember, undamped
 
-_GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be taken
-_REJECTIONS = 32  # in a row: damping has then grown by 2 ** 528, or a radius fallen by 4 ** 32
-_ZERO = 64.0  # rounding errors of the first residual that are worth asking whether it is zero
-_NOISY = 3  # steps in a row at the rounding level that change nothing: one or two may by chance
-_FALLS = 0.8  # a predicted reduction that is less than this part of the last one has become less, not just rounded
-_DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a call without evidence for a minimum
 _EXCURSION = 8  # steps through a curved valley; each must halve the objective, so together gain a factor of 256
-_PARALLEL = 0.9  # cosine between steps that are taken for a geometric sequence
-_SLOWEST = 0.95  # ratio of such steps: that towards a zero of order 20
 _CAREFUL = "use levenberg_marquardt, which damps steps"
 
 
@@ -81,7 +75,7 @@ class _Loop:
         self.refused: Certificate | None = None
         self.refusals, self.next_excursion, self.failed_excursions = 0, 1, 0
         self.log: list[StepRecord] = []
-        self.last: np.ndarray | None = None  # the last step that was taken
+        self.sequence = Sequences.begin((problem.layout.columns,))
 
     def _at(self, values: Values, *, aside: bool = False) -> FitPoint:
         cost, system, raw = self.problem.linearised(values)
@@ -101,7 +95,7 @@ class _Loop:
                 solved, damping = self._solved(insisted)
         except Singular as reason:
             return self._no_step(str(reason))
-        trial = self._accepted(self._tried(solved, damping, insisted))
+        trial = self._accepted(self._tried(solved if insisted else self._further(solved), damping, insisted))
         self._note(trial.solved, damping, trial)
         self._adapt(trial)
         stop = self._judged(trial)
@@ -125,33 +119,48 @@ class _Loop:
         remember(system, solved)
         return solved, None
 
+    def _further(self, solved: Solved) -> Solved:
+        """Return as many undamped steps at once as lead to the end of a geometric sequence, where they form one."""
+        system, newton = self.point.system, self.point.system.memory.get("newton")
+        if not isinstance(self.strategy, TrustRegion) or newton is None or not self.sequence.last.any():
+            return solved
+        share = predicted_reduction(system, newton.step) / self.point.cost if self.point.cost > 0 else np.inf
+        given = self._in_all_columns(newton.step), self.point.whole.scale
+        factor = float(self.sequence.factor(*given, share, solved is newton))
+        further = replace(newton, step=newton.step * factor, note=f"{factor:.2g} steps", factor=factor)
+        if factor == 1 or (self.bounds is not None and self.bounds.within(self.point, further) is not further):
+            return solved
+        return further
+
+    def _in_all_columns(self, step: np.ndarray) -> np.ndarray:
+        return step if self.point.face is None else self.point.face.full(step)
+
     def _tried(self, solved: Solved, damping: float | None, insisted: bool, point: FitPoint | None = None) -> Trial:
         point = self.point if point is None else point
         if insisted or solved is point.system.memory.get("undamped"):
             point.system.memory["tried"] = True
         if self.bounds is not None:
             solved = self.bounds.within(point, solved)
-        predicted = predicted_reduction(point.system, solved.step)
+        predicted = solved.factor * predicted_reduction(point.system, solved.step / solved.factor)
         values = point.moved(self.problem.layout, solved.step)
         values = values if self.bounds is None else self.bounds.clamped(values)
         tried = self.problem.objective(values)
         gain = point.cost - tried
         known = 0 < predicted < np.inf and np.isfinite(tried)
         noise = NOISE * 2 * point.system.eps * point.cost
-        if known and gain <= _GOOD * predicted:
+        if known and gain <= GOOD * predicted:
             noise = point.noise
         # Both values of the objective may be off by that noise; a margin of two.
         at_noise = bool(predicted <= noise and abs(gain) <= 4 * noise)
-        return Trial(
-            solved, damping, values, tried, predicted, gain / predicted if known else -np.inf, at_noise, insisted
-        )
+        ratio = gain / predicted if known else -np.inf
+        return Trial(solved, damping, values, tried, predicted, ratio, at_noise, insisted)
 
     def _accepted(self, trial: Trial) -> Trial:
         """Return a trial with the decision about it."""
         good = np.isfinite(trial.tried) and (
             (self.strategy is None and not trial.insisted)
             or (trial.insisted and self._is_zero and trial.tried < self.point.cost)
-            or trial.ratio > _GOOD
+            or trial.ratio > GOOD
             or (trial.at_noise and trial.tried <= self.point.cost)
         )
         undamped_step = trial.solved is self.point.system.memory.get("undamped")
@@ -166,7 +175,7 @@ class _Loop:
         """Return a trial judged by what undamped steps predict, where objectives differ by rounding only."""
         point = self._at(trial.values)
         there = self._certificate_at(point)
-        good = bool(there.reason) or there.predicted * point.cost < _FALLS * before.predicted * self.point.cost
+        good = bool(there.reason) or there.predicted * point.cost < FALLS * before.predicted * self.point.cost
         return replace(trial, good=good, point=point if good else None)
 
     def _excursion(self, trial: Trial) -> Trial:
@@ -196,14 +205,15 @@ class _Loop:
         return first if trial is first else replace(trial, good=False)
 
     def _adapt(self, trial: Trial) -> None:
-        if trial.good:
-            self.rejections = 0
-        elif not trial.insisted:
-            self.rejections += 1
+        aside = trial.insisted or trial.solved.factor != 1
+        self.rejections = 0 if trial.good else self.rejections + (not aside)
+        step = self._in_all_columns(trial.solved.step)
+        whole = _is_whole(self.point.system, trial.solved)
+        self.sequence.note(step if whole else np.zeros_like(step), trial.solved.factor, trial.good)
         if self.strategy is None or trial.damping is None:
             return
         length = float(np.linalg.norm(trial.solved.step * self.point.system.scale))
-        if trial.insisted:
+        if aside:
             if trial.good or not self.rejections:
                 self.damping = float(self.strategy.after_undamped(trial.damping, trial.good, length))
         else:
@@ -223,32 +233,29 @@ class _Loop:
     @property
     def _is_zero(self) -> bool:
         """Whether the objective is zero to the rounding of its first value."""
-        return self.point.cost <= (_ZERO * self.point.system.eps) ** 2 * self.first
+        return self.point.cost <= (ZERO * self.point.system.eps) ** 2 * self.first
 
     def _extrapolated(self) -> Solved | None:
         r"""Return the limit of undamped steps that shrink by a constant factor towards a zero; None where they do not.
 
-        Near a zero of order p along a direction, where the Jacobian vanishes, such steps leave $1 - 1/p$ of the
-        distance (Schröder, 1870); the factor is measured, as in Aitken's extrapolation.
+        Near a zero of some order along a direction, where the Jacobian vanishes, such steps do.
         """
-        last, system = self.last, self.point.system
-        if last is None or not self._is_zero or self.bounds is not None:
+        system = self.point.system
+        if not self.sequence.last.any() or not self._is_zero or self.bounds is not None:
             return None
         try:
             step = undamped(system, self.solver).step
         except Singular:
             return None
-        sizes, along = float(np.linalg.norm(last) * np.linalg.norm(step)), float(last @ step)
-        ratio = along / max(float(last @ last), np.finfo(np.float64).tiny)
-        if not (along > _PARALLEL * sizes and 0 < ratio < _SLOWEST):
-            return None
-        note = f"extrapolated by {1 / (1 - ratio):.2g}"
-        return system.solved(step / (1 - ratio), None, "undamped", note=note)
+        factor = float(sum_of_steps(self.sequence.last, step))
+        return (
+            system.solved(step * factor, None, "undamped", note=f"extrapolated by {factor:.2g}") if factor > 1 else None
+        )
 
     def _judged(self, trial: Trial) -> Stop | None:
         before = self.point
         if trial.good:
-            self.point, self.last = trial.point or self._at(trial.values), trial.solved.step
+            self.point = trial.point or self._at(trial.values)
         elif self.strategy is None and not trial.insisted:
             return Stop("diverged", f"a whole Gauss-Newton step led to NaN or Inf; {_CAREFUL}")
         # Plain Gauss-Newton may overshoot and return; from 1e8 times its start that is not to be expected.
@@ -280,7 +287,7 @@ class _Loop:
         return small_reduction(share)
 
     def _certificate_at(self, point: FitPoint) -> Certificate:
-        if point.face is not None and not point.face.free.any() and point.face.blocked.all():
+        if self.bounds is not None and self.bounds.holds(point):
             return Certificate(0.0, "every parameter is at a bound that the gradient leads out of")
         found = certificate(point.system, point.cost, self.solver, point.magnitudes)
         return found if self.bounds is None else self.bounds.judged(point, found)
@@ -291,13 +298,14 @@ class _Loop:
             return None
         found = evidence or self._certificate_at(self.point)
         status, message = rule
+        found, stuck = by_curvature(self.problem, self.point, found, self.refusals)
+        if stuck:
+            return Stop("stalled", stuck, found)
         if found.reason:
             return Stop(status, f"{message}; {found.reason}", found)
-        if not self.point.system.norms.any():
-            return Stop("stalled", "the Jacobian is zero: no parameter changes a residual here", found)
-        if self._asks_for_less(status, found):
+        if self.rules.ask_for_less(status, found.predicted, found.length):
             return Stop(status, f"{message}; {_left(found)}", found)
-        if self.refused is not None and found.predicted < _FALLS * self.refused.predicted:
+        if self.refused is not None and found.predicted < FALLS * self.refused.predicted:
             self.at_noise = 0
         self.refused = found
         self.refusals += 1
@@ -306,19 +314,10 @@ class _Loop:
         self.insist = able and np.isfinite(found.predicted) and "tried" not in self.point.system.memory
         return None
 
-    def _asks_for_less(self, status: str, found: Certificate) -> bool:
-        """Return whether the caller's own tolerance is looser than that of success, and the undamped step meets it."""
-        rules = self.rules
-        if status == "objective":
-            return found.predicted <= (rules.ftol or 0.0)
-        if status == "gradient":
-            return found.predicted <= (rules.gtol or 0.0) ** 2
-        return (rules.xtol or 0.0) > _DEFAULT_TOLERANCE and found.length <= (rules.xtol or 0.0)
-
     def _no_progress(self, trial: Trial, rule: tuple[str, str] | None) -> Stop | None:
         close = trial.at_noise or (self.refused is not None and bool(self.refused.at_rounding))
         self.at_noise = self.at_noise + 1 if close and rule is not None else 0
-        if self.insist or self.at_noise < _NOISY:
+        if self.insist or self.at_noise < NOISY:
             return None
         return self._exhausted("the objective is no longer distinguishable from its rounding errors")
 
@@ -327,14 +326,16 @@ class _Loop:
             return None
         if isinstance(self.strategy, Constant) and self.rejections:
             return self.unmet("stalled", "a step led uphill, and with constant damping the next one would be the same")
-        if self.rejections >= _REJECTIONS:
+        if self.rejections >= REJECTIONS:
             return self._exhausted(f"{self.rejections} steps in a row gave no reduction")
         limit = self.rules.used_up(self.problem.evaluations)
         return None if limit is None else self.unmet(*limit)
 
     def _exhausted(self, message: str) -> Stop:
         """Return the stop of steps that change nothing: by rounding, or for no reason that is known."""
-        found = self._certificate_at(self.point)
+        found = by_curvature(self.problem, self.point, self._certificate_at(self.point))[0]
+        if found.reason:
+            return Stop("gradient", f"{message}; {found.reason}", found)
         if not found.at_rounding:
             return self.unmet("stalled", message)
         return Stop("objective", f"{message}; {found.at_rounding}", replace(found, reason=found.at_rounding))
@@ -351,7 +352,7 @@ class _Loop:
         self.rejections += 1
         damping = self.damping if self.damping is not None else 1.0
         self._note(None, damping, None, reason)
-        if isinstance(self.strategy, Constant) or self.rejections >= _REJECTIONS:
+        if isinstance(self.strategy, Constant) or self.rejections >= REJECTIONS:
             todo = f"{self._what_to_hold()}, or damp more"
             return self.unmet("singular", f"{reason}; {todo}")
         self.damping = float(self.strategy.next(damping, -1.0, self.rejections, damping))
@@ -390,3 +391,7 @@ def _left(found: Certificate) -> str:
     if not np.isfinite(found.predicted):
         return "no undamped step could be computed to judge this point by"
     return f"an undamped step predicts a reduction of {found.predicted:.1e} of the objective where it was last computed"
+
+
+def _is_whole(system: LinearizedFit, solved: Solved) -> bool:
+    return any(solved is system.memory.get(name) for name in ("newton", "undamped", "whole"))

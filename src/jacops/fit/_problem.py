@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .._extras.lie import layout as lie_layout
 from .._finite import require_finite
@@ -40,7 +42,8 @@ from ..sparse._point import RecordedPoint, point_of
 from ..sparse._remembered import kept_plan, new_plan
 from ._bounds import bounds_of
 from ._fit_pattern import FitPattern
-from ._functions import FunctionModule
+from ._functions import FunctionModule, called
+from ._implicit import Minima
 from ._layout import Layout, ParameterPart, Values, layout_of
 from ._residuals import Residuals, residuals_of
 from ._scaling import scaling_of
@@ -49,6 +52,7 @@ from ._system import LinearizedFit
 _DENSE_ENTRIES = 10_000  # up to so many, dense fits of 5 to 20 steps took no longer than a plan and sparse steps
 _DENSE_COLUMNS = 64  # columns, or rows, that one batched pass gives: a plan's sweeps cannot be fewer passes
 _NONE = np.zeros(0)
+_INTO_LEAF = re.compile(r"leaf Variable that requires grad .* in-place")
 _FULL = 0.1  # rows fuller than this save less than a factor of ten, which sparse factorisation loses to dense
 
 
@@ -81,6 +85,14 @@ def _fullness(lin: Linearization) -> float:
     return together if together <= _FULL else sum(share([one]) for one in chosen) / len(chosen)
 
 
+def _copied(value: Any) -> Any:
+    return out_of_inference(value).detach().clone() if isinstance(value, Tensor) else value
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 class FitProblem:
     """A model in private, its parameters wherever the steps lead.
 
@@ -108,10 +120,11 @@ class FitProblem:
         self.layout: Layout = layout_of(self.original, given["manifolds"], given["fixed"])
         self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
         self.bounds = bounds_of(given.get("bounds"), self.layout, self.original)
-        self.call, self.value = call, value
+        self.call, self.value, self.given = call, value, given
         self.owner = module.function if isinstance(module, FunctionModule) else module
         self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
         self.held = parameter_names(self.work)
+        self._wanted = self.values()
         self.evaluations = self.linearisations = 0
         self.route, self.may_be_dense = "", isinstance(given["jacobian"], str) and given["jacobian"] == "auto"
         self.plan: Any = None
@@ -156,10 +169,32 @@ class FitProblem:
         found = pattern.moved.matrix(pattern.weighted(J, lefts))
         return cost, LinearizedFit(found, r, self.layout.blocks, structure=pattern.normal, **about), raw
 
+    def minimum(self, module: nn.Module, values: Values, success: bool) -> Minima:
+        """Return a point as a batch of one that is or may be a minimum.
+
+        Args:
+            module: What is run: the caller's model, for derivatives by its data, or `work`.
+            values: The parameters.
+            success: Whether the point is asked about.
+        """
+        one = {name: value.unsqueeze(0) for name, value in values.items()}
+        active = None if self.bounds is None else self.bounds.active(one)
+        mine = module is self.work
+
+        def outputs(moved: Values, rows: Tensor | None) -> Any:
+            value = tree_map(_copied, self.value) if mine else self.value
+            tensors, tree = output_leaves(called(module, {name: value[0] for name, value in moved.items()}, value))
+            return tree.build([tensor.unsqueeze(0) for tensor in tensors])
+
+        target = tree_map(lambda v: v.unsqueeze(0) if isinstance(v, Tensor) else v, self.given["target"])
+        given = {**self.given, "target": target}
+        return Minima(one, torch.tensor([success]), self.layout, active, outputs, given, self.call)
+
     # ---- the model ---------------------------------------------------------------------------------------------
 
     @restoring
     def _set(self, values: Values) -> None:
+        self._wanted = values
         with arithmetic(False):
             for name, value in values.items():
                 held, new = self.held[name].detach().as_subclass(Tensor), value.as_subclass(Tensor)
@@ -174,13 +209,26 @@ class FitProblem:
         with recording(), random_state_kept():
             replica = replicate(self.work)
             leaves, tree = flatten(self.value, "input")
-            copies = [out_of_inference(v).detach().clone() if isinstance(v, Tensor) else v for v in leaves]
-            args, kwargs = split_input(tree.build(copies))
-            return replica(args, kwargs)
+            args, kwargs = split_input(tree.build([_copied(v) for v in leaves]))
+            found = replica(args, kwargs)
+        for name, wanted in self._wanted.items():
+            if not _same(self.held[name].detach().as_subclass(Tensor), wanted.as_subclass(Tensor)):
+                raise self._written(f" {name}")
+        return found
+
+    def _written(self, name: str) -> ModelStateError:
+        came = f"one that writes into its parameter{name} in place"
+        todo = "Let it return what it computes, or write into a copy: `x = x.clone()`."
+        return ModelStateError.of("model", came, f"{self.call} moves parameters itself, and reads them again", todo)
 
     def _recorded(self) -> Recording:
         run = ModelRun(self.work, self.value, call=self.call, parameters=lambda name, _: name in self.original)
-        return run.recorded()
+        try:
+            return run.recorded()
+        except RuntimeError as error:
+            if _INTO_LEAF.search(str(error)):
+                raise self._written("s") from error
+            raise
 
     @restoring
     def _dense(self) -> tuple[list[Tensor], np.ndarray]:

@@ -148,9 +148,16 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         """Whether a stop rule was met and there is evidence for a minimum.
 
         That is one of: an undamped Gauss-Newton step predicts a reduction of at most 1e-8 of the objective; every
-        residual is at the rounding level of its terms; such a step moves none by more than this. With a kernel the
-        objective is the robust one and the step that of the reweighted problem. A stop rule looser than its default
-        may end the call without this evidence; `status` and `message` then describe which.
+        residual is at the rounding level of its terms; such a step moves none by more than this; the Hessian of the
+        objective, second derivatives of residuals included, is positive definite, and a Newton step with it predicts
+        at most 1e-8. With a kernel the objective is the robust one and the undamped step that of the reweighted
+        problem.
+
+        The Hessian is computed for up to 100 parameters, where the Jacobian lacks rank, or predicts 1e-2 or more
+        although steps end; a negative curvature, as of saddles and maxima, is no success there. Where the Jacobian has
+        full rank, success says that the gradient is small, and does not tell minima from saddles of curved residuals.
+        A stop rule looser than its default may end the call without this evidence; `status` and `message` then
+        describe which.
         """
         return self.rule_met and bool(self.certificate)
 
@@ -208,7 +215,13 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
         return _covariance.joint(self, columns, rows, absolute, robust)
 
     def marginals(
-        self, name: str | None = None, rows: Any = None, *, against: Any = None, absolute: bool = False
+        self,
+        name: str | None = None,
+        rows: Any = None,
+        *,
+        against: Any = None,
+        absolute: bool = False,
+        robust: bool = False,
     ) -> np.ndarray:
         r"""Return the covariance of each row of a parameter by itself, or with a row of a parameter paired with it.
 
@@ -222,6 +235,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             against: As many rows, paired with these in order: of the same parameter, or of another one in a dict by
                 its name. By default the same rows.
             absolute: Weights are inverse variances; otherwise the variance is that of the residuals at the end.
+            robust: As in `covariance`; the chosen columns are solved for with a sparse factor, some at a time.
 
         Returns:
             (rows, w, w): w tangent directions of a row; (rows, w, v) for a parameter of v directions in `against`. Zero
@@ -237,7 +251,7 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
             >>> fit.marginals("x", rows=[1], absolute=True).shape
             (1, 3, 3)
         """
-        return _covariance.blocks(self, name, rows, against, absolute)
+        return _covariance.blocks(self, name, rows, against, absolute, robust)
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return the log as a table: one row per step tried, one column per field of `StepRecord`.

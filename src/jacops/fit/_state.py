@@ -67,6 +67,11 @@ class FitPoint:
         return self.system if self.face is None else self.face.whole
 
     @property
+    def whole_magnitudes(self) -> np.ndarray:
+        """Magnitudes of what all columns move."""
+        return self.magnitudes if self.face is None else self.face.magnitudes
+
+    @property
     def optimality(self) -> float:
         r"""The scaled gradient: the largest $|J_j^\top r| / (\lVert J_j \rVert \sqrt{2F})$ that bounds leave."""
         if self.cost <= 0:

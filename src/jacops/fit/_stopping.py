@@ -13,6 +13,14 @@ from ..errors import InputError, InputTypeError
 from ._result import FitProgress, StepRecord, as_given
 from ._state import FitPoint, Stop
 
+# One fit and many go by the same numbers.
+GOOD = 1e-4  # least ratio of actual to predicted reduction for a step to be taken
+REJECTIONS = 32  # in a row: damping has then grown by 2 ** 528, or a radius fallen by 4 ** 32
+ZERO = 64.0  # rounding errors of the first residual that are worth asking whether it is zero
+NOISY = 3  # steps in a row at the rounding level that change nothing: one or two may by chance
+FALLS = 0.8  # a predicted reduction that is less than this part of the last one has become less, not just rounded
+_DEFAULT_TOLERANCE = 1e-8  # of `xtol`: looser ones stop a call without evidence for a minimum
+
 
 @dataclass(frozen=True)
 class StoppingCriteria:
@@ -53,6 +61,19 @@ class StoppingCriteria:
             check_positive("max_nfev", self.max_nfev)
         if self.max_seconds is not None:
             check_number("max_seconds", self.max_seconds)
+
+    def ask_for_less(self, rule: Any, predicted: Any, length: Any) -> Any:
+        """Return whether the caller's tolerance is looser than that of success and met by an undamped step.
+
+        Args:
+            rule: The rule that is met, or of many problems, for each.
+            predicted: The reduction that the step predicts, relative to the objective.
+            length: The length of the step, relative to the parameters, both scaled.
+        """
+        ftol, gtol, xtol = self.ftol or 0.0, self.gtol or 0.0, self.xtol or 0.0
+        found = (rule == "objective") & (predicted <= ftol)
+        found |= (rule == "gradient") & (predicted <= gtol**2)
+        return found | ((rule == "step") & (xtol > _DEFAULT_TOLERANCE) & (length <= xtol))
 
     def used_up(self, evaluations: int) -> tuple[str, str] | None:
         """Return which limit is reached and how to say it, if one is."""

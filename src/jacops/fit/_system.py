@@ -206,6 +206,7 @@ class Solved:
         steps: Inner iterations; 0 for direct solvers.
         solver: Which solver.
         note: Anything worth knowing.
+        factor: How many undamped steps it is, where it is the sum of a geometric sequence of such, else 1.
     """
 
     step: np.ndarray
@@ -213,3 +214,4 @@ class Solved:
     steps: int
     solver: str
     note: str = ""
+    factor: float = 1.0

@@ -63,6 +63,12 @@ def is_undamped(system: LinearizedFit, solved: Solved) -> bool:
     return solved is system.memory.get("undamped") or (solved is system.memory.get("whole") and _is_whole(system))
 
 
+def lacks_rank(system: LinearizedFit) -> bool:
+    """Return whether the undamped step, if there is one, was found to lack directions."""
+    found = system.memory.get("undamped")
+    return found is not None and found.solver == "svd" and found.note.startswith("rank")
+
+
 def _is_whole(system: LinearizedFit) -> bool:
     whole = system.memory.get("whole")
     return whole is not None and system.eps < _DOUBLE and _is_accurate(system, whole.step)

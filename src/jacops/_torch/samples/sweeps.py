@@ -13,6 +13,7 @@ from ..._runtime.rows import plain
 from ..layers.factors import unit_seeds
 from ..sweeps.graph import passed_bytes
 from ..sweeps.linearization import Linearization
+from ..sweeps.nodewise import LARGE
 from .independent import SamplesIndependent
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def sweep(lin: Linearization, blocks: Blocks, where: slice, direction: str, limi
     if direction == "reverse":
         sweeps = _rows(lin, blocks, where, 1 if limit is not None else _to_a_pass(lin))
     else:
-        sweeps = _columns(lin, blocks, where)
+        sweeps = _columns(lin, blocks, where, limit is None and _small(lin))
     for done, _ in enumerate(sweeps, 1):
         if limit is not None and done >= limit:
             return
@@ -92,6 +93,11 @@ def _to_a_pass(lin: Linearization) -> int:
     return most if most >= _FEWEST else 1
 
 
+def _small(lin: Linearization) -> bool:
+    """Return whether tangents are small enough to be faster in one batched pass."""
+    return lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim <= LARGE
+
+
 def _rows(lin: Linearization, blocks: Blocks, where: slice, together: int) -> Iterator[None]:
     many = where.stop - where.start
     targets = [
@@ -123,16 +129,26 @@ def _batched(lin: Linearization, targets: Blocks, together: int) -> Iterator[Non
             yield
 
 
-def _columns(lin: Linearization, blocks: Blocks, where: slice) -> Iterator[None]:
+def _columns(lin: Linearization, blocks: Blocks, where: slice, together: bool) -> Iterator[None]:
     for j, leaf in enumerate(lin.leaves):
         # Columns lie side by side until all are there: written one by one, each would touch every cache line.
         kinds = [(o.numel(), row[j].dtype, o.device) for o, row in zip(lin.outputs, blocks, strict=True)]
         entries = leaf.shape[1:].numel()
         staged = [torch.empty(entries, size, dtype=dtype, device=device) for size, dtype, device in kinds]
-        for entry, changes in unit_pushes(lin, j, lin.push_alone):
-            for columns, change in zip(staged, changes, strict=True):
-                columns[entry] = change.reshape(-1)
-            yield
+        if together and entries > 1:
+            step = lin.column_chunk(j)
+            for start in range(0, entries, step):
+                stop = min(start + step, entries)
+                tangents = torch.zeros(stop - start, len(leaf), entries, dtype=leaf.dtype, device=leaf.device)
+                tangents[:, :, start:stop].diagonal(dim1=0, dim2=2).fill_(1)
+                for columns, changes in zip(staged, lin.push_columns(j, tangents.view(-1, *leaf.shape)), strict=True):
+                    columns[start:stop] = changes.reshape(stop - start, -1)
+                yield
+        else:
+            for entry, changes in unit_pushes(lin, j, lin.push_alone):
+                for columns, change in zip(staged, changes, strict=True):
+                    columns[entry] = change.reshape(-1)
+                yield
         for columns, row in zip(staged, blocks, strict=True):
             _write_transposed(row[j][where].view(columns.shape[1], columns.shape[0]), columns)
 

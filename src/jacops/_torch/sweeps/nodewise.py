@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # read.
 _warn_of_loops = torch._C._functorch._set_vmap_fallback_warning_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _SLOW, _NEGLIGIBLE = 4.0, 5e-3  # a differentiated pull takes 2 to 3 pulls; seconds below which timing is noise
-_LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
+LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 Place = tuple[Any, int]
 
 
@@ -171,7 +171,7 @@ class NodewisePush:
         """Several small tangents are faster in one batched pass; there is no graph to go through for later sweeps."""
         lin = ask.lin
         # A processor is as fast tangent by tangent once they are large; a device is faster with all in one pass.
-        large = lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim > _LARGE
+        large = lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim > LARGE
         alone = (
             ask.alone or ask.many == 1 or large or ask.verdicts.refusal(Question.PUSH, RouteName.BATCHED) is not None
         )
