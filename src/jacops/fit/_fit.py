@@ -292,11 +292,11 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
         refuse_arrays(options["input"])
     kind = type(params) if isinstance(module, FunctionModule) else None
     limited_by = "" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping"
-    told = Observer(options["callback"], options["verbose"], kind, limited_by)
+    observer = Observer(options["callback"], options["verbose"], kind, limited_by)
     problem = FitProblem(module, options["input"], call, options)
-    ended = run(problem, solver, strategy, rules, told, progress=options["progress"])
-    result = _result(problem, ended, told, strategy)
-    if told.verbose:
+    ended = run(problem, solver, strategy, rules, observer, progress=options["progress"])
+    result = _result(problem, ended, observer, strategy)
+    if observer.verbose:
         print(repr(result), flush=True)
     if not (result.rule_met or result.status == "callback") and on_failure == "raise":
         message = f"{call}: {result.message}. The error's `.solution` is the result so far.\n{result!r}"
@@ -326,13 +326,15 @@ def _write(originals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             target.copy_(value.as_subclass(Tensor))
 
 
-def _result(problem: FitProblem, ended: Outcome, told: Observer, strategy: Strategy | None) -> LeastSquaresResult[Any]:
+def _result(
+    problem: FitProblem, ended: Outcome, observer: Observer, strategy: Strategy | None
+) -> LeastSquaresResult[Any]:
     method = problem.call if strategy is None else f"{problem.call}, {name_of(strategy)}"
     point, stop = ended.point, ended.stop
     point.whole.terms = None  # holds the model's outputs
     point.whole.samples, point.whole.curvature = problem.residuals.samples(point.raw)
     return LeastSquaresResult(
-        x=as_given(point.values, told.kind),
+        x=as_given(point.values, observer.kind),
         cost=point.cost,
         fun=torch.from_numpy(point.raw),
         optimality=point.optimality,
@@ -341,14 +343,14 @@ def _result(problem: FitProblem, ended: Outcome, told: Observer, strategy: Strat
         certificate=stop.certificate.reason,
         predicted=stop.certificate.predicted,
         method=method,
-        limited_by=told.limited_by,
+        limited_by=observer.limited_by,
         log=ended.log,
         nfev=problem.evaluations,
         njev=problem.linearisations,
         route=problem.route,
         plan=problem.plan,
         equations=_equations(ended),
-        active_mask=None if problem.bounds is None else as_given(problem.bounds.active(point.values), told.kind),
+        active_mask=None if problem.bounds is None else as_given(problem.bounds.active(point.values), observer.kind),
         _system=point.whole,
         _columns=problem.layout.named,
     )

@@ -34,14 +34,14 @@ def run(
     solver: StepSolver,
     strategy: Strategy | None,
     rules: StoppingCriteria,
-    told: Observer,
+    observer: Observer,
     *,
     progress: bool | None,
 ) -> Outcome:
     """Run steps until a rule is met; without a strategy every Gauss-Newton step is taken whole."""
     # Numbers that are not finite are looked for, and end a step.
     with NumericWarningsIgnored("divide", "over", "under", "invalid"):
-        loop = _Loop(problem, solver, strategy, rules, told)
+        loop = _Loop(problem, solver, strategy, rules, observer)
         stop = loop.settled(loop.at_rest(), None)
         if stop is None:
             for _ in track(range(rules.max_steps), problem.call, enabled=progress):
@@ -62,9 +62,9 @@ class _Loop:
         solver: StepSolver,
         strategy: Strategy | None,
         rules: StoppingCriteria,
-        told: Observer,
+        observer: Observer,
     ) -> None:
-        self.problem, self.solver, self.strategy, self.rules, self.told = problem, solver, strategy, rules, told
+        self.problem, self.solver, self.strategy, self.rules, self.observer = problem, solver, strategy, rules, observer
         self.bounds = problem.bounds
         self.started = perf_counter()
         self.point = self._at(problem.values())
@@ -99,8 +99,8 @@ class _Loop:
         self._note(trial.solved, damping, trial)
         self._adapt(trial)
         stop = self._judged(trial)
-        told = self.told.stop(self.point, self.log[-1], self.problem.evaluations) if trial.good else None
-        return stop or told
+        stopped = self.observer.stop(self.point, self.log[-1], self.problem.evaluations) if trial.good else None
+        return stop or stopped
 
     def _solved(self, insisted: bool) -> tuple[Solved, float | None]:
         system = self.point.system
@@ -384,7 +384,7 @@ class _Loop:
             )
         )
         self.started = now
-        self.told.report(self.log[-1])
+        self.observer.report(self.log[-1])
 
 
 def _left(found: Certificate) -> str:

@@ -296,7 +296,7 @@ class FitProblem:
         """Return the plan of an earlier fit if it holds here, and evaluate it."""
         known, point, self._here = self._kept, self._here, None
         if known is not None and isinstance(point, RecordedPoint):
-            self._here = known.at(point, 1, "scipy", self.residuals.importance, learns=False)
+            self._here = known.at(point, 1, "scipy", self.residuals.importance, redetect=False)
         return None if self._here is None else known
 
     def _check_budget(self, rows: int, columns: int) -> None:

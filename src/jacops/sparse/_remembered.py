@@ -37,7 +37,7 @@ def sparse_jacobian(model: nn.Module, inputs: Any, picks: Picked, outputs: Selec
         point = latest.recorded(model, inputs, "modjac")
         proofs = point.recording.lin.proofs
         plan = None if proofs.needs(*claim) else proofs.known.get(claim)
-        found = None if plan is None else plan.at(point, learns=False)
+        found = None if plan is None else plan.at(point, redetect=False)
         if found is not None:
             return found
         del point

@@ -176,12 +176,12 @@ class SparsePlan(Described):
         layout: Layout = "csr",
         importance: Floats | None = None,
         *,
-        learns: bool = True,
+        redetect: bool = True,
     ) -> SparseJacobian | None:
-        """Evaluate at a recorded point; a pattern that does not hold there is detected again with `learns`.
+        """Evaluate at a recorded point; a pattern that does not hold there is detected again with `redetect`.
 
         None is returned where the shape is another one, other selections are lifted, or the pattern does not hold and
-        `learns` is False.
+        `redetect` is False.
         """
         if not self._fits(point) or point.structure() != self._scheme.structure:
             return None
@@ -196,7 +196,7 @@ class SparsePlan(Described):
         if found.verdict is not None:
             self._certified = point.lin.graph_info.wiring if holds and self._traced and not self._unknown else None
         if not holds and is_finite(found.values):
-            if not learns:
+            if not redetect:
                 return None
             found = self._again(point, found, certify, importance)
         require_finite(found.values, "SparsePlan: of the Jacobian's entries")
