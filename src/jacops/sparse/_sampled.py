@@ -134,14 +134,14 @@ def _bag_weights_backward(tracer: Tracer, call: TracedCall) -> Any:
 
 def _distances_backward(tracer: Tracer, call: TracedCall) -> Any:
     """Give each row the sets of its distances to all others."""
-    grad, *others = (call.named[k] for k in ("grad", "x1", "x2", "cdist"))
+    grad, *others = call.tensors  # two points and their distances; torch 2.14 has other names for them
     _only_grad(tracer, grad, others)
     return tracer.along(tracer.array(grad), [-1])
 
 
 def _pairs_backward(tracer: Tracer, call: TracedCall) -> Any:
     """Give each row the sets of its distances to all other rows of one tensor."""
-    grad, *others = (call.named[k] for k in ("grad", "self", "pdist"))
+    grad, *others = call.tensors  # points and their distances
     _only_grad(tracer, grad, others)
     ids, many = tracer.array(grad), len(others[0])
     return tracer.group(np.concatenate(np.triu_indices(many, 1)), np.tile(ids, 2), many)[:, None]

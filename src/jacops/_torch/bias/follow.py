@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from .operation import OperationCall, Shape, is_followed, kind_of
 _MOVE = {torch.float64: 2.0**-20, torch.float32: 2.0**-13}  # d relative to x: far above rounding, below most kinks
 _SEEDS = 3  # directions that are requested: a further leaf moves along one of its own
 _COARSE_MOVE = 2.0**-6  # for half precision: two spacings of bfloat16 (2**-7), below which a move rounds away
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class Functions(TorchFunctionMode):
@@ -265,9 +265,18 @@ def _finished(values: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]
 
 
 def _in_custom_function() -> bool:
-    frame = sys._getframe(1)
+    """Return whether this runs in the forward of a custom Function; from torch 2.14 on `apply` has no frame."""
+    forwards, frame = set(_forwards(torch.autograd.Function)), sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _APPLY:
+        if frame.f_code in forwards:
             return True
         frame = frame.f_back
     return False
+
+
+def _forwards(kind: type) -> Iterator[CodeType]:
+    for derived in kind.__subclasses__():
+        code = getattr(getattr(derived, "forward", None), "__code__", None)
+        if code is not None:
+            yield code
+        yield from _forwards(derived)
