@@ -15,6 +15,7 @@ import oracle
 from jacops._operators import Operator
 from jacops._operators._dense import DenseAsk
 from jacops._operators._target import Target
+from jacops._torch.layers import blocks
 from jacops._torch.layers.blocks import mirror
 from jacops._torch.routes import curvature, gauss_newton
 from layer_cases import model_of
@@ -61,6 +62,8 @@ MODELS = (
     *("deep", "one sample", "residual", "tied", "positions first", "positions", "convolutions", "words"),
     *("a product of weights", "an entry per sample", "a weight of weights", "a loop", "batch statistics"),
 )
+# With a layer whose operand moves with the output of an earlier one.
+JOINED = ("deep", "one sample", "residual", "tied", "convolutions", "words", "a loop")
 
 
 def problem(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
@@ -102,6 +105,23 @@ def test_on_every_model_of_the_zoo(name: str, verb: str) -> None:
         close(operator.dense(), expected, tolerance)
         coarse = {torch.bfloat16: 0.02, torch.float16: 0.002}.get(operator.domain.dtype, tolerance)
         close(jacops.linalg.diagonal(operator), expected.diagonal(), coarse)
+
+
+@pytest.mark.parametrize("most", [2**22, 400, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_terms_added_up_before_a_product_give_the_same(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined, calls = blocks._add_joined, list[str]()
+
+    def counted(matrix: Tensor, fixed: Any, moved: Any, weight: float, given: int) -> None:
+        calls.append(name)
+        joined(matrix, fixed, moved, weight, min(given, most))
+
+    monkeypatch.setattr(blocks, "_JOINED", 1)
+    monkeypatch.setattr(blocks, "_add_joined", counted)
+    operator = jacops.hessian(*_asked(name))
+    close(operator.dense(), by_products(operator))
+    assert bool(calls) == (name in JOINED)
+    assert route(operator) or not calls
 
 
 # ---- what it costs, and what it says -------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ..errors import InputError
 RowMap = Callable[[Tensor], Tensor]
 # Entries of a matrix that are made double at a time. 8 MiB stay in caches: of a matrix of 4,810 rows, one product took
 # 6 ms and 200 took 183, with 128 MiB 90 and 252.
-_CHUNK_ENTRIES = 2**20
+CHUNK_ENTRIES = 2**20
 # Norms from 6e-8 to 2e7 need no unit of their own: with condition numbers of 1e6, which is what single precision
 # solves, squares of curvatures stay above 1e-27 and below 1e15.
 _ORDINARY = 24
@@ -283,7 +283,7 @@ def in_double(operator: Operator, rows: Tensor) -> Tensor:
     match operator:
         case Matrix():
             step, image = (
-                max(1, _CHUNK_ENTRIES // max(1, operator.shape[1])),
+                max(1, CHUNK_ENTRIES // max(1, operator.shape[1])),
                 rows.new_empty(len(rows), operator.shape[0]),
             )
             for start, part in enumerate(operator.matrix.split(step)):
@@ -300,7 +300,7 @@ def in_double(operator: Operator, rows: Tensor) -> Tensor:
         case Product():
             return in_double(operator.left, in_double(operator.right, rows))
         case Transposed(of=Matrix() as of):
-            step = max(1, _CHUNK_ENTRIES // max(1, of.shape[1]))
+            step = max(1, CHUNK_ENTRIES // max(1, of.shape[1]))
             pairs = zip(rows.split(step, 1), of.matrix.split(step), strict=True)
             return sum((part @ block.double() for part, block in pairs), rows.new_zeros(rows.shape[0], of.shape[1]))
     return operator._apply(rows.to(operator.domain.dtype)).double()
