@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError
+from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 
 Tangents = Sequence[Tensor | None]
@@ -68,7 +69,7 @@ class TransposedBackward:
             if not pairs:
                 return [None] * len(self._seeds)
             grads, moved = zip(*pairs, strict=True)
-            return torch.autograd.grad(grads, self._seeds, moved, retain_graph=True, allow_unused=True)
+            return swept(grads, self._seeds, moved)
 
     def _record(self, node: Any) -> None:
         kinds = [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
