@@ -7,8 +7,10 @@ $U^\top U$ where this has enough digits, else those of $U$ itself; what has no f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ class Points:
         values: Their parameters by name, (n, ...).
         cost: Objectives, (n,).
         J: Jacobians, weighted and corrected, (n, rows, columns).
+        norms: Norms of their columns, (n, columns).
         r: Residuals, weighted and corrected, (n, rows).
         raw: Outputs minus targets, (n, rows).
         terms: Magnitudes of what residuals are differences of, (n, rows).
@@ -58,6 +61,7 @@ class Points:
     values: Values
     cost: np.ndarray
     J: np.ndarray
+    norms: np.ndarray
     r: np.ndarray
     raw: np.ndarray
     terms: np.ndarray
@@ -70,25 +74,27 @@ class Points:
     @property
     def is_finite(self) -> np.ndarray:
         """Whether residuals and Jacobian of each problem are finite."""
-        return np.asarray(np.isfinite(self.J).all((1, 2)) & np.isfinite(self.r).all(1))
+        return np.asarray(np.isfinite(self.norms).all(1) & np.isfinite(self.r).all(1))
 
     def silence(self, which: np.ndarray) -> None:
         """Take the residuals of some problems for zero, before anything is made of them."""
-        self.J[which], self.r[which], self.terms[which] = 0.0, 0.0, 0.0
+        for array in (self.J, self.norms, self.r, self.terms):
+            array[which] = 0.0
 
     def some(self, which: np.ndarray) -> Points:
-        """Return some of the points."""
-        picked = torch.from_numpy(which)
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        arrays = {name: value[which] for name, value in found.items() if isinstance(value, np.ndarray)}
-        room = None if self.room is None else (self.room[0][which], self.room[1][which])
-        values = {name: value[picked.to(value.device)] for name, value in self.values.items()}
-        return Points(**{**found, **arrays, "values": values, "room": room})
+        """Return some of the points, with what has been computed of them."""
+        places = torch.from_numpy(which)
 
-    @cached_property
-    def norms(self) -> np.ndarray:
-        """Norms of the columns."""
-        return column_norms(self.J)
+        def picked(value: Any) -> Any:
+            if isinstance(value, np.ndarray):
+                return value[which]
+            if isinstance(value, dict):
+                return {name: tensor[places.to(tensor.device)] for name, tensor in value.items()}
+            return tuple(picked(part) for part in value) if isinstance(value, tuple) else value
+
+        found = copy(self)
+        vars(found).update({name: picked(value) for name, value in vars(self).items()})
+        return found
 
     @cached_property
     def gradient(self) -> np.ndarray:

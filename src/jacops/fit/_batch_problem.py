@@ -146,7 +146,7 @@ class BatchProblem:
             x = free_numbers(layout, values, self.bounds.lower)
             room = self.by_problem(self.bounds.low - x), self.by_problem(self.bounds.high - x)
         found = Points(
-            values, cost.sum(1), J, r, np.concatenate(raw, 1), terms, magnitudes, lengths, unit, float(eps), room
+            values, cost.sum(1), J, norms, r, np.concatenate(raw, 1), terms, magnitudes, lengths, unit, float(eps), room
         )
         return found, largest
 
