@@ -99,6 +99,17 @@ def test_a_push_agrees_with_the_rows_of_the_jacobian(name: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+def test_parts_that_do_not_move_are_left_out_of_a_push(name: str) -> None:
+    func, shapes = FUNCTIONS[name]
+    lin = jacops.jacobian(of(func, *shapes), drawn(5, 4)).lin
+    for number, leaf in enumerate(lin.leaves):
+        for unit in torch.eye(leaf.numel(), dtype=leaf.dtype).view(-1, *leaf.shape):
+            tangent = [unit if i == number else torch.zeros_like(other) for i, other in enumerate(lin.leaves)]
+            wanted = lin.nodewise.push(lin, tangent)
+            torch.testing.assert_close(lin.nodewise.push(lin, tangent, sparse=True), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_columns_in_one_batched_pass_are_those_of_the_jacobian(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "_NEGLIGIBLE", torch.inf)
     func, shapes = FUNCTIONS[name]

@@ -115,7 +115,8 @@ def _permuted(node: Any, tangents: Tangents) -> list[Tensor | None]:
     return [None if tangent is None else tangent.permute([_axis(d, tangent.ndim) for d in node._saved_dims])]
 
 
-def _selected(node: Any, tangents: Tangents) -> list[Tensor | None]:
+def selected(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    """Return the part of a tangent that an index selects."""
     (tangent,) = tangents
     if tangent is None:
         return [None]
@@ -238,7 +239,7 @@ _WRITTEN_OUT: dict[str, Rule] = {
     "TBackward0": _turned,
     "TransposeBackward0": _transposed,
     "PermuteBackward0": _permuted,
-    "SelectBackward0": _selected,
+    "SelectBackward0": selected,
     "CumsumBackward0": _accumulated,
     "SumBackward0": _summed,
     "SumBackward1": _summed_along,
