@@ -17,7 +17,7 @@ from ._batch_problem import BatchProblem
 from ._layout import Values
 from ._sequences import Sequences
 from ._stopping import FALLS, GOOD, NOISY, REJECTIONS, ZERO, StoppingCriteria
-from ._strategies import Constant, Strategy, TrustRegion, dogleg
+from ._strategies import Constant, Strategy, TrustRegion
 from ._system import positive
 
 MET = ("gradient", "objective", "step")  # the rules
@@ -200,17 +200,12 @@ class _BatchLoop:
         states, points = self.states, self.points
         newton = points.newton[0]
         if isinstance(self.strategy, TrustRegion):
-            full = newton * points.lengths
-            length = np.linalg.norm(full, axis=1)
+            length = np.linalg.norm(newton * points.lengths, axis=1)
             states.damping = np.where(np.isnan(states.damping), length, states.damping)
-            slope = np.where(points.newton[1], points.gradient, 0.0) / points.lengths
-            bend = np.square(points.moved(slope / points.lengths)).sum(1)
             whole = states.insist | (length <= states.damping)
-            path = dogleg(full, slope, bend, states.damping) / points.lengths
-        else:
-            whole = states.insist
-            path = points.damped(states.damping[:, None] * np.square(points.unit * points.lengths))
-        return np.where(whole[:, None], newton, path), whole
+            return points.bent(whole, states.damping), whole
+        path = points.damped(states.damping[:, None] * np.square(points.unit * points.lengths))
+        return np.where(states.insist[:, None], newton, path), states.insist
 
     def _tried(self) -> tuple[_Trial, Values]:
         states, points = self.states, self.points

@@ -19,6 +19,7 @@ from ._certificate import FEW, MOST_REDUCTION, ROUNDING
 from ._layout import Values
 from ._second_order import DOUBTED, MINIMUM
 from ._state import NOISE
+from ._strategies import dogleg
 from ._system import positive
 from ._undamped import shortest
 
@@ -146,8 +147,8 @@ class Points:
 
     def predicted(self, step: np.ndarray) -> np.ndarray:
         """Return the reductions of the objective that the linearised problems predict."""
-        squares = np.square(self.moved(step)).sum(1)
-        return -np.einsum("nk,nk->n", self.gradient, step) - squares / 2
+        moved = self.moved(step)
+        return -np.einsum("nk,nk->n", self.gradient, step) - np.einsum("nm,nm->n", moved, moved) / 2
 
     @cached_property
     def newton(self) -> tuple[np.ndarray, np.ndarray]:
@@ -171,6 +172,24 @@ class Points:
     def whole(self) -> np.ndarray:
         """The reductions that the Gauss-Newton steps predict."""
         return self.predicted(self.newton[0])
+
+    def bent(self, whole: np.ndarray, radius: np.ndarray) -> np.ndarray:
+        """Return the Gauss-Newton steps, of problems that are not to take the whole one where dogleg paths end.
+
+        Args:
+            whole: Which problems take it whole.
+            radius: The radius of each, which the steps of the others exceed.
+        """
+        step, which = self.newton[0].copy(), (~whole).nonzero()[0]
+        rows: Any = which if 2 * len(which) <= len(whole) else slice(None)  # a copy of most Jacobians costs more
+        if len(which):
+            lengths = self.lengths[rows]
+            slope = np.where(self.newton[1], self.gradient, 0.0)[rows] / lengths
+            moved = np.matmul(self.J[rows], (slope / lengths)[:, :, None])[:, :, 0]
+            bend = np.einsum("nm,nm->n", moved, moved)
+            path = dogleg(step[rows] * lengths, slope, bend, radius[rows]) / lengths
+            step[rows] = np.where(whole[rows, None], step[rows], path)
+        return step
 
     def damped(self, damping: np.ndarray) -> np.ndarray:
         """Return the steps for a damping per column, (n, columns), that is added to the normal matrix."""
@@ -216,8 +235,8 @@ class Points:
     @cached_property
     def noise(self) -> np.ndarray:
         """How far rounding of the residuals moves the objectives."""
-        products = np.sqrt(np.square(self.r * self.magnitude).sum(1))
-        return NOISE * self.eps * np.maximum(2 * self.cost, products)
+        products = self.r * self.magnitude
+        return NOISE * self.eps * np.maximum(2 * self.cost, np.sqrt(np.einsum("nm,nm->n", products, products)))
 
     @cached_property
     def evidence(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
