@@ -254,7 +254,7 @@ class _BatchLoop:
         """Set the next damping or radius."""
         states, good, further = self.states, trial.good, trial.factor != 1
         newton = self.points.newton[0]
-        whole = by_column(trial.step == newton).all(0)
+        whole = np.asarray(by_column(trial.step == newton).all(0))
         states.sequences.note(np.where(whole[:, None], newton, 0.0), trial.factor, good)
         states.rejections = np.where(good, 0, states.rejections + ~(trial.insisted | further))
         strategy: Any = self.strategy  # those of BUILT_IN take arrays

@@ -264,7 +264,7 @@ class Points:
         ]
         reason = np.select(tests, [1, 2, 3, 4, 5], 0)
         close = by_column(np.abs(self.r) <= rounding).all(0) | (moves & by_column(moved <= rounding).all(0))
-        return reason, np.where(known, share, 0.0), close
+        return reason, np.where(known, share, 0.0), np.asarray(close)
 
     def doubted(self, which: np.ndarray) -> np.ndarray:
         """Return which of some points the Jacobian says little of: it is singular, or predicts much where steps end."""
