@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import jacops
@@ -76,10 +81,54 @@ class Rates:
         return max(flops / self.flops, result_bytes / self.warm) or None
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What a call gave in another process, and the seconds that it took there, imports left out.
+
+    Attributes:
+        answer: The answer.
+        wall: Seconds that passed.
+        processor: Seconds of processor time.
+    """
+
+    answer: Any
+    wall: float
+    processor: float
+
+    def seconds(self, clock: Clock) -> float:
+        """Return the seconds by a clock."""
+        return self.wall if clock is CLOCKS["wall"] else self.processor
+
+
+def in_a_fresh_process(module: str, call: str) -> Elsewhere:
+    """Return what a first call gives in a process that has imported torch and jacops and done nothing.
+
+    Args:
+        module: Where names in `call` are looked up.
+        call: An expression that gives a callable; what it gives is a number or an array.
+    """
+    code = f"from {__name__} import tell; from {module} import *; tell({call}, {torch.get_num_threads()})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, check=True)
+    answer, wall, processor = json.loads(done.stdout)
+    return Elsewhere(np.array(answer)[()], wall, processor)
+
+
+def tell(call: Callable[[], Any], threads: int) -> None:
+    """Make a call and print what it gives and takes, for `in_a_fresh_process`."""
+    torch.set_num_threads(threads)
+    wall, processor = time.perf_counter(), time.process_time()
+    answer = call()
+    print(json.dumps([np.asarray(answer).tolist(), time.perf_counter() - wall, time.process_time() - processor]))
+
+
 def timed(call: Callable[[], Any], clock: Clock) -> float:
     """Return the seconds of one call, its answer dropped within them."""
     start = clock()
-    call()
+    if isinstance(answer := call(), Elsewhere):
+        return answer.seconds(clock)
+    del answer
     return clock() - start
 
 
@@ -92,6 +141,8 @@ def watched(call: Callable[[], Any], clock: Clock) -> tuple[Any, float, float | 
     start = clock()
     answer = call()
     seconds = clock() - start
+    if isinstance(answer, Elsewhere):
+        return answer.answer, answer.seconds(clock), None
     peak = None if before is None else max(0.0, (_status("VmHWM") - before) / 1024)
     return answer, seconds, peak
 

@@ -53,6 +53,17 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
         ((2, 3, 2),),
     ),
     "negative axes": (lambda x, a: a.transpose(-3, -1).squeeze(-2).unsqueeze(-1), ((2, 1, 3),)),
+    "sums": (
+        lambda x, a: (
+            a.sum() + a.sum(-1, keepdim=True) * a.sum((0, -2)) + a.sum(0) + a.sum((-1, 1), True) * a[0, 0, 0].sum(-1)
+        ),
+        ((2, 3, 2),),
+    ),
+    "cumulative sums and selected entries": (
+        lambda x, a: a.cumsum(-1)[-1, -2] * a.select(-1, -2).cumsum(0)[..., 1:] + a[0, 0].cumsum(0)[-1].cumsum(0),
+        ((2, 3, 2),),
+    ),
+    "permuted axes": (lambda x, a: a.permute(-1, 0, -2) * a.permute(2, 0, 1)[:1].sin(), ((2, 3, 2),)),
     "several outputs of one operation": (
         lambda x, a: torch.cat([part.flatten() for part in (*a.split(2), a.sort(0)[0], *a.unbind(1))]),
         ((5, 3),),
@@ -85,6 +96,17 @@ def test_a_push_agrees_with_the_rows_of_the_jacobian(name: str, monkeypatch: pyt
     torch.testing.assert_close(J @ v, wanted, rtol=loose, atol=loose)
     torch.testing.assert_close(J @ v, wanted, rtol=loose, atol=loose)
     assert "node by node" in J.lin.routes["push"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_parts_that_do_not_move_are_left_out_of_a_push(name: str) -> None:
+    func, shapes = FUNCTIONS[name]
+    lin = jacops.jacobian(of(func, *shapes), drawn(5, 4)).lin
+    for number, leaf in enumerate(lin.leaves):
+        for unit in torch.eye(leaf.numel(), dtype=leaf.dtype).view(-1, *leaf.shape):
+            tangent = [unit if i == number else torch.zeros_like(other) for i, other in enumerate(lin.leaves)]
+            wanted = lin.nodewise.push(lin, tangent)
+            torch.testing.assert_close(lin.nodewise.push(lin, tangent, sparse=True), wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

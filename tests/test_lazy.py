@@ -62,6 +62,19 @@ def test_a_wrong_keyword_is_refused_in_a_process_that_loaded_nothing_else(code: 
     assert "has no keyword `wrong`" in fresh(f"import jacops\ntry:\n    {indented}\n{print_error}")
 
 
+def test_first_calls_do_not_import_sympy() -> None:
+    calls = [
+        "jacops.fit.least_squares_batch(lambda x: x.sin() - 0.5, params=torch.zeros(4, 2))",
+        "jacops.fit.least_squares_batch(lambda x: x.sin() - 0.5, params=torch.zeros(9_000, 2))",
+        "jacops.fit.least_squares_batch(lambda x: (x * x).sum().view(1) - 1, params=torch.rand(4, 20))",
+        "jacops.jacobian(torch.nn.Linear(5, 3), torch.rand(6, 5)).dense()",
+        "jacops.ggn(torch.nn.Linear(5, 3), torch.nn.MSELoss(), torch.rand(6, 5), torch.rand(6, 3)).dense()",
+    ]
+    before = "before = set(sys.modules)"
+    lines = ["import sys, torch, jacops, jacops.fit", before, *calls, "print(*set(sys.modules) - before)"]
+    assert "sympy" not in fresh("\n".join(lines)).split()
+
+
 def test_submodules_import_as_they_are_named() -> None:
     assert fresh("import jacops.fit as f; from jacops import *; print(f.Huber.__name__, fit is f)") == "Huber True"
 

@@ -170,3 +170,19 @@ def test_the_engine_is_given_what_fits_alone() -> None:
     for wrong in (seed[0], seed[:, :1]):
         with pytest.raises(RuntimeError, match="Mismatch in shape"):
             swept([y], [x], [wrong])
+
+
+def test_the_engine_takes_batches_as_grad_does() -> None:
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    unused = torch.zeros(2, requires_grad=True)
+    y, seeds = x.sin(), torch.randn(5, 4, 3, dtype=torch.float64)
+    (found, none), (right,) = (
+        swept([y], [x, unused], [seeds], batched=True),
+        torch.autograd.grad(y, x, seeds, retain_graph=True, is_grads_batched=True),
+    )
+    assert none is None
+    assert found is not None
+    assert torch.equal(found, right)
+    for wrong in (seeds[0], seeds[:, :, :1]):
+        with pytest.raises(RuntimeError, match="mismatch was detected"):
+            swept([y], [x], [wrong], batched=True)

@@ -1,6 +1,7 @@
 """Backward passes by torch's engine, without what `torch.autograd.grad` examines of its arguments first.
 
-That examination takes 5 µs and 8 µs more for each output: a fifth of a product with the Hessian of a small model.
+That examination takes 5 µs and 8 µs more for each output: a fifth of a product with the Hessian of a small model. The
+first one of a process imports SymPy, which takes 0.25 s: as long as thousands of small fits.
 """
 
 from __future__ import annotations
@@ -12,20 +13,39 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-_engine: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)  # not public: not needed either
+# Neither is public, and neither is needed.
+_engine: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_vmap: Any = getattr(getattr(torch, "_vmap_internals", None), "_vmap", None)
 
 
 def swept(
-    outputs: Sequence[Tensor], targets: Sequence[Tensor], seeds: Sequence[Tensor], create_graph: bool = False
+    outputs: Sequence[Tensor],
+    targets: Sequence[Any],
+    seeds: Sequence[Tensor],
+    create_graph: bool = False,
+    batched: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return what `torch.autograd.grad` gives, with the graph kept and None where no path leads to a target."""
+    """Return what `torch.autograd.grad` gives, with the graph kept and None where no path leads to a target.
+
+    Args:
+        outputs: What is differentiated.
+        targets: By what: tensors, or edges of the graph.
+        seeds: A cotangent per output.
+        create_graph: The result can be differentiated.
+        batched: First axes of the cotangents count them.
+    """
     outputs, targets, seeds = tuple(outputs), tuple(targets), tuple(seeds)
-    if _engine is None or has_torch_function(outputs + targets + seeds) or not _alike(outputs, seeds):
-        return torch.autograd.grad(
-            outputs, targets, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-    return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
+    known = _engine is not None and (_vmap is not None or not batched)
+    if not known or has_torch_function(outputs + targets + seeds) or not _alike(outputs, seeds, int(batched)):
+        options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+        return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)
+
+    def swept_once(seeds: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
+
+    together: Any = _vmap
+    return together(swept_once, 0, 0, allow_none_pass_through=True)(seeds) if batched else swept_once(seeds)
 
 
-def _alike(outputs: Sequence[Tensor], seeds: Sequence[Tensor]) -> bool:
-    return all(o.shape == s.shape and o.dtype is s.dtype for o, s in zip(outputs, seeds, strict=True))
+def _alike(outputs: Sequence[Tensor], seeds: Sequence[Tensor], axes: int) -> bool:
+    return all(o.shape == s.shape[axes:] and o.dtype is s.dtype for o, s in zip(outputs, seeds, strict=True))

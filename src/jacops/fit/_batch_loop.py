@@ -12,12 +12,12 @@ import torch
 from .._progress import track
 from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ._batch_model import FEW
-from ._batch_points import AT_ROUNDING, BY_CURVATURE, Points
+from ._batch_points import AT_ROUNDING, BY_CURVATURE, Points, by_column, row_norms
 from ._batch_problem import BatchProblem
 from ._layout import Values
 from ._sequences import Sequences
 from ._stopping import FALLS, GOOD, NOISY, REJECTIONS, ZERO, StoppingCriteria
-from ._strategies import Constant, Strategy, TrustRegion, dogleg
+from ._strategies import Constant, Strategy, TrustRegion
 from ._system import positive
 
 MET = ("gradient", "objective", "step")  # the rules
@@ -200,17 +200,12 @@ class _BatchLoop:
         states, points = self.states, self.points
         newton = points.newton[0]
         if isinstance(self.strategy, TrustRegion):
-            full = newton * points.lengths
-            length = np.linalg.norm(full, axis=1)
+            length = row_norms(newton * points.lengths)
             states.damping = np.where(np.isnan(states.damping), length, states.damping)
-            slope = np.where(points.newton[1], points.gradient, 0.0) / points.lengths
-            bend = np.square(points.moved(slope / points.lengths)).sum(1)
             whole = states.insist | (length <= states.damping)
-            path = dogleg(full, slope, bend, states.damping) / points.lengths
-        else:
-            whole = states.insist
-            path = points.damped(states.damping[:, None] * np.square(points.unit * points.lengths))
-        return np.where(whole[:, None], newton, path), whole
+            return points.bent(whole, states.damping), whole
+        path = points.damped(states.damping[:, None] * np.square(points.unit * points.lengths))
+        return np.where(states.insist[:, None], newton, path), states.insist
 
     def _tried(self) -> tuple[_Trial, Values]:
         states, points = self.states, self.points
@@ -218,7 +213,7 @@ class _BatchLoop:
         factor = self._factors(whole)
         states.tried |= whole & (factor == 1)
         step = np.where((factor == 1)[:, None], step, points.newton[0] * factor[:, None])
-        goes = (states.status == "") & np.isfinite(step).all(1)
+        goes = (states.status == "") & by_column(np.isfinite(step)).all(0)
         step = self._within(np.where(goes[:, None], step, 0.0))
         predicted = np.where(factor == 1, points.predicted(step), points.whole * factor)
         values = self.problem.moved(points.values, step)
@@ -228,7 +223,7 @@ class _BatchLoop:
         ratio = np.where(known, gain / np.where(known, predicted, 1.0), -np.inf)
         at_noise = (predicted <= points.noise) & (np.abs(gain) <= 4 * points.noise)
         good = goes & np.isfinite(tried) & ((ratio > GOOD) | (at_noise & (tried <= points.cost)))
-        length = np.linalg.norm(step * points.lengths, axis=1)
+        length = row_norms(step * points.lengths)
         return _Trial(step, length, tried, predicted, ratio, at_noise, states.insist.copy(), factor, good), values
 
     def _factors(self, whole: np.ndarray) -> np.ndarray:
@@ -241,7 +236,7 @@ class _BatchLoop:
         able = ~states.insist
         if points.room is not None:
             further = full * factor[:, None]
-            able &= ((points.room[0] <= further) & (further <= points.room[1])).all(1)
+            able &= by_column((points.room[0] <= further) & (further <= points.room[1])).all(0)
         return np.where(able, factor, 1.0)
 
     def _within(self, step: np.ndarray) -> np.ndarray:
@@ -251,7 +246,7 @@ class _BatchLoop:
         down, up = self.points.room
         projected = np.clip(step, down, up)
         room = np.where(step < 0, down, up) / np.where(step != 0, step, 1.0)
-        cut = np.minimum(1.0, np.where(step != 0, room, 1.0).min(1, initial=1.0))[:, None] * step
+        cut = np.minimum(1.0, by_column(np.where(step != 0, room, 1.0)).min(0, initial=1.0))[:, None] * step
         better = self.points.predicted(projected) >= self.points.predicted(cut)
         return np.where(better[:, None], projected, cut)
 
@@ -259,7 +254,7 @@ class _BatchLoop:
         """Set the next damping or radius."""
         states, good, further = self.states, trial.good, trial.factor != 1
         newton = self.points.newton[0]
-        whole = (trial.step == newton).all(1)
+        whole = np.asarray(by_column(trial.step == newton).all(0))
         states.sequences.note(np.where(whole[:, None], newton, 0.0), trial.factor, good)
         states.rejections = np.where(good, 0, states.rejections + ~(trial.insisted | further))
         strategy: Any = self.strategy  # those of BUILT_IN take arrays
@@ -298,7 +293,7 @@ class _BatchLoop:
     def _rules(self, before: Points, trial: _Trial) -> np.ndarray:
         ftol, xtol = self.rules.ftol, self.rules.xtol
         found = np.full(len(trial.good), "", dtype=object)
-        size = np.linalg.norm(before.magnitudes * before.lengths, axis=1)
+        size = row_norms(before.magnitudes * before.lengths)
         if xtol is not None:
             found[trial.length <= xtol * size] = "step"
         found[trial.at_noise & (trial.predicted >= 0)] = "objective"
@@ -315,14 +310,14 @@ class _BatchLoop:
             return
         states, points = self.states, self.points
         reason, predicted, _ = points.evidence
-        flat = ~points.norms.any(1) & (reason == 0)
+        flat = ~by_column(points.norms).any(0) & (reason == 0)
         asked = points.doubted(met) & ((reason > 0) | (states.refusals & (states.refusals + 1) == 0))
         is_minimum, falls = self.problem.minima_and_saddles(points, asked)
         self._found_by_curvature(is_minimum & (reason == 0))
         reason = np.where(is_minimum & (reason == 0), BY_CURVATURE, reason)
         flat = (flat & ~is_minimum) | (falls & (reason > 0))
-        size = np.linalg.norm(points.magnitudes * points.lengths, axis=1)
-        length = np.linalg.norm(points.newton[0] * points.lengths, axis=1) / size
+        size = row_norms(points.magnitudes * points.lengths)
+        length = row_norms(points.newton[0] * points.lengths) / size
         loose = self.rules.ask_for_less(rule, predicted, length)
         stops = met & ((reason > 0) | loose) & ~flat
         states.status[stops] = rule[stops]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._runtime.restoring import NumericWarningsIgnored, restoring
 from ..errors import InputError, InputTypeError, NotDifferentiableError
 from ._batch_model import ProblemBatch
-from ._batch_points import Points, column_norms
+from ._batch_points import Points, by_column, column_norms
 from ._bounds import Box, bounds_of, free_numbers
 from ._implicit import Minima
 from ._kernels import correction, kernel_of
@@ -132,22 +132,21 @@ class BatchProblem:
         layout, parts = self._whole(self.many), []
         for term, output, line in zip(self.terms, outputs, blocks, strict=True):
             parts.append(self._weighted(term, output, self._tangent(layout, values, line)))
-        cost, r, J, terms = (np.concatenate([p[i] for p in parts], 1) for i in range(4))
-        raw = [t.raw(o).reshape(self.many, -1) for t, o in zip(self.terms, outputs, strict=True)]
-        norms = column_norms(J)
+        cost, r, J, terms = (_side_by_side([p[i] for p in parts]) for i in range(4))
+        raw = _side_by_side([t.raw(o).reshape(self.many, -1) for t, o in zip(self.terms, outputs, strict=True)])
+        gram = np.matmul(J.swapaxes(1, 2), J)
+        norms = column_norms(J, gram)
         largest = norms if largest is None else np.maximum(largest, norms)
         lengths, unit = np.where(largest > 0, largest, 1.0), np.ones((self.many, 1))
         if self.scales is not None:
-            unit = np.where(largest > 0, largest / self.scales, 0.0).max(1, keepdims=True, initial=0.0)
+            unit = by_column(np.where(largest > 0, largest / self.scales, 0.0)).max(0, initial=0.0)[:, None]
             lengths, unit = np.broadcast_to(self.scales, J.shape[::2]), np.where(unit > 0, unit, 1.0)
         eps = max(torch.finfo(v.dtype).eps for v in (*outputs, *values.values()))
         magnitudes, room = self.by_problem(layout.magnitudes(values)), None
         if self.bounds is not None:
             x = free_numbers(layout, values, self.bounds.lower)
             room = self.by_problem(self.bounds.low - x), self.by_problem(self.bounds.high - x)
-        found = Points(
-            values, cost.sum(1), J, r, np.concatenate(raw, 1), terms, magnitudes, lengths, unit, float(eps), room
-        )
+        found = Points(values, cost.sum(1), J, gram, norms, r, raw, terms, magnitudes, lengths, unit, float(eps), room)
         return found, largest
 
     def _tangent(self, layout: Layout, values: Values, line: Sequence[Tensor]) -> np.ndarray:
@@ -175,6 +174,10 @@ class BatchProblem:
             left = corrected_left(term, blocks, factor, along)
         rows = weighed(left, J.reshape(-1, J.shape[2])).reshape(J.shape)
         return cost, r.reshape(many, -1), rows, term.magnitude(output).reshape(many, -1)
+
+
+def _side_by_side(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts, 1) if len(parts) > 1 else parts[0]
 
 
 # ---- what the caller gives ---------------------------------------------------------------------------------------

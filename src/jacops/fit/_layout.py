@@ -83,7 +83,7 @@ class ParameterPart:
     def moved(self, value: Tensor, step: np.ndarray) -> Tensor:
         """Return the parameter moved by a flat step over its free columns."""
         full = np.zeros(self.columns)
-        full[self.kept] = step
+        full[slice(None) if self.free is None else self.free] = step
         d = torch.from_numpy(full).to(value.device, value.dtype).reshape(self.tangent_shape)
         if self.chart is not None:
             return self.chart.retract(value.detach(), d)

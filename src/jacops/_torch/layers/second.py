@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..._runtime.contexts import sweeping
+from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 from ..sweeps.batched import passed
 from ..sweeps.linearization import Linearization
@@ -30,13 +31,9 @@ class Second:
             moving = [use for site in sites for use in site.uses if moves(use)]
             attached = [use.attached for use in moving if use.attached is not None]
             zeros = [torch.zeros_like(a).requires_grad_() for a in attached]
-            found = torch.autograd.grad(
-                [*lin.outputs, *attached],
-                [site.edge for site in sites],
-                [*map(torch.ones_like, lin.outputs), *zeros],
-                create_graph=True,
-                allow_unused=True,
-            )
+            edges = [site.edge for site in sites]
+            ends = [*lin.outputs, *attached]
+            found = swept(ends, edges, [*map(torch.ones_like, lin.outputs), *zeros], create_graph=True)
         lin.sweeps += 1
         self.deltas = {site.node: delta for site, delta in zip(sites, found, strict=True)}
         self.probes = {id(use): zero for use, zero in zip(moving, zeros, strict=True)}

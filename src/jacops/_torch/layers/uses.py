@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..._ladder.failures import attempted
+from ..._ladder.failures import RouteFailedError, attempted
 from ..._runtime.contexts import sweeping
+from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 from ..sweeps.linearization import Linearization
 from .parts import Lookup, Outer, RowFactors, Rows, matrix_shape
@@ -374,13 +375,8 @@ def cotangents(
     live = [(output, seed) for output, seed in zip(lin.outputs, seeds, strict=True) if output.requires_grad]
     edges = {use.node: use.edge for use in uses}  # a weight and its bias enter together
     with sweeping(lin.outputs[0]), attempted():
-        found = torch.autograd.grad(
-            [output for output, _ in live],
-            list(edges.values()),
-            [seed for _, seed in live],
-            retain_graph=True,
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
-    by_node = dict(zip(edges, found, strict=True))
+        found = swept([o for o, _ in live], list(edges.values()), [seed for _, seed in live], create_graph)
+        if any(cotangent is None for cotangent in found):
+            raise RouteFailedError("no path leads from the outputs to some of the layers")
+    by_node: dict[Any, Any] = dict(zip(edges, found, strict=True))
     return tuple(by_node[use.node] for use in uses)

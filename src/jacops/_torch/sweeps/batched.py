@@ -19,6 +19,7 @@ from ..._ladder.plan import Cost
 from ..._ladder.route import answer
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import sweeping
+from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import stacked
 from .ask import SweepAsk
@@ -55,8 +56,7 @@ class EdgeAsk(SweepAsk):
         """Return what one pass finds at every edge."""
         self.lin.sweeps += 1
         with sweeping(self.outputs[0]):
-            options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": batched}
-            return list(torch.autograd.grad(self.outputs, self.edges, rows, **options))  # type: ignore[arg-type]
+            return list(swept(self.outputs, self.edges, rows, batched=batched))
 
 
 class LastRowMatchesPlain:

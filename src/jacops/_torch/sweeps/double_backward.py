@@ -18,6 +18,7 @@ from ..._ladder.names import RouteName
 from ..._ladder.plan import Cost
 from ..._runtime.agreement import inner, size
 from ..._runtime.contexts import private_noise, sweeping
+from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, dense, is_doubtful, plain, quick_size, rows_size, stacked, zero_rows
 from ..._runtime.side_effects import unwatched
@@ -61,8 +62,7 @@ class DoubleBackward:
             with unwatched():  # a push may be part of a function that is itself being watched
                 self.seeds = [private_noise(o, seed=i).requires_grad_() for i, o in enumerate(self.live)]
             lin.sweeps += 1
-            options = {"create_graph": True, "retain_graph": True, "allow_unused": True}
-            grads = attempt(lambda: torch.autograd.grad(self.live, targets, self.seeds, **options))
+            grads = attempt(lambda: swept(self.live, targets, self.seeds, create_graph=True))
             self.grads = [dense(g) for g in grads]
             with unwatched():
                 self.sizes = [size(g) for g in self.grads if g is not None]
@@ -96,8 +96,7 @@ class DoubleBackward:
     ) -> list[Tensor | None]:
         def sweep(rows: Rows) -> tuple[Tensor | None, ...]:
             lin.sweeps += 1
-            options = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
-            return torch.autograd.grad(grads, self.seeds, rows, is_grads_batched=batched, **options)
+            return swept(grads, self.seeds, rows, create_graph, batched)
 
         with sweeping(self.seeds[0]):
             if batched:

@@ -182,10 +182,7 @@ class Linearization:
         self, outputs: Rows, targets: Rows, seeds: Rows, create_graph: bool, batched: bool
     ) -> tuple[Tensor | None, ...]:
         try:
-            if not batched:
-                return swept(outputs, targets, seeds, create_graph)
-            options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
-            return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=True, **options)
+            return swept(outputs, targets, seeds, create_graph, batched)
         except RuntimeError as error:
             if batched or must_surface(error) or isinstance(error, JacopsError):
                 raise

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError
+from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 
 Tangents = Sequence[Tensor | None]
@@ -68,7 +69,7 @@ class TransposedBackward:
             if not pairs:
                 return [None] * len(self._seeds)
             grads, moved = zip(*pairs, strict=True)
-            return torch.autograd.grad(grads, self._seeds, moved, retain_graph=True, allow_unused=True)
+            return swept(grads, self._seeds, moved)
 
     def _record(self, node: Any) -> None:
         kinds = [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
@@ -109,9 +110,43 @@ def _transposed(node: Any, tangents: Tangents) -> list[Tensor | None]:
     return [tangent.transpose(one, other)]
 
 
-def _axis(saved: int, ndim: int) -> int:
-    """Negative axes are saved as what they are in an unsigned number."""
-    return saved if saved < ndim else saved - 2**64
+def _permuted(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    (tangent,) = tangents
+    return [None if tangent is None else tangent.permute([_axis(d, tangent.ndim) for d in node._saved_dims])]
+
+
+def selected(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    """Return the part of a tangent that an index selects."""
+    (tangent,) = tangents
+    if tangent is None:
+        return [None]
+    axis = _axis(node._saved_dim, tangent.ndim)
+    return [tangent.select(axis, _axis(node._saved_index, tangent.shape[axis]))]
+
+
+def _accumulated(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    (tangent,) = tangents
+    if tangent is None:
+        return [None]
+    return [tangent.cumsum(_axis(node._saved_dim, max(1, tangent.ndim)), dtype=node._input_metadata[0].dtype)]
+
+
+def _summed(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    (tangent,) = tangents
+    return [None if tangent is None else tangent.sum(dtype=node._input_metadata[0].dtype)]
+
+
+def _summed_along(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    (tangent,) = tangents
+    if tangent is None:
+        return [None]
+    axes = node._saved_dim and [_axis(d, max(1, tangent.ndim)) for d in node._saved_dim]
+    return [tangent.sum(axes, node._saved_keepdim, dtype=node._input_metadata[0].dtype)]
+
+
+def _axis(saved: int, many: int) -> int:
+    """Negative axes and indices are saved as what they are in an unsigned number."""
+    return saved if saved < many else saved - 2**64
 
 
 def _added(node: Any, tangents: Tangents) -> list[Tensor | None]:
@@ -203,6 +238,11 @@ def _whole(node: Any, left: Tensor | None, right: Tensor | None, right_factor: f
 _WRITTEN_OUT: dict[str, Rule] = {
     "TBackward0": _turned,
     "TransposeBackward0": _transposed,
+    "PermuteBackward0": _permuted,
+    "SelectBackward0": selected,
+    "CumsumBackward0": _accumulated,
+    "SumBackward0": _summed,
+    "SumBackward1": _summed_along,
     "AddBackward0": _added,
     "SubBackward0": _subtracted,
     "MulBackward0": _multiplied,

@@ -28,7 +28,7 @@ from ..._runtime.rows import Rows, plain
 from .ask import SweepAsk
 from .double_backward import error_beside
 from .graph import parents_first
-from .node_rules import Rule, rule_for
+from .node_rules import Rule, rule_for, selected
 
 if TYPE_CHECKING:
     from .linearization import Linearization
@@ -57,6 +57,11 @@ class _Step:
     sources: tuple[Place | None, ...]
     spent: tuple[Place, ...]
 
+    @property
+    def narrows(self) -> bool:
+        """Whether it takes a part of a tensor, which a tangent that moves few entries may not move."""
+        return self.rule is selected
+
 
 class Nodewise:
     """A recorded graph, in the order in which tangents go through it.
@@ -81,23 +86,27 @@ class Nodewise:
         self.steps = _planned({p for p in self.starts if p}, [p for p in self.ends if p])
 
     @restoring
-    def push(self, lin: Linearization, tangent: Sequence[Tensor | None], together: bool = False) -> Rows:
+    def push(
+        self, lin: Linearization, tangent: Sequence[Tensor | None], together: bool = False, sparse: bool = False
+    ) -> Rows:
         """Return one tensor per output from one tangent per leaf, None for zero.
 
         Args:
             lin: Whose graph it is.
             tangent: The tangents.
             together: There are several, `(k, *leaf)` each, which gives `(k, *output)`.
+            sparse: Most of its entries are zero, so that parts which are selected are worth a look whether they move.
 
         Raises:
             RouteNotFiniteError: A value is NaN or Inf.
         """
         lin.sweeps += 1
         given = [t for t in tangent if t is not None]
+        looks = sparse and not together and lin.domain.device.type == "cpu"
 
         def pushed(*moving: Tensor) -> tuple[Tensor, ...]:
             rest = iter(moving)
-            return tuple(self._pushed(lin.outputs, [None if t is None else next(rest) for t in tangent]))
+            return tuple(self._pushed(lin.outputs, [None if t is None else next(rest) for t in tangent], looks))
 
         quiet = Setting(lambda: True, _warn_of_loops, False) if together else nullcontext()
         with sweeping(lin.outputs[0]), torch.no_grad(), quiet:
@@ -106,7 +115,7 @@ class Nodewise:
             raise RouteNotFiniteError("values are not finite")
         return row
 
-    def _pushed(self, outputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Rows:
+    def _pushed(self, outputs: Sequence[Tensor], tangents: Sequence[Tensor | None], looks: bool) -> Rows:
         known: dict[Place, Tensor] = {}
         for place, j in zip(self.starts, self.index, strict=True):
             tangent = tangents[j]
@@ -116,7 +125,7 @@ class Nodewise:
             arrived = [None if source is None else known.get(source) for source in step.sources]
             if any(t is not None for t in arrived):
                 for number, tangent in enumerate(step.rule(step.node, arrived)):
-                    if tangent is not None:
+                    if tangent is not None and not (looks and step.narrows and not tangent.any()):
                         _add(known, (step.node, number), tangent)
             for place in step.spent:
                 known.pop(place, None)
@@ -188,7 +197,7 @@ class NodewisePush:
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *output)` per output."""
         lin, started = ask.lin, time.perf_counter()
-        pushed = [lin.nodewise.push(lin, _of(ask, i)) for i in range(ask.many)]
+        pushed = [lin.nodewise.push(lin, _of(ask, i), sparse=ask.alone) for i in range(ask.many)]
         lin.nodewise.seconds = (time.perf_counter() - started) / max(1, ask.many)
         if len(pushed) == 1:
             return [part.unsqueeze(0) for part in pushed[0]]

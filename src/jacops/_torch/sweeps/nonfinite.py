@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..._runtime.contexts import sweeping
+from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows, dense, plain
 from .graph import parents_first
@@ -74,7 +75,7 @@ def _pulled(
     outputs, seeds = [o for o, _ in live], [s for _, s in live]
     targets = [*leaves, *(GradientEdge(*edge) for edge in edges)]
     with sweeping(outputs[0]):
-        grads = torch.autograd.grad(outputs, targets, seeds, retain_graph=True, allow_unused=True)
+        grads = swept(outputs, targets, seeds)
     found = [dense(g) for g in grads[: len(leaves)]]
     filled = [torch.zeros_like(v) if g is None else plain(g) for g, v in zip(found, leaves, strict=True)]
     return filled, grads[len(leaves) :]
