@@ -293,7 +293,7 @@ def test_what_does_not_fit_says_what_to_write(case: str, estimate: Estimate) -> 
 
 def test_batches_without_labels_say_under_which_name_these_are_looked_for() -> None:
     data = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches(sequences())]
-    with pytest.raises(DataError, match=r"mappings with the target under 'labels', .* are needed. Say with `unpack=`"):
+    with pytest.raises(DataError, match=r"mappings with the target under 'labels', .* are needed. Pass `unpack=`"):
         solved("ekfac")(gpt2(), "model", data)
     missing: list[Mapping[str, Any]] = [{**batch, "labels": None} for batch in data]
     with pytest.raises(InputError, match="the target a NoneType"):

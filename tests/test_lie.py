@@ -742,7 +742,7 @@ def check_second_derivatives(model: Model, options: dict[str, Any]) -> None:
         (lambda m: m.x.Act(m.p), "goes into|raw storage"),
         (lambda m: (m.x @ m.y).Log(), "goes into|raw storage"),
         (lambda m: m.x.Inv().Log(), "goes into|raw storage"),
-        (lambda m: m.x.Adj(m.a), "Adj .* stands as a constant"),
+        (lambda m: m.x.Adj(m.a), "Adj .* enters as a constant"),
         (lambda m: m.x.tensor(), "goes into|raw storage"),
     ],
     ids=["Act", "Mul", "Inv", "Adj", "tensor"],

@@ -224,7 +224,7 @@ def test_what_is_not_affine_is_refused_by_name(estimator: Any, words: str, call:
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_what_is_not_fitted_is_refused(name: str) -> None:
-    with pytest.raises(InputTypeError, match=r"`estimator` is a .* that is not fitted.*\.fit"):
+    with pytest.raises(InputTypeError, match=r"`estimator` is an? .* that is not fitted.*\.fit"):
         projection(ESTIMATORS[name]())
 
 

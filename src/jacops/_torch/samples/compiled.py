@@ -199,7 +199,7 @@ class NoGraph:
 
     def describe(self, ask: GraphAsk) -> str:
         """Name it."""
-        return "on by plain sweeps"
+        return "plain sweeps"
 
     def value(self, ask: GraphAsk) -> str | None:
         """Return nothing: the batch is filled in."""
