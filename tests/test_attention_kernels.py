@@ -1,7 +1,9 @@
 """Attention keeps its fused kernels for gradients alone, and is written out where these are differentiated."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import jacops
 from jacops import Problem
@@ -49,11 +52,27 @@ class Layer(nn.Module):
         return self.head(self.block(self.embed(tokens))).transpose(1, 2)
 
 
+class Checkpointed(Attends):
+    """Computes its attention again in every backward pass, once more within another checkpoint."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__("causal")
+        self.depth = depth
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        call = super().forward
+        for _ in range(self.depth):
+            call = partial(checkpoint, call, use_reentrant=False)
+        return call(tokens)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "none": lambda: Attends("none").double(),
     "causal": lambda: Attends("causal").double(),
     "mask": lambda: Attends("mask").double(),
     "layer": lambda: Layer().double(),
+    "checkpoint": lambda: Checkpointed(1).double(),
+    "nested checkpoints": lambda: Checkpointed(2).double(),
 }
 
 
@@ -76,6 +95,9 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def by_hand(model: nn.Module) -> Callable[..., Tensor]:
+    if isinstance(model, Checkpointed):  # which transforms refuse
+        model = copy.deepcopy(model)
+        model.depth = 0
     names = [name for name, _ in model.named_parameters()]
     shapes = [p.shape for p in model.parameters()]
 

@@ -259,3 +259,21 @@ def test_each_problem_of_an_awkward_batch_is_as_alone(strategy: Any, bounds: Any
         assert "max_steps" in found.status
     if bounds is not None and found.active_mask is not None:
         assert bool(found.active_mask.any())
+
+
+TIMES = torch.linspace(0, 2, 12, dtype=F64)
+CURVE = (-TIMES).exp() + 0.5 * (-2 * TIMES).exp() + 0.1 * (7 * TIMES).sin()
+SADDLES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "the gradient is zero": (lambda x: torch.cat([x**2 - 1, x[:1] - x[1:] + 0.1 * (x[:1] - x[1:]) ** 2]), 2),
+    "columns are equal": (lambda x: x[0] * (-x[1] * TIMES).exp() + x[2] * (-x[3] * TIMES).exp() - CURVE, 4),
+}
+
+
+@pytest.mark.parametrize("name", SADDLES)
+def test_saddles_where_a_jacobian_that_is_not_zero_lacks_rank_are_no_success(name: str) -> None:
+    model, columns = SADDLES[name]
+    found = levenberg_marquardt(model, params=torch.zeros(columns, dtype=F64), **QUIET)
+    hessian = torch.autograd.functional.hessian(lambda x: model(x).square().sum() / 2, found.x)
+    assert torch.linalg.eigvalsh(hessian)[0] < -1e-3
+    assert not found.success
+    assert "saddle" in found.message

@@ -327,3 +327,17 @@ def test_samples_mixed(name: str) -> None:
 def test_samples_need_a_first_axis() -> None:
     with pytest.raises(JacopsError, match="samples"):
         samples_independent(Calls(lambda x: x.sum()), draw(4, 3))
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_zeros_of_logarithms_and_differences_are_not_those_of_a_factor(dtype: torch.dtype, local: bool) -> None:
+    class Cumulative(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.logcumsumexp(1)  # its backward pass takes the logarithm of the cotangent
+
+    for seed in range(12):
+        torch.manual_seed(seed)
+        x = (torch.randn(4, 6, dtype=F64) * (1, 10, 40)[seed % 3]).to(dtype)
+        found = detected(Cumulative(), x, local=local).matrix.toarray()
+        assert not (brute(Cumulative(), x) & ~found).any()

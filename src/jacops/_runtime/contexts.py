@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import NotDifferentiableError
+from .attention import math_attention, recompute_alike
 from .norms import norm_rules
 from .recurrence import RECURRENT, step_by_step
 from .restoring import (
     Guard,
     Guards,
-    ProcessSetting,
     ProcessState,
     Setting,
     entered,
@@ -74,26 +74,6 @@ def refuse_transforms() -> None:
             "jacops was called inside a torch.func transform (vmap, grad, jvp …), whose tensors it cannot record. "
             "Call it outside, or pass `create_graph=True` and differentiate its result with torch.autograd."
         )
-
-
-def _kernel(name: str) -> tuple[Callable[[], bool], Callable[[bool], None]]:
-    return getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}")
-
-
-_KERNELS = {name: _kernel(name) for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")}
-
-
-def _choose_attention(choice: Sequence[bool]) -> None:
-    for (_, choose), enabled in zip(_KERNELS.values(), choice, strict=True):
-        choose(enabled)
-
-
-_ATTENTION = ProcessState(lambda: [is_enabled() for is_enabled, _ in _KERNELS.values()], _choose_attention)
-
-
-def math_attention() -> Guard:
-    """Return a context with attention on the math kernel: the fused ones have no second derivative."""
-    return ProcessSetting(_ATTENTION, [name == "math" for name in _KERNELS])
 
 
 def reentrant_checkpoint() -> Any | None:
@@ -207,6 +187,8 @@ class _RightKernels(TorchFunctionMode):
             return v * (g / torch.norm_except_dim(v, 2, *dim))
         if func in RECURRENT:
             return step_by_step(func, args, kwargs or {})
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            recompute_alike()
         if _norms_written_out.get() and func in (rules := norm_rules()):
             result = rules[func](*args, **(kwargs or {}))
             return func(*args, **(kwargs or {})) if result is None else result

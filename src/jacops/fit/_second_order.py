@@ -47,7 +47,8 @@ def by_curvature(
         refusals: How often a rule was met without evidence; it is asked as often as these double.
     """
     system, few = point.system, refusals & (refusals + 1) == 0
-    flat, singular = not system.norms.any(), not system.norms.all() or lacks_rank(system)
+    flat, able = not system.norms.any(), len(system.norms) <= MOST_COLUMNS
+    singular = not system.norms.all() or (able and lacks_rank(system))
     asked = singular if found.reason else few and (singular or found.predicted >= DOUBTED)
     if asked and point.cost > point.floor:
         minimum = problem.minimum(problem.work, point.values, True)

@@ -64,9 +64,14 @@ def is_undamped(system: LinearizedFit, solved: Solved) -> bool:
 
 
 def lacks_rank(system: LinearizedFit) -> bool:
-    """Return whether the undamped step, if there is one, was found to lack directions."""
+    """Return whether some direction changes no residual, as far as rounding shows."""
     found = system.memory.get("undamped")
-    return found is not None and found.solver == "svd" and found.note.startswith("rank")
+    if found is not None and found.solver == "svd" and found.note.startswith("rank"):
+        return True
+    columns, normal = system.J.shape[1], system.unit_normal(None)
+    least = float(np.linalg.eigvalsh(normal.toarray() if system.is_sparse else normal)[0]) if columns else 1.0
+    # Of the normal matrix, whose rounding errors are those of a sum, and the Jacobian's squared.
+    return least <= max(_RANK * np.finfo(np.float64).eps * columns, (_RANK * system.eps) ** 2)
 
 
 def _is_whole(system: LinearizedFit) -> bool:

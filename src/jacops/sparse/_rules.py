@@ -50,6 +50,9 @@ _POINTWISE = set(
     masked_fill_scalar _add_relu
     """.split()  # noqa: SIM905
 )
+# Linear in each operand, as operations that end in `_backward` are in the cotangent. A zero of a logarithm or of a
+# difference from a constant is not that of a factor; the backward pass of logcumsumexp takes both of its cotangent.
+_LINEAR = {"mul", "div", "neg"}
 _ALONG = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "cummax", "cummin", "sort",
           "_fft_c2c", "_fft_r2c", "_fft_c2r", "renorm"}  # fmt: skip
 _REDUCE = set(
@@ -121,13 +124,14 @@ def _pointwise(tracer: Tracer, call: TracedCall) -> Any:
     arrays = [found.numpy() for t in call.live if (found := tracer.read(t)) is not None]
     shape = call.outs[0].shape
     ids = tracer.union(arrays, shape)
-    if len(call.live) != 1 or len(call.outs) != 1 or call.outs[0].is_complex():
+    linear = call.base in _LINEAR or call.base.endswith("_backward")
+    if not linear or len(call.live) != 1 or len(call.outs) != 1 or call.outs[0].is_complex():
         return ids
     operand = call.live[0]
     if tracer.is_constant(t for t in call.tensors if t is not operand):
         pruned = zeros_in(call.outs[0])
         if pruned.any():
-            # Linear in its one operand: zero from nonzero means that the factor is zero here.
+            # Zero from nonzero means that the factor is zero here.
             pruned &= ~np.broadcast_to(zeros_in(operand) if call.zero is None else call.zero, shape)
             ids = np.where(pruned, 0, ids)
     return ids

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .._keywords import keywords
 from .._picks import Picks, Wrt, variable
-from .._runtime.contexts import math_attention, private_noise
+from .._runtime.attention import math_attention
+from .._runtime.contexts import private_noise
 from .._runtime.restoring import restoring
 from .._runtime.rows import plain
 from .._torch.protocol import Linearization
