@@ -1,5 +1,6 @@
 """Names that doctests may use without importing them, one seed for every test, and a fixture of several files."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -8,6 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """Take collected tests and imported modules out of the garbage collector's passes, which take seconds with them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
