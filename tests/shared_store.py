@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -49,9 +50,9 @@ def gather(log: Path, what: str, parties: int) -> None:
 
 
 def influences(store: Path | None, solver: str) -> jacops.results.Influences:
-    _run._TILE_BYTES = 3 * 26 * 8  # three rows to a tile
     options: dict[str, Any] = {"loss": F.cross_entropy, "solver": SOLVERS[solver], "store": store}
-    return jacops.compute_influences(small_net(), [(X, Y)], test_data=[TEST], **options)
+    with patch.object(_run, "_TILE_BYTES", 3 * 26 * 8):  # three rows to a tile
+        return jacops.compute_influences(small_net(), [(X, Y)], test_data=[TEST], **options)
 
 
 def share(store: Path, log: Path, solver: str, slow: float, parties: int) -> None:
