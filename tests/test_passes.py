@@ -92,6 +92,16 @@ def test_influences_run_each_batch_once(method: str, trained: int, tested: int) 
     assert first <= trained + 3 * tested + 3  # two parts of a batch to prove that samples do not mix, once a shape
 
 
+@pytest.mark.parametrize("method", ["cg", "direct"])
+def test_influences_run_two_forwards_a_batch_in_all(method: str) -> None:
+    model, data = Counted(), batches(3)
+    for _ in range(2):
+        model.rows.clear()
+        point = TorchTwiceDifferentiable(model, nn.functional.mse_loss)
+        compute_influences(point, data, solver=method, damping=0.5, curvature="ggn")
+    assert model.rows.total() <= 2 * len(data)  # itself, and one of its samples
+
+
 @pytest.mark.parametrize("method", ["cg", "ekfac"])
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_all_curvatures_share_the_recorded_batch(curvature: str, method: str) -> None:

@@ -339,5 +339,9 @@ def test_zeros_of_logarithms_and_differences_are_not_those_of_a_factor(dtype: to
     for seed in range(12):
         torch.manual_seed(seed)
         x = (torch.randn(4, 6, dtype=F64) * (1, 10, 40)[seed % 3]).to(dtype)
+        try:
+            x.clone().requires_grad_().logcumsumexp(1).sum().backward()
+        except NotImplementedError:
+            pytest.skip(f"this torch has no derivative in {dtype}")
         found = detected(Cumulative(), x, local=local).matrix.toarray()
         assert not (brute(Cumulative(), x) & ~found).any()

@@ -26,7 +26,7 @@ from ._mixed import mixed_rows
 from ._operators import LayerFactors, Operator
 from ._operators._finite_results import Source, with_source
 from ._options import CurvatureOptions
-from ._per_sample import checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
+from ._per_sample import KeptBatch, checked_seed, gradients_at, jacobians_at, refuse_mixing_modules
 from ._picks import Picks, picked
 from ._recorded_loss import Loss, LossAt, LossOf, record_loss, record_loss_of
 from ._reduction import check_reduction, checked_loss, not_finite, offset, prove_reduction
@@ -349,7 +349,10 @@ class Objective:
         """Return `(n, P)`, row i the gradient of the loss of sample i alone."""
         call = "sample_gradients"
         given, record = SampleInputs(x, y), self._record(x, call, pulled=True)
-        rows = gradients_at(self.model, self.losses.scalar, given, self.seed, self._picked, record)
+        at, known, kept = self._at, partial(self._known, x, True), None
+        if record is not None:
+            kept = KeptBatch(lambda: at.bind(record()), lambda make: at.sample(known(), y, make))
+        rows = gradients_at(self.model, self.losses.scalar, given, self.seed, self._picked, kept)
         return with_source(rows, Source(call, {"x": x, "y": y}))
 
     def sample_jacobians(self, x: Any, outputs: Selector = None) -> LayerFactors:

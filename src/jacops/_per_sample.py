@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -121,16 +122,28 @@ def sample_gradients(
         return gradients_at(model, loss, given, checked_seed(randomness, seed), recorded, create_graph=create_graph)
 
 
+class KeptBatch(NamedTuple):
+    """What is kept of a batch that several questions are asked about.
+
+    Attributes:
+        record: Gives the recorded output for all rows.
+        sample: As in `Definition`.
+    """
+
+    record: Callable[[], Recording]
+    sample: Callable[[Callable[[], Recording]], Recording]
+
+
 def gradients_at(
     model: Any,
     loss: Loss,
     given: SampleInputs,
     seed: int | None,
     options: CurvatureOptions,
-    record: Callable[[], Recording] | None = None,
+    kept: KeptBatch | None = None,
     create_graph: bool = False,
 ) -> LayerFactors:
-    """Return what `sample_gradients` does; `record` gives the output for all rows where it is kept."""
+    """Return what `sample_gradients` does, from what is kept of a batch's recordings."""
     if is_framework_model(model):
         sweeps = SweepOptions("sample_gradients", shared=given.shared, **options)
         return framework_sample_gradients(model, loss, given.x, given.y, sweeps)
@@ -145,8 +158,8 @@ def gradients_at(
             return record_loss(model, loss, one_x, one_y, "sample_gradients", **how, **options)
 
     def together(some: Sequence[Tensor]) -> Recording:
-        if record is not None and len(some[0]) == len(values[0]):
-            return record()
+        if kept is not None and len(some[0]) == len(values[0]):
+            return kept.record()
         inputs = tree.build(some)[0]
         run = ModelRun(model, inputs, call="sample_gradients", aside=True, **how, **options)
         return run.recorded()
@@ -159,6 +172,7 @@ def gradients_at(
 
     forced = None if seed is None else "with the same random numbers for each"
     what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
+    what = what if kept is None else replace(what, sample=kept.sample)
     return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output), create_graph)
 
 

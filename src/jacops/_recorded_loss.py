@@ -144,15 +144,16 @@ class LossOf:
 
 
 class LossAt:
-    """The loss recorded at a batch's recorded output, kept until it is used again."""
+    """The loss recorded at a batch's recorded output, kept until it is used again, and the loss of one sample."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[Any, Any, Any, int | None, Recording]] = []
+        self._sample: tuple[Any, Any, int | None, Recording] | None = None
 
     @restoring
     def of(self, found: Recording, loss: Loss, y: Any, call: str, kept: bool) -> Recording:
         """Return the recording, with `kept` for the next to ask too, where a write into the target would show."""
-        version = y._version if isinstance(y, Tensor) and not y.is_inference() else None
+        version = _version(y)
         for output, other, target, before, at in (self._kept.pop() for _ in self._kept[:]):
             if output is found and other is loss and target is y and before == version:
                 return at
@@ -160,6 +161,27 @@ class LossAt:
         if kept and version is not None:
             self._kept.append((found, loss, y, version, at))
         return at
+
+    def sample(self, found: Recording | None, y: Any, record: Callable[[], Recording]) -> Recording:
+        """Return the recorded loss of a sample, the same one while the batch's recording and its target stay."""
+        version = _version(y)
+        if self._sample is not None and found is not None and version is not None:
+            output, target, before, sample = self._sample
+            if output is found and target is y and before == version:
+                return sample
+        sample = record()
+        self._sample = (found, y, version, sample)
+        return sample
+
+    def bind(self, found: Recording) -> Recording:
+        """Return a batch's recording; a sample that was recorded shortly before it belongs to it."""
+        if self._sample is not None and self._sample[0] is None:
+            self._sample = (found, *self._sample[1:])
+        return found
+
+
+def _version(y: Any) -> int | None:
+    return y._version if isinstance(y, Tensor) and not y.is_inference() else None
 
 
 def _connected(found: Recording, call: str) -> Recording:

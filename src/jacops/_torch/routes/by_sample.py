@@ -53,6 +53,7 @@ class Definition:
         call: The public call on whose behalf this is done.
         fallback: What happens when samples mix.
         forced: Samples are taken alone for this reason.
+        sample: Gives the recording of a sample that was kept, or keeps the one that it is passed a function for.
     """
 
     values: Sequence[Tensor]
@@ -62,6 +63,7 @@ class Definition:
     call: str
     fallback: str
     forced: str | None = None
+    sample: Callable[[Callable[[], Recording]], Recording] = lambda record: record()
 
 
 class SampleFactors:
@@ -104,7 +106,7 @@ class SampleFactors:
 
     def _prepared(self) -> tuple[Linearization, Tensor]:
         """Record one sample alone: its errors are those of the definition, its size determines how many go together."""
-        lin = self._record_alone(self.count // 2).lin
+        lin = self.what.sample(lambda: self._record_alone(self.count // 2)).lin
         return lin, lin.outputs[0]
 
     def all(self, whole: bool = False) -> Collected:
