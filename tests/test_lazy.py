@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import jacops
+from jacops import _familiar_names
 
 SRC = Path(jacops.__file__).parent
 SPACES = ["__init__", "attribution", "influence", "linalg", "results"]  # whose names are loaded when asked for
@@ -77,6 +78,20 @@ def test_first_calls_do_not_import_sympy() -> None:
 
 def test_submodules_import_as_they_are_named() -> None:
     assert fresh("import jacops.fit as f; from jacops import *; print(f.Huber.__name__, fit is f)") == "Huber True"
+
+
+@pytest.mark.parametrize("name", _familiar_names.OURS)
+def test_names_of_other_libraries_point_to_what_there_is(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}'; use ") as error:
+        getattr(jacops, name)
+    home, _, rest = str(error.value).partition("; use ")[2].partition("(")[0].split(",")[0].split()[0].partition(".")
+    found = getattr(jacops, home)
+    assert callable(getattr(found, rest) if rest else found)
+
+
+def test_fits_point_to_what_there_is() -> None:
+    with pytest.raises(AttributeError, match="'least_squares'; use levenberg_marquardt"):
+        _ = jacops.fit.least_squares  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_threads_may_ask_at_once() -> None:

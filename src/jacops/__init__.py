@@ -121,9 +121,11 @@ def __getattr__(name: str) -> object:
     if name.startswith("_"):  # what Python and its tools look for loads nothing
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     spaces = attribution, influence, linalg, _load("solvers"), _load("sparse"), _load("fit"), results, errors
+    from ._familiar_names import hint
+
     homes = [space for space in spaces if name in space.__all__]
-    hint = f"; it is {homes[0].__name__}.{name}" if homes else ""
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+    where = f"; it is {homes[0].__name__}.{name}" if homes else hint(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
 
 
 def _of_jax(name: str) -> object:

@@ -72,6 +72,7 @@ class Batches:
             the order of its data set.
 
     Attributes:
+        given: What the caller passed.
         shuffles: The kind of sampler that was left out, None for a loader that has an order.
 
     Raises:
@@ -86,6 +87,7 @@ class Batches:
         return found.in_order() if ordered else found
 
     def __init__(self, loader: Any, name: str, unpack: Unpack | None = None, ordered: bool = True) -> None:
+        self.given = loader
         if isinstance(loader, tuple) and len(loader) == 2 and hasattr(loader[1], "shape"):
             loader = [loader]
         if not isinstance(loader, Iterable):

@@ -27,6 +27,7 @@ from ..solvers import Solver
 from ._leverage import leveraged
 from ._result import SIGN, UNITS, InfluenceFactors, Influences
 from ._run import InfluenceRun, Settings, recipe, run_of
+from ._settings import data_of
 from ._stored import shares_of, stored
 from ._tokens import token_influences
 from ._twice_differentiable import TwiceDifferentiable
@@ -85,7 +86,7 @@ def compute_influence_factors(
         torch.Size([2, 2])
     """
     train = Batches.of(training_data, "training_data", options.get("unpack"))
-    test = _other(test_data, "test_data", training_data, train)
+    test = data_of(test_data, "test_data", train)
     given = {"loss": loss, "solver": solver, **options}
     again = recipe("compute_influence_factors", ("model", "training_data", "test_data"), given)
     run = run_of(model, train, Settings(loss, solver, damping, curvature, on_failure), options, again)
@@ -166,8 +167,7 @@ def compute_influences(
     if leverage and influence_type != "up":
         raise InputError.of("leverage", True, "it corrects influences of type 'up' only")
     train = Batches.of(training_data, "training_data", options.get("unpack"))
-    test = _other(training_data if test_data is None else test_data, "test_data", training_data, train)
-    asked = _other(training_data if input_data is None else input_data, "input_data", training_data, train)
+    test, asked = data_of(test_data, "test_data", train), data_of(input_data, "input_data", train)
     given = {"loss": loss, "test_data": test_data, "input_data": input_data, "influence_type": influence_type}
     again = recipe("compute_influences", _DATA, {**given, "leverage": leverage, "solver": solver, **options})
     if store is not None:  # which assigns tiles to processes
@@ -251,11 +251,6 @@ def self_influences(
     values = torch.cat([(solution.x * rows).sum(1) for rows, solution in run.solved(train)])
     shares = shares_of(run.problem, train) * (train.rows if run.problem.objective.reduction == "mean" else 1)
     return values * shares.to(values) ** 2
-
-
-def _other(data: Any, name: str, training_data: Any, train: Batches) -> Batches:
-    """Return data as batches; the training data are read as such."""
-    return train if data is training_data else Batches.of(data, name, train.unpack)
 
 
 def _met(run: InfluenceRun, data: Batches, factors: Tensor) -> Tensor:

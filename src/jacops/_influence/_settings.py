@@ -61,7 +61,7 @@ def solved_by(model: Any, train: Batches, options: InfluenceOptions) -> Influenc
 
 def data_of(data: Any, name: str, train: Batches) -> Batches:
     """Return data as batches, the training data where they are left out or the same."""
-    return train if data is None or data is train.loader else Batches.of(data, name, train.unpack)
+    return train if data is None or data is train.given else Batches.of(data, name, train.unpack)
 
 
 def plain_product(factors: LayerFactors, solutions: Tensor, held: RankedRows) -> Tensor:

@@ -22,3 +22,10 @@ __all__ = [
 # fmt: on
 
 eager(__name__)
+
+
+def __getattr__(name: str) -> object:
+    """Say what stands for a name that other libraries have."""
+    from .._familiar_names import hint
+
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint(name)}")
