@@ -93,8 +93,10 @@ def _squares(J: Any) -> np.ndarray:
 
 def _solver(hessian: Any) -> Callable[[np.ndarray], np.ndarray]:
     if not sp.issparse(hessian):
+        from scipy.linalg import lu_factor, lu_solve
+
         check_pivots(np.abs(np.linalg.eigvalsh(hessian)), "robust")
-        return partial(np.linalg.solve, hessian)
+        return partial(lu_solve, lu_factor(hessian))
     from scipy.sparse.linalg import splu
 
     try:
